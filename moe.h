@@ -1,0 +1,1330 @@
+/* moe.h - v0.1 - task-aware sparse mixture-of-experts encoders in one C header: train and run them, with nothing but libm
+
+   DO THIS
+     #define MOE_IMPLEMENTATION
+     #include "moe.h"
+   in exactly one C or C++ file, and plain #include "moe.h" wherever else it is used. Link with -lm (and -pthread where the
+   system wants it). `cc -O2` is enough: the fast kernels are chosen at run time.
+
+   EXAMPLE: a trained model file and one sentence give an answer
+     #include <stdio.h>
+     #define MOE_IMPLEMENTATION
+     #include "moe.h"
+     int main(int argc, char **argv) {
+       moe_env env;
+       moe_model *model;
+       moe_predictor *p;
+       float score[MOE_MAX_CLASSES];
+       int task, best;
+       if (argc != 4) return printf("usage: %s MODEL TASK SENTENCE\n", argv[0]), 1;
+       moe_env_init(&env, MOE_ISA_AUTO);
+       if (moe_model_load(&model, argv[1], &env)) return 1;
+       task = moe_model_find_task(model, argv[2]);
+       if (task < 0 || moe_predictor_create(&p, model, 1, &env)) return 1;
+       if (moe_predict_text(p, task, argv[3], NULL, score, &best)) return 1;
+       printf("%s %.3f\n", moe_model_task(model, task)->label[best], (double)score[best]);
+       moe_predictor_free(p);
+       moe_model_free(model);
+       return 0;
+     }
+
+   WHAT IT COMPUTES  [TaG] = "Sparsely Activated Mixture-of-Experts are Robust Multi-Task Learners" (MT-TaG)
+     a BERT-like encoder (post-LN) whose feed-forward layers are N expert FFNs; one gate per task and layer sends each token to
+     its top-1 (or top-k) expert; a head per task reads [CLS]; all tasks are trained together.
+
+   LEVELS, each usable without the ones below it in this list
+     ops        pure functions on float arrays, forward and backward              moe_linear_ moe_norm_ moe_attention_ ...
+     layer      gate and experts on float arrays                                  moe_route_ moe_experts_
+     model      weights and tasks; context: activations; trainer: gradients       moe_model_ moe_context_ moe_trainer_
+     text       WordPiece, metrics, text in and label out                         moe_tokenizer_ moe_encode moe_predict_text
+
+   SHAPES  arrays are row-major; one letter a dimension
+     M tokens of a batch   S sequences   H hidden size (the paper's d)   F inner size of an expert   N experts   k experts a token
+     T tasks   C classes   L layers   A attention heads   D = H/A size of a head   V vocabulary   P positions
+
+   CONFIGURATION MACROS  (defined before the include that has MOE_IMPLEMENTATION; they never change a public struct)
+     MOE_STATIC            every function is static: for use in one file
+     MOE_API               what stands before every public declaration (default: extern "C" in C++)
+     MOE_MALLOC, MOE_FREE  the allocator of the _create and _load functions; define both or neither
+     MOE_ASSERT(x)         checks of our own mistakes (default: nothing)
+     MOE_NO_STDIO          no FILE: the functions that take a path are left out
+     MOE_NO_THREADS        no built-in pool; parallel_for of the caller still works
+     MOE_NO_TRAIN          no gradients, optimizer, sampler, trainer
+     MOE_NO_TEXT           no tokenizer, no text functions
+     MOE_NO_SIMD           scalar code only, no intrinsics
+
+   MEMORY   every object has _size and _init in a block of the caller, and _create and _free on the heap. Forward, backward and
+            update allocate nothing.
+   THREADS  objects are not locked; a context belongs to one thread at a time; a model that is not being trained can be shared.
+            Inside a call the work is spread by env.parallel_for: the caller's, or the built-in pool (moe_pool_create).
+   ERRORS   what can fail returns moe_status; results come through pointers and stay untouched on failure; a sentence that says
+            what was expected and what came goes to env.log. The library never prints, exits or aborts.
+   BITS     fp32 results are the same bits for any number of threads, any company in the batch, and on AVX-512, AVX2+FMA and
+            plain C: see "one definition of every sum" at >>simd and >>gemm.
+
+   CONTENTS (search for >>tag)
+     >>api_base      statuses, environment, threads
+     >>api_ops       ops on float arrays
+     >>api_layer     gate, routes, experts
+     >>api_model     configuration, tasks, batch, model
+     >>api_context   activations, forward
+     >>api_train     trainer, optimizer, sampler
+     >>api_text      tokenizer, metrics, prediction from text
+     >>platform      includes, compiler differences, processor detection
+     >>base          statuses, log, small helpers
+     >>random        counter-based random numbers
+     >>parallel      tiles, the built-in pool
+     >>simd          vector kernels and elementary functions
+     >>gemm          packing and matrix products
+     >>linear        linear layers and GELU
+     >>ops           LayerNorm, dropout, embeddings, losses
+     >>attention     self-attention over packed sequences
+     >>route         gates, top-k, dispatch
+     >>experts       expert feed-forward networks
+     >>config        configuration, tasks, table of tensors
+     >>model         weights: sizes, initial values, packing, access
+     >>batch         checks of what comes in
+     >>context       activations and the forward pass
+     >>backward      the backward pass
+     >>optimizer     Adam, schedule, clipping
+     >>sampler       which row of which task comes next
+     >>trainer       accumulate, update, gradient check
+     >>json          the little JSON that the files need
+     >>safetensors   reading and writing the container
+     >>files         models and checkpoints, import of published encoders
+     >>text          WordPiece
+     >>metrics       accuracy, F1, Matthews, Pearson, Spearman
+     >>predict       text in, label out
+
+   Public domain or MIT-0, at your choice: see the end of the file. */
+#ifndef MOE_H_INCLUDED
+#define MOE_H_INCLUDED
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __FAST_MATH__
+#error "moe.h needs IEEE arithmetic: compile without -ffast-math"
+#endif
+
+#ifndef MOE_API
+#if defined(MOE_STATIC) && defined(__GNUC__)
+#define MOE_API static __attribute__((unused))
+#elif defined(MOE_STATIC)
+#define MOE_API static
+#elif defined(__cplusplus)
+#define MOE_API extern "C"
+#else
+#define MOE_API extern
+#endif
+#endif
+
+#define MOE_VERSION 100 /* 0.1.0 as 10000 major + 100 minor + patch */
+
+/* ---- statuses, environment, threads ---- >>api_base */
+
+#define MOE_STATUSES(X)                                                                   \
+  X(MOE_OK, "ok")                                                                         \
+  X(MOE_E_ARGUMENT, "an argument is outside its range")                                   \
+  X(MOE_E_MEMORY, "out of memory, or the caller's block is too small")                    \
+  X(MOE_E_FORMAT, "damaged, incomplete or foreign data")                                  \
+  X(MOE_E_IO, "reading or writing failed")                                                \
+  X(MOE_E_UNSUPPORTED, "this processor or this build cannot do it")                       \
+  X(MOE_E_NONFINITE, "a loss or gradient is not a finite number")
+
+typedef enum moe_status {
+#define MOE_STATUS_ENUM(name, text) name,
+  MOE_STATUSES(MOE_STATUS_ENUM)
+#undef MOE_STATUS_ENUM
+  MOE_STATUS_COUNT
+} moe_status;
+
+/* The general meaning of a status, a constant string; "unknown status" for any other number. */
+MOE_API const char *moe_status_text(moe_status status);
+
+/* Instruction sets. The bits of a result do not depend on it (fp32). */
+typedef enum moe_isa { MOE_ISA_AUTO, MOE_ISA_SCALAR, MOE_ISA_NEON, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_COUNT } moe_isa;
+
+/* Name in lower case ("avx512"), a constant string. */
+MOE_API const char *moe_isa_name(moe_isa isa);
+/* The instruction set of that name, or MOE_ISA_COUNT where there is none. */
+MOE_API moe_isa moe_isa_from_name(const char *name);
+/* 1 where this build and this processor (and its operating system) can run it, else 0. */
+MOE_API int moe_isa_available(moe_isa isa);
+
+/* Everything a call needs to know of its surroundings. A plain struct: copy it, one for each thread if you like. */
+typedef struct moe_env {
+  moe_isa isa;     /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards */
+  int32_t threads; /* how many bodies of parallel_for may run at once, 1 or more: decides the size of scratch */
+  /* Runs body(arg, i) for i = 0 .. count-1, in any order, at most `threads` at once, and returns when all are done. NULL: a
+     plain loop. Results never depend on it. */
+  void (*parallel_for)(void *user, int32_t count, void (*body)(void *arg, int32_t index), void *arg);
+  void *parallel_user;
+  /* Receives one sentence for each failure: which file, tensor or line, what was expected, what came. NULL: none. */
+  void (*log)(void *user, moe_status status, const char *sentence);
+  void *log_user;
+} moe_env;
+
+/* Fills *env: the best instruction set of this machine (MOE_ISA_AUTO) or the named one, one thread, no log.
+   MOE_E_UNSUPPORTED where this machine lacks the named one: *env is then set for MOE_ISA_AUTO. */
+MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa);
+
+#ifndef MOE_NO_THREADS
+/* The built-in pool: threads - 1 helpers that sleep between calls. */
+typedef struct moe_pool moe_pool;
+/* Starts the helpers (threads 1 .. 256) and connects *env with them. MOE_E_MEMORY, MOE_E_UNSUPPORTED (no threads to be had). */
+MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env);
+/* Ends the helpers. No call may be running; an env that was connected must not be used for parallel calls any more. NULL is fine. */
+MOE_API void moe_pool_free(moe_pool *pool);
+/* Number of processors that this process may use, at least 1. */
+MOE_API int32_t moe_processors(void);
+#endif
+
+/* ---- ops on float arrays ---- >>api_ops
+   Outputs first, then inputs, then sizes. Outputs are overwritten; gradients (d...) accumulate: clear them first. A gradient that
+   is NULL is not computed. Arrays may have any alignment that float allows and must not overlap unless said. Sizes may be 0.
+   Nothing is allocated. */
+
+typedef enum moe_type { MOE_TYPE_F32, MOE_TYPE_BF16, MOE_TYPE_I8 } moe_type;
+typedef enum moe_layout {
+  MOE_LAYOUT_ROWS,  /* (rows, cols) row-major, as in files */
+  MOE_LAYOUT_PANELS /* panels of 16 rows: element (j, p) at ((j/16)*cols + p)*16 + j%16, missing rows are zeros */
+} moe_layout;
+
+/* A weight as a product sees it: `rows` outputs, `cols` inputs. */
+typedef struct moe_mat {
+  const void *data;
+  const float *scale; /* one for each row (int8), else NULL */
+  int32_t rows, cols;
+  moe_type type;
+  moe_layout layout;
+} moe_mat;
+
+/* A view of float weights (rows, cols) as they lie in a file. */
+MOE_API moe_mat moe_mat_rows(const float *w, int32_t rows, int32_t cols);
+/* A view of weights packed by moe_pack. */
+MOE_API moe_mat moe_mat_panels(const float *panels, int32_t rows, int32_t cols);
+/* Floats that moe_pack writes: rows rounded up to 16, times cols. */
+MOE_API size_t moe_pack_floats(int32_t rows, int32_t cols);
+/* Packs w (rows, cols) into panels: products are fastest with those. */
+MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols, const moe_env *env);
+
+/* y = x W^T + b. y (M, rows), x (M, cols), b (rows) or NULL. */
+MOE_API void moe_linear_forward(float *y, const float *x, const moe_mat *w, const float *b, int32_t M, const moe_env *env);
+/* dx += dy W; dw += dy^T x; db += sum of the rows of dy. w in rows layout; dw (rows, cols).
+   The sums over tokens run in the order of the tokens, so micro-batches give the same bits as one batch. */
+MOE_API void moe_linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x, const moe_mat *w, int32_t M,
+                                 const moe_env *env);
+/* y = GELU(pre), pre = x W^T + b: the inner half of an expert in one pass [TaG] Eq. 1. pre (M, rows) may be NULL. */
+MOE_API void moe_linear_gelu_forward(float *y, float *pre, const float *x, const moe_mat *w, const float *b, int32_t M,
+                                     const moe_env *env);
+
+/* Exact GELU: y = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2. */
+MOE_API void moe_gelu_forward(float *y, const float *x, size_t n, const moe_env *env);
+/* dx += dy (Phi(x) + x phi(x)), phi the density of the normal distribution. */
+MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_t n, const moe_env *env);
+
+/* LayerNorm: y = (x - mean) rstd gamma + beta, rstd = 1 / sqrt(var + eps), var the mean of squared deviations.
+   x, y (M, H), may be the same array; mean, rstd (M), both or neither NULL. */
+MOE_API void moe_norm_forward(float *y, float *mean, float *rstd, const float *x, const float *gamma, const float *beta, float eps,
+                              int32_t M, int32_t H, const moe_env *env);
+/* With h = (x - mean) rstd and g = dy gamma: dx += rstd (g - mean(g) - h mean(g h)); dgamma += sum dy h; dbeta += sum dy. */
+MOE_API void moe_norm_backward(float *dx, float *dgamma, float *dbeta, const float *dy, const float *x, const float *mean,
+                               const float *rstd, const float *gamma, int32_t M, int32_t H, const moe_env *env);
+
+/* Random numbers are a function of a key and a position. A key for a place in the network: */
+MOE_API uint64_t moe_key(uint64_t seed, uint64_t step, uint64_t sequence, uint32_t layer, uint32_t site);
+/* Inverted dropout: y[i] = x[i] / (1 - p), or 0 with probability p, decided by (key, i). 0 <= p < 1. x and y may be the same.
+   Its backward is the same function on dy. */
+MOE_API void moe_dropout(float *y, const float *x, size_t n, float p, uint64_t key, const moe_env *env);
+
+/* x = word[id] + position[index in its sequence] + segment[seg]; x (M, H). segments NULL: all 0; seg table NULL: not added.
+   Ids are in range: moe_batch_check tests what comes from outside. seq_start (S+1), seq_start[0] = 0, seq_start[S] = M. */
+MOE_API void moe_embed_forward(float *x, const int32_t *ids, const uint8_t *segments, const int32_t *seq_start, int32_t S,
+                               const float *word, const float *position, const float *segment, int32_t H, const moe_env *env);
+/* The rows of dword (V,H), dposition (P,H), dsegment that were used += dx, in the order of the tokens. */
+MOE_API void moe_embed_backward(float *dword, float *dposition, float *dsegment, const float *dx, const int32_t *ids,
+                                const uint8_t *segments, const int32_t *seq_start, int32_t S, int32_t H, const moe_env *env);
+
+/* Multi-head self-attention inside each of S packed sequences: for each head, y = dropout(softmax(q k^T / sqrt D)) v.
+   y (M, H); qkv (M, 3H): query, key and value side by side; D = H / A; stats (M, A, 2) receives the maximum and 1/sum of each softmax
+   row for backward, or NULL. keys (S): key of the dropout of each sequence (element (a, i, j) at position (a len + i) len + j),
+   NULL or p = 0: none. scratch: moe_attention_scratch floats. */
+MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training, const moe_env *env);
+MOE_API void moe_attention_forward(float *y, float *stats, const float *qkv, const int32_t *seq_start, int32_t S, int32_t H,
+                                   int32_t A, float p, const uint64_t *keys, float *scratch, const moe_env *env);
+/* dqkv (M, 3H) accumulates. y, stats, qkv as forward left them; the probabilities are computed again, nothing of size len^2 is kept. */
+MOE_API void moe_attention_backward(float *dqkv, const float *dy, const float *y, const float *stats, const float *qkv,
+                                    const int32_t *seq_start, int32_t S, int32_t H, int32_t A, float p, const uint64_t *keys,
+                                    float *scratch, const moe_env *env);
+
+/* Softmax of C logits into prob (C), and the cross-entropy -log prob[label] [TaG] Eq. 9. prob may be NULL or logits. */
+MOE_API float moe_cross_entropy_forward(float *prob, const float *logits, int32_t label, int32_t C);
+/* dlogits += scale (prob - onehot(label)). */
+MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32_t label, float scale, int32_t C);
+
+/* ---- gate, routes, experts: the MoE layer on float arrays ---- >>api_layer */
+
+/* Where M tokens go: arrays of the caller. A slot is token k + choice; order lists the slots expert by expert. */
+typedef struct moe_routes {
+  int32_t M, N, k;
+  int32_t *expert; /* (M, k) experts of a token, most probable first [TaG] Eq. 5; ties go to the lowest index */
+  float *weight;   /* (M, k) what an expert's output is multiplied with: g* [TaG] Eq. 6, scaled or renormalised if asked */
+  float *prob;     /* (M, N) softmax over all experts [TaG] Eq. 4 */
+  int32_t *order;  /* (M k) slots sorted by expert, tokens in order within an expert */
+  int32_t *start;  /* (N+1) expert i has order[start[i]] .. order[start[i+1]-1] */
+} moe_routes;
+
+typedef struct moe_route_options {
+  float scale;           /* weight = scale * probability: 1 = the paper's g*; N/k = gate scale "n" (PAPER-DIFF) */
+  int32_t renormalize;   /* 1: the k chosen probabilities are divided by their sum (then scale is 1) */
+  float balance;         /* coefficient of the Switch load-balance loss; 0 = off, as the paper wants it */
+  float z_loss;          /* coefficient of the router z-loss; 0 = off */
+  float jitter;          /* gate inputs are multiplied with uniform noise in [1-jitter, 1+jitter] in training; 0 = off */
+  const uint64_t *keys;  /* (S) key of the jitter of each sequence; NULL: none */
+  const int32_t *forced; /* (M, k) experts to take instead of the most probable ones, or NULL */
+} moe_route_options;
+
+/* logits = x W_g^T with the gate of each sequence [TaG] Eq. 3, softmax, top-k, dispatch. x (M, H); gates (G, N, H); gate_of (S): which
+   gate a sequence uses; N <= MOE_MAX_EXPERTS; 1 <= k <= N. logits (M, N) is scratch that backward needs again.
+   N = 1: probability 1, whatever the gate. *loss (may be NULL) receives balance loss + z-loss, coefficients applied. */
+#define MOE_MAX_EXPERTS 256
+MOE_API void moe_route_forward(moe_routes *routes, float *logits, float *loss, const float *x, const float *gates,
+                               const int32_t *gate_of, const int32_t *seq_start, int32_t S, int32_t H,
+                               const moe_route_options *options, const moe_env *env);
+/* Gradients through the weights of the chosen experts into all logits, the gates and x; dweight (M, k) from moe_experts_backward.
+   loss_scale multiplies the gradient of the auxiliary losses. dlogits (M, N) is scratch. */
+MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const float *dweight, float loss_scale,
+                                const moe_routes *routes, const float *logits, const float *x, const float *gates,
+                                const int32_t *gate_of, const int32_t *seq_start, int32_t S, int32_t H,
+                                const moe_route_options *options, const moe_env *env);
+
+/* The N experts of a layer: E_i(x) = W_out GELU(W_in x + b_in) + b_out [TaG] Eq. 1. Arrays of N. */
+typedef struct moe_experts {
+  int32_t N, H, F;
+  const moe_mat *in, *out;            /* (F, H) and (H, F), for forward: rows or panels */
+  const float *const *b_in;           /* (F) */
+  const float *const *b_out;          /* (H) */
+} moe_experts;
+
+/* Floats of scratch for M tokens with k experts each, in forward or backward. */
+MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, int training);
+/* y = sum over the chosen experts of weight E(x) [TaG] Eq. 2 and 6. Kept for backward, both or neither NULL: pre (M k, F) the inner
+   pre-activations and e (M k, H) the experts' outputs, both in the order of routes->order. Experts without a token cost nothing.
+   With N = 1 and weight 1 this is the dense FFN, bit for bit. */
+MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x, const moe_routes *routes,
+                                 const moe_experts *experts, float *scratch, const moe_env *env);
+/* dx (M, H), dweight (M, k, overwritten), d_in[i] (F, H), d_b_in[i], d_out[i] (H, F), d_b_out[i]: arrays of N pointers, each
+   accumulated. w_in and w_out: the weights in rows layout. */
+MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in, float *const *d_b_in, float *const *d_out,
+                                  float *const *d_b_out, const float *dy, const float *x, const float *pre, const float *e,
+                                  const moe_routes *routes, const float *const *w_in, const float *const *w_out, int32_t H, int32_t F,
+                                  float *scratch, const moe_env *env);
+
+/* ---- configuration, tasks, batch, model ---- >>api_model */
+
+#define MOE_MAX_CLASSES 256
+#define MOE_MAX_TASKS 65536
+#define MOE_NAME_BYTES 64 /* names of tasks and labels, with the ending zero */
+
+typedef enum moe_router {
+  MOE_ROUTER_DENSE,  /* N = 1, no gate: Single-Task and MT-Dense */
+  MOE_ROUTER_SHARED, /* one gate a layer for all tasks: MT-Switch */
+  MOE_ROUTER_TASK    /* one gate a layer and task: MT-TaG [TaG] 3.1 */
+} moe_router;
+
+typedef enum moe_truncate {
+  MOE_TRUNCATE_LONGEST, /* a pair: tokens are taken from the end of the longer text, one by one */
+  MOE_TRUNCATE_RIGHT    /* the whole is cut on the right */
+} moe_truncate;
+
+/* What is saved with a model. moe_config_init gives MiniLM's shape with the paper's defaults. */
+typedef struct moe_config {
+  int32_t layers, hidden, ffn, heads;    /* L, H, F, A; H a multiple of A */
+  int32_t vocab, positions, segments;    /* V, P, kinds of segments (2); vocab 0 with feature inputs */
+  int32_t features;                      /* width of a feature vector; 0: token ids */
+  float eps;                             /* of LayerNorm, 1e-12 in BERT */
+  moe_router router;
+  int32_t experts, top_k;                /* N, k; 1 and 1 when dense */
+  int32_t gate_scale_n;                  /* 0: weight g* (the paper). 1: g* N/k, PAPER-DIFF: an upcycled model starts as its parent */
+  int32_t renormalize;                   /* 1: top-k weights sum to 1; not together with gate_scale_n */
+  int32_t max_len;                       /* longest input in tokens, at most `positions` */
+  moe_truncate truncate;
+  int32_t cased;                         /* 1: text is not lower-cased */
+} moe_config;
+MOE_API void moe_config_init(moe_config *config);
+/* MOE_E_ARGUMENT with a sentence for any field outside its range. */
+MOE_API moe_status moe_config_check(const moe_config *config, const moe_env *env);
+
+typedef enum moe_kind {
+  MOE_KIND_CLASSIFICATION, /* head (C, H) on [CLS], cross-entropy / log C [TaG] Eq. 7, 9, 3.3 */
+  MOE_KIND_REGRESSION,     /* head (1, H) on [CLS], squared error [TaG] Eq. 8, 10 */
+  MOE_KIND_RANKING,        /* classification of each choice; in a group the largest logit of class 1 wins [TaG] A.3.1 */
+  MOE_KIND_SPAN            /* classification on [CLS; span 1; span 2], head (C, 3H), a span is the mean of its tokens [TaG] A.3.1 */
+} moe_kind;
+
+typedef struct moe_task {
+  char name[MOE_NAME_BYTES]; /* letters, digits and -_+ ; unique in a model */
+  moe_kind kind;
+  int32_t pair;              /* 1: two texts */
+  int32_t classes;           /* C >= 2; regression: 1 */
+  float low, high;           /* range of a regression's labels */
+  char metrics[MOE_NAME_BYTES]; /* names separated by commas, the first is the task's: accuracy f1 macro_f1 matthews pearson spearman */
+  int32_t max_len;           /* 0: the model's */
+  const char *const *label;  /* (C) label names, owned by whoever made the task (a model copies them); NULL: "0", "1", ... */
+} moe_task;
+
+/* S sequences of M tokens, packed without padding. */
+typedef struct moe_batch {
+  int32_t S;
+  const int32_t *seq_start; /* (S+1), from 0 to M, every sequence has 1 .. positions tokens */
+  const int32_t *ids;       /* (M) in [0, V), or NULL with features */
+  const float *features;    /* (M, features), or NULL with ids */
+  const uint8_t *segments;  /* (M) in [0, segments), NULL: all 0 */
+  const int32_t *task;      /* (S) in [0, T) */
+  const float *label;       /* (S) class number or score; only training reads it */
+  const int32_t *span;      /* (S, 4) tokens [b1, e1) and [b2, e2) within the sequence, for MOE_KIND_SPAN; else NULL */
+  const int64_t *index;     /* (S) number of each sequence within the whole batch, for random numbers; NULL: 0 .. S-1 */
+} moe_batch;
+
+typedef struct moe_model moe_model;
+
+/* Exact bytes of moe_model_init's block. */
+MOE_API moe_status moe_model_size(const moe_config *config, const moe_task *tasks, int32_t T, size_t *bytes, const moe_env *env);
+/* A model with random weights in the caller's block (64-byte aligned): matrices N(0, 0.02), gates N(0, 0.001), LayerNorm 1, biases 0
+   [TaG] 4.4. Same seed, same bits. */
+MOE_API moe_status moe_model_init(moe_model **out, void *block, size_t bytes, const moe_config *config, const moe_task *tasks, int32_t T,
+                                  uint64_t seed, const moe_env *env);
+/* The same on the heap. */
+MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T, uint64_t seed,
+                                    const moe_env *env);
+/* Frees what _create, _load, _pack and _set_vocab took. NULL is fine. For a model in the caller's block: frees only that. */
+MOE_API void moe_model_free(moe_model *model);
+
+MOE_API const moe_config *moe_model_config(const moe_model *model);
+MOE_API int32_t moe_model_tasks(const moe_model *model);
+MOE_API const moe_task *moe_model_task(const moe_model *model, int32_t task);
+/* Index of the task of that name, or -1. */
+MOE_API int32_t moe_model_find_task(const moe_model *model, const char *name);
+/* Largest number of scores of a task: the row length of moe_forward's output. */
+MOE_API int32_t moe_model_max_classes(const moe_model *model);
+/* The vocabulary text that text functions need, one word a line; copied. */
+MOE_API moe_status moe_model_set_vocab(moe_model *model, const char *vocab, size_t bytes, const moe_env *env);
+/* The vocabulary text and its length, or NULL. */
+MOE_API const char *moe_model_vocab(const moe_model *model, size_t *bytes);
+
+/* Weights: one flat array of `moe_model_parameters` floats and a table of named tensors in it, in the order of a file. */
+typedef struct moe_tensor {
+  char name[128];        /* as on the Hugging Face hub: encoder.layer.0.attention.self.query.weight */
+  int32_t dims, shape[3];
+  size_t offset, count;  /* in floats */
+} moe_tensor;
+MOE_API size_t moe_model_parameters(const moe_model *model);
+MOE_API float *moe_model_weights(moe_model *model);
+MOE_API int32_t moe_model_tensors(const moe_model *model);
+MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_tensor *out);
+/* Index of the tensor of that name, or -1. */
+MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name);
+
+/* Packs the weights for fast products into memory of the model's own (the heap, or the caller's block of moe_model_pack_size bytes).
+   To be called again after weights were changed by hand; the trainer keeps it up to date itself. */
+MOE_API size_t moe_model_pack_size(const moe_model *model);
+MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *env);
+
+/* Files: safetensors, with configuration, tasks and vocabulary inside. */
+typedef struct moe_writer {
+  int (*write)(void *user, const void *data, size_t bytes); /* 0 = written */
+  void *user;
+} moe_writer;
+/* Writes the whole model. MOE_E_IO when the writer says so. */
+MOE_API moe_status moe_model_write(const moe_model *model, const moe_writer *writer, const moe_env *env);
+/* Bytes of a block for moe_model_open. */
+MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size_t *bytes, const moe_env *env);
+/* A model whose weights stay in the file's bytes (mapped, or in flash), which must outlive it and are never written to. Such a model
+   cannot be trained. MOE_E_FORMAT with the tensor's name where the file is not one of moe.h, is damaged, or has another order of tensors. */
+MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file_bytes, void *block, size_t bytes, const moe_env *env);
+
+/* How the weights of a published encoder get into a model. */
+typedef struct moe_import_options {
+  float noise;   /* standard deviation of noise on copied experts [TaG] 4.3 asks for none: 0 */
+  uint64_t seed;
+} moe_import_options;
+/* Reads sizes (not heads and eps, which no safetensors file holds) from a BERT-like safetensors file into *config: layers, hidden, ffn,
+   vocab, positions, segments. Names with and without "bert.", gamma/beta as well as weight/bias. */
+MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes, const moe_env *env);
+/* Reads num_attention_heads, layer_norm_eps (and hidden_act, which must be "gelu") from the text of a config.json. */
+MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes, const moe_env *env);
+/* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN, #18) from the file: F32, F16 or BF16. Gates and heads
+   keep their values. Nothing is changed unless every tensor is there in the right shape. options NULL: no noise. */
+MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes, const moe_import_options *options,
+                                    const moe_env *env);
+
+#ifndef MOE_NO_STDIO
+/* Reads a whole file: *data (to be freed with moe_free) and *bytes. Its ending zero is not counted. MOE_E_IO, MOE_E_MEMORY. */
+MOE_API moe_status moe_file_read(void **data, size_t *bytes, const char *path, const moe_env *env);
+MOE_API void moe_free(void *data);
+/* Replaces the file at `path` by what `write` writes: first into PATH.tmp, which is flushed to the disk and then renamed, so that a crash
+   or a full disk never costs the old file. */
+MOE_API moe_status moe_file_replace(const char *path, moe_status (*write)(void *user, const moe_writer *writer, const moe_env *env),
+                                    void *user, const moe_env *env);
+/* Loads a model file onto the heap, packed and ready to train or to run. */
+MOE_API moe_status moe_model_load(moe_model **out, const char *path, const moe_env *env);
+/* Saves it, replacing the old file safely. */
+MOE_API moe_status moe_model_save(const moe_model *model, const char *path, const moe_env *env);
+#endif
+
+/* ---- activations and the forward pass ---- >>api_context */
+
+typedef struct moe_context moe_context;
+
+typedef struct moe_limits {
+  int32_t tokens, sequences; /* most of a batch */
+  int32_t training;          /* 1: keeps what backward needs */
+} moe_limits;
+
+MOE_API moe_status moe_context_size(const moe_model *model, const moe_limits *limits, size_t *bytes, const moe_env *env);
+MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes, const moe_model *model, const moe_limits *limits,
+                                    const moe_env *env);
+MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model, const moe_limits *limits, const moe_env *env);
+MOE_API void moe_context_free(moe_context *context);
+
+/* MOE_OK, or a sentence that says which sequence or token is wrong. Every pass calls it. */
+MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batch, int with_labels, const moe_env *env);
+
+/* Scores of every sequence: scores (S, moe_model_max_classes), a row holds the C logits of its task (regression: one value), the rest
+   zeros. No dropout, no jitter. */
+MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_batch *batch, const moe_env *env);
+/* Final hidden states (M, H) of the last pass. */
+MOE_API const float *moe_context_hidden(const moe_context *context);
+/* The routes of the last pass in a layer (dense: k = 1, all tokens at expert 0). Pointers into the context. */
+MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out);
+/* Makes the following passes take these experts in every layer: (L, M, k), kept by the caller; NULL: the gates decide again. */
+MOE_API void moe_context_force(moe_context *context, const int32_t *experts);
+
+#ifndef MOE_NO_TRAIN
+/* ---- trainer, optimizer, sampler ---- >>api_train */
+
+/* Other learning rate or decay for the tensors whose name contains `match`; of several that match the last one counts. */
+typedef struct moe_group {
+  const char *match;
+  float rate;  /* factor of the learning rate; 0 freezes */
+  float decay; /* factor of the weight decay */
+} moe_group;
+
+typedef struct moe_train_config {
+  float rate;              /* peak learning rate, 1e-3 > rate > 0 as a rule */
+  float warmup;            /* fraction of `steps`, 0 .. 1: W = floor(warmup steps); step t (from 1): t/W up to W, then (steps-t+1)/(steps-W) */
+  int64_t steps;           /* after the last one moe_update returns MOE_E_ARGUMENT */
+  float beta1, beta2, eps; /* Adam 0.9, 0.999, 1e-8 [TaG] A.3 */
+  float decay;             /* decoupled weight decay of matrices (not of biases and LayerNorms); 0 = off */
+  float clip;              /* gradients times min(1, clip / (norm + 1e-6)); 0 = off */
+  float dropout;           /* 0.1 [TaG] 4.4 */
+  float balance, z_loss, jitter; /* see moe_route_options; 0 = off, as the paper wants them */
+  uint64_t seed;
+  const moe_group *groups; /* must outlive the trainer */
+  int32_t n_groups;
+} moe_train_config;
+MOE_API void moe_train_config_init(moe_train_config *config);
+
+typedef struct moe_trainer moe_trainer;
+/* A trainer holds gradients and moments (3 x parameters) and a training context. */
+MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *limits, const moe_train_config *config, size_t *bytes,
+                                    const moe_env *env);
+MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes, moe_model *model, const moe_limits *limits,
+                                    const moe_train_config *config, const moe_env *env);
+MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const moe_limits *limits, const moe_train_config *config,
+                                      const moe_env *env);
+MOE_API void moe_trainer_free(moe_trainer *trainer);
+
+/* Forward and backward of a micro-batch: gradients += d(sum of the losses / whole)/dw, where `whole` is the number of sequences of the whole
+   batch (0: batch->S). *loss (may be NULL) receives the sum of the losses / whole, auxiliary losses included; losses (S, may be NULL)
+   the scaled loss of each sequence. MOE_E_NONFINITE: a loss was not finite; the gradients are then cleared. */
+MOE_API moe_status moe_accumulate(moe_trainer *trainer, const moe_batch *batch, int32_t whole, float *loss, float *losses,
+                                  const moe_env *env);
+/* Clips, one Adam step, clears the gradients, packs the weights anew. *norm (may be NULL): the gradient's norm before clipping.
+   MOE_E_NONFINITE: weights and moments are untouched, the gradients cleared. */
+MOE_API moe_status moe_update(moe_trainer *trainer, float *norm, const moe_env *env);
+/* Learning rate of step t, counted from 1. */
+MOE_API float moe_train_rate(const moe_train_config *config, int64_t t);
+MOE_API float *moe_trainer_gradients(moe_trainer *trainer);
+MOE_API moe_context *moe_trainer_context(moe_trainer *trainer);
+MOE_API int64_t moe_trainer_step(const moe_trainer *trainer); /* updates so far */
+/* Largest error, relative to the norm of its tensor's gradient, of `samples` gradients against central differences. A debugging tool: slow, and as
+   good as float allows (about 1e-2). Weights are as before afterwards. */
+MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples, float *error, const moe_env *env);
+
+/* Which row of which task comes next [TaG] A.3, A.4. */
+typedef enum moe_sampling {
+  MOE_SAMPLING_NATURAL,        /* every row once an epoch, all tasks shuffled together: p_t ~ rows of t */
+  MOE_SAMPLING_UNIFORM,        /* every task alike */
+  MOE_SAMPLING_TEMPERATURE,    /* p_t ~ rows^(1/tau) */
+  MOE_SAMPLING_UNIFORM_NATURAL /* uniform in the first half of the draws, natural later */
+} moe_sampling;
+typedef struct moe_sampler_config {
+  moe_sampling sampling;
+  float tau;         /* > 0, for MOE_SAMPLING_TEMPERATURE */
+  int32_t in_order;  /* 1: rows in file order, task after task, no shuffling (natural only) */
+  uint64_t seed;
+  int64_t draws;     /* how many will be drawn in all, for UNIFORM_NATURAL */
+} moe_sampler_config;
+/* State: plain numbers, nothing hidden; copy or save it. */
+typedef struct moe_sampler {
+  moe_sampler_config config;
+  int32_t T;
+  const int64_t *rows; /* (T) rows of each task, kept by the caller */
+  int64_t total, drawn;
+  int64_t *used;       /* (T) rows drawn of each task so far, an array of the caller */
+} moe_sampler;
+/* Tasks with 0 rows are never drawn; MOE_E_ARGUMENT when all are empty. */
+MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_config *config, const int64_t *rows, int64_t *used, int32_t T,
+                                    const moe_env *env);
+/* The next (task, row). */
+MOE_API void moe_sample(moe_sampler *sampler, int32_t *task, int64_t *row);
+
+/* Checkpoint: the model file plus moments, step and the sampler's state (sampler may be NULL), and `note`, a text of the caller's (its own options,
+   say; NULL: none). After _read the next step has the same bits as if nothing had happened. */
+MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler, const char *note, const moe_writer *writer,
+                                        const moe_env *env);
+/* Restores weights, moments, step and sampler of a trainer that was made for the same configuration and tasks; else MOE_E_FORMAT, nothing changed. */
+MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sampler, const void *file, size_t bytes, const moe_env *env);
+/* Copies the note into text (capacity bytes, zero-terminated); *length its full length, to be asked for with capacity 0. */
+MOE_API moe_status moe_checkpoint_note(char *text, size_t capacity, size_t *length, const void *file, size_t bytes, const moe_env *env);
+#ifndef MOE_NO_STDIO
+MOE_API moe_status moe_checkpoint_save(const moe_trainer *trainer, const moe_sampler *sampler, const char *note, const char *path,
+                                       const moe_env *env);
+MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sampler, const char *path, const moe_env *env);
+#endif
+#endif /* MOE_NO_TRAIN */
+
+/* ---- tokenizer, metrics, prediction from text ---- >>api_text */
+
+#ifndef MOE_NO_TEXT
+typedef struct moe_tokenizer moe_tokenizer;
+/* Exact bytes of a tokenizer's block. vocab: one word a line, the line's number from 0 is the id. */
+MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, size_t *bytes, const moe_env *env);
+/* Refers to the vocabulary text, which must stay. MOE_E_FORMAT without [UNK], [CLS] or [SEP]. */
+MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes, const char *vocab, size_t vocab_bytes, int cased,
+                                      const moe_env *env);
+
+/* Where moe_encode writes: arrays of the caller, `capacity` long; segments, begin and end may be NULL. */
+typedef struct moe_tokens {
+  int32_t *ids;
+  uint8_t *segments;
+  int32_t *begin, *end; /* half-open range of a piece in its text, in code points from 0; -1 for [CLS] and [SEP] */
+  int32_t capacity, count;
+} moe_tokens;
+/* [CLS] a [SEP], or [CLS] a [SEP] b [SEP] (b not NULL), at most max_len tokens. Any bytes: invalid UTF-8 becomes U+FFFD. Allocates nothing. */
+MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, size_t a_bytes, const char *b, size_t b_bytes, int32_t max_len,
+                              moe_truncate how, moe_tokens *out, const moe_env *env);
+#endif
+
+/* Metrics [TaG] 4.1. n rows; *defined (may be NULL) is set to 0 where the metric is undefined (one class only, constant input): it
+   then counts as 0. As scikit-learn and scipy compute them. */
+MOE_API double moe_metric_accuracy(const int32_t *predicted, const int32_t *label, size_t n, int *defined);
+MOE_API double moe_metric_f1(const int32_t *predicted, const int32_t *label, size_t n, int *defined); /* of class 1 */
+MOE_API double moe_metric_macro_f1(const int32_t *predicted, const int32_t *label, size_t n, int32_t classes, int *defined);
+MOE_API double moe_metric_matthews(const int32_t *predicted, const int32_t *label, size_t n, int32_t classes, int *defined);
+MOE_API double moe_metric_pearson(const float *predicted, const float *label, size_t n, int *defined);
+/* Ties get their mean rank. scratch: 2n floats and 2n indices: 2n pairs of a float and an int32, that is 16n bytes, 8-byte aligned. */
+MOE_API double moe_metric_spearman(const float *predicted, const float *label, size_t n, void *scratch, int *defined);
+
+#if !defined(MOE_NO_TEXT)
+/* A model with its tokenizer and a context: text in, scores out. */
+typedef struct moe_predictor moe_predictor;
+/* batch: most texts at once. MOE_E_FORMAT when the model holds no vocabulary. */
+MOE_API moe_status moe_predictor_create(moe_predictor **out, const moe_model *model, int32_t batch, const moe_env *env);
+MOE_API void moe_predictor_free(moe_predictor *predictor);
+/* One text (b NULL) or a pair, zero-terminated. scores (C): probabilities (classification), the value (regression). *best (may be NULL):
+   the most probable class; 0 in regression. The env is the one given at creation. */
+MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, const char *a, const char *b, float *scores, int *best);
+/* The same for n <= batch texts at once: a[i], b[i] (b or b[i] NULL), scores (n, moe_model_max_classes) */
+MOE_API moe_status moe_predict_texts(moe_predictor *predictor, int32_t task, const char *const *a, const char *const *b, int32_t n,
+                                     float *scores, int *best);
+#endif
+
+#endif /* MOE_H_INCLUDED */
+
+#ifdef MOE_IMPLEMENTATION
+#ifndef MOE_IMPLEMENTATION_DONE
+#define MOE_IMPLEMENTATION_DONE
+
+/* ---- includes, compiler differences, processor detection ---- >>platform */
+
+#include <math.h>
+#include <stdarg.h>
+#include <string.h>
+#ifndef MOE_NO_STDIO
+#include <stdio.h>
+#endif
+#if !defined(MOE_MALLOC) != !defined(MOE_FREE)
+#error "define both MOE_MALLOC and MOE_FREE, or neither"
+#endif
+#ifndef MOE_MALLOC
+#include <stdlib.h>
+#define MOE_MALLOC(n) malloc(n)
+#define MOE_FREE(p) free(p)
+#endif
+#ifndef MOE_ASSERT
+#define MOE_ASSERT(x) ((void)0)
+#endif
+#if defined(_WIN32)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#include <windows.h>
+#elif !defined(MOE_NO_THREADS) || !defined(MOE_NO_STDIO)
+#include <unistd.h>
+#endif
+#if !defined(MOE_NO_THREADS) && !defined(_WIN32)
+#include <pthread.h>
+#include <sched.h>
+#endif
+#if !defined(MOE_NO_SIMD) && (defined(__x86_64__) || defined(_M_X64))
+#define MOE__X86 1
+#include <immintrin.h>
+#ifdef _MSC_VER
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
+
+/* Products and sums must stay separate where the code says so: a compiler that fuses them on its own changes the bits. */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define MOE__RESTRICT __restrict__
+#define MOE__TARGET(x) __attribute__((target(x)))
+#define MOE__INLINE static inline __attribute__((always_inline))
+#define MOE__UNUSED __attribute__((unused))
+#define MOE__PRINTF(f, a) __attribute__((format(printf, f, a)))
+#elif defined(_MSC_VER)
+#define MOE__RESTRICT __restrict
+#define MOE__TARGET(x)
+#define MOE__INLINE static __forceinline
+#define MOE__UNUSED
+#define MOE__PRINTF(f, a)
+#else
+#define MOE__RESTRICT
+#define MOE__TARGET(x)
+#define MOE__INLINE static inline
+#define MOE__UNUSED
+#define MOE__PRINTF(f, a)
+#endif
+
+#ifdef MOE__X86
+static void moe__cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) {
+#ifdef _MSC_VER
+  int v[4];
+  __cpuidex(v, (int)leaf, (int)sub);
+  r[0] = (uint32_t)v[0];
+  r[1] = (uint32_t)v[1];
+  r[2] = (uint32_t)v[2];
+  r[3] = (uint32_t)v[3];
+#else
+  r[0] = r[1] = r[2] = r[3] = 0;
+  __get_cpuid_count(leaf, sub, &r[0], &r[1], &r[2], &r[3]);
+#endif
+}
+
+/* What the operating system saves on a context switch: without it an instruction set must not be used, whatever CPUID says. */
+static uint64_t moe__xgetbv(void) {
+#ifdef _MSC_VER
+  return _xgetbv(0);
+#else
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t)high << 32 | low;
+#endif
+}
+#endif
+
+MOE_API int moe_isa_available(moe_isa isa) {
+#ifdef MOE__X86
+  uint32_t r[4], one[4];
+  uint64_t saved;
+  int avx2, avx512;
+  if (isa == MOE_ISA_AVX2 || isa == MOE_ISA_AVX512) {
+    moe__cpuid(0, 0, r);
+    if (r[0] < 7) return 0;
+    moe__cpuid(1, 0, one);
+    if (!(one[2] >> 27 & 1)) return 0; /* OSXSAVE */
+    saved = moe__xgetbv();
+    moe__cpuid(7, 0, r);
+    avx2 = (saved & 6) == 6 && (one[2] >> 28 & 1) && (one[2] >> 12 & 1) && (r[1] >> 5 & 1); /* AVX, FMA, AVX2 */
+    avx512 = avx2 && (saved & 0xe6) == 0xe6 && (r[1] >> 16 & 1) && (r[1] >> 17 & 1) && (r[1] >> 30 & 1) && (r[1] >> 31 & 1); /* F DQ BW VL */
+    return isa == MOE_ISA_AVX2 ? avx2 : avx512;
+  }
+#endif
+  return isa == MOE_ISA_AUTO || isa == MOE_ISA_SCALAR;
+}
+
+/* ---- statuses, log, small helpers ---- >>base */
+
+MOE_API const char *moe_status_text(moe_status status) {
+  static const char *const text[] = {
+#define MOE__STATUS_TEXT(name, text) text,
+    MOE_STATUSES(MOE__STATUS_TEXT)
+#undef MOE__STATUS_TEXT
+  };
+  return (int)status >= 0 && status < MOE_STATUS_COUNT ? text[status] : "unknown status";
+}
+
+static const char *const moe__isa_names[MOE_ISA_COUNT] = {"auto", "scalar", "neon", "avx2", "avx512"};
+
+MOE_API const char *moe_isa_name(moe_isa isa) {
+  return (int)isa >= 0 && isa < MOE_ISA_COUNT ? moe__isa_names[isa] : "unknown";
+}
+
+MOE_API moe_isa moe_isa_from_name(const char *name) {
+  int i;
+  for (i = 0; i < MOE_ISA_COUNT; ++i)
+    if (!strcmp(name, moe__isa_names[i])) return (moe_isa)i;
+  return MOE_ISA_COUNT;
+}
+
+MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa) {
+  int i;
+  memset(env, 0, sizeof *env);
+  env->threads = 1;
+  env->isa = MOE_ISA_SCALAR;
+  for (i = MOE_ISA_COUNT - 1; i > MOE_ISA_SCALAR; --i)
+    if (moe_isa_available((moe_isa)i)) {
+      env->isa = (moe_isa)i;
+      break;
+    }
+  if (isa == MOE_ISA_AUTO) return MOE_OK;
+  if (!moe_isa_available(isa)) return MOE_E_UNSUPPORTED;
+  env->isa = isa;
+  return MOE_OK;
+}
+
+/* A formatter of our own, so that sentences need no stdio: %s %d %u %ld (int64_t given as long long is %lld) %zu %g %%.
+   Enough for our sentences; always ends in zero. */
+static char *moe__put_text(char *at, char *end, const char *s) {
+  while (*s && at < end) *at++ = *s++;
+  return at;
+}
+
+static char *moe__put_number(char *at, char *end, uint64_t v, int negative) {
+  char digits[24];
+  int n = 0;
+  do digits[n++] = (char)('0' + v % 10);
+  while (v /= 10);
+  if (negative && at < end) *at++ = '-';
+  while (n && at < end) *at++ = digits[--n];
+  return at;
+}
+
+static char *moe__put_float(char *at, char *end, double v) {
+  int exponent = 0, i, last;
+  char digits[8];
+  uint64_t scaled;
+  if (v != v) return moe__put_text(at, end, "nan");
+  if (v < 0) {
+    if (at < end) *at++ = '-';
+    v = -v;
+  }
+  if (v > 1.7e308) return moe__put_text(at, end, "inf");
+  if (v == 0) return moe__put_text(at, end, "0");
+  while (v >= 1e6) v /= 10, ++exponent;
+  while (v < 1e5) v *= 10, --exponent;
+  scaled = (uint64_t)(v + 0.5); /* six digits, value scaled * 10^exponent */
+  if (scaled == 1000000) scaled = 100000, ++exponent;
+  for (i = 5; i >= 0; --i, scaled /= 10) digits[i] = (char)('0' + scaled % 10);
+  last = 5;
+  while (last > 0 && digits[last] == '0') --last;
+  exponent += 5; /* of the first digit */
+  if (exponent >= -4 && exponent < 6) {
+    if (exponent < 0) at = moe__put_text(at, end, "0.");
+    for (i = -1; i > exponent; --i)
+      if (at < end) *at++ = '0';
+    for (i = 0; (i <= last || i <= exponent) && at < end; ++i) {
+      if (i == exponent + 1 && exponent >= 0) *at++ = '.';
+      if (at < end) *at++ = digits[i];
+    }
+    return at;
+  }
+  if (at < end) *at++ = digits[0];
+  if (last && at < end) *at++ = '.';
+  for (i = 1; i <= last && at < end; ++i) *at++ = digits[i];
+  if (at < end) *at++ = 'e';
+  return moe__put_number(at, end, (uint64_t)(exponent < 0 ? -exponent : exponent), exponent < 0);
+}
+
+static void moe__vformat(char *out, size_t capacity, const char *format, va_list args) {
+  char *at = out, *end = out + capacity - 1;
+  for (; *format && at < end; ++format) {
+    int longs = 0, size = 0;
+    if (*format != '%') {
+      *at++ = *format;
+      continue;
+    }
+    for (++format; *format == 'l' || *format == 'z'; ++format) {
+      if (*format == 'z') size = 1;
+      else ++longs;
+    }
+    if (*format == 's') at = moe__put_text(at, end, va_arg(args, const char *));
+    else if (*format == 'g') at = moe__put_float(at, end, va_arg(args, double));
+    else if (*format == 'd') {
+      int64_t v = longs == 2 ? (int64_t)va_arg(args, long long) : longs ? (int64_t)va_arg(args, long) : (int64_t)va_arg(args, int);
+      at = moe__put_number(at, end, v < 0 ? 0 - (uint64_t)v : (uint64_t)v, v < 0);
+    } else if (*format == 'u') {
+      uint64_t v = size ? (uint64_t)va_arg(args, size_t)
+                        : longs == 2 ? (uint64_t)va_arg(args, unsigned long long)
+                                     : longs ? (uint64_t)va_arg(args, unsigned long) : (uint64_t)va_arg(args, unsigned);
+      at = moe__put_number(at, end, v, 0);
+    } else if (*format == 'c') *at++ = (char)va_arg(args, int);
+    else if (*format == '%') *at++ = '%';
+    else break;
+  }
+  *at = 0;
+}
+
+MOE__UNUSED static void moe__format(char *out, size_t capacity, const char *format, ...) MOE__PRINTF(3, 4);
+static void moe__format(char *out, size_t capacity, const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  moe__vformat(out, capacity, format, args);
+  va_end(args);
+}
+
+/* Tells the log what went wrong and returns the status, so that `return moe__fail(...)` is the end of a failing function. env may be NULL. */
+static moe_status moe__fail(const moe_env *env, moe_status status, const char *format, ...) MOE__PRINTF(3, 4);
+static moe_status moe__fail(const moe_env *env, moe_status status, const char *format, ...) {
+  char sentence[512];
+  va_list args;
+  if (!env || !env->log) return status;
+  va_start(args, format);
+  moe__vformat(sentence, sizeof sentence, format, args);
+  va_end(args);
+  env->log(env->log_user, status, sentence);
+  return status;
+}
+
+/* Sums and products of sizes that remember an overflow: *bad is set and stays set. */
+static size_t moe__add(size_t a, size_t b, int *bad) {
+  if (a > SIZE_MAX - b) *bad = 1;
+  return a + b;
+}
+
+static size_t moe__mul(size_t a, size_t b, int *bad) {
+  if (b && a > SIZE_MAX / b) *bad = 1;
+  return a * b;
+}
+
+/* Hands out pieces of a block, 64-byte aligned: run once with base NULL for the size, once with the block for the pointers. */
+typedef struct moe__layout {
+  unsigned char *base;
+  size_t used;
+  int bad;
+} moe__layout;
+
+MOE__UNUSED static void *moe__take(moe__layout *layout, size_t count, size_t size) {
+  size_t at = moe__add(layout->used, 63, &layout->bad) & ~(size_t)63;
+  layout->used = moe__add(at, moe__mul(count, size, &layout->bad), &layout->bad);
+  return layout->base ? (void *)(layout->base + at) : NULL;
+}
+
+/* A block of the heap that starts at a multiple of 64; the pointer to free stands right before it. */
+static void *moe__alloc(size_t bytes) {
+  unsigned char *raw, *block;
+  if (bytes > SIZE_MAX - 128) return NULL;
+  raw = (unsigned char *)MOE_MALLOC(bytes + 64 + sizeof(void *));
+  if (!raw) return NULL;
+  block = raw + sizeof(void *);
+  block += (64 - ((uintptr_t)block & 63)) & 63;
+  memcpy(block - sizeof(void *), &raw, sizeof raw);
+  return block;
+}
+
+static void moe__release(void *block) {
+  void *raw;
+  if (!block) return;
+  memcpy(&raw, (unsigned char *)block - sizeof(void *), sizeof raw);
+  MOE_FREE(raw);
+}
+
+MOE__UNUSED static int32_t moe__min(int32_t a, int32_t b) { return a < b ? a : b; }
+MOE__UNUSED static int32_t moe__max(int32_t a, int32_t b) { return a > b ? a : b; }
+
+/* ---- counter-based random numbers ---- >>random
+   Nothing is stored: a number is a hash of where it is used, so that neither threads nor micro-batches nor a restart change it. */
+
+/* The finaliser of SplitMix64: every bit of the input reaches every bit of the output. */
+static uint64_t moe__mix64(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+MOE_API uint64_t moe_key(uint64_t seed, uint64_t step, uint64_t sequence, uint32_t layer, uint32_t site) {
+  uint64_t h = moe__mix64(seed);
+  h = moe__mix64(h ^ step);
+  h = moe__mix64(h ^ sequence);
+  return moe__mix64(h ^ ((uint64_t)layer << 32 | site));
+}
+
+/* 32 random bits at a position: two rounds of multiply and shift over the position and the two halves of the key. Vector kernels
+   (>>simd) compute the same. */
+MOE__INLINE uint32_t moe__hash32(uint64_t key, uint32_t position) {
+  uint32_t x = position * 0x9e3779b1u + (uint32_t)key;
+  x = (x ^ x >> 16) * 0x85ebca6bu;
+  x ^= (uint32_t)(key >> 32);
+  x = (x ^ x >> 13) * 0xc2b2ae35u;
+  return x ^ x >> 16;
+}
+
+/* Uniform in (0, 1), 53 bits. */
+static double moe__uniform(uint64_t key, uint64_t position) {
+  return ((double)(moe__mix64(key ^ moe__mix64(position)) >> 11) + 0.5) * (1.0 / 9007199254740992.0);
+}
+
+/* Standard normal: the sum of 12 uniform numbers less 6 would have short tails; the polar method (Marsaglia) needs only log and sqrt, and
+   log is our own, so that weights do not depend on the C library. */
+static double moe__log_double(double x); /* >>ops */
+MOE__UNUSED static float moe__normal(uint64_t key, uint64_t position) {
+  uint64_t try_ = 0;
+  for (;; try_ += 2) {
+    double u = 2 * moe__uniform(key + try_, position) - 1, v = 2 * moe__uniform(key + try_ + 1, position) - 1, s = u * u + v * v;
+    if (s > 0 && s < 1) return (float)(u * sqrt(-2 * moe__log_double(s) / s));
+  }
+}
+
+/* Natural logarithm of a positive normal double by atanh series, plain arithmetic only: the same bits everywhere. */
+static double moe__log_double(double x) {
+  uint64_t bits;
+  int e;
+  double f, s, s2, sum = 0;
+  int i;
+  memcpy(&bits, &x, sizeof bits);
+  e = (int)(bits >> 52) - 1023;
+  bits = (bits & 0xfffffffffffffu) | (uint64_t)1023 << 52;
+  memcpy(&f, &bits, sizeof f);
+  if (f > 1.4142135623730951) f *= 0.5, ++e;
+  s = (f - 1) / (f + 1);
+  s2 = s * s;
+  for (i = 21; i >= 1; i -= 2) sum = sum * s2 + 1.0 / i;
+  return 2 * s * sum + e * 0.69314718055994530942;
+}
+
+/* A random permutation of 0 .. n-1 that needs no memory: a Feistel network over the next power of four, walked until it falls inside. */
+MOE__UNUSED static uint64_t moe__permute(uint64_t key, uint64_t i, uint64_t n) {
+  unsigned half = 1;
+  uint64_t mask;
+  if (n < 2) return 0;
+  while (half < 32 && ((uint64_t)1 << (2 * half)) < n) ++half;
+  mask = ((uint64_t)1 << half) - 1;
+  do {
+    uint64_t left = i >> half, right = i & mask;
+    int round;
+    for (round = 0; round < 6; ++round) {
+      uint64_t next = left ^ (moe__mix64(key ^ (right << 8 | (uint64_t)round)) & mask);
+      left = right;
+      right = next;
+    }
+    i = left << half | right;
+  } while (i >= n);
+  return i;
+}
+
+/* ---- tiles, the built-in pool ---- >>parallel
+   Work is a list of tiles whose shape never depends on the number of threads; threads only decide who runs which tile, so the bits of a
+   result cannot depend on them. */
+
+#if defined(__GNUC__) || defined(__clang__)
+#define MOE__FETCH_ADD(p, v) __atomic_fetch_add(p, v, __ATOMIC_RELAXED)
+#define MOE__LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+#define MOE__STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
+#define MOE__SUB_FETCH(p, v) __atomic_sub_fetch(p, v, __ATOMIC_ACQ_REL)
+#elif defined(_MSC_VER)
+#define MOE__FETCH_ADD(p, v) _InterlockedExchangeAdd((volatile long *)(p), v)
+#define MOE__LOAD(p) _InterlockedOr((volatile long *)(p), 0)
+#define MOE__STORE(p, v) ((void)_InterlockedExchange((volatile long *)(p), v))
+#define MOE__SUB_FETCH(p, v) (_InterlockedExchangeAdd((volatile long *)(p), -(v)) - (v))
+#else
+#error "moe.h needs atomic operations of the compiler: gcc, clang or MSVC"
+#endif
+
+typedef void (*moe__tile_fn)(void *arg, int32_t tile, int32_t slot);
+
+typedef struct moe__tiles {
+  moe__tile_fn fn;
+  void *arg;
+  int32_t count, next;
+} moe__tiles;
+
+/* One worker: takes tiles until none is left. Its number is a slot of its own, for scratch. */
+static void moe__tiles_worker(void *arg, int32_t slot) {
+  moe__tiles *tiles = (moe__tiles *)arg;
+  for (;;) {
+    int32_t tile = (int32_t)MOE__FETCH_ADD(&tiles->next, 1);
+    if (tile >= tiles->count) return;
+    tiles->fn(tiles->arg, tile, slot);
+  }
+}
+
+/* Runs fn(arg, tile, slot) for tile = 0 .. count-1; slot is in [0, env->threads), and no two tiles run in one slot at a time. */
+MOE__UNUSED static void moe__parallel(const moe_env *env, int32_t count, moe__tile_fn fn, void *arg) {
+  int32_t workers = env->parallel_for ? moe__min(env->threads, count) : 1, i;
+  moe__tiles tiles;
+  if (workers <= 1) {
+    for (i = 0; i < count; ++i) fn(arg, i, 0);
+    return;
+  }
+  tiles.fn = fn;
+  tiles.arg = arg;
+  tiles.count = count;
+  tiles.next = 0;
+  env->parallel_for(env->parallel_user, workers, moe__tiles_worker, &tiles);
+}
+
+#ifndef MOE_NO_THREADS
+#ifdef _WIN32
+typedef CRITICAL_SECTION moe__mutex;
+typedef CONDITION_VARIABLE moe__cond;
+typedef HANDLE moe__thread;
+#define MOE__LOCK(m) EnterCriticalSection(m)
+#define MOE__UNLOCK(m) LeaveCriticalSection(m)
+#define MOE__WAIT(c, m) SleepConditionVariableCS(c, m, INFINITE)
+#define MOE__WAKE_ALL(c) WakeAllConditionVariable(c)
+#define MOE__YIELD() ((void)SwitchToThread())
+#else
+typedef pthread_mutex_t moe__mutex;
+typedef pthread_cond_t moe__cond;
+typedef pthread_t moe__thread;
+#define MOE__LOCK(m) pthread_mutex_lock(m)
+#define MOE__UNLOCK(m) pthread_mutex_unlock(m)
+#define MOE__WAIT(c, m) pthread_cond_wait(c, m)
+#define MOE__WAKE_ALL(c) pthread_cond_broadcast(c)
+#define MOE__YIELD() ((void)sched_yield())
+#endif
+#if defined(MOE__X86)
+#define MOE__PAUSE() _mm_pause()
+#else
+#define MOE__PAUSE() ((void)0)
+#endif
+
+/* A job is announced by a new ticket. Helpers spin for a while (a layer asks for many short jobs), then sleep. The caller works too. */
+struct moe_pool {
+  moe__mutex mutex;
+  moe__cond wake;
+  int32_t helpers, sleeping, spin;
+  int32_t ticket;  /* number of the present job; atomic */
+  int32_t running; /* helpers that have not finished it; atomic */
+  int32_t next, count;
+  int32_t quit;
+  void (*body)(void *arg, int32_t index);
+  void *arg;
+  moe__thread thread[256];
+};
+
+static void moe__pool_work(moe_pool *pool) {
+  for (;;) {
+    int32_t i = (int32_t)MOE__FETCH_ADD(&pool->next, 1);
+    if (i >= pool->count) return;
+    pool->body(pool->arg, i);
+  }
+}
+
+static void moe__pool_loop(moe_pool *pool) {
+  int32_t seen = 0;
+  for (;;) {
+    int32_t i;
+    for (i = 0; i < pool->spin && (int32_t)MOE__LOAD(&pool->ticket) == seen; ++i) MOE__PAUSE();
+    if ((int32_t)MOE__LOAD(&pool->ticket) == seen) {
+      MOE__LOCK(&pool->mutex);
+      ++pool->sleeping;
+      while ((int32_t)MOE__LOAD(&pool->ticket) == seen) MOE__WAIT(&pool->wake, &pool->mutex);
+      --pool->sleeping;
+      MOE__UNLOCK(&pool->mutex);
+    }
+    seen = (int32_t)MOE__LOAD(&pool->ticket);
+    if (pool->quit) return;
+    moe__pool_work(pool);
+    MOE__SUB_FETCH(&pool->running, 1);
+  }
+}
+
+#ifdef _WIN32
+static DWORD WINAPI moe__pool_main(LPVOID arg) {
+  moe__pool_loop((moe_pool *)arg);
+  return 0;
+}
+#else
+static void *moe__pool_main(void *arg) {
+  moe__pool_loop((moe_pool *)arg);
+  return NULL;
+}
+#endif
+
+static void moe__pool_announce(moe_pool *pool) {
+  MOE__LOCK(&pool->mutex); /* a helper that is about to sleep must not miss the ticket */
+  MOE__STORE(&pool->ticket, pool->ticket + 1);
+  if (pool->sleeping) MOE__WAKE_ALL(&pool->wake);
+  MOE__UNLOCK(&pool->mutex);
+}
+
+static void moe__pool_run(void *user, int32_t count, void (*body)(void *arg, int32_t index), void *arg) {
+  moe_pool *pool = (moe_pool *)user;
+  int32_t spins = 0;
+  pool->body = body;
+  pool->arg = arg;
+  pool->count = count;
+  pool->next = 0;
+  MOE__STORE(&pool->running, pool->helpers);
+  moe__pool_announce(pool);
+  moe__pool_work(pool);
+  while (MOE__LOAD(&pool->running) > 0) {
+    if (++spins < pool->spin) MOE__PAUSE();
+    else MOE__YIELD();
+  }
+}
+
+MOE_API int32_t moe_processors(void) {
+#ifdef _WIN32
+  SYSTEM_INFO info;
+  GetSystemInfo(&info);
+  return info.dwNumberOfProcessors < 1 ? 1 : (int32_t)info.dwNumberOfProcessors;
+#elif defined(_SC_NPROCESSORS_ONLN)
+  long n = sysconf(_SC_NPROCESSORS_ONLN);
+  return n < 1 ? 1 : n > 256 ? 256 : (int32_t)n;
+#else
+  return 1;
+#endif
+}
+
+MOE_API void moe_pool_free(moe_pool *pool) {
+  int32_t i;
+  if (!pool) return;
+  pool->quit = 1;
+  moe__pool_announce(pool);
+  for (i = 0; i < pool->helpers; ++i) {
+#ifdef _WIN32
+    WaitForSingleObject(pool->thread[i], INFINITE);
+    CloseHandle(pool->thread[i]);
+#else
+    pthread_join(pool->thread[i], NULL);
+#endif
+  }
+#ifdef _WIN32
+  DeleteCriticalSection(&pool->mutex);
+#else
+  pthread_mutex_destroy(&pool->mutex);
+  pthread_cond_destroy(&pool->wake);
+#endif
+  moe__release(pool);
+}
+
+MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env) {
+  moe_pool *pool;
+  if (threads < 1 || threads > 256) return moe__fail(env, MOE_E_ARGUMENT, "a pool has 1 to 256 threads, not %d", (int)threads);
+  pool = (moe_pool *)moe__alloc(sizeof *pool);
+  if (!pool) return moe__fail(env, MOE_E_MEMORY, "no memory for a pool of threads");
+  memset(pool, 0, sizeof *pool);
+  pool->spin = threads > moe_processors() ? 1 : 20000; /* more threads than processors: spinning would steal from the one that works */
+#ifdef _WIN32
+  InitializeCriticalSection(&pool->mutex);
+  InitializeConditionVariable(&pool->wake);
+#else
+  pthread_mutex_init(&pool->mutex, NULL);
+  pthread_cond_init(&pool->wake, NULL);
+#endif
+  for (; pool->helpers < threads - 1; ++pool->helpers) {
+    moe__thread *thread = &pool->thread[pool->helpers];
+#ifdef _WIN32
+    *thread = CreateThread(NULL, 0, moe__pool_main, pool, 0, NULL);
+    if (*thread) continue;
+#else
+    if (!pthread_create(thread, NULL, moe__pool_main, pool)) continue;
+#endif
+    moe_pool_free(pool);
+    return moe__fail(env, MOE_E_UNSUPPORTED, "the system refused to start thread %d of %d", (int)pool->helpers + 2, (int)threads);
+  }
+  env->threads = threads;
+  env->parallel_for = moe__pool_run;
+  env->parallel_user = pool;
+  *out = pool;
+  return MOE_OK;
+}
+#endif /* MOE_NO_THREADS */
+
+/* ---- vector kernels and elementary functions ---- >>simd */
+
+
+/* ---- packing and matrix products ---- >>gemm */
+
+
+/* ---- linear layers and GELU ---- >>linear */
+
+
+/* ---- LayerNorm, dropout, embeddings, losses ---- >>ops */
+
+
+/* ---- self-attention over packed sequences ---- >>attention */
+
+
+/* ---- gates, top-k, dispatch ---- >>route */
+
+
+/* ---- expert feed-forward networks ---- >>experts */
+
+
+/* ---- configuration, tasks, table of tensors ---- >>config */
+
+
+/* ---- weights: sizes, initial values, packing, access ---- >>model */
+
+
+/* ---- checks of what comes in ---- >>batch */
+
+
+/* ---- activations and the forward pass ---- >>context */
+
+
+#ifndef MOE_NO_TRAIN
+/* ---- the backward pass ---- >>backward */
+
+
+/* ---- Adam, schedule, clipping ---- >>optimizer */
+
+
+/* ---- which row of which task comes next ---- >>sampler */
+
+
+/* ---- accumulate, update, gradient check ---- >>trainer */
+
+
+#endif /* MOE_NO_TRAIN */
+/* ---- the little JSON that the files need ---- >>json */
+
+
+/* ---- reading and writing the container ---- >>safetensors */
+
+
+/* ---- models and checkpoints, import of published encoders ---- >>files */
+
+
+/* ---- WordPiece ---- >>text */
+
+
+/* ---- accuracy, F1, Matthews, Pearson, Spearman ---- >>metrics */
+
+
+/* ---- text in, label out ---- >>predict */
+
+
+#if !defined(__clang__) && defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+#endif /* MOE_IMPLEMENTATION_DONE */
+#endif /* MOE_IMPLEMENTATION */
+
+/* This file is public domain (Unlicense) or, at your choice, under MIT No Attribution (MIT-0); the full texts are in the LICENSE file of
+   the project. It comes without any warranty. */

@@ -1,0 +1,69 @@
+/* Statuses, sentences, random numbers, the pool of threads. */
+#define MOE_IMPLEMENTATION
+#include "../moe.h"
+#include "test.h"
+
+static void test_base_formats_sentences(void) {
+  char text[128];
+  moe__format(text, sizeof text, "%s %d %u %lld %zu %g %g %g %g %%", "a", -7, 7u, -1234567890123LL, (size_t)9, 0.5, 1e-7, 123456789.0, 100.0);
+  CHECK(!strcmp(text, "a -7 7 -1234567890123 9 0.5 1e-7 1.23457e8 100 %"), "%s", text);
+  moe__format(text, 4, "%s", "abcdef");
+  CHECK(!strcmp(text, "abc"), "%s", text);
+}
+
+static void test_random_permutation_hits_every_row_once(void) {
+  static unsigned char seen[1000];
+  uint64_t n, i;
+  for (n = 1; n <= 1000; n = n * 3 + 1) {
+    memset(seen, 0, sizeof seen);
+    for (i = 0; i < n; ++i) {
+      uint64_t j = moe__permute(42, i, n);
+      CHECK(j < n && !seen[j], "n %d: row %d twice or outside", (int)n, (int)j);
+      seen[j] = 1;
+    }
+  }
+}
+
+static void test_random_normal_has_mean_0_and_deviation_1(void) {
+  double sum = 0, square = 0;
+  int i, n = 200000;
+  for (i = 0; i < n; ++i) {
+    double v = (double)moe__normal(7, (uint64_t)i);
+    sum += v;
+    square += v * v;
+  }
+  CHECK_NEAR(sum / n, 0, 0.01);
+  CHECK_NEAR(square / n, 1, 0.02);
+  for (i = 1; i < 1000; ++i) CHECK_NEAR(moe__log_double(i / 1000.0), log(i / 1000.0), 2e-15 * (1 - log(i / 1000.0)));
+}
+
+static void add_tile(void *arg, int32_t tile, int32_t slot) {
+  int32_t *cells = (int32_t *)arg;
+  (void)slot;
+  cells[tile] += tile + 1;
+}
+
+static void test_parallel_runs_every_tile_once(void) {
+  static int32_t cells[5000];
+  int32_t threads, round, i;
+  for (threads = 1; threads <= 8; threads = threads < 3 ? threads + 1 : 8) {
+    moe_env env;
+    moe_pool *pool;
+    moe_env_init(&env, MOE_ISA_AUTO);
+    CHECK(moe_pool_create(&pool, threads, &env) == MOE_OK, "threads %d", (int)threads);
+    memset(cells, 0, sizeof cells);
+    for (round = 0; round < 50; ++round) moe__parallel(&env, 100 * (round % 50 + 1), add_tile, cells);
+    for (i = 0; i < 5000; ++i) CHECK(cells[i] == (i + 1) * (50 - i / 100), "cell %d is %d", (int)i, (int)cells[i]);
+    moe_pool_free(pool);
+    if (threads == 8) break;
+  }
+}
+
+int main(int argc, char **argv) {
+  test_begin(argc, argv);
+  RUN(test_base_formats_sentences);
+  RUN(test_random_permutation_hits_every_row_once);
+  RUN(test_random_normal_has_mean_0_and_deviation_1);
+  RUN(test_parallel_runs_every_tile_once);
+  return test_end();
+}
