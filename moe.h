@@ -1257,6 +1257,624 @@ MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env
 
 /* ---- vector kernels and elementary functions ---- >>simd */
 
+/* Whatever the width of the machine's registers, kernels are written for vectors of 16 floats: one register of
+   AVX-512, two of AVX2, four of NEON. A kernel is written once, as the body of a macro BODY(S, T): S is the prefix
+   of the instruction set (moe__avx512, moe__avx2) and T the attribute that lets the compiler use it in one function.
+
+     #define MOE__SCALE_KERNELS(S, T)                                                \
+     T static void S##_scale_row(float *y, const float *x, float a, size_t n) {      \
+       size_t i = 0;                                                                 \
+       for (; i + 16 <= n; i += 16)                                                  \
+         S##_store(y + i, S##_mul(S##_set(a), S##_load(x + i)));                     \
+       if (i < n)                                                                    \
+         S##_storen(y + i, S##_mul(S##_set(a), S##_loadn(x + i, n - i)), n - i);     \
+     }                                                                               \
+     static const moe__scale_kernels S##_scale = { S##_scale_row };
+     MOE__V_STAMP(MOE__SCALE_KERNELS)
+     static const moe__scale_kernels moe__scalar_scale = { moe__scalar_scale_row };
+
+   and MOE__V_PICK(isa, scale) is the address of the table for that instruction set. The scalar version, plain C,
+   is the definition: it gives the same bits, because every operation here rounds once, as IEEE 754 says, and the
+   order of sums is fixed: lane l takes the elements l, l + 16, l + 32, ... (a short last vector is filled up with
+   zeros), and the lanes are added as a tree: l and l + 8, then + 4, + 2, + 1.
+
+   Vectors S##_f (16 floats), S##_i (16 unsigned 32-bit integers), S##_m (16 flags):
+     load(p) store(p, v) loadn(p, n) storen(p, v, n)   0 <= n <= 16; loadn fills up with zeros
+     set(a) add sub mul div sqrt
+     fma(a, b, c) = a * b + c   fnma(a, b, c) = c - a * b   (rounded once)
+     max(a, b) = a > b ? a : b  min(a, b) = a < b ? a : b   (so b where one of them is not a number)
+     abs(a)  sign(a, s) = a (>= 0) with the sign of s
+     lt(a, b) le(a, b) eq(a, b) give flags; mand mor mnot combine them; sel(m, a, b) = m ? a : b
+     sum(v) max16(v) reduce to a float by the tree
+     exp exp_mid log erf tanh   same bits as moe__expf and so on
+     iset(u) iiota(u) = u, u + 1, ...  iload(p) istore(p, v)  iadd isub imul iand ior ixor
+     ishl(a, bits) ishr(a, bits) isar(a, bits) (arithmetic)  ult(a, b) unsigned comparison
+     bits(f) floats(i) reinterpret; cvt(i) signed integer to float */
+
+MOE__INLINE uint32_t moe__bits(float a) {
+  uint32_t u;
+  memcpy(&u, &a, sizeof u);
+  return u;
+}
+
+MOE__INLINE float moe__floats(uint32_t u) {
+  float a;
+  memcpy(&a, &u, sizeof a);
+  return a;
+}
+
+MOE__INLINE float moe__maxf(float a, float b) { return a > b ? a : b; }
+MOE__INLINE float moe__minf(float a, float b) { return a < b ? a : b; }
+
+/* a * b + c, rounded once. fmaf of the C library only where it is one instruction: some libraries have a wrong one.
+   Otherwise in double: the product is exact, the sum is rounded to odd (a sum that is not exact gets an odd last
+   bit, which keeps it off every midpoint of floats), and the conversion rounds for good. */
+MOE__INLINE float moe__fmaf(float a, float b, float c) {
+#if defined(FP_FAST_FMAF) || defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__aarch64__) || \
+    defined(__ARM_FEATURE_FMA)
+  return fmaf(a, b, c);
+#else
+  double p = (double)a * (double)b, d = (double)c;
+  double s = p + d;
+  double t = s - p;
+  double err = (p - (s - t)) + (d - t); /* s + err is exact; not a number where s is not finite */
+  if (err < 0.0 || err > 0.0) {
+    uint64_t u;
+    memcpy(&u, &s, sizeof u);
+    if ((u & 1) == 0) {
+      u = (err > 0.0) == (s > 0.0) ? u + 1 : u - 1;
+      memcpy(&s, &u, sizeof s);
+    }
+  }
+  return (float)s;
+#endif
+}
+
+/* Adds 16 lanes as the vector kernels do; clobbers them. */
+MOE__INLINE float moe__tree16(float *lane) {
+  int width, l;
+  for (width = 8; width > 0; width /= 2)
+    for (l = 0; l < width; ++l)
+      lane[l] = lane[l] + lane[l + width];
+  return lane[0];
+}
+
+/* The polynomials below are minimax fits made for this file, their coefficients rounded one after the other. The
+   names are used by the scalar and by the vector functions, which do the same operations in the same order. */
+#define MOE__LOG2E 1.44269502f
+#define MOE__LN2_HI 0.693145752f      /* its 9 low bits are 0: an exact product with any exponent */
+#define MOE__LN2_LO 1.42860677e-6f
+#define MOE__ROUND 12582912.0f        /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
+#define MOE__ROUND_BITS 0x4b400000u
+#define MOE__EXP6 1.393953804e-03f
+#define MOE__EXP5 8.368821815e-03f
+#define MOE__EXP4 4.166641459e-02f
+#define MOE__EXP3 1.666651964e-01f
+#define MOE__LOG8 6.749556214e-02f
+#define MOE__LOG7 -1.167019233e-01f
+#define MOE__LOG6 1.188347042e-01f
+#define MOE__LOG5 -1.240620762e-01f
+#define MOE__LOG4 1.422036290e-01f
+#define MOE__LOG3 -1.666799039e-01f
+#define MOE__LOG2 2.000207156e-01f
+#define MOE__LOG1 -2.500000894e-01f
+#define MOE__LOG0 3.333331347e-01f
+#define MOE__ERF_S6 7.806903159e-05f  /* erf(x) / x - 1 in x^2, for |x| < 1 */
+#define MOE__ERF_S5 -7.997853099e-04f
+#define MOE__ERF_S4 5.187162198e-03f
+#define MOE__ERF_S3 -2.685334720e-02f
+#define MOE__ERF_S2 1.128357872e-01f
+#define MOE__ERF_S1 -3.761262596e-01f
+#define MOE__ERF_S0 1.283791661e-01f
+#define MOE__ERF_L6 1.863823709e-04f  /* log(1 - erf(x)), for 1 <= x <= 4 */
+#define MOE__ERF_L5 -2.947684610e-03f
+#define MOE__ERF_L4 2.183815651e-02f
+#define MOE__ERF_L3 -1.031069234e-01f
+#define MOE__ERF_L2 -6.381446719e-01f
+#define MOE__ERF_L1 -1.127089262e+00f
+#define MOE__ERF_L0 -3.415125830e-04f
+#define MOE__TANH4 -5.897966679e-03f  /* (tanh(x) / x - 1) / x^2 in x^2, for |x| < 0.6 */
+#define MOE__TANH3 2.079862542e-02f
+#define MOE__TANH2 -5.378471687e-02f
+#define MOE__TANH1 1.333193630e-01f
+#define MOE__TANH0 -3.333329856e-01f
+
+/* exp(x) = 2^k exp(r), k the nearest integer to x / log 2. Gives exp(r); *magic holds k in its low bits. */
+MOE__INLINE float moe__exp_split(float x, float *magic) {
+  float t = moe__fmaf(x, MOE__LOG2E, MOE__ROUND);
+  float k = t - MOE__ROUND;
+  float r = moe__fmaf(-k, MOE__LN2_HI, x);
+  float p;
+  r = moe__fmaf(-k, MOE__LN2_LO, r);
+  p = moe__fmaf(MOE__EXP6, r, MOE__EXP5);
+  p = moe__fmaf(p, r, MOE__EXP4);
+  p = moe__fmaf(p, r, MOE__EXP3);
+  p = moe__fmaf(p, r, 0.5f);
+  p = moe__fmaf(p, r, 1.0f);
+  *magic = t;
+  return moe__fmaf(p, r, 1.0f);
+}
+
+/* exp for -87 <= x <= 88, where neither the result nor the scale leaves the normal numbers; passes NaN on */
+static float moe__exp_midf(float x) {
+  float t, p = moe__exp_split(x, &t);
+  return p * moe__floats((moe__bits(t) << 23) + 0x3f800000u);
+}
+
+/* exp for every x: 0, denormals, infinity and NaN as they should be; error below 1 ulp */
+static float moe__expf(float x) {
+  float t, p;
+  uint32_t k, half;
+  x = moe__minf(89.0f, moe__maxf(-104.0f, x));
+  p = moe__exp_split(x, &t);
+  k = moe__bits(t) - MOE__ROUND_BITS;
+  half = (k >> 1) | (k & 0x80000000u); /* arithmetic shift */
+  p = p * moe__floats((half << 23) + 0x3f800000u); /* exact; the second factor rounds, once */
+  return p * moe__floats(((k - half) << 23) + 0x3f800000u);
+}
+
+/* Natural logarithm: -infinity at 0, NaN below; error below 1 ulp */
+static float moe__logf(float x) {
+  float scaled = x < 1.17549435e-38f ? x * 8388608.0f : x;
+  float e0 = x < 1.17549435e-38f ? -23.0f : 0.0f;
+  uint32_t u = moe__bits(scaled);
+  uint32_t above = u - 0x3f3504f3u; /* m = scaled / 2^k lies in [sqrt(1/2), sqrt(2)) */
+  uint32_t k = (above >> 23) | (above & 0x80000000u ? 0xfffffe00u : 0u);
+  float f = moe__floats(u - (k << 23)) - 1.0f;
+  float e = (float)(int32_t)k + e0;
+  float p, s = f * f;
+  p = moe__fmaf(MOE__LOG8, f, MOE__LOG7);
+  p = moe__fmaf(p, f, MOE__LOG6);
+  p = moe__fmaf(p, f, MOE__LOG5);
+  p = moe__fmaf(p, f, MOE__LOG4);
+  p = moe__fmaf(p, f, MOE__LOG3);
+  p = moe__fmaf(p, f, MOE__LOG2);
+  p = moe__fmaf(p, f, MOE__LOG1);
+  p = moe__fmaf(p, f, MOE__LOG0);
+  p = moe__fmaf(p, f, -0.5f);
+  p = moe__fmaf(p, s, e * MOE__LN2_LO) + f;
+  p = moe__fmaf(e, MOE__LN2_HI, p);
+  if (!(x < moe__floats(0x7f800000u))) p = x;
+  if (x <= 0.0f) p = moe__floats(x < 0.0f ? 0x7fc00000u : 0xff800000u);
+  return p;
+}
+
+/* Error function; error below 1 ulp. Beyond |x| = 1 as 1 - exp(polynomial). */
+static float moe__erff(float x) {
+  float t = moe__minf(4.0f, moe__floats(moe__bits(x) & 0x7fffffffu));
+  float s = x * x, p, q;
+  p = moe__fmaf(MOE__ERF_S6, s, MOE__ERF_S5);
+  p = moe__fmaf(p, s, MOE__ERF_S4);
+  p = moe__fmaf(p, s, MOE__ERF_S3);
+  p = moe__fmaf(p, s, MOE__ERF_S2);
+  p = moe__fmaf(p, s, MOE__ERF_S1);
+  p = moe__fmaf(p, s, MOE__ERF_S0);
+  p = moe__fmaf(p, x, x);
+  q = moe__fmaf(MOE__ERF_L6, t, MOE__ERF_L5);
+  q = moe__fmaf(q, t, MOE__ERF_L4);
+  q = moe__fmaf(q, t, MOE__ERF_L3);
+  q = moe__fmaf(q, t, MOE__ERF_L2);
+  q = moe__fmaf(q, t, MOE__ERF_L1);
+  q = moe__fmaf(q, t, MOE__ERF_L0);
+  q = 1.0f - moe__exp_midf(q);
+  q = moe__floats(moe__bits(q) | (moe__bits(x) & 0x80000000u));
+  return t < 1.0f ? p : q;
+}
+
+/* Hyperbolic tangent; error below 2 ulp. Beyond |x| = 0.6 as 1 - 2 / (exp(2 |x|) + 1). */
+static float moe__tanhf(float x) {
+  float t = moe__minf(10.0f, moe__floats(moe__bits(x) & 0x7fffffffu));
+  float s = t * t, p, q;
+  p = moe__fmaf(MOE__TANH4, s, MOE__TANH3);
+  p = moe__fmaf(p, s, MOE__TANH2);
+  p = moe__fmaf(p, s, MOE__TANH1);
+  p = moe__fmaf(p, s, MOE__TANH0);
+  p = moe__fmaf(p * s, t, t);
+  q = 1.0f - 2.0f / (moe__exp_midf(t + t) + 1.0f);
+  return moe__floats(moe__bits(t < 0.6f ? p : q) | (moe__bits(x) & 0x80000000u));
+}
+
+#ifdef MOE__X86
+#define MOE__T_AVX2 MOE__TARGET("avx2,fma")
+#define MOE__T_AVX512 MOE__TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+
+/* AVX-512: one register */
+typedef __m512 moe__avx512_f;
+typedef __m512i moe__avx512_i;
+typedef __mmask16 moe__avx512_m;
+#define MOE__V(ret, name) MOE__T_AVX512 MOE__INLINE ret moe__avx512_##name
+#define MOE__F moe__avx512_f
+#define MOE__I moe__avx512_i
+#define MOE__M moe__avx512_m
+MOE__INLINE moe__avx512_m moe__avx512_first(size_t n) { return (moe__avx512_m)((1u << n) - 1u); }
+MOE__V(MOE__F, load)(const float *p) { return _mm512_loadu_ps(p); }
+MOE__V(void, store)(float *p, MOE__F v) { _mm512_storeu_ps(p, v); }
+MOE__V(MOE__F, loadn)(const float *p, size_t n) { return _mm512_maskz_loadu_ps(moe__avx512_first(n), p); }
+MOE__V(void, storen)(float *p, MOE__F v, size_t n) { _mm512_mask_storeu_ps(p, moe__avx512_first(n), v); }
+MOE__V(MOE__F, set)(float a) { return _mm512_set1_ps(a); }
+MOE__V(MOE__F, add)(MOE__F a, MOE__F b) { return _mm512_add_ps(a, b); }
+MOE__V(MOE__F, sub)(MOE__F a, MOE__F b) { return _mm512_sub_ps(a, b); }
+MOE__V(MOE__F, mul)(MOE__F a, MOE__F b) { return _mm512_mul_ps(a, b); }
+MOE__V(MOE__F, div)(MOE__F a, MOE__F b) { return _mm512_div_ps(a, b); }
+MOE__V(MOE__F, sqrt)(MOE__F a) { return _mm512_sqrt_ps(a); }
+MOE__V(MOE__F, fma)(MOE__F a, MOE__F b, MOE__F c) { return _mm512_fmadd_ps(a, b, c); }
+MOE__V(MOE__F, fnma)(MOE__F a, MOE__F b, MOE__F c) { return _mm512_fnmadd_ps(a, b, c); }
+MOE__V(MOE__F, max)(MOE__F a, MOE__F b) { return _mm512_max_ps(a, b); }
+MOE__V(MOE__F, min)(MOE__F a, MOE__F b) { return _mm512_min_ps(a, b); }
+MOE__V(MOE__M, lt)(MOE__F a, MOE__F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+MOE__V(MOE__M, le)(MOE__F a, MOE__F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+MOE__V(MOE__M, eq)(MOE__F a, MOE__F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+MOE__V(MOE__M, mand)(MOE__M a, MOE__M b) { return (MOE__M)(a & b); }
+MOE__V(MOE__M, mor)(MOE__M a, MOE__M b) { return (MOE__M)(a | b); }
+MOE__V(MOE__M, mnot)(MOE__M a) { return (MOE__M)(a ^ 0xffffu); }
+MOE__V(MOE__F, sel)(MOE__M m, MOE__F a, MOE__F b) { return _mm512_mask_blend_ps(m, b, a); }
+MOE__V(MOE__I, iset)(uint32_t u) { return _mm512_set1_epi32((int)u); }
+MOE__V(MOE__I, iload)(const void *p) { return _mm512_loadu_si512(p); }
+MOE__V(void, istore)(void *p, MOE__I v) { _mm512_storeu_si512(p, v); }
+MOE__V(MOE__I, iadd)(MOE__I a, MOE__I b) { return _mm512_add_epi32(a, b); }
+MOE__V(MOE__I, isub)(MOE__I a, MOE__I b) { return _mm512_sub_epi32(a, b); }
+MOE__V(MOE__I, imul)(MOE__I a, MOE__I b) { return _mm512_mullo_epi32(a, b); }
+MOE__V(MOE__I, iand)(MOE__I a, MOE__I b) { return _mm512_and_si512(a, b); }
+MOE__V(MOE__I, ior)(MOE__I a, MOE__I b) { return _mm512_or_si512(a, b); }
+MOE__V(MOE__I, ixor)(MOE__I a, MOE__I b) { return _mm512_xor_si512(a, b); }
+MOE__V(MOE__I, ishl)(MOE__I a, int n) { return _mm512_sllv_epi32(a, _mm512_set1_epi32(n)); }
+MOE__V(MOE__I, ishr)(MOE__I a, int n) { return _mm512_srlv_epi32(a, _mm512_set1_epi32(n)); }
+MOE__V(MOE__I, isar)(MOE__I a, int n) { return _mm512_srav_epi32(a, _mm512_set1_epi32(n)); }
+MOE__V(MOE__M, ult)(MOE__I a, MOE__I b) { return _mm512_cmp_epu32_mask(a, b, _MM_CMPINT_LT); }
+MOE__V(MOE__I, bits)(MOE__F a) { return _mm512_castps_si512(a); }
+MOE__V(MOE__F, floats)(MOE__I a) { return _mm512_castsi512_ps(a); }
+MOE__V(MOE__F, cvt)(MOE__I a) { return _mm512_cvtepi32_ps(a); }
+
+MOE__V(MOE__I, iiota)(uint32_t u) {
+  return _mm512_add_epi32(_mm512_set1_epi32((int)u),
+                          _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+}
+
+MOE__V(float, sum)(MOE__F v) {
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+
+MOE__V(float, max16)(MOE__F v) {
+  __m256 h = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+
+/* p * 2^k, rounded once, for magic = MOE__ROUND + k */
+MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
+  return _mm512_scalef_ps(p, _mm512_sub_ps(magic, _mm512_set1_ps(MOE__ROUND)));
+}
+#undef MOE__V
+#undef MOE__F
+#undef MOE__I
+#undef MOE__M
+
+/* AVX2 with FMA: two registers */
+typedef struct moe__avx2_f { __m256 a, b; } moe__avx2_f;
+typedef struct moe__avx2_i { __m256i a, b; } moe__avx2_i;
+typedef moe__avx2_f moe__avx2_m;
+#define MOE__V(ret, name) MOE__T_AVX2 MOE__INLINE ret moe__avx2_##name
+#define MOE__F moe__avx2_f
+#define MOE__I moe__avx2_i
+#define MOE__M moe__avx2_m
+
+MOE__V(MOE__F, two)(__m256 a, __m256 b) {
+  moe__avx2_f v;
+  v.a = a;
+  v.b = b;
+  return v;
+}
+
+MOE__V(MOE__I, itwo)(__m256i a, __m256i b) {
+  moe__avx2_i v;
+  v.a = a;
+  v.b = b;
+  return v;
+}
+#define MOE__TWO1(op) moe__avx2_two(op(x.a), op(x.b))
+#define MOE__TWO2(op) moe__avx2_two(op(x.a, y.a), op(x.b, y.b))
+#define MOE__TWO3(op) moe__avx2_two(op(x.a, y.a, z.a), op(x.b, y.b, z.b))
+#define MOE__CMP2(c) moe__avx2_two(_mm256_cmp_ps(x.a, y.a, c), _mm256_cmp_ps(x.b, y.b, c))
+#define MOE__ITWO2(op) moe__avx2_itwo(op(x.a, y.a), op(x.b, y.b))
+
+/* flags of the first n lanes */
+MOE__V(MOE__I, first)(size_t n) {
+  __m256i count = _mm256_set1_epi32((int)n);
+  return moe__avx2_itwo(_mm256_cmpgt_epi32(count, _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0)),
+                        _mm256_cmpgt_epi32(count, _mm256_set_epi32(15, 14, 13, 12, 11, 10, 9, 8)));
+}
+
+MOE__V(MOE__F, loadn)(const float *p, size_t n) {
+  MOE__I m = moe__avx2_first(n);
+  return moe__avx2_two(_mm256_maskload_ps(p, m.a), _mm256_maskload_ps(p + 8, m.b));
+}
+
+MOE__V(void, storen)(float *p, MOE__F v, size_t n) {
+  MOE__I m = moe__avx2_first(n);
+  _mm256_maskstore_ps(p, m.a, v.a);
+  _mm256_maskstore_ps(p + 8, m.b, v.b);
+}
+
+MOE__V(void, store)(float *p, MOE__F v) {
+  _mm256_storeu_ps(p, v.a);
+  _mm256_storeu_ps(p + 8, v.b);
+}
+
+MOE__V(void, istore)(void *p, MOE__I v) {
+  _mm256_storeu_si256((__m256i *)p, v.a);
+  _mm256_storeu_si256((__m256i *)p + 1, v.b);
+}
+
+MOE__V(MOE__I, iload)(const void *p) {
+  return moe__avx2_itwo(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1));
+}
+MOE__V(MOE__F, load)(const float *p) { return moe__avx2_two(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+MOE__V(MOE__F, set)(float a) { return moe__avx2_two(_mm256_set1_ps(a), _mm256_set1_ps(a)); }
+MOE__V(MOE__F, add)(MOE__F x, MOE__F y) { return MOE__TWO2(_mm256_add_ps); }
+MOE__V(MOE__F, sub)(MOE__F x, MOE__F y) { return MOE__TWO2(_mm256_sub_ps); }
+MOE__V(MOE__F, mul)(MOE__F x, MOE__F y) { return MOE__TWO2(_mm256_mul_ps); }
+MOE__V(MOE__F, div)(MOE__F x, MOE__F y) { return MOE__TWO2(_mm256_div_ps); }
+MOE__V(MOE__F, sqrt)(MOE__F x) { return MOE__TWO1(_mm256_sqrt_ps); }
+MOE__V(MOE__F, fma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__TWO3(_mm256_fmadd_ps); }
+MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__TWO3(_mm256_fnmadd_ps); }
+MOE__V(MOE__F, max)(MOE__F x, MOE__F y) { return MOE__TWO2(_mm256_max_ps); }
+MOE__V(MOE__F, min)(MOE__F x, MOE__F y) { return MOE__TWO2(_mm256_min_ps); }
+MOE__V(MOE__M, lt)(MOE__F x, MOE__F y) { return MOE__CMP2(_CMP_LT_OQ); }
+MOE__V(MOE__M, le)(MOE__F x, MOE__F y) { return MOE__CMP2(_CMP_LE_OQ); }
+MOE__V(MOE__M, eq)(MOE__F x, MOE__F y) { return MOE__CMP2(_CMP_EQ_OQ); }
+MOE__V(MOE__M, mand)(MOE__M x, MOE__M y) { return MOE__TWO2(_mm256_and_ps); }
+MOE__V(MOE__M, mor)(MOE__M x, MOE__M y) { return MOE__TWO2(_mm256_or_ps); }
+MOE__V(MOE__F, sel)(MOE__M z, MOE__F y, MOE__F x) { return MOE__TWO3(_mm256_blendv_ps); }
+MOE__V(MOE__I, iset)(uint32_t u) { return moe__avx2_itwo(_mm256_set1_epi32((int)u), _mm256_set1_epi32((int)u)); }
+MOE__V(MOE__I, iadd)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_add_epi32); }
+MOE__V(MOE__I, isub)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_sub_epi32); }
+MOE__V(MOE__I, imul)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_mullo_epi32); }
+MOE__V(MOE__I, iand)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_and_si256); }
+MOE__V(MOE__I, ior)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_or_si256); }
+MOE__V(MOE__I, ixor)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_xor_si256); }
+MOE__V(MOE__I, ishl)(MOE__I x, int n) { return moe__avx2_itwo(_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)); }
+MOE__V(MOE__I, ishr)(MOE__I x, int n) { return moe__avx2_itwo(_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)); }
+MOE__V(MOE__I, isar)(MOE__I x, int n) { return moe__avx2_itwo(_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)); }
+MOE__V(MOE__I, bits)(MOE__F x) { return moe__avx2_itwo(_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)); }
+MOE__V(MOE__F, floats)(MOE__I x) { return MOE__TWO1(_mm256_castsi256_ps); }
+MOE__V(MOE__F, cvt)(MOE__I x) { return MOE__TWO1(_mm256_cvtepi32_ps); }
+
+MOE__V(MOE__M, mnot)(MOE__M x) {
+  MOE__M y = moe__avx2_floats(moe__avx2_iset(0xffffffffu));
+  return MOE__TWO2(_mm256_xor_ps);
+}
+
+MOE__V(MOE__M, ult)(MOE__I x, MOE__I y) { /* there is a signed comparison only: shift the range */
+  MOE__I top = moe__avx2_iset(0x80000000u);
+  x = moe__avx2_ixor(x, top);
+  y = moe__avx2_ixor(y, top);
+  return moe__avx2_floats(moe__avx2_itwo(_mm256_cmpgt_epi32(y.a, x.a), _mm256_cmpgt_epi32(y.b, x.b)));
+}
+
+MOE__V(MOE__I, iiota)(uint32_t u) {
+  return moe__avx2_iadd(moe__avx2_iset(u), moe__avx2_itwo(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0),
+                                                          _mm256_set_epi32(15, 14, 13, 12, 11, 10, 9, 8)));
+}
+
+MOE__V(float, sum)(MOE__F v) {
+  __m256 h = _mm256_add_ps(v.a, v.b);
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+
+MOE__V(float, max16)(MOE__F v) {
+  __m256 h = _mm256_max_ps(v.a, v.b);
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+
+MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
+  MOE__I one = moe__avx2_iset(0x3f800000u);
+  MOE__I k = moe__avx2_isub(moe__avx2_bits(magic), moe__avx2_iset(MOE__ROUND_BITS));
+  MOE__I half = moe__avx2_isar(k, 1);
+  MOE__I rest = moe__avx2_isub(k, half);
+  p = moe__avx2_mul(p, moe__avx2_floats(moe__avx2_iadd(moe__avx2_ishl(half, 23), one)));
+  return moe__avx2_mul(p, moe__avx2_floats(moe__avx2_iadd(moe__avx2_ishl(rest, 23), one)));
+}
+#undef MOE__TWO1
+#undef MOE__TWO2
+#undef MOE__TWO3
+#undef MOE__CMP2
+#undef MOE__ITWO2
+#undef MOE__V
+#undef MOE__F
+#undef MOE__I
+#undef MOE__M
+
+#define MOE__V_STAMP(body) body(moe__avx2, MOE__T_AVX2) body(moe__avx512, MOE__T_AVX512)
+#define MOE__V_PICK(isa, table) ((isa) == MOE_ISA_AVX512 ? &moe__avx512_##table : \
+                                 (isa) == MOE_ISA_AVX2 ? &moe__avx2_##table : &moe__scalar_##table)
+#else
+#define MOE__V_STAMP(body) /* NEON: 64-bit ARM goes here, with four registers to a vector */
+#define MOE__V_PICK(isa, table) ((void)(isa), &moe__scalar_##table)
+#endif
+
+/* The functions of above for vectors; see there. */
+#define MOE__V_EXP(S, T) \
+T MOE__INLINE S##_f S##_abs(S##_f x) { return S##_floats(S##_iand(S##_bits(x), S##_iset(0x7fffffffu))); } \
+T MOE__INLINE S##_f S##_sign(S##_f a, S##_f s) { \
+  return S##_floats(S##_ior(S##_bits(a), S##_iand(S##_bits(s), S##_iset(0x80000000u)))); \
+} \
+T MOE__INLINE S##_f S##_exp_split(S##_f x, S##_f *magic) { \
+  S##_f t = S##_fma(x, S##_set(MOE__LOG2E), S##_set(MOE__ROUND)); \
+  S##_f k = S##_sub(t, S##_set(MOE__ROUND)); \
+  S##_f r = S##_fnma(k, S##_set(MOE__LN2_HI), x); \
+  S##_f p; \
+  r = S##_fnma(k, S##_set(MOE__LN2_LO), r); \
+  p = S##_fma(S##_set(MOE__EXP6), r, S##_set(MOE__EXP5)); \
+  p = S##_fma(p, r, S##_set(MOE__EXP4)); \
+  p = S##_fma(p, r, S##_set(MOE__EXP3)); \
+  p = S##_fma(p, r, S##_set(0.5f)); \
+  p = S##_fma(p, r, S##_set(1.0f)); \
+  *magic = t; \
+  return S##_fma(p, r, S##_set(1.0f)); \
+} \
+T MOE__INLINE S##_f S##_exp_mid(S##_f x) { \
+  S##_f t, p = S##_exp_split(x, &t); \
+  return S##_mul(p, S##_floats(S##_iadd(S##_ishl(S##_bits(t), 23), S##_iset(0x3f800000u)))); \
+} \
+T MOE__INLINE S##_f S##_exp(S##_f x) { \
+  S##_f t, p; \
+  x = S##_min(S##_set(89.0f), S##_max(S##_set(-104.0f), x)); \
+  p = S##_exp_split(x, &t); \
+  return S##_scale2(p, t); \
+}
+
+#define MOE__V_LOG(S, T) \
+T MOE__INLINE S##_f S##_log(S##_f x) { \
+  S##_f zero = S##_set(0.0f); \
+  S##_m tiny = S##_lt(x, S##_set(1.17549435e-38f)); \
+  S##_i u = S##_bits(S##_sel(tiny, S##_mul(x, S##_set(8388608.0f)), x)); \
+  S##_i k = S##_isar(S##_isub(u, S##_iset(0x3f3504f3u)), 23); \
+  S##_f f = S##_sub(S##_floats(S##_isub(u, S##_ishl(k, 23))), S##_set(1.0f)); \
+  S##_f e = S##_add(S##_cvt(k), S##_sel(tiny, S##_set(-23.0f), zero)); \
+  S##_f s = S##_mul(f, f); \
+  S##_f p = S##_fma(S##_set(MOE__LOG8), f, S##_set(MOE__LOG7)); \
+  p = S##_fma(p, f, S##_set(MOE__LOG6)); \
+  p = S##_fma(p, f, S##_set(MOE__LOG5)); \
+  p = S##_fma(p, f, S##_set(MOE__LOG4)); \
+  p = S##_fma(p, f, S##_set(MOE__LOG3)); \
+  p = S##_fma(p, f, S##_set(MOE__LOG2)); \
+  p = S##_fma(p, f, S##_set(MOE__LOG1)); \
+  p = S##_fma(p, f, S##_set(MOE__LOG0)); \
+  p = S##_fma(p, f, S##_set(-0.5f)); \
+  p = S##_add(S##_fma(p, s, S##_mul(e, S##_set(MOE__LN2_LO))), f); \
+  p = S##_fma(e, S##_set(MOE__LN2_HI), p); \
+  p = S##_sel(S##_lt(x, S##_floats(S##_iset(0x7f800000u))), p, x); \
+  p = S##_sel(S##_eq(x, zero), S##_floats(S##_iset(0xff800000u)), p); \
+  return S##_sel(S##_lt(x, zero), S##_floats(S##_iset(0x7fc00000u)), p); \
+}
+
+#define MOE__V_ERF(S, T) \
+T MOE__INLINE S##_f S##_erf(S##_f x) { \
+  S##_f t = S##_min(S##_set(4.0f), S##_abs(x)); \
+  S##_f s = S##_mul(x, x), p, q; \
+  p = S##_fma(S##_set(MOE__ERF_S6), s, S##_set(MOE__ERF_S5)); \
+  p = S##_fma(p, s, S##_set(MOE__ERF_S4)); \
+  p = S##_fma(p, s, S##_set(MOE__ERF_S3)); \
+  p = S##_fma(p, s, S##_set(MOE__ERF_S2)); \
+  p = S##_fma(p, s, S##_set(MOE__ERF_S1)); \
+  p = S##_fma(p, s, S##_set(MOE__ERF_S0)); \
+  p = S##_fma(p, x, x); \
+  q = S##_fma(S##_set(MOE__ERF_L6), t, S##_set(MOE__ERF_L5)); \
+  q = S##_fma(q, t, S##_set(MOE__ERF_L4)); \
+  q = S##_fma(q, t, S##_set(MOE__ERF_L3)); \
+  q = S##_fma(q, t, S##_set(MOE__ERF_L2)); \
+  q = S##_fma(q, t, S##_set(MOE__ERF_L1)); \
+  q = S##_fma(q, t, S##_set(MOE__ERF_L0)); \
+  q = S##_sub(S##_set(1.0f), S##_exp_mid(q)); \
+  return S##_sel(S##_lt(t, S##_set(1.0f)), p, S##_sign(q, x)); \
+} \
+T MOE__INLINE S##_f S##_tanh(S##_f x) { \
+  S##_f t = S##_min(S##_set(10.0f), S##_abs(x)); \
+  S##_f s = S##_mul(t, t), one = S##_set(1.0f), p, q; \
+  p = S##_fma(S##_set(MOE__TANH4), s, S##_set(MOE__TANH3)); \
+  p = S##_fma(p, s, S##_set(MOE__TANH2)); \
+  p = S##_fma(p, s, S##_set(MOE__TANH1)); \
+  p = S##_fma(p, s, S##_set(MOE__TANH0)); \
+  p = S##_fma(S##_mul(p, s), t, t); \
+  q = S##_add(S##_exp_mid(S##_add(t, t)), one); \
+  q = S##_sub(one, S##_div(S##_set(2.0f), q)); \
+  return S##_sign(S##_sel(S##_lt(t, S##_set(0.6f)), p, q), x); \
+}
+MOE__V_STAMP(MOE__V_EXP)
+MOE__V_STAMP(MOE__V_LOG)
+MOE__V_STAMP(MOE__V_ERF)
+#undef MOE__V_EXP
+#undef MOE__V_LOG
+#undef MOE__V_ERF
+
+/* Row reductions and maps. x, y: n floats; n = 0 gives 0. */
+typedef struct moe__row_kernels {
+  float (*sum)(const float *x, size_t n);
+  float (*dot)(const float *x, const float *y, size_t n);
+  void (*exp)(float *y, const float *x, size_t n); /* y may be x, here and below */
+  void (*log)(float *y, const float *x, size_t n);
+  void (*erf)(float *y, const float *x, size_t n);
+  void (*tanh)(float *y, const float *x, size_t n);
+} moe__row_kernels;
+
+static float moe__scalar_row_sum(const float *x, size_t n) {
+  float lane[16] = { 0 };
+  size_t i, padded = (n + 15) / 16 * 16;
+  for (i = 0; i < padded; ++i)
+    lane[i % 16] += i < n ? x[i] : 0.0f;
+  return moe__tree16(lane);
+}
+
+static float moe__scalar_row_dot(const float *x, const float *y, size_t n) {
+  float lane[16] = { 0 };
+  size_t i, padded = (n + 15) / 16 * 16;
+  for (i = 0; i < padded; ++i)
+    lane[i % 16] = moe__fmaf(i < n ? x[i] : 0.0f, i < n ? y[i] : 0.0f, lane[i % 16]);
+  return moe__tree16(lane);
+}
+
+#define MOE__SCALAR_MAP(name) \
+static void moe__scalar_row_##name(float *y, const float *x, size_t n) { \
+  size_t i; \
+  for (i = 0; i < n; ++i) \
+    y[i] = moe__##name##f(x[i]); \
+}
+MOE__SCALAR_MAP(exp)
+MOE__SCALAR_MAP(log)
+MOE__SCALAR_MAP(erf)
+MOE__SCALAR_MAP(tanh)
+#undef MOE__SCALAR_MAP
+
+static const moe__row_kernels moe__scalar_rows = {
+  moe__scalar_row_sum, moe__scalar_row_dot,
+  moe__scalar_row_exp, moe__scalar_row_log, moe__scalar_row_erf, moe__scalar_row_tanh
+};
+
+#define MOE__V_MAP(S, T, name) \
+T static void S##_row_##name(float *y, const float *x, size_t n) { \
+  size_t i = 0; \
+  for (; i + 16 <= n; i += 16) \
+    S##_store(y + i, S##_##name(S##_load(x + i))); \
+  if (i < n) \
+    S##_storen(y + i, S##_##name(S##_loadn(x + i, n - i)), n - i); \
+}
+#define MOE__V_ROWS(S, T) \
+T static float S##_row_sum(const float *x, size_t n) { \
+  S##_f s = S##_set(0.0f); \
+  size_t i = 0; \
+  for (; i + 16 <= n; i += 16) \
+    s = S##_add(s, S##_load(x + i)); \
+  if (i < n) \
+    s = S##_add(s, S##_loadn(x + i, n - i)); \
+  return S##_sum(s); \
+} \
+T static float S##_row_dot(const float *x, const float *y, size_t n) { \
+  S##_f s = S##_set(0.0f); \
+  size_t i = 0; \
+  for (; i + 16 <= n; i += 16) \
+    s = S##_fma(S##_load(x + i), S##_load(y + i), s); \
+  if (i < n) \
+    s = S##_fma(S##_loadn(x + i, n - i), S##_loadn(y + i, n - i), s); \
+  return S##_sum(s); \
+} \
+MOE__V_MAP(S, T, exp) \
+MOE__V_MAP(S, T, log) \
+MOE__V_MAP(S, T, erf) \
+MOE__V_MAP(S, T, tanh) \
+static const moe__row_kernels S##_rows = { \
+  S##_row_sum, S##_row_dot, S##_row_exp, S##_row_log, S##_row_erf, S##_row_tanh \
+};
+MOE__V_STAMP(MOE__V_ROWS)
+#undef MOE__V_MAP
+#undef MOE__V_ROWS
 
 /* ---- packing and matrix products ---- >>gemm */
 
