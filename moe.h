@@ -1913,7 +1913,112 @@ MOE__V_STAMP(MOE__V_ROWS)
 /* ---- Adam, schedule, clipping ---- >>optimizer */
 
 
-/* ---- which row of which task comes next ---- >>sampler */
+/* ---- which row of which task comes next ---- >>sampler
+   Nothing is remembered but how much was drawn: a draw is a function of (seed, drawn) and, where tasks are drawn apart from their rows, of
+   how often the task was drawn. A run that goes on from a copy of these numbers draws what it would have drawn. */
+
+enum { MOE__SAMPLER_ALL = 0, MOE__SAMPLER_TASK = 1, MOE__SAMPLER_ROW = 2 }; /* what a random number is for: the last part of its key */
+
+/* exp(x) of a double x <= 0: x = e log 2 + r, the series of exp(r), |r| <= log(2) / 2. Plain arithmetic only: the same bits everywhere. */
+static double moe__exp_double(double x) {
+  uint64_t bits;
+  double power, r, sum = 1;
+  int e, i;
+  if (!(x > -700)) return 0;
+  e = (int)(x * 1.4426950408889634 - 0.5);
+  r = x - e * 0.69314718055994530942;
+  for (i = 16; i >= 1; --i) sum = 1 + sum * r / i;
+  bits = (uint64_t)(e + 1023) << 52;
+  memcpy(&power, &bits, sizeof power);
+  return sum * power;
+}
+
+MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_config *config, const int64_t *rows, int64_t *used, int32_t T,
+                                    const moe_env *env) {
+  int64_t total = 0;
+  int32_t t;
+  if (T < 1 || T > MOE_MAX_TASKS) return moe__fail(env, MOE_E_ARGUMENT, "a sampler has 1 to %d tasks, not %d", MOE_MAX_TASKS, (int)T);
+  if ((int)config->sampling < 0 || config->sampling > MOE_SAMPLING_UNIFORM_NATURAL)
+    return moe__fail(env, MOE_E_ARGUMENT, "there is no sampling number %d", (int)config->sampling);
+  if (config->sampling == MOE_SAMPLING_TEMPERATURE && !(config->tau > 0 && config->tau < 1e9f))
+    return moe__fail(env, MOE_E_ARGUMENT, "the temperature of sampling must be above 0 and below 1e9, not %g", (double)config->tau);
+  if (config->sampling == MOE_SAMPLING_UNIFORM_NATURAL && config->draws < 1)
+    return moe__fail(env, MOE_E_ARGUMENT, "uniform, then natural sampling must know how many rows will be drawn: draws is %lld",
+                     (long long)config->draws);
+  if (config->in_order && config->sampling != MOE_SAMPLING_NATURAL)
+    return moe__fail(env, MOE_E_ARGUMENT, "rows in the order of the files go with natural sampling only");
+  for (t = 0; t < T; ++t) {
+    if (rows[t] < 0 || rows[t] > INT64_MAX - total)
+      return moe__fail(env, MOE_E_ARGUMENT, "task %d cannot have %lld rows", (int)t, (long long)rows[t]);
+    total += rows[t];
+  }
+  if (total == 0) return moe__fail(env, MOE_E_ARGUMENT, "none of the %d tasks has a row", (int)T);
+  sampler->config = *config;
+  sampler->T = T;
+  sampler->rows = rows;
+  sampler->total = total;
+  sampler->drawn = 0;
+  sampler->used = used;
+  memset(used, 0, (size_t)T * sizeof *used);
+  return MOE_OK;
+}
+
+/* Draw number i of natural sampling: epochs over all rows of all tasks, each in an order of its own. */
+static void moe__sample_natural(const moe_sampler *sampler, int64_t i, int32_t *task, int64_t *row) {
+  uint64_t total = (uint64_t)sampler->total, at = (uint64_t)i % total;
+  int32_t t = 0;
+  if (!sampler->config.in_order)
+    at = moe__permute(moe_key(sampler->config.seed, (uint64_t)i / total, 0, 0, MOE__SAMPLER_ALL), at, total);
+  for (; at >= (uint64_t)sampler->rows[t]; ++t) at -= (uint64_t)sampler->rows[t];
+  *task = t;
+  *row = (int64_t)at;
+}
+
+/* Share of a task before all shares are divided by their sum: 1, or rows^(1/tau) relative to the task with most rows; 0 without rows. */
+static double moe__sample_share(const moe_sampler *sampler, int32_t t, double log_most) {
+  if (sampler->rows[t] == 0) return 0;
+  if (sampler->config.sampling != MOE_SAMPLING_TEMPERATURE) return 1;
+  return moe__exp_double((moe__log_double((double)sampler->rows[t]) - log_most) / (double)sampler->config.tau);
+}
+
+/* A task by its share, from the random number of this draw. The last task with a share takes what rounding leaves over. */
+static int32_t moe__sample_task(const moe_sampler *sampler) {
+  uint64_t key = moe_key(sampler->config.seed, 0, 0, 0, MOE__SAMPLER_TASK);
+  double sum = 0, log_most, left;
+  int64_t most = 0;
+  int32_t t, last = 0;
+  for (t = 0; t < sampler->T; ++t)
+    if (sampler->rows[t] > most) most = sampler->rows[t];
+  log_most = moe__log_double((double)most);
+  for (t = 0; t < sampler->T; ++t) sum += moe__sample_share(sampler, t, log_most);
+  left = sum * moe__uniform(key, (uint64_t)sampler->drawn);
+  for (t = 0; t < sampler->T; ++t) {
+    double share = moe__sample_share(sampler, t, log_most);
+    if (share > 0) last = t;
+    if (left < share) return t;
+    left -= share;
+  }
+  return last;
+}
+
+MOE_API void moe_sample(moe_sampler *sampler, int32_t *task, int64_t *row) {
+  int64_t uniform = 0; /* draws before natural sampling begins */
+  int32_t t;
+  if (sampler->config.sampling == MOE_SAMPLING_UNIFORM_NATURAL) uniform = sampler->config.draws / 2;
+  else if (sampler->config.sampling != MOE_SAMPLING_NATURAL) uniform = INT64_MAX;
+  if (sampler->drawn >= uniform) {
+    moe__sample_natural(sampler, sampler->drawn - uniform, &t, row);
+  } else {
+    uint64_t n, i;
+    t = moe__sample_task(sampler);
+    n = (uint64_t)sampler->rows[t];
+    i = (uint64_t)sampler->used[t];
+    *row = (int64_t)moe__permute(moe_key(sampler->config.seed, i / n, (uint64_t)t, 0, MOE__SAMPLER_ROW), i % n, n);
+  }
+  ++sampler->used[t];
+  ++sampler->drawn;
+  *task = t;
+}
 
 
 /* ---- accumulate, update, gradient check ---- >>trainer */
