@@ -324,7 +324,7 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
 /* ---- configuration, tasks, batch, model ---- >>api_model */
 
 #define MOE_MAX_CLASSES 256
-#define MOE_MAX_TASKS 65536
+#define MOE_MAX_TASKS 4096
 #define MOE_NAME_BYTES 64 /* names of tasks and labels, with the ending zero */
 
 typedef enum moe_router {
@@ -420,7 +420,7 @@ typedef struct moe_tensor {
   size_t offset, count;  /* in floats */
 } moe_tensor;
 MOE_API size_t moe_model_parameters(const moe_model *model);
-MOE_API float *moe_model_weights(moe_model *model);
+MOE_API float *moe_model_weights(moe_model *model); /* NULL where they stay in a file's bytes: see moe_model_open */
 MOE_API int32_t moe_model_tensors(const moe_model *model);
 MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_tensor *out);
 /* Index of the tensor of that name, or -1. */
@@ -1896,8 +1896,684 @@ MOE__V_STAMP(MOE__V_ROWS)
 
 /* ---- configuration, tasks, table of tensors ---- >>config */
 
+/* What the table of tensors says, as offsets: the flat array has no gaps, layers follow each other at a constant distance, and so do the
+   experts of a layer. Query, key and value stand side by side, so that (3H, H) is one product; the gates of all tasks are one (T, N, H). */
+typedef struct moe__plan {
+  size_t word, feature_w, feature_b, position, segment, norm_w, norm_b;                                   /* embeddings */
+  size_t layers, layer_stride;                                                                            /* layer l: layers + l layer_stride */
+  size_t qkv_w, qkv_b, att_w, att_b, norm1_w, norm1_b, gates, experts, expert_stride, norm2_w, norm2_b;   /* within a layer */
+  size_t in_w, in_b, out_w, out_b;                                                                        /* within an expert */
+  size_t heads, total;
+  size_t panel_att, panel_experts, panel_out, panel_expert_stride, panel_stride, panel_total;             /* packed weights */
+} moe__plan;
+
+MOE_API void moe_config_init(moe_config *config) {
+  memset(config, 0, sizeof *config);
+  config->layers = 6;
+  config->hidden = 384;
+  config->ffn = 1536;
+  config->heads = 12;
+  config->vocab = 30522;
+  config->positions = 512;
+  config->segments = 2;
+  config->eps = 1e-12f;
+  config->router = MOE_ROUTER_TASK;
+  config->experts = 4;
+  config->top_k = 1;
+  config->max_len = 128;
+}
+
+/* The limits keep every size of a layer within int32_t, and far above any published encoder. */
+static moe_status moe__check_range(const char *what, int32_t value, int32_t low, int32_t high, const moe_env *env) {
+  if (value >= low && value <= high) return MOE_OK;
+  return moe__fail(env, MOE_E_ARGUMENT, "configuration: %s is %d, it must be from %d to %d", what, (int)value, (int)low, (int)high);
+}
+
+static moe_status moe__check_sizes(const moe_config *c, const moe_env *env) {
+  moe_status status = MOE_OK;
+  if (!status) status = moe__check_range("layers", c->layers, 1, 1024, env);
+  if (!status) status = moe__check_range("hidden", c->hidden, 1, 65536, env);
+  if (!status) status = moe__check_range("ffn", c->ffn, 1, 1 << 20, env);
+  if (!status) status = moe__check_range("heads", c->heads, 1, c->hidden, env);
+  if (!status) status = moe__check_range("features", c->features, 0, 1 << 20, env);
+  if (!status && c->features) status = moe__check_range("vocab of a model with feature inputs", c->vocab, 0, 0, env);
+  if (!status && !c->features) status = moe__check_range("vocab", c->vocab, 1, 1 << 24, env);
+  if (!status) status = moe__check_range("positions", c->positions, 1, 1 << 20, env);
+  if (!status) status = moe__check_range("segments", c->segments, 1, 256, env);
+  if (!status) status = moe__check_range("max_len", c->max_len, 1, c->positions, env);
+  if (!status && c->hidden % c->heads)
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: hidden is %d, which is no multiple of heads, %d", (int)c->hidden, (int)c->heads);
+  if (!status && !(c->eps > 0 && c->eps < 1))
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: eps is %g, it must be above 0 and below 1", (double)c->eps);
+  return status;
+}
+
+MOE_API moe_status moe_config_check(const moe_config *config, const moe_env *env) {
+  const moe_config *c = config;
+  moe_status status = moe__check_sizes(c, env);
+  if (!status) status = moe__check_range("router", (int32_t)c->router, MOE_ROUTER_DENSE, MOE_ROUTER_TASK, env);
+  if (!status) status = moe__check_range("experts", c->experts, 1, MOE_MAX_EXPERTS, env);
+  if (!status && c->router == MOE_ROUTER_DENSE) status = moe__check_range("experts of a dense model", c->experts, 1, 1, env);
+  if (!status) status = moe__check_range("top_k", c->top_k, 1, c->experts, env);
+  if (!status) status = moe__check_range("gate_scale_n", c->gate_scale_n, 0, 1, env);
+  if (!status) status = moe__check_range("renormalize", c->renormalize, 0, 1, env);
+  if (!status) status = moe__check_range("truncate", (int32_t)c->truncate, MOE_TRUNCATE_LONGEST, MOE_TRUNCATE_RIGHT, env);
+  if (!status) status = moe__check_range("cased", c->cased, 0, 1, env);
+  if (!status && c->gate_scale_n && c->renormalize)
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: gate_scale_n and renormalize exclude each other, both are 1");
+  return status;
+}
+
+/* Length of a string that must end within `capacity` bytes, or `capacity`. */
+static size_t moe__bounded(const char *s, size_t capacity) {
+  size_t n = 0;
+  while (n < capacity && s[n]) ++n;
+  return n;
+}
+
+static int moe__name_char(char c) {
+  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '_' || c == '+';
+}
+
+/* Names stand in tensor names and on command lines: no dots, no blanks. */
+static moe_status moe__check_task_name(const moe_task *tasks, int32_t t, const moe_env *env) {
+  size_t length = moe__bounded(tasks[t].name, MOE_NAME_BYTES), i;
+  int32_t other;
+  if (length == 0) return moe__fail(env, MOE_E_ARGUMENT, "task %d has no name", (int)t);
+  if (length == MOE_NAME_BYTES) return moe__fail(env, MOE_E_ARGUMENT, "the name of task %d is longer than %d bytes", (int)t, MOE_NAME_BYTES - 1);
+  for (i = 0; i < length; ++i)
+    if (!moe__name_char(tasks[t].name[i]))
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': a name has letters, digits, '-', '_' and '+' only", tasks[t].name);
+  for (other = 0; other < t; ++other)
+    if (!strcmp(tasks[other].name, tasks[t].name))
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s' is there twice, as number %d and %d", tasks[t].name, (int)other, (int)t);
+  return MOE_OK;
+}
+
+static const char *const moe__metric_names[] = {"accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"};
+
+/* A list of known names, separated by commas; empty: none. */
+static moe_status moe__check_task_metrics(const moe_task *task, const moe_env *env) {
+  size_t length = moe__bounded(task->metrics, MOE_NAME_BYTES), begin = 0, end, i;
+  if (length == MOE_NAME_BYTES)
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': the list of metrics is longer than %d bytes", task->name, MOE_NAME_BYTES - 1);
+  for (; begin < length; begin = end + 1) {
+    int known = 0;
+    for (end = begin; end < length && task->metrics[end] != ',';) ++end;
+    for (i = 0; i < sizeof moe__metric_names / sizeof *moe__metric_names; ++i)
+      known |= strlen(moe__metric_names[i]) == end - begin && !memcmp(moe__metric_names[i], task->metrics + begin, end - begin);
+    if (!known)
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': metrics '%s', known are accuracy f1 macro_f1 matthews pearson spearman", task->name,
+                       task->metrics);
+  }
+  return MOE_OK;
+}
+
+static moe_status moe__check_task_labels(const moe_task *task, const moe_env *env) {
+  int32_t i, j;
+  if (!task->label || task->kind == MOE_KIND_REGRESSION) return MOE_OK;
+  for (i = 0; i < task->classes; ++i) {
+    size_t length = task->label[i] ? moe__bounded(task->label[i], MOE_NAME_BYTES) : 0;
+    if (length == 0 || length == MOE_NAME_BYTES)
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': label %d has %d bytes, it must have 1 to %d", task->name, (int)i, (int)length,
+                       MOE_NAME_BYTES - 1);
+    for (j = 0; j < i; ++j)
+      if (!strcmp(task->label[i], task->label[j]))
+        return moe__fail(env, MOE_E_ARGUMENT, "task '%s': label '%s' is there twice", task->name, task->label[i]);
+  }
+  return MOE_OK;
+}
+
+static moe_status moe__check_task(const moe_config *config, const moe_task *tasks, int32_t t, const moe_env *env) {
+  const moe_task *task = &tasks[t];
+  moe_status status = moe__check_task_name(tasks, t, env);
+  if (status) return status;
+  if ((int)task->kind < MOE_KIND_CLASSIFICATION || task->kind > MOE_KIND_SPAN)
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': kind %d is unknown", task->name, (int)task->kind);
+  if (task->pair != 0 && task->pair != 1)
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': pair is %d, it must be 0 or 1", task->name, (int)task->pair);
+  if (task->max_len < 0 || task->max_len > config->positions)
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': max_len is %d, it must be from 0 (the model's) to %d, the positions", task->name,
+                     (int)task->max_len, (int)config->positions);
+  if (task->kind == MOE_KIND_REGRESSION) {
+    if (task->classes != 1)
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': a regression has 1 output, not %d classes", task->name, (int)task->classes);
+    if (!(task->low < task->high) || !(task->high - task->low <= 3e38f))
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': its range is %g to %g, the first must be below the second", task->name,
+                       (double)task->low, (double)task->high);
+  } else if (task->classes < 2 || task->classes > MOE_MAX_CLASSES)
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': %d classes, there must be 2 to %d", task->name, (int)task->classes, MOE_MAX_CLASSES);
+  if (task->kind == MOE_KIND_RANKING && task->classes != 2)
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': a ranking has 2 classes, not %d", task->name, (int)task->classes);
+  status = moe__check_task_metrics(task, env);
+  return status ? status : moe__check_task_labels(task, env);
+}
+
+static moe_status moe__check_tasks(const moe_config *config, const moe_task *tasks, int32_t T, const moe_env *env) {
+  int32_t t;
+  moe_status status = MOE_OK;
+  if (T < 1 || T > MOE_MAX_TASKS) return moe__fail(env, MOE_E_ARGUMENT, "a model has 1 to %d tasks, not %d", MOE_MAX_TASKS, (int)T);
+  for (t = 0; t < T && !status; ++t) status = moe__check_task(config, tasks, t, env);
+  return status;
+}
+
+/* Gate matrices of a layer. */
+static int32_t moe__gate_count(const moe_config *config, int32_t T) {
+  return config->router == MOE_ROUTER_DENSE ? 0 : config->router == MOE_ROUTER_SHARED ? 1 : T;
+}
+
+/* Width of what a task's head reads. */
+static size_t moe__head_width(const moe_config *config, const moe_task *task) {
+  return (size_t)config->hidden * (task->kind == MOE_KIND_SPAN ? 3 : 1);
+}
+
+static size_t moe__advance(size_t *at, size_t rows, size_t cols, int *bad) {
+  size_t here = *at;
+  *at = moe__add(*at, moe__mul(rows, cols, bad), bad);
+  return here;
+}
+
+static void moe__plan_layer(moe__plan *p, const moe_config *c, int32_t T, int *bad) {
+  size_t H = (size_t)c->hidden, F = (size_t)c->ffn, N = (size_t)c->experts, at = 0;
+  p->in_w = moe__advance(&at, F, H, bad);
+  p->in_b = moe__advance(&at, F, 1, bad);
+  p->out_w = moe__advance(&at, H, F, bad);
+  p->out_b = moe__advance(&at, H, 1, bad);
+  p->expert_stride = at;
+  at = 0;
+  p->qkv_w = moe__advance(&at, 3 * H, H, bad);
+  p->qkv_b = moe__advance(&at, 3 * H, 1, bad);
+  p->att_w = moe__advance(&at, H, H, bad);
+  p->att_b = moe__advance(&at, H, 1, bad);
+  p->norm1_w = moe__advance(&at, H, 1, bad);
+  p->norm1_b = moe__advance(&at, H, 1, bad);
+  p->gates = moe__advance(&at, moe__mul((size_t)moe__gate_count(c, T), N, bad), H, bad);
+  p->experts = moe__advance(&at, N, p->expert_stride, bad);
+  p->norm2_w = moe__advance(&at, H, 1, bad);
+  p->norm2_b = moe__advance(&at, H, 1, bad);
+  p->layer_stride = at;
+}
+
+/* Where the packed copies of a layer stand: query-key-value, attention output, then inner and outer weights of each expert. */
+static void moe__plan_panels(moe__plan *p, const moe_config *c, int *bad) {
+  size_t at = moe_pack_floats(3 * c->hidden, c->hidden);
+  p->panel_att = at;
+  p->panel_experts = at += moe_pack_floats(c->hidden, c->hidden);
+  p->panel_out = moe_pack_floats(c->ffn, c->hidden);
+  p->panel_expert_stride = p->panel_out + moe_pack_floats(c->hidden, c->ffn);
+  p->panel_stride = moe__add(at, moe__mul((size_t)c->experts, p->panel_expert_stride, bad), bad);
+  p->panel_total = moe__mul((size_t)c->layers, p->panel_stride, bad);
+  moe__mul(p->panel_total, sizeof(float), bad);
+}
+
+/* Configuration and tasks have been checked. */
+static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_task *tasks, int32_t T, const moe_env *env) {
+  size_t H = (size_t)c->hidden, at = 0;
+  int bad = 0;
+  int32_t t;
+  memset(p, 0, sizeof *p);
+  if (c->features) {
+    p->feature_w = moe__advance(&at, H, (size_t)c->features, &bad);
+    p->feature_b = moe__advance(&at, H, 1, &bad);
+  } else p->word = moe__advance(&at, (size_t)c->vocab, H, &bad);
+  p->position = moe__advance(&at, (size_t)c->positions, H, &bad);
+  p->segment = moe__advance(&at, (size_t)c->segments, H, &bad);
+  p->norm_w = moe__advance(&at, H, 1, &bad);
+  p->norm_b = moe__advance(&at, H, 1, &bad);
+  moe__plan_layer(p, c, T, &bad);
+  p->layers = moe__advance(&at, (size_t)c->layers, p->layer_stride, &bad);
+  p->heads = at;
+  for (t = 0; t < T; ++t) moe__advance(&at, (size_t)tasks[t].classes, moe__head_width(c, &tasks[t]) + 1, &bad);
+  p->total = at;
+  moe__mul(at, sizeof(float), &bad);
+  moe__plan_panels(p, c, &bad);
+  if (bad) return moe__fail(env, MOE_E_ARGUMENT, "configuration: the weights do not fit into the address space of this machine");
+  return MOE_OK;
+}
+
 
 /* ---- weights: sizes, initial values, packing, access ---- >>model */
+
+struct moe_model {
+  moe_config config;
+  int32_t T, max_classes, tensors;
+  moe_task *tasks;      /* (T) with copies of the label names */
+  size_t *head;         /* (T) offset of each head in the weights */
+  moe__plan plan;
+  const float *weights; /* the flat array: in the block, or in the bytes of a file */
+  float *writable;      /* the same, or NULL where the weights are a file's */
+  float *panels;        /* packed weights, or NULL */
+  const char *vocab;
+  size_t vocab_bytes;
+  int owns_block, owns_panels, owns_vocab;
+};
+
+/* The pieces of a model's block. */
+typedef struct moe__model_pieces {
+  moe_model *model;
+  moe_task *tasks;
+  size_t *head;
+  const char **label;
+  char *text;
+  float *weights;
+} moe__model_pieces;
+
+/* Label i of a task as text: the given name, or its number. Returns the length. */
+static size_t moe__label_text(char out[MOE_NAME_BYTES], const moe_task *task, int32_t i) {
+  moe__format(out, MOE_NAME_BYTES, "%s", task->label ? task->label[i] : "");
+  if (!task->label) moe__format(out, MOE_NAME_BYTES, "%d", (int)i);
+  return strlen(out);
+}
+
+static void moe__model_take(moe__layout *layout, moe__model_pieces *pieces, const moe__plan *plan, const moe_task *tasks, int32_t T,
+                            int in_place) {
+  size_t labels = 0, bytes = 0;
+  char text[MOE_NAME_BYTES];
+  int32_t t, i;
+  for (t = 0; t < T; ++t) {
+    if (tasks[t].kind == MOE_KIND_REGRESSION) continue;
+    labels += (size_t)tasks[t].classes;
+    for (i = 0; i < tasks[t].classes; ++i) bytes += moe__label_text(text, &tasks[t], i) + 1;
+  }
+  pieces->model = (moe_model *)moe__take(layout, 1, sizeof(moe_model));
+  pieces->tasks = (moe_task *)moe__take(layout, (size_t)T, sizeof(moe_task));
+  pieces->head = (size_t *)moe__take(layout, (size_t)T, sizeof(size_t));
+  pieces->label = (const char **)moe__take(layout, labels, sizeof(char *));
+  pieces->text = (char *)moe__take(layout, bytes, 1);
+  pieces->weights = in_place ? NULL : (float *)moe__take(layout, plan->total, sizeof(float));
+}
+
+/* Bytes of a model's block; in_place: the weights are elsewhere. */
+static moe_status moe__model_bytes(size_t *bytes, const moe_config *config, const moe_task *tasks, int32_t T, int in_place,
+                                   const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe__model_pieces pieces;
+  moe__plan plan;
+  moe_status status = moe_config_check(config, env);
+  if (!status) status = moe__check_tasks(config, tasks, T, env);
+  if (!status) status = moe__plan_make(&plan, config, tasks, T, env);
+  if (status) return status;
+  moe__model_take(&layout, &pieces, &plan, tasks, T, in_place);
+  if (layout.bad) return moe__fail(env, MOE_E_ARGUMENT, "configuration: the weights do not fit into the address space of this machine");
+  *bytes = layout.used;
+  return MOE_OK;
+}
+
+static void moe__copy_tasks(moe__model_pieces *pieces, const moe_task *tasks, int32_t T) {
+  char text[MOE_NAME_BYTES];
+  int32_t t, i;
+  for (t = 0; t < T; ++t) {
+    moe_task *task = &pieces->tasks[t];
+    *task = tasks[t];
+    task->label = NULL;
+    if (task->kind == MOE_KIND_REGRESSION) continue;
+    task->label = pieces->label;
+    for (i = 0; i < task->classes; ++i) {
+      size_t bytes = moe__label_text(text, &tasks[t], i) + 1;
+      memcpy(pieces->text, text, bytes);
+      *pieces->label++ = pieces->text;
+      pieces->text += bytes;
+    }
+  }
+}
+
+/* Tests a block of the caller's. */
+static moe_status moe__check_block(const char *what, const void *block, size_t bytes, size_t need, const moe_env *env) {
+  if (!block || ((uintptr_t)block & 63))
+    return moe__fail(env, MOE_E_ARGUMENT, "the block of %s must start at a multiple of 64 bytes", what);
+  if (bytes < need) return moe__fail(env, MOE_E_MEMORY, "the block of %s has %zu bytes, it needs %zu", what, bytes, need);
+  return MOE_OK;
+}
+
+/* A model in a block of moe__model_bytes: with `weights` elsewhere, or (NULL) in the block and not yet set. */
+static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, const moe_config *config, const moe_task *tasks, int32_t T,
+                                   const float *weights, const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe__model_pieces pieces;
+  moe__plan plan;
+  moe_model *model;
+  size_t need = 0, at;
+  int32_t t;
+  moe_status status = moe__model_bytes(&need, config, tasks, T, weights != NULL, env);
+  if (!status) status = moe__check_block("a model", block, bytes, need, env);
+  if (!status) status = moe__plan_make(&plan, config, tasks, T, env);
+  if (status) return status;
+  layout.base = (unsigned char *)block;
+  moe__model_take(&layout, &pieces, &plan, tasks, T, weights != NULL);
+  model = pieces.model;
+  memset(model, 0, sizeof *model);
+  model->config = *config;
+  model->plan = plan;
+  model->T = T;
+  model->tasks = pieces.tasks;
+  model->head = pieces.head;
+  model->writable = pieces.weights;
+  model->weights = weights ? weights : pieces.weights;
+  model->tensors = (config->features ? 6 : 5) + config->layers * (12 + moe__gate_count(config, T) + 4 * config->experts) + 2 * T;
+  moe__copy_tasks(&pieces, tasks, T);
+  for (t = 0, at = plan.heads; t < T; ++t) {
+    model->head[t] = at;
+    at += (size_t)tasks[t].classes * (moe__head_width(config, &tasks[t]) + 1);
+    model->max_classes = moe__max(model->max_classes, tasks[t].classes);
+  }
+  *out = model;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_model_size(const moe_config *config, const moe_task *tasks, int32_t T, size_t *bytes, const moe_env *env) {
+  return moe__model_bytes(bytes, config, tasks, T, 0, env);
+}
+
+/* The table of tensors, computed from the plan: embeddings, layers, heads. */
+static void moe__tensor_name(moe_tensor *t, const char *format, ...) MOE__PRINTF(2, 3);
+static void moe__tensor_name(moe_tensor *t, const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  moe__vformat(t->name, sizeof t->name, format, args);
+  va_end(args);
+}
+
+/* A matrix (rows, cols), or a vector of `rows` where cols is 0. */
+static void moe__tensor_shape(moe_tensor *t, size_t offset, int32_t rows, int32_t cols) {
+  t->dims = cols ? 2 : 1;
+  t->shape[0] = rows;
+  t->shape[1] = cols;
+  t->offset = offset;
+  t->count = (size_t)rows * (size_t)(cols ? cols : 1);
+}
+
+static void moe__embedding_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
+  const moe_config *c = &m->config;
+  const moe__plan *p = &m->plan;
+  const char *name;
+  if (!c->features) ++i; /* the features' bias has no counterpart among token ids */
+  switch (i) {
+    case 0: name = "features.weight", moe__tensor_shape(t, p->feature_w, c->hidden, c->features); break;
+    case 1:
+      if (c->features) name = "features.bias", moe__tensor_shape(t, p->feature_b, c->hidden, 0);
+      else name = "word_embeddings.weight", moe__tensor_shape(t, p->word, c->vocab, c->hidden);
+      break;
+    case 2: name = "position_embeddings.weight", moe__tensor_shape(t, p->position, c->positions, c->hidden); break;
+    case 3: name = "token_type_embeddings.weight", moe__tensor_shape(t, p->segment, c->segments, c->hidden); break;
+    case 4: name = "LayerNorm.weight", moe__tensor_shape(t, p->norm_w, c->hidden, 0); break;
+    default: name = "LayerNorm.bias", moe__tensor_shape(t, p->norm_b, c->hidden, 0); break;
+  }
+  moe__tensor_name(t, "embeddings.%s", name);
+}
+
+/* Dense models bear BERT's own names, so that other tools open them. */
+static void moe__expert_tensor(const moe_model *m, int32_t layer, size_t base, int32_t i, moe_tensor *t) {
+  const moe_config *c = &m->config;
+  const moe__plan *p = &m->plan;
+  int32_t expert = i / 4;
+  static const char *const part[] = {"intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight", "output.dense.bias"};
+  base += p->experts + (size_t)expert * p->expert_stride;
+  if (c->router == MOE_ROUTER_DENSE) moe__tensor_name(t, "encoder.layer.%d.%s", (int)layer, part[i % 4]);
+  else moe__tensor_name(t, "encoder.layer.%d.experts.%d.%s", (int)layer, (int)expert, part[i % 4]);
+  switch (i % 4) {
+    case 0: moe__tensor_shape(t, base + p->in_w, c->ffn, c->hidden); break;
+    case 1: moe__tensor_shape(t, base + p->in_b, c->ffn, 0); break;
+    case 2: moe__tensor_shape(t, base + p->out_w, c->hidden, c->ffn); break;
+    default: moe__tensor_shape(t, base + p->out_b, c->hidden, 0); break;
+  }
+}
+
+static void moe__attention_tensor(const moe_model *m, int32_t layer, size_t base, int32_t i, moe_tensor *t) {
+  const moe__plan *p = &m->plan;
+  int32_t H = m->config.hidden;
+  size_t h = (size_t)H;
+  static const char *const part[] = {"self.query.weight", "self.key.weight",   "self.value.weight", "self.query.bias",         "self.key.bias",
+                                     "self.value.bias",   "output.dense.weight", "output.dense.bias", "output.LayerNorm.weight", "output.LayerNorm.bias"};
+  moe__tensor_name(t, "encoder.layer.%d.attention.%s", (int)layer, part[i]);
+  if (i < 3) moe__tensor_shape(t, base + p->qkv_w + (size_t)i * h * h, H, H);
+  else if (i < 6) moe__tensor_shape(t, base + p->qkv_b + (size_t)(i - 3) * h, H, 0);
+  else if (i == 6) moe__tensor_shape(t, base + p->att_w, H, H);
+  else moe__tensor_shape(t, base + (i == 7 ? p->att_b : i == 8 ? p->norm1_w : p->norm1_b), H, 0);
+}
+
+static void moe__layer_tensor(const moe_model *m, int32_t layer, int32_t i, moe_tensor *t) {
+  const moe_config *c = &m->config;
+  const moe__plan *p = &m->plan;
+  size_t base = p->layers + (size_t)layer * p->layer_stride;
+  int32_t gates = moe__gate_count(c, m->T);
+  if (i < 10) {
+    moe__attention_tensor(m, layer, base, i, t);
+    return;
+  }
+  i -= 10;
+  if (i < gates) {
+    if (c->router == MOE_ROUTER_SHARED) moe__tensor_name(t, "encoder.layer.%d.gate.weight", (int)layer);
+    else moe__tensor_name(t, "encoder.layer.%d.gate.%s.weight", (int)layer, m->tasks[i].name);
+    moe__tensor_shape(t, base + p->gates + (size_t)i * (size_t)c->experts * (size_t)c->hidden, c->experts, c->hidden);
+    return;
+  }
+  i -= gates;
+  if (i < 4 * c->experts) {
+    moe__expert_tensor(m, layer, base, i, t);
+    return;
+  }
+  i -= 4 * c->experts;
+  moe__tensor_name(t, "encoder.layer.%d.output.LayerNorm.%s", (int)layer, i ? "bias" : "weight");
+  moe__tensor_shape(t, base + (i ? p->norm2_b : p->norm2_w), c->hidden, 0);
+}
+
+static int32_t moe__layer_tensors(const moe_model *m) {
+  return 12 + moe__gate_count(&m->config, m->T) + 4 * m->config.experts;
+}
+
+MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_tensor *out) {
+  int32_t embeddings = model->config.features ? 6 : 5, per_layer = moe__layer_tensors(model), i = index - embeddings;
+  if (index < 0 || index >= model->tensors) return MOE_E_ARGUMENT;
+  memset(out, 0, sizeof *out);
+  if (i < 0) moe__embedding_tensor(model, index, out);
+  else if (i < model->config.layers * per_layer) moe__layer_tensor(model, i / per_layer, i % per_layer, out);
+  else {
+    int32_t t = (i - model->config.layers * per_layer) / 2, bias = (i - model->config.layers * per_layer) % 2;
+    const moe_task *task = &model->tasks[t];
+    size_t width = moe__head_width(&model->config, task);
+    moe__tensor_name(out, "heads.%s.%s", task->name, bias ? "bias" : "weight");
+    if (bias) moe__tensor_shape(out, model->head[t] + (size_t)task->classes * width, task->classes, 0);
+    else moe__tensor_shape(out, model->head[t], task->classes, (int32_t)width);
+  }
+  return MOE_OK;
+}
+
+MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name) {
+  static const char prefix[] = "encoder.layer.";
+  int32_t first = 0, last = model->tensors, i;
+  int32_t layers = model->config.features ? 6 : 5, per_layer = moe__layer_tensors(model);
+  moe_tensor t;
+  if (!strncmp(name, prefix, sizeof prefix - 1)) { /* only the tensors of that layer need a look */
+    const char *at = name + sizeof prefix - 1;
+    int32_t layer = 0;
+    for (; *at >= '0' && *at <= '9' && layer < model->config.layers; ++at) layer = layer * 10 + (*at - '0');
+    if (layer >= model->config.layers) return -1;
+    first = layers + layer * per_layer;
+    last = first + per_layer;
+  } else if (!strncmp(name, "heads.", 6)) first = last - 2 * model->T;
+  for (i = first; i < last; ++i)
+    if (!moe_model_tensor(model, i, &t) && !strcmp(t.name, name)) return i;
+  return -1;
+}
+
+/* Sites of random numbers, the last argument of moe_key. */
+enum { MOE__SITE_WEIGHTS, MOE__SITE_EMBEDDING, MOE__SITE_ATTENTION, MOE__SITE_ATTENTION_OUT, MOE__SITE_FFN_OUT, MOE__SITE_HEAD, MOE__SITE_JITTER };
+
+/* Tensors of one name start with the same values, whatever else is in the model; expert 0 of a layer starts as a dense model's FFN. */
+static uint64_t moe__name_hash(const char *name) {
+  static const char skip[] = "experts.0.";
+  uint64_t h = 0xcbf29ce484222325u;
+  while (*name) {
+    if (!strncmp(name, skip, sizeof skip - 1)) name += sizeof skip - 1;
+    h = (h ^ (unsigned char)*name++) * 0x100000001b3u;
+  }
+  return h;
+}
+
+typedef struct moe__fill {
+  float *w;
+  size_t count;
+  float sd;
+  uint64_t key;
+} moe__fill;
+
+#define MOE__FILL_TILE 16384
+
+static void moe__fill_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__fill *fill = (const moe__fill *)arg;
+  size_t i = (size_t)tile * MOE__FILL_TILE, end = i + MOE__FILL_TILE < fill->count ? i + MOE__FILL_TILE : fill->count;
+  (void)slot;
+  for (; i < end; ++i) fill->w[i] = fill->sd * moe__normal(fill->key, i);
+}
+
+/* Values of a fresh model [TaG] 4.4. */
+static void moe__model_random(moe_model *model, uint64_t seed, const moe_env *env) {
+  int32_t i;
+  moe_tensor t;
+  for (i = 0; i < model->tensors; ++i) {
+    moe__fill fill;
+    size_t j;
+    moe_model_tensor(model, i, &t);
+    fill.w = model->writable + t.offset;
+    fill.count = t.count;
+    fill.sd = strstr(t.name, ".gate.") ? 0.001f : 0.02f;
+    fill.key = moe_key(seed, 0, moe__name_hash(t.name), 0, MOE__SITE_WEIGHTS);
+    if (t.dims > 1) moe__parallel(env, (int32_t)((t.count + MOE__FILL_TILE - 1) / MOE__FILL_TILE), moe__fill_tile, &fill);
+    else
+      for (j = 0; j < t.count; ++j) fill.w[j] = strstr(t.name, "LayerNorm.weight") ? 1.0f : 0.0f;
+  }
+}
+
+MOE_API moe_status moe_model_init(moe_model **out, void *block, size_t bytes, const moe_config *config, const moe_task *tasks, int32_t T,
+                                  uint64_t seed, const moe_env *env) {
+  moe_model *model;
+  moe_status status = moe__model_place(&model, block, bytes, config, tasks, T, NULL, env);
+  if (status) return status;
+  moe__model_random(model, seed, env);
+  *out = model;
+  return MOE_OK;
+}
+
+/* A model on the heap whose weights are not yet set. */
+static moe_status moe__model_create_raw(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T, const moe_env *env) {
+  size_t bytes = 0;
+  void *block;
+  moe_status status = moe_model_size(config, tasks, T, &bytes, env);
+  if (status) return status;
+  block = moe__alloc(bytes);
+  if (!block) return moe__fail(env, MOE_E_MEMORY, "no memory for a model of %zu bytes", bytes);
+  status = moe__model_place(out, block, bytes, config, tasks, T, NULL, env);
+  if (status) moe__release(block);
+  else (*out)->owns_block = 1;
+  return status;
+}
+
+MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T, uint64_t seed,
+                                    const moe_env *env) {
+  moe_model *model;
+  moe_status status = moe__model_create_raw(&model, config, tasks, T, env);
+  if (status) return status;
+  moe__model_random(model, seed, env);
+  *out = model;
+  return MOE_OK;
+}
+
+static void moe__model_drop_panels(moe_model *model) {
+  if (model->owns_panels) moe__release(model->panels);
+  model->panels = NULL;
+  model->owns_panels = 0;
+}
+
+static void moe__model_drop_vocab(moe_model *model) {
+  if (model->owns_vocab) moe__release((void *)(uintptr_t)model->vocab);
+  model->vocab = NULL;
+  model->vocab_bytes = 0;
+  model->owns_vocab = 0;
+}
+
+MOE_API void moe_model_free(moe_model *model) {
+  if (!model) return;
+  moe__model_drop_panels(model);
+  moe__model_drop_vocab(model);
+  if (model->owns_block) moe__release(model);
+}
+
+MOE_API const moe_config *moe_model_config(const moe_model *model) { return &model->config; }
+MOE_API int32_t moe_model_tasks(const moe_model *model) { return model->T; }
+MOE_API int32_t moe_model_max_classes(const moe_model *model) { return model->max_classes; }
+MOE_API size_t moe_model_parameters(const moe_model *model) { return model->plan.total; }
+MOE_API float *moe_model_weights(moe_model *model) { return model->writable; }
+MOE_API int32_t moe_model_tensors(const moe_model *model) { return model->tensors; }
+
+MOE_API const moe_task *moe_model_task(const moe_model *model, int32_t task) {
+  return task >= 0 && task < model->T ? &model->tasks[task] : NULL;
+}
+
+MOE_API int32_t moe_model_find_task(const moe_model *model, const char *name) {
+  int32_t t;
+  for (t = 0; t < model->T; ++t)
+    if (!strcmp(model->tasks[t].name, name)) return t;
+  return -1;
+}
+
+MOE_API moe_status moe_model_set_vocab(moe_model *model, const char *vocab, size_t bytes, const moe_env *env) {
+  char *copy = NULL;
+  if (bytes) {
+    copy = (char *)moe__alloc(bytes);
+    if (!copy) return moe__fail(env, MOE_E_MEMORY, "no memory for a vocabulary of %zu bytes", bytes);
+    memcpy(copy, vocab, bytes);
+  }
+  moe__model_drop_vocab(model);
+  model->vocab = copy;
+  model->vocab_bytes = bytes;
+  model->owns_vocab = 1;
+  return MOE_OK;
+}
+
+MOE_API const char *moe_model_vocab(const moe_model *model, size_t *bytes) {
+  if (bytes) *bytes = model->vocab_bytes;
+  return model->vocab;
+}
+
+/* Packs every matrix of the layers again; embeddings, gates and heads are used as they are. */
+static void moe__model_repack(moe_model *model, const moe_env *env) {
+  const moe_config *c = &model->config;
+  const moe__plan *p = &model->plan;
+  int32_t l, i;
+  for (l = 0; l < c->layers; ++l) {
+    const float *w = model->weights + p->layers + (size_t)l * p->layer_stride;
+    float *to = model->panels + (size_t)l * p->panel_stride;
+    moe_pack(to, w + p->qkv_w, 3 * c->hidden, c->hidden, env);
+    moe_pack(to + p->panel_att, w + p->att_w, c->hidden, c->hidden, env);
+    for (i = 0; i < c->experts; ++i) {
+      const float *e = w + p->experts + (size_t)i * p->expert_stride;
+      float *panel = to + p->panel_experts + (size_t)i * p->panel_expert_stride;
+      moe_pack(panel, e + p->in_w, c->ffn, c->hidden, env);
+      moe_pack(panel + p->panel_out, e + p->out_w, c->hidden, c->ffn, env);
+    }
+  }
+}
+
+MOE_API size_t moe_model_pack_size(const moe_model *model) { return model->plan.panel_total * sizeof(float); }
+
+MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *env) {
+  size_t bytes = moe_model_pack_size(model);
+  float *panels = (float *)block;
+  if (block) {
+    moe_status status = moe__check_block("packed weights", block, bytes, bytes, env);
+    if (status) return status;
+  } else if (!model->owns_panels) {
+    panels = (float *)moe__alloc(bytes);
+    if (!panels) return moe__fail(env, MOE_E_MEMORY, "no memory for packed weights of %zu bytes", bytes);
+  }
+  if (panels) { /* else the present ones are the model's own, and stay */
+    moe__model_drop_panels(model);
+    model->panels = panels;
+    model->owns_panels = !block;
+  }
+  moe__model_repack(model, env);
+  return MOE_OK;
+}
 
 
 /* ---- checks of what comes in ---- >>batch */
