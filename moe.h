@@ -599,34 +599,49 @@ MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sample
 /* ---- tokenizer, metrics, prediction from text ---- >>api_text */
 
 #ifndef MOE_NO_TEXT
+/* BERT's WordPiece, exact to the id with Hugging Face `tokenizers` (>>text), cased or not. It lives in the caller's block. */
 typedef struct moe_tokenizer moe_tokenizer;
-/* Exact bytes of a tokenizer's block. vocab: one word a line, the line's number from 0 is the id. */
+/* Exact bytes of the block. vocab: plain words, one a line, UTF-8; the line's number from 0 is the id, the white space at its end is not
+   part of it; of equal lines the last one counts. MOE_E_FORMAT: more than 2^24 - 2 lines or 2^32 - 1 bytes. */
 MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, size_t *bytes, const moe_env *env);
-/* Refers to the vocabulary text, which must stay. MOE_E_FORMAT without [UNK], [CLS] or [SEP]. */
+/* A tokenizer in a block (64-byte aligned) of at least that size; it refers to the vocabulary text, which must stay. cased: 0 lower-cases
+   and strips accents (bert-base-uncased), 1 does not. MOE_E_FORMAT: no line is [UNK], [CLS] or [SEP], or a line is not UTF-8. */
 MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes, const char *vocab, size_t vocab_bytes, int cased,
                                       const moe_env *env);
+/* Lines of the vocabulary: every id is below. */
+MOE_API int32_t moe_tokenizer_words(const moe_tokenizer *tokenizer);
 
 /* Where moe_encode writes: arrays of the caller, `capacity` long; segments, begin and end may be NULL. */
 typedef struct moe_tokens {
   int32_t *ids;
-  uint8_t *segments;
-  int32_t *begin, *end; /* half-open range of a piece in its text, in code points from 0; -1 for [CLS] and [SEP] */
+  uint8_t *segments;     /* 0: [CLS] a [SEP]; 1: b [SEP] */
+  int32_t *begin, *end;  /* half-open range of a piece in its text, in code points from 0; -1 for the [CLS] and [SEP] put around */
   int32_t capacity, count;
 } moe_tokens;
-/* [CLS] a [SEP], or [CLS] a [SEP] b [SEP] (b not NULL), at most max_len tokens. Any bytes: invalid UTF-8 becomes U+FFFD. Allocates nothing. */
+/* [CLS] a [SEP], or [CLS] a [SEP] b [SEP] (b not NULL), in at most max_len tokens (2 or 3 at least; not above out->capacity). Texts are
+   any bytes of any length (2^31 - 1 bytes where begin or end is asked for): invalid UTF-8 becomes U+FFFD and is no error. Special tokens
+   written in a text ("[MASK]", in capitals) are those tokens. Nothing is allocated; memory (3 KB of stack) does not grow with the text.
+   What does not fit is cut, with R = max_len - 2 or - 3 tokens left for the texts; a single text keeps its first R. Of a pair
+   MOE_TRUNCATE_LONGEST shortens the longer text until the pair fits or both are equal, then both: R/2 each, and the odd token to
+   the longer one, to b if they are equal (Hugging Face's longest_first; BERT's own code gives the odd one to a);
+   MOE_TRUNCATE_RIGHT keeps the first R tokens of a followed by b, and all three special tokens. */
 MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, size_t a_bytes, const char *b, size_t b_bytes, int32_t max_len,
                               moe_truncate how, moe_tokens *out, const moe_env *env);
 #endif
 
-/* Metrics [TaG] 4.1. n rows; *defined (may be NULL) is set to 0 where the metric is undefined (one class only, constant input): it
-   then counts as 0. As scikit-learn and scipy compute them. */
+/* Metrics [TaG] 4.1 over n rows, as scikit-learn and scipy compute them. *defined (may be NULL) is 1, or 0 where the metric is undefined
+   (no rows, one class only, constant input, a value that is no number): it then counts as 0. Classes are 0 .. classes-1; a number
+   outside is wrong and belongs to none of them. The time grows with n times classes. */
 MOE_API double moe_metric_accuracy(const int32_t *predicted, const int32_t *label, size_t n, int *defined);
-MOE_API double moe_metric_f1(const int32_t *predicted, const int32_t *label, size_t n, int *defined); /* of class 1 */
+/* F1 of class 1 against all others. Undefined: it is neither predicted nor right anywhere. */
+MOE_API double moe_metric_f1(const int32_t *predicted, const int32_t *label, size_t n, int *defined);
+/* Mean F1 of the classes that are predicted or right somewhere. */
 MOE_API double moe_metric_macro_f1(const int32_t *predicted, const int32_t *label, size_t n, int32_t classes, int *defined);
+/* Matthews' correlation coefficient, for more than two classes R_K. Undefined: one class is all that is predicted, or right. */
 MOE_API double moe_metric_matthews(const int32_t *predicted, const int32_t *label, size_t n, int32_t classes, int *defined);
 MOE_API double moe_metric_pearson(const float *predicted, const float *label, size_t n, int *defined);
-/* Ties get their mean rank. scratch: 2n floats and 2n indices: 2n pairs of a float and an int32, that is 16n bytes, 8-byte aligned. */
-MOE_API double moe_metric_spearman(const float *predicted, const float *label, size_t n, void *scratch, int *defined);
+/* Ties get their mean rank. scratch: 2n floats. Infinities are values like others. */
+MOE_API double moe_metric_spearman(const float *predicted, const float *label, size_t n, float *scratch, int *defined);
 
 #if !defined(MOE_NO_TEXT)
 /* A model with its tokenizer and a context: text in, scores out. */
@@ -2710,11 +2725,836 @@ MOE_API void moe_sample(moe_sampler *sampler, int32_t *task, int64_t *row) {
 /* ---- models and checkpoints, import of published encoders ---- >>files */
 
 
-/* ---- WordPiece ---- >>text */
+/* ---- WordPiece ---- >>text
+   BERT's tokens, exact to the id with Hugging Face `tokenizers` (BertNormalizer, BertPreTokenizer, WordPiece): a text is
+     1. decoded from UTF-8; a damaged sequence is one U+FFFD for each maximal part of it, as the Unicode standard recommends;
+     2. searched for special tokens written out, such as [MASK], which stay whole;
+     3. cleaned: control, format and private-use characters vanish, white space becomes a blank, blanks go round ideographs;
+     4. (uncased) decomposed (NFD with its canonical order of marks), stripped of non-spacing marks, and lower-cased;
+     5. split at blanks and round every punctuation character;
+     6. cut, word by word, into the longest pieces of the vocabulary; a word of more than 100 characters, or with a part
+        that is no piece, is one [UNK].
+   All of it streams: memory does not grow with the text. */
+#ifndef MOE_NO_TEXT
 
+/* What the tables know of a character: its class, here, and what it folds to in step 4.
+   moe__text_classes lists runs of code points: distance of the first from that of the run before, then
+   (length - 1) * MOE__TEXT_KINDS + class. moe__text_folds lists runs, too: distance, then (length - 1) * 4 + kind of mapping, then
+   for MOE__FOLD_CONST (all map to one target) and MOE__FOLD_SLOPE (consecutive targets) the target of the first less the first,
+   as a signed number. Of MOE__FOLD_PAIRS every second code point, from the first on, maps to its successor; the targets of
+   MOE__FOLD_LIST stand in moe__text_ideographs, three digits each. A code point with several targets has as many runs.
+   A number is written in digits of 5 bits, lowest first, 32 added to all but the last; signed: twice the value, or
+   -1 - 2 * value. Digits are 0-9, A-Z, a-z, + and -. Hangul syllables are computed. */
+enum {
+  MOE__TEXT_LETTER,        /* whatever is not one of the others */
+  MOE__TEXT_DROP,          /* vanishes */
+  MOE__TEXT_BLANK,
+  MOE__TEXT_PUNCTUATION,
+  MOE__TEXT_IDEOGRAPH,
+  MOE__TEXT_STRIP,         /* non-spacing mark that is sorted among other marks, then stripped */
+  MOE__TEXT_STRIP_STARTER, /* the same of combining class 0: marks are not sorted across it */
+  MOE__TEXT_MARK,          /* and up to MOE__TEXT_KINDS - 1: a mark that is sorted and stays, by rank of its combining class */
+  MOE__TEXT_SPECIAL = 16,  /* no classes, but what else a reader finds */
+  MOE__TEXT_END
+};
+enum { MOE__FOLD_CONST, MOE__FOLD_SLOPE, MOE__FOLD_PAIRS, MOE__FOLD_LIST };
 
-/* ---- accuracy, F1, Matthews, Pearson, Spearman ---- >>metrics */
+/* tables made by tests/golden/unicode.py: do not edit */
+enum { MOE__TEXT_KINDS = 13, MOE__TEXT_BOUNDS = 935, MOE__TEXT_FOLDS = 604 };
+static const char moe__text_classes[] =
+  "0f39F2E221+6I21v5Pn2X1a2W1g14XDX12136343219G5343XIxVl261uCk1393y7v1t6a2l1G8XIj1315131I231I2315i1GDY29G3G4d4B3112Gj"
+  "1f8Vg165a332p2712c28I3i1Mi5F125VtAs3e4b2j3CTVi15j3AV4v17v5f1V53s3r5FnBTW1w16255X3C54i14W1DJ2GC3H6x155j1C5LJVJx155J"
+  "6J4J2546VJ56CJx155w16J65LJE3H6x15362j1C596CJW16+16D5p16+1W18W14W1358IDJV6x1536766615LJV6W2j1C5LJe358W146U3z163j14V"
+  "F61i14W133BGt263j14I3JDi14Ju1v5G34IT525251g1t1v15j14i1462v1531I7e4CjEj15At19Gq2j15w1552I4JDa2EJ6W1Jj1H63J85G6+23YJ"
+  "V3h3W53jJGJ2RGm2Td1J25UJ251GTJW1JY2J3q2F63k395161T4T55Z1b4BW131x45t3W17JB67VBGp6I463Gu162q285263X3EJ2W3A5X1n28a28k"
+  "5m2j1q152w1666628Mn2Hj3LJY1j16J28151Jw152J562W13LAg1m1X3A6154t1Z2GY2+2GV331X5Ep2B5754Ie6sLx1C1i1aGa4Br15k9OF2r1521"
+  "w7L-4Eo4C21r16s3NGGGZ2X5H54q4ZHg1X1G-X1i5z2GX1u3zCq8r2g1a1GpNVAg15Go33F5X3uCW1vIm1j7mE21T7u3Co4Mi14N23D3y2I73x23bO"
+  "trp2Wm6tlg8+tLGl8TY35431w3A3W1Io2I2a2m864556QJl2g1m25AGIY7OT43g1w15V3GPe4C8C3X1W1p153j166481-4TG76a2d28J4JE696Gg1W"
+  "16q152V5I7I35TGEJ4G65l76363325pWDqdn2We6tl6+G5WHGY6f6Gu3Ge6GzDa1i5F3532Gr412T4a27g1EG5GST43S3232n2w4R41Z8Tz75Z75s4"
+  "v1f13n13-C3eN3e63W13Y6W14J76151615f1V75Hh3l13c3IBn2f2n2W3g1eZ16t1l5E51n2u151Jp1j16I2G211g1Y2Vd1w16d26IDg1p151GCJs1"
+  "k3A85t1551J23E32To2W1561815161a2n33s164d26INJy1546D8Pp2Av1o6847j3d2765J3I43i7j1AJ3I2X9RJt2X3A625161Tg36263d26815c3"
+  "W15j15j145HTZe18nX2t1+lHGY4v153x1p27t1D3hY1j1keJ615131e1bc5M2V6B1z15y28W3Ap2b1i1u4V+z1aMx1ZKw16F63t1Kw16y5-g1w28y6"
+  "Jw28P3W2gb2p2q3j267sr5tg+GWuf1tqt1Wn4dYc2WtFty6XWYM1Vqc1W7fX3Wu-1w+-PWWW2w+-P";
+static const char moe__text_folds[] =
+  "X2b3W2-3Kz561W211d61Cb64Cb641W215b62Cd651W21Cd641d611W22Kz771d81Cb84Cb855b82Cd86Cd841d821h81Kz96SbA84pA222a1vAASfB"
+  "84tB222W1zBA224pC24rC3KvC6A4KfD722KvD622KZE6SjE8CxE422i1bFC4vF28vF3KzF81aD1A41yC1225wC2231+411qC11sC1221wC11+C21cD"
+  "11YD1241cD11gD21iD14XJ2A41qD1221qD3221qD14pJ25oD2A41sD124284434434434tM24hM24ZM2a1xLBCvN44tF2224zN24vN2CrN44eA21hO"
+  "14434vO21X611l314pO24nP24hH24hG2CzP4CzP4CzP4CvP4CxP4CzP44fQ24hQ2224hR21Z82A44fS24bS2SrR84nR81sYL1221bA11mYL3221bC1"
+  "1g411k41Y1g9A41rB2281bq111e761vj111s211-i111w211y211+221c321k311q311o21X2W2IPW271U11q111A11G11I11K11g1Q1X111B11P11"
+  "F11911G4415w2S1t33221D1239Z834g321W511W319W531+41DW541y211s211g311W51X1W291+11r2W2V11N4r131-141151Z211f211r12o2M41"
+  "2Y1Io6s11U14r82g1DC-94224XA2224124hA24jA222CpA44lA2224124z92KrA64vA2224vA2o6t1r4W3n74A21e211411e2w41g1211H11sI1181"
+  "1311a19b431z315r321b311-2i30700P10900MG5r331-2q211314Z15b421z331b3g71130700P10900MG5r3u10300c4s10700N10700P10B00Mq"
+  "71g175S31F10H00K-30700N10700P10B00Mk41120500P10700R109002bB11A11511511511D1n2z511w3r4WcEd11WcE61WcEpMz9Wzh2m2LGsu1"
+  "0100+220100w220100s220100o220100k240100c2f11B21F30300L10300N21RcA27f5-x5j19-x5ZA4zvE2K-vE64fwE2a1hwEAa1zwEA4lxE24n"
+  "xE2a1pxEACbyE4KfyE6SpyE8KXzE6ShzE8SvzE8Cd+E4Sh+E8a1v+EASh-E8a1v-EAChWF4a1nWFACZXF44fXF2KhXF61xYF11bYF11XYF11-XF21t"
+  "nE31zxE2y2zZFOy1bbFGCzbF4y2vbFOq1zcFESndF8I6y1zqDGKrrD8KbsD8y1nsDGy1jtDGKXuD8KnuD8SruD91dvD21hvD21lvD21pvD1y1jvDG4"
+  "zxD24vxD24vxD24vxD24nxD24fxD24bxD4y1zyDGy1nzDGy1jzDGGz-D6OfWE81fWE31nnF18rWE44zWE24bXE28bXE38R3CjXE6KvXE78Y23CrXE4"
+  "4bYE2KXYE61rYE14fqF21zuF38nYE44vYE24nZE28XZE31nqFf91vrE41zhG11piG71u1k1z1W1Z12N1J11HJ1p1V1611C116r111511311O11211R"
+  "19311313211N1bYH211B1-111ZZH11XZH15N45345385B453453a11J159217n15d625X58Dl3-15+j6jCb3q1cn12a9z5W3W3221j-K11hk711j+K"
+  "3I61tXL11v-K11zXL11xXL223295zZL2gCh3A72wQ11211211211211211211211211211211211311211211741341341341341O1x4A11E112112"
+  "11211211211211211211211211211311211211741341341341341O1x43DF711YgTo5W2g3Y5o1Go7d2A41dWb21Y1D221loo23A6g2K1dqo211zq"
+  "o211rqo211Xqo211dqo221Zno211poo211fno211Ww11w1G1-211bqo211lZb21A41jso21w1G1Xap2P2heKtX1m83233d1B323375l8c2dDj51dqw"
+  "321vow3BCXqw348xrw33L-rw37H-rw361-rw325-rw335-rw33H-rw351htw311rtw311Ztw311psw3pUb3W2-c1z4m2m5j4m2W6f1k2Cv1k2GPk28"
+  "5k2it1f6W4m6r2W2gQ11211F1BWL0700P10900MlB1310500N209001y70300L10300NbNz3W2WjLz3W2W3X3s1+rO0D00E10D00C10F00A00S10H0"
+  "0800S10J00600S10L00400S10N00200St20300h510300j510700l500z410700n500-410B00p500-410B00r500X5Ww5b4a2WuZ2tZ2";
+static const char moe__text_ideographs[] =
+  "8n86Rq8xA8p86xH4uo5Fb9+S9+S5bH97H5M75b867s7Pf7+58O-8Uw8Zu92F6e26qR73P7FU8Gz95g9dn4w25Dr6i478R8Oj9uU5rG6-h8ND8ba6B9"
+  "87O8WV5xA6SN6rg7By93E4+656t5BU6J46hJ78G7Rd8018O68PS8tl9So9jl9tw7YC7b-7sW8F99C49v-8hM5ZV5y47nW81+79Y7ZA8p29Rt5ZO5nY"
+  "6eJ6tQ6yF7ql7ut9PB5BI82B57S57C7eS7s+8Fn9Pr8k06BF6e28h+4uv5ld60I7E77Lm5CN7Zx4+-5+f4uD6pC6Lu7qY5F35XU7S18H98gg6kw8+m"
+  "6o86B+8Bb6EW7Lb4wk55f5796Y17pd89l8hI97F5Br5H25bp5xi6N56-+7ag9Mj9fg9wN9xE5AR6R66jt8zY5vq66G6806IQ6yZ7597I97dA7tq81l"
+  "8yc8Jk90Z9DA58N5AZ5Iz7388Z28gg5x95-r6Dx6kk7m+7Dr4xa5Rv5ld5sw60S7Eo7Hf7+Q81698q9Rs9T89WO4+B7ck96q9Qu63X4w653Q5lk5m-"
+  "6MP6e277E7P28Jy91y9+D6Q89Ok5A96Tx6Vp6r16wS7G97LP7Xh7qG9XU55j68k9Pu50h5qP6tg8yg5+B6546WN7E79Q658f5GF5nb6OJ6TE6Ye6pb"
+  "7G67NY7zv8ZF8ZX97C9RY5C-6ww5GT77G7IO8Nw9QZ9nN9wV6UN6tB87e7hB7iW7oI7B072P8jO4x08Cs58w5875wc6BJ7pM5k56qU6Qq8yx8XC9PD"
+  "8cB5xJ5505N05XQ6Pq57U7Cg7RA7ay7bU7bb7cF9TM7o+7+z8OI8hu90u93z9Zl9Zy9ae9sq93U9Qt4+k53d55D5B95Ba5DH5MT5O65Pe5X05Ye5na"
+  "5nk62K65e66E67o6LF6NY6QH6Y56rt6uQ6yY75k78h7GY7YH7a+7b97b87bG7bM7bT7cD7cE7f07g17l07tq7u97v17zo80587j89v89v8HN8aG8cM"
+  "8i18iv8pJ8q88+s90u9RZ9V-9Wx61raBk88O4uc56r55e4+05555605B75Bw5MT5LL5MP5NY5XQ5Yp5b45bK5fY5ie5xI5xP5zf5+j63O65E64866E"
+  "65W67o68q6F46GS6HI6LM6Pq6SN6SR6TM6jv6kw6r16xR6xB6yY70U75k7Ud78r7Al7Cg7Hn7K67Kx7OT7OV7RA7RR7Rq7TA7T07ZC7gn7l07nx7rR"
+  "7tq7y+8058DI8Fl8Tv8b18c68cM8g-8hu8hB8i18h+8hj8iv8kA8q88yu91o96P99s9Py9RZ9TM9VR9V-9WB9Wx9iI9+SYXAYX4ZFL3kT40O40vb99"
+  "bpGdxJ9z39+E4uz4uu4v1W4Y4zW4+k4+x50251w52P53d53F3IUWOw55D55K55a55tWKS3Iv55d56DWLB56N56a4xC56i56rf7V57r5833JV58x596"
+  "59o59t3KL5B75B95Ba5Bw5C55C65CN5D95DH5DQ5Dp5Dz5D-5D-5D-Wei71m5FA5FVWjZ5Fh5Fn5G65IU5Gu5H85He5IY5Js5KG5LJ5LZ5M45M45MP"
+  "5Mh5Mp5N25SM5O65SN5PH5Pq5875Zk5VE5Vq5WD5UB5Wo5Wn5YiXJa5Zo5Zt5a65aQ5aY5bYXQeXRg5di5eR5ed5dO5fc3Rk3Ry5i85i+5i+Xd85l3"
+  "5lO5ld5lpXiO5l-5m65zJ5mY3U15nW5nk5p05oDXta5r3Xtc5rk5rh5ry5tX5tY3Wl5tz5ue5uz5vf3XYY633Xy5wm5wp5ws5xAgEI5x+YCnYCn881"
+  "5yY5yY3Z7ZAuc7Q5zY5zh3ZZ5+Q5-D5-N5-v6213aw3aS62KYRK63765865C65E65C65w66E66o66a66l67U67o67s68G68R69T6An6BK6DGYiC6Cz"
+  "6By6De6E36FaYln6GY6F56Ef3ek6Hf6H+6IT6Ht3fi6LF6LiZ0A6NZ6Ru6P93iP6QH3i83ha56I56L6S06QS82j4FP6SN6SR6SX6TU6TJZF33j96Vw"
+  "6U56XI6Y5ZHj6YE6WV6aK3kT6b26cZ6dg6geZQZ6hR3mO6iXZYd6jK3nE6jo6kV6kw6kxZgDXqBZhw6nEZoy6o-6pD6nd6qM6q+6rt6r16rf6ru6s5"
+  "ZqU6qq6ul6vk3qp6xB6x7ZxH6tv6zkZzUZ+E6-670v70U70R3sM71A71z71t72jWKb755a9Z76SaEh78e78r79GaO87A07ALaSraWK7Dw7EB3wi7Eb"
+  "3wu3wu7H77HS7Hn7I57JA3yR7Kaams7K+aoI7LmY6V7OGa+Xa+ub143-y4087Rqb3pb3ob4Pb4p7SU7SV7SV7TA40v7UB41642MbGT7XE7YC7ZC43Z"
+  "bOc7bMbQQbR57cF7dh44l7f07fA7fFbbybgdbgd7hk482bkh7l67l948dbo07pI4AW7pe7pZ7q0b+67rZ4C17t77u27v54Cqc8ec974DPcBP7zwcC+"
+  "7+L7-w805cJQcKZ81WcMe81mZDV4FL82o8434GB84+5grcUdcUrZEJZES8818848+U4Hh8AH8AB8AT5Ap8An8Ap8Az8Bcciy8Bb8CT8DZ8Ej8CZ8Ez"
+  "8Fd8HN8DJ8FA8FC8FScmscrhcpL4Kh8Jn8Jp8KMdFA8Lacyi4LT4LXc+nd3I4Lh8PG8PS8Pd8Pf8Qf8Q88SE8RY8Tv8Se8Th8U64NN8VX8W14Nv8XW"
+  "8XZdPd8ZN8ZU4Or8Zw3IxdYkdbc4Q+4R78gW8hj8kA8nLdoe8oh8p18qR8rtdylWW48tB8sy8tmWZU8xK8yueNIeNj92K93n94HeSk94R98u9BN9BO"
+  "99y9Fv9GLelw9MB4cL9Mtert4dc9R35so9SZf55f8Q4fk4fs9VWfGA4gofIM9WB9WB9WffMs9ZY4ip9af9cd9d29d+4lEfim9iI9n09pz4pE4pj9rd"
+  "g3E4pug45g8EgAH9wx4rM9xv9x+9y59yF9yM9yxgO0";
+/* end of the tables */
+enum { MOE__WORD_CHARACTERS = 100, MOE__SPECIALS = 5 };
 
+typedef struct moe__fold {
+  int32_t first, last, target; /* of MOE__FOLD_LIST: index of the first target */
+  int32_t kind;
+} moe__fold;
+
+struct moe_tokenizer {
+  const char *vocab;
+  uint32_t *start;   /* (words) where each word begins in vocab */
+  uint16_t *length;  /* (words) its bytes; 0: can never match */
+  uint32_t *slots;   /* hash table, open addressing: id + 1 in the lower 24 bits, 8 bits of the hash above; 0: free */
+  uint32_t *bounds;  /* (MOE__TEXT_BOUNDS) first code point * 16 + class, up to the next */
+  moe__fold *folds;  /* (MOE__TEXT_FOLDS) */
+  uint32_t mask;           /* number of slots - 1 */
+  int32_t words, longest;  /* longest: bytes of the longest word that can match */
+  int32_t cased;
+  int32_t special[MOE__SPECIALS]; /* ids, -1: not in the vocabulary */
+  uint8_t ascii[128];      /* classes */
+};
+
+/* [UNK], [CLS] and [SEP] must be in the vocabulary; the others are recognised in a text where they are. */
+enum { MOE__UNK, MOE__CLS, MOE__SEP };
+static const char *const moe__special_names[MOE__SPECIALS] = {"[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"};
+
+/* Reads a number of a table. */
+static int32_t moe__text_digit(char c) {
+  if (c >= 'a') return c - 'a' + 36;
+  if (c >= 'A') return c - 'A' + 10;
+  if (c >= '0') return c - '0';
+  return c == '+' ? 62 : 63;
+}
+
+static int32_t moe__text_number(const char **at) {
+  int32_t value = 0, digit;
+  int shift = 0;
+  do {
+    digit = moe__text_digit(*(*at)++);
+    value |= (digit & 31) << shift;
+    shift += 5;
+  } while (digit & 32);
+  return value;
+}
+
+static void moe__text_unpack_classes(uint32_t *bounds) {
+  const char *at = moe__text_classes;
+  int32_t first = 0, end = -1;
+  while (*at) {
+    int32_t info;
+    first += moe__text_number(&at);
+    info = moe__text_number(&at);
+    if (end >= 0 && end != first) *bounds++ = (uint32_t)end << 4 | MOE__TEXT_LETTER;
+    *bounds++ = (uint32_t)first << 4 | (uint32_t)(info % MOE__TEXT_KINDS);
+    end = first + info / MOE__TEXT_KINDS + 1;
+  }
+  *bounds = (uint32_t)end << 4 | MOE__TEXT_LETTER;
+}
+
+static void moe__text_unpack_folds(moe__fold *fold) {
+  const char *at = moe__text_folds;
+  int32_t first = 0, listed = 0;
+  for (; *at; ++fold) {
+    int32_t info, delta;
+    first += moe__text_number(&at);
+    info = moe__text_number(&at);
+    fold->first = first;
+    fold->last = first + info / 4;
+    fold->kind = info % 4;
+    fold->target = 0;
+    if (fold->kind <= MOE__FOLD_SLOPE) {
+      delta = moe__text_number(&at);
+      fold->target = first + (delta & 1 ? -1 - delta / 2 : delta / 2);
+    } else if (fold->kind == MOE__FOLD_LIST) {
+      fold->target = listed;
+      listed += info / 4 + 1;
+    }
+  }
+}
+
+/* Class of a code point: that of the last bound at or below it. The first bound is 0. */
+static int moe__text_search(const uint32_t *bounds, int32_t c) {
+  int32_t low = 0, high = MOE__TEXT_BOUNDS;
+  while (high - low > 1) {
+    int32_t middle = (low + high) / 2;
+    if ((int32_t)(bounds[middle] >> 4) <= c) low = middle;
+    else high = middle;
+  }
+  return (int)(bounds[low] & 15);
+}
+
+static int moe__text_class(const moe_tokenizer *t, int32_t c) {
+  int kind = c < 128 ? t->ascii[c] : moe__text_search(t->bounds, c);
+  return t->cased && kind >= MOE__TEXT_STRIP ? MOE__TEXT_LETTER : kind;
+}
+
+/* What a character of a text becomes in step 4: writes at most three code points and returns how many. `kind` is its class. */
+static int moe__text_fold(const moe_tokenizer *t, int32_t out[3], int32_t c, int kind) {
+  int32_t low = 0, high = MOE__TEXT_FOLDS;
+  int n = 0;
+  out[0] = c;
+  if (t->cased) return 1;
+  if (c < 128) {
+    if (c >= 'A' && c <= 'Z') out[0] = c + 32;
+    return 1;
+  }
+  if (kind == MOE__TEXT_STRIP || kind == MOE__TEXT_STRIP_STARTER) return 0;
+  if (c >= 0xac00 && c < 0xac00 + 11172) { /* Unicode standard, 3.12: syllable = (lead * 21 + vowel) * 28 + tail */
+    int32_t i = c - 0xac00;
+    out[0] = 0x1100 + i / 588;
+    out[1] = 0x1161 + i % 588 / 28;
+    out[2] = 0x11a7 + i % 28;
+    return i % 28 ? 3 : 2;
+  }
+  while (low < high) { /* the first run that ends at c or later */
+    int32_t middle = (low + high) / 2;
+    if (t->folds[middle].last < c) low = middle + 1;
+    else high = middle;
+  }
+  for (; low < MOE__TEXT_FOLDS && t->folds[low].first <= c && n < 3; ++low) {
+    const moe__fold *fold = t->folds + low;
+    if (fold->kind == MOE__FOLD_CONST) out[n++] = fold->target;
+    else if (fold->kind == MOE__FOLD_SLOPE) out[n++] = fold->target + (c - fold->first);
+    else if (fold->kind == MOE__FOLD_PAIRS) out[n++] = c + ((c - fold->first) % 2 == 0);
+    else {
+      const char *digit = moe__text_ideographs + 3 * (fold->target + (c - fold->first));
+      out[n++] = moe__text_digit(digit[0]) << 12 | moe__text_digit(digit[1]) << 6 | moe__text_digit(digit[2]);
+    }
+  }
+  return n ? n : 1;
+}
+
+/* One code point of n > 0 bytes; returns the bytes it took. A damaged sequence gives U+FFFD and takes the bytes that could have
+   begun a character, at least one. */
+static size_t moe__utf8_read(int32_t *c, const unsigned char *s, size_t n) {
+  int32_t low = 0x80, high = 0xbf, value;
+  size_t more, i;
+  if (s[0] < 0x80) {
+    *c = s[0];
+    return 1;
+  }
+  *c = 0xfffd;
+  if (s[0] < 0xc2 || s[0] > 0xf4) return 1;
+  more = s[0] < 0xe0 ? 1 : s[0] < 0xf0 ? 2 : 3;
+  value = s[0] & (0x3f >> more);
+  if (s[0] == 0xe0) low = 0xa0;  /* what would be too long a form, */
+  if (s[0] == 0xed) high = 0x9f; /* a surrogate, */
+  if (s[0] == 0xf0) low = 0x90;
+  if (s[0] == 0xf4) high = 0x8f; /* or above U+10FFFF */
+  for (i = 1; i <= more; ++i) {
+    if (i >= n || s[i] < low || s[i] > high) return i;
+    value = value << 6 | (s[i] & 0x3f);
+    low = 0x80;
+    high = 0xbf;
+  }
+  *c = value;
+  return more + 1;
+}
+
+/* Writes a code point; returns its bytes, 1 .. 4. */
+static size_t moe__utf8_write(unsigned char *s, int32_t c) {
+  size_t more = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3, i;
+  for (i = more; i > 0; --i, c >>= 6) s[i] = (unsigned char)(0x80 | (c & 0x3f));
+  s[0] = (unsigned char)(more ? (0xff00 >> (more + 1) & 0xff) | c : c);
+  return more + 1;
+}
+
+/* Steps 1 to 4 as a stream of characters. */
+typedef struct moe__reader {
+  const moe_tokenizer *t;
+  const unsigned char *s;
+  size_t bytes, at, index;     /* at: next byte; index: the number of its code point */
+  int32_t c, ready[3];         /* the character found; what the last code point became and is still to be given out */
+  int count, next, raw_kind;
+  size_t from, raw_at;         /* number and first byte of the code point that c comes from */
+  int rank;                    /* in a run of marks: the rank that this pass gives out; else 0 */
+  size_t run_at, run_index, run_end;
+} moe__reader;
+
+/* NFD sorts the marks between two starters by their combining class. A run that holds marks that stay is read once for each rank, so
+   that it may be of any length. This finds where it ends: at the first code point that begins with a starter. */
+static size_t moe__reader_run_end(const moe__reader *r) {
+  size_t at = r->at;
+  while (at < r->bytes) {
+    int32_t c, out[3];
+    size_t taken = moe__utf8_read(&c, r->s + at, r->bytes - at);
+    int kind = moe__text_class(r->t, c);
+    if (kind == MOE__TEXT_BLANK || kind == MOE__TEXT_STRIP_STARTER || kind == MOE__TEXT_IDEOGRAPH) break;
+    if (kind != MOE__TEXT_DROP && moe__text_fold(r->t, out, c, kind) && moe__text_class(r->t, out[0]) < MOE__TEXT_MARK) break;
+    at += taken;
+  }
+  return at;
+}
+
+/* The special token that the bytes at r->at begin with, or -1. */
+static int moe__reader_special(const moe__reader *r) {
+  int i;
+  for (i = 0; i < MOE__SPECIALS; ++i) {
+    size_t n = strlen(moe__special_names[i]);
+    if (r->t->special[i] >= 0 && r->bytes - r->at >= n && !memcmp(r->s + r->at, moe__special_names[i], n)) return i;
+  }
+  return -1;
+}
+
+/* The next of the characters that the last code point became, as class; -1 when there is none (any more). */
+static int moe__reader_ready(moe__reader *r) {
+  while (r->next < r->count) {
+    int kind;
+    r->c = r->ready[r->next++];
+    kind = r->raw_kind == MOE__TEXT_IDEOGRAPH ? r->raw_kind : moe__text_class(r->t, r->c);
+    if (!r->rank && kind >= MOE__TEXT_MARK) { /* a run begins: read this code point again in each pass */
+      r->run_end = moe__reader_run_end(r);
+      r->run_at = r->raw_at;
+      r->run_index = r->from;
+      r->rank = 1;
+      r->at = r->run_at;
+      r->index = r->run_index;
+      r->count = 0;
+      return -1;
+    }
+    if (!r->rank || kind == MOE__TEXT_MARK + r->rank - 1) return kind < MOE__TEXT_MARK ? kind : MOE__TEXT_LETTER;
+  }
+  return -1;
+}
+
+/* The class of the next character (r->c, from code point r->from): letter, blank, punctuation, ideograph; MOE__TEXT_SPECIAL (r->c: which); or
+   MOE__TEXT_END. */
+static int moe__reader_next(moe__reader *r) {
+  for (;;) {
+    int kind = moe__reader_ready(r);
+    if (kind >= 0) return kind;
+    if (r->rank && r->at >= r->run_end) {
+      if (++r->rank > MOE__TEXT_KINDS - MOE__TEXT_MARK) {
+        r->rank = 0;
+      } else {
+        r->at = r->run_at;
+        r->index = r->run_index;
+      }
+      continue;
+    }
+    if (r->at >= r->bytes) return MOE__TEXT_END;
+    r->from = r->index;
+    r->raw_at = r->at;
+    if (r->s[r->at] == '[' && (r->c = moe__reader_special(r)) >= 0) {
+      size_t n = strlen(moe__special_names[r->c]);
+      r->at += n;
+      r->index += n;
+      return MOE__TEXT_SPECIAL;
+    }
+    r->at += moe__utf8_read(&r->c, r->s + r->at, r->bytes - r->at);
+    ++r->index;
+    r->raw_kind = moe__text_class(r->t, r->c);
+    if (r->raw_kind == MOE__TEXT_DROP) continue;
+    if (r->raw_kind == MOE__TEXT_BLANK) return MOE__TEXT_BLANK;
+    r->count = moe__text_fold(r->t, r->ready, r->c, r->raw_kind);
+    r->next = 0;
+  }
+}
+
+/* FNV-1a. A piece inside a word hashes as if written with its "##". */
+static uint32_t moe__piece_hash(uint32_t h, const unsigned char *s, size_t n) {
+  size_t i;
+  for (i = 0; i < n; ++i) h = (h ^ s[i]) * 16777619u;
+  return h;
+}
+
+enum { MOE__HASH_TAG_SHIFT = 24 };
+static const uint32_t moe__hash_seed = 2166136261u;
+
+/* The id of prefix + s (n bytes) whose hash is h, or -1; *slot: where it is or could be put. */
+static int32_t moe__piece_find(const moe_tokenizer *t, uint32_t *slot, uint32_t h, size_t prefix, const unsigned char *s, size_t n) {
+  uint32_t i = (h ^ h >> 15) & t->mask, tag = h >> MOE__HASH_TAG_SHIFT;
+  for (; t->slots[i]; i = (i + 1) & t->mask) {
+    int32_t id = (int32_t)(t->slots[i] & 0xffffffu) - 1;
+    const char *word = t->vocab + t->start[id];
+    if (t->slots[i] >> MOE__HASH_TAG_SHIFT != tag || t->length[id] != prefix + n) continue;
+    if (memcmp(word, "##", prefix) || memcmp(word + prefix, s, n)) continue;
+    *slot = i;
+    return id;
+  }
+  *slot = i;
+  return -1;
+}
+
+/* Where tokens go. All are counted, those below `room` are written. */
+typedef struct moe__sink {
+  const moe_tokenizer *t;
+  moe_tokens *out;
+  size_t at, room, count; /* at: index in out of the first token */
+  uint8_t segment;
+} moe__sink;
+
+static void moe__sink_put(moe__sink *sink, int32_t id, int32_t begin, int32_t end) {
+  if (sink->count < sink->room) {
+    size_t i = sink->at + sink->count;
+    sink->out->ids[i] = id;
+    if (sink->out->segments) sink->out->segments[i] = sink->segment;
+    if (sink->out->begin) sink->out->begin[i] = begin;
+    if (sink->out->end) sink->out->end[i] = end;
+  }
+  ++sink->count;
+}
+
+/* A word on its way: characters as UTF-8, and the code points they come from. */
+typedef struct moe__word {
+  unsigned char text[4 * MOE__WORD_CHARACTERS];
+  size_t byte[MOE__WORD_CHARACTERS + 1]; /* where each character begins, and the end */
+  size_t from[MOE__WORD_CHARACTERS];
+  size_t first, last;                    /* least and greatest code point of all characters, beyond 100 too */
+  int count;                             /* characters; stops at 101 */
+} moe__word;
+
+static void moe__word_add(moe__word *w, int32_t c, size_t from) {
+  if (!w->count || from < w->first) w->first = from;
+  if (!w->count || from > w->last) w->last = from;
+  if (w->count < MOE__WORD_CHARACTERS) {
+    w->from[w->count] = from;
+    w->byte[w->count + 1] = w->byte[w->count] + moe__utf8_write(w->text + w->byte[w->count], c);
+  }
+  if (w->count <= MOE__WORD_CHARACTERS) ++w->count;
+}
+
+/* The longest piece of the vocabulary at character i: its id and, in *end, the character after it; -1: none. */
+static int32_t moe__word_piece(const moe_tokenizer *t, const moe__word *w, int i, int *end) {
+  uint32_t hash[MOE__WORD_CHARACTERS + 1], slot;
+  size_t prefix = i ? 2 : 0, start = w->byte[i];
+  int last = i;
+  hash[i] = moe__piece_hash(moe__hash_seed, (const unsigned char *)"##", prefix);
+  for (; last < w->count && w->byte[last + 1] - start + prefix <= (size_t)t->longest; ++last)
+    hash[last + 1] = moe__piece_hash(hash[last], w->text + w->byte[last], w->byte[last + 1] - w->byte[last]);
+  for (; last > i; --last) {
+    int32_t id = moe__piece_find(t, &slot, hash[last], prefix, w->text + start, w->byte[last] - start);
+    *end = last;
+    if (id >= 0) return id;
+  }
+  return -1;
+}
+
+/* Step 6: gives out the word and empties it. */
+static void moe__word_flush(moe__word *w, moe__sink *sink) {
+  int32_t ids[MOE__WORD_CHARACTERS];
+  int ends[MOE__WORD_CHARACTERS], i = 0, pieces = 0, k;
+  if (!w->count) return;
+  if (w->count <= MOE__WORD_CHARACTERS) {
+    for (; i < w->count; i = ends[pieces++]) {
+      ids[pieces] = moe__word_piece(sink->t, w, i, &ends[pieces]);
+      if (ids[pieces] < 0) break;
+    }
+  }
+  if (i < w->count) { /* too long, or a part is unknown */
+    moe__sink_put(sink, sink->t->special[MOE__UNK], (int32_t)w->first, (int32_t)(w->last + 1));
+  } else {
+    for (i = 0, k = 0; k < pieces; ++k) {
+      size_t first = w->from[i], last = first; /* sorted marks may stand in another order than in the text */
+      for (; i < ends[k]; ++i) {
+        if (w->from[i] < first) first = w->from[i];
+        if (w->from[i] > last) last = w->from[i];
+      }
+      moe__sink_put(sink, ids[k], (int32_t)first, (int32_t)(last + 1));
+    }
+  }
+  w->count = 0;
+}
+
+/* Gives the tokens of a text to the sink until `enough` have been counted or the text ends. */
+static void moe__text_tokens(moe__sink *sink, const char *s, size_t bytes, size_t enough) {
+  moe__reader r;
+  moe__word w;
+  int kind = MOE__TEXT_BLANK;
+  memset(&r, 0, sizeof r);
+  r.t = sink->t;
+  r.s = (const unsigned char *)s;
+  r.bytes = bytes;
+  w.count = 0;
+  w.byte[0] = 0;
+  w.first = w.last = 0;
+  while (sink->count < enough && kind != MOE__TEXT_END) {
+    kind = moe__reader_next(&r);
+    if (kind == MOE__TEXT_LETTER) {
+      moe__word_add(&w, r.c, r.from);
+      continue;
+    }
+    moe__word_flush(&w, sink);
+    if (kind == MOE__TEXT_SPECIAL) {
+      moe__sink_put(sink, sink->t->special[r.c], (int32_t)r.from, (int32_t)r.index);
+    } else if (kind == MOE__TEXT_PUNCTUATION || kind == MOE__TEXT_IDEOGRAPH) {
+      moe__word_add(&w, r.c, r.from);
+      moe__word_flush(&w, sink);
+    }
+  }
+}
+
+/* How many tokens of a pair of na and nb stay when `room` may. */
+static void moe__text_cut(size_t *ka, size_t *kb, size_t na, size_t nb, size_t room, moe_truncate how) {
+  size_t shorter = na <= nb ? na : nb, keep = shorter;
+  if (how == MOE_TRUNCATE_RIGHT || na + nb <= room) {
+    *ka = na < room ? na : room;
+    *kb = nb < room - *ka ? nb : room - *ka;
+    return;
+  }
+  if (keep > room / 2) keep = room / 2;
+  *ka = na <= nb ? keep : room - keep;
+  *kb = room - *ka;
+}
+
+MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, size_t a_bytes, const char *b, size_t b_bytes, int32_t max_len,
+                              moe_truncate how, moe_tokens *out, const moe_env *env) {
+  size_t room, ka, kb;
+  moe__sink sink;
+  if (!tokenizer || (!a && a_bytes) || !out || !out->ids) return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: a pointer is NULL");
+  if (how != MOE_TRUNCATE_LONGEST && how != MOE_TRUNCATE_RIGHT)
+    return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: unknown way to truncate (%d)", (int)how);
+  if (max_len < (b ? 3 : 2))
+    return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: max_len is %d, the special tokens alone are %d", (int)max_len, b ? 3 : 2);
+  if (out->capacity < max_len)
+    return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: room for %d tokens, max_len is %d", (int)out->capacity, (int)max_len);
+  if ((out->begin || out->end) && (a_bytes > INT32_MAX || (b && b_bytes > INT32_MAX)))
+    return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: offsets are counted up to 2^31 - 1, the text may have more");
+  room = (size_t)max_len - (b ? 3 : 2);
+  memset(&sink, 0, sizeof sink);
+  sink.t = tokenizer;
+  sink.out = out;
+  sink.room = 1;
+  moe__sink_put(&sink, tokenizer->special[MOE__CLS], -1, -1);
+  sink.at = 1;
+  sink.room = room;
+  sink.count = 0;
+  /* The way longest-first cuts depends on both lengths: then a is read to its end, else only as far as needed. */
+  moe__text_tokens(&sink, a, a_bytes, b && how == MOE_TRUNCATE_LONGEST ? SIZE_MAX : room);
+  ka = sink.count < room ? sink.count : room;
+  if (b) {
+    size_t na = sink.count;
+    sink.segment = 1;
+    sink.at = ka + 2;
+    sink.room = room - ka;
+    sink.count = 0;
+    moe__text_tokens(&sink, b, b_bytes, how == MOE_TRUNCATE_LONGEST ? SIZE_MAX : sink.room);
+    moe__text_cut(&ka, &kb, na, sink.count, room, how);
+    if (ka + 2 != sink.at) { /* a gives way: b once more, at its right place */
+      sink.at = ka + 2;
+      sink.room = kb;
+      sink.count = 0;
+      moe__text_tokens(&sink, b, b_bytes, kb);
+    }
+    sink.at = ka + 2 + kb;
+    sink.room = 1;
+    sink.count = 0;
+    moe__sink_put(&sink, tokenizer->special[MOE__SEP], -1, -1);
+    out->count = (int32_t)(ka + kb) + 3;
+    sink.segment = 0;
+  } else {
+    out->count = (int32_t)ka + 2;
+  }
+  sink.at = ka + 1;
+  sink.room = 1;
+  sink.count = 0;
+  moe__sink_put(&sink, tokenizer->special[MOE__SEP], -1, -1);
+  return MOE_OK;
+}
+
+/* Bytes of a line without the white space at its end, the way Hugging Face's reader strips it. */
+static size_t moe__vocab_trim(const uint32_t *bounds, const unsigned char *line, size_t n) {
+  while (n) {
+    size_t at = n - 1;
+    int32_t c;
+    while (at && n - at < 4 && (line[at] & 0xc0) == 0x80) --at;
+    moe__utf8_read(&c, line + at, n - at);
+    if (!(c >= 9 && c <= 13) && c != 0x85 && moe__text_search(bounds, c) != MOE__TEXT_BLANK) break;
+    n = at;
+  }
+  return n;
+}
+
+/* Number of lines; the last one need not end in a line feed. */
+static size_t moe__vocab_lines(const char *vocab, size_t bytes) {
+  size_t i, lines = bytes && vocab[bytes - 1] != '\n';
+  for (i = 0; i < bytes; ++i) lines += vocab[i] == '\n';
+  return lines;
+}
+
+/* Where everything lies in the block. t may be NULL when only the size is wanted. */
+static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout, const char *vocab, size_t bytes, const moe_env *env) {
+  size_t lines, slots = 16;
+  moe_tokenizer *t;
+  moe_tokenizer it;
+  if (!vocab && bytes) return moe__fail(env, MOE_E_ARGUMENT, "vocabulary: the pointer is NULL");
+  if (bytes > UINT32_MAX) return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu bytes, at most 4294967295 are possible", bytes);
+  lines = moe__vocab_lines(vocab, bytes);
+  if (lines >= 0xffffff) return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu lines, at most 16777214 are possible", lines);
+  while (slots < 2 * lines) slots *= 2;
+  t = (moe_tokenizer *)moe__take(layout, 1, sizeof *t);
+  memset(&it, 0, sizeof it);
+  it.start = (uint32_t *)moe__take(layout, lines, sizeof *it.start);
+  it.length = (uint16_t *)moe__take(layout, lines, sizeof *it.length);
+  it.slots = (uint32_t *)moe__take(layout, slots, sizeof *it.slots);
+  it.bounds = (uint32_t *)moe__take(layout, MOE__TEXT_BOUNDS, sizeof *it.bounds);
+  it.folds = (moe__fold *)moe__take(layout, MOE__TEXT_FOLDS, sizeof *it.folds);
+  it.vocab = vocab;
+  it.words = (int32_t)lines;
+  it.mask = (uint32_t)(slots - 1);
+  if (layout->bad) return moe__fail(env, MOE_E_MEMORY, "vocabulary: %zu lines do not fit into the address space", lines);
+  if (t) *t = it;
+  *out = t;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, size_t *bytes, const moe_env *env) {
+  moe__layout layout;
+  moe_tokenizer *none;
+  moe_status status;
+  memset(&layout, 0, sizeof layout);
+  status = moe__tokenizer_layout(&none, &layout, vocab, vocab_bytes, env);
+  if (!status) *bytes = layout.used;
+  return status;
+}
+
+/* Enters every word into the hash table. Of words that occur twice the last line counts, as with Hugging Face's reader. */
+static moe_status moe__tokenizer_fill(moe_tokenizer *t, size_t bytes, const moe_env *env) {
+  const unsigned char *vocab = (const unsigned char *)t->vocab;
+  size_t at = 0, next, i, n;
+  int32_t id, c;
+  for (id = 0; id < t->words; ++id, at = next + 1) {
+    uint32_t h, slot;
+    for (next = at; next < bytes && vocab[next] != '\n';) {
+      size_t taken = moe__utf8_read(&c, vocab + next, bytes - next);
+      if (c == 0xfffd && !(taken == 3 && vocab[next] == 0xef)) /* which is U+FFFD itself */
+        return moe__fail(env, MOE_E_FORMAT, "vocabulary: line %d is not UTF-8", (int)id + 1);
+      next += taken;
+    }
+    n = moe__vocab_trim(t->bounds, vocab + at, next - at);
+    t->start[id] = (uint32_t)at;
+    t->length[id] = 0;
+    if (!n || n > 4 * MOE__WORD_CHARACTERS + 2) continue; /* an empty line, or longer than any word */
+    t->length[id] = (uint16_t)n;
+    if ((int32_t)n > t->longest) t->longest = (int32_t)n;
+    h = moe__piece_hash(moe__hash_seed, vocab + at, n);
+    moe__piece_find(t, &slot, h, 0, vocab + at, n);
+    t->slots[slot] = (uint32_t)(id + 1) | h >> MOE__HASH_TAG_SHIFT << MOE__HASH_TAG_SHIFT;
+  }
+  for (i = 0; i < MOE__SPECIALS; ++i) {
+    const unsigned char *name = (const unsigned char *)moe__special_names[i];
+    uint32_t slot;
+    n = strlen(moe__special_names[i]);
+    t->special[i] = moe__piece_find(t, &slot, moe__piece_hash(moe__hash_seed, name, n), 0, name, n);
+    if (t->special[i] < 0 && i <= MOE__SEP)
+      return moe__fail(env, MOE_E_FORMAT, "vocabulary: no line of the %d is %s", (int)t->words, moe__special_names[i]);
+  }
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes, const char *vocab, size_t vocab_bytes, int cased,
+                                      const moe_env *env) {
+  moe__layout layout;
+  moe_tokenizer *t;
+  size_t need = 0;
+  int32_t c;
+  moe_status status = moe_tokenizer_size(vocab, vocab_bytes, &need, env);
+  if (status) return status;
+  if (!block || (uintptr_t)block % 64) return moe__fail(env, MOE_E_ARGUMENT, "tokenizer: the block is not aligned to 64 bytes");
+  if (bytes < need) return moe__fail(env, MOE_E_MEMORY, "tokenizer: the block has %zu bytes, %zu are needed", bytes, need);
+  memset(&layout, 0, sizeof layout);
+  layout.base = (unsigned char *)block;
+  status = moe__tokenizer_layout(&t, &layout, vocab, vocab_bytes, env);
+  if (status) return status;
+  t->cased = cased != 0;
+  moe__text_unpack_classes(t->bounds);
+  moe__text_unpack_folds(t->folds);
+  for (c = 0; c < 128; ++c) t->ascii[c] = (uint8_t)moe__text_search(t->bounds, c);
+  memset(t->slots, 0, ((size_t)t->mask + 1) * sizeof *t->slots);
+  status = moe__tokenizer_fill(t, vocab_bytes, env);
+  if (!status) *out = t;
+  return status;
+}
+
+MOE_API int32_t moe_tokenizer_words(const moe_tokenizer *tokenizer) { return tokenizer->words; }
+#endif
+
+/* ---- accuracy, F1, Matthews, Pearson, Spearman ---- >>metrics
+   Counts are exact; sums run in double. Nothing is allocated: classes are counted in a pass each. */
+
+static double moe__metric(double value, int is_defined, int *defined) {
+  if (defined) *defined = is_defined;
+  return is_defined ? value : 0;
+}
+
+/* How often a class was predicted, is right, and both. */
+static void moe__metric_count(const int32_t *predicted, const int32_t *label, size_t n, int32_t c, double *p, double *l, double *both) {
+  size_t i, np = 0, nl = 0, nb = 0;
+  for (i = 0; i < n; ++i) {
+    np += predicted[i] == c;
+    nl += label[i] == c;
+    nb += predicted[i] == c && label[i] == c;
+  }
+  *p = (double)np;
+  *l = (double)nl;
+  *both = (double)nb;
+}
+
+MOE_API double moe_metric_accuracy(const int32_t *predicted, const int32_t *label, size_t n, int *defined) {
+  size_t i, right = 0;
+  for (i = 0; i < n; ++i) right += predicted[i] == label[i];
+  return moe__metric(n ? (double)right / (double)n : 0, n > 0, defined);
+}
+
+/* F1 = 2 precision recall / (precision + recall) = 2 both / (predicted + labelled). */
+MOE_API double moe_metric_f1(const int32_t *predicted, const int32_t *label, size_t n, int *defined) {
+  double p, l, both;
+  moe__metric_count(predicted, label, n, 1, &p, &l, &both);
+  return moe__metric(p + l > 0 ? 2 * both / (p + l) : 0, p + l > 0, defined);
+}
+
+MOE_API double moe_metric_macro_f1(const int32_t *predicted, const int32_t *label, size_t n, int32_t classes, int *defined) {
+  double p, l, both, sum = 0;
+  int32_t c, seen = 0;
+  for (c = 0; c < classes; ++c) {
+    moe__metric_count(predicted, label, n, c, &p, &l, &both);
+    if (p + l == 0) continue;
+    sum += 2 * both / (p + l);
+    ++seen;
+  }
+  return moe__metric(seen ? sum / seen : 0, seen > 0, defined);
+}
+
+/* R_K of Gorodkin (2004), for two classes Matthews' coefficient: the covariance of prediction and label over the root of
+   their variances, all times n^2. */
+MOE_API double moe_metric_matthews(const int32_t *predicted, const int32_t *label, size_t n, int32_t classes, int *defined) {
+  double p, l, both, cross = 0, pp = 0, ll = 0, right = 0, all = (double)n, variance;
+  int32_t c;
+  for (c = 0; c < classes; ++c) {
+    moe__metric_count(predicted, label, n, c, &p, &l, &both);
+    right += both;
+    cross += p * l;
+    pp += p * p;
+    ll += l * l;
+  }
+  variance = (all * all - pp) * (all * all - ll);
+  return moe__metric(variance > 0 ? (right * all - cross) / sqrt(variance) : 0, variance > 0, defined);
+}
+
+static double moe__metric_pearson_of(double xy, double xx, double yy, int is_defined, int *defined) {
+  double r;
+  if (!(xx > 0 && yy > 0)) is_defined = 0;
+  r = is_defined ? xy / (sqrt(xx) * sqrt(yy)) : 0;
+  if (r > 1) r = 1;
+  if (r < -1) r = -1;
+  return moe__metric(r, is_defined, defined);
+}
+
+/* Two passes: the means, then the moments about them. A constant array is found by comparison, since its rounded mean may differ from it. */
+MOE_API double moe_metric_pearson(const float *predicted, const float *label, size_t n, int *defined) {
+  double mx = 0, my = 0, xy = 0, xx = 0, yy = 0;
+  int vary_x = 0, vary_y = 0;
+  size_t i;
+  for (i = 0; i < n; ++i) {
+    mx += (double)predicted[i];
+    my += (double)label[i];
+    vary_x |= predicted[i] != predicted[0];
+    vary_y |= label[i] != label[0];
+  }
+  if (!(mx - mx == 0 && my - my == 0)) return moe__metric(0, 0, defined); /* infinite or not a number */
+  mx /= n ? (double)n : 1;
+  my /= n ? (double)n : 1;
+  for (i = 0; i < n; ++i) {
+    double x = (double)predicted[i] - mx, y = (double)label[i] - my;
+    xy += x * y;
+    xx += x * x;
+    yy += y * y;
+  }
+  return moe__metric_pearson_of(xy, xx, yy, vary_x && vary_y, defined);
+}
+
+/* Ascending; heapsort, since it needs neither memory nor luck. */
+static void moe__metric_sort(float *v, size_t n) {
+  size_t begin = n / 2, end = n;
+  while (end > 1) {
+    size_t i, child;
+    float x;
+    if (begin) {
+      x = v[--begin];
+    } else {
+      x = v[--end];
+      v[end] = v[0];
+    }
+    for (i = begin; (child = 2 * i + 1) < end; i = child) {
+      if (child + 1 < end && v[child] < v[child + 1]) ++child;
+      if (v[child] <= x) break;
+      v[i] = v[child];
+    }
+    v[i] = x;
+  }
+}
+
+/* Twice the mean rank (from 0) of x in a sorted array that holds it: first + last place, a whole number. */
+static double moe__metric_rank(const float *sorted, size_t n, float x) {
+  size_t low = 0, high = n, first;
+  while (low < high) {
+    size_t middle = low + (high - low) / 2;
+    if (sorted[middle] < x) low = middle + 1;
+    else high = middle;
+  }
+  first = low;
+  high = n;
+  while (low < high) {
+    size_t middle = low + (high - low) / 2;
+    if (sorted[middle] <= x) low = middle + 1;
+    else high = middle;
+  }
+  return (double)first + (double)(low - 1);
+}
+
+/* Pearson's coefficient of the ranks, whose mean is always (n - 1) / 2. */
+MOE_API double moe_metric_spearman(const float *predicted, const float *label, size_t n, float *scratch, int *defined) {
+  double xy = 0, xx = 0, yy = 0;
+  float *sx = scratch, *sy = scratch + n;
+  size_t i;
+  for (i = 0; i < n; ++i) {
+    if (predicted[i] != predicted[i] || label[i] != label[i]) return moe__metric(0, 0, defined);
+    sx[i] = predicted[i];
+    sy[i] = label[i];
+  }
+  moe__metric_sort(sx, n);
+  moe__metric_sort(sy, n);
+  for (i = 0; i < n; ++i) {
+    double x = moe__metric_rank(sx, n, predicted[i]) - (double)(n - 1), y = moe__metric_rank(sy, n, label[i]) - (double)(n - 1);
+    xy += x * y;
+    xx += x * x;
+    yy += y * y;
+  }
+  return moe__metric_pearson_of(xy, xx, yy, n > 1, defined);
+}
 
 /* ---- text in, label out ---- >>predict */
 

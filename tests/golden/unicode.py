@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""Makes the character tables of moe.h (section >>text): python3 tests/golden/unicode.py moe.h
+
+The tables are not read from the Unicode database but asked, code point by code point, from the Hugging Face `tokenizers`
+package (0.23.3 when the tables were made), whose Rust code mixes the data of several Unicode versions: that is the only
+way to give its very ids. Needs `pip install tokenizers`. With `--check` nothing is written, and the exit status tells
+whether moe.h holds the tables that this script makes.
+
+The format is described in moe.h. In short: numbers are VLQs of base-64 digits (5 bits each, 32 = more follow, least
+significant first; signed ones zigzag), and every list is sorted by its first code point.
+"""
+import sys
+import unicodedata
+from tokenizers import normalizers, pre_tokenizers
+
+DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-"
+LETTER, DROP, BLANK, PUNCT, CJK, STRIP, STRIP_STARTER, MARK = range(8)  # MARK + r: a mark that stays, of rank r
+CONST, SLOPE, PAIRS, LIST = range(4)
+HANGUL = range(0xAC00, 0xD7A4)
+POINTS = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+
+
+def bert(clean=False, cjk=False, strip=False, lower=False):
+    n = normalizers.BertNormalizer(clean_text=clean, handle_chinese_chars=cjk, strip_accents=strip, lowercase=lower)
+    return n.normalize_str
+
+
+def nonstarters(nfd, points):
+    """The combining classes as the normaliser sees them, found by the swaps that it makes; {code point: (above, below)}."""
+    pivots = {}
+    for c in points:
+        pivots.setdefault(unicodedata.combining(chr(c)), chr(c))
+    del pivots[0]
+    classes = {}
+    for c in points:
+        ch = chr(c)
+        if nfd(ch) != ch or (nfd("a" + ch + "\u0334") == "a" + ch + "\u0334" and nfd("a\u0345" + ch) == "a\u0345" + ch):
+            continue
+        above = max([k for k, p in pivots.items() if nfd("a" + ch + p) != "a" + ch + p], default=0)
+        below = min([k for k, p in pivots.items() if nfd("a" + p + ch) != "a" + p + ch], default=256)
+        classes[c] = (above, below)
+    return classes
+
+
+def observe():
+    """Returns ({code point: class}, {code point: folded string}), all that is not itself or a plain letter."""
+    clean, cjk, nfd = bert(clean=True), bert(cjk=True), normalizers.NFD().normalize_str
+    strip, fold = bert(strip=True), bert(strip=True, lower=True)
+    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    marks = nonstarters(nfd, [c for c in POINTS if clean(chr(c)) and c not in HANGUL])
+    kept = sorted({v for c, v in marks.items() if strip(chr(c))})
+    kind, folded = {}, {}
+    for c in POINTS:
+        ch = chr(c)
+        found = []
+        if clean(ch) != ch:
+            found.append({"": DROP, " ": BLANK}[clean(ch)])
+        else:
+            words = [w for w, _ in split("a" + ch + "b")]
+            if words == ["a", ch, "b"]:
+                found.append(PUNCT)
+            else:
+                assert words == ["a" + ch + "b"] or ch == " ", hex(c)
+            if ch == " ":
+                found.append(BLANK)
+            if cjk(ch) != ch:
+                assert cjk(ch) == " " + ch + " "
+                found.append(CJK)
+            if strip(ch) == "":
+                first = ord(nfd(ch)[0])
+                found.append(STRIP if first in marks else STRIP_STARTER)
+            elif c in marks:
+                found.append(MARK + kept.index(marks[c]))
+            if c not in HANGUL and fold(ch) not in ("", ch):
+                folded[c] = fold(ch)
+        assert len(found) < 2, hex(c)
+        if found:
+            kind[c] = found[0]
+    for c, text in folded.items():  # what the header's walk over a run of marks relies on
+        tail = [ord(x) in marks for x in text]
+        assert tail == sorted(tail) and (not tail[0] or c in marks), hex(c)
+        assert len(text) <= 3
+    for c in HANGUL:
+        i = c - 0xAC00
+        jamo = [0x1100 + i // 588, 0x1161 + i % 588 // 28] + ([0x11A7 + i % 28] if i % 28 else [])
+        assert [ord(x) for x in fold(chr(c))] == jamo
+    return kind, folded, len(kept)
+
+
+def vlq(n):
+    out = ""
+    while n >= 32:
+        out += DIGITS[32 + n % 32]
+        n //= 32
+    return out + DIGITS[n]
+
+
+def zigzag(n):
+    return vlq(2 * n if n >= 0 else -2 * n - 1)
+
+
+def class_runs(kind):
+    runs = []
+    for c in sorted(kind):
+        if runs and runs[-1][2] == kind[c] and runs[-1][0] + runs[-1][1] == c:
+            runs[-1][1] += 1
+        else:
+            runs.append([c, 1, kind[c]])
+    return runs
+
+
+def fold_runs(kind, folded):
+    """Longest run first at each point. A code point with several results has as many runs of length 1, in their order."""
+    runs, targets, done = [], [], -1
+    single = {c: ord(t) for c, t in folded.items() if len(t) == 1}
+    ideographs = {c for c in single if kind.get(c) == CJK}
+
+    def length(step, fits):
+        n = 1
+        while fits(n):
+            n += step
+        return n
+
+    for c in sorted(folded):
+        if c <= done:
+            continue
+        if c not in single:
+            runs += [[c, 1, CONST, ord(x)] for x in folded[c]]
+            done = c
+            continue
+        t = single[c]
+        if c in ideographs:
+            n = length(1, lambda i: c + i in ideographs)
+            best = (n, LIST, 0)
+            targets += [single[c + i] for i in range(n)]
+        else:
+            pairs = 0
+            while single.get(c + pairs) == c + pairs + 1 and c + pairs + 1 not in folded:
+                pairs += 2
+            best = max((length(1, lambda i: single.get(c + i) == t), CONST, t),
+                       (length(1, lambda i: single.get(c + i) == t + i), SLOPE, t), (pairs - 1, PAIRS, 0))
+        runs.append([c, *best])
+        done = c + best[0] - 1
+    return runs, targets
+
+
+def encode(kind, folded, ranks):
+    classes, (folds, targets) = class_runs(kind), fold_runs(kind, folded)
+    kinds = MARK + ranks
+    text, last = "", 0
+    for start, n, k in classes:
+        text += vlq(start - last) + vlq((n - 1) * kinds + k)
+        last = start
+    fold_text, last = "", 0
+    for start, n, k, target in folds:
+        fold_text += vlq(start - last) + vlq((n - 1) * 4 + k) + (zigzag(target - start) if k in (CONST, SLOPE) else "")
+        last = start
+    cjk_text = "".join(DIGITS[t >> 12] + DIGITS[t >> 6 & 63] + DIGITS[t & 63] for t in targets)
+    # boundaries after decoding: a run that no other follows at once is closed by a plain letter
+    bounds = len(classes) + sum(1 for i, (s, n, _) in enumerate(classes)
+                                if i + 1 == len(classes) or classes[i + 1][0] != s + n)
+    return text, bounds, fold_text, len(folds), cjk_text, kinds
+
+
+def literal(name, text, width=114):
+    rows = ['  "%s"' % text[i:i + width] for i in range(0, len(text), width)]
+    return "static const char %s[] =\n%s;\n" % (name, "\n".join(rows))
+
+
+def block():
+    kind, folded, ranks = observe()
+    text, bounds, fold_text, folds, cjk_text, kinds = encode(kind, folded, ranks)
+    assert max(len(text), len(fold_text), len(cjk_text)) < 4095  # the longest literal that C99 promises
+    out = "/* tables made by tests/golden/unicode.py: do not edit */\n"
+    out += "enum { MOE__TEXT_KINDS = %d, MOE__TEXT_BOUNDS = %d, MOE__TEXT_FOLDS = %d };\n" % (kinds, bounds, folds)
+    out += literal("moe__text_classes", text) + literal("moe__text_folds", fold_text)
+    out += literal("moe__text_ideographs", cjk_text) + "/* end of the tables */\n"
+    sys.stderr.write("%d + %d + %d digits\n" % (len(text), len(fold_text), len(cjk_text)))
+    return out
+
+
+def main():
+    check, path = "--check" in sys.argv, sys.argv[-1]
+    with open(path, encoding="utf-8") as f:
+        source = f.read()
+    begin, end = source.index("/* tables made by"), source.index("/* end of the tables */\n") + 24
+    made = source[:begin] + block() + source[end:]
+    if check:
+        sys.exit(0 if made == source else "%s: the tables differ" % path)
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(made)
+
+
+if __name__ == "__main__":
+    main()
