@@ -1,0 +1,1348 @@
+/* train.c - trains Single-Task, MT-Dense, MT-Switch and MT-TaG on a folder of tasks and prints a table like Table 1 of the MT-TaG paper.
+
+     cc -O3 -o train examples/train.c -lm -pthread
+     ./train                      the bundled tasks, four systems
+     ./train --help               the options
+
+   A folder of tasks holds tasks.tsv and, for each task, TASK/train.tsv and TASK/dev.tsv: README.md shows how to make your own. */
+#if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
+#define _POSIX_C_SOURCE 200809L
+#endif
+#define MOE_IMPLEMENTATION
+#include "../moe.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <time.h>
+#ifdef _WIN32
+#include <io.h>
+#define isatty _isatty
+#define fileno _fileno
+#endif
+
+/* ---- options ---- */
+
+enum { SINGLE, DENSE, SWITCH, TAG, SYSTEMS };
+static const char *const system_name[SYSTEMS] = {"single", "dense", "switch", "tag"};
+static const char *const system_title[SYSTEMS] = {"Single-Task", "MT-Dense", "MT-Switch", "MT-TaG"};
+
+static struct {
+  const char *data, *tasks, *init, *vocab, *systems, *save, *checkpoint, *resume, *json, *isa, *seeds, *sampling, *order, *truncate, *gate_scale;
+  int max_len, layers, hidden, ffn, heads, cased, experts, top_k, batch, micro_batch, threads, dedup, renormalize;
+  int64_t epochs, steps, every;
+  double hold_out, eps, noise, rate, warmup, decay, clip, dropout, balance, z_loss, jitter;
+} opt = {NULL, NULL, NULL, NULL, "single,dense,switch,tag", NULL, NULL, NULL, NULL, "auto", "1", "natural", "shuffle", "longest", "n",
+         0,    2,    128,  512,  0,                         0,    4,    1,    32,   4096,   0,   0,         0,
+         0,    0,    0,
+         0,    0,    0,    0,    0.1,                       0,    1,    0.1,  0,    0,      0};
+
+static const char *const help_text =
+  "usage: train [options]\n\n"
+  "data\n"
+  "  --data DIR               folder with tasks.tsv and TASK/train.tsv, TASK/dev.tsv   (examples/data)\n"
+  "  --tasks A,B,C            these tasks, in this order                               (all of tasks.tsv)\n"
+  "  --max-len N              longest input in tokens                                  (128, or what the positions allow)\n"
+  "  --truncate longest|right what to cut from a longer input                          (longest)\n"
+  "  --hold-out FRACTION      part of train that chooses the best epoch; 0: the last   (0)\n"
+  "  --dedup                  drop training rows whose text stands in another task's dev set\n\n"
+  "model\n"
+  "  --init FILE.safetensors  start from a published BERT-like encoder; config.json beside it is read\n"
+  "  --vocab FILE             its WordPiece vocabulary                                 (vocab.txt of --data)\n"
+  "  --heads N --eps E        attention heads and LayerNorm epsilon, where there is no config.json\n"
+  "  --cased                  do not lower-case the text                               (tokenizer_config.json decides)\n"
+  "  --layers N --hidden N --ffn N --heads N   from scratch                            (2 128 512 4)\n"
+  "  --systems LIST           of single,dense,switch,tag                               (all four)\n"
+  "  --experts N --top-k K    experts in a layer, experts of a token                   (4 1)\n"
+  "  --gate-scale paper|n     weight of an expert: g* (the paper) or g* N/k            (n: a sparse model then starts\n"
+  "                           as its dense parent; with the paper's g* every FFN starts at a quarter)\n"
+  "  --renormalize            top-k weights sum to 1 (with --gate-scale paper)\n"
+  "  --noise S                standard deviation of noise on copied experts            (0)\n\n"
+  "training\n"
+  "  --epochs N | --steps N   length; Single-Task gets a task's share of the steps     (3 epochs with --init, else 8)\n"
+  "  --batch N                sequences of a step                                      (32)\n"
+  "  --micro-batch TOKENS     most tokens at once; more memory, not other results      (4096)\n"
+  "  --lr R --warmup F        peak learning rate, fraction of steps to reach it        (5e-5 with --init, else 1e-3; 0.1)\n"
+  "  --decay D --clip C       weight decay, largest gradient norm                      (0 1)\n"
+  "  --dropout P              (0.1)\n"
+  "  --seeds 1,2,3            a run for each; the table then shows mean and deviation  (1)\n"
+  "  --sampling natural|uniform|temperature:T|uniform-natural                          (natural)\n"
+  "  --order shuffle|file     (shuffle)\n"
+  "  --balance A --z-loss A --jitter A   options the paper argues against              (0 0 0)\n\n"
+  "machine\n"
+  "  --threads N              (all processors)\n"
+  "  --isa auto|avx512|avx2|neon|scalar                                                (auto)\n\n"
+  "files\n"
+  "  --save FILE              the trained model; with several runs FILE gets -SYSTEM-SEED\n"
+  "  --checkpoint FILE --every STEPS   state to go on from; names as with --save       (every 500 steps and at the end)\n"
+  "  --resume FILE            go on from there, bit for bit; give the same options again\n"
+  "  --json FILE              all results\n";
+
+static void die(const char *format, ...) MOE__PRINTF(1, 2);
+static void die(const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  fprintf(stderr, "train: ");
+  vfprintf(stderr, format, args);
+  fprintf(stderr, "\n");
+  va_end(args);
+  exit(1);
+}
+
+static void show(void *user, moe_status status, const char *sentence) {
+  (void)user;
+  (void)status;
+  fprintf(stderr, "train: %s\n", sentence);
+}
+
+/* For calls of the library: the log has said what was wrong. */
+static void need(moe_status status) {
+  if (status != MOE_OK) exit(1);
+}
+
+static void *take(size_t count, size_t size) {
+  void *p = calloc(count ? count : 1, size);
+  if (!p) die("out of memory (%zu bytes)", count * size);
+  return p;
+}
+
+static void *grow(void *p, size_t count, size_t size) {
+  p = realloc(p, (count ? count : 1) * size);
+  if (!p) die("out of memory (%zu bytes)", count * size);
+  return p;
+}
+
+static double number(const char *option, const char *text, double low, double high) {
+  char *end;
+  double v = strtod(text, &end);
+  if (end == text || *end || !(v >= low && v <= high)) die("%s takes a number from %g to %g, not \"%s\"", option, low, high, text);
+  return v;
+}
+
+static int64_t whole(const char *option, const char *text, int64_t low, int64_t high) {
+  char *end;
+  long long v = strtoll(text, &end, 10);
+  if (end == text || *end || v < low || v > high)
+    die("%s takes a whole number from %lld to %lld, not \"%s\"", option, (long long)low, (long long)high, text);
+  return v;
+}
+
+static const char *one_of(const char *option, const char *text, const char *a, const char *b) {
+  if (strcmp(text, a) && strcmp(text, b)) die("%s is %s or %s, not \"%s\"", option, a, b, text);
+  return text;
+}
+
+static void read_options(int argc, char **argv) {
+  int i;
+  for (i = 1; i < argc; ++i) {
+    const char *o = argv[i], *v = i + 1 < argc ? argv[i + 1] : NULL;
+    if (!strcmp(o, "--help") || !strcmp(o, "-h")) {
+      fputs(help_text, stdout);
+      exit(0);
+    }
+    if (!strcmp(o, "--dedup")) { opt.dedup = 1; continue; }
+    if (!strcmp(o, "--cased")) { opt.cased = 1; continue; }
+    if (!strcmp(o, "--renormalize")) { opt.renormalize = 1; continue; }
+    if (strncmp(o, "--", 2)) die("\"%s\" is no option; --help lists them", o);
+    if (!v) die("%s needs a value, or is no option; --help lists them", o);
+    ++i;
+    if (!strcmp(o, "--data")) opt.data = v;
+    else if (!strcmp(o, "--tasks")) opt.tasks = v;
+    else if (!strcmp(o, "--max-len")) opt.max_len = (int)whole(o, v, 3, 1 << 20);
+    else if (!strcmp(o, "--truncate")) opt.truncate = one_of(o, v, "longest", "right");
+    else if (!strcmp(o, "--hold-out")) opt.hold_out = number(o, v, 0, 0.9);
+    else if (!strcmp(o, "--init")) opt.init = v;
+    else if (!strcmp(o, "--vocab")) opt.vocab = v;
+    else if (!strcmp(o, "--heads")) opt.heads = (int)whole(o, v, 1, 1024);
+    else if (!strcmp(o, "--eps")) opt.eps = number(o, v, 1e-30, 1);
+    else if (!strcmp(o, "--layers")) opt.layers = (int)whole(o, v, 1, 1000);
+    else if (!strcmp(o, "--hidden")) opt.hidden = (int)whole(o, v, 1, 65536);
+    else if (!strcmp(o, "--ffn")) opt.ffn = (int)whole(o, v, 1, 1 << 20);
+    else if (!strcmp(o, "--systems")) opt.systems = v;
+    else if (!strcmp(o, "--experts")) opt.experts = (int)whole(o, v, 1, MOE_MAX_EXPERTS);
+    else if (!strcmp(o, "--top-k")) opt.top_k = (int)whole(o, v, 1, MOE_MAX_EXPERTS);
+    else if (!strcmp(o, "--gate-scale")) opt.gate_scale = one_of(o, v, "paper", "n");
+    else if (!strcmp(o, "--noise")) opt.noise = number(o, v, 0, 10);
+    else if (!strcmp(o, "--epochs")) opt.epochs = whole(o, v, 1, 1000000);
+    else if (!strcmp(o, "--steps")) opt.steps = whole(o, v, 1, 1000000000);
+    else if (!strcmp(o, "--batch")) opt.batch = (int)whole(o, v, 1, 65536);
+    else if (!strcmp(o, "--micro-batch")) opt.micro_batch = (int)whole(o, v, 1, 1 << 24);
+    else if (!strcmp(o, "--lr")) opt.rate = number(o, v, 1e-12, 1e6);
+    else if (!strcmp(o, "--warmup")) opt.warmup = number(o, v, 0, 1);
+    else if (!strcmp(o, "--decay")) opt.decay = number(o, v, 0, 1e6);
+    else if (!strcmp(o, "--clip")) opt.clip = number(o, v, 0, 1e30);
+    else if (!strcmp(o, "--dropout")) opt.dropout = number(o, v, 0, 0.99);
+    else if (!strcmp(o, "--seeds")) opt.seeds = v;
+    else if (!strcmp(o, "--sampling")) opt.sampling = v;
+    else if (!strcmp(o, "--order")) opt.order = one_of(o, v, "shuffle", "file");
+    else if (!strcmp(o, "--balance")) opt.balance = number(o, v, 0, 1e6);
+    else if (!strcmp(o, "--z-loss")) opt.z_loss = number(o, v, 0, 1e6);
+    else if (!strcmp(o, "--jitter")) opt.jitter = number(o, v, 0, 0.99);
+    else if (!strcmp(o, "--threads")) opt.threads = (int)whole(o, v, 1, 256);
+    else if (!strcmp(o, "--isa")) opt.isa = v;
+    else if (!strcmp(o, "--save")) opt.save = v;
+    else if (!strcmp(o, "--checkpoint")) opt.checkpoint = v;
+    else if (!strcmp(o, "--every")) opt.every = whole(o, v, 1, 1000000000);
+    else if (!strcmp(o, "--resume")) opt.resume = v;
+    else if (!strcmp(o, "--json")) opt.json = v;
+    else die("unknown option %s; --help lists them", o);
+  }
+  if (opt.epochs && opt.steps) die("give --epochs or --steps, not both");
+  if (opt.renormalize && !strcmp(opt.gate_scale, "n")) opt.gate_scale = "paper";
+  if (opt.top_k > opt.experts) die("--top-k %d is more than --experts %d", opt.top_k, opt.experts);
+  if (!opt.epochs && !opt.steps) opt.epochs = opt.init ? 3 : 8;
+  if (opt.rate == 0) opt.rate = opt.init ? 5e-5 : 1e-3;
+  if (!opt.data) opt.data = "examples/data";
+  if (!opt.every) opt.every = 500;
+}
+
+/* Splits "a,b,c" in place into at most `most` parts. */
+static int split(char *text, char mark, char **parts, int most) {
+  int n = 0;
+  for (;;) {
+    char *end = strchr(text, mark);
+    if (n == most) return n + 1;
+    parts[n++] = text;
+    if (!end) return n;
+    *end = 0;
+    text = end + 1;
+  }
+}
+
+static char *copy_text(const char *s) {
+  size_t n = strlen(s) + 1;
+  return (char *)memcpy(take(n, 1), s, n);
+}
+
+/* ---- tasks and rows ---- */
+
+typedef struct rows {
+  int64_t n, tokens;
+  int64_t *start;    /* (n+1) */
+  int32_t *ids;
+  uint8_t *segments;
+  float *label;
+  int32_t *group;    /* number of the question, for ranking */
+  int32_t *span;     /* (n,4), for span tasks */
+  uint64_t *hash;    /* of the letters and digits of the text */
+} rows;
+
+typedef struct task_data {
+  moe_task task;
+  int64_t official; /* column `rows`: decides "small" */
+  int hard;
+  rows train, held, dev[2];
+  int n_dev;
+} task_data;
+
+static task_data *tasks;
+static int n_tasks;
+static moe_config config;
+static char *vocab;
+static size_t vocab_bytes;
+static moe_tokenizer *tokenizer;
+static moe_env env;
+
+typedef struct tsv {
+  const char *path;
+  char *text, *next, *end;
+  int line, columns;
+  char *column[16]; /* names, from the header line */
+} tsv;
+
+static char *tsv_line(tsv *f) {
+  char *line = f->next, *end;
+  if (line >= f->end) return NULL;
+  end = (char *)memchr(line, '\n', (size_t)(f->end - line));
+  if (!end) end = f->end;
+  f->next = end + 1;
+  if (end > line && end[-1] == '\r') --end;
+  *end = 0;
+  if (strlen(line) != (size_t)(end - line)) die("%s:%d: a zero byte", f->path, f->line + 1);
+  ++f->line;
+  return line;
+}
+
+static int tsv_open(tsv *f, const char *path, int optional) {
+  void *data;
+  size_t bytes;
+  FILE *probe = fopen(path, "rb");
+  char *line;
+  memset(f, 0, sizeof *f);
+  if (!probe && optional) return 0;
+  if (!probe) die("cannot open %s: %s", path, strerror(errno));
+  fclose(probe);
+  need(moe_file_read(&data, &bytes, path, &env));
+  f->path = path;
+  f->text = (char *)take(bytes + 2, 1);
+  memcpy(f->text, data, bytes);
+  moe_free(data);
+  f->next = f->text;
+  f->end = f->text + bytes;
+  line = tsv_line(f);
+  if (!line) die("%s is empty; its first line should name the columns", path);
+  f->columns = split(line, '\t', f->column, 16);
+  if (f->columns > 16) die("%s:1: more than 16 columns", path);
+  return 1;
+}
+
+static int tsv_column(const tsv *f, const char *name, int must) {
+  int i;
+  for (i = 0; i < f->columns; ++i)
+    if (!strcmp(f->column[i], name)) return i;
+  if (must) die("%s:1: there is no column \"%s\"", f->path, name);
+  return -1;
+}
+
+static void tsv_fields(tsv *f, char *line, char **field) {
+  int n = split(line, '\t', field, f->columns);
+  if (n < f->columns) die("%s:%d: %d column%s, expected %d", f->path, f->line, n, n == 1 ? "" : "s", f->columns);
+  if (n > f->columns) die("%s:%d: more than the %d columns of the first line", f->path, f->line, f->columns);
+}
+
+static float field_number(const tsv *f, const char *name, const char *text) {
+  char *end;
+  double v = strtod(text, &end);
+  if (end == text || *end || !(v > -1e30 && v < 1e30)) die("%s:%d: %s \"%s\" is no number", f->path, f->line, name, text);
+  return (float)v;
+}
+
+static int field_whole(const tsv *f, const char *name, const char *text) {
+  float v = field_number(f, name, text);
+  if (v != (float)(int)v) die("%s:%d: %s \"%s\" is no whole number", f->path, f->line, name, text);
+  return (int)v;
+}
+
+/* labels: "0=no,1=yes" or "0..5" */
+static void read_labels(const tsv *f, task_data *t, char *text) {
+  char *part[MOE_MAX_CLASSES];
+  const char **names;
+  int i, n;
+  char *dots = strstr(text, "..");
+  if (t->task.kind == MOE_KIND_REGRESSION) {
+    if (!dots) die("%s:%d: labels of a regression are a range such as 0..5, not \"%s\"", f->path, f->line, text);
+    *dots = 0;
+    t->task.low = field_number(f, "lowest label", text);
+    t->task.high = field_number(f, "highest label", dots + 2);
+    t->task.classes = 1;
+    return;
+  }
+  n = split(text, ',', part, MOE_MAX_CLASSES);
+  if (n > MOE_MAX_CLASSES) die("%s:%d: more than %d labels", f->path, f->line, MOE_MAX_CLASSES);
+  if (n < 2) die("%s:%d: a task needs at least two labels, \"%s\" names %d", f->path, f->line, text, n);
+  names = (const char **)take((size_t)n, sizeof *names);
+  for (i = 0; i < n; ++i) {
+    char *name = strchr(part[i], '=');
+    if (!name || atoi(part[i]) != i) die("%s:%d: label %d should read %d=NAME, not \"%s\"", f->path, f->line, i, i, part[i]);
+    names[i] = copy_text(name + 1);
+  }
+  t->task.classes = n;
+  t->task.label = names;
+}
+
+static void read_task(const tsv *f, char **field, task_data *t) {
+  static const char *const kinds[] = {"classification", "regression", "ranking", "span"};
+  int rows_at = tsv_column(f, "rows", 0), max_at = tsv_column(f, "max_len", 0), hard_at = tsv_column(f, "hard", 0), k;
+  const char *name = field[tsv_column(f, "name", 1)], *kind = field[tsv_column(f, "kind", 1)];
+  const char *input = field[tsv_column(f, "input", 1)], *metric = field[tsv_column(f, "metric", 1)];
+  memset(t, 0, sizeof *t);
+  if (strlen(name) >= sizeof t->task.name || !*name) die("%s:%d: a task's name has 1 to 63 bytes", f->path, f->line);
+  strcpy(t->task.name, name);
+  for (k = 0; k < 4 && strcmp(kind, kinds[k]); ++k) continue;
+  if (k == 4) die("%s:%d: kind \"%s\" is none of classification, regression, ranking, span", f->path, f->line, kind);
+  t->task.kind = (moe_kind)k;
+  if (strcmp(input, "single") && strcmp(input, "pair")) die("%s:%d: input \"%s\" is neither single nor pair", f->path, f->line, input);
+  t->task.pair = !strcmp(input, "pair");
+  if (strlen(metric) >= sizeof t->task.metrics) die("%s:%d: metrics are too long", f->path, f->line);
+  strcpy(t->task.metrics, metric);
+  read_labels(f, t, field[tsv_column(f, "labels", 1)]);
+  if (rows_at >= 0) t->official = field_whole(f, "rows", field[rows_at]);
+  if (max_at >= 0 && *field[max_at]) t->task.max_len = field_whole(f, "max_len", field[max_at]);
+  if (hard_at >= 0) t->hard = field_whole(f, "hard", field[hard_at]);
+}
+
+static void read_tasks(void) {
+  char path[1024], *wanted[512], *field[16], *line;
+  int n_wanted = 0, i, j;
+  tsv f;
+  task_data *all = NULL;
+  int n = 0;
+  snprintf(path, sizeof path, "%s/tasks.tsv", opt.data);
+  tsv_open(&f, path, 0);
+  while ((line = tsv_line(&f)) != NULL) {
+    if (!*line) continue;
+    tsv_fields(&f, line, field);
+    all = (task_data *)grow(all, (size_t)n + 1, sizeof *all);
+    read_task(&f, field, &all[n]);
+    for (i = 0; i < n; ++i)
+      if (!strcmp(all[i].task.name, all[n].task.name)) die("%s:%d: task %s stands there twice", path, f.line, all[n].task.name);
+    ++n;
+  }
+  if (!n) die("%s names no task", path);
+  if (opt.tasks) n_wanted = split(copy_text(opt.tasks), ',', wanted, 512);
+  if (n_wanted > 512) die("--tasks: more than 512");
+  if (!n_wanted) {
+    tasks = all;
+    n_tasks = n;
+    return;
+  }
+  tasks = (task_data *)take((size_t)n_wanted, sizeof *tasks);
+  for (i = 0; i < n_wanted; ++i) {
+    for (j = 0; j < i; ++j)
+      if (!strcmp(wanted[i], wanted[j])) die("--tasks names %s twice", wanted[i]);
+    for (j = 0; j < n && strcmp(all[j].task.name, wanted[i]); ++j) continue;
+    if (j == n) die("there is no task \"%s\" in %s", wanted[i], path);
+    tasks[n_tasks++] = all[j];
+  }
+}
+
+/* Letters and digits alone, in lower case: two texts with the same hash are the same text for --dedup. Other than ASCII counts as it is. */
+static uint64_t text_hash(const char *a, const char *b) {
+  uint64_t h = 0xcbf29ce484222325u;
+  int pass;
+  for (pass = 0; pass < 2; ++pass) {
+    const unsigned char *s = (const unsigned char *)(pass ? b : a);
+    for (; s && *s; ++s) {
+      unsigned c = *s;
+      if (c >= 'A' && c <= 'Z') c += 32;
+      if ((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c >= 128) h = (h ^ c) * 0x100000001b3u;
+    }
+    if (!pass) h = (h ^ 1) * 0x100000001b3u;
+  }
+  return h;
+}
+
+/* First and last token of the pieces that overlap code points [from, to) of text number `segment`. */
+static void find_span(const tsv *f, const moe_tokens *t, int segment, int from, int to, int32_t *span) {
+  int i, first = -1, last = -1;
+  for (i = 0; i < t->count; ++i)
+    if (t->begin[i] >= 0 && t->segments[i] == segment && t->begin[i] < to && t->end[i] > from) {
+      if (first < 0) first = i;
+      last = i;
+    }
+  if (first < 0) die("%s:%d: no token at characters %d to %d of sentence %d", f->path, f->line, from, to, segment + 1);
+  span[0] = first;
+  span[1] = last + 1;
+}
+
+static int read_rows(rows *r, const task_data *t, const char *path, int optional) {
+  tsv f;
+  char *line, *field[16];
+  int max_len = t->task.max_len && t->task.max_len < config.max_len ? t->task.max_len : config.max_len;
+  int label_at, a_at, b_at = -1, group_at = -1, span_at[4] = {-1, -1, -1, -1}, i;
+  int64_t room = 0, token_room = 0;
+  moe_tokens out;
+  memset(r, 0, sizeof *r);
+  if (!tsv_open(&f, path, optional)) return 0;
+  label_at = tsv_column(&f, "label", 1);
+  a_at = tsv_column(&f, "sentence1", 1);
+  if (t->task.pair) b_at = tsv_column(&f, "sentence2", 1);
+  if (t->task.kind == MOE_KIND_RANKING) group_at = tsv_column(&f, "group", 1);
+  if (t->task.kind == MOE_KIND_SPAN) {
+    span_at[0] = tsv_column(&f, "start1", 1);
+    span_at[1] = tsv_column(&f, "end1", 1);
+    span_at[2] = tsv_column(&f, "start2", 1);
+    span_at[3] = tsv_column(&f, "end2", 1);
+  }
+  memset(&out, 0, sizeof out);
+  out.capacity = max_len;
+  out.ids = (int32_t *)take((size_t)max_len, sizeof(int32_t));
+  out.segments = (uint8_t *)take((size_t)max_len, 1);
+  out.begin = (int32_t *)take((size_t)max_len, sizeof(int32_t));
+  out.end = (int32_t *)take((size_t)max_len, sizeof(int32_t));
+  while ((line = tsv_line(&f)) != NULL) {
+    const char *a, *b;
+    float label;
+    tsv_fields(&f, line, field);
+    a = field[a_at];
+    b = b_at >= 0 ? field[b_at] : NULL;
+    label = field_number(&f, "label", field[label_at]);
+    if (t->task.kind == MOE_KIND_REGRESSION) {
+      if (label < t->task.low || label > t->task.high)
+        die("%s:%d: label %s is outside %g..%g", path, f.line, field[label_at], (double)t->task.low, (double)t->task.high);
+    } else if (label != (float)(int)label || label < 0 || label >= (float)t->task.classes)
+      die("%s:%d: label %s is none of 0 .. %d", path, f.line, field[label_at], t->task.classes - 1);
+    need(moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, max_len, config.truncate, &out, &env));
+    if (r->n == room) {
+      room = room ? 2 * room : 1024;
+      r->start = (int64_t *)grow(r->start, (size_t)room + 1, sizeof *r->start);
+      r->label = (float *)grow(r->label, (size_t)room, sizeof *r->label);
+      r->hash = (uint64_t *)grow(r->hash, (size_t)room, sizeof *r->hash);
+      r->group = (int32_t *)grow(r->group, (size_t)room, sizeof *r->group);
+      r->span = (int32_t *)grow(r->span, (size_t)room * 4, sizeof *r->span);
+    }
+    if (r->tokens + out.count > token_room) {
+      token_room = 2 * token_room + 65536 + out.count;
+      r->ids = (int32_t *)grow(r->ids, (size_t)token_room, sizeof *r->ids);
+      r->segments = (uint8_t *)grow(r->segments, (size_t)token_room, 1);
+    }
+    memcpy(r->ids + r->tokens, out.ids, (size_t)out.count * sizeof *r->ids);
+    memcpy(r->segments + r->tokens, out.segments, (size_t)out.count);
+    r->start[r->n] = r->tokens;
+    r->label[r->n] = label;
+    r->hash[r->n] = text_hash(a, b);
+    r->group[r->n] = group_at >= 0 ? (int32_t)(text_hash(field[group_at], NULL) & 0x7fffffff) : 0;
+    memset(r->span + 4 * r->n, 0, 4 * sizeof *r->span);
+    if (t->task.kind == MOE_KIND_SPAN)
+      for (i = 0; i < 2; ++i)
+        find_span(&f, &out, i, field_whole(&f, "start", field[span_at[2 * i]]), field_whole(&f, "end", field[span_at[2 * i + 1]]),
+                  r->span + 4 * r->n + 2 * i);
+    r->tokens += out.count;
+    ++r->n;
+  }
+  if (!r->n) die("%s holds no rows", path);
+  r->start[r->n] = r->tokens;
+  free(out.ids);
+  free(out.segments);
+  free(out.begin);
+  free(out.end);
+  free(f.text);
+  return 1;
+}
+
+/* Keeps the rows with keep[i] != 0, the others go to `rest` (or away). */
+static void part_rows(rows *r, rows *rest, const unsigned char *keep) {
+  rows kept;
+  int side;
+  int64_t i;
+  memset(&kept, 0, sizeof kept);
+  for (side = 0; side < 2; ++side) {
+    rows *to = side ? rest : &kept;
+    if (!to) continue;
+    to->start = (int64_t *)take((size_t)r->n + 1, sizeof *to->start);
+    to->ids = (int32_t *)take((size_t)r->tokens, sizeof *to->ids);
+    to->segments = (uint8_t *)take((size_t)r->tokens, 1);
+    to->label = (float *)take((size_t)r->n, sizeof *to->label);
+    to->group = (int32_t *)take((size_t)r->n, sizeof *to->group);
+    to->span = (int32_t *)take((size_t)r->n * 4, sizeof *to->span);
+    to->hash = (uint64_t *)take((size_t)r->n, sizeof *to->hash);
+    to->n = to->tokens = 0;
+    for (i = 0; i < r->n; ++i) {
+      size_t length = (size_t)(r->start[i + 1] - r->start[i]);
+      if ((keep[i] != 0) == side) continue;
+      memcpy(to->ids + to->tokens, r->ids + r->start[i], length * sizeof *to->ids);
+      memcpy(to->segments + to->tokens, r->segments + r->start[i], length);
+      to->label[to->n] = r->label[i];
+      to->group[to->n] = r->group[i];
+      memcpy(to->span + 4 * to->n, r->span + 4 * i, 4 * sizeof *to->span);
+      to->hash[to->n] = r->hash[i];
+      to->start[to->n++] = to->tokens;
+      to->tokens += (int64_t)length;
+    }
+    to->start[to->n] = to->tokens;
+  }
+  *r = kept;
+}
+
+static int by_hash(const void *a, const void *b) {
+  uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+  return x < y ? -1 : x > y;
+}
+
+/* --dedup: a training row that stands in another task's dev set would make that task's score dishonest. */
+static void remove_overlaps(void) {
+  int t, o, d;
+  int64_t i;
+  for (t = 0; t < n_tasks; ++t) {
+    rows *r = &tasks[t].train;
+    unsigned char *keep = (unsigned char *)take((size_t)r->n, 1);
+    int64_t before = r->n;
+    memset(keep, 1, (size_t)r->n);
+    for (o = 0; o < n_tasks; ++o)
+      for (d = 0; d < tasks[o].n_dev && o != t; ++d) {
+        const rows *dev = &tasks[o].dev[d];
+        uint64_t *set = (uint64_t *)take((size_t)dev->n, sizeof *set);
+        memcpy(set, dev->hash, (size_t)dev->n * sizeof *set);
+        qsort(set, (size_t)dev->n, sizeof *set, by_hash);
+        for (i = 0; i < r->n; ++i)
+          if (bsearch(&r->hash[i], set, (size_t)dev->n, sizeof *set, by_hash)) keep[i] = 0;
+        free(set);
+      }
+    part_rows(r, NULL, keep);
+    free(keep);
+    if (r->n < before) printf("%s: %lld training rows stand in another task's dev set and are left out\n", tasks[t].task.name, (long long)(before - r->n));
+    if (!r->n) die("%s has no training row left", tasks[t].task.name);
+  }
+}
+
+static void hold_out_rows(void) {
+  int t;
+  int64_t i;
+  for (t = 0; t < n_tasks; ++t) {
+    rows *r = &tasks[t].train;
+    unsigned char *keep = (unsigned char *)take((size_t)r->n, 1);
+    for (i = 0; i < r->n; ++i) { /* the rows of a ranking's group stay together */
+      uint64_t of = tasks[t].task.kind == MOE_KIND_RANKING ? (uint64_t)r->group[i] : (uint64_t)i;
+      keep[i] = (double)(moe_key(1, 0, of, (uint32_t)t, 77) >> 11) / 9007199254740992.0 >= opt.hold_out;
+    }
+    part_rows(r, &tasks[t].held, keep);
+    free(keep);
+    if (!r->n || !tasks[t].held.n) die("--hold-out %g leaves task %s without rows on one side", opt.hold_out, tasks[t].task.name);
+  }
+}
+
+static void read_data(void) {
+  char path[1024];
+  int t;
+  for (t = 0; t < n_tasks; ++t) {
+    task_data *d = &tasks[t];
+    snprintf(path, sizeof path, "%s/%s/train.tsv", opt.data, d->task.name);
+    read_rows(&d->train, d, path, 0);
+    snprintf(path, sizeof path, "%s/%s/dev.tsv", opt.data, d->task.name);
+    read_rows(&d->dev[0], d, path, 0);
+    d->n_dev = 1;
+    snprintf(path, sizeof path, "%s/%s/dev_2.tsv", opt.data, d->task.name);
+    if (read_rows(&d->dev[1], d, path, 1)) d->n_dev = 2;
+    snprintf(path, sizeof path, "%s/%s/dev_mm.tsv", opt.data, d->task.name);
+    if (d->n_dev == 1 && read_rows(&d->dev[1], d, path, 1)) d->n_dev = 2;
+    if (!d->official) d->official = d->train.n;
+  }
+  if (opt.dedup) remove_overlaps();
+  if (opt.hold_out > 0) hold_out_rows();
+}
+
+/* ---- the starting point ---- */
+
+static void *init_file;
+static size_t init_bytes;
+
+/* A file beside --init, or NULL. */
+static char *beside(const char *name, size_t *bytes) {
+  char path[1024];
+  const char *slash = strrchr(opt.init, '/');
+  int n = slash ? (int)(slash - opt.init) + 1 : 0;
+  FILE *f;
+  void *data;
+  snprintf(path, sizeof path, "%.*s%s", n, opt.init, name);
+  f = fopen(path, "rb");
+  if (!f) return NULL;
+  fclose(f);
+  need(moe_file_read(&data, bytes, path, &env));
+  return (char *)data;
+}
+
+static void read_init(void) {
+  size_t bytes;
+  char *json, *lower;
+  need(moe_file_read(&init_file, &init_bytes, opt.init, &env));
+  need(moe_import_sizes(&config, init_file, init_bytes, &env));
+  json = beside("config.json", &bytes);
+  if (json) {
+    need(moe_import_config_json(&config, json, bytes, &env));
+    moe_free(json);
+  } else if (!opt.heads) die("there is no config.json beside %s: give --heads (and --eps, 1e-12 in BERT)", opt.init);
+  json = beside("tokenizer_config.json", &bytes);
+  lower = json ? strstr(json, "\"do_lower_case\"") : NULL;
+  if (lower) {
+    lower += 15;
+    while (*lower == ' ' || *lower == ':' || *lower == '\n' || *lower == '\t') ++lower;
+    if (!strncmp(lower, "false", 5)) config.cased = 1;
+  }
+  moe_free(json);
+}
+
+static void read_vocab(void) {
+  char path[1024];
+  void *data, *block;
+  size_t bytes, i;
+  int32_t words = 0;
+  if (opt.vocab) snprintf(path, sizeof path, "%s", opt.vocab);
+  else snprintf(path, sizeof path, "%s/vocab.txt", opt.data);
+  if (!opt.vocab && opt.init) die("--init needs --vocab, the vocabulary that the encoder was trained with");
+  need(moe_file_read(&data, &vocab_bytes, path, &env));
+  vocab = (char *)data;
+  need(moe_tokenizer_size(vocab, vocab_bytes, &bytes, &env));
+  block = take(bytes + 64, 1);
+  need(moe_tokenizer_init(&tokenizer, (char *)block + (64 - ((size_t)block & 63)), bytes, vocab, vocab_bytes, config.cased, &env));
+  for (i = 0; i < vocab_bytes; ++i) words += vocab[i] == '\n' || i + 1 == vocab_bytes;
+  if (!opt.init) config.vocab = words;
+  else if (words > config.vocab) die("%s has %d words, but %s has room for %d", path, (int)words, opt.init, (int)config.vocab);
+}
+
+static void make_config(void) {
+  moe_config_init(&config);
+  if (opt.init) read_init();
+  else {
+    config.layers = opt.layers;
+    config.hidden = opt.hidden;
+    config.ffn = opt.ffn;
+    config.heads = opt.heads ? opt.heads : 4;
+    config.positions = opt.max_len > 128 ? opt.max_len : 128;
+    config.segments = 2;
+  }
+  if (opt.heads) config.heads = opt.heads;
+  if (opt.eps > 0) config.eps = (float)opt.eps;
+  if (opt.cased) config.cased = 1;
+  config.max_len = opt.max_len ? opt.max_len : config.positions < 128 ? config.positions : 128;
+  if (config.max_len > config.positions) die("--max-len %d is more than the %d positions of the encoder", config.max_len, config.positions);
+  config.truncate = !strcmp(opt.truncate, "right") ? MOE_TRUNCATE_RIGHT : MOE_TRUNCATE_LONGEST;
+  read_vocab();
+}
+
+/* ---- evaluation ---- */
+
+#define EVAL_TOKENS 4096
+#define EVAL_ROWS 256
+
+typedef struct scores {
+  float *value;       /* (n, stride) */
+  int32_t stride;
+} scores;
+
+static int64_t *route_count; /* (T, L, N) of the run being evaluated, or NULL */
+
+static void count_routes(const moe_context *context, const moe_batch *batch, int task_shown) {
+  int32_t l, s, i;
+  for (l = 0; l < config.layers; ++l) {
+    moe_routes routes;
+    if (moe_context_routes(context, l, &routes) != MOE_OK) return;
+    for (s = 0; s < batch->S; ++s)
+      for (i = batch->seq_start[s] * routes.k; i < batch->seq_start[s + 1] * routes.k; ++i)
+        ++route_count[((int64_t)task_shown * config.layers + l) * routes.N + routes.expert[i]];
+  }
+}
+
+/* Fills a batch with the given rows of one or several tasks. */
+typedef struct batch_buffer {
+  moe_batch batch;
+  int32_t *ids, *start, *task, *span;
+  uint8_t *segments;
+  float *label;
+  int64_t *index;
+  int32_t tokens;
+} batch_buffer;
+
+static void batch_make(batch_buffer *b, int32_t tokens, int32_t sequences) {
+  memset(b, 0, sizeof *b);
+  b->batch.ids = b->ids = (int32_t *)take((size_t)tokens, sizeof *b->ids);
+  b->batch.segments = b->segments = (uint8_t *)take((size_t)tokens, 1);
+  b->batch.seq_start = b->start = (int32_t *)take((size_t)sequences + 1, sizeof *b->start);
+  b->batch.task = b->task = (int32_t *)take((size_t)sequences, sizeof *b->task);
+  b->batch.span = b->span = (int32_t *)take((size_t)sequences * 4, sizeof *b->span);
+  b->batch.label = b->label = (float *)take((size_t)sequences, sizeof *b->label);
+  b->batch.index = b->index = (int64_t *)take((size_t)sequences, sizeof *b->index);
+}
+
+static void batch_free(batch_buffer *b) {
+  free(b->ids);
+  free(b->segments);
+  free(b->start);
+  free(b->task);
+  free(b->span);
+  free(b->label);
+  free(b->index);
+}
+
+static void batch_clear(batch_buffer *b) {
+  b->batch.S = 0;
+  b->tokens = 0;
+  b->start[0] = 0;
+}
+
+static void batch_add(batch_buffer *b, const rows *r, int64_t row, int32_t task, int64_t index) {
+  int32_t length = (int32_t)(r->start[row + 1] - r->start[row]), s = b->batch.S;
+  memcpy(b->ids + b->tokens, r->ids + r->start[row], (size_t)length * sizeof *b->ids);
+  memcpy(b->segments + b->tokens, r->segments + r->start[row], (size_t)length);
+  memcpy(b->span + 4 * s, r->span + 4 * row, 4 * sizeof *b->span);
+  b->tokens += length;
+  b->task[s] = task;
+  b->label[s] = r->label[row];
+  b->index[s] = index;
+  b->start[s + 1] = b->tokens;
+  ++b->batch.S;
+}
+
+static void score_rows(scores *out, moe_context *context, const moe_model *model, const rows *r, int32_t model_task, int task_shown) {
+  batch_buffer b;
+  int64_t row = 0;
+  out->stride = moe_model_max_classes(model);
+  out->value = (float *)take((size_t)r->n * (size_t)out->stride, sizeof(float));
+  batch_make(&b, EVAL_TOKENS > config.max_len ? EVAL_TOKENS : config.max_len, EVAL_ROWS);
+  while (row < r->n) {
+    int64_t first = row;
+    batch_clear(&b);
+    do batch_add(&b, r, row, model_task, row), ++row;
+    while (row < r->n && b.batch.S < EVAL_ROWS && b.tokens + (r->start[row + 1] - r->start[row]) <= EVAL_TOKENS);
+    need(moe_forward(context, out->value + first * out->stride, &b.batch, &env));
+    if (route_count) count_routes(context, &b.batch, task_shown);
+  }
+  batch_free(&b);
+}
+
+/* Accuracy over the groups of a ranking: the row with the largest positive-class logit is the answer. */
+static double ranking_accuracy(const rows *r, const scores *s) {
+  int64_t i, j, groups = 0, right = 0;
+  unsigned char *done = (unsigned char *)take((size_t)r->n, 1);
+  for (i = 0; i < r->n; ++i) {
+    int64_t best = i;
+    if (done[i]) continue;
+    for (j = i; j < r->n; ++j)
+      if (r->group[j] == r->group[i]) {
+        done[j] = 1;
+        if (s->value[j * s->stride + 1] > s->value[best * s->stride + 1]) best = j;
+      }
+    ++groups;
+    right += r->label[best] == 1;
+  }
+  free(done);
+  return (double)right / (double)groups;
+}
+
+/* The first of a task's metrics is the one that counts. */
+static void metric_name(char *name, const moe_task *t) {
+  strcpy(name, t->metrics);
+  if (strchr(name, ',')) *strchr(name, ',') = 0;
+}
+
+/* Value of that metric. */
+static double metric(const moe_task *t, const rows *r, const scores *s) {
+  size_t n = (size_t)r->n, i;
+  int32_t *predicted = (int32_t *)take(n, sizeof *predicted), *label = (int32_t *)take(n, sizeof *label);
+  float *value = (float *)take(n, sizeof *value);
+  void *scratch = take(n, 16);
+  char name[MOE_NAME_BYTES];
+  double v = 0;
+  int c;
+  metric_name(name, t);
+  for (i = 0; i < n; ++i) {
+    const float *row = s->value + i * (size_t)s->stride;
+    value[i] = row[0];
+    label[i] = (int32_t)r->label[i];
+    for (c = 1; c < t->classes; ++c)
+      if (row[c] > row[predicted[i]]) predicted[i] = c;
+  }
+  if (t->kind == MOE_KIND_RANKING && !strcmp(name, "accuracy")) v = ranking_accuracy(r, s);
+  else if (!strcmp(name, "accuracy")) v = moe_metric_accuracy(predicted, label, n, NULL);
+  else if (!strcmp(name, "f1")) v = moe_metric_f1(predicted, label, n, NULL);
+  else if (!strcmp(name, "macro_f1")) v = moe_metric_macro_f1(predicted, label, n, t->classes, NULL);
+  else if (!strcmp(name, "matthews")) v = moe_metric_matthews(predicted, label, n, t->classes, NULL);
+  else if (!strcmp(name, "pearson")) v = moe_metric_pearson(value, r->label, n, NULL);
+  else if (!strcmp(name, "spearman")) v = moe_metric_spearman(value, r->label, n, scratch, NULL);
+  else die("task %s: there is no metric \"%s\"", t->name, name);
+  free(predicted);
+  free(label);
+  free(value);
+  free(scratch);
+  return v;
+}
+
+static double evaluate(moe_context *context, const moe_model *model, const rows *r, int n_sets, int32_t model_task, int task_shown) {
+  double sum = 0;
+  int d;
+  for (d = 0; d < n_sets; ++d) {
+    scores s;
+    score_rows(&s, context, model, &r[d], model_task, task_shown);
+    sum += metric(&tasks[task_shown].task, &r[d], &s);
+    free(s.value);
+  }
+  return sum / n_sets;
+}
+
+/* What the most frequent class (or the mean) scores, and the standard error of such a score: a table's yardstick. */
+static double majority(const task_data *t, double *error) {
+  int64_t count[MOE_MAX_CLASSES], i, best = 0;
+  const rows *r = &t->dev[0];
+  double share;
+  if (t->task.kind == MOE_KIND_REGRESSION || !strncmp(t->task.metrics, "matthews", 8)) {
+    *error = 1 / sqrt((double)(r->n > 1 ? r->n - 1 : 1));
+    return 0;
+  }
+  memset(count, 0, sizeof count);
+  for (i = 0; i < r->n; ++i) ++count[(int)r->label[i]];
+  for (i = 0; i < t->task.classes; ++i)
+    if (count[i] > count[best]) best = i;
+  share = (double)count[best] / (double)r->n;
+  *error = sqrt(share * (1 - share) / (double)r->n);
+  return share;
+}
+
+/* ---- training ---- */
+
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int signal_number) {
+  (void)signal_number;
+  interrupted = 1;
+}
+
+static double now(void) {
+#if defined(CLOCK_MONOTONIC)
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+#else
+  return (double)clock() / CLOCKS_PER_SEC;
+#endif
+}
+
+typedef struct result {
+  int system, seed;
+  double *value; /* (T) */
+  double small, all, seconds, tokens;
+  size_t parameters;
+  int64_t steps;
+  int64_t *routes; /* (T, L, N) or NULL */
+} result;
+
+static result *results;
+static int n_results, n_runs, given_argc;
+static char **given_argv;
+
+/* FILE, or with several runs FILE-SYSTEM-SEED with the ending kept; Single-Task adds the task. */
+static void run_path(char *out, size_t size, const char *file, int system, int seed, const char *task) {
+  const char *dot = strrchr(file, '.'), *slash = strrchr(file, '/');
+  int stem = (int)(dot && (!slash || dot > slash) ? dot - file : (long)strlen(file)), n;
+  if (n_runs == 1 && (!task || n_tasks == 1)) n = snprintf(out, size, "%s", file);
+  else if (task) n = snprintf(out, size, "%.*s-%s-%d-%s%s", stem, file, system_name[system], seed, task, file + stem);
+  else n = snprintf(out, size, "%.*s-%s-%d%s", stem, file, system_name[system], seed, file + stem);
+  if (n < 0 || (size_t)n >= size) die("the name %s is too long", file);
+}
+
+typedef struct progress {
+  char title[96];
+  double began, last, tokens;
+  int64_t first, steps;
+  float loss;
+  int moving;
+} progress;
+
+static void show_progress(progress *p, int64_t step, int end) {
+  double t = now(), seconds = t - p->began;
+  int64_t left = (int64_t)(seconds / (double)(step - p->first + (step == p->first)) * (double)(p->steps - step));
+  if (!end && p->moving && t - p->last < 0.2) return;
+  if (!end && !p->moving && t - p->last < 30) return;
+  p->last = t;
+  fprintf(stderr, "%s%-34s step %lld/%lld  loss %.4f  %.0f tokens/s  %lld:%02lld left %s", p->moving ? "\r" : "", p->title, (long long)step,
+          (long long)p->steps, (double)p->loss, p->tokens / (seconds > 0 ? seconds : 1), (long long)(left / 60), (long long)(left % 60),
+          p->moving && !end ? "  " : "\n");
+}
+
+static void make_note(char *note, size_t size, int system, int seed, int64_t steps, const int *which, int n) {
+  int i, at;
+  at = snprintf(note, size, "system=%s seed=%d steps=%lld batch=%d lr=%.9g warmup=%.9g decay=%.9g clip=%.9g dropout=%.9g sampling=%s order=%s balance=%.9g "
+                "z_loss=%.9g jitter=%.9g max_len=%d hold_out=%.9g tasks=", system_name[system], seed, (long long)steps, opt.batch, opt.rate, opt.warmup,
+                opt.decay, opt.clip, opt.dropout, opt.sampling, opt.order, opt.balance, opt.z_loss, opt.jitter, config.max_len, opt.hold_out);
+  for (i = 0; i < n && at > 0 && (size_t)at < size; ++i)
+    at += snprintf(note + at, size - (size_t)at, "%s:%lld,", tasks[which[i]].task.name, (long long)tasks[which[i]].train.n);
+}
+
+/* Goes on from a checkpoint, if there is one for this run. */
+static void resume_run(moe_trainer *trainer, moe_sampler *sampler, const char *note, const char *path) {
+  char old[65536];
+  void *data;
+  size_t bytes, length;
+  FILE *f = fopen(path, "rb");
+  if (!f) {
+    if (n_runs == 1) die("cannot open %s: %s", path, strerror(errno));
+    return; /* of several runs some have not begun */
+  }
+  fclose(f);
+  need(moe_file_read(&data, &bytes, path, &env));
+  need(moe_checkpoint_note(old, sizeof old, &length, data, bytes, &env));
+  if (strcmp(old, note)) die("%s was made with other options:\n  there %s\n  here  %s", path, old, note);
+  need(moe_checkpoint_read(trainer, sampler, data, bytes, &env));
+  moe_free(data);
+  fprintf(stderr, "going on from %s at step %lld\n", path, (long long)moe_trainer_step(trainer));
+}
+
+static void stop_here(const moe_trainer *trainer, const moe_sampler *sampler, const char *note, const char *path) {
+  int i;
+  need(moe_checkpoint_save(trainer, sampler, note, path, &env));
+  fprintf(stderr, "\ninterrupted after step %lld; the state is in %s. To go on:\n ", (long long)moe_trainer_step(trainer), path);
+  for (i = 0; i < given_argc; ++i) {
+    if (!strcmp(given_argv[i], "--resume")) { ++i; continue; }
+    fprintf(stderr, " %s", given_argv[i]);
+  }
+  fprintf(stderr, " --resume %s\n", opt.checkpoint ? opt.checkpoint : "checkpoint.safetensors");
+  exit(130);
+}
+
+static void set_sampling(moe_sampler_config *c, int seed, int64_t draws) {
+  memset(c, 0, sizeof *c);
+  c->seed = (uint64_t)seed;
+  c->draws = draws;
+  c->tau = 1;
+  c->in_order = !strcmp(opt.order, "file");
+  if (!strcmp(opt.sampling, "natural")) c->sampling = MOE_SAMPLING_NATURAL;
+  else if (!strcmp(opt.sampling, "uniform")) c->sampling = MOE_SAMPLING_UNIFORM;
+  else if (!strcmp(opt.sampling, "uniform-natural")) c->sampling = MOE_SAMPLING_UNIFORM_NATURAL;
+  else if (!strncmp(opt.sampling, "temperature:", 12)) {
+    c->sampling = MOE_SAMPLING_TEMPERATURE;
+    c->tau = (float)number("--sampling temperature:T", opt.sampling + 12, 1e-3, 1e6);
+  } else die("--sampling is natural, uniform, temperature:T or uniform-natural, not \"%s\"", opt.sampling);
+}
+
+static moe_model *make_model(int system, int seed, const int *which, int n) {
+  moe_task *list = (moe_task *)take((size_t)n, sizeof *list);
+  moe_import_options import;
+  moe_config c = config;
+  moe_model *model;
+  int i;
+  for (i = 0; i < n; ++i) list[i] = tasks[which[i]].task;
+  if (system == SWITCH || system == TAG) {
+    c.router = system == TAG ? MOE_ROUTER_TASK : MOE_ROUTER_SHARED;
+    c.experts = opt.experts;
+    c.top_k = opt.top_k;
+    c.gate_scale_n = !strcmp(opt.gate_scale, "n");
+    c.renormalize = opt.renormalize;
+  } else {
+    c.router = MOE_ROUTER_DENSE;
+    c.experts = c.top_k = 1;
+    c.gate_scale_n = c.renormalize = 0;
+  }
+  need(moe_model_create(&model, &c, list, n, (uint64_t)seed, &env));
+  need(moe_model_set_vocab(model, vocab, vocab_bytes, &env));
+  if (opt.init) {
+    import.noise = (float)opt.noise;
+    import.seed = (uint64_t)seed;
+    need(moe_model_import(model, init_file, init_bytes, &import, &env));
+  }
+  free(list);
+  return model;
+}
+
+/* One optimizer step: draws a super-batch and runs it in micro-batches. */
+static float train_step(moe_trainer *trainer, moe_sampler *sampler, batch_buffer *b, const int *which, int32_t room, double *tokens) {
+  float sum = 0, loss;
+  int i;
+  batch_clear(b);
+  for (i = 0; i <= opt.batch; ++i) {
+    int32_t task = 0;
+    int64_t row = 0, length = 0;
+    const rows *r = NULL;
+    if (i < opt.batch) {
+      moe_sample(sampler, &task, &row);
+      r = &tasks[which[task]].train;
+      length = r->start[row + 1] - r->start[row];
+    }
+    if (b->batch.S && (i == opt.batch || b->tokens + length > room)) {
+      moe_status status = moe_accumulate(trainer, &b->batch, opt.batch, &loss, NULL, &env);
+      if (status != MOE_OK) die("training stopped in step %lld (%s); try a smaller --lr", (long long)moe_trainer_step(trainer) + 1, moe_status_text(status));
+      sum += loss;
+      *tokens += b->tokens;
+      batch_clear(b);
+    }
+    if (r) batch_add(b, r, row, task, i);
+  }
+  return sum;
+}
+
+/* Mean of the tasks' metrics on the rows held out of train. */
+static double held_out_score(moe_context *context, const moe_model *model, const int *which, int n) {
+  double sum = 0;
+  int i;
+  for (i = 0; i < n; ++i) sum += evaluate(context, model, &tasks[which[i]].held, 1, i, which[i]);
+  return sum / n;
+}
+
+/* Trains one model on n tasks; fills the results of those tasks. */
+static void train_model(result *res, int system, int seed, const int *which, int n, int64_t steps, const char *suffix) {
+  moe_model *model = make_model(system, seed, which, n);
+  moe_train_config tc;
+  moe_trainer *trainer;
+  moe_context *context;
+  moe_limits limits, eval_limits = {EVAL_TOKENS, EVAL_ROWS, 0};
+  moe_sampler_config sc;
+  moe_sampler sampler;
+  batch_buffer b;
+  progress p;
+  char path[1024], note[65536];
+  int64_t *n_rows = (int64_t *)take((size_t)n, sizeof *n_rows), *used = (int64_t *)take((size_t)n, sizeof *used), total = 0, epoch;
+  float *best_weights = NULL;
+  double best = -2;
+  int i;
+  int32_t room = opt.micro_batch > config.max_len ? opt.micro_batch : config.max_len;
+  if ((int64_t)opt.batch * config.max_len < room) room = opt.batch * config.max_len;
+  for (i = 0; i < n; ++i) total += n_rows[i] = tasks[which[i]].train.n;
+  epoch = (total + opt.batch - 1) / opt.batch;
+  limits.tokens = room;
+  limits.sequences = opt.batch;
+  limits.training = 1;
+  if (eval_limits.tokens < config.max_len) eval_limits.tokens = config.max_len;
+  moe_train_config_init(&tc);
+  tc.rate = (float)opt.rate;
+  tc.warmup = (float)opt.warmup;
+  tc.steps = steps;
+  tc.decay = (float)opt.decay;
+  tc.clip = (float)opt.clip;
+  tc.dropout = (float)opt.dropout;
+  tc.balance = (float)opt.balance;
+  tc.z_loss = (float)opt.z_loss;
+  tc.jitter = (float)opt.jitter;
+  tc.seed = (uint64_t)seed;
+  need(moe_trainer_create(&trainer, model, &limits, &tc, &env));
+  need(moe_context_create(&context, model, &eval_limits, &env));
+  set_sampling(&sc, seed, steps * opt.batch);
+  need(moe_sampler_init(&sampler, &sc, n_rows, used, n, &env));
+  make_note(note, sizeof note, system, seed, steps, which, n);
+  if (opt.resume) {
+    run_path(path, sizeof path, opt.resume, system, seed, suffix);
+    resume_run(trainer, &sampler, note, path);
+  }
+  run_path(path, sizeof path, opt.checkpoint ? opt.checkpoint : "checkpoint.safetensors", system, seed, suffix);
+  batch_make(&b, room, opt.batch);
+  memset(&p, 0, sizeof p);
+  snprintf(p.title, sizeof p.title, "%s%s%.40s seed %d", system_title[system], suffix ? " " : "", suffix ? suffix : "", seed);
+  p.began = p.last = now();
+  p.first = moe_trainer_step(trainer);
+  p.steps = steps;
+  p.moving = isatty(fileno(stderr));
+  while (moe_trainer_step(trainer) < steps) {
+    int64_t step;
+    p.loss = train_step(trainer, &sampler, &b, which, room, &p.tokens);
+    if (moe_update(trainer, NULL, &env) != MOE_OK) die("training stopped in step %lld; try a smaller --lr", (long long)moe_trainer_step(trainer) + 1);
+    step = moe_trainer_step(trainer);
+    show_progress(&p, step, step == steps);
+    if (opt.hold_out > 0 && (step % epoch == 0 || step == steps)) {
+      double score = held_out_score(context, model, which, n);
+      if (score > best) {
+        best = score;
+        if (!best_weights) best_weights = (float *)take(moe_model_parameters(model), sizeof(float));
+        memcpy(best_weights, moe_model_weights(model), moe_model_parameters(model) * sizeof(float));
+      }
+    }
+    if (interrupted) stop_here(trainer, &sampler, note, path);
+    if (opt.checkpoint && (step % opt.every == 0 || step == steps)) need(moe_checkpoint_save(trainer, &sampler, note, path, &env));
+  }
+  res->seconds += now() - p.began;
+  res->tokens += p.tokens;
+  res->steps += steps;
+  res->parameters += moe_model_parameters(model);
+  moe_trainer_free(trainer);
+  if (best_weights) {
+    memcpy(moe_model_weights(model), best_weights, moe_model_parameters(model) * sizeof(float));
+    need(moe_model_pack(model, NULL, &env));
+    free(best_weights);
+  }
+  route_count = res->routes;
+  for (i = 0; i < n; ++i) res->value[which[i]] = evaluate(context, model, tasks[which[i]].dev, tasks[which[i]].n_dev, i, which[i]);
+  route_count = NULL;
+  if (opt.save) {
+    run_path(path, sizeof path, opt.save, system, seed, suffix);
+    need(moe_model_save(model, path, &env));
+  }
+  moe_context_free(context);
+  batch_free(&b);
+  free(n_rows);
+  free(used);
+  moe_model_free(model);
+}
+
+static int64_t steps_for(int64_t n_rows, int64_t of_rows) {
+  int64_t steps = opt.epochs ? (n_rows * opt.epochs + opt.batch - 1) / opt.batch : (opt.steps * n_rows + of_rows - 1) / of_rows;
+  return steps < 1 ? 1 : steps;
+}
+
+static void run_system(result *res) {
+  int *which = (int *)take((size_t)n_tasks, sizeof *which), t;
+  int64_t total = 0;
+  double small = 0, all = 0;
+  int n_small = 0;
+  res->value = (double *)take((size_t)n_tasks, sizeof *res->value);
+  for (t = 0; t < n_tasks; ++t) total += tasks[t].train.n;
+  if (res->system == SWITCH || res->system == TAG)
+    res->routes = (int64_t *)take((size_t)n_tasks * (size_t)config.layers * (size_t)opt.experts, sizeof *res->routes);
+  if (res->system == SINGLE)
+    for (t = 0; t < n_tasks; ++t) train_model(res, SINGLE, res->seed, &t, 1, steps_for(tasks[t].train.n, total), tasks[t].task.name);
+  else {
+    for (t = 0; t < n_tasks; ++t) which[t] = t;
+    train_model(res, res->system, res->seed, which, n_tasks, steps_for(total, total), NULL);
+  }
+  for (t = 0; t < n_tasks; ++t) {
+    all += res->value[t];
+    if (tasks[t].official <= 10000) small += res->value[t], ++n_small;
+  }
+  res->all = all / n_tasks;
+  res->small = n_small ? small / n_small : 0;
+  free(which);
+}
+
+/* ---- what is shown ---- */
+
+static double mean_of(int system, int t, double *deviation, int *n) {
+  double sum = 0, square = 0;
+  int i;
+  *n = 0;
+  for (i = 0; i < n_results; ++i)
+    if (results[i].system == system) {
+      double v = t == -1 ? results[i].small : t == -2 ? results[i].all : results[i].value[t];
+      sum += v;
+      square += v * v;
+      ++*n;
+    }
+  sum /= *n;
+  square = square / *n - sum * sum;
+  *deviation = *n > 1 && square > 0 ? sqrt(square * *n / (*n - 1)) : 0;
+  return sum;
+}
+
+static void print_cell(double v, double deviation, int n, int width) {
+  char text[64];
+  if (n > 1) snprintf(text, sizeof text, "%.1f+-%.1f", 100 * v, 100 * deviation);
+  else snprintf(text, sizeof text, "%.1f", 100 * v);
+  printf(" %*s", width, text);
+}
+
+static void print_table(void) {
+  int s, t, i, width = 10, n, several = 0;
+  for (s = 0; s < SYSTEMS; ++s) {
+    double d;
+    mean_of(s, -2, &d, &n);
+    several |= n > 1;
+  }
+  printf("\n%-13s", "");
+  for (t = 0; t < n_tasks; ++t) printf(" %*.*s%s", width - tasks[t].hard, width - 1, tasks[t].task.name, tasks[t].hard ? "*" : "");
+  printf(" | %*s %*s | %11s %8s\n%-13s", width, "small", width, "all", "parameters", "seconds", "metric x 100");
+  for (t = 0; t < n_tasks; ++t) {
+    char name[MOE_NAME_BYTES];
+    metric_name(name, &tasks[t].task);
+    printf(" %*.*s", width, width - 1, name);
+  }
+  printf(" |\n%-13s", "train/dev rows");
+  for (t = 0; t < n_tasks; ++t) {
+    char text[48];
+    snprintf(text, sizeof text, "%lld/%lld", (long long)tasks[t].train.n, (long long)tasks[t].dev[0].n);
+    printf(" %*s", width - (t == 0), text);
+  }
+  printf(" |\n%-13s", "chance + 2 se");
+  for (t = 0; t < n_tasks; ++t) {
+    double error, v = majority(&tasks[t], &error);
+    print_cell(v + 2 * error, 0, 1, width);
+  }
+  printf(" |\n");
+  for (s = 0; s < SYSTEMS; ++s) {
+    double d, v, seconds = 0;
+    size_t parameters = 0;
+    mean_of(s, -2, &d, &n);
+    if (!n) continue;
+    printf("%-13s", system_title[s]);
+    for (t = 0; t < n_tasks; ++t) v = mean_of(s, t, &d, &n), print_cell(v, d, n, width);
+    printf(" |");
+    v = mean_of(s, -1, &d, &n), print_cell(v, d, n, width);
+    v = mean_of(s, -2, &d, &n), print_cell(v, d, n, width);
+    for (i = 0; i < n_results; ++i)
+      if (results[i].system == s) seconds += results[i].seconds, parameters = results[i].parameters;
+    printf(" | %11zu %8.1f\n", parameters, seconds / n);
+  }
+  printf("small: mean over tasks with at most 10,000 training rows; all: over all tasks%s.\n", several ? "; mean+-standard deviation over the seeds" : "");
+  printf("chance + 2 se: the most frequent class (Spearman, Matthews: 0) plus two standard errors of the dev set");
+  for (t = 0; t < n_tasks; ++t)
+    if (tasks[t].hard) {
+      printf("; *: declared hard");
+      break;
+    }
+  printf(".\n");
+}
+
+/* Shares of the experts, as whole percents, a row for each task and a group of columns for each layer. */
+static void print_routes(const result *r) {
+  int t, l, e;
+  printf("\nExperts chosen by %s (seed %d), %% of each task's dev tokens, by layer\n%-15s", system_title[r->system], r->seed, "");
+  for (l = 0; l < config.layers; ++l) printf("  %-*d", 4 * opt.experts, l + 1);
+  printf("\n");
+  for (t = 0; t < n_tasks; ++t) {
+    printf("%-15.15s", tasks[t].task.name);
+    for (l = 0; l < config.layers; ++l) {
+      const int64_t *c = r->routes + ((int64_t)t * config.layers + l) * opt.experts;
+      int64_t sum = 0;
+      for (e = 0; e < opt.experts; ++e) sum += c[e];
+      printf(" ");
+      for (e = 0; e < opt.experts; ++e) printf(" %3d", sum ? (int)((100 * c[e] + sum / 2) / sum) : 0);
+      printf(" ");
+    }
+    printf("\n");
+  }
+}
+
+static void json_text(FILE *f, const char *s) {
+  fputc('"', f);
+  for (; *s; ++s) {
+    if (*s == '"' || *s == '\\') fprintf(f, "\\%c", *s);
+    else if ((unsigned char)*s < 32) fprintf(f, "\\u%04x", (unsigned)(unsigned char)*s);
+    else fputc(*s, f);
+  }
+  fputc('"', f);
+}
+
+static void write_json(void) {
+  char path[1024];
+  FILE *f;
+  int i, t, d;
+  snprintf(path, sizeof path, "%s.tmp", opt.json);
+  f = fopen(path, "wb");
+  if (!f) die("cannot write %s: %s", path, strerror(errno));
+  fprintf(f, "{\"options\": [");
+  for (i = 1; i < given_argc; ++i) {
+    if (i > 1) fprintf(f, ", ");
+    json_text(f, given_argv[i]);
+  }
+  fprintf(f, "],\n \"isa\": \"%s\", \"threads\": %d,\n \"runs\": [", moe_isa_name(env.isa), (int)env.threads);
+  for (i = 0; i < n_results; ++i) {
+    const result *r = &results[i];
+    fprintf(f, "%s\n  {\"system\": \"%s\", \"seed\": %d, \"parameters\": %zu, \"seconds\": %.3f, \"tokens_per_second\": %.1f, \"steps\": %lld,\n",
+            i ? "," : "", system_name[r->system], r->seed, r->parameters, r->seconds, r->tokens / (r->seconds > 0 ? r->seconds : 1),
+            (long long)r->steps);
+    fprintf(f, "   \"tasks\": [");
+    for (t = 0; t < n_tasks; ++t) {
+      char name[MOE_NAME_BYTES];
+      int64_t n = 0;
+      metric_name(name, &tasks[t].task);
+      for (d = 0; d < tasks[t].n_dev; ++d) n += tasks[t].dev[d].n;
+      fprintf(f, "%s\n    {\"name\": ", t ? "," : "");
+      json_text(f, tasks[t].task.name);
+      fprintf(f, ", \"metric\": \"%s\", \"value\": %.9g, \"n\": %lld}", name, r->value[t], (long long)n);
+    }
+    fprintf(f, "],\n   \"small\": %.9g, \"all\": %.9g}", r->small, r->all);
+  }
+  fprintf(f, "\n ]}\n");
+  if (ferror(f) | fclose(f)) die("writing %s failed: %s", path, strerror(errno));
+  if (rename(path, opt.json)) die("cannot rename %s: %s", path, strerror(errno));
+}
+
+int main(int argc, char **argv) {
+  char *list[SYSTEMS + 1], *seed_list[1000];
+  int n_systems, n_seeds, i, j, all;
+  moe_pool *pool = NULL;
+  moe_isa isa;
+  given_argc = argc;
+  given_argv = argv;
+  read_options(argc, argv);
+  isa = moe_isa_from_name(opt.isa);
+  if (isa == MOE_ISA_COUNT) die("--isa is auto, avx512, avx2, neon or scalar, not \"%s\"", opt.isa);
+  if (moe_env_init(&env, isa) != MOE_OK) die("this machine or this build has no %s; --isa auto takes the best there is", opt.isa);
+  env.log = show;
+  need(moe_pool_create(&pool, opt.threads ? opt.threads : moe_processors(), &env));
+  n_systems = split(copy_text(opt.systems), ',', list, SYSTEMS);
+  n_seeds = split(copy_text(opt.seeds), ',', seed_list, 1000);
+  if (n_systems > SYSTEMS || n_seeds > 1000) die("too many systems or seeds");
+  n_runs = n_systems * n_seeds;
+  results = (result *)take((size_t)n_runs, sizeof *results);
+  for (i = 0; i < n_systems; ++i)
+    for (j = 0; j < n_seeds; ++j) {
+      result *r = &results[n_results++];
+      for (r->system = 0; r->system < SYSTEMS && strcmp(system_name[r->system], list[i]); ++r->system) continue;
+      if (r->system == SYSTEMS) die("--systems: \"%s\" is none of single, dense, switch, tag", list[i]);
+      r->seed = (int)whole("--seeds", seed_list[j], 0, 2147483647);
+    }
+  read_tasks();
+  make_config();
+  read_data();
+  printf("%d tasks, %d layers x %d, %s, %d threads, %s\n", n_tasks, (int)config.layers, (int)config.hidden,
+         opt.init ? opt.init : "from scratch", (int)env.threads, moe_isa_name(env.isa));
+  fflush(stdout);
+  signal(SIGINT, on_interrupt);
+  signal(SIGTERM, on_interrupt);
+  all = n_results;
+  for (n_results = 1; n_results <= all; ++n_results) {
+    run_system(&results[n_results - 1]);
+    if (opt.json) write_json(); /* what is finished is kept, whatever happens to the rest */
+  }
+  n_results = all;
+  print_table();
+  for (i = n_results - 1; i >= 0; --i)
+    if (results[i].routes && results[i].seed == results[0].seed) {
+      print_routes(&results[i]);
+      break;
+    }
+  moe_pool_free(pool);
+  return 0;
+}
