@@ -1,0 +1,67 @@
+#!/bin/sh
+# The header as other people's compilers see it: dialects, warnings, macros, symbols, several units, C++, the table of contents.
+. ./lib.sh
+warn="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wdouble-promotion -Werror"
+printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n' > "$tmp/one.c"
+cp "$tmp/one.c" "$tmp/one.cpp"
+
+build() { # NAME COMPILER ARGUMENTS...
+  name=$1 compiler=$2
+  shift 2
+  if ! have "$compiler"; then skip "$name" "there is no $compiler here"; return; fi
+  if "$compiler" -I.. $warn -c -o "$tmp/one.o" "$@" > "$tmp/log" 2>&1; then ok "$name"; else fail "$name" "$(head -n 5 "$tmp/log")"; fi
+}
+
+for std in c99 c11 gnu99 gnu17; do
+  build "test_build_gcc_$std" gcc -std=$std -O1 "$tmp/one.c"
+  build "test_build_clang_$std" clang -std=$std -O1 "$tmp/one.c"
+done
+for std in c++11 c++20; do
+  build "test_build_g++_$std" g++ -std=$std -O1 "$tmp/one.cpp"
+  build "test_build_clang++_$std" clang++ -std=$std -O1 "$tmp/one.cpp"
+done
+build "test_build_gcc_O3_native" gcc -std=c99 -O3 -march=native "$tmp/one.c"
+for macro in MOE_STATIC MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT MOE_NO_SIMD "MOE_NO_STDIO -DMOE_NO_THREADS -DMOE_NO_TRAIN -DMOE_NO_TEXT -DMOE_NO_SIMD"; do
+  build "test_build_with_$(echo "$macro" | tr -d ' ' | sed 's/-D/_/g')" gcc -std=c99 -O0 -D$macro "$tmp/one.c"
+done
+
+# -ffast-math breaks the guards against NaN: the header refuses it
+if gcc -I.. -ffast-math -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then fail test_build_refuses_fast_math; else ok test_build_refuses_fast_math; fi
+
+# MOE_MALLOC without MOE_FREE is an error
+if gcc -I.. -DMOE_MALLOC=malloc -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then fail test_build_refuses_half_an_allocator; else ok test_build_refuses_half_an_allocator; fi
+
+# nothing but moe_ leaves the unit, and MOE_STATIC leaves nothing at all
+cc -std=c99 -I.. -c -o "$tmp/one.o" "$tmp/one.c"
+leaks=$(nm -g --defined-only "$tmp/one.o" | awk 'NF == 3 && $3 !~ /^_?moe_[a-z]/ {print $3}')
+[ -z "$leaks" ] && ok test_build_exports_only_moe_ || fail test_build_exports_only_moe_ $leaks
+cc -std=c99 -I.. -DMOE_STATIC -c -o "$tmp/static.o" "$tmp/one.c" 2> /dev/null
+leaks=$(nm -g --defined-only "$tmp/static.o" | awk 'NF == 3 {print $3}')
+[ -z "$leaks" ] && ok test_build_static_exports_nothing || fail test_build_static_exports_nothing $leaks
+writable=$(size -A "$tmp/one.o" | awk '/^\.(data|bss|tdata|tbss)/ && $1 !~ /^\.data\.rel\.ro/ && $2 > 0 {print $1 ":" $2}')
+[ -z "$writable" ] && ok test_build_has_no_globals || fail test_build_has_no_globals $writable
+
+# the macros that the interface leaves behind, and those of the implementation
+printf '#include "moe.h"\n' > "$tmp/api.c"
+printf '#include <stddef.h>\n#include <stdint.h>\n' > "$tmp/none.c"
+cc -I.. -dM -E "$tmp/api.c" | sort > "$tmp/with"
+cc -I.. -dM -E "$tmp/none.c" | sort > "$tmp/without"
+leaks=$(comm -23 "$tmp/with" "$tmp/without" | awk '$2 !~ /^MOE_/ {print $2}')
+[ -z "$leaks" ] && ok test_build_interface_defines_only_MOE_ || fail test_build_interface_defines_only_MOE_ $leaks
+leaks=$(sed -n 's/^ *# *define  *\([A-Za-z0-9_]*\).*/\1/p' ../moe.h | grep -v '^MOE_' | grep -v '^WIN32_LEAN_AND_MEAN$' | sort -u)
+[ -z "$leaks" ] && ok test_build_defines_only_MOE_ || fail test_build_defines_only_MOE_ $leaks
+
+# two units, one with the implementation; the header twice in a unit
+cat > "$tmp/main.c" << 'END'
+#include "moe.h"
+#include "moe.h"
+int main(void) { moe_env env; return moe_env_init(&env, MOE_ISA_AUTO) != MOE_OK || !moe_status_text(MOE_E_IO); }
+END
+printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n#include "moe.h"\n' > "$tmp/two.c"
+if cc -std=c99 -I.. -o "$tmp/two" "$tmp/main.c" "$tmp/two.c" -lm -pthread && "$tmp/two"; then ok test_build_two_units; else fail test_build_two_units; fi
+
+# CONTENTS lists the tags in the order of the file
+sed -n '/CONTENTS (search/,/^$/p' ../moe.h | grep -o '>>[a-z_]*' | grep -v '^>>tag$' > "$tmp/listed"
+grep -o '^/\* ---- .* ---- >>[a-z_]*' ../moe.h | grep -o '>>[a-z_]*$' > "$tmp/found"
+if cmp -s "$tmp/listed" "$tmp/found"; then ok test_build_contents_match_the_sections; else fail test_build_contents_match_the_sections "$(diff "$tmp/listed" "$tmp/found")"; fi
+finish
