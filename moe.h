@@ -553,6 +553,16 @@ MOE_API int64_t moe_trainer_step(const moe_trainer *trainer); /* updates so far 
    good as float allows (about 1e-2). Weights are as before afterwards. */
 MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples, float *error, const moe_env *env);
 
+/* The optimizer by itself, for arrays of your own. */
+
+/* The 2-norm of n gradients, infinity or NaN where one is not a finite number (or is above 1e18). */
+MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env);
+/* Step number t (from 1) of Adam on n weights w with gradients dw and moments m and v, all zero at first [TaG] A.3; then dw is zero.
+   d = factor dw (factor: clipping), m = beta1 m + (1 - beta1) d, v = beta2 v + (1 - beta2) d^2,
+   w = (1 - rate decay) w - rate m' / (sqrt(v') + eps), m' = m / (1 - beta1^t), v' = v / (1 - beta2^t). Betas mean decimals of up to 7 digits. */
+MOE_API void moe_adam_step(float *w, float *dw, float *m, float *v, size_t n, int64_t t, float rate, float decay, float factor, float beta1,
+                           float beta2, float eps, const moe_env *env);
+
 /* Which row of which task comes next [TaG] A.3, A.4. */
 typedef enum moe_sampling {
   MOE_SAMPLING_NATURAL,        /* every row once an epoch, all tasks shuffled together: p_t ~ rows of t */
@@ -2602,6 +2612,328 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
 
 
 /* ---- Adam, schedule, clipping ---- >>optimizer */
+
+/* The decimal number that was meant by a float between 0 and 1, to seven digits: 0.999f is 0.99900001287..., and 1 - 0.999f would be off by
+   1e-5 of itself. */
+static double moe__decimal(float x) { return (double)(int64_t)((double)x * 1e7 + 0.5) / 1e7; }
+
+MOE_API void moe_train_config_init(moe_train_config *config) {
+  memset(config, 0, sizeof *config);
+  config->rate = 5e-5f;
+  config->warmup = 0.1f;
+  config->beta1 = 0.9f;
+  config->beta2 = 0.999f;
+  config->eps = 1e-8f;
+  config->clip = 1;
+  config->dropout = 0.1f;
+}
+
+/* Whether low <= x <= high; false for NaN. */
+static int moe__within(float x, float low, float high) { return x >= low && x <= high; }
+
+/* MOE_E_ARGUMENT and a sentence for the first field outside its range. */
+MOE__UNUSED static moe_status moe__train_config_check(const moe_train_config *config, const moe_env *env) {
+  const moe_train_config *c = config;
+  const float huge = 1e30f, below_one = 0.9999999f;
+  int32_t i;
+  if (!(c->rate > 0 && c->rate <= huge))
+    return moe__fail(env, MOE_E_ARGUMENT, "the learning rate must be above 0, not %g", (double)c->rate);
+  if (!moe__within(c->warmup, 0, 1))
+    return moe__fail(env, MOE_E_ARGUMENT, "warmup is a fraction of the steps from 0 to 1, not %g", (double)c->warmup);
+  if (c->steps < 1 || c->steps > 100000000000)
+    return moe__fail(env, MOE_E_ARGUMENT, "steps must be from 1 to 1e11, not %lld: the schedule needs it", (long long)c->steps);
+  if (!moe__within(c->beta1, 0, below_one) || !moe__within(c->beta2, 0, below_one))
+    return moe__fail(env, MOE_E_ARGUMENT, "beta1 and beta2 must be from 0 to below 1, not %g and %g", (double)c->beta1, (double)c->beta2);
+  if (!(c->eps > 0 && c->eps <= huge)) return moe__fail(env, MOE_E_ARGUMENT, "Adam's eps must be above 0, not %g", (double)c->eps);
+  if (!moe__within(c->decay, 0, huge)) return moe__fail(env, MOE_E_ARGUMENT, "weight decay must be 0 or more, not %g", (double)c->decay);
+  if (!moe__within(c->clip, 0, huge)) return moe__fail(env, MOE_E_ARGUMENT, "clip must be 0 (off) or more, not %g", (double)c->clip);
+  if (!moe__within(c->dropout, 0, below_one))
+    return moe__fail(env, MOE_E_ARGUMENT, "dropout is a probability from 0 to below 1, not %g", (double)c->dropout);
+  if (!moe__within(c->balance, 0, huge) || !moe__within(c->z_loss, 0, huge))
+    return moe__fail(env, MOE_E_ARGUMENT, "balance and z_loss must be 0 (off) or more, not %g and %g", (double)c->balance,
+                     (double)c->z_loss);
+  if (!moe__within(c->jitter, 0, below_one))
+    return moe__fail(env, MOE_E_ARGUMENT, "jitter must be from 0 (off) to below 1, not %g", (double)c->jitter);
+  if (c->n_groups < 0 || (c->n_groups > 0 && !c->groups))
+    return moe__fail(env, MOE_E_ARGUMENT, "there are %d groups of parameters, but no list of them", (int)c->n_groups);
+  for (i = 0; i < c->n_groups; ++i) {
+    const moe_group *group = &c->groups[i];
+    if (!group->match) return moe__fail(env, MOE_E_ARGUMENT, "group %d has no text to look for in names", (int)i);
+    if (!moe__within(group->rate, 0, huge) || !moe__within(group->decay, 0, huge))
+      return moe__fail(env, MOE_E_ARGUMENT, "group \"%s\": factors must be 0 or more, not %g and %g", group->match, (double)group->rate,
+                       (double)group->decay);
+  }
+  return MOE_OK;
+}
+
+MOE_API float moe_train_rate(const moe_train_config *config, int64_t t) {
+  int64_t T = config->steps, W;
+  double share;
+  if (t < 1 || t > T) return 0;
+  W = (int64_t)(moe__decimal(config->warmup) * 1e7 + 0.5) * T / 10000000; /* in whole numbers: 0.29 of 100 is 29 */
+  if (t <= W) share = (double)t / (double)W;
+  else share = (double)(T - t + 1) / (double)(T - W);
+  return (float)((double)config->rate * share);
+}
+
+/* A stretch of the flat array of parameters that learns at the same rate: neighbours of the same factors are one stretch. It is cut into
+   tiles, which are numbered through all stretches. */
+enum { MOE__ADAM_TILE = 16384, MOE__NORM_BLOCK = 4096, MOE__NORM_PARTS = 256 };
+typedef struct moe__span {
+  size_t offset, count;
+  int32_t tile;      /* number of its first tile */
+  float rate, decay; /* factor of the learning rate (0: frozen), weight decay */
+} moe__span;
+
+static int32_t moe__span_tiles(const moe__span *span) { return (int32_t)((span->count + MOE__ADAM_TILE - 1) / MOE__ADAM_TILE); }
+
+static int32_t moe__spans_tiles(const moe__span *spans, int32_t n) {
+  return n ? spans[n - 1].tile + moe__span_tiles(&spans[n - 1]) : 0;
+}
+
+/* Adds a tensor to n spans and returns how many there are then: at most n + 1. Tensors come in the order of their offsets. */
+MOE__UNUSED static int32_t moe__spans_add(moe__span *spans, int32_t n, const moe_tensor *tensor, const moe_train_config *config) {
+  float rate = 1, decay = tensor->dims > 1 ? config->decay : 0; /* matrices only: not biases and LayerNorms */
+  moe__span *span = &spans[n];
+  int32_t i;
+  for (i = config->n_groups - 1; i >= 0; --i) {
+    if (!strstr(tensor->name, config->groups[i].match)) continue;
+    rate = config->groups[i].rate;
+    decay *= config->groups[i].decay;
+    break;
+  }
+  if (n) {
+    moe__span *last = &spans[n - 1];
+    int alike = !(last->rate < rate || last->rate > rate || last->decay < decay || last->decay > decay);
+    if (alike && last->offset + last->count == tensor->offset) {
+      last->count += tensor->count;
+      return n;
+    }
+  }
+  span->offset = tensor->offset;
+  span->count = tensor->count;
+  span->tile = moe__spans_tiles(spans, n);
+  span->rate = rate;
+  span->decay = decay;
+  return n + 1;
+}
+
+/* The span that a tile belongs to: the last one that starts at or before it and is not empty. */
+static const moe__span *moe__span_find(const moe__span *spans, int32_t n, int32_t tile) {
+  int32_t low = 0, high = n - 1;
+  while (low < high) {
+    int32_t middle = low + (high - low + 1) / 2;
+    if (spans[middle].tile <= tile) low = middle;
+    else high = middle - 1;
+  }
+  return &spans[low];
+}
+
+/* Norm of a gradient: squares are added in float within a block of 4096 (16 lanes and their tree), blocks in double, in order within each
+   of 256 parts, then the parts. The shape of this sum depends on the spans only. Frozen spans do not count. A gradient that is no finite
+   number, or above 1e18, gives infinity or NaN. */
+typedef struct moe__norm_job {
+  const float *g;
+  const moe__span *spans;
+  int32_t n, tiles;
+  const moe__row_kernels *kernels;
+  double part[MOE__NORM_PARTS];
+} moe__norm_job;
+
+static void moe__norm_part(void *arg, int32_t part, int32_t slot) {
+  moe__norm_job *job = (moe__norm_job *)arg;
+  int32_t first = (int32_t)((int64_t)job->tiles * part / MOE__NORM_PARTS);
+  int32_t end = (int32_t)((int64_t)job->tiles * (part + 1) / MOE__NORM_PARTS), tile;
+  double sum = 0;
+  (void)slot;
+  for (tile = first; tile < end; ++tile) {
+    const moe__span *span = moe__span_find(job->spans, job->n, tile);
+    size_t at = (size_t)(tile - span->tile) * MOE__ADAM_TILE, stop = at + MOE__ADAM_TILE;
+    if (!(span->rate > 0)) continue;
+    if (stop > span->count) stop = span->count;
+    for (; at < stop; at += MOE__NORM_BLOCK) {
+      size_t count = stop - at < MOE__NORM_BLOCK ? stop - at : (size_t)MOE__NORM_BLOCK;
+      const float *x = job->g + span->offset + at;
+      sum += (double)job->kernels->dot(x, x, count);
+    }
+  }
+  job->part[part] = sum;
+}
+
+static double moe__spans_norm(const float *g, const moe__span *spans, int32_t n, const moe_env *env) {
+  moe__norm_job job;
+  double sum = 0;
+  int32_t i;
+  job.g = g;
+  job.spans = spans;
+  job.n = n;
+  job.tiles = moe__spans_tiles(spans, n);
+  job.kernels = MOE__V_PICK(env->isa, rows);
+  moe__parallel(env, MOE__NORM_PARTS, moe__norm_part, &job);
+  for (i = 0; i < MOE__NORM_PARTS; ++i) sum += job.part[i];
+  return sqrt(sum);
+}
+
+/* Whether a norm came from finite gradients. */
+MOE__UNUSED static int moe__finite(double norm) { return norm <= 1.7e308; }
+
+/* What gradients are multiplied with so that their norm is at most `clip` (0: as they are). */
+MOE__UNUSED static float moe__clip_factor(double norm, float clip) {
+  double factor = (double)clip / (norm + 1e-6);
+  return clip > 0 && factor < 1 ? (float)factor : 1.0f;
+}
+
+/* One step of Adam, in the order of PyTorch's AdamW, every operation rounded once:
+     d = factor g,  w = (1 - rate decay) w,  m += (1 - beta1) (d - m),  v = beta2 v + (1 - beta2) d^2,
+     w -= rate / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps),  g = 0.
+   Moments of a row that gets no gradient any more (a rare word) shrink for ever; below 1e-30 and 1e-37 they become zero, since numbers
+   below 1.2e-38 slow some processors down a hundred times and no weight could feel such moments. */
+#define MOE__M_TINY 1e-30f
+#define MOE__V_TINY 1e-37f
+typedef struct moe__adam {
+  float factor, keep, one_beta1, beta2, one_beta2, step, root, eps;
+} moe__adam;
+
+/* x^t for t >= 0 by squaring: the same bits everywhere. */
+static double moe__power(double x, int64_t t) {
+  double y = 1;
+  for (; t; t >>= 1, x *= x)
+    if (t & 1) y *= x;
+  return y;
+}
+
+static moe__adam moe__adam_make(int64_t t, double rate, double decay, float factor, float beta1, float beta2, float eps) {
+  moe__adam a;
+  double b1 = moe__decimal(beta1), b2 = moe__decimal(beta2);
+  a.factor = factor;
+  a.keep = (float)(1 - rate * decay);
+  a.one_beta1 = (float)(1 - b1);
+  a.beta2 = (float)b2;
+  a.one_beta2 = (float)(1 - b2);
+  a.step = (float)(rate / (1 - moe__power(b1, t)));
+  a.root = (float)(1 / sqrt(1 - moe__power(b2, t)));
+  a.eps = eps;
+  return a;
+}
+
+static void moe__scalar_adam_run(float *w, float *g, float *m, float *v, size_t n, const moe__adam *a) {
+  size_t i;
+  for (i = 0; i < n; ++i) {
+    float d = a->factor * g[i];
+    float mi = moe__fmaf(a->one_beta1, d - m[i], m[i]);
+    float vi = moe__fmaf(a->one_beta2, d * d, a->beta2 * v[i]);
+    mi = moe__maxf(mi, -mi) < MOE__M_TINY ? 0.0f : mi;
+    vi = vi < MOE__V_TINY ? 0.0f : vi;
+    m[i] = mi;
+    v[i] = vi;
+    w[i] = moe__fmaf(-a->step, mi / moe__fmaf(sqrtf(vi), a->root, a->eps), a->keep * w[i]);
+    g[i] = 0;
+  }
+}
+
+/* The step of 16 elements; the moments go back through m and v. */
+#define MOE__ADAM_KERNELS(S, T) \
+T MOE__INLINE S##_f S##_adam16(S##_f w, S##_f g, S##_f *m, S##_f *v, const moe__adam *a) { \
+  S##_f d = S##_mul(S##_set(a->factor), g), zero = S##_set(0.0f), mi, vi, q; \
+  mi = S##_fma(S##_set(a->one_beta1), S##_sub(d, *m), *m); \
+  vi = S##_fma(S##_set(a->one_beta2), S##_mul(d, d), S##_mul(S##_set(a->beta2), *v)); \
+  mi = S##_sel(S##_lt(S##_abs(mi), S##_set(MOE__M_TINY)), zero, mi); \
+  vi = S##_sel(S##_lt(vi, S##_set(MOE__V_TINY)), zero, vi); \
+  *m = mi; \
+  *v = vi; \
+  q = S##_div(mi, S##_fma(S##_sqrt(vi), S##_set(a->root), S##_set(a->eps))); \
+  return S##_fnma(S##_set(a->step), q, S##_mul(S##_set(a->keep), w)); \
+} \
+T static void S##_adam_run(float *w, float *g, float *m, float *v, size_t n, const moe__adam *a) { \
+  S##_f mi, vi, wi; \
+  size_t i = 0; \
+  for (; i + 16 <= n; i += 16) { \
+    mi = S##_load(m + i); \
+    vi = S##_load(v + i); \
+    wi = S##_adam16(S##_load(w + i), S##_load(g + i), &mi, &vi, a); \
+    S##_store(m + i, mi); \
+    S##_store(v + i, vi); \
+    S##_store(w + i, wi); \
+    S##_store(g + i, S##_set(0.0f)); \
+  } \
+  if (i == n) return; \
+  mi = S##_loadn(m + i, n - i); \
+  vi = S##_loadn(v + i, n - i); \
+  wi = S##_adam16(S##_loadn(w + i, n - i), S##_loadn(g + i, n - i), &mi, &vi, a); \
+  S##_storen(m + i, mi, n - i); \
+  S##_storen(v + i, vi, n - i); \
+  S##_storen(w + i, wi, n - i); \
+  S##_storen(g + i, S##_set(0.0f), n - i); \
+} \
+static const moe__adam_kernels S##_adam = { S##_adam_run };
+typedef struct moe__adam_kernels {
+  void (*run)(float *w, float *g, float *m, float *v, size_t n, const moe__adam *a);
+} moe__adam_kernels;
+static const moe__adam_kernels moe__scalar_adam = { moe__scalar_adam_run };
+MOE__V_STAMP(MOE__ADAM_KERNELS)
+#undef MOE__ADAM_KERNELS
+
+typedef struct moe__adam_job {
+  float *w, *g, *m, *v;
+  const moe__span *spans;
+  int32_t n;
+  int64_t t;
+  float rate, factor, beta1, beta2, eps;
+  const moe__adam_kernels *kernels;
+} moe__adam_job;
+
+static void moe__adam_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__adam_job *job = (const moe__adam_job *)arg;
+  const moe__span *span = moe__span_find(job->spans, job->n, tile);
+  size_t at = (size_t)(tile - span->tile) * MOE__ADAM_TILE;
+  size_t count = span->count - at < MOE__ADAM_TILE ? span->count - at : (size_t)MOE__ADAM_TILE, i = span->offset + at;
+  moe__adam a;
+  (void)slot;
+  if (!(span->rate > 0)) {
+    memset(job->g + i, 0, count * sizeof *job->g);
+    return;
+  }
+  a = moe__adam_make(job->t, (double)job->rate * (double)span->rate, (double)span->decay, job->factor, job->beta1, job->beta2, job->eps);
+  job->kernels->run(job->w + i, job->g + i, job->m + i, job->v + i, count, &a);
+}
+
+/* Step number t (from 1) on every span at the learning rate `rate` of the schedule, gradients times `factor`; clears the gradients. */
+static void moe__spans_adam(float *w, float *g, float *m, float *v, const moe__span *spans, int32_t n, int64_t t, float rate, float factor,
+                            float beta1, float beta2, float eps, const moe_env *env) {
+  moe__adam_job job;
+  job.w = w;
+  job.g = g;
+  job.m = m;
+  job.v = v;
+  job.spans = spans;
+  job.n = n;
+  job.t = t;
+  job.rate = rate;
+  job.factor = factor;
+  job.beta1 = beta1;
+  job.beta2 = beta2;
+  job.eps = eps;
+  job.kernels = MOE__V_PICK(env->isa, adam);
+  moe__parallel(env, moe__spans_tiles(spans, n), moe__adam_tile, &job);
+}
+
+MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env) {
+  moe__span span;
+  memset(&span, 0, sizeof span);
+  span.count = n;
+  span.rate = 1;
+  return moe__spans_norm(g, &span, 1, env);
+}
+
+MOE_API void moe_adam_step(float *w, float *dw, float *m, float *v, size_t n, int64_t t, float rate, float decay, float factor, float beta1,
+                           float beta2, float eps, const moe_env *env) {
+  moe__span span;
+  memset(&span, 0, sizeof span);
+  span.count = n;
+  span.rate = 1;
+  span.decay = decay;
+  moe__spans_adam(w, dw, m, v, &span, 1, t, rate, factor, beta1, beta2, eps, env);
+}
 
 
 /* ---- which row of which task comes next ---- >>sampler
