@@ -2495,7 +2495,7 @@ static moe_status moe__model_create_raw(moe_model **out, const moe_config *confi
 
 MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T, uint64_t seed,
                                     const moe_env *env) {
-  moe_model *model;
+  moe_model *model = NULL;
   moe_status status = moe__model_create_raw(&model, config, tasks, T, env);
   if (status) return status;
   moe__model_random(model, seed, env);
