@@ -46,11 +46,11 @@ class Config:
 
 
 class Batch:
-    """Packed sequences. ids, segments: lists of lists; tasks: task of each sequence; labels: a number each."""
+    """Packed sequences. ids, segments: lists of lists; tasks: task of each sequence; labels: a number each. Attention pads
+    each of `groups` runs of sequences to its own longest one: with sequences sorted by length, several groups save work."""
 
-    def __init__(self, ids, segments, tasks, labels, device="cpu"):
+    def __init__(self, ids, segments, tasks, labels, groups=1, device="cpu"):
         lengths = [len(s) for s in ids]
-        self.lengths = lengths
         self.tasks = list(tasks)
         self.labels = list(labels)
         self.starts = [0]
@@ -60,9 +60,17 @@ class Batch:
         self.segments = torch.tensor([i for s in segments for i in s], device=device)
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
         self.task_of_token = torch.repeat_interleave(torch.tensor(self.tasks), torch.tensor(lengths)).to(device)
-        self.longest = max(lengths)
-        self.mask = None        # (S, 1, 1, longest): which keys exist
-        self.slots = None       # (N): place of each token in the padded layout
+        size = -(-len(lengths) // groups)
+        self.groups = [Group(lengths[i:i + size], device) for i in range(0, len(lengths), size)]
+
+
+class Group:
+    """Sequences that share one padded layout (S, longest). slots: the place of each token in it; mask (S,1,1,longest):
+    which keys exist; both None where nothing is padded."""
+
+    def __init__(self, lengths, device):
+        self.sequences, self.tokens, self.longest = len(lengths), sum(lengths), max(lengths)
+        self.mask = self.slots = None
         if min(lengths) != self.longest:
             exists = torch.arange(self.longest)[None, :] < torch.tensor(lengths)[:, None]
             self.mask = exists[:, None, None, :].to(device)
@@ -78,18 +86,24 @@ class Attention(nn.Module):
         self.value = nn.Linear(c.hidden, c.hidden)
 
     def forward(self, x, batch):
-        """x is (N,d). Attention runs inside each sequence; padding exists only between here and the return."""
-        s, longest, d = len(batch.lengths), batch.longest, x.shape[1]
+        """x is (N,d). Attention runs inside each sequence; padding exists only inside `attend`."""
+        sizes = [g.tokens for g in batch.groups]
+        parts = zip(batch.groups, *(m(x).split(sizes) for m in (self.query, self.key, self.value)))
+        y = [self.attend(*p) for p in parts]
+        return y[0] if len(y) == 1 else torch.cat(y)
 
-        def split(t):       # (N,d) -> (S, heads, longest, d/heads)
-            if batch.slots is not None:
-                t = t.new_zeros(s * longest, d).index_copy(0, batch.slots, t)
-            return t.view(s, longest, self.heads, d // self.heads).transpose(1, 2)
+    def attend(self, g, q, k, v):
+        d = q.shape[1]
 
-        y = F.scaled_dot_product_attention(split(self.query(x)), split(self.key(x)), split(self.value(x)),
-                                           attn_mask=batch.mask, dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(s * longest, d)
-        return y if batch.slots is None else y.index_select(0, batch.slots)
+        def split(t):       # (tokens,d) -> (S, heads, longest, d/heads)
+            if g.slots is not None:
+                t = t.new_zeros(g.sequences * g.longest, d).index_copy(0, g.slots, t)
+            return t.view(g.sequences, g.longest, self.heads, d // self.heads).transpose(1, 2)
+
+        y = F.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=g.mask,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(g.sequences * g.longest, d)
+        return y if g.slots is None else y.index_select(0, g.slots)
 
 
 class Expert(nn.Module):
@@ -151,7 +165,7 @@ def dispatch(x, experts, weights, functions):
     parts = x.index_select(0, token).split(counts)
     y = torch.cat([f(p) for f, p in zip(functions, parts) if p.shape[0]])
     y = y * weights.reshape(-1).index_select(0, order)[:, None]
-    return torch.zeros(x.shape[0], y.shape[1], dtype=y.dtype, device=y.device).index_add(0, token, y)
+    return torch.zeros(x.shape[0], y.shape[1], dtype=y.dtype, device=y.device).index_add(0, token, y).to(x.dtype)
 
 
 class Layer(nn.Module):
@@ -224,7 +238,7 @@ class Model(nn.Module):
         x = self.hidden(batch)
         first = x.index_select(0, torch.tensor(batch.starts[:-1], device=x.device))
         first = F.dropout(first, self.c.dropout, self.training)
-        out = [None] * len(batch.lengths)
+        out = [None] * len(batch.tasks)
         for t, task in enumerate(self.c.tasks):
             rows = [s for s, u in enumerate(batch.tasks) if u == t]
             if rows:

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Times inference in PyTorch: dense and MT-TaG of MiniLM size (N = 4, T = 8), and transformers' BertModel where it is
+installed, at several batch x length. Prints JSON, one line each. Needs torch.
+"""
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+from pytorch_step import MALLOC, batch, model
+
+SHAPES = "1x8,1x32,1x128,8x32,32x128"
+
+
+def published(shape, precision):
+    """transformers' own BertModel, sequences of equal length and no mask: its fastest path."""
+    import torch
+    from transformers import BertConfig, BertModel
+    c = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    net = BertModel(c, add_pooling_layer=False).eval()
+    ids = torch.randint(0, 30521, shape)
+    if precision == "bf16":
+        net = net.bfloat16()
+    return lambda: net(ids).last_hidden_state[:, 0].sum().item()
+
+
+def own(system, shape, precision):
+    net = model(system, 0.0).eval()
+    b = batch("full", *shape)
+    if precision == "bf16":     # converted once; autocast would convert the weights at every call
+        net = net.bfloat16()
+        for layer in net.encoder["layer"]:
+            if system == "tag":
+                layer.gate.float()
+    return lambda: sum(s.sum().item() for s in net.scores(b))
+
+
+def measure(a, system, precision):
+    import torch
+    torch.set_num_threads(a.threads)
+    for text in a.shapes.split(","):
+        shape = tuple(int(s) for s in text.split("x"))
+        with torch.inference_mode():
+            call = published(shape, precision) if system == "transformers" else own(system, shape, precision)
+            times, begin = [], time.perf_counter()
+            for _ in range(3):
+                call()
+            while len(times) < 5 or time.perf_counter() - begin < a.seconds:
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+        median = statistics.median(times)
+        print(json.dumps({
+            "peer": f"PyTorch {torch.__version__}", "what": "inference", "system": system, "precision": precision, "shape": text,
+            "threads": a.threads, "median_ms": 1e3 * median, "min_ms": 1e3 * min(times), "runs": len(times),
+            "tokens_per_second": shape[0] * shape[1] / median,
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--systems", default="transformers,dense,tag")
+    p.add_argument("--precisions", default="fp32,bf16")
+    p.add_argument("--shapes", default=SHAPES)
+    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    p.add_argument("--seconds", type=float, default=2.0, help="at least this long for each shape")
+    p.add_argument("--variant", help="SYSTEM,PRECISION: one variant in this process")
+    a = p.parse_args()
+    if a.variant:
+        return measure(a, *a.variant.split(","))
+    env = dict(os.environ, OMP_NUM_THREADS=str(a.threads), **MALLOC)
+    for system in a.systems.split(","):
+        if system == "transformers":
+            try:
+                import transformers  # noqa: F401
+            except ImportError:
+                print("transformers is not installed: its BertModel is left out", file=sys.stderr)
+                continue
+        for precision in a.precisions.split(","):
+            subprocess.run([sys.executable, os.path.abspath(__file__), "--variant", f"{system},{precision}", "--threads",
+                            str(a.threads), "--seconds", str(a.seconds), "--shapes", a.shapes], env=env, check=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
