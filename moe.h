@@ -2603,12 +2603,823 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
 
 /* ---- checks of what comes in ---- >>batch */
 
+static int moe__is_finite(float x) { return x - x == 0; } /* false for infinities and NaN */
+
+static moe_status moe__check_batch_arrays(const moe_model *model, const moe_batch *b, int with_labels, const moe_env *env) {
+  int features = model->config.features > 0;
+  if (!b->seq_start) return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start is missing");
+  if (!b->task) return moe__fail(env, MOE_E_ARGUMENT, "batch: the task of each sequence is missing");
+  if (features && (!b->features || b->ids))
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: this model reads feature vectors of %d numbers, and no token ids", (int)model->config.features);
+  if (!features && (!b->ids || b->features)) return moe__fail(env, MOE_E_ARGUMENT, "batch: this model reads token ids, and no feature vectors");
+  if (with_labels && !b->label) return moe__fail(env, MOE_E_ARGUMENT, "batch: labels are missing");
+  if (b->seq_start[0] != 0) return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start begins with %d, it must begin with 0", (int)b->seq_start[0]);
+  return MOE_OK;
+}
+
+static moe_status moe__check_label(const moe_model *model, const moe_batch *b, int32_t s, const moe_env *env) {
+  const moe_task *task = &model->tasks[b->task[s]];
+  float label = b->label[s];
+  if (!moe__is_finite(label)) return moe__fail(env, MOE_E_ARGUMENT, "batch: the label of sequence %d is not a finite number", (int)s);
+  if (task->kind == MOE_KIND_REGRESSION) return MOE_OK;
+  if (label < 0 || label >= (float)task->classes || (float)(int32_t)label != label)
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: the label of sequence %d is %g, task '%s' has the classes 0 to %d", (int)s, (double)label,
+                     task->name, (int)task->classes - 1);
+  return MOE_OK;
+}
+
+static moe_status moe__check_span(const moe_batch *b, int32_t s, int32_t length, const char *task, const moe_env *env) {
+  int i;
+  if (!b->span) return moe__fail(env, MOE_E_ARGUMENT, "batch: sequence %d belongs to task '%s', which needs spans", (int)s, task);
+  for (i = 0; i < 4; i += 2) {
+    int32_t begin = b->span[4 * (size_t)s + (size_t)i], end = b->span[4 * (size_t)s + (size_t)i + 1];
+    if (begin < 0 || begin >= end || end > length)
+      return moe__fail(env, MOE_E_ARGUMENT, "batch: span %d of sequence %d is tokens %d to %d, the sequence has %d tokens", i / 2 + 1, (int)s,
+                       (int)begin, (int)end, (int)length);
+  }
+  return MOE_OK;
+}
+
+static moe_status moe__check_tokens(const moe_model *model, const moe_batch *b, int32_t s, const moe_env *env) {
+  const moe_config *c = &model->config;
+  int32_t i, begin = b->seq_start[s], end = b->seq_start[s + 1];
+  for (i = begin; i < end; ++i) {
+    if (b->ids && (b->ids[i] < 0 || b->ids[i] >= c->vocab))
+      return moe__fail(env, MOE_E_ARGUMENT, "batch: token %d of sequence %d has id %d, the vocabulary has %d words", (int)(i - begin), (int)s,
+                       (int)b->ids[i], (int)c->vocab);
+    if (b->segments && b->segments[i] >= c->segments)
+      return moe__fail(env, MOE_E_ARGUMENT, "batch: token %d of sequence %d is in segment %d, the model has %d segments", (int)(i - begin),
+                       (int)s, (int)b->segments[i], (int)c->segments);
+  }
+  if (b->features) {
+    size_t j, width = (size_t)c->features, first = (size_t)begin * width, last = (size_t)end * width;
+    for (j = first; j < last; ++j)
+      if (!moe__is_finite(b->features[j]))
+        return moe__fail(env, MOE_E_ARGUMENT, "batch: feature %d of token %d of sequence %d is not a finite number", (int)(j % width),
+                         (int)(j / width) - (int)begin, (int)s);
+  }
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batch, int with_labels, const moe_env *env) {
+  int32_t s;
+  moe_status status;
+  if (batch->S < 0) return moe__fail(env, MOE_E_ARGUMENT, "batch: %d sequences", (int)batch->S);
+  if (batch->S == 0) return MOE_OK;
+  status = moe__check_batch_arrays(model, batch, with_labels, env);
+  for (s = 0; s < batch->S && !status; ++s) {
+    int64_t length = (int64_t)batch->seq_start[s + 1] - batch->seq_start[s];
+    if (length < 1 || length > model->config.positions)
+      return moe__fail(env, MOE_E_ARGUMENT, "batch: sequence %d has %lld tokens, it must have 1 to %d, the positions", (int)s, (long long)length,
+                       (int)model->config.positions);
+    if (batch->task[s] < 0 || batch->task[s] >= model->T)
+      return moe__fail(env, MOE_E_ARGUMENT, "batch: sequence %d has task %d, the model has %d tasks", (int)s, (int)batch->task[s], (int)model->T);
+    status = moe__check_tokens(model, batch, s, env);
+    if (!status && with_labels) status = moe__check_label(model, batch, s, env);
+    if (!status && model->tasks[batch->task[s]].kind == MOE_KIND_SPAN)
+      status = moe__check_span(batch, s, (int32_t)length, model->tasks[batch->task[s]].name, env);
+  }
+  return status;
+}
+
 
 /* ---- activations and the forward pass ---- >>context */
+
+/* What a layer leaves behind. In training every layer has its own arrays, for backward; else all share one set, and what only backward
+   reads is NULL. The residual sums then take the place of the branch that was added. */
+typedef struct moe__acts {
+  float *x;                    /* (M, H) input of the layer */
+  float *qkv, *att, *stats;    /* (M, 3H), (M, H), (M, A, 2) */
+  float *sum1, *mean1, *rstd1; /* (M, H), (M), (M): x + attention */
+  float *y1;                   /* (M, H) its LayerNorm, input of gate and experts */
+  float *logits;               /* (M, N) of the gate */
+  float *pre, *e;              /* (M k, F), (M k, H) kept by the experts */
+  float *sum2, *mean2, *rstd2; /* y1 + mixture */
+} moe__acts;
+
+struct moe_context {
+  const moe_model *model;
+  moe_limits limits;
+  int32_t M;                        /* tokens of the last pass */
+  const int32_t *forced;
+  moe__acts *acts;                  /* (L) */
+  moe_routes *routes;               /* (L); a dense model's are all the same */
+  float *last;                      /* (M, H) output of the last layer */
+  float *sum0, *mean0, *rstd0;      /* embeddings before their LayerNorm */
+  float *branch;                    /* (M, H) output of a sublayer */
+  int32_t *gate_of;                 /* (S) */
+  uint64_t *keys;                   /* (S) */
+  float *feature;                   /* (S, widest head) what the heads read */
+  float *scores, *losses;           /* (S, classes), (S); training */
+  float *experts_scratch, *attention_scratch;
+  size_t attention_floats;
+  int32_t longest;                  /* tokens of the longest sequence that attention's scratch is made for */
+  size_t feature_width;
+  moe_mat *in, *out;                /* (N) weights of the experts of a layer */
+  const float **b_in, **b_out;
+  float *g, *gsum, *gatt, *gqkv, *gweight, *glogits, *gfeature; /* gradients; training */
+  float **g_in, **g_b_in, **g_out, **g_b_out;                             /* (N) */
+  const float **w_in, **w_out;                                            /* (N) */
+  int owns_block;
+};
+
+#define MOE__FLOATS(layout, count) ((float *)moe__take(layout, count, sizeof(float)))
+
+/* Sizes that the pieces of a context have in common. */
+typedef struct moe__dims {
+  size_t M, S, H, F, N, k, A, L, Mk;
+} moe__dims;
+
+static void moe__take_acts(moe__layout *layout, moe__acts *a, const moe__dims *d, int training) {
+  a->x = MOE__FLOATS(layout, d->M * d->H);
+  a->qkv = MOE__FLOATS(layout, moe__mul(d->M, 3 * d->H, &layout->bad));
+  a->att = MOE__FLOATS(layout, d->M * d->H);
+  a->y1 = MOE__FLOATS(layout, d->M * d->H);
+  a->logits = MOE__FLOATS(layout, d->M * d->N);
+  if (!training) return;
+  a->stats = MOE__FLOATS(layout, moe__mul(d->M, 2 * d->A, &layout->bad));
+  a->sum1 = MOE__FLOATS(layout, d->M * d->H);
+  a->mean1 = MOE__FLOATS(layout, d->M);
+  a->rstd1 = MOE__FLOATS(layout, d->M);
+  a->pre = MOE__FLOATS(layout, moe__mul(d->Mk, d->F, &layout->bad));
+  a->e = MOE__FLOATS(layout, moe__mul(d->Mk, d->H, &layout->bad));
+  a->sum2 = MOE__FLOATS(layout, d->M * d->H);
+  a->mean2 = MOE__FLOATS(layout, d->M);
+  a->rstd2 = MOE__FLOATS(layout, d->M);
+}
+
+static void moe__take_routes(moe__layout *layout, moe_routes *r, const moe__dims *d) {
+  r->N = (int32_t)d->N;
+  r->k = (int32_t)d->k;
+  r->expert = (int32_t *)moe__take(layout, d->Mk, sizeof(int32_t));
+  r->weight = MOE__FLOATS(layout, d->Mk);
+  r->prob = MOE__FLOATS(layout, moe__mul(d->M, d->N, &layout->bad));
+  r->order = (int32_t *)moe__take(layout, d->Mk, sizeof(int32_t));
+  r->start = (int32_t *)moe__take(layout, d->N + 1, sizeof(int32_t));
+}
+
+static void moe__take_gradients(moe__layout *layout, moe_context *c, const moe__dims *d) {
+  c->sum0 = MOE__FLOATS(layout, d->M * d->H);
+  c->mean0 = MOE__FLOATS(layout, d->M);
+  c->rstd0 = MOE__FLOATS(layout, d->M);
+  c->scores = MOE__FLOATS(layout, moe__mul(d->S, (size_t)c->model->max_classes, &layout->bad));
+  c->losses = MOE__FLOATS(layout, d->S);
+  c->g = MOE__FLOATS(layout, d->M * d->H);
+  c->gsum = MOE__FLOATS(layout, d->M * d->H);
+  c->gatt = MOE__FLOATS(layout, d->M * d->H);
+  c->gqkv = MOE__FLOATS(layout, moe__mul(d->M, 3 * d->H, &layout->bad));
+  c->gweight = MOE__FLOATS(layout, d->Mk);
+  c->glogits = MOE__FLOATS(layout, d->M * d->N);
+  c->gfeature = MOE__FLOATS(layout, c->feature_width);
+  c->g_in = (float **)moe__take(layout, d->N, sizeof(float *));
+  c->g_b_in = (float **)moe__take(layout, d->N, sizeof(float *));
+  c->g_out = (float **)moe__take(layout, d->N, sizeof(float *));
+  c->g_b_out = (float **)moe__take(layout, d->N, sizeof(float *));
+  c->w_in = (const float **)moe__take(layout, d->N, sizeof(float *));
+  c->w_out = (const float **)moe__take(layout, d->N, sizeof(float *));
+}
+
+/* Sets every pointer of *c, whose model and limits are set; acts (L) and routes (L) are there: on the first run, for the size, only one of
+   each is looked at. */
+static void moe__context_take(moe__layout *layout, moe_context *c, const moe_env *env) {
+  const moe_config *config = &c->model->config;
+  int training = c->limits.training, dense = config->router == MOE_ROUTER_DENSE;
+  moe__acts acts;
+  moe_routes routes;
+  moe__dims d;
+  size_t l;
+  int32_t t;
+  d.M = (size_t)c->limits.tokens;
+  d.S = (size_t)c->limits.sequences;
+  d.H = (size_t)config->hidden;
+  d.F = (size_t)config->ffn;
+  d.N = (size_t)config->experts;
+  d.k = (size_t)config->top_k;
+  d.A = (size_t)config->heads;
+  d.L = (size_t)config->layers;
+  d.Mk = d.M * d.k;
+  moe__mul(moe__mul(d.M, d.H > d.N ? d.H : d.N, &layout->bad), sizeof(float), &layout->bad); /* the plain products below are no larger */
+  c->acts = (moe__acts *)moe__take(layout, d.L, sizeof(moe__acts));
+  c->routes = (moe_routes *)moe__take(layout, d.L, sizeof(moe_routes));
+  memset(&acts, 0, sizeof acts);
+  memset(&routes, 0, sizeof routes);
+  for (l = 0; l < d.L; ++l) {
+    if (l == 0 || training) moe__take_acts(layout, &acts, &d, training);
+    if (l == 0 || !dense) moe__take_routes(layout, &routes, &d);
+    if (!layout->base) continue;
+    c->acts[l] = acts;
+    c->routes[l] = routes;
+  }
+  c->last = training ? MOE__FLOATS(layout, d.M * d.H) : acts.x;
+  c->branch = MOE__FLOATS(layout, d.M * d.H);
+  c->gate_of = (int32_t *)moe__take(layout, d.S, sizeof(int32_t));
+  c->keys = (uint64_t *)moe__take(layout, d.S, sizeof(uint64_t));
+  c->feature_width = 0;
+  for (t = 0; t < c->model->T; ++t) {
+    size_t width = moe__head_width(config, &c->model->tasks[t]);
+    if (width > c->feature_width) c->feature_width = width;
+  }
+  c->feature = MOE__FLOATS(layout, moe__mul(d.S, c->feature_width, &layout->bad));
+  c->experts_scratch = MOE__FLOATS(layout, moe_experts_scratch(c->limits.tokens, config->top_k, config->hidden, config->ffn, training));
+  c->longest = moe__min(c->limits.tokens, config->positions);
+  c->attention_floats = moe_attention_scratch(c->longest, config->hidden, config->heads, training, env);
+  c->attention_scratch = MOE__FLOATS(layout, c->attention_floats);
+  c->in = (moe_mat *)moe__take(layout, d.N, sizeof(moe_mat));
+  c->out = (moe_mat *)moe__take(layout, d.N, sizeof(moe_mat));
+  c->b_in = (const float **)moe__take(layout, d.N, sizeof(float *));
+  c->b_out = (const float **)moe__take(layout, d.N, sizeof(float *));
+  if (training) moe__take_gradients(layout, c, &d);
+}
+
+static moe_status moe__limits_check(const moe_model *model, const moe_limits *limits, const moe_env *env) {
+  int32_t most = INT32_MAX / moe__max(model->config.top_k, 4);
+  if (limits->tokens < 1 || limits->tokens > most)
+    return moe__fail(env, MOE_E_ARGUMENT, "limits: %d tokens, there must be 1 to %d", (int)limits->tokens, (int)most);
+  if (limits->sequences < 1 || limits->sequences > limits->tokens)
+    return moe__fail(env, MOE_E_ARGUMENT, "limits: %d sequences, there must be 1 to %d, the tokens", (int)limits->sequences, (int)limits->tokens);
+  if (limits->training != 0 && limits->training != 1)
+    return moe__fail(env, MOE_E_ARGUMENT, "limits: training is %d, it must be 0 or 1", (int)limits->training);
+#ifdef MOE_NO_TRAIN
+  if (limits->training) return moe__fail(env, MOE_E_UNSUPPORTED, "limits: this build cannot train (MOE_NO_TRAIN)");
+#endif
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_context_size(const moe_model *model, const moe_limits *limits, size_t *bytes, const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe_context c;
+  moe_status status = moe__limits_check(model, limits, env);
+  if (status) return status;
+  memset(&c, 0, sizeof c);
+  c.model = model;
+  c.limits = *limits;
+  moe__take(&layout, 1, sizeof c);
+  moe__context_take(&layout, &c, env);
+  if (layout.bad)
+    return moe__fail(env, MOE_E_ARGUMENT, "limits: a context of %d tokens does not fit into the address space", (int)limits->tokens);
+  *bytes = layout.used;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes, const moe_model *model, const moe_limits *limits,
+                                    const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe_context *c;
+  size_t need = 0;
+  moe_status status = moe_context_size(model, limits, &need, env);
+  if (!status) status = moe__check_block("a context", block, bytes, need, env);
+  if (status) return status;
+  layout.base = (unsigned char *)block;
+  c = (moe_context *)moe__take(&layout, 1, sizeof *c);
+  memset(c, 0, sizeof *c);
+  c->model = model;
+  c->limits = *limits;
+  moe__context_take(&layout, c, env);
+  *out = c;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model, const moe_limits *limits, const moe_env *env) {
+  size_t bytes = 0;
+  void *block;
+  moe_status status = moe_context_size(model, limits, &bytes, env);
+  if (status) return status;
+  block = moe__alloc(bytes);
+  if (!block) return moe__fail(env, MOE_E_MEMORY, "no memory for a context of %zu bytes", bytes);
+  status = moe_context_init(out, block, bytes, model, limits, env);
+  if (status) moe__release(block);
+  else (*out)->owns_block = 1;
+  return status;
+}
+
+MOE_API void moe_context_free(moe_context *context) {
+  if (context && context->owns_block) moe__release(context);
+}
+
+/* A pass through the network: what forward and backward have to agree on. */
+typedef struct moe__pass {
+  const moe_batch *batch;
+  const moe_env *env;
+  int32_t M, S;
+  float dropout; /* 0 when not training */
+  float balance, z_loss, jitter;
+  uint64_t seed, step;
+  float aux; /* sum of the auxiliary losses of the layers */
+} moe__pass;
+
+/* Keys of the random numbers of each sequence at a site, or NULL where none are needed. */
+static const uint64_t *moe__pass_keys(moe_context *c, const moe__pass *pass, float p, int32_t layer, uint32_t site) {
+  int32_t s;
+  if (!(p > 0)) return NULL;
+  for (s = 0; s < pass->S; ++s) {
+    uint64_t index = pass->batch->index ? (uint64_t)pass->batch->index[s] : (uint64_t)s;
+    c->keys[s] = moe_key(pass->seed, pass->step, index, (uint32_t)layer, site);
+  }
+  return c->keys;
+}
+
+/* Forced experts come from outside: a number outside [0, N), or one twice for a token, would break the dispatch. */
+static moe_status moe__check_forced(const moe_context *c, int32_t M, const moe_env *env) {
+  const moe_config *config = &c->model->config;
+  size_t k = (size_t)config->top_k, slots = (size_t)config->layers * (size_t)M, i, a, b;
+  if (!c->forced || config->router == MOE_ROUTER_DENSE) return MOE_OK;
+  for (i = 0; i < slots; ++i)
+    for (a = 0; a < k; ++a) {
+      int32_t expert = c->forced[i * k + a];
+      if (expert < 0 || expert >= config->experts)
+        return moe__fail(env, MOE_E_ARGUMENT, "forced routes: token %d of layer %d goes to expert %d of %d", (int)(i % (size_t)M),
+                         (int)(i / (size_t)M), (int)expert, (int)config->experts);
+      for (b = 0; b < a; ++b)
+        if (c->forced[i * k + b] == expert)
+          return moe__fail(env, MOE_E_ARGUMENT, "forced routes: token %d of layer %d goes to expert %d twice", (int)(i % (size_t)M),
+                           (int)(i / (size_t)M), (int)expert);
+    }
+  return MOE_OK;
+}
+
+/* Everything that could go wrong in a pass is found here, before anything is written. */
+static moe_status moe__pass_check(const moe_context *c, const moe_batch *batch, int with_labels, const moe_env *env) {
+  const moe_config *config = &c->model->config;
+  int32_t M;
+  moe_status status = moe_batch_check(c->model, batch, with_labels, env);
+  if (status || batch->S == 0) return status;
+  M = batch->seq_start[batch->S];
+  if (batch->S > c->limits.sequences)
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: %d sequences, the context is made for %d", (int)batch->S, (int)c->limits.sequences);
+  if (M > c->limits.tokens)
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: %d tokens, the context is made for %d", (int)M, (int)c->limits.tokens);
+  if (moe_attention_scratch(c->longest, config->hidden, config->heads, c->limits.training, env) > c->attention_floats)
+    return moe__fail(env, MOE_E_ARGUMENT, "the context was made with fewer threads than the %d of this call", (int)env->threads);
+  return moe__check_forced(c, M, env);
+}
+
+/* Routes of a dense model: all tokens in order at expert 0, with weight 1. */
+static void moe__routes_dense(moe_routes *r, int32_t M) {
+  int32_t i;
+  for (i = 0; i < M; ++i) {
+    r->expert[i] = 0;
+    r->order[i] = i;
+    r->weight[i] = r->prob[i] = 1.0f;
+  }
+  r->start[0] = 0;
+  r->start[1] = M;
+}
+
+static void moe__pass_begin(moe_context *c, moe__pass *pass, const moe_batch *batch, const moe_env *env) {
+  const moe_config *config = &c->model->config;
+  int32_t s, l;
+  memset(pass, 0, sizeof *pass);
+  pass->batch = batch;
+  pass->env = env;
+  pass->S = batch->S;
+  pass->M = batch->S ? batch->seq_start[batch->S] : 0;
+  c->M = pass->M;
+  for (l = 0; l < config->layers; ++l) c->routes[l].M = pass->M;
+  for (s = 0; s < pass->S; ++s) c->gate_of[s] = config->router == MOE_ROUTER_TASK ? batch->task[s] : 0;
+  if (config->router == MOE_ROUTER_DENSE) moe__routes_dense(&c->routes[0], pass->M);
+}
+
+/* A matrix of the model for forward: its packed copy where there is one. */
+static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t panel, int32_t rows, int32_t cols) {
+  return m->panels ? moe_mat_panels(m->panels + panel, rows, cols) : moe_mat_rows(m->weights + weight, rows, cols);
+}
+
+/* Work that is cut by sequences: one job for the three functions below. */
+typedef struct moe__rows {
+  float *y;
+  const float *x, *branch;
+  float p;
+  const uint64_t *keys;
+  const moe_batch *batch;
+  size_t H;
+  const float *position, *segment;
+  const moe_env *env;
+} moe__rows;
+
+static moe_env moe__one_thread(const moe_env *env) {
+  moe_env one = *env;
+  one.threads = 1;
+  one.parallel_for = NULL;
+  return one;
+}
+
+static void moe__dropout_tile(void *arg, int32_t s, int32_t slot) {
+  const moe__rows *r = (const moe__rows *)arg;
+  size_t first = (size_t)r->batch->seq_start[s] * r->H, last = (size_t)r->batch->seq_start[s + 1] * r->H;
+  (void)slot;
+  moe_dropout(r->y + first, r->x + first, last - first, r->p, r->keys[s], r->env);
+}
+
+/* y = dropout(x), (M, H), with a key for each sequence; keys NULL: y is left alone (it is x then). */
+static void moe__dropout_sequences(float *y, const float *x, float p, const uint64_t *keys, const moe_batch *batch, int32_t H,
+                                   const moe_env *env) {
+  moe_env one = moe__one_thread(env);
+  moe__rows r;
+  if (!keys) return;
+  memset(&r, 0, sizeof r);
+  r.y = y;
+  r.x = x;
+  r.p = p;
+  r.keys = keys;
+  r.batch = batch;
+  r.H = (size_t)H;
+  r.env = &one;
+  moe__parallel(env, batch->S, moe__dropout_tile, &r);
+}
+
+static void moe__sum_tile(void *arg, int32_t s, int32_t slot) {
+  const moe__rows *r = (const moe__rows *)arg;
+  size_t i = (size_t)r->batch->seq_start[s] * r->H, last = (size_t)r->batch->seq_start[s + 1] * r->H;
+  (void)slot;
+  for (; i < last; ++i) r->y[i] = r->x[i] + r->branch[i];
+}
+
+/* y = x + branch, (M, H); y may be the branch. */
+static void moe__sum_sequences(float *y, const float *x, const float *branch, const moe_batch *batch, int32_t H, const moe_env *env) {
+  moe__rows r;
+  memset(&r, 0, sizeof r);
+  r.y = y;
+  r.x = x;
+  r.branch = branch;
+  r.batch = batch;
+  r.H = (size_t)H;
+  moe__parallel(env, batch->S, moe__sum_tile, &r);
+}
+
+static void moe__places_tile(void *arg, int32_t s, int32_t slot) {
+  const moe__rows *r = (const moe__rows *)arg;
+  const moe_batch *b = r->batch;
+  int32_t i;
+  size_t j;
+  (void)slot;
+  for (i = b->seq_start[s]; i < b->seq_start[s + 1]; ++i) {
+    float *y = r->y + (size_t)i * r->H;
+    const float *position = r->position + (size_t)(i - b->seq_start[s]) * r->H;
+    const float *segment = r->segment + (b->segments ? (size_t)b->segments[i] * r->H : 0);
+    for (j = 0; j < r->H; ++j) y[j] = y[j] + position[j] + segment[j];
+  }
+}
+
+/* y += position and segment embedding of each token. */
+static void moe__add_places(float *y, const moe_batch *batch, const float *position, const float *segment, int32_t H, const moe_env *env) {
+  moe__rows r;
+  memset(&r, 0, sizeof r);
+  r.y = y;
+  r.batch = batch;
+  r.position = position;
+  r.segment = segment;
+  r.H = (size_t)H;
+  moe__parallel(env, batch->S, moe__places_tile, &r);
+}
+
+/* Embeddings, LayerNorm, dropout. */
+static void moe__forward_embeddings(moe_context *c, moe__pass *pass) {
+  const moe_config *config = &c->model->config;
+  const moe__plan *p = &c->model->plan;
+  const moe_batch *b = pass->batch;
+  const float *w = c->model->weights;
+  int keep = c->limits.training;
+  float *sum = keep ? c->sum0 : c->branch, *x = c->acts[0].x;
+  if (config->features) {
+    moe_mat mat = moe_mat_rows(w + p->feature_w, config->hidden, config->features);
+    moe_linear_forward(sum, b->features, &mat, w + p->feature_b, pass->M, pass->env);
+    moe__add_places(sum, b, w + p->position, w + p->segment, config->hidden, pass->env);
+  } else
+    moe_embed_forward(sum, b->ids, b->segments, b->seq_start, b->S, w + p->word, w + p->position, w + p->segment, config->hidden, pass->env);
+  moe_norm_forward(x, c->mean0, c->rstd0, sum, w + p->norm_w, w + p->norm_b, config->eps, pass->M, config->hidden, pass->env);
+  moe__dropout_sequences(x, x, pass->dropout, moe__pass_keys(c, pass, pass->dropout, 0, MOE__SITE_EMBEDDING), b, config->hidden, pass->env);
+}
+
+/* sum = x + dropout(branch); y = LayerNorm(sum). */
+static void moe__forward_join(moe_context *c, moe__pass *pass, float *y, float *sum, float *mean, float *rstd, const float *x,
+                              const float *norm_w, const float *norm_b, int32_t layer, uint32_t site) {
+  const moe_config *config = &c->model->config;
+  int32_t H = config->hidden;
+  if (!sum) sum = c->branch;
+  moe__dropout_sequences(c->branch, c->branch, pass->dropout, moe__pass_keys(c, pass, pass->dropout, layer, site), pass->batch, H, pass->env);
+  moe__sum_sequences(sum, x, c->branch, pass->batch, H, pass->env);
+  moe_norm_forward(y, mean, rstd, sum, norm_w, norm_b, config->eps, pass->M, H, pass->env);
+}
+
+static void moe__forward_attention(moe_context *c, moe__pass *pass, int32_t layer) {
+  const moe_model *m = c->model;
+  const moe__plan *p = &m->plan;
+  const moe__acts *a = &c->acts[layer];
+  int32_t H = m->config.hidden;
+  size_t at = p->layers + (size_t)layer * p->layer_stride, panel = (size_t)layer * p->panel_stride;
+  const float *w = m->weights + at;
+  moe_mat mat = moe__model_mat(m, at + p->qkv_w, panel, 3 * H, H);
+  moe_linear_forward(a->qkv, a->x, &mat, w + p->qkv_b, pass->M, pass->env);
+  moe_attention_forward(a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads, pass->dropout,
+                        moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION), c->attention_scratch, pass->env);
+  mat = moe__model_mat(m, at + p->att_w, panel + p->panel_att, H, H);
+  moe_linear_forward(c->branch, a->att, &mat, w + p->att_b, pass->M, pass->env);
+  moe__forward_join(c, pass, a->y1, a->sum1, a->mean1, a->rstd1, a->x, w + p->norm1_w, w + p->norm1_b, layer, MOE__SITE_ATTENTION_OUT);
+}
+
+static moe_route_options moe__route_options(moe_context *c, const moe__pass *pass, int32_t layer) {
+  const moe_config *config = &c->model->config;
+  moe_route_options o;
+  memset(&o, 0, sizeof o);
+  o.scale = config->gate_scale_n ? (float)config->experts / (float)config->top_k : 1.0f;
+  o.renormalize = config->renormalize;
+  o.balance = pass->balance;
+  o.z_loss = pass->z_loss;
+  o.jitter = pass->jitter;
+  o.keys = moe__pass_keys(c, pass, pass->jitter, layer, MOE__SITE_JITTER);
+  if (c->forced) o.forced = c->forced + (size_t)layer * (size_t)pass->M * (size_t)config->top_k;
+  return o;
+}
+
+/* The experts of a layer as moe_experts_forward wants them. */
+static moe_experts moe__layer_experts(moe_context *c, int32_t layer) {
+  const moe_model *m = c->model;
+  const moe_config *config = &m->config;
+  const moe__plan *p = &m->plan;
+  moe_experts experts;
+  int32_t i;
+  for (i = 0; i < config->experts; ++i) {
+    size_t at = p->layers + (size_t)layer * p->layer_stride + p->experts + (size_t)i * p->expert_stride;
+    size_t panel = (size_t)layer * p->panel_stride + p->panel_experts + (size_t)i * p->panel_expert_stride;
+    c->in[i] = moe__model_mat(m, at + p->in_w, panel, config->ffn, config->hidden);
+    c->out[i] = moe__model_mat(m, at + p->out_w, panel + p->panel_out, config->hidden, config->ffn);
+    c->b_in[i] = m->weights + at + p->in_b;
+    c->b_out[i] = m->weights + at + p->out_b;
+  }
+  experts.N = config->experts;
+  experts.H = config->hidden;
+  experts.F = config->ffn;
+  experts.in = c->in;
+  experts.out = c->out;
+  experts.b_in = c->b_in;
+  experts.b_out = c->b_out;
+  return experts;
+}
+
+/* Output of a layer, which is the input of the next one. */
+static float *moe__layer_output(const moe_context *c, int32_t layer) {
+  return layer + 1 < c->model->config.layers ? c->acts[layer + 1].x : c->last;
+}
+
+/* Gate, experts, residual [TaG] Eq. 3-6. */
+static void moe__forward_mixture(moe_context *c, moe__pass *pass, int32_t layer) {
+  const moe_config *config = &c->model->config;
+  const moe__plan *p = &c->model->plan;
+  const moe__acts *a = &c->acts[layer];
+  const float *w = c->model->weights + p->layers + (size_t)layer * p->layer_stride;
+  moe_routes *routes = &c->routes[layer];
+  moe_experts experts = moe__layer_experts(c, layer);
+  if (config->router != MOE_ROUTER_DENSE) {
+    moe_route_options options = moe__route_options(c, pass, layer);
+    float aux = 0;
+    moe_route_forward(routes, a->logits, &aux, a->y1, w + p->gates, c->gate_of, pass->batch->seq_start, pass->S, config->hidden, &options,
+                      pass->env);
+    pass->aux += aux;
+  }
+  moe_experts_forward(c->branch, a->pre, a->e, a->y1, routes, &experts, c->experts_scratch, pass->env);
+  moe__forward_join(c, pass, moe__layer_output(c, layer), a->sum2, a->mean2, a->rstd2, a->y1, w + p->norm2_w, w + p->norm2_b, layer,
+                    MOE__SITE_FFN_OUT);
+}
+
+/* Mean of the rows of the tokens [begin, end). */
+static void moe__span_mean(float *out, const float *rows, int32_t begin, int32_t end, size_t H) {
+  float scale = 1.0f / (float)(end - begin);
+  size_t j;
+  int32_t i;
+  for (j = 0; j < H; ++j) {
+    float sum = 0;
+    for (i = begin; i < end; ++i) sum += rows[(size_t)i * H + j];
+    out[j] = sum * scale;
+  }
+}
+
+/* What the head of sequence s reads: [CLS], or [CLS; span 1; span 2], after dropout [TaG] Eq. 7-8, A.3.1. */
+static void moe__head_feature(moe_context *c, const moe__pass *pass, const uint64_t *keys, int32_t s, const moe_env *env) {
+  const moe_batch *b = pass->batch;
+  const moe_task *task = &c->model->tasks[b->task[s]];
+  size_t H = (size_t)c->model->config.hidden;
+  const float *rows = c->last + (size_t)b->seq_start[s] * H;
+  float *feature = c->feature + (size_t)s * c->feature_width;
+  memcpy(feature, rows, H * sizeof(float));
+  if (task->kind == MOE_KIND_SPAN) {
+    const int32_t *span = b->span + 4 * (size_t)s;
+    moe__span_mean(feature + H, rows, span[0], span[1], H);
+    moe__span_mean(feature + 2 * H, rows, span[2], span[3], H);
+  }
+  if (keys) moe_dropout(feature, feature, moe__head_width(&c->model->config, task), pass->dropout, keys[s], env);
+}
+
+/* Sequence by sequence, so that a score does not depend on what else is in the batch. */
+static void moe__forward_heads(moe_context *c, moe__pass *pass, float *scores) {
+  const moe_model *m = c->model;
+  moe_env one = moe__one_thread(pass->env);
+  const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, 0, MOE__SITE_HEAD);
+  int32_t s;
+  for (s = 0; s < pass->S; ++s) {
+    int32_t t = pass->batch->task[s], classes = m->tasks[t].classes;
+    size_t width = moe__head_width(&m->config, &m->tasks[t]);
+    const float *w = m->weights + m->head[t];
+    float *row = scores + (size_t)s * (size_t)m->max_classes;
+    moe_mat mat = moe_mat_rows(w, classes, (int32_t)width);
+    moe__head_feature(c, pass, keys, s, &one);
+    memset(row, 0, (size_t)m->max_classes * sizeof(float));
+    moe_linear_forward(row, c->feature + (size_t)s * c->feature_width, &mat, w + (size_t)classes * width, 1, &one);
+  }
+}
+
+static void moe__forward(moe_context *c, moe__pass *pass, float *scores) {
+  int32_t l;
+  if (pass->S == 0) return;
+  moe__forward_embeddings(c, pass);
+  for (l = 0; l < c->model->config.layers; ++l) {
+    moe__forward_attention(c, pass, l);
+    moe__forward_mixture(c, pass, l);
+  }
+  moe__forward_heads(c, pass, scores);
+}
+
+MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_batch *batch, const moe_env *env) {
+  moe__pass pass;
+  moe_status status = moe__pass_check(context, batch, 0, env);
+  if (status) return status;
+  moe__pass_begin(context, &pass, batch, env);
+  moe__forward(context, &pass, scores);
+  return MOE_OK;
+}
+
+MOE_API const float *moe_context_hidden(const moe_context *context) { return context->last; }
+
+MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out) {
+  if (layer < 0 || layer >= context->model->config.layers) return MOE_E_ARGUMENT;
+  *out = context->routes[layer];
+  return MOE_OK;
+}
+
+MOE_API void moe_context_force(moe_context *context, const int32_t *experts) { context->forced = experts; }
 
 
 #ifndef MOE_NO_TRAIN
 /* ---- the backward pass ---- >>backward */
+
+/* Each function undoes its namesake of >>context: context->g holds the gradient of what that produced and is turned into the gradient of what
+   it read; the gradients of the weights are added to `dw`, which mirrors the flat array of weights. */
+
+/* Softmax and loss of every sequence, scaled as in [TaG] 3.3; a row of scores becomes its probabilities (regression: score - label). Returns the first
+   sequence whose loss is not finite, or -1. */
+static int32_t moe__losses(moe_context *c, const moe__pass *pass) {
+  const moe_model *m = c->model;
+  int32_t s;
+  for (s = 0; s < pass->S; ++s) {
+    const moe_task *task = &m->tasks[pass->batch->task[s]];
+    float *row = c->scores + (size_t)s * (size_t)m->max_classes, label = pass->batch->label[s];
+    if (task->kind == MOE_KIND_REGRESSION) {
+      row[0] -= label;
+      c->losses[s] = row[0] * row[0];
+    } else {
+      float scale = (float)(1 / moe__log_double((double)task->classes));
+      c->losses[s] = scale * moe_cross_entropy_forward(row, row, (int32_t)label, task->classes);
+    }
+    if (!moe__is_finite(c->losses[s])) return s;
+  }
+  return -1;
+}
+
+/* Sum of the losses / whole, with the auxiliary losses of this micro-batch by its share of the whole. */
+static double moe__loss_sum(const moe_context *c, const moe__pass *pass, int32_t whole) {
+  double sum = 0;
+  int32_t s;
+  for (s = 0; s < pass->S; ++s) sum += (double)c->losses[s];
+  return (sum + (double)pass->aux * pass->S) / whole;
+}
+
+/* Puts the gradient of a head's feature where it came from. */
+static void moe__head_scatter(moe_context *c, const moe_batch *b, int32_t s, int kind) {
+  size_t H = (size_t)c->model->config.hidden, j;
+  float *rows = c->g + (size_t)b->seq_start[s] * H;
+  int part;
+  for (j = 0; j < H; ++j) rows[j] += c->gfeature[j];
+  if (kind != MOE_KIND_SPAN) return;
+  for (part = 0; part < 2; ++part) {
+    const float *d = c->gfeature + (size_t)(part + 1) * H;
+    int32_t begin = b->span[4 * (size_t)s + 2 * (size_t)part], end = b->span[4 * (size_t)s + 2 * (size_t)part + 1], i;
+    float scale = 1.0f / (float)(end - begin);
+    for (i = begin; i < end; ++i)
+      for (j = 0; j < H; ++j) rows[(size_t)i * H + j] += scale * d[j];
+  }
+}
+
+static void moe__backward_heads(moe_context *c, const moe__pass *pass, float *dw, int32_t whole) {
+  const moe_model *m = c->model;
+  const moe_batch *b = pass->batch;
+  moe_env one = moe__one_thread(pass->env);
+  const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, 0, MOE__SITE_HEAD);
+  float dscore[MOE_MAX_CLASSES];
+  int32_t s;
+  memset(c->g, 0, (size_t)pass->M * (size_t)m->config.hidden * sizeof(float));
+  for (s = 0; s < pass->S; ++s) {
+    const moe_task *task = &m->tasks[b->task[s]];
+    const float *row = c->scores + (size_t)s * (size_t)m->max_classes;
+    size_t width = moe__head_width(&m->config, task), at = m->head[b->task[s]], classes = (size_t)task->classes;
+    moe_mat mat = moe_mat_rows(m->weights + at, task->classes, (int32_t)width);
+    memset(dscore, 0, classes * sizeof(float));
+    if (task->kind == MOE_KIND_REGRESSION) dscore[0] = 2 * row[0] / (float)whole;
+    else
+      moe_cross_entropy_backward(dscore, row, (int32_t)b->label[s], (float)(1 / (moe__log_double((double)task->classes) * whole)),
+                                 task->classes);
+    memset(c->gfeature, 0, width * sizeof(float));
+    moe_linear_backward(c->gfeature, dw + at, dw + at + classes * width, dscore, c->feature + (size_t)s * c->feature_width, &mat, 1, &one);
+    if (keys) moe_dropout(c->gfeature, c->gfeature, width, pass->dropout, keys[s], &one);
+    moe__head_scatter(c, b, s, task->kind);
+  }
+}
+
+/* Of y = LayerNorm(sum), sum = x + dropout(branch): g becomes the gradient of x. Returns the gradient of the branch. */
+static const float *moe__backward_join(moe_context *c, const moe__pass *pass, float *dnorm_w, float *dnorm_b, const float *sum,
+                                       const float *mean, const float *rstd, const float *norm_w, int32_t layer, uint32_t site) {
+  int32_t H = c->model->config.hidden;
+  size_t bytes = (size_t)pass->M * (size_t)H * sizeof(float);
+  const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, layer, site);
+  memset(c->gsum, 0, bytes);
+  moe_norm_backward(c->gsum, dnorm_w, dnorm_b, c->g, sum, mean, rstd, norm_w, pass->M, H, pass->env);
+  memcpy(c->g, c->gsum, bytes);
+  moe__dropout_sequences(c->gsum, c->gsum, pass->dropout, keys, pass->batch, H, pass->env);
+  return c->gsum;
+}
+
+static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *dw, int32_t layer, int32_t whole) {
+  const moe_model *m = c->model;
+  const moe_config *config = &m->config;
+  const moe__plan *p = &m->plan;
+  const moe__acts *a = &c->acts[layer];
+  size_t at = p->layers + (size_t)layer * p->layer_stride;
+  const float *w = m->weights + at, *gbranch;
+  float *d = dw + at;
+  int32_t i;
+  gbranch = moe__backward_join(c, pass, d + p->norm2_w, d + p->norm2_b, a->sum2, a->mean2, a->rstd2, w + p->norm2_w, layer, MOE__SITE_FFN_OUT);
+  for (i = 0; i < config->experts; ++i) {
+    size_t expert = p->experts + (size_t)i * p->expert_stride;
+    c->w_in[i] = w + expert + p->in_w;
+    c->w_out[i] = w + expert + p->out_w;
+    c->g_in[i] = d + expert + p->in_w;
+    c->g_b_in[i] = d + expert + p->in_b;
+    c->g_out[i] = d + expert + p->out_w;
+    c->g_b_out[i] = d + expert + p->out_b;
+  }
+  moe_experts_backward(c->g, c->gweight, c->g_in, c->g_b_in, c->g_out, c->g_b_out, gbranch, a->y1, a->pre, a->e, &c->routes[layer], c->w_in,
+                       c->w_out, config->hidden, config->ffn, c->experts_scratch, pass->env);
+  if (config->router != MOE_ROUTER_DENSE) {
+    moe_route_options options = moe__route_options(c, pass, layer);
+    moe_route_backward(c->g, d + p->gates, c->glogits, c->gweight, (float)pass->S / (float)whole, &c->routes[layer], a->logits, a->y1,
+                       w + p->gates, c->gate_of, pass->batch->seq_start, pass->S, config->hidden, &options, pass->env);
+  }
+}
+
+static void moe__backward_attention(moe_context *c, const moe__pass *pass, float *dw, int32_t layer) {
+  const moe_model *m = c->model;
+  const moe__plan *p = &m->plan;
+  const moe__acts *a = &c->acts[layer];
+  int32_t H = m->config.hidden;
+  size_t at = p->layers + (size_t)layer * p->layer_stride, bytes = (size_t)pass->M * (size_t)H * sizeof(float);
+  const float *w = m->weights + at, *gbranch;
+  float *d = dw + at;
+  moe_mat mat = moe_mat_rows(w + p->att_w, H, H);
+  gbranch =
+      moe__backward_join(c, pass, d + p->norm1_w, d + p->norm1_b, a->sum1, a->mean1, a->rstd1, w + p->norm1_w, layer, MOE__SITE_ATTENTION_OUT);
+  memset(c->gatt, 0, bytes);
+  moe_linear_backward(c->gatt, d + p->att_w, d + p->att_b, gbranch, a->att, &mat, pass->M, pass->env);
+  memset(c->gqkv, 0, 3 * bytes);
+  moe_attention_backward(c->gqkv, c->gatt, a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads, pass->dropout,
+                         moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION), c->attention_scratch, pass->env);
+  mat = moe_mat_rows(w + p->qkv_w, 3 * H, H);
+  moe_linear_backward(c->g, d + p->qkv_w, d + p->qkv_b, c->gqkv, a->x, &mat, pass->M, pass->env);
+}
+
+static void moe__backward_embeddings(moe_context *c, const moe__pass *pass, float *dw) {
+  const moe_config *config = &c->model->config;
+  const moe__plan *p = &c->model->plan;
+  const moe_batch *b = pass->batch;
+  const float *w = c->model->weights;
+  int32_t H = config->hidden;
+  moe__dropout_sequences(c->g, c->g, pass->dropout, moe__pass_keys(c, pass, pass->dropout, 0, MOE__SITE_EMBEDDING), b, H, pass->env);
+  memset(c->gsum, 0, (size_t)pass->M * (size_t)H * sizeof(float));
+  moe_norm_backward(c->gsum, dw + p->norm_w, dw + p->norm_b, c->g, c->sum0, c->mean0, c->rstd0, w + p->norm_w, pass->M, H, pass->env);
+  if (config->features) {
+    moe_mat mat = moe_mat_rows(w + p->feature_w, H, config->features);
+    moe_linear_backward(NULL, dw + p->feature_w, dw + p->feature_b, c->gsum, b->features, &mat, pass->M, pass->env);
+  }
+  moe_embed_backward(config->features ? NULL : dw + p->word, dw + p->position, dw + p->segment, c->gsum, b->ids, b->segments, b->seq_start, b->S,
+                     H, pass->env);
+}
+
+static void moe__backward(moe_context *c, const moe__pass *pass, float *dw, int32_t whole) {
+  int32_t l;
+  moe__backward_heads(c, pass, dw, whole);
+  for (l = c->model->config.layers - 1; l >= 0; --l) {
+    moe__backward_mixture(c, pass, dw, l, whole);
+    moe__backward_attention(c, pass, dw, l);
+  }
+  moe__backward_embeddings(c, pass, dw);
+}
 
 
 /* ---- Adam, schedule, clipping ---- >>optimizer */
@@ -3045,6 +3856,255 @@ MOE_API void moe_sample(moe_sampler *sampler, int32_t *task, int64_t *row) {
 
 
 /* ---- accumulate, update, gradient check ---- >>trainer */
+
+struct moe_trainer {
+  moe_model *model;
+  moe_context *context;
+  moe_train_config config;
+  int64_t step;             /* updates so far */
+  float *g, *m, *v;         /* gradients and moments, as long as the weights */
+  moe__span *spans;         /* stretches of the weights that learn alike */
+  int32_t n_spans;
+  int owns_block;
+};
+
+static moe_status moe__trainer_take(moe__layout *layout, moe_trainer *t, void **context, size_t *context_bytes, const moe_model *model,
+                                    const moe_limits *limits, const moe_env *env) {
+  size_t n = moe_model_parameters(model);
+  moe_limits training = *limits;
+  moe_status status;
+  training.training = 1;
+  status = moe_context_size(model, &training, context_bytes, env);
+  if (status) return status;
+  t->g = MOE__FLOATS(layout, n);
+  t->m = MOE__FLOATS(layout, n);
+  t->v = MOE__FLOATS(layout, n);
+  t->spans = (moe__span *)moe__take(layout, (size_t)model->tensors, sizeof(moe__span));
+  *context = moe__take(layout, *context_bytes, 1);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *limits, const moe_train_config *config, size_t *bytes,
+                                    const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe_trainer t;
+  void *context;
+  size_t context_bytes = 0;
+  moe_status status = moe__train_config_check(config, env);
+  moe__take(&layout, 1, sizeof t);
+  if (!status) status = moe__trainer_take(&layout, &t, &context, &context_bytes, model, limits, env);
+  if (status) return status;
+  if (layout.bad) return moe__fail(env, MOE_E_ARGUMENT, "gradients and moments do not fit into the address space of this machine");
+  *bytes = layout.used;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes, moe_model *model, const moe_limits *limits,
+                                    const moe_train_config *config, const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe_limits training = *limits;
+  moe_trainer *t;
+  moe_tensor tensor;
+  void *context;
+  size_t need = 0, context_bytes = 0;
+  int32_t i;
+  moe_status status = moe_trainer_size(model, limits, config, &need, env);
+  if (!status) status = moe__check_block("a trainer", block, bytes, need, env);
+  if (!status && !model->writable)
+    status = moe__fail(env, MOE_E_ARGUMENT, "the weights of this model stay in the bytes of a file: it cannot be trained");
+  if (status) return status;
+  layout.base = (unsigned char *)block;
+  t = (moe_trainer *)moe__take(&layout, 1, sizeof *t);
+  memset(t, 0, sizeof *t);
+  status = moe__trainer_take(&layout, t, &context, &context_bytes, model, limits, env);
+  if (status) return status;
+  training.training = 1;
+  status = moe_context_init(&t->context, context, context_bytes, model, &training, env);
+  if (status) return status;
+  t->model = model;
+  t->config = *config;
+  for (i = 0; i < model->tensors; ++i) {
+    moe_model_tensor(model, i, &tensor);
+    t->n_spans = moe__spans_add(t->spans, t->n_spans, &tensor, config);
+  }
+  memset(t->g, 0, model->plan.total * sizeof(float));
+  memset(t->m, 0, model->plan.total * sizeof(float));
+  memset(t->v, 0, model->plan.total * sizeof(float));
+  *out = t;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const moe_limits *limits, const moe_train_config *config,
+                                      const moe_env *env) {
+  size_t bytes = 0;
+  void *block;
+  moe_status status = moe_trainer_size(model, limits, config, &bytes, env);
+  if (status) return status;
+  block = moe__alloc(bytes);
+  if (!block) return moe__fail(env, MOE_E_MEMORY, "no memory for a trainer of %zu bytes", bytes);
+  status = moe_trainer_init(out, block, bytes, model, limits, config, env);
+  if (status) moe__release(block);
+  else (*out)->owns_block = 1;
+  return status;
+}
+
+MOE_API void moe_trainer_free(moe_trainer *trainer) {
+  if (trainer && trainer->owns_block) moe__release(trainer);
+}
+
+MOE_API float *moe_trainer_gradients(moe_trainer *trainer) { return trainer->g; }
+MOE_API moe_context *moe_trainer_context(moe_trainer *trainer) { return trainer->context; }
+MOE_API int64_t moe_trainer_step(const moe_trainer *trainer) { return trainer->step; }
+
+static void moe__trainer_clear(moe_trainer *t) { memset(t->g, 0, t->model->plan.total * sizeof(float)); }
+
+/* Forward and losses of a training pass. */
+static moe_status moe__trainer_forward(moe_trainer *t, moe__pass *pass, const moe_batch *batch, const moe_env *env) {
+  moe_context *c = t->context;
+  int32_t bad;
+  moe__pass_begin(c, pass, batch, env);
+  pass->dropout = t->config.dropout;
+  pass->balance = t->config.balance;
+  pass->z_loss = t->config.z_loss;
+  pass->jitter = t->config.jitter;
+  pass->seed = t->config.seed;
+  pass->step = (uint64_t)t->step;
+  moe__forward(c, pass, c->scores);
+  bad = moe__losses(c, pass);
+  if (bad >= 0)
+    return moe__fail(env, MOE_E_NONFINITE, "step %lld: the loss of sequence %d (task '%s') is not a finite number", (long long)t->step + 1, (int)bad,
+                     t->model->tasks[batch->task[bad]].name);
+  if (!moe__is_finite(pass->aux))
+    return moe__fail(env, MOE_E_NONFINITE, "step %lld: the router's auxiliary loss is not a finite number", (long long)t->step + 1);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_accumulate(moe_trainer *trainer, const moe_batch *batch, int32_t whole, float *loss, float *losses,
+                                  const moe_env *env) {
+  moe_context *c = trainer->context;
+  moe__pass pass;
+  moe_status status = moe__pass_check(c, batch, 1, env);
+  if (status) return status;
+  if (whole == 0) whole = moe__max(batch->S, 1);
+  if (whole < batch->S)
+    return moe__fail(env, MOE_E_ARGUMENT, "the whole batch has %d sequences, this part of it has %d", (int)whole, (int)batch->S);
+  status = moe__trainer_forward(trainer, &pass, batch, env);
+  if (status) {
+    moe__trainer_clear(trainer);
+    return status;
+  }
+  if (pass.S) moe__backward(c, &pass, trainer->g, whole);
+  if (loss) *loss = (float)moe__loss_sum(c, &pass, whole);
+  if (losses) memcpy(losses, c->losses, (size_t)pass.S * sizeof(float));
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_update(moe_trainer *trainer, float *norm, const moe_env *env) {
+  const moe_train_config *config = &trainer->config;
+  moe_model *model = trainer->model;
+  double length;
+  if (trainer->step >= config->steps)
+    return moe__fail(env, MOE_E_ARGUMENT, "all %lld steps of the schedule are done", (long long)config->steps);
+  length = moe__spans_norm(trainer->g, trainer->spans, trainer->n_spans, env);
+  if (!moe__finite(length)) {
+    moe__trainer_clear(trainer);
+    return moe__fail(env, MOE_E_NONFINITE, "step %lld: the gradient is not finite; the weights are as before", (long long)trainer->step + 1);
+  }
+  moe__spans_adam(model->writable, trainer->g, trainer->m, trainer->v, trainer->spans, trainer->n_spans, trainer->step + 1,
+                  moe_train_rate(config, trainer->step + 1), moe__clip_factor(length, config->clip), config->beta1, config->beta2, config->eps,
+                  env);
+  ++trainer->step;
+  if (model->panels) moe__model_repack(model, env);
+  if (norm) *norm = (float)length;
+  return MOE_OK;
+}
+
+/* The loss with one weight moved by h. */
+static moe_status moe__moved_loss(moe_trainer *t, const moe_batch *batch, float *weight, float h, double *loss, const moe_env *env) {
+  moe__pass pass;
+  float old = *weight;
+  moe_status status;
+  *weight = old + h;
+  status = moe__trainer_forward(t, &pass, batch, env);
+  *weight = old;
+  if (!status) *loss = moe__loss_sum(t->context, &pass, batch->S);
+  return status;
+}
+
+/* Error of one gradient against central differences of fourth order. */
+static moe_status moe__check_gradient(moe_trainer *t, const moe_batch *batch, size_t index, double floor_, double *error, const moe_env *env) {
+  const float h = 1.0f / 128;
+  double f[4] = {0, 0, 0, 0}, slope;
+  int i;
+  for (i = 0; i < 4; ++i) {
+    float step = (float)(i - (i < 2 ? 2 : 1)) * h;
+    moe_status status = moe__moved_loss(t, batch, &t->model->writable[index], step, &f[i], env);
+    if (status) return status;
+  }
+  slope = (8 * (f[2] - f[1]) - (f[3] - f[0])) / (12 * (double)h);
+  *error = fabs(slope - (double)t->g[index]) / floor_;
+  return MOE_OK;
+}
+
+/* Of the samples that fall on a tensor the first is its largest gradient, the others are drawn. */
+static size_t moe__check_element(const moe_trainer *t, const moe_tensor *tensor, int32_t round) {
+  const float *g = t->g + tensor->offset;
+  size_t i, best = 0;
+  if (round > 0) return tensor->offset + (size_t)(moe_key(t->config.seed, (uint64_t)round, tensor->offset, 0, 0) % tensor->count);
+  for (i = 1; i < tensor->count; ++i)
+    if (fabsf(g[i]) > fabsf(g[best])) best = i;
+  return tensor->offset + best;
+}
+
+/* The comparison itself: gradients are there, routes are fixed. */
+static moe_status moe__check_samples(moe_trainer *t, const moe_batch *batch, int32_t samples, double *worst, const moe_env *env) {
+  int32_t i, n = t->model->tensors;
+  double whole = moe_gradient_norm(t->g, t->model->plan.total, env);
+  for (i = 0; i < samples; ++i) {
+    moe_tensor tensor;
+    double norm, error = 0;
+    moe_status status;
+    moe_model_tensor(t->model, samples < n ? (int32_t)((int64_t)i * n / samples) : i % n, &tensor);
+    norm = moe_gradient_norm(t->g + tensor.offset, tensor.count, env);
+    if (norm < 0.01 * whole) norm = 0.01 * whole;
+    if (norm == 0) norm = 1;
+    status = moe__check_gradient(t, batch, moe__check_element(t, &tensor, i / n), norm, &error, env);
+    if (status) return status;
+    if (!(error <= *worst)) *worst = error; /* NaN counts as worst */
+  }
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples, float *error, const moe_env *env) {
+  moe_context *c = trainer->context;
+  const moe_config *config = &trainer->model->config;
+  const int32_t *forced = c->forced;
+  float *panels = trainer->model->panels;
+  int32_t *experts = NULL, l;
+  double worst = 0;
+  moe_status status;
+  moe__trainer_clear(trainer);
+  status = moe_accumulate(trainer, batch, 0, NULL, NULL, env);
+  if (status || batch->S == 0) return status;
+  if (!forced && config->router != MOE_ROUTER_DENSE) { /* a choice that flips makes a step in the loss: fix them */
+    size_t slots = (size_t)c->M * (size_t)config->top_k;
+    experts = (int32_t *)moe__alloc((size_t)config->layers * slots * sizeof *experts);
+    if (!experts) {
+      moe__trainer_clear(trainer);
+      return moe__fail(env, MOE_E_MEMORY, "no memory for the routes of a gradient check");
+    }
+    for (l = 0; l < config->layers; ++l) memcpy(experts + (size_t)l * slots, c->routes[l].expert, slots * sizeof *experts);
+    c->forced = experts;
+  }
+  trainer->model->panels = NULL; /* they would not follow a weight that is moved */
+  status = moe__check_samples(trainer, batch, samples, &worst, env);
+  trainer->model->panels = panels;
+  c->forced = forced;
+  moe__release(experts);
+  moe__trainer_clear(trainer);
+  if (!status) *error = (float)worst;
+  return status;
+}
 
 
 #endif /* MOE_NO_TRAIN */
