@@ -278,8 +278,9 @@ typedef struct moe_routes {
 typedef struct moe_route_options {
   float scale;           /* weight = scale * probability: 1 = the paper's g*; N/k = gate scale "n" (PAPER-DIFF) */
   int32_t renormalize;   /* 1: the k chosen probabilities are divided by their sum (then scale is 1) */
-  float balance;         /* coefficient of the Switch load-balance loss; 0 = off, as the paper wants it */
-  float z_loss;          /* coefficient of the router z-loss; 0 = off */
+  float balance;         /* coefficient of the Switch load-balance loss N sum_i f_i P_i; 0 = off, as the paper wants it. f_i: share of the
+                            choices that fell on expert i, P_i: mean probability of i, over the tokens of the batch (there is no padding) */
+  float z_loss;          /* coefficient of the router z-loss, the mean over the tokens of (log sum exp logits)^2; 0 = off */
   float jitter;          /* gate inputs are multiplied with uniform noise in [1-jitter, 1+jitter] in training; 0 = off */
   const uint64_t *keys;  /* (S) key of the jitter of each sequence; NULL: none */
   const int32_t *forced; /* (M, k) experts to take instead of the most probable ones, or NULL */
@@ -287,13 +288,14 @@ typedef struct moe_route_options {
 
 /* logits = x W_g^T with the gate of each sequence [TaG] Eq. 3, softmax, top-k, dispatch. x (M, H); gates (G, N, H); gate_of (S): which
    gate a sequence uses; N <= MOE_MAX_EXPERTS; 1 <= k <= N. logits (M, N) is scratch that backward needs again.
-   N = 1: probability 1, whatever the gate. *loss (may be NULL) receives balance loss + z-loss, coefficients applied. */
+   N = 1: probability 1, whatever the gate (gates, gate_of and logits may be NULL), and no loss. *loss (may be NULL) receives
+   balance loss + z-loss, coefficients applied. */
 #define MOE_MAX_EXPERTS 256
 MOE_API void moe_route_forward(moe_routes *routes, float *logits, float *loss, const float *x, const float *gates,
                                const int32_t *gate_of, const int32_t *seq_start, int32_t S, int32_t H,
                                const moe_route_options *options, const moe_env *env);
 /* Gradients through the weights of the chosen experts into all logits, the gates and x; dweight (M, k) from moe_experts_backward.
-   loss_scale multiplies the gradient of the auxiliary losses. dlogits (M, N) is scratch. */
+   loss_scale multiplies the gradient of the auxiliary losses. dlogits (M, N) is scratch. N = 1: nothing to do. */
 MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const float *dweight, float loss_scale,
                                 const moe_routes *routes, const float *logits, const float *x, const float *gates,
                                 const int32_t *gate_of, const int32_t *seq_start, int32_t S, int32_t H,
@@ -1913,7 +1915,342 @@ MOE__V_STAMP(MOE__V_ROWS)
 /* ---- self-attention over packed sequences ---- >>attention */
 
 
-/* ---- gates, top-k, dispatch ---- >>route */
+/* ---- gates, top-k, dispatch ---- >>route
+   A token's logits are dot products of its row with the N rows of its gate (the 16 lanes of >>simd). The first part of this section makes
+   routes, the second their gradients. Both cut tokens into tiles of 64, and the gradient of a gate into blocks of columns that one
+   thread carries through all tokens in their order: micro-batches one after the other give the bits of one batch. */
+
+enum { MOE__ROUTE_TILE = 64, MOE__ROUTE_BLOCK = 1024, MOE__GATE_COLUMNS = 128 };
+
+/* y = a x and y += a x, elements rounded once: what mixes rows by weights. */
+typedef struct moe__mix_kernels {
+  void (*scale)(float *y, float a, const float *x, size_t n);
+  void (*axpy)(float *y, float a, const float *x, size_t n);
+} moe__mix_kernels;
+
+static void moe__scalar_mix_scale(float *y, float a, const float *x, size_t n) {
+  size_t i;
+  for (i = 0; i < n; ++i) y[i] = a * x[i];
+}
+
+static void moe__scalar_mix_axpy(float *y, float a, const float *x, size_t n) {
+  size_t i;
+  for (i = 0; i < n; ++i) y[i] = moe__fmaf(a, x[i], y[i]);
+}
+
+static const moe__mix_kernels moe__scalar_mix = {moe__scalar_mix_scale, moe__scalar_mix_axpy};
+
+#define MOE__MIX_KERNELS(S, T) \
+T static void S##_mix_scale(float *y, float a, const float *x, size_t n) { \
+  S##_f f = S##_set(a); \
+  size_t i = 0; \
+  for (; i + 16 <= n; i += 16) S##_store(y + i, S##_mul(f, S##_load(x + i))); \
+  if (i < n) S##_storen(y + i, S##_mul(f, S##_loadn(x + i, n - i)), n - i); \
+} \
+T static void S##_mix_axpy(float *y, float a, const float *x, size_t n) { \
+  S##_f f = S##_set(a); \
+  size_t i = 0; \
+  for (; i + 16 <= n; i += 16) S##_store(y + i, S##_fma(f, S##_load(x + i), S##_load(y + i))); \
+  if (i < n) S##_storen(y + i, S##_fma(f, S##_loadn(x + i, n - i), S##_loadn(y + i, n - i)), n - i); \
+} \
+static const moe__mix_kernels S##_mix = {S##_mix_scale, S##_mix_axpy};
+MOE__V_STAMP(MOE__MIX_KERNELS)
+#undef MOE__MIX_KERNELS
+
+/* What both passes know of their arguments. */
+typedef struct moe__route_job {
+  const moe_routes *routes;
+  const moe_route_options *options;
+  const float *x, *gates;
+  const int32_t *gate_of, *seq_start;
+  int32_t S, H;
+  float *logits_out;            /* forward */
+  float *dx, *dgates, *dlogits; /* backward */
+  const float *dweight, *logits;
+  float loss_scale;
+  const moe__row_kernels *rows;
+  const moe__mix_kernels *mix;
+} moe__route_job;
+
+static moe__route_job moe__route_job_make(const moe_routes *routes, const float *x, const float *gates, const int32_t *gate_of,
+                                          const int32_t *seq_start, int32_t S, int32_t H, const moe_route_options *options,
+                                          const moe_env *env) {
+  moe__route_job job;
+  memset(&job, 0, sizeof job);
+  job.routes = routes;
+  job.options = options;
+  job.x = x;
+  job.gates = gates;
+  job.gate_of = gate_of;
+  job.seq_start = seq_start;
+  job.S = S;
+  job.H = H;
+  job.rows = MOE__V_PICK(env->isa, rows);
+  job.mix = MOE__V_PICK(env->isa, mix);
+  return job;
+}
+
+/* The sequence that holds a token: the last one that starts at or before it. */
+static int32_t moe__sequence_of(const int32_t *seq_start, int32_t S, int32_t token) {
+  int32_t low = 0, high = S - 1;
+  while (low < high) {
+    int32_t middle = low + (high - low + 1) / 2;
+    if (seq_start[middle] <= token) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+static int moe__route_jitters(const moe_route_options *options) { return options->keys && options->jitter > 0; }
+
+/* y = x times noise in [1 - jitter, 1 + jitter] for n elements of a token from column c on. The noise is a function of the sequence's key and of
+   the element's place in the sequence, so that backward finds it again. */
+static void moe__route_jitter(float *y, const float *x, size_t n, uint64_t key, size_t place, float jitter) {
+  size_t i;
+  for (i = 0; i < n; ++i) {
+    float u = (float)(moe__hash32(key, (uint32_t)(place + i)) >> 8) * (2.0f / 16777216.0f) - 1.0f;
+    y[i] = x[i] * (1.0f + jitter * u);
+  }
+}
+
+/* Logits of one token. With jitter, rows longer than 1024 are summed block by block. */
+static void moe__route_logits(const moe__route_job *job, float *logits, int32_t token, int32_t sequence) {
+  size_t H = (size_t)job->H, N = (size_t)job->routes->N, i, c;
+  const float *x = job->x + (size_t)token * H, *gate = job->gates + (size_t)job->gate_of[sequence] * N * H;
+  float block[MOE__ROUTE_BLOCK];
+  if (!moe__route_jitters(job->options)) {
+    for (i = 0; i < N; ++i) logits[i] = job->rows->dot(x, gate + i * H, H);
+    return;
+  }
+  for (c = 0; c < H; c += MOE__ROUTE_BLOCK) {
+    size_t n = H - c < MOE__ROUTE_BLOCK ? H - c : (size_t)MOE__ROUTE_BLOCK;
+    moe__route_jitter(block, x + c, n, job->options->keys[sequence], (size_t)(token - job->seq_start[sequence]) * H + c,
+                      job->options->jitter);
+    for (i = 0; i < N; ++i) {
+      float sum = job->rows->dot(block, gate + i * H + c, n);
+      logits[i] = c ? logits[i] + sum : sum;
+    }
+  }
+}
+
+/* prob = softmax(logits) [TaG] Eq. 4. */
+static void moe__route_softmax(float *prob, const float *logits, int32_t N, const moe__row_kernels *rows) {
+  float most = logits[0], sum;
+  int32_t i;
+  for (i = 1; i < N; ++i) most = moe__maxf(most, logits[i]);
+  for (i = 0; i < N; ++i) prob[i] = logits[i] - most;
+  rows->exp(prob, prob, (size_t)N);
+  sum = rows->sum(prob, (size_t)N);
+  for (i = 0; i < N; ++i) prob[i] /= sum;
+}
+
+/* The k largest of prob, the lowest index first among equals [TaG] Eq. 5. In range even if prob is not a number. */
+static void moe__route_top(int32_t *expert, const float *prob, int32_t N, int32_t k) {
+  unsigned char taken[MOE_MAX_EXPERTS];
+  int32_t i, j;
+  memset(taken, 0, (size_t)N);
+  for (j = 0; j < k; ++j) {
+    int32_t best = -1;
+    for (i = 0; i < N; ++i)
+      if (!taken[i] && (best < 0 || prob[i] > prob[best])) best = i;
+    taken[best] = 1;
+    expert[j] = best;
+  }
+}
+
+/* Weights of the chosen experts from their probabilities [TaG] Eq. 6. */
+static void moe__route_weights(float *weight, const float *prob, const int32_t *expert, int32_t k, const moe_route_options *options) {
+  float sum = 0;
+  int32_t j;
+  for (j = 0; j < k; ++j) sum += prob[expert[j]];
+  for (j = 0; j < k; ++j) {
+    if (!options->renormalize) weight[j] = options->scale * prob[expert[j]];
+    else weight[j] = sum <= 0 ? 1.0f / (float)k : prob[expert[j]] / sum; /* forced experts can have no probability at all */
+  }
+}
+
+static void moe__route_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__route_job *job = (const moe__route_job *)arg;
+  const moe_routes *r = job->routes;
+  int32_t first = tile * MOE__ROUTE_TILE, end = moe__min(first + MOE__ROUTE_TILE, r->M), token;
+  int32_t sequence = moe__sequence_of(job->seq_start, job->S, first);
+  (void)slot;
+  for (token = first; token < end; ++token) {
+    size_t at = (size_t)token * (size_t)r->N, choice = (size_t)token * (size_t)r->k;
+    while (job->seq_start[sequence + 1] <= token) ++sequence;
+    moe__route_logits(job, job->logits_out + at, token, sequence);
+    moe__route_softmax(r->prob + at, job->logits_out + at, r->N, job->rows);
+    if (job->options->forced) memcpy(r->expert + choice, job->options->forced + choice, (size_t)r->k * sizeof *r->expert);
+    else moe__route_top(r->expert + choice, r->prob + at, r->N, r->k);
+    moe__route_weights(r->weight + choice, r->prob + at, r->expert + choice, r->k, job->options);
+  }
+}
+
+/* Counts, then places: slots sorted by expert, in order within an expert. */
+static void moe__route_dispatch(moe_routes *r) {
+  size_t slots = (size_t)r->M * (size_t)r->k, s;
+  int32_t next[MOE_MAX_EXPERTS], i;
+  memset(r->start, 0, ((size_t)r->N + 1) * sizeof *r->start);
+  for (s = 0; s < slots; ++s) ++r->start[r->expert[s] + 1];
+  for (i = 0; i < r->N; ++i) {
+    next[i] = r->start[i];
+    r->start[i + 1] += r->start[i];
+  }
+  for (s = 0; s < slots; ++s) r->order[next[r->expert[s]]++] = (int32_t)s;
+}
+
+/* log of the sum of exp(logits): the probability of the likeliest expert is exp(logit - log sum), and at least 1/N. */
+static float moe__route_log_sum(const float *logits, const float *prob, int32_t N) {
+  int32_t best = 0, i;
+  for (i = 1; i < N; ++i)
+    if (prob[i] > prob[best]) best = i;
+  return logits[best] - moe__logf(prob[best]);
+}
+
+/* Share of the choices that fell on expert i: the f_i of the balance loss. */
+static float moe__route_share(const moe_routes *r, int32_t i) {
+  return (float)(r->start[i + 1] - r->start[i]) / ((float)r->M * (float)r->k);
+}
+
+/* balance N sum_i f_i P_i + z_loss mean(log sum^2), P_i the mean of prob over the tokens; sums over tokens in order, in double. */
+static float moe__route_loss(const moe_routes *r, const float *logits, const moe_route_options *options) {
+  double balance = 0, square = 0;
+  int32_t i, t;
+  if (r->M == 0) return 0;
+  if (options->balance > 0)
+    for (i = 0; i < r->N; ++i) {
+      double sum = 0;
+      for (t = 0; t < r->M; ++t) sum += (double)r->prob[(size_t)t * (size_t)r->N + (size_t)i];
+      balance += (double)moe__route_share(r, i) * sum / r->M;
+    }
+  if (options->z_loss > 0)
+    for (t = 0; t < r->M; ++t) {
+      size_t at = (size_t)t * (size_t)r->N;
+      double z = (double)moe__route_log_sum(logits + at, r->prob + at, r->N);
+      square += z * z;
+    }
+  return (float)((double)options->balance * r->N * balance + (double)options->z_loss * square / r->M);
+}
+
+MOE_API void moe_route_forward(moe_routes *routes, float *logits, float *loss, const float *x, const float *gates,
+                               const int32_t *gate_of, const int32_t *seq_start, int32_t S, int32_t H,
+                               const moe_route_options *options, const moe_env *env) {
+  MOE_ASSERT(routes->N >= 1 && routes->N <= MOE_MAX_EXPERTS && routes->k >= 1 && routes->k <= routes->N);
+  MOE_ASSERT(routes->M == seq_start[S]);
+  if (loss) *loss = 0;
+  if (routes->N == 1) { /* nothing to choose, nothing to balance: the dense layer */
+    int32_t t;
+    for (t = 0; t < routes->M; ++t) {
+      routes->expert[t] = 0;
+      routes->prob[t] = 1;
+      routes->weight[t] = options->renormalize ? 1 : options->scale;
+    }
+  } else {
+    moe__route_job job = moe__route_job_make(routes, x, gates, gate_of, seq_start, S, H, options, env);
+    job.logits_out = logits;
+    moe__parallel(env, (routes->M + MOE__ROUTE_TILE - 1) / MOE__ROUTE_TILE, moe__route_tile, &job);
+  }
+  moe__route_dispatch(routes);
+  if (loss && routes->N > 1) *loss = moe__route_loss(routes, logits, options);
+}
+
+/* dlogits of one token. With dp_i the gradient of prob i (that of the chosen experts' weights, and N f_i / M from the balance loss, in which f is
+   a constant): dlogit_i = p_i (dp_i - sum_j p_j dp_j) + 2 log sum p_i / M from the z-loss. */
+static void moe__route_dlogits(const moe__route_job *job, int32_t token) {
+  const moe_routes *r = job->routes;
+  size_t at = (size_t)token * (size_t)r->N, choice = (size_t)token * (size_t)r->k;
+  const float *prob = r->prob + at, *weight = r->weight + choice, *dweight = job->dweight + choice;
+  const int32_t *expert = r->expert + choice;
+  float balance = job->loss_scale * job->options->balance * (float)r->N / (float)r->M;
+  float z = 2 * job->loss_scale * job->options->z_loss / (float)r->M;
+  float dprob[MOE_MAX_EXPERTS], sum = 0, mean = 0;
+  int32_t i, j;
+  for (i = 0; i < r->N; ++i) dprob[i] = job->options->balance > 0 ? balance * moe__route_share(r, i) : 0;
+  for (j = 0; j < r->k; ++j) {
+    sum += prob[expert[j]];
+    mean += dweight[j] * weight[j];
+  }
+  for (j = 0; j < r->k; ++j) {
+    if (!job->options->renormalize) dprob[expert[j]] += job->options->scale * dweight[j];
+    else if (!(sum <= 0)) dprob[expert[j]] += (dweight[j] - mean) / sum;
+  }
+  for (mean = 0, i = 0; i < r->N; ++i) mean += prob[i] * dprob[i];
+  for (i = 0; i < r->N; ++i) job->dlogits[at + (size_t)i] = prob[i] * (dprob[i] - mean);
+  if (!(job->options->z_loss > 0)) return;
+  z *= moe__route_log_sum(job->logits + at, prob, r->N);
+  for (i = 0; i < r->N; ++i) job->dlogits[at + (size_t)i] += z * prob[i];
+}
+
+/* dx of one token += dlogits times the gate; with jitter, times the noise of forward. */
+static void moe__route_dx(const moe__route_job *job, int32_t token, int32_t sequence) {
+  size_t H = (size_t)job->H, N = (size_t)job->routes->N, i, c, p;
+  const float *dlogits = job->dlogits + (size_t)token * N, *gate = job->gates + (size_t)job->gate_of[sequence] * N * H;
+  float *dx = job->dx + (size_t)token * H, block[MOE__ROUTE_BLOCK];
+  if (!moe__route_jitters(job->options)) {
+    for (i = 0; i < N; ++i) job->mix->axpy(dx, dlogits[i], gate + i * H, H);
+    return;
+  }
+  for (c = 0; c < H; c += MOE__ROUTE_BLOCK) {
+    size_t n = H - c < MOE__ROUTE_BLOCK ? H - c : (size_t)MOE__ROUTE_BLOCK;
+    job->mix->scale(block, dlogits[0], gate + c, n);
+    for (i = 1; i < N; ++i) job->mix->axpy(block, dlogits[i], gate + i * H + c, n);
+    moe__route_jitter(block, block, n, job->options->keys[sequence], (size_t)(token - job->seq_start[sequence]) * H + c,
+                      job->options->jitter);
+    for (p = 0; p < n; ++p) dx[c + p] += block[p];
+  }
+}
+
+static void moe__route_backward_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__route_job *job = (const moe__route_job *)arg;
+  int32_t first = tile * MOE__ROUTE_TILE, end = moe__min(first + MOE__ROUTE_TILE, job->routes->M), token;
+  int32_t sequence = moe__sequence_of(job->seq_start, job->S, first);
+  (void)slot;
+  for (token = first; token < end; ++token) {
+    while (job->seq_start[sequence + 1] <= token) ++sequence;
+    moe__route_dlogits(job, token);
+    if (job->dx) moe__route_dx(job, token, sequence);
+  }
+}
+
+/* A block of columns of one gate: dgate += dlogits^T x over the tokens of its sequences, in order. */
+static void moe__route_gate_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__route_job *job = (const moe__route_job *)arg;
+  size_t H = (size_t)job->H, N = (size_t)job->routes->N, i;
+  int32_t blocks = (job->H + MOE__GATE_COLUMNS - 1) / MOE__GATE_COLUMNS, gate = tile / blocks, s, t;
+  size_t c = (size_t)(tile % blocks) * MOE__GATE_COLUMNS, n = H - c < MOE__GATE_COLUMNS ? H - c : (size_t)MOE__GATE_COLUMNS;
+  float *dgate = job->dgates + (size_t)gate * N * H + c, block[MOE__GATE_COLUMNS];
+  (void)slot;
+  for (s = 0; s < job->S; ++s) {
+    if (job->gate_of[s] != gate) continue;
+    for (t = job->seq_start[s]; t < job->seq_start[s + 1]; ++t) {
+      const float *x = job->x + (size_t)t * H + c, *dlogits = job->dlogits + (size_t)t * N;
+      if (moe__route_jitters(job->options)) {
+        moe__route_jitter(block, x, n, job->options->keys[s], (size_t)(t - job->seq_start[s]) * H + c, job->options->jitter);
+        x = block;
+      }
+      for (i = 0; i < N; ++i) job->mix->axpy(dgate + i * H, dlogits[i], x, n);
+    }
+  }
+}
+
+MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const float *dweight, float loss_scale,
+                                const moe_routes *routes, const float *logits, const float *x, const float *gates,
+                                const int32_t *gate_of, const int32_t *seq_start, int32_t S, int32_t H,
+                                const moe_route_options *options, const moe_env *env) {
+  moe__route_job job = moe__route_job_make(routes, x, gates, gate_of, seq_start, S, H, options, env);
+  int32_t used = 0, s;
+  if (routes->N == 1) return; /* the probability is 1 whatever the gate */
+  job.dx = dx;
+  job.dgates = dgates;
+  job.dlogits = dlogits;
+  job.dweight = dweight;
+  job.loss_scale = loss_scale;
+  job.logits = logits;
+  moe__parallel(env, (routes->M + MOE__ROUTE_TILE - 1) / MOE__ROUTE_TILE, moe__route_backward_tile, &job);
+  if (!dgates) return;
+  for (s = 0; s < S; ++s) used = moe__max(used, gate_of[s] + 1);
+  moe__parallel(env, used * ((H + MOE__GATE_COLUMNS - 1) / MOE__GATE_COLUMNS), moe__route_gate_tile, &job);
+}
 
 
 /* ---- expert feed-forward networks ---- >>experts */

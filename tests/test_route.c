@@ -1,0 +1,461 @@
+/* Gates, top-k, dispatch and their gradients against a reference in double. */
+#define MOE_IMPLEMENTATION
+#include "../moe.h"
+#include "test.h"
+
+enum { MAX_M = 300, MAX_N = 24, MAX_H = 2100, MAX_G = 100, MAX_S = 100 };
+
+/* One case: sizes, inputs and results. */
+typedef struct fixture {
+  int32_t M, N, k, H, G, S;
+  int32_t seq_start[MAX_S + 1], gate_of[MAX_S];
+  uint64_t keys[MAX_S];
+  float *x, *gates, *logits, *dlogits, *dx, *dgates, *dweight;
+  moe_routes routes;
+  moe_route_options options;
+  moe_env env;
+} fixture;
+
+static float *floats(size_t n) { return (float *)calloc(n ? n : 1, sizeof(float)); }
+static int32_t *ints(size_t n) { return (int32_t *)calloc(n ? n : 1, sizeof(int32_t)); }
+
+static void fixture_free(fixture *f) {
+  free(f->x), free(f->gates), free(f->logits), free(f->dlogits), free(f->dx), free(f->dgates), free(f->dweight);
+  free(f->routes.expert), free(f->routes.weight), free(f->routes.prob), free(f->routes.order), free(f->routes.start);
+}
+
+/* S sequences of different lengths, gates taken in turn with steps of 7, random x, gates and dweight. */
+static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H, int32_t G, int32_t S) {
+  uint64_t state = (uint64_t)(M * 131 + N * 17 + k * 7 + H);
+  size_t m = (size_t)M, n = (size_t)N, h = (size_t)H, i;
+  int32_t s;
+  memset(f, 0, sizeof *f);
+  f->M = M, f->N = N, f->k = k, f->H = H, f->G = G, f->S = S;
+  for (s = 0; s <= S; ++s) f->seq_start[s] = s == S ? M : s ? M * s / S + (s % 2 && M / S > 2) : 0;
+  for (s = 0; s < S; ++s) f->gate_of[s] = s * 7 % G, f->keys[s] = moe_key(1, 2, (uint64_t)s, 3, 4);
+  f->x = floats(m * h), f->gates = floats((size_t)G * n * h), f->logits = floats(m * n), f->dlogits = floats(m * n);
+  f->dx = floats(m * h), f->dgates = floats((size_t)G * n * h), f->dweight = floats(m * (size_t)k);
+  for (i = 0; i < m * h; ++i) f->x[i] = test_random(&state);
+  for (i = 0; i < (size_t)G * n * h; ++i) f->gates[i] = test_random(&state) * 2 / sqrtf((float)H);
+  for (i = 0; i < m * (size_t)k; ++i) f->dweight[i] = test_random(&state);
+  f->routes.M = M, f->routes.N = N, f->routes.k = k;
+  f->routes.expert = ints(m * (size_t)k), f->routes.weight = floats(m * (size_t)k), f->routes.prob = floats(m * n);
+  f->routes.order = ints(m * (size_t)k), f->routes.start = ints(n + 1);
+  f->options.scale = 1;
+  moe_env_init(&f->env, MOE_ISA_AUTO);
+}
+
+static float forward(fixture *f) {
+  float loss = -1;
+  moe_route_forward(&f->routes, f->logits, &loss, f->x, f->gates, f->gate_of, f->seq_start, f->S, f->H, &f->options, &f->env);
+  return loss;
+}
+
+static void backward(fixture *f, float loss_scale) {
+  moe_route_backward(f->dx, f->dgates, f->dlogits, f->dweight, loss_scale, &f->routes, f->logits, f->x, f->gates, f->gate_of, f->seq_start,
+                     f->S, f->H, &f->options, &f->env);
+}
+
+static double noise(const fixture *f, int32_t s, int32_t t, int32_t h) {
+  uint32_t place = (uint32_t)((t - f->seq_start[s]) * f->H + h);
+  if (!f->options.keys || !(f->options.jitter > 0)) return 1;
+  return 1 + (double)f->options.jitter * ((moe__hash32(f->keys[s], place) >> 8) / 8388608.0 - 1);
+}
+
+/* The reference: probabilities (M, N) of double inputs, and the logs of the sums. */
+static void reference_prob(double *prob, double *log_sum, const fixture *f, const double *x, const double *gates) {
+  int32_t s, t, i, h;
+  for (s = 0; s < f->S; ++s)
+    for (t = f->seq_start[s]; t < f->seq_start[s + 1]; ++t) {
+      double most = -1e300, sum = 0, *p = prob + t * f->N;
+      for (i = 0; i < f->N; ++i) {
+        p[i] = 0;
+        for (h = 0; h < f->H; ++h) p[i] += x[t * f->H + h] * noise(f, s, t, h) * gates[(f->gate_of[s] * f->N + i) * f->H + h];
+        if (p[i] > most) most = p[i];
+      }
+      for (i = 0; i < f->N; ++i) sum += exp(p[i] - most);
+      log_sum[t] = most + log(sum);
+      for (i = 0; i < f->N; ++i) p[i] = exp(p[i] - log_sum[t]);
+    }
+}
+
+static void reference_weight(double *w, const fixture *f, const double *prob, int32_t t) {
+  double sum = 0;
+  int32_t j;
+  for (j = 0; j < f->k; ++j) sum += prob[t * f->N + f->routes.expert[t * f->k + j]];
+  for (j = 0; j < f->k; ++j) {
+    w[j] = prob[t * f->N + f->routes.expert[t * f->k + j]];
+    w[j] = f->options.renormalize ? w[j] / sum : w[j] * (double)f->options.scale;
+  }
+}
+
+static double reference_loss(const fixture *f, const double *prob, const double *log_sum) {
+  double balance = 0, z = 0;
+  int32_t i, t, j;
+  for (i = 0; i < f->N; ++i) {
+    double share = 0, mean = 0;
+    for (t = 0; t < f->M; ++t) {
+      for (j = 0; j < f->k; ++j) share += f->routes.expert[t * f->k + j] == i;
+      mean += prob[t * f->N + i];
+    }
+    balance += share / (f->M * f->k) * mean / f->M;
+  }
+  for (t = 0; t < f->M; ++t) z += log_sum[t] * log_sum[t] / f->M;
+  return (double)f->options.balance * f->N * balance + (double)f->options.z_loss * z;
+}
+
+/* What the gradients belong to: sum of weight dweight, plus 3 times the losses. The experts stay those of the routes. */
+static double reference_total(const fixture *f, const double *x, const double *gates) {
+  static double prob[MAX_M * MAX_N], log_sum[MAX_M];
+  double w[MAX_N], total;
+  int32_t t, j;
+  reference_prob(prob, log_sum, f, x, gates);
+  total = 3 * reference_loss(f, prob, log_sum);
+  for (t = 0; t < f->M; ++t) {
+    reference_weight(w, f, prob, t);
+    for (j = 0; j < f->k; ++j) total += w[j] * (double)f->dweight[t * f->k + j];
+  }
+  return total;
+}
+
+static void check_forward(fixture *f) {
+  static double prob[MAX_M * MAX_N], log_sum[MAX_M];
+  size_t nx = (size_t)(f->M * f->H), ng = (size_t)(f->G * f->N * f->H), i;
+  double *x = (double *)malloc(nx * sizeof *x), *gates = (double *)malloc(ng * sizeof *gates), w[MAX_N];
+  float loss = forward(f);
+  int32_t t, j;
+  for (i = 0; i < nx; ++i) x[i] = (double)f->x[i];
+  for (i = 0; i < ng; ++i) gates[i] = (double)f->gates[i];
+  reference_prob(prob, log_sum, f, x, gates);
+  free(x), free(gates);
+  for (t = 0; t < f->M * f->N; ++t) CHECK_NEAR(f->routes.prob[t], prob[t], 1e-6);
+  for (t = 0; t < f->M; ++t) {
+    reference_weight(w, f, prob, t);
+    for (j = 0; j < f->k; ++j) {
+      int32_t e = f->routes.expert[t * f->k + j], o, rank = 0;
+      CHECK_NEAR(f->routes.weight[t * f->k + j], w[j], 2e-6 * (double)f->N);
+      if (f->options.forced) continue;
+      for (o = 0; o < f->N; ++o) { /* rank among the probabilities, ties by index */
+        float a = f->routes.prob[t * f->N + o], b = f->routes.prob[t * f->N + e];
+        rank += a > b || (!(a < b) && o < e);
+      }
+      CHECK(rank == j, "token %d choice %d: expert %d has rank %d", (int)t, (int)j, (int)e, (int)rank);
+    }
+  }
+  CHECK_NEAR(loss, f->M ? reference_loss(f, prob, log_sum) : 0, 1e-5 * (1 + fabs((double)loss)));
+}
+
+static void check_dispatch(const fixture *f) {
+  const moe_routes *r = &f->routes;
+  int32_t i, at, slots = f->M * f->k;
+  CHECK(r->start[0] == 0 && r->start[f->N] == slots, "start %d to %d", (int)r->start[0], (int)r->start[f->N]);
+  for (i = 0; i < f->N; ++i)
+    for (at = r->start[i]; at < r->start[i + 1]; ++at) {
+      CHECK(r->order[at] >= 0 && r->order[at] < slots && r->expert[r->order[at]] == i, "slot %d is not of expert %d", (int)r->order[at], (int)i);
+      CHECK(at == r->start[i] || r->order[at] > r->order[at - 1], "expert %d: out of order", (int)i);
+    }
+}
+
+static void test_route_forward_equals_the_formulas(void) {
+  static const int32_t sizes[][6] = {/* M N k H G S */ {1, 2, 1, 1, 1, 1}, {9, 4, 1, 6, 3, 3}, {64, 4, 2, 48, 1, 2}, {65, 3, 3, 33, 2, 5},
+                                     {200, 4, 1, 384, 8, 11}, {130, 24, 5, 100, 4, 4}, {100, 4, 1, 20, 100, 100}, {0, 4, 1, 8, 1, 0}};
+  size_t c;
+  int kind;
+  for (c = 0; c < sizeof sizes / sizeof *sizes; ++c)
+    for (kind = 0; kind < 5; ++kind) {
+      fixture f;
+      fixture_make(&f, sizes[c][0], sizes[c][1], sizes[c][2], sizes[c][3], sizes[c][4], sizes[c][5]);
+      if (kind == 1) f.options.scale = (float)f.N / (float)f.k;
+      if (kind == 2) f.options.renormalize = 1;
+      if (kind == 3) f.options.balance = 0.5f, f.options.z_loss = 0.25f;
+      if (kind == 4) f.options.jitter = 0.3f, f.options.keys = f.keys;
+      check_forward(&f);
+      if (!test_state) check_dispatch(&f);
+      fixture_free(&f);
+      CHECK_STATE();
+    }
+}
+
+/* |gradient - numeric| / |numeric| over some elements of an array of doubles `at`, of which total() is a function. */
+static double gradient_error(const fixture *f, const float *gradient, size_t n, double *at, const double *x, const double *gates) {
+  double error = 0, norm = 1e-12;
+  size_t i, step = n / 150 + 1;
+  for (i = 0; i < n; i += step) {
+    double old = at[i], up, numeric;
+    at[i] = old + 1e-4;
+    up = reference_total(f, x, gates);
+    at[i] = old - 1e-4;
+    numeric = (up - reference_total(f, x, gates)) / 2e-4;
+    at[i] = old;
+    error += (numeric - (double)gradient[i]) * (numeric - (double)gradient[i]);
+    norm += numeric * numeric;
+  }
+  return sqrt(error / norm);
+}
+
+static void check_gradients(fixture *f, const char *what) {
+  size_t nx = (size_t)(f->M * f->H), ng = (size_t)(f->G * f->N * f->H), i;
+  double *x = (double *)malloc(nx * sizeof *x), *gates = (double *)malloc(ng * sizeof *gates), ex, eg;
+  forward(f);
+  backward(f, 3);
+  for (i = 0; i < nx; ++i) x[i] = (double)f->x[i];
+  for (i = 0; i < ng; ++i) gates[i] = (double)f->gates[i];
+  ex = gradient_error(f, f->dx, nx, x, x, gates);
+  eg = gradient_error(f, f->dgates, ng, gates, x, gates);
+  free(x), free(gates);
+  CHECK(ex < 5e-6, "%s: dx off by %g", what, ex);
+  CHECK(eg < 5e-6, "%s: dgates off by %g", what, eg);
+}
+
+static void test_route_gradients_equal_differences(void) {
+  static const int32_t ks[] = {1, 2, 4};
+  static const char *const names[] = {"paper", "scaled", "renormalised", "balance", "z", "jitter", "all", "forced"};
+  int kind, j;
+  for (kind = 0; kind < 8; ++kind)
+    for (j = 0; j < 3; ++j) {
+      fixture f;
+      static int32_t forced[MAX_M * 4];
+      fixture_make(&f, 23, 4, ks[j], 37, 3, 5);
+      if (kind == 1) f.options.scale = 4.0f / (float)f.k;
+      if ((kind == 2 || kind == 6) && f.k > 1) f.options.renormalize = 1;
+      if (kind == 3 || kind == 6) f.options.balance = 0.5f;
+      if (kind == 4 || kind == 6) f.options.z_loss = 0.25f;
+      if (kind == 5 || kind == 6) f.options.jitter = 0.4f, f.options.keys = f.keys;
+      if (kind == 7) {
+        int32_t i;
+        for (i = 0; i < f.M * f.k; ++i) forced[i] = (i / f.k * 3 + i % f.k) % 4;
+        f.options.forced = forced;
+      }
+      check_gradients(&f, names[kind]);
+      fixture_free(&f);
+      CHECK_STATE();
+    }
+}
+
+static void test_route_gradients_of_long_rows_with_jitter(void) {
+  fixture f;
+  fixture_make(&f, 3, 3, 1, 2100, 2, 2);
+  f.options.jitter = 0.1f, f.options.keys = f.keys;
+  check_forward(&f);
+  if (!test_state) check_gradients(&f, "H 2100");
+  fixture_free(&f);
+}
+
+static void test_route_renormalised_top_1_has_weight_1_and_no_gradient(void) {
+  fixture f;
+  int32_t i;
+  fixture_make(&f, 20, 4, 1, 16, 2, 3);
+  f.options.renormalize = 1;
+  forward(&f);
+  backward(&f, 1);
+  for (i = 0; i < 20; ++i) CHECK(f.routes.weight[i] == 1, "weight %g", (double)f.routes.weight[i]);
+  for (i = 0; i < 20 * 16; ++i) CHECK(f.dx[i] == 0, "dx %g", (double)f.dx[i]);
+  fixture_free(&f);
+}
+
+static void test_route_ties_go_to_the_lowest_index(void) {
+  fixture f;
+  int32_t t, j, h;
+  fixture_make(&f, 10, 6, 3, 19, 1, 2);
+  for (j = 1; j < 6; ++j)
+    for (h = 0; h < 19; ++h) f.gates[j * 19 + h] = f.gates[h]; /* all alike */
+  forward(&f);
+  for (t = 0; t < 10; ++t)
+    for (j = 0; j < 3; ++j) CHECK(f.routes.expert[t * 3 + j] == j, "token %d choice %d: expert %d", (int)t, (int)j, (int)f.routes.expert[t * 3 + j]);
+  check_dispatch(&f);
+  fixture_free(&f);
+}
+
+static void test_route_one_expert_is_dense(void) {
+  fixture f;
+  int32_t t;
+  fixture_make(&f, 70, 1, 1, 16, 2, 3);
+  f.options.balance = f.options.z_loss = 1;
+  moe_route_forward(&f.routes, NULL, &f.options.scale, f.x, NULL, NULL, f.seq_start, 3, 16, &f.options, &f.env);
+  CHECK(f.options.scale == 0, "a loss of %g", (double)f.options.scale);
+  f.options.scale = 1;
+  CHECK(forward(&f) == 0, "a loss");
+  backward(&f, 1);
+  for (t = 0; t < 70; ++t) {
+    CHECK(f.routes.prob[t] == 1 && f.routes.weight[t] == 1 && f.routes.expert[t] == 0 && f.routes.order[t] == t, "token %d", (int)t);
+    CHECK(f.dx[t * 16] == 0, "dx");
+  }
+  for (t = 0; t < 2 * 16; ++t) CHECK(f.dgates[t] == 0, "dgates");
+  CHECK(f.routes.start[0] == 0 && f.routes.start[1] == 70, "start");
+  fixture_free(&f);
+}
+
+static void test_route_balanced_tokens_cost_the_coefficient(void) {
+  fixture f;
+  int32_t t, i;
+  fixture_make(&f, 12, 4, 1, 4, 1, 1);
+  memset(f.gates, 0, 16 * sizeof *f.gates);
+  for (t = 0; t < 12; ++t)
+    for (i = 0; i < 4; ++i) f.x[t * 4 + i] = t % 4 == i;
+  for (i = 0; i < 4; ++i) f.gates[i * 4 + i] = 1; /* token t prefers expert t mod 4 */
+  f.options.balance = 0.01f;
+  CHECK_NEAR(forward(&f), 0.01, 1e-8);
+  for (t = 0; t < 12; ++t) f.x[t * 4 + t % 4] = 0, f.x[t * 4] = 5; /* all prefer expert 0 */
+  CHECK(forward(&f) > 0.035f, "collapse costs little");
+  fixture_free(&f);
+}
+
+static void test_route_forced_experts_are_taken(void) {
+  fixture f;
+  static int32_t forced[80];
+  int32_t i;
+  fixture_make(&f, 40, 5, 2, 10, 2, 4);
+  for (i = 0; i < 80; ++i) forced[i] = i % 2 ? 4 : i / 2 % 4;
+  f.options.forced = forced;
+  check_forward(&f);
+  if (!test_state) check_dispatch(&f);
+  CHECK(!memcmp(f.routes.expert, forced, sizeof forced), "other experts");
+  f.options.renormalize = 1; /* a forced expert without any probability must not divide by zero */
+  for (i = 0; i < 50; ++i) f.gates[4 * 10 + i % 10] = -1e30f, f.gates[5 * 10 + i] = 0;
+  for (i = 0; i < 400; ++i) f.x[i] = 1;
+  for (i = 0; i < 80; ++i) forced[i] = 4;
+  forward(&f);
+  backward(&f, 1);
+  for (i = 0; i < 80; ++i) CHECK(f.routes.weight[i] <= 1, "weight %g", (double)f.routes.weight[i]);
+  for (i = 0; i < 400; ++i) CHECK(f.dx[i] * 0 == 0, "dx %g", (double)f.dx[i]);
+  fixture_free(&f);
+}
+
+static void test_route_survives_numbers_that_are_none(void) {
+  static const float bad[] = {NAN, INFINITY, -INFINITY, 3e38f};
+  int i;
+  for (i = 0; i < 4; ++i) {
+    fixture f;
+    fixture_make(&f, 66, 4, 2, 24, 2, 3);
+    f.x[30 * 24 + 5] = bad[i];
+    f.gates[3] = bad[i];
+    forward(&f);
+    check_dispatch(&f);
+    fixture_free(&f);
+    CHECK_STATE();
+  }
+}
+
+static void test_route_jitter_is_noise_around_1(void) {
+  static float y[100000], x[100000];
+  double mean = 0, square = 0;
+  int i;
+  for (i = 0; i < 100000; ++i) x[i] = 1;
+  moe__route_jitter(y, x, 100000, 77, 0, 0.25f);
+  for (i = 0; i < 100000; ++i) {
+    CHECK(y[i] >= 0.75f && y[i] <= 1.25f, "%g", (double)y[i]);
+    mean += (double)y[i] - 1;
+    square += ((double)y[i] - 1) * ((double)y[i] - 1);
+  }
+  CHECK_NEAR(mean / 100000, 0, 0.002);
+  CHECK_NEAR(square / 100000, 0.25 * 0.25 / 3, 0.0005);
+}
+
+static void test_route_jitter_off_changes_nothing(void) {
+  fixture f, g;
+  fixture_make(&f, 40, 4, 2, 50, 2, 3);
+  fixture_make(&g, 40, 4, 2, 50, 2, 3);
+  g.options.keys = g.keys; /* keys, but no jitter */
+  forward(&f);
+  forward(&g);
+  CHECK(!memcmp(f.logits, g.logits, 160 * sizeof(float)), "keys alone changed the logits");
+  g.options.jitter = 0.1f;
+  forward(&g);
+  CHECK(memcmp(f.logits, g.logits, 160 * sizeof(float)), "jitter did nothing");
+  fixture_free(&f);
+  fixture_free(&g);
+}
+
+static const moe_isa isas[3] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512};
+
+static void compare(const fixture *a, const fixture *b, const char *what) {
+  size_t M = (size_t)a->M, N = (size_t)a->N, H = (size_t)a->H, k = (size_t)a->k;
+  CHECK(!memcmp(a->logits, b->logits, M * N * 4), "%s: logits", what);
+  CHECK(!memcmp(a->routes.prob, b->routes.prob, M * N * 4), "%s: prob", what);
+  CHECK(!memcmp(a->routes.weight, b->routes.weight, M * k * 4), "%s: weight", what);
+  CHECK(!memcmp(a->routes.order, b->routes.order, M * k * 4), "%s: order", what);
+  CHECK(!memcmp(a->dx, b->dx, M * H * 4), "%s: dx", what);
+  CHECK(!memcmp(a->dgates, b->dgates, (size_t)a->G * N * H * 4), "%s: dgates", what);
+}
+
+static void test_route_has_the_same_bits_everywhere(void) {
+  int jitter, i, threads, have;
+  for (jitter = 0; jitter < 2; ++jitter) {
+    fixture first;
+    have = 0;
+    for (i = 0; i < 3; ++i)
+      for (threads = 1; threads <= 8; threads = threads == 3 ? 8 : threads + 1) {
+        fixture f;
+        moe_pool *pool;
+        fixture_make(&f, 290, 4, 2, 203, 3, 9);
+        f.options.balance = 0.1f, f.options.z_loss = 0.2f;
+        if (jitter) f.options.jitter = 0.2f, f.options.keys = f.keys;
+        if (moe_env_init(&f.env, isas[i])) {
+          fixture_free(&f);
+          break;
+        }
+        CHECK(moe_pool_create(&pool, threads, &f.env) == MOE_OK, "pool");
+        forward(&f);
+        backward(&f, 0.5f);
+        moe_pool_free(pool);
+        if (!have++) {
+          first = f;
+          continue;
+        }
+        compare(&first, &f, moe_isa_name(isas[i]));
+        fixture_free(&f);
+        CHECK_STATE();
+        if (threads == 8) break;
+      }
+    fixture_free(&first);
+  }
+}
+
+/* Sequences one by one, gradients of the gates accumulated: the bits of the whole batch. */
+static void test_route_does_not_depend_on_the_batch(void) {
+  fixture whole, part;
+  int32_t s;
+  fixture_make(&whole, 100, 4, 2, 45, 3, 6);
+  fixture_make(&part, 100, 4, 2, 45, 3, 6);
+  whole.options.jitter = part.options.jitter = 0.2f;
+  whole.options.keys = whole.keys;
+  forward(&whole);
+  backward(&whole, 1);
+  for (s = 0; s < 6; ++s) {
+    int32_t start = part.seq_start[s], local[2] = {0, 0}, order[200], first[5];
+    moe_routes r = part.routes;
+    local[1] = part.seq_start[s + 1] - start;
+    r.M = local[1];
+    r.expert += start * 2;
+    r.weight += start * 2;
+    r.prob += start * 4;
+    r.order = order;
+    r.start = first;
+    part.options.keys = part.keys + s;
+    moe_route_forward(&r, part.logits + start * 4, NULL, part.x + start * 45, part.gates, part.gate_of + s, local, 1, 45, &part.options, &part.env);
+    moe_route_backward(part.dx + start * 45, part.dgates, part.dlogits, part.dweight + start * 2, 1, &r, part.logits + start * 4,
+                       part.x + start * 45, part.gates, part.gate_of + s, local, 1, 45, &part.options, &part.env);
+  }
+  memcpy(part.routes.order, whole.routes.order, 200 * sizeof(int32_t));
+  compare(&whole, &part, "sequence by sequence");
+  fixture_free(&whole);
+  fixture_free(&part);
+}
+
+int main(int argc, char **argv) {
+  test_begin(argc, argv);
+  RUN(test_route_forward_equals_the_formulas);
+  RUN(test_route_gradients_equal_differences);
+  RUN(test_route_gradients_of_long_rows_with_jitter);
+  RUN(test_route_renormalised_top_1_has_weight_1_and_no_gradient);
+  RUN(test_route_ties_go_to_the_lowest_index);
+  RUN(test_route_one_expert_is_dense);
+  RUN(test_route_balanced_tokens_cost_the_coefficient);
+  RUN(test_route_forced_experts_are_taken);
+  RUN(test_route_survives_numbers_that_are_none);
+  RUN(test_route_jitter_is_noise_around_1);
+  RUN(test_route_jitter_off_changes_nothing);
+  RUN(test_route_has_the_same_bits_everywhere);
+  RUN(test_route_does_not_depend_on_the_batch);
+  return test_end();
+}
