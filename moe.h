@@ -722,6 +722,9 @@ MOE_API moe_status moe_predict_texts(moe_predictor *predictor, int32_t task, con
 #elif defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
+#pragma GCC diagnostic push /* gcc's own AVX-512 header begins results with an undefined register, and g++ warns of it */
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -1905,9 +1908,718 @@ MOE__V_STAMP(MOE__V_ROWS)
 
 /* ---- packing and matrix products ---- >>gemm */
 
+/* One definition of every product. An element of C is a single chain of fused multiply-adds over k, in ascending order, that begins
+   with the bias, with what C holds (accumulate) or with 0. Kernels are vectors over columns and loops over rows, never over k, and
+   a block of k begins by loading what the block before has stored: neither the instruction set nor blocks, tiles or threads can
+   change a bit. The exception are weights with fewer than 16 outputs (gates, heads), where vectors over columns would run empty: for
+   those an element is the 16-lane dot product of >>simd, plus the bias. The shape of the weight alone decides.
+
+   Kernels read B as vectors of 16 columns at any stride, so that packed panels and row-major B are the same to them; B that lies
+   column by column, and ragged edges, are packed into a small buffer first. */
+
+typedef enum moe__b_layout {
+  MOE__B_PANELS, /* panels of moe_pack: n outputs, k inputs */
+  MOE__B_ROWS,   /* (p, j) = b[p b_row + j] */
+  MOE__B_COLS    /* (p, j) = b[j b_row + p]: weights (outputs, inputs) as they lie in a file */
+} moe__b_layout;
+
+/* C (m, n) = A (m, k) B (k, n). No array may overlap C. Any size may be 0. */
+typedef struct moe__gemm {
+  int32_t m, n, k;
+  int narrow; /* the weight has fewer than 16 outputs: 16-lane sums; set by moe__gemm_weight */
+  const float *a;
+  size_t a_row, a_col; /* (i, p) = a[i a_row + p a_col] */
+  const float *b;
+  size_t b_row; /* not read for panels */
+  moe__b_layout b_layout;
+  int accumulate; /* begin with what C holds; bias is NULL then */
+  float *c;
+  size_t c_row;
+  const float *bias; /* (n) or NULL */
+  float *gelu;       /* not NULL: GELU(C) goes there, rows c_row apart; may be c itself */
+  float *a_sum;      /* (m) not NULL: += the sum over p of (i, p), in order: the gradient of a bias */
+} moe__gemm;
+
+/* The B side of forward through a weight. */
+static void moe__gemm_weight(moe__gemm *g, const moe_mat *w) {
+  g->n = w->rows;
+  g->k = w->cols;
+  g->narrow = w->rows < 16;
+  g->b = (const float *)w->data;
+  g->b_row = (size_t)w->cols;
+  g->b_layout = w->layout == MOE_LAYOUT_PANELS ? MOE__B_PANELS : MOE__B_COLS;
+}
+
+enum {
+  MOE__GEMM_KC = 256,      /* a block of k: three panels of it (48 KB) about fill the first-level cache */
+  MOE__GEMM_MC = 192,      /* rows of a tile */
+  MOE__GEMM_NC = 96,       /* columns of a tile, a multiple of 16 */
+  MOE__GEMM_PANELS = 6,    /* most panels that a kernel takes */
+  MOE__GEMM_ROWS = 8,      /* most rows that a kernel takes */
+  MOE__GEMM_PACKED = 3,    /* panels in the buffer for packing */
+  MOE__GEMM_SMALL = 1 << 18 /* fewer multiply-adds than this are not worth waking a thread for */
+};
+
+static const float moe__gemm_zeros[16 * MOE__GEMM_PANELS] = {0};
+
+/* c(i, j) = start(i, j) + sum over p of a(i, p) b(p, j), for a fixed number of rows and of panels. Vector v of B at step p lies at
+   b + v b_panel + p b_step. A start_row of 0 gives every row the same start. */
+typedef void (*moe__gemm_fn)(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row, size_t a_col,
+                             const float *b, size_t b_panel, size_t b_step, size_t k);
+
+typedef struct moe__gemm_kernels {
+  moe__gemm_fn fn[MOE__GEMM_PANELS + 1][MOE__GEMM_ROWS + 1]; /* [panels][rows], NULL where there is none */
+  int rows[MOE__GEMM_PANELS + 1];                            /* most rows for so many panels */
+  int panels;                                                /* how many to take when there are many rows */
+  /* panel[p * 16 + j] = src[j * ld + p] for j < width, else 0 */
+  void (*pack_cols)(float *panel, const float *src, size_t ld, size_t width, size_t k);
+  void (*pack_rows)(float *panel, const float *src, size_t ld, size_t width, size_t k); /* ... = src[p * ld + j] */
+  /* y[j] = dot(x, w + j ld) + bias[j], 16-lane sums */
+  void (*narrow)(float *y, const float *x, const float *w, size_t ld, size_t n, size_t k, const float *bias);
+  void (*narrow_panel)(float *y, const float *x, const float *panel, size_t n, size_t k, const float *bias); /* the same, w packed */
+  void (*gelu)(float *y, const float *x, size_t ld, size_t m, size_t n); /* m rows of n, both ld apart; y may be x */
+  void (*gelu_backward)(float *dx, const float *dy, const float *x, size_t n);
+  /* sum[j] += x[j], then x[ld + j], ... for k rows of n */
+  void (*add_rows)(float *sum, const float *x, size_t ld, size_t n, size_t k);
+} moe__gemm_kernels;
+
+#define MOE__SQRT_HALF 0.707106769f
+#define MOE__NORMAL_0 0.398942292f /* 1 / sqrt(2 pi) */
+
+static void moe__scalar_gemm_1x1(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row,
+                                 size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k) {
+  float sum[16];
+  size_t j, p;
+  (void)c_row, (void)start_row, (void)a_row, (void)b_panel;
+  for (j = 0; j < 16; ++j) sum[j] = start[j];
+  for (p = 0; p < k; ++p)
+    for (j = 0; j < 16; ++j) sum[j] = moe__fmaf(a[p * a_col], b[p * b_step + j], sum[j]);
+  for (j = 0; j < 16; ++j) c[j] = sum[j];
+}
+
+static void moe__scalar_pack_cols(float *panel, const float *src, size_t ld, size_t width, size_t k) {
+  size_t p, j;
+  for (p = 0; p < k; ++p)
+    for (j = 0; j < 16; ++j) panel[p * 16 + j] = j < width ? src[j * ld + p] : 0.0f;
+}
+
+static void moe__scalar_pack_rows(float *panel, const float *src, size_t ld, size_t width, size_t k) {
+  size_t p, j;
+  for (p = 0; p < k; ++p)
+    for (j = 0; j < 16; ++j) panel[p * 16 + j] = j < width ? src[p * ld + j] : 0.0f;
+}
+
+static void moe__scalar_narrow(float *y, const float *x, const float *w, size_t ld, size_t n, size_t k, const float *bias) {
+  size_t j;
+  for (j = 0; j < n; ++j) {
+    float sum = moe__scalar_row_dot(x, w + j * ld, k);
+    y[j] = bias ? sum + bias[j] : sum;
+  }
+}
+
+static void moe__scalar_narrow_panel(float *y, const float *x, const float *panel, size_t n, size_t k, const float *bias) {
+  size_t j, p, padded = (k + 15) / 16 * 16;
+  for (j = 0; j < n; ++j) {
+    float lane[16] = {0}, sum;
+    for (p = 0; p < padded; ++p) lane[p % 16] = moe__fmaf(p < k ? x[p] : 0.0f, p < k ? panel[p * 16 + j] : 0.0f, lane[p % 16]);
+    sum = moe__tree16(lane);
+    y[j] = bias ? sum + bias[j] : sum;
+  }
+}
+
+static void moe__scalar_gelu(float *y, const float *x, size_t ld, size_t m, size_t n) {
+  size_t i, j;
+  for (i = 0; i < m; ++i)
+    for (j = 0; j < n; ++j) {
+      float v = x[i * ld + j], half = 0.5f * v;
+      y[i * ld + j] = moe__fmaf(half, moe__erff(v * MOE__SQRT_HALF), half);
+    }
+}
+
+static void moe__scalar_gelu_backward(float *dx, const float *dy, const float *x, size_t n) {
+  size_t i;
+  for (i = 0; i < n; ++i) {
+    float cumulative = moe__fmaf(0.5f, moe__erff(x[i] * MOE__SQRT_HALF), 0.5f);
+    float c = moe__minf(13.0f, moe__maxf(-13.0f, x[i])); /* beyond, x phi(x) is nothing beside Phi(x) */
+    float density = MOE__NORMAL_0 * moe__exp_midf((-0.5f * c) * c);
+    dx[i] = moe__fmaf(dy[i], moe__fmaf(c, density, cumulative), dx[i]);
+  }
+}
+
+static void moe__scalar_add_rows(float *sum, const float *x, size_t ld, size_t n, size_t k) {
+  size_t p, j;
+  for (p = 0; p < k; ++p)
+    for (j = 0; j < n; ++j) sum[j] += x[p * ld + j];
+}
+
+static const moe__gemm_kernels moe__scalar_gemms = {
+  {{NULL}, {NULL, moe__scalar_gemm_1x1}, {NULL}, {NULL}, {NULL}, {NULL}, {NULL}},
+  {0, 1, 0, 0, 0, 0, 0}, 1,
+  moe__scalar_pack_cols, moe__scalar_pack_rows, moe__scalar_narrow, moe__scalar_narrow_panel, moe__scalar_gelu, moe__scalar_gelu_backward, moe__scalar_add_rows};
+
+#ifdef MOE__X86
+/* A kernel of R rows and P panels holds R P vectors of C in registers; each step of k loads P vectors of B and broadcasts R
+   elements of A. Rows and panels are reached from two pointers each, which suits the addressing modes: row 4 is a4[0]. */
+#define MOE__A0 a[0]
+#define MOE__A1 a[a_row]
+#define MOE__A2 a[a_row * 2]
+#define MOE__A3 a[a_row3]
+#define MOE__A4 a4[0]
+#define MOE__A5 a4[a_row]
+#define MOE__A6 a4[a_row * 2]
+#define MOE__A7 a4[a_row3]
+#define MOE__B0 b
+#define MOE__B1 b + b_panel
+#define MOE__B2 b + b_panel * 2
+#define MOE__B3 b3
+#define MOE__B4 b3 + b_panel
+#define MOE__B5 b3 + b_panel * 2
+#define MOE__EACH_ROW1(X, S, P) X(S, P, 0)
+#define MOE__EACH_ROW2(X, S, P) MOE__EACH_ROW1(X, S, P) X(S, P, 1)
+#define MOE__EACH_ROW3(X, S, P) MOE__EACH_ROW2(X, S, P) X(S, P, 2)
+#define MOE__EACH_ROW4(X, S, P) MOE__EACH_ROW3(X, S, P) X(S, P, 3)
+#define MOE__EACH_ROW5(X, S, P) MOE__EACH_ROW4(X, S, P) X(S, P, 4)
+#define MOE__EACH_ROW6(X, S, P) MOE__EACH_ROW5(X, S, P) X(S, P, 5)
+#define MOE__EACH_ROW7(X, S, P) MOE__EACH_ROW6(X, S, P) X(S, P, 6)
+#define MOE__EACH_ROW8(X, S, P) MOE__EACH_ROW7(X, S, P) X(S, P, 7)
+#define MOE__EACH_PANEL1(X, S, i) X(S, i, 0)
+#define MOE__EACH_PANEL2(X, S, i) MOE__EACH_PANEL1(X, S, i) X(S, i, 1)
+#define MOE__EACH_PANEL3(X, S, i) MOE__EACH_PANEL2(X, S, i) X(S, i, 2)
+#define MOE__EACH_PANEL4(X, S, i) MOE__EACH_PANEL3(X, S, i) X(S, i, 3)
+#define MOE__EACH_PANEL5(X, S, i) MOE__EACH_PANEL4(X, S, i) X(S, i, 4)
+#define MOE__EACH_PANEL6(X, S, i) MOE__EACH_PANEL5(X, S, i) X(S, i, 5)
+#define MOE__C_START(S, i, v) S##_f c##i##v = S##_load(start + i * start_row + 16 * v);
+#define MOE__C_STEP(S, i, v) c##i##v = S##_fma(s, row##v, c##i##v);
+#define MOE__C_STORE(S, i, v) S##_store(c + i * c_row + 16 * v, c##i##v);
+#define MOE__B_LOAD(S, i, v) S##_f row##v = S##_load(MOE__B##v);
+#define MOE__ROW_START(S, P, i) MOE__EACH_PANEL##P(MOE__C_START, S, i)
+#define MOE__ROW_STORE(S, P, i) MOE__EACH_PANEL##P(MOE__C_STORE, S, i)
+#define MOE__ROW_STEP(S, P, i) { S##_f s = S##_set(MOE__A##i); MOE__EACH_PANEL##P(MOE__C_STEP, S, i) }
+#define MOE__GEMM_KERNEL(S, T, R, P)                                                                                         \
+  T static void S##_gemm_##R##x##P(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row, \
+                                   size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k) {                  \
+    const float *a4 = R > 4 ? a + 4 * a_row : a, *b3 = P > 3 ? b + 3 * b_panel : b;                                          \
+    size_t a_row3 = 3 * a_row;                                                                                               \
+    MOE__EACH_ROW##R(MOE__ROW_START, S, P)                                                                                   \
+    for (; k > 0; --k) {                                                                                                     \
+      MOE__EACH_PANEL##P(MOE__B_LOAD, S, 0)                                                                                  \
+      MOE__EACH_ROW##R(MOE__ROW_STEP, S, P)                                                                                  \
+      a += a_col;                                                                                                            \
+      a4 += a_col;                                                                                                           \
+      b += b_step;                                                                                                           \
+      b3 += b_step;                                                                                                          \
+    }                                                                                                                        \
+    MOE__EACH_ROW##R(MOE__ROW_STORE, S, P)                                                                                   \
+    (void)c_row, (void)start_row, (void)a_row3, (void)a4, (void)b3, (void)b_panel;                                           \
+  }
+
+/* 8 rows of 8 floats to 8 columns; the rows from `width` on are taken as zeros. */
+#define MOE__LOAD_ROW(j) (first + j < width ? _mm256_loadu_ps(src + (first + j) * ld + p) : _mm256_setzero_ps())
+MOE__T_AVX2 static void moe__avx2_transpose8(float *panel, const float *src, size_t ld, size_t first, size_t width, size_t p) {
+  __m256 r0 = MOE__LOAD_ROW(0), r1 = MOE__LOAD_ROW(1), r2 = MOE__LOAD_ROW(2), r3 = MOE__LOAD_ROW(3);
+  __m256 r4 = MOE__LOAD_ROW(4), r5 = MOE__LOAD_ROW(5), r6 = MOE__LOAD_ROW(6), r7 = MOE__LOAD_ROW(7);
+  __m256 s0 = _mm256_unpacklo_ps(r0, r1), s1 = _mm256_unpackhi_ps(r0, r1);
+  __m256 s2 = _mm256_unpacklo_ps(r2, r3), s3 = _mm256_unpackhi_ps(r2, r3);
+  __m256 s4 = _mm256_unpacklo_ps(r4, r5), s5 = _mm256_unpackhi_ps(r4, r5);
+  __m256 s6 = _mm256_unpacklo_ps(r6, r7), s7 = _mm256_unpackhi_ps(r6, r7);
+  float *d = panel + p * 16 + first;
+  r0 = _mm256_shuffle_ps(s0, s2, 0x44);
+  r1 = _mm256_shuffle_ps(s0, s2, 0xee);
+  r2 = _mm256_shuffle_ps(s1, s3, 0x44);
+  r3 = _mm256_shuffle_ps(s1, s3, 0xee);
+  r4 = _mm256_shuffle_ps(s4, s6, 0x44);
+  r5 = _mm256_shuffle_ps(s4, s6, 0xee);
+  r6 = _mm256_shuffle_ps(s5, s7, 0x44);
+  r7 = _mm256_shuffle_ps(s5, s7, 0xee);
+  _mm256_storeu_ps(d, _mm256_permute2f128_ps(r0, r4, 0x20));
+  _mm256_storeu_ps(d + 16, _mm256_permute2f128_ps(r1, r5, 0x20));
+  _mm256_storeu_ps(d + 32, _mm256_permute2f128_ps(r2, r6, 0x20));
+  _mm256_storeu_ps(d + 48, _mm256_permute2f128_ps(r3, r7, 0x20));
+  _mm256_storeu_ps(d + 64, _mm256_permute2f128_ps(r0, r4, 0x31));
+  _mm256_storeu_ps(d + 80, _mm256_permute2f128_ps(r1, r5, 0x31));
+  _mm256_storeu_ps(d + 96, _mm256_permute2f128_ps(r2, r6, 0x31));
+  _mm256_storeu_ps(d + 112, _mm256_permute2f128_ps(r3, r7, 0x31));
+}
+#undef MOE__LOAD_ROW
+
+MOE__T_AVX2 static void moe__avx2_pack_cols(float *panel, const float *src, size_t ld, size_t width, size_t k) {
+  size_t p;
+  for (p = 0; p + 8 <= k; p += 8) {
+    moe__avx2_transpose8(panel, src, ld, 0, width, p);
+    moe__avx2_transpose8(panel, src, ld, 8, width, p);
+  }
+  moe__scalar_pack_cols(panel + p * 16, src + p, ld, width, k - p);
+}
+
+#define MOE__GEMM_HELPERS(S, T)                                                                                               \
+  T static void S##_pack_rows(float *panel, const float *src, size_t ld, size_t width, size_t k) {                            \
+    size_t p;                                                                                                                 \
+    if (width == 16)                                                                                                          \
+      for (p = 0; p < k; ++p) S##_store(panel + p * 16, S##_load(src + p * ld));                                              \
+    else                                                                                                                      \
+      for (p = 0; p < k; ++p) S##_store(panel + p * 16, S##_loadn(src + p * ld, width));                                      \
+  }                                                                                                                           \
+  T static void S##_narrow(float *y, const float *x, const float *w, size_t ld, size_t n, size_t k, const float *bias) {      \
+    size_t j = 0, p, i;                                                                                                       \
+    for (; j + 4 <= n; j += 4) {                                                                                              \
+      const float *w0 = w + j * ld, *w1 = w0 + ld, *w2 = w1 + ld, *w3 = w2 + ld;                                              \
+      S##_f s0 = S##_set(0.0f), s1 = s0, s2 = s0, s3 = s0;                                                                    \
+      for (p = 0; p + 16 <= k; p += 16) {                                                                                     \
+        S##_f v = S##_load(x + p);                                                                                            \
+        s0 = S##_fma(v, S##_load(w0 + p), s0);                                                                                \
+        s1 = S##_fma(v, S##_load(w1 + p), s1);                                                                                \
+        s2 = S##_fma(v, S##_load(w2 + p), s2);                                                                                \
+        s3 = S##_fma(v, S##_load(w3 + p), s3);                                                                                \
+      }                                                                                                                       \
+      if (p < k) {                                                                                                            \
+        S##_f v = S##_loadn(x + p, k - p);                                                                                    \
+        s0 = S##_fma(v, S##_loadn(w0 + p, k - p), s0);                                                                        \
+        s1 = S##_fma(v, S##_loadn(w1 + p, k - p), s1);                                                                        \
+        s2 = S##_fma(v, S##_loadn(w2 + p, k - p), s2);                                                                        \
+        s3 = S##_fma(v, S##_loadn(w3 + p, k - p), s3);                                                                        \
+      }                                                                                                                       \
+      y[j] = S##_sum(s0);                                                                                                     \
+      y[j + 1] = S##_sum(s1);                                                                                                 \
+      y[j + 2] = S##_sum(s2);                                                                                                 \
+      y[j + 3] = S##_sum(s3);                                                                                                 \
+    }                                                                                                                         \
+    for (; j < n; ++j) y[j] = S##_row_dot(x, w + j * ld, k);                                                                  \
+    if (bias)                                                                                                                 \
+      for (i = 0; i < n; ++i) y[i] = y[i] + bias[i];                                                                          \
+  }                                                                                                                           \
+  T static void S##_narrow_panel(float *y, const float *x, const float *panel, size_t n, size_t k, const float *bias) {        \
+    S##_f lane[16]; /* vectors over the outputs, one for each lane of the sum */                                               \
+    size_t l, p;                                                                                                               \
+    for (l = 0; l < 16; ++l) lane[l] = S##_set(0.0f);                                                                          \
+    for (p = 0; p < k; p += 16)                                                                                                \
+      for (l = 0; l < 16; ++l)                                                                                                 \
+        lane[l] = p + l < k ? S##_fma(S##_set(x[p + l]), S##_load(panel + (p + l) * 16), lane[l])                              \
+                            : S##_fma(S##_set(0.0f), S##_set(0.0f), lane[l]);                                                  \
+    for (p = 8; p > 0; p /= 2)                                                                                                 \
+      for (l = 0; l < p; ++l) lane[l] = S##_add(lane[l], lane[l + p]);                                                         \
+    if (bias) lane[0] = S##_add(lane[0], S##_loadn(bias, n));                                                                  \
+    S##_storen(y, lane[0], n);                                                                                                 \
+  }                                                                                                                            \
+  T MOE__INLINE S##_f S##_gelu16(S##_f x) {                                                                                   \
+    S##_f half = S##_mul(S##_set(0.5f), x);                                                                                   \
+    return S##_fma(half, S##_erf(S##_mul(x, S##_set(MOE__SQRT_HALF))), half);                                                 \
+  }                                                                                                                           \
+  T static void S##_gelu(float *y, const float *x, size_t ld, size_t m, size_t n) {                                            \
+    for (; m > 0; --m, x += ld, y += ld) {                                                                                     \
+      size_t i = 0;                                                                                                            \
+      for (; i + 16 <= n; i += 16) S##_store(y + i, S##_gelu16(S##_load(x + i)));                                              \
+      if (i < n) S##_storen(y + i, S##_gelu16(S##_loadn(x + i, n - i)), n - i);                                                \
+    }                                                                                                                          \
+  }                                                                                                                            \
+  T MOE__INLINE S##_f S##_gelu_backward16(S##_f dx, S##_f dy, S##_f x) {                                                      \
+    S##_f half = S##_set(0.5f);                                                                                               \
+    S##_f cumulative = S##_fma(half, S##_erf(S##_mul(x, S##_set(MOE__SQRT_HALF))), half);                                     \
+    S##_f c = S##_min(S##_set(13.0f), S##_max(S##_set(-13.0f), x));                                                            \
+    S##_f density = S##_mul(S##_set(MOE__NORMAL_0), S##_exp_mid(S##_mul(S##_mul(S##_set(-0.5f), c), c)));                      \
+    return S##_fma(dy, S##_fma(c, density, cumulative), dx);                                                                   \
+  }                                                                                                                            \
+  T static void S##_gelu_backward(float *dx, const float *dy, const float *x, size_t n) {                                     \
+    size_t i = 0, r;                                                                                                          \
+    for (; i + 16 <= n; i += 16)                                                                                              \
+      S##_store(dx + i, S##_gelu_backward16(S##_load(dx + i), S##_load(dy + i), S##_load(x + i)));                            \
+    r = n - i;                                                                                                                \
+    if (r) S##_storen(dx + i, S##_gelu_backward16(S##_loadn(dx + i, r), S##_loadn(dy + i, r), S##_loadn(x + i, r)), r);       \
+  }                                                                                                                           \
+  T static void S##_add_rows(float *sum, const float *x, size_t ld, size_t n, size_t k) {                                     \
+    size_t j = 0, p;                                                                                                          \
+    for (; j + 64 <= n; j += 64) {                                                                                            \
+      S##_f s0 = S##_load(sum + j), s1 = S##_load(sum + j + 16), s2 = S##_load(sum + j + 32), s3 = S##_load(sum + j + 48);    \
+      const float *row = x + j;                                                                                               \
+      for (p = 0; p < k; ++p, row += ld) {                                                                                    \
+        s0 = S##_add(s0, S##_load(row));                                                                                      \
+        s1 = S##_add(s1, S##_load(row + 16));                                                                                 \
+        s2 = S##_add(s2, S##_load(row + 32));                                                                                 \
+        s3 = S##_add(s3, S##_load(row + 48));                                                                                 \
+      }                                                                                                                       \
+      S##_store(sum + j, s0);                                                                                                 \
+      S##_store(sum + j + 16, s1);                                                                                            \
+      S##_store(sum + j + 32, s2);                                                                                            \
+      S##_store(sum + j + 48, s3);                                                                                            \
+    }                                                                                                                         \
+    for (; j < n; j += 16) {                                                                                                  \
+      size_t width = n - j < 16 ? n - j : 16;                                                                                 \
+      S##_f s = S##_loadn(sum + j, width);                                                                                    \
+      for (p = 0; p < k; ++p) s = S##_add(s, S##_loadn(x + p * ld + j, width));                                               \
+      S##_storen(sum + j, s, width);                                                                                          \
+    }                                                                                                                         \
+  }
+MOE__V_STAMP(MOE__GEMM_HELPERS)
+#undef MOE__GEMM_HELPERS
+
+#define MOE__GEMM_KERNELS_TO8(S, T, P)                                                                   \
+  MOE__GEMM_KERNEL(S, T, 1, P) MOE__GEMM_KERNEL(S, T, 2, P) MOE__GEMM_KERNEL(S, T, 3, P) MOE__GEMM_KERNEL(S, T, 4, P) \
+  MOE__GEMM_KERNEL(S, T, 5, P) MOE__GEMM_KERNEL(S, T, 6, P) MOE__GEMM_KERNEL(S, T, 7, P) MOE__GEMM_KERNEL(S, T, 8, P)
+/* 32 registers: 8 x 48, or 4 x 96 where there are few rows and the chains of one panel would be too few to keep the units busy */
+MOE__GEMM_KERNELS_TO8(moe__avx512, MOE__T_AVX512, 1)
+MOE__GEMM_KERNELS_TO8(moe__avx512, MOE__T_AVX512, 2)
+MOE__GEMM_KERNELS_TO8(moe__avx512, MOE__T_AVX512, 3)
+MOE__GEMM_KERNEL(moe__avx512, MOE__T_AVX512, 1, 6)
+MOE__GEMM_KERNEL(moe__avx512, MOE__T_AVX512, 2, 6)
+MOE__GEMM_KERNEL(moe__avx512, MOE__T_AVX512, 3, 6)
+MOE__GEMM_KERNEL(moe__avx512, MOE__T_AVX512, 4, 6)
+/* 16 registers: 6 x 16 (two registers a panel), 3 x 32, 2 x 48 */
+MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 1, 1)
+MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 2, 1)
+MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 3, 1)
+MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 4, 1)
+MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 5, 1)
+MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 6, 1)
+MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 1, 2)
+MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 2, 2)
+MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 3, 2)
+MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 1, 3)
+MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 2, 3)
+
+#define MOE__FN8(S, P) \
+  {NULL, S##_gemm_1x##P, S##_gemm_2x##P, S##_gemm_3x##P, S##_gemm_4x##P, S##_gemm_5x##P, S##_gemm_6x##P, S##_gemm_7x##P, S##_gemm_8x##P}
+static const moe__gemm_kernels moe__avx512_gemms = {
+  {{NULL}, MOE__FN8(moe__avx512, 1), MOE__FN8(moe__avx512, 2), MOE__FN8(moe__avx512, 3), {NULL}, {NULL},
+   {NULL, moe__avx512_gemm_1x6, moe__avx512_gemm_2x6, moe__avx512_gemm_3x6, moe__avx512_gemm_4x6}},
+  {0, 8, 8, 8, 0, 0, 4}, 3,
+  moe__avx2_pack_cols, moe__avx512_pack_rows, moe__avx512_narrow, moe__avx512_narrow_panel, moe__avx512_gelu, moe__avx512_gelu_backward, moe__avx512_add_rows};
+static const moe__gemm_kernels moe__avx2_gemms = {
+  {{NULL},
+   {NULL, moe__avx2_gemm_1x1, moe__avx2_gemm_2x1, moe__avx2_gemm_3x1, moe__avx2_gemm_4x1, moe__avx2_gemm_5x1, moe__avx2_gemm_6x1},
+   {NULL, moe__avx2_gemm_1x2, moe__avx2_gemm_2x2, moe__avx2_gemm_3x2},
+   {NULL, moe__avx2_gemm_1x3, moe__avx2_gemm_2x3},
+   {NULL}, {NULL}, {NULL}},
+  {0, 6, 3, 2, 0, 0, 0}, 1,
+  moe__avx2_pack_cols, moe__avx2_pack_rows, moe__avx2_narrow, moe__avx2_narrow_panel, moe__avx2_gelu, moe__avx2_gelu_backward, moe__avx2_add_rows};
+#undef MOE__FN8
+#undef MOE__GEMM_KERNELS_TO8
+#undef MOE__GEMM_KERNEL
+#endif
+
+/* How many panels the next kernels take, of those that are left in a tile of m rows. */
+static int moe__gemm_width(const moe__gemm_kernels *kernels, int32_t m, int32_t left, int most) {
+  int width = MOE__GEMM_PANELS;
+  while (width > kernels->panels && kernels->rows[width] < m) --width; /* few rows: wider, so that there are chains enough */
+  if (width > most) width = most;
+  if (width > left) width = (int)left;
+  while (!kernels->rows[width]) --width;
+  return width == 3 && left == 4 ? 2 : width;
+}
+
+/* B of columns j .. and of one block of k, as kernels read it. */
+typedef struct moe__gemm_b {
+  const float *at;
+  size_t panel, step;
+} moe__gemm_b;
+
+static moe__gemm_b moe__gemm_view(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t j, int width, size_t p0, size_t depth,
+                                  float *buffer) {
+  moe__gemm_b view;
+  int v;
+  if (g->b_layout == MOE__B_PANELS) {
+    view.panel = 16 * (size_t)g->k;
+    view.step = 16;
+    view.at = g->b + j / 16 * view.panel + 16 * p0;
+    return view;
+  }
+  if (g->b_layout == MOE__B_ROWS && j + 16 * (size_t)width <= (size_t)g->n) {
+    view.panel = 16;
+    view.step = g->b_row;
+    view.at = g->b + p0 * g->b_row + j;
+    return view;
+  }
+  for (v = 0; v < width; ++v, j += 16) {
+    size_t columns = (size_t)g->n - j < 16 ? (size_t)g->n - j : 16;
+    float *panel = buffer + (size_t)v * 16 * depth;
+    if (g->b_layout == MOE__B_ROWS) kernels->pack_rows(panel, g->b + p0 * g->b_row + j, g->b_row, columns, depth);
+    else kernels->pack_cols(panel, g->b + j * g->b_row + p0, g->b_row, columns, depth);
+  }
+  view.panel = 16 * depth;
+  view.step = 16;
+  view.at = buffer;
+  return view;
+}
+
+/* A block of C at the right edge, whose last panel is not full: through a buffer, so that nothing beyond is read or written. */
+static void moe__gemm_edge(moe__gemm_fn fn, float *c, size_t c_row, const float *start, size_t start_row, size_t rows, size_t columns,
+                           int width, const float *a, size_t a_row, size_t a_col, const moe__gemm_b *b, size_t depth) {
+  float block[MOE__GEMM_ROWS * 16 * MOE__GEMM_PANELS];
+  size_t row = 16 * (size_t)width, i;
+  memset(block, 0, sizeof(float) * rows * row);
+  for (i = 0; i < rows; ++i) memcpy(block + i * row, start + i * start_row, sizeof(float) * columns);
+  fn(block, row, block, row, a, a_row, a_col, b->at, b->panel, b->step, depth);
+  for (i = 0; i < rows; ++i) memcpy(c + i * c_row, block + i * row, sizeof(float) * columns);
+}
+
+/* Rows i0 .. i1-1 of `columns` columns from j on, for the block of k that begins at p0. */
+static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0, size_t i1, size_t j, int width,
+                             size_t p0, size_t depth, const moe__gemm_b *b) {
+  size_t columns = (size_t)g->n - j < 16 * (size_t)width ? (size_t)g->n - j : 16 * (size_t)width;
+  size_t most = (size_t)kernels->rows[width], blocks = (i1 - i0 + most - 1) / most, block, i = i0;
+  for (block = 0; block < blocks; ++block) { /* of sizes as even as can be: 9 rows are 5 and 4 */
+    size_t rows = (i1 - i + blocks - block - 1) / (blocks - block), start_row = 0;
+    const float *a = g->a + i * g->a_row + p0 * g->a_col, *start = moe__gemm_zeros;
+    float *c = g->c + i * g->c_row + j;
+    moe__gemm_fn fn = kernels->fn[width][rows];
+    if (p0 > 0 || g->accumulate) start = c, start_row = g->c_row;
+    else if (g->bias) start = g->bias + j;
+    if (columns == 16 * (size_t)width) fn(c, g->c_row, start, start_row, a, g->a_row, g->a_col, b->at, b->panel, b->step, depth);
+    else moe__gemm_edge(fn, c, g->c_row, start, start_row, rows, columns, width, a, g->a_row, g->a_col, b, depth);
+    if (g->gelu && p0 + depth == (size_t)g->k) kernels->gelu(g->gelu + i * g->c_row + j, c, g->c_row, rows, columns);
+    i += rows;
+  }
+}
+
+/* A product with a weight of fewer than 16 outputs. */
+static void moe__gemm_narrow(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0, size_t i1) {
+  size_t n = (size_t)g->n, k = (size_t)g->k, i;
+  MOE_ASSERT(g->a_col == 1 && !g->accumulate && g->b_layout != MOE__B_ROWS);
+  for (i = i0; i < i1; ++i) {
+    float *c = g->c + i * g->c_row;
+    const float *a = g->a + i * g->a_row;
+    if (g->b_layout == MOE__B_PANELS) kernels->narrow_panel(c, a, g->b, n, k, g->bias);
+    else kernels->narrow(c, a, g->b, g->b_row, n, k, g->bias);
+    if (g->gelu) kernels->gelu(g->gelu + i * g->c_row, c, g->c_row, 1, n);
+  }
+}
+
+/* Rows i0 .. i1-1 and columns j0 .. j1-1, j0 a multiple of 16 and j1 too unless it is n. */
+static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_kernels *kernels, int32_t i0, int32_t i1, int32_t j0, int32_t j1) {
+  float buffer[MOE__GEMM_KC * 16 * MOE__GEMM_PACKED];
+  size_t k = (size_t)g->k, blocks = k ? (k + MOE__GEMM_KC - 1) / MOE__GEMM_KC : 1, block, p0 = 0;
+  if (g->a_sum && j0 == 0) {
+    size_t i, p;
+    if (g->a_row == 1) kernels->add_rows(g->a_sum + i0, g->a + i0, g->a_col, (size_t)(i1 - i0), k);
+    else
+      for (i = (size_t)i0; i < (size_t)i1; ++i)
+        for (p = 0; p < k; ++p) g->a_sum[i] += g->a[i * g->a_row + p * g->a_col];
+  }
+  if (g->narrow) {
+    moe__gemm_narrow(g, kernels, (size_t)i0, (size_t)i1);
+    return;
+  }
+  for (block = 0; block < blocks; ++block) {
+    size_t depth = (k - p0 + blocks - block - 1) / (blocks - block);
+    int32_t j = j0;
+    while (j < j1) {
+      int most = g->b_layout == MOE__B_PANELS ? MOE__GEMM_PANELS : MOE__GEMM_PACKED;
+      int width = moe__gemm_width(kernels, i1 - i0, (j1 - j + 15) / 16, most);
+      moe__gemm_b b = moe__gemm_view(g, kernels, (size_t)j, width, p0, depth, buffer);
+      moe__gemm_stripe(g, kernels, (size_t)i0, (size_t)i1, (size_t)j, width, p0, depth, &b);
+      j += 16 * width;
+    }
+    p0 += depth;
+  }
+}
+
+/* One product in this thread, for callers that cut the work themselves. */
+MOE__UNUSED static void moe__gemm_one(const moe__gemm *g, moe_isa isa) {
+  const moe__gemm_kernels *kernels = MOE__V_PICK(isa, gemms);
+  int32_t i, j;
+  for (i = 0; i < g->m; i += MOE__GEMM_MC)
+    for (j = 0; j < g->n || (j == 0 && g->a_sum); j += MOE__GEMM_NC)
+      moe__gemm_tile(g, kernels, i, moe__min(i + MOE__GEMM_MC, g->m), j, moe__min(j + MOE__GEMM_NC, g->n));
+}
+
+typedef struct moe__gemm_work {
+  const moe__gemm *list;
+  int32_t count;
+  const moe__gemm_kernels *kernels;
+} moe__gemm_work;
+
+/* Tiles of a product: `down` times the result. */
+static int32_t moe__gemm_across(const moe__gemm *g, int32_t *down) {
+  *down = (g->m + MOE__GEMM_MC - 1) / MOE__GEMM_MC;
+  return g->n ? (g->n + MOE__GEMM_NC - 1) / MOE__GEMM_NC : g->a_sum != NULL;
+}
+
+static void moe__gemm_work_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__gemm_work *work = (const moe__gemm_work *)arg;
+  const moe__gemm *g = work->list;
+  int32_t across, down, i, j;
+  (void)slot;
+  for (;; ++g) {
+    across = moe__gemm_across(g, &down);
+    if (tile < across * down) break;
+    tile -= across * down;
+  }
+  i = tile / across * MOE__GEMM_MC;
+  j = tile % across * MOE__GEMM_NC;
+  moe__gemm_tile(g, work->kernels, i, moe__min(i + MOE__GEMM_MC, g->m), j, moe__min(j + MOE__GEMM_NC, g->n));
+}
+
+/* Independent products (the experts of a layer, the gradients of a weight and of its input), spread over the threads. */
+static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *env) {
+  moe__gemm_work work;
+  int32_t tiles = 0, i, down;
+  double size = 0;
+  work.list = list;
+  work.count = count;
+  work.kernels = MOE__V_PICK(env->isa, gemms);
+  for (i = 0; i < count; ++i) {
+    int32_t across = moe__gemm_across(&list[i], &down);
+    tiles += across * down;
+    size += (double)list[i].m * list[i].n * list[i].k;
+  }
+  if (size >= (double)MOE__GEMM_SMALL) moe__parallel(env, tiles, moe__gemm_work_tile, &work);
+  else
+    for (i = 0; i < tiles; ++i) moe__gemm_work_tile(&work, i, 0);
+}
+
+MOE_API moe_mat moe_mat_rows(const float *w, int32_t rows, int32_t cols) {
+  moe_mat mat;
+  mat.data = w;
+  mat.scale = NULL;
+  mat.rows = rows;
+  mat.cols = cols;
+  mat.type = MOE_TYPE_F32;
+  mat.layout = MOE_LAYOUT_ROWS;
+  return mat;
+}
+
+MOE_API moe_mat moe_mat_panels(const float *panels, int32_t rows, int32_t cols) {
+  moe_mat mat = moe_mat_rows(panels, rows, cols);
+  mat.layout = MOE_LAYOUT_PANELS;
+  return mat;
+}
+
+MOE_API size_t moe_pack_floats(int32_t rows, int32_t cols) { return ((size_t)rows + 15) / 16 * 16 * (size_t)cols; }
+
+typedef struct moe__pack_work {
+  float *panels;
+  const float *w;
+  size_t rows, cols;
+  const moe__gemm_kernels *kernels;
+} moe__pack_work;
+
+static void moe__pack_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__pack_work *work = (const moe__pack_work *)arg;
+  size_t row = (size_t)tile * 16, width = work->rows - row < 16 ? work->rows - row : 16;
+  (void)slot;
+  work->kernels->pack_cols(work->panels + row * work->cols, work->w + row * work->cols, work->cols, width, work->cols);
+}
+
+MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols, const moe_env *env) {
+  moe__pack_work work;
+  work.panels = panels;
+  work.w = w;
+  work.rows = (size_t)rows;
+  work.cols = (size_t)cols;
+  work.kernels = MOE__V_PICK(env->isa, gemms);
+  moe__parallel(env, (rows + 15) / 16, moe__pack_tile, &work);
+}
 
 /* ---- linear layers and GELU ---- >>linear */
 
+/* y (M, rows) = x (M, cols) w^T + b, as a product for moe__gemm_run */
+static moe__gemm moe__linear_product(float *y, const float *x, const moe_mat *w, const float *b, int32_t M) {
+  moe__gemm g;
+  memset(&g, 0, sizeof g);
+  moe__gemm_weight(&g, w);
+  g.m = M;
+  g.a = x;
+  g.a_row = (size_t)w->cols;
+  g.a_col = 1;
+  g.c = y;
+  g.c_row = (size_t)w->rows;
+  g.bias = b;
+  return g;
+}
+
+/* dx (M, cols) += dy (M, rows) w */
+static moe__gemm moe__linear_input_gradient(float *dx, const float *dy, const float *w, int32_t rows, int32_t cols, int32_t M) {
+  moe__gemm g;
+  memset(&g, 0, sizeof g);
+  g.m = M;
+  g.n = cols;
+  g.k = rows;
+  g.a = dy;
+  g.a_row = (size_t)rows;
+  g.a_col = 1;
+  g.b = w;
+  g.b_row = (size_t)cols;
+  g.b_layout = MOE__B_ROWS;
+  g.accumulate = 1;
+  g.c = dx;
+  g.c_row = (size_t)cols;
+  return g;
+}
+
+/* dw (rows, cols) += dy^T x, db (rows) += the rows of dy: sums over the M tokens in their order. dw or db may be NULL. */
+static moe__gemm moe__linear_weight_gradient(float *dw, float *db, const float *dy, const float *x, int32_t rows, int32_t cols,
+                                             int32_t M) {
+  moe__gemm g;
+  memset(&g, 0, sizeof g);
+  g.m = rows;
+  g.n = dw ? cols : 0;
+  g.k = M;
+  g.a = dy;
+  g.a_row = 1;
+  g.a_col = (size_t)rows;
+  g.b = x;
+  g.b_row = (size_t)cols;
+  g.b_layout = MOE__B_ROWS;
+  g.accumulate = 1;
+  g.c = dw;
+  g.c_row = (size_t)cols;
+  g.a_sum = db;
+  return g;
+}
+
+MOE_API void moe_linear_forward(float *y, const float *x, const moe_mat *w, const float *b, int32_t M, const moe_env *env) {
+  moe__gemm g = moe__linear_product(y, x, w, b, M);
+  moe__gemm_run(&g, 1, env);
+}
+
+MOE_API void moe_linear_gelu_forward(float *y, float *pre, const float *x, const moe_mat *w, const float *b, int32_t M,
+                                     const moe_env *env) {
+  moe__gemm g = moe__linear_product(pre ? pre : y, x, w, b, M);
+  g.gelu = y;
+  moe__gemm_run(&g, 1, env);
+}
+
+MOE_API void moe_linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x, const moe_mat *w, int32_t M,
+                                 const moe_env *env) {
+  moe__gemm list[2];
+  int32_t count = 0;
+  MOE_ASSERT(w->type == MOE_TYPE_F32 && w->layout == MOE_LAYOUT_ROWS);
+  if (dx) list[count++] = moe__linear_input_gradient(dx, dy, (const float *)w->data, w->rows, w->cols, M);
+  if (dw || db) list[count++] = moe__linear_weight_gradient(dw, db, dy, x, w->rows, w->cols, M);
+  moe__gemm_run(list, count, env);
+}
+
+enum { MOE__GELU_TILE = 16384 }; /* elements */
+
+typedef struct moe__gelu_work {
+  float *y;
+  const float *dy, *x;
+  size_t n;
+  const moe__gemm_kernels *kernels;
+} moe__gelu_work;
+
+static void moe__gelu_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__gelu_work *work = (const moe__gelu_work *)arg;
+  size_t at = (size_t)tile * MOE__GELU_TILE, count = work->n - at;
+  (void)slot;
+  if (count > MOE__GELU_TILE) count = MOE__GELU_TILE;
+  if (work->dy) work->kernels->gelu_backward(work->y + at, work->dy + at, work->x + at, count);
+  else work->kernels->gelu(work->y + at, work->x + at, count, 1, count);
+}
+
+static void moe__gelu_run(float *y, const float *dy, const float *x, size_t n, const moe_env *env) {
+  moe__gelu_work work;
+  work.y = y;
+  work.dy = dy;
+  work.x = x;
+  work.n = n;
+  work.kernels = MOE__V_PICK(env->isa, gemms);
+  moe__parallel(env, (int32_t)((n + MOE__GELU_TILE - 1) / MOE__GELU_TILE), moe__gelu_tile, &work);
+}
+
+MOE_API void moe_gelu_forward(float *y, const float *x, size_t n, const moe_env *env) { moe__gelu_run(y, NULL, x, n, env); }
+
+MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_t n, const moe_env *env) {
+  moe__gelu_run(dx, dy, x, n, env);
+}
 
 /* ---- LayerNorm, dropout, embeddings, losses ---- >>ops */
 
@@ -5289,6 +6001,7 @@ MOE_API double moe_metric_spearman(const float *predicted, const float *label, s
 
 
 #if !defined(__clang__) && defined(__GNUC__)
+#pragma GCC diagnostic pop
 #pragma GCC pop_options
 #endif
 #endif /* MOE_IMPLEMENTATION_DONE */
