@@ -2621,8 +2621,590 @@ MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_
   moe__gelu_run(dx, dy, x, n, env);
 }
 
-/* ---- LayerNorm, dropout, embeddings, losses ---- >>ops */
+/* ---- LayerNorm, dropout, embeddings, losses ---- >>ops
+   Rows are independent of each other, and a row's sums have 16 lanes and a fixed tree (>>simd). Sums over tokens (gamma, beta, the
+   embedding tables) are chains in the order of the tokens, cut into tiles by columns only. */
 
+/* Dropout, for every op that has it: an element falls where its hash is below the threshold; the others grow by 1 / (1 - p). */
+typedef struct moe__drop {
+  uint32_t threshold; /* 0: nothing falls */
+  float scale;
+} moe__drop;
+
+static moe__drop moe__drop_of(float p, int wanted) {
+  moe__drop drop = {0, 1.0f};
+  if (!wanted || !(p > 0)) return drop;
+  drop.threshold = (uint32_t)((double)p * 4294967296.0); /* p < 1, so it fits */
+  drop.scale = 1.0f / (1.0f - p);
+  return drop;
+}
+
+typedef struct moe__ops_kernels {
+  /* y = a + b. y may be a. */
+  void (*add)(float *y, const float *a, const float *b, size_t n);
+  /* y = dropout(x), the elements being at positions first, first + 1, ... of the key. y may be x. */
+  void (*drop)(float *y, const float *x, size_t n, moe__drop drop, uint64_t key, uint32_t first);
+  /* y = x + dropout(delta). y may be x or delta. */
+  void (*residual)(float *y, const float *x, const float *delta, size_t n, moe__drop drop, uint64_t key, uint32_t first);
+  /* LayerNorm of 1 to 4 rows that lie side by side. y may be x. */
+  void (*norm)(float *y, float *mean, float *rstd, const float *x, const float *gamma, const float *beta, float eps, size_t rows,
+               size_t n);
+  /* dx = or += (where `more`) the gradient of one row. dx may be dy. */
+  void (*norm_back)(float *dx, const float *dy, const float *x, float mean, float rstd, const float *gamma, int more, size_t n);
+  /* dgamma, dbeta += sums over `rows` rows that are `stride` apart, for n = 1 .. 32 columns. */
+  void (*norm_columns)(float *dgamma, float *dbeta, const float *dy, const float *x, const float *mean, const float *rstd,
+                       size_t rows, size_t stride, size_t n);
+} moe__ops_kernels;
+
+static void moe__scalar_add_row(float *y, const float *a, const float *b, size_t n) {
+  size_t i;
+  for (i = 0; i < n; ++i) y[i] = a[i] + b[i];
+}
+
+static void moe__scalar_drop_row(float *y, const float *x, size_t n, moe__drop drop, uint64_t key, uint32_t first) {
+  size_t i;
+  for (i = 0; i < n; ++i) y[i] = moe__hash32(key, first + (uint32_t)i) < drop.threshold ? 0.0f : x[i] * drop.scale;
+}
+
+static void moe__scalar_residual_row(float *y, const float *x, const float *delta, size_t n, moe__drop drop, uint64_t key,
+                                     uint32_t first) {
+  size_t i;
+  for (i = 0; i < n; ++i)
+    y[i] = x[i] + (moe__hash32(key, first + (uint32_t)i) < drop.threshold ? 0.0f : delta[i] * drop.scale);
+}
+
+static void moe__scalar_norm_rows(float *y, float *mean, float *rstd, const float *x, const float *gamma, const float *beta,
+                                  float eps, size_t rows, size_t n) {
+  size_t r, i;
+  for (r = 0; r < rows; ++r, x += n, y += n) {
+    float sum[16] = {0}, square[16] = {0}, m, s;
+    for (i = 0; i < n; ++i) sum[i % 16] += x[i];
+    m = moe__tree16(sum) / (float)n;
+    for (i = 0; i < n; ++i) square[i % 16] = moe__fmaf(x[i] - m, x[i] - m, square[i % 16]);
+    s = 1.0f / sqrtf(moe__tree16(square) / (float)n + eps);
+    for (i = 0; i < n; ++i) y[i] = moe__fmaf((x[i] - m) * s, gamma[i], beta[i]);
+    mean[r] = m;
+    rstd[r] = s;
+  }
+}
+
+/* h = (x - mean) rstd, g = dy gamma, dx = rstd (g - mean(g) - h mean(g h)) */
+static void moe__scalar_norm_back_row(float *dx, const float *dy, const float *x, float mean, float rstd, const float *gamma,
+                                      int more, size_t n) {
+  float sum[16] = {0}, product[16] = {0}, a, b;
+  size_t i;
+  for (i = 0; i < n; ++i) {
+    float g = dy[i] * gamma[i];
+    sum[i % 16] += g;
+    product[i % 16] = moe__fmaf(g, (x[i] - mean) * rstd, product[i % 16]);
+  }
+  a = moe__tree16(sum) / (float)n;
+  b = moe__tree16(product) / (float)n;
+  for (i = 0; i < n; ++i) {
+    float d = moe__fmaf(-b, (x[i] - mean) * rstd, dy[i] * gamma[i] - a);
+    dx[i] = more ? moe__fmaf(d, rstd, dx[i]) : d * rstd;
+  }
+}
+
+static void moe__scalar_norm_columns(float *dgamma, float *dbeta, const float *dy, const float *x, const float *mean,
+                                     const float *rstd, size_t rows, size_t stride, size_t n) {
+  size_t r, i;
+  for (r = 0; r < rows; ++r, dy += stride, x += stride)
+    for (i = 0; i < n; ++i) {
+      dgamma[i] = moe__fmaf(dy[i], (x[i] - mean[r]) * rstd[r], dgamma[i]);
+      dbeta[i] += dy[i];
+    }
+}
+
+static const moe__ops_kernels moe__scalar_ops = {moe__scalar_add_row,   moe__scalar_drop_row,      moe__scalar_residual_row,
+                                                 moe__scalar_norm_rows, moe__scalar_norm_back_row, moe__scalar_norm_columns};
+
+/* The same for vectors. The steps of a loop are functions of w, the number of elements: 16 in the loop, fewer in its last step. */
+#define MOE__OPS_STEPS(S, T)                                                                                    \
+  T MOE__INLINE S##_f S##_get(const float *p, size_t w) { return w == 16 ? S##_load(p) : S##_loadn(p, w); }     \
+  T MOE__INLINE void S##_put(float *p, S##_f v, size_t w) {                                                     \
+    if (w == 16) S##_store(p, v);                                                                               \
+    else S##_storen(p, v, w);                                                                                   \
+  }                                                                                                             \
+  T MOE__INLINE S##_f S##_head(S##_f v, size_t w) { /* lanes from w on become 0 */                              \
+    return w == 16 ? v : S##_sel(S##_ult(S##_iiota(0), S##_iset((uint32_t)w)), v, S##_set(0.0f));               \
+  }                                                                                                             \
+  /* where 16 positions fall; x = position * 0x9e3779b1 + low half of the key, see moe__hash32 */               \
+  T MOE__INLINE S##_m S##_falls(S##_i x, uint64_t key, moe__drop drop) {                                        \
+    x = S##_imul(S##_ixor(x, S##_ishr(x, 16)), S##_iset(0x85ebca6bu));                                          \
+    x = S##_ixor(x, S##_iset((uint32_t)(key >> 32)));                                                           \
+    x = S##_imul(S##_ixor(x, S##_ishr(x, 13)), S##_iset(0xc2b2ae35u));                                          \
+    return S##_ult(S##_ixor(x, S##_ishr(x, 16)), S##_iset(drop.threshold));                                     \
+  }                                                                                                             \
+  T MOE__INLINE S##_i S##_falls_first(uint64_t key, uint32_t first) {                                           \
+    return S##_iadd(S##_imul(S##_iiota(first), S##_iset(0x9e3779b1u)), S##_iset((uint32_t)key));                \
+  }                                                                                                             \
+  T MOE__INLINE S##_i S##_falls_next(S##_i x) { return S##_iadd(x, S##_iset(16u * 0x9e3779b1u)); }              \
+  T MOE__INLINE S##_f S##_dropped(S##_f v, S##_i x, uint64_t key, moe__drop drop) {                             \
+    return S##_sel(S##_falls(x, key, drop), S##_set(0.0f), S##_mul(v, S##_set(drop.scale)));                    \
+  }
+MOE__V_STAMP(MOE__OPS_STEPS)
+#undef MOE__OPS_STEPS
+
+#define MOE__OPS_ROWS(S, T)                                                                                               \
+  T static void S##_add_row(float *y, const float *a, const float *b, size_t n) {                                         \
+    size_t i = 0;                                                                                                         \
+    for (; i + 16 <= n; i += 16) S##_store(y + i, S##_add(S##_load(a + i), S##_load(b + i)));                             \
+    if (i < n) S##_storen(y + i, S##_add(S##_loadn(a + i, n - i), S##_loadn(b + i, n - i)), n - i);                       \
+  }                                                                                                                       \
+  T static void S##_drop_row(float *y, const float *x, size_t n, moe__drop drop, uint64_t key, uint32_t first) {          \
+    S##_i at = S##_falls_first(key, first);                                                                               \
+    size_t i = 0;                                                                                                         \
+    for (; i + 16 <= n; i += 16, at = S##_falls_next(at)) S##_store(y + i, S##_dropped(S##_load(x + i), at, key, drop));  \
+    if (i < n) S##_storen(y + i, S##_dropped(S##_loadn(x + i, n - i), at, key, drop), n - i);                             \
+  }                                                                                                                       \
+  T static void S##_residual_row(float *y, const float *x, const float *delta, size_t n, moe__drop drop, uint64_t key,    \
+                                 uint32_t first) {                                                                        \
+    S##_i at = S##_falls_first(key, first);                                                                               \
+    size_t i = 0;                                                                                                         \
+    for (; i + 16 <= n; i += 16, at = S##_falls_next(at))                                                                 \
+      S##_store(y + i, S##_add(S##_load(x + i), S##_dropped(S##_load(delta + i), at, key, drop)));                        \
+    if (i < n)                                                                                                            \
+      S##_storen(y + i, S##_add(S##_loadn(x + i, n - i), S##_dropped(S##_loadn(delta + i, n - i), at, key, drop)), n - i); \
+  }
+MOE__V_STAMP(MOE__OPS_ROWS)
+#undef MOE__OPS_ROWS
+
+/* Four rows at once hide the latency of the sums; rows that are not there repeat the last one and write the same again. */
+#define MOE__NORM_SUM(S, r) s##r = S##_add(s##r, S##_get(x##r + i, w))
+#define MOE__NORM_SQUARE(S, r)                                      \
+  d = S##_head(S##_sub(S##_get(x##r + i, w), S##_set(m##r)), w);    \
+  s##r = S##_fma(d, d, s##r)
+#define MOE__NORM_VALUE(S, r) S##_fma(S##_mul(S##_sub(S##_get(x##r + i, w), S##_set(m##r)), S##_set(q##r)), g, b)
+#define MOE__NORM_FOUR(S, T)                                                                                                 \
+  T static void S##_norm_rows(float *y, float *mean, float *rstd, const float *x0, const float *gamma, const float *beta,    \
+                              float eps, size_t rows, size_t n) {                                                            \
+    size_t o1 = rows > 1 ? n : 0, o2 = rows > 2 ? 2 * n : o1, o3 = rows > 3 ? 3 * n : o2, i, w;                              \
+    const float *x1 = x0 + o1, *x2 = x0 + o2, *x3 = x0 + o3;                                                                 \
+    S##_f s0 = S##_set(0.0f), s1 = s0, s2 = s0, s3 = s0, d;                                                                  \
+    float m0, m1, m2, m3, q0, q1, q2, q3;                                                                                    \
+    for (i = 0, w = 16; i + 16 <= n; i += 16) {                                                                              \
+      MOE__NORM_SUM(S, 0), MOE__NORM_SUM(S, 1), MOE__NORM_SUM(S, 2), MOE__NORM_SUM(S, 3);                                    \
+    }                                                                                                                        \
+    if ((w = n - i) > 0) {                                                                                                   \
+      MOE__NORM_SUM(S, 0), MOE__NORM_SUM(S, 1), MOE__NORM_SUM(S, 2), MOE__NORM_SUM(S, 3);                                    \
+    }                                                                                                                        \
+    m0 = S##_sum(s0) / (float)n, m1 = S##_sum(s1) / (float)n, m2 = S##_sum(s2) / (float)n, m3 = S##_sum(s3) / (float)n;      \
+    s0 = s1 = s2 = s3 = S##_set(0.0f);                                                                                       \
+    for (i = 0, w = 16; i + 16 <= n; i += 16) {                                                                              \
+      MOE__NORM_SQUARE(S, 0), MOE__NORM_SQUARE(S, 1), MOE__NORM_SQUARE(S, 2), MOE__NORM_SQUARE(S, 3);                        \
+    }                                                                                                                        \
+    if ((w = n - i) > 0) {                                                                                                   \
+      MOE__NORM_SQUARE(S, 0), MOE__NORM_SQUARE(S, 1), MOE__NORM_SQUARE(S, 2), MOE__NORM_SQUARE(S, 3);                        \
+    }                                                                                                                        \
+    q0 = 1.0f / sqrtf(S##_sum(s0) / (float)n + eps), q1 = 1.0f / sqrtf(S##_sum(s1) / (float)n + eps);                        \
+    q2 = 1.0f / sqrtf(S##_sum(s2) / (float)n + eps), q3 = 1.0f / sqrtf(S##_sum(s3) / (float)n + eps);                        \
+    for (i = 0; i < n; i += 16) {                                                                                            \
+      S##_f g, b, y0, y1, y2, y3;                                                                                            \
+      w = n - i < 16 ? n - i : 16;                                                                                           \
+      g = S##_get(gamma + i, w), b = S##_get(beta + i, w);                                                                   \
+      y0 = MOE__NORM_VALUE(S, 0), y1 = MOE__NORM_VALUE(S, 1), y2 = MOE__NORM_VALUE(S, 2), y3 = MOE__NORM_VALUE(S, 3);        \
+      S##_put(y + i, y0, w), S##_put(y + o1 + i, y1, w), S##_put(y + o2 + i, y2, w), S##_put(y + o3 + i, y3, w);             \
+    }                                                                                                                        \
+    mean[0] = m0, rstd[0] = q0;                                                                                              \
+    if (rows > 1) mean[1] = m1, rstd[1] = q1;                                                                                \
+    if (rows > 2) mean[2] = m2, rstd[2] = q2;                                                                                \
+    if (rows > 3) mean[3] = m3, rstd[3] = q3;                                                                                \
+  }
+MOE__V_STAMP(MOE__NORM_FOUR)
+#undef MOE__NORM_SUM
+#undef MOE__NORM_SQUARE
+#undef MOE__NORM_VALUE
+#undef MOE__NORM_FOUR
+
+#define MOE__NORM_BACK(S, T)                                                                                                   \
+  T static void S##_norm_back_row(float *dx, const float *dy, const float *x, float mean, float rstd, const float *gamma,      \
+                                  int more, size_t n) {                                                                        \
+    S##_f m = S##_set(mean), q = S##_set(rstd), sum = S##_set(0.0f), product = sum, a, b;                                      \
+    size_t i, w;                                                                                                               \
+    for (i = 0; i < n; i += 16) {                                                                                              \
+      S##_f g, h;                                                                                                              \
+      w = n - i < 16 ? n - i : 16;                                                                                             \
+      g = S##_mul(S##_get(dy + i, w), S##_get(gamma + i, w));                                                                  \
+      h = S##_mul(S##_sub(S##_get(x + i, w), m), q);                                                                           \
+      sum = S##_add(sum, g);                                                                                                   \
+      product = S##_fma(g, h, product);                                                                                        \
+    }                                                                                                                          \
+    a = S##_set(S##_sum(sum) / (float)n);                                                                                      \
+    b = S##_set(S##_sum(product) / (float)n);                                                                                  \
+    for (i = 0; i < n; i += 16) {                                                                                              \
+      S##_f d, h;                                                                                                              \
+      w = n - i < 16 ? n - i : 16;                                                                                             \
+      h = S##_mul(S##_sub(S##_get(x + i, w), m), q);                                                                           \
+      d = S##_fnma(b, h, S##_sub(S##_mul(S##_get(dy + i, w), S##_get(gamma + i, w)), a));                                      \
+      S##_put(dx + i, more ? S##_fma(d, q, S##_get(dx + i, w)) : S##_mul(d, q), w);                                            \
+    }                                                                                                                          \
+  }                                                                                                                            \
+  T static void S##_norm_columns(float *dgamma, float *dbeta, const float *dy, const float *x, const float *mean,              \
+                                 const float *rstd, size_t rows, size_t stride, size_t n) {                                    \
+    size_t w0 = n < 16 ? n : 16, w1 = n - w0, r;                                                                               \
+    S##_f g0 = S##_loadn(dgamma, w0), g1 = S##_loadn(dgamma + w0, w1);                                                         \
+    S##_f b0 = S##_loadn(dbeta, w0), b1 = S##_loadn(dbeta + w0, w1);                                                           \
+    for (r = 0; r < rows; ++r, dy += stride, x += stride) {                                                                    \
+      S##_f m = S##_set(mean[r]), q = S##_set(rstd[r]), d0 = S##_loadn(dy, w0), d1 = S##_loadn(dy + w0, w1);                   \
+      g0 = S##_fma(d0, S##_mul(S##_sub(S##_loadn(x, w0), m), q), g0);                                                          \
+      g1 = S##_fma(d1, S##_mul(S##_sub(S##_loadn(x + w0, w1), m), q), g1);                                                     \
+      b0 = S##_add(b0, d0);                                                                                                    \
+      b1 = S##_add(b1, d1);                                                                                                    \
+    }                                                                                                                          \
+    S##_storen(dgamma, g0, w0);                                                                                                \
+    S##_storen(dgamma + w0, g1, w1);                                                                                           \
+    S##_storen(dbeta, b0, w0);                                                                                                 \
+    S##_storen(dbeta + w0, b1, w1);                                                                                            \
+  }                                                                                                                            \
+  static const moe__ops_kernels S##_ops = {S##_add_row,   S##_drop_row,      S##_residual_row,                                 \
+                                           S##_norm_rows, S##_norm_back_row, S##_norm_columns};
+MOE__V_STAMP(MOE__NORM_BACK)
+#undef MOE__NORM_BACK
+
+/* Rows of a tile: about 8192 numbers, in fours. */
+static size_t moe__tile_rows(int32_t H) {
+  size_t rows = H > 0 ? 8192 / (size_t)H / 4 * 4 : 4;
+  return rows < 4 ? 4 : rows;
+}
+
+static int32_t moe__tiles_of(size_t count, size_t tile) { return (int32_t)((count + tile - 1) / tile); }
+
+/* The sequence that holds a row (empty sequences hold none). */
+static int32_t moe__sequence_at(const int32_t *seq_start, int32_t S, size_t row) {
+  int32_t low = 0, high = S - 1;
+  while (low < high) {
+    int32_t middle = low + (high - low + 1) / 2;
+    if ((size_t)seq_start[middle] <= row) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+/* Residual, dropout and LayerNorm, forward and backward; what an op does not have is NULL. */
+typedef struct moe__layernorm_job {
+  const moe__ops_kernels *kernels;
+  float *y, *sum, *mean, *rstd;                /* forward: outputs */
+  const float *x, *delta, *gamma, *beta;       /* x is the sum in backward */
+  float *dx, *ddelta, *dgamma, *dbeta;         /* backward: outputs */
+  const float *dy, *kept_mean, *kept_rstd;
+  float eps;
+  int more; /* dx accumulates */
+  moe__drop drop;
+  const uint64_t *keys;
+  const int32_t *seq_start;
+  int32_t S;
+  size_t first, end, H; /* rows [first, end) */
+} moe__layernorm_job;
+
+/* dropout of one row whose key is that of its sequence; *s is the sequence of an earlier row or this one */
+static void moe__drop_sequence_row(const moe__layernorm_job *job, float *y, const float *x, const float *delta, size_t row, int32_t *s) {
+  size_t at;
+  if (!job->drop.threshold) {
+    if (x) job->kernels->add(y, x, delta, job->H);
+    else if (y != delta) memcpy(y, delta, job->H * sizeof *y);
+    return;
+  }
+  while ((size_t)job->seq_start[*s + 1] <= row) ++*s;
+  at = (row - (size_t)job->seq_start[*s]) * job->H;
+  if (x) job->kernels->residual(y, x, delta, job->H, job->drop, job->keys[*s], (uint32_t)at);
+  else job->kernels->drop(y, delta, job->H, job->drop, job->keys[*s], (uint32_t)at);
+}
+
+static void moe__norm_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__layernorm_job *job = (const moe__layernorm_job *)arg;
+  size_t H = job->H, size = moe__tile_rows((int32_t)H), row = job->first + (size_t)tile * size, end = row + size, r, k;
+  int32_t s = job->drop.threshold ? moe__sequence_at(job->seq_start, job->S, row) : 0;
+  (void)slot;
+  if (end > job->end) end = job->end;
+  for (r = row; r < end; r += 4) {
+    size_t rows = end - r < 4 ? end - r : 4;
+    float mean[4], rstd[4];
+    const float *x = job->x + r * H;
+    if (job->delta) {
+      float *sum = (job->sum ? job->sum : job->y) + r * H;
+      for (k = 0; k < rows; ++k) moe__drop_sequence_row(job, sum + k * H, x + k * H, job->delta + (r + k) * H, r + k, &s);
+      x = sum;
+    }
+    job->kernels->norm(job->y + r * H, mean, rstd, x, job->gamma, job->beta, job->eps, rows, H);
+    for (k = 0; job->mean && k < rows; ++k) job->mean[r + k] = mean[k], job->rstd[r + k] = rstd[k];
+  }
+}
+
+static void moe__norm_forward_job(moe__layernorm_job *job, int32_t M, int32_t H, const moe_env *env) {
+  if (M < 1 || H < 1) return;
+  job->kernels = MOE__V_PICK(env->isa, ops);
+  job->H = (size_t)H;
+  job->end = (size_t)M;
+  moe__parallel(env, moe__tiles_of((size_t)M, moe__tile_rows(H)), moe__norm_tile, job);
+}
+
+MOE_API void moe_norm_forward(float *y, float *mean, float *rstd, const float *x, const float *gamma, const float *beta, float eps,
+                              int32_t M, int32_t H, const moe_env *env) {
+  moe__layernorm_job job;
+  memset(&job, 0, sizeof job);
+  job.y = y;
+  job.mean = mean;
+  job.rstd = rstd;
+  job.x = x;
+  job.gamma = gamma;
+  job.beta = beta;
+  job.eps = eps;
+  moe__norm_forward_job(&job, M, H, env);
+}
+
+/* sum = x + dropout(delta), y = LayerNorm(sum) [TaG] Fig. 1, "add & norm". All (M, H). sum may be NULL (inference), x or delta; y may be
+   x or delta. keys (S): the key of each sequence, positions are (index in the sequence) H + column; NULL or p = 0: no dropout. */
+MOE__UNUSED static void moe__residual_norm_forward(float *y, float *sum, float *mean, float *rstd, const float *x, const float *delta,
+                                                   const float *gamma, const float *beta, float eps, int32_t M, int32_t H, float p,
+                                                   const uint64_t *keys, const int32_t *seq_start, int32_t S, const moe_env *env) {
+  moe__layernorm_job job;
+  memset(&job, 0, sizeof job);
+  job.y = y;
+  job.sum = sum;
+  job.mean = mean;
+  job.rstd = rstd;
+  job.x = x;
+  job.delta = delta;
+  job.gamma = gamma;
+  job.beta = beta;
+  job.eps = eps;
+  job.drop = moe__drop_of(p, keys != NULL);
+  job.keys = keys;
+  job.seq_start = seq_start;
+  job.S = S;
+  moe__norm_forward_job(&job, M, H, env);
+}
+
+static void moe__norm_back_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__layernorm_job *job = (const moe__layernorm_job *)arg;
+  size_t H = job->H, size = moe__tile_rows((int32_t)H), row = job->first + (size_t)tile * size, end = row + size, r;
+  int32_t s = job->drop.threshold ? moe__sequence_at(job->seq_start, job->S, row) : 0;
+  (void)slot;
+  if (end > job->end) end = job->end;
+  for (r = row; r < end; ++r) {
+    float *dx = job->dx + r * H;
+    job->kernels->norm_back(dx, job->dy + r * H, job->x + r * H, job->kept_mean[r], job->kept_rstd[r], job->gamma, job->more, H);
+    if (job->ddelta) moe__drop_sequence_row(job, job->ddelta + r * H, NULL, dx, r, &s);
+  }
+}
+
+static void moe__norm_columns_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__layernorm_job *job = (const moe__layernorm_job *)arg;
+  size_t c = (size_t)tile * 32, n = job->H - c < 32 ? job->H - c : 32, at = job->first * job->H + c;
+  float unwanted[32] = {0};
+  (void)slot;
+  job->kernels->norm_columns(job->dgamma ? job->dgamma + c : unwanted, job->dbeta ? job->dbeta + c : unwanted, job->dy + at,
+                             job->x + at, job->kept_mean + job->first, job->kept_rstd + job->first, job->end - job->first, job->H, n);
+}
+
+/* In pieces of rows that stay in the second-level cache between the two passes, columns first since dx may be dy. */
+static void moe__norm_backward_job(moe__layernorm_job *job, int32_t M, int32_t H, const moe_env *env) {
+  size_t tile = moe__tile_rows(H), piece = 8 * tile;
+  if (M < 1 || H < 1) return;
+  job->kernels = MOE__V_PICK(env->isa, ops);
+  job->H = (size_t)H;
+  for (job->first = 0; job->first < (size_t)M; job->first += piece) {
+    job->end = job->first + piece < (size_t)M ? job->first + piece : (size_t)M;
+    if (job->dgamma || job->dbeta) moe__parallel(env, moe__tiles_of(job->H, 32), moe__norm_columns_tile, job);
+    if (job->dx) moe__parallel(env, moe__tiles_of(job->end - job->first, tile), moe__norm_back_tile, job);
+  }
+}
+
+MOE_API void moe_norm_backward(float *dx, float *dgamma, float *dbeta, const float *dy, const float *x, const float *mean,
+                               const float *rstd, const float *gamma, int32_t M, int32_t H, const moe_env *env) {
+  moe__layernorm_job job;
+  memset(&job, 0, sizeof job);
+  job.dx = dx;
+  job.dgamma = dgamma;
+  job.dbeta = dbeta;
+  job.dy = dy;
+  job.x = x;
+  job.kept_mean = mean;
+  job.kept_rstd = rstd;
+  job.gamma = gamma;
+  job.more = 1;
+  moe__norm_backward_job(&job, M, H, env);
+}
+
+/* Backward of moe__residual_norm_forward. dx = gradient of the sum (overwritten: it is the whole gradient of the residual branch so
+   far), ddelta = dropout(dx) (overwritten, or NULL); dgamma, dbeta accumulate, or NULL. dx may be dy; ddelta may be dx. */
+MOE__UNUSED static void moe__residual_norm_backward(float *dx, float *ddelta, float *dgamma, float *dbeta, const float *dy,
+                                                    const float *sum, const float *mean, const float *rstd, const float *gamma,
+                                                    int32_t M, int32_t H, float p, const uint64_t *keys, const int32_t *seq_start,
+                                                    int32_t S, const moe_env *env) {
+  moe__layernorm_job job;
+  memset(&job, 0, sizeof job);
+  job.dx = dx;
+  job.ddelta = ddelta;
+  job.dgamma = dgamma;
+  job.dbeta = dbeta;
+  job.dy = dy;
+  job.x = sum;
+  job.kept_mean = mean;
+  job.kept_rstd = rstd;
+  job.gamma = gamma;
+  job.drop = moe__drop_of(p, keys != NULL);
+  job.keys = keys;
+  job.seq_start = seq_start;
+  job.S = S;
+  moe__norm_backward_job(&job, M, H, env);
+}
+
+static void moe__drop_rows_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__layernorm_job *job = (const moe__layernorm_job *)arg;
+  size_t H = job->H, size = moe__tile_rows((int32_t)H), row = (size_t)tile * size, end = row + size, r;
+  int32_t s = job->drop.threshold ? moe__sequence_at(job->seq_start, job->S, row) : 0;
+  (void)slot;
+  if (end > job->end) end = job->end;
+  for (r = row; r < end; ++r) moe__drop_sequence_row(job, job->y + r * H, NULL, job->delta + r * H, r, &s);
+}
+
+/* y = dropout(x) with a key for each sequence, positions as in moe__residual_norm_forward. (M, H); y may be x. Its own backward. */
+MOE__UNUSED static void moe__dropout_rows(float *y, const float *x, float p, const uint64_t *keys, const int32_t *seq_start,
+                                          int32_t S, int32_t H, const moe_env *env) {
+  moe__layernorm_job job;
+  if (S < 1 || H < 1 || seq_start[S] < 1) return;
+  memset(&job, 0, sizeof job);
+  job.kernels = MOE__V_PICK(env->isa, ops);
+  job.y = y;
+  job.delta = x;
+  job.drop = moe__drop_of(p, keys != NULL);
+  job.keys = keys;
+  job.seq_start = seq_start;
+  job.S = S;
+  job.H = (size_t)H;
+  job.end = (size_t)seq_start[S];
+  moe__parallel(env, moe__tiles_of(job.end, moe__tile_rows(H)), moe__drop_rows_tile, &job);
+}
+
+typedef struct moe__drop_job {
+  const moe__ops_kernels *kernels;
+  float *y;
+  const float *x;
+  size_t n, tile;
+  moe__drop drop;
+  uint64_t key;
+} moe__drop_job;
+
+static void moe__drop_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__drop_job *job = (const moe__drop_job *)arg;
+  size_t i = (size_t)tile * job->tile, n = job->n - i < job->tile ? job->n - i : job->tile;
+  (void)slot;
+  job->kernels->drop(job->y + i, job->x + i, n, job->drop, job->key, (uint32_t)i);
+}
+
+MOE_API void moe_dropout(float *y, const float *x, size_t n, float p, uint64_t key, const moe_env *env) {
+  moe__drop_job job;
+  job.drop = moe__drop_of(p, 1);
+  if (!job.drop.threshold) {
+    if (y != x && n) memcpy(y, x, n * sizeof *y);
+    return;
+  }
+  job.kernels = MOE__V_PICK(env->isa, ops);
+  job.y = y;
+  job.x = x;
+  job.n = n;
+  job.key = key;
+  for (job.tile = 8192; n / job.tile >= 0x10000; job.tile *= 2) {} /* the number of tiles is 32 bits */
+  moe__parallel(env, moe__tiles_of(n, job.tile), moe__drop_tile, &job);
+}
+
+typedef struct moe__embed_job {
+  const moe__ops_kernels *kernels;
+  float *x, *dword, *dposition, *dsegment;
+  const float *word, *position, *segment, *dx;
+  const int32_t *ids, *seq_start;
+  const uint8_t *segments;
+  int32_t S;
+  size_t H;
+} moe__embed_job;
+
+static void moe__embed_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__embed_job *job = (const moe__embed_job *)arg;
+  size_t H = job->H, size = moe__tile_rows((int32_t)H), row = (size_t)tile * size, end = row + size, r;
+  int32_t s = moe__sequence_at(job->seq_start, job->S, row);
+  (void)slot;
+  if (end > (size_t)job->seq_start[job->S]) end = (size_t)job->seq_start[job->S];
+  for (r = row; r < end; ++r) {
+    float *x = job->x + r * H;
+    while ((size_t)job->seq_start[s + 1] <= r) ++s;
+    job->kernels->add(x, job->word + (size_t)job->ids[r] * H, job->position + (r - (size_t)job->seq_start[s]) * H, H);
+    if (job->segment) job->kernels->add(x, x, job->segment + (job->segments ? job->segments[r] : 0u) * H, H);
+  }
+}
+
+MOE_API void moe_embed_forward(float *x, const int32_t *ids, const uint8_t *segments, const int32_t *seq_start, int32_t S,
+                               const float *word, const float *position, const float *segment, int32_t H, const moe_env *env) {
+  moe__embed_job job;
+  if (S < 1 || H < 1 || seq_start[S] < 1) return;
+  memset(&job, 0, sizeof job);
+  job.kernels = MOE__V_PICK(env->isa, ops);
+  job.x = x;
+  job.ids = ids;
+  job.segments = segments;
+  job.seq_start = seq_start;
+  job.S = S;
+  job.word = word;
+  job.position = position;
+  job.segment = segment;
+  job.H = (size_t)H;
+  moe__parallel(env, moe__tiles_of((size_t)seq_start[S], moe__tile_rows(H)), moe__embed_tile, &job);
+}
+
+/* 64 columns of all tokens: one writer for each number, however often a row is used. */
+static void moe__embed_back_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__embed_job *job = (const moe__embed_job *)arg;
+  size_t H = job->H, c = (size_t)tile * 64, n = H - c < 64 ? H - c : 64, r;
+  int32_t s;
+  (void)slot;
+  for (s = 0; s < job->S; ++s)
+    for (r = (size_t)job->seq_start[s]; r < (size_t)job->seq_start[s + 1]; ++r) {
+      const float *dx = job->dx + r * H + c;
+      float *word = job->dword ? job->dword + (size_t)job->ids[r] * H + c : NULL;
+      float *position = job->dposition ? job->dposition + (r - (size_t)job->seq_start[s]) * H + c : NULL;
+      float *segment = job->dsegment ? job->dsegment + (job->segments ? job->segments[r] : 0u) * H + c : NULL;
+      if (word) job->kernels->add(word, word, dx, n);
+      if (position) job->kernels->add(position, position, dx, n);
+      if (segment) job->kernels->add(segment, segment, dx, n);
+    }
+}
+
+MOE_API void moe_embed_backward(float *dword, float *dposition, float *dsegment, const float *dx, const int32_t *ids,
+                                const uint8_t *segments, const int32_t *seq_start, int32_t S, int32_t H, const moe_env *env) {
+  moe__embed_job job;
+  if (S < 1 || H < 1) return;
+  memset(&job, 0, sizeof job);
+  job.kernels = MOE__V_PICK(env->isa, ops);
+  job.dword = dword;
+  job.dposition = dposition;
+  job.dsegment = dsegment;
+  job.dx = dx;
+  job.ids = ids;
+  job.segments = segments;
+  job.seq_start = seq_start;
+  job.S = S;
+  job.H = (size_t)H;
+  moe__parallel(env, moe__tiles_of(job.H, 64), moe__embed_back_tile, &job);
+}
+
+/* A few numbers only: the scalar body serves every instruction set. */
+MOE_API float moe_cross_entropy_forward(float *prob, const float *logits, int32_t label, int32_t C) {
+  float lane[16] = {0}, max = logits[0], sum, inverse, margin;
+  int32_t i;
+  for (i = 1; i < C; ++i) max = moe__maxf(logits[i], max);
+  margin = logits[label] - max;
+  for (i = 0; i < C; ++i) lane[i % 16] += moe__expf(logits[i] - max);
+  sum = moe__tree16(lane);
+  inverse = 1.0f / sum;
+  for (i = 0; prob && i < C; ++i) prob[i] = moe__expf(logits[i] - max) * inverse;
+  return moe__logf(sum) - margin;
+}
+
+MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32_t label, float scale, int32_t C) {
+  int32_t i;
+  for (i = 0; i < C; ++i) dlogits[i] = moe__fmaf(scale, prob[i] - (i == label ? 1.0f : 0.0f), dlogits[i]);
+}
 
 /* ---- self-attention over packed sequences ---- >>attention */
 
