@@ -3206,7 +3206,334 @@ MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32
   for (i = 0; i < C; ++i) dlogits[i] = moe__fmaf(scale, prob[i] - (i == label ? 1.0f : 0.0f), dlogits[i]);
 }
 
-/* ---- self-attention over packed sequences ---- >>attention */
+/* ---- self-attention over packed sequences ---- >>attention
+   A tile of work is one sequence and one head (several heads where sequences are short). Keys and values of the head are copied to
+   scratch, the keys as panels of 16, then blocks of query rows go through it:
+     forward    s = q k^T, p = softmax(s / sqrt D), y = dropout(p) v
+     backward   p again from the maxima and sums that forward kept; dv += dropout(p)^T dy; dp = dropout(dy v^T);
+                ds = p (dp - dy.y) / sqrt D; dq += ds k; dk += ds^T q
+   Every element of a product is one chain of FMAs in ascending order, so blocks change no bit. */
+
+typedef struct moe__attention_row {
+  float scale;     /* 1 / sqrt D */
+  moe__drop drop;
+  uint64_t key;
+  uint32_t first;  /* position of the row's first probability */
+} moe__attention_row;
+
+typedef struct moe__attention_kernels {
+  /* c (m, n) = a b, or += where `more`: element (i, p) of a at a[i ai + p ak]; b in panels of 16 columns, `bw` apart, rows `bk` apart */
+  void (*product)(float *c, size_t ci, const float *a, size_t ai, size_t ak, const float *b, size_t bk, size_t bw, size_t k,
+                  size_t m, size_t n, int more);
+  /* panels of 16 rows of x (rows, n), rows ci apart; rows that are missing are zeros */
+  void (*panels)(float *out, const float *x, size_t xi, size_t rows, size_t n);
+  /* products q.k of a row become probabilities, dropout applied; stat receives maximum and 1/sum. The row ends at a multiple of 16. */
+  void (*softmax)(float *row, float *stat, size_t n, const moe__attention_row *how);
+  /* s: products become probabilities with dropout. ds: gradients of the dropped probabilities become gradients of the products. */
+  void (*softmax_back)(float *s, float *ds, const float *stat, float delta, size_t n, const moe__attention_row *how);
+} moe__attention_kernels;
+
+static void moe__scalar_attention_product(float *c, size_t ci, const float *a, size_t ai, size_t ak, const float *b, size_t bk,
+                                          size_t bw, size_t k, size_t m, size_t n, int more) {
+  size_t i, j, p;
+  for (i = 0; i < m; ++i)
+    for (j = 0; j < n; ++j) {
+      const float *column = b + j / 16 * bw + j % 16;
+      float sum = more ? c[i * ci + j] : 0.0f;
+      for (p = 0; p < k; ++p) sum = moe__fmaf(a[i * ai + p * ak], column[p * bk], sum);
+      c[i * ci + j] = sum;
+    }
+}
+
+static void moe__scalar_attention_panels(float *out, const float *x, size_t xi, size_t rows, size_t n) {
+  size_t j, p;
+  for (j = 0; j < (rows + 15) / 16 * 16; ++j)
+    for (p = 0; p < n; ++p) out[(j / 16 * n + p) * 16 + j % 16] = j < rows ? x[j * xi + p] : 0.0f;
+}
+
+/* exp of a number that is not positive. Below -87 the result is left at 1e-38, next to a sum that is at least 1. */
+static float moe__softmax_expf(float x) { return moe__exp_midf(moe__maxf(-87.0f, x)); }
+
+static void moe__scalar_softmax_row(float *row, float *stat, size_t n, const moe__attention_row *how) {
+  float lane[16] = {0}, max = row[0], inverse;
+  size_t i;
+  for (i = 1; i < n; ++i) max = moe__maxf(row[i], max);
+  max = max * how->scale + 0.0f; /* no -0: which zero of several is found depends on the order */
+  for (i = 0; i < n; ++i) {
+    row[i] = moe__softmax_expf(row[i] * how->scale - max);
+    lane[i % 16] += row[i];
+  }
+  inverse = 1.0f / moe__tree16(lane);
+  for (i = 0; i < n; ++i) {
+    float p = row[i] * inverse;
+    row[i] = !how->drop.threshold ? p : moe__hash32(how->key, how->first + (uint32_t)i) < how->drop.threshold ? 0.0f : p * how->drop.scale;
+  }
+  stat[0] = max;
+  stat[1] = inverse;
+}
+
+static void moe__scalar_softmax_back_row(float *s, float *ds, const float *stat, float delta, size_t n, const moe__attention_row *how) {
+  size_t i;
+  for (i = 0; i < n; ++i) {
+    float p = moe__softmax_expf(s[i] * how->scale - stat[0]) * stat[1], kept = p, d = ds[i];
+    if (how->drop.threshold) {
+      int falls = moe__hash32(how->key, how->first + (uint32_t)i) < how->drop.threshold;
+      kept = falls ? 0.0f : p * how->drop.scale;
+      d = falls ? 0.0f : d * how->drop.scale;
+    }
+    s[i] = kept;
+    ds[i] = p * (d - delta) * how->scale;
+  }
+}
+
+static const moe__attention_kernels moe__scalar_attention = {moe__scalar_attention_product, moe__scalar_attention_panels,
+                                                             moe__scalar_softmax_row, moe__scalar_softmax_back_row};
+
+#define MOE__SOFTMAX(S, T)                                                                                                     \
+  T MOE__INLINE S##_f S##_softmax_exp(S##_f x) { return S##_exp_mid(S##_max(S##_set(-87.0f), x)); }                            \
+  T static void S##_softmax_row(float *row, float *stat, size_t n, const moe__attention_row *how) {                            \
+    S##_f scale = S##_set(how->scale), max = S##_set(row[0]), sum = S##_set(0.0f), inverse, grow;                              \
+    S##_i at = S##_falls_first(how->key, how->first);                                                                          \
+    S##_m tail = S##_ult(S##_iiota(0), S##_iset((uint32_t)(n % 16)));                                                          \
+    size_t i;                                                                                                                  \
+    for (i = 0; i + 16 <= n; i += 16) max = S##_max(S##_load(row + i), max);                                                   \
+    if (i < n) max = S##_sel(tail, S##_max(S##_load(row + i), max), max);                                                      \
+    stat[0] = S##_max16(max) * how->scale + 0.0f;                                                                                   \
+    max = S##_set(stat[0]);                                                                                                    \
+    for (i = 0; i + 16 <= n; i += 16) {                                                                                        \
+      S##_f e = S##_softmax_exp(S##_sub(S##_mul(S##_load(row + i), scale), max));                                              \
+      S##_store(row + i, e);                                                                                                   \
+      sum = S##_add(sum, e);                                                                                                   \
+    }                                                                                                                          \
+    if (i < n) {                                                                                                               \
+      S##_f e = S##_sel(tail, S##_softmax_exp(S##_sub(S##_mul(S##_load(row + i), scale), max)), S##_set(0.0f));                \
+      S##_store(row + i, e);                                                                                                   \
+      sum = S##_add(sum, e);                                                                                                   \
+    }                                                                                                                          \
+    stat[1] = 1.0f / S##_sum(sum);                                                                                             \
+    inverse = S##_set(stat[1]);                                                                                                \
+    if (!how->drop.threshold) {                                                                                                \
+      for (i = 0; i < n; i += 16) S##_store(row + i, S##_mul(S##_load(row + i), inverse));                                     \
+      return;                                                                                                                  \
+    }                                                                                                                          \
+    grow = S##_set(how->drop.scale);                                                                                           \
+    for (i = 0; i < n; i += 16, at = S##_falls_next(at)) {                                                                     \
+      S##_f p = S##_mul(S##_mul(S##_load(row + i), inverse), grow);                                                            \
+      S##_store(row + i, S##_sel(S##_falls(at, how->key, how->drop), S##_set(0.0f), p));                                       \
+    }                                                                                                                          \
+  }                                                                                                                            \
+  T static void S##_softmax_back_row(float *s, float *ds, const float *stat, float delta, size_t n,                            \
+                                     const moe__attention_row *how) {                                                          \
+    S##_f scale = S##_set(how->scale), max = S##_set(stat[0]), inverse = S##_set(stat[1]), zero = S##_set(0.0f);               \
+    S##_f grow = S##_set(how->drop.scale), minus = S##_set(delta);                                                             \
+    S##_i at = S##_falls_first(how->key, how->first);                                                                          \
+    size_t i;                                                                                                                  \
+    for (i = 0; i < n; i += 16, at = S##_falls_next(at)) {                                                                     \
+      S##_f p = S##_mul(S##_softmax_exp(S##_sub(S##_mul(S##_load(s + i), scale), max)), inverse);                              \
+      S##_f kept = p, d = S##_load(ds + i);                                                                                    \
+      if (how->drop.threshold) {                                                                                               \
+        S##_m falls = S##_falls(at, how->key, how->drop);                                                                      \
+        kept = S##_sel(falls, zero, S##_mul(p, grow));                                                                         \
+        d = S##_sel(falls, zero, S##_mul(d, grow));                                                                            \
+      }                                                                                                                        \
+      S##_store(s + i, kept);                                                                                                  \
+      S##_store(ds + i, S##_mul(S##_mul(p, S##_sub(d, minus)), scale));                                                        \
+    }                                                                                                                          \
+  }                                                                                                                            \
+  static const moe__attention_kernels S##_attention = {moe__scalar_attention_product, moe__scalar_attention_panels,            \
+                                                       S##_softmax_row, S##_softmax_back_row};
+MOE__V_STAMP(MOE__SOFTMAX)
+#undef MOE__SOFTMAX
+
+typedef struct moe__attention_job {
+  const moe__attention_kernels *kernels;
+  const moe__row_kernels *rows;
+  float *y, *stats, *dqkv, *scratch;
+  const float *qkv, *dy, *kept_y, *kept_stats;
+  const int32_t *seq_start;
+  const uint64_t *keys;
+  size_t H, A, D, wide;   /* wide: D rounded up to 16 */
+  size_t group, blocks;   /* heads of a tile; tiles along the queries of a sequence */
+  size_t slot_floats, longest;
+  float scale;
+  moe__drop drop;
+} moe__attention_job;
+
+#define MOE__QUERIES 512 /* queries of a forward tile */
+
+static size_t moe__round16(size_t n) { return (n + 15) / 16 * 16; }
+
+/* Query rows that go through the products together: their probabilities stay in the first-level cache. */
+static size_t moe__attention_block(size_t length) {
+  size_t rows = 4096 / length / 8 * 8;
+  return rows < 16 ? 16 : rows > 64 ? 64 : rows;
+}
+
+/* Row stride of a block: not a power of two, which would put all rows into the same places of the cache. */
+static size_t moe__attention_stride(size_t length) { return moe__round16(length) + 16; }
+
+/* Floats of one block, for any length up to this one: 16 rows of the longest, or 4096 / length rows of it with their padding. */
+static size_t moe__attention_block_floats(size_t longest) { return 16 * moe__attention_stride(longest) + 64 * 96; }
+
+static size_t moe__attention_slot(size_t longest, size_t wide, int training) {
+  size_t head = moe__round16(longest) * wide;
+  size_t block = moe__attention_block_floats(longest);
+  if (!training) return 2 * head + block;
+  return 3 * head + 2 * block + 2 * 64 * wide;
+}
+
+MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training, const moe_env *env) {
+  if (longest < 1 || H < 1 || A < 1) return 0;
+  return (size_t)env->threads * moe__attention_slot((size_t)longest, moe__round16((size_t)(H / A)), training);
+}
+
+/* rows (rows, D) side by side, filled up with zeros to `wide` columns */
+static void moe__attention_copy(float *out, const float *x, size_t xi, size_t rows, size_t D, size_t wide) {
+  size_t r;
+  for (r = 0; r < rows; ++r, out += wide, x += xi) {
+    memcpy(out, x, D * sizeof *x);
+    if (wide > D) memset(out + D, 0, (wide - D) * sizeof *out);
+  }
+}
+
+/* Queries [from, to) of one head of one sequence. q, k, v: first row of the head; y: its first row; stats: (length, A, 2) from the head on. */
+static void moe__attention_head(const moe__attention_job *job, float *y, float *stats, const float *q, size_t length, size_t from,
+                                size_t to, uint64_t key, size_t first, float *scratch) {
+  const moe__attention_kernels *kernels = job->kernels;
+  size_t D = job->D, wide = job->wide, stride = 3 * job->H, padded = moe__round16(length), si = moe__attention_stride(length), i, r;
+  float *k = scratch, *v = k + padded * wide, *p = v + padded * wide;
+  size_t block = moe__attention_block(length);
+  moe__attention_row how;
+  how.scale = job->scale;
+  how.drop = job->drop;
+  how.key = key;
+  kernels->panels(k, q + job->H, stride, length, D);
+  moe__attention_copy(v, q + 2 * job->H, stride, length, D, wide);
+  for (i = from; i < to; i += block) {
+    size_t rows = to - i < block ? to - i : block;
+    kernels->product(p, si, q + i * stride, stride, 1, k, 16, 16 * D, D, rows, padded, 0);
+    for (r = 0; r < rows; ++r) {
+      float unwanted[2];
+      how.first = (uint32_t)(first + (i + r) * length);
+      kernels->softmax(p + r * si, stats ? stats + (i + r) * job->A * 2 : unwanted, length, &how);
+    }
+    kernels->product(y + i * job->H, job->H, p, si, 1, v, wide, 16, length, rows, D, 0);
+  }
+}
+
+static void moe__attention_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__attention_job *job = (const moe__attention_job *)arg;
+  size_t groups = (job->A + job->group - 1) / job->group;
+  size_t block = (size_t)tile % job->blocks, a = (size_t)tile / job->blocks % groups * job->group;
+  size_t s = (size_t)tile / job->blocks / groups, begin = (size_t)job->seq_start[s];
+  size_t length = (size_t)job->seq_start[s + 1] - begin, from = block * MOE__QUERIES, to, end = a + job->group;
+  float *scratch = job->scratch + (size_t)slot * job->slot_floats;
+  if (from >= length) return;
+  to = length - from < MOE__QUERIES ? length : from + MOE__QUERIES;
+  for (; a < end && a < job->A; ++a)
+    moe__attention_head(job, job->y + begin * job->H + a * job->D, job->stats ? job->stats + (begin * job->A + a) * 2 : NULL,
+                        job->qkv + begin * 3 * job->H + a * job->D, length, from, to, job->drop.threshold ? job->keys[s] : 0,
+                        a * length * length, scratch);
+}
+
+/* Sizes common to forward and backward. Returns the number of (sequence, group of heads) pairs. */
+static size_t moe__attention_shape(moe__attention_job *job, const int32_t *seq_start, int32_t S, int32_t H, int32_t A, float p,
+                                   const uint64_t *keys, float *scratch, int training, const moe_env *env) {
+  size_t longest = 1;
+  int32_t s;
+  for (s = 0; s < S; ++s)
+    if ((size_t)(seq_start[s + 1] - seq_start[s]) > longest) longest = (size_t)(seq_start[s + 1] - seq_start[s]);
+  job->kernels = MOE__V_PICK(env->isa, attention);
+  job->rows = MOE__V_PICK(env->isa, rows);
+  job->seq_start = seq_start;
+  job->keys = keys;
+  job->scratch = scratch;
+  job->H = (size_t)H;
+  job->A = (size_t)A;
+  job->D = job->H / job->A;
+  job->wide = moe__round16(job->D);
+  job->longest = longest;
+  job->slot_floats = moe__attention_slot(longest, job->wide, training);
+  job->scale = 1.0f / sqrtf((float)job->D);
+  job->drop = moe__drop_of(p, keys != NULL);
+  job->group = 4096 / (longest * longest);
+  job->group = job->group < 1 ? 1 : job->group > job->A ? job->A : job->group;
+  return (size_t)S * ((job->A + job->group - 1) / job->group);
+}
+
+MOE_API void moe_attention_forward(float *y, float *stats, const float *qkv, const int32_t *seq_start, int32_t S, int32_t H,
+                                   int32_t A, float p, const uint64_t *keys, float *scratch, const moe_env *env) {
+  moe__attention_job job;
+  size_t pairs;
+  if (S < 1 || H < 1 || A < 1) return;
+  memset(&job, 0, sizeof job);
+  pairs = moe__attention_shape(&job, seq_start, S, H, A, p, keys, scratch, 0, env);
+  job.y = y;
+  job.stats = stats;
+  job.qkv = qkv;
+  job.blocks = (job.longest + MOE__QUERIES - 1) / MOE__QUERIES;
+  moe__parallel(env, (int32_t)(pairs * job.blocks), moe__attention_tile, &job);
+}
+
+/* One head of one sequence. Pointers to the first row of the head, as in moe__attention_head; dq: its gradient in dqkv. */
+static void moe__attention_head_back(const moe__attention_job *job, float *dq, const float *dy, const float *y, const float *stats,
+                                     const float *q, size_t length, uint64_t key, size_t first, float *scratch) {
+  const moe__attention_kernels *kernels = job->kernels;
+  size_t D = job->D, H = job->H, wide = job->wide, stride = 3 * H, padded = moe__round16(length), si = moe__attention_stride(length);
+  size_t head = padded * wide, block = moe__attention_block(length), i, r;
+  float *k = scratch, *k_panels = k + head, *v_panels = k_panels + head, *qb = v_panels + head, *dyb = qb + 64 * wide;
+  float *p = dyb + 64 * wide, *ds = p + moe__attention_block_floats(job->longest), *dk = dq + H, *dv = dk + H;
+  moe__attention_row how;
+  how.scale = job->scale;
+  how.drop = job->drop;
+  how.key = key;
+  kernels->panels(k_panels, q + H, stride, length, D);
+  kernels->panels(v_panels, q + 2 * H, stride, length, D);
+  moe__attention_copy(k, q + H, stride, length, D, wide);
+  for (i = 0; i < length; i += block) {
+    size_t rows = length - i < block ? length - i : block;
+    moe__attention_copy(qb, q + i * stride, stride, rows, D, wide);
+    moe__attention_copy(dyb, dy + i * H, H, rows, D, wide);
+    kernels->product(p, si, qb, wide, 1, k_panels, 16, 16 * D, D, rows, padded, 0);
+    kernels->product(ds, si, dyb, wide, 1, v_panels, 16, 16 * D, D, rows, padded, 0);
+    for (r = 0; r < rows; ++r) {
+      float delta = job->rows->dot(dyb + r * wide, y + (i + r) * H, D);
+      how.first = (uint32_t)(first + (i + r) * length);
+      kernels->softmax_back(p + r * si, ds + r * si, stats + (i + r) * job->A * 2, delta, length, &how);
+    }
+    kernels->product(dv, stride, p, 1, si, dyb, wide, 16, rows, length, D, 1);
+    kernels->product(dq + i * stride, stride, ds, si, 1, k, wide, 16, length, rows, D, 1);
+    kernels->product(dk, stride, ds, 1, si, qb, wide, 16, rows, length, D, 1);
+  }
+}
+
+static void moe__attention_back_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__attention_job *job = (const moe__attention_job *)arg;
+  size_t groups = (job->A + job->group - 1) / job->group, a = (size_t)tile % groups * job->group, end = a + job->group;
+  size_t s = (size_t)tile / groups, begin = (size_t)job->seq_start[s], length = (size_t)job->seq_start[s + 1] - begin;
+  float *scratch = job->scratch + (size_t)slot * job->slot_floats;
+  for (; length && a < end && a < job->A; ++a) {
+    size_t at = begin * job->H + a * job->D, at3 = begin * 3 * job->H + a * job->D;
+    moe__attention_head_back(job, job->dqkv + at3, job->dy + at, job->kept_y + at, job->kept_stats + (begin * job->A + a) * 2,
+                             job->qkv + at3, length, job->drop.threshold ? job->keys[s] : 0, a * length * length, scratch);
+  }
+}
+
+MOE_API void moe_attention_backward(float *dqkv, const float *dy, const float *y, const float *stats, const float *qkv,
+                                    const int32_t *seq_start, int32_t S, int32_t H, int32_t A, float p, const uint64_t *keys,
+                                    float *scratch, const moe_env *env) {
+  moe__attention_job job;
+  size_t pairs;
+  if (S < 1 || H < 1 || A < 1) return;
+  memset(&job, 0, sizeof job);
+  pairs = moe__attention_shape(&job, seq_start, S, H, A, p, keys, scratch, 1, env);
+  job.dqkv = dqkv;
+  job.dy = dy;
+  job.kept_y = y;
+  job.kept_stats = stats;
+  job.qkv = qkv;
+  moe__parallel(env, (int32_t)pairs, moe__attention_back_tile, &job);
+}
 
 
 /* ---- gates, top-k, dispatch ---- >>route

@@ -1,0 +1,269 @@
+/* Self-attention: against PyTorch, against an independent reference in double and its finite differences, and bit for bit between
+   instruction sets, numbers of threads and neighbours in the batch. */
+#define MOE_IMPLEMENTATION
+#include "../moe.h"
+#include "golden/ops.h"
+#include "test.h"
+
+static const moe_isa isas[] = {MOE_ISA_SCALAR, MOE_ISA_NEON, MOE_ISA_AVX2, MOE_ISA_AVX512};
+enum { ISAS = sizeof isas / sizeof isas[0] };
+static const int32_t thread_counts[] = {1, 2, 3, 8};
+
+typedef struct shape {
+  int32_t S, H, A;
+  float p;
+  int32_t starts[8];
+} shape;
+static const shape shapes[] = {
+  {1, 1, 1, 0.0f, {0, 1}},
+  {3, 12, 3, 0.0f, {0, 4, 5, 10}},
+  {3, 12, 3, 0.3f, {0, 4, 5, 10}},
+  {4, 21, 3, 0.1f, {0, 17, 17, 50, 52}}, /* D = 7; an empty sequence */
+  {2, 64, 2, 0.0f, {0, 8, 16}},
+  {6, 96, 12, 0.1f, {0, 8, 16, 17, 24, 55, 63}},
+  {1, 64, 2, 0.1f, {0, 128}},
+  {2, 100, 1, 0.2f, {0, 65, 130}},
+  {1, 128, 1, 0.0f, {0, 40}},
+  {2, 32, 2, 0.1f, {0, 530, 531}}, /* more than one tile of queries */
+};
+enum { SHAPES = sizeof shapes / sizeof shapes[0], MOST = 540 * 96 };
+static const uint64_t keys[8] = {0x123456789abcdefu, 22, 33, 44, 55, 66, 77, 88};
+
+static float qkv[3 * MOST], y[MOST], dy[MOST], stats[MOST], dqkv[3 * MOST];
+
+static void fill(float *x, size_t n, uint64_t seed, float scale) {
+  uint64_t state = seed;
+  size_t i;
+  for (i = 0; i < n; ++i) x[i] = test_random(&state) * scale;
+}
+
+static void dirty(float *x, size_t n) {
+  size_t i;
+  for (i = 0; i < n; ++i) x[i] = i % 3 ? NAN : 1e30f;
+}
+
+/* Runs forward and backward of a shape on dirty memory; dqkv begins with small numbers. */
+static void run_shape(const shape *s, const moe_env *env) {
+  int32_t M = s->starts[s->S], longest = 1, i;
+  size_t floats, n = (size_t)(M * s->H);
+  float *scratch;
+  for (i = 0; i < s->S; ++i)
+    if (s->starts[i + 1] - s->starts[i] > longest) longest = s->starts[i + 1] - s->starts[i];
+  fill(qkv, 3 * n, 1, 1.5f);
+  fill(dy, n, 2, 1.0f);
+  fill(dqkv, 3 * n, 3, 1e-3f);
+  dirty(y, n);
+  dirty(stats, (size_t)(M * s->A * 2));
+  floats = moe_attention_scratch(longest, s->H, s->A, 0, env);
+  scratch = (float *)malloc(floats * sizeof(float));
+  dirty(scratch, floats);
+  moe_attention_forward(y, stats, qkv, s->starts, s->S, s->H, s->A, s->p, keys, scratch, env);
+  free(scratch);
+  floats = moe_attention_scratch(longest, s->H, s->A, 1, env);
+  scratch = (float *)malloc(floats * sizeof(float));
+  dirty(scratch, floats);
+  moe_attention_backward(dqkv, dy, y, stats, qkv, s->starts, s->S, s->H, s->A, s->p, keys, scratch, env);
+  free(scratch);
+}
+
+/* Output of one query in one head, straight from the formula; returns its product with dy. */
+static double reference(double *out, const double *x, const shape *s, int32_t sequence, int32_t a, int32_t query, const float *dy_row) {
+  int32_t begin = s->starts[sequence], length = s->starts[sequence + 1] - begin, H = s->H, D = H / s->A, j, d;
+  static double p[9000];
+  double max = -1e300, sum = 0, loss = 0;
+  for (j = 0; j < length; ++j) {
+    const double *q = x + (size_t)(begin + query) * 3 * (size_t)H + a * D, *k = x + (size_t)(begin + j) * 3 * (size_t)H + H + a * D;
+    p[j] = 0;
+    for (d = 0; d < D; ++d) p[j] += q[d] * k[d];
+    p[j] /= sqrt((double)D);
+    if (p[j] > max) max = p[j];
+  }
+  for (j = 0; j < length; ++j) sum += p[j] = exp(p[j] - max);
+  for (d = 0; d < D; ++d) out[d] = 0;
+  for (j = 0; j < length; ++j) {
+    double w = p[j] / sum;
+    if (s->p > 0) {
+      double u = moe__hash32(keys[sequence], (uint32_t)((a * length + query) * length + j)) / 4294967296.0;
+      w = u < (double)s->p ? 0 : w / (1 - (double)s->p);
+    }
+    for (d = 0; d < D; ++d) out[d] += w * x[(size_t)(begin + j) * 3 * (size_t)H + (size_t)(2 * H + a * D + d)];
+  }
+  for (d = 0; d < D; ++d) loss += out[d] * (double)dy_row[d];
+  return loss;
+}
+
+/* Loss of one head of one sequence. */
+static double head_loss(const double *x, const shape *s, int32_t sequence, int32_t a) {
+  double out[128], loss = 0;
+  int32_t i, D = s->H / s->A;
+  for (i = s->starts[sequence]; i < s->starts[sequence + 1]; ++i)
+    loss += reference(out, x, s, sequence, a, i - s->starts[sequence], dy + (size_t)i * (size_t)s->H + a * D);
+  return loss;
+}
+
+static void test_attention_matches_the_formula_in_double(void) {
+  static double x[3 * MOST];
+  moe_env env;
+  int n;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  for (n = 0; n < SHAPES; ++n) {
+    const shape *s = &shapes[n];
+    int32_t M = s->starts[s->S], D = s->H / s->A, q, a, i, d, step = 1 + M * 3 * s->H / 60;
+    double out[128];
+    run_shape(s, &env);
+    for (i = 0; i < 3 * M * s->H; ++i) x[i] = (double)qkv[i];
+    for (q = 0; q < s->S; ++q)
+      for (a = 0; a < s->A; ++a)
+        for (i = s->starts[q]; i < s->starts[q + 1]; ++i) {
+          reference(out, x, s, q, a, i - s->starts[q], dy);
+          for (d = 0; d < D; ++d) CHECK_NEAR(y[i * s->H + a * D + d], out[d], 3e-6);
+        }
+    for (i = 0; i < 3 * M * s->H; i += step) {
+      int32_t row = i / (3 * s->H), column = i % s->H;
+      double kept = x[i], up, down, h = 1e-5, start;
+      uint64_t state = 3;
+      for (d = 0; d < i; ++d) test_random(&state);
+      start = (double)(test_random(&state) * 1e-3f);
+      for (q = 0; s->starts[q + 1] <= row; ++q) {}
+      x[i] = kept + h, up = head_loss(x, s, q, column / D);
+      x[i] = kept - h, down = head_loss(x, s, q, column / D);
+      x[i] = kept;
+      CHECK_NEAR(dqkv[i], (up - down) / (2 * h) + start, 2e-5);
+    }
+  }
+}
+
+static void test_attention_has_the_same_bits_everywhere(void) {
+  static float kept_y[MOST], kept_stats[MOST], kept_dqkv[3 * MOST];
+  int n;
+  size_t i, t;
+  for (n = 0; n < SHAPES; ++n) {
+    const shape *s = &shapes[n];
+    size_t M = (size_t)s->starts[s->S], H = (size_t)s->H, A = (size_t)s->A;
+    int first = 1;
+    for (i = 0; i < ISAS; ++i)
+      for (t = 0; t < 4 && moe_isa_available(isas[i]); ++t) {
+        moe_env env;
+        moe_pool *pool;
+        if (thread_counts[t] == 3 && M * H > 10000) continue;
+        moe_env_init(&env, isas[i]);
+        CHECK(moe_pool_create(&pool, thread_counts[t], &env) == MOE_OK, "no pool");
+        run_shape(s, &env);
+        moe_pool_free(pool);
+        if (first) {
+          memcpy(kept_y, y, sizeof y);
+          memcpy(kept_stats, stats, sizeof stats);
+          memcpy(kept_dqkv, dqkv, sizeof dqkv);
+        }
+        first = 0;
+        CHECK(!memcmp(kept_y, y, M * H * 4), "y of shape %d, %s, %d threads", n, moe_isa_name(isas[i]), (int)thread_counts[t]);
+        CHECK(!memcmp(kept_stats, stats, M * A * 8), "stats of shape %d, %s", n, moe_isa_name(isas[i]));
+        CHECK(!memcmp(kept_dqkv, dqkv, M * H * 12), "dqkv of shape %d, %s, %d threads", n, moe_isa_name(isas[i]), (int)thread_counts[t]);
+      }
+  }
+}
+
+static void test_attention_of_a_sequence_ignores_its_neighbours(void) {
+  static float y1[MOST], stats1[MOST], dqkv1[3 * MOST];
+  const shape *s = &shapes[5];
+  moe_env env;
+  int32_t q;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  run_shape(s, &env);
+  for (q = 0; q < s->S; ++q) {
+    int32_t at = s->starts[q], alone[2];
+    size_t M = (size_t)(s->starts[q + 1] - at), H = (size_t)s->H, A = (size_t)s->A;
+    float *scratch = (float *)malloc(moe_attention_scratch((int32_t)M, s->H, s->A, 1, &env) * sizeof(float));
+    alone[0] = 0;
+    alone[1] = (int32_t)M;
+    fill(dqkv1, 3 * MOST, 3, 1e-3f); /* what run_shape began with */
+    memmove(dqkv1, dqkv1 + at * 3 * s->H, M * H * 12);
+    moe_attention_forward(y1, stats1, qkv + at * 3 * s->H, alone, 1, s->H, s->A, s->p, keys + q, scratch, &env);
+    moe_attention_backward(dqkv1, dy + at * s->H, y1, stats1, qkv + at * 3 * s->H, alone, 1, s->H, s->A, s->p, keys + q, scratch, &env);
+    free(scratch);
+    CHECK(!memcmp(y1, y + at * s->H, M * H * 4), "y of sequence %d", (int)q);
+    CHECK(!memcmp(stats1, stats + at * s->A * 2, M * A * 8), "stats of sequence %d", (int)q);
+    CHECK(!memcmp(dqkv1, dqkv + at * 3 * s->H, M * H * 12), "dqkv of sequence %d", (int)q);
+  }
+}
+
+static void test_attention_agrees_with_pytorch(void) {
+  static const int32_t at[4] = {0, 4, 5, 10};
+  static float part[120];
+  static const char *const name[3] = {"attention.q", "attention.k", "attention.v"};
+  const double *want[3];
+  double error, norm;
+  float *scratch;
+  moe_env env;
+  int i, j;
+  want[0] = golden_attention_dq, want[1] = golden_attention_dk, want[2] = golden_attention_dv;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  scratch = (float *)malloc(moe_attention_scratch(5, 12, 3, 1, &env) * sizeof(float));
+  for (j = 0; j < 3; ++j) {
+    golden_fill(part, 120, name[j], j < 2 ? 2.0f : 1.0f);
+    for (i = 0; i < 120; ++i) qkv[i / 12 * 36 + j * 12 + i % 12] = part[i];
+  }
+  golden_fill(dy, 120, "attention.dy", 1);
+  memset(dqkv, 0, sizeof dqkv);
+  moe_attention_forward(y, stats, qkv, at, 3, 12, 3, 0, NULL, scratch, &env);
+  moe_attention_backward(dqkv, dy, y, stats, qkv, at, 3, 12, 3, 0, NULL, scratch, &env);
+  free(scratch);
+  for (i = 0; i < 120; ++i) CHECK_NEAR(y[i], golden_attention_y[i], 1e-6);
+  for (j = 0; j < 3; ++j) {
+    for (error = norm = 0, i = 0; i < 120; ++i) {
+      double d = (double)dqkv[i / 12 * 36 + j * 12 + i % 12] - want[j][i];
+      error += d * d, norm += want[j][i] * want[j][i];
+    }
+    CHECK(sqrt(error / norm) < 2e-6, "gradient %d: %g", j, sqrt(error / norm));
+  }
+}
+
+static void test_attention_does_not_overflow(void) {
+  const shape s = {1, 32, 1, 0.0f, {0, 20}};
+  moe_env env;
+  float *scratch;
+  int i;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  scratch = (float *)malloc(moe_attention_scratch(20, 32, 1, 1, &env) * sizeof(float));
+  fill(qkv, 20 * 96, 1, 1000.0f);
+  fill(dy, 20 * 32, 2, 1.0f);
+  memset(dqkv, 0, sizeof dqkv);
+  moe_attention_forward(y, stats, qkv, s.starts, 1, 32, 1, 0, NULL, scratch, &env);
+  moe_attention_backward(dqkv, dy, y, stats, qkv, s.starts, 1, 32, 1, 0, NULL, scratch, &env);
+  for (i = 0; i < 20 * 32; ++i) CHECK(fabs((double)y[i]) <= 1000.1, "y[%d] = %g", i, (double)y[i]);
+  for (i = 0; i < 20 * 96; ++i) CHECK(fabs((double)dqkv[i]) < 1e7, "dqkv[%d] = %g", i, (double)dqkv[i]);
+  qkv[40 * 3] = NAN; /* must stay visible */
+  moe_attention_forward(y, stats, qkv, s.starts, 1, 32, 1, 0, NULL, scratch, &env);
+  CHECK(y[40] != y[40], "a NaN has vanished");
+  free(scratch);
+}
+
+static void test_attention_of_8192_tokens(void) {
+  static const int32_t at[2] = {0, 8192};
+  const shape s = {1, 8, 1, 0.1f, {0, 8192}};
+  double *x = (double *)malloc(8192 * 24 * sizeof(double)), out[8];
+  float *big = (float *)malloc(8192 * 24 * sizeof(float)), *z = (float *)malloc(8192 * 8 * sizeof(float)), *scratch;
+  moe_env env;
+  int32_t i, d;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  scratch = (float *)malloc(moe_attention_scratch(8192, 8, 1, 0, &env) * sizeof(float));
+  fill(big, 8192 * 24, 1, 1.5f);
+  for (i = 0; i < 8192 * 24; ++i) x[i] = (double)big[i];
+  moe_attention_forward(z, NULL, big, at, 1, 8, 1, 0.1f, keys, scratch, &env);
+  for (i = 0; i < 8192; i += 511) {
+    reference(out, x, &s, 0, 0, i, dy);
+    for (d = 0; d < 8; ++d) CHECK_NEAR(z[i * 8 + d], out[d], 1e-6);
+  }
+  free(x), free(big), free(z), free(scratch);
+}
+
+int main(int argc, char **argv) {
+  test_begin(argc, argv);
+  RUN(test_attention_matches_the_formula_in_double);
+  RUN(test_attention_has_the_same_bits_everywhere);
+  RUN(test_attention_of_a_sequence_ignores_its_neighbours);
+  RUN(test_attention_agrees_with_pytorch);
+  RUN(test_attention_does_not_overflow);
+  RUN(test_attention_of_8192_tokens);
+  return test_end();
+}
