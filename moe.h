@@ -91,7 +91,10 @@
      >>trainer       accumulate, update, gradient check
      >>json          the little JSON that the files need
      >>safetensors   reading and writing the container
-     >>files         models and checkpoints, import of published encoders
+     >>files         model files
+     >>os            files of the operating system
+     >>import        weights of published encoders
+     >>checkpoint    checkpoints
      >>text          WordPiece
      >>metrics       accuracy, F1, Matthews, Pearson, Spearman
      >>predict       text in, label out
@@ -440,6 +443,9 @@ typedef struct moe_writer {
 } moe_writer;
 /* Writes the whole model. MOE_E_IO when the writer says so. */
 MOE_API moe_status moe_model_write(const moe_model *model, const moe_writer *writer, const moe_env *env);
+/* A model on the heap from the bytes of a file, packed and ready to train or to run. The tensors may have any order. MOE_E_FORMAT with the
+   tensor's name where the file is not one of moe.h or is damaged (NaN and infinities among the weights count as damage). */
+MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file_bytes, const moe_env *env);
 /* Bytes of a block for moe_model_open. */
 MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size_t *bytes, const moe_env *env);
 /* A model whose weights stay in the file's bytes (mapped, or in flash), which must outlive it and are never written to. Such a model
@@ -454,7 +460,8 @@ typedef struct moe_import_options {
 /* Reads sizes (not heads and eps, which no safetensors file holds) from a BERT-like safetensors file into *config: layers, hidden, ffn,
    vocab, positions, segments. Names with and without "bert.", gamma/beta as well as weight/bias. */
 MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes, const moe_env *env);
-/* Reads num_attention_heads, layer_norm_eps (and hidden_act, which must be "gelu") from the text of a config.json. */
+/* Reads num_attention_heads (which must be there) and layer_norm_eps from the text of a config.json. MOE_E_UNSUPPORTED unless hidden_act is
+   "gelu", position_embedding_type "absolute" and model_type "bert", where they are given. */
 MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes, const moe_env *env);
 /* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN, #18) from the file: F32, F16 or BF16. Gates and heads
    keep their values. Nothing is changed unless every tensor is there in the right shape. options NULL: no noise. */
@@ -462,11 +469,11 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
                                     const moe_env *env);
 
 #ifndef MOE_NO_STDIO
-/* Reads a whole file: *data (to be freed with moe_free) and *bytes. Its ending zero is not counted. MOE_E_IO, MOE_E_MEMORY. */
+/* Reads a whole file or pipe: *data (to be freed with moe_free) and *bytes. A zero that is not counted follows. MOE_E_IO, MOE_E_MEMORY. */
 MOE_API moe_status moe_file_read(void **data, size_t *bytes, const char *path, const moe_env *env);
 MOE_API void moe_free(void *data);
 /* Replaces the file at `path` by what `write` writes: first into PATH.tmp, which is flushed to the disk and then renamed, so that a crash
-   or a full disk never costs the old file. */
+   or a full disk never costs the old file. A symbolic link is replaced, not followed; a pipe or device is written to directly. */
 MOE_API moe_status moe_file_replace(const char *path, moe_status (*write)(void *user, const moe_writer *writer, const moe_env *env),
                                     void *user, const moe_env *env);
 /* Loads a model file onto the heap, packed and ready to train or to run. */
@@ -682,6 +689,11 @@ MOE_API moe_status moe_predict_texts(moe_predictor *predictor, int32_t task, con
 #include <string.h>
 #ifndef MOE_NO_STDIO
 #include <stdio.h>
+#ifndef _WIN32
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#endif
 #endif
 #if !defined(MOE_MALLOC) != !defined(MOE_FREE)
 #error "define both MOE_MALLOC and MOE_FREE, or neither"
@@ -4148,22 +4160,26 @@ static size_t moe__label_text(char out[MOE_NAME_BYTES], const moe_task *task, in
   return strlen(out);
 }
 
-static void moe__model_take(moe__layout *layout, moe__model_pieces *pieces, const moe__plan *plan, const moe_task *tasks, int32_t T,
-                            int in_place) {
-  size_t labels = 0, bytes = 0;
+/* Label names of all tasks: how many, and their bytes with the ending zeros. */
+static void moe__count_labels(size_t *labels, size_t *bytes, const moe_task *tasks, int32_t T) {
   char text[MOE_NAME_BYTES];
   int32_t t, i;
+  *labels = *bytes = 0;
   for (t = 0; t < T; ++t) {
     if (tasks[t].kind == MOE_KIND_REGRESSION) continue;
-    labels += (size_t)tasks[t].classes;
-    for (i = 0; i < tasks[t].classes; ++i) bytes += moe__label_text(text, &tasks[t], i) + 1;
+    *labels += (size_t)tasks[t].classes;
+    for (i = 0; i < tasks[t].classes; ++i) *bytes += moe__label_text(text, &tasks[t], i) + 1;
   }
+}
+
+/* weights: how many stand in the block; 0 when they are elsewhere. */
+static void moe__model_take(moe__layout *layout, moe__model_pieces *pieces, size_t T, size_t labels, size_t label_bytes, size_t weights) {
   pieces->model = (moe_model *)moe__take(layout, 1, sizeof(moe_model));
-  pieces->tasks = (moe_task *)moe__take(layout, (size_t)T, sizeof(moe_task));
-  pieces->head = (size_t *)moe__take(layout, (size_t)T, sizeof(size_t));
+  pieces->tasks = (moe_task *)moe__take(layout, T, sizeof(moe_task));
+  pieces->head = (size_t *)moe__take(layout, T, sizeof(size_t));
   pieces->label = (const char **)moe__take(layout, labels, sizeof(char *));
-  pieces->text = (char *)moe__take(layout, bytes, 1);
-  pieces->weights = in_place ? NULL : (float *)moe__take(layout, plan->total, sizeof(float));
+  pieces->text = (char *)moe__take(layout, label_bytes, 1);
+  pieces->weights = weights ? (float *)moe__take(layout, weights, sizeof(float)) : NULL;
 }
 
 /* Bytes of a model's block; in_place: the weights are elsewhere. */
@@ -4172,11 +4188,13 @@ static moe_status moe__model_bytes(size_t *bytes, const moe_config *config, cons
   moe__layout layout = {NULL, 0, 0};
   moe__model_pieces pieces;
   moe__plan plan;
+  size_t labels, label_bytes;
   moe_status status = moe_config_check(config, env);
   if (!status) status = moe__check_tasks(config, tasks, T, env);
   if (!status) status = moe__plan_make(&plan, config, tasks, T, env);
   if (status) return status;
-  moe__model_take(&layout, &pieces, &plan, tasks, T, in_place);
+  moe__count_labels(&labels, &label_bytes, tasks, T);
+  moe__model_take(&layout, &pieces, (size_t)T, labels, label_bytes, in_place ? 0 : plan.total);
   if (layout.bad) return moe__fail(env, MOE_E_ARGUMENT, "configuration: the weights do not fit into the address space of this machine");
   *bytes = layout.used;
   return MOE_OK;
@@ -4215,14 +4233,15 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, c
   moe__model_pieces pieces;
   moe__plan plan;
   moe_model *model;
-  size_t need = 0, at;
+  size_t need = 0, at, labels, label_bytes;
   int32_t t;
   moe_status status = moe__model_bytes(&need, config, tasks, T, weights != NULL, env);
   if (!status) status = moe__check_block("a model", block, bytes, need, env);
   if (!status) status = moe__plan_make(&plan, config, tasks, T, env);
   if (status) return status;
   layout.base = (unsigned char *)block;
-  moe__model_take(&layout, &pieces, &plan, tasks, T, weights != NULL);
+  moe__count_labels(&labels, &label_bytes, tasks, T);
+  moe__model_take(&layout, &pieces, (size_t)T, labels, label_bytes, weights ? 0 : plan.total);
   model = pieces.model;
   memset(model, 0, sizeof *model);
   model->config = *config;
@@ -4380,7 +4399,7 @@ MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name) 
 }
 
 /* Sites of random numbers, the last argument of moe_key. */
-enum { MOE__SITE_WEIGHTS, MOE__SITE_EMBEDDING, MOE__SITE_ATTENTION, MOE__SITE_ATTENTION_OUT, MOE__SITE_FFN_OUT, MOE__SITE_HEAD, MOE__SITE_JITTER };
+enum { MOE__SITE_WEIGHTS, MOE__SITE_EMBEDDING, MOE__SITE_ATTENTION, MOE__SITE_ATTENTION_OUT, MOE__SITE_FFN_OUT, MOE__SITE_HEAD, MOE__SITE_JITTER, MOE__SITE_NOISE };
 
 /* Tensors of one name start with the same values, whatever else is in the model; expert 0 of a layer starts as a dense model's FFN. */
 static uint64_t moe__name_hash(const char *name) {
@@ -6066,14 +6085,2051 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
 
 
 #endif /* MOE_NO_TRAIN */
-/* ---- the little JSON that the files need ---- >>json */
+/* ---- the little JSON that the files need ---- >>json
+   A strict pull parser (RFC 8259) over a range of bytes: the caller asks for what it expects, nothing is allocated, and a text that is
+   not JSON ends in an error, not in a guess. */
 
+#define MOE__JSON_DEPTH 64 /* deepest nesting of a value that is skipped */
 
-/* ---- reading and writing the container ---- >>safetensors */
+/* A place in a JSON text. `nested`: the text is itself the inside of a JSON string, as the values of a safetensors header are; one level
+   of escapes is then taken off on the way. A copy of a cursor is a place to come back to. */
+typedef struct moe__json {
+  const char *at, *end;
+  const char *error;     /* the first complaint, a constant string; NULL: none. Nothing is read after one. */
+  int nested, first;     /* first: no member of the present object or array was read yet */
+  int waiting, count;    /* bytes of an escape of the outer level that wait to be read */
+  unsigned char wait[4];
+} moe__json;
 
+/* A string's inside: from `begin` up to the quote that ends it, escapes still in place. */
+typedef struct moe__json_text {
+  moe__json begin;
+  const char *end; /* of a text that is not nested: its closing quote */
+} moe__json_text;
 
-/* ---- models and checkpoints, import of published encoders ---- >>files */
+static void moe__json_init(moe__json *j, const char *text, size_t bytes, int nested) {
+  memset(j, 0, sizeof *j);
+  j->at = text;
+  j->end = text + bytes;
+  j->nested = nested;
+}
 
+static int moe__json_fail(moe__json *j, const char *error) {
+  if (!j->error) j->error = error;
+  return 0;
+}
+
+/* Bytes of the UTF-8 character at p, or 0 where there is none: no overlong forms, no surrogates, nothing above U+10FFFF. */
+static int moe__utf8_bytes(const unsigned char *p, const unsigned char *end) {
+  int n = *p < 0x80 ? 1 : *p < 0xc2 ? 0 : *p < 0xe0 ? 2 : *p < 0xf0 ? 3 : *p < 0xf5 ? 4 : 0, i;
+  if (n > end - p) return 0;
+  for (i = 1; i < n; ++i)
+    if ((p[i] & 0xc0) != 0x80) return 0;
+  if (n == 3 && ((p[0] == 0xe0 && p[1] < 0xa0) || (p[0] == 0xed && p[1] > 0x9f))) return 0;
+  if (n == 4 && ((p[0] == 0xf0 && p[1] < 0x90) || (p[0] == 0xf4 && p[1] > 0x8f))) return 0;
+  return n;
+}
+
+static int moe__utf8_put(unsigned char out[4], uint32_t c) {
+  if (c < 0x80) return out[0] = (unsigned char)c, 1;
+  if (c < 0x800) return out[0] = (unsigned char)(0xc0 | c >> 6), out[1] = (unsigned char)(0x80 | (c & 63)), 2;
+  if (c < 0x10000) {
+    out[0] = (unsigned char)(0xe0 | c >> 12);
+    out[1] = (unsigned char)(0x80 | (c >> 6 & 63));
+    out[2] = (unsigned char)(0x80 | (c & 63));
+    return 3;
+  }
+  out[0] = (unsigned char)(0xf0 | c >> 18);
+  out[1] = (unsigned char)(0x80 | (c >> 12 & 63));
+  out[2] = (unsigned char)(0x80 | (c >> 6 & 63));
+  out[3] = (unsigned char)(0x80 | (c & 63));
+  return 4;
+}
+
+static int moe__json_escape(moe__json *j, unsigned char out[4]);
+
+/* The next byte, or -1 at the end and after an error. */
+static int moe__json_peek(moe__json *j) {
+  moe__json outer;
+  if (j->error) return -1;
+  if (j->waiting < j->count) return j->wait[j->waiting];
+  if (j->at >= j->end) return -1;
+  if (!j->nested || *j->at != '\\') return (unsigned char)*j->at;
+  moe__json_init(&outer, j->at + 1, (size_t)(j->end - j->at) - 1, 0);
+  j->count = moe__json_escape(&outer, j->wait);
+  j->waiting = 0;
+  j->at = outer.at;
+  if (j->count) return j->wait[0];
+  moe__json_fail(j, outer.error);
+  return -1;
+}
+
+static int moe__json_get(moe__json *j) {
+  int c = moe__json_peek(j);
+  if (c < 0) return c;
+  if (j->waiting < j->count) ++j->waiting;
+  else ++j->at;
+  return c;
+}
+
+static int moe__json_hex4(moe__json *j, uint32_t *out) {
+  int i;
+  *out = 0;
+  for (i = 0; i < 4; ++i) {
+    int c = moe__json_get(j);
+    int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+    if (digit < 0) return moe__json_fail(j, "\\u wants four hexadecimal digits");
+    *out = *out << 4 | (uint32_t)digit;
+  }
+  return 1;
+}
+
+/* What follows a backslash, as UTF-8: the number of bytes, 0 on an error. A lone \udc80 .. \udcff is the byte 80 .. ff: so the writer
+   stores bytes that are no UTF-8 (as Python's "surrogateescape" does), and names come back as they were. */
+static int moe__json_escape(moe__json *j, unsigned char out[4]) {
+  static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+  uint32_t high, low;
+  int c = moe__json_get(j);
+  const char *known = c > 0 ? strchr(from, c) : NULL;
+  if (known) return out[0] = (unsigned char)to[known - from], 1;
+  if (c != 'u') return moe__json_fail(j, "an unknown escape in a string");
+  if (!moe__json_hex4(j, &high)) return 0;
+  if (high < 0xd800 || high > 0xdfff) return moe__utf8_put(out, high);
+  if (high >= 0xdc80 && high <= 0xdcff) return out[0] = (unsigned char)(high & 0xff), 1;
+  if (high > 0xdbff || moe__json_get(j) != '\\' || moe__json_get(j) != 'u') return moe__json_fail(j, "half of a surrogate pair");
+  if (!moe__json_hex4(j, &low)) return 0;
+  if (low < 0xdc00 || low > 0xdfff) return moe__json_fail(j, "half of a surrogate pair");
+  return moe__utf8_put(out, 0x10000 + ((high - 0xd800) << 10) + (low - 0xdc00));
+}
+
+/* The byte that the next value starts with: { [ " t f n - or a digit; -1 at the end. */
+static int moe__json_kind(moe__json *j) {
+  int c;
+  while ((c = moe__json_peek(j)) == ' ' || c == '\n' || c == '\r' || c == '\t') moe__json_get(j);
+  return c;
+}
+
+static int moe__json_expect(moe__json *j, int c, const char *error) {
+  if (moe__json_kind(j) != c) return moe__json_fail(j, error);
+  return moe__json_get(j), 1;
+}
+
+/* Goes into an object ('{') or array ('['). */
+static int moe__json_enter(moe__json *j, int open) {
+  if (!moe__json_expect(j, open, open == '{' ? "an object { } was expected" : "an array [ ] was expected")) return 0;
+  return j->first = 1;
+}
+
+/* 1: another member follows; 0: that was the end, or an error. */
+static int moe__json_more(moe__json *j, int close) {
+  int c = moe__json_kind(j), first = j->first;
+  j->first = 0;
+  if (c == close) return moe__json_get(j), 0;
+  if (first && c >= 0) return 1;
+  if (c != ',') return moe__json_fail(j, c < 0 ? "the text ends too early" : "a comma was expected");
+  moe__json_get(j);
+  return 1;
+}
+
+/* Reads a string. */
+static int moe__json_string(moe__json *j, moe__json_text *out) {
+  unsigned char bytes[4];
+  int c;
+  if (!moe__json_expect(j, '"', "a string was expected")) return 0;
+  out->begin = *j;
+  while ((c = moe__json_get(j)) != '"') {
+    if (c < 0) return moe__json_fail(j, "a string has no end");
+    if (c < 0x20) return moe__json_fail(j, "a control character in a string");
+    if (c == '\\' && !moe__json_escape(j, bytes)) return 0;
+  }
+  out->end = j->at - 1;
+  return 1;
+}
+
+/* Reads the name of a member and its colon. */
+static int moe__json_key(moe__json *j, moe__json_text *out) {
+  return moe__json_string(j, out) && moe__json_expect(j, ':', "a colon was expected");
+}
+
+/* Writes the string, escapes resolved, cut to `capacity` with an ending zero; returns its full length without it. out may be NULL. */
+static size_t moe__json_copy(char *out, size_t capacity, const moe__json_text *text) {
+  moe__json j = text->begin;
+  size_t n = 0;
+  int c;
+  while ((c = moe__json_get(&j)) != '"' && c >= 0) {
+    unsigned char bytes[4];
+    int i, count = 1;
+    bytes[0] = (unsigned char)c;
+    if (c == '\\') count = moe__json_escape(&j, bytes);
+    for (i = 0; i < count; ++i, ++n)
+      if (out && n + 1 < capacity) out[n] = (char)bytes[i];
+  }
+  if (out && capacity) out[n < capacity ? n : capacity - 1] = 0;
+  return n;
+}
+
+static int moe__json_is(const moe__json_text *text, const char *word) {
+  moe__json j = text->begin;
+  int c;
+  for (; (c = moe__json_get(&j)) != '"' && c >= 0; ++word) {
+    unsigned char bytes[4];
+    int i, count = 1;
+    bytes[0] = (unsigned char)c;
+    if (c == '\\') count = moe__json_escape(&j, bytes);
+    for (i = 0; i < count; ++i)
+      if ((unsigned char)word[i] != bytes[i] || !word[i]) return 0;
+    word += count - 1;
+  }
+  return !*word;
+}
+
+/* digits 10^exponent; the error is a few units of the 16th digit, far below half a unit of a float. */
+static double moe__scale10(uint64_t digits, int exponent) {
+  double power = 1, p = 10, v = (double)digits;
+  int e = exponent < 0 ? -exponent : exponent;
+  if (!digits || exponent < -400) return 0;
+  if (exponent > 400) return HUGE_VAL;
+  if (exponent < -300) return moe__scale10(digits, -300) / moe__scale10(1, -300 - exponent);
+  for (; e; e >>= 1) {
+    if (e & 1) power *= p;
+    if (e > 1) p *= p;
+  }
+  return exponent < 0 ? v / power : v * power;
+}
+
+typedef struct moe__json_number {
+  double value;
+  uint64_t magnitude; /* of an integer */
+  int negative, integer;
+} moe__json_number;
+
+/* Takes one digit more into *digits, if there is room; *dropped counts the others. */
+static void moe__json_digit(uint64_t *digits, int *dropped, int c) {
+  uint64_t d = (uint64_t)(c - '0');
+  if (!*dropped && *digits <= (UINT64_MAX - d) / 10) *digits = *digits * 10 + d;
+  else if (*dropped < 100000) ++*dropped;
+}
+
+static int moe__json_is_digit(moe__json *j) {
+  int c = moe__json_peek(j);
+  return c >= '0' && c <= '9';
+}
+
+/* Reads a number. integer: it has neither point nor exponent and `magnitude` holds it exactly. */
+static int moe__json_read_number(moe__json *j, moe__json_number *out) {
+  uint64_t digits = 0;
+  int after_point = 0, dropped = 0, e = 0, minus = 0;
+  memset(out, 0, sizeof *out);
+  out->integer = 1;
+  if (moe__json_kind(j) == '-') moe__json_get(j), out->negative = 1;
+  if (!moe__json_is_digit(j)) return moe__json_fail(j, "a number was expected");
+  if (moe__json_peek(j) == '0') {
+    moe__json_get(j);
+    if (moe__json_is_digit(j)) return moe__json_fail(j, "a number starts with 0");
+  }
+  while (moe__json_is_digit(j)) moe__json_digit(&digits, &dropped, moe__json_get(j));
+  if (moe__json_peek(j) == '.') {
+    moe__json_get(j), out->integer = 0;
+    if (!moe__json_is_digit(j)) return moe__json_fail(j, "a digit was expected after the point");
+    for (; moe__json_is_digit(j); after_point += after_point < 100000) moe__json_digit(&digits, &dropped, moe__json_get(j));
+  }
+  if (moe__json_peek(j) == 'e' || moe__json_peek(j) == 'E') {
+    moe__json_get(j), out->integer = 0;
+    if (moe__json_peek(j) == '-' || moe__json_peek(j) == '+') minus = moe__json_get(j) == '-';
+    if (!moe__json_is_digit(j)) return moe__json_fail(j, "a digit was expected in the exponent");
+    while (moe__json_is_digit(j)) {
+      int c = moe__json_get(j);
+      if (e < 100000) e = e * 10 + (c - '0');
+    }
+  }
+  out->value = moe__scale10(digits, dropped - after_point + (minus ? -e : e));
+  if (!(out->value < 1.7e308)) return moe__json_fail(j, "a number is too large");
+  if (out->negative) out->value = -out->value;
+  out->magnitude = digits;
+  if (dropped) out->integer = 0;
+  return 1;
+}
+
+/* Reads an integer of low .. high. */
+static int moe__json_integer(moe__json *j, int64_t low, int64_t high, int64_t *out) {
+  moe__json_number number;
+  int64_t v;
+  if (!moe__json_read_number(j, &number)) return 0;
+  if (!number.integer) return moe__json_fail(j, "a whole number was expected");
+  if (number.magnitude > (uint64_t)INT64_MAX) return moe__json_fail(j, "a number is out of range");
+  v = number.negative ? -(int64_t)number.magnitude : (int64_t)number.magnitude;
+  if (v < low || v > high) return moe__json_fail(j, "a number is out of range");
+  *out = v;
+  return 1;
+}
+
+static int moe__json_float(moe__json *j, float *out) {
+  moe__json_number number;
+  if (!moe__json_read_number(j, &number)) return 0;
+  if (fabs(number.value) > 3.4028235e38) return moe__json_fail(j, "a number is too large");
+  *out = (float)number.value;
+  return 1;
+}
+
+static int moe__json_word(moe__json *j, const char *word) {
+  moe__json_kind(j);
+  for (; *word; ++word)
+    if (moe__json_get(j) != (unsigned char)*word) return moe__json_fail(j, "a value was expected");
+  return 1;
+}
+
+/* Reads a value of any kind and forgets it; at most MOE__JSON_DEPTH deep. */
+static int moe__json_skip_deep(moe__json *j, int depth) {
+  moe__json_text text;
+  moe__json_number number;
+  int c = moe__json_kind(j), close = c == '{' ? '}' : ']';
+  if (depth > MOE__JSON_DEPTH) return moe__json_fail(j, "too many levels");
+  if (c == '"') return moe__json_string(j, &text);
+  if (c == 't') return moe__json_word(j, "true");
+  if (c == 'f') return moe__json_word(j, "false");
+  if (c == 'n') return moe__json_word(j, "null");
+  if (c != '{' && c != '[') return moe__json_read_number(j, &number);
+  moe__json_enter(j, c);
+  while (moe__json_more(j, close)) {
+    if (c == '{' && !moe__json_key(j, &text)) return 0;
+    if (!moe__json_skip_deep(j, depth + 1)) return 0;
+  }
+  return !j->error;
+}
+
+static int moe__json_skip(moe__json *j) { return moe__json_skip_deep(j, 1); }
+
+/* Only blanks may follow. */
+static int moe__json_finish(moe__json *j) {
+  if (!j->error && moe__json_kind(j) >= 0) return moe__json_fail(j, "something follows the end");
+  return !j->error;
+}
+
+/* Bytes on their way into a moe_writer, in portions. Without a writer they are only counted. */
+typedef struct moe__out {
+  const moe_writer *writer;
+  uint64_t total;
+  size_t used;
+  int failed, nested; /* nested: quotes and backslashes get one backslash more, for JSON within a JSON string */
+  char buffer[1024];
+} moe__out;
+
+static void moe__out_init(moe__out *out, const moe_writer *writer) {
+  out->writer = writer;
+  out->total = 0;
+  out->used = 0;
+  out->failed = out->nested = 0;
+}
+
+static void moe__out_flush(moe__out *out) {
+  if (out->used && out->writer && !out->failed && out->writer->write(out->writer->user, out->buffer, out->used)) out->failed = 1;
+  out->used = 0;
+}
+
+static void moe__out_byte(moe__out *out, char c) {
+  if (out->used == sizeof out->buffer) moe__out_flush(out);
+  out->buffer[out->used++] = c;
+  ++out->total;
+}
+
+static void moe__out_text(moe__out *out, const char *text) {
+  for (; *text; ++text) {
+    if (out->nested && (*text == '"' || *text == '\\')) moe__out_byte(out, '\\');
+    moe__out_byte(out, *text);
+  }
+}
+
+static void moe__out_int(moe__out *out, int64_t v) {
+  char text[32];
+  moe__format(text, sizeof text, "%lld", (long long)v);
+  moe__out_text(out, text);
+}
+
+static void moe__out_uint(moe__out *out, uint64_t v) {
+  char text[32];
+  moe__format(text, sizeof text, "%llu", (unsigned long long)v);
+  moe__out_text(out, text);
+}
+
+/* The shortest decimal that reads back as the same float: at most 9 digits. Infinities and NaN, which JSON lacks, become null. */
+static void moe__out_float(moe__out *out, float f) {
+  double v = fabs((double)f), scaled;
+  int exponent = 0, n;
+  uint64_t digits = 0;
+  if (!(v <= 3.4028235e38)) {
+    moe__out_text(out, "null");
+    return;
+  }
+  if (v > 0) {
+    while (v >= moe__scale10(10, exponent)) ++exponent;
+    while (v < moe__scale10(1, exponent)) --exponent; /* now 10^exponent <= v < 10^(exponent + 1) */
+  }
+  for (n = 1; n <= 9; ++n) {
+    scaled = exponent - n + 1 > 0 ? v / moe__scale10(1, exponent - n + 1) : v * moe__scale10(1, n - 1 - exponent);
+    digits = (uint64_t)(scaled + 0.5);
+    if ((float)moe__scale10(digits, exponent - n + 1) == (float)v) break;
+  }
+  if (n > 9) n = 9;
+  exponent -= n - 1;
+  if (f < 0) moe__out_text(out, "-");
+  if (exponent < 0 && exponent >= -8 && digits) { /* 0.1, 2.5: with a point, as people write them */
+    uint64_t unit = (uint64_t)moe__scale10(1, -exponent);
+    char fraction[16];
+    moe__out_uint(out, digits / unit);
+    moe__format(fraction, sizeof fraction, "%llu", (unsigned long long)(digits % unit + unit));
+    fraction[0] = '.';
+    moe__out_text(out, fraction);
+    return;
+  }
+  moe__out_uint(out, digits);
+  if (exponent && digits) {
+    moe__out_text(out, "e");
+    moe__out_int(out, exponent);
+  }
+}
+
+/* A JSON string with its quotes. Bytes that are no UTF-8 become \udc80 .. \udcff, see moe__json_escape. */
+static void moe__out_string(moe__out *out, const char *text, size_t bytes) {
+  const unsigned char *p = (const unsigned char *)text, *end = p + bytes;
+  static const char hex[] = "0123456789abcdef";
+  moe__out_text(out, "\"");
+  while (p < end) {
+    int n = moe__utf8_bytes(p, end);
+    char escape[7];
+    if (n > 1) {
+      for (; n; --n) moe__out_byte(out, (char)*p++);
+      continue;
+    }
+    escape[0] = '\\', escape[1] = 'u', escape[2] = n ? '0' : 'd', escape[3] = n ? '0' : 'c';
+    escape[4] = hex[*p >> 4], escape[5] = hex[*p & 15], escape[6] = 0;
+    if (n && *p >= 0x20) {
+      escape[0] = (*p == '"' || *p == '\\') ? '\\' : (char)*p;
+      escape[1] = escape[0] == '\\' ? (char)*p : (char)0;
+      escape[2] = 0;
+    }
+    moe__out_text(out, escape);
+    ++p;
+  }
+  moe__out_text(out, "\"");
+}
+
+/* ---- reading and writing the container ---- >>safetensors
+   A safetensors file: the length of the header (8 bytes, little-endian), the header (JSON: a member for each tensor with its dtype, shape and
+   range of bytes, and "__metadata__", texts by name), the tensors' bytes. Nothing here trusts a number of the file. */
+
+#define MOE__ST_HEADER_MAX 100000000u /* as in the reference implementation */
+#define MOE__ST_DIMS 8
+
+typedef enum moe__dtype {
+  MOE__F32, MOE__F16, MOE__BF16, MOE__U8, MOE__I8, MOE__BOOL, MOE__F8_E4M3, MOE__F8_E5M2, MOE__I16, MOE__U16, MOE__I32, MOE__U32,
+  MOE__I64, MOE__U64, MOE__F64, MOE__DTYPES
+} moe__dtype;
+
+static const char *const moe__dtype_name[MOE__DTYPES] = {"F32", "F16", "BF16", "U8", "I8", "BOOL", "F8_E4M3", "F8_E5M2", "I16", "U16",
+                                                         "I32", "U32", "I64", "U64", "F64"};
+static const unsigned char moe__dtype_bytes[MOE__DTYPES] = {4, 2, 2, 1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 8, 8};
+
+typedef struct moe__st {
+  const char *header;
+  size_t header_bytes;
+  const unsigned char *data;
+  size_t data_bytes, tensors;
+  moe__json metadata; /* stands before the object; at NULL: there is none */
+} moe__st;
+
+typedef struct moe__st_tensor {
+  moe__json_text key;
+  char name[128]; /* printable, perhaps cut: for sentences */
+  moe__dtype dtype;
+  int dims;
+  size_t shape[MOE__ST_DIMS], count; /* count: elements */
+  size_t begin, end;                 /* bytes within the data */
+} moe__st_tensor;
+
+/* Text of a file for a sentence: cut, and nothing in it that a terminal obeys. */
+static void moe__printable(char *out, size_t capacity, const moe__json_text *text) {
+  moe__json_copy(out, capacity, text);
+  for (; *out; ++out)
+    if ((unsigned char)*out < 0x20 || *out == 0x7f) *out = '?';
+}
+
+/* "(384, 1536)"; "()" of a scalar. */
+static void moe__shape_text(char *out, size_t capacity, const size_t *shape, int dims) {
+  size_t used = 0;
+  int i;
+  moe__format(out, capacity, "(");
+  for (i = 0; i < dims; ++i) {
+    used = strlen(out);
+    moe__format(out + used, capacity - used, i ? ", %zu" : "%zu", shape[i]);
+  }
+  used = strlen(out);
+  moe__format(out + used, capacity - used, ")");
+}
+
+static moe_status moe__st_complain(const moe__st *st, const moe__json *j, const moe_env *env) {
+  return moe__fail(env, MOE_E_FORMAT, "safetensors header, byte %zu of %zu: %s", (size_t)(j->at - st->header), st->header_bytes, j->error);
+}
+
+/* Reads an array of at most `most` sizes. Returns how many, or -1. */
+static int moe__st_sizes(moe__json *j, size_t *out, int most) {
+  int n = 0;
+  moe__json_enter(j, '[');
+  while (moe__json_more(j, ']')) {
+    moe__json_number number;
+    if (!moe__json_read_number(j, &number)) return -1;
+    if (!number.integer || number.negative || number.magnitude > SIZE_MAX) return moe__json_fail(j, "a size was expected") - 1;
+    if (n == most) return moe__json_fail(j, "too many numbers in an array") - 1;
+    out[n++] = (size_t)number.magnitude;
+  }
+  return j->error ? -1 : n;
+}
+
+/* Reads what stands behind a tensor's name. */
+static int moe__st_value(moe__json *j, moe__st_tensor *t) {
+  moe__json_text key, dtype;
+  size_t range[2];
+  int seen[3] = {0, 0, 0}, i;
+  moe__json_enter(j, '{');
+  while (moe__json_more(j, '}')) {
+    if (!moe__json_key(j, &key)) return 0;
+    if (moe__json_is(&key, "dtype")) {
+      ++seen[0];
+      if (!moe__json_string(j, &dtype)) return 0;
+      for (i = 0; i < MOE__DTYPES && !moe__json_is(&dtype, moe__dtype_name[i]); ++i) continue;
+      if (i == MOE__DTYPES) return moe__json_fail(j, "a dtype that is not known");
+      t->dtype = (moe__dtype)i;
+    } else if (moe__json_is(&key, "shape")) {
+      ++seen[1];
+      t->dims = moe__st_sizes(j, t->shape, MOE__ST_DIMS);
+      if (t->dims < 0) return 0;
+    } else if (moe__json_is(&key, "data_offsets")) {
+      ++seen[2];
+      if (moe__st_sizes(j, range, 2) != 2) return moe__json_fail(j, "data_offsets wants two numbers");
+      t->begin = range[0];
+      t->end = range[1];
+    } else if (!moe__json_skip(j)) return 0;
+  }
+  if (j->error) return 0;
+  if (seen[0] != 1 || seen[1] != 1 || seen[2] != 1) return moe__json_fail(j, "a tensor wants dtype, shape and data_offsets, once each");
+  return 1;
+}
+
+/* Shape, dtype and range of a tensor must agree, and the range lie within the file. */
+static moe_status moe__st_check(const moe__st *st, moe__st_tensor *t, const moe_env *env) {
+  size_t bytes;
+  int bad = 0, i, empty = 0;
+  char shape[200];
+  moe__shape_text(shape, sizeof shape, t->shape, t->dims);
+  for (i = 0; i < t->dims; ++i) empty |= !t->shape[i];
+  t->count = !empty;
+  for (i = 0; i < t->dims && !empty; ++i) t->count = moe__mul(t->count, t->shape[i], &bad);
+  bytes = moe__mul(t->count, moe__dtype_bytes[t->dtype], &bad);
+  if (bad) return moe__fail(env, MOE_E_FORMAT, "tensor %s: its shape %s has more elements than memory", t->name, shape);
+  if (t->begin > t->end || t->end > st->data_bytes)
+    return moe__fail(env, MOE_E_FORMAT, "tensor %s: bytes %zu to %zu do not lie in the file, which has %zu after its header: damaged or truncated",
+                     t->name, t->begin, t->end, st->data_bytes);
+  if (t->end - t->begin != bytes)
+    return moe__fail(env, MOE_E_FORMAT, "tensor %s: %s of %s needs %zu bytes, its range has %zu", t->name, moe__dtype_name[t->dtype], shape,
+                     bytes, t->end - t->begin);
+  return MOE_OK;
+}
+
+static void moe__st_begin(const moe__st *st, moe__json *j) {
+  moe__json_init(j, st->header, st->header_bytes, 0);
+  moe__json_enter(j, '{');
+}
+
+/* The next tensor of a file that moe__st_open has accepted: 1, or 0 at the end. */
+static int moe__st_next(const moe__st *st, moe__json *j, moe__st_tensor *t) {
+  while (moe__json_more(j, '}')) {
+    if (!moe__json_key(j, &t->key)) return 0;
+    if (moe__json_is(&t->key, "__metadata__")) {
+      if (!moe__json_skip(j)) return 0;
+      continue;
+    }
+    moe__printable(t->name, sizeof t->name, &t->key);
+    return moe__st_value(j, t) && !moe__st_check(st, t, NULL);
+  }
+  return 0;
+}
+
+/* Which tensor does not begin where another one ends: only for the sentence, so a slow search will do. */
+static moe_status moe__st_gap(const moe__st *st, const moe_env *env) {
+  moe__json a, b;
+  moe__st_tensor t, u;
+  if (st->tensors <= 4096) {
+    moe__st_begin(st, &a);
+    while (moe__st_next(st, &a, &t)) {
+      int found = t.begin == 0;
+      moe__st_begin(st, &b);
+      while (!found && moe__st_next(st, &b, &u)) found = u.end == t.begin;
+      if (!found)
+        return moe__fail(env, MOE_E_FORMAT, "tensor %s begins at byte %zu of the data, where no other tensor ends: a hole or an overlap",
+                         t.name, t.begin);
+    }
+  }
+  return moe__fail(env, MOE_E_FORMAT, "the tensors do not cover the %zu bytes behind the header exactly: holes, overlaps or a truncated file",
+                   st->data_bytes);
+}
+
+/* Checks "__metadata__": texts by name. */
+static int moe__st_metadata(moe__st *st, moe__json *j) {
+  moe__json_text text;
+  if (st->metadata.at) return moe__json_fail(j, "__metadata__ stands there twice");
+  st->metadata = *j;
+  moe__json_enter(j, '{');
+  while (moe__json_more(j, '}'))
+    if (!moe__json_key(j, &text) || !moe__json_string(j, &text)) return 0;
+  return !j->error;
+}
+
+/* The walk over all members of the header. Ranges cover the data without holes and overlaps exactly when the begins and the data's end are
+   the same numbers as the ends and 0: ranges that run forward then form one chain. Equal sums of hashes stand for that, since
+   nothing may be allocated here; a forged collision could at worst let two tensors share bytes. */
+static moe_status moe__st_walk(moe__st *st, const moe_env *env) {
+  moe__json j;
+  uint64_t begins = moe__mix64(st->data_bytes), ends = moe__mix64(0);
+  moe__st_begin(st, &j);
+  while (moe__json_more(&j, '}')) {
+    moe__st_tensor t;
+    moe_status status;
+    if (!moe__json_key(&j, &t.key)) break;
+    if (moe__json_is(&t.key, "__metadata__")) {
+      if (!moe__st_metadata(st, &j)) break;
+      continue;
+    }
+    moe__printable(t.name, sizeof t.name, &t.key);
+    if (!moe__st_value(&j, &t))
+      return moe__fail(env, MOE_E_FORMAT, "tensor %s: %s (safetensors header, byte %zu)", t.name, j.error, (size_t)(j.at - st->header));
+    status = moe__st_check(st, &t, env);
+    if (status) return status;
+    begins += moe__mix64(t.begin);
+    ends += moe__mix64(t.end);
+    ++st->tensors;
+  }
+  moe__json_finish(&j);
+  if (j.error) return moe__st_complain(st, &j, env);
+  return begins == ends ? MOE_OK : moe__st_gap(st, env);
+}
+
+/* Checks the whole header of a file in memory and fills *st. */
+static moe_status moe__st_open(moe__st *out, const void *file, size_t bytes, const moe_env *env) {
+  const unsigned char *p = (const unsigned char *)file;
+  moe__st st;
+  uint64_t length = 0;
+  size_t i;
+  moe_status status;
+  if (bytes < 8) return moe__fail(env, MOE_E_FORMAT, "%zu bytes are no safetensors file, which has 8 at least", bytes);
+  for (i = 8; i-- > 0;) length = length << 8 | p[i];
+  if (length > bytes - 8 || length > MOE__ST_HEADER_MAX)
+    return moe__fail(env, MOE_E_FORMAT, "the first 8 bytes promise a header of %llu bytes, but %zu follow (and %u are the most): truncated, or no "
+                     "safetensors file", (unsigned long long)length, bytes - 8, MOE__ST_HEADER_MAX);
+  memset(&st, 0, sizeof st);
+  st.header = (const char *)p + 8;
+  st.header_bytes = (size_t)length;
+  st.data = p + 8 + st.header_bytes;
+  st.data_bytes = bytes - 8 - st.header_bytes;
+  if (!length || *st.header != '{') return moe__fail(env, MOE_E_FORMAT, "no safetensors file: its header does not begin with {");
+  for (i = 0; i < st.header_bytes;) {
+    int n = moe__utf8_bytes(p + 8 + i, p + 8 + st.header_bytes);
+    if (!n) return moe__fail(env, MOE_E_FORMAT, "safetensors header, byte %zu: not UTF-8", i);
+    i += (size_t)n;
+  }
+  status = moe__st_walk(&st, env);
+  if (!status) *out = st;
+  return status;
+}
+
+/* The JSON text in the metadata of that name. MOE_E_FORMAT when it is missing or stands there twice. */
+static moe_status moe__st_text(const moe__st *st, const char *name, moe__json *out, const moe_env *env) {
+  moe__json j = st->metadata;
+  moe__json_text key, value;
+  int found = 0;
+  if (j.at) moe__json_enter(&j, '{');
+  while (j.at && moe__json_more(&j, '}')) {
+    if (!moe__json_key(&j, &key) || !moe__json_string(&j, &value)) break;
+    if (!moe__json_is(&key, name)) continue;
+    moe__json_init(out, value.begin.at, (size_t)(value.end - value.begin.at), 1);
+    ++found;
+  }
+  if (found == 1) return MOE_OK;
+  return moe__fail(env, MOE_E_FORMAT, found ? "the file's metadata has \"%s\" twice" : "the file's metadata has no \"%s\"", name);
+}
+
+/* Finds a tensor by its name, prefixed. The search begins at *hint, behind the last one found, since files have their order. */
+static int moe__st_find(const moe__st *st, moe__json *hint, const char *prefix, const char *name, moe__st_tensor *out) {
+  char full[256];
+  moe__st_tensor t;
+  size_t i;
+  moe__format(full, sizeof full, "%s%s", prefix, name);
+  for (i = 0; i <= st->tensors; ++i) {
+    if (!hint->at || !moe__st_next(st, hint, &t)) {
+      moe__st_begin(st, hint);
+      continue;
+    }
+    if (!moe__json_is(&t.key, full)) continue;
+    *out = t;
+    return 1;
+  }
+  return 0;
+}
+
+/* 1 on machines that store the low byte first, as the files do. */
+static int moe__little_endian(void) {
+  uint16_t one = 1;
+  unsigned char low;
+  memcpy(&low, &one, 1);
+  return low;
+}
+
+static float moe__float_of_bits(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+static uint32_t moe__bits_of_float(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+
+/* IEEE half to float, exactly. */
+static float moe__float_of_half(uint32_t h) {
+  uint32_t sign = (h & 0x8000u) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+  if (exponent == 31) return moe__float_of_bits(sign | 0x7f800000u | fraction << 13);
+  if (exponent) return moe__float_of_bits(sign | (exponent + 112) << 23 | fraction << 13);
+  return moe__float_of_bits(sign | moe__bits_of_float((float)fraction * 5.9604644775390625e-8f)); /* subnormal: fraction 2^-24 */
+}
+
+/* n elements of a tensor as floats; dtype F32, F16 or BF16. in may have any alignment. */
+static void moe__st_floats(float *out, const unsigned char *in, size_t n, moe__dtype dtype) {
+  size_t i;
+  if (dtype == MOE__F32 && moe__little_endian()) memcpy(out, in, n * 4);
+  else if (dtype == MOE__F32) {
+    for (i = 0; i < n; ++i, in += 4)
+      out[i] = moe__float_of_bits((uint32_t)in[0] | (uint32_t)in[1] << 8 | (uint32_t)in[2] << 16 | (uint32_t)in[3] << 24);
+  } else {
+    for (i = 0; i < n; ++i, in += 2) {
+      uint32_t bits = (uint32_t)in[0] | (uint32_t)in[1] << 8;
+      out[i] = dtype == MOE__BF16 ? moe__float_of_bits(bits << 16) : moe__float_of_half(bits);
+    }
+  }
+}
+
+/* Index of the first element that is no finite number, or n. */
+static size_t moe__st_finite(const unsigned char *in, size_t n, moe__dtype dtype) {
+  size_t i, width = moe__dtype_bytes[dtype];
+  for (i = 0; i < n; ++i) {
+    const unsigned char *high = in + i * width + width - 2; /* the upper 16 bits hold sign, exponent and some of the fraction */
+    unsigned bits = high[0] | (unsigned)high[1] << 8, exponent = dtype == MOE__F16 ? 0x7c00u : 0x7f80u;
+    if ((bits & exponent) == exponent) return i;
+  }
+  return n;
+}
+
+/* A member of the header; *at, the place of the next tensor, moves on. */
+static void moe__st_put_tensor(moe__out *out, const char *name, moe__dtype dtype, const size_t *shape, int dims, uint64_t *at) {
+  uint64_t bytes = moe__dtype_bytes[dtype];
+  int i;
+  moe__out_text(out, ",");
+  moe__out_string(out, name, strlen(name));
+  moe__out_text(out, ":{\"dtype\":\"");
+  moe__out_text(out, moe__dtype_name[dtype]);
+  moe__out_text(out, "\",\"shape\":[");
+  for (i = 0; i < dims; ++i) {
+    if (i) moe__out_text(out, ",");
+    moe__out_uint(out, shape[i]);
+    bytes *= shape[i];
+  }
+  moe__out_text(out, "],\"data_offsets\":[");
+  moe__out_uint(out, *at);
+  moe__out_text(out, ",");
+  *at += bytes;
+  moe__out_uint(out, *at);
+  moe__out_text(out, "]}");
+}
+
+/* Floats, low byte first. */
+static void moe__st_put_floats(moe__out *out, const float *data, size_t n) {
+  size_t i;
+  moe__out_flush(out);
+  if (moe__little_endian()) {
+    if (n && !out->failed && out->writer->write(out->writer->user, data, n * 4)) out->failed = 1;
+    return;
+  }
+  for (i = 0; i < n; ++i) {
+    uint32_t bits = moe__bits_of_float(data[i]);
+    moe__out_byte(out, (char)(bits & 255));
+    moe__out_byte(out, (char)(bits >> 8 & 255));
+    moe__out_byte(out, (char)(bits >> 16 & 255));
+    moe__out_byte(out, (char)(bits >> 24));
+  }
+}
+
+/* The length of the header and the header, as `put` writes it, with blanks behind it so that the data begin at a multiple of 64. */
+static void moe__st_put_header(moe__out *out, void (*put)(moe__out *out, const void *user), const void *user) {
+  moe__out count;
+  uint64_t length, i;
+  moe__out_init(&count, NULL);
+  put(&count, user);
+  length = ((count.total + 8 + 63) & ~(uint64_t)63) - 8;
+  for (i = 0; i < 8; ++i) moe__out_byte(out, (char)(length >> (8 * i) & 255));
+  put(out, user);
+  for (i = count.total; i < length; ++i) moe__out_byte(out, ' ');
+  moe__out_flush(out);
+}
+
+/* ---- model files ---- >>files
+   A model is a safetensors file. "__metadata__" holds moe.version, moe.config (JSON, an object) and moe.tasks (JSON, an array); the tensors
+   follow in the order of the flat array, the vocabulary (U8) last. "format": "pt" is what other tools want to see. */
+
+#define MOE__FILE_VERSION 1
+
+/* An environment that puts a name before every sentence, and calls wrong numbers by their name in a file: damaged data. */
+typedef struct moe__named {
+  moe_env env;
+  const moe_env *outer;
+  const char *name;
+} moe__named;
+
+static void moe__named_log(void *user, moe_status status, const char *sentence) {
+  const moe__named *named = (const moe__named *)user;
+  moe__fail(named->outer, status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status, "%s: %s", named->name, sentence);
+}
+
+static const moe_env *moe__name_env(moe__named *named, const char *name, const moe_env *env) {
+  memset(named, 0, sizeof *named);
+  if (env) named->env = *env;
+  else moe_env_init(&named->env, MOE_ISA_AUTO);
+  named->outer = env;
+  named->name = name;
+  named->env.log = moe__named_log;
+  named->env.log_user = named;
+  return &named->env;
+}
+
+/* The whole numbers of a configuration by name; its other fields are router, truncate and eps. */
+static const struct {
+  const char *name;
+  size_t offset;
+} moe__config_field[] = {{"layers", offsetof(moe_config, layers)},
+                         {"hidden", offsetof(moe_config, hidden)},
+                         {"ffn", offsetof(moe_config, ffn)},
+                         {"heads", offsetof(moe_config, heads)},
+                         {"vocab", offsetof(moe_config, vocab)},
+                         {"positions", offsetof(moe_config, positions)},
+                         {"segments", offsetof(moe_config, segments)},
+                         {"features", offsetof(moe_config, features)},
+                         {"experts", offsetof(moe_config, experts)},
+                         {"top_k", offsetof(moe_config, top_k)},
+                         {"gate_scale_n", offsetof(moe_config, gate_scale_n)},
+                         {"renormalize", offsetof(moe_config, renormalize)},
+                         {"max_len", offsetof(moe_config, max_len)},
+                         {"cased", offsetof(moe_config, cased)}};
+#define MOE__CONFIG_FIELDS (sizeof moe__config_field / sizeof *moe__config_field)
+
+static const char *const moe__router_name[] = {"dense", "shared", "task"};
+static const char *const moe__truncate_name[] = {"longest", "right"};
+static const char *const moe__kind_name[] = {"classification", "regression", "ranking", "span"};
+
+static int32_t moe__config_get(const moe_config *config, size_t field) {
+  int32_t v;
+  memcpy(&v, (const char *)config + moe__config_field[field].offset, sizeof v);
+  return v;
+}
+
+static void moe__out_member(moe__out *out, const char *before, const char *name) {
+  moe__out_text(out, before);
+  moe__out_string(out, name, strlen(name));
+  moe__out_text(out, ":");
+}
+
+static void moe__config_put(moe__out *out, const moe_config *config) {
+  size_t i;
+  for (i = 0; i < MOE__CONFIG_FIELDS; ++i) {
+    moe__out_member(out, i ? "," : "{", moe__config_field[i].name);
+    moe__out_int(out, moe__config_get(config, i));
+  }
+  moe__out_member(out, ",", "eps");
+  moe__out_float(out, config->eps);
+  moe__out_member(out, ",", "router");
+  moe__out_string(out, moe__router_name[config->router], strlen(moe__router_name[config->router]));
+  moe__out_member(out, ",", "truncate");
+  moe__out_string(out, moe__truncate_name[config->truncate], strlen(moe__truncate_name[config->truncate]));
+  moe__out_text(out, "}");
+}
+
+static void moe__task_put(moe__out *out, const moe_task *task) {
+  int32_t i;
+  moe__out_member(out, "{", "name");
+  moe__out_string(out, task->name, strlen(task->name));
+  moe__out_member(out, ",", "kind");
+  moe__out_string(out, moe__kind_name[task->kind], strlen(moe__kind_name[task->kind]));
+  moe__out_member(out, ",", "pair");
+  moe__out_int(out, task->pair);
+  if (task->kind == MOE_KIND_REGRESSION) {
+    moe__out_member(out, ",", "low");
+    moe__out_float(out, task->low);
+    moe__out_member(out, ",", "high");
+    moe__out_float(out, task->high);
+  } else {
+    moe__out_member(out, ",", "labels");
+    for (i = 0; i < task->classes; ++i) {
+      moe__out_text(out, i ? "," : "[");
+      moe__out_string(out, task->label[i], strlen(task->label[i]));
+    }
+    moe__out_text(out, "]");
+  }
+  moe__out_member(out, ",", "metrics");
+  moe__out_string(out, task->metrics, strlen(task->metrics));
+  moe__out_member(out, ",", "max_len");
+  moe__out_int(out, task->max_len);
+  moe__out_text(out, "}");
+}
+
+/* What a file is made of: a model, and with a checkpoint the moments and a JSON text more. */
+typedef struct moe__save {
+  const moe_model *model;
+  const float *moment[2]; /* NULL: a model alone */
+  void (*put_state)(moe__out *out, const void *state);
+  const void *state;
+} moe__save;
+
+static const char *const moe__moment_prefix[] = {"adam.m.", "adam.v."};
+
+/* The tensors of the flat array, their names behind a prefix. */
+static void moe__put_tensors(moe__out *out, const moe_model *model, const char *prefix, uint64_t *at) {
+  int32_t i;
+  int k;
+  for (i = 0; i < moe_model_tensors(model); ++i) {
+    moe_tensor t;
+    char name[sizeof t.name + 16];
+    size_t shape[3];
+    moe_model_tensor(model, i, &t);
+    moe__format(name, sizeof name, "%s%s", prefix, t.name);
+    for (k = 0; k < t.dims; ++k) shape[k] = (size_t)t.shape[k];
+    moe__st_put_tensor(out, name, MOE__F32, shape, t.dims, at);
+  }
+}
+
+static void moe__save_header(moe__out *out, const void *user) {
+  const moe__save *save = (const moe__save *)user;
+  const moe_model *model = save->model;
+  uint64_t at = 0;
+  int32_t t;
+  int i;
+  moe__out_text(out, "{\"__metadata__\":{\"format\":\"pt\",\"moe.version\":\"");
+  moe__out_int(out, MOE__FILE_VERSION);
+  moe__out_text(out, "\",\"moe.config\":\"");
+  out->nested = 1;
+  moe__config_put(out, &model->config);
+  out->nested = 0;
+  moe__out_text(out, "\",\"moe.tasks\":\"[");
+  out->nested = 1;
+  for (t = 0; t < model->T; ++t) {
+    if (t) moe__out_text(out, ",");
+    moe__task_put(out, &model->tasks[t]);
+  }
+  out->nested = 0;
+  if (save->put_state) {
+    moe__out_text(out, "]\",\"moe.checkpoint\":\"");
+    out->nested = 1;
+    save->put_state(out, save->state);
+    out->nested = 0;
+    moe__out_text(out, "\"}");
+  } else moe__out_text(out, "]\"}");
+  moe__put_tensors(out, model, "", &at);
+  for (i = 0; i < 2; ++i)
+    if (save->moment[i]) moe__put_tensors(out, model, moe__moment_prefix[i], &at);
+  if (model->vocab) moe__st_put_tensor(out, "tokenizer.vocab", MOE__U8, &model->vocab_bytes, 1, &at);
+  moe__out_text(out, "}");
+}
+
+static moe_status moe__save_write(const moe__save *save, const moe_writer *writer, const moe_env *env) {
+  const moe_model *model = save->model;
+  moe__out out;
+  int i;
+  moe__out_init(&out, writer);
+  moe__st_put_header(&out, moe__save_header, save);
+  moe__st_put_floats(&out, model->weights, model->plan.total);
+  for (i = 0; i < 2; ++i)
+    if (save->moment[i]) moe__st_put_floats(&out, save->moment[i], model->plan.total);
+  moe__out_flush(&out);
+  if (model->vocab_bytes && !out.failed) out.failed = writer->write(writer->user, model->vocab, model->vocab_bytes) != 0;
+  return out.failed ? moe__fail(env, MOE_E_IO, "writing the model failed") : MOE_OK;
+}
+
+MOE_API moe_status moe_model_write(const moe_model *model, const moe_writer *writer, const moe_env *env) {
+  moe__save save;
+  memset(&save, 0, sizeof save);
+  save.model = model;
+  return moe__save_write(&save, writer, env);
+}
+
+/* Reading. One of a list of names. */
+static int moe__json_choice(moe__json *j, const char *const *names, int count, int *out) {
+  moe__json_text text;
+  int i;
+  if (!moe__json_string(j, &text)) return 0;
+  for (i = 0; i < count; ++i)
+    if (moe__json_is(&text, names[i])) return *out = i, 1;
+  return moe__json_fail(j, "a name that is not known: written by a newer moe.h?");
+}
+
+/* A text of 0 .. MOE_NAME_BYTES - 1 bytes without a zero in it. */
+static int moe__json_name(moe__json *j, char out[MOE_NAME_BYTES]) {
+  moe__json_text text;
+  size_t length;
+  if (!moe__json_string(j, &text)) return 0;
+  length = moe__json_copy(out, MOE_NAME_BYTES, &text);
+  if (length >= MOE_NAME_BYTES || strlen(out) != length) return moe__json_fail(j, "a text is too long, or has a zero in it");
+  return 1;
+}
+
+/* Every member is known, and there once: what a newer version adds must not be passed over in silence. */
+static int moe__config_read(moe__json *j, moe_config *config) {
+  moe_config c;
+  unsigned seen = 0;
+  size_t i;
+  moe_config_init(&c);
+  moe__json_enter(j, '{');
+  while (moe__json_more(j, '}')) {
+    moe__json_text key;
+    int64_t v;
+    int choice = 0, ok = 0;
+    if (!moe__json_key(j, &key)) return 0;
+    for (i = 0; i < MOE__CONFIG_FIELDS && !moe__json_is(&key, moe__config_field[i].name); ++i) continue;
+    if (i < MOE__CONFIG_FIELDS) {
+      int32_t narrow;
+      ok = moe__json_integer(j, INT32_MIN, INT32_MAX, &v);
+      narrow = ok ? (int32_t)v : 0;
+      memcpy((char *)&c + moe__config_field[i].offset, &narrow, sizeof narrow);
+    } else if (moe__json_is(&key, "eps")) ok = moe__json_float(j, &c.eps);
+    else if (moe__json_is(&key, "router")) i += 1, ok = moe__json_choice(j, moe__router_name, 3, &choice), c.router = (moe_router)choice;
+    else if (moe__json_is(&key, "truncate")) i += 2, ok = moe__json_choice(j, moe__truncate_name, 2, &choice), c.truncate = (moe_truncate)choice;
+    else return moe__json_fail(j, "a member that is not known: written by a newer moe.h?");
+    if (!ok) return 0;
+    if (seen >> i & 1) return moe__json_fail(j, "a member is there twice");
+    seen |= 1u << i;
+  }
+  if (!moe__json_finish(j)) return 0;
+  if (seen != (1u << (MOE__CONFIG_FIELDS + 3)) - 1) return moe__json_fail(j, "a member is missing");
+  *config = c;
+  return 1;
+}
+
+/* Tasks as they are read: while the arrays are NULL they are only counted. */
+typedef struct moe__tasks {
+  moe_task *task;
+  const char **label;
+  char *text;
+  size_t T, labels, bytes; /* bytes: of the label names with their ending zeros */
+} moe__tasks;
+
+static int moe__labels_read(moe__json *j, moe__tasks *to, moe_task *task) {
+  task->classes = 0;
+  if (to->label) task->label = to->label + to->labels;
+  moe__json_enter(j, '[');
+  while (moe__json_more(j, ']')) {
+    char name[MOE_NAME_BYTES];
+    if (!moe__json_name(j, name)) return 0;
+    if (task->classes++ == MOE_MAX_CLASSES) return moe__json_fail(j, "too many labels");
+    if (to->label) {
+      to->label[to->labels] = to->text + to->bytes;
+      memcpy(to->text + to->bytes, name, strlen(name) + 1);
+    }
+    ++to->labels;
+    to->bytes += strlen(name) + 1;
+  }
+  return !j->error;
+}
+
+static int moe__task_read(moe__json *j, moe__tasks *to) {
+  static const char *const keys[] = {"name", "kind", "pair", "metrics", "max_len", "labels", "low", "high"};
+  moe_task task;
+  unsigned seen = 0;
+  int regression;
+  memset(&task, 0, sizeof task);
+  moe__json_enter(j, '{');
+  while (moe__json_more(j, '}')) {
+    moe__json_text key;
+    int64_t v = 0;
+    int k = 0, choice = 0, ok = 0;
+    if (!moe__json_key(j, &key)) return 0;
+    while (k < 8 && !moe__json_is(&key, keys[k])) ++k;
+    if (k == 8) return moe__json_fail(j, "a member that is not known: written by a newer moe.h?");
+    if (seen >> k & 1) return moe__json_fail(j, "a member is there twice");
+    seen |= 1u << k;
+    switch (k) {
+      case 0: ok = moe__json_name(j, task.name); break;
+      case 1: ok = moe__json_choice(j, moe__kind_name, 4, &choice), task.kind = (moe_kind)choice; break;
+      case 2: ok = moe__json_integer(j, 0, 1, &v), task.pair = (int32_t)v; break;
+      case 3: ok = moe__json_name(j, task.metrics); break;
+      case 4: ok = moe__json_integer(j, 0, INT32_MAX, &v), task.max_len = (int32_t)v; break;
+      case 5: ok = moe__labels_read(j, to, &task); break;
+      case 6: ok = moe__json_float(j, &task.low); break;
+      default: ok = moe__json_float(j, &task.high); break;
+    }
+    if (!ok) return 0;
+  }
+  if (j->error) return 0;
+  regression = task.kind == MOE_KIND_REGRESSION;
+  if (seen != (regression ? 0xdfu : 0x3fu)) return moe__json_fail(j, "a member is missing, or does not belong to this kind of task");
+  if (regression) task.classes = 1;
+  if (to->T == MOE_MAX_TASKS) return moe__json_fail(j, "too many tasks");
+  if (to->task) to->task[to->T] = task;
+  ++to->T;
+  return 1;
+}
+
+/* What the metadata of a file say, before anything is allocated. */
+typedef struct moe__header {
+  moe__st st;
+  moe_config config;
+  moe__json tasks;
+  size_t T, labels, bytes;
+} moe__header;
+
+static moe_status moe__tasks_read(const moe__header *header, moe__tasks *to, const moe_env *env) {
+  moe__json j = header->tasks;
+  to->T = to->labels = to->bytes = 0;
+  moe__json_enter(&j, '[');
+  while (moe__json_more(&j, ']'))
+    if (!moe__task_read(&j, to)) break;
+  moe__json_finish(&j);
+  return j.error ? moe__fail(env, MOE_E_FORMAT, "moe.tasks, task %zu: %s", to->T, j.error) : MOE_OK;
+}
+
+static moe_status moe__header_read(moe__header *header, const void *file, size_t bytes, const moe_env *env) {
+  moe__json j;
+  moe__tasks count;
+  int64_t version = 0;
+  moe_status status = moe__st_open(&header->st, file, bytes, env);
+  if (status) return status;
+  if (moe__st_text(&header->st, "moe.version", &j, NULL))
+    return moe__fail(env, MOE_E_FORMAT, "a safetensors file, but no model of moe.h: its metadata has no \"moe.version\" (moe_model_import reads "
+                     "published encoders)");
+  if (!moe__json_integer(&j, 1, INT32_MAX, &version) || !moe__json_finish(&j)) return moe__fail(env, MOE_E_FORMAT, "moe.version: %s", j.error);
+  if (version > MOE__FILE_VERSION)
+    return moe__fail(env, MOE_E_FORMAT, "written in version %lld of the format, this moe.h knows %d", (long long)version, MOE__FILE_VERSION);
+  status = moe__st_text(&header->st, "moe.config", &j, env);
+  if (status) return status;
+  if (!moe__config_read(&j, &header->config)) return moe__fail(env, MOE_E_FORMAT, "moe.config: %s", j.error);
+  status = moe__st_text(&header->st, "moe.tasks", &header->tasks, env);
+  memset(&count, 0, sizeof count);
+  if (!status) status = moe__tasks_read(header, &count, env);
+  header->T = count.T;
+  header->labels = count.labels;
+  header->bytes = count.bytes;
+  return status;
+}
+
+static void moe__tasks_take(moe__layout *layout, moe__tasks *tasks, const moe__header *header) {
+  memset(tasks, 0, sizeof *tasks);
+  tasks->task = (moe_task *)moe__take(layout, header->T, sizeof(moe_task));
+  tasks->label = (const char **)moe__take(layout, header->labels, sizeof(char *));
+  tasks->text = (char *)moe__take(layout, header->bytes, 1);
+}
+
+static moe_status moe__wrong_shape(const moe__st_tensor *found, const moe_tensor *want, const char *dtypes, const moe_env *env) {
+  char a[200], b[80];
+  size_t shape[3];
+  int k;
+  for (k = 0; k < want->dims; ++k) shape[k] = (size_t)want->shape[k];
+  moe__shape_text(a, sizeof a, found->shape, found->dims);
+  moe__shape_text(b, sizeof b, shape, want->dims);
+  return moe__fail(env, MOE_E_FORMAT, "tensor %s: expected %s of %s, found %s of %s", found->name, dtypes, b, moe__dtype_name[found->dtype], a);
+}
+
+static int moe__same_shape(const moe__st_tensor *found, const moe_tensor *want) {
+  int k, same = found->dims == want->dims;
+  for (k = 0; k < want->dims && same; ++k) same = found->shape[k] == (size_t)want->shape[k];
+  return same;
+}
+
+/* The tensors of the flat array under a prefix. to NULL: only checks that each is there once, in its shape; else copies them. */
+static moe_status moe__tensors_read(float *to, const moe__st *st, const moe_model *model, const char *prefix, int in_order, const moe_env *env) {
+  moe__json j, hint;
+  moe__st_tensor found;
+  moe_tensor want;
+  size_t length = strlen(prefix), first = 0;
+  uint64_t hashes = 0;
+  int32_t next = 0, i;
+  moe__st_begin(st, &j);
+  while (moe__st_next(st, &j, &found)) {
+    size_t bad;
+    if (moe__json_is(&found.key, "tokenizer.vocab") || strncmp(found.name, prefix, length)) continue;
+    if (!length && !strncmp(found.name, "adam.", 5)) continue;
+    i = next; /* files have the order of the table as a rule */
+    if (moe_model_tensor(model, i, &want) || strcmp(want.name, found.name + length)) i = moe_model_find_tensor(model, found.name + length);
+    if (i < 0) return moe__fail(env, MOE_E_FORMAT, "tensor %s does not belong to the configuration and tasks of this file", found.name);
+    moe_model_tensor(model, i, &want);
+    if (!moe__same_shape(&found, &want) || found.dtype != MOE__F32) return moe__wrong_shape(&found, &want, "F32", env);
+    if (i == 0) first = found.begin;
+    bad = in_order ? found.count : moe__st_finite(st->data + found.begin, found.count, MOE__F32);
+    if (bad < found.count) return moe__fail(env, MOE_E_FORMAT, "tensor %s: element %zu is no finite number", found.name, bad);
+    if (to) moe__st_floats(to + want.offset, st->data + found.begin, found.count, MOE__F32);
+    hashes += moe__mix64((uint64_t)i + 1);
+    next = i + 1;
+  }
+  for (i = 0; i < model->tensors; ++i) hashes -= moe__mix64((uint64_t)i + 1);
+  memset(&hint, 0, sizeof hint);
+  for (i = 0; i < model->tensors && (hashes || in_order); ++i) {
+    moe_model_tensor(model, i, &want);
+    if (!moe__st_find(st, &hint, prefix, want.name, &found)) return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", prefix, want.name);
+    if (in_order && found.begin != first + want.offset * sizeof(float))
+      return moe__fail(env, MOE_E_FORMAT, "tensor %s stands at byte %zu of the data instead of %zu: the file was saved anew by another program; "
+                       "read it with moe_model_load and save it again", found.name, found.begin, first + want.offset * sizeof(float));
+  }
+  return hashes ? moe__fail(env, MOE_E_FORMAT, "a tensor is there twice") : MOE_OK;
+}
+
+/* The vocabulary in the file, or NULL. */
+static moe_status moe__vocab_find(const char **vocab, size_t *bytes, const moe__st *st, const moe_env *env) {
+  moe__json hint;
+  moe__st_tensor t;
+  memset(&hint, 0, sizeof hint);
+  *vocab = NULL;
+  *bytes = 0;
+  if (!moe__st_find(st, &hint, "", "tokenizer.vocab", &t)) return MOE_OK;
+  if (t.dtype != MOE__U8 || t.dims != 1) return moe__fail(env, MOE_E_FORMAT, "tensor tokenizer.vocab must have one dimension of U8");
+  *vocab = (const char *)st->data + t.begin;
+  *bytes = t.count;
+  return MOE_OK;
+}
+
+/* A model whose configuration and tasks are the file's, its weights not yet set. */
+static moe_status moe__model_prepare(moe_model **out, const moe__header *header, const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe__tasks tasks;
+  moe__plan plan;
+  void *scratch;
+  moe_status status;
+  moe__tasks_take(&layout, &tasks, header);
+  scratch = layout.bad ? NULL : moe__alloc(layout.used);
+  if (!scratch) return moe__fail(env, MOE_E_MEMORY, "no memory for %zu tasks", header->T);
+  layout.base = (unsigned char *)scratch;
+  layout.used = 0;
+  moe__tasks_take(&layout, &tasks, header);
+  status = moe__tasks_read(header, &tasks, env);
+  if (!status) status = moe_config_check(&header->config, env);
+  if (!status) status = moe__check_tasks(&header->config, tasks.task, (int32_t)tasks.T, env);
+  if (!status) status = moe__plan_make(&plan, &header->config, tasks.task, (int32_t)tasks.T, env);
+  if (!status && plan.total > header->st.data_bytes / sizeof(float)) /* before so much memory is asked for */
+    status = moe__fail(env, MOE_E_FORMAT, "the configuration wants %zu weights, the file has %zu bytes for them", plan.total, header->st.data_bytes);
+  if (!status) status = moe__model_create_raw(out, &header->config, tasks.task, (int32_t)tasks.T, env);
+  moe__release(scratch);
+  return status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status;
+}
+
+MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file_bytes, const moe_env *env) {
+  moe__header header;
+  moe_model *model = NULL;
+  const char *vocab;
+  size_t vocab_bytes;
+  moe_status status = moe__header_read(&header, file, file_bytes, env);
+  if (!status) status = moe__model_prepare(&model, &header, env);
+  if (!status) status = moe__tensors_read(model->writable, &header.st, model, "", 0, env);
+  if (!status) status = moe__vocab_find(&vocab, &vocab_bytes, &header.st, env);
+  if (!status && vocab) status = moe_model_set_vocab(model, vocab, vocab_bytes, env);
+  if (!status) status = moe_model_pack(model, NULL, env);
+  if (status) moe_model_free(model);
+  else *out = model;
+  return status;
+}
+
+/* The block of moe_model_open: a model without weights, then room for the tasks as they are read. */
+static void moe__open_take(moe__layout *layout, moe__tasks *tasks, const moe__header *header) {
+  moe__model_pieces pieces;
+  moe__model_take(layout, &pieces, header->T, header->labels, header->bytes, 0);
+  moe__tasks_take(layout, tasks, header);
+}
+
+MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size_t *bytes, const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe__header header;
+  moe__tasks tasks;
+  moe_status status = moe__header_read(&header, file, file_bytes, env);
+  if (status) return status;
+  moe__open_take(&layout, &tasks, &header);
+  if (layout.bad) return moe__fail(env, MOE_E_FORMAT, "too many tasks for the memory of this machine");
+  *bytes = layout.used;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file_bytes, void *block, size_t bytes, const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe__header header;
+  moe__tasks tasks;
+  moe_model *model;
+  moe__st_tensor first;
+  moe__json hint;
+  moe_tensor t;
+  const float *weights;
+  moe_status status = moe__header_read(&header, file, file_bytes, env);
+  if (status) return status;
+  if (!moe__little_endian()) return moe__fail(env, MOE_E_UNSUPPORTED, "this machine stores the high byte first: use moe_model_read");
+  moe__open_take(&layout, &tasks, &header);
+  status = moe__check_block("an opened model", block, bytes, layout.used, env);
+  if (status) return status;
+  layout.base = (unsigned char *)block;
+  layout.used = 0;
+  moe__open_take(&layout, &tasks, &header);
+  status = moe__tasks_read(&header, &tasks, env);
+  /* a place in the file stands for the weights until the table of tensors can say where they begin */
+  if (!status) status = moe__model_place(&model, block, bytes, &header.config, tasks.task, (int32_t)tasks.T, (const float *)block, env);
+  if (!status) status = moe__tensors_read(NULL, &header.st, model, "", 1, env);
+  if (status) return status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status;
+  memset(&hint, 0, sizeof hint);
+  moe_model_tensor(model, 0, &t);
+  moe__st_find(&header.st, &hint, "", t.name, &first);
+  if ((uintptr_t)(header.st.data + first.begin) % sizeof(float))
+    return moe__fail(env, MOE_E_ARGUMENT, "the weights do not start at a multiple of 4: the file's bytes must begin at a multiple of 64");
+  weights = (const float *)(const void *)(header.st.data + first.begin);
+  status = moe__vocab_find(&model->vocab, &model->vocab_bytes, &header.st, env);
+  if (status) return status;
+  model->weights = weights;
+  *out = model;
+  return MOE_OK;
+}
+
+/* ---- files of the operating system ---- >>os */
+
+#ifndef MOE_NO_STDIO
+MOE_API void moe_free(void *data) { moe__release(data); }
+
+#ifdef _WIN32
+typedef HANDLE moe__fd;
+#define MOE__FD_NONE INVALID_HANDLE_VALUE
+#else
+typedef int moe__fd;
+#define MOE__FD_NONE (-1)
+#endif
+#define MOE__IO_MOST ((size_t)1 << 30) /* bytes of one call: systems have limits of 2 GiB */
+
+/* What a path leads to. */
+typedef enum moe__path_kind { MOE__PATH_NONE, MOE__PATH_FILE, MOE__PATH_STREAM, MOE__PATH_DEVICE, MOE__PATH_FOLDER } moe__path_kind;
+
+/* The system's reason for the last failure, in words. */
+static const char *moe__reason(char *out, size_t capacity) {
+#ifdef _WIN32
+  moe__format(out, capacity, "system error %llu", (unsigned long long)GetLastError());
+#else
+  moe__format(out, capacity, "%s", strerror(errno));
+#endif
+  return out;
+}
+
+#ifdef _WIN32
+static moe__path_kind moe__path(const char *path, size_t *bytes, unsigned *mode) {
+  WIN32_FILE_ATTRIBUTE_DATA data;
+  *bytes = 0;
+  *mode = 0;
+  if (!GetFileAttributesExA(path, GetFileExInfoStandard, &data)) return MOE__PATH_NONE;
+  if (data.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) return MOE__PATH_FOLDER;
+  *bytes = sizeof(size_t) > 4 ? (size_t)((uint64_t)data.nFileSizeHigh << 32 | data.nFileSizeLow) : (size_t)data.nFileSizeLow;
+  return MOE__PATH_FILE;
+}
+
+static moe__fd moe__open_read(const char *path) {
+  return CreateFileA(path, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
+}
+
+static moe__fd moe__open_write(const char *path, unsigned mode) {
+  (void)mode;
+  return CreateFileA(path, GENERIC_WRITE, 0, NULL, CREATE_ALWAYS, FILE_ATTRIBUTE_NORMAL, NULL);
+}
+
+static int moe__read_some(moe__fd fd, void *to, size_t most, size_t *got) {
+  DWORD n = 0;
+  int bad = !ReadFile(fd, to, (DWORD)(most < MOE__IO_MOST ? most : MOE__IO_MOST), &n, NULL);
+  *got = n;
+  return bad;
+}
+
+static int moe__write_some(moe__fd fd, const void *from, size_t most, size_t *got) {
+  DWORD n = 0;
+  int bad = !WriteFile(fd, from, (DWORD)(most < MOE__IO_MOST ? most : MOE__IO_MOST), &n, NULL);
+  *got = n;
+  return bad;
+}
+
+static int moe__sync(moe__fd fd) { return !FlushFileBuffers(fd); }
+static int moe__close(moe__fd fd) { return !CloseHandle(fd); }
+static void moe__remove(const char *path) { DeleteFileA(path); }
+static int moe__rename(const char *from, const char *to) { return !MoveFileExA(from, to, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH); }
+static void moe__sync_folder(char *path) { (void)path; }
+#else
+static moe__path_kind moe__path(const char *path, size_t *bytes, unsigned *mode) {
+  struct stat s;
+  *bytes = 0;
+  *mode = 0666;
+  if (stat(path, &s)) return MOE__PATH_NONE;
+  if (S_ISDIR(s.st_mode)) return MOE__PATH_FOLDER;
+  if (S_ISFIFO(s.st_mode)) return MOE__PATH_STREAM;
+  if (!S_ISREG(s.st_mode)) return MOE__PATH_DEVICE;
+  *mode = (unsigned)s.st_mode & 0777u;
+  *bytes = s.st_size > 0 && (uint64_t)s.st_size < SIZE_MAX ? (size_t)s.st_size : 0;
+  return MOE__PATH_FILE;
+}
+
+static moe__fd moe__open_read(const char *path) { return open(path, O_RDONLY); }
+static moe__fd moe__open_write(const char *path, unsigned mode) { return open(path, O_WRONLY | O_CREAT | O_TRUNC, (mode_t)mode); }
+
+/* 0 or an error; *got is 0 at the end of the file. */
+static int moe__read_some(moe__fd fd, void *to, size_t most, size_t *got) {
+  ssize_t n;
+  do n = read(fd, to, most < MOE__IO_MOST ? most : MOE__IO_MOST);
+  while (n < 0 && errno == EINTR);
+  *got = n < 0 ? 0 : (size_t)n;
+  return n < 0;
+}
+
+static int moe__write_some(moe__fd fd, const void *from, size_t most, size_t *got) {
+  ssize_t n;
+  do n = write(fd, from, most < MOE__IO_MOST ? most : MOE__IO_MOST);
+  while (n < 0 && errno == EINTR);
+  *got = n < 0 ? 0 : (size_t)n;
+  return n < 0;
+}
+
+static int moe__sync(moe__fd fd) { return fsync(fd) && errno != EINVAL && errno != EROFS; }
+static int moe__close(moe__fd fd) { return close(fd); }
+static void moe__remove(const char *path) { unlink(path); }
+static int moe__rename(const char *from, const char *to) { return rename(from, to); }
+
+/* The renaming itself must reach the disk as well; systems that cannot do that to a folder have nothing to complain about. */
+static void moe__sync_folder(char *path) {
+  char *slash = strrchr(path, '/');
+  int fd;
+  if (slash) slash[slash == path] = 0;
+  fd = open(slash ? path : ".", O_RDONLY);
+  if (fd < 0) return;
+  (void)!fsync(fd);
+  close(fd);
+}
+#endif
+
+/* Reads to the end into a block that grows as needed: the size that the system told beforehand is a hint only. */
+static moe_status moe__read_all(void **data, size_t *bytes, moe__fd fd, size_t hint, const char *path, const moe_env *env) {
+  size_t capacity = hint < SIZE_MAX / 2 ? hint + 2 : hint, used = 0, got = 0; /* room for a zero, and to see that nothing follows */
+  char reason[128];
+  unsigned char *block;
+  if (capacity < 4096) capacity = 4096;
+  block = (unsigned char *)moe__alloc(capacity);
+  while (block) {
+    if (used + 1 >= capacity) { /* one byte is kept for the ending zero */
+      size_t more = capacity < SIZE_MAX / 2 ? 2 * capacity : 0;
+      unsigned char *larger = more ? (unsigned char *)moe__alloc(more) : NULL;
+      if (larger) memcpy(larger, block, used);
+      moe__release(block);
+      block = larger;
+      capacity = more;
+      continue;
+    }
+    if (moe__read_some(fd, block + used, capacity - 1 - used, &got)) {
+      moe__reason(reason, sizeof reason);
+      moe__release(block);
+      return moe__fail(env, MOE_E_IO, "%s: reading failed after %zu bytes: %s", path, used, reason);
+    }
+    used += got;
+    if (got) continue;
+    block[used] = 0;
+    *data = block;
+    *bytes = used;
+    return MOE_OK;
+  }
+  return moe__fail(env, MOE_E_MEMORY, "%s: no memory to read it, after %zu bytes", path, used);
+}
+
+MOE_API moe_status moe_file_read(void **data, size_t *bytes, const char *path, const moe_env *env) {
+  char reason[128];
+  size_t hint;
+  unsigned mode;
+  moe_status status;
+  moe__fd fd;
+  moe__path_kind kind = moe__path(path, &hint, &mode);
+  if (kind == MOE__PATH_FOLDER) return moe__fail(env, MOE_E_IO, "%s: a folder, not a file", path);
+  if (kind == MOE__PATH_DEVICE) return moe__fail(env, MOE_E_IO, "%s: a device, not a file", path);
+  fd = moe__open_read(path);
+  if (fd == MOE__FD_NONE) return moe__fail(env, MOE_E_IO, "%s: cannot be opened: %s", path, moe__reason(reason, sizeof reason));
+  status = moe__read_all(data, bytes, fd, hint, path, env);
+  moe__close(fd);
+  return status;
+}
+
+typedef struct moe__file_sink {
+  moe__fd fd;
+  uint64_t written;
+  int failed;
+  char reason[128];
+} moe__file_sink;
+
+static int moe__file_sink_write(void *user, const void *data, size_t bytes) {
+  moe__file_sink *sink = (moe__file_sink *)user;
+  const unsigned char *from = (const unsigned char *)data;
+  while (bytes && !sink->failed) {
+    size_t got;
+    if (moe__write_some(sink->fd, from, bytes, &got) || !got) {
+      moe__reason(sink->reason, sizeof sink->reason);
+      sink->failed = 1;
+      break;
+    }
+    from += got;
+    bytes -= got;
+    sink->written += got;
+  }
+  return sink->failed;
+}
+
+/* Opens `to`, lets `write` fill it and brings it to the disk. */
+static moe_status moe__write_file(const char *to, unsigned mode, int sync, moe_status (*write_fn)(void *, const moe_writer *, const moe_env *),
+                                  void *user, const moe_env *env) {
+  moe__file_sink sink;
+  moe_writer writer;
+  moe_status status;
+  memset(&sink, 0, sizeof sink);
+  sink.fd = moe__open_write(to, mode);
+  if (sink.fd == MOE__FD_NONE) return moe__fail(env, MOE_E_IO, "%s: cannot be written: %s", to, moe__reason(sink.reason, sizeof sink.reason));
+  writer.write = moe__file_sink_write;
+  writer.user = &sink;
+  status = write_fn(user, &writer, env);
+  if (!sink.failed && !status && sync && moe__sync(sink.fd)) sink.failed = 1, moe__reason(sink.reason, sizeof sink.reason);
+  if (moe__close(sink.fd) && !sink.failed && !status) sink.failed = 1, moe__reason(sink.reason, sizeof sink.reason);
+  if (sink.failed) return moe__fail(env, MOE_E_IO, "%s: writing failed after %llu bytes: %s", to, (unsigned long long)sink.written, sink.reason);
+  return status;
+}
+
+MOE_API moe_status moe_file_replace(const char *path, moe_status (*write)(void *user, const moe_writer *writer, const moe_env *env),
+                                    void *user, const moe_env *env) {
+  char reason[128], *temporary;
+  size_t bytes, length = strlen(path);
+  unsigned mode;
+  moe_status status;
+  moe__path_kind kind = moe__path(path, &bytes, &mode);
+  if (kind == MOE__PATH_FOLDER) return moe__fail(env, MOE_E_IO, "%s: a folder, not a file", path);
+  if (kind == MOE__PATH_DEVICE || kind == MOE__PATH_STREAM) return moe__write_file(path, mode, 0, write, user, env);
+  temporary = (char *)moe__alloc(length + 5);
+  if (!temporary) return moe__fail(env, MOE_E_MEMORY, "%s: no memory for a name", path);
+  moe__format(temporary, length + 5, "%s.tmp", path);
+  status = moe__write_file(temporary, mode, 1, write, user, env);
+  if (!status && moe__rename(temporary, path))
+    status = moe__fail(env, MOE_E_IO, "%s: cannot take the place of %s: %s", temporary, path, moe__reason(reason, sizeof reason));
+  if (status) moe__remove(temporary);
+  else moe__sync_folder(temporary);
+  moe__release(temporary);
+  return status;
+}
+
+MOE_API moe_status moe_model_load(moe_model **out, const char *path, const moe_env *env) {
+  moe__named named;
+  void *file;
+  size_t bytes;
+  moe_status status = moe_file_read(&file, &bytes, path, env);
+  if (status) return status;
+  status = moe_model_read(out, file, bytes, moe__name_env(&named, path, env));
+  moe_free(file);
+  return status;
+}
+
+static moe_status moe__model_write_to(void *user, const moe_writer *writer, const moe_env *env) {
+  return moe_model_write((const moe_model *)user, writer, env);
+}
+
+MOE_API moe_status moe_model_save(const moe_model *model, const char *path, const moe_env *env) {
+  return moe_file_replace(path, moe__model_write_to, (void *)(uintptr_t)model, env);
+}
+#endif /* MOE_NO_STDIO */
+
+/* ---- weights of published encoders ---- >>import
+   A BERT-like file of the Hugging Face hub: BERT's names behind any prefix ("bert.", "model."), LayerNorms as weight/bias or gamma/beta,
+   F32, F16 or BF16. What else is in it (pooler, cls, position_ids) is passed over. */
+
+#define MOE__IMPORT_COMPLAINTS 16 /* sentences about one file, so that a foreign one does not flood the log */
+
+/* What stands before "embeddings.word_embeddings.weight". */
+static moe_status moe__import_prefix(char *prefix, size_t capacity, const moe__st *st, const moe_env *env) {
+  static const char wanted[] = "embeddings.word_embeddings.weight";
+  moe__json j;
+  moe__st_tensor t;
+  int found = 0;
+  moe__st_begin(st, &j);
+  while (moe__st_next(st, &j, &t)) {
+    size_t length = strlen(t.name), tail = sizeof wanted - 1;
+    if (length < tail || strcmp(t.name + length - tail, wanted) || (length > tail && t.name[length - tail - 1] != '.')) continue;
+    if (found++) return moe__fail(env, MOE_E_FORMAT, "two encoders in one file: %s%s and %s", prefix, wanted, t.name);
+    if (length - tail >= capacity) return moe__fail(env, MOE_E_FORMAT, "tensor %s: its prefix is too long", t.name);
+    memcpy(prefix, t.name, length - tail);
+    prefix[length - tail] = 0;
+  }
+  if (!found) return moe__fail(env, MOE_E_FORMAT, "no encoder like BERT: none of the %zu tensors is %s", st->tensors, wanted);
+  if (strstr(prefix, "roberta"))
+    return moe__fail(env, MOE_E_FORMAT, "%s%s: RoBERTa counts positions and segments in another way than BERT", prefix, wanted);
+  return MOE_OK;
+}
+
+/* Finds a tensor of BERT's name, LayerNorms by their old names too. */
+static int moe__import_find(const moe__st *st, moe__json *hint, const char *prefix, const char *name, moe__st_tensor *out) {
+  char other[128];
+  size_t length = strlen(name);
+  if (moe__st_find(st, hint, prefix, name, out)) return 1;
+  if (!strstr(name, "LayerNorm.") || length + 1 > sizeof other || length < 7) return 0;
+  memcpy(other, name, length + 1);
+  if (!strcmp(name + length - 6, "weight")) memcpy(other + length - 6, "gamma", 6);
+  else memcpy(other + length - 4, "beta", 5);
+  return moe__st_find(st, hint, prefix, other, out);
+}
+
+/* A matrix of the file, for its sizes. */
+static moe_status moe__import_matrix(const moe__st *st, const char *prefix, const char *name, int32_t *rows, int32_t *cols, const moe_env *env) {
+  moe__json hint;
+  moe__st_tensor t;
+  char shape[200];
+  memset(&hint, 0, sizeof hint);
+  if (!moe__st_find(st, &hint, prefix, name, &t)) return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", prefix, name);
+  moe__shape_text(shape, sizeof shape, t.shape, t.dims);
+  if (t.dims != 2 || !t.shape[0] || !t.shape[1] || t.shape[0] > INT32_MAX || t.shape[1] > INT32_MAX)
+    return moe__fail(env, MOE_E_FORMAT, "tensor %s: expected a matrix, found %s", t.name, shape);
+  *rows = (int32_t)t.shape[0];
+  *cols = (int32_t)t.shape[1];
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes, const moe_env *env) {
+  moe__st st;
+  moe_config c = *config;
+  char prefix[128], name[128];
+  int32_t cols;
+  moe__json hint;
+  moe__st_tensor t;
+  moe_status status = moe__st_open(&st, file, file_bytes, env);
+  if (!status) status = moe__import_prefix(prefix, sizeof prefix, &st, env);
+  if (!status) status = moe__import_matrix(&st, prefix, "embeddings.word_embeddings.weight", &c.vocab, &c.hidden, env);
+  if (!status) status = moe__import_matrix(&st, prefix, "embeddings.position_embeddings.weight", &c.positions, &cols, env);
+  if (!status) status = moe__import_matrix(&st, prefix, "embeddings.token_type_embeddings.weight", &c.segments, &cols, env);
+  if (!status) status = moe__import_matrix(&st, prefix, "encoder.layer.0.intermediate.dense.weight", &c.ffn, &cols, env);
+  if (status) return status;
+  memset(&hint, 0, sizeof hint);
+  for (c.layers = 0; c.layers < 1024; ++c.layers) {
+    moe__format(name, sizeof name, "encoder.layer.%d.attention.self.query.weight", (int)c.layers);
+    if (!moe__st_find(&st, &hint, prefix, name, &t)) break;
+  }
+  if (!c.layers) return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", prefix, name);
+  c.features = 0;
+  if (c.max_len > c.positions) c.max_len = c.positions;
+  *config = c;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes, const moe_env *env) {
+  static const char *const fixed[][2] = {{"hidden_act", "gelu"}, {"position_embedding_type", "absolute"}, {"model_type", "bert"}};
+  moe__json j;
+  moe__json_text key, value;
+  char text[64];
+  moe_config c = *config;
+  int64_t heads = 0;
+  size_t i;
+  moe__json_init(&j, json, bytes, 0);
+  moe__json_enter(&j, '{');
+  while (moe__json_more(&j, '}')) {
+    if (!moe__json_key(&j, &key)) break;
+    for (i = 0; i < 3 && !moe__json_is(&key, fixed[i][0]); ++i) continue;
+    if (i < 3) {
+      if (!moe__json_string(&j, &value)) break;
+      moe__printable(text, sizeof text, &value);
+      if (!moe__json_is(&value, fixed[i][1]))
+        return moe__fail(env, MOE_E_UNSUPPORTED, "config.json: %s is \"%s\", moe.h knows \"%s\" only", fixed[i][0], text, fixed[i][1]);
+    } else if (moe__json_is(&key, "num_attention_heads")) {
+      if (!moe__json_integer(&j, 1, 65536, &heads)) break;
+    } else if (moe__json_is(&key, "layer_norm_eps")) {
+      if (!moe__json_float(&j, &c.eps)) break;
+    } else moe__json_skip(&j);
+  }
+  moe__json_finish(&j);
+  if (j.error) return moe__fail(env, MOE_E_FORMAT, "config.json, byte %zu of %zu: %s", (size_t)(j.at - json), bytes, j.error);
+  if (!heads) return moe__fail(env, MOE_E_FORMAT, "config.json: num_attention_heads is missing");
+  if (!(c.eps > 0 && c.eps < 1)) return moe__fail(env, MOE_E_FORMAT, "config.json: layer_norm_eps is %g, it must be above 0 and below 1", (double)c.eps);
+  c.heads = (int32_t)heads;
+  *config = c;
+  return MOE_OK;
+}
+
+/* The name under which the file has a tensor of the model, and which copy of it this is; 0: the file has no such thing. */
+static int moe__import_name(char out[128], const moe_tensor *t, int32_t *copy) {
+  const char *experts = strstr(t->name, ".experts.");
+  const char *at = experts ? experts + 9 : NULL;
+  *copy = 0;
+  if (!strncmp(t->name, "heads.", 6) || strstr(t->name, ".gate.") || !strncmp(t->name, "embeddings.features.", 20)) return 0;
+  if (!at) {
+    memcpy(out, t->name, sizeof t->name);
+    return 1;
+  }
+  for (; *at != '.'; ++at) *copy = *copy * 10 + (*at - '0');
+  memcpy(out, t->name, (size_t)(experts - t->name));
+  moe__format(out + (experts - t->name), 128 - (size_t)(experts - t->name), "%s", at);
+  return 1;
+}
+
+/* Checks a tensor of the model against the file; *complaints counts what is wrong. */
+static void moe__import_check(const moe_tensor *want, const char *name, const moe__st *st, moe__json *hint, const char *prefix, int *complaints,
+                              const moe_env *env) {
+  moe__st_tensor found;
+  size_t bad;
+  const moe_env *told = *complaints < MOE__IMPORT_COMPLAINTS ? env : NULL;
+  if (!moe__import_find(st, hint, prefix, name, &found)) {
+    char text[80];
+    size_t shape[3];
+    int k;
+    for (k = 0; k < want->dims; ++k) shape[k] = (size_t)want->shape[k];
+    moe__shape_text(text, sizeof text, shape, want->dims);
+    moe__fail(told, MOE_E_FORMAT, "tensor %s%s is missing: expected F32, F16 or BF16 of %s", prefix, name, text);
+    ++*complaints;
+  } else if (!moe__same_shape(&found, want) || found.dtype > MOE__BF16) {
+    moe__wrong_shape(&found, want, "F32, F16 or BF16", told);
+    ++*complaints;
+  } else if ((bad = moe__st_finite(st->data + found.begin, found.count, found.dtype)) < found.count) {
+    moe__fail(told, MOE_E_FORMAT, "tensor %s: element %zu is no finite number", found.name, bad);
+    ++*complaints;
+  }
+}
+
+/* Everything that the model needs must be there, before anything is changed. */
+static moe_status moe__import_survey(const moe_model *model, const moe__st *st, const char *prefix, const moe_env *env) {
+  moe__json hint;
+  moe__st_tensor extra;
+  moe_tensor t;
+  char name[128];
+  int complaints = 0;
+  int32_t i, copy;
+  memset(&hint, 0, sizeof hint);
+  moe__format(name, sizeof name, "encoder.layer.%d.attention.self.query.weight", (int)model->config.layers);
+  if (moe__st_find(st, &hint, prefix, name, &extra)) {
+    moe__fail(env, MOE_E_FORMAT, "tensor %s: the model has %d layers, the file has more", extra.name, (int)model->config.layers);
+    ++complaints;
+  }
+  for (i = 0; i < model->tensors; ++i) {
+    moe_model_tensor(model, i, &t);
+    if (moe__import_name(name, &t, &copy) && !copy) moe__import_check(&t, name, st, &hint, prefix, &complaints, env);
+  }
+  if (complaints > MOE__IMPORT_COMPLAINTS)
+    moe__fail(env, MOE_E_FORMAT, "and %d tensors more are missing or wrong", complaints - MOE__IMPORT_COMPLAINTS);
+  return complaints ? MOE_E_FORMAT : MOE_OK;
+}
+
+MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes, const moe_import_options *options,
+                                    const moe_env *env) {
+  moe__st st;
+  moe__st_tensor found;
+  moe__json hint;
+  moe_tensor t;
+  char prefix[128], name[128];
+  float noise = options ? options->noise : 0;
+  int32_t i, copy;
+  size_t k;
+  moe_status status;
+  if (!model->writable) return moe__fail(env, MOE_E_ARGUMENT, "the weights of this model are a file's and cannot be changed");
+  if (!(noise >= 0 && noise < 1)) return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, it must be from 0 to 1", (double)noise);
+  status = moe__st_open(&st, file, file_bytes, env);
+  if (!status) status = moe__import_prefix(prefix, sizeof prefix, &st, env);
+  if (!status) status = moe__import_survey(model, &st, prefix, env);
+  if (status) return status;
+  memset(&hint, 0, sizeof hint);
+  for (i = 0; i < model->tensors; ++i) {
+    moe_model_tensor(model, i, &t);
+    if (!moe__import_name(name, &t, &copy)) continue;
+    moe__import_find(&st, &hint, prefix, name, &found);
+    moe__st_floats(model->writable + t.offset, st.data + found.begin, t.count, found.dtype);
+    if (noise > 0 && strstr(t.name, ".experts.")) {
+      uint64_t key = moe_key(options->seed, 0, moe__name_hash(t.name), 0, MOE__SITE_NOISE);
+      for (k = 0; k < t.count; ++k) model->writable[t.offset + k] += noise * moe__normal(key, k);
+    }
+  }
+  if (model->panels) moe__model_repack(model, env);
+  return MOE_OK;
+}
+
+#ifndef MOE_NO_TRAIN
+/* ---- checkpoints ---- >>checkpoint
+   A model file with the moments as tensors adam.m.NAME and adam.v.NAME, and "moe.checkpoint" in the metadata: step, the sampler's state, the
+   caller's note. moe_model_load and _open read it as a model. */
+
+typedef struct moe__state {
+  const moe_trainer *trainer;
+  const moe_sampler *sampler;
+  const char *note;
+} moe__state;
+
+static const char *const moe__sampling_name[] = {"natural", "uniform", "temperature", "uniform-natural"};
+
+static void moe__out_counts(moe__out *out, const char *name, const int64_t *counts, int32_t n) {
+  int32_t i;
+  moe__out_member(out, ",", name);
+  moe__out_text(out, "[");
+  for (i = 0; i < n; ++i) {
+    if (i) moe__out_text(out, ",");
+    moe__out_int(out, counts[i]);
+  }
+  moe__out_text(out, "]");
+}
+
+static void moe__sampler_put(moe__out *out, const moe_sampler *s) {
+  moe__out_member(out, "{", "sampling");
+  moe__out_string(out, moe__sampling_name[s->config.sampling], strlen(moe__sampling_name[s->config.sampling]));
+  moe__out_member(out, ",", "tau");
+  moe__out_float(out, s->config.tau);
+  moe__out_member(out, ",", "in_order");
+  moe__out_int(out, s->config.in_order);
+  moe__out_member(out, ",", "seed");
+  moe__out_uint(out, s->config.seed);
+  moe__out_member(out, ",", "draws");
+  moe__out_int(out, s->config.draws);
+  moe__out_member(out, ",", "drawn");
+  moe__out_int(out, s->drawn);
+  moe__out_counts(out, "rows", s->rows, s->T);
+  moe__out_counts(out, "used", s->used, s->T);
+  moe__out_text(out, "}");
+}
+
+static void moe__state_put(moe__out *out, const void *user) {
+  const moe__state *state = (const moe__state *)user;
+  moe__out_member(out, "{", "step");
+  moe__out_int(out, state->trainer->step);
+  if (state->sampler) {
+    moe__out_member(out, ",", "sampler");
+    moe__sampler_put(out, state->sampler);
+  }
+  if (state->note) {
+    moe__out_member(out, ",", "note");
+    moe__out_string(out, state->note, strlen(state->note));
+  }
+  moe__out_text(out, "}");
+}
+
+MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler, const char *note, const moe_writer *writer,
+                                        const moe_env *env) {
+  moe__save save;
+  moe__state state;
+  state.trainer = trainer;
+  state.sampler = sampler;
+  state.note = note;
+  save.model = trainer->model;
+  save.moment[0] = trainer->m;
+  save.moment[1] = trainer->v;
+  save.put_state = moe__state_put;
+  save.state = &state;
+  return moe__save_write(&save, writer, env);
+}
+
+/* The file must be of the very configuration and tasks of the model: else which field differs. */
+static moe_status moe__same_config(const moe_config *file, const moe_config *model, const moe_env *env) {
+  size_t i;
+  for (i = 0; i < MOE__CONFIG_FIELDS; ++i)
+    if (moe__config_get(file, i) != moe__config_get(model, i))
+      return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has %s %d, the model has %d", moe__config_field[i].name,
+                       (int)moe__config_get(file, i), (int)moe__config_get(model, i));
+  if (file->eps < model->eps || file->eps > model->eps)
+    return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has eps %g, the model has %g", (double)file->eps, (double)model->eps);
+  if (file->router != model->router)
+    return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has router %s, the model has %s", moe__router_name[file->router],
+                     moe__router_name[model->router]);
+  if (file->truncate != model->truncate)
+    return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has truncate %s, the model has %s", moe__truncate_name[file->truncate],
+                     moe__truncate_name[model->truncate]);
+  return MOE_OK;
+}
+
+static const char *moe__task_difference(const moe_task *a, const moe_task *b) {
+  int32_t i;
+  if (strcmp(a->name, b->name)) return "name";
+  if (a->kind != b->kind) return "kind";
+  if (a->pair != b->pair) return "pair";
+  if (a->max_len != b->max_len) return "max_len";
+  if (a->classes != b->classes) return "number of classes";
+  if (a->kind == MOE_KIND_REGRESSION) return a->low < b->low || a->low > b->low || a->high < b->high || a->high > b->high ? "range" : NULL;
+  for (i = 0; i < a->classes; ++i)
+    if (strcmp(a->label[i], b->label[i])) return "label names";
+  return NULL;
+}
+
+static moe_status moe__same_tasks(const moe__tasks *file, const moe_model *model, const moe_env *env) {
+  int32_t t;
+  if (file->T != (size_t)model->T)
+    return moe__fail(env, MOE_E_FORMAT, "the checkpoint has %zu tasks, the model has %d", file->T, (int)model->T);
+  for (t = 0; t < model->T; ++t) {
+    const char *differs = moe__task_difference(&file->task[t], &model->tasks[t]);
+    if (differs)
+      return moe__fail(env, MOE_E_FORMAT, "task %d of the checkpoint, '%s', differs from the model's, '%s': %s", (int)t, file->task[t].name,
+                       model->tasks[t].name, differs);
+  }
+  return MOE_OK;
+}
+
+/* Reads (T) counts into out, and compares them with `same`; either may be NULL. */
+static int moe__counts_read(moe__json *j, int64_t *out, const int64_t *same, int32_t T) {
+  int32_t n = 0;
+  moe__json_enter(j, '[');
+  while (moe__json_more(j, ']')) {
+    int64_t v;
+    if (n == T) return moe__json_fail(j, "more tasks than the sampler has");
+    if (!moe__json_integer(j, 0, INT64_MAX, &v)) return 0;
+    if (same && same[n] != v) return moe__json_fail(j, "a task had another number of rows");
+    if (out) out[n] = v;
+    ++n;
+  }
+  if (j->error) return 0;
+  return n == T ? 1 : moe__json_fail(j, "fewer tasks than the sampler has");
+}
+
+/* Reads the state of a sampler that must be configured like *sampler, which receives it if `apply` is set. */
+static int moe__sampler_read(moe__json *j, moe_sampler *sampler, int apply) {
+  static const char *const keys[] = {"sampling", "tau", "in_order", "seed", "draws", "drawn", "rows", "used"};
+  const moe_sampler_config *config = &sampler->config;
+  unsigned seen = 0;
+  moe__json_enter(j, '{');
+  while (moe__json_more(j, '}')) {
+    moe__json_text key;
+    moe__json_number number;
+    int64_t v = 0;
+    float tau = 0;
+    int k = 0, choice = 0, ok = 0, same = 1;
+    if (!moe__json_key(j, &key)) return 0;
+    while (k < 8 && !moe__json_is(&key, keys[k])) ++k;
+    if (k == 8 || seen >> k & 1) return moe__json_fail(j, "a member of the sampler is not known, or there twice");
+    seen |= 1u << k;
+    switch (k) {
+      case 0: ok = moe__json_choice(j, moe__sampling_name, 4, &choice), same = choice == (int)config->sampling; break;
+      case 1: ok = moe__json_float(j, &tau), same = !(tau < config->tau || tau > config->tau); break;
+      case 2: ok = moe__json_integer(j, INT32_MIN, INT32_MAX, &v), same = v == config->in_order; break;
+      case 3: ok = moe__json_read_number(j, &number), same = ok && number.integer && !number.negative && number.magnitude == config->seed; break;
+      case 4: ok = moe__json_integer(j, INT64_MIN, INT64_MAX, &v), same = v == config->draws; break;
+      case 5:
+        ok = moe__json_integer(j, 0, INT64_MAX, &v);
+        if (ok && apply) sampler->drawn = v;
+        break;
+      case 6: ok = moe__counts_read(j, NULL, sampler->rows, sampler->T); break;
+      default: ok = moe__counts_read(j, apply ? sampler->used : NULL, NULL, sampler->T); break;
+    }
+    if (!ok) return 0;
+    if (!same) return moe__json_fail(j, "the sampler's settings (sampling, tau, in_order, seed, draws) are not those of the checkpoint");
+  }
+  if (j->error) return 0;
+  return seen == 0xffu ? 1 : moe__json_fail(j, "a member of the sampler is missing");
+}
+
+/* Reads moe.checkpoint. sampler and note may be NULL. */
+static moe_status moe__state_read(const moe__st *st, int64_t *step, moe_sampler *sampler, int apply, moe__json_text *note, int *has_note,
+                                  const moe_env *env) {
+  moe__json j;
+  int has_step = 0, has_sampler = 0;
+  moe_status status = moe__st_text(st, "moe.checkpoint", &j, NULL);
+  *has_note = 0;
+  if (status) return moe__fail(env, status, "a model, but no checkpoint: its metadata has no \"moe.checkpoint\", or has it twice");
+  moe__json_enter(&j, '{');
+  while (moe__json_more(&j, '}')) {
+    moe__json_text key;
+    if (!moe__json_key(&j, &key)) break;
+    if (moe__json_is(&key, "step") && !has_step++) moe__json_integer(&j, 0, INT64_MAX, step);
+    else if (moe__json_is(&key, "note") && !(*has_note)++) moe__json_string(&j, note);
+    else if (!moe__json_is(&key, "sampler") || has_sampler++) moe__json_fail(&j, "a member is not known, or there twice");
+    else if (sampler) moe__sampler_read(&j, sampler, apply);
+    else moe__json_skip(&j);
+  }
+  moe__json_finish(&j);
+  if (!j.error && !has_step) moe__json_fail(&j, "the step is missing");
+  if (!j.error && sampler && !has_sampler) moe__json_fail(&j, "it was written without a sampler's state");
+  return j.error ? moe__fail(env, MOE_E_FORMAT, "moe.checkpoint: %s", j.error) : MOE_OK;
+}
+
+/* Everything that can fail, before anything is changed. */
+static moe_status moe__checkpoint_check(const moe__header *header, const moe_model *model, const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe__tasks tasks;
+  void *scratch;
+  const char *vocab;
+  size_t vocab_bytes;
+  int i;
+  moe_status status = moe__same_config(&header->config, &model->config, env);
+  if (status) return status;
+  moe__tasks_take(&layout, &tasks, header);
+  scratch = layout.bad ? NULL : moe__alloc(layout.used);
+  if (!scratch) return moe__fail(env, MOE_E_MEMORY, "no memory for %zu tasks", header->T);
+  layout.base = (unsigned char *)scratch;
+  layout.used = 0;
+  moe__tasks_take(&layout, &tasks, header);
+  status = moe__tasks_read(header, &tasks, env);
+  if (!status) status = moe__same_tasks(&tasks, model, env);
+  moe__release(scratch);
+  if (!status) status = moe__vocab_find(&vocab, &vocab_bytes, &header->st, env);
+  if (!status && (vocab_bytes != model->vocab_bytes || (vocab_bytes && memcmp(vocab, model->vocab, vocab_bytes))))
+    status = moe__fail(env, MOE_E_FORMAT, "the checkpoint's vocabulary (%zu bytes) is not the model's (%zu bytes)", vocab_bytes, model->vocab_bytes);
+  if (!status) status = moe__tensors_read(NULL, &header->st, model, "", 0, env);
+  for (i = 0; i < 2 && !status; ++i) status = moe__tensors_read(NULL, &header->st, model, moe__moment_prefix[i], 0, env);
+  return status;
+}
+
+MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sampler, const void *file, size_t bytes, const moe_env *env) {
+  moe__header header;
+  moe_model *model = trainer->model;
+  moe__json_text note;
+  int64_t step = 0;
+  int has_note;
+  moe_status status = moe__header_read(&header, file, bytes, env);
+  if (!status) status = moe__state_read(&header.st, &step, sampler, 0, &note, &has_note, env);
+  if (!status) status = moe__checkpoint_check(&header, model, env);
+  if (status) return status;
+  moe__state_read(&header.st, &trainer->step, sampler, 1, &note, &has_note, env);
+  moe__tensors_read(model->writable, &header.st, model, "", 0, env);
+  moe__tensors_read(trainer->m, &header.st, model, moe__moment_prefix[0], 0, env);
+  moe__tensors_read(trainer->v, &header.st, model, moe__moment_prefix[1], 0, env);
+  memset(trainer->g, 0, model->plan.total * sizeof(float));
+  if (model->panels) moe__model_repack(model, env);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_checkpoint_note(char *text, size_t capacity, size_t *length, const void *file, size_t bytes, const moe_env *env) {
+  moe__st st;
+  moe__json_text note;
+  int64_t step;
+  int has_note;
+  moe_status status = moe__st_open(&st, file, bytes, env);
+  if (!status) status = moe__state_read(&st, &step, NULL, 0, &note, &has_note, env);
+  if (status) return status;
+  if (has_note) *length = moe__json_copy(text, capacity, &note);
+  else {
+    *length = 0;
+    if (capacity) *text = 0;
+  }
+  return MOE_OK;
+}
+
+#ifndef MOE_NO_STDIO
+static moe_status moe__checkpoint_write_to(void *user, const moe_writer *writer, const moe_env *env) {
+  const moe__state *state = (const moe__state *)user;
+  return moe_checkpoint_write(state->trainer, state->sampler, state->note, writer, env);
+}
+
+MOE_API moe_status moe_checkpoint_save(const moe_trainer *trainer, const moe_sampler *sampler, const char *note, const char *path,
+                                       const moe_env *env) {
+  moe__state state;
+  state.trainer = trainer;
+  state.sampler = sampler;
+  state.note = note;
+  return moe_file_replace(path, moe__checkpoint_write_to, &state, env);
+}
+
+MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sampler, const char *path, const moe_env *env) {
+  moe__named named;
+  void *file;
+  size_t bytes;
+  moe_status status = moe_file_read(&file, &bytes, path, env);
+  if (status) return status;
+  status = moe_checkpoint_read(trainer, sampler, file, bytes, moe__name_env(&named, path, env));
+  moe_free(file);
+  return status;
+}
+#endif
+#endif /* MOE_NO_TRAIN */
 
 /* ---- WordPiece ---- >>text
    BERT's tokens, exact to the id with Hugging Face `tokenizers` (BertNormalizer, BertPreTokenizer, WordPiece): a text is
