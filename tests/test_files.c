@@ -1,0 +1,466 @@
+/* Model files and checkpoints: what goes in comes out bit for bit, and whatever happens to a file ends in a status and a sentence. */
+#include "../moe.h"
+#include "test.h"
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/stat.h>
+#include <unistd.h>
+#define HAVE_POSIX 1
+#endif
+
+static char said[1024];
+static int sentences;
+static void remember(void *user, moe_status status, const char *sentence) {
+  (void)user;
+  (void)status;
+  snprintf(said, sizeof said, "%s", sentence);
+  ++sentences;
+}
+
+static moe_env logging(void) {
+  moe_env env;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  env.log = remember;
+  said[0] = 0;
+  sentences = 0;
+  return env;
+}
+
+typedef struct sink {
+  unsigned char *data;
+  size_t used, capacity, limit; /* limit: fails after so many bytes */
+} sink;
+
+static int sink_write(void *user, const void *data, size_t bytes) {
+  sink *s = (sink *)user;
+  if (bytes > s->limit - s->used) return 1;
+  if (s->used + bytes > s->capacity) {
+    s->capacity = 2 * (s->used + bytes);
+    s->data = (unsigned char *)realloc(s->data, s->capacity);
+  }
+  memcpy(s->data + s->used, data, bytes);
+  s->used += bytes;
+  return 0;
+}
+
+static moe_writer sink_writer(sink *s) {
+  moe_writer writer;
+  memset(s, 0, sizeof *s);
+  s->limit = (size_t)-1;
+  writer.write = sink_write;
+  writer.user = s;
+  return writer;
+}
+
+static const char vocab[] = "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nb\n\xc3\xa9\n";
+
+/* A small model with every kind of task and names that want escapes. */
+static moe_model *small_model(moe_router router, const moe_env *env) {
+  static const char *const nasty[] = {"\"quoted\"", "back\\slash", "tab\tline\nbell\a", "\xc3\xa9\xf0\x9f\x98\x80", "no \xff\xfe utf-8", "{}[]:,"};
+  moe_config config;
+  moe_task task[4];
+  moe_model *model = NULL;
+  moe_config_init(&config);
+  config.layers = 2;
+  config.hidden = 8;
+  config.ffn = 12;
+  config.heads = 2;
+  config.vocab = 7;
+  config.positions = 16;
+  config.max_len = 16;
+  config.eps = 1e-5f;
+  config.router = router;
+  config.experts = router == MOE_ROUTER_DENSE ? 1 : 3;
+  config.top_k = router == MOE_ROUTER_DENSE ? 1 : 2;
+  config.truncate = MOE_TRUNCATE_RIGHT;
+  config.cased = 1;
+  memset(task, 0, sizeof task);
+  snprintf(task[0].name, sizeof task[0].name, "nasty_labels");
+  task[0].classes = 6;
+  task[0].label = nasty;
+  snprintf(task[0].metrics, sizeof task[0].metrics, "accuracy,macro_f1");
+  snprintf(task[1].name, sizeof task[1].name, "a-b+C_9");
+  task[1].kind = MOE_KIND_REGRESSION;
+  task[1].pair = 1;
+  task[1].classes = 1;
+  task[1].low = -0.1f;
+  task[1].high = 5;
+  task[1].max_len = 11;
+  snprintf(task[2].name, sizeof task[2].name, "rank");
+  task[2].kind = MOE_KIND_RANKING;
+  task[2].classes = 2;
+  snprintf(task[3].name, sizeof task[3].name, "span");
+  task[3].kind = MOE_KIND_SPAN;
+  task[3].classes = 3;
+  if (moe_model_create(&model, &config, task, 4, 7, env)) return NULL;
+  if (moe_model_set_vocab(model, vocab, sizeof vocab - 1, env)) return moe_model_free(model), (moe_model *)NULL;
+  return model;
+}
+
+static int same_tasks(const moe_model *a, const moe_model *b) {
+  int32_t t, i;
+  if (moe_model_tasks(a) != moe_model_tasks(b)) return 0;
+  for (t = 0; t < moe_model_tasks(a); ++t) {
+    const moe_task *x = moe_model_task(a, t), *y = moe_model_task(b, t);
+    if (strcmp(x->name, y->name) || x->kind != y->kind || x->pair != y->pair || x->classes != y->classes || strcmp(x->metrics, y->metrics)) return 0;
+    if (x->max_len != y->max_len || memcmp(&x->low, &y->low, 4) || memcmp(&x->high, &y->high, 4)) return 0;
+    for (i = 0; i < x->classes && x->kind != MOE_KIND_REGRESSION; ++i)
+      if (strcmp(x->label[i], y->label[i])) return 0;
+  }
+  return 1;
+}
+
+static int same_models(const moe_model *a, const float *weights, const moe_model *b) {
+  size_t n = 0, m = 0;
+  const char *v = moe_model_vocab(a, &n), *w = moe_model_vocab(b, &m);
+  if (memcmp(moe_model_config(a), moe_model_config(b), sizeof(moe_config)) || !same_tasks(a, b)) return 0;
+  if (n != m || (n && memcmp(v, w, n))) return 0;
+  return !weights || !memcmp(moe_model_weights((moe_model *)(uintptr_t)a), weights, moe_model_parameters(a) * sizeof(float));
+}
+
+static void test_files_round_trip_is_bit_exact(void) {
+  moe_env env = logging();
+  int router;
+  for (router = MOE_ROUTER_DENSE; router <= MOE_ROUTER_TASK; ++router) {
+    moe_model *model = small_model((moe_router)router, &env), *back = NULL;
+    sink s, again;
+    moe_writer writer = sink_writer(&s);
+    CHECK(model, "%s", said);
+    CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+    CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_OK, "%s", said);
+    CHECK(same_models(model, moe_model_weights(back), back), "router %d", router);
+    writer = sink_writer(&again);
+    CHECK(moe_model_write(back, &writer, &env) == MOE_OK, "%s", said);
+    CHECK(again.used == s.used && !memcmp(again.data, s.data, s.used), "written again it is the same file");
+    CHECK((((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16) + 8) % 64 == 0, "the data are aligned");
+    moe_model_free(model);
+    moe_model_free(back);
+    free(s.data);
+    free(again.data);
+  }
+  CHECK(sentences == 0, "%s", said);
+}
+
+/* A copy at a multiple of 64 plus `shift`. */
+static unsigned char *aligned_copy(const sink *s, size_t shift, void **base) {
+  unsigned char *p = (unsigned char *)malloc(s->used + 192);
+  *base = p;
+  p += (64 - (uintptr_t)p % 64) % 64 + shift;
+  memcpy(p, s->data, s->used);
+  return p;
+}
+
+static void test_files_open_in_place(void) {
+  moe_env env = logging();
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *opened = NULL;
+  sink s, again;
+  moe_writer writer = sink_writer(&s);
+  void *base, *block_base;
+  unsigned char *file, *block;
+  size_t bytes = 0;
+  CHECK(model && moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  file = aligned_copy(&s, 0, &base);
+  CHECK(moe_model_open_size(file, s.used, &bytes, &env) == MOE_OK, "%s", said);
+  CHECK(bytes < 16384, "%zu bytes hold no weights", bytes);
+  block_base = malloc(bytes + 64);
+  block = (unsigned char *)block_base + (64 - (uintptr_t)block_base % 64) % 64;
+  CHECK(moe_model_open(&opened, file, s.used, block, bytes - 1, &env) == MOE_E_MEMORY && !opened, "a byte less");
+  CHECK(moe_model_open(&opened, file, s.used, block + 4, bytes, &env) == MOE_E_ARGUMENT && !opened, "not aligned");
+  CHECK(moe_model_open(&opened, file, s.used, block, bytes, &env) == MOE_OK, "%s", said);
+  CHECK(same_models(model, NULL, opened), "configuration, tasks, vocabulary");
+  CHECK(moe_model_weights(opened) == NULL, "the weights are not for writing");
+  CHECK((const unsigned char *)moe_model_vocab(opened, NULL) > file, "the vocabulary stays in the file");
+  writer = sink_writer(&again);
+  CHECK(moe_model_write(opened, &writer, &env) == MOE_OK && again.used == s.used && !memcmp(again.data, s.data, s.used), "written again");
+  moe_model_free(opened);
+  free(base);
+  file = aligned_copy(&s, 2, &base);
+  CHECK(moe_model_open(&opened, file, s.used, block, bytes, &env) == MOE_E_ARGUMENT && strstr(said, "multiple of 4"), "%s", said);
+  CHECK(moe_model_read(&opened, file, s.used, &env) == MOE_OK, "any alignment will do for a copy");
+  moe_model_free(opened);
+  free(base);
+  free(block_base);
+  free(s.data);
+  free(again.data);
+  moe_model_free(model);
+}
+
+/* Reads and opens damaged bytes, in a block of exactly that size so that a sanitizer sees a byte too many. */
+static void try_bytes(const unsigned char *data, size_t n, int *accepted, int *refused) {
+  moe_env env = logging();
+  unsigned char *copy = (unsigned char *)malloc(n ? n : 1), *block_base, *block;
+  moe_model *model = NULL;
+  size_t bytes = 0;
+  moe_status status;
+  if (n) memcpy(copy, data, n);
+  status = moe_model_read(&model, copy, n, &env);
+  if (status) {
+    ++*refused;
+    CHECK(!model && status == MOE_E_FORMAT && sentences == 1 && strlen(said) > 10, "status %d, %d sentences: '%s'", (int)status, sentences, said);
+  } else {
+    ++*accepted;
+    CHECK(sentences == 0 && model, "%s", said);
+  }
+  moe_model_free(model);
+  model = NULL;
+  if (!moe_model_open_size(copy, n, &bytes, &env)) {
+    block_base = (unsigned char *)malloc(bytes + 64);
+    block = block_base + (64 - (uintptr_t)block_base % 64) % 64;
+    said[0] = 0;
+    status = moe_model_open(&model, copy, n, block, bytes, &env);
+    CHECK(!status == !said[0], "status %d: '%s'", (int)status, said);
+    moe_model_free(model);
+    free(block_base);
+  }
+  free(copy);
+}
+
+static void test_files_truncated_are_refused(void) {
+  moe_env env = logging();
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env);
+  sink s;
+  moe_writer writer = sink_writer(&s);
+  int accepted = 0, refused = 0;
+  size_t data, i;
+  int32_t t;
+  CHECK(model && moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  data = 8 + ((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16);
+  for (t = 0; t < moe_model_tensors(model); ++t) {
+    moe_tensor tensor;
+    moe_model_tensor(model, t, &tensor);
+    try_bytes(s.data, data + tensor.offset * sizeof(float), &accepted, &refused);
+    CHECK_STATE();
+    CHECK(strstr(said, "damaged or truncated"), "cut before tensor %d: %s", (int)t, said);
+  }
+  for (i = 0; i < data; i += i < 80 ? 1 : 37) try_bytes(s.data, i, &accepted, &refused);
+  for (i = s.used - 1; i > s.used - 64; --i) try_bytes(s.data, i, &accepted, &refused);
+  CHECK_STATE();
+  CHECK(accepted == 0, "%d of %d were accepted", accepted, accepted + refused);
+  printf("        %d truncated files refused\n", refused);
+  moe_model_free(model);
+  free(s.data);
+}
+
+static void test_files_damaged_are_refused_or_read(void) {
+  moe_env env = logging();
+  moe_model *model = small_model(MOE_ROUTER_SHARED, &env);
+  sink s;
+  moe_writer writer = sink_writer(&s);
+  int accepted = 0, refused = 0, round;
+  uint64_t state = 1;
+  size_t header;
+  CHECK(model && moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  header = 8 + ((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16);
+  for (round = 0; round < 4000; ++round) {
+    unsigned char *copy = (unsigned char *)malloc(s.used + 8);
+    size_t n = s.used, at;
+    int flips = 1 + round % 3, f;
+    memcpy(copy, s.data, s.used);
+    for (f = 0; f < flips; ++f) {
+      size_t range = round % 5 == 0 ? 12 : round % 5 == 4 ? n : header;
+      test_random(&state);
+      at = (size_t)(state >> 33) % range;
+      test_random(&state);
+      if (round % 2) copy[at] = (unsigned char)(state >> 40);
+      else if (copy[at] >= '0' && copy[at] <= '9') copy[at] = (unsigned char)('0' + (state >> 40) % 10);
+      else copy[at] ^= (unsigned char)(1u << (state >> 40) % 8);
+    }
+    if (round % 11 == 0) n -= (size_t)(state >> 50) % n;
+    try_bytes(copy, n, &accepted, &refused);
+    free(copy);
+    CHECK_STATE();
+  }
+  printf("        %d damaged files: %d refused, %d still sound\n", round, refused, accepted);
+  CHECK(refused > 2000, "%d", refused);
+  moe_model_free(model);
+  free(s.data);
+}
+
+/* Replaces the first `from` in the header by `to` of the same length. */
+static void swap_text(sink *s, const char *from, const char *to) {
+  size_t n = strlen(from), i;
+  for (i = 8; i + n < s->used; ++i)
+    if (!memcmp(s->data + i, from, n)) {
+      memcpy(s->data + i, to, n);
+      return;
+    }
+}
+
+static void test_files_sentences_name_the_cause(void) {
+  static const struct {
+    const char *from, *to, *says;
+  } some[] = {
+      {"moe.version", "moe.versiom", "no model of moe.h"},
+      {"moe.version\":\"1", "moe.version\":\"2", "version 2 of the format"},
+      {"\\\"layers\\\":2", "\\\"layers\\\":3", "the configuration wants"},
+      {"\\\"layers\\\":2", "\\\"layers\\\":0", "configuration: layers is 0"},
+      {"\\\"layers\\\":2", "\\\"lagers\\\":2", "moe.config: a member that is not known"},
+      {"\\\"hidden\\\":8", "\\\"hidden\\\":7", "hidden is 7, which is no multiple of heads"},
+      {"\\\"heads\\\":2", "\\\"heads\\\":x", "moe.config: a number was expected"},
+      {"\\\"heads\\\":2", "\\\"vocab\\\":2", "moe.config: a member is there twice"},
+      {"\\\"task\\\"", "\\\"tusk\\\"", "moe.config: a name that is not known"},
+      {"\\\"kind\\\":\\\"span", "\\\"kind\\\":\\\"spam", "moe.tasks, task 3: a name that is not known"},
+      {"\\\"low\\\":-0.1", "\\\"low\\\":   9", "its range is 9 to 5"},
+      {"\\\"rank\\\"", "\\\"span\\\"", "task 'span' is there twice"},
+      {"\\\"rank\\\"", "\\\"r.nk\\\"", "letters, digits"},
+      {"tokenizer.vocab\":{\"dtype\":\"U8", "tokenizer.vocab\":{\"dtype\":\"I8", "tokenizer.vocab must"},
+      {"heads.rank.weight", "heads.rink.weight", "heads.rink.weight does not belong"},
+      {"embeddings.LayerNorm.weight\":{\"dtype\":\"F32\",\"shape\":[8]", "embeddings.LayerNorm.weight\":{\"dtype\":\"I32\",\"shape\":[8]",
+       "tensor embeddings.LayerNorm.weight: expected F32 of (8), found I32 of (8)"},
+      {"\"shape\":[7,8]", "\"shape\":[8,7]", "tensor embeddings.word_embeddings.weight: expected F32 of (7, 8), found F32 of (8, 7)"},
+  };
+  moe_env env = logging();
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  size_t i;
+  float *weights;
+  sink s;
+  moe_writer writer;
+  CHECK(model, "%s", said);
+  for (i = 0; i < sizeof some / sizeof *some; ++i) {
+    writer = sink_writer(&s);
+    CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+    swap_text(&s, some[i].from, some[i].to);
+    CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strstr(said, some[i].says), "%s: said '%s'", some[i].to, said);
+    free(s.data);
+  }
+  weights = moe_model_weights(model);
+  weights[60] = NAN;
+  writer = sink_writer(&s);
+  CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strstr(said, "element 4 is no finite"), "%s", said);
+  CHECK(!back, "untouched");
+  free(s.data);
+  moe_model_free(model);
+}
+
+static void test_files_failing_writer_is_reported(void) {
+  moe_env env = logging();
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env);
+  sink s;
+  moe_writer writer = sink_writer(&s);
+  size_t whole, limit;
+  CHECK(model && moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  whole = s.used;
+  free(s.data);
+  for (limit = 0; limit < whole; limit += limit < 5000 ? 97 : 1009) {
+    writer = sink_writer(&s);
+    s.limit = limit;
+    said[0] = 0;
+    CHECK(moe_model_write(model, &writer, &env) == MOE_E_IO && said[0], "limit %zu", limit);
+    free(s.data);
+  }
+  moe_model_free(model);
+}
+
+static void exists(const char *path, int *yes) {
+  FILE *f = fopen(path, "rb");
+  *yes = f != NULL;
+  if (f) fclose(f);
+}
+
+static moe_status half_written(void *user, const moe_writer *writer, const moe_env *env) {
+  (void)env;
+  if (writer->write(writer->user, "half", 4)) return MOE_E_IO;
+  return *(moe_status *)user;
+}
+
+static void test_files_old_file_survives_a_failure(void) {
+  moe_env env = logging();
+  const char *path = "build/files_replace";
+  moe_status answer = MOE_OK;
+  void *data;
+  size_t bytes;
+  int there;
+  CHECK(moe_file_replace(path, half_written, &answer, &env) == MOE_OK, "%s", said);
+  answer = MOE_E_IO;
+  CHECK(moe_file_replace("build/files_never", half_written, &answer, &env) == MOE_E_IO, "the status of the writer");
+  exists("build/files_never", &there);
+  CHECK(!there, "a new file is not begun");
+  exists("build/files_never.tmp", &there);
+  CHECK(!there, "and nothing is left over");
+  answer = MOE_E_FORMAT;
+  CHECK(moe_file_replace(path, half_written, &answer, &env) == MOE_E_FORMAT, "the status of the writer");
+  CHECK(moe_file_read(&data, &bytes, path, &env) == MOE_OK && bytes == 4 && !memcmp(data, "half", 5), "the old file is there, zero behind it");
+  moe_free(data);
+  CHECK(moe_file_replace("build/no/such/folder", half_written, &answer, &env) == MOE_E_IO && strstr(said, "build/no/such/folder.tmp"), "%s", said);
+  CHECK(moe_file_replace("build", half_written, &answer, &env) == MOE_E_IO && strstr(said, "folder"), "%s", said);
+  remove(path);
+}
+
+static void test_files_disk_full_is_reported(void) {
+#ifdef __linux__
+  moe_env env = logging();
+  moe_model *model;
+  int there;
+  exists("/dev/full", &there);
+  if (!there) SKIP("no /dev/full here");
+  model = small_model(MOE_ROUTER_DENSE, &env);
+  CHECK(model, "%s", said);
+  CHECK(moe_model_save(model, "/dev/full", &env) == MOE_E_IO && strstr(said, "/dev/full: writing failed after 0 bytes"), "%s", said);
+  exists("/dev/full.tmp", &there);
+  CHECK(!there, "no file beside a device");
+  moe_model_free(model);
+#else
+  SKIP("/dev/full is a thing of Linux");
+#endif
+}
+
+static void test_files_paths_are_named(void) {
+  moe_env env = logging();
+  moe_model *model = NULL;
+  void *data = NULL;
+  size_t bytes = 0;
+  FILE *f;
+  CHECK(moe_model_load(&model, "build/none.safetensors", &env) == MOE_E_IO && strstr(said, "build/none.safetensors: "), "%s", said);
+  CHECK(moe_model_load(&model, "build", &env) == MOE_E_IO && strstr(said, "a folder"), "%s", said);
+  f = fopen("build/files_empty", "wb");
+  CHECK(f, "build/files_empty");
+  fclose(f);
+  CHECK(moe_model_load(&model, "build/files_empty", &env) == MOE_E_FORMAT && strstr(said, "build/files_empty: 0 bytes are no"), "%s", said);
+  CHECK(moe_file_read(&data, &bytes, "build/files_empty", &env) == MOE_OK && bytes == 0 && !*(char *)data, "an empty file can be read");
+  moe_free(data);
+  CHECK(moe_model_load(&model, "test_files.c", &env) == MOE_E_FORMAT && strstr(said, "test_files.c: the first 8 bytes"), "%s", said);
+  CHECK(!model, "untouched");
+  remove("build/files_empty");
+}
+
+static void test_files_pipes_and_links(void) {
+#ifdef HAVE_POSIX
+  moe_env env = logging();
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  struct stat info;
+  FILE *f;
+  CHECK(model && moe_model_save(model, "build/files_a", &env) == MOE_OK, "%s", said);
+  CHECK(chmod("build/files_a", 0600) == 0, "chmod");
+  CHECK(moe_model_save(model, "build/files_a", &env) == MOE_OK, "%s", said);
+  CHECK(stat("build/files_a", &info) == 0 && (info.st_mode & 0777) == 0600, "the mode of the old file is kept");
+  unlink("build/files_fifo");
+  CHECK(mkfifo("build/files_fifo", 0600) == 0, "mkfifo");
+  f = popen("cat build/files_a > build/files_fifo", "w");
+  CHECK(f, "popen");
+  CHECK(moe_model_load(&back, "build/files_fifo", &env) == MOE_OK, "%s", said);
+  pclose(f);
+  CHECK(same_models(model, moe_model_weights(back), back), "through a pipe");
+  moe_model_free(back);
+  moe_model_free(model);
+  CHECK(moe_model_load(&back, "/dev/zero", &env) == MOE_E_IO && strstr(said, "a device"), "%s", said);
+  unlink("build/files_fifo");
+  unlink("build/files_a");
+#else
+  SKIP("no pipes here");
+#endif
+}
+
+int main(int argc, char **argv) {
+  test_begin(argc, argv);
+  RUN(test_files_round_trip_is_bit_exact);
+  RUN(test_files_open_in_place);
+  RUN(test_files_truncated_are_refused);
+  RUN(test_files_damaged_are_refused_or_read);
+  RUN(test_files_sentences_name_the_cause);
+  RUN(test_files_failing_writer_is_reported);
+  RUN(test_files_old_file_survives_a_failure);
+  RUN(test_files_disk_full_is_reported);
+  RUN(test_files_paths_are_named);
+  RUN(test_files_pipes_and_links);
+  return test_end();
+}
