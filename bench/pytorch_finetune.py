@@ -25,9 +25,9 @@ import reference as ref  # noqa: E402
 class Encoder:
     """Text to ids as BERT uncased does it; pairs are cut longest first, as BERT's code does it."""
 
-    def __init__(self, vocab):
+    def __init__(self, vocab, cased=False):
         from tokenizers import BertWordPieceTokenizer
-        self.t = BertWordPieceTokenizer(vocab, lowercase=True)
+        self.t = BertWordPieceTokenizer(vocab, lowercase=not cased, strip_accents=not cased)
         self.cls, self.sep = self.t.token_to_id("[CLS]"), self.t.token_to_id("[SEP]")
 
     def __call__(self, texts, max_len):
