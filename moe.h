@@ -3234,34 +3234,11 @@ typedef struct moe__attention_row {
 } moe__attention_row;
 
 typedef struct moe__attention_kernels {
-  /* c (m, n) = a b, or += where `more`: element (i, p) of a at a[i ai + p ak]; b in panels of 16 columns, `bw` apart, rows `bk` apart */
-  void (*product)(float *c, size_t ci, const float *a, size_t ai, size_t ak, const float *b, size_t bk, size_t bw, size_t k,
-                  size_t m, size_t n, int more);
-  /* panels of 16 rows of x (rows, n), rows ci apart; rows that are missing are zeros */
-  void (*panels)(float *out, const float *x, size_t xi, size_t rows, size_t n);
   /* products q.k of a row become probabilities, dropout applied; stat receives maximum and 1/sum. The row ends at a multiple of 16. */
   void (*softmax)(float *row, float *stat, size_t n, const moe__attention_row *how);
   /* s: products become probabilities with dropout. ds: gradients of the dropped probabilities become gradients of the products. */
   void (*softmax_back)(float *s, float *ds, const float *stat, float delta, size_t n, const moe__attention_row *how);
 } moe__attention_kernels;
-
-static void moe__scalar_attention_product(float *c, size_t ci, const float *a, size_t ai, size_t ak, const float *b, size_t bk,
-                                          size_t bw, size_t k, size_t m, size_t n, int more) {
-  size_t i, j, p;
-  for (i = 0; i < m; ++i)
-    for (j = 0; j < n; ++j) {
-      const float *column = b + j / 16 * bw + j % 16;
-      float sum = more ? c[i * ci + j] : 0.0f;
-      for (p = 0; p < k; ++p) sum = moe__fmaf(a[i * ai + p * ak], column[p * bk], sum);
-      c[i * ci + j] = sum;
-    }
-}
-
-static void moe__scalar_attention_panels(float *out, const float *x, size_t xi, size_t rows, size_t n) {
-  size_t j, p;
-  for (j = 0; j < (rows + 15) / 16 * 16; ++j)
-    for (p = 0; p < n; ++p) out[(j / 16 * n + p) * 16 + j % 16] = j < rows ? x[j * xi + p] : 0.0f;
-}
 
 /* exp of a number that is not positive. Below -87 the result is left at 1e-38, next to a sum that is at least 1. */
 static float moe__softmax_expf(float x) { return moe__exp_midf(moe__maxf(-87.0f, x)); }
@@ -3298,8 +3275,7 @@ static void moe__scalar_softmax_back_row(float *s, float *ds, const float *stat,
   }
 }
 
-static const moe__attention_kernels moe__scalar_attention = {moe__scalar_attention_product, moe__scalar_attention_panels,
-                                                             moe__scalar_softmax_row, moe__scalar_softmax_back_row};
+static const moe__attention_kernels moe__scalar_attention = {moe__scalar_softmax_row, moe__scalar_softmax_back_row};
 
 #define MOE__SOFTMAX(S, T)                                                                                                     \
   T MOE__INLINE S##_f S##_softmax_exp(S##_f x) { return S##_exp_mid(S##_max(S##_set(-87.0f), x)); }                            \
@@ -3352,13 +3328,14 @@ static const moe__attention_kernels moe__scalar_attention = {moe__scalar_attenti
       S##_store(ds + i, S##_mul(S##_mul(p, S##_sub(d, minus)), scale));                                                        \
     }                                                                                                                          \
   }                                                                                                                            \
-  static const moe__attention_kernels S##_attention = {moe__scalar_attention_product, moe__scalar_attention_panels,            \
-                                                       S##_softmax_row, S##_softmax_back_row};
+  static const moe__attention_kernels S##_attention = {S##_softmax_row, S##_softmax_back_row};
 MOE__V_STAMP(MOE__SOFTMAX)
 #undef MOE__SOFTMAX
 
 typedef struct moe__attention_job {
+  moe_isa isa;
   const moe__attention_kernels *kernels;
+  const moe__gemm_kernels *gemms;
   const moe__row_kernels *rows;
   float *y, *stats, *dqkv, *scratch;
   const float *qkv, *dy, *kept_y, *kept_stats;
@@ -3399,13 +3376,35 @@ MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int 
   return (size_t)env->threads * moe__attention_slot((size_t)longest, moe__round16((size_t)(H / A)), training);
 }
 
-/* rows (rows, D) side by side, filled up with zeros to `wide` columns */
-static void moe__attention_copy(float *out, const float *x, size_t xi, size_t rows, size_t D, size_t wide) {
-  size_t r;
-  for (r = 0; r < rows; ++r, out += wide, x += xi) {
-    memcpy(out, x, D * sizeof *x);
-    if (wide > D) memset(out + D, 0, (wide - D) * sizeof *out);
-  }
+/* x (rows, D), rows xi apart, as panels of 16 rows (the B of a product over D), missing rows zeros */
+static void moe__attention_pack_rows(const moe__attention_job *job, float *panels, const float *x, size_t xi, size_t rows) {
+  size_t i;
+  for (i = 0; i < rows; i += 16) job->gemms->pack_cols(panels + i * job->D, x + i * xi, xi, rows - i < 16 ? rows - i : 16, job->D);
+}
+
+/* the same as panels of 16 columns (the B of a product over rows), missing columns zeros */
+static void moe__attention_pack_columns(const moe__attention_job *job, float *panels, const float *x, size_t xi, size_t rows) {
+  size_t d;
+  for (d = 0; d < job->D; d += 16) job->gemms->pack_rows(panels + d * rows, x + d, xi, job->D - d < 16 ? job->D - d : 16, rows);
+}
+
+/* c (m, n) = a b, or += where `more`; b as panels of n columns; element (i, p) of a at a[i ai + p ak] */
+static void moe__attention_product(const moe__attention_job *job, float *c, size_t ci, const float *a, size_t ai, size_t ak,
+                                   const float *b, size_t k, size_t m, size_t n, int more) {
+  moe__gemm g;
+  memset(&g, 0, sizeof g);
+  g.m = (int32_t)m;
+  g.n = (int32_t)n;
+  g.k = (int32_t)k;
+  g.a = a;
+  g.a_row = ai;
+  g.a_col = ak;
+  g.b = b;
+  g.b_layout = MOE__B_PANELS;
+  g.accumulate = more;
+  g.c = c;
+  g.c_row = ci;
+  moe__gemm_one(&g, job->isa);
 }
 
 /* Queries [from, to) of one head of one sequence. q, k, v: first row of the head; y: its first row; stats: (length, A, 2) from the head on. */
@@ -3419,17 +3418,17 @@ static void moe__attention_head(const moe__attention_job *job, float *y, float *
   how.scale = job->scale;
   how.drop = job->drop;
   how.key = key;
-  kernels->panels(k, q + job->H, stride, length, D);
-  moe__attention_copy(v, q + 2 * job->H, stride, length, D, wide);
+  moe__attention_pack_rows(job, k, q + job->H, stride, length);
+  moe__attention_pack_columns(job, v, q + 2 * job->H, stride, length);
   for (i = from; i < to; i += block) {
     size_t rows = to - i < block ? to - i : block;
-    kernels->product(p, si, q + i * stride, stride, 1, k, 16, 16 * D, D, rows, padded, 0);
+    moe__attention_product(job, p, si, q + i * stride, stride, 1, k, D, rows, padded, 0);
     for (r = 0; r < rows; ++r) {
       float unwanted[2];
       how.first = (uint32_t)(first + (i + r) * length);
       kernels->softmax(p + r * si, stats ? stats + (i + r) * job->A * 2 : unwanted, length, &how);
     }
-    kernels->product(y + i * job->H, job->H, p, si, 1, v, wide, 16, length, rows, D, 0);
+    moe__attention_product(job, y + i * job->H, job->H, p, si, 1, v, length, rows, D, 0);
   }
 }
 
@@ -3455,7 +3454,9 @@ static size_t moe__attention_shape(moe__attention_job *job, const int32_t *seq_s
   int32_t s;
   for (s = 0; s < S; ++s)
     if ((size_t)(seq_start[s + 1] - seq_start[s]) > longest) longest = (size_t)(seq_start[s + 1] - seq_start[s]);
+  job->isa = env->isa;
   job->kernels = MOE__V_PICK(env->isa, attention);
+  job->gemms = MOE__V_PICK(env->isa, gemms);
   job->rows = MOE__V_PICK(env->isa, rows);
   job->seq_start = seq_start;
   job->keys = keys;
@@ -3493,29 +3494,29 @@ static void moe__attention_head_back(const moe__attention_job *job, float *dq, c
   const moe__attention_kernels *kernels = job->kernels;
   size_t D = job->D, H = job->H, wide = job->wide, stride = 3 * H, padded = moe__round16(length), si = moe__attention_stride(length);
   size_t head = padded * wide, block = moe__attention_block(length), i, r;
-  float *k = scratch, *k_panels = k + head, *v_panels = k_panels + head, *qb = v_panels + head, *dyb = qb + 64 * wide;
+  float *k = scratch, *k_rows = k + head, *v_rows = k_rows + head, *qb = v_rows + head, *dyb = qb + 64 * wide;
   float *p = dyb + 64 * wide, *ds = p + moe__attention_block_floats(job->longest), *dk = dq + H, *dv = dk + H;
   moe__attention_row how;
   how.scale = job->scale;
   how.drop = job->drop;
   how.key = key;
-  kernels->panels(k_panels, q + H, stride, length, D);
-  kernels->panels(v_panels, q + 2 * H, stride, length, D);
-  moe__attention_copy(k, q + H, stride, length, D, wide);
+  moe__attention_pack_rows(job, k_rows, q + H, stride, length);
+  moe__attention_pack_rows(job, v_rows, q + 2 * H, stride, length);
+  moe__attention_pack_columns(job, k, q + H, stride, length);
   for (i = 0; i < length; i += block) {
     size_t rows = length - i < block ? length - i : block;
-    moe__attention_copy(qb, q + i * stride, stride, rows, D, wide);
-    moe__attention_copy(dyb, dy + i * H, H, rows, D, wide);
-    kernels->product(p, si, qb, wide, 1, k_panels, 16, 16 * D, D, rows, padded, 0);
-    kernels->product(ds, si, dyb, wide, 1, v_panels, 16, 16 * D, D, rows, padded, 0);
+    moe__attention_pack_columns(job, qb, q + i * stride, stride, rows);
+    moe__attention_pack_columns(job, dyb, dy + i * H, H, rows);
+    moe__attention_product(job, p, si, q + i * stride, stride, 1, k_rows, D, rows, padded, 0);
+    moe__attention_product(job, ds, si, dy + i * H, H, 1, v_rows, D, rows, padded, 0);
     for (r = 0; r < rows; ++r) {
-      float delta = job->rows->dot(dyb + r * wide, y + (i + r) * H, D);
+      float delta = job->rows->dot(dy + (i + r) * H, y + (i + r) * H, D);
       how.first = (uint32_t)(first + (i + r) * length);
       kernels->softmax_back(p + r * si, ds + r * si, stats + (i + r) * job->A * 2, delta, length, &how);
     }
-    kernels->product(dv, stride, p, 1, si, dyb, wide, 16, rows, length, D, 1);
-    kernels->product(dq + i * stride, stride, ds, si, 1, k, wide, 16, length, rows, D, 1);
-    kernels->product(dk, stride, ds, 1, si, qb, wide, 16, rows, length, D, 1);
+    moe__attention_product(job, dv, stride, p, 1, si, dyb, rows, length, D, 1);
+    moe__attention_product(job, dq + i * stride, stride, ds, si, 1, k, length, rows, D, 1);
+    moe__attention_product(job, dk, stride, ds, 1, si, qb, rows, length, D, 1);
   }
 }
 
