@@ -316,11 +316,12 @@ typedef struct moe_experts {
 MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, int training);
 /* y = sum over the chosen experts of weight E(x) [TaG] Eq. 2 and 6. Kept for backward, both or neither NULL: pre (M k, F) the inner
    pre-activations and e (M k, H) the experts' outputs, both in the order of routes->order. Experts without a token cost nothing.
-   With N = 1 and weight 1 this is the dense FFN, bit for bit. */
+   With N = 1 and weight 1 this is the dense FFN, bit for bit; e is not used then and may be NULL. */
 MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x, const moe_routes *routes,
                                  const moe_experts *experts, float *scratch, const moe_env *env);
 /* dx (M, H), dweight (M, k, overwritten), d_in[i] (F, H), d_b_in[i], d_out[i] (H, F), d_b_out[i]: arrays of N pointers, each
-   accumulated. w_in and w_out: the weights in rows layout. */
+   accumulated; an array or a pointer in it may be NULL: not computed. w_in and w_out: the weights in rows layout. With N = 1 and
+   weight 1 dweight is zero: nothing depends on it. */
 MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in, float *const *d_b_in, float *const *d_out,
                                   float *const *d_b_out, const float *dy, const float *x, const float *pre, const float *e,
                                   const moe_routes *routes, const float *const *w_in, const float *const *w_out, int32_t H, int32_t F,
@@ -3887,7 +3888,262 @@ MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const 
 }
 
 
-/* ---- expert feed-forward networks ---- >>experts */
+/* ---- expert feed-forward networks ---- >>experts
+   Rows are gathered expert by expert (routes->order), multiplied by one product for each expert that has rows, and brought back: a token adds
+   up its choices in their order, so that neither the batch nor the threads change a sum. With one expert of weight 1 nothing is gathered and
+   nothing is multiplied by a weight: that is the dense layer. */
+
+enum { MOE__EXPERTS_TILE = 64, MOE__EXPERTS_LIST = 64 };
+
+/* a = GELU(x) and d = d GELU'(x) in one pass, bit for bit as moe_gelu_forward and moe_gelu_backward. */
+typedef struct moe__expert_kernels {
+  void (*gelu_both)(float *a, float *d, const float *x, size_t n);
+} moe__expert_kernels;
+
+static void moe__scalar_gelu_both(float *a, float *d, const float *x, size_t n) {
+  size_t i;
+  for (i = 0; i < n; ++i) {
+    float e = moe__erff(x[i] * MOE__SQRT_HALF), half = 0.5f * x[i], c = moe__minf(13.0f, moe__maxf(-13.0f, x[i]));
+    float density = MOE__NORMAL_0 * moe__exp_midf((-0.5f * c) * c);
+    a[i] = moe__fmaf(half, e, half);
+    d[i] = d[i] * moe__fmaf(c, density, moe__fmaf(0.5f, e, 0.5f));
+  }
+}
+static const moe__expert_kernels moe__scalar_experts = {moe__scalar_gelu_both};
+
+#define MOE__EXPERT_KERNELS(S, T) \
+T MOE__INLINE S##_f S##_gelu_both16(S##_f *d, S##_f x) { \
+  S##_f half = S##_set(0.5f), e = S##_erf(S##_mul(x, S##_set(MOE__SQRT_HALF))), hx = S##_mul(half, x); \
+  S##_f c = S##_min(S##_set(13.0f), S##_max(S##_set(-13.0f), x)); \
+  S##_f density = S##_mul(S##_set(MOE__NORMAL_0), S##_exp_mid(S##_mul(S##_mul(S##_set(-0.5f), c), c))); \
+  *d = S##_mul(*d, S##_fma(c, density, S##_fma(half, e, half))); \
+  return S##_fma(hx, e, hx); \
+} \
+T static void S##_gelu_both(float *a, float *d, const float *x, size_t n) { \
+  S##_f di; \
+  size_t i = 0; \
+  for (; i + 16 <= n; i += 16) { \
+    di = S##_load(d + i); \
+    S##_store(a + i, S##_gelu_both16(&di, S##_load(x + i))); \
+    S##_store(d + i, di); \
+  } \
+  if (i == n) return; \
+  di = S##_loadn(d + i, n - i); \
+  S##_storen(a + i, S##_gelu_both16(&di, S##_loadn(x + i, n - i)), n - i); \
+  S##_storen(d + i, di, n - i); \
+} \
+static const moe__expert_kernels S##_experts = {S##_gelu_both};
+MOE__V_STAMP(MOE__EXPERT_KERNELS)
+#undef MOE__EXPERT_KERNELS
+
+/* Independent products of many experts: run when the list is full, and at the end. */
+typedef struct moe__products {
+  moe__gemm item[MOE__EXPERTS_LIST];
+  int32_t count;
+  const moe_env *env;
+} moe__products;
+
+static void moe__products_run(moe__products *list) {
+  moe__gemm_run(list->item, list->count, list->env);
+  list->count = 0;
+}
+
+static void moe__products_add(moe__products *list, moe__gemm product) {
+  if (list->count == MOE__EXPERTS_LIST) moe__products_run(list);
+  list->item[list->count++] = product;
+}
+
+/* The pieces of scratch, R = M k rows: place (R) the row of each slot, x and e or dy (R, H), a and d (R, F). */
+typedef struct moe__experts_job {
+  const moe_routes *routes;
+  float *place, *x, *e, *a, *d;
+  const float *from_x, *from_dy, *from_e, *pre; /* tokens, tokens, rows, rows */
+  float *y, *dweight;
+  size_t H, F;
+  const moe__row_kernels *rows;
+  const moe__mix_kernels *mix;
+  const moe__expert_kernels *kernels;
+} moe__experts_job;
+
+MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, int training) {
+  int bad = 0;
+  size_t rows = moe__mul((size_t)M, (size_t)k, &bad);
+  size_t width = 1 + 2 * (size_t)H + (training ? 2 : 1) * (size_t)F, floats = moe__mul(rows, width, &bad);
+  return bad ? SIZE_MAX : floats;
+}
+
+static moe__experts_job moe__experts_job_make(const moe_routes *routes, int32_t H, int32_t F, float *scratch, const moe_env *env) {
+  size_t rows = (size_t)routes->M * (size_t)routes->k;
+  moe__experts_job job;
+  memset(&job, 0, sizeof job);
+  job.routes = routes;
+  job.H = (size_t)H;
+  job.F = (size_t)F;
+  job.place = scratch;
+  job.x = job.place + rows;
+  job.e = job.x + rows * job.H;
+  job.a = job.e + rows * job.H;
+  job.d = job.a + rows * job.F;
+  job.rows = MOE__V_PICK(env->isa, rows);
+  job.mix = MOE__V_PICK(env->isa, mix);
+  job.kernels = MOE__V_PICK(env->isa, experts);
+  return job;
+}
+
+/* Whether this is the dense layer: one expert, every weight exactly 1. */
+static int moe__experts_dense(const moe_routes *routes) {
+  int32_t t;
+  if (routes->N != 1) return 0;
+  for (t = 0; t < routes->M; ++t)
+    if (routes->weight[t] < 1 || !(routes->weight[t] <= 1)) return 0;
+  return 1;
+}
+
+/* The row of a slot. Row numbers lie in the scratch of floats as bytes: copied, since C forbids to read them through another type. */
+static size_t moe__experts_row(const moe__experts_job *job, size_t slot) {
+  int32_t row;
+  memcpy(&row, job->place + slot, sizeof row);
+  return (size_t)row;
+}
+
+/* Rows of a tile: where they belong, and copies of their tokens' x. In backward also dweight = dy e and rows weight dy. */
+static void moe__experts_gather_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__experts_job *job = (const moe__experts_job *)arg;
+  const moe_routes *r = job->routes;
+  int32_t row = tile * MOE__EXPERTS_TILE, end = moe__min(row + MOE__EXPERTS_TILE, r->M * r->k);
+  size_t H = job->H;
+  (void)slot;
+  for (; row < end; ++row) {
+    size_t from = (size_t)r->order[row], token = from / (size_t)r->k, to = (size_t)row * H;
+    memcpy(job->place + from, &row, sizeof row);
+    memcpy(job->x + to, job->from_x + token * H, H * sizeof(float));
+    if (!job->from_dy) continue;
+    if (job->dweight) job->dweight[from] = job->rows->dot(job->from_dy + token * H, job->from_e + to, H);
+    job->mix->scale(job->e + to, r->weight[from], job->from_dy + token * H, H);
+  }
+}
+
+/* y of a tile of tokens = sum over the choices, in order, of weight e [TaG] Eq. 2. */
+static void moe__experts_combine_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__experts_job *job = (const moe__experts_job *)arg;
+  const moe_routes *r = job->routes;
+  int32_t token = tile * MOE__EXPERTS_TILE, end = moe__min(token + MOE__EXPERTS_TILE, r->M), j;
+  (void)slot;
+  for (; token < end; ++token) {
+    float *y = job->y + (size_t)token * job->H;
+    size_t first = (size_t)token * (size_t)r->k;
+    job->mix->scale(y, r->weight[first], job->from_e + moe__experts_row(job, first) * job->H, job->H);
+    for (j = 1; j < r->k; ++j)
+      job->mix->axpy(y, r->weight[first + (size_t)j], job->from_e + moe__experts_row(job, first + (size_t)j) * job->H, job->H);
+  }
+}
+
+/* dx of a tile of tokens += the rows of its choices, in order. */
+static void moe__experts_scatter_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__experts_job *job = (const moe__experts_job *)arg;
+  const moe_routes *r = job->routes;
+  int32_t token = tile * MOE__EXPERTS_TILE, end = moe__min(token + MOE__EXPERTS_TILE, r->M), j;
+  (void)slot;
+  for (; token < end; ++token)
+    for (j = 0; j < r->k; ++j)
+      job->mix->axpy(job->y + (size_t)token * job->H, 1,
+                     job->from_e + moe__experts_row(job, (size_t)token * (size_t)r->k + (size_t)j) * job->H, job->H);
+}
+
+/* The inner activations again and the gradient of what is inside GELU, for a tile of rows. */
+static void moe__experts_gelu_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__experts_job *job = (const moe__experts_job *)arg;
+  int32_t first = tile * MOE__EXPERTS_TILE, end = moe__min(first + MOE__EXPERTS_TILE, job->routes->M * job->routes->k);
+  size_t at = (size_t)first * job->F, n = (size_t)(end - first) * job->F;
+  (void)slot;
+  job->kernels->gelu_both(job->a + at, job->d + at, job->pre + at, n);
+}
+
+static int32_t moe__experts_tiles(int32_t rows) { return (rows + MOE__EXPERTS_TILE - 1) / MOE__EXPERTS_TILE; }
+
+MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x, const moe_routes *routes,
+                                 const moe_experts *experts, float *scratch, const moe_env *env) {
+  moe__experts_job job = moe__experts_job_make(routes, experts->H, experts->F, scratch, env);
+  int dense = moe__experts_dense(routes);
+  const float *in = dense ? x : job.x;
+  float *out = dense ? y : e ? e : job.e;
+  moe__products list;
+  int32_t i;
+  list.count = 0;
+  list.env = env;
+  job.from_x = x;
+  if (!dense) moe__parallel(env, moe__experts_tiles(routes->M * routes->k), moe__experts_gather_tile, &job);
+  for (i = 0; i < experts->N; ++i) { /* a = GELU(pre), pre = W_in x + b_in */
+    size_t at = (size_t)routes->start[i];
+    float *a = job.a + at * job.F;
+    moe__gemm g = moe__linear_product(pre ? pre + at * job.F : a, in + at * job.H, &experts->in[i], experts->b_in[i],
+                                      routes->start[i + 1] - routes->start[i]);
+    g.gelu = a;
+    if (g.m > 0) moe__products_add(&list, g);
+  }
+  moe__products_run(&list);
+  for (i = 0; i < experts->N; ++i) { /* e = W_out a + b_out */
+    size_t at = (size_t)routes->start[i];
+    moe__gemm g = moe__linear_product(out + at * job.H, job.a + at * job.F, &experts->out[i], experts->b_out[i],
+                                      routes->start[i + 1] - routes->start[i]);
+    if (g.m > 0) moe__products_add(&list, g);
+  }
+  moe__products_run(&list);
+  if (dense) return;
+  job.y = y;
+  job.from_e = out;
+  moe__parallel(env, moe__experts_tiles(routes->M), moe__experts_combine_tile, &job);
+}
+
+MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in, float *const *d_b_in, float *const *d_out,
+                                  float *const *d_b_out, const float *dy, const float *x, const float *pre, const float *e,
+                                  const moe_routes *routes, const float *const *w_in, const float *const *w_out, int32_t H, int32_t F,
+                                  float *scratch, const moe_env *env) {
+  moe__experts_job job = moe__experts_job_make(routes, H, F, scratch, env);
+  int dense = moe__experts_dense(routes);
+  const float *in = dense ? x : job.x, *de = dense ? dy : job.e; /* weight dy */
+  moe__products list;
+  int32_t i;
+  list.count = 0;
+  list.env = env;
+  job.from_x = x;
+  job.from_dy = dy;
+  job.from_e = e;
+  job.dweight = dweight;
+  job.pre = pre;
+  if (!dense) moe__parallel(env, moe__experts_tiles(routes->M * routes->k), moe__experts_gather_tile, &job);
+  else if (dweight) memset(dweight, 0, (size_t)routes->M * sizeof *dweight);
+  for (i = 0; i < routes->N; ++i) { /* d = gradient of a = de W_out */
+    size_t at = (size_t)routes->start[i];
+    moe__gemm g = moe__linear_input_gradient(job.d + at * job.F, de + at * job.H, w_out[i], H, F, routes->start[i + 1] - routes->start[i]);
+    g.accumulate = 0;
+    if (g.m > 0) moe__products_add(&list, g);
+  }
+  moe__products_run(&list);
+  moe__parallel(env, moe__experts_tiles(routes->M * routes->k), moe__experts_gelu_tile, &job);
+  for (i = 0; i < routes->N; ++i) { /* gradients of the weights, chains over the tokens in order; the dense dx goes where it belongs */
+    size_t at = (size_t)routes->start[i];
+    int32_t rows = routes->start[i + 1] - routes->start[i];
+    const float *d = job.d + at * job.F;
+    if (rows == 0) continue;
+    moe__products_add(&list, moe__linear_weight_gradient(d_out ? d_out[i] : NULL, d_b_out ? d_b_out[i] : NULL, de + at * job.H,
+                                                         job.a + at * job.F, H, F, rows));
+    moe__products_add(&list, moe__linear_weight_gradient(d_in ? d_in[i] : NULL, d_b_in ? d_b_in[i] : NULL, d, in + at * job.H, F, H, rows));
+    if (dense && dx) moe__products_add(&list, moe__linear_input_gradient(dx, d, w_in[i], F, H, rows));
+  }
+  moe__products_run(&list);
+  if (dense || !dx) return;
+  for (i = 0; i < routes->N; ++i) { /* rows of dx, in the place of those of dy */
+    size_t at = (size_t)routes->start[i];
+    moe__gemm g = moe__linear_input_gradient(job.e + at * job.H, job.d + at * job.F, w_in[i], F, H, routes->start[i + 1] - routes->start[i]);
+    g.accumulate = 0;
+    if (g.m > 0) moe__products_add(&list, g);
+  }
+  moe__products_run(&list);
+  job.y = dx;
+  job.from_e = job.e;
+  moe__parallel(env, moe__experts_tiles(routes->M), moe__experts_scatter_tile, &job);
+}
 
 
 /* ---- configuration, tasks, table of tensors ---- >>config */
