@@ -4927,7 +4927,7 @@ typedef struct moe__acts {
   float *sum1, *mean1, *rstd1; /* (M, H), (M), (M): x + attention */
   float *y1;                   /* (M, H) its LayerNorm, input of gate and experts */
   float *logits;               /* (M, N) of the gate */
-  float *pre, *e;              /* (M k, F), (M k, H) kept by the experts */
+  float *pre, *e;              /* (M k, F), (M k, H) kept by the experts; no e where N = 1 */
   float *sum2, *mean2, *rstd2; /* y1 + mixture */
 } moe__acts;
 
@@ -4976,7 +4976,7 @@ static void moe__take_acts(moe__layout *layout, moe__acts *a, const moe__dims *d
   a->mean1 = MOE__FLOATS(layout, d->M);
   a->rstd1 = MOE__FLOATS(layout, d->M);
   a->pre = MOE__FLOATS(layout, moe__mul(d->Mk, d->F, &layout->bad));
-  a->e = MOE__FLOATS(layout, moe__mul(d->Mk, d->H, &layout->bad));
+  if (d->N > 1) a->e = MOE__FLOATS(layout, moe__mul(d->Mk, d->H, &layout->bad));
   a->sum2 = MOE__FLOATS(layout, d->M * d->H);
   a->mean2 = MOE__FLOATS(layout, d->M);
   a->rstd2 = MOE__FLOATS(layout, d->M);
@@ -5218,18 +5218,6 @@ static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t panel, i
   return m->panels ? moe_mat_panels(m->panels + panel, rows, cols) : moe_mat_rows(m->weights + weight, rows, cols);
 }
 
-/* Work that is cut by sequences: one job for the three functions below. */
-typedef struct moe__rows {
-  float *y;
-  const float *x, *branch;
-  float p;
-  const uint64_t *keys;
-  const moe_batch *batch;
-  size_t H;
-  const float *position, *segment;
-  const moe_env *env;
-} moe__rows;
-
 static moe_env moe__one_thread(const moe_env *env) {
   moe_env one = *env;
   one.threads = 1;
@@ -5237,51 +5225,16 @@ static moe_env moe__one_thread(const moe_env *env) {
   return one;
 }
 
-static void moe__dropout_tile(void *arg, int32_t s, int32_t slot) {
-  const moe__rows *r = (const moe__rows *)arg;
-  size_t first = (size_t)r->batch->seq_start[s] * r->H, last = (size_t)r->batch->seq_start[s + 1] * r->H;
-  (void)slot;
-  moe_dropout(r->y + first, r->x + first, last - first, r->p, r->keys[s], r->env);
-}
-
-/* y = dropout(x), (M, H), with a key for each sequence; keys NULL: y is left alone (it is x then). */
-static void moe__dropout_sequences(float *y, const float *x, float p, const uint64_t *keys, const moe_batch *batch, int32_t H,
-                                   const moe_env *env) {
-  moe_env one = moe__one_thread(env);
-  moe__rows r;
-  if (!keys) return;
-  memset(&r, 0, sizeof r);
-  r.y = y;
-  r.x = x;
-  r.p = p;
-  r.keys = keys;
-  r.batch = batch;
-  r.H = (size_t)H;
-  r.env = &one;
-  moe__parallel(env, batch->S, moe__dropout_tile, &r);
-}
-
-static void moe__sum_tile(void *arg, int32_t s, int32_t slot) {
-  const moe__rows *r = (const moe__rows *)arg;
-  size_t i = (size_t)r->batch->seq_start[s] * r->H, last = (size_t)r->batch->seq_start[s + 1] * r->H;
-  (void)slot;
-  for (; i < last; ++i) r->y[i] = r->x[i] + r->branch[i];
-}
-
-/* y = x + branch, (M, H); y may be the branch. */
-static void moe__sum_sequences(float *y, const float *x, const float *branch, const moe_batch *batch, int32_t H, const moe_env *env) {
-  moe__rows r;
-  memset(&r, 0, sizeof r);
-  r.y = y;
-  r.x = x;
-  r.branch = branch;
-  r.batch = batch;
-  r.H = (size_t)H;
-  moe__parallel(env, batch->S, moe__sum_tile, &r);
-}
+/* Positions and segments of feature inputs; a tile is a sequence. */
+typedef struct moe__places {
+  float *y;
+  const float *position, *segment;
+  const moe_batch *batch;
+  size_t H;
+} moe__places;
 
 static void moe__places_tile(void *arg, int32_t s, int32_t slot) {
-  const moe__rows *r = (const moe__rows *)arg;
+  const moe__places *r = (const moe__places *)arg;
   const moe_batch *b = r->batch;
   int32_t i;
   size_t j;
@@ -5296,14 +5249,13 @@ static void moe__places_tile(void *arg, int32_t s, int32_t slot) {
 
 /* y += position and segment embedding of each token. */
 static void moe__add_places(float *y, const moe_batch *batch, const float *position, const float *segment, int32_t H, const moe_env *env) {
-  moe__rows r;
-  memset(&r, 0, sizeof r);
-  r.y = y;
-  r.batch = batch;
-  r.position = position;
-  r.segment = segment;
-  r.H = (size_t)H;
-  moe__parallel(env, batch->S, moe__places_tile, &r);
+  moe__places places;
+  places.y = y;
+  places.position = position;
+  places.segment = segment;
+  places.batch = batch;
+  places.H = (size_t)H;
+  moe__parallel(env, batch->S, moe__places_tile, &places);
 }
 
 /* Embeddings, LayerNorm, dropout. */
@@ -5312,8 +5264,8 @@ static void moe__forward_embeddings(moe_context *c, moe__pass *pass) {
   const moe__plan *p = &c->model->plan;
   const moe_batch *b = pass->batch;
   const float *w = c->model->weights;
-  int keep = c->limits.training;
-  float *sum = keep ? c->sum0 : c->branch, *x = c->acts[0].x;
+  const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, 0, MOE__SITE_EMBEDDING);
+  float *sum = c->limits.training ? c->sum0 : c->branch, *x = c->acts[0].x;
   if (config->features) {
     moe_mat mat = moe_mat_rows(w + p->feature_w, config->hidden, config->features);
     moe_linear_forward(sum, b->features, &mat, w + p->feature_b, pass->M, pass->env);
@@ -5321,18 +5273,16 @@ static void moe__forward_embeddings(moe_context *c, moe__pass *pass) {
   } else
     moe_embed_forward(sum, b->ids, b->segments, b->seq_start, b->S, w + p->word, w + p->position, w + p->segment, config->hidden, pass->env);
   moe_norm_forward(x, c->mean0, c->rstd0, sum, w + p->norm_w, w + p->norm_b, config->eps, pass->M, config->hidden, pass->env);
-  moe__dropout_sequences(x, x, pass->dropout, moe__pass_keys(c, pass, pass->dropout, 0, MOE__SITE_EMBEDDING), b, config->hidden, pass->env);
+  if (keys) moe__dropout_rows(x, x, pass->dropout, keys, b->seq_start, b->S, config->hidden, pass->env);
 }
 
-/* sum = x + dropout(branch); y = LayerNorm(sum). */
+/* sum = x + dropout(branch), which inference does not keep; y = LayerNorm(sum). */
 static void moe__forward_join(moe_context *c, moe__pass *pass, float *y, float *sum, float *mean, float *rstd, const float *x,
                               const float *norm_w, const float *norm_b, int32_t layer, uint32_t site) {
   const moe_config *config = &c->model->config;
-  int32_t H = config->hidden;
-  if (!sum) sum = c->branch;
-  moe__dropout_sequences(c->branch, c->branch, pass->dropout, moe__pass_keys(c, pass, pass->dropout, layer, site), pass->batch, H, pass->env);
-  moe__sum_sequences(sum, x, c->branch, pass->batch, H, pass->env);
-  moe_norm_forward(y, mean, rstd, sum, norm_w, norm_b, config->eps, pass->M, H, pass->env);
+  const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, layer, site);
+  moe__residual_norm_forward(y, sum, mean, rstd, x, c->branch, norm_w, norm_b, config->eps, pass->M, config->hidden, pass->dropout, keys,
+                             pass->batch->seq_start, pass->S, pass->env);
 }
 
 static void moe__forward_attention(moe_context *c, moe__pass *pass, int32_t layer) {
@@ -5570,13 +5520,9 @@ static void moe__backward_heads(moe_context *c, const moe__pass *pass, float *dw
 /* Of y = LayerNorm(sum), sum = x + dropout(branch): g becomes the gradient of x. Returns the gradient of the branch. */
 static const float *moe__backward_join(moe_context *c, const moe__pass *pass, float *dnorm_w, float *dnorm_b, const float *sum,
                                        const float *mean, const float *rstd, const float *norm_w, int32_t layer, uint32_t site) {
-  int32_t H = c->model->config.hidden;
-  size_t bytes = (size_t)pass->M * (size_t)H * sizeof(float);
   const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, layer, site);
-  memset(c->gsum, 0, bytes);
-  moe_norm_backward(c->gsum, dnorm_w, dnorm_b, c->g, sum, mean, rstd, norm_w, pass->M, H, pass->env);
-  memcpy(c->g, c->gsum, bytes);
-  moe__dropout_sequences(c->gsum, c->gsum, pass->dropout, keys, pass->batch, H, pass->env);
+  moe__residual_norm_backward(c->g, c->gsum, dnorm_w, dnorm_b, c->g, sum, mean, rstd, norm_w, pass->M, c->model->config.hidden, pass->dropout,
+                              keys, pass->batch->seq_start, pass->S, pass->env);
   return c->gsum;
 }
 
@@ -5633,8 +5579,9 @@ static void moe__backward_embeddings(moe_context *c, const moe__pass *pass, floa
   const moe__plan *p = &c->model->plan;
   const moe_batch *b = pass->batch;
   const float *w = c->model->weights;
+  const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, 0, MOE__SITE_EMBEDDING);
   int32_t H = config->hidden;
-  moe__dropout_sequences(c->g, c->g, pass->dropout, moe__pass_keys(c, pass, pass->dropout, 0, MOE__SITE_EMBEDDING), b, H, pass->env);
+  if (keys) moe__dropout_rows(c->g, c->g, pass->dropout, keys, b->seq_start, b->S, H, pass->env);
   memset(c->gsum, 0, (size_t)pass->M * (size_t)H * sizeof(float));
   moe_norm_backward(c->gsum, dw + p->norm_w, dw + p->norm_b, c->g, c->sum0, c->mean0, c->rstd0, w + p->norm_w, pass->M, H, pass->env);
   if (config->features) {

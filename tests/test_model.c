@@ -1,0 +1,882 @@
+/* Configuration, tasks, the table of tensors, the batch check, the forward pass. */
+#define MOE_IMPLEMENTATION
+#include "../moe.h"
+#include "test.h"
+#include "models.h"
+#include "golden/tiny.h"
+
+static models_batch batch, other;
+
+/* Parameters without heads. */
+static size_t count(int32_t layers, int32_t hidden, moe_router router, int32_t experts) {
+  static moe_task tasks[8];
+  moe_config c;
+  moe__plan plan;
+  int t;
+  moe_config_init(&c);
+  c.layers = layers;
+  c.hidden = hidden;
+  c.ffn = 4 * hidden;
+  c.heads = hidden / 32;
+  c.router = router;
+  c.experts = experts;
+  for (t = 0; t < 8; ++t) {
+    snprintf(tasks[t].name, sizeof tasks[t].name, "t%d", t);
+    tasks[t].classes = 2;
+  }
+  if (moe_config_check(&c, NULL) || moe__plan_make(&plan, &c, tasks, 8, NULL)) return 0;
+  return plan.heads;
+}
+
+static void test_model_counts_the_papers_parameters(void) {
+  size_t dense = count(6, 384, MOE_ROUTER_DENSE, 1), one_gate = count(6, 384, MOE_ROUTER_TASK, 1);
+  CHECK(dense == 22565376, "MiniLM dense: %zu", dense);
+  CHECK(4 * (one_gate - dense) == 73728, "gates: %zu", 4 * (one_gate - dense));
+  CHECK(count(6, 384, MOE_ROUTER_TASK, 4) - dense - 73728 == 21268224, "added experts");
+  CHECK(count(6, 384, MOE_ROUTER_TASK, 4) == 43907328, "MiniLM: %zu", count(6, 384, MOE_ROUTER_TASK, 4));
+  CHECK(count(12, 768, MOE_ROUTER_TASK, 4) == 279194112, "BERT-base: %zu", count(12, 768, MOE_ROUTER_TASK, 4));
+  CHECK(count(24, 1024, MOE_ROUTER_TASK, 4) == 939227136, "BERT-large: %zu", count(24, 1024, MOE_ROUTER_TASK, 4));
+}
+
+static void test_model_table_of_tensors_has_no_gap(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  int variant;
+  models_tasks(tasks);
+  for (variant = 0; variant < 6; ++variant) {
+    moe_router router = (moe_router)(variant % 3);
+    moe_config c = models_config(router, router == MOE_ROUTER_DENSE ? 1 : 3, 1);
+    moe_model *model;
+    moe_tensor t;
+    size_t at = 0;
+    int32_t i;
+    if (variant > 2) c.features = 7, c.vocab = 0;
+    model = models_create(&c, tasks, MODELS_TASKS, &env);
+    CHECK(model, "%s", models_sentence);
+    for (i = 0; i < moe_model_tensors(model); ++i) {
+      CHECK(moe_model_tensor(model, i, &t) == MOE_OK, "tensor %d", (int)i);
+      CHECK(t.offset == at, "%s at %zu, not %zu", t.name, t.offset, at);
+      CHECK(t.count == (size_t)t.shape[0] * (size_t)(t.dims == 2 ? t.shape[1] : 1), "%s: count", t.name);
+      CHECK(moe_model_find_tensor(model, t.name) == i, "%s is not found", t.name);
+      at += t.count;
+    }
+    CHECK(at == moe_model_parameters(model), "%zu of %zu", at, moe_model_parameters(model));
+    CHECK(moe_model_tensor(model, i, &t) == MOE_E_ARGUMENT && moe_model_tensor(model, -1, &t) == MOE_E_ARGUMENT, "index out of range");
+    CHECK(moe_model_find_tensor(model, "encoder.layer.99999999999.x") == -1 && moe_model_find_tensor(model, "") == -1, "unknown name");
+    moe_model_free(model);
+  }
+}
+
+static void test_model_tensors_bear_the_names_of_the_hub(void) {
+  enum { ALL = -1, SPARSE = -2 };
+  static const struct {
+    const char *name;
+    int32_t router, rows, cols;
+  } want[] = {
+      {"embeddings.word_embeddings.weight", ALL, 50, 20},
+      {"embeddings.position_embeddings.weight", ALL, 19, 20},
+      {"embeddings.token_type_embeddings.weight", ALL, 2, 20},
+      {"embeddings.LayerNorm.bias", ALL, 20, 0},
+      {"encoder.layer.1.attention.self.query.weight", ALL, 20, 20},
+      {"encoder.layer.0.attention.self.value.bias", ALL, 20, 0},
+      {"encoder.layer.1.attention.output.dense.weight", ALL, 20, 20},
+      {"encoder.layer.1.attention.output.LayerNorm.weight", ALL, 20, 0},
+      {"encoder.layer.1.output.LayerNorm.weight", ALL, 20, 0},
+      {"heads.three.weight", ALL, 3, 20},
+      {"heads.real.bias", ALL, 1, 0},
+      {"heads.span_+1.weight", ALL, 2, 60},
+      {"encoder.layer.1.intermediate.dense.weight", MOE_ROUTER_DENSE, 37, 20},
+      {"encoder.layer.1.output.dense.bias", MOE_ROUTER_DENSE, 20, 0},
+      {"encoder.layer.1.gate.weight", MOE_ROUTER_SHARED, 3, 20},
+      {"encoder.layer.0.experts.2.output.dense.weight", SPARSE, 20, 37},
+      {"encoder.layer.1.gate.rank-ing.weight", MOE_ROUTER_TASK, 3, 20},
+      {"encoder.layer.0.experts.2.intermediate.dense.bias", SPARSE, 37, 0},
+  };
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  int router;
+  size_t i;
+  models_tasks(tasks);
+  for (router = 0; router < 3; ++router) {
+    moe_config c = models_config((moe_router)router, router ? 3 : 1, 1);
+    moe_model *model = models_create(&c, tasks, MODELS_TASKS, &env);
+    CHECK(model, "%s", models_sentence);
+    for (i = 0; i < sizeof want / sizeof *want; ++i) {
+      moe_tensor t;
+      int32_t index = moe_model_find_tensor(model, want[i].name);
+      CHECK((index >= 0) == (want[i].router == ALL || want[i].router == router || (want[i].router == SPARSE && router != MOE_ROUTER_DENSE)), "%s in router %d", want[i].name, router);
+      if (index < 0) continue;
+      moe_model_tensor(model, index, &t);
+      CHECK(t.shape[0] == want[i].rows && (t.dims == 2 ? t.shape[1] : 0) == want[i].cols, "shape of %s", t.name);
+    }
+    moe_model_free(model);
+  }
+}
+
+static void test_model_config_names_the_field_that_is_wrong(void) {
+#define FIELD(field, value, word) {offsetof(moe_config, field), value, word}
+  static const struct {
+    size_t offset;
+    int32_t value;
+    const char *word;
+  } bad[] = {FIELD(layers, 0, "layers"), FIELD(layers, 1025, "layers"), FIELD(hidden, 0, "hidden"), FIELD(hidden, -20, "hidden"),
+             FIELD(ffn, 0, "ffn"), FIELD(heads, 0, "heads"), FIELD(heads, 21, "heads"), FIELD(heads, 3, "multiple"), FIELD(vocab, 0, "vocab"),
+             FIELD(vocab, 1 << 30, "vocab"), FIELD(positions, 0, "positions"), FIELD(segments, 0, "segments"), FIELD(segments, 257, "segments"),
+             FIELD(features, -1, "features"), FIELD(features, 3, "vocab"), FIELD(router, 3, "router"), FIELD(router, -1, "router"),
+             FIELD(router, MOE_ROUTER_DENSE, "dense"), FIELD(experts, 0, "experts"), FIELD(experts, MOE_MAX_EXPERTS + 1, "experts"),
+             FIELD(top_k, 0, "top_k"), FIELD(top_k, 4, "top_k"), FIELD(gate_scale_n, 2, "gate_scale_n"), FIELD(renormalize, -1, "renormalize"),
+             FIELD(max_len, 0, "max_len"), FIELD(max_len, 20, "max_len"), FIELD(truncate, 2, "truncate"), FIELD(cased, 2, "cased")};
+#undef FIELD
+  static const float eps[] = {0, -1, 1, NAN, INFINITY};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config good = models_config(MOE_ROUTER_TASK, 3, 1), c;
+  size_t i;
+  CHECK(moe_config_check(&good, &env) == MOE_OK, "%s", models_sentence);
+  for (i = 0; i < sizeof bad / sizeof *bad; ++i) {
+    c = good;
+    memcpy((char *)&c + bad[i].offset, &bad[i].value, sizeof bad[i].value);
+    models_sentence[0] = 0;
+    CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT, "%s %d is accepted", bad[i].word, (int)bad[i].value);
+    CHECK(strstr(models_sentence, bad[i].word), "%s: %s", bad[i].word, models_sentence);
+    CHECK(moe_config_check(&c, NULL) == MOE_E_ARGUMENT, "without a log");
+  }
+  for (i = 0; i < sizeof eps / sizeof *eps; ++i) {
+    c = good;
+    c.eps = eps[i];
+    CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "eps"), "eps %g: %s", (double)eps[i], models_sentence);
+  }
+  c = good;
+  c.gate_scale_n = c.renormalize = 1;
+  CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "exclude"), "%s", models_sentence);
+  moe_config_init(&c);
+  CHECK(moe_config_check(&c, &env) == MOE_OK, "the defaults: %s", models_sentence);
+}
+
+static moe_status try_tasks(const moe_task *tasks, int32_t T, moe_env *env) {
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  size_t bytes = 0;
+  moe_status status;
+  models_sentence[0] = 0;
+  status = moe_model_size(&c, tasks, T, &bytes, env);
+  return status == MOE_OK || bytes == 0 ? status : MOE_STATUS_COUNT; /* results stay untouched on failure */
+}
+
+static void test_model_tasks_are_checked_one_by_one(void) {
+  static const char *const twice[] = {"a", "b", "a"}, *const empty[] = {"a", "", "c"};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task t[MODELS_TASKS];
+#define BAD(change, word)                                                                        \
+  do {                                                                                           \
+    models_tasks(t);                                                                             \
+    change;                                                                                      \
+    CHECK(try_tasks(t, MODELS_TASKS, &env) == MOE_E_ARGUMENT, "accepted: %s", #change);          \
+    CHECK(strstr(models_sentence, word), "'%s' does not say '%s'", models_sentence, word);       \
+  } while (0)
+  models_tasks(t);
+  CHECK(try_tasks(t, MODELS_TASKS, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(try_tasks(t, 0, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "tasks"), "no task: %s", models_sentence);
+  CHECK(try_tasks(t, MOE_MAX_TASKS + 1, &env) == MOE_E_ARGUMENT, "too many tasks");
+  BAD(t[1].name[0] = 0, "no name");
+  BAD(memset(t[1].name, 'x', MOE_NAME_BYTES), "longer");
+  BAD(t[1].name[1] = '.', "letters");
+  BAD(t[1].name[1] = ' ', "letters");
+  BAD(memcpy(t[1].name, t[4].name, MOE_NAME_BYTES), "twice");
+  BAD(t[1].kind = (moe_kind)7, "kind");
+  BAD(t[1].kind = (moe_kind)-1, "kind");
+  BAD(t[1].pair = 2, "pair");
+  BAD(t[1].classes = 1, "classes");
+  BAD(t[1].classes = MOE_MAX_CLASSES + 1, "classes");
+  BAD(t[3].classes = 3, "ranking");
+  BAD(t[2].classes = 2, "regression");
+  BAD(t[2].high = t[2].low, "range");
+  BAD(t[2].high = NAN, "range");
+  BAD(t[2].high = INFINITY, "range");
+  BAD(t[1].max_len = 20, "max_len");
+  BAD(t[1].max_len = -1, "max_len");
+  BAD(memset(t[1].metrics, 'x', MOE_NAME_BYTES), "metrics");
+  BAD(strcpy(t[1].metrics, "accuracy,speed"), "speed");
+  BAD(t[1].label = twice, "twice");
+  BAD(t[1].label = empty, "label 1");
+#undef BAD
+}
+
+static void test_model_copies_tasks_and_labels(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_SHARED, 2, 1);
+  moe_task tasks[MODELS_TASKS];
+  char red[8] = "red";
+  const char *label[3];
+  moe_model *model = NULL;
+  models_tasks(tasks);
+  label[0] = red;
+  label[1] = "green";
+  label[2] = "blue";
+  tasks[1].label = label;
+  CHECK(moe_model_create(&model, &c, tasks, MODELS_TASKS, 1, &env) == MOE_OK, "%s", models_sentence);
+  red[0] = 'x';
+  label[1] = NULL;
+  memset(tasks, 0, sizeof tasks);
+  CHECK(!strcmp(moe_model_task(model, 1)->name, "three") && !strcmp(moe_model_task(model, 1)->label[0], "red") &&
+            !strcmp(moe_model_task(model, 1)->label[1], "green"), "copies");
+  CHECK(!strcmp(moe_model_task(model, 0)->label[1], "1"), "without names, labels are numbers");
+  CHECK(!moe_model_task(model, 2)->label, "a regression has no labels");
+  CHECK(moe_model_find_task(model, "real") == 2 && moe_model_find_task(model, "rea") == -1, "find");
+  CHECK(!moe_model_task(model, -1) && !moe_model_task(model, MODELS_TASKS), "task out of range");
+  CHECK(moe_model_tasks(model) == MODELS_TASKS && moe_model_max_classes(model) == 3 && moe_model_config(model)->hidden == 20, "accessors");
+  moe_model_free(model);
+  moe_model_free(NULL);
+}
+
+static void test_model_keeps_a_copy_of_the_vocabulary(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_DENSE, 1, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model = NULL;
+  char text[] = "[CLS]\n[SEP]\n";
+  size_t bytes = 7;
+  models_tasks(tasks);
+  CHECK(moe_model_create(&model, &c, tasks, 1, 1, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(!moe_model_vocab(model, &bytes) && bytes == 0, "none yet");
+  CHECK(moe_model_set_vocab(model, "x", 1, &env) == MOE_OK, "first");
+  CHECK(moe_model_set_vocab(model, text, sizeof text - 1, &env) == MOE_OK, "second");
+  text[0] = 'x';
+  CHECK(!memcmp(moe_model_vocab(model, &bytes), "[CLS]\n[SEP]\n", 12) && bytes == 12, "copy");
+  moe_model_free(model);
+}
+
+/* Mean and deviation of a tensor. */
+static void moments(moe_model *model, const char *name, double *mean, double *sd) {
+  moe_tensor t;
+  size_t i;
+  double sum = 0, square = 0;
+  moe_model_tensor(model, moe_model_find_tensor(model, name), &t);
+  for (i = 0; i < t.count; ++i) {
+    double x = (double)moe_model_weights(model)[t.offset + i];
+    sum += x;
+    square += x * x;
+  }
+  *mean = sum / (double)t.count;
+  *sd = sqrt(square / (double)t.count - *mean * *mean);
+}
+
+static void test_model_starts_with_the_papers_values(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1), d;
+  moe_task tasks[MODELS_TASKS];
+  moe_model *a = NULL, *b = NULL, *dense = NULL;
+  moe_tensor ta, td;
+  double mean, sd;
+  c.hidden = 64;
+  c.ffn = 200;
+  models_tasks(tasks);
+  CHECK(moe_model_create(&a, &c, tasks, MODELS_TASKS, 5, &env) == MOE_OK, "%s", models_sentence);
+  moments(a, "embeddings.word_embeddings.weight", &mean, &sd);
+  CHECK(fabs(mean) < 1e-3 && fabs(sd - 0.02) < 1e-3, "embeddings %g %g", mean, sd);
+  moments(a, "encoder.layer.1.experts.2.output.dense.weight", &mean, &sd);
+  CHECK(fabs(mean) < 1e-3 && fabs(sd - 0.02) < 1e-3, "experts %g %g", mean, sd);
+  moments(a, "encoder.layer.1.gate.real.weight", &mean, &sd);
+  CHECK(fabs(mean) < 3e-4 && fabs(sd - 0.001) < 2e-4, "gates %g %g", mean, sd);
+  moments(a, "encoder.layer.1.output.LayerNorm.weight", &mean, &sd);
+  CHECK(mean >= 1 && mean <= 1 && sd <= 0, "LayerNorm %g %g", mean, sd);
+  moments(a, "encoder.layer.1.experts.2.output.dense.bias", &mean, &sd);
+  CHECK(mean <= 0 && mean >= 0 && sd <= 0, "bias %g %g", mean, sd);
+  CHECK(moe_model_create(&b, &c, tasks, MODELS_TASKS, 5, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(!memcmp(a->weights, b->weights, a->plan.total * sizeof(float)), "same seed, same bits");
+  moe_model_free(b);
+  CHECK(moe_model_create(&b, &c, tasks, MODELS_TASKS, 6, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(memcmp(a->weights, b->weights, 100 * sizeof(float)), "another seed, other bits");
+  d = c;
+  d.router = MOE_ROUTER_DENSE;
+  d.experts = 1;
+  CHECK(moe_model_create(&dense, &d, tasks, 1, 5, &env) == MOE_OK, "%s", models_sentence);
+  moe_model_tensor(a, moe_model_find_tensor(a, "encoder.layer.1.experts.0.output.dense.weight"), &ta);
+  moe_model_tensor(dense, moe_model_find_tensor(dense, "encoder.layer.1.output.dense.weight"), &td);
+  CHECK(!memcmp(a->weights + ta.offset, dense->weights + td.offset, ta.count * sizeof(float)), "expert 0 starts as the dense FFN");
+  moe_model_tensor(a, moe_model_find_tensor(a, "encoder.layer.1.experts.1.output.dense.weight"), &ta);
+  CHECK(memcmp(a->weights + ta.offset, dense->weights + td.offset, ta.count * sizeof(float)), "expert 1 does not");
+  moe_model_free(a);
+  moe_model_free(b);
+  moe_model_free(dense);
+}
+
+static void test_model_sizes_are_exact(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model = NULL;
+  moe_context *context = NULL;
+  moe_limits limits = {100, 10, 0};
+  size_t need, bytes;
+  void *raw, *block;
+  char number[32];
+  models_tasks(tasks);
+  CHECK(moe_model_size(&c, tasks, MODELS_TASKS, &need, &env) == MOE_OK, "%s", models_sentence);
+  block = models_block(&raw, need + 64);
+  CHECK(moe_model_init(&model, block, need - 1, &c, tasks, MODELS_TASKS, 1, &env) == MOE_E_MEMORY && !model, "a byte less");
+  snprintf(number, sizeof number, "%zu", need - 1);
+  CHECK(strstr(models_sentence, number), "%s", models_sentence);
+  snprintf(number, sizeof number, "%zu", need);
+  CHECK(strstr(models_sentence, number), "%s", models_sentence);
+  CHECK(moe_model_init(&model, (char *)block + 4, need, &c, tasks, MODELS_TASKS, 1, &env) == MOE_E_ARGUMENT && !model, "misaligned");
+  memset(block, 0x5a, need + 64);
+  CHECK(moe_model_init(&model, block, need, &c, tasks, MODELS_TASKS, 1, &env) == MOE_OK, "%s", models_sentence);
+  for (bytes = need; bytes < need + 64; ++bytes) CHECK(((unsigned char *)block)[bytes] == 0x5a, "byte %zu after the block", bytes - need);
+  CHECK(((unsigned char *)block)[need - 1] != 0x5a, "the last byte is used");
+  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_OK, "%s", models_sentence);
+  {
+    void *raw2, *block2 = models_block(&raw2, bytes);
+    CHECK(moe_context_init(&context, block2, bytes - 1, model, &limits, &env) == MOE_E_MEMORY && !context, "a byte less");
+    CHECK(moe_context_init(&context, block2, bytes, model, &limits, &env) == MOE_OK, "%s", models_sentence);
+    moe_context_free(context);
+    free(raw2);
+  }
+  limits.tokens = 0;
+  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "tokens"), "%s", models_sentence);
+  limits.tokens = 9;
+  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "sequences"), "%s", models_sentence);
+  limits.tokens = INT32_MAX;
+  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT, "tokens times k must fit");
+  moe_model_free(model);
+  free(raw);
+}
+
+/* Scores and hidden states of `b`, into arrays of the caller; returns 0 on success. */
+static int forward(const moe_model *model, const moe_batch *b, float *scores, float *hidden, const moe_env *env) {
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_context *context = NULL;
+  moe_status status = moe_context_create(&context, model, &limits, env);
+  if (!status) status = moe_forward(context, scores, b, env);
+  if (!status && hidden && b->S)
+    memcpy(hidden, moe_context_hidden(context), (size_t)b->seq_start[b->S] * (size_t)moe_model_config(model)->hidden * sizeof(float));
+  moe_context_free(context);
+  return (int)status;
+}
+
+static float scores[3][MODELS_S * 8], hidden[3][MODELS_M * 64];
+
+static void test_model_scores_do_not_depend_on_company_or_order(void) {
+  static const int32_t experts[] = {1, 3, 3}, top_k[] = {1, 1, 2};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  int32_t v, s;
+  models_tasks(tasks);
+  for (v = 0; v < 3; ++v) {
+    moe_config c = models_config((moe_router)v, experts[v], top_k[v]);
+    moe_model *model = models_create(&c, tasks, MODELS_TASKS, &env);
+    size_t row = (size_t)moe_model_max_classes(model);
+    models_random_batch(&batch, model, 30, 19, 1);
+    CHECK(!forward(model, &batch.b, scores[0], hidden[0], &env), "%s", models_sentence);
+    for (s = 0; s < 30; ++s) { /* alone */
+      other.b.S = 0;
+      models_append(&other, &batch, s, &c);
+      CHECK(!forward(model, &other.b, scores[1], hidden[1], &env), "%s", models_sentence);
+      CHECK(!memcmp(scores[1], scores[0] + (size_t)s * row, row * sizeof(float)), "router %d: sequence %d alone", v, s);
+      CHECK(!memcmp(hidden[1], hidden[0] + batch.start[s] * c.hidden, (size_t)((batch.start[s + 1] - batch.start[s]) * c.hidden) * sizeof(float)),
+            "router %d: hidden states of sequence %d alone", v, s);
+    }
+    other.b.S = 0;
+    for (s = 30; s-- > 0;) models_append(&other, &batch, s, &c); /* backwards */
+    CHECK(!forward(model, &other.b, scores[1], NULL, &env), "%s", models_sentence);
+    for (s = 0; s < 30; ++s)
+      CHECK(!memcmp(scores[1] + (size_t)(29 - s) * row, scores[0] + (size_t)s * row, row * sizeof(float)), "router %d: order, sequence %d", v, s);
+    moe_model_free(model);
+  }
+}
+
+static void test_model_bits_do_not_depend_on_threads_isa_or_packing(void) {
+  static const int32_t threads[] = {1, 2, 3, 8};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model;
+  size_t i;
+  int isa, packed;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  models_random_batch(&batch, model, 40, 19, 2);
+  CHECK(!forward(model, &batch.b, scores[0], hidden[0], &env), "%s", models_sentence);
+  for (packed = 0; packed < 2; ++packed) {
+    if (packed) CHECK(moe_model_pack(model, NULL, &env) == MOE_OK, "%s", models_sentence);
+    for (isa = MOE_ISA_SCALAR; isa < MOE_ISA_COUNT; ++isa) {
+      if (!moe_isa_available((moe_isa)isa)) continue;
+      for (i = 0; i < sizeof threads / sizeof *threads; ++i) {
+        moe_env e = models_env((moe_isa)isa);
+        moe_pool *pool = NULL;
+        CHECK(moe_pool_create(&pool, threads[i], &e) == MOE_OK, "%s", models_sentence);
+        CHECK(!forward(model, &batch.b, scores[1], hidden[1], &e), "%s", models_sentence);
+        moe_pool_free(pool);
+        CHECK(!memcmp(scores[0], scores[1], 40 * 3 * sizeof(float)), "%s, %d threads, packed %d: scores", moe_isa_name((moe_isa)isa), threads[i], packed);
+        CHECK(!memcmp(hidden[0], hidden[1], (size_t)(batch.start[40] * c.hidden) * sizeof(float)), "%s, %d threads, packed %d: hidden",
+              moe_isa_name((moe_isa)isa), threads[i], packed);
+      }
+    }
+  }
+  moe_model_free(model);
+}
+
+static void test_model_packs_into_a_block_or_the_heap(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model;
+  void *raw, *block;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  block = models_block(&raw, moe_model_pack_size(model));
+  CHECK(moe_model_pack(model, (char *)block + 4, &env) == MOE_E_ARGUMENT, "misaligned");
+  CHECK(moe_model_pack(model, NULL, &env) == MOE_OK && moe_model_pack(model, NULL, &env) == MOE_OK, "heap, twice");
+  CHECK(moe_model_pack(model, block, &env) == MOE_OK && model->panels == (float *)block, "block");
+  CHECK(moe_model_pack(model, NULL, &env) == MOE_OK && model->panels != (float *)block, "heap again");
+  moe_model_free(model);
+  free(raw);
+}
+
+static void test_model_ignores_dirty_memory(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_model *model;
+  size_t bytes = 0;
+  void *raw, *block;
+  int i, training;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  models_random_batch(&batch, model, 12, 19, 3);
+  for (training = 0; training < 2; ++training) {
+    limits.training = training;
+    CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_OK, "%s", models_sentence);
+    block = models_block(&raw, bytes);
+    for (i = 0; i < 3; ++i) {
+      static const int dirt[] = {0, 0xff, 0x7f};
+      moe_context *context = NULL;
+      memset(block, dirt[i], bytes);
+      CHECK(moe_context_init(&context, block, bytes, model, &limits, &env) == MOE_OK, "%s", models_sentence);
+      memset(scores[i], dirt[i], sizeof scores[i]);
+      CHECK(moe_forward(context, scores[i], &batch.b, &env) == MOE_OK, "%s", models_sentence);
+      CHECK(!memcmp(scores[i], scores[0], 12 * 3 * sizeof(float)), "filled with %d", dirt[i]);
+    }
+    free(raw);
+  }
+  moe_model_free(model);
+}
+
+static void test_model_runs_at_size_1_and_at_odd_sizes(void) {
+  static const int32_t shape[][8] = {/* L H F A V P N k */
+                                     {1, 1, 1, 1, 1, 1, 1, 1}, {1, 1, 1, 1, 1, 1, 3, 2}, {3, 7, 3, 7, 2, 2, 5, 3},
+                                     {2, 33, 17, 3, 9, 19, 4, 4}, {1, 16, 64, 1, 50, 5, 256, 1}};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  size_t i;
+  models_tasks(tasks);
+  for (i = 0; i < sizeof shape / sizeof *shape; ++i) {
+    moe_config c = models_config(MOE_ROUTER_TASK, shape[i][6], shape[i][7]);
+    moe_model *model;
+    int32_t s, j;
+    c.layers = shape[i][0];
+    c.hidden = shape[i][1];
+    c.ffn = shape[i][2];
+    c.heads = shape[i][3];
+    c.vocab = shape[i][4];
+    c.positions = c.max_len = shape[i][5];
+    model = models_create(&c, tasks, MODELS_TASKS, &env);
+    CHECK(model, "%s", models_sentence);
+    models_random_batch(&batch, model, 9, c.positions, 4);
+    CHECK(!forward(model, &batch.b, scores[0], NULL, &env), "%s", models_sentence);
+    for (s = 0; s < 9; ++s)
+      for (j = 0; j < 3; ++j) {
+        float x = scores[0][3 * s + j];
+        CHECK(moe__is_finite(x), "shape %zu: score %d of sequence %d", i, j, s);
+        CHECK(j < moe_model_task(model, batch.task[s])->classes || (x >= 0 && x <= 0), "shape %zu: the rest of a row is zero", i);
+      }
+    moe_model_free(model);
+  }
+}
+
+static void test_model_takes_a_hundred_tasks(void) {
+  static moe_task many[100];
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_model *model;
+  int32_t t;
+  memset(many, 0, sizeof many);
+  for (t = 0; t < 100; ++t) {
+    snprintf(many[t].name, sizeof many[t].name, "task%d", (int)t);
+    many[t].classes = 2 + t % 7;
+  }
+  model = models_create(&c, many, 100, &env);
+  CHECK(model, "%s", models_sentence);
+  models_random_batch(&batch, model, 40, 19, 5);
+  CHECK(!forward(model, &batch.b, scores[0], NULL, &env), "%s", models_sentence);
+  /* the gate of a task matters to its own sequences only */
+  {
+    moe_tensor tensor;
+    char name[128];
+    int32_t s;
+    snprintf(name, sizeof name, "encoder.layer.0.gate.task%d.weight", (int)batch.task[7]);
+    moe_model_tensor(model, moe_model_find_tensor(model, name), &tensor);
+    for (t = 0; t < (int32_t)tensor.count; ++t) moe_model_weights(model)[tensor.offset + (size_t)t] *= -1;
+    CHECK(!forward(model, &batch.b, scores[1], NULL, &env), "%s", models_sentence);
+    for (s = 0; s < 40; ++s)
+      CHECK(!memcmp(scores[0] + 8 * s, scores[1] + 8 * s, 8 * sizeof(float)) == (batch.task[s] != batch.task[7]), "sequence %d", s);
+  }
+  moe_model_free(model);
+}
+
+static void test_model_takes_an_empty_batch(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model;
+  moe_batch none;
+  memset(&none, 0, sizeof none);
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  scores[0][0] = 7;
+  CHECK(!forward(model, &none, scores[0], NULL, &env), "%s", models_sentence);
+  CHECK(scores[0][0] >= 7 && scores[0][0] <= 7, "scores are untouched");
+  moe_model_free(model);
+}
+
+static void test_model_reads_features(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1), d;
+  moe_task tasks[MODELS_TASKS];
+  moe_model *ids, *features;
+  moe_tensor from, to;
+  int32_t i, j;
+  models_tasks(tasks);
+  c.vocab = MODELS_WIDTH;
+  d = c;
+  d.vocab = 0;
+  d.features = MODELS_WIDTH;
+  ids = models_create(&c, tasks, MODELS_TASKS, &env);
+  features = models_create(&d, tasks, MODELS_TASKS, &env);
+  CHECK(ids && features, "%s", models_sentence);
+  models_random_batch(&batch, ids, 20, 19, 6);
+  /* a feature vector with a single 1 picks a column of the input layer: the same as a word of the vocabulary */
+  memcpy(&other, &batch, sizeof other);
+  memset(other.features, 0, sizeof other.features);
+  for (i = 0; i < batch.start[20]; ++i) other.features[i * MODELS_WIDTH + batch.ids[i]] = 1;
+  models_connect(&other, &d, 20);
+  moe_model_tensor(ids, moe_model_find_tensor(ids, "embeddings.word_embeddings.weight"), &from);
+  moe_model_tensor(features, moe_model_find_tensor(features, "embeddings.features.weight"), &to);
+  for (i = 0; i < c.hidden; ++i)
+    for (j = 0; j < MODELS_WIDTH; ++j)
+      moe_model_weights(features)[to.offset + (size_t)(i * MODELS_WIDTH + j)] = moe_model_weights(ids)[from.offset + (size_t)(j * c.hidden + i)];
+  moe_model_tensor(features, moe_model_find_tensor(features, "embeddings.features.bias"), &to);
+  memset(moe_model_weights(features) + to.offset, 0, to.count * sizeof(float));
+  CHECK(!forward(ids, &batch.b, scores[0], hidden[0], &env), "%s", models_sentence);
+  CHECK(!forward(features, &other.b, scores[1], hidden[1], &env), "%s", models_sentence);
+  CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "scores");
+  models_random_batch(&other, features, 20, 19, 7);
+  CHECK(!forward(features, &other.b, scores[0], hidden[0], &env), "%s", models_sentence);
+  moe_model_free(ids);
+  moe_model_free(features);
+}
+
+static void test_model_with_one_expert_equals_the_dense_one(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  moe_config c = models_config(MOE_ROUTER_DENSE, 1, 1);
+  moe_model *model;
+  int router;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  models_random_batch(&batch, model, 20, 19, 8);
+  CHECK(!forward(model, &batch.b, scores[0], hidden[0], &env), "%s", models_sentence);
+  moe_model_free(model);
+  for (router = MOE_ROUTER_SHARED; router <= MOE_ROUTER_TASK; ++router) {
+    c.router = (moe_router)router;
+    model = models_create(&c, tasks, MODELS_TASKS, &env);
+    CHECK(!forward(model, &batch.b, scores[1], hidden[1], &env), "%s", models_sentence);
+    CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "scores, router %d", router);
+    CHECK(!memcmp(hidden[0], hidden[1], (size_t)(batch.start[20] * c.hidden) * sizeof(float)), "hidden, router %d", router);
+    moe_model_free(model);
+  }
+}
+
+/* With weight 1 (top-1 renormalised, or gate scale n with a gate of zeros) equal experts are the dense model. */
+static void test_model_with_equal_experts_equals_the_dense_one(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  moe_config c = models_config(MOE_ROUTER_DENSE, 1, 1);
+  moe_model *model;
+  int way;
+  int32_t l, i;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  models_random_batch(&batch, model, 20, 19, 9);
+  CHECK(!forward(model, &batch.b, scores[0], hidden[0], &env), "%s", models_sentence);
+  moe_model_free(model);
+  c.router = MOE_ROUTER_TASK;
+  c.experts = 4;
+  for (way = 0; way < 2; ++way) {
+    c.renormalize = way == 0;
+    c.gate_scale_n = way == 1;
+    model = models_create(&c, tasks, MODELS_TASKS, &env);
+    for (l = 0; l < c.layers; ++l) {
+      float *w = moe_model_weights(model) + model->plan.layers + (size_t)l * model->plan.layer_stride;
+      float *e = w + model->plan.experts;
+      for (i = 1; i < c.experts; ++i) memcpy(e + (size_t)i * model->plan.expert_stride, e, model->plan.expert_stride * sizeof(float));
+      if (way) memset(w + model->plan.gates, 0, (size_t)(MODELS_TASKS * c.experts * c.hidden) * sizeof(float));
+    }
+    CHECK(!forward(model, &batch.b, scores[1], hidden[1], &env), "%s", models_sentence);
+    CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "scores, way %d", way);
+    CHECK(!memcmp(hidden[0], hidden[1], (size_t)(batch.start[20] * c.hidden) * sizeof(float)), "hidden, way %d", way);
+    moe_model_free(model);
+  }
+}
+
+static void test_model_batch_check_says_what_is_wrong(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model;
+  static models_batch good;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  models_random_batch(&good, model, 10, 19, 10);
+  good.task[3] = 1;
+  good.label[3] = 2;
+  good.task[4] = 2;
+  good.task[5] = 4;
+  good.label[5] = 1;
+  models_connect(&good, &c, 10);
+  CHECK(moe_batch_check(model, &good.b, 1, &env) == MOE_OK, "%s", models_sentence);
+#define BAD(change, word, labels)                                                                                        \
+  do {                                                                                                                   \
+    batch = good;                                                                                                        \
+    models_connect(&batch, &c, 10);                                                                                      \
+    change;                                                                                                              \
+    models_sentence[0] = 0;                                                                                              \
+    CHECK(moe_batch_check(model, &batch.b, 1, &env) == MOE_E_ARGUMENT, "accepted: %s", #change);                         \
+    CHECK(strstr(models_sentence, word), "'%s' does not say '%s'", models_sentence, word);                               \
+    CHECK((moe_batch_check(model, &batch.b, 0, &env) == MOE_OK) == labels, "without labels: %s", #change);               \
+    memset(scores[0], 0x11, sizeof scores[0]);                                                                           \
+    CHECK(labels || (forward(model, &batch.b, scores[0], NULL, &env) && scores[0][0] < 1e-20f), "forward: %s", #change); \
+  } while (0)
+  BAD(batch.b.S = -1, "-1", 0);
+  BAD(batch.b.seq_start = NULL, "seq_start", 0);
+  BAD(batch.b.task = NULL, "task", 0);
+  BAD(batch.b.ids = NULL, "ids", 0);
+  BAD(batch.b.features = batch.features, "feature", 0);
+  BAD(batch.b.label = NULL, "label", 1);
+  BAD(batch.b.span = NULL, "span", 0);
+  BAD(batch.start[0] = 1, "begin", 0);
+  BAD(batch.start[3] = batch.start[2], "sequence 2", 0);
+  BAD(batch.start[3] = batch.start[2] - 1, "sequence 2", 0);
+  BAD(batch.start[3] = batch.start[2] + 20, "20 tokens", 0);
+  BAD(batch.start[10] = INT32_MIN, "sequence 9", 0);
+  BAD(batch.task[3] = -1, "task -1", 0);
+  BAD(batch.task[3] = MODELS_TASKS, "task 5", 0);
+  BAD(batch.ids[batch.start[3]] = -1, "token 0 of sequence 3", 0);
+  BAD(batch.ids[batch.start[3]] = 50, "50 words", 0);
+  BAD(batch.segments[batch.start[3]] = 2, "segment 2", 0);
+  BAD(batch.label[3] = 3, "classes", 1);
+  BAD(batch.label[3] = -1, "classes", 1);
+  BAD(batch.label[3] = 0.5f, "classes", 1);
+  BAD(batch.label[3] = NAN, "finite", 1);
+  BAD(batch.label[4] = INFINITY, "finite", 1);
+  BAD(batch.span[20] = -1, "span 1 of sequence 5", 0);
+  BAD(batch.span[21] = batch.span[20], "span 1", 0);
+  BAD(batch.span[23] = 20, "span 2", 0);
+#undef BAD
+  moe_model_free(model);
+  c.vocab = 0;
+  c.features = 3;
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  models_random_batch(&batch, model, 4, 19, 11);
+  CHECK(moe_batch_check(model, &batch.b, 1, &env) == MOE_OK, "%s", models_sentence);
+  batch.features[3 * batch.start[1] + 2] = NAN;
+  CHECK(moe_batch_check(model, &batch.b, 1, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "feature 2 of token 0 of sequence 1"), "%s",
+        models_sentence);
+  batch.b.ids = batch.ids;
+  CHECK(moe_batch_check(model, &batch.b, 1, &env) == MOE_E_ARGUMENT, "ids and features");
+  moe_model_free(model);
+}
+
+static void test_model_context_refuses_what_does_not_fit(void) {
+  moe_env env = models_env(MOE_ISA_AUTO), more;
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_limits limits = {30, 3, 0};
+  moe_context *context = NULL;
+  moe_model *model;
+  moe_routes routes;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  CHECK(moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", models_sentence);
+  models_random_batch(&batch, model, 4, 3, 12);
+  CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "made for 3"), "%s", models_sentence);
+  models_random_batch(&batch, model, 3, 1, 12);
+  CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_OK, "%s", models_sentence);
+  batch.start[1] = 11;
+  batch.start[2] = 22;
+  batch.start[3] = 31;
+  batch.b.span = NULL;
+  batch.task[0] = batch.task[1] = batch.task[2] = 0;
+  CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "made for 30"), "%s", models_sentence);
+  batch.start[3] = 30;
+  CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_OK, "%s", models_sentence);
+  more = env;
+  more.threads = 8;
+  CHECK(moe_forward(context, scores[0], &batch.b, &more) == MOE_E_ARGUMENT && strstr(models_sentence, "threads"), "%s", models_sentence);
+  CHECK(moe_context_routes(context, 2, &routes) == MOE_E_ARGUMENT && moe_context_routes(context, -1, &routes) == MOE_E_ARGUMENT, "layer");
+  moe_context_free(context);
+  moe_context_free(NULL);
+  moe_model_free(model);
+}
+
+static void test_model_routes_can_be_read_and_forced(void) {
+  static int32_t forced[2 * MODELS_M * 2];
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
+  moe_task tasks[MODELS_TASKS];
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_context *context = NULL;
+  moe_model *model;
+  moe_routes r;
+  int32_t M, l, i;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  CHECK(moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", models_sentence);
+  models_random_batch(&batch, model, 20, 19, 13);
+  M = batch.start[20];
+  CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_OK, "%s", models_sentence);
+  for (l = 0; l < 2; ++l) {
+    CHECK(moe_context_routes(context, l, &r) == MOE_OK && r.M == M && r.N == 3 && r.k == 2 && r.start[3] == 2 * M, "layer %d", l);
+    memcpy(forced + l * M * 2, r.expert, (size_t)(2 * M) * sizeof *forced);
+    for (i = 0; i < M; ++i) CHECK(r.expert[2 * i] != r.expert[2 * i + 1] && r.weight[2 * i] >= r.weight[2 * i + 1], "token %d", i);
+  }
+  moe_context_force(context, forced);
+  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "its own routes forced change nothing");
+  for (i = 0; i < 2 * M; ++i) forced[2 * i] = 1, forced[2 * i + 1] = 2; /* expert 0 stays empty */
+  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "other routes matter");
+  moe_context_routes(context, 1, &r);
+  CHECK(r.start[1] == 0 && r.start[2] == M, "expert 0 is empty");
+  forced[2 * M + 6] = 3;
+  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "token 3 of layer 1"), "%s", models_sentence);
+  forced[2 * M + 6] = 2;
+  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "twice"), "%s", models_sentence);
+  moe_context_force(context, NULL);
+  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "the gates decide again");
+  moe_context_free(context);
+  moe_model_free(model);
+}
+
+static void test_model_dense_routes_lead_to_expert_0(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_DENSE, 1, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_context *context = NULL;
+  moe_model *model;
+  moe_routes r;
+  int32_t i;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  CHECK(moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", models_sentence);
+  models_random_batch(&batch, model, 20, 19, 14);
+  CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_context_routes(context, 1, &r) == MOE_OK && r.M == batch.start[20] && r.k == 1 && r.N == 1 && r.start[1] == r.M, "shape");
+  for (i = 0; i < r.M; ++i) CHECK(r.expert[i] == 0 && r.order[i] == i && r.weight[i] >= 1 && r.prob[i] <= 1, "token %d", i);
+  moe_context_free(context);
+  moe_model_free(model);
+}
+
+/* The model of golden/tiny.h. */
+static moe_model *tiny_model(moe_router router, const moe_env *env) {
+  static const char *const name[] = {"two", "three", "real"};
+  moe_config c = models_config(router, router == MOE_ROUTER_DENSE ? 1 : 3, 1);
+  moe_task tasks[3];
+  moe_model *model = NULL;
+  int i;
+  c.hidden = 16;
+  c.heads = 2;
+  c.ffn = 32;
+  c.positions = c.max_len = 12;
+  memset(tasks, 0, sizeof tasks);
+  for (i = 0; i < 3; ++i) {
+    snprintf(tasks[i].name, sizeof tasks[i].name, "%s", name[i]);
+    tasks[i].kind = i == 2 ? MOE_KIND_REGRESSION : MOE_KIND_CLASSIFICATION;
+    tasks[i].classes = i == 2 ? 1 : 2 + i;
+    tasks[i].high = 5;
+  }
+  if (moe_model_create(&model, &c, tasks, 3, 1, env)) return NULL;
+  models_fill(model, 0);
+  return model;
+}
+
+static void test_model_matches_pytorch(void) {
+  static const struct {
+    const double *scores, *hidden;
+    const int *experts;
+  } want[] = {{tiny_dense_scores, NULL, NULL}, {tiny_switch_scores, NULL, tiny_switch_experts}, {tiny_tag_scores, tiny_tag_hidden, tiny_tag_experts}};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_limits limits = {36, 6, 0};
+  int router;
+  for (router = 0; router < 3; ++router) {
+    moe_model *model = tiny_model((moe_router)router, &env);
+    moe_context *context = NULL;
+    int32_t i, j, at = 0, l;
+    double error = 0, norm = 0;
+    CHECK(model && moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", models_sentence);
+    memset(&batch, 0, sizeof batch);
+    for (i = 0; i < 36; ++i) batch.ids[i] = tiny_batch_ids[i], batch.segments[i] = (uint8_t)tiny_batch_segments[i];
+    for (i = 0; i < 6; ++i) {
+      batch.start[i + 1] = tiny_batch_starts[i + 1];
+      batch.task[i] = tiny_batch_task[i];
+      batch.index[i] = i;
+    }
+    models_connect(&batch, moe_model_config(model), 6);
+    CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_OK, "%s", models_sentence);
+    for (i = 0; i < 6; ++i)
+      for (j = 0; j < moe_model_task(model, batch.task[i])->classes; ++j) CHECK_NEAR(scores[0][3 * i + j], want[router].scores[at++], 1e-5);
+    for (l = 0; l < 2 && want[router].experts; ++l) {
+      moe_routes r;
+      moe_context_routes(context, l, &r);
+      for (i = 0; i < 36; ++i) CHECK(r.expert[i] == want[router].experts[l * 36 + i], "layer %d token %d", l, i);
+    }
+    for (i = 0; i < 36 * 16 && want[router].hidden; ++i) {
+      double d = (double)moe_context_hidden(context)[i] - want[router].hidden[i];
+      error += d * d;
+      norm += want[router].hidden[i] * want[router].hidden[i];
+    }
+    CHECK(error <= 1e-12 * norm, "hidden states: relative error %g", sqrt(error / norm));
+    moe_context_free(context);
+    moe_model_free(model);
+  }
+}
+
+int main(int argc, char **argv) {
+  test_begin(argc, argv);
+  RUN(test_model_counts_the_papers_parameters);
+  RUN(test_model_table_of_tensors_has_no_gap);
+  RUN(test_model_tensors_bear_the_names_of_the_hub);
+  RUN(test_model_config_names_the_field_that_is_wrong);
+  RUN(test_model_tasks_are_checked_one_by_one);
+  RUN(test_model_copies_tasks_and_labels);
+  RUN(test_model_keeps_a_copy_of_the_vocabulary);
+  RUN(test_model_starts_with_the_papers_values);
+  RUN(test_model_sizes_are_exact);
+  RUN(test_model_packs_into_a_block_or_the_heap);
+  RUN(test_model_batch_check_says_what_is_wrong);
+  RUN(test_model_matches_pytorch);
+  RUN(test_model_scores_do_not_depend_on_company_or_order);
+  RUN(test_model_bits_do_not_depend_on_threads_isa_or_packing);
+  RUN(test_model_ignores_dirty_memory);
+  RUN(test_model_runs_at_size_1_and_at_odd_sizes);
+  RUN(test_model_takes_a_hundred_tasks);
+  RUN(test_model_takes_an_empty_batch);
+  RUN(test_model_reads_features);
+  RUN(test_model_with_one_expert_equals_the_dense_one);
+  RUN(test_model_with_equal_experts_equals_the_dense_one);
+  RUN(test_model_context_refuses_what_does_not_fit);
+  RUN(test_model_routes_can_be_read_and_forced);
+  RUN(test_model_dense_routes_lead_to_expert_0);
+  return test_end();
+}
