@@ -95,6 +95,7 @@
      >>os            files of the operating system
      >>import        weights of published encoders
      >>checkpoint    checkpoints
+     >>unicode       what becomes of characters before words are cut
      >>text          WordPiece
      >>metrics       accuracy, F1, Matthews, Pearson, Spearman
      >>predict       text in, label out
@@ -8335,14 +8336,14 @@ MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sample
 #endif
 #endif /* MOE_NO_TRAIN */
 
-/* ---- WordPiece ---- >>text
+/* ---- what becomes of characters before words are cut ---- >>unicode
    BERT's tokens, exact to the id with Hugging Face `tokenizers` (BertNormalizer, BertPreTokenizer, WordPiece): a text is
      1. decoded from UTF-8; a damaged sequence is one U+FFFD for each maximal part of it, as the Unicode standard recommends;
      2. searched for special tokens written out, such as [MASK], which stay whole;
      3. cleaned: control, format and private-use characters vanish, white space becomes a blank, blanks go round ideographs;
      4. (uncased) decomposed (NFD with its canonical order of marks), stripped of non-spacing marks, and lower-cased;
      5. split at blanks and round every punctuation character;
-     6. cut, word by word, into the longest pieces of the vocabulary; a word of more than 100 characters, or with a part
+     6. (>>text) cut, word by word, into the longest pieces of the vocabulary; a word of more than 100 characters, or with a part
         that is no piece, is one [UNK].
    All of it streams: memory does not grow with the text. */
 #ifndef MOE_NO_TEXT
@@ -8436,7 +8437,7 @@ static const char moe__text_ideographs[] =
   "99y9Fv9GLelw9MB4cL9Mtert4dc9R35so9SZf55f8Q4fk4fs9VWfGA4gofIM9WB9WB9WffMs9ZY4ip9af9cd9d29d+4lEfim9iI9n09pz4pE4pj9rd"
   "g3E4pug45g8EgAH9wx4rM9xv9x+9y59yF9yM9yxgO0";
 /* end of the tables */
-enum { MOE__WORD_CHARACTERS = 100, MOE__SPECIALS = 5 };
+enum { MOE__SPECIALS = 5 };
 
 typedef struct moe__fold {
   int32_t first, last, target; /* of MOE__FOLD_LIST: index of the first target */
@@ -8693,6 +8694,11 @@ static int moe__reader_next(moe__reader *r) {
     r->next = 0;
   }
 }
+
+/* ---- WordPiece ---- >>text
+   Words are cut greedily, the longest piece first, by a hash table over the vocabulary's text. */
+
+enum { MOE__WORD_CHARACTERS = 100 };
 
 /* FNV-1a. A piece inside a word hashes as if written with its "##". */
 static uint32_t moe__piece_hash(uint32_t h, const unsigned char *s, size_t n) {
