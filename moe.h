@@ -5514,7 +5514,7 @@ static void moe__backward_heads(moe_context *c, const moe__pass *pass, float *dw
     memset(c->gfeature, 0, width * sizeof(float));
     moe_linear_backward(c->gfeature, dw + at, dw + at + classes * width, dscore, c->feature + (size_t)s * c->feature_width, &mat, 1, &one);
     if (keys) moe_dropout(c->gfeature, c->gfeature, width, pass->dropout, keys[s], &one);
-    moe__head_scatter(c, b, s, task->kind);
+    moe__head_scatter(c, b, s, (int)task->kind);
   }
 }
 
