@@ -665,17 +665,31 @@ MOE_API double moe_metric_pearson(const float *predicted, const float *label, si
 MOE_API double moe_metric_spearman(const float *predicted, const float *label, size_t n, float *scratch, int *defined);
 
 #if !defined(MOE_NO_TEXT)
-/* A model with its tokenizer and a context: text in, scores out. */
+/* The tokens [span[0], span[1]) of an encoded input that overlap the characters (code points) [begin, end) of its first (text 0) or second
+   text (1): for moe_batch.span. tokens with begin, end and, for a second text, segments. MOE_E_ARGUMENT when there is none. */
+MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text, int32_t begin, int32_t end, const moe_env *env);
+
+/* A model with its tokenizer and a context: text in, scores out. The model and its vocabulary must outlive it. */
 typedef struct moe_predictor moe_predictor;
-/* batch: most texts at once. MOE_E_FORMAT when the model holds no vocabulary. */
+/* Exact bytes for `batch` texts at once. MOE_E_FORMAT when the model holds no vocabulary. */
+MOE_API moe_status moe_predictor_size(const moe_model *model, int32_t batch, size_t *bytes, const moe_env *env);
+/* In a block of the caller's (64-byte aligned). *env is copied. MOE_E_FORMAT when the vocabulary does not suit the model. */
+MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t bytes, const moe_model *model, int32_t batch, const moe_env *env);
+/* The same on the heap. */
 MOE_API moe_status moe_predictor_create(moe_predictor **out, const moe_model *model, int32_t batch, const moe_env *env);
+/* NULL is fine, and so is one in a block of the caller's. */
 MOE_API void moe_predictor_free(moe_predictor *predictor);
-/* One text (b NULL) or a pair, zero-terminated. scores (C): probabilities (classification), the value (regression). *best (may be NULL):
-   the most probable class; 0 in regression. The env is the one given at creation. */
+/* One text (b NULL) or a pair, zero-terminated; longer ones are cut as in training. scores (C): probabilities (a class each; ranking: wrong,
+   right), or the value (regression). *best (may be NULL): the most probable class, the lowest of equals; 0 in regression. */
 MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, const char *a, const char *b, float *scores, int *best);
-/* The same for n <= batch texts at once: a[i], b[i] (b or b[i] NULL), scores (n, moe_model_max_classes) */
+/* The same for n <= batch texts at once: a[i], b[i] (b NULL: none); scores (n, moe_model_max_classes), best (n) or NULL. Nothing is allocated,
+   and what else is in the batch changes no bit. MOE_E_ARGUMENT for a task of kind span. */
 MOE_API moe_status moe_predict_texts(moe_predictor *predictor, int32_t task, const char *const *a, const char *const *b, int32_t n,
                                      float *scores, int *best);
+/* The same for a task of kind span: chars (n, 4), code points [b1, e1) in the first and [b2, e2) in the second text (one text: both in it).
+   MOE_E_ARGUMENT where no token stands there any more because the text was cut. */
+MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a, const char *const *b, const int32_t *chars,
+                                     int32_t n, float *scores, int *best);
 #endif
 
 #endif /* MOE_H_INCLUDED */
@@ -9172,8 +9186,220 @@ MOE_API double moe_metric_spearman(const float *predicted, const float *label, s
   return moe__metric_pearson_of(xy, xx, yy, n > 1, defined);
 }
 
+#ifndef MOE_NO_TEXT
 /* ---- text in, label out ---- >>predict */
 
+struct moe_predictor {
+  const moe_model *model;
+  moe_env env;
+  moe_tokenizer *tokenizer;
+  moe_context *context;
+  int32_t batch, longest;  /* most texts at once, most tokens of one */
+  int32_t *ids, *begin, *end, *seq_start, *task, *span;
+  uint8_t *segments;
+  float *scores;           /* (batch, classes) */
+  int owns_block;
+};
+
+/* Most tokens of an input of the task. */
+static int32_t moe__task_longest(const moe_model *model, int32_t task) {
+  int32_t own = model->tasks[task].max_len;
+  return own ? own : model->config.max_len;
+}
+
+/* Fills *p with the pieces of a block (layout->base NULL: only counts). */
+static moe_status moe__predictor_take(moe__layout *layout, moe_predictor *p, size_t *tokenizer_bytes, size_t *context_bytes, void **tokenizer,
+                                      void **context, const moe_env *env) {
+  const moe_model *model = p->model;
+  moe_limits limits;
+  size_t tokens, S = (size_t)p->batch;
+  int32_t t;
+  moe_status status;
+  for (p->longest = 0, t = 0; t < model->T; ++t) p->longest = moe__max(p->longest, moe__task_longest(model, t));
+  if (p->batch < 1 || p->batch > INT32_MAX / p->longest)
+    return moe__fail(env, MOE_E_ARGUMENT, "a predictor for %d texts of %d tokens", (int)p->batch, (int)p->longest);
+  if (!model->vocab) return moe__fail(env, MOE_E_FORMAT, "the model holds no vocabulary, so texts are nothing to it");
+  limits.tokens = p->batch * p->longest;
+  limits.sequences = p->batch;
+  limits.training = 0;
+  status = moe_tokenizer_size(model->vocab, model->vocab_bytes, tokenizer_bytes, env);
+  if (!status) status = moe_context_size(model, &limits, context_bytes, env);
+  if (status) return status;
+  tokens = (size_t)limits.tokens;
+  moe__take(layout, 1, sizeof *p);
+  *tokenizer = moe__take(layout, *tokenizer_bytes, 1);
+  *context = moe__take(layout, *context_bytes, 1);
+  p->ids = (int32_t *)moe__take(layout, tokens, sizeof(int32_t));
+  p->begin = (int32_t *)moe__take(layout, tokens, sizeof(int32_t));
+  p->end = (int32_t *)moe__take(layout, tokens, sizeof(int32_t));
+  p->segments = (uint8_t *)moe__take(layout, tokens, 1);
+  p->seq_start = (int32_t *)moe__take(layout, S + 1, sizeof(int32_t));
+  p->task = (int32_t *)moe__take(layout, S, sizeof(int32_t));
+  p->span = (int32_t *)moe__take(layout, 4 * S, sizeof(int32_t));
+  p->scores = (float *)moe__take(layout, S * (size_t)model->max_classes, sizeof(float));
+  return layout->bad ? moe__fail(env, MOE_E_ARGUMENT, "a predictor for %d texts is larger than memory", (int)p->batch) : MOE_OK;
+}
+
+MOE_API moe_status moe_predictor_size(const moe_model *model, int32_t batch, size_t *bytes, const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe_predictor p;
+  size_t tokenizer_bytes, context_bytes;
+  void *tokenizer, *context;
+  moe_status status;
+  p.model = model;
+  p.batch = batch;
+  status = moe__predictor_take(&layout, &p, &tokenizer_bytes, &context_bytes, &tokenizer, &context, env);
+  if (!status) *bytes = layout.used;
+  return status;
+}
+
+MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t bytes, const moe_model *model, int32_t batch, const moe_env *env) {
+  moe__layout layout = {NULL, 0, 0};
+  moe_predictor p;
+  moe_limits limits;
+  size_t tokenizer_bytes, context_bytes, need;
+  void *tokenizer, *context;
+  moe_status status = moe_predictor_size(model, batch, &need, env);
+  if (!status) status = moe__check_block("a predictor", block, bytes, need, env);
+  if (status) return status;
+  memset(&p, 0, sizeof p);
+  p.model = model;
+  p.batch = batch;
+  p.env = *env;
+  layout.base = (unsigned char *)block;
+  moe__predictor_take(&layout, &p, &tokenizer_bytes, &context_bytes, &tokenizer, &context, env);
+  limits.tokens = batch * p.longest;
+  limits.sequences = batch;
+  limits.training = 0;
+  status = moe_tokenizer_init(&p.tokenizer, tokenizer, tokenizer_bytes, model->vocab, model->vocab_bytes, model->config.cased, env);
+  if (!status && moe_tokenizer_words(p.tokenizer) > model->config.vocab)
+    status = moe__fail(env, MOE_E_FORMAT, "the vocabulary has %d words, the model has %d embeddings", (int)moe_tokenizer_words(p.tokenizer),
+                       (int)model->config.vocab);
+  if (!status) status = moe_context_init(&p.context, context, context_bytes, model, &limits, env);
+  if (status) return status;
+  *out = (moe_predictor *)block;
+  **out = p;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_predictor_create(moe_predictor **out, const moe_model *model, int32_t batch, const moe_env *env) {
+  size_t bytes;
+  void *block;
+  moe_status status = moe_predictor_size(model, batch, &bytes, env);
+  if (status) return status;
+  block = moe__alloc(bytes);
+  if (!block) return moe__fail(env, MOE_E_MEMORY, "no memory for a predictor of %zu bytes", bytes);
+  status = moe_predictor_init(out, block, bytes, model, batch, env);
+  if (status) moe__release(block);
+  else (*out)->owns_block = 1;
+  return status;
+}
+
+MOE_API void moe_predictor_free(moe_predictor *predictor) {
+  if (predictor && predictor->owns_block) moe__release(predictor);
+}
+
+MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text, int32_t begin, int32_t end, const moe_env *env) {
+  int32_t i, first = -1, last = -1;
+  if (!tokens->begin || !tokens->end || (text && !tokens->segments) || text < 0 || text > 1)
+    return moe__fail(env, MOE_E_ARGUMENT, "a span needs begin, end and segments of the tokens, and text 0 or 1");
+  for (i = 0; i < tokens->count; ++i) {
+    if (tokens->begin[i] < 0 || (tokens->segments && tokens->segments[i] != text)) continue;
+    if (tokens->begin[i] >= end || tokens->end[i] <= begin) continue;
+    if (first < 0) first = i;
+    last = i;
+  }
+  if (first < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "no token of text %d stands at characters %d to %d: the text is shorter, or was cut", (int)text + 1,
+                     (int)begin, (int)end);
+  span[0] = first;
+  span[1] = last + 1;
+  return MOE_OK;
+}
+
+/* The ids of one input, behind those of the inputs before it. */
+static moe_status moe__predict_encode(moe_predictor *p, int32_t task, int32_t i, const char *a, const char *b, const int32_t *chars) {
+  const moe_task *kind = &p->model->tasks[task];
+  size_t at = (size_t)p->seq_start[i];
+  moe_tokens tokens;
+  moe_status status;
+  if (!a) return moe__fail(&p->env, MOE_E_ARGUMENT, "text %d is missing", (int)i);
+  if (!b != !kind->pair)
+    return moe__fail(&p->env, MOE_E_ARGUMENT, "text %d: task '%s' takes %s", (int)i, kind->name, kind->pair ? "two texts" : "one text");
+  tokens.ids = p->ids + at;
+  tokens.segments = p->segments + at;
+  tokens.begin = chars ? p->begin + at : NULL;
+  tokens.end = chars ? p->end + at : NULL;
+  tokens.capacity = p->longest;
+  tokens.count = 0;
+  status = moe_encode(p->tokenizer, a, strlen(a), b, b ? strlen(b) : 0, moe__task_longest(p->model, task), p->model->config.truncate, &tokens,
+                      &p->env);
+  if (!status && chars) status = moe_tokens_span(p->span + 4 * i, &tokens, 0, chars[0], chars[1], &p->env);
+  if (!status && chars) status = moe_tokens_span(p->span + 4 * i + 2, &tokens, kind->pair, chars[2], chars[3], &p->env);
+  p->seq_start[i + 1] = p->seq_start[i] + tokens.count;
+  p->task[i] = task;
+  return status;
+}
+
+/* Logits of an input to what the caller wants, in place; returns the best class. */
+static int moe__predict_finish(float *scores, const moe_task *task) {
+  int32_t c;
+  int best = 0;
+  if (task->kind == MOE_KIND_REGRESSION) return 0;
+  for (c = 1; c < task->classes; ++c)
+    if (scores[c] > scores[best]) best = (int)c;
+  moe_cross_entropy_forward(scores, scores, 0, task->classes);
+  return best;
+}
+
+MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a, const char *const *b, const int32_t *chars,
+                                     int32_t n, float *scores, int *best) {
+  moe_predictor *p = predictor;
+  moe_batch batch;
+  size_t row = (size_t)p->model->max_classes;
+  int32_t i;
+  moe_status status;
+  if (task < 0 || task >= p->model->T)
+    return moe__fail(&p->env, MOE_E_ARGUMENT, "task %d, the model has %d tasks", (int)task, (int)p->model->T);
+  if (n < 0 || n > p->batch)
+    return moe__fail(&p->env, MOE_E_ARGUMENT, "%d texts at once, the predictor was made for %d", (int)n, (int)p->batch);
+  if (!chars != (p->model->tasks[task].kind != MOE_KIND_SPAN))
+    return moe__fail(&p->env, MOE_E_ARGUMENT, "task '%s' %s", p->model->tasks[task].name,
+                     chars ? "takes no spans" : "needs two spans with each input: moe_predict_spans");
+  p->seq_start[0] = 0;
+  for (i = 0; i < n; ++i) {
+    status = moe__predict_encode(p, task, i, a[i], b ? b[i] : NULL, chars ? chars + 4 * i : NULL);
+    if (status) return status;
+  }
+  memset(&batch, 0, sizeof batch);
+  batch.S = n;
+  batch.seq_start = p->seq_start;
+  batch.ids = p->ids;
+  batch.segments = p->model->config.segments > 1 ? p->segments : NULL;
+  batch.task = p->task;
+  batch.span = chars ? p->span : NULL;
+  status = moe_forward(p->context, p->scores, &batch, &p->env);
+  if (status) return status;
+  for (i = 0; i < n; ++i) {
+    int b_i = moe__predict_finish(p->scores + (size_t)i * row, &p->model->tasks[task]);
+    if (best) best[i] = b_i;
+  }
+  if (scores != p->scores) memcpy(scores, p->scores, (size_t)n * row * sizeof(float));
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_predict_texts(moe_predictor *predictor, int32_t task, const char *const *a, const char *const *b, int32_t n,
+                                     float *scores, int *best) {
+  return moe_predict_spans(predictor, task, a, b, NULL, n, scores, best);
+}
+
+MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, const char *a, const char *b, float *scores, int *best) {
+  float *row = predictor->scores; /* its rows are longer than those of a task with few classes */
+  moe_status status = moe_predict_spans(predictor, task, &a, &b, NULL, 1, row, best);
+  if (!status) memcpy(scores, row, (size_t)predictor->model->tasks[task].classes * sizeof(float));
+  return status;
+}
+#endif /* MOE_NO_TEXT */
 
 #if !defined(__clang__) && defined(__GNUC__)
 #pragma GCC diagnostic pop
