@@ -518,7 +518,7 @@ MOE_API void moe_context_force(moe_context *context, const int32_t *experts);
 /* Other learning rate or decay for the tensors whose name contains `match`; of several that match the last one counts. */
 typedef struct moe_group {
   const char *match;
-  float rate;  /* factor of the learning rate; 0 freezes */
+  float rate;  /* factor of the learning rate; 0 freezes: such gradients do not count in the norm either */
   float decay; /* factor of the weight decay */
 } moe_group;
 
