@@ -377,7 +377,7 @@ typedef struct moe_task {
   int32_t classes;           /* C >= 2; regression: 1 */
   float low, high;           /* range of a regression's labels */
   char metrics[MOE_NAME_BYTES]; /* names separated by commas, the first is the task's: accuracy f1 macro_f1 matthews pearson spearman */
-  int32_t max_len;           /* 0: the model's */
+  int32_t max_len;           /* longest input in tokens where that is less than the model's; 0: the model's */
   const char *const *label;  /* (C) label names, owned by whoever made the task (a model copies them); NULL: "0", "1", ... */
 } moe_task;
 
@@ -9204,7 +9204,7 @@ struct moe_predictor {
 /* Most tokens of an input of the task. */
 static int32_t moe__task_longest(const moe_model *model, int32_t task) {
   int32_t own = model->tasks[task].max_len;
-  return own ? own : model->config.max_len;
+  return own ? moe__min(own, model->config.max_len) : model->config.max_len;
 }
 
 /* Fills *p with the pieces of a block (layout->base NULL: only counts). */
