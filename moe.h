@@ -627,8 +627,8 @@ typedef struct moe_tokenizer moe_tokenizer;
 MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, size_t *bytes, const moe_env *env);
 /* A tokenizer in a block (64-byte aligned) of at least that size; it refers to the vocabulary text, which must stay. cased: 0 lower-cases
    and strips accents (bert-base-uncased), 1 does not. MOE_E_FORMAT: no line is [UNK], [CLS] or [SEP], or a line is not UTF-8. */
-MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes, const char *vocab, size_t vocab_bytes, int cased,
-                                      const moe_env *env);
+MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes, const char *vocab, size_t vocab_bytes,
+                                      int cased, const moe_env *env);
 /* Lines of the vocabulary: every id is below. */
 MOE_API int32_t moe_tokenizer_words(const moe_tokenizer *tokenizer);
 
@@ -646,8 +646,8 @@ typedef struct moe_tokens {
    MOE_TRUNCATE_LONGEST shortens the longer text until the pair fits or both are equal, then both: R/2 each, and the odd token to
    the longer one, to b if they are equal (Hugging Face's longest_first; BERT's own code gives the odd one to a);
    MOE_TRUNCATE_RIGHT keeps the first R tokens of a followed by b, and all three special tokens. */
-MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, size_t a_bytes, const char *b, size_t b_bytes, int32_t max_len,
-                              moe_truncate how, moe_tokens *out, const moe_env *env);
+MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, size_t a_bytes, const char *b, size_t b_bytes,
+                              int32_t max_len, moe_truncate how, moe_tokens *out, const moe_env *env);
 #endif
 
 /* Metrics [TaG] 4.1 over n rows, as scikit-learn and scipy compute them. *defined (may be NULL) is 1, or 0 where the metric is undefined
@@ -8378,7 +8378,7 @@ enum {
   MOE__TEXT_IDEOGRAPH,
   MOE__TEXT_STRIP,         /* non-spacing mark that is sorted among other marks, then stripped */
   MOE__TEXT_STRIP_STARTER, /* the same of combining class 0: marks are not sorted across it */
-  MOE__TEXT_MARK,          /* and up to MOE__TEXT_KINDS - 1: a mark that is sorted and stays, by rank of its combining class */
+  MOE__TEXT_MARK,          /* to MOE__TEXT_KINDS - 1: a mark that is sorted and stays, by rank of its combining class */
   MOE__TEXT_SPECIAL = 16,  /* no classes, but what else a reader finds */
   MOE__TEXT_END
 };
@@ -8629,8 +8629,8 @@ typedef struct moe__reader {
   size_t run_at, run_index, run_end;
 } moe__reader;
 
-/* NFD sorts the marks between two starters by their combining class. A run that holds marks that stay is read once for each rank, so
-   that it may be of any length. This finds where it ends: at the first code point that begins with a starter. */
+/* NFD sorts the marks between two starters by their combining class. A run that holds marks that stay is read once for each
+   rank, so that it may be of any length. This finds where it ends: at the first code point that begins with a starter. */
 static size_t moe__reader_run_end(const moe__reader *r) {
   size_t at = r->at;
   while (at < r->bytes) {
@@ -8638,8 +8638,9 @@ static size_t moe__reader_run_end(const moe__reader *r) {
     size_t taken = moe__utf8_read(&c, r->s + at, r->bytes - at);
     int kind = moe__text_class(r->t, c);
     if (kind == MOE__TEXT_BLANK || kind == MOE__TEXT_STRIP_STARTER || kind == MOE__TEXT_IDEOGRAPH) break;
-    if (kind != MOE__TEXT_DROP && moe__text_fold(r->t, out, c, kind) && moe__text_class(r->t, out[0]) < MOE__TEXT_MARK) break;
     at += taken;
+    if (kind == MOE__TEXT_DROP || !moe__text_fold(r->t, out, c, kind)) continue;
+    if (moe__text_class(r->t, out[0]) < MOE__TEXT_MARK) return at - taken;
   }
   return at;
 }
@@ -8675,8 +8676,8 @@ static int moe__reader_ready(moe__reader *r) {
   return -1;
 }
 
-/* The class of the next character (r->c, from code point r->from): letter, blank, punctuation, ideograph; MOE__TEXT_SPECIAL (r->c: which); or
-   MOE__TEXT_END. */
+/* The class of the next character (r->c, from code point r->from): letter, blank, punctuation or ideograph; or
+   MOE__TEXT_SPECIAL (r->c: which) or MOE__TEXT_END. */
 static int moe__reader_next(moe__reader *r) {
   for (;;) {
     int kind = moe__reader_ready(r);
@@ -8725,7 +8726,8 @@ enum { MOE__HASH_TAG_SHIFT = 24 };
 static const uint32_t moe__hash_seed = 2166136261u;
 
 /* The id of prefix + s (n bytes) whose hash is h, or -1; *slot: where it is or could be put. */
-static int32_t moe__piece_find(const moe_tokenizer *t, uint32_t *slot, uint32_t h, size_t prefix, const unsigned char *s, size_t n) {
+static int32_t moe__piece_find(const moe_tokenizer *t, uint32_t *slot, uint32_t h, size_t prefix, const unsigned char *s,
+                               size_t n) {
   uint32_t i = (h ^ h >> 15) & t->mask, tag = h >> MOE__HASH_TAG_SHIFT;
   for (; t->slots[i]; i = (i + 1) & t->mask) {
     int32_t id = (int32_t)(t->slots[i] & 0xffffffu) - 1;
@@ -8860,15 +8862,17 @@ static void moe__text_cut(size_t *ka, size_t *kb, size_t na, size_t nb, size_t r
   *kb = room - *ka;
 }
 
-MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, size_t a_bytes, const char *b, size_t b_bytes, int32_t max_len,
-                              moe_truncate how, moe_tokens *out, const moe_env *env) {
+MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, size_t a_bytes, const char *b, size_t b_bytes,
+                              int32_t max_len, moe_truncate how, moe_tokens *out, const moe_env *env) {
   size_t room, ka, kb;
   moe__sink sink;
-  if (!tokenizer || (!a && a_bytes) || !out || !out->ids) return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: a pointer is NULL");
+  if (!tokenizer || (!a && a_bytes) || !out || !out->ids)
+    return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: a pointer is NULL");
   if (how != MOE_TRUNCATE_LONGEST && how != MOE_TRUNCATE_RIGHT)
     return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: unknown way to truncate (%d)", (int)how);
   if (max_len < (b ? 3 : 2))
-    return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: max_len is %d, the special tokens alone are %d", (int)max_len, b ? 3 : 2);
+    return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: max_len is %d, the special tokens alone are %d", (int)max_len,
+                     b ? 3 : 2);
   if (out->capacity < max_len)
     return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: room for %d tokens, max_len is %d", (int)out->capacity, (int)max_len);
   if ((out->begin || out->end) && (a_bytes > INT32_MAX || (b && b_bytes > INT32_MAX)))
@@ -8936,12 +8940,14 @@ static size_t moe__vocab_lines(const char *vocab, size_t bytes) {
 }
 
 /* Where everything lies in the block. t may be NULL when only the size is wanted. */
-static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout, const char *vocab, size_t bytes, const moe_env *env) {
+static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout, const char *vocab, size_t bytes,
+                                        const moe_env *env) {
   size_t lines, slots = 16;
   moe_tokenizer *t;
   moe_tokenizer it;
   if (!vocab && bytes) return moe__fail(env, MOE_E_ARGUMENT, "vocabulary: the pointer is NULL");
-  if (bytes > UINT32_MAX) return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu bytes, at most 4294967295 are possible", bytes);
+  if ((uint64_t)bytes > UINT32_MAX)
+    return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu bytes, at most 4294967295 are possible", bytes);
   lines = moe__vocab_lines(vocab, bytes);
   if (lines >= 0xffffff) return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu lines, at most 16777214 are possible", lines);
   while (slots < 2 * lines) slots *= 2;
@@ -9005,15 +9011,16 @@ static moe_status moe__tokenizer_fill(moe_tokenizer *t, size_t bytes, const moe_
   return MOE_OK;
 }
 
-MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes, const char *vocab, size_t vocab_bytes, int cased,
-                                      const moe_env *env) {
+MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes, const char *vocab, size_t vocab_bytes,
+                                      int cased, const moe_env *env) {
   moe__layout layout;
   moe_tokenizer *t;
   size_t need = 0;
   int32_t c;
   moe_status status = moe_tokenizer_size(vocab, vocab_bytes, &need, env);
   if (status) return status;
-  if (!block || (uintptr_t)block % 64) return moe__fail(env, MOE_E_ARGUMENT, "tokenizer: the block is not aligned to 64 bytes");
+  if (!block || (uintptr_t)block % 64)
+    return moe__fail(env, MOE_E_ARGUMENT, "tokenizer: the block is not aligned to 64 bytes");
   if (bytes < need) return moe__fail(env, MOE_E_MEMORY, "tokenizer: the block has %zu bytes, %zu are needed", bytes, need);
   memset(&layout, 0, sizeof layout);
   layout.base = (unsigned char *)block;
@@ -9041,7 +9048,8 @@ static double moe__metric(double value, int is_defined, int *defined) {
 }
 
 /* How often a class was predicted, is right, and both. */
-static void moe__metric_count(const int32_t *predicted, const int32_t *label, size_t n, int32_t c, double *p, double *l, double *both) {
+static void moe__metric_count(const int32_t *predicted, const int32_t *label, size_t n, int32_t c, double *p, double *l,
+                              double *both) {
   size_t i, np = 0, nl = 0, nb = 0;
   for (i = 0; i < n; ++i) {
     np += predicted[i] == c;
@@ -9103,7 +9111,8 @@ static double moe__metric_pearson_of(double xy, double xx, double yy, int is_def
   return moe__metric(r, is_defined, defined);
 }
 
-/* Two passes: the means, then the moments about them. A constant array is found by comparison, since its rounded mean may differ from it. */
+/* Two passes: the means, then the moments about them. A constant array is found by comparison, since its rounded mean may
+   differ from it. */
 MOE_API double moe_metric_pearson(const float *predicted, const float *label, size_t n, int *defined) {
   double mx = 0, my = 0, xy = 0, xx = 0, yy = 0;
   int vary_x = 0, vary_y = 0;
@@ -9178,7 +9187,8 @@ MOE_API double moe_metric_spearman(const float *predicted, const float *label, s
   moe__metric_sort(sx, n);
   moe__metric_sort(sy, n);
   for (i = 0; i < n; ++i) {
-    double x = moe__metric_rank(sx, n, predicted[i]) - (double)(n - 1), y = moe__metric_rank(sy, n, label[i]) - (double)(n - 1);
+    double x = moe__metric_rank(sx, n, predicted[i]) - (double)(n - 1);
+    double y = moe__metric_rank(sy, n, label[i]) - (double)(n - 1);
     xy += x * y;
     xx += x * x;
     yy += y * y;
