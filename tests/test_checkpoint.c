@@ -1,0 +1,371 @@
+/* Checkpoints: training goes on with the very bits, and a file that does not fit changes nothing. */
+#include "../moe.h"
+#include "test.h"
+#if defined(__unix__) || defined(__APPLE__)
+#include <signal.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+#define HAVE_POSIX 1
+#endif
+
+static char said[1024];
+static void remember(void *user, moe_status status, const char *sentence) {
+  (void)user;
+  (void)status;
+  snprintf(said, sizeof said, "%s", sentence);
+}
+
+static moe_env logging(void) {
+  moe_env env;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  env.log = remember;
+  said[0] = 0;
+  return env;
+}
+
+typedef struct sink {
+  unsigned char *data;
+  size_t used, capacity;
+} sink;
+
+static int sink_write(void *user, const void *data, size_t bytes) {
+  sink *s = (sink *)user;
+  if (s->used + bytes > s->capacity) {
+    s->capacity = 2 * (s->used + bytes);
+    s->data = (unsigned char *)realloc(s->data, s->capacity);
+  }
+  memcpy(s->data + s->used, data, bytes);
+  s->used += bytes;
+  return 0;
+}
+
+static moe_writer sink_writer(sink *s) {
+  moe_writer writer;
+  memset(s, 0, sizeof *s);
+  writer.write = sink_write;
+  writer.user = s;
+  return writer;
+}
+
+enum { TASKS = 3, STEPS = 12, BATCH = 6 };
+
+/* A whole run: model, trainer, sampler. */
+typedef struct run {
+  moe_model *model;
+  moe_trainer *trainer;
+  moe_sampler sampler;
+  int64_t rows[TASKS], used[TASKS];
+} run;
+
+typedef struct variant {
+  uint64_t seed;
+  int32_t ffn, max_len, classes;
+  moe_router router;
+  const char *name, *label;
+  float high;
+  int64_t rows;
+  float tau;
+} variant;
+
+static const variant usual = {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2};
+
+static int start_run(run *r, const variant *v, const moe_env *env) {
+  const char *label[4];
+  moe_config config;
+  moe_task task[TASKS];
+  moe_train_config train;
+  moe_sampler_config sampling;
+  moe_limits limits;
+  memset(r, 0, sizeof *r);
+  label[0] = v->label, label[1] = "no", label[2] = "maybe", label[3] = "rather";
+  moe_config_init(&config);
+  config.layers = 2;
+  config.hidden = 8;
+  config.ffn = v->ffn;
+  config.heads = 2;
+  config.vocab = 20;
+  config.positions = 16;
+  config.max_len = v->max_len;
+  config.router = v->router;
+  config.experts = 3;
+  memset(task, 0, sizeof task);
+  snprintf(task[0].name, sizeof task[0].name, "%s", v->name);
+  task[0].classes = v->classes;
+  task[0].label = label;
+  snprintf(task[1].name, sizeof task[1].name, "second");
+  task[1].kind = MOE_KIND_REGRESSION;
+  task[1].classes = 1;
+  task[1].high = v->high;
+  snprintf(task[2].name, sizeof task[2].name, "third");
+  task[2].classes = 2;
+  moe_train_config_init(&train);
+  train.rate = 1e-2f;
+  train.steps = STEPS;
+  train.warmup = 0.25f;
+  train.decay = 0.01f;
+  train.clip = 1;
+  train.dropout = 0.1f;
+  train.balance = 0.01f;
+  train.jitter = 0.01f;
+  train.seed = 9;
+  limits.tokens = 128;
+  limits.sequences = BATCH;
+  limits.training = 1;
+  memset(&sampling, 0, sizeof sampling);
+  sampling.sampling = MOE_SAMPLING_TEMPERATURE;
+  sampling.tau = v->tau;
+  sampling.seed = UINT64_MAX - 3;
+  sampling.draws = STEPS * BATCH;
+  r->rows[0] = v->rows, r->rows[1] = 5, r->rows[2] = 40;
+  if (moe_model_create(&r->model, &config, task, TASKS, v->seed, env)) return 0;
+  if (moe_model_pack(r->model, NULL, env) || moe_trainer_create(&r->trainer, r->model, &limits, &train, env)) return 0;
+  return !moe_sampler_init(&r->sampler, &sampling, r->rows, r->used, TASKS, env);
+}
+
+static void end_run(run *r) {
+  moe_trainer_free(r->trainer);
+  moe_model_free(r->model);
+}
+
+/* One step on rows that are made from their numbers. */
+static int step_run(run *r, float *loss, const moe_env *env) {
+  int32_t ids[BATCH * 16], start[BATCH + 1], task[BATCH], s, i;
+  float label[BATCH];
+  moe_batch batch;
+  start[0] = 0;
+  for (s = 0; s < BATCH; ++s) {
+    int64_t row;
+    uint64_t state;
+    int32_t length;
+    moe_sample(&r->sampler, &task[s], &row);
+    state = (uint64_t)(task[s] * 1000 + row) * 77;
+    length = 3 + (int32_t)(row % 9);
+    for (i = 0; i < length; ++i) test_random(&state), ids[start[s] + i] = (int32_t)(state >> 40) % 20;
+    start[s + 1] = start[s] + length;
+    label[s] = (float)(row % 2);
+  }
+  memset(&batch, 0, sizeof batch);
+  batch.S = BATCH;
+  batch.seq_start = start;
+  batch.ids = ids;
+  batch.task = task;
+  batch.label = label;
+  return !moe_accumulate(r->trainer, &batch, 0, loss, NULL, env) && !moe_update(r->trainer, NULL, env);
+}
+
+static void test_checkpoint_resumes_with_the_same_bits(void) {
+  moe_env env = logging();
+  run whole, later;
+  variant other = usual;
+  float losses[STEPS], loss;
+  sink s, again;
+  moe_writer writer = sink_writer(&s);
+  int i;
+  CHECK(start_run(&whole, &usual, &env), "%s", said);
+  for (i = 0; i < STEPS; ++i) {
+    if (i == 5) CHECK(moe_checkpoint_write(whole.trainer, &whole.sampler, "note", &writer, &env) == MOE_OK, "%s", said);
+    CHECK(step_run(&whole, &losses[i], &env), "step %d: %s", i, said);
+  }
+  other.seed = 2;
+  CHECK(start_run(&later, &other, &env), "%s", said);
+  CHECK(step_run(&later, &loss, &env), "%s", said); /* something to be overwritten */
+  CHECK(moe_checkpoint_read(later.trainer, &later.sampler, s.data, s.used, &env) == MOE_OK, "%s", said);
+  CHECK(moe_trainer_step(later.trainer) == 5 && later.sampler.drawn == 5 * BATCH, "step and draws");
+  writer = sink_writer(&again);
+  CHECK(moe_checkpoint_write(later.trainer, &later.sampler, "note", &writer, &env) == MOE_OK, "%s", said);
+  CHECK(again.used == s.used && !memcmp(again.data, s.data, s.used), "written again it is the same file");
+  for (i = 5; i < STEPS; ++i) {
+    CHECK(step_run(&later, &loss, &env), "step %d: %s", i, said);
+    CHECK(!memcmp(&loss, &losses[i], sizeof loss), "loss of step %d: %.9g, not %.9g", i, (double)loss, (double)losses[i]);
+  }
+  CHECK(!memcmp(moe_model_weights(later.model), moe_model_weights(whole.model), moe_model_parameters(whole.model) * sizeof(float)), "weights");
+  CHECK(!said[0], "%s", said);
+  end_run(&whole);
+  end_run(&later);
+  free(s.data);
+  free(again.data);
+}
+
+static void test_checkpoint_is_a_model_too(void) {
+  moe_env env = logging();
+  run r;
+  sink s;
+  moe_writer writer = sink_writer(&s);
+  moe_model *model = NULL;
+  size_t bytes;
+  unsigned char *block, *block_base, *file, *file_base;
+  float loss;
+  CHECK(start_run(&r, &usual, &env) && step_run(&r, &loss, &env), "%s", said);
+  CHECK(moe_model_set_vocab(r.model, "[UNK]\n[CLS]\n[SEP]\n", 18, &env) == MOE_OK, "%s", said);
+  CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
+  CHECK(moe_model_read(&model, s.data, s.used, &env) == MOE_OK, "%s", said);
+  CHECK(!memcmp(moe_model_weights(model), moe_model_weights(r.model), moe_model_parameters(model) * sizeof(float)), "weights");
+  moe_model_free(model);
+  CHECK(moe_model_open_size(s.data, s.used, &bytes, &env) == MOE_OK, "%s", said);
+  block_base = (unsigned char *)malloc(bytes + 64);
+  block = block_base + (64 - (uintptr_t)block_base % 64) % 64;
+  file_base = (unsigned char *)malloc(s.used + 64);
+  file = file_base + (64 - (uintptr_t)file_base % 64) % 64;
+  memcpy(file, s.data, s.used);
+  CHECK(moe_model_open(&model, file, s.used, block, bytes, &env) == MOE_OK, "%s", said);
+  CHECK(!strcmp(moe_model_task(model, 0)->label[0], "yes"), "label");
+  moe_model_free(model);
+  free(block_base);
+  free(file_base);
+  end_run(&r);
+  free(s.data);
+}
+
+/* Reads a checkpoint that must be refused, into a run that must not change. */
+static void refused(run *r, moe_sampler *sampler, const void *file, size_t n, const char *says) {
+  moe_env env = logging();
+  sink before, after;
+  moe_writer writer = sink_writer(&before);
+  CHECK(!moe_checkpoint_write(r->trainer, &r->sampler, NULL, &writer, &env), "%s", said);
+  CHECK(moe_checkpoint_read(r->trainer, sampler, file, n, &env) == MOE_E_FORMAT && strstr(said, says), "expected '%s', said '%s'", says, said);
+  writer = sink_writer(&after);
+  CHECK(!moe_checkpoint_write(r->trainer, &r->sampler, NULL, &writer, &env), "%s", said);
+  CHECK(before.used == after.used && !memcmp(before.data, after.data, before.used), "the trainer has changed");
+  free(before.data);
+  free(after.data);
+}
+
+static void test_checkpoint_names_what_differs(void) {
+  static const variant others[] = {{1, 13, 16, 3, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2},   {1, 12, 15, 3, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2},
+                                   {1, 12, 16, 4, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2},   {1, 12, 16, 3, MOE_ROUTER_SHARED, "first", "yes", 5, 17, 2},
+                                   {1, 12, 16, 3, MOE_ROUTER_TASK, "fist", "yes", 5, 17, 2},    {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yep", 5, 17, 2},
+                                   {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yes", 4, 17, 2},   {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yes", 5, 18, 2},
+                                   {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2.5f}};
+  static const char *const says[] = {"configuration has ffn 12, the model has 13", "configuration has max_len 16, the model has 15",
+                                     "task 0 of the checkpoint, 'first', differs from the model's, 'first': number of classes",
+                                     "router task, the model has shared", "differs from the model's, 'fist': name", "label names", "'second': range",
+                                     "a task had another number of rows", "the sampler's settings"};
+  moe_env env = logging();
+  run r;
+  size_t i;
+  float loss;
+  sink s;
+  moe_writer writer = sink_writer(&s);
+  CHECK(start_run(&r, &usual, &env) && step_run(&r, &loss, &env), "%s", said);
+  CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
+  end_run(&r);
+  for (i = 0; i < sizeof others / sizeof *others; ++i) {
+    CHECK(start_run(&r, &others[i], &env), "%s", said);
+    refused(&r, &r.sampler, s.data, s.used, says[i]);
+    CHECK_STATE();
+    end_run(&r);
+  }
+  CHECK(start_run(&r, &usual, &env) && step_run(&r, &loss, &env), "%s", said);
+  free(s.data);
+  writer = sink_writer(&s);
+  CHECK(moe_model_write(r.model, &writer, &env) == MOE_OK, "%s", said);
+  refused(&r, &r.sampler, s.data, s.used, "a model, but no checkpoint");
+  free(s.data);
+  writer = sink_writer(&s);
+  CHECK(moe_checkpoint_write(r.trainer, NULL, NULL, &writer, &env) == MOE_OK, "%s", said);
+  refused(&r, &r.sampler, s.data, s.used, "without a sampler");
+  CHECK(moe_checkpoint_read(r.trainer, NULL, s.data, s.used, &env) == MOE_OK, "%s", said);
+  free(s.data);
+  end_run(&r);
+}
+
+static void test_checkpoint_damaged_changes_nothing(void) {
+  moe_env env = logging();
+  run r;
+  sink s;
+  moe_writer writer = sink_writer(&s);
+  float loss;
+  uint64_t state = 3;
+  size_t data, i;
+  int round, taken = 0;
+  CHECK(start_run(&r, &usual, &env) && step_run(&r, &loss, &env), "%s", said);
+  CHECK(moe_checkpoint_write(r.trainer, &r.sampler, "a note", &writer, &env) == MOE_OK, "%s", said);
+  CHECK(step_run(&r, &loss, &env), "%s", said);
+  data = 8 + ((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16);
+  for (i = 0; i < s.used; i += i < data ? 211 : 1733) {
+    unsigned char *copy = (unsigned char *)malloc(i + 1);
+    memcpy(copy, s.data, i);
+    refused(&r, &r.sampler, copy, i, "");
+    free(copy);
+    CHECK_STATE();
+  }
+  for (round = 0; round < 1000; ++round) {
+    unsigned char *copy = (unsigned char *)malloc(s.used);
+    memcpy(copy, s.data, s.used);
+    test_random(&state);
+    i = (size_t)(state >> 33) % data;
+    copy[i] = (unsigned char)(state >> 20);
+    said[0] = 0;
+    if (moe_checkpoint_read(r.trainer, &r.sampler, copy, s.used, &env)) CHECK(said[0], "a sentence");
+    else ++taken;
+    free(copy);
+  }
+  printf("        %d of %d damaged checkpoints were still sound\n", taken, round);
+  CHECK(taken < 200, "%d", taken);
+  end_run(&r);
+  free(s.data);
+}
+
+static void test_checkpoint_note_comes_back(void) {
+  static const char note[] = "--lr 1e-3 \"quoted\" \\ \n\t \xc3\xa9 \xff end";
+  moe_env env = logging();
+  run r;
+  sink s;
+  moe_writer writer = sink_writer(&s);
+  char text[100];
+  size_t length = 99;
+  CHECK(start_run(&r, &usual, &env), "%s", said);
+  CHECK(moe_checkpoint_write(r.trainer, NULL, note, &writer, &env) == MOE_OK, "%s", said);
+  CHECK(moe_checkpoint_note(NULL, 0, &length, s.data, s.used, &env) == MOE_OK && length == sizeof note - 1, "%zu", length);
+  CHECK(moe_checkpoint_note(text, sizeof text, &length, s.data, s.used, &env) == MOE_OK && !strcmp(text, note), "%s", text);
+  CHECK(moe_checkpoint_note(text, 5, &length, s.data, s.used, &env) == MOE_OK && !strcmp(text, "--lr") && length == sizeof note - 1, "%s", text);
+  free(s.data);
+  writer = sink_writer(&s);
+  CHECK(moe_checkpoint_write(r.trainer, NULL, NULL, &writer, &env) == MOE_OK, "%s", said);
+  CHECK(moe_checkpoint_note(text, sizeof text, &length, s.data, s.used, &env) == MOE_OK && length == 0 && !*text, "none");
+  free(s.data);
+  end_run(&r);
+}
+
+static void test_checkpoint_survives_kill_9(void) {
+#ifdef HAVE_POSIX
+  const char *path = "build/checkpoint_kill";
+  moe_env env = logging();
+  run r;
+  float loss;
+  int round, whole = 0;
+  struct timespec pause_ = {0, 0};
+  CHECK(start_run(&r, &usual, &env), "%s", said);
+  CHECK(step_run(&r, &loss, &env) && moe_checkpoint_save(r.trainer, &r.sampler, NULL, path, &env) == MOE_OK, "%s", said);
+  for (round = 0; round < 20; ++round) {
+    pid_t child = fork();
+    CHECK(child >= 0, "fork");
+    if (!child)
+      for (;;)
+        if (moe_checkpoint_save(r.trainer, &r.sampler, NULL, path, &env)) _exit(1);
+    pause_.tv_nsec = 300000 * (round + 1);
+    nanosleep(&pause_, NULL);
+    kill(child, SIGKILL);
+    waitpid(child, NULL, 0);
+    whole += moe_checkpoint_load(r.trainer, &r.sampler, path, &env) == MOE_OK;
+  }
+  CHECK(whole == round, "%d of %d: %s", whole, round, said);
+  remove(path);
+  remove("build/checkpoint_kill.tmp");
+  end_run(&r);
+#else
+  SKIP("no kill here");
+#endif
+}
+
+int main(int argc, char **argv) {
+  test_begin(argc, argv);
+  RUN(test_checkpoint_resumes_with_the_same_bits);
+  RUN(test_checkpoint_is_a_model_too);
+  RUN(test_checkpoint_names_what_differs);
+  RUN(test_checkpoint_damaged_changes_nothing);
+  RUN(test_checkpoint_note_comes_back);
+  RUN(test_checkpoint_survives_kill_9);
+  return test_end();
+}
