@@ -3235,126 +3235,150 @@ MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32
 }
 
 /* ---- self-attention over packed sequences ---- >>attention
-   A tile of work is one sequence and one head (several heads where sequences are short). Keys and values of the head are copied to
-   scratch, the keys as panels of 16, then blocks of query rows go through it:
+   A tile of work is one sequence and some of its heads. For each head keys and values are packed into scratch, then blocks of query
+   rows go through
      forward    s = q k^T, p = softmax(s / sqrt D), y = dropout(p) v
      backward   p again from the maxima and sums that forward kept; dv += dropout(p)^T dy; dp = dropout(dy v^T);
                 ds = p (dp - dy.y) / sqrt D; dq += ds k; dk += ds^T q
-   Every element of a product is one chain of FMAs in ascending order, so blocks change no bit. */
+   Every element of a product is one chain of FMAs in ascending order (>>gemm), so blocks change no bit. */
 
-typedef struct moe__attention_row {
-  float scale;     /* 1 / sqrt D */
+/* A block of rows, one for each query, and what turns their products into probabilities. */
+typedef struct moe__softmax {
+  float *s, *ds;             /* (rows, n), `stride` apart; room up to the next multiple of 16 */
+  float *stats;              /* maximum and 1/sum of each row, `stats_stride` apart */
+  const float *delta;        /* (rows) dy.y, for backward */
+  size_t rows, n, stride, stats_stride;
+  float scale;               /* 1 / sqrt D */
   moe__drop drop;
   uint64_t key;
-  uint32_t first;  /* position of the row's first probability */
-} moe__attention_row;
+  uint32_t first;            /* position of the first row's first probability; the next row is n further */
+} moe__softmax;
 
-typedef struct moe__attention_kernels {
-  /* products q.k of a row become probabilities, dropout applied; stat receives maximum and 1/sum. The row ends at a multiple of 16. */
-  void (*softmax)(float *row, float *stat, size_t n, const moe__attention_row *how);
-  /* s: products become probabilities with dropout. ds: gradients of the dropped probabilities become gradients of the products. */
-  void (*softmax_back)(float *s, float *ds, const float *stat, float delta, size_t n, const moe__attention_row *how);
-} moe__attention_kernels;
+typedef struct moe__softmax_kernels {
+  void (*forward)(const moe__softmax *b);  /* s: products become probabilities, dropout applied; writes stats */
+  void (*backward)(const moe__softmax *b); /* the same from stats; ds: gradients of dropped probabilities become those of products */
+} moe__softmax_kernels;
 
 /* exp of a number that is not positive. Below -87 the result is left at 1e-38, next to a sum that is at least 1. */
 static float moe__softmax_expf(float x) { return moe__exp_midf(moe__maxf(-87.0f, x)); }
 
-static void moe__scalar_softmax_row(float *row, float *stat, size_t n, const moe__attention_row *how) {
-  float lane[16] = {0}, max = row[0], inverse;
-  size_t i;
-  for (i = 1; i < n; ++i) max = moe__maxf(row[i], max);
-  max = max * how->scale + 0.0f; /* no -0: which zero of several is found depends on the order */
-  for (i = 0; i < n; ++i) {
-    row[i] = moe__softmax_expf(row[i] * how->scale - max);
-    lane[i % 16] += row[i];
-  }
-  inverse = 1.0f / moe__tree16(lane);
-  for (i = 0; i < n; ++i) {
-    float p = row[i] * inverse;
-    row[i] = !how->drop.threshold ? p : moe__hash32(how->key, how->first + (uint32_t)i) < how->drop.threshold ? 0.0f : p * how->drop.scale;
-  }
-  stat[0] = max;
-  stat[1] = inverse;
-}
-
-static void moe__scalar_softmax_back_row(float *s, float *ds, const float *stat, float delta, size_t n, const moe__attention_row *how) {
-  size_t i;
-  for (i = 0; i < n; ++i) {
-    float p = moe__softmax_expf(s[i] * how->scale - stat[0]) * stat[1], kept = p, d = ds[i];
-    if (how->drop.threshold) {
-      int falls = moe__hash32(how->key, how->first + (uint32_t)i) < how->drop.threshold;
-      kept = falls ? 0.0f : p * how->drop.scale;
-      d = falls ? 0.0f : d * how->drop.scale;
+static void moe__scalar_softmax_forward(const moe__softmax *b) {
+  size_t r, i;
+  for (r = 0; r < b->rows; ++r) {
+    float *s = b->s + r * b->stride, *stat = b->stats + r * b->stats_stride, lane[16] = {0}, max = s[0];
+    uint32_t first = b->first + (uint32_t)(r * b->n);
+    for (i = 1; i < b->n; ++i) max = moe__maxf(s[i], max);
+    stat[0] = max * b->scale + 0.0f; /* no -0: which zero of several is found depends on the order */
+    for (i = 0; i < b->n; ++i) {
+      s[i] = moe__softmax_expf(s[i] * b->scale - stat[0]);
+      lane[i % 16] += s[i];
     }
-    s[i] = kept;
-    ds[i] = p * (d - delta) * how->scale;
+    stat[1] = 1.0f / moe__tree16(lane);
+    for (i = 0; i < b->n; ++i) {
+      s[i] = s[i] * stat[1];
+      if (b->drop.threshold) s[i] = moe__hash32(b->key, first + (uint32_t)i) < b->drop.threshold ? 0.0f : s[i] * b->drop.scale;
+    }
   }
 }
 
-static const moe__attention_kernels moe__scalar_attention = {moe__scalar_softmax_row, moe__scalar_softmax_back_row};
+static void moe__scalar_softmax_backward(const moe__softmax *b) {
+  size_t r, i;
+  for (r = 0; r < b->rows; ++r) {
+    float *s = b->s + r * b->stride, *ds = b->ds + r * b->stride, *stat = b->stats + r * b->stats_stride;
+    uint32_t first = b->first + (uint32_t)(r * b->n);
+    for (i = 0; i < b->n; ++i) {
+      float p = moe__softmax_expf(s[i] * b->scale - stat[0]) * stat[1], kept = p, d = ds[i];
+      if (b->drop.threshold) {
+        int falls = moe__hash32(b->key, first + (uint32_t)i) < b->drop.threshold;
+        kept = falls ? 0.0f : p * b->drop.scale;
+        d = falls ? 0.0f : d * b->drop.scale;
+      }
+      s[i] = kept;
+      ds[i] = p * (d - b->delta[r]) * b->scale;
+    }
+  }
+}
 
-#define MOE__SOFTMAX(S, T)                                                                                                     \
+static const moe__softmax_kernels moe__scalar_softmax = {moe__scalar_softmax_forward, moe__scalar_softmax_backward};
+
+/* Each step goes over all rows before the next begins, so that the processor overlaps rows instead of waiting for the sum of one. */
+#define MOE__SOFTMAX_FORWARD(S, T)                                                                                             \
   T MOE__INLINE S##_f S##_softmax_exp(S##_f x) { return S##_exp_mid(S##_max(S##_set(-87.0f), x)); }                            \
-  T static void S##_softmax_row(float *row, float *stat, size_t n, const moe__attention_row *how) {                            \
-    S##_f scale = S##_set(how->scale), max = S##_set(row[0]), sum = S##_set(0.0f), inverse, grow;                              \
-    S##_i at = S##_falls_first(how->key, how->first);                                                                          \
-    S##_m tail = S##_ult(S##_iiota(0), S##_iset((uint32_t)(n % 16)));                                                          \
-    size_t i;                                                                                                                  \
-    for (i = 0; i + 16 <= n; i += 16) max = S##_max(S##_load(row + i), max);                                                   \
-    if (i < n) max = S##_sel(tail, S##_max(S##_load(row + i), max), max);                                                      \
-    stat[0] = S##_max16(max) * how->scale + 0.0f;                                                                                   \
-    max = S##_set(stat[0]);                                                                                                    \
-    for (i = 0; i + 16 <= n; i += 16) {                                                                                        \
-      S##_f e = S##_softmax_exp(S##_sub(S##_mul(S##_load(row + i), scale), max));                                              \
-      S##_store(row + i, e);                                                                                                   \
-      sum = S##_add(sum, e);                                                                                                   \
+  T static void S##_softmax_forward(const moe__softmax *b) {                                                                   \
+    S##_f scale = S##_set(b->scale), grow = S##_set(b->drop.scale), zero = S##_set(0.0f);                                      \
+    S##_m tail = S##_ult(S##_iiota(0), S##_iset((uint32_t)(b->n % 16)));                                                       \
+    size_t n = b->n, r, i;                                                                                                     \
+    for (r = 0; r < b->rows; ++r) {                                                                                            \
+      const float *s = b->s + r * b->stride;                                                                                   \
+      S##_f max = S##_set(s[0]);                                                                                               \
+      for (i = 0; i + 16 <= n; i += 16) max = S##_max(S##_load(s + i), max);                                                   \
+      if (i < n) max = S##_sel(tail, S##_max(S##_load(s + i), max), max);                                                      \
+      b->stats[r * b->stats_stride] = S##_max16(max) * b->scale + 0.0f;                                                        \
     }                                                                                                                          \
-    if (i < n) {                                                                                                               \
-      S##_f e = S##_sel(tail, S##_softmax_exp(S##_sub(S##_mul(S##_load(row + i), scale), max)), S##_set(0.0f));                \
-      S##_store(row + i, e);                                                                                                   \
-      sum = S##_add(sum, e);                                                                                                   \
-    }                                                                                                                          \
-    stat[1] = 1.0f / S##_sum(sum);                                                                                             \
-    inverse = S##_set(stat[1]);                                                                                                \
-    if (!how->drop.threshold) {                                                                                                \
-      for (i = 0; i < n; i += 16) S##_store(row + i, S##_mul(S##_load(row + i), inverse));                                     \
-      return;                                                                                                                  \
-    }                                                                                                                          \
-    grow = S##_set(how->drop.scale);                                                                                           \
-    for (i = 0; i < n; i += 16, at = S##_falls_next(at)) {                                                                     \
-      S##_f p = S##_mul(S##_mul(S##_load(row + i), inverse), grow);                                                            \
-      S##_store(row + i, S##_sel(S##_falls(at, how->key, how->drop), S##_set(0.0f), p));                                       \
-    }                                                                                                                          \
-  }                                                                                                                            \
-  T static void S##_softmax_back_row(float *s, float *ds, const float *stat, float delta, size_t n,                            \
-                                     const moe__attention_row *how) {                                                          \
-    S##_f scale = S##_set(how->scale), max = S##_set(stat[0]), inverse = S##_set(stat[1]), zero = S##_set(0.0f);               \
-    S##_f grow = S##_set(how->drop.scale), minus = S##_set(delta);                                                             \
-    S##_i at = S##_falls_first(how->key, how->first);                                                                          \
-    size_t i;                                                                                                                  \
-    for (i = 0; i < n; i += 16, at = S##_falls_next(at)) {                                                                     \
-      S##_f p = S##_mul(S##_softmax_exp(S##_sub(S##_mul(S##_load(s + i), scale), max)), inverse);                              \
-      S##_f kept = p, d = S##_load(ds + i);                                                                                    \
-      if (how->drop.threshold) {                                                                                               \
-        S##_m falls = S##_falls(at, how->key, how->drop);                                                                      \
-        kept = S##_sel(falls, zero, S##_mul(p, grow));                                                                         \
-        d = S##_sel(falls, zero, S##_mul(d, grow));                                                                            \
+    for (r = 0; r < b->rows; ++r) {                                                                                            \
+      float *s = b->s + r * b->stride, *stat = b->stats + r * b->stats_stride;                                                 \
+      S##_f max = S##_set(stat[0]), sum = zero, e;                                                                             \
+      for (i = 0; i + 16 <= n; i += 16) {                                                                                      \
+        e = S##_softmax_exp(S##_sub(S##_mul(S##_load(s + i), scale), max));                                                    \
+        S##_store(s + i, e);                                                                                                   \
+        sum = S##_add(sum, e);                                                                                                 \
       }                                                                                                                        \
-      S##_store(s + i, kept);                                                                                                  \
-      S##_store(ds + i, S##_mul(S##_mul(p, S##_sub(d, minus)), scale));                                                        \
+      if (i < n) {                                                                                                             \
+        e = S##_sel(tail, S##_softmax_exp(S##_sub(S##_mul(S##_load(s + i), scale), max)), zero);                               \
+        S##_store(s + i, e);                                                                                                   \
+        sum = S##_add(sum, e);                                                                                                 \
+      }                                                                                                                        \
+      stat[1] = 1.0f / S##_sum(sum);                                                                                           \
+    }                                                                                                                          \
+    for (r = 0; r < b->rows; ++r) {                                                                                            \
+      float *s = b->s + r * b->stride;                                                                                         \
+      S##_f inverse = S##_set(b->stats[r * b->stats_stride + 1]);                                                              \
+      S##_i at = S##_falls_first(b->key, b->first + (uint32_t)(r * n));                                                        \
+      if (!b->drop.threshold)                                                                                                  \
+        for (i = 0; i < n; i += 16) S##_store(s + i, S##_mul(S##_load(s + i), inverse));                                       \
+      else                                                                                                                     \
+        for (i = 0; i < n; i += 16, at = S##_falls_next(at)) {                                                                 \
+          S##_f p = S##_mul(S##_mul(S##_load(s + i), inverse), grow);                                                          \
+          S##_store(s + i, S##_sel(S##_falls(at, b->key, b->drop), zero, p));                                                  \
+        }                                                                                                                      \
+    }                                                                                                                          \
+  }
+MOE__V_STAMP(MOE__SOFTMAX_FORWARD)
+#undef MOE__SOFTMAX_FORWARD
+
+#define MOE__SOFTMAX_BACKWARD(S, T)                                                                                            \
+  T static void S##_softmax_backward(const moe__softmax *b) {                                                                  \
+    S##_f scale = S##_set(b->scale), grow = S##_set(b->drop.scale), zero = S##_set(0.0f);                                      \
+    size_t n = b->n, r, i;                                                                                                     \
+    for (r = 0; r < b->rows; ++r) {                                                                                            \
+      float *s = b->s + r * b->stride, *ds = b->ds + r * b->stride;                                                            \
+      const float *stat = b->stats + r * b->stats_stride;                                                                      \
+      S##_f max = S##_set(stat[0]), inverse = S##_set(stat[1]), delta = S##_set(b->delta[r]);                                  \
+      S##_i at = S##_falls_first(b->key, b->first + (uint32_t)(r * n));                                                        \
+      for (i = 0; i < n; i += 16, at = S##_falls_next(at)) {                                                                   \
+        S##_f p = S##_mul(S##_softmax_exp(S##_sub(S##_mul(S##_load(s + i), scale), max)), inverse);                            \
+        S##_f kept = p, d = S##_load(ds + i);                                                                                  \
+        if (b->drop.threshold) {                                                                                               \
+          S##_m falls = S##_falls(at, b->key, b->drop);                                                                        \
+          kept = S##_sel(falls, zero, S##_mul(p, grow));                                                                       \
+          d = S##_sel(falls, zero, S##_mul(d, grow));                                                                          \
+        }                                                                                                                      \
+        S##_store(s + i, kept);                                                                                                \
+        S##_store(ds + i, S##_mul(S##_mul(p, S##_sub(d, delta)), scale));                                                      \
+      }                                                                                                                        \
     }                                                                                                                          \
   }                                                                                                                            \
-  static const moe__attention_kernels S##_attention = {S##_softmax_row, S##_softmax_back_row};
-MOE__V_STAMP(MOE__SOFTMAX)
-#undef MOE__SOFTMAX
+  static const moe__softmax_kernels S##_softmax = {S##_softmax_forward, S##_softmax_backward};
+MOE__V_STAMP(MOE__SOFTMAX_BACKWARD)
+#undef MOE__SOFTMAX_BACKWARD
 
 typedef struct moe__attention_job {
   moe_isa isa;
-  const moe__attention_kernels *kernels;
+  const moe__softmax_kernels *softmax;
   const moe__gemm_kernels *gemms;
   const moe__row_kernels *rows;
   float *y, *stats, *dqkv, *scratch;
-  const float *qkv, *dy, *kept_y, *kept_stats;
+  const float *qkv, *dy, *kept_y;
   const int32_t *seq_start;
   const uint64_t *keys;
   size_t H, A, D, wide;   /* wide: D rounded up to 16 */
@@ -3364,27 +3388,29 @@ typedef struct moe__attention_job {
   moe__drop drop;
 } moe__attention_job;
 
-#define MOE__QUERIES 512 /* queries of a forward tile */
+enum {
+  MOE__ATTENTION_QUERIES = 512, /* queries of a forward tile */
+  MOE__ATTENTION_ROWS = 64      /* most queries of a block */
+};
 
 static size_t moe__round16(size_t n) { return (n + 15) / 16 * 16; }
 
-/* Query rows that go through the products together: their probabilities stay in the first-level cache. */
+/* Queries that go through the products together: their probabilities stay in the first-level cache. */
 static size_t moe__attention_block(size_t length) {
-  size_t rows = 4096 / length / 8 * 8;
-  return rows < 16 ? 16 : rows > 64 ? 64 : rows;
+  size_t rows = 4096 / length / 8 * 8, most = MOE__ATTENTION_ROWS;
+  return rows < 16 ? 16 : rows > most ? most : rows;
 }
 
 /* Row stride of a block: not a power of two, which would put all rows into the same places of the cache. */
 static size_t moe__attention_stride(size_t length) { return moe__round16(length) + 16; }
 
 /* Floats of one block, for any length up to this one: 16 rows of the longest, or 4096 / length rows of it with their padding. */
-static size_t moe__attention_block_floats(size_t longest) { return 16 * moe__attention_stride(longest) + 64 * 96; }
+static size_t moe__attention_block_floats(size_t longest) { return 16 * moe__attention_stride(longest) + MOE__ATTENTION_ROWS * 96; }
 
 static size_t moe__attention_slot(size_t longest, size_t wide, int training) {
-  size_t head = moe__round16(longest) * wide;
-  size_t block = moe__attention_block_floats(longest);
+  size_t head = moe__round16(longest) * wide, block = moe__attention_block_floats(longest);
   if (!training) return 2 * head + block;
-  return 3 * head + 2 * block + 2 * 64 * wide;
+  return 3 * head + 2 * block + 2 * MOE__ATTENTION_ROWS * wide;
 }
 
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training, const moe_env *env) {
@@ -3423,57 +3449,122 @@ static void moe__attention_product(const moe__attention_job *job, float *c, size
   moe__gemm_one(&g, job->isa);
 }
 
-/* Queries [from, to) of one head of one sequence. q, k, v: first row of the head; y: its first row; stats: (length, A, 2) from the head on. */
-static void moe__attention_head(const moe__attention_job *job, float *y, float *stats, const float *q, size_t length, size_t from,
-                                size_t to, uint64_t key, size_t first, float *scratch) {
-  const moe__attention_kernels *kernels = job->kernels;
-  size_t D = job->D, wide = job->wide, stride = 3 * job->H, padded = moe__round16(length), si = moe__attention_stride(length), i, r;
-  float *k = scratch, *v = k + padded * wide, *p = v + padded * wide;
+/* One head of one sequence. */
+typedef struct moe__attention_head {
+  const float *q, *dy, *y; /* first row; keys and values are H and 2 H further */
+  float *out, *stats, *dq;
+  float *scratch;
+  size_t length, from, to; /* queries [from, to) */
+  uint64_t key;
+  size_t first;            /* position of the first probability */
+} moe__attention_head;
+
+static moe__softmax moe__attention_softmax(const moe__attention_job *job, const moe__attention_head *head) {
+  moe__softmax b;
+  memset(&b, 0, sizeof b);
+  b.n = head->length;
+  b.stride = moe__attention_stride(head->length);
+  b.scale = job->scale;
+  b.drop = job->drop;
+  b.key = head->key;
+  return b;
+}
+
+static void moe__attention_head_forward(const moe__attention_job *job, const moe__attention_head *head) {
+  size_t H = job->H, D = job->D, xi = 3 * H, length = head->length, padded = moe__round16(length), i;
   size_t block = moe__attention_block(length);
-  moe__attention_row how;
-  how.scale = job->scale;
-  how.drop = job->drop;
-  how.key = key;
-  moe__attention_pack_rows(job, k, q + job->H, stride, length);
-  moe__attention_pack_columns(job, v, q + 2 * job->H, stride, length);
-  for (i = from; i < to; i += block) {
-    size_t rows = to - i < block ? to - i : block;
-    moe__attention_product(job, p, si, q + i * stride, stride, 1, k, D, rows, padded, 0);
-    for (r = 0; r < rows; ++r) {
-      float unwanted[2];
-      how.first = (uint32_t)(first + (i + r) * length);
-      kernels->softmax(p + r * si, stats ? stats + (i + r) * job->A * 2 : unwanted, length, &how);
-    }
-    moe__attention_product(job, y + i * job->H, job->H, p, si, 1, v, length, rows, D, 0);
+  float *k = head->scratch, *v = k + padded * job->wide, unwanted[2 * MOE__ATTENTION_ROWS];
+  moe__softmax b = moe__attention_softmax(job, head);
+  b.s = v + padded * job->wide;
+  moe__attention_pack_rows(job, k, head->q + H, xi, length);
+  moe__attention_pack_columns(job, v, head->q + 2 * H, xi, length);
+  for (i = head->from; i < head->to; i += block) {
+    const float *q = head->q + i * xi;
+    b.rows = head->to - i < block ? head->to - i : block;
+    b.stats = head->stats ? head->stats + i * job->A * 2 : unwanted;
+    b.stats_stride = head->stats ? job->A * 2 : 2;
+    b.first = (uint32_t)(head->first + i * length);
+    moe__attention_product(job, b.s, b.stride, q, xi, 1, k, D, b.rows, padded, 0);
+    job->softmax->forward(&b);
+    moe__attention_product(job, head->out + i * H, H, b.s, b.stride, 1, v, length, b.rows, D, 0);
   }
 }
 
-static void moe__attention_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__attention_job *job = (const moe__attention_job *)arg;
-  size_t groups = (job->A + job->group - 1) / job->group;
-  size_t block = (size_t)tile % job->blocks, a = (size_t)tile / job->blocks % groups * job->group;
-  size_t s = (size_t)tile / job->blocks / groups, begin = (size_t)job->seq_start[s];
-  size_t length = (size_t)job->seq_start[s + 1] - begin, from = block * MOE__QUERIES, to, end = a + job->group;
-  float *scratch = job->scratch + (size_t)slot * job->slot_floats;
-  if (from >= length) return;
-  to = length - from < MOE__QUERIES ? length : from + MOE__QUERIES;
-  for (; a < end && a < job->A; ++a)
-    moe__attention_head(job, job->y + begin * job->H + a * job->D, job->stats ? job->stats + (begin * job->A + a) * 2 : NULL,
-                        job->qkv + begin * 3 * job->H + a * job->D, length, from, to, job->drop.threshold ? job->keys[s] : 0,
-                        a * length * length, scratch);
+static void moe__attention_head_backward(const moe__attention_job *job, const moe__attention_head *head) {
+  size_t H = job->H, D = job->D, wide = job->wide, xi = 3 * H, length = head->length, padded = moe__round16(length), i, r;
+  size_t block = moe__attention_block(length);
+  float *k = head->scratch, *k_rows = k + padded * wide, *v_rows = k_rows + padded * wide, *q = v_rows + padded * wide;
+  float *dy = q + MOE__ATTENTION_ROWS * wide, *dk = head->dq + H, *dv = dk + H, delta[MOE__ATTENTION_ROWS];
+  moe__softmax b = moe__attention_softmax(job, head);
+  b.s = dy + MOE__ATTENTION_ROWS * wide;
+  b.ds = b.s + moe__attention_block_floats(job->longest);
+  b.delta = delta;
+  b.stats_stride = job->A * 2;
+  moe__attention_pack_rows(job, k_rows, head->q + H, xi, length);
+  moe__attention_pack_rows(job, v_rows, head->q + 2 * H, xi, length);
+  moe__attention_pack_columns(job, k, head->q + H, xi, length);
+  for (i = 0; i < length; i += block) {
+    const float *q_block = head->q + i * xi, *dy_block = head->dy + i * H, *y_block = head->y + i * H;
+    float *dq_block = head->dq + i * xi;
+    b.rows = length - i < block ? length - i : block;
+    b.stats = head->stats + i * job->A * 2;
+    b.first = (uint32_t)(head->first + i * length);
+    moe__attention_pack_columns(job, q, q_block, xi, b.rows);
+    moe__attention_pack_columns(job, dy, dy_block, H, b.rows);
+    moe__attention_product(job, b.s, b.stride, q_block, xi, 1, k_rows, D, b.rows, padded, 0);
+    moe__attention_product(job, b.ds, b.stride, dy_block, H, 1, v_rows, D, b.rows, padded, 0);
+    for (r = 0; r < b.rows; ++r) delta[r] = job->rows->dot(dy_block + r * H, y_block + r * H, D);
+    job->softmax->backward(&b);
+    moe__attention_product(job, dv, xi, b.s, 1, b.stride, dy, b.rows, length, D, 1);
+    moe__attention_product(job, dq_block, xi, b.ds, b.stride, 1, k, length, b.rows, D, 1);
+    moe__attention_product(job, dk, xi, b.ds, 1, b.stride, q, b.rows, length, D, 1);
+  }
 }
 
-/* Sizes common to forward and backward. Returns the number of (sequence, group of heads) pairs. */
-static size_t moe__attention_shape(moe__attention_job *job, const int32_t *seq_start, int32_t S, int32_t H, int32_t A, float p,
-                                   const uint64_t *keys, float *scratch, int training, const moe_env *env) {
-  size_t longest = 1;
+/* Tile number -> sequence, group of heads, block of queries, the last one running fastest. */
+static void moe__attention_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__attention_job *job = (const moe__attention_job *)arg;
+  size_t groups = (job->A + job->group - 1) / job->group, block = (size_t)tile % job->blocks;
+  size_t a = (size_t)tile / job->blocks % groups * job->group, end = a + job->group, s = (size_t)tile / job->blocks / groups;
+  size_t begin = (size_t)job->seq_start[s], at = begin * job->H;
+  moe__attention_head head;
+  memset(&head, 0, sizeof head);
+  head.scratch = job->scratch + (size_t)slot * job->slot_floats;
+  head.length = (size_t)job->seq_start[s + 1] - begin;
+  head.from = block * MOE__ATTENTION_QUERIES;
+  head.to = head.length;
+  if (job->blocks > 1 && head.length - head.from > MOE__ATTENTION_QUERIES) head.to = head.from + MOE__ATTENTION_QUERIES;
+  head.key = job->drop.threshold ? job->keys[s] : 0;
+  if (head.from >= head.length) return;
+  if (end > job->A) end = job->A;
+  for (; a < end; ++a) {
+    head.q = job->qkv + 3 * at + a * job->D;
+    head.stats = job->stats ? job->stats + (begin * job->A + a) * 2 : NULL;
+    head.first = a * head.length * head.length;
+    if (job->dqkv) {
+      head.dq = job->dqkv + 3 * at + a * job->D;
+      head.dy = job->dy + at + a * job->D;
+      head.y = job->kept_y + at + a * job->D;
+      moe__attention_head_backward(job, &head);
+    } else {
+      head.out = job->y + at + a * job->D;
+      moe__attention_head_forward(job, &head);
+    }
+  }
+}
+
+/* What forward and backward have in common. Backward cannot cut along the queries: dk and dv are sums over all of them, in order. */
+static void moe__attention_run(moe__attention_job *job, const float *qkv, const int32_t *seq_start, int32_t S, int32_t H, int32_t A,
+                               float p, const uint64_t *keys, float *scratch, const moe_env *env) {
+  size_t longest = 1, pairs = (size_t)S * (size_t)A, small;
   int32_t s;
   for (s = 0; s < S; ++s)
     if ((size_t)(seq_start[s + 1] - seq_start[s]) > longest) longest = (size_t)(seq_start[s + 1] - seq_start[s]);
   job->isa = env->isa;
-  job->kernels = MOE__V_PICK(env->isa, attention);
+  job->softmax = MOE__V_PICK(env->isa, softmax);
   job->gemms = MOE__V_PICK(env->isa, gemms);
   job->rows = MOE__V_PICK(env->isa, rows);
+  job->qkv = qkv;
   job->seq_start = seq_start;
   job->keys = keys;
   job->scratch = scratch;
@@ -3482,88 +3573,39 @@ static size_t moe__attention_shape(moe__attention_job *job, const int32_t *seq_s
   job->D = job->H / job->A;
   job->wide = moe__round16(job->D);
   job->longest = longest;
-  job->slot_floats = moe__attention_slot(longest, job->wide, training);
+  job->slot_floats = moe__attention_slot(longest, job->wide, job->dqkv != NULL);
   job->scale = 1.0f / sqrtf((float)job->D);
   job->drop = moe__drop_of(p, keys != NULL);
-  job->group = 4096 / (longest * longest);
+  /* heads of a tile: enough work to be worth a tile, and no more tiles than a big machine needs */
+  small = 4096 / (longest * longest);
+  job->group = pairs / 64 > small ? pairs / 64 : small;
   job->group = job->group < 1 ? 1 : job->group > job->A ? job->A : job->group;
-  return (size_t)S * ((job->A + job->group - 1) / job->group);
+  job->blocks = job->dqkv ? 1 : (longest + MOE__ATTENTION_QUERIES - 1) / MOE__ATTENTION_QUERIES;
+  moe__parallel(env, (int32_t)((size_t)S * ((job->A + job->group - 1) / job->group) * job->blocks), moe__attention_tile, job);
 }
 
 MOE_API void moe_attention_forward(float *y, float *stats, const float *qkv, const int32_t *seq_start, int32_t S, int32_t H,
                                    int32_t A, float p, const uint64_t *keys, float *scratch, const moe_env *env) {
   moe__attention_job job;
-  size_t pairs;
   if (S < 1 || H < 1 || A < 1) return;
   memset(&job, 0, sizeof job);
-  pairs = moe__attention_shape(&job, seq_start, S, H, A, p, keys, scratch, 0, env);
   job.y = y;
   job.stats = stats;
-  job.qkv = qkv;
-  job.blocks = (job.longest + MOE__QUERIES - 1) / MOE__QUERIES;
-  moe__parallel(env, (int32_t)(pairs * job.blocks), moe__attention_tile, &job);
-}
-
-/* One head of one sequence. Pointers to the first row of the head, as in moe__attention_head; dq: its gradient in dqkv. */
-static void moe__attention_head_back(const moe__attention_job *job, float *dq, const float *dy, const float *y, const float *stats,
-                                     const float *q, size_t length, uint64_t key, size_t first, float *scratch) {
-  const moe__attention_kernels *kernels = job->kernels;
-  size_t D = job->D, H = job->H, wide = job->wide, stride = 3 * H, padded = moe__round16(length), si = moe__attention_stride(length);
-  size_t head = padded * wide, block = moe__attention_block(length), i, r;
-  float *k = scratch, *k_rows = k + head, *v_rows = k_rows + head, *qb = v_rows + head, *dyb = qb + 64 * wide;
-  float *p = dyb + 64 * wide, *ds = p + moe__attention_block_floats(job->longest), *dk = dq + H, *dv = dk + H;
-  moe__attention_row how;
-  how.scale = job->scale;
-  how.drop = job->drop;
-  how.key = key;
-  moe__attention_pack_rows(job, k_rows, q + H, stride, length);
-  moe__attention_pack_rows(job, v_rows, q + 2 * H, stride, length);
-  moe__attention_pack_columns(job, k, q + H, stride, length);
-  for (i = 0; i < length; i += block) {
-    size_t rows = length - i < block ? length - i : block;
-    moe__attention_pack_columns(job, qb, q + i * stride, stride, rows);
-    moe__attention_pack_columns(job, dyb, dy + i * H, H, rows);
-    moe__attention_product(job, p, si, q + i * stride, stride, 1, k_rows, D, rows, padded, 0);
-    moe__attention_product(job, ds, si, dy + i * H, H, 1, v_rows, D, rows, padded, 0);
-    for (r = 0; r < rows; ++r) {
-      float delta = job->rows->dot(dy + (i + r) * H, y + (i + r) * H, D);
-      how.first = (uint32_t)(first + (i + r) * length);
-      kernels->softmax_back(p + r * si, ds + r * si, stats + (i + r) * job->A * 2, delta, length, &how);
-    }
-    moe__attention_product(job, dv, stride, p, 1, si, dyb, rows, length, D, 1);
-    moe__attention_product(job, dq + i * stride, stride, ds, si, 1, k, length, rows, D, 1);
-    moe__attention_product(job, dk, stride, ds, 1, si, qb, rows, length, D, 1);
-  }
-}
-
-static void moe__attention_back_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__attention_job *job = (const moe__attention_job *)arg;
-  size_t groups = (job->A + job->group - 1) / job->group, a = (size_t)tile % groups * job->group, end = a + job->group;
-  size_t s = (size_t)tile / groups, begin = (size_t)job->seq_start[s], length = (size_t)job->seq_start[s + 1] - begin;
-  float *scratch = job->scratch + (size_t)slot * job->slot_floats;
-  for (; length && a < end && a < job->A; ++a) {
-    size_t at = begin * job->H + a * job->D, at3 = begin * 3 * job->H + a * job->D;
-    moe__attention_head_back(job, job->dqkv + at3, job->dy + at, job->kept_y + at, job->kept_stats + (begin * job->A + a) * 2,
-                             job->qkv + at3, length, job->drop.threshold ? job->keys[s] : 0, a * length * length, scratch);
-  }
+  moe__attention_run(&job, qkv, seq_start, S, H, A, p, keys, scratch, env);
 }
 
 MOE_API void moe_attention_backward(float *dqkv, const float *dy, const float *y, const float *stats, const float *qkv,
                                     const int32_t *seq_start, int32_t S, int32_t H, int32_t A, float p, const uint64_t *keys,
                                     float *scratch, const moe_env *env) {
   moe__attention_job job;
-  size_t pairs;
   if (S < 1 || H < 1 || A < 1) return;
   memset(&job, 0, sizeof job);
-  pairs = moe__attention_shape(&job, seq_start, S, H, A, p, keys, scratch, 1, env);
   job.dqkv = dqkv;
   job.dy = dy;
   job.kept_y = y;
-  job.kept_stats = stats;
-  job.qkv = qkv;
-  moe__parallel(env, (int32_t)pairs, moe__attention_back_tile, &job);
+  job.stats = (float *)(uintptr_t)stats; /* backward only reads them */
+  moe__attention_run(&job, qkv, seq_start, S, H, A, p, keys, scratch, env);
 }
-
 
 /* ---- gates, top-k, dispatch ---- >>route
    A token's logits are dot products of its row with the N rows of its gate (the 16 lanes of >>simd). The first part of this section makes
