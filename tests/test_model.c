@@ -696,6 +696,50 @@ static void test_model_batch_check_says_what_is_wrong(void) {
   moe_model_free(model);
 }
 
+/* A batch with a few numbers overwritten is either refused with a sentence, or computed without harm (run it with sanitizers). */
+static void test_model_survives_damaged_batches(void) {
+  static models_batch good;
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
+  moe_task tasks[MODELS_TASKS];
+  moe_limits limits = {200, 20, 0};
+  moe_context *context = NULL;
+  moe_model *model;
+  uint64_t state = 15;
+  int round, refused = 0, computed = 0;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  CHECK(moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", models_sentence);
+  models_random_batch(&good, model, 20, 10, 15);
+  for (round = 0; round < 3000; ++round) {
+    int damage = 1 + models_draw(&state, 3);
+    batch = good;
+    models_connect(&batch, &c, 20);
+    while (damage-- > 0) {
+      int32_t value = (int32_t)((uint32_t)models_draw(&state, 1 << 16) << models_draw(&state, 17)) - models_draw(&state, 3);
+      int32_t s = models_draw(&state, 20), t = models_draw(&state, good.start[20]);
+      if (models_draw(&state, 2)) value = models_draw(&state, 60) - 2;
+      switch (models_draw(&state, 6)) {
+        case 0: batch.start[s + 1] = value; break;
+        case 1: batch.ids[t] = value; break;
+        case 2: batch.segments[t] = (uint8_t)value; break;
+        case 3: batch.task[s] = value; break;
+        case 4: batch.span[4 * s + models_draw(&state, 4)] = value; break;
+        default: batch.b.S = value < 20 ? value : 20; break;
+      }
+    }
+    models_sentence[0] = 0;
+    if (moe_forward(context, scores[0], &batch.b, &env)) {
+      CHECK(models_sentence[0], "round %d: no sentence", round);
+      ++refused;
+    } else
+      ++computed;
+  }
+  CHECK(refused > 500 && computed > 100, "%d refused, %d computed", refused, computed);
+  moe_context_free(context);
+  moe_model_free(model);
+}
+
 static void test_model_context_refuses_what_does_not_fit(void) {
   moe_env env = models_env(MOE_ISA_AUTO), more;
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
@@ -875,6 +919,7 @@ int main(int argc, char **argv) {
   RUN(test_model_reads_features);
   RUN(test_model_with_one_expert_equals_the_dense_one);
   RUN(test_model_with_equal_experts_equals_the_dense_one);
+  RUN(test_model_survives_damaged_batches);
   RUN(test_model_context_refuses_what_does_not_fit);
   RUN(test_model_routes_can_be_read_and_forced);
   RUN(test_model_dense_routes_lead_to_expert_0);

@@ -165,8 +165,8 @@ static void test_trainer_gradients_match_pytorch(void) {
   printf("        worst gradient of a tensor: relative error %.1e\n", worst_gradient);
 }
 
-static void run_curve(const char *name, moe_router router, int32_t top_k, int scale_n, float balance, float z_loss, const double *losses,
-                      const double *norms, const golden_number *final_norms, size_t n_final) {
+static void run_curve(const char *name, moe_router router, int32_t top_k, int scale_n, float decay, float balance, float z_loss,
+                      const double *losses, const double *norms, const golden_number *final_norms, size_t n_final) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_train_config config = plain();
   pair p;
@@ -177,6 +177,7 @@ static void run_curve(const char *name, moe_router router, int32_t top_k, int sc
   p = tiny(router, top_k, scale_n, &config, &env);
   CHECK(p.trainer, "%s", models_sentence);
   CHECK(moe_model_pack(p.model, NULL, &env) == MOE_OK, "%s", models_sentence);
+  for (i = 0; i < (size_t)p.trainer->n_spans; ++i) p.trainer->spans[i].decay = decay; /* on every tensor, as PyTorch's run */
   for (step = 0; step < 20; ++step) {
     float loss = 0, norm = 0;
     golden_batch(p.model, tiny_steps_starts, tiny_steps_ids, tiny_steps_segments, tiny_steps_task, tiny_steps_label, 4 * step, 4);
@@ -197,16 +198,18 @@ static void run_curve(const char *name, moe_router router, int32_t top_k, int sc
 }
 
 static void test_trainer_20_steps_match_pytorch(void) {
-  run_curve("tag", MOE_ROUTER_TASK, 1, 0, 0, 0, tiny_steps_tag_losses, tiny_steps_tag_norms, tiny_steps_tag_final_norms,
+  run_curve("tag", MOE_ROUTER_TASK, 1, 0, 0, 0, 0, tiny_steps_tag_losses, tiny_steps_tag_norms, tiny_steps_tag_final_norms,
             sizeof tiny_steps_tag_final_norms / sizeof *tiny_steps_tag_final_norms);
   CHECK_STATE();
-  run_curve("tag, scale N/k", MOE_ROUTER_TASK, 1, 1, 0, 0, tiny_steps_tag_n_losses, tiny_steps_tag_n_norms, NULL, 0);
+  run_curve("tag, decay 0.1", MOE_ROUTER_TASK, 1, 0, 0.1f, 0, 0, tiny_steps_tag_decay_losses, tiny_steps_tag_decay_norms, NULL, 0);
   CHECK_STATE();
-  run_curve("tag, top-2, auxiliary losses", MOE_ROUTER_TASK, 2, 0, 0.1f, 0.01f, tiny_steps_tag_top2_losses, tiny_steps_tag_top2_norms, NULL, 0);
+  run_curve("tag, scale N/k", MOE_ROUTER_TASK, 1, 1, 0, 0, 0, tiny_steps_tag_n_losses, tiny_steps_tag_n_norms, NULL, 0);
   CHECK_STATE();
-  run_curve("switch", MOE_ROUTER_SHARED, 1, 0, 0, 0, tiny_steps_switch_losses, tiny_steps_switch_norms, NULL, 0);
+  run_curve("tag, top-2, auxiliary losses", MOE_ROUTER_TASK, 2, 0, 0, 0.1f, 0.01f, tiny_steps_tag_top2_losses, tiny_steps_tag_top2_norms, NULL, 0);
   CHECK_STATE();
-  run_curve("dense", MOE_ROUTER_DENSE, 1, 0, 0, 0, tiny_steps_dense_losses, tiny_steps_dense_norms, NULL, 0);
+  run_curve("switch", MOE_ROUTER_SHARED, 1, 0, 0, 0, 0, tiny_steps_switch_losses, tiny_steps_switch_norms, NULL, 0);
+  CHECK_STATE();
+  run_curve("dense", MOE_ROUTER_DENSE, 1, 0, 0, 0, 0, tiny_steps_dense_losses, tiny_steps_dense_norms, NULL, 0);
 }
 
 /* ---- differences ---- */
