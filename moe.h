@@ -84,7 +84,8 @@
      >>config        configuration, tasks, table of tensors
      >>model         weights: sizes, initial values, packing, access
      >>batch         checks of what comes in
-     >>context       activations and the forward pass
+     >>context       activations
+     >>forward       the forward pass
      >>backward      the backward pass
      >>optimizer     Adam, schedule, clipping
      >>sampler       which row of which task comes next
@@ -4207,15 +4208,16 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
 
 /* ---- configuration, tasks, table of tensors ---- >>config */
 
-/* What the table of tensors says, as offsets: the flat array has no gaps, layers follow each other at a constant distance, and so do the
-   experts of a layer. Query, key and value stand side by side, so that (3H, H) is one product; the gates of all tasks are one (T, N, H). */
+/* What the table of tensors says, as offsets: the flat array has no gaps, layers follow each other at a constant distance,
+   and so do the experts of a layer. Query, key and value stand side by side, so that (3H, H) is one product; the gates of
+   all tasks are one (T, N, H). */
 typedef struct moe__plan {
-  size_t word, feature_w, feature_b, position, segment, norm_w, norm_b;                                   /* embeddings */
-  size_t layers, layer_stride;                                                                            /* layer l: layers + l layer_stride */
-  size_t qkv_w, qkv_b, att_w, att_b, norm1_w, norm1_b, gates, experts, expert_stride, norm2_w, norm2_b;   /* within a layer */
-  size_t in_w, in_b, out_w, out_b;                                                                        /* within an expert */
+  size_t word, feature_w, feature_b, position, segment, norm_w, norm_b; /* embeddings */
+  size_t layers, layer_stride;                                          /* layer l: layers + l layer_stride */
+  size_t qkv_w, qkv_b, att_w, att_b, norm1_w, norm1_b, gates, experts, expert_stride, norm2_w, norm2_b; /* within a layer */
+  size_t in_w, in_b, out_w, out_b; /* within an expert */
   size_t heads, total;
-  size_t panel_att, panel_experts, panel_out, panel_expert_stride, panel_stride, panel_total;             /* packed weights */
+  size_t panel_att, panel_experts, panel_out, panel_expert_stride, panel_stride, panel_total; /* packed weights */
 } moe__plan;
 
 MOE_API void moe_config_init(moe_config *config) {
@@ -4237,7 +4239,8 @@ MOE_API void moe_config_init(moe_config *config) {
 /* The limits keep every size of a layer within int32_t, and far above any published encoder. */
 static moe_status moe__check_range(const char *what, int32_t value, int32_t low, int32_t high, const moe_env *env) {
   if (value >= low && value <= high) return MOE_OK;
-  return moe__fail(env, MOE_E_ARGUMENT, "configuration: %s is %d, it must be from %d to %d", what, (int)value, (int)low, (int)high);
+  return moe__fail(env, MOE_E_ARGUMENT, "configuration: %s is %d, it must be from %d to %d", what, (int)value, (int)low,
+                   (int)high);
 }
 
 static moe_status moe__check_sizes(const moe_config *c, const moe_env *env) {
@@ -4253,7 +4256,8 @@ static moe_status moe__check_sizes(const moe_config *c, const moe_env *env) {
   if (!status) status = moe__check_range("segments", c->segments, 1, 256, env);
   if (!status) status = moe__check_range("max_len", c->max_len, 1, c->positions, env);
   if (!status && c->hidden % c->heads)
-    return moe__fail(env, MOE_E_ARGUMENT, "configuration: hidden is %d, which is no multiple of heads, %d", (int)c->hidden, (int)c->heads);
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: hidden is %d, which is no multiple of heads, %d", (int)c->hidden,
+                     (int)c->heads);
   if (!status && !(c->eps > 0 && c->eps < 1))
     return moe__fail(env, MOE_E_ARGUMENT, "configuration: eps is %g, it must be above 0 and below 1", (double)c->eps);
   return status;
@@ -4291,13 +4295,15 @@ static moe_status moe__check_task_name(const moe_task *tasks, int32_t t, const m
   size_t length = moe__bounded(tasks[t].name, MOE_NAME_BYTES), i;
   int32_t other;
   if (length == 0) return moe__fail(env, MOE_E_ARGUMENT, "task %d has no name", (int)t);
-  if (length == MOE_NAME_BYTES) return moe__fail(env, MOE_E_ARGUMENT, "the name of task %d is longer than %d bytes", (int)t, MOE_NAME_BYTES - 1);
+  if (length == MOE_NAME_BYTES)
+    return moe__fail(env, MOE_E_ARGUMENT, "the name of task %d is longer than %d bytes", (int)t, MOE_NAME_BYTES - 1);
   for (i = 0; i < length; ++i)
     if (!moe__name_char(tasks[t].name[i]))
       return moe__fail(env, MOE_E_ARGUMENT, "task '%s': a name has letters, digits, '-', '_' and '+' only", tasks[t].name);
   for (other = 0; other < t; ++other)
     if (!strcmp(tasks[other].name, tasks[t].name))
-      return moe__fail(env, MOE_E_ARGUMENT, "task '%s' is there twice, as number %d and %d", tasks[t].name, (int)other, (int)t);
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s' is there twice, as number %d and %d", tasks[t].name, (int)other,
+                       (int)t);
   return MOE_OK;
 }
 
@@ -4307,14 +4313,17 @@ static const char *const moe__metric_names[] = {"accuracy", "f1", "macro_f1", "m
 static moe_status moe__check_task_metrics(const moe_task *task, const moe_env *env) {
   size_t length = moe__bounded(task->metrics, MOE_NAME_BYTES), begin = 0, end, i;
   if (length == MOE_NAME_BYTES)
-    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': the list of metrics is longer than %d bytes", task->name, MOE_NAME_BYTES - 1);
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': the list of metrics is longer than %d bytes", task->name,
+                     MOE_NAME_BYTES - 1);
   for (; begin < length; begin = end + 1) {
     int known = 0;
     for (end = begin; end < length && task->metrics[end] != ',';) ++end;
     for (i = 0; i < sizeof moe__metric_names / sizeof *moe__metric_names; ++i)
-      known |= strlen(moe__metric_names[i]) == end - begin && !memcmp(moe__metric_names[i], task->metrics + begin, end - begin);
+      known |=
+          strlen(moe__metric_names[i]) == end - begin && !memcmp(moe__metric_names[i], task->metrics + begin, end - begin);
     if (!known)
-      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': metrics '%s', known are accuracy f1 macro_f1 matthews pearson spearman", task->name,
+      return moe__fail(env, MOE_E_ARGUMENT,
+                       "task '%s': metrics '%s', known are accuracy f1 macro_f1 matthews pearson spearman", task->name,
                        task->metrics);
   }
   return MOE_OK;
@@ -4326,8 +4335,8 @@ static moe_status moe__check_task_labels(const moe_task *task, const moe_env *en
   for (i = 0; i < task->classes; ++i) {
     size_t length = task->label[i] ? moe__bounded(task->label[i], MOE_NAME_BYTES) : 0;
     if (length == 0 || length == MOE_NAME_BYTES)
-      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': label %d has %d bytes, it must have 1 to %d", task->name, (int)i, (int)length,
-                       MOE_NAME_BYTES - 1);
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': label %d has %d bytes, it must have 1 to %d", task->name, (int)i,
+                       (int)length, MOE_NAME_BYTES - 1);
     for (j = 0; j < i; ++j)
       if (!strcmp(task->label[i], task->label[j]))
         return moe__fail(env, MOE_E_ARGUMENT, "task '%s': label '%s' is there twice", task->name, task->label[i]);
@@ -4344,16 +4353,18 @@ static moe_status moe__check_task(const moe_config *config, const moe_task *task
   if (task->pair != 0 && task->pair != 1)
     return moe__fail(env, MOE_E_ARGUMENT, "task '%s': pair is %d, it must be 0 or 1", task->name, (int)task->pair);
   if (task->max_len < 0 || task->max_len > config->positions)
-    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': max_len is %d, it must be from 0 (the model's) to %d, the positions", task->name,
-                     (int)task->max_len, (int)config->positions);
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': max_len is %d, it must be from 0 (the model's) to %d, the positions",
+                     task->name, (int)task->max_len, (int)config->positions);
   if (task->kind == MOE_KIND_REGRESSION) {
     if (task->classes != 1)
-      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': a regression has 1 output, not %d classes", task->name, (int)task->classes);
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': a regression has 1 output, not %d classes", task->name,
+                       (int)task->classes);
     if (!(task->low < task->high) || !(task->high - task->low <= 3e38f))
-      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': its range is %g to %g, the first must be below the second", task->name,
-                       (double)task->low, (double)task->high);
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': its range is %g to %g, the first must be below the second",
+                       task->name, (double)task->low, (double)task->high);
   } else if (task->classes < 2 || task->classes > MOE_MAX_CLASSES)
-    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': %d classes, there must be 2 to %d", task->name, (int)task->classes, MOE_MAX_CLASSES);
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': %d classes, there must be 2 to %d", task->name, (int)task->classes,
+                     MOE_MAX_CLASSES);
   if (task->kind == MOE_KIND_RANKING && task->classes != 2)
     return moe__fail(env, MOE_E_ARGUMENT, "task '%s': a ranking has 2 classes, not %d", task->name, (int)task->classes);
   status = moe__check_task_metrics(task, env);
@@ -4363,7 +4374,8 @@ static moe_status moe__check_task(const moe_config *config, const moe_task *task
 static moe_status moe__check_tasks(const moe_config *config, const moe_task *tasks, int32_t T, const moe_env *env) {
   int32_t t;
   moe_status status = MOE_OK;
-  if (T < 1 || T > MOE_MAX_TASKS) return moe__fail(env, MOE_E_ARGUMENT, "a model has 1 to %d tasks, not %d", MOE_MAX_TASKS, (int)T);
+  if (T < 1 || T > MOE_MAX_TASKS)
+    return moe__fail(env, MOE_E_ARGUMENT, "a model has 1 to %d tasks, not %d", MOE_MAX_TASKS, (int)T);
   for (t = 0; t < T && !status; ++t) status = moe__check_task(config, tasks, t, env);
   return status;
 }
@@ -4438,18 +4450,18 @@ static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_ta
   p->total = at;
   moe__mul(at, sizeof(float), &bad);
   moe__plan_panels(p, c, &bad);
-  if (bad) return moe__fail(env, MOE_E_ARGUMENT, "configuration: the weights do not fit into the address space of this machine");
+  if (bad)
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: the weights do not fit into the address space of this machine");
   return MOE_OK;
 }
-
 
 /* ---- weights: sizes, initial values, packing, access ---- >>model */
 
 struct moe_model {
   moe_config config;
   int32_t T, max_classes, tensors;
-  moe_task *tasks;      /* (T) with copies of the label names */
-  size_t *head;         /* (T) offset of each head in the weights */
+  moe_task *tasks; /* (T) with copies of the label names */
+  size_t *head;    /* (T) offset of each head in the weights */
   moe__plan plan;
   const float *weights; /* the flat array: in the block, or in the bytes of a file */
   float *writable;      /* the same, or NULL where the weights are a file's */
@@ -4489,7 +4501,8 @@ static void moe__count_labels(size_t *labels, size_t *bytes, const moe_task *tas
 }
 
 /* weights: how many stand in the block; 0 when they are elsewhere. */
-static void moe__model_take(moe__layout *layout, moe__model_pieces *pieces, size_t T, size_t labels, size_t label_bytes, size_t weights) {
+static void moe__model_take(moe__layout *layout, moe__model_pieces *pieces, size_t T, size_t labels, size_t label_bytes,
+                            size_t weights) {
   pieces->model = (moe_model *)moe__take(layout, 1, sizeof(moe_model));
   pieces->tasks = (moe_task *)moe__take(layout, T, sizeof(moe_task));
   pieces->head = (size_t *)moe__take(layout, T, sizeof(size_t));
@@ -4511,7 +4524,8 @@ static moe_status moe__model_bytes(size_t *bytes, const moe_config *config, cons
   if (status) return status;
   moe__count_labels(&labels, &label_bytes, tasks, T);
   moe__model_take(&layout, &pieces, (size_t)T, labels, label_bytes, in_place ? 0 : plan.total);
-  if (layout.bad) return moe__fail(env, MOE_E_ARGUMENT, "configuration: the weights do not fit into the address space of this machine");
+  if (layout.bad)
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: the weights do not fit into the address space of this machine");
   *bytes = layout.used;
   return MOE_OK;
 }
@@ -4543,8 +4557,8 @@ static moe_status moe__check_block(const char *what, const void *block, size_t b
 }
 
 /* A model in a block of moe__model_bytes: with `weights` elsewhere, or (NULL) in the block and not yet set. */
-static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, const moe_config *config, const moe_task *tasks, int32_t T,
-                                   const float *weights, const moe_env *env) {
+static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, const moe_config *config,
+                                   const moe_task *tasks, int32_t T, const float *weights, const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
   moe__model_pieces pieces;
   moe__plan plan;
@@ -4567,7 +4581,8 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, c
   model->head = pieces.head;
   model->writable = pieces.weights;
   model->weights = weights ? weights : pieces.weights;
-  model->tensors = (config->features ? 6 : 5) + config->layers * (12 + moe__gate_count(config, T) + 4 * config->experts) + 2 * T;
+  model->tensors =
+      (config->features ? 6 : 5) + config->layers * (12 + moe__gate_count(config, T) + 4 * config->experts) + 2 * T;
   moe__copy_tasks(&pieces, tasks, T);
   for (t = 0, at = plan.heads; t < T; ++t) {
     model->head[t] = at;
@@ -4578,7 +4593,8 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, c
   return MOE_OK;
 }
 
-MOE_API moe_status moe_model_size(const moe_config *config, const moe_task *tasks, int32_t T, size_t *bytes, const moe_env *env) {
+MOE_API moe_status moe_model_size(const moe_config *config, const moe_task *tasks, int32_t T, size_t *bytes,
+                                  const moe_env *env) {
   return moe__model_bytes(bytes, config, tasks, T, 0, env);
 }
 
@@ -4624,7 +4640,8 @@ static void moe__expert_tensor(const moe_model *m, int32_t layer, size_t base, i
   const moe_config *c = &m->config;
   const moe__plan *p = &m->plan;
   int32_t expert = i / 4;
-  static const char *const part[] = {"intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight", "output.dense.bias"};
+  static const char *const part[] = {"intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight",
+                                     "output.dense.bias"};
   base += p->experts + (size_t)expert * p->expert_stride;
   if (c->router == MOE_ROUTER_DENSE) moe__tensor_name(t, "encoder.layer.%d.%s", (int)layer, part[i % 4]);
   else moe__tensor_name(t, "encoder.layer.%d.experts.%d.%s", (int)layer, (int)expert, part[i % 4]);
@@ -4640,8 +4657,9 @@ static void moe__attention_tensor(const moe_model *m, int32_t layer, size_t base
   const moe__plan *p = &m->plan;
   int32_t H = m->config.hidden;
   size_t h = (size_t)H;
-  static const char *const part[] = {"self.query.weight", "self.key.weight",   "self.value.weight", "self.query.bias",         "self.key.bias",
-                                     "self.value.bias",   "output.dense.weight", "output.dense.bias", "output.LayerNorm.weight", "output.LayerNorm.bias"};
+  static const char *const part[] = {
+      "self.query.weight", "self.key.weight",     "self.value.weight", "self.query.bias",         "self.key.bias",
+      "self.value.bias",   "output.dense.weight", "output.dense.bias", "output.LayerNorm.weight", "output.LayerNorm.bias"};
   moe__tensor_name(t, "encoder.layer.%d.attention.%s", (int)layer, part[i]);
   if (i < 3) moe__tensor_shape(t, base + p->qkv_w + (size_t)i * h * h, H, H);
   else if (i < 6) moe__tensor_shape(t, base + p->qkv_b + (size_t)(i - 3) * h, H, 0);
@@ -4715,9 +4733,19 @@ MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name) 
 }
 
 /* Sites of random numbers, the last argument of moe_key. */
-enum { MOE__SITE_WEIGHTS, MOE__SITE_EMBEDDING, MOE__SITE_ATTENTION, MOE__SITE_ATTENTION_OUT, MOE__SITE_FFN_OUT, MOE__SITE_HEAD, MOE__SITE_JITTER, MOE__SITE_NOISE };
+enum {
+  MOE__SITE_WEIGHTS,
+  MOE__SITE_EMBEDDING,
+  MOE__SITE_ATTENTION,
+  MOE__SITE_ATTENTION_OUT,
+  MOE__SITE_FFN_OUT,
+  MOE__SITE_HEAD,
+  MOE__SITE_JITTER,
+  MOE__SITE_NOISE
+};
 
-/* Tensors of one name start with the same values, whatever else is in the model; expert 0 of a layer starts as a dense model's FFN. */
+/* Tensors of one name start with the same values, whatever else is in the model; expert 0 of a layer starts as a dense
+ * model's FFN. */
 static uint64_t moe__name_hash(const char *name) {
   static const char skip[] = "experts.0.";
   uint64_t h = 0xcbf29ce484222325u;
@@ -4762,8 +4790,8 @@ static void moe__model_random(moe_model *model, uint64_t seed, const moe_env *en
   }
 }
 
-MOE_API moe_status moe_model_init(moe_model **out, void *block, size_t bytes, const moe_config *config, const moe_task *tasks, int32_t T,
-                                  uint64_t seed, const moe_env *env) {
+MOE_API moe_status moe_model_init(moe_model **out, void *block, size_t bytes, const moe_config *config,
+                                  const moe_task *tasks, int32_t T, uint64_t seed, const moe_env *env) {
   moe_model *model;
   moe_status status = moe__model_place(&model, block, bytes, config, tasks, T, NULL, env);
   if (status) return status;
@@ -4773,7 +4801,8 @@ MOE_API moe_status moe_model_init(moe_model **out, void *block, size_t bytes, co
 }
 
 /* A model on the heap whose weights are not yet set. */
-static moe_status moe__model_create_raw(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T, const moe_env *env) {
+static moe_status moe__model_create_raw(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T,
+                                        const moe_env *env) {
   size_t bytes = 0;
   void *block;
   moe_status status = moe_model_size(config, tasks, T, &bytes, env);
@@ -4786,8 +4815,8 @@ static moe_status moe__model_create_raw(moe_model **out, const moe_config *confi
   return status;
 }
 
-MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T, uint64_t seed,
-                                    const moe_env *env) {
+MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T,
+                                    uint64_t seed, const moe_env *env) {
   moe_model *model = NULL;
   moe_status status = moe__model_create_raw(&model, config, tasks, T, env);
   if (status) return status;
@@ -4893,7 +4922,6 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
   return MOE_OK;
 }
 
-
 /* ---- checks of what comes in ---- >>batch */
 
 static int moe__is_finite(float x) { return x - x == 0; } /* false for infinities and NaN */
@@ -4903,32 +4931,37 @@ static moe_status moe__check_batch_arrays(const moe_model *model, const moe_batc
   if (!b->seq_start) return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start is missing");
   if (!b->task) return moe__fail(env, MOE_E_ARGUMENT, "batch: the task of each sequence is missing");
   if (features && (!b->features || b->ids))
-    return moe__fail(env, MOE_E_ARGUMENT, "batch: this model reads feature vectors of %d numbers, and no token ids", (int)model->config.features);
-  if (!features && (!b->ids || b->features)) return moe__fail(env, MOE_E_ARGUMENT, "batch: this model reads token ids, and no feature vectors");
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: this model reads feature vectors of %d numbers, and no token ids",
+                     (int)model->config.features);
+  if (!features && (!b->ids || b->features))
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: this model reads token ids, and no feature vectors");
   if (with_labels && !b->label) return moe__fail(env, MOE_E_ARGUMENT, "batch: labels are missing");
-  if (b->seq_start[0] != 0) return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start begins with %d, it must begin with 0", (int)b->seq_start[0]);
+  if (b->seq_start[0] != 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start begins with %d, it must begin with 0", (int)b->seq_start[0]);
   return MOE_OK;
 }
 
 static moe_status moe__check_label(const moe_model *model, const moe_batch *b, int32_t s, const moe_env *env) {
   const moe_task *task = &model->tasks[b->task[s]];
   float label = b->label[s];
-  if (!moe__is_finite(label)) return moe__fail(env, MOE_E_ARGUMENT, "batch: the label of sequence %d is not a finite number", (int)s);
+  if (!moe__is_finite(label))
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: the label of sequence %d is not a finite number", (int)s);
   if (task->kind == MOE_KIND_REGRESSION) return MOE_OK;
   if (label < 0 || label >= (float)task->classes || (float)(int32_t)label != label)
-    return moe__fail(env, MOE_E_ARGUMENT, "batch: the label of sequence %d is %g, task '%s' has the classes 0 to %d", (int)s, (double)label,
-                     task->name, (int)task->classes - 1);
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: the label of sequence %d is %g, task '%s' has the classes 0 to %d", (int)s,
+                     (double)label, task->name, (int)task->classes - 1);
   return MOE_OK;
 }
 
 static moe_status moe__check_span(const moe_batch *b, int32_t s, int32_t length, const char *task, const moe_env *env) {
   int i;
-  if (!b->span) return moe__fail(env, MOE_E_ARGUMENT, "batch: sequence %d belongs to task '%s', which needs spans", (int)s, task);
+  if (!b->span)
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: sequence %d belongs to task '%s', which needs spans", (int)s, task);
   for (i = 0; i < 4; i += 2) {
     int32_t begin = b->span[4 * (size_t)s + (size_t)i], end = b->span[4 * (size_t)s + (size_t)i + 1];
     if (begin < 0 || begin >= end || end > length)
-      return moe__fail(env, MOE_E_ARGUMENT, "batch: span %d of sequence %d is tokens %d to %d, the sequence has %d tokens", i / 2 + 1, (int)s,
-                       (int)begin, (int)end, (int)length);
+      return moe__fail(env, MOE_E_ARGUMENT, "batch: span %d of sequence %d is tokens %d to %d, the sequence has %d tokens",
+                       i / 2 + 1, (int)s, (int)begin, (int)end, (int)length);
   }
   return MOE_OK;
 }
@@ -4938,18 +4971,18 @@ static moe_status moe__check_tokens(const moe_model *model, const moe_batch *b, 
   int32_t i, begin = b->seq_start[s], end = b->seq_start[s + 1];
   for (i = begin; i < end; ++i) {
     if (b->ids && (b->ids[i] < 0 || b->ids[i] >= c->vocab))
-      return moe__fail(env, MOE_E_ARGUMENT, "batch: token %d of sequence %d has id %d, the vocabulary has %d words", (int)(i - begin), (int)s,
-                       (int)b->ids[i], (int)c->vocab);
+      return moe__fail(env, MOE_E_ARGUMENT, "batch: token %d of sequence %d has id %d, the vocabulary has %d words",
+                       (int)(i - begin), (int)s, (int)b->ids[i], (int)c->vocab);
     if (b->segments && b->segments[i] >= c->segments)
-      return moe__fail(env, MOE_E_ARGUMENT, "batch: token %d of sequence %d is in segment %d, the model has %d segments", (int)(i - begin),
-                       (int)s, (int)b->segments[i], (int)c->segments);
+      return moe__fail(env, MOE_E_ARGUMENT, "batch: token %d of sequence %d is in segment %d, the model has %d segments",
+                       (int)(i - begin), (int)s, (int)b->segments[i], (int)c->segments);
   }
   if (b->features) {
     size_t j, width = (size_t)c->features, first = (size_t)begin * width, last = (size_t)end * width;
     for (j = first; j < last; ++j)
       if (!moe__is_finite(b->features[j]))
-        return moe__fail(env, MOE_E_ARGUMENT, "batch: feature %d of token %d of sequence %d is not a finite number", (int)(j % width),
-                         (int)(j / width) - (int)begin, (int)s);
+        return moe__fail(env, MOE_E_ARGUMENT, "batch: feature %d of token %d of sequence %d is not a finite number",
+                         (int)(j % width), (int)(j / width) - (int)begin, (int)s);
   }
   return MOE_OK;
 }
@@ -4963,10 +4996,11 @@ MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batc
   for (s = 0; s < batch->S && !status; ++s) {
     int64_t length = (int64_t)batch->seq_start[s + 1] - batch->seq_start[s];
     if (length < 1 || length > model->config.positions)
-      return moe__fail(env, MOE_E_ARGUMENT, "batch: sequence %d has %lld tokens, it must have 1 to %d, the positions", (int)s, (long long)length,
-                       (int)model->config.positions);
+      return moe__fail(env, MOE_E_ARGUMENT, "batch: sequence %d has %lld tokens, it must have 1 to %d, the positions",
+                       (int)s, (long long)length, (int)model->config.positions);
     if (batch->task[s] < 0 || batch->task[s] >= model->T)
-      return moe__fail(env, MOE_E_ARGUMENT, "batch: sequence %d has task %d, the model has %d tasks", (int)s, (int)batch->task[s], (int)model->T);
+      return moe__fail(env, MOE_E_ARGUMENT, "batch: sequence %d has task %d, the model has %d tasks", (int)s,
+                       (int)batch->task[s], (int)model->T);
     status = moe__check_tokens(model, batch, s, env);
     if (!status && with_labels) status = moe__check_label(model, batch, s, env);
     if (!status && model->tasks[batch->task[s]].kind == MOE_KIND_SPAN)
@@ -4975,11 +5009,10 @@ MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batc
   return status;
 }
 
+/* ---- activations ---- >>context */
 
-/* ---- activations and the forward pass ---- >>context */
-
-/* What a layer leaves behind. In training every layer has its own arrays, for backward; else all share one set, and what only backward
-   reads is NULL. The residual sums then take the place of the branch that was added. */
+/* What a layer leaves behind. In training every layer has its own arrays, for backward; else all share one set, and what
+   only backward reads is NULL. The residual sums then take the place of the branch that was added. */
 typedef struct moe__acts {
   float *x;                    /* (M, H) input of the layer */
   float *qkv, *att, *stats;    /* (M, 3H), (M, H), (M, A, 2) */
@@ -4993,26 +5026,26 @@ typedef struct moe__acts {
 struct moe_context {
   const moe_model *model;
   moe_limits limits;
-  int32_t M;                        /* tokens of the last pass */
+  int32_t M; /* tokens of the last pass */
   const int32_t *forced;
-  moe__acts *acts;                  /* (L) */
-  moe_routes *routes;               /* (L); a dense model's are all the same */
-  float *last;                      /* (M, H) output of the last layer */
-  float *sum0, *mean0, *rstd0;      /* embeddings before their LayerNorm */
-  float *branch;                    /* (M, H) output of a sublayer */
-  int32_t *gate_of;                 /* (S) */
-  uint64_t *keys;                   /* (S) */
-  float *feature;                   /* (S, widest head) what the heads read */
-  float *scores, *losses;           /* (S, classes), (S); training */
+  moe__acts *acts;             /* (L) */
+  moe_routes *routes;          /* (L); a dense model's are all the same */
+  float *last;                 /* (M, H) output of the last layer */
+  float *sum0, *mean0, *rstd0; /* embeddings before their LayerNorm */
+  float *branch;               /* (M, H) output of a sublayer */
+  int32_t *gate_of;            /* (S) */
+  uint64_t *keys;              /* (S) */
+  float *feature;              /* (S, widest head) what the heads read */
+  float *scores, *losses;      /* (S, classes), (S); training */
   float *experts_scratch, *attention_scratch;
   size_t attention_floats;
-  int32_t longest;                  /* tokens of the longest sequence that attention's scratch is made for */
+  int32_t longest; /* tokens of the longest sequence that attention's scratch is made for */
   size_t feature_width;
-  moe_mat *in, *out;                /* (N) weights of the experts of a layer */
+  moe_mat *in, *out; /* (N) weights of the experts of a layer */
   const float **b_in, **b_out;
   float *g, *gsum, *gatt, *gqkv, *gweight, *glogits, *gfeature; /* gradients; training */
-  float **g_in, **g_b_in, **g_out, **g_b_out;                             /* (N) */
-  const float **w_in, **w_out;                                            /* (N) */
+  float **g_in, **g_b_in, **g_out, **g_b_out;                   /* (N) */
+  const float **w_in, **w_out;                                  /* (N) */
   int owns_block;
 };
 
@@ -5072,8 +5105,8 @@ static void moe__take_gradients(moe__layout *layout, moe_context *c, const moe__
   c->w_out = (const float **)moe__take(layout, d->N, sizeof(float *));
 }
 
-/* Sets every pointer of *c, whose model and limits are set; acts (L) and routes (L) are there: on the first run, for the size, only one of
-   each is looked at. */
+/* Sets every pointer of *c, whose model and limits are set; acts (L) and routes (L) are there: on the first run, for the
+   size, only one of each is looked at. */
 static void moe__context_take(moe__layout *layout, moe_context *c, const moe_env *env) {
   const moe_config *config = &c->model->config;
   int training = c->limits.training, dense = config->router == MOE_ROUTER_DENSE;
@@ -5091,7 +5124,8 @@ static void moe__context_take(moe__layout *layout, moe_context *c, const moe_env
   d.A = (size_t)config->heads;
   d.L = (size_t)config->layers;
   d.Mk = d.M * d.k;
-  moe__mul(moe__mul(d.M, d.H > d.N ? d.H : d.N, &layout->bad), sizeof(float), &layout->bad); /* the plain products below are no larger */
+  moe__mul(moe__mul(d.M, d.H > d.N ? d.H : d.N, &layout->bad), sizeof(float),
+           &layout->bad); /* the plain products below are no larger */
   c->acts = (moe__acts *)moe__take(layout, d.L, sizeof(moe__acts));
   c->routes = (moe_routes *)moe__take(layout, d.L, sizeof(moe_routes));
   memset(&acts, 0, sizeof acts);
@@ -5113,7 +5147,8 @@ static void moe__context_take(moe__layout *layout, moe_context *c, const moe_env
     if (width > c->feature_width) c->feature_width = width;
   }
   c->feature = MOE__FLOATS(layout, moe__mul(d.S, c->feature_width, &layout->bad));
-  c->experts_scratch = MOE__FLOATS(layout, moe_experts_scratch(c->limits.tokens, config->top_k, config->hidden, config->ffn, training));
+  c->experts_scratch =
+      MOE__FLOATS(layout, moe_experts_scratch(c->limits.tokens, config->top_k, config->hidden, config->ffn, training));
   c->longest = moe__min(c->limits.tokens, config->positions);
   c->attention_floats = moe_attention_scratch(c->longest, config->hidden, config->heads, training, env);
   c->attention_scratch = MOE__FLOATS(layout, c->attention_floats);
@@ -5129,7 +5164,8 @@ static moe_status moe__limits_check(const moe_model *model, const moe_limits *li
   if (limits->tokens < 1 || limits->tokens > most)
     return moe__fail(env, MOE_E_ARGUMENT, "limits: %d tokens, there must be 1 to %d", (int)limits->tokens, (int)most);
   if (limits->sequences < 1 || limits->sequences > limits->tokens)
-    return moe__fail(env, MOE_E_ARGUMENT, "limits: %d sequences, there must be 1 to %d, the tokens", (int)limits->sequences, (int)limits->tokens);
+    return moe__fail(env, MOE_E_ARGUMENT, "limits: %d sequences, there must be 1 to %d, the tokens", (int)limits->sequences,
+                     (int)limits->tokens);
   if (limits->training != 0 && limits->training != 1)
     return moe__fail(env, MOE_E_ARGUMENT, "limits: training is %d, it must be 0 or 1", (int)limits->training);
 #ifdef MOE_NO_TRAIN
@@ -5149,13 +5185,14 @@ MOE_API moe_status moe_context_size(const moe_model *model, const moe_limits *li
   moe__take(&layout, 1, sizeof c);
   moe__context_take(&layout, &c, env);
   if (layout.bad)
-    return moe__fail(env, MOE_E_ARGUMENT, "limits: a context of %d tokens does not fit into the address space", (int)limits->tokens);
+    return moe__fail(env, MOE_E_ARGUMENT, "limits: a context of %d tokens does not fit into the address space",
+                     (int)limits->tokens);
   *bytes = layout.used;
   return MOE_OK;
 }
 
-MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes, const moe_model *model, const moe_limits *limits,
-                                    const moe_env *env) {
+MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes, const moe_model *model,
+                                    const moe_limits *limits, const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
   moe_context *c;
   size_t need = 0;
@@ -5172,7 +5209,8 @@ MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes
   return MOE_OK;
 }
 
-MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model, const moe_limits *limits, const moe_env *env) {
+MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model, const moe_limits *limits,
+                                      const moe_env *env) {
   size_t bytes = 0;
   void *block;
   moe_status status = moe_context_size(model, limits, &bytes, env);
@@ -5188,6 +5226,8 @@ MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model,
 MOE_API void moe_context_free(moe_context *context) {
   if (context && context->owns_block) moe__release(context);
 }
+
+/* ---- the forward pass ---- >>forward */
 
 /* A pass through the network: what forward and backward have to agree on. */
 typedef struct moe__pass {
@@ -5220,12 +5260,12 @@ static moe_status moe__check_forced(const moe_context *c, int32_t M, const moe_e
     for (a = 0; a < k; ++a) {
       int32_t expert = c->forced[i * k + a];
       if (expert < 0 || expert >= config->experts)
-        return moe__fail(env, MOE_E_ARGUMENT, "forced routes: token %d of layer %d goes to expert %d of %d", (int)(i % (size_t)M),
-                         (int)(i / (size_t)M), (int)expert, (int)config->experts);
+        return moe__fail(env, MOE_E_ARGUMENT, "forced routes: token %d of layer %d goes to expert %d of %d",
+                         (int)(i % (size_t)M), (int)(i / (size_t)M), (int)expert, (int)config->experts);
       for (b = 0; b < a; ++b)
         if (c->forced[i * k + b] == expert)
-          return moe__fail(env, MOE_E_ARGUMENT, "forced routes: token %d of layer %d goes to expert %d twice", (int)(i % (size_t)M),
-                           (int)(i / (size_t)M), (int)expert);
+          return moe__fail(env, MOE_E_ARGUMENT, "forced routes: token %d of layer %d goes to expert %d twice",
+                           (int)(i % (size_t)M), (int)(i / (size_t)M), (int)expert);
     }
   return MOE_OK;
 }
@@ -5238,11 +5278,13 @@ static moe_status moe__pass_check(const moe_context *c, const moe_batch *batch, 
   if (status || batch->S == 0) return status;
   M = batch->seq_start[batch->S];
   if (batch->S > c->limits.sequences)
-    return moe__fail(env, MOE_E_ARGUMENT, "batch: %d sequences, the context is made for %d", (int)batch->S, (int)c->limits.sequences);
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: %d sequences, the context is made for %d", (int)batch->S,
+                     (int)c->limits.sequences);
   if (M > c->limits.tokens)
     return moe__fail(env, MOE_E_ARGUMENT, "batch: %d tokens, the context is made for %d", (int)M, (int)c->limits.tokens);
   if (moe_attention_scratch(c->longest, config->hidden, config->heads, c->limits.training, env) > c->attention_floats)
-    return moe__fail(env, MOE_E_ARGUMENT, "the context was made with fewer threads than the %d of this call", (int)env->threads);
+    return moe__fail(env, MOE_E_ARGUMENT, "the context was made with fewer threads than the %d of this call",
+                     (int)env->threads);
   return moe__check_forced(c, M, env);
 }
 
@@ -5307,7 +5349,8 @@ static void moe__places_tile(void *arg, int32_t s, int32_t slot) {
 }
 
 /* y += position and segment embedding of each token. */
-static void moe__add_places(float *y, const moe_batch *batch, const float *position, const float *segment, int32_t H, const moe_env *env) {
+static void moe__add_places(float *y, const moe_batch *batch, const float *position, const float *segment, int32_t H,
+                            const moe_env *env) {
   moe__places places;
   places.y = y;
   places.position = position;
@@ -5330,18 +5373,20 @@ static void moe__forward_embeddings(moe_context *c, moe__pass *pass) {
     moe_linear_forward(sum, b->features, &mat, w + p->feature_b, pass->M, pass->env);
     moe__add_places(sum, b, w + p->position, w + p->segment, config->hidden, pass->env);
   } else
-    moe_embed_forward(sum, b->ids, b->segments, b->seq_start, b->S, w + p->word, w + p->position, w + p->segment, config->hidden, pass->env);
-  moe_norm_forward(x, c->mean0, c->rstd0, sum, w + p->norm_w, w + p->norm_b, config->eps, pass->M, config->hidden, pass->env);
+    moe_embed_forward(sum, b->ids, b->segments, b->seq_start, b->S, w + p->word, w + p->position, w + p->segment,
+                      config->hidden, pass->env);
+  moe_norm_forward(x, c->mean0, c->rstd0, sum, w + p->norm_w, w + p->norm_b, config->eps, pass->M, config->hidden,
+                   pass->env);
   if (keys) moe__dropout_rows(x, x, pass->dropout, keys, b->seq_start, b->S, config->hidden, pass->env);
 }
 
 /* sum = x + dropout(branch), which inference does not keep; y = LayerNorm(sum). */
-static void moe__forward_join(moe_context *c, moe__pass *pass, float *y, float *sum, float *mean, float *rstd, const float *x,
-                              const float *norm_w, const float *norm_b, int32_t layer, uint32_t site) {
+static void moe__forward_join(moe_context *c, moe__pass *pass, float *y, float *sum, float *mean, float *rstd,
+                              const float *x, const float *norm_w, const float *norm_b, int32_t layer, uint32_t site) {
   const moe_config *config = &c->model->config;
   const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, layer, site);
-  moe__residual_norm_forward(y, sum, mean, rstd, x, c->branch, norm_w, norm_b, config->eps, pass->M, config->hidden, pass->dropout, keys,
-                             pass->batch->seq_start, pass->S, pass->env);
+  moe__residual_norm_forward(y, sum, mean, rstd, x, c->branch, norm_w, norm_b, config->eps, pass->M, config->hidden,
+                             pass->dropout, keys, pass->batch->seq_start, pass->S, pass->env);
 }
 
 static void moe__forward_attention(moe_context *c, moe__pass *pass, int32_t layer) {
@@ -5357,7 +5402,8 @@ static void moe__forward_attention(moe_context *c, moe__pass *pass, int32_t laye
                         moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION), c->attention_scratch, pass->env);
   mat = moe__model_mat(m, at + p->att_w, panel + p->panel_att, H, H);
   moe_linear_forward(c->branch, a->att, &mat, w + p->att_b, pass->M, pass->env);
-  moe__forward_join(c, pass, a->y1, a->sum1, a->mean1, a->rstd1, a->x, w + p->norm1_w, w + p->norm1_b, layer, MOE__SITE_ATTENTION_OUT);
+  moe__forward_join(c, pass, a->y1, a->sum1, a->mean1, a->rstd1, a->x, w + p->norm1_w, w + p->norm1_b, layer,
+                    MOE__SITE_ATTENTION_OUT);
 }
 
 static moe_route_options moe__route_options(moe_context *c, const moe__pass *pass, int32_t layer) {
@@ -5415,13 +5461,13 @@ static void moe__forward_mixture(moe_context *c, moe__pass *pass, int32_t layer)
   if (config->router != MOE_ROUTER_DENSE) {
     moe_route_options options = moe__route_options(c, pass, layer);
     float aux = 0;
-    moe_route_forward(routes, a->logits, &aux, a->y1, w + p->gates, c->gate_of, pass->batch->seq_start, pass->S, config->hidden, &options,
-                      pass->env);
+    moe_route_forward(routes, a->logits, &aux, a->y1, w + p->gates, c->gate_of, pass->batch->seq_start, pass->S,
+                      config->hidden, &options, pass->env);
     pass->aux += aux;
   }
   moe_experts_forward(c->branch, a->pre, a->e, a->y1, routes, &experts, c->experts_scratch, pass->env);
-  moe__forward_join(c, pass, moe__layer_output(c, layer), a->sum2, a->mean2, a->rstd2, a->y1, w + p->norm2_w, w + p->norm2_b, layer,
-                    MOE__SITE_FFN_OUT);
+  moe__forward_join(c, pass, moe__layer_output(c, layer), a->sum2, a->mean2, a->rstd2, a->y1, w + p->norm2_w, w + p->norm2_b,
+                    layer, MOE__SITE_FFN_OUT);
 }
 
 /* Mean of the rows of the tokens [begin, end). */
@@ -5500,15 +5546,14 @@ MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer,
 
 MOE_API void moe_context_force(moe_context *context, const int32_t *experts) { context->forced = experts; }
 
-
 #ifndef MOE_NO_TRAIN
 /* ---- the backward pass ---- >>backward */
 
-/* Each function undoes its namesake of >>context: context->g holds the gradient of what that produced and is turned into the gradient of what
-   it read; the gradients of the weights are added to `dw`, which mirrors the flat array of weights. */
+/* Each function undoes its namesake of >>forward: context->g holds the gradient of what that produced and is turned into the
+   gradient of what it read; the gradients of the weights are added to `dw`, which mirrors the flat array of weights. */
 
-/* Softmax and loss of every sequence, scaled as in [TaG] 3.3; a row of scores becomes its probabilities (regression: score - label). Returns the first
-   sequence whose loss is not finite, or -1. */
+/* Softmax and loss of every sequence, scaled as in [TaG] 3.3; a row of scores becomes its probabilities (regression: score -
+   label). Returns the first sequence whose loss is not finite, or -1. */
 static int32_t moe__losses(moe_context *c, const moe__pass *pass) {
   const moe_model *m = c->model;
   int32_t s;
@@ -5567,21 +5612,23 @@ static void moe__backward_heads(moe_context *c, const moe__pass *pass, float *dw
     memset(dscore, 0, classes * sizeof(float));
     if (task->kind == MOE_KIND_REGRESSION) dscore[0] = 2 * row[0] / (float)whole;
     else
-      moe_cross_entropy_backward(dscore, row, (int32_t)b->label[s], (float)(1 / (moe__log_double((double)task->classes) * whole)),
-                                 task->classes);
+      moe_cross_entropy_backward(dscore, row, (int32_t)b->label[s],
+                                 (float)(1 / (moe__log_double((double)task->classes) * whole)), task->classes);
     memset(c->gfeature, 0, width * sizeof(float));
-    moe_linear_backward(c->gfeature, dw + at, dw + at + classes * width, dscore, c->feature + (size_t)s * c->feature_width, &mat, 1, &one);
+    moe_linear_backward(c->gfeature, dw + at, dw + at + classes * width, dscore, c->feature + (size_t)s * c->feature_width,
+                        &mat, 1, &one);
     if (keys) moe_dropout(c->gfeature, c->gfeature, width, pass->dropout, keys[s], &one);
     moe__head_scatter(c, b, s, (int)task->kind);
   }
 }
 
 /* Of y = LayerNorm(sum), sum = x + dropout(branch): g becomes the gradient of x. Returns the gradient of the branch. */
-static const float *moe__backward_join(moe_context *c, const moe__pass *pass, float *dnorm_w, float *dnorm_b, const float *sum,
-                                       const float *mean, const float *rstd, const float *norm_w, int32_t layer, uint32_t site) {
+static const float *moe__backward_join(moe_context *c, const moe__pass *pass, float *dnorm_w, float *dnorm_b,
+                                       const float *sum, const float *mean, const float *rstd, const float *norm_w,
+                                       int32_t layer, uint32_t site) {
   const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, layer, site);
-  moe__residual_norm_backward(c->g, c->gsum, dnorm_w, dnorm_b, c->g, sum, mean, rstd, norm_w, pass->M, c->model->config.hidden, pass->dropout,
-                              keys, pass->batch->seq_start, pass->S, pass->env);
+  moe__residual_norm_backward(c->g, c->gsum, dnorm_w, dnorm_b, c->g, sum, mean, rstd, norm_w, pass->M,
+                              c->model->config.hidden, pass->dropout, keys, pass->batch->seq_start, pass->S, pass->env);
   return c->gsum;
 }
 
@@ -5594,7 +5641,8 @@ static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *
   const float *w = m->weights + at, *gbranch;
   float *d = dw + at;
   int32_t i;
-  gbranch = moe__backward_join(c, pass, d + p->norm2_w, d + p->norm2_b, a->sum2, a->mean2, a->rstd2, w + p->norm2_w, layer, MOE__SITE_FFN_OUT);
+  gbranch = moe__backward_join(c, pass, d + p->norm2_w, d + p->norm2_b, a->sum2, a->mean2, a->rstd2, w + p->norm2_w, layer,
+                               MOE__SITE_FFN_OUT);
   for (i = 0; i < config->experts; ++i) {
     size_t expert = p->experts + (size_t)i * p->expert_stride;
     c->w_in[i] = w + expert + p->in_w;
@@ -5604,12 +5652,13 @@ static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *
     c->g_out[i] = d + expert + p->out_w;
     c->g_b_out[i] = d + expert + p->out_b;
   }
-  moe_experts_backward(c->g, c->gweight, c->g_in, c->g_b_in, c->g_out, c->g_b_out, gbranch, a->y1, a->pre, a->e, &c->routes[layer], c->w_in,
-                       c->w_out, config->hidden, config->ffn, c->experts_scratch, pass->env);
+  moe_experts_backward(c->g, c->gweight, c->g_in, c->g_b_in, c->g_out, c->g_b_out, gbranch, a->y1, a->pre, a->e,
+                       &c->routes[layer], c->w_in, c->w_out, config->hidden, config->ffn, c->experts_scratch, pass->env);
   if (config->router != MOE_ROUTER_DENSE) {
     moe_route_options options = moe__route_options(c, pass, layer);
-    moe_route_backward(c->g, d + p->gates, c->glogits, c->gweight, (float)pass->S / (float)whole, &c->routes[layer], a->logits, a->y1,
-                       w + p->gates, c->gate_of, pass->batch->seq_start, pass->S, config->hidden, &options, pass->env);
+    moe_route_backward(c->g, d + p->gates, c->glogits, c->gweight, (float)pass->S / (float)whole, &c->routes[layer],
+                       a->logits, a->y1, w + p->gates, c->gate_of, pass->batch->seq_start, pass->S, config->hidden, &options,
+                       pass->env);
   }
 }
 
@@ -5622,13 +5671,14 @@ static void moe__backward_attention(moe_context *c, const moe__pass *pass, float
   const float *w = m->weights + at, *gbranch;
   float *d = dw + at;
   moe_mat mat = moe_mat_rows(w + p->att_w, H, H);
-  gbranch =
-      moe__backward_join(c, pass, d + p->norm1_w, d + p->norm1_b, a->sum1, a->mean1, a->rstd1, w + p->norm1_w, layer, MOE__SITE_ATTENTION_OUT);
+  gbranch = moe__backward_join(c, pass, d + p->norm1_w, d + p->norm1_b, a->sum1, a->mean1, a->rstd1, w + p->norm1_w, layer,
+                               MOE__SITE_ATTENTION_OUT);
   memset(c->gatt, 0, bytes);
   moe_linear_backward(c->gatt, d + p->att_w, d + p->att_b, gbranch, a->att, &mat, pass->M, pass->env);
   memset(c->gqkv, 0, 3 * bytes);
-  moe_attention_backward(c->gqkv, c->gatt, a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads, pass->dropout,
-                         moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION), c->attention_scratch, pass->env);
+  moe_attention_backward(c->gqkv, c->gatt, a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads,
+                         pass->dropout, moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION),
+                         c->attention_scratch, pass->env);
   mat = moe_mat_rows(w + p->qkv_w, 3 * H, H);
   moe_linear_backward(c->g, d + p->qkv_w, d + p->qkv_b, c->gqkv, a->x, &mat, pass->M, pass->env);
 }
@@ -5642,13 +5692,14 @@ static void moe__backward_embeddings(moe_context *c, const moe__pass *pass, floa
   int32_t H = config->hidden;
   if (keys) moe__dropout_rows(c->g, c->g, pass->dropout, keys, b->seq_start, b->S, H, pass->env);
   memset(c->gsum, 0, (size_t)pass->M * (size_t)H * sizeof(float));
-  moe_norm_backward(c->gsum, dw + p->norm_w, dw + p->norm_b, c->g, c->sum0, c->mean0, c->rstd0, w + p->norm_w, pass->M, H, pass->env);
+  moe_norm_backward(c->gsum, dw + p->norm_w, dw + p->norm_b, c->g, c->sum0, c->mean0, c->rstd0, w + p->norm_w, pass->M, H,
+                    pass->env);
   if (config->features) {
     moe_mat mat = moe_mat_rows(w + p->feature_w, H, config->features);
     moe_linear_backward(NULL, dw + p->feature_w, dw + p->feature_b, c->gsum, b->features, &mat, pass->M, pass->env);
   }
-  moe_embed_backward(config->features ? NULL : dw + p->word, dw + p->position, dw + p->segment, c->gsum, b->ids, b->segments, b->seq_start, b->S,
-                     H, pass->env);
+  moe_embed_backward(config->features ? NULL : dw + p->word, dw + p->position, dw + p->segment, c->gsum, b->ids, b->segments,
+                     b->seq_start, b->S, H, pass->env);
 }
 
 static void moe__backward(moe_context *c, const moe__pass *pass, float *dw, int32_t whole) {
@@ -5660,7 +5711,6 @@ static void moe__backward(moe_context *c, const moe__pass *pass, float *dw, int3
   }
   moe__backward_embeddings(c, pass, dw);
 }
-
 
 /* ---- Adam, schedule, clipping ---- >>optimizer */
 
@@ -6101,15 +6151,15 @@ struct moe_trainer {
   moe_model *model;
   moe_context *context;
   moe_train_config config;
-  int64_t step;             /* updates so far */
-  float *g, *m, *v;         /* gradients and moments, as long as the weights */
-  moe__span *spans;         /* stretches of the weights that learn alike */
+  int64_t step;     /* updates so far */
+  float *g, *m, *v; /* gradients and moments, as long as the weights */
+  moe__span *spans; /* stretches of the weights that learn alike */
   int32_t n_spans;
   int owns_block;
 };
 
-static moe_status moe__trainer_take(moe__layout *layout, moe_trainer *t, void **context, size_t *context_bytes, const moe_model *model,
-                                    const moe_limits *limits, const moe_env *env) {
+static moe_status moe__trainer_take(moe__layout *layout, moe_trainer *t, void **context, size_t *context_bytes,
+                                    const moe_model *model, const moe_limits *limits, const moe_env *env) {
   size_t n = moe_model_parameters(model);
   moe_limits training = *limits;
   moe_status status;
@@ -6124,8 +6174,8 @@ static moe_status moe__trainer_take(moe__layout *layout, moe_trainer *t, void **
   return MOE_OK;
 }
 
-MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *limits, const moe_train_config *config, size_t *bytes,
-                                    const moe_env *env) {
+MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *limits, const moe_train_config *config,
+                                    size_t *bytes, const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
   moe_trainer t;
   void *context;
@@ -6134,7 +6184,8 @@ MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *li
   moe__take(&layout, 1, sizeof t);
   if (!status) status = moe__trainer_take(&layout, &t, &context, &context_bytes, model, limits, env);
   if (status) return status;
-  if (layout.bad) return moe__fail(env, MOE_E_ARGUMENT, "gradients and moments do not fit into the address space of this machine");
+  if (layout.bad)
+    return moe__fail(env, MOE_E_ARGUMENT, "gradients and moments do not fit into the address space of this machine");
   *bytes = layout.used;
   return MOE_OK;
 }
@@ -6174,8 +6225,8 @@ MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes
   return MOE_OK;
 }
 
-MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const moe_limits *limits, const moe_train_config *config,
-                                      const moe_env *env) {
+MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const moe_limits *limits,
+                                      const moe_train_config *config, const moe_env *env) {
   size_t bytes = 0;
   void *block;
   moe_status status = moe_trainer_size(model, limits, config, &bytes, env);
@@ -6212,10 +6263,11 @@ static moe_status moe__trainer_forward(moe_trainer *t, moe__pass *pass, const mo
   moe__forward(c, pass, c->scores);
   bad = moe__losses(c, pass);
   if (bad >= 0)
-    return moe__fail(env, MOE_E_NONFINITE, "step %lld: the loss of sequence %d (task '%s') is not a finite number", (long long)t->step + 1, (int)bad,
-                     t->model->tasks[batch->task[bad]].name);
+    return moe__fail(env, MOE_E_NONFINITE, "step %lld: the loss of sequence %d (task '%s') is not a finite number",
+                     (long long)t->step + 1, (int)bad, t->model->tasks[batch->task[bad]].name);
   if (!moe__is_finite(pass->aux))
-    return moe__fail(env, MOE_E_NONFINITE, "step %lld: the router's auxiliary loss is not a finite number", (long long)t->step + 1);
+    return moe__fail(env, MOE_E_NONFINITE, "step %lld: the router's auxiliary loss is not a finite number",
+                     (long long)t->step + 1);
   return MOE_OK;
 }
 
@@ -6227,7 +6279,8 @@ MOE_API moe_status moe_accumulate(moe_trainer *trainer, const moe_batch *batch, 
   if (status) return status;
   if (whole == 0) whole = moe__max(batch->S, 1);
   if (whole < batch->S)
-    return moe__fail(env, MOE_E_ARGUMENT, "the whole batch has %d sequences, this part of it has %d", (int)whole, (int)batch->S);
+    return moe__fail(env, MOE_E_ARGUMENT, "the whole batch has %d sequences, this part of it has %d", (int)whole,
+                     (int)batch->S);
   status = moe__trainer_forward(trainer, &pass, batch, env);
   if (status) {
     moe__trainer_clear(trainer);
@@ -6248,11 +6301,12 @@ MOE_API moe_status moe_update(moe_trainer *trainer, float *norm, const moe_env *
   length = moe__spans_norm(trainer->g, trainer->spans, trainer->n_spans, env);
   if (!moe__finite(length)) {
     moe__trainer_clear(trainer);
-    return moe__fail(env, MOE_E_NONFINITE, "step %lld: the gradient is not finite; the weights are as before", (long long)trainer->step + 1);
+    return moe__fail(env, MOE_E_NONFINITE, "step %lld: the gradient is not finite; the weights are as before",
+                     (long long)trainer->step + 1);
   }
   moe__spans_adam(model->writable, trainer->g, trainer->m, trainer->v, trainer->spans, trainer->n_spans, trainer->step + 1,
-                  moe_train_rate(config, trainer->step + 1), moe__clip_factor(length, config->clip), config->beta1, config->beta2, config->eps,
-                  env);
+                  moe_train_rate(config, trainer->step + 1), moe__clip_factor(length, config->clip), config->beta1,
+                  config->beta2, config->eps, env);
   ++trainer->step;
   if (model->panels) moe__model_repack(model, env);
   if (norm) *norm = (float)length;
@@ -6260,7 +6314,8 @@ MOE_API moe_status moe_update(moe_trainer *trainer, float *norm, const moe_env *
 }
 
 /* The loss with one weight moved by h. */
-static moe_status moe__moved_loss(moe_trainer *t, const moe_batch *batch, float *weight, float h, double *loss, const moe_env *env) {
+static moe_status moe__moved_loss(moe_trainer *t, const moe_batch *batch, float *weight, float h, double *loss,
+                                  const moe_env *env) {
   moe__pass pass;
   float old = *weight;
   moe_status status;
@@ -6272,7 +6327,8 @@ static moe_status moe__moved_loss(moe_trainer *t, const moe_batch *batch, float 
 }
 
 /* Error of one gradient against central differences of fourth order. */
-static moe_status moe__check_gradient(moe_trainer *t, const moe_batch *batch, size_t index, double floor_, double *error, const moe_env *env) {
+static moe_status moe__check_gradient(moe_trainer *t, const moe_batch *batch, size_t index, double floor_, double *error,
+                                      const moe_env *env) {
   const float h = 1.0f / 128;
   double f[4] = {0, 0, 0, 0}, slope;
   int i;
@@ -6290,14 +6346,16 @@ static moe_status moe__check_gradient(moe_trainer *t, const moe_batch *batch, si
 static size_t moe__check_element(const moe_trainer *t, const moe_tensor *tensor, int32_t round) {
   const float *g = t->g + tensor->offset;
   size_t i, best = 0;
-  if (round > 0) return tensor->offset + (size_t)(moe_key(t->config.seed, (uint64_t)round, tensor->offset, 0, 0) % tensor->count);
+  if (round > 0)
+    return tensor->offset + (size_t)(moe_key(t->config.seed, (uint64_t)round, tensor->offset, 0, 0) % tensor->count);
   for (i = 1; i < tensor->count; ++i)
     if (fabsf(g[i]) > fabsf(g[best])) best = i;
   return tensor->offset + best;
 }
 
 /* The comparison itself: gradients are there, routes are fixed. */
-static moe_status moe__check_samples(moe_trainer *t, const moe_batch *batch, int32_t samples, double *worst, const moe_env *env) {
+static moe_status moe__check_samples(moe_trainer *t, const moe_batch *batch, int32_t samples, double *worst,
+                                     const moe_env *env) {
   int32_t i, n = t->model->tensors;
   double whole = moe_gradient_norm(t->g, t->model->plan.total, env);
   for (i = 0; i < samples; ++i) {
@@ -6315,7 +6373,8 @@ static moe_status moe__check_samples(moe_trainer *t, const moe_batch *batch, int
   return MOE_OK;
 }
 
-MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples, float *error, const moe_env *env) {
+MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples, float *error,
+                                 const moe_env *env) {
   moe_context *c = trainer->context;
   const moe_config *config = &trainer->model->config;
   const int32_t *forced = c->forced;
@@ -6345,7 +6404,6 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
   if (!status) *error = (float)worst;
   return status;
 }
-
 
 #endif /* MOE_NO_TRAIN */
 /* ---- the little JSON that the files need ---- >>json
