@@ -11,8 +11,10 @@ import sys
 import tempfile
 from tokenizers import BertWordPieceTokenizer
 
-WORDS = ["hello", "un", "##want", "##ed", "runn", "##ing", "##able", "fi", "##fi", "don", "\u03c3\u03b1\u03c2", "a##b", "##\u0301x", "CASE"]
-SPECIALS = ["[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]", "[cls]", "[MASK", "[[MASK]]", "##ing", "[unused1]", "MASK]"]
+WORDS = ["hello", "un", "##want", "##ed", "runn", "##ing", "##able", "fi", "##fi", "don", "\u03c3\u03b1\u03c2", "a##b",
+         "##\u0301x", "CASE"]
+SPECIALS = ["[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]", "[cls]", "[MASK", "[[MASK]]", "##ing", "[unused1]",
+            "MASK]"]
 REPEATED = [0x61, 0xE9, 0x4E00, 0x301, 0x1F600, 0x130]
 POOLS = [(0x20, 0x7F), (0x00, 0x100), (0x41, 0x250), (0x300, 0x370), (0x370, 0x600), (0x600, 0x700), (0x900, 0xE80), (0x1B00, 0x1C00),
          (0x1D00, 0x2000), (0x2000, 0x2100), (0x2190, 0x2300), (0x3000, 0x3100), (0x4E00, 0xA000), (0xA640, 0xA9E0), (0xAC00, 0xD7B0),
@@ -100,14 +102,21 @@ def literal(data):
 
 
 READABLE = [
-    ("Hello, UNWANTED running", 0), ("Hello", 1), ("CASE", 1), ("h\u00e9llo H\u00c9LLO he\u0301llo", 0), ("h\u00e9llo", 1), ("\u00c5ngstr\u00f6m \u1e9e \u00df \u0130\u0131", 0),
-    ("\u03a3\u0391\u03a3 \u03c3\u03b1\u03c2", 0), ("[CLS]x [cls] [MASK][MASK", 0), ("x[SEP]\u0301y", 0), ("don't", 0), ("a\u200db\u00adc\ufeffd", 0),
-    ("tab\tnew\nret\rvt\x0bff\x0cnel\x85nb\u00a0en\u2002ls\u2028id\u3000z", 0), ("nul\0in\ufffdside", 0), ("\u4e2d\u6587\u0301x", 0), ("\uf900\U0002f800", 0),
-    ("\uf900\U0002f800", 1), ("\ud55c\uae00 \u1112\u1161\u11ab", 0), ("\ud55c\uae00", 1), ("\u304c \u304b\u3099 \u30d1", 0), ("\U0001f469\u200d\U0001f4bb \U0001f1e9\U0001f1ea", 0),
-    ("\u0634\u064f\u0643\u0652\u0631\u064b\u0627 \u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd \u202eabc\u202c", 0), ("\u2260 \u2014 \u00ab\u20ac\u00bb $+<=>^`|~", 0),
-    ("\ufb01 \uff21 \u2160 \u01c4 \u01c5", 0), ("a" * 100, 0), ("a" * 101 + " b", 0), ("a" * 99 + "\u0301" * 9 + "b", 0), ("\ue000\U000f0000\U00030000\U0010ffff", 0),
-    ("a\u302e\u1b44b", 0), ("a\u1b44\u034f\u302eb \U0001d15f\u1b44", 0), ("a\u302e\u1b44b", 1), ("", 0), (" \t ", 0),
-    (b"bad \xff\xc3 \xe2\x82 \xf0\x9f\x98 \xed\xa0\x80 \xc0\xaf \xf5x", 0), (b"\xe2\x28[MASK]\xf0", 0), ("\u00bd\u00b2\u2126\u212b\u1e9b\u0323", 0),
+    ("Hello, UNWANTED running", 0), ("Hello", 1), ("CASE", 1), ("h\u00e9llo H\u00c9LLO he\u0301llo", 0),
+    ("h\u00e9llo", 1), ("\u00c5ngstr\u00f6m \u1e9e \u00df \u0130\u0131", 0),
+    ("\u03a3\u0391\u03a3 \u03c3\u03b1\u03c2", 0), ("[CLS]x [cls] [MASK][MASK", 0), ("x[SEP]\u0301y", 0),
+    ("don't", 0), ("a\u200db\u00adc\ufeffd", 0),
+    ("tab\tnew\nret\rvt\x0bff\x0cnel\x85nb\u00a0en\u2002ls\u2028id\u3000z", 0), ("nul\0in\ufffdside", 0),
+    ("\u4e2d\u6587\u0301x", 0), ("\uf900\U0002f800", 0), ("\uf900\U0002f800", 1),
+    ("\ud55c\uae00 \u1112\u1161\u11ab", 0), ("\ud55c\uae00", 1), ("\u304c \u304b\u3099 \u30d1", 0),
+    ("\U0001f469\u200d\U0001f4bb \U0001f1e9\U0001f1ea", 0),
+    ("\u0634\u064f\u0643\u0652\u0631\u064b\u0627 \u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd \u202eabc\u202c", 0),
+    ("\u2260 \u2014 \u00ab\u20ac\u00bb $+<=>^`|~", 0), ("\ufb01 \uff21 \u2160 \u01c4 \u01c5", 0),
+    ("a" * 100, 0), ("a" * 101 + " b", 0), ("a" * 99 + "\u0301" * 9 + "b", 0),
+    ("\ue000\U000f0000\U00030000\U0010ffff", 0), ("a\u302e\u1b44b", 0),
+    ("a\u1b44\u034f\u302eb \U0001d15f\u1b44", 0), ("a\u302e\u1b44b", 1), ("", 0), (" \t ", 0),
+    (b"bad \xff\xc3 \xe2\x82 \xf0\x9f\x98 \xed\xa0\x80 \xc0\xaf \xf5x", 0), (b"\xe2\x28[MASK]\xf0", 0),
+    ("\u00bd\u00b2\u2126\u212b\u1e9b\u0323", 0),
 ]
 
 
