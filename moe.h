@@ -539,7 +539,8 @@ typedef struct moe_train_config {
 MOE_API void moe_train_config_init(moe_train_config *config);
 
 typedef struct moe_trainer moe_trainer;
-/* A trainer holds gradients and moments (3 x parameters) and a training context. */
+/* A trainer holds gradients and moments (3 x parameters) and a training context. _create also packs the model (moe_model_pack) unless it
+   is; with _init that is the caller's choice. */
 MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *limits, const moe_train_config *config, size_t *bytes,
                                     const moe_env *env);
 MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes, moe_model *model, const moe_limits *limits,
@@ -6230,6 +6231,8 @@ MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const
   size_t bytes = 0;
   void *block;
   moe_status status = moe_trainer_size(model, limits, config, &bytes, env);
+  if (status) return status;
+  if (!model->panels) status = moe_model_pack(model, NULL, env); /* forward is faster with panels, and every update renews them */
   if (status) return status;
   block = moe__alloc(bytes);
   if (!block) return moe__fail(env, MOE_E_MEMORY, "no memory for a trainer of %zu bytes", bytes);
