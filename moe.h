@@ -92,7 +92,8 @@
      >>trainer       accumulate, update, gradient check
      >>json          the little JSON that the files need
      >>safetensors   reading and writing the container
-     >>files         model files
+     >>files         writing model files
+     >>load          reading them
      >>os            files of the operating system
      >>import        weights of published encoders
      >>checkpoint    checkpoints
@@ -6950,8 +6951,8 @@ static moe_status moe__st_check(const moe__st *st, moe__st_tensor *t, const moe_
   bytes = moe__mul(t->count, moe__dtype_bytes[t->dtype], &bad);
   if (bad) return moe__fail(env, MOE_E_FORMAT, "tensor %s: its shape %s has more elements than memory", t->name, shape);
   if (t->begin > t->end || t->end > st->data_bytes)
-    return moe__fail(env, MOE_E_FORMAT, "tensor %s: bytes %zu to %zu do not lie in the file, which has %zu after its header: damaged or truncated",
-                     t->name, t->begin, t->end, st->data_bytes);
+    return moe__fail(env, MOE_E_FORMAT, "tensor %s: bytes %zu to %zu do not lie in the file, which has %zu after its header: damaged or "
+                     "truncated", t->name, t->begin, t->end, st->data_bytes);
   if (t->end - t->begin != bytes)
     return moe__fail(env, MOE_E_FORMAT, "tensor %s: %s of %s needs %zu bytes, its range has %zu", t->name, moe__dtype_name[t->dtype], shape,
                      bytes, t->end - t->begin);
@@ -7204,34 +7205,11 @@ static void moe__st_put_header(moe__out *out, void (*put)(moe__out *out, const v
   moe__out_flush(out);
 }
 
-/* ---- model files ---- >>files
+/* ---- writing model files ---- >>files
    A model is a safetensors file. "__metadata__" holds moe.version, moe.config (JSON, an object) and moe.tasks (JSON, an array); the tensors
    follow in the order of the flat array, the vocabulary (U8) last. "format": "pt" is what other tools want to see. */
 
 #define MOE__FILE_VERSION 1
-
-/* An environment that puts a name before every sentence, and calls wrong numbers by their name in a file: damaged data. */
-typedef struct moe__named {
-  moe_env env;
-  const moe_env *outer;
-  const char *name;
-} moe__named;
-
-static void moe__named_log(void *user, moe_status status, const char *sentence) {
-  const moe__named *named = (const moe__named *)user;
-  moe__fail(named->outer, status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status, "%s: %s", named->name, sentence);
-}
-
-static const moe_env *moe__name_env(moe__named *named, const char *name, const moe_env *env) {
-  memset(named, 0, sizeof *named);
-  if (env) named->env = *env;
-  else moe_env_init(&named->env, MOE_ISA_AUTO);
-  named->outer = env;
-  named->name = name;
-  named->env.log = moe__named_log;
-  named->env.log_user = named;
-  return &named->env;
-}
 
 /* The whole numbers of a configuration by name; its other fields are router, truncate and eps. */
 static const struct {
@@ -7391,7 +7369,10 @@ MOE_API moe_status moe_model_write(const moe_model *model, const moe_writer *wri
   return moe__save_write(&save, writer, env);
 }
 
-/* Reading. One of a list of names. */
+/* ---- reading them ---- >>load
+   First the metadata, member by member, then the tensors by name; nothing is allocated before it is known that the file holds so much. */
+
+/* One of a list of names. */
 static int moe__json_choice(moe__json *j, const char *const *names, int count, int *out) {
   moe__json_text text;
   int i;
@@ -7430,9 +7411,15 @@ static int moe__config_read(moe__json *j, moe_config *config) {
       narrow = ok ? (int32_t)v : 0;
       memcpy((char *)&c + moe__config_field[i].offset, &narrow, sizeof narrow);
     } else if (moe__json_is(&key, "eps")) ok = moe__json_float(j, &c.eps);
-    else if (moe__json_is(&key, "router")) i += 1, ok = moe__json_choice(j, moe__router_name, 3, &choice), c.router = (moe_router)choice;
-    else if (moe__json_is(&key, "truncate")) i += 2, ok = moe__json_choice(j, moe__truncate_name, 2, &choice), c.truncate = (moe_truncate)choice;
-    else return moe__json_fail(j, "a member that is not known: written by a newer moe.h?");
+    else if (moe__json_is(&key, "router")) {
+      i += 1;
+      ok = moe__json_choice(j, moe__router_name, 3, &choice);
+      c.router = (moe_router)choice;
+    } else if (moe__json_is(&key, "truncate")) {
+      i += 2;
+      ok = moe__json_choice(j, moe__truncate_name, 2, &choice);
+      c.truncate = (moe_truncate)choice;
+    } else return moe__json_fail(j, "a member that is not known: written by a newer moe.h?");
     if (!ok) return 0;
     if (seen >> i & 1) return moe__json_fail(j, "a member is there twice");
     seen |= 1u << i;
@@ -7534,7 +7521,8 @@ static moe_status moe__header_read(moe__header *header, const void *file, size_t
   if (moe__st_text(&header->st, "moe.version", &j, NULL))
     return moe__fail(env, MOE_E_FORMAT, "a safetensors file, but no model of moe.h: its metadata has no \"moe.version\" (moe_model_import reads "
                      "published encoders)");
-  if (!moe__json_integer(&j, 1, INT32_MAX, &version) || !moe__json_finish(&j)) return moe__fail(env, MOE_E_FORMAT, "moe.version: %s", j.error);
+  if (!moe__json_integer(&j, 1, INT32_MAX, &version) || !moe__json_finish(&j))
+    return moe__fail(env, MOE_E_FORMAT, "moe.version: %s", j.error);
   if (version > MOE__FILE_VERSION)
     return moe__fail(env, MOE_E_FORMAT, "written in version %lld of the format, this moe.h knows %d", (long long)version, MOE__FILE_VERSION);
   status = moe__st_text(&header->st, "moe.config", &j, env);
@@ -7563,7 +7551,8 @@ static moe_status moe__wrong_shape(const moe__st_tensor *found, const moe_tensor
   for (k = 0; k < want->dims; ++k) shape[k] = (size_t)want->shape[k];
   moe__shape_text(a, sizeof a, found->shape, found->dims);
   moe__shape_text(b, sizeof b, shape, want->dims);
-  return moe__fail(env, MOE_E_FORMAT, "tensor %s: expected %s of %s, found %s of %s", found->name, dtypes, b, moe__dtype_name[found->dtype], a);
+  return moe__fail(env, MOE_E_FORMAT, "tensor %s: expected %s of %s, found %s of %s", found->name, dtypes, b,
+                   moe__dtype_name[found->dtype], a);
 }
 
 static int moe__same_shape(const moe__st_tensor *found, const moe_tensor *want) {
@@ -7573,7 +7562,8 @@ static int moe__same_shape(const moe__st_tensor *found, const moe_tensor *want) 
 }
 
 /* The tensors of the flat array under a prefix. to NULL: only checks that each is there once, in its shape; else copies them. */
-static moe_status moe__tensors_read(float *to, const moe__st *st, const moe_model *model, const char *prefix, int in_order, const moe_env *env) {
+static moe_status moe__tensors_read(float *to, const moe__st *st, const moe_model *model, const char *prefix, int in_order,
+                                    const moe_env *env) {
   moe__json j, hint;
   moe__st_tensor found;
   moe_tensor want;
@@ -7603,8 +7593,9 @@ static moe_status moe__tensors_read(float *to, const moe__st *st, const moe_mode
     moe_model_tensor(model, i, &want);
     if (!moe__st_find(st, &hint, prefix, want.name, &found)) return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", prefix, want.name);
     if (in_order && found.begin != first + want.offset * sizeof(float))
-      return moe__fail(env, MOE_E_FORMAT, "tensor %s stands at byte %zu of the data instead of %zu: the file was saved anew by another program; "
-                       "read it with moe_model_load and save it again", found.name, found.begin, first + want.offset * sizeof(float));
+      return moe__fail(env, MOE_E_FORMAT, "tensor %s stands at byte %zu of the data instead of %zu: the file was saved anew by another "
+                       "program; read it with moe_model_load and save it again", found.name, found.begin,
+                       first + want.offset * sizeof(float));
   }
   return hashes ? moe__fail(env, MOE_E_FORMAT, "a tensor is there twice") : MOE_OK;
 }
@@ -7641,7 +7632,8 @@ static moe_status moe__model_prepare(moe_model **out, const moe__header *header,
   if (!status) status = moe__check_tasks(&header->config, tasks.task, (int32_t)tasks.T, env);
   if (!status) status = moe__plan_make(&plan, &header->config, tasks.task, (int32_t)tasks.T, env);
   if (!status && plan.total > header->st.data_bytes / sizeof(float)) /* before so much memory is asked for */
-    status = moe__fail(env, MOE_E_FORMAT, "the configuration wants %zu weights, the file has %zu bytes for them", plan.total, header->st.data_bytes);
+    status = moe__fail(env, MOE_E_FORMAT, "the configuration wants %zu weights, the file has %zu bytes for them", plan.total,
+                       header->st.data_bytes);
   if (!status) status = moe__model_create_raw(out, &header->config, tasks.task, (int32_t)tasks.T, env);
   moe__release(scratch);
   return status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status;
@@ -7723,6 +7715,29 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
 #ifndef MOE_NO_STDIO
 MOE_API void moe_free(void *data) { moe__release(data); }
 
+/* An environment that puts a name before every sentence, and calls wrong numbers by their name in a file: damaged data. */
+typedef struct moe__named {
+  moe_env env;
+  const moe_env *outer;
+  const char *name;
+} moe__named;
+
+static void moe__named_log(void *user, moe_status status, const char *sentence) {
+  const moe__named *named = (const moe__named *)user;
+  moe__fail(named->outer, status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status, "%s: %s", named->name, sentence);
+}
+
+static const moe_env *moe__name_env(moe__named *named, const char *name, const moe_env *env) {
+  memset(named, 0, sizeof *named);
+  if (env) named->env = *env;
+  else moe_env_init(&named->env, MOE_ISA_AUTO);
+  named->outer = env;
+  named->name = name;
+  named->env.log = moe__named_log;
+  named->env.log_user = named;
+  return &named->env;
+}
+
 #ifdef _WIN32
 typedef HANDLE moe__fd;
 #define MOE__FD_NONE INVALID_HANDLE_VALUE
@@ -7782,7 +7797,9 @@ static int moe__write_some(moe__fd fd, const void *from, size_t most, size_t *go
 static int moe__sync(moe__fd fd) { return !FlushFileBuffers(fd); }
 static int moe__close(moe__fd fd) { return !CloseHandle(fd); }
 static void moe__remove(const char *path) { DeleteFileA(path); }
-static int moe__rename(const char *from, const char *to) { return !MoveFileExA(from, to, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH); }
+static int moe__rename(const char *from, const char *to) {
+  return !MoveFileExA(from, to, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+}
 static void moe__sync_folder(char *path) { (void)path; }
 #else
 static moe__path_kind moe__path(const char *path, size_t *bytes, unsigned *mode) {
@@ -7908,20 +7925,22 @@ static int moe__file_sink_write(void *user, const void *data, size_t bytes) {
 }
 
 /* Opens `to`, lets `write` fill it and brings it to the disk. */
-static moe_status moe__write_file(const char *to, unsigned mode, int sync, moe_status (*write_fn)(void *, const moe_writer *, const moe_env *),
-                                  void *user, const moe_env *env) {
+static moe_status moe__write_file(const char *to, unsigned mode, int sync,
+                                  moe_status (*write_fn)(void *, const moe_writer *, const moe_env *), void *user, const moe_env *env) {
   moe__file_sink sink;
   moe_writer writer;
   moe_status status;
   memset(&sink, 0, sizeof sink);
   sink.fd = moe__open_write(to, mode);
-  if (sink.fd == MOE__FD_NONE) return moe__fail(env, MOE_E_IO, "%s: cannot be written: %s", to, moe__reason(sink.reason, sizeof sink.reason));
+  if (sink.fd == MOE__FD_NONE)
+    return moe__fail(env, MOE_E_IO, "%s: cannot be written: %s", to, moe__reason(sink.reason, sizeof sink.reason));
   writer.write = moe__file_sink_write;
   writer.user = &sink;
   status = write_fn(user, &writer, env);
   if (!sink.failed && !status && sync && moe__sync(sink.fd)) sink.failed = 1, moe__reason(sink.reason, sizeof sink.reason);
   if (moe__close(sink.fd) && !sink.failed && !status) sink.failed = 1, moe__reason(sink.reason, sizeof sink.reason);
-  if (sink.failed) return moe__fail(env, MOE_E_IO, "%s: writing failed after %llu bytes: %s", to, (unsigned long long)sink.written, sink.reason);
+  if (sink.failed)
+    return moe__fail(env, MOE_E_IO, "%s: writing failed after %llu bytes: %s", to, (unsigned long long)sink.written, sink.reason);
   return status;
 }
 
@@ -8006,7 +8025,8 @@ static int moe__import_find(const moe__st *st, moe__json *hint, const char *pref
 }
 
 /* A matrix of the file, for its sizes. */
-static moe_status moe__import_matrix(const moe__st *st, const char *prefix, const char *name, int32_t *rows, int32_t *cols, const moe_env *env) {
+static moe_status moe__import_matrix(const moe__st *st, const char *prefix, const char *name, int32_t *rows, int32_t *cols,
+                                     const moe_env *env) {
   moe__json hint;
   moe__st_tensor t;
   char shape[200];
@@ -8073,7 +8093,8 @@ MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, 
   moe__json_finish(&j);
   if (j.error) return moe__fail(env, MOE_E_FORMAT, "config.json, byte %zu of %zu: %s", (size_t)(j.at - json), bytes, j.error);
   if (!heads) return moe__fail(env, MOE_E_FORMAT, "config.json: num_attention_heads is missing");
-  if (!(c.eps > 0 && c.eps < 1)) return moe__fail(env, MOE_E_FORMAT, "config.json: layer_norm_eps is %g, it must be above 0 and below 1", (double)c.eps);
+  if (!(c.eps > 0 && c.eps < 1))
+    return moe__fail(env, MOE_E_FORMAT, "config.json: layer_norm_eps is %g, it must be above 0 and below 1", (double)c.eps);
   c.heads = (int32_t)heads;
   *config = c;
   return MOE_OK;
@@ -8153,7 +8174,8 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
   size_t k;
   moe_status status;
   if (!model->writable) return moe__fail(env, MOE_E_ARGUMENT, "the weights of this model are a file's and cannot be changed");
-  if (!(noise >= 0 && noise < 1)) return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, it must be from 0 to 1", (double)noise);
+  if (!(noise >= 0 && noise < 1))
+    return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, it must be from 0 to 1", (double)noise);
   status = moe__st_open(&st, file, file_bytes, env);
   if (!status) status = moe__import_prefix(prefix, sizeof prefix, &st, env);
   if (!status) status = moe__import_survey(model, &st, prefix, env);
@@ -8253,7 +8275,8 @@ static moe_status moe__same_config(const moe_config *file, const moe_config *mod
       return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has %s %d, the model has %d", moe__config_field[i].name,
                        (int)moe__config_get(file, i), (int)moe__config_get(model, i));
   if (file->eps < model->eps || file->eps > model->eps)
-    return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has eps %g, the model has %g", (double)file->eps, (double)model->eps);
+    return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has eps %g, the model has %g", (double)file->eps,
+                     (double)model->eps);
   if (file->router != model->router)
     return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has router %s, the model has %s", moe__router_name[file->router],
                      moe__router_name[model->router]);
@@ -8270,7 +8293,8 @@ static const char *moe__task_difference(const moe_task *a, const moe_task *b) {
   if (a->pair != b->pair) return "pair";
   if (a->max_len != b->max_len) return "max_len";
   if (a->classes != b->classes) return "number of classes";
-  if (a->kind == MOE_KIND_REGRESSION) return a->low < b->low || a->low > b->low || a->high < b->high || a->high > b->high ? "range" : NULL;
+  if (a->kind == MOE_KIND_REGRESSION)
+    return a->low < b->low || a->low > b->low || a->high < b->high || a->high > b->high ? "range" : NULL;
   for (i = 0; i < a->classes; ++i)
     if (strcmp(a->label[i], b->label[i])) return "label names";
   return NULL;
@@ -8325,7 +8349,10 @@ static int moe__sampler_read(moe__json *j, moe_sampler *sampler, int apply) {
       case 0: ok = moe__json_choice(j, moe__sampling_name, 4, &choice), same = choice == (int)config->sampling; break;
       case 1: ok = moe__json_float(j, &tau), same = !(tau < config->tau || tau > config->tau); break;
       case 2: ok = moe__json_integer(j, INT32_MIN, INT32_MAX, &v), same = v == config->in_order; break;
-      case 3: ok = moe__json_read_number(j, &number), same = ok && number.integer && !number.negative && number.magnitude == config->seed; break;
+      case 3:
+        ok = moe__json_read_number(j, &number);
+        same = ok && number.integer && !number.negative && number.magnitude == config->seed;
+        break;
       case 4: ok = moe__json_integer(j, INT64_MIN, INT64_MAX, &v), same = v == config->draws; break;
       case 5:
         ok = moe__json_integer(j, 0, INT64_MAX, &v);
@@ -8386,7 +8413,8 @@ static moe_status moe__checkpoint_check(const moe__header *header, const moe_mod
   moe__release(scratch);
   if (!status) status = moe__vocab_find(&vocab, &vocab_bytes, &header->st, env);
   if (!status && (vocab_bytes != model->vocab_bytes || (vocab_bytes && memcmp(vocab, model->vocab, vocab_bytes))))
-    status = moe__fail(env, MOE_E_FORMAT, "the checkpoint's vocabulary (%zu bytes) is not the model's (%zu bytes)", vocab_bytes, model->vocab_bytes);
+    status = moe__fail(env, MOE_E_FORMAT, "the checkpoint's vocabulary (%zu bytes) is not the model's (%zu bytes)", vocab_bytes,
+                       model->vocab_bytes);
   if (!status) status = moe__tensors_read(NULL, &header->st, model, "", 0, env);
   for (i = 0; i < 2 && !status; ++i) status = moe__tensors_read(NULL, &header->st, model, moe__moment_prefix[i], 0, env);
   return status;
