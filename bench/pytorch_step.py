@@ -10,11 +10,11 @@ Prints JSON. Needs torch.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
+
+from serve import peak_mb, repeat, serve
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", "tests", "golden"))
@@ -59,9 +59,8 @@ def measure(a):
     net = model(a.system, a.dropout).train()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-5, fused=True)
     b = batch(a.lengths)
-    seconds = []
-    for _ in range(a.warm + a.steps):
-        start = time.perf_counter()
+
+    def once():
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=a.precision == "bf16"):
             loss = net.loss(b)
@@ -69,14 +68,18 @@ def measure(a):
         ref.clip(net.parameters(), 1.0)
         optimizer.step()
         loss.item()
-        seconds.append(time.perf_counter() - start)
-    seconds = seconds[a.warm:]
+
+    record = {"peer": f"PyTorch {torch.__version__}", "what": "training step", "system": a.system, "precision": a.precision,
+              "lengths": a.lengths, "tokens": b.starts[-1], "threads": a.threads, "dropout": a.dropout}
+    if a.serve:
+        return serve(once, record, a.warm)
+    for _ in range(a.warm):
+        once()
+    seconds = [repeat(once, 0)[0] for _ in range(a.steps)]
     median = statistics.median(seconds)
-    print(json.dumps({
-        "peer": f"PyTorch {torch.__version__}", "what": "training step", "system": a.system, "precision": a.precision,
-        "lengths": a.lengths, "tokens": b.starts[-1], "threads": a.threads, "dropout": a.dropout, "median_s": median,
-        "min_s": min(seconds), "tokens_per_second": b.starts[-1] / median,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+    print(json.dumps(dict(record, median_s=median, min_s=min(seconds), tokens_per_second=b.starts[-1] / median,
+                          peak_rss_mb=peak_mb())), flush=True)
+    return None
 
 
 def main():
@@ -89,6 +92,7 @@ def main():
     p.add_argument("--warm", type=int, default=2)
     p.add_argument("--steps", type=int, default=7)
     p.add_argument("--variant", help="SYSTEM,PRECISION,LENGTHS: one variant in this process")
+    p.add_argument("--serve", action="store_true", help="with --variant: answer the lines of standard input (serve.py)")
     a = p.parse_args()
     if a.variant:
         a.system, a.precision, a.lengths = a.variant.split(",")

@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""Measures moe.h beside what a user would take instead, and writes bench/results.md. Run by `make -C bench`.
+
+  run.py [--quick] [--sections train,infer,...] [--threads 1,2] [--out bench/results.md]
+
+Every program stays alive for the whole table and they take turns (A B A B ...) on the same cores; a ratio is the median of the ratios of the
+rounds, a figure the median of the rounds, and behind it stands half the distance between the quartiles in per cent. Peers that cannot be
+had are named and left out. Standard library only; the peers live in bench/venv, or in the folder that BENCH_VENV names.
+"""
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+BUILD = os.path.join(HERE, "build")
+VENV = os.environ.get("BENCH_VENV") or os.path.join(HERE, "venv")
+PYTHON = os.path.join(VENV, "bin", "python")
+PACKAGES = ["torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "transformers"]
+# glibc gives freed blocks back to the system and faults them in again at each step unless told otherwise; about 5 % for PyTorch
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
+SHAPES = ["1x8", "1x32", "1x128", "8x32", "32x128"]
+
+
+class Unavailable(Exception):
+    """A peer that cannot be had."""
+
+
+class Program:
+    """A served program: bench.h and serve.py tell the protocol."""
+
+    def __init__(self, name, command, threads, environment=None):
+        self.name = name
+        env = dict(os.environ, OMP_NUM_THREADS=str(threads), **(environment or {}))
+        for variable in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
+            env.pop(variable, None)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        self.ready = self.read_json()
+
+    def read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            why = self.process.stderr.read().strip().splitlines()
+            raise Unavailable(f"{self.name}: {why[-1] if why else 'it ended'}")
+        return line
+
+    def read_json(self):
+        while True:
+            line = self.read()
+            if line.startswith("{"):
+                return json.loads(line)
+
+    def seconds(self, budget, *words):
+        """Median seconds of a call, repeated for `budget` seconds."""
+        self.process.stdin.write(" ".join([str(budget), *words]) + "\n")
+        self.process.stdin.flush()
+        return float(self.read().split()[0])
+
+    def finish(self):
+        self.process.stdin.close()
+        last = self.read_json()
+        self.process.wait()
+        return last
+
+
+def start(programs, missing, name, command, threads, environment=None):
+    """Adds a program to the list; one that cannot be had goes to `missing`."""
+    try:
+        programs.append(Program(name, command, threads, environment))
+    except (Unavailable, OSError) as e:
+        missing.append(str(e))
+        print(f"  left out: {e}", flush=True)
+
+
+def spread(values):
+    """Half the distance between the quartiles, in per cent of the median."""
+    if len(values) < 3:
+        return 100 * (max(values) - min(values)) / 2 / statistics.median(values)
+    q = statistics.quantiles(values, n=4, method="inclusive")
+    return 100 * (q[2] - q[0]) / 2 / q[1]
+
+
+def take_turns(programs, rounds, budget, *words):
+    """{name: [seconds of each round]}"""
+    times = {p.name: [] for p in programs}
+    for _ in range(rounds):
+        for p in programs:
+            times[p.name].append(p.seconds(budget, *words))
+    return times
+
+
+def ratio(ours, theirs):
+    """How many times longer the peer takes: the median over the rounds."""
+    return statistics.median(b / a for a, b in zip(ours, theirs))
+
+
+class Report:
+    """results.md, written anew after each section, and echoed to the terminal."""
+
+    def __init__(self, path):
+        self.path, self.lines = path, []
+
+    def text(self, *lines):
+        for line in lines:
+            self.lines.append(line)
+            print(line, flush=True)
+
+    def table(self, head, rows):
+        cells = [head] + [["" if c is None else str(c) for c in r] for r in rows]
+        width = [max(len(r[i]) for r in cells) for i in range(len(head))]
+        def line(r):
+            return "| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |"
+        self.text(line(cells[0]), "|" + "|".join("-" * (w + 2) for w in width) + "|", *(line(r) for r in cells[1:]), "")
+
+    def save(self):
+        with open(self.path, "w", encoding="utf-8") as f:
+            f.write("\n".join(self.lines).rstrip() + "\n")
+
+
+def output(command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def prepare_peers():
+    """Makes the venv and installs what is missing. Returns {package: version} of what is there."""
+    if not os.path.exists(PYTHON):
+        print(f"making {VENV} (some gigabytes, a few minutes)", flush=True)
+        if subprocess.run([sys.executable, "-m", "venv", VENV], check=False).returncode != 0:
+            shutil.rmtree(VENV, ignore_errors=True)
+            return {}
+    for package in [p for p in PACKAGES if p not in versions()]:
+        print(f"pip install {package}", flush=True)
+        subprocess.run([PYTHON, "-m", "pip", "install", "-q", package], check=False)
+    return versions()
+
+
+def versions():
+    code = ("import importlib.metadata as m, json, sys\nout = {}\nfor p in sys.argv[1:]:\n"
+            "  try: out[p] = m.version(p)\n  except Exception: pass\nprint(json.dumps(out))")
+    text = output([PYTHON, "-c", code, *PACKAGES])
+    return json.loads(text) if text else {}
+
+
+def cpu_name():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            text = f.read()
+    except OSError:
+        return platform.processor() or platform.machine(), ""
+    field = {k: (re.findall(rf"^{k}\s*: (.*)$", text, re.M) or ["?"])[0] for k in ("model name", "cpu family", "model", "stepping", "flags")}
+    units = [u for u in ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8") if u in field["flags"].split()]
+    return f"{field['model name']} (family {field['cpu family']}, model {field['model']}, stepping {field['stepping']})", " ".join(units)
+
+
+def heading(report, have, threads):
+    name, units = cpu_name()
+    compiler = output([os.environ.get("CC", "cc"), "--version"]).splitlines()
+    commit = output(["git", "-C", HERE, "rev-parse", "--short", "HEAD"])
+    report.text("# Results of `make -C bench`", "",
+                f"- date: {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC; commit {commit or 'unknown'}",
+                f"- CPU: {name}, {len(os.sched_getaffinity(0))} cores used of {os.cpu_count()}; {units}",
+                f"- compiler: {compiler[0] if compiler else 'cc'}, `-O2`; system: {platform.system()} {platform.release()}, Python {platform.python_version()}",
+                "- peers: " + (", ".join(f"{p} {v}" for p, v in have.items()) or "none"),
+                *([f"- left out (could not be installed): {', '.join(p for p in PACKAGES if p not in have)}"] if len(have) < len(PACKAGES) else []),
+                f"- threads: {', '.join(map(str, threads))}. The programs of a table take turns on the same cores. A figure is the median of the rounds, behind it half "
+                "the distance between the quartiles; a ratio is the median of the ratios of the rounds, above 1 where moe.h is faster.", "")
+
+
+def rate(tokens, seconds):
+    return f"{tokens / statistics.median(seconds):.0f} ±{spread(seconds):.0f} %"
+
+
+def train_section(report, a):
+    """MiniLM's size, N = 4, T = 8, 32 sequences, dropout 0.1, fp32 against PyTorch's fp32 and its bf16 autocast."""
+    report.text("## Training step", "",
+                "6 x 384, N = 4, T = 8, 32 sequences, dropout 0.1, clipping, Adam; tokens per second. PyTorch: one product per expert, fused Adam, "
+                "`scaled_dot_product_attention`, an allocator that keeps its memory. Real lengths: 8 + 120 u², the same for all; PyTorch pads inside attention "
+                "only, `sorted` = sorted by length in 4 groups. moe.h is fp32 here.", "")
+    missing = []
+    for threads in a.threads:
+        rows = []
+        for kind, variants in (("full", ["full"]), ("real", ["real", "sorted"])):
+            programs = []
+            command = [os.path.join(BUILD, "bench_step"), "train", "--threads", str(threads), "--serve"] + (["--real"] if kind == "real" else [])
+            start(programs, missing, "moe.h", command, threads)
+            for precision in a.precisions:
+                for v in variants:
+                    if a.quick and (precision, v) in (("bf16", "real"), ("fp32", "real")):
+                        continue    # the padded ones are never the fastest
+                    start(programs, missing, f"PyTorch {precision}" + (f", {v}" if v != "full" else ""),
+                          [PYTHON, os.path.join(HERE, "pytorch_step.py"), "--variant", f"tag,{precision},{v}", "--serve", "--warm", "1", "--threads", str(threads)],
+                          threads, MALLOC)
+            times = take_turns(programs, 2 if a.quick else 5 if kind == "real" else 4, 0)
+            tokens = programs[0].ready["tokens"]
+            for p in programs:
+                peak = p.finish()["peak_mb"]
+                own = p.name == "moe.h"
+                rows.append([f"{tokens} tokens, {'32 x 128' if kind == 'full' else 'real lengths'}", p.name, rate(tokens, times[p.name]),
+                             "" if own else f"{ratio(times['moe.h'], times[p.name]):.2f}", f"{peak:.0f}"])
+        report.text(f"{threads} thread{'s' if threads > 1 else ''}:", "")
+        report.table(["batch", "program", "tokens/s", "moe.h is faster by", "peak memory, MB"], rows)
+    for m in missing:
+        report.text(f"Left out: {m}", "")
+
+
+SECTIONS = {"train": train_section}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--quick", action="store_true", help="training step and inference only, fewer rounds")
+    p.add_argument("--sections", help="some of: " + ", ".join(SECTIONS))
+    cores = len(os.sched_getaffinity(0))
+    p.add_argument("--threads", default="1,2" if cores > 1 else "1")
+    p.add_argument("--precisions", default="fp32,bf16", help="of PyTorch's training step")
+    p.add_argument("--out", default=os.path.join(HERE, "results.md"))
+    a = p.parse_args()
+    a.threads = [int(t) for t in a.threads.split(",")]
+    a.precisions = a.precisions.split(",")
+    names = a.sections.split(",") if a.sections else ["train", "infer"] if a.quick else list(SECTIONS)
+    unknown = [n for n in names if n not in SECTIONS]
+    if unknown:
+        sys.exit(f"run.py: no section {unknown[0]}; there are: {', '.join(SECTIONS)}")
+    if subprocess.run(["make", "-s", "-C", HERE, "programs"], check=False).returncode != 0:
+        sys.exit("run.py: the programs do not compile")
+    begin = time.monotonic()
+    report = Report(a.out)
+    a.have = prepare_peers()
+    prepared = time.monotonic()
+    heading(report, a.have, a.threads)
+    for name in names:
+        SECTIONS[name](report, a)
+        report.save()
+    report.text(f"Measured in {time.monotonic() - prepared:.0f} s, after {prepared - begin:.0f} s of preparing the peers.")
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
