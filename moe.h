@@ -1174,13 +1174,16 @@ typedef pthread_t moe__thread;
 #define MOE__PAUSE() ((void)0)
 #endif
 
-/* A job is announced by a new ticket. Helpers spin for a while (a layer asks for many short jobs), then sleep. The caller works too. */
+/* A job is announced by a new ticket. Helpers spin for a while (a layer asks for many short jobs), then sleep. The caller works too, and when
+   no piece is left it closes the job: only helpers that have joined by then are waited for, so that one the system has put aside (more
+   threads than processors, a busy machine) costs nothing. */
 struct moe_pool {
   moe__mutex mutex;
   moe__cond wake;
   int32_t helpers, sleeping, spin;
-  int32_t ticket;  /* number of the present job; atomic */
-  int32_t running; /* helpers that have not finished it; atomic */
+  int32_t ticket; /* number of the present job; atomic */
+  int32_t open;   /* 1: helpers may still join; under the mutex */
+  int32_t active; /* helpers that have joined and not finished; atomic */
   int32_t next, count;
   int32_t quit;
   void (*body)(void *arg, int32_t index);
@@ -1196,22 +1199,30 @@ static void moe__pool_work(moe_pool *pool) {
   }
 }
 
+/* Waits for a ticket other than `seen` and joins its job. 0: the pool ends. */
+static int moe__pool_join(moe_pool *pool, int32_t *seen, int *joined) {
+  int32_t i;
+  int quit;
+  for (i = 0; i < pool->spin && (int32_t)MOE__LOAD(&pool->ticket) == *seen; ++i) MOE__PAUSE();
+  MOE__LOCK(&pool->mutex);
+  ++pool->sleeping;
+  while ((int32_t)MOE__LOAD(&pool->ticket) == *seen) MOE__WAIT(&pool->wake, &pool->mutex);
+  --pool->sleeping;
+  *seen = (int32_t)MOE__LOAD(&pool->ticket);
+  *joined = pool->open;
+  if (pool->open) MOE__FETCH_ADD(&pool->active, 1);
+  quit = pool->quit;
+  MOE__UNLOCK(&pool->mutex);
+  return !quit;
+}
+
 static void moe__pool_loop(moe_pool *pool) {
   int32_t seen = 0;
-  for (;;) {
-    int32_t i;
-    for (i = 0; i < pool->spin && (int32_t)MOE__LOAD(&pool->ticket) == seen; ++i) MOE__PAUSE();
-    if ((int32_t)MOE__LOAD(&pool->ticket) == seen) {
-      MOE__LOCK(&pool->mutex);
-      ++pool->sleeping;
-      while ((int32_t)MOE__LOAD(&pool->ticket) == seen) MOE__WAIT(&pool->wake, &pool->mutex);
-      --pool->sleeping;
-      MOE__UNLOCK(&pool->mutex);
-    }
-    seen = (int32_t)MOE__LOAD(&pool->ticket);
-    if (pool->quit) return;
+  int joined = 0;
+  while (moe__pool_join(pool, &seen, &joined)) {
+    if (!joined) continue;
     moe__pool_work(pool);
-    MOE__SUB_FETCH(&pool->running, 1);
+    MOE__SUB_FETCH(&pool->active, 1);
   }
 }
 
@@ -1227,24 +1238,23 @@ static void *moe__pool_main(void *arg) {
 }
 #endif
 
-static void moe__pool_announce(moe_pool *pool) {
-  MOE__LOCK(&pool->mutex); /* a helper that is about to sleep must not miss the ticket */
-  MOE__STORE(&pool->ticket, pool->ticket + 1);
-  if (pool->sleeping) MOE__WAKE_ALL(&pool->wake);
-  MOE__UNLOCK(&pool->mutex);
-}
-
 static void moe__pool_run(void *user, int32_t count, void (*body)(void *arg, int32_t index), void *arg) {
   moe_pool *pool = (moe_pool *)user;
   int32_t spins = 0;
+  MOE__LOCK(&pool->mutex); /* nobody is active: the fields of the job are ours */
   pool->body = body;
   pool->arg = arg;
   pool->count = count;
   pool->next = 0;
-  MOE__STORE(&pool->running, pool->helpers);
-  moe__pool_announce(pool);
+  pool->open = 1;
+  MOE__STORE(&pool->ticket, pool->ticket + 1);
+  if (pool->sleeping) MOE__WAKE_ALL(&pool->wake);
+  MOE__UNLOCK(&pool->mutex);
   moe__pool_work(pool);
-  while (MOE__LOAD(&pool->running) > 0) {
+  MOE__LOCK(&pool->mutex);
+  pool->open = 0;
+  MOE__UNLOCK(&pool->mutex);
+  while ((int32_t)MOE__LOAD(&pool->active) > 0) {
     if (++spins < pool->spin) MOE__PAUSE();
     else MOE__YIELD();
   }
@@ -1266,8 +1276,11 @@ MOE_API int32_t moe_processors(void) {
 MOE_API void moe_pool_free(moe_pool *pool) {
   int32_t i;
   if (!pool) return;
+  MOE__LOCK(&pool->mutex);
   pool->quit = 1;
-  moe__pool_announce(pool);
+  MOE__STORE(&pool->ticket, pool->ticket + 1);
+  MOE__WAKE_ALL(&pool->wake);
+  MOE__UNLOCK(&pool->mutex);
   for (i = 0; i < pool->helpers; ++i) {
 #ifdef _WIN32
     WaitForSingleObject(pool->thread[i], INFINITE);
