@@ -445,7 +445,7 @@ typedef struct moe_writer {
   int (*write)(void *user, const void *data, size_t bytes); /* 0 = written */
   void *user;
 } moe_writer;
-/* Writes the whole model. MOE_E_IO when the writer says so. */
+/* Writes the whole model, in large portions; the same model gives the same bytes. MOE_E_IO when the writer says so. */
 MOE_API moe_status moe_model_write(const moe_model *model, const moe_writer *writer, const moe_env *env);
 /* A model on the heap from the bytes of a file, packed and ready to train or to run. The tensors may have any order. MOE_E_FORMAT with the
    tensor's name where the file is not one of moe.h or is damaged (NaN and infinities among the weights count as damage). */
@@ -468,7 +468,8 @@ MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t
    "gelu", position_embedding_type "absolute" and model_type "bert", where they are given. */
 MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes, const moe_env *env);
 /* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN, #18) from the file: F32, F16 or BF16. Gates and heads
-   keep their values. Nothing is changed unless every tensor is there in the right shape. options NULL: no noise. */
+   keep their values. MOE_E_FORMAT with a sentence for each tensor that is missing, misshapen or not finite (16 at most); nothing is
+   changed then. options NULL: no noise. */
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes, const moe_import_options *options,
                                     const moe_env *env);
 
@@ -608,10 +609,13 @@ MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_conf
 MOE_API void moe_sample(moe_sampler *sampler, int32_t *task, int64_t *row);
 
 /* Checkpoint: the model file plus moments, step and the sampler's state (sampler may be NULL), and `note`, a text of the caller's (its own options,
-   say; NULL: none). After _read the next step has the same bits as if nothing had happened. */
+   say; NULL: none). To be written between updates: gradients that wait for one are not in it. After _read the next step has the same
+   bits as if nothing had happened. MOE_E_IO. */
 MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler, const char *note, const moe_writer *writer,
                                         const moe_env *env);
-/* Restores weights, moments, step and sampler of a trainer that was made for the same configuration and tasks; else MOE_E_FORMAT, nothing changed. */
+/* Restores weights, moments, step and sampler of a trainer that was made for the same configuration, tasks and vocabulary and a sampler of the
+   same settings and rows (NULL: its state is passed over); gradients are cleared. MOE_E_FORMAT says what differs; nothing is changed
+   then. The training configuration is the caller's to repeat: see the note. */
 MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sampler, const void *file, size_t bytes, const moe_env *env);
 /* Copies the note into text (capacity bytes, zero-terminated); *length its full length, to be asked for with capacity 0. */
 MOE_API moe_status moe_checkpoint_note(char *text, size_t capacity, size_t *length, const void *file, size_t bytes, const moe_env *env);

@@ -338,13 +338,13 @@ static void test_checkpoint_survives_kill_9(void) {
   struct timespec pause_ = {0, 0};
   CHECK(start_run(&r, &usual, &env), "%s", said);
   CHECK(step_run(&r, &loss, &env) && moe_checkpoint_save(r.trainer, &r.sampler, NULL, path, &env) == MOE_OK, "%s", said);
-  for (round = 0; round < 20; ++round) {
+  for (round = 0; round < 12; ++round) {
     pid_t child = fork();
     CHECK(child >= 0, "fork");
     if (!child)
       for (;;)
         if (moe_checkpoint_save(r.trainer, &r.sampler, NULL, path, &env)) _exit(1);
-    pause_.tv_nsec = 300000 * (round + 1);
+    pause_.tv_nsec = 500000 * (round + 1);
     nanosleep(&pause_, NULL);
     kill(child, SIGKILL);
     waitpid(child, NULL, 0);

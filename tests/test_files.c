@@ -2,6 +2,8 @@
 #include "../moe.h"
 #include "test.h"
 #if defined(__unix__) || defined(__APPLE__)
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #define HAVE_POSIX 1
@@ -386,6 +388,45 @@ static void test_files_old_file_survives_a_failure(void) {
   remove(path);
 }
 
+static void test_files_failed_save_keeps_the_old_file(void) {
+#ifdef HAVE_POSIX
+  moe_env env = logging();
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  struct rlimit limit;
+  rlim_t before;
+  size_t bytes = 0;
+  rlim_t most;
+  void *old = NULL;
+  int there;
+  CHECK(model && moe_model_save(model, "build/files_limit", &env) == MOE_OK, "%s", said);
+  CHECK(moe_file_read(&old, &bytes, "build/files_limit", &env) == MOE_OK, "%s", said);
+  moe_free(old);
+  CHECK(getrlimit(RLIMIT_FSIZE, &limit) == 0, "getrlimit");
+  before = limit.rlim_cur;
+  signal(SIGXFSZ, SIG_IGN);
+  for (most = 0; most < (rlim_t)bytes; most += (rlim_t)bytes / 7) { /* a limit of the size of files acts like a disk that is full */
+    moe_status status;
+    limit.rlim_cur = most;
+    CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0, "setrlimit");
+    said[0] = 0;
+    status = moe_model_save(model, "build/files_limit", &env);
+    limit.rlim_cur = before;
+    CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0, "setrlimit");
+    CHECK(status == MOE_E_IO && strstr(said, "build/files_limit.tmp: writing failed after"), "status %d: %s", (int)status, said);
+    exists("build/files_limit.tmp", &there);
+    CHECK(!there, "nothing is left over");
+    CHECK(moe_model_load(&back, "build/files_limit", &env) == MOE_OK, "%s", said);
+    CHECK(same_models(model, moe_model_weights(back), back), "the old file");
+    moe_model_free(back);
+  }
+  signal(SIGXFSZ, SIG_DFL);
+  remove("build/files_limit");
+  moe_model_free(model);
+#else
+  SKIP("no limit of the size of files here");
+#endif
+}
+
 static void test_files_disk_full_is_reported(void) {
 #ifdef __linux__
   moe_env env = logging();
@@ -459,6 +500,7 @@ int main(int argc, char **argv) {
   RUN(test_files_sentences_name_the_cause);
   RUN(test_files_failing_writer_is_reported);
   RUN(test_files_old_file_survives_a_failure);
+  RUN(test_files_failed_save_keeps_the_old_file);
   RUN(test_files_disk_full_is_reported);
   RUN(test_files_paths_are_named);
   RUN(test_files_pipes_and_links);

@@ -266,6 +266,8 @@ static void test_import_refuses_other_dtypes_nan_and_damage(void) {
   unsigned char *file = encoder_file(&f, &n), *at;
   moe_model *model = empty_model(MOE_ROUTER_TASK, 2, LAYERS, &env);
   moe_config config;
+  uint64_t state = 8;
+  int sound = 0;
   CHECK(model, "%s", said);
   CHECK(moe_model_import(model, file, n - 1, NULL, &env) == MOE_E_FORMAT && strstr(said, "truncated"), "%s", said);
   for (i = 0; i < n; i += 13) {
@@ -273,6 +275,20 @@ static void test_import_refuses_other_dtypes_nan_and_damage(void) {
     moe_config_init(&config);
     CHECK(moe_import_sizes(&config, file, i, &env) == MOE_E_FORMAT && config.layers == 6, "cut at %zu", i);
   }
+  for (i = 0; i < 2000; ++i) {
+    unsigned char *copy = (unsigned char *)malloc(n);
+    size_t header = 8 + ((size_t)file[0] | (size_t)file[1] << 8), place;
+    memcpy(copy, file, n);
+    test_random(&state);
+    place = (size_t)(state >> 33) % header;
+    copy[place] = (unsigned char)(i % 2 ? copy[place] ^ 1u << (state >> 20) % 8 : state >> 20);
+    env = logging();
+    if (moe_model_import(model, copy, n, NULL, &env)) CHECK(said[0], "a sentence");
+    else ++sound;
+    free(copy);
+  }
+  printf("        %d of %d damaged encoders were still sound\n", sound, (int)i);
+  CHECK(sound < 400, "%d", sound);
   at = file + n - 2; /* the last value of the last layer */
   at[0] = 0xc0, at[1] = 0x7f;
   env = logging();
