@@ -2001,12 +2001,10 @@ static void moe__gemm_weight(moe__gemm *g, const moe_mat *w) {
 }
 
 enum {
-  MOE__GEMM_KC = 256,      /* a block of k: three panels of it (48 KB) about fill the first-level cache */
-  MOE__GEMM_MC = 192,      /* rows of a tile */
-  MOE__GEMM_NC = 96,       /* columns of a tile, a multiple of 16 */
-  MOE__GEMM_PANELS = 6,    /* most panels that a kernel takes */
-  MOE__GEMM_ROWS = 8,      /* most rows that a kernel takes */
-  MOE__GEMM_PACKED = 3,    /* panels in the buffer for packing */
+  MOE__GEMM_PANELS = 6,     /* most panels that a kernel takes */
+  MOE__GEMM_ROWS = 8,       /* most rows that a kernel takes */
+  MOE__GEMM_PACKED = 3,     /* most panels that are packed at a time */
+  MOE__GEMM_BUFFER = 128 * (16 * MOE__GEMM_PACKED + 64), /* floats for packing, 56 KB of the stack */
   MOE__GEMM_SMALL = 1 << 18 /* fewer multiply-adds than this are not worth waking a thread for */
 };
 
@@ -2023,7 +2021,9 @@ typedef struct moe__gemm_kernels {
   int panels;                                                /* how many to take when there are many rows */
   /* panel[p * 16 + j] = src[j * ld + p] for j < width, else 0 */
   void (*pack_cols)(float *panel, const float *src, size_t ld, size_t width, size_t k);
-  void (*pack_rows)(float *panel, const float *src, size_t ld, size_t width, size_t k); /* ... = src[p * ld + j] */
+  /* the same from src[p * ld + j], for up to MOE__GEMM_PACKED panels: width columns, panels 16 k floats apart */
+  void (*pack_rows)(float *panel, const float *src, size_t ld, size_t width, size_t k);
+  void (*copy_rows)(float *dst, size_t dst_ld, const float *src, size_t ld, size_t width, size_t k); /* k rows of width floats */
   /* y[j] = dot(x, w + j ld) + bias[j], 16-lane sums */
   void (*narrow)(float *y, const float *x, const float *w, size_t ld, size_t n, size_t k, const float *bias);
   void (*narrow_panel)(float *y, const float *x, const float *panel, size_t n, size_t k, const float *bias); /* the same, w packed */
@@ -2056,7 +2056,11 @@ static void moe__scalar_pack_cols(float *panel, const float *src, size_t ld, siz
 static void moe__scalar_pack_rows(float *panel, const float *src, size_t ld, size_t width, size_t k) {
   size_t p, j;
   for (p = 0; p < k; ++p)
-    for (j = 0; j < 16; ++j) panel[p * 16 + j] = j < width ? src[p * ld + j] : 0.0f;
+    for (j = 0; j < (width + 15) / 16 * 16; ++j) panel[j / 16 * 16 * k + p * 16 + j % 16] = j < width ? src[p * ld + j] : 0.0f;
+}
+
+static void moe__scalar_copy_rows(float *dst, size_t dst_ld, const float *src, size_t ld, size_t width, size_t k) {
+  for (; k > 0; --k, dst += dst_ld, src += ld) memcpy(dst, src, width * sizeof *dst);
 }
 
 static void moe__scalar_narrow(float *y, const float *x, const float *w, size_t ld, size_t n, size_t k, const float *bias) {
@@ -2105,7 +2109,7 @@ static void moe__scalar_add_rows(float *sum, const float *x, size_t ld, size_t n
 static const moe__gemm_kernels moe__scalar_gemms = {
   {{NULL}, {NULL, moe__scalar_gemm_1x1}, {NULL}, {NULL}, {NULL}, {NULL}, {NULL}},
   {0, 1, 0, 0, 0, 0, 0}, 1,
-  moe__scalar_pack_cols, moe__scalar_pack_rows, moe__scalar_narrow, moe__scalar_narrow_panel, moe__scalar_gelu, moe__scalar_gelu_backward, moe__scalar_add_rows};
+  moe__scalar_pack_cols, moe__scalar_pack_rows, moe__scalar_copy_rows, moe__scalar_narrow, moe__scalar_narrow_panel, moe__scalar_gelu, moe__scalar_gelu_backward, moe__scalar_add_rows};
 
 #ifdef MOE__X86
 /* A kernel of R rows and P panels holds R P vectors of C in registers; each step of k loads P vectors of B and broadcasts R
@@ -2203,11 +2207,24 @@ MOE__T_AVX2 static void moe__avx2_pack_cols(float *panel, const float *src, size
 
 #define MOE__GEMM_HELPERS(S, T)                                                                                               \
   T static void S##_pack_rows(float *panel, const float *src, size_t ld, size_t width, size_t k) {                            \
-    size_t p;                                                                                                                 \
-    if (width == 16)                                                                                                          \
-      for (p = 0; p < k; ++p) S##_store(panel + p * 16, S##_load(src + p * ld));                                              \
+    float *second = panel + 16 * k, *third = second + 16 * k;                                                                 \
+    size_t p, v;                                                                                                              \
+    if (width == 48)                                                                                                          \
+      for (p = 0; p < k; ++p, src += ld) {                                                                                    \
+        S##_store(panel + p * 16, S##_load(src));                                                                             \
+        S##_store(second + p * 16, S##_load(src + 16));                                                                       \
+        S##_store(third + p * 16, S##_load(src + 32));                                                                        \
+      }                                                                                                                       \
     else                                                                                                                      \
-      for (p = 0; p < k; ++p) S##_store(panel + p * 16, S##_loadn(src + p * ld, width));                                      \
+      for (v = 0; v < width; v += 16)                                                                                         \
+        for (p = 0; p < k; ++p) S##_store(panel + v * k + p * 16, S##_loadn(src + p * ld + v, width - v < 16 ? width - v : 16));\
+  }                                                                                                                           \
+  T static void S##_copy_rows(float *dst, size_t dst_ld, const float *src, size_t ld, size_t width, size_t k) {               \
+    for (; k > 0; --k, dst += dst_ld, src += ld) {                                                                            \
+      size_t j = 0;                                                                                                           \
+      for (; j + 16 <= width; j += 16) S##_store(dst + j, S##_load(src + j));                                                 \
+      if (j < width) S##_storen(dst + j, S##_loadn(src + j, width - j), width - j);                                           \
+    }                                                                                                                         \
   }                                                                                                                           \
   T static void S##_narrow(float *y, const float *x, const float *w, size_t ld, size_t n, size_t k, const float *bias) {      \
     size_t j = 0, p, i;                                                                                                       \
@@ -2331,7 +2348,7 @@ static const moe__gemm_kernels moe__avx512_gemms = {
   {{NULL}, MOE__FN8(moe__avx512, 1), MOE__FN8(moe__avx512, 2), MOE__FN8(moe__avx512, 3), {NULL}, {NULL},
    {NULL, moe__avx512_gemm_1x6, moe__avx512_gemm_2x6, moe__avx512_gemm_3x6, moe__avx512_gemm_4x6}},
   {0, 8, 8, 8, 0, 0, 4}, 3,
-  moe__avx2_pack_cols, moe__avx512_pack_rows, moe__avx512_narrow, moe__avx512_narrow_panel, moe__avx512_gelu, moe__avx512_gelu_backward, moe__avx512_add_rows};
+  moe__avx2_pack_cols, moe__avx512_pack_rows, moe__avx512_copy_rows, moe__avx512_narrow, moe__avx512_narrow_panel, moe__avx512_gelu, moe__avx512_gelu_backward, moe__avx512_add_rows};
 static const moe__gemm_kernels moe__avx2_gemms = {
   {{NULL},
    {NULL, moe__avx2_gemm_1x1, moe__avx2_gemm_2x1, moe__avx2_gemm_3x1, moe__avx2_gemm_4x1, moe__avx2_gemm_5x1, moe__avx2_gemm_6x1},
@@ -2339,7 +2356,7 @@ static const moe__gemm_kernels moe__avx2_gemms = {
    {NULL, moe__avx2_gemm_1x3, moe__avx2_gemm_2x3},
    {NULL}, {NULL}, {NULL}},
   {0, 6, 3, 2, 0, 0, 0}, 1,
-  moe__avx2_pack_cols, moe__avx2_pack_rows, moe__avx2_narrow, moe__avx2_narrow_panel, moe__avx2_gelu, moe__avx2_gelu_backward, moe__avx2_add_rows};
+  moe__avx2_pack_cols, moe__avx2_pack_rows, moe__avx2_copy_rows, moe__avx2_narrow, moe__avx2_narrow_panel, moe__avx2_gelu, moe__avx2_gelu_backward, moe__avx2_add_rows};
 #undef MOE__FN8
 #undef MOE__GEMM_KERNELS_TO8
 #undef MOE__GEMM_KERNEL
@@ -2355,34 +2372,81 @@ static int moe__gemm_width(const moe__gemm_kernels *kernels, int32_t m, int32_t 
   return width == 3 && left == 4 ? 2 : width;
 }
 
-/* B of columns j .. and of one block of k, as kernels read it. */
+/* How a product is cut: tiles of m rows and n columns, walked in blocks of k. The shape of the product alone decides. */
+typedef struct moe__gemm_cut {
+  int32_t m, n, k;
+  int32_t across, down; /* number of tiles */
+  int pack_a, pack_b;   /* copy A (stored transposed) and B (not in panels) block by block, since they are read many times */
+} moe__gemm_cut;
+
+static moe__gemm_cut moe__gemm_plan(const moe__gemm *g) {
+  moe__gemm_cut cut;
+  int aligned = ((uintptr_t)g->b | (g->b_row * sizeof(float))) % 64 == 0; /* else every vector of B would touch two lines of the cache */
+  cut.pack_a = g->a_row == 1 && g->a_col != 1 && g->m >= 8 && g->n >= 48;
+  cut.pack_b = g->b_layout == MOE__B_COLS || (g->b_layout == MOE__B_ROWS && !aligned && g->m >= 64);
+  cut.n = 96;
+  if (cut.pack_a) { /* weight gradients: 64 rows of A, 128 steps of each; B stays in the second-level cache meanwhile */
+    cut.m = 64;
+    cut.n = g->m >= 768 ? 384 : 192;
+    cut.k = 128;
+  } else if (g->b_layout != MOE__B_PANELS) {
+    cut.m = 192;
+    cut.k = 128;
+  } else { /* panels come from the second-level cache for every 8 rows; longer chains spare loads of C */
+    cut.m = 64;
+    cut.k = 384;
+  }
+  cut.down = (g->m + cut.m - 1) / cut.m;
+  if (cut.down > 1) cut.m = ((g->m + cut.down - 1) / cut.down + 7) / 8 * 8; /* as even as can be */
+  cut.across = g->n ? (g->n + cut.n - 1) / cut.n : g->a_sum != NULL;
+  return cut;
+}
+
+/* A and B of one block of k, as kernels read them: from row i0 and column j on. */
+typedef struct moe__gemm_a {
+  const float *at;
+  size_t row, col;
+} moe__gemm_a;
+
 typedef struct moe__gemm_b {
   const float *at;
   size_t panel, step;
 } moe__gemm_b;
 
-static moe__gemm_b moe__gemm_view(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t j, int width, size_t p0, size_t depth,
-                                  float *buffer) {
+static moe__gemm_a moe__gemm_view_a(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0, size_t rows, size_t p0,
+                                    size_t depth, float *buffer) {
+  moe__gemm_a view;
+  view.at = g->a + i0 * g->a_row + p0 * g->a_col;
+  view.row = g->a_row;
+  view.col = g->a_col;
+  if (!buffer) return view;
+  kernels->copy_rows(buffer, 64, view.at, view.col, rows, depth);
+  view.at = buffer;
+  view.col = 64;
+  return view;
+}
+
+static moe__gemm_b moe__gemm_view_b(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t j, int width, size_t p0, size_t depth,
+                                    int pack, float *buffer) {
   moe__gemm_b view;
-  int v;
+  size_t columns = (size_t)g->n - j, v;
   if (g->b_layout == MOE__B_PANELS) {
     view.panel = 16 * (size_t)g->k;
     view.step = 16;
     view.at = g->b + j / 16 * view.panel + 16 * p0;
     return view;
   }
-  if (g->b_layout == MOE__B_ROWS && j + 16 * (size_t)width <= (size_t)g->n) {
+  if (!pack && columns >= 16 * (size_t)width) {
     view.panel = 16;
     view.step = g->b_row;
     view.at = g->b + p0 * g->b_row + j;
     return view;
   }
-  for (v = 0; v < width; ++v, j += 16) {
-    size_t columns = (size_t)g->n - j < 16 ? (size_t)g->n - j : 16;
-    float *panel = buffer + (size_t)v * 16 * depth;
-    if (g->b_layout == MOE__B_ROWS) kernels->pack_rows(panel, g->b + p0 * g->b_row + j, g->b_row, columns, depth);
-    else kernels->pack_cols(panel, g->b + j * g->b_row + p0, g->b_row, columns, depth);
-  }
+  if (columns > 16 * (size_t)width) columns = 16 * (size_t)width;
+  if (g->b_layout == MOE__B_ROWS) kernels->pack_rows(buffer, g->b + p0 * g->b_row + j, g->b_row, columns, depth);
+  else
+    for (v = 0; v < columns; v += 16)
+      kernels->pack_cols(buffer + v * depth, g->b + (j + v) * g->b_row + p0, g->b_row, columns - v < 16 ? columns - v : 16, depth);
   view.panel = 16 * depth;
   view.step = 16;
   view.at = buffer;
@@ -2400,20 +2464,20 @@ static void moe__gemm_edge(moe__gemm_fn fn, float *c, size_t c_row, const float 
   for (i = 0; i < rows; ++i) memcpy(c + i * c_row, block + i * row, sizeof(float) * columns);
 }
 
-/* Rows i0 .. i1-1 of `columns` columns from j on, for the block of k that begins at p0. */
+/* Rows i0 .. i1-1 of `width` panels of columns from j on, for the block of k that begins at p0. */
 static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0, size_t i1, size_t j, int width,
-                             size_t p0, size_t depth, const moe__gemm_b *b) {
+                             size_t p0, size_t depth, const moe__gemm_a *a, const moe__gemm_b *b) {
   size_t columns = (size_t)g->n - j < 16 * (size_t)width ? (size_t)g->n - j : 16 * (size_t)width;
   size_t most = (size_t)kernels->rows[width], blocks = (i1 - i0 + most - 1) / most, block, i = i0;
   for (block = 0; block < blocks; ++block) { /* of sizes as even as can be: 9 rows are 5 and 4 */
     size_t rows = (i1 - i + blocks - block - 1) / (blocks - block), start_row = 0;
-    const float *a = g->a + i * g->a_row + p0 * g->a_col, *start = moe__gemm_zeros;
+    const float *at = a->at + (i - i0) * a->row, *start = moe__gemm_zeros;
     float *c = g->c + i * g->c_row + j;
     moe__gemm_fn fn = kernels->fn[width][rows];
     if (p0 > 0 || g->accumulate) start = c, start_row = g->c_row;
     else if (g->bias) start = g->bias + j;
-    if (columns == 16 * (size_t)width) fn(c, g->c_row, start, start_row, a, g->a_row, g->a_col, b->at, b->panel, b->step, depth);
-    else moe__gemm_edge(fn, c, g->c_row, start, start_row, rows, columns, width, a, g->a_row, g->a_col, b, depth);
+    if (columns == 16 * (size_t)width) fn(c, g->c_row, start, start_row, at, a->row, a->col, b->at, b->panel, b->step, depth);
+    else moe__gemm_edge(fn, c, g->c_row, start, start_row, rows, columns, width, at, a->row, a->col, b, depth);
     if (g->gelu && p0 + depth == (size_t)g->k) kernels->gelu(g->gelu + i * g->c_row + j, c, g->c_row, rows, columns);
     i += rows;
   }
@@ -2432,29 +2496,36 @@ static void moe__gemm_narrow(const moe__gemm *g, const moe__gemm_kernels *kernel
   }
 }
 
-/* Rows i0 .. i1-1 and columns j0 .. j1-1, j0 a multiple of 16 and j1 too unless it is n. */
-static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_kernels *kernels, int32_t i0, int32_t i1, int32_t j0, int32_t j1) {
-  float buffer[MOE__GEMM_KC * 16 * MOE__GEMM_PACKED];
-  size_t k = (size_t)g->k, blocks = k ? (k + MOE__GEMM_KC - 1) / MOE__GEMM_KC : 1, block, p0 = 0;
-  if (g->a_sum && j0 == 0) {
-    size_t i, p;
-    if (g->a_row == 1) kernels->add_rows(g->a_sum + i0, g->a + i0, g->a_col, (size_t)(i1 - i0), k);
-    else
-      for (i = (size_t)i0; i < (size_t)i1; ++i)
-        for (p = 0; p < k; ++p) g->a_sum[i] += g->a[i * g->a_row + p * g->a_col];
-  }
+/* += the sums of A over k, in order. */
+static void moe__gemm_sum_a(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0, size_t i1) {
+  size_t i, p;
+  if (g->a_row == 1) kernels->add_rows(g->a_sum + i0, g->a + i0, g->a_col, i1 - i0, (size_t)g->k);
+  else
+    for (i = i0; i < i1; ++i)
+      for (p = 0; p < (size_t)g->k; ++p) g->a_sum[i] += g->a[i * g->a_row + p * g->a_col];
+}
+
+static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const moe__gemm_kernels *kernels, int32_t tile) {
+  float block_of_stack[MOE__GEMM_BUFFER + 16];
+  float *buffer = block_of_stack + (64 - (uintptr_t)block_of_stack % 64) / sizeof(float); /* vectors on cache lines */
+  int32_t first = tile / cut->across * cut->m, j0 = tile % cut->across * cut->n, j1 = moe__min(j0 + cut->n, g->n), j;
+  size_t i0 = (size_t)first, i1 = (size_t)moe__min(first + cut->m, g->m), k = (size_t)g->k, p0 = 0, block;
+  size_t blocks = k ? (k + (size_t)cut->k - 1) / (size_t)cut->k : 1; /* one even where k is 0: C still gets its start */
+  if (i0 >= i1) return; /* rows are rounded up to 8 a tile: the last may have none */
+  if (g->a_sum && j0 == 0) moe__gemm_sum_a(g, kernels, i0, i1);
   if (g->narrow) {
-    moe__gemm_narrow(g, kernels, (size_t)i0, (size_t)i1);
+    moe__gemm_narrow(g, kernels, i0, i1);
     return;
   }
   for (block = 0; block < blocks; ++block) {
     size_t depth = (k - p0 + blocks - block - 1) / (blocks - block);
-    int32_t j = j0;
-    while (j < j1) {
+    float *buffer_a = cut->pack_a ? buffer + 16 * MOE__GEMM_PACKED * depth : NULL;
+    moe__gemm_a a = moe__gemm_view_a(g, kernels, i0, i1 - i0, p0, depth, buffer_a);
+    for (j = j0; j < j1;) {
       int most = g->b_layout == MOE__B_PANELS ? MOE__GEMM_PANELS : MOE__GEMM_PACKED;
-      int width = moe__gemm_width(kernels, i1 - i0, (j1 - j + 15) / 16, most);
-      moe__gemm_b b = moe__gemm_view(g, kernels, (size_t)j, width, p0, depth, buffer);
-      moe__gemm_stripe(g, kernels, (size_t)i0, (size_t)i1, (size_t)j, width, p0, depth, &b);
+      int width = moe__gemm_width(kernels, (int32_t)(i1 - i0), (j1 - j + 15) / 16, most);
+      moe__gemm_b b = moe__gemm_view_b(g, kernels, (size_t)j, width, p0, depth, cut->pack_b, buffer);
+      moe__gemm_stripe(g, kernels, i0, i1, (size_t)j, width, p0, depth, &a, &b);
       j += 16 * width;
     }
     p0 += depth;
@@ -2464,50 +2535,38 @@ static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_kernels *kernels,
 /* One product in this thread, for callers that cut the work themselves. */
 MOE__UNUSED static void moe__gemm_one(const moe__gemm *g, moe_isa isa) {
   const moe__gemm_kernels *kernels = MOE__V_PICK(isa, gemms);
-  int32_t i, j;
-  for (i = 0; i < g->m; i += MOE__GEMM_MC)
-    for (j = 0; j < g->n || (j == 0 && g->a_sum); j += MOE__GEMM_NC)
-      moe__gemm_tile(g, kernels, i, moe__min(i + MOE__GEMM_MC, g->m), j, moe__min(j + MOE__GEMM_NC, g->n));
+  moe__gemm_cut cut = moe__gemm_plan(g);
+  int32_t tile;
+  for (tile = 0; tile < cut.across * cut.down; ++tile) moe__gemm_tile(g, &cut, kernels, tile);
 }
 
 typedef struct moe__gemm_work {
   const moe__gemm *list;
-  int32_t count;
   const moe__gemm_kernels *kernels;
 } moe__gemm_work;
-
-/* Tiles of a product: `down` times the result. */
-static int32_t moe__gemm_across(const moe__gemm *g, int32_t *down) {
-  *down = (g->m + MOE__GEMM_MC - 1) / MOE__GEMM_MC;
-  return g->n ? (g->n + MOE__GEMM_NC - 1) / MOE__GEMM_NC : g->a_sum != NULL;
-}
 
 static void moe__gemm_work_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__gemm_work *work = (const moe__gemm_work *)arg;
   const moe__gemm *g = work->list;
-  int32_t across, down, i, j;
+  moe__gemm_cut cut = moe__gemm_plan(g);
   (void)slot;
-  for (;; ++g) {
-    across = moe__gemm_across(g, &down);
-    if (tile < across * down) break;
-    tile -= across * down;
+  while (tile >= cut.across * cut.down) {
+    tile -= cut.across * cut.down;
+    cut = moe__gemm_plan(++g);
   }
-  i = tile / across * MOE__GEMM_MC;
-  j = tile % across * MOE__GEMM_NC;
-  moe__gemm_tile(g, work->kernels, i, moe__min(i + MOE__GEMM_MC, g->m), j, moe__min(j + MOE__GEMM_NC, g->n));
+  moe__gemm_tile(g, &cut, work->kernels, tile);
 }
 
 /* Independent products (the experts of a layer, the gradients of a weight and of its input), spread over the threads. */
 static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__gemm_work work;
-  int32_t tiles = 0, i, down;
+  int32_t tiles = 0, i;
   double size = 0;
   work.list = list;
-  work.count = count;
   work.kernels = MOE__V_PICK(env->isa, gemms);
   for (i = 0; i < count; ++i) {
-    int32_t across = moe__gemm_across(&list[i], &down);
-    tiles += across * down;
+    moe__gemm_cut cut = moe__gemm_plan(&list[i]);
+    tiles += cut.across * cut.down;
     size += (double)list[i].m * list[i].n * list[i].k;
   }
   if (size >= (double)MOE__GEMM_SMALL) moe__parallel(env, tiles, moe__gemm_work_tile, &work);
