@@ -290,6 +290,8 @@ typedef struct moe_route_options {
   float jitter;          /* gate inputs are multiplied with uniform noise in [1-jitter, 1+jitter] in training; 0 = off */
   const uint64_t *keys;  /* (S) key of the jitter of each sequence; NULL: none */
   const int32_t *forced; /* (M, k) experts to take instead of the most probable ones, or NULL */
+  const uint8_t *disabled; /* (N) 1: the gate does without this expert, whose probability is 0 (a logit of minus infinity), and the softmax
+                              of Eq. 4 runs over the others; NULL: none. At least k must stay. Routes that are forced ignore it */
 } moe_route_options;
 
 /* logits = x W_g^T with the gate of each sequence [TaG] Eq. 3, softmax, top-k, dispatch. x (M, H); gates (G, N, H); gate_of (S): which
@@ -514,6 +516,22 @@ MOE_API const float *moe_context_hidden(const moe_context *context);
 MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out);
 /* Makes the following passes take these experts in every layer: (L, M, k), kept by the caller; NULL: the gates decide again. */
 MOE_API void moe_context_force(moe_context *context, const int32_t *experts);
+/* Makes the following passes do without the experts marked 1: (L, N), kept by the caller; NULL: all take part again. The softmax of a gate
+   then runs over the others (moe_route_options.disabled), so that their weights sum to 1. A pass fails with MOE_E_ARGUMENT where a layer
+   keeps fewer than k. Routes that are forced ignore it. */
+MOE_API void moe_context_disable(moe_context *context, const uint8_t *experts);
+
+/* Where the tokens of each task went: sums over as many passes as one likes, arrays of the caller, cleared by the caller at first.
+   Nothing is counted, and no time is spent, unless moe_route_count is called. */
+typedef struct moe_route_sums {
+  int64_t *tokens; /* (T) tokens of a task */
+  int64_t *chosen; /* (T, L, N) choices that fell on an expert: over N they sum to k tokens. chosen / (k tokens) is the expert's share */
+  double *gate;    /* (T, L, N) sum of the probability of an expert over the tokens that chose it: gate / chosen is its mean g* [TaG] Eq. 6,
+                      before any gate scale. NULL: not wanted */
+  double *prob;    /* (T, L, N) sum of the probability of an expert over all tokens [TaG] Eq. 4. NULL: not wanted */
+} moe_route_sums;
+/* Adds the routes of the context's last pass, which was one of this batch. MOE_E_ARGUMENT when it cannot have been. */
+MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *context, const moe_batch *batch, const moe_env *env);
 
 #ifndef MOE_NO_TRAIN
 /* ---- trainer, optimizer, sampler ---- >>api_train */
@@ -3817,11 +3835,13 @@ static void moe__route_softmax(float *prob, const float *logits, int32_t N, cons
   for (i = 0; i < N; ++i) prob[i] /= sum;
 }
 
-/* The k largest of prob, the lowest index first among equals [TaG] Eq. 5. In range even if prob is not a number. */
-static void moe__route_top(int32_t *expert, const float *prob, int32_t N, int32_t k) {
-  unsigned char taken[MOE_MAX_EXPERTS];
+/* The k largest of prob, the lowest index first among equals [TaG] Eq. 5. In range even if prob is not a number. disabled may be NULL: of
+   equals with probability 0 none is taken that is disabled. */
+static void moe__route_top(int32_t *expert, const float *prob, const uint8_t *disabled, int32_t N, int32_t k) {
+  uint8_t taken[MOE_MAX_EXPERTS];
   int32_t i, j;
-  memset(taken, 0, (size_t)N);
+  if (disabled) memcpy(taken, disabled, (size_t)N);
+  else memset(taken, 0, (size_t)N);
   for (j = 0; j < k; ++j) {
     int32_t best = -1;
     for (i = 0; i < N; ++i)
@@ -3842,19 +3862,28 @@ static void moe__route_weights(float *weight, const float *prob, const int32_t *
   }
 }
 
+/* So low that exp gives exactly 0, and a number all the same: no gradient turns into NaN. */
+static void moe__route_disable(float *logits, const uint8_t *disabled, int32_t N) {
+  int32_t i;
+  for (i = 0; i < N; ++i)
+    if (disabled[i]) logits[i] = -3.4e38f;
+}
+
 static void moe__route_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__route_job *job = (const moe__route_job *)arg;
   const moe_routes *r = job->routes;
   int32_t first = tile * MOE__ROUTE_TILE, end = moe__min(first + MOE__ROUTE_TILE, r->M), token;
   int32_t sequence = moe__sequence_of(job->seq_start, job->S, first);
+  const uint8_t *disabled = job->options->forced ? NULL : job->options->disabled;
   (void)slot;
   for (token = first; token < end; ++token) {
     size_t at = (size_t)token * (size_t)r->N, choice = (size_t)token * (size_t)r->k;
     while (job->seq_start[sequence + 1] <= token) ++sequence;
     moe__route_logits(job, job->logits_out + at, token, sequence);
+    if (disabled) moe__route_disable(job->logits_out + at, disabled, r->N);
     moe__route_softmax(r->prob + at, job->logits_out + at, r->N, job->rows);
     if (job->options->forced) memcpy(r->expert + choice, job->options->forced + choice, (size_t)r->k * sizeof *r->expert);
-    else moe__route_top(r->expert + choice, r->prob + at, r->N, r->k);
+    else moe__route_top(r->expert + choice, r->prob + at, disabled, r->N, r->k);
     moe__route_weights(r->weight + choice, r->prob + at, r->expert + choice, r->k, job->options);
   }
 }
@@ -5106,6 +5135,7 @@ struct moe_context {
   moe_limits limits;
   int32_t M; /* tokens of the last pass */
   const int32_t *forced;
+  const uint8_t *disabled;     /* (L, N) or NULL */
   moe__acts *acts;             /* (L) */
   moe_routes *routes;          /* (L); a dense model's are all the same */
   float *last;                 /* (M, H) output of the last layer */
@@ -5348,6 +5378,21 @@ static moe_status moe__check_forced(const moe_context *c, int32_t M, const moe_e
   return MOE_OK;
 }
 
+/* Each layer must keep k experts, or there is no choice to make. */
+static moe_status moe__check_disabled(const moe_context *c, const moe_env *env) {
+  const moe_config *config = &c->model->config;
+  int32_t l, i;
+  if (!c->disabled || c->forced) return MOE_OK;
+  for (l = 0; l < config->layers; ++l) {
+    int32_t left = 0;
+    for (i = 0; i < config->experts; ++i) left += !c->disabled[(size_t)l * (size_t)config->experts + (size_t)i];
+    if (left < config->top_k)
+      return moe__fail(env, MOE_E_ARGUMENT, "disabled experts: layer %d keeps %d of %d, a token needs %d", (int)l, (int)left,
+                       (int)config->experts, (int)config->top_k);
+  }
+  return MOE_OK;
+}
+
 /* Everything that could go wrong in a pass is found here, before anything is written. */
 static moe_status moe__pass_check(const moe_context *c, const moe_batch *batch, int with_labels, const moe_env *env) {
   const moe_config *config = &c->model->config;
@@ -5363,7 +5408,8 @@ static moe_status moe__pass_check(const moe_context *c, const moe_batch *batch, 
   if (moe_attention_scratch(c->longest, config->hidden, config->heads, c->limits.training, env) > c->attention_floats)
     return moe__fail(env, MOE_E_ARGUMENT, "the context was made with fewer threads than the %d of this call",
                      (int)env->threads);
-  return moe__check_forced(c, M, env);
+  status = moe__check_disabled(c, env);
+  return status ? status : moe__check_forced(c, M, env);
 }
 
 /* Routes of a dense model: all tokens in order at expert 0, with weight 1. */
@@ -5495,6 +5541,7 @@ static moe_route_options moe__route_options(moe_context *c, const moe__pass *pas
   o.jitter = pass->jitter;
   o.keys = moe__pass_keys(c, pass, pass->jitter, layer, MOE__SITE_JITTER);
   if (c->forced) o.forced = c->forced + (size_t)layer * (size_t)pass->M * (size_t)config->top_k;
+  if (c->disabled) o.disabled = c->disabled + (size_t)layer * (size_t)config->experts;
   return o;
 }
 
@@ -5623,6 +5670,44 @@ MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer,
 }
 
 MOE_API void moe_context_force(moe_context *context, const int32_t *experts) { context->forced = experts; }
+
+MOE_API void moe_context_disable(moe_context *context, const uint8_t *experts) { context->disabled = experts; }
+
+/* Adds the tokens [first, end) of a layer to the sums (N) of their task. */
+static void moe__route_count_tokens(int64_t *chosen, double *gate, double *prob, const moe_routes *r, int32_t first, int32_t end) {
+  int32_t t, i;
+  for (t = first; t < end; ++t) {
+    const float *p = r->prob + (size_t)t * (size_t)r->N;
+    const int32_t *expert = r->expert + (size_t)t * (size_t)r->k;
+    for (i = 0; i < r->k; ++i) {
+      ++chosen[expert[i]];
+      if (gate) gate[expert[i]] += (double)p[expert[i]];
+    }
+    for (i = 0; i < r->N && prob; ++i) prob[i] += (double)p[i];
+  }
+}
+
+MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *context, const moe_batch *batch, const moe_env *env) {
+  const moe_config *config = &context->model->config;
+  size_t L = (size_t)config->layers, N = (size_t)config->experts, l;
+  int32_t s, M = batch->S ? batch->seq_start[batch->S] : 0;
+  if (M != context->M)
+    return moe__fail(env, MOE_E_ARGUMENT, "counting routes: the batch has %d tokens, the last pass had %d", (int)M, (int)context->M);
+  for (s = 0; s < batch->S; ++s)
+    if (batch->task[s] < 0 || batch->task[s] >= context->model->T)
+      return moe__fail(env, MOE_E_ARGUMENT, "counting routes: sequence %d is of task %d, the model has %d tasks", (int)s,
+                       (int)batch->task[s], (int)context->model->T);
+  for (s = 0; s < batch->S; ++s) {
+    int32_t first = batch->seq_start[s], end = batch->seq_start[s + 1];
+    sums->tokens[batch->task[s]] += end - first;
+    for (l = 0; l < L; ++l) {
+      size_t at = ((size_t)batch->task[s] * L + l) * N;
+      moe__route_count_tokens(sums->chosen + at, sums->gate ? sums->gate + at : NULL, sums->prob ? sums->prob + at : NULL,
+                              &context->routes[l], first, end);
+    }
+  }
+  return MOE_OK;
+}
 
 #ifndef MOE_NO_TRAIN
 /* ---- the backward pass ---- >>backward */

@@ -812,6 +812,107 @@ static void test_model_routes_can_be_read_and_forced(void) {
   moe_model_free(model);
 }
 
+static void test_model_routes_are_counted(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model;
+  moe_context *context;
+  moe_route_sums sums;
+  static int64_t tokens[MODELS_TASKS], chosen[MODELS_TASKS][2][3];
+  static double gate[MODELS_TASKS][2][3], prob[MODELS_TASKS][2][3], sum;
+  int32_t s, l, i, t, pass, seen;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  CHECK(model && !moe_context_create(&context, model, &limits, &env), "%s", models_sentence);
+  models_random_batch(&batch, model, 20, 19, 6);
+  memset(&sums, 0, sizeof sums);
+  memset(chosen, 0, sizeof chosen);
+  memset(prob, 0, sizeof prob);
+  sums.tokens = tokens, sums.chosen = &chosen[0][0][0], sums.gate = &gate[0][0][0], sums.prob = &prob[0][0][0];
+  for (pass = 0; pass < 2; ++pass) {
+    CHECK(!moe_forward(context, scores[0], &batch.b, &env), "%s", models_sentence);
+    CHECK(!moe_route_count(&sums, context, &batch.b, &env), "%s", models_sentence);
+  }
+  for (l = 0; l < 2; ++l) { /* by hand, from what the context shows of its last pass */
+    moe_routes r;
+    moe_context_routes(context, l, &r);
+    for (t = 0; t < MODELS_TASKS; ++t)
+      for (i = 0; i < 3; ++i) {
+        int32_t token, n = 0;
+        double g = 0, p = 0;
+        for (s = 0; s < batch.b.S; ++s)
+          for (token = batch.b.seq_start[s]; batch.b.task[s] == t && token < batch.b.seq_start[s + 1]; ++token) {
+            int chose = r.expert[2 * token] == i || r.expert[2 * token + 1] == i;
+            n += chose;
+            g += chose ? (double)r.prob[3 * token + i] : 0;
+            p += (double)r.prob[3 * token + i];
+          }
+        CHECK(chosen[t][l][i] == 2 * n, "task %d layer %d expert %d: %d, not %d", (int)t, (int)l, (int)i, (int)chosen[t][l][i], 2 * (int)n);
+        CHECK_NEAR(gate[t][l][i], 2 * g, 1e-9);
+        CHECK_NEAR(prob[t][l][i], 2 * p, 1e-9);
+      }
+  }
+  for (seen = 0, t = 0; t < MODELS_TASKS; ++t)
+    for (seen += (int32_t)tokens[t], l = 0; l < 2; ++l) {
+      CHECK(chosen[t][l][0] + chosen[t][l][1] + chosen[t][l][2] == 2 * tokens[t], "k choices a token");
+      sum = prob[t][l][0] + prob[t][l][1] + prob[t][l][2];
+      CHECK(fabs(sum - (double)tokens[t]) < 1e-3, "probabilities sum to the tokens: %g, %d", sum, (int)tokens[t]);
+    }
+  CHECK(seen == 2 * batch.b.seq_start[batch.b.S], "every token is counted");
+  sums.gate = sums.prob = NULL;
+  CHECK(!moe_route_count(&sums, context, &batch.b, &env), "without the sums of probabilities");
+  --batch.b.S;
+  CHECK(moe_route_count(&sums, context, &batch.b, &env) == MOE_E_ARGUMENT, "another batch");
+  CHECK(strstr(models_sentence, "the last pass had"), "%s", models_sentence);
+  moe_context_free(context);
+  moe_model_free(model);
+}
+
+static void test_model_does_without_disabled_experts(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 2), two = models_config(MOE_ROUTER_TASK, 2, 2);
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model, *small;
+  moe_context *context, *other_context;
+  moe_tensor to, from;
+  uint8_t off[2][3] = {{0, 0, 1}, {0, 0, 1}};
+  int32_t l, i;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  small = models_create(&two, tasks, MODELS_TASKS, &env); /* the same model, made without the last expert */
+  CHECK(model && small, "%s", models_sentence);
+  CHECK(!moe_context_create(&context, model, &limits, &env) && !moe_context_create(&other_context, small, &limits, &env), "%s",
+        models_sentence);
+  for (i = 0; i < moe_model_tensors(small); ++i) { /* gates (N, H): their first two rows */
+    moe_model_tensor(small, i, &to);
+    moe_model_tensor(model, moe_model_find_tensor(model, to.name), &from);
+    memcpy(moe_model_weights(small) + to.offset, moe_model_weights(model) + from.offset, to.count * sizeof(float));
+  }
+  models_random_batch(&batch, model, 20, 19, 6);
+  CHECK(!moe_forward(other_context, scores[0], &batch.b, &env), "%s", models_sentence);
+  moe_context_disable(context, off[0]);
+  CHECK(!moe_forward(context, scores[1], &batch.b, &env), "%s", models_sentence);
+  for (l = 0; l < 2; ++l) {
+    moe_routes r;
+    moe_context_routes(context, l, &r);
+    CHECK(r.start[2] == r.start[3], "no token reaches a disabled expert");
+  }
+  CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "the same bits as the model that never had it");
+  off[1][0] = 1;
+  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_E_ARGUMENT, "one expert left, two needed");
+  CHECK(!strcmp(models_sentence, "disabled experts: layer 1 keeps 1 of 3, a token needs 2"), "%s", models_sentence);
+  moe_context_disable(context, NULL);
+  CHECK(!moe_forward(context, scores[1], &batch.b, &env), "%s", models_sentence);
+  CHECK(memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "and all take part again");
+  moe_context_free(context);
+  moe_context_free(other_context);
+  moe_model_free(model);
+  moe_model_free(small);
+}
+
 static void test_model_dense_routes_lead_to_expert_0(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_DENSE, 1, 1);
@@ -922,6 +1023,8 @@ int main(int argc, char **argv) {
   RUN(test_model_survives_damaged_batches);
   RUN(test_model_context_refuses_what_does_not_fit);
   RUN(test_model_routes_can_be_read_and_forced);
+  RUN(test_model_routes_are_counted);
+  RUN(test_model_does_without_disabled_experts);
   RUN(test_model_dense_routes_lead_to_expert_0);
   return test_end();
 }
