@@ -27,11 +27,11 @@ static const char *const system_name[SYSTEMS] = {"single", "dense", "switch", "t
 static const char *const system_title[SYSTEMS] = {"Single-Task", "MT-Dense", "MT-Switch", "MT-TaG"};
 
 static struct {
-  const char *data, *tasks, *init, *vocab, *systems, *save, *checkpoint, *resume, *json, *isa, *seeds, *sampling, *order, *truncate, *gate_scale;
+  const char *data, *tasks, *init, *vocab, *systems, *save, *checkpoint, *resume, *json, *predictions, *isa, *seeds, *sampling, *order, *truncate, *gate_scale;
   int max_len, layers, hidden, ffn, heads, cased, experts, top_k, batch, micro_batch, threads, dedup, renormalize;
   int64_t epochs, steps, every;
   double hold_out, eps, noise, rate, warmup, decay, clip, dropout, balance, z_loss, jitter;
-} opt = {NULL, NULL, NULL, NULL, "single,dense,switch,tag", NULL, NULL, NULL, NULL, "auto", "1", "natural", "shuffle", "longest", "n",
+} opt = {NULL, NULL, NULL, NULL, "single,dense,switch,tag", NULL, NULL, NULL, NULL, NULL, "auto", "1", "natural", "shuffle", "longest", "n",
          0,    2,    128,  512,  0,                         0,    4,    1,    32,   4096,   0,   0,         0,
          0,    0,    0,
          0,    0,    0,    0,    0.1,                       0,    1,    0.1,  0,    0,      0};
@@ -75,7 +75,8 @@ static const char *const help_text =
   "  --save FILE              the trained model; with several runs FILE gets -SYSTEM-SEED\n"
   "  --checkpoint FILE --every STEPS   state to go on from; names as with --save       (every 500 steps and at the end)\n"
   "  --resume FILE            go on from there, bit for bit; give the same options again\n"
-  "  --json FILE              all results\n";
+  "  --json FILE              all results\n"
+  "  --predictions FILE       what the model says of each dev row; names as with --save\n";
 
 static void die(const char *format, ...) MOE__PRINTF(1, 2);
 static void die(const char *format, ...) {
@@ -184,6 +185,7 @@ static void read_options(int argc, char **argv) {
     else if (!strcmp(o, "--every")) opt.every = whole(o, v, 1, 1000000000);
     else if (!strcmp(o, "--resume")) opt.resume = v;
     else if (!strcmp(o, "--json")) opt.json = v;
+    else if (!strcmp(o, "--predictions")) opt.predictions = v;
     else die("unknown option %s; --help lists them", o);
   }
   if (opt.epochs && opt.steps) die("give --epochs or --steps, not both");
@@ -221,7 +223,8 @@ typedef struct rows {
   int32_t *ids;
   uint8_t *segments;
   float *label;
-  int32_t *group;    /* number of the question, for ranking */
+  uint64_t *group;   /* hash of the question's name, for ranking */
+  int32_t *line;     /* in the file, from 1 */
   int32_t *span;     /* (n,4), for span tasks */
   uint64_t *hash;    /* of the letters and digits of the text */
 } rows;
@@ -411,17 +414,59 @@ static uint64_t text_hash(const char *a, const char *b) {
   return h;
 }
 
-/* First and last token of the pieces that overlap code points [from, to) of text number `segment`. */
-static void find_span(const tsv *f, const moe_tokens *t, int segment, int from, int to, int32_t *span) {
-  int i, first = -1, last = -1;
-  for (i = 0; i < t->count; ++i)
-    if (t->begin[i] >= 0 && t->segments[i] == segment && t->begin[i] < to && t->end[i] > from) {
-      if (first < 0) first = i;
-      last = i;
-    }
-  if (first < 0) die("%s:%d: no token at characters %d to %d of sentence %d", f->path, f->line, from, to, segment + 1);
-  span[0] = first;
-  span[1] = last + 1;
+/* A name as it stands, every byte of it: "a-1" and "a1" are two questions. */
+static uint64_t name_hash(const char *s) {
+  uint64_t h = 0xcbf29ce484222325u;
+  for (; *s; ++s) h = (h ^ (unsigned char)*s) * 0x100000001b3u;
+  return h;
+}
+
+static int code_points(const char *s) {
+  int n = 0;
+  for (; *s; ++s) n += ((unsigned char)*s & 0xc0) != 0x80;
+  return n;
+}
+
+/* The tokens that overlap code points [from, to) of sentence 1 or 2 (`text` 0 or 1): a word may begin or end inside a piece. */
+static void find_span(const tsv *f, const moe_tokens *tokens, int text, const char *sentence, int from, int to, int32_t *span) {
+  moe_env quiet = env;
+  int length = code_points(sentence);
+  quiet.log = NULL;
+  if (from < 0 || to > length || from >= to)
+    die("%s:%d: characters %d to %d of sentence%d, which has %d characters, are no word", f->path, f->line, from, to, text + 1, length);
+  if (moe_tokens_span(span, tokens, text, from, to, &quiet) != MOE_OK)
+    die("%s:%d: the word at characters %d to %d of sentence%d was cut off with the end of the text; try a larger --max-len", f->path,
+        f->line, from, to, text + 1);
+}
+
+/* Rows by their group, in file order within one. */
+static const rows *sorted_rows;
+
+static int by_group(const void *a, const void *b) {
+  int64_t i = *(const int64_t *)a, j = *(const int64_t *)b;
+  uint64_t x = sorted_rows->group[i], y = sorted_rows->group[j];
+  return x < y ? -1 : x > y ? 1 : i < j ? -1 : i > j;
+}
+
+static int64_t *rows_by_group(const rows *r) {
+  int64_t *order = (int64_t *)take((size_t)r->n, sizeof *order), i;
+  for (i = 0; i < r->n; ++i) order[i] = i;
+  sorted_rows = r;
+  qsort(order, (size_t)r->n, sizeof *order, by_group);
+  return order;
+}
+
+/* Of the choices of a question exactly one is right. */
+static void check_groups(const rows *r, const char *path) {
+  int64_t *order = rows_by_group(r), i, end;
+  for (i = 0; i < r->n; i = end) {
+    int right = 0;
+    for (end = i; end < r->n && r->group[order[end]] == r->group[order[i]]; ++end) right += r->label[order[end]] == 1;
+    if (right != 1)
+      die("%s:%d: the group that begins here has %d choices with label 1, it must be one", path, r->line[order[i]], right);
+    if (end == i + 1) die("%s:%d: the group of this row has no other choice", path, r->line[order[i]]);
+  }
+  free(order);
 }
 
 static int read_rows(rows *r, const task_data *t, const char *path, int optional) {
@@ -467,7 +512,8 @@ static int read_rows(rows *r, const task_data *t, const char *path, int optional
       r->start = (int64_t *)grow(r->start, (size_t)room + 1, sizeof *r->start);
       r->label = (float *)grow(r->label, (size_t)room, sizeof *r->label);
       r->hash = (uint64_t *)grow(r->hash, (size_t)room, sizeof *r->hash);
-      r->group = (int32_t *)grow(r->group, (size_t)room, sizeof *r->group);
+      r->group = (uint64_t *)grow(r->group, (size_t)room, sizeof *r->group);
+      r->line = (int32_t *)grow(r->line, (size_t)room, sizeof *r->line);
       r->span = (int32_t *)grow(r->span, (size_t)room * 4, sizeof *r->span);
     }
     if (r->tokens + out.count > token_room) {
@@ -480,17 +526,19 @@ static int read_rows(rows *r, const task_data *t, const char *path, int optional
     r->start[r->n] = r->tokens;
     r->label[r->n] = label;
     r->hash[r->n] = text_hash(a, b);
-    r->group[r->n] = group_at >= 0 ? (int32_t)(text_hash(field[group_at], NULL) & 0x7fffffff) : 0;
+    r->group[r->n] = group_at >= 0 ? name_hash(field[group_at]) : 0;
+    r->line[r->n] = f.line;
     memset(r->span + 4 * r->n, 0, 4 * sizeof *r->span);
     if (t->task.kind == MOE_KIND_SPAN)
       for (i = 0; i < 2; ++i)
-        find_span(&f, &out, i, field_whole(&f, "start", field[span_at[2 * i]]), field_whole(&f, "end", field[span_at[2 * i + 1]]),
-                  r->span + 4 * r->n + 2 * i);
+        find_span(&f, &out, b ? i : 0, i && b ? b : a, field_whole(&f, "start", field[span_at[2 * i]]),
+                  field_whole(&f, "end", field[span_at[2 * i + 1]]), r->span + 4 * r->n + 2 * i);
     r->tokens += out.count;
     ++r->n;
   }
   if (!r->n) die("%s holds no rows", path);
   r->start[r->n] = r->tokens;
+  if (t->task.kind == MOE_KIND_RANKING) check_groups(r, path);
   free(out.ids);
   free(out.segments);
   free(out.begin);
@@ -512,7 +560,8 @@ static void part_rows(rows *r, rows *rest, const unsigned char *keep) {
     to->ids = (int32_t *)take((size_t)r->tokens, sizeof *to->ids);
     to->segments = (uint8_t *)take((size_t)r->tokens, 1);
     to->label = (float *)take((size_t)r->n, sizeof *to->label);
-    to->group = (int32_t *)take((size_t)r->n, sizeof *to->group);
+    to->group = (uint64_t *)take((size_t)r->n, sizeof *to->group);
+    to->line = (int32_t *)take((size_t)r->n, sizeof *to->line);
     to->span = (int32_t *)take((size_t)r->n * 4, sizeof *to->span);
     to->hash = (uint64_t *)take((size_t)r->n, sizeof *to->hash);
     to->n = to->tokens = 0;
@@ -523,6 +572,7 @@ static void part_rows(rows *r, rows *rest, const unsigned char *keep) {
       memcpy(to->segments + to->tokens, r->segments + r->start[i], length);
       to->label[to->n] = r->label[i];
       to->group[to->n] = r->group[i];
+      to->line[to->n] = r->line[i];
       memcpy(to->span + 4 * to->n, r->span + 4 * i, 4 * sizeof *to->span);
       to->hash[to->n] = r->hash[i];
       to->start[to->n++] = to->tokens;
@@ -536,6 +586,17 @@ static void part_rows(rows *r, rows *rest, const unsigned char *keep) {
 static int by_hash(const void *a, const void *b) {
   uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
   return x < y ? -1 : x > y;
+}
+
+/* A question that loses one choice loses all. */
+static void keep_groups_whole(const rows *r, unsigned char *keep) {
+  int64_t *order = rows_by_group(r), i, j, end;
+  for (i = 0; i < r->n; i = end) {
+    unsigned char all = 1;
+    for (end = i; end < r->n && r->group[order[end]] == r->group[order[i]]; ++end) all &= keep[order[end]];
+    for (j = i; j < end; ++j) keep[order[j]] = all;
+  }
+  free(order);
 }
 
 /* --dedup: a training row that stands in another task's dev set would make that task's score dishonest. */
@@ -557,6 +618,7 @@ static void remove_overlaps(void) {
           if (bsearch(&r->hash[i], set, (size_t)dev->n, sizeof *set, by_hash)) keep[i] = 0;
         free(set);
       }
+    if (tasks[t].task.kind == MOE_KIND_RANKING) keep_groups_whole(r, keep);
     part_rows(r, NULL, keep);
     free(keep);
     if (r->n < before) printf("%s: %lld training rows stand in another task's dev set and are left out\n", tasks[t].task.name, (long long)(before - r->n));
@@ -571,7 +633,7 @@ static void hold_out_rows(void) {
     rows *r = &tasks[t].train;
     unsigned char *keep = (unsigned char *)take((size_t)r->n, 1);
     for (i = 0; i < r->n; ++i) { /* the rows of a ranking's group stay together */
-      uint64_t of = tasks[t].task.kind == MOE_KIND_RANKING ? (uint64_t)r->group[i] : (uint64_t)i;
+      uint64_t of = tasks[t].task.kind == MOE_KIND_RANKING ? r->group[i] : (uint64_t)i;
       keep[i] = (double)(moe_key(1, 0, of, (uint32_t)t, 77) >> 11) / 9007199254740992.0 >= opt.hold_out;
     }
     part_rows(r, &tasks[t].held, keep);
@@ -768,22 +830,36 @@ static void score_rows(scores *out, moe_context *context, const moe_model *model
   batch_free(&b);
 }
 
-/* Accuracy over the groups of a ranking: the row with the largest positive-class logit is the answer. */
-static double ranking_accuracy(const rows *r, const scores *s) {
-  int64_t i, j, groups = 0, right = 0;
-  unsigned char *done = (unsigned char *)take((size_t)r->n, 1);
-  for (i = 0; i < r->n; ++i) {
-    int64_t best = i;
-    if (done[i]) continue;
-    for (j = i; j < r->n; ++j)
-      if (r->group[j] == r->group[i]) {
-        done[j] = 1;
-        if (s->value[j * s->stride + 1] > s->value[best * s->stride + 1]) best = j;
-      }
-    ++groups;
-    right += r->label[best] == 1;
+/* What is predicted of each row: a class; in a ranking 1 for the choice of a group with the largest logit of class 1 (the first of
+   equals), else 0; in a regression 0. */
+static int32_t *predictions(const moe_task *t, const rows *r, const scores *s) {
+  int32_t *predicted = (int32_t *)take((size_t)r->n, sizeof *predicted), c;
+  int64_t i, end, *order;
+  if (t->kind == MOE_KIND_RANKING) {
+    order = rows_by_group(r);
+    for (i = 0; i < r->n; i = end) {
+      int64_t best = order[i];
+      for (end = i; end < r->n && r->group[order[end]] == r->group[order[i]]; ++end)
+        if (s->value[order[end] * s->stride + 1] > s->value[best * s->stride + 1]) best = order[end];
+      predicted[best] = 1;
+    }
+    free(order);
+    return predicted;
   }
-  free(done);
+  for (i = 0; i < r->n; ++i)
+    for (c = 1; c < t->classes; ++c)
+      if (s->value[i * s->stride + c] > s->value[i * s->stride + predicted[i]]) predicted[i] = c;
+  return predicted;
+}
+
+/* Accuracy over the groups of a ranking: each has one right row, and one that is chosen. */
+static double ranking_accuracy(const int32_t *predicted, const int32_t *label, size_t n) {
+  size_t i;
+  int64_t groups = 0, right = 0;
+  for (i = 0; i < n; ++i) {
+    groups += predicted[i];
+    right += predicted[i] && label[i] == 1;
+  }
   return (double)right / (double)groups;
 }
 
@@ -793,31 +869,29 @@ static void metric_name(char *name, const moe_task *t) {
   if (strchr(name, ',')) *strchr(name, ',') = 0;
 }
 
-/* Value of that metric. */
-static double metric(const moe_task *t, const rows *r, const scores *s) {
+/* Value of that metric; *defined becomes 0 where it has none (one class only, say): it then counts as 0. */
+static double metric(const moe_task *t, const rows *r, const scores *s, int *defined) {
   size_t n = (size_t)r->n, i;
-  int32_t *predicted = (int32_t *)take(n, sizeof *predicted), *label = (int32_t *)take(n, sizeof *label);
+  int32_t *predicted = predictions(t, r, s), *label = (int32_t *)take(n, sizeof *label);
   float *value = (float *)take(n, sizeof *value);
-  void *scratch = take(n, 16);
+  float *scratch = (float *)take(n, 2 * sizeof *scratch);
   char name[MOE_NAME_BYTES];
   double v = 0;
-  int c;
+  int ok = 1;
   metric_name(name, t);
   for (i = 0; i < n; ++i) {
-    const float *row = s->value + i * (size_t)s->stride;
-    value[i] = row[0];
+    value[i] = s->value[i * (size_t)s->stride];
     label[i] = (int32_t)r->label[i];
-    for (c = 1; c < t->classes; ++c)
-      if (row[c] > row[predicted[i]]) predicted[i] = c;
   }
-  if (t->kind == MOE_KIND_RANKING && !strcmp(name, "accuracy")) v = ranking_accuracy(r, s);
-  else if (!strcmp(name, "accuracy")) v = moe_metric_accuracy(predicted, label, n, NULL);
-  else if (!strcmp(name, "f1")) v = moe_metric_f1(predicted, label, n, NULL);
-  else if (!strcmp(name, "macro_f1")) v = moe_metric_macro_f1(predicted, label, n, t->classes, NULL);
-  else if (!strcmp(name, "matthews")) v = moe_metric_matthews(predicted, label, n, t->classes, NULL);
-  else if (!strcmp(name, "pearson")) v = moe_metric_pearson(value, r->label, n, NULL);
-  else if (!strcmp(name, "spearman")) v = moe_metric_spearman(value, r->label, n, scratch, NULL);
+  if (t->kind == MOE_KIND_RANKING && !strcmp(name, "accuracy")) v = ranking_accuracy(predicted, label, n);
+  else if (!strcmp(name, "accuracy")) v = moe_metric_accuracy(predicted, label, n, &ok);
+  else if (!strcmp(name, "f1")) v = moe_metric_f1(predicted, label, n, &ok);
+  else if (!strcmp(name, "macro_f1")) v = moe_metric_macro_f1(predicted, label, n, t->classes, &ok);
+  else if (!strcmp(name, "matthews")) v = moe_metric_matthews(predicted, label, n, t->classes, &ok);
+  else if (!strcmp(name, "pearson")) v = moe_metric_pearson(value, r->label, n, &ok);
+  else if (!strcmp(name, "spearman")) v = moe_metric_spearman(value, r->label, n, scratch, &ok);
   else die("task %s: there is no metric \"%s\"", t->name, name);
+  if (!ok) *defined = 0;
   free(predicted);
   free(label);
   free(value);
@@ -825,15 +899,35 @@ static double metric(const moe_task *t, const rows *r, const scores *s) {
   return v;
 }
 
-static double evaluate(moe_context *context, const moe_model *model, const rows *r, int n_sets, int32_t model_task, int task_shown) {
+static FILE *prediction_file; /* where evaluate writes the predictions, or NULL */
+
+/* A line for each dev row: task, set (1: dev.tsv, 2: the second one), line of the file, label, prediction, scores. */
+static void write_predictions(const task_data *t, int set, const rows *r, const scores *s) {
+  int32_t *predicted = predictions(&t->task, r, s), c;
+  int64_t i;
+  for (i = 0; i < r->n; ++i) {
+    const float *v = s->value + i * s->stride;
+    fprintf(prediction_file, "%s\t%d\t%d\t%.9g\t", t->task.name, set + 1, r->line[i], (double)r->label[i]);
+    if (t->task.kind == MOE_KIND_REGRESSION) fprintf(prediction_file, "%.9g\t", (double)v[0]);
+    else fprintf(prediction_file, "%d\t", (int)predicted[i]);
+    for (c = 0; c < t->task.classes; ++c) fprintf(prediction_file, "%s%.9g", c ? " " : "", (double)v[c]);
+    fprintf(prediction_file, "\n");
+  }
+  free(predicted);
+}
+
+/* Mean of the metric over n_sets sets of rows; *defined may be NULL. */
+static double evaluate(moe_context *context, const moe_model *model, const rows *r, int n_sets, int32_t model_task, int task_shown, int *defined) {
   double sum = 0;
-  int d;
+  int d, ok = 1;
   for (d = 0; d < n_sets; ++d) {
     scores s;
     score_rows(&s, context, model, &r[d], model_task, task_shown);
-    sum += metric(&tasks[task_shown].task, &r[d], &s);
+    sum += metric(&tasks[task_shown].task, &r[d], &s, &ok);
+    if (prediction_file) write_predictions(&tasks[task_shown], d, &r[d], &s);
     free(s.value);
   }
+  if (defined) *defined = ok;
   return sum / n_sets;
 }
 
@@ -877,6 +971,7 @@ static double now(void) {
 typedef struct result {
   int system, seed;
   double *value; /* (T) */
+  int *defined;  /* (T) 0: the metric has no value, and counts as 0 */
   double small, all, seconds, tokens;
   size_t parameters;
   int64_t steps;
@@ -1030,8 +1125,26 @@ static float train_step(moe_trainer *trainer, moe_sampler *sampler, batch_buffer
 static double held_out_score(moe_context *context, const moe_model *model, const int *which, int n) {
   double sum = 0;
   int i;
-  for (i = 0; i < n; ++i) sum += evaluate(context, model, &tasks[which[i]].held, 1, i, which[i]);
+  for (i = 0; i < n; ++i) sum += evaluate(context, model, &tasks[which[i]].held, 1, i, which[i], NULL);
   return sum / n;
+}
+
+static char prediction_path[1024];
+
+static void open_predictions(int system, int seed, const char *suffix) {
+  if (!opt.predictions) return;
+  run_path(prediction_path, sizeof prediction_path, opt.predictions, system, seed, suffix);
+  prediction_file = fopen(prediction_path, "wb");
+  if (!prediction_file) die("cannot write %s: %s", prediction_path, strerror(errno));
+  fprintf(prediction_file, "task\tset\tline\tlabel\tprediction\tscores\n");
+}
+
+static void close_predictions(void) {
+  int bad;
+  if (!prediction_file) return;
+  bad = ferror(prediction_file);
+  if (fclose(prediction_file) || bad) die("writing %s failed", prediction_path);
+  prediction_file = NULL;
 }
 
 /* Trains one model on n tasks; fills the results of those tasks. */
@@ -1114,7 +1227,10 @@ static void train_model(result *res, int system, int seed, const int *which, int
     free(best_weights);
   }
   route_count = res->routes;
-  for (i = 0; i < n; ++i) res->value[which[i]] = evaluate(context, model, tasks[which[i]].dev, tasks[which[i]].n_dev, i, which[i]);
+  open_predictions(system, seed, suffix);
+  for (i = 0; i < n; ++i)
+    res->value[which[i]] = evaluate(context, model, tasks[which[i]].dev, tasks[which[i]].n_dev, i, which[i], &res->defined[which[i]]);
+  close_predictions();
   route_count = NULL;
   if (opt.save) {
     run_path(path, sizeof path, opt.save, system, seed, suffix);
@@ -1138,6 +1254,7 @@ static void run_system(result *res) {
   double small = 0, all = 0;
   int n_small = 0;
   res->value = (double *)take((size_t)n_tasks, sizeof *res->value);
+  res->defined = (int *)take((size_t)n_tasks, sizeof *res->defined);
   for (t = 0; t < n_tasks; ++t) total += tasks[t].train.n;
   if (res->system == SWITCH || res->system == TAG)
     res->routes = (int64_t *)take((size_t)n_tasks * (size_t)config.layers * (size_t)opt.experts, sizeof *res->routes);
@@ -1175,15 +1292,15 @@ static double mean_of(int system, int t, double *deviation, int *n) {
   return sum;
 }
 
-static void print_cell(double v, double deviation, int n, int width) {
+static void print_cell(double v, double deviation, int n, int undefined, int width) {
   char text[64];
   if (n > 1) snprintf(text, sizeof text, "%.1f+-%.1f", 100 * v, 100 * deviation);
   else snprintf(text, sizeof text, "%.1f", 100 * v);
-  printf(" %*s", width, text);
+  printf(" %*s%s", width - undefined, text, undefined ? "?" : "");
 }
 
 static void print_table(void) {
-  int s, t, i, width = 10, n, several = 0;
+  int s, t, i, width = 10, n, several = 0, bad, any_bad = 0;
   for (s = 0; s < SYSTEMS; ++s) {
     double d;
     mean_of(s, -2, &d, &n);
@@ -1206,7 +1323,7 @@ static void print_table(void) {
   printf(" |\n%-13s", "chance + 2 se");
   for (t = 0; t < n_tasks; ++t) {
     double error, v = majority(&tasks[t], &error);
-    print_cell(v + 2 * error, 0, 1, width);
+    print_cell(v + 2 * error, 0, 1, 0, width);
   }
   printf(" |\n");
   for (s = 0; s < SYSTEMS; ++s) {
@@ -1215,10 +1332,15 @@ static void print_table(void) {
     mean_of(s, -2, &d, &n);
     if (!n) continue;
     printf("%-13s", system_title[s]);
-    for (t = 0; t < n_tasks; ++t) v = mean_of(s, t, &d, &n), print_cell(v, d, n, width);
+    for (t = 0; t < n_tasks; ++t) {
+      v = mean_of(s, t, &d, &n);
+      for (i = bad = 0; i < n_results; ++i) bad |= results[i].system == s && !results[i].defined[t];
+      any_bad |= bad;
+      print_cell(v, d, n, bad, width);
+    }
     printf(" |");
-    v = mean_of(s, -1, &d, &n), print_cell(v, d, n, width);
-    v = mean_of(s, -2, &d, &n), print_cell(v, d, n, width);
+    v = mean_of(s, -1, &d, &n), print_cell(v, d, n, 0, width);
+    v = mean_of(s, -2, &d, &n), print_cell(v, d, n, 0, width);
     for (i = 0; i < n_results; ++i)
       if (results[i].system == s) seconds += results[i].seconds, parameters = results[i].parameters;
     printf(" | %11zu %8.1f\n", parameters, seconds / n);
@@ -1231,6 +1353,7 @@ static void print_table(void) {
       break;
     }
   printf(".\n");
+  if (any_bad) printf("?: the metric has no value (one class is all that is right or predicted, or the values are constant) and counts as 0.\n");
 }
 
 /* Shares of the experts, as whole percents, a row for each task and a group of columns for each layer. */
@@ -1289,7 +1412,8 @@ static void write_json(void) {
       for (d = 0; d < tasks[t].n_dev; ++d) n += tasks[t].dev[d].n;
       fprintf(f, "%s\n    {\"name\": ", t ? "," : "");
       json_text(f, tasks[t].task.name);
-      fprintf(f, ", \"metric\": \"%s\", \"value\": %.9g, \"n\": %lld}", name, r->value[t], (long long)n);
+      fprintf(f, ", \"metric\": \"%s\", \"value\": %.9g, \"n\": %lld%s}", name, r->value[t], (long long)n,
+              r->defined[t] ? "" : ", \"defined\": false");
     }
     fprintf(f, "],\n   \"small\": %.9g, \"all\": %.9g}", r->small, r->all);
   }
