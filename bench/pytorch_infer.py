@@ -5,13 +5,11 @@ installed, at several batch x length. Prints JSON, one line each. Needs torch.
 import argparse
 import json
 import os
-import resource
-import statistics
 import subprocess
 import sys
-import time
 
 from pytorch_step import MALLOC, batch, model
+from serve import peak_mb, repeat, serve
 
 SHAPES = "1x8,1x32,1x128,8x32,32x128"
 
@@ -39,26 +37,35 @@ def own(system, shape, precision):
     return lambda: sum(s.sum().item() for s in net.scores(b))
 
 
+def calls(system, precision):
+    """once(shape), with a model and a batch that are made when they are first asked for."""
+    import torch
+    made = {}
+
+    def once(text):
+        with torch.inference_mode():
+            if text not in made:
+                shape = tuple(int(n) for n in text.split("x"))
+                made[text] = published(shape, precision) if system == "transformers" else own(system, shape, precision)
+            made[text]()
+    return once
+
+
 def measure(a, system, precision):
     import torch
     torch.set_num_threads(a.threads)
+    once = calls(system, precision)
+    record = {"peer": f"PyTorch {torch.__version__}", "what": "inference", "system": system, "precision": precision, "threads": a.threads}
+    if a.serve:
+        return serve(once, record, 0)
     for text in a.shapes.split(","):
-        shape = tuple(int(s) for s in text.split("x"))
-        with torch.inference_mode():
-            call = published(shape, precision) if system == "transformers" else own(system, shape, precision)
-            times, begin = [], time.perf_counter()
-            for _ in range(3):
-                call()
-            while len(times) < 5 or time.perf_counter() - begin < a.seconds:
-                start = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - start)
-        median = statistics.median(times)
-        print(json.dumps({
-            "peer": f"PyTorch {torch.__version__}", "what": "inference", "system": system, "precision": precision, "shape": text,
-            "threads": a.threads, "median_ms": 1e3 * median, "min_ms": 1e3 * min(times), "runs": len(times),
-            "tokens_per_second": shape[0] * shape[1] / median,
-            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+        batch_size, length = (int(n) for n in text.split("x"))
+        for _ in range(3):
+            once(text)
+        median, least, runs = repeat(lambda: once(text), a.seconds)
+        print(json.dumps(dict(record, shape=text, median_ms=1e3 * median, min_ms=1e3 * least, runs=runs,
+                              tokens_per_second=batch_size * length / median, peak_rss_mb=peak_mb())), flush=True)
+    return None
 
 
 def main():
@@ -69,6 +76,7 @@ def main():
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument("--seconds", type=float, default=2.0, help="at least this long for each shape")
     p.add_argument("--variant", help="SYSTEM,PRECISION: one variant in this process")
+    p.add_argument("--serve", action="store_true", help="with --variant: answer the lines of standard input (serve.py)")
     a = p.parse_args()
     if a.variant:
         return measure(a, *a.variant.split(","))

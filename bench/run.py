@@ -195,12 +195,12 @@ def train_section(report, a):
             start(programs, missing, "moe.h", command, threads)
             for precision in a.precisions:
                 for v in variants:
-                    if a.quick and (precision, v) in (("bf16", "real"), ("fp32", "real")):
-                        continue    # the padded ones are never the fastest
+                    if v == "real" and (a.quick or precision == "bf16"):
+                        continue    # in the order of the data: more padding, slower than sorted
                     start(programs, missing, f"PyTorch {precision}" + (f", {v}" if v != "full" else ""),
                           [PYTHON, os.path.join(HERE, "pytorch_step.py"), "--variant", f"tag,{precision},{v}", "--serve", "--warm", "1", "--threads", str(threads)],
                           threads, MALLOC)
-            times = take_turns(programs, 2 if a.quick else 5 if kind == "real" else 4, 0)
+            times = take_turns(programs, 2 if a.quick else 3, 0)
             tokens = programs[0].ready["tokens"]
             for p in programs:
                 peak = p.finish()["peak_mb"]
@@ -213,7 +213,77 @@ def train_section(report, a):
         report.text(f"Left out: {m}", "")
 
 
-SECTIONS = {"train": train_section}
+def graph_files(report, a):
+    """The folder with the files of ONNX Runtime and OpenVINO, made once."""
+    folder = os.path.join(BUILD, "graphs")
+    stamp = os.path.join(folder, "versions.json")
+    if not os.path.exists(stamp) or open(stamp, encoding="utf-8").read() != json.dumps(a.have):
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
+        done = subprocess.run([PYTHON, os.path.join(HERE, "graph_peers.py"), "--prepare", folder], capture_output=True, text=True, check=False)
+        for line in done.stderr.splitlines():
+            if line.startswith(("fusions", "graph_peers.py")):
+                report.text(line, "")
+        if done.returncode == 0:
+            with open(stamp, "w", encoding="utf-8") as f:
+                f.write(json.dumps(a.have))
+    return folder
+
+
+def infer_peers(a, threads, folder, missing):
+    """The programs that are alive for all shapes."""
+    programs = []
+    for name, system in (("PyTorch, transformers", "transformers"), ("PyTorch MT-TaG", "tag")):
+        start(programs, missing, name, [PYTHON, os.path.join(HERE, "pytorch_infer.py"), "--variant", f"{system},fp32", "--serve", "--threads", str(threads)],
+              threads, MALLOC)
+    for name, engine in (("ONNX Runtime", "ort"), ("OpenVINO", "openvino")):
+        start(programs, missing, name, [PYTHON, os.path.join(HERE, "graph_peers.py"), "--serve", engine, "--dir", folder, "--threads", str(threads)], threads)
+    return programs
+
+
+def infer_section(report, a):
+    report.text("## Inference", "",
+                "fp32, 6 x 384, tokens per second by batch x length (all sequences of one length, so that nobody pads). Dense peers: transformers' BertModel with "
+                "`scaled_dot_product_attention`, ONNX Runtime with its BERT fusions, OpenVINO with fixed shapes. MT-TaG: N = 4, T = 8, top-1, in moe.h and in PyTorch.", "")
+    missing = []
+    folder = graph_files(report, a)
+    for threads in a.threads:
+        peers = infer_peers(a, threads, folder, missing)
+        table = {}
+        for shape in SHAPES:
+            batch, length = shape.split("x")
+            ours = []
+            for name, system in (("moe.h dense", "dense"), ("moe.h TaG", "tag")):
+                start(ours, missing, name, [os.path.join(BUILD, "bench_step"), "infer", "--system", system, "--batch", batch, "--length", length, "--threads",
+                                            str(threads), "--serve"], threads)
+            times = {p.name: [] for p in ours + peers}
+            for _ in range(3 if a.quick else 5):
+                for p in ours:
+                    times[p.name].append(p.seconds(0.1 if a.quick else 0.2))
+                for p in peers:
+                    times[p.name].append(p.seconds(0.1 if a.quick else 0.2, shape))
+            for p in ours:
+                p.finish()
+            table[shape] = times
+        rows = [[name] + [rate(int(s.split("x")[0]) * int(s.split("x")[1]), table[s][name]) for s in SHAPES]
+                for name in ["moe.h dense", "moe.h TaG", *(p.name for p in peers)]]
+        for mine, others in (("moe.h dense", [p.name for p in peers if p.name != "PyTorch MT-TaG"]), ("moe.h TaG", [p.name for p in peers if p.name != "PyTorch MT-TaG"]),
+                             ("moe.h TaG", ["PyTorch MT-TaG"])):
+            cells = []
+            for s in SHAPES:
+                there = [o for o in others if o in table[s]]
+                best = min(there, key=lambda o, s=s: statistics.median(table[s][o]), default=None)
+                cells.append(f"{ratio(table[s][mine], table[s][best]):.2f}" + (f" ({best.split(',')[0]})" if len(others) > 1 else "") if best else "")
+            rows.append([f"{mine} / " + ("best dense peer" if len(others) > 1 else "PyTorch MT-TaG"), *cells])
+        for p in peers:
+            p.finish()
+        report.text(f"{threads} thread{'s' if threads > 1 else ''}:", "")
+        report.table(["tokens/s", *SHAPES], rows)
+    for m in missing:
+        report.text(f"Left out: {m}", "")
+
+
+SECTIONS = {"train": train_section, "infer": infer_section}
 
 
 def main():

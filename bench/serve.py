@@ -23,10 +23,16 @@ def peak_mb():
 
 
 def serve(once, ready, warm=2):
-    """Warms up, prints the record `ready`, and answers the lines of standard input until it ends."""
+    """Warms up, prints the record `ready`, and answers the lines of standard input until it ends. Words after the seconds are arguments of
+    once(); what was not called with them before is called twice first."""
     for _ in range(warm):
         once()
     print(json.dumps(ready), flush=True)
+    seen = {()}
     for line in sys.stdin:
-        print("%.9f %.9f %d" % repeat(once, float(line)), flush=True)
+        seconds, *words = line.split()
+        if tuple(words) not in seen:
+            seen.add(tuple(words))
+            once(*words), once(*words)
+        print("%.9f %.9f %d" % repeat(lambda: once(*words), float(seconds)), flush=True)
     print(json.dumps({"peak_mb": round(peak_mb(), 1)}), flush=True)
