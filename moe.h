@@ -76,6 +76,7 @@
      >>parallel      tiles, the built-in pool
      >>simd          vector kernels and elementary functions
      >>gemm          packing and matrix products
+     >>lowp          products with weights of 8 bits
      >>linear        linear layers and GELU
      >>ops           LayerNorm, dropout, embeddings, losses
      >>attention     self-attention over packed sequences
@@ -158,9 +159,13 @@ MOE_API moe_isa moe_isa_from_name(const char *name);
 /* 1 where this build and this processor (and its operating system) can run it, else 0. */
 MOE_API int moe_isa_available(moe_isa isa);
 
+/* What a processor has beyond its instruction set, for products of low precision. */
+enum { MOE_FEATURE_AVX_VNNI = 1, MOE_FEATURE_AVX512_VNNI = 2, MOE_FEATURE_AVX512_BF16 = 4 };
+
 /* Everything a call needs to know of its surroundings. A plain struct: copy it, one for each thread if you like. */
 typedef struct moe_env {
   moe_isa isa;     /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards */
+  uint32_t features; /* MOE_FEATURE_ bits that this machine has, set by moe_env_init; clearing one forgoes it, int8 results stay the same */
   int32_t threads; /* how many bodies of parallel_for may run at once, 1 or more: decides the size of scratch */
   /* Runs body(arg, i) for i = 0 .. count-1, in any order, at most `threads` at once, and returns when all are done. NULL: a
      plain loop. Results never depend on it. */
@@ -214,6 +219,19 @@ MOE_API moe_mat moe_mat_panels(const float *panels, int32_t rows, int32_t cols);
 MOE_API size_t moe_pack_floats(int32_t rows, int32_t cols);
 /* Packs w (rows, cols) into panels: products are fastest with those. */
 MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols, const moe_env *env);
+
+/* int8: w = scale q, a scale for each row (max |w| / 127) and integers -127 .. 127, rounded to the nearest. cols at most MOE_INT8_COLS.
+   A row with an infinity or NaN in it gets the scale NaN. q (rows, cols), scale (rows). */
+#define MOE_INT8_COLS 65536
+MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows, int32_t cols, const moe_env *env);
+/* Views of int8 weights for moe_linear_forward, moe_linear_gelu_forward and moe_experts_forward: rows as they lie in a file, or panels
+   packed by moe_pack_int8. Each row of x is quantised in the same way on its way in, the sums are integers, and the bits of a result depend
+   neither on the layout nor on the instruction set. The weights must stay what they are; there is no backward through them. */
+MOE_API moe_mat moe_mat_rows_int8(const int8_t *w, const float *scale, int32_t rows, int32_t cols);
+MOE_API moe_mat moe_mat_panels_int8(const void *panels, const float *scale, int32_t rows, int32_t cols);
+/* Bytes that moe_pack_int8 writes; its layout is of one machine, never of a file. */
+MOE_API size_t moe_pack_int8_bytes(int32_t rows, int32_t cols);
+MOE_API void moe_pack_int8(void *panels, const int8_t *w, int32_t rows, int32_t cols, const moe_env *env);
 
 /* y = x W^T + b. y (M, rows), x (M, cols), b (rows) or NULL. */
 MOE_API void moe_linear_forward(float *y, const float *x, const moe_mat *w, const float *b, int32_t M, const moe_env *env);
@@ -849,6 +867,29 @@ MOE_API int moe_isa_available(moe_isa isa) {
   return isa == MOE_ISA_AUTO || isa == MOE_ISA_SCALAR;
 }
 
+/* Kernels that this compiler can make. */
+#if defined(MOE__X86) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
+#define MOE__AVX512_VNNI 1
+#define MOE__AVX_VNNI 1
+#endif
+
+/* The MOE_FEATURE_ bits of this machine. */
+static uint32_t moe__features(void) {
+  uint32_t features = 0;
+#ifdef MOE__X86
+  uint32_t r[4], one[4];
+  if (!moe_isa_available(MOE_ISA_AVX2)) return 0;
+  moe__cpuid(7, 0, r);
+  if (r[0] >= 1) moe__cpuid(7, 1, one);
+  else memset(one, 0, sizeof one);
+  if (one[0] >> 4 & 1) features |= MOE_FEATURE_AVX_VNNI;
+  if (!moe_isa_available(MOE_ISA_AVX512)) return features;
+  if (r[2] >> 11 & 1) features |= MOE_FEATURE_AVX512_VNNI;
+  if (one[0] >> 5 & 1) features |= MOE_FEATURE_AVX512_BF16;
+#endif
+  return features;
+}
+
 /* ---- statuses, log, small helpers ---- >>base */
 
 MOE_API const char *moe_status_text(moe_status status) {
@@ -878,6 +919,7 @@ MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa) {
   memset(env, 0, sizeof *env);
   env->threads = 1;
   env->isa = MOE_ISA_SCALAR;
+  env->features = moe__features();
   for (i = MOE_ISA_COUNT - 1; i > MOE_ISA_SCALAR; --i)
     if (moe_isa_available((moe_isa)i)) {
       env->isa = (moe_isa)i;
@@ -1995,6 +2037,7 @@ typedef enum moe__b_layout {
 typedef struct moe__gemm {
   int32_t m, n, k;
   int narrow; /* the weight has fewer than 16 outputs: 16-lane sums; set by moe__gemm_weight */
+  const moe_mat *quantized; /* weights of 8 bits instead of b (>>lowp), or NULL; of a list all or none */
   const float *a;
   size_t a_row, a_col; /* (i, p) = a[i a_row + p a_col] */
   const float *b;
@@ -2575,11 +2618,17 @@ static void moe__gemm_work_tile(void *arg, int32_t tile, int32_t slot) {
   moe__gemm_tile(g, &cut, work->kernels, tile);
 }
 
+static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env); /* >>lowp */
+
 /* Independent products (the experts of a layer, the gradients of a weight and of its input), spread over the threads. */
 static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__gemm_work work;
   int32_t tiles = 0, i;
   double size = 0;
+  if (count && list->quantized) {
+    moe__int8_run(list, count, env);
+    return;
+  }
   work.list = list;
   work.kernels = MOE__V_PICK(env->isa, gemms);
   for (i = 0; i < count; ++i) {
@@ -2635,6 +2684,548 @@ MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols,
   moe__parallel(env, (rows + 15) / 16, moe__pack_tile, &work);
 }
 
+/* ---- products with weights of 8 bits ---- >>lowp */
+
+/* y = x W^T + b with 8-bit integers on both sides: W once and for all, with a scale for each output; x row by row on its way in. The scale
+   of a row is max |x| / 127, its integers are x (127 / max |x|), rounded to the nearest, ties to even. With S the sum over p of
+   q_x q_w, an integer of 32 bits, an output is fma(S, s_x s_w, b), S rounded to float. Integer sums have no order, so that whatever adds
+   them, in whatever layout and tile, gives the same S, and the rest is one formula: the same bits on every instruction set.
+   Columns are at most 65536, which keeps S below 2^31. A row that is smaller than 1e-36 throughout is a row of zeros; one with an infinity
+   or NaN in it gives NaN in all its outputs.
+
+   Panels: 16 outputs side by side, in steps of 4 inputs: 16 x 4 bytes, one register of AVX-512 (and one row of a tile of AMX). Behind the
+   steps stand 16 integers, -128 times the sums of the weights: VNNI multiplies unsigned with signed bytes, so x gets 128 added, and the sums
+   begin with what that adds too much. */
+
+enum {
+  MOE__INT8_MC = 32,          /* rows that are quantised at a time: they stay in the first-level cache, the panels stream by */
+  MOE__INT8_BUFFER = 1 << 16, /* bytes of those rows: fewer than MOE__INT8_MC where they are long */
+  MOE__INT8_ROWS = 8,         /* most rows and panels that a kernel takes */
+  MOE__INT8_PANELS = 3
+};
+
+/* What a kernel is given: rows x (x_row bytes apart) times a few panels, for `columns` outputs. */
+typedef struct moe__int8_block {
+  float *c;
+  size_t c_row;
+  const unsigned char *x;
+  size_t x_row;
+  const float *x_scale; /* of each row */
+  const signed char *panels;
+  size_t panel; /* bytes of one */
+  size_t steps;
+  const float *scale, *bias; /* of each output; bias may be NULL */
+  size_t columns;
+} moe__int8_block;
+
+typedef void (*moe__int8_fn)(const moe__int8_block *b);
+
+typedef struct moe__int8_kernels {
+  moe__int8_fn fn[MOE__INT8_PANELS + 1][MOE__INT8_ROWS + 1]; /* [panels][rows] */
+  int rows[MOE__INT8_PANELS + 1];                            /* most rows for so many panels, 0: none */
+  unsigned flip;                                             /* 0x80 where x is unsigned: 128 is added */
+  /* q[i] = x[i] as an integer, ^ flip; returns the scale */
+  float (*quantize)(unsigned char *q, const float *x, size_t n, unsigned flip);
+  /* sum[v] = x w[v ld ..] for v = 0 .. 3, both signed */
+  void (*dot4)(int32_t sum[4], const unsigned char *x, const signed char *w, size_t ld, size_t k);
+} moe__int8_kernels;
+
+static size_t moe__int8_steps(size_t cols) { return (cols + 3) / 4; }
+static size_t moe__int8_panel(size_t cols) { return moe__int8_steps(cols) * 64 + 64; }
+
+#define MOE__INT8_TINY 1e-36f
+
+/* The bits of max |x| in, the scale out; *factor: what x is multiplied with, 0 where the integers are all 0. */
+static float moe__int8_scale(uint32_t top, float *factor) {
+  float most = moe__floats(top);
+  *factor = 0;
+  if (top >= 0x7f800000u) return moe__floats(0x7fc00000u);
+  if (most < MOE__INT8_TINY) return 0;
+  *factor = 127.0f / most;
+  return most / 127.0f;
+}
+
+static float moe__scalar_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {
+  uint32_t top = 0, u;
+  float scale, factor;
+  size_t i;
+  for (i = 0; i < n; ++i) {
+    u = moe__bits(x[i]) & 0x7fffffffu;
+    if (u > top) top = u;
+  }
+  scale = moe__int8_scale(top, &factor);
+  if (!(factor > 0)) {
+    memset(q, (int)flip, n);
+    return scale;
+  }
+  for (i = 0; i < n; ++i) {
+    float t = x[i] * factor;
+    q[i] = (unsigned char)(((moe__bits(t + MOE__ROUND) - MOE__ROUND_BITS) ^ flip) & 255u);
+  }
+  return scale;
+}
+
+static void moe__scalar_int8_dot4(int32_t sum[4], const unsigned char *x, const signed char *w, size_t ld, size_t k) {
+  size_t v, p;
+  for (v = 0; v < 4; ++v) {
+    sum[v] = 0;
+    for (p = 0; p < k; ++p) sum[v] += (int32_t)(signed char)x[p] * w[v * ld + p];
+  }
+}
+
+static void moe__scalar_int8_1x1(const moe__int8_block *b) {
+  size_t j, p;
+  for (j = 0; j < b->columns; ++j) {
+    int32_t sum = 0;
+    for (p = 0; p < 4 * b->steps; ++p) sum += (int32_t)(signed char)b->x[p] * b->panels[(p / 4 * 16 + j) * 4 + p % 4];
+    b->c[j] = moe__fmaf((float)sum, b->x_scale[0] * b->scale[j], b->bias ? b->bias[j] : 0.0f);
+  }
+}
+
+static const moe__int8_kernels moe__scalar_int8 = {
+  {{NULL}, {NULL, moe__scalar_int8_1x1}, {NULL}, {NULL}}, {0, 1, 0, 0}, 0, moe__scalar_int8_quantize, moe__scalar_int8_dot4};
+
+#ifdef MOE__X86
+/* Two registers of floats to 32 signed bytes would need AVX-512; 8 at a time go through 16 bits. */
+MOE__T_AVX2 static float moe__avx2_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {
+  __m256i magnitude = _mm256_set1_epi32(0x7fffffff), most = _mm256_setzero_si256();
+  __m128i half, flips = _mm_set1_epi8((char)(unsigned char)flip);
+  float scale, factor;
+  uint32_t top, u;
+  size_t i = 0;
+  for (; i + 8 <= n; i += 8) most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(x + i)), magnitude));
+  half = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1));
+  top = (uint32_t)_mm_cvtsi128_si32(half);
+  for (; i < n; ++i) {
+    u = moe__bits(x[i]) & 0x7fffffffu;
+    if (u > top) top = u;
+  }
+  scale = moe__int8_scale(top, &factor);
+  if (!(factor > 0)) {
+    memset(q, (int)flip, n);
+    return scale;
+  }
+  for (i = 0; i + 8 <= n; i += 8) {
+    __m256i v = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(factor)));
+    half = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64((__m128i *)(void *)(q + i), _mm_xor_si128(_mm_packs_epi16(half, half), flips));
+  }
+  for (; i < n; ++i) {
+    float t = x[i] * factor;
+    q[i] = (unsigned char)(((moe__bits(t + MOE__ROUND) - MOE__ROUND_BITS) ^ flip) & 255u);
+  }
+  return scale;
+}
+
+MOE__T_AVX512 static float moe__avx512_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {
+  __m512i magnitude = _mm512_set1_epi32(0x7fffffff), most = _mm512_setzero_si512();
+  float scale, factor;
+  size_t i = 0, rest = n % 16, whole = n - rest;
+  __mmask16 last = moe__avx512_first(rest);
+  for (; i < whole; i += 16) most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
+  if (rest) most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(last, x + i), magnitude));
+  scale = moe__int8_scale((uint32_t)_mm512_reduce_max_epu32(most), &factor);
+  if (!(factor > 0)) {
+    memset(q, (int)flip, n);
+    return scale;
+  }
+  for (i = 0; i < n; i += 16) {
+    __mmask16 mask = i < whole ? (__mmask16)0xffff : last;
+    __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(factor)));
+    _mm512_mask_cvtepi32_storeu_epi8(q + i, mask, _mm512_xor_si512(v, _mm512_set1_epi32((int)flip)));
+  }
+  return scale;
+}
+
+/* Sums of 16 products of bytes, widened to 16 bits: nothing saturates, unlike with vpmaddubsw. */
+MOE__T_AVX2 static void moe__avx2_int8_dot4(int32_t sum[4], const unsigned char *x, const signed char *w, size_t ld, size_t k) {
+  const signed char *w1 = w + ld, *w2 = w1 + ld, *w3 = w2 + ld;
+  __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0;
+  __m128i t;
+  size_t p = 0;
+#define MOE__WIDE(at) _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(at)))
+  for (; p + 16 <= k; p += 16) {
+    __m256i v = MOE__WIDE(x + p);
+    s0 = _mm256_add_epi32(s0, _mm256_madd_epi16(v, MOE__WIDE(w + p)));
+    s1 = _mm256_add_epi32(s1, _mm256_madd_epi16(v, MOE__WIDE(w1 + p)));
+    s2 = _mm256_add_epi32(s2, _mm256_madd_epi16(v, MOE__WIDE(w2 + p)));
+    s3 = _mm256_add_epi32(s3, _mm256_madd_epi16(v, MOE__WIDE(w3 + p)));
+  }
+  s0 = _mm256_hadd_epi32(_mm256_hadd_epi32(s0, s1), _mm256_hadd_epi32(s2, s3));
+  t = _mm_add_epi32(_mm256_castsi256_si128(s0), _mm256_extracti128_si256(s0, 1));
+  _mm_storeu_si128((__m128i *)(void *)sum, t);
+  for (; p < k; ++p) {
+    int32_t v = (signed char)x[p];
+    sum[0] += v * w[p];
+    sum[1] += v * w1[p];
+    sum[2] += v * w2[p];
+    sum[3] += v * w3[p];
+  }
+}
+
+/* A step of x, 4 bytes of a row, in every lane; and the end of a row: outputs of panel v from their sums. */
+MOE__INLINE int moe__int8_step(const unsigned char *x) {
+  int four;
+  memcpy(&four, x, 4);
+  return four;
+}
+
+#define MOE__INT8_END(S, i, v, sums)                                                                       \
+  {                                                                                                        \
+    size_t n = b->columns - 16 * v < 16 ? b->columns - 16 * v : 16;                                        \
+    S##_f scales = S##_mul(S##_set(b->x_scale[i]), S##_loadn(b->scale + 16 * v, n));                       \
+    S##_f start = b->bias ? S##_loadn(b->bias + 16 * v, n) : S##_set(0.0f);                                \
+    S##_storen(b->c + i * b->c_row + 16 * v, S##_fma(S##_cvt(sums), scales, start), n);                    \
+  }
+#define MOE__INT8_ROW1(X, P) X(P, 0)
+#define MOE__INT8_ROW2(X, P) MOE__INT8_ROW1(X, P) X(P, 1)
+#define MOE__INT8_ROW3(X, P) MOE__INT8_ROW2(X, P) X(P, 2)
+#define MOE__INT8_ROW4(X, P) MOE__INT8_ROW3(X, P) X(P, 3)
+#define MOE__INT8_ROW5(X, P) MOE__INT8_ROW4(X, P) X(P, 4)
+#define MOE__INT8_ROW6(X, P) MOE__INT8_ROW5(X, P) X(P, 5)
+#define MOE__INT8_ROW7(X, P) MOE__INT8_ROW6(X, P) X(P, 6)
+#define MOE__INT8_ROW8(X, P) MOE__INT8_ROW7(X, P) X(P, 7)
+#define MOE__INT8_PANEL1(X, i) X(i, 0)
+#define MOE__INT8_PANEL2(X, i) MOE__INT8_PANEL1(X, i) X(i, 1)
+#define MOE__INT8_PANEL3(X, i) MOE__INT8_PANEL2(X, i) X(i, 2)
+
+/* Plain AVX2: 4 outputs x 4 inputs of a step, widened to 16 bits, times the step of x: two sums for each output, added at the end. */
+#define MOE__INT8_START(P, i) __m256i c##i##0 = _mm256_setzero_si256(), c##i##1 = c##i##0, c##i##2 = c##i##0, c##i##3 = c##i##0;
+#define MOE__INT8_STEP(P, i)                                                                               \
+  {                                                                                                        \
+    __m256i v = _mm256_cvtepi8_epi16(_mm_set1_epi32(moe__int8_step(x + i * b->x_row)));                    \
+    c##i##0 = _mm256_add_epi32(c##i##0, _mm256_madd_epi16(v, w0));                                         \
+    c##i##1 = _mm256_add_epi32(c##i##1, _mm256_madd_epi16(v, w1));                                         \
+    c##i##2 = _mm256_add_epi32(c##i##2, _mm256_madd_epi16(v, w2));                                         \
+    c##i##3 = _mm256_add_epi32(c##i##3, _mm256_madd_epi16(v, w3));                                         \
+  }
+#define MOE__INT8_STORE(P, i)                                                                              \
+  {                                                                                                        \
+    __m256i low = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c##i##0, c##i##1), 0xd8);                     \
+    __m256i high = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c##i##2, c##i##3), 0xd8);                    \
+    MOE__INT8_END(moe__avx2, i, 0, moe__avx2_itwo(low, high))                                              \
+  }
+#define MOE__INT8_AVX2(R)                                                                                  \
+  MOE__T_AVX2 static void moe__avx2_int8_##R##x1(const moe__int8_block *b) {                               \
+    const signed char *w = b->panels;                                                                      \
+    const unsigned char *x = b->x;                                                                         \
+    size_t step;                                                                                           \
+    MOE__INT8_ROW##R(MOE__INT8_START, 1)                                                                   \
+    for (step = 0; step < b->steps; ++step, w += 64, x += 4) {                                             \
+      __m256i w0 = MOE__WIDE(w), w1 = MOE__WIDE(w + 16), w2 = MOE__WIDE(w + 32), w3 = MOE__WIDE(w + 48);   \
+      MOE__INT8_ROW##R(MOE__INT8_STEP, 1)                                                                  \
+    }                                                                                                      \
+    MOE__INT8_ROW##R(MOE__INT8_STORE, 1)                                                                   \
+  }
+MOE__INT8_AVX2(1)
+MOE__INT8_AVX2(2)
+static const moe__int8_kernels moe__avx2_int8 = {
+  {{NULL}, {NULL, moe__avx2_int8_1x1, moe__avx2_int8_2x1}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0, moe__avx2_int8_quantize, moe__avx2_int8_dot4};
+/* AVX-512 without VNNI has but a few processors: they quantise faster, and multiply as above. */
+static const moe__int8_kernels moe__avx512_int8 = {
+  {{NULL}, {NULL, moe__avx2_int8_1x1, moe__avx2_int8_2x1}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0, moe__avx512_int8_quantize, moe__avx2_int8_dot4};
+#undef MOE__INT8_START
+#undef MOE__INT8_STEP
+#undef MOE__INT8_STORE
+#undef MOE__INT8_AVX2
+#undef MOE__WIDE
+
+#ifdef MOE__AVX_VNNI
+/* AVX-VNNI: two registers to a panel */
+#define MOE__T_AVX_VNNI MOE__TARGET("avx2,fma,avxvnni")
+#define MOE__INT8_SUM(i, v) moe__avx2_i c##i##v = moe__avx2_iload(b->panels + v * b->panel + 64 * b->steps);
+#define MOE__INT8_LOAD(i, v) moe__avx2_i w##v = moe__avx2_iload(w + v * b->panel);
+#define MOE__INT8_ADD(i, v)                                         \
+  c##i##v.a = _mm256_dpbusd_avx_epi32(c##i##v.a, s, w##v.a);        \
+  c##i##v.b = _mm256_dpbusd_avx_epi32(c##i##v.b, s, w##v.b);
+#define MOE__INT8_OUT(i, v) MOE__INT8_END(moe__avx2, i, v, c##i##v)
+#define MOE__INT8_START(P, i) MOE__INT8_PANEL##P(MOE__INT8_SUM, i)
+#define MOE__INT8_STEP(P, i)                                                                \
+  {                                                                                         \
+    __m256i s = _mm256_set1_epi32(moe__int8_step(x + i * b->x_row));                        \
+    MOE__INT8_PANEL##P(MOE__INT8_ADD, i)                                                    \
+  }
+#define MOE__INT8_STORE(P, i) MOE__INT8_PANEL##P(MOE__INT8_OUT, i)
+#define MOE__INT8_KERNEL(S, T, R, P)                                                        \
+  T static void S##_int8_##R##x##P(const moe__int8_block *b) {                              \
+    const signed char *w = b->panels;                                                       \
+    const unsigned char *x = b->x;                                                          \
+    size_t step;                                                                            \
+    MOE__INT8_ROW##R(MOE__INT8_START, P)                                                    \
+    for (step = 0; step < b->steps; ++step, w += 64, x += 4) {                              \
+      MOE__INT8_PANEL##P(MOE__INT8_LOAD, 0)                                                 \
+      MOE__INT8_ROW##R(MOE__INT8_STEP, P)                                                   \
+    }                                                                                       \
+    MOE__INT8_ROW##R(MOE__INT8_STORE, P)                                                    \
+  }
+MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 1, 1)
+MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 2, 1)
+MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 3, 1)
+MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 4, 1)
+MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 5, 1)
+MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 6, 1)
+MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 1, 3)
+MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 1, 2)
+MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 2, 2)
+static const moe__int8_kernels moe__avx_vnni_int8 = {
+  {{NULL},
+   {NULL, moe__avx_vnni_int8_1x1, moe__avx_vnni_int8_2x1, moe__avx_vnni_int8_3x1, moe__avx_vnni_int8_4x1, moe__avx_vnni_int8_5x1,
+    moe__avx_vnni_int8_6x1},
+   {NULL, moe__avx_vnni_int8_1x2, moe__avx_vnni_int8_2x2},
+   {NULL, moe__avx_vnni_int8_1x3}},
+  {0, 6, 2, 1}, 0x80, moe__avx2_int8_quantize, moe__avx2_int8_dot4};
+#undef MOE__INT8_SUM
+#undef MOE__INT8_LOAD
+#undef MOE__INT8_ADD
+#undef MOE__INT8_OUT
+#endif
+
+#ifdef MOE__AVX512_VNNI
+/* AVX512-VNNI: up to 8 rows by 3 panels, 24 of the 32 registers */
+#define MOE__T_AVX512_VNNI MOE__TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx2,fma")
+#define MOE__INT8_SUM(i, v) __m512i c##i##v = _mm512_loadu_si512(b->panels + v * b->panel + 64 * b->steps);
+#define MOE__INT8_LOAD(i, v) __m512i w##v = _mm512_loadu_si512(w + v * b->panel);
+#define MOE__INT8_ADD(i, v) c##i##v = _mm512_dpbusd_epi32(c##i##v, s, w##v);
+#define MOE__INT8_OUT(i, v) MOE__INT8_END(moe__avx512, i, v, c##i##v)
+#undef MOE__INT8_STEP
+#define MOE__INT8_STEP(P, i)                                                                \
+  {                                                                                         \
+    __m512i s = _mm512_set1_epi32(moe__int8_step(x + i * b->x_row));                        \
+    MOE__INT8_PANEL##P(MOE__INT8_ADD, i)                                                    \
+  }
+#define MOE__INT8_TO8(P)                                                                                                   \
+  MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 1, P) MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 2, P)               \
+  MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 3, P) MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 4, P)               \
+  MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 5, P) MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 6, P)               \
+  MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 7, P) MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 8, P)
+#define MOE__INT8_LIST8(P)                                                                                                 \
+  {NULL, moe__vnni_int8_1x##P, moe__vnni_int8_2x##P, moe__vnni_int8_3x##P, moe__vnni_int8_4x##P, moe__vnni_int8_5x##P,     \
+   moe__vnni_int8_6x##P, moe__vnni_int8_7x##P, moe__vnni_int8_8x##P}
+MOE__INT8_TO8(1)
+MOE__INT8_TO8(2)
+MOE__INT8_TO8(3)
+static const moe__int8_kernels moe__vnni_int8 = {
+  {{NULL}, MOE__INT8_LIST8(1), MOE__INT8_LIST8(2), MOE__INT8_LIST8(3)}, {0, 8, 8, 8}, 0x80, moe__avx512_int8_quantize, moe__avx2_int8_dot4};
+#undef MOE__INT8_SUM
+#undef MOE__INT8_LOAD
+#undef MOE__INT8_ADD
+#undef MOE__INT8_OUT
+#undef MOE__INT8_TO8
+#undef MOE__INT8_LIST8
+#endif
+#undef MOE__INT8_END
+#endif /* MOE__X86 */
+
+static const moe__int8_kernels *moe__int8_pick(const moe_env *env) {
+#ifdef MOE__AVX512_VNNI
+  if (env->isa == MOE_ISA_AVX512 && (env->features & MOE_FEATURE_AVX512_VNNI)) return &moe__vnni_int8;
+#endif
+#ifdef MOE__AVX_VNNI
+  if ((env->isa == MOE_ISA_AVX2 || env->isa == MOE_ISA_AVX512) && (env->features & MOE_FEATURE_AVX_VNNI)) return &moe__avx_vnni_int8;
+#endif
+  return MOE__V_PICK(env->isa, int8); /* NEON with its dot product would stand here, with panels as they are */
+}
+
+/* `rows` quantised rows times the columns j0 .. j1-1 of weights in panels. c: of row 0 and column 0. */
+static void moe__int8_panels(const moe__gemm *g, const moe__int8_kernels *kernels, const moe__gemm_kernels *elements, size_t row, size_t rows,
+                             size_t j0, size_t j1, const unsigned char *x, size_t x_row, const float *x_scale) {
+  const moe_mat *w = g->quantized;
+  moe__int8_block b;
+  size_t j = j0, i, width, most;
+  memset(&b, 0, sizeof b);
+  b.c_row = g->c_row;
+  b.x_row = x_row;
+  b.panel = moe__int8_panel((size_t)g->k);
+  b.steps = moe__int8_steps((size_t)g->k);
+  for (; j < j1; j += 16 * width) {
+    width = (j1 - j + 15) / 16;
+    if (width > MOE__INT8_PANELS) width = MOE__INT8_PANELS;
+    /* wide kernels of few rows only where there are so few */
+    while (!kernels->rows[width] || (width > 1 && (size_t)kernels->rows[width] < rows && kernels->rows[width] < kernels->rows[1])) --width;
+    most = (size_t)kernels->rows[width];
+    b.panels = (const signed char *)w->data + j / 16 * b.panel;
+    b.scale = w->scale + j;
+    b.bias = g->bias ? g->bias + j : NULL;
+    b.columns = j1 - j < 16 * width ? j1 - j : 16 * width;
+    for (i = 0; i < rows; i += most) {
+      size_t take = rows - i < most ? rows - i : most;
+      b.c = g->c + (row + i) * g->c_row + j;
+      b.x = x + i * x_row;
+      b.x_scale = x_scale + i;
+      kernels->fn[width][take](&b);
+    }
+    if (g->gelu) elements->gelu(g->gelu + row * g->c_row + j, g->c + row * g->c_row + j, g->c_row, rows, b.columns);
+  }
+}
+
+/* The same with weights as they lie in a file: dot products. */
+static void moe__int8_rows(const moe__gemm *g, const moe__int8_kernels *kernels, const moe__gemm_kernels *elements, size_t row, size_t rows,
+                           size_t j0, size_t j1, const unsigned char *x, size_t x_row, const float *x_scale) {
+  const moe_mat *w = g->quantized;
+  size_t k = (size_t)g->k, i, j, v;
+  for (j = j0; j < j1; j += 4) {
+    size_t n = j1 - j < 4 ? j1 - j : 4;
+    const signed char *from = (const signed char *)w->data + j * k;
+    for (i = 0; i < rows; ++i) {
+      float *c = g->c + (row + i) * g->c_row + j;
+      int32_t sum[4] = {0, 0, 0, 0};
+      if (n == 4) kernels->dot4(sum, x + i * x_row, from, k, k);
+      else
+        for (v = 0; v < n; ++v) {
+          int32_t same[4]; /* one weight four times: at the right edge only */
+          kernels->dot4(same, x + i * x_row, from + v * k, 0, k);
+          sum[v] = same[0];
+        }
+      for (v = 0; v < n; ++v) c[v] = moe__fmaf((float)sum[v], x_scale[i] * w->scale[j + v], g->bias ? g->bias[j + v] : 0.0f);
+    }
+  }
+  if (g->gelu) elements->gelu(g->gelu + row * g->c_row + j0, g->c + row * g->c_row + j0, g->c_row, rows, j1 - j0);
+}
+
+/* Rows i0 .. i1-1 and columns j0 .. j1-1, j0 a multiple of 16. */
+static void moe__int8_tile(const moe__gemm *g, const moe__int8_kernels *kernels, moe_isa isa, size_t i0, size_t i1, size_t j0, size_t j1) {
+  unsigned char x[MOE__INT8_BUFFER];
+  float x_scale[MOE__INT8_MC];
+  const moe__gemm_kernels *elements = MOE__V_PICK(isa, gemms);
+  size_t k = (size_t)g->k, x_row = 4 * moe__int8_steps(k), rows, i, r;
+  int in_panels = g->quantized->layout == MOE_LAYOUT_PANELS;
+  unsigned flip = in_panels ? kernels->flip : 0;
+  MOE_ASSERT(g->a_col == 1 && !g->accumulate && !g->a_sum && x_row <= MOE__INT8_BUFFER);
+  for (i = i0; i < i1; i += rows) {
+    rows = x_row ? MOE__INT8_BUFFER / x_row : (size_t)MOE__INT8_MC;
+    if (rows > MOE__INT8_MC) rows = MOE__INT8_MC;
+    if (rows > i1 - i) rows = i1 - i;
+    for (r = 0; r < rows; ++r) {
+      x_scale[r] = kernels->quantize(x + r * x_row, g->a + (i + r) * g->a_row, k, flip);
+      memset(x + r * x_row + k, (int)flip, x_row - k);
+    }
+    if (in_panels) moe__int8_panels(g, kernels, elements, i, rows, j0, j1, x, x_row, x_scale);
+    else moe__int8_rows(g, kernels, elements, i, rows, j0, j1, x, x_row, x_scale);
+  }
+}
+
+typedef struct moe__int8_work {
+  const moe__gemm *list;
+  const moe__int8_kernels *kernels;
+  moe_isa isa;
+  int32_t cuts; /* how many parts the columns of a product are cut into: each of them quantises x again */
+} moe__int8_work;
+
+static int32_t moe__int8_down(const moe__gemm *g) { return (g->m + MOE__INT8_MC - 1) / MOE__INT8_MC; }
+
+static void moe__int8_work_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__int8_work *work = (const moe__int8_work *)arg;
+  const moe__gemm *g = work->list;
+  int32_t wide, i, j;
+  (void)slot;
+  for (; tile >= moe__int8_down(g) * work->cuts; ++g) tile -= moe__int8_down(g) * work->cuts;
+  wide = (g->n + work->cuts - 1) / work->cuts;
+  wide = (wide + 16 * MOE__INT8_PANELS - 1) / (16 * MOE__INT8_PANELS) * (16 * MOE__INT8_PANELS);
+  i = tile / work->cuts * MOE__INT8_MC;
+  j = tile % work->cuts * wide;
+  if (j < g->n)
+    moe__int8_tile(g, work->kernels, work->isa, (size_t)i, (size_t)moe__min(i + MOE__INT8_MC, g->m), (size_t)j,
+                   (size_t)moe__min(j + wide, g->n));
+}
+
+/* Independent products with weights of 8 bits. Tiles may follow the number of threads here, since sums of integers are exact. */
+static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env) {
+  moe__int8_work work;
+  int32_t tiles = 0, i;
+  double size = 0;
+  for (i = 0; i < count; ++i) {
+    tiles += moe__int8_down(&list[i]);
+    size += (double)list[i].m * list[i].n * list[i].k;
+  }
+  if (tiles == 0) return;
+  work.list = list;
+  work.kernels = moe__int8_pick(env);
+  work.isa = env->isa;
+  work.cuts = 1;
+  if (size >= 4 * (double)MOE__GEMM_SMALL && env->parallel_for && env->threads > 1) {
+    work.cuts = moe__min((2 * env->threads + tiles - 1) / tiles, 16);
+    moe__parallel(env, tiles * work.cuts, moe__int8_work_tile, &work);
+  } else
+    for (i = 0; i < tiles; ++i) moe__int8_work_tile(&work, i, 0);
+}
+
+MOE_API moe_mat moe_mat_rows_int8(const int8_t *w, const float *scale, int32_t rows, int32_t cols) {
+  moe_mat mat = moe_mat_rows(NULL, rows, cols);
+  mat.data = w;
+  mat.scale = scale;
+  mat.type = MOE_TYPE_I8;
+  return mat;
+}
+
+MOE_API moe_mat moe_mat_panels_int8(const void *panels, const float *scale, int32_t rows, int32_t cols) {
+  moe_mat mat = moe_mat_rows_int8(NULL, scale, rows, cols);
+  mat.data = panels;
+  mat.layout = MOE_LAYOUT_PANELS;
+  return mat;
+}
+
+MOE_API size_t moe_pack_int8_bytes(int32_t rows, int32_t cols) { return ((size_t)rows + 15) / 16 * moe__int8_panel((size_t)cols); }
+
+typedef struct moe__int8_pack {
+  signed char *panels;
+  const int8_t *w;
+  int8_t *q;
+  float *scale;
+  const float *from;
+  size_t rows, cols;
+  const moe__int8_kernels *kernels;
+} moe__int8_pack;
+
+static void moe__int8_pack_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__int8_pack *job = (const moe__int8_pack *)arg;
+  size_t row = (size_t)tile * 16, width = job->rows - row < 16 ? job->rows - row : 16, bytes = moe__int8_panel(job->cols), j, p;
+  signed char *panel = job->panels + (size_t)tile * bytes;
+  int32_t sum[16] = {0};
+  (void)slot;
+  memset(panel, 0, bytes);
+  for (j = 0; j < width; ++j) {
+    const int8_t *w = job->w + (row + j) * job->cols;
+    signed char *to = panel + 4 * j;
+    for (p = 0; p + 4 <= job->cols; p += 4) memcpy(to + p * 16, w + p, 4);
+    if (p < job->cols) memcpy(to + p * 16, w + p, job->cols - p);
+    for (p = 0; p < job->cols; ++p) sum[j] += w[p];
+    sum[j] *= -128;
+  }
+  memcpy(panel + bytes - 64, sum, 64);
+}
+
+MOE_API void moe_pack_int8(void *panels, const int8_t *w, int32_t rows, int32_t cols, const moe_env *env) {
+  moe__int8_pack job;
+  memset(&job, 0, sizeof job);
+  job.panels = (signed char *)panels;
+  job.w = w;
+  job.rows = (size_t)rows;
+  job.cols = (size_t)cols;
+  moe__parallel(env, (rows + 15) / 16, moe__int8_pack_tile, &job);
+}
+
+static void moe__int8_quantize_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__int8_pack *job = (const moe__int8_pack *)arg;
+  size_t row = (size_t)tile * 16, end = row + 16 < job->rows ? row + 16 : job->rows;
+  (void)slot;
+  for (; row < end; ++row)
+    job->scale[row] = job->kernels->quantize((unsigned char *)(void *)(job->q + row * job->cols), job->from + row * job->cols, job->cols, 0);
+}
+
+MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows, int32_t cols, const moe_env *env) {
+  moe__int8_pack job;
+  memset(&job, 0, sizeof job);
+  job.q = q;
+  job.scale = scale;
+  job.from = w;
+  job.rows = (size_t)rows;
+  job.cols = (size_t)cols;
+  job.kernels = moe__int8_pick(env);
+  moe__parallel(env, (rows + 15) / 16, moe__int8_quantize_tile, &job);
+}
+
 /* ---- linear layers and GELU ---- >>linear */
 
 /* y (M, rows) = x (M, cols) w^T + b, as a product for moe__gemm_run */
@@ -2642,6 +3233,7 @@ static moe__gemm moe__linear_product(float *y, const float *x, const moe_mat *w,
   moe__gemm g;
   memset(&g, 0, sizeof g);
   moe__gemm_weight(&g, w);
+  if (w->type == MOE_TYPE_I8) g.quantized = w;
   g.m = M;
   g.a = x;
   g.a_row = (size_t)w->cols;
