@@ -311,7 +311,7 @@ static float field_number(const tsv *f, const char *name, const char *text) {
 
 static int field_whole(const tsv *f, const char *name, const char *text) {
   float v = field_number(f, name, text);
-  if (v != (float)(int)v) die("%s:%d: %s \"%s\" is no whole number", f->path, f->line, name, text);
+  if (!(v >= 0 && v <= 1e9f) || v != (float)(int)v) die("%s:%d: %s \"%s\" is no whole number from 0 to 1e9", f->path, f->line, name, text);
   return (int)v;
 }
 
@@ -335,7 +335,10 @@ static void read_labels(const tsv *f, task_data *t, char *text) {
   names = (const char **)take((size_t)n, sizeof *names);
   for (i = 0; i < n; ++i) {
     char *name = strchr(part[i], '=');
-    if (!name || atoi(part[i]) != i) die("%s:%d: label %d should read %d=NAME, not \"%s\"", f->path, f->line, i, i, part[i]);
+    char index[16];
+    snprintf(index, sizeof index, "%d", i);
+    if (!name || (size_t)(name - part[i]) != strlen(index) || memcmp(part[i], index, strlen(index)) || !name[1])
+      die("%s:%d: label %d should read %d=NAME, not \"%s\"", f->path, f->line, i, i, part[i]);
     names[i] = copy_text(name + 1);
   }
   t->task.classes = n;
@@ -355,7 +358,7 @@ static void read_task(const tsv *f, char **field, task_data *t) {
   t->task.kind = (moe_kind)k;
   if (strcmp(input, "single") && strcmp(input, "pair")) die("%s:%d: input \"%s\" is neither single nor pair", f->path, f->line, input);
   t->task.pair = !strcmp(input, "pair");
-  if (strlen(metric) >= sizeof t->task.metrics) die("%s:%d: metrics are too long", f->path, f->line);
+  if (!*metric || strlen(metric) >= sizeof t->task.metrics) die("%s:%d: metrics have 1 to %d bytes", f->path, f->line, MOE_NAME_BYTES - 1);
   strcpy(t->task.metrics, metric);
   read_labels(f, t, field[tsv_column(f, "labels", 1)]);
   if (rows_at >= 0) t->official = field_whole(f, "rows", field[rows_at]);
@@ -504,7 +507,7 @@ static int read_rows(rows *r, const task_data *t, const char *path, int optional
     if (t->task.kind == MOE_KIND_REGRESSION) {
       if (label < t->task.low || label > t->task.high)
         die("%s:%d: label %s is outside %g..%g", path, f.line, field[label_at], (double)t->task.low, (double)t->task.high);
-    } else if (label != (float)(int)label || label < 0 || label >= (float)t->task.classes)
+    } else if (!(label >= 0 && label < (float)t->task.classes) || label != (float)(int)label)
       die("%s:%d: label %s is none of 0 .. %d", path, f.line, field[label_at], t->task.classes - 1);
     need(moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, max_len, config.truncate, &out, &env));
     if (r->n == room) {
@@ -1020,15 +1023,15 @@ static void make_note(char *note, size_t size, int system, int seed, int64_t ste
     at += snprintf(note + at, size - (size_t)at, "%s:%lld,", tasks[which[i]].task.name, (long long)tasks[which[i]].train.n);
 }
 
-/* Goes on from a checkpoint, if there is one for this run. */
-static void resume_run(moe_trainer *trainer, moe_sampler *sampler, const char *note, const char *path) {
+/* Goes on from a checkpoint, if there is one for this run: 1, or 0 where there is none. */
+static int resume_run(moe_trainer *trainer, moe_sampler *sampler, const char *note, const char *path) {
   char old[65536];
   void *data;
   size_t bytes, length;
   FILE *f = fopen(path, "rb");
   if (!f) {
     if (n_runs == 1) die("cannot open %s: %s", path, strerror(errno));
-    return; /* of several runs some have not begun */
+    return 0; /* of several runs some have not begun */
   }
   fclose(f);
   need(moe_file_read(&data, &bytes, path, &env));
@@ -1037,17 +1040,34 @@ static void resume_run(moe_trainer *trainer, moe_sampler *sampler, const char *n
   need(moe_checkpoint_read(trainer, sampler, data, bytes, &env));
   moe_free(data);
   fprintf(stderr, "going on from %s at step %lld\n", path, (long long)moe_trainer_step(trainer));
+  return 1;
 }
 
-static void stop_here(const moe_trainer *trainer, const moe_sampler *sampler, const char *note, const char *path) {
+/* One argument as a shell reads it again. */
+static void print_argument(FILE *f, const char *s) {
+  if (*s && strspn(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-+=:,./@%") == strlen(s)) {
+    fprintf(f, " %s", s);
+    return;
+  }
+  fputs(" '", f);
+  for (; *s; ++s) {
+    if (*s == '\'') fputs("'\\''", f);
+    else fputc(*s, f);
+  }
+  fputc('\'', f);
+}
+
+/* After Ctrl-C: says where the state is and how to go on. */
+static void stop_here(const moe_trainer *trainer, const char *path) {
   int i;
-  need(moe_checkpoint_save(trainer, sampler, note, path, &env));
   fprintf(stderr, "\ninterrupted after step %lld; the state is in %s. To go on:\n ", (long long)moe_trainer_step(trainer), path);
   for (i = 0; i < given_argc; ++i) {
     if (!strcmp(given_argv[i], "--resume")) { ++i; continue; }
-    fprintf(stderr, " %s", given_argv[i]);
+    print_argument(stderr, given_argv[i]);
   }
-  fprintf(stderr, " --resume %s\n", opt.checkpoint ? opt.checkpoint : "checkpoint.safetensors");
+  fputs(" --resume", stderr);
+  print_argument(stderr, opt.checkpoint ? opt.checkpoint : "checkpoint.safetensors");
+  fputc('\n', stderr);
   exit(130);
 }
 
@@ -1121,12 +1141,73 @@ static float train_step(moe_trainer *trainer, moe_sampler *sampler, batch_buffer
   return sum;
 }
 
+/* --hold-out: the weights of the epoch that scores best on rows held out of train. A run that goes on must know them: they are kept beside
+   the checkpoint, written before it. Killed between the two, that file is ahead: the steps between then come again, with the same score. */
+typedef struct best_epoch {
+  float *weights; /* NULL: no epoch has ended */
+  double score;
+  int unsaved;
+} best_epoch;
+
 /* Mean of the tasks' metrics on the rows held out of train. */
 static double held_out_score(moe_context *context, const moe_model *model, const int *which, int n) {
   double sum = 0;
   int i;
   for (i = 0; i < n; ++i) sum += evaluate(context, model, &tasks[which[i]].held, 1, i, which[i], NULL);
   return sum / n;
+}
+
+static void best_path(char *path, size_t size, const char *checkpoint) { snprintf(path, size, "%s.best", checkpoint); }
+
+/* Takes the weights if they score better than what is kept. */
+static void best_offer(best_epoch *best, moe_context *context, moe_model *model, const int *which, int n) {
+  double score = held_out_score(context, model, which, n);
+  size_t count = moe_model_parameters(model);
+  if (best->weights && !(score > best->score)) return;
+  if (!best->weights) best->weights = (float *)take(count, sizeof(float));
+  memcpy(best->weights, moe_model_weights(model), count * sizeof(float));
+  best->score = score;
+  best->unsaved = 1;
+}
+
+static void best_load(best_epoch *best, const char *checkpoint, const moe_model *model, const int *which, int n) {
+  char path[1056];
+  moe_limits limits = {EVAL_TOKENS, EVAL_ROWS, 0};
+  moe_context *context;
+  moe_model *old;
+  FILE *f;
+  best_path(path, sizeof path, checkpoint);
+  f = fopen(path, "rb");
+  if (!f) return; /* no epoch had ended */
+  fclose(f);
+  need(moe_model_load(&old, path, &env));
+  if (moe_model_parameters(old) != moe_model_parameters(model) || moe_model_tasks(old) != n)
+    die("%s: %zu parameters, %d tasks; expected %zu, %d", path, moe_model_parameters(old), (int)moe_model_tasks(old), moe_model_parameters(model), n);
+  if (limits.tokens < config.max_len) limits.tokens = config.max_len;
+  need(moe_context_create(&context, old, &limits, &env));
+  best_offer(best, context, old, which, n);
+  moe_context_free(context);
+  moe_model_free(old);
+}
+
+/* Writes them to the file beside the checkpoint. */
+static void best_save(best_epoch *best, const char *checkpoint, moe_model *model) {
+  char path[1056];
+  size_t count = moe_model_parameters(model), i;
+  float *now_there = moe_model_weights(model);
+  int pass;
+  best_path(path, sizeof path, checkpoint);
+  if (!best->weights) remove(path); /* of another run */
+  if (!best->unsaved) return;
+  for (pass = 0; pass < 2; ++pass) {
+    for (i = 0; i < count; ++i) {
+      float w = now_there[i];
+      now_there[i] = best->weights[i];
+      best->weights[i] = w;
+    }
+    if (!pass) need(moe_model_save(model, path, &env));
+  }
+  best->unsaved = 0;
 }
 
 static char prediction_path[1024];
@@ -1160,8 +1241,7 @@ static void train_model(result *res, int system, int seed, const int *which, int
   progress p;
   char path[1024], note[65536];
   int64_t *n_rows = (int64_t *)take((size_t)n, sizeof *n_rows), *used = (int64_t *)take((size_t)n, sizeof *used), total = 0, epoch;
-  float *best_weights = NULL;
-  double best = -2;
+  best_epoch best = {NULL, 0, 0};
   int i;
   int32_t room = opt.micro_batch > config.max_len ? opt.micro_batch : config.max_len;
   if ((int64_t)opt.batch * config.max_len < room) room = opt.batch * config.max_len;
@@ -1189,7 +1269,7 @@ static void train_model(result *res, int system, int seed, const int *which, int
   make_note(note, sizeof note, system, seed, steps, which, n);
   if (opt.resume) {
     run_path(path, sizeof path, opt.resume, system, seed, suffix);
-    resume_run(trainer, &sampler, note, path);
+    if (resume_run(trainer, &sampler, note, path) && opt.hold_out > 0) best_load(&best, path, model, which, n);
   }
   run_path(path, sizeof path, opt.checkpoint ? opt.checkpoint : "checkpoint.safetensors", system, seed, suffix);
   batch_make(&b, room, opt.batch);
@@ -1205,26 +1285,22 @@ static void train_model(result *res, int system, int seed, const int *which, int
     if (moe_update(trainer, NULL, &env) != MOE_OK) die("training stopped in step %lld; try a smaller --lr", (long long)moe_trainer_step(trainer) + 1);
     step = moe_trainer_step(trainer);
     show_progress(&p, step, step == steps);
-    if (opt.hold_out > 0 && (step % epoch == 0 || step == steps)) {
-      double score = held_out_score(context, model, which, n);
-      if (score > best) {
-        best = score;
-        if (!best_weights) best_weights = (float *)take(moe_model_parameters(model), sizeof(float));
-        memcpy(best_weights, moe_model_weights(model), moe_model_parameters(model) * sizeof(float));
-      }
+    if (opt.hold_out > 0 && (step % epoch == 0 || step == steps)) best_offer(&best, context, model, which, n);
+    if (interrupted || (opt.checkpoint && (step % opt.every == 0 || step == steps))) {
+      if (opt.hold_out > 0) best_save(&best, path, model);
+      need(moe_checkpoint_save(trainer, &sampler, note, path, &env));
     }
-    if (interrupted) stop_here(trainer, &sampler, note, path);
-    if (opt.checkpoint && (step % opt.every == 0 || step == steps)) need(moe_checkpoint_save(trainer, &sampler, note, path, &env));
+    if (interrupted) stop_here(trainer, path);
   }
   res->seconds += now() - p.began;
   res->tokens += p.tokens;
   res->steps += steps;
   res->parameters += moe_model_parameters(model);
   moe_trainer_free(trainer);
-  if (best_weights) {
-    memcpy(moe_model_weights(model), best_weights, moe_model_parameters(model) * sizeof(float));
+  if (best.weights) {
+    memcpy(moe_model_weights(model), best.weights, moe_model_parameters(model) * sizeof(float));
     need(moe_model_pack(model, NULL, &env));
-    free(best_weights);
+    free(best.weights);
   }
   route_count = res->routes;
   open_predictions(system, seed, suffix);
@@ -1386,13 +1462,20 @@ static void json_text(FILE *f, const char *s) {
   fputc('"', f);
 }
 
-static void write_json(void) {
-  char path[1024];
-  FILE *f;
+/* A file of bytes: what print_json has written into a temporary one. */
+static moe_status copy_file(void *user, const moe_writer *writer, const moe_env *e) {
+  char block[4096];
+  size_t n;
+  FILE *f = (FILE *)user;
+  (void)e;
+  rewind(f);
+  while ((n = fread(block, 1, sizeof block, f)) > 0)
+    if (writer->write(writer->user, block, n)) return MOE_E_IO;
+  return ferror(f) ? MOE_E_IO : MOE_OK;
+}
+
+static void print_json(FILE *f) {
   int i, t, d;
-  snprintf(path, sizeof path, "%s.tmp", opt.json);
-  f = fopen(path, "wb");
-  if (!f) die("cannot write %s: %s", path, strerror(errno));
   fprintf(f, "{\"options\": [");
   for (i = 1; i < given_argc; ++i) {
     if (i > 1) fprintf(f, ", ");
@@ -1418,13 +1501,20 @@ static void write_json(void) {
     fprintf(f, "],\n   \"small\": %.9g, \"all\": %.9g}", r->small, r->all);
   }
   fprintf(f, "\n ]}\n");
-  if (ferror(f) | fclose(f)) die("writing %s failed: %s", path, strerror(errno));
-  if (rename(path, opt.json)) die("cannot rename %s: %s", path, strerror(errno));
+}
+
+static void write_json(void) {
+  FILE *f = tmpfile();
+  if (!f) die("cannot write a temporary file: %s", strerror(errno));
+  print_json(f);
+  if (fflush(f) || ferror(f)) die("cannot write a temporary file: %s", strerror(errno));
+  need(moe_file_replace(opt.json, copy_file, f, &env));
+  fclose(f);
 }
 
 int main(int argc, char **argv) {
   char *list[SYSTEMS + 1], *seed_list[1000];
-  int n_systems, n_seeds, i, j, all;
+  int n_systems, n_seeds, i, j, k, all;
   moe_pool *pool = NULL;
   moe_isa isa;
   given_argc = argc;
@@ -1446,6 +1536,8 @@ int main(int argc, char **argv) {
       for (r->system = 0; r->system < SYSTEMS && strcmp(system_name[r->system], list[i]); ++r->system) continue;
       if (r->system == SYSTEMS) die("--systems: \"%s\" is none of single, dense, switch, tag", list[i]);
       r->seed = (int)whole("--seeds", seed_list[j], 0, 2147483647);
+      for (k = 0; k < n_results - 1; ++k)
+        if (results[k].system == r->system && results[k].seed == r->seed) die("%s with seed %d stands there twice", list[i], r->seed);
     }
   read_tasks();
   make_config();
