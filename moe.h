@@ -97,6 +97,7 @@
      >>load          reading them
      >>os            files of the operating system
      >>import        weights of published encoders
+     >>adapt         a task more, or only some of the tasks
      >>checkpoint    checkpoints
      >>unicode       what becomes of characters before words are cut
      >>text          WordPiece
@@ -492,6 +493,28 @@ MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, 
    changed then. options NULL: no noise. */
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes, const moe_import_options *options,
                                     const moe_env *env);
+
+/* Where the gates of a task that joins a model come from [TaG] 4.6, Tables 2 and 6, beside the number of one of its tasks. */
+enum { MOE_GATE_RANDOM = -1, MOE_GATE_MEAN = -2 };
+/* A model on the heap, packed, with one task more, which comes last; everything else has the same bits. Its gate in every layer (or its task
+   vector) is a copy of task gate_from's, the mean of all tasks' (MOE_GATE_MEAN) or random, as its head is, from `seed`. A dense model and one
+   with a shared gate have no gates of a task's own: MOE_GATE_RANDOM is all they take. MOE_E_ARGUMENT: a task of that name is there, there is no
+   task gate_from, or its weights are not fp32 in memory. */
+MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, const moe_task *task, int32_t gate_from, uint64_t seed,
+                                   const moe_env *env);
+
+/* Which experts come along when tasks are taken out of a model. */
+typedef struct moe_extract_options {
+  int32_t experts;     /* N of the new model: every layer keeps as many */
+  const int32_t *keep; /* (L, experts) numbers of the experts kept, rising within a layer */
+  const float *factor; /* (L, experts) what the output of a kept expert is multiplied with, NULL: 1. Without the rows of the others a softmax
+                          gives higher probabilities; the ratio of the mean weights before and after makes up for it */
+} moe_extract_options;
+/* A model on the heap, packed, with n of the tasks, in the order given; without options their scores have the same bits as before. Gates lose the
+   rows of experts that do not come along: what moe_context_disable does, but for the factor N of the gate scale. MOE_E_ARGUMENT: a task or
+   expert that is not there, or is named twice; blocks as experts with options. */
+MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, const int32_t *tasks, int32_t n,
+                                     const moe_extract_options *options, const moe_env *env);
 
 #ifndef MOE_NO_STDIO
 /* Reads a whole file or pipe: *data (to be freed with moe_free) and *bytes. A zero that is not counted follows. MOE_E_IO, MOE_E_MEMORY. */
@@ -5471,21 +5494,25 @@ static void moe__fill_tile(void *arg, int32_t tile, int32_t slot) {
   for (; i < end; ++i) fill->w[i] = fill->sd * moe__normal(fill->key, i);
 }
 
-/* Values of a fresh model [TaG] 4.4. */
+/* Values of a fresh tensor [TaG] 4.4. */
+static void moe__tensor_random(moe_model *model, const moe_tensor *t, uint64_t seed, const moe_env *env) {
+  moe__fill fill;
+  size_t j;
+  fill.w = model->writable + t->offset;
+  fill.count = t->count;
+  fill.sd = strstr(t->name, ".gate.") ? 0.001f : 0.02f;
+  fill.key = moe_key(seed, 0, moe__name_hash(t->name), 0, MOE__SITE_WEIGHTS);
+  if (t->dims > 1) moe__parallel(env, (int32_t)((t->count + MOE__FILL_TILE - 1) / MOE__FILL_TILE), moe__fill_tile, &fill);
+  else
+    for (j = 0; j < t->count; ++j) fill.w[j] = strstr(t->name, "LayerNorm.weight") ? 1.0f : 0.0f;
+}
+
 static void moe__model_random(moe_model *model, uint64_t seed, const moe_env *env) {
   int32_t i;
   moe_tensor t;
   for (i = 0; i < model->tensors; ++i) {
-    moe__fill fill;
-    size_t j;
     moe_model_tensor(model, i, &t);
-    fill.w = model->writable + t.offset;
-    fill.count = t.count;
-    fill.sd = strstr(t.name, ".gate.") ? 0.001f : 0.02f;
-    fill.key = moe_key(seed, 0, moe__name_hash(t.name), 0, MOE__SITE_WEIGHTS);
-    if (t.dims > 1) moe__parallel(env, (int32_t)((t.count + MOE__FILL_TILE - 1) / MOE__FILL_TILE), moe__fill_tile, &fill);
-    else
-      for (j = 0; j < t.count; ++j) fill.w[j] = strstr(t.name, "LayerNorm.weight") ? 1.0f : 0.0f;
+    moe__tensor_random(model, &t, seed, env);
   }
 }
 
@@ -8949,6 +8976,173 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
 }
 
 #ifndef MOE_NO_TRAIN
+/* ---- a task more, or only some of the tasks ---- >>adapt
+   Both make a new model and fill it tensor by tensor, by name: what two models have in common has the same name in both. */
+
+/* The vocabulary and the packed weights of a model whose weights are set. */
+static moe_status moe__model_finish(moe_model *to, const moe_model *from, const moe_env *env) {
+  moe_status status = from->vocab ? moe_model_set_vocab(to, from->vocab, from->vocab_bytes, env) : MOE_OK;
+  return status ? status : moe_model_pack(to, NULL, env);
+}
+
+/* values (rows, width) of a task more: a copy of one row, the mean of all, or as it is. */
+static void moe__adapt_row(float *to, const float *rows, size_t stride, size_t width, int32_t T, int32_t gate_from) {
+  size_t i;
+  int32_t t;
+  if (gate_from >= 0) memcpy(to, rows + (size_t)gate_from * stride, width * sizeof *to);
+  for (i = 0; gate_from == MOE_GATE_MEAN && i < width; ++i) {
+    double sum = 0;
+    for (t = 0; t < T; ++t) sum += (double)rows[(size_t)t * stride + i];
+    to[i] = (float)(sum / T);
+  }
+}
+
+/* A new model keeps every tensor of the old one; what belongs to the new task alone is random at first. Rows of the table of task vectors
+   stand at its beginning, so the new one is last there too. */
+static void moe__adapt_fill(moe_model *to, const moe_model *from, int32_t gate_from, uint64_t seed, const moe_env *env) {
+  const moe__plan *p = &from->plan;
+  int32_t i, at, l;
+  moe_tensor t, old;
+  for (i = 0; i < to->tensors; ++i) {
+    moe_model_tensor(to, i, &t);
+    at = moe_model_find_tensor(from, t.name);
+    if (at < 0 || moe_model_tensor(from, at, &old)) {
+      moe__tensor_random(to, &t, seed, env);
+      continue;
+    }
+    if (old.count < t.count) moe__tensor_random(to, &t, seed, env);
+    memcpy(to->writable + t.offset, from->weights + old.offset, old.count * sizeof(float));
+    if (old.count < t.count) /* the table of task vectors */
+      moe__adapt_row(to->writable + t.offset + old.count, from->weights + old.offset, t.count - old.count, t.count - old.count, from->T,
+                     gate_from);
+  }
+  if (from->config.router != MOE_ROUTER_TASK) return;
+  for (l = 0; l < from->config.layers; ++l) {
+    size_t gate = (size_t)from->config.experts * (size_t)from->config.hidden;
+    moe__adapt_row(to->writable + to->plan.layers + (size_t)l * to->plan.layer_stride + to->plan.gates + (size_t)from->T * gate,
+                   from->weights + p->layers + (size_t)l * p->layer_stride + p->gates, gate, gate, from->T, gate_from);
+  }
+}
+
+/* Whether a task brings its own routing. */
+static int moe__own_gates(const moe_config *config) {
+  return config->router != MOE_ROUTER_DENSE && config->router != MOE_ROUTER_SHARED;
+}
+
+MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, const moe_task *task, int32_t gate_from, uint64_t seed,
+                                   const moe_env *env) {
+  moe_task *tasks;
+  moe_model *to = NULL;
+  moe_status status;
+  if (!model->weights) return moe__fail(env, MOE_E_ARGUMENT, "task '%s' cannot join: the model's weights are not fp32", task->name);
+  if (gate_from < MOE_GATE_MEAN || gate_from >= model->T)
+    return moe__fail(env, MOE_E_ARGUMENT, "a gate is to come from task %d, the model has %d tasks", (int)gate_from, (int)model->T);
+  if (gate_from != MOE_GATE_RANDOM && !moe__own_gates(&model->config))
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s' can take no gate from another: the model has %s", task->name,
+                     model->config.router == MOE_ROUTER_DENSE ? "no gates" : "one gate for all tasks");
+  tasks = (moe_task *)moe__alloc(((size_t)model->T + 1) * sizeof *tasks);
+  if (!tasks) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)model->T + 1);
+  memcpy(tasks, model->tasks, (size_t)model->T * sizeof *tasks);
+  tasks[model->T] = *task;
+  status = moe__model_create_raw(&to, &model->config, tasks, model->T + 1, env);
+  moe__release(tasks);
+  if (status) return status;
+  moe__adapt_fill(to, model, gate_from, seed, env);
+  status = moe__model_finish(to, model, env);
+  if (status) moe_model_free(to);
+  else *out = to;
+  return status;
+}
+
+/* Every expert kept is there, once, in order. */
+static moe_status moe__extract_check(const moe_model *model, const moe_extract_options *o, const moe_env *env) {
+  const moe_config *c = &model->config;
+  int32_t l, i;
+  if (!o) return MOE_OK;
+  if (c->router == MOE_ROUTER_DENSE || c->router > MOE_ROUTER_TASK)
+    return moe__fail(env, MOE_E_ARGUMENT, "this model has no experts that could be left out");
+  if (o->experts < c->top_k || o->experts > c->experts)
+    return moe__fail(env, MOE_E_ARGUMENT, "%d experts are to be kept, it must be %d (top_k) to %d", (int)o->experts, (int)c->top_k,
+                     (int)c->experts);
+  for (l = 0; l < c->layers; ++l)
+    for (i = 0; i < o->experts; ++i) {
+      const int32_t *keep = o->keep + (size_t)l * (size_t)o->experts;
+      if (keep[i] < 0 || keep[i] >= c->experts || (i && keep[i] <= keep[i - 1]))
+        return moe__fail(env, MOE_E_ARGUMENT, "layer %d: expert %d is to be kept in place %d; numbers must rise and be below %d", (int)l,
+                         (int)keep[i], (int)i, (int)c->experts);
+    }
+  return MOE_OK;
+}
+
+/* Rows of `width` floats: row i comes from row keep[i], or i where keep is NULL. */
+static void moe__extract_rows(float *to, const float *from, const int32_t *keep, int32_t rows, size_t width) {
+  int32_t i;
+  for (i = 0; i < rows; ++i) memcpy(to + (size_t)i * width, from + (size_t)(keep ? keep[i] : i) * width, width * sizeof *to);
+}
+
+/* What the layers hold, expert by expert: their places differ where tasks or experts are fewer. */
+static void moe__extract_layer(moe_model *to, const moe_model *from, int32_t l, const int32_t *tasks, const moe_extract_options *o) {
+  const moe__plan *p = &to->plan, *q = &from->plan;
+  const int32_t *keep = o ? o->keep + (size_t)l * (size_t)o->experts : NULL;
+  float *w = to->writable + p->layers + (size_t)l * p->layer_stride;
+  const float *v = from->weights + q->layers + (size_t)l * q->layer_stride;
+  size_t H = (size_t)to->config.hidden, N = (size_t)to->config.experts, i, j;
+  int32_t g, gates = moe__gate_count(&to->config, to->T);
+  for (g = 0; g < gates; ++g)
+    moe__extract_rows(w + p->gates + (size_t)g * N * H,
+                      v + q->gates + (size_t)(from->config.router == MOE_ROUTER_TASK ? tasks[g] : g) * (size_t)from->config.experts * H, keep,
+                      (int32_t)N, H);
+  if (from->config.router == MOE_ROUTER_DENSE || from->config.router > MOE_ROUTER_TASK) return;
+  moe__extract_rows(w + p->experts, v + q->experts, keep, (int32_t)N, p->expert_stride);
+  for (i = 0; o && o->factor && i < N; ++i) {
+    float factor = o->factor[(size_t)l * N + i], *expert = w + p->experts + i * p->expert_stride;
+    for (j = 0; j < H * (size_t)to->config.ffn; ++j) expert[p->out_w + j] *= factor;
+    for (j = 0; j < H; ++j) expert[p->out_b + j] *= factor;
+  }
+}
+
+static void moe__extract_fill(moe_model *to, const moe_model *from, const int32_t *tasks, const moe_extract_options *o) {
+  int32_t i, at, l;
+  moe_tensor t, old;
+  for (i = 0; i < to->tensors; ++i) {
+    moe_model_tensor(to, i, &t);
+    at = moe_model_find_tensor(from, t.name);
+    if (at < 0 || moe_model_tensor(from, at, &old)) continue;
+    if (old.count == t.count) memcpy(to->writable + t.offset, from->weights + old.offset, t.count * sizeof(float));
+    else if (!strcmp(t.name, "tasks.vectors"))
+      moe__extract_rows(to->writable + t.offset, from->weights + old.offset, tasks, to->T, (size_t)t.shape[1]);
+  }
+  for (l = 0; l < to->config.layers; ++l) moe__extract_layer(to, from, l, tasks, o);
+}
+
+MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, const int32_t *tasks, int32_t n,
+                                     const moe_extract_options *options, const moe_env *env) {
+  moe_task *list;
+  moe_model *to = NULL;
+  moe_config config = model->config;
+  moe_status status = moe__extract_check(model, options, env);
+  int32_t i;
+  if (status) return status;
+  if (!model->weights) return moe__fail(env, MOE_E_ARGUMENT, "no task can be taken out: the model's weights are not fp32");
+  if (n < 1 || n > model->T) return moe__fail(env, MOE_E_ARGUMENT, "%d tasks are to be kept, the model has %d", (int)n, (int)model->T);
+  list = (moe_task *)moe__alloc((size_t)n * sizeof *list);
+  if (!list) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)n);
+  for (i = 0; i < n && !status; ++i) {
+    if (tasks[i] < 0 || tasks[i] >= model->T)
+      status = moe__fail(env, MOE_E_ARGUMENT, "task %d is to be kept, the model has %d tasks", (int)tasks[i], (int)model->T);
+    else list[i] = model->tasks[tasks[i]];
+  }
+  if (options) config.experts = options->experts;
+  if (!status) status = moe__model_create_raw(&to, &config, list, n, env); /* which also finds a task named twice */
+  moe__release(list);
+  if (status) return status;
+  moe__extract_fill(to, model, tasks, options);
+  status = moe__model_finish(to, model, env);
+  if (status) moe_model_free(to);
+  else *out = to;
+  return status;
+}
+
 /* ---- checkpoints ---- >>checkpoint
    A model file with the moments as tensors adam.m.NAME and adam.v.NAME, and "moe.checkpoint" in the metadata: step, the sampler's state, the
    caller's note. moe_model_load and _open read it as a model. */
