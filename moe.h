@@ -2117,8 +2117,65 @@ typedef struct moe__gemm_kernels {
   void (*add_rows)(float *sum, const float *x, size_t ld, size_t n, size_t k);
 } moe__gemm_kernels;
 
-#define MOE__SQRT_HALF 0.707106769f
-#define MOE__NORMAL_0 0.398942292f /* 1 / sqrt(2 pi) */
+/* GELU by the upper tail of the normal distribution, for t = |x|: Q(t) = 1 - Phi(t) = e R(t), where e = exp(-t^2 / 2), so that the density
+   is e / sqrt(2 pi), and R is a polynomial, fitted as those of >>simd:
+     x Phi(x) = max(x, 0) - t Q(t)    slope: Phi(x) + x phi(x) = E(t) for x < 0, else 1 - E(t), E(t) = Q(t) - t phi(t)
+   The largest errors are 1.1e-7 and 1.3e-7. Beyond t = 12 all is as at 12, where what is left is below 1e-25. */
+#define MOE__GELU_END 12.0f
+#define MOE__GELU_EXPONENT -0.721347511f /* -log2(e) / 2 */
+#define MOE__GELU_DENSITY 0.398942292f   /* 1 / sqrt(2 pi) */
+#define MOE__GELU11 -3.245913263e-07f
+#define MOE__GELU10 7.894786904e-06f
+#define MOE__GELU9 -8.640217857e-05f
+#define MOE__GELU8 5.716482410e-04f
+#define MOE__GELU7 -2.614206634e-03f
+#define MOE__GELU6 9.050293826e-03f
+#define MOE__GELU5 -2.552919649e-02f
+#define MOE__GELU4 6.196843088e-02f
+#define MOE__GELU3 -1.328263581e-01f
+#define MOE__GELU2 2.499777079e-01f
+#define MOE__GELU1 -3.989411592e-01f
+#define MOE__POW6 1.546287967e-04f
+#define MOE__POW5 1.339099486e-03f
+#define MOE__POW4 9.618062526e-03f
+#define MOE__POW3 5.550359562e-02f
+#define MOE__POW2 2.402265072e-01f
+#define MOE__POW1 6.931471825e-01f
+
+/* 2^x for -126 <= x <= 127 */
+static float moe__pow2f(float x) {
+  float t = x + MOE__ROUND;
+  float r = x - (t - MOE__ROUND);
+  float p = moe__fmaf(MOE__POW6, r, MOE__POW5);
+  p = moe__fmaf(p, r, MOE__POW4);
+  p = moe__fmaf(p, r, MOE__POW3);
+  p = moe__fmaf(p, r, MOE__POW2);
+  p = moe__fmaf(p, r, MOE__POW1);
+  p = moe__fmaf(p, r, 1.0f);
+  return p * moe__floats((moe__bits(t) << 23) + 0x3f800000u);
+}
+
+/* GELU(x), and its slope where that is asked for */
+static float moe__geluf(float x, float *slope) {
+  float t = moe__minf(MOE__GELU_END, moe__floats(moe__bits(x) & 0x7fffffffu));
+  float e = moe__pow2f((MOE__GELU_EXPONENT * t) * t);
+  float r = moe__fmaf(MOE__GELU11, t, MOE__GELU10);
+  r = moe__fmaf(r, t, MOE__GELU9);
+  r = moe__fmaf(r, t, MOE__GELU8);
+  r = moe__fmaf(r, t, MOE__GELU7);
+  r = moe__fmaf(r, t, MOE__GELU6);
+  r = moe__fmaf(r, t, MOE__GELU5);
+  r = moe__fmaf(r, t, MOE__GELU4);
+  r = moe__fmaf(r, t, MOE__GELU3);
+  r = moe__fmaf(r, t, MOE__GELU2);
+  r = moe__fmaf(r, t, MOE__GELU1);
+  r = moe__fmaf(r, t, 0.5f);
+  if (slope) {
+    float lower = e * moe__fmaf(-t, MOE__GELU_DENSITY, r);
+    *slope = x < 0.0f ? lower : 1.0f - lower;
+  }
+  return moe__fmaf(-t, e * r, moe__maxf(0.0f, x));
+}
 
 static void moe__scalar_gemm_1x1(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row,
                                  size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k) {
@@ -2168,19 +2225,15 @@ static void moe__scalar_narrow_panel(float *y, const float *x, const float *pane
 static void moe__scalar_gelu(float *y, const float *x, size_t ld, size_t m, size_t n) {
   size_t i, j;
   for (i = 0; i < m; ++i)
-    for (j = 0; j < n; ++j) {
-      float v = x[i * ld + j], half = 0.5f * v;
-      y[i * ld + j] = moe__fmaf(half, moe__erff(v * MOE__SQRT_HALF), half);
-    }
+    for (j = 0; j < n; ++j) y[i * ld + j] = moe__geluf(x[i * ld + j], NULL);
 }
 
 static void moe__scalar_gelu_backward(float *dx, const float *dy, const float *x, size_t n) {
+  float slope;
   size_t i;
   for (i = 0; i < n; ++i) {
-    float cumulative = moe__fmaf(0.5f, moe__erff(x[i] * MOE__SQRT_HALF), 0.5f);
-    float c = moe__minf(13.0f, moe__maxf(-13.0f, x[i])); /* beyond, x phi(x) is nothing beside Phi(x) */
-    float density = MOE__NORMAL_0 * moe__exp_midf((-0.5f * c) * c);
-    dx[i] = moe__fmaf(dy[i], moe__fmaf(c, density, cumulative), dx[i]);
+    moe__geluf(x[i], &slope);
+    dx[i] = moe__fmaf(dy[i], slope, dx[i]);
   }
 }
 
@@ -2351,30 +2404,55 @@ MOE__T_AVX2 static void moe__avx2_pack_cols(float *panel, const float *src, size
     if (bias) lane[0] = S##_add(lane[0], S##_loadn(bias, n));                                                                  \
     S##_storen(y, lane[0], n);                                                                                                 \
   }                                                                                                                            \
-  T MOE__INLINE S##_f S##_gelu16(S##_f x) {                                                                                   \
-    S##_f half = S##_mul(S##_set(0.5f), x);                                                                                   \
-    return S##_fma(half, S##_erf(S##_mul(x, S##_set(MOE__SQRT_HALF))), half);                                                 \
+  T MOE__INLINE S##_f S##_pow2(S##_f x) {                                                                                     \
+    S##_f t = S##_add(x, S##_set(MOE__ROUND));                                                                                \
+    S##_f r = S##_sub(x, S##_sub(t, S##_set(MOE__ROUND)));                                                                    \
+    S##_f p = S##_fma(S##_set(MOE__POW6), r, S##_set(MOE__POW5));                                                             \
+    p = S##_fma(p, r, S##_set(MOE__POW4));                                                                                    \
+    p = S##_fma(p, r, S##_set(MOE__POW3));                                                                                    \
+    p = S##_fma(p, r, S##_set(MOE__POW2));                                                                                    \
+    p = S##_fma(p, r, S##_set(MOE__POW1));                                                                                    \
+    p = S##_fma(p, r, S##_set(1.0f));                                                                                         \
+    return S##_mul(p, S##_floats(S##_iadd(S##_ishl(S##_bits(t), 23), S##_iset(0x3f800000u))));                                \
+  }                                                                                                                           \
+  T MOE__INLINE S##_f S##_gelu16(S##_f x, S##_f *slope) {                                                                     \
+    S##_f t = S##_min(S##_set(MOE__GELU_END), S##_abs(x));                                                                    \
+    S##_f e = S##_pow2(S##_mul(S##_mul(S##_set(MOE__GELU_EXPONENT), t), t));                                                  \
+    S##_f r = S##_fma(S##_set(MOE__GELU11), t, S##_set(MOE__GELU10));                                                         \
+    r = S##_fma(r, t, S##_set(MOE__GELU9));                                                                                   \
+    r = S##_fma(r, t, S##_set(MOE__GELU8));                                                                                   \
+    r = S##_fma(r, t, S##_set(MOE__GELU7));                                                                                   \
+    r = S##_fma(r, t, S##_set(MOE__GELU6));                                                                                   \
+    r = S##_fma(r, t, S##_set(MOE__GELU5));                                                                                   \
+    r = S##_fma(r, t, S##_set(MOE__GELU4));                                                                                   \
+    r = S##_fma(r, t, S##_set(MOE__GELU3));                                                                                   \
+    r = S##_fma(r, t, S##_set(MOE__GELU2));                                                                                   \
+    r = S##_fma(r, t, S##_set(MOE__GELU1));                                                                                   \
+    r = S##_fma(r, t, S##_set(0.5f));                                                                                         \
+    if (slope) {                                                                                                              \
+      S##_f lower = S##_mul(e, S##_fnma(t, S##_set(MOE__GELU_DENSITY), r));                                                   \
+      *slope = S##_sel(S##_lt(x, S##_set(0.0f)), lower, S##_sub(S##_set(1.0f), lower));                                       \
+    }                                                                                                                         \
+    return S##_fnma(t, S##_mul(e, r), S##_max(S##_set(0.0f), x));                                                             \
   }                                                                                                                           \
   T static void S##_gelu(float *y, const float *x, size_t ld, size_t m, size_t n) {                                            \
     for (; m > 0; --m, x += ld, y += ld) {                                                                                     \
       size_t i = 0;                                                                                                            \
-      for (; i + 16 <= n; i += 16) S##_store(y + i, S##_gelu16(S##_load(x + i)));                                              \
-      if (i < n) S##_storen(y + i, S##_gelu16(S##_loadn(x + i, n - i)), n - i);                                                \
+      for (; i + 16 <= n; i += 16) S##_store(y + i, S##_gelu16(S##_load(x + i), NULL));                                              \
+      if (i < n) S##_storen(y + i, S##_gelu16(S##_loadn(x + i, n - i), NULL), n - i);                                                \
     }                                                                                                                          \
   }                                                                                                                            \
-  T MOE__INLINE S##_f S##_gelu_backward16(S##_f dx, S##_f dy, S##_f x) {                                                      \
-    S##_f half = S##_set(0.5f);                                                                                               \
-    S##_f cumulative = S##_fma(half, S##_erf(S##_mul(x, S##_set(MOE__SQRT_HALF))), half);                                     \
-    S##_f c = S##_min(S##_set(13.0f), S##_max(S##_set(-13.0f), x));                                                            \
-    S##_f density = S##_mul(S##_set(MOE__NORMAL_0), S##_exp_mid(S##_mul(S##_mul(S##_set(-0.5f), c), c)));                      \
-    return S##_fma(dy, S##_fma(c, density, cumulative), dx);                                                                   \
-  }                                                                                                                            \
   T static void S##_gelu_backward(float *dx, const float *dy, const float *x, size_t n) {                                     \
+    S##_f slope;                                                                                                              \
     size_t i = 0, r;                                                                                                          \
-    for (; i + 16 <= n; i += 16)                                                                                              \
-      S##_store(dx + i, S##_gelu_backward16(S##_load(dx + i), S##_load(dy + i), S##_load(x + i)));                            \
+    for (; i + 16 <= n; i += 16) {                                                                                            \
+      S##_gelu16(S##_load(x + i), &slope);                                                                                    \
+      S##_store(dx + i, S##_fma(S##_load(dy + i), slope, S##_load(dx + i)));                                                  \
+    }                                                                                                                         \
     r = n - i;                                                                                                                \
-    if (r) S##_storen(dx + i, S##_gelu_backward16(S##_loadn(dx + i, r), S##_loadn(dy + i, r), S##_loadn(x + i, r)), r);       \
+    if (r == 0) return;                                                                                                       \
+    S##_gelu16(S##_loadn(x + i, r), &slope);                                                                                  \
+    S##_storen(dx + i, S##_fma(S##_loadn(dy + i, r), slope, S##_loadn(dx + i, r)), r);                                        \
   }                                                                                                                           \
   T static void S##_add_rows(float *sum, const float *x, size_t ld, size_t n, size_t k) {                                     \
     size_t j = 0, p;                                                                                                          \
@@ -4683,36 +4761,26 @@ typedef struct moe__expert_kernels {
 } moe__expert_kernels;
 
 static void moe__scalar_gelu_both(float *a, float *d, const float *x, size_t n) {
+  float slope;
   size_t i;
   for (i = 0; i < n; ++i) {
-    float e = moe__erff(x[i] * MOE__SQRT_HALF), half = 0.5f * x[i], c = moe__minf(13.0f, moe__maxf(-13.0f, x[i]));
-    float density = MOE__NORMAL_0 * moe__exp_midf((-0.5f * c) * c);
-    a[i] = moe__fmaf(half, e, half);
-    d[i] = d[i] * moe__fmaf(c, density, moe__fmaf(0.5f, e, 0.5f));
+    a[i] = moe__geluf(x[i], &slope);
+    d[i] = d[i] * slope;
   }
 }
 static const moe__expert_kernels moe__scalar_experts = {moe__scalar_gelu_both};
 
 #define MOE__EXPERT_KERNELS(S, T) \
-T MOE__INLINE S##_f S##_gelu_both16(S##_f *d, S##_f x) { \
-  S##_f half = S##_set(0.5f), e = S##_erf(S##_mul(x, S##_set(MOE__SQRT_HALF))), hx = S##_mul(half, x); \
-  S##_f c = S##_min(S##_set(13.0f), S##_max(S##_set(-13.0f), x)); \
-  S##_f density = S##_mul(S##_set(MOE__NORMAL_0), S##_exp_mid(S##_mul(S##_mul(S##_set(-0.5f), c), c))); \
-  *d = S##_mul(*d, S##_fma(c, density, S##_fma(half, e, half))); \
-  return S##_fma(hx, e, hx); \
-} \
 T static void S##_gelu_both(float *a, float *d, const float *x, size_t n) { \
-  S##_f di; \
+  S##_f slope; \
   size_t i = 0; \
   for (; i + 16 <= n; i += 16) { \
-    di = S##_load(d + i); \
-    S##_store(a + i, S##_gelu_both16(&di, S##_load(x + i))); \
-    S##_store(d + i, di); \
+    S##_store(a + i, S##_gelu16(S##_load(x + i), &slope)); \
+    S##_store(d + i, S##_mul(S##_load(d + i), slope)); \
   } \
   if (i == n) return; \
-  di = S##_loadn(d + i, n - i); \
-  S##_storen(a + i, S##_gelu_both16(&di, S##_loadn(x + i, n - i)), n - i); \
-  S##_storen(d + i, di, n - i); \
+  S##_storen(a + i, S##_gelu16(S##_loadn(x + i, n - i), &slope), n - i); \
+  S##_storen(d + i, S##_mul(S##_loadn(d + i, n - i), slope), n - i); \
 } \
 static const moe__expert_kernels S##_experts = {S##_gelu_both};
 MOE__V_STAMP(MOE__EXPERT_KERNELS)
