@@ -31,6 +31,8 @@
    WHAT IT COMPUTES  [TaG] = "Sparsely Activated Mixture-of-Experts are Robust Multi-Task Learners" (MT-TaG)
      a BERT-like encoder (post-LN) whose feed-forward layers are N expert FFNs; one gate per task and layer sends each token to
      its top-1 (or top-k) expert; a head per task reads [CLS]; all tasks are trained together.
+                    [TL] = "Eliciting and Understanding Cross-task Skills with Task-level Mixture-of-Experts"
+     the experts are whole transformer blocks, and a router sends each task, not each token, to blocks of every layer.
 
    LEVELS, each usable without the ones below it in this list
      ops        pure functions on float arrays, forward and backward              moe_linear_ moe_norm_ moe_attention_ ...
@@ -87,6 +89,8 @@
      >>batch         checks of what comes in
      >>context       activations
      >>forward       the forward pass
+     >>level         task-level routing: scores of a task, selection, their gradients
+     >>blocks        transformer blocks as experts, forward and backward
      >>backward      the backward pass
      >>optimizer     Adam, schedule, clipping
      >>sampler       which row of which task comes next
@@ -360,8 +364,24 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
 typedef enum moe_router {
   MOE_ROUTER_DENSE,  /* N = 1, no gate: Single-Task and MT-Dense */
   MOE_ROUTER_SHARED, /* one gate a layer for all tasks: MT-Switch */
-  MOE_ROUTER_TASK    /* one gate a layer and task: MT-TaG [TaG] 3.1 */
+  MOE_ROUTER_TASK,   /* one gate a layer and task: MT-TaG [TaG] 3.1 */
+  MOE_ROUTER_LEVEL   /* one small network a layer chooses blocks for a whole task from the task's vector [TL] 2 */
 } moe_router;
+
+/* What an expert is. */
+typedef enum moe_unit {
+  MOE_UNIT_FFN,  /* a feed-forward network [TaG] */
+  MOE_UNIT_BLOCK /* a whole transformer block [TL]: with MOE_ROUTER_LEVEL, or without a router (MOE_ROUTER_DENSE: the mean of the blocks,
+                    or the routes of moe_context_level) */
+} moe_unit;
+
+/* How MOE_ROUTER_LEVEL turns scores z of the m blocks into their weights [TL] 4. */
+typedef enum moe_selection {
+  MOE_SELECT_SOFTMAX, /* softmax(z / tau): all blocks take part */
+  MOE_SELECT_GUMBEL,  /* training: softmax((z + noise) / tau), noise drawn for each sequence and layer; else the most probable block */
+  MOE_SELECT_STRAIGHT /* training: the largest of those weights counts as 1, the others as 0, with the gradient of the weights
+                         (straight-through); else the most probable block */
+} moe_selection;
 
 typedef enum moe_truncate {
   MOE_TRUNCATE_LONGEST, /* a pair: tokens are taken from the end of the longer text, one by one */
@@ -381,6 +401,10 @@ typedef struct moe_config {
   int32_t max_len;                       /* longest input in tokens, at most `positions` */
   moe_truncate truncate;
   int32_t cased;                         /* 1: text is not lower-cased */
+  moe_unit unit;                         /* MOE_UNIT_BLOCK: `experts` counts the blocks of a layer, m in [TL] */
+  moe_selection selection;               /* the following are for MOE_ROUTER_LEVEL */
+  int32_t vector;                        /* width of a task's vector (64) */
+  float temperature;                     /* tau of MOE_SELECT_SOFTMAX outside training, where moe_train_tau decides: 0.1, where its fall ends */
 } moe_config;
 MOE_API void moe_config_init(moe_config *config);
 /* MOE_E_ARGUMENT with a sentence for any field outside its range. */
@@ -479,7 +503,7 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
 
 /* How the weights of a published encoder get into a model. */
 typedef struct moe_import_options {
-  float noise;   /* standard deviation of noise on copied experts [TaG] 4.3 asks for none: 0 */
+  float noise;   /* standard deviation of noise on copied experts or blocks: [TaG] 4.3 asks for none, 0; [TL]'s authors take 1e-8 */
   uint64_t seed;
 } moe_import_options;
 /* Reads sizes (not heads and eps, which no safetensors file holds) from a BERT-like safetensors file into *config: layers, hidden, ffn,
@@ -488,8 +512,8 @@ MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t
 /* Reads num_attention_heads (which must be there) and layer_norm_eps from the text of a config.json. MOE_E_UNSUPPORTED unless hidden_act is
    "gelu", position_embedding_type "absolute" and model_type "bert", where they are given. */
 MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes, const moe_env *env);
-/* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN, #18) from the file: F32, F16 or BF16. Gates and heads
-   keep their values. MOE_E_FORMAT with a sentence for each tensor that is missing, misshapen or not finite (16 at most); nothing is
+/* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN, or m of each block, #18, #32) from the file: F32, F16 or
+   BF16. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT with a sentence for each tensor that is missing, misshapen or not finite (16 at most); nothing is
    changed then. options NULL: no noise. */
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes, const moe_import_options *options,
                                     const moe_env *env);
@@ -553,13 +577,14 @@ MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batc
 MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_batch *batch, const moe_env *env);
 /* Final hidden states (M, H) of the last pass. */
 MOE_API const float *moe_context_hidden(const moe_context *context);
-/* The routes of the last pass in a layer (dense: k = 1, all tokens at expert 0). Pointers into the context. */
+/* The routes of the last pass in a layer (dense: k = 1, all tokens at expert 0; blocks: k = 1, the block of the largest weight, which is
+   `weight` too, and all weights as `prob`). Pointers into the context. */
 MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out);
 /* Makes the following passes take these experts in every layer: (L, M, k), kept by the caller; NULL: the gates decide again. */
 MOE_API void moe_context_force(moe_context *context, const int32_t *experts);
 /* Makes the following passes do without the experts marked 1: (L, N), kept by the caller; NULL: all take part again. The softmax of a gate
    then runs over the others (moe_route_options.disabled), so that their weights sum to 1. A pass fails with MOE_E_ARGUMENT where a layer
-   keeps fewer than k. Routes that are forced ignore it. */
+   keeps fewer than k. Routes that are forced, or fixed by moe_context_level, ignore it. Blocks as experts can be disabled alike. */
 MOE_API void moe_context_disable(moe_context *context, const uint8_t *experts);
 
 /* Where the tokens of each task went: sums over as many passes as one likes, arrays of the caller, cleared by the caller at first.
@@ -573,6 +598,23 @@ typedef struct moe_route_sums {
 } moe_route_sums;
 /* Adds the routes of the context's last pass, which was one of this batch. MOE_E_ARGUMENT when it cannot have been. */
 MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *context, const moe_batch *batch, const moe_env *env);
+
+/* Task-level routing from outside [TL]; arrays of the caller that must stay, and may change between passes. */
+typedef struct moe_level {
+  const float *routes; /* (T, L, m) weights of the blocks, 0 or more, one above 0 for each task and layer: fixed, no router takes part, and
+                          blocks of weight 0 are not computed. NULL: a router decides */
+  const float *scores; /* (T, L, m) scores of a router of the caller's (an LSTM, say) in place of the model's own; NULL: the model's */
+  float *dscores;      /* (T, L, m) moe_accumulate adds the gradients of `scores`; NULL: not wanted */
+} moe_level;
+/* Makes the following passes use them; NULL: the model's own again. MOE_E_ARGUMENT for a model without blocks. Values are checked by every
+   pass. */
+MOE_API moe_status moe_context_level(moe_context *context, const moe_level *level, const moe_env *env);
+/* The choice of the model's own router: routes (T, L, m) is softmax(z / tau), or with tau 0 the most probable block (1, the others 0).
+   MOE_E_ARGUMENT for a model without MOE_ROUTER_LEVEL, or tau below 0. */
+MOE_API moe_status moe_level_routes(float *routes, const moe_model *model, float tau, const moe_env *env);
+/* out = (1 - share) / m + share routes, for `rows` rows of m: from the average (share 0) to the routes (1), [TL]'s second stage. out may be
+   routes. */
+MOE_API void moe_level_blend(float *out, const float *routes, float share, size_t rows, int32_t m);
 
 #ifndef MOE_NO_TRAIN
 /* ---- trainer, optimizer, sampler ---- >>api_train */
@@ -593,6 +635,8 @@ typedef struct moe_train_config {
   float clip;              /* gradients times min(1, clip / (norm + 1e-6)); 0 = off */
   float dropout;           /* 0.1 [TaG] 4.4 */
   float balance, z_loss, jitter; /* see moe_route_options; 0 = off, as the paper wants them */
+  float tau_first, tau_last; /* temperature of MOE_ROUTER_LEVEL: max(tau_last, tau_first exp(-tau_rate step)), 2 and 0.1 [TL] 4 */
+  float tau_rate;            /* 0.0003 in the authors' code; 0 (default): as it must be to arrive at tau_last with the last step */
   uint64_t seed;
   const moe_group *groups; /* must outlive the trainer */
   int32_t n_groups;
@@ -620,6 +664,8 @@ MOE_API moe_status moe_accumulate(moe_trainer *trainer, const moe_batch *batch, 
 MOE_API moe_status moe_update(moe_trainer *trainer, float *norm, const moe_env *env);
 /* Learning rate of step t, counted from 1. */
 MOE_API float moe_train_rate(const moe_train_config *config, int64_t t);
+/* Temperature of task-level routing after t updates. */
+MOE_API float moe_train_tau(const moe_train_config *config, int64_t t);
 MOE_API float *moe_trainer_gradients(moe_trainer *trainer);
 MOE_API moe_context *moe_trainer_context(moe_trainer *trainer);
 MOE_API int64_t moe_trainer_step(const moe_trainer *trainer); /* updates so far */
@@ -4999,13 +5045,16 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
 /* ---- configuration, tasks, table of tensors ---- >>config */
 
 /* What the table of tensors says, as offsets: the flat array has no gaps, layers follow each other at a constant distance,
-   and so do the experts of a layer. Query, key and value stand side by side, so that (3H, H) is one product; the gates of
+   and so do the experts of a layer. Where the experts are whole blocks, a layer here is one block: block i of layer l is number
+   l m + i, and there is one feed-forward network in it. Query, key and value stand side by side, so that (3H, H) is one product; the gates of
    all tasks are one (T, N, H). */
 typedef struct moe__plan {
   size_t word, feature_w, feature_b, position, segment, norm_w, norm_b; /* embeddings */
   size_t layers, layer_stride;                                          /* layer l: layers + l layer_stride */
   size_t qkv_w, qkv_b, att_w, att_b, norm1_w, norm1_b, gates, experts, expert_stride, norm2_w, norm2_b; /* within a layer */
   size_t in_w, in_b, out_w, out_b; /* within an expert */
+  size_t vectors, router, router_stride; /* task-level routing: (T, vector), then layer l: router + l router_stride */
+  size_t score_in_w, score_in_b, score_out_w, score_out_b; /* within the router of a layer */
   size_t heads, total;
   size_t panel_att, panel_experts, panel_out, panel_expert_stride, panel_stride, panel_total; /* packed weights */
 } moe__plan;
@@ -5024,6 +5073,19 @@ MOE_API void moe_config_init(moe_config *config) {
   config->experts = 4;
   config->top_k = 1;
   config->max_len = 128;
+  config->vector = 64;
+  config->temperature = 0.1f;
+}
+
+/* Blocks that a layer chooses from; 1 where the experts are feed-forward networks. */
+static int32_t moe__layer_blocks(const moe_config *config) { return config->unit == MOE_UNIT_BLOCK ? config->experts : 1; }
+/* All blocks of the model: its layers, times the blocks of each. */
+static int32_t moe__block_count(const moe_config *config) { return config->layers * moe__layer_blocks(config); }
+/* Feed-forward networks of a block. */
+static int32_t moe__block_experts(const moe_config *config) { return config->unit == MOE_UNIT_BLOCK ? 1 : config->experts; }
+/* Whether gates send tokens to feed-forward networks. */
+static int moe__has_gates(const moe_config *config) {
+  return config->unit == MOE_UNIT_FFN && config->router != MOE_ROUTER_DENSE;
 }
 
 /* The limits keep every size of a layer within int32_t, and far above any published encoder. */
@@ -5053,12 +5115,38 @@ static moe_status moe__check_sizes(const moe_config *c, const moe_env *env) {
   return status;
 }
 
+/* Blocks as experts and the task-level router. */
+static moe_status moe__check_level(const moe_config *c, const moe_env *env) {
+  int level = c->router == MOE_ROUTER_LEVEL, block = c->unit == MOE_UNIT_BLOCK;
+  moe_status status = moe__check_range("unit", (int32_t)c->unit, MOE_UNIT_FFN, MOE_UNIT_BLOCK, env);
+  if (!status) status = moe__check_range("selection", (int32_t)c->selection, MOE_SELECT_SOFTMAX, MOE_SELECT_STRAIGHT, env);
+  if (status) return status;
+  if (block && !level && c->router != MOE_ROUTER_DENSE)
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: blocks as experts go with the task-level router or with none, not with gates");
+  if (level && !block)
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: the task-level router chooses blocks, the unit is a feed-forward network");
+  if (level && c->experts < 2)
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: experts is %d, a task-level router has nothing to choose from below 2",
+                     (int)c->experts);
+  if (block && (c->top_k != 1 || c->gate_scale_n || c->renormalize))
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: blocks as experts go with top_k 1, and gate_scale_n and renormalize 0");
+  if (block && (int64_t)c->layers * c->experts > 4096)
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: %d layers of %d blocks, there may be 4096 blocks", (int)c->layers,
+                     (int)c->experts);
+  if (block && !(c->temperature > 0 && c->temperature <= 1e6f))
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: temperature is %g, it must be above 0 and at most 1e6", (double)c->temperature);
+  if (!level) return MOE_OK;
+  return moe__check_range("vector", c->vector, 1, 65536, env);
+}
+
 MOE_API moe_status moe_config_check(const moe_config *config, const moe_env *env) {
   const moe_config *c = config;
   moe_status status = moe__check_sizes(c, env);
-  if (!status) status = moe__check_range("router", (int32_t)c->router, MOE_ROUTER_DENSE, MOE_ROUTER_TASK, env);
+  if (!status) status = moe__check_range("router", (int32_t)c->router, MOE_ROUTER_DENSE, MOE_ROUTER_LEVEL, env);
   if (!status) status = moe__check_range("experts", c->experts, 1, MOE_MAX_EXPERTS, env);
-  if (!status && c->router == MOE_ROUTER_DENSE) status = moe__check_range("experts of a dense model", c->experts, 1, 1, env);
+  if (!status) status = moe__check_level(c, env);
+  if (!status && c->router == MOE_ROUTER_DENSE && c->unit == MOE_UNIT_FFN)
+    status = moe__check_range("experts of a dense model", c->experts, 1, 1, env);
   if (!status) status = moe__check_range("top_k", c->top_k, 1, c->experts, env);
   if (!status) status = moe__check_range("gate_scale_n", c->gate_scale_n, 0, 1, env);
   if (!status) status = moe__check_range("renormalize", c->renormalize, 0, 1, env);
@@ -5172,7 +5260,7 @@ static moe_status moe__check_tasks(const moe_config *config, const moe_task *tas
 
 /* Gate matrices of a layer. */
 static int32_t moe__gate_count(const moe_config *config, int32_t T) {
-  return config->router == MOE_ROUTER_DENSE ? 0 : config->router == MOE_ROUTER_SHARED ? 1 : T;
+  return !moe__has_gates(config) ? 0 : config->router == MOE_ROUTER_SHARED ? 1 : T;
 }
 
 /* Width of what a task's head reads. */
@@ -5187,7 +5275,7 @@ static size_t moe__advance(size_t *at, size_t rows, size_t cols, int *bad) {
 }
 
 static void moe__plan_layer(moe__plan *p, const moe_config *c, int32_t T, int *bad) {
-  size_t H = (size_t)c->hidden, F = (size_t)c->ffn, N = (size_t)c->experts, at = 0;
+  size_t H = (size_t)c->hidden, F = (size_t)c->ffn, N = (size_t)moe__block_experts(c), at = 0;
   p->in_w = moe__advance(&at, F, H, bad);
   p->in_b = moe__advance(&at, F, 1, bad);
   p->out_w = moe__advance(&at, H, F, bad);
@@ -5207,6 +5295,21 @@ static void moe__plan_layer(moe__plan *p, const moe_config *c, int32_t T, int *b
   p->layer_stride = at;
 }
 
+#define MOE__LEVEL_HIDDEN 64 /* inner size of the task-level router: the authors' */
+
+/* Task vectors, and the router of a layer: scores (m) = W1 GELU(W0 vector + b0) + b1. */
+static void moe__plan_level(moe__plan *p, size_t *at, const moe_config *c, int32_t T, int *bad) {
+  size_t within = 0;
+  if (c->router != MOE_ROUTER_LEVEL) return;
+  p->score_in_w = moe__advance(&within, MOE__LEVEL_HIDDEN, (size_t)c->vector, bad);
+  p->score_in_b = moe__advance(&within, MOE__LEVEL_HIDDEN, 1, bad);
+  p->score_out_w = moe__advance(&within, (size_t)c->experts, MOE__LEVEL_HIDDEN, bad);
+  p->score_out_b = moe__advance(&within, (size_t)c->experts, 1, bad);
+  p->router_stride = within;
+  p->vectors = moe__advance(at, (size_t)T, (size_t)c->vector, bad);
+  p->router = moe__advance(at, (size_t)c->layers, within, bad);
+}
+
 /* Where the packed copies of a layer stand: query-key-value, attention output, then inner and outer weights of each expert. */
 static void moe__plan_panels(moe__plan *p, const moe_config *c, int *bad) {
   size_t at = moe_pack_floats(3 * c->hidden, c->hidden);
@@ -5214,8 +5317,8 @@ static void moe__plan_panels(moe__plan *p, const moe_config *c, int *bad) {
   p->panel_experts = at += moe_pack_floats(c->hidden, c->hidden);
   p->panel_out = moe_pack_floats(c->ffn, c->hidden);
   p->panel_expert_stride = p->panel_out + moe_pack_floats(c->hidden, c->ffn);
-  p->panel_stride = moe__add(at, moe__mul((size_t)c->experts, p->panel_expert_stride, bad), bad);
-  p->panel_total = moe__mul((size_t)c->layers, p->panel_stride, bad);
+  p->panel_stride = moe__add(at, moe__mul((size_t)moe__block_experts(c), p->panel_expert_stride, bad), bad);
+  p->panel_total = moe__mul((size_t)moe__block_count(c), p->panel_stride, bad);
   moe__mul(p->panel_total, sizeof(float), bad);
 }
 
@@ -5234,7 +5337,8 @@ static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_ta
   p->norm_w = moe__advance(&at, H, 1, &bad);
   p->norm_b = moe__advance(&at, H, 1, &bad);
   moe__plan_layer(p, c, T, &bad);
-  p->layers = moe__advance(&at, (size_t)c->layers, p->layer_stride, &bad);
+  p->layers = moe__advance(&at, (size_t)moe__block_count(c), p->layer_stride, &bad);
+  moe__plan_level(p, &at, c, T, &bad);
   p->heads = at;
   for (t = 0; t < T; ++t) moe__advance(&at, (size_t)tasks[t].classes, moe__head_width(c, &tasks[t]) + 1, &bad);
   p->total = at;
@@ -5346,6 +5450,14 @@ static moe_status moe__check_block(const char *what, const void *block, size_t b
   return MOE_OK;
 }
 
+/* Tensors of a block, and of the task-level router. */
+static int32_t moe__block_tensors(const moe_model *m) {
+  return 12 + moe__gate_count(&m->config, m->T) + 4 * moe__block_experts(&m->config);
+}
+static int32_t moe__level_tensors(const moe_config *config) {
+  return config->router == MOE_ROUTER_LEVEL ? 1 + 4 * config->layers : 0;
+}
+
 /* A model in a block of moe__model_bytes: with `weights` elsewhere, or (NULL) in the block and not yet set. */
 static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, const moe_config *config,
                                    const moe_task *tasks, int32_t T, const float *weights, const moe_env *env) {
@@ -5371,8 +5483,8 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, c
   model->head = pieces.head;
   model->writable = pieces.weights;
   model->weights = weights ? weights : pieces.weights;
-  model->tensors =
-      (config->features ? 6 : 5) + config->layers * (12 + moe__gate_count(config, T) + 4 * config->experts) + 2 * T;
+  model->tensors = (config->features ? 6 : 5) + moe__block_count(config) * moe__block_tensors(model) +
+                   moe__level_tensors(config) + 2 * T;
   moe__copy_tasks(&pieces, tasks, T);
   for (t = 0, at = plan.heads; t < T; ++t) {
     model->head[t] = at;
@@ -5425,6 +5537,13 @@ static void moe__embedding_tensor(const moe_model *m, int32_t i, moe_tensor *t) 
   moe__tensor_name(t, "embeddings.%s", name);
 }
 
+/* What the names of a layer's tensors begin with; `layer` counts blocks where those are the experts. */
+static void moe__layer_name(char out[48], const moe_config *c, int32_t layer) {
+  int32_t m = moe__layer_blocks(c);
+  if (c->unit == MOE_UNIT_BLOCK) moe__format(out, 48, "encoder.layer.%d.blocks.%d", (int)(layer / m), (int)(layer % m));
+  else moe__format(out, 48, "encoder.layer.%d", (int)layer);
+}
+
 /* Dense models bear BERT's own names, so that other tools open them. */
 static void moe__expert_tensor(const moe_model *m, int32_t layer, size_t base, int32_t i, moe_tensor *t) {
   const moe_config *c = &m->config;
@@ -5432,9 +5551,11 @@ static void moe__expert_tensor(const moe_model *m, int32_t layer, size_t base, i
   int32_t expert = i / 4;
   static const char *const part[] = {"intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight",
                                      "output.dense.bias"};
+  char prefix[48];
+  moe__layer_name(prefix, c, layer);
   base += p->experts + (size_t)expert * p->expert_stride;
-  if (c->router == MOE_ROUTER_DENSE) moe__tensor_name(t, "encoder.layer.%d.%s", (int)layer, part[i % 4]);
-  else moe__tensor_name(t, "encoder.layer.%d.experts.%d.%s", (int)layer, (int)expert, part[i % 4]);
+  if (!moe__has_gates(c)) moe__tensor_name(t, "%s.%s", prefix, part[i % 4]);
+  else moe__tensor_name(t, "%s.experts.%d.%s", prefix, (int)expert, part[i % 4]);
   switch (i % 4) {
     case 0: moe__tensor_shape(t, base + p->in_w, c->ffn, c->hidden); break;
     case 1: moe__tensor_shape(t, base + p->in_b, c->ffn, 0); break;
@@ -5450,7 +5571,9 @@ static void moe__attention_tensor(const moe_model *m, int32_t layer, size_t base
   static const char *const part[] = {
       "self.query.weight", "self.key.weight",     "self.value.weight", "self.query.bias",         "self.key.bias",
       "self.value.bias",   "output.dense.weight", "output.dense.bias", "output.LayerNorm.weight", "output.LayerNorm.bias"};
-  moe__tensor_name(t, "encoder.layer.%d.attention.%s", (int)layer, part[i]);
+  char prefix[48];
+  moe__layer_name(prefix, &m->config, layer);
+  moe__tensor_name(t, "%s.attention.%s", prefix, part[i]);
   if (i < 3) moe__tensor_shape(t, base + p->qkv_w + (size_t)i * h * h, H, H);
   else if (i < 6) moe__tensor_shape(t, base + p->qkv_b + (size_t)(i - 3) * h, H, 0);
   else if (i == 6) moe__tensor_shape(t, base + p->att_w, H, H);
@@ -5461,7 +5584,8 @@ static void moe__layer_tensor(const moe_model *m, int32_t layer, int32_t i, moe_
   const moe_config *c = &m->config;
   const moe__plan *p = &m->plan;
   size_t base = p->layers + (size_t)layer * p->layer_stride;
-  int32_t gates = moe__gate_count(c, m->T);
+  int32_t gates = moe__gate_count(c, m->T), experts = moe__block_experts(c);
+  char prefix[48];
   if (i < 10) {
     moe__attention_tensor(m, layer, base, i, t);
     return;
@@ -5474,27 +5598,46 @@ static void moe__layer_tensor(const moe_model *m, int32_t layer, int32_t i, moe_
     return;
   }
   i -= gates;
-  if (i < 4 * c->experts) {
+  if (i < 4 * experts) {
     moe__expert_tensor(m, layer, base, i, t);
     return;
   }
-  i -= 4 * c->experts;
-  moe__tensor_name(t, "encoder.layer.%d.output.LayerNorm.%s", (int)layer, i ? "bias" : "weight");
+  i -= 4 * experts;
+  moe__layer_name(prefix, c, layer);
+  moe__tensor_name(t, "%s.output.LayerNorm.%s", prefix, i ? "bias" : "weight");
   moe__tensor_shape(t, base + (i ? p->norm2_b : p->norm2_w), c->hidden, 0);
 }
 
-static int32_t moe__layer_tensors(const moe_model *m) {
-  return 12 + moe__gate_count(&m->config, m->T) + 4 * m->config.experts;
+/* Task vectors first, then four tensors of each layer's router. */
+static void moe__level_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
+  const moe_config *c = &m->config;
+  const moe__plan *p = &m->plan;
+  int32_t layer = (i - 1) / 4, part = (i - 1) % 4;
+  size_t base = p->router + (size_t)layer * p->router_stride;
+  if (i == 0) {
+    moe__tensor_name(t, "tasks.vectors");
+    moe__tensor_shape(t, p->vectors, m->T, c->vector);
+    return;
+  }
+  moe__tensor_name(t, "router.%d.%d.%s", (int)layer, (int)part / 2, part % 2 ? "bias" : "weight");
+  switch (part) {
+    case 0: moe__tensor_shape(t, base + p->score_in_w, MOE__LEVEL_HIDDEN, c->vector); break;
+    case 1: moe__tensor_shape(t, base + p->score_in_b, MOE__LEVEL_HIDDEN, 0); break;
+    case 2: moe__tensor_shape(t, base + p->score_out_w, c->experts, MOE__LEVEL_HIDDEN); break;
+    default: moe__tensor_shape(t, base + p->score_out_b, c->experts, 0); break;
+  }
 }
 
 MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_tensor *out) {
-  int32_t embeddings = model->config.features ? 6 : 5, per_layer = moe__layer_tensors(model), i = index - embeddings;
+  int32_t per_layer = moe__block_tensors(model), layers = moe__block_count(&model->config) * per_layer;
+  int32_t i = index - (model->config.features ? 6 : 5), level = moe__level_tensors(&model->config);
   if (index < 0 || index >= model->tensors) return MOE_E_ARGUMENT;
   memset(out, 0, sizeof *out);
   if (i < 0) moe__embedding_tensor(model, index, out);
-  else if (i < model->config.layers * per_layer) moe__layer_tensor(model, i / per_layer, i % per_layer, out);
+  else if (i < layers) moe__layer_tensor(model, i / per_layer, i % per_layer, out);
+  else if (i < layers + level) moe__level_tensor(model, i - layers, out);
   else {
-    int32_t t = (i - model->config.layers * per_layer) / 2, bias = (i - model->config.layers * per_layer) % 2;
+    int32_t t = (i - layers - level) / 2, bias = (i - layers - level) % 2;
     const moe_task *task = &model->tasks[t];
     size_t width = moe__head_width(&model->config, task);
     moe__tensor_name(out, "heads.%s.%s", task->name, bias ? "bias" : "weight");
@@ -5507,7 +5650,8 @@ MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_t
 MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name) {
   static const char prefix[] = "encoder.layer.";
   int32_t first = 0, last = model->tensors, i;
-  int32_t layers = model->config.features ? 6 : 5, per_layer = moe__layer_tensors(model);
+  int32_t layers = model->config.features ? 6 : 5;
+  int32_t per_layer = moe__layer_blocks(&model->config) * moe__block_tensors(model);
   moe_tensor t;
   if (!strncmp(name, prefix, sizeof prefix - 1)) { /* only the tensors of that layer need a look */
     const char *at = name + sizeof prefix - 1;
@@ -5531,16 +5675,18 @@ enum {
   MOE__SITE_FFN_OUT,
   MOE__SITE_HEAD,
   MOE__SITE_JITTER,
-  MOE__SITE_NOISE
+  MOE__SITE_NOISE,
+  MOE__SITE_GUMBEL
 };
 
 /* Tensors of one name start with the same values, whatever else is in the model; expert 0 of a layer starts as a dense
- * model's FFN. */
+ * model's FFN, block 0 as its block. */
 static uint64_t moe__name_hash(const char *name) {
-  static const char skip[] = "experts.0.";
+  static const char skip[] = "experts.0.", skip_block[] = "blocks.0.";
   uint64_t h = 0xcbf29ce484222325u;
   while (*name) {
     if (!strncmp(name, skip, sizeof skip - 1)) name += sizeof skip - 1;
+    else if (!strncmp(name, skip_block, sizeof skip_block - 1)) name += sizeof skip_block - 1;
     h = (h ^ (unsigned char)*name++) * 0x100000001b3u;
   }
   return h;
@@ -5562,13 +5708,21 @@ static void moe__fill_tile(void *arg, int32_t tile, int32_t slot) {
   for (; i < end; ++i) fill->w[i] = fill->sd * moe__normal(fill->key, i);
 }
 
+/* Standard deviation of the values of a fresh matrix [TaG] 4.4. The task-level router would hardly tell tasks apart with 0.02: its matrices
+   have the spread of PyTorch's, 1 / sqrt(3 columns), and the vectors 1. */
+static float moe__initial_spread(const moe_tensor *t) {
+  if (!strncmp(t->name, "router.", 7)) return 1.0f / sqrtf(3.0f * (float)t->shape[1]);
+  if (!strcmp(t->name, "tasks.vectors")) return 1.0f;
+  return strstr(t->name, ".gate.") ? 0.001f : 0.02f;
+}
+
 /* Values of a fresh tensor [TaG] 4.4. */
 static void moe__tensor_random(moe_model *model, const moe_tensor *t, uint64_t seed, const moe_env *env) {
   moe__fill fill;
   size_t j;
   fill.w = model->writable + t->offset;
   fill.count = t->count;
-  fill.sd = strstr(t->name, ".gate.") ? 0.001f : 0.02f;
+  fill.sd = moe__initial_spread(t);
   fill.key = moe_key(seed, 0, moe__name_hash(t->name), 0, MOE__SITE_WEIGHTS);
   if (t->dims > 1) moe__parallel(env, (int32_t)((t->count + MOE__FILL_TILE - 1) / MOE__FILL_TILE), moe__fill_tile, &fill);
   else
@@ -5681,12 +5835,12 @@ static void moe__model_repack(moe_model *model, const moe_env *env) {
   const moe_config *c = &model->config;
   const moe__plan *p = &model->plan;
   int32_t l, i;
-  for (l = 0; l < c->layers; ++l) {
+  for (l = 0; l < moe__block_count(c); ++l) {
     const float *w = model->weights + p->layers + (size_t)l * p->layer_stride;
     float *to = model->panels + (size_t)l * p->panel_stride;
     moe_pack(to, w + p->qkv_w, 3 * c->hidden, c->hidden, env);
     moe_pack(to + p->panel_att, w + p->att_w, c->hidden, c->hidden, env);
-    for (i = 0; i < c->experts; ++i) {
+    for (i = 0; i < moe__block_experts(c); ++i) {
       const float *e = w + p->experts + (size_t)i * p->expert_stride;
       float *panel = to + p->panel_experts + (size_t)i * p->panel_expert_stride;
       moe_pack(panel, e + p->in_w, c->ffn, c->hidden, env);
@@ -5817,6 +5971,20 @@ typedef struct moe__acts {
   float *sum2, *mean2, *rstd2; /* y1 + mixture */
 } moe__acts;
 
+/* What blocks as experts need on top [TL]; see >>level and >>blocks. Inference keeps two inputs of layers and one output of a block. */
+typedef struct moe__level {
+  moe_level given;
+  float **x, **y;   /* (L+1) input of each layer, the last: the network's output; (L m) output of each block for its sequences; (M, H) each */
+  float *gathered;  /* (M, H) the input of a block that does not compute all sequences */
+  int32_t *sequence, *start; /* (S), (S+1) sequences that a block computes, and where each begins among its rows */
+  int64_t *index;   /* (S) their moe_batch.index */
+  float *weight;    /* (L, S, m) of each block's output */
+  float *prob;      /* (L, S, m) softmax that the gradient goes through */
+  float *pre, *act; /* (L, S, 64) of the router: before and after GELU; training */
+  moe_routes *routes; /* (L) for moe_context_routes */
+  float *dweight, *dy, *dx; /* (L, S, m), (M, H), (M, H): gradients of the weights, of a layer's output and of its input */
+} moe__level;
+
 struct moe_context {
   const moe_model *model;
   moe_limits limits;
@@ -5832,6 +6000,7 @@ struct moe_context {
   uint64_t *keys;              /* (S) */
   float *feature;              /* (S, widest head) what the heads read */
   float *scores, *losses;      /* (S, classes), (S); training */
+  moe__level level;
   float *experts_scratch, *attention_scratch;
   size_t attention_floats;
   int32_t longest; /* tokens of the longest sequence that attention's scratch is made for */
@@ -5848,11 +6017,12 @@ struct moe_context {
 
 /* Sizes that the pieces of a context have in common. */
 typedef struct moe__dims {
-  size_t M, S, H, F, N, k, A, L, Mk;
+  size_t M, S, H, F, N, k, A, L, Mk; /* L counts blocks where those are the experts, and N is 1 then */
+  size_t blocks;                     /* of a layer; 0: the experts are feed-forward networks */
 } moe__dims;
 
 static void moe__take_acts(moe__layout *layout, moe__acts *a, const moe__dims *d, int training) {
-  a->x = MOE__FLOATS(layout, d->M * d->H);
+  if (!d->blocks) a->x = MOE__FLOATS(layout, d->M * d->H); /* else the blocks of a layer share theirs */
   a->qkv = MOE__FLOATS(layout, moe__mul(d->M, 3 * d->H, &layout->bad));
   a->att = MOE__FLOATS(layout, d->M * d->H);
   a->y1 = MOE__FLOATS(layout, d->M * d->H);
@@ -5877,6 +6047,45 @@ static void moe__take_routes(moe__layout *layout, moe_routes *r, const moe__dims
   r->prob = MOE__FLOATS(layout, moe__mul(d->M, d->N, &layout->bad));
   r->order = (int32_t *)moe__take(layout, d->Mk, sizeof(int32_t));
   r->start = (int32_t *)moe__take(layout, d->N + 1, sizeof(int32_t));
+}
+
+static void moe__take_level(moe__layout *layout, moe_context *c, const moe__dims *d) {
+  moe__level *v = &c->level;
+  const moe_config *config = &c->model->config;
+  size_t L = (size_t)config->layers, m = d->blocks, l, choices = moe__mul(moe__mul(L, d->S, &layout->bad), m, &layout->bad);
+  int training = c->limits.training;
+  moe__dims route = *d;
+  moe_routes routes;
+  float *x[2] = {NULL, NULL}, *y = NULL;
+  memset(&routes, 0, sizeof routes);
+  route.N = m;
+  v->x = (float **)moe__take(layout, L + 1, sizeof(float *));
+  v->y = (float **)moe__take(layout, L * m, sizeof(float *));
+  v->routes = (moe_routes *)moe__take(layout, L, sizeof(moe_routes));
+  for (l = 0; l <= L; ++l) {
+    if (l < 2 || training) x[l & 1] = MOE__FLOATS(layout, d->M * d->H);
+    if (layout->base) v->x[l] = x[l & 1];
+  }
+  for (l = 0; l < L * m; ++l) {
+    if (l == 0 || training) y = MOE__FLOATS(layout, d->M * d->H);
+    if (layout->base) v->y[l] = y;
+  }
+  for (l = 0; l < L; ++l) {
+    moe__take_routes(layout, &routes, &route);
+    if (layout->base) v->routes[l] = routes;
+  }
+  v->gathered = MOE__FLOATS(layout, d->M * d->H);
+  v->sequence = (int32_t *)moe__take(layout, d->S, sizeof(int32_t));
+  v->start = (int32_t *)moe__take(layout, d->S + 1, sizeof(int32_t));
+  v->index = (int64_t *)moe__take(layout, d->S, sizeof(int64_t));
+  v->weight = MOE__FLOATS(layout, choices);
+  v->prob = MOE__FLOATS(layout, choices);
+  v->pre = MOE__FLOATS(layout, moe__mul(L * d->S, MOE__LEVEL_HIDDEN, &layout->bad));
+  v->act = MOE__FLOATS(layout, moe__mul(L * d->S, MOE__LEVEL_HIDDEN, &layout->bad));
+  if (!training) return;
+  v->dweight = MOE__FLOATS(layout, choices);
+  v->dy = MOE__FLOATS(layout, d->M * d->H);
+  v->dx = MOE__FLOATS(layout, d->M * d->H);
 }
 
 static void moe__take_gradients(moe__layout *layout, moe_context *c, const moe__dims *d) {
@@ -5904,7 +6113,7 @@ static void moe__take_gradients(moe__layout *layout, moe_context *c, const moe__
    size, only one of each is looked at. */
 static void moe__context_take(moe__layout *layout, moe_context *c, const moe_env *env) {
   const moe_config *config = &c->model->config;
-  int training = c->limits.training, dense = config->router == MOE_ROUTER_DENSE;
+  int training = c->limits.training, dense = !moe__has_gates(config);
   moe__acts acts;
   moe_routes routes;
   moe__dims d;
@@ -5914,10 +6123,11 @@ static void moe__context_take(moe__layout *layout, moe_context *c, const moe_env
   d.S = (size_t)c->limits.sequences;
   d.H = (size_t)config->hidden;
   d.F = (size_t)config->ffn;
-  d.N = (size_t)config->experts;
+  d.N = (size_t)moe__block_experts(config);
   d.k = (size_t)config->top_k;
   d.A = (size_t)config->heads;
-  d.L = (size_t)config->layers;
+  d.L = (size_t)moe__block_count(config);
+  d.blocks = config->unit == MOE_UNIT_BLOCK ? (size_t)config->experts : 0;
   d.Mk = d.M * d.k;
   moe__mul(moe__mul(d.M, d.H > d.N ? d.H : d.N, &layout->bad), sizeof(float),
            &layout->bad); /* the plain products below are no larger */
@@ -5932,7 +6142,10 @@ static void moe__context_take(moe__layout *layout, moe_context *c, const moe_env
     c->acts[l] = acts;
     c->routes[l] = routes;
   }
-  c->last = training ? MOE__FLOATS(layout, d.M * d.H) : acts.x;
+  if (d.blocks) {
+    moe__take_level(layout, c, &d);
+    if (layout->base) c->last = c->level.x[config->layers];
+  } else c->last = training ? MOE__FLOATS(layout, d.M * d.H) : acts.x;
   c->branch = MOE__FLOATS(layout, d.M * d.H);
   c->gate_of = (int32_t *)moe__take(layout, d.S, sizeof(int32_t));
   c->keys = (uint64_t *)moe__take(layout, d.S, sizeof(uint64_t));
@@ -6032,8 +6245,14 @@ typedef struct moe__pass {
   float dropout; /* 0 when not training */
   float balance, z_loss, jitter;
   uint64_t seed, step;
+  float tau; /* temperature of task-level routing; 0 when not training */
   float aux; /* sum of the auxiliary losses of the layers */
 } moe__pass;
+
+/* >>level, >>blocks */
+static moe_status moe__check_given(const moe_context *c, const moe_env *env);
+static void moe__level_begin(moe_context *c, const moe__pass *pass);
+static void moe__forward_blocks(moe_context *c, moe__pass *pass, int32_t layer);
 
 /* Keys of the random numbers of each sequence at a site, or NULL where none are needed. */
 static const uint64_t *moe__pass_keys(moe_context *c, const moe__pass *pass, float p, int32_t layer, uint32_t site) {
@@ -6050,7 +6269,7 @@ static const uint64_t *moe__pass_keys(moe_context *c, const moe__pass *pass, flo
 static moe_status moe__check_forced(const moe_context *c, int32_t M, const moe_env *env) {
   const moe_config *config = &c->model->config;
   size_t k = (size_t)config->top_k, slots = (size_t)config->layers * (size_t)M, i, a, b;
-  if (!c->forced || config->router == MOE_ROUTER_DENSE) return MOE_OK;
+  if (!c->forced || !moe__has_gates(config)) return MOE_OK;
   for (i = 0; i < slots; ++i)
     for (a = 0; a < k; ++a) {
       int32_t expert = c->forced[i * k + a];
@@ -6096,6 +6315,7 @@ static moe_status moe__pass_check(const moe_context *c, const moe_batch *batch, 
     return moe__fail(env, MOE_E_ARGUMENT, "the context was made with fewer threads than the %d of this call",
                      (int)env->threads);
   status = moe__check_disabled(c, env);
+  if (!status) status = moe__check_given(c, env);
   return status ? status : moe__check_forced(c, M, env);
 }
 
@@ -6120,9 +6340,9 @@ static void moe__pass_begin(moe_context *c, moe__pass *pass, const moe_batch *ba
   pass->S = batch->S;
   pass->M = batch->S ? batch->seq_start[batch->S] : 0;
   c->M = pass->M;
-  for (l = 0; l < config->layers; ++l) c->routes[l].M = pass->M;
+  for (l = 0; l < moe__block_count(config); ++l) c->routes[l].M = pass->M;
   for (s = 0; s < pass->S; ++s) c->gate_of[s] = config->router == MOE_ROUTER_TASK ? batch->task[s] : 0;
-  if (config->router == MOE_ROUTER_DENSE) moe__routes_dense(&c->routes[0], pass->M);
+  if (!moe__has_gates(config)) moe__routes_dense(&c->routes[0], pass->M);
 }
 
 /* A matrix of the model for forward: its packed copy where there is one. */
@@ -6178,7 +6398,7 @@ static void moe__forward_embeddings(moe_context *c, moe__pass *pass) {
   const moe_batch *b = pass->batch;
   const float *w = c->model->weights;
   const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, 0, MOE__SITE_EMBEDDING);
-  float *sum = c->limits.training ? c->sum0 : c->branch, *x = c->acts[0].x;
+  float *sum = c->limits.training ? c->sum0 : c->branch, *x = config->unit == MOE_UNIT_BLOCK ? c->level.x[0] : c->acts[0].x;
   if (config->features) {
     moe_mat mat = moe_mat_rows(w + p->feature_w, config->hidden, config->features);
     moe_linear_forward(sum, b->features, &mat, w + p->feature_b, pass->M, pass->env);
@@ -6239,7 +6459,7 @@ static moe_experts moe__layer_experts(moe_context *c, int32_t layer) {
   const moe__plan *p = &m->plan;
   moe_experts experts;
   int32_t i;
-  for (i = 0; i < config->experts; ++i) {
+  for (i = 0; i < moe__block_experts(config); ++i) {
     size_t at = p->layers + (size_t)layer * p->layer_stride + p->experts + (size_t)i * p->expert_stride;
     size_t panel = (size_t)layer * p->panel_stride + p->panel_experts + (size_t)i * p->panel_expert_stride;
     c->in[i] = moe__model_mat(m, at + p->in_w, panel, config->ffn, config->hidden);
@@ -6247,7 +6467,7 @@ static moe_experts moe__layer_experts(moe_context *c, int32_t layer) {
     c->b_in[i] = m->weights + at + p->in_b;
     c->b_out[i] = m->weights + at + p->out_b;
   }
-  experts.N = config->experts;
+  experts.N = moe__block_experts(config);
   experts.H = config->hidden;
   experts.F = config->ffn;
   experts.in = c->in;
@@ -6257,8 +6477,9 @@ static moe_experts moe__layer_experts(moe_context *c, int32_t layer) {
   return experts;
 }
 
-/* Output of a layer, which is the input of the next one. */
+/* Output of a layer, which is the input of the next one, or of a block that is an expert. */
 static float *moe__layer_output(const moe_context *c, int32_t layer) {
+  if (c->model->config.unit == MOE_UNIT_BLOCK) return c->level.y[layer];
   return layer + 1 < c->model->config.layers ? c->acts[layer + 1].x : c->last;
 }
 
@@ -6270,7 +6491,7 @@ static void moe__forward_mixture(moe_context *c, moe__pass *pass, int32_t layer)
   const float *w = c->model->weights + p->layers + (size_t)layer * p->layer_stride;
   moe_routes *routes = &c->routes[layer];
   moe_experts experts = moe__layer_experts(c, layer);
-  if (config->router != MOE_ROUTER_DENSE) {
+  if (moe__has_gates(config)) {
     moe_route_options options = moe__route_options(c, pass, layer);
     float aux = 0;
     moe_route_forward(routes, a->logits, &aux, a->y1, w + p->gates, c->gate_of, pass->batch->seq_start, pass->S,
@@ -6332,7 +6553,12 @@ static void moe__forward(moe_context *c, moe__pass *pass, float *scores) {
   int32_t l;
   if (pass->S == 0) return;
   moe__forward_embeddings(c, pass);
+  if (c->model->config.unit == MOE_UNIT_BLOCK) moe__level_begin(c, pass);
   for (l = 0; l < c->model->config.layers; ++l) {
+    if (c->model->config.unit == MOE_UNIT_BLOCK) {
+      moe__forward_blocks(c, pass, l);
+      continue;
+    }
     moe__forward_attention(c, pass, l);
     moe__forward_mixture(c, pass, l);
   }
@@ -6352,7 +6578,7 @@ MOE_API const float *moe_context_hidden(const moe_context *context) { return con
 
 MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out) {
   if (layer < 0 || layer >= context->model->config.layers) return MOE_E_ARGUMENT;
-  *out = context->routes[layer];
+  *out = context->model->config.unit == MOE_UNIT_BLOCK ? context->level.routes[layer] : context->routes[layer];
   return MOE_OK;
 }
 
@@ -6390,11 +6616,359 @@ MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *cont
     for (l = 0; l < L; ++l) {
       size_t at = ((size_t)batch->task[s] * L + l) * N;
       moe__route_count_tokens(sums->chosen + at, sums->gate ? sums->gate + at : NULL, sums->prob ? sums->prob + at : NULL,
-                              &context->routes[l], first, end);
+                              config->unit == MOE_UNIT_BLOCK ? &context->level.routes[l] : &context->routes[l], first, end);
     }
   }
   return MOE_OK;
 }
+
+/* ---- task-level routing: scores of a task, selection, their gradients ---- >>level
+   [TL] 2: the router of a layer is a small network from the task's vector to a score z for each of its m blocks,
+     z = W1 GELU(W0 vector + b0) + b1,
+   and the selection turns scores into weights w of the blocks' outputs: with tau the temperature and G = -log(-log U), U uniform in (0, 1)
+     softmax            p = softmax(z / tau)            w = p
+     Gumbel-softmax     p = softmax((z + G) / tau)      w = p in training, else 1 at the largest z and 0 elsewhere
+     straight-through   p = softmax((z + G) / tau)      w = 1 at the largest p and 0 elsewhere; dp = dw all the same
+   Backward: dz_i = p_i (dw_i - sum_j p_j dw_j) / tau, dw_i = the product of the layer's output gradient and the output of block i.
+   Everything is computed for each sequence by itself, in their order: then neither the batch nor how it is cut changes a bit.
+   PAPER-DIFF: the authors draw G in evaluation as well. */
+
+/* The caller's weights or scores of all layers and blocks must be usable. */
+static moe_status moe__check_given(const moe_context *c, const moe_env *env) {
+  const moe_config *config = &c->model->config;
+  const moe_level *given = &c->level.given;
+  size_t m = (size_t)config->experts, L = (size_t)config->layers, rows = (size_t)c->model->T * L, row, i;
+  for (row = 0; given->routes && row < rows; ++row) {
+    const float *w = given->routes + row * m;
+    float sum = 0;
+    for (i = 0; i < m; ++i) {
+      if (!(w[i] >= 0 && w[i] <= 1e6f))
+        return moe__fail(env, MOE_E_ARGUMENT, "fixed routes: task '%s', layer %d, block %d has weight %g, it must be 0 or more",
+                         c->model->tasks[row / L].name, (int)(row % L), (int)i, (double)w[i]);
+      sum += w[i];
+    }
+    if (!(sum > 0))
+      return moe__fail(env, MOE_E_ARGUMENT, "fixed routes: task '%s' has no block in layer %d", c->model->tasks[row / L].name,
+                       (int)(row % L));
+  }
+  for (i = 0; given->scores && !given->routes && i < rows * m; ++i)
+    if (!moe__is_finite(given->scores[i]))
+      return moe__fail(env, MOE_E_ARGUMENT, "scores of the blocks: task '%s', layer %d, block %d has no finite score",
+                       c->model->tasks[i / (L * m)].name, (int)(i / m % L), (int)(i % m));
+  return MOE_OK;
+}
+
+/* z (m) of a task in a layer; pre and act (64) are kept for backward. */
+static void moe__level_scores(float *z, float *pre, float *act, const moe_model *model, int32_t task, int32_t layer, const moe_env *env) {
+  const moe_config *config = &model->config;
+  const moe__plan *p = &model->plan;
+  const float *w = model->weights + p->router + (size_t)layer * p->router_stride;
+  const float *vector = model->weights + p->vectors + (size_t)task * (size_t)config->vector;
+  moe_mat in = moe_mat_rows(w + p->score_in_w, MOE__LEVEL_HIDDEN, config->vector);
+  moe_mat out = moe_mat_rows(w + p->score_out_w, config->experts, MOE__LEVEL_HIDDEN);
+  moe_linear_gelu_forward(act, pre, vector, &in, w + p->score_in_b, 1, env);
+  moe_linear_forward(z, act, &out, w + p->score_out_b, 1, env);
+}
+
+/* w = 1 at the largest of n values, the lowest of equals, and 0 elsewhere. */
+static void moe__level_largest(float *w, const float *value, int32_t n) {
+  int32_t i, best = 0;
+  for (i = 1; i < n; ++i)
+    if (value[i] > value[best]) best = i;
+  for (i = 0; i < n; ++i) w[i] = i == best ? 1.0f : 0.0f;
+}
+
+/* prob (m) = softmax(z / tau). */
+static void moe__level_softmax(float *prob, const float *z, float tau, int32_t m) {
+  int32_t i;
+  for (i = 0; i < m; ++i) prob[i] = z[i] / tau;
+  moe_cross_entropy_forward(prob, prob, 0, m);
+}
+
+/* w and prob (m) from the scores of a sequence's task; disabled (m) or NULL: blocks marked 1 take no part. */
+static void moe__level_select(float *w, float *prob, const float *z, const uint8_t *disabled, const moe_config *config,
+                              const moe__pass *pass, uint64_t key) {
+  float noisy[MOE_MAX_EXPERTS];
+  int32_t i, m = config->experts, training = pass->tau > 0;
+  memcpy(noisy, z, (size_t)m * sizeof(float));
+  for (i = 0; i < m && training && config->selection != MOE_SELECT_SOFTMAX; ++i)
+    noisy[i] -= (float)moe__log_double(-moe__log_double(moe__uniform(key, (uint64_t)i)));
+  for (i = 0; i < m && disabled; ++i)
+    if (disabled[i]) noisy[i] = -1e30f;
+  moe__level_softmax(prob, noisy, training ? pass->tau : config->temperature, m);
+  for (i = 0; i < m && disabled; ++i)
+    if (disabled[i]) prob[i] = 0;
+  if (config->selection == MOE_SELECT_SOFTMAX || (training && config->selection == MOE_SELECT_GUMBEL))
+    memcpy(w, prob, (size_t)m * sizeof(float));
+  else moe__level_largest(w, noisy, m);
+}
+
+/* Weights of the blocks of every layer for sequence s. */
+static void moe__level_sequence(moe_context *c, const moe__pass *pass, int32_t s, const moe_env *one) {
+  const moe_config *config = &c->model->config;
+  moe__level *v = &c->level;
+  size_t m = (size_t)config->experts, L = (size_t)config->layers, S = (size_t)pass->S, l, i;
+  int32_t task = pass->batch->task[s];
+  uint64_t index = pass->batch->index ? (uint64_t)pass->batch->index[s] : (uint64_t)s;
+  float z[MOE_MAX_EXPERTS];
+  for (l = 0; l < L; ++l) {
+    size_t at = l * S + (size_t)s, given = ((size_t)task * L + l) * m;
+    float *w = v->weight + at * m, *prob = v->prob + at * m;
+    const uint8_t *disabled = c->disabled ? c->disabled + l * m : NULL;
+    uint64_t key = moe_key(pass->seed, pass->step, index, (uint32_t)l, MOE__SITE_GUMBEL);
+    if (v->given.routes) memcpy(w, v->given.routes + given, m * sizeof(float));
+    else if (v->given.scores) moe__level_select(w, prob, v->given.scores + given, disabled, config, pass, key);
+    else if (config->router == MOE_ROUTER_LEVEL) {
+      moe__level_scores(z, v->pre + at * MOE__LEVEL_HIDDEN, v->act + at * MOE__LEVEL_HIDDEN, c->model, task, (int32_t)l, one);
+      moe__level_select(w, prob, z, disabled, config, pass, key);
+    } else { /* the mean */
+      float left = 0;
+      for (i = 0; i < m; ++i) left += disabled && disabled[i] ? 0.0f : 1.0f;
+      for (i = 0; i < m; ++i) w[i] = disabled && disabled[i] ? 0.0f : 1.0f / left;
+    }
+  }
+}
+
+/* What moe_context_routes shows of a layer: every token at its sequence's block of the largest weight. */
+static void moe__level_show(moe_context *c, const moe__pass *pass, int32_t layer) {
+  moe_routes *r = &c->level.routes[layer];
+  size_t m = (size_t)c->model->config.experts, i;
+  int32_t s, t, at = 0, expert;
+  r->M = pass->M;
+  for (s = 0; s < pass->S; ++s) {
+    const float *w = c->level.weight + ((size_t)layer * (size_t)pass->S + (size_t)s) * m;
+    int32_t best = 0;
+    for (i = 1; i < m; ++i)
+      if (w[i] > w[best]) best = (int32_t)i;
+    for (t = pass->batch->seq_start[s]; t < pass->batch->seq_start[s + 1]; ++t) {
+      r->expert[t] = best;
+      r->weight[t] = w[best];
+      memcpy(r->prob + (size_t)t * m, w, m * sizeof(float));
+    }
+  }
+  for (expert = 0; expert < (int32_t)m; ++expert) {
+    r->start[expert] = at;
+    for (t = 0; t < pass->M; ++t)
+      if (r->expert[t] == expert) r->order[at++] = t;
+  }
+  r->start[m] = at;
+}
+
+/* Before the first layer: the choice does not depend on the tokens. */
+static void moe__level_begin(moe_context *c, const moe__pass *pass) {
+  moe_env one = moe__one_thread(pass->env);
+  int32_t s, l;
+  for (s = 0; s < pass->S; ++s) moe__level_sequence(c, pass, s, &one);
+  for (l = 0; l < c->model->config.layers; ++l) moe__level_show(c, pass, l);
+}
+
+/* Whether backward of this pass asks for the gradients of the weights: then every block is computed, chosen or not. */
+static int moe__level_learns(const moe_context *c, const moe__pass *pass) {
+  const moe_level *given = &c->level.given;
+  if (!(pass->tau > 0) || given->routes) return 0;
+  return given->scores ? given->dscores != NULL : c->model->config.router == MOE_ROUTER_LEVEL;
+}
+
+MOE_API moe_status moe_context_level(moe_context *context, const moe_level *level, const moe_env *env) {
+  moe_level none = {NULL, NULL, NULL};
+  if (context->model->config.unit != MOE_UNIT_BLOCK)
+    return moe__fail(env, MOE_E_ARGUMENT, "task-level routes are for models whose experts are blocks");
+  context->level.given = level ? *level : none;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_level_routes(float *routes, const moe_model *model, float tau, const moe_env *env) {
+  const moe_config *config = &model->config;
+  size_t m = (size_t)config->experts;
+  float pre[MOE__LEVEL_HIDDEN], act[MOE__LEVEL_HIDDEN], z[MOE_MAX_EXPERTS];
+  moe_env one = moe__one_thread(env);
+  int32_t t, l;
+  if (config->router != MOE_ROUTER_LEVEL) return moe__fail(env, MOE_E_ARGUMENT, "this model has no task-level router");
+  if (!(tau >= 0 && tau <= 1e6f))
+    return moe__fail(env, MOE_E_ARGUMENT, "the temperature of routes is %g, it must be from 0 (the most probable block) to 1e6", (double)tau);
+  for (t = 0; t < model->T; ++t)
+    for (l = 0; l < config->layers; ++l, routes += m) {
+      moe__level_scores(z, pre, act, model, t, l, &one);
+      if (tau > 0) moe__level_softmax(routes, z, tau, config->experts);
+      else moe__level_largest(routes, z, config->experts);
+    }
+  return MOE_OK;
+}
+
+MOE_API void moe_level_blend(float *out, const float *routes, float share, size_t rows, int32_t m) {
+  size_t i;
+  for (i = 0; i < rows * (size_t)m; ++i) out[i] = moe__fmaf(share, routes[i], (1.0f - share) / (float)m);
+}
+
+#ifndef MOE_NO_TRAIN
+/* dz (m) from dw: the softmax's gradient, over tau. */
+static void moe__level_dscores(float *dz, const float *dw, const float *prob, float tau, size_t m) {
+  float mean = 0;
+  size_t i;
+  for (i = 0; i < m; ++i) mean = moe__fmaf(prob[i], dw[i], mean);
+  for (i = 0; i < m; ++i) dz[i] = prob[i] * (dw[i] - mean) / tau;
+}
+
+/* After the last layer's backward (layer 0): dweight is there for all layers. */
+static void moe__level_backward(moe_context *c, const moe__pass *pass, float *dw) {
+  const moe_model *model = c->model;
+  const moe_config *config = &model->config;
+  const moe__plan *p = &model->plan;
+  moe__level *v = &c->level;
+  moe_env one = moe__one_thread(pass->env);
+  size_t m = (size_t)config->experts, L = (size_t)config->layers, S = (size_t)pass->S, width = (size_t)config->vector, s, l, i;
+  float dz[MOE_MAX_EXPERTS], dact[MOE__LEVEL_HIDDEN], dpre[MOE__LEVEL_HIDDEN];
+  if (!moe__level_learns(c, pass)) return;
+  for (s = 0; s < S; ++s) {
+    size_t task = (size_t)pass->batch->task[s];
+    const float *vector = model->weights + p->vectors + task * width;
+    for (l = 0; l < L; ++l) {
+      size_t at = l * S + s, base = p->router + l * p->router_stride;
+      const float *w = model->weights + base;
+      float *d = dw + base;
+      moe_mat in = moe_mat_rows(w + p->score_in_w, MOE__LEVEL_HIDDEN, config->vector);
+      moe_mat out = moe_mat_rows(w + p->score_out_w, config->experts, MOE__LEVEL_HIDDEN);
+      moe__level_dscores(dz, v->dweight + at * m, v->prob + at * m, pass->tau, m);
+      if (v->given.scores) {
+        for (i = 0; i < m; ++i) v->given.dscores[(task * L + l) * m + i] += dz[i];
+        continue;
+      }
+      memset(dact, 0, sizeof dact);
+      memset(dpre, 0, sizeof dpre);
+      moe_linear_backward(dact, d + p->score_out_w, d + p->score_out_b, dz, v->act + at * MOE__LEVEL_HIDDEN, &out, 1, &one);
+      moe_gelu_backward(dpre, dact, v->pre + at * MOE__LEVEL_HIDDEN, MOE__LEVEL_HIDDEN, &one);
+      moe_linear_backward(dw + p->vectors + task * width, d + p->score_in_w, d + p->score_in_b, dpre, vector, &in, 1, &one);
+    }
+  }
+}
+#endif
+
+/* ---- transformer blocks as experts, forward and backward ---- >>blocks
+   [TL] 2: a layer has m blocks, each an attention and a feed-forward network of its own; its output for sequence s is
+     y_s = sum over i of w_{s,i} B_i(x_s).
+   A block computes the sequences that have a weight for it, packed, by the very functions of a dense model; in training under a router that
+   learns it computes all of them, since dw_{s,i} = dy_s . B_i(x_s) asks for outputs that straight-through selection leaves out. */
+
+/* The sequences that a block computes, as a batch of their own; returns 0 when there are none. */
+static int moe__block_batch(moe_context *c, const moe__pass *pass, moe__pass *sub, moe_batch *batch, int32_t block) {
+  const moe_config *config = &c->model->config;
+  moe__level *v = &c->level;
+  const int32_t *start = pass->batch->seq_start;
+  int32_t m = config->experts, layer = block / m, s, n = 0, all = moe__level_learns(c, pass);
+  v->start[0] = 0;
+  for (s = 0; s < pass->S; ++s) {
+    float w = v->weight[((size_t)layer * (size_t)pass->S + (size_t)s) * (size_t)m + (size_t)(block % m)];
+    if (!all && !(w > 0)) continue;
+    v->sequence[n] = s;
+    v->index[n] = pass->batch->index ? pass->batch->index[s] : s;
+    v->start[n + 1] = v->start[n] + start[s + 1] - start[s];
+    ++n;
+  }
+  memset(batch, 0, sizeof *batch);
+  batch->S = n;
+  batch->seq_start = v->start;
+  batch->index = v->index;
+  *sub = *pass;
+  sub->batch = batch;
+  sub->S = n;
+  sub->M = v->start[n];
+  c->routes[block].M = sub->M;
+  c->routes[block].start[1] = sub->M;
+  return n > 0;
+}
+
+/* The block's input: the layer's own where all sequences take part, else their rows. */
+static void moe__block_gather(moe_context *c, const moe__pass *pass, const moe__pass *sub, int32_t block) {
+  moe__level *v = &c->level;
+  size_t H = (size_t)c->model->config.hidden;
+  float *x = v->x[block / c->model->config.experts];
+  int32_t n;
+  c->acts[block].x = sub->S == pass->S ? x : v->gathered;
+  for (n = 0; n < sub->S && sub->S < pass->S; ++n)
+    memcpy(v->gathered + (size_t)v->start[n] * H, x + (size_t)pass->batch->seq_start[v->sequence[n]] * H,
+           (size_t)(v->start[n + 1] - v->start[n]) * H * sizeof(float));
+}
+
+/* y_s += w B(x_s), or = for the first block of a sequence; a weight of 0 leaves y alone. */
+static void moe__block_combine(moe_context *c, const moe__pass *pass, const moe__pass *sub, int32_t block) {
+  const moe__mix_kernels *mix = MOE__V_PICK(pass->env->isa, mix);
+  moe__level *v = &c->level;
+  size_t H = (size_t)c->model->config.hidden, m = (size_t)c->model->config.experts, layer = (size_t)block / m, own = (size_t)block % m, i;
+  int32_t n;
+  for (n = 0; n < sub->S; ++n) {
+    size_t s = (size_t)v->sequence[n], floats = (size_t)(v->start[n + 1] - v->start[n]) * H;
+    const float *w = v->weight + (layer * (size_t)pass->S + s) * m;
+    const float *from = v->y[block] + (size_t)v->start[n] * H;
+    float *to = v->x[layer + 1] + (size_t)pass->batch->seq_start[s] * H;
+    for (i = 0; i < own && !(w[i] > 0);) ++i;
+    if (!(w[own] > 0)) continue;
+    if (i < own) mix->axpy(to, w[own], from, floats);
+    else mix->scale(to, w[own], from, floats);
+  }
+}
+
+static void moe__forward_blocks(moe_context *c, moe__pass *pass, int32_t layer) {
+  int32_t m = c->model->config.experts, block;
+  moe__pass sub;
+  moe_batch batch;
+  for (block = layer * m; block < (layer + 1) * m; ++block) {
+    if (!moe__block_batch(c, pass, &sub, &batch, block)) continue;
+    moe__block_gather(c, pass, &sub, block);
+    moe__forward_attention(c, &sub, block);
+    moe__forward_mixture(c, &sub, block);
+    moe__block_combine(c, pass, &sub, block);
+  }
+}
+
+#ifndef MOE_NO_TRAIN
+static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *dw, int32_t layer, int32_t whole); /* >>backward */
+static void moe__backward_attention(moe_context *c, const moe__pass *pass, float *dw, int32_t layer);
+
+/* The gradient of the block's output, w dy, packed into c->g; its product with the output, the gradient of w. Returns 0 when every weight
+   is 0: then nothing goes into the block. */
+static int moe__block_scatter(moe_context *c, const moe__pass *pass, const moe__pass *sub, int32_t block) {
+  const moe__mix_kernels *mix = MOE__V_PICK(pass->env->isa, mix);
+  const moe__row_kernels *rows = MOE__V_PICK(pass->env->isa, rows);
+  moe__level *v = &c->level;
+  size_t H = (size_t)c->model->config.hidden, m = (size_t)c->model->config.experts;
+  int32_t n, i, used = 0, learns = moe__level_learns(c, pass);
+  for (n = 0; n < sub->S; ++n) {
+    size_t s = (size_t)v->sequence[n], choice = ((size_t)block / m * (size_t)pass->S + s) * m + (size_t)block % m;
+    size_t at = (size_t)v->start[n] * H;
+    const float *dy = v->dy + (size_t)pass->batch->seq_start[s] * H;
+    int32_t length = v->start[n + 1] - v->start[n];
+    double sum = 0;
+    mix->scale(c->g + at, v->weight[choice], dy, (size_t)length * H);
+    used |= v->weight[choice] > 0;
+    for (i = 0; i < length && learns; ++i) sum += (double)rows->dot(dy + (size_t)i * H, v->y[block] + at + (size_t)i * H, H);
+    v->dweight[choice] = (float)sum;
+  }
+  return used;
+}
+
+/* Of the layer's output gradient in c->g: that of its input, block by block. */
+static void moe__backward_blocks(moe_context *c, const moe__pass *pass, float *dw, int32_t layer, int32_t whole) {
+  const moe__mix_kernels *mix = MOE__V_PICK(pass->env->isa, mix);
+  moe__level *v = &c->level;
+  int32_t m = c->model->config.experts, block, n;
+  size_t H = (size_t)c->model->config.hidden, bytes = (size_t)pass->M * H * sizeof(float);
+  moe__pass sub;
+  moe_batch batch;
+  memcpy(v->dy, c->g, bytes);
+  memset(v->dx, 0, bytes);
+  for (block = layer * m; block < (layer + 1) * m; ++block) {
+    if (!moe__block_batch(c, pass, &sub, &batch, block)) continue;
+    if (!moe__block_scatter(c, pass, &sub, block)) continue;
+    moe__block_gather(c, pass, &sub, block);
+    moe__backward_mixture(c, &sub, dw, block, whole);
+    moe__backward_attention(c, &sub, dw, block);
+    for (n = 0; n < sub.S; ++n)
+      mix->axpy(v->dx + (size_t)pass->batch->seq_start[v->sequence[n]] * H, 1.0f, c->g + (size_t)v->start[n] * H,
+                (size_t)(v->start[n + 1] - v->start[n]) * H);
+  }
+  memcpy(c->g, v->dx, bytes);
+}
+#endif
 
 #ifndef MOE_NO_TRAIN
 /* ---- the backward pass ---- >>backward */
@@ -6493,7 +7067,7 @@ static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *
   int32_t i;
   gbranch = moe__backward_join(c, pass, d + p->norm2_w, d + p->norm2_b, a->sum2, a->mean2, a->rstd2, w + p->norm2_w, layer,
                                MOE__SITE_FFN_OUT);
-  for (i = 0; i < config->experts; ++i) {
+  for (i = 0; i < moe__block_experts(config); ++i) {
     size_t expert = p->experts + (size_t)i * p->expert_stride;
     c->w_in[i] = w + expert + p->in_w;
     c->w_out[i] = w + expert + p->out_w;
@@ -6504,7 +7078,7 @@ static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *
   }
   moe_experts_backward(c->g, c->gweight, c->g_in, c->g_b_in, c->g_out, c->g_b_out, gbranch, a->y1, a->pre, a->e,
                        &c->routes[layer], c->w_in, c->w_out, config->hidden, config->ffn, c->experts_scratch, pass->env);
-  if (config->router != MOE_ROUTER_DENSE) {
+  if (moe__has_gates(config)) {
     moe_route_options options = moe__route_options(c, pass, layer);
     moe_route_backward(c->g, d + p->gates, c->glogits, c->gweight, (float)pass->S / (float)whole, &c->routes[layer],
                        a->logits, a->y1, w + p->gates, c->gate_of, pass->batch->seq_start, pass->S, config->hidden, &options,
@@ -6556,9 +7130,14 @@ static void moe__backward(moe_context *c, const moe__pass *pass, float *dw, int3
   int32_t l;
   moe__backward_heads(c, pass, dw, whole);
   for (l = c->model->config.layers - 1; l >= 0; --l) {
+    if (c->model->config.unit == MOE_UNIT_BLOCK) {
+      moe__backward_blocks(c, pass, dw, l, whole);
+      continue;
+    }
     moe__backward_mixture(c, pass, dw, l, whole);
     moe__backward_attention(c, pass, dw, l);
   }
+  if (c->model->config.unit == MOE_UNIT_BLOCK) moe__level_backward(c, pass, dw);
   moe__backward_embeddings(c, pass, dw);
 }
 
@@ -6577,6 +7156,8 @@ MOE_API void moe_train_config_init(moe_train_config *config) {
   config->eps = 1e-8f;
   config->clip = 1;
   config->dropout = 0.1f;
+  config->tau_first = 2;
+  config->tau_last = 0.1f;
 }
 
 /* Whether low <= x <= high; false for NaN. */
@@ -6605,6 +7186,9 @@ MOE__UNUSED static moe_status moe__train_config_check(const moe_train_config *co
                      (double)c->z_loss);
   if (!moe__within(c->jitter, 0, below_one))
     return moe__fail(env, MOE_E_ARGUMENT, "jitter must be from 0 (off) to below 1, not %g", (double)c->jitter);
+  if (!(c->tau_last > 0 && c->tau_first >= c->tau_last && c->tau_first <= 1e6f) || !moe__within(c->tau_rate, 0, huge))
+    return moe__fail(env, MOE_E_ARGUMENT, "the temperature falls from tau_first to tau_last, which must be above 0, with a rate of 0 or "
+                     "more, not from %g to %g with %g", (double)c->tau_first, (double)c->tau_last, (double)c->tau_rate);
   if (c->n_groups < 0 || (c->n_groups > 0 && !c->groups))
     return moe__fail(env, MOE_E_ARGUMENT, "there are %d groups of parameters, but no list of them", (int)c->n_groups);
   for (i = 0; i < c->n_groups; ++i) {
@@ -6625,6 +7209,15 @@ MOE_API float moe_train_rate(const moe_train_config *config, int64_t t) {
   if (t <= W) share = (double)t / (double)W;
   else share = (double)(T - t + 1) / (double)(T - W);
   return (float)((double)config->rate * share);
+}
+
+static double moe__exp_double(double x); /* >>sampler */
+
+MOE_API float moe_train_tau(const moe_train_config *config, int64_t t) {
+  double first = (double)config->tau_first, last = (double)config->tau_last, rate = moe__decimal(config->tau_rate), tau;
+  if (!(config->tau_rate > 0)) rate = config->steps > 1 ? moe__log_double(first / last) / (double)(config->steps - 1) : 0;
+  tau = first * moe__exp_double(-rate * (double)t);
+  return (float)(tau > last ? tau : last);
 }
 
 /* A stretch of the flat array of parameters that learns at the same rate: neighbours of the same factors are one stretch. It is cut into
@@ -7110,6 +7703,7 @@ static moe_status moe__trainer_forward(moe_trainer *t, moe__pass *pass, const mo
   pass->balance = t->config.balance;
   pass->z_loss = t->config.z_loss;
   pass->jitter = t->config.jitter;
+  pass->tau = moe_train_tau(&t->config, t->step);
   pass->seed = t->config.seed;
   pass->step = (uint64_t)t->step;
   moe__forward(c, pass, c->scores);
@@ -7237,7 +7831,7 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
   moe__trainer_clear(trainer);
   status = moe_accumulate(trainer, batch, 0, NULL, NULL, env);
   if (status || batch->S == 0) return status;
-  if (!forced && config->router != MOE_ROUTER_DENSE) { /* a choice that flips makes a step in the loss: fix them */
+  if (!forced && moe__has_gates(config)) { /* a choice that flips makes a step in the loss: fix them */
     size_t slots = (size_t)c->M * (size_t)config->top_k;
     experts = (int32_t *)moe__alloc((size_t)config->layers * slots * sizeof *experts);
     if (!experts) {
@@ -8059,7 +8653,8 @@ static void moe__st_put_header(moe__out *out, void (*put)(moe__out *out, const v
 
 #define MOE__FILE_VERSION 1
 
-/* The whole numbers of a configuration by name; its other fields are router, truncate and eps. */
+/* The whole numbers of a configuration by name; its other fields are router, truncate and eps, and with blocks as experts unit, selection,
+   temperature and vector. */
 static const struct {
   const char *name;
   size_t offset;
@@ -8079,7 +8674,9 @@ static const struct {
                          {"cased", offsetof(moe_config, cased)}};
 #define MOE__CONFIG_FIELDS (sizeof moe__config_field / sizeof *moe__config_field)
 
-static const char *const moe__router_name[] = {"dense", "shared", "task"};
+static const char *const moe__router_name[] = {"dense", "shared", "task", "level"};
+static const char *const moe__unit_name[] = {"ffn", "block"};
+static const char *const moe__selection_name[] = {"softmax", "gumbel", "straight-through"};
 static const char *const moe__truncate_name[] = {"longest", "right"};
 static const char *const moe__kind_name[] = {"classification", "regression", "ranking", "span"};
 
@@ -8107,6 +8704,16 @@ static void moe__config_put(moe__out *out, const moe_config *config) {
   moe__out_string(out, moe__router_name[config->router], strlen(moe__router_name[config->router]));
   moe__out_member(out, ",", "truncate");
   moe__out_string(out, moe__truncate_name[config->truncate], strlen(moe__truncate_name[config->truncate]));
+  if (config->unit == MOE_UNIT_BLOCK) {
+    moe__out_member(out, ",", "unit");
+    moe__out_string(out, moe__unit_name[config->unit], strlen(moe__unit_name[config->unit]));
+    moe__out_member(out, ",", "selection");
+    moe__out_string(out, moe__selection_name[config->selection], strlen(moe__selection_name[config->selection]));
+    moe__out_member(out, ",", "temperature");
+    moe__out_float(out, config->temperature);
+    moe__out_member(out, ",", "vector");
+    moe__out_int(out, config->vector);
+  }
   moe__out_text(out, "}");
 }
 
@@ -8261,19 +8868,34 @@ static int moe__config_read(moe__json *j, moe_config *config) {
     } else if (moe__json_is(&key, "eps")) ok = moe__json_float(j, &c.eps);
     else if (moe__json_is(&key, "router")) {
       i += 1;
-      ok = moe__json_choice(j, moe__router_name, 3, &choice);
+      ok = moe__json_choice(j, moe__router_name, 4, &choice);
       c.router = (moe_router)choice;
     } else if (moe__json_is(&key, "truncate")) {
       i += 2;
       ok = moe__json_choice(j, moe__truncate_name, 2, &choice);
       c.truncate = (moe_truncate)choice;
+    } else if (moe__json_is(&key, "unit")) {
+      i += 3;
+      ok = moe__json_choice(j, moe__unit_name, 2, &choice);
+      c.unit = (moe_unit)choice;
+    } else if (moe__json_is(&key, "selection")) {
+      i += 4;
+      ok = moe__json_choice(j, moe__selection_name, 3, &choice);
+      c.selection = (moe_selection)choice;
+    } else if (moe__json_is(&key, "temperature")) {
+      i += 5;
+      ok = moe__json_float(j, &c.temperature);
+    } else if (moe__json_is(&key, "vector")) {
+      i += 6;
+      ok = moe__json_integer(j, 0, INT32_MAX, &v);
+      c.vector = ok ? (int32_t)v : 0;
     } else return moe__json_fail(j, "a member that is not known: written by a newer moe.h?");
     if (!ok) return 0;
     if (seen >> i & 1) return moe__json_fail(j, "a member is there twice");
     seen |= 1u << i;
   }
   if (!moe__json_finish(j)) return 0;
-  if (seen != (1u << (MOE__CONFIG_FIELDS + 3)) - 1) return moe__json_fail(j, "a member is missing");
+  if (seen != (1u << (MOE__CONFIG_FIELDS + (c.unit == MOE_UNIT_BLOCK ? 7 : 3))) - 1) return moe__json_fail(j, "a member is missing");
   *config = c;
   return 1;
 }
@@ -8950,9 +9572,11 @@ MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, 
 
 /* The name under which the file has a tensor of the model, and which copy of it this is; 0: the file has no such thing. */
 static int moe__import_name(char out[128], const moe_tensor *t, int32_t *copy) {
-  const char *experts = strstr(t->name, ".experts.");
-  const char *at = experts ? experts + 9 : NULL;
+  const char *experts = strstr(t->name, ".experts."), *blocks = strstr(t->name, ".blocks.");
+  const char *at = experts ? experts + 9 : blocks ? blocks + 8 : NULL;
   *copy = 0;
+  if (!strncmp(t->name, "router.", 7) || !strncmp(t->name, "tasks.", 6)) return 0;
+  if (!experts) experts = blocks;
   if (!strncmp(t->name, "heads.", 6) || strstr(t->name, ".gate.") || !strncmp(t->name, "embeddings.features.", 20)) return 0;
   if (!at) {
     memcpy(out, t->name, sizeof t->name);
@@ -9034,7 +9658,7 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
     if (!moe__import_name(name, &t, &copy)) continue;
     moe__import_find(&st, &hint, prefix, name, &found);
     moe__st_floats(model->writable + t.offset, st.data + found.begin, t.count, found.dtype);
-    if (noise > 0 && strstr(t.name, ".experts.")) {
+    if (noise > 0 && (strstr(t.name, ".experts.") || strstr(t.name, ".blocks."))) {
       uint64_t key = moe_key(options->seed, 0, moe__name_hash(t.name), 0, MOE__SITE_NOISE);
       for (k = 0; k < t.count; ++k) model->writable[t.offset + k] += noise * moe__normal(key, k);
     }
@@ -9176,9 +9800,9 @@ static void moe__extract_fill(moe_model *to, const moe_model *from, const int32_
     moe_model_tensor(to, i, &t);
     at = moe_model_find_tensor(from, t.name);
     if (at < 0 || moe_model_tensor(from, at, &old)) continue;
-    if (old.count == t.count) memcpy(to->writable + t.offset, from->weights + old.offset, t.count * sizeof(float));
-    else if (!strcmp(t.name, "tasks.vectors"))
+    if (!strcmp(t.name, "tasks.vectors"))
       moe__extract_rows(to->writable + t.offset, from->weights + old.offset, tasks, to->T, (size_t)t.shape[1]);
+    else if (old.count == t.count) memcpy(to->writable + t.offset, from->weights + old.offset, t.count * sizeof(float));
   }
   for (l = 0; l < to->config.layers; ++l) moe__extract_layer(to, from, l, tasks, o);
 }
@@ -9295,6 +9919,13 @@ static moe_status moe__same_config(const moe_config *file, const moe_config *mod
   if (file->router != model->router)
     return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has router %s, the model has %s", moe__router_name[file->router],
                      moe__router_name[model->router]);
+  if (file->unit != model->unit ||
+      (file->unit == MOE_UNIT_BLOCK && (file->selection != model->selection || file->vector != model->vector ||
+                                        file->temperature < model->temperature || file->temperature > model->temperature)))
+    return moe__fail(env, MOE_E_FORMAT, "the checkpoint's experts are of unit %s, selection %s, temperature %g, task vectors of %d; the model "
+                     "has unit %s, selection %s, temperature %g, vectors of %d", moe__unit_name[file->unit],
+                     moe__selection_name[file->selection], (double)file->temperature, (int)file->vector, moe__unit_name[model->unit],
+                     moe__selection_name[model->selection], (double)model->temperature, (int)model->vector);
   if (file->truncate != model->truncate)
     return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has truncate %s, the model has %s", moe__truncate_name[file->truncate],
                      moe__truncate_name[model->truncate]);
