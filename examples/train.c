@@ -89,10 +89,13 @@ static void die(const char *format, ...) {
   exit(1);
 }
 
+/* The file that bytes in memory came from: the library does not know it. */
+static const char *about;
+
 static void show(void *user, moe_status status, const char *sentence) {
   (void)user;
   (void)status;
-  fprintf(stderr, "train: %s\n", sentence);
+  fprintf(stderr, "train: %s%s%s\n", about ? about : "", about ? ": " : "", sentence);
 }
 
 /* For calls of the library: the log has said what was wrong. */
@@ -689,12 +692,14 @@ static void read_init(void) {
   size_t bytes;
   char *json, *lower;
   need(moe_file_read(&init_file, &init_bytes, opt.init, &env));
+  about = opt.init;
   need(moe_import_sizes(&config, init_file, init_bytes, &env));
   json = beside("config.json", &bytes);
   if (json) {
     need(moe_import_config_json(&config, json, bytes, &env));
     moe_free(json);
   } else if (!opt.heads) die("there is no config.json beside %s: give --heads (and --eps, 1e-12 in BERT)", opt.init);
+  about = NULL;
   json = beside("tokenizer_config.json", &bytes);
   lower = json ? strstr(json, "\"do_lower_case\"") : NULL;
   if (lower) {
@@ -715,9 +720,11 @@ static void read_vocab(void) {
   if (!opt.vocab && opt.init) die("--init needs --vocab, the vocabulary that the encoder was trained with");
   need(moe_file_read(&data, &vocab_bytes, path, &env));
   vocab = (char *)data;
+  about = path;
   need(moe_tokenizer_size(vocab, vocab_bytes, &bytes, &env));
   block = take(bytes + 64, 1);
   need(moe_tokenizer_init(&tokenizer, (char *)block + (64 - ((size_t)block & 63)), bytes, vocab, vocab_bytes, config.cased, &env));
+  about = NULL;
   for (i = 0; i < vocab_bytes; ++i) words += vocab[i] == '\n' || i + 1 == vocab_bytes;
   if (!opt.init) config.vocab = words;
   else if (words > config.vocab) die("%s has %d words, but %s has room for %d", path, (int)words, opt.init, (int)config.vocab);
@@ -1035,9 +1042,11 @@ static int resume_run(moe_trainer *trainer, moe_sampler *sampler, const char *no
   }
   fclose(f);
   need(moe_file_read(&data, &bytes, path, &env));
+  about = path;
   need(moe_checkpoint_note(old, sizeof old, &length, data, bytes, &env));
   if (strcmp(old, note)) die("%s was made with other options:\n  there %s\n  here  %s", path, old, note);
   need(moe_checkpoint_read(trainer, sampler, data, bytes, &env));
+  about = NULL;
   moe_free(data);
   fprintf(stderr, "going on from %s at step %lld\n", path, (long long)moe_trainer_step(trainer));
   return 1;
@@ -1109,7 +1118,9 @@ static moe_model *make_model(int system, int seed, const int *which, int n) {
   if (opt.init) {
     import.noise = (float)opt.noise;
     import.seed = (uint64_t)seed;
+    about = opt.init;
     need(moe_model_import(model, init_file, init_bytes, &import, &env));
+    about = NULL;
   }
   free(list);
   return model;
@@ -1512,6 +1523,21 @@ static void write_json(void) {
   fclose(f);
 }
 
+/* A name that cannot be written is better known before the training than after it. */
+static void check_writable(const char *option, const char *path) {
+  char temporary[1056];
+  FILE *f = path ? fopen(path, "rb+") : NULL;
+  if (!path) return;
+  if (!f) { /* a new file, most likely: moe_file_replace will begin with this name */
+    int folder = errno == EISDIR;
+    snprintf(temporary, sizeof temporary, "%s.tmp", path);
+    f = folder ? NULL : fopen(temporary, "wb");
+    if (!f) die("%s: %s cannot be written: %s", option, path, strerror(errno));
+    remove(temporary);
+  }
+  fclose(f);
+}
+
 int main(int argc, char **argv) {
   char *list[SYSTEMS + 1], *seed_list[1000];
   int n_systems, n_seeds, i, j, k, all;
@@ -1539,6 +1565,9 @@ int main(int argc, char **argv) {
       for (k = 0; k < n_results - 1; ++k)
         if (results[k].system == r->system && results[k].seed == r->seed) die("%s with seed %d stands there twice", list[i], r->seed);
     }
+  check_writable("--save", opt.save);
+  check_writable("--checkpoint", opt.checkpoint);
+  check_writable("--json", opt.json);
   read_tasks();
   make_config();
   read_data();

@@ -1,0 +1,255 @@
+#!/bin/sh
+# What people get wrong: each ends with status 1 and one sentence that names file, line or tensor, and leaves nothing half-written behind.
+. ./lib.sh
+CC=${CC:-cc}
+for p in train predict tokenize; do
+  if ! $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -o "$tmp/$p" ../examples/$p.c -lm -pthread 2> "$tmp/log"; then
+    fail test_badinput_compiles "$(head -n 5 "$tmp/log")"
+    finish
+  fi
+done
+
+# a tiny folder of two tasks, and a model of it
+data=$tmp/data
+mkdir "$data" "$data/good" "$data/score" "$tmp/left"
+printf '[PAD]\n[UNK]\n[CLS]\n[SEP]\nfine\nbad\nfilm\na\n' > "$data/vocab.txt"
+printf 'name\tinput\tkind\tlabels\tmetric\trows\tmax_len\thard\ngood\tsingle\tclassification\t0=no,1=yes\taccuracy\t8\t\t0\nscore\tpair\tregression\t0..5\tpearson\t8\t\t0\n' > "$data/tasks.tsv"
+printf 'label\tsentence1\n0\ta bad film\n1\ta fine film\n0\tbad\n1\tfine\n' | tee "$data/good/train.tsv" > "$data/good/dev.tsv"
+printf 'label\tsentence1\tsentence2\n0.5\ta film\tbad\n4\ta film\ta film\n5\tfine\tfine\n' | tee "$data/score/train.tsv" > "$data/score/dev.tsv"
+run="--systems tag --experts 2 --max-len 12 --batch 4 --threads 1"
+small="--layers 1 --hidden 8 --heads 2 --ffn 16"
+"$tmp/train" --data "$data" $run $small --steps 2 --save "$tmp/model.safetensors" --checkpoint "$tmp/state.safetensors" > "$tmp/out" 2> "$tmp/err" ||
+  { fail test_badinput_has_a_model "$(cat "$tmp/err")"; finish; }
+
+# NAME PATTERN COMMAND...: status 1, the sentence, no temporary file and nothing at $tmp/left
+refuse() {
+  name=test_badinput_$1 pattern=$2
+  shift 2
+  "$@" < "${input:-/dev/null}" > "$tmp/out" 2> "$tmp/err"
+  status=$?
+  left=$(find "$tmp" -name '*.tmp' -o -path "$tmp/left/*")
+  if [ $status -ne 1 ]; then fail $name "status $status: $(cat "$tmp/err")"
+  elif [ -n "$left" ]; then fail $name "left behind: $left"; rm -f $left
+  elif ! grep -q -e "$pattern" "$tmp/err"; then fail $name "\"$pattern\" is not in: $(cat "$tmp/err")"
+  elif [ "$(grep -c . "$tmp/err")" -gt 3 ]; then fail $name "too many words: $(cat "$tmp/err")"
+  else ok $name; fi
+}
+train() { "$tmp/train" --data "$data" $run $small --steps 2 --save "$tmp/left/model.safetensors" --json "$tmp/left/run.json" "$@"; }
+predict() { "$tmp/predict" "$@"; }
+# NAME PATTERN FILE TEXT: train with that file of the folder replaced (TEXT as printf takes it; "-": the file is missing)
+changed() {
+  rm -rf "$tmp/changed"
+  cp -r "$data" "$tmp/changed"
+  if [ "$4" = - ]; then rm "$tmp/changed/$3"; else printf "$4" > "$tmp/changed/$3"; fi
+  refuse "$1" "$2" train --data "$tmp/changed"
+}
+
+# ---- options ----
+refuse unknown_option 'unknown option --fast' train --fast 1
+refuse option_without_dashes '"fast" is no option' train fast
+refuse option_without_value '--lr needs a value' train --lr
+refuse number_that_is_none '--lr takes a number .*, not "abc"' train --lr abc
+refuse number_with_a_tail '--batch takes a whole number .*, not "4x"' train --batch 4x
+refuse number_out_of_range '--batch takes a whole number from 1 .*, not "0"' train --batch 0
+refuse number_beyond_all_range '--threads takes .*, not "99999999999999999999999"' train --threads 99999999999999999999999
+refuse number_nan '--dropout takes a number .*, not "nan"' train --dropout nan
+refuse dropout_of_one '--dropout takes .*, not "1"' train --dropout 1
+refuse system_unknown '"gshard" is none of single, dense, switch, tag' train --systems dense,gshard
+refuse system_twice 'dense with seed 1 stands there twice' train --systems dense,dense
+refuse seed_that_is_none '--seeds takes .*, not "x"' train --seeds 1,x
+refuse isa_unknown '--isa is auto.*"sse"' train --isa sse
+refuse sampling_unknown '--sampling is natural.*"fair"' train --sampling fair
+refuse sampling_bad_temperature '--sampling temperature:T takes .*"0"' train --sampling temperature:0
+refuse order_unknown '--order is shuffle or file, not "random"' train --order random
+refuse epochs_and_steps 'give --epochs or --steps' train --epochs 2
+refuse top_k_beyond_experts '--top-k 3 is more than --experts 2' train --top-k 3
+refuse heads_that_do_not_divide 'heads' train --heads 3
+refuse order_file_with_other_sampling 'order' train --order file --sampling uniform
+
+# ---- the folder and its files ----
+refuse folder_missing "cannot open $tmp/none/tasks.tsv: No such file" train --data "$tmp/none"
+refuse folder_is_a_file 'cannot open .*tasks.tsv' train --data "$data/vocab.txt"
+refuse task_unknown "there is no task \"MRPC\" in $data/tasks.tsv" train --tasks good,MRPC
+refuse task_asked_twice '--tasks names good twice' train --tasks good,good
+changed task_defined_twice 'tasks.tsv:3: task good stands there twice' tasks.tsv \
+  'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\n'
+changed tasks_empty 'tasks.tsv is empty' tasks.tsv ''
+changed tasks_without_tasks 'tasks.tsv names no task' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\n'
+changed tasks_without_a_column 'tasks.tsv:1: there is no column "metric"' tasks.tsv 'name\tinput\tkind\tlabels\ngood\tsingle\tclassification\t0=a,1=b\n'
+changed tasks_short_line 'tasks.tsv:2: 2 columns, expected 5' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\n'
+changed task_kind 'tasks.tsv:2: kind "class" is none of' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclass\t0=a,1=b\taccuracy\n'
+changed task_input 'tasks.tsv:2: input "two" is neither' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\ttwo\tclassification\t0=a,1=b\taccuracy\n'
+changed task_metric "metrics 'bleu', known are accuracy" tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\tbleu\n'
+changed task_without_metric 'tasks.tsv:2: metrics have 1 to' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\t\n'
+changed task_one_label 'tasks.tsv:2: a task needs at least two labels' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a\taccuracy\n'
+changed task_labels_out_of_order 'tasks.tsv:2: label 1 should read 1=NAME, not "2=b"' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,2=b\taccuracy\n'
+changed task_range_missing 'tasks.tsv:2: labels of a regression are a range' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tregression\t0=a,1=b\tpearson\n'
+changed task_range_backwards "good" tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tregression\t5..0\tpearson\n'
+changed task_rows 'tasks.tsv:2: rows "many" is no number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\tmany\n'
+changed task_rows_huge 'tasks.tsv:2: rows "1e25" is no whole number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t1e25\n'
+changed task_max_len 'max_len\|longest\|max_len 1' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\tmax_len\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t1\n'
+changed task_name_too_long 'tasks.tsv:2: a task.s name has 1 to 63 bytes' tasks.tsv \
+  'name\tinput\tkind\tlabels\tmetric\naaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\tsingle\tclassification\t0=a,1=b\taccuracy\n'
+
+changed train_missing 'cannot open .*good/train.tsv: No such file' good/train.tsv -
+changed dev_missing 'cannot open .*good/dev.tsv: No such file' good/dev.tsv -
+changed train_empty 'good/train.tsv is empty' good/train.tsv ''
+changed train_without_rows 'good/train.tsv holds no rows' good/train.tsv 'label\tsentence1\n'
+changed dev_without_rows 'good/dev.tsv holds no rows' good/dev.tsv 'label\tsentence1\n'
+changed train_without_column 'good/train.tsv:1: there is no column "sentence1"' good/train.tsv 'label\ttext\n0\ta\n'
+changed pair_without_second_text 'score/train.tsv:1: there is no column "sentence2"' score/train.tsv 'label\tsentence1\n0\ta\n'
+changed too_few_columns 'good/train.tsv:3: 1 column, expected 2' good/train.tsv 'label\tsentence1\n0\ta\nbad\n'
+changed too_many_columns 'good/train.tsv:3: more than the 2 columns' good/train.tsv 'label\tsentence1\n0\ta\n0\ta\tb\n'
+changed blank_line 'good/train.tsv:3: 1 column, expected 2' good/train.tsv 'label\tsentence1\n0\ta\n\n1\tb\n'
+changed label_no_number 'good/train.tsv:2: label "yes" is no number' good/train.tsv 'label\tsentence1\nyes\ta\n'
+changed label_empty 'good/train.tsv:2: label "" is no number' good/train.tsv 'label\tsentence1\n\ta\n'
+changed label_nan 'good/train.tsv:2: label "nan" is no number' good/train.tsv 'label\tsentence1\nnan\ta\n'
+changed label_too_large 'good/train.tsv:3: label 2 is none of 0 .. 1' good/train.tsv 'label\tsentence1\n0\tb\n2\ta\n'
+changed label_negative 'good/dev.tsv:2: label -1 is none of 0 .. 1' good/dev.tsv 'label\tsentence1\n-1\ta\n'
+changed label_huge 'good/dev.tsv:2: label 1e20 is none of 0 .. 1' good/dev.tsv 'label\tsentence1\n1e20\ta\n'
+changed label_between 'good/dev.tsv:2: label 0.5 is none of 0 .. 1' good/dev.tsv 'label\tsentence1\n0.5\ta\n'
+changed label_outside_the_range 'score/dev.tsv:2: label 5.5 is outside 0..5' score/dev.tsv 'label\tsentence1\tsentence2\n5.5\ta\tb\n'
+changed zero_byte 'good/train.tsv:3: a zero byte' good/train.tsv 'label\tsentence1\n0\ta\n0\ta\000b\n'
+rm -rf "$tmp/changed"
+cp -r "$data" "$tmp/changed"
+rm "$tmp/changed/good/train.tsv"
+mkdir "$tmp/changed/good/train.tsv"
+refuse train_is_a_folder 'good/train.tsv' train --data "$tmp/changed"
+
+# ---- vocabulary ----
+changed vocab_missing 'vocab.txt' vocab.txt -
+changed vocab_empty 'vocab.txt' vocab.txt ''
+changed vocab_without_cls 'vocab.txt.*\[CLS\]' vocab.txt '[PAD]\n[UNK]\n[SEP]\na\n'
+changed vocab_without_unk 'vocab.txt.*\[UNK\]' vocab.txt '[PAD]\n[CLS]\n[SEP]\na\n'
+refuse vocab_is_a_folder "$tmp/data: a folder" train --vocab "$data"
+printf '[PAD]\n[UNK]\n[SEP]\na\n' > "$tmp/bad.txt"
+refuse tokenize_without_cls "no line of the 4 is \[CLS\]" "$tmp/tokenize" "$tmp/bad.txt"
+refuse tokenize_folder "$tmp/data: a folder" "$tmp/tokenize" "$data"
+
+# ---- training that cannot go well ----
+refuse exploding_rate 'training stopped in step [0-9]* .*smaller --lr\|training stopped in step' train --lr 1e6 --clip 1e30 --steps 400
+refuse seen_twice_in_hold_out '--hold-out .* leaves task' train --hold-out 0.0001
+
+# ---- files of weights: --init, --resume and the model of predict ----
+printf '' > "$tmp/empty.safetensors"
+head -c 3000 "$tmp/model.safetensors" > "$tmp/short.safetensors"
+head -c 5 "$tmp/model.safetensors" > "$tmp/five.safetensors"
+{ cat "$tmp/model.safetensors"; printf 'abcd'; } > "$tmp/long.safetensors"
+printf '\377\377\377\377\377\377\377\177{}' > "$tmp/boast.safetensors"
+printf 'PK\003\004 this is a zip archive, as PyTorch writes them, and none of safetensors' > "$tmp/zip.safetensors"
+# a safetensors file from its header: 8 bytes of length, the header, COUNT zero bytes
+container() { # FILE HEADER COUNT
+  length=$(printf '%s' "$2" | wc -c)
+  { printf "$(printf '\\%03o\\%03o\\0\\0\\0\\0\\0\\0' $((length % 256)) $((length / 256)))"; printf '%s' "$2"; head -c "$3" /dev/zero; } > "$1"
+}
+# the least encoder: vocabulary 8, 4 positions, hidden 2, inner 4, one layer; EDIT is a sed script upon the header's lines
+cat > "$tmp/tensors" << 'LIST'
+embeddings.word_embeddings.weight 8x2 16
+embeddings.position_embeddings.weight 16x2 32
+embeddings.token_type_embeddings.weight 2x2 4
+embeddings.LayerNorm.weight 2 2
+embeddings.LayerNorm.bias 2 2
+encoder.layer.0.attention.self.query.weight 2x2 4
+encoder.layer.0.attention.self.query.bias 2 2
+encoder.layer.0.attention.self.key.weight 2x2 4
+encoder.layer.0.attention.self.key.bias 2 2
+encoder.layer.0.attention.self.value.weight 2x2 4
+encoder.layer.0.attention.self.value.bias 2 2
+encoder.layer.0.attention.output.dense.weight 2x2 4
+encoder.layer.0.attention.output.dense.bias 2 2
+encoder.layer.0.attention.output.LayerNorm.weight 2 2
+encoder.layer.0.attention.output.LayerNorm.bias 2 2
+encoder.layer.0.intermediate.dense.weight 4x2 8
+encoder.layer.0.intermediate.dense.bias 4 4
+encoder.layer.0.output.dense.weight 2x4 8
+encoder.layer.0.output.dense.bias 2 2
+encoder.layer.0.output.LayerNorm.weight 2 2
+encoder.layer.0.output.LayerNorm.bias 2 2
+LIST
+encoder() { # FILE EDIT
+  sed "$2" "$tmp/tensors" | awk '{
+      n = split($2, d, "x"); s = d[1]; for (i = 2; i <= n; ++i) s = s "," d[i]
+      type = $4 ? $4 : "F32"; to = at + $3 * (type == "I64" ? 8 : 4)
+      printf "%s\"%s\": {\"dtype\": \"%s\", \"shape\": [%s], \"data_offsets\": [%d, %d]}", NR == 1 ? "{" : ", ", $1, type, s, at, to
+      at = to }
+    END { print "}"; print at > "/dev/stderr" }' > "$tmp/header" 2> "$tmp/count"
+  container "$1" "$(cat "$tmp/header")" "$(cat "$tmp/count")"
+}
+mkdir "$tmp/hub"
+encoder "$tmp/hub/good.safetensors" ''
+init() { (small=; train --vocab "$data/vocab.txt" --eps 1e-12 --init "$@"); }
+if "$tmp/train" --data "$data" --init "$tmp/hub/good.safetensors" --vocab "$data/vocab.txt" --heads 1 --steps 1 --threads 1 --systems dense > "$tmp/out" 2> "$tmp/err"
+then ok test_badinput_has_an_encoder; else fail test_badinput_has_an_encoder "$(cat "$tmp/err")"; fi
+refuse init_without_heads 'no config.json beside .*good.safetensors: give --heads' init "$tmp/hub/good.safetensors"
+refuse init_without_vocab '--init needs --vocab' train --init "$tmp/hub/good.safetensors" --heads 1
+refuse init_heads_that_do_not_divide 'heads' init "$tmp/hub/good.safetensors" --heads 3
+refuse init_max_len_beyond_the_positions '--max-len 17 is more than the 16 positions' init "$tmp/hub/good.safetensors" --heads 1 --max-len 17
+printf '[UNK]\n[CLS]\n[SEP]\na\nb\nc\nd\ne\nf\n' > "$tmp/nine.txt"
+refuse init_vocab_too_long 'nine.txt has 9 words, but .*good.safetensors has room for 8' train --init "$tmp/hub/good.safetensors" --vocab "$tmp/nine.txt" --heads 1
+broken() { # NAME PATTERN EDIT
+  encoder "$tmp/hub/bad.safetensors" "$3"
+  refuse "init_$1" "$2" init "$tmp/hub/bad.safetensors" --heads 1
+}
+broken wrong_shape 'bad.safetensors: tensor encoder.layer.0.attention.self.key.weight: expected .* (2, 2), found F32 of (4, 1)' 's/self.key.weight 2x2/self.key.weight 4x1/'
+broken wrong_dtype 'bad.safetensors.*self.key.bias.*I64' 's/self.key.bias 2 2/self.key.bias 2 2 I64/'
+broken missing_tensor 'bad.safetensors.*encoder.layer.0.output.dense.bias' '/layer.0.output.dense.bias/d'
+broken missing_words 'bad.safetensors.*word_embeddings' '/word_embeddings/d'
+broken foreign_tensors 'bad.safetensors' '/./s/^[a-z]*/wholly_other/'
+container "$tmp/hub/none.safetensors" '{}' 0
+refuse init_without_tensors 'none.safetensors' init "$tmp/hub/none.safetensors" --heads 1
+container "$tmp/hub/json.safetensors" '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}' 4
+refuse init_broken_json 'json.safetensors' init "$tmp/hub/json.safetensors" --heads 1
+container "$tmp/hub/overlap.safetensors" '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}' 12
+refuse init_overlapping_tensors 'overlap.safetensors' init "$tmp/hub/overlap.safetensors" --heads 1
+for config in 'no json at all' '{"num_attention_heads": "two"}' '{"num_attention_heads": 3}' '{"num_attention_heads": 1, "hidden_act": "relu"}' ''; do
+  printf '%s' "$config" > "$tmp/hub/config.json"
+  refuse "init_config_$(printf '%s' "${config:-empty}" | tr -dc 'a-z0-9_')" 'config.json\|heads' init "$tmp/hub/good.safetensors"
+done
+rm "$tmp/hub/config.json"
+
+for f in missing empty five short long boast zip; do
+  refuse init_$f "$f.safetensors" init "$tmp/$f.safetensors" --heads 1
+  refuse resume_$f "$f.safetensors" train --resume "$tmp/$f.safetensors"
+  input=$tmp/nine.txt
+  refuse predict_$f "$f.safetensors" predict "$tmp/$f.safetensors" good
+  input=
+done
+refuse init_is_a_folder "$tmp/hub: a folder" init "$tmp/hub" --heads 1
+refuse predict_folder "$tmp/hub: a folder" predict "$tmp/hub" good
+refuse predict_device '/dev/zero: a device' predict /dev/zero good
+refuse predict_encoder_without_tasks 'good.safetensors' predict "$tmp/hub/good.safetensors" good
+refuse resume_model_without_state 'model.safetensors' train --resume "$tmp/model.safetensors"
+refuse resume_other_options 'state.safetensors was made with other options' train --resume "$tmp/state.safetensors" --lr 0.5
+refuse resume_other_sizes 'state.safetensors' train --resume "$tmp/state.safetensors" --hidden 16
+# each tensor's header entry spoiled: the file is refused with its name, and nothing crashes
+crashed=
+for word in F32 shape data_offsets dtype embeddings moe.config moe.tasks hidden experts labels; do
+  LC_ALL=C sed "s/$word/$(printf '%s' "$word" | tr 'A-Za-z' 'N-ZA-Mn-za-m')/" "$tmp/model.safetensors" > "$tmp/spoiled.safetensors"
+  cmp -s "$tmp/spoiled.safetensors" "$tmp/model.safetensors" && crashed="$crashed $word(not there)"
+  echo 'a film' | "$tmp/predict" "$tmp/spoiled.safetensors" good > "$tmp/out" 2> "$tmp/err"
+  [ $? -eq 1 ] && grep -q 'spoiled.safetensors' "$tmp/err" || crashed="$crashed $word: $(cat "$tmp/err")"
+done
+[ -z "$crashed" ] && ok test_badinput_predict_spoiled_headers || fail test_badinput_predict_spoiled_headers "$crashed"
+
+# ---- files that cannot be written: the old one stays as it is ----
+refuse save_into_no_folder 'no/such/model.safetensors' train --save "$tmp/no/such/model.safetensors"
+refuse save_over_a_folder 'hub cannot be written: Is a directory' train --save "$tmp/hub"
+refuse json_into_no_folder 'no/such/run.json cannot be written: No such file' train --json "$tmp/no/such/run.json"
+refuse checkpoint_into_no_folder 'no/such/c.safetensors' train --checkpoint "$tmp/no/such/c.safetensors"
+if [ -c /dev/full ]; then
+  for o in save json checkpoint; do
+    refuse ${o}_to_a_full_device '/dev/full: writing failed after .*No space left' train --save /dev/null --$o /dev/full
+    [ -c /dev/full ] || fail test_badinput_${o}_leaves_the_device
+  done
+else skip test_badinput_full_device "there is no /dev/full here"; fi
+# a limit upon the size of files, with its signal ignored, is a disk that fills up in the middle
+cp "$tmp/model.safetensors" "$tmp/old.safetensors"
+limited() { (trap '' XFSZ; ulimit -f 4; "$@"); }
+if [ "$(wc -c < "$tmp/model.safetensors")" -gt 8192 ]; then
+  refuse save_to_a_full_disk 'old.safetensors.tmp: writing failed after [0-9]* bytes: File too large' limited train --json /dev/null --save "$tmp/old.safetensors"
+  if cmp -s "$tmp/model.safetensors" "$tmp/old.safetensors"; then ok test_badinput_full_disk_keeps_the_old_model; else fail test_badinput_full_disk_keeps_the_old_model; fi
+  cp "$tmp/state.safetensors" "$tmp/old.safetensors"
+  refuse checkpoint_to_a_full_disk 'old.safetensors.tmp: writing failed' limited train --json /dev/null --checkpoint "$tmp/old.safetensors"
+  if cmp -s "$tmp/state.safetensors" "$tmp/old.safetensors"; then ok test_badinput_full_disk_keeps_the_old_checkpoint; else fail test_badinput_full_disk_keeps_the_old_checkpoint; fi
+else fail test_badinput_full_disk "the model is too small for this test"; fi
+finish
