@@ -698,6 +698,8 @@ typedef struct moe_sampler_config {
   int32_t in_order;  /* 1: rows in file order, task after task, no shuffling (natural only) */
   uint64_t seed;
   int64_t draws;     /* how many will be drawn in all, for UNIFORM_NATURAL */
+  int32_t run;       /* 0: every draw may be of another task (heterogeneous batches). B > 0: draws come in runs of B of one task (homogeneous
+                        batches of B [TL] 4), natural sampling then by the sizes of the tasks, every row of one once before any comes again */
 } moe_sampler_config;
 /* State: plain numbers, nothing hidden; copy or save it. */
 typedef struct moe_sampler {
@@ -7512,8 +7514,9 @@ MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_conf
   if (config->sampling == MOE_SAMPLING_UNIFORM_NATURAL && config->draws < 1)
     return moe__fail(env, MOE_E_ARGUMENT, "uniform, then natural sampling must know how many rows will be drawn: draws is %lld",
                      (long long)config->draws);
-  if (config->in_order && config->sampling != MOE_SAMPLING_NATURAL)
-    return moe__fail(env, MOE_E_ARGUMENT, "rows in the order of the files go with natural sampling only");
+  if (config->in_order && (config->sampling != MOE_SAMPLING_NATURAL || config->run))
+    return moe__fail(env, MOE_E_ARGUMENT, "rows in the order of the files go with natural sampling of heterogeneous batches only");
+  if (config->run < 0) return moe__fail(env, MOE_E_ARGUMENT, "draws cannot come in runs of %d", (int)config->run);
   for (t = 0; t < T; ++t) {
     if (rows[t] < 0 || rows[t] > INT64_MAX - total)
       return moe__fail(env, MOE_E_ARGUMENT, "task %d cannot have %lld rows", (int)t, (long long)rows[t]);
@@ -7541,9 +7544,22 @@ static void moe__sample_natural(const moe_sampler *sampler, int64_t i, int32_t *
   *row = (int64_t)at;
 }
 
-/* Share of a task before all shares are divided by their sum: 1, or rows^(1/tau) relative to the task with most rows; 0 without rows. */
+/* The draw that decides on the task: with homogeneous batches the first of its run. */
+static int64_t moe__sample_first(const moe_sampler *sampler) {
+  int32_t run = sampler->config.run;
+  return run ? sampler->drawn / run * run : sampler->drawn;
+}
+
+/* Whether draw number i, which is of a task first and of a row of it then, goes by the sizes of the tasks. */
+static int moe__sample_by_size(const moe_sampler_config *config, int64_t i) {
+  return config->sampling == MOE_SAMPLING_NATURAL || (config->sampling == MOE_SAMPLING_UNIFORM_NATURAL && i >= config->draws / 2);
+}
+
+/* Share of a task before all shares are divided by their sum: 1, its rows, or rows^(1/tau) relative to the task with most rows; 0 without
+   rows. */
 static double moe__sample_share(const moe_sampler *sampler, int32_t t, double log_most) {
   if (sampler->rows[t] == 0) return 0;
+  if (moe__sample_by_size(&sampler->config, moe__sample_first(sampler))) return (double)sampler->rows[t];
   if (sampler->config.sampling != MOE_SAMPLING_TEMPERATURE) return 1;
   return moe__exp_double((moe__log_double((double)sampler->rows[t]) - log_most) / (double)sampler->config.tau);
 }
@@ -7558,7 +7574,7 @@ static int32_t moe__sample_task(const moe_sampler *sampler) {
     if (sampler->rows[t] > most) most = sampler->rows[t];
   log_most = moe__log_double((double)most);
   for (t = 0; t < sampler->T; ++t) sum += moe__sample_share(sampler, t, log_most);
-  left = sum * moe__uniform(key, (uint64_t)sampler->drawn);
+  left = sum * moe__uniform(key, (uint64_t)moe__sample_first(sampler));
   for (t = 0; t < sampler->T; ++t) {
     double share = moe__sample_share(sampler, t, log_most);
     if (share > 0) last = t;
@@ -7573,6 +7589,7 @@ MOE_API void moe_sample(moe_sampler *sampler, int32_t *task, int64_t *row) {
   int32_t t;
   if (sampler->config.sampling == MOE_SAMPLING_UNIFORM_NATURAL) uniform = sampler->config.draws / 2;
   else if (sampler->config.sampling != MOE_SAMPLING_NATURAL) uniform = INT64_MAX;
+  if (sampler->config.run) uniform = INT64_MAX; /* a row of another task cannot follow: task first, then row */
   if (sampler->drawn >= uniform) {
     moe__sample_natural(sampler, sampler->drawn - uniform, &t, row);
   } else {
@@ -9869,6 +9886,10 @@ static void moe__sampler_put(moe__out *out, const moe_sampler *s) {
   moe__out_uint(out, s->config.seed);
   moe__out_member(out, ",", "draws");
   moe__out_int(out, s->config.draws);
+  if (s->config.run) {
+    moe__out_member(out, ",", "run");
+    moe__out_int(out, s->config.run);
+  }
   moe__out_member(out, ",", "drawn");
   moe__out_int(out, s->drawn);
   moe__out_counts(out, "rows", s->rows, s->T);
@@ -9977,7 +9998,7 @@ static int moe__counts_read(moe__json *j, int64_t *out, const int64_t *same, int
 
 /* Reads the state of a sampler that must be configured like *sampler, which receives it if `apply` is set. */
 static int moe__sampler_read(moe__json *j, moe_sampler *sampler, int apply) {
-  static const char *const keys[] = {"sampling", "tau", "in_order", "seed", "draws", "drawn", "rows", "used"};
+  static const char *const keys[] = {"sampling", "tau", "in_order", "seed", "draws", "drawn", "rows", "used", "run"};
   const moe_sampler_config *config = &sampler->config;
   unsigned seen = 0;
   moe__json_enter(j, '{');
@@ -9988,8 +10009,8 @@ static int moe__sampler_read(moe__json *j, moe_sampler *sampler, int apply) {
     float tau = 0;
     int k = 0, choice = 0, ok = 0, same = 1;
     if (!moe__json_key(j, &key)) return 0;
-    while (k < 8 && !moe__json_is(&key, keys[k])) ++k;
-    if (k == 8 || seen >> k & 1) return moe__json_fail(j, "a member of the sampler is not known, or there twice");
+    while (k < 9 && !moe__json_is(&key, keys[k])) ++k;
+    if (k == 9 || seen >> k & 1) return moe__json_fail(j, "a member of the sampler is not known, or there twice");
     seen |= 1u << k;
     switch (k) {
       case 0: ok = moe__json_choice(j, moe__sampling_name, 4, &choice), same = choice == (int)config->sampling; break;
@@ -10005,13 +10026,14 @@ static int moe__sampler_read(moe__json *j, moe_sampler *sampler, int apply) {
         if (ok && apply) sampler->drawn = v;
         break;
       case 6: ok = moe__counts_read(j, NULL, sampler->rows, sampler->T); break;
-      default: ok = moe__counts_read(j, apply ? sampler->used : NULL, NULL, sampler->T); break;
+      case 7: ok = moe__counts_read(j, apply ? sampler->used : NULL, NULL, sampler->T); break;
+      default: ok = moe__json_integer(j, 1, INT32_MAX, &v), same = v == config->run; break; /* not there: 0 */
     }
     if (!ok) return 0;
-    if (!same) return moe__json_fail(j, "the sampler's settings (sampling, tau, in_order, seed, draws) are not those of the checkpoint");
+    if (!same) return moe__json_fail(j, "the sampler's settings (sampling, tau, in_order, seed, draws, run) are not those of the checkpoint");
   }
   if (j->error) return 0;
-  return seen == 0xffu ? 1 : moe__json_fail(j, "a member of the sampler is missing");
+  return seen == (config->run ? 0x1ffu : 0xffu) ? 1 : moe__json_fail(j, "a member of the sampler is missing");
 }
 
 /* Reads moe.checkpoint. sampler and note may be NULL. */

@@ -225,8 +225,53 @@ static void test_sampler_refuses_bad_arguments(void) {
   CHECK(moe_sampler_init(&s, &bad, rows, used, 2, &env) == MOE_E_ARGUMENT, "draws unknown");
   bad = config_of((moe_sampling)9);
   CHECK(moe_sampler_init(&s, &bad, rows, used, 2, &env) == MOE_E_ARGUMENT, "sampling 9");
-  CHECK(sentences == 8, "%d sentences", sentences);
+  bad = config_of(MOE_SAMPLING_NATURAL);
+  bad.run = -1;
+  CHECK(moe_sampler_init(&s, &bad, rows, used, 2, &env) == MOE_E_ARGUMENT, "runs of -1");
+  bad.run = 4;
+  bad.in_order = 1;
+  CHECK(moe_sampler_init(&s, &bad, rows, used, 2, &env) == MOE_E_ARGUMENT, "in order and homogeneous");
+  CHECK(sentences == 10, "%d sentences", sentences);
   CHECK(!memcmp(&s, &untouched, sizeof s) && used[0] == 77, "a failure changed the state");
+}
+
+/* Runs of 8 draws of one task: by the sizes of the tasks, alike, or first alike; the rows of a task in epochs of its own. */
+static void test_sampler_homogeneous_batches_have_one_task(void) {
+  static const int64_t rows[3] = {300, 0, 100};
+  static const double share[3] = {0.75, 0.5, 0.625}; /* of task 0 */
+  static const moe_sampling kind[3] = {MOE_SAMPLING_NATURAL, MOE_SAMPLING_UNIFORM, MOE_SAMPLING_UNIFORM_NATURAL};
+  moe_sampler s, copy;
+  int64_t used[3], kept[3], row, again;
+  int32_t task, other, first = 0;
+  int k, i;
+  for (k = 0; k < 3; ++k) {
+    moe_sampler_config c = config_of(kind[k]);
+    static unsigned char seen[300];
+    double runs = 0, of_0 = 0;
+    c.run = 8;
+    c.draws = 16000;
+    CHECK(moe_sampler_init(&s, &c, rows, used, 3, NULL) == MOE_OK, "init");
+    memset(seen, 0, sizeof seen);
+    for (i = 0; i < 16000; ++i) {
+      if (i == 4004) { /* in the middle of a run */
+        copy = s;
+        memcpy(kept, used, sizeof used);
+        copy.used = kept;
+      }
+      moe_sample(&s, &task, &row);
+      if (i >= 4004 && i < 5000) {
+        moe_sample(&copy, &other, &again);
+        CHECK(other == task && again == row, "a copy goes on otherwise at draw %d", i);
+      }
+      if (i % 8 == 0) first = task, runs += 1, of_0 += task == 0;
+      CHECK(task == first && task != 1 && row >= 0 && row < rows[task], "draw %d: task %d row %d", i, (int)task, (int)row);
+      if (task == 0 && used[0] <= 300) {
+        CHECK(!seen[row], "row %d twice in the first epoch", (int)row);
+        seen[row] = 1;
+      }
+    }
+    CHECK(fabs(of_0 / runs - share[k]) < 5 * sqrt(0.25 / runs), "kind %d: %g of the runs, not %g", k, of_0 / runs, share[k]);
+  }
 }
 
 int main(int argc, char **argv) {
@@ -240,6 +285,7 @@ int main(int argc, char **argv) {
   RUN(test_sampler_goes_on_from_a_copy);
   RUN(test_sampler_seeds_differ);
   RUN(test_sampler_takes_one_task_of_one_row);
+  RUN(test_sampler_homogeneous_batches_have_one_task);
   RUN(test_sampler_refuses_bad_arguments);
   return test_end();
 }
