@@ -88,6 +88,7 @@
      >>model         weights: sizes, initial values, packing, access
      >>batch         checks of what comes in
      >>context       activations
+     >>embedding     gates made of task vectors
      >>forward       the forward pass
      >>level         task-level routing: scores of a task, selection, their gradients
      >>blocks        transformer blocks as experts, forward and backward
@@ -365,7 +366,8 @@ typedef enum moe_router {
   MOE_ROUTER_DENSE,  /* N = 1, no gate: Single-Task and MT-Dense */
   MOE_ROUTER_SHARED, /* one gate a layer for all tasks: MT-Switch */
   MOE_ROUTER_TASK,   /* one gate a layer and task: MT-TaG [TaG] 3.1 */
-  MOE_ROUTER_LEVEL   /* one small network a layer chooses blocks for a whole task from the task's vector [TL] 2 */
+  MOE_ROUTER_LEVEL,  /* one small network a layer chooses blocks for a whole task from the task's vector [TL] 2 */
+  MOE_ROUTER_EMBEDDING /* the gate of a task is made of shared matrices, W_{g,t} = sum_j z_{t,j} B_j, and its vector z_t [TaG] A.4 */
 } moe_router;
 
 /* What an expert is. */
@@ -398,6 +400,7 @@ typedef struct moe_config {
   int32_t experts, top_k;                /* N, k; 1 and 1 when dense */
   int32_t gate_scale_n;                  /* 0: weight g* (the paper). 1: g* N/k, PAPER-DIFF: an upcycled model starts as its parent */
   int32_t renormalize;                   /* 1: top-k weights sum to 1; not together with gate_scale_n */
+  int32_t rank;                          /* r: length of a task's vector, for MOE_ROUTER_EMBEDDING; 8 */
   int32_t max_len;                       /* longest input in tokens, at most `positions` */
   moe_truncate truncate;
   int32_t cased;                         /* 1: text is not lower-cased */
@@ -5055,7 +5058,7 @@ typedef struct moe__plan {
   size_t layers, layer_stride;                                          /* layer l: layers + l layer_stride */
   size_t qkv_w, qkv_b, att_w, att_b, norm1_w, norm1_b, gates, experts, expert_stride, norm2_w, norm2_b; /* within a layer */
   size_t in_w, in_b, out_w, out_b; /* within an expert */
-  size_t vectors, router, router_stride; /* task-level routing: (T, vector), then layer l: router + l router_stride */
+  size_t vectors, router, router_stride; /* task vectors (T, width); task-level routing: layer l has router + l router_stride */
   size_t score_in_w, score_in_b, score_out_w, score_out_b; /* within the router of a layer */
   size_t heads, total;
   size_t panel_att, panel_experts, panel_out, panel_expert_stride, panel_stride, panel_total; /* packed weights */
@@ -5074,6 +5077,7 @@ MOE_API void moe_config_init(moe_config *config) {
   config->router = MOE_ROUTER_TASK;
   config->experts = 4;
   config->top_k = 1;
+  config->rank = 8;
   config->max_len = 128;
   config->vector = 64;
   config->temperature = 0.1f;
@@ -5144,7 +5148,7 @@ static moe_status moe__check_level(const moe_config *c, const moe_env *env) {
 MOE_API moe_status moe_config_check(const moe_config *config, const moe_env *env) {
   const moe_config *c = config;
   moe_status status = moe__check_sizes(c, env);
-  if (!status) status = moe__check_range("router", (int32_t)c->router, MOE_ROUTER_DENSE, MOE_ROUTER_LEVEL, env);
+  if (!status) status = moe__check_range("router", (int32_t)c->router, MOE_ROUTER_DENSE, MOE_ROUTER_EMBEDDING, env);
   if (!status) status = moe__check_range("experts", c->experts, 1, MOE_MAX_EXPERTS, env);
   if (!status) status = moe__check_level(c, env);
   if (!status && c->router == MOE_ROUTER_DENSE && c->unit == MOE_UNIT_FFN)
@@ -5152,6 +5156,7 @@ MOE_API moe_status moe_config_check(const moe_config *config, const moe_env *env
   if (!status) status = moe__check_range("top_k", c->top_k, 1, c->experts, env);
   if (!status) status = moe__check_range("gate_scale_n", c->gate_scale_n, 0, 1, env);
   if (!status) status = moe__check_range("renormalize", c->renormalize, 0, 1, env);
+  if (!status && c->router == MOE_ROUTER_EMBEDDING) status = moe__check_range("rank", c->rank, 1, 4096, env);
   if (!status) status = moe__check_range("truncate", (int32_t)c->truncate, MOE_TRUNCATE_LONGEST, MOE_TRUNCATE_RIGHT, env);
   if (!status) status = moe__check_range("cased", c->cased, 0, 1, env);
   if (!status && c->gate_scale_n && c->renormalize)
@@ -5260,9 +5265,20 @@ static moe_status moe__check_tasks(const moe_config *config, const moe_task *tas
   return status;
 }
 
-/* Gate matrices of a layer. */
+/* Matrices (N, H) that the gates of a layer are kept in. */
 static int32_t moe__gate_count(const moe_config *config, int32_t T) {
+  if (config->router == MOE_ROUTER_EMBEDDING) return config->rank;
   return !moe__has_gates(config) ? 0 : config->router == MOE_ROUTER_SHARED ? 1 : T;
+}
+
+/* Tensors that they are: a basis is one. */
+static int32_t moe__gate_tensors(const moe_config *config, int32_t T) {
+  return config->router == MOE_ROUTER_EMBEDDING ? 1 : moe__gate_count(config, T);
+}
+
+/* Numbers in the vector of a task. */
+static int32_t moe__vector_width(const moe_config *config) {
+  return config->router == MOE_ROUTER_LEVEL ? config->vector : config->router == MOE_ROUTER_EMBEDDING ? config->rank : 0;
 }
 
 /* Width of what a task's head reads. */
@@ -5300,7 +5316,7 @@ static void moe__plan_layer(moe__plan *p, const moe_config *c, int32_t T, int *b
 #define MOE__LEVEL_HIDDEN 64 /* inner size of the task-level router: the authors' */
 
 /* Task vectors, and the router of a layer: scores (m) = W1 GELU(W0 vector + b0) + b1. */
-static void moe__plan_level(moe__plan *p, size_t *at, const moe_config *c, int32_t T, int *bad) {
+static void moe__plan_level(moe__plan *p, size_t *at, const moe_config *c, int *bad) {
   size_t within = 0;
   if (c->router != MOE_ROUTER_LEVEL) return;
   p->score_in_w = moe__advance(&within, MOE__LEVEL_HIDDEN, (size_t)c->vector, bad);
@@ -5308,7 +5324,6 @@ static void moe__plan_level(moe__plan *p, size_t *at, const moe_config *c, int32
   p->score_out_w = moe__advance(&within, (size_t)c->experts, MOE__LEVEL_HIDDEN, bad);
   p->score_out_b = moe__advance(&within, (size_t)c->experts, 1, bad);
   p->router_stride = within;
-  p->vectors = moe__advance(at, (size_t)T, (size_t)c->vector, bad);
   p->router = moe__advance(at, (size_t)c->layers, within, bad);
 }
 
@@ -5340,7 +5355,8 @@ static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_ta
   p->norm_b = moe__advance(&at, H, 1, &bad);
   moe__plan_layer(p, c, T, &bad);
   p->layers = moe__advance(&at, (size_t)moe__block_count(c), p->layer_stride, &bad);
-  moe__plan_level(p, &at, c, T, &bad);
+  if (moe__vector_width(c)) p->vectors = moe__advance(&at, (size_t)T, (size_t)moe__vector_width(c), &bad);
+  moe__plan_level(p, &at, c, &bad);
   p->heads = at;
   for (t = 0; t < T; ++t) moe__advance(&at, (size_t)tasks[t].classes, moe__head_width(c, &tasks[t]) + 1, &bad);
   p->total = at;
@@ -5454,10 +5470,10 @@ static moe_status moe__check_block(const char *what, const void *block, size_t b
 
 /* Tensors of a block, and of the task-level router. */
 static int32_t moe__block_tensors(const moe_model *m) {
-  return 12 + moe__gate_count(&m->config, m->T) + 4 * moe__block_experts(&m->config);
+  return 12 + moe__gate_tensors(&m->config, m->T) + 4 * moe__block_experts(&m->config);
 }
 static int32_t moe__level_tensors(const moe_config *config) {
-  return config->router == MOE_ROUTER_LEVEL ? 1 + 4 * config->layers : 0;
+  return config->router == MOE_ROUTER_LEVEL ? 1 + 4 * config->layers : moe__vector_width(config) > 0;
 }
 
 /* A model in a block of moe__model_bytes: with `weights` elsewhere, or (NULL) in the block and not yet set. */
@@ -5586,13 +5602,21 @@ static void moe__layer_tensor(const moe_model *m, int32_t layer, int32_t i, moe_
   const moe_config *c = &m->config;
   const moe__plan *p = &m->plan;
   size_t base = p->layers + (size_t)layer * p->layer_stride;
-  int32_t gates = moe__gate_count(c, m->T), experts = moe__block_experts(c);
+  int32_t gates = moe__gate_tensors(c, m->T), experts = moe__block_experts(c);
   char prefix[48];
   if (i < 10) {
     moe__attention_tensor(m, layer, base, i, t);
     return;
   }
   i -= 10;
+  if (i < gates && c->router == MOE_ROUTER_EMBEDDING) {
+    moe__tensor_name(t, "encoder.layer.%d.gate.basis", (int)layer);
+    moe__tensor_shape(t, base + p->gates, c->rank, c->experts);
+    t->dims = 3;
+    t->shape[2] = c->hidden;
+    t->count *= (size_t)c->hidden;
+    return;
+  }
   if (i < gates) {
     if (c->router == MOE_ROUTER_SHARED) moe__tensor_name(t, "encoder.layer.%d.gate.weight", (int)layer);
     else moe__tensor_name(t, "encoder.layer.%d.gate.%s.weight", (int)layer, m->tasks[i].name);
@@ -5618,7 +5642,7 @@ static void moe__level_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
   size_t base = p->router + (size_t)layer * p->router_stride;
   if (i == 0) {
     moe__tensor_name(t, "tasks.vectors");
-    moe__tensor_shape(t, p->vectors, m->T, c->vector);
+    moe__tensor_shape(t, p->vectors, m->T, moe__vector_width(c));
     return;
   }
   moe__tensor_name(t, "router.%d.%d.%s", (int)layer, (int)part / 2, part % 2 ? "bias" : "weight");
@@ -5641,10 +5665,10 @@ MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_t
   else {
     int32_t t = (i - layers - level) / 2, bias = (i - layers - level) % 2;
     const moe_task *task = &model->tasks[t];
-    size_t width = moe__head_width(&model->config, task);
+    size_t columns = moe__head_width(&model->config, task);
     moe__tensor_name(out, "heads.%s.%s", task->name, bias ? "bias" : "weight");
-    if (bias) moe__tensor_shape(out, model->head[t] + (size_t)task->classes * width, task->classes, 0);
-    else moe__tensor_shape(out, model->head[t], task->classes, (int32_t)width);
+    if (bias) moe__tensor_shape(out, model->head[t] + (size_t)task->classes * columns, task->classes, 0);
+    else moe__tensor_shape(out, model->head[t], task->classes, (int32_t)columns);
   }
   return MOE_OK;
 }
@@ -5712,7 +5736,9 @@ static void moe__fill_tile(void *arg, int32_t tile, int32_t slot) {
 
 /* Standard deviation of the values of a fresh matrix [TaG] 4.4. The task-level router would hardly tell tasks apart with 0.02: its matrices
    have the spread of PyTorch's, 1 / sqrt(3 columns), and the vectors 1. */
-static float moe__initial_spread(const moe_tensor *t) {
+static float moe__initial_spread(const moe_config *config, const moe_tensor *t) {
+  if (config->router == MOE_ROUTER_EMBEDDING && (strstr(t->name, ".gate.") || !strcmp(t->name, "tasks.vectors")))
+    return sqrtf(0.001f / sqrtf((float)config->rank)); /* the gates that are made of them are N(0, 0.001) then, too */
   if (!strncmp(t->name, "router.", 7)) return 1.0f / sqrtf(3.0f * (float)t->shape[1]);
   if (!strcmp(t->name, "tasks.vectors")) return 1.0f;
   return strstr(t->name, ".gate.") ? 0.001f : 0.02f;
@@ -5724,7 +5750,7 @@ static void moe__tensor_random(moe_model *model, const moe_tensor *t, uint64_t s
   size_t j;
   fill.w = model->writable + t->offset;
   fill.count = t->count;
-  fill.sd = moe__initial_spread(t);
+  fill.sd = moe__initial_spread(&model->config, t);
   fill.key = moe_key(seed, 0, moe__name_hash(t->name), 0, MOE__SITE_WEIGHTS);
   if (t->dims > 1) moe__parallel(env, (int32_t)((t->count + MOE__FILL_TILE - 1) / MOE__FILL_TILE), moe__fill_tile, &fill);
   else
@@ -5999,6 +6025,8 @@ struct moe_context {
   float *sum0, *mean0, *rstd0; /* embeddings before their LayerNorm */
   float *branch;               /* (M, H) output of a sublayer */
   int32_t *gate_of;            /* (S) */
+  float *gates, *dgates;       /* (T, N, H) gates made of task vectors, of one layer, and their gradients; else NULL */
+  uint8_t *has_gate;           /* (T) 1: a task of the batch */
   uint64_t *keys;              /* (S) */
   float *feature;              /* (S, widest head) what the heads read */
   float *scores, *losses;      /* (S, classes), (S); training */
@@ -6150,6 +6178,12 @@ static void moe__context_take(moe__layout *layout, moe_context *c, const moe_env
   } else c->last = training ? MOE__FLOATS(layout, d.M * d.H) : acts.x;
   c->branch = MOE__FLOATS(layout, d.M * d.H);
   c->gate_of = (int32_t *)moe__take(layout, d.S, sizeof(int32_t));
+  if (config->router == MOE_ROUTER_EMBEDDING) {
+    size_t gates = moe__mul((size_t)c->model->T, moe__mul(d.N, d.H, &layout->bad), &layout->bad);
+    c->gates = MOE__FLOATS(layout, gates);
+    c->dgates = training ? MOE__FLOATS(layout, gates) : NULL;
+    c->has_gate = (uint8_t *)moe__take(layout, (size_t)c->model->T, 1);
+  }
   c->keys = (uint64_t *)moe__take(layout, d.S, sizeof(uint64_t));
   c->feature_width = 0;
   for (t = 0; t < c->model->T; ++t) {
@@ -6236,6 +6270,57 @@ MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model,
 MOE_API void moe_context_free(moe_context *context) {
   if (context && context->owns_block) moe__release(context);
 }
+
+/* ---- gates made of task vectors ---- >>embedding
+   [TaG] A.4 leaves routing that related tasks share through learned task embeddings as future work; here it is W_{g,t} = sum_j z_{t,j} B_j,
+   with a basis B (r, N, H) in each layer and one vector z_t (r) for a task: T r + L r N H numbers instead of L T N H. The gates of a layer
+   are made anew in each pass, for the tasks of the batch alone: r N H multiplications a task, far fewer than a single token's attention. */
+
+/* The gates (T, N, H) of a layer whose tensor is given: itself, or made of it; forward and backward use the same. */
+static const float *moe__gates_forward(moe_context *c, const float *basis, const moe_env *env) {
+  const moe_model *m = c->model;
+  const moe__mix_kernels *mix = MOE__V_PICK(env->isa, mix);
+  size_t gate = (size_t)m->config.experts * (size_t)m->config.hidden, r = (size_t)m->config.rank, j;
+  int32_t t;
+  if (!c->gates) return basis;
+  for (t = 0; t < m->T; ++t) {
+    const float *z = m->weights + m->plan.vectors + (size_t)t * r;
+    float *to = c->gates + (size_t)t * gate;
+    if (!c->has_gate[t]) continue;
+    mix->scale(to, z[0], basis, gate);
+    for (j = 1; j < r; ++j) mix->axpy(to, z[j], basis + j * gate, gate);
+  }
+  return c->gates;
+}
+
+#ifndef MOE_NO_TRAIN
+/* Where the gradients of the gates are summed: in the tensor's own, or in scratch for moe__gates_backward. */
+static float *moe__gates_gradient(moe_context *c, float *own) {
+  size_t gate = (size_t)c->model->config.experts * (size_t)c->model->config.hidden;
+  int32_t t;
+  if (!c->dgates) return own;
+  for (t = 0; t < c->model->T; ++t)
+    if (c->has_gate[t]) memset(c->dgates + (size_t)t * gate, 0, gate * sizeof(float));
+  return c->dgates;
+}
+
+/* dz_{t,j} += <dW_t, B_j>, dB_j += sum_t z_{t,j} dW_t. */
+static void moe__gates_backward(moe_context *c, float *dvectors, float *dbasis, const float *basis, const moe_env *env) {
+  const moe_model *m = c->model;
+  const moe__mix_kernels *mix = MOE__V_PICK(env->isa, mix);
+  const moe__row_kernels *rows = MOE__V_PICK(env->isa, rows);
+  size_t gate = (size_t)m->config.experts * (size_t)m->config.hidden, r = (size_t)m->config.rank, j;
+  int32_t t;
+  for (t = 0; t < m->T; ++t) {
+    const float *z = m->weights + m->plan.vectors + (size_t)t * r, *d = c->dgates + (size_t)t * gate;
+    if (!c->has_gate[t]) continue;
+    for (j = 0; j < r; ++j) {
+      dvectors[(size_t)t * r + j] += rows->dot(d, basis + j * gate, gate);
+      mix->axpy(dbasis + j * gate, z[j], d, gate);
+    }
+  }
+}
+#endif
 
 /* ---- the forward pass ---- >>forward */
 
@@ -6343,7 +6428,12 @@ static void moe__pass_begin(moe_context *c, moe__pass *pass, const moe_batch *ba
   pass->M = batch->S ? batch->seq_start[batch->S] : 0;
   c->M = pass->M;
   for (l = 0; l < moe__block_count(config); ++l) c->routes[l].M = pass->M;
-  for (s = 0; s < pass->S; ++s) c->gate_of[s] = config->router == MOE_ROUTER_TASK ? batch->task[s] : 0;
+  for (s = 0; s < pass->S; ++s)
+    c->gate_of[s] = config->router == MOE_ROUTER_TASK || config->router == MOE_ROUTER_EMBEDDING ? batch->task[s] : 0;
+  if (c->has_gate) {
+    memset(c->has_gate, 0, (size_t)c->model->T);
+    for (s = 0; s < pass->S; ++s) c->has_gate[batch->task[s]] = 1;
+  }
   if (!moe__has_gates(config)) moe__routes_dense(&c->routes[0], pass->M);
 }
 
@@ -6496,7 +6586,8 @@ static void moe__forward_mixture(moe_context *c, moe__pass *pass, int32_t layer)
   if (moe__has_gates(config)) {
     moe_route_options options = moe__route_options(c, pass, layer);
     float aux = 0;
-    moe_route_forward(routes, a->logits, &aux, a->y1, w + p->gates, c->gate_of, pass->batch->seq_start, pass->S,
+    const float *gates = moe__gates_forward(c, w + p->gates, pass->env);
+    moe_route_forward(routes, a->logits, &aux, a->y1, gates, c->gate_of, pass->batch->seq_start, pass->S,
                       config->hidden, &options, pass->env);
     pass->aux += aux;
   }
@@ -7082,9 +7173,12 @@ static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *
                        &c->routes[layer], c->w_in, c->w_out, config->hidden, config->ffn, c->experts_scratch, pass->env);
   if (moe__has_gates(config)) {
     moe_route_options options = moe__route_options(c, pass, layer);
-    moe_route_backward(c->g, d + p->gates, c->glogits, c->gweight, (float)pass->S / (float)whole, &c->routes[layer],
-                       a->logits, a->y1, w + p->gates, c->gate_of, pass->batch->seq_start, pass->S, config->hidden, &options,
+    const float *gates = moe__gates_forward(c, w + p->gates, pass->env);
+    float *dgates = moe__gates_gradient(c, d + p->gates);
+    moe_route_backward(c->g, dgates, c->glogits, c->gweight, (float)pass->S / (float)whole, &c->routes[layer],
+                       a->logits, a->y1, gates, c->gate_of, pass->batch->seq_start, pass->S, config->hidden, &options,
                        pass->env);
+    if (dgates != d + p->gates) moe__gates_backward(c, dw + p->vectors, d + p->gates, w + p->gates, pass->env);
   }
 }
 
@@ -8691,7 +8785,7 @@ static const struct {
                          {"cased", offsetof(moe_config, cased)}};
 #define MOE__CONFIG_FIELDS (sizeof moe__config_field / sizeof *moe__config_field)
 
-static const char *const moe__router_name[] = {"dense", "shared", "task", "level"};
+static const char *const moe__router_name[] = {"dense", "shared", "task", "level", "embedding"};
 static const char *const moe__unit_name[] = {"ffn", "block"};
 static const char *const moe__selection_name[] = {"softmax", "gumbel", "straight-through"};
 static const char *const moe__truncate_name[] = {"longest", "right"};
@@ -8719,6 +8813,10 @@ static void moe__config_put(moe__out *out, const moe_config *config) {
   moe__out_float(out, config->eps);
   moe__out_member(out, ",", "router");
   moe__out_string(out, moe__router_name[config->router], strlen(moe__router_name[config->router]));
+  if (config->router == MOE_ROUTER_EMBEDDING) {
+    moe__out_member(out, ",", "rank");
+    moe__out_int(out, config->rank);
+  }
   moe__out_member(out, ",", "truncate");
   moe__out_string(out, moe__truncate_name[config->truncate], strlen(moe__truncate_name[config->truncate]));
   if (config->unit == MOE_UNIT_BLOCK) {
@@ -8867,7 +8965,7 @@ static int moe__json_name(moe__json *j, char out[MOE_NAME_BYTES]) {
 /* Every member is known, and there once: what a newer version adds must not be passed over in silence. */
 static int moe__config_read(moe__json *j, moe_config *config) {
   moe_config c;
-  unsigned seen = 0;
+  unsigned seen = 0, want;
   size_t i;
   moe_config_init(&c);
   moe__json_enter(j, '{');
@@ -8885,7 +8983,7 @@ static int moe__config_read(moe__json *j, moe_config *config) {
     } else if (moe__json_is(&key, "eps")) ok = moe__json_float(j, &c.eps);
     else if (moe__json_is(&key, "router")) {
       i += 1;
-      ok = moe__json_choice(j, moe__router_name, 4, &choice);
+      ok = moe__json_choice(j, moe__router_name, 5, &choice);
       c.router = (moe_router)choice;
     } else if (moe__json_is(&key, "truncate")) {
       i += 2;
@@ -8906,13 +9004,19 @@ static int moe__config_read(moe__json *j, moe_config *config) {
       i += 6;
       ok = moe__json_integer(j, 0, INT32_MAX, &v);
       c.vector = ok ? (int32_t)v : 0;
+    } else if (moe__json_is(&key, "rank")) {
+      i += 7;
+      ok = moe__json_integer(j, 1, INT32_MAX, &v);
+      c.rank = ok ? (int32_t)v : 0;
     } else return moe__json_fail(j, "a member that is not known: written by a newer moe.h?");
     if (!ok) return 0;
     if (seen >> i & 1) return moe__json_fail(j, "a member is there twice");
     seen |= 1u << i;
   }
   if (!moe__json_finish(j)) return 0;
-  if (seen != (1u << (MOE__CONFIG_FIELDS + (c.unit == MOE_UNIT_BLOCK ? 7 : 3))) - 1) return moe__json_fail(j, "a member is missing");
+  want = (1u << (MOE__CONFIG_FIELDS + (c.unit == MOE_UNIT_BLOCK ? 7 : 3))) - 1;
+  if (c.router == MOE_ROUTER_EMBEDDING) want |= 1u << (MOE__CONFIG_FIELDS + 7);
+  if (seen != want) return moe__json_fail(j, "a member is missing");
   *config = c;
   return 1;
 }
@@ -9684,7 +9788,6 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
   return MOE_OK;
 }
 
-#ifndef MOE_NO_TRAIN
 /* ---- a task more, or only some of the tasks ---- >>adapt
    Both make a new model and fill it tensor by tensor, by name: what two models have in common has the same name in both. */
 
@@ -9768,7 +9871,7 @@ static moe_status moe__extract_check(const moe_model *model, const moe_extract_o
   const moe_config *c = &model->config;
   int32_t l, i;
   if (!o) return MOE_OK;
-  if (c->router == MOE_ROUTER_DENSE || c->router > MOE_ROUTER_TASK)
+  if (!moe__gate_count(c, 1))
     return moe__fail(env, MOE_E_ARGUMENT, "this model has no experts that could be left out");
   if (o->experts < c->top_k || o->experts > c->experts)
     return moe__fail(env, MOE_E_ARGUMENT, "%d experts are to be kept, it must be %d (top_k) to %d", (int)o->experts, (int)c->top_k,
@@ -9793,15 +9896,16 @@ static void moe__extract_rows(float *to, const float *from, const int32_t *keep,
 static void moe__extract_layer(moe_model *to, const moe_model *from, int32_t l, const int32_t *tasks, const moe_extract_options *o) {
   const moe__plan *p = &to->plan, *q = &from->plan;
   const int32_t *keep = o ? o->keep + (size_t)l * (size_t)o->experts : NULL;
+  int own = from->config.router == MOE_ROUTER_TASK; /* a gate of each task */
   float *w = to->writable + p->layers + (size_t)l * p->layer_stride;
   const float *v = from->weights + q->layers + (size_t)l * q->layer_stride;
   size_t H = (size_t)to->config.hidden, N = (size_t)to->config.experts, i, j;
   int32_t g, gates = moe__gate_count(&to->config, to->T);
   for (g = 0; g < gates; ++g)
     moe__extract_rows(w + p->gates + (size_t)g * N * H,
-                      v + q->gates + (size_t)(from->config.router == MOE_ROUTER_TASK ? tasks[g] : g) * (size_t)from->config.experts * H, keep,
+                      v + q->gates + (size_t)(own ? tasks[g] : g) * (size_t)from->config.experts * H, keep,
                       (int32_t)N, H);
-  if (from->config.router == MOE_ROUTER_DENSE || from->config.router > MOE_ROUTER_TASK) return;
+  if (!gates) return;
   moe__extract_rows(w + p->experts, v + q->experts, keep, (int32_t)N, p->expert_stride);
   for (i = 0; o && o->factor && i < N; ++i) {
     float factor = o->factor[(size_t)l * N + i], *expert = w + p->experts + i * p->expert_stride;
@@ -9852,6 +9956,7 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
   return status;
 }
 
+#ifndef MOE_NO_TRAIN
 /* ---- checkpoints ---- >>checkpoint
    A model file with the moments as tensors adam.m.NAME and adam.v.NAME, and "moe.checkpoint" in the metadata: step, the sampler's state, the
    caller's note. moe_model_load and _open read it as a model. */
@@ -9947,6 +10052,8 @@ static moe_status moe__same_config(const moe_config *file, const moe_config *mod
                      "has unit %s, selection %s, temperature %g, vectors of %d", moe__unit_name[file->unit],
                      moe__selection_name[file->selection], (double)file->temperature, (int)file->vector, moe__unit_name[model->unit],
                      moe__selection_name[model->selection], (double)model->temperature, (int)model->vector);
+  if (model->router == MOE_ROUTER_EMBEDDING && file->rank != model->rank)
+    return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has rank %d, the model has %d", (int)file->rank, (int)model->rank);
   if (file->truncate != model->truncate)
     return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has truncate %s, the model has %s", moe__truncate_name[file->truncate],
                      moe__truncate_name[model->truncate]);

@@ -36,9 +36,9 @@ static const float *adapt_tensor(moe_model *model, const char *name, size_t *cou
 
 static void test_adapt_keeps_the_others(void) {
   static float before[MODELS_S * 8], after[MODELS_S * 8];
-  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_SHARED, MOE_ROUTER_TASK};
+  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_SHARED, MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING};
   int r;
-  for (r = 0; r < 3; ++r) {
+  for (r = 0; r < 4; ++r) {
     moe_env env = models_env(MOE_ISA_AUTO);
     moe_config config = models_config(router[r], r ? 3 : 1, 1);
     moe_model *model = models_create(&config, tasks, MODELS_TASKS, &env), *more = NULL;
@@ -107,10 +107,10 @@ static void test_adapt_refuses(void) {
 
 static void test_adapt_extracts_tasks(void) {
   static float before[MODELS_S * 8], after[MODELS_S * 8];
-  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_SHARED, MOE_ROUTER_TASK};
+  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_SHARED, MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING};
   static const int32_t keep[] = {4, 1}, map[] = {-1, 1, -1, -1, 0};
   int r, s, c;
-  for (r = 0; r < 3; ++r) {
+  for (r = 0; r < 4; ++r) {
     moe_env env = models_env(MOE_ISA_AUTO);
     moe_config config = models_config(router[r], r ? 3 : 1, 1);
     moe_model *model = models_create(&config, tasks, MODELS_TASKS, &env), *less = NULL;
