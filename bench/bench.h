@@ -1,7 +1,7 @@
 /* bench.h - what the C programs of bench/ share: the clock, percentiles, and the protocol of bench/run.py.
-   Served programs print one JSON line when they are ready; then each line on standard input is a number of seconds: the program repeats
-   its call at least once and for that long, and answers with one line "median_seconds minimum calls". At the end of the input they print
-   {"peak_mb": ...}. So run.py can let programs take turns without starting them again. */
+   Served programs print one JSON line when they are ready; then each line on standard input is a number of seconds, and for some programs a
+   word that says what to measure: the program repeats its call at least once and for that long, and answers with one line "median_seconds
+   minimum calls". At the end of the input they print {"peak_mb": ...}. So run.py can let programs take turns without starting them again. */
 #ifndef BENCH_H_INCLUDED
 #define BENCH_H_INCLUDED
 #if !defined(_WIN32)
@@ -59,13 +59,19 @@ static inline int bench_repeat(double *median, double *minimum, double seconds, 
   return n;
 }
 
-/* Answers the lines of standard input. Returns the exit status. */
-static inline int bench_serve(int (*once)(void *arg), void *arg) {
-  char line[64];
+/* Answers the lines of standard input. choose(arg, word) makes ready for another word and calls it once; NULL: no words. Returns the exit
+   status. */
+static inline int bench_serve(int (*once)(void *arg), int (*choose)(void *arg, const char *word), void *arg) {
+  char line[128], word[64], last[64] = "";
   fflush(stdout);
   while (fgets(line, sizeof line, stdin)) {
-    double median = 0, minimum = 0;
-    int n = bench_repeat(&median, &minimum, atof(line), once, arg);
+    double seconds = 0, median = 0, minimum = 0;
+    int n = sscanf(line, "%lf %63s", &seconds, word);
+    if (n == 2 && choose != NULL && strcmp(word, last) != 0) {
+      if (choose(arg, word) != 0) return fprintf(stderr, "cannot measure %s\n", word), 1;
+      strcpy(last, word);
+    }
+    n = bench_repeat(&median, &minimum, seconds, once, arg);
     if (n == 0) return 1;
     printf("%.9f %.9f %d\n", median, minimum, n);
     fflush(stdout);

@@ -1,13 +1,13 @@
 /* bench_step.c - a training step or inference of MiniLM's size (6 x 384, 12 heads, ffn 1536): seconds, tokens per second, peak memory.
      cc -O2 -o bench_step bench/bench_step.c -lm -pthread
      ./bench_step train|infer [--system dense|switch|tag] [--batch 32] [--length 128] [--real] [--threads 1] [--isa auto]
-                  [--experts 4] [--top-k 1] [--tasks 8] [--seconds 5] [--serve] [--layers 6 --hidden 384 --ffn 1536 --heads 12]
-   One JSON line on standard output; --serve: see bench.h. --real: sequence i has 8 + (length - 8) u^2 tokens, as in bench/pytorch_step.py. */
+                  [--experts 4] [--top-k 1] [--tasks 8] [--seconds 5] [--serve] [--no-update] [--layers 6 --hidden 384 --ffn 1536 --heads 12]
+   One JSON line on standard output; --serve: see bench.h; --no-update: forward and backward only. --real: sequence i has 8 + (length - 8) u^2 tokens, as in bench/pytorch_step.py. */
 #include "bench.h"
 
 typedef struct options {
   const char *system, *isa;
-  int training, batch, length, real, threads, tasks, serve;
+  int training, batch, length, real, threads, tasks, serve, no_update;
   double seconds;
   moe_config config;
 } options;
@@ -20,6 +20,7 @@ typedef struct job {
   moe_context *context;
   moe_batch batch;
   float *scores;
+  int no_update;
 } job;
 
 #define NEED(call) do { if ((call) != MOE_OK) return 1; } while (0)
@@ -41,6 +42,7 @@ static int parse(options *o, int argc, char **argv) {
     if (!strcmp(name, "infer")) { o->training = 0; continue; }
     if (!strcmp(name, "--real")) { o->real = 1; continue; }
     if (!strcmp(name, "--serve")) { o->serve = 1; continue; }
+    if (!strcmp(name, "--no-update")) { o->no_update = 1; continue; }
     ++i;
     if (!strcmp(name, "--system")) o->system = v;
     else if (!strcmp(name, "--isa")) o->isa = v;
@@ -127,7 +129,7 @@ static int once(void *arg) {
   job *w = (job *)arg;
   if (w->trainer == NULL) return moe_forward(w->context, w->scores, &w->batch, &w->env) != MOE_OK;
   NEED(moe_accumulate(w->trainer, &w->batch, 0, NULL, NULL, &w->env));
-  return moe_update(w->trainer, NULL, &w->env) != MOE_OK;
+  return !w->no_update && moe_update(w->trainer, NULL, &w->env) != MOE_OK;
 }
 
 int main(int argc, char **argv) {
@@ -142,6 +144,7 @@ int main(int argc, char **argv) {
   if (moe_env_init(&w.env, moe_isa_from_name(o.isa)) != MOE_OK) return fprintf(stderr, "bench_step: no %s here\n", o.isa), 1;
   w.env.log = bench_log;
   w.env.log_user = argv[0];
+  w.no_update = o.no_update;
   tokens = make_batch(&w.batch, &o);
   if (tokens == 0 || setup(&w, &o, tokens)) return 1;
   ready = bench_now() - begin;
@@ -152,7 +155,7 @@ int main(int argc, char **argv) {
          (int)o.config.experts, o.tasks, ready);
   if (o.serve) {
     printf("}\n");
-    status = bench_serve(once, &w);
+    status = bench_serve(once, NULL, &w);
   } else {
     calls = bench_repeat(&median, &minimum, o.seconds, once, &w);
     if (calls == 0) return 1;

@@ -77,7 +77,10 @@ def main():
     p.add_argument("--seconds", type=float, default=2.0, help="at least this long for each shape")
     p.add_argument("--variant", help="SYSTEM,PRECISION: one variant in this process")
     p.add_argument("--serve", action="store_true", help="with --variant: answer the lines of standard input (serve.py)")
+    p.add_argument("--first", action="store_true", help="one answer of transformers' BertModel for 16 tokens, from a cold process")
     a = p.parse_args()
+    if a.first:
+        return calls("transformers", "fp32")("1x16")
     if a.variant:
         return measure(a, *a.variant.split(","))
     env = dict(os.environ, OMP_NUM_THREADS=str(a.threads), **MALLOC)

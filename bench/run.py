@@ -27,6 +27,7 @@ PACKAGES = ["torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "
 # glibc gives freed blocks back to the system and faults them in again at each step unless told otherwise; about 5 % for PyTorch
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
 SHAPES = ["1x8", "1x32", "1x128", "8x32", "32x128"]
+QUICK_SHAPES = ["1x8", "8x32", "32x128"]
 
 
 class Unavailable(Exception):
@@ -39,6 +40,8 @@ class Program:
     def __init__(self, name, command, threads, environment=None):
         self.name = name
         env = dict(os.environ, OMP_NUM_THREADS=str(threads), **(environment or {}))
+        if threads > 1:
+            env.setdefault("OMP_PROC_BIND", "true")     # two OpenMP threads on one core wait for each other a whole time slice
         for variable in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
             env.pop(variable, None)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
@@ -193,7 +196,7 @@ def train_section(report, a):
             programs = []
             command = [os.path.join(BUILD, "bench_step"), "train", "--threads", str(threads), "--serve"] + (["--real"] if kind == "real" else [])
             start(programs, missing, "moe.h", command, threads)
-            for precision in a.precisions:
+            for precision in a.precisions if not a.quick or "amx_bf16" in cpu_name()[1] else ["fp32"]:
                 for v in variants:
                     if v == "real" and (a.quick or precision == "bf16"):
                         continue    # in the order of the data: more padding, slower than sorted
@@ -250,7 +253,8 @@ def infer_section(report, a):
     for threads in a.threads:
         peers = infer_peers(a, threads, folder, missing)
         table = {}
-        for shape in SHAPES:
+        shapes = QUICK_SHAPES if a.quick else SHAPES
+        for shape in shapes:
             batch, length = shape.split("x")
             ours = []
             for name, system in (("moe.h dense", "dense"), ("moe.h TaG", "tag")):
@@ -265,12 +269,12 @@ def infer_section(report, a):
             for p in ours:
                 p.finish()
             table[shape] = times
-        rows = [[name] + [rate(int(s.split("x")[0]) * int(s.split("x")[1]), table[s][name]) for s in SHAPES]
+        rows = [[name] + [rate(int(s.split("x")[0]) * int(s.split("x")[1]), table[s][name]) for s in shapes]
                 for name in ["moe.h dense", "moe.h TaG", *(p.name for p in peers)]]
         for mine, others in (("moe.h dense", [p.name for p in peers if p.name != "PyTorch MT-TaG"]), ("moe.h TaG", [p.name for p in peers if p.name != "PyTorch MT-TaG"]),
                              ("moe.h TaG", ["PyTorch MT-TaG"])):
             cells = []
-            for s in SHAPES:
+            for s in shapes:
                 there = [o for o in others if o in table[s]]
                 best = min(there, key=lambda o, s=s: statistics.median(table[s][o]), default=None)
                 cells.append(f"{ratio(table[s][mine], table[s][best]):.2f}" + (f" ({best.split(',')[0]})" if len(others) > 1 else "") if best else "")
@@ -278,12 +282,197 @@ def infer_section(report, a):
         for p in peers:
             p.finish()
         report.text(f"{threads} thread{'s' if threads > 1 else ''}:", "")
-        report.table(["tokens/s", *SHAPES], rows)
+        report.table(["tokens/s", *shapes], rows)
     for m in missing:
         report.text(f"Left out: {m}", "")
 
 
-SECTIONS = {"train": train_section, "infer": infer_section}
+def serve_own(programs, missing, name, threads, *options):
+    start(programs, missing, name, [os.path.join(BUILD, "bench_step"), *options, "--threads", str(threads), "--serve"], threads)
+
+
+def op_programs(threads, missing, have_blas=True):
+    programs = []
+    start(programs, missing, "moe.h", [os.path.join(BUILD, "bench_ops"), "--threads", str(threads)], threads)
+    start(programs, missing, "oneDNN (PyTorch)", [PYTHON, os.path.join(HERE, "op_peers.py"), "torch", "--threads", str(threads)], threads, MALLOC)
+    if have_blas:
+        start(programs, missing, "OpenBLAS (NumPy)", [PYTHON, os.path.join(HERE, "op_peers.py"), "openblas", "--threads", str(threads)], threads,
+              {"OPENBLAS_NUM_THREADS": str(threads)})
+    return programs
+
+
+def finish(programs):
+    for p in programs:
+        p.finish()
+
+
+def product_section(report, a):
+    report.text("## Products", "",
+                "fp32, y (m, n) = x (m, k) Wᵀ + b, weights packed beforehand (oneDNN: reordered, or the plain call where that is faster; OpenBLAS: transposed, without b), and the weight gradient of m tokens. "
+                "GFLOP/s, share of the peak probed in the same run, ratio to the best peer. PyTorch's calls carry about 2 us of Python and dispatch.", "")
+    missing = []
+    for threads in a.threads:
+        programs = op_programs(threads, missing)
+        peak = programs[0].ready["peak_gflops"]
+        report.text(f"{threads} thread{'s' if threads > 1 else ''}, {programs[0].ready['isa']}, probed peak {peak:.0f} GFLOP/s:", "")
+        rows = []
+        plan = [("packed", (1, 4, 8, 32, 128, 512)), ("dw", (32, 128, 512, 4096))]
+        for kind, sizes in plan:
+            for n, k in ((1536, 384), (384, 1536), (384, 384), (3072, 768), (768, 3072), (500, 333)):
+                for m in sizes:
+                    if threads > 1 and ((n, k) not in ((1536, 384), (384, 1536)) or m in (4, 128)):
+                        continue
+                    times = take_turns(programs, 3, 0.015, f"{kind}:{n}:{k}:{m}")
+                    figure = {p: 2e-9 * n * k * m / statistics.median(t) for p, t in times.items()}
+                    best = max((f for p, f in figure.items() if p != "moe.h"), default=None)
+                    best_name = next((p for p in figure if figure[p] == best and p != "moe.h"), None)
+                    rows.append([kind, n, k, m, f"{figure['moe.h']:.0f} ±{spread(times['moe.h']):.0f} %", f"{100 * figure['moe.h'] / peak:.0f} %",
+                                 *(f"{figure[p.name]:.0f}" for p in programs[1:]), f"{ratio(times['moe.h'], times[best_name]):.2f}" if best else ""])
+        report.table(["kind", "n", "k", "m", "moe.h", "of peak", *(p.name for p in programs[1:]), "moe.h / best"], rows)
+        finish(programs)
+    for m in missing:
+        report.text(f"Left out: {m}", "")
+
+
+# name, bytes moved at least, floating-point operations (of products), for 32 sequences of 128 tokens
+M, H, F, PARAMETERS = 4096, 384, 1536, 10000000
+LAYERS = [("gelu", 8 * M * F, 0), ("gelu_back", 16 * M * F, 0), ("norm", 8 * M * H, 0), ("norm_back", 16 * M * H, 0), ("dropout", 8 * M * H, 0),
+          ("embed", 8 * M * H, 0), ("embed_back", 12 * M * H, 0), ("attention", 16 * M * H, 4 * M * 128 * H), ("attention_back", 48 * M * H, 10 * M * 128 * H),
+          ("route", 4 * M * H, 8 * M * H), ("route_back", 12 * M * H, 16 * M * H), ("experts", 0, 4 * M * H * F), ("experts_back", 0, 8 * M * H * F),
+          ("adam", 32 * PARAMETERS, 0)]
+
+
+def layer_section(report, a):
+    report.text("## Layers", "",
+                "One call for 32 x 128 tokens, H = 384, F = 1536, 12 heads, N = 4 (adam: 10 M weights), microseconds. The limit is the larger of bytes / bandwidth of a copy "
+                "and operations / peak, both probed in the same run; bytes are those of the arrays of the call, each once. Arrays that fit a cache can go under it. PyTorch's "
+                "embed adds no positions; its backward clears the whole table.", "")
+    missing = []
+    for threads in a.threads:
+        programs = op_programs(threads, missing, have_blas=False)
+        peak, copy = programs[0].ready["peak_gflops"], programs[0].ready["copy_gbytes"]
+        rows = []
+        for name, bytes_, flops in LAYERS:
+            with_peer = programs if not name.startswith("route") else programs[:1]
+            times = take_turns(with_peer, 3, 0.05, name)
+            limit = max(bytes_ / copy, flops / peak) * 1e-3
+            mine, peer = times["moe.h"], times.get("oneDNN (PyTorch)")
+            rows.append([name, f"{1e6 * statistics.median(mine):.0f} ±{spread(mine):.0f} %", f"{limit:.0f}", f"{100 * limit / (1e6 * statistics.median(mine)):.0f} %",
+                         f"{1e6 * statistics.median(peer):.0f}" if peer else "", f"{ratio(mine, peer):.2f}" if peer else ""])
+        report.text(f"{threads} thread{'s' if threads > 1 else ''}, peak {peak:.0f} GFLOP/s, copy {copy:.1f} GB/s:", "")
+        report.table(["op", "moe.h, us", "limit, us", "of limit", "PyTorch, us", "moe.h is faster by"], rows)
+        finish(programs)
+    for m in missing:
+        report.text(f"Left out: {m}", "")
+
+
+def process_cost(command, environment=None):
+    """Wall seconds and peak MB of a process from its start to its end. PermissionError, OSError or a status that is not 0: Unavailable."""
+    begin = time.perf_counter()
+    try:
+        p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1", **(environment or {})))
+    except OSError as e:
+        raise Unavailable(str(e)) from e
+    error = p.stderr.read()
+    _, status, usage = os.wait4(p.pid, 0)
+    seconds = time.perf_counter() - begin
+    p.returncode = os.waitstatus_to_exitcode(status)
+    if p.returncode != 0:
+        raise Unavailable(error.decode(errors="replace").strip().splitlines()[-1] if error.strip() else f"status {p.returncode}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def start_section(report, a):
+    report.text("## Start and memory of a first answer", "",
+                "A process from its start to its end with one answer for 16 tokens, one thread, dense MiniLM in fp32, files in the page cache. The program on ONNX Runtime is "
+                "written in C and loads the library of the pip wheel and the fused graph.", "")
+    folder = graph_files(report, a)
+    models = {}
+    for system in ("dense", "tag"):
+        models[system] = os.path.join(BUILD, f"{system}.safetensors")
+        subprocess.run([os.path.join(BUILD, "bench_start"), "--write", system, models[system]], check=True)
+    library = output([PYTHON, "-c", "import glob, onnxruntime, os; print((glob.glob(os.path.dirname(onnxruntime.__file__) + '/capi/libonnxruntime.so*') or [''])[0])"])
+    graph = os.path.join(folder, "fused.onnx")
+    commands = {"moe.h, mapped file": [os.path.join(BUILD, "bench_start"), models["dense"]],
+                "moe.h TaG (N = 4), mapped file": [os.path.join(BUILD, "bench_start"), models["tag"]],
+                "C on ONNX Runtime, no further optimization": [os.path.join(BUILD, "bench_start_ort"), library, graph, "0"],
+                "C on ONNX Runtime, all optimizations": [os.path.join(BUILD, "bench_start_ort"), library, graph, "99"],
+                "Python, ONNX Runtime": [PYTHON, os.path.join(HERE, "graph_peers.py"), "--first", "ort", "--dir", folder],
+                "Python, OpenVINO": [PYTHON, os.path.join(HERE, "graph_peers.py"), "--first", "openvino", "--dir", folder],
+                "Python, PyTorch and transformers": [PYTHON, os.path.join(HERE, "pytorch_infer.py"), "--first"]}
+    seconds, peak = {n: [] for n in commands}, {}
+    for round_ in range(6):
+        for name, command in list(commands.items()):
+            if "Python" in name and round_ > 3:
+                continue
+            try:
+                s, peak[name] = process_cost(command)
+            except Unavailable as e:
+                report.text(f"Left out: {name}: {e}", "")
+                del commands[name]
+                continue
+            if round_ > 0:
+                seconds[name].append(s)     # the first round fills the page cache
+    own = seconds["moe.h, mapped file"]
+    report.table(["program", "ms", "moe.h is sooner by", "peak memory, MB"],
+                 [[n, f"{1e3 * statistics.median(seconds[n]):.0f} ±{spread(seconds[n]):.0f} %", f"{statistics.median(seconds[n]) / statistics.median(own):.1f}",
+                   f"{peak[n]:.0f}"] for n in commands])
+
+
+def scaling_rows(report, a, title, text, head, cases, threads=1, rounds=3):
+    """A table of moe.h's own figures: cases is [(label, options, options of the reference)], rates in tokens/s, and the ratio to the reference."""
+    report.text(f"## {title}", "", text, "")
+    rows, missing = [], []
+    for label, options, reference in cases:
+        programs = []
+        serve_own(programs, missing, "one", reference[1] if isinstance(reference, tuple) else threads, *(reference[0] if isinstance(reference, tuple) else reference))
+        serve_own(programs, missing, "two", options[1] if isinstance(options, tuple) else threads, *(options[0] if isinstance(options, tuple) else options))
+        times = take_turns(programs, rounds, 0.15)
+        tokens = programs[1].ready["tokens"], programs[0].ready["tokens"]
+        relative = statistics.median(t1 / tokens[1] / (t2 / tokens[0]) for t1, t2 in zip(times["one"], times["two"]))
+        rows.append([*label, tokens[0], rate(tokens[0], times["two"]), f"{relative:.2f}", f"{programs[1].finish()['peak_mb']:.0f}"])
+        programs[0].finish()
+    report.table([*head, "tokens", "tokens/s", "against the reference", "peak memory, MB"], rows)
+
+
+def thread_section(report, a):
+    cores = len(os.sched_getaffinity(0))
+    cases = []
+    for mode, system, batch, length in (("infer", "dense", 1, 8), ("infer", "dense", 1, 32), ("infer", "dense", 8, 32), ("infer", "dense", 32, 128), ("train", "tag", 32, 32)):
+        options = [mode, "--system", system, "--batch", str(batch), "--length", str(length)]
+        for t in sorted({2, cores, 2 * cores}):
+            cases.append(([f"{mode} {system} {batch} x {length}", t], (options, t), (options, 1)))
+    scaling_rows(report, a, "Threads", f"Reference: one thread. This machine has {cores} cores; the last row of each asks for twice as many threads.", ["what", "threads"], cases)
+
+
+def token_section(report, a):
+    cases = []
+    for batch, length in ((1, 8), (1, 64), (4, 128), (16, 128), (64, 128)):
+        cases.append(([f"infer TaG {batch} x {length}"], ["infer", "--batch", str(batch), "--length", str(length)], ["infer", "--system", "dense", "--batch", str(batch), "--length", str(length)]))
+    for batch, length in ((1, 64), (4, 128), (16, 128)):
+        cases.append(([f"train TaG {batch} x {length}, without update"], ["train", "--no-update", "--batch", str(batch), "--length", str(length)],
+                      ["train", "--no-update", "--system", "dense", "--batch", str(batch), "--length", str(length)]))
+    scaling_rows(report, a, "Tokens, and the cost of mixture of experts", "TaG (N = 4, top-1) against the dense model with the same operations per token (the reference), optimizer apart. One thread.",
+                 ["what"], cases)
+
+
+def expert_section(report, a):
+    base = ["--layers", "2", "--batch", "16"]
+    cases = [([f"infer, N = {n}"], ["infer", "--experts", str(n), *base], ["infer", "--experts", "1", *base]) for n in (1, 4, 16, 64)]
+    cases += [([f"train, N = {n}, without update"], ["train", "--no-update", "--experts", str(n), *base], ["train", "--no-update", "--experts", "1", *base]) for n in (1, 4, 16)]
+    scaling_rows(report, a, "Experts", "2 layers, 16 x 128, top-1, so that the operations stay and the weights grow. Reference: N = 1. One thread.", ["what"], cases, rounds=3)
+
+
+def task_section(report, a):
+    cases = []
+    for mode in ("infer", "train"):
+        options = [mode, "--layers", "2", *(["--no-update"] if mode == "train" else [])]
+        cases += [([f"{mode}, T = {t}"], [*options, "--tasks", str(t)], [*options, "--tasks", "8"]) for t in (1, 8, 100, 1000)]
+    scaling_rows(report, a, "Tasks", "2 layers, TaG, N = 4, 32 x 128; every sequence of the batch belongs to another task where there are enough. Reference: T = 8. One thread.", ["what"], cases)
+
+
+SECTIONS = {"products": product_section, "layers": layer_section, "train": train_section, "infer": infer_section, "start": start_section,
+            "threads": thread_section, "tokens": token_section, "experts": expert_section, "tasks": task_section}
 
 
 def main():

@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""Single ops in other libraries: the peers of bench_ops.c, served (serve.py). The word is NAME or NAME:n:k:m.
+
+  op_peers.py torch|openblas [--threads N]
+
+torch: PyTorch, whose products are oneDNN's, `packed` with weights reordered beforehand or, where that is faster, the plain call. openblas: sgemm of the OpenBLAS inside NumPy.
+"""
+import os
+import sys
+
+S, LENGTH, H, F, A, N, V = 32, 128, 384, 1536, 12, 4, 30522
+M = S * LENGTH
+
+
+def gradient(forward, *inputs):
+    """The backward pass alone: the graph is kept."""
+    import torch
+    leaves = [x.requires_grad_() for x in inputs]
+    y = forward(*leaves)
+    dy = torch.randn_like(y)
+    return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+
+def faster(*calls):
+    """The fastest of several ways to the same result."""
+    from serve import repeat
+    return min(calls, key=lambda c: (repeat(c, 0.005), repeat(c, 0.01))[1][0])
+
+
+def torch_product(name, n, k, m):
+    import torch
+    x, w, b, dy = torch.randn(m, k), torch.randn(n, k), torch.randn(n), torch.randn(m, n)
+    if name == "packed":
+        packed = torch.ops.mkldnn._reorder_linear_weight(w, m)
+        reordered = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, b, "none", [], "")    # noqa: E731
+        return faster(reordered, lambda: torch.nn.functional.linear(x, w, b))
+    return {"plain": lambda: torch.nn.functional.linear(x, w, b), "dx": lambda: dy @ w, "dw": lambda: dy.t() @ x}[name]
+
+
+def torch_experts():
+    """The layer of tests/golden/reference.py."""
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "tests", "golden"))
+    import reference as ref
+    import torch
+    experts = torch.nn.ModuleList([ref.Expert(ref.Config([])) for _ in range(N)])
+    choice = torch.randint(0, N, (M, 1))
+    return lambda x, weight: ref.dispatch(x, choice, weight, experts), [torch.randn(M, H), torch.rand(M, 1)], list(experts.parameters())
+
+
+def torch_op(name):
+    import torch
+    import torch.nn.functional as f
+    base = name.removesuffix("_back")
+    if base == "experts":
+        forward, inputs, parameters = torch_experts()
+        if base == name:
+            return lambda: forward(*inputs)
+        leaves = [x.requires_grad_() for x in inputs]
+        y = forward(*leaves)
+        dy = torch.randn_like(y)
+        return lambda: torch.autograd.grad(y, leaves + parameters, dy, retain_graph=True)
+    if base == "adam":
+        w = torch.nn.Parameter(torch.randn(10000000))
+        w.grad = torch.randn_like(w)
+        return torch.optim.Adam([w], lr=1e-5, fused=True).step
+    if base == "embed":
+        ids = torch.randint(0, V, (M,))
+        return gradient(lambda t: f.embedding(ids, t), torch.randn(V, H)) if base != name else lambda t=torch.randn(V, H): f.embedding(ids, t)
+    forward, inputs = {
+        "gelu": (f.gelu, [torch.randn(M, F)]),
+        "norm": (lambda x, g, b: f.layer_norm(x, (H,), g, b, 1e-12), [torch.randn(M, H), torch.randn(H), torch.randn(H)]),
+        "dropout": (lambda x: f.dropout(x, 0.1), [torch.randn(M, H)]),
+        "attention": (f.scaled_dot_product_attention, [torch.randn(S, A, LENGTH, H // A) for _ in range(3)])}[base]
+    return (lambda: forward(*inputs)) if base == name else gradient(forward, *inputs)
+
+
+def openblas_product(name, n, k, m):
+    import numpy
+    r = numpy.random.default_rng(1)
+    x, w, dy = (r.standard_normal(s, dtype=numpy.float32) for s in ((m, k), (n, k), (m, n)))
+    wt = numpy.ascontiguousarray(w.T)
+    a, b = {"packed": (x, wt), "plain": (x, w.T), "dx": (dy, w), "dw": (dy.T, x)}[name]
+    out = numpy.empty((a.shape[0], b.shape[1]), dtype=numpy.float32)
+    return lambda: numpy.dot(a, b, out=out)
+
+
+def main():
+    library, threads = sys.argv[1], int(sys.argv[3]) if len(sys.argv) > 3 else 1
+    if library == "torch":
+        import torch
+        torch.set_num_threads(threads)
+        version = torch.__version__
+    else:
+        import numpy
+        version = numpy.__version__
+    made = {}
+
+    def once(word):
+        if word not in made:
+            made.clear()
+            name, *sizes = word.split(":")
+            if sizes:
+                made[word] = (torch_product if library == "torch" else openblas_product)(name, *(int(s) for s in sizes))
+            else:
+                made[word] = torch_op(name)
+        if "_back" in word or word == "adam":
+            return made[word]()
+        if library == "torch":
+            with torch.inference_mode():
+                return made[word]()
+        return made[word]()
+
+    from serve import serve
+    serve(once, {"peer": library, "version": version, "threads": threads}, 0)
+
+
+if __name__ == "__main__":
+    main()
