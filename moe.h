@@ -474,10 +474,11 @@ MOE_API const char *moe_model_vocab(const moe_model *model, size_t *bytes);
 typedef struct moe_tensor {
   char name[128];        /* as on the Hugging Face hub: encoder.layer.0.attention.self.query.weight */
   int32_t dims, shape[3];
-  size_t offset, count;  /* in floats */
+  moe_type type;         /* MOE_TYPE_F32, or MOE_TYPE_I8 in a quantised model */
+  size_t offset, count;  /* in elements: of the flat array, or of the int8 weights that follow it */
 } moe_tensor;
 MOE_API size_t moe_model_parameters(const moe_model *model);
-MOE_API float *moe_model_weights(moe_model *model); /* NULL where they stay in a file's bytes: see moe_model_open */
+MOE_API float *moe_model_weights(moe_model *model); /* NULL where they stay in a file's bytes (moe_model_open), or are int8 */
 MOE_API int32_t moe_model_tensors(const moe_model *model);
 MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_tensor *out);
 /* Index of the tensor of that name, or -1. */
@@ -487,6 +488,15 @@ MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name);
    To be called again after weights were changed by hand; the trainer keeps it up to date itself. */
 MOE_API size_t moe_model_pack_size(const moe_model *model);
 MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *env);
+
+/* A copy of a model for inference, on the heap and packed, about a quarter of the bytes: int8 instead of floats for the word embeddings, the
+   matrices of attention and those of the experts, each with a scale for each row (tensors NAME, int8, and NAME.scale). Gates, LayerNorms,
+   biases, heads and the other embeddings stay as they are, since a quantised gate routes differently. It is written, read and opened like
+   any model, and moe_forward takes it; it cannot be trained, imported into or quantised again (MOE_E_UNSUPPORTED). MOE_E_NONFINITE with the tensor's
+   name where a weight is no finite number; MOE_E_UNSUPPORTED where a matrix is wider than MOE_INT8_COLS. */
+MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, const moe_env *env);
+/* MOE_TYPE_I8 for such a model, else MOE_TYPE_F32. */
+MOE_API moe_type moe_model_type(const moe_model *model);
 
 /* Files: safetensors, with configuration, tasks and vocabulary inside. */
 typedef struct moe_writer {
@@ -5061,7 +5071,12 @@ typedef struct moe__plan {
   size_t vectors, router, router_stride; /* task vectors (T, width); task-level routing: layer l has router + l router_stride */
   size_t score_in_w, score_in_b, score_out_w, score_out_b; /* within the router of a layer */
   size_t heads, total;
-  size_t panel_att, panel_experts, panel_out, panel_expert_stride, panel_stride, panel_total; /* packed weights */
+  /* A quantised model: every matrix_w above is the place of its scales, one for each row, and these are the places of its bytes. */
+  int quantized;
+  size_t word_q, layers_q, layer_q, qkv_q, att_q, experts_q, expert_q, in_q, out_q, total_q;
+  size_t parameters;
+  /* packed weights: floats, or bytes of a quantised model */
+  size_t panel_att, panel_experts, panel_out, panel_expert_stride, panel_stride, panel_total;
 } moe__plan;
 
 MOE_API void moe_config_init(moe_config *config) {
@@ -5292,25 +5307,35 @@ static size_t moe__advance(size_t *at, size_t rows, size_t cols, int *bad) {
   return here;
 }
 
+/* Room for a matrix that quantised models have as bytes and scales: *place among the bytes, the result among the floats. */
+static size_t moe__advance_matrix(moe__plan *p, size_t *at, size_t *q, size_t *place, size_t rows, size_t cols, int *bad) {
+  if (!p->quantized) return moe__advance(at, rows, cols, bad);
+  *place = moe__advance(q, rows, cols, bad);
+  return moe__advance(at, rows, 1, bad);
+}
+
 static void moe__plan_layer(moe__plan *p, const moe_config *c, int32_t T, int *bad) {
-  size_t H = (size_t)c->hidden, F = (size_t)c->ffn, N = (size_t)moe__block_experts(c), at = 0;
-  p->in_w = moe__advance(&at, F, H, bad);
+  size_t H = (size_t)c->hidden, F = (size_t)c->ffn, N = (size_t)moe__block_experts(c), at = 0, q = 0;
+  p->in_w = moe__advance_matrix(p, &at, &q, &p->in_q, F, H, bad);
   p->in_b = moe__advance(&at, F, 1, bad);
-  p->out_w = moe__advance(&at, H, F, bad);
+  p->out_w = moe__advance_matrix(p, &at, &q, &p->out_q, H, F, bad);
   p->out_b = moe__advance(&at, H, 1, bad);
   p->expert_stride = at;
-  at = 0;
-  p->qkv_w = moe__advance(&at, 3 * H, H, bad);
+  p->expert_q = q;
+  at = q = 0;
+  p->qkv_w = moe__advance_matrix(p, &at, &q, &p->qkv_q, 3 * H, H, bad);
   p->qkv_b = moe__advance(&at, 3 * H, 1, bad);
-  p->att_w = moe__advance(&at, H, H, bad);
+  p->att_w = moe__advance_matrix(p, &at, &q, &p->att_q, H, H, bad);
   p->att_b = moe__advance(&at, H, 1, bad);
   p->norm1_w = moe__advance(&at, H, 1, bad);
   p->norm1_b = moe__advance(&at, H, 1, bad);
   p->gates = moe__advance(&at, moe__mul((size_t)moe__gate_count(c, T), N, bad), H, bad);
   p->experts = moe__advance(&at, N, p->expert_stride, bad);
+  p->experts_q = moe__advance(&q, N, p->expert_q, bad);
   p->norm2_w = moe__advance(&at, H, 1, bad);
   p->norm2_b = moe__advance(&at, H, 1, bad);
   p->layer_stride = at;
+  p->layer_q = q;
 }
 
 #define MOE__LEVEL_HIDDEN 64 /* inner size of the task-level router: the authors' */
@@ -5328,43 +5353,68 @@ static void moe__plan_level(moe__plan *p, size_t *at, const moe_config *c, int *
 }
 
 /* Where the packed copies of a layer stand: query-key-value, attention output, then inner and outer weights of each expert. */
+static size_t moe__panel_units(const moe__plan *p, int32_t rows, int32_t cols) {
+  return p->quantized ? moe_pack_int8_bytes(rows, cols) : moe_pack_floats(rows, cols);
+}
+
 static void moe__plan_panels(moe__plan *p, const moe_config *c, int *bad) {
-  size_t at = moe_pack_floats(3 * c->hidden, c->hidden);
+  size_t at = moe__panel_units(p, 3 * c->hidden, c->hidden);
   p->panel_att = at;
-  p->panel_experts = at += moe_pack_floats(c->hidden, c->hidden);
-  p->panel_out = moe_pack_floats(c->ffn, c->hidden);
-  p->panel_expert_stride = p->panel_out + moe_pack_floats(c->hidden, c->ffn);
+  p->panel_experts = at += moe__panel_units(p, c->hidden, c->hidden);
+  p->panel_out = moe__panel_units(p, c->ffn, c->hidden);
+  p->panel_expert_stride = p->panel_out + moe__panel_units(p, c->hidden, c->ffn);
   p->panel_stride = moe__add(at, moe__mul((size_t)moe__block_experts(c), p->panel_expert_stride, bad), bad);
   p->panel_total = moe__mul((size_t)moe__block_count(c), p->panel_stride, bad);
   moe__mul(p->panel_total, sizeof(float), bad);
 }
 
 /* Configuration and tasks have been checked. */
-static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_task *tasks, int32_t T, const moe_env *env) {
-  size_t H = (size_t)c->hidden, at = 0;
+static moe_status moe__plan_fill(moe__plan *p, const moe_config *c, const moe_task *tasks, int32_t T, int quantized, const moe_env *env) {
+  size_t H = (size_t)c->hidden, at = 0, q = 0;
   int bad = 0;
   int32_t t;
   memset(p, 0, sizeof *p);
+  p->quantized = quantized;
+  if (quantized && moe__max(c->hidden, c->ffn) > MOE_INT8_COLS)
+    return moe__fail(env, MOE_E_UNSUPPORTED, "an int8 matrix has at most %d columns, not %d", MOE_INT8_COLS, (int)moe__max(c->hidden, c->ffn));
   if (c->features) {
     p->feature_w = moe__advance(&at, H, (size_t)c->features, &bad);
     p->feature_b = moe__advance(&at, H, 1, &bad);
-  } else p->word = moe__advance(&at, (size_t)c->vocab, H, &bad);
+  } else p->word = moe__advance_matrix(p, &at, &q, &p->word_q, (size_t)c->vocab, H, &bad);
   p->position = moe__advance(&at, (size_t)c->positions, H, &bad);
   p->segment = moe__advance(&at, (size_t)c->segments, H, &bad);
   p->norm_w = moe__advance(&at, H, 1, &bad);
   p->norm_b = moe__advance(&at, H, 1, &bad);
   moe__plan_layer(p, c, T, &bad);
   p->layers = moe__advance(&at, (size_t)moe__block_count(c), p->layer_stride, &bad);
+  p->layers_q = moe__advance(&q, (size_t)moe__block_count(c), p->layer_q, &bad);
   if (moe__vector_width(c)) p->vectors = moe__advance(&at, (size_t)T, (size_t)moe__vector_width(c), &bad);
   moe__plan_level(p, &at, c, &bad);
   p->heads = at;
   for (t = 0; t < T; ++t) moe__advance(&at, (size_t)tasks[t].classes, moe__head_width(c, &tasks[t]) + 1, &bad);
   p->total = at;
+  p->total_q = q;
   moe__mul(at, sizeof(float), &bad);
   moe__plan_panels(p, c, &bad);
   if (bad)
     return moe__fail(env, MOE_E_ARGUMENT, "configuration: the weights do not fit into the address space of this machine");
   return MOE_OK;
+}
+
+static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_task *tasks, int32_t T, const moe_env *env) {
+  moe_status status = moe__plan_fill(p, c, tasks, T, 0, env);
+  if (!status) p->parameters = p->total;
+  return status;
+}
+
+/* The plan of a model as its weights are: `parameters` is their number in either case. */
+static moe_status moe__plan_make_as(moe__plan *p, const moe_config *c, const moe_task *tasks, int32_t T, int quantized, const moe_env *env) {
+  size_t parameters;
+  moe_status status = moe__plan_make(p, c, tasks, T, env);
+  parameters = p->parameters;
+  if (!status && quantized) status = moe__plan_fill(p, c, tasks, T, 1, env);
+  p->parameters = parameters;
+  return status;
 }
 
 /* ---- weights: sizes, initial values, packing, access ---- >>model */
@@ -5377,7 +5427,9 @@ struct moe_model {
   moe__plan plan;
   const float *weights; /* the flat array: in the block, or in the bytes of a file */
   float *writable;      /* the same, or NULL where the weights are a file's */
-  float *panels;        /* packed weights, or NULL */
+  float *panels;        /* packed weights, or NULL; bytes of a quantised model */
+  const int8_t *bytes;  /* (total_q) the matrices of a quantised model, behind the flat array in file and block */
+  int32_t floats;       /* tensors of the flat array; those of bytes come after them */
   const char *vocab;
   size_t vocab_bytes;
   int owns_block, owns_panels, owns_vocab;
@@ -5391,6 +5443,7 @@ typedef struct moe__model_pieces {
   const char **label;
   char *text;
   float *weights;
+  int8_t *bytes;
 } moe__model_pieces;
 
 /* Label i of a task as text: the given name, or its number. Returns the length. */
@@ -5412,19 +5465,20 @@ static void moe__count_labels(size_t *labels, size_t *bytes, const moe_task *tas
   }
 }
 
-/* weights: how many stand in the block; 0 when they are elsewhere. */
+/* plan: of the weights that stand in the block; NULL when they are elsewhere. */
 static void moe__model_take(moe__layout *layout, moe__model_pieces *pieces, size_t T, size_t labels, size_t label_bytes,
-                            size_t weights) {
+                            const moe__plan *plan) {
   pieces->model = (moe_model *)moe__take(layout, 1, sizeof(moe_model));
   pieces->tasks = (moe_task *)moe__take(layout, T, sizeof(moe_task));
   pieces->head = (size_t *)moe__take(layout, T, sizeof(size_t));
   pieces->label = (const char **)moe__take(layout, labels, sizeof(char *));
   pieces->text = (char *)moe__take(layout, label_bytes, 1);
-  pieces->weights = weights ? (float *)moe__take(layout, weights, sizeof(float)) : NULL;
+  pieces->weights = plan ? (float *)moe__take(layout, plan->total, sizeof(float)) : NULL;
+  pieces->bytes = plan && plan->quantized ? (int8_t *)moe__take(layout, plan->total_q, 1) : NULL;
 }
 
 /* Bytes of a model's block; in_place: the weights are elsewhere. */
-static moe_status moe__model_bytes(size_t *bytes, const moe_config *config, const moe_task *tasks, int32_t T, int in_place,
+static moe_status moe__model_bytes(size_t *bytes, const moe_config *config, const moe_task *tasks, int32_t T, int quantized, int in_place,
                                    const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
   moe__model_pieces pieces;
@@ -5432,10 +5486,10 @@ static moe_status moe__model_bytes(size_t *bytes, const moe_config *config, cons
   size_t labels, label_bytes;
   moe_status status = moe_config_check(config, env);
   if (!status) status = moe__check_tasks(config, tasks, T, env);
-  if (!status) status = moe__plan_make(&plan, config, tasks, T, env);
+  if (!status) status = moe__plan_make_as(&plan, config, tasks, T, quantized, env);
   if (status) return status;
   moe__count_labels(&labels, &label_bytes, tasks, T);
-  moe__model_take(&layout, &pieces, (size_t)T, labels, label_bytes, in_place ? 0 : plan.total);
+  moe__model_take(&layout, &pieces, (size_t)T, labels, label_bytes, in_place ? NULL : &plan);
   if (layout.bad)
     return moe__fail(env, MOE_E_ARGUMENT, "configuration: the weights do not fit into the address space of this machine");
   *bytes = layout.used;
@@ -5468,30 +5522,31 @@ static moe_status moe__check_block(const char *what, const void *block, size_t b
   return MOE_OK;
 }
 
-/* Tensors of a block, and of the task-level router. */
+/* Tensors of a block, those of them that are matrices of attention or experts, and the tensors of the task-level router. */
 static int32_t moe__block_tensors(const moe_model *m) {
   return 12 + moe__gate_tensors(&m->config, m->T) + 4 * moe__block_experts(&m->config);
 }
+static int32_t moe__block_matrices(const moe_config *config) { return 4 + 2 * moe__block_experts(config); }
 static int32_t moe__level_tensors(const moe_config *config) {
   return config->router == MOE_ROUTER_LEVEL ? 1 + 4 * config->layers : moe__vector_width(config) > 0;
 }
 
 /* A model in a block of moe__model_bytes: with `weights` elsewhere, or (NULL) in the block and not yet set. */
-static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, const moe_config *config,
-                                   const moe_task *tasks, int32_t T, const float *weights, const moe_env *env) {
+static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, const moe_config *config, const moe_task *tasks, int32_t T,
+                                   int quantized, const float *weights, const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
   moe__model_pieces pieces;
   moe__plan plan;
   moe_model *model;
   size_t need = 0, at, labels, label_bytes;
   int32_t t;
-  moe_status status = moe__model_bytes(&need, config, tasks, T, weights != NULL, env);
+  moe_status status = moe__model_bytes(&need, config, tasks, T, quantized, weights != NULL, env);
   if (!status) status = moe__check_block("a model", block, bytes, need, env);
-  if (!status) status = moe__plan_make(&plan, config, tasks, T, env);
+  if (!status) status = moe__plan_make_as(&plan, config, tasks, T, quantized, env);
   if (status) return status;
   layout.base = (unsigned char *)block;
   moe__count_labels(&labels, &label_bytes, tasks, T);
-  moe__model_take(&layout, &pieces, (size_t)T, labels, label_bytes, weights ? 0 : plan.total);
+  moe__model_take(&layout, &pieces, (size_t)T, labels, label_bytes, weights ? NULL : &plan);
   model = pieces.model;
   memset(model, 0, sizeof *model);
   model->config = *config;
@@ -5499,10 +5554,13 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, c
   model->T = T;
   model->tasks = pieces.tasks;
   model->head = pieces.head;
-  model->writable = pieces.weights;
+  model->writable = quantized ? NULL : pieces.weights;
+  model->bytes = pieces.bytes;
   model->weights = weights ? weights : pieces.weights;
-  model->tensors = (config->features ? 6 : 5) + moe__block_count(config) * moe__block_tensors(model) +
-                   moe__level_tensors(config) + 2 * T;
+  model->floats = (config->features ? 6 : 5) + moe__block_count(config) * moe__block_tensors(model) +
+                  moe__level_tensors(config) + 2 * T;
+  model->tensors = model->floats;
+  if (quantized) model->tensors += !config->features + moe__block_count(config) * moe__block_matrices(config);
   moe__copy_tasks(&pieces, tasks, T);
   for (t = 0, at = plan.heads; t < T; ++t) {
     model->head[t] = at;
@@ -5515,7 +5573,7 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, c
 
 MOE_API moe_status moe_model_size(const moe_config *config, const moe_task *tasks, int32_t T, size_t *bytes,
                                   const moe_env *env) {
-  return moe__model_bytes(bytes, config, tasks, T, 0, env);
+  return moe__model_bytes(bytes, config, tasks, T, 0, 0, env);
 }
 
 /* The table of tensors, computed from the plan: embeddings, layers, heads. */
@@ -5536,6 +5594,11 @@ static void moe__tensor_shape(moe_tensor *t, size_t offset, int32_t rows, int32_
   t->count = (size_t)rows * (size_t)(cols ? cols : 1);
 }
 
+/* A matrix that quantised models have as bytes: in the flat array stand its scales then. */
+static void moe__matrix_shape(const moe_model *m, moe_tensor *t, size_t offset, int32_t rows, int32_t cols) {
+  moe__tensor_shape(t, offset, rows, m->plan.quantized ? 0 : cols);
+}
+
 static void moe__embedding_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
   const moe_config *c = &m->config;
   const moe__plan *p = &m->plan;
@@ -5545,7 +5608,7 @@ static void moe__embedding_tensor(const moe_model *m, int32_t i, moe_tensor *t) 
     case 0: name = "features.weight", moe__tensor_shape(t, p->feature_w, c->hidden, c->features); break;
     case 1:
       if (c->features) name = "features.bias", moe__tensor_shape(t, p->feature_b, c->hidden, 0);
-      else name = "word_embeddings.weight", moe__tensor_shape(t, p->word, c->vocab, c->hidden);
+      else name = "word_embeddings.weight", moe__matrix_shape(m, t, p->word, c->vocab, c->hidden);
       break;
     case 2: name = "position_embeddings.weight", moe__tensor_shape(t, p->position, c->positions, c->hidden); break;
     case 3: name = "token_type_embeddings.weight", moe__tensor_shape(t, p->segment, c->segments, c->hidden); break;
@@ -5575,9 +5638,9 @@ static void moe__expert_tensor(const moe_model *m, int32_t layer, size_t base, i
   if (!moe__has_gates(c)) moe__tensor_name(t, "%s.%s", prefix, part[i % 4]);
   else moe__tensor_name(t, "%s.experts.%d.%s", prefix, (int)expert, part[i % 4]);
   switch (i % 4) {
-    case 0: moe__tensor_shape(t, base + p->in_w, c->ffn, c->hidden); break;
+    case 0: moe__matrix_shape(m, t, base + p->in_w, c->ffn, c->hidden); break;
     case 1: moe__tensor_shape(t, base + p->in_b, c->ffn, 0); break;
-    case 2: moe__tensor_shape(t, base + p->out_w, c->hidden, c->ffn); break;
+    case 2: moe__matrix_shape(m, t, base + p->out_w, c->hidden, c->ffn); break;
     default: moe__tensor_shape(t, base + p->out_b, c->hidden, 0); break;
   }
 }
@@ -5592,9 +5655,9 @@ static void moe__attention_tensor(const moe_model *m, int32_t layer, size_t base
   char prefix[48];
   moe__layer_name(prefix, &m->config, layer);
   moe__tensor_name(t, "%s.attention.%s", prefix, part[i]);
-  if (i < 3) moe__tensor_shape(t, base + p->qkv_w + (size_t)i * h * h, H, H);
+  if (i < 3) moe__matrix_shape(m, t, base + p->qkv_w + (size_t)i * h * (p->quantized ? 1 : h), H, H);
   else if (i < 6) moe__tensor_shape(t, base + p->qkv_b + (size_t)(i - 3) * h, H, 0);
-  else if (i == 6) moe__tensor_shape(t, base + p->att_w, H, H);
+  else if (i == 6) moe__matrix_shape(m, t, base + p->att_w, H, H);
   else moe__tensor_shape(t, base + (i == 7 ? p->att_b : i == 8 ? p->norm1_w : p->norm1_b), H, 0);
 }
 
@@ -5654,11 +5717,55 @@ static void moe__level_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
   }
 }
 
+/* The matrices of a quantised model: bytes, their places in the array of bytes and (index) their scales in the flat array. */
+static int32_t moe__byte_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
+  const moe_config *c = &m->config;
+  const moe__plan *p = &m->plan;
+  int32_t words = !c->features, per_layer = moe__block_matrices(c), layer, index, H = c->hidden, F = c->ffn;
+  size_t offset, h = (size_t)H;
+  t->type = MOE_TYPE_I8;
+  if (i < words) {
+    moe__tensor_shape(t, p->word_q, c->vocab, H);
+    return 0;
+  }
+  i -= words;
+  layer = i / per_layer;
+  i %= per_layer;
+  index = (c->features ? 6 : 5) + layer * moe__block_tensors(m);
+  offset = p->layers_q + (size_t)layer * p->layer_q;
+  if (i < 3) moe__tensor_shape(t, offset + p->qkv_q + (size_t)i * h * h, H, H);
+  else if (i == 3) moe__tensor_shape(t, offset + p->att_q, H, H);
+  else {
+    int32_t expert = (i - 4) / 2, outer = (i - 4) % 2;
+    offset += p->experts_q + (size_t)expert * p->expert_q;
+    moe__tensor_shape(t, offset + (outer ? p->out_q : p->in_q), outer ? H : F, outer ? F : H);
+    return index + 10 + moe__gate_tensors(c, m->T) + 4 * expert + 2 * outer;
+  }
+  return index + (i < 3 ? i : 6);
+}
+
+/* 1 for the tensors of the flat array that hold the scales of a matrix. */
+static int moe__is_scale(const moe_model *m, const moe_tensor *t, int32_t index) {
+  int32_t i = index - (m->config.features ? 6 : 5);
+  const char *last = strrchr(t->name, '.');
+  if (!m->plan.quantized || !last || strcmp(last, ".weight")) return 0;
+  if (i < 0) return index == 0 && !m->config.features;
+  if (i >= moe__block_count(&m->config) * moe__block_tensors(m)) return 0;
+  return !strstr(t->name, "LayerNorm") && !strstr(t->name, ".gate.");
+}
+
 MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_tensor *out) {
   int32_t per_layer = moe__block_tensors(model), layers = moe__block_count(&model->config) * per_layer;
   int32_t i = index - (model->config.features ? 6 : 5), level = moe__level_tensors(&model->config);
   if (index < 0 || index >= model->tensors) return MOE_E_ARGUMENT;
   memset(out, 0, sizeof *out);
+  if (index >= model->floats) { /* the name is that of its scales, without the ending */
+    moe_tensor scale;
+    moe_model_tensor(model, moe__byte_tensor(model, index - model->floats, out), &scale);
+    scale.name[strlen(scale.name) - strlen(".scale")] = 0;
+    memcpy(out->name, scale.name, sizeof out->name);
+    return MOE_OK;
+  }
   if (i < 0) moe__embedding_tensor(model, index, out);
   else if (i < layers) moe__layer_tensor(model, i / per_layer, i % per_layer, out);
   else if (i < layers + level) moe__level_tensor(model, i - layers, out);
@@ -5670,15 +5777,28 @@ MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_t
     if (bias) moe__tensor_shape(out, model->head[t] + (size_t)task->classes * columns, task->classes, 0);
     else moe__tensor_shape(out, model->head[t], task->classes, (int32_t)columns);
   }
+  if (moe__is_scale(model, out, index)) {
+    size_t used = strlen(out->name);
+    moe__format(out->name + used, sizeof out->name - used, ".scale");
+  }
   return MOE_OK;
+}
+
+/* Looks for a name among the tensors [first, last). */
+static int32_t moe__find_between(const moe_model *model, const char *name, int32_t first, int32_t last) {
+  moe_tensor t;
+  int32_t i;
+  for (i = first; i < last; ++i)
+    if (!moe_model_tensor(model, i, &t) && !strcmp(t.name, name)) return i;
+  return -1;
 }
 
 MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name) {
   static const char prefix[] = "encoder.layer.";
-  int32_t first = 0, last = model->tensors, i;
-  int32_t layers = model->config.features ? 6 : 5;
-  int32_t per_layer = moe__layer_blocks(&model->config) * moe__block_tensors(model);
-  moe_tensor t;
+  int32_t first = 0, last = model->floats, found;
+  int32_t layers = model->config.features ? 6 : 5, blocks = moe__layer_blocks(&model->config);
+  int32_t per_layer = blocks * moe__block_tensors(model), per_layer_q = blocks * moe__block_matrices(&model->config);
+  int32_t first_q = model->floats, last_q = model->tensors, words = !model->config.features;
   if (!strncmp(name, prefix, sizeof prefix - 1)) { /* only the tensors of that layer need a look */
     const char *at = name + sizeof prefix - 1;
     int32_t layer = 0;
@@ -5686,10 +5806,14 @@ MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name) 
     if (layer >= model->config.layers) return -1;
     first = layers + layer * per_layer;
     last = first + per_layer;
-  } else if (!strncmp(name, "heads.", 6)) first = last - 2 * model->T;
-  for (i = first; i < last; ++i)
-    if (!moe_model_tensor(model, i, &t) && !strcmp(t.name, name)) return i;
-  return -1;
+    first_q += words + layer * per_layer_q;
+    last_q = first_q + per_layer_q;
+  } else {
+    if (!strncmp(name, "heads.", 6)) first = last - 2 * model->T;
+    last_q = first_q + words;
+  }
+  found = moe__find_between(model, name, first, last);
+  return found < 0 && model->plan.quantized ? moe__find_between(model, name, first_q, last_q) : found;
 }
 
 /* Sites of random numbers, the last argument of moe_key. */
@@ -5769,7 +5893,7 @@ static void moe__model_random(moe_model *model, uint64_t seed, const moe_env *en
 MOE_API moe_status moe_model_init(moe_model **out, void *block, size_t bytes, const moe_config *config,
                                   const moe_task *tasks, int32_t T, uint64_t seed, const moe_env *env) {
   moe_model *model;
-  moe_status status = moe__model_place(&model, block, bytes, config, tasks, T, NULL, env);
+  moe_status status = moe__model_place(&model, block, bytes, config, tasks, T, 0, NULL, env);
   if (status) return status;
   moe__model_random(model, seed, env);
   *out = model;
@@ -5777,15 +5901,15 @@ MOE_API moe_status moe_model_init(moe_model **out, void *block, size_t bytes, co
 }
 
 /* A model on the heap whose weights are not yet set. */
-static moe_status moe__model_create_raw(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T,
+static moe_status moe__model_create_raw(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T, int quantized,
                                         const moe_env *env) {
   size_t bytes = 0;
   void *block;
-  moe_status status = moe_model_size(config, tasks, T, &bytes, env);
+  moe_status status = moe__model_bytes(&bytes, config, tasks, T, quantized, 0, env);
   if (status) return status;
   block = moe__alloc(bytes);
   if (!block) return moe__fail(env, MOE_E_MEMORY, "no memory for a model of %zu bytes", bytes);
-  status = moe__model_place(out, block, bytes, config, tasks, T, NULL, env);
+  status = moe__model_place(out, block, bytes, config, tasks, T, quantized, NULL, env);
   if (status) moe__release(block);
   else (*out)->owns_block = 1;
   return status;
@@ -5794,7 +5918,7 @@ static moe_status moe__model_create_raw(moe_model **out, const moe_config *confi
 MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T,
                                     uint64_t seed, const moe_env *env) {
   moe_model *model = NULL;
-  moe_status status = moe__model_create_raw(&model, config, tasks, T, env);
+  moe_status status = moe__model_create_raw(&model, config, tasks, T, 0, env);
   if (status) return status;
   moe__model_random(model, seed, env);
   *out = model;
@@ -5824,9 +5948,10 @@ MOE_API void moe_model_free(moe_model *model) {
 MOE_API const moe_config *moe_model_config(const moe_model *model) { return &model->config; }
 MOE_API int32_t moe_model_tasks(const moe_model *model) { return model->T; }
 MOE_API int32_t moe_model_max_classes(const moe_model *model) { return model->max_classes; }
-MOE_API size_t moe_model_parameters(const moe_model *model) { return model->plan.total; }
+MOE_API size_t moe_model_parameters(const moe_model *model) { return model->plan.parameters; }
 MOE_API float *moe_model_weights(moe_model *model) { return model->writable; }
 MOE_API int32_t moe_model_tensors(const moe_model *model) { return model->tensors; }
+MOE_API moe_type moe_model_type(const moe_model *model) { return model->plan.quantized ? MOE_TYPE_I8 : MOE_TYPE_F32; }
 
 MOE_API const moe_task *moe_model_task(const moe_model *model, int32_t task) {
   return task >= 0 && task < model->T ? &model->tasks[task] : NULL;
@@ -5858,11 +5983,34 @@ MOE_API const char *moe_model_vocab(const moe_model *model, size_t *bytes) {
   return model->vocab;
 }
 
+/* Packs every matrix of the layers of a quantised model. */
+static void moe__model_repack_int8(moe_model *model, const moe_env *env) {
+  const moe_config *c = &model->config;
+  const moe__plan *p = &model->plan;
+  int32_t l, i;
+  for (l = 0; l < moe__block_count(c); ++l) {
+    const int8_t *w = model->bytes + p->layers_q + (size_t)l * p->layer_q;
+    signed char *to = (signed char *)model->panels + (size_t)l * p->panel_stride;
+    moe_pack_int8(to, w + p->qkv_q, 3 * c->hidden, c->hidden, env);
+    moe_pack_int8(to + p->panel_att, w + p->att_q, c->hidden, c->hidden, env);
+    for (i = 0; i < moe__block_experts(c); ++i) {
+      const int8_t *e = w + p->experts_q + (size_t)i * p->expert_q;
+      signed char *panel = to + p->panel_experts + (size_t)i * p->panel_expert_stride;
+      moe_pack_int8(panel, e + p->in_q, c->ffn, c->hidden, env);
+      moe_pack_int8(panel + p->panel_out, e + p->out_q, c->hidden, c->ffn, env);
+    }
+  }
+}
+
 /* Packs every matrix of the layers again; embeddings, gates and heads are used as they are. */
 static void moe__model_repack(moe_model *model, const moe_env *env) {
   const moe_config *c = &model->config;
   const moe__plan *p = &model->plan;
   int32_t l, i;
+  if (p->quantized) {
+    moe__model_repack_int8(model, env);
+    return;
+  }
   for (l = 0; l < moe__block_count(c); ++l) {
     const float *w = model->weights + p->layers + (size_t)l * p->layer_stride;
     float *to = model->panels + (size_t)l * p->panel_stride;
@@ -5877,7 +6025,9 @@ static void moe__model_repack(moe_model *model, const moe_env *env) {
   }
 }
 
-MOE_API size_t moe_model_pack_size(const moe_model *model) { return model->plan.panel_total * sizeof(float); }
+MOE_API size_t moe_model_pack_size(const moe_model *model) {
+  return model->plan.panel_total * (model->plan.quantized ? 1 : sizeof(float));
+}
 
 MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *env) {
   size_t bytes = moe_model_pack_size(model);
@@ -5896,6 +6046,45 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
   }
   moe__model_repack(model, env);
   return MOE_OK;
+}
+
+/* Copies the tensors of a model into its quantised twin. */
+static moe_status moe__quantize_tensors(moe_model *to, float *weights, int8_t *bytes, const moe_model *from, const moe_env *env) {
+  moe_tensor t, scale;
+  int32_t i;
+  size_t k;
+  for (i = 0; i < to->floats; ++i) { /* the flat arrays hold the same tensors in the same order */
+    const float *w;
+    moe_model_tensor(from, i, &t);
+    w = from->weights + t.offset;
+    for (k = 0; k < t.count; ++k)
+      if (!(w[k] - w[k] == 0)) return moe__fail(env, MOE_E_NONFINITE, "tensor %s: element %zu is no finite number", t.name, k);
+    moe_model_tensor(to, i, &scale);
+    if (scale.count == t.count && scale.dims == t.dims) memcpy(weights + scale.offset, w, t.count * sizeof(float));
+  }
+  for (i = 0; i < to->tensors - to->floats; ++i) {
+    int32_t index = moe__byte_tensor(to, i, &t);
+    moe_tensor source;
+    moe_model_tensor(from, index, &source);
+    moe_model_tensor(to, index, &scale);
+    moe_quantize(bytes + t.offset, weights + scale.offset, from->weights + source.offset, t.shape[0], t.shape[1], env);
+  }
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, const moe_env *env) {
+  moe_model *to = NULL;
+  moe_status status;
+  if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "this model is quantised already");
+  status = moe__model_create_raw(&to, &model->config, model->tasks, model->T, 1, env);
+  /* its own block, freshly made: only what reads it later must not write */
+  if (!status)
+    status = moe__quantize_tensors(to, (float *)(uintptr_t)to->weights, (int8_t *)(uintptr_t)to->bytes, model, env);
+  if (!status && model->vocab) status = moe_model_set_vocab(to, model->vocab, model->vocab_bytes, env);
+  if (!status) status = moe_model_pack(to, NULL, env);
+  if (status) moe_model_free(to);
+  else *out = to;
+  return status;
 }
 
 /* ---- checks of what comes in ---- >>batch */
@@ -6212,6 +6401,8 @@ static moe_status moe__limits_check(const moe_model *model, const moe_limits *li
                      (int)limits->tokens);
   if (limits->training != 0 && limits->training != 1)
     return moe__fail(env, MOE_E_ARGUMENT, "limits: training is %d, it must be 0 or 1", (int)limits->training);
+  if (limits->training && model->plan.quantized)
+    return moe__fail(env, MOE_E_UNSUPPORTED, "an int8 model cannot be trained: train the model of floats that it was made from");
 #ifdef MOE_NO_TRAIN
   if (limits->training) return moe__fail(env, MOE_E_UNSUPPORTED, "limits: this build cannot train (MOE_NO_TRAIN)");
 #endif
@@ -6437,8 +6628,11 @@ static void moe__pass_begin(moe_context *c, moe__pass *pass, const moe_batch *ba
   if (!moe__has_gates(config)) moe__routes_dense(&c->routes[0], pass->M);
 }
 
-/* A matrix of the model for forward: its packed copy where there is one. */
-static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t panel, int32_t rows, int32_t cols) {
+/* A matrix of the model for forward: its packed copy where there is one. weight, bytes, panel: its places in the three arrays. */
+static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, size_t panel, int32_t rows, int32_t cols) {
+  const float *scale = m->weights + weight;
+  if (m->plan.quantized && m->panels) return moe_mat_panels_int8((const signed char *)m->panels + panel, scale, rows, cols);
+  if (m->plan.quantized) return moe_mat_rows_int8(m->bytes + bytes, scale, rows, cols);
   return m->panels ? moe_mat_panels(m->panels + panel, rows, cols) : moe_mat_rows(m->weights + weight, rows, cols);
 }
 
@@ -6483,6 +6677,38 @@ static void moe__add_places(float *y, const moe_batch *batch, const float *posit
   moe__parallel(env, batch->S, moe__places_tile, &places);
 }
 
+/* Word embeddings of 8 bits, row by row as tokens ask for them; a tile is 64 tokens. */
+typedef struct moe__words {
+  float *y;
+  const int8_t *bytes;
+  const float *scale;
+  const int32_t *ids;
+  size_t M, H;
+} moe__words;
+
+static void moe__words_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__words *words = (const moe__words *)arg;
+  size_t i = (size_t)tile * 64, end = i + 64 < words->M ? i + 64 : words->M, j;
+  (void)slot;
+  for (; i < end; ++i) {
+    size_t id = (size_t)words->ids[i];
+    const int8_t *q = words->bytes + id * words->H;
+    float *y = words->y + i * words->H, scale = words->scale[id];
+    for (j = 0; j < words->H; ++j) y[j] = scale * (float)q[j];
+  }
+}
+
+static void moe__dequantize_words(float *y, const moe_model *m, const moe_batch *batch, int32_t M, const moe_env *env) {
+  moe__words words;
+  words.y = y;
+  words.bytes = m->bytes + m->plan.word_q;
+  words.scale = m->weights + m->plan.word;
+  words.ids = batch->ids;
+  words.M = (size_t)M;
+  words.H = (size_t)m->config.hidden;
+  moe__parallel(env, (M + 63) / 64, moe__words_tile, &words);
+}
+
 /* Embeddings, LayerNorm, dropout. */
 static void moe__forward_embeddings(moe_context *c, moe__pass *pass) {
   const moe_config *config = &c->model->config;
@@ -6494,6 +6720,9 @@ static void moe__forward_embeddings(moe_context *c, moe__pass *pass) {
   if (config->features) {
     moe_mat mat = moe_mat_rows(w + p->feature_w, config->hidden, config->features);
     moe_linear_forward(sum, b->features, &mat, w + p->feature_b, pass->M, pass->env);
+    moe__add_places(sum, b, w + p->position, w + p->segment, config->hidden, pass->env);
+  } else if (p->quantized) {
+    moe__dequantize_words(sum, c->model, b, pass->M, pass->env);
     moe__add_places(sum, b, w + p->position, w + p->segment, config->hidden, pass->env);
   } else
     moe_embed_forward(sum, b->ids, b->segments, b->seq_start, b->S, w + p->word, w + p->position, w + p->segment,
@@ -6518,12 +6747,13 @@ static void moe__forward_attention(moe_context *c, moe__pass *pass, int32_t laye
   const moe__acts *a = &c->acts[layer];
   int32_t H = m->config.hidden;
   size_t at = p->layers + (size_t)layer * p->layer_stride, panel = (size_t)layer * p->panel_stride;
+  size_t bytes = p->layers_q + (size_t)layer * p->layer_q;
   const float *w = m->weights + at;
-  moe_mat mat = moe__model_mat(m, at + p->qkv_w, panel, 3 * H, H);
+  moe_mat mat = moe__model_mat(m, at + p->qkv_w, bytes + p->qkv_q, panel, 3 * H, H);
   moe_linear_forward(a->qkv, a->x, &mat, w + p->qkv_b, pass->M, pass->env);
   moe_attention_forward(a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads, pass->dropout,
                         moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION), c->attention_scratch, pass->env);
-  mat = moe__model_mat(m, at + p->att_w, panel + p->panel_att, H, H);
+  mat = moe__model_mat(m, at + p->att_w, bytes + p->att_q, panel + p->panel_att, H, H);
   moe_linear_forward(c->branch, a->att, &mat, w + p->att_b, pass->M, pass->env);
   moe__forward_join(c, pass, a->y1, a->sum1, a->mean1, a->rstd1, a->x, w + p->norm1_w, w + p->norm1_b, layer,
                     MOE__SITE_ATTENTION_OUT);
@@ -6554,8 +6784,9 @@ static moe_experts moe__layer_experts(moe_context *c, int32_t layer) {
   for (i = 0; i < moe__block_experts(config); ++i) {
     size_t at = p->layers + (size_t)layer * p->layer_stride + p->experts + (size_t)i * p->expert_stride;
     size_t panel = (size_t)layer * p->panel_stride + p->panel_experts + (size_t)i * p->panel_expert_stride;
-    c->in[i] = moe__model_mat(m, at + p->in_w, panel, config->ffn, config->hidden);
-    c->out[i] = moe__model_mat(m, at + p->out_w, panel + p->panel_out, config->hidden, config->ffn);
+    size_t bytes = p->layers_q + (size_t)layer * p->layer_q + p->experts_q + (size_t)i * p->expert_q;
+    c->in[i] = moe__model_mat(m, at + p->in_w, bytes + p->in_q, panel, config->ffn, config->hidden);
+    c->out[i] = moe__model_mat(m, at + p->out_w, bytes + p->out_q, panel + p->panel_out, config->hidden, config->ffn);
     c->b_in[i] = m->weights + at + p->in_b;
     c->b_out[i] = m->weights + at + p->out_b;
   }
@@ -8881,7 +9112,7 @@ static void moe__put_tensors(moe__out *out, const moe_model *model, const char *
     moe_model_tensor(model, i, &t);
     moe__format(name, sizeof name, "%s%s", prefix, t.name);
     for (k = 0; k < t.dims; ++k) shape[k] = (size_t)t.shape[k];
-    moe__st_put_tensor(out, name, MOE__F32, shape, t.dims, at);
+    moe__st_put_tensor(out, name, t.type == MOE_TYPE_I8 ? MOE__I8 : MOE__F32, shape, t.dims, at);
   }
 }
 
@@ -8928,6 +9159,7 @@ static moe_status moe__save_write(const moe__save *save, const moe_writer *write
   for (i = 0; i < 2; ++i)
     if (save->moment[i]) moe__st_put_floats(&out, save->moment[i], model->plan.total);
   moe__out_flush(&out);
+  if (model->plan.total_q && !out.failed) out.failed = writer->write(writer->user, model->bytes, model->plan.total_q) != 0;
   if (model->vocab_bytes && !out.failed) out.failed = writer->write(writer->user, model->vocab, model->vocab_bytes) != 0;
   return out.failed ? moe__fail(env, MOE_E_IO, "writing the model failed") : MOE_OK;
 }
@@ -9088,6 +9320,7 @@ static int moe__task_read(moe__json *j, moe__tasks *to) {
 /* What the metadata of a file say, before anything is allocated. */
 typedef struct moe__header {
   moe__st st;
+  int quantized;
   moe_config config;
   moe__json tasks;
   size_t T, labels, bytes;
@@ -9104,7 +9337,8 @@ static moe_status moe__tasks_read(const moe__header *header, moe__tasks *to, con
 }
 
 static moe_status moe__header_read(moe__header *header, const void *file, size_t bytes, const moe_env *env) {
-  moe__json j;
+  moe__json j, hint;
+  moe__st_tensor query;
   moe__tasks count;
   int64_t version = 0;
   moe_status status = moe__st_open(&header->st, file, bytes, env);
@@ -9116,6 +9350,10 @@ static moe_status moe__header_read(moe__header *header, const void *file, size_t
     return moe__fail(env, MOE_E_FORMAT, "moe.version: %s", j.error);
   if (version > MOE__FILE_VERSION)
     return moe__fail(env, MOE_E_FORMAT, "written in version %lld of the format, this moe.h knows %d", (long long)version, MOE__FILE_VERSION);
+  memset(&hint, 0, sizeof hint); /* a matrix that every model has tells whether they are int8 */
+  header->quantized = (moe__st_find(&header->st, &hint, "encoder.layer.0.", "attention.self.query.weight", &query) ||
+                       moe__st_find(&header->st, &hint, "encoder.layer.0.blocks.0.", "attention.self.query.weight", &query)) &&
+                      query.dtype == MOE__I8;
   status = moe__st_text(&header->st, "moe.config", &j, env);
   if (status) return status;
   if (!moe__config_read(&j, &header->config)) return moe__fail(env, MOE_E_FORMAT, "moe.config: %s", j.error);
@@ -9153,28 +9391,31 @@ static int moe__same_shape(const moe__st_tensor *found, const moe_tensor *want) 
 }
 
 /* The tensors of the flat array under a prefix. to NULL: only checks that each is there once, in its shape; else copies them. */
-static moe_status moe__tensors_read(float *to, const moe__st *st, const moe_model *model, const char *prefix, int in_order,
+static moe_status moe__tensors_read(float *to, int8_t *to_bytes, const moe__st *st, const moe_model *model, const char *prefix, int in_order,
                                     const moe_env *env) {
   moe__json j, hint;
   moe__st_tensor found;
   moe_tensor want;
-  size_t length = strlen(prefix), first = 0;
+  size_t length = strlen(prefix), first = 0, place;
   uint64_t hashes = 0;
   int32_t next = 0, i;
   moe__st_begin(st, &j);
   while (moe__st_next(st, &j, &found)) {
     size_t bad;
+    moe__dtype dtype;
     if (moe__json_is(&found.key, "tokenizer.vocab") || strncmp(found.name, prefix, length)) continue;
     if (!length && !strncmp(found.name, "adam.", 5)) continue;
     i = next; /* files have the order of the table as a rule */
     if (moe_model_tensor(model, i, &want) || strcmp(want.name, found.name + length)) i = moe_model_find_tensor(model, found.name + length);
     if (i < 0) return moe__fail(env, MOE_E_FORMAT, "tensor %s does not belong to the configuration and tasks of this file", found.name);
     moe_model_tensor(model, i, &want);
-    if (!moe__same_shape(&found, &want) || found.dtype != MOE__F32) return moe__wrong_shape(&found, &want, "F32", env);
+    dtype = want.type == MOE_TYPE_I8 ? MOE__I8 : MOE__F32;
+    if (!moe__same_shape(&found, &want) || found.dtype != dtype) return moe__wrong_shape(&found, &want, moe__dtype_name[dtype], env);
     if (i == 0) first = found.begin;
-    bad = in_order ? found.count : moe__st_finite(st->data + found.begin, found.count, MOE__F32);
+    bad = in_order || dtype == MOE__I8 ? found.count : moe__st_finite(st->data + found.begin, found.count, MOE__F32);
     if (bad < found.count) return moe__fail(env, MOE_E_FORMAT, "tensor %s: element %zu is no finite number", found.name, bad);
-    if (to) moe__st_floats(to + want.offset, st->data + found.begin, found.count, MOE__F32);
+    if (to && dtype == MOE__I8) memcpy(to_bytes + want.offset, st->data + found.begin, found.count);
+    else if (to) moe__st_floats(to + want.offset, st->data + found.begin, found.count, MOE__F32);
     hashes += moe__mix64((uint64_t)i + 1);
     next = i + 1;
   }
@@ -9183,10 +9424,10 @@ static moe_status moe__tensors_read(float *to, const moe__st *st, const moe_mode
   for (i = 0; i < model->tensors && (hashes || in_order); ++i) {
     moe_model_tensor(model, i, &want);
     if (!moe__st_find(st, &hint, prefix, want.name, &found)) return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", prefix, want.name);
-    if (in_order && found.begin != first + want.offset * sizeof(float))
+    place = want.type == MOE_TYPE_I8 ? model->plan.total * sizeof(float) + want.offset : want.offset * sizeof(float);
+    if (in_order && found.begin != first + place)
       return moe__fail(env, MOE_E_FORMAT, "tensor %s stands at byte %zu of the data instead of %zu: the file was saved anew by another "
-                       "program; read it with moe_model_load and save it again", found.name, found.begin,
-                       first + want.offset * sizeof(float));
+                       "program; read it with moe_model_load and save it again", found.name, found.begin, first + place);
   }
   return hashes ? moe__fail(env, MOE_E_FORMAT, "a tensor is there twice") : MOE_OK;
 }
@@ -9221,11 +9462,11 @@ static moe_status moe__model_prepare(moe_model **out, const moe__header *header,
   status = moe__tasks_read(header, &tasks, env);
   if (!status) status = moe_config_check(&header->config, env);
   if (!status) status = moe__check_tasks(&header->config, tasks.task, (int32_t)tasks.T, env);
-  if (!status) status = moe__plan_make(&plan, &header->config, tasks.task, (int32_t)tasks.T, env);
-  if (!status && plan.total > header->st.data_bytes / sizeof(float)) /* before so much memory is asked for */
-    status = moe__fail(env, MOE_E_FORMAT, "the configuration wants %zu weights, the file has %zu bytes for them", plan.total,
+  if (!status) status = moe__plan_make_as(&plan, &header->config, tasks.task, (int32_t)tasks.T, header->quantized, env);
+  if (!status && (plan.total > header->st.data_bytes / sizeof(float) || plan.total_q > header->st.data_bytes)) /* before memory is asked for */
+    status = moe__fail(env, MOE_E_FORMAT, "the configuration wants %zu weights, the file has %zu bytes for them", plan.parameters,
                        header->st.data_bytes);
-  if (!status) status = moe__model_create_raw(out, &header->config, tasks.task, (int32_t)tasks.T, env);
+  if (!status) status = moe__model_create_raw(out, &header->config, tasks.task, (int32_t)tasks.T, header->quantized, env);
   moe__release(scratch);
   return status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status;
 }
@@ -9237,7 +9478,8 @@ MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file
   size_t vocab_bytes;
   moe_status status = moe__header_read(&header, file, file_bytes, env);
   if (!status) status = moe__model_prepare(&model, &header, env);
-  if (!status) status = moe__tensors_read(model->writable, &header.st, model, "", 0, env);
+  if (!status) /* into the model's own block: a quantised one forbids only the trainer to write */
+    status = moe__tensors_read((float *)(uintptr_t)model->weights, (int8_t *)(uintptr_t)model->bytes, &header.st, model, "", 0, env);
   if (!status) status = moe__vocab_find(&vocab, &vocab_bytes, &header.st, env);
   if (!status && vocab) status = moe_model_set_vocab(model, vocab, vocab_bytes, env);
   if (!status) status = moe_model_pack(model, NULL, env);
@@ -9249,7 +9491,7 @@ MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file
 /* The block of moe_model_open: a model without weights, then room for the tasks as they are read. */
 static void moe__open_take(moe__layout *layout, moe__tasks *tasks, const moe__header *header) {
   moe__model_pieces pieces;
-  moe__model_take(layout, &pieces, header->T, header->labels, header->bytes, 0);
+  moe__model_take(layout, &pieces, header->T, header->labels, header->bytes, NULL);
   moe__tasks_take(layout, tasks, header);
 }
 
@@ -9285,8 +9527,8 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
   moe__open_take(&layout, &tasks, &header);
   status = moe__tasks_read(&header, &tasks, env);
   /* a place in the file stands for the weights until the table of tensors can say where they begin */
-  if (!status) status = moe__model_place(&model, block, bytes, &header.config, tasks.task, (int32_t)tasks.T, (const float *)block, env);
-  if (!status) status = moe__tensors_read(NULL, &header.st, model, "", 1, env);
+  if (!status) status = moe__model_place(&model, block, bytes, &header.config, tasks.task, (int32_t)tasks.T, header.quantized, (const float *)block, env);
+  if (!status) status = moe__tensors_read(NULL, NULL, &header.st, model, "", 1, env);
   if (status) return status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status;
   memset(&hint, 0, sizeof hint);
   moe_model_tensor(model, 0, &t);
@@ -9297,6 +9539,7 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
   status = moe__vocab_find(&model->vocab, &model->vocab_bytes, &header.st, env);
   if (status) return status;
   model->weights = weights;
+  if (header.quantized) model->bytes = (const int8_t *)header.st.data + first.begin + model->plan.total * sizeof(float);
   *out = model;
   return MOE_OK;
 }
@@ -9766,6 +10009,7 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
   int32_t i, copy;
   size_t k;
   moe_status status;
+  if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "nothing can be imported into an int8 model: quantise it afterwards");
   if (!model->writable) return moe__fail(env, MOE_E_ARGUMENT, "the weights of this model are a file's and cannot be changed");
   if (!(noise >= 0 && noise < 1))
     return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, it must be from 0 to 1", (double)noise);
@@ -9846,7 +10090,7 @@ MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, cons
   moe_task *tasks;
   moe_model *to = NULL;
   moe_status status;
-  if (!model->weights) return moe__fail(env, MOE_E_ARGUMENT, "task '%s' cannot join: the model's weights are not fp32", task->name);
+  if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "task '%s' cannot join: the model's weights are int8", task->name);
   if (gate_from < MOE_GATE_MEAN || gate_from >= model->T)
     return moe__fail(env, MOE_E_ARGUMENT, "a gate is to come from task %d, the model has %d tasks", (int)gate_from, (int)model->T);
   if (gate_from != MOE_GATE_RANDOM && !moe__own_gates(&model->config))
@@ -9856,7 +10100,7 @@ MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, cons
   if (!tasks) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)model->T + 1);
   memcpy(tasks, model->tasks, (size_t)model->T * sizeof *tasks);
   tasks[model->T] = *task;
-  status = moe__model_create_raw(&to, &model->config, tasks, model->T + 1, env);
+  status = moe__model_create_raw(&to, &model->config, tasks, model->T + 1, 0, env);
   moe__release(tasks);
   if (status) return status;
   moe__adapt_fill(to, model, gate_from, seed, env);
@@ -9936,7 +10180,7 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
   moe_status status = moe__extract_check(model, options, env);
   int32_t i;
   if (status) return status;
-  if (!model->weights) return moe__fail(env, MOE_E_ARGUMENT, "no task can be taken out: the model's weights are not fp32");
+  if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "no task can be taken out of an int8 model: do that first, then quantise");
   if (n < 1 || n > model->T) return moe__fail(env, MOE_E_ARGUMENT, "%d tasks are to be kept, the model has %d", (int)n, (int)model->T);
   list = (moe_task *)moe__alloc((size_t)n * sizeof *list);
   if (!list) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)n);
@@ -9946,7 +10190,7 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
     else list[i] = model->tasks[tasks[i]];
   }
   if (options) config.experts = options->experts;
-  if (!status) status = moe__model_create_raw(&to, &config, list, n, env); /* which also finds a task named twice */
+  if (!status) status = moe__model_create_raw(&to, &config, list, n, 0, env); /* which also finds a task named twice */
   moe__release(list);
   if (status) return status;
   moe__extract_fill(to, model, tasks, options);
@@ -10190,8 +10434,8 @@ static moe_status moe__checkpoint_check(const moe__header *header, const moe_mod
   if (!status && (vocab_bytes != model->vocab_bytes || (vocab_bytes && memcmp(vocab, model->vocab, vocab_bytes))))
     status = moe__fail(env, MOE_E_FORMAT, "the checkpoint's vocabulary (%zu bytes) is not the model's (%zu bytes)", vocab_bytes,
                        model->vocab_bytes);
-  if (!status) status = moe__tensors_read(NULL, &header->st, model, "", 0, env);
-  for (i = 0; i < 2 && !status; ++i) status = moe__tensors_read(NULL, &header->st, model, moe__moment_prefix[i], 0, env);
+  if (!status) status = moe__tensors_read(NULL, NULL, &header->st, model, "", 0, env);
+  for (i = 0; i < 2 && !status; ++i) status = moe__tensors_read(NULL, NULL, &header->st, model, moe__moment_prefix[i], 0, env);
   return status;
 }
 
@@ -10206,9 +10450,9 @@ MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sample
   if (!status) status = moe__checkpoint_check(&header, model, env);
   if (status) return status;
   moe__state_read(&header.st, &trainer->step, sampler, 1, &note, &has_note, env);
-  moe__tensors_read(model->writable, &header.st, model, "", 0, env);
-  moe__tensors_read(trainer->m, &header.st, model, moe__moment_prefix[0], 0, env);
-  moe__tensors_read(trainer->v, &header.st, model, moe__moment_prefix[1], 0, env);
+  moe__tensors_read(model->writable, NULL, &header.st, model, "", 0, env);
+  moe__tensors_read(trainer->m, NULL, &header.st, model, moe__moment_prefix[0], 0, env);
+  moe__tensors_read(trainer->v, NULL, &header.st, model, moe__moment_prefix[1], 0, env);
   memset(trainer->g, 0, model->plan.total * sizeof(float));
   if (model->panels) moe__model_repack(model, env);
   return MOE_OK;

@@ -1,7 +1,8 @@
-/* Products with weights of 8 bits: every kernel against sums in 64 bits; the bounds of quantisation. */
+/* Products with weights of 8 bits: every kernel against sums in 64 bits, the bounds of quantisation, and int8 models. */
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
+#include "models.h"
 
 enum { ROOM = 64 * 1024 };
 
@@ -218,6 +219,262 @@ static void test_lowp_gelu_and_threads_change_no_bit(void) {
   moe_pool_free(pool);
 }
 
+typedef struct memory {
+  unsigned char *data;
+  size_t used;
+} memory;
+
+static int memory_write(void *user, const void *data, size_t bytes) {
+  memory *m = (memory *)user;
+  m->data = (unsigned char *)realloc(m->data, m->used + bytes + 1);
+  memcpy(m->data + m->used, data, bytes);
+  m->used += bytes;
+  return 0;
+}
+
+static memory written(const moe_model *model, const moe_env *env) {
+  memory m = {NULL, 0};
+  moe_writer writer;
+  writer.write = memory_write;
+  writer.user = &m;
+  if (moe_model_write(model, &writer, env)) m.used = 0;
+  return m;
+}
+
+static models_batch batch;
+enum { HIDDEN_ROOM = 800 * 40 };
+static float hidden[2][HIDDEN_ROOM], scores[2][40 * 8];
+
+/* Hidden states and scores of a model, one thread or three; forced: (L, M, k) or NULL. Returns the number of tokens, 0: failed. */
+static int32_t run_model(int to, const moe_model *model, const int32_t *forced, int threads, moe_env env) {
+  moe_limits limits = {0, 0, 0};
+  moe_context *context = NULL;
+  moe_pool *pool = NULL;
+  int32_t M = batch.b.seq_start[batch.b.S], ok;
+  limits.tokens = M;
+  limits.sequences = batch.b.S;
+  if (threads > 1 && moe_pool_create(&pool, threads, &env)) return 0;
+  ok = !moe_context_create(&context, model, &limits, &env);
+  if (ok) {
+    moe_context_force(context, forced);
+    ok = !moe_forward(context, scores[to], &batch.b, &env);
+    memcpy(hidden[to], moe_context_hidden(context), sizeof(float) * (size_t)(M * moe_model_config(model)->hidden));
+  }
+  moe_context_free(context);
+  moe_pool_free(pool);
+  return ok ? M : 0;
+}
+
+static size_t same_states(const moe_model *model, int32_t M) {
+  return !memcmp(hidden[0], hidden[1], sizeof(float) * (size_t)(M * moe_model_config(model)->hidden)) &&
+         !memcmp(scores[0], scores[1], sizeof(float) * (size_t)(batch.b.S * moe_model_max_classes(model)));
+}
+
+/* A model of floats and its int8 twin; variant: the router, with 3 added feature inputs; 6 and 7: blocks as experts, 8: gates
+   made of task vectors. */
+static int twins(moe_model **model, moe_model **small, int variant, const moe_env *env) {
+  static moe_task tasks[MODELS_TASKS];
+  moe_router router = (moe_router)(variant % 3);
+  moe_config c = models_config(router, router == MOE_ROUTER_DENSE ? 1 : 3, router == MOE_ROUTER_TASK ? 2 : 1);
+  if (variant == 8) c = models_config(MOE_ROUTER_EMBEDDING, 3, 1);
+  else if (variant > 5) {
+    c = models_config(variant == 6 ? MOE_ROUTER_LEVEL : MOE_ROUTER_DENSE, 2, 1);
+    c.unit = MOE_UNIT_BLOCK;
+  } else if (variant > 2) c.features = MODELS_WIDTH, c.vocab = 0;
+  models_tasks(tasks);
+  *small = NULL;
+  *model = models_create(&c, tasks, MODELS_TASKS, env);
+  if (!*model) return 0;
+  models_random_batch(&batch, *model, 9, 12, (uint64_t)variant + 3);
+  return !moe_model_set_vocab(*model, "a\nb\n", 4, env) && !moe_model_quantize(small, *model, env);
+}
+
+static void test_lowp_model_is_near_its_parent(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  int variant;
+  for (variant = 0; variant < 9; ++variant) {
+    static int32_t forced[2 * 800 * 2];
+    moe_model *model, *small;
+    double error = 0, norm = 0;
+    int32_t M, i, count = variant % 3 == 2 ? 2 : 1;
+    for (i = 0; i < 2 * 800 * 2; ++i) forced[i] = count == 2 ? (i % 2 ? 2 : 1) : i % 3; /* a token that changes its expert is no rounding error */
+    CHECK(twins(&model, &small, variant, &env), "%s", models_sentence);
+    CHECK(moe_model_type(model) == MOE_TYPE_F32 && moe_model_type(small) == MOE_TYPE_I8, "types");
+    M = run_model(0, model, variant < 6 || variant == 8 ? forced : NULL, 1, env);
+    CHECK(M && run_model(1, small, variant < 6 || variant == 8 ? forced : NULL, 1, env), "%s", models_sentence);
+    for (i = 0; i < M * 20; ++i) {
+      error += pow((double)hidden[0][i] - (double)hidden[1][i], 2);
+      norm += pow((double)hidden[0][i], 2);
+    }
+    CHECK(error > 0 && sqrt(error / norm) < 0.04, "variant %d: relative error %g", variant, sqrt(error / norm));
+    moe_model_free(small);
+    moe_model_free(model);
+  }
+}
+
+static void test_lowp_model_has_the_same_bits_everywhere(void) {
+  moe_env env = models_env(MOE_ISA_SCALAR), other;
+  int variant, which;
+  for (variant = 0; variant < 9; ++variant) {
+    moe_model *model, *small;
+    int32_t M;
+    CHECK(twins(&model, &small, variant, &env), "%s", models_sentence);
+    M = run_model(0, small, NULL, 1, env);
+    CHECK(M, "%s", models_sentence);
+    for (which = 0; (which = kernels_env(which, &other)) != 0;) {
+      moe_model *again = NULL;
+      other.log = models_log;
+      CHECK(run_model(1, small, NULL, 1, other) && same_states(small, M), "variant %d, kernels %d", variant, which);
+      CHECK(run_model(1, small, NULL, 3, other) && same_states(small, M), "variant %d, kernels %d, threads", variant, which);
+      CHECK(!moe_model_quantize(&again, model, &other), "%s", models_sentence);
+      CHECK(run_model(1, again, NULL, 1, other) && same_states(small, M), "variant %d, quantised by kernels %d", variant, which);
+      moe_model_free(again);
+    }
+    moe_model_free(small);
+    moe_model_free(model);
+  }
+}
+
+static void test_lowp_model_survives_a_file(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  int variant;
+  for (variant = 0; variant < 9; ++variant) {
+    moe_model *model, *small, *read = NULL, *opened = NULL;
+    memory file, again, big;
+    size_t bytes = 0, vocab;
+    void *block, *mapped;
+    int32_t M;
+    CHECK(twins(&model, &small, variant, &env), "%s", models_sentence);
+    M = run_model(0, small, NULL, 1, env);
+    file = written(small, &env);
+    big = written(model, &env);
+    CHECK(file.used && file.used < big.used, "%zu bytes, %zu in floats", file.used, big.used);
+    CHECK(!moe_model_read(&read, file.data, file.used, &env), "%s", models_sentence);
+    CHECK(moe_model_type(read) == MOE_TYPE_I8 && moe_model_vocab(read, &vocab) && vocab == 4, "what was read");
+    CHECK(M && run_model(1, read, NULL, 1, env) && same_states(small, M), "other bits after reading");
+    again = written(read, &env);
+    CHECK(again.used == file.used && !memcmp(again.data, file.data, file.used), "written again, it is another file");
+    CHECK(!moe_model_open_size(file.data, file.used, &bytes, &env), "%s", models_sentence);
+    block = moe__alloc(bytes);
+    mapped = moe__alloc(file.used);
+    memcpy(mapped, file.data, file.used);
+    CHECK(!moe_model_open(&opened, mapped, file.used, block, bytes, &env), "%s", models_sentence);
+    CHECK(run_model(1, opened, NULL, 1, env) && same_states(small, M), "other bits in place");
+    CHECK(!moe_model_pack(opened, NULL, &env) && run_model(1, opened, NULL, 1, env) && same_states(small, M), "other bits, packed in place");
+    moe_model_free(opened);
+    moe__release(block);
+    moe__release(mapped);
+    free(file.data), free(again.data), free(big.data);
+    moe_model_free(read);
+    moe_model_free(small);
+    moe_model_free(model);
+  }
+}
+
+static void test_lowp_model_table_of_tensors(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  int variant;
+  for (variant = 0; variant < 9; ++variant) {
+    moe_model *model, *small;
+    moe_tensor t, original_tensor;
+    size_t floats = 0, bytes = 0, scale_count = 0;
+    int32_t i, scale;
+    char name[160];
+    CHECK(twins(&model, &small, variant, &env), "%s", models_sentence);
+    for (i = 0; i < moe_model_tensors(small); ++i) {
+      CHECK(!moe_model_tensor(small, i, &t), "tensor %d", (int)i);
+      CHECK(moe_model_find_tensor(small, t.name) == i, "%s is not found", t.name);
+      CHECK(t.offset == (t.type == MOE_TYPE_I8 ? bytes : floats), "%s at %zu", t.name, t.offset);
+      if (t.type != MOE_TYPE_I8) {
+        floats += t.count;
+        CHECK(!bytes, "floats come first");
+        continue;
+      }
+      bytes += t.count;
+      CHECK(!moe_model_tensor(model, moe_model_find_tensor(model, t.name), &original_tensor), "%s", t.name);
+      CHECK(t.dims == 2 && t.shape[0] == original_tensor.shape[0] && t.shape[1] == original_tensor.shape[1], "%s: shape", t.name);
+      snprintf(name, sizeof name, "%s.scale", t.name);
+      scale = moe_model_find_tensor(small, name);
+      CHECK(scale >= 0 && !moe_model_tensor(small, scale, &t) && t.dims == 1 && t.shape[0] == original_tensor.shape[0], "%s", name);
+      scale_count += t.count;
+    }
+    CHECK(moe_model_parameters(small) == moe_model_parameters(model) && floats + bytes - scale_count == moe_model_parameters(model), "parameters");
+    CHECK((moe_model_find_tensor(small, "encoder.layer.0.attention.self.query.weight") >= 0) == (variant < 6 || variant == 8), "query");
+    CHECK(moe_model_find_tensor(small, "heads.two.weight.scale") == -1, "heads stay floats");
+    moe_model_free(small);
+    moe_model_free(model);
+  }
+}
+
+static void test_lowp_model_refuses_what_it_cannot(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_train_config train;
+  moe_limits limits = {100, 10, 1};
+  moe_model *model, *small, *twice = NULL;
+  moe_trainer *trainer = NULL;
+  moe_context *context = NULL;
+  size_t bytes = 0;
+  int32_t first = 0;
+  CHECK(twins(&model, &small, 2, &env), "%s", models_sentence);
+  moe_train_config_init(&train);
+  train.steps = 10;
+  CHECK(moe_trainer_create(&trainer, small, &limits, &train, &env) == MOE_E_UNSUPPORTED && !trainer, "trained");
+  CHECK(strstr(models_sentence, "int8") != NULL, "%s", models_sentence);
+  CHECK(moe_trainer_size(small, &limits, &train, &bytes, &env) == MOE_E_UNSUPPORTED && !bytes, "sized");
+  CHECK(moe_context_create(&context, small, &limits, &env) == MOE_E_UNSUPPORTED && !context, "a context for training");
+  CHECK(moe_model_quantize(&twice, small, &env) == MOE_E_UNSUPPORTED && !twice, "quantised twice");
+  CHECK(moe_model_extract(&twice, small, &first, 1, NULL, &env) == MOE_E_UNSUPPORTED && !twice, "a task taken out");
+  CHECK(moe_model_adapt(&twice, small, moe_model_task(small, 0), 0, 1, &env) == MOE_E_UNSUPPORTED && !twice, "a task taken in");
+  CHECK(!moe_model_weights(small), "weights that could be changed");
+  moe_model_weights(model)[7] = moe__floats(0x7fc00000u);
+  CHECK(moe_model_quantize(&twice, model, &env) == MOE_E_NONFINITE && !twice, "NaN");
+  CHECK(strstr(models_sentence, "word_embeddings") != NULL, "%s", models_sentence);
+  moe_model_free(small);
+  moe_model_free(model);
+}
+
+/* Puts `to` in place of the first `from` (equally long) in a copy of the file, reads that, and expects damage. */
+static int damaged(const memory *file, const char *from, const char *to, const moe_env *env) {
+  unsigned char *copy = (unsigned char *)malloc(file->used), *at = copy;
+  moe_model *model = NULL;
+  moe_status status;
+  size_t length = strlen(from);
+  memcpy(copy, file->data, file->used);
+  while (at + length < copy + file->used && memcmp(at, from, length)) ++at;
+  memcpy(at, to, length);
+  status = moe_model_read(&model, copy, file->used, env);
+  free(copy);
+  moe_model_free(model);
+  return status == MOE_E_FORMAT;
+}
+
+static void test_lowp_damaged_files_are_found(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model, *small, *read = NULL;
+  memory file;
+  size_t cut, header;
+  moe_tensor t;
+  uint32_t nan = 0x7fc00000u;
+  CHECK(twins(&model, &small, 2, &env), "%s", models_sentence);
+  file = written(small, &env);
+  CHECK(damaged(&file, "query.weight.scale", "query.weight.scalf", &env), "a scale of another name");
+  CHECK(damaged(&file, "1.attention.self.key.weight\",\"", "1.attention.self.kay.weight\",\"", &env) ||
+        damaged(&file, "1.attention.self.key.weight\":", "1.attention.self.kay.weight\":", &env), "a matrix of another name");
+  CHECK(damaged(&file, "\"I8\",\"shape\":[50,20]", "\"U8\",\"shape\":[50,20]", &env), "another type");
+  CHECK(damaged(&file, "\"I8\",\"shape\":[50,20]", "\"I8\",\"shape\":[20,50]", &env), "another shape");
+  for (cut = 1; cut < file.used; cut += cut < 3000 ? 97 : 1009) {
+    CHECK(moe_model_read(&read, file.data, file.used - cut, &env) == MOE_E_FORMAT && !read, "%zu bytes less", cut);
+  }
+  header = (size_t)file.data[0] | (size_t)file.data[1] << 8 | (size_t)file.data[2] << 16;
+  CHECK(!moe_model_tensor(small, moe_model_find_tensor(small, "encoder.layer.1.attention.output.dense.weight.scale"), &t), "no scale");
+  memcpy(file.data + 8 + header + 4 * (t.offset + 3), &nan, 4);
+  CHECK(moe_model_read(&read, file.data, file.used, &env) == MOE_E_FORMAT && !read, "a scale that is NaN");
+  CHECK(strstr(models_sentence, "dense.weight.scale") != NULL, "%s", models_sentence);
+  free(file.data);
+  moe_model_free(small);
+  moe_model_free(model);
+}
+
 int main(int argc, char **argv) {
   test_begin(argc, argv);
   RUN(test_lowp_kernels_equal_the_definition);
@@ -228,5 +485,11 @@ int main(int argc, char **argv) {
   RUN(test_lowp_non_finite_rows_give_nan);
   RUN(test_lowp_products_are_near_fp32);
   RUN(test_lowp_gelu_and_threads_change_no_bit);
+  RUN(test_lowp_model_is_near_its_parent);
+  RUN(test_lowp_model_has_the_same_bits_everywhere);
+  RUN(test_lowp_model_survives_a_file);
+  RUN(test_lowp_model_table_of_tensors);
+  RUN(test_lowp_model_refuses_what_it_cannot);
+  RUN(test_lowp_damaged_files_are_found);
   return test_end();
 }

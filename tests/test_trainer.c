@@ -512,9 +512,9 @@ static void test_trainer_checks_what_it_is_given(void) {
   CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "label"), "%s", models_sentence);
   /* weights that stay in the bytes of a file */
   models_tasks(tasks);
-  CHECK(moe__model_bytes(&bytes, &c, tasks, MODELS_TASKS, 1, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe__model_bytes(&bytes, &c, tasks, MODELS_TASKS, 0, 1, &env) == MOE_OK, "%s", models_sentence);
   block = models_block(&raw, bytes);
-  CHECK(moe__model_place(&in_place, block, bytes, &c, tasks, MODELS_TASKS, p.model->weights, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe__model_place(&in_place, block, bytes, &c, tasks, MODELS_TASKS, 0, p.model->weights, &env) == MOE_OK, "%s", models_sentence);
   CHECK(!moe_model_weights(in_place), "no pointer to write through");
   CHECK(moe_trainer_create(&trainer, in_place, &limits, &config, &env) == MOE_E_ARGUMENT && !trainer && strstr(models_sentence, "trained"), "%s",
         models_sentence);
