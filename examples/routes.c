@@ -393,7 +393,7 @@ static int n_moments;
 static double *metric;  /* (T) */
 static double *without; /* (L, N, T) the metric without an expert; NULL where no expert can be spared */
 static double *feature; /* (T, FEATURES) */
-static const char *const feature_name[FEATURES] = {"pair", "regression", "classes", "length", "length_deviation", "variety", "log10_train_rows"};
+static const char *const feature_name[FEATURES] = {"pair", "regression", "classes", "length", "length_sd", "variety", "log10_train_rows"};
 static double *overlap; /* (T, T) */
 static double *r_of, *p_of; /* (FEATURES, L, N); r 2: not defined */
 
@@ -891,9 +891,9 @@ static void report_text(FILE *f) {
 
 static const char page_style[] =
   ":root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--soft:#5c6570;--line:#d9dee3;--card:#f6f7f9;--heat:#0b4f94;--on-heat:#fff;"
-  "--down:#b4510a;--on-down:#fff}\n"
+  "--down:#b4510a;--on-down:#fff;--on-half:#1b1f24}\n"
   "@media(prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e8eaed;--soft:#a3abb4;--line:#343a41;--card:#1c2024;--heat:#7cc0f5;"
-  "--on-heat:#0a1520;--down:#f2a35e;--on-down:#1d0f02}}\n"
+  "--on-heat:#0a1520;--down:#f2a35e;--on-down:#1d0f02;--on-half:#0a1520}}\n"
   "*{box-sizing:border-box}body{margin:0 auto;max-width:1100px;padding:1.2rem 1rem 4rem;background:var(--paper);color:var(--ink);"
   "font:16px/1.5 system-ui,-apple-system,\"Segoe UI\",Roboto,\"Helvetica Neue\",Arial,sans-serif}\n"
   "h1{font-size:1.6rem;line-height:1.2;margin:.4rem 0}h2{font-size:1.15rem;margin:2.6rem 0 .2rem}p{margin:.3rem 0 .8rem;max-width:44rem}"
@@ -903,7 +903,7 @@ static const char page_style[] =
   "figcaption{font-size:.85rem;font-weight:600;margin:.2rem 0}svg{display:block}"
   "svg text{font:12px system-ui,-apple-system,\"Segoe UI\",Roboto,Arial,sans-serif;fill:var(--ink)}svg .s{fill:var(--soft)}"
   "svg .m{text-anchor:middle}svg .e{text-anchor:end}\n"
-  ".c{fill:var(--card)}.h{fill:var(--heat)}.d{fill:var(--down)}svg .oh{fill:var(--on-heat)}svg .od{fill:var(--on-down)}"
+  ".c{fill:var(--card)}.h{fill:var(--heat)}.d{fill:var(--down)}svg .oh{fill:var(--on-heat)}svg .od{fill:var(--on-down)}svg .of{fill:var(--on-half)}"
   ".k{fill:none;stroke:var(--ink);stroke-width:2}.t{fill:none;stroke:var(--soft);stroke-width:1.5}.g{stroke:var(--line);stroke-width:1}"
   ".b{stroke:var(--paper);stroke-width:.5}.l{fill:none;stroke-width:2.5}\n"
   ".scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}"
@@ -941,7 +941,7 @@ static void close_figure(FILE *f) { fprintf(f, "</svg></figure>\n"); }
 
 /* A square of a heat map: `depth` from -1 to 1 is how deep its colour is, negative ones in the second colour. */
 static void square(FILE *f, int x, int y, int width, double depth, const char *text, int marked, const cell *c, const cell *second) {
-  const char *ink = fabs(depth) > 0.55 ? depth < 0 ? " od" : " oh" : "";
+  const char *ink = depth < -0.7 ? " od" : depth > 0.7 ? " oh" : fabs(depth) > 0.52 ? " of" : ""; /* what can be read on that depth */
   int high = HIGH - 2, wide = width - 2;
   fprintf(f, "<g>");
   if (!second) write_tip(f, c);
@@ -985,7 +985,7 @@ static void page_shares(FILE *f) {
 }
 
 static void page_likeness(FILE *f) {
-  int t, u, n, width = 34, most = 230;
+  int t, u, n, width = 34, most = 160, left = LABEL + 18; /* left of the matrix: the tasks have numbers there */
   double top = tree[2 * T - 2].height > 0 ? tree[2 * T - 2].height : 1;
   char text[32];
   if (T < 2) return;
@@ -1011,14 +1011,15 @@ static void page_likeness(FILE *f) {
     fprintf(f, "</path>\n");
   }
   close_figure(f);
-  open_figure(f, "Choices in common, percent", 0, LABEL + T * width, 22 + T * HIGH);
+  open_figure(f, "Choices in common, percent", 0, left + T * width, 22 + T * HIGH);
   for (t = 0; t < T; ++t) {
-    fprintf(f, "<text class=\"m s\" x=\"%d\" y=\"14\">%d</text>", LABEL + t * width + width / 2 - 1, t + 1);
+    fprintf(f, "<text class=\"m s\" x=\"%d\" y=\"14\">%d</text>", left + t * width + width / 2 - 1, t + 1);
     row_name(f, tasks[leaf[t]]->name, 22 + t * HIGH + 16);
+    fprintf(f, "<text class=\"e s\" x=\"%d\" y=\"%d\">%d</text>", left - 6, 22 + t * HIGH + 16, t + 1);
     for (u = 0; u < T; ++u) {
       cell c = overlap_cell(leaf[t], leaf[u]);
       sprintf(text, "%.0f", 100 * c.value);
-      square(f, LABEL + u * width, 22 + t * HIGH, width, c.value * c.value, text, 0, &c, NULL);
+      square(f, left + u * width, 22 + t * HIGH, width, c.value * c.value, text, 0, &c, NULL);
     }
   }
   close_figure(f);
@@ -1037,14 +1038,19 @@ static void key(FILE *f, const char *what, int n) {
 static double time_x(int m, double width) { return n_moments > 1 ? width * m / (n_moments - 1) : 0; }
 
 static void page_decided(FILE *f) {
-  int l, m, width = 300, high = 170, left = 40;
-  double low = 1.0 / N;
-  fprintf(f, "<p>How decided the gates are: mean probability of the experts that are chosen, from 1/N = %.2f (all the same to the gate) to 1.</p>\n", low);
+  int l, m, width = 280, high = 170, left = 40;
+  double low = 1.0 / N, top = low, step = (1 - low) / 4;
+  for (m = 0; m < n_moments; ++m)
+    for (l = 0; l < L; ++l)
+      while (top < moments[m].decided[l]) top += step;
+  if (!(top > low)) top += step;
+  fprintf(f, "<p>How decided the gates are: mean probability of the experts that are chosen; 1/N = %.2f means that all are the same to a gate, 1 that it is "
+             "certain. The picture's scale ends at %.2f.</p>\n", low, top);
   key(f, "layer", L);
   fprintf(f, "<div class=\"panels\">\n");
   open_figure(f, "Probability of the chosen experts", 0, left + width + 20, high + 50);
   for (m = 0; m <= 4; ++m) {
-    double v = low + (1 - low) * m / 4, y = 12 + high * (1 - m / 4.0);
+    double v = low + (top - low) * m / 4, y = 12 + high * (1 - m / 4.0);
     fprintf(f, "<line class=\"g\" x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\"/><text class=\"e s\" x=\"%d\" y=\"%.1f\">%.2f</text>", left, left + width, y, y,
             left - 6, y + 4, v);
   }
@@ -1053,12 +1059,12 @@ static void page_decided(FILE *f) {
   for (l = 0; l < L; ++l) {
     fprintf(f, "<polyline class=\"l\" stroke=\"%s\"%s points=\"", colour(l), l % 2 ? " stroke-dasharray=\"7 4\"" : "");
     for (m = 0; m < n_moments; ++m)
-      fprintf(f, "%.1f,%.1f ", left + time_x(m, width), 12 + high * (1 - (moments[m].decided[l] - low) / (1 - low)));
+      fprintf(f, "%.1f,%.1f ", left + time_x(m, width), 12 + high * (1 - (moments[m].decided[l] - low) / (top - low)));
     fprintf(f, "\"/>\n");
     for (m = 0; m < n_moments; ++m) {
       cell c = decided_cell(&moments[m], l);
       fprintf(f, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"3.5\" fill=\"%s\">", left + time_x(m, width),
-              12 + high * (1 - (c.value - low) / (1 - low)), colour(l));
+              12 + high * (1 - (c.value - low) / (top - low)), colour(l));
       write_tip(f, &c);
       fprintf(f, "</circle>\n");
     }
@@ -1068,7 +1074,7 @@ static void page_decided(FILE *f) {
 }
 
 static void page_time(FILE *f) {
-  int t, l, i, m, width = 190;
+  int t, l, i, m, width = 180;
   double bar = (double)width / n_moments;
   if (n_moments < 2) return;
   fprintf(f, "<h2>How the routes came about</h2><p>%d moments of the training, from left to right: ", n_moments);
@@ -1185,7 +1191,7 @@ static void report_html(FILE *f) {
   fprintf(f, "<h1>Routes of %s</h1><p class=\"soft\">%d tasks, %d layers of %d experts. Hold the pointer over a square for its number as it stands in the "
              "CSV file.</p><ul class=\"glance\">\n", last_moment()->name, T, L, N);
   summary(f, "<li>", "</li>\n");
-  fprintf(f, "</ul><h2>The tasks</h2><div class=\"scroll\"><table><tr><th>task</th><th class=\"w\">metric</th><th>value</th><th>rows</th>");
+  fprintf(f, "</ul><h2>The tasks</h2><div class=\"scroll\"><table><tr><th>task</th><th class=\"w\">metric</th><th>value</th><th>dev rows</th>");
   for (k = 0; k < FEATURES; ++k) fprintf(f, "<th>%s</th>", feature_name[k]);
   fprintf(f, "</tr>\n");
   for (t = 0; t < T; ++t) {

@@ -15,9 +15,12 @@ missing=
 for i in 1 2 3 4 5 6; do grep -q "Eq. $i:" "$tmp/out" || missing="$missing $i"; done
 [ -z "$missing" ] && ok test_walkthrough_names_equations_1_to_6 || fail test_walkthrough_names_equations_1_to_6 "missing:$missing"
 # a wrong gate, expert or input is noticed
-for change in 's/gates\[0\]\[1\]\[0\] = /&0.5f * /' 's/{{1, -1}, {1, 1}}/{{1, -1}, {1, 1.01f}}/' 's/{{1, 2}, {1, 2}}/{{1, 2}, {1, 2.01f}}/'; do
-  sed -e "$change" -e 's,"../moe.h","moe.h",' ../examples/walkthrough.c > "$tmp/wrong.c"
+notices() { # NAME SED-EXPRESSION
+  sed -e "$2" -e 's,"../moe.h","moe.h",' ../examples/walkthrough.c > "$tmp/wrong.c"
   $CC -std=c99 -O0 -I.. -o "$tmp/wrong" "$tmp/wrong.c" -lm -pthread && "$tmp/wrong" > "$tmp/out"
-  if [ $? -eq 1 ] && grep -q WRONG "$tmp/out"; then ok "test_walkthrough_notices $change"; else fail "test_walkthrough_notices $change"; fi
-done
+  if [ $? -eq 1 ] && grep -q WRONG "$tmp/out"; then ok test_walkthrough_notices_$1; else fail test_walkthrough_notices_$1; fi
+}
+notices a_wrong_gate 's/= (float)ln3;/= 0.99f * (float)ln3;/'
+notices a_wrong_expert 's/{{1, -1}, {1, 1}}/{{1, -1}, {1, 1.01f}}/'
+notices a_wrong_input 's/{{1, 2}, {1, 2}}/{{1, 2}, {1, 2.01f}}/'
 finish

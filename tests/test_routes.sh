@@ -1,0 +1,92 @@
+#!/bin/sh
+# routes.c on models that train.c has saved: text, CSV and HTML agree with each other and with what can be worked out by other means.
+. ./lib.sh
+data=../examples/data tasks=query_wellformedness,intent_match,snips_intents,pros_cons
+CC=${CC:-cc}
+for p in train routes; do
+  if ! $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -o "$tmp/$p" ../examples/$p.c -lm -pthread; then fail test_routes_compiles "$p.c"; finish; fi
+done
+ok test_routes_compiles
+small="--data $data --layers 2 --hidden 32 --ffn 64 --heads 2 --threads 1 --max-len 24"
+make_model() { "$tmp/train" $small "$@" > "$tmp/log" 2>&1 || { fail test_routes_has_a_model "$(tail -n 3 "$tmp/log")"; finish; }; }
+make_model --tasks $tasks --systems tag --experts 3 --steps 15 --save "$tmp/early.safetensors"
+make_model --tasks $tasks --systems tag --experts 3 --steps 60 --save "$tmp/late.safetensors" --checkpoint "$tmp/state.safetensors" --every 60
+make_model --tasks pros_cons,intent_match --systems tag --experts 3 --top-k 3 --steps 5 --save "$tmp/two.safetensors"
+make_model --tasks $tasks --systems dense --steps 2 --save "$tmp/dense.safetensors"
+run() { "$tmp/routes" --data $data "$@"; }
+
+if run "$tmp/late.safetensors" --rows 50 --checkpoints "$tmp/early.safetensors,$tmp/state.safetensors" --text --csv "$tmp/r.csv" --html "$tmp/r.html" \
+   > "$tmp/text" 2> "$tmp/err" && [ ! -s "$tmp/err" ]; then ok test_routes_makes_all_three; else fail test_routes_makes_all_three "$(cat "$tmp/err")"; finish; fi
+csv=$tmp/r.csv html=$tmp/r.html
+bad=$(awk -F, 'NF != 7' "$csv" | head -n 3)
+[ -z "$bad" ] && ok test_routes_csv_has_seven_columns || fail test_routes_csv_has_seven_columns "$bad"
+
+# shares of a task in a layer sum to 1
+sums() { awk -F, -v n="$2" '$1 ~ /^share/ { s[$1 $2 "," $3 "," $4] += $7 } END { for (k in s) { ++c; if (s[k] < 0.99999 || s[k] > 1.00001) print k, s[k] } if (c != n) print c " sums" }' "$1"; }
+bad=$(sums "$csv" 32) # 4 tasks x 2 layers, of the model and of three moments
+[ -z "$bad" ] && ok test_routes_shares_sum_to_one || fail test_routes_shares_sum_to_one "$bad"
+bad=$(awk -F, '$1 == "share" { s[$3 $4 $5] = $7 } $1 == "share_over_time" && $2 != "early" && s[$3 $4 $5] != $7' "$csv")
+[ -z "$bad" ] && ok test_routes_checkpoint_and_model_are_the_same || fail test_routes_checkpoint_and_model_are_the_same "$bad"
+
+# every number of the pictures is the CSV's, and none is missing
+awk -F, '$1 ~ /^(share|share_over_time|decided|overlap|join|change_without|pearson|p_value)$/ {
+  k = $1; if ($2 != "") k = k " " $2; if ($3 != "") k = k " " $3; if ($4 != "") k = k " layer " $4; if ($5 != "") k = k " expert " $5
+  if ($6 != "") k = k " " $6; print k ": " $7 }' "$csv" | sort > "$tmp/a"
+sed 's/<title>/\n<title>/g' "$html" | sed -n 's/^<title>\([^<]*: [^<]*\)<.*/\1/p' | sort > "$tmp/b"
+if [ "$(wc -l < "$tmp/a")" -gt 200 ] && cmp -s "$tmp/a" "$tmp/b"; then ok test_routes_html_shows_the_csv_s_numbers
+else fail test_routes_html_shows_the_csv_s_numbers "$(diff "$tmp/a" "$tmp/b" | head -n 5)"; fi
+bad=$(sed -n 's/^<g><title>share [^:]*: \([0-9.e-]*\)<.*">\([0-9]*\)<\/text><\/g>$/\1 \2/p' "$html" | awk '{ ++n; d = 100 * $1 - $2; if (d > 0.501 || d < -0.501) print } END { if (n < 10) print n " cells" }')
+[ -z "$bad" ] && ok test_routes_squares_show_their_numbers || fail test_routes_squares_show_their_numbers "$bad"
+bad=$(awk -F, '$1 == "metric" { print $3 "</td><td class=\"w\">" $6 "</td><td>" $7 "<" }' "$csv" | while IFS= read -r m; do grep -qF "$m" "$html" || echo "$m"; done)
+[ -z "$bad" ] && ok test_routes_html_shows_the_metrics || fail test_routes_html_shows_the_metrics "$bad"
+bad=$(awk -F, '$1 == "share" && $3 == "pros_cons" && $4 == 2 { printf " %8.1f", 100 * $7 }' "$csv")
+if grep -qF "pros_cons               $bad" "$tmp/text"; then ok test_routes_text_shows_the_csv_s_numbers; else fail test_routes_text_shows_the_csv_s_numbers "$bad"; fi
+
+# the page loads nothing and runs nothing
+if ! grep -qiE '<script|<link|<img|src=|href=|url\(|@import|https?:' "$html" && grep -q 'prefers-color-scheme:dark' "$html" && grep -q 'name="viewport"' "$html"
+then ok test_routes_html_stands_alone; else fail test_routes_html_stands_alone "$(grep -oiE '<script|<link|<img|src=|href=|url\(|@import|https?:' "$html" | head -n 3)"; fi
+if have xmllint; then
+  sed -e 's/<!DOCTYPE html>//' -e 's/<meta \([^>]*\)>/<meta \1\/>/g' "$html" > "$tmp/x.xml"
+  if xmllint --noout "$tmp/x.xml" 2> "$tmp/err"; then ok test_routes_html_is_well_formed; else fail test_routes_html_is_well_formed "$(head -n 3 "$tmp/err")"; fi
+else skip test_routes_html_is_well_formed "there is no xmllint here"; fi
+
+# statistics by other means: overlap from the shares; Pearson's r; with four tasks p = 1 - |r|
+bad=$(awk -F, '$1 == "share" { s[$3, $4, $5] = $7 } $1 == "overlap" { v = 0; for (l = 1; l < 3; ++l) for (i = 1; i < 4; ++i) { a = s[$3, l, i]; b = s[$6, l, i]; v += (a < b ? a : b) / 2 }
+  ++n; if (v - $7 > 2e-5 || $7 - v > 2e-5) print } END { if (n != 16) print n " overlaps" }' "$csv")
+[ -z "$bad" ] && ok test_routes_overlap_is_right || fail test_routes_overlap_is_right "$bad"
+bad=$(awk -F, '$1 == "share" { s[$3, $4, $5] = $7; t[$3] } $1 == "feature" { f[$3, $6] = $7 } $1 == "pearson" { x = y = xx = yy = xy = 0
+  for (k in t) { a = f[k, $6]; b = s[k, $4, $5]; x += a; y += b; xx += a * a; yy += b * b; xy += a * b }
+  r = (xy - x * y / 4) / sqrt((xx - x * x / 4) * (yy - y * y / 4)); ++n; if (r - $7 > 1e-3 || $7 - r > 1e-3) print $0, r } END { if (n < 20) print n " correlations" }' "$csv")
+[ -z "$bad" ] && ok test_routes_pearson_is_right || fail test_routes_pearson_is_right "$bad"
+bad=$(awk -F, '$1 == "pearson" { r = $7 < 0 ? -$7 : $7; next } $1 == "p_value" { ++n; d = 1 - r - $7; if (d > 2e-5 || d < -2e-5) print $0, 1 - r } END { if (n < 20) print n " p-values" }' "$csv")
+[ -z "$bad" ] && ok test_routes_p_values_are_right || fail test_routes_p_values_are_right "$bad"
+
+# several threads, plain C: the same numbers
+run "$tmp/late.safetensors" --rows 50 --checkpoints "$tmp/early.safetensors,$tmp/state.safetensors" --threads 3 --isa scalar --csv "$tmp/s.csv"
+if cmp -s "$csv" "$tmp/s.csv"; then ok test_routes_threads_and_scalar_are_the_same; else fail test_routes_threads_and_scalar_are_the_same; fi
+# two tasks, and experts that cannot be spared
+if run "$tmp/two.safetensors" --rows 20 --text --csv "$tmp/t.csv" --html "$tmp/t.html" > "$tmp/text" && grep -q 'No expert can be disabled' "$tmp/text" &&
+   grep -q 'are too few' "$tmp/t.html" && ! grep -q pearson, "$tmp/t.csv" && [ -z "$(sums "$tmp/t.csv" 8)" ] && ! grep -q nan "$tmp/t.csv" "$tmp/t.html"
+then ok test_routes_takes_two_tasks_and_top_n; else fail test_routes_takes_two_tasks_and_top_n "$(sums "$tmp/t.csv" 8) $(grep nan "$tmp/t.csv" | head -n 2)"; fi
+
+# bad input: exit status 1, a sentence, nothing on standard output
+refuses() { # NAME PATTERN ARGUMENTS
+  name=$1 pattern=$2; shift 2
+  "$tmp/routes" "$@" > "$tmp/out" 2> "$tmp/err"
+  status=$?
+  if [ $status -eq 1 ] && grep -q -- "$pattern" "$tmp/err" && [ ! -s "$tmp/out" ]; then ok test_routes_refuses_$name; else fail test_routes_refuses_$name "status $status: $(cat "$tmp/err")"; fi
+}
+mkdir "$tmp/none" "$tmp/bad" && cp -r $data/intent_match "$tmp/bad/" && mkdir "$tmp/bad/pros_cons" && printf 'label\tsentence1\n1\tfine\n2\twhat\n' > "$tmp/bad/pros_cons/dev.tsv"
+refuses no_model 'which model'
+refuses two_models 'two models' a b
+refuses an_unknown_option 'unknown option --cvs' m --cvs x
+refuses a_missing_value '--csv needs a value' m --csv
+refuses a_missing_model 'cannot be opened' "$tmp/nothing.safetensors"
+refuses a_foreign_file 'test_routes.sh' test_routes.sh
+refuses a_dense_model 'the model is dense' "$tmp/dense.safetensors" --data $data
+refuses a_folder_without_data 'dev.tsv' "$tmp/two.safetensors" --data "$tmp/none"
+refuses a_label_out_of_range 'pros_cons/dev.tsv: line 3: label 2 is not within 0 .. 1' "$tmp/two.safetensors" --data "$tmp/bad"
+refuses a_checkpoint_of_another_model 'two.safetensors: 2 tasks, .* has 4' "$tmp/late.safetensors" --data $data --checkpoints "$tmp/two.safetensors"
+refuses an_empty_name_in_the_list 'an empty name' "$tmp/late.safetensors" --data $data --checkpoints ",$tmp/early.safetensors"
+refuses a_folder_that_is_not_there 'cannot be written' "$tmp/two.safetensors" --rows 5 --data $data --csv "$tmp/no/such/file.csv"
+finish
