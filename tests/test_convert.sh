@@ -1,0 +1,47 @@
+#!/bin/sh
+# convert.c on a model that train.c has saved: what it prints, how much smaller and how good the int8 model is, and what it refuses.
+. ./lib.sh
+data=../examples/data tasks=intent_match,snips_intents
+CC=${CC:-cc}
+for p in train predict convert; do
+  if ! $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -o "$tmp/$p" ../examples/$p.c -lm -pthread; then fail test_convert_compiles "$p.c"; finish; fi
+done
+ok test_convert_compiles
+model=$tmp/model.safetensors small=$tmp/small.safetensors
+if ! "$tmp/train" --tasks $tasks --data $data --systems tag --layers 1 --hidden 64 --ffn 128 --heads 2 --steps 60 --threads 1 --max-len 24 \
+     --save "$model" > "$tmp/log" 2>&1; then fail test_convert_has_a_model "$(tail -n 3 "$tmp/log")"; finish; fi
+
+"$tmp/convert" "$model" > "$tmp/what"
+bytes=$(wc -c < "$model" | tr -d ' ')
+if grep -q "^layers 1, hidden 64, ffn 128" "$tmp/what" && grep -q "^  snips_intents .* 7 classes: AddToPlaylist" "$tmp/what" &&
+   grep -q "^file *$bytes bytes" "$tmp/what"; then ok test_convert_tells_what_is_in_a_file; else fail test_convert_tells_what_is_in_a_file "$(cat "$tmp/what")"; fi
+
+if "$tmp/convert" "$model" "$small" --int8 --tensors > "$tmp/what"; then ok test_convert_quantises; else fail test_convert_quantises; finish; fi
+now=$(wc -c < "$small" | tr -d ' ')
+if [ $((now * 10)) -lt $((bytes * 4)) ] && grep -q "^saved *$((bytes - now)) bytes of $bytes" "$tmp/what" &&
+   grep -q "I8  encoder.layer.0.attention.self.query.weight (64, 64)" "$tmp/what"; then ok test_convert_saves_bytes; else fail test_convert_saves_bytes "$bytes, then $now: $(tail -n 3 "$tmp/what")"; fi
+
+# scores within 3 points of the parent's, the same lines on every instruction set
+score() { "$tmp/predict" "$1" snips_intents --score < $data/snips_intents/dev.tsv | awk '$1 == "accuracy" { print $2 }'; }
+a=$(score "$model") b=$(score "$small")
+if echo "$a $b" | awk '{ d = $1 - $2; exit !($2 > 0 && d < 0.03 && d > -0.03) }'; then ok test_convert_keeps_the_accuracy; else fail test_convert_keeps_the_accuracy "$a, then $b"; fi
+tail -n +2 $data/snips_intents/dev.tsv | cut -f 2 | head -n 37 > "$tmp/lines"
+"$tmp/predict" "$small" snips_intents < "$tmp/lines" > "$tmp/all"
+"$tmp/predict" "$small" snips_intents --isa scalar --threads 3 < "$tmp/lines" > "$tmp/other"
+if [ "$(wc -l < "$tmp/all")" -eq 37 ] && cmp -s "$tmp/all" "$tmp/other"; then ok test_convert_scalar_and_threads_are_the_same; else fail test_convert_scalar_and_threads_are_the_same; fi
+
+refuses() { # NAME PATTERN ARGUMENTS
+  name=$1 pattern=$2; shift 2
+  if "$tmp/convert" "$@" > "$tmp/stdout" 2> "$tmp/stderr"; then fail "$name" "it did not fail"
+  elif grep -q "$pattern" "$tmp/stderr" && [ ! -s "$tmp/stdout" ]; then ok "$name"; else fail "$name" "$(cat "$tmp/stderr")"; fi
+}
+refuses test_convert_wants_a_file "usage" --tensors
+refuses test_convert_wants_a_purpose "int8" "$model" "$tmp/x"
+refuses test_convert_wants_a_place "second file" "$model" --int8
+refuses test_convert_spares_its_input "another name" "$model" "$model" --int8
+refuses test_convert_refuses_a_second_time "quantised already" "$small" "$tmp/x" --int8
+head -c 1000 "$small" > "$tmp/cut"
+refuses test_convert_refuses_damage "." "$tmp/cut"
+if "$tmp/train" --tasks $tasks --data $data --systems tag --layers 1 --hidden 64 --ffn 128 --heads 2 --steps 1 --threads 1 --max-len 24 \
+     --init "$small" --vocab $data/vocab.txt > "$tmp/log" 2>&1; then fail test_convert_int8_cannot_be_trained; else ok test_convert_int8_cannot_be_trained; fi
+finish
