@@ -1339,6 +1339,9 @@ struct moe_pool {
   moe__thread thread[256];
 };
 
+/* Wraps after 2^32 jobs, which is a matter of days: a helper compares for equality only. */
+static int32_t moe__pool_next(const moe_pool *pool) { return (int32_t)((uint32_t)pool->ticket + 1u); }
+
 static void moe__pool_work(moe_pool *pool) {
   for (;;) {
     int32_t i = (int32_t)MOE__FETCH_ADD(&pool->next, 1);
@@ -1395,7 +1398,7 @@ static void moe__pool_run(void *user, int32_t count, void (*body)(void *arg, int
   pool->count = count;
   pool->next = 0;
   pool->open = 1;
-  MOE__STORE(&pool->ticket, pool->ticket + 1);
+  MOE__STORE(&pool->ticket, moe__pool_next(pool));
   if (pool->sleeping) MOE__WAKE_ALL(&pool->wake);
   MOE__UNLOCK(&pool->mutex);
   moe__pool_work(pool);
@@ -1426,7 +1429,7 @@ MOE_API void moe_pool_free(moe_pool *pool) {
   if (!pool) return;
   MOE__LOCK(&pool->mutex);
   pool->quit = 1;
-  MOE__STORE(&pool->ticket, pool->ticket + 1);
+  MOE__STORE(&pool->ticket, moe__pool_next(pool));
   MOE__WAKE_ALL(&pool->wake);
   MOE__UNLOCK(&pool->mutex);
   for (i = 0; i < pool->helpers; ++i) {
@@ -1448,6 +1451,7 @@ MOE_API void moe_pool_free(moe_pool *pool) {
 
 MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env) {
   moe_pool *pool;
+  int32_t started;
   if (threads < 1 || threads > 256) return moe__fail(env, MOE_E_ARGUMENT, "a pool has 1 to 256 threads, not %d", (int)threads);
   pool = (moe_pool *)moe__alloc(sizeof *pool);
   if (!pool) return moe__fail(env, MOE_E_MEMORY, "no memory for a pool of threads");
@@ -1468,8 +1472,9 @@ MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env
 #else
     if (!pthread_create(thread, NULL, moe__pool_main, pool)) continue;
 #endif
+    started = pool->helpers + 1; /* with the caller's own */
     moe_pool_free(pool);
-    return moe__fail(env, MOE_E_UNSUPPORTED, "the system refused to start thread %d of %d", (int)pool->helpers + 2, (int)threads);
+    return moe__fail(env, MOE_E_UNSUPPORTED, "the system refused to start thread %d of %d", (int)started + 1, (int)threads);
   }
   env->threads = threads;
   env->parallel_for = moe__pool_run;
