@@ -41,6 +41,18 @@ leaks=$(nm -g --defined-only "$tmp/static.o" | awk 'NF == 3 {print $3}')
 writable=$(size -A "$tmp/one.o" | awk '/^\.(data|bss|tdata|tbss)/ && $1 !~ /^\.data\.rel\.ro/ && $2 > 0 {print $1 ":" $2}')
 [ -z "$writable" ] && ok test_build_has_no_globals || fail test_build_has_no_globals $writable
 
+# what the interface declares is there, whatever is left out
+printf '#include "moe.h"\n' > "$tmp/api.c"
+bad=
+for macro in MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT; do
+  cc -I.. -D$macro -E "$tmp/api.c" | tr '\n' ' ' | tr ';{}' '\n\n\n' | sed -n 's/^.*extern [^(]*[ *]\(moe_[a-z0-9_]*\)(.*$/\1/p' | sort -u > "$tmp/declared"
+  cc -std=c99 -I.. -D$macro -c -o "$tmp/one.o" "$tmp/one.c"
+  nm -g --defined-only "$tmp/one.o" | awk 'NF == 3 {sub(/^_/, "", $3); print $3}' | sort -u > "$tmp/defined"
+  bad="$bad$(comm -23 "$tmp/declared" "$tmp/defined" | sed "s/\$/ with $macro; /" | tr -d '\n')"
+done
+[ -s "$tmp/declared" ] || bad="nothing was declared"
+[ -z "$bad" ] && ok test_build_defines_what_it_declares || fail test_build_defines_what_it_declares "$bad"
+
 # the macros that the interface leaves behind, and those of the implementation
 printf '#include "moe.h"\n' > "$tmp/api.c"
 printf '#include <stddef.h>\n#include <stdint.h>\n' > "$tmp/none.c"
