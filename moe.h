@@ -5870,6 +5870,7 @@ static float moe__initial_spread(const moe_config *config, const moe_tensor *t) 
     return sqrtf(0.001f / sqrtf((float)config->rank)); /* the gates that are made of them are N(0, 0.001) then, too */
   if (!strncmp(t->name, "router.", 7)) return 1.0f / sqrtf(3.0f * (float)t->shape[1]);
   if (!strcmp(t->name, "tasks.vectors")) return 1.0f;
+  if (!strncmp(t->name, "heads.", 6)) return 0.02f; /* a task may be called "gate" */
   return strstr(t->name, ".gate.") ? 0.001f : 0.02f;
 }
 

@@ -299,6 +299,24 @@ static void test_model_starts_with_the_papers_values(void) {
   moe_model_free(dense);
 }
 
+/* A name that looks like another tensor's must not change how a head starts. */
+static void test_model_head_of_a_task_called_gate_is_a_head(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model = NULL;
+  double mean, sd;
+  c.hidden = 200;
+  models_tasks(tasks);
+  strcpy(tasks[1].name, "gate");
+  CHECK(moe_model_create(&model, &c, tasks, MODELS_TASKS, 5, &env) == MOE_OK, "%s", models_sentence);
+  moments(model, "heads.gate.weight", &mean, &sd);
+  CHECK(fabs(mean) < 3e-3 && fabs(sd - 0.02) < 3e-3, "head %g %g", mean, sd);
+  moments(model, "encoder.layer.0.gate.gate.weight", &mean, &sd);
+  CHECK(fabs(mean) < 2e-4 && fabs(sd - 0.001) < 2e-4, "gate %g %g", mean, sd);
+  moe_model_free(model);
+}
+
 static void test_model_sizes_are_exact(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
@@ -1007,6 +1025,7 @@ int main(int argc, char **argv) {
   RUN(test_model_copies_tasks_and_labels);
   RUN(test_model_keeps_a_copy_of_the_vocabulary);
   RUN(test_model_starts_with_the_papers_values);
+  RUN(test_model_head_of_a_task_called_gate_is_a_head);
   RUN(test_model_sizes_are_exact);
   RUN(test_model_packs_into_a_block_or_the_heap);
   RUN(test_model_batch_check_says_what_is_wrong);
