@@ -4265,15 +4265,20 @@ static size_t moe__attention_stride(size_t length) { return moe__round16(length)
 /* Floats of one block, for any length up to this one: 16 rows of the longest, or 4096 / length rows of it with their padding. */
 static size_t moe__attention_block_floats(size_t longest) { return 16 * moe__attention_stride(longest) + MOE__ATTENTION_ROWS * 96; }
 
-static size_t moe__attention_slot(size_t longest, size_t wide, int training) {
-  size_t head = moe__round16(longest) * wide, block = moe__attention_block_floats(longest);
-  if (!training) return 2 * head + block;
-  return 3 * head + 2 * block + 2 * MOE__ATTENTION_ROWS * wide;
+/* Floats of scratch of one thread; *bad is set where they are more than memory has. */
+static size_t moe__attention_slot(size_t longest, size_t wide, int training, int *bad) {
+  size_t head = moe__mul(moe__round16(longest), wide, bad), block = moe__attention_block_floats(longest);
+  if (!training) return moe__add(moe__mul(2, head, bad), block, bad);
+  return moe__add(moe__mul(3, head, bad), 2 * block + 2 * MOE__ATTENTION_ROWS * wide, bad);
 }
 
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training, const moe_env *env) {
+  int bad = 0;
+  size_t slot, floats;
   if (longest < 1 || H < 1 || A < 1) return 0;
-  return (size_t)env->threads * moe__attention_slot((size_t)longest, moe__round16((size_t)(H / A)), training);
+  slot = moe__attention_slot((size_t)longest, moe__round16((size_t)(H / A)), training, &bad);
+  floats = moe__mul((size_t)moe__max(env->threads, 1), slot, &bad); /* without threads the caller itself works */
+  return bad ? SIZE_MAX : floats;
 }
 
 /* x (rows, D), rows xi apart, as panels of 16 rows (the B of a product over D), missing rows zeros */
@@ -4416,6 +4421,7 @@ static void moe__attention_run(moe__attention_job *job, const float *qkv, const 
                                float p, const uint64_t *keys, float *scratch, const moe_env *env) {
   size_t longest = 1, pairs = (size_t)S * (size_t)A, small;
   int32_t s;
+  int bad = 0; /* the caller's scratch is there, so its size was no overflow */
   for (s = 0; s < S; ++s)
     if ((size_t)(seq_start[s + 1] - seq_start[s]) > longest) longest = (size_t)(seq_start[s + 1] - seq_start[s]);
   job->isa = env->isa;
@@ -4431,7 +4437,7 @@ static void moe__attention_run(moe__attention_job *job, const float *qkv, const 
   job->D = job->H / job->A;
   job->wide = moe__round16(job->D);
   job->longest = longest;
-  job->slot_floats = moe__attention_slot(longest, job->wide, job->dqkv != NULL);
+  job->slot_floats = moe__attention_slot(longest, job->wide, job->dqkv != NULL, &bad);
   job->scale = 1.0f / sqrtf((float)job->D);
   job->drop = moe__drop_of(p, keys != NULL);
   /* heads of a tile: enough work to be worth a tile, and no more tiles than a big machine needs */
