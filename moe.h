@@ -8779,7 +8779,7 @@ static int moe__st_next(const moe__st *st, moe__json *j, moe__st_tensor *t) {
 static moe_status moe__st_gap(const moe__st *st, const moe_env *env) {
   moe__json a, b;
   moe__st_tensor t, u;
-  if (st->tensors <= 4096) {
+  if (st->header_bytes <= ((size_t)1 << 28) / (st->tensors + 1)) {
     moe__st_begin(st, &a);
     while (moe__st_next(st, &a, &t)) {
       int found = t.begin == 0;
