@@ -1197,17 +1197,6 @@ static double moe__uniform(uint64_t key, uint64_t position) {
   return ((double)(moe__mix64(key ^ moe__mix64(position)) >> 11) + 0.5) * (1.0 / 9007199254740992.0);
 }
 
-/* Standard normal: the sum of 12 uniform numbers less 6 would have short tails; the polar method (Marsaglia) needs only log and sqrt, and
-   log is our own, so that weights do not depend on the C library. */
-static double moe__log_double(double x); /* >>ops */
-MOE__UNUSED static float moe__normal(uint64_t key, uint64_t position) {
-  uint64_t try_ = 0;
-  for (;; try_ += 2) {
-    double u = 2 * moe__uniform(key + try_, position) - 1, v = 2 * moe__uniform(key + try_ + 1, position) - 1, s = u * u + v * v;
-    if (s > 0 && s < 1) return (float)(u * sqrt(-2 * moe__log_double(s) / s));
-  }
-}
-
 /* Natural logarithm of a positive normal double by atanh series, plain arithmetic only: the same bits everywhere. */
 static double moe__log_double(double x) {
   uint64_t bits;
@@ -1223,6 +1212,16 @@ static double moe__log_double(double x) {
   s2 = s * s;
   for (i = 21; i >= 1; i -= 2) sum = sum * s2 + 1.0 / i;
   return 2 * s * sum + e * 0.69314718055994530942;
+}
+
+/* Standard normal by the polar method (Marsaglia), which needs only log and sqrt; log is our own, so that weights do not depend on the C
+   library. */
+MOE__UNUSED static float moe__normal(uint64_t key, uint64_t position) {
+  uint64_t try_ = 0;
+  for (;; try_ += 2) {
+    double u = 2 * moe__uniform(key + try_, position) - 1, v = 2 * moe__uniform(key + try_ + 1, position) - 1, s = u * u + v * v;
+    if (s > 0 && s < 1) return (float)(u * sqrt(-2 * moe__log_double(s) / s));
+  }
 }
 
 /* A random permutation of 0 .. n-1 that needs no memory: a Feistel network over the next power of four, walked until it falls inside. */
@@ -4546,17 +4545,6 @@ static moe__route_job moe__route_job_make(const moe_routes *routes, const float 
   return job;
 }
 
-/* The sequence that holds a token: the last one that starts at or before it. */
-static int32_t moe__sequence_of(const int32_t *seq_start, int32_t S, int32_t token) {
-  int32_t low = 0, high = S - 1;
-  while (low < high) {
-    int32_t middle = low + (high - low + 1) / 2;
-    if (seq_start[middle] <= token) low = middle;
-    else high = middle - 1;
-  }
-  return low;
-}
-
 static int moe__route_jitters(const moe_route_options *options) { return options->keys && options->jitter > 0; }
 
 /* y = x times noise in [1 - jitter, 1 + jitter] for n elements of a token from column c on. The noise is a function of the sequence's key and of
@@ -4638,7 +4626,7 @@ static void moe__route_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__route_job *job = (const moe__route_job *)arg;
   const moe_routes *r = job->routes;
   int32_t first = tile * MOE__ROUTE_TILE, end = moe__min(first + MOE__ROUTE_TILE, r->M), token;
-  int32_t sequence = moe__sequence_of(job->seq_start, job->S, first);
+  int32_t sequence = moe__sequence_at(job->seq_start, job->S, (size_t)first);
   const uint8_t *disabled = job->options->forced ? NULL : job->options->disabled;
   (void)slot;
   for (token = first; token < end; ++token) {
@@ -4770,7 +4758,7 @@ static void moe__route_dx(const moe__route_job *job, int32_t token, int32_t sequ
 static void moe__route_backward_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__route_job *job = (const moe__route_job *)arg;
   int32_t first = tile * MOE__ROUTE_TILE, end = moe__min(first + MOE__ROUTE_TILE, job->routes->M), token;
-  int32_t sequence = moe__sequence_of(job->seq_start, job->S, first);
+  int32_t sequence = moe__sequence_at(job->seq_start, job->S, (size_t)first);
   (void)slot;
   for (token = first; token < end; ++token) {
     while (job->seq_start[sequence + 1] <= token) ++sequence;
@@ -8775,7 +8763,8 @@ static int moe__st_next(const moe__st *st, moe__json *j, moe__st_tensor *t) {
   return 0;
 }
 
-/* Which tensor does not begin where another one ends: only for the sentence, so a slow search will do. */
+/* Which tensor does not begin where another one ends: only for the sentence, so a slow search will do, but not one of hours in a header that
+   was made to be slow. */
 static moe_status moe__st_gap(const moe__st *st, const moe_env *env) {
   moe__json a, b;
   moe__st_tensor t, u;
