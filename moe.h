@@ -42,7 +42,8 @@
 
    SHAPES  arrays are row-major; one letter a dimension
      M tokens of a batch   S sequences   H hidden size (the paper's d)   F inner size of an expert   N experts   k experts a token
-     T tasks   C classes   L layers   A attention heads   D = H/A size of a head   V vocabulary   P positions
+     T tasks   C classes   L layers   A attention heads   D = H/A size of a head   V vocabulary   P positions   G gates
+     m blocks of a layer [TL]
 
    CONFIGURATION MACROS  (defined before the include that has MOE_IMPLEMENTATION; they never change a public struct)
      MOE_STATIC            every function is static: for use in one file
@@ -55,14 +56,18 @@
      MOE_NO_TEXT           no tokenizer, no text functions
      MOE_NO_SIMD           scalar code only, no intrinsics
 
-   MEMORY   every object has _size and _init in a block of the caller, and _create and _free on the heap. Forward, backward and
-            update allocate nothing.
+   MEMORY   model, context, trainer and predictor have _size and _init in a block of the caller, and _create and _free on the
+            heap; a tokenizer has the first two. Forward, backward and update allocate nothing.
    THREADS  objects are not locked; a context belongs to one thread at a time; a model that is not being trained can be shared.
             Inside a call the work is spread by env.parallel_for: the caller's, or the built-in pool (moe_pool_create).
    ERRORS   what can fail returns moe_status; results come through pointers and stay untouched on failure; a sentence that says
             what was expected and what came goes to env.log. The library never prints, exits or aborts.
    BITS     fp32 results are the same bits for any number of threads, any company in the batch, and on AVX-512, AVX2+FMA and
             plain C: see "one definition of every sum" at >>simd and >>gemm.
+
+   PAPER MAP  [TaG] Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8 >>forward; Eq. 9, 10 and the division by log C >>backward; 3.3
+            sampling >>sampler; 4.1 >>metrics; 4.3 >>import; 4.4 >>model; A.3 >>text, >>optimizer. [TL] 2, 4 >>level, >>blocks.
+            Where the code does other than a paper says, PAPER-DIFF: tells why.
 
    CONTENTS (search for >>tag)
      >>api_base      statuses, environment, threads
@@ -171,7 +176,8 @@ enum { MOE_FEATURE_AVX_VNNI = 1, MOE_FEATURE_AVX512_VNNI = 2, MOE_FEATURE_AVX512
 /* Everything a call needs to know of its surroundings. A plain struct: copy it, one for each thread if you like. */
 typedef struct moe_env {
   moe_isa isa;     /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards */
-  uint32_t features; /* MOE_FEATURE_ bits that this machine has, set by moe_env_init; clearing one forgoes it, int8 results stay the same */
+  uint32_t features; /* MOE_FEATURE_ bits that this machine has, set by moe_env_init; clearing one forgoes it, int8 results
+                        stay the same */
   int32_t threads; /* how many bodies of parallel_for may run at once, 1 or more: decides the size of scratch */
   /* Runs body(arg, i) for i = 0 .. count-1, in any order, at most `threads` at once, and returns when all are done. NULL: a
      plain loop. Results never depend on it. */
@@ -189,18 +195,20 @@ MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa);
 #ifndef MOE_NO_THREADS
 /* The built-in pool: threads - 1 helpers that sleep between calls. */
 typedef struct moe_pool moe_pool;
-/* Starts the helpers (threads 1 .. 256) and connects *env with them. MOE_E_MEMORY, MOE_E_UNSUPPORTED (no threads to be had). */
+/* Starts the helpers (threads 1 .. 256) and connects *env with them. MOE_E_MEMORY, MOE_E_UNSUPPORTED (no threads to be
+   had). */
 MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env);
-/* Ends the helpers. No call may be running; an env that was connected must not be used for parallel calls any more. NULL is fine. */
+/* Ends the helpers. No call may be running; an env that was connected must not be used for parallel calls any more. NULL is
+   fine. */
 MOE_API void moe_pool_free(moe_pool *pool);
 /* Number of processors that this process may use, at least 1. */
 MOE_API int32_t moe_processors(void);
 #endif
 
 /* ---- ops on float arrays ---- >>api_ops
-   Outputs first, then inputs, then sizes. Outputs are overwritten; gradients (d...) accumulate: clear them first. A gradient that
-   is NULL is not computed. Arrays may have any alignment that float allows and must not overlap unless said. Sizes may be 0.
-   Nothing is allocated. */
+   Outputs first, then inputs, then sizes. Outputs are overwritten; gradients (d...) accumulate: clear them first. A gradient
+   that is NULL is not computed. Arrays may have any alignment that float allows and must not overlap unless said. Sizes may
+   be 0. Nothing is allocated. */
 
 typedef enum moe_type { MOE_TYPE_F32, MOE_TYPE_BF16, MOE_TYPE_I8 } moe_type;
 typedef enum moe_layout {
@@ -226,13 +234,14 @@ MOE_API size_t moe_pack_floats(int32_t rows, int32_t cols);
 /* Packs w (rows, cols) into panels: products are fastest with those. */
 MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols, const moe_env *env);
 
-/* int8: w = scale q, a scale for each row (max |w| / 127) and integers -127 .. 127, rounded to the nearest. cols at most MOE_INT8_COLS.
-   A row with an infinity or NaN in it gets the scale NaN. q (rows, cols), scale (rows). */
+/* int8: w = scale q, a scale for each row (max |w| / 127) and integers -127 .. 127, rounded to the nearest. cols at most
+   MOE_INT8_COLS. A row with an infinity or NaN in it gets the scale NaN. q (rows, cols), scale (rows). */
 #define MOE_INT8_COLS 65536
 MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows, int32_t cols, const moe_env *env);
-/* Views of int8 weights for moe_linear_forward, moe_linear_gelu_forward and moe_experts_forward: rows as they lie in a file, or panels
-   packed by moe_pack_int8. Each row of x is quantised in the same way on its way in, the sums are integers, and the bits of a result depend
-   neither on the layout nor on the instruction set. The weights must stay what they are; there is no backward through them. */
+/* Views of int8 weights for moe_linear_forward, moe_linear_gelu_forward and moe_experts_forward: rows as they lie in a file,
+   or panels packed by moe_pack_int8. Each row of x is quantised in the same way on its way in, the sums are integers, and
+   the bits of a result depend neither on the layout nor on the instruction set. The weights must stay what they are; there
+   is no backward through them. */
 MOE_API moe_mat moe_mat_rows_int8(const int8_t *w, const float *scale, int32_t rows, int32_t cols);
 MOE_API moe_mat moe_mat_panels_int8(const void *panels, const float *scale, int32_t rows, int32_t cols);
 /* Bytes that moe_pack_int8 writes; its layout is of one machine, never of a file. */
@@ -243,8 +252,8 @@ MOE_API void moe_pack_int8(void *panels, const int8_t *w, int32_t rows, int32_t 
 MOE_API void moe_linear_forward(float *y, const float *x, const moe_mat *w, const float *b, int32_t M, const moe_env *env);
 /* dx += dy W; dw += dy^T x; db += sum of the rows of dy. w in rows layout; dw (rows, cols).
    The sums over tokens run in the order of the tokens, so micro-batches give the same bits as one batch. */
-MOE_API void moe_linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x, const moe_mat *w, int32_t M,
-                                 const moe_env *env);
+MOE_API void moe_linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x, const moe_mat *w,
+                                 int32_t M, const moe_env *env);
 /* y = GELU(pre), pre = x W^T + b: the inner half of an expert in one pass [TaG] Eq. 1. pre (M, rows) may be NULL. */
 MOE_API void moe_linear_gelu_forward(float *y, float *pre, const float *x, const moe_mat *w, const float *b, int32_t M,
                                      const moe_env *env);
@@ -256,34 +265,36 @@ MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_
 
 /* LayerNorm: y = (x - mean) rstd gamma + beta, rstd = 1 / sqrt(var + eps), var the mean of squared deviations.
    x, y (M, H), may be the same array; mean, rstd (M), both or neither NULL. */
-MOE_API void moe_norm_forward(float *y, float *mean, float *rstd, const float *x, const float *gamma, const float *beta, float eps,
-                              int32_t M, int32_t H, const moe_env *env);
+MOE_API void moe_norm_forward(float *y, float *mean, float *rstd, const float *x, const float *gamma, const float *beta,
+                              float eps, int32_t M, int32_t H, const moe_env *env);
 /* With h = (x - mean) rstd and g = dy gamma: dx += rstd (g - mean(g) - h mean(g h)); dgamma += sum dy h; dbeta += sum dy. */
 MOE_API void moe_norm_backward(float *dx, float *dgamma, float *dbeta, const float *dy, const float *x, const float *mean,
                                const float *rstd, const float *gamma, int32_t M, int32_t H, const moe_env *env);
 
 /* Random numbers are a function of a key and a position. A key for a place in the network: */
 MOE_API uint64_t moe_key(uint64_t seed, uint64_t step, uint64_t sequence, uint32_t layer, uint32_t site);
-/* Inverted dropout: y[i] = x[i] / (1 - p), or 0 with probability p, decided by (key, i). 0 <= p < 1. x and y may be the same.
-   Its backward is the same function on dy. */
+/* Inverted dropout: y[i] = x[i] / (1 - p), or 0 with probability p, decided by (key, i). 0 <= p < 1. x and y may be the
+   same. Its backward is the same function on dy. */
 MOE_API void moe_dropout(float *y, const float *x, size_t n, float p, uint64_t key, const moe_env *env);
 
 /* x = word[id] + position[index in its sequence] + segment[seg]; x (M, H). segments NULL: all 0; seg table NULL: not added.
    Ids are in range: moe_batch_check tests what comes from outside. seq_start (S+1), seq_start[0] = 0, seq_start[S] = M. */
 MOE_API void moe_embed_forward(float *x, const int32_t *ids, const uint8_t *segments, const int32_t *seq_start, int32_t S,
-                               const float *word, const float *position, const float *segment, int32_t H, const moe_env *env);
+                               const float *word, const float *position, const float *segment, int32_t H,
+                               const moe_env *env);
 /* The rows of dword (V,H), dposition (P,H), dsegment that were used += dx, in the order of the tokens. */
 MOE_API void moe_embed_backward(float *dword, float *dposition, float *dsegment, const float *dx, const int32_t *ids,
                                 const uint8_t *segments, const int32_t *seq_start, int32_t S, int32_t H, const moe_env *env);
 
 /* Multi-head self-attention inside each of S packed sequences: for each head, y = dropout(softmax(q k^T / sqrt D)) v.
-   y (M, H); qkv (M, 3H): query, key and value side by side; D = H / A; stats (M, A, 2) receives the maximum and 1/sum of each softmax
-   row for backward, or NULL. keys (S): key of the dropout of each sequence (element (a, i, j) at position (a len + i) len + j),
-   NULL or p = 0: none. scratch: moe_attention_scratch floats. */
+   y (M, H); qkv (M, 3H): query, key and value side by side; D = H / A; stats (M, A, 2) receives the maximum and 1/sum of
+   each softmax row for backward, or NULL. keys (S): key of the dropout of each sequence (element (a, i, j) at position (a
+   len + i) len + j), NULL or p = 0: none. scratch: moe_attention_scratch floats. */
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training, const moe_env *env);
 MOE_API void moe_attention_forward(float *y, float *stats, const float *qkv, const int32_t *seq_start, int32_t S, int32_t H,
                                    int32_t A, float p, const uint64_t *keys, float *scratch, const moe_env *env);
-/* dqkv (M, 3H) accumulates. y, stats, qkv as forward left them; the probabilities are computed again, nothing of size len^2 is kept. */
+/* dqkv (M, 3H) accumulates. y, stats, qkv as forward left them; the probabilities are computed again, nothing of size len^2
+   is kept. */
 MOE_API void moe_attention_backward(float *dqkv, const float *dy, const float *y, const float *stats, const float *qkv,
                                     const int32_t *seq_start, int32_t S, int32_t H, int32_t A, float p, const uint64_t *keys,
                                     float *scratch, const moe_env *env);
@@ -307,33 +318,37 @@ typedef struct moe_routes {
 
 typedef struct moe_route_options {
   float scale;           /* weight = scale * probability: 1 = the paper's g*; N/k = gate scale "n" (PAPER-DIFF) */
-  int32_t renormalize;   /* 1: the k chosen probabilities are divided by their sum (then scale is 1) */
-  float balance;         /* coefficient of the Switch load-balance loss N sum_i f_i P_i; 0 = off, as the paper wants it. f_i: share of the
-                            choices that fell on expert i, P_i: mean probability of i, over the tokens of the batch (there is no padding) */
+  int32_t renormalize;   /* 1: the k chosen probabilities are divided by their sum (then scale is 1), PAPER-DIFF */
+  float balance;         /* coefficient of the Switch load-balance loss N sum_i f_i P_i; 0 = off, as the paper wants it. f_i:
+                            share of the choices that fell on expert i, P_i: mean probability of i, over the tokens of the
+                            batch (there is no padding) */
   float z_loss;          /* coefficient of the router z-loss, the mean over the tokens of (log sum exp logits)^2; 0 = off */
   float jitter;          /* gate inputs are multiplied with uniform noise in [1-jitter, 1+jitter] in training; 0 = off */
   const uint64_t *keys;  /* (S) key of the jitter of each sequence; NULL: none */
   const int32_t *forced; /* (M, k) experts to take instead of the most probable ones, or NULL */
-  const uint8_t *disabled; /* (N) 1: the gate does without this expert, whose probability is 0 (a logit of minus infinity), and the softmax
-                              of Eq. 4 runs over the others; NULL: none. At least k must stay. Routes that are forced ignore it */
+  const uint8_t *disabled; /* (N) 1: the gate does without this expert, whose probability is 0 (a logit of minus infinity),
+                              and the softmax of Eq. 4 runs over the others; NULL: none. At least k must stay. Routes that
+                              are forced ignore it */
 } moe_route_options;
 
-/* logits = x W_g^T with the gate of each sequence [TaG] Eq. 3, softmax, top-k, dispatch. x (M, H); gates (G, N, H); gate_of (S): which
-   gate a sequence uses; N <= MOE_MAX_EXPERTS; 1 <= k <= N. logits (M, N) is scratch that backward needs again.
+/* logits = x W_g^T with the gate of each sequence [TaG] Eq. 3, softmax, top-k, dispatch. x (M, H); gates (G, N, H); gate_of
+   (S): which gate a sequence uses; N <= MOE_MAX_EXPERTS; 1 <= k <= N. logits (M, N) is scratch that backward needs again.
    N = 1: probability 1, whatever the gate (gates, gate_of and logits may be NULL), and no loss. *loss (may be NULL) receives
    balance loss + z-loss, coefficients applied. */
 #define MOE_MAX_EXPERTS 256
 MOE_API void moe_route_forward(moe_routes *routes, float *logits, float *loss, const float *x, const float *gates,
                                const int32_t *gate_of, const int32_t *seq_start, int32_t S, int32_t H,
                                const moe_route_options *options, const moe_env *env);
-/* Gradients through the weights of the chosen experts into all logits, the gates and x; dweight (M, k) from moe_experts_backward.
-   loss_scale multiplies the gradient of the auxiliary losses. dlogits (M, N) is scratch. N = 1: nothing to do. */
+/* Gradients through the weights of the chosen experts into all logits, the gates and x; dweight (M, k) from
+   moe_experts_backward. loss_scale multiplies the gradient of the auxiliary losses. dlogits (M, N) is scratch. N = 1:
+   nothing to do. */
 MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const float *dweight, float loss_scale,
                                 const moe_routes *routes, const float *logits, const float *x, const float *gates,
                                 const int32_t *gate_of, const int32_t *seq_start, int32_t S, int32_t H,
                                 const moe_route_options *options, const moe_env *env);
 
-/* The N experts of a layer: E_i(x) = W_out GELU(W_in x + b_in) + b_out [TaG] Eq. 1. Arrays of N. */
+/* The N experts of a layer: E_i(x) = W_out GELU(W_in x + b_in) + b_out [TaG] Eq. 1. PAPER-DIFF: with the biases that BERT's
+   weights bring. Arrays of N. */
 typedef struct moe_experts {
   int32_t N, H, F;
   const moe_mat *in, *out;            /* (F, H) and (H, F), for forward: rows or panels */
@@ -343,18 +358,18 @@ typedef struct moe_experts {
 
 /* Floats of scratch for M tokens with k experts each, in forward or backward. */
 MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, int training);
-/* y = sum over the chosen experts of weight E(x) [TaG] Eq. 2 and 6. Kept for backward, both or neither NULL: pre (M k, F) the inner
-   pre-activations and e (M k, H) the experts' outputs, both in the order of routes->order. Experts without a token cost nothing.
-   With N = 1 and weight 1 this is the dense FFN, bit for bit; e is not used then and may be NULL. */
+/* y = sum over the chosen experts of weight E(x) [TaG] Eq. 2 and 6. Kept for backward, both or neither NULL: pre (M k, F)
+   the inner pre-activations and e (M k, H) the experts' outputs, both in the order of routes->order. Experts without a token
+   cost nothing. With N = 1 and weight 1 this is the dense FFN, bit for bit; e is not used then and may be NULL. */
 MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x, const moe_routes *routes,
                                  const moe_experts *experts, float *scratch, const moe_env *env);
 /* dx (M, H), dweight (M, k, overwritten), d_in[i] (F, H), d_b_in[i], d_out[i] (H, F), d_b_out[i]: arrays of N pointers, each
-   accumulated; an array or a pointer in it may be NULL: not computed. w_in and w_out: the weights in rows layout. With N = 1 and
-   weight 1 dweight is zero: nothing depends on it. */
+   accumulated; an array or a pointer in it may be NULL: not computed. w_in and w_out: the weights in rows layout. With N = 1
+   and weight 1 dweight is zero: nothing depends on it. */
 MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in, float *const *d_b_in, float *const *d_out,
                                   float *const *d_b_out, const float *dy, const float *x, const float *pre, const float *e,
-                                  const moe_routes *routes, const float *const *w_in, const float *const *w_out, int32_t H, int32_t F,
-                                  float *scratch, const moe_env *env);
+                                  const moe_routes *routes, const float *const *w_in, const float *const *w_out, int32_t H,
+                                  int32_t F, float *scratch, const moe_env *env);
 
 /* ---- configuration, tasks, batch, model ---- >>api_model */
 
@@ -367,26 +382,29 @@ typedef enum moe_router {
   MOE_ROUTER_SHARED, /* one gate a layer for all tasks: MT-Switch */
   MOE_ROUTER_TASK,   /* one gate a layer and task: MT-TaG [TaG] 3.1 */
   MOE_ROUTER_LEVEL,  /* one small network a layer chooses blocks for a whole task from the task's vector [TL] 2 */
-  MOE_ROUTER_EMBEDDING /* the gate of a task is made of shared matrices, W_{g,t} = sum_j z_{t,j} B_j, and its vector z_t [TaG] A.4 */
+  MOE_ROUTER_EMBEDDING /* the gate of a task is made of shared matrices, W_{g,t} = sum_j z_{t,j} B_j, and its vector z_t
+                          [TaG] A.4 */
 } moe_router;
 
 /* What an expert is. */
 typedef enum moe_unit {
   MOE_UNIT_FFN,  /* a feed-forward network [TaG] */
-  MOE_UNIT_BLOCK /* a whole transformer block [TL]: with MOE_ROUTER_LEVEL, or without a router (MOE_ROUTER_DENSE: the mean of the blocks,
-                    or the routes of moe_context_level) */
+  MOE_UNIT_BLOCK /* a whole transformer block [TL]: with MOE_ROUTER_LEVEL, or without a router (MOE_ROUTER_DENSE: the mean of
+                    the blocks, or the routes of moe_context_level) */
 } moe_unit;
 
 /* How MOE_ROUTER_LEVEL turns scores z of the m blocks into their weights [TL] 4. */
 typedef enum moe_selection {
   MOE_SELECT_SOFTMAX, /* softmax(z / tau): all blocks take part */
-  MOE_SELECT_GUMBEL,  /* training: softmax((z + noise) / tau), noise drawn for each sequence and layer; else the most probable block */
-  MOE_SELECT_STRAIGHT /* training: the largest of those weights counts as 1, the others as 0, with the gradient of the weights
-                         (straight-through); else the most probable block */
+  MOE_SELECT_GUMBEL,  /* training: softmax((z + noise) / tau), noise drawn for each sequence and layer; else the most
+                         probable block */
+  MOE_SELECT_STRAIGHT /* training: the largest of those weights counts as 1, the others as 0, with the gradient of the
+                         weights (straight-through); else the most probable block */
 } moe_selection;
 
 typedef enum moe_truncate {
-  MOE_TRUNCATE_LONGEST, /* a pair: tokens are taken from the end of the longer text, one by one */
+  MOE_TRUNCATE_LONGEST, /* a pair: tokens are taken from the end of the longer text, one by one. PAPER-DIFF: [TaG] A.3 cuts
+                           "on the right", which read as below would lose the second text of most long pairs */
   MOE_TRUNCATE_RIGHT    /* the whole is cut on the right */
 } moe_truncate;
 
@@ -398,7 +416,8 @@ typedef struct moe_config {
   float eps;                             /* of LayerNorm, 1e-12 in BERT */
   moe_router router;
   int32_t experts, top_k;                /* N, k; 1 and 1 when dense */
-  int32_t gate_scale_n;                  /* 0: weight g* (the paper). 1: g* N/k, PAPER-DIFF: an upcycled model starts as its parent */
+  int32_t gate_scale_n;                  /* 0: weight g* (the paper). 1: g* N/k, PAPER-DIFF: an upcycled model starts as its
+                                            parent */
   int32_t renormalize;                   /* 1: top-k weights sum to 1; not together with gate_scale_n */
   int32_t rank;                          /* r: length of a task's vector, for MOE_ROUTER_EMBEDDING; 8 */
   int32_t max_len;                       /* longest input in tokens, at most `positions` */
@@ -407,17 +426,20 @@ typedef struct moe_config {
   moe_unit unit;                         /* MOE_UNIT_BLOCK: `experts` counts the blocks of a layer, m in [TL] */
   moe_selection selection;               /* the following are for MOE_ROUTER_LEVEL */
   int32_t vector;                        /* width of a task's vector (64) */
-  float temperature;                     /* tau of MOE_SELECT_SOFTMAX outside training, where moe_train_tau decides: 0.1, where its fall ends */
+  float temperature;                     /* tau of MOE_SELECT_SOFTMAX outside training, where moe_train_tau decides: 0.1,
+                                            where its fall ends */
 } moe_config;
 MOE_API void moe_config_init(moe_config *config);
 /* MOE_E_ARGUMENT with a sentence for any field outside its range. */
 MOE_API moe_status moe_config_check(const moe_config *config, const moe_env *env);
 
 typedef enum moe_kind {
+  /* Heads have a bias, zero at first. PAPER-DIFF: Eq. 7 and 8 have none. */
   MOE_KIND_CLASSIFICATION, /* head (C, H) on [CLS], cross-entropy / log C [TaG] Eq. 7, 9, 3.3 */
   MOE_KIND_REGRESSION,     /* head (1, H) on [CLS], squared error [TaG] Eq. 8, 10 */
   MOE_KIND_RANKING,        /* classification of each choice; in a group the largest logit of class 1 wins [TaG] A.3.1 */
-  MOE_KIND_SPAN            /* classification on [CLS; span 1; span 2], head (C, 3H), a span is the mean of its tokens [TaG] A.3.1 */
+  MOE_KIND_SPAN            /* classification on [CLS; span 1; span 2], head (C, 3H), a span is the mean of its tokens [TaG]
+                              A.3.1 */
 } moe_kind;
 
 typedef struct moe_task {
@@ -426,7 +448,8 @@ typedef struct moe_task {
   int32_t pair;              /* 1: two texts */
   int32_t classes;           /* C >= 2; regression: 1 */
   float low, high;           /* range of a regression's labels */
-  char metrics[MOE_NAME_BYTES]; /* names separated by commas, the first is the task's: accuracy f1 macro_f1 matthews pearson spearman */
+  char metrics[MOE_NAME_BYTES]; /* names separated by commas, the first is the task's: accuracy f1 macro_f1 matthews pearson
+                                   spearman */
   int32_t max_len;           /* longest input in tokens where that is less than the model's; 0: the model's */
   const char *const *label;  /* (C) label names, owned by whoever made the task (a model copies them); NULL: "0", "1", ... */
 } moe_task;
@@ -447,14 +470,15 @@ typedef struct moe_batch {
 typedef struct moe_model moe_model;
 
 /* Exact bytes of moe_model_init's block. */
-MOE_API moe_status moe_model_size(const moe_config *config, const moe_task *tasks, int32_t T, size_t *bytes, const moe_env *env);
-/* A model with random weights in the caller's block (64-byte aligned): matrices N(0, 0.02), gates N(0, 0.001), LayerNorm 1, biases 0
-   [TaG] 4.4. Same seed, same bits. */
-MOE_API moe_status moe_model_init(moe_model **out, void *block, size_t bytes, const moe_config *config, const moe_task *tasks, int32_t T,
-                                  uint64_t seed, const moe_env *env);
+MOE_API moe_status moe_model_size(const moe_config *config, const moe_task *tasks, int32_t T, size_t *bytes,
+                                  const moe_env *env);
+/* A model with random weights in the caller's block (64-byte aligned): matrices N(0, 0.02), gates N(0, 0.001), LayerNorm 1,
+   biases 0 [TaG] 4.4. Same seed, same bits. */
+MOE_API moe_status moe_model_init(moe_model **out, void *block, size_t bytes, const moe_config *config,
+                                  const moe_task *tasks, int32_t T, uint64_t seed, const moe_env *env);
 /* The same on the heap. */
-MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T, uint64_t seed,
-                                    const moe_env *env);
+MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config, const moe_task *tasks, int32_t T,
+                                    uint64_t seed, const moe_env *env);
 /* Frees what _create, _load, _pack and _set_vocab took. NULL is fine. For a model in the caller's block: frees only that. */
 MOE_API void moe_model_free(moe_model *model);
 
@@ -478,22 +502,24 @@ typedef struct moe_tensor {
   size_t offset, count;  /* in elements: of the flat array, or of the int8 weights that follow it */
 } moe_tensor;
 MOE_API size_t moe_model_parameters(const moe_model *model);
-MOE_API float *moe_model_weights(moe_model *model); /* NULL where they stay in a file's bytes (moe_model_open), or are int8 */
+MOE_API float *moe_model_weights(moe_model *model); /* NULL where they stay in a file's bytes (moe_model_open), or are
+                                                       int8 */
 MOE_API int32_t moe_model_tensors(const moe_model *model);
 MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_tensor *out);
 /* Index of the tensor of that name, or -1. */
 MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name);
 
-/* Packs the weights for fast products into memory of the model's own (the heap, or the caller's block of moe_model_pack_size bytes).
-   To be called again after weights were changed by hand; the trainer keeps it up to date itself. */
+/* Packs the weights for fast products into memory of the model's own (the heap, or the caller's block of moe_model_pack_size
+   bytes). To be called again after weights were changed by hand; the trainer keeps it up to date itself. */
 MOE_API size_t moe_model_pack_size(const moe_model *model);
 MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *env);
 
-/* A copy of a model for inference, on the heap and packed, about a quarter of the bytes: int8 instead of floats for the word embeddings, the
-   matrices of attention and those of the experts, each with a scale for each row (tensors NAME, int8, and NAME.scale). Gates, LayerNorms,
-   biases, heads and the other embeddings stay as they are, since a quantised gate routes differently. It is written, read and opened like
-   any model, and moe_forward takes it; it cannot be trained, imported into or quantised again (MOE_E_UNSUPPORTED). MOE_E_NONFINITE with the tensor's
-   name where a weight is no finite number; MOE_E_UNSUPPORTED where a matrix is wider than MOE_INT8_COLS. */
+/* A copy of a model for inference, on the heap and packed, about a quarter of the bytes: int8 instead of floats for the word
+   embeddings, the matrices of attention and those of the experts, each with a scale for each row (tensors NAME, int8, and
+   NAME.scale). Gates, LayerNorms, biases, heads and the other embeddings stay as they are, since a quantised gate routes
+   differently. It is written, read and opened like any model, and moe_forward takes it; it cannot be trained, imported into
+   or quantised again (MOE_E_UNSUPPORTED). MOE_E_NONFINITE with the tensor's name where a weight is no finite number;
+   MOE_E_UNSUPPORTED where a matrix is wider than MOE_INT8_COLS. */
 MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, const moe_env *env);
 /* MOE_TYPE_I8 for such a model, else MOE_TYPE_F32. */
 MOE_API moe_type moe_model_type(const moe_model *model);
@@ -505,62 +531,70 @@ typedef struct moe_writer {
 } moe_writer;
 /* Writes the whole model, in large portions; the same model gives the same bytes. MOE_E_IO when the writer says so. */
 MOE_API moe_status moe_model_write(const moe_model *model, const moe_writer *writer, const moe_env *env);
-/* A model on the heap from the bytes of a file, packed and ready to train or to run. The tensors may have any order. MOE_E_FORMAT with the
-   tensor's name where the file is not one of moe.h or is damaged (NaN and infinities among the weights count as damage). */
+/* A model on the heap from the bytes of a file, packed and ready to train or to run. The tensors may have any order.
+   MOE_E_FORMAT with the tensor's name where the file is not one of moe.h or is damaged (NaN and infinities among the weights
+   count as damage). */
 MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file_bytes, const moe_env *env);
 /* Bytes of a block for moe_model_open. */
 MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size_t *bytes, const moe_env *env);
-/* A model whose weights stay in the file's bytes (mapped, or in flash), which must outlive it and are never written to. Such a model
-   cannot be trained. MOE_E_FORMAT with the tensor's name where the file is not one of moe.h, is damaged, or has another order of tensors. */
-MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file_bytes, void *block, size_t bytes, const moe_env *env);
+/* A model whose weights stay in the file's bytes (mapped, or in flash), which must outlive it and are never written to. Such
+   a model cannot be trained. MOE_E_FORMAT with the tensor's name where the file is not one of moe.h, is damaged, or has
+   another order of tensors. */
+MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file_bytes, void *block, size_t bytes,
+                                  const moe_env *env);
 
 /* How the weights of a published encoder get into a model. */
 typedef struct moe_import_options {
-  float noise;   /* standard deviation of noise on copied experts or blocks: [TaG] 4.3 asks for none, 0; [TL]'s authors take 1e-8 */
+  float noise;   /* standard deviation of noise on copied experts or blocks: [TaG] 4.3 asks for none, 0; [TL]'s authors take
+                    1e-8 */
   uint64_t seed;
 } moe_import_options;
-/* Reads sizes (not heads and eps, which no safetensors file holds) from a BERT-like safetensors file into *config: layers, hidden, ffn,
-   vocab, positions, segments. Names with and without "bert.", gamma/beta as well as weight/bias. */
+/* Reads sizes (not heads and eps, which no safetensors file holds) from a BERT-like safetensors file into *config: layers,
+   hidden, ffn, vocab, positions, segments. Names with and without "bert.", gamma/beta as well as weight/bias. */
 MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes, const moe_env *env);
-/* Reads num_attention_heads (which must be there) and layer_norm_eps from the text of a config.json. MOE_E_UNSUPPORTED unless hidden_act is
-   "gelu", position_embedding_type "absolute" and model_type "bert", where they are given. */
+/* Reads num_attention_heads (which must be there) and layer_norm_eps from the text of a config.json. MOE_E_UNSUPPORTED
+   unless hidden_act is "gelu", position_embedding_type "absolute" and model_type "bert", where they are given. */
 MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes, const moe_env *env);
-/* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN, or m of each block, #18, #32) from the file: F32, F16 or
-   BF16. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT with a sentence for each tensor that is missing, misshapen or not finite (16 at most); nothing is
-   changed then. options NULL: no noise. */
+/* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN, or m of each block, #18, #32) from the
+   file: F32, F16 or BF16. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT with a sentence for each
+   tensor that is missing, misshapen or not finite (16 at most); nothing is changed then. options NULL: no noise. */
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes, const moe_import_options *options,
                                     const moe_env *env);
 
-/* Where the gates of a task that joins a model come from [TaG] 4.6, Tables 2 and 6, beside the number of one of its tasks. */
+/* Where the gates of a task that joins a model come from [TaG] 4.6, Tables 2 and 6, beside the number of one of its
+   tasks. */
 enum { MOE_GATE_RANDOM = -1, MOE_GATE_MEAN = -2 };
-/* A model on the heap, packed, with one task more, which comes last; everything else has the same bits. Its gate in every layer (or its task
-   vector) is a copy of task gate_from's, the mean of all tasks' (MOE_GATE_MEAN) or random, as its head is, from `seed`. A dense model and one
-   with a shared gate have no gates of a task's own: MOE_GATE_RANDOM is all they take. MOE_E_ARGUMENT: a task of that name is there, there is no
-   task gate_from, or its weights are not fp32 in memory. */
-MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, const moe_task *task, int32_t gate_from, uint64_t seed,
-                                   const moe_env *env);
+/* A model on the heap, packed, with one task more, which comes last; everything else has the same bits. Its gate in every
+   layer (or its task vector) is a copy of task gate_from's, the mean of all tasks' (MOE_GATE_MEAN) or random, as its head
+   is, from `seed`. A dense model and one with a shared gate have no gates of a task's own: MOE_GATE_RANDOM is all they take.
+   MOE_E_ARGUMENT: a task of that name is there, there is no task gate_from, or its weights are not fp32 in memory. */
+MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, const moe_task *task, int32_t gate_from,
+                                   uint64_t seed, const moe_env *env);
 
 /* Which experts come along when tasks are taken out of a model. */
 typedef struct moe_extract_options {
   int32_t experts;     /* N of the new model: every layer keeps as many */
   const int32_t *keep; /* (L, experts) numbers of the experts kept, rising within a layer */
-  const float *factor; /* (L, experts) what the output of a kept expert is multiplied with, NULL: 1. Without the rows of the others a softmax
-                          gives higher probabilities; the ratio of the mean weights before and after makes up for it */
+  const float *factor; /* (L, experts) what the output of a kept expert is multiplied with, NULL: 1. Without the rows of the
+                          others a softmax gives higher probabilities; the ratio of the mean weights before and after makes
+                          up for it */
 } moe_extract_options;
-/* A model on the heap, packed, with n of the tasks, in the order given; without options their scores have the same bits as before. Gates lose the
-   rows of experts that do not come along: what moe_context_disable does, but for the factor N of the gate scale. MOE_E_ARGUMENT: a task or
-   expert that is not there, or is named twice; blocks as experts with options. */
+/* A model on the heap, packed, with n of the tasks, in the order given; without options their scores have the same bits as
+   before. Gates lose the rows of experts that do not come along: what moe_context_disable does, but for the factor N of the
+   gate scale. MOE_E_ARGUMENT: a task or expert that is not there, or is named twice; blocks as experts with options. */
 MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, const int32_t *tasks, int32_t n,
                                      const moe_extract_options *options, const moe_env *env);
 
 #ifndef MOE_NO_STDIO
-/* Reads a whole file or pipe: *data (to be freed with moe_free) and *bytes. A zero that is not counted follows. MOE_E_IO, MOE_E_MEMORY. */
+/* Reads a whole file or pipe: *data (to be freed with moe_free) and *bytes. A zero that is not counted follows. MOE_E_IO,
+   MOE_E_MEMORY. */
 MOE_API moe_status moe_file_read(void **data, size_t *bytes, const char *path, const moe_env *env);
 MOE_API void moe_free(void *data);
-/* Replaces the file at `path` by what `write` writes: first into PATH.tmp, which is flushed to the disk and then renamed, so that a crash
-   or a full disk never costs the old file. A symbolic link is replaced, not followed; a pipe or device is written to directly. */
-MOE_API moe_status moe_file_replace(const char *path, moe_status (*write)(void *user, const moe_writer *writer, const moe_env *env),
-                                    void *user, const moe_env *env);
+/* Replaces the file at `path` by what `write` writes: first into PATH.tmp, which is flushed to the disk and then renamed, so
+   that a crash or a full disk never costs the old file. A symbolic link is replaced, not followed; a pipe or device is
+   written to directly. */
+MOE_API moe_status moe_file_replace(const char *path, moe_status (*write)(void *user, const moe_writer *writer,
+                                    const moe_env *env), void *user, const moe_env *env);
 /* Loads a model file onto the heap, packed and ready to train or to run. */
 MOE_API moe_status moe_model_load(moe_model **out, const char *path, const moe_env *env);
 /* Saves it, replacing the old file safely. */
@@ -577,56 +611,62 @@ typedef struct moe_limits {
 } moe_limits;
 
 MOE_API moe_status moe_context_size(const moe_model *model, const moe_limits *limits, size_t *bytes, const moe_env *env);
-MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes, const moe_model *model, const moe_limits *limits,
-                                    const moe_env *env);
-MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model, const moe_limits *limits, const moe_env *env);
+MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes, const moe_model *model,
+                                    const moe_limits *limits, const moe_env *env);
+MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model, const moe_limits *limits,
+                                      const moe_env *env);
 MOE_API void moe_context_free(moe_context *context);
 
 /* MOE_OK, or a sentence that says which sequence or token is wrong. Every pass calls it. */
 MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batch, int with_labels, const moe_env *env);
 
-/* Scores of every sequence: scores (S, moe_model_max_classes), a row holds the C logits of its task (regression: one value), the rest
-   zeros. No dropout, no jitter. */
+/* Scores of every sequence: scores (S, moe_model_max_classes), a row holds the C logits of its task (regression: one value),
+   the rest zeros. No dropout, no jitter. */
 MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_batch *batch, const moe_env *env);
 /* Final hidden states (M, H) of the last pass. */
 MOE_API const float *moe_context_hidden(const moe_context *context);
-/* The routes of the last pass in a layer (dense: k = 1, all tokens at expert 0; blocks: k = 1, the block of the largest weight, which is
-   `weight` too, and all weights as `prob`). Pointers into the context. */
+/* The routes of the last pass in a layer (dense: k = 1, all tokens at expert 0; blocks: k = 1, the block of the largest
+   weight, which is `weight` too, and all weights as `prob`). Pointers into the context. */
 MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out);
-/* Makes the following passes take these experts in every layer: (L, M, k), kept by the caller; NULL: the gates decide again. */
+/* Makes the following passes take these experts in every layer: (L, M, k), kept by the caller; NULL: the gates decide
+   again. */
 MOE_API void moe_context_force(moe_context *context, const int32_t *experts);
-/* Makes the following passes do without the experts marked 1: (L, N), kept by the caller; NULL: all take part again. The softmax of a gate
-   then runs over the others (moe_route_options.disabled), so that their weights sum to 1. A pass fails with MOE_E_ARGUMENT where a layer
-   keeps fewer than k. Routes that are forced, or fixed by moe_context_level, ignore it. Blocks as experts can be disabled alike. */
+/* Makes the following passes do without the experts marked 1: (L, N), kept by the caller; NULL: all take part again. The
+   softmax of a gate then runs over the others (moe_route_options.disabled), so that their weights sum to 1. A pass fails
+   with MOE_E_ARGUMENT where a layer keeps fewer than k. Routes that are forced, or fixed by moe_context_level, ignore it.
+   Blocks as experts can be disabled alike. */
 MOE_API void moe_context_disable(moe_context *context, const uint8_t *experts);
 
-/* Where the tokens of each task went: sums over as many passes as one likes, arrays of the caller, cleared by the caller at first.
-   Nothing is counted, and no time is spent, unless moe_route_count is called. */
+/* Where the tokens of each task went: sums over as many passes as one likes, arrays of the caller, cleared by the caller at
+   first. Nothing is counted, and no time is spent, unless moe_route_count is called. */
 typedef struct moe_route_sums {
   int64_t *tokens; /* (T) tokens of a task */
-  int64_t *chosen; /* (T, L, N) choices that fell on an expert: over N they sum to k tokens. chosen / (k tokens) is the expert's share */
-  double *gate;    /* (T, L, N) sum of the probability of an expert over the tokens that chose it: gate / chosen is its mean g* [TaG] Eq. 6,
-                      before any gate scale. NULL: not wanted */
+  int64_t *chosen; /* (T, L, N) choices that fell on an expert: over N they sum to k tokens. chosen / (k tokens) is the
+                      expert's share */
+  double *gate;    /* (T, L, N) sum of the probability of an expert over the tokens that chose it: gate / chosen is its mean
+                      g* [TaG] Eq. 6, before any gate scale. NULL: not wanted */
   double *prob;    /* (T, L, N) sum of the probability of an expert over all tokens [TaG] Eq. 4. NULL: not wanted */
 } moe_route_sums;
 /* Adds the routes of the context's last pass, which was one of this batch. MOE_E_ARGUMENT when it cannot have been. */
-MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *context, const moe_batch *batch, const moe_env *env);
+MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *context, const moe_batch *batch,
+                                   const moe_env *env);
 
 /* Task-level routing from outside [TL]; arrays of the caller that must stay, and may change between passes. */
 typedef struct moe_level {
-  const float *routes; /* (T, L, m) weights of the blocks, 0 or more, one above 0 for each task and layer: fixed, no router takes part, and
-                          blocks of weight 0 are not computed. NULL: a router decides */
-  const float *scores; /* (T, L, m) scores of a router of the caller's (an LSTM, say) in place of the model's own; NULL: the model's */
+  const float *routes; /* (T, L, m) weights of the blocks, 0 or more, one above 0 for each task and layer: fixed, no router
+                          takes part, and blocks of weight 0 are not computed. NULL: a router decides */
+  const float *scores; /* (T, L, m) scores of a router of the caller's (an LSTM, say) in place of the model's own; NULL: the
+                          model's */
   float *dscores;      /* (T, L, m) moe_accumulate adds the gradients of `scores`; NULL: not wanted */
 } moe_level;
-/* Makes the following passes use them; NULL: the model's own again. MOE_E_ARGUMENT for a model without blocks. Values are checked by every
-   pass. */
+/* Makes the following passes use them; NULL: the model's own again. MOE_E_ARGUMENT for a model without blocks. Values are
+   checked by every pass. */
 MOE_API moe_status moe_context_level(moe_context *context, const moe_level *level, const moe_env *env);
-/* The choice of the model's own router: routes (T, L, m) is softmax(z / tau), or with tau 0 the most probable block (1, the others 0).
-   MOE_E_ARGUMENT for a model without MOE_ROUTER_LEVEL, or tau below 0. */
+/* The choice of the model's own router: routes (T, L, m) is softmax(z / tau), or with tau 0 the most probable block (1, the
+   others 0). MOE_E_ARGUMENT for a model without MOE_ROUTER_LEVEL, or tau below 0. */
 MOE_API moe_status moe_level_routes(float *routes, const moe_model *model, float tau, const moe_env *env);
-/* out = (1 - share) / m + share routes, for `rows` rows of m: from the average (share 0) to the routes (1), [TL]'s second stage. out may be
-   routes. */
+/* out = (1 - share) / m + share routes, for `rows` rows of m: from the average (share 0) to the routes (1), [TL]'s second
+   stage. out may be routes. */
 MOE_API void moe_level_blend(float *out, const float *routes, float share, size_t rows, int32_t m);
 
 #ifndef MOE_NO_TRAIN
@@ -641,15 +681,19 @@ typedef struct moe_group {
 
 typedef struct moe_train_config {
   float rate;              /* peak learning rate, 1e-3 > rate > 0 as a rule */
-  float warmup;            /* fraction of `steps`, 0 .. 1: W = floor(warmup steps); step t (from 1): t/W up to W, then (steps-t+1)/(steps-W) */
+  float warmup;            /* fraction of `steps`, 0 .. 1: W = floor(warmup steps); step t (from 1): t/W up to W, then
+                              (steps-t+1)/(steps-W) */
   int64_t steps;           /* after the last one moe_update returns MOE_E_ARGUMENT */
   float beta1, beta2, eps; /* Adam 0.9, 0.999, 1e-8 [TaG] A.3 */
   float decay;             /* decoupled weight decay of matrices (not of biases and LayerNorms); 0 = off */
   float clip;              /* gradients times min(1, clip / (norm + 1e-6)); 0 = off */
   float dropout;           /* 0.1 [TaG] 4.4 */
-  float balance, z_loss, jitter; /* see moe_route_options; 0 = off, as the paper wants them */
-  float tau_first, tau_last; /* temperature of MOE_ROUTER_LEVEL: max(tau_last, tau_first exp(-tau_rate step)), 2 and 0.1 [TL] 4 */
-  float tau_rate;            /* 0.0003 in the authors' code; 0 (default): as it must be to arrive at tau_last with the last step */
+  float balance, z_loss, jitter; /* see moe_route_options; 0 = off, as [TaG] A.3.2 wants them. PAPER-DIFF where they are
+                                    on */
+  float tau_first, tau_last; /* temperature of MOE_ROUTER_LEVEL: max(tau_last, tau_first exp(-tau_rate step)), 2 and 0.1 [TL]
+                                4 */
+  float tau_rate;            /* 0.0003 in the authors' code; 0 (default): as it must be to arrive at tau_last with the last
+                                step */
   uint64_t seed;
   const moe_group *groups; /* must outlive the trainer */
   int32_t n_groups;
@@ -657,23 +701,24 @@ typedef struct moe_train_config {
 MOE_API void moe_train_config_init(moe_train_config *config);
 
 typedef struct moe_trainer moe_trainer;
-/* A trainer holds gradients and moments (3 x parameters) and a training context. _create also packs the model (moe_model_pack) unless it
-   is; with _init that is the caller's choice. */
-MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *limits, const moe_train_config *config, size_t *bytes,
-                                    const moe_env *env);
+/* A trainer holds gradients and moments (3 x parameters) and a training context. _create also packs the model
+   (moe_model_pack) unless it is; with _init that is the caller's choice. */
+MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *limits, const moe_train_config *config,
+                                    size_t *bytes, const moe_env *env);
 MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes, moe_model *model, const moe_limits *limits,
                                     const moe_train_config *config, const moe_env *env);
-MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const moe_limits *limits, const moe_train_config *config,
-                                      const moe_env *env);
+MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const moe_limits *limits,
+                                      const moe_train_config *config, const moe_env *env);
 MOE_API void moe_trainer_free(moe_trainer *trainer);
 
-/* Forward and backward of a micro-batch: gradients += d(sum of the losses / whole)/dw, where `whole` is the number of sequences of the whole
-   batch (0: batch->S). *loss (may be NULL) receives the sum of the losses / whole, auxiliary losses included; losses (S, may be NULL)
-   the scaled loss of each sequence. MOE_E_NONFINITE: a loss was not finite; the gradients are then cleared. */
+/* Forward and backward of a micro-batch: gradients += d(sum of the losses / whole)/dw, where `whole` is the number of
+   sequences of the whole batch (0: batch->S). PAPER-DIFF: a mean, where Eq. 9 and 10 are sums. *loss (may be NULL) receives
+   the sum of the losses / whole, auxiliary losses included; losses (S, may be NULL) the scaled loss of each sequence.
+   MOE_E_NONFINITE: a loss was not finite; the gradients are then cleared. */
 MOE_API moe_status moe_accumulate(moe_trainer *trainer, const moe_batch *batch, int32_t whole, float *loss, float *losses,
                                   const moe_env *env);
-/* Clips, one Adam step, clears the gradients, packs the weights anew. *norm (may be NULL): the gradient's norm before clipping.
-   MOE_E_NONFINITE: weights and moments are untouched, the gradients cleared. */
+/* Clips, one Adam step, clears the gradients, packs the weights anew. *norm (may be NULL): the gradient's norm before
+   clipping. MOE_E_NONFINITE: weights and moments are untouched, the gradients cleared. */
 MOE_API moe_status moe_update(moe_trainer *trainer, float *norm, const moe_env *env);
 /* Learning rate of step t, counted from 1. */
 MOE_API float moe_train_rate(const moe_train_config *config, int64_t t);
@@ -682,25 +727,29 @@ MOE_API float moe_train_tau(const moe_train_config *config, int64_t t);
 MOE_API float *moe_trainer_gradients(moe_trainer *trainer);
 MOE_API moe_context *moe_trainer_context(moe_trainer *trainer);
 MOE_API int64_t moe_trainer_step(const moe_trainer *trainer); /* updates so far */
-/* Largest error of `samples` gradients against central differences (fourth order, steps of 1/128), relative to the norm of its tensor's gradient
-   or, where that is larger, a hundredth of the whole gradient's. Tensors take turns; of each the largest gradient is looked at first. Routes
-   and dropout stay as they are meanwhile. A debugging tool: slow, takes memory for the routes, and as good as float allows (about 1e-3 where
-   the loss is smooth). Weights are as before afterwards, the gradients cleared. */
-MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples, float *error, const moe_env *env);
+/* Largest error of `samples` gradients against central differences (fourth order, steps of 1/128), relative to the norm of
+   its tensor's gradient or, where that is larger, a hundredth of the whole gradient's. Tensors take turns; of each the
+   largest gradient is looked at first. Routes and dropout stay as they are meanwhile. A debugging tool: slow, takes memory
+   for the routes, and as good as float allows (about 1e-3 where the loss is smooth). Weights are as before afterwards, the
+   gradients cleared. */
+MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples, float *error,
+                                 const moe_env *env);
 
 /* The optimizer by itself, for arrays of your own. */
 
 /* The 2-norm of n gradients, infinity or NaN where one is not a finite number (or is above 1e18). */
 MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env);
-/* Step number t (from 1) of Adam on n weights w with gradients dw and moments m and v, all zero at first [TaG] A.3; then dw is zero.
-   d = factor dw (factor: clipping), m = beta1 m + (1 - beta1) d, v = beta2 v + (1 - beta2) d^2,
-   w = (1 - rate decay) w - rate m' / (sqrt(v') + eps), m' = m / (1 - beta1^t), v' = v / (1 - beta2^t). Betas mean decimals of up to 7 digits. */
-MOE_API void moe_adam_step(float *w, float *dw, float *m, float *v, size_t n, int64_t t, float rate, float decay, float factor, float beta1,
-                           float beta2, float eps, const moe_env *env);
+/* Step number t (from 1) of Adam on n weights w with gradients dw and moments m and v, all zero at first [TaG] A.3; then dw
+   is zero. d = factor dw (factor: clipping), m = beta1 m + (1 - beta1) d, v = beta2 v + (1 - beta2) d^2,
+   w = (1 - rate decay) w - rate m' / (sqrt(v') + eps), m' = m / (1 - beta1^t), v' = v / (1 - beta2^t). Betas mean decimals
+   of up to 7 digits. */
+MOE_API void moe_adam_step(float *w, float *dw, float *m, float *v, size_t n, int64_t t, float rate, float decay,
+                           float factor, float beta1, float beta2, float eps, const moe_env *env);
 
 /* Which row of which task comes next [TaG] A.3, A.4. */
 typedef enum moe_sampling {
-  MOE_SAMPLING_NATURAL,        /* every row once an epoch, all tasks shuffled together: p_t ~ rows of t */
+  MOE_SAMPLING_NATURAL,        /* every row once an epoch, all tasks shuffled together: p_t ~ rows of t. PAPER-DIFF: [TaG]
+                                  3.3 draws batches of a task and joins them, here each row is drawn */
   MOE_SAMPLING_UNIFORM,        /* every task alike */
   MOE_SAMPLING_TEMPERATURE,    /* p_t ~ rows^(1/tau) */
   MOE_SAMPLING_UNIFORM_NATURAL /* uniform in the first half of the draws, natural later */
@@ -711,8 +760,9 @@ typedef struct moe_sampler_config {
   int32_t in_order;  /* 1: rows in file order, task after task, no shuffling (natural only) */
   uint64_t seed;
   int64_t draws;     /* how many will be drawn in all, for UNIFORM_NATURAL */
-  int32_t run;       /* 0: every draw may be of another task (heterogeneous batches). B > 0: draws come in runs of B of one task (homogeneous
-                        batches of B [TL] 4), natural sampling then by the sizes of the tasks, every row of one once before any comes again */
+  int32_t run;       /* 0: every draw may be of another task (heterogeneous batches). B > 0: draws come in runs of B of one
+                        task (homogeneous batches of B [TL] 4), natural sampling then by the sizes of the tasks, every row of
+                        one once before any comes again */
 } moe_sampler_config;
 /* State: plain numbers, nothing hidden; copy or save it. */
 typedef struct moe_sampler {
@@ -723,25 +773,27 @@ typedef struct moe_sampler {
   int64_t *used;       /* (T) rows drawn of each task so far, an array of the caller */
 } moe_sampler;
 /* Tasks with 0 rows are never drawn; MOE_E_ARGUMENT when all are empty. */
-MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_config *config, const int64_t *rows, int64_t *used, int32_t T,
-                                    const moe_env *env);
+MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_config *config, const int64_t *rows,
+                                    int64_t *used, int32_t T, const moe_env *env);
 /* The next (task, row). */
 MOE_API void moe_sample(moe_sampler *sampler, int32_t *task, int64_t *row);
 
-/* Checkpoint: the model file plus moments, step and the sampler's state (sampler may be NULL), and `note`, a text of the caller's (its own options,
-   say; NULL: none). To be written between updates: gradients that wait for one are not in it. After _read the next step has the same
-   bits as if nothing had happened. MOE_E_IO. */
-MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler, const char *note, const moe_writer *writer,
-                                        const moe_env *env);
-/* Restores weights, moments, step and sampler of a trainer that was made for the same configuration, tasks and vocabulary and a sampler of the
-   same settings and rows (NULL: its state is passed over); gradients are cleared. MOE_E_FORMAT says what differs; nothing is changed
-   then. The training configuration is the caller's to repeat: see the note. */
-MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sampler, const void *file, size_t bytes, const moe_env *env);
-/* Copies the note into text (capacity bytes, zero-terminated); *length its full length, to be asked for with capacity 0. */
-MOE_API moe_status moe_checkpoint_note(char *text, size_t capacity, size_t *length, const void *file, size_t bytes, const moe_env *env);
-#ifndef MOE_NO_STDIO
-MOE_API moe_status moe_checkpoint_save(const moe_trainer *trainer, const moe_sampler *sampler, const char *note, const char *path,
+/* Checkpoint: the model file plus moments, step and the sampler's state (sampler may be NULL), and `note`, a text of the
+   caller's (its own options, say; NULL: none). To be written between updates: gradients that wait for one are not in it.
+   After _read the next step has the same bits as if nothing had happened. MOE_E_IO. */
+MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler, const char *note,
+                                        const moe_writer *writer, const moe_env *env);
+/* Restores weights, moments, step and sampler of a trainer that was made for the same configuration, tasks and vocabulary
+   and a sampler of the same settings and rows (NULL: its state is passed over); gradients are cleared. MOE_E_FORMAT says
+   what differs; nothing is changed then. The training configuration is the caller's to repeat: see the note. */
+MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sampler, const void *file, size_t bytes,
                                        const moe_env *env);
+/* Copies the note into text (capacity bytes, zero-terminated); *length its full length, to be asked for with capacity 0. */
+MOE_API moe_status moe_checkpoint_note(char *text, size_t capacity, size_t *length, const void *file, size_t bytes,
+                                       const moe_env *env);
+#ifndef MOE_NO_STDIO
+MOE_API moe_status moe_checkpoint_save(const moe_trainer *trainer, const moe_sampler *sampler, const char *note,
+                                       const char *path, const moe_env *env);
 MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sampler, const char *path, const moe_env *env);
 #endif
 #endif /* MOE_NO_TRAIN */
@@ -749,13 +801,16 @@ MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sample
 /* ---- tokenizer, metrics, prediction from text ---- >>api_text */
 
 #ifndef MOE_NO_TEXT
-/* BERT's WordPiece, exact to the id with Hugging Face `tokenizers` (>>text), cased or not. It lives in the caller's block. */
+/* BERT's WordPiece, exact to the id with Hugging Face `tokenizers` (>>text), cased or not. It lives in the caller's
+   block. */
 typedef struct moe_tokenizer moe_tokenizer;
-/* Exact bytes of the block. vocab: plain words, one a line, UTF-8; the line's number from 0 is the id, the white space at its end is not
-   part of it; of equal lines the last one counts. MOE_E_FORMAT: more than 2^24 - 2 lines or 2^32 - 1 bytes. */
+/* Exact bytes of the block. vocab: plain words, one a line, UTF-8; the line's number from 0 is the id, the white space at
+   its end is not part of it; of equal lines the last one counts. MOE_E_FORMAT: more than 2^24 - 2 lines or 2^32 - 1
+   bytes. */
 MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, size_t *bytes, const moe_env *env);
-/* A tokenizer in a block (64-byte aligned) of at least that size; it refers to the vocabulary text, which must stay. cased: 0 lower-cases
-   and strips accents (bert-base-uncased), 1 does not. MOE_E_FORMAT: no line is [UNK], [CLS] or [SEP], or a line is not UTF-8. */
+/* A tokenizer in a block (64-byte aligned) of at least that size; it refers to the vocabulary text, which must stay. cased:
+   0 lower-cases and strips accents (bert-base-uncased), 1 does not. MOE_E_FORMAT: no line is [UNK], [CLS] or [SEP], or a
+   line is not UTF-8. */
 MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes, const char *vocab, size_t vocab_bytes,
                                       int cased, const moe_env *env);
 /* Lines of the vocabulary: every id is below. */
@@ -765,60 +820,68 @@ MOE_API int32_t moe_tokenizer_words(const moe_tokenizer *tokenizer);
 typedef struct moe_tokens {
   int32_t *ids;
   uint8_t *segments;     /* 0: [CLS] a [SEP]; 1: b [SEP] */
-  int32_t *begin, *end;  /* half-open range of a piece in its text, in code points from 0; -1 for the [CLS] and [SEP] put around */
+  int32_t *begin, *end;  /* half-open range of a piece in its text, in code points from 0; -1 for the [CLS] and [SEP] put
+                            around */
   int32_t capacity, count;
 } moe_tokens;
-/* [CLS] a [SEP], or [CLS] a [SEP] b [SEP] (b not NULL), in at most max_len tokens (2 or 3 at least; not above out->capacity). Texts are
-   any bytes of any length (2^31 - 1 bytes where begin or end is asked for): invalid UTF-8 becomes U+FFFD and is no error. Special tokens
-   written in a text ("[MASK]", in capitals) are those tokens. Nothing is allocated; memory (3 KB of stack) does not grow with the text.
-   What does not fit is cut, with R = max_len - 2 or - 3 tokens left for the texts; a single text keeps its first R. Of a pair
-   MOE_TRUNCATE_LONGEST shortens the longer text until the pair fits or both are equal, then both: R/2 each, and the odd token to
-   the longer one, to b if they are equal (Hugging Face's longest_first; BERT's own code gives the odd one to a);
-   MOE_TRUNCATE_RIGHT keeps the first R tokens of a followed by b, and all three special tokens. */
+/* [CLS] a [SEP], or [CLS] a [SEP] b [SEP] (b not NULL), in at most max_len tokens (2 or 3 at least; not above
+   out->capacity). Texts are any bytes of any length (2^31 - 1 bytes where begin or end is asked for): invalid UTF-8 becomes
+   U+FFFD and is no error. Special tokens written in a text ("[MASK]", in capitals) are those tokens. Nothing is allocated;
+   memory (3 KB of stack) does not grow with the text. What does not fit is cut, with R = max_len - 2 or - 3 tokens left for
+   the texts; a single text keeps its first R. Of a pair MOE_TRUNCATE_LONGEST shortens the longer text until the pair fits or
+   both are equal, then both: R/2 each, and the odd token to the longer one, to b if they are equal (Hugging Face's
+   longest_first; BERT's own code gives the odd one to a); MOE_TRUNCATE_RIGHT keeps the first R tokens of a followed by b,
+   and all three special tokens. */
 MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, size_t a_bytes, const char *b, size_t b_bytes,
                               int32_t max_len, moe_truncate how, moe_tokens *out, const moe_env *env);
 #endif
 
-/* Metrics [TaG] 4.1 over n rows, as scikit-learn and scipy compute them. *defined (may be NULL) is 1, or 0 where the metric is undefined
-   (no rows, one class only, constant input, a value that is no number): it then counts as 0. Classes are 0 .. classes-1; a number
-   outside is wrong and belongs to none of them. The time grows with n times classes. */
+/* Metrics [TaG] 4.1 over n rows, as scikit-learn and scipy compute them. *defined (may be NULL) is 1, or 0 where the metric
+   is undefined (no rows, one class only, constant input, a value that is no number): it then counts as 0. Classes are 0 ..
+   classes-1; a number outside is wrong and belongs to none of them. The time grows with n times classes. */
 MOE_API double moe_metric_accuracy(const int32_t *predicted, const int32_t *label, size_t n, int *defined);
 /* F1 of class 1 against all others. Undefined: it is neither predicted nor right anywhere. */
 MOE_API double moe_metric_f1(const int32_t *predicted, const int32_t *label, size_t n, int *defined);
 /* Mean F1 of the classes that are predicted or right somewhere. */
 MOE_API double moe_metric_macro_f1(const int32_t *predicted, const int32_t *label, size_t n, int32_t classes, int *defined);
-/* Matthews' correlation coefficient, for more than two classes R_K. Undefined: one class is all that is predicted, or right. */
+/* Matthews' correlation coefficient, for more than two classes R_K. Undefined: one class is all that is predicted, or
+   right. */
 MOE_API double moe_metric_matthews(const int32_t *predicted, const int32_t *label, size_t n, int32_t classes, int *defined);
 MOE_API double moe_metric_pearson(const float *predicted, const float *label, size_t n, int *defined);
 /* Ties get their mean rank. scratch: 2n floats. Infinities are values like others. */
 MOE_API double moe_metric_spearman(const float *predicted, const float *label, size_t n, float *scratch, int *defined);
 
 #if !defined(MOE_NO_TEXT)
-/* The tokens [span[0], span[1]) of an encoded input that overlap the characters (code points) [begin, end) of its first (text 0) or second
-   text (1): for moe_batch.span. tokens with begin, end and, for a second text, segments. MOE_E_ARGUMENT when there is none. */
-MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text, int32_t begin, int32_t end, const moe_env *env);
+/* The tokens [span[0], span[1]) of an encoded input that overlap the characters (code points) [begin, end) of its first
+   (text 0) or second text (1): for moe_batch.span. tokens with begin, end and, for a second text, segments. MOE_E_ARGUMENT
+   when there is none. */
+MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text, int32_t begin, int32_t end,
+                                   const moe_env *env);
 
 /* A model with its tokenizer and a context: text in, scores out. The model and its vocabulary must outlive it. */
 typedef struct moe_predictor moe_predictor;
 /* Exact bytes for `batch` texts at once. MOE_E_FORMAT when the model holds no vocabulary. */
 MOE_API moe_status moe_predictor_size(const moe_model *model, int32_t batch, size_t *bytes, const moe_env *env);
 /* In a block of the caller's (64-byte aligned). *env is copied. MOE_E_FORMAT when the vocabulary does not suit the model. */
-MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t bytes, const moe_model *model, int32_t batch, const moe_env *env);
+MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t bytes, const moe_model *model, int32_t batch,
+                                      const moe_env *env);
 /* The same on the heap. */
 MOE_API moe_status moe_predictor_create(moe_predictor **out, const moe_model *model, int32_t batch, const moe_env *env);
 /* NULL is fine, and so is one in a block of the caller's. */
 MOE_API void moe_predictor_free(moe_predictor *predictor);
-/* One text (b NULL) or a pair, zero-terminated; longer ones are cut as in training. scores (C): probabilities (a class each; ranking: wrong,
-   right), or the value (regression). *best (may be NULL): the most probable class, the lowest of equals; 0 in regression. */
-MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, const char *a, const char *b, float *scores, int *best);
-/* The same for n <= batch texts at once: a[i], b[i] (b NULL: none); scores (n, moe_model_max_classes), best (n) or NULL. Nothing is allocated,
-   and what else is in the batch changes no bit. MOE_E_ARGUMENT for a task of kind span. */
-MOE_API moe_status moe_predict_texts(moe_predictor *predictor, int32_t task, const char *const *a, const char *const *b, int32_t n,
-                                     float *scores, int *best);
-/* The same for a task of kind span: chars (n, 4), code points [b1, e1) in the first and [b2, e2) in the second text (one text: both in it).
-   MOE_E_ARGUMENT where no token stands there any more because the text was cut. */
-MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a, const char *const *b, const int32_t *chars,
+/* One text (b NULL) or a pair, zero-terminated; longer ones are cut as in training. scores (C): probabilities (a class each;
+   ranking: wrong, right), or the value (regression). *best (may be NULL): the most probable class, the lowest of equals; 0
+   in regression. */
+MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, const char *a, const char *b, float *scores,
+                                    int *best);
+/* The same for n <= batch texts at once: a[i], b[i] (b NULL: none); scores (n, moe_model_max_classes), best (n) or NULL.
+   Nothing is allocated, and what else is in the batch changes no bit. MOE_E_ARGUMENT for a task of kind span. */
+MOE_API moe_status moe_predict_texts(moe_predictor *predictor, int32_t task, const char *const *a, const char *const *b,
                                      int32_t n, float *scores, int *best);
+/* The same for a task of kind span: chars (n, 4), code points [b1, e1) in the first and [b2, e2) in the second text (one
+   text: both in it). MOE_E_ARGUMENT where no token stands there any more because the text was cut. */
+MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a, const char *const *b,
+                                     const int32_t *chars, int32_t n, float *scores, int *best);
 #endif
 
 #endif /* MOE_H_INCLUDED */
@@ -7528,6 +7591,7 @@ MOE__UNUSED static moe_status moe__train_config_check(const moe_train_config *co
   return MOE_OK;
 }
 
+/* PAPER-DIFF: [TaG] A.3 names a warm-up only; the fall to 0 is that of BERT's training, one step later so that the last still moves. */
 MOE_API float moe_train_rate(const moe_train_config *config, int64_t t) {
   int64_t T = config->steps, W;
   double share;
@@ -7540,6 +7604,7 @@ MOE_API float moe_train_rate(const moe_train_config *config, int64_t t) {
 
 static double moe__exp_double(double x); /* >>sampler */
 
+/* PAPER-DIFF: [TL]'s authors have a fixed rate; by default the fall is stretched over the steps of the run, however few. */
 MOE_API float moe_train_tau(const moe_train_config *config, int64_t t) {
   double first = (double)config->tau_first, last = (double)config->tau_last, rate = moe__decimal(config->tau_rate), tau;
   if (!(config->tau_rate > 0)) rate = config->steps > 1 ? moe__log_double(first / last) / (double)(config->steps - 1) : 0;
