@@ -23,13 +23,14 @@ static const char help[] =
   "  --html FILE            one page with pictures, nothing else to load\n"
   "  --rows N               rows of each dev.tsv, 0 = all                                      (200)\n"
   "  --hardly PERCENT       an expert with a smaller share of a task's tokens counts as hardly used (1)\n"
+  "  --tau A,B,C            task-level models: temperature of each checkpoint and of MODEL          (the model's)\n"
   "  --threads N  --isa auto|avx512|avx2|neon|scalar\n";
 
 static struct {
-  const char *model, *data, *checkpoints, *csv, *html, *isa;
+  const char *model, *data, *checkpoints, *csv, *html, *isa, *tau;
   int text, rows, threads;
   double hardly; /* a share, from 0 to 1 */
-} opt = {NULL, "examples/data", NULL, NULL, NULL, "auto", 0, 200, 1, 0.01};
+} opt = {NULL, "examples/data", NULL, NULL, NULL, "auto", NULL, 0, 200, 1, 0.01};
 
 static moe_env env;
 static const char *file_name; /* what is being read, for messages */
@@ -101,6 +102,7 @@ static void options(int argc, char **argv) {
     else if (!strcmp(o, "--hardly")) opt.hardly = number(o, v, 0, 100) / 100;
     else if (!strcmp(o, "--threads")) opt.threads = (int)number(o, v, 1, 256);
     else if (!strcmp(o, "--isa")) opt.isa = v;
+    else if (!strcmp(o, "--tau")) opt.tau = v;
     else die("unknown option %s; --help lists them", o);
   }
   if (!opt.model) die("which model? routes MODEL [options]; --help lists them");
@@ -215,6 +217,7 @@ static void read_rows(rows *r, const moe_task *task) {
 /* ---- a model at work ---- */
 
 static int T, L, N; /* tasks, layers, experts of the model */
+static int blocks;  /* whether the experts are whole blocks that a task chooses [TL] */
 static const moe_task *tasks[MOE_MAX_TASKS];
 
 /* A model, what runs it, and room for a batch. */
@@ -410,6 +413,45 @@ static void short_name(char *name, const char *path) {
     if (!strchr("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_+.", *name)) *name = '_';
 }
 
+/* The temperature at which the routes of moment number `index` are shown: of the list behind --tau, or the model's own. */
+static double temperature_of(const moe_config *config, int index) {
+  const char *at_comma = opt.tau;
+  char text[32];
+  double tau;
+  size_t n;
+  if (!opt.tau) return (double)config->temperature;
+  for (; index > 0 && at_comma; --index) {
+    at_comma = strchr(at_comma, ',');
+    if (at_comma) ++at_comma;
+  }
+  if (!at_comma) die("--tau %s: a temperature for each checkpoint and for the model, please", opt.tau);
+  n = strcspn(at_comma, ",");
+  if (n >= sizeof text) die("--tau %s: that is too long for a number", opt.tau);
+  memcpy(text, at_comma, n);
+  text[n] = 0;
+  tau = number("--tau", text, 0, 1e6);
+  if (!(tau > 0)) die("--tau: a temperature must be above 0");
+  return tau;
+}
+
+/* Blocks as experts: a route is the weight that the router gives to each block, the same for all tokens of a task. */
+static void observe_blocks(moment *m, const worker *w, const double *prob, const int64_t *tokens) {
+  const moe_config *config = moe_model_config(w->model);
+  float *routes = (float *)take(at(T, 0, 0), sizeof *routes);
+  size_t c;
+  int t, l, i;
+  if (config->router == MOE_ROUTER_LEVEL) need(moe_level_routes(routes, w->model, (float)temperature_of(config, n_moments - 1), &env));
+  for (c = 0; c < at(T, 0, 0); ++c)
+    m->share[c] = m->gate[c] = config->router == MOE_ROUTER_LEVEL ? (double)routes[c] : prob[c] / (double)tokens[c / at(1, 0, 0)];
+  for (t = 0; t < T; ++t)
+    for (l = 0; l < L; ++l) {
+      double most = 0;
+      for (i = 0; i < N; ++i) most = fmax(most, m->share[at(t, l, i)]);
+      m->decided[l] += most / T;
+    }
+  free(routes);
+}
+
 /* Runs all tasks; fills m, and values (T) with the metrics. */
 static void observe(moment *m, worker *w, const char *path, double *values) {
   moe_route_sums sums;
@@ -418,12 +460,13 @@ static void observe(moment *m, worker *w, const char *path, double *values) {
   short_name(m->name, path);
   sums.tokens = (int64_t *)take((size_t)T, sizeof *sums.tokens);
   sums.chosen = (int64_t *)take(at(T, 0, 0), sizeof *sums.chosen);
-  sums.prob = NULL;
+  sums.prob = (double *)take(at(T, 0, 0), sizeof *sums.prob);
   sums.gate = m->gate = (double *)take(at(T, 0, 0), sizeof *m->gate);
   m->share = (double *)take(at(T, 0, 0), sizeof *m->share);
   m->decided = (double *)take((size_t)L, sizeof *m->decided);
   for (t = 0; t < T; ++t) values[t] = evaluate(w, t, &sums);
-  for (t = 0; t < T; ++t)
+  if (blocks) observe_blocks(m, w, sums.prob, sums.tokens);
+  for (t = 0; t < T && !blocks; ++t)
     for (l = 0; l < L; ++l)
       for (i = 0; i < N; ++i) {
         size_t c = at(t, l, i);
@@ -434,6 +477,7 @@ static void observe(moment *m, worker *w, const char *path, double *values) {
       }
   free(sums.tokens);
   free(sums.chosen);
+  free(sums.prob);
 }
 
 /* A checkpoint must be of the same model, or its routes cannot be compared. */
@@ -445,6 +489,7 @@ static void check_same(const worker *w, const char *path) {
   for (t = 0; t < T; ++t)
     if (strcmp(moe_model_task(w->model, t)->name, tasks[t]->name))
       die("task %d is %s, in %s it is %s", t + 1, moe_model_task(w->model, t)->name, opt.model, tasks[t]->name);
+  if (blocks != (config->unit == MOE_UNIT_BLOCK)) die("its experts are of another kind than those of %s", opt.model);
   if (config->layers != L || config->experts != N)
     die("%d layers of %d experts, %s has %d of %d", (int)config->layers, (int)config->experts, opt.model, L, N);
   file_name = NULL;
@@ -465,7 +510,8 @@ static void observe_checkpoints(void) {
     if (!*path) die("--checkpoints: an empty name in the list");
     open_worker(&w, path);
     check_same(&w, path);
-    observe(&moments[n_moments++], &w, path, values);
+    ++n_moments;
+    observe(&moments[n_moments - 1], &w, path, values);
     close_worker(&w);
   }
   free(list);
@@ -833,7 +879,7 @@ static void report_text(FILE *f) {
     fprintf(f, "%-24s %-10s %7.3f %6lu %6.1f %6d\n", tasks[t]->name, metric_name(tasks[t]), metric[t], (unsigned long)data[t].n,
             feature[t * FEATURES + 3], 1 + tasks[t]->pair);
   for (l = 0; l < L; ++l) {
-    grid_header(f, "Share of a task's tokens in percent", l);
+    grid_header(f, blocks ? "Weight of a block for a task in percent" : "Share of a task's tokens in percent", l);
     for (t = 0; t < T; ++t) {
       fprintf(f, "%-24s", tasks[leaf[t]]->name);
       for (i = 0; i < N; ++i) fprintf(f, " %8.1f", 100 * share_cell(leaf[t], l, i).value);
@@ -966,8 +1012,9 @@ static void expert_header(FILE *f) {
 static void page_shares(FILE *f) {
   int t, l, i, width = cell_width(N);
   char text[32];
-  fprintf(f, "<h2>Where the tokens go</h2><p>Share of a task's tokens that an expert of a layer gets, in percent. A row sums to 100. The tasks stand "
-             "in the order of the dendrogram below.</p><div class=\"panels\">\n");
+  fprintf(f, "<h2>Where the tokens go</h2><p>%s, in percent. A row sums to 100. The tasks stand in the order of the dendrogram below.</p>"
+             "<div class=\"panels\">\n",
+          blocks ? "The experts are whole blocks: the weight that a block of a layer has for a task" : "Share of a task's tokens that an expert of a layer gets");
   for (l = 0; l < L; ++l) {
     open_figure(f, "Shares", l + 1, LABEL + N * width, 22 + T * HIGH);
     expert_header(f);
@@ -1235,6 +1282,7 @@ int main(int argc, char **argv) {
   T = (int)moe_model_tasks(w.model);
   L = (int)moe_model_config(w.model)->layers;
   N = (int)moe_model_config(w.model)->experts;
+  blocks = moe_model_config(w.model)->unit == MOE_UNIT_BLOCK;
   data = (rows *)take((size_t)T, sizeof *data);
   metric = (double *)take((size_t)T, sizeof *metric);
   feature = (double *)take((size_t)T * FEATURES, sizeof *feature);
@@ -1246,7 +1294,8 @@ int main(int argc, char **argv) {
   for (comma = opt.checkpoints; comma; comma = strchr(comma + 1, ',')) ++places;
   moments = (moment *)take(places, sizeof *moments);
   observe_checkpoints();
-  observe(&moments[n_moments++], &w, opt.model, metric);
+  ++n_moments;
+  observe(&moments[n_moments - 1], &w, opt.model, metric);
   observe_without(&w);
   analyse();
   if (opt.csv) write_file(opt.csv, report_csv);

@@ -69,6 +69,41 @@ if run "$tmp/two.safetensors" --rows 20 --text --csv "$tmp/t.csv" --html "$tmp/t
    grep -q 'are too few' "$tmp/t.html" && ! grep -q pearson, "$tmp/t.csv" && [ -z "$(sums "$tmp/t.csv" 8)" ] && ! grep -q nan "$tmp/t.csv" "$tmp/t.html"
 then ok test_routes_takes_two_tasks_and_top_n; else fail test_routes_takes_two_tasks_and_top_n "$(sums "$tmp/t.csv" 8) $(grep nan "$tmp/t.csv" | head -n 2)"; fi
 
+# blocks as experts: the router's weights, at the temperatures asked for
+cat > "$tmp/blocks.c" << 'END'
+#include <stdio.h>
+#define MOE_IMPLEMENTATION
+#include "moe.h"
+int main(int argc, char **argv) { /* FROM TO: an untrained model of blocks with the tasks and words of another model */
+  moe_env env;
+  moe_model *from, *to;
+  moe_config config;
+  moe_task tasks[4];
+  moe_tensor tensor;
+  const char *vocab;
+  size_t bytes, j;
+  int i;
+  if (argc != 3 || moe_env_init(&env, MOE_ISA_AUTO) || moe_model_load(&from, argv[1], &env)) return 1;
+  config = *moe_model_config(from);
+  config.unit = MOE_UNIT_BLOCK;
+  config.router = MOE_ROUTER_LEVEL;
+  config.selection = MOE_SELECT_SOFTMAX;
+  config.gate_scale_n = 0;
+  for (i = 0; i < 4; ++i) tasks[i] = *moe_model_task(from, i);
+  vocab = moe_model_vocab(from, &bytes);
+  if (moe_model_create(&to, &config, tasks, 4, 3, &env) || moe_model_set_vocab(to, vocab, bytes, &env)) return 1;
+  for (i = 0; i < moe_model_tensors(to); ++i)
+    if (!moe_model_tensor(to, i, &tensor) && (strstr(tensor.name, "router") || strstr(tensor.name, "vectors")))
+      for (j = 0; j < tensor.count; ++j) moe_model_weights(to)[tensor.offset + j] *= 20;
+  return moe_model_save(to, argv[2], &env) != MOE_OK;
+}
+END
+if $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O0 -I.. -o "$tmp/blocks" "$tmp/blocks.c" -lm -pthread && "$tmp/blocks" "$tmp/late.safetensors" "$tmp/b.safetensors" &&
+   run "$tmp/b.safetensors" --rows 10 --checkpoints "$tmp/b.safetensors" --tau 100000,0.01 --text --csv "$tmp/b.csv" --html "$tmp/b.html" > "$tmp/text" &&
+   [ -z "$(sums "$tmp/b.csv" 24)" ] && grep -q 'Weight of a block' "$tmp/text" &&
+   awk -F, '$1 == "decided" { v[++n] = $7 } END { exit !(n == 4 && v[1] < 0.4 && v[2] < 0.4 && v[3] > 0.8 && v[4] > 0.8) }' "$tmp/b.csv"
+then ok test_routes_takes_blocks_and_temperatures; else fail test_routes_takes_blocks_and_temperatures "$(grep decided "$tmp/b.csv")"; fi
+
 # bad input: exit status 1, a sentence, nothing on standard output
 refuses() { # NAME PATTERN ARGUMENTS
   name=$1 pattern=$2; shift 2
@@ -87,6 +122,8 @@ refuses a_dense_model 'the model is dense' "$tmp/dense.safetensors" --data $data
 refuses a_folder_without_data 'dev.tsv' "$tmp/two.safetensors" --data "$tmp/none"
 refuses a_label_out_of_range 'pros_cons/dev.tsv: line 3: label 2 is not within 0 .. 1' "$tmp/two.safetensors" --data "$tmp/bad"
 refuses a_checkpoint_of_another_model 'two.safetensors: 2 tasks, .* has 4' "$tmp/late.safetensors" --data $data --checkpoints "$tmp/two.safetensors"
+refuses too_few_temperatures 'a temperature for each' "$tmp/b.safetensors" --data $data --rows 5 --checkpoints "$tmp/b.safetensors" --tau 2
+refuses a_temperature_of_0 'must be above 0' "$tmp/b.safetensors" --data $data --rows 5 --tau 0
 refuses an_empty_name_in_the_list 'an empty name' "$tmp/late.safetensors" --data $data --checkpoints ",$tmp/early.safetensors"
 refuses a_folder_that_is_not_there 'cannot be written' "$tmp/two.safetensors" --rows 5 --data $data --csv "$tmp/no/such/file.csv"
 finish
