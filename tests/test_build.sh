@@ -12,17 +12,25 @@ build() { # NAME COMPILER ARGUMENTS...
   if "$compiler" -I.. $warn -c -o "$tmp/one.o" "$@" > "$tmp/log" 2>&1; then ok "$name"; else fail "$name" "$(head -n 5 "$tmp/log")"; fi
 }
 
-for std in c99 c11 gnu99 gnu17; do
-  build "test_build_gcc_$std" gcc -std=$std -O1 "$tmp/one.c"
-  build "test_build_clang_$std" clang -std=$std -O1 "$tmp/one.c"
+# one optimised build for each kind of language, since some warnings need the optimiser; the other dialects are parsed
+build test_build_gcc_c99 gcc -std=c99 -O2 "$tmp/one.c"
+build test_build_clang_c99 clang -std=c99 -O1 "$tmp/one.c"
+build test_build_g++_c++11 g++ -std=c++11 -O1 "$tmp/one.cpp"
+build test_build_gcc_O3_native gcc -std=c99 -O3 -march=native "$tmp/one.c"
+for std in c11 gnu99 gnu17; do
+  build "test_build_gcc_$std" gcc -std=$std -fsyntax-only "$tmp/one.c"
+  build "test_build_clang_$std" clang -std=$std -fsyntax-only "$tmp/one.c"
 done
-for std in c++11 c++20; do
-  build "test_build_g++_$std" g++ -std=$std -O1 "$tmp/one.cpp"
-  build "test_build_clang++_$std" clang++ -std=$std -O1 "$tmp/one.cpp"
+build test_build_clang++_c++11 clang++ -std=c++11 -fsyntax-only "$tmp/one.cpp"
+for std in c++17 c++20; do
+  build "test_build_g++_$std" g++ -std=$std -fsyntax-only "$tmp/one.cpp"
+  build "test_build_clang++_$std" clang++ -std=$std -fsyntax-only "$tmp/one.cpp"
 done
-build "test_build_gcc_O3_native" gcc -std=c99 -O3 -march=native "$tmp/one.c"
+# gcc tells of unused functions when it compiles, clang when it parses, which is ten times faster
+parser="gcc -O0"
+have clang && parser="clang -fsyntax-only"
 for macro in MOE_STATIC MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT MOE_NO_SIMD "MOE_NO_STDIO -DMOE_NO_THREADS -DMOE_NO_TRAIN -DMOE_NO_TEXT -DMOE_NO_SIMD"; do
-  build "test_build_with_$(echo "$macro" | tr -d ' ' | sed 's/-D/_/g')" gcc -std=c99 -O0 -D$macro "$tmp/one.c"
+  build "test_build_with_$(echo "$macro" | tr -d ' ' | sed 's/-D/_/g')" $parser -std=c99 -D$macro "$tmp/one.c"
 done
 
 # -ffast-math breaks the guards against NaN: the header refuses it

@@ -2,8 +2,7 @@
 # Ranking, span and grouped tasks in train.c: the table's numbers follow from the saved predictions, counted here by awk and, where it is
 # installed, by scikit-learn (MOE_PYTHON); and what train says to groups and offsets that cannot be.
 . ./lib.sh
-CC=${CC:-cc}
-if ! $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -o "$tmp/train" ../examples/train.c -lm -pthread; then fail test_kinds_compile; finish; fi
+program train || { fail test_kinds_compile; finish; }
 data=$tmp/data
 mkdir -p "$data/choose" "$data/sense" "$data/answer" "$data/once"
 cp ../examples/data/vocab.txt "$data/vocab.txt"

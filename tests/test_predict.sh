@@ -2,10 +2,7 @@
 # predict.c on a model that train.c has saved: the same metrics, one line out for one line in, and what it says to bad input.
 . ./lib.sh
 data=../examples/data tasks=query_wellformedness,intent_match,snips_intents
-CC=${CC:-cc}
-for p in train predict; do
-  if ! $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -o "$tmp/$p" ../examples/$p.c -lm -pthread; then fail test_predict_compiles "$p.c"; finish; fi
-done
+for p in train predict; do program $p || { fail test_predict_compiles; finish; }; done
 ok test_predict_compiles
 model=$tmp/model.safetensors
 if ! "$tmp/train" --tasks $tasks --data $data --systems tag --layers 1 --hidden 32 --ffn 64 --heads 2 --steps 30 --threads 1 --max-len 24 \

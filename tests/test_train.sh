@@ -1,11 +1,7 @@
 #!/bin/sh
 # examples/train.c as a program: the same bits whatever runs it, killed and resumed, its files and its table. Three tiny tasks, odd sizes.
 . ./lib.sh
-CC=${CC:-cc}
-flags="-std=c99 -D_POSIX_C_SOURCE=200809L"
-for p in train predict; do
-  if ! $CC $flags -O2 -o "$tmp/$p" ../examples/$p.c -lm -pthread 2> "$tmp/log"; then fail test_train_compiles "$(head -n 5 "$tmp/log")"; finish; fi
-done
+for p in train predict; do program $p || { fail test_train_compiles; finish; }; done
 ok test_train_compiles
 
 # a pair task, a regression and a classification with a second dev set, cut from the bundled ones

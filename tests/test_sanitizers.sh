@@ -1,0 +1,70 @@
+#!/bin/sh
+# The tests and the programs under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer and valgrind. A finding ends a program.
+# MOE_SANITIZE: names of C tests to take instead of those below ("gemm simd").
+. ./lib.sh
+CC=${CC:-cc}
+flags="-std=c99 -D_POSIX_C_SOURCE=200809L -O1 -g1"
+address="-fsanitize=address,undefined -fno-sanitize-recover=all"
+export ASAN_OPTIONS=abort_on_error=0:detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
+
+# a sanitizer that does not link, or not run, is absent
+works() { echo 'int main(void) { return 0; }' > "$tmp/w.c" && $CC $1 -o "$tmp/w" "$tmp/w.c" > /dev/null 2>&1 && "$tmp/w" > /dev/null 2>&1; }
+printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n' > "$tmp/moe.c"
+
+# KIND NAME FLAGS: a C test; those of private functions hold the implementation, the others take it from an object built once
+c_test() {
+  name=test_sanitizers_$1_$2 object=
+  if ! grep -q 'define MOE_IMPLEMENTATION' test_$2.c; then
+    object=$tmp/moe_$1.o
+    [ -e "$object" ] || $CC $flags $3 -I.. -c -o "$object" "$tmp/moe.c" || { fail $name; return; }
+  fi
+  if ! $CC $flags $3 -o "$tmp/test" test_$2.c $object -lm -pthread > "$tmp/log" 2>&1; then fail $name "$(head -n 5 "$tmp/log")"; return; fi
+  if "$tmp/test" > "$tmp/log" 2>&1; then ok $name; else fail $name "$(grep -v '^  ok' "$tmp/log" | head -n 15)"; fi
+}
+# KIND NAME WRAPPER COMMAND: a program must end as it should, without a word from the sanitizer
+clean() {
+  name=test_sanitizers_$1_$2
+  shift 2
+  if "$@" > "$tmp/log" 2>&1; then ok $name; else fail $name "status $?: $(tail -n 15 "$tmp/log")"; fi
+}
+
+mkdir -p build # where C tests put files
+data=$tmp/data
+mkdir "$data"
+cp ../examples/data/vocab.txt "$data"
+grep -E '^(name|intent_match|query_wellformedness)	' ../examples/data/tasks.tsv > "$data/tasks.tsv"
+for t in intent_match query_wellformedness; do
+  mkdir "$data/$t"
+  for f in train dev; do head -n 21 ../examples/data/$t/$f.tsv > "$data/$t/$f.tsv"; done
+done
+tiny="--data $data --layers 2 --hidden 20 --heads 2 --ffn 36 --experts 3 --max-len 20 --batch 6 --steps 3"
+
+if works "$address"; then
+  for t in ${MOE_SANITIZE:-files import checkpoint metrics sampler json route experts text}; do c_test address $t "$address"; done
+  if $CC $flags $address -o "$tmp/train" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1; then
+    for isa in scalar auto; do
+      clean address train_$isa "$tmp/train" $tiny --systems dense,tag --top-k 2 --isa $isa --threads 2 --hold-out 0.3 --dedup \
+        --save "$tmp/m.safetensors" --checkpoint "$tmp/c.safetensors" --json "$tmp/run.json"
+    done
+    clean address train_resumed "$tmp/train" $tiny --systems dense,tag --top-k 2 --hold-out 0.3 --dedup --resume "$tmp/c.safetensors"
+  else fail test_sanitizers_address_train "$(head -n 5 "$tmp/log")"; fi
+else skip test_sanitizers_address "$CC has no AddressSanitizer and UndefinedBehaviorSanitizer here"; fi
+
+if works -fsanitize=thread; then
+  for t in base checkpoint; do c_test thread $t -fsanitize=thread; done
+  if $CC $flags -fsanitize=thread -o "$tmp/train" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1; then
+    clean thread train "$tmp/train" $tiny --systems switch --threads 3
+  else fail test_sanitizers_thread_train "$(head -n 5 "$tmp/log")"; fi
+else skip test_sanitizers_thread "$CC has no ThreadSanitizer here"; fi
+
+# valgrind sees reads of memory that was never written, which no sanitizer of gcc does; it does not know AVX-512
+if have valgrind; then
+  for p in train predict; do program $p || fail test_sanitizers_valgrind; done
+  v="valgrind -q --error-exitcode=99 --leak-check=full --errors-for-leak-kinds=definite"
+  isa=avx2
+  "$tmp/train" --isa avx2 --data none > /dev/null 2> "$tmp/log"
+  grep -q 'has no avx2' "$tmp/log" && isa=scalar
+  clean valgrind train $v "$tmp/train" $tiny --systems tag --isa $isa --threads 2 --steps 2 --save "$tmp/v.safetensors" --checkpoint "$tmp/w.safetensors"
+  clean valgrind predict $v "$tmp/predict" "$tmp/v.safetensors" intent_match --isa $isa --score < "$data/intent_match/dev.tsv"
+else skip test_sanitizers_valgrind "there is no valgrind here"; fi
+finish
