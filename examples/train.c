@@ -586,6 +586,13 @@ static void part_rows(rows *r, rows *rest, const unsigned char *keep) {
     }
     to->start[to->n] = to->tokens;
   }
+  free(r->start);
+  free(r->ids);
+  free(r->segments);
+  free(r->label);
+  free(r->group);
+  free(r->span);
+  free(r->hash);
   *r = kept;
 }
 
