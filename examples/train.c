@@ -22,19 +22,43 @@
 
 /* ---- options ---- */
 
-enum { SINGLE, DENSE, SWITCH, TAG, SYSTEMS };
-static const char *const system_name[SYSTEMS] = {"single", "dense", "switch", "tag"};
-static const char *const system_title[SYSTEMS] = {"Single-Task", "MT-Dense", "MT-Switch", "MT-TaG"};
+/* TUNED + system: after the second stage. */
+enum { SINGLE, DENSE, SWITCH, TAG, EMBED, SYSTEMS, TUNED = SYSTEMS, LINES = 2 * SYSTEMS };
+static const char *const system_name[LINES] = {"single", "dense", "switch", "tag", "embed",
+                                               "single-tuned", "dense-tuned", "switch-tuned", "tag-tuned", "embed-tuned"};
+static const char *const system_title[LINES] = {"Single-Task", "MT-Dense", "MT-Switch", "MT-TaG", "MT-Embed",
+                                                "Single tuned", "Dense tuned", "Switch tuned", "TaG tuned", "Embed tuned"};
 
 static struct {
-  const char *data, *tasks, *init, *vocab, *systems, *save, *checkpoint, *resume, *json, *predictions, *isa, *seeds, *sampling, *order, *truncate, *gate_scale;
-  int max_len, layers, hidden, ffn, heads, cased, experts, top_k, batch, micro_batch, threads, dedup, renormalize;
+  const char *data, *tasks, *init, *vocab, *systems, *save, *checkpoint, *resume, *json, *predictions, *isa, *seeds, *sampling, *order, *truncate;
+  const char *gate_scale, *from, *adapt, *gate_from, *few, *grid;
+  int max_len, layers, hidden, ffn, heads, cased, experts, top_k, batch, micro_batch, threads, dedup, renormalize, rank;
+  int fine_tune, fine_batch, patience;
   int64_t epochs, steps, every;
-  double hold_out, eps, noise, rate, warmup, decay, clip, dropout, balance, z_loss, jitter;
-} opt = {NULL, NULL, NULL, NULL, "single,dense,switch,tag", NULL, NULL, NULL, NULL, NULL, "auto", "1", "natural", "shuffle", "longest", "n",
-         0,    2,    128,  512,  0,                         0,    4,    1,    32,   4096,   0,   0,         0,
-         0,    0,    0,
-         0,    0,    0,    0,    0.1,                       0,    1,    0.1,  0,    0,      0};
+  double hold_out, eps, noise, rate, warmup, decay, clip, dropout, balance, z_loss, jitter, gate_rate;
+} opt; /* zero, but for: */
+
+static void default_options(void) {
+  opt.systems = "single,dense,switch,tag";
+  opt.isa = "auto";
+  opt.seeds = "1";
+  opt.sampling = "natural";
+  opt.order = "shuffle";
+  opt.truncate = "longest";
+  opt.gate_scale = "n";
+  opt.gate_from = "random";
+  opt.layers = 2;
+  opt.hidden = 128;
+  opt.ffn = 512;
+  opt.experts = 4;
+  opt.top_k = 1;
+  opt.rank = 8;
+  opt.batch = opt.fine_batch = 32;
+  opt.patience = 3;
+  opt.micro_batch = 4096;
+  opt.warmup = opt.dropout = 0.1;
+  opt.clip = opt.gate_rate = 1;
+}
 
 static const char *const help_text =
   "usage: train [options]\n\n"
@@ -51,7 +75,8 @@ static const char *const help_text =
   "  --heads N --eps E        attention heads and LayerNorm epsilon, where there is no config.json\n"
   "  --cased                  do not lower-case the text                               (tokenizer_config.json decides)\n"
   "  --layers N --hidden N --ffn N --heads N   from scratch                            (2 128 512 4)\n"
-  "  --systems LIST           of single,dense,switch,tag                               (all four)\n"
+  "  --systems LIST           of single,dense,switch,tag,embed                         (the first four)\n"
+  "  --rank R                 length of the task vectors that embed makes its gates of (8)\n"
   "  --experts N --top-k K    experts in a layer, experts of a token                   (4 1)\n"
   "  --gate-scale paper|n     weight of an expert: g* (the paper) or g* N/k            (n: a sparse model then starts\n"
   "                           as its dense parent; with the paper's g* every FFN starts at a quarter)\n"
@@ -62,12 +87,23 @@ static const char *const help_text =
   "  --batch N                sequences of a step                                      (32)\n"
   "  --micro-batch TOKENS     most tokens at once; more memory, not other results      (4096)\n"
   "  --lr R --warmup F        peak learning rate, fraction of steps to reach it        (5e-5 with --init, else 1e-3; 0.1)\n"
+  "  --gate-lr F              factor of the learning rate for gates and task vectors   (1)\n"
   "  --decay D --clip C       weight decay, largest gradient norm                      (0 1)\n"
   "  --dropout P              (0.1)\n"
   "  --seeds 1,2,3            a run for each; the table then shows mean and deviation  (1)\n"
   "  --sampling natural|uniform|temperature:T|uniform-natural                          (natural)\n"
   "  --order shuffle|file     (shuffle)\n"
   "  --balance A --z-loss A --jitter A   options the paper argues against              (0 0 0)\n\n"
+  "second stage\n"
+  "  --fine-tune EPOCHS       then trains each task alone, at most so long, and keeps its best epoch, chosen on dev.tsv\n"
+  "                           or, as it should be, on --hold-out rows; an epoch is at least 1 step\n"
+  "  --fine-batch N           its batch                                                (32)\n"
+  "  --patience N             ends after N epochs that are no better                   (3)\n"
+  "  --grid RATES[:WARMUPS]   tries every pair, 2e-5,5e-5:0.1,0.2 say, keeps the best  (--lr and --warmup)\n"
+  "  --from MODEL             a trained model instead of the first stage\n"
+  "  --adapt TASK             with --from: a task that the model does not know\n"
+  "  --gate-from LIST         where its gates come from: random, mean or a task        (random)\n"
+  "  --rows LIST              training rows, 100 or 10% say, drawn anew for each seed  (100%)\n\n"
   "machine\n"
   "  --threads N              (all processors)\n"
   "  --isa auto|avx512|avx2|neon|scalar                                                (auto)\n\n"
@@ -137,6 +173,7 @@ static const char *one_of(const char *option, const char *text, const char *a, c
 
 static void read_options(int argc, char **argv) {
   int i;
+  default_options();
   for (i = 1; i < argc; ++i) {
     const char *o = argv[i], *v = i + 1 < argc ? argv[i + 1] : NULL;
     if (!strcmp(o, "--help") || !strcmp(o, "-h")) {
@@ -181,6 +218,16 @@ static void read_options(int argc, char **argv) {
     else if (!strcmp(o, "--balance")) opt.balance = number(o, v, 0, 1e6);
     else if (!strcmp(o, "--z-loss")) opt.z_loss = number(o, v, 0, 1e6);
     else if (!strcmp(o, "--jitter")) opt.jitter = number(o, v, 0, 0.99);
+    else if (!strcmp(o, "--rank")) opt.rank = (int)whole(o, v, 1, 4096);
+    else if (!strcmp(o, "--gate-lr")) opt.gate_rate = number(o, v, 0, 1e6);
+    else if (!strcmp(o, "--fine-tune")) opt.fine_tune = (int)whole(o, v, 1, 100000);
+    else if (!strcmp(o, "--fine-batch")) opt.fine_batch = (int)whole(o, v, 1, 65536);
+    else if (!strcmp(o, "--patience")) opt.patience = (int)whole(o, v, 1, 100000);
+    else if (!strcmp(o, "--grid")) opt.grid = v;
+    else if (!strcmp(o, "--from")) opt.from = v;
+    else if (!strcmp(o, "--adapt")) opt.adapt = v;
+    else if (!strcmp(o, "--gate-from")) opt.gate_from = v;
+    else if (!strcmp(o, "--rows")) opt.few = v;
     else if (!strcmp(o, "--threads")) opt.threads = (int)whole(o, v, 1, 256);
     else if (!strcmp(o, "--isa")) opt.isa = v;
     else if (!strcmp(o, "--save")) opt.save = v;
@@ -191,11 +238,17 @@ static void read_options(int argc, char **argv) {
     else if (!strcmp(o, "--predictions")) opt.predictions = v;
     else die("unknown option %s; --help lists them", o);
   }
+  if (opt.from && opt.init) die("--from goes on from a trained model, --init starts anew: give one of them");
+  if (opt.adapt && !opt.from) die("--adapt needs --from, a model that %s can join", opt.adapt);
+  if (opt.from && (opt.checkpoint || opt.resume)) die("with --from there is no first stage that --checkpoint or --resume could be for");
+  if (opt.few && !opt.adapt) die("--rows is for --adapt");
+  if (opt.from && !opt.fine_tune) opt.fine_tune = 10;
+  if (opt.grid && !opt.fine_tune) die("--grid tries rates and warm-ups in the second stage: give --fine-tune too");
   if (opt.epochs && opt.steps) die("give --epochs or --steps, not both");
   if (opt.renormalize && !strcmp(opt.gate_scale, "n")) opt.gate_scale = "paper";
   if (opt.top_k > opt.experts) die("--top-k %d is more than --experts %d", opt.top_k, opt.experts);
   if (!opt.epochs && !opt.steps) opt.epochs = opt.init ? 3 : 8;
-  if (opt.rate == 0) opt.rate = opt.init ? 5e-5 : 1e-3;
+  if (opt.rate == 0) opt.rate = opt.init || opt.from ? 5e-5 : 1e-3;
   if (!opt.data) opt.data = "examples/data";
   if (!opt.every) opt.every = 500;
 }
@@ -387,7 +440,9 @@ static void read_tasks(void) {
     ++n;
   }
   if (!n) die("%s names no task", path);
-  if (opt.tasks) n_wanted = split(copy_text(opt.tasks), ',', wanted, 512);
+  if (opt.adapt) n_wanted = split(copy_text(opt.adapt), ',', wanted, 1);
+  else if (opt.tasks) n_wanted = split(copy_text(opt.tasks), ',', wanted, 512);
+  if (opt.adapt && n_wanted > 1) die("--adapt takes one task");
   if (n_wanted > 512) die("--tasks: more than 512");
   if (!n_wanted) {
     tasks = all;
@@ -717,20 +772,56 @@ static void read_init(void) {
   moe_free(json);
 }
 
+static moe_model *from_model;
+
+/* --from: configuration, vocabulary and tasks are the model's. */
+static void read_from(void) {
+  int t, at;
+  about = opt.from;
+  need(moe_model_load(&from_model, opt.from, &env));
+  about = NULL;
+  config = *moe_model_config(from_model);
+  opt.experts = config.experts;
+  for (t = 0; t < n_tasks; ++t) {
+    const moe_task *old, *task = &tasks[t].task;
+    at = moe_model_find_task(from_model, task->name);
+    if (opt.adapt && at >= 0) die("%s knows the task %s already: leave --adapt away to fine-tune it", opt.from, task->name);
+    if (opt.adapt) continue;
+    if (at < 0) die("%s does not know the task %s: --tasks chooses others, --adapt lets it join", opt.from, task->name);
+    old = moe_model_task(from_model, at);
+    if (old->kind != task->kind || old->classes != task->classes)
+      die("%s knows the task %s with %d outputs; tasks.tsv has another kind or number of labels", opt.from, task->name, (int)old->classes);
+  }
+}
+
+static void make_tokenizer(void) {
+  void *block;
+  size_t bytes;
+  need(moe_tokenizer_size(vocab, vocab_bytes, &bytes, &env));
+  block = take(bytes + 64, 1);
+  need(moe_tokenizer_init(&tokenizer, (char *)block + (64 - ((size_t)block & 63)), bytes, vocab, vocab_bytes, config.cased, &env));
+}
+
 static void read_vocab(void) {
   char path[1024];
-  void *data, *block;
-  size_t bytes, i;
+  void *data;
+  size_t i;
   int32_t words = 0;
+  if (from_model) { /* what it was trained with, and nothing else */
+    const char *text = moe_model_vocab(from_model, &vocab_bytes);
+    if (!text) die("%s holds no vocabulary", opt.from);
+    vocab = (char *)take(vocab_bytes + 1, 1);
+    memcpy(vocab, text, vocab_bytes);
+    make_tokenizer();
+    return;
+  }
   if (opt.vocab) snprintf(path, sizeof path, "%s", opt.vocab);
   else snprintf(path, sizeof path, "%s/vocab.txt", opt.data);
   if (!opt.vocab && opt.init) die("--init needs --vocab, the vocabulary that the encoder was trained with");
   need(moe_file_read(&data, &vocab_bytes, path, &env));
   vocab = (char *)data;
   about = path;
-  need(moe_tokenizer_size(vocab, vocab_bytes, &bytes, &env));
-  block = take(bytes + 64, 1);
-  need(moe_tokenizer_init(&tokenizer, (char *)block + (64 - ((size_t)block & 63)), bytes, vocab, vocab_bytes, config.cased, &env));
+  make_tokenizer();
   about = NULL;
   for (i = 0; i < vocab_bytes; ++i) words += vocab[i] == '\n' || i + 1 == vocab_bytes;
   if (!opt.init) config.vocab = words;
@@ -739,6 +830,13 @@ static void read_vocab(void) {
 
 static void make_config(void) {
   moe_config_init(&config);
+  if (opt.from) {
+    read_from();
+    if (opt.max_len > config.positions) die("--max-len %d is more than the %d positions of the encoder", opt.max_len, config.positions);
+    if (opt.max_len) config.max_len = opt.max_len;
+    read_vocab();
+    return;
+  }
   if (opt.init) read_init();
   else {
     config.layers = opt.layers;
@@ -999,6 +1097,14 @@ static result *results;
 static int n_results, n_runs, given_argc;
 static char **given_argv;
 
+/* FILE-SUFFIX with the ending kept. */
+static void with_suffix(char *out, size_t size, const char *file, const char *suffix) {
+  const char *dot = strrchr(file, '.'), *slash = strrchr(file, '/');
+  int stem = (int)(dot && (!slash || dot > slash) ? dot - file : (long)strlen(file)), n;
+  n = snprintf(out, size, "%.*s-%s%s", stem, file, suffix, file + stem);
+  if (n < 0 || (size_t)n >= size) die("the name %s is too long", file);
+}
+
 /* FILE, or with several runs FILE-SYSTEM-SEED with the ending kept; Single-Task adds the task. */
 static void run_path(char *out, size_t size, const char *file, int system, int seed, const char *task) {
   const char *dot = strrchr(file, '.'), *slash = strrchr(file, '/');
@@ -1031,8 +1137,8 @@ static void show_progress(progress *p, int64_t step, int end) {
 static void make_note(char *note, size_t size, int system, int seed, int64_t steps, const int *which, int n) {
   int i, at;
   at = snprintf(note, size, "system=%s seed=%d steps=%lld batch=%d lr=%.9g warmup=%.9g decay=%.9g clip=%.9g dropout=%.9g sampling=%s order=%s balance=%.9g "
-                "z_loss=%.9g jitter=%.9g max_len=%d hold_out=%.9g tasks=", system_name[system], seed, (long long)steps, opt.batch, opt.rate, opt.warmup,
-                opt.decay, opt.clip, opt.dropout, opt.sampling, opt.order, opt.balance, opt.z_loss, opt.jitter, config.max_len, opt.hold_out);
+                "z_loss=%.9g jitter=%.9g max_len=%d hold_out=%.9g gate_lr=%.9g tasks=", system_name[system], seed, (long long)steps, opt.batch, opt.rate, opt.warmup,
+                opt.decay, opt.clip, opt.dropout, opt.sampling, opt.order, opt.balance, opt.z_loss, opt.jitter, config.max_len, opt.hold_out, opt.gate_rate);
   for (i = 0; i < n && at > 0 && (size_t)at < size; ++i)
     at += snprintf(note + at, size - (size_t)at, "%s:%lld,", tasks[which[i]].task.name, (long long)tasks[which[i]].train.n);
 }
@@ -1102,6 +1208,24 @@ static void set_sampling(moe_sampler_config *c, int seed, int64_t draws) {
   } else die("--sampling is natural, uniform, temperature:T or uniform-natural, not \"%s\"", opt.sampling);
 }
 
+static void set_training(moe_train_config *tc, int seed, int64_t steps, double rate, double warmup) {
+  static moe_group gates[2] = {{".gate.", 1, 1}, {"tasks.vectors", 1, 1}};
+  moe_train_config_init(tc);
+  tc->rate = (float)rate;
+  tc->warmup = (float)warmup;
+  tc->steps = steps;
+  tc->decay = (float)opt.decay;
+  tc->clip = (float)opt.clip;
+  tc->dropout = (float)opt.dropout;
+  tc->balance = (float)opt.balance;
+  tc->z_loss = (float)opt.z_loss;
+  tc->jitter = (float)opt.jitter;
+  tc->seed = (uint64_t)seed;
+  gates[0].rate = gates[1].rate = (float)opt.gate_rate;
+  tc->groups = gates;
+  tc->n_groups = opt.gate_rate < 1 || opt.gate_rate > 1 ? 2 : 0;
+}
+
 static moe_model *make_model(int system, int seed, const int *which, int n) {
   moe_task *list = (moe_task *)take((size_t)n, sizeof *list);
   moe_import_options import;
@@ -1109,8 +1233,9 @@ static moe_model *make_model(int system, int seed, const int *which, int n) {
   moe_model *model;
   int i;
   for (i = 0; i < n; ++i) list[i] = tasks[which[i]].task;
-  if (system == SWITCH || system == TAG) {
-    c.router = system == TAG ? MOE_ROUTER_TASK : MOE_ROUTER_SHARED;
+  if (system >= SWITCH) {
+    c.router = system == TAG ? MOE_ROUTER_TASK : system == EMBED ? MOE_ROUTER_EMBEDDING : MOE_ROUTER_SHARED;
+    c.rank = opt.rank;
     c.experts = opt.experts;
     c.top_k = opt.top_k;
     c.gate_scale_n = !strcmp(opt.gate_scale, "n");
@@ -1133,22 +1258,22 @@ static moe_model *make_model(int system, int seed, const int *which, int n) {
   return model;
 }
 
-/* One optimizer step: draws a super-batch and runs it in micro-batches. */
-static float train_step(moe_trainer *trainer, moe_sampler *sampler, batch_buffer *b, const int *which, int32_t room, double *tokens) {
+/* One optimizer step: draws a super-batch of `size` sequences and runs it in micro-batches. */
+static float train_step(moe_trainer *trainer, moe_sampler *sampler, batch_buffer *b, const int *which, int size, int32_t room, double *tokens) {
   float sum = 0, loss;
   int i;
   batch_clear(b);
-  for (i = 0; i <= opt.batch; ++i) {
+  for (i = 0; i <= size; ++i) {
     int32_t task = 0;
     int64_t row = 0, length = 0;
     const rows *r = NULL;
-    if (i < opt.batch) {
+    if (i < size) {
       moe_sample(sampler, &task, &row);
       r = &tasks[which[task]].train;
       length = r->start[row + 1] - r->start[row];
     }
-    if (b->batch.S && (i == opt.batch || b->tokens + length > room)) {
-      moe_status status = moe_accumulate(trainer, &b->batch, opt.batch, &loss, NULL, &env);
+    if (b->batch.S && (i == size || b->tokens + length > room)) {
+      moe_status status = moe_accumulate(trainer, &b->batch, size, &loss, NULL, &env);
       if (status != MOE_OK) die("training stopped in step %lld (%s); try a smaller --lr", (long long)moe_trainer_step(trainer) + 1, moe_status_text(status));
       sum += loss;
       *tokens += b->tokens;
@@ -1246,6 +1371,21 @@ static void close_predictions(void) {
   prediction_file = NULL;
 }
 
+static moe_model *first_stage; /* what --fine-tune goes on from */
+
+/* The vectors that MT-Embed has learned, a line for each task. */
+static void print_vectors(moe_model *model, int seed) {
+  moe_tensor t;
+  int i, j;
+  moe_model_tensor(model, moe_model_find_tensor(model, "tasks.vectors"), &t);
+  printf("\nTask vectors of MT-Embed (seed %d)\n", seed);
+  for (i = 0; i < t.shape[0]; ++i) {
+    printf("%-15.15s", moe_model_task(model, i)->name);
+    for (j = 0; j < t.shape[1]; ++j) printf(" %8.4f", (double)moe_model_weights(model)[t.offset + (size_t)(i * t.shape[1] + j)]);
+    printf("\n");
+  }
+}
+
 /* Trains one model on n tasks; fills the results of those tasks. */
 static void train_model(result *res, int system, int seed, const int *which, int n, int64_t steps, const char *suffix) {
   moe_model *model = make_model(system, seed, which, n);
@@ -1269,17 +1409,7 @@ static void train_model(result *res, int system, int seed, const int *which, int
   limits.sequences = opt.batch;
   limits.training = 1;
   if (eval_limits.tokens < config.max_len) eval_limits.tokens = config.max_len;
-  moe_train_config_init(&tc);
-  tc.rate = (float)opt.rate;
-  tc.warmup = (float)opt.warmup;
-  tc.steps = steps;
-  tc.decay = (float)opt.decay;
-  tc.clip = (float)opt.clip;
-  tc.dropout = (float)opt.dropout;
-  tc.balance = (float)opt.balance;
-  tc.z_loss = (float)opt.z_loss;
-  tc.jitter = (float)opt.jitter;
-  tc.seed = (uint64_t)seed;
+  set_training(&tc, seed, steps, opt.rate, opt.warmup);
   need(moe_trainer_create(&trainer, model, &limits, &tc, &env));
   need(moe_context_create(&context, model, &eval_limits, &env));
   set_sampling(&sc, seed, steps * opt.batch);
@@ -1299,7 +1429,7 @@ static void train_model(result *res, int system, int seed, const int *which, int
   p.moving = isatty(fileno(stderr));
   while (moe_trainer_step(trainer) < steps) {
     int64_t step;
-    p.loss = train_step(trainer, &sampler, &b, which, room, &p.tokens);
+    p.loss = train_step(trainer, &sampler, &b, which, opt.batch, room, &p.tokens);
     if (moe_update(trainer, NULL, &env) != MOE_OK) die("training stopped in step %lld; try a smaller --lr", (long long)moe_trainer_step(trainer) + 1);
     step = moe_trainer_step(trainer);
     show_progress(&p, step, step == steps);
@@ -1334,7 +1464,161 @@ static void train_model(result *res, int system, int seed, const int *which, int
   batch_free(&b);
   free(n_rows);
   free(used);
-  moe_model_free(model);
+  if (system == EMBED) print_vectors(model, seed);
+  if (opt.fine_tune && system != SINGLE) first_stage = model;
+  else moe_model_free(model);
+}
+
+static void average(result *res) {
+  double small = 0, all = 0;
+  int t, n_small = 0;
+  for (t = 0; t < n_tasks; ++t) {
+    all += res->value[t];
+    if (tasks[t].official <= 10000) small += res->value[t], ++n_small;
+  }
+  res->all = all / n_tasks;
+  res->small = n_small ? small / n_small : 0;
+}
+
+/* ---- the second stage ---- */
+
+/* One fine-tuning of one task: `score` chose the epoch (held-out rows, or dev), `value` is the metric on dev. */
+typedef struct tuned {
+  double score, value, tokens;
+  int defined;
+  int64_t steps;
+  moe_model *model;
+} tuned;
+
+/* Trains a copy of a model of one task on that task's rows; keeps the best epoch, ends after --patience epochs that are no better [TaG] 4.3. */
+static tuned tune_once(const moe_model *start, int t, int seed, double rate, double warmup, progress *p) {
+  static const int32_t alone;
+  tuned out;
+  const task_data *data = &tasks[t];
+  moe_train_config tc;
+  moe_trainer *trainer;
+  moe_context *context;
+  moe_limits limits, eval_limits = {EVAL_TOKENS, EVAL_ROWS, 0};
+  moe_sampler_config sc;
+  moe_sampler sampler;
+  batch_buffer b;
+  int64_t n_rows = data->train.n, used = 0, epoch = (n_rows + opt.fine_batch - 1) / opt.fine_batch;
+  float *best = NULL;
+  size_t count;
+  int worse = 0;
+  int32_t room = opt.micro_batch > config.max_len ? opt.micro_batch : config.max_len;
+  if ((int64_t)opt.fine_batch * config.max_len < room) room = opt.fine_batch * config.max_len;
+  memset(&out, 0, sizeof out);
+  need(moe_model_extract(&out.model, start, &alone, 1, NULL, &env));
+  count = moe_model_parameters(out.model);
+  best = (float *)take(count, sizeof *best);
+  limits.tokens = room;
+  limits.sequences = opt.fine_batch;
+  limits.training = 1;
+  if (eval_limits.tokens < config.max_len) eval_limits.tokens = config.max_len;
+  set_training(&tc, seed, epoch * opt.fine_tune, rate, warmup);
+  need(moe_trainer_create(&trainer, out.model, &limits, &tc, &env));
+  need(moe_context_create(&context, out.model, &eval_limits, &env));
+  set_sampling(&sc, seed, tc.steps * opt.fine_batch);
+  need(moe_sampler_init(&sampler, &sc, &n_rows, &used, 1, &env));
+  batch_make(&b, room, opt.fine_batch);
+  p->first = 0;
+  p->steps = tc.steps;
+  p->began = now();
+  p->tokens = 0;
+  while (moe_trainer_step(trainer) < tc.steps && worse < opt.patience) {
+    int64_t step;
+    double score;
+    p->loss = train_step(trainer, &sampler, &b, &t, opt.fine_batch, room, &p->tokens);
+    if (moe_update(trainer, NULL, &env) != MOE_OK) die("training stopped in step %lld; try a smaller --lr", (long long)moe_trainer_step(trainer) + 1);
+    if (interrupted) die("interrupted while %s was fine-tuned; what was finished before is kept", data->task.name);
+    step = moe_trainer_step(trainer);
+    show_progress(p, step, 0);
+    if (step % epoch) continue;
+    score = evaluate(context, out.model, opt.hold_out > 0 ? &data->held : data->dev, opt.hold_out > 0 ? 1 : data->n_dev, 0, t, NULL);
+    ++worse;
+    if (step > epoch && !(score > out.score)) continue;
+    worse = 0;
+    out.score = score;
+    out.steps = step;
+    memcpy(best, moe_model_weights(out.model), count * sizeof *best);
+  }
+  show_progress(p, moe_trainer_step(trainer), 1);
+  out.tokens = p->tokens;
+  moe_trainer_free(trainer);
+  memcpy(moe_model_weights(out.model), best, count * sizeof *best);
+  need(moe_model_pack(out.model, NULL, &env));
+  out.value = evaluate(context, out.model, data->dev, data->n_dev, 0, t, &out.defined);
+  moe_context_free(context);
+  batch_free(&b);
+  free(best);
+  return out;
+}
+
+/* Every pair of --grid, or --lr and --warmup alone; the best by its score. */
+static tuned tune(const moe_model *start, int t, int seed, const char *title) {
+  char *half[2], *rate[64], *warmup[64];
+  int rates = 1, warmups = 1, i, j;
+  tuned best;
+  progress p;
+  memset(&best, 0, sizeof best);
+  memset(&p, 0, sizeof p);
+  p.moving = isatty(fileno(stderr));
+  p.last = now();
+  snprintf(p.title, sizeof p.title, "%s", title);
+  half[1] = NULL;
+  if (opt.grid) {
+    if (split(copy_text(opt.grid), ':', half, 2) > 2) die("--grid is RATES or RATES:WARMUPS, not \"%s\"", opt.grid);
+    rates = split(half[0], ',', rate, 64);
+    if (half[1]) warmups = split(half[1], ',', warmup, 64);
+    if (rates > 64 || warmups > 64) die("--grid: more than 64 values");
+  }
+  for (i = 0; i < rates; ++i)
+    for (j = 0; j < warmups; ++j) {
+      tuned one = tune_once(start, t, seed, opt.grid ? number("--grid", rate[i], 1e-12, 1e6) : opt.rate,
+                            half[1] ? number("--grid", warmup[j], 0, 1) : opt.warmup, &p);
+      if (opt.grid)
+        printf("%s: rate %s, warm-up %s: %.4f to choose by, %.4f on dev\n", title, rate[i], half[1] ? warmup[j] : "as given", one.score, one.value);
+      one.tokens += best.tokens;
+      if (best.model && !(one.score > best.score)) {
+        moe_model_free(one.model);
+        best.tokens = one.tokens;
+        continue;
+      }
+      moe_model_free(best.model);
+      best = one;
+    }
+  return best;
+}
+
+/* Fine-tunes every task of the table from `model`, each by itself. */
+static void run_tuned(result *res, const moe_model *model) {
+  char path[1024], title[96];
+  int t;
+  res->value = (double *)take((size_t)n_tasks, sizeof *res->value);
+  res->defined = (int *)take((size_t)n_tasks, sizeof *res->defined);
+  for (t = 0; t < n_tasks; ++t) {
+    int32_t at = moe_model_find_task(model, tasks[t].task.name);
+    double began = now();
+    moe_model *alone;
+    tuned one;
+    snprintf(title, sizeof title, "%s %.40s seed %d", system_title[res->system], tasks[t].task.name, res->seed);
+    need(moe_model_extract(&alone, model, &at, 1, NULL, &env));
+    one = tune(alone, t, res->seed, title);
+    moe_model_free(alone);
+    res->value[t] = one.value;
+    res->defined[t] = one.defined;
+    res->seconds += now() - began;
+    res->tokens += one.tokens;
+    res->steps += one.steps;
+    res->parameters += moe_model_parameters(one.model);
+    if (opt.save) {
+      run_path(path, sizeof path, opt.save, res->system, res->seed, tasks[t].task.name);
+      need(moe_model_save(one.model, path, &env));
+    }
+    moe_model_free(one.model);
+  }
+  average(res);
 }
 
 static int64_t steps_for(int64_t n_rows, int64_t of_rows) {
@@ -1345,12 +1629,10 @@ static int64_t steps_for(int64_t n_rows, int64_t of_rows) {
 static void run_system(result *res) {
   int *which = (int *)take((size_t)n_tasks, sizeof *which), t;
   int64_t total = 0;
-  double small = 0, all = 0;
-  int n_small = 0;
   res->value = (double *)take((size_t)n_tasks, sizeof *res->value);
   res->defined = (int *)take((size_t)n_tasks, sizeof *res->defined);
   for (t = 0; t < n_tasks; ++t) total += tasks[t].train.n;
-  if (res->system == SWITCH || res->system == TAG)
+  if (res->system >= SWITCH)
     res->routes = (int64_t *)take((size_t)n_tasks * (size_t)config.layers * (size_t)opt.experts, sizeof *res->routes);
   if (res->system == SINGLE)
     for (t = 0; t < n_tasks; ++t) train_model(res, SINGLE, res->seed, &t, 1, steps_for(tasks[t].train.n, total), tasks[t].task.name);
@@ -1358,12 +1640,7 @@ static void run_system(result *res) {
     for (t = 0; t < n_tasks; ++t) which[t] = t;
     train_model(res, res->system, res->seed, which, n_tasks, steps_for(total, total), NULL);
   }
-  for (t = 0; t < n_tasks; ++t) {
-    all += res->value[t];
-    if (tasks[t].official <= 10000) small += res->value[t], ++n_small;
-  }
-  res->all = all / n_tasks;
-  res->small = n_small ? small / n_small : 0;
+  average(res);
   free(which);
 }
 
@@ -1393,9 +1670,25 @@ static void print_cell(double v, double deviation, int n, int undefined, int wid
   printf(" %*s%s", width - undefined, text, undefined ? "?" : "");
 }
 
+/* Of the seeds, as the paper reports. */
+static void print_maximum(int system, int width) {
+  int t, i;
+  printf("%-13s", "  maximum");
+  for (t = 0; t < n_tasks + 2; ++t) {
+    double best = -2;
+    for (i = 0; i < n_results; ++i) {
+      double v = results[i].system != system ? -2 : t < n_tasks ? results[i].value[t] : t == n_tasks ? results[i].small : results[i].all;
+      if (v > best) best = v;
+    }
+    if (t == n_tasks) printf(" |");
+    print_cell(best, 0, 1, 0, width);
+  }
+  printf(" |\n");
+}
+
 static void print_table(void) {
   int s, t, i, width = 10, n, several = 0, bad, any_bad = 0;
-  for (s = 0; s < SYSTEMS; ++s) {
+  for (s = 0; s < LINES; ++s) {
     double d;
     mean_of(s, -2, &d, &n);
     several |= n > 1;
@@ -1420,7 +1713,7 @@ static void print_table(void) {
     print_cell(v + 2 * error, 0, 1, 0, width);
   }
   printf(" |\n");
-  for (s = 0; s < SYSTEMS; ++s) {
+  for (s = 0; s < LINES; ++s) {
     double d, v, seconds = 0;
     size_t parameters = 0;
     mean_of(s, -2, &d, &n);
@@ -1438,6 +1731,7 @@ static void print_table(void) {
     for (i = 0; i < n_results; ++i)
       if (results[i].system == s) seconds += results[i].seconds, parameters = results[i].parameters;
     printf(" | %11zu %8.1f\n", parameters, seconds / n);
+    if (s >= TUNED && n > 1) print_maximum(s, width);
   }
   printf("small: mean over tasks with at most 10,000 training rows; all: over all tasks%s.\n", several ? "; mean+-standard deviation over the seeds" : "");
   printf("chance + 2 se: the most frequent class (Spearman, Matthews: 0) plus two standard errors of the dev set");
@@ -1545,6 +1839,142 @@ static void check_writable(const char *option, const char *path) {
   fclose(f);
 }
 
+/* ---- --from: fine-tuning and new tasks ---- */
+
+/* What --gate-from names: a task of the model, or one of moe_model_adapt's words. */
+static int32_t gate_number(const char *name) {
+  int32_t t = moe_model_find_task(from_model, name);
+  if (t >= 0) return t;
+  if (!strcmp(name, "random")) return MOE_GATE_RANDOM;
+  if (!strcmp(name, "mean")) return MOE_GATE_MEAN;
+  die("--gate-from: \"%s\" is neither random nor mean nor a task of %s", name, opt.from);
+  return 0;
+}
+
+/* "100" or "10%" of n rows. */
+static int64_t few_rows(const char *text, int64_t n) {
+  char *end;
+  double v = strtod(text, &end);
+  if (end != text && !strcmp(end, "%")) v = ceil(v / 100 * (double)n);
+  else if (*end || end == text) v = 0;
+  if (!(v >= 1 && v <= (double)n)) die("--rows: \"%s\" is neither a number from 1 to %lld nor a share such as 10%%", text, (long long)n);
+  return (int64_t)v;
+}
+
+/* The training rows of a few-shot run: `wanted` of them, drawn by the seed; a ranking's questions stay whole. */
+static rows draw_rows(const rows *all, int64_t wanted, int seed, int ranking) {
+  rows drawn = *all;
+  unsigned char *keep = (unsigned char *)take((size_t)all->n, 1);
+  int64_t i, j, kept = 0;
+  for (i = 0; i < all->n && kept < wanted; ++i) {
+    int64_t row = (int64_t)moe__permute(moe_key((uint64_t)seed, 0, 0, 0, 78), (uint64_t)i, (uint64_t)all->n);
+    for (j = ranking ? 0 : row; j < (ranking ? all->n : row + 1); ++j)
+      if (!keep[j] && (!ranking || all->group[j] == all->group[row])) keep[j] = 1, ++kept;
+  }
+  part_rows(&drawn, NULL, keep);
+  free(keep);
+  return drawn;
+}
+
+/* A line of the table, and of --json. */
+static void adapt_line(const char *gate, int64_t n, const result *r, int seeds, FILE *json, int first) {
+  double sum = 0, square = 0, best = -2, deviation, seconds = 0;
+  char text[64];
+  int i;
+  for (i = 0; i < seeds; ++i) {
+    sum += r[i].value[0];
+    square += r[i].value[0] * r[i].value[0];
+    if (r[i].value[0] > best) best = r[i].value[0];
+    seconds += r[i].seconds;
+  }
+  square = square - sum * sum / seeds;
+  deviation = seeds > 1 && square > 0 ? sqrt(square / (seeds - 1)) : 0;
+  snprintf(text, sizeof text, "%.1f+-%.1f", 100 * sum / seeds, 100 * deviation);
+  printf("%-16.16s %8lld %8.1f %12s %8.1f\n", gate, (long long)n, 100 * best, text, seconds / seeds);
+  fflush(stdout);
+  if (!json) return;
+  fprintf(json, "%s\n  {\"gate\": ", first ? "" : ",");
+  json_text(json, gate);
+  fprintf(json, ", \"rows\": %lld, \"maximum\": %.9g, \"mean\": %.9g, \"deviation\": %.9g, \"seeds\": [", (long long)n, best, sum / seeds, deviation);
+  for (i = 0; i < seeds; ++i) fprintf(json, "%s{\"seed\": %d, \"value\": %.9g, \"steps\": %lld}", i ? ", " : "", r[i].seed, r[i].value[0], (long long)r[i].steps);
+  fprintf(json, "]}");
+}
+
+/* --adapt: a task that the model does not know, from each gate, on each number of rows, with each seed [TaG] Tables 2 and 6. */
+static void run_adapt(char **seed_list, int n_seeds) {
+  char *gate[64], *few[64], title[96], path[1056], suffix[96];
+  int gates = split(copy_text(opt.gate_from), ',', gate, 64), sizes = 1, i, j, k;
+  rows all = tasks[0].train;
+  result *r = (result *)take((size_t)n_seeds, sizeof *r);
+  FILE *json = opt.json ? tmpfile() : NULL;
+  few[0] = copy_text("100%");
+  if (opt.few) sizes = split(copy_text(opt.few), ',', few, 64);
+  if (gates > 64 || sizes > 64) die("--gate-from and --rows: more than 64");
+  for (i = 0; i < gates; ++i) gate_number(gate[i]); /* what is wrong is better known before the first run */
+  for (i = 0; i < sizes; ++i) few_rows(few[i], all.n);
+  if (json) fprintf(json, "{\"adapt\": \"%s\", \"runs\": [", tasks[0].task.name);
+  printf("\n%-16s %8s %8s %12s %8s\n", "gates from", "rows", "maximum", "mean", "seconds");
+  for (i = 0; i < sizes; ++i)
+    for (j = 0; j < gates; ++j) {
+      int64_t wanted = few_rows(few[i], all.n);
+      for (k = 0; k < n_seeds; ++k) {
+        moe_model *more, *alone;
+        int32_t last = moe_model_tasks(from_model);
+        double began = now();
+        tuned one;
+        r[k].seed = (int)whole("--seeds", seed_list[k], 0, 2147483647);
+        tasks[0].train = wanted < all.n ? draw_rows(&all, wanted, r[k].seed, tasks[0].task.kind == MOE_KIND_RANKING) : all;
+        need(moe_model_adapt(&more, from_model, &tasks[0].task, gate_number(gate[j]), (uint64_t)r[k].seed, &env));
+        need(moe_model_extract(&alone, more, &last, 1, NULL, &env));
+        moe_model_free(more);
+        snprintf(title, sizeof title, "%.30s, %lld rows, seed %d", gate[j], (long long)wanted, r[k].seed);
+        one = tune(alone, 0, r[k].seed, title);
+        moe_model_free(alone);
+        if (!r[k].value) r[k].value = (double *)take(1, sizeof *r[k].value);
+        r[k].value[0] = one.value;
+        r[k].steps = one.steps;
+        r[k].seconds = now() - began;
+        if (opt.save) {
+          snprintf(suffix, sizeof suffix, "%.40s-%lld-%d", gate[j], (long long)wanted, r[k].seed);
+          if (sizes * gates * n_seeds == 1) snprintf(path, sizeof path, "%s", opt.save);
+          else with_suffix(path, sizeof path, opt.save, suffix);
+          need(moe_model_save(one.model, path, &env));
+        }
+        moe_model_free(one.model);
+      }
+      adapt_line(gate[j], wanted, r, n_seeds, json, i == 0 && j == 0);
+    }
+  if (!json) return;
+  fprintf(json, "\n ]}\n");
+  fflush(json);
+  need(moe_file_replace(opt.json, copy_file, json, &env));
+  fclose(json);
+}
+
+/* The second stage of a model that is there already. */
+static void run_from(char **seed_list, int n_seeds) {
+  static const int system_of[] = {DENSE, SWITCH, TAG, DENSE, EMBED};
+  int i;
+  if (opt.adapt) {
+    run_adapt(seed_list, n_seeds);
+    return;
+  }
+  if (moe_model_config(from_model)->unit == MOE_UNIT_BLOCK) die("%s has blocks as experts, which the second stage does not know", opt.from);
+  for (i = 0; i < n_seeds; ++i) {
+    result *r = &results[i];
+    memset(r, 0, sizeof *r);
+    r->system = TUNED + system_of[config.router];
+    r->seed = (int)whole("--seeds", seed_list[i], 0, 2147483647);
+  }
+  n_runs = n_seeds;
+  for (n_results = 1; n_results <= n_seeds; ++n_results) {
+    run_tuned(&results[n_results - 1], from_model);
+    if (opt.json) write_json();
+  }
+  n_results = n_seeds;
+  print_table();
+}
+
 int main(int argc, char **argv) {
   char *list[SYSTEMS + 1], *seed_list[1000];
   int n_systems, n_seeds, i, j, k, all;
@@ -1562,30 +1992,45 @@ int main(int argc, char **argv) {
   n_seeds = split(copy_text(opt.seeds), ',', seed_list, 1000);
   if (n_systems > SYSTEMS || n_seeds > 1000) die("too many systems or seeds");
   n_runs = n_systems * n_seeds;
-  results = (result *)take((size_t)n_runs, sizeof *results);
+  results = (result *)take(2 * (size_t)n_runs, sizeof *results); /* each with a second stage, perhaps */
   for (i = 0; i < n_systems; ++i)
     for (j = 0; j < n_seeds; ++j) {
       result *r = &results[n_results++];
       for (r->system = 0; r->system < SYSTEMS && strcmp(system_name[r->system], list[i]); ++r->system) continue;
-      if (r->system == SYSTEMS) die("--systems: \"%s\" is none of single, dense, switch, tag", list[i]);
+      if (r->system == SYSTEMS) die("--systems: \"%s\" is none of single, dense, switch, tag, embed", list[i]);
       r->seed = (int)whole("--seeds", seed_list[j], 0, 2147483647);
       for (k = 0; k < n_results - 1; ++k)
         if (results[k].system == r->system && results[k].seed == r->seed) die("%s with seed %d stands there twice", list[i], r->seed);
+      if (opt.fine_tune && r->system != SINGLE) {
+        results[n_results] = *r;
+        results[n_results++].system += TUNED;
+      }
     }
+  n_runs = n_results; /* of one run --save FILE has that very name */
   check_writable("--save", opt.save);
   check_writable("--checkpoint", opt.checkpoint);
   check_writable("--json", opt.json);
   read_tasks();
   make_config();
   read_data();
-  printf("%d tasks, %d layers x %d, %s, %d threads, %s\n", n_tasks, (int)config.layers, (int)config.hidden,
-         opt.init ? opt.init : "from scratch", (int)env.threads, moe_isa_name(env.isa));
+  printf("%d task%s, %d layers x %d, %s, %d threads, %s\n", n_tasks, n_tasks == 1 ? "" : "s", (int)config.layers, (int)config.hidden,
+         opt.from ? opt.from : opt.init ? opt.init : "from scratch", (int)env.threads, moe_isa_name(env.isa));
   fflush(stdout);
   signal(SIGINT, on_interrupt);
   signal(SIGTERM, on_interrupt);
+  if (opt.from) {
+    run_from(seed_list, n_seeds);
+    moe_pool_free(pool);
+    return 0;
+  }
   all = n_results;
   for (n_results = 1; n_results <= all; ++n_results) {
-    run_system(&results[n_results - 1]);
+    result *r = &results[n_results - 1];
+    if (r->system < TUNED) run_system(r);
+    else {
+      run_tuned(r, first_stage);
+      moe_model_free(first_stage);
+    }
     if (opt.json) write_json(); /* what is finished is kept, whatever happens to the rest */
   }
   n_results = all;
