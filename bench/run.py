@@ -39,6 +39,7 @@ class Program:
 
     def __init__(self, name, command, threads, environment=None):
         self.name = name
+        self.pause = 0.06 if threads > 1 else 0
         env = dict(os.environ, OMP_NUM_THREADS=str(threads), **(environment or {}))
         if threads > 1:
             env.setdefault("OMP_PROC_BIND", "true")     # two OpenMP threads on one core wait for each other a whole time slice
@@ -61,7 +62,9 @@ class Program:
                 return json.loads(line)
 
     def seconds(self, budget, *words):
-        """Median seconds of a call, repeated for `budget` seconds."""
+        """Median seconds of a call, repeated for `budget` seconds. Idle threads of OpenBLAS and others go on spinning for up to 30 ms after a
+        call and would take a core from the next program: hence the pause."""
+        time.sleep(self.pause)
         self.process.stdin.write(" ".join([str(budget), *words]) + "\n")
         self.process.stdin.flush()
         return float(self.read().split()[0])
@@ -107,8 +110,11 @@ def ratio(ours, theirs):
 class Report:
     """results.md, written anew after each section, and echoed to the terminal."""
 
-    def __init__(self, path):
+    def __init__(self, path, append):
         self.path, self.lines = path, []
+        if append and os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                self.lines = f.read().splitlines() + [""]
 
     def text(self, *lines):
         for line in lines:
@@ -201,9 +207,9 @@ def train_section(report, a):
                     if v == "real" and (a.quick or precision == "bf16"):
                         continue    # in the order of the data: more padding, slower than sorted
                     start(programs, missing, f"PyTorch {precision}" + (f", {v}" if v != "full" else ""),
-                          [PYTHON, os.path.join(HERE, "pytorch_step.py"), "--variant", f"tag,{precision},{v}", "--serve", "--warm", "1", "--threads", str(threads)],
+                          [PYTHON, os.path.join(HERE, "pytorch_step.py"), "--variant", f"tag,{precision},{v}", "--serve", "--warm", "2", "--threads", str(threads)],
                           threads, MALLOC)
-            times = take_turns(programs, 2 if a.quick else 3, 0)
+            times = take_turns(programs, 3, 0)
             tokens = programs[0].ready["tokens"]
             for p in programs:
                 peak = p.finish()["peak_mb"]
@@ -483,6 +489,7 @@ def main():
     p.add_argument("--threads", default="1,2" if cores > 1 else "1")
     p.add_argument("--precisions", default="fp32,bf16", help="of PyTorch's training step")
     p.add_argument("--out", default=os.path.join(HERE, "results.md"))
+    p.add_argument("--append", action="store_true", help="add to the file, with a heading of its own, instead of writing it anew")
     a = p.parse_args()
     a.threads = [int(t) for t in a.threads.split(",")]
     a.precisions = a.precisions.split(",")
@@ -493,14 +500,14 @@ def main():
     if subprocess.run(["make", "-s", "-C", HERE, "programs"], check=False).returncode != 0:
         sys.exit("run.py: the programs do not compile")
     begin = time.monotonic()
-    report = Report(a.out)
+    report = Report(a.out, a.append)
     a.have = prepare_peers()
     prepared = time.monotonic()
     heading(report, a.have, a.threads)
     for name in names:
         SECTIONS[name](report, a)
         report.save()
-    report.text(f"Measured in {time.monotonic() - prepared:.0f} s, after {prepared - begin:.0f} s of preparing the peers.")
+    report.text(f"Measured in {time.monotonic() - prepared:.0f} s, after {prepared - begin:.0f} s of preparing the peers.", "")
     report.save()
 
 
