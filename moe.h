@@ -952,18 +952,21 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #define MOE__TARGET(x) __attribute__((target(x)))
 #define MOE__INLINE static inline __attribute__((always_inline))
 #define MOE__UNUSED __attribute__((unused))
+#define MOE__PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #define MOE__PRINTF(f, a) __attribute__((format(printf, f, a)))
 #elif defined(_MSC_VER)
 #define MOE__RESTRICT __restrict
 #define MOE__TARGET(x)
 #define MOE__INLINE static __forceinline
 #define MOE__UNUSED
+#define MOE__PREFETCH(p) ((void)(p))
 #define MOE__PRINTF(f, a)
 #else
 #define MOE__RESTRICT
 #define MOE__TARGET(x)
 #define MOE__INLINE static inline
 #define MOE__UNUSED
+#define MOE__PREFETCH(p) ((void)(p))
 #define MOE__PRINTF(f, a)
 #endif
 
@@ -2677,7 +2680,7 @@ static moe__gemm_cut moe__gemm_plan(const moe__gemm *g) {
   cut.n = 96;
   if (cut.pack_a) { /* weight gradients: 64 rows of A, 128 steps of each; B stays in the second-level cache meanwhile */
     cut.m = 64;
-    cut.n = g->m >= 768 ? 384 : 192;
+    cut.n = 384;
     cut.k = 128;
   } else if (g->b_layout != MOE__B_PANELS) {
     cut.m = 192;
@@ -2754,9 +2757,23 @@ static void moe__gemm_edge(moe__gemm_fn fn, float *c, size_t c_row, const float 
   for (i = 0; i < rows; ++i) memcpy(c + i * c_row, block + i * row, sizeof(float) * columns);
 }
 
+/* Rows of memory that will be needed soon: the first touch of a strided operand misses every cache, and no processor foresees it. Every kernel
+   call asks for a few rows of the next. */
+typedef struct moe__gemm_ahead {
+  const float *at;
+  size_t ld, lines, rows, rate; /* rows of `lines` cache lines, ld floats apart; how many to ask for at a time */
+} moe__gemm_ahead;
+
+static void moe__gemm_ask(moe__gemm_ahead *ahead) {
+  size_t count = ahead->rate < ahead->rows ? ahead->rate : ahead->rows, line;
+  ahead->rows -= count;
+  for (; count > 0; --count, ahead->at += ahead->ld)
+    for (line = 0; line < ahead->lines; ++line) MOE__PREFETCH(ahead->at + 16 * line);
+}
+
 /* Rows i0 .. i1-1 of `width` panels of columns from j on, for the block of k that begins at p0. */
 static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0, size_t i1, size_t j, int width,
-                             size_t p0, size_t depth, const moe__gemm_a *a, const moe__gemm_b *b) {
+                             size_t p0, size_t depth, const moe__gemm_a *a, const moe__gemm_b *b, moe__gemm_ahead *ahead) {
   size_t columns = (size_t)g->n - j < 16 * (size_t)width ? (size_t)g->n - j : 16 * (size_t)width;
   size_t most = (size_t)kernels->rows[width], blocks = (i1 - i0 + most - 1) / most, block, i = i0;
   for (block = 0; block < blocks; ++block) { /* of sizes as even as can be: 9 rows are 5 and 4 */
@@ -2766,6 +2783,8 @@ static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernel
     moe__gemm_fn fn = kernels->fn[width][rows];
     if (p0 > 0 || g->accumulate) start = c, start_row = g->c_row;
     else if (g->bias) start = g->bias + j;
+    moe__gemm_ask(&ahead[0]);
+    moe__gemm_ask(&ahead[1]);
     if (columns == 16 * (size_t)width) fn(c, g->c_row, start, start_row, at, a->row, a->col, b->at, b->panel, b->step, depth);
     else moe__gemm_edge(fn, c, g->c_row, start, start_row, rows, columns, width, at, a->row, a->col, b, depth);
     if (g->gelu && p0 + depth == (size_t)g->k) kernels->gelu(g->gelu + i * g->c_row + j, c, g->c_row, rows, columns);
@@ -2795,14 +2814,36 @@ static void moe__gemm_sum_a(const moe__gemm *g, const moe__gemm_kernels *kernels
       for (p = 0; p < (size_t)g->k; ++p) g->a_sum[i] += g->a[i * g->a_row + p * g->a_col];
 }
 
+/* What to ask for while block p0 .. p0+depth-1 runs: the next block of A where A is copied, and of B the columns after j (or the first of the
+   next block, j = j1), where B is read in place. */
+static void moe__gemm_look_ahead(moe__gemm_ahead *ahead, const moe__gemm *g, const moe__gemm_cut *cut, size_t rows, size_t first, int more,
+                                 size_t p0, size_t depth, int width) {
+  memset(ahead, 0, sizeof *ahead);
+  ahead->rows = depth;
+  if (width == 0) { /* A */
+    if (!cut->pack_a || !more) return;
+    ahead->at = g->a + first + (p0 + depth) * g->a_col;
+    ahead->ld = g->a_col;
+    ahead->lines = (rows + 15) / 16;
+    ahead->rate = depth * 48 / (size_t)cut->n * MOE__GEMM_ROWS / rows + 1;
+    return;
+  }
+  if (g->b_layout != MOE__B_ROWS || !more) return;
+  ahead->at = g->b + p0 * g->b_row + first;
+  ahead->ld = g->b_row;
+  ahead->lines = (size_t)width;
+  ahead->rate = depth * MOE__GEMM_ROWS / rows + 1;
+}
+
 static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const moe__gemm_kernels *kernels, int32_t tile) {
   float block_of_stack[MOE__GEMM_BUFFER + 16];
   float *buffer = block_of_stack + (64 - (uintptr_t)block_of_stack % 64) / sizeof(float); /* vectors on cache lines */
   int32_t first = tile / cut->across * cut->m, j0 = tile % cut->across * cut->n, j1 = moe__min(j0 + cut->n, g->n), j;
   size_t i0 = (size_t)first, i1 = (size_t)moe__min(first + cut->m, g->m), k = (size_t)g->k, p0 = 0, block;
   size_t blocks = k ? (k + (size_t)cut->k - 1) / (size_t)cut->k : 1; /* one even where k is 0: C still gets its start */
+  int sum = g->a_sum && j0 == 0;
   if (i0 >= i1) return; /* rows are rounded up to 8 a tile: the last may have none */
-  if (g->a_sum && j0 == 0) moe__gemm_sum_a(g, kernels, i0, i1);
+  if (sum && !cut->pack_a) moe__gemm_sum_a(g, kernels, i0, i1);
   if (g->narrow) {
     moe__gemm_narrow(g, kernels, i0, i1);
     return;
@@ -2811,12 +2852,19 @@ static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const m
     size_t depth = (k - p0 + blocks - block - 1) / (blocks - block);
     float *buffer_a = cut->pack_a ? buffer + 16 * MOE__GEMM_PACKED * depth : NULL;
     moe__gemm_a a = moe__gemm_view_a(g, kernels, i0, i1 - i0, p0, depth, buffer_a);
+    moe__gemm_ahead ahead[2]; /* A, B */
+    int last = block + 1 == blocks;
+    moe__gemm_look_ahead(&ahead[0], g, cut, i1 - i0, i0, !last, p0, depth, 0);
+    if (sum && cut->pack_a) kernels->add_rows(g->a_sum + i0, a.at, a.col, i1 - i0, depth);
     for (j = j0; j < j1;) {
       int most = g->b_layout == MOE__B_PANELS ? MOE__GEMM_PANELS : MOE__GEMM_PACKED;
       int width = moe__gemm_width(kernels, (int32_t)(i1 - i0), (j1 - j + 15) / 16, most);
       moe__gemm_b b = moe__gemm_view_b(g, kernels, (size_t)j, width, p0, depth, cut->pack_b, buffer);
-      moe__gemm_stripe(g, kernels, i0, i1, (size_t)j, width, p0, depth, &a, &b);
-      j += 16 * width;
+      int32_t next = j + 16 * width;
+      if (next < j1) moe__gemm_look_ahead(&ahead[1], g, cut, i1 - i0, (size_t)next, 1, p0, depth, width);
+      else moe__gemm_look_ahead(&ahead[1], g, cut, i1 - i0, (size_t)j0, !last, p0 + depth, depth, width);
+      moe__gemm_stripe(g, kernels, i0, i1, (size_t)j, width, p0, depth, &a, &b, ahead);
+      j = next;
     }
     p0 += depth;
   }
