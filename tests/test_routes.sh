@@ -99,7 +99,7 @@ int main(int argc, char **argv) { /* FROM TO: an untrained model of blocks with 
 }
 END
 if $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O0 -I.. -o "$tmp/blocks" "$tmp/blocks.c" -lm -pthread && "$tmp/blocks" "$tmp/late.safetensors" "$tmp/b.safetensors" &&
-   run "$tmp/b.safetensors" --rows 10 --checkpoints "$tmp/b.safetensors" --tau 100000,0.01 --text --csv "$tmp/b.csv" --html "$tmp/b.html" > "$tmp/text" &&
+   cp "$tmp/b.safetensors" "$tmp/a.safetensors" && run "$tmp/b.safetensors" --rows 10 --checkpoints "$tmp/a.safetensors" --tau 100000,0.01 --text --csv "$tmp/b.csv" --html "$tmp/b.html" > "$tmp/text" &&
    [ -z "$(sums "$tmp/b.csv" 24)" ] && grep -q 'Weight of a block' "$tmp/text" &&
    awk -F, '$1 == "decided" { v[++n] = $7 } END { exit !(n == 4 && v[1] < 0.4 && v[2] < 0.4 && v[3] > 0.8 && v[4] > 0.8) }' "$tmp/b.csv"
 then ok test_routes_takes_blocks_and_temperatures; else fail test_routes_takes_blocks_and_temperatures "$(grep decided "$tmp/b.csv")"; fi
