@@ -6677,7 +6677,7 @@ static moe_status moe__check_forced(const moe_context *c, int32_t M, const moe_e
 static moe_status moe__check_disabled(const moe_context *c, const moe_env *env) {
   const moe_config *config = &c->model->config;
   int32_t l, i;
-  if (!c->disabled || c->forced) return MOE_OK;
+  if (!c->disabled || (c->forced && config->unit == MOE_UNIT_FFN)) return MOE_OK; /* blocks know no forced experts */
   for (l = 0; l < config->layers; ++l) {
     int32_t left = 0;
     for (i = 0; i < config->experts; ++i) left += !c->disabled[(size_t)l * (size_t)config->experts + (size_t)i];
@@ -7113,10 +7113,12 @@ static void moe__level_largest(float *w, const float *value, int32_t n) {
   for (i = 0; i < n; ++i) w[i] = i == best ? 1.0f : 0.0f;
 }
 
-/* prob (m) = softmax(z / tau). */
+/* prob (m) = softmax(z / tau); the maximum goes first, so that a small tau divides nothing to infinity. */
 static void moe__level_softmax(float *prob, const float *z, float tau, int32_t m) {
+  float max = z[0];
   int32_t i;
-  for (i = 0; i < m; ++i) prob[i] = z[i] / tau;
+  for (i = 1; i < m; ++i) max = moe__maxf(max, z[i]);
+  for (i = 0; i < m; ++i) prob[i] = (z[i] - max) / tau;
   moe_cross_entropy_forward(prob, prob, 0, m);
 }
 
@@ -7293,7 +7295,7 @@ static int moe__block_batch(moe_context *c, const moe__pass *pass, moe__pass *su
   v->start[0] = 0;
   for (s = 0; s < pass->S; ++s) {
     float w = v->weight[((size_t)layer * (size_t)pass->S + (size_t)s) * (size_t)m + (size_t)(block % m)];
-    if (!all && !(w > 0)) continue;
+    if (!all && w == 0) continue; /* NaN takes part: it has to reach the loss */
     v->sequence[n] = s;
     v->index[n] = pass->batch->index ? pass->batch->index[s] : s;
     v->start[n + 1] = v->start[n] + start[s + 1] - start[s];
@@ -7335,8 +7337,8 @@ static void moe__block_combine(moe_context *c, const moe__pass *pass, const moe_
     const float *w = v->weight + (layer * (size_t)pass->S + s) * m;
     const float *from = v->y[block] + (size_t)v->start[n] * H;
     float *to = v->x[layer + 1] + (size_t)pass->batch->seq_start[s] * H;
-    for (i = 0; i < own && !(w[i] > 0);) ++i;
-    if (!(w[own] > 0)) continue;
+    for (i = 0; i < own && w[i] == 0;) ++i;
+    if (w[own] == 0) continue;
     if (i < own) mix->axpy(to, w[own], from, floats);
     else mix->scale(to, w[own], from, floats);
   }
@@ -7374,7 +7376,7 @@ static int moe__block_scatter(moe_context *c, const moe__pass *pass, const moe__
     int32_t length = v->start[n + 1] - v->start[n];
     double sum = 0;
     mix->scale(c->g + at, v->weight[choice], dy, (size_t)length * H);
-    used |= v->weight[choice] > 0;
+    used |= v->weight[choice] != 0;
     for (i = 0; i < length && learns; ++i) sum += (double)rows->dot(dy + (size_t)i * H, v->y[block] + at + (size_t)i * H, H);
     v->dweight[choice] = (float)sum;
   }
