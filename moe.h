@@ -731,7 +731,8 @@ MOE_API int64_t moe_trainer_step(const moe_trainer *trainer); /* updates so far 
    its tensor's gradient or, where that is larger, a hundredth of the whole gradient's. Tensors take turns; of each the
    largest gradient is looked at first. Routes and dropout stay as they are meanwhile. A debugging tool: slow, takes memory
    for the routes, and as good as float allows (about 1e-3 where the loss is smooth). Weights are as before afterwards, the
-   gradients cleared. */
+   gradients cleared. The gradient of
+   MOE_SELECT_STRAIGHT is not the slope of its loss, by design: it has no such differences. */
 MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples, float *error,
                                  const moe_env *env);
 
