@@ -44,4 +44,17 @@ head -c 1000 "$small" > "$tmp/cut"
 refuses test_convert_refuses_damage "." "$tmp/cut"
 if "$tmp/train" --tasks $tasks --data $data --systems tag --layers 1 --hidden 64 --ffn 128 --heads 2 --steps 1 --threads 1 --max-len 24 \
      --init "$small" --vocab $data/vocab.txt > "$tmp/log" 2>&1; then fail test_convert_int8_cannot_be_trained; else ok test_convert_int8_cannot_be_trained; fi
+
+# one task alone: the same scores without the other; without the experts that it hardly uses nearly the same, in fewer bytes
+rows=$data/snips_intents/train.tsv
+if "$tmp/convert" "$model" "$tmp/one" --task snips_intents > "$tmp/what" && grep -q '^tasks 1$' "$tmp/what"; then ok test_convert_takes_a_task; else fail test_convert_takes_a_task "$(cat "$tmp/what")"; fi
+"$tmp/predict" "$model" snips_intents < "$tmp/lines" > "$tmp/all"
+"$tmp/predict" "$tmp/one" snips_intents < "$tmp/lines" > "$tmp/other"
+if cmp -s "$tmp/all" "$tmp/other"; then ok test_convert_a_task_alone_is_the_same; else fail test_convert_a_task_alone_is_the_same; fi
+"$tmp/convert" "$model" "$tmp/few" --task snips_intents --drop-below 0.3 --rows $rows > "$tmp/what" 2>&1
+a=$(score "$model") b=$(score "$tmp/few") kept=$(awk '$1 == "experts" { print $2 }' "$tmp/what")
+if [ "${kept:-4}" -lt 4 ] && [ "$(wc -c < "$tmp/few")" -lt "$(wc -c < "$tmp/one")" ] && echo "$a $b" | awk '{ d = $1 - $2; exit !(d < 0.1 && d > -0.1) }'
+then ok test_convert_leaves_experts_out; else fail test_convert_leaves_experts_out "$kept experts, accuracy $a, then $b: $(head -n 2 "$tmp/what")"; fi
+refuses test_convert_wants_a_known_task 'has no task "mrpc"' "$model" "$tmp/x" --task mrpc
+refuses test_convert_wants_rows_to_count "go together" "$model" "$tmp/x" --task snips_intents --drop-below 0.1
 finish
