@@ -254,6 +254,7 @@ int main(int argc, char **argv) {
   w.env.log = bench_log;
   w.env.log_user = argv[0];
   if (moe_pool_create(&pool, threads, &w.env) != MOE_OK) return 1;
+  bench_pin(threads);
   limits(&gflops, &gbytes, &w.env);
   prepare(&w);
   printf("{\"program\": \"moe.h\", \"isa\": \"%s\", \"threads\": %d, \"peak_gflops\": %.1f, \"copy_gbytes\": %.1f}\n", moe_isa_name(w.env.isa), threads,

@@ -102,6 +102,7 @@ static int setup(job *w, const options *o, int32_t tokens) {
   moe_task *tasks = (moe_task *)calloc((size_t)o->tasks, sizeof *tasks);
   int i;
   NEED(moe_pool_create(&w->pool, o->threads, &w->env));
+  bench_pin(o->threads);
   for (i = 0; i < o->tasks; ++i) {
     snprintf(tasks[i].name, sizeof tasks[i].name, "task%d", i);
     tasks[i].kind = MOE_KIND_CLASSIFICATION;

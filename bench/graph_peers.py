@@ -69,9 +69,14 @@ def onnx_runtime(folder, threads, precision):
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    cores = sorted(os.sched_getaffinity(0))
+    if 1 < threads <= len(cores):       # a core for each thread, as for the other programs
+        options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(str(c + 1) for c in cores[1:threads]))
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     name = "fused_int8.onnx" if precision == "int8" else "fused.onnx"
     session = onnxruntime.InferenceSession(os.path.join(folder, name), options, providers=["CPUExecutionProvider"])
+    if 1 < threads <= len(cores):
+        os.sched_setaffinity(0, cores[:1])
     wanted = {i.name: i.type for i in session.get_inputs()}
 
     def call(shape):
@@ -84,7 +89,7 @@ def openvino_runtime(folder, threads, precision):
     import openvino
     core = openvino.Core()
     model = core.read_model(os.path.join(folder, "minilm.xml"))
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1",
+    settings = {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": True, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1",
                 "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
 
     def call(shape):
