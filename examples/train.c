@@ -439,6 +439,7 @@ static void read_tasks(void) {
       if (!strcmp(all[i].task.name, all[n].task.name)) die("%s:%d: task %s stands there twice", path, f.line, all[n].task.name);
     ++n;
   }
+  free(f.text);
   if (!n) die("%s names no task", path);
   if (opt.adapt) n_wanted = split(copy_text(opt.adapt), ',', wanted, 1);
   else if (opt.tasks) n_wanted = split(copy_text(opt.tasks), ',', wanted, 512);
@@ -608,6 +609,17 @@ static int read_rows(rows *r, const task_data *t, const char *path, int optional
   return 1;
 }
 
+static void free_rows(rows *r) {
+  free(r->line);
+  free(r->start);
+  free(r->ids);
+  free(r->segments);
+  free(r->label);
+  free(r->group);
+  free(r->span);
+  free(r->hash);
+}
+
 /* Keeps the rows with keep[i] != 0, the others go to `rest` (or away). */
 static void part_rows(rows *r, rows *rest, const unsigned char *keep) {
   rows kept;
@@ -641,13 +653,6 @@ static void part_rows(rows *r, rows *rest, const unsigned char *keep) {
     }
     to->start[to->n] = to->tokens;
   }
-  free(r->start);
-  free(r->ids);
-  free(r->segments);
-  free(r->label);
-  free(r->group);
-  free(r->span);
-  free(r->hash);
   *r = kept;
 }
 
@@ -672,7 +677,7 @@ static void remove_overlaps(void) {
   int t, o, d;
   int64_t i;
   for (t = 0; t < n_tasks; ++t) {
-    rows *r = &tasks[t].train;
+    rows *r = &tasks[t].train, whole = *r;
     unsigned char *keep = (unsigned char *)take((size_t)r->n, 1);
     int64_t before = r->n;
     memset(keep, 1, (size_t)r->n);
@@ -688,6 +693,7 @@ static void remove_overlaps(void) {
       }
     if (tasks[t].task.kind == MOE_KIND_RANKING) keep_groups_whole(r, keep);
     part_rows(r, NULL, keep);
+    free_rows(&whole);
     free(keep);
     if (r->n < before) printf("%s: %lld training rows stand in another task's dev set and are left out\n", tasks[t].task.name, (long long)(before - r->n));
     if (!r->n) die("%s has no training row left", tasks[t].task.name);
@@ -698,13 +704,14 @@ static void hold_out_rows(void) {
   int t;
   int64_t i;
   for (t = 0; t < n_tasks; ++t) {
-    rows *r = &tasks[t].train;
+    rows *r = &tasks[t].train, whole = *r;
     unsigned char *keep = (unsigned char *)take((size_t)r->n, 1);
     for (i = 0; i < r->n; ++i) { /* the rows of a ranking's group stay together */
       uint64_t of = tasks[t].task.kind == MOE_KIND_RANKING ? r->group[i] : (uint64_t)i;
       keep[i] = (double)(moe_key(1, 0, of, (uint32_t)t, 77) >> 11) / 9007199254740992.0 >= opt.hold_out;
     }
     part_rows(r, &tasks[t].held, keep);
+    free_rows(&whole);
     free(keep);
     if (!r->n || !tasks[t].held.n) die("--hold-out %g leaves task %s without rows on one side", opt.hold_out, tasks[t].task.name);
   }
@@ -1976,7 +1983,7 @@ static void run_from(char **seed_list, int n_seeds) {
 }
 
 int main(int argc, char **argv) {
-  char *list[SYSTEMS + 1], *seed_list[1000];
+  char *list[SYSTEMS + 1], *seed_list[1000], *system_text, *seed_text;
   int n_systems, n_seeds, i, j, k, all;
   moe_pool *pool = NULL;
   moe_isa isa;
@@ -1988,8 +1995,10 @@ int main(int argc, char **argv) {
   if (moe_env_init(&env, isa) != MOE_OK) die("this machine or this build has no %s; --isa auto takes the best there is", opt.isa);
   env.log = show;
   need(moe_pool_create(&pool, opt.threads ? opt.threads : moe_processors(), &env));
-  n_systems = split(copy_text(opt.systems), ',', list, SYSTEMS);
-  n_seeds = split(copy_text(opt.seeds), ',', seed_list, 1000);
+  system_text = copy_text(opt.systems);
+  seed_text = copy_text(opt.seeds);
+  n_systems = split(system_text, ',', list, SYSTEMS);
+  n_seeds = split(seed_text, ',', seed_list, 1000);
   if (n_systems > SYSTEMS || n_seeds > 1000) die("too many systems or seeds");
   n_runs = n_systems * n_seeds;
   results = (result *)take(2 * (size_t)n_runs, sizeof *results); /* each with a second stage, perhaps */
@@ -2007,6 +2016,8 @@ int main(int argc, char **argv) {
       }
     }
   n_runs = n_results; /* of one run --save FILE has that very name */
+  free(system_text);
+  free(seed_text);
   check_writable("--save", opt.save);
   check_writable("--checkpoint", opt.checkpoint);
   check_writable("--json", opt.json);
