@@ -10958,7 +10958,7 @@ static int moe__reader_next(moe__reader *r) {
     int kind = moe__reader_ready(r);
     if (kind >= 0) return kind;
     if (r->rank && r->at >= r->run_end) {
-      if (++r->rank > MOE__TEXT_KINDS - MOE__TEXT_MARK) {
+      if (++r->rank > (int)MOE__TEXT_KINDS - (int)MOE__TEXT_MARK) {
         r->rank = 0;
       } else {
         r->at = r->run_at;

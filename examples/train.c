@@ -367,7 +367,7 @@ static float field_number(const tsv *f, const char *name, const char *text) {
 
 static int field_whole(const tsv *f, const char *name, const char *text) {
   float v = field_number(f, name, text);
-  if (!(v >= 0 && v <= 1e9f) || v != (float)(int)v) die("%s:%d: %s \"%s\" is no whole number from 0 to 1e9", f->path, f->line, name, text);
+  if (!(v >= -1e9f && v <= 1e9f) || v != (float)(int)v) die("%s:%d: %s \"%s\" is no whole number", f->path, f->line, name, text);
   return (int)v;
 }
 

@@ -16,7 +16,6 @@ build() { # NAME COMPILER ARGUMENTS...
 build test_build_gcc_c99 gcc -std=c99 -O2 "$tmp/one.c"
 build test_build_clang_c99 clang -std=c99 -O1 "$tmp/one.c"
 build test_build_g++_c++11 g++ -std=c++11 -O1 "$tmp/one.cpp"
-build test_build_gcc_O3_native gcc -std=c99 -O3 -march=native "$tmp/one.c"
 for std in c11 gnu99 gnu17; do
   build "test_build_gcc_$std" gcc -std=$std -fsyntax-only "$tmp/one.c"
   build "test_build_clang_$std" clang -std=$std -fsyntax-only "$tmp/one.c"
