@@ -2016,8 +2016,6 @@ int main(int argc, char **argv) {
       }
     }
   n_runs = n_results; /* of one run --save FILE has that very name */
-  free(system_text);
-  free(seed_text);
   check_writable("--save", opt.save);
   check_writable("--checkpoint", opt.checkpoint);
   check_writable("--json", opt.json);
@@ -2031,6 +2029,8 @@ int main(int argc, char **argv) {
   signal(SIGTERM, on_interrupt);
   if (opt.from) {
     run_from(seed_list, n_seeds);
+    free(system_text);
+    free(seed_text);
     moe_pool_free(pool);
     return 0;
   }
@@ -2051,6 +2051,8 @@ int main(int argc, char **argv) {
       print_routes(&results[i]);
       break;
     }
+  free(system_text);
+  free(seed_text);
   moe_pool_free(pool);
   return 0;
 }

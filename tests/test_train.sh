@@ -95,9 +95,10 @@ same test_train_resumed_at_the_end_has_the_same_bits "$tmp/whole.safetensors" "$
 # Ctrl-C: the step ends, the state is written, and the line that it prints goes on; a folder with a blank in its name
 mkdir "$tmp/a b"
 rm -f "$tmp/resumed.safetensors"
-"$tmp/train" $small $long --checkpoint "$tmp/a b/state.safetensors" --every 1000 --save "$tmp/resumed.safetensors" > /dev/null 2> "$tmp/err" &
+"$tmp/train" $small $long --checkpoint "$tmp/a b/state.safetensors" --every 5 --save "$tmp/resumed.safetensors" > /dev/null 2> "$tmp/err" &
 pid=$!
-sleep 0.5
+tries=0
+until [ -e "$tmp/a b/state.safetensors" ] || [ $tries -ge 500 ]; do sleep 0.02; tries=$((tries + 1)); done # it is training
 kill -INT $pid
 wait $pid
 status=$?
