@@ -5086,8 +5086,6 @@ static void moe__experts_gelu_tile(void *arg, int32_t tile, int32_t slot) {
   job->kernels->gelu_both(job->a + at, job->d + at, job->pre + at, n);
 }
 
-static int32_t moe__experts_tiles(int32_t rows) { return (rows + MOE__EXPERTS_TILE - 1) / MOE__EXPERTS_TILE; }
-
 MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x, const moe_routes *routes,
                                  const moe_experts *experts, float *scratch, const moe_env *env) {
   moe__experts_job job = moe__experts_job_make(routes, experts->H, experts->F, scratch, env);
@@ -5099,7 +5097,7 @@ MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x,
   list.count = 0;
   list.env = env;
   job.from_x = x;
-  if (!dense) moe__parallel(env, moe__experts_tiles(routes->M * routes->k), moe__experts_gather_tile, &job);
+  if (!dense) moe__parallel(env, moe__tiles_of((size_t)(routes->M * routes->k), MOE__EXPERTS_TILE), moe__experts_gather_tile, &job);
   for (i = 0; i < experts->N; ++i) { /* a = GELU(pre), pre = W_in x + b_in */
     size_t at = (size_t)routes->start[i];
     float *a = job.a + at * job.F;
@@ -5119,7 +5117,7 @@ MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x,
   if (dense) return;
   job.y = y;
   job.from_e = out;
-  moe__parallel(env, moe__experts_tiles(routes->M), moe__experts_combine_tile, &job);
+  moe__parallel(env, moe__tiles_of((size_t)routes->M, MOE__EXPERTS_TILE), moe__experts_combine_tile, &job);
 }
 
 MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in, float *const *d_b_in, float *const *d_out,
@@ -5138,7 +5136,7 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
   job.from_e = e;
   job.dweight = dweight;
   job.pre = pre;
-  if (!dense) moe__parallel(env, moe__experts_tiles(routes->M * routes->k), moe__experts_gather_tile, &job);
+  if (!dense) moe__parallel(env, moe__tiles_of((size_t)(routes->M * routes->k), MOE__EXPERTS_TILE), moe__experts_gather_tile, &job);
   else if (dweight) memset(dweight, 0, (size_t)routes->M * sizeof *dweight);
   for (i = 0; i < routes->N; ++i) { /* d = gradient of a = de W_out */
     size_t at = (size_t)routes->start[i];
@@ -5147,7 +5145,7 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
     if (g.m > 0) moe__products_add(&list, g);
   }
   moe__products_run(&list);
-  moe__parallel(env, moe__experts_tiles(routes->M * routes->k), moe__experts_gelu_tile, &job);
+  moe__parallel(env, moe__tiles_of((size_t)(routes->M * routes->k), MOE__EXPERTS_TILE), moe__experts_gelu_tile, &job);
   for (i = 0; i < routes->N; ++i) { /* gradients of the weights, chains over the tokens in order; the dense dx goes where it belongs */
     size_t at = (size_t)routes->start[i];
     int32_t rows = routes->start[i + 1] - routes->start[i];
@@ -5169,7 +5167,7 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
   moe__products_run(&list);
   job.y = dx;
   job.from_e = job.e;
-  moe__parallel(env, moe__experts_tiles(routes->M), moe__experts_scatter_tile, &job);
+  moe__parallel(env, moe__tiles_of((size_t)routes->M, MOE__EXPERTS_TILE), moe__experts_scatter_tile, &job);
 }
 
 
