@@ -2227,9 +2227,10 @@ enum {
 static const float moe__gemm_zeros[16 * MOE__GEMM_PANELS] = {0};
 
 /* c(i, j) = start(i, j) + sum over p of a(i, p) b(p, j), for a fixed number of rows and of panels. Vector v of B at step p lies at
-   b + v b_panel + p b_step. A start_row of 0 gives every row the same start. */
+   b + v b_panel + p b_step. A start_row of 0 gives every row the same start. At each step the line at `ahead` is asked for, and `ahead` moves
+   on by ahead_step: a panel that the next calls need comes into the second-level cache while this one computes. */
 typedef void (*moe__gemm_fn)(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row, size_t a_col,
-                             const float *b, size_t b_panel, size_t b_step, size_t k);
+                             const float *b, size_t b_panel, size_t b_step, size_t k, const float *ahead, size_t ahead_step);
 
 typedef struct moe__gemm_kernels {
   moe__gemm_fn fn[MOE__GEMM_PANELS + 1][MOE__GEMM_ROWS + 1]; /* [panels][rows], NULL where there is none */
@@ -2310,10 +2311,11 @@ static float moe__geluf(float x, float *slope) {
 }
 
 static void moe__scalar_gemm_1x1(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row,
-                                 size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k) {
+                                 size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k, const float *ahead,
+                                 size_t ahead_step) {
   float sum[16];
   size_t j, p;
-  (void)c_row, (void)start_row, (void)a_row, (void)b_panel;
+  (void)c_row, (void)start_row, (void)a_row, (void)b_panel, (void)ahead, (void)ahead_step;
   for (j = 0; j < 16; ++j) sum[j] = start[j];
   for (p = 0; p < k; ++p)
     for (j = 0; j < 16; ++j) sum[j] = moe__fmaf(a[p * a_col], b[p * b_step + j], sum[j]);
@@ -2420,17 +2422,20 @@ static const moe__gemm_kernels moe__scalar_gemms = {
 #define MOE__ROW_STEP(S, P, i) { S##_f s = S##_set(MOE__A##i); MOE__EACH_PANEL##P(MOE__C_STEP, S, i) }
 #define MOE__GEMM_KERNEL(S, T, R, P)                                                                                         \
   T static void S##_gemm_##R##x##P(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row, \
-                                   size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k) {                  \
+                                   size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k,                    \
+                                   const float *ahead, size_t ahead_step) {                                                  \
     const float *a4 = R > 4 ? a + 4 * a_row : a, *b3 = P > 3 ? b + 3 * b_panel : b;                                          \
     size_t a_row3 = 3 * a_row;                                                                                               \
     MOE__EACH_ROW##R(MOE__ROW_START, S, P)                                                                                   \
     for (; k > 0; --k) {                                                                                                     \
       MOE__EACH_PANEL##P(MOE__B_LOAD, S, 0)                                                                                  \
+      MOE__PREFETCH(ahead);                                                                                                  \
       MOE__EACH_ROW##R(MOE__ROW_STEP, S, P)                                                                                  \
       a += a_col;                                                                                                            \
       a4 += a_col;                                                                                                           \
       b += b_step;                                                                                                           \
       b3 += b_step;                                                                                                          \
+      ahead += ahead_step;                                                                                                   \
     }                                                                                                                        \
     MOE__EACH_ROW##R(MOE__ROW_STORE, S, P)                                                                                   \
     (void)c_row, (void)start_row, (void)a_row3, (void)a4, (void)b3, (void)b_panel;                                           \
@@ -2749,12 +2754,13 @@ static moe__gemm_b moe__gemm_view_b(const moe__gemm *g, const moe__gemm_kernels 
 
 /* A block of C at the right edge, whose last panel is not full: through a buffer, so that nothing beyond is read or written. */
 static void moe__gemm_edge(moe__gemm_fn fn, float *c, size_t c_row, const float *start, size_t start_row, size_t rows, size_t columns,
-                           int width, const float *a, size_t a_row, size_t a_col, const moe__gemm_b *b, size_t depth) {
+                           int width, const float *a, size_t a_row, size_t a_col, const moe__gemm_b *b, size_t depth, const float *ahead,
+                           size_t ahead_step) {
   float block[MOE__GEMM_ROWS * 16 * MOE__GEMM_PANELS];
   size_t row = 16 * (size_t)width, i;
   memset(block, 0, sizeof(float) * rows * row);
   for (i = 0; i < rows; ++i) memcpy(block + i * row, start + i * start_row, sizeof(float) * columns);
-  fn(block, row, block, row, a, a_row, a_col, b->at, b->panel, b->step, depth);
+  fn(block, row, block, row, a, a_row, a_col, b->at, b->panel, b->step, depth, ahead, ahead_step);
   for (i = 0; i < rows; ++i) memcpy(c + i * c_row, block + i * row, sizeof(float) * columns);
 }
 
@@ -2774,7 +2780,8 @@ static void moe__gemm_ask(moe__gemm_ahead *ahead) {
 
 /* Rows i0 .. i1-1 of `width` panels of columns from j on, for the block of k that begins at p0. */
 static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0, size_t i1, size_t j, int width,
-                             size_t p0, size_t depth, const moe__gemm_a *a, const moe__gemm_b *b, moe__gemm_ahead *ahead) {
+                             size_t p0, size_t depth, const moe__gemm_a *a, const moe__gemm_b *b, const float *panels,
+                             moe__gemm_ahead *ahead) {
   size_t columns = (size_t)g->n - j < 16 * (size_t)width ? (size_t)g->n - j : 16 * (size_t)width;
   size_t most = (size_t)kernels->rows[width], blocks = (i1 - i0 + most - 1) / most, block, i = i0;
   for (block = 0; block < blocks; ++block) { /* of sizes as even as can be: 9 rows are 5 and 4 */
@@ -2782,12 +2789,14 @@ static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernel
     const float *at = a->at + (i - i0) * a->row, *start = moe__gemm_zeros;
     float *c = g->c + i * g->c_row + j;
     moe__gemm_fn fn = kernels->fn[width][rows];
+    int asks = panels && blocks > 1 && block < (size_t)width; /* call number v for panel v; a single call has no time for more than its own */
+    const float *next = asks ? panels + block * b->panel : b->at;
     if (p0 > 0 || g->accumulate) start = c, start_row = g->c_row;
     else if (g->bias) start = g->bias + j;
     moe__gemm_ask(&ahead[0]);
     moe__gemm_ask(&ahead[1]);
-    if (columns == 16 * (size_t)width) fn(c, g->c_row, start, start_row, at, a->row, a->col, b->at, b->panel, b->step, depth);
-    else moe__gemm_edge(fn, c, g->c_row, start, start_row, rows, columns, width, at, a->row, a->col, b, depth);
+    if (columns == 16 * (size_t)width) fn(c, g->c_row, start, start_row, at, a->row, a->col, b->at, b->panel, b->step, depth, next, asks ? 16 : 0);
+    else moe__gemm_edge(fn, c, g->c_row, start, start_row, rows, columns, width, at, a->row, a->col, b, depth, next, asks ? 16 : 0);
     if (g->gelu && p0 + depth == (size_t)g->k) kernels->gelu(g->gelu + i * g->c_row + j, c, g->c_row, rows, columns);
     i += rows;
   }
@@ -2836,7 +2845,14 @@ static void moe__gemm_look_ahead(moe__gemm_ahead *ahead, const moe__gemm *g, con
   ahead->rate = depth * MOE__GEMM_ROWS / rows + 1;
 }
 
-static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const moe__gemm_kernels *kernels, int32_t tile) {
+/* Where the panels of column j lie from step p0 of k on; NULL where B is not in panels or has no such column. */
+static const float *moe__gemm_panels_at(const moe__gemm *g, int32_t j, size_t p0) {
+  if (g->b_layout != MOE__B_PANELS || j >= g->n) return NULL;
+  return g->b + (size_t)j * (size_t)g->k + 16 * p0;
+}
+
+/* `stride` is how many tiles lie between this one and the next of the same thread, as far as that can be known. */
+static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const moe__gemm_kernels *kernels, int32_t tile, int32_t stride) {
   float block_of_stack[MOE__GEMM_BUFFER + 16];
   float *buffer = block_of_stack + (64 - (uintptr_t)block_of_stack % 64) / sizeof(float); /* vectors on cache lines */
   int32_t first = tile / cut->across * cut->m, j0 = tile % cut->across * cut->n, j1 = moe__min(j0 + cut->n, g->n), j;
@@ -2862,9 +2878,12 @@ static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const m
       int width = moe__gemm_width(kernels, (int32_t)(i1 - i0), (j1 - j + 15) / 16, most);
       moe__gemm_b b = moe__gemm_view_b(g, kernels, (size_t)j, width, p0, depth, cut->pack_b, buffer);
       int32_t next = j + 16 * width;
+      const float *panels = next < j1 ? moe__gemm_panels_at(g, next, p0) /* of the next stripe, to be asked for */
+                            : !last   ? moe__gemm_panels_at(g, j0, p0 + depth)
+                                      : moe__gemm_panels_at(g, (tile + stride) % cut->across * cut->n, 0);
       if (next < j1) moe__gemm_look_ahead(&ahead[1], g, cut, i1 - i0, (size_t)next, 1, p0, depth, width);
       else moe__gemm_look_ahead(&ahead[1], g, cut, i1 - i0, (size_t)j0, !last, p0 + depth, depth, width);
-      moe__gemm_stripe(g, kernels, i0, i1, (size_t)j, width, p0, depth, &a, &b, ahead);
+      moe__gemm_stripe(g, kernels, i0, i1, (size_t)j, width, p0, depth, &a, &b, panels, ahead);
       j = next;
     }
     p0 += depth;
@@ -2876,12 +2895,13 @@ MOE__UNUSED static void moe__gemm_one(const moe__gemm *g, moe_isa isa) {
   const moe__gemm_kernels *kernels = MOE__V_PICK(isa, gemms);
   moe__gemm_cut cut = moe__gemm_plan(g);
   int32_t tile;
-  for (tile = 0; tile < cut.across * cut.down; ++tile) moe__gemm_tile(g, &cut, kernels, tile);
+  for (tile = 0; tile < cut.across * cut.down; ++tile) moe__gemm_tile(g, &cut, kernels, tile, 1);
 }
 
 typedef struct moe__gemm_work {
   const moe__gemm *list;
   const moe__gemm_kernels *kernels;
+  int32_t stride; /* tiles from one to the next of a thread */
 } moe__gemm_work;
 
 static void moe__gemm_work_tile(void *arg, int32_t tile, int32_t slot) {
@@ -2893,7 +2913,7 @@ static void moe__gemm_work_tile(void *arg, int32_t tile, int32_t slot) {
     tile -= cut.across * cut.down;
     cut = moe__gemm_plan(++g);
   }
-  moe__gemm_tile(g, &cut, work->kernels, tile);
+  moe__gemm_tile(g, &cut, work->kernels, tile, work->stride);
 }
 
 static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env); /* >>lowp */
@@ -2909,6 +2929,7 @@ static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *e
   }
   work.list = list;
   work.kernels = MOE__V_PICK(env->isa, gemms);
+  work.stride = env->parallel_for ? env->threads : 1;
   for (i = 0; i < count; ++i) {
     moe__gemm_cut cut = moe__gemm_plan(&list[i]);
     tiles += cut.across * cut.down;
