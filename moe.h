@@ -62,8 +62,8 @@
             Inside a call the work is spread by env.parallel_for: the caller's, or the built-in pool (moe_pool_create).
    ERRORS   what can fail returns moe_status; results come through pointers and stay untouched on failure; a sentence that says
             what was expected and what came goes to env.log. The library never prints, exits or aborts.
-   BITS     fp32 results are the same bits for any number of threads, any company in the batch, and on AVX-512, AVX2+FMA and
-            plain C: see "one definition of every sum" at >>simd and >>gemm.
+   BITS     fp32 results are the same bits for any number of threads, any company in the batch, and on AVX-512, AVX2+FMA, NEON
+            and plain C: see "one definition of every sum" at >>simd and >>gemm.
 
    PAPER MAP  [TaG] Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8 >>forward; Eq. 9, 10 and the division by log C >>backward; 3.3
             sampling >>sampler; 4.1 >>metrics; 4.3 >>import; 4.4 >>model; A.3 >>text, >>optimizer. [TL] 2, 4 >>level, >>blocks.
@@ -171,7 +171,7 @@ MOE_API moe_isa moe_isa_from_name(const char *name);
 MOE_API int moe_isa_available(moe_isa isa);
 
 /* What a processor has beyond its instruction set, for products of low precision. */
-enum { MOE_FEATURE_AVX_VNNI = 1, MOE_FEATURE_AVX512_VNNI = 2, MOE_FEATURE_AVX512_BF16 = 4 };
+enum { MOE_FEATURE_AVX_VNNI = 1, MOE_FEATURE_AVX512_VNNI = 2, MOE_FEATURE_AVX512_BF16 = 4, MOE_FEATURE_NEON_DOT = 8 };
 
 /* Everything a call needs to know of its surroundings. A plain struct: copy it, one for each thread if you like. */
 typedef struct moe_env {
@@ -935,6 +935,15 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #else
 #include <cpuid.h>
 #endif
+#elif !defined(MOE_NO_SIMD) && ((defined(__aarch64__) && !defined(__AARCH64EB__)) || defined(_M_ARM64))
+#define MOE__NEON 1 /* part of every 64-bit ARM */
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/types.h>
+#include <sys/sysctl.h>
+#endif
 #endif
 
 /* Products and sums must stay separate where the code says so: a compiler that fuses them on its own changes the bits. */
@@ -1015,6 +1024,9 @@ MOE_API int moe_isa_available(moe_isa isa) {
     return isa == MOE_ISA_AVX2 ? avx2 : avx512;
   }
 #endif
+#ifdef MOE__NEON
+  if (isa == MOE_ISA_NEON) return 1;
+#endif
   return isa == MOE_ISA_AUTO || isa == MOE_ISA_SCALAR;
 }
 
@@ -1022,6 +1034,29 @@ MOE_API int moe_isa_available(moe_isa isa) {
 #if defined(MOE__X86) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
 #define MOE__AVX512_VNNI 1
 #define MOE__AVX_VNNI 1
+#endif
+#if defined(MOE__NEON) && (defined(__ARM_FEATURE_DOTPROD) || (defined(__clang__) && __clang_major__ >= 17) || \
+                           (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 8) || defined(_MSC_VER))
+#define MOE__NEON_DOT 1
+#endif
+
+#ifdef MOE__NEON
+/* Whether the processor multiplies and adds bytes four at a time (FEAT_DotProd): the operating system knows, a program may not ask. */
+static int moe__neon_has_dot(void) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return 1; /* the compiler was told so, and uses it anywhere */
+#elif defined(__linux__)
+  return (int)(getauxval(AT_HWCAP) >> 20 & 1);
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) && has;
+#elif defined(_WIN32)
+  return IsProcessorFeaturePresent(43) != 0; /* PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, which older headers lack */
+#else
+  return 0;
+#endif
+}
 #endif
 
 /* The MOE_FEATURE_ bits of this machine. */
@@ -1037,6 +1072,9 @@ static uint32_t moe__features(void) {
   if (!moe_isa_available(MOE_ISA_AVX512)) return features;
   if (r[2] >> 11 & 1) features |= MOE_FEATURE_AVX512_VNNI;
   if (one[0] >> 5 & 1) features |= MOE_FEATURE_AVX512_BF16;
+#endif
+#ifdef MOE__NEON
+  if (moe__neon_has_dot()) features |= MOE_FEATURE_NEON_DOT;
 #endif
   return features;
 }
@@ -1384,6 +1422,8 @@ typedef pthread_t moe__thread;
 #endif
 #if defined(MOE__X86)
 #define MOE__PAUSE() _mm_pause()
+#elif defined(MOE__NEON) && defined(__GNUC__)
+#define MOE__PAUSE() __asm__ volatile("yield")
 #else
 #define MOE__PAUSE() ((void)0)
 #endif
@@ -1554,7 +1594,7 @@ MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env
 
 /* Whatever the width of the machine's registers, kernels are written for vectors of 16 floats: one register of
    AVX-512, two of AVX2, four of NEON. A kernel is written once, as the body of a macro BODY(S, T): S is the prefix
-   of the instruction set (moe__avx512, moe__avx2) and T the attribute that lets the compiler use it in one function.
+   of the instruction set (moe__avx512, moe__avx2, moe__neon) and T the attribute that lets the compiler use it in one function.
 
      #define MOE__SCALE_KERNELS(S, T)                                                \
      T static void S##_scale_row(float *y, const float *x, float a, size_t n) {      \
@@ -1990,8 +2030,201 @@ MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
 #define MOE__V_STAMP(body) body(moe__avx2, MOE__T_AVX2) body(moe__avx512, MOE__T_AVX512)
 #define MOE__V_PICK(isa, table) ((isa) == MOE_ISA_AVX512 ? &moe__avx512_##table : \
                                  (isa) == MOE_ISA_AVX2 ? &moe__avx2_##table : &moe__scalar_##table)
+#elif defined(MOE__NEON)
+#define MOE__T_NEON
+
+/* NEON: four registers */
+typedef struct moe__neon_f { float32x4_t a, b, c, d; } moe__neon_f;
+typedef struct moe__neon_i { uint32x4_t a, b, c, d; } moe__neon_i;
+typedef moe__neon_i moe__neon_m;
+#define MOE__V(ret, name) MOE__INLINE ret moe__neon_##name
+#define MOE__F moe__neon_f
+#define MOE__I moe__neon_i
+#define MOE__M moe__neon_m
+
+MOE__V(MOE__F, four)(float32x4_t a, float32x4_t b, float32x4_t c, float32x4_t d) {
+  MOE__F v;
+  v.a = a;
+  v.b = b;
+  v.c = c;
+  v.d = d;
+  return v;
+}
+
+MOE__V(MOE__I, ifour)(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d) {
+  MOE__I v;
+  v.a = a;
+  v.b = b;
+  v.c = c;
+  v.d = d;
+  return v;
+}
+#define MOE__FOUR1(op) moe__neon_four(op(x.a), op(x.b), op(x.c), op(x.d))
+#define MOE__FOUR2(op) moe__neon_four(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
+#define MOE__FOUR3(op) moe__neon_four(op(z.a, x.a, y.a), op(z.b, x.b, y.b), op(z.c, x.c, y.c), op(z.d, x.d, y.d))
+#define MOE__IFOUR1(op) moe__neon_ifour(op(x.a), op(x.b), op(x.c), op(x.d))
+#define MOE__IFOUR2(op) moe__neon_ifour(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
+
+/* There are no masked loads and stores: a quarter that is not whole goes lane by lane. Kept out of line, as it is long and comes last. */
+MOE__V(float32x4_t, loadn4)(const float *p, size_t n) {
+  float32x4_t v = vdupq_n_f32(0.0f);
+  if (n >= 4) return vld1q_f32(p);
+  if (n > 0) v = vld1q_lane_f32(p, v, 0);
+  if (n > 1) v = vld1q_lane_f32(p + 1, v, 1);
+  if (n > 2) v = vld1q_lane_f32(p + 2, v, 2);
+  return v;
+}
+
+MOE__V(void, storen4)(float *p, float32x4_t v, size_t n) {
+  if (n >= 4) {
+    vst1q_f32(p, v);
+    return;
+  }
+  if (n > 0) vst1q_lane_f32(p, v, 0);
+  if (n > 1) vst1q_lane_f32(p + 1, v, 1);
+  if (n > 2) vst1q_lane_f32(p + 2, v, 2);
+}
+
+static MOE__F moe__neon_loadn(const float *p, size_t n) {
+  MOE__F v;
+  v.a = moe__neon_loadn4(p, n);
+  v.b = moe__neon_loadn4(p + 4, n > 4 ? n - 4 : 0);
+  v.c = moe__neon_loadn4(p + 8, n > 8 ? n - 8 : 0);
+  v.d = moe__neon_loadn4(p + 12, n > 12 ? n - 12 : 0);
+  return v;
+}
+
+static void moe__neon_storen(float *p, MOE__F v, size_t n) {
+  moe__neon_storen4(p, v.a, n);
+  moe__neon_storen4(p + 4, v.b, n > 4 ? n - 4 : 0);
+  moe__neon_storen4(p + 8, v.c, n > 8 ? n - 8 : 0);
+  moe__neon_storen4(p + 12, v.d, n > 12 ? n - 12 : 0);
+}
+
+MOE__V(void, store)(float *p, MOE__F v) {
+  vst1q_f32(p, v.a);
+  vst1q_f32(p + 4, v.b);
+  vst1q_f32(p + 8, v.c);
+  vst1q_f32(p + 12, v.d);
+}
+
+MOE__V(void, istore)(void *p, MOE__I v) {
+  vst1q_u32((uint32_t *)p, v.a);
+  vst1q_u32((uint32_t *)p + 4, v.b);
+  vst1q_u32((uint32_t *)p + 8, v.c);
+  vst1q_u32((uint32_t *)p + 12, v.d);
+}
+
+MOE__V(MOE__I, iload)(const void *p) {
+  const uint32_t *u = (const uint32_t *)p;
+  return moe__neon_ifour(vld1q_u32(u), vld1q_u32(u + 4), vld1q_u32(u + 8), vld1q_u32(u + 12));
+}
+
+MOE__V(MOE__F, set)(float a) {
+  float32x4_t v = vdupq_n_f32(a);
+  return moe__neon_four(v, v, v, v);
+}
+
+MOE__V(MOE__I, iset)(uint32_t u) {
+  uint32x4_t v = vdupq_n_u32(u);
+  return moe__neon_ifour(v, v, v, v);
+}
+
+/* Shifts by a vector of counts, which go right where they are negative. */
+#define MOE__SHIFT(op) moe__neon_ifour(op(x.a, by), op(x.b, by), op(x.c, by), op(x.d, by))
+#define MOE__SHIFT_SIGNED(v, by) vreinterpretq_u32_s32(vshlq_s32(vreinterpretq_s32_u32(v), by))
+MOE__V(MOE__I, ishl)(MOE__I x, int n) {
+  int32x4_t by = vdupq_n_s32(n);
+  return MOE__SHIFT(vshlq_u32);
+}
+
+MOE__V(MOE__I, ishr)(MOE__I x, int n) {
+  int32x4_t by = vdupq_n_s32(-n);
+  return MOE__SHIFT(vshlq_u32);
+}
+
+MOE__V(MOE__I, isar)(MOE__I x, int n) {
+  int32x4_t by = vdupq_n_s32(-n);
+  return MOE__SHIFT(MOE__SHIFT_SIGNED);
+}
+
+MOE__V(MOE__F, load)(const float *p) { return moe__neon_four(vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)); }
+MOE__V(MOE__F, add)(MOE__F x, MOE__F y) { return MOE__FOUR2(vaddq_f32); }
+MOE__V(MOE__F, sub)(MOE__F x, MOE__F y) { return MOE__FOUR2(vsubq_f32); }
+MOE__V(MOE__F, mul)(MOE__F x, MOE__F y) { return MOE__FOUR2(vmulq_f32); }
+MOE__V(MOE__F, div)(MOE__F x, MOE__F y) { return MOE__FOUR2(vdivq_f32); }
+MOE__V(MOE__F, sqrt)(MOE__F x) { return MOE__FOUR1(vsqrtq_f32); }
+MOE__V(MOE__F, fma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__FOUR3(vfmaq_f32); }
+MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__FOUR3(vfmsq_f32); }
+/* by comparison, since NEON's own maximum and minimum pass on what is not a number */
+#define MOE__GREATER(x, y) vbslq_f32(vcgtq_f32(x, y), x, y)
+#define MOE__LESS(x, y) vbslq_f32(vcltq_f32(x, y), x, y)
+MOE__V(MOE__F, max)(MOE__F x, MOE__F y) { return MOE__FOUR2(MOE__GREATER); }
+MOE__V(MOE__F, min)(MOE__F x, MOE__F y) { return MOE__FOUR2(MOE__LESS); }
+MOE__V(MOE__M, lt)(MOE__F x, MOE__F y) { return MOE__IFOUR2(vcltq_f32); }
+MOE__V(MOE__M, le)(MOE__F x, MOE__F y) { return MOE__IFOUR2(vcleq_f32); }
+MOE__V(MOE__M, eq)(MOE__F x, MOE__F y) { return MOE__IFOUR2(vceqq_f32); }
+MOE__V(MOE__M, mand)(MOE__M x, MOE__M y) { return MOE__IFOUR2(vandq_u32); }
+MOE__V(MOE__M, mor)(MOE__M x, MOE__M y) { return MOE__IFOUR2(vorrq_u32); }
+MOE__V(MOE__M, mnot)(MOE__M x) { return MOE__IFOUR1(vmvnq_u32); }
+MOE__V(MOE__F, sel)(MOE__M z, MOE__F x, MOE__F y) { return MOE__FOUR3(vbslq_f32); }
+MOE__V(MOE__I, iadd)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vaddq_u32); }
+MOE__V(MOE__I, isub)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vsubq_u32); }
+MOE__V(MOE__I, imul)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vmulq_u32); }
+MOE__V(MOE__I, iand)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vandq_u32); }
+MOE__V(MOE__I, ior)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vorrq_u32); }
+MOE__V(MOE__I, ixor)(MOE__I x, MOE__I y) { return MOE__IFOUR2(veorq_u32); }
+MOE__V(MOE__M, ult)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vcltq_u32); }
+MOE__V(MOE__I, bits)(MOE__F x) { return MOE__IFOUR1(vreinterpretq_u32_f32); }
+MOE__V(MOE__F, floats)(MOE__I x) { return MOE__FOUR1(vreinterpretq_f32_u32); }
+#define MOE__SIGNED_TO_FLOAT(x) vcvtq_f32_s32(vreinterpretq_s32_u32(x))
+MOE__V(MOE__F, cvt)(MOE__I x) { return MOE__FOUR1(MOE__SIGNED_TO_FLOAT); }
+
+MOE__V(MOE__I, iiota)(uint32_t u) {
+  static const uint32_t first[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return moe__neon_iadd(moe__neon_iset(u), moe__neon_iload(first));
+}
+
+MOE__V(float, sum)(MOE__F v) {
+  float32x4_t q = vaddq_f32(vaddq_f32(v.a, v.c), vaddq_f32(v.b, v.d));
+  float32x2_t h = vadd_f32(vget_low_f32(q), vget_high_f32(q));
+  return vget_lane_f32(h, 0) + vget_lane_f32(h, 1);
+}
+
+MOE__V(float, max16)(MOE__F v) {
+  float32x4_t ac = MOE__GREATER(v.a, v.c), bd = MOE__GREATER(v.b, v.d), q = MOE__GREATER(ac, bd);
+  float m0 = moe__maxf(vgetq_lane_f32(q, 0), vgetq_lane_f32(q, 2)), m1 = moe__maxf(vgetq_lane_f32(q, 1), vgetq_lane_f32(q, 3));
+  return moe__maxf(m0, m1);
+}
+
+/* in two factors, as in moe__expf */
+MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
+  MOE__I one = moe__neon_iset(0x3f800000u);
+  MOE__I k = moe__neon_isub(moe__neon_bits(magic), moe__neon_iset(MOE__ROUND_BITS));
+  MOE__I half = moe__neon_isar(k, 1);
+  MOE__I rest = moe__neon_isub(k, half);
+  p = moe__neon_mul(p, moe__neon_floats(moe__neon_iadd(moe__neon_ishl(half, 23), one)));
+  return moe__neon_mul(p, moe__neon_floats(moe__neon_iadd(moe__neon_ishl(rest, 23), one)));
+}
+#undef MOE__FOUR1
+#undef MOE__FOUR2
+#undef MOE__FOUR3
+#undef MOE__IFOUR1
+#undef MOE__IFOUR2
+#undef MOE__SHIFT
+#undef MOE__SHIFT_SIGNED
+#undef MOE__SIGNED_TO_FLOAT
+#undef MOE__GREATER
+#undef MOE__LESS
+#undef MOE__V
+#undef MOE__F
+#undef MOE__I
+#undef MOE__M
+
+#define MOE__V_STAMP(body) body(moe__neon, MOE__T_NEON)
+#define MOE__V_PICK(isa, table) ((isa) == MOE_ISA_NEON ? &moe__neon_##table : &moe__scalar_##table)
 #else
-#define MOE__V_STAMP(body) /* NEON: 64-bit ARM goes here, with four registers to a vector */
+#define MOE__V_STAMP(body)
 #define MOE__V_PICK(isa, table) ((void)(isa), &moe__scalar_##table)
 #endif
 
@@ -2382,7 +2615,7 @@ static const moe__gemm_kernels moe__scalar_gemms = {
   {0, 1, 0, 0, 0, 0, 0}, 1,
   moe__scalar_pack_cols, moe__scalar_pack_rows, moe__scalar_copy_rows, moe__scalar_narrow, moe__scalar_narrow_panel, moe__scalar_gelu, moe__scalar_gelu_backward, moe__scalar_add_rows};
 
-#ifdef MOE__X86
+#if defined(MOE__X86) || defined(MOE__NEON)
 /* A kernel of R rows and P panels holds R P vectors of C in registers; each step of k loads P vectors of B and broadcasts R
    elements of A. Rows and panels are reached from two pointers each, which suits the addressing modes: row 4 is a4[0]. */
 #define MOE__A0 a[0]
@@ -2441,6 +2674,7 @@ static const moe__gemm_kernels moe__scalar_gemms = {
     (void)c_row, (void)start_row, (void)a_row3, (void)a4, (void)b3, (void)b_panel;                                           \
   }
 
+#ifdef MOE__X86
 /* 8 rows of 8 floats to 8 columns; the rows from `width` on are taken as zeros. */
 #define MOE__LOAD_ROW(j) (first + j < width ? _mm256_loadu_ps(src + (first + j) * ld + p) : _mm256_setzero_ps())
 MOE__T_AVX2 static void moe__avx2_transpose8(float *panel, const float *src, size_t ld, size_t first, size_t width, size_t p) {
@@ -2478,6 +2712,30 @@ MOE__T_AVX2 static void moe__avx2_pack_cols(float *panel, const float *src, size
   }
   moe__scalar_pack_cols(panel + p * 16, src + p, ld, width, k - p);
 }
+#endif
+
+#ifdef MOE__NEON
+/* 4 rows of 4 floats to 4 columns; the rows from `width` on are taken as zeros. */
+#define MOE__LOAD_ROW(j) (first + j < width ? vld1q_f32(src + (first + j) * ld + p) : vdupq_n_f32(0.0f))
+static void moe__neon_transpose4(float *panel, const float *src, size_t ld, size_t first, size_t width, size_t p) {
+  float32x4_t r0 = MOE__LOAD_ROW(0), r1 = MOE__LOAD_ROW(1), r2 = MOE__LOAD_ROW(2), r3 = MOE__LOAD_ROW(3);
+  float32x4_t even02 = vzip1q_f32(r0, r2), odd02 = vzip2q_f32(r0, r2); /* 00 20 01 21, 02 22 03 23 */
+  float32x4_t even13 = vzip1q_f32(r1, r3), odd13 = vzip2q_f32(r1, r3);
+  float *d = panel + p * 16 + first;
+  vst1q_f32(d, vzip1q_f32(even02, even13));
+  vst1q_f32(d + 16, vzip2q_f32(even02, even13));
+  vst1q_f32(d + 32, vzip1q_f32(odd02, odd13));
+  vst1q_f32(d + 48, vzip2q_f32(odd02, odd13));
+}
+#undef MOE__LOAD_ROW
+
+static void moe__neon_pack_cols(float *panel, const float *src, size_t ld, size_t width, size_t k) {
+  size_t p, first;
+  for (p = 0; p + 4 <= k; p += 4)
+    for (first = 0; first < 16; first += 4) moe__neon_transpose4(panel, src, ld, first, width, p);
+  moe__scalar_pack_cols(panel + p * 16, src + p, ld, width, k - p);
+}
+#endif
 
 #define MOE__GEMM_HELPERS(S, T)                                                                                               \
   T static void S##_pack_rows(float *panel, const float *src, size_t ld, size_t width, size_t k) {                            \
@@ -2617,6 +2875,7 @@ MOE__T_AVX2 static void moe__avx2_pack_cols(float *panel, const float *src, size
 MOE__V_STAMP(MOE__GEMM_HELPERS)
 #undef MOE__GEMM_HELPERS
 
+#ifdef MOE__X86
 #define MOE__GEMM_KERNELS_TO8(S, T, P)                                                                   \
   MOE__GEMM_KERNEL(S, T, 1, P) MOE__GEMM_KERNEL(S, T, 2, P) MOE__GEMM_KERNEL(S, T, 3, P) MOE__GEMM_KERNEL(S, T, 4, P) \
   MOE__GEMM_KERNEL(S, T, 5, P) MOE__GEMM_KERNEL(S, T, 6, P) MOE__GEMM_KERNEL(S, T, 7, P) MOE__GEMM_KERNEL(S, T, 8, P)
@@ -2658,6 +2917,28 @@ static const moe__gemm_kernels moe__avx2_gemms = {
   moe__avx2_pack_cols, moe__avx2_pack_rows, moe__avx2_copy_rows, moe__avx2_narrow, moe__avx2_narrow_panel, moe__avx2_gelu, moe__avx2_gelu_backward, moe__avx2_add_rows};
 #undef MOE__FN8
 #undef MOE__GEMM_KERNELS_TO8
+#endif
+
+#ifdef MOE__NEON
+/* 32 registers, four a panel: 6 x 16, and for 1 or 2 rows 1 x 48 and 2 x 32 */
+MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 1, 1)
+MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 2, 1)
+MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 3, 1)
+MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 4, 1)
+MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 5, 1)
+MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 6, 1)
+MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 1, 2)
+MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 2, 2)
+MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 1, 3)
+static const moe__gemm_kernels moe__neon_gemms = {
+  {{NULL},
+   {NULL, moe__neon_gemm_1x1, moe__neon_gemm_2x1, moe__neon_gemm_3x1, moe__neon_gemm_4x1, moe__neon_gemm_5x1, moe__neon_gemm_6x1},
+   {NULL, moe__neon_gemm_1x2, moe__neon_gemm_2x2},
+   {NULL, moe__neon_gemm_1x3},
+   {NULL}, {NULL}, {NULL}},
+  {0, 6, 2, 1, 0, 0, 0}, 1,
+  moe__neon_pack_cols, moe__neon_pack_rows, moe__neon_copy_rows, moe__neon_narrow, moe__neon_narrow_panel, moe__neon_gelu, moe__neon_gelu_backward, moe__neon_add_rows};
+#endif
 #undef MOE__GEMM_KERNEL
 #endif
 
@@ -3084,6 +3365,51 @@ static void moe__scalar_int8_1x1(const moe__int8_block *b) {
 static const moe__int8_kernels moe__scalar_int8 = {
   {{NULL}, {NULL, moe__scalar_int8_1x1}, {NULL}, {NULL}}, {0, 1, 0, 0}, 0, moe__scalar_int8_quantize, moe__scalar_int8_dot4};
 
+#if defined(MOE__X86) || defined(MOE__NEON)
+/* A step of x, 4 bytes of a row, in every lane; and the end of a row: outputs of panel v from their sums. */
+MOE__INLINE int moe__int8_step(const unsigned char *x) {
+  int four;
+  memcpy(&four, x, 4);
+  return four;
+}
+
+#define MOE__INT8_END(S, i, v, sums)                                                                       \
+  {                                                                                                        \
+    size_t n = b->columns - 16 * v < 16 ? b->columns - 16 * v : 16;                                        \
+    S##_f scales = S##_mul(S##_set(b->x_scale[i]), S##_loadn(b->scale + 16 * v, n));                       \
+    S##_f start = b->bias ? S##_loadn(b->bias + 16 * v, n) : S##_set(0.0f);                                \
+    S##_storen(b->c + i * b->c_row + 16 * v, S##_fma(S##_cvt(sums), scales, start), n);                    \
+  }
+#define MOE__INT8_ROW1(X, P) X(P, 0)
+#define MOE__INT8_ROW2(X, P) MOE__INT8_ROW1(X, P) X(P, 1)
+#define MOE__INT8_ROW3(X, P) MOE__INT8_ROW2(X, P) X(P, 2)
+#define MOE__INT8_ROW4(X, P) MOE__INT8_ROW3(X, P) X(P, 3)
+#define MOE__INT8_ROW5(X, P) MOE__INT8_ROW4(X, P) X(P, 4)
+#define MOE__INT8_ROW6(X, P) MOE__INT8_ROW5(X, P) X(P, 5)
+#define MOE__INT8_ROW7(X, P) MOE__INT8_ROW6(X, P) X(P, 6)
+#define MOE__INT8_ROW8(X, P) MOE__INT8_ROW7(X, P) X(P, 7)
+#define MOE__INT8_PANEL1(X, i) X(i, 0)
+#define MOE__INT8_PANEL2(X, i) MOE__INT8_PANEL1(X, i) X(i, 1)
+#define MOE__INT8_PANEL3(X, i) MOE__INT8_PANEL2(X, i) X(i, 2)
+
+/* A kernel that keeps its R P panels of sums in registers; the instruction sets say how they begin (MOE__INT8_SUM), what a step loads, adds
+   (MOE__INT8_STEP) and where it ends (MOE__INT8_OUT). */
+#define MOE__INT8_KERNEL_START(P, i) MOE__INT8_PANEL##P(MOE__INT8_SUM, i)
+#define MOE__INT8_KERNEL_STORE(P, i) MOE__INT8_PANEL##P(MOE__INT8_OUT, i)
+#define MOE__INT8_KERNEL(S, T, R, P)                                                        \
+  T static void S##_int8_##R##x##P(const moe__int8_block *b) {                              \
+    const signed char *w = b->panels;                                                       \
+    const unsigned char *x = b->x;                                                          \
+    size_t step;                                                                            \
+    MOE__INT8_ROW##R(MOE__INT8_KERNEL_START, P)                                             \
+    for (step = 0; step < b->steps; ++step, w += 64, x += 4) {                              \
+      MOE__INT8_PANEL##P(MOE__INT8_LOAD, 0)                                                 \
+      MOE__INT8_ROW##R(MOE__INT8_STEP, P)                                                   \
+    }                                                                                       \
+    MOE__INT8_ROW##R(MOE__INT8_KERNEL_STORE, P)                                             \
+  }
+#endif
+
 #ifdef MOE__X86
 /* Two registers of floats to 32 signed bytes would need AVX-512; 8 at a time go through 16 bits. */
 MOE__T_AVX2 static float moe__avx2_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {
@@ -3164,32 +3490,6 @@ MOE__T_AVX2 static void moe__avx2_int8_dot4(int32_t sum[4], const unsigned char 
   }
 }
 
-/* A step of x, 4 bytes of a row, in every lane; and the end of a row: outputs of panel v from their sums. */
-MOE__INLINE int moe__int8_step(const unsigned char *x) {
-  int four;
-  memcpy(&four, x, 4);
-  return four;
-}
-
-#define MOE__INT8_END(S, i, v, sums)                                                                       \
-  {                                                                                                        \
-    size_t n = b->columns - 16 * v < 16 ? b->columns - 16 * v : 16;                                        \
-    S##_f scales = S##_mul(S##_set(b->x_scale[i]), S##_loadn(b->scale + 16 * v, n));                       \
-    S##_f start = b->bias ? S##_loadn(b->bias + 16 * v, n) : S##_set(0.0f);                                \
-    S##_storen(b->c + i * b->c_row + 16 * v, S##_fma(S##_cvt(sums), scales, start), n);                    \
-  }
-#define MOE__INT8_ROW1(X, P) X(P, 0)
-#define MOE__INT8_ROW2(X, P) MOE__INT8_ROW1(X, P) X(P, 1)
-#define MOE__INT8_ROW3(X, P) MOE__INT8_ROW2(X, P) X(P, 2)
-#define MOE__INT8_ROW4(X, P) MOE__INT8_ROW3(X, P) X(P, 3)
-#define MOE__INT8_ROW5(X, P) MOE__INT8_ROW4(X, P) X(P, 4)
-#define MOE__INT8_ROW6(X, P) MOE__INT8_ROW5(X, P) X(P, 5)
-#define MOE__INT8_ROW7(X, P) MOE__INT8_ROW6(X, P) X(P, 6)
-#define MOE__INT8_ROW8(X, P) MOE__INT8_ROW7(X, P) X(P, 7)
-#define MOE__INT8_PANEL1(X, i) X(i, 0)
-#define MOE__INT8_PANEL2(X, i) MOE__INT8_PANEL1(X, i) X(i, 1)
-#define MOE__INT8_PANEL3(X, i) MOE__INT8_PANEL2(X, i) X(i, 2)
-
 /* Plain AVX2: 4 outputs x 4 inputs of a step, widened to 16 bits, times the step of x: two sums for each output, added at the end. */
 #define MOE__INT8_START(P, i) __m256i c##i##0 = _mm256_setzero_si256(), c##i##1 = c##i##0, c##i##2 = c##i##0, c##i##3 = c##i##0;
 #define MOE__INT8_STEP(P, i)                                                                               \
@@ -3240,24 +3540,10 @@ static const moe__int8_kernels moe__avx512_int8 = {
   c##i##v.a = _mm256_dpbusd_avx_epi32(c##i##v.a, s, w##v.a);        \
   c##i##v.b = _mm256_dpbusd_avx_epi32(c##i##v.b, s, w##v.b);
 #define MOE__INT8_OUT(i, v) MOE__INT8_END(moe__avx2, i, v, c##i##v)
-#define MOE__INT8_START(P, i) MOE__INT8_PANEL##P(MOE__INT8_SUM, i)
 #define MOE__INT8_STEP(P, i)                                                                \
   {                                                                                         \
     __m256i s = _mm256_set1_epi32(moe__int8_step(x + i * b->x_row));                        \
     MOE__INT8_PANEL##P(MOE__INT8_ADD, i)                                                    \
-  }
-#define MOE__INT8_STORE(P, i) MOE__INT8_PANEL##P(MOE__INT8_OUT, i)
-#define MOE__INT8_KERNEL(S, T, R, P)                                                        \
-  T static void S##_int8_##R##x##P(const moe__int8_block *b) {                              \
-    const signed char *w = b->panels;                                                       \
-    const unsigned char *x = b->x;                                                          \
-    size_t step;                                                                            \
-    MOE__INT8_ROW##R(MOE__INT8_START, P)                                                    \
-    for (step = 0; step < b->steps; ++step, w += 64, x += 4) {                              \
-      MOE__INT8_PANEL##P(MOE__INT8_LOAD, 0)                                                 \
-      MOE__INT8_ROW##R(MOE__INT8_STEP, P)                                                   \
-    }                                                                                       \
-    MOE__INT8_ROW##R(MOE__INT8_STORE, P)                                                    \
   }
 MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 1, 1)
 MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 2, 1)
@@ -3278,6 +3564,7 @@ static const moe__int8_kernels moe__avx_vnni_int8 = {
 #undef MOE__INT8_SUM
 #undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
+#undef MOE__INT8_STEP
 #undef MOE__INT8_OUT
 #endif
 
@@ -3293,7 +3580,6 @@ MOE__T_AVX512_VNNI MOE__INLINE __m512i moe__vnni_add(__m512i c, __m512i x, __m51
 #define MOE__INT8_LOAD(i, v) __m512i w##v = _mm512_loadu_si512(w + v * b->panel);
 #define MOE__INT8_ADD(i, v) c##i##v = moe__vnni_add(c##i##v, s, w##v);
 #define MOE__INT8_OUT(i, v) MOE__INT8_END(moe__avx512, i, v, c##i##v)
-#undef MOE__INT8_STEP
 #define MOE__INT8_STEP(P, i)                                                                \
   {                                                                                         \
     __m512i s = _mm512_set1_epi32(moe__int8_step(x + i * b->x_row));                        \
@@ -3315,12 +3601,193 @@ static const moe__int8_kernels moe__vnni_int8 = {
 #undef MOE__INT8_SUM
 #undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
+#undef MOE__INT8_STEP
 #undef MOE__INT8_OUT
 #undef MOE__INT8_TO8
 #undef MOE__INT8_LIST8
 #endif
-#undef MOE__INT8_END
 #endif /* MOE__X86 */
+
+#ifdef MOE__NEON
+static float moe__neon_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {
+  uint32x4_t magnitude = vdupq_n_u32(0x7fffffffu), most = vdupq_n_u32(0);
+  uint8x8_t flips = vdup_n_u8((uint8_t)flip);
+  float scale, factor;
+  uint32_t top, u;
+  size_t i = 0;
+  for (; i + 4 <= n; i += 4) most = vmaxq_u32(most, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i)), magnitude));
+  top = vmaxvq_u32(most);
+  for (; i < n; ++i) {
+    u = moe__bits(x[i]) & 0x7fffffffu;
+    if (u > top) top = u;
+  }
+  scale = moe__int8_scale(top, &factor);
+  if (!(factor > 0)) {
+    memset(q, (int)flip, n);
+    return scale;
+  }
+  for (i = 0; i + 8 <= n; i += 8) { /* vcvtn: to the nearest, ties to even */
+    int32x4_t low = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i), factor));
+    int32x4_t high = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), factor));
+    int8x8_t bytes = vmovn_s16(vcombine_s16(vmovn_s32(low), vmovn_s32(high)));
+    vst1_u8(q + i, veor_u8(vreinterpret_u8_s8(bytes), flips));
+  }
+  for (; i < n; ++i) {
+    float t = x[i] * factor;
+    q[i] = (unsigned char)(((moe__bits(t + MOE__ROUND) - MOE__ROUND_BITS) ^ flip) & 255u);
+  }
+  return scale;
+}
+
+#define MOE__X_BYTES(at) vreinterpretq_s8_u8(vld1q_u8(at))
+#define MOE__DOT4_REST                    \
+  for (; p < k; ++p) {                    \
+    int32_t v = (signed char)x[p];        \
+    sum[0] += v * w[p];                   \
+    sum[1] += v * w1[p];                  \
+    sum[2] += v * w2[p];                  \
+    sum[3] += v * w3[p];                  \
+  }
+
+/* Sums of 16 products. x is never -128, so that two products stay below 2^15, and are added before they are widened. */
+MOE__INLINE int32x4_t moe__neon_int8_add(int32x4_t sum, int8x16_t x, int8x16_t w) {
+  int16x8_t two = vmull_s8(vget_low_s8(x), vget_low_s8(w));
+  return vpadalq_s16(sum, vmlal_s8(two, vget_high_s8(x), vget_high_s8(w)));
+}
+
+static void moe__neon_int8_dot4(int32_t sum[4], const unsigned char *x, const signed char *w, size_t ld, size_t k) {
+  const signed char *w1 = w + ld, *w2 = w1 + ld, *w3 = w2 + ld;
+  int32x4_t s0 = vdupq_n_s32(0), s1 = s0, s2 = s0, s3 = s0;
+  size_t p = 0;
+  for (; p + 16 <= k; p += 16) {
+    int8x16_t v = MOE__X_BYTES(x + p);
+    s0 = moe__neon_int8_add(s0, v, vld1q_s8(w + p));
+    s1 = moe__neon_int8_add(s1, v, vld1q_s8(w1 + p));
+    s2 = moe__neon_int8_add(s2, v, vld1q_s8(w2 + p));
+    s3 = moe__neon_int8_add(s3, v, vld1q_s8(w3 + p));
+  }
+  vst1q_s32(sum, vpaddq_s32(vpaddq_s32(s0, s1), vpaddq_s32(s2, s3)));
+  MOE__DOT4_REST
+}
+
+/* Without dot product: 2 outputs x 4 inputs of a step are 8 products of 16 bits, added by pairs: two sums for each output. */
+#define MOE__INT8_SUM(i, v) int32x4_t c##i##v = vdupq_n_s32(0);
+#define MOE__INT8_HALVES(i, v, w)                                     \
+  c##i##v = vpadalq_s16(c##i##v, vmull_s8(s, vget_low_s8(w)));        \
+  c##i##v##h = vpadalq_s16(c##i##v##h, vmull_s8(s, vget_high_s8(w)));
+#define MOE__INT8_START(P, i)                                                         \
+  int32x4_t c##i##0 = vdupq_n_s32(0), c##i##1 = c##i##0, c##i##2 = c##i##0, c##i##3 = c##i##0; \
+  int32x4_t c##i##0h = c##i##0, c##i##1h = c##i##0, c##i##2h = c##i##0, c##i##3h = c##i##0;
+#define MOE__INT8_STEP(P, i)                                                          \
+  {                                                                                   \
+    int8x8_t s = vreinterpret_s8_s32(vdup_n_s32(moe__int8_step(x + i * b->x_row)));   \
+    MOE__INT8_HALVES(i, 0, w0)                                                        \
+    MOE__INT8_HALVES(i, 1, w1)                                                        \
+    MOE__INT8_HALVES(i, 2, w2)                                                        \
+    MOE__INT8_HALVES(i, 3, w3)                                                        \
+  }
+#define MOE__INT8_FOUR(i, v) vreinterpretq_u32_s32(vpaddq_s32(c##i##v, c##i##v##h))
+#define MOE__INT8_STORE(P, i)                                                                                                   \
+  MOE__INT8_END(moe__neon, i, 0,                                                                                                \
+                moe__neon_ifour(MOE__INT8_FOUR(i, 0), MOE__INT8_FOUR(i, 1), MOE__INT8_FOUR(i, 2), MOE__INT8_FOUR(i, 3)))
+#define MOE__INT8_NEON(R)                                                                                      \
+  static void moe__neon_int8_##R##x1(const moe__int8_block *b) {                                               \
+    const signed char *w = b->panels;                                                                          \
+    const unsigned char *x = b->x;                                                                             \
+    size_t step;                                                                                               \
+    MOE__INT8_ROW##R(MOE__INT8_START, 1)                                                                       \
+    for (step = 0; step < b->steps; ++step, w += 64, x += 4) {                                                 \
+      int8x16_t w0 = vld1q_s8(w), w1 = vld1q_s8(w + 16), w2 = vld1q_s8(w + 32), w3 = vld1q_s8(w + 48);         \
+      MOE__INT8_ROW##R(MOE__INT8_STEP, 1)                                                                      \
+    }                                                                                                          \
+    MOE__INT8_ROW##R(MOE__INT8_STORE, 1)                                                                       \
+  }
+MOE__INT8_NEON(1)
+MOE__INT8_NEON(2)
+static const moe__int8_kernels moe__neon_int8 = {
+  {{NULL}, {NULL, moe__neon_int8_1x1, moe__neon_int8_2x1}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0, moe__neon_int8_quantize, moe__neon_int8_dot4};
+#undef MOE__INT8_SUM
+#undef MOE__INT8_HALVES
+#undef MOE__INT8_START
+#undef MOE__INT8_STEP
+#undef MOE__INT8_FOUR
+#undef MOE__INT8_STORE
+#undef MOE__INT8_NEON
+
+#ifdef MOE__NEON_DOT
+/* With dot product: four outputs to a register, as with VNNI, but signed times signed */
+#if defined(__ARM_FEATURE_DOTPROD) || defined(_MSC_VER)
+#define MOE__T_NEON_DOT
+#elif defined(__clang__)
+#define MOE__T_NEON_DOT MOE__TARGET("dotprod")
+#else
+#define MOE__T_NEON_DOT MOE__TARGET("arch=armv8.2-a+dotprod")
+#endif
+MOE__T_NEON_DOT static void moe__neon_dot_int8_dot4(int32_t sum[4], const unsigned char *x, const signed char *w, size_t ld, size_t k) {
+  const signed char *w1 = w + ld, *w2 = w1 + ld, *w3 = w2 + ld;
+  int32x4_t s0 = vdupq_n_s32(0), s1 = s0, s2 = s0, s3 = s0;
+  size_t p = 0;
+  for (; p + 16 <= k; p += 16) {
+    int8x16_t v = MOE__X_BYTES(x + p);
+    s0 = vdotq_s32(s0, v, vld1q_s8(w + p));
+    s1 = vdotq_s32(s1, v, vld1q_s8(w1 + p));
+    s2 = vdotq_s32(s2, v, vld1q_s8(w2 + p));
+    s3 = vdotq_s32(s3, v, vld1q_s8(w3 + p));
+  }
+  vst1q_s32(sum, vpaddq_s32(vpaddq_s32(s0, s1), vpaddq_s32(s2, s3)));
+  MOE__DOT4_REST
+}
+
+#define MOE__INT8_SUM(i, v) int32x4_t c##i##v##0 = vdupq_n_s32(0), c##i##v##1 = c##i##v##0, c##i##v##2 = c##i##v##0, c##i##v##3 = c##i##v##0;
+#define MOE__INT8_LOAD(i, v)                                                                                     \
+  int8x16_t w##v##0 = vld1q_s8(w + v * b->panel), w##v##1 = vld1q_s8(w + v * b->panel + 16);                     \
+  int8x16_t w##v##2 = vld1q_s8(w + v * b->panel + 32), w##v##3 = vld1q_s8(w + v * b->panel + 48);
+#define MOE__INT8_ADD(i, v)                          \
+  c##i##v##0 = vdotq_s32(c##i##v##0, s, w##v##0);    \
+  c##i##v##1 = vdotq_s32(c##i##v##1, s, w##v##1);    \
+  c##i##v##2 = vdotq_s32(c##i##v##2, s, w##v##2);    \
+  c##i##v##3 = vdotq_s32(c##i##v##3, s, w##v##3);
+#define MOE__INT8_STEP(P, i)                                                                \
+  {                                                                                         \
+    int8x16_t s = vreinterpretq_s8_s32(vdupq_n_s32(moe__int8_step(x + i * b->x_row)));      \
+    MOE__INT8_PANEL##P(MOE__INT8_ADD, i)                                                    \
+  }
+#define MOE__INT8_OUT(i, v)                                                                                                 \
+  MOE__INT8_END(moe__neon, i, v,                                                                                            \
+                moe__neon_ifour(vreinterpretq_u32_s32(c##i##v##0), vreinterpretq_u32_s32(c##i##v##1),                       \
+                                vreinterpretq_u32_s32(c##i##v##2), vreinterpretq_u32_s32(c##i##v##3)))
+MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 1, 1)
+MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 2, 1)
+MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 3, 1)
+MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 4, 1)
+MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 5, 1)
+MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 6, 1)
+MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 1, 2)
+MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 2, 2)
+MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 1, 3)
+static const moe__int8_kernels moe__neon_dot_int8 = {
+  {{NULL},
+   {NULL, moe__neon_dot_int8_1x1, moe__neon_dot_int8_2x1, moe__neon_dot_int8_3x1, moe__neon_dot_int8_4x1, moe__neon_dot_int8_5x1,
+    moe__neon_dot_int8_6x1},
+   {NULL, moe__neon_dot_int8_1x2, moe__neon_dot_int8_2x2},
+   {NULL, moe__neon_dot_int8_1x3}},
+  {0, 6, 2, 1}, 0, moe__neon_int8_quantize, moe__neon_dot_int8_dot4};
+#undef MOE__INT8_SUM
+#undef MOE__INT8_LOAD
+#undef MOE__INT8_ADD
+#undef MOE__INT8_STEP
+#undef MOE__INT8_OUT
+#endif
+#undef MOE__X_BYTES
+#undef MOE__DOT4_REST
+#endif /* MOE__NEON */
+
+#if defined(MOE__X86) || defined(MOE__NEON)
+#undef MOE__INT8_KERNEL
+#undef MOE__INT8_KERNEL_START
+#undef MOE__INT8_KERNEL_STORE
+#undef MOE__INT8_END
+#endif
 
 static const moe__int8_kernels *moe__int8_pick(const moe_env *env) {
 #ifdef MOE__AVX512_VNNI
@@ -3329,7 +3796,10 @@ static const moe__int8_kernels *moe__int8_pick(const moe_env *env) {
 #ifdef MOE__AVX_VNNI
   if ((env->isa == MOE_ISA_AVX2 || env->isa == MOE_ISA_AVX512) && (env->features & MOE_FEATURE_AVX_VNNI)) return &moe__avx_vnni_int8;
 #endif
-  return MOE__V_PICK(env->isa, int8); /* NEON with its dot product would stand here, with panels as they are */
+#ifdef MOE__NEON_DOT
+  if (env->isa == MOE_ISA_NEON && (env->features & MOE_FEATURE_NEON_DOT)) return &moe__neon_dot_int8;
+#endif
+  return MOE__V_PICK(env->isa, int8);
 }
 
 /* `rows` quantised rows times the columns j0 .. j1-1 of weights in panels. c: of row 0 and column 0. */

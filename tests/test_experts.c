@@ -399,7 +399,8 @@ static void test_experts_inference_equals_training(void) {
   fixture_free(&f);
 }
 
-static const moe_isa isas[3] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512};
+static const moe_isa isas[] = {MOE_ISA_SCALAR, MOE_ISA_NEON, MOE_ISA_AVX2, MOE_ISA_AVX512};
+enum { ISAS = sizeof isas / sizeof isas[0] };
 
 static void compare(const fixture *a, const fixture *b, const char *what, int threads) {
   size_t M = (size_t)a->M, N = (size_t)a->N, H = (size_t)a->H, F = (size_t)a->F, k = (size_t)a->k;
@@ -418,7 +419,7 @@ static void test_experts_have_the_same_bits_everywhere(void) {
   for (c = 0; c < sizeof sizes / sizeof *sizes; ++c) {
     fixture first;
     int i, threads, have = 0;
-    for (i = 0; i < 3; ++i)
+    for (i = 0; i < ISAS; ++i)
       for (threads = 1; threads <= 8; threads = threads == 3 ? 8 : threads + 1) {
         fixture f;
         moe_pool *pool;

@@ -345,14 +345,14 @@ static uint64_t run_hash(moe_isa isa, int32_t threads, int halves, moe_selection
 }
 
 static void test_level_bits_depend_on_no_thread_no_isa_no_batch(void) {
-  static const moe_isa isa[] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512};
+  static const moe_isa isa[] = {MOE_ISA_SCALAR, MOE_ISA_NEON, MOE_ISA_AVX2, MOE_ISA_AVX512};
   int selection, i;
   for (selection = 0; selection < 3; ++selection) {
     uint64_t want = run_hash(MOE_ISA_AUTO, 1, 0, (moe_selection)selection);
     CHECK(want > 10, "%s", models_sentence);
     CHECK(run_hash(MOE_ISA_AUTO, 3, 0, (moe_selection)selection) == want, "threads change bits, selection %d", selection);
     CHECK(run_hash(MOE_ISA_AUTO, 1, 1, (moe_selection)selection) == want, "micro-batches change bits, selection %d", selection);
-    for (i = 0; i < 3; ++i)
+    for (i = 0; i < (int)(sizeof isa / sizeof isa[0]); ++i)
       if (moe_isa_available(isa[i])) CHECK(run_hash(isa[i], 1, 0, (moe_selection)selection) == want, "%s changes bits", moe_isa_name(isa[i]));
   }
 }

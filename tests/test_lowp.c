@@ -16,9 +16,9 @@ static float random_float(void) { return (float)(int32_t)random32() * (1.0f / 21
 
 /* Every set of kernels that this machine has, as an environment; returns 0 behind the last one. */
 static int kernels_env(int which, moe_env *env) {
-  static const moe_isa isa[] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_NEON};
-  static const uint32_t feature[] = {0, 0, MOE_FEATURE_AVX_VNNI, 0, MOE_FEATURE_AVX512_VNNI, 0};
-  for (; which < 6; ++which) {
+  static const moe_isa isa[] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_NEON, MOE_ISA_NEON};
+  static const uint32_t feature[] = {0, 0, MOE_FEATURE_AVX_VNNI, 0, MOE_FEATURE_AVX512_VNNI, 0, MOE_FEATURE_NEON_DOT};
+  for (; which < (int)(sizeof isa / sizeof isa[0]); ++which) {
     if (moe_env_init(env, isa[which])) continue;
     if ((env->features & feature[which]) != feature[which]) continue;
     env->features = feature[which];

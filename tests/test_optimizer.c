@@ -31,7 +31,8 @@ static void test_optimizer_rate_warms_up_and_decays(void) {
     }
 }
 
-static const moe_isa isas[3] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512};
+static const moe_isa isas[] = {MOE_ISA_SCALAR, MOE_ISA_NEON, MOE_ISA_AVX2, MOE_ISA_AVX512};
+enum { ISAS = sizeof isas / sizeof isas[0] };
 
 static void test_optimizer_norm_is_the_norm(void) {
   enum { N = 300007 };
@@ -44,7 +45,7 @@ static void test_optimizer_norm_is_the_norm(void) {
     double sum = 0, first = -1;
     int k, threads;
     for (i = 0; i < sizes[j]; ++i) sum += (double)g[i] * (double)g[i];
-    for (k = 0; k < 3; ++k) {
+    for (k = 0; k < ISAS; ++k) {
       moe_env env;
       if (moe_env_init(&env, isas[k])) continue;
       for (threads = 1; threads <= 8; threads = threads == 3 ? 8 : threads + 1) {
@@ -70,7 +71,7 @@ static void test_optimizer_norm_tells_bad_gradients(void) {
   moe_env env;
   size_t i;
   int k;
-  for (k = 0; k < 3; ++k)
+  for (k = 0; k < ISAS; ++k)
     for (i = 0; i < 5; ++i) {
       if (moe_env_init(&env, isas[k])) continue;
       g[places[i]] = INFINITY;
@@ -146,7 +147,7 @@ static void test_optimizer_adam_has_the_same_bits_everywhere(void) {
   for (i = 0; i < 4 * N; ++i) start[i] = test_random(&state) * (i % 11 ? 1 : 1e-18f);
   for (i = 3 * N; i < 4 * N; ++i) start[i] = start[i] * start[i]; /* v is not negative */
   for (i = 0; i < N; i += 97) start[N + i] = 0;
-  for (k = 0; k < 3; ++k) {
+  for (k = 0; k < ISAS; ++k) {
     moe_env env;
     if (moe_env_init(&env, isas[k])) continue;
     for (threads = 1; threads <= 8; threads = threads == 3 ? 8 : threads + 1) {

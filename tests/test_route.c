@@ -366,7 +366,8 @@ static void test_route_jitter_off_changes_nothing(void) {
   fixture_free(&g);
 }
 
-static const moe_isa isas[3] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512};
+static const moe_isa isas[] = {MOE_ISA_SCALAR, MOE_ISA_NEON, MOE_ISA_AVX2, MOE_ISA_AVX512};
+enum { ISAS = sizeof isas / sizeof isas[0] };
 
 static void compare(const fixture *a, const fixture *b, const char *what) {
   size_t M = (size_t)a->M, N = (size_t)a->N, H = (size_t)a->H, k = (size_t)a->k;
@@ -383,7 +384,7 @@ static void test_route_has_the_same_bits_everywhere(void) {
   for (jitter = 0; jitter < 2; ++jitter) {
     fixture first;
     have = 0;
-    for (i = 0; i < 3; ++i)
+    for (i = 0; i < ISAS; ++i)
       for (threads = 1; threads <= 8; threads = threads == 3 ? 8 : threads + 1) {
         fixture f;
         moe_pool *pool;
