@@ -84,6 +84,7 @@
      >>simd          vector kernels and elementary functions
      >>gemm          packing and matrix products
      >>lowp          products with weights of 8 bits
+     >>bf16          products with bf16 operands
      >>linear        linear layers and GELU
      >>ops           LayerNorm, dropout, embeddings, losses
      >>attention     self-attention over packed sequences
@@ -171,13 +172,18 @@ MOE_API moe_isa moe_isa_from_name(const char *name);
 MOE_API int moe_isa_available(moe_isa isa);
 
 /* What a processor has beyond its instruction set, for products of low precision. */
-enum { MOE_FEATURE_AVX_VNNI = 1, MOE_FEATURE_AVX512_VNNI = 2, MOE_FEATURE_AVX512_BF16 = 4, MOE_FEATURE_NEON_DOT = 8 };
+enum { MOE_FEATURE_AVX_VNNI = 1, MOE_FEATURE_AVX512_VNNI = 2, MOE_FEATURE_AVX512_BF16 = 4, MOE_FEATURE_NEON_DOT = 8,
+       MOE_FEATURE_SLOW_BF16 = 16, /* FMAs are faster than vdpbf16ps, with the same bits */
+       MOE_FEATURE_AMX_BF16 = 32   /* set by moe_env_set_precision, since a process must ask for it */ };
+
+typedef enum moe_type { MOE_TYPE_F32, MOE_TYPE_BF16, MOE_TYPE_I8 } moe_type;
 
 /* Everything a call needs to know of its surroundings. A plain struct: copy it, one for each thread if you like. */
 typedef struct moe_env {
   moe_isa isa;     /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards */
   uint32_t features; /* MOE_FEATURE_ bits that this machine has, set by moe_env_init; clearing one forgoes it, int8 results
                         stay the same */
+  moe_type precision; /* MOE_TYPE_F32, or MOE_TYPE_BF16: see moe_env_set_precision */
   int32_t threads; /* how many bodies of parallel_for may run at once, 1 or more: decides the size of scratch */
   /* Runs body(arg, i) for i = 0 .. count-1, in any order, at most `threads` at once, and returns when all are done. NULL: a
      plain loop. Results never depend on it. */
@@ -191,6 +197,13 @@ typedef struct moe_env {
 /* Fills *env: the best instruction set of this machine (MOE_ISA_AUTO) or the named one, one thread, no log.
    MOE_E_UNSUPPORTED where this machine lacks the named one: *env is then set for MOE_ISA_AUTO. */
 MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa);
+/* MOE_TYPE_BF16: the products of moe_linear_ and moe_experts_ functions, and so those of a model's layers in forward and
+   backward, round their operands to bf16 and add up in fp32 (>>bf16), where the processor has AMX tiles or AVX512-BF16.
+   Weights, gradients and all else stay fp32, and so do a model's gates, routers, heads and feature inputs [TaG] 4.3. To be
+   set before a model is packed (loaded), whose packed bytes are half as many then. MOE_TYPE_F32: back to fp32.
+   MOE_E_UNSUPPORTED, with a sentence to the log: this machine lacks the units, or env.isa is not AVX-512; products stay
+   fp32. Who sets env.precision by hand there gets bf16 from plain C, slowly. */
+MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision);
 
 #ifndef MOE_NO_THREADS
 /* The built-in pool: threads - 1 helpers that sleep between calls. */
@@ -210,7 +223,6 @@ MOE_API int32_t moe_processors(void);
    that is NULL is not computed. Arrays may have any alignment that float allows and must not overlap unless said. Sizes may
    be 0. Nothing is allocated. */
 
-typedef enum moe_type { MOE_TYPE_F32, MOE_TYPE_BF16, MOE_TYPE_I8 } moe_type;
 typedef enum moe_layout {
   MOE_LAYOUT_ROWS,  /* (rows, cols) row-major, as in files */
   MOE_LAYOUT_PANELS /* panels of 16 rows: element (j, p) at ((j/16)*cols + p)*16 + j%16, missing rows are zeros */
@@ -247,6 +259,14 @@ MOE_API moe_mat moe_mat_panels_int8(const void *panels, const float *scale, int3
 /* Bytes that moe_pack_int8 writes; its layout is of one machine, never of a file. */
 MOE_API size_t moe_pack_int8_bytes(int32_t rows, int32_t cols);
 MOE_API void moe_pack_int8(void *panels, const int8_t *w, int32_t rows, int32_t cols, const moe_env *env);
+
+/* bf16: float weights (rows, cols) rounded and packed for products with bf16 operands, and the view of them for
+   moe_linear_forward, moe_linear_gelu_forward and moe_experts_forward. Where env.precision asks for bf16, float weights will
+   do as well, with the same bits, and are rounded on the way in: forward is faster with these. */
+MOE_API moe_mat moe_mat_panels_bf16(const void *panels, int32_t rows, int32_t cols);
+/* Bytes that moe_pack_bf16 writes; the bytes are of one machine, never of a file. */
+MOE_API size_t moe_pack_bf16_bytes(int32_t rows, int32_t cols);
+MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t cols, const moe_env *env);
 
 /* y = x W^T + b. y (M, rows), x (M, cols), b (rows) or NULL. */
 MOE_API void moe_linear_forward(float *y, const float *x, const moe_mat *w, const float *b, int32_t M, const moe_env *env);
@@ -1034,6 +1054,10 @@ MOE_API int moe_isa_available(moe_isa isa) {
 #if defined(MOE__X86) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
 #define MOE__AVX512_VNNI 1
 #define MOE__AVX_VNNI 1
+#define MOE__AVX512_BF16 1
+#if defined(__linux__) && !defined(__ILP32__)
+#define MOE__AMX_BF16 1 /* elsewhere nobody has been asked yet how a program gets leave to use it */
+#endif
 #endif
 #if defined(MOE__NEON) && (defined(__ARM_FEATURE_DOTPROD) || (defined(__clang__) && __clang_major__ >= 17) || \
                            (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 8) || defined(_MSC_VER))
@@ -1072,6 +1096,8 @@ static uint32_t moe__features(void) {
   if (!moe_isa_available(MOE_ISA_AVX512)) return features;
   if (r[2] >> 11 & 1) features |= MOE_FEATURE_AVX512_VNNI;
   if (one[0] >> 5 & 1) features |= MOE_FEATURE_AVX512_BF16;
+  moe__cpuid(0, 0, r);
+  if (r[1] == 0x756e6547u) features |= MOE_FEATURE_SLOW_BF16; /* "Genu"ineIntel: half the speed of FMAs; twice on Zen */
 #endif
 #ifdef MOE__NEON
   if (moe__neon_has_dot()) features |= MOE_FEATURE_NEON_DOT;
@@ -2417,6 +2443,7 @@ MOE__V_STAMP(MOE__V_ROWS)
 
 typedef enum moe__b_layout {
   MOE__B_PANELS, /* panels of moe_pack: n outputs, k inputs */
+  MOE__B_PAIRS,  /* panels of moe_pack_bf16 (>>bf16) */
   MOE__B_ROWS,   /* (p, j) = b[p b_row + j] */
   MOE__B_COLS    /* (p, j) = b[j b_row + p]: weights (outputs, inputs) as they lie in a file */
 } moe__b_layout;
@@ -2446,7 +2473,7 @@ static void moe__gemm_weight(moe__gemm *g, const moe_mat *w) {
   g->narrow = w->rows < 16;
   g->b = (const float *)w->data;
   g->b_row = (size_t)w->cols;
-  g->b_layout = w->layout == MOE_LAYOUT_PANELS ? MOE__B_PANELS : MOE__B_COLS;
+  g->b_layout = w->type == MOE_TYPE_BF16 ? MOE__B_PAIRS : w->layout == MOE_LAYOUT_PANELS ? MOE__B_PANELS : MOE__B_COLS;
 }
 
 enum {
@@ -3198,6 +3225,7 @@ static void moe__gemm_work_tile(void *arg, int32_t tile, int32_t slot) {
 }
 
 static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env); /* >>lowp */
+static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *env); /* >>bf16 */
 
 /* Independent products (the experts of a layer, the gradients of a weight and of its input), spread over the threads. */
 static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *env) {
@@ -3206,6 +3234,10 @@ static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *e
   double size = 0;
   if (count && list->quantized) {
     moe__int8_run(list, count, env);
+    return;
+  }
+  if (count && (env->precision == MOE_TYPE_BF16 || list->b_layout == MOE__B_PAIRS)) {
+    moe__bf16_run(list, count, env);
     return;
   }
   work.list = list;
@@ -3998,6 +4030,741 @@ MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows,
   job.cols = (size_t)cols;
   job.kernels = moe__int8_pick(env);
   moe__parallel(env, (rows + 15) / 16, moe__int8_quantize_tile, &job);
+}
+
+/* ---- products with bf16 operands ---- >>bf16 */
+
+/* C = A B with the elements of A and B rounded to bf16 (8 bits of significand, the exponents of a float) and sums in fp32. What is rounded is
+   a copy: weights, activations and gradients stay fp32 in memory.
+
+   Rounding: to nearest, ties to even; denormals become zero, NaN stays NaN.
+
+   One definition of every sum, for plain C, AVX-512 and AVX512-BF16: an element of C is one chain of fused multiply-adds that begins as in
+   >>gemm. It takes the elements of k by pairs (0 and 1, 2 and 3, ...; a last one alone gets a pair of zeros), of a pair first the second, then
+   the first, and denormals, those in C too, count and become zero at every step. That is what vdpbf16ps does, to the bit; FMAs do the same
+   once the processor is told to flush denormals. Elsewhere (AVX2, NEON) the plain C runs. The bits of a row depend neither on the other rows nor on
+   the layout of the weights, on blocks, tiles or threads.
+   AMX has bits of its own: tdpbf16ps takes 16 pairs at a time, adds up their first and their second elements in two chains that begin with 0,
+   and adds the sum of the two to C. They are independent of rows, layout and threads in the same way.
+   Either way a sum over tokens, the gradient of a weight, pairs the tokens of one call: micro-batches give other bits than one batch.
+   Bits of fp32 are not met, of course: each operand has a relative error of up to 2^-8.
+
+   Panels of weights: 16 outputs side by side, in steps of 2 inputs: word j of step t is the pair (2t, 2t+1) of output j, the first in the low
+   half: 64 bytes, one register of AVX-512 and one row of a tile of AMX. The last step of an odd k has a zero in its high halves.
+   A is copied, too: as pairs for vdpbf16ps and AMX, as rounded floats for FMAs. */
+
+enum {
+  MOE__BF16_ROWS = 32,           /* rows of a tile of work where the weights are packed: they stay near, the panels stream by */
+  MOE__BF16_DEPTH = 384,         /* and how many words of each are copied at a time */
+  MOE__BF16_TALL = 96,           /* the same where B is packed on the way, for all these rows */
+  MOE__BF16_SHALLOW = 128,
+  MOE__BF16_PAD = 16,            /* words between rows, which keep them out of one another's place in the cache */
+  MOE__BF16_A = MOE__BF16_SHALLOW * (MOE__BF16_TALL + MOE__BF16_PAD), /* words: of the copy of A, 56 KB of the stack */
+  MOE__BF16_WIDE = 6,            /* most panels that a kernel takes */
+  MOE__BF16_PACKED = 4,          /* most panels that are packed at a time */
+  MOE__BF16_B = MOE__BF16_SHALLOW * 16 * MOE__BF16_PACKED, /* words: of packed B, 32 KB */
+  MOE__BF16_EDGE = 1024          /* floats of the largest block of C: 32 x 2 x 16 */
+};
+
+/* What a kernel is given. A word of A is the bits of a float, or a pair. */
+typedef struct moe__bf16_block {
+  float *c;
+  size_t c_row;
+  const float *start; /* what the sums begin with */
+  size_t start_row;   /* 0: the same for every row */
+  const uint32_t *a;
+  size_t a_row, a_col; /* in words */
+  const uint32_t *b;   /* panels, b_panel words apart */
+  size_t b_panel;
+  size_t steps;   /* pairs of k */
+  size_t columns; /* outputs that there are */
+  size_t *shape;  /* rows that the tiles of this thread are set up for; 0: none */
+} moe__bf16_block;
+
+/* c(i, j) = start(i, j) + sum over the pairs, for all columns of some panels. AMX takes any number of rows. */
+typedef void (*moe__bf16_fn)(const moe__bf16_block *b, size_t rows);
+
+typedef struct moe__bf16_kernels {
+  moe__bf16_fn fn[MOE__BF16_WIDE + 1][9]; /* [panels][rows, 8 for all above] */
+  int rows[MOE__BF16_WIDE + 1];           /* most rows for so many panels, 0: no such kernel */
+  int few, many, usual;                   /* panels to take: `many` where there are at most `few` rows */
+  int pairs;                              /* A as pairs, else as floats */
+  int turned;                             /* the pairs of a row of A side by side, even where A is stored column by column */
+  unsigned (*begin)(void);                /* before kernels run, after, and at the end of a tile of work; NULL: nothing to do */
+  void (*end)(unsigned saved);
+  void (*leave)(void);
+  /* to[l to_ld + x] = rounded from[l ld + x], as bits of floats; an odd line is filled up with a zero */
+  void (*floats)(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length);
+  /* to[l to_ld + t] = the pair (2t, 2t + 1) of line l; lines are filled up to a multiple of 16 words with zeros */
+  void (*along)(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length);
+  /* to[t to_ld + x] = element x of lines 2t and 2t + 1, filled up alike */
+  void (*across)(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length);
+  /* to[x to_ld + y] = block[y 16 + x], 16 by 16 */
+  void (*turn)(uint32_t *to, size_t to_ld, const uint32_t *block);
+} moe__bf16_kernels;
+
+/* x rounded to bf16, as the bits of a float. */
+static uint32_t moe__bf16_round(float x) {
+  uint32_t u = moe__bits(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) u |= 0x00400000u;
+  else if (!(u & 0x7f800000u)) u &= 0x80000000u;
+  else u += 0x7fffu + (u >> 16 & 1);
+  return u & 0xffff0000u;
+}
+
+/* a b + c of numbers that are not denormal, but for c: a step of the chain. A result is flushed where it is below 2^-126 once rounded to 24
+   bits: the midpoint between 2^-126 and the number before goes up. Near there the sum in double is exact. */
+static float moe__bf16_fma(float a, float b, float c) {
+  double exact;
+  float r;
+  if (!(moe__bits(c) & 0x7f800000u)) c = moe__floats(moe__bits(c) & 0x80000000u);
+  r = moe__fmaf(a, b, c);
+  if (!(moe__floats(moe__bits(r) & 0x7fffffffu) < 2.4e-38f)) return r;
+  exact = (double)a * (double)b + (double)c;
+  if (exact < 0) exact = -exact;
+  return exact < 1.1754943508222875e-38 * (1 - 1.0 / 33554432) ? moe__floats(moe__bits(r) & 0x80000000u) : r;
+}
+
+static void moe__scalar_bf16_1x1(const moe__bf16_block *b, size_t rows) {
+  size_t j, t;
+  (void)rows;
+  for (j = 0; j < 16; ++j) {
+    float sum = b->start[j];
+    for (t = 0; t < b->steps; ++t) {
+      uint32_t w = b->b[t * 16 + j];
+      sum = moe__bf16_fma(moe__floats(b->a[(2 * t + 1) * b->a_col]), moe__floats(w & 0xffff0000u), sum);
+      sum = moe__bf16_fma(moe__floats(b->a[2 * t * b->a_col]), moe__floats(w << 16), sum);
+    }
+    b->c[j] = sum;
+  }
+}
+
+static void moe__scalar_bf16_floats(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length) {
+  size_t l, x;
+  for (l = 0; l < lines; ++l, to += to_ld, from += ld) {
+    for (x = 0; x < length; ++x) to[x] = moe__bf16_round(from[x]);
+    if (length % 2) to[length] = 0;
+  }
+}
+
+static void moe__scalar_bf16_along(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length) {
+  size_t l, t;
+  for (l = 0; l < lines; ++l, to += to_ld, from += ld)
+    for (t = 0; t < (length + 31) / 32 * 16; ++t)
+      to[t] = (2 * t < length ? moe__bf16_round(from[2 * t]) >> 16 : 0u) | (2 * t + 1 < length ? moe__bf16_round(from[2 * t + 1]) : 0u);
+}
+
+static void moe__scalar_bf16_across(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length) {
+  size_t l, x;
+  for (l = 0; l < lines; l += 2, to += to_ld, from += 2 * ld)
+    for (x = 0; x < (length + 15) / 16 * 16; ++x)
+      to[x] = x < length ? moe__bf16_round(from[x]) >> 16 | (l + 1 < lines ? moe__bf16_round(from[ld + x]) : 0u) : 0u;
+}
+
+static void moe__scalar_bf16_turn(uint32_t *to, size_t to_ld, const uint32_t *block) {
+  size_t x, y;
+  for (x = 0; x < 16; ++x)
+    for (y = 0; y < 16; ++y) to[x * to_ld + y] = block[y * 16 + x];
+}
+
+static const moe__bf16_kernels moe__scalar_bf16 = {
+  {{NULL}, {NULL, moe__scalar_bf16_1x1}, {NULL}, {NULL}, {NULL}, {NULL}, {NULL}}, {0, 1, 0, 0, 0, 0, 0}, 0, 1, 1, 0, 0, NULL, NULL, NULL,
+  moe__scalar_bf16_floats, moe__scalar_bf16_along, moe__scalar_bf16_across, moe__scalar_bf16_turn};
+
+#ifdef MOE__X86
+MOE__T_AVX512 MOE__INLINE __m512i moe__avx512_bf16_round(__m512 x) {
+  __m512i u = _mm512_castps_si512(x);
+  __m512i up = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1)));
+  __mmask16 normal = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x7f800000)), strange = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  __m512i r = _mm512_mask_add_epi32(_mm512_and_si512(u, _mm512_set1_epi32((int)0x80000000u)), normal, u, up);
+  r = _mm512_mask_or_epi32(r, strange, u, _mm512_set1_epi32(0x00400000));
+  return _mm512_and_si512(r, _mm512_set1_epi32((int)0xffff0000u));
+}
+
+MOE__T_AVX512 static void moe__avx512_bf16_floats(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length) {
+  for (; lines > 0; --lines, to += to_ld, from += ld) {
+    size_t x = 0;
+    for (; x + 16 <= length; x += 16) _mm512_storeu_si512(to + x, moe__avx512_bf16_round(_mm512_loadu_ps(from + x)));
+    if (x < length) {
+      __m512i last = moe__avx512_bf16_round(moe__avx512_loadn(from + x, length - x));
+      _mm512_mask_storeu_epi32(to + x, moe__avx512_first((length - x + 1) / 2 * 2), last);
+    }
+  }
+}
+
+/* The high halves of 16 words */
+#define MOE__BF16_HALVES(v) _mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16))
+
+MOE__T_AVX512 static void moe__avx512_bf16_along(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length) {
+  for (; lines > 0; --lines, to += to_ld, from += ld) {
+    size_t x;
+    for (x = 0; x < length; x += 32) {
+      size_t left = length - x;
+      __m512 low = left >= 16 ? _mm512_loadu_ps(from + x) : moe__avx512_loadn(from + x, left), high = _mm512_setzero_ps();
+      if (left >= 32) high = _mm512_loadu_ps(from + x + 16);
+      else if (left > 16) high = moe__avx512_loadn(from + x + 16, left - 16);
+      _mm512_storeu_si512(to + x / 2, _mm512_inserti64x4(_mm512_castsi256_si512(MOE__BF16_HALVES(moe__avx512_bf16_round(low))),
+                                                         MOE__BF16_HALVES(moe__avx512_bf16_round(high)), 1));
+    }
+  }
+}
+
+MOE__T_AVX512 static void moe__avx512_bf16_across(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length) {
+  size_t l, x;
+  for (l = 0; l < lines; l += 2, to += to_ld, from += 2 * ld)
+    for (x = 0; x < length; x += 16) {
+      size_t left = length - x < 16 ? length - x : 16;
+      __m512 high = l + 1 < lines ? moe__avx512_loadn(from + ld + x, left) : _mm512_setzero_ps();
+      __m512i low = _mm512_srli_epi32(moe__avx512_bf16_round(moe__avx512_loadn(from + x, left)), 16);
+      _mm512_storeu_si512(to + x, _mm512_or_si512(low, moe__avx512_bf16_round(high)));
+    }
+}
+
+/* 16 rows of 16 words to columns, in four rounds: of words, of pairs of words, of quarters of a register twice. */
+MOE__T_AVX512 static void moe__avx512_bf16_turn(uint32_t *to, size_t to_ld, const uint32_t *block) {
+  __m512i r[16], s[16];
+  int i;
+  for (i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(block + 16 * i);
+  for (i = 0; i < 16; i += 2) {
+    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+  }
+  for (i = 0; i < 4; ++i) { /* r[4 g + i]: column 4 q + i of the rows 4 g .. 4 g + 3 in quarter q */
+    s[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    s[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    s[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    s[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  for (i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(to + (size_t)i * to_ld, _mm512_shuffle_i32x4(s[i], s[8 + i], 0x88));
+    _mm512_storeu_si512(to + (size_t)(8 + i) * to_ld, _mm512_shuffle_i32x4(s[i], s[8 + i], 0xdd));
+    _mm512_storeu_si512(to + (size_t)(4 + i) * to_ld, _mm512_shuffle_i32x4(s[4 + i], s[12 + i], 0x88));
+    _mm512_storeu_si512(to + (size_t)(12 + i) * to_ld, _mm512_shuffle_i32x4(s[4 + i], s[12 + i], 0xdd));
+  }
+}
+#undef MOE__BF16_HALVES
+
+/* Denormals are zeros on both sides, nothing traps, to nearest. */
+static unsigned moe__x86_flush(void) {
+  unsigned saved = _mm_getcsr();
+  _mm_setcsr(0x9fc0u);
+  return saved;
+}
+static void moe__x86_unflush(unsigned saved) { _mm_setcsr(saved); }
+
+/* FMAs, as in >>gemm: up to 8 rows by 3 panels or 4 by 6. Panels are widened to floats on the way, which is little against the rows. A
+   processor without vdpbf16ps, or with a slow one, multiplies as fast as in fp32, and reads half the bytes of the weights. */
+#define MOE__BF16_WORD(p) _mm512_castsi512_ps(_mm512_set1_epi32((int)(p)))
+#define MOE__BF16_START(S, i, v) __m512 c##i##v = _mm512_loadu_ps(b->start + i * b->start_row + 16 * v);
+#define MOE__BF16_STORE(S, i, v) _mm512_storeu_ps(b->c + i * b->c_row + 16 * v, c##i##v);
+#define MOE__BF16_HIGH(S, i, v) __m512 w##v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(w + v * b_panel), halves));
+#define MOE__BF16_LOW(S, i, v) __m512 w##v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(w + v * b_panel), 16));
+#define MOE__BF16_ADD(S, i, v) c##i##v = _mm512_fmadd_ps(s, w##v, c##i##v);
+#define MOE__BF16_ROW_START(S, P, i) MOE__EACH_PANEL##P(MOE__BF16_START, S, i)
+#define MOE__BF16_ROW_STORE(S, P, i) MOE__EACH_PANEL##P(MOE__BF16_STORE, S, i)
+#define MOE__BF16_ROW_STEP(S, P, i) { __m512 s = MOE__BF16_WORD(MOE__A##i); MOE__EACH_PANEL##P(MOE__BF16_ADD, S, i) }
+#define MOE__BF16_FMA(R, P)                                                                                      \
+  MOE__T_AVX512 static void moe__avx512_bf16_##R##x##P(const moe__bf16_block *b, size_t rows) {                  \
+    const uint32_t *x = b->a, *w = b->b;                                                                         \
+    size_t a_row = b->a_row, a_row3 = 3 * a_row, a_col = b->a_col, b_panel = b->b_panel, steps = b->steps;       \
+    __m512i halves = _mm512_set1_epi32((int)0xffff0000u);                                                        \
+    MOE__EACH_ROW##R(MOE__BF16_ROW_START, S, P)                                                                  \
+    for (; steps > 0; --steps, x += 2 * a_col, w += 16) {                                                        \
+      {                                                                                                          \
+        const uint32_t *a = x + a_col, *a4 = R > 4 ? a + 4 * a_row : a;                                          \
+        MOE__EACH_PANEL##P(MOE__BF16_HIGH, S, 0)                                                                 \
+        MOE__EACH_ROW##R(MOE__BF16_ROW_STEP, S, P)                                                               \
+        (void)a4;                                                                                                \
+      }                                                                                                          \
+      {                                                                                                          \
+        const uint32_t *a = x, *a4 = R > 4 ? a + 4 * a_row : a;                                                  \
+        MOE__EACH_PANEL##P(MOE__BF16_LOW, S, 0)                                                                  \
+        MOE__EACH_ROW##R(MOE__BF16_ROW_STEP, S, P)                                                               \
+        (void)a4;                                                                                                \
+      }                                                                                                          \
+    }                                                                                                            \
+    MOE__EACH_ROW##R(MOE__BF16_ROW_STORE, S, P)                                                                  \
+    (void)rows, (void)a_row3, (void)b_panel;                                                                     \
+  }
+#define MOE__BF16_TO8(K, P) K(1, P) K(2, P) K(3, P) K(4, P) K(5, P) K(6, P) K(7, P) K(8, P)
+#define MOE__BF16_LIST4(N, P) {NULL, N##_1x##P, N##_2x##P, N##_3x##P, N##_4x##P}
+#define MOE__BF16_LIST8(N, P) {NULL, N##_1x##P, N##_2x##P, N##_3x##P, N##_4x##P, N##_5x##P, N##_6x##P, N##_7x##P, N##_8x##P}
+MOE__BF16_TO8(MOE__BF16_FMA, 1)
+MOE__BF16_TO8(MOE__BF16_FMA, 2)
+MOE__BF16_TO8(MOE__BF16_FMA, 3)
+MOE__BF16_FMA(1, 6)
+MOE__BF16_FMA(2, 6)
+MOE__BF16_FMA(3, 6)
+MOE__BF16_FMA(4, 6)
+static const moe__bf16_kernels moe__avx512_bf16 = {
+  {{NULL}, MOE__BF16_LIST8(moe__avx512_bf16, 1), MOE__BF16_LIST8(moe__avx512_bf16, 2), MOE__BF16_LIST8(moe__avx512_bf16, 3), {NULL}, {NULL},
+   MOE__BF16_LIST4(moe__avx512_bf16, 6)},
+  {0, 8, 8, 8, 0, 0, 4}, 4, 6, 3, 0, 0, moe__x86_flush, moe__x86_unflush, NULL,
+  moe__avx512_bf16_floats, moe__avx512_bf16_along, moe__avx512_bf16_across, moe__avx512_bf16_turn};
+
+#ifdef MOE__AVX512_BF16
+/* The same with vdpbf16ps. An instruction by hand, for the reason given at moe__vnni_add, and no compiler needs to know it by name. */
+MOE__T_AVX512 MOE__INLINE __m512 moe__bf16_dot(__m512 c, __m512i x, __m512i w) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(x), "v"(w));
+  return c;
+}
+#define MOE__BF16_PAIR(S, i, v) __m512i w##v = _mm512_loadu_si512(w + v * b_panel);
+#define MOE__BF16_DOT(S, i, v) c##i##v = moe__bf16_dot(c##i##v, s, w##v);
+#define MOE__BF16_ROW_DOT(S, P, i) { __m512i s = _mm512_set1_epi32((int)MOE__A##i); MOE__EACH_PANEL##P(MOE__BF16_DOT, S, i) }
+#define MOE__BF16_DP(R, P)                                                                                       \
+  MOE__T_AVX512 static void moe__dp_bf16_##R##x##P(const moe__bf16_block *b, size_t rows) {                      \
+    const uint32_t *a = b->a, *w = b->b;                                                                         \
+    size_t a_row = b->a_row, a_row3 = 3 * a_row, a_col = b->a_col, b_panel = b->b_panel, steps = b->steps;       \
+    MOE__EACH_ROW##R(MOE__BF16_ROW_START, S, P)                                                                  \
+    for (; steps > 0; --steps, a += a_col, w += 16) {                                                            \
+      const uint32_t *a4 = R > 4 ? a + 4 * a_row : a;                                                            \
+      MOE__EACH_PANEL##P(MOE__BF16_PAIR, S, 0)                                                                   \
+      MOE__EACH_ROW##R(MOE__BF16_ROW_DOT, S, P)                                                                  \
+      (void)a4;                                                                                                  \
+    }                                                                                                            \
+    MOE__EACH_ROW##R(MOE__BF16_ROW_STORE, S, P)                                                                  \
+    (void)rows, (void)a_row3, (void)b_panel;                                                                     \
+  }
+MOE__BF16_TO8(MOE__BF16_DP, 1)
+MOE__BF16_TO8(MOE__BF16_DP, 2)
+MOE__BF16_TO8(MOE__BF16_DP, 3)
+MOE__BF16_DP(1, 6)
+MOE__BF16_DP(2, 6)
+MOE__BF16_DP(3, 6)
+MOE__BF16_DP(4, 6)
+static const moe__bf16_kernels moe__dp_bf16 = {
+  {{NULL}, MOE__BF16_LIST8(moe__dp_bf16, 1), MOE__BF16_LIST8(moe__dp_bf16, 2), MOE__BF16_LIST8(moe__dp_bf16, 3), {NULL}, {NULL},
+   MOE__BF16_LIST4(moe__dp_bf16, 6)},
+  {0, 8, 8, 8, 0, 0, 4}, 4, 6, 3, 1, 0, NULL, NULL, NULL,
+  moe__avx512_bf16_floats, moe__avx512_bf16_along, moe__avx512_bf16_across, moe__avx512_bf16_turn};
+#undef MOE__BF16_PAIR
+#undef MOE__BF16_DOT
+#undef MOE__BF16_ROW_DOT
+#undef MOE__BF16_DP
+#endif
+#undef MOE__BF16_WORD
+#undef MOE__BF16_START
+#undef MOE__BF16_STORE
+#undef MOE__BF16_HIGH
+#undef MOE__BF16_LOW
+#undef MOE__BF16_ADD
+#undef MOE__BF16_ROW_START
+#undef MOE__BF16_ROW_STORE
+#undef MOE__BF16_ROW_STEP
+#undef MOE__BF16_FMA
+#undef MOE__BF16_TO8
+#undef MOE__BF16_LIST4
+#undef MOE__BF16_LIST8
+
+#ifdef MOE__AMX_BF16
+/* AMX: eight tiles of 16 rows of 64 bytes. Instructions by hand: the intrinsics of gcc do not say what memory they touch, and stores before
+   them get lost. They are volatile, so that they stay in order, and tell that they read or write memory. */
+#define MOE__TILE_CONFIG(p) __asm__ volatile("ldtilecfg (%0)" : : "r"(p) : "memory")
+#define MOE__TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
+#define MOE__TILE_LOAD(t, p, stride) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"(p), "r"((size_t)(stride)) : "memory")
+#define MOE__TILE_STORE(t, p, stride) __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(p), "r"((size_t)(stride)) : "memory")
+#define MOE__TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : : ) /* c += a b */
+
+/* Sets the tiles up. Up to 16 rows: tiles 0 .. 3 are C, 4 is A, 5 .. 7 are B. More: 0 and 1 are C of the first 16 rows, 2 and 3 of the others,
+   4 and 5 are A, 6 and 7 are B. Every row has 64 bytes. */
+static void moe__amx_shape(const moe__bf16_block *b, size_t rows) {
+  unsigned char config[64] = {0};
+  unsigned char first = (unsigned char)(rows < 16 ? rows : 16), second = (unsigned char)(rows > 16 ? rows - 16 : 0);
+  int t;
+  if (*b->shape == rows) return;
+  config[0] = 1; /* the palette */
+  for (t = 0; t < 8; ++t) {
+    config[16 + 2 * t] = 64; /* bytes of a row */
+    config[48 + t] = 16;     /* rows */
+  }
+  config[48] = config[49] = config[52] = first;
+  config[50] = config[51] = second ? second : first;
+  if (second) config[53] = second;
+  MOE__TILE_CONFIG(config);
+  *b->shape = rows;
+}
+
+static void moe__amx_leave(void) { MOE__TILE_RELEASE(); }
+
+/* The last steps, fewer than 16, of some panels, filled up with zeros: what lies behind a panel must not be multiplied, not even with zeros. */
+static void moe__amx_tail(uint32_t *tail, const uint32_t *w, size_t b_panel, size_t steps, size_t panels) {
+  memset(tail, 0, panels * 256 * sizeof *tail);
+  for (; panels > 0; --panels, tail += 256, w += b_panel) memcpy(tail, w, steps * 16 * sizeof *tail);
+}
+
+/* Up to 16 rows: X(v) for each panel v */
+#define MOE__AMX_EACH1(X) X(0, 5)
+#define MOE__AMX_EACH2(X) MOE__AMX_EACH1(X) X(1, 6)
+#define MOE__AMX_EACH4(X) MOE__AMX_EACH2(X) X(2, 7) X(3, 5)
+#define MOE__AMX_START(v, t) MOE__TILE_LOAD(v, b->start + 16 * v, b->start_row * sizeof(float));
+#define MOE__AMX_STEP(v, t) MOE__TILE_LOAD(t, w + v * b_panel, 64); MOE__TILE_DOT(v, 4, t);
+#define MOE__AMX_STORE(v, t) MOE__TILE_STORE(v, b->c + 16 * v, b->c_row * sizeof(float));
+/* More than 16, up to 32 */
+#define MOE__AMX_TWICE1(X) X(0, 6, 2)
+#define MOE__AMX_TWICE2(X) MOE__AMX_TWICE1(X) X(1, 7, 3)
+#define MOE__AMX_START2(v, t, u)                                                                             \
+  MOE__TILE_LOAD(v, b->start + 16 * v, b->start_row * sizeof(float));                                        \
+  MOE__TILE_LOAD(u, b->start + 16 * b->start_row + 16 * v, b->start_row * sizeof(float));
+#define MOE__AMX_STEP2(v, t, u) MOE__TILE_LOAD(t, w + v * b_panel, 64); MOE__TILE_DOT(v, 4, t); MOE__TILE_DOT(u, 5, t);
+#define MOE__AMX_STORE2(v, t, u)                                                                             \
+  MOE__TILE_STORE(v, b->c + 16 * v, b->c_row * sizeof(float));                                               \
+  MOE__TILE_STORE(u, b->c + 16 * b->c_row + 16 * v, b->c_row * sizeof(float));
+/* A is filled up with zeros to whole tiles */
+#define MOE__AMX_KERNEL(NAME, P, EACH, START, STEP, STORE, SECOND)                                           \
+  MOE__T_AVX512 static void NAME(const moe__bf16_block *b, size_t rows) {                                    \
+    uint32_t tail[256 * P];                                                                                  \
+    const uint32_t *a = b->a, *w = b->b;                                                                     \
+    size_t b_panel = b->b_panel, left = b->steps, a_bytes = b->a_row * sizeof *a;                            \
+    moe__amx_shape(b, rows);                                                                                 \
+    EACH(START)                                                                                              \
+    for (; left > 0; left -= left < 16 ? left : 16, a += 16, w += 256) {                                     \
+      if (left < 16) {                                                                                       \
+        moe__amx_tail(tail, w, b_panel, left, P);                                                            \
+        w = tail;                                                                                            \
+        b_panel = 256;                                                                                       \
+      }                                                                                                      \
+      MOE__TILE_LOAD(4, a, a_bytes);                                                                         \
+      if (SECOND) MOE__TILE_LOAD(5, a + 16 * b->a_row, a_bytes);                                             \
+      EACH(STEP)                                                                                             \
+    }                                                                                                        \
+    EACH(STORE)                                                                                              \
+  }
+MOE__AMX_KERNEL(moe__amx_bf16_16x1, 1, MOE__AMX_EACH1, MOE__AMX_START, MOE__AMX_STEP, MOE__AMX_STORE, 0)
+MOE__AMX_KERNEL(moe__amx_bf16_16x2, 2, MOE__AMX_EACH2, MOE__AMX_START, MOE__AMX_STEP, MOE__AMX_STORE, 0)
+MOE__AMX_KERNEL(moe__amx_bf16_16x4, 4, MOE__AMX_EACH4, MOE__AMX_START, MOE__AMX_STEP, MOE__AMX_STORE, 0)
+MOE__AMX_KERNEL(moe__amx_bf16_32x1, 1, MOE__AMX_TWICE1, MOE__AMX_START2, MOE__AMX_STEP2, MOE__AMX_STORE2, 1)
+MOE__AMX_KERNEL(moe__amx_bf16_32x2, 2, MOE__AMX_TWICE2, MOE__AMX_START2, MOE__AMX_STEP2, MOE__AMX_STORE2, 1)
+
+static void moe__amx_bf16_1(const moe__bf16_block *b, size_t rows) {
+  if (rows > 16) moe__amx_bf16_32x1(b, rows);
+  else moe__amx_bf16_16x1(b, rows);
+}
+static void moe__amx_bf16_2(const moe__bf16_block *b, size_t rows) {
+  if (rows > 16) moe__amx_bf16_32x2(b, rows);
+  else moe__amx_bf16_16x2(b, rows);
+}
+#define MOE__AMX_LIST(f) {NULL, f, f, f, f, f, f, f, f}
+static const moe__bf16_kernels moe__amx_bf16 = {
+  {{NULL}, MOE__AMX_LIST(moe__amx_bf16_1), MOE__AMX_LIST(moe__amx_bf16_2), {NULL}, MOE__AMX_LIST(moe__amx_bf16_16x4), {NULL}, {NULL}},
+  {0, 32, 32, 0, 16, 0, 0}, 16, 4, 2, 1, 1, NULL, NULL, moe__amx_leave,
+  moe__avx512_bf16_floats, moe__avx512_bf16_along, moe__avx512_bf16_across, moe__avx512_bf16_turn};
+#undef MOE__AMX_LIST
+#undef MOE__AMX_KERNEL
+#undef MOE__AMX_STORE2
+#undef MOE__AMX_STEP2
+#undef MOE__AMX_START2
+#undef MOE__AMX_TWICE2
+#undef MOE__AMX_TWICE1
+#undef MOE__AMX_STORE
+#undef MOE__AMX_STEP
+#undef MOE__AMX_START
+#undef MOE__AMX_EACH4
+#undef MOE__AMX_EACH2
+#undef MOE__AMX_EACH1
+#undef MOE__TILE_DOT
+#undef MOE__TILE_STORE
+#undef MOE__TILE_LOAD
+#undef MOE__TILE_RELEASE
+#undef MOE__TILE_CONFIG
+#endif
+#endif /* MOE__X86 */
+
+static const moe__bf16_kernels *moe__bf16_pick(const moe_env *env) {
+#ifdef MOE__AMX_BF16
+  if (env->isa == MOE_ISA_AVX512 && (env->features & MOE_FEATURE_AMX_BF16)) return &moe__amx_bf16;
+#endif
+#ifdef MOE__AVX512_BF16
+  if (env->isa == MOE_ISA_AVX512 && (env->features & MOE_FEATURE_AVX512_BF16) && !(env->features & MOE_FEATURE_SLOW_BF16))
+    return &moe__dp_bf16;
+#endif
+#ifdef MOE__X86
+  if (env->isa == MOE_ISA_AVX512) return &moe__avx512_bf16;
+#endif
+  (void)env;
+  return &moe__scalar_bf16;
+}
+
+/* `width` outputs (at most 16) that lie in lines of k elements, to a panel, and rows of A that lie in columns, to rows of pairs: by blocks of
+   16 by 16 words. depth: elements of k. */
+static void moe__bf16_panel(const moe__bf16_kernels *kernels, uint32_t *panel, const float *from, size_t ld, size_t width, size_t depth) {
+  uint32_t block[256], out[256];
+  size_t p;
+  memset(block, 0, sizeof block);
+  for (p = 0; p < depth; p += 32, panel += 256) {
+    size_t left = depth - p < 32 ? depth - p : 32;
+    kernels->along(block, 16, from + p, ld, width, left);
+    if (left > 30) kernels->turn(panel, 16, block);
+    else { /* fewer than 16 steps: no room for all of it */
+      kernels->turn(out, 16, block);
+      memcpy(panel, out, (left + 1) / 2 * 16 * sizeof *panel);
+    }
+  }
+}
+
+static void moe__bf16_turned(const moe__bf16_kernels *kernels, uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t rows,
+                             size_t depth) {
+  uint32_t block[256], out[256];
+  size_t i, p, r;
+  for (i = 0; i < rows; i += 16)
+    for (p = 0; p < depth; p += 32) {
+      size_t width = rows - i < 16 ? rows - i : 16, left = depth - p < 32 ? depth - p : 32;
+      if (left < 32) memset(block, 0, sizeof block);
+      kernels->across(block, 16, from + p * ld + i, ld, left, width);
+      if (width == 16) kernels->turn(to + i * to_ld + p / 2, to_ld, block);
+      else {
+        kernels->turn(out, 16, block);
+        for (r = 0; r < width; ++r) memcpy(to + (i + r) * to_ld + p / 2, out + 16 * r, 16 * sizeof *to);
+      }
+    }
+}
+
+/* Copies rows i0 .. i0+rows-1 of A, for a block of k, and tells where kernels find them. */
+static void moe__bf16_copy_a(moe__bf16_block *b, uint32_t *to, const moe__gemm *g, const moe__bf16_kernels *kernels, size_t i0, size_t rows,
+                             size_t p0, size_t depth) {
+  const float *from = g->a + i0 * g->a_row + p0 * g->a_col;
+  size_t ld = (kernels->pairs ? (depth + 31) / 32 * 16 : (depth + 15) / 16 * 16) + MOE__BF16_PAD, high = MOE__BF16_TALL + MOE__BF16_PAD;
+  b->a = to;
+  b->a_row = ld;
+  b->a_col = 1;
+  if (g->a_col == 1) {
+    if (kernels->pairs) kernels->along(to, ld, from, g->a_row, rows, depth);
+    else kernels->floats(to, ld, from, g->a_row, rows, depth);
+    return;
+  }
+  MOE_ASSERT(g->a_row == 1 && g->b_layout != MOE__B_PAIRS);
+  if (kernels->turned) {
+    moe__bf16_turned(kernels, to, ld, from, g->a_col, rows, depth);
+    return;
+  }
+  b->a_row = 1;
+  b->a_col = high;
+  if (kernels->pairs) kernels->across(to, high, from, g->a_col, depth, rows);
+  else {
+    kernels->floats(to, high, from, g->a_col, depth, rows);
+    if (depth % 2) memset(to + depth * high, 0, rows * sizeof *to);
+  }
+}
+
+/* Panels of columns j .. j+columns-1 for the same block of k: in place, or packed into `to`. */
+static void moe__bf16_find_b(moe__bf16_block *b, uint32_t *to, const moe__gemm *g, const moe__bf16_kernels *kernels, size_t j, size_t p0,
+                             size_t depth) {
+  size_t v;
+  if (g->b_layout == MOE__B_PAIRS) {
+    b->b_panel = ((size_t)g->k + 1) / 2 * 16;
+    b->b = (const uint32_t *)(const void *)g->b + j / 16 * b->b_panel + p0 * 8;
+    return;
+  }
+  b->b = to;
+  b->b_panel = (depth + 1) / 2 * 16;
+  for (v = 0; v < b->columns; v += 16, to += b->b_panel) {
+    size_t width = b->columns - v < 16 ? b->columns - v : 16;
+    if (g->b_layout == MOE__B_COLS) moe__bf16_panel(kernels, to, g->b + (j + v) * g->b_row + p0, g->b_row, width, depth);
+    else if (g->b_layout == MOE__B_ROWS) kernels->across(to, 16, g->b + p0 * g->b_row + j + v, g->b_row, depth, width);
+    else kernels->across(to, 16, g->b + (j + v) * (size_t)g->k + p0 * 16, 16, depth, 16);
+  }
+}
+
+/* A block of C, through a buffer where its last panel is not full, so that nothing beyond is read or written. */
+static void moe__bf16_call(const moe__bf16_block *b, const moe__bf16_kernels *kernels, size_t rows, size_t width) {
+  float edge[MOE__BF16_EDGE];
+  moe__bf16_fn fn = kernels->fn[width][rows < 8 ? rows : 8];
+  moe__bf16_block inner = *b;
+  size_t row = 16 * width, i;
+  if (b->columns == row) {
+    fn(b, rows);
+    return;
+  }
+  memset(edge, 0, rows * row * sizeof *edge);
+  for (i = 0; i < rows; ++i) memcpy(edge + i * row, b->start + i * b->start_row, b->columns * sizeof *edge);
+  inner.c = edge;
+  inner.start = edge;
+  inner.c_row = inner.start_row = row;
+  fn(&inner, rows);
+  for (i = 0; i < rows; ++i) memcpy(b->c + i * b->c_row, edge + i * row, b->columns * sizeof *edge);
+}
+
+/* All rows of a tile of work by `width` panels. */
+static void moe__bf16_stripe(const moe__bf16_block *whole, const moe__bf16_kernels *kernels, size_t rows, size_t width) {
+  moe__bf16_block b = *whole;
+  size_t most = (size_t)kernels->rows[width], blocks = (rows + most - 1) / most, block;
+  unsigned saved = kernels->begin ? kernels->begin() : 0;
+  for (block = 0; block < blocks; ++block) { /* of sizes as even as can be */
+    size_t take = (rows + blocks - block - 1) / (blocks - block);
+    moe__bf16_call(&b, kernels, take, width);
+    b.c += take * b.c_row;
+    b.start += take * b.start_row;
+    b.a += take * b.a_row;
+    rows -= take;
+  }
+  if (kernels->end) kernels->end(saved);
+}
+
+static size_t moe__bf16_width(const moe__bf16_kernels *kernels, size_t rows, size_t left, int packed) {
+  size_t width = (size_t)(rows <= (size_t)kernels->few ? kernels->many : kernels->usual);
+  if (!packed && width > MOE__BF16_PACKED) width = MOE__BF16_PACKED;
+  if (width > left) width = left;
+  while (!kernels->rows[width]) --width;
+  return width;
+}
+
+/* Rows i0 .. i1-1 and columns j0 .. j1-1, j0 a multiple of 16. */
+static void moe__bf16_tile(const moe__gemm *g, const moe__bf16_kernels *kernels, const moe__gemm_kernels *elements, size_t i0, size_t i1,
+                           size_t j0, size_t j1) {
+  uint32_t space[MOE__BF16_A + MOE__BF16_B + 16];
+  uint32_t *copy = space + (64 - (uintptr_t)space % 64) / sizeof *space, *panels = copy + MOE__BF16_A; /* on cache lines */
+  size_t k = (size_t)g->k, rows = i1 - i0, p0 = 0, shape = 0, depth, j, width;
+  int packed = g->b_layout == MOE__B_PAIRS;
+  size_t most = (size_t)(packed ? MOE__BF16_DEPTH : MOE__BF16_SHALLOW) * (kernels->pairs ? 2 : 1), blocks = (k + most - 1) / most;
+  if (blocks) most = ((k + blocks - 1) / blocks + 31) / 32 * 32; /* even blocks, of whole tiles */
+  do {
+    moe__bf16_block b;
+    memset(&b, 0, sizeof b);
+    depth = k - p0 < most ? k - p0 : most;
+    moe__bf16_copy_a(&b, copy, g, kernels, i0, rows, p0, depth);
+    b.shape = &shape;
+    b.steps = (depth + 1) / 2;
+    b.c_row = g->c_row;
+    for (j = j0; j < j1; j += 16 * width) {
+      width = moe__bf16_width(kernels, rows, (j1 - j + 15) / 16, packed);
+      b.columns = j1 - j < 16 * width ? j1 - j : 16 * width;
+      b.c = g->c + i0 * g->c_row + j;
+      b.start = g->bias ? g->bias + j : moe__gemm_zeros;
+      b.start_row = 0;
+      if (p0 > 0 || g->accumulate) {
+        b.start = b.c;
+        b.start_row = b.c_row;
+      }
+      moe__bf16_find_b(&b, panels, g, kernels, j, p0, depth);
+      moe__bf16_stripe(&b, kernels, rows, width);
+      if (g->gelu && p0 + depth == k) elements->gelu(g->gelu + i0 * g->c_row + j, b.c, g->c_row, rows, b.columns);
+    }
+    p0 += depth;
+  } while (p0 < k);
+  if (shape) kernels->leave();
+  if (g->a_sum && j0 == 0) moe__gemm_sum_a(g, elements, i0, i1); /* in fp32 */
+}
+
+typedef struct moe__bf16_work {
+  const moe__gemm *list;
+  const moe__bf16_kernels *kernels;
+  const moe__gemm_kernels *elements;
+  int32_t cuts; /* how many parts the columns of a product are cut into: each of them copies A again */
+} moe__bf16_work;
+
+static int32_t moe__bf16_rows(const moe__gemm *g) { return g->b_layout == MOE__B_PAIRS ? MOE__BF16_ROWS : MOE__BF16_TALL; }
+static int32_t moe__bf16_down(const moe__gemm *g) { return (g->m + moe__bf16_rows(g) - 1) / moe__bf16_rows(g); }
+
+static void moe__bf16_work_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__bf16_work *work = (const moe__bf16_work *)arg;
+  const moe__gemm *g = work->list;
+  int32_t wide, i, j, down;
+  (void)slot;
+  for (; tile >= moe__bf16_down(g) * work->cuts; ++g) tile -= moe__bf16_down(g) * work->cuts;
+  down = moe__bf16_down(g);
+  wide = ((g->n + work->cuts - 1) / work->cuts + 95) / 96 * 96; /* a multiple of every width of kernels */
+  i = (g->m + down - 1) / down * (tile / work->cuts);             /* rows as even as can be */
+  j = tile % work->cuts * wide;
+  if (i < g->m && (j < g->n || (j == 0 && g->a_sum)))
+    moe__bf16_tile(g, work->kernels, work->elements, (size_t)i, (size_t)moe__min(i + (g->m + down - 1) / down, g->m), (size_t)j,
+                   (size_t)moe__min(j + wide, g->n));
+}
+
+/* Independent products with bf16 operands. How they are cut may follow the number of threads, since no bit depends on it. */
+static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *env) {
+  moe__bf16_work work;
+  int32_t tiles = 0, i;
+  double size = 0;
+  for (i = 0; i < count; ++i) {
+    tiles += moe__bf16_down(&list[i]);
+    size += (double)list[i].m * list[i].n * list[i].k;
+  }
+  if (tiles == 0) return;
+  work.list = list;
+  work.kernels = moe__bf16_pick(env);
+  work.elements = MOE__V_PICK(env->isa, gemms);
+  work.cuts = 1;
+  if (size >= 2 * (double)MOE__GEMM_SMALL && env->parallel_for && env->threads > 1) {
+    if (tiles < 4 * env->threads) work.cuts = moe__min((4 * env->threads + tiles - 1) / tiles, 8);
+    moe__parallel(env, tiles * work.cuts, moe__bf16_work_tile, &work);
+  } else
+    for (i = 0; i < tiles; ++i) moe__bf16_work_tile(&work, i, 0);
+}
+
+MOE_API moe_mat moe_mat_panels_bf16(const void *panels, int32_t rows, int32_t cols) {
+  moe_mat mat = moe_mat_rows(NULL, rows, cols);
+  mat.data = panels;
+  mat.type = MOE_TYPE_BF16;
+  mat.layout = MOE_LAYOUT_PANELS;
+  return mat;
+}
+
+MOE_API size_t moe_pack_bf16_bytes(int32_t rows, int32_t cols) { return ((size_t)rows + 15) / 16 * (((size_t)cols + 1) / 2) * 64; }
+
+typedef struct moe__bf16_pack {
+  uint32_t *panels;
+  const float *w;
+  size_t rows, cols;
+  const moe__bf16_kernels *kernels;
+} moe__bf16_pack;
+
+static void moe__bf16_pack_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__bf16_pack *work = (const moe__bf16_pack *)arg;
+  size_t row = (size_t)tile * 16, width = work->rows - row < 16 ? work->rows - row : 16;
+  (void)slot;
+  moe__bf16_panel(work->kernels, work->panels + row * ((work->cols + 1) / 2), work->w + row * work->cols, work->cols, width, work->cols);
+}
+
+MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t cols, const moe_env *env) {
+  moe__bf16_pack work;
+  work.panels = (uint32_t *)panels;
+  work.w = w;
+  work.rows = (size_t)rows;
+  work.cols = (size_t)cols;
+  work.kernels = moe__bf16_pick(env);
+  moe__parallel(env, (rows + 15) / 16, moe__bf16_pack_tile, &work);
+}
+
+/* Whether this process may use the tiles of AMX. The system must save them on a context switch, which Linux does for processes that have asked;
+   it refuses where a thread has too small a stack for signals. */
+static int moe__amx_allowed(void) {
+#ifdef MOE__AMX_BF16
+  uint32_t r[4];
+  long refused = -1;
+  if (!moe_isa_available(MOE_ISA_AVX512) || (moe__xgetbv() & 0x60000) != 0x60000) return 0;
+  moe__cpuid(7, 0, r);
+  if (!(r[3] >> 22 & 1) || !(r[3] >> 24 & 1)) return 0; /* AMX-BF16, AMX-TILE */
+  moe__cpuid(0x1d, 1, r);                               /* tiles as these kernels want them: 8 of 16 rows of 64 bytes */
+  if (r[0] >> 16 < 1024 || (r[1] & 0xffff) < 64 || r[1] >> 16 < 8 || (r[2] & 0xffff) < 16) return 0;
+  /* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) */
+  __asm__ volatile("syscall" : "=a"(refused) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+  return refused == 0;
+#else
+  return 0;
+#endif
+}
+
+MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision) {
+  if (precision == MOE_TYPE_F32) {
+    env->precision = precision;
+    return MOE_OK;
+  }
+  if (precision != MOE_TYPE_BF16)
+    return moe__fail(env, MOE_E_ARGUMENT, "precision is to be fp32 or bf16: int8 is a matter of the model (moe_model_quantize)");
+  if (env->isa == MOE_ISA_AVX512) {
+    if (moe__amx_allowed()) env->features |= MOE_FEATURE_AMX_BF16;
+    if (env->features & (MOE_FEATURE_AMX_BF16 | MOE_FEATURE_AVX512_BF16)) {
+      env->precision = precision;
+      return MOE_OK;
+    }
+  }
+  return moe__fail(env, MOE_E_UNSUPPORTED, "bf16 needs a processor with AMX-BF16 or AVX512-BF16, and its instruction set avx512 (here: %s): products stay fp32",
+                   moe_isa_name(env->isa));
 }
 
 /* ---- linear layers and GELU ---- >>linear */

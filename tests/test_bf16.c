@@ -1,0 +1,483 @@
+/* Products with bf16 operands: every set of kernels against the definition to the bit, AMX by its own definition, on the hardware or with its
+   instructions emulated (amx.h); and whole models. */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* the registers of a signal's context */
+#endif
+#define MOE_IMPLEMENTATION
+#include "../moe.h"
+#include "test.h"
+#include "models.h"
+#include "amx.h"
+
+enum { ROOM = 64 * 1024 };
+
+static float weights[ROOM], x[ROOM], bias[1024], y[ROOM], pre[ROOM], wanted[ROOM], begun[ROOM], packed_fp32[ROOM], sums[1024], all_sums[1024];
+static unsigned char panels[4 * ROOM];
+
+static uint32_t drawn;
+static uint32_t random32(void) { return moe__hash32(11, ++drawn); }
+static float random_float(void) { return (float)(int32_t)random32() * (1.0f / 2147483648.0f); }
+
+/* Every set of kernels that can run here, as an environment of one thread; returns 0 behind the last one. */
+enum { PLAIN, AVX2, FMA, DOT, AMX, SETS };
+static const char *const set_name[] = {"plain C", "plain C for avx2", "avx512", "vdpbf16ps", "amx"};
+static int amx_real, amx_here;
+
+static int kernels_env(int which, moe_env *env) {
+  static const moe_isa isa[SETS] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_AVX512};
+  for (; which < SETS; ++which) {
+    if (moe_env_init(env, isa[which])) continue;
+    if (which == DOT && !(env->features & MOE_FEATURE_AVX512_BF16)) continue;
+    if (which == AMX && !amx_here) continue;
+    env->features = which == DOT ? (uint32_t)MOE_FEATURE_AVX512_BF16 : which == AMX ? (uint32_t)MOE_FEATURE_AMX_BF16 : 0u;
+    env->precision = MOE_TYPE_BF16;
+    return which + 1;
+  }
+  return 0;
+}
+
+/* ---- the definitions ---- */
+
+static float flushed(float a) { return moe__bits(a) & 0x7f800000u ? a : moe__floats(moe__bits(a) & 0x80000000u); }
+static float rounded(float a) { return moe__floats(moe__bf16_round(a)); }
+
+/* start + sum over p of a[p a_step] b[p b_step] */
+static float define_chain(float sum, const float *a, size_t a_step, const float *b, size_t b_step, size_t k) {
+  size_t p;
+  for (p = 0; p < k; p += 2) {
+    sum = moe__bf16_fma(p + 1 < k ? rounded(a[(p + 1) * a_step]) : 0, p + 1 < k ? rounded(b[(p + 1) * b_step]) : 0, sum);
+    sum = moe__bf16_fma(rounded(a[p * a_step]), rounded(b[p * b_step]), sum);
+  }
+  return sum;
+}
+
+static float define_amx(float sum, const float *a, size_t a_step, const float *b, size_t b_step, size_t k) {
+  size_t p, end;
+  for (p = 0; p < k;) {
+    float half[2] = {0, 0};
+    for (end = p + 32; p < end; ++p) half[p % 2] = moe__bf16_fma(p < k ? rounded(a[p * a_step]) : 0, p < k ? rounded(b[p * b_step]) : 0, half[p % 2]);
+    sum = moe__bf16_fma(1, flushed(moe__bf16_fma(1, half[0], half[1])), sum);
+  }
+  return sum;
+}
+
+static float define(int set, float sum, const float *a, size_t a_step, const float *b, size_t b_step, size_t k) {
+  return set == AMX ? define_amx(sum, a, a_step, b, b_step, k) : define_chain(sum, a, a_step, b, b_step, k);
+}
+
+/* Same bits, or both no number. */
+static int same(const float *a, const float *b, size_t n) {
+  size_t i;
+  for (i = 0; i < n; ++i)
+    if (moe__bits(a[i]) != moe__bits(b[i]) && !(isnan(a[i]) && isnan(b[i]))) return 0;
+  return 1;
+}
+
+/* How far a sum of k products may be from the sum in double: two roundings of 2^-8 each, and fp32 sums. */
+static int within(float got, double start, const float *a, const float *b, size_t b_step, size_t k) {
+  double sum = start, size = fabs(start);
+  size_t p;
+  for (p = 0; p < k; ++p) {
+    sum += (double)a[p] * (double)b[p * b_step];
+    size += fabs((double)a[p] * (double)b[p * b_step]);
+  }
+  return fabs((double)got - sum) <= size * (2.02 / 256 + (double)(k + 8) * 1.2e-7);
+}
+
+static void draw(float *to, size_t n) {
+  while (n-- > 0) *to++ = random_float();
+}
+
+/* ---- rounding, steps ---- */
+
+static void test_bf16_rounds_to_nearest_even(void) {
+  static const uint32_t pair[][2] = {{0, 0}, {0x80000000u, 0x80000000u}, {0x3f800000u, 0x3f800000u}, {0x3f808000u, 0x3f800000u}, {0x3f818000u, 0x3f820000u},
+                                     {0x3f808001u, 0x3f810000u}, {0x3f807fffu, 0x3f800000u}, {0xbf818000u, 0xbf820000u}, {0x7f7fffffu, 0x7f800000u},
+                                     {0x7f800000u, 0x7f800000u}, {0xff800000u, 0xff800000u}, {0x7f800001u, 0x7fc00000u}, {0xffffffffu, 0xffff0000u},
+                                     {0x007fffffu, 0}, {0x807fffffu, 0x80000000u}, {0x00800000u, 0x00800000u}, {0x00000001u, 0}, {0x3fffffffu, 0x40000000u}};
+  size_t n = sizeof pair / sizeof *pair, i;
+  moe_env env;
+  int which;
+  for (i = 0; i < n; ++i)
+    CHECK(moe__bf16_round(moe__floats(pair[i][0])) == pair[i][1], "%08x: %08x", (unsigned)pair[i][0], (unsigned)moe__bf16_round(moe__floats(pair[i][0])));
+  for (i = 0; i < ROOM; ++i) x[i] = moe__floats(i < n ? pair[i][0] : i % 3 ? random32() : random32() & 0x80ffffffu);
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    const moe__bf16_kernels *kernels = moe__bf16_pick(&env);
+    uint32_t *to = (uint32_t *)(void *)panels;
+    size_t length;
+    kernels->floats(to, ROOM, x, 0, 1, ROOM);
+    for (i = 0; i < ROOM; ++i) CHECK(to[i] == moe__bf16_round(x[i]), "%s: %08x", set_name[which - 1], (unsigned)moe__bits(x[i]));
+    for (length = 0; length < 70; ++length) {
+      memset(to, 0x55, 200);
+      kernels->along(to, ROOM, x + length, 0, 1, length);
+      for (i = 0; i < (length + 31) / 32 * 32; ++i)
+        CHECK((i % 2 ? to[i / 2] & 0xffff0000u : to[i / 2] << 16) == (i < length ? moe__bf16_round(x[length + i]) : 0), "%s: pairs of %d", set_name[which - 1],
+              (int)length);
+      CHECK(to[(length + 31) / 32 * 16] == 0x55555555u, "written behind the end");
+    }
+  }
+}
+
+static void test_bf16_steps_equal_the_processor(void) {
+  moe_env env;
+  int which, i;
+  long round;
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    const moe__bf16_kernels *kernels = moe__bf16_pick(&env);
+    if (which - 1 == AMX) continue; /* is tested as a whole product */
+    for (round = 0; round < 20000; ++round) { /* also around the denormals, where it matters what is flushed when */
+      uint32_t b[16], a[2], mask = round % 3 ? 0x87ffffffu : 0xffffffffu, fewer = round % 3 == 1 ? 0x20000000u : 0u;
+      float start[16], c[16];
+      moe__bf16_block block;
+      memset(&block, 0, sizeof block);
+      for (i = 0; i < 16; ++i) {
+        b[i] = ((random32() & mask) | fewer) & 0xffff0000u;
+        b[i] |= ((random32() & mask) | fewer) >> 16;
+        start[i] = moe__floats(random32() & (round % 3 ? 0x83ffffffu : mask));
+        if (!(b[i] & 0x7f800000u)) b[i] &= 0x8000ffffu; /* operands have been rounded: no denormals */
+        if (!(b[i] & 0x7f80u)) b[i] &= 0xffff8000u;
+      }
+      a[0] = moe__bf16_round(moe__floats((random32() & mask) | fewer));
+      a[1] = moe__bf16_round(moe__floats((random32() & mask) | fewer));
+      block.c = c;
+      block.c_row = 16;
+      block.start = start;
+      block.b = b;
+      block.steps = 1;
+      block.a_col = 1;
+      block.columns = 16;
+      if (kernels->pairs) a[0] = a[0] >> 16 | a[1];
+      block.a = a;
+      moe__bf16_stripe(&block, kernels, 1, 1);
+      if (kernels->pairs) {
+        a[1] = a[0] & 0xffff0000u;
+        a[0] <<= 16;
+      }
+      for (i = 0; i < 16; ++i) {
+        float want = moe__bf16_fma(moe__floats(a[1]), moe__floats(b[i] & 0xffff0000u), start[i]);
+        want = moe__bf16_fma(moe__floats(a[0]), moe__floats(b[i] << 16), want);
+        CHECK(same(&want, &c[i], 1), "%s: (%08x %08x) (%08x) + %08x = %08x, by definition %08x", set_name[which - 1], (unsigned)a[0], (unsigned)a[1],
+              (unsigned)b[i], (unsigned)moe__bits(start[i]), (unsigned)moe__bits(c[i]), (unsigned)moe__bits(want));
+      }
+    }
+  }
+}
+
+/* ---- products ---- */
+
+/* A forward product by every set of kernels and from every layout. */
+static void check_forward(int32_t m, int32_t n, int32_t k, int strange) {
+  moe_env env;
+  int which, layout;
+  int32_t i, j;
+  size_t count = (size_t)m * (size_t)n;
+  const float *b = n % 2 ? bias : NULL;
+  draw(weights, (size_t)n * (size_t)k);
+  draw(x, (size_t)m * (size_t)k);
+  draw(bias, (size_t)n);
+  if (strange) /* denormals, infinities, no numbers */
+    for (i = 0; i < n * k; ++i) {
+      if (i % 7 == 3) weights[i] = moe__floats(random32());
+      if (i % 11 == 5 && i < m * k) x[i] = moe__floats(random32() & 0x81ffffffu);
+    }
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    int set = which - 1;
+    for (i = 0; i < m; ++i)
+      for (j = 0; j < n; ++j) {
+        wanted[i * n + j] = define(set, b ? b[j] : 0, x + i * k, 1, weights + j * k, 1, (size_t)k);
+        if (!strange) CHECK(within(wanted[i * n + j], b ? (double)b[j] : 0, x + i * k, weights + j * k, 1, (size_t)k), "far from the sum in double");
+      }
+    CHECK(moe_pack_bf16_bytes(n, k) < sizeof panels && moe_pack_floats(n, k) <= ROOM, "room");
+    memset(panels, 0x7f, sizeof panels);
+    moe_pack_bf16(panels, weights, n, k, &env);
+    CHECK(panels[moe_pack_bf16_bytes(n, k)] == 0x7f, "packed behind the end");
+    moe_pack(packed_fp32, weights, n, k, &env);
+    for (layout = 0; layout < 3; ++layout) {
+      moe_mat mat = layout == 0 ? moe_mat_panels_bf16(panels, n, k) : layout == 1 ? moe_mat_rows(weights, n, k) : moe_mat_panels(packed_fp32, n, k);
+      memset(y, 0x7f, sizeof(float) * (count + 1));
+      moe_linear_forward(y, x, &mat, b, m, &env);
+      CHECK(same(y, wanted, count), "%d x %d x %d, %s, layout %d", (int)m, (int)n, (int)k, set_name[set], layout);
+      CHECK(moe__bits(y[count]) == 0x7f7f7f7fu, "%d x %d x %d: written behind the end", (int)m, (int)n, (int)k);
+      if (layout || strange) continue;
+      moe_linear_gelu_forward(y, pre, x, &mat, b, m, &env);
+      CHECK(same(pre, wanted, count), "%d x %d x %d, %s: before GELU", (int)m, (int)n, (int)k, set_name[set]);
+      moe_gelu_forward(pre, wanted, count, &env);
+      CHECK(same(y, pre, count), "%d x %d x %d, %s: GELU", (int)m, (int)n, (int)k, set_name[set]);
+    }
+#ifdef MOE__AMX_BF16
+    CHECK(!amx.configured, "tiles were not released");
+#endif
+  }
+}
+
+static void test_bf16_forward_equals_the_definition(void) {
+  static const int32_t n[] = {1, 2, 3, 4, 7, 15, 16, 17, 33, 48, 49, 64, 65, 97}, k[] = {1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 64, 67};
+  int32_t m;
+  size_t i;
+  for (m = 1; m <= 34; ++m) {
+    check_forward(m, n[(size_t)m % 14], k[(size_t)(m * 5) % 13], 0);
+    CHECK_STATE();
+  }
+  for (i = 0; i < 14 * 13; i += 3) {
+    check_forward((int32_t)(i % 5) + 1, n[i % 14], k[i / 14], 0);
+    CHECK_STATE();
+  }
+  check_forward(5, 20, 2001, 0); /* several blocks of k */
+  CHECK_STATE();
+  check_forward(3, 30, 1000, 0);
+  CHECK_STATE();
+  check_forward(100, 17, 35, 0); /* several tiles of rows */
+  CHECK_STATE();
+  check_forward(1, 200, 129, 0);
+}
+
+static void test_bf16_takes_strange_numbers(void) {
+  int round;
+  for (round = 0; round < 6; ++round) {
+    check_forward(round * 5 + 1, 35, 41 + round, 1);
+    CHECK_STATE();
+  }
+}
+
+/* dx += dy W, dw += dy^T x, db += sums of dy: W (n, k), x (m, k), dy (m, n) */
+static void check_backward(int32_t m, int32_t n, int32_t k) {
+  static float dy[ROOM], dx[ROOM], dw[ROOM], want_dx[ROOM], want_dw[ROOM];
+  moe_env env, fp32;
+  moe_mat mat = moe_mat_rows(weights, n, k);
+  int which;
+  int32_t i, j;
+  draw(weights, (size_t)n * (size_t)k);
+  draw(x, (size_t)m * (size_t)k);
+  draw(dy, (size_t)m * (size_t)n);
+  draw(begun, ROOM);
+  moe_env_init(&fp32, MOE_ISA_AUTO);
+  memset(all_sums, 0, sizeof all_sums);
+  moe_linear_backward(NULL, NULL, all_sums, dy, x, &mat, m, &fp32);
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    int set = which - 1;
+    for (i = 0; i < m; ++i)
+      for (j = 0; j < k; ++j) {
+        want_dx[i * k + j] = define(set, begun[i * k + j], dy + i * n, 1, weights + j, (size_t)k, (size_t)n);
+        CHECK(within(want_dx[i * k + j], (double)begun[i * k + j], dy + i * n, weights + j, (size_t)k, (size_t)n), "dx is far from the sum in double");
+      }
+    for (i = 0; i < n; ++i)
+      for (j = 0; j < k; ++j) want_dw[i * k + j] = define(set, begun[i * k + j], dy + i, (size_t)n, x + j, (size_t)k, (size_t)m);
+    memcpy(dx, begun, sizeof dx);
+    memcpy(dw, begun, sizeof dw);
+    memset(sums, 0, sizeof sums);
+    moe_linear_backward(dx, dw, sums, dy, x, &mat, m, &env);
+    CHECK(same(dx, want_dx, (size_t)m * (size_t)k) && same(dx + m * k, begun + m * k, 8), "dx: %d x %d x %d, %s", (int)m, (int)n, (int)k, set_name[set]);
+    CHECK(same(dw, want_dw, (size_t)n * (size_t)k) && same(dw + n * k, begun + n * k, 8), "dw: %d x %d x %d, %s", (int)m, (int)n, (int)k, set_name[set]);
+    CHECK(same(sums, all_sums, (size_t)n), "db is a sum in fp32: %d x %d, %s", (int)m, (int)n, set_name[set]);
+    memset(sums, 0, sizeof sums);
+    moe_linear_backward(NULL, NULL, sums, dy, x, &mat, m, &env);
+    CHECK(same(sums, all_sums, (size_t)n), "db alone");
+  }
+}
+
+static void test_bf16_gradients_equal_the_definition(void) {
+  static const int32_t size[][3] = {{1, 1, 1}, {2, 3, 5}, {3, 17, 16}, {16, 16, 16}, {17, 33, 20}, {31, 20, 49}, {33, 48, 50}, {40, 37, 20},
+                                    {97, 18, 35}, {100, 15, 3}, {5, 130, 17}, {200, 5, 34}, {3, 300, 9}, {330, 3, 2}, {20, 100, 70}};
+  size_t i;
+  for (i = 0; i < sizeof size / sizeof *size; ++i) {
+    check_backward(size[i][0], size[i][1], size[i][2]);
+    CHECK_STATE();
+  }
+}
+
+static void test_bf16_empty_products(void) {
+  moe_env env;
+  int which;
+  bias[0] = 0.5f;
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    moe_mat mat = moe_mat_panels_bf16(panels, 1, 0);
+    CHECK(moe_pack_bf16_bytes(1, 0) == 0 && moe_pack_bf16_bytes(0, 5) == 0, "bytes of nothing");
+    moe_pack_bf16(panels, weights, 1, 0, &env);
+    y[0] = 7;
+    moe_linear_forward(y, x, &mat, bias, 0, &env);
+    CHECK_NEAR(y[0], 7, 0);
+    moe_linear_forward(y, x, &mat, bias, 1, &env);
+    CHECK_NEAR(y[0], 0.5, 0);
+    mat = moe_mat_rows(weights, 1, 0);
+    moe_linear_forward(y, x, &mat, NULL, 1, &env);
+    CHECK_NEAR(y[0], 0, 0);
+    moe_linear_backward(y, y, NULL, x, x, &mat, 3, &env);
+    mat = moe_mat_rows(weights, 3, 2);
+    moe_linear_backward(y, y, sums, x, x, &mat, 0, &env);
+    CHECK_NEAR(y[0], 0, 0);
+  }
+}
+
+/* Experts of different numbers of rows, forward and backward. */
+static uint64_t experts_hash(const moe_env *env, int32_t M) {
+  enum { N = 3, K = 2, H = 24, F = 39, MOST = 70 };
+  static float w[2 * N * F * H], d[2 * N * F * H], b[N * F], inner[MOST * K * F], e[MOST * K * H], out[MOST * H], dx[MOST * H], dweight[MOST * K];
+  static float weight[MOST * K], prob[MOST * N];
+  static int32_t expert[MOST * K], order[MOST * K], start[N + 1];
+  float *scratch = (float *)malloc(sizeof(float) * moe_experts_scratch(M, K, H, F, 1));
+  const float *in[N], *outs[N], *biases[N];
+  float *d_in[N], *d_out[N];
+  moe_mat in_mat[N], out_mat[N];
+  moe_experts experts;
+  moe_routes r;
+  uint64_t hash;
+  int32_t i, j, at = 0;
+  drawn = 500;
+  draw(w, sizeof w / sizeof *w);
+  draw(b, sizeof b / sizeof *b);
+  draw(x, (size_t)M * H);
+  draw(weight, (size_t)M * K);
+  memset(d, 0, sizeof d);
+  memset(dx, 0, sizeof dx);
+  memset(&r, 0, sizeof r);
+  r.M = M;
+  r.N = N;
+  r.k = K;
+  r.expert = expert;
+  r.weight = weight;
+  r.prob = prob;
+  r.start = start;
+  r.order = order;
+  for (i = 0; i < M * K; ++i) expert[i] = i % 2 ? 2 : i % 7 ? 0 : 1;
+  for (i = 0; i < N; ++i) {
+    start[i] = at;
+    for (j = 0; j < M * K; ++j)
+      if (expert[j] == i) order[at++] = j;
+    in[i] = w + (size_t)i * F * H;
+    outs[i] = w + (size_t)(N + i) * F * H;
+    d_in[i] = d + (size_t)i * F * H;
+    d_out[i] = d + (size_t)(N + i) * F * H;
+    biases[i] = b + i * F;
+    in_mat[i] = moe_mat_rows(in[i], F, H);
+    out_mat[i] = moe_mat_rows(outs[i], H, F);
+  }
+  start[N] = at;
+  experts.N = N;
+  experts.H = H;
+  experts.F = F;
+  experts.in = in_mat;
+  experts.out = out_mat;
+  experts.b_in = biases;
+  experts.b_out = biases;
+  moe_experts_forward(out, inner, e, x, &r, &experts, scratch, env);
+  moe_experts_backward(dx, dweight, d_in, NULL, d_out, NULL, out, x, inner, e, &r, in, outs, H, F, scratch, env);
+  free(scratch);
+  hash = models_hash(out, sizeof(float) * (size_t)(M * H)) ^ models_hash(dx, sizeof(float) * (size_t)(M * H)) * 3;
+  return M == MOST ? hash ^ models_hash(d, sizeof d) * 5 : models_hash(out, sizeof(float) * 3 * H);
+}
+
+static void test_bf16_bits_do_not_depend_on_threads(void) {
+  static const int32_t threads[] = {2, 3, 8};
+  moe_env env;
+  int which;
+  size_t i;
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    uint64_t one = experts_hash(&env, 70);
+    float *serial = wanted;
+    const int32_t m = 40, n = 150, k = 90;
+    moe_mat mat = moe_mat_rows(weights, n, k);
+    drawn = 900;
+    draw(weights, (size_t)n * (size_t)k);
+    draw(x, (size_t)m * (size_t)k);
+    moe_linear_forward(serial, x, &mat, NULL, m, &env);
+    for (i = 0; i < 3; ++i) {
+      moe_env e = env;
+      moe_pool *pool = NULL;
+      CHECK(!moe_pool_create(&pool, threads[i], &e), "pool");
+      moe_pack_bf16(panels, weights, n, k, &e);
+      mat = moe_mat_panels_bf16(panels, n, k);
+      moe_linear_forward(y, x, &mat, NULL, m, &e);
+      CHECK(same(y, serial, (size_t)(m * n)), "%s, %d threads: forward", set_name[which - 1], threads[i]);
+      CHECK(experts_hash(&e, 70) == one, "%s, %d threads: experts", set_name[which - 1], threads[i]);
+      drawn = 900;
+      draw(weights, (size_t)n * (size_t)k);
+      draw(x, (size_t)m * (size_t)k);
+      moe_pool_free(pool);
+    }
+  }
+}
+
+static void test_bf16_rows_do_not_depend_on_the_others(void) {
+  moe_env env;
+  int which;
+  int32_t i;
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    const int32_t m = 37, n = 70, k = 90;
+    moe_mat mat = moe_mat_panels_bf16(panels, n, k);
+    draw(weights, (size_t)n * (size_t)k);
+    draw(x, (size_t)m * (size_t)k);
+    moe_pack_bf16(panels, weights, n, k, &env);
+    moe_linear_forward(wanted, x, &mat, NULL, m, &env);
+    for (i = 0; i < m; i += i % 5 + 1) {
+      moe_linear_forward(y, x + i * k, &mat, NULL, moe__min(i % 5 + 1, m - i), &env);
+      CHECK(same(y, wanted + i * n, (size_t)(n * moe__min(i % 5 + 1, m - i))), "%s: row %d", set_name[which - 1], (int)i);
+    }
+  }
+}
+
+/* ---- what is asked for ---- */
+
+static void test_bf16_precision_is_granted_or_explained(void) {
+  moe_env env;
+  int isa;
+  for (isa = MOE_ISA_SCALAR; isa < MOE_ISA_COUNT; ++isa) {
+    moe_status status;
+    int has;
+    if (!moe_isa_available((moe_isa)isa)) continue;
+    env = models_env((moe_isa)isa);
+    CHECK(env.precision == MOE_TYPE_F32, "fp32 unless asked for");
+    status = moe_env_set_precision(&env, MOE_TYPE_BF16);
+    has = isa == MOE_ISA_AVX512 && ((env.features & MOE_FEATURE_AVX512_BF16) || moe__amx_allowed());
+    CHECK(status == (has ? MOE_OK : MOE_E_UNSUPPORTED), "%s: %s", moe_isa_name((moe_isa)isa), moe_status_text(status));
+    CHECK(env.precision == (has ? MOE_TYPE_BF16 : MOE_TYPE_F32), "%s: precision", moe_isa_name((moe_isa)isa));
+    CHECK(has || strstr(models_sentence, "stay fp32"), "%s", models_sentence);
+    CHECK(!(env.features & MOE_FEATURE_AMX_BF16) || moe__amx_allowed(), "AMX is used without leave");
+    CHECK(moe_env_set_precision(&env, MOE_TYPE_I8) == MOE_E_ARGUMENT && strstr(models_sentence, "int8"), "%s", models_sentence);
+    CHECK(moe_env_set_precision(&env, MOE_TYPE_F32) == MOE_OK && env.precision == MOE_TYPE_F32, "back");
+    env.features &= ~(uint32_t)MOE_FEATURE_AVX512_BF16;
+    if (!amx_real) CHECK(moe_env_set_precision(&env, MOE_TYPE_BF16) == MOE_E_UNSUPPORTED, "a feature that was forgone");
+  }
+}
+
+static void test_bf16_leaves_the_processor_as_it_was(void) {
+#ifdef MOE__X86
+  moe_env env;
+  int which;
+  unsigned before = _mm_getcsr();
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    experts_hash(&env, 20);
+    CHECK((_mm_getcsr() & ~0x3fu) == (before & ~0x3fu), "%s: rounding and flushing are others now", set_name[which - 1]);
+  }
+#else
+  SKIP("no such register here");
+#endif
+}
+
+static void test_bf16_amx_runs(void) {
+  moe_env env;
+  if (!amx_here) SKIP("no AMX, and no AVX-512 (or no Linux on x86-64) to emulate it");
+  kernels_env(AMX, &env);
+  experts_hash(&env, 20);
+  printf("        %s\n", amx_real ? "on the hardware" : "instructions emulated: this processor or system has no AMX");
+#ifdef MOE__AMX_BF16
+  CHECK(amx_real || amx_count > 100, "only %d instructions were emulated", amx_count);
+#endif
+}
+
+int main(int argc, char **argv) {
+  test_begin(argc, argv);
+  amx_real = moe__amx_allowed();
+  amx_here = amx_real || amx_install();
+  RUN(test_bf16_rounds_to_nearest_even);
+  RUN(test_bf16_steps_equal_the_processor);
+  RUN(test_bf16_forward_equals_the_definition);
+  RUN(test_bf16_takes_strange_numbers);
+  RUN(test_bf16_gradients_equal_the_definition);
+  RUN(test_bf16_empty_products);
+  RUN(test_bf16_bits_do_not_depend_on_threads);
+  RUN(test_bf16_rows_do_not_depend_on_the_others);
+  RUN(test_bf16_precision_is_granted_or_explained);
+  RUN(test_bf16_leaves_the_processor_as_it_was);
+  RUN(test_bf16_amx_runs);
+  return test_end();
+}
