@@ -530,8 +530,11 @@ MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_t
 MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name);
 
 /* Packs the weights for fast products into memory of the model's own (the heap, or the caller's block of moe_model_pack_size
-   bytes). To be called again after weights were changed by hand; the trainer keeps it up to date itself. */
+   bytes; where env.precision asks for bf16: moe_model_pack_size_bf16, half of that but for odd sizes). To be called again
+   after weights were changed by hand; the trainer keeps it up to date itself, in the precision of this call. Passes of the
+   other precision give their own bits as ever, but are slower. */
 MOE_API size_t moe_model_pack_size(const moe_model *model);
+MOE_API size_t moe_model_pack_size_bf16(const moe_model *model);
 MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *env);
 
 /* A copy of a model for inference, on the heap and packed, about a quarter of the bytes: int8 instead of floats for the word
@@ -749,10 +752,10 @@ MOE_API moe_context *moe_trainer_context(moe_trainer *trainer);
 MOE_API int64_t moe_trainer_step(const moe_trainer *trainer); /* updates so far */
 /* Largest error of `samples` gradients against central differences (fourth order, steps of 1/128), relative to the norm of
    its tensor's gradient or, where that is larger, a hundredth of the whole gradient's. Tensors take turns; of each the
-   largest gradient is looked at first. Routes and dropout stay as they are meanwhile. A debugging tool: slow, takes memory
-   for the routes, and as good as float allows (about 1e-3 where the loss is smooth). Weights are as before afterwards, the
-   gradients cleared. The gradient of
-   MOE_SELECT_STRAIGHT is not the slope of its loss, by design: it has no such differences. */
+   largest gradient is looked at first. Routes and dropout stay as they are meanwhile, and all is in fp32, whatever
+   env.precision says. A debugging tool: slow, takes memory for the routes, and as good as float allows (about 1e-3 where the
+   loss is smooth). Weights are as before afterwards, the gradients cleared. The gradient of MOE_SELECT_STRAIGHT is not the
+   slope of its loss, by design: it has no such differences. */
 MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples, float *error,
                                  const moe_env *env);
 
@@ -6799,7 +6802,8 @@ struct moe_model {
   moe__plan plan;
   const float *weights; /* the flat array: in the block, or in the bytes of a file */
   float *writable;      /* the same, or NULL where the weights are a file's */
-  float *panels;        /* packed weights, or NULL; bytes of a quantised model */
+  float *panels;        /* packed weights, or NULL; bytes of a quantised model, words of pairs where bf16 */
+  int bf16;             /* they are of moe_pack_bf16, at half the offsets (moe__pair_units) */
   const int8_t *bytes;  /* (total_q) the matrices of a quantised model, behind the flat array in file and block */
   int32_t floats;       /* tensors of the flat array; those of bytes come after them */
   const char *vocab;
@@ -7356,6 +7360,13 @@ MOE_API const char *moe_model_vocab(const moe_model *model, size_t *bytes) {
   return model->vocab;
 }
 
+/* Floats of the plan of panels to one word of pairs: 2, but with odd sizes, whose halves would not be whole, the same places. */
+static size_t moe__pair_units(const moe_model *model) { return model->config.hidden % 2 || model->config.ffn % 2 ? 1 : 2; }
+
+static void *moe__panel_at(const moe_model *model, size_t at) {
+  return model->panels + (model->bf16 ? at / moe__pair_units(model) : at);
+}
+
 /* Packs every matrix of the layers of a quantised model. */
 static void moe__model_repack_int8(moe_model *model, const moe_env *env) {
   const moe_config *c = &model->config;
@@ -7375,6 +7386,11 @@ static void moe__model_repack_int8(moe_model *model, const moe_env *env) {
   }
 }
 
+static void moe__model_pack_one(moe_model *model, size_t at, const float *w, int32_t rows, int32_t cols, const moe_env *env) {
+  if (model->bf16) moe_pack_bf16(moe__panel_at(model, at), w, rows, cols, env);
+  else moe_pack(model->panels + at, w, rows, cols, env);
+}
+
 /* Packs every matrix of the layers again; embeddings, gates and heads are used as they are. */
 static void moe__model_repack(moe_model *model, const moe_env *env) {
   const moe_config *c = &model->config;
@@ -7386,14 +7402,14 @@ static void moe__model_repack(moe_model *model, const moe_env *env) {
   }
   for (l = 0; l < moe__block_count(c); ++l) {
     const float *w = model->weights + p->layers + (size_t)l * p->layer_stride;
-    float *to = model->panels + (size_t)l * p->panel_stride;
-    moe_pack(to, w + p->qkv_w, 3 * c->hidden, c->hidden, env);
-    moe_pack(to + p->panel_att, w + p->att_w, c->hidden, c->hidden, env);
+    size_t to = (size_t)l * p->panel_stride;
+    moe__model_pack_one(model, to, w + p->qkv_w, 3 * c->hidden, c->hidden, env);
+    moe__model_pack_one(model, to + p->panel_att, w + p->att_w, c->hidden, c->hidden, env);
     for (i = 0; i < moe__block_experts(c); ++i) {
       const float *e = w + p->experts + (size_t)i * p->expert_stride;
-      float *panel = to + p->panel_experts + (size_t)i * p->panel_expert_stride;
-      moe_pack(panel, e + p->in_w, c->ffn, c->hidden, env);
-      moe_pack(panel + p->panel_out, e + p->out_w, c->hidden, c->ffn, env);
+      size_t panel = to + p->panel_experts + (size_t)i * p->panel_expert_stride;
+      moe__model_pack_one(model, panel, e + p->in_w, c->ffn, c->hidden, env);
+      moe__model_pack_one(model, panel + p->panel_out, e + p->out_w, c->hidden, c->ffn, env);
     }
   }
 }
@@ -7402,13 +7418,18 @@ MOE_API size_t moe_model_pack_size(const moe_model *model) {
   return model->plan.panel_total * (model->plan.quantized ? 1 : sizeof(float));
 }
 
+MOE_API size_t moe_model_pack_size_bf16(const moe_model *model) {
+  return model->plan.quantized ? moe_model_pack_size(model) : moe_model_pack_size(model) / moe__pair_units(model);
+}
+
 MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *env) {
-  size_t bytes = moe_model_pack_size(model);
+  int bf16 = env->precision == MOE_TYPE_BF16 && !model->plan.quantized;
+  size_t bytes = bf16 ? moe_model_pack_size_bf16(model) : moe_model_pack_size(model);
   float *panels = (float *)block;
   if (block) {
     moe_status status = moe__check_block("packed weights", block, bytes, bytes, env);
     if (status) return status;
-  } else if (!model->owns_panels) {
+  } else if (!model->owns_panels || model->bf16 != bf16) {
     panels = (float *)moe__alloc(bytes);
     if (!panels) return moe__fail(env, MOE_E_MEMORY, "no memory for packed weights of %zu bytes", bytes);
   }
@@ -7416,6 +7437,7 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
     moe__model_drop_panels(model);
     model->panels = panels;
     model->owns_panels = !block;
+    model->bf16 = bf16;
   }
   moe__model_repack(model, env);
   return MOE_OK;
@@ -8001,16 +8023,25 @@ static void moe__pass_begin(moe_context *c, moe__pass *pass, const moe_batch *ba
   if (!moe__has_gates(config)) moe__routes_dense(&c->routes[0], pass->M);
 }
 
-/* A matrix of the model for forward: its packed copy where there is one. weight, bytes, panel: its places in the three arrays. */
-static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, size_t panel, int32_t rows, int32_t cols) {
+/* A matrix of the model for forward: its packed copy where there is one of this precision. weight, bytes, panel: its places in the three
+   arrays. */
+static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, size_t panel, int32_t rows, int32_t cols, const moe_env *env) {
   const float *scale = m->weights + weight;
   if (m->plan.quantized && m->panels) return moe_mat_panels_int8((const signed char *)m->panels + panel, scale, rows, cols);
   if (m->plan.quantized) return moe_mat_rows_int8(m->bytes + bytes, scale, rows, cols);
-  return m->panels ? moe_mat_panels(m->panels + panel, rows, cols) : moe_mat_rows(m->weights + weight, rows, cols);
+  if (m->panels && m->bf16 && env->precision == MOE_TYPE_BF16) return moe_mat_panels_bf16(moe__panel_at(m, panel), rows, cols);
+  return m->panels && !m->bf16 ? moe_mat_panels(m->panels + panel, rows, cols) : moe_mat_rows(m->weights + weight, rows, cols);
+}
+
+/* For gates, routers, heads and feature inputs, whatever the precision of the layers. */
+static moe_env moe__in_fp32(const moe_env *env) {
+  moe_env fp32 = *env;
+  fp32.precision = MOE_TYPE_F32;
+  return fp32;
 }
 
 static moe_env moe__one_thread(const moe_env *env) {
-  moe_env one = *env;
+  moe_env one = moe__in_fp32(env);
   one.threads = 1;
   one.parallel_for = NULL;
   return one;
@@ -8092,7 +8123,8 @@ static void moe__forward_embeddings(moe_context *c, moe__pass *pass) {
   float *sum = c->limits.training ? c->sum0 : c->branch, *x = config->unit == MOE_UNIT_BLOCK ? c->level.x[0] : c->acts[0].x;
   if (config->features) {
     moe_mat mat = moe_mat_rows(w + p->feature_w, config->hidden, config->features);
-    moe_linear_forward(sum, b->features, &mat, w + p->feature_b, pass->M, pass->env);
+    moe_env fp32 = moe__in_fp32(pass->env);
+    moe_linear_forward(sum, b->features, &mat, w + p->feature_b, pass->M, &fp32);
     moe__add_places(sum, b, w + p->position, w + p->segment, config->hidden, pass->env);
   } else if (p->quantized) {
     moe__dequantize_words(sum, c->model, b, pass->M, pass->env);
@@ -8122,11 +8154,11 @@ static void moe__forward_attention(moe_context *c, moe__pass *pass, int32_t laye
   size_t at = p->layers + (size_t)layer * p->layer_stride, panel = (size_t)layer * p->panel_stride;
   size_t bytes = p->layers_q + (size_t)layer * p->layer_q;
   const float *w = m->weights + at;
-  moe_mat mat = moe__model_mat(m, at + p->qkv_w, bytes + p->qkv_q, panel, 3 * H, H);
+  moe_mat mat = moe__model_mat(m, at + p->qkv_w, bytes + p->qkv_q, panel, 3 * H, H, pass->env);
   moe_linear_forward(a->qkv, a->x, &mat, w + p->qkv_b, pass->M, pass->env);
   moe_attention_forward(a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads, pass->dropout,
                         moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION), c->attention_scratch, pass->env);
-  mat = moe__model_mat(m, at + p->att_w, bytes + p->att_q, panel + p->panel_att, H, H);
+  mat = moe__model_mat(m, at + p->att_w, bytes + p->att_q, panel + p->panel_att, H, H, pass->env);
   moe_linear_forward(c->branch, a->att, &mat, w + p->att_b, pass->M, pass->env);
   moe__forward_join(c, pass, a->y1, a->sum1, a->mean1, a->rstd1, a->x, w + p->norm1_w, w + p->norm1_b, layer,
                     MOE__SITE_ATTENTION_OUT);
@@ -8148,7 +8180,7 @@ static moe_route_options moe__route_options(moe_context *c, const moe__pass *pas
 }
 
 /* The experts of a layer as moe_experts_forward wants them. */
-static moe_experts moe__layer_experts(moe_context *c, int32_t layer) {
+static moe_experts moe__layer_experts(moe_context *c, int32_t layer, const moe_env *env) {
   const moe_model *m = c->model;
   const moe_config *config = &m->config;
   const moe__plan *p = &m->plan;
@@ -8158,8 +8190,8 @@ static moe_experts moe__layer_experts(moe_context *c, int32_t layer) {
     size_t at = p->layers + (size_t)layer * p->layer_stride + p->experts + (size_t)i * p->expert_stride;
     size_t panel = (size_t)layer * p->panel_stride + p->panel_experts + (size_t)i * p->panel_expert_stride;
     size_t bytes = p->layers_q + (size_t)layer * p->layer_q + p->experts_q + (size_t)i * p->expert_q;
-    c->in[i] = moe__model_mat(m, at + p->in_w, bytes + p->in_q, panel, config->ffn, config->hidden);
-    c->out[i] = moe__model_mat(m, at + p->out_w, bytes + p->out_q, panel + p->panel_out, config->hidden, config->ffn);
+    c->in[i] = moe__model_mat(m, at + p->in_w, bytes + p->in_q, panel, config->ffn, config->hidden, env);
+    c->out[i] = moe__model_mat(m, at + p->out_w, bytes + p->out_q, panel + p->panel_out, config->hidden, config->ffn, env);
     c->b_in[i] = m->weights + at + p->in_b;
     c->b_out[i] = m->weights + at + p->out_b;
   }
@@ -8186,7 +8218,7 @@ static void moe__forward_mixture(moe_context *c, moe__pass *pass, int32_t layer)
   const moe__acts *a = &c->acts[layer];
   const float *w = c->model->weights + p->layers + (size_t)layer * p->layer_stride;
   moe_routes *routes = &c->routes[layer];
-  moe_experts experts = moe__layer_experts(c, layer);
+  moe_experts experts = moe__layer_experts(c, layer, pass->env);
   if (moe__has_gates(config)) {
     moe_route_options options = moe__route_options(c, pass, layer);
     float aux = 0;
@@ -8822,7 +8854,8 @@ static void moe__backward_embeddings(moe_context *c, const moe__pass *pass, floa
                     pass->env);
   if (config->features) {
     moe_mat mat = moe_mat_rows(w + p->feature_w, H, config->features);
-    moe_linear_backward(NULL, dw + p->feature_w, dw + p->feature_b, c->gsum, b->features, &mat, pass->M, pass->env);
+    moe_env fp32 = moe__in_fp32(pass->env);
+    moe_linear_backward(NULL, dw + p->feature_w, dw + p->feature_b, c->gsum, b->features, &mat, pass->M, &fp32);
   }
   moe_embed_backward(config->features ? NULL : dw + p->word, dw + p->position, dw + p->segment, c->gsum, b->ids, b->segments,
                      b->seq_start, b->S, H, pass->env);
@@ -9539,7 +9572,8 @@ static moe_status moe__check_samples(moe_trainer *t, const moe_batch *batch, int
 }
 
 MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples, float *error,
-                                 const moe_env *env) {
+                                 const moe_env *of_caller) {
+  moe_env fp32 = moe__in_fp32(of_caller), *env = &fp32; /* a loss that is rounded on the way has no slopes */
   moe_context *c = trainer->context;
   const moe_config *config = &trainer->model->config;
   const int32_t *forced = c->forced;

@@ -464,6 +464,221 @@ static void test_bf16_amx_runs(void) {
 #endif
 }
 
+/* ---- models ---- */
+
+static models_batch batch;
+static moe_task tasks[MODELS_TASKS];
+
+/* Scores of a batch, as a hash. */
+static uint64_t scores_hash(const moe_model *model, const moe_env *env) {
+  static float scores[MODELS_S * 8];
+  moe_context *context = NULL;
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  uint64_t hash = 0;
+  memset(scores, 0, sizeof scores);
+  if (!moe_context_create(&context, model, &limits, env) && !moe_forward(context, scores, &batch.b, env)) hash = models_hash(scores, sizeof scores);
+  moe_context_free(context);
+  return hash;
+}
+
+/* Packed or not, in which precision ever: the bits are those of env.precision. */
+static void test_bf16_models_have_bits_whatever_is_packed(void) {
+  moe_env fp32 = models_env(MOE_ISA_AUTO), env;
+  int which, odd;
+  models_tasks(tasks);
+  for (odd = 0; odd < 2; ++odd) {
+    moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
+    moe_model *model;
+    uint64_t plain, in_fp32, scalar = 0;
+    void *raw, *block;
+    if (!odd) c.hidden = 32, c.ffn = 48;
+    model = models_create(&c, tasks, MODELS_TASKS, &fp32);
+    CHECK(model, "%s", models_sentence);
+    models_random_batch(&batch, model, 7, 9, 3);
+    CHECK(odd || moe_model_pack_size_bf16(model) * 2 == moe_model_pack_size(model), "half the bytes");
+    in_fp32 = scores_hash(model, &fp32);
+    for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+      plain = scores_hash(model, &env);
+      CHECK(plain && plain != in_fp32, "%s: bf16 has bits of its own", set_name[which - 1]);
+      if (which - 1 == PLAIN) scalar = plain;
+      CHECK(which - 1 == AMX || plain == scalar, "%s: other bits than plain C", set_name[which - 1]);
+      CHECK(!moe_model_pack(model, NULL, &fp32) && scores_hash(model, &env) == plain, "%s: packed for fp32", set_name[which - 1]);
+      CHECK(!moe_model_pack(model, NULL, &env) && scores_hash(model, &env) == plain, "%s: packed for bf16", set_name[which - 1]);
+      CHECK(scores_hash(model, &fp32) == in_fp32, "fp32 with weights packed for bf16");
+      block = models_block(&raw, moe_model_pack_size_bf16(model)); /* of exactly this size: the sanitizers watch its end */
+      CHECK(!moe_model_pack(model, block, &env) && scores_hash(model, &env) == plain, "%s: packed into a block", set_name[which - 1]);
+      CHECK(!moe_model_pack(model, NULL, &fp32) && scores_hash(model, &fp32) == in_fp32, "fp32 again");
+      free(raw);
+      moe_model_free(model);
+      model = models_create(&c, tasks, MODELS_TASKS, &fp32);
+    }
+    moe_model_free(model);
+  }
+}
+
+static void test_bf16_heads_stay_fp32(void) {
+  moe_env fp32 = models_env(MOE_ISA_AUTO), env;
+  moe_config c = models_config(MOE_ROUTER_SHARED, 2, 1);
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  static float scores[MODELS_S * 8], again[8];
+  int which;
+  models_tasks(tasks);
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    moe_model *model = models_create(&c, tasks, 2, &fp32);
+    moe_context *context = NULL;
+    int32_t s, t;
+    models_random_batch(&batch, model, 5, 9, 4);
+    CHECK(model && !moe_context_create(&context, model, &limits, &env) && !moe_forward(context, scores, &batch.b, &env), "%s", models_sentence);
+    for (s = 0; s < 5; ++s) {
+      moe_mat mat;
+      t = batch.task[s];
+      mat = moe_mat_rows(model->weights + model->head[t], tasks[t].classes, c.hidden);
+      moe_linear_forward(again, moe_context_hidden(context) + (size_t)batch.start[s] * (size_t)c.hidden, &mat,
+                         model->weights + model->head[t] + tasks[t].classes * c.hidden, 1, &fp32);
+      CHECK(same(again, scores + s * moe_model_max_classes(model), (size_t)tasks[t].classes), "%s: sequence %d", set_name[which - 1], (int)s);
+    }
+    moe_context_free(context);
+    moe_model_free(model);
+  }
+}
+
+static void test_bf16_leaves_int8_models_alone(void) {
+  moe_env fp32 = models_env(MOE_ISA_AUTO), env = fp32;
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_model *model, *small = NULL;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &fp32);
+  env.precision = MOE_TYPE_BF16;
+  CHECK(model && !moe_model_quantize(&small, model, &env), "%s", models_sentence);
+  models_random_batch(&batch, model, 7, 9, 3);
+  CHECK(moe_model_pack_size(small) == moe_model_pack_size_bf16(small), "bytes");
+  CHECK(scores_hash(small, &env) == scores_hash(small, &fp32), "other bits");
+  moe_model_free(small);
+  moe_model_free(model);
+}
+
+/* Losses of some steps on changing batches; returns a hash of the weights after them, 0 when something failed. */
+static uint64_t train(double *losses, int steps, moe_router router, const moe_env *env) {
+  moe_config c = models_config(router, router == MOE_ROUTER_DENSE ? 1 : 3, 1);
+  moe_train_config config;
+  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_model *model;
+  moe_trainer *trainer = NULL;
+  uint64_t hash = 0;
+  int step;
+  moe_train_config_init(&config);
+  config.steps = 100;
+  config.rate = 5e-4f;
+  config.dropout = 0.1f;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, env);
+  if (model && !moe_trainer_create(&trainer, model, &limits, &config, env)) {
+    for (step = 0; step < steps; ++step) {
+      float loss = 0;
+      models_random_batch(&batch, model, 12, 12, 50 + (uint64_t)step % 2);
+      if (moe_accumulate(trainer, &batch.b, 0, &loss, NULL, env) || moe_update(trainer, NULL, env)) break;
+      losses[step] = (double)loss;
+    }
+    if (step == steps) hash = models_hash(moe_model_weights(model), moe_model_parameters(model) * sizeof(float));
+  }
+  moe_trainer_free(trainer);
+  moe_model_free(model);
+  return hash;
+}
+
+static void test_bf16_training_follows_fp32(void) {
+  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_TASK};
+  double want[20], got[20], worst = 0;
+  moe_env fp32 = models_env(MOE_ISA_AUTO), env;
+  int which, i, step;
+  for (i = 0; i < 2; ++i) {
+    uint64_t plain = 0, hash;
+    CHECK(train(want, 20, router[i], &fp32), "%s", models_sentence);
+    for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+      int steps = which - 1 == AMX && !amx_real ? 4 : 20;
+      hash = train(got, steps, router[i], &env);
+      CHECK(hash, "%s: %s", set_name[which - 1], models_sentence);
+      if (which - 1 == PLAIN) plain = hash;
+      CHECK(which - 1 == AMX || hash == plain, "%s: other weights than with plain C", set_name[which - 1]);
+      for (step = 0; step < steps; ++step) {
+        double error = fabs(got[step] - want[step]) / want[step];
+        if (error > worst) worst = error;
+        CHECK(error < 0.05, "%s, step %d: loss %.5f, fp32 %.5f", set_name[which - 1], step + 1, got[step], want[step]);
+      }
+    }
+    CHECK(want[19] < want[1] && want[18] < want[0], "nothing was learnt");
+  }
+  printf("        worst loss: %.1e from fp32's\n", worst);
+}
+
+static void test_bf16_training_does_not_depend_on_threads(void) {
+  static const int32_t threads[] = {2, 3};
+  double losses[4];
+  moe_env env;
+  int which;
+  size_t i;
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    int steps = which - 1 == AMX && !amx_real ? 2 : 4;
+    uint64_t want = train(losses, steps, MOE_ROUTER_TASK, &env);
+    CHECK(want, "%s", set_name[which - 1]);
+    for (i = 0; i < 2; ++i) {
+      moe_env e = env;
+      moe_pool *pool = NULL;
+      CHECK(!moe_pool_create(&pool, threads[i], &e), "pool");
+      CHECK(train(losses, steps, MOE_ROUTER_TASK, &e) == want, "%s, %d threads: other bits", set_name[which - 1], threads[i]);
+      moe_pool_free(pool);
+    }
+  }
+}
+
+static void test_bf16_gradients_are_near_those_of_fp32(void) {
+  moe_env fp32 = models_env(MOE_ISA_AUTO), env;
+  moe_config c = models_config(MOE_ROUTER_DENSE, 1, 1);
+  moe_train_config config;
+  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_model *model;
+  moe_trainer *trainer = NULL;
+  double worst = 0;
+  float *want, error = 1;
+  size_t i, n;
+  int which, t;
+  models_tasks(tasks);
+  moe_train_config_init(&config);
+  config.steps = 1;
+  config.dropout = 0;
+  model = models_create(&c, tasks, MODELS_TASKS, &fp32);
+  CHECK(model && !moe_trainer_create(&trainer, model, &limits, &config, &fp32), "%s", models_sentence);
+  models_random_batch(&batch, model, 10, 12, 9);
+  n = moe_model_parameters(model);
+  want = (float *)malloc(n * sizeof *want);
+  CHECK(want && !moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &fp32), "%s", models_sentence);
+  memcpy(want, moe_trainer_gradients(trainer), n * sizeof *want);
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    memset(moe_trainer_gradients(trainer), 0, n * sizeof *want);
+    CHECK(!moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
+    for (t = 0; t < moe_model_tensors(model); ++t) {
+      moe_tensor tensor;
+      double far = 0, size = 0;
+      moe_model_tensor(model, t, &tensor);
+      if (strstr(tensor.name, "key.bias")) continue; /* softmax takes it out: its gradient is rounding, and nothing else */
+      for (i = tensor.offset; i < tensor.offset + tensor.count; ++i) {
+        double d = (double)moe_trainer_gradients(trainer)[i] - (double)want[i];
+        far += d * d;
+        size += (double)want[i] * (double)want[i];
+      }
+      if (size > 0 && sqrt(far / size) > worst) worst = sqrt(far / size);
+      CHECK(far <= size * 0.03 * 0.03, "%s: %s is %.3f of its norm from fp32", set_name[which - 1], tensor.name, sqrt(far / size));
+    }
+  }
+  memset(moe_trainer_gradients(trainer), 0, n * sizeof *want);
+  kernels_env(PLAIN, &env);
+  CHECK(!moe_gradcheck(trainer, &batch.b, 40, &error, &env) && error < 5e-3f, "gradcheck is of fp32 always: %g", (double)error);
+  printf("        worst gradient of a tensor: %.1e of its norm from fp32's\n", worst);
+  free(want);
+  moe_trainer_free(trainer);
+  moe_model_free(model);
+}
+
 int main(int argc, char **argv) {
   test_begin(argc, argv);
   amx_real = moe__amx_allowed();
@@ -479,5 +694,11 @@ int main(int argc, char **argv) {
   RUN(test_bf16_precision_is_granted_or_explained);
   RUN(test_bf16_leaves_the_processor_as_it_was);
   RUN(test_bf16_amx_runs);
+  RUN(test_bf16_models_have_bits_whatever_is_packed);
+  RUN(test_bf16_heads_stay_fp32);
+  RUN(test_bf16_leaves_int8_models_alone);
+  RUN(test_bf16_training_follows_fp32);
+  RUN(test_bf16_training_does_not_depend_on_threads);
+  RUN(test_bf16_gradients_are_near_those_of_fp32);
   return test_end();
 }
