@@ -55,6 +55,7 @@
      MOE_NO_TRAIN          no gradients, optimizer, sampler, trainer
      MOE_NO_TEXT           no tokenizer, no text functions
      MOE_NO_SIMD           scalar code only, no intrinsics
+     MOE_USE_BLIS          float products through BLIS (link -lblis; no header needed) where its kernels are the better ones
 
    MEMORY   model, context, trainer and predictor have _size and _init in a block of the caller, and _create and _free on the
             heap; a tokenizer has the first two. Forward, backward and update allocate nothing.
@@ -83,6 +84,7 @@
      >>parallel      tiles, the built-in pool
      >>simd          vector kernels and elementary functions
      >>gemm          packing and matrix products
+     >>backend       products by another library, BLIS
      >>lowp          products with weights of 8 bits
      >>bf16          products with bf16 operands
      >>linear        linear layers and GELU
@@ -178,6 +180,25 @@ enum { MOE_FEATURE_AVX_VNNI = 1, MOE_FEATURE_AVX512_VNNI = 2, MOE_FEATURE_AVX512
 
 typedef enum moe_type { MOE_TYPE_F32, MOE_TYPE_BF16, MOE_TYPE_I8 } moe_type;
 
+/* Another library's product of float matrices in place of the built-in kernels, for large products; cblas_sgemm takes ten lines
+   (examples/blas.c has them). Weights in panels (but those of a model), of 8 bits or with fewer than 16 outputs, products with a side under 8
+   or of fewer than 2^18 multiply-adds, and attention stay built in. Whatever is said about the bits of a result is then up to the
+   library; that they do not depend on the number of threads still holds, if a call of the library has the same result each time. */
+#define MOE_BACKEND_ABI 1
+typedef struct moe_backend {
+  uint32_t abi;     /* MOE_BACKEND_ABI; one of another number is not used */
+  const char *name; /* for moe_backend_name */
+  /* C (m, n) = A (m, k) B (k, n), or C += A B where accumulate is 1. (i, p) of A = a[i a_row + p a_col], (p, j) of B = b[p b_row
+     + j b_col], (i, j) of C = c[i c_row + j]; one stride of A is 1, and one of B. Called from env.threads threads at once, each
+     with a part of a product, and should not start threads of its own. NULL: built-in kernels. */
+  void (*sgemm)(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row, size_t a_col, const float *b,
+                size_t b_row, size_t b_col, int32_t accumulate, float *c, size_t c_row);
+  /* Whether to take a whole product of this size, or 0 to leave it to the built-in kernels, which have packed weights for it where
+     packed is 1. NULL: yes. */
+  int32_t (*takes)(void *user, int32_t m, int32_t n, int32_t k, int32_t packed);
+  void *user;
+} moe_backend;
+
 /* Everything a call needs to know of its surroundings. A plain struct: copy it, one for each thread if you like. */
 typedef struct moe_env {
   moe_isa isa;     /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards */
@@ -192,6 +213,7 @@ typedef struct moe_env {
   /* Receives one sentence for each failure: which file, tensor or line, what was expected, what came. NULL: none. */
   void (*log)(void *user, moe_status status, const char *sentence);
   void *log_user;
+  const moe_backend *backend; /* large float products go there; NULL: built-in kernels, at no cost */
 } moe_env;
 
 /* Fills *env: the best instruction set of this machine (MOE_ISA_AUTO) or the named one, one thread, no log.
@@ -204,6 +226,20 @@ MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa);
    MOE_E_UNSUPPORTED, with a sentence to the log: this machine lacks the units, or env.isa is not AVX-512; products stay
    fp32. Who sets env.precision by hand there gets bf16 from plain C, slowly. */
 MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision);
+
+/* Who makes the large products: env->backend->name ("blis"), or "built-in". */
+MOE_API const char *moe_backend_name(const moe_env *env);
+
+#ifdef MOE_USE_BLIS
+/* Connects *env with BLIS. moe_env_init has done this with always = 0, for the products that BLIS is better at: on a processor
+   that BLIS has more than its `generic` kernels for, all where env->isa is scalar, with AVX2 those with unpacked weights and the
+   gradients of 8 to 64 tokens, none with AVX-512. With always = 1 it gets every large product, whatever its kernels. BLIS computes
+   with one thread in this process from then on (bli_thread_set_num_threads): work is spread by env.parallel_for.
+   MOE_E_UNSUPPORTED: this BLIS counts in integers of another size than pointers; *env is as it was. */
+MOE_API moe_status moe_blis_use(moe_env *env, int32_t always);
+/* The kernels that BLIS has chosen for this processor ("skx", "zen3", "generic"), a constant string. */
+MOE_API const char *moe_blis_kernels(void);
+#endif
 
 #ifndef MOE_NO_THREADS
 /* The built-in pool: threads - 1 helpers that sleep between calls. */
@@ -1143,10 +1179,11 @@ MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa) {
       env->isa = (moe_isa)i;
       break;
     }
-  if (isa == MOE_ISA_AUTO) return MOE_OK;
-  if (!moe_isa_available(isa)) return MOE_E_UNSUPPORTED;
-  env->isa = isa;
-  return MOE_OK;
+  if (isa != MOE_ISA_AUTO && moe_isa_available(isa)) env->isa = isa;
+#ifdef MOE_USE_BLIS
+  (void)moe_blis_use(env, 0);
+#endif
+  return moe_isa_available(isa) ? MOE_OK : MOE_E_UNSUPPORTED;
 }
 
 /* A formatter of our own, so that sentences need no stdio: %s %d %u %ld (int64_t given as long long is %lld) %zu %g %%.
@@ -3229,6 +3266,7 @@ static void moe__gemm_work_tile(void *arg, int32_t tile, int32_t slot) {
 
 static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env); /* >>lowp */
 static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *env); /* >>bf16 */
+static int moe__backend_run(const moe__gemm *list, int32_t count, const moe_env *env); /* >>backend */
 
 /* Independent products (the experts of a layer, the gradients of a weight and of its input), spread over the threads. */
 static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *env) {
@@ -3243,6 +3281,7 @@ static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *e
     moe__bf16_run(list, count, env);
     return;
   }
+  if (env->backend && moe__backend_run(list, count, env)) return;
   work.list = list;
   work.kernels = MOE__V_PICK(env->isa, gemms);
   work.stride = env->parallel_for ? env->threads : 1;
@@ -3298,6 +3337,176 @@ MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols,
   work.kernels = MOE__V_PICK(env->isa, gemms);
   moe__parallel(env, (rows + 15) / 16, moe__pack_tile, &work);
 }
+
+/* ---- products by another library, BLIS ---- >>backend
+   A product goes to the library in parts of a fixed shape, one thread each, so that here too the number of threads changes no bit. The
+   bias is put into C before; GELU and the sums of A are the built-in kernels'. */
+
+enum {
+  MOE__BACKEND_ROWS = 256, /* of a part: a library packs A and B for each, which must not cost much */
+  MOE__BACKEND_COLUMNS = 512,
+  MOE__BACKEND_SIDE = 8 /* the least m, n and k that are worth a call */
+};
+
+/* Whether a product of this size is for the library; packed: the built-in kernels would have packed weights. */
+static int moe__backend_wants(const moe_env *env, int32_t m, int32_t n, int32_t k, int packed) {
+  const moe_backend *backend = env->backend;
+  if (!backend || backend->abi != MOE_BACKEND_ABI || !backend->sgemm) return 0;
+  if (moe__min(moe__min(m, n), k) < MOE__BACKEND_SIDE || (double)m * n * k < (double)MOE__GEMM_SMALL) return 0;
+  return !backend->takes || backend->takes(backend->user, m, n, k, packed);
+}
+
+static int moe__backend_takes(const moe__gemm *g, const moe_env *env) {
+  return !g->narrow && !g->quantized && (g->b_layout == MOE__B_ROWS || g->b_layout == MOE__B_COLS) &&
+         moe__backend_wants(env, g->m, g->n, g->k, 0);
+}
+
+/* Number of parts of a product that the library takes, and of tiles of one that it does not. */
+static int32_t moe__backend_tiles(const moe__gemm *g, const moe_env *env, int32_t *across) {
+  moe__gemm_cut cut;
+  if (moe__backend_takes(g, env)) {
+    *across = (g->n + MOE__BACKEND_COLUMNS - 1) / MOE__BACKEND_COLUMNS;
+    return *across * ((g->m + MOE__BACKEND_ROWS - 1) / MOE__BACKEND_ROWS);
+  }
+  cut = moe__gemm_plan(g);
+  *across = 0;
+  return cut.across * cut.down;
+}
+
+/* Rows from i on and columns from j on, as a product of its own. */
+static moe__gemm moe__backend_part(const moe__gemm *g, int32_t i, int32_t j) {
+  moe__gemm part = *g;
+  size_t at = (size_t)i * g->c_row + (size_t)j;
+  part.m = moe__min(g->m - i, MOE__BACKEND_ROWS);
+  part.n = moe__min(g->n - j, MOE__BACKEND_COLUMNS);
+  part.a = g->a + (size_t)i * g->a_row;
+  part.b = g->b + (size_t)j * (g->b_layout == MOE__B_ROWS ? 1 : g->b_row);
+  part.c = g->c + at;
+  if (g->bias) part.bias = g->bias + j;
+  if (g->gelu) part.gelu = g->gelu + at;
+  if (g->a_sum) part.a_sum = j ? NULL : g->a_sum + i;
+  return part;
+}
+
+typedef struct moe__backend_work {
+  const moe__gemm *list;
+  const moe_env *env;
+} moe__backend_work;
+
+static void moe__backend_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__backend_work *work = (const moe__backend_work *)arg;
+  const moe_backend *backend = work->env->backend;
+  const moe__gemm_kernels *kernels = MOE__V_PICK(work->env->isa, gemms);
+  const moe__gemm *g = work->list;
+  moe__gemm part;
+  int32_t across, tiles = moe__backend_tiles(g, work->env, &across), i;
+  int rows;
+  (void)slot;
+  while (tile >= tiles) {
+    tile -= tiles;
+    tiles = moe__backend_tiles(++g, work->env, &across);
+  }
+  if (!across) {
+    moe__gemm_cut cut = moe__gemm_plan(g);
+    moe__gemm_tile(g, &cut, kernels, tile);
+    return;
+  }
+  part = moe__backend_part(g, tile / across * MOE__BACKEND_ROWS, tile % across * MOE__BACKEND_COLUMNS);
+  for (i = 0; part.bias && i < part.m; ++i) memcpy(part.c + (size_t)i * part.c_row, part.bias, (size_t)part.n * sizeof(float));
+  rows = part.b_layout == MOE__B_ROWS;
+  backend->sgemm(backend->user, part.m, part.n, part.k, part.a, part.a_row, part.a_col, part.b, rows ? part.b_row : 1,
+                 rows ? 1 : part.b_row, part.accumulate || part.bias, part.c, part.c_row);
+  if (part.a_sum) moe__gemm_sum_a(&part, kernels, 0, (size_t)part.m);
+  if (part.gelu) kernels->gelu(part.gelu, part.c, part.c_row, (size_t)part.m, (size_t)part.n);
+}
+
+/* The list of moe__gemm_run; 0 where none of it is for the library. */
+static int moe__backend_run(const moe__gemm *list, int32_t count, const moe_env *env) {
+  moe__backend_work work;
+  int32_t tiles = 0, taken = 0, i;
+  for (i = 0; i < count; ++i) {
+    int32_t across;
+    tiles += moe__backend_tiles(&list[i], env, &across);
+    taken += across > 0;
+  }
+  if (!taken) return 0;
+  work.list = list;
+  work.env = env;
+  moe__parallel(env, tiles, moe__backend_tile, &work);
+  return 1;
+}
+
+MOE_API const char *moe_backend_name(const moe_env *env) {
+  return env->backend && env->backend->abi == MOE_BACKEND_ABI && env->backend->sgemm ? env->backend->name : "built-in";
+}
+
+#ifdef MOE_USE_BLIS
+#ifndef BLIS_H /* else this unit has included blis.h before */
+/* The few functions that are needed, the same since 0.5, so that a library without its header will do. dim_t and inc_t are as wide as a
+   pointer unless BLIS was configured otherwise, which moe_blis_use checks. */
+#ifdef __cplusplus
+extern "C" {
+#endif
+void bli_sgemm(int trans_a, int trans_b, intptr_t m, intptr_t n, intptr_t k, float *alpha, float *a, intptr_t a_row, intptr_t a_col,
+               float *b, intptr_t b_row, intptr_t b_col, float *beta, float *c, intptr_t c_row, intptr_t c_col);
+void bli_init(void);
+void bli_thread_set_num_threads(intptr_t threads);
+intptr_t bli_info_get_int_type_size(void);
+int bli_arch_query_id(void);
+const char *bli_arch_string(int id);
+const char *bli_info_get_version_str(void);
+#ifdef __cplusplus
+}
+#endif
+#define MOE__BLIS_PLAIN 0
+#else
+#define MOE__BLIS_PLAIN BLIS_NO_TRANSPOSE
+#endif
+
+/* One thread, said before each call: the number belongs to the process, or in some versions to the calling thread, and anybody may have
+   changed it. BLIS's own threads at small products are far slower than one. */
+static void moe__blis_sgemm(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row, size_t a_col, const float *b,
+                            size_t b_row, size_t b_col, int32_t accumulate, float *c, size_t c_row) {
+  float one = 1, beta = accumulate ? 1.0f : 0.0f;
+  (void)user;
+  bli_thread_set_num_threads(1);
+  bli_sgemm(MOE__BLIS_PLAIN, MOE__BLIS_PLAIN, m, n, k, &one, (float *)(uintptr_t)a, (intptr_t)a_row, (intptr_t)a_col,
+            (float *)(uintptr_t)b, (intptr_t)b_row, (intptr_t)b_col, &beta, c, (intptr_t)c_row, 1);
+}
+
+/* Measured with BLIS 0.9, kernels haswell and zen3, beside the AVX2 kernels of this file: BLIS reads small operands where they lie, which is
+   1.1 to 1.6 times as fast as packing them for 8 to 64 tokens, and no faster with more of them or against packed weights. */
+static int32_t moe__blis_takes_few(void *user, int32_t m, int32_t n, int32_t k, int32_t packed) {
+  (void)user, (void)n;
+  return !packed && moe__min(m, k) <= 64; /* tokens are m, or k in the gradient of a weight */
+}
+
+static const moe_backend moe__blis_all = {MOE_BACKEND_ABI, "blis", moe__blis_sgemm, NULL, NULL};
+static const moe_backend moe__blis_few = {MOE_BACKEND_ABI, "blis", moe__blis_sgemm, moe__blis_takes_few, NULL};
+
+/* What BLIS is better at here, or NULL: nothing. The BLIS of PyPI's blis calls itself 0.7 and packs always. */
+static const moe_backend *moe__blis_best(const moe_env *env) {
+  const char *kernels = moe_blis_kernels(), *version = bli_info_get_version_str();
+  if (!strcmp(kernels, "generic")) return NULL;
+  if (env->isa == MOE_ISA_SCALAR) return &moe__blis_all;
+  if (env->isa != MOE_ISA_AVX2 || (!strncmp(version, "0.", 2) && version[2] < '9')) return NULL;
+  return !strcmp(kernels, "haswell") || !strncmp(kernels, "zen", 3) ? &moe__blis_few : NULL;
+}
+
+MOE_API const char *moe_blis_kernels(void) {
+  bli_init(); /* without it 0.9 aborts here when BLIS_ARCH_TYPE is set */
+  return bli_arch_string(bli_arch_query_id());
+}
+
+MOE_API moe_status moe_blis_use(moe_env *env, int32_t always) {
+  if ((size_t)bli_info_get_int_type_size() != 8 * sizeof(intptr_t))
+    return moe__fail(env, MOE_E_UNSUPPORTED, "BLIS: its integers have %d bits, those expected have %d", (int)bli_info_get_int_type_size(),
+                     (int)(8 * sizeof(intptr_t)));
+  env->backend = always ? &moe__blis_all : moe__blis_best(env);
+  return MOE_OK;
+}
+#undef MOE__BLIS_PLAIN
+#endif
 
 /* ---- products with weights of 8 bits ---- >>lowp */
 
@@ -8023,13 +8232,16 @@ static void moe__pass_begin(moe_context *c, moe__pass *pass, const moe_batch *ba
   if (!moe__has_gates(config)) moe__routes_dense(&c->routes[0], pass->M);
 }
 
-/* A matrix of the model for forward: its packed copy where there is one of this precision. weight, bytes, panel: its places in the three
-   arrays. */
-static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, size_t panel, int32_t rows, int32_t cols, const moe_env *env) {
+/* A matrix of the model for forward of about M rows: its packed copy where there is one of this precision, and no other library wants it as it
+   is. weight, bytes, panel: its places in the three arrays. */
+static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, size_t panel, int32_t rows, int32_t cols, int32_t M,
+                              const moe_env *env) {
   const float *scale = m->weights + weight;
+  int bf16 = env->precision == MOE_TYPE_BF16;
   if (m->plan.quantized && m->panels) return moe_mat_panels_int8((const signed char *)m->panels + panel, scale, rows, cols);
   if (m->plan.quantized) return moe_mat_rows_int8(m->bytes + bytes, scale, rows, cols);
-  if (m->panels && m->bf16 && env->precision == MOE_TYPE_BF16) return moe_mat_panels_bf16(moe__panel_at(m, panel), rows, cols);
+  if (m->panels && m->bf16 && bf16) return moe_mat_panels_bf16(moe__panel_at(m, panel), rows, cols);
+  if (!bf16 && env->backend && moe__backend_wants(env, M, rows, cols, 1)) return moe_mat_rows(m->weights + weight, rows, cols);
   return m->panels && !m->bf16 ? moe_mat_panels(m->panels + panel, rows, cols) : moe_mat_rows(m->weights + weight, rows, cols);
 }
 
@@ -8154,11 +8366,11 @@ static void moe__forward_attention(moe_context *c, moe__pass *pass, int32_t laye
   size_t at = p->layers + (size_t)layer * p->layer_stride, panel = (size_t)layer * p->panel_stride;
   size_t bytes = p->layers_q + (size_t)layer * p->layer_q;
   const float *w = m->weights + at;
-  moe_mat mat = moe__model_mat(m, at + p->qkv_w, bytes + p->qkv_q, panel, 3 * H, H, pass->env);
+  moe_mat mat = moe__model_mat(m, at + p->qkv_w, bytes + p->qkv_q, panel, 3 * H, H, pass->M, pass->env);
   moe_linear_forward(a->qkv, a->x, &mat, w + p->qkv_b, pass->M, pass->env);
   moe_attention_forward(a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads, pass->dropout,
                         moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION), c->attention_scratch, pass->env);
-  mat = moe__model_mat(m, at + p->att_w, bytes + p->att_q, panel + p->panel_att, H, H, pass->env);
+  mat = moe__model_mat(m, at + p->att_w, bytes + p->att_q, panel + p->panel_att, H, H, pass->M, pass->env);
   moe_linear_forward(c->branch, a->att, &mat, w + p->att_b, pass->M, pass->env);
   moe__forward_join(c, pass, a->y1, a->sum1, a->mean1, a->rstd1, a->x, w + p->norm1_w, w + p->norm1_b, layer,
                     MOE__SITE_ATTENTION_OUT);
@@ -8180,22 +8392,22 @@ static moe_route_options moe__route_options(moe_context *c, const moe__pass *pas
 }
 
 /* The experts of a layer as moe_experts_forward wants them. */
-static moe_experts moe__layer_experts(moe_context *c, int32_t layer, const moe_env *env) {
+static moe_experts moe__layer_experts(moe_context *c, const moe__pass *pass, int32_t layer) {
   const moe_model *m = c->model;
   const moe_config *config = &m->config;
   const moe__plan *p = &m->plan;
   moe_experts experts;
-  int32_t i;
-  for (i = 0; i < moe__block_experts(config); ++i) {
+  int32_t i, N = moe__block_experts(config), rows = (int32_t)((int64_t)pass->M * config->top_k / N); /* even shares */
+  for (i = 0; i < N; ++i) {
     size_t at = p->layers + (size_t)layer * p->layer_stride + p->experts + (size_t)i * p->expert_stride;
     size_t panel = (size_t)layer * p->panel_stride + p->panel_experts + (size_t)i * p->panel_expert_stride;
     size_t bytes = p->layers_q + (size_t)layer * p->layer_q + p->experts_q + (size_t)i * p->expert_q;
-    c->in[i] = moe__model_mat(m, at + p->in_w, bytes + p->in_q, panel, config->ffn, config->hidden, env);
-    c->out[i] = moe__model_mat(m, at + p->out_w, bytes + p->out_q, panel + p->panel_out, config->hidden, config->ffn, env);
+    c->in[i] = moe__model_mat(m, at + p->in_w, bytes + p->in_q, panel, config->ffn, config->hidden, rows, pass->env);
+    c->out[i] = moe__model_mat(m, at + p->out_w, bytes + p->out_q, panel + p->panel_out, config->hidden, config->ffn, rows, pass->env);
     c->b_in[i] = m->weights + at + p->in_b;
     c->b_out[i] = m->weights + at + p->out_b;
   }
-  experts.N = moe__block_experts(config);
+  experts.N = N;
   experts.H = config->hidden;
   experts.F = config->ffn;
   experts.in = c->in;
@@ -8218,7 +8430,7 @@ static void moe__forward_mixture(moe_context *c, moe__pass *pass, int32_t layer)
   const moe__acts *a = &c->acts[layer];
   const float *w = c->model->weights + p->layers + (size_t)layer * p->layer_stride;
   moe_routes *routes = &c->routes[layer];
-  moe_experts experts = moe__layer_experts(c, layer, pass->env);
+  moe_experts experts = moe__layer_experts(c, pass, layer);
   if (moe__has_gates(config)) {
     moe_route_options options = moe__route_options(c, pass, layer);
     float aux = 0;

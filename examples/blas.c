@@ -1,0 +1,57 @@
+/* blas.c - the products of moe.h through a BLAS of your choice: ten lines connect it
+   cc -O2 -o blas examples/blas.c -lblis -lm -pthread && ./blas      (or -lopenblas, -lcblas: whatever has cblas.h and cblas_sgemm)
+   Multiplies the same matrices with the built-in kernels and with the library, and prints how far the results are apart and how long both
+   took. Let the library use one thread (BLIS_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1): env.parallel_for spreads the work. For BLIS itself
+   there is also MOE_USE_BLIS, see moe.h. */
+#define _POSIX_C_SOURCE 200809L
+#include <cblas.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+#define MOE_IMPLEMENTATION
+#include "../moe.h"
+
+static void blas_sgemm(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row,
+                       size_t b_col, int32_t accumulate, float *c, size_t c_row) {
+  (void)user;
+  cblas_sgemm(CblasRowMajor, a_col == 1 ? CblasNoTrans : CblasTrans, b_col == 1 ? CblasNoTrans : CblasTrans, m, n, k, 1.0f, a,
+              (int)(a_col == 1 ? a_row : a_col), b, (int)(b_col == 1 ? b_row : b_col), accumulate ? 1.0f : 0.0f, c, (int)c_row);
+}
+static const moe_backend blas = {MOE_BACKEND_ABI, "cblas", blas_sgemm, NULL, NULL};
+/* and then: env.backend = &blas; */
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+int main(void) {
+  enum { M = 128, ROWS = 1536, COLS = 384, ROUNDS = 20 };
+  float *x = (float *)malloc(M * COLS * sizeof *x), *w = (float *)malloc(ROWS * COLS * sizeof *w);
+  float *y[2];
+  double best[2] = {1e9, 1e9}, apart = 0;
+  moe_env env;
+  int i, side;
+  y[0] = (float *)malloc(M * ROWS * sizeof **y);
+  y[1] = (float *)malloc(M * ROWS * sizeof **y);
+  if (!x || !w || !y[0] || !y[1] || moe_env_init(&env, MOE_ISA_AUTO)) return 1;
+  for (i = 0; i < M * COLS; ++i) x[i] = (float)(i % 1009) / 1009 - 0.5f;
+  for (i = 0; i < ROWS * COLS; ++i) w[i] = (float)(i % 1013) / 1013 - 0.5f;
+  for (side = 0; side < 2; ++side) {
+    moe_mat mat = moe_mat_rows(w, ROWS, COLS);
+    env.backend = side ? &blas : NULL;
+    for (i = 0; i < ROUNDS; ++i) {
+      double t = now();
+      moe_linear_forward(y[side], x, &mat, NULL, M, &env);
+      t = now() - t;
+      if (t < best[side]) best[side] = t;
+    }
+    printf("%-8s %.0f us\n", moe_backend_name(&env), 1e6 * best[side]);
+  }
+  for (i = 0; i < M * ROWS; ++i) apart = fmax(apart, fabs((double)y[0][i] - (double)y[1][i]));
+  printf("largest difference %.1e\n", apart);
+  free(x), free(w), free(y[0]), free(y[1]);
+  return apart < 1e-3 ? 0 : 1;
+}
