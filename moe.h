@@ -233,7 +233,7 @@ MOE_API const char *moe_backend_name(const moe_env *env);
 #ifdef MOE_USE_BLIS
 /* Connects *env with BLIS. moe_env_init has done this with always = 0, for the products that BLIS is better at: on a processor
    that BLIS has more than its `generic` kernels for, all where env->isa is scalar, with AVX2 those with unpacked weights and the
-   gradients of 8 to 64 tokens, none with AVX-512. With always = 1 it gets every large product, whatever its kernels. BLIS computes
+   gradients of 8 to 64 tokens, none with AVX-512 or NEON. With always = 1 it gets every large product, whatever its kernels. BLIS computes
    with one thread in this process from then on (bli_thread_set_num_threads): work is spread by env.parallel_for.
    MOE_E_UNSUPPORTED: this BLIS counts in integers of another size than pointers; *env is as it was. */
 MOE_API moe_status moe_blis_use(moe_env *env, int32_t always);
@@ -3361,16 +3361,10 @@ static int moe__backend_takes(const moe__gemm *g, const moe_env *env) {
          moe__backend_wants(env, g->m, g->n, g->k, 0);
 }
 
-/* Number of parts of a product that the library takes, and of tiles of one that it does not. */
-static int32_t moe__backend_tiles(const moe__gemm *g, const moe_env *env, int32_t *across) {
-  moe__gemm_cut cut;
-  if (moe__backend_takes(g, env)) {
-    *across = (g->n + MOE__BACKEND_COLUMNS - 1) / MOE__BACKEND_COLUMNS;
-    return *across * ((g->m + MOE__BACKEND_ROWS - 1) / MOE__BACKEND_ROWS);
-  }
-  cut = moe__gemm_plan(g);
-  *across = 0;
-  return cut.across * cut.down;
+/* Number of parts of a product, 0 where the library does not take it; *across: how many side by side. */
+static int32_t moe__backend_parts(const moe__gemm *g, const moe_env *env, int32_t *across) {
+  *across = (g->n + MOE__BACKEND_COLUMNS - 1) / MOE__BACKEND_COLUMNS;
+  return moe__backend_takes(g, env) ? *across * ((g->m + MOE__BACKEND_ROWS - 1) / MOE__BACKEND_ROWS) : 0;
 }
 
 /* Rows from i on and columns from j on, as a product of its own. */
@@ -3399,17 +3393,12 @@ static void moe__backend_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__gemm_kernels *kernels = MOE__V_PICK(work->env->isa, gemms);
   const moe__gemm *g = work->list;
   moe__gemm part;
-  int32_t across, tiles = moe__backend_tiles(g, work->env, &across), i;
+  int32_t across, parts = moe__backend_parts(g, work->env, &across), i;
   int rows;
   (void)slot;
-  while (tile >= tiles) {
-    tile -= tiles;
-    tiles = moe__backend_tiles(++g, work->env, &across);
-  }
-  if (!across) {
-    moe__gemm_cut cut = moe__gemm_plan(g);
-    moe__gemm_tile(g, &cut, kernels, tile);
-    return;
+  while (tile >= parts) {
+    tile -= parts;
+    parts = moe__backend_parts(++g, work->env, &across);
   }
   part = moe__backend_part(g, tile / across * MOE__BACKEND_ROWS, tile % across * MOE__BACKEND_COLUMNS);
   for (i = 0; part.bias && i < part.m; ++i) memcpy(part.c + (size_t)i * part.c_row, part.bias, (size_t)part.n * sizeof(float));
@@ -3423,16 +3412,16 @@ static void moe__backend_tile(void *arg, int32_t tile, int32_t slot) {
 /* The list of moe__gemm_run; 0 where none of it is for the library. */
 static int moe__backend_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__backend_work work;
-  int32_t tiles = 0, taken = 0, i;
-  for (i = 0; i < count; ++i) {
-    int32_t across;
-    tiles += moe__backend_tiles(&list[i], env, &across);
-    taken += across > 0;
-  }
-  if (!taken) return 0;
+  moe_env plain = *env;
+  int32_t total = 0, across, i;
+  for (i = 0; i < count; ++i) total += moe__backend_parts(&list[i], env, &across);
+  if (!total) return 0;
   work.list = list;
   work.env = env;
-  moe__parallel(env, tiles, moe__backend_tile, &work);
+  moe__parallel(env, total, moe__backend_tile, &work);
+  plain.backend = NULL;
+  for (i = 0; i < count; ++i)
+    if (!moe__backend_takes(&list[i], env)) moe__gemm_run(&list[i], 1, &plain);
   return 1;
 }
 
