@@ -4,7 +4,9 @@
      ./train                      the bundled tasks, four systems
      ./train --help               the options
 
-   A folder of tasks holds tasks.tsv and, for each task, TASK/train.tsv and TASK/dev.tsv: README.md shows how to make your own. */
+   A folder of tasks holds tasks.tsv and, for each task, TASK/train.tsv and TASK/dev.tsv: README.md shows how to make your own.
+   From top to bottom: options, tasks and rows, the starting point, evaluation, what is finished, one training, the first stage, the second
+   stage, systems compared, what is shown, tasks that join, main. */
 #if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -33,9 +35,8 @@ static struct {
   const char *data, *tasks, *init, *vocab, *systems, *save, *checkpoint, *resume, *json, *predictions, *isa, *seeds, *sampling, *order, *truncate;
   const char *gate_scale, *from, *adapt, *gate_from, *few, *grid;
   int max_len, layers, hidden, ffn, heads, cased, experts, top_k, batch, micro_batch, threads, dedup, renormalize, rank;
-  int fine_tune, fine_batch, patience;
-  int64_t epochs, steps, every;
-  double hold_out, eps, noise, rate, warmup, decay, clip, dropout, balance, z_loss, jitter, gate_rate;
+  int fine_tune, fine_batch, fine_epoch, patience, epochs, steps, every, keep, tidy, report, resamples;
+  double hold_out, eps, noise, rate, warmup, decay, clip, dropout, balance, z_loss, jitter, gate_rate, tokens;
 } opt; /* zero, but for: */
 
 static void default_options(void) {
@@ -58,61 +59,118 @@ static void default_options(void) {
   opt.micro_batch = 4096;
   opt.warmup = opt.dropout = 0.1;
   opt.clip = opt.gate_rate = 1;
+  opt.every = 500;
+  opt.resamples = 1000;
 }
 
-static const char *const help_text =
-  "usage: train [options]\n\n"
-  "data\n"
-  "  --data DIR               folder with tasks.tsv and TASK/train.tsv, TASK/dev.tsv   (examples/data)\n"
-  "  --tasks A,B,C            these tasks, in this order                               (all of tasks.tsv)\n"
-  "  --max-len N              longest input in tokens                                  (128, or what the positions allow)\n"
-  "  --truncate longest|right what to cut from a longer input                          (longest)\n"
-  "  --hold-out FRACTION      part of train that chooses the best epoch; 0: the last   (0)\n"
-  "  --dedup                  drop training rows whose text stands in another task's dev set\n\n"
-  "model\n"
-  "  --init FILE.safetensors  start from a published BERT-like encoder; config.json beside it is read\n"
-  "  --vocab FILE             its WordPiece vocabulary                                 (vocab.txt of --data)\n"
-  "  --heads N --eps E        attention heads and LayerNorm epsilon, where there is no config.json\n"
-  "  --cased                  do not lower-case the text                               (tokenizer_config.json decides)\n"
-  "  --layers N --hidden N --ffn N --heads N   from scratch                            (2 128 512 4)\n"
-  "  --systems LIST           of single,dense,switch,tag,embed                         (the first four)\n"
-  "  --rank R                 length of the task vectors that embed makes its gates of (8)\n"
-  "  --experts N --top-k K    experts in a layer, experts of a token                   (4 1)\n"
-  "  --gate-scale paper|n     weight of an expert: g* (the paper) or g* N/k            (n: a sparse model then starts\n"
-  "                           as its dense parent; with the paper's g* every FFN starts at a quarter)\n"
-  "  --renormalize            top-k weights sum to 1 (with --gate-scale paper)\n"
-  "  --noise S                standard deviation of noise on copied experts            (0)\n\n"
-  "training\n"
-  "  --epochs N | --steps N   length; Single-Task gets a task's share of the steps     (3 epochs with --init, else 8)\n"
-  "  --batch N                sequences of a step                                      (32)\n"
-  "  --micro-batch TOKENS     most tokens at once; more memory, not other results      (4096)\n"
-  "  --lr R --warmup F        peak learning rate, fraction of steps to reach it        (5e-5 with --init, else 1e-3; 0.1)\n"
-  "  --gate-lr F              factor of the learning rate for gates and task vectors   (1)\n"
-  "  --decay D --clip C       weight decay, largest gradient norm                      (0 1)\n"
-  "  --dropout P              (0.1)\n"
-  "  --seeds 1,2,3            a run for each; the table then shows mean and deviation  (1)\n"
-  "  --sampling natural|uniform|temperature:T|uniform-natural                          (natural)\n"
-  "  --order shuffle|file     (shuffle)\n"
-  "  --balance A --z-loss A --jitter A   options the paper argues against              (0 0 0)\n\n"
-  "second stage\n"
-  "  --fine-tune EPOCHS       then trains each task alone, at most so long, and keeps its best epoch, chosen on dev.tsv\n"
-  "                           or, as it should be, on --hold-out rows; an epoch is at least 1 step\n"
-  "  --fine-batch N           its batch                                                (32)\n"
-  "  --patience N             ends after N epochs that are no better                   (3)\n"
-  "  --grid RATES[:WARMUPS]   tries every pair, 2e-5,5e-5:0.1,0.2 say, keeps the best  (--lr and --warmup)\n"
-  "  --from MODEL             a trained model instead of the first stage\n"
-  "  --adapt TASK             with --from: a task that the model does not know\n"
-  "  --gate-from LIST         where its gates come from: random, mean or a task        (random)\n"
-  "  --rows LIST              training rows, 100 or 10% say, drawn anew for each seed  (100%)\n\n"
-  "machine\n"
-  "  --threads N              (all processors)\n"
-  "  --isa auto|avx512|avx2|neon|scalar                                                (auto)\n\n"
-  "files\n"
-  "  --save FILE              the trained model; with several runs FILE gets -SYSTEM-SEED\n"
-  "  --checkpoint FILE --every STEPS   state to go on from; names as with --save       (every 500 steps and at the end)\n"
-  "  --resume FILE            go on from there, bit for bit; give the same options again\n"
-  "  --json FILE              all results\n"
-  "  --predictions FILE       what the model says of each dev row; names as with --save\n";
+/* One of text, number and real is where the value goes; a number without an argument is a switch. "a|b": one of these words. */
+typedef struct option {
+  const char *name, *argument;
+  const char **text;
+  int *number;
+  double *real;
+  double low, high;
+  const char *help; /* a line, or several */
+} option;
+
+#define OPTION_TEXT(name, argument, to, help) {name, argument, &opt.to, NULL, NULL, 0, 0, help}
+#define OPTION_NUMBER(name, to, low, high, help) {name, "N", NULL, &opt.to, NULL, low, high, help}
+#define OPTION_REAL(name, argument, to, low, high, help) {name, argument, NULL, NULL, &opt.to, low, high, help}
+#define OPTION_SWITCH(name, to, help) {name, NULL, NULL, &opt.to, NULL, 0, 0, help}
+#define OPTION_GROUP(name) {name, NULL, NULL, NULL, NULL, 0, 0, NULL}
+
+static const option options[] = {
+  OPTION_GROUP("data"),
+  OPTION_TEXT("--data", "DIR", data, "folder with tasks.tsv and TASK/train.tsv, TASK/dev.tsv [examples/data]\n"
+              "a second dev set, dev_2.tsv or dev_mm.tsv, makes the metric the mean of both"),
+  OPTION_TEXT("--tasks", "A,B,C", tasks, "these tasks, in this order [all of tasks.tsv]"),
+  OPTION_NUMBER("--max-len", max_len, 3, 1 << 20, "longest input in tokens [128, or what the positions allow]"),
+  OPTION_TEXT("--truncate", "longest|right", truncate, "what to cut from a longer input [longest]"),
+  OPTION_REAL("--hold-out", "FRACTION", hold_out, 0, 0.9, "part of train that chooses the best epoch; 0: the last [0]"),
+  OPTION_SWITCH("--dedup", dedup, "drop training rows whose text stands in another task's dev set"),
+  OPTION_GROUP("model"),
+  OPTION_TEXT("--init", "FILE", init, "start from a published BERT-like encoder (safetensors); config.json beside it is read"),
+  OPTION_TEXT("--vocab", "FILE", vocab, "its WordPiece vocabulary [vocab.txt of --data]"),
+  OPTION_SWITCH("--cased", cased, "do not lower-case the text [tokenizer_config.json decides]"),
+  OPTION_NUMBER("--heads", heads, 1, 1024, "attention heads, where there is no config.json [4]"),
+  OPTION_REAL("--eps", "E", eps, 1e-30, 1, "LayerNorm epsilon, likewise [1e-12]"),
+  OPTION_NUMBER("--layers", layers, 1, 1000, "without --init: from scratch [2]"),
+  OPTION_NUMBER("--hidden", hidden, 1, 65536, "[128]"),
+  OPTION_NUMBER("--ffn", ffn, 1, 1 << 20, "[512]"),
+  OPTION_TEXT("--systems", "LIST", systems, "of single,dense,switch,tag,embed [the first four]"),
+  OPTION_NUMBER("--rank", rank, 1, 4096, "length of the task vectors that embed makes its gates of [8]"),
+  OPTION_NUMBER("--experts", experts, 1, MOE_MAX_EXPERTS, "experts in a layer [4]"),
+  OPTION_NUMBER("--top-k", top_k, 1, MOE_MAX_EXPERTS, "experts of a token [1]"),
+  OPTION_TEXT("--gate-scale", "paper|n", gate_scale, "weight of an expert: g* (the paper) or g* N/k [n: a sparse model then starts\n"
+              "as its dense parent; with the paper's g* every FFN starts at a quarter]"),
+  OPTION_SWITCH("--renormalize", renormalize, "top-k weights sum to 1 (with --gate-scale paper)"),
+  OPTION_REAL("--noise", "S", noise, 0, 10, "standard deviation of noise on copied experts [0]"),
+  OPTION_GROUP("training"),
+  OPTION_NUMBER("--epochs", epochs, 1, 1000000, "length; Single-Task gets a task's share of the steps [3 with --init, else 8]"),
+  OPTION_NUMBER("--steps", steps, 1, 1000000000, "length in steps"),
+  OPTION_REAL("--tokens", "N", tokens, 1, 1e15, "length in tokens, about"),
+  OPTION_NUMBER("--batch", batch, 1, 65536, "sequences of a step [32]"),
+  OPTION_NUMBER("--micro-batch", micro_batch, 1, 1 << 24, "most tokens at once; more memory, not other results (but with --balance,\n"
+                "whose loss is taken of what is at hand) [4096]"),
+  OPTION_REAL("--lr", "R", rate, 1e-12, 1e6, "peak learning rate [5e-5 with --init, else 1e-3]"),
+  OPTION_REAL("--warmup", "F", warmup, 0, 1, "fraction of the steps to reach it [0.1]"),
+  OPTION_REAL("--gate-lr", "F", gate_rate, 0, 1e6, "factor of the learning rate for gates and task vectors [1]"),
+  OPTION_REAL("--decay", "D", decay, 0, 1e6, "weight decay [0]"),
+  OPTION_REAL("--clip", "C", clip, 0, 1e30, "largest gradient norm [1]"),
+  OPTION_REAL("--dropout", "P", dropout, 0, 0.99, "[0.1]"),
+  OPTION_TEXT("--seeds", "1,2,3", seeds, "a run for each; the table then shows mean and deviation [1]"),
+  OPTION_TEXT("--sampling", "HOW", sampling, "natural, uniform, temperature:T or uniform-natural [natural]"),
+  OPTION_TEXT("--order", "shuffle|file", order, "[shuffle]"),
+  OPTION_REAL("--balance", "A", balance, 0, 1e6, "load-balance loss; this and the next two the paper argues against [0]"),
+  OPTION_REAL("--z-loss", "A", z_loss, 0, 1e6, "router z-loss [0]"),
+  OPTION_REAL("--jitter", "A", jitter, 0, 0.99, "noise on what the gates read [0]"),
+  OPTION_GROUP("second stage"),
+  OPTION_NUMBER("--fine-tune", fine_tune, 1, 100000, "so many epochs at most for each task alone, after the first stage (Single-Task:\n"
+                "instead of it); keeps the best, chosen on dev.tsv or, as it should be, on\n--hold-out rows"),
+  OPTION_NUMBER("--fine-batch", fine_batch, 1, 65536, "its batch [32]"),
+  OPTION_NUMBER("--fine-epoch", fine_epoch, 1, 1000000000, "an epoch of it ends after N steps at the latest [all rows]"),
+  OPTION_NUMBER("--patience", patience, 1, 100000, "ends after N epochs that are no better [3]"),
+  OPTION_TEXT("--grid", "RATES[:WARMUPS]", grid, "tries every pair, 2e-5,5e-5:0.1,0.2 say, keeps the best [--lr and --warmup]"),
+  OPTION_TEXT("--from", "MODEL", from, "a trained model instead of the first stage"),
+  OPTION_TEXT("--adapt", "TASK", adapt, "a task that the model of --from does not know joins it; without --from:\n"
+              "the Single-Task model that it has to beat"),
+  OPTION_TEXT("--gate-from", "LIST", gate_from, "where its gates come from: random, mean or a task [random]"),
+  OPTION_TEXT("--rows", "LIST", few, "its training rows, 100 or 10% say, drawn anew for each seed [100%]"),
+  OPTION_GROUP("machine"),
+  OPTION_NUMBER("--threads", threads, 1, 256, "[all processors]"),
+  OPTION_TEXT("--isa", "auto|avx512|avx2|neon|scalar", isa, "[auto]"),
+  OPTION_GROUP("files"),
+  OPTION_TEXT("--save", "FILE", save, "the trained model; with several runs FILE gets -SYSTEM-SEED"),
+  OPTION_TEXT("--checkpoint", "FILE", checkpoint, "state to go on from; names as with --save; what is finished is in FILE.results"),
+  OPTION_NUMBER("--every", every, 1, 1000000000, "steps from one checkpoint to the next; the last step has one too [500]"),
+  OPTION_TEXT("--resume", "FILE", resume, "go on from there, bit for bit; give the same options again"),
+  OPTION_NUMBER("--keep", keep, 1, 1000, "keep the model at N steps of the first stage, as CHECKPOINT-stepSTEP, for routes"),
+  OPTION_SWITCH("--tidy", tidy, "remove the checkpoint of a run when its results are kept"),
+  OPTION_SWITCH("--report", report, "train nothing, show what --resume has finished"),
+  OPTION_TEXT("--json", "FILE", json, "all results"),
+  OPTION_TEXT("--predictions", "FILE", predictions, "what the model says of each dev row; names as with --save"),
+  {"--resamples", "N", NULL, &opt.resamples, NULL, 0, 100000, "of the dev rows, to compare systems by; 0: none [1000]"}};
+
+enum { OPTIONS = sizeof options / sizeof *options };
+
+static void print_help(void) {
+  int i;
+  printf("usage: train [options]; defaults in brackets\n");
+  for (i = 0; i < OPTIONS; ++i) {
+    const option *o = &options[i];
+    const char *line = o->help;
+    char left[64];
+    if (!o->help) {
+      printf("\n%s\n", o->name);
+      continue;
+    }
+    snprintf(left, sizeof left, "%s %s", o->name, o->argument ? o->argument : "");
+    for (; line; line = strchr(line, '\n') ? strchr(line, '\n') + 1 : NULL) {
+      printf("  %-26s %.*s\n", left, (int)strcspn(line, "\n"), line);
+      left[0] = 0;
+    }
+  }
+}
 
 static void die(const char *format, ...) MOE__PRINTF(1, 2);
 static void die(const char *format, ...) {
@@ -151,109 +209,93 @@ static void *grow(void *p, size_t count, size_t size) {
   return p;
 }
 
-static double number(const char *option, const char *text, double low, double high) {
+/* Memory that is wanted to the end. */
+static struct lasting_block {
+  struct lasting_block *next;
+} *lasting_blocks;
+
+static void *lasting(size_t count, size_t size) {
+  struct lasting_block *b = (struct lasting_block *)take(count * size + 64, 1);
+  b->next = lasting_blocks;
+  lasting_blocks = b;
+  return (char *)b + 64;
+}
+
+static void free_lasting(void) {
+  while (lasting_blocks) {
+    struct lasting_block *next = lasting_blocks->next;
+    free(lasting_blocks);
+    lasting_blocks = next;
+  }
+}
+
+static double number(const char *name, const char *text, double low, double high) {
   char *end;
   double v = strtod(text, &end);
-  if (end == text || *end || !(v >= low && v <= high)) die("%s takes a number from %g to %g, not \"%s\"", option, low, high, text);
+  if (end == text || *end || !(v >= low && v <= high)) die("%s takes a number from %g to %g, not \"%s\"", name, low, high, text);
   return v;
 }
 
-static int64_t whole(const char *option, const char *text, int64_t low, int64_t high) {
+static int whole(const char *name, const char *text, double low, double high) {
   char *end;
   long long v = strtoll(text, &end, 10);
-  if (end == text || *end || v < low || v > high)
-    die("%s takes a whole number from %lld to %lld, not \"%s\"", option, (long long)low, (long long)high, text);
-  return v;
+  if (end == text || *end || (double)v < low || (double)v > high)
+    die("%s takes a whole number from %.0f to %.0f, not \"%s\"", name, low, high, text);
+  return (int)v;
 }
 
-static const char *one_of(const char *option, const char *text, const char *a, const char *b) {
-  if (strcmp(text, a) && strcmp(text, b)) die("%s is %s or %s, not \"%s\"", option, a, b, text);
-  return text;
+/* `word` is one of "a|b|c". */
+static int is_one_of(const char *list, const char *word) {
+  size_t n = strlen(word);
+  for (; list; list = strchr(list, '|') ? strchr(list, '|') + 1 : NULL)
+    if (!strncmp(list, word, n) && (!list[n] || list[n] == '|')) return 1;
+  return 0;
 }
 
 static void read_options(int argc, char **argv) {
-  int i;
+  int i, k;
   default_options();
   for (i = 1; i < argc; ++i) {
-    const char *o = argv[i], *v = i + 1 < argc ? argv[i + 1] : NULL;
-    if (!strcmp(o, "--help") || !strcmp(o, "-h")) {
-      fputs(help_text, stdout);
+    const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
+    const option *o = options;
+    if (!strcmp(name, "--help") || !strcmp(name, "-h")) {
+      print_help();
       exit(0);
     }
-    if (!strcmp(o, "--dedup")) { opt.dedup = 1; continue; }
-    if (!strcmp(o, "--cased")) { opt.cased = 1; continue; }
-    if (!strcmp(o, "--renormalize")) { opt.renormalize = 1; continue; }
-    if (strncmp(o, "--", 2)) die("\"%s\" is no option; --help lists them", o);
-    if (!v) die("%s needs a value, or is no option; --help lists them", o);
+    if (strncmp(name, "--", 2)) die("\"%s\" is no option; --help lists them", name);
+    for (k = 0; k < OPTIONS && strcmp(options[k].name, name); ++k) continue;
+    if (k == OPTIONS) die("unknown option %s; --help lists them", name);
+    o = &options[k];
+    if (!o->argument) {
+      *o->number = 1;
+      continue;
+    }
+    if (!value) die("%s needs a value; --help lists them", name);
     ++i;
-    if (!strcmp(o, "--data")) opt.data = v;
-    else if (!strcmp(o, "--tasks")) opt.tasks = v;
-    else if (!strcmp(o, "--max-len")) opt.max_len = (int)whole(o, v, 3, 1 << 20);
-    else if (!strcmp(o, "--truncate")) opt.truncate = one_of(o, v, "longest", "right");
-    else if (!strcmp(o, "--hold-out")) opt.hold_out = number(o, v, 0, 0.9);
-    else if (!strcmp(o, "--init")) opt.init = v;
-    else if (!strcmp(o, "--vocab")) opt.vocab = v;
-    else if (!strcmp(o, "--heads")) opt.heads = (int)whole(o, v, 1, 1024);
-    else if (!strcmp(o, "--eps")) opt.eps = number(o, v, 1e-30, 1);
-    else if (!strcmp(o, "--layers")) opt.layers = (int)whole(o, v, 1, 1000);
-    else if (!strcmp(o, "--hidden")) opt.hidden = (int)whole(o, v, 1, 65536);
-    else if (!strcmp(o, "--ffn")) opt.ffn = (int)whole(o, v, 1, 1 << 20);
-    else if (!strcmp(o, "--systems")) opt.systems = v;
-    else if (!strcmp(o, "--experts")) opt.experts = (int)whole(o, v, 1, MOE_MAX_EXPERTS);
-    else if (!strcmp(o, "--top-k")) opt.top_k = (int)whole(o, v, 1, MOE_MAX_EXPERTS);
-    else if (!strcmp(o, "--gate-scale")) opt.gate_scale = one_of(o, v, "paper", "n");
-    else if (!strcmp(o, "--noise")) opt.noise = number(o, v, 0, 10);
-    else if (!strcmp(o, "--epochs")) opt.epochs = whole(o, v, 1, 1000000);
-    else if (!strcmp(o, "--steps")) opt.steps = whole(o, v, 1, 1000000000);
-    else if (!strcmp(o, "--batch")) opt.batch = (int)whole(o, v, 1, 65536);
-    else if (!strcmp(o, "--micro-batch")) opt.micro_batch = (int)whole(o, v, 1, 1 << 24);
-    else if (!strcmp(o, "--lr")) opt.rate = number(o, v, 1e-12, 1e6);
-    else if (!strcmp(o, "--warmup")) opt.warmup = number(o, v, 0, 1);
-    else if (!strcmp(o, "--decay")) opt.decay = number(o, v, 0, 1e6);
-    else if (!strcmp(o, "--clip")) opt.clip = number(o, v, 0, 1e30);
-    else if (!strcmp(o, "--dropout")) opt.dropout = number(o, v, 0, 0.99);
-    else if (!strcmp(o, "--seeds")) opt.seeds = v;
-    else if (!strcmp(o, "--sampling")) opt.sampling = v;
-    else if (!strcmp(o, "--order")) opt.order = one_of(o, v, "shuffle", "file");
-    else if (!strcmp(o, "--balance")) opt.balance = number(o, v, 0, 1e6);
-    else if (!strcmp(o, "--z-loss")) opt.z_loss = number(o, v, 0, 1e6);
-    else if (!strcmp(o, "--jitter")) opt.jitter = number(o, v, 0, 0.99);
-    else if (!strcmp(o, "--rank")) opt.rank = (int)whole(o, v, 1, 4096);
-    else if (!strcmp(o, "--gate-lr")) opt.gate_rate = number(o, v, 0, 1e6);
-    else if (!strcmp(o, "--fine-tune")) opt.fine_tune = (int)whole(o, v, 1, 100000);
-    else if (!strcmp(o, "--fine-batch")) opt.fine_batch = (int)whole(o, v, 1, 65536);
-    else if (!strcmp(o, "--patience")) opt.patience = (int)whole(o, v, 1, 100000);
-    else if (!strcmp(o, "--grid")) opt.grid = v;
-    else if (!strcmp(o, "--from")) opt.from = v;
-    else if (!strcmp(o, "--adapt")) opt.adapt = v;
-    else if (!strcmp(o, "--gate-from")) opt.gate_from = v;
-    else if (!strcmp(o, "--rows")) opt.few = v;
-    else if (!strcmp(o, "--threads")) opt.threads = (int)whole(o, v, 1, 256);
-    else if (!strcmp(o, "--isa")) opt.isa = v;
-    else if (!strcmp(o, "--save")) opt.save = v;
-    else if (!strcmp(o, "--checkpoint")) opt.checkpoint = v;
-    else if (!strcmp(o, "--every")) opt.every = whole(o, v, 1, 1000000000);
-    else if (!strcmp(o, "--resume")) opt.resume = v;
-    else if (!strcmp(o, "--json")) opt.json = v;
-    else if (!strcmp(o, "--predictions")) opt.predictions = v;
-    else die("unknown option %s; --help lists them", o);
+    if (strchr(o->argument, '|') && !is_one_of(o->argument, value)) die("%s is %s, not \"%s\"", name, o->argument, value);
+    if (o->text) *o->text = value;
+    else if (o->number) *o->number = whole(name, value, o->low, o->high);
+    else *o->real = number(name, value, o->low, o->high);
   }
-  if (opt.from && opt.init) die("--from goes on from a trained model, --init starts anew: give one of them");
-  if (opt.adapt && !opt.from) die("--adapt needs --from, a model that %s can join", opt.adapt);
-  if (opt.from && (opt.checkpoint || opt.resume)) die("with --from there is no first stage that --checkpoint or --resume could be for");
-  if (opt.few && !opt.adapt) die("--rows is for --adapt");
-  if (opt.from && !opt.fine_tune) opt.fine_tune = 10;
-  if (opt.grid && !opt.fine_tune) die("--grid tries rates and warm-ups in the second stage: give --fine-tune too");
-  if (opt.epochs && opt.steps) die("give --epochs or --steps, not both");
-  if (opt.renormalize && !strcmp(opt.gate_scale, "n")) opt.gate_scale = "paper";
-  if (opt.top_k > opt.experts) die("--top-k %d is more than --experts %d", opt.top_k, opt.experts);
-  if (!opt.epochs && !opt.steps) opt.epochs = opt.init ? 3 : 8;
-  if (opt.rate == 0) opt.rate = opt.init || opt.from ? 5e-5 : 1e-3;
-  if (!opt.data) opt.data = "examples/data";
-  if (!opt.every) opt.every = 500;
 }
 
-/* Splits "a,b,c" in place into at most `most` parts. */
+/* What does not go together, and defaults that depend on other options. */
+static void check_options(void) {
+  if (opt.from && opt.init) die("--from goes on from a trained model, --init starts anew: give one of them");
+  if (opt.few && !opt.adapt) die("--rows is for --adapt");
+  if ((opt.from || opt.adapt) && !opt.fine_tune) opt.fine_tune = 10;
+  if (opt.grid && !opt.fine_tune) die("--grid tries rates and warm-ups in the second stage: give --fine-tune too");
+  if ((opt.epochs != 0) + (opt.steps != 0) + (opt.tokens > 0) > 1) die("give --epochs or --steps or --tokens, not two of them");
+  if (opt.keep && !opt.checkpoint) die("--keep makes its names of that of --checkpoint: give both");
+  if (opt.report && !opt.resume) die("--report shows what --resume FILE has finished: give both");
+  if (opt.renormalize && !strcmp(opt.gate_scale, "n")) opt.gate_scale = "paper";
+  if (opt.top_k > opt.experts) die("--top-k %d is more than --experts %d", opt.top_k, opt.experts);
+  if (!opt.epochs && !opt.steps && !(opt.tokens > 0)) opt.epochs = opt.init ? 3 : 8;
+  if (!(opt.rate > 0)) opt.rate = opt.init || opt.from ? 5e-5 : 1e-3;
+  if (!opt.data) opt.data = "examples/data";
+}
+
+/* Splits "a,b,c" in place into at most `most` parts; most + 1: there are more. */
 static int split(char *text, char mark, char **parts, int most) {
   int n = 0;
   for (;;) {
@@ -268,21 +310,25 @@ static int split(char *text, char mark, char **parts, int most) {
 
 static char *copy_text(const char *s) {
   size_t n = strlen(s) + 1;
-  return (char *)memcpy(take(n, 1), s, n);
+  return (char *)memcpy(lasting(n, 1), s, n);
 }
 
 /* ---- tasks and rows ---- */
 
+typedef struct row {
+  int64_t start;   /* of its tokens, which end where those of the next row start */
+  float label;
+  int32_t line;    /* in the file, from 1 */
+  int32_t span[4]; /* for span tasks */
+  uint64_t group;  /* hash of the question's name, for ranking */
+  uint64_t hash;   /* of the letters and digits of the text */
+} row;
+
 typedef struct rows {
-  int64_t n, tokens;
-  int64_t *start;    /* (n+1) */
+  int64_t n, tokens, room, token_room;
+  row *row; /* (n+1) */
   int32_t *ids;
   uint8_t *segments;
-  float *label;
-  uint64_t *group;   /* hash of the question's name, for ranking */
-  int32_t *line;     /* in the file, from 1 */
-  int32_t *span;     /* (n,4), for span tasks */
-  uint64_t *hash;    /* of the letters and digits of the text */
 } rows;
 
 typedef struct task_data {
@@ -300,6 +346,43 @@ static char *vocab;
 static size_t vocab_bytes;
 static moe_tokenizer *tokenizer;
 static moe_env env;
+
+static void free_rows(rows *r) {
+  free(r->row);
+  free(r->ids);
+  free(r->segments);
+  memset(r, 0, sizeof *r);
+}
+
+/* Appends a row; its start is set here. */
+static void rows_add(rows *r, const row *what, const int32_t *ids, const uint8_t *segments, int64_t length) {
+  if (r->n == r->room) {
+    r->room = 2 * r->room + 256;
+    r->row = (row *)grow(r->row, (size_t)r->room + 1, sizeof *r->row);
+  }
+  if (r->tokens + length > r->token_room) {
+    r->token_room = 2 * r->token_room + 8192 + length;
+    r->ids = (int32_t *)grow(r->ids, (size_t)r->token_room, sizeof *r->ids);
+    r->segments = (uint8_t *)grow(r->segments, (size_t)r->token_room, 1);
+  }
+  memcpy(r->ids + r->tokens, ids, (size_t)length * sizeof *r->ids);
+  memcpy(r->segments + r->tokens, segments, (size_t)length);
+  r->row[r->n] = *what;
+  r->row[r->n++].start = r->tokens;
+  r->tokens += length;
+  r->row[r->n].start = r->tokens;
+}
+
+/* Rows with keep[i] != 0 go to `kept`, the others to `rest` (or away). */
+static void part_rows(rows *kept, rows *rest, const rows *r, const unsigned char *keep) {
+  int64_t i;
+  memset(kept, 0, sizeof *kept);
+  if (rest) memset(rest, 0, sizeof *rest);
+  for (i = 0; i < r->n; ++i) {
+    const row *x = &r->row[i];
+    if (keep[i] || rest) rows_add(keep[i] ? kept : rest, x, r->ids + x->start, r->segments + x->start, x[1].start - x->start);
+  }
+}
 
 typedef struct tsv {
   const char *path;
@@ -388,7 +471,7 @@ static void read_labels(const tsv *f, task_data *t, char *text) {
   n = split(text, ',', part, MOE_MAX_CLASSES);
   if (n > MOE_MAX_CLASSES) die("%s:%d: more than %d labels", f->path, f->line, MOE_MAX_CLASSES);
   if (n < 2) die("%s:%d: a task needs at least two labels, \"%s\" names %d", f->path, f->line, text, n);
-  names = (const char **)take((size_t)n, sizeof *names);
+  names = (const char **)lasting((size_t)n, sizeof *names);
   for (i = 0; i < n; ++i) {
     char *name = strchr(part[i], '=');
     char index[16];
@@ -445,12 +528,9 @@ static void read_tasks(void) {
   else if (opt.tasks) n_wanted = split(copy_text(opt.tasks), ',', wanted, 512);
   if (opt.adapt && n_wanted > 1) die("--adapt takes one task");
   if (n_wanted > 512) die("--tasks: more than 512");
-  if (!n_wanted) {
-    tasks = all;
-    n_tasks = n;
-    return;
-  }
-  tasks = (task_data *)take((size_t)n_wanted, sizeof *tasks);
+  n_tasks = n_wanted ? 0 : n;
+  tasks = (task_data *)lasting((size_t)(n_wanted ? n_wanted : n), sizeof *tasks);
+  if (!n_wanted) memcpy(tasks, all, (size_t)n * sizeof *tasks);
   for (i = 0; i < n_wanted; ++i) {
     for (j = 0; j < i; ++j)
       if (!strcmp(wanted[i], wanted[j])) die("--tasks names %s twice", wanted[i]);
@@ -458,6 +538,7 @@ static void read_tasks(void) {
     if (j == n) die("there is no task \"%s\" in %s", wanted[i], path);
     tasks[n_tasks++] = all[j];
   }
+  free(all);
 }
 
 /* Letters and digits alone, in lower case: two texts with the same hash are the same text for --dedup. Other than ASCII counts as it is. */
@@ -506,37 +587,72 @@ static const rows *sorted_rows;
 
 static int by_group(const void *a, const void *b) {
   int64_t i = *(const int64_t *)a, j = *(const int64_t *)b;
-  uint64_t x = sorted_rows->group[i], y = sorted_rows->group[j];
+  uint64_t x = sorted_rows->row[i].group, y = sorted_rows->row[j].group;
   return x < y ? -1 : x > y ? 1 : i < j ? -1 : i > j;
 }
 
-static int64_t *rows_by_group(const rows *r) {
-  int64_t *order = (int64_t *)take((size_t)r->n, sizeof *order), i;
+/* Numbers of the rows so that the rows of a group follow each other, and where each group begins: (n+1) of both. Rows without groups, in
+   any task but a ranking, are groups of one. Returns the number of groups. */
+static int64_t rows_by_group(int64_t **order_out, int64_t **begin_out, const rows *r, const moe_task *t) {
+  int64_t *order = (int64_t *)take((size_t)r->n + 1, sizeof *order), *begin = (int64_t *)take((size_t)r->n + 1, sizeof *begin), i, n = 0;
+  int ranking = t->kind == MOE_KIND_RANKING;
   for (i = 0; i < r->n; ++i) order[i] = i;
   sorted_rows = r;
-  qsort(order, (size_t)r->n, sizeof *order, by_group);
-  return order;
+  if (ranking) qsort(order, (size_t)r->n, sizeof *order, by_group);
+  for (i = 0; i < r->n; ++i)
+    if (!i || !ranking || r->row[order[i]].group != r->row[order[i - 1]].group) begin[n++] = i;
+  begin[n] = r->n;
+  *order_out = order;
+  *begin_out = begin;
+  return n;
 }
 
 /* Of the choices of a question exactly one is right. */
-static void check_groups(const rows *r, const char *path) {
-  int64_t *order = rows_by_group(r), i, end;
-  for (i = 0; i < r->n; i = end) {
+static void check_groups(const rows *r, const moe_task *t, const char *path) {
+  int64_t *order, *begin, n = rows_by_group(&order, &begin, r, t), g, i;
+  for (g = 0; g < n; ++g) {
     int right = 0;
-    for (end = i; end < r->n && r->group[order[end]] == r->group[order[i]]; ++end) right += r->label[order[end]] == 1;
+    for (i = begin[g]; i < begin[g + 1]; ++i) right += r->row[order[i]].label > 0;
     if (right != 1)
-      die("%s:%d: the group that begins here has %d choices with label 1, it must be one", path, r->line[order[i]], right);
-    if (end == i + 1) die("%s:%d: the group of this row has no other choice", path, r->line[order[i]]);
+      die("%s:%d: the group that begins here has %d choices with label 1, it must be one", path, r->row[order[begin[g]]].line, right);
+    if (begin[g + 1] == begin[g] + 1) die("%s:%d: the group of this row has no other choice", path, r->row[order[begin[g]]].line);
   }
   free(order);
+  free(begin);
+}
+
+static float read_label(const tsv *f, const task_data *t, const char *text) {
+  float label = field_number(f, "label", text);
+  if (t->task.kind == MOE_KIND_REGRESSION) {
+    if (label < t->task.low || label > t->task.high)
+      die("%s:%d: label %s is outside %g..%g", f->path, f->line, text, (double)t->task.low, (double)t->task.high);
+  } else if (!(label >= 0 && label < (float)t->task.classes) || label < (float)(int)label || label > (float)(int)label)
+    die("%s:%d: label %s is none of 0 .. %d", f->path, f->line, text, t->task.classes - 1);
+  return label;
+}
+
+static void tokens_make(moe_tokens *out, int max_len) {
+  memset(out, 0, sizeof *out);
+  out->capacity = max_len;
+  out->ids = (int32_t *)take((size_t)max_len, sizeof(int32_t));
+  out->segments = (uint8_t *)take((size_t)max_len, 1);
+  out->begin = (int32_t *)take((size_t)max_len, sizeof(int32_t));
+  out->end = (int32_t *)take((size_t)max_len, sizeof(int32_t));
+}
+
+static void tokens_free(moe_tokens *out) {
+  free(out->ids);
+  free(out->segments);
+  free(out->begin);
+  free(out->end);
 }
 
 static int read_rows(rows *r, const task_data *t, const char *path, int optional) {
+  static const char *const span_column[4] = {"start1", "end1", "start2", "end2"};
   tsv f;
   char *line, *field[16];
   int max_len = t->task.max_len && t->task.max_len < config.max_len ? t->task.max_len : config.max_len;
   int label_at, a_at, b_at = -1, group_at = -1, span_at[4] = {-1, -1, -1, -1}, i;
-  int64_t room = 0, token_room = 0;
   moe_tokens out;
   memset(r, 0, sizeof *r);
   if (!tsv_open(&f, path, optional)) return 0;
@@ -544,116 +660,30 @@ static int read_rows(rows *r, const task_data *t, const char *path, int optional
   a_at = tsv_column(&f, "sentence1", 1);
   if (t->task.pair) b_at = tsv_column(&f, "sentence2", 1);
   if (t->task.kind == MOE_KIND_RANKING) group_at = tsv_column(&f, "group", 1);
-  if (t->task.kind == MOE_KIND_SPAN) {
-    span_at[0] = tsv_column(&f, "start1", 1);
-    span_at[1] = tsv_column(&f, "end1", 1);
-    span_at[2] = tsv_column(&f, "start2", 1);
-    span_at[3] = tsv_column(&f, "end2", 1);
-  }
-  memset(&out, 0, sizeof out);
-  out.capacity = max_len;
-  out.ids = (int32_t *)take((size_t)max_len, sizeof(int32_t));
-  out.segments = (uint8_t *)take((size_t)max_len, 1);
-  out.begin = (int32_t *)take((size_t)max_len, sizeof(int32_t));
-  out.end = (int32_t *)take((size_t)max_len, sizeof(int32_t));
+  for (i = 0; i < 4 && t->task.kind == MOE_KIND_SPAN; ++i) span_at[i] = tsv_column(&f, span_column[i], 1);
+  tokens_make(&out, max_len);
   while ((line = tsv_line(&f)) != NULL) {
     const char *a, *b;
-    float label;
+    row x;
+    memset(&x, 0, sizeof x);
     tsv_fields(&f, line, field);
     a = field[a_at];
     b = b_at >= 0 ? field[b_at] : NULL;
-    label = field_number(&f, "label", field[label_at]);
-    if (t->task.kind == MOE_KIND_REGRESSION) {
-      if (label < t->task.low || label > t->task.high)
-        die("%s:%d: label %s is outside %g..%g", path, f.line, field[label_at], (double)t->task.low, (double)t->task.high);
-    } else if (!(label >= 0 && label < (float)t->task.classes) || label != (float)(int)label)
-      die("%s:%d: label %s is none of 0 .. %d", path, f.line, field[label_at], t->task.classes - 1);
+    x.label = read_label(&f, t, field[label_at]);
+    x.hash = text_hash(a, b);
+    x.group = group_at >= 0 ? name_hash(field[group_at]) : 0;
+    x.line = f.line;
     need(moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, max_len, config.truncate, &out, &env));
-    if (r->n == room) {
-      room = room ? 2 * room : 1024;
-      r->start = (int64_t *)grow(r->start, (size_t)room + 1, sizeof *r->start);
-      r->label = (float *)grow(r->label, (size_t)room, sizeof *r->label);
-      r->hash = (uint64_t *)grow(r->hash, (size_t)room, sizeof *r->hash);
-      r->group = (uint64_t *)grow(r->group, (size_t)room, sizeof *r->group);
-      r->line = (int32_t *)grow(r->line, (size_t)room, sizeof *r->line);
-      r->span = (int32_t *)grow(r->span, (size_t)room * 4, sizeof *r->span);
-    }
-    if (r->tokens + out.count > token_room) {
-      token_room = 2 * token_room + 65536 + out.count;
-      r->ids = (int32_t *)grow(r->ids, (size_t)token_room, sizeof *r->ids);
-      r->segments = (uint8_t *)grow(r->segments, (size_t)token_room, 1);
-    }
-    memcpy(r->ids + r->tokens, out.ids, (size_t)out.count * sizeof *r->ids);
-    memcpy(r->segments + r->tokens, out.segments, (size_t)out.count);
-    r->start[r->n] = r->tokens;
-    r->label[r->n] = label;
-    r->hash[r->n] = text_hash(a, b);
-    r->group[r->n] = group_at >= 0 ? name_hash(field[group_at]) : 0;
-    r->line[r->n] = f.line;
-    memset(r->span + 4 * r->n, 0, 4 * sizeof *r->span);
-    if (t->task.kind == MOE_KIND_SPAN)
-      for (i = 0; i < 2; ++i)
-        find_span(&f, &out, b ? i : 0, i && b ? b : a, field_whole(&f, "start", field[span_at[2 * i]]),
-                  field_whole(&f, "end", field[span_at[2 * i + 1]]), r->span + 4 * r->n + 2 * i);
-    r->tokens += out.count;
-    ++r->n;
+    for (i = 0; i < 2 && t->task.kind == MOE_KIND_SPAN; ++i)
+      find_span(&f, &out, b ? i : 0, i && b ? b : a, field_whole(&f, "start", field[span_at[2 * i]]),
+                field_whole(&f, "end", field[span_at[2 * i + 1]]), x.span + 2 * i);
+    rows_add(r, &x, out.ids, out.segments, out.count);
   }
   if (!r->n) die("%s holds no rows", path);
-  r->start[r->n] = r->tokens;
-  if (t->task.kind == MOE_KIND_RANKING) check_groups(r, path);
-  free(out.ids);
-  free(out.segments);
-  free(out.begin);
-  free(out.end);
+  if (t->task.kind == MOE_KIND_RANKING) check_groups(r, &t->task, path);
+  tokens_free(&out);
   free(f.text);
   return 1;
-}
-
-static void free_rows(rows *r) {
-  free(r->line);
-  free(r->start);
-  free(r->ids);
-  free(r->segments);
-  free(r->label);
-  free(r->group);
-  free(r->span);
-  free(r->hash);
-}
-
-/* Keeps the rows with keep[i] != 0, the others go to `rest` (or away). */
-static void part_rows(rows *r, rows *rest, const unsigned char *keep) {
-  rows kept;
-  int side;
-  int64_t i;
-  memset(&kept, 0, sizeof kept);
-  for (side = 0; side < 2; ++side) {
-    rows *to = side ? rest : &kept;
-    if (!to) continue;
-    to->start = (int64_t *)take((size_t)r->n + 1, sizeof *to->start);
-    to->ids = (int32_t *)take((size_t)r->tokens, sizeof *to->ids);
-    to->segments = (uint8_t *)take((size_t)r->tokens, 1);
-    to->label = (float *)take((size_t)r->n, sizeof *to->label);
-    to->group = (uint64_t *)take((size_t)r->n, sizeof *to->group);
-    to->line = (int32_t *)take((size_t)r->n, sizeof *to->line);
-    to->span = (int32_t *)take((size_t)r->n * 4, sizeof *to->span);
-    to->hash = (uint64_t *)take((size_t)r->n, sizeof *to->hash);
-    to->n = to->tokens = 0;
-    for (i = 0; i < r->n; ++i) {
-      size_t length = (size_t)(r->start[i + 1] - r->start[i]);
-      if ((keep[i] != 0) == side) continue;
-      memcpy(to->ids + to->tokens, r->ids + r->start[i], length * sizeof *to->ids);
-      memcpy(to->segments + to->tokens, r->segments + r->start[i], length);
-      to->label[to->n] = r->label[i];
-      to->group[to->n] = r->group[i];
-      to->line[to->n] = r->line[i];
-      memcpy(to->span + 4 * to->n, r->span + 4 * i, 4 * sizeof *to->span);
-      to->hash[to->n] = r->hash[i];
-      to->start[to->n++] = to->tokens;
-      to->tokens += (int64_t)length;
-    }
-    to->start[to->n] = to->tokens;
-  }
-  *r = kept;
 }
 
 static int by_hash(const void *a, const void *b) {
@@ -662,41 +692,43 @@ static int by_hash(const void *a, const void *b) {
 }
 
 /* A question that loses one choice loses all. */
-static void keep_groups_whole(const rows *r, unsigned char *keep) {
-  int64_t *order = rows_by_group(r), i, j, end;
-  for (i = 0; i < r->n; i = end) {
+static void keep_groups_whole(const rows *r, const moe_task *t, unsigned char *keep) {
+  int64_t *order, *begin, n = rows_by_group(&order, &begin, r, t), g, i;
+  for (g = 0; g < n; ++g) {
     unsigned char all = 1;
-    for (end = i; end < r->n && r->group[order[end]] == r->group[order[i]]; ++end) all &= keep[order[end]];
-    for (j = i; j < end; ++j) keep[order[j]] = all;
+    for (i = begin[g]; i < begin[g + 1]; ++i) all &= keep[order[i]];
+    for (i = begin[g]; i < begin[g + 1]; ++i) keep[order[i]] = all;
   }
   free(order);
+  free(begin);
+}
+
+/* Marks the rows whose text stands in `dev`. */
+static void mark_overlaps(unsigned char *keep, const rows *r, const rows *dev) {
+  uint64_t *set = (uint64_t *)take((size_t)dev->n, sizeof *set);
+  int64_t i;
+  for (i = 0; i < dev->n; ++i) set[i] = dev->row[i].hash;
+  qsort(set, (size_t)dev->n, sizeof *set, by_hash);
+  for (i = 0; i < r->n; ++i)
+    if (bsearch(&r->row[i].hash, set, (size_t)dev->n, sizeof *set, by_hash)) keep[i] = 0;
+  free(set);
 }
 
 /* --dedup: a training row that stands in another task's dev set would make that task's score dishonest. */
 static void remove_overlaps(void) {
   int t, o, d;
-  int64_t i;
   for (t = 0; t < n_tasks; ++t) {
-    rows *r = &tasks[t].train, whole = *r;
-    unsigned char *keep = (unsigned char *)take((size_t)r->n, 1);
-    int64_t before = r->n;
-    memset(keep, 1, (size_t)r->n);
+    rows all = tasks[t].train, *r = &tasks[t].train;
+    unsigned char *keep = (unsigned char *)take((size_t)all.n, 1);
+    memset(keep, 1, (size_t)all.n);
     for (o = 0; o < n_tasks; ++o)
-      for (d = 0; d < tasks[o].n_dev && o != t; ++d) {
-        const rows *dev = &tasks[o].dev[d];
-        uint64_t *set = (uint64_t *)take((size_t)dev->n, sizeof *set);
-        memcpy(set, dev->hash, (size_t)dev->n * sizeof *set);
-        qsort(set, (size_t)dev->n, sizeof *set, by_hash);
-        for (i = 0; i < r->n; ++i)
-          if (bsearch(&r->hash[i], set, (size_t)dev->n, sizeof *set, by_hash)) keep[i] = 0;
-        free(set);
-      }
-    if (tasks[t].task.kind == MOE_KIND_RANKING) keep_groups_whole(r, keep);
-    part_rows(r, NULL, keep);
-    free_rows(&whole);
+      for (d = 0; d < tasks[o].n_dev && o != t; ++d) mark_overlaps(keep, &all, &tasks[o].dev[d]);
+    keep_groups_whole(&all, &tasks[t].task, keep);
+    part_rows(r, NULL, &all, keep);
     free(keep);
-    if (r->n < before) printf("%s: %lld training rows stand in another task's dev set and are left out\n", tasks[t].task.name, (long long)(before - r->n));
+    if (r->n < all.n) printf("%s: %lld training rows stand in another task's dev set and are left out\n", tasks[t].task.name, (long long)(all.n - r->n));
     if (!r->n) die("%s has no training row left", tasks[t].task.name);
+    free_rows(&all);
   }
 }
 
@@ -704,37 +736,49 @@ static void hold_out_rows(void) {
   int t;
   int64_t i;
   for (t = 0; t < n_tasks; ++t) {
-    rows *r = &tasks[t].train, whole = *r;
-    unsigned char *keep = (unsigned char *)take((size_t)r->n, 1);
-    for (i = 0; i < r->n; ++i) { /* the rows of a ranking's group stay together */
-      uint64_t of = tasks[t].task.kind == MOE_KIND_RANKING ? r->group[i] : (uint64_t)i;
+    rows all = tasks[t].train;
+    unsigned char *keep = (unsigned char *)take((size_t)all.n, 1);
+    for (i = 0; i < all.n; ++i) { /* the rows of a ranking's group stay together */
+      uint64_t of = tasks[t].task.kind == MOE_KIND_RANKING ? all.row[i].group : (uint64_t)i;
       keep[i] = (double)(moe_key(1, 0, of, (uint32_t)t, 77) >> 11) / 9007199254740992.0 >= opt.hold_out;
     }
-    part_rows(r, &tasks[t].held, keep);
-    free_rows(&whole);
+    part_rows(&tasks[t].train, &tasks[t].held, &all, keep);
+    free_rows(&all);
     free(keep);
-    if (!r->n || !tasks[t].held.n) die("--hold-out %g leaves task %s without rows on one side", opt.hold_out, tasks[t].task.name);
+    if (!tasks[t].train.n || !tasks[t].held.n) die("--hold-out %g leaves task %s without rows on one side", opt.hold_out, tasks[t].task.name);
   }
 }
 
-static void read_data(void) {
+static int read_part(rows *r, const task_data *d, const char *file, int optional) {
   char path[1024];
+  snprintf(path, sizeof path, "%s/%s/%s.tsv", opt.data, d->task.name, file);
+  return read_rows(r, d, path, optional);
+}
+
+static void read_data(void) {
+  double n = 0, tokens = 0;
   int t;
   for (t = 0; t < n_tasks; ++t) {
     task_data *d = &tasks[t];
-    snprintf(path, sizeof path, "%s/%s/train.tsv", opt.data, d->task.name);
-    read_rows(&d->train, d, path, 0);
-    snprintf(path, sizeof path, "%s/%s/dev.tsv", opt.data, d->task.name);
-    read_rows(&d->dev[0], d, path, 0);
-    d->n_dev = 1;
-    snprintf(path, sizeof path, "%s/%s/dev_2.tsv", opt.data, d->task.name);
-    if (read_rows(&d->dev[1], d, path, 1)) d->n_dev = 2;
-    snprintf(path, sizeof path, "%s/%s/dev_mm.tsv", opt.data, d->task.name);
-    if (d->n_dev == 1 && read_rows(&d->dev[1], d, path, 1)) d->n_dev = 2;
+    read_part(&d->train, d, "train", 0);
+    read_part(&d->dev[0], d, "dev", 0);
+    d->n_dev = 1 + (read_part(&d->dev[1], d, "dev_2", 1) || read_part(&d->dev[1], d, "dev_mm", 1));
     if (!d->official) d->official = d->train.n;
   }
   if (opt.dedup) remove_overlaps();
   if (opt.hold_out > 0) hold_out_rows();
+  for (t = 0; t < n_tasks; ++t) n += (double)tasks[t].train.n, tokens += (double)tasks[t].train.tokens;
+  if (opt.tokens > 0) opt.steps = (int)ceil(opt.tokens / (tokens / n * opt.batch));
+}
+
+static void free_data(void) {
+  int t;
+  for (t = 0; t < n_tasks; ++t) {
+    free_rows(&tasks[t].train);
+    free_rows(&tasks[t].held);
+    free_rows(&tasks[t].dev[0]);
+    free_rows(&tasks[t].dev[1]);
+  }
 }
 
 /* ---- the starting point ---- */
@@ -805,7 +849,7 @@ static void make_tokenizer(void) {
   void *block;
   size_t bytes;
   need(moe_tokenizer_size(vocab, vocab_bytes, &bytes, &env));
-  block = take(bytes + 64, 1);
+  block = lasting(bytes + 64, 1);
   need(moe_tokenizer_init(&tokenizer, (char *)block + (64 - ((size_t)block & 63)), bytes, vocab, vocab_bytes, config.cased, &env));
 }
 
@@ -817,8 +861,7 @@ static void read_vocab(void) {
   if (from_model) { /* what it was trained with, and nothing else */
     const char *text = moe_model_vocab(from_model, &vocab_bytes);
     if (!text) die("%s holds no vocabulary", opt.from);
-    vocab = (char *)take(vocab_bytes + 1, 1);
-    memcpy(vocab, text, vocab_bytes);
+    vocab = (char *)memcpy(lasting(vocab_bytes + 1, 1), text, vocab_bytes);
     make_tokenizer();
     return;
   }
@@ -826,7 +869,8 @@ static void read_vocab(void) {
   else snprintf(path, sizeof path, "%s/vocab.txt", opt.data);
   if (!opt.vocab && opt.init) die("--init needs --vocab, the vocabulary that the encoder was trained with");
   need(moe_file_read(&data, &vocab_bytes, path, &env));
-  vocab = (char *)data;
+  vocab = (char *)memcpy(lasting(vocab_bytes + 1, 1), data, vocab_bytes);
+  moe_free(data);
   about = path;
   make_tokenizer();
   about = NULL;
@@ -868,24 +912,11 @@ static void make_config(void) {
 #define EVAL_ROWS 256
 
 typedef struct scores {
-  float *value;       /* (n, stride) */
+  float *value;   /* (n, stride) */
   int32_t stride;
 } scores;
 
-static int64_t *route_count; /* (T, L, N) of the run being evaluated, or NULL */
-
-static void count_routes(const moe_context *context, const moe_batch *batch, int task_shown) {
-  int32_t l, s, i;
-  for (l = 0; l < config.layers; ++l) {
-    moe_routes routes;
-    if (moe_context_routes(context, l, &routes) != MOE_OK) return;
-    for (s = 0; s < batch->S; ++s)
-      for (i = batch->seq_start[s] * routes.k; i < batch->seq_start[s + 1] * routes.k; ++i)
-        ++route_count[((int64_t)task_shown * config.layers + l) * routes.N + routes.expert[i]];
-  }
-}
-
-/* Fills a batch with the given rows of one or several tasks. */
+/* Rows of one or several tasks as a batch. */
 typedef struct batch_buffer {
   moe_batch batch;
   int32_t *ids, *start, *task, *span;
@@ -922,67 +953,81 @@ static void batch_clear(batch_buffer *b) {
   b->start[0] = 0;
 }
 
-static void batch_add(batch_buffer *b, const rows *r, int64_t row, int32_t task, int64_t index) {
-  int32_t length = (int32_t)(r->start[row + 1] - r->start[row]), s = b->batch.S;
-  memcpy(b->ids + b->tokens, r->ids + r->start[row], (size_t)length * sizeof *b->ids);
-  memcpy(b->segments + b->tokens, r->segments + r->start[row], (size_t)length);
-  memcpy(b->span + 4 * s, r->span + 4 * row, 4 * sizeof *b->span);
+static void batch_add(batch_buffer *b, const rows *r, int64_t row_number, int32_t task, int64_t index) {
+  const row *x = &r->row[row_number];
+  int32_t length = (int32_t)(x[1].start - x->start), s = b->batch.S;
+  memcpy(b->ids + b->tokens, r->ids + x->start, (size_t)length * sizeof *b->ids);
+  memcpy(b->segments + b->tokens, r->segments + x->start, (size_t)length);
+  memcpy(b->span + 4 * s, x->span, sizeof x->span);
   b->tokens += length;
   b->task[s] = task;
-  b->label[s] = r->label[row];
+  b->label[s] = x->label;
   b->index[s] = index;
   b->start[s + 1] = b->tokens;
   ++b->batch.S;
 }
 
-static void score_rows(scores *out, moe_context *context, const moe_model *model, const rows *r, int32_t model_task, int task_shown) {
+static moe_context *make_context(const moe_model *model) {
+  moe_limits limits = {EVAL_TOKENS, EVAL_ROWS, 0};
+  moe_context *context;
+  if (limits.tokens < config.max_len) limits.tokens = config.max_len;
+  need(moe_context_create(&context, model, &limits, &env));
+  return context;
+}
+
+/* Adds the experts that a batch has chosen to routes (L, N). */
+static void count_routes(int64_t *routes, const moe_context *context, const moe_batch *batch) {
+  int32_t l, i;
+  for (l = 0; l < config.layers; ++l) {
+    moe_routes of;
+    if (moe_context_routes(context, l, &of) != MOE_OK) return;
+    for (i = 0; i < batch->seq_start[batch->S] * of.k; ++i) ++routes[(int64_t)l * of.N + of.expert[i]];
+  }
+}
+
+static void score_rows(scores *out, int64_t *routes, moe_context *context, const moe_model *model, const rows *r, int32_t model_task) {
   batch_buffer b;
-  int64_t row = 0;
+  int64_t i = 0;
   out->stride = moe_model_max_classes(model);
   out->value = (float *)take((size_t)r->n * (size_t)out->stride, sizeof(float));
   batch_make(&b, EVAL_TOKENS > config.max_len ? EVAL_TOKENS : config.max_len, EVAL_ROWS);
-  while (row < r->n) {
-    int64_t first = row;
+  while (i < r->n) {
+    int64_t first = i;
     batch_clear(&b);
-    do batch_add(&b, r, row, model_task, row), ++row;
-    while (row < r->n && b.batch.S < EVAL_ROWS && b.tokens + (r->start[row + 1] - r->start[row]) <= EVAL_TOKENS);
+    do batch_add(&b, r, i, model_task, i), ++i;
+    while (i < r->n && b.batch.S < EVAL_ROWS && b.tokens + (r->row[i + 1].start - r->row[i].start) <= EVAL_TOKENS);
     need(moe_forward(context, out->value + first * out->stride, &b.batch, &env));
-    if (route_count) count_routes(context, &b.batch, task_shown);
+    if (routes) count_routes(routes, context, &b.batch);
   }
   batch_free(&b);
 }
 
-/* What is predicted of each row: a class; in a ranking 1 for the choice of a group with the largest logit of class 1 (the first of
-   equals), else 0; in a regression 0. */
-static int32_t *predictions(const moe_task *t, const rows *r, const scores *s) {
-  int32_t *predicted = (int32_t *)take((size_t)r->n, sizeof *predicted), c;
-  int64_t i, end, *order;
+/* What is said of each row: a class; in a ranking 1 for the choice of a group with the largest logit of class 1 (the first of equals), else
+   0; in a regression the value. */
+static void read_answers(float *answer, const moe_task *t, const rows *r, const scores *s) {
+  int64_t i, g, n, *order, *begin;
+  int32_t c;
   if (t->kind == MOE_KIND_RANKING) {
-    order = rows_by_group(r);
-    for (i = 0; i < r->n; i = end) {
-      int64_t best = order[i];
-      for (end = i; end < r->n && r->group[order[end]] == r->group[order[i]]; ++end)
-        if (s->value[order[end] * s->stride + 1] > s->value[best * s->stride + 1]) best = order[end];
-      predicted[best] = 1;
+    n = rows_by_group(&order, &begin, r, t);
+    for (g = 0; g < n; ++g) {
+      int64_t best = order[begin[g]];
+      for (i = begin[g]; i < begin[g + 1]; ++i) {
+        answer[order[i]] = 0;
+        if (s->value[order[i] * s->stride + 1] > s->value[best * s->stride + 1]) best = order[i];
+      }
+      answer[best] = 1;
     }
     free(order);
-    return predicted;
+    free(begin);
+    return;
   }
-  for (i = 0; i < r->n; ++i)
+  for (i = 0; i < r->n; ++i) {
+    const float *v = s->value + i * s->stride;
+    int32_t best = 0;
     for (c = 1; c < t->classes; ++c)
-      if (s->value[i * s->stride + c] > s->value[i * s->stride + predicted[i]]) predicted[i] = c;
-  return predicted;
-}
-
-/* Accuracy over the groups of a ranking: each has one right row, and one that is chosen. */
-static double ranking_accuracy(const int32_t *predicted, const int32_t *label, size_t n) {
-  size_t i;
-  int64_t groups = 0, right = 0;
-  for (i = 0; i < n; ++i) {
-    groups += predicted[i];
-    right += predicted[i] && label[i] == 1;
+      if (v[c] > v[best]) best = c;
+    answer[i] = t->kind == MOE_KIND_REGRESSION ? v[0] : (float)best;
   }
-  return (double)right / (double)groups;
 }
 
 /* The first of a task's metrics is the one that counts. */
@@ -991,32 +1036,40 @@ static void metric_name(char *name, const moe_task *t) {
   if (strchr(name, ',')) *strchr(name, ',') = 0;
 }
 
-/* Value of that metric; *defined becomes 0 where it has none (one class only, say): it then counts as 0. */
-static double metric(const moe_task *t, const rows *r, const scores *s, int *defined) {
-  size_t n = (size_t)r->n, i;
-  int32_t *predicted = predictions(t, r, s), *label = (int32_t *)take(n, sizeof *label);
-  float *value = (float *)take(n, sizeof *value);
-  float *scratch = (float *)take(n, 2 * sizeof *scratch);
+/* Accuracy over the groups of a ranking: each has one row that is right, and one that is chosen. */
+static double ranking_accuracy(const int32_t *answer, const int32_t *label, size_t n) {
+  size_t i;
+  int64_t groups = 0, right = 0;
+  for (i = 0; i < n; ++i) {
+    groups += answer[i];
+    right += answer[i] && label[i] == 1;
+  }
+  return groups ? (double)right / (double)groups : 0;
+}
+
+/* Value of that metric for n answers; *defined becomes 0 where it has none (one class only, say): it then counts as 0. */
+static double metric(const moe_task *t, const float *answer, const float *label, size_t n, int *defined) {
+  int32_t *a = (int32_t *)take(2 * n, sizeof *a), *b = a + n;
+  float *scratch = (float *)take(2 * n, sizeof *scratch);
   char name[MOE_NAME_BYTES];
   double v = 0;
+  size_t i;
   int ok = 1;
   metric_name(name, t);
-  for (i = 0; i < n; ++i) {
-    value[i] = s->value[i * (size_t)s->stride];
-    label[i] = (int32_t)r->label[i];
+  for (i = 0; i < n && t->kind != MOE_KIND_REGRESSION; ++i) {
+    a[i] = (int32_t)answer[i];
+    b[i] = (int32_t)label[i];
   }
-  if (t->kind == MOE_KIND_RANKING && !strcmp(name, "accuracy")) v = ranking_accuracy(predicted, label, n);
-  else if (!strcmp(name, "accuracy")) v = moe_metric_accuracy(predicted, label, n, &ok);
-  else if (!strcmp(name, "f1")) v = moe_metric_f1(predicted, label, n, &ok);
-  else if (!strcmp(name, "macro_f1")) v = moe_metric_macro_f1(predicted, label, n, t->classes, &ok);
-  else if (!strcmp(name, "matthews")) v = moe_metric_matthews(predicted, label, n, t->classes, &ok);
-  else if (!strcmp(name, "pearson")) v = moe_metric_pearson(value, r->label, n, &ok);
-  else if (!strcmp(name, "spearman")) v = moe_metric_spearman(value, r->label, n, scratch, &ok);
+  if (t->kind == MOE_KIND_RANKING && !strcmp(name, "accuracy")) v = ranking_accuracy(a, b, n);
+  else if (!strcmp(name, "accuracy")) v = moe_metric_accuracy(a, b, n, &ok);
+  else if (!strcmp(name, "f1")) v = moe_metric_f1(a, b, n, &ok);
+  else if (!strcmp(name, "macro_f1")) v = moe_metric_macro_f1(a, b, n, t->classes, &ok);
+  else if (!strcmp(name, "matthews")) v = moe_metric_matthews(a, b, n, t->classes, &ok);
+  else if (!strcmp(name, "pearson")) v = moe_metric_pearson(answer, label, n, &ok);
+  else if (!strcmp(name, "spearman")) v = moe_metric_spearman(answer, label, n, scratch, &ok);
   else die("task %s: there is no metric \"%s\"", t->name, name);
   if (!ok) *defined = 0;
-  free(predicted);
-  free(label);
-  free(value);
+  free(a);
   free(scratch);
   return v;
 }
@@ -1024,54 +1077,324 @@ static double metric(const moe_task *t, const rows *r, const scores *s, int *def
 static FILE *prediction_file; /* where evaluate writes the predictions, or NULL */
 
 /* A line for each dev row: task, set (1: dev.tsv, 2: the second one), line of the file, label, prediction, scores. */
-static void write_predictions(const task_data *t, int set, const rows *r, const scores *s) {
-  int32_t *predicted = predictions(&t->task, r, s), c;
+static void write_predictions(const task_data *t, int set, const rows *r, const scores *s, const float *answer) {
   int64_t i;
+  int32_t c;
   for (i = 0; i < r->n; ++i) {
     const float *v = s->value + i * s->stride;
-    fprintf(prediction_file, "%s\t%d\t%d\t%.9g\t", t->task.name, set + 1, r->line[i], (double)r->label[i]);
-    if (t->task.kind == MOE_KIND_REGRESSION) fprintf(prediction_file, "%.9g\t", (double)v[0]);
-    else fprintf(prediction_file, "%d\t", (int)predicted[i]);
+    fprintf(prediction_file, "%s\t%d\t%d\t%.9g\t%.9g\t", t->task.name, set + 1, r->row[i].line, (double)r->row[i].label, (double)answer[i]);
     for (c = 0; c < t->task.classes; ++c) fprintf(prediction_file, "%s%.9g", c ? " " : "", (double)v[c]);
     fprintf(prediction_file, "\n");
   }
-  free(predicted);
 }
 
-/* Mean of the metric over n_sets sets of rows; *defined may be NULL. */
-static double evaluate(moe_context *context, const moe_model *model, const rows *r, int n_sets, int32_t model_task, int task_shown, int *defined) {
+static float *labels_of(const rows *r) {
+  float *label = (float *)take((size_t)r->n, sizeof *label);
+  int64_t i;
+  for (i = 0; i < r->n; ++i) label[i] = r->row[i].label;
+  return label;
+}
+
+/* Where the outcome of an evaluation goes, beside the metric: all may be NULL. */
+typedef struct outcome {
+  float *answer;   /* of all rows, set after set */
+  int64_t *routes; /* (L,N), added to */
+  int *defined;
+} outcome;
+
+/* Mean of the metric of task t over n_sets sets of rows. */
+static double evaluate(moe_context *context, const moe_model *model, const rows *r, int n_sets, int32_t model_task, int t, const outcome *out) {
   double sum = 0;
   int d, ok = 1;
+  int64_t at = 0;
   for (d = 0; d < n_sets; ++d) {
+    float *label = labels_of(&r[d]), *answer = (float *)take((size_t)r[d].n, sizeof *answer);
     scores s;
-    score_rows(&s, context, model, &r[d], model_task, task_shown);
-    sum += metric(&tasks[task_shown].task, &r[d], &s, &ok);
-    if (prediction_file) write_predictions(&tasks[task_shown], d, &r[d], &s);
+    score_rows(&s, out ? out->routes : NULL, context, model, &r[d], model_task);
+    read_answers(answer, &tasks[t].task, &r[d], &s);
+    sum += metric(&tasks[t].task, answer, label, (size_t)r[d].n, &ok);
+    if (out && prediction_file) write_predictions(&tasks[t], d, &r[d], &s, answer);
+    if (out && out->answer) memcpy(out->answer + at, answer, (size_t)r[d].n * sizeof *answer);
+    at += r[d].n;
+    free(label);
+    free(answer);
     free(s.value);
   }
-  if (defined) *defined = ok;
+  if (out && out->defined) *out->defined = ok;
   return sum / n_sets;
 }
 
-/* What the most frequent class (or the mean) scores, and the standard error of such a score: a table's yardstick. */
-static double majority(const task_data *t, double *error) {
-  int64_t count[MOE_MAX_CLASSES], i, best = 0;
-  const rows *r = &t->dev[0];
-  double share;
-  if (t->task.kind == MOE_KIND_REGRESSION || !strncmp(t->task.metrics, "matthews", 8)) {
-    *error = 1 / sqrt((double)(r->n > 1 ? r->n - 1 : 1));
-    return 0;
-  }
+/* What the same answer to every row scores (the most frequent class; for F1, class 1; in a ranking any choice), and the standard error of
+   such a score: a table's yardstick. 0 for correlations. */
+static double chance(const task_data *t, double *error) {
+  int64_t count[2][MOE_MAX_CLASSES], i, best = 0, n;
+  char name[MOE_NAME_BYTES];
+  double value = 0, square = 0;
+  int d, c, correlation;
+  metric_name(name, &t->task);
+  correlation = !strcmp(name, "matthews") || !strcmp(name, "pearson") || !strcmp(name, "spearman");
   memset(count, 0, sizeof count);
-  for (i = 0; i < r->n; ++i) ++count[(int)r->label[i]];
-  for (i = 0; i < t->task.classes; ++i)
-    if (count[i] > count[best]) best = i;
-  share = (double)count[best] / (double)r->n;
-  *error = sqrt(share * (1 - share) / (double)r->n);
-  return share;
+  for (d = 0; d < t->n_dev && !correlation; ++d)
+    for (i = 0; i < t->dev[d].n; ++i) ++count[d][(int)t->dev[d].row[i].label];
+  for (c = 1; c < t->task.classes; ++c)
+    if (count[0][c] + count[1][c] > count[0][best] + count[1][best]) best = c;
+  if (!strcmp(name, "f1") || t->task.kind == MOE_KIND_RANKING) best = 1; /* in a ranking that is groups by rows */
+  for (d = 0; d < t->n_dev; ++d) {
+    double p, v, slope = 1;
+    n = t->dev[d].n;
+    p = v = (double)count[d][best] / (double)n;
+    if (t->task.kind == MOE_KIND_RANKING) n = count[d][1];
+    if (strstr(name, "f1")) {
+      double share = !strcmp(name, "f1") ? 1 : 1.0 / t->task.classes;
+      v = share * 2 * p / (1 + p);
+      slope = share * 2 / ((1 + p) * (1 + p));
+    }
+    value += v / t->n_dev;
+    square += correlation ? 1.0 / (double)(n > 1 ? n - 1 : 1) : slope * slope * p * (1 - p) / (double)n;
+  }
+  *error = sqrt(square) / t->n_dev;
+  return value;
 }
 
-/* ---- training ---- */
+/* ---- what is finished ---- */
+
+/* A finished piece of the work: one task of a run of the first stage, or one pair of --grid in the second stage. Of a run that trains tasks
+   together the first task's part has the costs, the others have none. */
+typedef struct part {
+  char *name;
+  int task;
+  double value, score; /* the metric on dev, and what the epoch was chosen by */
+  double tokens, seconds, steps, parameters;
+  int defined;         /* 0: the metric has no value, and counts as 0 */
+  int64_t *routes;     /* (L,N) tokens of dev that each expert got, or NULL */
+  float *answer;       /* of each dev row, set after set */
+} part;
+
+typedef struct result {
+  int system, seed;
+  const part **part; /* (T); NULL: not finished */
+  double tokens, seconds, steps, parameters;
+} result;
+
+static result *results;
+static int n_results, n_runs, given_argc;
+static char **given_argv;
+static part **finished;
+static int n_finished;
+
+static int64_t dev_rows(const task_data *t) { return t->dev[0].n + (t->n_dev > 1 ? t->dev[1].n : 0); }
+
+static uint64_t fold(uint64_t h, uint64_t v) { return (h ^ v) * 0x100000001b3u ^ (h >> 29); }
+
+static uint64_t fold_bytes(uint64_t h, const void *data, size_t bytes) {
+  size_t i;
+  for (i = 0; i + 8 <= bytes; i += 8) {
+    uint64_t word;
+    memcpy(&word, (const char *)data + i, 8);
+    h = fold(h, word);
+  }
+  return h;
+}
+
+/* Of every row that is trained on or asked, and of the weights that training begins with. */
+static uint64_t data_fingerprint(void) {
+  uint64_t h = fold_bytes(1, init_file, init_bytes);
+  int64_t k;
+  int t, part_number;
+  for (t = 0; t < n_tasks; ++t)
+    for (part_number = 0; part_number < 4; ++part_number) {
+      const task_data *d = &tasks[t];
+      const rows *r = part_number == 0 ? &d->train : part_number == 1 ? &d->held : &d->dev[part_number - 2];
+      h = fold(h, (uint64_t)r->n);
+      for (k = 0; k < r->n; ++k) h = fold(fold(h, r->row[k].hash), (uint64_t)(int64_t)(r->row[k].label * 1000));
+    }
+  if (from_model && moe_model_weights(from_model)) h = fold_bytes(h, moe_model_weights(from_model), moe_model_parameters(from_model) * sizeof(float));
+  return h;
+}
+
+/* All options that have a say in the results, but for those that name a part: systems, seeds, --grid, --gate-from and --rows. */
+static const char *options_text(void) {
+  static char *text;
+  size_t room = 4096 + 96 * (size_t)n_tasks, at;
+  int t;
+  if (text) return text;
+  text = (char *)lasting(room, 1);
+  at = (size_t)snprintf(text, room,
+    "epochs=%d steps=%d batch=%d lr=%.9g warmup=%.9g decay=%.9g clip=%.9g dropout=%.9g sampling=%s order=%s balance=%.9g z_loss=%.9g jitter=%.9g "
+    "max_len=%d truncate=%s hold_out=%.9g gate_lr=%.9g layers=%d hidden=%d ffn=%d heads=%d eps=%.9g cased=%d vocab=%d rank=%d experts=%d top_k=%d "
+    "gate_scale=%s renormalize=%d noise=%.9g fine_tune=%d fine_batch=%d fine_epoch=%d patience=%d adapt=%.64s "
+    "data=%016llx tasks=", opt.epochs, opt.steps, opt.batch, opt.rate, opt.warmup, opt.decay, opt.clip, opt.dropout,
+    opt.sampling, opt.order, opt.balance, opt.z_loss, opt.jitter, config.max_len, opt.truncate, opt.hold_out, opt.gate_rate, config.layers,
+    config.hidden, config.ffn, config.heads, (double)config.eps, config.cased, config.vocab, opt.rank, opt.experts, opt.top_k, opt.gate_scale,
+    opt.renormalize, opt.noise, opt.fine_tune, opt.fine_batch, opt.fine_epoch, opt.patience, opt.adapt ? opt.adapt : "", (unsigned long long)data_fingerprint());
+  for (t = 0; t < n_tasks && at < room; ++t)
+    at += (size_t)snprintf(text + at, room - at, "%s:%lld,", tasks[t].task.name, (long long)tasks[t].train.n);
+  return text;
+}
+
+static part *find_part(const char *name) {
+  int i;
+  for (i = 0; i < n_finished; ++i)
+    if (!strcmp(finished[i]->name, name)) return finished[i];
+  return NULL;
+}
+
+static void part_path(char *path, size_t size, const char *checkpoint) { snprintf(path, size, "%s.results", checkpoint); }
+
+static void free_part(part *p) {
+  free(p->name);
+  free(p->routes);
+  free(p->answer);
+  free(p);
+}
+
+static part *new_part(const char *name, int t) {
+  part *p = (part *)take(1, sizeof *p);
+  p->name = (char *)memcpy(take(strlen(name) + 1, 1), name, strlen(name));
+  p->task = t;
+  p->answer = (float *)take((size_t)dev_rows(&tasks[t]), sizeof *p->answer);
+  p->defined = 1;
+  return p;
+}
+
+/* A file of bytes: what was printed into a temporary one. */
+static moe_status copy_file(void *user, const moe_writer *writer, const moe_env *e) {
+  char block[4096];
+  size_t n;
+  FILE *f = (FILE *)user;
+  (void)e;
+  rewind(f);
+  while ((n = fread(block, 1, sizeof block, f)) > 0)
+    if (writer->write(writer->user, block, n)) return MOE_E_IO;
+  return ferror(f) ? MOE_E_IO : MOE_OK;
+}
+
+static void write_file(const char *path, void (*print)(FILE *f)) {
+  FILE *f = tmpfile();
+  if (!f) die("cannot write a temporary file: %s", strerror(errno));
+  print(f);
+  if (fflush(f) || ferror(f)) die("cannot write a temporary file: %s", strerror(errno));
+  need(moe_file_replace(path, copy_file, f, &env));
+  fclose(f);
+}
+
+/* A line of the options, then a line for each part. */
+static void print_parts(FILE *f) {
+  int i, k;
+  int64_t j;
+  fprintf(f, "options\t%s\n", options_text());
+  for (i = 0; i < n_finished; ++i) {
+    const part *p = finished[i];
+    fprintf(f, "%s\t%d\t%.17g\t%.17g\t%d\t%.17g\t%.3f\t%.17g\t%.17g\t", p->name, p->task, p->value, p->score, p->defined, p->tokens, p->seconds,
+            p->steps, p->parameters);
+    for (k = 0; p->routes && k < config.layers * opt.experts; ++k) fprintf(f, "%s%lld", k ? " " : "", (long long)p->routes[k]);
+    fputc('\t', f);
+    for (j = 0; j < dev_rows(&tasks[p->task]); ++j) fprintf(f, "%s%.9g", j ? " " : "", (double)p->answer[j]);
+    fputc('\n', f);
+  }
+}
+
+static void write_parts(const char *checkpoint) {
+  char path[1056];
+  part_path(path, sizeof path, checkpoint);
+  write_file(path, print_parts);
+}
+
+/* A part joins those that are finished, unless it was done again for its model. */
+static void join_part(part *p) {
+  if (find_part(p->name)) {
+    free_part(p);
+    return;
+  }
+  finished = (part **)grow(finished, (size_t)n_finished + 1, sizeof *finished);
+  finished[n_finished++] = p;
+}
+
+/* Numbers with blanks between them; dies unless there are n. */
+static void read_numbers(const tsv *f, char *text, int64_t n, int64_t *whole_to, float *to) {
+  int64_t i;
+  for (i = 0; i < n; ++i) {
+    char *end;
+    double v = strtod(text, &end);
+    if (end == text) break;
+    if (to) to[i] = (float)v;
+    else whole_to[i] = (int64_t)v;
+    text = end;
+  }
+  if (i < n || *text) die("%s:%d: expected %lld numbers in a field, there are %s", f->path, f->line, (long long)n, i < n ? "fewer" : "more");
+}
+
+/* What an earlier process has finished; nothing, where there is no such file. */
+static void read_parts(const char *checkpoint) {
+  char path[1056], *line, *field[11];
+  tsv f;
+  part_path(path, sizeof path, checkpoint);
+  if (!tsv_open(&f, path, 1)) return;
+  if (f.columns != 2 || strcmp(f.column[0], "options")) die("%s:1: this is no file of results", path);
+  if (strcmp(f.column[1], options_text())) die("%s was made with other options:\n  there %s\n  here  %s", checkpoint, f.column[1], options_text());
+  f.columns = 11;
+  while ((line = tsv_line(&f)) != NULL) {
+    part *p;
+    int task;
+    if (!strncmp(line, "options\t", 8)) { /* several files, one behind the other */
+      if (strcmp(line + 8, options_text())) die("%s:%d: made with other options than the first line", path, f.line);
+      continue;
+    }
+    tsv_fields(&f, line, field);
+    task = field_whole(&f, "task", field[1]);
+    if (task < 0 || task >= n_tasks) die("%s:%d: there is no task %d", path, f.line, task);
+    p = new_part(field[0], task);
+    p->value = strtod(field[2], NULL);
+    p->score = strtod(field[3], NULL);
+    p->defined = field_whole(&f, "defined", field[4]);
+    p->tokens = strtod(field[5], NULL);
+    p->seconds = strtod(field[6], NULL);
+    p->steps = strtod(field[7], NULL);
+    p->parameters = strtod(field[8], NULL);
+    if (*field[9]) {
+      p->routes = (int64_t *)take((size_t)config.layers * (size_t)opt.experts, sizeof *p->routes);
+      read_numbers(&f, field[9], (int64_t)config.layers * opt.experts, p->routes, NULL);
+    }
+    read_numbers(&f, field[10], dev_rows(&tasks[task]), NULL, p->answer);
+    join_part(p);
+  }
+  free(f.text);
+  if (n_finished) fprintf(stderr, "%d finished part%s in %s\n", n_finished, n_finished == 1 ? "" : "s", path);
+}
+
+static int exists(const char *path) {
+  FILE *f = fopen(path, "rb");
+  if (f) fclose(f);
+  return f != NULL;
+}
+
+/* FILE-SUFFIX with the ending kept. */
+static void with_suffix(char *out, size_t size, const char *file, const char *suffix) {
+  const char *dot = strrchr(file, '.'), *slash = strrchr(file, '/');
+  int stem = (int)(dot && (!slash || dot > slash) ? dot - file : (long)strlen(file)), n;
+  n = snprintf(out, size, "%.*s-%s%s", stem, file, suffix, file + stem);
+  if (n < 0 || (size_t)n >= size) die("the name %s is too long", file);
+}
+
+/* FILE, or with several runs FILE-SYSTEM-SEED with the ending kept; a run of one task adds the task. */
+static void run_path(char *out, size_t size, const char *file, int system, int seed, const char *task) {
+  char suffix[128];
+  snprintf(suffix, sizeof suffix, "%s-%d%s%.63s", system_name[system], seed, task ? "-" : "", task ? task : "");
+  if (n_runs > 1 || (task && n_tasks > 1)) with_suffix(out, size, file, suffix);
+  else if (snprintf(out, size, "%s", file) >= (int)size) die("the name %s is too long", file);
+}
+
+/* 1 where the file of this option, asked for, is missing: then a part is done again although its results are there. */
+static int file_missing(const char *option_value, int system, int seed, const char *task) {
+  char path[1024];
+  if (!option_value || opt.report) return 0;
+  run_path(path, sizeof path, option_value, system, seed, task);
+  return !exists(path);
+}
+
+static const char *checkpoint_name(void) { return opt.checkpoint ? opt.checkpoint : "checkpoint.safetensors"; }
+
+/* ---- one training ---- */
 
 static volatile sig_atomic_t interrupted;
 
@@ -1090,114 +1413,43 @@ static double now(void) {
 #endif
 }
 
-typedef struct result {
-  int system, seed;
-  double *value; /* (T) */
-  int *defined;  /* (T) 0: the metric has no value, and counts as 0 */
-  double small, all, seconds, tokens;
-  size_t parameters;
-  int64_t steps;
-  int64_t *routes; /* (T, L, N) or NULL */
-} result;
-
-static result *results;
-static int n_results, n_runs, given_argc;
-static char **given_argv;
-
-/* FILE-SUFFIX with the ending kept. */
-static void with_suffix(char *out, size_t size, const char *file, const char *suffix) {
-  const char *dot = strrchr(file, '.'), *slash = strrchr(file, '/');
-  int stem = (int)(dot && (!slash || dot > slash) ? dot - file : (long)strlen(file)), n;
-  n = snprintf(out, size, "%.*s-%s%s", stem, file, suffix, file + stem);
-  if (n < 0 || (size_t)n >= size) die("the name %s is too long", file);
-}
-
-/* FILE, or with several runs FILE-SYSTEM-SEED with the ending kept; Single-Task adds the task. */
-static void run_path(char *out, size_t size, const char *file, int system, int seed, const char *task) {
-  const char *dot = strrchr(file, '.'), *slash = strrchr(file, '/');
-  int stem = (int)(dot && (!slash || dot > slash) ? dot - file : (long)strlen(file)), n;
-  if (n_runs == 1 && (!task || n_tasks == 1)) n = snprintf(out, size, "%s", file);
-  else if (task) n = snprintf(out, size, "%.*s-%s-%d-%s%s", stem, file, system_name[system], seed, task, file + stem);
-  else n = snprintf(out, size, "%.*s-%s-%d%s", stem, file, system_name[system], seed, file + stem);
-  if (n < 0 || (size_t)n >= size) die("the name %s is too long", file);
-}
+/* A training of one model: what it is given, then how it went. */
+typedef struct job {
+  const char *name;        /* of the part, or of the run: a checkpoint of another is not gone on from */
+  const char *title;       /* shown */
+  char path[1024];         /* the checkpoint, written with --checkpoint or when interrupted */
+  char from[1024];         /* the one to go on from; "": from the start */
+  const moe_model *keeper; /* the second stage: the first stage's model, to be kept in keep_path when interrupted */
+  char keep_path[1056];
+  const int *which;        /* (n) tasks of the table */
+  int n, second, seed, batch, choose, patience, keep; /* choose: keep the best epoch; keep: models on the way */
+  int64_t steps, epoch;
+  double rate, warmup;
+  moe_trainer *trainer;
+  moe_sampler sampler;
+  int64_t *n_rows, *used;  /* (n) */
+  float *best;             /* weights of the best epoch so far, NULL: none has ended */
+  int64_t best_step;
+  double score, tokens, seconds, first_tokens; /* tokens of earlier processes */
+  int best_unsaved;
+} job;
 
 typedef struct progress {
-  char title[96];
-  double began, last, tokens;
-  int64_t first, steps;
+  double began, last;
+  int64_t first;
   float loss;
   int moving;
 } progress;
 
-static void show_progress(progress *p, int64_t step, int end) {
+static void show_progress(progress *p, const job *j, int64_t step, int end) {
   double t = now(), seconds = t - p->began;
-  int64_t left = (int64_t)(seconds / (double)(step - p->first + (step == p->first)) * (double)(p->steps - step));
+  int64_t left = (int64_t)(seconds / (double)(step - p->first + (step == p->first)) * (double)(j->steps - step));
   if (!end && p->moving && t - p->last < 0.2) return;
   if (!end && !p->moving && t - p->last < 30) return;
   p->last = t;
-  fprintf(stderr, "%s%-34s step %lld/%lld  loss %.4f  %.0f tokens/s  %lld:%02lld left %s", p->moving ? "\r" : "", p->title, (long long)step,
-          (long long)p->steps, (double)p->loss, p->tokens / (seconds > 0 ? seconds : 1), (long long)(left / 60), (long long)(left % 60),
-          p->moving && !end ? "  " : "\n");
-}
-
-static void make_note(char *note, size_t size, int system, int seed, int64_t steps, const int *which, int n) {
-  int i, at;
-  at = snprintf(note, size, "system=%s seed=%d steps=%lld batch=%d lr=%.9g warmup=%.9g decay=%.9g clip=%.9g dropout=%.9g sampling=%s order=%s balance=%.9g "
-                "z_loss=%.9g jitter=%.9g max_len=%d hold_out=%.9g gate_lr=%.9g tasks=", system_name[system], seed, (long long)steps, opt.batch, opt.rate, opt.warmup,
-                opt.decay, opt.clip, opt.dropout, opt.sampling, opt.order, opt.balance, opt.z_loss, opt.jitter, config.max_len, opt.hold_out, opt.gate_rate);
-  for (i = 0; i < n && at > 0 && (size_t)at < size; ++i)
-    at += snprintf(note + at, size - (size_t)at, "%s:%lld,", tasks[which[i]].task.name, (long long)tasks[which[i]].train.n);
-}
-
-/* Goes on from a checkpoint, if there is one for this run: 1, or 0 where there is none. */
-static int resume_run(moe_trainer *trainer, moe_sampler *sampler, const char *note, const char *path) {
-  char old[65536];
-  void *data;
-  size_t bytes, length;
-  FILE *f = fopen(path, "rb");
-  if (!f) {
-    if (n_runs == 1) die("cannot open %s: %s", path, strerror(errno));
-    return 0; /* of several runs some have not begun */
-  }
-  fclose(f);
-  need(moe_file_read(&data, &bytes, path, &env));
-  about = path;
-  need(moe_checkpoint_note(old, sizeof old, &length, data, bytes, &env));
-  if (strcmp(old, note)) die("%s was made with other options:\n  there %s\n  here  %s", path, old, note);
-  need(moe_checkpoint_read(trainer, sampler, data, bytes, &env));
-  about = NULL;
-  moe_free(data);
-  fprintf(stderr, "going on from %s at step %lld\n", path, (long long)moe_trainer_step(trainer));
-  return 1;
-}
-
-/* One argument as a shell reads it again. */
-static void print_argument(FILE *f, const char *s) {
-  if (*s && strspn(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-+=:,./@%") == strlen(s)) {
-    fprintf(f, " %s", s);
-    return;
-  }
-  fputs(" '", f);
-  for (; *s; ++s) {
-    if (*s == '\'') fputs("'\\''", f);
-    else fputc(*s, f);
-  }
-  fputc('\'', f);
-}
-
-/* After Ctrl-C: says where the state is and how to go on. */
-static void stop_here(const moe_trainer *trainer, const char *path) {
-  int i;
-  fprintf(stderr, "\ninterrupted after step %lld; the state is in %s. To go on:\n ", (long long)moe_trainer_step(trainer), path);
-  for (i = 0; i < given_argc; ++i) {
-    if (!strcmp(given_argv[i], "--resume")) { ++i; continue; }
-    print_argument(stderr, given_argv[i]);
-  }
-  fputs(" --resume", stderr);
-  print_argument(stderr, opt.checkpoint ? opt.checkpoint : "checkpoint.safetensors");
-  fputc('\n', stderr);
-  exit(130);
+  fprintf(stderr, "%s%-34s step %lld/%lld  loss %.4f  %.0f tokens/s  %lld:%02lld left %s", p->moving ? "\r" : "", j->title, (long long)step,
+          (long long)j->steps, (double)p->loss, (j->tokens - j->first_tokens) / (seconds > 0 ? seconds : 1), (long long)(left / 60),
+          (long long)(left % 60), p->moving && !end ? "  " : "\n");
 }
 
 static void set_sampling(moe_sampler_config *c, int seed, int64_t draws) {
@@ -1215,23 +1467,268 @@ static void set_sampling(moe_sampler_config *c, int seed, int64_t draws) {
   } else die("--sampling is natural, uniform, temperature:T or uniform-natural, not \"%s\"", opt.sampling);
 }
 
-static void set_training(moe_train_config *tc, int seed, int64_t steps, double rate, double warmup) {
+static void set_training(moe_train_config *tc, const job *j) {
   static moe_group gates[2] = {{".gate.", 1, 1}, {"tasks.vectors", 1, 1}};
   moe_train_config_init(tc);
-  tc->rate = (float)rate;
-  tc->warmup = (float)warmup;
-  tc->steps = steps;
+  tc->rate = (float)j->rate;
+  tc->warmup = (float)j->warmup;
+  tc->steps = j->steps;
   tc->decay = (float)opt.decay;
   tc->clip = (float)opt.clip;
   tc->dropout = (float)opt.dropout;
   tc->balance = (float)opt.balance;
   tc->z_loss = (float)opt.z_loss;
   tc->jitter = (float)opt.jitter;
-  tc->seed = (uint64_t)seed;
+  tc->seed = (uint64_t)j->seed;
   gates[0].rate = gates[1].rate = (float)opt.gate_rate;
   tc->groups = gates;
   tc->n_groups = opt.gate_rate < 1 || opt.gate_rate > 1 ? 2 : 0;
 }
+
+/* One optimizer step: draws a super-batch and runs it in micro-batches. */
+static float train_step(job *j, batch_buffer *b, int32_t room) {
+  float sum = 0, loss;
+  int i;
+  batch_clear(b);
+  for (i = 0; i <= j->batch; ++i) {
+    int32_t task = 0;
+    int64_t drawn = 0, length = 0;
+    const rows *r = NULL;
+    if (i < j->batch) {
+      moe_sample(&j->sampler, &task, &drawn);
+      r = &tasks[j->which[task]].train;
+      length = r->row[drawn + 1].start - r->row[drawn].start;
+    }
+    if (b->batch.S && (i == j->batch || b->tokens + length > room)) {
+      moe_status status = moe_accumulate(j->trainer, &b->batch, j->batch, &loss, NULL, &env);
+      if (status != MOE_OK) die("training stopped in step %lld (%s); try a smaller --lr", (long long)moe_trainer_step(j->trainer) + 1, moe_status_text(status));
+      sum += loss;
+      j->tokens += b->tokens;
+      batch_clear(b);
+    }
+    if (r) batch_add(b, r, drawn, task, i);
+  }
+  if (moe_update(j->trainer, NULL, &env) != MOE_OK) die("training stopped in step %lld; try a smaller --lr", (long long)moe_trainer_step(j->trainer) + 1);
+  return sum;
+}
+
+/* The note of a checkpoint has three lines: whose it is, the options, and how far it has come. */
+static char *make_note(const job *j) {
+  size_t room = strlen(j->name) + strlen(options_text()) + 256;
+  char *note = (char *)take(room, 1);
+  snprintf(note, room, "%s\n%s\nbest %.17g at %lld, tokens %.0f", j->name, options_text(), j->score, (long long)j->best_step, j->tokens);
+  return note;
+}
+
+static void best_path(char *path, size_t size, const char *checkpoint) { snprintf(path, size, "%s.best", checkpoint); }
+
+/* The best epoch's weights are kept beside the checkpoint, written before it: killed between the two, that file is ahead, but the epoch that
+   it is of comes again and takes its place with the same weights. */
+static void best_load(job *j, const moe_model *model) {
+  char path[1056];
+  size_t count = moe_model_parameters(model);
+  moe_model *old;
+  if (!j->best_step) return;
+  best_path(path, sizeof path, j->from);
+  need(moe_model_load(&old, path, &env));
+  if (moe_model_parameters(old) != count) die("%s has %zu parameters; expected %zu", path, moe_model_parameters(old), count);
+  j->best = (float *)memcpy(take(count, sizeof(float)), moe_model_weights(old), count * sizeof(float));
+  j->best_unsaved = 1;
+  moe_model_free(old);
+}
+
+static void best_save(job *j, moe_model *model) {
+  char path[1056];
+  size_t count = moe_model_parameters(model), i;
+  float *now_there = moe_model_weights(model);
+  int pass;
+  best_path(path, sizeof path, j->path);
+  if (!j->best) remove(path); /* of another run */
+  if (!j->best_unsaved) return;
+  for (pass = 0; pass < 2; ++pass) {
+    for (i = 0; i < count; ++i) {
+      float w = now_there[i];
+      now_there[i] = j->best[i];
+      j->best[i] = w;
+    }
+    if (!pass) need(moe_model_save(model, path, &env));
+  }
+  j->best_unsaved = 0;
+}
+
+/* Goes on from a checkpoint, if there is one of this job. */
+static void go_on(job *j, moe_model *model) {
+  char *old, *line[3], *mine, *my_line[3];
+  void *data;
+  size_t bytes, length;
+  int lines;
+  if (!*j->from) return;
+  if (!exists(j->from)) { /* of several runs some have not begun */
+    if (!n_finished && !strcmp(j->from, opt.resume)) die("cannot open %s: %s", j->from, strerror(errno));
+    return;
+  }
+  need(moe_file_read(&data, &bytes, j->from, &env));
+  about = j->from;
+  need(moe_checkpoint_note(NULL, 0, &length, data, bytes, &env));
+  old = (char *)take(length + 1, 1);
+  need(moe_checkpoint_note(old, length + 1, &length, data, bytes, &env));
+  mine = make_note(j);
+  split(mine, '\n', my_line, 3);
+  lines = split(old, '\n', line, 3);
+  if (lines != 3 || strcmp(line[0], my_line[0]) || strcmp(line[1], my_line[1])) {
+    if (!j->second || lines != 3 || !strcmp(line[0], my_line[0]))
+      die("%s was made with other options:\n  there %s, %s\n  here  %s, %s", j->from, line[0], lines == 3 ? line[1] : "no note of this program",
+          my_line[0], my_line[1]);
+  } else {
+    long long at;
+    need(moe_checkpoint_read(j->trainer, &j->sampler, data, bytes, &env));
+    if (sscanf(line[2], "best %lf at %lld, tokens %lf", &j->score, &at, &j->first_tokens) != 3) die("%s has a damaged note", j->from);
+    j->best_step = at;
+    j->tokens = j->first_tokens;
+    fprintf(stderr, "going on from %s at step %lld\n", j->from, (long long)moe_trainer_step(j->trainer));
+    best_load(j, model);
+  }
+  about = NULL;
+  moe_free(data);
+  free(old);
+  free(mine);
+}
+
+/* One argument as a shell reads it again. */
+static void print_argument(FILE *f, const char *s) {
+  if (*s && strspn(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-+=:,./@%") == strlen(s)) {
+    fprintf(f, " %s", s);
+    return;
+  }
+  fputs(" '", f);
+  for (; *s; ++s) {
+    if (*s == '\'') fputs("'\\''", f);
+    else fputc(*s, f);
+  }
+  fputc('\'', f);
+}
+
+static void write_state(job *j, moe_model *model) {
+  char *note = make_note(j);
+  if (j->choose) best_save(j, model);
+  need(moe_checkpoint_save(j->trainer, &j->sampler, note, j->path, &env));
+  free(note);
+}
+
+/* After Ctrl-C: says where the state is and how to go on. */
+static void stop_here(job *j, moe_model *model) {
+  int i;
+  write_state(j, model);
+  if (n_finished) write_parts(checkpoint_name());
+  if (j->keeper && (!opt.checkpoint || !exists(j->keep_path))) need(moe_model_save(j->keeper, j->keep_path, &env));
+  fprintf(stderr, "\ninterrupted after step %lld; the state is in %s. To go on:\n ", (long long)moe_trainer_step(j->trainer), j->path);
+  for (i = 0; i < given_argc; ++i) {
+    if (!strcmp(given_argv[i], "--resume")) { ++i; continue; }
+    print_argument(stderr, given_argv[i]);
+  }
+  fputs(" --resume", stderr);
+  print_argument(stderr, checkpoint_name());
+  fputc('\n', stderr);
+  exit(130);
+}
+
+/* Mean of the tasks' metrics on the rows that choose the epoch: held out of train, or else dev. */
+static double choosing_score(const job *j, moe_context *context, const moe_model *model) {
+  double sum = 0;
+  int i;
+  for (i = 0; i < j->n; ++i) {
+    const task_data *d = &tasks[j->which[i]];
+    sum += evaluate(context, model, opt.hold_out > 0 ? &d->held : d->dev, opt.hold_out > 0 ? 1 : d->n_dev, i, j->which[i], NULL);
+  }
+  return sum / j->n;
+}
+
+/* Takes the weights if they score better than what is kept. */
+static void best_offer(job *j, moe_context *context, moe_model *model) {
+  double score = choosing_score(j, context, model);
+  size_t count = moe_model_parameters(model);
+  if (j->best && !(score > j->score)) return;
+  if (!j->best) j->best = (float *)take(count, sizeof(float));
+  memcpy(j->best, moe_model_weights(model), count * sizeof(float));
+  j->score = score;
+  j->best_step = moe_trainer_step(j->trainer);
+  j->best_unsaved = 1;
+}
+
+/* --keep: the model on its way, for a picture of how routes develop. */
+static void keep_model(const job *j, const moe_model *model, int64_t step) {
+  char path[1056], suffix[32];
+  int64_t k;
+  for (k = 1; k <= j->keep; ++k)
+    if (step == (j->steps * k + j->keep - 1) / j->keep) {
+      snprintf(suffix, sizeof suffix, "step%lld", (long long)step);
+      with_suffix(path, sizeof path, j->path, suffix);
+      need(moe_model_save(model, path, &env));
+      return;
+    }
+}
+
+static void train_loop(job *j, moe_model *model, moe_context *context, batch_buffer *b, int32_t room) {
+  progress p;
+  p.moving = isatty(fileno(stderr));
+  p.began = p.last = now();
+  p.first = moe_trainer_step(j->trainer);
+  p.loss = 0;
+  while (moe_trainer_step(j->trainer) < j->steps) {
+    int64_t step = moe_trainer_step(j->trainer);
+    int end;
+    if (j->best && (step - j->best_step) / j->epoch >= j->patience) break;
+    p.loss = train_step(j, b, room);
+    ++step;
+    end = step == j->steps;
+    if (j->choose && (step % j->epoch == 0 || end)) best_offer(j, context, model);
+    end |= j->best && (step - j->best_step) / j->epoch >= j->patience;
+    show_progress(&p, j, step, end);
+    if (j->keep) keep_model(j, model, step);
+    if (interrupted) stop_here(j, model);
+    if (opt.checkpoint && (step % opt.every == 0 || (end && !j->second))) write_state(j, model);
+  }
+  j->seconds = now() - p.began;
+  /* of a run that went on: as if the steps before had been as fast */
+  if (j->tokens > j->first_tokens) j->seconds *= j->tokens / (j->tokens - j->first_tokens);
+}
+
+/* Trains the model to the end, or to its best epoch. */
+static void train_model(job *j, moe_model *model) {
+  moe_train_config tc;
+  moe_limits limits;
+  moe_sampler_config sc;
+  moe_context *context = j->choose ? make_context(model) : NULL;
+  batch_buffer b;
+  int i;
+  int32_t room = opt.micro_batch > config.max_len ? opt.micro_batch : config.max_len;
+  if ((int64_t)j->batch * config.max_len < room) room = j->batch * config.max_len;
+  j->n_rows = (int64_t *)take((size_t)j->n, sizeof *j->n_rows);
+  j->used = (int64_t *)take((size_t)j->n, sizeof *j->used);
+  for (i = 0; i < j->n; ++i) j->n_rows[i] = tasks[j->which[i]].train.n;
+  limits.tokens = room;
+  limits.sequences = j->batch;
+  limits.training = 1;
+  set_training(&tc, j);
+  need(moe_trainer_create(&j->trainer, model, &limits, &tc, &env));
+  set_sampling(&sc, j->seed, j->steps * j->batch);
+  need(moe_sampler_init(&j->sampler, &sc, j->n_rows, j->used, j->n, &env));
+  go_on(j, model);
+  batch_make(&b, room, j->batch);
+  train_loop(j, model, context, &b, room);
+  moe_trainer_free(j->trainer);
+  if (j->best) {
+    memcpy(moe_model_weights(model), j->best, moe_model_parameters(model) * sizeof(float));
+    need(moe_model_pack(model, NULL, &env));
+    free(j->best);
+  }
+  moe_context_free(context);
+  batch_free(&b);
+  free(j->n_rows);
+  free(j->used);
+}
+
+/* ---- the first stage ---- */
 
 static moe_model *make_model(int system, int seed, const int *which, int n) {
   moe_task *list = (moe_task *)take((size_t)n, sizeof *list);
@@ -1265,100 +1762,7 @@ static moe_model *make_model(int system, int seed, const int *which, int n) {
   return model;
 }
 
-/* One optimizer step: draws a super-batch of `size` sequences and runs it in micro-batches. */
-static float train_step(moe_trainer *trainer, moe_sampler *sampler, batch_buffer *b, const int *which, int size, int32_t room, double *tokens) {
-  float sum = 0, loss;
-  int i;
-  batch_clear(b);
-  for (i = 0; i <= size; ++i) {
-    int32_t task = 0;
-    int64_t row = 0, length = 0;
-    const rows *r = NULL;
-    if (i < size) {
-      moe_sample(sampler, &task, &row);
-      r = &tasks[which[task]].train;
-      length = r->start[row + 1] - r->start[row];
-    }
-    if (b->batch.S && (i == size || b->tokens + length > room)) {
-      moe_status status = moe_accumulate(trainer, &b->batch, size, &loss, NULL, &env);
-      if (status != MOE_OK) die("training stopped in step %lld (%s); try a smaller --lr", (long long)moe_trainer_step(trainer) + 1, moe_status_text(status));
-      sum += loss;
-      *tokens += b->tokens;
-      batch_clear(b);
-    }
-    if (r) batch_add(b, r, row, task, i);
-  }
-  return sum;
-}
-
-/* --hold-out: the weights of the epoch that scores best on rows held out of train. A run that goes on must know them: they are kept beside
-   the checkpoint, written before it. Killed between the two, that file is ahead: the steps between then come again, with the same score. */
-typedef struct best_epoch {
-  float *weights; /* NULL: no epoch has ended */
-  double score;
-  int unsaved;
-} best_epoch;
-
-/* Mean of the tasks' metrics on the rows held out of train. */
-static double held_out_score(moe_context *context, const moe_model *model, const int *which, int n) {
-  double sum = 0;
-  int i;
-  for (i = 0; i < n; ++i) sum += evaluate(context, model, &tasks[which[i]].held, 1, i, which[i], NULL);
-  return sum / n;
-}
-
-static void best_path(char *path, size_t size, const char *checkpoint) { snprintf(path, size, "%s.best", checkpoint); }
-
-/* Takes the weights if they score better than what is kept. */
-static void best_offer(best_epoch *best, moe_context *context, moe_model *model, const int *which, int n) {
-  double score = held_out_score(context, model, which, n);
-  size_t count = moe_model_parameters(model);
-  if (best->weights && !(score > best->score)) return;
-  if (!best->weights) best->weights = (float *)take(count, sizeof(float));
-  memcpy(best->weights, moe_model_weights(model), count * sizeof(float));
-  best->score = score;
-  best->unsaved = 1;
-}
-
-static void best_load(best_epoch *best, const char *checkpoint, const moe_model *model, const int *which, int n) {
-  char path[1056];
-  moe_limits limits = {EVAL_TOKENS, EVAL_ROWS, 0};
-  moe_context *context;
-  moe_model *old;
-  FILE *f;
-  best_path(path, sizeof path, checkpoint);
-  f = fopen(path, "rb");
-  if (!f) return; /* no epoch had ended */
-  fclose(f);
-  need(moe_model_load(&old, path, &env));
-  if (moe_model_parameters(old) != moe_model_parameters(model) || moe_model_tasks(old) != n)
-    die("%s: %zu parameters, %d tasks; expected %zu, %d", path, moe_model_parameters(old), (int)moe_model_tasks(old), moe_model_parameters(model), n);
-  if (limits.tokens < config.max_len) limits.tokens = config.max_len;
-  need(moe_context_create(&context, old, &limits, &env));
-  best_offer(best, context, old, which, n);
-  moe_context_free(context);
-  moe_model_free(old);
-}
-
-/* Writes them to the file beside the checkpoint. */
-static void best_save(best_epoch *best, const char *checkpoint, moe_model *model) {
-  char path[1056];
-  size_t count = moe_model_parameters(model), i;
-  float *now_there = moe_model_weights(model);
-  int pass;
-  best_path(path, sizeof path, checkpoint);
-  if (!best->weights) remove(path); /* of another run */
-  if (!best->unsaved) return;
-  for (pass = 0; pass < 2; ++pass) {
-    for (i = 0; i < count; ++i) {
-      float w = now_there[i];
-      now_there[i] = best->weights[i];
-      best->weights[i] = w;
-    }
-    if (!pass) need(moe_model_save(model, path, &env));
-  }
-  best->unsaved = 0;
-}
+static moe_model *first_stage; /* what the second stage goes on from */
 
 static char prediction_path[1024];
 
@@ -1378,8 +1782,6 @@ static void close_predictions(void) {
   prediction_file = NULL;
 }
 
-static moe_model *first_stage; /* what --fine-tune goes on from */
-
 /* The vectors that MT-Embed has learned, a line for each task. */
 static void print_vectors(moe_model *model, int seed) {
   moe_tensor t;
@@ -1393,239 +1795,28 @@ static void print_vectors(moe_model *model, int seed) {
   }
 }
 
-/* Trains one model on n tasks; fills the results of those tasks. */
-static void train_model(result *res, int system, int seed, const int *which, int n, int64_t steps, const char *suffix) {
-  moe_model *model = make_model(system, seed, which, n);
-  moe_train_config tc;
-  moe_trainer *trainer;
-  moe_context *context;
-  moe_limits limits, eval_limits = {EVAL_TOKENS, EVAL_ROWS, 0};
-  moe_sampler_config sc;
-  moe_sampler sampler;
-  batch_buffer b;
-  progress p;
-  char path[1024], note[65536];
-  int64_t *n_rows = (int64_t *)take((size_t)n, sizeof *n_rows), *used = (int64_t *)take((size_t)n, sizeof *used), total = 0, epoch;
-  best_epoch best = {NULL, 0, 0};
-  int i;
-  int32_t room = opt.micro_batch > config.max_len ? opt.micro_batch : config.max_len;
-  if ((int64_t)opt.batch * config.max_len < room) room = opt.batch * config.max_len;
-  for (i = 0; i < n; ++i) total += n_rows[i] = tasks[which[i]].train.n;
-  epoch = (total + opt.batch - 1) / opt.batch;
-  limits.tokens = room;
-  limits.sequences = opt.batch;
-  limits.training = 1;
-  if (eval_limits.tokens < config.max_len) eval_limits.tokens = config.max_len;
-  set_training(&tc, seed, steps, opt.rate, opt.warmup);
-  need(moe_trainer_create(&trainer, model, &limits, &tc, &env));
-  need(moe_context_create(&context, model, &eval_limits, &env));
-  set_sampling(&sc, seed, steps * opt.batch);
-  need(moe_sampler_init(&sampler, &sc, n_rows, used, n, &env));
-  make_note(note, sizeof note, system, seed, steps, which, n);
-  if (opt.resume) {
-    run_path(path, sizeof path, opt.resume, system, seed, suffix);
-    if (resume_run(trainer, &sampler, note, path) && opt.hold_out > 0) best_load(&best, path, model, which, n);
-  }
-  run_path(path, sizeof path, opt.checkpoint ? opt.checkpoint : "checkpoint.safetensors", system, seed, suffix);
-  batch_make(&b, room, opt.batch);
-  memset(&p, 0, sizeof p);
-  snprintf(p.title, sizeof p.title, "%s%s%.40s seed %d", system_title[system], suffix ? " " : "", suffix ? suffix : "", seed);
-  p.began = p.last = now();
-  p.first = moe_trainer_step(trainer);
-  p.steps = steps;
-  p.moving = isatty(fileno(stderr));
-  while (moe_trainer_step(trainer) < steps) {
-    int64_t step;
-    p.loss = train_step(trainer, &sampler, &b, which, opt.batch, room, &p.tokens);
-    if (moe_update(trainer, NULL, &env) != MOE_OK) die("training stopped in step %lld; try a smaller --lr", (long long)moe_trainer_step(trainer) + 1);
-    step = moe_trainer_step(trainer);
-    show_progress(&p, step, step == steps);
-    if (opt.hold_out > 0 && (step % epoch == 0 || step == steps)) best_offer(&best, context, model, which, n);
-    if (interrupted || (opt.checkpoint && (step % opt.every == 0 || step == steps))) {
-      if (opt.hold_out > 0) best_save(&best, path, model);
-      need(moe_checkpoint_save(trainer, &sampler, note, path, &env));
-    }
-    if (interrupted) stop_here(trainer, path);
-  }
-  res->seconds += now() - p.began;
-  res->tokens += p.tokens;
-  res->steps += steps;
-  res->parameters += moe_model_parameters(model);
-  moe_trainer_free(trainer);
-  if (best.weights) {
-    memcpy(moe_model_weights(model), best.weights, moe_model_parameters(model) * sizeof(float));
-    need(moe_model_pack(model, NULL, &env));
-    free(best.weights);
-  }
-  route_count = res->routes;
-  open_predictions(system, seed, suffix);
-  for (i = 0; i < n; ++i)
-    res->value[which[i]] = evaluate(context, model, tasks[which[i]].dev, tasks[which[i]].n_dev, i, which[i], &res->defined[which[i]]);
-  close_predictions();
-  route_count = NULL;
-  if (opt.save) {
-    run_path(path, sizeof path, opt.save, system, seed, suffix);
-    need(moe_model_save(model, path, &env));
-  }
-  moe_context_free(context);
-  batch_free(&b);
-  free(n_rows);
-  free(used);
-  if (system == EMBED) print_vectors(model, seed);
-  if (opt.fine_tune && system != SINGLE) first_stage = model;
-  else moe_model_free(model);
+static void part_name(char *name, size_t size, int system, int seed, int t) {
+  snprintf(name, size, "%s %d %s", system_name[system], seed, tasks[t].task.name);
 }
 
-static void average(result *res) {
-  double small = 0, all = 0;
-  int t, n_small = 0;
-  for (t = 0; t < n_tasks; ++t) {
-    all += res->value[t];
-    if (tasks[t].official <= 10000) small += res->value[t], ++n_small;
-  }
-  res->all = all / n_tasks;
-  res->small = n_small ? small / n_small : 0;
+/* The model is asked about the dev rows of task t. */
+static part *evaluate_part(const char *name, moe_context *context, const moe_model *model, int32_t model_task, int t, int routes) {
+  part *p = new_part(name, t);
+  outcome out;
+  if (routes && moe_model_config(model)->experts > 1) p->routes = (int64_t *)take((size_t)config.layers * (size_t)opt.experts, sizeof *p->routes);
+  out.answer = p->answer;
+  out.routes = p->routes;
+  out.defined = &p->defined;
+  p->value = evaluate(context, model, tasks[t].dev, tasks[t].n_dev, model_task, t, &out);
+  return p;
 }
 
-/* ---- the second stage ---- */
-
-/* One fine-tuning of one task: `score` chose the epoch (held-out rows, or dev), `value` is the metric on dev. */
-typedef struct tuned {
-  double score, value, tokens;
-  int defined;
-  int64_t steps;
-  moe_model *model;
-} tuned;
-
-/* Trains a copy of a model of one task on that task's rows; keeps the best epoch, ends after --patience epochs that are no better [TaG] 4.3. */
-static tuned tune_once(const moe_model *start, int t, int seed, double rate, double warmup, progress *p) {
-  static const int32_t alone;
-  tuned out;
-  const task_data *data = &tasks[t];
-  moe_train_config tc;
-  moe_trainer *trainer;
-  moe_context *context;
-  moe_limits limits, eval_limits = {EVAL_TOKENS, EVAL_ROWS, 0};
-  moe_sampler_config sc;
-  moe_sampler sampler;
-  batch_buffer b;
-  int64_t n_rows = data->train.n, used = 0, epoch = (n_rows + opt.fine_batch - 1) / opt.fine_batch;
-  float *best = NULL;
-  size_t count;
-  int worse = 0;
-  int32_t room = opt.micro_batch > config.max_len ? opt.micro_batch : config.max_len;
-  if ((int64_t)opt.fine_batch * config.max_len < room) room = opt.fine_batch * config.max_len;
-  memset(&out, 0, sizeof out);
-  need(moe_model_extract(&out.model, start, &alone, 1, NULL, &env));
-  count = moe_model_parameters(out.model);
-  best = (float *)take(count, sizeof *best);
-  limits.tokens = room;
-  limits.sequences = opt.fine_batch;
-  limits.training = 1;
-  if (eval_limits.tokens < config.max_len) eval_limits.tokens = config.max_len;
-  set_training(&tc, seed, epoch * opt.fine_tune, rate, warmup);
-  need(moe_trainer_create(&trainer, out.model, &limits, &tc, &env));
-  need(moe_context_create(&context, out.model, &eval_limits, &env));
-  set_sampling(&sc, seed, tc.steps * opt.fine_batch);
-  need(moe_sampler_init(&sampler, &sc, &n_rows, &used, 1, &env));
-  batch_make(&b, room, opt.fine_batch);
-  p->first = 0;
-  p->steps = tc.steps;
-  p->began = now();
-  p->tokens = 0;
-  while (moe_trainer_step(trainer) < tc.steps && worse < opt.patience) {
-    int64_t step;
-    double score;
-    p->loss = train_step(trainer, &sampler, &b, &t, opt.fine_batch, room, &p->tokens);
-    if (moe_update(trainer, NULL, &env) != MOE_OK) die("training stopped in step %lld; try a smaller --lr", (long long)moe_trainer_step(trainer) + 1);
-    if (interrupted) die("interrupted while %s was fine-tuned; what was finished before is kept", data->task.name);
-    step = moe_trainer_step(trainer);
-    show_progress(p, step, 0);
-    if (step % epoch) continue;
-    score = evaluate(context, out.model, opt.hold_out > 0 ? &data->held : data->dev, opt.hold_out > 0 ? 1 : data->n_dev, 0, t, NULL);
-    ++worse;
-    if (step > epoch && !(score > out.score)) continue;
-    worse = 0;
-    out.score = score;
-    out.steps = step;
-    memcpy(best, moe_model_weights(out.model), count * sizeof *best);
-  }
-  show_progress(p, moe_trainer_step(trainer), 1);
-  out.tokens = p->tokens;
-  moe_trainer_free(trainer);
-  memcpy(moe_model_weights(out.model), best, count * sizeof *best);
-  need(moe_model_pack(out.model, NULL, &env));
-  out.value = evaluate(context, out.model, data->dev, data->n_dev, 0, t, &out.defined);
-  moe_context_free(context);
-  batch_free(&b);
-  free(best);
-  return out;
-}
-
-/* Every pair of --grid, or --lr and --warmup alone; the best by its score. */
-static tuned tune(const moe_model *start, int t, int seed, const char *title) {
-  char *half[2], *rate[64], *warmup[64];
-  int rates = 1, warmups = 1, i, j;
-  tuned best;
-  progress p;
-  memset(&best, 0, sizeof best);
-  memset(&p, 0, sizeof p);
-  p.moving = isatty(fileno(stderr));
-  p.last = now();
-  snprintf(p.title, sizeof p.title, "%s", title);
-  half[1] = NULL;
-  if (opt.grid) {
-    if (split(copy_text(opt.grid), ':', half, 2) > 2) die("--grid is RATES or RATES:WARMUPS, not \"%s\"", opt.grid);
-    rates = split(half[0], ',', rate, 64);
-    if (half[1]) warmups = split(half[1], ',', warmup, 64);
-    if (rates > 64 || warmups > 64) die("--grid: more than 64 values");
-  }
-  for (i = 0; i < rates; ++i)
-    for (j = 0; j < warmups; ++j) {
-      tuned one = tune_once(start, t, seed, opt.grid ? number("--grid", rate[i], 1e-12, 1e6) : opt.rate,
-                            half[1] ? number("--grid", warmup[j], 0, 1) : opt.warmup, &p);
-      if (opt.grid)
-        printf("%s: rate %s, warm-up %s: %.4f to choose by, %.4f on dev\n", title, rate[i], half[1] ? warmup[j] : "as given", one.score, one.value);
-      one.tokens += best.tokens;
-      if (best.model && !(one.score > best.score)) {
-        moe_model_free(one.model);
-        best.tokens = one.tokens;
-        continue;
-      }
-      moe_model_free(best.model);
-      best = one;
-    }
-  return best;
-}
-
-/* Fine-tunes every task of the table from `model`, each by itself. */
-static void run_tuned(result *res, const moe_model *model) {
-  char path[1024], title[96];
-  int t;
-  res->value = (double *)take((size_t)n_tasks, sizeof *res->value);
-  res->defined = (int *)take((size_t)n_tasks, sizeof *res->defined);
-  for (t = 0; t < n_tasks; ++t) {
-    int32_t at = moe_model_find_task(model, tasks[t].task.name);
-    double began = now();
-    moe_model *alone;
-    tuned one;
-    snprintf(title, sizeof title, "%s %.40s seed %d", system_title[res->system], tasks[t].task.name, res->seed);
-    need(moe_model_extract(&alone, model, &at, 1, NULL, &env));
-    one = tune(alone, t, res->seed, title);
-    moe_model_free(alone);
-    res->value[t] = one.value;
-    res->defined[t] = one.defined;
-    res->seconds += now() - began;
-    res->tokens += one.tokens;
-    res->steps += one.steps;
-    res->parameters += moe_model_parameters(one.model);
-    if (opt.save) {
-      run_path(path, sizeof path, opt.save, res->system, res->seed, tasks[t].task.name);
-      need(moe_model_save(one.model, path, &env));
-    }
-    moe_model_free(one.model);
-  }
-  average(res);
+static void add_cost(part *p, const job *j, const moe_model *model) {
+  p->score = j->score;
+  p->tokens = j->tokens;
+  p->seconds = j->seconds;
+  p->steps = (double)(j->second ? j->best_step : j->steps);
+  p->parameters = (double)moe_model_parameters(model);
 }
 
 static int64_t steps_for(int64_t n_rows, int64_t of_rows) {
@@ -1633,73 +1824,506 @@ static int64_t steps_for(int64_t n_rows, int64_t of_rows) {
   return steps < 1 ? 1 : steps;
 }
 
-static void run_system(result *res) {
-  int *which = (int *)take((size_t)n_tasks, sizeof *which), t;
-  int64_t total = 0;
-  res->value = (double *)take((size_t)n_tasks, sizeof *res->value);
-  res->defined = (int *)take((size_t)n_tasks, sizeof *res->defined);
-  for (t = 0; t < n_tasks; ++t) total += tasks[t].train.n;
-  if (res->system >= SWITCH)
-    res->routes = (int64_t *)take((size_t)n_tasks * (size_t)config.layers * (size_t)opt.experts, sizeof *res->routes);
-  if (res->system == SINGLE)
-    for (t = 0; t < n_tasks; ++t) train_model(res, SINGLE, res->seed, &t, 1, steps_for(tasks[t].train.n, total), tasks[t].task.name);
-  else {
-    for (t = 0; t < n_tasks; ++t) which[t] = t;
-    train_model(res, res->system, res->seed, which, n_tasks, steps_for(total, total), NULL);
+static void remove_checkpoint(const char *path) {
+  char best[1056];
+  best_path(best, sizeof best, path);
+  remove(path);
+  remove(best);
+}
+
+/* Trains one model on n tasks and keeps the parts of those tasks. The model is the caller's. */
+static moe_model *train_run(int system, int seed, const int *which, int n, const char *alone) {
+  moe_model *model = make_model(system, seed, which, n);
+  moe_context *context;
+  job j;
+  part **done;
+  char name[160], title[160], path[1024];
+  int64_t rows_here = 0, rows_all = 0;
+  int i;
+  memset(&j, 0, sizeof j);
+  part_name(name, sizeof name, system, seed, which[0]);
+  if (!alone) snprintf(name, sizeof name, "%s %d", system_name[system], seed);
+  snprintf(title, sizeof title, "%s%s%.40s seed %d", system_title[system], alone ? " " : "", alone ? alone : "", seed);
+  for (i = 0; i < n; ++i) rows_here += tasks[which[i]].train.n;
+  for (i = 0; i < n_tasks; ++i) rows_all += tasks[i].train.n;
+  j.name = name;
+  j.title = title;
+  j.which = which;
+  j.n = n;
+  j.seed = seed;
+  j.batch = opt.batch;
+  j.steps = steps_for(rows_here, rows_all);
+  j.epoch = (rows_here + opt.batch - 1) / opt.batch;
+  j.choose = opt.hold_out > 0;
+  j.patience = 2147483647;
+  j.rate = opt.rate;
+  j.warmup = opt.warmup;
+  j.keep = opt.keep;
+  run_path(j.path, sizeof j.path, checkpoint_name(), system, seed, alone);
+  if (opt.resume) run_path(j.from, sizeof j.from, opt.resume, system, seed, alone);
+  train_model(&j, model);
+  context = make_context(model);
+  open_predictions(system, seed, alone);
+  done = (part **)take((size_t)n, sizeof *done);
+  for (i = 0; i < n; ++i) {
+    part_name(name, sizeof name, system, seed, which[i]);
+    done[i] = evaluate_part(name, context, model, i, which[i], 1);
   }
-  average(res);
-  free(which);
+  close_predictions();
+  if (opt.save) {
+    run_path(path, sizeof path, opt.save, system, seed, alone);
+    need(moe_model_save(model, path, &env));
+  }
+  add_cost(done[0], &j, model);
+  for (i = 0; i < n; ++i) join_part(done[i]);
+  if (opt.checkpoint) write_parts(opt.checkpoint);
+  free(done);
+  moe_context_free(context);
+  if (system == EMBED) print_vectors(model, seed);
+  if (opt.tidy && opt.checkpoint && !opt.fine_tune) remove_checkpoint(j.path);
+  return model;
+}
+
+static const part *result_part(const result *r, int t) {
+  char name[160];
+  part_name(name, sizeof name, r->system, r->seed, t);
+  return find_part(name);
+}
+
+static void add_part(result *r, const part *p) {
+  r->tokens += p->tokens;
+  r->seconds += p->seconds;
+  r->steps += p->steps;
+  r->parameters += p->parameters;
+}
+
+/* The first stage of one system and seed, or what is missing of it. */
+static void run_first(result *r) {
+  int *all = (int *)take((size_t)n_tasks, sizeof *all), t, missing = file_missing(opt.save, r->system, r->seed, NULL) ||
+                                                                     file_missing(opt.predictions, r->system, r->seed, NULL);
+  for (t = 0; t < n_tasks; ++t) {
+    const char *name = tasks[t].task.name;
+    all[t] = t;
+    r->part[t] = result_part(r, t);
+    if (r->system == SINGLE && !opt.report &&
+        (!r->part[t] || file_missing(opt.save, SINGLE, r->seed, name) || file_missing(opt.predictions, SINGLE, r->seed, name)))
+      moe_model_free(train_run(SINGLE, r->seed, &t, 1, name));
+    missing |= !r->part[t];
+    r->part[t] = result_part(r, t);
+  }
+  if (missing && r->system != SINGLE && !opt.report) first_stage = train_run(r->system, r->seed, all, n_tasks, NULL);
+  for (t = 0; t < n_tasks; ++t) {
+    r->part[t] = result_part(r, t);
+    if (r->part[t]) add_part(r, r->part[t]);
+  }
+  free(all);
+}
+
+/* The model that the second stage of this system and seed begins with: just trained, or that of an earlier process, or trained again. */
+static const moe_model *first_model(const result *r) {
+  char path[1024], best[1056];
+  int *all, t;
+  if (from_model) return from_model;
+  if (first_stage) return first_stage;
+  if (opt.resume) {
+    run_path(path, sizeof path, opt.resume, r->system - TUNED, r->seed, NULL);
+    best_path(best, sizeof best, path);
+    if (exists(opt.hold_out > 0 ? best : path)) {
+      need(moe_model_load(&first_stage, opt.hold_out > 0 ? best : path, &env));
+      return first_stage;
+    }
+  }
+  all = (int *)take((size_t)n_tasks, sizeof *all);
+  for (t = 0; t < n_tasks; ++t) all[t] = t;
+  first_stage = train_run(r->system - TUNED, r->seed, all, n_tasks, NULL);
+  free(all);
+  return first_stage;
+}
+
+/* ---- the second stage ---- */
+
+/* Where a second stage begins: a model of one task, made when a part is missing. */
+typedef struct beginning {
+  const result *run;     /* tuning a task of it, or */
+  int32_t gate;          /* --adapt */
+  int seed, task;
+  moe_model *model;
+} beginning;
+
+static const moe_model *begin_with(beginning *b) {
+  const moe_model *whole_model;
+  moe_model *more = NULL;
+  int32_t at;
+  if (b->model) return b->model;
+  if (b->run ? b->run->system == TUNED + SINGLE : !from_model) return b->model = make_model(SINGLE, b->seed, &b->task, 1);
+  if (b->run) {
+    whole_model = first_model(b->run);
+    at = moe_model_find_task(whole_model, tasks[b->task].task.name);
+  } else {
+    need(moe_model_adapt(&more, from_model, &tasks[b->task].task, b->gate, (uint64_t)b->seed, &env));
+    whole_model = more;
+    at = moe_model_tasks(from_model);
+  }
+  need(moe_model_extract(&b->model, whole_model, &at, 1, NULL, &env));
+  moe_model_free(more);
+  return b->model;
+}
+
+/* Trains a copy of a model of one task on that task's rows; keeps the best epoch, ends after --patience epochs that are no better [TaG] 4.3. */
+static moe_model *tune_once(job *j, beginning *b) {
+  static const int32_t alone;
+  moe_model *model;
+  int64_t epoch = (tasks[b->task].train.n + opt.fine_batch - 1) / opt.fine_batch;
+  need(moe_model_extract(&model, begin_with(b), &alone, 1, NULL, &env));
+  if (opt.fine_epoch && opt.fine_epoch < epoch) epoch = opt.fine_epoch;
+  j->which = &b->task;
+  j->n = j->second = j->choose = 1;
+  j->seed = b->seed;
+  j->batch = opt.fine_batch;
+  j->patience = opt.patience;
+  j->epoch = epoch;
+  j->steps = epoch * opt.fine_tune;
+  with_suffix(j->path, sizeof j->path, checkpoint_name(), "tuning");
+  if (opt.resume) with_suffix(j->from, sizeof j->from, opt.resume, "tuning");
+  if (b->run && first_stage) {
+    j->keeper = first_stage;
+    run_path(j->keep_path, sizeof j->path, checkpoint_name(), b->run->system - TUNED, b->seed, NULL);
+    if (opt.hold_out > 0) strcat(j->keep_path, ".best");
+  }
+  train_model(j, model);
+  return model;
+}
+
+/* The pairs of --grid, or --lr and --warmup alone. */
+typedef struct grid {
+  char *rate[64], *warmup[64];
+  int rates, warmups;
+} grid;
+
+static grid read_grid(void) {
+  static char lr[32], warmup[32];
+  grid g;
+  char *half[2];
+  int i;
+  memset(&g, 0, sizeof g);
+  g.rates = g.warmups = 1;
+  snprintf(lr, sizeof lr, "%.9g", opt.rate);
+  snprintf(warmup, sizeof warmup, "%.9g", opt.warmup);
+  g.rate[0] = lr;
+  g.warmup[0] = warmup;
+  if (!opt.grid) return g;
+  i = split(copy_text(opt.grid), ':', half, 2);
+  if (i > 2) die("--grid is RATES or RATES:WARMUPS, not \"%s\"", opt.grid);
+  g.rates = split(half[0], ',', g.rate, 64);
+  if (i == 2) g.warmups = split(half[1], ',', g.warmup, 64);
+  if (g.rates > 64 || g.warmups > 64) die("--grid: more than 64 values");
+  for (i = 0; i < g.rates; ++i) number("--grid", g.rate[i], 1e-12, 1e6);
+  for (i = 0; i < g.warmups; ++i) number("--grid", g.warmup[i], 0, 1);
+  return g;
+}
+
+/* Tries the whole grid for one task; the best by its score. `prefix` names the parts, their costs go to r, `save` is the file for the best model, or NULL. NULL with
+   --report, where a part is missing. */
+static const part *tune(result *r, const char *prefix, const char *title, beginning *b, const char *save) {
+  const grid g = read_grid();
+  const part *best = NULL;
+  int i, k, again = save && !opt.report && !exists(save), missing = 0;
+  for (i = 0; i < g.rates; ++i)
+    for (k = 0; k < g.warmups; ++k) {
+      char name[256];
+      part *p;
+      snprintf(name, sizeof name, "%s %s %s", prefix, g.rate[i], g.warmup[k]);
+      p = find_part(name);
+      missing |= !p;
+      if ((!p || again) && !opt.report) {
+        moe_model *model;
+        moe_context *context;
+        part *old = p;
+        job j;
+        memset(&j, 0, sizeof j);
+        j.name = name;
+        j.title = title;
+        j.rate = number("--grid", g.rate[i], 1e-12, 1e6);
+        j.warmup = number("--grid", g.warmup[k], 0, 1);
+        model = tune_once(&j, b);
+        context = make_context(model);
+        p = evaluate_part(name, context, model, 0, b->task, 0);
+        add_cost(p, &j, model);
+        moe_context_free(context);
+        if (save && (!best || p->score > best->score)) need(moe_model_save(model, save, &env));
+        moe_model_free(model);
+        join_part(p);
+        if (old) p = old;
+        if (opt.checkpoint) write_parts(opt.checkpoint);
+        if (opt.checkpoint) remove_checkpoint(j.path);
+      }
+      if (!p) continue;
+      if (opt.grid) printf("%s: rate %s, warm-up %s: %.4f to choose by, %.4f on dev\n", title, g.rate[i], g.warmup[k], p->score, p->value);
+      r->tokens += p->tokens;
+      r->seconds += p->seconds;
+      if (!best || p->score > best->score) best = p;
+    }
+  if (best) {
+    r->steps += best->steps;
+    r->parameters += best->parameters;
+  }
+  moe_model_free(b->model);
+  b->model = NULL;
+  return missing && opt.report ? NULL : best;
+}
+
+/* Fine-tunes every task of the table, each by itself. */
+static void run_second(result *r) {
+  char path[1024], title[160], name[160];
+  int t;
+  for (t = 0; t < n_tasks; ++t) {
+    beginning b;
+    memset(&b, 0, sizeof b);
+    b.run = r;
+    b.task = t;
+    b.seed = r->seed;
+    snprintf(title, sizeof title, "%s %.40s seed %d", system_title[r->system], tasks[t].task.name, r->seed);
+    part_name(name, sizeof name, r->system, r->seed, t);
+    if (opt.save) run_path(path, sizeof path, opt.save, r->system, r->seed, tasks[t].task.name);
+    r->part[t] = tune(r, name, title, &b, opt.save ? path : NULL);
+  }
+  moe_model_free(first_stage);
+  first_stage = NULL;
+  if (opt.tidy && opt.checkpoint && !opt.from && r->system != TUNED + SINGLE) {
+    run_path(path, sizeof path, opt.checkpoint, r->system - TUNED, r->seed, NULL);
+    remove_checkpoint(path);
+  }
+}
+
+/* ---- systems compared ---- */
+
+/* What one system, with all its seeds, has answered. */
+typedef struct line {
+  const char *name, *title;
+  const part **part; /* (T, seeds), NULL where it is missing */
+} line;
+
+/* A - B: the difference of a metric, its 95 % interval, and the share of the resamples in which A is better. */
+typedef struct difference {
+  double value, low, high, better;
+  int known;
+} difference;
+
+typedef struct comparison {
+  const line *a, *b;
+  difference *of; /* (T+1): tasks, and the mean over all */
+} comparison;
+
+static comparison *comparisons;
+static int n_comparisons;
+
+/* Metrics of every line on the dev set and on the resamples of it, mean over the seeds; out (lines, resamples + 1). The rows of a resample
+   (of a ranking: the questions) are the same for all lines: the comparison is paired. */
+static void resample(double *out, const line *lines, int n_lines, int seeds, int t) {
+  const task_data *d = &tasks[t];
+  int set, i, k, r, defined;
+  int64_t at = 0, g, j;
+  memset(out, 0, (size_t)n_lines * (size_t)(opt.resamples + 1) * sizeof *out);
+  for (set = 0; set < d->n_dev; at += d->dev[set++].n) {
+    int64_t *order, *begin, n = rows_by_group(&order, &begin, &d->dev[set], &d->task), largest = 1;
+    float *label = labels_of(&d->dev[set]), *some_labels, *some;
+    int64_t *index;
+    for (g = 0; g < n; ++g)
+      if (begin[g + 1] - begin[g] > largest) largest = begin[g + 1] - begin[g];
+    index = (int64_t *)take((size_t)(n * largest), sizeof *index);
+    some = (float *)take((size_t)(n * largest), sizeof *some);
+    some_labels = (float *)take((size_t)(n * largest), sizeof *some_labels);
+    for (r = 0; r <= opt.resamples; ++r) {
+      int64_t rows_drawn = 0;
+      for (g = 0; g < n; ++g) {
+        int64_t drawn = r ? (int64_t)(moe_key(1, (uint64_t)r, (uint64_t)g, (uint32_t)set, 79) % (uint64_t)n) : g;
+        for (j = begin[drawn]; j < begin[drawn + 1]; ++j) index[rows_drawn++] = order[j];
+      }
+      for (j = 0; j < rows_drawn; ++j) some_labels[j] = label[index[j]];
+      for (i = 0; i < n_lines; ++i) {
+        double sum = 0;
+        int found = 0;
+        for (k = 0; k < seeds; ++k) {
+          const part *p = lines[i].part[t * seeds + k];
+          if (!p) continue;
+          for (j = 0; j < rows_drawn; ++j) some[j] = p->answer[at + index[j]];
+          sum += metric(&d->task, some, some_labels, (size_t)rows_drawn, &defined);
+          ++found;
+        }
+        if (found) out[i * (opt.resamples + 1) + r] += sum / found / d->n_dev;
+      }
+    }
+    free(order);
+    free(begin);
+    free(label);
+    free(index);
+    free(some);
+    free(some_labels);
+  }
+}
+
+static int by_value(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return x < y ? -1 : x > y;
+}
+
+/* From the metrics of two lines on the same resamples. */
+static difference difference_of(const double *a, const double *b) {
+  int R = opt.resamples, r;
+  double *d = (double *)take((size_t)R, sizeof *d), better = 0;
+  difference out;
+  for (r = 0; r < R; ++r) {
+    d[r] = a[r + 1] - b[r + 1];
+    better += d[r] > 0 ? 1 : d[r] < 0 ? 0 : 0.5;
+  }
+  qsort(d, (size_t)R, sizeof *d, by_value);
+  out.value = a[0] - b[0];
+  out.low = d[(int)(0.025 * R)];
+  out.high = d[(int)(0.975 * R)];
+  out.better = better / R;
+  out.known = 1;
+  free(d);
+  return out;
+}
+
+static int line_has(const line *l, int t, int seeds) {
+  int k;
+  for (k = 0; k < seeds; ++k)
+    if (l->part[t * seeds + k]) return 1;
+  return 0;
+}
+
+/* Every pair of lines, the later one first; added to the comparisons. */
+static void compare(const line *lines, int n_lines, int seeds) {
+  size_t stride = (size_t)opt.resamples + 1, i;
+  double *task = (double *)take((size_t)n_lines * stride, sizeof *task), *all = (double *)take((size_t)n_lines * stride, sizeof *all);
+  int first = n_comparisons, a, b, t, c, whole_table = 1;
+  if (!opt.resamples || n_lines < 2) n_lines = 0;
+  for (a = 1; a < n_lines; ++a)
+    for (b = 0; b < a; ++b) {
+      comparison *to;
+      comparisons = (comparison *)grow(comparisons, (size_t)n_comparisons + 1, sizeof *comparisons);
+      to = &comparisons[n_comparisons++];
+      to->a = &lines[a];
+      to->b = &lines[b];
+      to->of = (difference *)take((size_t)n_tasks + 1, sizeof *to->of);
+    }
+  for (t = 0; t < n_tasks && n_lines; ++t) {
+    resample(task, lines, n_lines, seeds, t);
+    for (i = 0; i < (size_t)n_lines * stride; ++i) all[i] += task[i] / n_tasks;
+    for (c = first; c < n_comparisons; ++c)
+      if (line_has(comparisons[c].a, t, seeds) && line_has(comparisons[c].b, t, seeds))
+        comparisons[c].of[t] = difference_of(task + (size_t)(comparisons[c].a - lines) * stride, task + (size_t)(comparisons[c].b - lines) * stride);
+  }
+  for (c = first; c < n_comparisons; ++c) {
+    for (t = 0, whole_table = 1; t < n_tasks; ++t) whole_table &= comparisons[c].of[t].known;
+    if (whole_table)
+      comparisons[c].of[n_tasks] = difference_of(all + (size_t)(comparisons[c].a - lines) * stride, all + (size_t)(comparisons[c].b - lines) * stride);
+  }
+  free(task);
+  free(all);
+}
+
+static void print_comparisons(void) {
+  int c, t;
+  if (!n_comparisons) return;
+  printf("\nDifferences x 100, and in how many of %d resamples of the dev rows the first is better\n%-27s", opt.resamples, "");
+  for (t = 0; t < n_tasks; ++t) printf(" %10.9s", tasks[t].task.name);
+  printf(" |  all, with its 95 %% interval\n");
+  for (c = 0; c < n_comparisons; ++c) {
+    char title[64];
+    snprintf(title, sizeof title, "%.25s - %.25s", comparisons[c].a->title, comparisons[c].b->title);
+    printf("%-27s", title);
+    for (t = 0; t <= n_tasks; ++t) {
+      const difference *d = &comparisons[c].of[t];
+      char text[64];
+      if (!d->known) snprintf(text, sizeof text, "-");
+      else if (t < n_tasks) snprintf(text, sizeof text, "%+.1f %3.0f%%", 100 * d->value, 100 * d->better);
+      else snprintf(text, sizeof text, "%+.1f [%+.1f, %+.1f] %.0f%%", 100 * d->value, 100 * d->low, 100 * d->high, 100 * d->better);
+      if (t < n_tasks) printf(" %10s", text);
+      else printf(" |  %s\n", text);
+    }
+  }
+  printf("The interval is that of other dev rows, the runs being what they are; the mean over the seeds is what is compared.\n");
 }
 
 /* ---- what is shown ---- */
 
-static double mean_of(int system, int t, double *deviation, int *n) {
-  double sum = 0, square = 0;
+/* The metric of a task; t = n_tasks: the average "small", t = n_tasks + 1: that of all tasks. 0 where a part is missing, or no task small. */
+static int result_value(double *value, const result *r, int t) {
+  double sum = 0;
+  int i, n = 0;
+  for (i = 0; i < n_tasks; ++i) {
+    if (t < n_tasks ? i != t : t == n_tasks && tasks[i].official > 10000) continue;
+    if (!r->part[i]) return 0;
+    sum += r->part[i]->value;
+    ++n;
+  }
+  *value = n ? sum / n : 0;
+  return n > 0;
+}
+
+/* Mean over the seeds that have one; *n of them. */
+static double mean_of(int system, int t, double *deviation, double *most, int *n) {
+  double sum = 0, square = 0, v;
   int i;
   *n = 0;
-  for (i = 0; i < n_results; ++i)
-    if (results[i].system == system) {
-      double v = t == -1 ? results[i].small : t == -2 ? results[i].all : results[i].value[t];
-      sum += v;
-      square += v * v;
-      ++*n;
-    }
+  *deviation = 0;
+  *most = -2;
+  for (i = 0; i < n_results; ++i) {
+    if (results[i].system != system || !result_value(&v, &results[i], t)) continue;
+    sum += v;
+    square += v * v;
+    if (v > *most) *most = v;
+    ++*n;
+  }
+  if (!*n) return 0;
   sum /= *n;
   square = square / *n - sum * sum;
-  *deviation = *n > 1 && square > 0 ? sqrt(square * *n / (*n - 1)) : 0;
+  if (*n > 1 && square > 0) *deviation = sqrt(square * *n / (*n - 1));
   return sum;
 }
 
+/* n 0: nothing to show; 1: no deviation. */
 static void print_cell(double v, double deviation, int n, int undefined, int width) {
   char text[64];
-  if (n > 1) snprintf(text, sizeof text, "%.1f+-%.1f", 100 * v, 100 * deviation);
+  if (!n) snprintf(text, sizeof text, "-");
+  else if (n > 1) snprintf(text, sizeof text, "%.1f+-%.1f", 100 * v, 100 * deviation);
   else snprintf(text, sizeof text, "%.1f", 100 * v);
   printf(" %*s%s", width - undefined, text, undefined ? "?" : "");
 }
 
-/* Of the seeds, as the paper reports. */
-static void print_maximum(int system, int width) {
-  int t, i;
-  printf("%-13s", "  maximum");
+/* A system's row; 1 when a metric in it has no value. */
+static int print_system(int s, int width) {
+  double d, most, seconds = 0, parameters = 0;
+  int t, i, n, bad, any_bad = 0, runs = 0, seeds = 0;
+  for (i = 0; i < n_results; ++i)
+    if (results[i].system == s) seconds += results[i].seconds, parameters = results[i].parameters, ++runs;
+  if (!runs) return 0;
+  printf("%-13s", system_title[s]);
   for (t = 0; t < n_tasks + 2; ++t) {
-    double best = -2;
-    for (i = 0; i < n_results; ++i) {
-      double v = results[i].system != system ? -2 : t < n_tasks ? results[i].value[t] : t == n_tasks ? results[i].small : results[i].all;
-      if (v > best) best = v;
-    }
+    double v = mean_of(s, t, &d, &most, &n);
+    for (i = bad = 0; i < n_results && t < n_tasks; ++i) bad |= results[i].system == s && results[i].part[t] && !results[i].part[t]->defined;
+    any_bad |= bad;
+    if (n > seeds) seeds = n;
     if (t == n_tasks) printf(" |");
-    print_cell(best, 0, 1, 0, width);
+    print_cell(v, d, n, bad, width);
+  }
+  printf(" | %11.0f %8.1f\n", parameters, seconds / runs);
+  if (s < TUNED || seeds < 2) return any_bad;
+  printf("%-13s", "  maximum"); /* of the seeds, as the paper reports */
+  for (t = 0; t < n_tasks + 2; ++t) {
+    mean_of(s, t, &d, &most, &n);
+    if (t == n_tasks) printf(" |");
+    print_cell(most, 0, n > 0, 0, width);
   }
   printf(" |\n");
+  return any_bad;
 }
 
 static void print_table(void) {
-  int s, t, i, width = 10, n, several = 0, bad, any_bad = 0;
-  for (s = 0; s < LINES; ++s) {
-    double d;
-    mean_of(s, -2, &d, &n);
-    several |= n > 1;
-  }
+  int s, t, width = 10, any_bad = 0, hard = 0, several = 0;
+  for (t = 1; t < n_results; ++t) several |= results[t].seed != results[0].seed;
   printf("\n%-13s", "");
   for (t = 0; t < n_tasks; ++t) printf(" %*.*s%s", width - tasks[t].hard, width - 1, tasks[t].task.name, tasks[t].hard ? "*" : "");
   printf(" | %*s %*s | %11s %8s\n%-13s", width, "small", width, "all", "parameters", "seconds", "metric x 100");
@@ -1711,44 +2335,42 @@ static void print_table(void) {
   printf(" |\n%-13s", "train/dev rows");
   for (t = 0; t < n_tasks; ++t) {
     char text[48];
-    snprintf(text, sizeof text, "%lld/%lld", (long long)tasks[t].train.n, (long long)tasks[t].dev[0].n);
+    snprintf(text, sizeof text, "%lld/%lld", (long long)tasks[t].train.n, (long long)dev_rows(&tasks[t]));
     printf(" %*s", width - (t == 0), text);
   }
   printf(" |\n%-13s", "chance + 2 se");
   for (t = 0; t < n_tasks; ++t) {
-    double error, v = majority(&tasks[t], &error);
+    double error, v = chance(&tasks[t], &error);
     print_cell(v + 2 * error, 0, 1, 0, width);
+    hard |= tasks[t].hard;
   }
   printf(" |\n");
-  for (s = 0; s < LINES; ++s) {
-    double d, v, seconds = 0;
-    size_t parameters = 0;
-    mean_of(s, -2, &d, &n);
-    if (!n) continue;
-    printf("%-13s", system_title[s]);
-    for (t = 0; t < n_tasks; ++t) {
-      v = mean_of(s, t, &d, &n);
-      for (i = bad = 0; i < n_results; ++i) bad |= results[i].system == s && !results[i].defined[t];
-      any_bad |= bad;
-      print_cell(v, d, n, bad, width);
-    }
-    printf(" |");
-    v = mean_of(s, -1, &d, &n), print_cell(v, d, n, 0, width);
-    v = mean_of(s, -2, &d, &n), print_cell(v, d, n, 0, width);
-    for (i = 0; i < n_results; ++i)
-      if (results[i].system == s) seconds += results[i].seconds, parameters = results[i].parameters;
-    printf(" | %11zu %8.1f\n", parameters, seconds / n);
-    if (s >= TUNED && n > 1) print_maximum(s, width);
-  }
+  for (s = 0; s < LINES; ++s) any_bad |= print_system(s, width);
   printf("small: mean over tasks with at most 10,000 training rows; all: over all tasks%s.\n", several ? "; mean+-standard deviation over the seeds" : "");
-  printf("chance + 2 se: the most frequent class (Spearman, Matthews: 0) plus two standard errors of the dev set");
-  for (t = 0; t < n_tasks; ++t)
-    if (tasks[t].hard) {
-      printf("; *: declared hard");
-      break;
-    }
-  printf(".\n");
+  printf("chance + 2 se: one answer to every row (the most frequent class, for F1 class 1; 0 for correlations) plus two standard errors%s.\n",
+         hard ? "; *: declared hard" : "");
   if (any_bad) printf("?: the metric has no value (one class is all that is right or predicted, or the values are constant) and counts as 0.\n");
+}
+
+/* The systems of one stage, compared. */
+static void compare_systems(int first) {
+  line *lines = (line *)lasting(SYSTEMS, sizeof *lines);
+  int s, i, t, k, n = 0, seeds = 0, runs;
+  for (i = 0; i < n_results; ++i) seeds += results[i].system == results[0].system;
+  for (s = first; s < first + SYSTEMS; ++s) {
+    for (i = runs = 0; i < n_results; ++i) runs += results[i].system == s;
+    if (!runs) continue;
+    lines[n].name = system_name[s];
+    lines[n].title = system_title[s];
+    lines[n].part = (const part **)lasting((size_t)(n_tasks * seeds), sizeof *lines[n].part);
+    for (i = k = 0; i < n_results && k < seeds; ++i)
+      if (results[i].system == s) {
+        for (t = 0; t < n_tasks; ++t) lines[n].part[t * seeds + k] = results[i].part[t];
+        ++k;
+      }
+    ++n;
+  }
+  compare(lines, n, seeds);
 }
 
 /* Shares of the experts, as whole percents, a row for each task and a group of columns for each layer. */
@@ -1760,7 +2382,7 @@ static void print_routes(const result *r) {
   for (t = 0; t < n_tasks; ++t) {
     printf("%-15.15s", tasks[t].task.name);
     for (l = 0; l < config.layers; ++l) {
-      const int64_t *c = r->routes + ((int64_t)t * config.layers + l) * opt.experts;
+      const int64_t *c = r->part[t]->routes + (int64_t)l * opt.experts;
       int64_t sum = 0;
       for (e = 0; e < opt.experts; ++e) sum += c[e];
       printf(" ");
@@ -1768,6 +2390,17 @@ static void print_routes(const result *r) {
       printf(" ");
     }
     printf("\n");
+  }
+}
+
+/* Of the last system of the first seed that has experts. */
+static void print_last_routes(void) {
+  int i, t;
+  for (i = n_results - 1; i >= 0; --i) {
+    for (t = 0; t < n_tasks && results[i].part[t] && results[i].part[t]->routes; ++t) continue;
+    if (t < n_tasks || results[i].seed != results[0].seed) continue;
+    print_routes(&results[i]);
+    return;
   }
 }
 
@@ -1781,20 +2414,42 @@ static void json_text(FILE *f, const char *s) {
   fputc('"', f);
 }
 
-/* A file of bytes: what print_json has written into a temporary one. */
-static moe_status copy_file(void *user, const moe_writer *writer, const moe_env *e) {
-  char block[4096];
-  size_t n;
-  FILE *f = (FILE *)user;
-  (void)e;
-  rewind(f);
-  while ((n = fread(block, 1, sizeof block, f)) > 0)
-    if (writer->write(writer->user, block, n)) return MOE_E_IO;
-  return ferror(f) ? MOE_E_IO : MOE_OK;
+static void json_tasks(FILE *f, const result *r) {
+  int t, first = 1;
+  double v;
+  for (t = 0; t < n_tasks; ++t) {
+    char name[MOE_NAME_BYTES];
+    if (!r->part[t]) continue;
+    metric_name(name, &tasks[t].task);
+    fprintf(f, "%s\n    {\"name\": ", first ? "" : ",");
+    json_text(f, tasks[t].task.name);
+    fprintf(f, ", \"metric\": \"%s\", \"value\": %.9g, \"n\": %lld, \"rows\": %lld%s}", name, r->part[t]->value, (long long)dev_rows(&tasks[t]),
+            (long long)tasks[t].official, r->part[t]->defined ? "" : ", \"defined\": false");
+    first = 0;
+  }
+  fprintf(f, "],\n   \"small\": ");
+  if (result_value(&v, r, n_tasks)) fprintf(f, "%.9g, \"all\": ", v);
+  else fprintf(f, "null, \"all\": ");
+  if (result_value(&v, r, n_tasks + 1)) fprintf(f, "%.9g}", v);
+  else fprintf(f, "null}");
+}
+
+static void json_differences(FILE *f, const comparison *c) {
+  int t, first = 1;
+  fprintf(f, "\n  {\"a\": \"%s\", \"b\": \"%s\", \"differences\": [", c->a->name, c->b->name);
+  for (t = 0; t <= n_tasks; ++t) {
+    const difference *d = &c->of[t];
+    if (!d->known) continue;
+    fprintf(f, "%s\n    {\"name\": ", first ? "" : ",");
+    json_text(f, t < n_tasks ? tasks[t].task.name : "all");
+    fprintf(f, ", \"difference\": %.9g, \"low\": %.9g, \"high\": %.9g, \"better\": %.9g}", d->value, d->low, d->high, d->better);
+    first = 0;
+  }
+  fprintf(f, "]}");
 }
 
 static void print_json(FILE *f) {
-  int i, t, d;
+  int i, first = 1;
   fprintf(f, "{\"options\": [");
   for (i = 1; i < given_argc; ++i) {
     if (i > 1) fprintf(f, ", ");
@@ -1803,36 +2458,33 @@ static void print_json(FILE *f) {
   fprintf(f, "],\n \"isa\": \"%s\", \"threads\": %d,\n \"runs\": [", moe_isa_name(env.isa), (int)env.threads);
   for (i = 0; i < n_results; ++i) {
     const result *r = &results[i];
-    fprintf(f, "%s\n  {\"system\": \"%s\", \"seed\": %d, \"parameters\": %zu, \"seconds\": %.3f, \"tokens_per_second\": %.1f, \"steps\": %lld,\n",
-            i ? "," : "", system_name[r->system], r->seed, r->parameters, r->seconds, r->tokens / (r->seconds > 0 ? r->seconds : 1),
-            (long long)r->steps);
-    fprintf(f, "   \"tasks\": [");
-    for (t = 0; t < n_tasks; ++t) {
-      char name[MOE_NAME_BYTES];
-      int64_t n = 0;
-      metric_name(name, &tasks[t].task);
-      for (d = 0; d < tasks[t].n_dev; ++d) n += tasks[t].dev[d].n;
-      fprintf(f, "%s\n    {\"name\": ", t ? "," : "");
-      json_text(f, tasks[t].task.name);
-      fprintf(f, ", \"metric\": \"%s\", \"value\": %.9g, \"n\": %lld%s}", name, r->value[t], (long long)n,
-              r->defined[t] ? "" : ", \"defined\": false");
-    }
-    fprintf(f, "],\n   \"small\": %.9g, \"all\": %.9g}", r->small, r->all);
+    int t;
+    for (t = 0; t < n_tasks && !r->part[t]; ++t) continue;
+    if (t == n_tasks) continue;
+    fprintf(f, "%s\n  {\"system\": \"%s\", \"seed\": %d, \"parameters\": %.0f, \"seconds\": %.3f, \"tokens_per_second\": %.1f, \"steps\": %.0f,\n   \"tasks\": [",
+            first ? "" : ",", system_name[r->system], r->seed, r->parameters, r->seconds, r->tokens / (r->seconds > 0 ? r->seconds : 1), r->steps);
+    json_tasks(f, r);
+    first = 0;
   }
-  fprintf(f, "\n ]}\n");
+  fprintf(f, "\n ]");
+  for (i = 0; i < n_comparisons; ++i) {
+    fputs(i ? "," : ",\n \"comparisons\": [", f);
+    json_differences(f, &comparisons[i]);
+  }
+  fprintf(f, "%s}\n", n_comparisons ? "\n ]" : "");
 }
 
-static void write_json(void) {
-  FILE *f = tmpfile();
-  if (!f) die("cannot write a temporary file: %s", strerror(errno));
-  print_json(f);
-  if (fflush(f) || ferror(f)) die("cannot write a temporary file: %s", strerror(errno));
-  need(moe_file_replace(opt.json, copy_file, f, &env));
-  fclose(f);
+static void show_results(void) {
+  print_table();
+  compare_systems(0);
+  compare_systems(TUNED);
+  print_comparisons();
+  if (opt.json) write_file(opt.json, print_json);
+  print_last_routes();
 }
 
 /* A name that cannot be written is better known before the training than after it. */
-static void check_writable(const char *option, const char *path) {
+static void check_writable(const char *name, const char *path) {
   char temporary[1056];
   FILE *f = path ? fopen(path, "rb+") : NULL;
   if (!path) return;
@@ -1840,20 +2492,21 @@ static void check_writable(const char *option, const char *path) {
     int folder = errno == EISDIR;
     snprintf(temporary, sizeof temporary, "%s.tmp", path);
     f = folder ? NULL : fopen(temporary, "wb");
-    if (!f) die("%s: %s cannot be written: %s", option, path, strerror(errno));
+    if (!f) die("%s: %s cannot be written: %s", name, path, strerror(errno));
     remove(temporary);
   }
   fclose(f);
 }
 
-/* ---- --from: fine-tuning and new tasks ---- */
+/* ---- tasks that join a model ---- */
 
 /* What --gate-from names: a task of the model, or one of moe_model_adapt's words. */
 static int32_t gate_number(const char *name) {
-  int32_t t = moe_model_find_task(from_model, name);
+  int32_t t = from_model ? moe_model_find_task(from_model, name) : -1;
   if (t >= 0) return t;
   if (!strcmp(name, "random")) return MOE_GATE_RANDOM;
-  if (!strcmp(name, "mean")) return MOE_GATE_MEAN;
+  if (!strcmp(name, "mean") && from_model) return MOE_GATE_MEAN;
+  if (!from_model) die("--gate-from: without --from there is no model to take the gates of \"%s\" from", name);
   die("--gate-from: \"%s\" is neither random nor mean nor a task of %s", name, opt.from);
   return 0;
 }
@@ -1868,51 +2521,91 @@ static int64_t few_rows(const char *text, int64_t n) {
   return (int64_t)v;
 }
 
-/* The training rows of a few-shot run: `wanted` of them, drawn by the seed; a ranking's questions stay whole. */
-static rows draw_rows(const rows *all, int64_t wanted, int seed, int ranking) {
-  rows drawn = *all;
+/* The training rows of a few-shot run: `wanted` of them, drawn by the seed; a ranking's questions stay whole. The groups are shuffled
+   (Fisher and Yates), then taken from the front. */
+static void draw_rows(rows *drawn, const rows *all, const moe_task *t, int64_t wanted, int seed) {
   unsigned char *keep = (unsigned char *)take((size_t)all->n, 1);
-  int64_t i, j, kept = 0;
-  for (i = 0; i < all->n && kept < wanted; ++i) {
-    int64_t row = (int64_t)moe__permute(moe_key((uint64_t)seed, 0, 0, 0, 78), (uint64_t)i, (uint64_t)all->n);
-    for (j = ranking ? 0 : row; j < (ranking ? all->n : row + 1); ++j)
-      if (!keep[j] && (!ranking || all->group[j] == all->group[row])) keep[j] = 1, ++kept;
+  int64_t *order, *begin, n = rows_by_group(&order, &begin, all, t), *turn = (int64_t *)take((size_t)n, sizeof *turn), i, j, kept = 0;
+  for (i = 0; i < n; ++i) turn[i] = i;
+  for (i = 0; i < n && kept < wanted; ++i) {
+    int64_t other = i + (int64_t)(moe_key((uint64_t)seed, 0, (uint64_t)i, 0, 78) % (uint64_t)(n - i)), g = turn[other];
+    turn[other] = turn[i];
+    for (j = begin[g]; j < begin[g + 1]; ++j) keep[order[j]] = 1, ++kept;
   }
-  part_rows(&drawn, NULL, keep);
+  part_rows(drawn, NULL, all, keep);
+  free(order);
+  free(begin);
+  free(turn);
   free(keep);
-  return drawn;
 }
 
 /* A line of the table, and of --json. */
 static void adapt_line(const char *gate, int64_t n, const result *r, int seeds, FILE *json, int first) {
   double sum = 0, square = 0, best = -2, deviation, seconds = 0;
   char text[64];
-  int i;
+  int i, found = 0;
   for (i = 0; i < seeds; ++i) {
-    sum += r[i].value[0];
-    square += r[i].value[0] * r[i].value[0];
-    if (r[i].value[0] > best) best = r[i].value[0];
+    double v = r[i].part[0] ? r[i].part[0]->value : 0;
+    if (!r[i].part[0]) continue;
+    sum += v;
+    square += v * v;
+    if (v > best) best = v;
     seconds += r[i].seconds;
+    ++found;
   }
-  square = square - sum * sum / seeds;
-  deviation = seeds > 1 && square > 0 ? sqrt(square / (seeds - 1)) : 0;
-  snprintf(text, sizeof text, "%.1f+-%.1f", 100 * sum / seeds, 100 * deviation);
-  printf("%-16.16s %8lld %8.1f %12s %8.1f\n", gate, (long long)n, 100 * best, text, seconds / seeds);
+  if (!found) {
+    printf("%-16.16s %8lld %8s %12s %8s\n", gate, (long long)n, "-", "-", "-");
+    return;
+  }
+  square = square - sum * sum / found;
+  deviation = found > 1 && square > 0 ? sqrt(square / (found - 1)) : 0;
+  snprintf(text, sizeof text, "%.1f+-%.1f", 100 * sum / found, 100 * deviation);
+  printf("%-16.16s %8lld %8.1f %12s %8.1f\n", gate, (long long)n, 100 * best, text, seconds / found);
   fflush(stdout);
   if (!json) return;
   fprintf(json, "%s\n  {\"gate\": ", first ? "" : ",");
   json_text(json, gate);
-  fprintf(json, ", \"rows\": %lld, \"maximum\": %.9g, \"mean\": %.9g, \"deviation\": %.9g, \"seeds\": [", (long long)n, best, sum / seeds, deviation);
-  for (i = 0; i < seeds; ++i) fprintf(json, "%s{\"seed\": %d, \"value\": %.9g, \"steps\": %lld}", i ? ", " : "", r[i].seed, r[i].value[0], (long long)r[i].steps);
+  fprintf(json, ", \"rows\": %lld, \"maximum\": %.9g, \"mean\": %.9g, \"deviation\": %.9g, \"seeds\": [", (long long)n, best, sum / found, deviation);
+  for (i = found = 0; i < seeds; ++i)
+    if (r[i].part[0])
+      fprintf(json, "%s{\"seed\": %d, \"value\": %.9g, \"steps\": %.0f}", found++ ? ", " : "", r[i].seed, r[i].part[0]->value, r[i].steps);
   fprintf(json, "]}");
 }
 
+/* One gate, one number of rows, one seed. */
+static void adapt_once(result *r, const char *gate, int64_t wanted, const rows *all, int several) {
+  char name[256], title[96], path[1056], suffix[96];
+  beginning b;
+  memset(&b, 0, sizeof b);
+  b.gate = gate_number(gate);
+  b.seed = r->seed;
+  snprintf(name, sizeof name, "adapt %d %s %.63s %lld", r->seed, tasks[0].task.name, gate, (long long)wanted);
+  snprintf(title, sizeof title, "%.30s, %lld rows, seed %d", gate, (long long)wanted, r->seed);
+  snprintf(suffix, sizeof suffix, "%.40s-%lld-%d", gate, (long long)wanted, r->seed);
+  if (opt.save && several) with_suffix(path, sizeof path, opt.save, suffix);
+  else if (opt.save) snprintf(path, sizeof path, "%s", opt.save);
+  draw_rows(&tasks[0].train, all, &tasks[0].task, wanted, r->seed);
+  r->part[0] = tune(r, name, title, &b, opt.save ? path : NULL);
+  free_rows(&tasks[0].train);
+}
+
+/* The gates, or numbers of rows, of one line of the table each, compared: paired, on the dev rows. */
+static void compare_gates(char **gate, int gates, result *r, int seeds) {
+  line *lines = (line *)lasting((size_t)gates, sizeof *lines);
+  int i, k;
+  for (i = 0; i < gates; ++i) {
+    lines[i].name = lines[i].title = gate[i];
+    lines[i].part = (const part **)lasting((size_t)seeds, sizeof *lines[i].part);
+    for (k = 0; k < seeds; ++k) lines[i].part[k] = r[i * seeds + k].part[0];
+  }
+  compare(lines, gates, seeds);
+}
+
 /* --adapt: a task that the model does not know, from each gate, on each number of rows, with each seed [TaG] Tables 2 and 6. */
-static void run_adapt(char **seed_list, int n_seeds) {
-  char *gate[64], *few[64], title[96], path[1056], suffix[96];
+static void run_adapt(const int *seed, int seeds) {
+  char *gate[64], *few[64];
   int gates = split(copy_text(opt.gate_from), ',', gate, 64), sizes = 1, i, j, k;
   rows all = tasks[0].train;
-  result *r = (result *)take((size_t)n_seeds, sizeof *r);
   FILE *json = opt.json ? tmpfile() : NULL;
   few[0] = copy_text("100%");
   if (opt.few) sizes = split(copy_text(opt.few), ',', few, 64);
@@ -1920,37 +2613,24 @@ static void run_adapt(char **seed_list, int n_seeds) {
   for (i = 0; i < gates; ++i) gate_number(gate[i]); /* what is wrong is better known before the first run */
   for (i = 0; i < sizes; ++i) few_rows(few[i], all.n);
   if (json) fprintf(json, "{\"adapt\": \"%s\", \"runs\": [", tasks[0].task.name);
-  printf("\n%-16s %8s %8s %12s %8s\n", "gates from", "rows", "maximum", "mean", "seconds");
-  for (i = 0; i < sizes; ++i)
+  printf("\n%-16s %8s %8s %12s %8s\n", from_model ? "gates from" : "Single-Task", "rows", "maximum", "mean", "seconds");
+  memset(&tasks[0].train, 0, sizeof tasks[0].train);
+  for (i = 0; i < sizes; ++i) {
+    int64_t wanted = few_rows(few[i], all.n);
+    result *r = (result *)lasting((size_t)(gates * seeds), sizeof *r);
     for (j = 0; j < gates; ++j) {
-      int64_t wanted = few_rows(few[i], all.n);
-      for (k = 0; k < n_seeds; ++k) {
-        moe_model *more, *alone;
-        int32_t last = moe_model_tasks(from_model);
-        double began = now();
-        tuned one;
-        r[k].seed = (int)whole("--seeds", seed_list[k], 0, 2147483647);
-        tasks[0].train = wanted < all.n ? draw_rows(&all, wanted, r[k].seed, tasks[0].task.kind == MOE_KIND_RANKING) : all;
-        need(moe_model_adapt(&more, from_model, &tasks[0].task, gate_number(gate[j]), (uint64_t)r[k].seed, &env));
-        need(moe_model_extract(&alone, more, &last, 1, NULL, &env));
-        moe_model_free(more);
-        snprintf(title, sizeof title, "%.30s, %lld rows, seed %d", gate[j], (long long)wanted, r[k].seed);
-        one = tune(alone, 0, r[k].seed, title);
-        moe_model_free(alone);
-        if (!r[k].value) r[k].value = (double *)take(1, sizeof *r[k].value);
-        r[k].value[0] = one.value;
-        r[k].steps = one.steps;
-        r[k].seconds = now() - began;
-        if (opt.save) {
-          snprintf(suffix, sizeof suffix, "%.40s-%lld-%d", gate[j], (long long)wanted, r[k].seed);
-          if (sizes * gates * n_seeds == 1) snprintf(path, sizeof path, "%s", opt.save);
-          else with_suffix(path, sizeof path, opt.save, suffix);
-          need(moe_model_save(one.model, path, &env));
-        }
-        moe_model_free(one.model);
+      for (k = 0; k < seeds; ++k) {
+        result *one = &r[j * seeds + k];
+        one->seed = seed[k];
+        one->part = (const part **)lasting(1, sizeof *one->part);
+        adapt_once(one, gate[j], wanted, &all, sizes * gates * seeds > 1);
       }
-      adapt_line(gate[j], wanted, r, n_seeds, json, i == 0 && j == 0);
+      adapt_line(gate[j], wanted, r + j * seeds, seeds, json, i == 0 && j == 0);
     }
+    compare_gates(gate, gates, r, seeds);
+  }
+  tasks[0].train = all;
+  print_comparisons();
   if (!json) return;
   fprintf(json, "\n ]}\n");
   fflush(json);
@@ -1958,101 +2638,101 @@ static void run_adapt(char **seed_list, int n_seeds) {
   fclose(json);
 }
 
-/* The second stage of a model that is there already. */
-static void run_from(char **seed_list, int n_seeds) {
+/* ---- main ---- */
+
+/* The runs that were asked for, in the order of the table's making; with --from only second stages. */
+static void make_results(const int *seed, int seeds) {
   static const int system_of[] = {DENSE, SWITCH, TAG, DENSE, EMBED};
+  char *list[SYSTEMS + 1];
+  int n_systems = split(copy_text(opt.systems), ',', list, SYSTEMS), i, j, k;
+  if (n_systems > SYSTEMS) die("--systems: more than there are");
+  if (from_model) n_systems = 1;
+  results = (result *)lasting(2 * (size_t)(n_systems * seeds), sizeof *results);
+  for (i = 0; i < n_systems; ++i)
+    for (j = 0; j < seeds; ++j) {
+      result *r = &results[n_results++];
+      r->seed = seed[j];
+      if (from_model) {
+        r->system = TUNED + system_of[config.router];
+        continue;
+      }
+      for (r->system = 0; r->system < SYSTEMS && strcmp(system_name[r->system], list[i]); ++r->system) continue;
+      if (r->system == SYSTEMS) die("--systems: \"%s\" is none of single, dense, switch, tag, embed", list[i]);
+      for (k = 0; k < n_results - 1; ++k)
+        if (results[k].system % TUNED == r->system && results[k].seed == r->seed) die("%s with seed %d stands there twice", list[i], r->seed);
+      if (!opt.fine_tune) continue;
+      if (r->system != SINGLE) results[n_results++] = *r; /* Single-Task has the second stage alone */
+      results[n_results - 1].system += TUNED;
+    }
+  n_runs = n_results; /* of one run --save FILE has that very name */
+}
+
+static void run_all(void) {
+  int i, all = n_results;
+  if (from_model && moe_model_config(from_model)->unit == MOE_UNIT_BLOCK)
+    die("%s has blocks as experts, which the second stage does not know", opt.from);
+  for (i = 0; i < all; ++i) results[i].part = (const part **)lasting((size_t)n_tasks, sizeof *results[i].part);
+  for (n_results = 1; n_results <= all; ++n_results) {
+    result *r = &results[n_results - 1];
+    if (r->system >= TUNED) run_second(r);
+    else {
+      run_first(r);
+      if (n_results == all || results[n_results].system < TUNED) {
+        moe_model_free(first_stage);
+        first_stage = NULL;
+      }
+    }
+    if (opt.json) write_file(opt.json, print_json); /* what is finished is kept, whatever happens to the rest */
+  }
+  n_results = all;
+  show_results();
+}
+
+static void free_everything(void) {
   int i;
-  if (opt.adapt) {
-    run_adapt(seed_list, n_seeds);
-    return;
-  }
-  if (moe_model_config(from_model)->unit == MOE_UNIT_BLOCK) die("%s has blocks as experts, which the second stage does not know", opt.from);
-  for (i = 0; i < n_seeds; ++i) {
-    result *r = &results[i];
-    memset(r, 0, sizeof *r);
-    r->system = TUNED + system_of[config.router];
-    r->seed = (int)whole("--seeds", seed_list[i], 0, 2147483647);
-  }
-  n_runs = n_seeds;
-  for (n_results = 1; n_results <= n_seeds; ++n_results) {
-    run_tuned(&results[n_results - 1], from_model);
-    if (opt.json) write_json();
-  }
-  n_results = n_seeds;
-  print_table();
+  for (i = 0; i < n_finished; ++i) free_part(finished[i]);
+  free(finished);
+  for (i = 0; i < n_comparisons; ++i) free(comparisons[i].of);
+  free(comparisons);
+  moe_model_free(from_model);
+  moe_free(init_file);
+  free_data();
+  free_lasting();
 }
 
 int main(int argc, char **argv) {
-  char *list[SYSTEMS + 1], *seed_list[1000], *system_text, *seed_text;
-  int n_systems, n_seeds, i, j, k, all;
+  char *seed_text[1000];
+  int seed[1000], seeds, i;
   moe_pool *pool = NULL;
   moe_isa isa;
   given_argc = argc;
   given_argv = argv;
   read_options(argc, argv);
+  check_options();
   isa = moe_isa_from_name(opt.isa);
-  if (isa == MOE_ISA_COUNT) die("--isa is auto, avx512, avx2, neon or scalar, not \"%s\"", opt.isa);
   if (moe_env_init(&env, isa) != MOE_OK) die("this machine or this build has no %s; --isa auto takes the best there is", opt.isa);
   env.log = show;
   need(moe_pool_create(&pool, opt.threads ? opt.threads : moe_processors(), &env));
-  system_text = copy_text(opt.systems);
-  seed_text = copy_text(opt.seeds);
-  n_systems = split(system_text, ',', list, SYSTEMS);
-  n_seeds = split(seed_text, ',', seed_list, 1000);
-  if (n_systems > SYSTEMS || n_seeds > 1000) die("too many systems or seeds");
-  n_runs = n_systems * n_seeds;
-  results = (result *)take(2 * (size_t)n_runs, sizeof *results); /* each with a second stage, perhaps */
-  for (i = 0; i < n_systems; ++i)
-    for (j = 0; j < n_seeds; ++j) {
-      result *r = &results[n_results++];
-      for (r->system = 0; r->system < SYSTEMS && strcmp(system_name[r->system], list[i]); ++r->system) continue;
-      if (r->system == SYSTEMS) die("--systems: \"%s\" is none of single, dense, switch, tag, embed", list[i]);
-      r->seed = (int)whole("--seeds", seed_list[j], 0, 2147483647);
-      for (k = 0; k < n_results - 1; ++k)
-        if (results[k].system == r->system && results[k].seed == r->seed) die("%s with seed %d stands there twice", list[i], r->seed);
-      if (opt.fine_tune && r->system != SINGLE) {
-        results[n_results] = *r;
-        results[n_results++].system += TUNED;
-      }
-    }
-  n_runs = n_results; /* of one run --save FILE has that very name */
+  seeds = split(copy_text(opt.seeds), ',', seed_text, 1000);
+  if (seeds > 1000) die("--seeds: more than 1000");
+  for (i = 0; i < seeds; ++i) seed[i] = whole("--seeds", seed_text[i], 0, 2147483647);
   check_writable("--save", opt.save);
   check_writable("--checkpoint", opt.checkpoint);
   check_writable("--json", opt.json);
   read_tasks();
   make_config();
+  if (!opt.adapt) make_results(seed, seeds);
   read_data();
+  options_text(); /* of all rows: --adapt will change those it trains on */
   printf("%d task%s, %d layers x %d, %s, %d threads, %s\n", n_tasks, n_tasks == 1 ? "" : "s", (int)config.layers, (int)config.hidden,
          opt.from ? opt.from : opt.init ? opt.init : "from scratch", (int)env.threads, moe_isa_name(env.isa));
   fflush(stdout);
+  if (opt.resume) read_parts(opt.resume);
   signal(SIGINT, on_interrupt);
   signal(SIGTERM, on_interrupt);
-  if (opt.from) {
-    run_from(seed_list, n_seeds);
-    free(system_text);
-    free(seed_text);
-    moe_pool_free(pool);
-    return 0;
-  }
-  all = n_results;
-  for (n_results = 1; n_results <= all; ++n_results) {
-    result *r = &results[n_results - 1];
-    if (r->system < TUNED) run_system(r);
-    else {
-      run_tuned(r, first_stage);
-      moe_model_free(first_stage);
-    }
-    if (opt.json) write_json(); /* what is finished is kept, whatever happens to the rest */
-  }
-  n_results = all;
-  print_table();
-  for (i = n_results - 1; i >= 0; --i)
-    if (results[i].routes && results[i].seed == results[0].seed) {
-      print_routes(&results[i]);
-      break;
-    }
-  free(system_text);
-  free(seed_text);
+  if (opt.adapt) run_adapt(seed, seeds);
+  else run_all();
+  free_everything();
   moe_pool_free(pool);
   return 0;
 }

@@ -54,7 +54,7 @@ refuse seed_that_is_none '--seeds takes .*, not "x"' train --seeds 1,x
 refuse isa_unknown '--isa is auto.*"sse"' train --isa sse
 refuse sampling_unknown '--sampling is natural.*"fair"' train --sampling fair
 refuse sampling_bad_temperature '--sampling temperature:T takes .*"0"' train --sampling temperature:0
-refuse order_unknown '--order is shuffle or file, not "random"' train --order random
+refuse order_unknown '--order is shuffle|file, not "random"' train --order random
 refuse epochs_and_steps 'give --epochs or --steps' train --epochs 2
 refuse top_k_beyond_experts '--top-k 3 is more than --experts 2' train --top-k 3
 refuse heads_that_do_not_divide 'heads' train --heads 3
