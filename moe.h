@@ -82,6 +82,7 @@
      >>base          statuses, log, small helpers
      >>random        counter-based random numbers
      >>parallel      tiles, the built-in pool
+     >>profile       where the time goes
      >>simd          vector kernels and elementary functions
      >>gemm          packing and matrix products
      >>backend       products by another library, BLIS
@@ -199,6 +200,52 @@ typedef struct moe_backend {
   void *user;
 } moe_backend;
 
+/* Where the time of moe_forward, moe_accumulate, moe_update and moe_predict_ goes: a table of the caller's. Every moment of such
+   a call belongs to one section, so that the sections add up to the whole. A table is for one call at a time. */
+#define MOE_PROFILE_SECTIONS(X)                                                           \
+  X(TEXT, "text to ids")                                                                  \
+  X(EMBEDDINGS, "embeddings")                                                             \
+  X(PROJECTIONS, "attention, linear layers")                                              \
+  X(ATTENTION, "attention")                                                               \
+  X(NORMS, "residuals, LayerNorms")                                                       \
+  X(GATES, "gates, routes")                                                               \
+  X(EXPERTS, "experts")                                                                   \
+  X(HEADS, "heads")                                                                       \
+  X(LOSSES, "losses")                                                                     \
+  X(HEADS_BACK, "heads, backward")                                                        \
+  X(EXPERTS_BACK, "experts, backward")                                                    \
+  X(GATES_BACK, "gates, routes, backward")                                                \
+  X(NORMS_BACK, "residuals, LayerNorms, backward")                                        \
+  X(ATTENTION_BACK, "attention, backward")                                                \
+  X(PROJECTIONS_BACK, "attention, linear layers, backward")                               \
+  X(EMBEDDINGS_BACK, "embeddings, backward")                                              \
+  X(OPTIMIZER, "optimizer")                                                               \
+  X(PACKING, "packing of weights")
+typedef enum moe_profile_section {
+#define MOE_PROFILE_ENUM(name, text) MOE_PROFILE_##name,
+  MOE_PROFILE_SECTIONS(MOE_PROFILE_ENUM)
+#undef MOE_PROFILE_ENUM
+  MOE_PROFILE_COUNT
+} moe_profile_section;
+
+typedef struct moe_profile {
+  double (*clock)(void *user); /* seconds since whenever */
+  void *user;
+  double last;                       /* when the present section began */
+  double seconds[MOE_PROFILE_COUNT]; /* by moe_profile_section */
+  int64_t times[MOE_PROFILE_COUNT];  /* how often a section was left */
+} moe_profile;
+
+/* An empty table; env.profile = &table switches it on. now NULL: the built-in clock, monotonic where the C library shows it
+   (with -std=c99 it wants _POSIX_C_SOURCE 200112L or more, else the time of day is taken), and all zero under MOE_NO_THREADS
+   together with MOE_NO_STDIO: give one there. */
+MOE_API void moe_profile_init(moe_profile *profile, double (*now)(void *user), void *user);
+/* The sections that were used, slowest first, as lines of text: share, milliseconds, times, name; then the sum. At most capacity
+   bytes with the ending zero go to `out`; returns the bytes that the whole text needs, without the zero, as snprintf does. */
+MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *profile);
+/* The name of a section in words, a constant string; "unknown" for any other number. */
+MOE_API const char *moe_profile_text(moe_profile_section section);
+
 /* Everything a call needs to know of its surroundings. A plain struct: copy it, one for each thread if you like. */
 typedef struct moe_env {
   moe_isa isa;     /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards */
@@ -214,6 +261,7 @@ typedef struct moe_env {
   void (*log)(void *user, moe_status status, const char *sentence);
   void *log_user;
   const moe_backend *backend; /* large float products go there; NULL: built-in kernels, at no cost */
+  moe_profile *profile; /* receives where the time goes; NULL: no clock is read. Results do not depend on it. */
 } moe_env;
 
 /* Fills *env: the best instruction set of this machine (MOE_ISA_AUTO) or the named one, one thread, no log.
@@ -980,6 +1028,8 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #endif
 #include <windows.h>
 #elif !defined(MOE_NO_THREADS) || !defined(MOE_NO_STDIO)
+#include <sys/time.h>
+#include <time.h>
 #include <unistd.h>
 #endif
 #if !defined(MOE_NO_THREADS) && !defined(_WIN32)
@@ -1655,6 +1705,111 @@ MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env
   return MOE_OK;
 }
 #endif /* MOE_NO_THREADS */
+
+/* ---- where the time goes ---- >>profile
+   One reading of the clock at the end of each section: what passed since the end of the one before belongs to it. */
+
+static double moe__seconds(void *user) {
+#if defined(_WIN32)
+  LARGE_INTEGER count, rate;
+  (void)user;
+  QueryPerformanceCounter(&count);
+  QueryPerformanceFrequency(&rate);
+  return (double)count.QuadPart / (double)rate.QuadPart;
+#elif defined(MOE_NO_THREADS) && defined(MOE_NO_STDIO)
+  (void)user;
+  return 0;
+#elif defined(CLOCK_MONOTONIC)
+  struct timespec t;
+  (void)user;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+#else
+  struct timeval t;
+  (void)user;
+  gettimeofday(&t, NULL);
+  return (double)t.tv_sec + 1e-6 * (double)t.tv_usec;
+#endif
+}
+
+MOE_API void moe_profile_init(moe_profile *profile, double (*now)(void *user), void *user) {
+  memset(profile, 0, sizeof *profile);
+  profile->clock = now ? now : moe__seconds;
+  profile->user = user;
+}
+
+/* The first section of a call begins. */
+static void moe__profile_begin(const moe_env *env) {
+  if (env->profile) env->profile->last = env->profile->clock(env->profile->user);
+}
+
+/* A section ends, and the next begins. */
+static void moe__profile_end(const moe_env *env, moe_profile_section section) {
+  moe_profile *profile = env->profile;
+  double now;
+  if (!profile) return;
+  now = profile->clock(profile->user);
+  profile->seconds[section] += now - profile->last;
+  ++profile->times[section];
+  profile->last = now;
+}
+
+MOE_API const char *moe_profile_text(moe_profile_section section) {
+  static const char *const text[] = {
+#define MOE__PROFILE_TEXT(name, text) text,
+    MOE_PROFILE_SECTIONS(MOE__PROFILE_TEXT)
+#undef MOE__PROFILE_TEXT
+  };
+  return (int)section >= 0 && section < MOE_PROFILE_COUNT ? text[section] : "unknown";
+}
+
+/* A line of the table: numbers of tenths, right-aligned. Returns its length; it is cut to what is left of `out`. */
+static size_t moe__profile_line(char *out, size_t capacity, double share, double seconds, int64_t times, const char *text) {
+  const double value[3] = {share * 1000, seconds * 1e4, (double)times};
+  static const int width[3] = {6, 12, 9};
+  char line[128], number[32];
+  size_t length = 0, i;
+  int column;
+  for (column = 0; column < 3; ++column) {
+    uint64_t tenths = value[column] > 0 ? (uint64_t)(value[column] + 0.5) : 0;
+    if (column < 2) moe__format(number, sizeof number, "%llu.%d", (unsigned long long)(tenths / 10), (int)(tenths % 10));
+    else moe__format(number, sizeof number, "%llu", (unsigned long long)tenths);
+    for (i = strlen(number); i < (size_t)width[column]; ++i) line[length++] = ' ';
+    memcpy(line + length, number, strlen(number));
+    length += strlen(number);
+  }
+  moe__format(line + length, sizeof line - length, "  %s\n", text);
+  length = strlen(line);
+  for (i = 0; i < length && i + 1 < capacity; ++i) out[i] = line[i];
+  if (capacity) out[i] = 0;
+  return length;
+}
+
+MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *profile) {
+  static const char head[] = "     %          ms    times  section\n";
+  int32_t order[MOE_PROFILE_COUNT], n = 0, i, j;
+  size_t length = 0;
+  double total = 0;
+  int64_t times = 0;
+  for (i = 0; i < MOE_PROFILE_COUNT; ++i) {
+    if (!profile->times[i]) continue;
+    for (j = n++; j > 0 && profile->seconds[order[j - 1]] < profile->seconds[i]; --j) order[j] = order[j - 1];
+    order[j] = i;
+    total += profile->seconds[i];
+    times += profile->times[i];
+  }
+  for (; length < sizeof head - 1 && length + 1 < capacity; ++length) out[length] = head[length];
+  if (capacity) out[length] = 0;
+  length = sizeof head - 1;
+  for (i = 0; i <= n; ++i) {
+    int32_t k = i < n ? order[i] : 0;
+    double seconds = i < n ? profile->seconds[k] : total;
+    size_t left = length < capacity ? capacity - length : 0;
+    length += moe__profile_line(left ? out + length : NULL, left, total > 0 ? seconds / total : 0, seconds, i < n ? profile->times[k] : times,
+                                i < n ? moe_profile_text((moe_profile_section)k) : "all");
+  }
+  return length;
+}
 
 /* ---- vector kernels and elementary functions ---- >>simd */
 
@@ -8205,6 +8360,7 @@ static void moe__routes_dense(moe_routes *r, int32_t M) {
 static void moe__pass_begin(moe_context *c, moe__pass *pass, const moe_batch *batch, const moe_env *env) {
   const moe_config *config = &c->model->config;
   int32_t s, l;
+  moe__profile_begin(env);
   memset(pass, 0, sizeof *pass);
   pass->batch = batch;
   pass->env = env;
@@ -8336,6 +8492,7 @@ static void moe__forward_embeddings(moe_context *c, moe__pass *pass) {
   moe_norm_forward(x, c->mean0, c->rstd0, sum, w + p->norm_w, w + p->norm_b, config->eps, pass->M, config->hidden,
                    pass->env);
   if (keys) moe__dropout_rows(x, x, pass->dropout, keys, b->seq_start, b->S, config->hidden, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_EMBEDDINGS);
 }
 
 /* sum = x + dropout(branch), which inference does not keep; y = LayerNorm(sum). */
@@ -8345,6 +8502,7 @@ static void moe__forward_join(moe_context *c, moe__pass *pass, float *y, float *
   const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, layer, site);
   moe__residual_norm_forward(y, sum, mean, rstd, x, c->branch, norm_w, norm_b, config->eps, pass->M, config->hidden,
                              pass->dropout, keys, pass->batch->seq_start, pass->S, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_NORMS);
 }
 
 static void moe__forward_attention(moe_context *c, moe__pass *pass, int32_t layer) {
@@ -8357,10 +8515,13 @@ static void moe__forward_attention(moe_context *c, moe__pass *pass, int32_t laye
   const float *w = m->weights + at;
   moe_mat mat = moe__model_mat(m, at + p->qkv_w, bytes + p->qkv_q, panel, 3 * H, H, pass->M, pass->env);
   moe_linear_forward(a->qkv, a->x, &mat, w + p->qkv_b, pass->M, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_PROJECTIONS);
   moe_attention_forward(a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads, pass->dropout,
                         moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION), c->attention_scratch, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_ATTENTION);
   mat = moe__model_mat(m, at + p->att_w, bytes + p->att_q, panel + p->panel_att, H, H, pass->M, pass->env);
   moe_linear_forward(c->branch, a->att, &mat, w + p->att_b, pass->M, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_PROJECTIONS);
   moe__forward_join(c, pass, a->y1, a->sum1, a->mean1, a->rstd1, a->x, w + p->norm1_w, w + p->norm1_b, layer,
                     MOE__SITE_ATTENTION_OUT);
 }
@@ -8427,8 +8588,10 @@ static void moe__forward_mixture(moe_context *c, moe__pass *pass, int32_t layer)
     moe_route_forward(routes, a->logits, &aux, a->y1, gates, c->gate_of, pass->batch->seq_start, pass->S,
                       config->hidden, &options, pass->env);
     pass->aux += aux;
+    moe__profile_end(pass->env, MOE_PROFILE_GATES);
   }
   moe_experts_forward(c->branch, a->pre, a->e, a->y1, routes, &experts, c->experts_scratch, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_EXPERTS);
   moe__forward_join(c, pass, moe__layer_output(c, layer), a->sum2, a->mean2, a->rstd2, a->y1, w + p->norm2_w, w + p->norm2_b,
                     layer, MOE__SITE_FFN_OUT);
 }
@@ -8483,7 +8646,10 @@ static void moe__forward(moe_context *c, moe__pass *pass, float *scores) {
   int32_t l;
   if (pass->S == 0) return;
   moe__forward_embeddings(c, pass);
-  if (c->model->config.unit == MOE_UNIT_BLOCK) moe__level_begin(c, pass);
+  if (c->model->config.unit == MOE_UNIT_BLOCK) {
+    moe__level_begin(c, pass);
+    moe__profile_end(pass->env, MOE_PROFILE_GATES);
+  }
   for (l = 0; l < c->model->config.layers; ++l) {
     if (c->model->config.unit == MOE_UNIT_BLOCK) {
       moe__forward_blocks(c, pass, l);
@@ -8493,6 +8659,7 @@ static void moe__forward(moe_context *c, moe__pass *pass, float *scores) {
     moe__forward_mixture(c, pass, l);
   }
   moe__forward_heads(c, pass, scores);
+  moe__profile_end(pass->env, MOE_PROFILE_HEADS);
 }
 
 MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_batch *batch, const moe_env *env) {
@@ -8846,9 +9013,11 @@ static void moe__forward_blocks(moe_context *c, moe__pass *pass, int32_t layer) 
   for (block = layer * m; block < (layer + 1) * m; ++block) {
     if (!moe__block_batch(c, pass, &sub, &batch, block)) continue;
     moe__block_gather(c, pass, &sub, block);
+    moe__profile_end(pass->env, MOE_PROFILE_GATES);
     moe__forward_attention(c, &sub, block);
     moe__forward_mixture(c, &sub, block);
     moe__block_combine(c, pass, &sub, block);
+    moe__profile_end(pass->env, MOE_PROFILE_GATES);
   }
 }
 
@@ -8892,6 +9061,7 @@ static void moe__backward_blocks(moe_context *c, const moe__pass *pass, float *d
     if (!moe__block_batch(c, pass, &sub, &batch, block)) continue;
     if (!moe__block_scatter(c, pass, &sub, block)) continue;
     moe__block_gather(c, pass, &sub, block);
+    moe__profile_end(pass->env, MOE_PROFILE_GATES_BACK);
     moe__backward_mixture(c, &sub, dw, block, whole);
     moe__backward_attention(c, &sub, dw, block);
     for (n = 0; n < sub.S; ++n)
@@ -8899,6 +9069,7 @@ static void moe__backward_blocks(moe_context *c, const moe__pass *pass, float *d
                 (size_t)(v->start[n + 1] - v->start[n]) * H);
   }
   memcpy(c->g, v->dx, bytes);
+  moe__profile_end(pass->env, MOE_PROFILE_GATES_BACK);
 }
 #endif
 
@@ -8985,6 +9156,7 @@ static const float *moe__backward_join(moe_context *c, const moe__pass *pass, fl
   const uint64_t *keys = moe__pass_keys(c, pass, pass->dropout, layer, site);
   moe__residual_norm_backward(c->g, c->gsum, dnorm_w, dnorm_b, c->g, sum, mean, rstd, norm_w, pass->M,
                               c->model->config.hidden, pass->dropout, keys, pass->batch->seq_start, pass->S, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_NORMS_BACK);
   return c->gsum;
 }
 
@@ -9010,6 +9182,7 @@ static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *
   }
   moe_experts_backward(c->g, c->gweight, c->g_in, c->g_b_in, c->g_out, c->g_b_out, gbranch, a->y1, a->pre, a->e,
                        &c->routes[layer], c->w_in, c->w_out, config->hidden, config->ffn, c->experts_scratch, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_EXPERTS_BACK);
   if (moe__has_gates(config)) {
     moe_route_options options = moe__route_options(c, pass, layer);
     const float *gates = moe__gates_forward(c, w + p->gates, pass->env);
@@ -9018,6 +9191,7 @@ static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *
                        a->logits, a->y1, gates, c->gate_of, pass->batch->seq_start, pass->S, config->hidden, &options,
                        pass->env);
     if (dgates != d + p->gates) moe__gates_backward(c, dw + p->vectors, d + p->gates, w + p->gates, pass->env);
+    moe__profile_end(pass->env, MOE_PROFILE_GATES_BACK);
   }
 }
 
@@ -9034,12 +9208,15 @@ static void moe__backward_attention(moe_context *c, const moe__pass *pass, float
                                MOE__SITE_ATTENTION_OUT);
   memset(c->gatt, 0, bytes);
   moe_linear_backward(c->gatt, d + p->att_w, d + p->att_b, gbranch, a->att, &mat, pass->M, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_PROJECTIONS_BACK);
   memset(c->gqkv, 0, 3 * bytes);
   moe_attention_backward(c->gqkv, c->gatt, a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads,
                          pass->dropout, moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION),
                          c->attention_scratch, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_ATTENTION_BACK);
   mat = moe_mat_rows(w + p->qkv_w, 3 * H, H);
   moe_linear_backward(c->g, d + p->qkv_w, d + p->qkv_b, c->gqkv, a->x, &mat, pass->M, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_PROJECTIONS_BACK);
 }
 
 static void moe__backward_embeddings(moe_context *c, const moe__pass *pass, float *dw) {
@@ -9060,11 +9237,13 @@ static void moe__backward_embeddings(moe_context *c, const moe__pass *pass, floa
   }
   moe_embed_backward(config->features ? NULL : dw + p->word, dw + p->position, dw + p->segment, c->gsum, b->ids, b->segments,
                      b->seq_start, b->S, H, pass->env);
+  moe__profile_end(pass->env, MOE_PROFILE_EMBEDDINGS_BACK);
 }
 
 static void moe__backward(moe_context *c, const moe__pass *pass, float *dw, int32_t whole) {
   int32_t l;
   moe__backward_heads(c, pass, dw, whole);
+  moe__profile_end(pass->env, MOE_PROFILE_HEADS_BACK);
   for (l = c->model->config.layers - 1; l >= 0; --l) {
     if (c->model->config.unit == MOE_UNIT_BLOCK) {
       moe__backward_blocks(c, pass, dw, l, whole);
@@ -9073,7 +9252,10 @@ static void moe__backward(moe_context *c, const moe__pass *pass, float *dw, int3
     moe__backward_mixture(c, pass, dw, l, whole);
     moe__backward_attention(c, pass, dw, l);
   }
-  if (c->model->config.unit == MOE_UNIT_BLOCK) moe__level_backward(c, pass, dw);
+  if (c->model->config.unit == MOE_UNIT_BLOCK) {
+    moe__level_backward(c, pass, dw);
+    moe__profile_end(pass->env, MOE_PROFILE_GATES_BACK);
+  }
   moe__backward_embeddings(c, pass, dw);
 }
 
@@ -9661,6 +9843,7 @@ static moe_status moe__trainer_forward(moe_trainer *t, moe__pass *pass, const mo
   pass->step = (uint64_t)t->step;
   moe__forward(c, pass, c->scores);
   bad = moe__losses(c, pass);
+  moe__profile_end(env, MOE_PROFILE_LOSSES);
   if (bad >= 0)
     return moe__fail(env, MOE_E_NONFINITE, "step %lld: the loss of sequence %d (task '%s') is not a finite number",
                      (long long)t->step + 1, (int)bad, t->model->tasks[batch->task[bad]].name);
@@ -9697,6 +9880,7 @@ MOE_API moe_status moe_update(moe_trainer *trainer, float *norm, const moe_env *
   double length;
   if (trainer->step >= config->steps)
     return moe__fail(env, MOE_E_ARGUMENT, "all %lld steps of the schedule are done", (long long)config->steps);
+  moe__profile_begin(env);
   length = moe__spans_norm(trainer->g, trainer->spans, trainer->n_spans, env);
   if (!moe__finite(length)) {
     moe__trainer_clear(trainer);
@@ -9707,7 +9891,11 @@ MOE_API moe_status moe_update(moe_trainer *trainer, float *norm, const moe_env *
                   moe_train_rate(config, trainer->step + 1), moe__clip_factor(length, config->clip), config->beta1,
                   config->beta2, config->eps, env);
   ++trainer->step;
-  if (model->panels) moe__model_repack(model, env);
+  moe__profile_end(env, MOE_PROFILE_OPTIMIZER);
+  if (model->panels) {
+    moe__model_repack(model, env);
+    moe__profile_end(env, MOE_PROFILE_PACKING);
+  }
   if (norm) *norm = (float)length;
   return MOE_OK;
 }
@@ -13143,10 +13331,12 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
     return moe__fail(&p->env, MOE_E_ARGUMENT, "task '%s' %s", p->model->tasks[task].name,
                      chars ? "takes no spans" : "needs two spans with each input: moe_predict_spans");
   p->seq_start[0] = 0;
+  moe__profile_begin(&p->env);
   for (i = 0; i < n; ++i) {
     status = moe__predict_encode(p, task, i, a[i], b ? b[i] : NULL, chars ? chars + 4 * i : NULL);
     if (status) return status;
   }
+  moe__profile_end(&p->env, MOE_PROFILE_TEXT);
   memset(&batch, 0, sizeof batch);
   batch.S = n;
   batch.seq_start = p->seq_start;
