@@ -1,12 +1,12 @@
 /* bench_step.c - a training step or inference of MiniLM's size (6 x 384, 12 heads, ffn 1536): seconds, tokens per second, peak memory.
      cc -O2 -o bench_step bench/bench_step.c -lm -pthread
      ./bench_step train|infer [--system dense|switch|tag] [--batch 32] [--length 128] [--real] [--threads 1] [--isa auto]
-                  [--experts 4] [--top-k 1] [--tasks 8] [--seconds 5] [--serve] [--no-update] [--layers 6 --hidden 384 --ffn 1536 --heads 12]
+                  [--precision fp32|bf16] [--experts 4] [--top-k 1] [--tasks 8] [--seconds 5] [--serve] [--no-update] [--layers 6 --hidden 384 --ffn 1536 --heads 12]
    One JSON line on standard output; --serve: see bench.h; --no-update: forward and backward only. --real: sequence i has 8 + (length - 8) u^2 tokens, as in bench/pytorch_step.py. */
 #include "bench.h"
 
 typedef struct options {
-  const char *system, *isa;
+  const char *system, *isa, *precision;
   int training, batch, length, real, threads, tasks, serve, no_update;
   double seconds;
   moe_config config;
@@ -30,6 +30,7 @@ static int parse(options *o, int argc, char **argv) {
   moe_config_init(&o->config);
   o->system = "tag";
   o->isa = "auto";
+  o->precision = "fp32";
   o->training = 1;
   o->batch = 32;
   o->length = 128;
@@ -46,6 +47,7 @@ static int parse(options *o, int argc, char **argv) {
     ++i;
     if (!strcmp(name, "--system")) o->system = v;
     else if (!strcmp(name, "--isa")) o->isa = v;
+    else if (!strcmp(name, "--precision")) o->precision = v;
     else if (!strcmp(name, "--batch")) o->batch = atoi(v);
     else if (!strcmp(name, "--length")) o->length = atoi(v);
     else if (!strcmp(name, "--threads")) o->threads = atoi(v);
@@ -145,15 +147,16 @@ int main(int argc, char **argv) {
   if (moe_env_init(&w.env, moe_isa_from_name(o.isa)) != MOE_OK) return fprintf(stderr, "bench_step: no %s here\n", o.isa), 1;
   w.env.log = bench_log;
   w.env.log_user = argv[0];
+  if (!strcmp(o.precision, "bf16") && moe_env_set_precision(&w.env, MOE_TYPE_BF16)) return 1;
   w.no_update = o.no_update;
   tokens = make_batch(&w.batch, &o);
   if (tokens == 0 || setup(&w, &o, tokens)) return 1;
   ready = bench_now() - begin;
   if (once(&w)) return 1; /* the first call touches the memory */
   printf("{\"program\": \"moe.h\", \"mode\": \"%s\", \"system\": \"%s\", \"batch\": %d, \"length\": %d, \"real\": %d, \"tokens\": %d, "
-         "\"threads\": %d, \"isa\": \"%s\", \"experts\": %d, \"tasks\": %d, \"setup_seconds\": %.3f",
+         "\"threads\": %d, \"isa\": \"%s\", \"precision\": \"%s\", \"experts\": %d, \"tasks\": %d, \"setup_seconds\": %.3f",
          o.training ? "train" : "infer", o.system, o.batch, o.length, o.real, (int)tokens, o.threads, moe_isa_name(w.env.isa),
-         (int)o.config.experts, o.tasks, ready);
+         w.env.precision == MOE_TYPE_F32 ? "fp32" : w.env.features & MOE_FEATURE_AMX_BF16 ? "bf16 on AMX" : "bf16", (int)o.config.experts, o.tasks, ready);
   if (o.serve) {
     printf("}\n");
     status = bench_serve(once, NULL, &w);

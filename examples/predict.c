@@ -216,18 +216,24 @@ int main(int argc, char **argv) {
   moe_pool *pool = NULL;
   layout at;
   rows kept = {0, NULL, NULL, NULL, NULL, NULL};
-  int score = 0, threads = 1, i;
+  int score = 0, threads = 1, bf16 = 0, i;
   int32_t task;
   moe_isa isa = MOE_ISA_AUTO;
-  if (argc < 3) die("usage: predict MODEL TASK [--score] [--threads N] [--isa auto|avx512|avx2|neon|scalar] < tsv");
+  if (argc < 3) die("usage: predict MODEL TASK [--score] [--threads N] [--isa auto|avx512|avx2|neon|scalar]\n"
+                    "               [--precision fp32|bf16] < tsv");
   for (i = 3; i < argc; ++i) {
     if (!strcmp(argv[i], "--score")) score = 1;
     else if (!strcmp(argv[i], "--threads") && i + 1 < argc) threads = (int)number("--threads", argv[++i], 1, 256);
     else if (!strcmp(argv[i], "--isa") && i + 1 < argc) isa = moe_isa_from_name(argv[++i]);
+    else if (!strcmp(argv[i], "--precision") && i + 1 < argc) {
+      bf16 = !strcmp(argv[++i], "bf16");
+      if (!bf16 && strcmp(argv[i], "fp32")) die("--precision is fp32 or bf16, not \"%s\"", argv[i]);
+    }
     else die("unknown option %s, or a value is missing", argv[i]);
   }
   if (isa == MOE_ISA_COUNT || moe_env_init(&env, isa)) die("this machine has no instruction set of that name");
   env.log = show;
+  if (bf16) moe_env_set_precision(&env, MOE_TYPE_BF16); /* or a sentence, and fp32 */
   if (threads > 1 && moe_pool_create(&pool, threads, &env)) return 1;
   if (moe_model_load(&model, argv[1], &env)) return 1;
   task = moe_model_find_task(model, argv[2]);

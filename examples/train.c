@@ -32,7 +32,8 @@ static const char *const system_title[LINES] = {"Single-Task", "MT-Dense", "MT-S
                                                 "Single tuned", "Dense tuned", "Switch tuned", "TaG tuned", "Embed tuned"};
 
 static struct {
-  const char *data, *tasks, *init, *vocab, *systems, *save, *checkpoint, *resume, *json, *predictions, *isa, *seeds, *sampling, *order, *truncate;
+  const char *data, *tasks, *init, *vocab, *systems, *save, *checkpoint, *resume, *json, *predictions, *isa, *precision, *seeds, *sampling, *order,
+             *truncate;
   const char *gate_scale, *from, *adapt, *gate_from, *few, *grid;
   int max_len, layers, hidden, ffn, heads, cased, experts, top_k, batch, micro_batch, threads, dedup, renormalize, rank;
   int fine_tune, fine_batch, fine_epoch, patience, epochs, steps, every, keep, tidy, report, resamples;
@@ -42,6 +43,7 @@ static struct {
 static void default_options(void) {
   opt.systems = "single,dense,switch,tag";
   opt.isa = "auto";
+  opt.precision = "fp32";
   opt.seeds = "1";
   opt.sampling = "natural";
   opt.order = "shuffle";
@@ -139,6 +141,8 @@ static const option options[] = {
   OPTION_GROUP("machine"),
   OPTION_NUMBER("--threads", threads, 1, 256, "[all processors]"),
   OPTION_TEXT("--isa", "auto|avx512|avx2|neon|scalar", isa, "[auto]"),
+  OPTION_TEXT("--precision", "fp32|bf16", precision, "bf16: products of the layers with operands of 8 bits of precision, weights and sums fp32;\n"
+              "needs AMX or AVX512-BF16, else goes on in fp32 [fp32]"),
   OPTION_GROUP("files"),
   OPTION_TEXT("--save", "FILE", save, "the trained model; with several runs FILE gets -SYSTEM-SEED"),
   OPTION_TEXT("--checkpoint", "FILE", checkpoint, "state to go on from; names as with --save; what is finished is in FILE.results"),
@@ -1212,6 +1216,12 @@ static uint64_t data_fingerprint(void) {
   return h;
 }
 
+/* The bits of bf16 on AMX are its own. */
+static const char *precision_name(void) {
+  if (env.precision != MOE_TYPE_BF16) return "fp32";
+  return env.features & MOE_FEATURE_AMX_BF16 ? "bf16 on AMX" : "bf16";
+}
+
 /* All options that have a say in the results, but for those that name a part: systems, seeds, --grid, --gate-from and --rows. */
 static const char *options_text(void) {
   static char *text;
@@ -1229,6 +1239,7 @@ static const char *options_text(void) {
     opt.renormalize, opt.noise, opt.fine_tune, opt.fine_batch, opt.fine_epoch, opt.patience, opt.adapt ? opt.adapt : "", (unsigned long long)data_fingerprint());
   for (t = 0; t < n_tasks && at < room; ++t)
     at += (size_t)snprintf(text + at, room - at, "%s:%lld,", tasks[t].task.name, (long long)tasks[t].train.n);
+  if (env.precision == MOE_TYPE_BF16 && at < room) snprintf(text + at, room - at, " precision=%s", precision_name());
   return text;
 }
 
@@ -2455,7 +2466,8 @@ static void print_json(FILE *f) {
     if (i > 1) fprintf(f, ", ");
     json_text(f, given_argv[i]);
   }
-  fprintf(f, "],\n \"isa\": \"%s\", \"threads\": %d,\n \"runs\": [", moe_isa_name(env.isa), (int)env.threads);
+  fprintf(f, "],\n \"isa\": \"%s\", \"precision\": \"%s\", \"threads\": %d,\n \"runs\": [", moe_isa_name(env.isa), precision_name(),
+          (int)env.threads);
   for (i = 0; i < n_results; ++i) {
     const result *r = &results[i];
     int t;
@@ -2712,6 +2724,7 @@ int main(int argc, char **argv) {
   isa = moe_isa_from_name(opt.isa);
   if (moe_env_init(&env, isa) != MOE_OK) die("this machine or this build has no %s; --isa auto takes the best there is", opt.isa);
   env.log = show;
+  if (!strcmp(opt.precision, "bf16")) moe_env_set_precision(&env, MOE_TYPE_BF16); /* or a sentence, and fp32 */
   need(moe_pool_create(&pool, opt.threads ? opt.threads : moe_processors(), &env));
   seeds = split(copy_text(opt.seeds), ',', seed_text, 1000);
   if (seeds > 1000) die("--seeds: more than 1000");
@@ -2724,8 +2737,9 @@ int main(int argc, char **argv) {
   if (!opt.adapt) make_results(seed, seeds);
   read_data();
   options_text(); /* of all rows: --adapt will change those it trains on */
-  printf("%d task%s, %d layers x %d, %s, %d threads, %s\n", n_tasks, n_tasks == 1 ? "" : "s", (int)config.layers, (int)config.hidden,
-         opt.from ? opt.from : opt.init ? opt.init : "from scratch", (int)env.threads, moe_isa_name(env.isa));
+  printf("%d task%s, %d layers x %d, %s, %d threads, %s%s%s\n", n_tasks, n_tasks == 1 ? "" : "s", (int)config.layers, (int)config.hidden,
+         opt.from ? opt.from : opt.init ? opt.init : "from scratch", (int)env.threads, moe_isa_name(env.isa),
+         env.precision == MOE_TYPE_BF16 ? ", " : "", env.precision == MOE_TYPE_BF16 ? precision_name() : "");
   fflush(stdout);
   if (opt.resume) read_parts(opt.resume);
   signal(SIGINT, on_interrupt);

@@ -25,6 +25,9 @@ while IFS= read -r line; do printf '%s\n' "$line" | predict snips_intents; done 
 if cmp -s "$tmp/all" "$tmp/single"; then ok test_predict_alone_is_the_same; else fail test_predict_alone_is_the_same; fi
 predict snips_intents --threads 3 --isa scalar < "$tmp/lines" > "$tmp/other"
 if cmp -s "$tmp/all" "$tmp/other"; then ok test_predict_threads_and_scalar_are_the_same; else fail test_predict_threads_and_scalar_are_the_same; fi
+predict snips_intents --precision bf16 --threads 2 < "$tmp/lines" 2> "$tmp/err" | cut -f 1 > "$tmp/other"
+said=$(cut -f 1 "$tmp/all" | paste - "$tmp/other" | awk '$1 != $2' | wc -l) # a close call may turn out otherwise
+if [ "$(wc -l < "$tmp/other")" -eq 37 ] && [ "$said" -le 2 ]; then ok test_predict_in_bf16_says_the_same; else fail test_predict_in_bf16_says_the_same "$said other labels: $(cat "$tmp/err")"; fi
 tail -n +2 $data/intent_match/dev.tsv | cut -f 2,3 | head -n 5 > "$tmp/pairs"
 if [ "$(predict intent_match < "$tmp/pairs" | wc -l)" -eq 5 ]; then ok test_predict_takes_pairs; else fail test_predict_takes_pairs; fi
 printf 'no newline at the end' | predict query_wellformedness > "$tmp/one"

@@ -41,6 +41,17 @@ for isa in avx512 avx2 neon scalar; do
   else fail $name "$(cat "$tmp/err")"; fi
   rm -f "$tmp/isa.safetensors"
 done
+# ---- bf16: bits of its own, the same for any number of threads; a machine without the units says so and goes on in fp32 ----
+train $one --precision bf16 --threads 1 --save "$tmp/bf16.safetensors" && train $one --precision bf16 --threads 3 --save "$tmp/bf16b.safetensors"
+same test_train_in_bf16_has_the_same_bits_with_any_threads "$tmp/bf16.safetensors" "$tmp/bf16b.safetensors"
+if grep -q 'stay fp32' "$tmp/err"; then same test_train_without_bf16_units_goes_on_in_fp32 "$tmp/base.safetensors" "$tmp/bf16.safetensors"
+elif cmp -s "$tmp/base.safetensors" "$tmp/bf16.safetensors"; then fail test_train_in_bf16_says_so "the bits are those of fp32"
+else says test_train_in_bf16_says_so "$tmp/out" ', bf16'; fi
+train $one --precision bf16 --isa scalar --save "$tmp/bf16.safetensors"
+says test_train_in_bf16_on_scalar_says_fp32 "$tmp/err" 'stay fp32'
+same test_train_in_bf16_on_scalar_is_fp32 "$tmp/base.safetensors" "$tmp/bf16.safetensors"
+if train $one --precision fp16; then fail test_train_knows_two_precisions; else says test_train_knows_two_precisions "$tmp/err" 'fp32|bf16'; fi
+rm -f "$tmp"/bf16*.safetensors
 for n in 1 3 8; do
   train $one --threads $n --save "$tmp/threads.safetensors"
   same test_train_has_the_same_bits_with_${n}_threads "$tmp/base.safetensors" "$tmp/threads.safetensors"
