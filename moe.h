@@ -4831,18 +4831,19 @@ static const moe__bf16_kernels moe__amx_bf16 = {
 #endif
 #endif /* MOE__X86 */
 
-static const moe__bf16_kernels *moe__bf16_pick(const moe_env *env) {
+/* For tiles of work of so many rows. One or two rows wait for the weights to come: vdpbf16ps has less to do then, slow as it may be. */
+static const moe__bf16_kernels *moe__bf16_pick(const moe_env *env, size_t rows) {
 #ifdef MOE__AMX_BF16
   if (env->isa == MOE_ISA_AVX512 && (env->features & MOE_FEATURE_AMX_BF16)) return &moe__amx_bf16;
 #endif
 #ifdef MOE__AVX512_BF16
-  if (env->isa == MOE_ISA_AVX512 && (env->features & MOE_FEATURE_AVX512_BF16) && !(env->features & MOE_FEATURE_SLOW_BF16))
+  if (env->isa == MOE_ISA_AVX512 && (env->features & MOE_FEATURE_AVX512_BF16) && (rows <= 2 || !(env->features & MOE_FEATURE_SLOW_BF16)))
     return &moe__dp_bf16;
 #endif
 #ifdef MOE__X86
   if (env->isa == MOE_ISA_AVX512) return &moe__avx512_bf16;
 #endif
-  (void)env;
+  (void)env, (void)rows;
   return &moe__scalar_bf16;
 }
 
@@ -5008,7 +5009,7 @@ static void moe__bf16_tile(const moe__gemm *g, const moe__bf16_kernels *kernels,
 
 typedef struct moe__bf16_work {
   const moe__gemm *list;
-  const moe__bf16_kernels *kernels;
+  const moe_env *env;
   const moe__gemm_kernels *elements;
   int32_t cuts; /* how many parts the columns of a product are cut into: each of them copies A again */
 } moe__bf16_work;
@@ -5019,15 +5020,17 @@ static int32_t moe__bf16_down(const moe__gemm *g) { return (g->m + moe__bf16_row
 static void moe__bf16_work_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__bf16_work *work = (const moe__bf16_work *)arg;
   const moe__gemm *g = work->list;
-  int32_t wide, i, j, down;
+  int32_t wide, tall, i, j, down;
   (void)slot;
   for (; tile >= moe__bf16_down(g) * work->cuts; ++g) tile -= moe__bf16_down(g) * work->cuts;
   down = moe__bf16_down(g);
   wide = ((g->n + work->cuts - 1) / work->cuts + 95) / 96 * 96; /* a multiple of every width of kernels */
-  i = (g->m + down - 1) / down * (tile / work->cuts);             /* rows as even as can be */
+  tall = (g->m + down - 1) / down;                              /* rows as even as can be */
+  i = tall * (tile / work->cuts);
   j = tile % work->cuts * wide;
-  if (i < g->m && (j < g->n || (j == 0 && g->a_sum)))
-    moe__bf16_tile(g, work->kernels, work->elements, (size_t)i, (size_t)moe__min(i + (g->m + down - 1) / down, g->m), (size_t)j,
+  tall = moe__min(tall, g->m - i);
+  if (tall > 0 && (j < g->n || (j == 0 && g->a_sum)))
+    moe__bf16_tile(g, moe__bf16_pick(work->env, (size_t)tall), work->elements, (size_t)i, (size_t)(i + tall), (size_t)j,
                    (size_t)moe__min(j + wide, g->n));
 }
 
@@ -5042,7 +5045,7 @@ static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *e
   }
   if (tiles == 0) return;
   work.list = list;
-  work.kernels = moe__bf16_pick(env);
+  work.env = env;
   work.elements = MOE__V_PICK(env->isa, gemms);
   work.cuts = 1;
   if (size >= 2 * (double)MOE__GEMM_SMALL && env->parallel_for && env->threads > 1) {
@@ -5082,7 +5085,7 @@ MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t c
   work.w = w;
   work.rows = (size_t)rows;
   work.cols = (size_t)cols;
-  work.kernels = moe__bf16_pick(env);
+  work.kernels = moe__bf16_pick(env, 16); /* whichever: the panels are the same */
   moe__parallel(env, (rows + 15) / 16, moe__bf16_pack_tile, &work);
 }
 

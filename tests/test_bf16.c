@@ -19,17 +19,18 @@ static uint32_t random32(void) { return moe__hash32(11, ++drawn); }
 static float random_float(void) { return (float)(int32_t)random32() * (1.0f / 2147483648.0f); }
 
 /* Every set of kernels that can run here, as an environment of one thread; returns 0 behind the last one. */
-enum { PLAIN, AVX2, FMA, DOT, AMX, SETS };
-static const char *const set_name[] = {"plain C", "plain C for avx2", "avx512", "vdpbf16ps", "amx"};
+enum { PLAIN, AVX2, FMA, DOT, MIXED, AMX, SETS };
+static const char *const set_name[] = {"plain C", "plain C for avx2", "avx512", "vdpbf16ps", "vdpbf16ps for a few rows", "amx"};
 static int amx_real, amx_here;
 
 static int kernels_env(int which, moe_env *env) {
-  static const moe_isa isa[SETS] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_AVX512};
+  static const moe_isa isa[SETS] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_AVX512};
   for (; which < SETS; ++which) {
     if (moe_env_init(env, isa[which])) continue;
-    if (which == DOT && !(env->features & MOE_FEATURE_AVX512_BF16)) continue;
+    if ((which == DOT || which == MIXED) && !(env->features & MOE_FEATURE_AVX512_BF16)) continue;
     if (which == AMX && !amx_here) continue;
-    env->features = which == DOT ? (uint32_t)MOE_FEATURE_AVX512_BF16 : which == AMX ? (uint32_t)MOE_FEATURE_AMX_BF16 : 0u;
+    if (which == MIXED) env->features = MOE_FEATURE_AVX512_BF16 | MOE_FEATURE_SLOW_BF16;
+    else env->features = which == DOT ? (uint32_t)MOE_FEATURE_AVX512_BF16 : which == AMX ? (uint32_t)MOE_FEATURE_AMX_BF16 : 0u;
     env->precision = MOE_TYPE_BF16;
     return which + 1;
   }
@@ -102,7 +103,7 @@ static void test_bf16_rounds_to_nearest_even(void) {
     CHECK(moe__bf16_round(moe__floats(pair[i][0])) == pair[i][1], "%08x: %08x", (unsigned)pair[i][0], (unsigned)moe__bf16_round(moe__floats(pair[i][0])));
   for (i = 0; i < ROOM; ++i) x[i] = moe__floats(i < n ? pair[i][0] : i % 3 ? random32() : random32() & 0x80ffffffu);
   for (which = 0; (which = kernels_env(which, &env)) != 0;) {
-    const moe__bf16_kernels *kernels = moe__bf16_pick(&env);
+    const moe__bf16_kernels *kernels = moe__bf16_pick(&env, 16);
     uint32_t *to = (uint32_t *)(void *)panels;
     size_t length;
     kernels->floats(to, ROOM, x, 0, 1, ROOM);
@@ -123,7 +124,7 @@ static void test_bf16_steps_equal_the_processor(void) {
   int which, i;
   long round;
   for (which = 0; (which = kernels_env(which, &env)) != 0;) {
-    const moe__bf16_kernels *kernels = moe__bf16_pick(&env);
+    const moe__bf16_kernels *kernels = moe__bf16_pick(&env, 16);
     if (which - 1 == AMX) continue; /* is tested as a whole product */
     for (round = 0; round < 20000; ++round) { /* also around the denormals, where it matters what is flushed when */
       uint32_t b[16], a[2], mask = round % 3 ? 0x87ffffffu : 0xffffffffu, fewer = round % 3 == 1 ? 0x20000000u : 0u;
