@@ -809,7 +809,8 @@ MOE_API void moe_train_config_init(moe_train_config *config);
 
 typedef struct moe_trainer moe_trainer;
 /* A trainer holds gradients and moments (3 x parameters) and a training context. _create also packs the model
-   (moe_model_pack) unless it is; with _init that is the caller's choice. */
+   (moe_model_pack) unless it is, and one packed in bf16 a second time for gradients; with _init that is the caller's
+   choice. */
 MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *limits, const moe_train_config *config,
                                     size_t *bytes, const moe_env *env);
 MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes, moe_model *model, const moe_limits *limits,
@@ -5089,6 +5090,24 @@ MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t c
   moe__parallel(env, (rows + 15) / 16, moe__bf16_pack_tile, &work);
 }
 
+/* The same weights for the gradient of inputs, dx = dy w: panels of 16 inputs, pairs of outputs. moe_pack_bf16_bytes(cols, rows) bytes. */
+static void moe__bf16_pack_back_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__bf16_pack *work = (const moe__bf16_pack *)arg;
+  size_t column = (size_t)tile * 16, width = work->cols - column < 16 ? work->cols - column : 16;
+  (void)slot;
+  work->kernels->across(work->panels + column * ((work->rows + 1) / 2), 16, work->w + column, work->cols, work->rows, width);
+}
+
+static void moe__pack_bf16_back(void *panels, const float *w, int32_t rows, int32_t cols, const moe_env *env) {
+  moe__bf16_pack work;
+  work.panels = (uint32_t *)panels;
+  work.w = w;
+  work.rows = (size_t)rows;
+  work.cols = (size_t)cols;
+  work.kernels = moe__bf16_pick(env, 16);
+  moe__parallel(env, (cols + 15) / 16, moe__bf16_pack_back_tile, &work);
+}
+
 /* Whether this process may use the tiles of AMX. The system must save them on a context switch, which Linux does for processes that have asked;
    it refuses where a thread has too small a stack for signals. */
 static int moe__amx_allowed(void) {
@@ -5196,14 +5215,29 @@ MOE_API void moe_linear_gelu_forward(float *y, float *pre, const float *x, const
   moe__gemm_run(&g, 1, env);
 }
 
-MOE_API void moe_linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x, const moe_mat *w, int32_t M,
-                                 const moe_env *env) {
+/* back: the weight packed by moe__pack_bf16_back; NULL or without data: there is none, and the product packs what it needs. */
+static void moe__linear_use_back(moe__gemm *g, const moe_mat *back) {
+  if (!back || !back->data) return;
+  g->b = (const float *)back->data;
+  g->b_layout = MOE__B_PAIRS;
+}
+
+static void moe__linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x, const moe_mat *w, const moe_mat *back,
+                                 int32_t M, const moe_env *env) {
   moe__gemm list[2];
   int32_t count = 0;
   MOE_ASSERT(w->type == MOE_TYPE_F32 && w->layout == MOE_LAYOUT_ROWS);
-  if (dx) list[count++] = moe__linear_input_gradient(dx, dy, (const float *)w->data, w->rows, w->cols, M);
+  if (dx) {
+    list[count] = moe__linear_input_gradient(dx, dy, (const float *)w->data, w->rows, w->cols, M);
+    moe__linear_use_back(&list[count++], back);
+  }
   if (dw || db) list[count++] = moe__linear_weight_gradient(dw, db, dy, x, w->rows, w->cols, M);
   moe__gemm_run(list, count, env);
+}
+
+MOE_API void moe_linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x, const moe_mat *w, int32_t M,
+                                 const moe_env *env) {
+  moe__linear_backward(dx, dw, db, dy, x, w, NULL, M, env);
 }
 
 enum { MOE__GELU_TILE = 16384 }; /* elements */
@@ -6737,10 +6771,11 @@ MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x,
   moe__parallel(env, moe__tiles_of((size_t)routes->M, MOE__EXPERTS_TILE), moe__experts_combine_tile, &job);
 }
 
-MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in, float *const *d_b_in, float *const *d_out,
+/* back_in, back_out: (N) see moe__linear_use_back; NULL: none */
+static void moe__experts_backward(float *dx, float *dweight, float *const *d_in, float *const *d_b_in, float *const *d_out,
                                   float *const *d_b_out, const float *dy, const float *x, const float *pre, const float *e,
-                                  const moe_routes *routes, const float *const *w_in, const float *const *w_out, int32_t H, int32_t F,
-                                  float *scratch, const moe_env *env) {
+                                  const moe_routes *routes, const float *const *w_in, const float *const *w_out, const moe_mat *back_in,
+                                  const moe_mat *back_out, int32_t H, int32_t F, float *scratch, const moe_env *env) {
   moe__experts_job job = moe__experts_job_make(routes, H, F, scratch, env);
   int dense = moe__experts_dense(routes);
   const float *in = dense ? x : job.x, *de = dense ? dy : job.e; /* weight dy */
@@ -6758,6 +6793,7 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
   for (i = 0; i < routes->N; ++i) { /* d = gradient of a = de W_out */
     size_t at = (size_t)routes->start[i];
     moe__gemm g = moe__linear_input_gradient(job.d + at * job.F, de + at * job.H, w_out[i], H, F, routes->start[i + 1] - routes->start[i]);
+    moe__linear_use_back(&g, back_out ? &back_out[i] : NULL);
     g.accumulate = 0;
     if (g.m > 0) moe__products_add(&list, g);
   }
@@ -6771,13 +6807,18 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
     moe__products_add(&list, moe__linear_weight_gradient(d_out ? d_out[i] : NULL, d_b_out ? d_b_out[i] : NULL, de + at * job.H,
                                                          job.a + at * job.F, H, F, rows));
     moe__products_add(&list, moe__linear_weight_gradient(d_in ? d_in[i] : NULL, d_b_in ? d_b_in[i] : NULL, d, in + at * job.H, F, H, rows));
-    if (dense && dx) moe__products_add(&list, moe__linear_input_gradient(dx, d, w_in[i], F, H, rows));
+    if (dense && dx) {
+      moe__gemm g = moe__linear_input_gradient(dx, d, w_in[i], F, H, rows);
+      moe__linear_use_back(&g, back_in ? &back_in[i] : NULL);
+      moe__products_add(&list, g);
+    }
   }
   moe__products_run(&list);
   if (dense || !dx) return;
   for (i = 0; i < routes->N; ++i) { /* rows of dx, in the place of those of dy */
     size_t at = (size_t)routes->start[i];
     moe__gemm g = moe__linear_input_gradient(job.e + at * job.H, job.d + at * job.F, w_in[i], F, H, routes->start[i + 1] - routes->start[i]);
+    moe__linear_use_back(&g, back_in ? &back_in[i] : NULL);
     g.accumulate = 0;
     if (g.m > 0) moe__products_add(&list, g);
   }
@@ -6785,6 +6826,13 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
   job.y = dx;
   job.from_e = job.e;
   moe__parallel(env, moe__tiles_of((size_t)routes->M, MOE__EXPERTS_TILE), moe__experts_scatter_tile, &job);
+}
+
+MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in, float *const *d_b_in, float *const *d_out,
+                                  float *const *d_b_out, const float *dy, const float *x, const float *pre, const float *e,
+                                  const moe_routes *routes, const float *const *w_in, const float *const *w_out, int32_t H, int32_t F,
+                                  float *scratch, const moe_env *env) {
+  moe__experts_backward(dx, dweight, d_in, d_b_in, d_out, d_b_out, dy, x, pre, e, routes, w_in, w_out, NULL, NULL, H, F, scratch, env);
 }
 
 
@@ -7160,6 +7208,7 @@ struct moe_model {
   float *writable;      /* the same, or NULL where the weights are a file's */
   float *panels;        /* packed weights, or NULL; bytes of a quantised model, words of pairs where bf16 */
   int bf16;             /* they are of moe_pack_bf16, at half the offsets (moe__pair_units) */
+  uint32_t *back;       /* the same weights for the gradients of inputs, at the same places; NULL: none (moe__model_pack_back) */
   const int8_t *bytes;  /* (total_q) the matrices of a quantised model, behind the flat array in file and block */
   int32_t floats;       /* tensors of the flat array; those of bytes come after them */
   const char *vocab;
@@ -7660,6 +7709,8 @@ MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config, c
 
 static void moe__model_drop_panels(moe_model *model) {
   if (model->owns_panels) moe__release(model->panels);
+  moe__release(model->back);
+  model->back = NULL;
   model->panels = NULL;
   model->owns_panels = 0;
 }
@@ -7743,6 +7794,7 @@ static void moe__model_repack_int8(moe_model *model, const moe_env *env) {
 }
 
 static void moe__model_pack_one(moe_model *model, size_t at, const float *w, int32_t rows, int32_t cols, const moe_env *env) {
+  if (model->back) moe__pack_bf16_back(model->back + at / 2, w, rows, cols, env);
   if (model->bf16) moe_pack_bf16(moe__panel_at(model, at), w, rows, cols, env);
   else moe_pack(model->panels + at, w, rows, cols, env);
 }
@@ -7797,6 +7849,22 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
   }
   moe__model_repack(model, env);
   return MOE_OK;
+}
+
+/* For training in bf16: the weights once more, turned round, so that both packed copies together have the bytes of one in fp32. Sizes that are no
+   multiples of 16 do without: gradients pack on the way then. */
+MOE__UNUSED static moe_status moe__model_pack_back(moe_model *model, const moe_env *env) {
+  size_t bytes = moe_model_pack_size_bf16(model);
+  if (!model->bf16 || model->back || model->config.hidden % 16 || model->config.ffn % 16) return MOE_OK;
+  model->back = (uint32_t *)moe__alloc(bytes);
+  if (!model->back) return moe__fail(env, MOE_E_MEMORY, "no memory for packed weights of %zu bytes", bytes);
+  moe__model_repack(model, env);
+  return MOE_OK;
+}
+
+/* A matrix (outputs, inputs) of the model for moe__linear_use_back. */
+MOE__UNUSED static moe_mat moe__model_back(const moe_model *m, size_t panel, int32_t outputs, int32_t inputs, const moe_env *env) {
+  return moe_mat_panels_bf16(m->back && env->precision == MOE_TYPE_BF16 ? m->back + panel / 2 : NULL, inputs, outputs);
 }
 
 /* Copies the tensors of a model into its quantised twin. */
@@ -9176,6 +9244,9 @@ static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *
                                MOE__SITE_FFN_OUT);
   for (i = 0; i < moe__block_experts(config); ++i) {
     size_t expert = p->experts + (size_t)i * p->expert_stride;
+    size_t panel = (size_t)layer * p->panel_stride + p->panel_experts + (size_t)i * p->panel_expert_stride;
+    c->in[i] = moe__model_back(m, panel, config->ffn, config->hidden, pass->env);
+    c->out[i] = moe__model_back(m, panel + p->panel_out, config->hidden, config->ffn, pass->env);
     c->w_in[i] = w + expert + p->in_w;
     c->w_out[i] = w + expert + p->out_w;
     c->g_in[i] = d + expert + p->in_w;
@@ -9183,8 +9254,8 @@ static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *
     c->g_out[i] = d + expert + p->out_w;
     c->g_b_out[i] = d + expert + p->out_b;
   }
-  moe_experts_backward(c->g, c->gweight, c->g_in, c->g_b_in, c->g_out, c->g_b_out, gbranch, a->y1, a->pre, a->e,
-                       &c->routes[layer], c->w_in, c->w_out, config->hidden, config->ffn, c->experts_scratch, pass->env);
+  moe__experts_backward(c->g, c->gweight, c->g_in, c->g_b_in, c->g_out, c->g_b_out, gbranch, a->y1, a->pre, a->e, &c->routes[layer],
+                        c->w_in, c->w_out, c->in, c->out, config->hidden, config->ffn, c->experts_scratch, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_EXPERTS_BACK);
   if (moe__has_gates(config)) {
     moe_route_options options = moe__route_options(c, pass, layer);
@@ -9206,11 +9277,12 @@ static void moe__backward_attention(moe_context *c, const moe__pass *pass, float
   size_t at = p->layers + (size_t)layer * p->layer_stride, bytes = (size_t)pass->M * (size_t)H * sizeof(float);
   const float *w = m->weights + at, *gbranch;
   float *d = dw + at;
-  moe_mat mat = moe_mat_rows(w + p->att_w, H, H);
+  size_t panel = (size_t)layer * p->panel_stride;
+  moe_mat mat = moe_mat_rows(w + p->att_w, H, H), back = moe__model_back(m, panel + p->panel_att, H, H, pass->env);
   gbranch = moe__backward_join(c, pass, d + p->norm1_w, d + p->norm1_b, a->sum1, a->mean1, a->rstd1, w + p->norm1_w, layer,
                                MOE__SITE_ATTENTION_OUT);
   memset(c->gatt, 0, bytes);
-  moe_linear_backward(c->gatt, d + p->att_w, d + p->att_b, gbranch, a->att, &mat, pass->M, pass->env);
+  moe__linear_backward(c->gatt, d + p->att_w, d + p->att_b, gbranch, a->att, &mat, &back, pass->M, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_PROJECTIONS_BACK);
   memset(c->gqkv, 0, 3 * bytes);
   moe_attention_backward(c->gqkv, c->gatt, a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads,
@@ -9218,7 +9290,8 @@ static void moe__backward_attention(moe_context *c, const moe__pass *pass, float
                          c->attention_scratch, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_ATTENTION_BACK);
   mat = moe_mat_rows(w + p->qkv_w, 3 * H, H);
-  moe_linear_backward(c->g, d + p->qkv_w, d + p->qkv_b, c->gqkv, a->x, &mat, pass->M, pass->env);
+  back = moe__model_back(m, panel, 3 * H, H, pass->env);
+  moe__linear_backward(c->g, d + p->qkv_w, d + p->qkv_b, c->gqkv, a->x, &mat, &back, pass->M, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_PROJECTIONS_BACK);
 }
 
@@ -9813,6 +9886,7 @@ MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const
   moe_status status = moe_trainer_size(model, limits, config, &bytes, env);
   if (status) return status;
   if (!model->panels) status = moe_model_pack(model, NULL, env); /* forward is faster with panels, and every update renews them */
+  if (!status) status = moe__model_pack_back(model, env);
   if (status) return status;
   block = moe__alloc(bytes);
   if (!block) return moe__fail(env, MOE_E_MEMORY, "no memory for a trainer of %zu bytes", bytes);

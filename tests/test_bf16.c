@@ -632,6 +632,41 @@ static void test_bf16_training_does_not_depend_on_threads(void) {
   }
 }
 
+/* Gradients of inputs by weights packed for them, or packed on the way: the same bits, and they follow an update. */
+static void test_bf16_gradients_have_bits_whatever_is_packed(void) {
+  moe_env fp32 = models_env(MOE_ISA_AUTO), env;
+  int which, router;
+  models_tasks(tasks);
+  for (router = 0; router < 2; ++router)
+    for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+      moe_config c = models_config(router ? MOE_ROUTER_TASK : MOE_ROUTER_DENSE, router ? 3 : 1, 1);
+      moe_limits limits = {MODELS_M, MODELS_S, 1};
+      moe_train_config config;
+      moe_model *model;
+      moe_trainer *trainer = NULL;
+      uint64_t hash;
+      size_t bytes;
+      if (which - 1 == AVX2 || which - 1 == MIXED) continue;
+      c.hidden = 32;
+      c.ffn = 48;
+      moe_train_config_init(&config);
+      config.steps = 2;
+      model = models_create(&c, tasks, MODELS_TASKS, &env);
+      CHECK(model && !moe_trainer_create(&trainer, model, &limits, &config, &env) && model->back, "%s", models_sentence);
+      models_random_batch(&batch, model, 5, 9, 9);
+      bytes = moe_model_parameters(model) * sizeof(float);
+      CHECK(!moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) && !moe_update(trainer, NULL, &env) && model->back, "%s", models_sentence);
+      CHECK(!moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
+      hash = models_hash(moe_trainer_gradients(trainer), bytes);
+      memset(moe_trainer_gradients(trainer), 0, bytes);
+      CHECK(!moe_model_pack(model, NULL, &fp32) && !model->back, "%s", models_sentence);
+      CHECK(!moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
+      CHECK(models_hash(moe_trainer_gradients(trainer), bytes) == hash, "%s, router %d: other bits", set_name[which - 1], router);
+      moe_trainer_free(trainer);
+      moe_model_free(model);
+    }
+}
+
 static void test_bf16_gradients_are_near_those_of_fp32(void) {
   moe_env fp32 = models_env(MOE_ISA_AUTO), env;
   moe_config c = models_config(MOE_ROUTER_DENSE, 1, 1);
@@ -700,6 +735,7 @@ int main(int argc, char **argv) {
   RUN(test_bf16_leaves_int8_models_alone);
   RUN(test_bf16_training_follows_fp32);
   RUN(test_bf16_training_does_not_depend_on_threads);
+  RUN(test_bf16_gradients_have_bits_whatever_is_packed);
   RUN(test_bf16_gradients_are_near_those_of_fp32);
   return test_end();
 }
