@@ -1,6 +1,7 @@
 /* bench_ops.c - single ops of moe.h, and the limits of the machine that they are held against.
      cc -O2 -o bench_ops bench/bench_ops.c -lm -pthread
      ./bench_ops [--threads N]       serves (bench.h): the word is NAME or NAME:n:k:m
+     ./bench_ops --units             one JSON line: which instruction sets and units this processor has, 1 or 0
    First line: peak GFLOP/s of fused multiply-adds and GB/s of reading and writing large arrays, all threads together.
    Names with sizes: packed (weights packed), plain, dx, dw, each y (m,n) = x (m,k) W^T and its gradients. Names without: the layers of MiniLM
    for 32 sequences of 128 tokens. */
@@ -245,11 +246,27 @@ static int choose(void *arg, const char *word) {
   return once(w);
 }
 
+/* What moe.h has kernels for, as its own detection finds it on this machine. */
+static int units(void) {
+  static const struct { const char *name; uint32_t bit; } unit[] = {
+    {"NEON dot product", MOE_FEATURE_NEON_DOT}, {"AVX-VNNI", MOE_FEATURE_AVX_VNNI}, {"AVX512-VNNI", MOE_FEATURE_AVX512_VNNI},
+    {"AVX512-BF16", MOE_FEATURE_AVX512_BF16}, {"AMX-BF16", MOE_FEATURE_AMX_BF16}};
+  moe_env env;
+  size_t i;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  (void)moe_env_set_precision(&env, MOE_TYPE_BF16); /* asks the system for AMX */
+  printf("{\"scalar\": 1, \"AVX2 + FMA\": %d, \"AVX-512\": %d, \"NEON\": %d", moe_isa_available(MOE_ISA_AVX2), moe_isa_available(MOE_ISA_AVX512),
+         moe_isa_available(MOE_ISA_NEON));
+  for (i = 0; i < sizeof unit / sizeof unit[0]; ++i) printf(", \"%s\": %d", unit[i].name, (env.features & unit[i].bit) != 0);
+  return printf("}\n") < 0;
+}
+
 int main(int argc, char **argv) {
   static work w;
   moe_pool *pool;
   double gflops, gbytes;
   int threads = argc == 3 && !strcmp(argv[1], "--threads") ? atoi(argv[2]) : 1, status;
+  if (argc == 2 && !strcmp(argv[1], "--units")) return units();
   if (moe_env_init(&w.env, MOE_ISA_AUTO) != MOE_OK) return 1;
   w.env.log = bench_log;
   w.env.log_user = argv[0];

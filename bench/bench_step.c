@@ -2,7 +2,7 @@
      cc -O2 -o bench_step bench/bench_step.c -lm -pthread
      ./bench_step train|infer [--system dense|switch|tag] [--batch 32] [--length 128] [--real] [--threads 1] [--isa auto]
                   [--precision fp32|bf16] [--experts 4] [--top-k 1] [--tasks 8] [--seconds 5] [--serve] [--no-update] [--layers 6 --hidden 384 --ffn 1536 --heads 12]
-   One JSON line on standard output; --serve: see bench.h; --no-update: forward and backward only. --real: sequence i has 8 + (length - 8) u^2 tokens, as in bench/pytorch_step.py. */
+   --precision int8: inference with a quantised model. One JSON line on standard output; --serve: see bench.h; --no-update: forward and backward only. --real: sequence i has 8 + (length - 8) u^2 tokens, as in bench/pytorch_step.py. */
 #include "bench.h"
 
 typedef struct options {
@@ -113,6 +113,11 @@ static int setup(job *w, const options *o, int32_t tokens) {
   }
   NEED(moe_model_create(&w->model, &o->config, tasks, o->tasks, 1, &w->env));
   free(tasks);
+  if (!strcmp(o->precision, "int8")) {
+    moe_model *fp32 = w->model;
+    NEED(moe_model_quantize(&w->model, fp32, &w->env));
+    moe_model_free(fp32);
+  }
   limits.tokens = tokens;
   limits.sequences = o->batch;
   limits.training = o->training;

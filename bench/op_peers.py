@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
 """Single ops in other libraries: the peers of bench_ops.c, served (serve.py). The word is NAME or NAME:n:k:m.
 
-  op_peers.py torch|openblas [--threads N]
+  op_peers.py torch|openblas|blis|libblis|aocl [--threads N]
 
 torch: PyTorch, whose products are oneDNN's, `packed` with weights reordered beforehand or, where that is faster, the plain call. openblas: sgemm of the OpenBLAS inside NumPy.
+blis: upstream BLIS inside PyPI's package blis. libblis, aocl: cblas_sgemm of Debian's libblis and of AMD's AOCL-BLIS, through ctypes.
 """
+import ctypes
+import ctypes.util
+import glob
 import os
 import sys
 
@@ -84,15 +88,63 @@ def openblas_product(name, n, k, m):
     return lambda: numpy.dot(a, b, out=out)
 
 
+def float_product(name, n, k, m):
+    """What the libraries of C get: A, B and C of one product, with the weights transposed beforehand for `packed`."""
+    import numpy
+    r = numpy.random.default_rng(1)
+    x, w, dy = (r.standard_normal(s, dtype=numpy.float32) for s in ((m, k), (n, k), (m, n)))
+    a, b, flip_a, flip_b = {"packed": (x, numpy.ascontiguousarray(w.T), False, False), "plain": (x, w, False, True), "dx": (dy, w, False, False),
+                            "dw": (dy, x, True, False)}[name]
+    return a, b, numpy.empty((a.shape[1 if flip_a else 0], b.shape[0 if flip_b else 1]), dtype=numpy.float32), flip_a, flip_b
+
+
+def blis_product(name, n, k, m):
+    from blis.py import gemm
+    a, b, out, flip_a, flip_b = float_product(name, n, k, m)
+    return lambda: gemm(a, b, out=out, trans1=flip_a, trans2=flip_b)
+
+
+AOCL = ["libaocl-blas-mt.so", "libaocl-blas.so", "libblis-mt.so", "libaoclblis.so"]
+
+
+def c_library(name):
+    """The shared object, or the end of this program with a sentence."""
+    if name == "libblis":
+        found = [ctypes.util.find_library("blis")]
+    else:
+        places = [os.environ["AOCL_ROOT"]] if "AOCL_ROOT" in os.environ else glob.glob("/opt/AMD/aocl/*") + ["/usr/local"]
+        found = [path for place in places for file in AOCL for path in glob.glob(os.path.join(place, "**", file), recursive=True)]
+    if not found or not found[0]:
+        sys.exit({"libblis": "Debian's libblis is not installed (libblis-dev)",
+                  "aocl": "AOCL-BLIS is not installed (AMD's own download; AOCL_ROOT tells where it is)"}[name])
+    return ctypes.CDLL(found[0])
+
+
+def cblas_product(library, name, n, k, m):
+    a, b, out, flip_a, flip_b = float_product(name, n, k, m)
+    p, i, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+    arguments = (i(101), i(112 if flip_a else 111), i(112 if flip_b else 111), i(out.shape[0]), i(out.shape[1]), i(a.shape[0 if flip_a else 1]), f(1),
+                 p(a.ctypes.data), i(a.shape[1]), p(b.ctypes.data), i(b.shape[1]), f(0), p(out.ctypes.data), i(out.shape[1]))
+    library.cblas_sgemm.restype = None
+    return lambda keep=(a, b, out): library.cblas_sgemm(*arguments)
+
+
 def main():
     library, threads = sys.argv[1], int(sys.argv[3]) if len(sys.argv) > 3 else 1
     if library == "torch":
         import torch
         torch.set_num_threads(threads)
         version = torch.__version__
-    else:
+        product = torch_product
+    elif library == "openblas":
         import numpy
-        version = numpy.__version__
+        version, product = numpy.__version__, openblas_product
+    elif library == "blis":
+        import blis
+        version, product = blis.__version__ if hasattr(blis, "__version__") else "", blis_product
+    else:
+        shared = c_library(library)
+        version, product = shared._name, lambda *word: cblas_product(shared, *word)
     made = {}
 
     def once(word):
@@ -100,7 +152,7 @@ def main():
             made.clear()
             name, *sizes = word.split(":")
             if sizes:
-                made[word] = (torch_product if library == "torch" else openblas_product)(name, *(int(s) for s in sizes))
+                made[word] = product(name, *(int(s) for s in sizes))
             else:
                 made[word] = torch_op(name)
         if "_back" in word or word == "adam":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures moe.h beside what a user would take instead, and writes bench/results.md. Run by `make -C bench`.
 
-  run.py [--quick] [--sections train,infer,...] [--threads 1,2] [--out bench/results.md]
+  run.py [--quick] [--sections train,infer,...] [--threads 1,2] [--rounds N] [--out bench/results.md]
 
 Every program stays alive for the whole table and they take turns (A B A B ...) on the same cores; a ratio is the median of the ratios of the
 rounds, a figure the median of the rounds, and behind it stands half the distance between the quartiles in per cent. Peers that cannot be
@@ -23,7 +23,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 BUILD = os.path.join(HERE, "build")
 VENV = os.environ.get("BENCH_VENV") or os.path.join(HERE, "venv")
 PYTHON = os.path.join(VENV, "bin", "python")
-PACKAGES = ["torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "transformers"]
+PACKAGES = ["torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "transformers", "blis"]
+DEBIAN = ["libblis4-openmp"]    # installed where this may: as root, with apt-get
+# Where the tests ran kernels of units that this machine may lack: tests/test_machines.sh, in CI. Nothing here is a claim about speed.
+EMULATED = {"NEON": "qemu-aarch64 (tests/test_machines.sh)", "NEON dot product": "qemu-aarch64 (tests/test_machines.sh)"}
+ROUNDS = 0  # --rounds: instead of each section's own number
 # glibc gives freed blocks back to the system and faults them in again at each step unless told otherwise; about 5 % for PyTorch
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
 SHAPES = ["1x8", "1x32", "1x128", "8x32", "32x128"]
@@ -96,7 +100,7 @@ def spread(values):
 def take_turns(programs, rounds, budget, *words):
     """{name: [seconds of each round]}"""
     times = {p.name: [] for p in programs}
-    for _ in range(rounds):
+    for _ in range(ROUNDS or rounds):
         for p in programs:
             times[p.name].append(p.seconds(budget, *words))
     return times
@@ -150,6 +154,10 @@ def prepare_peers():
     for package in [p for p in PACKAGES if p not in versions()]:
         print(f"pip install {package}", flush=True)
         subprocess.run([PYTHON, "-m", "pip", "install", "-q", package], check=False)
+    for package in DEBIAN:
+        if shutil.which("apt-get") and os.geteuid() == 0 and "install ok" not in output(["dpkg-query", "-W", "-f", "${Status}", package]):
+            print(f"apt-get install {package}", flush=True)
+            output(["apt-get", "install", "-y", "-qq", "--no-install-recommends", package])
     return versions()
 
 
@@ -239,58 +247,103 @@ def graph_files(report, a):
     return folder
 
 
-def infer_peers(a, threads, folder, missing):
-    """The programs that are alive for all shapes."""
+def infer_peers(threads, folder, missing, chosen):
+    """The programs that are alive for all shapes: (name, script, arguments)."""
     programs = []
-    for name, system in (("PyTorch, transformers", "transformers"), ("PyTorch MT-TaG", "tag")):
-        start(programs, missing, name, [PYTHON, os.path.join(HERE, "pytorch_infer.py"), "--variant", f"{system},fp32", "--serve", "--threads", str(threads)],
-              threads, MALLOC)
-    for name, engine in (("ONNX Runtime", "ort"), ("OpenVINO", "openvino")):
-        start(programs, missing, name, [PYTHON, os.path.join(HERE, "graph_peers.py"), "--serve", engine, "--dir", folder, "--threads", str(threads)], threads)
+    for name, script, arguments in chosen:
+        graph = script == "graph_peers.py"
+        start(programs, missing, name, [PYTHON, os.path.join(HERE, script), *arguments, *(["--dir", folder] if graph else ["--serve"]), "--threads", str(threads)],
+              threads, None if graph else MALLOC)
     return programs
+
+
+def infer_times(a, threads, shape, own, peers, missing):
+    """{name: [seconds of each round]} for one shape; own: [(name, options of bench_step)]."""
+    batch, length = shape.split("x")
+    ours = []
+    for name, options in own:
+        start(ours, missing, name, [os.path.join(BUILD, "bench_step"), "infer", *options, "--batch", batch, "--length", length, "--threads", str(threads),
+                                    "--serve"], threads)
+    times = {p.name: [] for p in ours + peers}
+    for _ in range(ROUNDS or (3 if a.quick else 5)):
+        for p in ours:
+            times[p.name].append(p.seconds(0.1 if a.quick else 0.2))
+        for p in peers:
+            times[p.name].append(p.seconds(0.1 if a.quick else 0.2, shape))
+    finish(ours)
+    return times
+
+
+def infer_table(report, a, own, chosen, comparisons):
+    """Tokens per second by batch x length. comparisons: [(one of own, its rivals, what they are called)]; of several rivals the best counts."""
+    missing = []
+    folder = graph_files(report, a)
+    shapes = QUICK_SHAPES if a.quick else SHAPES
+    for threads in a.threads:
+        peers = infer_peers(threads, folder, missing, chosen)
+        table = {s: infer_times(a, threads, s, own, peers, missing) for s in shapes}
+        names = [n for n in table[shapes[0]] if all(n in table[s] for s in shapes)]
+        rows = [[name] + [rate(int(s.split("x")[0]) * int(s.split("x")[1]), table[s][name]) for s in shapes] for name in names]
+        for mine, rivals, label in comparisons:
+            there = [r for r in rivals if r in names]
+            if mine not in names or not there:
+                continue
+            best = [min(there, key=lambda r, s=s: statistics.median(table[s][r])) for s in shapes]
+            rows.append([f"{mine} / {label}", *(f"{ratio(table[s][mine], table[s][b]):.2f}" + (f" ({b.split(',')[0]})" if len(rivals) > 1 else "")
+                                                for s, b in zip(shapes, best))])
+        finish(peers)
+        report.text(f"{threads} thread{'s' if threads > 1 else ''}:", "")
+        report.table(["tokens/s", *shapes], rows)
+    for m in dict.fromkeys(missing):
+        report.text(f"Left out: {m}", "")
 
 
 def infer_section(report, a):
     report.text("## Inference", "",
                 "fp32, 6 x 384, tokens per second by batch x length (all sequences of one length, so that nobody pads). Dense peers: transformers' BertModel with "
                 "`scaled_dot_product_attention`, ONNX Runtime with its BERT fusions, OpenVINO with fixed shapes. MT-TaG: N = 4, T = 8, top-1, in moe.h and in PyTorch.", "")
-    missing = []
-    folder = graph_files(report, a)
-    for threads in a.threads:
-        peers = infer_peers(a, threads, folder, missing)
-        table = {}
-        shapes = QUICK_SHAPES if a.quick else SHAPES
-        for shape in shapes:
-            batch, length = shape.split("x")
-            ours = []
-            for name, system in (("moe.h dense", "dense"), ("moe.h TaG", "tag")):
-                start(ours, missing, name, [os.path.join(BUILD, "bench_step"), "infer", "--system", system, "--batch", batch, "--length", length, "--threads",
-                                            str(threads), "--serve"], threads)
-            times = {p.name: [] for p in ours + peers}
-            for _ in range(3 if a.quick else 5):
-                for p in ours:
-                    times[p.name].append(p.seconds(0.1 if a.quick else 0.2))
-                for p in peers:
-                    times[p.name].append(p.seconds(0.1 if a.quick else 0.2, shape))
-            for p in ours:
-                p.finish()
-            table[shape] = times
-        rows = [[name] + [rate(int(s.split("x")[0]) * int(s.split("x")[1]), table[s][name]) for s in shapes]
-                for name in ["moe.h dense", "moe.h TaG", *(p.name for p in peers)]]
-        for mine, others in (("moe.h dense", [p.name for p in peers if p.name != "PyTorch MT-TaG"]), ("moe.h TaG", [p.name for p in peers if p.name != "PyTorch MT-TaG"]),
-                             ("moe.h TaG", ["PyTorch MT-TaG"])):
-            cells = []
-            for s in shapes:
-                there = [o for o in others if o in table[s]]
-                best = min(there, key=lambda o, s=s: statistics.median(table[s][o]), default=None)
-                cells.append(f"{ratio(table[s][mine], table[s][best]):.2f}" + (f" ({best.split(',')[0]})" if len(others) > 1 else "") if best else "")
-            rows.append([f"{mine} / " + ("best dense peer" if len(others) > 1 else "PyTorch MT-TaG"), *cells])
-        for p in peers:
-            p.finish()
-        report.text(f"{threads} thread{'s' if threads > 1 else ''}:", "")
-        report.table(["tokens/s", *shapes], rows)
-    for m in missing:
-        report.text(f"Left out: {m}", "")
+    dense = ["PyTorch, transformers", "ONNX Runtime", "OpenVINO"]
+    infer_table(report, a, [("moe.h dense", ["--system", "dense"]), ("moe.h TaG", ["--system", "tag"])],
+                [(dense[0], "pytorch_infer.py", ["--variant", "transformers,fp32"]), ("PyTorch MT-TaG", "pytorch_infer.py", ["--variant", "tag,fp32"]),
+                 (dense[1], "graph_peers.py", ["--serve", "ort"]), (dense[2], "graph_peers.py", ["--serve", "openvino"])],
+                [("moe.h dense", dense, "best dense peer"), ("moe.h TaG", dense, "best dense peer"), ("moe.h TaG", ["PyTorch MT-TaG"], "PyTorch MT-TaG")])
+
+
+def int8_section(report, a):
+    report.text("## Inference, int8", "",
+                "Weights of 8 bits with a scale for each output; activations quantised by row in moe.h, by tensor in ONNX Runtime (`quantize_dynamic` of the fused graph, "
+                "per channel). Sizes and shapes as above; moe.h in fp32 for comparison.", "")
+    infer_table(report, a, [("moe.h int8 dense", ["--system", "dense", "--precision", "int8"]), ("moe.h int8 TaG", ["--system", "tag", "--precision", "int8"]),
+                            ("moe.h fp32 dense", ["--system", "dense"])],
+                [("ONNX Runtime int8", "graph_peers.py", ["--serve", "ort", "--precision", "int8"])],
+                [("moe.h int8 dense", ["ONNX Runtime int8"], "ONNX Runtime int8"), ("moe.h int8 TaG", ["ONNX Runtime int8"], "ONNX Runtime int8"),
+                 ("moe.h int8 dense", ["moe.h fp32 dense"], "moe.h fp32 dense")])
+
+
+def bf16_section(report, a):
+    report.text("## Inference, bf16", "", "Operands in bf16, sums in fp32, where the processor has units for it (AMX, AVX512-BF16). OpenVINO is asked for bf16.", "")
+    here = units()
+    if not here.get("AMX-BF16") and not here.get("AVX512-BF16"):
+        report.text("This processor has no units for bf16: nothing to measure.", "")
+        return
+    infer_table(report, a, [("moe.h bf16 dense", ["--system", "dense", "--precision", "bf16"]), ("moe.h bf16 TaG", ["--system", "tag", "--precision", "bf16"]),
+                            ("moe.h fp32 dense", ["--system", "dense"])],
+                [("OpenVINO bf16", "graph_peers.py", ["--serve", "openvino", "--precision", "bf16"])],
+                [("moe.h bf16 dense", ["OpenVINO bf16"], "OpenVINO bf16"), ("moe.h bf16 TaG", ["OpenVINO bf16"], "OpenVINO bf16"),
+                 ("moe.h bf16 dense", ["moe.h fp32 dense"], "moe.h fp32 dense")])
+
+
+def units():
+    """{instruction set or unit: 1 or 0}, as moe.h finds them on this machine."""
+    text = output([os.path.join(BUILD, "bench_ops"), "--units"])
+    return json.loads(text) if text.startswith("{") else {}
+
+
+def unit_section(report, _):
+    report.text("## Instruction sets", "", "What this machine can run, by its own CPUID, and where the tests run the rest. The tests force each kernel that a processor has "
+                "(`moe_env.isa`, `moe_env.features`).", "")
+    report.table(["kernels", "here"], [[name, "run on this hardware" if there else f"under emulation: {EMULATED[name]}" if name in EMULATED else "never"]
+                                       for name, there in units().items()])
 
 
 def serve_own(programs, missing, name, threads, *options):
@@ -302,8 +355,9 @@ def op_programs(threads, missing, have_blas=True):
     start(programs, missing, "moe.h", [os.path.join(BUILD, "bench_ops"), "--threads", str(threads)], threads)
     start(programs, missing, "oneDNN (PyTorch)", [PYTHON, os.path.join(HERE, "op_peers.py"), "torch", "--threads", str(threads)], threads, MALLOC)
     if have_blas:
-        start(programs, missing, "OpenBLAS (NumPy)", [PYTHON, os.path.join(HERE, "op_peers.py"), "openblas", "--threads", str(threads)], threads,
-              {"OPENBLAS_NUM_THREADS": str(threads)})
+        for name, library in (("OpenBLAS (NumPy)", "openblas"), ("BLIS (PyPI)", "blis"), ("BLIS (Debian)", "libblis"), ("AOCL-BLIS", "aocl")):
+            start(programs, missing, name, [PYTHON, os.path.join(HERE, "op_peers.py"), library, "--threads", str(threads)], threads,
+                  {"OPENBLAS_NUM_THREADS": str(threads), "BLIS_NUM_THREADS": str(threads)})
     return programs
 
 
@@ -314,8 +368,8 @@ def finish(programs):
 
 def product_section(report, a):
     report.text("## Products", "",
-                "fp32, y (m, n) = x (m, k) Wᵀ + b, weights packed beforehand (oneDNN: reordered, or the plain call where that is faster; OpenBLAS: transposed, without b), and the weight gradient of m tokens. "
-                "GFLOP/s, share of the peak probed in the same run, ratio to the best peer. PyTorch's calls carry about 2 us of Python and dispatch.", "")
+                "fp32, y (m, n) = x (m, k) Wᵀ + b, weights packed beforehand (oneDNN: reordered, or the plain call where that is faster; the BLAS: transposed, without b), and the weight gradient of m tokens. "
+                "GFLOP/s, share of the peak probed in the same run, ratio to the best peer. PyTorch's calls carry about 2 us of Python and dispatch, those of the BLAS about 1 us.", "")
     missing = []
     for threads in a.threads:
         programs = op_programs(threads, missing)
@@ -477,8 +531,8 @@ def task_section(report, a):
     scaling_rows(report, a, "Tasks", "2 layers, TaG, N = 4, 32 x 128; every sequence of the batch belongs to another task where there are enough. Reference: T = 8. One thread.", ["what"], cases)
 
 
-SECTIONS = {"products": product_section, "layers": layer_section, "train": train_section, "infer": infer_section, "start": start_section,
-            "threads": thread_section, "tokens": token_section, "experts": expert_section, "tasks": task_section}
+SECTIONS = {"units": unit_section, "products": product_section, "layers": layer_section, "train": train_section, "infer": infer_section,
+            "int8": int8_section, "bf16": bf16_section, "start": start_section, "threads": thread_section, "tokens": token_section, "experts": expert_section, "tasks": task_section}
 
 
 def main():
@@ -487,10 +541,13 @@ def main():
     p.add_argument("--sections", help="some of: " + ", ".join(SECTIONS))
     cores = len(os.sched_getaffinity(0))
     p.add_argument("--threads", default="1,2" if cores > 1 else "1")
+    p.add_argument("--rounds", type=int, default=0, help="of every table, instead of its own number: 1 to see that all works")
     p.add_argument("--precisions", default="fp32,bf16", help="of PyTorch's training step")
     p.add_argument("--out", default=os.path.join(HERE, "results.md"))
     p.add_argument("--append", action="store_true", help="add to the file, with a heading of its own, instead of writing it anew")
     a = p.parse_args()
+    global ROUNDS   # pylint: disable=global-statement
+    ROUNDS = a.rounds
     a.threads = [int(t) for t in a.threads.split(",")]
     a.precisions = a.precisions.split(",")
     names = a.sections.split(",") if a.sections else ["train", "infer"] if a.quick else list(SECTIONS)
