@@ -25,8 +25,9 @@ VENV = os.environ.get("BENCH_VENV") or os.path.join(HERE, "venv")
 PYTHON = os.path.join(VENV, "bin", "python")
 PACKAGES = ["torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "transformers", "blis"]
 DEBIAN = ["libblis4-openmp"]    # installed where this may: as root, with apt-get
-# Where the tests ran kernels of units that this machine may lack: tests/test_machines.sh, in CI. Nothing here is a claim about speed.
-EMULATED = {"NEON": "qemu-aarch64 (tests/test_machines.sh)", "NEON dot product": "qemu-aarch64 (tests/test_machines.sh)"}
+# Where the tests run kernels of units that a machine lacks. Nothing here is a claim about speed.
+EMULATED = {"NEON": "qemu-aarch64 (tests/test_machines.sh)", "NEON dot product": "qemu-aarch64 (tests/test_machines.sh)",
+            "AMX-BF16": "its instructions one by one in C (tests/test_bf16.c, tests/amx.h)"}
 ROUNDS = 0  # --rounds: instead of each section's own number
 # glibc gives freed blocks back to the system and faults them in again at each step unless told otherwise; about 5 % for PyTorch
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
