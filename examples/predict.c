@@ -216,13 +216,16 @@ int main(int argc, char **argv) {
   moe_pool *pool = NULL;
   layout at;
   rows kept = {0, NULL, NULL, NULL, NULL, NULL};
-  int score = 0, threads = 1, bf16 = 0, i;
+  moe_profile profile;
+  char table[2048];
+  int score = 0, threads = 1, bf16 = 0, profiled = 0, i;
   int32_t task;
   moe_isa isa = MOE_ISA_AUTO;
   if (argc < 3) die("usage: predict MODEL TASK [--score] [--threads N] [--isa auto|avx512|avx2|neon|scalar]\n"
-                    "               [--precision fp32|bf16] < tsv");
+                    "               [--precision fp32|bf16] [--profile] < tsv");
   for (i = 3; i < argc; ++i) {
     if (!strcmp(argv[i], "--score")) score = 1;
+    else if (!strcmp(argv[i], "--profile")) profiled = 1;
     else if (!strcmp(argv[i], "--threads") && i + 1 < argc) threads = (int)number("--threads", argv[++i], 1, 256);
     else if (!strcmp(argv[i], "--isa") && i + 1 < argc) isa = moe_isa_from_name(argv[++i]);
     else if (!strcmp(argv[i], "--precision") && i + 1 < argc) {
@@ -234,6 +237,8 @@ int main(int argc, char **argv) {
   if (isa == MOE_ISA_COUNT || moe_env_init(&env, isa)) die("this machine has no instruction set of that name");
   env.log = show;
   if (bf16) moe_env_set_precision(&env, MOE_TYPE_BF16); /* or a sentence, and fp32 */
+  moe_profile_init(&profile, NULL, NULL);
+  if (profiled) env.profile = &profile;
   if (threads > 1 && moe_pool_create(&pool, threads, &env)) return 1;
   if (moe_model_load(&model, argv[1], &env)) return 1;
   task = moe_model_find_task(model, argv[2]);
@@ -251,6 +256,8 @@ int main(int argc, char **argv) {
   if (score && !kept.n) die("the input holds no rows");
   if (score) print_metrics(&kept, moe_model_task(model, task));
   if (fflush(stdout) || ferror(stdout)) die("standard output cannot be written");
+  moe_profile_write(table, sizeof table, &profile);
+  if (profiled) fputs(table, stderr);
   for (i = 0; i < (int)kept.n; ++i) free(kept.group[i]);
   free(kept.group);
   free(kept.predicted);

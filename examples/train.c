@@ -36,7 +36,7 @@ static struct {
              *truncate;
   const char *gate_scale, *from, *adapt, *gate_from, *few, *grid;
   int max_len, layers, hidden, ffn, heads, cased, experts, top_k, batch, micro_batch, threads, dedup, renormalize, rank;
-  int fine_tune, fine_batch, fine_epoch, patience, epochs, steps, every, keep, tidy, report, resamples;
+  int fine_tune, fine_batch, fine_epoch, patience, epochs, steps, every, keep, tidy, report, resamples, profile;
   double hold_out, eps, noise, rate, warmup, decay, clip, dropout, balance, z_loss, jitter, gate_rate, tokens;
 } opt; /* zero, but for: */
 
@@ -143,6 +143,7 @@ static const option options[] = {
   OPTION_TEXT("--isa", "auto|avx512|avx2|neon|scalar", isa, "[auto]"),
   OPTION_TEXT("--precision", "fp32|bf16", precision, "bf16: products of the layers with operands of 8 bits of precision, weights and sums fp32;\n"
               "needs AMX or AVX512-BF16, else goes on in fp32 [fp32]"),
+  OPTION_SWITCH("--profile", profile, "say at the end where the time went"),
   OPTION_GROUP("files"),
   OPTION_TEXT("--save", "FILE", save, "the trained model; with several runs FILE gets -SYSTEM-SEED"),
   OPTION_TEXT("--checkpoint", "FILE", checkpoint, "state to go on from; names as with --save; what is finished is in FILE.results"),
@@ -2713,9 +2714,10 @@ static void free_everything(void) {
 }
 
 int main(int argc, char **argv) {
-  char *seed_text[1000];
+  char *seed_text[1000], table[2048];
   int seed[1000], seeds, i;
   moe_pool *pool = NULL;
+  moe_profile profile;
   moe_isa isa;
   given_argc = argc;
   given_argv = argv;
@@ -2725,6 +2727,8 @@ int main(int argc, char **argv) {
   if (moe_env_init(&env, isa) != MOE_OK) die("this machine or this build has no %s; --isa auto takes the best there is", opt.isa);
   env.log = show;
   if (!strcmp(opt.precision, "bf16")) moe_env_set_precision(&env, MOE_TYPE_BF16); /* or a sentence, and fp32 */
+  moe_profile_init(&profile, NULL, NULL);
+  if (opt.profile) env.profile = &profile;
   need(moe_pool_create(&pool, opt.threads ? opt.threads : moe_processors(), &env));
   seeds = split(copy_text(opt.seeds), ',', seed_text, 1000);
   if (seeds > 1000) die("--seeds: more than 1000");
@@ -2746,6 +2750,8 @@ int main(int argc, char **argv) {
   signal(SIGTERM, on_interrupt);
   if (opt.adapt) run_adapt(seed, seeds);
   else run_all();
+  moe_profile_write(table, sizeof table, &profile);
+  if (opt.profile) fputs(table, stdout);
   free_everything();
   moe_pool_free(pool);
   return 0;

@@ -25,6 +25,9 @@ while IFS= read -r line; do printf '%s\n' "$line" | predict snips_intents; done 
 if cmp -s "$tmp/all" "$tmp/single"; then ok test_predict_alone_is_the_same; else fail test_predict_alone_is_the_same; fi
 predict snips_intents --threads 3 --isa scalar < "$tmp/lines" > "$tmp/other"
 if cmp -s "$tmp/all" "$tmp/other"; then ok test_predict_threads_and_scalar_are_the_same; else fail test_predict_threads_and_scalar_are_the_same; fi
+predict snips_intents --profile < "$tmp/lines" > "$tmp/other" 2> "$tmp/err"
+if cmp -s "$tmp/all" "$tmp/other" && grep -q '^ *[0-9.]* *[0-9.]* *[0-9]*  experts$' "$tmp/err" && grep -q '^ 100\.0 .*  all$' "$tmp/err"
+then ok test_predict_profile_tells_where_the_time_went; else fail test_predict_profile_tells_where_the_time_went "$(head -n 3 "$tmp/err")"; fi
 predict snips_intents --precision bf16 --threads 2 < "$tmp/lines" 2> "$tmp/err" | cut -f 1 > "$tmp/other"
 said=$(cut -f 1 "$tmp/all" | paste - "$tmp/other" | awk '$1 != $2' | wc -l) # a close call may turn out otherwise
 if [ "$(wc -l < "$tmp/other")" -eq 37 ] && [ "$said" -le 2 ]; then ok test_predict_in_bf16_says_the_same; else fail test_predict_in_bf16_says_the_same "$said other labels: $(cat "$tmp/err")"; fi
