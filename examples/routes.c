@@ -1,9 +1,9 @@
 /* routes.c - which task's tokens go to which experts: a report of a trained model
    cc -O3 -o routes examples/routes.c -lm -pthread
-   ./routes MODEL [--data DIR] [--checkpoints A,B,C] [--text] [--csv FILE] [--html FILE]
+   ./routes MODEL [--data DIR] [--checkpoints A,B,C | --history FILE] [--text] [--csv FILE] [--html FILE]
    Runs DIR/TASK/dev.tsv of every task through the model and reports shares of the experts, likeness of the tasks, experts hardly used, what
-   each expert is worth (the metrics without it), and what the routes have to do with features of the tasks; with --checkpoints, how the routes
-   came about. As text (default), as CSV, and as one HTML page with everything in it. --help lists the options. */
+   each expert is worth (the metrics without it), and what the routes have to do with features of the tasks; with --checkpoints, or
+   the --csv of tasklevel.c as --history, how the routes came about. As text (default), as CSV, and as one HTML page with everything in it. --help lists the options. */
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -18,6 +18,7 @@ static const char help[] =
   "routes MODEL [options]: which task's tokens go to which experts\n"
   "  --data DIR             folder with TASK/dev.tsv (and train.tsv, whose rows are counted)   (examples/data)\n"
   "  --checkpoints A,B,C    models or checkpoints saved while MODEL was trained, oldest first: routes over time\n"
+  "  --history FILE         the routes that tasklevel --csv looked at during the training of MODEL; --run N of several\n"
   "  --text                 print the report                                    (unless --csv or --html is given)\n"
   "  --csv FILE             all numbers: what,model,task,layer,expert,other,value\n"
   "  --html FILE            one page with pictures, nothing else to load\n"
@@ -27,10 +28,10 @@ static const char help[] =
   "  --threads N  --isa auto|avx512|avx2|neon|scalar\n";
 
 static struct {
-  const char *model, *data, *checkpoints, *csv, *html, *isa, *tau;
-  int text, rows, threads;
+  const char *model, *data, *checkpoints, *csv, *html, *isa, *tau, *history;
+  int text, rows, threads, run;
   double hardly; /* a share, from 0 to 1 */
-} opt = {NULL, "examples/data", NULL, NULL, NULL, "auto", NULL, 0, 200, 1, 0.01};
+} opt = {NULL, "examples/data", NULL, NULL, NULL, "auto", NULL, NULL, 0, 200, 1, 0, 0.01};
 
 static moe_env env;
 static const char *file_name; /* what is being read, for messages */
@@ -96,6 +97,8 @@ static void options(int argc, char **argv) {
     ++i;
     if (!strcmp(o, "--data")) opt.data = v;
     else if (!strcmp(o, "--checkpoints")) opt.checkpoints = v;
+    else if (!strcmp(o, "--history")) opt.history = v;
+    else if (!strcmp(o, "--run")) opt.run = (int)number(o, v, 1, 1e6);
     else if (!strcmp(o, "--csv")) opt.csv = v;
     else if (!strcmp(o, "--html")) opt.html = v;
     else if (!strcmp(o, "--rows")) opt.rows = (int)number(o, v, 0, 1e9);
@@ -389,10 +392,11 @@ typedef struct moment {
   double *share;   /* (T, L, N) of a task's choices in a layer; they sum to 1 */
   double *gate;    /* (T, L, N) mean probability of an expert where it was chosen; 0 where it never was */
   double *decided; /* (L) mean probability of the experts that are chosen, over the tokens of a task, then over the tasks */
+  double tau;      /* temperature of a task-level router then; 0: none, or not known */
 } moment;
 
 static moment *moments; /* the checkpoints, and the model itself last */
-static int n_moments;
+static int n_moments, n_history; /* so many of them were looked at by tasklevel.c, and come first */
 static double *metric;  /* (T) */
 static double *without; /* (L, N, T) the metric without an expert; NULL where no expert can be spared */
 static double *feature; /* (T, FEATURES) */
@@ -434,21 +438,35 @@ static double temperature_of(const moe_config *config, int index) {
   return tau;
 }
 
-/* Blocks as experts: a route is the weight that the router gives to each block, the same for all tokens of a task. */
-static void observe_blocks(moment *m, const worker *w, const double *prob, const int64_t *tokens) {
-  const moe_config *config = moe_model_config(w->model);
-  float *routes = (float *)take(at(T, 0, 0), sizeof *routes);
-  size_t c;
+/* How decided a task-level router is: its largest weight, mean over the tasks. */
+static void decide(moment *m) {
   int t, l, i;
-  if (config->router == MOE_ROUTER_LEVEL) need(moe_level_routes(routes, w->model, (float)temperature_of(config, n_moments - 1), &env));
-  for (c = 0; c < at(T, 0, 0); ++c)
-    m->share[c] = m->gate[c] = config->router == MOE_ROUTER_LEVEL ? (double)routes[c] : prob[c] / (double)tokens[c / at(1, 0, 0)];
   for (t = 0; t < T; ++t)
     for (l = 0; l < L; ++l) {
       double most = 0;
       for (i = 0; i < N; ++i) most = fmax(most, m->share[at(t, l, i)]);
       m->decided[l] += most / T;
     }
+}
+
+static void open_moment(moment *m) {
+  m->gate = (double *)take(at(T, 0, 0), sizeof *m->gate);
+  m->share = (double *)take(at(T, 0, 0), sizeof *m->share);
+  m->decided = (double *)take((size_t)L, sizeof *m->decided);
+}
+
+/* Blocks as experts: a route is the weight that the router gives to each block, the same for all tokens of a task. */
+static void observe_blocks(moment *m, const worker *w, const double *prob, const int64_t *tokens) {
+  const moe_config *config = moe_model_config(w->model);
+  float *routes = (float *)take(at(T, 0, 0), sizeof *routes);
+  size_t c;
+  if (config->router == MOE_ROUTER_LEVEL) {
+    m->tau = temperature_of(config, n_moments - 1 - n_history);
+    need(moe_level_routes(routes, w->model, (float)m->tau, &env));
+  }
+  for (c = 0; c < at(T, 0, 0); ++c)
+    m->share[c] = m->gate[c] = config->router == MOE_ROUTER_LEVEL ? (double)routes[c] : prob[c] / (double)tokens[c / at(1, 0, 0)];
+  decide(m);
   free(routes);
 }
 
@@ -461,9 +479,8 @@ static void observe(moment *m, worker *w, const char *path, double *values) {
   sums.tokens = (int64_t *)take((size_t)T, sizeof *sums.tokens);
   sums.chosen = (int64_t *)take(at(T, 0, 0), sizeof *sums.chosen);
   sums.prob = (double *)take(at(T, 0, 0), sizeof *sums.prob);
-  sums.gate = m->gate = (double *)take(at(T, 0, 0), sizeof *m->gate);
-  m->share = (double *)take(at(T, 0, 0), sizeof *m->share);
-  m->decided = (double *)take((size_t)L, sizeof *m->decided);
+  open_moment(m);
+  sums.gate = m->gate;
   for (t = 0; t < T; ++t) values[t] = evaluate(w, t, &sums);
   if (blocks) observe_blocks(m, w, sums.prob, sums.tokens);
   for (t = 0; t < T && !blocks; ++t)
@@ -516,6 +533,71 @@ static void observe_checkpoints(void) {
   }
   free(list);
   free(values);
+}
+
+static int comma_split(char *line, char **field) {
+  int n = 0;
+  for (;; *line++ = 0) {
+    if (n < FIELDS) field[n] = line;
+    ++n;
+    line = strchr(line, ',');
+    if (!line) return n;
+  }
+}
+
+/* The moments that tasklevel --csv has written: a row for each probability, moment after moment. */
+static void read_history(void) {
+  static const char *const wanted[] = {"run", "step", "temperature", "task", "layer", "block", "probability"};
+  char *next, *line, *field[FIELDS];
+  int where[7], fields, k, run = 0;
+  double step = -1;
+  size_t bytes, seen = 0, i, rows_of = 0;
+  void *file;
+  if (!opt.history) {
+    moments = (moment *)take(2 + (opt.checkpoints ? strlen(opt.checkpoints) : 0), sizeof *moments);
+    return;
+  }
+  if (!blocks) die("--history is for models whose experts are blocks");
+  need(moe_file_read(&file, &bytes, opt.history, &env));
+  for (i = 0; i < bytes; ++i) rows_of += ((char *)file)[i] == '\n';
+  moments = (moment *)take(3 + rows_of / at(T, 0, 0) + (opt.checkpoints ? strlen(opt.checkpoints) : 0), sizeof *moments);
+  file_name = opt.history;
+  next = (char *)file;
+  line = next_line(&next);
+  fields = line ? comma_split(line, field) : 0;
+  if (fields < 7 || fields > FIELDS) die("these are not the columns of tasklevel --csv");
+  for (k = 0; k < 7; ++k) where[k] = column(field, fields, wanted[k]);
+  while ((line = next_line(&next)) != NULL) {
+    moment *m;
+    int t, l, b, of;
+    if (comma_split(line, field) != fields) die("another number of columns than the header");
+    of = (int)number("run", field[where[0]], 1, 1e6);
+    if (opt.run && of != opt.run) continue;
+    if (run && of != run) die("runs %d and %d stand here: --run chooses one", run, of);
+    run = of;
+    if (number("step", field[where[1]], 0, 1e15) > step) { /* a new moment */
+      if (seen % at(T, 0, 0)) die("the moment before is not complete");
+      step = number("step", field[where[1]], 0, 1e15);
+      m = &moments[n_moments++];
+      open_moment(m);
+      snprintf(m->name, NAME, "step_%.0f", step);
+      m->tau = number("temperature", field[where[2]], 1e-9, 1e9);
+    }
+    m = &moments[n_moments - 1];
+    for (t = 0; t < T && strcmp(tasks[t]->name, field[where[3]]); ++t) continue;
+    if (t == T) die("the model has no task %s", field[where[3]]);
+    l = (int)number("layer", field[where[4]], 1, L) - 1, b = (int)number("block", field[where[5]], 1, N) - 1;
+    m->share[at(t, l, b)] = m->gate[at(t, l, b)] = number("probability", field[where[6]], 0, 1);
+    ++seen;
+  }
+  if (!n_moments) die("no row is there%s", opt.run ? " of that run" : "");
+  if (seen != (size_t)n_moments * at(T, 0, 0)) die("%lu rows are there, %d moments of this model have %lu", (unsigned long)seen, n_moments,
+                                                   (unsigned long)((size_t)n_moments * at(T, 0, 0)));
+  for (k = 0; k < n_moments; ++k) decide(&moments[k]);
+  n_history = n_moments;
+  file_name = NULL;
+  line_number = 0;
+  moe_free(file);
 }
 
 /* The metrics of every task without each expert in turn. */
@@ -760,6 +842,7 @@ static cell time_cell(const moment *m, int t, int l, int i) {
   return make_cell("share_over_time", m->name, tasks[t]->name, l + 1, i + 1, "", m->share[at(t, l, i)]);
 }
 static cell decided_cell(const moment *m, int l) { return make_cell("decided", m->name, "", l + 1, 0, "", m->decided[l]); }
+static cell tau_cell(const moment *m) { return make_cell("temperature", m->name, "", 0, 0, "", m->tau); }
 static cell overlap_cell(int t, int u) { return make_cell("overlap", "", tasks[t]->name, 0, 0, tasks[u]->name, overlap[t * T + u]); }
 static cell join_cell(int n) {
   return make_cell("join", "", tasks[tree[tree[n].left].first]->name, 0, 0, tasks[tree[tree[n].right].first]->name, tree[n].height);
@@ -799,6 +882,7 @@ static void report_csv(FILE *f) {
   for (t = 0; t < T; ++t)
     for (u = 0; u < T; ++u) put(f, overlap_cell(t, u));
   for (k = T; k < 2 * T - 1; ++k) put(f, join_cell(k));
+  for (m = 0; m < n_moments && n_history; ++m) put(f, tau_cell(&moments[m]));
   for (m = 0; m < n_moments; ++m)
     for (l = 0; l < L; ++l) {
       put(f, decided_cell(&moments[m], l));
@@ -951,7 +1035,7 @@ static const char page_style[] =
   "svg .m{text-anchor:middle}svg .e{text-anchor:end}\n"
   ".c{fill:var(--card)}.h{fill:var(--heat)}.d{fill:var(--down)}svg .oh{fill:var(--on-heat)}svg .od{fill:var(--on-down)}svg .of{fill:var(--on-half)}"
   ".k{fill:none;stroke:var(--ink);stroke-width:2}.t{fill:none;stroke:var(--soft);stroke-width:1.5}.g{stroke:var(--line);stroke-width:1}"
-  ".b{stroke:var(--paper);stroke-width:.5}.l{fill:none;stroke-width:2.5}\n"
+  ".b{stroke:var(--paper);stroke-width:.5}.l{fill:none;stroke-width:2.5}.o{fill:var(--soft)}\n"
   ".scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}"
   "td,th{padding:.25rem .7rem .25rem 0;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}"
   "td:first-child,th:first-child,td.w,th.w{text-align:left}th{color:var(--soft);font-weight:600}"
@@ -1084,25 +1168,54 @@ static void key(FILE *f, const char *what, int n) {
 /* The x of moment m in a picture of that width. */
 static double time_x(int m, double width) { return n_moments > 1 ? width * m / (n_moments - 1) : 0; }
 
+enum { PLOT_WIDE = 280, PLOT_HIGH = 170, PLOT_LEFT = 40 };
+
+/* The lines and numbers of a picture over time, from low to top. */
+static void plot_frame(FILE *f, const char *caption, double low, double top) {
+  int m;
+  open_figure(f, caption, 0, PLOT_LEFT + PLOT_WIDE + 20, PLOT_HIGH + 50);
+  for (m = 0; m <= 4; ++m) {
+    double v = low + (top - low) * m / 4, y = 12 + PLOT_HIGH * (1 - m / 4.0);
+    fprintf(f, "<line class=\"g\" x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\"/><text class=\"e s\" x=\"%d\" y=\"%.1f\">%.2f</text>", PLOT_LEFT,
+            PLOT_LEFT + PLOT_WIDE, y, y, PLOT_LEFT - 6, y + 4, v);
+  }
+  fprintf(f, "<text class=\"s\" x=\"%d\" y=\"%d\">%s</text><text class=\"e s\" x=\"%d\" y=\"%d\">%s</text>\n", PLOT_LEFT, PLOT_HIGH + 32,
+          moments[0].name, PLOT_LEFT + PLOT_WIDE, PLOT_HIGH + 48, last_moment()->name);
+}
+
+/* The temperature of a task-level router as it fell. */
+static void page_temperature(FILE *f) {
+  double top = 0;
+  int m;
+  if (!n_history) return;
+  for (m = 0; m < n_moments; ++m) top = fmax(top, moments[m].tau);
+  plot_frame(f, "Temperature of the router", 0, top);
+  fprintf(f, "<polyline class=\"l t\" points=\"");
+  for (m = 0; m < n_moments; ++m) fprintf(f, "%.1f,%.1f ", PLOT_LEFT + time_x(m, PLOT_WIDE), 12 + PLOT_HIGH * (1 - moments[m].tau / top));
+  fprintf(f, "\"/>\n");
+  for (m = 0; m < n_moments; ++m) {
+    cell c = tau_cell(&moments[m]);
+    fprintf(f, "<circle class=\"o\" cx=\"%.1f\" cy=\"%.1f\" r=\"3.5\">", PLOT_LEFT + time_x(m, PLOT_WIDE), 12 + PLOT_HIGH * (1 - c.value / top));
+    write_tip(f, &c);
+    fprintf(f, "</circle>\n");
+  }
+  close_figure(f);
+}
+
 static void page_decided(FILE *f) {
-  int l, m, width = 280, high = 170, left = 40;
+  int l, m, width = PLOT_WIDE, high = PLOT_HIGH, left = PLOT_LEFT;
   double low = 1.0 / N, top = low, step = (1 - low) / 4;
   for (m = 0; m < n_moments; ++m)
     for (l = 0; l < L; ++l)
       while (top < moments[m].decided[l]) top += step;
   if (!(top > low)) top += step;
-  fprintf(f, "<p>How decided the gates are: mean probability of the experts that are chosen; 1/N = %.2f means that all are the same to a gate, 1 that it is "
-             "certain. The picture's scale ends at %.2f.</p>\n", low, top);
+  if (blocks) fprintf(f, "<p>How discrete the routes are: largest weight of a block, mean over the tasks; 1/%d = %.2f means that all blocks weigh the same, "
+                         "1 that a task has chosen one. The picture's scale ends at %.2f.</p>\n", N, low, top);
+  else fprintf(f, "<p>How decided the gates are: mean probability of the experts that are chosen; 1/N = %.2f means that all are the same to a gate, 1 that "
+                  "it is certain. The picture's scale ends at %.2f.</p>\n", low, top);
   key(f, "layer", L);
   fprintf(f, "<div class=\"panels\">\n");
-  open_figure(f, "Probability of the chosen experts", 0, left + width + 20, high + 50);
-  for (m = 0; m <= 4; ++m) {
-    double v = low + (top - low) * m / 4, y = 12 + high * (1 - m / 4.0);
-    fprintf(f, "<line class=\"g\" x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\"/><text class=\"e s\" x=\"%d\" y=\"%.1f\">%.2f</text>", left, left + width, y, y,
-            left - 6, y + 4, v);
-  }
-  fprintf(f, "<text class=\"s\" x=\"%d\" y=\"%d\">%s</text><text class=\"e s\" x=\"%d\" y=\"%d\">%s</text>\n", left, high + 32, moments[0].name,
-          left + width, high + 48, last_moment()->name);
+  plot_frame(f, blocks ? "Largest weight of a block" : "Probability of the chosen experts", low, top);
   for (l = 0; l < L; ++l) {
     fprintf(f, "<polyline class=\"l\" stroke=\"%s\"%s points=\"", colour(l), l % 2 ? " stroke-dasharray=\"7 4\"" : "");
     for (m = 0; m < n_moments; ++m)
@@ -1117,6 +1230,7 @@ static void page_decided(FILE *f) {
     }
   }
   close_figure(f);
+  page_temperature(f);
   fprintf(f, "</div>\n");
 }
 
@@ -1125,7 +1239,9 @@ static void page_time(FILE *f) {
   double bar = (double)width / n_moments;
   if (n_moments < 2) return;
   fprintf(f, "<h2>How the routes came about</h2><p>%d moments of the training, from left to right: ", n_moments);
-  for (m = 0; m < n_moments; ++m) fprintf(f, "%s%s", m ? ", " : "", moments[m].name);
+  for (m = 0; m < n_moments; ++m)
+    if (n_moments < 9 || m < 3 || m > n_moments - 3) fprintf(f, "%s%s", m ? ", " : "", moments[m].name);
+    else if (m == 3) fprintf(f, ", ...");
   fprintf(f, ".</p>\n");
   page_decided(f);
   fprintf(f, "<p>Shares of the experts in each task, one column a moment.</p>\n");
@@ -1270,8 +1386,6 @@ int main(int argc, char **argv) {
   moe_pool *pool = NULL;
   moe_isa isa;
   worker w;
-  const char *comma;
-  size_t places = 2;
   int t;
   options(argc, argv);
   isa = moe_isa_from_name(opt.isa);
@@ -1291,8 +1405,7 @@ int main(int argc, char **argv) {
     read_rows(&data[t], tasks[t]);
     find_features(&w, t);
   }
-  for (comma = opt.checkpoints; comma; comma = strchr(comma + 1, ',')) ++places;
-  moments = (moment *)take(places, sizeof *moments);
+  read_history();
   observe_checkpoints();
   ++n_moments;
   observe(&moments[n_moments - 1], &w, opt.model, metric);

@@ -29,10 +29,13 @@ bad=$(awk -F, '$1 == "share" { s[$3 $4 $5] = $7 } $1 == "share_over_time" && $2 
 [ -z "$bad" ] && ok test_routes_checkpoint_and_model_are_the_same || fail test_routes_checkpoint_and_model_are_the_same "$bad"
 
 # every number of the pictures is the CSV's, and none is missing
-awk -F, '$1 ~ /^(share|share_over_time|decided|overlap|join|change_without|pearson|p_value)$/ {
+tips() { # CSV HTML: the numbers of both, to $tmp/a and $tmp/b
+awk -F, '$1 ~ /^(share|share_over_time|decided|temperature|overlap|join|change_without|pearson|p_value)$/ {
   k = $1; if ($2 != "") k = k " " $2; if ($3 != "") k = k " " $3; if ($4 != "") k = k " layer " $4; if ($5 != "") k = k " expert " $5
-  if ($6 != "") k = k " " $6; print k ": " $7 }' "$csv" | sort > "$tmp/a"
-sed 's/<title>/\n<title>/g' "$html" | sed -n 's/^<title>\([^<]*: [^<]*\)<.*/\1/p' | sort > "$tmp/b"
+  if ($6 != "") k = k " " $6; print k ": " $7 }' "$1" | sort > "$tmp/a"
+sed 's/<title>/\n<title>/g' "$2" | sed -n 's/^<title>\([^<]*: [^<]*\)<.*/\1/p' | sort > "$tmp/b"
+}
+tips "$csv" "$html"
 if [ "$(wc -l < "$tmp/a")" -gt 200 ] && cmp -s "$tmp/a" "$tmp/b"; then ok test_routes_html_shows_the_csv_s_numbers
 else fail test_routes_html_shows_the_csv_s_numbers "$(diff "$tmp/a" "$tmp/b" | head -n 5)"; fi
 bad=$(sed -n 's/^<g><title>share [^:]*: \([0-9.e-]*\)<.*">\([0-9]*\)<\/text><\/g>$/\1 \2/p' "$html" | awk '{ ++n; d = 100 * $1 - $2; if (d > 0.501 || d < -0.501) print } END { if (n < 10) print n " cells" }')
@@ -104,6 +107,21 @@ if $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O0 -I.. -o "$tmp/blocks" "$tmp/blocks
    awk -F, '$1 == "decided" { v[++n] = $7 } END { exit !(n == 4 && v[1] < 0.4 && v[2] < 0.4 && v[3] > 0.8 && v[4] > 0.8) }' "$tmp/b.csv"
 then ok test_routes_takes_blocks_and_temperatures; else fail test_routes_takes_blocks_and_temperatures "$(grep decided "$tmp/b.csv")"; fi
 
+# the routes that tasklevel looked at during training: the same numbers, and a temperature that falls
+if program tasklevel && "$tmp/tasklevel" --data $data --tasks pros_cons,intent_match,snips_intents --systems straight,gumbel --layers 2 --hidden 16 --rows 64 --steps 30 --threads 1 \
+     --looks 11 --csv "$tmp/looks.csv" --save "$tmp/level.safetensors" > "$tmp/log" 2>&1 &&
+   run "$tmp/level-straight-1.safetensors" --rows 20 --history "$tmp/looks.csv" --run 2 --text --csv "$tmp/h.csv" --html "$tmp/h.html" > "$tmp/text" 2> "$tmp/err"
+then ok test_routes_takes_a_history; else fail test_routes_takes_a_history "$(tail -n 3 "$tmp/log" "$tmp/err")"; fi
+bad=$(awk -F, 'NR == FNR { if ($1 == 2) p["step_" $6, $8, $9, $10] = $11; next } $1 == "share_over_time" && $2 ~ /^step/ { ++n; if (p[$2, $3, $4, $5] != $7) print }
+  END { if (n != 11 * 18) print n " shares" }' "$tmp/looks.csv" "$tmp/h.csv" | head -n 3)
+[ -z "$bad" ] && ok test_routes_history_is_tasklevel_s || fail test_routes_history_is_tasklevel_s "$bad"
+if awk -F, '$1 == "temperature" { if (n++ && $7 > last + 1e-6) bad = 1; if (n == 1) first = $7; last = $7 } $1 == "decided" && $2 == "step_0" { early += $7 }
+     $1 == "decided" && $2 == "step_30" { late += $7 } END { exit !(n == 12 && !bad && first == 2 && last < 0.11 && late > early + 0.5) }' "$tmp/h.csv"
+then ok test_routes_become_discrete_as_the_temperature_falls; else fail test_routes_become_discrete_as_the_temperature_falls "$(grep temperature "$tmp/h.csv")"; fi
+tips "$tmp/h.csv" "$tmp/h.html"
+if [ "$(wc -l < "$tmp/a")" -gt 200 ] && cmp -s "$tmp/a" "$tmp/b" && grep -q 'Temperature of the router' "$tmp/h.html"; then ok test_routes_html_of_a_history_shows_the_csv_s_numbers
+else fail test_routes_html_of_a_history_shows_the_csv_s_numbers "$(diff "$tmp/a" "$tmp/b" | head -n 5)"; fi
+
 # bad input: exit status 1, a sentence, nothing on standard output
 refuses() { # NAME PATTERN ARGUMENTS
   name=$1 pattern=$2; shift 2
@@ -125,5 +143,12 @@ refuses a_checkpoint_of_another_model 'two.safetensors: 2 tasks, .* has 4' "$tmp
 refuses too_few_temperatures 'a temperature for each' "$tmp/b.safetensors" --data $data --rows 5 --checkpoints "$tmp/b.safetensors" --tau 2
 refuses a_temperature_of_0 'must be above 0' "$tmp/b.safetensors" --data $data --rows 5 --tau 0
 refuses an_empty_name_in_the_list 'an empty name' "$tmp/late.safetensors" --data $data --checkpoints ",$tmp/early.safetensors"
+refuses a_history_of_several_runs 'runs 1 and 2 stand here' "$tmp/level-straight-1.safetensors" --data $data --rows 5 --history "$tmp/looks.csv"
+refuses a_history_of_other_tasks 'the moment before is not complete' "$tmp/b.safetensors" --data $data --rows 5 --history "$tmp/looks.csv" --run 1
+refuses a_history_of_no_run 'no row is there of that run' "$tmp/level-straight-1.safetensors" --data $data --rows 5 --history "$tmp/looks.csv" --run 3
+head -n 30 "$tmp/looks.csv" > "$tmp/cut.csv"
+refuses a_history_cut_short '29 rows are there' "$tmp/level-straight-1.safetensors" --data $data --rows 5 --history "$tmp/cut.csv"
+refuses a_history_of_experts 'experts are blocks' "$tmp/late.safetensors" --data $data --history "$tmp/looks.csv"
+refuses a_history_that_is_none 'not the columns of tasklevel' "$tmp/level-straight-1.safetensors" --data $data --rows 5 --history test_routes.sh
 refuses a_folder_that_is_not_there 'cannot be written' "$tmp/two.safetensors" --rows 5 --data $data --csv "$tmp/no/such/file.csv"
 finish
