@@ -63,7 +63,8 @@ static const char help[] =
   "  --vector-from random|mean|text|TASK   its vector at first                          (text where --vectors is, else mean)\n"
   "  --head-from TASK          its head at first; with 0 rows by itself a task with the same labels, where there is one\n\n"
   "machine\n"
-  "  --threads N  --isa auto|avx512|avx2|neon|scalar                                    (all processors, auto)\n\n"
+  "  --threads N  --isa auto|avx512|avx2|neon|scalar                                    (all processors, auto)\n"
+  "  --precision fp32|bf16     bf16 where this machine has it, as train.c               (fp32)\n\n"
   "files\n"
   "  --save FILE               the trained model with its routes; with several lines FILE gets their names\n"
   "  --checkpoint FILE  --every STEPS   state to go on from                             (every 500 steps)\n"
@@ -73,7 +74,7 @@ static const char help[] =
 
 static struct {
   const char *data, *tasks, *systems, *router, *vectors, *init, *vocab, *json, *csv, *save, *checkpoint, *resume, *isa, *seeds, *grid;
-  const char *unseen, *shots, *learns, *vector_from, *head_from;
+  const char *precision, *unseen, *shots, *learns, *vector_from, *head_from;
   double lr, router_rate, adapt_lr, eps, warmup, decay, clip, dropout;
   int blocks, epochs, steps, batch, homogeneous, two_stage, freeze, heads, layers, hidden, max_len, threads, rows, cased, looks, every, adapt_steps;
 } opt; /* zero, but for: */
@@ -84,6 +85,7 @@ static void default_options(void) {
   opt.router = "mlp";
   opt.vectors = "random";
   opt.isa = "auto";
+  opt.precision = "fp32";
   opt.seeds = "1";
   opt.shots = "0,16,64";
   opt.learns = "vector";
@@ -168,6 +170,7 @@ static void check_options(void) {
   const char *s;
   if (!one_of("mlp,lstm,transformer", opt.router)) die("--router is mlp, lstm or transformer, not \"%s\"", opt.router);
   if (!one_of("random,text,description,fisher", opt.vectors)) die("--vectors is random, text, description or fisher, not \"%s\"", opt.vectors);
+  if (!one_of("fp32,bf16", opt.precision)) die("--precision is fp32 or bf16, not \"%s\"", opt.precision);
   if (!one_of("vector,all", opt.learns)) die("--learns is vector or all, not \"%s\"", opt.learns);
   if (!opt.vector_from) opt.vector_from = one_of("text,description", opt.vectors) ? "text" : "mean";
   if (opt.unseen && !strcmp(opt.vector_from, "text") && !one_of("text,description", opt.vectors))
@@ -197,7 +200,7 @@ static void parse(int argc, char **argv) {
     {"--router", &opt.router, NULL, 0, NULL},   {"--vectors", &opt.vectors, NULL, 0, NULL},       {"--init", &opt.init, NULL, 0, NULL},
     {"--vocab", &opt.vocab, NULL, 0, NULL},     {"--json", &opt.json, NULL, 0, NULL},             {"--csv", &opt.csv, NULL, 0, NULL},
     {"--save", &opt.save, NULL, 0, NULL},       {"--checkpoint", &opt.checkpoint, NULL, 0, NULL}, {"--resume", &opt.resume, NULL, 0, NULL},
-    {"--isa", &opt.isa, NULL, 0, NULL},         {"--seeds", &opt.seeds, NULL, 0, NULL},           {"--seed", &opt.seeds, NULL, 0, NULL},
+    {"--isa", &opt.isa, NULL, 0, NULL},         {"--precision", &opt.precision, NULL, 0, NULL}, {"--seeds", &opt.seeds, NULL, 0, NULL},           {"--seed", &opt.seeds, NULL, 0, NULL},
     {"--grid", &opt.grid, NULL, 0, NULL},       {"--unseen", &opt.unseen, NULL, 0, NULL},         {"--shots", &opt.shots, NULL, 0, NULL},
     {"--learns", &opt.learns, NULL, 0, NULL},   {"--head-from", &opt.head_from, NULL, 0, NULL},   {"--vector-from", &opt.vector_from, NULL, 0, NULL},
     {"--blocks", NULL, &opt.blocks, 1, NULL},   {"--epochs", NULL, &opt.epochs, 1, NULL},         {"--steps", NULL, &opt.steps, 1, NULL},
@@ -981,7 +984,7 @@ static double adapt(moe_model *model, const task_router *router, const float *ve
   int64_t used, count, row;
   float *routes = NULL;
   double metric;
-  if (n == 0 && donor < 0) return NAN;
+  if (n == 0 && donor < 0) return (double)NAN;
   more = join(model, gate, from_text ? vector : NULL, donor);
   snprintf(head, sizeof head, "heads.%s.", task[T].name);
   train_config(&c, groups, now.seed);
@@ -1138,7 +1141,7 @@ static void put_options(text *t) {
   put(t, "two_stage=%d freeze=%d layers=%d hidden=%d max_len=%d looks=%d adapt_steps=%d tasks=", opt.two_stage, opt.freeze, (int)base.layers,
       (int)base.hidden, opt.max_len, opt.looks, opt.adapt_steps);
   for (i = 0; i < T; ++i) put(t, "%s:%d,", task[i].name, (int)train[i].n);
-  put(t, "\n");
+  put(t, "%s\n", env.precision == MOE_TYPE_BF16 ? " precision=bf16" : "");
 }
 
 static void put_run(text *t, const run *r) {
@@ -1207,7 +1210,7 @@ static void next_run(run *r) {
   for (i = 0; i < T; ++i) r->metric[i] = next_number();
   for (i = 0; i < n_shots; ++i) {
     r->unseen[i] = next_number();
-    if (r->unseen[i] < -2) r->unseen[i] = NAN;
+    if (r->unseen[i] < -2) r->unseen[i] = (double)NAN;
   }
   for (i = 0; i < r->n_looks; ++i) r->step[i] = (int64_t)next_number(), r->tau[i] = next_number();
   if (r->n_looks) r->routes = (float *)take((size_t)r->n_looks * choices(), sizeof *r->routes);
@@ -1380,7 +1383,7 @@ static void finish_run(moe_model *model, const task_router *router, const float 
   char name[128];
   int k;
   now.stages = stage_at;
-  for (k = 0; k < n_shots; ++k) now.unseen[k] = NAN; /* not measured after a first stage that has a second one */
+  for (k = 0; k < n_shots; ++k) now.unseen[k] = (double)NAN; /* not measured after a first stage that has a second one */
   if (last) adapt_all(model, router, vector);
   if (interrupted) stop_here(-1);
   if (last && opt.save) save_model(model, router, drawn);
@@ -1459,6 +1462,7 @@ int main(int argc, char **argv) {
   isa = moe_isa_from_name(opt.isa);
   if (isa == MOE_ISA_COUNT || moe_env_init(&env, isa)) die("this machine has no instruction set \"%s\"", opt.isa);
   env.log = show;
+  if (!strcmp(opt.precision, "bf16")) moe_env_set_precision(&env, MOE_TYPE_BF16); /* or a sentence, and fp32 */
   need(moe_pool_create(&pool, opt.threads ? opt.threads : moe_processors(), &env));
   n_seeds = number_list(seed_list, "--seeds", opt.seeds, 0);
   n_shots = opt.unseen ? number_list(shots, "--shots", opt.shots, 0) : 0;
