@@ -778,9 +778,11 @@ static void load_state(moe_trainer *trainer, moe_sampler *sampler, routing *r);
 
 static double processor_seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
 
-/* After Ctrl-C, or a plain kill. */
+/* After Ctrl-C, or a plain kill; step -1: while an unseen task joined. */
 static void stop_here(int64_t step) {
-  fprintf(stderr, "\ntasklevel: interrupted after step %lld; ", (long long)step);
+  fprintf(stderr, "\ntasklevel: interrupted");
+  if (step >= 0) fprintf(stderr, " after step %lld", (long long)step);
+  fprintf(stderr, "; ");
   if (opt.checkpoint) fprintf(stderr, "the state is in %s: the same command with --resume %s goes on\n", opt.checkpoint, opt.checkpoint);
   else fprintf(stderr, "without --checkpoint this line of the table is lost\n");
   exit(130);
