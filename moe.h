@@ -1073,7 +1073,11 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #define MOE__INLINE static inline __attribute__((always_inline))
 #define MOE__UNUSED __attribute__((unused))
 #define MOE__PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#if defined(__clang__)
 #define MOE__PRINTF(f, a) __attribute__((format(printf, f, a)))
+#else /* ours takes %zu and %lld on every system, the C library of Windows did not always */
+#define MOE__PRINTF(f, a) __attribute__((format(gnu_printf, f, a)))
+#endif
 #elif defined(_MSC_VER)
 #define MOE__RESTRICT __restrict
 #define MOE__TARGET(x)

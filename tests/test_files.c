@@ -151,6 +151,13 @@ static unsigned char *aligned_copy(const sink *s, size_t shift, void **base) {
   return p;
 }
 
+static int high_byte_first(void) {
+  const uint16_t one = 1;
+  unsigned char first;
+  memcpy(&first, &one, 1);
+  return !first;
+}
+
 static void test_files_open_in_place(void) {
   moe_env env = logging();
   moe_model *model = small_model(MOE_ROUTER_TASK, &env), *opened = NULL;
@@ -163,6 +170,16 @@ static void test_files_open_in_place(void) {
   file = aligned_copy(&s, 0, &base);
   CHECK(moe_model_open_size(file, s.used, &bytes, &env) == MOE_OK, "%s", said);
   CHECK(bytes < 16384, "%zu bytes hold no weights", bytes);
+  if (high_byte_first()) { /* nothing can be used as it lies there */
+    block = (unsigned char *)malloc(bytes + 64);
+    CHECK(moe_model_open(&opened, file, s.used, block + (64 - (uintptr_t)block % 64) % 64, bytes, &env) == MOE_E_UNSUPPORTED && !opened &&
+              strstr(said, "moe_model_read"), "%s", said);
+    free(block);
+    free(base);
+    free(s.data);
+    moe_model_free(model);
+    return;
+  }
   block_base = malloc(bytes + 64);
   block = (unsigned char *)block_base + (64 - (uintptr_t)block_base % 64) % 64;
   CHECK(moe_model_open(&opened, file, s.used, block, bytes - 1, &env) == MOE_E_MEMORY && !opened, "a byte less");

@@ -1,0 +1,94 @@
+#!/bin/sh
+# Other machines from this one, by cross compilers and emulators: 64-bit ARM (NEON against plain C), a big-endian machine, Windows. Each
+# ends with a short training run whose model file must be the native one, byte for byte. What is not installed is skipped by name; Debian's
+# packages: gcc-aarch64-linux-gnu gcc-s390x-linux-gnu gcc-mingw-w64-x86-64 g++-mingw-w64-x86-64 qemu-user wine64.
+. ./lib.sh
+dialect="-D_POSIX_C_SOURCE=200809L -I.. -DMOE_STATIC" # static: what a test does not use is not compiled
+warnings="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wdouble-promotion -Werror"
+build=$PWD
+mkdir "$tmp/build" # where test_files writes
+
+# missing NAMES WHAT: is the program there? If not, each of the names is skipped
+missing() {
+  for w in $2; do
+    have "$w" && continue
+    for n in $1; do skip test_machines_$n "there is no $w here"; done
+    return 0
+  done
+  return 1
+}
+
+# check NAME COMPILER RUNNER TEST FUNCTIONS: tests/test_TEST.c, all of it or some functions
+check() {
+  name=test_machines_$1 cc=$2 runner=$3 t=$4
+  shift 4
+  if ! $cc $dialect $warnings -O1 -o "$tmp/$name.exe" test_$t.c -lm -pthread > "$tmp/log" 2>&1; then fail $name "$(head -n 5 "$tmp/log")"; return; fi
+  (cd "$tmp" && cp "$build/test_$t.c" . && $runner "$tmp/$name.exe" "$@") > "$tmp/log" 2>&1
+  if grep -q '^[1-9][0-9]* passed, 0 failed' "$tmp/log"; then ok $name; else fail $name "$(grep -v '^  ok' "$tmp/log" | head -n 6)"; fi
+}
+
+# a training run of three tiny tasks, of odd sizes
+data=$tmp/data from=../examples/data
+mkdir "$data"
+cp $from/vocab.txt "$data"
+grep -E '^(name|snips_intents|intent_match|query_wellformedness)	' $from/tasks.tsv > "$data/tasks.tsv"
+for t in snips_intents intent_match query_wellformedness; do
+  mkdir "$data/$t"
+  head -n 60 $from/$t/train.tsv > "$data/$t/train.tsv"
+  head -n 31 $from/$t/dev.tsv > "$data/$t/dev.tsv"
+done
+small="--data data --systems tag --top-k 2 --layers 2 --hidden 36 --heads 2 --ffn 50 --experts 3 --max-len 40 --batch 12 --steps 6 --lr 2e-3 --threads 2"
+native=
+if program train && (cd "$tmp" && ./train $small --save native.safetensors > log 2>&1); then native=1; else fail test_machines_native_training "$(tail -n 3 "$tmp/log")"; fi
+
+# trains NAME RUNNER PROGRAM OPTIONS
+trains() {
+  name=test_machines_$1 runner=$2 exe=$3
+  shift 3
+  if [ -z "$native" ] || [ ! -x "$exe" ]; then fail $name "$(head -n 5 "$tmp/log")"; return; fi
+  rm -f "$tmp/there.safetensors"
+  (cd "$tmp" && $runner "$exe" $small "$@" --save there.safetensors) > "$tmp/log" 2>&1
+  if cmp -s "$tmp/native.safetensors" "$tmp/there.safetensors"; then ok $name; else fail $name "$(tail -n 3 "$tmp/log")"; fi
+}
+
+# ---- 64-bit ARM ----
+tags="simd gemm lowp linear ops experts route optimizer"
+if ! missing "$(for t in $tags; do echo arm_$t; done) arm_attention arm_trains_to_the_same_bits arm_has_no_avx2" "aarch64-linux-gnu-gcc qemu-aarch64"; then
+  arm="aarch64-linux-gnu-gcc -std=c99 -static"
+  for t in $tags; do check arm_$t "$arm" qemu-aarch64 $t; done
+  check arm_attention "$arm" qemu-aarch64 attention test_attention_agrees_with_pytorch test_attention_does_not_overflow # the others take minutes
+  $arm $dialect -O1 -o "$tmp/train_arm" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1
+  trains arm_trains_to_the_same_bits qemu-aarch64 "$tmp/train_arm" --isa neon
+  if qemu-aarch64 "$tmp/train_arm" --isa avx2 > "$tmp/log" 2>&1 || ! grep -q 'has no avx2' "$tmp/log"; then
+    fail test_machines_arm_has_no_avx2 "$(tail -n 2 "$tmp/log")"
+  else ok test_machines_arm_has_no_avx2; fi
+fi
+
+# ---- the high byte first: the order of bytes in files, plain C ----
+if ! missing "big_endian_json big_endian_files big_endian_lowp big_endian_trains_to_the_same_bits" "s390x-linux-gnu-gcc qemu-s390x"; then
+  big="s390x-linux-gnu-gcc -std=gnu99 -static" # gnu99: with c99 gcc computes floats in double on this machine
+  for t in json lowp; do check big_endian_$t "$big" qemu-s390x $t; done
+  check big_endian_files "$big -DMOE_IMPLEMENTATION" qemu-s390x files
+  $big $dialect -O1 -o "$tmp/train_big" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1
+  trains big_endian_trains_to_the_same_bits qemu-s390x "$tmp/train_big"
+fi
+
+# ---- Windows ----
+if ! missing "windows_compiles_c99 windows_compiles_cxx11 windows_links" "x86_64-w64-mingw32-gcc x86_64-w64-mingw32-g++"; then
+  printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n' > "$tmp/unit.c"
+  if x86_64-w64-mingw32-gcc -std=c99 $warnings -O0 -I.. -c -o "$tmp/unit.o" "$tmp/unit.c" > "$tmp/log" 2>&1; then ok test_machines_windows_compiles_c99
+  else fail test_machines_windows_compiles_c99 "$(head -n 5 "$tmp/log")"; fi
+  if x86_64-w64-mingw32-g++ -std=c++11 -x c++ $warnings -O0 -I.. -c -o "$tmp/unit.o" "$tmp/unit.c" > "$tmp/log" 2>&1; then ok test_machines_windows_compiles_cxx11
+  else fail test_machines_windows_compiles_cxx11 "$(head -n 5 "$tmp/log")"; fi
+  if x86_64-w64-mingw32-gcc -std=c99 $dialect -O1 -static -o "$tmp/train_windows.exe" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1; then ok test_machines_windows_links
+  else fail test_machines_windows_links "$(head -n 5 "$tmp/log")"; fi
+fi
+wine=wine64
+[ ! -x /usr/lib/wine/wine64 ] || wine=/usr/lib/wine/wine64 # Debian keeps it there
+if ! missing "windows_gemm windows_files windows_trains_to_the_same_bits" "x86_64-w64-mingw32-gcc $wine"; then
+  export WINEDEBUG=-all WINEPREFIX="$tmp/wine"
+  check windows_gemm "x86_64-w64-mingw32-gcc -std=c99 -static" $wine gemm
+  check windows_files "x86_64-w64-mingw32-gcc -std=c99 -static -DMOE_IMPLEMENTATION" $wine files
+  trains windows_trains_to_the_same_bits $wine "$tmp/train_windows.exe"
+fi
+finish
