@@ -115,12 +115,13 @@ static void test_gemm_blocks_and_tiles_equal_the_definition(void) {
 }
 
 static void test_gemm_random_shapes_equal_the_definition(void) {
+  static const moe__b_layout layouts[3] = {MOE__B_PANELS, MOE__B_ROWS, MOE__B_COLS};
   uint64_t seed = 11;
   int round;
   for (round = 0; round < 400; ++round) {
     int32_t m = 1 + (int32_t)(fabsf(test_random(&seed)) * 40.0f), n = 1 + (int32_t)(fabsf(test_random(&seed)) * 120.0f);
     int32_t k = (int32_t)(fabsf(test_random(&seed)) * 70.0f);
-    moe__b_layout layout = (moe__b_layout)(round % 3);
+    moe__b_layout layout = layouts[round % 3];
     int weight = layout != MOE__B_ROWS && round & 4, transposed = !weight && round & 8;
     compare(m, n, k, layout, weight, !weight && round & 16, transposed, round % 5, &seed);
     CHECK_STATE();

@@ -358,10 +358,12 @@ static void test_lowp_model_survives_a_file(void) {
     block = moe__alloc(bytes);
     mapped = moe__alloc(file.used);
     memcpy(mapped, file.data, file.used);
-    CHECK(!moe_model_open(&opened, mapped, file.used, block, bytes, &env), "%s", models_sentence);
-    CHECK(run_model(1, opened, NULL, 1, env) && same_states(small, M), "other bits in place");
-    CHECK(!moe_model_pack(opened, NULL, &env) && run_model(1, opened, NULL, 1, env) && same_states(small, M), "other bits, packed in place");
-    moe_model_free(opened);
+    if (moe__little_endian()) {
+      CHECK(!moe_model_open(&opened, mapped, file.used, block, bytes, &env), "%s", models_sentence);
+      CHECK(run_model(1, opened, NULL, 1, env) && same_states(small, M), "other bits in place");
+      CHECK(!moe_model_pack(opened, NULL, &env) && run_model(1, opened, NULL, 1, env) && same_states(small, M), "other bits, packed in place");
+      moe_model_free(opened);
+    } else CHECK(moe_model_open(&opened, mapped, file.used, block, bytes, &env) == MOE_E_UNSUPPORTED, "opened, the wrong way round");
     moe__release(block);
     moe__release(mapped);
     free(file.data), free(again.data), free(big.data);
@@ -454,7 +456,7 @@ static void test_lowp_damaged_files_are_found(void) {
   memory file;
   size_t cut, header;
   moe_tensor t;
-  uint32_t nan = 0x7fc00000u;
+  static const unsigned char nan[4] = {0, 0, 0xc0, 0x7f}; /* files have the low byte first */
   CHECK(twins(&model, &small, 2, &env), "%s", models_sentence);
   file = written(small, &env);
   CHECK(damaged(&file, "query.weight.scale", "query.weight.scalf", &env), "a scale of another name");
@@ -467,7 +469,7 @@ static void test_lowp_damaged_files_are_found(void) {
   }
   header = (size_t)file.data[0] | (size_t)file.data[1] << 8 | (size_t)file.data[2] << 16;
   CHECK(!moe_model_tensor(small, moe_model_find_tensor(small, "encoder.layer.1.attention.output.dense.weight.scale"), &t), "no scale");
-  memcpy(file.data + 8 + header + 4 * (t.offset + 3), &nan, 4);
+  memcpy(file.data + 8 + header + 4 * (t.offset + 3), nan, 4);
   CHECK(moe_model_read(&read, file.data, file.used, &env) == MOE_E_FORMAT && !read, "a scale that is NaN");
   CHECK(strstr(models_sentence, "dense.weight.scale") != NULL, "%s", models_sentence);
   free(file.data);
