@@ -24,7 +24,7 @@ else skip test_readme_program_compiles_as_cpp "there is no g++ here"; fi
 
 # the options that the README names are in --help
 grep -o -- '--[a-z][a-z-]*' ../README.md | sort -u | while read -r o; do
-  grep -q -- "$o" ../examples/*.c || echo "$o"
+  grep -q -- "$o" ../examples/*.c ../examples/*.sh || echo "$o"
 done > "$tmp/missing"
 [ ! -s "$tmp/missing" ] && ok test_readme_options_exist || fail test_readme_options_exist "$(tr '\n' ' ' < "$tmp/missing")"
 finish
