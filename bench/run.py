@@ -211,12 +211,13 @@ def train_section(report, a):
             programs = []
             command = [os.path.join(BUILD, "bench_step"), "train", "--threads", str(threads), "--serve"] + (["--real"] if kind == "real" else [])
             start(programs, missing, "moe.h", command, threads)
-            for precision in a.precisions if not a.quick or "amx_bf16" in cpu_name()[1] else ["fp32"]:
+            amx = "amx_bf16" in cpu_name()[1]
+            for precision in a.precisions if amx or (kind == "full" and not a.quick) else ["fp32"]:    # without AMX autocast is the slower of the two
                 for v in variants:
-                    if v == "real" and (a.quick or precision == "bf16"):
+                    if v == "real" and (a.quick or precision == "bf16" or threads != a.threads[0]):
                         continue    # in the order of the data: more padding, slower than sorted
                     start(programs, missing, f"PyTorch {precision}" + (f", {v}" if v != "full" else ""),
-                          [PYTHON, os.path.join(HERE, "pytorch_step.py"), "--variant", f"tag,{precision},{v}", "--serve", "--warm", "2", "--threads", str(threads)],
+                          [PYTHON, os.path.join(HERE, "pytorch_step.py"), "--variant", f"tag,{precision},{v}", "--serve", "--warm", "1", "--threads", str(threads)],
                           threads, MALLOC)
             times = take_turns(programs, 3, 0)
             tokens = programs[0].ready["tokens"]
@@ -266,7 +267,7 @@ def infer_times(a, threads, shape, own, peers, missing):
         start(ours, missing, name, [os.path.join(BUILD, "bench_step"), "infer", *options, "--batch", batch, "--length", length, "--threads", str(threads),
                                     "--serve"], threads)
     times = {p.name: [] for p in ours + peers}
-    for _ in range(ROUNDS or (3 if a.quick else 5)):
+    for _ in range(ROUNDS or (3 if a.quick or int(batch) * int(length) >= 4096 else 5)):
         for p in ours:
             times[p.name].append(p.seconds(0.1 if a.quick else 0.2))
         for p in peers:
@@ -275,12 +276,12 @@ def infer_times(a, threads, shape, own, peers, missing):
     return times
 
 
-def infer_table(report, a, own, chosen, comparisons):
-    """Tokens per second by batch x length. comparisons: [(one of own, its rivals, what they are called)]; of several rivals the best counts."""
+def infer_table(report, a, own, chosen, comparisons, threads_of_all_shapes=(1, 2)):
+    """Tokens per second by batch x length, fewer shapes where the number of threads is none of the last argument's. comparisons: [(one of own, its rivals, what they are called)]; of several rivals the best counts."""
     missing = []
     folder = graph_files(report, a)
-    shapes = QUICK_SHAPES if a.quick else SHAPES
     for threads in a.threads:
+        shapes = SHAPES if not a.quick and threads in threads_of_all_shapes else QUICK_SHAPES
         peers = infer_peers(threads, folder, missing, chosen)
         table = {s: infer_times(a, threads, s, own, peers, missing) for s in shapes}
         names = [n for n in table[shapes[0]] if all(n in table[s] for s in shapes)]
@@ -318,7 +319,7 @@ def int8_section(report, a):
                             ("moe.h fp32 dense", ["--system", "dense"])],
                 [("ONNX Runtime int8", "graph_peers.py", ["--serve", "ort", "--precision", "int8"])],
                 [("moe.h int8 dense", ["ONNX Runtime int8"], "ONNX Runtime int8"), ("moe.h int8 TaG", ["ONNX Runtime int8"], "ONNX Runtime int8"),
-                 ("moe.h int8 dense", ["moe.h fp32 dense"], "moe.h fp32 dense")])
+                 ("moe.h int8 dense", ["moe.h fp32 dense"], "moe.h fp32 dense")], (1,))
 
 
 def bf16_section(report, a):
@@ -331,7 +332,7 @@ def bf16_section(report, a):
                             ("moe.h fp32 dense", ["--system", "dense"])],
                 [("OpenVINO bf16", "graph_peers.py", ["--serve", "openvino", "--precision", "bf16"])],
                 [("moe.h bf16 dense", ["OpenVINO bf16"], "OpenVINO bf16"), ("moe.h bf16 TaG", ["OpenVINO bf16"], "OpenVINO bf16"),
-                 ("moe.h bf16 dense", ["moe.h fp32 dense"], "moe.h fp32 dense")])
+                 ("moe.h bf16 dense", ["moe.h fp32 dense"], "moe.h fp32 dense")], (1,))
 
 
 def units():
@@ -378,9 +379,10 @@ def product_section(report, a):
         report.text(f"{threads} thread{'s' if threads > 1 else ''}, {programs[0].ready['isa']}, probed peak {peak:.0f} GFLOP/s:", "")
         rows = []
         plan = [("packed", (1, 4, 8, 32, 128, 512)), ("dw", (32, 128, 512, 4096))]
+        shapes = ((1536, 384), (500, 333)) if a.quick else ((1536, 384), (384, 1536), (384, 384), (3072, 768), (768, 3072), (500, 333))
         for kind, sizes in plan:
-            for n, k in ((1536, 384), (384, 1536), (384, 384), (3072, 768), (768, 3072), (500, 333)):
-                for m in sizes:
+            for n, k in shapes:
+                for m in sizes[1::2] if a.quick else sizes:
                     if threads > 1 and ((n, k) not in ((1536, 384), (384, 1536)) or m in (4, 128)):
                         continue
                     times = take_turns(programs, 3, 0.015, f"{kind}:{n}:{k}:{m}")
@@ -483,23 +485,30 @@ def start_section(report, a):
 def scaling_rows(report, a, title, text, head, cases, threads=1, rounds=3):
     """A table of moe.h's own figures: cases is [(label, options, options of the reference)], rates in tokens/s, and the ratio to the reference."""
     report.text(f"## {title}", "", text, "")
-    rows, missing = [], []
+    rows, missing, alive = [], [], []
     for label, options, reference in cases:
-        programs = []
-        serve_own(programs, missing, "one", reference[1] if isinstance(reference, tuple) else threads, *(reference[0] if isinstance(reference, tuple) else reference))
-        serve_own(programs, missing, "two", options[1] if isinstance(options, tuple) else threads, *(options[0] if isinstance(options, tuple) else options))
+        words, count = reference if isinstance(reference, tuple) else (reference, threads)
+        if not alive or alive[0] != (words, count):     # the reference of the row before may serve this one too
+            finish(alive[1:])
+            alive = []
+            serve_own(alive, missing, "one", count, *words)
+            alive.insert(0, (words, count))
+        words, count = options if isinstance(options, tuple) else (options, threads)
+        programs = [alive[1]]
+        serve_own(programs, missing, "two", count, *words)
         times = take_turns(programs, rounds, 0.15)
         tokens = programs[1].ready["tokens"], programs[0].ready["tokens"]
         relative = statistics.median(t1 / tokens[1] / (t2 / tokens[0]) for t1, t2 in zip(times["one"], times["two"]))
         rows.append([*label, tokens[0], rate(tokens[0], times["two"]), f"{relative:.2f}", f"{programs[1].finish()['peak_mb']:.0f}"])
-        programs[0].finish()
+    finish(alive[1:])
     report.table([*head, "tokens", "tokens/s", "against the reference", "peak memory, MB"], rows)
 
 
 def thread_section(report, a):
     cores = len(os.sched_getaffinity(0))
     cases = []
-    for mode, system, batch, length in (("infer", "dense", 1, 8), ("infer", "dense", 1, 32), ("infer", "dense", 8, 32), ("infer", "dense", 32, 128), ("train", "tag", 32, 32)):
+    all_cases = (("infer", "dense", 1, 8), ("infer", "dense", 1, 32), ("infer", "dense", 8, 32), ("infer", "dense", 32, 128), ("train", "tag", 32, 32))
+    for mode, system, batch, length in all_cases[1:2] if a.quick else all_cases:
         options = [mode, "--system", system, "--batch", str(batch), "--length", str(length)]
         for t in sorted({2, cores, 2 * cores}):
             cases.append(([f"{mode} {system} {batch} x {length}", t], (options, t), (options, 1)))
@@ -508,7 +517,7 @@ def thread_section(report, a):
 
 def token_section(report, a):
     cases = []
-    for batch, length in ((1, 8), (1, 64), (4, 128), (16, 128), (64, 128)):
+    for batch, length in ((1, 8), (1, 64), (4, 128), (16, 128), (32, 128)):
         cases.append(([f"infer TaG {batch} x {length}"], ["infer", "--batch", str(batch), "--length", str(length)], ["infer", "--system", "dense", "--batch", str(batch), "--length", str(length)]))
     for batch, length in ((1, 64), (4, 128), (16, 128)):
         cases.append(([f"train TaG {batch} x {length}, without update"], ["train", "--no-update", "--batch", str(batch), "--length", str(length)],
@@ -538,7 +547,7 @@ SECTIONS = {"units": unit_section, "products": product_section, "layers": layer_
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--quick", action="store_true", help="training step and inference only, fewer rounds")
+    p.add_argument("--quick", action="store_true", help="training step and inference unless --sections names others; fewer rounds, shapes and peers")
     p.add_argument("--sections", help="some of: " + ", ".join(SECTIONS))
     cores = len(os.sched_getaffinity(0))
     p.add_argument("--threads", default="1,2" if cores > 1 else "1")

@@ -24,7 +24,8 @@ def peak_mb():
 
 def serve(once, ready, warm=2):
     """Warms up, prints the record `ready`, and answers the lines of standard input until it ends. Words after the seconds are arguments of
-    once(); what was not called with them before is called twice first."""
+    once(); what was not called with them before is called twice first, or once if
+    that takes long."""
     for _ in range(warm):
         once()
     print(json.dumps(ready), flush=True)
@@ -33,6 +34,9 @@ def serve(once, ready, warm=2):
         seconds, *words = line.split()
         if tuple(words) not in seen:
             seen.add(tuple(words))
-            once(*words), once(*words)
+            begin = time.perf_counter()
+            once(*words)
+            if time.perf_counter() - begin < 0.5:
+                once(*words)
         print("%.9f %.9f %d" % repeat(lambda: once(*words), float(seconds)), flush=True)
     print(json.dumps({"peak_mb": round(peak_mb(), 1)}), flush=True)
