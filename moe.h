@@ -4402,8 +4402,8 @@ MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows,
 
    One definition of every sum, for plain C, AVX-512 and AVX512-BF16: an element of C is one chain of fused multiply-adds that begins as in
    >>gemm. It takes the elements of k by pairs (0 and 1, 2 and 3, ...; a last one alone gets a pair of zeros), of a pair first the second, then
-   the first, and denormals, those in C too, count and become zero at every step. That is what vdpbf16ps does, to the bit; FMAs do the same
-   once the processor is told to flush denormals. Elsewhere (AVX2, NEON) the plain C runs. The bits of a row depend neither on the other rows nor on
+   the first; denormals, those in C too, count as zeros, and every step leaves a zero in their place. That is what vdpbf16ps does, to the bit;
+   FMAs do the same once the processor is told to flush denormals. Elsewhere (AVX2, NEON) the plain C runs. The bits of a row depend neither on the other rows nor on
    the layout of the weights, on blocks, tiles or threads.
    AMX has bits of its own: tdpbf16ps takes 16 pairs at a time, adds up their first and their second elements in two chains that begin with 0,
    and adds the sum of the two to C. They are independent of rows, layout and threads in the same way.
