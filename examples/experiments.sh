@@ -260,7 +260,7 @@ unseen_stand_ins() {
 # COMMAND ARGUMENTS...: runs it with the options that go to every train behind the others. Rows held out of train choose the epoch, and no
 # row of train stands in another task's dev set.
 base() {
-  set -- "$@" --data "$data" --hold-out 0.1 --dedup
+  set -- "$@" --data "$data" --hold-out 0.1 --hold-most 1000 --dedup
   [ -z "$init" ] || case " $* " in *' --from '*) ;; *) set -- "$@" --init "$init" --vocab "$vocab" ;; esac
   [ -z "$threads" ] || set -- "$@" --threads "$threads"
   "$@"
@@ -527,9 +527,9 @@ section6() {
   level piece "routes-$seed" tasklevel --tasks "$(commas $mixture)" --systems straight --seeds "$seed" --save "$m" --csv "$dir/history.csv" "$@"
   [ -z "$dry" ] && [ -e "$dir/routes-$seed/finished" ] || return 0
   binary=$(program routes) || exit 1
-  "$binary" "$m" --data "$data" --text --csv "$dir/routes.csv" --html "$dir/routes.html" > "$dir/summary.table" || die "no report of the routes"
+  "$binary" "$m" --data "$data" --history "$dir/history.csv" --text --csv "$dir/routes.csv" --html "$dir/routes.html" > "$dir/summary.table" || die "no report of the routes"
   cat "$dir/summary.table"
-  say "the same with pictures: $dir/routes.html; as numbers: $dir/routes.csv, $dir/history.csv (routes over training)"
+  say "the same with pictures: $dir/routes.html; as numbers: $dir/routes.csv, $dir/history.csv"
 }
 
 $work "$@"

@@ -36,7 +36,7 @@ static struct {
              *truncate;
   const char *gate_scale, *from, *adapt, *gate_from, *few, *grid;
   int max_len, layers, hidden, ffn, heads, cased, experts, top_k, batch, micro_batch, threads, dedup, renormalize, rank;
-  int fine_tune, fine_batch, fine_epoch, patience, epochs, steps, every, keep, tidy, report, resamples, profile;
+  int fine_tune, fine_batch, fine_epoch, patience, epochs, steps, every, keep, tidy, report, resamples, hold_most, profile;
   double hold_out, eps, noise, rate, warmup, decay, clip, dropout, balance, z_loss, jitter, gate_rate, tokens;
 } opt; /* zero, but for: */
 
@@ -89,6 +89,7 @@ static const option options[] = {
   OPTION_NUMBER("--max-len", max_len, 3, 1 << 20, "longest input in tokens [128, or what the positions allow]"),
   OPTION_TEXT("--truncate", "longest|right", truncate, "what to cut from a longer input [longest]"),
   OPTION_REAL("--hold-out", "FRACTION", hold_out, 0, 0.9, "part of train that chooses the best epoch; 0: the last [0]"),
+  OPTION_NUMBER("--hold-most", hold_most, 1, 1000000000, "but about N rows of a task at most [no limit]"),
   OPTION_SWITCH("--dedup", dedup, "drop training rows whose text stands in another task's dev set"),
   OPTION_GROUP("model"),
   OPTION_TEXT("--init", "FILE", init, "start from a published BERT-like encoder (safetensors); config.json beside it is read"),
@@ -743,9 +744,11 @@ static void hold_out_rows(void) {
   for (t = 0; t < n_tasks; ++t) {
     rows all = tasks[t].train;
     unsigned char *keep = (unsigned char *)take((size_t)all.n, 1);
+    double share = opt.hold_out;
+    if (opt.hold_most && share * (double)all.n > opt.hold_most) share = opt.hold_most / (double)all.n;
     for (i = 0; i < all.n; ++i) { /* the rows of a ranking's group stay together */
       uint64_t of = tasks[t].task.kind == MOE_KIND_RANKING ? all.row[i].group : (uint64_t)i;
-      keep[i] = (double)(moe_key(1, 0, of, (uint32_t)t, 77) >> 11) / 9007199254740992.0 >= opt.hold_out;
+      keep[i] = (double)(moe_key(1, 0, of, (uint32_t)t, 77) >> 11) / 9007199254740992.0 >= share;
     }
     part_rows(&tasks[t].train, &tasks[t].held, &all, keep);
     free_rows(&all);

@@ -115,6 +115,10 @@ said=$(paste "$tmp/p-dense-1.tsv" "$tmp/p-tag-1.tsv" | awk -F'\t' '$1 == "snips_
 if tr '{' '\n' < "$tmp/pairs.json" | sed -n 's/.*"snips_intents", "difference": \([-0-9.e]*\), "low": \([-0-9.e]*\), "high": \([-0-9.e]*\),.*/\1 \2 \3/p' |
    awk -v said="$said" '{ split(said, a, " "); e = ($3 - $2) / (2 * 1.96); print ($1 - a[1])^2 < 1e-12 && (e - a[2])^2 < (0.15 * a[2] + 1e-9)^2 }' | grep -q 1
 then ok test_finetune_interval_is_that_of_the_standard_error; else fail test_finetune_interval_is_that_of_the_standard_error "$said; $(grep snips "$tmp/pairs.json")"; fi
+# --hold-most: about 100 of the 1050 rows are held out, not half of them
+train $small --tasks snips_intents --systems dense --steps 1 --hold-out 0.5 --hold-most 100
+n=$(awk '/^train/ { split($3, a, "/"); print a[1] }' "$tmp/out")
+if [ "$n" -gt 920 ] && [ "$n" -lt 980 ]; then ok test_finetune_holds_no_more_out; else fail test_finetune_holds_no_more_out "$n rows are left: $(cat "$tmp/err")"; fi
 # chance: F1 of "always 1" where a third is 1; no task small
 mkdir "$tmp/f" "$tmp/f/t"
 cp $data/vocab.txt "$tmp/f"
