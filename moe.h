@@ -1048,11 +1048,8 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #elif !defined(MOE_NO_SIMD) && ((defined(__aarch64__) && !defined(__AARCH64EB__)) || defined(_M_ARM64))
 #define MOE__NEON 1 /* part of every 64-bit ARM */
 #include <arm_neon.h>
-#if defined(__linux__)
+#ifdef __linux__
 #include <sys/auxv.h>
-#elif defined(__APPLE__)
-#include <sys/types.h>
-#include <sys/sysctl.h>
 #endif
 #endif
 
@@ -1162,13 +1159,9 @@ MOE_API int moe_isa_available(moe_isa isa) {
 /* Whether the processor multiplies and adds bytes four at a time (FEAT_DotProd): the operating system knows, a program may not ask. */
 static int moe__neon_has_dot(void) {
 #if defined(__ARM_FEATURE_DOTPROD)
-  return 1; /* the compiler was told so, and uses it anywhere */
+  return 1; /* the compiler was told so, and uses it anywhere: Apple's is, for every Mac */
 #elif defined(__linux__)
   return (int)(getauxval(AT_HWCAP) >> 20 & 1);
-#elif defined(__APPLE__)
-  int has = 0;
-  size_t size = sizeof has;
-  return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) && has;
 #elif defined(_WIN32)
   return IsProcessorFeaturePresent(43) != 0; /* PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, which older headers lack */
 #else
