@@ -1070,6 +1070,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #define MOE__INLINE static inline __attribute__((always_inline))
 #define MOE__UNUSED __attribute__((unused))
 #define MOE__PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#define MOE__PREFETCH_NEAR(p) __builtin_prefetch(p, 0, 3) /* into the first-level cache */
 #if defined(__clang__)
 #define MOE__PRINTF(f, a) __attribute__((format(printf, f, a)))
 #else /* ours takes %zu and %lld on every system, the C library of Windows did not always */
@@ -1081,6 +1082,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #define MOE__INLINE static __forceinline
 #define MOE__UNUSED
 #define MOE__PREFETCH(p) ((void)(p))
+#define MOE__PREFETCH_NEAR(p) ((void)(p))
 #define MOE__PRINTF(f, a)
 #else
 #define MOE__RESTRICT
@@ -1088,6 +1090,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #define MOE__INLINE static inline
 #define MOE__UNUSED
 #define MOE__PREFETCH(p) ((void)(p))
+#define MOE__PREFETCH_NEAR(p) ((void)(p))
 #define MOE__PRINTF(f, a)
 #endif
 
@@ -2673,17 +2676,30 @@ enum {
   MOE__GEMM_PANELS = 6,     /* most panels that a kernel takes */
   MOE__GEMM_ROWS = 8,       /* most rows that a kernel takes */
   MOE__GEMM_PACKED = 3,     /* most panels that are packed at a time */
-  MOE__GEMM_BUFFER = 128 * (16 * MOE__GEMM_PACKED + 64), /* floats for packing, 56 KB of the stack */
+  MOE__GEMM_BUFFER = 128 * 16 * MOE__GEMM_PACKED, /* floats for packing, 24 KB of the stack */
   MOE__GEMM_SMALL = 1 << 18 /* fewer multiply-adds than this are not worth waking a thread for */
 };
 
+/* of a weight gradient: rows of A that are copied at a time, most tokens of a block */
+enum { MOE__GRADIENT_ROWS = 64, MOE__GRADIENT_STEPS = 64 };
+
 static const float moe__gemm_zeros[16 * MOE__GEMM_PANELS] = {0};
 
+/* Cache lines that a kernel asks for while it computes: the one at `line` at each step, which then moves on by line_step (a panel that the next
+   calls need), and at the beginning of each of `parts` equal parts of the call a row of the next block of C and a line of two rows of a slab. A
+   burst between two calls would fill the buffers that the loads of the kernel need. A step of 0 asks for the same line again, which costs
+   next to nothing; so does a single part. */
+typedef struct moe__gemm_soon {
+  const float *line, *c, *slab;
+  size_t line_step, c_row, slab_row, parts;
+} moe__gemm_soon;
+
+enum { MOE__GEMM_PARTS = 8, MOE__GEMM_SLAB = 2 * MOE__GEMM_PARTS }; /* of weight gradients: parts, rows of the slab */
+
 /* c(i, j) = start(i, j) + sum over p of a(i, p) b(p, j), for a fixed number of rows and of panels. Vector v of B at step p lies at
-   b + v b_panel + p b_step. A start_row of 0 gives every row the same start. At each step the line at `ahead` is asked for, and `ahead` moves
-   on by ahead_step: a panel that the next calls need comes into the second-level cache while this one computes. */
+   b + v b_panel + p b_step. A start_row of 0 gives every row the same start. `soon` is what later calls will need. */
 typedef void (*moe__gemm_fn)(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row, size_t a_col,
-                             const float *b, size_t b_panel, size_t b_step, size_t k, const float *ahead, size_t ahead_step);
+                             const float *b, size_t b_panel, size_t b_step, size_t k, const moe__gemm_soon *soon);
 
 typedef struct moe__gemm_kernels {
   moe__gemm_fn fn[MOE__GEMM_PANELS + 1][MOE__GEMM_ROWS + 1]; /* [panels][rows], NULL where there is none */
@@ -2764,11 +2780,10 @@ static float moe__geluf(float x, float *slope) {
 }
 
 static void moe__scalar_gemm_1x1(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row,
-                                 size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k, const float *ahead,
-                                 size_t ahead_step) {
+                                 size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k, const moe__gemm_soon *soon) {
   float sum[16];
   size_t j, p;
-  (void)c_row, (void)start_row, (void)a_row, (void)b_panel, (void)ahead, (void)ahead_step;
+  (void)c_row, (void)start_row, (void)a_row, (void)b_panel, (void)soon;
   for (j = 0; j < 16; ++j) sum[j] = start[j];
   for (p = 0; p < k; ++p)
     for (j = 0; j < 16; ++j) sum[j] = moe__fmaf(a[p * a_col], b[p * b_step + j], sum[j]);
@@ -2874,21 +2889,33 @@ static const moe__gemm_kernels moe__scalar_gemms = {
 #define MOE__ROW_STORE(S, P, i) MOE__EACH_PANEL##P(MOE__C_STORE, S, i)
 #define MOE__ROW_STEP(S, P, i) { S##_f s = S##_set(MOE__A##i); MOE__EACH_PANEL##P(MOE__C_STEP, S, i) }
 #define MOE__GEMM_KERNEL(S, T, R, P)                                                                                         \
-  T static void S##_gemm_##R##x##P(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row, \
+  T static void S##_gemm_##R##x##P(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row,\
                                    size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k,                    \
-                                   const float *ahead, size_t ahead_step) {                                                  \
+                                   const moe__gemm_soon *soon) {                                                             \
     const float *a4 = R > 4 ? a + 4 * a_row : a, *b3 = P > 3 ? b + 3 * b_panel : b;                                          \
-    size_t a_row3 = 3 * a_row;                                                                                               \
+    const float *line = soon->line, *next = soon->c, *slab = soon->slab;                                                     \
+    size_t a_row3 = 3 * a_row, line_step = soon->line_step, part, steps;                                                     \
     MOE__EACH_ROW##R(MOE__ROW_START, S, P)                                                                                   \
-    for (; k > 0; --k) {                                                                                                     \
-      MOE__EACH_PANEL##P(MOE__B_LOAD, S, 0)                                                                                  \
-      MOE__PREFETCH(ahead);                                                                                                  \
-      MOE__EACH_ROW##R(MOE__ROW_STEP, S, P)                                                                                  \
-      a += a_col;                                                                                                            \
-      a4 += a_col;                                                                                                           \
-      b += b_step;                                                                                                           \
-      b3 += b_step;                                                                                                          \
-      ahead += ahead_step;                                                                                                   \
+    for (part = soon->parts; part > 0; --part) {                                                                             \
+      MOE__PREFETCH_NEAR(next);                                                                                              \
+      if (P > 1) MOE__PREFETCH_NEAR(next + 16);                                                                              \
+      if (P > 2) MOE__PREFETCH_NEAR(next + 32);                                                                              \
+      MOE__PREFETCH(slab);                                                                                                   \
+      MOE__PREFETCH(slab + soon->slab_row);                                                                                  \
+      next += soon->c_row;                                                                                                   \
+      slab += 2 * soon->slab_row;                                                                                            \
+      steps = k / part;                                                                                                      \
+      k -= steps;                                                                                                            \
+      for (; steps > 0; --steps) {                                                                                           \
+        MOE__EACH_PANEL##P(MOE__B_LOAD, S, 0)                                                                                \
+        MOE__PREFETCH(line);                                                                                                 \
+        MOE__EACH_ROW##R(MOE__ROW_STEP, S, P)                                                                                \
+        a += a_col;                                                                                                          \
+        a4 += a_col;                                                                                                         \
+        b += b_step;                                                                                                         \
+        b3 += b_step;                                                                                                        \
+        line += line_step;                                                                                                   \
+      }                                                                                                                      \
     }                                                                                                                        \
     MOE__EACH_ROW##R(MOE__ROW_STORE, S, P)                                                                                   \
     (void)c_row, (void)start_row, (void)a_row3, (void)a4, (void)b3, (void)b_panel;                                           \
@@ -3176,19 +3203,21 @@ static int moe__gemm_width(const moe__gemm_kernels *kernels, int32_t m, int32_t 
 typedef struct moe__gemm_cut {
   int32_t m, n, k;
   int32_t across, down; /* number of tiles */
-  int pack_a, pack_b;   /* copy A (stored transposed) and B (not in panels) block by block, since they are read many times */
+  int gradient;         /* A stored transposed, B in rows, accumulated: moe__gemm_gradient */
+  int pack_b;           /* copy B (not in panels) block by block, since it is read many times */
 } moe__gemm_cut;
 
 static moe__gemm_cut moe__gemm_plan(const moe__gemm *g) {
   moe__gemm_cut cut;
   int aligned = ((uintptr_t)g->b | (g->b_row * sizeof(float))) % 64 == 0; /* else every vector of B would touch two lines of the cache */
-  cut.pack_a = g->a_row == 1 && g->a_col != 1 && g->m >= 8 && g->n >= 48;
-  cut.pack_b = g->b_layout == MOE__B_COLS || (g->b_layout == MOE__B_ROWS && !aligned && g->m >= 64);
+  cut.gradient = g->a_row == 1 && g->a_col != 1 && g->m >= 8 && g->n >= 48 && g->accumulate && g->b_layout == MOE__B_ROWS;
+  cut.pack_b = g->b_layout == MOE__B_COLS || (g->b_layout == MOE__B_ROWS && !aligned && g->m >= 64 && !cut.gradient);
   cut.n = 96;
-  if (cut.pack_a) { /* weight gradients: 64 rows of A, 128 steps of each; B stays in the second-level cache meanwhile */
-    cut.m = 64;
-    cut.n = 384;
-    cut.k = 128;
+  if (cut.gradient) { /* C and the rows of B of two blocks of k stay in the second-level cache */
+    cut.m = g->n <= 384 ? 384 : 256;
+    if (cut.m > g->m / 2) cut.m = (g->m / 2 + 7) / 8 * 8; /* two tiles at least */
+    cut.n = 768;
+    cut.k = MOE__GRADIENT_STEPS;
   } else if (g->b_layout != MOE__B_PANELS) {
     cut.m = 192;
     cut.k = 128;
@@ -3212,19 +3241,6 @@ typedef struct moe__gemm_b {
   const float *at;
   size_t panel, step;
 } moe__gemm_b;
-
-static moe__gemm_a moe__gemm_view_a(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0, size_t rows, size_t p0,
-                                    size_t depth, float *buffer) {
-  moe__gemm_a view;
-  view.at = g->a + i0 * g->a_row + p0 * g->a_col;
-  view.row = g->a_row;
-  view.col = g->a_col;
-  if (!buffer) return view;
-  kernels->copy_rows(buffer, 64, view.at, view.col, rows, depth);
-  view.at = buffer;
-  view.col = 64;
-  return view;
-}
 
 static moe__gemm_b moe__gemm_view_b(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t j, int width, size_t p0, size_t depth,
                                     int pack, float *buffer) {
@@ -3253,15 +3269,23 @@ static moe__gemm_b moe__gemm_view_b(const moe__gemm *g, const moe__gemm_kernels 
   return view;
 }
 
+static moe__gemm_soon moe__gemm_no_hurry(const float *at) {
+  moe__gemm_soon soon;
+  soon.line = soon.c = soon.slab = at;
+  soon.line_step = soon.c_row = soon.slab_row = 0;
+  soon.parts = 1;
+  return soon;
+}
+
 /* A block of C at the right edge, whose last panel is not full: through a buffer, so that nothing beyond is read or written. */
 static void moe__gemm_edge(moe__gemm_fn fn, float *c, size_t c_row, const float *start, size_t start_row, size_t rows, size_t columns,
-                           int width, const float *a, size_t a_row, size_t a_col, const moe__gemm_b *b, size_t depth, const float *ahead,
-                           size_t ahead_step) {
+                           int width, const float *a, size_t a_row, size_t a_col, const moe__gemm_b *b, size_t depth,
+                           const moe__gemm_soon *soon) {
   float block[MOE__GEMM_ROWS * 16 * MOE__GEMM_PANELS];
   size_t row = 16 * (size_t)width, i;
   memset(block, 0, sizeof(float) * rows * row);
   for (i = 0; i < rows; ++i) memcpy(block + i * row, start + i * start_row, sizeof(float) * columns);
-  fn(block, row, block, row, a, a_row, a_col, b->at, b->panel, b->step, depth, ahead, ahead_step);
+  fn(block, row, block, row, a, a_row, a_col, b->at, b->panel, b->step, depth, soon);
   for (i = 0; i < rows; ++i) memcpy(c + i * c_row, block + i * row, sizeof(float) * columns);
 }
 
@@ -3291,13 +3315,13 @@ static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernel
     float *c = g->c + i * g->c_row + j;
     moe__gemm_fn fn = kernels->fn[width][rows];
     int asks = panels && blocks > 1 && block < (size_t)width; /* call number v for panel v; a single call has no time for more than its own */
-    const float *next = asks ? panels + block * b->panel : b->at;
+    moe__gemm_soon soon = moe__gemm_no_hurry(b->at);
+    if (asks) soon.line = panels + block * b->panel, soon.line_step = 16;
     if (p0 > 0 || g->accumulate) start = c, start_row = g->c_row;
     else if (g->bias) start = g->bias + j;
-    moe__gemm_ask(&ahead[0]);
-    moe__gemm_ask(&ahead[1]);
-    if (columns == 16 * (size_t)width) fn(c, g->c_row, start, start_row, at, a->row, a->col, b->at, b->panel, b->step, depth, next, asks ? 16 : 0);
-    else moe__gemm_edge(fn, c, g->c_row, start, start_row, rows, columns, width, at, a->row, a->col, b, depth, next, asks ? 16 : 0);
+    moe__gemm_ask(ahead);
+    if (columns == 16 * (size_t)width) fn(c, g->c_row, start, start_row, at, a->row, a->col, b->at, b->panel, b->step, depth, &soon);
+    else moe__gemm_edge(fn, c, g->c_row, start, start_row, rows, columns, width, at, a->row, a->col, b, depth, &soon);
     if (g->gelu && p0 + depth == (size_t)g->k) kernels->gelu(g->gelu + i * g->c_row + j, c, g->c_row, rows, columns);
     i += rows;
   }
@@ -3325,31 +3349,114 @@ static void moe__gemm_sum_a(const moe__gemm *g, const moe__gemm_kernels *kernels
       for (p = 0; p < (size_t)g->k; ++p) g->a_sum[i] += g->a[i * g->a_row + p * g->a_col];
 }
 
-/* What to ask for while block p0 .. p0+depth-1 runs: the next block of A where A is copied, and of B the columns after j (or the first of the
-   next block, j = j1), where B is read in place. */
-static void moe__gemm_look_ahead(moe__gemm_ahead *ahead, const moe__gemm *g, const moe__gemm_cut *cut, size_t rows, size_t first, int more,
-                                 size_t p0, size_t depth, int width) {
-  memset(ahead, 0, sizeof *ahead);
-  ahead->rows = depth;
-  if (width == 0) { /* A */
-    if (!cut->pack_a || !more) return;
-    ahead->at = g->a + first + (p0 + depth) * g->a_col;
-    ahead->ld = g->a_col;
-    ahead->lines = (rows + 15) / 16;
-    ahead->rate = depth * 48 / (size_t)cut->n * MOE__GEMM_ROWS / rows + 1;
-    return;
-  }
-  if (g->b_layout != MOE__B_ROWS || !more) return;
-  ahead->at = g->b + p0 * g->b_row + first;
-  ahead->ld = g->b_row;
-  ahead->lines = (size_t)width;
-  ahead->rate = depth * MOE__GEMM_ROWS / rows + 1;
+/* What to ask for while a block of k runs, where B is read in place: columns `first` and on of the block that begins at p0. */
+static moe__gemm_ahead moe__gemm_look_ahead(const moe__gemm *g, size_t rows, size_t first, int more, size_t p0, size_t depth, int width) {
+  moe__gemm_ahead ahead;
+  memset(&ahead, 0, sizeof ahead);
+  if (g->b_layout != MOE__B_ROWS || !more) return ahead;
+  ahead.rows = depth;
+  ahead.at = g->b + p0 * g->b_row + first;
+  ahead.ld = g->b_row;
+  ahead.lines = (size_t)width;
+  ahead.rate = depth * MOE__GEMM_ROWS / rows + 1;
+  return ahead;
 }
 
 /* Where the panels of column j lie from step p0 of k on; NULL where B is not in panels or has no such column. */
 static const float *moe__gemm_panels_at(const moe__gemm *g, int32_t j, size_t p0) {
   if (g->b_layout != MOE__B_PANELS || j >= g->n) return NULL;
   return g->b + (size_t)j * (size_t)g->k + 16 * p0;
+}
+
+/* Weight gradients, dW += dY^T X: rows i0 .. i1-1 and columns j0 .. j1-1 of C, in blocks of k (tokens). Of such a block 64 rows of A are copied;
+   then every few of them run along all columns, so that C passes in the order of memory and B is read in place, from the second-level cache:
+   a copy of it would cost more than it saves. Every call asks for the block of C of the next call, and for a part of what the next block
+   of k needs: first the lines of B, then those of A, 16 tokens of a line at a time. */
+typedef struct moe__gradient {
+  const moe__gemm *g;
+  const moe__gemm_kernels *kernels;
+  size_t i0, i1, j0, j1; /* the tile */
+  size_t p0, depth;      /* the block of k */
+  size_t next, calls;    /* tokens of the block after it, and how many calls have asked for them */
+  const float *a;        /* copied rows */
+  float *buffer;         /* for the panels of the right edge */
+} moe__gradient;
+
+/* What the call for rows i .. and columns j .. of C asks for; (next_i, next_j) is the block that follows. */
+static moe__gemm_soon moe__gradient_soon(moe__gradient *t, size_t next_i, size_t next_j) {
+  const moe__gemm *g = t->g;
+  moe__gemm_soon soon = moe__gemm_no_hurry(t->a);
+  size_t pieces = t->next / MOE__GEMM_SLAB, lines_b = (t->j1 - t->j0 + 15) / 16, lines_a = (t->i1 - t->i0 + 15) / 16, line, token;
+  soon.parts = MOE__GEMM_PARTS;
+  if (next_i + MOE__GEMM_PARTS <= t->i1) {
+    soon.c = g->c + next_i * g->c_row + next_j;
+    soon.c_row = g->c_row;
+  }
+  if (pieces == 0) return soon;
+  line = t->calls / pieces;
+  token = t->p0 + t->depth + t->calls % pieces * MOE__GEMM_SLAB;
+  ++t->calls;
+  if (line < lines_b) {
+    soon.slab = g->b + token * g->b_row + t->j0 + 16 * line;
+    soon.slab_row = g->b_row;
+  } else if (line < lines_b + lines_a) {
+    soon.slab = g->a + token * g->a_col + t->i0 + 16 * (line - lines_b);
+    soon.slab_row = g->a_col;
+  }
+  return soon;
+}
+
+/* `rows` rows of C from i on, which were copied to t->a: all panels that are full, then the last one, whose columns of B are copied once. */
+static void moe__gradient_rows(moe__gradient *t, size_t i, size_t rows) {
+  const moe__gemm *g = t->g;
+  const moe__gemm_kernels *kernels = t->kernels;
+  size_t most = (size_t)kernels->rows[kernels->panels], full = t->j0 + (t->j1 - t->j0) / 16 * 16, r, j, take;
+  for (r = 0; r < rows; r += take) {
+    take = rows - r < most ? rows - r : most;
+    for (j = t->j0; j < full;) {
+      int width = moe__gemm_width(kernels, (int32_t)most, (int32_t)((full - j) / 16), MOE__GEMM_PACKED);
+      size_t next_j = j + 16 * (size_t)width;
+      moe__gemm_soon soon = next_j < full ? moe__gradient_soon(t, i + r, next_j) : moe__gradient_soon(t, i + r + take, t->j0);
+      float *c = g->c + (i + r) * g->c_row + j;
+      kernels->fn[width][take](c, g->c_row, c, g->c_row, t->a + r, 1, MOE__GRADIENT_ROWS, g->b + t->p0 * g->b_row + j, 16, g->b_row,
+                               t->depth, &soon);
+      j = next_j;
+    }
+  }
+  if (full < t->j1) {
+    moe__gemm_b b = moe__gemm_view_b(g, kernels, full, 1, t->p0, t->depth, 1, t->buffer);
+    moe__gemm_soon soon = moe__gemm_no_hurry(b.at);
+    most = (size_t)kernels->rows[1];
+    for (r = 0; r < rows; r += take) {
+      float *c = g->c + (i + r) * g->c_row + full;
+      take = rows - r < most ? rows - r : most;
+      moe__gemm_edge(kernels->fn[1][take], c, g->c_row, c, g->c_row, take, t->j1 - full, 1, t->a + r, 1, MOE__GRADIENT_ROWS, &b, t->depth,
+                     &soon);
+    }
+  }
+}
+
+static void moe__gemm_gradient(const moe__gemm *g, const moe__gemm_cut *cut, const moe__gemm_kernels *kernels, size_t i0, size_t i1,
+                               size_t j0, size_t j1, float *buffer) {
+  size_t k = (size_t)g->k, blocks = (k + (size_t)cut->k - 1) / (size_t)cut->k, block, i;
+  float *a = buffer + 16 * MOE__GRADIENT_STEPS; /* behind a panel of B */
+  moe__gradient t;
+  t.g = g;
+  t.kernels = kernels;
+  t.i0 = i0, t.i1 = i1, t.j0 = j0, t.j1 = j1;
+  t.a = a;
+  t.buffer = buffer;
+  for (block = 0, t.p0 = 0; block < blocks; ++block, t.p0 += t.depth) {
+    t.depth = (k - t.p0 + blocks - block - 1) / (blocks - block);
+    t.next = block + 1 < blocks ? (k - t.p0 - t.depth + blocks - block - 2) / (blocks - block - 1) : 0;
+    t.calls = 0;
+    for (i = i0; i < i1; i += MOE__GRADIENT_ROWS) {
+      size_t rows = i1 - i < (size_t)MOE__GRADIENT_ROWS ? i1 - i : (size_t)MOE__GRADIENT_ROWS;
+      kernels->copy_rows(a, MOE__GRADIENT_ROWS, g->a + i + t.p0 * g->a_col, g->a_col, rows, t.depth);
+      if (g->a_sum && j0 == 0) kernels->add_rows(g->a_sum + i, a, MOE__GRADIENT_ROWS, rows, t.depth);
+      moe__gradient_rows(&t, i, rows);
+    }
+  }
 }
 
 /* `stride` is how many tiles lie between this one and the next of the same thread, as far as that can be known. */
@@ -3359,21 +3466,23 @@ static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const m
   int32_t first = tile / cut->across * cut->m, j0 = tile % cut->across * cut->n, j1 = moe__min(j0 + cut->n, g->n), j;
   size_t i0 = (size_t)first, i1 = (size_t)moe__min(first + cut->m, g->m), k = (size_t)g->k, p0 = 0, block;
   size_t blocks = k ? (k + (size_t)cut->k - 1) / (size_t)cut->k : 1; /* one even where k is 0: C still gets its start */
-  int sum = g->a_sum && j0 == 0;
+  moe__gemm_a a;
   if (i0 >= i1) return; /* rows are rounded up to 8 a tile: the last may have none */
-  if (sum && !cut->pack_a) moe__gemm_sum_a(g, kernels, i0, i1);
+  if (g->a_sum && j0 == 0 && !cut->gradient) moe__gemm_sum_a(g, kernels, i0, i1);
   if (g->narrow) {
     moe__gemm_narrow(g, kernels, i0, i1);
     return;
   }
+  if (cut->gradient) {
+    moe__gemm_gradient(g, cut, kernels, i0, i1, (size_t)j0, (size_t)j1, buffer);
+    return;
+  }
+  a.row = g->a_row;
+  a.col = g->a_col;
   for (block = 0; block < blocks; ++block) {
     size_t depth = (k - p0 + blocks - block - 1) / (blocks - block);
-    float *buffer_a = cut->pack_a ? buffer + 16 * MOE__GEMM_PACKED * depth : NULL;
-    moe__gemm_a a = moe__gemm_view_a(g, kernels, i0, i1 - i0, p0, depth, buffer_a);
-    moe__gemm_ahead ahead[2]; /* A, B */
     int last = block + 1 == blocks;
-    moe__gemm_look_ahead(&ahead[0], g, cut, i1 - i0, i0, !last, p0, depth, 0);
-    if (sum && cut->pack_a) kernels->add_rows(g->a_sum + i0, a.at, a.col, i1 - i0, depth);
+    a.at = g->a + i0 * g->a_row + p0 * g->a_col;
     for (j = j0; j < j1;) {
       int most = g->b_layout == MOE__B_PANELS ? MOE__GEMM_PANELS : MOE__GEMM_PACKED;
       int width = moe__gemm_width(kernels, (int32_t)(i1 - i0), (j1 - j + 15) / 16, most);
@@ -3382,9 +3491,9 @@ static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const m
       const float *panels = next < j1 ? moe__gemm_panels_at(g, next, p0) /* of the next stripe, to be asked for */
                             : !last   ? moe__gemm_panels_at(g, j0, p0 + depth)
                                       : moe__gemm_panels_at(g, (tile + stride) % cut->across * cut->n, 0);
-      if (next < j1) moe__gemm_look_ahead(&ahead[1], g, cut, i1 - i0, (size_t)next, 1, p0, depth, width);
-      else moe__gemm_look_ahead(&ahead[1], g, cut, i1 - i0, (size_t)j0, !last, p0 + depth, depth, width);
-      moe__gemm_stripe(g, kernels, i0, i1, (size_t)j, width, p0, depth, &a, &b, panels, ahead);
+      moe__gemm_ahead ahead = next < j1 ? moe__gemm_look_ahead(g, i1 - i0, (size_t)next, 1, p0, depth, width)
+                                        : moe__gemm_look_ahead(g, i1 - i0, (size_t)j0, !last, p0 + depth, depth, width);
+      moe__gemm_stripe(g, kernels, i0, i1, (size_t)j, width, p0, depth, &a, &b, panels, &ahead);
       j = next;
     }
     p0 += depth;

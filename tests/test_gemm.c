@@ -45,10 +45,12 @@ static void compare(int32_t m, int32_t n, int32_t k, moe__b_layout layout, int a
   size_t a_count = transposed ? (uk ? (uk - 1) * a_ld + um : 0) : (um ? (um - 1) * a_ld + uk : 0);
   float *a = random_floats(a_count, seed), *b = random_floats(b_count, seed), *bias = random_floats(un, seed);
   float *begin = random_floats(c_count, seed), *want = random_floats(c_count, seed), *got = random_floats(c_count, seed);
-  float *panels = random_floats(moe_pack_floats(n, k), seed), *a_sum = random_floats(um, seed), *gelu = random_floats(c_count, seed);
+  float *panels = random_floats(moe_pack_floats(n, k), seed), *gelu = random_floats(c_count, seed);
+  float *sum_begin = random_floats(um, seed), *sum_want = random_floats(um, seed), *sum_got = random_floats(um, seed);
   moe_env env;
   moe__gemm g;
-  int s;
+  int32_t i_row, p;
+  int s, sums = transposed && accumulate;
   memset(&g, 0, sizeof g);
   g.m = m, g.n = n, g.k = k;
   g.a = a, g.a_row = transposed ? 1 : a_ld, g.a_col = transposed ? a_ld : 1;
@@ -59,6 +61,8 @@ static void compare(int32_t m, int32_t n, int32_t k, moe__b_layout layout, int a
   g.bias = accumulate || extra == 2 ? NULL : bias;
   memcpy(want, begin, c_count * sizeof *want);
   definition(want, &g, b);
+  for (i_row = 0; i_row < m; ++i_row)
+    for (sum_want[i_row] = sum_begin[i_row], p = 0; p < k; ++p) sum_want[i_row] += a[(size_t)i_row * g.a_row + (size_t)p * g.a_col];
   for (s = 0; s < ISAS; ++s) {
     if (moe_env_init(&env, all_isas[s])) continue;
     if (layout == MOE__B_PANELS) {
@@ -69,7 +73,11 @@ static void compare(int32_t m, int32_t n, int32_t k, moe__b_layout layout, int a
     memcpy(got, begin, c_count * sizeof *got);
     g.c = got;
     g.gelu = accumulate ? NULL : gelu;
+    if (um) memcpy(sum_got, sum_begin, um * sizeof *sum_got);
+    g.a_sum = sums ? sum_got : NULL;
     moe__gemm_run(&g, 1, &env);
+    CHECK(!sums || um == 0 || !memcmp(sum_got, sum_want, um * sizeof *sum_got), "%s: sums of A, m %d n %d k %d",
+          moe_isa_name(all_isas[s]), (int)m, (int)n, (int)k);
     CHECK(c_count == 0 || !memcmp(got, want, c_count * sizeof *got), "%s: m %d n %d k %d layout %d weight %d accumulate %d A^T %d",
           moe_isa_name(all_isas[s]), (int)m, (int)n, (int)k, (int)layout, as_weight, accumulate, transposed);
     if (!accumulate)
@@ -79,7 +87,8 @@ static void compare(int32_t m, int32_t n, int32_t k, moe__b_layout layout, int a
         CHECK(moe__bits(y) == moe__bits(gelu[at]), "%s: GELU, m %d n %d k %d", moe_isa_name(all_isas[s]), (int)m, (int)n, (int)k);
       }
   }
-  free(a), free(b), free(bias), free(begin), free(want), free(got), free(panels), free(a_sum), free(gelu);
+  free(a), free(b), free(bias), free(begin), free(want), free(got), free(panels), free(gelu);
+  free(sum_begin), free(sum_want), free(sum_got);
 }
 
 static void test_gemm_small_shapes_equal_the_definition(void) {
@@ -109,6 +118,19 @@ static void test_gemm_blocks_and_tiles_equal_the_definition(void) {
     compare(s[0], s[1], s[2], MOE__B_COLS, 1, 0, 0, 1, &seed);
     compare(s[0], s[1], s[2], MOE__B_PANELS, 0, 1, 0, 0, &seed);
     compare(s[0], s[1], s[2], MOE__B_ROWS, 0, 1, 0, 0, &seed);
+    compare(s[0], s[1], s[2], MOE__B_ROWS, 0, 1, 1, 3, &seed);
+    CHECK_STATE();
+  }
+}
+
+/* Several tiles each way, several blocks of k, an edge of less than a panel, rows on cache lines and not. */
+static void test_gemm_weight_gradients_equal_the_definition(void) {
+  static const int32_t shapes[][3] = {{200, 784, 133}, {140, 829, 65}, {8, 48, 200}, {77, 61, 16}, {21, 96, 0}, {801, 64, 70}};
+  uint64_t seed = 17;
+  size_t i;
+  for (i = 0; i < sizeof shapes / sizeof shapes[0]; ++i) {
+    const int32_t *s = shapes[i];
+    compare(s[0], s[1], s[2], MOE__B_ROWS, 0, 1, 1, 0, &seed);
     compare(s[0], s[1], s[2], MOE__B_ROWS, 0, 1, 1, 3, &seed);
     CHECK_STATE();
   }
@@ -193,6 +215,7 @@ int main(int argc, char **argv) {
   test_begin(argc, argv);
   RUN(test_gemm_packs_into_panels_of_16);
   RUN(test_gemm_small_shapes_equal_the_definition);
+  RUN(test_gemm_weight_gradients_equal_the_definition);
   RUN(test_gemm_random_shapes_equal_the_definition);
   RUN(test_gemm_blocks_and_tiles_equal_the_definition);
   RUN(test_gemm_lists_give_the_same_bits_for_any_number_of_threads);
