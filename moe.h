@@ -1467,8 +1467,8 @@ MOE__UNUSED static uint64_t moe__permute(uint64_t key, uint64_t i, uint64_t n) {
 }
 
 /* ---- tiles, the built-in pool ---- >>parallel
-   Work is a list of tiles whose shape never depends on the number of threads; threads only decide who runs which tile, so the bits of a
-   result cannot depend on them. */
+   Work is a list of tiles. Their shape depends on the number of threads nowhere but in weight gradients (>>gemm), whose bits no shape changes;
+   else threads only decide who runs which tile. So the bits of a result cannot depend on them. */
 
 #if defined(__GNUC__) || defined(__clang__)
 #define MOE__FETCH_ADD(p, v) __atomic_fetch_add(p, v, __ATOMIC_RELAXED)
@@ -3199,7 +3199,8 @@ static int moe__gemm_width(const moe__gemm_kernels *kernels, int32_t m, int32_t 
   return width == 3 && left == 4 ? 2 : width;
 }
 
-/* How a product is cut: tiles of m rows and n columns, walked in blocks of k. The shape of the product alone decides. */
+/* How a product is cut: tiles of m rows and n columns, walked in blocks of k. The shape of the product decides, and in
+   weight gradients, whose tiles are large, the number of threads: no cut changes a bit. */
 typedef struct moe__gemm_cut {
   int32_t m, n, k;
   int32_t across, down; /* number of tiles */
@@ -3207,16 +3208,18 @@ typedef struct moe__gemm_cut {
   int pack_b;           /* copy B (not in panels) block by block, since it is read many times */
 } moe__gemm_cut;
 
-static moe__gemm_cut moe__gemm_plan(const moe__gemm *g) {
+static moe__gemm_cut moe__gemm_plan(const moe__gemm *g, int32_t threads) {
   moe__gemm_cut cut;
+  int32_t share;
   int aligned = ((uintptr_t)g->b | (g->b_row * sizeof(float))) % 64 == 0; /* else every vector of B would touch two lines of the cache */
   cut.gradient = g->a_row == 1 && g->a_col != 1 && g->m >= 8 && g->n >= 48 && g->accumulate && g->b_layout == MOE__B_ROWS;
   cut.pack_b = g->b_layout == MOE__B_COLS || (g->b_layout == MOE__B_ROWS && !aligned && g->m >= 64 && !cut.gradient);
   cut.n = 96;
   if (cut.gradient) { /* C and the rows of B of two blocks of k stay in the second-level cache */
     cut.m = g->n <= 384 ? 384 : 256;
-    if (cut.m > g->m / 2) cut.m = (g->m / 2 + 7) / 8 * 8; /* two tiles at least */
     cut.n = 768;
+    share = (int32_t)((int64_t)g->m * ((g->n + cut.n - 1) / cut.n) / moe__max(threads, 2)); /* a tile for each thread, two at least */
+    if (cut.m > share) cut.m = moe__max((share + 7) / 8 * 8, 32);
     cut.k = MOE__GRADIENT_STEPS;
   } else if (g->b_layout != MOE__B_PANELS) {
     cut.m = 192;
@@ -3503,7 +3506,7 @@ static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const m
 /* One product in this thread, for callers that cut the work themselves. */
 MOE__UNUSED static void moe__gemm_one(const moe__gemm *g, moe_isa isa) {
   const moe__gemm_kernels *kernels = MOE__V_PICK(isa, gemms);
-  moe__gemm_cut cut = moe__gemm_plan(g);
+  moe__gemm_cut cut = moe__gemm_plan(g, 1);
   int32_t tile;
   for (tile = 0; tile < cut.across * cut.down; ++tile) moe__gemm_tile(g, &cut, kernels, tile, 1);
 }
@@ -3511,19 +3514,19 @@ MOE__UNUSED static void moe__gemm_one(const moe__gemm *g, moe_isa isa) {
 typedef struct moe__gemm_work {
   const moe__gemm *list;
   const moe__gemm_kernels *kernels;
-  int32_t stride; /* tiles from one to the next of a thread */
+  int32_t threads; /* and so the tiles from one to the next of a thread */
 } moe__gemm_work;
 
 static void moe__gemm_work_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__gemm_work *work = (const moe__gemm_work *)arg;
   const moe__gemm *g = work->list;
-  moe__gemm_cut cut = moe__gemm_plan(g);
+  moe__gemm_cut cut = moe__gemm_plan(g, work->threads);
   (void)slot;
   while (tile >= cut.across * cut.down) {
     tile -= cut.across * cut.down;
-    cut = moe__gemm_plan(++g);
+    cut = moe__gemm_plan(++g, work->threads);
   }
-  moe__gemm_tile(g, &cut, work->kernels, tile, work->stride);
+  moe__gemm_tile(g, &cut, work->kernels, tile, work->threads);
 }
 
 static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env); /* >>lowp */
@@ -3546,9 +3549,9 @@ static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *e
   if (env->backend && moe__backend_run(list, count, env)) return;
   work.list = list;
   work.kernels = MOE__V_PICK(env->isa, gemms);
-  work.stride = env->parallel_for ? env->threads : 1;
+  work.threads = env->parallel_for ? env->threads : 1;
   for (i = 0; i < count; ++i) {
-    moe__gemm_cut cut = moe__gemm_plan(&list[i]);
+    moe__gemm_cut cut = moe__gemm_plan(&list[i], work.threads);
     tiles += cut.across * cut.down;
     size += (double)list[i].m * list[i].n * list[i].k;
   }
