@@ -273,9 +273,9 @@ calibrate() { # UNITS OPTIONS...: five steps, then the steps that the budget buy
   base "$binary" --systems tag --steps 5 --resamples 0 --json "$dir/calibration.json" "$@" > /dev/null 2> "$dir/calibration.log" ||
     { cat "$dir/calibration.log" >&2; die "a first try of train failed"; }
   awk -v budget="$budget" -v units="$units" '
-    /"tokens_per_second":/ { match($0, /"seconds": [0-9.]+/); s = substr($0, RSTART + 11, RLENGTH - 11)
-      match($0, /"tokens_per_second": [0-9.]+/); speed = substr($0, RSTART + 21, RLENGTH - 21); exit }
-    END { step = speed * s / 5; n = budget + 0
+    match($0, /"tokens": [0-9.]+/) { step = substr($0, RSTART + 10, RLENGTH - 10) / 5 }
+    match($0, /"tokens_per_second": [0-9.]+/) { speed = substr($0, RSTART + 21, RLENGTH - 21); exit }
+    END { n = budget + 0
       if (budget ~ /Mtokens$/) n = n * 1e6 / step
       else if (budget ~ /tokens$/) n = n / step
       else n = n * (budget ~ /h$/ ? 3600 : 60) * speed * 0.75 / (units * step) # a quarter for evaluation

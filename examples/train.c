@@ -2477,8 +2477,9 @@ static void print_json(FILE *f) {
     int t;
     for (t = 0; t < n_tasks && !r->part[t]; ++t) continue;
     if (t == n_tasks) continue;
-    fprintf(f, "%s\n  {\"system\": \"%s\", \"seed\": %d, \"parameters\": %.0f, \"seconds\": %.3f, \"tokens_per_second\": %.1f, \"steps\": %.0f,\n   \"tasks\": [",
-            first ? "" : ",", system_name[r->system], r->seed, r->parameters, r->seconds, r->tokens / (r->seconds > 0 ? r->seconds : 1), r->steps);
+    fprintf(f, "%s\n  {\"system\": \"%s\", \"seed\": %d, \"parameters\": %.0f, \"seconds\": %.3f, \"tokens\": %.0f,\n   \"tokens_per_second\": %.1f, \"steps\": %.0f, \"tasks\": [",
+            first ? "" : ",", system_name[r->system], r->seed, r->parameters, r->seconds, r->tokens,
+            r->tokens / (r->seconds > 0 ? r->seconds : 1), r->steps);
     json_tasks(f, r);
     first = 0;
   }
