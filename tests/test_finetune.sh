@@ -82,14 +82,17 @@ mkdir "$tmp/here"
 cp "$tmp/train" "$tmp/here"
 (
   cd "$tmp/here" || exit
-  ./train --data "$OLDPWD/$data" --max-len 24 --threads 1 $both --save s.safetensors > out 2> err &
-  pid=$!
-  tries=0
-  until [ -e s-tag-1.safetensors ] || [ $tries -ge 2000 ]; do sleep 0.02; tries=$((tries + 1)); done
-  sleep 0.2
-  kill -INT $pid
-  wait $pid
-  echo $? > status
+  again=0 status=0
+  while [ $status -ne 130 ] && [ $again -lt 5 ]; do # a fast machine may be through before the signal comes
+    rm -f s*.safetensors
+    ./train --data "$OLDPWD/$data" --max-len 24 --threads 1 $both --save s.safetensors > out 2> err &
+    pid=$! tries=0
+    until [ -e s-tag-1.safetensors ] || [ $tries -ge 4000 ]; do sleep 0.01; tries=$((tries + 1)); done
+    kill -INT $pid
+    wait $pid
+    status=$? again=$((again + 1))
+  done
+  echo $status > status
   eval "$(grep -e ' --resume ' err)" > out 2> err
 )
 if [ "$(cat "$tmp/here/status")" = 130 ] && cmp -s "$tmp/w-tag-tuned-1-snips_intents.safetensors" "$tmp/here/s-tag-tuned-1-snips_intents.safetensors"
