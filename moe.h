@@ -3906,6 +3906,18 @@ MOE__INLINE int moe__int8_step(const unsigned char *x) {
     }                                                                                       \
     MOE__INT8_ROW##R(MOE__INT8_KERNEL_STORE, P)                                             \
   }
+
+/* What fits where a panel takes several registers: 6 rows by 1 panel, 2 by 2, 1 by 3. */
+#define MOE__INT8_SMALL(S, T)                                                                                               \
+  MOE__INT8_KERNEL(S, T, 1, 1) MOE__INT8_KERNEL(S, T, 2, 1) MOE__INT8_KERNEL(S, T, 3, 1) MOE__INT8_KERNEL(S, T, 4, 1)       \
+  MOE__INT8_KERNEL(S, T, 5, 1) MOE__INT8_KERNEL(S, T, 6, 1) MOE__INT8_KERNEL(S, T, 1, 2) MOE__INT8_KERNEL(S, T, 2, 2)       \
+  MOE__INT8_KERNEL(S, T, 1, 3)
+#define MOE__INT8_SMALL_LIST(S)                                                                                             \
+  {{NULL},                                                                                                                  \
+   {NULL, S##_int8_1x1, S##_int8_2x1, S##_int8_3x1, S##_int8_4x1, S##_int8_5x1, S##_int8_6x1},                              \
+   {NULL, S##_int8_1x2, S##_int8_2x2},                                                                                      \
+   {NULL, S##_int8_1x3}},                                                                                                   \
+  {0, 6, 2, 1}
 #endif
 
 #ifdef MOE__X86
@@ -4043,22 +4055,8 @@ static const moe__int8_kernels moe__avx512_int8 = {
     __m256i s = _mm256_set1_epi32(moe__int8_step(x + i * b->x_row));                        \
     MOE__INT8_PANEL##P(MOE__INT8_ADD, i)                                                    \
   }
-MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 1, 1)
-MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 2, 1)
-MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 3, 1)
-MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 4, 1)
-MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 5, 1)
-MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 6, 1)
-MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 1, 3)
-MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 1, 2)
-MOE__INT8_KERNEL(moe__avx_vnni, MOE__T_AVX_VNNI, 2, 2)
-static const moe__int8_kernels moe__avx_vnni_int8 = {
-  {{NULL},
-   {NULL, moe__avx_vnni_int8_1x1, moe__avx_vnni_int8_2x1, moe__avx_vnni_int8_3x1, moe__avx_vnni_int8_4x1, moe__avx_vnni_int8_5x1,
-    moe__avx_vnni_int8_6x1},
-   {NULL, moe__avx_vnni_int8_1x2, moe__avx_vnni_int8_2x2},
-   {NULL, moe__avx_vnni_int8_1x3}},
-  {0, 6, 2, 1}, 0x80, moe__avx2_int8_quantize, moe__avx2_int8_dot4};
+MOE__INT8_SMALL(moe__avx_vnni, MOE__T_AVX_VNNI)
+static const moe__int8_kernels moe__avx_vnni_int8 = {MOE__INT8_SMALL_LIST(moe__avx_vnni), 0x80, moe__avx2_int8_quantize, moe__avx2_int8_dot4};
 #undef MOE__INT8_SUM
 #undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
@@ -4254,22 +4252,8 @@ MOE__T_NEON_DOT static void moe__neon_dot_int8_dot4(int32_t sum[4], const unsign
   MOE__INT8_END(moe__neon, i, v,                                                                                            \
                 moe__neon_ifour(vreinterpretq_u32_s32(c##i##v##0), vreinterpretq_u32_s32(c##i##v##1),                       \
                                 vreinterpretq_u32_s32(c##i##v##2), vreinterpretq_u32_s32(c##i##v##3)))
-MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 1, 1)
-MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 2, 1)
-MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 3, 1)
-MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 4, 1)
-MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 5, 1)
-MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 6, 1)
-MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 1, 2)
-MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 2, 2)
-MOE__INT8_KERNEL(moe__neon_dot, MOE__T_NEON_DOT, 1, 3)
-static const moe__int8_kernels moe__neon_dot_int8 = {
-  {{NULL},
-   {NULL, moe__neon_dot_int8_1x1, moe__neon_dot_int8_2x1, moe__neon_dot_int8_3x1, moe__neon_dot_int8_4x1, moe__neon_dot_int8_5x1,
-    moe__neon_dot_int8_6x1},
-   {NULL, moe__neon_dot_int8_1x2, moe__neon_dot_int8_2x2},
-   {NULL, moe__neon_dot_int8_1x3}},
-  {0, 6, 2, 1}, 0, moe__neon_int8_quantize, moe__neon_dot_int8_dot4};
+MOE__INT8_SMALL(moe__neon_dot, MOE__T_NEON_DOT)
+static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_LIST(moe__neon_dot), 0, moe__neon_int8_quantize, moe__neon_dot_int8_dot4};
 #undef MOE__INT8_SUM
 #undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
@@ -4282,6 +4266,8 @@ static const moe__int8_kernels moe__neon_dot_int8 = {
 
 #if defined(MOE__X86) || defined(MOE__NEON)
 #undef MOE__INT8_KERNEL
+#undef MOE__INT8_SMALL
+#undef MOE__INT8_SMALL_LIST
 #undef MOE__INT8_KERNEL_START
 #undef MOE__INT8_KERNEL_STORE
 #undef MOE__INT8_END
