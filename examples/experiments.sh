@@ -17,6 +17,7 @@ usage: experiments.sh NAME [options] [-- options for train or tasklevel]
   --budget B       length of a first stage: 2000 (steps) or 3Mtokens; or minutes or hours for the whole experiment,
                    90min or 4h, by the speed of this machine   [1500 steps with --init, else 300]
   --data DIR       folder of tasks   [examples/data]
+  --tasks A,B,C    the tasks that are trained together   [those of the paper]
   --init FILE      published encoder to start from; table4: several, FILE,FILE,...   [from scratch]
   --vocab FILE     its vocabulary   [vocab.txt of --data]
   --seeds 1,2,3    [1,2,3]
@@ -53,7 +54,7 @@ say() { echo "$*"; }
 
 # ---- options ----
 
-name= budget= data=$here/data init= vocab= seeds=1,2,3 out=experiments part=1/1 threads= report= dry=
+name= budget= data=$here/data tasks= init= vocab= seeds=1,2,3 out=experiments part=1/1 threads= report= dry=
 [ $# -gt 0 ] || { usage; exit 1; }
 while [ $# -gt 0 ]; do
   case $1 in
@@ -62,12 +63,12 @@ while [ $# -gt 0 ]; do
     --report) report=1; shift; continue ;;
     --dry-run) dry=1; shift; continue ;;
     --) shift; break ;;
-    --budget | --data | --init | --vocab | --seeds | --out | --part | --threads) [ $# -gt 1 ] || die "$1 needs a value" ;;
+    --budget | --data | --tasks | --init | --vocab | --seeds | --out | --part | --threads) [ $# -gt 1 ] || die "$1 needs a value" ;;
     -*) die "unknown option $1; --help lists them" ;;
     *) [ -z "$name" ] || die "two names, $name and $1; options for train go behind --"; name=$1; shift; continue ;;
   esac
   case $1 in
-    --budget) budget=$2 ;; --data) data=$2 ;; --init) init=$2 ;; --vocab) vocab=$2 ;; --seeds) seeds=$2 ;; --out) out=$2 ;;
+    --budget) budget=$2 ;; --data) data=$2 ;; --tasks) tasks=$2 ;; --init) init=$2 ;; --vocab) vocab=$2 ;; --seeds) seeds=$2 ;; --out) out=$2 ;;
     --part) part=$2 ;; --threads) threads=$2 ;;
   esac
   shift 2
@@ -226,7 +227,10 @@ commas() { echo "$*" | tr ' ' ','; }
 train_rows() { echo $(($(wc -l < "$data/$1/train.tsv") - 1)); }
 
 glue=$(these RTE MRPC STS-B CoLA SST-2 QNLI QQP MNLI)
-if [ "$(echo "$glue" | wc -w)" -lt 2 ]; then
+if [ -n "$tasks" ]; then
+  mixture=$(echo "$tasks" | tr ',' ' ')
+  for t in $mixture; do has "$t" || die "--tasks: $data/tasks.tsv has no $t"; done
+elif [ "$(echo "$glue" | wc -w)" -lt 2 ]; then
   glue=
   mixture=$(echo $names)
 else mixture=$glue; fi
@@ -247,7 +251,7 @@ unrelated() {
   esac
 }
 stand_ins() {
-  [ -n "$glue" ] && [ "$(echo "$glue" | wc -w)" -eq 8 ] || say "stand-in: the tasks of $data ($mixture) for the eight of GLUE"
+  [ "$(echo "$mixture" | wc -w)" -eq 8 ] && [ "$mixture" = "$glue" ] || say "stand-in: the tasks of $data ($mixture) for the eight of GLUE"
   [ -n "$init" ] || say "stand-in: an encoder from scratch for the published one; --init FILE takes one"
 }
 unseen_stand_ins() {
@@ -298,14 +302,17 @@ budgeted() {
   say "$budget: first stages of $steps steps"
 }
 
-# COMMAND TASKS ARGUMENTS...: runs it with the length of both stages: the second is about as long as the first, four epochs at most
+# COMMAND TASKS ARGUMENTS...: runs it with the length of both stages: the second, unless the options behind -- say otherwise, is about as
+# long as the first, four epochs at most
 long() {
   run=$1 tasks=$2
   shift 2
   e=1
   [ "${steps#<}" != "$steps" ] || e=$((steps / (4 * $(echo "$tasks" | wc -w))))
   [ $e -gt 0 ] || e=1
-  base "$run" "$@" --tasks "$(commas $tasks)" --steps "$steps" --fine-tune 4 --fine-epoch $e
+  case " $* " in *' --fine-tune '*) ;; *) set -- "$@" --fine-tune 4 ;; esac
+  case " $* " in *' --fine-epoch '*) ;; *) set -- "$@" --fine-epoch $e ;; esac
+  base "$run" "$@" --tasks "$(commas $tasks)" --steps "$steps"
 }
 
 # ---- the experiments; "$@" are the options behind -- ----
