@@ -128,8 +128,9 @@ static const option options[] = {
   OPTION_REAL("--z-loss", "A", z_loss, 0, 1e6, "router z-loss [0]"),
   OPTION_REAL("--jitter", "A", jitter, 0, 0.99, "noise on what the gates read [0]"),
   OPTION_GROUP("second stage"),
-  OPTION_NUMBER("--fine-tune", fine_tune, 1, 100000, "so many epochs at most for each task alone, after the first stage (Single-Task:\n"
-                "instead of it); keeps the best, chosen on dev.tsv or, as it should be, on\n--hold-out rows"),
+  OPTION_NUMBER("--fine-tune", fine_tune, 1, 100000, "so many epochs at most for each task alone, after the first stage (Single-Task,\n"
+                "which has no other: more of them, by the task's share of the first stage);\n"
+                "keeps the best, chosen on dev.tsv or, as it should be, on --hold-out rows"),
   OPTION_NUMBER("--fine-batch", fine_batch, 1, 65536, "its batch [32]"),
   OPTION_NUMBER("--fine-epoch", fine_epoch, 1, 1000000000, "an epoch of it ends after N steps at the latest [all rows]"),
   OPTION_NUMBER("--patience", patience, 1, 100000, "ends after N epochs that are no better [3]"),
@@ -1984,6 +1985,16 @@ static const moe_model *begin_with(beginning *b) {
   return b->model;
 }
 
+/* Epochs of the second stage at most. Single-Task has no other: it gets what the others train on its task in both stages together. */
+static int64_t second_epochs(const beginning *b, int64_t epoch) {
+  int64_t all = 0, first;
+  int t;
+  if (!b->run || b->run->system != TUNED + SINGLE) return opt.fine_tune;
+  for (t = 0; t < n_tasks; ++t) all += tasks[t].train.n;
+  first = steps_for(tasks[b->task].train.n, all) * opt.batch;
+  return opt.fine_tune + (first + epoch * opt.fine_batch - 1) / (epoch * opt.fine_batch);
+}
+
 /* Trains a copy of a model of one task on that task's rows; keeps the best epoch, ends after --patience epochs that are no better [TaG] 4.3. */
 static moe_model *tune_once(job *j, beginning *b) {
   static const int32_t alone;
@@ -1997,7 +2008,7 @@ static moe_model *tune_once(job *j, beginning *b) {
   j->batch = opt.fine_batch;
   j->patience = opt.patience;
   j->epoch = epoch;
-  j->steps = epoch * opt.fine_tune;
+  j->steps = epoch * second_epochs(b, epoch);
   with_suffix(j->path, sizeof j->path, checkpoint_name(), "tuning");
   if (opt.resume) with_suffix(j->from, sizeof j->from, opt.resume, "tuning");
   if (b->run && first_stage) {
