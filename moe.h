@@ -3312,14 +3312,20 @@ static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernel
                              moe__gemm_ahead *ahead) {
   size_t columns = (size_t)g->n - j < 16 * (size_t)width ? (size_t)g->n - j : 16 * (size_t)width;
   size_t most = (size_t)kernels->rows[width], blocks = (i1 - i0 + most - 1) / most, block, i = i0;
+  /* how many calls share a panel of the next stripe: a line at every step keeps all the buffers busy that B comes through from the
+     second-level cache; spread over the calls of a stripe, the same lines make 64 rows 5 % faster */
+  size_t calls = blocks > (size_t)width ? blocks / (size_t)width : 1;
   for (block = 0; block < blocks; ++block) { /* of sizes as even as can be: 9 rows are 5 and 4 */
     size_t rows = (i1 - i + blocks - block - 1) / (blocks - block), start_row = 0;
     const float *at = a->at + (i - i0) * a->row, *start = moe__gemm_zeros;
     float *c = g->c + i * g->c_row + j;
     moe__gemm_fn fn = kernels->fn[width][rows];
-    int asks = panels && blocks > 1 && block < (size_t)width; /* call number v for panel v; a single call has no time for more than its own */
+    int asks = panels && blocks > 1 && block < calls * (size_t)width; /* a single call has no time for more than its own */
     moe__gemm_soon soon = moe__gemm_no_hurry(b->at);
-    if (asks) soon.line = panels + block * b->panel, soon.line_step = 16;
+    if (asks) {
+      soon.line = panels + block / calls * b->panel + block % calls * (16 * depth / calls);
+      soon.line_step = (16 + calls - 1) / calls;
+    }
     if (p0 > 0 || g->accumulate) start = c, start_row = g->c_row;
     else if (g->bias) start = g->bias + j;
     moe__gemm_ask(ahead);
