@@ -20,6 +20,7 @@ usage: experiments.sh NAME [options] [-- options for train or tasklevel]
   --tasks A,B,C    the tasks that are trained together   [those of the paper]
   --init FILE      published encoder to start from; table4: several, FILE,FILE,...   [from scratch]
   --vocab FILE     its vocabulary   [vocab.txt of --data]
+  --rows N,M       rows of an unseen task, two or more sizes   [about 1 % and 10 % of SciTail, 235,2400, or what there is]
   --seeds 1,2,3    [1,2,3]
   --out DIR        where everything is kept   [experiments]
   --part I/N       only every N-th piece of the work, from the I-th: for several machines or processors that share --out,
@@ -54,7 +55,7 @@ say() { echo "$*"; }
 
 # ---- options ----
 
-name= budget= data=$here/data tasks= init= vocab= seeds=1,2,3 out=experiments part=1/1 threads= report= dry=
+name= budget= data=$here/data tasks= init= vocab= rows= seeds=1,2,3 out=experiments part=1/1 threads= report= dry=
 [ $# -gt 0 ] || { usage; exit 1; }
 while [ $# -gt 0 ]; do
   case $1 in
@@ -63,12 +64,12 @@ while [ $# -gt 0 ]; do
     --report) report=1; shift; continue ;;
     --dry-run) dry=1; shift; continue ;;
     --) shift; break ;;
-    --budget | --data | --tasks | --init | --vocab | --seeds | --out | --part | --threads) [ $# -gt 1 ] || die "$1 needs a value" ;;
+    --budget | --data | --tasks | --init | --vocab | --rows | --seeds | --out | --part | --threads) [ $# -gt 1 ] || die "$1 needs a value" ;;
     -*) die "unknown option $1; --help lists them" ;;
     *) [ -z "$name" ] || die "two names, $name and $1; options for train go behind --"; name=$1; shift; continue ;;
   esac
   case $1 in
-    --budget) budget=$2 ;; --data) data=$2 ;; --tasks) tasks=$2 ;; --init) init=$2 ;; --vocab) vocab=$2 ;; --seeds) seeds=$2 ;; --out) out=$2 ;;
+    --budget) budget=$2 ;; --data) data=$2 ;; --tasks) tasks=$2 ;; --init) init=$2 ;; --vocab) vocab=$2 ;; --rows) rows=$2 ;; --seeds) seeds=$2 ;; --out) out=$2 ;;
     --part) part=$2 ;; --threads) threads=$2 ;;
   esac
   shift 2
@@ -338,6 +339,7 @@ bases() { # "SYSTEMS" OPTIONS...
 
 # Rows of an unseen task as in the paper, 235 and 2400, or what there is of them
 few() {
+  if [ -n "$rows" ]; then echo "$rows"; return; fi
   n=$(($(train_rows "$1") * 8 / 10))
   if [ $n -ge 2400 ]; then echo 235,2400; elif [ $n -ge 470 ]; then echo 47,235; else echo $((n / 10 + 4)),$((n / 2)); fi
 }
@@ -382,7 +384,8 @@ table2() {
 
 table3() {
   stand_ins
-  if [ -n "$glue" ]; then odd=$(these CoLA SST-2); else odd=$(these comparative_sentences query_wellformedness); fi
+  odd=$(for t in CoLA SST-2; do case " $mixture " in *" $t "*) echo $t ;; esac; done)
+  [ -n "$glue" ] || odd=$(these comparative_sentences query_wellformedness)
   clean=$(but "$mixture" "$odd")
   [ -n "$odd" ] && [ -n "$clean" ] || die "table3 needs tasks that are unlike the rest: CoLA and SST-2"
   budgeted $((12 * n_seeds)) --tasks "$(commas $mixture)" "$@"

@@ -53,6 +53,14 @@ for n in table1 table2 table3 table4 table5 table6 table7 table8 table10 table11
 done
 [ -z "$missing" ] && [ "$(echo "$names" | wc -l)" -eq 13 ] && ok test_experiments_lists_all || fail test_experiments_lists_all "$missing"
 
+# ---- its own choice of tasks, rows, length ----
+x table1 choice --tasks pros_cons,snips_intents --seeds 1 --budget 9 --dry-run -- --fine-tune 7 --fine-epoch 3
+says test_experiments_takes_tasks_and_lengths ' --tasks pros_cons,snips_intents --steps 9 ' ' --fine-tune 7 --fine-epoch 3 '
+grep -q -e '--fine-tune 4' "$tmp/out" && fail test_experiments_asks_one_length "$(cat "$tmp/out")" || ok test_experiments_asks_one_length
+x table6 choice --tasks pros_cons,snips_intents --rows 7,20 --seeds 1 --budget 9 --dry-run
+says test_experiments_takes_rows ' --adapt clinc_domains --rows 7,20 '
+x table1 choice --tasks pros_cons,nothing && fail test_experiments_refuses_an_unknown_task || ok test_experiments_refuses_an_unknown_task
+
 # ---- every one of them runs ----
 for n in $names; do
   if x $n all --seeds 1 --budget 4 -- $small; then ok test_experiments_runs_$n; else fail test_experiments_runs_$n "$(tail -n 5 "$tmp/out" "$tmp/err")"; fi
