@@ -67,7 +67,7 @@
             and plain C: see "one definition of every sum" at >>simd and >>gemm.
 
    PAPER MAP  [TaG] Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8 >>forward; Eq. 9, 10 and the division by log C >>backward; 3.3
-            sampling >>sampler; 4.1 >>metrics; 4.3 >>import; 4.4 >>model; A.3 >>text, >>optimizer. [TL] 2, 4 >>level, >>blocks.
+            sampling >>sampler; 4.1 >>metrics; 4.3 >>import; 4.4 >>initial; A.3 >>text, >>optimizer. [TL] 2, 4 >>level, >>blocks.
             Where the code does other than a paper says, PAPER-DIFF: tells why.
 
    CONTENTS (search for >>tag)
@@ -83,22 +83,35 @@
      >>random        counter-based random numbers
      >>parallel      tiles, the built-in pool
      >>profile       where the time goes
-     >>simd          vector kernels and elementary functions
-     >>gemm          packing and matrix products
+     >>simd          vectors: the order of a sum, elementary functions in plain C
+     >>simd_x86      vectors of 16 floats: AVX-512, AVX2
+     >>simd_neon     vectors of 16 floats: NEON
+     >>rows          elementary functions of vectors; sums of rows
+     >>gemm          matrix products: what they are, kernels in plain C
+     >>gemm_simd     kernels of products for each instruction set
+     >>gemm_blocks   a product in tiles and blocks; few outputs
+     >>gemm_gradient  gradients of weights
+     >>gemm_run      products over threads; packed weights
      >>backend       products by another library, BLIS
      >>lowp          products with weights of 8 bits
      >>bf16          products with bf16 operands
      >>linear        linear layers and GELU
+     >>ops_simd      kernels of LayerNorm and dropout
      >>ops           LayerNorm, dropout, embeddings, losses
      >>attention     self-attention over packed sequences
      >>route         gates, top-k, dispatch
      >>experts       expert feed-forward networks
      >>config        configuration, tasks, table of tensors
-     >>model         weights: sizes, initial values, packing, access
+     >>model         a model: its block, its tasks
+     >>tensors       the table of tensors
+     >>initial       initial values
+     >>packing       packed weights, weights of 8 bits
      >>batch         checks of what comes in
      >>context       activations
      >>embedding     gates made of task vectors
+     >>pass          a pass: its checks, its random numbers
      >>forward       the forward pass
+     >>routes        what a pass chose, what it may choose
      >>level         task-level routing: scores of a task, selection, their gradients
      >>blocks        transformer blocks as experts, forward and backward
      >>backward      the backward pass
@@ -1467,7 +1480,7 @@ MOE__UNUSED static uint64_t moe__permute(uint64_t key, uint64_t i, uint64_t n) {
 }
 
 /* ---- tiles, the built-in pool ---- >>parallel
-   Work is a list of tiles. Their shape depends on the number of threads nowhere but in weight gradients (>>gemm), whose bits no shape changes;
+   Work is a list of tiles. Their shape depends on the number of threads nowhere but in weight gradients (>>gemm_gradient), whose bits no shape changes;
    else threads only decide who runs which tile. So the bits of a result cannot depend on them. */
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -1812,7 +1825,7 @@ MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *
   return length;
 }
 
-/* ---- vector kernels and elementary functions ---- >>simd */
+/* ---- vectors: the order of a sum, elementary functions in plain C ---- >>simd */
 
 /* Whatever the width of the machine's registers, kernels are written for vectors of 16 floats: one register of
    AVX-512, two of AVX2, four of NEON. A kernel is written once, as the body of a macro BODY(S, T): S is the prefix
@@ -2030,6 +2043,8 @@ static float moe__tanhf(float x) {
   q = 1.0f - 2.0f / (moe__exp_midf(t + t) + 1.0f);
   return moe__floats(moe__bits(t < 0.6f ? p : q) | (moe__bits(x) & 0x80000000u));
 }
+
+/* ---- vectors of 16 floats: AVX-512, AVX2 ---- >>simd_x86 */
 
 #ifdef MOE__X86
 #define MOE__T_AVX2 MOE__TARGET("avx2,fma")
@@ -2253,9 +2268,12 @@ MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
 #define MOE__V_PICK(isa, table) ((isa) == MOE_ISA_AVX512 ? &moe__avx512_##table : \
                                  (isa) == MOE_ISA_AVX2 ? &moe__avx2_##table : &moe__scalar_##table)
 #elif defined(MOE__NEON)
+
+/* ---- vectors of 16 floats: NEON ---- >>simd_neon */
+
 #define MOE__T_NEON
 
-/* NEON: four registers */
+/* four registers */
 typedef struct moe__neon_f { float32x4_t a, b, c, d; } moe__neon_f;
 typedef struct moe__neon_i { uint32x4_t a, b, c, d; } moe__neon_i;
 typedef moe__neon_i moe__neon_m;
@@ -2450,7 +2468,9 @@ MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
 #define MOE__V_PICK(isa, table) ((void)(isa), &moe__scalar_##table)
 #endif
 
-/* The functions of above for vectors; see there. */
+/* ---- elementary functions of vectors; sums of rows ---- >>rows */
+
+/* The functions of >>simd for vectors; see there. */
 #define MOE__V_EXP(S, T) \
 T MOE__INLINE S##_f S##_abs(S##_f x) { return S##_floats(S##_iand(S##_bits(x), S##_iset(0x7fffffffu))); } \
 T MOE__INLINE S##_f S##_sign(S##_f a, S##_f s) { \
@@ -2626,7 +2646,7 @@ MOE__V_STAMP(MOE__V_ROWS)
 #undef MOE__V_MAP
 #undef MOE__V_ROWS
 
-/* ---- packing and matrix products ---- >>gemm */
+/* ---- matrix products: what they are, kernels in plain C ---- >>gemm */
 
 /* One definition of every product. An element of C is a single chain of fused multiply-adds over k, in ascending order, that begins
    with the bias, with what C holds (accumulate) or with 0. Kernels are vectors over columns and loops over rows, never over k, and
@@ -2849,6 +2869,8 @@ static const moe__gemm_kernels moe__scalar_gemms = {
   {{NULL}, {NULL, moe__scalar_gemm_1x1}, {NULL}, {NULL}, {NULL}, {NULL}, {NULL}},
   {0, 1, 0, 0, 0, 0, 0}, 1,
   moe__scalar_pack_cols, moe__scalar_pack_rows, moe__scalar_copy_rows, moe__scalar_narrow, moe__scalar_narrow_panel, moe__scalar_gelu, moe__scalar_gelu_backward, moe__scalar_add_rows};
+
+/* ---- kernels of products for each instruction set ---- >>gemm_simd */
 
 #if defined(MOE__X86) || defined(MOE__NEON)
 /* A kernel of R rows and P panels holds R P vectors of C in registers; each step of k loads P vectors of B and broadcasts R
@@ -3189,6 +3211,8 @@ static const moe__gemm_kernels moe__neon_gemms = {
 #undef MOE__GEMM_KERNEL
 #endif
 
+/* ---- a product in tiles and blocks; few outputs ---- >>gemm_blocks */
+
 /* How many panels the next kernels take, of those that are left in a tile of m rows. */
 static int moe__gemm_width(const moe__gemm_kernels *kernels, int32_t m, int32_t left, int most) {
   int width = MOE__GEMM_PANELS;
@@ -3377,7 +3401,9 @@ static const float *moe__gemm_panels_at(const moe__gemm *g, int32_t j, size_t p0
   return g->b + (size_t)j * (size_t)g->k + 16 * p0;
 }
 
-/* Weight gradients, dW += dY^T X: rows i0 .. i1-1 and columns j0 .. j1-1 of C, in blocks of k (tokens). Of such a block 64 rows of A are copied;
+/* ---- gradients of weights ---- >>gemm_gradient */
+
+/* dW += dY^T X: rows i0 .. i1-1 and columns j0 .. j1-1 of C, in blocks of k (tokens). Of such a block 64 rows of A are copied;
    then every few of them run along all columns, so that C passes in the order of memory and B is read in place, from the second-level cache:
    a copy of it would cost more than it saves. Every call asks for the block of C of the next call, and for a part of what the next block
    of k needs: first the lines of B, then those of A, 16 tokens of a line at a time. */
@@ -3467,6 +3493,8 @@ static void moe__gemm_gradient(const moe__gemm *g, const moe__gemm_cut *cut, con
     }
   }
 }
+
+/* ---- products over threads; packed weights ---- >>gemm_run */
 
 /* `stride` is how many tiles lie between this one and the next of the same thread, as far as that can be known. */
 static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const moe__gemm_kernels *kernels, int32_t tile, int32_t stride) {
@@ -5375,7 +5403,7 @@ MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_
   moe__gelu_run(dx, dy, x, n, env);
 }
 
-/* ---- LayerNorm, dropout, embeddings, losses ---- >>ops
+/* ---- kernels of LayerNorm and dropout ---- >>ops_simd
    Rows are independent of each other, and a row's sums have 16 lanes and a fixed tree (>>simd). Sums over tokens (gamma, beta, the
    embedding tables) are chains in the order of the tokens, cut into tiles by columns only. */
 
@@ -5615,6 +5643,8 @@ MOE__V_STAMP(MOE__NORM_FOUR)
                                            S##_norm_rows, S##_norm_back_row, S##_norm_columns};
 MOE__V_STAMP(MOE__NORM_BACK)
 #undef MOE__NORM_BACK
+
+/* ---- LayerNorm, dropout, embeddings, losses ---- >>ops */
 
 /* Rows of a tile: about 8192 numbers, in fours. */
 static size_t moe__tile_rows(int32_t H) {
@@ -7297,7 +7327,7 @@ static moe_status moe__plan_make_as(moe__plan *p, const moe_config *c, const moe
   return status;
 }
 
-/* ---- weights: sizes, initial values, packing, access ---- >>model */
+/* ---- a model: its block, its tasks ---- >>model */
 
 struct moe_model {
   moe_config config;
@@ -7458,7 +7488,69 @@ MOE_API moe_status moe_model_size(const moe_config *config, const moe_task *task
   return moe__model_bytes(bytes, config, tasks, T, 0, 0, env);
 }
 
-/* The table of tensors, computed from the plan: embeddings, layers, heads. */
+static void moe__model_drop_panels(moe_model *model) {
+  if (model->owns_panels) moe__release(model->panels);
+  moe__release(model->back);
+  model->back = NULL;
+  model->panels = NULL;
+  model->owns_panels = 0;
+}
+
+static void moe__model_drop_vocab(moe_model *model) {
+  if (model->owns_vocab) moe__release((void *)(uintptr_t)model->vocab);
+  model->vocab = NULL;
+  model->vocab_bytes = 0;
+  model->owns_vocab = 0;
+}
+
+MOE_API void moe_model_free(moe_model *model) {
+  if (!model) return;
+  moe__model_drop_panels(model);
+  moe__model_drop_vocab(model);
+  if (model->owns_block) moe__release(model);
+}
+
+MOE_API const moe_config *moe_model_config(const moe_model *model) { return &model->config; }
+MOE_API int32_t moe_model_tasks(const moe_model *model) { return model->T; }
+MOE_API int32_t moe_model_max_classes(const moe_model *model) { return model->max_classes; }
+MOE_API size_t moe_model_parameters(const moe_model *model) { return model->plan.parameters; }
+MOE_API float *moe_model_weights(moe_model *model) { return model->writable; }
+MOE_API int32_t moe_model_tensors(const moe_model *model) { return model->tensors; }
+MOE_API moe_type moe_model_type(const moe_model *model) { return model->plan.quantized ? MOE_TYPE_I8 : MOE_TYPE_F32; }
+
+MOE_API const moe_task *moe_model_task(const moe_model *model, int32_t task) {
+  return task >= 0 && task < model->T ? &model->tasks[task] : NULL;
+}
+
+MOE_API int32_t moe_model_find_task(const moe_model *model, const char *name) {
+  int32_t t;
+  for (t = 0; t < model->T; ++t)
+    if (!strcmp(model->tasks[t].name, name)) return t;
+  return -1;
+}
+
+MOE_API moe_status moe_model_set_vocab(moe_model *model, const char *vocab, size_t bytes, const moe_env *env) {
+  char *copy = NULL;
+  if (bytes) {
+    copy = (char *)moe__alloc(bytes);
+    if (!copy) return moe__fail(env, MOE_E_MEMORY, "no memory for a vocabulary of %zu bytes", bytes);
+    memcpy(copy, vocab, bytes);
+  }
+  moe__model_drop_vocab(model);
+  model->vocab = copy;
+  model->vocab_bytes = bytes;
+  model->owns_vocab = 1;
+  return MOE_OK;
+}
+
+MOE_API const char *moe_model_vocab(const moe_model *model, size_t *bytes) {
+  if (bytes) *bytes = model->vocab_bytes;
+  return model->vocab;
+}
+
+/* ---- the table of tensors ---- >>tensors */
+
+/* Computed from the plan: embeddings, layers, heads. */
 static void moe__tensor_name(moe_tensor *t, const char *format, ...) MOE__PRINTF(2, 3);
 static void moe__tensor_name(moe_tensor *t, const char *format, ...) {
   va_list args;
@@ -7698,6 +7790,8 @@ MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name) 
   return found < 0 && model->plan.quantized ? moe__find_between(model, name, first_q, last_q) : found;
 }
 
+/* ---- initial values ---- >>initial */
+
 /* Sites of random numbers, the last argument of moe_key. */
 enum {
   MOE__SITE_WEIGHTS,
@@ -7808,65 +7902,7 @@ MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config, c
   return MOE_OK;
 }
 
-static void moe__model_drop_panels(moe_model *model) {
-  if (model->owns_panels) moe__release(model->panels);
-  moe__release(model->back);
-  model->back = NULL;
-  model->panels = NULL;
-  model->owns_panels = 0;
-}
-
-static void moe__model_drop_vocab(moe_model *model) {
-  if (model->owns_vocab) moe__release((void *)(uintptr_t)model->vocab);
-  model->vocab = NULL;
-  model->vocab_bytes = 0;
-  model->owns_vocab = 0;
-}
-
-MOE_API void moe_model_free(moe_model *model) {
-  if (!model) return;
-  moe__model_drop_panels(model);
-  moe__model_drop_vocab(model);
-  if (model->owns_block) moe__release(model);
-}
-
-MOE_API const moe_config *moe_model_config(const moe_model *model) { return &model->config; }
-MOE_API int32_t moe_model_tasks(const moe_model *model) { return model->T; }
-MOE_API int32_t moe_model_max_classes(const moe_model *model) { return model->max_classes; }
-MOE_API size_t moe_model_parameters(const moe_model *model) { return model->plan.parameters; }
-MOE_API float *moe_model_weights(moe_model *model) { return model->writable; }
-MOE_API int32_t moe_model_tensors(const moe_model *model) { return model->tensors; }
-MOE_API moe_type moe_model_type(const moe_model *model) { return model->plan.quantized ? MOE_TYPE_I8 : MOE_TYPE_F32; }
-
-MOE_API const moe_task *moe_model_task(const moe_model *model, int32_t task) {
-  return task >= 0 && task < model->T ? &model->tasks[task] : NULL;
-}
-
-MOE_API int32_t moe_model_find_task(const moe_model *model, const char *name) {
-  int32_t t;
-  for (t = 0; t < model->T; ++t)
-    if (!strcmp(model->tasks[t].name, name)) return t;
-  return -1;
-}
-
-MOE_API moe_status moe_model_set_vocab(moe_model *model, const char *vocab, size_t bytes, const moe_env *env) {
-  char *copy = NULL;
-  if (bytes) {
-    copy = (char *)moe__alloc(bytes);
-    if (!copy) return moe__fail(env, MOE_E_MEMORY, "no memory for a vocabulary of %zu bytes", bytes);
-    memcpy(copy, vocab, bytes);
-  }
-  moe__model_drop_vocab(model);
-  model->vocab = copy;
-  model->vocab_bytes = bytes;
-  model->owns_vocab = 1;
-  return MOE_OK;
-}
-
-MOE_API const char *moe_model_vocab(const moe_model *model, size_t *bytes) {
-  if (bytes) *bytes = model->vocab_bytes;
-  return model->vocab;
-}
+/* ---- packed weights, weights of 8 bits ---- >>packing */
 
 /* Floats of the plan of panels to one word of pairs: 2, but with odd sizes, whose halves would not be whole, the same places. */
 static size_t moe__pair_units(const moe_model *model) { return model->config.hidden % 2 || model->config.ffn % 2 ? 1 : 2; }
@@ -8433,7 +8469,7 @@ static void moe__gates_backward(moe_context *c, float *dvectors, float *dbasis, 
 }
 #endif
 
-/* ---- the forward pass ---- >>forward */
+/* ---- a pass: its checks, its random numbers ---- >>pass */
 
 /* A pass through the network: what forward and backward have to agree on. */
 typedef struct moe__pass {
@@ -8575,6 +8611,8 @@ static moe_env moe__one_thread(const moe_env *env) {
   one.parallel_for = NULL;
   return one;
 }
+
+/* ---- the forward pass ---- >>forward */
 
 /* Positions and segments of feature inputs; a tile is a sequence. */
 typedef struct moe__places {
@@ -8842,6 +8880,8 @@ MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_ba
   moe__forward(context, &pass, scores);
   return MOE_OK;
 }
+
+/* ---- what a pass chose, what it may choose ---- >>routes */
 
 MOE_API const float *moe_context_hidden(const moe_context *context) { return context->last; }
 
