@@ -93,8 +93,13 @@
      >>gemm_gradient  gradients of weights
      >>gemm_run      products over threads; packed weights
      >>backend       products by another library, BLIS
-     >>lowp          products with weights of 8 bits
-     >>bf16          products with bf16 operands
+     >>lowp          products with weights of 8 bits: what they are, in plain C
+     >>lowp_x86      kernels with weights of 8 bits: what they share, AVX2, AVX-512, VNNI
+     >>lowp_neon     kernels with weights of 8 bits: NEON
+     >>lowp_run      products with weights of 8 bits over threads; packing, quantising
+     >>bf16          products with bf16 operands: what they are, in plain C
+     >>bf16_x86      kernels with bf16 operands: AVX-512, vdpbf16ps, AMX
+     >>bf16_run      products with bf16 operands over threads; packing
      >>linear        linear layers and GELU
      >>ops_simd      kernels of LayerNorm and dropout
      >>ops           LayerNorm, dropout, embeddings, losses
@@ -118,7 +123,8 @@
      >>optimizer     Adam, schedule, clipping
      >>sampler       which row of which task comes next
      >>trainer       accumulate, update, gradient check
-     >>json          the little JSON that the files need
+     >>json          reading the little JSON that the files need
+     >>out           writing text, numbers and JSON
      >>safetensors   reading and writing the container
      >>files         writing model files
      >>load          reading them
@@ -2868,7 +2874,8 @@ static void moe__scalar_add_rows(float *sum, const float *x, size_t ld, size_t n
 static const moe__gemm_kernels moe__scalar_gemms = {
   {{NULL}, {NULL, moe__scalar_gemm_1x1}, {NULL}, {NULL}, {NULL}, {NULL}, {NULL}},
   {0, 1, 0, 0, 0, 0, 0}, 1,
-  moe__scalar_pack_cols, moe__scalar_pack_rows, moe__scalar_copy_rows, moe__scalar_narrow, moe__scalar_narrow_panel, moe__scalar_gelu, moe__scalar_gelu_backward, moe__scalar_add_rows};
+  moe__scalar_pack_cols, moe__scalar_pack_rows, moe__scalar_copy_rows, moe__scalar_narrow, moe__scalar_narrow_panel,
+  moe__scalar_gelu, moe__scalar_gelu_backward, moe__scalar_add_rows};
 
 /* ---- kernels of products for each instruction set ---- >>gemm_simd */
 
@@ -2889,6 +2896,7 @@ static const moe__gemm_kernels moe__scalar_gemms = {
 #define MOE__B3 b3
 #define MOE__B4 b3 + b_panel
 #define MOE__B5 b3 + b_panel * 2
+/* X(S, P, i) for each row i, X(S, i, v) for each panel v */
 #define MOE__EACH_ROW1(X, S, P) X(S, P, 0)
 #define MOE__EACH_ROW2(X, S, P) MOE__EACH_ROW1(X, S, P) X(S, P, 1)
 #define MOE__EACH_ROW3(X, S, P) MOE__EACH_ROW2(X, S, P) X(S, P, 2)
@@ -2903,6 +2911,17 @@ static const moe__gemm_kernels moe__scalar_gemms = {
 #define MOE__EACH_PANEL4(X, S, i) MOE__EACH_PANEL3(X, S, i) X(S, i, 3)
 #define MOE__EACH_PANEL5(X, S, i) MOE__EACH_PANEL4(X, S, i) X(S, i, 4)
 #define MOE__EACH_PANEL6(X, S, i) MOE__EACH_PANEL5(X, S, i) X(S, i, 5)
+
+/* The kernels of P panels with 1, 2, ... rows: their definitions, K being the macro of one, and their names in a table. */
+#define MOE__KERNELS2(K, S, T, P) K(S, T, 1, P) K(S, T, 2, P)
+#define MOE__KERNELS4(K, S, T, P) MOE__KERNELS2(K, S, T, P) K(S, T, 3, P) K(S, T, 4, P)
+#define MOE__KERNELS6(K, S, T, P) MOE__KERNELS4(K, S, T, P) K(S, T, 5, P) K(S, T, 6, P)
+#define MOE__KERNELS8(K, S, T, P) MOE__KERNELS6(K, S, T, P) K(S, T, 7, P) K(S, T, 8, P)
+#define MOE__NAMES2(N, P) N##_1x##P, N##_2x##P
+#define MOE__NAMES4(N, P) MOE__NAMES2(N, P), N##_3x##P, N##_4x##P
+#define MOE__NAMES6(N, P) MOE__NAMES4(N, P), N##_5x##P, N##_6x##P
+#define MOE__NAMES8(N, P) MOE__NAMES6(N, P), N##_7x##P, N##_8x##P
+
 #define MOE__C_START(S, i, v) S##_f c##i##v = S##_load(start + i * start_row + 16 * v);
 #define MOE__C_STEP(S, i, v) c##i##v = S##_fma(s, row##v, c##i##v);
 #define MOE__C_STORE(S, i, v) S##_store(c + i * c_row + 16 * v, c##i##v);
@@ -3145,68 +3164,42 @@ MOE__V_STAMP(MOE__GEMM_HELPERS)
 #undef MOE__GEMM_HELPERS
 
 #ifdef MOE__X86
-#define MOE__GEMM_KERNELS_TO8(S, T, P)                                                                   \
-  MOE__GEMM_KERNEL(S, T, 1, P) MOE__GEMM_KERNEL(S, T, 2, P) MOE__GEMM_KERNEL(S, T, 3, P) MOE__GEMM_KERNEL(S, T, 4, P) \
-  MOE__GEMM_KERNEL(S, T, 5, P) MOE__GEMM_KERNEL(S, T, 6, P) MOE__GEMM_KERNEL(S, T, 7, P) MOE__GEMM_KERNEL(S, T, 8, P)
 /* 32 registers: 8 x 48, or 4 x 96 where there are few rows and the chains of one panel would be too few to keep the units busy */
-MOE__GEMM_KERNELS_TO8(moe__avx512, MOE__T_AVX512, 1)
-MOE__GEMM_KERNELS_TO8(moe__avx512, MOE__T_AVX512, 2)
-MOE__GEMM_KERNELS_TO8(moe__avx512, MOE__T_AVX512, 3)
-MOE__GEMM_KERNEL(moe__avx512, MOE__T_AVX512, 1, 6)
-MOE__GEMM_KERNEL(moe__avx512, MOE__T_AVX512, 2, 6)
-MOE__GEMM_KERNEL(moe__avx512, MOE__T_AVX512, 3, 6)
-MOE__GEMM_KERNEL(moe__avx512, MOE__T_AVX512, 4, 6)
+MOE__KERNELS8(MOE__GEMM_KERNEL, moe__avx512, MOE__T_AVX512, 1)
+MOE__KERNELS8(MOE__GEMM_KERNEL, moe__avx512, MOE__T_AVX512, 2)
+MOE__KERNELS8(MOE__GEMM_KERNEL, moe__avx512, MOE__T_AVX512, 3)
+MOE__KERNELS4(MOE__GEMM_KERNEL, moe__avx512, MOE__T_AVX512, 6)
 /* 16 registers: 6 x 16 (two registers a panel), 3 x 32, 2 x 48 */
-MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 1, 1)
-MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 2, 1)
-MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 3, 1)
-MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 4, 1)
-MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 5, 1)
-MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 6, 1)
-MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 1, 2)
-MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 2, 2)
+MOE__KERNELS6(MOE__GEMM_KERNEL, moe__avx2, MOE__T_AVX2, 1)
+MOE__KERNELS2(MOE__GEMM_KERNEL, moe__avx2, MOE__T_AVX2, 2)
 MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 3, 2)
-MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 1, 3)
-MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 2, 3)
+MOE__KERNELS2(MOE__GEMM_KERNEL, moe__avx2, MOE__T_AVX2, 3)
 
-#define MOE__FN8(S, P) \
-  {NULL, S##_gemm_1x##P, S##_gemm_2x##P, S##_gemm_3x##P, S##_gemm_4x##P, S##_gemm_5x##P, S##_gemm_6x##P, S##_gemm_7x##P, S##_gemm_8x##P}
 static const moe__gemm_kernels moe__avx512_gemms = {
-  {{NULL}, MOE__FN8(moe__avx512, 1), MOE__FN8(moe__avx512, 2), MOE__FN8(moe__avx512, 3), {NULL}, {NULL},
-   {NULL, moe__avx512_gemm_1x6, moe__avx512_gemm_2x6, moe__avx512_gemm_3x6, moe__avx512_gemm_4x6}},
+  {{NULL}, {NULL, MOE__NAMES8(moe__avx512_gemm, 1)}, {NULL, MOE__NAMES8(moe__avx512_gemm, 2)},
+   {NULL, MOE__NAMES8(moe__avx512_gemm, 3)}, {NULL}, {NULL}, {NULL, MOE__NAMES4(moe__avx512_gemm, 6)}},
   {0, 8, 8, 8, 0, 0, 4}, 3,
-  moe__avx2_pack_cols, moe__avx512_pack_rows, moe__avx512_copy_rows, moe__avx512_narrow, moe__avx512_narrow_panel, moe__avx512_gelu, moe__avx512_gelu_backward, moe__avx512_add_rows};
+  moe__avx2_pack_cols, moe__avx512_pack_rows, moe__avx512_copy_rows, moe__avx512_narrow, moe__avx512_narrow_panel,
+  moe__avx512_gelu, moe__avx512_gelu_backward, moe__avx512_add_rows};
 static const moe__gemm_kernels moe__avx2_gemms = {
-  {{NULL},
-   {NULL, moe__avx2_gemm_1x1, moe__avx2_gemm_2x1, moe__avx2_gemm_3x1, moe__avx2_gemm_4x1, moe__avx2_gemm_5x1, moe__avx2_gemm_6x1},
-   {NULL, moe__avx2_gemm_1x2, moe__avx2_gemm_2x2, moe__avx2_gemm_3x2},
-   {NULL, moe__avx2_gemm_1x3, moe__avx2_gemm_2x3},
-   {NULL}, {NULL}, {NULL}},
+  {{NULL}, {NULL, MOE__NAMES6(moe__avx2_gemm, 1)}, {NULL, MOE__NAMES2(moe__avx2_gemm, 2), moe__avx2_gemm_3x2},
+   {NULL, MOE__NAMES2(moe__avx2_gemm, 3)}, {NULL}, {NULL}, {NULL}},
   {0, 6, 3, 2, 0, 0, 0}, 1,
-  moe__avx2_pack_cols, moe__avx2_pack_rows, moe__avx2_copy_rows, moe__avx2_narrow, moe__avx2_narrow_panel, moe__avx2_gelu, moe__avx2_gelu_backward, moe__avx2_add_rows};
-#undef MOE__FN8
-#undef MOE__GEMM_KERNELS_TO8
+  moe__avx2_pack_cols, moe__avx2_pack_rows, moe__avx2_copy_rows, moe__avx2_narrow, moe__avx2_narrow_panel,
+  moe__avx2_gelu, moe__avx2_gelu_backward, moe__avx2_add_rows};
 #endif
 
 #ifdef MOE__NEON
 /* 32 registers, four a panel: 6 x 16, and for 1 or 2 rows 1 x 48 and 2 x 32 */
-MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 1, 1)
-MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 2, 1)
-MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 3, 1)
-MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 4, 1)
-MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 5, 1)
-MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 6, 1)
-MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 1, 2)
-MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 2, 2)
+MOE__KERNELS6(MOE__GEMM_KERNEL, moe__neon, MOE__T_NEON, 1)
+MOE__KERNELS2(MOE__GEMM_KERNEL, moe__neon, MOE__T_NEON, 2)
 MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 1, 3)
 static const moe__gemm_kernels moe__neon_gemms = {
-  {{NULL},
-   {NULL, moe__neon_gemm_1x1, moe__neon_gemm_2x1, moe__neon_gemm_3x1, moe__neon_gemm_4x1, moe__neon_gemm_5x1, moe__neon_gemm_6x1},
-   {NULL, moe__neon_gemm_1x2, moe__neon_gemm_2x2},
-   {NULL, moe__neon_gemm_1x3},
+  {{NULL}, {NULL, MOE__NAMES6(moe__neon_gemm, 1)}, {NULL, MOE__NAMES2(moe__neon_gemm, 2)}, {NULL, moe__neon_gemm_1x3},
    {NULL}, {NULL}, {NULL}},
   {0, 6, 2, 1, 0, 0, 0}, 1,
-  moe__neon_pack_cols, moe__neon_pack_rows, moe__neon_copy_rows, moe__neon_narrow, moe__neon_narrow_panel, moe__neon_gelu, moe__neon_gelu_backward, moe__neon_add_rows};
+  moe__neon_pack_cols, moe__neon_pack_rows, moe__neon_copy_rows, moe__neon_narrow, moe__neon_narrow_panel,
+  moe__neon_gelu, moe__neon_gelu_backward, moe__neon_add_rows};
 #endif
 #undef MOE__GEMM_KERNEL
 #endif
@@ -3796,7 +3789,7 @@ MOE_API moe_status moe_blis_use(moe_env *env, int32_t always) {
 #undef MOE__BLIS_PLAIN
 #endif
 
-/* ---- products with weights of 8 bits ---- >>lowp */
+/* ---- products with weights of 8 bits: what they are, in plain C ---- >>lowp */
 
 /* y = x W^T + b with 8-bit integers on both sides: W once and for all, with a scale for each output; x row by row on its way in. The scale
    of a row is max |x| / 127, its integers are x (127 / max |x|), rounded to the nearest, ties to even. With S the sum over p of
@@ -3897,6 +3890,8 @@ static void moe__scalar_int8_1x1(const moe__int8_block *b) {
 static const moe__int8_kernels moe__scalar_int8 = {
   {{NULL}, {NULL, moe__scalar_int8_1x1}, {NULL}, {NULL}}, {0, 1, 0, 0}, 0, moe__scalar_int8_quantize, moe__scalar_int8_dot4};
 
+/* ---- kernels with weights of 8 bits: what they share, AVX2, AVX-512, VNNI ---- >>lowp_x86 */
+
 #if defined(MOE__X86) || defined(MOE__NEON)
 /* A step of x, 4 bytes of a row, in every lane; and the end of a row: outputs of panel v from their sums. */
 MOE__INLINE int moe__int8_step(const unsigned char *x) {
@@ -3912,46 +3907,29 @@ MOE__INLINE int moe__int8_step(const unsigned char *x) {
     S##_f start = b->bias ? S##_loadn(b->bias + 16 * v, n) : S##_set(0.0f);                                \
     S##_storen(b->c + i * b->c_row + 16 * v, S##_fma(S##_cvt(sums), scales, start), n);                    \
   }
-#define MOE__INT8_ROW1(X, P) X(P, 0)
-#define MOE__INT8_ROW2(X, P) MOE__INT8_ROW1(X, P) X(P, 1)
-#define MOE__INT8_ROW3(X, P) MOE__INT8_ROW2(X, P) X(P, 2)
-#define MOE__INT8_ROW4(X, P) MOE__INT8_ROW3(X, P) X(P, 3)
-#define MOE__INT8_ROW5(X, P) MOE__INT8_ROW4(X, P) X(P, 4)
-#define MOE__INT8_ROW6(X, P) MOE__INT8_ROW5(X, P) X(P, 5)
-#define MOE__INT8_ROW7(X, P) MOE__INT8_ROW6(X, P) X(P, 6)
-#define MOE__INT8_ROW8(X, P) MOE__INT8_ROW7(X, P) X(P, 7)
-#define MOE__INT8_PANEL1(X, i) X(i, 0)
-#define MOE__INT8_PANEL2(X, i) MOE__INT8_PANEL1(X, i) X(i, 1)
-#define MOE__INT8_PANEL3(X, i) MOE__INT8_PANEL2(X, i) X(i, 2)
 
 /* A kernel that keeps its R P panels of sums in registers; the instruction sets say how they begin (MOE__INT8_SUM), what a step loads, adds
    (MOE__INT8_STEP) and where it ends (MOE__INT8_OUT). */
-#define MOE__INT8_KERNEL_START(P, i) MOE__INT8_PANEL##P(MOE__INT8_SUM, i)
-#define MOE__INT8_KERNEL_STORE(P, i) MOE__INT8_PANEL##P(MOE__INT8_OUT, i)
-#define MOE__INT8_KERNEL(S, T, R, P)                                                        \
-  T static void S##_int8_##R##x##P(const moe__int8_block *b) {                              \
-    const signed char *w = b->panels;                                                       \
-    const unsigned char *x = b->x;                                                          \
-    size_t step;                                                                            \
-    MOE__INT8_ROW##R(MOE__INT8_KERNEL_START, P)                                             \
-    for (step = 0; step < b->steps; ++step, w += 64, x += 4) {                              \
-      MOE__INT8_PANEL##P(MOE__INT8_LOAD, 0)                                                 \
-      MOE__INT8_ROW##R(MOE__INT8_STEP, P)                                                   \
-    }                                                                                       \
-    MOE__INT8_ROW##R(MOE__INT8_KERNEL_STORE, P)                                             \
+#define MOE__INT8_KERNEL_START(S, P, i) MOE__EACH_PANEL##P(MOE__INT8_SUM, S, i)
+#define MOE__INT8_KERNEL_STORE(S, P, i) MOE__EACH_PANEL##P(MOE__INT8_OUT, S, i)
+#define MOE__INT8_KERNEL(S, T, R, P)                           \
+  T static void S##_int8_##R##x##P(const moe__int8_block *b) { \
+    const signed char *w = b->panels;                          \
+    const unsigned char *x = b->x;                             \
+    size_t step;                                               \
+    MOE__EACH_ROW##R(MOE__INT8_KERNEL_START, S, P)             \
+    for (step = 0; step < b->steps; ++step, w += 64, x += 4) { \
+      MOE__EACH_PANEL##P(MOE__INT8_LOAD, S, 0)                 \
+      MOE__EACH_ROW##R(MOE__INT8_STEP, S, P)                   \
+    }                                                          \
+    MOE__EACH_ROW##R(MOE__INT8_KERNEL_STORE, S, P)             \
   }
 
 /* What fits where a panel takes several registers: 6 rows by 1 panel, 2 by 2, 1 by 3. */
-#define MOE__INT8_SMALL(S, T)                                                                                               \
-  MOE__INT8_KERNEL(S, T, 1, 1) MOE__INT8_KERNEL(S, T, 2, 1) MOE__INT8_KERNEL(S, T, 3, 1) MOE__INT8_KERNEL(S, T, 4, 1)       \
-  MOE__INT8_KERNEL(S, T, 5, 1) MOE__INT8_KERNEL(S, T, 6, 1) MOE__INT8_KERNEL(S, T, 1, 2) MOE__INT8_KERNEL(S, T, 2, 2)       \
-  MOE__INT8_KERNEL(S, T, 1, 3)
-#define MOE__INT8_SMALL_LIST(S)                                                                                             \
-  {{NULL},                                                                                                                  \
-   {NULL, S##_int8_1x1, S##_int8_2x1, S##_int8_3x1, S##_int8_4x1, S##_int8_5x1, S##_int8_6x1},                              \
-   {NULL, S##_int8_1x2, S##_int8_2x2},                                                                                      \
-   {NULL, S##_int8_1x3}},                                                                                                   \
-  {0, 6, 2, 1}
+#define MOE__INT8_SMALL(S, T) \
+  MOE__KERNELS6(MOE__INT8_KERNEL, S, T, 1) MOE__KERNELS2(MOE__INT8_KERNEL, S, T, 2) MOE__INT8_KERNEL(S, T, 1, 3)
+#define MOE__INT8_SMALL_TABLE(S) \
+  {{NULL}, {NULL, MOE__NAMES6(S##_int8, 1)}, {NULL, MOE__NAMES2(S##_int8, 2)}, {NULL, S##_int8_1x3}}, {0, 6, 2, 1}
 #endif
 
 #ifdef MOE__X86
@@ -4035,40 +4013,42 @@ MOE__T_AVX2 static void moe__avx2_int8_dot4(int32_t sum[4], const unsigned char 
 }
 
 /* Plain AVX2: 4 outputs x 4 inputs of a step, widened to 16 bits, times the step of x: two sums for each output, added at the end. */
-#define MOE__INT8_START(P, i) __m256i c##i##0 = _mm256_setzero_si256(), c##i##1 = c##i##0, c##i##2 = c##i##0, c##i##3 = c##i##0;
-#define MOE__INT8_STEP(P, i)                                                                               \
-  {                                                                                                        \
-    __m256i v = _mm256_cvtepi8_epi16(_mm_set1_epi32(moe__int8_step(x + i * b->x_row)));                    \
-    c##i##0 = _mm256_add_epi32(c##i##0, _mm256_madd_epi16(v, w0));                                         \
-    c##i##1 = _mm256_add_epi32(c##i##1, _mm256_madd_epi16(v, w1));                                         \
-    c##i##2 = _mm256_add_epi32(c##i##2, _mm256_madd_epi16(v, w2));                                         \
-    c##i##3 = _mm256_add_epi32(c##i##3, _mm256_madd_epi16(v, w3));                                         \
+#define MOE__INT8_START(S, P, i) __m256i c##i##0 = _mm256_setzero_si256(), c##i##1 = c##i##0, c##i##2 = c##i##0, c##i##3 = c##i##0;
+#define MOE__INT8_STEP(S, P, i)                                                         \
+  {                                                                                     \
+    __m256i v = _mm256_cvtepi8_epi16(_mm_set1_epi32(moe__int8_step(x + i * b->x_row))); \
+    c##i##0 = _mm256_add_epi32(c##i##0, _mm256_madd_epi16(v, w0));                      \
+    c##i##1 = _mm256_add_epi32(c##i##1, _mm256_madd_epi16(v, w1));                      \
+    c##i##2 = _mm256_add_epi32(c##i##2, _mm256_madd_epi16(v, w2));                      \
+    c##i##3 = _mm256_add_epi32(c##i##3, _mm256_madd_epi16(v, w3));                      \
   }
-#define MOE__INT8_STORE(P, i)                                                                              \
-  {                                                                                                        \
-    __m256i low = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c##i##0, c##i##1), 0xd8);                     \
-    __m256i high = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c##i##2, c##i##3), 0xd8);                    \
-    MOE__INT8_END(moe__avx2, i, 0, moe__avx2_itwo(low, high))                                              \
+#define MOE__INT8_STORE(S, P, i)                                                        \
+  {                                                                                     \
+    __m256i low = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c##i##0, c##i##1), 0xd8);  \
+    __m256i high = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c##i##2, c##i##3), 0xd8); \
+    MOE__INT8_END(moe__avx2, i, 0, moe__avx2_itwo(low, high))                           \
   }
-#define MOE__INT8_AVX2(R)                                                                                  \
-  MOE__T_AVX2 static void moe__avx2_int8_##R##x1(const moe__int8_block *b) {                               \
-    const signed char *w = b->panels;                                                                      \
-    const unsigned char *x = b->x;                                                                         \
-    size_t step;                                                                                           \
-    MOE__INT8_ROW##R(MOE__INT8_START, 1)                                                                   \
-    for (step = 0; step < b->steps; ++step, w += 64, x += 4) {                                             \
-      __m256i w0 = MOE__WIDE(w), w1 = MOE__WIDE(w + 16), w2 = MOE__WIDE(w + 32), w3 = MOE__WIDE(w + 48);   \
-      MOE__INT8_ROW##R(MOE__INT8_STEP, 1)                                                                  \
-    }                                                                                                      \
-    MOE__INT8_ROW##R(MOE__INT8_STORE, 1)                                                                   \
+#define MOE__INT8_AVX2(R)                                                                                \
+  MOE__T_AVX2 static void moe__avx2_int8_##R##x1(const moe__int8_block *b) {                             \
+    const signed char *w = b->panels;                                                                    \
+    const unsigned char *x = b->x;                                                                       \
+    size_t step;                                                                                         \
+    MOE__EACH_ROW##R(MOE__INT8_START, moe__avx2, 1)                                                      \
+    for (step = 0; step < b->steps; ++step, w += 64, x += 4) {                                           \
+      __m256i w0 = MOE__WIDE(w), w1 = MOE__WIDE(w + 16), w2 = MOE__WIDE(w + 32), w3 = MOE__WIDE(w + 48); \
+      MOE__EACH_ROW##R(MOE__INT8_STEP, moe__avx2, 1)                                                     \
+    }                                                                                                    \
+    MOE__EACH_ROW##R(MOE__INT8_STORE, moe__avx2, 1)                                                      \
   }
 MOE__INT8_AVX2(1)
 MOE__INT8_AVX2(2)
 static const moe__int8_kernels moe__avx2_int8 = {
-  {{NULL}, {NULL, moe__avx2_int8_1x1, moe__avx2_int8_2x1}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0, moe__avx2_int8_quantize, moe__avx2_int8_dot4};
+  {{NULL}, {NULL, MOE__NAMES2(moe__avx2_int8, 1)}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0,
+  moe__avx2_int8_quantize, moe__avx2_int8_dot4};
 /* AVX-512 without VNNI has but a few processors: they quantise faster, and multiply as above. */
 static const moe__int8_kernels moe__avx512_int8 = {
-  {{NULL}, {NULL, moe__avx2_int8_1x1, moe__avx2_int8_2x1}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0, moe__avx512_int8_quantize, moe__avx2_int8_dot4};
+  {{NULL}, {NULL, MOE__NAMES2(moe__avx2_int8, 1)}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0,
+  moe__avx512_int8_quantize, moe__avx2_int8_dot4};
 #undef MOE__INT8_START
 #undef MOE__INT8_STEP
 #undef MOE__INT8_STORE
@@ -4078,19 +4058,20 @@ static const moe__int8_kernels moe__avx512_int8 = {
 #ifdef MOE__AVX_VNNI
 /* AVX-VNNI: two registers to a panel */
 #define MOE__T_AVX_VNNI MOE__TARGET("avx2,fma,avxvnni")
-#define MOE__INT8_SUM(i, v) moe__avx2_i c##i##v = moe__avx2_iload(b->panels + v * b->panel + 64 * b->steps);
-#define MOE__INT8_LOAD(i, v) moe__avx2_i w##v = moe__avx2_iload(w + v * b->panel);
-#define MOE__INT8_ADD(i, v)                                         \
-  c##i##v.a = _mm256_dpbusd_avx_epi32(c##i##v.a, s, w##v.a);        \
+#define MOE__INT8_SUM(S, i, v) moe__avx2_i c##i##v = moe__avx2_iload(b->panels + v * b->panel + 64 * b->steps);
+#define MOE__INT8_LOAD(S, i, v) moe__avx2_i w##v = moe__avx2_iload(w + v * b->panel);
+#define MOE__INT8_ADD(S, i, v)                               \
+  c##i##v.a = _mm256_dpbusd_avx_epi32(c##i##v.a, s, w##v.a); \
   c##i##v.b = _mm256_dpbusd_avx_epi32(c##i##v.b, s, w##v.b);
-#define MOE__INT8_OUT(i, v) MOE__INT8_END(moe__avx2, i, v, c##i##v)
-#define MOE__INT8_STEP(P, i)                                                                \
-  {                                                                                         \
-    __m256i s = _mm256_set1_epi32(moe__int8_step(x + i * b->x_row));                        \
-    MOE__INT8_PANEL##P(MOE__INT8_ADD, i)                                                    \
+#define MOE__INT8_OUT(S, i, v) MOE__INT8_END(moe__avx2, i, v, c##i##v)
+#define MOE__INT8_STEP(S, P, i)                                      \
+  {                                                                  \
+    __m256i s = _mm256_set1_epi32(moe__int8_step(x + i * b->x_row)); \
+    MOE__EACH_PANEL##P(MOE__INT8_ADD, S, i)                          \
   }
 MOE__INT8_SMALL(moe__avx_vnni, MOE__T_AVX_VNNI)
-static const moe__int8_kernels moe__avx_vnni_int8 = {MOE__INT8_SMALL_LIST(moe__avx_vnni), 0x80, moe__avx2_int8_quantize, moe__avx2_int8_dot4};
+static const moe__int8_kernels moe__avx_vnni_int8 = {
+  MOE__INT8_SMALL_TABLE(moe__avx_vnni), 0x80, moe__avx2_int8_quantize, moe__avx2_int8_dot4};
 #undef MOE__INT8_SUM
 #undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
@@ -4106,37 +4087,30 @@ MOE__T_AVX512_VNNI MOE__INLINE __m512i moe__vnni_add(__m512i c, __m512i x, __m51
   __asm__("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(x), "v"(w));
   return c;
 }
-#define MOE__INT8_SUM(i, v) __m512i c##i##v = _mm512_loadu_si512(b->panels + v * b->panel + 64 * b->steps);
-#define MOE__INT8_LOAD(i, v) __m512i w##v = _mm512_loadu_si512(w + v * b->panel);
-#define MOE__INT8_ADD(i, v) c##i##v = moe__vnni_add(c##i##v, s, w##v);
-#define MOE__INT8_OUT(i, v) MOE__INT8_END(moe__avx512, i, v, c##i##v)
-#define MOE__INT8_STEP(P, i)                                                                \
-  {                                                                                         \
-    __m512i s = _mm512_set1_epi32(moe__int8_step(x + i * b->x_row));                        \
-    MOE__INT8_PANEL##P(MOE__INT8_ADD, i)                                                    \
+#define MOE__INT8_SUM(S, i, v) __m512i c##i##v = _mm512_loadu_si512(b->panels + v * b->panel + 64 * b->steps);
+#define MOE__INT8_LOAD(S, i, v) __m512i w##v = _mm512_loadu_si512(w + v * b->panel);
+#define MOE__INT8_ADD(S, i, v) c##i##v = moe__vnni_add(c##i##v, s, w##v);
+#define MOE__INT8_OUT(S, i, v) MOE__INT8_END(moe__avx512, i, v, c##i##v)
+#define MOE__INT8_STEP(S, P, i)                                      \
+  {                                                                  \
+    __m512i s = _mm512_set1_epi32(moe__int8_step(x + i * b->x_row)); \
+    MOE__EACH_PANEL##P(MOE__INT8_ADD, S, i)                          \
   }
-#define MOE__INT8_TO8(P)                                                                                                   \
-  MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 1, P) MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 2, P)               \
-  MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 3, P) MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 4, P)               \
-  MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 5, P) MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 6, P)               \
-  MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 7, P) MOE__INT8_KERNEL(moe__vnni, MOE__T_AVX512_VNNI, 8, P)
-#define MOE__INT8_LIST8(P)                                                                                                 \
-  {NULL, moe__vnni_int8_1x##P, moe__vnni_int8_2x##P, moe__vnni_int8_3x##P, moe__vnni_int8_4x##P, moe__vnni_int8_5x##P,     \
-   moe__vnni_int8_6x##P, moe__vnni_int8_7x##P, moe__vnni_int8_8x##P}
-MOE__INT8_TO8(1)
-MOE__INT8_TO8(2)
-MOE__INT8_TO8(3)
+MOE__KERNELS8(MOE__INT8_KERNEL, moe__vnni, MOE__T_AVX512_VNNI, 1)
+MOE__KERNELS8(MOE__INT8_KERNEL, moe__vnni, MOE__T_AVX512_VNNI, 2)
+MOE__KERNELS8(MOE__INT8_KERNEL, moe__vnni, MOE__T_AVX512_VNNI, 3)
 static const moe__int8_kernels moe__vnni_int8 = {
-  {{NULL}, MOE__INT8_LIST8(1), MOE__INT8_LIST8(2), MOE__INT8_LIST8(3)}, {0, 8, 8, 8}, 0x80, moe__avx512_int8_quantize, moe__avx2_int8_dot4};
+  {{NULL}, {NULL, MOE__NAMES8(moe__vnni_int8, 1)}, {NULL, MOE__NAMES8(moe__vnni_int8, 2)}, {NULL, MOE__NAMES8(moe__vnni_int8, 3)}},
+  {0, 8, 8, 8}, 0x80, moe__avx512_int8_quantize, moe__avx2_int8_dot4};
 #undef MOE__INT8_SUM
 #undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
 #undef MOE__INT8_STEP
 #undef MOE__INT8_OUT
-#undef MOE__INT8_TO8
-#undef MOE__INT8_LIST8
 #endif
 #endif /* MOE__X86 */
+
+/* ---- kernels with weights of 8 bits: NEON ---- >>lowp_neon */
 
 #ifdef MOE__NEON
 static float moe__neon_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {
@@ -4201,42 +4175,41 @@ static void moe__neon_int8_dot4(int32_t sum[4], const unsigned char *x, const si
 }
 
 /* Without dot product: 2 outputs x 4 inputs of a step are 8 products of 16 bits, added by pairs: two sums for each output. */
-#define MOE__INT8_SUM(i, v) int32x4_t c##i##v = vdupq_n_s32(0);
 #define MOE__INT8_HALVES(i, v, w)                                     \
   c##i##v = vpadalq_s16(c##i##v, vmull_s8(s, vget_low_s8(w)));        \
   c##i##v##h = vpadalq_s16(c##i##v##h, vmull_s8(s, vget_high_s8(w)));
-#define MOE__INT8_START(P, i)                                                         \
+#define MOE__INT8_START(S, P, i)                                                               \
   int32x4_t c##i##0 = vdupq_n_s32(0), c##i##1 = c##i##0, c##i##2 = c##i##0, c##i##3 = c##i##0; \
   int32x4_t c##i##0h = c##i##0, c##i##1h = c##i##0, c##i##2h = c##i##0, c##i##3h = c##i##0;
-#define MOE__INT8_STEP(P, i)                                                          \
-  {                                                                                   \
-    int8x8_t s = vreinterpret_s8_s32(vdup_n_s32(moe__int8_step(x + i * b->x_row)));   \
-    MOE__INT8_HALVES(i, 0, w0)                                                        \
-    MOE__INT8_HALVES(i, 1, w1)                                                        \
-    MOE__INT8_HALVES(i, 2, w2)                                                        \
-    MOE__INT8_HALVES(i, 3, w3)                                                        \
+#define MOE__INT8_STEP(S, P, i)                                                     \
+  {                                                                                 \
+    int8x8_t s = vreinterpret_s8_s32(vdup_n_s32(moe__int8_step(x + i * b->x_row))); \
+    MOE__INT8_HALVES(i, 0, w0)                                                      \
+    MOE__INT8_HALVES(i, 1, w1)                                                      \
+    MOE__INT8_HALVES(i, 2, w2)                                                      \
+    MOE__INT8_HALVES(i, 3, w3)                                                      \
   }
 #define MOE__INT8_FOUR(i, v) vreinterpretq_u32_s32(vpaddq_s32(c##i##v, c##i##v##h))
-#define MOE__INT8_STORE(P, i)                                                                                                   \
-  MOE__INT8_END(moe__neon, i, 0,                                                                                                \
+#define MOE__INT8_STORE(S, P, i) \
+  MOE__INT8_END(moe__neon, i, 0, \
                 moe__neon_ifour(MOE__INT8_FOUR(i, 0), MOE__INT8_FOUR(i, 1), MOE__INT8_FOUR(i, 2), MOE__INT8_FOUR(i, 3)))
-#define MOE__INT8_NEON(R)                                                                                      \
-  static void moe__neon_int8_##R##x1(const moe__int8_block *b) {                                               \
-    const signed char *w = b->panels;                                                                          \
-    const unsigned char *x = b->x;                                                                             \
-    size_t step;                                                                                               \
-    MOE__INT8_ROW##R(MOE__INT8_START, 1)                                                                       \
-    for (step = 0; step < b->steps; ++step, w += 64, x += 4) {                                                 \
-      int8x16_t w0 = vld1q_s8(w), w1 = vld1q_s8(w + 16), w2 = vld1q_s8(w + 32), w3 = vld1q_s8(w + 48);         \
-      MOE__INT8_ROW##R(MOE__INT8_STEP, 1)                                                                      \
-    }                                                                                                          \
-    MOE__INT8_ROW##R(MOE__INT8_STORE, 1)                                                                       \
+#define MOE__INT8_NEON(R)                                                                              \
+  static void moe__neon_int8_##R##x1(const moe__int8_block *b) {                                       \
+    const signed char *w = b->panels;                                                                  \
+    const unsigned char *x = b->x;                                                                     \
+    size_t step;                                                                                       \
+    MOE__EACH_ROW##R(MOE__INT8_START, moe__neon, 1)                                                    \
+    for (step = 0; step < b->steps; ++step, w += 64, x += 4) {                                         \
+      int8x16_t w0 = vld1q_s8(w), w1 = vld1q_s8(w + 16), w2 = vld1q_s8(w + 32), w3 = vld1q_s8(w + 48); \
+      MOE__EACH_ROW##R(MOE__INT8_STEP, moe__neon, 1)                                                   \
+    }                                                                                                  \
+    MOE__EACH_ROW##R(MOE__INT8_STORE, moe__neon, 1)                                                    \
   }
 MOE__INT8_NEON(1)
 MOE__INT8_NEON(2)
 static const moe__int8_kernels moe__neon_int8 = {
-  {{NULL}, {NULL, moe__neon_int8_1x1, moe__neon_int8_2x1}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0, moe__neon_int8_quantize, moe__neon_int8_dot4};
-#undef MOE__INT8_SUM
+  {{NULL}, {NULL, MOE__NAMES2(moe__neon_int8, 1)}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0,
+  moe__neon_int8_quantize, moe__neon_int8_dot4};
 #undef MOE__INT8_HALVES
 #undef MOE__INT8_START
 #undef MOE__INT8_STEP
@@ -4268,26 +4241,27 @@ MOE__T_NEON_DOT static void moe__neon_dot_int8_dot4(int32_t sum[4], const unsign
   MOE__DOT4_REST
 }
 
-#define MOE__INT8_SUM(i, v) int32x4_t c##i##v##0 = vdupq_n_s32(0), c##i##v##1 = c##i##v##0, c##i##v##2 = c##i##v##0, c##i##v##3 = c##i##v##0;
-#define MOE__INT8_LOAD(i, v)                                                                                     \
-  int8x16_t w##v##0 = vld1q_s8(w + v * b->panel), w##v##1 = vld1q_s8(w + v * b->panel + 16);                     \
+#define MOE__INT8_SUM(S, i, v) int32x4_t c##i##v##0 = vdupq_n_s32(0), c##i##v##1 = c##i##v##0, c##i##v##2 = c##i##v##0, c##i##v##3 = c##i##v##0;
+#define MOE__INT8_LOAD(S, i, v)                                                              \
+  int8x16_t w##v##0 = vld1q_s8(w + v * b->panel), w##v##1 = vld1q_s8(w + v * b->panel + 16); \
   int8x16_t w##v##2 = vld1q_s8(w + v * b->panel + 32), w##v##3 = vld1q_s8(w + v * b->panel + 48);
-#define MOE__INT8_ADD(i, v)                          \
-  c##i##v##0 = vdotq_s32(c##i##v##0, s, w##v##0);    \
-  c##i##v##1 = vdotq_s32(c##i##v##1, s, w##v##1);    \
-  c##i##v##2 = vdotq_s32(c##i##v##2, s, w##v##2);    \
+#define MOE__INT8_ADD(S, i, v)                    \
+  c##i##v##0 = vdotq_s32(c##i##v##0, s, w##v##0); \
+  c##i##v##1 = vdotq_s32(c##i##v##1, s, w##v##1); \
+  c##i##v##2 = vdotq_s32(c##i##v##2, s, w##v##2); \
   c##i##v##3 = vdotq_s32(c##i##v##3, s, w##v##3);
-#define MOE__INT8_STEP(P, i)                                                                \
-  {                                                                                         \
-    int8x16_t s = vreinterpretq_s8_s32(vdupq_n_s32(moe__int8_step(x + i * b->x_row)));      \
-    MOE__INT8_PANEL##P(MOE__INT8_ADD, i)                                                    \
+#define MOE__INT8_STEP(S, P, i)                                                        \
+  {                                                                                    \
+    int8x16_t s = vreinterpretq_s8_s32(vdupq_n_s32(moe__int8_step(x + i * b->x_row))); \
+    MOE__EACH_PANEL##P(MOE__INT8_ADD, S, i)                                            \
   }
-#define MOE__INT8_OUT(i, v)                                                                                                 \
-  MOE__INT8_END(moe__neon, i, v,                                                                                            \
-                moe__neon_ifour(vreinterpretq_u32_s32(c##i##v##0), vreinterpretq_u32_s32(c##i##v##1),                       \
+#define MOE__INT8_OUT(S, i, v)                                                                        \
+  MOE__INT8_END(moe__neon, i, v,                                                                      \
+                moe__neon_ifour(vreinterpretq_u32_s32(c##i##v##0), vreinterpretq_u32_s32(c##i##v##1), \
                                 vreinterpretq_u32_s32(c##i##v##2), vreinterpretq_u32_s32(c##i##v##3)))
 MOE__INT8_SMALL(moe__neon_dot, MOE__T_NEON_DOT)
-static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_LIST(moe__neon_dot), 0, moe__neon_int8_quantize, moe__neon_dot_int8_dot4};
+static const moe__int8_kernels moe__neon_dot_int8 = {
+  MOE__INT8_SMALL_TABLE(moe__neon_dot), 0, moe__neon_int8_quantize, moe__neon_dot_int8_dot4};
 #undef MOE__INT8_SUM
 #undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
@@ -4301,11 +4275,13 @@ static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_LIST(moe__n
 #if defined(MOE__X86) || defined(MOE__NEON)
 #undef MOE__INT8_KERNEL
 #undef MOE__INT8_SMALL
-#undef MOE__INT8_SMALL_LIST
+#undef MOE__INT8_SMALL_TABLE
 #undef MOE__INT8_KERNEL_START
 #undef MOE__INT8_KERNEL_STORE
 #undef MOE__INT8_END
 #endif
+
+/* ---- products with weights of 8 bits over threads; packing, quantising ---- >>lowp_run */
 
 static const moe__int8_kernels *moe__int8_pick(const moe_env *env) {
 #ifdef MOE__AVX512_VNNI
@@ -4518,7 +4494,7 @@ MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows,
   moe__parallel(env, (rows + 15) / 16, moe__int8_quantize_tile, &job);
 }
 
-/* ---- products with bf16 operands ---- >>bf16 */
+/* ---- products with bf16 operands: what they are, in plain C ---- >>bf16 */
 
 /* C = A B with the elements of A and B rounded to bf16 (8 bits of significand, the exponents of a float) and sums in fp32. What is rounded is
    a copy: weights, activations and gradients stay fp32 in memory.
@@ -4657,6 +4633,8 @@ static const moe__bf16_kernels moe__scalar_bf16 = {
   {{NULL}, {NULL, moe__scalar_bf16_1x1}, {NULL}, {NULL}, {NULL}, {NULL}, {NULL}}, {0, 1, 0, 0, 0, 0, 0}, 0, 1, 1, 0, 0, NULL, NULL, NULL,
   moe__scalar_bf16_floats, moe__scalar_bf16_along, moe__scalar_bf16_across, moe__scalar_bf16_turn};
 
+/* ---- kernels with bf16 operands: AVX-512, vdpbf16ps, AMX ---- >>bf16_x86 */
+
 #ifdef MOE__X86
 MOE__T_AVX512 MOE__INLINE __m512i moe__avx512_bf16_round(__m512 x) {
   __m512i u = _mm512_castps_si512(x);
@@ -4755,42 +4733,36 @@ static void moe__x86_unflush(unsigned saved) { _mm_setcsr(saved); }
 #define MOE__BF16_ROW_START(S, P, i) MOE__EACH_PANEL##P(MOE__BF16_START, S, i)
 #define MOE__BF16_ROW_STORE(S, P, i) MOE__EACH_PANEL##P(MOE__BF16_STORE, S, i)
 #define MOE__BF16_ROW_STEP(S, P, i) { __m512 s = MOE__BF16_WORD(MOE__A##i); MOE__EACH_PANEL##P(MOE__BF16_ADD, S, i) }
-#define MOE__BF16_FMA(R, P)                                                                                      \
-  MOE__T_AVX512 static void moe__avx512_bf16_##R##x##P(const moe__bf16_block *b, size_t rows) {                  \
-    const uint32_t *x = b->a, *w = b->b;                                                                         \
-    size_t a_row = b->a_row, a_row3 = 3 * a_row, a_col = b->a_col, b_panel = b->b_panel, steps = b->steps;       \
-    __m512i halves = _mm512_set1_epi32((int)0xffff0000u);                                                        \
-    MOE__EACH_ROW##R(MOE__BF16_ROW_START, S, P)                                                                  \
-    for (; steps > 0; --steps, x += 2 * a_col, w += 16) {                                                        \
-      {                                                                                                          \
-        const uint32_t *a = x + a_col, *a4 = R > 4 ? a + 4 * a_row : a;                                          \
-        MOE__EACH_PANEL##P(MOE__BF16_HIGH, S, 0)                                                                 \
-        MOE__EACH_ROW##R(MOE__BF16_ROW_STEP, S, P)                                                               \
-        (void)a4;                                                                                                \
-      }                                                                                                          \
-      {                                                                                                          \
-        const uint32_t *a = x, *a4 = R > 4 ? a + 4 * a_row : a;                                                  \
-        MOE__EACH_PANEL##P(MOE__BF16_LOW, S, 0)                                                                  \
-        MOE__EACH_ROW##R(MOE__BF16_ROW_STEP, S, P)                                                               \
-        (void)a4;                                                                                                \
-      }                                                                                                          \
-    }                                                                                                            \
-    MOE__EACH_ROW##R(MOE__BF16_ROW_STORE, S, P)                                                                  \
-    (void)rows, (void)a_row3, (void)b_panel;                                                                     \
+#define MOE__BF16_FMA(S, T, R, P)                                                                          \
+  T static void S##_bf16_##R##x##P(const moe__bf16_block *b, size_t rows) {                                \
+    const uint32_t *x = b->a, *w = b->b;                                                                   \
+    size_t a_row = b->a_row, a_row3 = 3 * a_row, a_col = b->a_col, b_panel = b->b_panel, steps = b->steps; \
+    __m512i halves = _mm512_set1_epi32((int)0xffff0000u);                                                  \
+    MOE__EACH_ROW##R(MOE__BF16_ROW_START, S, P)                                                            \
+    for (; steps > 0; --steps, x += 2 * a_col, w += 16) {                                                  \
+      {                                                                                                    \
+        const uint32_t *a = x + a_col, *a4 = R > 4 ? a + 4 * a_row : a;                                    \
+        MOE__EACH_PANEL##P(MOE__BF16_HIGH, S, 0)                                                           \
+        MOE__EACH_ROW##R(MOE__BF16_ROW_STEP, S, P)                                                         \
+        (void)a4;                                                                                          \
+      }                                                                                                    \
+      {                                                                                                    \
+        const uint32_t *a = x, *a4 = R > 4 ? a + 4 * a_row : a;                                            \
+        MOE__EACH_PANEL##P(MOE__BF16_LOW, S, 0)                                                            \
+        MOE__EACH_ROW##R(MOE__BF16_ROW_STEP, S, P)                                                         \
+        (void)a4;                                                                                          \
+      }                                                                                                    \
+    }                                                                                                      \
+    MOE__EACH_ROW##R(MOE__BF16_ROW_STORE, S, P)                                                            \
+    (void)rows, (void)a_row3, (void)b_panel;                                                               \
   }
-#define MOE__BF16_TO8(K, P) K(1, P) K(2, P) K(3, P) K(4, P) K(5, P) K(6, P) K(7, P) K(8, P)
-#define MOE__BF16_LIST4(N, P) {NULL, N##_1x##P, N##_2x##P, N##_3x##P, N##_4x##P}
-#define MOE__BF16_LIST8(N, P) {NULL, N##_1x##P, N##_2x##P, N##_3x##P, N##_4x##P, N##_5x##P, N##_6x##P, N##_7x##P, N##_8x##P}
-MOE__BF16_TO8(MOE__BF16_FMA, 1)
-MOE__BF16_TO8(MOE__BF16_FMA, 2)
-MOE__BF16_TO8(MOE__BF16_FMA, 3)
-MOE__BF16_FMA(1, 6)
-MOE__BF16_FMA(2, 6)
-MOE__BF16_FMA(3, 6)
-MOE__BF16_FMA(4, 6)
+MOE__KERNELS8(MOE__BF16_FMA, moe__avx512, MOE__T_AVX512, 1)
+MOE__KERNELS8(MOE__BF16_FMA, moe__avx512, MOE__T_AVX512, 2)
+MOE__KERNELS8(MOE__BF16_FMA, moe__avx512, MOE__T_AVX512, 3)
+MOE__KERNELS4(MOE__BF16_FMA, moe__avx512, MOE__T_AVX512, 6)
 static const moe__bf16_kernels moe__avx512_bf16 = {
-  {{NULL}, MOE__BF16_LIST8(moe__avx512_bf16, 1), MOE__BF16_LIST8(moe__avx512_bf16, 2), MOE__BF16_LIST8(moe__avx512_bf16, 3), {NULL}, {NULL},
-   MOE__BF16_LIST4(moe__avx512_bf16, 6)},
+  {{NULL}, {NULL, MOE__NAMES8(moe__avx512_bf16, 1)}, {NULL, MOE__NAMES8(moe__avx512_bf16, 2)}, {NULL, MOE__NAMES8(moe__avx512_bf16, 3)},
+   {NULL}, {NULL}, {NULL, MOE__NAMES4(moe__avx512_bf16, 6)}},
   {0, 8, 8, 8, 0, 0, 4}, 4, 6, 3, 0, 0, moe__x86_flush, moe__x86_unflush, NULL,
   moe__avx512_bf16_floats, moe__avx512_bf16_along, moe__avx512_bf16_across, moe__avx512_bf16_turn};
 
@@ -4803,30 +4775,27 @@ MOE__T_AVX512 MOE__INLINE __m512 moe__bf16_dot(__m512 c, __m512i x, __m512i w) {
 #define MOE__BF16_PAIR(S, i, v) __m512i w##v = _mm512_loadu_si512(w + v * b_panel);
 #define MOE__BF16_DOT(S, i, v) c##i##v = moe__bf16_dot(c##i##v, s, w##v);
 #define MOE__BF16_ROW_DOT(S, P, i) { __m512i s = _mm512_set1_epi32((int)MOE__A##i); MOE__EACH_PANEL##P(MOE__BF16_DOT, S, i) }
-#define MOE__BF16_DP(R, P)                                                                                       \
-  MOE__T_AVX512 static void moe__dp_bf16_##R##x##P(const moe__bf16_block *b, size_t rows) {                      \
-    const uint32_t *a = b->a, *w = b->b;                                                                         \
-    size_t a_row = b->a_row, a_row3 = 3 * a_row, a_col = b->a_col, b_panel = b->b_panel, steps = b->steps;       \
-    MOE__EACH_ROW##R(MOE__BF16_ROW_START, S, P)                                                                  \
-    for (; steps > 0; --steps, a += a_col, w += 16) {                                                            \
-      const uint32_t *a4 = R > 4 ? a + 4 * a_row : a;                                                            \
-      MOE__EACH_PANEL##P(MOE__BF16_PAIR, S, 0)                                                                   \
-      MOE__EACH_ROW##R(MOE__BF16_ROW_DOT, S, P)                                                                  \
-      (void)a4;                                                                                                  \
-    }                                                                                                            \
-    MOE__EACH_ROW##R(MOE__BF16_ROW_STORE, S, P)                                                                  \
-    (void)rows, (void)a_row3, (void)b_panel;                                                                     \
+#define MOE__BF16_DP(S, T, R, P)                                                                           \
+  T static void S##_bf16_##R##x##P(const moe__bf16_block *b, size_t rows) {                                \
+    const uint32_t *a = b->a, *w = b->b;                                                                   \
+    size_t a_row = b->a_row, a_row3 = 3 * a_row, a_col = b->a_col, b_panel = b->b_panel, steps = b->steps; \
+    MOE__EACH_ROW##R(MOE__BF16_ROW_START, S, P)                                                            \
+    for (; steps > 0; --steps, a += a_col, w += 16) {                                                      \
+      const uint32_t *a4 = R > 4 ? a + 4 * a_row : a;                                                      \
+      MOE__EACH_PANEL##P(MOE__BF16_PAIR, S, 0)                                                             \
+      MOE__EACH_ROW##R(MOE__BF16_ROW_DOT, S, P)                                                            \
+      (void)a4;                                                                                            \
+    }                                                                                                      \
+    MOE__EACH_ROW##R(MOE__BF16_ROW_STORE, S, P)                                                            \
+    (void)rows, (void)a_row3, (void)b_panel;                                                               \
   }
-MOE__BF16_TO8(MOE__BF16_DP, 1)
-MOE__BF16_TO8(MOE__BF16_DP, 2)
-MOE__BF16_TO8(MOE__BF16_DP, 3)
-MOE__BF16_DP(1, 6)
-MOE__BF16_DP(2, 6)
-MOE__BF16_DP(3, 6)
-MOE__BF16_DP(4, 6)
+MOE__KERNELS8(MOE__BF16_DP, moe__dp, MOE__T_AVX512, 1)
+MOE__KERNELS8(MOE__BF16_DP, moe__dp, MOE__T_AVX512, 2)
+MOE__KERNELS8(MOE__BF16_DP, moe__dp, MOE__T_AVX512, 3)
+MOE__KERNELS4(MOE__BF16_DP, moe__dp, MOE__T_AVX512, 6)
 static const moe__bf16_kernels moe__dp_bf16 = {
-  {{NULL}, MOE__BF16_LIST8(moe__dp_bf16, 1), MOE__BF16_LIST8(moe__dp_bf16, 2), MOE__BF16_LIST8(moe__dp_bf16, 3), {NULL}, {NULL},
-   MOE__BF16_LIST4(moe__dp_bf16, 6)},
+  {{NULL}, {NULL, MOE__NAMES8(moe__dp_bf16, 1)}, {NULL, MOE__NAMES8(moe__dp_bf16, 2)}, {NULL, MOE__NAMES8(moe__dp_bf16, 3)},
+   {NULL}, {NULL}, {NULL, MOE__NAMES4(moe__dp_bf16, 6)}},
   {0, 8, 8, 8, 0, 0, 4}, 4, 6, 3, 1, 0, NULL, NULL, NULL,
   moe__avx512_bf16_floats, moe__avx512_bf16_along, moe__avx512_bf16_across, moe__avx512_bf16_turn};
 #undef MOE__BF16_PAIR
@@ -4844,9 +4813,6 @@ static const moe__bf16_kernels moe__dp_bf16 = {
 #undef MOE__BF16_ROW_STORE
 #undef MOE__BF16_ROW_STEP
 #undef MOE__BF16_FMA
-#undef MOE__BF16_TO8
-#undef MOE__BF16_LIST4
-#undef MOE__BF16_LIST8
 
 #ifdef MOE__AMX_BF16
 /* AMX: eight tiles of 16 rows of 64 bytes. Instructions by hand: the intrinsics of gcc do not say what memory they touch, and stores before
@@ -4960,6 +4926,8 @@ static const moe__bf16_kernels moe__amx_bf16 = {
 #undef MOE__TILE_CONFIG
 #endif
 #endif /* MOE__X86 */
+
+/* ---- products with bf16 operands over threads; packing ---- >>bf16_run */
 
 /* For tiles of work of so many rows. One or two rows wait for the weights to come: vdpbf16ps has less to do then, slow as it may be. */
 static const moe__bf16_kernels *moe__bf16_pick(const moe_env *env, size_t rows) {
@@ -10213,7 +10181,7 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
 }
 
 #endif /* MOE_NO_TRAIN */
-/* ---- the little JSON that the files need ---- >>json
+/* ---- reading the little JSON that the files need ---- >>json
    A strict pull parser (RFC 8259) over a range of bytes: the caller asks for what it expects, nothing is allocated, and a text that is
    not JSON ends in an error, not in a guess. */
 
@@ -10532,6 +10500,8 @@ static int moe__json_finish(moe__json *j) {
   if (!j->error && moe__json_kind(j) >= 0) return moe__json_fail(j, "something follows the end");
   return !j->error;
 }
+
+/* ---- writing text, numbers and JSON ---- >>out */
 
 /* Bytes on their way into a moe_writer, in portions. Without a writer they are only counted. */
 typedef struct moe__out {
