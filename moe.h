@@ -452,6 +452,9 @@ typedef struct moe_route_options {
   const uint8_t *disabled; /* (N) 1: the gate does without this expert, whose probability is 0 (a logit of minus infinity),
                               and the softmax of Eq. 4 runs over the others; NULL: none. At least k must stay. Routes that
                               are forced ignore it */
+  const uint8_t *absent; /* (N) 1: this expert is never chosen, the best of the others stands in for it; its logit takes
+                            part in the softmax as ever, so that no probability changes. At least k must be there, and
+                            forced routes must spare them; NULL: none */
 } moe_route_options;
 
 /* logits = x W_g^T with the gate of each sequence [TaG] Eq. 3, softmax, top-k, dispatch. x (M, H); gates (G, N, H); gate_of
@@ -551,6 +554,9 @@ typedef struct moe_config {
   int32_t vector;                        /* width of a task's vector (64) */
   float temperature;                     /* tau of MOE_SELECT_SOFTMAX outside training, where moe_train_tau decides: 0.1,
                                             where its fall ends */
+  const uint8_t *absent;                 /* (L, N) 1: the model goes without this expert (moe_route_options.absent), of which
+                                            no tensor but its rows in the gates is there; k a layer must stay. Owned by
+                                            whoever made the configuration (a model copies it); NULL: all are there */
 } moe_config;
 MOE_API void moe_config_init(moe_config *config);
 /* MOE_E_ARGUMENT with a sentence for any field outside its range. */
@@ -683,7 +689,8 @@ MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t
 MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes, const moe_env *env);
 /* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN, or m of each block, #18, #32) from the
    file: F32, F16 or BF16. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT with a sentence for each
-   tensor that is missing, misshapen or not finite (16 at most); nothing is changed then. options NULL: no noise. */
+   tensor that is missing, misshapen or not finite (16 at most); nothing is changed then. options NULL: no noise.
+   MOE_E_UNSUPPORTED for int8 models and those with absent experts. */
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes, const moe_import_options *options,
                                     const moe_env *env);
 
@@ -697,19 +704,13 @@ enum { MOE_GATE_RANDOM = -1, MOE_GATE_MEAN = -2 };
 MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, const moe_task *task, int32_t gate_from,
                                    uint64_t seed, const moe_env *env);
 
-/* Which experts come along when tasks are taken out of a model. */
-typedef struct moe_extract_options {
-  int32_t experts;     /* N of the new model: every layer keeps as many */
-  const int32_t *keep; /* (L, experts) numbers of the experts kept, rising within a layer */
-  const float *factor; /* (L, experts) what the output of a kept expert is multiplied with, NULL: 1. Without the rows of the
-                          others a softmax gives higher probabilities; the ratio of the mean weights before and after makes
-                          up for it */
-} moe_extract_options;
-/* A model on the heap, packed, with n of the tasks, in the order given; without options their scores have the same bits as
-   before. Gates lose the rows of experts that do not come along: what moe_context_disable does, but for the factor N of the
-   gate scale. MOE_E_ARGUMENT: a task or expert that is not there, or is named twice; blocks as experts with options. */
+/* A model on the heap, packed, with n of the tasks, in the order given, and without the experts marked 1 in drop (L, N),
+   or with all (NULL); names and numbers of the others stay. Tokens of a dropped expert go to the best one of their layer that
+   is there, with that one's own probability; all other tokens are computed as before, bit for bit (moe_config.absent). The new
+   model can do what any other can, training included. MOE_E_ARGUMENT: a task that is not there, or is named twice; a layer
+   would keep fewer than k experts; no gates, or blocks as experts, with drop. */
 MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, const int32_t *tasks, int32_t n,
-                                     const moe_extract_options *options, const moe_env *env);
+                                     const uint8_t *drop, const moe_env *env);
 
 #ifndef MOE_NO_STDIO
 /* Reads a whole file or pipe: *data (to be freed with moe_free) and *bytes. A zero that is not counted follows. MOE_E_IO,
@@ -6455,13 +6456,12 @@ static void moe__route_softmax(float *prob, const float *logits, int32_t N, cons
   for (i = 0; i < N; ++i) prob[i] /= sum;
 }
 
-/* The k largest of prob, the lowest index first among equals [TaG] Eq. 5. In range even if prob is not a number. disabled may be NULL: of
-   equals with probability 0 none is taken that is disabled. */
-static void moe__route_top(int32_t *expert, const float *prob, const uint8_t *disabled, int32_t N, int32_t k) {
+/* The k largest of prob, the lowest index first among equals [TaG] Eq. 5. In range even if prob is not a number. Experts that are disabled or
+   absent are not taken, whatever their probability; either may be NULL. */
+static void moe__route_top(int32_t *expert, const float *prob, const uint8_t *disabled, const uint8_t *absent, int32_t N, int32_t k) {
   uint8_t taken[MOE_MAX_EXPERTS];
   int32_t i, j;
-  if (disabled) memcpy(taken, disabled, (size_t)N);
-  else memset(taken, 0, (size_t)N);
+  for (i = 0; i < N; ++i) taken[i] = (disabled && disabled[i]) || (absent && absent[i]);
   for (j = 0; j < k; ++j) {
     int32_t best = -1;
     for (i = 0; i < N; ++i)
@@ -6503,7 +6503,7 @@ static void moe__route_tile(void *arg, int32_t tile, int32_t slot) {
     if (disabled) moe__route_disable(job->logits_out + at, disabled, r->N);
     moe__route_softmax(r->prob + at, job->logits_out + at, r->N, job->rows);
     if (job->options->forced) memcpy(r->expert + choice, job->options->forced + choice, (size_t)r->k * sizeof *r->expert);
-    else moe__route_top(r->expert + choice, r->prob + at, disabled, r->N, r->k);
+    else moe__route_top(r->expert + choice, r->prob + at, disabled, job->options->absent, r->N, r->k);
     moe__route_weights(r->weight + choice, r->prob + at, r->expert + choice, r->k, job->options);
   }
 }
@@ -6937,14 +6937,15 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
 
 /* ---- configuration, tasks, table of tensors ---- >>config */
 
-/* What the table of tensors says, as offsets: the flat array has no gaps, layers follow each other at a constant distance,
-   and so do the experts of a layer. Where the experts are whole blocks, a layer here is one block: block i of layer l is number
-   l m + i, and there is one feed-forward network in it. Query, key and value stand side by side, so that (3H, H) is one product; the gates of
-   all tasks are one (T, N, H). */
+/* What the table of tensors says, as offsets: the flat array has no gaps, the experts of a layer follow each other at a constant distance, and
+   so do the layers, but for their experts, of which some may be absent (moe__layer_at and moe__expert_at know how many). Where the experts are
+   whole blocks, a layer here is one block: block i of layer l is number l m + i, and there is one feed-forward network in it. Query, key and
+   value stand side by side, so that (3H, H) is one product; the gates of all tasks are one (T, N, H). */
 typedef struct moe__plan {
   size_t word, feature_w, feature_b, position, segment, norm_w, norm_b; /* embeddings */
-  size_t layers, layer_stride;                                          /* layer l: layers + l layer_stride */
-  size_t qkv_w, qkv_b, att_w, att_b, norm1_w, norm1_b, gates, experts, expert_stride, norm2_w, norm2_b; /* within a layer */
+  size_t layers, layer_stride;                                          /* of a layer without experts */
+  size_t qkv_w, qkv_b, att_w, att_b, norm1_w, norm1_b, gates, experts, expert_stride; /* within a layer */
+  size_t norm2_w, norm2_b; /* within a layer without experts: moe__norm2_at */
   size_t in_w, in_b, out_w, out_b; /* within an expert */
   size_t vectors, router, router_stride; /* task vectors (T, width); task-level routing: layer l has router + l router_stride */
   size_t score_in_w, score_in_b, score_out_w, score_out_b; /* within the router of a layer */
@@ -6982,6 +6983,12 @@ static int32_t moe__layer_blocks(const moe_config *config) { return config->unit
 static int32_t moe__block_count(const moe_config *config) { return config->layers * moe__layer_blocks(config); }
 /* Feed-forward networks of a block. */
 static int32_t moe__block_experts(const moe_config *config) { return config->unit == MOE_UNIT_BLOCK ? 1 : config->experts; }
+/* All that are there: without the absent ones. */
+static size_t moe__expert_count(const moe_config *config) {
+  size_t cells = (size_t)moe__block_count(config) * (size_t)moe__block_experts(config), count = cells, i;
+  for (i = 0; config->absent && i < cells; ++i) count -= config->absent[i] != 0;
+  return count;
+}
 /* Whether gates send tokens to feed-forward networks. */
 static int moe__has_gates(const moe_config *config) {
   return config->unit == MOE_UNIT_FFN && config->router != MOE_ROUTER_DENSE;
@@ -7038,6 +7045,21 @@ static moe_status moe__check_level(const moe_config *c, const moe_env *env) {
   return moe__check_range("vector", c->vector, 1, 65536, env);
 }
 
+/* Each layer has k experts at least. */
+static moe_status moe__check_absent(const moe_config *c, const moe_env *env) {
+  int32_t l, i;
+  if (!c->absent) return MOE_OK;
+  if (!moe__has_gates(c)) return moe__fail(env, MOE_E_ARGUMENT, "configuration: experts can be absent behind gates only");
+  for (l = 0; l < c->layers; ++l) {
+    int32_t left = 0;
+    for (i = 0; i < c->experts; ++i) left += !c->absent[(size_t)l * (size_t)c->experts + (size_t)i];
+    if (left < c->top_k)
+      return moe__fail(env, MOE_E_ARGUMENT, "configuration: of the %d experts of layer %d %d are there, a token needs %d", (int)c->experts,
+                       (int)l, (int)left, (int)c->top_k);
+  }
+  return MOE_OK;
+}
+
 MOE_API moe_status moe_config_check(const moe_config *config, const moe_env *env) {
   const moe_config *c = config;
   moe_status status = moe__check_sizes(c, env);
@@ -7054,7 +7076,7 @@ MOE_API moe_status moe_config_check(const moe_config *config, const moe_env *env
   if (!status) status = moe__check_range("cased", c->cased, 0, 1, env);
   if (!status && c->gate_scale_n && c->renormalize)
     return moe__fail(env, MOE_E_ARGUMENT, "configuration: gate_scale_n and renormalize exclude each other, both are 1");
-  return status;
+  return status ? status : moe__check_absent(c, env);
 }
 
 /* Length of a string that must end within `capacity` bytes, or `capacity`. */
@@ -7193,7 +7215,7 @@ static size_t moe__advance_matrix(moe__plan *p, size_t *at, size_t *q, size_t *p
 }
 
 static void moe__plan_layer(moe__plan *p, const moe_config *c, int32_t T, int *bad) {
-  size_t H = (size_t)c->hidden, F = (size_t)c->ffn, N = (size_t)moe__block_experts(c), at = 0, q = 0;
+  size_t H = (size_t)c->hidden, F = (size_t)c->ffn, N = (size_t)moe__block_experts(c), at = 0, q = 0; /* N: rows of a gate */
   p->in_w = moe__advance_matrix(p, &at, &q, &p->in_q, F, H, bad);
   p->in_b = moe__advance(&at, F, 1, bad);
   p->out_w = moe__advance_matrix(p, &at, &q, &p->out_q, H, F, bad);
@@ -7208,8 +7230,8 @@ static void moe__plan_layer(moe__plan *p, const moe_config *c, int32_t T, int *b
   p->norm1_w = moe__advance(&at, H, 1, bad);
   p->norm1_b = moe__advance(&at, H, 1, bad);
   p->gates = moe__advance(&at, moe__mul((size_t)moe__gate_count(c, T), N, bad), H, bad);
-  p->experts = moe__advance(&at, N, p->expert_stride, bad);
-  p->experts_q = moe__advance(&q, N, p->expert_q, bad);
+  p->experts = at;
+  p->experts_q = q;
   p->norm2_w = moe__advance(&at, H, 1, bad);
   p->norm2_b = moe__advance(&at, H, 1, bad);
   p->layer_stride = at;
@@ -7230,7 +7252,8 @@ static void moe__plan_level(moe__plan *p, size_t *at, const moe_config *c, int *
   p->router = moe__advance(at, (size_t)c->layers, within, bad);
 }
 
-/* Where the packed copies of a layer stand: query-key-value, attention output, then inner and outer weights of each expert. */
+/* Where the packed copies of a layer stand: query-key-value, attention output, then inner and outer weights of each expert (panel_stride, too,
+   is that of a layer without experts). */
 static size_t moe__panel_units(const moe__plan *p, int32_t rows, int32_t cols) {
   return p->quantized ? moe_pack_int8_bytes(rows, cols) : moe_pack_floats(rows, cols);
 }
@@ -7241,8 +7264,9 @@ static void moe__plan_panels(moe__plan *p, const moe_config *c, int *bad) {
   p->panel_experts = at += moe__panel_units(p, c->hidden, c->hidden);
   p->panel_out = moe__panel_units(p, c->ffn, c->hidden);
   p->panel_expert_stride = p->panel_out + moe__panel_units(p, c->hidden, c->ffn);
-  p->panel_stride = moe__add(at, moe__mul((size_t)moe__block_experts(c), p->panel_expert_stride, bad), bad);
+  p->panel_stride = at;
   p->panel_total = moe__mul((size_t)moe__block_count(c), p->panel_stride, bad);
+  moe__advance(&p->panel_total, moe__expert_count(c), p->panel_expert_stride, bad);
   moe__mul(p->panel_total, sizeof(float), bad);
 }
 
@@ -7266,6 +7290,8 @@ static moe_status moe__plan_fill(moe__plan *p, const moe_config *c, const moe_ta
   moe__plan_layer(p, c, T, &bad);
   p->layers = moe__advance(&at, (size_t)moe__block_count(c), p->layer_stride, &bad);
   p->layers_q = moe__advance(&q, (size_t)moe__block_count(c), p->layer_q, &bad);
+  moe__advance(&at, moe__expert_count(c), p->expert_stride, &bad);
+  moe__advance(&q, moe__expert_count(c), p->expert_q, &bad);
   if (moe__vector_width(c)) p->vectors = moe__advance(&at, (size_t)T, (size_t)moe__vector_width(c), &bad);
   moe__plan_level(p, &at, c, &bad);
   p->heads = at;
@@ -7303,6 +7329,7 @@ struct moe_model {
   moe_task *tasks; /* (T) with copies of the label names */
   size_t *head;    /* (T) offset of each head in the weights */
   moe__plan plan;
+  int32_t *before;      /* (L N + 1) experts of the whole model that are there before expert i of layer l; NULL: none is absent */
   const float *weights; /* the flat array: in the block, or in the bytes of a file */
   float *writable;      /* the same, or NULL where the weights are a file's */
   float *panels;        /* packed weights, or NULL; bytes of a quantised model, words of pairs where bf16 */
@@ -7315,11 +7342,50 @@ struct moe_model {
   int owns_block, owns_panels, owns_vocab;
 };
 
+/* Experts that are there before expert i of a layer, in the whole model; i = 0 of layer L: all. */
+static size_t moe__before(const moe_model *m, int32_t layer, int32_t i) {
+  size_t at = (size_t)layer * (size_t)moe__block_experts(&m->config) + (size_t)i;
+  return m->before ? (size_t)m->before[at] : at;
+}
+
+static int moe__is_absent(const moe_model *m, int32_t layer, int32_t i) {
+  return m->before && m->config.absent[(size_t)layer * (size_t)m->config.experts + (size_t)i];
+}
+
+/* Where a layer, an expert and the LayerNorm behind the experts begin, in the flat array. */
+static size_t moe__layer_at(const moe_model *m, int32_t layer) {
+  return m->plan.layers + (size_t)layer * m->plan.layer_stride + moe__before(m, layer, 0) * m->plan.expert_stride;
+}
+static size_t moe__expert_at(const moe_model *m, int32_t layer, int32_t i) {
+  return m->plan.layers + (size_t)layer * m->plan.layer_stride + m->plan.experts + moe__before(m, layer, i) * m->plan.expert_stride;
+}
+static size_t moe__norm2_at(const moe_model *m, int32_t layer) {
+  return m->plan.layers + (size_t)layer * m->plan.layer_stride + m->plan.norm2_w + moe__before(m, layer + 1, 0) * m->plan.expert_stride;
+}
+
+/* Layers and experts among the bytes of a quantised model. */
+static size_t moe__layer_bytes(const moe_model *m, int32_t layer) {
+  return m->plan.layers_q + (size_t)layer * m->plan.layer_q + moe__before(m, layer, 0) * m->plan.expert_q;
+}
+static size_t moe__expert_bytes(const moe_model *m, int32_t layer, int32_t i) {
+  return m->plan.layers_q + (size_t)layer * m->plan.layer_q + m->plan.experts_q + moe__before(m, layer, i) * m->plan.expert_q;
+}
+
+/* And among the packed weights. */
+static size_t moe__layer_panel(const moe_model *m, int32_t layer) {
+  return (size_t)layer * m->plan.panel_stride + moe__before(m, layer, 0) * m->plan.panel_expert_stride;
+}
+static size_t moe__expert_panel(const moe_model *m, int32_t layer, int32_t i) {
+  return (size_t)layer * m->plan.panel_stride + m->plan.panel_experts + moe__before(m, layer, i) * m->plan.panel_expert_stride;
+}
+
 /* The pieces of a model's block. */
 typedef struct moe__model_pieces {
   moe_model *model;
   moe_task *tasks;
   size_t *head;
+  int32_t *before;
+  uint8_t *absent;
   const char **label;
   char *text;
   float *weights;
@@ -7345,12 +7411,19 @@ static void moe__count_labels(size_t *labels, size_t *bytes, const moe_task *tas
   }
 }
 
-/* plan: of the weights that stand in the block; NULL when they are elsewhere. */
-static void moe__model_take(moe__layout *layout, moe__model_pieces *pieces, size_t T, size_t labels, size_t label_bytes,
+/* Marks in `absent` of a configuration, or 0 where it has none. */
+static size_t moe__absent_cells(const moe_config *config) {
+  return config->absent ? (size_t)config->layers * (size_t)config->experts : 0;
+}
+
+/* cells: of moe__absent_cells. plan: of the weights that stand in the block; NULL when they are elsewhere. */
+static void moe__model_take(moe__layout *layout, moe__model_pieces *pieces, size_t T, size_t labels, size_t label_bytes, size_t cells,
                             const moe__plan *plan) {
   pieces->model = (moe_model *)moe__take(layout, 1, sizeof(moe_model));
   pieces->tasks = (moe_task *)moe__take(layout, T, sizeof(moe_task));
   pieces->head = (size_t *)moe__take(layout, T, sizeof(size_t));
+  pieces->before = cells ? (int32_t *)moe__take(layout, cells + 1, sizeof(int32_t)) : NULL;
+  pieces->absent = cells ? (uint8_t *)moe__take(layout, cells, 1) : NULL;
   pieces->label = (const char **)moe__take(layout, labels, sizeof(char *));
   pieces->text = (char *)moe__take(layout, label_bytes, 1);
   pieces->weights = plan ? (float *)moe__take(layout, plan->total, sizeof(float)) : NULL;
@@ -7369,7 +7442,7 @@ static moe_status moe__model_bytes(size_t *bytes, const moe_config *config, cons
   if (!status) status = moe__plan_make_as(&plan, config, tasks, T, quantized, env);
   if (status) return status;
   moe__count_labels(&labels, &label_bytes, tasks, T);
-  moe__model_take(&layout, &pieces, (size_t)T, labels, label_bytes, in_place ? NULL : &plan);
+  moe__model_take(&layout, &pieces, (size_t)T, labels, label_bytes, moe__absent_cells(config), in_place ? NULL : &plan);
   if (layout.bad)
     return moe__fail(env, MOE_E_ARGUMENT, "configuration: the weights do not fit into the address space of this machine");
   *bytes = layout.used;
@@ -7402,11 +7475,40 @@ static moe_status moe__check_block(const char *what, const void *block, size_t b
   return MOE_OK;
 }
 
-/* Tensors of a block, those of them that are matrices of attention or experts, and the tensors of the task-level router. */
-static int32_t moe__block_tensors(const moe_model *m) {
-  return 12 + moe__gate_tensors(&m->config, m->T) + 4 * moe__block_experts(&m->config);
+static void moe__copy_absent(moe_model *model, const moe__model_pieces *pieces, const moe_config *config) {
+  size_t cells = moe__absent_cells(config), i;
+  if (!cells) return;
+  memcpy(pieces->absent, config->absent, cells);
+  model->config.absent = pieces->absent;
+  model->before = pieces->before;
+  for (model->before[0] = 0, i = 0; i < cells; ++i) model->before[i + 1] = model->before[i] + !pieces->absent[i];
 }
-static int32_t moe__block_matrices(const moe_config *config) { return 4 + 2 * moe__block_experts(config); }
+
+/* Tensors of the blocks before a block, counted from the first block's, and those of them that are matrices of attention or experts. */
+static int32_t moe__block_tensors(const moe_model *m, int32_t block) {
+  return block * (12 + moe__gate_tensors(&m->config, m->T)) + 4 * (int32_t)moe__before(m, block, 0);
+}
+static int32_t moe__block_matrices(const moe_model *m, int32_t block) { return 4 * block + 2 * (int32_t)moe__before(m, block, 0); }
+
+/* The block that tensor i of all blocks' belongs to, or matrix i. */
+static int32_t moe__block_of(const moe_model *m, int32_t i, int32_t (*first)(const moe_model *m, int32_t block)) {
+  int32_t low = 0, high = moe__block_count(&m->config);
+  while (high - low > 1) {
+    int32_t middle = low + (high - low) / 2;
+    if (first(m, middle) <= i) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+/* The number of the expert that is the one at `place` among those of a layer that are there. */
+static int32_t moe__expert_number(const moe_model *m, int32_t layer, int32_t place) {
+  int32_t i = 0;
+  while (moe__is_absent(m, layer, i) || place-- > 0) ++i;
+  return i;
+}
+
+/* Tensors of the task-level router. */
 static int32_t moe__level_tensors(const moe_config *config) {
   return config->router == MOE_ROUTER_LEVEL ? 1 + 4 * config->layers : moe__vector_width(config) > 0;
 }
@@ -7426,7 +7528,7 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, c
   if (status) return status;
   layout.base = (unsigned char *)block;
   moe__count_labels(&labels, &label_bytes, tasks, T);
-  moe__model_take(&layout, &pieces, (size_t)T, labels, label_bytes, weights ? NULL : &plan);
+  moe__model_take(&layout, &pieces, (size_t)T, labels, label_bytes, moe__absent_cells(config), weights ? NULL : &plan);
   model = pieces.model;
   memset(model, 0, sizeof *model);
   model->config = *config;
@@ -7437,10 +7539,10 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes, c
   model->writable = quantized ? NULL : pieces.weights;
   model->bytes = pieces.bytes;
   model->weights = weights ? weights : pieces.weights;
-  model->floats = (config->features ? 6 : 5) + moe__block_count(config) * moe__block_tensors(model) +
-                  moe__level_tensors(config) + 2 * T;
+  moe__copy_absent(model, &pieces, config);
+  model->floats = (config->features ? 6 : 5) + moe__block_tensors(model, moe__block_count(config)) + moe__level_tensors(config) + 2 * T;
   model->tensors = model->floats;
-  if (quantized) model->tensors += !config->features + moe__block_count(config) * moe__block_matrices(config);
+  if (quantized) model->tensors += !config->features + moe__block_matrices(model, moe__block_count(config));
   moe__copy_tasks(&pieces, tasks, T);
   for (t = 0, at = plan.heads; t < T; ++t) {
     model->head[t] = at;
@@ -7568,15 +7670,15 @@ static void moe__layer_name(char out[48], const moe_config *c, int32_t layer) {
 }
 
 /* Dense models bear BERT's own names, so that other tools open them. */
-static void moe__expert_tensor(const moe_model *m, int32_t layer, size_t base, int32_t i, moe_tensor *t) {
+static void moe__expert_tensor(const moe_model *m, int32_t layer, int32_t i, moe_tensor *t) {
   const moe_config *c = &m->config;
   const moe__plan *p = &m->plan;
-  int32_t expert = i / 4;
+  int32_t expert = moe__expert_number(m, layer, i / 4);
+  size_t base = moe__expert_at(m, layer, expert);
   static const char *const part[] = {"intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight",
                                      "output.dense.bias"};
   char prefix[48];
   moe__layer_name(prefix, c, layer);
-  base += p->experts + (size_t)expert * p->expert_stride;
   if (!moe__has_gates(c)) moe__tensor_name(t, "%s.%s", prefix, part[i % 4]);
   else moe__tensor_name(t, "%s.experts.%d.%s", prefix, (int)expert, part[i % 4]);
   switch (i % 4) {
@@ -7606,8 +7708,8 @@ static void moe__attention_tensor(const moe_model *m, int32_t layer, size_t base
 static void moe__layer_tensor(const moe_model *m, int32_t layer, int32_t i, moe_tensor *t) {
   const moe_config *c = &m->config;
   const moe__plan *p = &m->plan;
-  size_t base = p->layers + (size_t)layer * p->layer_stride;
-  int32_t gates = moe__gate_tensors(c, m->T), experts = moe__block_experts(c);
+  size_t base = moe__layer_at(m, layer);
+  int32_t gates = moe__gate_tensors(c, m->T), experts = (int32_t)(moe__before(m, layer + 1, 0) - moe__before(m, layer, 0));
   char prefix[48];
   if (i < 10) {
     moe__attention_tensor(m, layer, base, i, t);
@@ -7630,13 +7732,13 @@ static void moe__layer_tensor(const moe_model *m, int32_t layer, int32_t i, moe_
   }
   i -= gates;
   if (i < 4 * experts) {
-    moe__expert_tensor(m, layer, base, i, t);
+    moe__expert_tensor(m, layer, i, t);
     return;
   }
   i -= 4 * experts;
   moe__layer_name(prefix, c, layer);
   moe__tensor_name(t, "%s.output.LayerNorm.%s", prefix, i ? "bias" : "weight");
-  moe__tensor_shape(t, base + (i ? p->norm2_b : p->norm2_w), c->hidden, 0);
+  moe__tensor_shape(t, moe__norm2_at(m, layer) + (i ? p->norm2_b - p->norm2_w : 0), c->hidden, 0);
 }
 
 /* Task vectors first, then four tensors of each layer's router. */
@@ -7663,7 +7765,7 @@ static void moe__level_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
 static int32_t moe__byte_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
   const moe_config *c = &m->config;
   const moe__plan *p = &m->plan;
-  int32_t words = !c->features, per_layer = moe__block_matrices(c), layer, index, H = c->hidden, F = c->ffn;
+  int32_t words = !c->features, layer, index, H = c->hidden, F = c->ffn;
   size_t offset, h = (size_t)H;
   t->type = MOE_TYPE_I8;
   if (i < words) {
@@ -7671,17 +7773,17 @@ static int32_t moe__byte_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
     return 0;
   }
   i -= words;
-  layer = i / per_layer;
-  i %= per_layer;
-  index = (c->features ? 6 : 5) + layer * moe__block_tensors(m);
-  offset = p->layers_q + (size_t)layer * p->layer_q;
+  layer = moe__block_of(m, i, moe__block_matrices);
+  i -= moe__block_matrices(m, layer);
+  index = (c->features ? 6 : 5) + moe__block_tensors(m, layer);
+  offset = moe__layer_bytes(m, layer);
   if (i < 3) moe__tensor_shape(t, offset + p->qkv_q + (size_t)i * h * h, H, H);
   else if (i == 3) moe__tensor_shape(t, offset + p->att_q, H, H);
   else {
-    int32_t expert = (i - 4) / 2, outer = (i - 4) % 2;
-    offset += p->experts_q + (size_t)expert * p->expert_q;
+    int32_t place = (i - 4) / 2, outer = (i - 4) % 2;
+    offset = moe__expert_bytes(m, layer, moe__expert_number(m, layer, place));
     moe__tensor_shape(t, offset + (outer ? p->out_q : p->in_q), outer ? H : F, outer ? F : H);
-    return index + 10 + moe__gate_tensors(c, m->T) + 4 * expert + 2 * outer;
+    return index + 10 + moe__gate_tensors(c, m->T) + 4 * place + 2 * outer;
   }
   return index + (i < 3 ? i : 6);
 }
@@ -7692,12 +7794,12 @@ static int moe__is_scale(const moe_model *m, const moe_tensor *t, int32_t index)
   const char *last = strrchr(t->name, '.');
   if (!m->plan.quantized || !last || strcmp(last, ".weight")) return 0;
   if (i < 0) return index == 0 && !m->config.features;
-  if (i >= moe__block_count(&m->config) * moe__block_tensors(m)) return 0;
+  if (i >= moe__block_tensors(m, moe__block_count(&m->config))) return 0;
   return !strstr(t->name, "LayerNorm") && !strstr(t->name, ".gate.");
 }
 
 MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_tensor *out) {
-  int32_t per_layer = moe__block_tensors(model), layers = moe__block_count(&model->config) * per_layer;
+  int32_t layers = moe__block_tensors(model, moe__block_count(&model->config));
   int32_t i = index - (model->config.features ? 6 : 5), level = moe__level_tensors(&model->config);
   if (index < 0 || index >= model->tensors) return MOE_E_ARGUMENT;
   memset(out, 0, sizeof *out);
@@ -7709,7 +7811,10 @@ MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_t
     return MOE_OK;
   }
   if (i < 0) moe__embedding_tensor(model, index, out);
-  else if (i < layers) moe__layer_tensor(model, i / per_layer, i % per_layer, out);
+  else if (i < layers) {
+    int32_t layer = moe__block_of(model, i, moe__block_tensors);
+    moe__layer_tensor(model, layer, i - moe__block_tensors(model, layer), out);
+  }
   else if (i < layers + level) moe__level_tensor(model, i - layers, out);
   else {
     int32_t t = (i - layers - level) / 2, bias = (i - layers - level) % 2;
@@ -7739,17 +7844,16 @@ MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name) 
   static const char prefix[] = "encoder.layer.";
   int32_t first = 0, last = model->floats, found;
   int32_t layers = model->config.features ? 6 : 5, blocks = moe__layer_blocks(&model->config);
-  int32_t per_layer = blocks * moe__block_tensors(model), per_layer_q = blocks * moe__block_matrices(&model->config);
   int32_t first_q = model->floats, last_q = model->tensors, words = !model->config.features;
   if (!strncmp(name, prefix, sizeof prefix - 1)) { /* only the tensors of that layer need a look */
     const char *at = name + sizeof prefix - 1;
     int32_t layer = 0;
     for (; *at >= '0' && *at <= '9' && layer < model->config.layers; ++at) layer = layer * 10 + (*at - '0');
     if (layer >= model->config.layers) return -1;
-    first = layers + layer * per_layer;
-    last = first + per_layer;
-    first_q += words + layer * per_layer_q;
-    last_q = first_q + per_layer_q;
+    first = layers + moe__block_tensors(model, layer * blocks);
+    last = layers + moe__block_tensors(model, (layer + 1) * blocks);
+    last_q = first_q + words + moe__block_matrices(model, (layer + 1) * blocks);
+    first_q += words + moe__block_matrices(model, layer * blocks);
   } else {
     if (!strncmp(name, "heads.", 6)) first = last - 2 * model->T;
     last_q = first_q + words;
@@ -7885,13 +7989,14 @@ static void moe__model_repack_int8(moe_model *model, const moe_env *env) {
   const moe__plan *p = &model->plan;
   int32_t l, i;
   for (l = 0; l < moe__block_count(c); ++l) {
-    const int8_t *w = model->bytes + p->layers_q + (size_t)l * p->layer_q;
-    signed char *to = (signed char *)model->panels + (size_t)l * p->panel_stride;
+    const int8_t *w = model->bytes + moe__layer_bytes(model, l);
+    signed char *to = (signed char *)model->panels + moe__layer_panel(model, l);
     moe_pack_int8(to, w + p->qkv_q, 3 * c->hidden, c->hidden, env);
     moe_pack_int8(to + p->panel_att, w + p->att_q, c->hidden, c->hidden, env);
     for (i = 0; i < moe__block_experts(c); ++i) {
-      const int8_t *e = w + p->experts_q + (size_t)i * p->expert_q;
-      signed char *panel = to + p->panel_experts + (size_t)i * p->panel_expert_stride;
+      const int8_t *e = model->bytes + moe__expert_bytes(model, l, i);
+      signed char *panel = (signed char *)model->panels + moe__expert_panel(model, l, i);
+      if (moe__is_absent(model, l, i)) continue;
       moe_pack_int8(panel, e + p->in_q, c->ffn, c->hidden, env);
       moe_pack_int8(panel + p->panel_out, e + p->out_q, c->hidden, c->ffn, env);
     }
@@ -7914,13 +8019,14 @@ static void moe__model_repack(moe_model *model, const moe_env *env) {
     return;
   }
   for (l = 0; l < moe__block_count(c); ++l) {
-    const float *w = model->weights + p->layers + (size_t)l * p->layer_stride;
-    size_t to = (size_t)l * p->panel_stride;
+    const float *w = model->weights + moe__layer_at(model, l);
+    size_t to = moe__layer_panel(model, l);
     moe__model_pack_one(model, to, w + p->qkv_w, 3 * c->hidden, c->hidden, env);
     moe__model_pack_one(model, to + p->panel_att, w + p->att_w, c->hidden, c->hidden, env);
     for (i = 0; i < moe__block_experts(c); ++i) {
-      const float *e = w + p->experts + (size_t)i * p->expert_stride;
-      size_t panel = to + p->panel_experts + (size_t)i * p->panel_expert_stride;
+      const float *e = model->weights + moe__expert_at(model, l, i);
+      size_t panel = moe__expert_panel(model, l, i);
+      if (moe__is_absent(model, l, i)) continue;
       moe__model_pack_one(model, panel, e + p->in_w, c->ffn, c->hidden, env);
       moe__model_pack_one(model, panel + p->panel_out, e + p->out_w, c->hidden, c->ffn, env);
     }
@@ -8478,6 +8584,9 @@ static moe_status moe__check_forced(const moe_context *c, int32_t M, const moe_e
       if (expert < 0 || expert >= config->experts)
         return moe__fail(env, MOE_E_ARGUMENT, "forced routes: token %d of layer %d goes to expert %d of %d",
                          (int)(i % (size_t)M), (int)(i / (size_t)M), (int)expert, (int)config->experts);
+      if (moe__is_absent(c->model, (int32_t)(i / (size_t)M), expert))
+        return moe__fail(env, MOE_E_ARGUMENT, "forced routes: token %d of layer %d goes to expert %d, which is absent",
+                         (int)(i % (size_t)M), (int)(i / (size_t)M), (int)expert);
       for (b = 0; b < a; ++b)
         if (c->forced[i * k + b] == expert)
           return moe__fail(env, MOE_E_ARGUMENT, "forced routes: token %d of layer %d goes to expert %d twice",
@@ -8493,7 +8602,8 @@ static moe_status moe__check_disabled(const moe_context *c, const moe_env *env) 
   if (!c->disabled || (c->forced && config->unit == MOE_UNIT_FFN)) return MOE_OK; /* blocks know no forced experts */
   for (l = 0; l < config->layers; ++l) {
     int32_t left = 0;
-    for (i = 0; i < config->experts; ++i) left += !c->disabled[(size_t)l * (size_t)config->experts + (size_t)i];
+    for (i = 0; i < config->experts; ++i)
+      left += !c->disabled[(size_t)l * (size_t)config->experts + (size_t)i] && !moe__is_absent(c->model, l, i);
     if (left < config->top_k)
       return moe__fail(env, MOE_E_ARGUMENT, "disabled experts: layer %d keeps %d of %d, a token needs %d", (int)l, (int)left,
                        (int)config->experts, (int)config->top_k);
@@ -8688,8 +8798,7 @@ static void moe__forward_attention(moe_context *c, moe__pass *pass, int32_t laye
   const moe__plan *p = &m->plan;
   const moe__acts *a = &c->acts[layer];
   int32_t H = m->config.hidden;
-  size_t at = p->layers + (size_t)layer * p->layer_stride, panel = (size_t)layer * p->panel_stride;
-  size_t bytes = p->layers_q + (size_t)layer * p->layer_q;
+  size_t at = moe__layer_at(m, layer), panel = moe__layer_panel(m, layer), bytes = moe__layer_bytes(m, layer);
   const float *w = m->weights + at;
   moe_mat mat = moe__model_mat(m, at + p->qkv_w, bytes + p->qkv_q, panel, 3 * H, H, pass->M, pass->env);
   moe_linear_forward(a->qkv, a->x, &mat, w + p->qkv_b, pass->M, pass->env);
@@ -8716,6 +8825,7 @@ static moe_route_options moe__route_options(moe_context *c, const moe__pass *pas
   o.keys = moe__pass_keys(c, pass, pass->jitter, layer, MOE__SITE_JITTER);
   if (c->forced) o.forced = c->forced + (size_t)layer * (size_t)pass->M * (size_t)config->top_k;
   if (c->disabled) o.disabled = c->disabled + (size_t)layer * (size_t)config->experts;
+  if (config->absent) o.absent = config->absent + (size_t)layer * (size_t)config->experts;
   return o;
 }
 
@@ -8727,9 +8837,12 @@ static moe_experts moe__layer_experts(moe_context *c, const moe__pass *pass, int
   moe_experts experts;
   int32_t i, N = moe__block_experts(config), rows = (int32_t)((int64_t)pass->M * config->top_k / N); /* even shares */
   for (i = 0; i < N; ++i) {
-    size_t at = p->layers + (size_t)layer * p->layer_stride + p->experts + (size_t)i * p->expert_stride;
-    size_t panel = (size_t)layer * p->panel_stride + p->panel_experts + (size_t)i * p->panel_expert_stride;
-    size_t bytes = p->layers_q + (size_t)layer * p->layer_q + p->experts_q + (size_t)i * p->expert_q;
+    size_t at = moe__expert_at(m, layer, i), panel = moe__expert_panel(m, layer, i), bytes = moe__expert_bytes(m, layer, i);
+    if (moe__is_absent(m, layer, i)) { /* no token goes there */
+      c->in[i] = c->out[i] = moe_mat_rows(NULL, 0, 0);
+      c->b_in[i] = c->b_out[i] = NULL;
+      continue;
+    }
     c->in[i] = moe__model_mat(m, at + p->in_w, bytes + p->in_q, panel, config->ffn, config->hidden, rows, pass->env);
     c->out[i] = moe__model_mat(m, at + p->out_w, bytes + p->out_q, panel + p->panel_out, config->hidden, config->ffn, rows, pass->env);
     c->b_in[i] = m->weights + at + p->in_b;
@@ -8756,7 +8869,7 @@ static void moe__forward_mixture(moe_context *c, moe__pass *pass, int32_t layer)
   const moe_config *config = &c->model->config;
   const moe__plan *p = &c->model->plan;
   const moe__acts *a = &c->acts[layer];
-  const float *w = c->model->weights + p->layers + (size_t)layer * p->layer_stride;
+  const float *w = c->model->weights + moe__layer_at(c->model, layer), *norm2 = c->model->weights + moe__norm2_at(c->model, layer);
   moe_routes *routes = &c->routes[layer];
   moe_experts experts = moe__layer_experts(c, pass, layer);
   if (moe__has_gates(config)) {
@@ -8770,8 +8883,8 @@ static void moe__forward_mixture(moe_context *c, moe__pass *pass, int32_t layer)
   }
   moe_experts_forward(c->branch, a->pre, a->e, a->y1, routes, &experts, c->experts_scratch, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_EXPERTS);
-  moe__forward_join(c, pass, moe__layer_output(c, layer), a->sum2, a->mean2, a->rstd2, a->y1, w + p->norm2_w, w + p->norm2_b,
-                    layer, MOE__SITE_FFN_OUT);
+  moe__forward_join(c, pass, moe__layer_output(c, layer), a->sum2, a->mean2, a->rstd2, a->y1, norm2,
+                    norm2 + config->hidden, layer, MOE__SITE_FFN_OUT);
 }
 
 /* Mean of the rows of the tokens [begin, end). */
@@ -9345,35 +9458,39 @@ static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *
   const moe_config *config = &m->config;
   const moe__plan *p = &m->plan;
   const moe__acts *a = &c->acts[layer];
-  size_t at = p->layers + (size_t)layer * p->layer_stride;
-  const float *w = m->weights + at, *gbranch;
-  float *d = dw + at;
+  size_t at = moe__layer_at(m, layer), norm2 = moe__norm2_at(m, layer);
+  const float *w = m->weights, *gbranch;
   int32_t i;
-  gbranch = moe__backward_join(c, pass, d + p->norm2_w, d + p->norm2_b, a->sum2, a->mean2, a->rstd2, w + p->norm2_w, layer,
+  gbranch = moe__backward_join(c, pass, dw + norm2, dw + norm2 + config->hidden, a->sum2, a->mean2, a->rstd2, w + norm2, layer,
                                MOE__SITE_FFN_OUT);
   for (i = 0; i < moe__block_experts(config); ++i) {
-    size_t expert = p->experts + (size_t)i * p->expert_stride;
-    size_t panel = (size_t)layer * p->panel_stride + p->panel_experts + (size_t)i * p->panel_expert_stride;
+    size_t expert = moe__expert_at(m, layer, i), panel = moe__expert_panel(m, layer, i);
+    if (moe__is_absent(m, layer, i)) {
+      c->in[i] = c->out[i] = moe_mat_rows(NULL, 0, 0);
+      c->w_in[i] = c->w_out[i] = NULL;
+      c->g_in[i] = c->g_b_in[i] = c->g_out[i] = c->g_b_out[i] = NULL;
+      continue;
+    }
     c->in[i] = moe__model_back(m, panel, config->ffn, config->hidden, pass->env);
     c->out[i] = moe__model_back(m, panel + p->panel_out, config->hidden, config->ffn, pass->env);
     c->w_in[i] = w + expert + p->in_w;
     c->w_out[i] = w + expert + p->out_w;
-    c->g_in[i] = d + expert + p->in_w;
-    c->g_b_in[i] = d + expert + p->in_b;
-    c->g_out[i] = d + expert + p->out_w;
-    c->g_b_out[i] = d + expert + p->out_b;
+    c->g_in[i] = dw + expert + p->in_w;
+    c->g_b_in[i] = dw + expert + p->in_b;
+    c->g_out[i] = dw + expert + p->out_w;
+    c->g_b_out[i] = dw + expert + p->out_b;
   }
   moe__experts_backward(c->g, c->gweight, c->g_in, c->g_b_in, c->g_out, c->g_b_out, gbranch, a->y1, a->pre, a->e, &c->routes[layer],
                         c->w_in, c->w_out, c->in, c->out, config->hidden, config->ffn, c->experts_scratch, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_EXPERTS_BACK);
   if (moe__has_gates(config)) {
     moe_route_options options = moe__route_options(c, pass, layer);
-    const float *gates = moe__gates_forward(c, w + p->gates, pass->env);
-    float *dgates = moe__gates_gradient(c, d + p->gates);
+    const float *basis = w + at + p->gates, *gates = moe__gates_forward(c, basis, pass->env);
+    float *dbasis = dw + at + p->gates, *dgates = moe__gates_gradient(c, dbasis);
     moe_route_backward(c->g, dgates, c->glogits, c->gweight, (float)pass->S / (float)whole, &c->routes[layer],
                        a->logits, a->y1, gates, c->gate_of, pass->batch->seq_start, pass->S, config->hidden, &options,
                        pass->env);
-    if (dgates != d + p->gates) moe__gates_backward(c, dw + p->vectors, d + p->gates, w + p->gates, pass->env);
+    if (dgates != dbasis) moe__gates_backward(c, dw + p->vectors, dbasis, basis, pass->env);
     moe__profile_end(pass->env, MOE_PROFILE_GATES_BACK);
   }
 }
@@ -9383,10 +9500,10 @@ static void moe__backward_attention(moe_context *c, const moe__pass *pass, float
   const moe__plan *p = &m->plan;
   const moe__acts *a = &c->acts[layer];
   int32_t H = m->config.hidden;
-  size_t at = p->layers + (size_t)layer * p->layer_stride, bytes = (size_t)pass->M * (size_t)H * sizeof(float);
+  size_t at = moe__layer_at(m, layer), bytes = (size_t)pass->M * (size_t)H * sizeof(float);
   const float *w = m->weights + at, *gbranch;
   float *d = dw + at;
-  size_t panel = (size_t)layer * p->panel_stride;
+  size_t panel = moe__layer_panel(m, layer);
   moe_mat mat = moe_mat_rows(w + p->att_w, H, H), back = moe__model_back(m, panel + p->panel_att, H, H, pass->env);
   gbranch = moe__backward_join(c, pass, d + p->norm1_w, d + p->norm1_b, a->sum1, a->mean1, a->rstd1, w + p->norm1_w, layer,
                                MOE__SITE_ATTENTION_OUT);
@@ -10985,8 +11102,8 @@ static void moe__st_put_header(moe__out *out, void (*put)(moe__out *out, const v
 
 #define MOE__FILE_VERSION 1
 
-/* The whole numbers of a configuration by name; its other fields are router, truncate and eps, and with blocks as experts unit, selection,
-   temperature and vector. */
+/* The whole numbers of a configuration by name; its other fields are router, truncate and eps, with blocks as experts unit, selection,
+   temperature and vector, and where experts are absent their numbers, a list for each layer. */
 static const struct {
   const char *name;
   size_t offset;
@@ -11024,6 +11141,23 @@ static void moe__out_member(moe__out *out, const char *before, const char *name)
   moe__out_text(out, ":");
 }
 
+static void moe__absent_put(moe__out *out, const moe_config *config) {
+  int32_t l, i;
+  moe__out_member(out, ",", "absent");
+  for (l = 0; l < config->layers; ++l) {
+    const uint8_t *absent = config->absent + (size_t)l * (size_t)config->experts;
+    int some = 0;
+    moe__out_text(out, l ? ",[" : "[[");
+    for (i = 0; i < config->experts; ++i) {
+      if (!absent[i]) continue;
+      if (some++) moe__out_text(out, ",");
+      moe__out_int(out, i);
+    }
+    moe__out_text(out, "]");
+  }
+  moe__out_text(out, "]");
+}
+
 static void moe__config_put(moe__out *out, const moe_config *config) {
   size_t i;
   for (i = 0; i < MOE__CONFIG_FIELDS; ++i) {
@@ -11050,6 +11184,7 @@ static void moe__config_put(moe__out *out, const moe_config *config) {
     moe__out_member(out, ",", "vector");
     moe__out_int(out, config->vector);
   }
+  if (config->absent) moe__absent_put(out, config);
   moe__out_text(out, "}");
 }
 
@@ -11184,8 +11319,9 @@ static int moe__json_name(moe__json *j, char out[MOE_NAME_BYTES]) {
   return 1;
 }
 
-/* Every member is known, and there once: what a newer version adds must not be passed over in silence. */
-static int moe__config_read(moe__json *j, moe_config *config) {
+/* Every member is known, and there once: what a newer version adds must not be passed over in silence. *absent is where the list of absent experts
+   begins, if *has_absent. */
+static int moe__config_read(moe__json *j, moe_config *config, moe__json *absent, int *has_absent) {
   moe_config c;
   unsigned seen = 0, want;
   size_t i;
@@ -11230,6 +11366,10 @@ static int moe__config_read(moe__json *j, moe_config *config) {
       i += 7;
       ok = moe__json_integer(j, 1, INT32_MAX, &v);
       c.rank = ok ? (int32_t)v : 0;
+    } else if (moe__json_is(&key, "absent")) {
+      i += 8;
+      *absent = *j;
+      ok = moe__json_skip(j);
     } else return moe__json_fail(j, "a member that is not known: written by a newer moe.h?");
     if (!ok) return 0;
     if (seen >> i & 1) return moe__json_fail(j, "a member is there twice");
@@ -11238,13 +11378,34 @@ static int moe__config_read(moe__json *j, moe_config *config) {
   if (!moe__json_finish(j)) return 0;
   want = (1u << (MOE__CONFIG_FIELDS + (c.unit == MOE_UNIT_BLOCK ? 7 : 3))) - 1;
   if (c.router == MOE_ROUTER_EMBEDDING) want |= 1u << (MOE__CONFIG_FIELDS + 7);
+  *has_absent = (int)(seen >> (MOE__CONFIG_FIELDS + 8) & 1);
+  if (*has_absent) want |= 1u << (MOE__CONFIG_FIELDS + 8);
   if (seen != want) return moe__json_fail(j, "a member is missing");
   *config = c;
   return 1;
 }
 
-/* Tasks as they are read: while the arrays are NULL they are only counted. */
+/* The numbers of the absent experts of each layer, rising: marks them in to (L, N), which is zero, or NULL. */
+static int moe__absent_read(moe__json *j, uint8_t *to, const moe_config *config) {
+  int32_t l = 0;
+  moe__json_enter(j, '[');
+  while (moe__json_more(j, ']')) {
+    int64_t i = -1;
+    if (l == config->layers) return moe__json_fail(j, "absent experts of more layers than there are");
+    moe__json_enter(j, '[');
+    while (moe__json_more(j, ']')) {
+      if (!moe__json_integer(j, i + 1, config->experts - 1, &i)) return 0;
+      if (to) to[(size_t)l * (size_t)config->experts + (size_t)i] = 1;
+    }
+    ++l;
+  }
+  if (!j->error && l < config->layers) moe__json_fail(j, "absent experts of fewer layers than there are");
+  return !j->error;
+}
+
+/* Tasks as they are read, and marks of the experts that are absent: while the arrays are NULL they are only counted. */
 typedef struct moe__tasks {
+  uint8_t *absent; /* of moe_config, or NULL */
   moe_task *task;
   const char **label;
   char *text;
@@ -11311,13 +11472,16 @@ static int moe__task_read(moe__json *j, moe__tasks *to) {
 typedef struct moe__header {
   moe__st st;
   int quantized;
-  moe_config config;
-  moe__json tasks;
+  moe_config config; /* without absent, which moe__tasks_read reads */
+  int has_absent;
+  moe__json absent, tasks;
   size_t T, labels, bytes;
 } moe__header;
 
 static moe_status moe__tasks_read(const moe__header *header, moe__tasks *to, const moe_env *env) {
-  moe__json j = header->tasks;
+  moe__json j = header->absent;
+  if (header->has_absent && !moe__absent_read(&j, to->absent, &header->config)) return moe__fail(env, MOE_E_FORMAT, "moe.config: %s", j.error);
+  j = header->tasks;
   to->T = to->labels = to->bytes = 0;
   moe__json_enter(&j, '[');
   while (moe__json_more(&j, ']'))
@@ -11346,7 +11510,9 @@ static moe_status moe__header_read(moe__header *header, const void *file, size_t
                       query.dtype == MOE__I8;
   status = moe__st_text(&header->st, "moe.config", &j, env);
   if (status) return status;
-  if (!moe__config_read(&j, &header->config)) return moe__fail(env, MOE_E_FORMAT, "moe.config: %s", j.error);
+  if (!moe__config_read(&j, &header->config, &header->absent, &header->has_absent))
+    return moe__fail(env, MOE_E_FORMAT, "moe.config: %s", j.error);
+  if (header->has_absent && moe_config_check(&header->config, env)) return MOE_E_FORMAT; /* or the list's size would be anything */
   status = moe__st_text(&header->st, "moe.tasks", &header->tasks, env);
   memset(&count, 0, sizeof count);
   if (!status) status = moe__tasks_read(header, &count, env);
@@ -11356,8 +11522,15 @@ static moe_status moe__header_read(moe__header *header, const void *file, size_t
   return status;
 }
 
+/* Marks of absent experts in a file's configuration. */
+static size_t moe__header_cells(const moe__header *header) {
+  return header->has_absent ? (size_t)header->config.layers * (size_t)header->config.experts : 0;
+}
+
 static void moe__tasks_take(moe__layout *layout, moe__tasks *tasks, const moe__header *header) {
   memset(tasks, 0, sizeof *tasks);
+  if (header->has_absent) tasks->absent = (uint8_t *)moe__take(layout, moe__header_cells(header), 1);
+  if (tasks->absent && layout->base) memset(tasks->absent, 0, moe__header_cells(header));
   tasks->task = (moe_task *)moe__take(layout, header->T, sizeof(moe_task));
   tasks->label = (const char **)moe__take(layout, header->labels, sizeof(char *));
   tasks->text = (char *)moe__take(layout, header->bytes, 1);
@@ -11441,6 +11614,7 @@ static moe_status moe__model_prepare(moe_model **out, const moe__header *header,
   moe__layout layout = {NULL, 0, 0};
   moe__tasks tasks;
   moe__plan plan;
+  moe_config config = header->config;
   void *scratch;
   moe_status status;
   moe__tasks_take(&layout, &tasks, header);
@@ -11449,14 +11623,15 @@ static moe_status moe__model_prepare(moe_model **out, const moe__header *header,
   layout.base = (unsigned char *)scratch;
   layout.used = 0;
   moe__tasks_take(&layout, &tasks, header);
+  config.absent = tasks.absent;
   status = moe__tasks_read(header, &tasks, env);
-  if (!status) status = moe_config_check(&header->config, env);
-  if (!status) status = moe__check_tasks(&header->config, tasks.task, (int32_t)tasks.T, env);
-  if (!status) status = moe__plan_make_as(&plan, &header->config, tasks.task, (int32_t)tasks.T, header->quantized, env);
+  if (!status) status = moe_config_check(&config, env);
+  if (!status) status = moe__check_tasks(&config, tasks.task, (int32_t)tasks.T, env);
+  if (!status) status = moe__plan_make_as(&plan, &config, tasks.task, (int32_t)tasks.T, header->quantized, env);
   if (!status && (plan.total > header->st.data_bytes / sizeof(float) || plan.total_q > header->st.data_bytes)) /* before memory is asked for */
     status = moe__fail(env, MOE_E_FORMAT, "the configuration wants %zu weights, the file has %zu bytes for them", plan.parameters,
                        header->st.data_bytes);
-  if (!status) status = moe__model_create_raw(out, &header->config, tasks.task, (int32_t)tasks.T, header->quantized, env);
+  if (!status) status = moe__model_create_raw(out, &config, tasks.task, (int32_t)tasks.T, header->quantized, env);
   moe__release(scratch);
   return status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status;
 }
@@ -11481,7 +11656,7 @@ MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file
 /* The block of moe_model_open: a model without weights, then room for the tasks as they are read. */
 static void moe__open_take(moe__layout *layout, moe__tasks *tasks, const moe__header *header) {
   moe__model_pieces pieces;
-  moe__model_take(layout, &pieces, header->T, header->labels, header->bytes, NULL);
+  moe__model_take(layout, &pieces, header->T, header->labels, header->bytes, moe__header_cells(header), NULL);
   moe__tasks_take(layout, tasks, header);
 }
 
@@ -11516,6 +11691,7 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
   layout.used = 0;
   moe__open_take(&layout, &tasks, &header);
   status = moe__tasks_read(&header, &tasks, env);
+  header.config.absent = tasks.absent;
   /* a place in the file stands for the weights until the table of tensors can say where they begin */
   if (!status) status = moe__model_place(&model, block, bytes, &header.config, tasks.task, (int32_t)tasks.T, header.quantized, (const float *)block, env);
   if (!status) status = moe__tensors_read(NULL, NULL, &header.st, model, "", 1, env);
@@ -12001,6 +12177,7 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
   moe_status status;
   if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "nothing can be imported into an int8 model: quantise it afterwards");
   if (!model->writable) return moe__fail(env, MOE_E_ARGUMENT, "the weights of this model are a file's and cannot be changed");
+  if (model->config.absent) return moe__fail(env, MOE_E_UNSUPPORTED, "nothing can be imported into a model some of whose experts are absent");
   if (!(noise >= 0 && noise < 1))
     return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, it must be from 0 to 1", (double)noise);
   status = moe__st_open(&st, file, file_bytes, env);
@@ -12046,7 +12223,6 @@ static void moe__adapt_row(float *to, const float *rows, size_t stride, size_t w
 /* A new model keeps every tensor of the old one; what belongs to the new task alone is random at first. Rows of the table of task vectors
    stand at its beginning, so the new one is last there too. */
 static void moe__adapt_fill(moe_model *to, const moe_model *from, int32_t gate_from, uint64_t seed, const moe_env *env) {
-  const moe__plan *p = &from->plan;
   int32_t i, at, l;
   moe_tensor t, old;
   for (i = 0; i < to->tensors; ++i) {
@@ -12065,8 +12241,8 @@ static void moe__adapt_fill(moe_model *to, const moe_model *from, int32_t gate_f
   if (from->config.router != MOE_ROUTER_TASK) return;
   for (l = 0; l < from->config.layers; ++l) {
     size_t gate = (size_t)from->config.experts * (size_t)from->config.hidden;
-    moe__adapt_row(to->writable + to->plan.layers + (size_t)l * to->plan.layer_stride + to->plan.gates + (size_t)from->T * gate,
-                   from->weights + p->layers + (size_t)l * p->layer_stride + p->gates, gate, gate, from->T, gate_from);
+    moe__adapt_row(to->writable + moe__layer_at(to, l) + to->plan.gates + (size_t)from->T * gate,
+                   from->weights + moe__layer_at(from, l) + from->plan.gates, gate, gate, from->T, gate_from);
   }
 }
 
@@ -12100,90 +12276,53 @@ MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, cons
   return status;
 }
 
-/* Every expert kept is there, once, in order. */
-static moe_status moe__extract_check(const moe_model *model, const moe_extract_options *o, const moe_env *env) {
-  const moe_config *c = &model->config;
-  int32_t l, i;
-  if (!o) return MOE_OK;
-  if (!moe__gate_count(c, 1))
-    return moe__fail(env, MOE_E_ARGUMENT, "this model has no experts that could be left out");
-  if (o->experts < c->top_k || o->experts > c->experts)
-    return moe__fail(env, MOE_E_ARGUMENT, "%d experts are to be kept, it must be %d (top_k) to %d", (int)o->experts, (int)c->top_k,
-                     (int)c->experts);
-  for (l = 0; l < c->layers; ++l)
-    for (i = 0; i < o->experts; ++i) {
-      const int32_t *keep = o->keep + (size_t)l * (size_t)o->experts;
-      if (keep[i] < 0 || keep[i] >= c->experts || (i && keep[i] <= keep[i - 1]))
-        return moe__fail(env, MOE_E_ARGUMENT, "layer %d: expert %d is to be kept in place %d; numbers must rise and be below %d", (int)l,
-                         (int)keep[i], (int)i, (int)c->experts);
-    }
-  return MOE_OK;
-}
-
-/* Rows of `width` floats: row i comes from row keep[i], or i where keep is NULL. */
-static void moe__extract_rows(float *to, const float *from, const int32_t *keep, int32_t rows, size_t width) {
-  int32_t i;
-  for (i = 0; i < rows; ++i) memcpy(to + (size_t)i * width, from + (size_t)(keep ? keep[i] : i) * width, width * sizeof *to);
-}
-
-/* What the layers hold, expert by expert: their places differ where tasks or experts are fewer. */
-static void moe__extract_layer(moe_model *to, const moe_model *from, int32_t l, const int32_t *tasks, const moe_extract_options *o) {
-  const moe__plan *p = &to->plan, *q = &from->plan;
-  const int32_t *keep = o ? o->keep + (size_t)l * (size_t)o->experts : NULL;
-  int own = from->config.router == MOE_ROUTER_TASK; /* a gate of each task */
-  float *w = to->writable + p->layers + (size_t)l * p->layer_stride;
-  const float *v = from->weights + q->layers + (size_t)l * q->layer_stride;
-  size_t H = (size_t)to->config.hidden, N = (size_t)to->config.experts, i, j;
-  int32_t g, gates = moe__gate_count(&to->config, to->T);
-  for (g = 0; g < gates; ++g)
-    moe__extract_rows(w + p->gates + (size_t)g * N * H,
-                      v + q->gates + (size_t)(own ? tasks[g] : g) * (size_t)from->config.experts * H, keep,
-                      (int32_t)N, H);
-  if (!gates) return;
-  moe__extract_rows(w + p->experts, v + q->experts, keep, (int32_t)N, p->expert_stride);
-  for (i = 0; o && o->factor && i < N; ++i) {
-    float factor = o->factor[(size_t)l * N + i], *expert = w + p->experts + i * p->expert_stride;
-    for (j = 0; j < H * (size_t)to->config.ffn; ++j) expert[p->out_w + j] *= factor;
-    for (j = 0; j < H; ++j) expert[p->out_b + j] *= factor;
-  }
-}
-
-static void moe__extract_fill(moe_model *to, const moe_model *from, const int32_t *tasks, const moe_extract_options *o) {
-  int32_t i, at, l;
-  moe_tensor t, old;
+/* Every tensor of the new model is the old one's of that name, but for the table of task vectors, of which only some rows come along. */
+static void moe__extract_fill(moe_model *to, const moe_model *from, const int32_t *tasks) {
+  int32_t i, t;
+  moe_tensor tensor, old;
   for (i = 0; i < to->tensors; ++i) {
-    moe_model_tensor(to, i, &t);
-    at = moe_model_find_tensor(from, t.name);
-    if (at < 0 || moe_model_tensor(from, at, &old)) continue;
-    if (!strcmp(t.name, "tasks.vectors"))
-      moe__extract_rows(to->writable + t.offset, from->weights + old.offset, tasks, to->T, (size_t)t.shape[1]);
-    else if (old.count == t.count) memcpy(to->writable + t.offset, from->weights + old.offset, t.count * sizeof(float));
+    size_t width;
+    moe_model_tensor(to, i, &tensor);
+    moe_model_tensor(from, moe_model_find_tensor(from, tensor.name), &old);
+    width = (size_t)tensor.shape[1];
+    if (strcmp(tensor.name, "tasks.vectors")) memcpy(to->writable + tensor.offset, from->weights + old.offset, tensor.count * sizeof(float));
+    else
+      for (t = 0; t < to->T; ++t)
+        memcpy(to->writable + tensor.offset + (size_t)t * width, from->weights + old.offset + (size_t)tasks[t] * width, width * sizeof(float));
   }
-  for (l = 0; l < to->config.layers; ++l) moe__extract_layer(to, from, l, tasks, o);
 }
 
-MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, const int32_t *tasks, int32_t n,
-                                     const moe_extract_options *options, const moe_env *env) {
+/* The experts that the new model goes without: the old one's absent ones, and those to be dropped. */
+static void moe__extract_absent(moe_config *config, uint8_t *absent, const uint8_t *drop) {
+  size_t cells = (size_t)config->layers * (size_t)config->experts, i;
+  int any = 0;
+  for (i = 0; i < cells; ++i) any |= absent[i] = (config->absent && config->absent[i]) || drop[i];
+  config->absent = any ? absent : NULL;
+}
+
+MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, const int32_t *tasks, int32_t n, const uint8_t *drop,
+                                     const moe_env *env) {
+  size_t cells = drop ? (size_t)model->config.layers * (size_t)model->config.experts : 0;
   moe_task *list;
   moe_model *to = NULL;
   moe_config config = model->config;
-  moe_status status = moe__extract_check(model, options, env);
+  moe_status status = MOE_OK;
   int32_t i;
-  if (status) return status;
+  if (drop && !moe__has_gates(&config)) return moe__fail(env, MOE_E_ARGUMENT, "this model has no experts that could be left out");
   if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "no task can be taken out of an int8 model: do that first, then quantise");
   if (n < 1 || n > model->T) return moe__fail(env, MOE_E_ARGUMENT, "%d tasks are to be kept, the model has %d", (int)n, (int)model->T);
-  list = (moe_task *)moe__alloc((size_t)n * sizeof *list);
+  list = (moe_task *)moe__alloc((size_t)n * sizeof *list + cells);
   if (!list) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)n);
+  if (drop) moe__extract_absent(&config, (uint8_t *)(list + n), drop);
   for (i = 0; i < n && !status; ++i) {
     if (tasks[i] < 0 || tasks[i] >= model->T)
       status = moe__fail(env, MOE_E_ARGUMENT, "task %d is to be kept, the model has %d tasks", (int)tasks[i], (int)model->T);
     else list[i] = model->tasks[tasks[i]];
   }
-  if (options) config.experts = options->experts;
   if (!status) status = moe__model_create_raw(&to, &config, list, n, 0, env); /* which also finds a task named twice */
   moe__release(list);
   if (status) return status;
-  moe__extract_fill(to, model, tasks, options);
+  moe__extract_fill(to, model, tasks);
   status = moe__model_finish(to, model, env);
   if (status) moe_model_free(to);
   else *out = to;
@@ -12418,6 +12557,9 @@ static moe_status moe__checkpoint_check(const moe__header *header, const moe_mod
   layout.used = 0;
   moe__tasks_take(&layout, &tasks, header);
   status = moe__tasks_read(header, &tasks, env);
+  if (!status && (!tasks.absent != !model->config.absent ||
+                  (tasks.absent && memcmp(tasks.absent, model->config.absent, moe__absent_cells(&model->config)))))
+    status = moe__fail(env, MOE_E_FORMAT, "the checkpoint and the model do not have the same experts");
   if (!status) status = moe__same_tasks(&tasks, model, env);
   moe__release(scratch);
   if (!status) status = moe__vocab_find(&vocab, &vocab_bytes, &header->st, env);

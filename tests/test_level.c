@@ -547,7 +547,7 @@ static void test_level_import_copies_every_block(void) {
   CHECK(!level_scores(scores, a, &batch, NULL, &env) && !level_scores(scores2, b, &batch, &level, &env), "%s", models_sentence);
   CHECK(!memcmp(scores, scores2, score_bytes(a, &batch)), "one block of each layer is not the dense model");
   CHECK(moe_model_import(b, s.data, s.used, &noise, &env) == MOE_OK, "%s", models_sentence);
-  CHECK(memcmp(b->weights + b->plan.layers, b->weights + b->plan.layers + b->plan.layer_stride, b->plan.layer_stride * sizeof(float)), "no noise");
+  CHECK(memcmp(b->weights + moe__layer_at(b, 0), b->weights + moe__layer_at(b, 1), b->plan.layer_stride * sizeof(float)), "no noise");
   free(s.data);
   moe_model_free(a);
   moe_model_free(b);

@@ -634,7 +634,7 @@ static void test_model_with_equal_experts_equals_the_dense_one(void) {
     c.gate_scale_n = way == 1;
     model = models_create(&c, tasks, MODELS_TASKS, &env);
     for (l = 0; l < c.layers; ++l) {
-      float *w = moe_model_weights(model) + model->plan.layers + (size_t)l * model->plan.layer_stride;
+      float *w = moe_model_weights(model) + moe__layer_at(model, l);
       float *e = w + model->plan.experts;
       for (i = 1; i < c.experts; ++i) memcpy(e + (size_t)i * model->plan.expert_stride, e, model->plan.expert_stride * sizeof(float));
       if (way) memset(w + model->plan.gates, 0, (size_t)(MODELS_TASKS * c.experts * c.hidden) * sizeof(float));
