@@ -2,8 +2,9 @@
    cc -O3 -o convert examples/convert.c -lm -pthread
    ./convert IN                 what is in a file: configuration, tasks, tensors, bytes
    ./convert IN OUT --int8      a quarter of the bytes, for inference: matrices as integers of 8 bits
-   ./convert IN OUT --task T [--drop-below SHARE --rows TSV]   one task alone; experts that got a smaller share of the tokens of
-                                TSV (a train.tsv of the task) in every layer are left out; may go with --int8
+   ./convert IN OUT --task T [--rows TSV [--drop-below SHARE]] [--score TSV]   one task alone; may go with --int8
+                                --rows train.tsv: without the experts of each layer that got none of its tokens, or fewer than SHARE
+                                --score dev.tsv: what that costs, the task's metrics before and after
    ./predict takes the result as it takes any model. Options: --tensors lists every tensor, --threads N, --isa NAME. */
 #include <math.h>
 #include <stdarg.h>
@@ -12,6 +13,9 @@
 #include <string.h>
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
+#include "scores.h"
+
+enum { BATCH = 32, FIELDS = 16 };
 
 static void die(const char *format, ...) {
   va_list args;
@@ -30,20 +34,29 @@ static void show(void *user, moe_status status, const char *sentence) {
 }
 
 typedef struct options {
-  const char *in, *out, *task, *rows;
+  const char *in, *out, *task, *rows, *score;
   double drop;
   int int8, tensors, threads;
   moe_isa isa;
 } options;
 
+static double number(const char *what, const char *text, double low, double high) {
+  char *end;
+  double v = strtod(text, &end);
+  if (end == text || *end) die("%s: \"%s\" is no number", what, text);
+  if (!(v >= low && v <= high)) die("%s: %s is not within %g .. %g", what, text, low, high);
+  return v;
+}
+
 static options parse(int argc, char **argv) {
-  options o = {NULL, NULL, NULL, NULL, 0, 0, 0, 1, MOE_ISA_AUTO};
+  options o = {NULL, NULL, NULL, NULL, NULL, 0, 0, 0, 1, MOE_ISA_AUTO};
   int i;
   for (i = 1; i < argc; ++i) {
     if (!strcmp(argv[i], "--int8")) o.int8 = 1;
     else if (!strcmp(argv[i], "--task") && i + 1 < argc) o.task = argv[++i];
     else if (!strcmp(argv[i], "--rows") && i + 1 < argc) o.rows = argv[++i];
-    else if (!strcmp(argv[i], "--drop-below") && i + 1 < argc) o.drop = atof(argv[++i]);
+    else if (!strcmp(argv[i], "--score") && i + 1 < argc) o.score = argv[++i];
+    else if (!strcmp(argv[i], "--drop-below") && i + 1 < argc) o.drop = number("--drop-below", argv[++i], 0, 1);
     else if (!strcmp(argv[i], "--tensors")) o.tensors = 1;
     else if (!strcmp(argv[i], "--threads") && i + 1 < argc) o.threads = atoi(argv[++i]);
     else if (!strcmp(argv[i], "--isa") && i + 1 < argc) o.isa = moe_isa_from_name(argv[++i]);
@@ -52,11 +65,13 @@ static options parse(int argc, char **argv) {
     else if (!o.out) o.out = argv[i];
     else die("%s: a third file", argv[i]);
   }
-  if (!o.in) die("usage: convert IN [OUT [--int8] [--task T [--drop-below SHARE --rows TSV]]] [--tensors] [--threads N] [--isa auto|avx512|avx2|neon|scalar]");
+  if (!o.in)
+    die("usage: convert IN [OUT [--int8] [--task T [--rows TSV [--drop-below SHARE]] [--score TSV]]] [--tensors] [--threads N] "
+        "[--isa auto|avx512|avx2|neon|scalar]");
   if (o.out && !o.int8 && !o.task) die("what should become of %s? --int8 makes a smaller copy, --task takes one task", o.in);
   if (o.task && !o.out) die("--task wants a second file, to write to");
-  if (o.drop < 0 || o.drop >= 1) die("--drop-below is a share from 0 to 1");
-  if ((o.drop > 0) != (o.rows != NULL) || (o.rows && !o.task)) die("--task T --drop-below SHARE --rows TSV go together");
+  if (o.drop > 0 && !o.rows) die("--drop-below wants --rows TSV, whose tokens are counted");
+  if ((o.rows || o.score) && !o.task) die("--rows and --score are of one task: --task T");
   if (o.int8 && !o.out) die("--int8 wants a second file, to write to");
   if (o.out && !strcmp(o.in, o.out)) die("the model would be replaced by its copy: give OUT another name");
   if (o.threads < 1 || o.threads > 256) die("--threads must be 1 to 256");
@@ -112,6 +127,14 @@ static void print_model(const moe_model *model, double file_bytes, int tensors) 
          c->truncate == MOE_TRUNCATE_LONGEST ? "at the longer text" : "on the right");
   printf("router: %s, %s %d, top-k %d%s%s\n", router[c->router], c->unit == MOE_UNIT_BLOCK ? "blocks" : "experts", (int)c->experts, (int)c->top_k, c->gate_scale_n ? ", gate scale N/k" : "",
          c->renormalize ? ", renormalised" : "");
+  if (c->absent) {
+    printf("experts that are there, layer by layer:");
+    for (i = 0; i < c->layers * c->experts; ++i) {
+      if (i % c->experts == 0) printf("%s", i ? " | " : " ");
+      if (!c->absent[i]) printf(" %d", (int)(i % c->experts));
+    }
+    printf("\n");
+  }
   print_tasks(model);
   printf("parameters %lu\n", (unsigned long)moe_model_parameters(model));
   printf("floats   %12.0f bytes in %d tensors\n", float_bytes, floats);
@@ -167,30 +190,133 @@ static moe_model *load(const char *path, double *bytes, const moe_env *env) {
   return model;
 }
 
-/* Where the tokens of a task's rows went: choices, and the sum of the probability of the chosen expert, (L, N) each. With `keep` (L, N) the
-   probabilities are those of a softmax over the kept experts alone. */
-static void count_rows(double *chosen, double *prob, const moe_model *model, int32_t task, char *text, const unsigned char *keep,
-                       const moe_env *env) {
+/* A file as for training: its rows, cut at the tabs, and where in a row things stand (-1: nowhere). */
+typedef struct table {
+  char *text;
+  int n, label, a, b, group, span[4];
+  char *(*row)[FIELDS];
+} table;
+
+/* Cuts a line at its tabs; returns the number of fields. */
+static int split(char *line, char **field) {
+  int n = 0;
+  for (;; *line++ = 0) {
+    if (n < FIELDS) field[n] = line;
+    ++n;
+    line = strchr(line, '\t');
+    if (!line) return n;
+  }
+}
+
+static int column(char **name, int n, const char *wanted, const char *path) {
+  int i;
+  for (i = 0; i < n && strcmp(name[i], wanted); ++i) continue;
+  if (i == n) die("%s: the first line names no column \"%s\"", path, wanted);
+  return i;
+}
+
+static table read_table(const char *path, const moe_task *task, int labels, const moe_env *env) {
+  static const char *const span_name[] = {"start1", "end1", "start2", "end2"};
+  table t = {NULL, 0, -1, 0, -1, -1, {-1, -1, -1, -1}, NULL};
+  char *name[FIELDS], *line, *next;
+  int fields = 0, room = 0, number_of_line = 0, i;
+  size_t bytes;
+  void *file;
+  if (moe_file_read(&file, &bytes, path, env)) exit(1);
+  t.text = (char *)file;
+  if (strlen(t.text) != bytes) die("%s: a zero byte", path);
+  for (line = t.text; *line; line = next) {
+    size_t length = strcspn(line, "\n");
+    int got;
+    next = line + length + (line[length] != 0);
+    line[length - (length && line[length - 1] == '\r')] = 0;
+    line[length] = 0;
+    if (t.n == room) t.row = (char *(*)[FIELDS])answers_grow(t.row, (size_t)(room = 2 * room + 1024), sizeof *t.row);
+    got = split(line, number_of_line++ ? t.row[t.n++] : name);
+    if (number_of_line == 1) fields = got;
+    if (got != fields || got > FIELDS) die("%s, line %d: %d columns, expected %d (at most %d)", path, number_of_line, got, fields, FIELDS);
+  }
+  if (!t.n) die("%s holds no rows", path);
+  t.a = column(name, fields, "sentence1", path);
+  if (task->pair) t.b = column(name, fields, "sentence2", path);
+  if (!labels) return t;
+  t.label = column(name, fields, "label", path);
+  if (task->kind == MOE_KIND_RANKING) t.group = column(name, fields, "group", path);
+  for (i = 0; i < 4 && task->kind == MOE_KIND_SPAN; ++i) t.span[i] = column(name, fields, span_name[i], path);
+  return t;
+}
+
+static void free_table(table *t) {
+  free(t->row);
+  moe_free(t->text);
+}
+
+/* What a model answers to the rows of a table. */
+static answers ask(const moe_model *model, const options *o, const moe_env *env) {
+  static float scores[BATCH * MOE_MAX_CLASSES];
+  answers r = {0, 0, NULL, NULL, NULL, NULL, NULL};
+  int32_t t = moe_model_find_task(model, o->task), span[4 * BATCH];
+  const moe_task *task = moe_model_task(model, t);
+  table rows = read_table(o->score, task, 1, env);
+  moe_predictor *predictor;
+  const char *a[BATCH], *b[BATCH];
+  int best[BATCH], at, n, i, j, regression = task->kind == MOE_KIND_REGRESSION;
+  if (moe_predictor_create(&predictor, model, BATCH, env)) exit(1);
+  for (at = 0; at < rows.n; at += n) {
+    n = rows.n - at < BATCH ? rows.n - at : BATCH;
+    for (i = 0; i < n; ++i) {
+      char **field = rows.row[at + i];
+      a[i] = field[rows.a];
+      b[i] = rows.b < 0 ? NULL : field[rows.b];
+      for (j = 0; j < 4 && rows.span[0] >= 0; ++j) span[4 * i + j] = (int32_t)number("an offset", field[rows.span[j]], 0, 1e9);
+    }
+    if (moe_predict_spans(predictor, t, a, b, rows.span[0] < 0 ? NULL : span, n, scores, best)) exit(1);
+    for (i = 0; i < n; ++i) {
+      char **field = rows.row[at + i];
+      double low = regression ? (double)task->low : 0, high = regression ? (double)task->high : task->classes - 1;
+      answers_keep(&r, task, (float)number("a label", field[rows.label], low, high), rows.group < 0 ? "" : field[rows.group],
+                   scores + i * moe_model_max_classes(model), best[i]);
+    }
+  }
+  moe_predictor_free(predictor);
+  free_table(&rows);
+  return r;
+}
+
+static void print_scores(const moe_task *task, const answers *before, const answers *after) {
+  const char *name = answers_metrics(task);
+  for (;;) {
+    int defined[2], length = (int)strcspn(name, ",");
+    double was = answers_metric(before, task, name, &defined[0]), is = answers_metric(after, task, name, &defined[1]);
+    printf("%-8.*s %12.6f before, %.6f after, over %lu rows%s\n", length, name, was, is, (unsigned long)after->n,
+           defined[0] && defined[1] ? "" : " (undefined)");
+    name += length;
+    if (!*name++) return;
+  }
+}
+
+/* Adds up how often each expert was chosen: sums of one task. */
+static void count_routes(moe_route_sums *sums, const moe_model *model, int32_t task, const table *rows, const moe_env *env) {
   const moe_config *c = moe_model_config(model);
   moe_limits limits = {c->max_len, 1, 0};
   moe_context *context;
   moe_tokenizer *tokenizer;
   moe_tokens tokens;
   moe_batch batch;
-  int32_t start[2] = {0, 0}, span[4] = {0, 1, 0, 1}, l, i, a_at = -1, b_at = -1, line_number = 0;
+  int32_t start[2] = {0, 0}, span[4] = {0, 1, 0, 1};
+  int i;
   size_t bytes, vocab_bytes;
   const char *vocab = moe_model_vocab(model, &vocab_bytes);
-  float *scores = (float *)malloc((size_t)moe_model_max_classes(model) * sizeof *scores);
+  float *scores = (float *)answers_grow(NULL, (size_t)moe_model_max_classes(model), sizeof *scores);
   unsigned char *raw;
   if (!vocab) die("the model holds no vocabulary");
   if (moe_tokenizer_size(vocab, vocab_bytes, &bytes, env) || moe_context_create(&context, model, &limits, env)) exit(1);
-  raw = (unsigned char *)malloc(bytes + 64);
+  raw = (unsigned char *)answers_grow(NULL, bytes + 64, 1);
+  if (moe_tokenizer_init(&tokenizer, raw + (64 - ((size_t)raw & 63)), bytes, vocab, vocab_bytes, c->cased, env)) exit(1);
   memset(&tokens, 0, sizeof tokens);
   tokens.capacity = c->max_len;
-  tokens.ids = (int32_t *)malloc((size_t)c->max_len * sizeof *tokens.ids);
-  tokens.segments = (uint8_t *)malloc((size_t)c->max_len);
-  if (!raw || !scores || !tokens.ids || !tokens.segments) die("out of memory");
-  if (moe_tokenizer_init(&tokenizer, raw + (64 - ((size_t)raw & 63)), bytes, vocab, vocab_bytes, c->cased, env)) exit(1);
+  tokens.ids = (int32_t *)answers_grow(NULL, (size_t)c->max_len, sizeof *tokens.ids);
+  tokens.segments = (uint8_t *)answers_grow(NULL, (size_t)c->max_len, 1);
   memset(&batch, 0, sizeof batch);
   batch.S = 1;
   batch.seq_start = start;
@@ -198,40 +324,11 @@ static void count_rows(double *chosen, double *prob, const moe_model *model, int
   batch.segments = tokens.segments;
   batch.task = &task;
   batch.span = span; /* routes do not depend on it */
-  for (; *text; ++line_number) {
-    char *field[16], *end = text + strcspn(text, "\n"), *next = *end ? end + 1 : end;
-    int fields = 0;
-    *end = 0;
-    for (; fields < 16; ++fields) {
-      field[fields] = text;
-      text += strcspn(text, "\t");
-      if (!*text) { ++fields; break; }
-      *text++ = 0;
-    }
-    text = next;
-    for (i = 0; i < fields && !line_number; ++i) {
-      if (!strcmp(field[i], "sentence1")) a_at = i;
-      if (!strcmp(field[i], "sentence2") && moe_model_task(model, task)->pair) b_at = i;
-    }
-    if (a_at < 0) die("--rows: the first line names no column sentence1");
-    if (!line_number || a_at >= fields || b_at >= fields) continue;
-    if (moe_encode(tokenizer, field[a_at], strlen(field[a_at]), b_at >= 0 ? field[b_at] : NULL, b_at >= 0 ? strlen(field[b_at]) : 0,
-                   c->max_len, c->truncate, &tokens, env))
-      exit(1);
+  for (i = 0; i < rows->n; ++i) {
+    const char *a = rows->row[i][rows->a], *b = rows->b < 0 ? NULL : rows->row[i][rows->b];
+    if (moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, c->max_len, c->truncate, &tokens, env)) exit(1);
     start[1] = tokens.count;
-    if (moe_forward(context, scores, &batch, env)) exit(1);
-    for (l = 0; l < c->layers; ++l) {
-      moe_routes r;
-      if (moe_context_routes(context, l, &r)) exit(1);
-      for (i = 0; i < r.M * r.k; ++i) {
-        size_t at = (size_t)(l * r.N + r.expert[i]);
-        double sum = keep ? 0 : 1;
-        int32_t e;
-        for (e = 0; keep && e < r.N; ++e) sum += keep[l * r.N + e] ? (double)r.prob[i / r.k * r.N + e] : 0;
-        chosen[at] += 1;
-        prob[at] += (double)r.prob[i / r.k * r.N + r.expert[i]] / sum;
-      }
-    }
+    if (moe_forward(context, scores, &batch, env) || moe_route_count(sums, context, &batch, env)) exit(1);
   }
   free(raw);
   free(scores);
@@ -240,68 +337,48 @@ static void count_rows(double *chosen, double *prob, const moe_model *model, int
   moe_context_free(context);
 }
 
-/* The model with one task alone; --drop-below leaves experts out. */
+/* The experts to be left out: those with no tokens or fewer than the share, but for the k most used. */
+static void choose(unsigned char *drop, const int64_t *chosen, const moe_config *c, double share) {
+  int32_t l, e, j;
+  memset(drop, 1, (size_t)c->layers * (size_t)c->experts);
+  for (l = 0; l < c->layers; ++l, chosen += c->experts, drop += c->experts) {
+    double sum = 0;
+    for (e = 0; e < c->experts; ++e) sum += (double)chosen[e];
+    for (e = 0; e < c->experts; ++e) drop[e] = chosen[e] == 0 || (double)chosen[e] < share * sum;
+    for (j = 0; j < c->top_k; ++j) {
+      int32_t best = -1, kept = 0;
+      for (e = 0; e < c->experts; ++e) kept += !drop[e];
+      for (e = 0; e < c->experts; ++e)
+        if (drop[e] && (best < 0 || chosen[e] > chosen[best]) && !(c->absent && c->absent[l * c->experts + e])) best = e;
+      if (kept < c->top_k && best >= 0) drop[best] = 0;
+    }
+  }
+}
+
+/* The model with one task alone; with --rows without the experts that it hardly uses. */
 static moe_model *take_task(const moe_model *model, const options *o, const moe_env *env) {
   const moe_config *c = moe_model_config(model);
-  int32_t task = moe_model_find_task(model, o->task), L = c->layers, N = c->experts, most = c->top_k, l, e, j, *list;
-  size_t cells = (size_t)L * (size_t)N, bytes;
-  moe_extract_options extract;
+  int32_t task = moe_model_find_task(model, o->task);
+  size_t cells = (size_t)c->layers * (size_t)c->experts, all = (size_t)moe_model_tasks(model) * cells;
   moe_model *out;
-  double *chosen, *before, *again, *after;
-  unsigned char *keep;
-  float *factor;
-  void *file, *copy;
-  if (task < 0) die("%s has no task \"%s\"", o->in, o->task);
-  if (!o->rows) {
-    if (moe_model_extract(&out, model, &task, 1, NULL, env)) exit(1);
-    return out;
+  moe_route_sums sums = {NULL, NULL, NULL, NULL};
+  unsigned char *drop = NULL;
+  table rows;
+  if (o->rows) {
+    if (c->router == MOE_ROUTER_DENSE || c->unit == MOE_UNIT_BLOCK) die("%s has no experts behind gates that could be left out", o->in);
+    rows = read_table(o->rows, moe_model_task(model, task), 0, env);
+    sums.tokens = (int64_t *)calloc((size_t)moe_model_tasks(model), sizeof *sums.tokens);
+    sums.chosen = (int64_t *)calloc(all, sizeof *sums.chosen);
+    drop = (unsigned char *)malloc(cells);
+    if (!sums.tokens || !sums.chosen || !drop) die("out of memory");
+    count_routes(&sums, model, task, &rows, env);
+    choose(drop, sums.chosen + (size_t)task * cells, c, o->drop);
+    free_table(&rows);
   }
-  if (c->router == MOE_ROUTER_DENSE || c->unit == MOE_UNIT_BLOCK) die("%s has no experts behind gates that could be left out", o->in);
-  chosen = (double *)calloc(cells * 4, sizeof *chosen);
-  before = chosen + cells;
-  again = before + cells;
-  after = again + cells;
-  keep = (unsigned char *)calloc(cells, 1);
-  factor = (float *)calloc(cells, sizeof *factor);
-  list = (int32_t *)calloc(cells, sizeof *list);
-  if (moe_file_read(&file, &bytes, o->rows, env)) exit(1);
-  copy = malloc(bytes + 1);
-  if (!chosen || !keep || !factor || !list || !copy) die("out of memory");
-  memcpy(copy, file, bytes + 1);
-  count_rows(chosen, before, model, task, (char *)file, NULL, env);
-  for (l = 0; l < L; ++l) {
-    double sum = 0;
-    int32_t used = 0;
-    for (e = 0; e < N; ++e) sum += chosen[l * N + e];
-    for (e = 0; e < N; ++e) used += chosen[l * N + e] >= o->drop * sum && chosen[l * N + e] > 0;
-    if (used > most) most = used;
-  }
-  for (l = 0; l < L; ++l) /* every layer keeps as many, the most used */
-    for (j = 0; j < most; ++j) {
-      int32_t best = -1;
-      for (e = 0; e < N; ++e)
-        if (!keep[l * N + e] && (best < 0 || chosen[l * N + e] > chosen[l * N + best])) best = e;
-      keep[l * N + best] = 1;
-    }
-  count_rows(again, after, model, task, (char *)copy, keep, env);
-  for (l = 0; l < L; ++l)
-    for (e = j = 0; e < N; ++e) {
-      double scale = c->gate_scale_n ? (double)N / most : 1;
-      if (!keep[l * N + e]) continue;
-      list[l * most + j] = e;
-      factor[l * most + j++] = c->renormalize || !(after[l * N + e] > 0) ? 1.0f : (float)(scale * before[l * N + e] / after[l * N + e]);
-    }
-  extract.experts = most;
-  extract.keep = list;
-  extract.factor = factor;
-  if (moe_model_extract(&out, model, &task, 1, &extract, env)) exit(1);
-  printf("experts  %12d of %d in each layer are kept\n", (int)most, (int)N);
-  moe_free(file);
-  free(copy);
-  free(chosen);
-  free(keep);
-  free(factor);
-  free(list);
+  if (moe_model_extract(&out, model, &task, 1, drop, env)) exit(1);
+  free(sums.tokens);
+  free(sums.chosen);
+  free(drop);
   return out;
 }
 
@@ -310,35 +387,41 @@ int main(int argc, char **argv) {
   moe_env env;
   moe_pool *pool = NULL;
   moe_model *model;
-  double before, after, error;
+  double before, after, error = 0;
+  answers was = {0, 0, NULL, NULL, NULL, NULL, NULL}, is = was;
   if (o.isa == MOE_ISA_COUNT || moe_env_init(&env, o.isa)) die("this machine has no instruction set of that name");
   env.log = show;
   if (o.threads > 1 && moe_pool_create(&pool, o.threads, &env)) return 1;
   model = load(o.in, &before, &env);
+  if (o.task && moe_model_find_task(model, o.task) < 0) die("%s has no task \"%s\"", o.in, o.task);
+  if (o.score) was = ask(model, &o, &env);
   if (o.task) {
     moe_model *alone = take_task(model, &o, &env);
     moe_model_free(model);
     model = alone;
   }
-  if (o.task && !o.int8) {
-    if (moe_model_save(model, o.out, &env)) return 1;
-    moe_model_free(model);
-    model = load(o.out, &after, &env);
-    print_model(model, after, o.tensors);
-    printf("saved    %12.0f bytes of %.0f (%.1f %%); what it costs in scores: ./predict FILE TASK --score, for both\n", before - after, before,
-           100 * (before - after) / before);
-  } else if (o.int8) {
+  if (o.int8) {
     moe_model *small;
     if (moe_model_quantize(&small, model, &env)) return 1;
     error = weight_error(model, small, &env);
     moe_model_free(model);
-    if (moe_model_save(small, o.out, &env)) return 1;
-    moe_model_free(small);
+    model = small;
+  }
+  if (o.out) {
+    if (moe_model_save(model, o.out, &env)) return 1;
+    moe_model_free(model);
     model = load(o.out, &after, &env); /* what is printed is what stands in the file */
     print_model(model, after, o.tensors);
-    printf("error    %12.5f of the norm of the matrices; what it costs in scores: ./predict FILE TASK --score, for both\n", error);
-    printf("saved    %12.0f bytes of %.0f (%.1f %%)\n", before - after, before, 100 * (before - after) / before);
+    if (o.int8) printf("error    %12.5f of the norm of the matrices\n", error);
+    printf("saved    %12.0f bytes of %.0f (%.1f %%)%s\n", before - after, before, 100 * (before - after) / before,
+           o.score ? "" : "; what it costs in scores: ./predict FILE TASK --score, for both");
   } else print_model(model, before, o.tensors);
+  if (o.score) {
+    is = ask(model, &o, &env);
+    print_scores(moe_model_task(model, moe_model_find_task(model, o.task)), &was, &is);
+  }
+  answers_free(&was);
+  answers_free(&is);
   moe_model_free(model);
   moe_pool_free(pool);
   if (fflush(stdout) || ferror(stdout)) die("standard output cannot be written");

@@ -9,6 +9,7 @@
 #include <string.h>
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
+#include "scores.h"
 
 enum { BATCH = 32, FIELDS = 16 };
 
@@ -110,69 +111,20 @@ static layout find_columns(const moe_task *task, int score) {
   return at;
 }
 
-/* What --score keeps of every row. */
-typedef struct rows {
-  size_t n;
-  int32_t *predicted, *label;
-  float *value, *truth; /* value: of a regression, or the probability of class 1 */
-  char **group;
-} rows;
-
-static void keep(rows *r, const moe_task *task, float truth, const char *group, const float *score, int best) {
-  size_t room = r->n + 1024;
-  if (r->n % 1024 == 0) {
-    r->predicted = (int32_t *)grow(r->predicted, room, sizeof *r->predicted);
-    r->label = (int32_t *)grow(r->label, room, sizeof *r->label);
-    r->value = (float *)grow(r->value, room, sizeof *r->value);
-    r->truth = (float *)grow(r->truth, room, sizeof *r->truth);
-    r->group = (char **)grow(r->group, room, sizeof *r->group);
-  }
-  r->predicted[r->n] = best;
-  r->label[r->n] = (int32_t)truth;
-  r->value[r->n] = score[task->kind != MOE_KIND_REGRESSION];
-  r->truth[r->n] = truth;
-  r->group[r->n++] = strcpy((char *)grow(NULL, strlen(group) + 1, 1), group);
-}
-
-/* Accuracy of a ranking: of the rows of a group, the one with the largest score of class 1 is the answer. */
-static double ranking_accuracy(const rows *r) {
-  size_t i, j, groups = 0, right = 0;
-  for (i = 0; i < r->n; ++i) {
-    size_t best = i;
-    for (j = 0; j < i && strcmp(r->group[i], r->group[j]); ++j) continue;
-    if (j < i) continue; /* its group has been counted */
-    for (j = i + 1; j < r->n; ++j)
-      if (r->value[j] > r->value[best] && !strcmp(r->group[i], r->group[j])) best = j;
-    ++groups;
-    right += r->label[best] == 1;
-  }
-  return (double)right / (double)groups;
-}
-
-static void print_metrics(const rows *r, const moe_task *task) {
-  char names[MOE_NAME_BYTES], *name, *next;
-  float *scratch = (float *)grow(NULL, 2 * r->n, sizeof *scratch);
-  strcpy(names, task->metrics[0] ? task->metrics : task->kind == MOE_KIND_REGRESSION ? "pearson,spearman" : "accuracy");
-  for (name = names; name; name = next) {
-    int defined = 1;
-    double v;
-    next = strchr(name, ',');
-    if (next) *next++ = 0;
-    if (!strcmp(name, "accuracy") && task->kind == MOE_KIND_RANKING) v = ranking_accuracy(r);
-    else if (!strcmp(name, "accuracy")) v = moe_metric_accuracy(r->predicted, r->label, r->n, &defined);
-    else if (!strcmp(name, "f1")) v = moe_metric_f1(r->predicted, r->label, r->n, &defined);
-    else if (!strcmp(name, "macro_f1")) v = moe_metric_macro_f1(r->predicted, r->label, r->n, task->classes, &defined);
-    else if (!strcmp(name, "matthews")) v = moe_metric_matthews(r->predicted, r->label, r->n, task->classes, &defined);
-    else if (!strcmp(name, "pearson")) v = moe_metric_pearson(r->value, r->truth, r->n, &defined);
-    else v = moe_metric_spearman(r->value, r->truth, r->n, scratch, &defined);
-    printf("%s %.6f%s\n", name, v, defined ? "" : " (undefined)");
+static void print_metrics(const answers *r, const moe_task *task) {
+  const char *name = answers_metrics(task);
+  for (;;) {
+    int defined, length = (int)strcspn(name, ",");
+    double v = answers_metric(r, task, name, &defined);
+    printf("%.*s %.6f%s\n", length, name, v, defined ? "" : " (undefined)");
+    name += length;
+    if (!*name++) break;
   }
   printf("n %lu\n", (unsigned long)r->n);
-  free(scratch);
 }
 
 /* Reads up to BATCH lines, predicts, and prints or keeps; returns 0 at the end of the input. */
-static int do_batch(moe_predictor *p, const moe_model *model, int32_t t, const layout *at, rows *r) {
+static int do_batch(moe_predictor *p, const moe_model *model, int32_t t, const layout *at, answers *r) {
   static float scores[BATCH * MOE_MAX_CLASSES];
   const moe_task *task = moe_model_task(model, t);
   char *line[BATCH], *field[FIELDS];
@@ -201,7 +153,7 @@ static int do_batch(moe_predictor *p, const moe_model *model, int32_t t, const l
   if (moe_predict_spans(p, t, a, b, at->span[0] < 0 ? NULL : span, n, scores, best)) exit(1);
   for (i = 0; i < n; ++i) {
     const float *row = scores + i * moe_model_max_classes(model);
-    if (at->label >= 0) keep(r, task, truth[i], group[i], row, best[i]);
+    if (at->label >= 0) answers_keep(r, task, truth[i], group[i], row, best[i]);
     else if (task->kind == MOE_KIND_REGRESSION) printf("%.6f\n", (double)row[0]);
     else printf("%s\t%.6f\n", task->label[best[i]], (double)row[best[i]]);
     free(line[i]);
@@ -215,7 +167,7 @@ int main(int argc, char **argv) {
   moe_predictor *predictor;
   moe_pool *pool = NULL;
   layout at;
-  rows kept = {0, NULL, NULL, NULL, NULL, NULL};
+  answers kept = {0, 0, NULL, NULL, NULL, NULL, NULL};
   moe_profile profile;
   char table[2048];
   int score = 0, threads = 1, bf16 = 0, profiled = 0, i;
@@ -258,12 +210,7 @@ int main(int argc, char **argv) {
   if (fflush(stdout) || ferror(stdout)) die("standard output cannot be written");
   moe_profile_write(table, sizeof table, &profile);
   if (profiled) fputs(table, stderr);
-  for (i = 0; i < (int)kept.n; ++i) free(kept.group[i]);
-  free(kept.group);
-  free(kept.predicted);
-  free(kept.label);
-  free(kept.value);
-  free(kept.truth);
+  answers_free(&kept);
   moe_predictor_free(predictor);
   moe_model_free(model);
   moe_pool_free(pool);

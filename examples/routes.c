@@ -600,17 +600,25 @@ static void read_history(void) {
   moe_free(file);
 }
 
-/* The metrics of every task without each expert in turn. */
+/* Whether layer l can do without expert i: it is there, and with it more than a token needs. */
+static int can_spare(const moe_config *config, int l, int i) {
+  int there = 0, e;
+  for (e = 0; e < N; ++e) there += !config->absent || !config->absent[l * N + e];
+  return there > config->top_k && !(config->absent && config->absent[l * N + i]);
+}
+
+/* The metrics of every task without each expert in turn; unchanged for one that is absent or cannot be spared. */
 static void observe_without(worker *w) {
+  const moe_config *config = moe_model_config(w->model);
   uint8_t *off = (uint8_t *)take((size_t)L * (size_t)N, 1);
   int t, l, i;
-  if (N - 1 >= moe_model_config(w->model)->top_k) {
+  if (N - 1 >= config->top_k) {
     without = (double *)take((size_t)L * (size_t)N * (size_t)T, sizeof *without);
     moe_context_disable(w->context, off);
     for (l = 0; l < L; ++l)
       for (i = 0; i < N; ++i) {
-        off[l * N + i] = 1;
-        for (t = 0; t < T; ++t) without[(l * N + i) * T + t] = evaluate(w, t, NULL);
+        off[l * N + i] = (uint8_t)can_spare(config, l, i);
+        for (t = 0; t < T; ++t) without[(l * N + i) * T + t] = off[l * N + i] ? evaluate(w, t, NULL) : metric[t];
         off[l * N + i] = 0;
       }
     moe_context_disable(w->context, NULL);

@@ -51,10 +51,18 @@ if "$tmp/convert" "$model" "$tmp/one" --task snips_intents > "$tmp/what" && grep
 "$tmp/predict" "$model" snips_intents < "$tmp/lines" > "$tmp/all"
 "$tmp/predict" "$tmp/one" snips_intents < "$tmp/lines" > "$tmp/other"
 if cmp -s "$tmp/all" "$tmp/other"; then ok test_convert_a_task_alone_is_the_same; else fail test_convert_a_task_alone_is_the_same; fi
-"$tmp/convert" "$model" "$tmp/few" --task snips_intents --drop-below 0.3 --rows $rows > "$tmp/what" 2>&1
-a=$(score "$model") b=$(score "$tmp/few") kept=$(awk '$1 == "experts" { print $2 }' "$tmp/what")
-if [ "${kept:-4}" -lt 4 ] && [ "$(wc -c < "$tmp/few")" -lt "$(wc -c < "$tmp/one")" ] && echo "$a $b" | awk '{ d = $1 - $2; exit !(d < 0.1 && d > -0.1) }'
-then ok test_convert_leaves_experts_out; else fail test_convert_leaves_experts_out "$kept experts, accuracy $a, then $b: $(head -n 2 "$tmp/what")"; fi
+"$tmp/convert" "$model" "$tmp/few" --task snips_intents --drop-below 0.3 --rows $rows --score $data/snips_intents/dev.tsv > "$tmp/what" 2>&1
+a=$(score "$model") b=$(score "$tmp/few")
+gone=$(sed -n 's/^experts that are there, layer by layer: //p' "$tmp/what" | awk '{ print 4 - NF }')
+expert=$((4 * (2 * 64 * 128 + 64 + 128))) saved=$(($(wc -c < "$tmp/one") - $(wc -c < "$tmp/few")))
+if [ "${gone:-0}" -gt 0 ] && [ "$saved" -gt $((gone * (expert - 1))) ] && [ "$saved" -lt $((gone * (expert + 2000))) ] &&
+   echo "$a $b" | awk '{ d = $1 - $2; exit !(d < 0.1 && d > -0.1) }'; then ok test_convert_leaves_experts_out; else
+  fail test_convert_leaves_experts_out "$gone of 4 experts, $saved bytes, accuracy $a, then $b: $(head -n 5 "$tmp/what")"; fi
+if grep -q "^accuracy *$a before, $b after, over " "$tmp/what"; then ok test_convert_scores_before_and_after; else fail test_convert_scores_before_and_after "$a, $b: $(tail -n 1 "$tmp/what")"; fi
+"$tmp/convert" "$model" "$tmp/none" --task snips_intents --rows $rows --int8 > "$tmp/what" && [ -s "$tmp/none" ] && ok test_convert_all_at_once || fail test_convert_all_at_once
 refuses test_convert_wants_a_known_task 'has no task "mrpc"' "$model" "$tmp/x" --task mrpc
-refuses test_convert_wants_rows_to_count "go together" "$model" "$tmp/x" --task snips_intents --drop-below 0.1
+refuses test_convert_wants_rows_to_count "wants --rows" "$model" "$tmp/x" --task snips_intents --drop-below 0.1
+refuses test_convert_wants_a_task "of one task" "$model" "$tmp/x" --int8 --score $rows
+refuses test_convert_wants_columns "no column" "$model" "$tmp/x" --task snips_intents --rows "$tmp/lines"
+refuses test_convert_wants_a_share "within" "$model" "$tmp/x" --task snips_intents --rows $rows --drop-below 2
 finish
