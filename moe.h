@@ -86,7 +86,7 @@
      >>simd          vectors: the order of a sum, elementary functions in plain C
      >>simd_x86      vectors of 16 floats: AVX-512, AVX2
      >>simd_neon     vectors of 16 floats: NEON
-     >>rows          elementary functions of vectors; sums of rows
+     >>rows          exp of vectors; sums of rows
      >>gemm          matrix products: what they are, kernels in plain C
      >>gemm_simd     kernels of products for each instruction set
      >>gemm_blocks   a product in tiles and blocks; few outputs
@@ -1085,7 +1085,6 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
-#define MOE__RESTRICT __restrict__
 #define MOE__TARGET(x) __attribute__((target(x)))
 #define MOE__INLINE static inline __attribute__((always_inline))
 #define MOE__UNUSED __attribute__((unused))
@@ -1097,7 +1096,6 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #define MOE__PRINTF(f, a) __attribute__((format(gnu_printf, f, a)))
 #endif
 #elif defined(_MSC_VER)
-#define MOE__RESTRICT __restrict
 #define MOE__TARGET(x)
 #define MOE__INLINE static __forceinline
 #define MOE__UNUSED
@@ -1105,7 +1103,6 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #define MOE__PREFETCH_NEAR(p) ((void)(p))
 #define MOE__PRINTF(f, a)
 #else
-#define MOE__RESTRICT
 #define MOE__TARGET(x)
 #define MOE__INLINE static inline
 #define MOE__UNUSED
@@ -1860,11 +1857,11 @@ MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *
      set(a) add sub mul div sqrt
      fma(a, b, c) = a * b + c   fnma(a, b, c) = c - a * b   (rounded once)
      max(a, b) = a > b ? a : b  min(a, b) = a < b ? a : b   (so b where one of them is not a number)
-     abs(a)  sign(a, s) = a (>= 0) with the sign of s
-     lt(a, b) le(a, b) eq(a, b) give flags; mand mor mnot combine them; sel(m, a, b) = m ? a : b
+     abs(a)
+     lt(a, b) gives flags; sel(m, a, b) = m ? a : b
      sum(v) max16(v) reduce to a float by the tree
-     exp exp_mid log erf tanh   same bits as moe__expf and so on
-     iset(u) iiota(u) = u, u + 1, ...  iload(p) istore(p, v)  iadd isub imul iand ior ixor
+     exp exp_mid   same bits as moe__expf and moe__exp_midf
+     iset(u) iiota(u) = u, u + 1, ...  iload(p)  iadd isub imul iand ixor
      ishl(a, bits) ishr(a, bits) isar(a, bits) (arithmetic)  ult(a, b) unsigned comparison
      bits(f) floats(i) reinterpret; cvt(i) signed integer to float */
 
@@ -1936,25 +1933,6 @@ MOE__INLINE float moe__tree16(float *lane) {
 #define MOE__LOG2 2.000207156e-01f
 #define MOE__LOG1 -2.500000894e-01f
 #define MOE__LOG0 3.333331347e-01f
-#define MOE__ERF_S6 7.806903159e-05f  /* erf(x) / x - 1 in x^2, for |x| < 1 */
-#define MOE__ERF_S5 -7.997853099e-04f
-#define MOE__ERF_S4 5.187162198e-03f
-#define MOE__ERF_S3 -2.685334720e-02f
-#define MOE__ERF_S2 1.128357872e-01f
-#define MOE__ERF_S1 -3.761262596e-01f
-#define MOE__ERF_S0 1.283791661e-01f
-#define MOE__ERF_L6 1.863823709e-04f  /* log(1 - erf(x)), for 1 <= x <= 4 */
-#define MOE__ERF_L5 -2.947684610e-03f
-#define MOE__ERF_L4 2.183815651e-02f
-#define MOE__ERF_L3 -1.031069234e-01f
-#define MOE__ERF_L2 -6.381446719e-01f
-#define MOE__ERF_L1 -1.127089262e+00f
-#define MOE__ERF_L0 -3.415125830e-04f
-#define MOE__TANH4 -5.897966679e-03f  /* (tanh(x) / x - 1) / x^2 in x^2, for |x| < 0.6 */
-#define MOE__TANH3 2.079862542e-02f
-#define MOE__TANH2 -5.378471687e-02f
-#define MOE__TANH1 1.333193630e-01f
-#define MOE__TANH0 -3.333329856e-01f
 
 /* exp(x) = 2^k exp(r), k the nearest integer to x / log 2. Gives exp(r); *magic holds k in its low bits. */
 MOE__INLINE float moe__exp_split(float x, float *magic) {
@@ -2016,41 +1994,6 @@ static float moe__logf(float x) {
   return p;
 }
 
-/* Error function; error below 1 ulp. Beyond |x| = 1 as 1 - exp(polynomial). */
-static float moe__erff(float x) {
-  float t = moe__minf(4.0f, moe__floats(moe__bits(x) & 0x7fffffffu));
-  float s = x * x, p, q;
-  p = moe__fmaf(MOE__ERF_S6, s, MOE__ERF_S5);
-  p = moe__fmaf(p, s, MOE__ERF_S4);
-  p = moe__fmaf(p, s, MOE__ERF_S3);
-  p = moe__fmaf(p, s, MOE__ERF_S2);
-  p = moe__fmaf(p, s, MOE__ERF_S1);
-  p = moe__fmaf(p, s, MOE__ERF_S0);
-  p = moe__fmaf(p, x, x);
-  q = moe__fmaf(MOE__ERF_L6, t, MOE__ERF_L5);
-  q = moe__fmaf(q, t, MOE__ERF_L4);
-  q = moe__fmaf(q, t, MOE__ERF_L3);
-  q = moe__fmaf(q, t, MOE__ERF_L2);
-  q = moe__fmaf(q, t, MOE__ERF_L1);
-  q = moe__fmaf(q, t, MOE__ERF_L0);
-  q = 1.0f - moe__exp_midf(q);
-  q = moe__floats(moe__bits(q) | (moe__bits(x) & 0x80000000u));
-  return t < 1.0f ? p : q;
-}
-
-/* Hyperbolic tangent; error below 2 ulp. Beyond |x| = 0.6 as 1 - 2 / (exp(2 |x|) + 1). */
-static float moe__tanhf(float x) {
-  float t = moe__minf(10.0f, moe__floats(moe__bits(x) & 0x7fffffffu));
-  float s = t * t, p, q;
-  p = moe__fmaf(MOE__TANH4, s, MOE__TANH3);
-  p = moe__fmaf(p, s, MOE__TANH2);
-  p = moe__fmaf(p, s, MOE__TANH1);
-  p = moe__fmaf(p, s, MOE__TANH0);
-  p = moe__fmaf(p * s, t, t);
-  q = 1.0f - 2.0f / (moe__exp_midf(t + t) + 1.0f);
-  return moe__floats(moe__bits(t < 0.6f ? p : q) | (moe__bits(x) & 0x80000000u));
-}
-
 /* ---- vectors of 16 floats: AVX-512, AVX2 ---- >>simd_x86 */
 
 #ifdef MOE__X86
@@ -2081,20 +2024,13 @@ MOE__V(MOE__F, fnma)(MOE__F a, MOE__F b, MOE__F c) { return _mm512_fnmadd_ps(a, 
 MOE__V(MOE__F, max)(MOE__F a, MOE__F b) { return _mm512_max_ps(a, b); }
 MOE__V(MOE__F, min)(MOE__F a, MOE__F b) { return _mm512_min_ps(a, b); }
 MOE__V(MOE__M, lt)(MOE__F a, MOE__F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
-MOE__V(MOE__M, le)(MOE__F a, MOE__F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
-MOE__V(MOE__M, eq)(MOE__F a, MOE__F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-MOE__V(MOE__M, mand)(MOE__M a, MOE__M b) { return (MOE__M)(a & b); }
-MOE__V(MOE__M, mor)(MOE__M a, MOE__M b) { return (MOE__M)(a | b); }
-MOE__V(MOE__M, mnot)(MOE__M a) { return (MOE__M)(a ^ 0xffffu); }
 MOE__V(MOE__F, sel)(MOE__M m, MOE__F a, MOE__F b) { return _mm512_mask_blend_ps(m, b, a); }
 MOE__V(MOE__I, iset)(uint32_t u) { return _mm512_set1_epi32((int)u); }
 MOE__V(MOE__I, iload)(const void *p) { return _mm512_loadu_si512(p); }
-MOE__V(void, istore)(void *p, MOE__I v) { _mm512_storeu_si512(p, v); }
 MOE__V(MOE__I, iadd)(MOE__I a, MOE__I b) { return _mm512_add_epi32(a, b); }
 MOE__V(MOE__I, isub)(MOE__I a, MOE__I b) { return _mm512_sub_epi32(a, b); }
 MOE__V(MOE__I, imul)(MOE__I a, MOE__I b) { return _mm512_mullo_epi32(a, b); }
 MOE__V(MOE__I, iand)(MOE__I a, MOE__I b) { return _mm512_and_si512(a, b); }
-MOE__V(MOE__I, ior)(MOE__I a, MOE__I b) { return _mm512_or_si512(a, b); }
 MOE__V(MOE__I, ixor)(MOE__I a, MOE__I b) { return _mm512_xor_si512(a, b); }
 MOE__V(MOE__I, ishl)(MOE__I a, int n) { return _mm512_sllv_epi32(a, _mm512_set1_epi32(n)); }
 MOE__V(MOE__I, ishr)(MOE__I a, int n) { return _mm512_srlv_epi32(a, _mm512_set1_epi32(n)); }
@@ -2183,10 +2119,6 @@ MOE__V(void, store)(float *p, MOE__F v) {
   _mm256_storeu_ps(p + 8, v.b);
 }
 
-MOE__V(void, istore)(void *p, MOE__I v) {
-  _mm256_storeu_si256((__m256i *)p, v.a);
-  _mm256_storeu_si256((__m256i *)p + 1, v.b);
-}
 
 MOE__V(MOE__I, iload)(const void *p) {
   return moe__avx2_itwo(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1));
@@ -2203,17 +2135,12 @@ MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__TWO3(_mm256_fnm
 MOE__V(MOE__F, max)(MOE__F x, MOE__F y) { return MOE__TWO2(_mm256_max_ps); }
 MOE__V(MOE__F, min)(MOE__F x, MOE__F y) { return MOE__TWO2(_mm256_min_ps); }
 MOE__V(MOE__M, lt)(MOE__F x, MOE__F y) { return MOE__CMP2(_CMP_LT_OQ); }
-MOE__V(MOE__M, le)(MOE__F x, MOE__F y) { return MOE__CMP2(_CMP_LE_OQ); }
-MOE__V(MOE__M, eq)(MOE__F x, MOE__F y) { return MOE__CMP2(_CMP_EQ_OQ); }
-MOE__V(MOE__M, mand)(MOE__M x, MOE__M y) { return MOE__TWO2(_mm256_and_ps); }
-MOE__V(MOE__M, mor)(MOE__M x, MOE__M y) { return MOE__TWO2(_mm256_or_ps); }
 MOE__V(MOE__F, sel)(MOE__M z, MOE__F y, MOE__F x) { return MOE__TWO3(_mm256_blendv_ps); }
 MOE__V(MOE__I, iset)(uint32_t u) { return moe__avx2_itwo(_mm256_set1_epi32((int)u), _mm256_set1_epi32((int)u)); }
 MOE__V(MOE__I, iadd)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_add_epi32); }
 MOE__V(MOE__I, isub)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_sub_epi32); }
 MOE__V(MOE__I, imul)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_mullo_epi32); }
 MOE__V(MOE__I, iand)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_and_si256); }
-MOE__V(MOE__I, ior)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_or_si256); }
 MOE__V(MOE__I, ixor)(MOE__I x, MOE__I y) { return MOE__ITWO2(_mm256_xor_si256); }
 MOE__V(MOE__I, ishl)(MOE__I x, int n) { return moe__avx2_itwo(_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)); }
 MOE__V(MOE__I, ishr)(MOE__I x, int n) { return moe__avx2_itwo(_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)); }
@@ -2222,10 +2149,6 @@ MOE__V(MOE__I, bits)(MOE__F x) { return moe__avx2_itwo(_mm256_castps_si256(x.a),
 MOE__V(MOE__F, floats)(MOE__I x) { return MOE__TWO1(_mm256_castsi256_ps); }
 MOE__V(MOE__F, cvt)(MOE__I x) { return MOE__TWO1(_mm256_cvtepi32_ps); }
 
-MOE__V(MOE__M, mnot)(MOE__M x) {
-  MOE__M y = moe__avx2_floats(moe__avx2_iset(0xffffffffu));
-  return MOE__TWO2(_mm256_xor_ps);
-}
 
 MOE__V(MOE__M, ult)(MOE__I x, MOE__I y) { /* there is a signed comparison only: shift the range */
   MOE__I top = moe__avx2_iset(0x80000000u);
@@ -2355,12 +2278,6 @@ MOE__V(void, store)(float *p, MOE__F v) {
   vst1q_f32(p + 12, v.d);
 }
 
-MOE__V(void, istore)(void *p, MOE__I v) {
-  vst1q_u32((uint32_t *)p, v.a);
-  vst1q_u32((uint32_t *)p + 4, v.b);
-  vst1q_u32((uint32_t *)p + 8, v.c);
-  vst1q_u32((uint32_t *)p + 12, v.d);
-}
 
 MOE__V(MOE__I, iload)(const void *p) {
   const uint32_t *u = (const uint32_t *)p;
@@ -2409,17 +2326,11 @@ MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__FOUR3(vfmsq_f32
 MOE__V(MOE__F, max)(MOE__F x, MOE__F y) { return MOE__FOUR2(MOE__GREATER); }
 MOE__V(MOE__F, min)(MOE__F x, MOE__F y) { return MOE__FOUR2(MOE__LESS); }
 MOE__V(MOE__M, lt)(MOE__F x, MOE__F y) { return MOE__IFOUR2(vcltq_f32); }
-MOE__V(MOE__M, le)(MOE__F x, MOE__F y) { return MOE__IFOUR2(vcleq_f32); }
-MOE__V(MOE__M, eq)(MOE__F x, MOE__F y) { return MOE__IFOUR2(vceqq_f32); }
-MOE__V(MOE__M, mand)(MOE__M x, MOE__M y) { return MOE__IFOUR2(vandq_u32); }
-MOE__V(MOE__M, mor)(MOE__M x, MOE__M y) { return MOE__IFOUR2(vorrq_u32); }
-MOE__V(MOE__M, mnot)(MOE__M x) { return MOE__IFOUR1(vmvnq_u32); }
 MOE__V(MOE__F, sel)(MOE__M z, MOE__F x, MOE__F y) { return MOE__FOUR3(vbslq_f32); }
 MOE__V(MOE__I, iadd)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vaddq_u32); }
 MOE__V(MOE__I, isub)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vsubq_u32); }
 MOE__V(MOE__I, imul)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vmulq_u32); }
 MOE__V(MOE__I, iand)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vandq_u32); }
-MOE__V(MOE__I, ior)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vorrq_u32); }
 MOE__V(MOE__I, ixor)(MOE__I x, MOE__I y) { return MOE__IFOUR2(veorq_u32); }
 MOE__V(MOE__M, ult)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vcltq_u32); }
 MOE__V(MOE__I, bits)(MOE__F x) { return MOE__IFOUR1(vreinterpretq_u32_f32); }
@@ -2475,14 +2386,11 @@ MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
 #define MOE__V_PICK(isa, table) ((void)(isa), &moe__scalar_##table)
 #endif
 
-/* ---- elementary functions of vectors; sums of rows ---- >>rows */
+/* ---- exp of vectors; sums of rows ---- >>rows */
 
 /* The functions of >>simd for vectors; see there. */
 #define MOE__V_EXP(S, T) \
 T MOE__INLINE S##_f S##_abs(S##_f x) { return S##_floats(S##_iand(S##_bits(x), S##_iset(0x7fffffffu))); } \
-T MOE__INLINE S##_f S##_sign(S##_f a, S##_f s) { \
-  return S##_floats(S##_ior(S##_bits(a), S##_iand(S##_bits(s), S##_iset(0x80000000u)))); \
-} \
 T MOE__INLINE S##_f S##_exp_split(S##_f x, S##_f *magic) { \
   S##_f t = S##_fma(x, S##_set(MOE__LOG2E), S##_set(MOE__ROUND)); \
   S##_f k = S##_sub(t, S##_set(MOE__ROUND)); \
@@ -2508,78 +2416,14 @@ T MOE__INLINE S##_f S##_exp(S##_f x) { \
   return S##_scale2(p, t); \
 }
 
-#define MOE__V_LOG(S, T) \
-T MOE__INLINE S##_f S##_log(S##_f x) { \
-  S##_f zero = S##_set(0.0f); \
-  S##_m tiny = S##_lt(x, S##_set(1.17549435e-38f)); \
-  S##_i u = S##_bits(S##_sel(tiny, S##_mul(x, S##_set(8388608.0f)), x)); \
-  S##_i k = S##_isar(S##_isub(u, S##_iset(0x3f3504f3u)), 23); \
-  S##_f f = S##_sub(S##_floats(S##_isub(u, S##_ishl(k, 23))), S##_set(1.0f)); \
-  S##_f e = S##_add(S##_cvt(k), S##_sel(tiny, S##_set(-23.0f), zero)); \
-  S##_f s = S##_mul(f, f); \
-  S##_f p = S##_fma(S##_set(MOE__LOG8), f, S##_set(MOE__LOG7)); \
-  p = S##_fma(p, f, S##_set(MOE__LOG6)); \
-  p = S##_fma(p, f, S##_set(MOE__LOG5)); \
-  p = S##_fma(p, f, S##_set(MOE__LOG4)); \
-  p = S##_fma(p, f, S##_set(MOE__LOG3)); \
-  p = S##_fma(p, f, S##_set(MOE__LOG2)); \
-  p = S##_fma(p, f, S##_set(MOE__LOG1)); \
-  p = S##_fma(p, f, S##_set(MOE__LOG0)); \
-  p = S##_fma(p, f, S##_set(-0.5f)); \
-  p = S##_add(S##_fma(p, s, S##_mul(e, S##_set(MOE__LN2_LO))), f); \
-  p = S##_fma(e, S##_set(MOE__LN2_HI), p); \
-  p = S##_sel(S##_lt(x, S##_floats(S##_iset(0x7f800000u))), p, x); \
-  p = S##_sel(S##_eq(x, zero), S##_floats(S##_iset(0xff800000u)), p); \
-  return S##_sel(S##_lt(x, zero), S##_floats(S##_iset(0x7fc00000u)), p); \
-}
-
-#define MOE__V_ERF(S, T) \
-T MOE__INLINE S##_f S##_erf(S##_f x) { \
-  S##_f t = S##_min(S##_set(4.0f), S##_abs(x)); \
-  S##_f s = S##_mul(x, x), p, q; \
-  p = S##_fma(S##_set(MOE__ERF_S6), s, S##_set(MOE__ERF_S5)); \
-  p = S##_fma(p, s, S##_set(MOE__ERF_S4)); \
-  p = S##_fma(p, s, S##_set(MOE__ERF_S3)); \
-  p = S##_fma(p, s, S##_set(MOE__ERF_S2)); \
-  p = S##_fma(p, s, S##_set(MOE__ERF_S1)); \
-  p = S##_fma(p, s, S##_set(MOE__ERF_S0)); \
-  p = S##_fma(p, x, x); \
-  q = S##_fma(S##_set(MOE__ERF_L6), t, S##_set(MOE__ERF_L5)); \
-  q = S##_fma(q, t, S##_set(MOE__ERF_L4)); \
-  q = S##_fma(q, t, S##_set(MOE__ERF_L3)); \
-  q = S##_fma(q, t, S##_set(MOE__ERF_L2)); \
-  q = S##_fma(q, t, S##_set(MOE__ERF_L1)); \
-  q = S##_fma(q, t, S##_set(MOE__ERF_L0)); \
-  q = S##_sub(S##_set(1.0f), S##_exp_mid(q)); \
-  return S##_sel(S##_lt(t, S##_set(1.0f)), p, S##_sign(q, x)); \
-} \
-T MOE__INLINE S##_f S##_tanh(S##_f x) { \
-  S##_f t = S##_min(S##_set(10.0f), S##_abs(x)); \
-  S##_f s = S##_mul(t, t), one = S##_set(1.0f), p, q; \
-  p = S##_fma(S##_set(MOE__TANH4), s, S##_set(MOE__TANH3)); \
-  p = S##_fma(p, s, S##_set(MOE__TANH2)); \
-  p = S##_fma(p, s, S##_set(MOE__TANH1)); \
-  p = S##_fma(p, s, S##_set(MOE__TANH0)); \
-  p = S##_fma(S##_mul(p, s), t, t); \
-  q = S##_add(S##_exp_mid(S##_add(t, t)), one); \
-  q = S##_sub(one, S##_div(S##_set(2.0f), q)); \
-  return S##_sign(S##_sel(S##_lt(t, S##_set(0.6f)), p, q), x); \
-}
 MOE__V_STAMP(MOE__V_EXP)
-MOE__V_STAMP(MOE__V_LOG)
-MOE__V_STAMP(MOE__V_ERF)
 #undef MOE__V_EXP
-#undef MOE__V_LOG
-#undef MOE__V_ERF
 
 /* Row reductions and maps. x, y: n floats; n = 0 gives 0. */
 typedef struct moe__row_kernels {
   float (*sum)(const float *x, size_t n);
   float (*dot)(const float *x, const float *y, size_t n);
-  void (*exp)(float *y, const float *x, size_t n); /* y may be x, here and below */
-  void (*log)(float *y, const float *x, size_t n);
-  void (*erf)(float *y, const float *x, size_t n);
-  void (*tanh)(float *y, const float *x, size_t n);
+  void (*exp)(float *y, const float *x, size_t n); /* y may be x */
 } moe__row_kernels;
 
 static float moe__scalar_row_sum(const float *x, size_t n) {
@@ -2598,31 +2442,13 @@ static float moe__scalar_row_dot(const float *x, const float *y, size_t n) {
   return moe__tree16(lane);
 }
 
-#define MOE__SCALAR_MAP(name) \
-static void moe__scalar_row_##name(float *y, const float *x, size_t n) { \
-  size_t i; \
-  for (i = 0; i < n; ++i) \
-    y[i] = moe__##name##f(x[i]); \
+static void moe__scalar_row_exp(float *y, const float *x, size_t n) {
+  size_t i;
+  for (i = 0; i < n; ++i) y[i] = moe__expf(x[i]);
 }
-MOE__SCALAR_MAP(exp)
-MOE__SCALAR_MAP(log)
-MOE__SCALAR_MAP(erf)
-MOE__SCALAR_MAP(tanh)
-#undef MOE__SCALAR_MAP
 
-static const moe__row_kernels moe__scalar_rows = {
-  moe__scalar_row_sum, moe__scalar_row_dot,
-  moe__scalar_row_exp, moe__scalar_row_log, moe__scalar_row_erf, moe__scalar_row_tanh
-};
+static const moe__row_kernels moe__scalar_rows = {moe__scalar_row_sum, moe__scalar_row_dot, moe__scalar_row_exp};
 
-#define MOE__V_MAP(S, T, name) \
-T static void S##_row_##name(float *y, const float *x, size_t n) { \
-  size_t i = 0; \
-  for (; i + 16 <= n; i += 16) \
-    S##_store(y + i, S##_##name(S##_load(x + i))); \
-  if (i < n) \
-    S##_storen(y + i, S##_##name(S##_loadn(x + i, n - i)), n - i); \
-}
 #define MOE__V_ROWS(S, T) \
 T static float S##_row_sum(const float *x, size_t n) { \
   S##_f s = S##_set(0.0f); \
@@ -2642,15 +2468,15 @@ T static float S##_row_dot(const float *x, const float *y, size_t n) { \
     s = S##_fma(S##_loadn(x + i, n - i), S##_loadn(y + i, n - i), s); \
   return S##_sum(s); \
 } \
-MOE__V_MAP(S, T, exp) \
-MOE__V_MAP(S, T, log) \
-MOE__V_MAP(S, T, erf) \
-MOE__V_MAP(S, T, tanh) \
-static const moe__row_kernels S##_rows = { \
-  S##_row_sum, S##_row_dot, S##_row_exp, S##_row_log, S##_row_erf, S##_row_tanh \
-};
+T static void S##_row_exp(float *y, const float *x, size_t n) { \
+  size_t i = 0; \
+  for (; i + 16 <= n; i += 16) \
+    S##_store(y + i, S##_exp(S##_load(x + i))); \
+  if (i < n) \
+    S##_storen(y + i, S##_exp(S##_loadn(x + i, n - i)), n - i); \
+} \
+static const moe__row_kernels S##_rows = {S##_row_sum, S##_row_dot, S##_row_exp};
 MOE__V_STAMP(MOE__V_ROWS)
-#undef MOE__V_MAP
 #undef MOE__V_ROWS
 
 /* ---- matrix products: what they are, kernels in plain C ---- >>gemm */
