@@ -200,27 +200,29 @@ enum { MOE_FEATURE_AVX_VNNI = 1, MOE_FEATURE_AVX512_VNNI = 2, MOE_FEATURE_AVX512
 
 typedef enum moe_type { MOE_TYPE_F32, MOE_TYPE_BF16, MOE_TYPE_I8 } moe_type;
 
-/* Another library's product of float matrices in place of the built-in kernels, for large products; cblas_sgemm takes ten lines
-   (examples/blas.c has them). Weights in panels (but those of a model), of 8 bits or with fewer than 16 outputs, products with a side under 8
-   or of fewer than 2^18 multiply-adds, and attention stay built in. Whatever is said about the bits of a result is then up to the
-   library; that they do not depend on the number of threads still holds, if a call of the library has the same result each time. */
+/* Another library's product of float matrices in place of the built-in kernels, for large products; cblas_sgemm takes
+   ten lines (examples/blas.c has them). Weights in panels (but those of a model), of 8 bits or with fewer than 16
+   outputs, products with a side under 8 or of fewer than 2^18 multiply-adds, and attention stay built in. Whatever is
+   said about the bits of a result is then up to the library; that they do not depend on the number of threads still
+   holds, if a call of the library has the same result each time. */
 #define MOE_BACKEND_ABI 1
 typedef struct moe_backend {
   uint32_t abi;     /* MOE_BACKEND_ABI; one of another number is not used */
   const char *name; /* for moe_backend_name */
-  /* C (m, n) = A (m, k) B (k, n), or C += A B where accumulate is 1. (i, p) of A = a[i a_row + p a_col], (p, j) of B = b[p b_row
-     + j b_col], (i, j) of C = c[i c_row + j]; one stride of A is 1, and one of B. Called from env.threads threads at once, each
-     with a part of a product, and should not start threads of its own. NULL: built-in kernels. */
+  /* C (m, n) = A (m, k) B (k, n), or C += A B where accumulate is 1. (i, p) of A = a[i a_row + p a_col], (p, j) of B =
+     b[p b_row + j b_col], (i, j) of C = c[i c_row + j]; one stride of A is 1, and one of B. Called from env.threads
+     threads at once, each with a part of a product, and should not start threads of its own. NULL: built-in kernels. */
   void (*sgemm)(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row, size_t a_col, const float *b,
                 size_t b_row, size_t b_col, int32_t accumulate, float *c, size_t c_row);
-  /* Whether to take a whole product of this size, or 0 to leave it to the built-in kernels, which have packed weights for it where
-     packed is 1. NULL: yes. */
+  /* Whether to take a whole product of this size, or 0 to leave it to the built-in kernels, which have packed
+     weights for it where packed is 1. NULL: yes. */
   int32_t (*takes)(void *user, int32_t m, int32_t n, int32_t k, int32_t packed);
   void *user;
 } moe_backend;
 
-/* Where the time of moe_forward, moe_accumulate, moe_update and moe_predict_ goes: a table of the caller's. Every moment of such
-   a call belongs to one section, so that the sections add up to the whole. A table is for one call at a time. */
+/* Where the time of moe_forward, moe_accumulate, moe_update and moe_predict_ goes: a table of the
+   caller's. Every moment of such a call belongs to one section, so that the sections add up to the
+   whole. A table is for one call at a time. */
 #define MOE_PROFILE_SECTIONS(X)                                                           \
   X(TEXT, "text to ids")                                                                  \
   X(EMBEDDINGS, "embeddings")                                                             \
@@ -259,8 +261,9 @@ typedef struct moe_profile {
    (with -std=c99 it wants _POSIX_C_SOURCE 200112L or more, else the time of day is taken), and all zero under MOE_NO_THREADS
    together with MOE_NO_STDIO: give one there. */
 MOE_API void moe_profile_init(moe_profile *profile, double (*now)(void *user), void *user);
-/* The sections that were used, slowest first, as lines of text: share, milliseconds, times, name; then the sum. At most capacity
-   bytes with the ending zero go to `out`; returns the bytes that the whole text needs, without the zero, as snprintf does. */
+/* The sections that were used, slowest first, as lines of text: share, milliseconds, times, name; then the
+   sum. At most capacity bytes with the ending zero go to `out`; returns the bytes that the whole text
+   needs, without the zero, as snprintf does. */
 MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *profile);
 /* The name of a section in words, a constant string; "unknown" for any other number. */
 MOE_API const char *moe_profile_text(moe_profile_section section);
@@ -298,11 +301,12 @@ MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision);
 MOE_API const char *moe_backend_name(const moe_env *env);
 
 #ifdef MOE_USE_BLIS
-/* Connects *env with BLIS. moe_env_init has done this with always = 0, for the products that BLIS is better at: on a processor
-   that BLIS has more than its `generic` kernels for, all where env->isa is scalar, with AVX2 those with unpacked weights and the
-   gradients of 8 to 64 tokens, none with AVX-512 or NEON. With always = 1 it gets every large product, whatever its kernels. BLIS computes
-   with one thread in this process from then on (bli_thread_set_num_threads): work is spread by env.parallel_for.
-   MOE_E_UNSUPPORTED: this BLIS counts in integers of another size than pointers; *env is as it was. */
+/* Connects *env with BLIS. moe_env_init has done this with always = 0, for the products that BLIS is better at: on a
+   processor that BLIS has more than its `generic` kernels for, all where env->isa is scalar, with AVX2 those with
+   unpacked weights and the gradients of 8 to 64 tokens, none with AVX-512 or NEON. With always = 1 it gets every large
+   product, whatever its kernels. BLIS computes with one thread in this process from then on
+   (bli_thread_set_num_threads): work is spread by env.parallel_for. MOE_E_UNSUPPORTED: this BLIS counts in integers of
+   another size than pointers; *env is as it was. */
 MOE_API moe_status moe_blis_use(moe_env *env, int32_t always);
 /* The kernels that BLIS has chosen for this processor ("skx", "zen3", "generic"), a constant string. */
 MOE_API const char *moe_blis_kernels(void);
@@ -1151,7 +1155,8 @@ MOE_API int moe_isa_available(moe_isa isa) {
     saved = moe__xgetbv();
     moe__cpuid(7, 0, r);
     avx2 = (saved & 6) == 6 && (one[2] >> 28 & 1) && (one[2] >> 12 & 1) && (r[1] >> 5 & 1); /* AVX, FMA, AVX2 */
-    avx512 = avx2 && (saved & 0xe6) == 0xe6 && (r[1] >> 16 & 1) && (r[1] >> 17 & 1) && (r[1] >> 30 & 1) && (r[1] >> 31 & 1); /* F DQ BW VL */
+    avx512 = avx2 && (saved & 0xe6) == 0xe6 && (r[1] >> 16 & 1) && (r[1] >> 17 & 1) && /* F, DQ */
+             (r[1] >> 30 & 1) && (r[1] >> 31 & 1);                                     /* BW, VL */
     return isa == MOE_ISA_AVX2 ? avx2 : avx512;
   }
 #endif
@@ -1176,7 +1181,8 @@ MOE_API int moe_isa_available(moe_isa isa) {
 #endif
 
 #ifdef MOE__NEON
-/* Whether the processor multiplies and adds bytes four at a time (FEAT_DotProd): the operating system knows, a program may not ask. */
+/* Whether the processor multiplies and adds bytes four at a time (FEAT_DotProd):
+   the operating system knows, a program may not ask. */
 static int moe__neon_has_dot(void) {
 #if defined(__ARM_FEATURE_DOTPROD)
   return 1; /* the compiler was told so, and uses it anywhere: Apple's is, for every Mac */
@@ -1344,7 +1350,8 @@ static void moe__format(char *out, size_t capacity, const char *format, ...) {
   va_end(args);
 }
 
-/* Tells the log what went wrong and returns the status, so that `return moe__fail(...)` is the end of a failing function. env may be NULL. */
+/* Tells the log what went wrong and returns the status, so that `return moe__fail(...)` is the end
+   of a failing function. env may be NULL. */
 static moe_status moe__fail(const moe_env *env, moe_status status, const char *format, ...) MOE__PRINTF(3, 4);
 static moe_status moe__fail(const moe_env *env, moe_status status, const char *format, ...) {
   char sentence[512];
@@ -1404,7 +1411,8 @@ MOE__UNUSED static int32_t moe__min(int32_t a, int32_t b) { return a < b ? a : b
 MOE__UNUSED static int32_t moe__max(int32_t a, int32_t b) { return a > b ? a : b; }
 
 /* ---- counter-based random numbers ---- >>random
-   Nothing is stored: a number is a hash of where it is used, so that neither threads nor micro-batches nor a restart change it. */
+   Nothing is stored: a number is a hash of where it is used, so that neither threads nor
+   micro-batches nor a restart change it. */
 
 /* The finaliser of SplitMix64: every bit of the input reaches every bit of the output. */
 static uint64_t moe__mix64(uint64_t x) {
@@ -1421,8 +1429,8 @@ MOE_API uint64_t moe_key(uint64_t seed, uint64_t step, uint64_t sequence, uint32
   return moe__mix64(h ^ ((uint64_t)layer << 32 | site));
 }
 
-/* 32 random bits at a position: two rounds of multiply and shift over the position and the two halves of the key. Vector kernels
-   (>>simd) compute the same. */
+/* 32 random bits at a position: two rounds of multiply and shift over the position and the two halves of the key.
+   Vector kernels (>>simd) compute the same. */
 MOE__INLINE uint32_t moe__hash32(uint64_t key, uint32_t position) {
   uint32_t x = position * 0x9e3779b1u + (uint32_t)key;
   x = (x ^ x >> 16) * 0x85ebca6bu;
@@ -1453,8 +1461,8 @@ static double moe__log_double(double x) {
   return 2 * s * sum + e * 0.69314718055994530942;
 }
 
-/* Standard normal by the polar method (Marsaglia), which needs only log and sqrt; log is our own, so that weights do not depend on the C
-   library. */
+/* Standard normal by the polar method (Marsaglia), which needs only log and sqrt; log is our own, so that
+   weights do not depend on the C library. */
 MOE__UNUSED static float moe__normal(uint64_t key, uint64_t position) {
   uint64_t try_ = 0;
   for (;; try_ += 2) {
@@ -1463,7 +1471,8 @@ MOE__UNUSED static float moe__normal(uint64_t key, uint64_t position) {
   }
 }
 
-/* A random permutation of 0 .. n-1 that needs no memory: a Feistel network over the next power of four, walked until it falls inside. */
+/* A random permutation of 0 .. n-1 that needs no memory: a Feistel network over
+   the next power of four, walked until it falls inside. */
 MOE__UNUSED static uint64_t moe__permute(uint64_t key, uint64_t i, uint64_t n) {
   unsigned half = 1;
   uint64_t mask;
@@ -1484,8 +1493,8 @@ MOE__UNUSED static uint64_t moe__permute(uint64_t key, uint64_t i, uint64_t n) {
 }
 
 /* ---- tiles, the built-in pool ---- >>parallel
-   Work is a list of tiles. Their shape depends on the number of threads nowhere but in weight gradients (>>gemm_gradient), whose bits no shape changes;
-   else threads only decide who runs which tile. So the bits of a result cannot depend on them. */
+   Work is a list of tiles. Threads only decide who runs which tile; the shape of tiles depends on their number nowhere but
+   where it changes no bit (>>gemm_gradient, sums of integers, bf16). So the bits of a result cannot depend on them. */
 
 #if defined(__GNUC__) || defined(__clang__)
 #define MOE__FETCH_ADD(p, v) __atomic_fetch_add(p, v, __ATOMIC_RELAXED)
@@ -1519,7 +1528,8 @@ static void moe__tiles_worker(void *arg, int32_t slot) {
   }
 }
 
-/* Runs fn(arg, tile, slot) for tile = 0 .. count-1; slot is in [0, env->threads), and no two tiles run in one slot at a time. */
+/* Runs fn(arg, tile, slot) for tile = 0 .. count-1; slot is in [0,
+   env->threads), and no two tiles run in one slot at a time. */
 MOE__UNUSED static void moe__parallel(const moe_env *env, int32_t count, moe__tile_fn fn, void *arg) {
   int32_t workers = env->parallel_for ? moe__min(env->threads, count) : 1, i;
   moe__tiles tiles;
@@ -1562,9 +1572,9 @@ typedef pthread_t moe__thread;
 #define MOE__PAUSE() ((void)0)
 #endif
 
-/* A job is announced by a new ticket. Helpers spin for a while (a layer asks for many short jobs), then sleep. The caller works too, and when
-   no piece is left it closes the job: only helpers that have joined by then are waited for, so that one the system has put aside (more
-   threads than processors, a busy machine) costs nothing. */
+/* A job is announced by a new ticket. Helpers spin for a while (a layer asks for many short jobs), then sleep. The
+   caller works too, and when no piece is left it closes the job: only helpers that have joined by then are waited for,
+   so that one the system has put aside (more threads than processors, a busy machine) costs nothing. */
 struct moe_pool {
   moe__mutex mutex;
   moe__cond wake;
@@ -1823,7 +1833,8 @@ MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *
     int32_t k = i < n ? order[i] : 0;
     double seconds = i < n ? profile->seconds[k] : total;
     size_t left = length < capacity ? capacity - length : 0;
-    length += moe__profile_line(left ? out + length : NULL, left, total > 0 ? seconds / total : 0, seconds, i < n ? profile->times[k] : times,
+    length += moe__profile_line(left ? out + length : NULL, left, total > 0 ? seconds / total : 0, seconds,
+                                i < n ? profile->times[k] : times,
                                 i < n ? moe_profile_text((moe_profile_section)k) : "all");
   }
   return length;
@@ -2235,7 +2246,8 @@ MOE__V(MOE__I, ifour)(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d) {
 #define MOE__IFOUR1(op) moe__neon_ifour(op(x.a), op(x.b), op(x.c), op(x.d))
 #define MOE__IFOUR2(op) moe__neon_ifour(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
 
-/* There are no masked loads and stores: a quarter that is not whole goes lane by lane. Kept out of line, as it is long and comes last. */
+/* There are no masked loads and stores: a quarter that is not whole goes lane by
+   lane. Kept out of line, as it is long and comes last. */
 MOE__V(float32x4_t, loadn4)(const float *p, size_t n) {
   float32x4_t v = vdupq_n_f32(0.0f);
   if (n >= 4) return vld1q_f32(p);
@@ -3458,8 +3470,8 @@ MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols,
 }
 
 /* ---- products by another library, BLIS ---- >>backend
-   A product goes to the library in parts of a fixed shape, one thread each, so that here too the number of threads changes no bit. The
-   bias is put into C before; GELU and the sums of A are the built-in kernels'. */
+   A product goes to the library in parts of a fixed shape, one thread each, so that here too the number of threads
+   changes no bit. The bias is put into C before; GELU and the sums of A are the built-in kernels'. */
 
 enum {
   MOE__BACKEND_ROWS = 256, /* of a part: a library packs A and B for each, which must not cost much */
@@ -3550,8 +3562,8 @@ MOE_API const char *moe_backend_name(const moe_env *env) {
 
 #ifdef MOE_USE_BLIS
 #ifndef BLIS_H /* else this unit has included blis.h before */
-/* The few functions that are needed, the same since 0.5, so that a library without its header will do. dim_t and inc_t are as wide as a
-   pointer unless BLIS was configured otherwise, which moe_blis_use checks. */
+/* The few functions that are needed, the same since 0.5, so that a library without its header will do. dim_t and inc_t
+   are as wide as a pointer unless BLIS was configured otherwise, which moe_blis_use checks. */
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -3571,8 +3583,8 @@ const char *bli_info_get_version_str(void);
 #define MOE__BLIS_PLAIN BLIS_NO_TRANSPOSE
 #endif
 
-/* One thread, said before each call: the number belongs to the process, or in some versions to the calling thread, and anybody may have
-   changed it. BLIS's own threads at small products are far slower than one. */
+/* One thread, said before each call: the number belongs to the process, or in some versions to the calling thread, and
+   anybody may have changed it. BLIS's own threads at small products are far slower than one. */
 static void moe__blis_sgemm(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row, size_t a_col, const float *b,
                             size_t b_row, size_t b_col, int32_t accumulate, float *c, size_t c_row) {
   float one = 1, beta = accumulate ? 1.0f : 0.0f;
@@ -3582,8 +3594,9 @@ static void moe__blis_sgemm(void *user, int32_t m, int32_t n, int32_t k, const f
             (float *)(uintptr_t)b, (intptr_t)b_row, (intptr_t)b_col, &beta, c, (intptr_t)c_row, 1);
 }
 
-/* Measured with BLIS 0.9, kernels haswell and zen3, beside the AVX2 kernels of this file: BLIS reads small operands where they lie, which is
-   1.1 to 1.6 times as fast as packing them for 8 to 64 tokens, and no faster with more of them or against packed weights. */
+/* Measured with BLIS 0.9, kernels haswell and zen3, beside the AVX2 kernels of this file: BLIS reads small
+   operands where they lie, which is 1.1 to 1.6 times as fast as packing them for 8 to 64 tokens, and no faster
+   with more of them or against packed weights. */
 static int32_t moe__blis_takes_few(void *user, int32_t m, int32_t n, int32_t k, int32_t packed) {
   (void)user, (void)n;
   return !packed && moe__min(m, k) <= 64; /* tokens are m, or k in the gradient of a weight */
@@ -3618,16 +3631,17 @@ MOE_API moe_status moe_blis_use(moe_env *env, int32_t always) {
 
 /* ---- products with weights of 8 bits: what they are, in plain C ---- >>lowp */
 
-/* y = x W^T + b with 8-bit integers on both sides: W once and for all, with a scale for each output; x row by row on its way in. The scale
-   of a row is max |x| / 127, its integers are x (127 / max |x|), rounded to the nearest, ties to even. With S the sum over p of
-   q_x q_w, an integer of 32 bits, an output is fma(S, s_x s_w, b), S rounded to float. Integer sums have no order, so that whatever adds
-   them, in whatever layout and tile, gives the same S, and the rest is one formula: the same bits on every instruction set.
-   Columns are at most 65536, which keeps S below 2^31. A row that is smaller than 1e-36 throughout is a row of zeros; one with an infinity
+/* y = x W^T + b with 8-bit integers on both sides: W once and for all, with a scale for each output; x row by row
+   on its way in. The scale of a row is max |x| / 127, its integers are x (127 / max |x|), rounded to the nearest,
+   ties to even. With S the sum over p of q_x q_w, an integer of 32 bits, an output is fma(S, s_x s_w, b), S
+   rounded to float. Integer sums have no order, so that whatever adds them, in whatever layout and tile, gives
+   the same S, and the rest is one formula: the same bits on every instruction set. Columns are at most 65536,
+   which keeps S below 2^31. A row that is smaller than 1e-36 throughout is a row of zeros; one with an infinity
    or NaN in it gives NaN in all its outputs.
 
-   Panels: 16 outputs side by side, in steps of 4 inputs: 16 x 4 bytes, one register of AVX-512 (and one row of a tile of AMX). Behind the
-   steps stand 16 integers, -128 times the sums of the weights: VNNI multiplies unsigned with signed bytes, so x gets 128 added, and the sums
-   begin with what that adds too much. */
+   Panels: 16 outputs side by side, in steps of 4 inputs: 16 x 4 bytes, one register of AVX-512 (and one row of a tile
+   of AMX). Behind the steps stand 16 integers, -128 times the sums of the weights: VNNI multiplies unsigned with signed
+   bytes, so x gets 128 added, and the sums begin with what that adds too much. */
 
 enum {
   MOE__INT8_MC = 32,          /* rows that are quantised at a time: they stay in the first-level cache, the panels stream by */
@@ -3735,8 +3749,8 @@ MOE__INLINE int moe__int8_step(const unsigned char *x) {
     S##_storen(b->c + i * b->c_row + 16 * v, S##_fma(S##_cvt(sums), scales, start), n);                    \
   }
 
-/* A kernel that keeps its R P panels of sums in registers; the instruction sets say how they begin (MOE__INT8_SUM), what a step loads, adds
-   (MOE__INT8_STEP) and where it ends (MOE__INT8_OUT). */
+/* A kernel that keeps its R P panels of sums in registers; the instruction sets say how they begin (MOE__INT8_SUM),
+   what a step loads, adds (MOE__INT8_STEP) and where it ends (MOE__INT8_OUT). */
 #define MOE__INT8_KERNEL_START(S, P, i) MOE__EACH_PANEL##P(MOE__INT8_SUM, S, i)
 #define MOE__INT8_KERNEL_STORE(S, P, i) MOE__EACH_PANEL##P(MOE__INT8_OUT, S, i)
 #define MOE__INT8_KERNEL(S, T, R, P)                           \
@@ -3767,7 +3781,8 @@ MOE__T_AVX2 static float moe__avx2_int8_quantize(unsigned char *q, const float *
   float scale, factor;
   uint32_t top, u;
   size_t i = 0;
-  for (; i + 8 <= n; i += 8) most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(x + i)), magnitude));
+  for (; i + 8 <= n; i += 8)
+    most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(x + i)), magnitude));
   half = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
   half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
   half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1));
@@ -3839,7 +3854,8 @@ MOE__T_AVX2 static void moe__avx2_int8_dot4(int32_t sum[4], const unsigned char 
   }
 }
 
-/* Plain AVX2: 4 outputs x 4 inputs of a step, widened to 16 bits, times the step of x: two sums for each output, added at the end. */
+/* Plain AVX2: 4 outputs x 4 inputs of a step, widened to 16 bits, times the
+   step of x: two sums for each output, added at the end. */
 #define MOE__INT8_START(S, P, i) __m256i c##i##0 = _mm256_setzero_si256(), c##i##1 = c##i##0, c##i##2 = c##i##0, c##i##3 = c##i##0;
 #define MOE__INT8_STEP(S, P, i)                                                         \
   {                                                                                     \
@@ -3909,7 +3925,8 @@ static const moe__int8_kernels moe__avx_vnni_int8 = {
 #ifdef MOE__AVX512_VNNI
 /* AVX512-VNNI: up to 8 rows by 3 panels, 24 of the 32 registers */
 #define MOE__T_AVX512_VNNI MOE__TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx2,fma")
-/* c + x w. An instruction by hand: gcc 12 copies the sums around its intrinsic and stores them all in every step, at half the speed. */
+/* c + x w. An instruction by hand: gcc 12 copies the sums around its intrinsic
+   and stores them all in every step, at half the speed. */
 MOE__T_AVX512_VNNI MOE__INLINE __m512i moe__vnni_add(__m512i c, __m512i x, __m512i w) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(x), "v"(w));
   return c;
@@ -4068,7 +4085,8 @@ MOE__T_NEON_DOT static void moe__neon_dot_int8_dot4(int32_t sum[4], const unsign
   MOE__DOT4_REST
 }
 
-#define MOE__INT8_SUM(S, i, v) int32x4_t c##i##v##0 = vdupq_n_s32(0), c##i##v##1 = c##i##v##0, c##i##v##2 = c##i##v##0, c##i##v##3 = c##i##v##0;
+#define MOE__INT8_SUM(S, i, v) \
+  int32x4_t c##i##v##0 = vdupq_n_s32(0), c##i##v##1 = c##i##v##0, c##i##v##2 = c##i##v##0, c##i##v##3 = c##i##v##0;
 #define MOE__INT8_LOAD(S, i, v)                                                              \
   int8x16_t w##v##0 = vld1q_s8(w + v * b->panel), w##v##1 = vld1q_s8(w + v * b->panel + 16); \
   int8x16_t w##v##2 = vld1q_s8(w + v * b->panel + 32), w##v##3 = vld1q_s8(w + v * b->panel + 48);
@@ -4124,8 +4142,9 @@ static const moe__int8_kernels *moe__int8_pick(const moe_env *env) {
 }
 
 /* `rows` quantised rows times the columns j0 .. j1-1 of weights in panels. c: of row 0 and column 0. */
-static void moe__int8_panels(const moe__gemm *g, const moe__int8_kernels *kernels, const moe__gemm_kernels *elements, size_t row, size_t rows,
-                             size_t j0, size_t j1, const unsigned char *x, size_t x_row, const float *x_scale) {
+static void moe__int8_panels(const moe__gemm *g, const moe__int8_kernels *kernels, const moe__gemm_kernels *elements,
+                             size_t row, size_t rows, size_t j0, size_t j1, const unsigned char *x, size_t x_row,
+                             const float *x_scale) {
   const moe_mat *w = g->quantized;
   moe__int8_block b;
   size_t j = j0, i, width, most;
@@ -4225,7 +4244,8 @@ static void moe__int8_work_tile(void *arg, int32_t tile, int32_t slot) {
                    (size_t)moe__min(j + wide, g->n));
 }
 
-/* Independent products with weights of 8 bits. Tiles may follow the number of threads here, since sums of integers are exact. */
+/* Independent products with weights of 8 bits. Tiles may follow the number of
+   threads here, since sums of integers are exact. */
 static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__int8_work work;
   int32_t tiles = 0, i;
@@ -4306,7 +4326,8 @@ static void moe__int8_quantize_tile(void *arg, int32_t tile, int32_t slot) {
   size_t row = (size_t)tile * 16, end = row + 16 < job->rows ? row + 16 : job->rows;
   (void)slot;
   for (; row < end; ++row)
-    job->scale[row] = job->kernels->quantize((unsigned char *)(void *)(job->q + row * job->cols), job->from + row * job->cols, job->cols, 0);
+    job->scale[row] = job->kernels->quantize((unsigned char *)(void *)(job->q + row * job->cols),
+                                             job->from + row * job->cols, job->cols, 0);
 }
 
 MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows, int32_t cols, const moe_env *env) {
@@ -4323,24 +4344,26 @@ MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows,
 
 /* ---- products with bf16 operands: what they are, in plain C ---- >>bf16 */
 
-/* C = A B with the elements of A and B rounded to bf16 (8 bits of significand, the exponents of a float) and sums in fp32. What is rounded is
-   a copy: weights, activations and gradients stay fp32 in memory.
+/* C = A B with the elements of A and B rounded to bf16 (8 bits of significand, the exponents of a float) and sums in
+   fp32. What is rounded is a copy: weights, activations and gradients stay fp32 in memory.
 
    Rounding: to nearest, ties to even; denormals become zero, NaN stays NaN.
 
-   One definition of every sum, for plain C, AVX-512 and AVX512-BF16: an element of C is one chain of fused multiply-adds that begins as in
-   >>gemm. It takes the elements of k by pairs (0 and 1, 2 and 3, ...; a last one alone gets a pair of zeros), of a pair first the second, then
-   the first; denormals, those in C too, count as zeros, and every step leaves a zero in their place. That is what vdpbf16ps does, to the bit;
-   FMAs do the same once the processor is told to flush denormals. Elsewhere (AVX2, NEON) the plain C runs. The bits of a row depend neither on the other rows nor on
-   the layout of the weights, on blocks, tiles or threads.
-   AMX has bits of its own: tdpbf16ps takes 16 pairs at a time, adds up their first and their second elements in two chains that begin with 0,
-   and adds the sum of the two to C. They are independent of rows, layout and threads in the same way.
-   Either way a sum over tokens, the gradient of a weight, pairs the tokens of one call: micro-batches give other bits than one batch.
-   Bits of fp32 are not met, of course: each operand has a relative error of up to 2^-8.
+   One definition of every sum, for plain C, AVX-512 and AVX512-BF16: an element of C is one chain of fused
+   multiply-adds that begins as in >>gemm. It takes the elements of k by pairs (0 and 1, 2 and 3, ...; a last one alone
+   gets a pair of zeros), of a pair first the second, then the first; denormals, those in C too, count as zeros, and
+   every step leaves a zero in their place. That is what vdpbf16ps does, to the bit; FMAs do the same once the processor
+   is told to flush denormals. Elsewhere (AVX2, NEON) the plain C runs. The bits of a row depend neither on the other
+   rows nor on the layout of the weights, on blocks, tiles or threads.
+   AMX has bits of its own: tdpbf16ps takes 16 pairs at a time, adds up their first and their second
+   elements in two chains that begin with 0, and adds the sum of the two to C. They are independent of
+   rows, layout and threads in the same way.
+   Either way a sum over tokens, the gradient of a weight, pairs the tokens of one call: micro-batches give other bits
+   than one batch. Bits of fp32 are not met, of course: each operand has a relative error of up to 2^-8.
 
-   Panels of weights: 16 outputs side by side, in steps of 2 inputs: word j of step t is the pair (2t, 2t+1) of output j, the first in the low
-   half: 64 bytes, one register of AVX-512 and one row of a tile of AMX. The last step of an odd k has a zero in its high halves.
-   A is copied, too: as pairs for vdpbf16ps and AMX, as rounded floats for FMAs. */
+   Panels of weights: 16 outputs side by side, in steps of 2 inputs: word j of step t is the pair (2t, 2t+1) of output
+   j, the first in the low half: 64 bytes, one register of AVX-512 and one row of a tile of AMX. The last step of an odd
+   k has a zero in its high halves. A is copied, too: as pairs for vdpbf16ps and AMX, as rounded floats for FMAs. */
 
 enum {
   MOE__BF16_ROWS = 32,           /* rows of a tile of work where the weights are packed: they stay near, the panels stream by */
@@ -4401,8 +4424,9 @@ static uint32_t moe__bf16_round(float x) {
   return u & 0xffff0000u;
 }
 
-/* a b + c of numbers that are not denormal, but for c: a step of the chain. A result is flushed where it is below 2^-126 once rounded to 24
-   bits: the midpoint between 2^-126 and the number before goes up. Near there the sum in double is exact. */
+/* a b + c of numbers that are not denormal, but for c: a step of the chain. A result is flushed where it
+   is below 2^-126 once rounded to 24 bits: the midpoint between 2^-126 and the number before goes up.
+   Near there the sum in double is exact. */
 static float moe__bf16_fma(float a, float b, float c) {
   double exact;
   float r;
@@ -4549,8 +4573,9 @@ static unsigned moe__x86_flush(void) {
 }
 static void moe__x86_unflush(unsigned saved) { _mm_setcsr(saved); }
 
-/* FMAs, as in >>gemm: up to 8 rows by 3 panels or 4 by 6. Panels are widened to floats on the way, which is little against the rows. A
-   processor without vdpbf16ps, or with a slow one, multiplies as fast as in fp32, and reads half the bytes of the weights. */
+/* FMAs, as in >>gemm: up to 8 rows by 3 panels or 4 by 6. Panels are widened to floats on the way, which is
+   little against the rows. A processor without vdpbf16ps, or with a slow one, multiplies as fast as in fp32,
+   and reads half the bytes of the weights. */
 #define MOE__BF16_WORD(p) _mm512_castsi512_ps(_mm512_set1_epi32((int)(p)))
 #define MOE__BF16_START(S, i, v) __m512 c##i##v = _mm512_loadu_ps(b->start + i * b->start_row + 16 * v);
 #define MOE__BF16_STORE(S, i, v) _mm512_storeu_ps(b->c + i * b->c_row + 16 * v, c##i##v);
@@ -4594,7 +4619,8 @@ static const moe__bf16_kernels moe__avx512_bf16 = {
   moe__avx512_bf16_floats, moe__avx512_bf16_along, moe__avx512_bf16_across, moe__avx512_bf16_turn};
 
 #ifdef MOE__AVX512_BF16
-/* The same with vdpbf16ps. An instruction by hand, for the reason given at moe__vnni_add, and no compiler needs to know it by name. */
+/* The same with vdpbf16ps. An instruction by hand, for the reason given at
+   moe__vnni_add, and no compiler needs to know it by name. */
 MOE__T_AVX512 MOE__INLINE __m512 moe__bf16_dot(__m512 c, __m512i x, __m512i w) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(x), "v"(w));
   return c;
@@ -4642,16 +4668,17 @@ static const moe__bf16_kernels moe__dp_bf16 = {
 #undef MOE__BF16_FMA
 
 #ifdef MOE__AMX_BF16
-/* AMX: eight tiles of 16 rows of 64 bytes. Instructions by hand: the intrinsics of gcc do not say what memory they touch, and stores before
-   them get lost. They are volatile, so that they stay in order, and tell that they read or write memory. */
+/* AMX: eight tiles of 16 rows of 64 bytes. Instructions by hand: the intrinsics of gcc do not say what
+   memory they touch, and stores before them get lost. They are volatile, so that they stay in order,
+   and tell that they read or write memory. */
 #define MOE__TILE_CONFIG(p) __asm__ volatile("ldtilecfg (%0)" : : "r"(p) : "memory")
 #define MOE__TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
 #define MOE__TILE_LOAD(t, p, stride) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"(p), "r"((size_t)(stride)) : "memory")
 #define MOE__TILE_STORE(t, p, stride) __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(p), "r"((size_t)(stride)) : "memory")
 #define MOE__TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : : ) /* c += a b */
 
-/* Sets the tiles up. Up to 16 rows: tiles 0 .. 3 are C, 4 is A, 5 .. 7 are B. More: 0 and 1 are C of the first 16 rows, 2 and 3 of the others,
-   4 and 5 are A, 6 and 7 are B. Every row has 64 bytes. */
+/* Sets the tiles up. Up to 16 rows: tiles 0 .. 3 are C, 4 is A, 5 .. 7 are B. More: 0 and 1 are C of the first 16 rows,
+   2 and 3 of the others, 4 and 5 are A, 6 and 7 are B. Every row has 64 bytes. */
 static void moe__amx_shape(const moe__bf16_block *b, size_t rows) {
   unsigned char config[64] = {0};
   unsigned char first = (unsigned char)(rows < 16 ? rows : 16), second = (unsigned char)(rows > 16 ? rows - 16 : 0);
@@ -4671,7 +4698,8 @@ static void moe__amx_shape(const moe__bf16_block *b, size_t rows) {
 
 static void moe__amx_leave(void) { MOE__TILE_RELEASE(); }
 
-/* The last steps, fewer than 16, of some panels, filled up with zeros: what lies behind a panel must not be multiplied, not even with zeros. */
+/* The last steps, fewer than 16, of some panels, filled up with zeros: what lies behind a panel must
+   not be multiplied, not even with zeros. */
 static void moe__amx_tail(uint32_t *tail, const uint32_t *w, size_t b_panel, size_t steps, size_t panels) {
   memset(tail, 0, panels * 256 * sizeof *tail);
   for (; panels > 0; --panels, tail += 256, w += b_panel) memcpy(tail, w, steps * 16 * sizeof *tail);
@@ -4756,7 +4784,8 @@ static const moe__bf16_kernels moe__amx_bf16 = {
 
 /* ---- products with bf16 operands over threads; packing ---- >>bf16_run */
 
-/* For tiles of work of so many rows. One or two rows wait for the weights to come: vdpbf16ps has less to do then, slow as it may be. */
+/* For tiles of work of so many rows. One or two rows wait for the weights to
+   come: vdpbf16ps has less to do then, slow as it may be. */
 static const moe__bf16_kernels *moe__bf16_pick(const moe_env *env, size_t rows) {
 #ifdef MOE__AMX_BF16
   if (env->isa == MOE_ISA_AVX512 && (env->features & MOE_FEATURE_AMX_BF16)) return &moe__amx_bf16;
@@ -4772,8 +4801,8 @@ static const moe__bf16_kernels *moe__bf16_pick(const moe_env *env, size_t rows) 
   return &moe__scalar_bf16;
 }
 
-/* `width` outputs (at most 16) that lie in lines of k elements, to a panel, and rows of A that lie in columns, to rows of pairs: by blocks of
-   16 by 16 words. depth: elements of k. */
+/* `width` outputs (at most 16) that lie in lines of k elements, to a panel, and rows of A that lie in columns, to rows
+   of pairs: by blocks of 16 by 16 words. depth: elements of k. */
 static void moe__bf16_panel(const moe__bf16_kernels *kernels, uint32_t *panel, const float *from, size_t ld, size_t width, size_t depth) {
   uint32_t block[256], out[256];
   size_t p;
@@ -5014,7 +5043,8 @@ MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t c
   moe__parallel(env, (rows + 15) / 16, moe__bf16_pack_tile, &work);
 }
 
-/* The same weights for the gradient of inputs, dx = dy w: panels of 16 inputs, pairs of outputs. moe_pack_bf16_bytes(cols, rows) bytes. */
+/* The same weights for the gradient of inputs, dx = dy w: panels of 16 inputs, pairs of outputs.
+   moe_pack_bf16_bytes(cols, rows) bytes. */
 static void moe__bf16_pack_back_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__bf16_pack *work = (const moe__bf16_pack *)arg;
   size_t column = (size_t)tile * 16, width = work->cols - column < 16 ? work->cols - column : 16;
@@ -5032,8 +5062,8 @@ static void moe__pack_bf16_back(void *panels, const float *w, int32_t rows, int3
   moe__parallel(env, (cols + 15) / 16, moe__bf16_pack_back_tile, &work);
 }
 
-/* Whether this process may use the tiles of AMX. The system must save them on a context switch, which Linux does for processes that have asked;
-   it refuses where a thread has too small a stack for signals. */
+/* Whether this process may use the tiles of AMX. The system must save them on a context switch, which Linux does for
+   processes that have asked; it refuses where a thread has too small a stack for signals. */
 static int moe__amx_allowed(void) {
 #ifdef MOE__AMX_BF16
   uint32_t r[4];
@@ -5065,8 +5095,9 @@ MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision) {
       return MOE_OK;
     }
   }
-  return moe__fail(env, MOE_E_UNSUPPORTED, "bf16 needs a processor with AMX-BF16 or AVX512-BF16, and its instruction set avx512 (here: %s): products stay fp32",
-                   moe_isa_name(env->isa));
+  return moe__fail(env, MOE_E_UNSUPPORTED,
+                   "bf16 needs a processor with AMX-BF16 or AVX512-BF16, and its instruction set avx512 (here: %s): "
+                   "products stay fp32", moe_isa_name(env->isa));
 }
 
 /* ---- linear layers and GELU ---- >>linear */
@@ -6165,9 +6196,10 @@ MOE_API void moe_attention_backward(float *dqkv, const float *dy, const float *y
 }
 
 /* ---- gates, top-k, dispatch ---- >>route
-   A token's logits are dot products of its row with the N rows of its gate (the 16 lanes of >>simd). The first part of this section makes
-   routes, the second their gradients. Both cut tokens into tiles of 64, and the gradient of a gate into blocks of columns that one
-   thread carries through all tokens in their order: micro-batches one after the other give the bits of one batch. */
+   A token's logits are dot products of its row with the N rows of its gate (the 16 lanes of >>simd). The first part
+   of this section makes routes, the second their gradients. Both cut tokens into tiles of 64, and the gradient of a
+   gate into blocks of columns that one thread carries through all tokens in their order: micro-batches one after
+   the other give the bits of one batch. */
 
 enum { MOE__ROUTE_TILE = 64, MOE__ROUTE_BLOCK = 1024, MOE__GATE_COLUMNS = 128 };
 
@@ -6241,8 +6273,8 @@ static moe__route_job moe__route_job_make(const moe_routes *routes, const float 
 
 static int moe__route_jitters(const moe_route_options *options) { return options->keys && options->jitter > 0; }
 
-/* y = x times noise in [1 - jitter, 1 + jitter] for n elements of a token from column c on. The noise is a function of the sequence's key and of
-   the element's place in the sequence, so that backward finds it again. */
+/* y = x times noise in [1 - jitter, 1 + jitter] for n elements of a token from column c on. The noise is a function of
+   the sequence's key and of the element's place in the sequence, so that backward finds it again. */
 static void moe__route_jitter(float *y, const float *x, size_t n, uint64_t key, size_t place, float jitter) {
   size_t i;
   for (i = 0; i < n; ++i) {
@@ -6360,7 +6392,8 @@ static float moe__route_share(const moe_routes *r, int32_t i) {
   return (float)(r->start[i + 1] - r->start[i]) / ((float)r->M * (float)r->k);
 }
 
-/* balance N sum_i f_i P_i + z_loss mean(log sum^2), P_i the mean of prob over the tokens; sums over tokens in order, in double. */
+/* balance N sum_i f_i P_i + z_loss mean(log sum^2), P_i the mean of prob over
+   the tokens; sums over tokens in order, in double. */
 static float moe__route_loss(const moe_routes *r, const float *logits, const moe_route_options *options) {
   double balance = 0, square = 0;
   int32_t i, t;
@@ -6402,8 +6435,9 @@ MOE_API void moe_route_forward(moe_routes *routes, float *logits, float *loss, c
   if (loss && routes->N > 1) *loss = moe__route_loss(routes, logits, options);
 }
 
-/* dlogits of one token. With dp_i the gradient of prob i (that of the chosen experts' weights, and N f_i / M from the balance loss, in which f is
-   a constant): dlogit_i = p_i (dp_i - sum_j p_j dp_j) + 2 log sum p_i / M from the z-loss. */
+/* dlogits of one token. With dp_i the gradient of prob i (that of the chosen experts' weights, and N f_i / M from the
+   balance loss, in which f is a constant): dlogit_i = p_i (dp_i - sum_j p_j dp_j) + 2 log sum p_i / M from the
+   z-loss. */
 static void moe__route_dlogits(const moe__route_job *job, int32_t token) {
   const moe_routes *r = job->routes;
   size_t at = (size_t)token * (size_t)r->N, choice = (size_t)token * (size_t)r->k;
@@ -6502,9 +6536,9 @@ MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const 
 
 
 /* ---- expert feed-forward networks ---- >>experts
-   Rows are gathered expert by expert (routes->order), multiplied by one product for each expert that has rows, and brought back: a token adds
-   up its choices in their order, so that neither the batch nor the threads change a sum. With one expert of weight 1 nothing is gathered and
-   nothing is multiplied by a weight: that is the dense layer. */
+   Rows are gathered expert by expert (routes->order), multiplied by one product for each expert that has rows, and
+   brought back: a token adds up its choices in their order, so that neither the batch nor the threads change a sum.
+   With one expert of weight 1 nothing is gathered and nothing is multiplied by a weight: that is the dense layer. */
 
 enum { MOE__EXPERTS_TILE = 64, MOE__EXPERTS_LIST = 64 };
 
@@ -6602,7 +6636,8 @@ static int moe__experts_dense(const moe_routes *routes) {
   return 1;
 }
 
-/* The row of a slot. Row numbers lie in the scratch of floats as bytes: copied, since C forbids to read them through another type. */
+/* The row of a slot. Row numbers lie in the scratch of floats as bytes: copied,
+   since C forbids to read them through another type. */
 static size_t moe__experts_row(const moe__experts_job *job, size_t slot) {
   int32_t row;
   memcpy(&row, job->place + slot, sizeof row);
@@ -6742,7 +6777,8 @@ static void moe__experts_backward(float *dx, float *dweight, float *const *d_in,
   if (dense || !dx) return;
   for (i = 0; i < routes->N; ++i) { /* rows of dx, in the place of those of dy */
     size_t at = (size_t)routes->start[i];
-    moe__gemm g = moe__linear_input_gradient(job.e + at * job.H, job.d + at * job.F, w_in[i], F, H, routes->start[i + 1] - routes->start[i]);
+    int32_t rows = routes->start[i + 1] - routes->start[i];
+    moe__gemm g = moe__linear_input_gradient(job.e + at * job.H, job.d + at * job.F, w_in[i], F, H, rows);
     moe__linear_use_back(&g, back_in ? &back_in[i] : NULL);
     g.accumulate = 0;
     if (g.m > 0) moe__products_add(&list, g);
@@ -8044,10 +8080,12 @@ typedef struct moe__acts {
   float *sum2, *mean2, *rstd2; /* y1 + mixture */
 } moe__acts;
 
-/* What blocks as experts need on top [TL]; see >>level and >>blocks. Inference keeps two inputs of layers and one output of a block. */
+/* What blocks as experts need on top [TL]; see >>level and >>blocks. Inference
+   keeps two inputs of layers and one output of a block. */
 typedef struct moe__level {
   moe_level given;
-  float **x, **y;   /* (L+1) input of each layer, the last: the network's output; (L m) output of each block for its sequences; (M, H) each */
+  float **x;        /* (L+1) input of each layer, the last: the network's output; (M, H) each */
+  float **y;        /* (L m) output of each block for its sequences; (M, H) each */
   float *gathered;  /* (M, H) the input of a block that does not compute all sequences */
   int32_t *sequence, *start; /* (S), (S+1) sequences that a block computes, and where each begins among its rows */
   int64_t *index;   /* (S) their moe_batch.index */
@@ -8319,9 +8357,10 @@ MOE_API void moe_context_free(moe_context *context) {
 }
 
 /* ---- gates made of task vectors ---- >>embedding
-   [TaG] A.4 leaves routing that related tasks share through learned task embeddings as future work; here it is W_{g,t} = sum_j z_{t,j} B_j,
-   with a basis B (r, N, H) in each layer and one vector z_t (r) for a task: T r + L r N H numbers instead of L T N H. The gates of a layer
-   are made anew in each pass, for the tasks of the batch alone: r N H multiplications a task, far fewer than a single token's attention. */
+   [TaG] A.4 leaves routing that related tasks share through learned task embeddings as future work; here it is W_{g,t}
+   = sum_j z_{t,j} B_j, with a basis B (r, N, H) in each layer and one vector z_t (r) for a task: T r + L r N H numbers
+   instead of L T N H. The gates of a layer are made anew in each pass, for the tasks of the batch alone: r N H
+   multiplications a task, far fewer than a single token's attention. */
 
 /* The gates (T, N, H) of a layer whose tensor is given: itself, or made of it; forward and backward use the same. */
 static const float *moe__gates_forward(moe_context *c, const float *basis, const moe_env *env) {
@@ -8489,8 +8528,8 @@ static void moe__pass_begin(moe_context *c, moe__pass *pass, const moe_batch *ba
   if (!moe__has_gates(config)) moe__routes_dense(&c->routes[0], pass->M);
 }
 
-/* A matrix of the model for forward of about M rows: its packed copy where there is one of this precision, and no other library wants it as it
-   is. weight, bytes, panel: its places in the three arrays. */
+/* A matrix of the model for forward of about M rows: its packed copy where there is one of this precision, and no other
+   library wants it as it is. weight, bytes, panel: its places in the three arrays. */
 static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, size_t panel, int32_t rows, int32_t cols, int32_t M,
                               const moe_env *env) {
   const float *scale = m->weights + weight;
@@ -8841,13 +8880,14 @@ MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *cont
 /* ---- task-level routing: scores of a task, selection, their gradients ---- >>level
    [TL] 2: the router of a layer is a small network from the task's vector to a score z for each of its m blocks,
      z = W1 GELU(W0 vector + b0) + b1,
-   and the selection turns scores into weights w of the blocks' outputs: with tau the temperature and G = -log(-log U), U uniform in (0, 1)
+   and the selection turns scores into weights w of the blocks' outputs: with tau
+   the temperature and G = -log(-log U), U uniform in (0, 1)
      softmax            p = softmax(z / tau)            w = p
      Gumbel-softmax     p = softmax((z + G) / tau)      w = p in training, else 1 at the largest z and 0 elsewhere
      straight-through   p = softmax((z + G) / tau)      w = 1 at the largest p and 0 elsewhere; dp = dw all the same
-   Backward: dz_i = p_i (dw_i - sum_j p_j dw_j) / tau, dw_i = the product of the layer's output gradient and the output of block i.
-   Everything is computed for each sequence by itself, in their order: then neither the batch nor how it is cut changes a bit.
-   PAPER-DIFF: the authors draw G in evaluation as well. */
+   Backward: dz_i = p_i (dw_i - sum_j p_j dw_j) / tau, dw_i = the product of the layer's output gradient and the output
+   of block i. Everything is computed for each sequence by itself, in their order: then neither the batch nor how it is
+   cut changes a bit. PAPER-DIFF: the authors draw G in evaluation as well. */
 
 /* The caller's weights or scores of all layers and blocks must be usable. */
 static moe_status moe__check_given(const moe_context *c, const moe_env *env) {
@@ -9003,7 +9043,8 @@ MOE_API moe_status moe_level_routes(float *routes, const moe_model *model, float
   int32_t t, l;
   if (config->router != MOE_ROUTER_LEVEL) return moe__fail(env, MOE_E_ARGUMENT, "this model has no task-level router");
   if (!(tau >= 0 && tau <= 1e6f))
-    return moe__fail(env, MOE_E_ARGUMENT, "the temperature of routes is %g, it must be from 0 (the most probable block) to 1e6", (double)tau);
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "the temperature of routes is %g, it must be from 0 (the most probable block) to 1e6", (double)tau);
   for (t = 0; t < model->T; ++t)
     for (l = 0; l < config->layers; ++l, routes += m) {
       moe__level_scores(z, pre, act, model, t, l, &one);
@@ -9064,8 +9105,9 @@ static void moe__level_backward(moe_context *c, const moe__pass *pass, float *dw
 /* ---- transformer blocks as experts, forward and backward ---- >>blocks
    [TL] 2: a layer has m blocks, each an attention and a feed-forward network of its own; its output for sequence s is
      y_s = sum over i of w_{s,i} B_i(x_s).
-   A block computes the sequences that have a weight for it, packed, by the very functions of a dense model; in training under a router that
-   learns it computes all of them, since dw_{s,i} = dy_s . B_i(x_s) asks for outputs that straight-through selection leaves out. */
+   A block computes the sequences that have a weight for it, packed, by the very functions of a dense model; in training
+   under a router that learns it computes all of them, since dw_{s,i} = dy_s . B_i(x_s) asks for outputs that
+   straight-through selection leaves out. */
 
 /* The sequences that a block computes, as a batch of their own; returns 0 when there are none. */
 static int moe__block_batch(moe_context *c, const moe__pass *pass, moe__pass *sub, moe_batch *batch, int32_t block) {
@@ -9144,8 +9186,8 @@ static void moe__forward_blocks(moe_context *c, moe__pass *pass, int32_t layer) 
 static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *dw, int32_t layer, int32_t whole); /* >>backward */
 static void moe__backward_attention(moe_context *c, const moe__pass *pass, float *dw, int32_t layer);
 
-/* The gradient of the block's output, w dy, packed into c->g; its product with the output, the gradient of w. Returns 0 when every weight
-   is 0: then nothing goes into the block. */
+/* The gradient of the block's output, w dy, packed into c->g; its product with the output, the gradient of w. Returns 0
+   when every weight is 0: then nothing goes into the block. */
 static int moe__block_scatter(moe_context *c, const moe__pass *pass, const moe__pass *sub, int32_t block) {
   const moe__mix_kernels *mix = MOE__V_PICK(pass->env->isa, mix);
   const moe__row_kernels *rows = MOE__V_PICK(pass->env->isa, rows);
@@ -9729,12 +9771,14 @@ MOE_API void moe_adam_step(float *w, float *dw, float *m, float *v, size_t n, in
 
 
 /* ---- which row of which task comes next ---- >>sampler
-   Nothing is remembered but how much was drawn: a draw is a function of (seed, drawn) and, where tasks are drawn apart from their rows, of
-   how often the task was drawn. A run that goes on from a copy of these numbers draws what it would have drawn. */
+   Nothing is remembered but how much was drawn: a draw is a function of (seed, drawn) and, where tasks are
+   drawn apart from their rows, of how often the task was drawn. A run that goes on from a copy of these
+   numbers draws what it would have drawn. */
 
 enum { MOE__SAMPLER_ALL = 0, MOE__SAMPLER_TASK = 1, MOE__SAMPLER_ROW = 2 }; /* what a random number is for: the last part of its key */
 
-/* exp(x) of a double x <= 0: x = e log 2 + r, the series of exp(r), |r| <= log(2) / 2. Plain arithmetic only: the same bits everywhere. */
+/* exp(x) of a double x <= 0: x = e log 2 + r, the series of exp(r), |r| <= log(2) / 2. Plain
+   arithmetic only: the same bits everywhere. */
 static double moe__exp_double(double x) {
   uint64_t bits;
   double power, r, sum = 1;
@@ -9801,8 +9845,8 @@ static int moe__sample_by_size(const moe_sampler_config *config, int64_t i) {
   return config->sampling == MOE_SAMPLING_NATURAL || (config->sampling == MOE_SAMPLING_UNIFORM_NATURAL && i >= config->draws / 2);
 }
 
-/* Share of a task before all shares are divided by their sum: 1, its rows, or rows^(1/tau) relative to the task with most rows; 0 without
-   rows. */
+/* Share of a task before all shares are divided by their sum: 1, its rows, or rows^(1/tau) relative to
+   the task with most rows; 0 without rows. */
 static double moe__sample_share(const moe_sampler *sampler, int32_t t, double log_most) {
   if (sampler->rows[t] == 0) return 0;
   if (moe__sample_by_size(&sampler->config, moe__sample_first(sampler))) return (double)sampler->rows[t];
@@ -10125,13 +10169,13 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
 
 #endif /* MOE_NO_TRAIN */
 /* ---- reading the little JSON that the files need ---- >>json
-   A strict pull parser (RFC 8259) over a range of bytes: the caller asks for what it expects, nothing is allocated, and a text that is
-   not JSON ends in an error, not in a guess. */
+   A strict pull parser (RFC 8259) over a range of bytes: the caller asks for what it expects, nothing is allocated, and
+   a text that is not JSON ends in an error, not in a guess. */
 
 #define MOE__JSON_DEPTH 64 /* deepest nesting of a value that is skipped */
 
-/* A place in a JSON text. `nested`: the text is itself the inside of a JSON string, as the values of a safetensors header are; one level
-   of escapes is then taken off on the way. A copy of a cursor is a place to come back to. */
+/* A place in a JSON text. `nested`: the text is itself the inside of a JSON string, as the values of a safetensors
+   header are; one level of escapes is then taken off on the way. A copy of a cursor is a place to come back to. */
 typedef struct moe__json {
   const char *at, *end;
   const char *error;     /* the first complaint, a constant string; NULL: none. Nothing is read after one. */
@@ -10223,8 +10267,9 @@ static int moe__json_hex4(moe__json *j, uint32_t *out) {
   return 1;
 }
 
-/* What follows a backslash, as UTF-8: the number of bytes, 0 on an error. A lone \udc80 .. \udcff is the byte 80 .. ff: so the writer
-   stores bytes that are no UTF-8 (as Python's "surrogateescape" does), and names come back as they were. */
+/* What follows a backslash, as UTF-8: the number of bytes, 0 on an error. A lone \udc80 .. \udcff is
+   the byte 80 .. ff: so the writer stores bytes that are no UTF-8 (as Python's "surrogateescape"
+   does), and names come back as they were. */
 static int moe__json_escape(moe__json *j, unsigned char out[4]) {
   static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
   uint32_t high, low;
@@ -10290,7 +10335,8 @@ static int moe__json_key(moe__json *j, moe__json_text *out) {
   return moe__json_string(j, out) && moe__json_expect(j, ':', "a colon was expected");
 }
 
-/* Writes the string, escapes resolved, cut to `capacity` with an ending zero; returns its full length without it. out may be NULL. */
+/* Writes the string, escapes resolved, cut to `capacity` with an ending zero;
+   returns its full length without it. out may be NULL. */
 static size_t moe__json_copy(char *out, size_t capacity, const moe__json_text *text) {
   moe__json j = text->begin;
   size_t n = 0;
@@ -10492,7 +10538,8 @@ static void moe__out_uint(moe__out *out, uint64_t v) {
   moe__out_text(out, text);
 }
 
-/* The shortest decimal that reads back as the same float: at most 9 digits. Infinities and NaN, which JSON lacks, become null. */
+/* The shortest decimal that reads back as the same float: at most 9 digits.
+   Infinities and NaN, which JSON lacks, become null. */
 static void moe__out_float(moe__out *out, float f) {
   double v = fabs((double)f), scaled;
   int exponent = 0, n;
@@ -10555,8 +10602,9 @@ static void moe__out_string(moe__out *out, const char *text, size_t bytes) {
 }
 
 /* ---- reading and writing the container ---- >>safetensors
-   A safetensors file: the length of the header (8 bytes, little-endian), the header (JSON: a member for each tensor with its dtype, shape and
-   range of bytes, and "__metadata__", texts by name), the tensors' bytes. Nothing here trusts a number of the file. */
+   A safetensors file: the length of the header (8 bytes, little-endian), the header (JSON: a member for each
+   tensor with its dtype, shape and range of bytes, and "__metadata__", texts by name), the tensors' bytes.
+   Nothing here trusts a number of the file. */
 
 #define MOE__ST_HEADER_MAX 100000000u /* as in the reference implementation */
 #define MOE__ST_DIMS 8
@@ -10694,8 +10742,8 @@ static int moe__st_next(const moe__st *st, moe__json *j, moe__st_tensor *t) {
   return 0;
 }
 
-/* Which tensor does not begin where another one ends: only for the sentence, so a slow search will do, but not one of hours in a header that
-   was made to be slow. */
+/* Which tensor does not begin where another one ends: only for the sentence, so a slow search will do, but not one of
+   hours in a header that was made to be slow. */
 static moe_status moe__st_gap(const moe__st *st, const moe_env *env) {
   moe__json a, b;
   moe__st_tensor t, u;
@@ -10710,7 +10758,8 @@ static moe_status moe__st_gap(const moe__st *st, const moe_env *env) {
                          t.name, t.begin);
     }
   }
-  return moe__fail(env, MOE_E_FORMAT, "the tensors do not cover the %zu bytes behind the header exactly: holes, overlaps or a truncated file",
+  return moe__fail(env, MOE_E_FORMAT,
+                   "the tensors do not cover the %zu bytes behind the header exactly: holes, overlaps or a truncated file",
                    st->data_bytes);
 }
 
@@ -10725,9 +10774,10 @@ static int moe__st_metadata(moe__st *st, moe__json *j) {
   return !j->error;
 }
 
-/* The walk over all members of the header. Ranges cover the data without holes and overlaps exactly when the begins and the data's end are
-   the same numbers as the ends and 0: ranges that run forward then form one chain. Equal sums of hashes stand for that, since
-   nothing may be allocated here; a forged collision could at worst let two tensors share bytes. */
+/* The walk over all members of the header. Ranges cover the data without holes and overlaps exactly when the
+   begins and the data's end are the same numbers as the ends and 0: ranges that run forward then form one
+   chain. Equal sums of hashes stand for that, since nothing may be allocated here; a forged collision could
+   at worst let two tensors share bytes. */
 static moe_status moe__st_walk(moe__st *st, const moe_env *env) {
   moe__json j;
   uint64_t begins = moe__mix64(st->data_bytes), ends = moe__mix64(0);
@@ -10764,8 +10814,9 @@ static moe_status moe__st_open(moe__st *out, const void *file, size_t bytes, con
   if (bytes < 8) return moe__fail(env, MOE_E_FORMAT, "%zu bytes are no safetensors file, which has 8 at least", bytes);
   for (i = 8; i-- > 0;) length = length << 8 | p[i];
   if (length > bytes - 8 || length > MOE__ST_HEADER_MAX)
-    return moe__fail(env, MOE_E_FORMAT, "the first 8 bytes promise a header of %llu bytes, but %zu follow (and %u are the most): truncated, or no "
-                     "safetensors file", (unsigned long long)length, bytes - 8, MOE__ST_HEADER_MAX);
+    return moe__fail(env, MOE_E_FORMAT,
+                     "the first 8 bytes promise a header of %llu bytes, but %zu follow (and %u are the most): truncated, "
+                     "or no safetensors file", (unsigned long long)length, bytes - 8, MOE__ST_HEADER_MAX);
   memset(&st, 0, sizeof st);
   st.header = (const char *)p + 8;
   st.header_bytes = (size_t)length;
@@ -10909,7 +10960,8 @@ static void moe__st_put_floats(moe__out *out, const float *data, size_t n) {
   }
 }
 
-/* The length of the header and the header, as `put` writes it, with blanks behind it so that the data begin at a multiple of 64. */
+/* The length of the header and the header, as `put` writes it, with blanks
+   behind it so that the data begin at a multiple of 64. */
 static void moe__st_put_header(moe__out *out, void (*put)(moe__out *out, const void *user), const void *user) {
   moe__out count;
   uint64_t length, i;
@@ -11812,8 +11864,8 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
 #endif /* MOE_NO_STDIO */
 
 /* ---- weights of published encoders ---- >>import
-   A BERT-like file of the Hugging Face hub: BERT's names behind any prefix ("bert.", "model."), LayerNorms as weight/bias or gamma/beta,
-   F32, F16 or BF16. What else is in it (pooler, cls, position_ids) is passed over. */
+   A BERT-like file of the Hugging Face hub: BERT's names behind any prefix ("bert.", "model."), LayerNorms as
+   weight/bias or gamma/beta, F32, F16 or BF16. What else is in it (pooler, cls, position_ids) is passed over. */
 
 #define MOE__IMPORT_COMPLAINTS 16 /* sentences about one file, so that a foreign one does not flood the log */
 
@@ -11945,8 +11997,8 @@ static int moe__import_name(char out[128], const moe_tensor *t, int32_t *copy) {
 }
 
 /* Checks a tensor of the model against the file; *complaints counts what is wrong. */
-static void moe__import_check(const moe_tensor *want, const char *name, const moe__st *st, moe__json *hint, const char *prefix, int *complaints,
-                              const moe_env *env) {
+static void moe__import_check(const moe_tensor *want, const char *name, const moe__st *st, moe__json *hint,
+                              const char *prefix, int *complaints, const moe_env *env) {
   moe__st_tensor found;
   size_t bad;
   const moe_env *told = *complaints < MOE__IMPORT_COMPLAINTS ? env : NULL;
@@ -12157,8 +12209,8 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
 
 #ifndef MOE_NO_TRAIN
 /* ---- checkpoints ---- >>checkpoint
-   A model file with the moments as tensors adam.m.NAME and adam.v.NAME, and "moe.checkpoint" in the metadata: step, the sampler's state, the
-   caller's note. moe_model_load and _open read it as a model. */
+   A model file with the moments as tensors adam.m.NAME and adam.v.NAME, and "moe.checkpoint" in the metadata: step, the
+   sampler's state, the caller's note. moe_model_load and _open read it as a model. */
 
 typedef struct moe__state {
   const moe_trainer *trainer;
@@ -12247,15 +12299,16 @@ static moe_status moe__same_config(const moe_config *file, const moe_config *mod
   if (file->unit != model->unit ||
       (file->unit == MOE_UNIT_BLOCK && (file->selection != model->selection || file->vector != model->vector ||
                                         file->temperature < model->temperature || file->temperature > model->temperature)))
-    return moe__fail(env, MOE_E_FORMAT, "the checkpoint's experts are of unit %s, selection %s, temperature %g, task vectors of %d; the model "
+    return moe__fail(env, MOE_E_FORMAT,
+                     "the checkpoint's experts are of unit %s, selection %s, temperature %g, task vectors of %d; the model "
                      "has unit %s, selection %s, temperature %g, vectors of %d", moe__unit_name[file->unit],
                      moe__selection_name[file->selection], (double)file->temperature, (int)file->vector, moe__unit_name[model->unit],
                      moe__selection_name[model->selection], (double)model->temperature, (int)model->vector);
   if (model->router == MOE_ROUTER_EMBEDDING && file->rank != model->rank)
     return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has rank %d, the model has %d", (int)file->rank, (int)model->rank);
   if (file->truncate != model->truncate)
-    return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has truncate %s, the model has %s", moe__truncate_name[file->truncate],
-                     moe__truncate_name[model->truncate]);
+    return moe__fail(env, MOE_E_FORMAT, "the checkpoint's configuration has truncate %s, the model has %s",
+                     moe__truncate_name[file->truncate], moe__truncate_name[model->truncate]);
   return MOE_OK;
 }
 
@@ -12336,7 +12389,9 @@ static int moe__sampler_read(moe__json *j, moe_sampler *sampler, int apply) {
       default: ok = moe__json_integer(j, 1, INT32_MAX, &v), same = v == config->run; break; /* not there: 0 */
     }
     if (!ok) return 0;
-    if (!same) return moe__json_fail(j, "the sampler's settings (sampling, tau, in_order, seed, draws, run) are not those of the checkpoint");
+    if (!same)
+      return moe__json_fail(j, "the sampler's settings (sampling, tau, in_order, seed, draws, run) are not those of the "
+                               "checkpoint");
   }
   if (j->error) return 0;
   return seen == (config->run ? 0x1ffu : 0xffu) ? 1 : moe__json_fail(j, "a member of the sampler is missing");
@@ -12474,12 +12529,12 @@ MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sample
 
 /* What the tables know of a character: its class, here, and what it folds to in step 4.
    moe__text_classes lists runs of code points: distance of the first from that of the run before, then
-   (length - 1) * MOE__TEXT_KINDS + class. moe__text_folds lists runs, too: distance, then (length - 1) * 4 + kind of mapping, then
-   for MOE__FOLD_CONST (all map to one target) and MOE__FOLD_SLOPE (consecutive targets) the target of the first less the first,
-   as a signed number. Of MOE__FOLD_PAIRS every second code point, from the first on, maps to its successor; the targets of
-   MOE__FOLD_LIST stand in moe__text_ideographs, three digits each. A code point with several targets has as many runs.
-   A number is written in digits of 5 bits, lowest first, 32 added to all but the last; signed: twice the value, or
-   -1 - 2 * value. Digits are 0-9, A-Z, a-z, + and -. Hangul syllables are computed. */
+   (length - 1) * MOE__TEXT_KINDS + class. moe__text_folds lists runs, too: distance, then (length - 1) * 4 + kind of
+   mapping, then for MOE__FOLD_CONST (all map to one target) and MOE__FOLD_SLOPE (consecutive targets) the target of the
+   first less the first, as a signed number. Of MOE__FOLD_PAIRS every second code point, from the first on, maps to its
+   successor; the targets of MOE__FOLD_LIST stand in moe__text_ideographs, three digits each. A code point with several
+   targets has as many runs. A number is written in digits of 5 bits, lowest first, 32 added to all but the last;
+   signed: twice the value, or -1 - 2 * value. Digits are 0-9, A-Z, a-z, + and -. Hangul syllables are computed. */
 enum {
   MOE__TEXT_LETTER,        /* whatever is not one of the others */
   MOE__TEXT_DROP,          /* vanishes */
@@ -13328,8 +13383,8 @@ static int32_t moe__task_longest(const moe_model *model, int32_t task) {
 }
 
 /* Fills *p with the pieces of a block (layout->base NULL: only counts). */
-static moe_status moe__predictor_take(moe__layout *layout, moe_predictor *p, size_t *tokenizer_bytes, size_t *context_bytes, void **tokenizer,
-                                      void **context, const moe_env *env) {
+static moe_status moe__predictor_take(moe__layout *layout, moe_predictor *p, size_t *tokenizer_bytes,
+                                      size_t *context_bytes, void **tokenizer, void **context, const moe_env *env) {
   const moe_model *model = p->model;
   moe_limits limits;
   size_t tokens, S = (size_t)p->batch;
@@ -13373,7 +13428,8 @@ MOE_API moe_status moe_predictor_size(const moe_model *model, int32_t batch, siz
   return status;
 }
 
-MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t bytes, const moe_model *model, int32_t batch, const moe_env *env) {
+MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t bytes, const moe_model *model,
+                                      int32_t batch, const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
   moe_predictor p;
   moe_limits limits;
@@ -13419,7 +13475,8 @@ MOE_API void moe_predictor_free(moe_predictor *predictor) {
   if (predictor && predictor->owns_block) moe__release(predictor);
 }
 
-MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text, int32_t begin, int32_t end, const moe_env *env) {
+MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text, int32_t begin, int32_t end,
+                                   const moe_env *env) {
   int32_t i, first = -1, last = -1;
   if (!tokens->begin || !tokens->end || (text && !tokens->segments) || text < 0 || text > 1)
     return moe__fail(env, MOE_E_ARGUMENT, "a span needs begin, end and segments of the tokens, and text 0 or 1");
@@ -13430,7 +13487,8 @@ MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, in
     last = i;
   }
   if (first < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "no token of text %d stands at characters %d to %d: the text is shorter, or was cut", (int)text + 1,
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "no token of text %d stands at characters %d to %d: the text is shorter, or was cut", (int)text + 1,
                      (int)begin, (int)end);
   span[0] = first;
   span[1] = last + 1;
@@ -13452,8 +13510,8 @@ static moe_status moe__predict_encode(moe_predictor *p, int32_t task, int32_t i,
   tokens.end = chars ? p->end + at : NULL;
   tokens.capacity = p->longest;
   tokens.count = 0;
-  status = moe_encode(p->tokenizer, a, strlen(a), b, b ? strlen(b) : 0, moe__task_longest(p->model, task), p->model->config.truncate, &tokens,
-                      &p->env);
+  status = moe_encode(p->tokenizer, a, strlen(a), b, b ? strlen(b) : 0, moe__task_longest(p->model, task),
+                      p->model->config.truncate, &tokens, &p->env);
   if (!status && chars) status = moe_tokens_span(p->span + 4 * i, &tokens, 0, chars[0], chars[1], &p->env);
   if (!status && chars) status = moe_tokens_span(p->span + 4 * i + 2, &tokens, kind->pair, chars[2], chars[3], &p->env);
   p->seq_start[i + 1] = p->seq_start[i] + tokens.count;
@@ -13472,8 +13530,8 @@ static int moe__predict_finish(float *scores, const moe_task *task) {
   return best;
 }
 
-MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a, const char *const *b, const int32_t *chars,
-                                     int32_t n, float *scores, int *best) {
+MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a, const char *const *b,
+                                     const int32_t *chars, int32_t n, float *scores, int *best) {
   moe_predictor *p = predictor;
   moe_batch batch;
   size_t row = (size_t)p->model->max_classes;
@@ -13530,5 +13588,5 @@ MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, cons
 #endif /* MOE_IMPLEMENTATION_DONE */
 #endif /* MOE_IMPLEMENTATION */
 
-/* This file is public domain (Unlicense) or, at your choice, under MIT No Attribution (MIT-0); the full texts are in the LICENSE file of
-   the project. It comes without any warranty. */
+/* This file is public domain (Unlicense) or, at your choice, under MIT No Attribution (MIT-0); the full texts are in
+   the LICENSE file of the project. It comes without any warranty. */
