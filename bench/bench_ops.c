@@ -231,6 +231,7 @@ static int choose(void *arg, const char *word) {
   op what = OP_PACKED;
   while (what < OPS && strcmp(name, op_name[what]) != 0) what = (op)(what + 1);
   if (what == OPS || (what <= OP_DW && (got != 4 || w->n > 3072 || w->k > 3072 || w->m > M))) return 1;
+  if (what <= OP_DW) n = (size_t)w->n * (size_t)(w->k > w->m ? w->k : w->m); /* no more than is read */
   for (i = 0; i < n; ++i) { /* gradients have grown, moments shall not be negative */
     w->c[i] = (float)(i % 17) * 0.06f - 0.5f;
     w->d[i] = what == OP_ADAM ? 1e-4f : (float)(i % 13) * 0.003f - 0.018f;

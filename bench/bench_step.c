@@ -2,7 +2,9 @@
      cc -O2 -o bench_step bench/bench_step.c -lm -pthread
      ./bench_step train|infer [--system dense|switch|tag] [--batch 32] [--length 128] [--real] [--threads 1] [--isa auto]
                   [--precision fp32|bf16] [--experts 4] [--top-k 1] [--tasks 8] [--seconds 5] [--serve] [--no-update] [--layers 6 --hidden 384 --ffn 1536 --heads 12]
-   --precision int8: inference with a quantised model. One JSON line on standard output; --serve: see bench.h; --no-update: forward and backward only. --real: sequence i has 8 + (length - 8) u^2 tokens, as in bench/pytorch_step.py. */
+   --precision int8: inference with a quantised model. One JSON line on standard output; --serve: see bench.h, for inference the word BATCHxLENGTH
+   chooses another batch; --no-update: forward and backward only. --real: sequence i has 8 + (length - 8) u^2 tokens, as in
+   bench/pytorch_step.py. */
 #include "bench.h"
 
 typedef struct options {
@@ -20,7 +22,7 @@ typedef struct job {
   moe_context *context;
   moe_batch batch;
   float *scores;
-  int no_update;
+  options o;
 } job;
 
 #define NEED(call) do { if ((call) != MOE_OK) return 1; } while (0)
@@ -67,7 +69,8 @@ static int parse(options *o, int argc, char **argv) {
   return 0;
 }
 
-/* The batch: sequences of `length` tokens, or of the lengths of bench/pytorch_step.py; tasks in turn. Returns the number of tokens. */
+/* The batch: sequences of `length` tokens, or of the lengths of bench/pytorch_step.py; tasks in turn. Returns the number of tokens, 0 where
+   memory is short. */
 static int32_t make_batch(moe_batch *b, const options *o) {
   size_t most = (size_t)o->batch * (size_t)(o->length < 8 ? 8 : o->length);
   int32_t *ids = (int32_t *)calloc(most, sizeof *ids);
@@ -98,7 +101,22 @@ static int32_t make_batch(moe_batch *b, const options *o) {
   return start[o->batch];
 }
 
-static int setup(job *w, const options *o, int32_t tokens) {
+/* Context and scores for a batch of inference. */
+static int setup_inference(job *w, int32_t tokens) {
+  moe_limits limits;
+  limits.tokens = tokens;
+  limits.sequences = w->o.batch;
+  limits.training = 0;
+  free(w->scores);
+  w->scores = (float *)calloc((size_t)w->o.batch * 2, sizeof *w->scores);
+  moe_context_free(w->context);
+  w->context = NULL;
+  NEED(moe_context_create(&w->context, w->model, &limits, &w->env));
+  return w->scores == NULL;
+}
+
+static int setup(job *w, int32_t tokens) {
+  const options *o = &w->o;
   moe_limits limits;
   moe_train_config tc;
   moe_task *tasks = (moe_task *)calloc((size_t)o->tasks, sizeof *tasks);
@@ -118,18 +136,16 @@ static int setup(job *w, const options *o, int32_t tokens) {
     NEED(moe_model_quantize(&w->model, fp32, &w->env));
     moe_model_free(fp32);
   }
+  if (!o->training) {
+    NEED(moe_model_pack(w->model, NULL, &w->env));
+    return setup_inference(w, tokens);
+  }
   limits.tokens = tokens;
   limits.sequences = o->batch;
-  limits.training = o->training;
-  w->scores = (float *)calloc((size_t)o->batch * 2, sizeof *w->scores);
-  if (o->training) {
-    moe_train_config_init(&tc);
-    tc.steps = 1000000;
-    NEED(moe_trainer_create(&w->trainer, w->model, &limits, &tc, &w->env));
-  } else {
-    NEED(moe_model_pack(w->model, NULL, &w->env));
-    NEED(moe_context_create(&w->context, w->model, &limits, &w->env));
-  }
+  limits.training = 1;
+  moe_train_config_init(&tc);
+  tc.steps = 1000000;
+  NEED(moe_trainer_create(&w->trainer, w->model, &limits, &tc, &w->env));
   return 0;
 }
 
@@ -137,36 +153,46 @@ static int once(void *arg) {
   job *w = (job *)arg;
   if (w->trainer == NULL) return moe_forward(w->context, w->scores, &w->batch, &w->env) != MOE_OK;
   NEED(moe_accumulate(w->trainer, &w->batch, 0, NULL, NULL, &w->env));
-  return !w->no_update && moe_update(w->trainer, NULL, &w->env) != MOE_OK;
+  return !w->o.no_update && moe_update(w->trainer, NULL, &w->env) != MOE_OK;
+}
+
+/* Another batch for the same model: the word is BATCHxLENGTH. Inference only. */
+static int choose(void *arg, const char *word) {
+  job *w = (job *)arg;
+  int32_t tokens;
+  if (w->trainer != NULL || sscanf(word, "%dx%d", &w->o.batch, &w->o.length) != 2 || w->o.batch < 1 || w->o.length < 1) return 1;
+  free((void *)(uintptr_t)w->batch.seq_start);
+  free((void *)(uintptr_t)w->batch.ids);
+  free((void *)(uintptr_t)w->batch.task);
+  free((void *)(uintptr_t)w->batch.label);
+  tokens = make_batch(&w->batch, &w->o);
+  return tokens == 0 || setup_inference(w, tokens) || once(w);
 }
 
 int main(int argc, char **argv) {
-  options o;
-  job w;
+  static job w;
+  options *o = &w.o;
   int32_t tokens;
   double begin = bench_now(), ready, median, minimum;
   int calls = 0, status = 0;
-  memset(&o, 0, sizeof o);
-  memset(&w, 0, sizeof w);
-  if (parse(&o, argc, argv)) return 1;
-  if (moe_env_init(&w.env, moe_isa_from_name(o.isa)) != MOE_OK) return fprintf(stderr, "bench_step: no %s here\n", o.isa), 1;
+  if (parse(o, argc, argv)) return 1;
+  if (moe_env_init(&w.env, moe_isa_from_name(o->isa)) != MOE_OK) return fprintf(stderr, "bench_step: no %s here\n", o->isa), 1;
   w.env.log = bench_log;
   w.env.log_user = argv[0];
-  if (!strcmp(o.precision, "bf16") && moe_env_set_precision(&w.env, MOE_TYPE_BF16)) return 1;
-  w.no_update = o.no_update;
-  tokens = make_batch(&w.batch, &o);
-  if (tokens == 0 || setup(&w, &o, tokens)) return 1;
+  if (!strcmp(o->precision, "bf16") && moe_env_set_precision(&w.env, MOE_TYPE_BF16)) return 1;
+  tokens = make_batch(&w.batch, o);
+  if (tokens == 0 || setup(&w, tokens)) return 1;
   ready = bench_now() - begin;
   if (once(&w)) return 1; /* the first call touches the memory */
   printf("{\"program\": \"moe.h\", \"mode\": \"%s\", \"system\": \"%s\", \"batch\": %d, \"length\": %d, \"real\": %d, \"tokens\": %d, "
          "\"threads\": %d, \"isa\": \"%s\", \"precision\": \"%s\", \"experts\": %d, \"tasks\": %d, \"setup_seconds\": %.3f",
-         o.training ? "train" : "infer", o.system, o.batch, o.length, o.real, (int)tokens, o.threads, moe_isa_name(w.env.isa),
-         w.env.precision == MOE_TYPE_F32 ? "fp32" : w.env.features & MOE_FEATURE_AMX_BF16 ? "bf16 on AMX" : "bf16", (int)o.config.experts, o.tasks, ready);
-  if (o.serve) {
+         o->training ? "train" : "infer", o->system, o->batch, o->length, o->real, (int)tokens, o->threads, moe_isa_name(w.env.isa),
+         w.env.precision == MOE_TYPE_F32 ? "fp32" : w.env.features & MOE_FEATURE_AMX_BF16 ? "bf16 on AMX" : "bf16", (int)o->config.experts, o->tasks, ready);
+  if (o->serve) {
     printf("}\n");
-    status = bench_serve(once, NULL, &w);
+    status = bench_serve(once, choose, &w);
   } else {
-    calls = bench_repeat(&median, &minimum, o.seconds, once, &w);
+    calls = bench_repeat(&median, &minimum, o->seconds, once, &w);
     if (calls == 0) return 1;
     printf(", \"calls\": %d, \"seconds_median\": %.6f, \"seconds_min\": %.6f, \"tokens_per_second\": %.1f, \"peak_mb\": %.1f}\n", calls, median,
            minimum, tokens / median, bench_peak_mb());
