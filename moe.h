@@ -582,7 +582,7 @@ typedef struct moe_task {
   int32_t classes;           /* C >= 2; regression: 1 */
   float low, high;           /* range of a regression's labels */
   char metrics[MOE_NAME_BYTES]; /* names separated by commas, the first is the task's: accuracy f1 macro_f1 matthews pearson
-                                   spearman */
+                                   spearman; a regression has the last two alone */
   int32_t max_len;           /* longest input in tokens where that is less than the model's; 0: the model's */
   const char *const *label;  /* (C) label names, owned by whoever made the task (a model copies them); NULL: "0", "1", ... */
 } moe_task;
@@ -6969,6 +6969,7 @@ static moe_status moe__check_task_name(const moe_task *tasks, int32_t t, const m
   return MOE_OK;
 }
 
+#define MOE__METRICS_OF_CLASSES 4 /* the first of these count classes, which a regression has not */
 static const char *const moe__metric_names[] = {"accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"};
 
 /* A list of known names, separated by commas; empty: none. */
@@ -6981,8 +6982,11 @@ static moe_status moe__check_task_metrics(const moe_task *task, const moe_env *e
     int known = 0;
     for (end = begin; end < length && task->metrics[end] != ',';) ++end;
     for (i = 0; i < sizeof moe__metric_names / sizeof *moe__metric_names; ++i)
-      known |=
-          strlen(moe__metric_names[i]) == end - begin && !memcmp(moe__metric_names[i], task->metrics + begin, end - begin);
+      if (strlen(moe__metric_names[i]) == end - begin && !memcmp(moe__metric_names[i], task->metrics + begin, end - begin))
+        known = i < MOE__METRICS_OF_CLASSES ? 1 : 2;
+    if (known == 1 && task->kind == MOE_KIND_REGRESSION)
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': metrics '%s', those of a regression are pearson and spearman", task->name,
+                       task->metrics);
     if (!known)
       return moe__fail(env, MOE_E_ARGUMENT,
                        "task '%s': metrics '%s', known are accuracy f1 macro_f1 matthews pearson spearman", task->name,

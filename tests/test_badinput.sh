@@ -81,6 +81,12 @@ changed task_range_missing 'tasks.tsv:2: labels of a regression are a range' tas
 changed task_range_backwards "good" tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tregression\t5..0\tpearson\n'
 changed task_rows 'tasks.tsv:2: rows "many" is no number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\tmany\n'
 changed task_rows_huge 'tasks.tsv:2: rows "1e25" is no whole number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t1e25\n'
+changed task_name_of_another_folder 'tasks.tsv:2: task "../good": a name has letters, digits' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\n../good\tsingle\tclassification\t0=a,1=b\taccuracy\n'
+changed task_metric_of_classes_for_a_regression "task 'score': metrics 'accuracy', those of a regression are" tasks.tsv 'name\tinput\tkind\tlabels\tmetric\nscore\tpair\tregression\t0..5000\taccuracy\n'
+changed task_rows_negative 'tasks.tsv:2: rows are -4' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t-4\n'
+changed task_max_len_negative 'tasks.tsv:2: max_len is -4' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\tmax_len\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t-4\n'
+changed task_max_len_of_a_pair 'tasks.tsv:2: max_len is 2, the special tokens alone are 3' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\tmax_len\nscore\tpair\tregression\t0..5\tpearson\t2\n'
+changed task_range_not_finite 'tasks.tsv:2: highest label "1e400" is no number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\nscore\tpair\tregression\t0..1e400\tpearson\n'
 changed task_max_len 'max_len\|longest\|max_len 1' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\tmax_len\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t1\n'
 changed task_name_too_long 'tasks.tsv:2: a task.s name has 1 to 63 bytes' tasks.tsv \
   'name\tinput\tkind\tlabels\tmetric\naaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\tsingle\tclassification\t0=a,1=b\taccuracy\n'

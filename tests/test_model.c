@@ -195,6 +195,7 @@ static void test_model_tasks_are_checked_one_by_one(void) {
   BAD(t[1].max_len = -1, "max_len");
   BAD(memset(t[1].metrics, 'x', MOE_NAME_BYTES), "metrics");
   BAD(strcpy(t[1].metrics, "accuracy,speed"), "speed");
+  BAD(strcpy(t[2].metrics, "pearson,f1"), "those of a regression");
   BAD(t[1].label = twice, "twice");
   BAD(t[1].label = empty, "label 1");
 #undef BAD
