@@ -689,7 +689,8 @@ typedef struct moe_import_options {
    hidden, ffn, vocab, positions, segments. Names with and without "bert.", gamma/beta as well as weight/bias. */
 MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes, const moe_env *env);
 /* Reads num_attention_heads (which must be there) and layer_norm_eps from the text of a config.json. MOE_E_UNSUPPORTED
-   unless hidden_act is "gelu", position_embedding_type "absolute" and model_type "bert", where they are given. */
+   unless hidden_act is "gelu", position_embedding_type "absolute", model_type "bert" and is_decoder false, where they are
+   given. */
 MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes, const moe_env *env);
 /* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN, or m of each block, #18, #32) from the
    file: F32, F16 or BF16. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT with a sentence for each
@@ -10817,10 +10818,17 @@ static moe_status moe__st_open(moe__st *out, const void *file, size_t bytes, con
   moe_status status;
   if (bytes < 8) return moe__fail(env, MOE_E_FORMAT, "%zu bytes are no safetensors file, which has 8 at least", bytes);
   for (i = 8; i-- > 0;) length = length << 8 | p[i];
-  if (length > bytes - 8 || length > MOE__ST_HEADER_MAX)
+  if (length > bytes - 8 || length > MOE__ST_HEADER_MAX) {
+    if (!memcmp(p, "PK\3\4", 4))
+      return moe__fail(env, MOE_E_FORMAT,
+                       "a zip archive, as PyTorch writes its .bin files: weights are read from safetensors files");
+    if (*p == '{')
+      return moe__fail(env, MOE_E_FORMAT, "no safetensors file but a text, such as the index of weights in parts: these are "
+                       "read from one file");
     return moe__fail(env, MOE_E_FORMAT,
                      "the first 8 bytes promise a header of %llu bytes, but %zu follow (and %u are the most): truncated, "
                      "or no safetensors file", (unsigned long long)length, bytes - 8, MOE__ST_HEADER_MAX);
+  }
   memset(&st, 0, sizeof st);
   st.header = (const char *)p + 8;
   st.header_bytes = (size_t)length;
@@ -11966,6 +11974,10 @@ MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, 
       moe__printable(text, sizeof text, &value);
       if (!moe__json_is(&value, fixed[i][1]))
         return moe__fail(env, MOE_E_UNSUPPORTED, "config.json: %s is \"%s\", moe.h knows \"%s\" only", fixed[i][0], text, fixed[i][1]);
+    } else if (moe__json_is(&key, "is_decoder")) {
+      if (moe__json_kind(&j) == 't')
+        return moe__fail(env, MOE_E_UNSUPPORTED, "config.json: is_decoder is true, moe.h knows encoders only");
+      moe__json_skip(&j);
     } else if (moe__json_is(&key, "num_attention_heads")) {
       if (!moe__json_integer(&j, 1, 65536, &heads)) break;
     } else if (moe__json_is(&key, "layer_norm_eps")) {

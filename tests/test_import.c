@@ -357,7 +357,25 @@ static void test_import_reads_config_json(void) {
   CHECK(read_json("{\"num_attention_heads\":12.5}", &c) == MOE_E_FORMAT, "%s", said);
   CHECK(read_json("{\"num_attention_heads\":12", &c) == MOE_E_FORMAT && strstr(said, "byte 25 of 25"), "%s", said);
   CHECK(read_json("{\"num_attention_heads\":12,\"layer_norm_eps\":-1}", &c) == MOE_E_FORMAT, "%s", said);
+  CHECK(read_json("{\"num_attention_heads\":3,\"is_decoder\": true}", &c) == MOE_E_UNSUPPORTED && strstr(said, "is_decoder"), "%s", said);
+  CHECK(read_json("{\"is_decoder\" : false, \"num_attention_heads\":3}", &c) == MOE_OK && c.heads == 3, "%s", said);
   CHECK(read_json("", &c) == MOE_E_FORMAT && c.heads == 12, "%s", said);
+}
+
+/* What people download beside model.safetensors, or instead of it. */
+static void test_import_knows_other_files_of_the_hub(void) {
+  static const char zip[] = "PK\3\4\0\0\10\10\0\0\0\0\0\0archive/data.pkl", list[] = "{\n  \"metadata\": {\"total_size\": 4},\n  \"weight_map\": {}\n}\n";
+  moe_env env = logging();
+  moe_config c;
+  size_t n;
+  char header[200];
+  moe_config_init(&c);
+  CHECK(moe_import_sizes(&c, zip, sizeof zip - 1, &env) == MOE_E_FORMAT && strstr(said, "PyTorch"), "%s", said);
+  CHECK(moe_import_sizes(&c, list, sizeof list - 1, &env) == MOE_E_FORMAT && strstr(said, "no safetensors file but a text"), "%s", said);
+  /* a header of 123 bytes begins with the byte of a {, and is one nevertheless */
+  n = (size_t)snprintf(header, sizeof header, "{%c%c%c%c%c%c%c{}", 0, 0, 0, 0, 0, 0, 0);
+  memset(header + n, ' ', 8 + 123 - n);
+  CHECK(moe_import_sizes(&c, header, 8 + 123, &env) == MOE_E_FORMAT && strstr(said, "no encoder like BERT"), "%s", said);
 }
 
 static void test_import_real_minilm(void) {
@@ -412,6 +430,7 @@ int main(int argc, char **argv) {
   RUN(test_import_refuses_other_dtypes_nan_and_damage);
   RUN(test_import_noise_parts_the_copies);
   RUN(test_import_reads_config_json);
+  RUN(test_import_knows_other_files_of_the_hub);
   RUN(test_import_real_minilm);
   return test_end();
 }
