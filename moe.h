@@ -171,7 +171,7 @@
   X(MOE_E_FORMAT, "damaged, incomplete or foreign data")                                  \
   X(MOE_E_IO, "reading or writing failed")                                                \
   X(MOE_E_UNSUPPORTED, "this processor or this build cannot do it")                       \
-  X(MOE_E_NONFINITE, "a loss or gradient is not a finite number")
+  X(MOE_E_NONFINITE, "a weight, score, loss or gradient is not a finite number")
 
 typedef enum moe_status {
 #define MOE_STATUS_ENUM(name, text) name,
@@ -753,7 +753,9 @@ MOE_API void moe_context_free(moe_context *context);
 MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batch, int with_labels, const moe_env *env);
 
 /* Scores of every sequence: scores (S, moe_model_max_classes), a row holds the C logits of its task (regression: one value),
-   the rest zeros. No dropout, no jitter. */
+   the rest zeros. No dropout, no jitter. Nobody looks at the weights: those that are no finite numbers, which readers of files
+   and moe_update do not let in, make scores NaN or infinite, the status is MOE_OK and nothing else happens. moe_predict_
+   functions look at the scores. */
 MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_batch *batch, const moe_env *env);
 /* Final hidden states (M, H) of the last pass. */
 MOE_API const float *moe_context_hidden(const moe_context *context);
@@ -1005,7 +1007,7 @@ MOE_API moe_status moe_predictor_create(moe_predictor **out, const moe_model *mo
 MOE_API void moe_predictor_free(moe_predictor *predictor);
 /* One text (b NULL) or a pair, zero-terminated; longer ones are cut as in training. scores (C): probabilities (a class each;
    ranking: wrong, right), or the value (regression). *best (may be NULL): the most probable class, the lowest of equals; 0
-   in regression. */
+   in regression. MOE_E_NONFINITE: the scores are no finite numbers, because weights are none. */
 MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, const char *a, const char *b, float *scores,
                                     int *best);
 /* The same for n <= batch texts at once: a[i], b[i] (b NULL: none); scores (n, moe_model_max_classes), best (n) or NULL.
@@ -13576,6 +13578,13 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
   batch.span = chars ? p->span : NULL;
   status = moe_forward(p->context, p->scores, &batch, &p->env);
   if (status) return status;
+  for (i = 0; i < n; ++i) {
+    int32_t c;
+    for (c = 0; c < p->model->tasks[task].classes; ++c)
+      if (!moe__is_finite(p->scores[(size_t)i * row + (size_t)c]))
+        return moe__fail(&p->env, MOE_E_NONFINITE, "text %d: score %d of task '%s' is no finite number", (int)i, (int)c,
+                         p->model->tasks[task].name);
+  }
   for (i = 0; i < n; ++i) {
     int b_i = moe__predict_finish(p->scores + (size_t)i * row, &p->model->tasks[task]);
     if (best) best[i] = b_i;

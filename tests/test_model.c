@@ -932,6 +932,48 @@ static void test_model_does_without_disabled_experts(void) {
   moe_model_free(small);
 }
 
+/* moe_forward does not look at weights: NaN goes to the scores, and nowhere else. */
+static void test_model_with_nan_weights_gives_nan_scores(void) {
+  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_SHARED, MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING, MOE_ROUTER_LEVEL};
+  static const float bad[] = {NAN, INFINITY, -INFINITY};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  size_t i, k, n;
+  int32_t l, s, j, top;
+  models_tasks(tasks);
+  for (i = 0; i < 5; ++i)
+    for (k = 0; k < 6; ++k) {
+      int block = router[i] == MOE_ROUTER_LEVEL;
+      moe_config c = models_config(router[i], i ? 4 : 1, i && !block && k > 2 ? 4 : 1);
+      moe_limits limits = {MODELS_M, MODELS_S, 0};
+      moe_model *model;
+      moe_context *context = NULL;
+      float *out = scores[0], *w;
+      moe_routes routes;
+      c.unit = block ? MOE_UNIT_BLOCK : MOE_UNIT_FFN;
+      c.selection = block && k > 2 ? MOE_SELECT_GUMBEL : MOE_SELECT_SOFTMAX;
+      model = models_create(&c, tasks, MODELS_TASKS, &env);
+      CHECK(model, "%s", models_sentence);
+      if (!model) continue;
+      w = moe_model_weights(model);
+      for (n = 0; n < moe_model_parameters(model); ++n) w[n] = bad[k % 3];
+      CHECK(!moe_model_pack(model, NULL, &env) && !moe_context_create(&context, model, &limits, &env), "%s", models_sentence);
+      models_random_batch(&batch, model, 12, 9, k);
+      out[12 * 3] = 7;
+      CHECK(moe_forward(context, out, &batch.b, &env) == MOE_OK, "%s", models_sentence);
+      for (s = 0; s < 12; ++s)
+        for (j = 0; j < moe_model_task(model, batch.task[s])->classes; ++j) CHECK(!isfinite(out[3 * s + j]), "router %zu, sequence %d", i, (int)s);
+      CHECK(out[12 * 3] == 7, "a score behind the last");
+      for (l = 0; l < c.layers; ++l) {
+        CHECK(!moe_context_routes(context, l, &routes), "%d", (int)l);
+        for (top = 0; top < routes.M * routes.k; ++top) CHECK(routes.expert[top] >= 0 && routes.expert[top] < routes.N, "expert %d", (int)routes.expert[top]);
+        if (!block) CHECK(routes.start[0] == 0 && routes.start[routes.N] == routes.M * routes.k, "every token has its experts");
+      }
+      moe_context_free(context);
+      moe_model_free(model);
+    }
+}
+
 static void test_model_dense_routes_lead_to_expert_0(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_DENSE, 1, 1);
@@ -1045,6 +1087,7 @@ int main(int argc, char **argv) {
   RUN(test_model_routes_can_be_read_and_forced);
   RUN(test_model_routes_are_counted);
   RUN(test_model_does_without_disabled_experts);
+  RUN(test_model_with_nan_weights_gives_nan_scores);
   RUN(test_model_dense_routes_lead_to_expert_0);
   return test_end();
 }

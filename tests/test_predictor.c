@@ -222,12 +222,38 @@ static void test_predictor_says_what_is_wrong(void) {
   moe_model_free(model);
 }
 
+/* A label that comes of NaN is none. */
+static void test_predictor_refuses_scores_that_are_no_numbers(void) {
+  static const char *const a[] = {"money", "the bank"};
+  moe_env env = logging();
+  moe_model *model = small_model(2, &env);
+  moe_predictor *p;
+  moe_tensor t;
+  float score[MOE_MAX_CLASSES];
+  int best[2] = {9, 9};
+  CHECK(model && !moe_predictor_create(&p, model, 2, &env), "%s", said);
+  moe_model_tensor(model, moe_model_find_tensor(model, "heads.one.bias"), &t);
+  moe_model_weights(model)[t.offset + 3] = NAN;
+  score[0] = 99;
+  CHECK(moe_predict_text(p, ONE, "money", NULL, score, best) == MOE_E_NONFINITE, "%s", said);
+  CHECK(strstr(said, "text 0: score 3 of task 'one' is no finite number") && score[0] == 99 && best[0] == 9, "%s", said);
+  CHECK(moe_predict_texts(p, ONE, a, NULL, 2, score, best) == MOE_E_NONFINITE && score[0] == 99 && best[0] == 9 && best[1] == 9, "%s", said);
+  CHECK(moe_predict_text(p, RATE, "money", NULL, score, best) == MOE_OK && isfinite(score[0]), "the other tasks are well: %s", said);
+  moe_model_tensor(model, moe_model_find_tensor(model, "heads.rate.bias"), &t);
+  moe_model_weights(model)[t.offset] = INFINITY;
+  score[0] = 99;
+  CHECK(moe_predict_text(p, RATE, "money", NULL, score, NULL) == MOE_E_NONFINITE && score[0] == 99, "%s", said);
+  moe_predictor_free(p);
+  moe_model_free(model);
+}
+
 int main(int argc, char **argv) {
   test_begin(argc, argv);
   RUN(test_predictor_gives_probabilities);
   RUN(test_predictor_ignores_company_and_allocates_nothing);
   RUN(test_predictor_runs_a_model_in_place);
   RUN(test_predictor_finds_spans_of_characters);
+  RUN(test_predictor_refuses_scores_that_are_no_numbers);
   RUN(test_predictor_says_what_is_wrong);
   return test_end();
 }
