@@ -862,7 +862,7 @@ MOE_API float moe_train_tau(const moe_train_config *config, int64_t t);
 MOE_API float *moe_trainer_gradients(moe_trainer *trainer);
 MOE_API moe_context *moe_trainer_context(moe_trainer *trainer);
 MOE_API int64_t moe_trainer_step(const moe_trainer *trainer); /* updates so far */
-/* Largest error of `samples` gradients against central differences (fourth order, steps of 1/128), relative to the norm of
+/* Largest error of `samples` (1 or more) gradients against central differences (fourth order, steps of 1/128), relative to the norm of
    its tensor's gradient or, where that is larger, a hundredth of the whole gradient's. Tensors take turns; of each the
    largest gradient is looked at first. Routes and dropout stay as they are meanwhile, and all is in fp32, whatever
    env.precision says. A debugging tool: slow, takes memory for the routes, and as good as float allows (about 1e-3 where the
@@ -10150,6 +10150,7 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
   int32_t *experts = NULL, l;
   double worst = 0;
   moe_status status;
+  if (samples < 1) return moe__fail(env, MOE_E_ARGUMENT, "%d gradients are to be checked, it must be 1 or more", (int)samples);
   moe__trainer_clear(trainer);
   status = moe_accumulate(trainer, batch, 0, NULL, NULL, env);
   if (!status && batch->S == 0) *error = 0; /* nothing to compare */

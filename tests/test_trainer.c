@@ -246,6 +246,8 @@ static void test_trainer_gradients_match_differences(void) {
     bytes = moe_model_parameters(p.model) * sizeof(float);
     before = models_hash(moe_model_weights(p.model), bytes);
     models_random_batch(&batch, p.model, 12, 9, 20 + i);
+    error = 7;
+    CHECK(moe_gradcheck(p.trainer, &batch.b, 0, &error, &env) == MOE_E_ARGUMENT && error == 7, "none checked is none right");
     CHECK(moe_gradcheck(p.trainer, &batch.b, 3 * moe_model_tensors(p.model), &error, &env) == MOE_OK, "%s", models_sentence);
     CHECK(error < 0.01f, "variant %zu: error %g", i, (double)error);
     CHECK(models_hash(moe_model_weights(p.model), bytes) == before, "weights are as before");
