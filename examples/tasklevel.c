@@ -11,6 +11,7 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #include <math.h>
+#include <errno.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -179,6 +180,7 @@ static void check_options(void) {
   if (opt.lr <= 0) opt.lr = opt.init ? 5e-5 : 1e-3;
   if (opt.adapt_lr <= 0) opt.adapt_lr = strcmp(opt.learns, "all") ? 1e-2 : opt.lr;
   if (!opt.max_len) opt.max_len = opt.init ? 128 : 64;
+  if ((double)opt.batch * opt.max_len > 2147483647.0) die("--batch %d of --max-len %d: too many tokens at once", opt.batch, opt.max_len);
   if (opt.init && !opt.vocab) die("--init needs --vocab, the vocabulary that the encoder was trained with");
   if (opt.looks < 2) die("--looks: %d, the routes are looked at before and after, so 2 or more times", opt.looks);
   if (listed(opt.systems, "random2") && opt.blocks < 2) die("random2 takes two blocks, --blocks is %d", opt.blocks);
@@ -259,6 +261,13 @@ static char *vocab;
 static size_t init_bytes, vocab_bytes;
 static moe_tokenizer *tokenizer;
 
+/* A whole file as text, which is cut up and goes with *data. */
+static char *read_text(void **data, size_t *bytes, const char *path) {
+  need(moe_file_read(data, bytes, path, &env));
+  if (memchr(*data, 0, *bytes)) die("%s: a zero byte", path);
+  return (char *)*data + (strncmp((char *)*data, "\xef\xbb\xbf", 3) ? 0 : 3); /* the mark that some editors put before UTF-8 */
+}
+
 /* The next line of a text that is cut up; its fields. Returns their number, 0 at the end. */
 static int next_row(char **at, char *field[FIELDS]) {
   char *line = *at, *end;
@@ -315,9 +324,8 @@ static void read_rows(rows *r, const moe_task *t, const char *file, int most, in
     if (!f) return;
     fclose(f);
   }
-  need(moe_file_read(&data, &bytes, path, &env));
-  text = at = (char *)data;
-  for (i = 0; i < bytes; ++i) lines += text[i] == '\n';
+  text = at = read_text(&data, &bytes, path);
+  for (i = 0; text[i]; ++i) lines += text[i] == '\n';
   make_room(r, most && (size_t)most < lines ? (size_t)most : lines);
   n = next_row(&at, field);
   label = column(field, n, "label"), a = column(field, n, "sentence1"), b = column(field, n, "sentence2");
@@ -362,6 +370,8 @@ static void read_labels(moe_task *t, const char *kind, const char *text) {
 }
 
 static void read_task(moe_task *t, char **field, const int *at) {
+  if (strlen(field[at[0]]) >= sizeof t->name || strlen(field[at[4]]) >= sizeof t->metrics)
+    die("tasks.tsv: task %s: its name and the list of its metrics have at most %d bytes", field[at[0]], MOE_NAME_BYTES - 1);
   snprintf(t->name, sizeof t->name, "%s", field[at[0]]);
   t->pair = !strcmp(field[at[1]], "pair");
   read_labels(t, field[at[2]], field[at[3]]);
@@ -383,14 +393,14 @@ static void read_tasks(void) {
   char unseen_labels[sizeof *labels];
   int columns, where[7], i, t, found = 0;
   snprintf(path, sizeof path, "%s/tasks.tsv", opt.data);
-  need(moe_file_read(&data, &bytes, path, &env));
-  at = (char *)data;
+  at = read_text(&data, &bytes, path);
   columns = next_row(&at, name);
   for (i = 0; i < 7; ++i) where[i] = column(name, columns, wanted[i]);
   for (i = 0; i < 5; ++i)
     if (where[i] < 0) die("%s: the column %s is missing", path, wanted[i]);
   while ((i = next_row(&at, field)) > 0) {
     int is_unseen = opt.unseen && !strcmp(field[where[0]], opt.unseen);
+    if (i == 1 && !*field[0]) continue;
     if (i < columns) die("%s: a line has %d columns, the first one %d", path, i, columns);
     if (!is_unseen && opt.tasks && !listed(opt.tasks, field[where[0]])) continue;
     if (strcmp(field[where[2]], "classification") && strcmp(field[where[2]], "regression")) {
@@ -440,9 +450,9 @@ static void read_init(void) {
   char *json = beside("config.json", &bytes), *lower;
   need(moe_file_read(&init_file, &init_bytes, opt.init, &env));
   about = opt.init;
+  if (json) need(moe_import_config_json(&base, json, bytes, &env)); /* first: it knows best what kind of encoder that is */
   need(moe_import_sizes(&base, init_file, init_bytes, &env));
-  if (json) need(moe_import_config_json(&base, json, bytes, &env));
-  else if (!opt.heads) die("there is no config.json beside %s: give --heads (and --eps, 1e-12 in BERT)", opt.init);
+  if (!json && !opt.heads) die("there is no config.json beside %s: give --heads (and --eps, 1e-12 in BERT)", opt.init);
   about = NULL;
   moe_free(json);
   json = beside("tokenizer_config.json", &bytes);
@@ -460,7 +470,7 @@ static void make_config(void) {
   else {
     base.layers = opt.layers;
     base.hidden = opt.hidden;
-    base.ffn = 4 * opt.hidden;
+    base.ffn = opt.hidden > 65536 ? opt.hidden : 4 * opt.hidden; /* that is too large anyway */
     base.heads = 4;
     base.positions = opt.max_len;
   }
@@ -481,6 +491,7 @@ static void make_config(void) {
   if (!opt.init) base.vocab = moe_tokenizer_words(tokenizer);
   else if (moe_tokenizer_words(tokenizer) > base.vocab)
     die("%s has %d words, but %s has room for %d", path, (int)moe_tokenizer_words(tokenizer), opt.init, (int)base.vocab);
+  need(moe_config_check(&base, &env));
 }
 
 /* ---- batches ---- */
@@ -1332,10 +1343,30 @@ static void write_tasks(FILE *f, const run *r) {
   fprintf(f, "]");
 }
 
-static void write_json(void) {
-  FILE *f = fopen(opt.json, "w");
+/* A file of bytes: what was printed into a temporary one. */
+static moe_status copy_file(void *user, const moe_writer *writer, const moe_env *e) {
+  char block[4096];
+  size_t n;
+  FILE *f = (FILE *)user;
+  (void)e;
+  rewind(f);
+  while ((n = fread(block, 1, sizeof block, f)) > 0)
+    if (writer->write(writer->user, block, n)) return MOE_E_IO;
+  return ferror(f) ? MOE_E_IO : MOE_OK;
+}
+
+/* The old file stays as it is until the new one is whole. */
+static void write_file(const char *path, void (*print)(FILE *f)) {
+  FILE *f = tmpfile();
+  if (!f) die("a temporary file cannot be written");
+  print(f);
+  if (fflush(f) || ferror(f)) die("a temporary file cannot be written");
+  need(moe_file_replace(path, copy_file, f, &env));
+  fclose(f);
+}
+
+static void print_json(FILE *f) {
   int i, k, row, b, m = opt.blocks, n = T * base.layers;
-  if (!f) die("%s cannot be written", opt.json);
   fprintf(f, "{\"options\": {\"router\": \"%s\", \"blocks\": %d, \"lr\": %g, \"vectors\": \"%s\", \"freeze\": %d, \"batch\": %d, \"steps\": %d, "
              "\"epochs\": %d, \"learns\": \"%s\", \"vector_from\": \"%s\"},\n\"runs\": [", opt.router, opt.blocks, opt.lr, opt.vectors, opt.freeze, opt.batch,
           opt.steps, opt.epochs, opt.learns, opt.vector_from);
@@ -1358,13 +1389,10 @@ static void write_json(void) {
     fprintf(f, "]}");
   }
   fprintf(f, "\n]}\n");
-  if (fclose(f)) die("%s cannot be written", opt.json);
 }
 
-static void write_csv(void) {
-  FILE *f = fopen(opt.csv, "w");
+static void print_csv(FILE *f) {
   int i, k, t, l, b;
-  if (!f) die("%s cannot be written", opt.csv);
   fprintf(f, "run,system,batching,router_rate,seed,step,temperature,task,layer,block,probability\n");
   for (i = 0; i < n_runs; ++i) {
     const float *p = runs[i].routes;
@@ -1376,7 +1404,6 @@ static void write_csv(void) {
                     runs[i].homogeneous ? "homogeneous" : "heterogeneous", runs[i].rate, runs[i].seed, (long long)runs[i].step[k], runs[i].tau[k],
                     task[t].name, l + 1, b + 1, (double)*p);
   }
-  if (fclose(f)) die("%s cannot be written", opt.csv);
 }
 
 /* ---- one line of the table after the other ---- */
@@ -1393,8 +1420,8 @@ static void finish_run(moe_model *model, const task_router *router, const float 
   printf("%s, seed %d: mean %.1f after %.0f s\n", name, now.seed, 100 * mean_metric(&now), now.seconds);
   fflush(stdout);
   keep_run();
-  if (opt.json) write_json(); /* finished parts are kept */
-  if (opt.csv) write_csv();
+  if (opt.json) write_file(opt.json, print_json); /* finished parts are kept */
+  if (opt.csv) write_file(opt.csv, print_csv);
 }
 
 static void run_cell(void) {
@@ -1456,6 +1483,21 @@ static void run_all(void) {
           }
 }
 
+/* A name that cannot be written is better known before the training than after it. */
+static void check_writable(const char *name, const char *path) {
+  char temporary[1056];
+  FILE *f = path ? fopen(path, "rb+") : NULL;
+  if (!path) return;
+  if (!f) { /* a new file, most likely: moe_file_replace will begin with this name */
+    int folder = errno == EISDIR;
+    snprintf(temporary, sizeof temporary, "%s.tmp", path);
+    f = folder ? NULL : fopen(temporary, "wb");
+    if (!f) die("%s: %s cannot be written: %s", name, path, strerror(errno));
+    remove(temporary);
+  }
+  fclose(f);
+}
+
 int main(int argc, char **argv) {
   moe_pool *pool;
   moe_isa isa;
@@ -1470,6 +1512,10 @@ int main(int argc, char **argv) {
   n_shots = opt.unseen ? number_list(shots, "--shots", opt.shots, 0) : 0;
   if (opt.grid) n_rates = number_list(grid_rate, "--grid", opt.grid, 0);
   else grid_rate[0] = opt.router_rate, n_rates = 1;
+  check_writable("--save", opt.save);
+  check_writable("--checkpoint", opt.checkpoint);
+  check_writable("--json", opt.json);
+  check_writable("--csv", opt.csv);
   make_config();
   read_tasks();
   if (opt.unseen) {

@@ -128,6 +128,15 @@ refused test_tasklevel_wants_a_head_that_fits 'has other labels than' --unseen s
 refused test_tasklevel_wants_text_vectors_for_all 'goes with --vectors text' --unseen subjectivity --vector-from text
 refused test_tasklevel_resumes_with_the_same_options_only 'made with other options' --resume "$state"
 refused test_tasklevel_wants_a_state 'no safetensors file' --resume test_tasklevel.sh
+refused test_tasklevel_wants_a_folder_to_write_to 'no/such/x: No such file\|cannot be written: No such file' --json "$tmp/no/such/x"
+refused test_tasklevel_wants_less_than_2_31_tokens 'too many tokens at once' --batch 100000 --max-len 100000
+refused test_tasklevel_wants_a_size_that_is_one 'hidden is 1000000000' --hidden 1000000000
+refused test_tasklevel_wants_positions_that_are_some 'positions is 100000000' --batch 1 --max-len 100000000
+cp -r "$tmp/told" "$tmp/zero" && cp $data/tasks.tsv "$tmp/zero"
+printf 'label\tsentence1\n1\tfine\n0\ta\000b\n1\tfine\n' > "$tmp/zero/pros_cons/train.tsv"
+refused test_tasklevel_sees_a_zero_byte 'pros_cons/train.tsv: a zero byte' --data "$tmp/zero"
+if [ -c /dev/full ]; then refused test_tasklevel_says_that_a_disk_is_full '/dev/full: writing failed' --steps 1 --systems softmax --json /dev/full
+else skip test_tasklevel_says_that_a_disk_is_full "there is no /dev/full here"; fi
 undocumented=$(grep -o '"--[a-z-]*"' ../examples/tasklevel.c | tr -d '"' | sort -u | while read -r o; do [ "$o" = --seed ] || [ "$o" = --help ] || "$tmp/tasklevel" --help | grep -q -- "$o" || echo "$o"; done)
 [ -z "$undocumented" ] && ok test_tasklevel_help_lists_every_option || fail test_tasklevel_help_lists_every_option "$undocumented"
 finish
