@@ -186,6 +186,7 @@ static void read_rows(rows *r, const moe_task *task) {
   file_name = path;
   if (memchr(file, 0, bytes)) die("a zero byte");
   next = r->text = (char *)file;
+  if (!strncmp(next, "\xef\xbb\xbf", 3)) next += 3; /* the mark that some editors put before UTF-8 */
   line = next_line(&next);
   if (!line) die("the file is empty; its first line should name the columns");
   fields = split(line, field);
@@ -259,6 +260,8 @@ static void open_worker(worker *w, const char *path) {
   w->tokenizer_block = take(bytes + 64, 1);
   need(moe_tokenizer_init(&w->tokenizer, (char *)w->tokenizer_block + (64 - (uintptr_t)w->tokenizer_block % 64), bytes, vocab, vocab_bytes,
                           config->cased, &env));
+  if (moe_tokenizer_words(w->tokenizer) > config->vocab)
+    die("the vocabulary has %d words, the model has %d embeddings", (int)moe_tokenizer_words(w->tokenizer), (int)config->vocab);
   for (t = 0; t < moe_model_tasks(w->model); ++t)
     if (longest_of(w->model, t) > w->longest) w->longest = longest_of(w->model, t);
   limits.tokens = BATCH * w->longest;
@@ -1381,13 +1384,26 @@ static void report_html(FILE *f) {
   fprintf(f, "</body></html>\n");
 }
 
+/* A file of bytes: what was printed into a temporary one. */
+static moe_status copy_file(void *user, const moe_writer *writer, const moe_env *e) {
+  char block[4096];
+  size_t n;
+  FILE *f = (FILE *)user;
+  (void)e;
+  rewind(f);
+  while ((n = fread(block, 1, sizeof block, f)) > 0)
+    if (writer->write(writer->user, block, n)) return MOE_E_IO;
+  return ferror(f) ? MOE_E_IO : MOE_OK;
+}
+
+/* The old file stays as it is until the new one is whole. */
 static void write_file(const char *path, void (*report)(FILE *)) {
-  FILE *f = fopen(path, "wb");
-  int bad;
-  if (!f) die("%s cannot be written", path);
+  FILE *f = tmpfile();
+  if (!f) die("a temporary file cannot be written");
   report(f);
-  bad = ferror(f);
-  if (fclose(f) || bad) die("%s cannot be written to its end", path);
+  if (fflush(f) || ferror(f)) die("a temporary file cannot be written");
+  need(moe_file_replace(path, copy_file, f, &env));
+  fclose(f);
 }
 
 int main(int argc, char **argv) {

@@ -150,5 +150,23 @@ head -n 30 "$tmp/looks.csv" > "$tmp/cut.csv"
 refuses a_history_cut_short '29 rows are there' "$tmp/level-straight-1.safetensors" --data $data --rows 5 --history "$tmp/cut.csv"
 refuses a_history_of_experts 'experts are blocks' "$tmp/late.safetensors" --data $data --history "$tmp/looks.csv"
 refuses a_history_that_is_none 'not the columns of tasklevel' "$tmp/level-straight-1.safetensors" --data $data --rows 5 --history test_routes.sh
+# a model whose vocabulary has more words than embeddings: the word list is the last tensor
+python=${MOE_PYTHON:-python3}
+if have "$python"; then
+  "$python" - "$tmp/two.safetensors" "$tmp/words.safetensors" << 'EOF'
+import json, struct, sys
+data = open(sys.argv[1], "rb").read()
+n = struct.unpack("<Q", data[:8])[0]
+head = json.loads(data[8:8 + n])
+words = head["tokenizer.vocab"]
+assert words["data_offsets"][1] == len(data) - 8 - n
+more = b"".join(b"word%d\n" % i for i in range(100000)) + b"the\nto\nand\n"
+words["shape"][0] += len(more)
+words["data_offsets"][1] += len(more)
+text = json.dumps(head).encode()
+open(sys.argv[2], "wb").write(struct.pack("<Q", len(text)) + text + data[8 + n:] + more)
+EOF
+  refuses a_vocabulary_beyond_the_embeddings 'words, the model has' "$tmp/words.safetensors" --data $data
+else skip test_routes_refuses_a_vocabulary_beyond_the_embeddings "there is no Python"; fi
 refuses a_folder_that_is_not_there 'cannot be written' "$tmp/two.safetensors" --rows 5 --data $data --csv "$tmp/no/such/file.csv"
 finish
