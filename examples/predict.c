@@ -100,7 +100,7 @@ static layout find_columns(const moe_task *task, int score) {
   }
   line = read_line();
   if (!line) die("the input is empty; its first line should name the columns");
-  at.fields = split(line, name);
+  at.fields = split(strncmp(line, "\xef\xbb\xbf", 3) ? line : line + 3, name); /* the mark that some editors put before UTF-8 */
   if (at.fields > FIELDS) die("%d columns, %d are the most", at.fields, FIELDS);
   at.label = column(name, at.fields, "label");
   at.a = column(name, at.fields, "sentence1");

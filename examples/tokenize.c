@@ -81,7 +81,7 @@ static int run(const moe_tokenizer *tokenizer, long max_len, moe_truncate how, c
   moe_tokens out;
   memset(&out, 0, sizeof out);
   while (!failed && (more = read_line(&line, &bytes, &capacity)) > 0) {
-    size_t most = max_len ? (size_t)max_len : bytes + 3;
+    size_t most = max_len && (size_t)max_len < bytes + 3 ? (size_t)max_len : bytes + 3;
     ++number;
     if (most > INT32_MAX) failed = fail("a line is too long", "");
     if (!failed && (size_t)out.capacity < most) {

@@ -427,6 +427,7 @@ static int tsv_open(tsv *f, const char *path, int optional) {
   moe_free(data);
   f->next = f->text;
   f->end = f->text + bytes;
+  if (!strncmp(f->text, "\xef\xbb\xbf", 3)) f->next += 3; /* the mark that some editors put before UTF-8 */
   line = tsv_line(f);
   if (!line) die("%s is empty; its first line should name the columns", path);
   f->columns = split(line, '\t', f->column, 16);
@@ -498,6 +499,8 @@ static void read_task(const tsv *f, char **field, task_data *t) {
   const char *input = field[tsv_column(f, "input", 1)], *metric = field[tsv_column(f, "metric", 1)];
   memset(t, 0, sizeof *t);
   if (strlen(name) >= sizeof t->task.name || !*name) die("%s:%d: a task's name has 1 to 63 bytes", f->path, f->line);
+  if (name[strspn(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_+")]) /* it names a folder, files and tensors */
+    die("%s:%d: task \"%s\": a name has letters, digits, -, _ and + only", f->path, f->line, name);
   strcpy(t->task.name, name);
   for (k = 0; k < 4 && strcmp(kind, kinds[k]); ++k) continue;
   if (k == 4) die("%s:%d: kind \"%s\" is none of classification, regression, ranking, span", f->path, f->line, kind);
@@ -507,8 +510,11 @@ static void read_task(const tsv *f, char **field, task_data *t) {
   if (!*metric || strlen(metric) >= sizeof t->task.metrics) die("%s:%d: metrics have 1 to %d bytes", f->path, f->line, MOE_NAME_BYTES - 1);
   strcpy(t->task.metrics, metric);
   read_labels(f, t, field[tsv_column(f, "labels", 1)]);
-  if (rows_at >= 0) t->official = field_whole(f, "rows", field[rows_at]);
+  if (rows_at >= 0 && *field[rows_at]) t->official = field_whole(f, "rows", field[rows_at]);
+  if (t->official < 0) die("%s:%d: rows are %s", f->path, f->line, field[rows_at]);
   if (max_at >= 0 && *field[max_at]) t->task.max_len = field_whole(f, "max_len", field[max_at]);
+  if (t->task.max_len && t->task.max_len < 2 + t->task.pair)
+    die("%s:%d: max_len is %d, the special tokens alone are %d", f->path, f->line, (int)t->task.max_len, 2 + (int)t->task.pair);
   if (hard_at >= 0) t->hard = field_whole(f, "hard", field[hard_at]);
 }
 
@@ -777,7 +783,10 @@ static void read_data(void) {
   if (opt.dedup) remove_overlaps();
   if (opt.hold_out > 0) hold_out_rows();
   for (t = 0; t < n_tasks; ++t) n += (double)tasks[t].train.n, tokens += (double)tasks[t].train.tokens;
-  if (opt.tokens > 0) opt.steps = (int)ceil(opt.tokens / (tokens / n * opt.batch));
+  if (!(opt.tokens > 0)) return;
+  tokens = ceil(opt.tokens / (tokens / n * opt.batch));
+  if (tokens > 1e9) die("--tokens %.0f are %.0f steps, 1000000000 are the most", opt.tokens, tokens);
+  opt.steps = (int)tokens;
 }
 
 static void free_data(void) {
@@ -815,12 +824,11 @@ static void read_init(void) {
   char *json, *lower;
   need(moe_file_read(&init_file, &init_bytes, opt.init, &env));
   about = opt.init;
-  need(moe_import_sizes(&config, init_file, init_bytes, &env));
   json = beside("config.json", &bytes);
-  if (json) {
-    need(moe_import_config_json(&config, json, bytes, &env));
-    moe_free(json);
-  } else if (!opt.heads) die("there is no config.json beside %s: give --heads (and --eps, 1e-12 in BERT)", opt.init);
+  if (json) need(moe_import_config_json(&config, json, bytes, &env)); /* first: it knows best what kind of encoder that is */
+  need(moe_import_sizes(&config, init_file, init_bytes, &env));
+  if (json) moe_free(json);
+  else if (!opt.heads) die("there is no config.json beside %s: give --heads (and --eps, 1e-12 in BERT)", opt.init);
   about = NULL;
   json = beside("tokenizer_config.json", &bytes);
   lower = json ? strstr(json, "\"do_lower_case\"") : NULL;
@@ -837,9 +845,7 @@ static moe_model *from_model;
 /* --from: configuration, vocabulary and tasks are the model's. */
 static void read_from(void) {
   int t, at;
-  about = opt.from;
-  need(moe_model_load(&from_model, opt.from, &env));
-  about = NULL;
+  need(moe_model_load(&from_model, opt.from, &env)); /* its sentences name the file */
   config = *moe_model_config(from_model);
   opt.experts = config.experts;
   for (t = 0; t < n_tasks; ++t) {
@@ -1332,12 +1338,12 @@ static void read_numbers(const tsv *f, char *text, int64_t n, int64_t *whole_to,
   for (i = 0; i < n; ++i) {
     char *end;
     double v = strtod(text, &end);
-    if (end == text) break;
+    if (end == text || (whole_to && !(v >= 0 && v < 9e15))) break;
     if (to) to[i] = (float)v;
     else whole_to[i] = (int64_t)v;
     text = end;
   }
-  if (i < n || *text) die("%s:%d: expected %lld numbers in a field, there are %s", f->path, f->line, (long long)n, i < n ? "fewer" : "more");
+  if (i < n || *text) die("%s:%d: expected %lld numbers in a field, there are %s", f->path, f->line, (long long)n, i < n ? "fewer or others" : "more");
 }
 
 /* What an earlier process has finished; nothing, where there is no such file. */
@@ -1352,6 +1358,7 @@ static void read_parts(const char *checkpoint) {
   while ((line = tsv_line(&f)) != NULL) {
     part *p;
     int task;
+    int64_t j;
     if (!strncmp(line, "options\t", 8)) { /* several files, one behind the other */
       if (strcmp(line + 8, options_text())) die("%s:%d: made with other options than the first line", path, f.line);
       continue;
@@ -1372,6 +1379,8 @@ static void read_parts(const char *checkpoint) {
       read_numbers(&f, field[9], (int64_t)config.layers * opt.experts, p->routes, NULL);
     }
     read_numbers(&f, field[10], dev_rows(&tasks[task]), NULL, p->answer);
+    for (j = 0; j < dev_rows(&tasks[task]) && tasks[task].task.kind != MOE_KIND_REGRESSION; ++j)
+      if (!(p->answer[j] >= 0 && p->answer[j] < (float)tasks[task].task.classes)) die("%s:%d: an answer is no class of the task", path, f.line);
     join_part(p);
   }
   free(f.text);
@@ -1723,14 +1732,14 @@ static void train_model(job *j, moe_model *model) {
   j->used = (int64_t *)take((size_t)j->n, sizeof *j->used);
   for (i = 0; i < j->n; ++i) j->n_rows[i] = tasks[j->which[i]].train.n;
   limits.tokens = room;
-  limits.sequences = j->batch;
+  limits.sequences = j->batch < room ? j->batch : room;
   limits.training = 1;
   set_training(&tc, j);
   need(moe_trainer_create(&j->trainer, model, &limits, &tc, &env));
   set_sampling(&sc, j->seed, j->steps * j->batch);
   need(moe_sampler_init(&j->sampler, &sc, j->n_rows, j->used, j->n, &env));
   go_on(j, model);
-  batch_make(&b, room, j->batch);
+  batch_make(&b, room, limits.sequences);
   train_loop(j, model, context, &b, room);
   moe_trainer_free(j->trainer);
   if (j->best) {
@@ -1785,16 +1794,16 @@ static char prediction_path[1024];
 static void open_predictions(int system, int seed, const char *suffix) {
   if (!opt.predictions) return;
   run_path(prediction_path, sizeof prediction_path, opt.predictions, system, seed, suffix);
-  prediction_file = fopen(prediction_path, "wb");
-  if (!prediction_file) die("cannot write %s: %s", prediction_path, strerror(errno));
+  prediction_file = tmpfile();
+  if (!prediction_file) die("cannot write a temporary file: %s", strerror(errno));
   fprintf(prediction_file, "task\tset\tline\tlabel\tprediction\tscores\n");
 }
 
 static void close_predictions(void) {
-  int bad;
   if (!prediction_file) return;
-  bad = ferror(prediction_file);
-  if (fclose(prediction_file) || bad) die("writing %s failed", prediction_path);
+  if (fflush(prediction_file) || ferror(prediction_file)) die("cannot write a temporary file: %s", strerror(errno));
+  need(moe_file_replace(prediction_path, copy_file, prediction_file, &env));
+  fclose(prediction_file);
   prediction_file = NULL;
 }
 
@@ -2748,9 +2757,11 @@ int main(int argc, char **argv) {
   seeds = split(copy_text(opt.seeds), ',', seed_text, 1000);
   if (seeds > 1000) die("--seeds: more than 1000");
   for (i = 0; i < seeds; ++i) seed[i] = whole("--seeds", seed_text[i], 0, 2147483647);
+  read_grid(); /* what is wrong in it is better known now */
   check_writable("--save", opt.save);
   check_writable("--checkpoint", opt.checkpoint);
   check_writable("--json", opt.json);
+  check_writable("--predictions", opt.predictions);
   read_tasks();
   make_config();
   if (!opt.adapt) make_results(seed, seeds);

@@ -29,7 +29,9 @@ refuse() {
   else ok $name; fi
 }
 train() { "$tmp/train" --data "$data" $run $small --steps 2 --save "$tmp/left/model.safetensors" --json "$tmp/left/run.json" "$@"; }
+train_long() { "$tmp/train" --data "$data" $run $small --save "$tmp/left/model.safetensors" --json "$tmp/left/run.json" "$@"; }
 predict() { "$tmp/predict" "$@"; }
+"$tmp/train" --data "$data" --tasks good $run $small --steps 2 --save "$tmp/one.safetensors" > "$tmp/out" 2> "$tmp/err"
 # NAME PATTERN FILE TEXT: train with that file of the folder replaced (TEXT as printf takes it; "-": the file is missing)
 changed() {
   rm -rf "$tmp/changed"
@@ -37,6 +39,25 @@ changed() {
   if [ "$4" = - ]; then rm "$tmp/changed/$3"; else printf "$4" > "$tmp/changed/$3"; fi
   refuse "$1" "$2" train --data "$tmp/changed"
 }
+# what editors and spreadsheets leave behind is no mistake: a mark before the UTF-8, CRLF, labels with blanks and accents
+odd() { # NAME FILE TEXT
+  rm -rf "$tmp/changed"
+  cp -r "$data" "$tmp/changed"
+  printf "$3" > "$tmp/changed/$2"
+  if "$tmp/train" --data "$tmp/changed" $run $small --steps 2 > "$tmp/out" 2> "$tmp/err"; then ok test_badinput_takes_$1; else fail test_badinput_takes_$1 "$(cat "$tmp/err")"; fi
+}
+odd a_mark_before_the_tasks tasks.tsv '\357\273\277name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\n'
+odd a_mark_before_the_rows good/train.tsv '\357\273\277label\tsentence1\n0\ta\n1\tfine\n'
+odd crlf good/train.tsv 'label\tsentence1\r\n0\ta\r\n1\tfine\r\n'
+odd blank_lines_among_the_tasks tasks.tsv 'name\tinput\tkind\tlabels\tmetric\n\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\n\n'
+odd labels_with_blanks_and_accents tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=tr\303\250s bon,1="so so" \\\\\taccuracy\n'
+odd quotes_as_text good/train.tsv 'label\tsentence1\n0\t"a film\n1\t"fine" ""\n'
+odd one_class_in_dev good/dev.tsv 'label\tsentence1\n0\ta\n0\tfine\n'
+odd one_row_in_dev good/dev.tsv 'label\tsentence1\n0\ta\n'
+odd a_range_beyond_256 tasks.tsv 'name\tinput\tkind\tlabels\tmetric\nscore\tpair\tregression\t-1e29..1e29\tpearson\n'
+
+if "$tmp/train" --data "$data" $run $small --steps 1 --batch 700 --micro-batch 20 > "$tmp/out" 2> "$tmp/err"; then ok test_badinput_takes_a_batch_beyond_the_tokens_of_a_micro_batch
+else fail test_badinput_takes_a_batch_beyond_the_tokens_of_a_micro_batch "$(cat "$tmp/err")"; fi
 
 # ---- options ----
 refuse unknown_option 'unknown option --fast' train --fast 1
@@ -55,6 +76,13 @@ refuse isa_unknown '--isa is auto.*"sse"' train --isa sse
 refuse sampling_unknown '--sampling is natural.*"fair"' train --sampling fair
 refuse sampling_bad_temperature '--sampling temperature:T takes .*"0"' train --sampling temperature:0
 refuse order_unknown '--order is shuffle|file, not "random"' train --order random
+refuse grid_without_warm_ups '--grid takes a number from 0 to 1, not ""' train --fine-tune 1 --grid 1e-3: --save "$tmp/left/model.safetensors"
+refuse from_a_file_that_is_not_there "^train: $tmp/none.safetensors: cannot be opened" train --from "$tmp/none.safetensors"
+refuse steps_of_none '--steps takes a whole number from 1 .*, not "0"' train --steps 0
+refuse epochs_of_none '--epochs takes a whole number from 1 .*, not "0"' train --epochs 0
+refuse max_len_without_room '--max-len takes a whole number from 3 .*, not "2"' train --max-len 2
+refuse tokens_beyond_all_steps '--tokens .* are .* steps, 1000000000 are the most' train_long --tokens 1e15
+refuse gate_of_no_task '"MRPC" is neither random nor mean nor a task of' "$tmp/train" --data "$data" --from "$tmp/one.safetensors" --adapt score --gate-from MRPC
 refuse epochs_and_steps 'give --epochs or --steps' train --epochs 2
 refuse top_k_beyond_experts '--top-k 3 is more than --experts 2' train --top-k 3
 refuse heads_that_do_not_divide 'heads' train --heads 3
@@ -109,6 +137,8 @@ changed label_negative 'good/dev.tsv:2: label -1 is none of 0 .. 1' good/dev.tsv
 changed label_huge 'good/dev.tsv:2: label 1e20 is none of 0 .. 1' good/dev.tsv 'label\tsentence1\n1e20\ta\n'
 changed label_between 'good/dev.tsv:2: label 0.5 is none of 0 .. 1' good/dev.tsv 'label\tsentence1\n0.5\ta\n'
 changed label_outside_the_range 'score/dev.tsv:2: label 5.5 is outside 0..5' score/dev.tsv 'label\tsentence1\tsentence2\n5.5\ta\tb\n'
+changed label_infinite 'score/train.tsv:2: label "inf" is no number' score/train.tsv 'label\tsentence1\tsentence2\ninf\ta\tb\n'
+changed label_beyond_double 'score/train.tsv:2: label "1e400" is no number' score/train.tsv 'label\tsentence1\tsentence2\n1e400\ta\tb\n'
 changed zero_byte 'good/train.tsv:3: a zero byte' good/train.tsv 'label\tsentence1\n0\ta\n0\ta\000b\n'
 rm -rf "$tmp/changed"
 cp -r "$data" "$tmp/changed"
@@ -201,6 +231,11 @@ container "$tmp/hub/json.safetensors" '{"a": {"dtype": "F32", "shape": [1], "dat
 refuse init_broken_json 'json.safetensors' init "$tmp/hub/json.safetensors" --heads 1
 container "$tmp/hub/overlap.safetensors" '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}' 12
 refuse init_overlapping_tensors 'overlap.safetensors' init "$tmp/hub/overlap.safetensors" --heads 1
+refuse_model() { printf '{"num_attention_heads": 1, %s}' "$2" > "$tmp/hub/config.json"; refuse "init_of_$1" "good.safetensors: config.json: $3" init "$tmp/hub/good.safetensors"; }
+refuse_model roberta '"model_type": "roberta"' 'model_type is "roberta", moe.h knows "bert" only'
+refuse_model decoder '"is_decoder": true' 'is_decoder is true'
+refuse_model relative_positions '"position_embedding_type": "relative_key"' 'position_embedding_type is "relative_key"'
+refuse_model gelu_new '"hidden_act": "gelu_new"' 'hidden_act is "gelu_new"'
 for config in 'no json at all' '{"num_attention_heads": "two"}' '{"num_attention_heads": 3}' '{"num_attention_heads": 1, "hidden_act": "relu"}' ''; do
   printf '%s' "$config" > "$tmp/hub/config.json"
   refuse "init_config_$(printf '%s' "${config:-empty}" | tr -dc 'a-z0-9_')" 'config.json\|heads' init "$tmp/hub/good.safetensors"
@@ -214,6 +249,9 @@ for f in missing empty five short long boast zip; do
   refuse predict_$f "$f.safetensors" predict "$tmp/$f.safetensors" good
   input=
 done
+printf '{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}' > "$tmp/index.json"
+refuse init_index_of_parts 'index.json: no safetensors file but a text' init "$tmp/index.json" --heads 1
+refuse init_archive_of_pytorch 'zip.safetensors: a zip archive, as PyTorch writes' init "$tmp/zip.safetensors" --heads 1
 refuse init_is_a_folder "$tmp/hub: a folder" init "$tmp/hub" --heads 1
 refuse predict_folder "$tmp/hub: a folder" predict "$tmp/hub" good
 refuse predict_device '/dev/zero: a device' predict /dev/zero good
@@ -235,9 +273,10 @@ done
 refuse save_into_no_folder 'no/such/model.safetensors' train --save "$tmp/no/such/model.safetensors"
 refuse save_over_a_folder 'hub cannot be written: Is a directory' train --save "$tmp/hub"
 refuse json_into_no_folder 'no/such/run.json cannot be written: No such file' train --json "$tmp/no/such/run.json"
+refuse predictions_into_no_folder 'no/such/p.tsv cannot be written: No such file' train --predictions "$tmp/no/such/p.tsv"
 refuse checkpoint_into_no_folder 'no/such/c.safetensors' train --checkpoint "$tmp/no/such/c.safetensors"
 if [ -c /dev/full ]; then
-  for o in save json checkpoint; do
+  for o in save json checkpoint predictions; do
     refuse ${o}_to_a_full_device '/dev/full: writing failed after .*No space left' train --save /dev/null --$o /dev/full
     [ -c /dev/full ] || fail test_badinput_${o}_leaves_the_device
   done
@@ -251,5 +290,9 @@ if [ "$(wc -c < "$tmp/model.safetensors")" -gt 8192 ]; then
   cp "$tmp/state.safetensors" "$tmp/old.safetensors"
   refuse checkpoint_to_a_full_disk 'old.safetensors.tmp: writing failed' limited train --json /dev/null --checkpoint "$tmp/old.safetensors"
   if cmp -s "$tmp/state.safetensors" "$tmp/old.safetensors"; then ok test_badinput_full_disk_keeps_the_old_checkpoint; else fail test_badinput_full_disk_keeps_the_old_checkpoint; fi
+  printf 'old predictions\n' > "$tmp/old.tsv"
+  awk 'BEGIN { print "label\tsentence1"; for (i = 0; i < 400; ++i) print i % 2 "\ta film" }' > "$data/good/dev.tsv"
+  refuse predictions_to_a_full_disk 'writing failed\|temporary file' limited train --tasks good --json /dev/null --save /dev/null --predictions "$tmp/old.tsv"
+  if [ "$(cat "$tmp/old.tsv")" = 'old predictions' ]; then ok test_badinput_full_disk_keeps_the_old_predictions; else fail test_badinput_full_disk_keeps_the_old_predictions; fi
 else fail test_badinput_full_disk "the model is too small for this test"; fi
 finish
