@@ -59,11 +59,32 @@ static void test_parallel_runs_every_tile_once(void) {
   }
 }
 
+/* Asked for kernels that this machine cannot run: a status, and an environment that can. */
+static void test_base_forced_isa_that_is_missing_is_refused(void) {
+  moe_isa best, isa;
+  moe_env env;
+  int missing = 0, i;
+  CHECK(moe_env_init(&env, MOE_ISA_AUTO) == MOE_OK, "auto");
+  best = env.isa;
+  for (i = -1; i <= MOE_ISA_COUNT; ++i) {
+    isa = (moe_isa)i;
+    memset(&env, 0xa5, sizeof env);
+    if (moe_isa_available(isa)) {
+      CHECK(moe_env_init(&env, isa) == MOE_OK && env.isa == (i == MOE_ISA_AUTO ? best : isa), "%s", moe_isa_name(isa));
+      continue;
+    }
+    ++missing;
+    CHECK(moe_env_init(&env, isa) == MOE_E_UNSUPPORTED && env.isa == best && env.threads == 1 && !env.log, "%s", moe_isa_name(isa));
+  }
+  CHECK(missing >= 3, "no machine has NEON and AVX2: %d are missing", missing); /* and the numbers that name none */
+}
+
 int main(int argc, char **argv) {
   test_begin(argc, argv);
   RUN(test_base_formats_sentences);
   RUN(test_random_permutation_hits_every_row_once);
   RUN(test_random_normal_has_mean_0_and_deviation_1);
   RUN(test_parallel_runs_every_tile_once);
+  RUN(test_base_forced_isa_that_is_missing_is_refused);
   return test_end();
 }

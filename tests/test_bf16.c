@@ -8,6 +8,12 @@
 #include "test.h"
 #include "models.h"
 #include "amx.h"
+#ifdef MOE__AMX_BF16
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#endif
 
 enum { ROOM = 64 * 1024 };
 
@@ -440,6 +446,45 @@ static void test_bf16_precision_is_granted_or_explained(void) {
   }
 }
 
+/* A system that refuses AMX to this process: a filter of system calls answers arch_prctl's request with EPERM. The rest is as if there were no
+   AMX. */
+static void test_bf16_goes_on_where_the_system_refuses_amx(void) {
+#if defined(MOE__AMX_BF16) && defined(PR_SET_SECCOMP)
+  static struct sock_filter code[] = {
+    {BPF_LD | BPF_W | BPF_ABS, 0, 0, offsetof(struct seccomp_data, nr)},
+    {BPF_JMP | BPF_JEQ | BPF_K, 0, 3, 158}, /* arch_prctl */
+    {BPF_LD | BPF_W | BPF_ABS, 0, 0, offsetof(struct seccomp_data, args[0])},
+    {BPF_JMP | BPF_JEQ | BPF_K, 0, 1, 0x1023}, /* ARCH_REQ_XCOMP_PERM */
+    {BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ERRNO | 1},
+    {BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ALLOW}};
+  struct sock_fprog filter;
+  int status = 0;
+  pid_t child;
+  filter.len = (unsigned short)(sizeof code / sizeof *code);
+  filter.filter = code;
+  fflush(stdout);
+  child = fork();
+  if (!child) {
+    long refused;
+    moe_env env;
+    moe_status got;
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter, 0, 0)) _exit(2);
+    __asm__ volatile("syscall" : "=a"(refused) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+    if (refused != -1) _exit(3);
+    moe_env_init(&env, MOE_ISA_AUTO);
+    got = moe_env_set_precision(&env, MOE_TYPE_BF16);
+    if (env.features & MOE_FEATURE_AMX_BF16) _exit(4);
+    if (got != (env.features & MOE_FEATURE_AVX512_BF16 ? MOE_OK : MOE_E_UNSUPPORTED)) _exit(5);
+    _exit(env.precision == (got ? MOE_TYPE_F32 : MOE_TYPE_BF16) ? 0 : 6);
+  }
+  CHECK(child > 0 && waitpid(child, &status, 0) == child, "no child");
+  if (WIFEXITED(status) && WEXITSTATUS(status) == 2) SKIP("this system filters no system calls");
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child ended with %d", WIFEXITED(status) ? WEXITSTATUS(status) : -1);
+#else
+  SKIP("no Linux on x86-64");
+#endif
+}
+
 static void test_bf16_leaves_the_processor_as_it_was(void) {
 #ifdef MOE__X86
   moe_env env;
@@ -728,6 +773,7 @@ int main(int argc, char **argv) {
   RUN(test_bf16_bits_do_not_depend_on_threads);
   RUN(test_bf16_rows_do_not_depend_on_the_others);
   RUN(test_bf16_precision_is_granted_or_explained);
+  RUN(test_bf16_goes_on_where_the_system_refuses_amx);
   RUN(test_bf16_leaves_the_processor_as_it_was);
   RUN(test_bf16_amx_runs);
   RUN(test_bf16_models_have_bits_whatever_is_packed);

@@ -625,6 +625,10 @@ static void test_level_wrong_input_has_a_sentence(void) {
   WRONG(c.unit = (moe_unit)2, "unit");
   WRONG(c.selection = (moe_selection)3, "selection");
   WRONG(c.router = MOE_ROUTER_TASK, "gates");
+  WRONG(c.temperature = 0, "temperature is 0");
+  WRONG(c.temperature = -1, "temperature is -1");
+  WRONG(c.temperature = NAN, "temperature is nan");
+  WRONG(c.vector = 0, "vector");
   WRONG(c.top_k = 2, "top_k");
   WRONG((c.layers = 1024, c.experts = 8), "blocks");
 #undef WRONG
