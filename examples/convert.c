@@ -48,6 +48,13 @@ static double number(const char *what, const char *text, double low, double high
   return v;
 }
 
+/* A character's place: a whole number. */
+static int32_t offset(const char *text) {
+  double v = number("an offset", text, 0, 1e9);
+  if (v != (double)(int32_t)v) die("offset %s is no whole number", text);
+  return (int32_t)v;
+}
+
 static options parse(int argc, char **argv) {
   options o = {NULL, NULL, NULL, NULL, NULL, 0, 0, 0, 1, MOE_ISA_AUTO};
   int i;
@@ -58,7 +65,7 @@ static options parse(int argc, char **argv) {
     else if (!strcmp(argv[i], "--score") && i + 1 < argc) o.score = argv[++i];
     else if (!strcmp(argv[i], "--drop-below") && i + 1 < argc) o.drop = number("--drop-below", argv[++i], 0, 1);
     else if (!strcmp(argv[i], "--tensors")) o.tensors = 1;
-    else if (!strcmp(argv[i], "--threads") && i + 1 < argc) o.threads = atoi(argv[++i]);
+    else if (!strcmp(argv[i], "--threads") && i + 1 < argc) o.threads = (int)number("--threads", argv[++i], 1, 256);
     else if (!strcmp(argv[i], "--isa") && i + 1 < argc) o.isa = moe_isa_from_name(argv[++i]);
     else if (argv[i][0] == '-') die("unknown option %s, or a value is missing", argv[i]);
     else if (!o.in) o.in = argv[i];
@@ -74,7 +81,6 @@ static options parse(int argc, char **argv) {
   if ((o.rows || o.score) && !o.task) die("--rows and --score are of one task: --task T");
   if (o.int8 && !o.out) die("--int8 wants a second file, to write to");
   if (o.out && !strcmp(o.in, o.out)) die("the model would be replaced by its copy: give OUT another name");
-  if (o.threads < 1 || o.threads > 256) die("--threads must be 1 to 256");
   return o;
 }
 
@@ -225,7 +231,8 @@ static table read_table(const char *path, const moe_task *task, int labels, cons
   if (moe_file_read(&file, &bytes, path, env)) exit(1);
   t.text = (char *)file;
   if (strlen(t.text) != bytes) die("%s: a zero byte", path);
-  for (line = t.text; *line; line = next) {
+  line = strncmp(t.text, "\xef\xbb\xbf", 3) ? t.text : t.text + 3; /* the mark that some editors put before UTF-8 */
+  for (; *line; line = next) {
     size_t length = strcspn(line, "\n");
     int got;
     next = line + length + (line[length] != 0);
@@ -268,7 +275,7 @@ static answers ask(const moe_model *model, const options *o, const moe_env *env)
       char **field = rows.row[at + i];
       a[i] = field[rows.a];
       b[i] = rows.b < 0 ? NULL : field[rows.b];
-      for (j = 0; j < 4 && rows.span[0] >= 0; ++j) span[4 * i + j] = (int32_t)number("an offset", field[rows.span[j]], 0, 1e9);
+      for (j = 0; j < 4 && rows.span[0] >= 0; ++j) span[4 * i + j] = offset(field[rows.span[j]]);
     }
     if (moe_predict_spans(predictor, t, a, b, rows.span[0] < 0 ? NULL : span, n, scores, best)) exit(1);
     for (i = 0; i < n; ++i) {
@@ -298,7 +305,8 @@ static void print_scores(const moe_task *task, const answers *before, const answ
 /* Adds up how often each expert was chosen: sums of one task. */
 static void count_routes(moe_route_sums *sums, const moe_model *model, int32_t task, const table *rows, const moe_env *env) {
   const moe_config *c = moe_model_config(model);
-  moe_limits limits = {c->max_len, 1, 0};
+  int32_t own = moe_model_task(model, task)->max_len, longest = own && own < c->max_len ? own : c->max_len;
+  moe_limits limits = {longest, 1, 0};
   moe_context *context;
   moe_tokenizer *tokenizer;
   moe_tokens tokens;
@@ -326,7 +334,7 @@ static void count_routes(moe_route_sums *sums, const moe_model *model, int32_t t
   batch.span = span; /* routes do not depend on it */
   for (i = 0; i < rows->n; ++i) {
     const char *a = rows->row[i][rows->a], *b = rows->b < 0 ? NULL : rows->row[i][rows->b];
-    if (moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, c->max_len, c->truncate, &tokens, env)) exit(1);
+    if (moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, longest, c->truncate, &tokens, env)) exit(1);
     start[1] = tokens.count;
     if (moe_forward(context, scores, &batch, env) || moe_route_count(sums, context, &batch, env)) exit(1);
   }

@@ -82,6 +82,13 @@ static double number(const char *what, const char *text, double low, double high
   return v;
 }
 
+/* A character's place: a whole number. */
+static int32_t offset(const char *text) {
+  double v = number("offset", text, 0, 1e9);
+  if (v != (double)(int32_t)v) die("offset %s is no whole number", text);
+  return (int32_t)v;
+}
+
 /* Where in a line things stand; -1: nowhere. */
 typedef struct layout {
   int fields, label, a, b, group, span[4];
@@ -141,7 +148,7 @@ static int do_batch(moe_predictor *p, const moe_model *model, int32_t t, const l
     a[n] = field[at->a];
     b[n] = at->b < 0 ? NULL : field[at->b];
     group[n] = at->group < 0 ? "" : field[at->group];
-    for (i = 0; i < 4 && at->span[0] >= 0; ++i) span[4 * n + i] = (int32_t)number("offset", field[at->span[i]], 0, 1e9);
+    for (i = 0; i < 4 && at->span[0] >= 0; ++i) span[4 * n + i] = offset(field[at->span[i]]);
     if (at->label < 0) continue;
     if (task->kind == MOE_KIND_REGRESSION) {
       truth[n] = (float)number("label", field[at->label], (double)task->low, (double)task->high);

@@ -76,6 +76,13 @@ static double number(const char *what, const char *text, double low, double high
   return v;
 }
 
+/* A character's place: a whole number. */
+static int32_t offset(const char *text) {
+  double v = number("offset", text, 0, 1e9);
+  if (v != (double)(int32_t)v) die("offset %s is no whole number", text);
+  return (int32_t)v;
+}
+
 static void options(int argc, char **argv) {
   int i;
   for (i = 1; i < argc; ++i) {
@@ -208,7 +215,7 @@ static void read_rows(rows *r, const moe_task *task) {
     it->a = field[a];
     it->b = b < 0 ? NULL : field[b];
     it->group = group < 0 ? "" : field[group];
-    for (i = 0; i < 4 && span[0] >= 0; ++i) it->span[i] = (int32_t)number("offset", field[span[i]], 0, 1e9);
+    for (i = 0; i < 4 && span[0] >= 0; ++i) it->span[i] = offset(field[span[i]]);
     if (task->kind == MOE_KIND_REGRESSION) it->label = (float)number("label", field[label], (double)task->low, (double)task->high);
     else it->label = (float)number("label", field[label], 0, task->classes - 1);
     if (task->kind != MOE_KIND_REGRESSION && it->label != (float)(int)it->label) die("label %s is no whole number", field[label]);

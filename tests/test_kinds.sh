@@ -97,6 +97,7 @@ h='label\tsentence1\tsentence2\tstart1\tend1\tstart2\tend2'
 refuses a_word_outside 'dev.tsv:2: characters 5 to 9 of sentence1, which has 8 characters, are no word' sense "$h" '1\tsome car\tcar\t5\t9\t0\t3\n'
 refuses a_word_before_the_sentence 'dev.tsv:2: characters -1 to 3 of sentence1' sense "$h" '1\tsome car\tcar\t-1\t3\t0\t3\n'
 refuses an_empty_word 'dev.tsv:2: characters 2 to 2 of sentence2' sense "$h" '1\tsome car\tcar\t0\t3\t2\t2\n'
+refuses a_word_beyond_the_characters_of_utf_8 'characters 5 to 9 of sentence1, which has 8 characters' sense "$h" '1\t\303\251t\303\251 fini\tcar\t5\t9\t0\t3\n'
 refuses a_half_offset 'dev.tsv:2: start "0.5" is no whole number' sense "$h" '1\tsome car\tcar\t0.5\t3\t2\t2\n'
 long='a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a car'
 refuses a_word_that_was_cut 'dev.tsv:2: the word at characters 64 to 67 of sentence1 was cut off' sense "$h" "1\t$long\tcar\t64\t67\t0\t3\n"
