@@ -66,8 +66,9 @@
    BITS     fp32 results are the same bits for any number of threads, any company in the batch, and on AVX-512, AVX2+FMA, NEON
             and plain C: see "one definition of every sum" at >>simd and >>gemm.
 
-   PAPER MAP  [TaG] Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8 >>forward; Eq. 9, 10 and the division by log C >>backward; 3.3
-            sampling >>sampler; 4.1 >>metrics; 4.3 >>import; 4.4 >>initial; A.3 >>text, >>optimizer. [TL] 2, 4 >>level, >>blocks.
+   PAPER MAP  [TaG] Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8 >>forward; Eq. 9, 10 and the division by log C >>backward;
+            3.3 sampling >>sampler; 4.3 >>import; 4.4 >>initial; 4.4, A.3.2 >>optimizer, >>text; 4.5 >>metrics; 5.2, A.1.1 >>adapt;
+            A.4 >>embedding. [TL] 2, 4 >>level, >>blocks; 6 >>routes.
             Where the code does other than a paper says, PAPER-DIFF: tells why.
 
    CONTENTS (search for >>tag)
@@ -291,7 +292,7 @@ typedef struct moe_env {
 MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa);
 /* MOE_TYPE_BF16: the products of moe_linear_ and moe_experts_ functions, and so those of a model's layers in forward and
    backward, round their operands to bf16 and add up in fp32 (>>bf16), where the processor has AMX tiles or AVX512-BF16.
-   Weights, gradients and all else stay fp32, and so do a model's gates, routers, heads and feature inputs [TaG] 4.3. To be
+   Weights, gradients and all else stay fp32, and so do a model's gates, routers, heads and feature inputs [TaG] 4.4. To be
    set before a model is packed (loaded), whose packed bytes are half as many then. MOE_TYPE_F32: back to fp32.
    MOE_E_UNSUPPORTED, with a sentence to the log: this machine lacks the units, or env.isa is not AVX-512; products stay
    fp32. Who sets env.precision by hand there gets bf16 from plain C, slowly. */
@@ -371,7 +372,7 @@ MOE_API void moe_pack_int8(void *panels, const int8_t *w, int32_t rows, int32_t 
    moe_linear_forward, moe_linear_gelu_forward and moe_experts_forward. Where env.precision asks for bf16, float weights will
    do as well, with the same bits, and are rounded on the way in: forward is faster with these. */
 MOE_API moe_mat moe_mat_panels_bf16(const void *panels, int32_t rows, int32_t cols);
-/* Bytes that moe_pack_bf16 writes; the bytes are of one machine, never of a file. */
+/* Bytes that moe_pack_bf16 writes; its layout is of one machine, never of a file. */
 MOE_API size_t moe_pack_bf16_bytes(int32_t rows, int32_t cols);
 MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t cols, const moe_env *env);
 
@@ -533,8 +534,8 @@ typedef enum moe_selection {
 } moe_selection;
 
 typedef enum moe_truncate {
-  MOE_TRUNCATE_LONGEST, /* a pair: tokens are taken from the end of the longer text, one by one. PAPER-DIFF: [TaG] A.3 cuts
-                           "on the right", which read as below would lose the second text of most long pairs */
+  MOE_TRUNCATE_LONGEST, /* a pair: tokens are taken from the end of the longer text, one by one. PAPER-DIFF: [TaG] A.3.2
+                           cuts "on the right", which read as below would lose the second text of most long pairs */
   MOE_TRUNCATE_RIGHT    /* the whole is cut on the right */
 } moe_truncate;
 
@@ -615,6 +616,7 @@ MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config, c
 /* Frees what _create, _load, _pack and _set_vocab took. NULL is fine. For a model in the caller's block: frees only that. */
 MOE_API void moe_model_free(moe_model *model);
 
+/* The model's own configuration, and task 0 .. T-1 (else NULL): copies that live as long as the model. */
 MOE_API const moe_config *moe_model_config(const moe_model *model);
 MOE_API int32_t moe_model_tasks(const moe_model *model);
 MOE_API const moe_task *moe_model_task(const moe_model *model, int32_t task);
@@ -622,7 +624,7 @@ MOE_API const moe_task *moe_model_task(const moe_model *model, int32_t task);
 MOE_API int32_t moe_model_find_task(const moe_model *model, const char *name);
 /* Largest number of scores of a task: the row length of moe_forward's output. */
 MOE_API int32_t moe_model_max_classes(const moe_model *model);
-/* The vocabulary text that text functions need, one word a line; copied. */
+/* The vocabulary text that text functions need, one word a line; copied. MOE_E_MEMORY. */
 MOE_API moe_status moe_model_set_vocab(moe_model *model, const char *vocab, size_t bytes, const moe_env *env);
 /* The vocabulary text and its length, or NULL. */
 MOE_API const char *moe_model_vocab(const moe_model *model, size_t *bytes);
@@ -638,6 +640,7 @@ MOE_API size_t moe_model_parameters(const moe_model *model);
 MOE_API float *moe_model_weights(moe_model *model); /* NULL where they stay in a file's bytes (moe_model_open), or are
                                                        int8 */
 MOE_API int32_t moe_model_tensors(const moe_model *model);
+/* Tensor 0 .. moe_model_tensors - 1; else MOE_E_ARGUMENT. */
 MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_tensor *out);
 /* Index of the tensor of that name, or -1. */
 MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name);
@@ -692,14 +695,14 @@ MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t
    unless hidden_act is "gelu", position_embedding_type "absolute", model_type "bert" and is_decoder false, where they are
    given. */
 MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes, const moe_env *env);
-/* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN, or m of each block, #18, #32) from the
+/* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN [TaG] 4.3, or m of each block [TL]) from the
    file: F32, F16 or BF16. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT with a sentence for each
    tensor that is missing, misshapen or not finite (16 at most); nothing is changed then. options NULL: no noise.
    MOE_E_UNSUPPORTED for int8 models and those with absent experts. */
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes, const moe_import_options *options,
                                     const moe_env *env);
 
-/* Where the gates of a task that joins a model come from [TaG] 4.6, Tables 2 and 6, beside the number of one of its
+/* Where the gates of a task that joins a model come from [TaG] 5.2, Tables 2 and 6, beside the number of one of its
    tasks. */
 enum { MOE_GATE_RANDOM = -1, MOE_GATE_MEAN = -2 };
 /* A model on the heap, packed, with one task more, which comes last; everything else has the same bits. Its gate in every
@@ -721,6 +724,7 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
 /* Reads a whole file or pipe: *data (to be freed with moe_free) and *bytes. A zero that is not counted follows. MOE_E_IO,
    MOE_E_MEMORY. */
 MOE_API moe_status moe_file_read(void **data, size_t *bytes, const char *path, const moe_env *env);
+/* What moe_file_read took. NULL is fine. */
 MOE_API void moe_free(void *data);
 /* Replaces the file at `path` by what `write` writes: first into PATH.tmp, which is flushed to the disk and then renamed, so
    that a crash or a full disk never costs the old file. A symbolic link is replaced, not followed; a pipe or device is
@@ -735,6 +739,7 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
 
 /* ---- activations and the forward pass ---- >>api_context */
 
+/* The activations and scratch of one pass at a time, for batches of up to `limits`. The model must outlive it. */
 typedef struct moe_context moe_context;
 
 typedef struct moe_limits {
@@ -742,14 +747,19 @@ typedef struct moe_limits {
   int32_t training;          /* 1: keeps what backward needs */
 } moe_limits;
 
+/* Exact bytes of the block, for passes with at most env->threads threads. */
 MOE_API moe_status moe_context_size(const moe_model *model, const moe_limits *limits, size_t *bytes, const moe_env *env);
+/* In a block of the caller's (64-byte aligned). */
 MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes, const moe_model *model,
                                     const moe_limits *limits, const moe_env *env);
+/* The same on the heap. */
 MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model, const moe_limits *limits,
                                       const moe_env *env);
+/* NULL is fine, and so is one in a block of the caller's. */
 MOE_API void moe_context_free(moe_context *context);
 
-/* MOE_OK, or a sentence that says which sequence or token is wrong. Every pass calls it. */
+/* MOE_OK, or MOE_E_ARGUMENT and a sentence that says which sequence or token is wrong; with_labels 1: labels too. Every pass
+   calls it. */
 MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batch, int with_labels, const moe_env *env);
 
 /* Scores of every sequence: scores (S, moe_model_max_classes), a row holds the C logits of its task (regression: one value),
@@ -818,7 +828,7 @@ typedef struct moe_train_config {
   float warmup;            /* fraction of `steps`, 0 .. 1: W = floor(warmup steps); step t (from 1): t/W up to W, then
                               (steps-t+1)/(steps-W) */
   int64_t steps;           /* after the last one moe_update returns MOE_E_ARGUMENT */
-  float beta1, beta2, eps; /* Adam 0.9, 0.999, 1e-8 [TaG] A.3 */
+  float beta1, beta2, eps; /* Adam 0.9, 0.999, 1e-8 [TaG] A.3.2 */
   float decay;             /* decoupled weight decay of matrices (not of biases and LayerNorms); 0 = off */
   float clip;              /* gradients times min(1, clip / (norm + 1e-6)); 0 = off */
   float dropout;           /* 0.1 [TaG] 4.4 */
@@ -832,6 +842,7 @@ typedef struct moe_train_config {
   const moe_group *groups; /* must outlive the trainer */
   int32_t n_groups;
 } moe_train_config;
+/* [TaG]'s values (A.3.2), rate 5e-5, warm-up 0.1, clip 1; `steps` is the caller's to set. */
 MOE_API void moe_train_config_init(moe_train_config *config);
 
 typedef struct moe_trainer moe_trainer;
@@ -859,7 +870,9 @@ MOE_API moe_status moe_update(moe_trainer *trainer, float *norm, const moe_env *
 MOE_API float moe_train_rate(const moe_train_config *config, int64_t t);
 /* Temperature of task-level routing after t updates. */
 MOE_API float moe_train_tau(const moe_train_config *config, int64_t t);
+/* The gradients so far: moe_model_parameters floats, laid out as the weights are. */
 MOE_API float *moe_trainer_gradients(moe_trainer *trainer);
+/* The context of its passes: hidden states and routes of the last one, routes to be forced. */
 MOE_API moe_context *moe_trainer_context(moe_trainer *trainer);
 MOE_API int64_t moe_trainer_step(const moe_trainer *trainer); /* updates so far */
 /* Largest error of `samples` (1 or more) gradients against central differences (fourth order, steps of 1/128), relative to the norm of
@@ -875,14 +888,14 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
 
 /* The 2-norm of n gradients, infinity or NaN where one is not a finite number (or is above 1e18). */
 MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env);
-/* Step number t (from 1) of Adam on n weights w with gradients dw and moments m and v, all zero at first [TaG] A.3; then dw
+/* Step number t (from 1) of Adam on n weights w with gradients dw and moments m and v, all zero at first [TaG] 4.4; then dw
    is zero. d = factor dw (factor: clipping), m = beta1 m + (1 - beta1) d, v = beta2 v + (1 - beta2) d^2,
    w = (1 - rate decay) w - rate m' / (sqrt(v') + eps), m' = m / (1 - beta1^t), v' = v / (1 - beta2^t). Betas mean decimals
    of up to 7 digits. */
 MOE_API void moe_adam_step(float *w, float *dw, float *m, float *v, size_t n, int64_t t, float rate, float decay,
                            float factor, float beta1, float beta2, float eps, const moe_env *env);
 
-/* Which row of which task comes next [TaG] A.3, A.4. */
+/* Which row of which task comes next [TaG] 3.3, A.1.2. */
 typedef enum moe_sampling {
   MOE_SAMPLING_NATURAL,        /* every row once an epoch, all tasks shuffled together: p_t ~ rows of t. PAPER-DIFF: [TaG]
                                   3.3 draws batches of a task and joins them, here each row is drawn */
@@ -928,6 +941,7 @@ MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sample
 MOE_API moe_status moe_checkpoint_note(char *text, size_t capacity, size_t *length, const void *file, size_t bytes,
                                        const moe_env *env);
 #ifndef MOE_NO_STDIO
+/* The same with a file, which is replaced safely. */
 MOE_API moe_status moe_checkpoint_save(const moe_trainer *trainer, const moe_sampler *sampler, const char *note,
                                        const char *path, const moe_env *env);
 MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sampler, const char *path, const moe_env *env);
@@ -972,9 +986,10 @@ MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, siz
                               int32_t max_len, moe_truncate how, moe_tokens *out, const moe_env *env);
 #endif
 
-/* Metrics [TaG] 4.1 over n rows, as scikit-learn and scipy compute them. *defined (may be NULL) is 1, or 0 where the metric
+/* Metrics [TaG] 4.5 over n rows, as scikit-learn and scipy compute them. *defined (may be NULL) is 1, or 0 where the metric
    is undefined (no rows, one class only, constant input, a value that is no number): it then counts as 0. Classes are 0 ..
    classes-1; a number outside is wrong and belongs to none of them. The time grows with n times classes. */
+/* Share of the rows that are right. */
 MOE_API double moe_metric_accuracy(const int32_t *predicted, const int32_t *label, size_t n, int *defined);
 /* F1 of class 1 against all others. Undefined: it is neither predicted nor right anywhere. */
 MOE_API double moe_metric_f1(const int32_t *predicted, const int32_t *label, size_t n, int *defined);
@@ -983,8 +998,9 @@ MOE_API double moe_metric_macro_f1(const int32_t *predicted, const int32_t *labe
 /* Matthews' correlation coefficient, for more than two classes R_K. Undefined: one class is all that is predicted, or
    right. */
 MOE_API double moe_metric_matthews(const int32_t *predicted, const int32_t *label, size_t n, int32_t classes, int *defined);
+/* Correlation. Undefined: constant, infinite or NaN on either side. */
 MOE_API double moe_metric_pearson(const float *predicted, const float *label, size_t n, int *defined);
-/* Ties get their mean rank. scratch: 2n floats. Infinities are values like others. */
+/* Correlation of the ranks; ties get their mean rank. scratch: 2n floats. Infinities are values like others. */
 MOE_API double moe_metric_spearman(const float *predicted, const float *label, size_t n, float *scratch, int *defined);
 
 #if !defined(MOE_NO_TEXT)
@@ -9496,7 +9512,7 @@ MOE__UNUSED static moe_status moe__train_config_check(const moe_train_config *co
   return MOE_OK;
 }
 
-/* PAPER-DIFF: [TaG] A.3 names a warm-up only; the fall to 0 is that of BERT's training, one step later so that the last still moves. */
+/* Warm-up and a linear fall [TaG] 4.4. PAPER-DIFF: to 0 one step after the last, so that the last still moves. */
 MOE_API float moe_train_rate(const moe_train_config *config, int64_t t) {
   int64_t T = config->steps, W;
   double share;

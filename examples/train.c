@@ -2004,7 +2004,8 @@ static int64_t second_epochs(const beginning *b, int64_t epoch) {
   return opt.fine_tune + (first + epoch * opt.fine_batch - 1) / (epoch * opt.fine_batch);
 }
 
-/* Trains a copy of a model of one task on that task's rows; keeps the best epoch, ends after --patience epochs that are no better [TaG] 4.3. */
+/* Trains a copy of a model of one task on that task's rows; keeps the best epoch, ends after --patience epochs that are no better
+   [TaG] 4.5, A.3.2. */
 static moe_model *tune_once(job *j, beginning *b) {
   static const int32_t alone;
   moe_model *model;
