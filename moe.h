@@ -1110,7 +1110,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #if defined(__GNUC__) || defined(__clang__)
 #define MOE__TARGET(x) __attribute__((target(x)))
 #define MOE__INLINE static inline __attribute__((always_inline))
-#define MOE__UNUSED __attribute__((unused))
+#define MOE__UNUSED __attribute__((unused)) /* what MOE_NO_TRAIN leaves without a caller */
 #define MOE__PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #define MOE__PREFETCH_NEAR(p) __builtin_prefetch(p, 0, 3) /* into the first-level cache */
 #if defined(__clang__)
@@ -1361,7 +1361,7 @@ static void moe__vformat(char *out, size_t capacity, const char *format, va_list
   *at = 0;
 }
 
-MOE__UNUSED static void moe__format(char *out, size_t capacity, const char *format, ...) MOE__PRINTF(3, 4);
+static void moe__format(char *out, size_t capacity, const char *format, ...) MOE__PRINTF(3, 4);
 static void moe__format(char *out, size_t capacity, const char *format, ...) {
   va_list args;
   va_start(args, format);
@@ -1401,7 +1401,7 @@ typedef struct moe__layout {
   int bad;
 } moe__layout;
 
-MOE__UNUSED static void *moe__take(moe__layout *layout, size_t count, size_t size) {
+static void *moe__take(moe__layout *layout, size_t count, size_t size) {
   size_t at = moe__add(layout->used, 63, &layout->bad) & ~(size_t)63;
   layout->used = moe__add(at, moe__mul(count, size, &layout->bad), &layout->bad);
   return layout->base ? (void *)(layout->base + at) : NULL;
@@ -1426,8 +1426,8 @@ static void moe__release(void *block) {
   MOE_FREE(raw);
 }
 
-MOE__UNUSED static int32_t moe__min(int32_t a, int32_t b) { return a < b ? a : b; }
-MOE__UNUSED static int32_t moe__max(int32_t a, int32_t b) { return a > b ? a : b; }
+static int32_t moe__min(int32_t a, int32_t b) { return a < b ? a : b; }
+static int32_t moe__max(int32_t a, int32_t b) { return a > b ? a : b; }
 
 /* ---- counter-based random numbers ---- >>random
    Nothing is stored: a number is a hash of where it is used, so that neither threads nor
@@ -1482,7 +1482,7 @@ static double moe__log_double(double x) {
 
 /* Standard normal by the polar method (Marsaglia), which needs only log and sqrt; log is our own, so that
    weights do not depend on the C library. */
-MOE__UNUSED static float moe__normal(uint64_t key, uint64_t position) {
+static float moe__normal(uint64_t key, uint64_t position) {
   uint64_t try_ = 0;
   for (;; try_ += 2) {
     double u = 2 * moe__uniform(key + try_, position) - 1, v = 2 * moe__uniform(key + try_ + 1, position) - 1, s = u * u + v * v;
@@ -1549,7 +1549,7 @@ static void moe__tiles_worker(void *arg, int32_t slot) {
 
 /* Runs fn(arg, tile, slot) for tile = 0 .. count-1; slot is in [0,
    env->threads), and no two tiles run in one slot at a time. */
-MOE__UNUSED static void moe__parallel(const moe_env *env, int32_t count, moe__tile_fn fn, void *arg) {
+static void moe__parallel(const moe_env *env, int32_t count, moe__tile_fn fn, void *arg) {
   int32_t workers = env->parallel_for ? moe__min(env->threads, count) : 1, i;
   moe__tiles tiles;
   if (workers <= 1) {
@@ -3389,7 +3389,7 @@ static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const m
 }
 
 /* One product in this thread, for callers that cut the work themselves. */
-MOE__UNUSED static void moe__gemm_one(const moe__gemm *g, moe_isa isa) {
+static void moe__gemm_one(const moe__gemm *g, moe_isa isa) {
   const moe__gemm_kernels *kernels = MOE__V_PICK(isa, gemms);
   moe__gemm_cut cut = moe__gemm_plan(g, 1);
   int32_t tile;
@@ -5584,7 +5584,7 @@ MOE_API void moe_norm_forward(float *y, float *mean, float *rstd, const float *x
 
 /* sum = x + dropout(delta), y = LayerNorm(sum) [TaG] Fig. 1, "add & norm". All (M, H). sum may be NULL (inference), x or delta; y may be
    x or delta. keys (S): the key of each sequence, positions are (index in the sequence) H + column; NULL or p = 0: no dropout. */
-MOE__UNUSED static void moe__residual_norm_forward(float *y, float *sum, float *mean, float *rstd, const float *x, const float *delta,
+static void moe__residual_norm_forward(float *y, float *sum, float *mean, float *rstd, const float *x, const float *delta,
                                                    const float *gamma, const float *beta, float eps, int32_t M, int32_t H, float p,
                                                    const uint64_t *keys, const int32_t *seq_start, int32_t S, const moe_env *env) {
   moe__layernorm_job job;
@@ -5690,7 +5690,7 @@ static void moe__drop_rows_tile(void *arg, int32_t tile, int32_t slot) {
 }
 
 /* y = dropout(x) with a key for each sequence, positions as in moe__residual_norm_forward. (M, H); y may be x. Its own backward. */
-MOE__UNUSED static void moe__dropout_rows(float *y, const float *x, float p, const uint64_t *keys, const int32_t *seq_start,
+static void moe__dropout_rows(float *y, const float *x, float p, const uint64_t *keys, const int32_t *seq_start,
                                           int32_t S, int32_t H, const moe_env *env) {
   moe__layernorm_job job;
   if (S < 1 || H < 1 || seq_start[S] < 1) return;
@@ -9475,7 +9475,7 @@ MOE_API void moe_train_config_init(moe_train_config *config) {
 static int moe__within(float x, float low, float high) { return x >= low && x <= high; }
 
 /* MOE_E_ARGUMENT and a sentence for the first field outside its range. */
-MOE__UNUSED static moe_status moe__train_config_check(const moe_train_config *config, const moe_env *env) {
+static moe_status moe__train_config_check(const moe_train_config *config, const moe_env *env) {
   const moe_train_config *c = config;
   const float huge = 1e30f, below_one = 0.9999999f;
   int32_t i;
@@ -9549,7 +9549,7 @@ static int32_t moe__spans_tiles(const moe__span *spans, int32_t n) {
 }
 
 /* Adds a tensor to n spans and returns how many there are then: at most n + 1. Tensors come in the order of their offsets. */
-MOE__UNUSED static int32_t moe__spans_add(moe__span *spans, int32_t n, const moe_tensor *tensor, const moe_train_config *config) {
+static int32_t moe__spans_add(moe__span *spans, int32_t n, const moe_tensor *tensor, const moe_train_config *config) {
   float rate = 1, decay = tensor->dims > 1 ? config->decay : 0; /* matrices only: not biases and LayerNorms */
   moe__span *span = &spans[n];
   int32_t i;
@@ -9632,10 +9632,10 @@ static double moe__spans_norm(const float *g, const moe__span *spans, int32_t n,
 }
 
 /* Whether a norm came from finite gradients. */
-MOE__UNUSED static int moe__finite(double norm) { return norm <= 1.7e308; }
+static int moe__finite(double norm) { return norm <= 1.7e308; }
 
 /* What gradients are multiplied with so that their norm is at most `clip` (0: as they are). */
-MOE__UNUSED static float moe__clip_factor(double norm, float clip) {
+static float moe__clip_factor(double norm, float clip) {
   double factor = (double)clip / (norm + 1e-6);
   return clip > 0 && factor < 1 ? (float)factor : 1.0f;
 }
