@@ -107,7 +107,7 @@
      >>attention     self-attention over packed sequences
      >>route         gates, top-k, dispatch
      >>experts       expert feed-forward networks
-     >>config        configuration, tasks, table of tensors
+     >>config        configuration, tasks, places of the weights
      >>model         a model: its block, its tasks
      >>tensors       the table of tensors
      >>initial       initial values
@@ -6816,7 +6816,7 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
 }
 
 
-/* ---- configuration, tasks, table of tensors ---- >>config */
+/* ---- configuration, tasks, places of the weights ---- >>config */
 
 /* What the table of tensors says, as offsets: the flat array has no gaps, the experts of a layer follow each other at a constant distance, and
    so do the layers, but for their experts, of which some may be absent (moe__layer_at and moe__expert_at know how many). Where the experts are
