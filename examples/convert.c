@@ -28,8 +28,7 @@ static void die(const char *format, ...) {
 }
 
 static void show(void *user, moe_status status, const char *sentence) {
-  (void)user;
-  (void)status;
+  (void)user, (void)status;
   fprintf(stderr, "convert: %s\n", sentence);
 }
 

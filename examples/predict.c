@@ -27,14 +27,13 @@ static void die(const char *format, ...) {
 }
 
 static void show(void *user, moe_status status, const char *sentence) {
-  (void)user;
-  (void)status;
+  (void)user, (void)status;
   fprintf(stderr, "predict: %s\n", sentence);
 }
 
 static void *grow(void *p, size_t count, size_t size) {
-  p = realloc(p, count * size);
-  if (!p) die("out of memory");
+  p = realloc(p, (count ? count : 1) * size);
+  if (!p) die("out of memory (%zu bytes)", count * size);
   return p;
 }
 

@@ -135,7 +135,7 @@ static void need(moe_status status) {
 
 static void *take(size_t count, size_t size) {
   void *p = calloc(count ? count : 1, size);
-  if (!p) die("out of memory");
+  if (!p) die("out of memory (%zu bytes)", count * size);
   return p;
 }
 

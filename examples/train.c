@@ -194,14 +194,13 @@ static void die(const char *format, ...) {
 static const char *about;
 
 static void show(void *user, moe_status status, const char *sentence) {
-  (void)user;
-  (void)status;
+  (void)user, (void)status;
   fprintf(stderr, "train: %s%s%s\n", about ? about : "", about ? ": " : "", sentence);
 }
 
 /* For calls of the library: the log has said what was wrong. */
 static void need(moe_status status) {
-  if (status != MOE_OK) exit(1);
+  if (status) exit(1);
 }
 
 static void *take(size_t count, size_t size) {

@@ -75,24 +75,15 @@ static moe_routes forward(int32_t k, const moe_env *env) {
   return routes;
 }
 
-int main(void) {
-  const double ln3 = log(3.0), ln6 = log(6.0);
-  const double Phi = (1 + erf(sqrt(0.5))) / 2, phi = exp(-0.5) / sqrt(2 * 3.14159265358979323846); /* of the normal distribution, at 1 */
-  const double up = Phi + phi, down = 1 - Phi - phi; /* GELU'(1) and GELU'(-1): GELU'(z) = Phi(z) + z phi(z) */
-  float d_in[N][F][H], d_out[N][H][F], dgates[T][N][H], dlogits[M][N], dweight[M], dx[M][H];
-  const float dh[M][H] = {{1, 0}, {1, 0}}, *rows_in[N], *rows_out[N];
-  float *p_in[N], *p_out[N];
-  moe_route_options options;
-  moe_routes routes;
-  moe_env env;
-  int i;
-  moe_env_init(&env, MOE_ISA_AUTO);
-  gates[0][0][0] = gates[1][2][0] = (float)ln6;
-  gates[0][1][0] = gates[1][1][0] = (float)ln3;
+static double ln3, ln6;
+static double Phi, phi; /* of the normal distribution, at 1 */
 
+/* The experts, the gate and what comes out, Eq. 1 to 6; the routes are those of top-1. */
+static moe_routes way_there(const moe_env *env) {
+  moe_routes routes;
   printf("One token, x = (1, 2), in a sentence of task A and in one of task B; N = 3 experts, one gate for each task.\n\n");
   printf("THE EXPERTS\n  Each is a feed-forward network of its own. Eq. 1:  E_i(x) = w_out GELU(w_in x)\n");
-  routes = forward(N, &env); /* all three, so that all can be seen: for either task its most probable expert comes first */
+  routes = forward(N, env); /* all three, so that all can be seen: for either task its most probable expert comes first */
   {
     const double E1[] = {1, 2 * Phi - 1}, E2[] = {0, Phi}, E3[] = {Phi - 1, 1 - Phi};
     const double mixture[] = {0.6 * E1[0] + 0.3 * E2[0] + 0.1 * E3[0], 0.6 * E1[1] + 0.3 * E2[1] + 0.1 * E3[1]};
@@ -107,7 +98,7 @@ int main(void) {
   }
 
   printf("\nTHE GATE OF THE TASK\n  Eq. 3:  logits = x W_{g,t}, where t is the task of the sentence\n");
-  routes = forward(1, &env);
+  routes = forward(1, env);
   {
     const double logits_a[] = {ln6, ln3, 0}, logits_b[] = {0, ln3, ln6}, g_a[] = {0.6, 0.3, 0.1}, g_b[] = {0.1, 0.3, 0.6};
     show("logits, A: ln 6, ln 3, 0", logits[0], N, logits_a);
@@ -132,7 +123,16 @@ int main(void) {
     show("h, A", h[0], H, h_a);
     show("h, B", h[1], H, h_b);
   }
+  return routes;
+}
 
+static void way_back(const moe_routes *routes, const moe_env *env) {
+  const double up = Phi + phi, down = 1 - Phi - phi; /* GELU'(1) and GELU'(-1): GELU'(z) = Phi(z) + z phi(z) */
+  float d_in[N][F][H], d_out[N][H][F], dgates[T][N][H], dlogits[M][N], dweight[M], dx[M][H];
+  const float dh[M][H] = {{1, 0}, {1, 0}}, *rows_in[N], *rows_out[N];
+  float *p_in[N], *p_out[N];
+  moe_route_options options;
+  int i;
   printf("\nTHE WAY BACK (3.3)\n  Let the loss rise with the first number of h, for either token: dL/dh = (1, 0).\n");
   memset(d_in, 0, sizeof d_in);
   memset(d_out, 0, sizeof d_out);
@@ -144,7 +144,7 @@ int main(void) {
     p_in[i] = d_in[i][0];
     p_out[i] = d_out[i][0];
   }
-  moe_experts_backward(dx[0], dweight, p_in, NULL, p_out, NULL, dh[0], x[0], pre[0], e[0], &routes, rows_in, rows_out, H, F, scratch, &env);
+  moe_experts_backward(dx[0], dweight, p_in, NULL, p_out, NULL, dh[0], x[0], pre[0], e[0], routes, rows_in, rows_out, H, F, scratch, env);
   {
     const double dg[] = {1, Phi - 1}, dout[] = {0.6 * Phi, 0.6 * (Phi - 1), 0, 0};
     const double din[] = {0.6 * up, 1.2 * up, -0.6 * down, -1.2 * down}, dx_a[] = {0.6 * up, 0.3 * down}, none[] = {0, 0, 0, 0};
@@ -159,8 +159,8 @@ int main(void) {
   }
   memset(&options, 0, sizeof options);
   options.scale = 1;
-  moe_route_backward(dx[0], dgates[0][0], dlogits[0], dweight, 1, &routes, logits[0], x[0], gates[0][0], gate_of, seq_start, M, H, &options,
-                     &env);
+  moe_route_backward(dx[0], dgates[0][0], dlogits[0], dweight, 1, routes, logits[0], x[0], gates[0][0], gate_of, seq_start, M, H, &options,
+                     env);
   {
     const double b = 0.6 * (Phi - 1); /* g* dg* of task B */
     const double dlogits_a[] = {0.24, -0.18, -0.06}, dlogits_b[] = {-0.1 * b, -0.3 * b, 0.4 * b};
@@ -176,6 +176,20 @@ int main(void) {
     printf("  and the token's own gradient is the sum of both ways, expert and gate:\n");
     show("dx, A", dx[0], H, dx_a);
   }
+}
+
+int main(void) {
+  moe_routes routes;
+  moe_env env;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  ln3 = log(3.0);
+  ln6 = log(6.0);
+  Phi = (1 + erf(sqrt(0.5))) / 2;
+  phi = exp(-0.5) / sqrt(2 * 3.14159265358979323846);
+  gates[0][0][0] = gates[1][2][0] = (float)ln6;
+  gates[0][1][0] = gates[1][1][0] = (float)ln3;
+  routes = way_there(&env);
+  way_back(&routes, &env);
   printf("\n%s\n", wrong ? "Not all numbers are those worked out by hand." : "Every number is the one worked out by hand.");
   return wrong;
 }
