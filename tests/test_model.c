@@ -402,10 +402,9 @@ static void test_model_scores_do_not_depend_on_company_or_order(void) {
   }
 }
 
-static void test_model_bits_do_not_depend_on_threads_isa_or_packing(void) {
+static void check_bits(moe_config c) {
   static const int32_t threads[] = {1, 2, 3, 8};
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
   moe_task tasks[MODELS_TASKS];
   moe_model *model;
   size_t i;
@@ -431,6 +430,12 @@ static void test_model_bits_do_not_depend_on_threads_isa_or_packing(void) {
     }
   }
   moe_model_free(model);
+}
+
+/* Enough tokens for several pieces; a dense model's pass all its layers, those of one with gates meet before each gate. */
+static void test_model_bits_do_not_depend_on_threads_isa_or_packing(void) {
+  check_bits(models_config(MOE_ROUTER_TASK, 3, 2));
+  check_bits(models_config(MOE_ROUTER_DENSE, 1, 1));
 }
 
 static void test_model_packs_into_a_block_or_the_heap(void) {

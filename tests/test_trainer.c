@@ -294,17 +294,17 @@ static uint64_t train(const moe_config *c, const moe_train_config *config, int p
   return hash;
 }
 
-static void test_trainer_bits_do_not_depend_on_threads_isa_or_packing(void) {
+static void check_bits(int router) {
   static const int32_t threads[] = {1, 2, 3, 8};
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
+  moe_config c = models_config((moe_router)router, router ? 3 : 1, router ? 2 : 1);
   moe_train_config config = plain();
   uint64_t want;
   int isa;
   size_t i;
   config.dropout = 0.1f;
-  config.jitter = 0.1f;
-  config.balance = 0.1f;
+  config.jitter = router ? 0.1f : 0;
+  config.balance = router ? 0.1f : 0;
   want = train(&c, &config, 0, 1, &env);
   CHECK(want, "%s", models_sentence);
   CHECK(train(&c, &config, 1, 1, &env) == want, "packed");
@@ -320,6 +320,12 @@ static void test_trainer_bits_do_not_depend_on_threads_isa_or_packing(void) {
       CHECK(got == want, "%s, %d threads: other bits", moe_isa_name((moe_isa)isa), threads[i]);
     }
   }
+}
+
+/* 240 tokens are two pieces or more. */
+static void test_trainer_bits_do_not_depend_on_threads_isa_or_packing(void) {
+  check_bits(MOE_ROUTER_TASK);
+  check_bits(MOE_ROUTER_DENSE);
 }
 
 static void test_trainer_bits_do_not_depend_on_micro_batches(void) {
