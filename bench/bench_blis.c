@@ -1,12 +1,12 @@
-/* bench_blis.c - what BLIS is better at than the kernels of moe.h: the measurement behind moe__blis_takes_few (>>backend).
+/* bench_blis.c - what BLIS is better at than the kernels of moe.h: the measurement behind moe__blis_best (>>backend).
      cc -O2 -DMOE_USE_BLIS -o bench_blis bench/bench_blis.c -lblis -lm -pthread
-     ./bench_blis KERNELS [MILLISECONDS]     kernels of BLIS: haswell, zen3 (beside the AVX2 kernels of moe.h), skx (beside AVX-512)
-   One thread, least time of the calls that fit in so many milliseconds (2), the two in turn, so that it needs no idle machine. A figure is the time of moe.h / that of
-   BLIS, above 1 where BLIS is faster: least, geometric mean and largest over the weights of MiniLM and BERT-base, for packed weights (moe.h's
-   panels, BLIS with rows), rows, the input's gradient and the weight's. At the end: what the choice of moe.h costs beside the best one. */
+     ./bench_blis KERNELS [OP [FEWEST MOST]]     kernels of BLIS: haswell, zen3 (beside the AVX2 kernels of moe.h), skx (beside AVX-512)
+   OP: packed (moe.h's panels, BLIS with rows), rows, dx, dw; FEWEST .. MOST tokens, 8 .. 512. One thread, least time of a few calls, the two in turn, so that it needs no
+   idle machine. A figure is the time of moe.h / that of BLIS, above 1 where BLIS is faster: least, geometric mean and largest over the weights
+   of MiniLM and BERT-base. At the end: what the choice of moe.h costs beside the best one. */
 #include "bench.h"
 
-enum { MOST = 512, WIDE = 3072, ROUNDS = 3 };
+enum { MOST = 512, WIDE = 3072, ROUNDS = 3, CALLS = 2 }; /* calls beside the one that warms up */
 typedef enum op { PACKED, PLAIN, DX, DW, OPS } op;
 static const char *const op_name[OPS] = {"packed", "rows", "dx", "dw"};
 static const int shape[][2] = {{384, 384}, {1536, 384}, {384, 1536}, {768, 768}, {3072, 768}, {768, 3072}};
@@ -15,7 +15,6 @@ enum { SHAPES = sizeof shape / sizeof shape[0], SIZES = sizeof tokens / sizeof t
 
 typedef struct work {
   float *x, *y, *w, *dw, *panels;
-  double budget;
 } work;
 
 static float *floats(size_t n) {
@@ -36,13 +35,13 @@ static void call(work *w, op what, int m, int n, int k, const moe_env *env) {
   }
 }
 
-/* The least seconds of a call, at least two calls. */
+/* The least seconds of a call. */
 static double least(work *w, op what, int m, int n, int k, const moe_env *env) {
-  double begin, last, t, best = 1e9;
-  int calls = 0;
+  double last, t, best = 1e9;
+  int calls;
   call(w, what, m, n, k, env);
-  begin = last = bench_now();
-  while (calls++ < 2 || last - begin < w->budget) {
+  last = bench_now();
+  for (calls = 0; calls < CALLS; ++calls) {
     call(w, what, m, n, k, env);
     t = bench_now();
     if (t - last < best) best = t - last;
@@ -51,8 +50,9 @@ static double least(work *w, op what, int m, int n, int k, const moe_env *env) {
   return best;
 }
 
-/* Measures an op with m tokens on all shapes; adds to total[0] the time of moe.h's choice, to total[1] that of the better one, both over the time of the kernels of moe.h. */
-static void row(work *w, op what, int m, const moe_env *own, const moe_env *blis, double total[2]) {
+/* Measures an op with m tokens on all shapes; adds to total[0] the time of moe.h's choice, to total[1] that of the better one, both over the
+   time of the kernels of moe.h, and to total[2] how many they were. */
+static void row(work *w, op what, int m, const moe_backend *choice, const moe_env *own, const moe_env *blis, double total[3]) {
   double low = 1e9, high = 0, product = 0;
   int s, r, taken = 0;
   for (s = 0; s < SHAPES; ++s) {
@@ -64,10 +64,11 @@ static void row(work *w, op what, int m, const moe_env *own, const moe_env *blis
       t = least(w, what, m, n, k, blis);
       if (t < b) b = t;
     }
-    /* the sizes of the product as moe.h asks about them */
-    taken = what == DW ? moe__blis_takes_few(NULL, n, k, m, 0) : what == DX ? moe__blis_takes_few(NULL, m, k, n, 0) : moe__blis_takes_few(NULL, m, n, k, what == PACKED);
+    if (choice != NULL) /* the sizes of the product as moe.h asks about them */
+      taken = what == DW ? choice->takes(NULL, n, k, m, 0) : what == DX ? choice->takes(NULL, m, k, n, 0) : choice->takes(NULL, m, n, k, what == PACKED);
     total[0] += taken ? b / a : 1;
     total[1] += b < a ? b / a : 1;
+    total[2] += 1;
     a /= b;
     if (a < low) low = a;
     if (a > high) high = a;
@@ -80,25 +81,29 @@ int main(int argc, char **argv) {
   static work w;
   const char *kernels = argc > 1 ? argv[1] : "haswell";
   moe_env own, blis;
-  double total[2] = {0, 0};
+  const moe_backend *choice;
+  double total[3] = {0, 0, 0};
   char number[16];
-  int id, i, what, few;
-  w.budget = (argc > 2 ? atof(argv[2]) : 2) * 1e-3;
+  int fewest = argc > 3 ? atoi(argv[3]) : 0, most = argc > 4 ? atoi(argv[4]) : MOST, id, i, what;
   for (id = 0; id < 64 && strcmp(bli_arch_string(id), kernels) != 0; ++id) continue;
   snprintf(number, sizeof number, "%d", id);
   if (id == 64 || setenv("BLIS_ARCH_TYPE", number, 1) != 0) return fprintf(stderr, "bench_blis: this BLIS has no kernels called %s\n", kernels), 1;
   if (strcmp(moe_blis_kernels(), kernels) != 0) return fprintf(stderr, "bench_blis: BLIS chose %s, not %s\n", moe_blis_kernels(), kernels), 1;
-  few = strcmp(kernels, "skx") != 0;
-  if (moe_env_init(&own, few ? MOE_ISA_AVX2 : MOE_ISA_AVX512) != MOE_OK) return printf("%s: this machine cannot run the kernels of moe.h beside it\n", kernels), 0;
+  if (moe_env_init(&own, strcmp(kernels, "skx") ? MOE_ISA_AVX2 : MOE_ISA_AVX512) != MOE_OK) return printf("%s: this machine cannot run the kernels of moe.h beside it\n", kernels), 0;
+  choice = own.backend; /* what moe.h takes these kernels for, NULL: nothing */
   own.backend = NULL;
   blis = own;
   if (moe_blis_use(&blis, 1) != MOE_OK) return 1;
   w.x = floats((size_t)MOST * WIDE), w.y = floats((size_t)MOST * WIDE), w.w = floats((size_t)WIDE * WIDE);
   w.dw = floats((size_t)WIDE * WIDE), w.panels = floats((size_t)WIDE * (WIDE + 64));
   printf("BLIS %s, kernels %s, beside the %s kernels of moe.h, one thread\n\n", bli_info_get_version_str(), kernels, moe_isa_name(own.isa));
-  printf("| op     |    m | least |  mean |  most | %s |\n|--------|------|-------|-------|-------|-------|\n", few ? "takes" : "if it were AVX2");
-  for (what = PACKED; what < OPS; ++what)
-    for (i = 0; i < SIZES; ++i) row(&w, (op)what, tokens[i], &own, &blis, total);
-  if (few) printf("\nmoe.h's choice takes %.3f of the time of its own kernels, the better of both each time %.3f\n\n", total[0] / (SIZES * OPS * SHAPES), total[1] / (SIZES * OPS * SHAPES));
+  printf("| op     |    m | least |  mean |  most | taken |\n|--------|------|-------|-------|-------|-------|\n");
+  for (what = PACKED; what < OPS; ++what) {
+    if (argc > 2 && strcmp(argv[2], op_name[what]) != 0) continue;
+    for (i = 0; i < SIZES; ++i)
+      if (tokens[i] >= fewest && tokens[i] <= most) row(&w, (op)what, tokens[i], choice, &own, &blis, total);
+  }
+  if (choice != NULL && total[2] > 0)
+    printf("\nmoe.h's choice takes %.3f of the time of its own kernels, the better of both each time %.3f\n\n", total[0] / total[2], total[1] / total[2]);
   return 0;
 }

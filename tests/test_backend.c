@@ -295,7 +295,8 @@ static void test_backend_blis_is_connected_where_it_is_better(void) {
   if (!moe_env_init(&env, MOE_ISA_AVX2) && env.backend) {
     CHECK(named, "avx2, kernels %s: %s", moe_blis_kernels(), moe_backend_name(&env));
     CHECK(env.backend->takes(NULL, 32, 384, 384, 0) && !env.backend->takes(NULL, 32, 384, 384, 1), "few tokens");
-    CHECK(env.backend->takes(NULL, 1536, 384, 32, 0) && !env.backend->takes(NULL, 1536, 384, 512, 0), "gradient of a weight");
+    CHECK(env.backend->takes(NULL, 1536, 384, 32, 0), "gradient of a weight, few tokens");
+    CHECK(!env.backend->takes(NULL, 1536, 384, 512, 0) == !!strncmp(moe_blis_kernels(), "haswell", 7), "gradient of a weight, many tokens");
   }
   if (!moe_env_init(&env, MOE_ISA_AVX512)) CHECK(!env.backend, "avx512: %s", moe_backend_name(&env));
   CHECK(moe_blis_use(&env, 1) == MOE_OK && !strcmp(moe_backend_name(&env), "blis"), "%s", moe_backend_name(&env));
