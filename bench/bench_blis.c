@@ -85,9 +85,9 @@ int main(int argc, char **argv) {
   double total[3] = {0, 0, 0};
   char number[16];
   int fewest = argc > 3 ? atoi(argv[3]) : 0, most = argc > 4 ? atoi(argv[4]) : MOST, id, i, what;
-  for (id = 0; id < 64 && strcmp(bli_arch_string(id), kernels) != 0; ++id) continue;
+  for (id = 0; strcmp(bli_arch_string(id), kernels) != 0 && strcmp(bli_arch_string(id), "generic") != 0; ++id) continue; /* the last one */
   snprintf(number, sizeof number, "%d", id);
-  if (id == 64 || setenv("BLIS_ARCH_TYPE", number, 1) != 0) return fprintf(stderr, "bench_blis: this BLIS has no kernels called %s\n", kernels), 1;
+  if (strcmp(bli_arch_string(id), kernels) != 0 || setenv("BLIS_ARCH_TYPE", number, 1) != 0) return fprintf(stderr, "bench_blis: this BLIS has no kernels called %s\n", kernels), 1;
   if (strcmp(moe_blis_kernels(), kernels) != 0) return fprintf(stderr, "bench_blis: BLIS chose %s, not %s\n", moe_blis_kernels(), kernels), 1;
   if (moe_env_init(&own, strcmp(kernels, "skx") ? MOE_ISA_AVX2 : MOE_ISA_AVX512) != MOE_OK) return printf("%s: this machine cannot run the kernels of moe.h beside it\n", kernels), 0;
   choice = own.backend; /* what moe.h takes these kernels for, NULL: nothing */
