@@ -8,7 +8,9 @@
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE
 #endif
+#ifndef BENCH_LINKED /* the Makefile compiles moe.h once for all programs */
 #define MOE_IMPLEMENTATION
+#endif
 #include "../moe.h"
 #include "../tests/golden/golden.h"
 #include <stdio.h>
