@@ -116,7 +116,9 @@
      >>context       activations
      >>embedding     gates made of task vectors
      >>pass          a pass: its checks, its random numbers
-     >>forward       the forward pass
+     >>layers        embeddings, the layers of a pass
+     >>pieces        a batch in pieces of whole sequences
+     >>forward       heads, the forward pass
      >>routes        what a pass chose, what it may choose
      >>level         task-level routing: scores of a task, selection, their gradients
      >>blocks        transformer blocks as experts, forward and backward
@@ -1513,7 +1515,7 @@ MOE__UNUSED static uint64_t moe__permute(uint64_t key, uint64_t i, uint64_t n) {
 
 /* ---- tiles, the built-in pool ---- >>parallel
    Work is a list of tiles. Threads only decide who runs which tile; the shape of tiles depends on their number nowhere but
-   where it changes no bit (>>gemm, >>forward, sums of integers, bf16). So the bits of a result cannot depend on them. */
+   where it changes no bit (>>gemm, >>pieces, sums of integers, bf16). So the bits of a result cannot depend on them. */
 
 #if defined(__GNUC__) || defined(__clang__)
 #define MOE__FETCH_ADD(p, v) __atomic_fetch_add(p, v, __ATOMIC_RELAXED)
@@ -8649,7 +8651,7 @@ static moe_env moe__one_thread(const moe_env *env) {
   return one;
 }
 
-/* ---- the forward pass ---- >>forward */
+/* ---- embeddings, the layers of a pass ---- >>layers */
 
 /* Positions and segments of feature inputs; a tile is a sequence. */
 typedef struct moe__places {
@@ -8886,6 +8888,8 @@ static void moe__forward_mixture(moe_context *c, moe__pass *pass, int32_t layer)
                     norm2 + config->hidden, layer, MOE__SITE_FFN_OUT);
 }
 
+/* ---- a batch in pieces of whole sequences ---- >>pieces */
+
 /* A batch goes through the layers in pieces of some whole sequences, about 128 tokens: what one product leaves is then
    still in the second-level cache when the next one reads it, and with several threads each takes pieces of its own and
    waits for nobody until the end. A piece passes as many layers as need nothing of the others: all of a dense model, and
@@ -8986,6 +8990,8 @@ static void moe__pieces_run(moe__pieces *pieces, int32_t layer, int32_t end) {
   else
     for (i = 0; i < pieces->count; ++i) moe__piece_tile(pieces, i, 0);
 }
+
+/* ---- heads, the forward pass ---- >>forward */
 
 /* Mean of the rows of the tokens [begin, end). */
 static void moe__span_mean(float *out, const float *rows, int32_t begin, int32_t end, size_t H) {
@@ -9474,7 +9480,7 @@ static void moe__backward_blocks(moe_context *c, const moe__pass *pass, float *d
 #ifndef MOE_NO_TRAIN
 /* ---- the backward pass ---- >>backward */
 
-/* Each function undoes its namesake of >>forward: context->g holds the gradient of what that produced and is turned into the
+/* Each function undoes its namesake of >>layers and >>forward: context->g holds the gradient of what that produced and is turned into the
    gradient of what it read; the gradients of the weights are added to `dw`, which mirrors the flat array of weights. */
 
 /* Softmax and loss of every sequence, scaled as in [TaG] 3.3; a row of scores becomes its probabilities (regression: score -
