@@ -384,7 +384,8 @@ table2() {
 
 table3() {
   stand_ins
-  odd=$(for t in CoLA SST-2; do case " $mixture " in *" $t "*) echo $t ;; esac; done)
+  odd=$(for t in CoLA SST-2; do case " $mixture " in *" $t "*) printf '%s ' $t ;; esac; done)
+  odd=${odd% }
   [ -n "$glue" ] || odd=$(these comparative_sentences query_wellformedness)
   clean=$(but "$mixture" "$odd")
   [ -n "$odd" ] && [ -n "$clean" ] || die "table3 needs tasks that are unlike the rest: CoLA and SST-2"
