@@ -165,6 +165,36 @@ TEST_UNUSED static uint64_t models_hash(const void *data, size_t bytes) {
   return h;
 }
 
+/* A file in memory, written by the library; `data` is to be freed. */
+typedef struct models_file {
+  unsigned char *data;
+  size_t used;
+} models_file;
+
+TEST_UNUSED static int models_write(void *user, const void *data, size_t bytes) {
+  models_file *file = (models_file *)user;
+  file->data = (unsigned char *)realloc(file->data, file->used + bytes + 1);
+  if (!file->data) return 1;
+  memcpy(file->data + file->used, data, bytes);
+  file->used += bytes;
+  return 0;
+}
+
+TEST_UNUSED static moe_writer models_writer(models_file *file) {
+  moe_writer writer;
+  writer.write = models_write;
+  writer.user = file;
+  return writer;
+}
+
+/* The file of a model; `used` is 0 where it could not be written. */
+TEST_UNUSED static models_file models_written(const moe_model *model, const moe_env *env) {
+  models_file file = {NULL, 0};
+  moe_writer writer = models_writer(&file);
+  if (moe_model_write(model, &writer, env)) file.used = 0;
+  return file;
+}
+
 /* A block of the heap that starts at a multiple of 64; *raw is to be freed. */
 TEST_UNUSED static void *models_block(void **raw, size_t bytes) {
   *raw = malloc(bytes + 63);

@@ -92,29 +92,7 @@ static int same(const moe_model *a, const moe_model *b, const moe_env *env) {
   return run(&seen[0], a, env) && run(&seen[1], b, env) && !memcmp(&seen[0], &seen[1], sizeof seen[0]);
 }
 
-typedef struct memory {
-  unsigned char *data;
-  size_t used;
-} memory;
-
-static int memory_write(void *user, const void *data, size_t bytes) {
-  memory *m = (memory *)user;
-  m->data = (unsigned char *)realloc(m->data, m->used + bytes);
-  memcpy(m->data + m->used, data, bytes);
-  m->used += bytes;
-  return 0;
-}
-
-static memory written(const moe_model *model, const moe_env *env) {
-  memory m = {NULL, 0};
-  moe_writer writer;
-  writer.write = memory_write;
-  writer.user = &m;
-  if (moe_model_write(model, &writer, env)) m.used = 0;
-  return m;
-}
-
-static size_t data_bytes(const memory *file) {
+static size_t data_bytes(const models_file *file) {
   return file->used - 8 - ((size_t)file->data[0] | (size_t)file->data[1] << 8 | (size_t)file->data[2] << 16);
 }
 
@@ -138,11 +116,11 @@ static void test_extract_saves_what_the_experts_have(void) {
   size_t expert = 2 * 20 * 37 + 20 + 37, heads = 20 + 1 + 2 * (20 + 1) + 2 * (60 + 1), gates = LAYERS * 3 * EXPERTS * 20, bytes[2];
   static const int32_t keep[] = {0, 1};
   moe_model *alone = NULL;
-  memory before, after;
+  models_file before, after;
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, unused[0], &env), "%s", models_sentence);
   CHECK(moe_model_parameters(whole) - moe_model_parameters(less) == 5 * expert + heads + gates, "parameters");
   CHECK(!moe_model_extract(&alone, whole, keep, 2, NULL, &env), "%s", models_sentence);
-  before = written(alone, &env), after = written(less, &env);
+  before = models_written(alone, &env), after = models_written(less, &env);
   CHECK(data_bytes(&before) - data_bytes(&after) == 4 * 5 * expert, "%zu bytes, then %zu", before.used, after.used);
   CHECK(!moe_model_size(moe_model_config(alone), tasks, 2, &bytes[0], &env) && !moe_model_size(moe_model_config(less), tasks, 2, &bytes[1], &env), "sizes");
   CHECK(bytes[0] - bytes[1] > 4 * 5 * expert - 256 && bytes[0] > bytes[1], "the block has %zu bytes, then %zu", bytes[0], bytes[1]);
@@ -189,17 +167,17 @@ static void test_extract_survives_a_file(void) {
   for (quantized = 0; quantized < 2; ++quantized)
     for (few = 0; few < 2; ++few) {
       moe_model *small = NULL, *read = NULL, *opened = NULL, *of;
-      memory file, again;
+      models_file file, again;
       void *raw_block, *raw_file, *block, *mapped;
       size_t bytes = 0;
       CHECK(twins(few ? MOE_ROUTER_EMBEDDING : MOE_ROUTER_TASK, 1, 1, few ? some : unused[0], &env), "%s", models_sentence);
       if (quantized) CHECK(!moe_model_quantize(&small, less, &env), "%s", models_sentence);
       of = quantized ? small : less;
-      file = written(of, &env);
+      file = models_written(of, &env);
       CHECK(file.used && !moe_model_read(&read, file.data, file.used, &env), "%s", models_sentence);
       CHECK(same(of, read, &env), "other bits after reading");
       CHECK(!memcmp(moe_model_config(read)->absent, few ? some : unused[0], CELLS), "other experts are absent");
-      again = written(read, &env);
+      again = models_written(read, &env);
       CHECK(again.used == file.used && !memcmp(again.data, file.data, file.used), "written again, it is another file");
       CHECK(!moe_model_open_size(file.data, file.used, &bytes, &env), "%s", models_sentence);
       block = models_block(&raw_block, bytes), mapped = models_block(&raw_file, file.used);
@@ -220,13 +198,13 @@ static void test_extract_survives_a_file(void) {
 static void test_extract_int8_without_unused_experts_changes_no_bit(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_model *a = NULL, *b = NULL;
-  memory before, after;
+  models_file before, after;
   CHECK(twins(MOE_ROUTER_TASK, 1, 1, unused[0], &env), "%s", models_sentence);
   CHECK(!moe_model_quantize(&a, whole, &env) && !moe_model_quantize(&b, less, &env), "%s", models_sentence);
   CHECK(run(&seen[0], a, &env) && run(&seen[1], b, &env), "%s", models_sentence);
   if (!memcmp(seen[0].expert, seen[1].expert, sizeof seen[0].expert)) CHECK(!memcmp(&seen[0], &seen[1], sizeof seen[0]), "other bits");
   CHECK(!memcmp(seen[0].expert, seen[1].expert, sizeof seen[0].expert), "other routes");
-  before = written(a, &env), after = written(b, &env);
+  before = models_written(a, &env), after = models_written(b, &env);
   CHECK(before.used > after.used + 5 * 2 * 20 * 37, "%zu bytes, then %zu", before.used, after.used);
   free(before.data), free(after.data);
   moe_model_free(a);
@@ -292,10 +270,10 @@ static void test_extract_again_and_adapt(void) {
   static const int32_t keep[] = {0, 1};
   moe_model *a = NULL, *b = NULL, *more = NULL;
   moe_task extra;
-  memory one, two;
+  models_file one, two;
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, unused[0], &env), "%s", models_sentence);
   CHECK(!moe_model_extract(&a, whole, keep, 2, first, &env) && !moe_model_extract(&b, a, keep, 2, second, &env), "%s", models_sentence);
-  one = written(b, &env), two = written(less, &env);
+  one = models_written(b, &env), two = models_written(less, &env);
   CHECK(one.used == two.used && !memcmp(one.data, two.data, one.used), "in two steps it is another model");
   free(one.data), free(two.data);
   extra = tasks[1];
@@ -308,7 +286,7 @@ static void test_extract_again_and_adapt(void) {
   a = b = NULL;
   CHECK(!moe_model_extract(&a, whole, keep, 2, none, &env) && !moe_model_config(a)->absent, "nothing is absent, and yet there is a list");
   CHECK(!moe_model_extract(&b, whole, keep, 2, NULL, &env), "%s", models_sentence);
-  one = written(a, &env), two = written(b, &env);
+  one = models_written(a, &env), two = models_written(b, &env);
   CHECK(one.used == two.used && !memcmp(one.data, two.data, one.used), "with nothing dropped it is another file");
   free(one.data), free(two.data);
   moe_model_free(a);
@@ -391,11 +369,9 @@ static void test_extract_checkpoints(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_trainer *a, *b;
   moe_model *twin = NULL, *all = NULL;
-  memory m = {NULL, 0};
-  moe_writer writer;
+  models_file m = {NULL, 0};
+  moe_writer writer = models_writer(&m);
   static const int32_t keep[] = {0, 1};
-  writer.write = memory_write;
-  writer.user = &m;
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, some, &env), "%s", models_sentence);
   CHECK(!moe_model_extract(&twin, whole, keep, 2, some, &env) && !moe_model_extract(&all, whole, keep, 2, NULL, &env), "%s", models_sentence);
   a = train(less, 3, &env), b = train(twin, 0, &env);
@@ -454,7 +430,7 @@ static void test_extract_refuses(void) {
 }
 
 /* Reads and opens a copy of the file with `to` in place of `from`, equally long. 1 where both say that it is damaged. */
-static int damaged(const memory *file, const char *from, const char *to, const char *says, const moe_env *env) {
+static int damaged(const models_file *file, const char *from, const char *to, const char *says, const moe_env *env) {
   unsigned char *at;
   void *raw, *raw_block = NULL, *block;
   unsigned char *copy = (unsigned char *)models_block(&raw, file->used);
@@ -483,10 +459,10 @@ static void test_extract_damaged_lists_are_found(void) {
       {"[[1,2],[3],[1]]", "more layers"}, {"[[1,2,3],[1,2]]", "experts.2."}, {"[[2,3  ],[1,3]]", "wants"}, {"[1,2,3,  [1,3]]", "array"},
       {"{             }", "array"}, {"[[1,2,3],[1,3] ", "comma"}, {"[[1,2,3],[\\\"]] ", ""}, {"           null", "array"}};
   moe_env env = models_env(MOE_ISA_AUTO);
-  memory file;
+  models_file file;
   size_t i;
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, unused[0], &env), "%s", models_sentence);
-  file = written(less, &env);
+  file = models_written(less, &env);
   for (i = 0; i < sizeof bad / sizeof *bad; ++i) CHECK(strlen(bad[i][0]) == sizeof list - 1, "%s has another length", bad[i][0]);
   for (i = 0; i < sizeof bad / sizeof *bad; ++i) CHECK(damaged(&file, list, bad[i][0], bad[i][1], &env), "%s: %s", bad[i][0], models_sentence);
   CHECK(damaged(&file, "\\\"absent\\\"", "\\\"abzent\\\"", "not known", &env), "%s", models_sentence);
@@ -501,12 +477,12 @@ static void test_extract_damaged_lists_are_found(void) {
 /* Whatever byte of the header changes: a status, or a model that can be used. */
 static void test_extract_any_damage_ends_in_a_status(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
-  memory file;
+  models_file file;
   unsigned char *begin;
   size_t i;
   int j, refused = 0;
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, some, &env), "%s", models_sentence);
-  file = written(less, &env);
+  file = models_written(less, &env);
   for (begin = file.data; memcmp(begin, "absent", 6);) ++begin;
   for (i = 0; i < 40; ++i)
     for (j = 0; j < 20; ++j) {

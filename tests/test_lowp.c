@@ -219,28 +219,6 @@ static void test_lowp_gelu_and_threads_change_no_bit(void) {
   moe_pool_free(pool);
 }
 
-typedef struct memory {
-  unsigned char *data;
-  size_t used;
-} memory;
-
-static int memory_write(void *user, const void *data, size_t bytes) {
-  memory *m = (memory *)user;
-  m->data = (unsigned char *)realloc(m->data, m->used + bytes + 1);
-  memcpy(m->data + m->used, data, bytes);
-  m->used += bytes;
-  return 0;
-}
-
-static memory written(const moe_model *model, const moe_env *env) {
-  memory m = {NULL, 0};
-  moe_writer writer;
-  writer.write = memory_write;
-  writer.user = &m;
-  if (moe_model_write(model, &writer, env)) m.used = 0;
-  return m;
-}
-
 static models_batch batch;
 enum { HIDDEN_ROOM = 800 * 40 };
 static float hidden[2][HIDDEN_ROOM], scores[2][40 * 8];
@@ -340,19 +318,19 @@ static void test_lowp_model_survives_a_file(void) {
   int variant;
   for (variant = 0; variant < 9; ++variant) {
     moe_model *model, *small, *read = NULL, *opened = NULL;
-    memory file, again, big;
+    models_file file, again, big;
     size_t bytes = 0, vocab;
     void *block, *mapped;
     int32_t M;
     CHECK(twins(&model, &small, variant, &env), "%s", models_sentence);
     M = run_model(0, small, NULL, 1, env);
-    file = written(small, &env);
-    big = written(model, &env);
+    file = models_written(small, &env);
+    big = models_written(model, &env);
     CHECK(file.used && file.used < big.used, "%zu bytes, %zu in floats", file.used, big.used);
     CHECK(!moe_model_read(&read, file.data, file.used, &env), "%s", models_sentence);
     CHECK(moe_model_type(read) == MOE_TYPE_I8 && moe_model_vocab(read, &vocab) && vocab == 4, "what was read");
     CHECK(M && run_model(1, read, NULL, 1, env) && same_states(small, M), "other bits after reading");
-    again = written(read, &env);
+    again = models_written(read, &env);
     CHECK(again.used == file.used && !memcmp(again.data, file.data, file.used), "written again, it is another file");
     CHECK(!moe_model_open_size(file.data, file.used, &bytes, &env), "%s", models_sentence);
     block = moe__alloc(bytes);
@@ -436,7 +414,7 @@ static void test_lowp_model_refuses_what_it_cannot(void) {
 }
 
 /* Puts `to` in place of the first `from` (equally long) in a copy of the file, reads that, and expects damage. */
-static int damaged(const memory *file, const char *from, const char *to, const moe_env *env) {
+static int damaged(const models_file *file, const char *from, const char *to, const moe_env *env) {
   unsigned char *copy = (unsigned char *)malloc(file->used), *at = copy;
   moe_model *model = NULL;
   moe_status status;
@@ -453,12 +431,12 @@ static int damaged(const memory *file, const char *from, const char *to, const m
 static void test_lowp_damaged_files_are_found(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_model *model, *small, *read = NULL;
-  memory file;
+  models_file file;
   size_t cut, header;
   moe_tensor t;
   static const unsigned char nan[4] = {0, 0, 0xc0, 0x7f}; /* files have the low byte first */
   CHECK(twins(&model, &small, 2, &env), "%s", models_sentence);
-  file = written(small, &env);
+  file = models_written(small, &env);
   CHECK(damaged(&file, "query.weight.scale", "query.weight.scalf", &env), "a scale of another name");
   CHECK(damaged(&file, "1.attention.self.key.weight\",\"", "1.attention.self.kay.weight\",\"", &env) ||
         damaged(&file, "1.attention.self.key.weight\":", "1.attention.self.kay.weight\":", &env), "a matrix of another name");
