@@ -94,8 +94,9 @@
      >>gemm_gradient  gradients of weights
      >>gemm_run      products over threads; packed weights
      >>backend       products by another library, BLIS
+     >>amx           tiles of AMX: who may use them, what their kernels share
      >>lowp          products with weights of 8 bits: what they are, in plain C
-     >>lowp_x86      kernels with weights of 8 bits: what they share, AVX2, AVX-512, VNNI
+     >>lowp_x86      kernels with weights of 8 bits: what they share, AVX2, AVX-512, VNNI, AMX
      >>lowp_neon     kernels with weights of 8 bits: NEON
      >>lowp_run      products with weights of 8 bits over threads; packing, quantising
      >>bf16          products with bf16 operands: what they are, in plain C
@@ -199,7 +200,8 @@ MOE_API int moe_isa_available(moe_isa isa);
 /* What a processor has beyond its instruction set, for products of low precision. */
 enum { MOE_FEATURE_AVX_VNNI = 1, MOE_FEATURE_AVX512_VNNI = 2, MOE_FEATURE_AVX512_BF16 = 4, MOE_FEATURE_NEON_DOT = 8,
        MOE_FEATURE_SLOW_BF16 = 16, /* FMAs are faster than vdpbf16ps, with the same bits */
-       MOE_FEATURE_AMX_BF16 = 32   /* set by moe_env_set_precision, since a process must ask for it */ };
+       MOE_FEATURE_AMX_BF16 = 32,  /* these two are set by moe_env_use_amx, since a process must ask for them */
+       MOE_FEATURE_AMX_INT8 = 64 };
 
 typedef enum moe_type { MOE_TYPE_F32, MOE_TYPE_BF16, MOE_TYPE_I8 } moe_type;
 
@@ -274,8 +276,8 @@ MOE_API const char *moe_profile_text(moe_profile_section section);
 /* Everything a call needs to know of its surroundings. A plain struct: copy it, one for each thread if you like. */
 typedef struct moe_env {
   moe_isa isa;     /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards */
-  uint32_t features; /* MOE_FEATURE_ bits that this machine has, set by moe_env_init; clearing one forgoes it, int8 results
-                        stay the same */
+  uint32_t features; /* MOE_FEATURE_ bits that this machine has, set by moe_env_init and moe_env_use_amx; clearing one forgoes
+                        it, int8 results stay the same */
   moe_type precision; /* MOE_TYPE_F32, or MOE_TYPE_BF16: see moe_env_set_precision */
   int32_t threads; /* how many bodies of parallel_for may run at once, 1 or more: decides the size of scratch */
   /* Runs body(arg, i) for i = 0 .. count-1, in any order, at most `threads` at once, and returns when all are done. NULL: a
@@ -292,6 +294,12 @@ typedef struct moe_env {
 /* Fills *env: the best instruction set of this machine (MOE_ISA_AUTO) or the named one, one thread, no log.
    MOE_E_UNSUPPORTED where this machine lacks the named one: *env is then set for MOE_ISA_AUTO. */
 MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa);
+/* Asks the system for the tiles of AMX, once for the whole process, and sets MOE_FEATURE_AMX_BF16 and _AMX_INT8 in
+   env->features as far as processor and build have them; env.isa is to be AVX-512. Products with weights of 8 bits then
+   take the tiles where they pay, with the same results. Linux refuses where a thread has too small a stack for signals
+   (sigaltstack), and later refuses such stacks: so a program says when to ask. moe_env_set_precision asks for bf16
+   by itself. 1: granted, 0: nothing has changed. */
+MOE_API int32_t moe_env_use_amx(moe_env *env);
 /* MOE_TYPE_BF16: the products of moe_linear_ and moe_experts_ functions, and so those of a model's layers in forward and
    backward, round their operands to bf16 and add up in fp32 (>>bf16), where the processor has AMX tiles or AVX512-BF16.
    Weights, gradients and all else stay fp32, and so do a model's gates, routers, heads and feature inputs [TaG] 4.4. To be
@@ -1193,7 +1201,7 @@ MOE_API int moe_isa_available(moe_isa isa) {
 #define MOE__AVX_VNNI 1
 #define MOE__AVX512_BF16 1
 #if defined(__linux__) && !defined(__ILP32__)
-#define MOE__AMX_BF16 1 /* elsewhere nobody has been asked yet how a program gets leave to use it */
+#define MOE__AMX 1 /* elsewhere nobody has been asked yet how a program gets leave to use it */
 #endif
 #endif
 #if defined(MOE__NEON) && (defined(__ARM_FEATURE_DOTPROD) || (defined(__clang__) && __clang_major__ >= 17) || \
@@ -3658,6 +3666,90 @@ MOE_API moe_status moe_blis_use(moe_env *env, int32_t always) {
 #undef MOE__BLIS_PLAIN
 #endif
 
+/* ---- tiles of AMX: who may use them, what their kernels share ---- >>amx */
+
+/* The MOE_FEATURE_AMX_ bits that this process may use. The system must save the tiles on a context switch, which Linux does
+   for processes that have asked; it refuses where a thread has too small a stack for signals. */
+static uint32_t moe__amx_allowed(void) {
+#ifdef MOE__AMX
+  uint32_t r[4], units = 0;
+  long refused = -1;
+  if (!moe_isa_available(MOE_ISA_AVX512) || (moe__xgetbv() & 0x60000) != 0x60000) return 0;
+  moe__cpuid(7, 0, r);
+  if (r[3] >> 22 & 1) units |= MOE_FEATURE_AMX_BF16;
+  if (r[3] >> 25 & 1) units |= MOE_FEATURE_AMX_INT8;
+  if (!units || !(r[3] >> 24 & 1)) return 0; /* AMX-TILE */
+  moe__cpuid(0x1d, 1, r);                    /* tiles as these kernels want them: 8 of 16 rows of 64 bytes */
+  if (r[0] >> 16 < 1024 || (r[1] & 0xffff) < 64 || r[1] >> 16 < 8 || (r[2] & 0xffff) < 16) return 0;
+  /* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) */
+  __asm__ volatile("syscall" : "=a"(refused) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+  return refused == 0 ? units : 0;
+#else
+  return 0;
+#endif
+}
+
+MOE_API int32_t moe_env_use_amx(moe_env *env) {
+  uint32_t units = env->isa == MOE_ISA_AVX512 ? moe__amx_allowed() : 0;
+  env->features |= units;
+  return units != 0;
+}
+
+#ifdef MOE__AMX
+/* Eight tiles of 16 rows of 64 bytes. Instructions by hand: the intrinsics of gcc do not say what
+   memory they touch, and stores before them get lost. They are volatile, so that they stay in order,
+   and tell that they read or write memory. */
+#define MOE__TILE_CONFIG(p) __asm__ volatile("ldtilecfg (%0)" : : "r"(p) : "memory")
+#define MOE__TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
+#define MOE__TILE_LOAD(t, p, stride) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"(p), "r"((size_t)(stride)) : "memory")
+#define MOE__TILE_STORE(t, p, stride) __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(p), "r"((size_t)(stride)) : "memory")
+#define MOE__TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t : : )
+/* c += a b */
+#define MOE__TILE_BF16(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : : )
+#define MOE__TILE_INT8(c, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c : : )
+
+/* Sets the tiles up. Up to 16 rows: tiles 0 .. 3 are C, 4 is A, 5 .. 7 are B. More: 0 and 1 are C of the first 16 rows,
+   2 and 3 of the others, 4 and 5 are A, 6 and 7 are B. Every row has 64 bytes.
+   *shape: rows that this thread has set them up for, 0: none. That takes a hundred cycles: once for a tile of work. */
+static void moe__amx_shape(size_t *shape, size_t rows) {
+  unsigned char config[64] = {0};
+  unsigned char first = (unsigned char)(rows < 16 ? rows : 16), second = (unsigned char)(rows > 16 ? rows - 16 : 0);
+  int t;
+  if (*shape == rows) return;
+  config[0] = 1; /* the palette */
+  for (t = 0; t < 8; ++t) {
+    config[16 + 2 * t] = 64; /* bytes of a row */
+    config[48 + t] = 16;     /* rows */
+  }
+  config[48] = config[49] = config[52] = first;
+  config[50] = config[51] = second ? second : first;
+  if (second) config[53] = second;
+  MOE__TILE_CONFIG(config);
+  *shape = rows;
+}
+
+static void moe__amx_leave(void) { MOE__TILE_RELEASE(); }
+
+/* A step of k of a kernel, X(D, panel, tile of B[, second tile of C]) for each panel, where w is the first panel and
+   they are b_panel apart; D: the instruction. */
+#define MOE__AMX_EACH1(X, D) X(D, 0, 5)
+#define MOE__AMX_EACH2(X, D) MOE__AMX_EACH1(X, D) X(D, 1, 6)
+#define MOE__AMX_EACH4(X, D) MOE__AMX_EACH2(X, D) X(D, 2, 7) X(D, 3, 5)
+#define MOE__AMX_STEP(D, v, t) MOE__TILE_LOAD(t, w + v * b_panel, 64); D(v, 4, t);
+/* with more than 16 rows, up to 32 */
+#define MOE__AMX_TWICE1(X, D) X(D, 0, 6, 2)
+#define MOE__AMX_TWICE2(X, D) MOE__AMX_TWICE1(X, D) X(D, 1, 7, 3)
+#define MOE__AMX_STEP2(D, v, t, u) MOE__TILE_LOAD(t, w + v * b_panel, 64); D(v, 4, t); D(u, 5, t);
+/* X(name, panels, for each of them, start, step, store, 32 rows?) */
+#define MOE__AMX_KERNELS(X, N, S)                                                                  \
+  X(N##_16x1, 1, MOE__AMX_EACH1, S##_START, MOE__AMX_STEP, S##_STORE, 0)                           \
+  X(N##_16x2, 2, MOE__AMX_EACH2, S##_START, MOE__AMX_STEP, S##_STORE, 0)                           \
+  X(N##_16x4, 4, MOE__AMX_EACH4, S##_START, MOE__AMX_STEP, S##_STORE, 0)                           \
+  X(N##_32x1, 1, MOE__AMX_TWICE1, S##_START2, MOE__AMX_STEP2, S##_STORE2, 1)                       \
+  X(N##_32x2, 2, MOE__AMX_TWICE2, S##_START2, MOE__AMX_STEP2, S##_STORE2, 1)
+#define MOE__AMX_LIST(f) {NULL, f, f, f, f, f, f, f, f}
+#endif
+
 /* ---- products with weights of 8 bits: what they are, in plain C ---- >>lowp */
 
 /* y = x W^T + b with 8-bit integers on both sides: W once and for all, with a scale for each output; x row by row
@@ -3668,15 +3760,15 @@ MOE_API moe_status moe_blis_use(moe_env *env, int32_t always) {
    which keeps S below 2^31. A row that is smaller than 1e-36 throughout is a row of zeros; one with an infinity
    or NaN in it gives NaN in all its outputs.
 
-   Panels: 16 outputs side by side, in steps of 4 inputs: 16 x 4 bytes, one register of AVX-512 (and one row of a tile
-   of AMX). Behind the steps stand 16 integers, -128 times the sums of the weights: VNNI multiplies unsigned with signed
+   Panels: 16 outputs side by side, in steps of 4 inputs: 16 x 4 bytes, one register of AVX-512 and one row of a tile
+   of AMX. Behind the steps stand 16 integers, -128 times the sums of the weights: VNNI multiplies unsigned with signed
    bytes, so x gets 128 added, and the sums begin with what that adds too much. */
 
 enum {
   MOE__INT8_MC = 32,          /* rows that are quantised at a time: they stay in the first-level cache, the panels stream by */
   MOE__INT8_BUFFER = 1 << 16, /* bytes of those rows: fewer than MOE__INT8_MC where they are long */
-  MOE__INT8_ROWS = 8,         /* most rows and panels that a kernel takes */
-  MOE__INT8_PANELS = 3
+  MOE__INT8_ROWS = 8,         /* most rows (but on tiles: 32) and panels that a kernel takes */
+  MOE__INT8_PANELS = 4
 };
 
 /* What a kernel is given: rows x (x_row bytes apart) times a few panels, for `columns` outputs. */
@@ -3691,18 +3783,22 @@ typedef struct moe__int8_block {
   size_t steps;
   const float *scale, *bias; /* of each output; bias may be NULL */
   size_t columns;
+  size_t rows;   /* for kernels on tiles, which take any number */
+  size_t *shape; /* rows that the tiles of this thread are set up for; 0: none */
 } moe__int8_block;
 
 typedef void (*moe__int8_fn)(const moe__int8_block *b);
 
 typedef struct moe__int8_kernels {
-  moe__int8_fn fn[MOE__INT8_PANELS + 1][MOE__INT8_ROWS + 1]; /* [panels][rows] */
+  moe__int8_fn fn[MOE__INT8_PANELS + 1][MOE__INT8_ROWS + 1]; /* [panels][rows, 8 for all above] */
   int rows[MOE__INT8_PANELS + 1];                            /* most rows for so many panels, 0: none */
   unsigned flip;                                             /* 0x80 where x is unsigned: 128 is added */
   /* q[i] = x[i] as an integer, ^ flip; returns the scale */
   float (*quantize)(unsigned char *q, const float *x, size_t n, unsigned flip);
   /* sum[v] = x w[v ld ..] for v = 0 .. 3, both signed */
   void (*dot4)(int32_t sum[4], const unsigned char *x, const signed char *w, size_t ld, size_t k);
+  /* at the end of a tile of work; of kernels on tiles of AMX, else NULL: rows of x are made for them, see moe__int8_lines */
+  void (*leave)(void);
 } moe__int8_kernels;
 
 static size_t moe__int8_steps(size_t cols) { return (cols + 3) / 4; }
@@ -3758,9 +3854,9 @@ static void moe__scalar_int8_1x1(const moe__int8_block *b) {
 }
 
 static const moe__int8_kernels moe__scalar_int8 = {
-  {{NULL}, {NULL, moe__scalar_int8_1x1}, {NULL}, {NULL}}, {0, 1, 0, 0}, 0, moe__scalar_int8_quantize, moe__scalar_int8_dot4};
+  {{NULL}, {NULL, moe__scalar_int8_1x1}, {NULL}, {NULL}}, {0, 1, 0, 0}, 0, moe__scalar_int8_quantize, moe__scalar_int8_dot4, NULL};
 
-/* ---- kernels with weights of 8 bits: what they share, AVX2, AVX-512, VNNI ---- >>lowp_x86 */
+/* ---- kernels with weights of 8 bits: what they share, AVX2, AVX-512, VNNI, AMX ---- >>lowp_x86 */
 
 #if defined(MOE__X86) || defined(MOE__NEON)
 /* A step of x, 4 bytes of a row, in every lane; and the end of a row: outputs of panel v from their sums. */
@@ -3916,11 +4012,11 @@ MOE__INT8_AVX2(1)
 MOE__INT8_AVX2(2)
 static const moe__int8_kernels moe__avx2_int8 = {
   {{NULL}, {NULL, MOE__NAMES2(moe__avx2_int8, 1)}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0,
-  moe__avx2_int8_quantize, moe__avx2_int8_dot4};
+  moe__avx2_int8_quantize, moe__avx2_int8_dot4, NULL};
 /* AVX-512 without VNNI has but a few processors: they quantise faster, and multiply as above. */
 static const moe__int8_kernels moe__avx512_int8 = {
   {{NULL}, {NULL, MOE__NAMES2(moe__avx2_int8, 1)}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0,
-  moe__avx512_int8_quantize, moe__avx2_int8_dot4};
+  moe__avx512_int8_quantize, moe__avx2_int8_dot4, NULL};
 #undef MOE__INT8_START
 #undef MOE__INT8_STEP
 #undef MOE__INT8_STORE
@@ -3943,7 +4039,7 @@ static const moe__int8_kernels moe__avx512_int8 = {
   }
 MOE__INT8_SMALL(moe__avx_vnni, MOE__T_AVX_VNNI)
 static const moe__int8_kernels moe__avx_vnni_int8 = {
-  MOE__INT8_SMALL_TABLE(moe__avx_vnni), 0x80, moe__avx2_int8_quantize, moe__avx2_int8_dot4};
+  MOE__INT8_SMALL_TABLE(moe__avx_vnni), 0x80, moe__avx2_int8_quantize, moe__avx2_int8_dot4, NULL};
 #undef MOE__INT8_SUM
 #undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
@@ -3974,12 +4070,75 @@ MOE__KERNELS8(MOE__INT8_KERNEL, moe__vnni, MOE__T_AVX512_VNNI, 2)
 MOE__KERNELS8(MOE__INT8_KERNEL, moe__vnni, MOE__T_AVX512_VNNI, 3)
 static const moe__int8_kernels moe__vnni_int8 = {
   {{NULL}, {NULL, MOE__NAMES8(moe__vnni_int8, 1)}, {NULL, MOE__NAMES8(moe__vnni_int8, 2)}, {NULL, MOE__NAMES8(moe__vnni_int8, 3)}},
-  {0, 8, 8, 8}, 0x80, moe__avx512_int8_quantize, moe__avx2_int8_dot4};
+  {0, 8, 8, 8}, 0x80, moe__avx512_int8_quantize, moe__avx2_int8_dot4, NULL};
 #undef MOE__INT8_SUM
 #undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
 #undef MOE__INT8_STEP
 #undef MOE__INT8_OUT
+#endif
+#ifdef MOE__AMX
+/* AMX: up to 32 rows by 2 panels or 16 by 4, signed times signed. k is 61 or more: its last step are the last 16 steps of a
+   panel, where the rows of x have zeros for those that have been there (moe__int8_lines), so that no panel needs to be
+   filled up. */
+MOE__T_AVX512 static void moe__amx_int8_end(const moe__int8_block *b, const int32_t *sums, size_t panels) {
+  size_t v, i;
+  for (v = 0; v < panels && 16 * v < b->columns; ++v) {
+    size_t n = b->columns - 16 * v < 16 ? b->columns - 16 * v : 16;
+    __m512 scales = moe__avx512_loadn(b->scale + 16 * v, n);
+    __m512 start = b->bias ? moe__avx512_loadn(b->bias + 16 * v, n) : _mm512_setzero_ps();
+    for (i = 0; i < b->rows; ++i) {
+      __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + (i * panels + v) * 16));
+      __m512 y = _mm512_fmadd_ps(sum, _mm512_mul_ps(_mm512_set1_ps(b->x_scale[i]), scales), start);
+      moe__avx512_storen(b->c + i * b->c_row + 16 * v, y, n);
+    }
+  }
+}
+
+#define MOE__AMX_INT8_START(D, v, t) MOE__TILE_ZERO(v);
+#define MOE__AMX_INT8_STORE(D, v, t) MOE__TILE_STORE(v, sums + 16 * v, row);
+#define MOE__AMX_INT8_START2(D, v, t, u) MOE__TILE_ZERO(v); MOE__TILE_ZERO(u);
+#define MOE__AMX_INT8_STORE2(D, v, t, u) MOE__TILE_STORE(v, sums + 16 * v, row); MOE__TILE_STORE(u, sums + 4 * row + 16 * v, row);
+#define MOE__AMX_INT8_KERNEL(NAME, P, EACH, START, STEP, STORE, SECOND)                            \
+  MOE__T_AVX512 static void NAME(const moe__int8_block *b) {                                       \
+    int32_t space[256 * P * (SECOND + 1) + 16];                                                    \
+    int32_t *sums = space + (64 - (uintptr_t)space % 64) / sizeof *space;                          \
+    const size_t row = 64 * P, x_row = b->x_row, below = 16 * x_row, b_panel = b->panel;           \
+    const unsigned char *x = b->x;                                                                 \
+    const signed char *w = b->panels;                                                              \
+    size_t left = b->steps;                                                                        \
+    moe__amx_shape(b->shape, b->rows);                                                             \
+    EACH(START, 0)                                                                                 \
+    for (;;) {                                                                                     \
+      MOE__TILE_LOAD(4, x, x_row);                                                                 \
+      if (SECOND) MOE__TILE_LOAD(5, x + below, x_row);                                             \
+      EACH(STEP, MOE__TILE_INT8)                                                                   \
+      if (left <= 16) break;                                                                       \
+      left -= 16;                                                                                  \
+      x += 64;                                                                                     \
+      w += left < 16 ? 64 * left : 1024;                                                           \
+    }                                                                                              \
+    EACH(STORE, 0)                                                                                 \
+    moe__amx_int8_end(b, sums, P);                                                                 \
+  }
+MOE__AMX_KERNELS(MOE__AMX_INT8_KERNEL, moe__amx_int8, MOE__AMX_INT8)
+
+static void moe__amx_int8_1(const moe__int8_block *b) {
+  if (b->rows > 16) moe__amx_int8_32x1(b);
+  else moe__amx_int8_16x1(b);
+}
+static void moe__amx_int8_2(const moe__int8_block *b) {
+  if (b->rows > 16) moe__amx_int8_32x2(b);
+  else moe__amx_int8_16x2(b);
+}
+static const moe__int8_kernels moe__amx_int8 = {
+  {{NULL}, MOE__AMX_LIST(moe__amx_int8_1), MOE__AMX_LIST(moe__amx_int8_2), {NULL}, MOE__AMX_LIST(moe__amx_int8_16x4)},
+  {0, 32, 32, 0, 16}, 0, moe__avx512_int8_quantize, moe__avx2_int8_dot4, moe__amx_leave};
+#undef MOE__AMX_INT8_KERNEL
+#undef MOE__AMX_INT8_STORE2
+#undef MOE__AMX_INT8_STORE
+#undef MOE__AMX_INT8_START2
+#undef MOE__AMX_INT8_START
 #endif
 #endif /* MOE__X86 */
 
@@ -4082,7 +4241,7 @@ MOE__INT8_NEON(1)
 MOE__INT8_NEON(2)
 static const moe__int8_kernels moe__neon_int8 = {
   {{NULL}, {NULL, MOE__NAMES2(moe__neon_int8, 1)}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0,
-  moe__neon_int8_quantize, moe__neon_int8_dot4};
+  moe__neon_int8_quantize, moe__neon_int8_dot4, NULL};
 #undef MOE__INT8_HALVES
 #undef MOE__INT8_START
 #undef MOE__INT8_STEP
@@ -4135,7 +4294,7 @@ MOE__T_NEON_DOT static void moe__neon_dot_int8_dot4(int32_t sum[4], const unsign
                                 vreinterpretq_u32_s32(c##i##v##2), vreinterpretq_u32_s32(c##i##v##3)))
 MOE__INT8_SMALL(moe__neon_dot, MOE__T_NEON_DOT)
 static const moe__int8_kernels moe__neon_dot_int8 = {
-  MOE__INT8_SMALL_TABLE(moe__neon_dot), 0, moe__neon_int8_quantize, moe__neon_dot_int8_dot4};
+  MOE__INT8_SMALL_TABLE(moe__neon_dot), 0, moe__neon_int8_quantize, moe__neon_dot_int8_dot4, NULL};
 #undef MOE__INT8_SUM
 #undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
@@ -4157,7 +4316,33 @@ static const moe__int8_kernels moe__neon_dot_int8 = {
 
 /* ---- products with weights of 8 bits over threads; packing, quantising ---- >>lowp_run */
 
-static const moe__int8_kernels *moe__int8_pick(const moe_env *env) {
+/* Rows of x for tiles: bytes between them, whole cache lines, of an odd number so that they do not push each other out of the
+   cache; and the shift of their last line, whose steps go to its end, behind zeros. */
+static size_t moe__int8_tiled_row(size_t k) { return ((moe__int8_steps(k) + 15) / 16 | 1) * 64; }
+
+static void moe__int8_lines(unsigned char *x, size_t k) {
+  size_t steps = moe__int8_steps(k), used = 4 * ((steps - 1) % 16 + 1);
+  unsigned char *last = x + 4 * steps - used;
+  if (used == 64) return;
+  memmove(last + 64 - used, last, used);
+  memset(last, 0, 64 - used);
+}
+
+#ifdef MOE__AMX
+/* Whether tiles are to be taken for so many rows: a step of 16 rows of a tile takes 16 cycles however few they are, and
+   VNNI 8 for each. Shorter rows would not fill a tile. */
+static int moe__int8_tiles_pay(const moe_env *env, size_t rows, size_t k) {
+  size_t most = MOE__INT8_BUFFER / moe__int8_tiled_row(k);
+  if (rows > most) rows = most;
+  return k > 60 && rows > (env->features & MOE_FEATURE_AVX512_VNNI ? 2u : 0u);
+}
+#endif
+
+/* For tiles of work of so many rows and weights in panels. */
+static const moe__int8_kernels *moe__int8_pick(const moe_env *env, size_t rows, size_t k) {
+#ifdef MOE__AMX
+  if (env->isa == MOE_ISA_AVX512 && (env->features & MOE_FEATURE_AMX_INT8) && moe__int8_tiles_pay(env, rows, k)) return &moe__amx_int8;
+#endif
 #ifdef MOE__AVX512_VNNI
   if (env->isa == MOE_ISA_AVX512 && (env->features & MOE_FEATURE_AVX512_VNNI)) return &moe__vnni_int8;
 #endif
@@ -4167,13 +4352,14 @@ static const moe__int8_kernels *moe__int8_pick(const moe_env *env) {
 #ifdef MOE__NEON_DOT
   if (env->isa == MOE_ISA_NEON && (env->features & MOE_FEATURE_NEON_DOT)) return &moe__neon_dot_int8;
 #endif
+  (void)rows, (void)k;
   return MOE__V_PICK(env->isa, int8);
 }
 
 /* `rows` quantised rows times the columns j0 .. j1-1 of weights in panels. c: of row 0 and column 0. */
 static void moe__int8_panels(const moe__gemm *g, const moe__int8_kernels *kernels, const moe__gemm_kernels *elements,
                              size_t row, size_t rows, size_t j0, size_t j1, const unsigned char *x, size_t x_row,
-                             const float *x_scale) {
+                             const float *x_scale, size_t *shape) {
   const moe_mat *w = g->quantized;
   moe__int8_block b;
   size_t j = j0, i, width, most;
@@ -4182,6 +4368,7 @@ static void moe__int8_panels(const moe__gemm *g, const moe__int8_kernels *kernel
   b.x_row = x_row;
   b.panel = moe__int8_panel((size_t)g->k);
   b.steps = moe__int8_steps((size_t)g->k);
+  b.shape = shape;
   for (; j < j1; j += 16 * width) {
     width = (j1 - j + 15) / 16;
     if (width > MOE__INT8_PANELS) width = MOE__INT8_PANELS;
@@ -4197,7 +4384,8 @@ static void moe__int8_panels(const moe__gemm *g, const moe__int8_kernels *kernel
       b.c = g->c + (row + i) * g->c_row + j;
       b.x = x + i * x_row;
       b.x_scale = x_scale + i;
-      kernels->fn[width][take](&b);
+      b.rows = take;
+      kernels->fn[width][take < MOE__INT8_ROWS ? take : (size_t)MOE__INT8_ROWS](&b);
     }
     if (g->gelu) elements->gelu(g->gelu + row * g->c_row + j, g->c + row * g->c_row + j, g->c_row, rows, b.columns);
   }
@@ -4229,31 +4417,34 @@ static void moe__int8_rows(const moe__gemm *g, const moe__int8_kernels *kernels,
 
 /* Rows i0 .. i1-1 and columns j0 .. j1-1, j0 a multiple of 16. */
 static void moe__int8_tile(const moe__gemm *g, const moe__int8_kernels *kernels, moe_isa isa, size_t i0, size_t i1, size_t j0, size_t j1) {
-  unsigned char x[MOE__INT8_BUFFER];
+  unsigned char space[MOE__INT8_BUFFER + 64], *x = space + (64 - (uintptr_t)space % 64);
   float x_scale[MOE__INT8_MC];
   const moe__gemm_kernels *elements = MOE__V_PICK(isa, gemms);
-  size_t k = (size_t)g->k, x_row = 4 * moe__int8_steps(k), rows, i, r;
-  int in_panels = g->quantized->layout == MOE_LAYOUT_PANELS;
+  int in_panels = g->quantized->layout == MOE_LAYOUT_PANELS, tiles = in_panels && kernels->leave != NULL;
+  size_t k = (size_t)g->k, bytes = 4 * moe__int8_steps(k), x_row = tiles ? moe__int8_tiled_row(k) : bytes;
+  size_t most = MOE__INT8_MC, shape = 0, rows, i, r;
   unsigned flip = in_panels ? kernels->flip : 0;
   MOE_ASSERT(g->a_col == 1 && !g->accumulate && !g->a_sum && x_row <= MOE__INT8_BUFFER);
+  if (x_row * most > MOE__INT8_BUFFER) most = MOE__INT8_BUFFER / x_row;
+  if (tiles && most > 16 && most < 32) most = 16; /* 17 rows take as long as 32 */
   for (i = i0; i < i1; i += rows) {
-    rows = x_row ? MOE__INT8_BUFFER / x_row : (size_t)MOE__INT8_MC;
-    if (rows > MOE__INT8_MC) rows = MOE__INT8_MC;
-    if (rows > i1 - i) rows = i1 - i;
+    rows = i1 - i < most ? i1 - i : most;
     for (r = 0; r < rows; ++r) {
       x_scale[r] = kernels->quantize(x + r * x_row, g->a + (i + r) * g->a_row, k, flip);
-      memset(x + r * x_row + k, (int)flip, x_row - k);
+      memset(x + r * x_row + k, (int)flip, bytes - k);
+      if (tiles) moe__int8_lines(x + r * x_row, k);
     }
-    if (in_panels) moe__int8_panels(g, kernels, elements, i, rows, j0, j1, x, x_row, x_scale);
+    if (in_panels) moe__int8_panels(g, kernels, elements, i, rows, j0, j1, x, x_row, x_scale, &shape);
     else moe__int8_rows(g, kernels, elements, i, rows, j0, j1, x, x_row, x_scale);
   }
+  if (shape) kernels->leave();
 }
 
 typedef struct moe__int8_work {
   const moe__gemm *list;
-  const moe__int8_kernels *kernels;
-  moe_isa isa;
-  int32_t cuts; /* how many parts the columns of a product are cut into: each of them quantises x again */
+  const moe_env *env;
+  int32_t cuts;   /* how many parts the columns of a product are cut into: each of them quantises x again */
+  int32_t parted; /* columns of which such a part is a multiple, as many as kernels of any width fill */
 } moe__int8_work;
 
 static int32_t moe__int8_down(const moe__gemm *g) { return (g->m + MOE__INT8_MC - 1) / MOE__INT8_MC; }
@@ -4261,16 +4452,17 @@ static int32_t moe__int8_down(const moe__gemm *g) { return (g->m + MOE__INT8_MC 
 static void moe__int8_work_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__int8_work *work = (const moe__int8_work *)arg;
   const moe__gemm *g = work->list;
-  int32_t wide, i, j;
+  int32_t wide, i, j, end;
   (void)slot;
   for (; tile >= moe__int8_down(g) * work->cuts; ++g) tile -= moe__int8_down(g) * work->cuts;
   wide = (g->n + work->cuts - 1) / work->cuts;
-  wide = (wide + 16 * MOE__INT8_PANELS - 1) / (16 * MOE__INT8_PANELS) * (16 * MOE__INT8_PANELS);
+  wide = (wide + work->parted - 1) / work->parted * work->parted;
   i = tile / work->cuts * MOE__INT8_MC;
   j = tile % work->cuts * wide;
+  end = moe__min(i + MOE__INT8_MC, g->m);
   if (j < g->n)
-    moe__int8_tile(g, work->kernels, work->isa, (size_t)i, (size_t)moe__min(i + MOE__INT8_MC, g->m), (size_t)j,
-                   (size_t)moe__min(j + wide, g->n));
+    moe__int8_tile(g, moe__int8_pick(work->env, (size_t)(end - i), (size_t)g->k), work->env->isa, (size_t)i, (size_t)end,
+                   (size_t)j, (size_t)moe__min(j + wide, g->n));
 }
 
 /* Independent products with weights of 8 bits. Tiles may follow the number of
@@ -4285,9 +4477,9 @@ static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *e
   }
   if (tiles == 0) return;
   work.list = list;
-  work.kernels = moe__int8_pick(env);
-  work.isa = env->isa;
+  work.env = env;
   work.cuts = 1;
+  work.parted = env->features & MOE_FEATURE_AMX_INT8 ? 96 : 48;
   if (size >= 4 * (double)MOE__GEMM_SMALL && env->parallel_for && env->threads > 1) {
     work.cuts = moe__min((2 * env->threads + tiles - 1) / tiles, 16);
     moe__parallel(env, tiles * work.cuts, moe__int8_work_tile, &work);
@@ -4367,7 +4559,7 @@ MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows,
   job.from = w;
   job.rows = (size_t)rows;
   job.cols = (size_t)cols;
-  job.kernels = moe__int8_pick(env);
+  job.kernels = moe__int8_pick(env, 0, 0); /* whichever: the integers are the same */
   moe__parallel(env, (rows + 15) / 16, moe__int8_quantize_tile, &job);
 }
 
@@ -4696,69 +4888,30 @@ static const moe__bf16_kernels moe__dp_bf16 = {
 #undef MOE__BF16_ROW_STEP
 #undef MOE__BF16_FMA
 
-#ifdef MOE__AMX_BF16
-/* AMX: eight tiles of 16 rows of 64 bytes. Instructions by hand: the intrinsics of gcc do not say what
-   memory they touch, and stores before them get lost. They are volatile, so that they stay in order,
-   and tell that they read or write memory. */
-#define MOE__TILE_CONFIG(p) __asm__ volatile("ldtilecfg (%0)" : : "r"(p) : "memory")
-#define MOE__TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
-#define MOE__TILE_LOAD(t, p, stride) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"(p), "r"((size_t)(stride)) : "memory")
-#define MOE__TILE_STORE(t, p, stride) __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(p), "r"((size_t)(stride)) : "memory")
-#define MOE__TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : : ) /* c += a b */
-
-/* Sets the tiles up. Up to 16 rows: tiles 0 .. 3 are C, 4 is A, 5 .. 7 are B. More: 0 and 1 are C of the first 16 rows,
-   2 and 3 of the others, 4 and 5 are A, 6 and 7 are B. Every row has 64 bytes. */
-static void moe__amx_shape(const moe__bf16_block *b, size_t rows) {
-  unsigned char config[64] = {0};
-  unsigned char first = (unsigned char)(rows < 16 ? rows : 16), second = (unsigned char)(rows > 16 ? rows - 16 : 0);
-  int t;
-  if (*b->shape == rows) return;
-  config[0] = 1; /* the palette */
-  for (t = 0; t < 8; ++t) {
-    config[16 + 2 * t] = 64; /* bytes of a row */
-    config[48 + t] = 16;     /* rows */
-  }
-  config[48] = config[49] = config[52] = first;
-  config[50] = config[51] = second ? second : first;
-  if (second) config[53] = second;
-  MOE__TILE_CONFIG(config);
-  *b->shape = rows;
-}
-
-static void moe__amx_leave(void) { MOE__TILE_RELEASE(); }
-
-/* The last steps, fewer than 16, of some panels, filled up with zeros: what lies behind a panel must
+#ifdef MOE__AMX
+/* AMX. The last steps, fewer than 16, of some panels, filled up with zeros: what lies behind a panel must
    not be multiplied, not even with zeros. */
 static void moe__amx_tail(uint32_t *tail, const uint32_t *w, size_t b_panel, size_t steps, size_t panels) {
   memset(tail, 0, panels * 256 * sizeof *tail);
   for (; panels > 0; --panels, tail += 256, w += b_panel) memcpy(tail, w, steps * 16 * sizeof *tail);
 }
 
-/* Up to 16 rows: X(v) for each panel v */
-#define MOE__AMX_EACH1(X) X(0, 5)
-#define MOE__AMX_EACH2(X) MOE__AMX_EACH1(X) X(1, 6)
-#define MOE__AMX_EACH4(X) MOE__AMX_EACH2(X) X(2, 7) X(3, 5)
-#define MOE__AMX_START(v, t) MOE__TILE_LOAD(v, b->start + 16 * v, b->start_row * sizeof(float));
-#define MOE__AMX_STEP(v, t) MOE__TILE_LOAD(t, w + v * b_panel, 64); MOE__TILE_DOT(v, 4, t);
-#define MOE__AMX_STORE(v, t) MOE__TILE_STORE(v, b->c + 16 * v, b->c_row * sizeof(float));
-/* More than 16, up to 32 */
-#define MOE__AMX_TWICE1(X) X(0, 6, 2)
-#define MOE__AMX_TWICE2(X) MOE__AMX_TWICE1(X) X(1, 7, 3)
-#define MOE__AMX_START2(v, t, u)                                                                             \
+#define MOE__AMX_BF16_START(D, v, t) MOE__TILE_LOAD(v, b->start + 16 * v, b->start_row * sizeof(float));
+#define MOE__AMX_BF16_STORE(D, v, t) MOE__TILE_STORE(v, b->c + 16 * v, b->c_row * sizeof(float));
+#define MOE__AMX_BF16_START2(D, v, t, u)                                                                     \
   MOE__TILE_LOAD(v, b->start + 16 * v, b->start_row * sizeof(float));                                        \
   MOE__TILE_LOAD(u, b->start + 16 * b->start_row + 16 * v, b->start_row * sizeof(float));
-#define MOE__AMX_STEP2(v, t, u) MOE__TILE_LOAD(t, w + v * b_panel, 64); MOE__TILE_DOT(v, 4, t); MOE__TILE_DOT(u, 5, t);
-#define MOE__AMX_STORE2(v, t, u)                                                                             \
+#define MOE__AMX_BF16_STORE2(D, v, t, u)                                                                     \
   MOE__TILE_STORE(v, b->c + 16 * v, b->c_row * sizeof(float));                                               \
   MOE__TILE_STORE(u, b->c + 16 * b->c_row + 16 * v, b->c_row * sizeof(float));
 /* A is filled up with zeros to whole tiles */
-#define MOE__AMX_KERNEL(NAME, P, EACH, START, STEP, STORE, SECOND)                                           \
+#define MOE__AMX_BF16_KERNEL(NAME, P, EACH, START, STEP, STORE, SECOND)                                      \
   MOE__T_AVX512 static void NAME(const moe__bf16_block *b, size_t rows) {                                    \
     uint32_t tail[256 * P];                                                                                  \
     const uint32_t *a = b->a, *w = b->b;                                                                     \
-    size_t b_panel = b->b_panel, left = b->steps, a_bytes = b->a_row * sizeof *a;                            \
-    moe__amx_shape(b, rows);                                                                                 \
-    EACH(START)                                                                                              \
+    size_t b_panel = b->b_panel, left = b->steps, a_bytes = b->a_row * sizeof *a, below = 16 * b->a_row;     \
+    moe__amx_shape(b->shape, rows);                                                                          \
+    EACH(START, 0)                                                                                           \
     for (; left > 0; left -= left < 16 ? left : 16, a += 16, w += 256) {                                     \
       if (left < 16) {                                                                                       \
         moe__amx_tail(tail, w, b_panel, left, P);                                                            \
@@ -4766,16 +4919,12 @@ static void moe__amx_tail(uint32_t *tail, const uint32_t *w, size_t b_panel, siz
         b_panel = 256;                                                                                       \
       }                                                                                                      \
       MOE__TILE_LOAD(4, a, a_bytes);                                                                         \
-      if (SECOND) MOE__TILE_LOAD(5, a + 16 * b->a_row, a_bytes);                                             \
-      EACH(STEP)                                                                                             \
+      if (SECOND) MOE__TILE_LOAD(5, a + below, a_bytes);                                                     \
+      EACH(STEP, MOE__TILE_BF16)                                                                             \
     }                                                                                                        \
-    EACH(STORE)                                                                                              \
+    EACH(STORE, 0)                                                                                           \
   }
-MOE__AMX_KERNEL(moe__amx_bf16_16x1, 1, MOE__AMX_EACH1, MOE__AMX_START, MOE__AMX_STEP, MOE__AMX_STORE, 0)
-MOE__AMX_KERNEL(moe__amx_bf16_16x2, 2, MOE__AMX_EACH2, MOE__AMX_START, MOE__AMX_STEP, MOE__AMX_STORE, 0)
-MOE__AMX_KERNEL(moe__amx_bf16_16x4, 4, MOE__AMX_EACH4, MOE__AMX_START, MOE__AMX_STEP, MOE__AMX_STORE, 0)
-MOE__AMX_KERNEL(moe__amx_bf16_32x1, 1, MOE__AMX_TWICE1, MOE__AMX_START2, MOE__AMX_STEP2, MOE__AMX_STORE2, 1)
-MOE__AMX_KERNEL(moe__amx_bf16_32x2, 2, MOE__AMX_TWICE2, MOE__AMX_START2, MOE__AMX_STEP2, MOE__AMX_STORE2, 1)
+MOE__AMX_KERNELS(MOE__AMX_BF16_KERNEL, moe__amx_bf16, MOE__AMX_BF16)
 
 static void moe__amx_bf16_1(const moe__bf16_block *b, size_t rows) {
   if (rows > 16) moe__amx_bf16_32x1(b, rows);
@@ -4785,25 +4934,27 @@ static void moe__amx_bf16_2(const moe__bf16_block *b, size_t rows) {
   if (rows > 16) moe__amx_bf16_32x2(b, rows);
   else moe__amx_bf16_16x2(b, rows);
 }
-#define MOE__AMX_LIST(f) {NULL, f, f, f, f, f, f, f, f}
 static const moe__bf16_kernels moe__amx_bf16 = {
   {{NULL}, MOE__AMX_LIST(moe__amx_bf16_1), MOE__AMX_LIST(moe__amx_bf16_2), {NULL}, MOE__AMX_LIST(moe__amx_bf16_16x4), {NULL}, {NULL}},
   {0, 32, 32, 0, 16, 0, 0}, 16, 4, 2, 1, 1, NULL, NULL, moe__amx_leave,
   moe__avx512_bf16_floats, moe__avx512_bf16_along, moe__avx512_bf16_across, moe__avx512_bf16_turn};
+#undef MOE__AMX_BF16_KERNEL
+#undef MOE__AMX_BF16_STORE2
+#undef MOE__AMX_BF16_STORE
+#undef MOE__AMX_BF16_START2
+#undef MOE__AMX_BF16_START
 #undef MOE__AMX_LIST
-#undef MOE__AMX_KERNEL
-#undef MOE__AMX_STORE2
+#undef MOE__AMX_KERNELS
 #undef MOE__AMX_STEP2
-#undef MOE__AMX_START2
+#undef MOE__AMX_STEP
 #undef MOE__AMX_TWICE2
 #undef MOE__AMX_TWICE1
-#undef MOE__AMX_STORE
-#undef MOE__AMX_STEP
-#undef MOE__AMX_START
 #undef MOE__AMX_EACH4
 #undef MOE__AMX_EACH2
 #undef MOE__AMX_EACH1
-#undef MOE__TILE_DOT
+#undef MOE__TILE_INT8
+#undef MOE__TILE_BF16
+#undef MOE__TILE_ZERO
 #undef MOE__TILE_STORE
 #undef MOE__TILE_LOAD
 #undef MOE__TILE_RELEASE
@@ -4816,7 +4967,7 @@ static const moe__bf16_kernels moe__amx_bf16 = {
 /* For tiles of work of so many rows. One or two rows wait for the weights to
    come: vdpbf16ps has less to do then, slow as it may be. */
 static const moe__bf16_kernels *moe__bf16_pick(const moe_env *env, size_t rows) {
-#ifdef MOE__AMX_BF16
+#ifdef MOE__AMX
   if (env->isa == MOE_ISA_AVX512 && (env->features & MOE_FEATURE_AMX_BF16)) return &moe__amx_bf16;
 #endif
 #ifdef MOE__AVX512_BF16
@@ -5091,25 +5242,6 @@ static void moe__pack_bf16_back(void *panels, const float *w, int32_t rows, int3
   moe__parallel(env, (cols + 15) / 16, moe__bf16_pack_back_tile, &work);
 }
 
-/* Whether this process may use the tiles of AMX. The system must save them on a context switch, which Linux does for
-   processes that have asked; it refuses where a thread has too small a stack for signals. */
-static int moe__amx_allowed(void) {
-#ifdef MOE__AMX_BF16
-  uint32_t r[4];
-  long refused = -1;
-  if (!moe_isa_available(MOE_ISA_AVX512) || (moe__xgetbv() & 0x60000) != 0x60000) return 0;
-  moe__cpuid(7, 0, r);
-  if (!(r[3] >> 22 & 1) || !(r[3] >> 24 & 1)) return 0; /* AMX-BF16, AMX-TILE */
-  moe__cpuid(0x1d, 1, r);                               /* tiles as these kernels want them: 8 of 16 rows of 64 bytes */
-  if (r[0] >> 16 < 1024 || (r[1] & 0xffff) < 64 || r[1] >> 16 < 8 || (r[2] & 0xffff) < 16) return 0;
-  /* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) */
-  __asm__ volatile("syscall" : "=a"(refused) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
-  return refused == 0;
-#else
-  return 0;
-#endif
-}
-
 MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision) {
   if (precision == MOE_TYPE_F32) {
     env->precision = precision;
@@ -5118,7 +5250,7 @@ MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision) {
   if (precision != MOE_TYPE_BF16)
     return moe__fail(env, MOE_E_ARGUMENT, "precision is to be fp32 or bf16: int8 is a matter of the model (moe_model_quantize)");
   if (env->isa == MOE_ISA_AVX512) {
-    if (moe__amx_allowed()) env->features |= MOE_FEATURE_AMX_BF16;
+    (void)moe_env_use_amx(env);
     if (env->features & (MOE_FEATURE_AMX_BF16 | MOE_FEATURE_AVX512_BF16)) {
       env->precision = precision;
       return MOE_OK;

@@ -251,11 +251,11 @@ static int choose(void *arg, const char *word) {
 static int units(void) {
   static const struct { const char *name; uint32_t bit; } unit[] = {
     {"NEON dot product", MOE_FEATURE_NEON_DOT}, {"AVX-VNNI", MOE_FEATURE_AVX_VNNI}, {"AVX512-VNNI", MOE_FEATURE_AVX512_VNNI},
-    {"AVX512-BF16", MOE_FEATURE_AVX512_BF16}, {"AMX-BF16", MOE_FEATURE_AMX_BF16}};
+    {"AVX512-BF16", MOE_FEATURE_AVX512_BF16}, {"AMX-BF16", MOE_FEATURE_AMX_BF16}, {"AMX-INT8", MOE_FEATURE_AMX_INT8}};
   moe_env env;
   size_t i;
   moe_env_init(&env, MOE_ISA_AUTO);
-  (void)moe_env_set_precision(&env, MOE_TYPE_BF16); /* asks the system for AMX */
+  (void)moe_env_use_amx(&env);
   printf("{\"scalar\": 1, \"AVX2 + FMA\": %d, \"AVX-512\": %d, \"NEON\": %d", moe_isa_available(MOE_ISA_AVX2), moe_isa_available(MOE_ISA_AVX512),
          moe_isa_available(MOE_ISA_NEON));
   for (i = 0; i < sizeof unit / sizeof unit[0]; ++i) printf(", \"%s\": %d", unit[i].name, (env.features & unit[i].bit) != 0);

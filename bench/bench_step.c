@@ -180,6 +180,7 @@ int main(int argc, char **argv) {
   w.env.log = bench_log;
   w.env.log_user = argv[0];
   if (!strcmp(o->precision, "bf16") && moe_env_set_precision(&w.env, MOE_TYPE_BF16)) return 1;
+  if (!strcmp(o->precision, "int8")) (void)moe_env_use_amx(&w.env);
   tokens = make_batch(&w.batch, o);
   if (tokens == 0 || setup(&w, tokens)) return 1;
   ready = bench_now() - begin;

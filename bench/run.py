@@ -35,8 +35,9 @@ DEBIAN = ["libblis4-openmp"]    # installed where this may: as root, with apt-ge
 # Where the tests run what a machine lacks. Nothing here is a claim about speed.
 TESTED = {"scalar": "test_simd, test_gemm, test_machines.sh (also big-endian, qemu-s390x)", "AVX2 + FMA": "test_simd, test_gemm", "AVX-512": "test_simd, test_gemm",
           "NEON": "test_machines.sh", "AVX-VNNI": "test_lowp", "AVX512-VNNI": "test_lowp", "NEON dot product": "test_machines.sh (test_lowp)",
-          "AVX512-BF16": "test_bf16", "AMX-BF16": "test_bf16"}
-EMULATED = {"NEON": "qemu-aarch64", "NEON dot product": "qemu-aarch64", "AMX-BF16": "its instructions one by one in C (tests/amx.h)"}
+          "AVX512-BF16": "test_bf16", "AMX-BF16": "test_bf16", "AMX-INT8": "test_lowp"}
+EMULATED = {"NEON": "qemu-aarch64", "NEON dot product": "qemu-aarch64", "AMX-BF16": "its instructions one by one in C (tests/amx.h)",
+            "AMX-INT8": "its instructions one by one in C (tests/amx.h)"}
 # glibc gives freed blocks back to the system and faults them in again at each step unless told otherwise; about 5 % for PyTorch
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
 SHAPES = ["1x8", "1x32", "1x128", "8x32", "32x128"]
@@ -305,8 +306,7 @@ def has_bf16():
 
 
 def unit_section(report, _):
-    report.text("What this machine can run, by its own CPUID, and where the tests run the rest: they force each kernel that a processor has (`moe_env.isa`, `moe_env.features`). "
-                "AMX-INT8 has no kernel in moe.h.", "")
+    report.text("What this machine can run, by its own CPUID, and where the tests run the rest: they force each kernel that a processor has (`moe_env.isa`, `moe_env.features`).", "")
     report.table(["kernels", "ran", "tests"], [[name, "on this hardware" if there else f"under emulation: {EMULATED[name]}" if name in EMULATED else "never", TESTED.get(name, "")]
                                                for name, there in units().items()])
 

@@ -1,14 +1,20 @@
 /* AMX on a processor that lacks it. Its instructions trap there, and amx_install catches the signal: the handler reads the instruction as it
-   was assembled, does what Intel's manual says of it (palette 1; shapes, strides, the order of sums, denormals as zeros) and goes on behind
+   was assembled, does what Intel's manual says of it (palette 1; shapes, strides, the order of sums, denormals as zeros; sums of bytes in 32 bits) and goes on behind
    it. What the manual forbids ends the program with a sentence. So the kernels that are tested are the ones that a processor with AMX
    runs, byte by byte; with the sanitizers on, every byte that a tile is loaded from or stored to is checked as well.
 
-   Include it after moe.h and test.h. amx_install() is 0 where it cannot work: not Linux on x86-64, or the build has no AMX kernels. */
+   Include it after moe.h and test.h. amx_install() is 0 where it cannot work: not Linux on x86-64, or the build has no AMX kernels.
+   amx_refuse() has the system refuse AMX to this process from now on: a filter of system calls answers arch_prctl's request with EPERM. */
 #ifndef AMX_H
 #define AMX_H
 
-#if defined(MOE__AMX_BF16)
+#ifdef MOE__AMX
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <signal.h>
+#include <stddef.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
 #include <ucontext.h>
 #include <unistd.h>
 
@@ -45,10 +51,15 @@ static void amx_config(const unsigned char *p) {
   amx.configured = 1;
 }
 
-static void amx_dot(int c, int a, int b) {
-  int m, n, k;
+static void amx_fit(int c, int a, int b) {
   amx_require(c != a && c != b && a != b, "the same tile twice");
   amx_require(amx.rows[c] == amx.rows[a] && amx.bytes[a] / 4 == amx.rows[b] && amx.bytes[c] == amx.bytes[b], "shapes do not fit");
+}
+
+/* tdpbf16ps */
+static void amx_dot_bf16(int c, int a, int b) {
+  int m, n, k;
+  amx_fit(c, a, b);
   for (m = 0; m < amx.rows[c]; ++m)
     for (n = 0; n < amx.bytes[c] / 4; ++n) {
       float first = 0, second = 0, sum;
@@ -61,6 +72,24 @@ static void amx_dot(int c, int a, int b) {
       }
       memcpy(&sum, &amx.tile[c][m][4 * n], 4);
       sum = amx_fma(1, amx_fma(1, first, second), sum);
+      memcpy(&amx.tile[c][m][4 * n], &sum, 4);
+    }
+}
+
+/* tdpbssd, tdpbsud, tdpbusd, tdpbuud: 4 bytes of a row times 4 of a column, signed or not; a sum wraps and never saturates */
+static void amx_dot_int8(int c, int a, int b, int a_signed, int b_signed) {
+  int m, n, k;
+  amx_fit(c, a, b);
+  for (m = 0; m < amx.rows[c]; ++m)
+    for (n = 0; n < amx.bytes[c] / 4; ++n) {
+      uint32_t sum;
+      memcpy(&sum, &amx.tile[c][m][4 * n], 4);
+      for (k = 0; k < amx.bytes[a]; ++k) {
+        int x = amx.tile[a][m][k], w = amx.tile[b][k / 4][4 * n + k % 4];
+        if (a_signed && x > 127) x -= 256;
+        if (b_signed && w > 127) w -= 256;
+        sum += (uint32_t)(x * w);
+      }
       memcpy(&amx.tile[c][m][4 * n], &sum, 4);
     }
 }
@@ -107,7 +136,9 @@ static void amx_do(const ucontext_t *u, const unsigned char *p, int *length) {
         if (prefix == 3) memcpy(amx.tile[reg][r], at, (size_t)amx.bytes[reg]);
         else memcpy(at, amx.tile[reg][r], (size_t)amx.bytes[reg]);
       }
-    } else if (op == 0x5c && prefix == 2 && mod == 3) amx_dot(reg, rm | extra_base, third);
+    } else if (op == 0x49 && prefix == 3 && (p[4] & 0xc7) == 0xc0) memset(amx.tile[reg], 0, sizeof amx.tile[reg]); /* tilezero */
+    else if (op == 0x5c && prefix == 2 && mod == 3) amx_dot_bf16(reg, rm | extra_base, third);
+    else if (op == 0x5e && mod == 3) amx_dot_int8(reg, rm | extra_base, third, prefix >= 2, prefix % 2);
     else amx_require(0, "an instruction that this file does not know");
   }
 }
@@ -129,6 +160,20 @@ static int amx_install(void) {
   action.sa_sigaction = amx_trap;
   action.sa_flags = SA_SIGINFO;
   return sigaction(SIGILL, &action, NULL) == 0;
+}
+
+static int amx_refuse(void) {
+  static struct sock_filter code[] = {
+    {BPF_LD | BPF_W | BPF_ABS, 0, 0, offsetof(struct seccomp_data, nr)},
+    {BPF_JMP | BPF_JEQ | BPF_K, 0, 3, 158}, /* arch_prctl */
+    {BPF_LD | BPF_W | BPF_ABS, 0, 0, offsetof(struct seccomp_data, args[0])},
+    {BPF_JMP | BPF_JEQ | BPF_K, 0, 1, 0x1023}, /* ARCH_REQ_XCOMP_PERM */
+    {BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ERRNO | 1},
+    {BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ALLOW}};
+  struct sock_fprog filter;
+  filter.len = (unsigned short)(sizeof code / sizeof *code);
+  filter.filter = code;
+  return !prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) && !prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter, 0, 0);
 }
 #else
 static int amx_install(void) { return 0; }

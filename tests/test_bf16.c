@@ -8,12 +8,6 @@
 #include "test.h"
 #include "models.h"
 #include "amx.h"
-#ifdef MOE__AMX_BF16
-#include <linux/filter.h>
-#include <linux/seccomp.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
-#endif
 
 enum { ROOM = 64 * 1024 };
 
@@ -211,7 +205,7 @@ static void check_forward(int32_t m, int32_t n, int32_t k, int strange) {
       moe_gelu_forward(pre, wanted, count, &env);
       CHECK(same(y, pre, count), "%d x %d x %d, %s: GELU", (int)m, (int)n, (int)k, set_name[set]);
     }
-#ifdef MOE__AMX_BF16
+#ifdef MOE__AMX
     CHECK(!amx.configured, "tiles were not released");
 #endif
   }
@@ -434,11 +428,11 @@ static void test_bf16_precision_is_granted_or_explained(void) {
     env = models_env((moe_isa)isa);
     CHECK(env.precision == MOE_TYPE_F32, "fp32 unless asked for");
     status = moe_env_set_precision(&env, MOE_TYPE_BF16);
-    has = isa == MOE_ISA_AVX512 && ((env.features & MOE_FEATURE_AVX512_BF16) || moe__amx_allowed());
+    has = isa == MOE_ISA_AVX512 && ((env.features & MOE_FEATURE_AVX512_BF16) || amx_real);
     CHECK(status == (has ? MOE_OK : MOE_E_UNSUPPORTED), "%s: %s", moe_isa_name((moe_isa)isa), moe_status_text(status));
     CHECK(env.precision == (has ? MOE_TYPE_BF16 : MOE_TYPE_F32), "%s: precision", moe_isa_name((moe_isa)isa));
     CHECK(has || strstr(models_sentence, "stay fp32"), "%s", models_sentence);
-    CHECK(!(env.features & MOE_FEATURE_AMX_BF16) || moe__amx_allowed(), "AMX is used without leave");
+    CHECK(!(env.features & MOE_FEATURE_AMX_BF16) || amx_real, "AMX is used without leave");
     CHECK(moe_env_set_precision(&env, MOE_TYPE_I8) == MOE_E_ARGUMENT && strstr(models_sentence, "int8"), "%s", models_sentence);
     CHECK(moe_env_set_precision(&env, MOE_TYPE_F32) == MOE_OK && env.precision == MOE_TYPE_F32, "back");
     env.features &= ~(uint32_t)MOE_FEATURE_AVX512_BF16;
@@ -446,29 +440,18 @@ static void test_bf16_precision_is_granted_or_explained(void) {
   }
 }
 
-/* A system that refuses AMX to this process: a filter of system calls answers arch_prctl's request with EPERM. The rest is as if there were no
-   AMX. */
+/* A system that refuses AMX to this process. The rest is as if there were no AMX. */
 static void test_bf16_goes_on_where_the_system_refuses_amx(void) {
-#if defined(MOE__AMX_BF16) && defined(PR_SET_SECCOMP)
-  static struct sock_filter code[] = {
-    {BPF_LD | BPF_W | BPF_ABS, 0, 0, offsetof(struct seccomp_data, nr)},
-    {BPF_JMP | BPF_JEQ | BPF_K, 0, 3, 158}, /* arch_prctl */
-    {BPF_LD | BPF_W | BPF_ABS, 0, 0, offsetof(struct seccomp_data, args[0])},
-    {BPF_JMP | BPF_JEQ | BPF_K, 0, 1, 0x1023}, /* ARCH_REQ_XCOMP_PERM */
-    {BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ERRNO | 1},
-    {BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ALLOW}};
-  struct sock_fprog filter;
+#ifdef MOE__AMX
   int status = 0;
   pid_t child;
-  filter.len = (unsigned short)(sizeof code / sizeof *code);
-  filter.filter = code;
   fflush(stdout);
   child = fork();
   if (!child) {
     long refused;
     moe_env env;
     moe_status got;
-    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter, 0, 0)) _exit(2);
+    if (!amx_refuse()) _exit(2);
     __asm__ volatile("syscall" : "=a"(refused) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
     if (refused != -1) _exit(3);
     moe_env_init(&env, MOE_ISA_AUTO);
@@ -505,7 +488,7 @@ static void test_bf16_amx_runs(void) {
   kernels_env(AMX, &env);
   experts_hash(&env, 20);
   printf("        %s\n", amx_real ? "on the hardware" : "instructions emulated: this processor or system has no AMX");
-#ifdef MOE__AMX_BF16
+#ifdef MOE__AMX
   CHECK(amx_real || amx_count > 100, "only %d instructions were emulated", amx_count);
 #endif
 }
@@ -762,7 +745,7 @@ static void test_bf16_gradients_are_near_those_of_fp32(void) {
 
 int main(int argc, char **argv) {
   test_begin(argc, argv);
-  amx_real = moe__amx_allowed();
+  amx_real = (moe__amx_allowed() & MOE_FEATURE_AMX_BF16) != 0;
   amx_here = amx_real || amx_install();
   RUN(test_bf16_rounds_to_nearest_even);
   RUN(test_bf16_steps_equal_the_processor);

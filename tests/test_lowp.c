@@ -1,8 +1,13 @@
-/* Products with weights of 8 bits: every kernel against sums in 64 bits, the bounds of quantisation, and int8 models. */
+/* Products with weights of 8 bits: every kernel against sums in 64 bits (those of AMX on the hardware or with its instructions emulated,
+   amx.h), the bounds of quantisation, and int8 models. */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* the registers of a signal's context */
+#endif
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
 #include "models.h"
+#include "amx.h"
 
 enum { ROOM = 64 * 1024 };
 
@@ -14,12 +19,18 @@ static uint32_t drawn;
 static uint32_t random32(void) { return moe__hash32(7, ++drawn); }
 static float random_float(void) { return (float)(int32_t)random32() * (1.0f / 2147483648.0f); }
 
-/* Every set of kernels that this machine has, as an environment; returns 0 behind the last one. */
+/* Every set of kernels that can run here, as an environment; returns 0 behind the last one. The last but one has AMX for any number of rows,
+   the last one only where it is to be chosen. */
+static int amx_real, amx_here;
+
 static int kernels_env(int which, moe_env *env) {
-  static const moe_isa isa[] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_NEON, MOE_ISA_NEON};
-  static const uint32_t feature[] = {0, 0, MOE_FEATURE_AVX_VNNI, 0, MOE_FEATURE_AVX512_VNNI, 0, MOE_FEATURE_NEON_DOT};
+  static const moe_isa isa[] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_NEON, MOE_ISA_NEON,
+                                MOE_ISA_AVX512, MOE_ISA_AVX512};
+  static const uint32_t feature[] = {0, 0, MOE_FEATURE_AVX_VNNI, 0, MOE_FEATURE_AVX512_VNNI, 0, MOE_FEATURE_NEON_DOT,
+                                     MOE_FEATURE_AMX_INT8, MOE_FEATURE_AMX_INT8 | MOE_FEATURE_AVX512_VNNI};
   for (; which < (int)(sizeof isa / sizeof isa[0]); ++which) {
     if (moe_env_init(env, isa[which])) continue;
+    if (amx_here) env->features |= MOE_FEATURE_AMX_INT8;
     if ((env->features & feature[which]) != feature[which]) continue;
     env->features = feature[which];
     return which + 1;
@@ -72,6 +83,9 @@ static void check_product(int32_t m, int32_t n, int32_t k, int extreme) {
       CHECK(!memcmp(y, wanted, sizeof(float) * (size_t)(m * n)), "%d x %d x %d, %s with features %u, %s", (int)m, (int)n, (int)k,
             moe_isa_name(env.isa), (unsigned)env.features, layout ? "panels" : "rows");
       CHECK(moe__bits(y[m * n]) == 0x7f7f7f7fu, "%d x %d x %d: written behind the end", (int)m, (int)n, (int)k);
+#ifdef MOE__AMX
+      CHECK(!amx.configured, "tiles were not released");
+#endif
     }
   }
 }
@@ -93,6 +107,91 @@ static void test_lowp_kernels_equal_the_definition(void) {
   check_product(70, 50, 100, 0);
   check_product(3, 1, 20000, 0); /* rows so long that few are quantised at a time */
   check_product(5, 20, 3001, 0);
+}
+
+/* What becomes of the last step of k, of rows and of columns on tiles, which want k of 61 or more. */
+static void test_lowp_tiles_equal_the_definition(void) {
+  static const int32_t n[] = {1, 16, 17, 33, 48, 50, 64, 65, 97}, k[] = {60, 61, 64, 65, 99, 120, 128, 131, 192};
+  int32_t m;
+  for (m = 1; m <= 45; ++m) {
+    check_product(m, n[m % 9], k[m * 4 % 9], 0);
+    CHECK_STATE();
+    check_product(m % 5 + 1, n[m * 2 % 9], k[m / 5 % 9], 0);
+    CHECK_STATE();
+  }
+  check_product(34, 20, 1800, 0); /* rows so long that 32 of them have no room, */
+  CHECK_STATE();
+  check_product(17, 10, 3700, 0);
+  CHECK_STATE();
+  check_product(5, 5, 12000, 0); /* then 16, */
+  CHECK_STATE();
+  check_product(3, 2, 21000, 0); /* then 3 */
+  CHECK_STATE();
+  if (!amx_here) SKIP("no AMX, and no AVX-512 (or no Linux on x86-64) to emulate it: other kernels only");
+  printf("        AMX %s\n", amx_real ? "on the hardware" : "with its instructions emulated: this processor or system has none");
+#ifdef MOE__AMX
+  CHECK(amx_real || amx_count > 1000, "only %d instructions were emulated", amx_count);
+#endif
+}
+
+/* Tiles where they take fewer cycles than VNNI, as counted in moe__int8_tiles_pay. */
+static void test_lowp_tiles_are_for_three_rows_and_more(void) {
+#ifdef MOE__AMX
+  moe_env env;
+  int32_t m;
+  if (!amx_here || amx_real) SKIP("instructions are counted where they are emulated only");
+  if (!kernels_env(8, &env)) SKIP("no AVX512-VNNI");
+  for (m = 1; m <= 35; ++m) {
+    moe_mat mat = moe_mat_panels_int8(panels, scales, 16, 128);
+    int before = amx_count;
+    memset(x, 0, sizeof(float) * (size_t)m * 128);
+    moe_linear_forward(y, x, &mat, NULL, m, &env);
+    CHECK((amx_count > before) == (m > 2), "%d rows: %d instructions of AMX", (int)m, amx_count - before);
+  }
+#else
+  SKIP("no AMX kernels in this build");
+#endif
+}
+
+/* What a program can ask for never ends in an instruction that this machine lacks: whatever instruction set is named, whether the system
+   grants AMX or refuses it. */
+static void test_lowp_never_traps(void) {
+#ifdef MOE__AMX
+  int refused;
+  for (refused = 0; refused < 2; ++refused) {
+    int status = 0;
+    pid_t child;
+    fflush(stdout);
+    child = fork();
+    if (!child) {
+      int isa;
+      signal(SIGILL, SIG_DFL); /* no emulation */
+      if (refused && !amx_refuse()) _exit(2);
+      for (isa = MOE_ISA_AUTO; isa < MOE_ISA_COUNT; ++isa) {
+        moe_env env;
+        moe_mat mat = moe_mat_panels_int8(panels, scales, 33, 130);
+        int32_t granted, i;
+        (void)moe_env_init(&env, (moe_isa)isa);
+        granted = moe_env_use_amx(&env);
+        if (granted && (refused || env.isa != MOE_ISA_AVX512)) _exit(3);
+        if (granted != ((env.features & (MOE_FEATURE_AMX_INT8 | MOE_FEATURE_AMX_BF16)) != 0)) _exit(4);
+        for (i = 0; i < 33 * 130; ++i) weights[i] = (int8_t)(i % 251 - 125);
+        for (i = 0; i < 33; ++i) scales[i] = 0.5f;
+        for (i = 0; i < 40 * 130; ++i) x[i] = (float)(i % 17);
+        define(wanted, 40, 33, 130, 0);
+        moe_pack_int8(panels, weights, 33, 130, &env);
+        moe_linear_forward(y, x, &mat, NULL, 40, &env);
+        if (memcmp(y, wanted, sizeof(float) * 40 * 33)) _exit(5);
+      }
+      _exit(0);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child, "no child");
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 2) SKIP("this system filters no system calls");
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child ended with %d", WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status));
+  }
+#else
+  SKIP("no Linux on x86-64");
+#endif
 }
 
 static void test_lowp_nothing_saturates(void) {
@@ -198,25 +297,27 @@ static void test_lowp_products_are_near_fp32(void) {
 
 static void test_lowp_gelu_and_threads_change_no_bit(void) {
   moe_env env, pooled;
-  moe_pool *pool = NULL;
   moe_mat mat;
   int32_t m = 67, n = 100, k = 300, i;
-  moe_env_init(&env, MOE_ISA_AUTO);
-  pooled = env;
-  CHECK(moe_pool_create(&pool, 3, &pooled) == MOE_OK, "no pool");
+  int which;
   for (i = 0; i < n * k; ++i) weights[i] = (int8_t)(int32_t)(random32() % 255u - 127u);
   for (i = 0; i < m * k; ++i) x[i] = random_float();
   for (i = 0; i < n; ++i) scales[i] = 0.001f, bias[i] = random_float();
-  moe_pack_int8(panels, weights, n, k, &env);
-  mat = moe_mat_panels_int8(panels, scales, n, k);
-  moe_linear_forward(wanted, x, &mat, bias, m, &env);
-  moe_linear_gelu_forward(y, pre, x, &mat, bias, m, &pooled);
-  CHECK(!memcmp(pre, wanted, sizeof(float) * (size_t)(m * n)), "threads");
-  moe_gelu_forward(wanted, wanted, (size_t)(m * n), &env);
-  CHECK(!memcmp(y, wanted, sizeof(float) * (size_t)(m * n)), "GELU");
-  moe_linear_gelu_forward(y, NULL, x, &mat, bias, m, &env);
-  CHECK(!memcmp(y, wanted, sizeof(float) * (size_t)(m * n)), "GELU in place");
-  moe_pool_free(pool);
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    moe_pool *pool = NULL;
+    pooled = env;
+    CHECK(moe_pool_create(&pool, 3, &pooled) == MOE_OK, "no pool");
+    moe_pack_int8(panels, weights, n, k, &env);
+    mat = moe_mat_panels_int8(panels, scales, n, k);
+    moe_linear_forward(wanted, x, &mat, bias, m, &env);
+    moe_linear_gelu_forward(y, pre, x, &mat, bias, m, &pooled);
+    CHECK(!memcmp(pre, wanted, sizeof(float) * (size_t)(m * n)), "kernels %d: threads", which);
+    moe_gelu_forward(wanted, wanted, (size_t)(m * n), &env);
+    CHECK(!memcmp(y, wanted, sizeof(float) * (size_t)(m * n)), "kernels %d: GELU", which);
+    moe_linear_gelu_forward(y, NULL, x, &mat, bias, m, &env);
+    CHECK(!memcmp(y, wanted, sizeof(float) * (size_t)(m * n)), "kernels %d: GELU in place", which);
+    moe_pool_free(pool);
+  }
 }
 
 static models_batch batch;
@@ -249,7 +350,7 @@ static size_t same_states(const moe_model *model, int32_t M) {
 }
 
 /* A model of floats and its int8 twin; variant: the router, with 3 added feature inputs; 6 and 7: blocks as experts, 8: gates
-   made of task vectors. */
+   made of task vectors. 1 and 7 are larger. */
 static int twins(moe_model **model, moe_model **small, int variant, const moe_env *env) {
   static moe_task tasks[MODELS_TASKS];
   moe_router router = (moe_router)(variant % 3);
@@ -259,6 +360,7 @@ static int twins(moe_model **model, moe_model **small, int variant, const moe_en
     c = models_config(variant == 6 ? MOE_ROUTER_LEVEL : MOE_ROUTER_DENSE, 2, 1);
     c.unit = MOE_UNIT_BLOCK;
   } else if (variant > 2) c.features = MODELS_WIDTH, c.vocab = 0;
+  if (variant == 1 || variant == 7) c.hidden = 64, c.ffn = 76; /* enough for tiles of AMX */
   models_tasks(tasks);
   *small = NULL;
   *model = models_create(&c, tasks, MODELS_TASKS, env);
@@ -457,7 +559,12 @@ static void test_lowp_damaged_files_are_found(void) {
 
 int main(int argc, char **argv) {
   test_begin(argc, argv);
+  amx_real = (moe__amx_allowed() & MOE_FEATURE_AMX_INT8) != 0;
+  amx_here = amx_real || amx_install();
   RUN(test_lowp_kernels_equal_the_definition);
+  RUN(test_lowp_tiles_equal_the_definition);
+  RUN(test_lowp_tiles_are_for_three_rows_and_more);
+  RUN(test_lowp_never_traps);
   RUN(test_lowp_nothing_saturates);
   RUN(test_lowp_empty_products);
   RUN(test_lowp_integers_are_near);
