@@ -1,8 +1,9 @@
 /* bench_ops.c - single ops of moe.h, and the limits of the machine that they are held against.
      cc -O2 -o bench_ops bench/bench_ops.c -lm -pthread
-     ./bench_ops [--threads N]       serves (bench.h): the word is NAME or NAME:n:k:m
+     ./bench_ops                     serves (bench.h): the word is NAME or NAME:n:k:m
+     ./bench_ops --probe 1,2         one JSON line: peak GFLOP/s of fused multiply-adds, and GB/s of reading an array of the size of MiniLM's
+                                     weights and of copying one of the size of a hidden layer, with so many threads at once
      ./bench_ops --units             one JSON line: which instruction sets and units this processor has, 1 or 0
-   First line: peak GFLOP/s of fused multiply-adds and GB/s of reading and writing large arrays, all threads together.
    Names with sizes: packed (weights packed), plain, dx, dw, each y (m,n) = x (m,k) W^T and its gradients. Names without: the layers of MiniLM
    for 32 sequences of 128 tokens. */
 #include "bench.h"
@@ -22,6 +23,7 @@ static const char *const op_name[OPS] = {
 
 typedef struct work {
   moe_env env;
+  moe_pool *pool;
   op what;
   int n, k, m;
   int64_t step;
@@ -71,6 +73,30 @@ __attribute__((target("avx2,fma"))) static float probe_avx2(int64_t rounds, cons
   _mm256_storeu_ps(out, c[0]);
   return out[0];
 }
+__attribute__((target("avx512f"))) static float probe_read_avx512(const float *x, size_t n) {
+  __m512 sum[4];
+  size_t i;
+  int j;
+  for (j = 0; j < 4; ++j) sum[j] = _mm512_setzero_ps();
+  for (i = 0; i + 64 <= n; i += 64) {
+#pragma GCC unroll 4
+    for (j = 0; j < 4; ++j) sum[j] = _mm512_add_ps(sum[j], _mm512_loadu_ps(x + i + 16 * (size_t)j));
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+__attribute__((target("avx2,fma"))) static float probe_read_avx2(const float *x, size_t n) {
+  __m256 sum[4];
+  float out[8];
+  size_t i;
+  int j;
+  for (j = 0; j < 4; ++j) sum[j] = _mm256_setzero_ps();
+  for (i = 0; i + 32 <= n; i += 32) {
+#pragma GCC unroll 4
+    for (j = 0; j < 4; ++j) sum[j] = _mm256_add_ps(sum[j], _mm256_loadu_ps(x + i + 8 * (size_t)j));
+  }
+  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
+  return out[0];
+}
 #endif
 static float probe_plain(int64_t rounds, const float *x) {
   float c[12];
@@ -82,55 +108,99 @@ static float probe_plain(int64_t rounds, const float *x) {
   return c[0];
 }
 
+static float probe_read_plain(const float *x, size_t n) {
+  float sum[16] = {0};
+  size_t i;
+  int j;
+  for (i = 0; i + 16 <= n; i += 16)
+    for (j = 0; j < 16; ++j) sum[j] += x[i + (size_t)j];
+  for (j = 1; j < 16; ++j) sum[0] += sum[j];
+  return sum[0];
+}
+
+/* What each thread of a probe does, and how long it took. */
+typedef enum probe_kind { PROBE_PEAK, PROBE_READ, PROBE_COPY, PROBES } probe_kind;
 typedef struct probe {
+  probe_kind kind;
+  int threads, arrived; /* all begin together: a thread that has to be woken first would leave its part to the others */
   float (*run)(int64_t rounds, const float *x);
-  int64_t rounds;
+  float (*read)(const float *x, size_t n);
   float *x, *y;
-  size_t n; /* floats of a thread's part of x and y */
 } probe;
-static volatile float sink;
+typedef struct probe_thread {
+  probe *p;
+  int index;
+  double seconds;
+  float sink;
+} probe_thread;
+enum { PROBE_ROUNDS = 100000, PROBE_THREADS = 64 };
+static const size_t probe_floats[PROBES] = {0, (size_t)6 * (4 * H * H + 2 * H * F), (size_t)M * F};
 
-static void probe_flops(void *arg, int32_t i) {
-  probe *p = (probe *)arg;
-  (void)i;
-  sink = p->run(p->rounds, p->x);
-}
-static void probe_copy(void *arg, int32_t i) {
-  probe *p = (probe *)arg;
-  memcpy(p->y + (size_t)i * p->n, p->x + (size_t)i * p->n, p->n * sizeof *p->x);
+static void *probe_thread_main(void *arg) {
+  probe_thread *t = (probe_thread *)arg;
+  probe *p = t->p;
+  size_t n = probe_floats[p->kind] / (size_t)p->threads, at = (size_t)t->index * n;
+  double begin;
+  bench_pin_self(t->index);
+  __atomic_add_fetch(&p->arrived, 1, __ATOMIC_SEQ_CST);
+  while (__atomic_load_n(&p->arrived, __ATOMIC_SEQ_CST) < p->threads) {}
+  begin = bench_now();
+  if (p->kind == PROBE_PEAK) t->sink = p->run(PROBE_ROUNDS, p->x);
+  else if (p->kind == PROBE_READ) t->sink = p->read(p->x + at, n);
+  else memcpy(p->y + at, p->x + at, n * sizeof *p->x);
+  t->seconds = bench_now() - begin;
+  return NULL;
 }
 
-/* The best of several short runs. */
-static double best_rate(const moe_env *env, void (*body)(void *, int32_t), probe *p, double amount) {
+/* Seconds of the slowest thread, the best of several short runs; 0 where the system refuses a thread. */
+static double probe_seconds(probe *p) {
+  probe_thread thread[PROBE_THREADS];
+  pthread_t id[PROBE_THREADS];
   double best = 0;
-  int i, j;
-  for (i = 0; i < 10; ++i) {
-    double t = bench_now();
-    if (env->parallel_for) env->parallel_for(env->parallel_user, env->threads, body, p);
-    else for (j = 0; j < env->threads; ++j) body(p, j);
-    t = amount * env->threads / (bench_now() - t) * 1e-9;
-    if (t > best) best = t;
+  int i, run;
+  for (run = 0; run < 60; ++run) {
+    double slowest = 0;
+    p->arrived = 0;
+    for (i = 0; i < p->threads; ++i) {
+      thread[i].p = p;
+      thread[i].index = i;
+      if (pthread_create(&id[i], NULL, probe_thread_main, &thread[i]) != 0) exit(1);
+    }
+    for (i = 0; i < p->threads; ++i) {
+      pthread_join(id[i], NULL);
+      if (thread[i].seconds > slowest) slowest = thread[i].seconds;
+    }
+    if (run == 0 || slowest < best) best = slowest;
   }
   return best;
 }
 
-static void limits(double *gflops, double *gbytes, const moe_env *env) {
+/* One JSON line: {"isa": ..., "1": {"peak_gflops": ..., "read_gbytes": ..., "copy_gbytes": ...}, "2": ...} */
+static int limits(const char *counts, const moe_env *env) {
+  static const char *const name[PROBES] = {"peak_gflops", "read_gbytes", "copy_gbytes"};
   probe p;
-  int lanes = 1;
-  size_t total = (size_t)1 << 26; /* 256 MB */
+  int lanes = 1, used;
+  bench_unpin();
   p.run = probe_plain;
-  p.rounds = 400000;
+  p.read = probe_read_plain;
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (env->isa == MOE_ISA_AVX512) p.run = probe_avx512, lanes = 16;
-  if (env->isa == MOE_ISA_AVX2) p.run = probe_avx2, lanes = 8;
+  if (env->isa == MOE_ISA_AVX512) p.run = probe_avx512, p.read = probe_read_avx512, lanes = 16;
+  if (env->isa == MOE_ISA_AVX2) p.run = probe_avx2, p.read = probe_read_avx2, lanes = 8;
 #endif
-  p.x = floats(total, 0.01f);
-  p.y = floats(total, 0.01f);
-  p.n = total / (size_t)env->threads;
-  *gflops = best_rate(env, probe_flops, &p, 24.0 * lanes * (double)p.rounds);
-  *gbytes = best_rate(env, probe_copy, &p, 8.0 * (double)p.n);
-  free(p.x);
-  free(p.y);
+  p.x = floats(probe_floats[PROBE_READ], 0.01f);
+  p.y = floats(probe_floats[PROBE_COPY], 0.01f);
+  printf("{\"isa\": \"%s\"", moe_isa_name(env->isa));
+  for (; sscanf(counts, "%d%n", &p.threads, &used) == 1 && p.threads >= 1 && p.threads <= PROBE_THREADS; counts += used + (counts[used] == ',')) {
+    int kind;
+    printf(", \"%d\": {", p.threads);
+    for (kind = PROBE_PEAK; kind < PROBES; ++kind) {
+      double amount = kind == PROBE_PEAK ? 24.0 * lanes * PROBE_ROUNDS * p.threads : (kind == PROBE_COPY ? 8.0 : 4.0) * (double)probe_floats[kind];
+      p.kind = (probe_kind)kind;
+      printf("%s\"%s\": %.2f", kind ? ", " : "", name[kind], amount * 1e-9 / probe_seconds(&p));
+    }
+    printf("}");
+  }
+  return printf("}\n") < 0;
 }
 
 /* ---- ops ---- */
@@ -223,12 +293,13 @@ static int once(void *arg) {
 }
 
 /* What an op reads of another's results. */
-static int choose(void *arg, const char *word) {
+static int choose(void *arg, const char *word, int threads) {
   work *w = (work *)arg;
   char name[32];
   size_t i, n = (size_t)M * 3072;
   int got = sscanf(word, "%31[a-z_]:%d:%d:%d", name, &w->n, &w->k, &w->m);
   op what = OP_PACKED;
+  if (bench_threads(&w->pool, threads, &w->env)) return 1;
   while (what < OPS && strcmp(name, op_name[what]) != 0) what = (op)(what + 1);
   if (what == OPS || (what <= OP_DW && (got != 4 || w->n > 3072 || w->k > 3072 || w->m > M))) return 1;
   if (what <= OP_DW) n = (size_t)w->n * (size_t)(w->k > w->m ? w->k : w->m); /* no more than is read */
@@ -264,20 +335,17 @@ static int units(void) {
 
 int main(int argc, char **argv) {
   static work w;
-  moe_pool *pool;
-  double gflops, gbytes;
-  int threads = argc == 3 && !strcmp(argv[1], "--threads") ? atoi(argv[2]) : 1, status;
+  bench_server server = {&w, once, choose, NULL};
+  int status;
   if (argc == 2 && !strcmp(argv[1], "--units")) return units();
   if (moe_env_init(&w.env, MOE_ISA_AUTO) != MOE_OK) return 1;
   w.env.log = bench_log;
   w.env.log_user = argv[0];
-  if (moe_pool_create(&pool, threads, &w.env) != MOE_OK) return 1;
-  bench_pin(threads);
-  limits(&gflops, &gbytes, &w.env);
+  if (argc == 3 && !strcmp(argv[1], "--probe")) return limits(argv[2], &w.env);
+  if (bench_threads(&w.pool, 1, &w.env)) return 1;
   prepare(&w);
-  printf("{\"program\": \"moe.h\", \"isa\": \"%s\", \"threads\": %d, \"peak_gflops\": %.1f, \"copy_gbytes\": %.1f}\n", moe_isa_name(w.env.isa), threads,
-         gflops, gbytes);
-  status = bench_serve(once, choose, &w);
-  moe_pool_free(pool);
+  printf("{\"program\": \"moe.h\", \"isa\": \"%s\"}\n", moe_isa_name(w.env.isa));
+  status = bench_serve(&server);
+  moe_pool_free(w.pool);
   return status;
 }

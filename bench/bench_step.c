@@ -2,9 +2,10 @@
      cc -O2 -o bench_step bench/bench_step.c -lm -pthread
      ./bench_step train|infer [--system dense|switch|tag] [--batch 32] [--length 128] [--real] [--threads 1] [--isa auto]
                   [--precision fp32|bf16] [--experts 4] [--top-k 1] [--tasks 8] [--seconds 5] [--serve] [--no-update] [--layers 6 --hidden 384 --ffn 1536 --heads 12]
-   --precision int8: inference with a quantised model. One JSON line on standard output; --serve: see bench.h, for inference the word BATCHxLENGTH
-   chooses another batch; --no-update: forward and backward only. --real: sequence i has 8 + (length - 8) u^2 tokens, as in
-   bench/pytorch_step.py. */
+   --precision int8: inference with a quantised model. One JSON line on standard output; --no-update: forward and backward only. --real:
+   sequence i has 8 + (length - 8) u^2 tokens, as in bench/pytorch_step.py. --serve: see bench.h; the word is BATCHxLENGTH or
+   MODE:BATCHxLENGTH, MODE infer, train or pass (as --no-update). The answer tells what the call cannot do without: the operations of its
+   products and of attention, and the bytes of the weights that it multiplies with, each once. */
 #include "bench.h"
 
 typedef struct options {
@@ -22,6 +23,8 @@ typedef struct job {
   moe_context *context;
   moe_batch batch;
   float *scores;
+  int32_t tokens;
+  int packed; /* whether the model is: by setup, or by the trainer */
   options o;
 } job;
 
@@ -101,28 +104,11 @@ static int32_t make_batch(moe_batch *b, const options *o) {
   return start[o->batch];
 }
 
-/* Context and scores for a batch of inference. */
-static int setup_inference(job *w, int32_t tokens) {
-  moe_limits limits;
-  limits.tokens = tokens;
-  limits.sequences = w->o.batch;
-  limits.training = 0;
-  free(w->scores);
-  w->scores = (float *)calloc((size_t)w->o.batch * 2, sizeof *w->scores);
-  moe_context_free(w->context);
-  w->context = NULL;
-  NEED(moe_context_create(&w->context, w->model, &limits, &w->env));
-  return w->scores == NULL;
-}
-
-static int setup(job *w, int32_t tokens) {
+static int make_model(job *w) {
   const options *o = &w->o;
-  moe_limits limits;
-  moe_train_config tc;
   moe_task *tasks = (moe_task *)calloc((size_t)o->tasks, sizeof *tasks);
   int i;
-  NEED(moe_pool_create(&w->pool, o->threads, &w->env));
-  bench_pin(o->threads);
+  if (tasks == NULL) return 1;
   for (i = 0; i < o->tasks; ++i) {
     snprintf(tasks[i].name, sizeof tasks[i].name, "task%d", i);
     tasks[i].kind = MOE_KIND_CLASSIFICATION;
@@ -136,16 +122,38 @@ static int setup(job *w, int32_t tokens) {
     NEED(moe_model_quantize(&w->model, fp32, &w->env));
     moe_model_free(fp32);
   }
-  if (!o->training) {
-    NEED(moe_model_pack(w->model, NULL, &w->env));
-    return setup_inference(w, tokens);
-  }
-  limits.tokens = tokens;
+  return 0;
+}
+
+/* The batch, and a trainer or a context for it; the ones before go. */
+static int setup(job *w) {
+  const options *o = &w->o;
+  moe_limits limits;
+  moe_train_config tc;
+  free((void *)(uintptr_t)w->batch.seq_start);
+  free((void *)(uintptr_t)w->batch.ids);
+  free((void *)(uintptr_t)w->batch.task);
+  free((void *)(uintptr_t)w->batch.label);
+  free(w->scores);
+  moe_trainer_free(w->trainer);
+  moe_context_free(w->context);
+  w->trainer = NULL;
+  w->context = NULL;
+  w->scores = (float *)calloc((size_t)o->batch * 2, sizeof *w->scores);
+  limits.tokens = w->tokens = make_batch(&w->batch, o);
   limits.sequences = o->batch;
-  limits.training = 1;
+  limits.training = o->training;
+  if (w->scores == NULL || w->tokens == 0) return 1;
+  if (!o->training) {
+    if (!w->packed) NEED(moe_model_pack(w->model, NULL, &w->env));
+    w->packed = 1;
+    NEED(moe_context_create(&w->context, w->model, &limits, &w->env));
+    return 0;
+  }
   moe_train_config_init(&tc);
   tc.steps = 1000000;
   NEED(moe_trainer_create(&w->trainer, w->model, &limits, &tc, &w->env));
+  w->packed = 1;
   return 0;
 }
 
@@ -156,23 +164,53 @@ static int once(void *arg) {
   return !w->o.no_update && moe_update(w->trainer, NULL, &w->env) != MOE_OK;
 }
 
-/* Another batch for the same model: the word is BATCHxLENGTH. Inference only. */
-static int choose(void *arg, const char *word) {
+/* Another mode, batch or number of threads for the same model. A training step is not called beforehand: it takes long, and its median of
+   three does without the slow first one. */
+static int choose(void *arg, const char *word, int threads) {
   job *w = (job *)arg;
-  int32_t tokens;
-  if (w->trainer != NULL || sscanf(word, "%dx%d", &w->o.batch, &w->o.length) != 2 || w->o.batch < 1 || w->o.length < 1) return 1;
-  free((void *)(uintptr_t)w->batch.seq_start);
-  free((void *)(uintptr_t)w->batch.ids);
-  free((void *)(uintptr_t)w->batch.task);
-  free((void *)(uintptr_t)w->batch.label);
-  tokens = make_batch(&w->batch, &w->o);
-  return tokens == 0 || setup_inference(w, tokens) || once(w);
+  options *o = &w->o;
+  char mode[8];
+  const char *shape = strchr(word, ':');
+  if (sscanf(shape ? shape + 1 : word, "%dx%d", &o->batch, &o->length) != 2 || o->batch < 1 || o->length < 1) return 1;
+  if (shape) {
+    if (sscanf(word, "%7[a-z]:", mode) != 1) return 1;
+    o->training = strcmp(mode, "infer") != 0;
+    o->no_update = !strcmp(mode, "pass");
+    if (o->training && !o->no_update && strcmp(mode, "train") != 0) return 1;
+  }
+  o->threads = threads;
+  return bench_threads(&w->pool, threads, &w->env) || setup(w) || (!(o->training && !o->no_update) && once(w));
+}
+
+/* Operations: two for each multiplication and addition of the products with weights and of attention; backward has two products for each
+   one of forward. Bytes: the weights of those products once, of the experts that have tokens. */
+static void count(void *arg, double *operations, double *bytes, int *tokens) {
+  const job *w = (const job *)arg;
+  const moe_config *c = &w->o.config;
+  const double H = c->hidden, F = c->ffn, M = w->tokens, S = w->batch.S;
+  const double byte = !strcmp(w->o.precision, "int8") ? 1 : w->env.precision == MOE_TYPE_BF16 ? 2 : 4;
+  double squares = 0, layer, experts = w->context ? 0 : (double)c->layers * c->top_k;
+  int32_t i, l;
+  for (i = 0; i < w->batch.S; ++i) {
+    double length = w->batch.seq_start[i + 1] - w->batch.seq_start[i];
+    squares += length * length;
+  }
+  layer = 2 * M * (4 * H * H + 2 * H * F * c->top_k) + 4 * squares * H;
+  if (c->router != MOE_ROUTER_DENSE) layer += 2 * M * H * c->experts;
+  for (l = 0; l < c->layers; ++l) {
+    moe_routes r;
+    if (w->context == NULL || moe_context_routes(w->context, l, &r) != MOE_OK) continue;
+    for (i = 0; i < r.N; ++i) experts += r.start[i + 1] > r.start[i];
+  }
+  *operations = (w->o.training ? 3 : 1) * (c->layers * layer + 2 * S * H * 2);
+  *bytes = byte * (c->layers * 4 * H * H + experts * 2 * H * F);
+  *tokens = (int)w->tokens;
 }
 
 int main(int argc, char **argv) {
   static job w;
   options *o = &w.o;
-  int32_t tokens;
+  bench_server server = {&w, once, choose, count};
   double begin = bench_now(), ready, median, minimum;
   int calls = 0, status = 0;
   if (parse(o, argc, argv)) return 1;
@@ -181,22 +219,21 @@ int main(int argc, char **argv) {
   w.env.log_user = argv[0];
   if (!strcmp(o->precision, "bf16") && moe_env_set_precision(&w.env, MOE_TYPE_BF16)) return 1;
   if (!strcmp(o->precision, "int8")) (void)moe_env_use_amx(&w.env);
-  tokens = make_batch(&w.batch, o);
-  if (tokens == 0 || setup(&w, tokens)) return 1;
+  if (bench_threads(&w.pool, o->threads, &w.env) || make_model(&w) || setup(&w)) return 1;
   ready = bench_now() - begin;
-  if (once(&w)) return 1; /* the first call touches the memory */
+  if (!o->serve && once(&w)) return 1; /* the first call touches the memory */
   printf("{\"program\": \"moe.h\", \"mode\": \"%s\", \"system\": \"%s\", \"batch\": %d, \"length\": %d, \"real\": %d, \"tokens\": %d, "
          "\"threads\": %d, \"isa\": \"%s\", \"precision\": \"%s\", \"experts\": %d, \"tasks\": %d, \"setup_seconds\": %.3f",
-         o->training ? "train" : "infer", o->system, o->batch, o->length, o->real, (int)tokens, o->threads, moe_isa_name(w.env.isa),
+         o->training ? "train" : "infer", o->system, o->batch, o->length, o->real, (int)w.tokens, o->threads, moe_isa_name(w.env.isa),
          w.env.precision == MOE_TYPE_F32 ? "fp32" : w.env.features & MOE_FEATURE_AMX_BF16 ? "bf16 on AMX" : "bf16", (int)o->config.experts, o->tasks, ready);
   if (o->serve) {
     printf("}\n");
-    status = bench_serve(once, choose, &w);
+    status = bench_serve(&server);
   } else {
     calls = bench_repeat(&median, &minimum, o->seconds, once, &w);
     if (calls == 0) return 1;
     printf(", \"calls\": %d, \"seconds_median\": %.6f, \"seconds_min\": %.6f, \"tokens_per_second\": %.1f, \"peak_mb\": %.1f}\n", calls, median,
-           minimum, tokens / median, bench_peak_mb());
+           minimum, w.tokens / median, bench_peak_mb());
   }
   moe_trainer_free(w.trainer);
   moe_context_free(w.context);

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Single ops in other libraries: the peers of bench_ops.c, served (serve.py). The word is NAME or NAME:n:k:m.
 
-  op_peers.py torch|openblas|blis|libblis|aocl [--threads N]
+  op_peers.py torch|openblas|blis|libblis|aocl      threads: torch as the line says, the others as their environment says
 
 torch: PyTorch, whose products are oneDNN's, `packed` with weights reordered beforehand or, where that is faster, the plain call. openblas: sgemm of the OpenBLAS inside NumPy.
 blis: upstream BLIS inside PyPI's package blis. libblis, aocl: cblas_sgemm of Debian's libblis and of AMD's AOCL-BLIS, through ctypes.
@@ -138,10 +138,9 @@ def cblas_product(library, name, n, k, m):
 
 
 def main():
-    library, threads = sys.argv[1], int(sys.argv[3]) if len(sys.argv) > 3 else 1
+    library = sys.argv[1]
     if library == "torch":
         import torch
-        torch.set_num_threads(threads)
         version = torch.__version__
         product = torch_product
     elif library == "openblas":
@@ -155,7 +154,10 @@ def main():
         version, product = shared._name, lambda *word: cblas_product(shared, *word)
     made = {}
 
-    def once(word):
+    def once(word, threads=None):
+        if threads and int(threads) != torch.get_num_threads():
+            torch.set_num_threads(int(threads))
+            made.clear()    # the faster way may be another one
         if word not in made:
             made.clear()
             name, *sizes = word.split(":")
@@ -171,7 +173,7 @@ def main():
         return made[word]()
 
     from serve import serve
-    serve(once, {"peer": library, "version": version, "threads": threads}, 0)
+    serve(once, {"peer": library, "version": version})
 
 
 if __name__ == "__main__":

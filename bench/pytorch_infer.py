@@ -42,7 +42,9 @@ def calls(system, precision):
     import torch
     made = {}
 
-    def once(text):
+    def once(text, threads=None):
+        if threads and int(threads) != torch.get_num_threads():
+            torch.set_num_threads(int(threads))
         with torch.inference_mode():
             if text not in made:
                 shape = tuple(int(n) for n in text.split("x"))
@@ -57,7 +59,7 @@ def measure(a, system, precision):
     once = calls(system, precision)
     record = {"peer": f"PyTorch {torch.__version__}", "what": "inference", "system": system, "precision": precision, "threads": a.threads}
     if a.serve:
-        return serve(once, record, 0)
+        return serve(once, record)
     for text in a.shapes.split(","):
         batch_size, length = (int(n) for n in text.split("x"))
         for _ in range(3):

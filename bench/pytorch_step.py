@@ -60,7 +60,9 @@ def measure(a):
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-5, fused=True)
     b = batch(a.lengths)
 
-    def once():
+    def once(_word="", threads=a.threads):
+        if int(threads) != torch.get_num_threads():
+            torch.set_num_threads(int(threads))
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=a.precision == "bf16"):
             loss = net.loss(b)

@@ -2,7 +2,9 @@
 import os
 
 SUMMARY = "Asked and seen"
-SUMMARY_HEAD = ["figure", "asked", "seen", "", "section"]
+BOUND = ("Bound: what the ratio to the same peer would be if moe.h did nothing but the multiplications and additions of the model at the probed peak of the processor, or nothing but "
+         "read the weights once at the probed bandwidth, whichever takes longer; counted and probed in the run.")
+SUMMARY_HEAD = ["figure", "asked", "seen", "bound", "", "section"]
 
 
 def table_lines(head, rows):
@@ -20,7 +22,8 @@ class Report:
     def __init__(self, path, titles, keep=True):
         self.path, self.titles = path, titles
         self.heading, self.sections, self.figures = [], {}, {}
-        self.memory = []            # (what, process, MB), for the section of that name
+        self.memory = {}            # (what, process): MB, for the section of that name
+        self.limits = ""            # what the bounds follow from, in words
         self.here = self.heading    # what text() adds to
         self.title = None
         if keep and os.path.exists(path):
@@ -57,8 +60,10 @@ class Report:
         self.figures[title] = []
         print(f"\n## {title}\n", flush=True)
 
-    def end(self, *lines):
-        """Takes the section over, with `lines` above it. One that could not be measured leaves what was there."""
+    def end(self, disturbed, *lines):
+        """Takes the section over, with `lines` above it. One that could not be measured leaves what was there. disturbed: its figures say so."""
+        for row in self.figures[self.title] if disturbed else ():
+            row[-1] += ", disturbed"
         self.sections[self.title] = ["", *lines, *self.here]
         self.save()
 
@@ -70,15 +75,15 @@ class Report:
     def table(self, head, rows):
         self.text(*table_lines(head, rows))
 
-    def figure(self, name, asked, seen, verdict):
+    def figure(self, name, asked, seen, verdict, bound=""):
         """A line of the summary. verdict: True, False, or words where nothing is asked of this machine."""
-        self.figures[self.title].append([name, asked, seen, verdict if isinstance(verdict, str) else "pass" if verdict else "**short**"])
+        self.figures[self.title].append([name, asked, seen, bound, verdict if isinstance(verdict, str) else "pass" if verdict else "**short**"])
 
     def save(self):
         rows = [row + [title] for title in self.titles for row in self.figures.get(title, [])]
         lines = list(self.heading)
         if rows:
-            lines += [f"## {SUMMARY}", "", *table_lines(SUMMARY_HEAD, rows)]
+            lines += [f"## {SUMMARY}", "", *table_lines(SUMMARY_HEAD, rows), BOUND + (f" Probed: {self.limits}." if self.limits else ""), ""]
         for title in self.titles:
             if title in self.sections:
                 lines += [f"## {title}", *self.sections[title]]

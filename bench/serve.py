@@ -23,20 +23,17 @@ def peak_mb():
 
 
 def serve(once, ready, warm=2):
-    """Warms up, prints the record `ready`, and answers the lines of standard input until it ends. Words after the seconds are arguments of
-    once(); what was not called with them before is called twice first, or once if
-    that takes long."""
-    for _ in range(warm):
-        once()
+    """Prints the record `ready` and answers the lines of standard input until it ends: "SECONDS [WORD [THREADS]]". once() gets what follows the
+    seconds; what was not called with that before is called `warm` times first, or fewer if that takes long."""
     print(json.dumps(ready), flush=True)
-    seen = {()}
+    seen = set()
     for line in sys.stdin:
         seconds, *words = line.split()
-        if tuple(words) not in seen:
-            seen.add(tuple(words))
-            begin = time.perf_counter()
+        begin = time.perf_counter()
+        for _ in range(0 if tuple(words) in seen else warm):
             once(*words)
-            if time.perf_counter() - begin < 0.5:
-                once(*words)
+            if time.perf_counter() - begin > 0.1:
+                break
+        seen.add(tuple(words))
         print("%.9f %.9f %d" % repeat(lambda: once(*words), float(seconds)), flush=True)
     print(json.dumps({"peak_mb": round(peak_mb(), 1)}), flush=True)

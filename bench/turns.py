@@ -5,7 +5,9 @@ import statistics
 import subprocess
 import time
 
-SLOWER = 1.25   # a peer that takes so many times as long as the best one is not asked again
+SLOWER = 1.25       # a peer that takes so many times as long as the best one gets shorter rounds
+DISTURBED = 1.15    # the median of the rounds over the fastest one: above it half of them were disturbed
+FEWEST = 3          # rounds
 
 
 class Unavailable(Exception):
@@ -14,18 +16,22 @@ class Unavailable(Exception):
 
 class Program:
     """A served program: bench.h and serve.py tell the protocol."""
+    last = None                                             # the one that was asked last
+    clock = {"starting": 0.0, "asked": 0.0, "measured": 0.0}    # seconds of the section
 
     def __init__(self, name, command, threads, environment=None):
+        """threads: the number, or a list of numbers of which one is told with each word."""
         self.name = name
         self.own = os.path.basename(command[0]).startswith("bench_")
-        self.pause = 0.04 if threads > 1 else 0
-        env = dict(os.environ, OMP_NUM_THREADS=str(threads), **(environment or {}))
-        if threads > 1:
+        self.threads, self.told = threads, isinstance(threads, list)
+        most = max(threads) if self.told else threads
+        env = dict(os.environ, OMP_NUM_THREADS=str(most), **(environment or {}))
+        if most > 1:
             env.setdefault("OMP_PROC_BIND", "true")     # two OpenMP threads on one core wait for each other a whole time slice
         for variable in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
             env.pop(variable, None)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-        self.ready = None
+        self.ready = self.count = None
 
     def wait(self):
         """Until it is ready: several are started at once, since that takes some of them seconds."""
@@ -44,15 +50,36 @@ class Program:
             if line.startswith("{"):
                 return json.loads(line)
 
-    def seconds(self, budget, *words):
+    def spins(self):
+        """Whether a thread of it runs."""
+        tasks = f"/proc/{self.process.pid}/task"
+        try:
+            for task in os.listdir(tasks):
+                with open(f"{tasks}/{task}/stat", encoding="utf-8", errors="replace") as f:
+                    if f.read().rpartition(")")[2].split()[0] == "R":
+                        return True
+        except OSError:     # no such folder, or a thread that has ended
+            pass
+        return False
+
+    def seconds(self, budget, word, threads):
         """Median seconds of a call, repeated for `budget` seconds. Idle threads of OpenBLAS and others go on spinning for up to 30 ms after a
-        call and would take a core from the next program: hence the pause."""
-        time.sleep(self.pause)
-        self.process.stdin.write(" ".join([str(budget), *words]) + "\n")
+        call and would take a core from the next program, which waits until they sleep."""
+        begin = time.perf_counter()
+        if Program.last not in (None, self):
+            while Program.last.spins() and time.perf_counter() - begin < 0.06:
+                time.sleep(0.001)
+        Program.last = self
+        self.process.stdin.write(f"{budget} {word}" + (f" {threads}" if self.told else "") + "\n")
         self.process.stdin.flush()
-        return float(self.read().split()[0])
+        median, _, calls, *self.count = (float(x) for x in self.read().split())
+        Program.clock["asked"] += time.perf_counter() - begin
+        Program.clock["measured"] += median * calls
+        return median
 
     def finish(self):
+        if Program.last is self:
+            Program.last = None
         self.process.stdin.close()
         last = self.read_json()
         self.process.wait()
@@ -61,7 +88,7 @@ class Program:
 
 def start(missing, *wanted):
     """The programs of [(name, command, threads[, environment])] that can be had; the others go to `missing`."""
-    made, out = [], []
+    made, out, begin = [], [], time.perf_counter()
     for name, command, threads, *environment in wanted:
         try:
             made.append(Program(name, command, threads, *environment))
@@ -73,6 +100,7 @@ def start(missing, *wanted):
             out.append(p)
         except Unavailable as e:
             missing.append(str(e))
+    Program.clock["starting"] += time.perf_counter() - begin
     for m in missing:
         print(f"  left out: {m}", flush=True)
     return out
@@ -94,7 +122,8 @@ def spread(values):
 
 
 class Pace:
-    """What the sections are to take, so that all of them together stay under ten minutes: rounds are left out where one falls behind."""
+    """What the sections are to take, so that all of them together stay under ten minutes: rounds beyond the third are left out where one falls
+    behind."""
 
     def __init__(self):
         self.start(1e9, False)
@@ -103,6 +132,8 @@ class Pace:
         """Of a section that is to take so long; dry: one call of everything."""
         self.begin, self.seconds, self.dry = time.monotonic(), seconds, dry
         self.rows, self.done = 1, 0
+        self.disturbed = []     # in words, since the last table
+        Program.clock.update(starting=0.0, asked=0.0, measured=0.0)
 
     def expect(self, rows):
         """How many times the section will call take_turns."""
@@ -111,25 +142,48 @@ class Pace:
     def enough(self, rounds):
         """Whether so many rounds of this row will do."""
         late = (time.monotonic() - self.begin) / (self.seconds * (self.done + 1) / self.rows)
-        return self.dry or (rounds >= 2 and late > 1) or late > 1.3
+        return self.dry or (rounds >= FEWEST and late > 1)
 
 
 PACE = Pace()
 
 
-def take_turns(programs, rounds, budget, *words, always=()):
-    """{name: [seconds of each round]}. Peers that are slow in the first round are not asked again, but those named in `always`."""
+def ask(programs, rounds, budget, words):
+    """{name: [seconds of each round]}, the programs in turn in each round."""
     times = {p.name: [] for p in programs}
-    asked = programs
     for done in range(rounds):
         if done and PACE.enough(done):
             break
-        for p in asked:
-            times[p.name].append(p.seconds(0 if PACE.dry else budget, *words))
-        best = min((times[p.name][0] for p in programs if not p.own), default=0)
-        asked = [p for p in programs if p.own or p.name in always or times[p.name][0] <= SLOWER * best]
+        best = min((times[p.name][0] for p in programs), default=0) if done else 0
+        for p, word in zip(programs, words):
+            slow = done and times[p.name][0] > SLOWER * best
+            times[p.name].append(p.seconds(0 if PACE.dry else budget / 3 if slow else budget, *word))
+    return times
+
+
+def unrest(seconds):
+    """How much of its rounds a disturbance may have taken: their median over the fastest."""
+    return statistics.median(seconds) / min(seconds)
+
+
+def take_turns(label, programs, rounds, budget, *words):
+    """{name: [seconds of each round]} of a row: at least three rounds, `rounds` where time allows. words: (word, threads) for all programs, or
+    one for each. A row with a disturbed program is measured again; where that does not help PACE.disturbed says so, with the label."""
+    words = words * len(programs) if len(words) == 1 else words
+    times = ask(programs, rounds, budget, words)
+    if not PACE.dry and max(map(unrest, times.values())) > DISTURBED:
+        again = ask(programs, rounds, budget, words)
+        times = min(times, again, key=lambda t: max(map(unrest, t.values())))
+        PACE.disturbed += [f"{name} at {label} ({100 * unrest(s) - 100:.0f} %)" for name, s in times.items() if unrest(s) > DISTURBED]
     PACE.done += 1
     return times
+
+
+def tell_disturbed(report):
+    """Below a table."""
+    if PACE.disturbed:
+        report.text("Disturbed, and no better when measured again (in brackets by how much the median of the rounds is above the fastest): " + ", ".join(PACE.disturbed) + ".", "")
+    PACE.disturbed = []
 
 
 def ratio(ours, theirs):
