@@ -2,7 +2,7 @@
 """ONNX Runtime and OpenVINO on a dense encoder of MiniLM's size (6 x 384, 12 heads, ffn 1536, random weights).
 
   graph_peers.py --prepare DIR                                  writes DIR/minilm.onnx, DIR/fused.onnx (BERT fusions), DIR/minilm.xml
-  graph_peers.py --serve ort|openvino --dir DIR [--precision fp32|bf16|int8]    answers "SECONDS BATCHxLENGTH THREADS" (serve.py)
+  graph_peers.py --serve ort|openvino --dir DIR [--threads N] [--precision fp32|bf16|int8]    answers "SECONDS BATCHxLENGTH" (serve.py)
   graph_peers.py --first ort|openvino --dir DIR                 one answer for 1 x 16 tokens from a cold process, as run.py times it
 
 The ONNX graph is the one of transformers' BertModel with written-out attention, which ONNX Runtime's optimizer fuses whole (Attention,
@@ -12,7 +12,6 @@ import argparse
 import os
 import sys
 
-CORES = sorted(os.sched_getaffinity(0))
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -70,12 +69,14 @@ def onnx_runtime(folder, threads, precision):
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    if 1 < threads <= len(CORES):       # a core for each thread, as for the other programs
-        options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(str(c + 1) for c in CORES[1:threads]))
+    cores = sorted(os.sched_getaffinity(0))
+    if 1 < threads <= len(cores):       # a core for each thread, as for the other programs
+        options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(str(c + 1) for c in cores[1:threads]))
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     name = "fused_int8.onnx" if precision == "int8" else "fused.onnx"
     session = onnxruntime.InferenceSession(os.path.join(folder, name), options, providers=["CPUExecutionProvider"])
-    os.sched_setaffinity(0, CORES[:1] if threads <= len(CORES) else CORES)
+    if threads <= len(cores):
+        os.sched_setaffinity(0, cores[:1])
     wanted = {i.name: i.type for i in session.get_inputs()}
 
     def call(shape):
@@ -113,28 +114,24 @@ def main():
     p.add_argument("--serve", choices=["ort", "openvino"])
     p.add_argument("--first", choices=["ort", "openvino"])
     p.add_argument("--dir", default=".")
+    p.add_argument("--threads", type=int, default=1)
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "int8"])
     a = p.parse_args()
     if a.prepare:
         return prepare(a.prepare)
     engine = onnx_runtime if "ort" in (a.serve, a.first) else openvino_runtime
-    call, name = engine(a.dir, 1, a.precision)
+    call, name = engine(a.dir, a.threads, a.precision)
     if a.first:
         print(call((1, 16))())
         return None
     from serve import serve
-    made, engines = {}, {1: call}
-    del call
+    made = {}
 
-    def once(text, threads):
-        if int(threads) not in engines:
-            made.clear()        # one session at a time, for the sake of memory
-            engines.clear()
-            engines[int(threads)] = engine(a.dir, int(threads), a.precision)[0]
+    def once(text):
         if text not in made:
-            made[text] = engines[int(threads)](tuple(int(n) for n in text.split("x")))
+            made[text] = call(tuple(int(n) for n in text.split("x")))
         made[text]()
-    serve(once, {"peer": name, "what": "inference", "precision": a.precision})
+    serve(once, {"peer": name, "what": "inference", "precision": a.precision, "threads": a.threads})
     return None
 
 

@@ -26,7 +26,7 @@ import time
 import accuracy
 from limits import LIMITS, moved
 from report import Report
-from turns import DISTURBED, PACE, Program, Unavailable, finish, in_threads, left_out, rate, ratio, spread, start, take_turns, tell_disturbed
+from turns import DISTURBED, PACE, Program, Unavailable, by_threads, finish, in_threads, left_out, rate, ratio, spread, start, take_turns, tell_disturbed
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BUILD = os.path.join(HERE, "build")
@@ -205,12 +205,15 @@ def prepare_graphs(have):
 
 
 def infer_programs(a, own, peers, missing):
-    """own: [(name, options of bench_step)], peers: [(name, script, arguments)]. All of them take BATCHxLENGTH as their word."""
+    """{threads: programs}. own: [(name, options of bench_step)], peers: [(name, script, arguments)]. All of them take BATCHxLENGTH as their word. ONNX
+    Runtime and OpenVINO have a process for each number of threads, since a second session would add to its memory."""
     wanted = [(name, own_step("infer", *options, "--batch", "1", "--length", "8"), a.threads) for name, options in own]
     for name, script, arguments in peers:
-        graph = script == "graph_peers.py"
-        wanted.append((name, [PYTHON, os.path.join(HERE, script), *arguments, *(["--dir", GRAPHS] if graph else ["--serve"])], a.threads, None if graph else MALLOC))
-    return start(missing, *wanted)
+        if script == "graph_peers.py":
+            wanted += [(name, [PYTHON, os.path.join(HERE, script), *arguments, "--dir", GRAPHS, "--threads", str(t)], t) for t in a.threads]
+        else:
+            wanted.append((name, [PYTHON, os.path.join(HERE, script), *arguments, "--serve"], a.threads, MALLOC))
+    return by_threads(a, start(missing, *wanted))
 
 
 def tokens_of(shape):
@@ -224,9 +227,9 @@ def infer_table(report, a, own, peers, comparisons):
     missing = []
     shapes = SHAPES[:2] if PACE.dry else QUICK_SHAPES if a.quick else SHAPES
     PACE.expect(len(shapes) * len(a.threads))
-    programs = infer_programs(a, own, peers, missing)
-    names = [p.name for p in programs]
-    for threads in a.threads:
+    everyone = infer_programs(a, own, peers, missing)
+    for threads, programs in everyone.items():
+        names = [p.name for p in programs]
         table, count = {}, {}
         for s in shapes:
             table[s] = take_turns(f"{s}, {in_threads(threads)}", programs, 3 if tokens_of(s) >= 4096 else 5, 0.1, (s, threads))
@@ -250,7 +253,8 @@ def infer_table(report, a, own, peers, comparisons):
         report.text(f"{in_threads(threads)}:", "")
         report.table(["tokens/s", *shapes], rows)
     tell_disturbed(report)
-    report.memory.update({(f"inference, {label_of(report)}, up to {shapes[-1]}", p.name): p.finish()["peak_mb"] for p in programs})
+    what = f"inference, {label_of(report)}, up to {shapes[-1]}"
+    report.memory.update({(what, name): mb for name, mb in finish(everyone).items()})
     left_out(report, missing)
 
 
@@ -322,8 +326,7 @@ def op_programs(a, missing, have_blas=True):
     libraries = (("OpenBLAS (NumPy)", "openblas"), ("BLIS (PyPI)", "blis"), ("BLIS (Debian)", "libblis"), ("AOCL-BLIS", "aocl")) if have_blas else ()
     wanted = [("moe.h", [os.path.join(BUILD, "bench_ops")], a.threads), ("oneDNN (PyTorch)", [*script, "torch"], a.threads, MALLOC)]
     wanted += [(name, [*script, library], threads, {"OPENBLAS_NUM_THREADS": str(threads), "BLIS_NUM_THREADS": str(threads)}) for threads in a.threads for name, library in libraries]
-    programs = start(missing, *wanted)
-    return {threads: [p for p in programs if p.told or p.threads == threads] for threads in a.threads}
+    return by_threads(a, start(missing, *wanted))
 
 
 def worst(report, name, asked, seen, text, bound=None):
@@ -385,7 +388,7 @@ def product_section(report, a):
         report.table(["kind", "n", "k", "m", "moe.h", "of peak", *(p.name for p in programs[1:]), "moe.h / best"], rows)
         tell_disturbed(report)
         product_figures(report, threads, share, against, bound)
-    finish({p for programs in everyone.values() for p in programs})
+    finish(everyone)
     left_out(report, missing)
 
 
@@ -417,7 +420,7 @@ def layer_section(report, a):
         report.text(f"{in_threads(threads)}, peak {peak:.0f} GFLOP/s, copy {copy:.1f} GB/s:", "")
         report.table(["op", "moe.h, us", "limit, us", "of limit", "PyTorch, us", "moe.h is faster by"], rows)
         tell_disturbed(report)
-    finish({p for programs in everyone.values() for p in programs})
+    finish(everyone)
     left_out(report, missing)
 
 

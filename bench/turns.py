@@ -191,9 +191,18 @@ def ratio(ours, theirs):
     return statistics.median(b / a for a, b in zip(ours, theirs))
 
 
-def finish(programs):
-    for p in programs:
-        p.finish()
+def by_threads(a, programs):
+    """{threads: those that are told the number, or were started with it}"""
+    return {threads: [p for p in programs if p.told or p.threads == threads] for threads in a.threads}
+
+
+def finish(everyone):
+    """Ends {threads: programs}. Returns {name: its peak in MB, the least of several processes}."""
+    peak = {}
+    for p in dict.fromkeys(p for programs in everyone.values() for p in programs):
+        mb = p.finish()["peak_mb"]
+        peak[p.name] = min(mb, peak.get(p.name, mb))
+    return peak
 
 
 def rate(tokens, seconds):
