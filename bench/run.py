@@ -510,11 +510,11 @@ def scaling_rows(report, a, text, head, cases):
     if text:
         report.text(text, "")
     rows, seen, bound, missing = [], {}, {}, []
-    wanted = {(role, c[i][0]): None for c in cases for i, role in ((2, "reference"), (1, "measured"))}
+    wanted = {(role, c[i][0]): None for c in cases for i, role in ((2, "reference"), (1, "moe.h"))}
     most = sorted({c[i][2] for c in cases for i in (1, 2)} | set(a.threads))
     programs = {p.name: p for p in start(missing, *((f"{role} {' '.join(options)}", own_step("infer", "--batch", "1", "--length", "8", *options), most) for role, options in wanted))}
     for label, measured, reference in cases:
-        two = [programs.get(f"{role} {' '.join(options)}") for role, (options, _, _) in (("reference", reference), ("measured", measured))]
+        two = [programs.get(f"{role} {' '.join(options)}") for role, (options, _, _) in (("reference", reference), ("moe.h", measured))]
         if None in two:
             PACE.done += 1
             continue
@@ -574,7 +574,7 @@ def expert_section(report, a):
     cases = [([f"{what}, N = {n}"], served(mode, n), served(mode, 1)) for what, mode in (("infer", "infer"), ("forward and backward", "pass")) for n in (1, 4, 16, 64)]
     PACE.expect(len(cases))
     _, _, peak = scaling_rows(report, a, "2 layers, 16 x 128, top-1, so that the operations stay and the weights grow. Reference: N = 1. One thread.", ["what"], cases)
-    report.memory.update({("inference and training, 2 layers, 16 x 128", f"moe.h, N = {name.split()[-1]}"): mb for name, mb in peak.items() if name.startswith("measured")})
+    report.memory.update({("inference and training, 2 layers, 16 x 128", f"moe.h, N = {name.split()[-1]}"): mb for name, mb in peak.items() if name.startswith("moe.h")})
 
 
 def task_section(report, a):

@@ -181,8 +181,10 @@ def take_turns(label, programs, rounds, budget, *words):
 
 def tell_disturbed(report):
     """Below a table."""
-    if PACE.disturbed:
-        report.text("Disturbed, and no better when measured again (in brackets by how much the median of the rounds is above the fastest): " + ", ".join(PACE.disturbed) + ".", "")
+    shown = PACE.disturbed[:12]
+    if shown:
+        report.text("Disturbed, and no better when measured again (in brackets by how much the median of the rounds is above the fastest): " + ", ".join(shown) +
+                    (f", and {len(PACE.disturbed) - len(shown)} more" if len(shown) < len(PACE.disturbed) else "") + ".", "")
     PACE.disturbed = []
 
 
