@@ -402,7 +402,8 @@ static void test_model_scores_do_not_depend_on_company_or_order(void) {
   }
 }
 
-static void check_bits(moe_config c) {
+/* Scores and hidden states of S sequences of up to `longest` tokens, with every number of threads, instruction set, packed or not. */
+static void check_bits(moe_config c, int32_t S, int32_t longest) {
   static const int32_t threads[] = {1, 2, 3, 8};
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_task tasks[MODELS_TASKS];
@@ -411,7 +412,7 @@ static void check_bits(moe_config c) {
   int isa, packed;
   models_tasks(tasks);
   model = models_create(&c, tasks, MODELS_TASKS, &env);
-  models_random_batch(&batch, model, 40, 19, 2);
+  models_random_batch(&batch, model, S, longest, 2);
   CHECK(!forward(model, &batch.b, scores[0], hidden[0], &env), "%s", models_sentence);
   for (packed = 0; packed < 2; ++packed) {
     if (packed) CHECK(moe_model_pack(model, NULL, &env) == MOE_OK, "%s", models_sentence);
@@ -423,8 +424,8 @@ static void check_bits(moe_config c) {
         CHECK(moe_pool_create(&pool, threads[i], &e) == MOE_OK, "%s", models_sentence);
         CHECK(!forward(model, &batch.b, scores[1], hidden[1], &e), "%s", models_sentence);
         moe_pool_free(pool);
-        CHECK(!memcmp(scores[0], scores[1], 40 * 3 * sizeof(float)), "%s, %d threads, packed %d: scores", moe_isa_name((moe_isa)isa), threads[i], packed);
-        CHECK(!memcmp(hidden[0], hidden[1], (size_t)(batch.start[40] * c.hidden) * sizeof(float)), "%s, %d threads, packed %d: hidden",
+        CHECK(!memcmp(scores[0], scores[1], (size_t)(3 * S) * sizeof(float)), "%s, %d threads, packed %d: scores", moe_isa_name((moe_isa)isa), threads[i], packed);
+        CHECK(!memcmp(hidden[0], hidden[1], (size_t)(batch.start[S] * c.hidden) * sizeof(float)), "%s, %d threads, packed %d: hidden",
               moe_isa_name((moe_isa)isa), threads[i], packed);
       }
     }
@@ -434,8 +435,18 @@ static void check_bits(moe_config c) {
 
 /* Enough tokens for several pieces; a dense model's pass all its layers, those of one with gates meet before each gate. */
 static void test_model_bits_do_not_depend_on_threads_isa_or_packing(void) {
-  check_bits(models_config(MOE_ROUTER_TASK, 3, 2));
-  check_bits(models_config(MOE_ROUTER_DENSE, 1, 1));
+  check_bits(models_config(MOE_ROUTER_TASK, 3, 2), 40, 19);
+  check_bits(models_config(MOE_ROUTER_DENSE, 1, 1), 40, 19);
+}
+
+/* One sequence, and a few of very different lengths: threads take shares of rows, which begin and end within sequences. */
+static void test_model_bits_of_long_sequences_do_not_depend_on_threads(void) {
+  moe_config dense = models_config(MOE_ROUTER_DENSE, 1, 1), tag = models_config(MOE_ROUTER_TASK, 3, 1);
+  dense.positions = dense.max_len = tag.positions = tag.max_len = 300;
+  check_bits(dense, 1, 300);
+  check_bits(dense, 3, 260);
+  check_bits(tag, 1, 300);
+  check_bits(tag, 5, 150);
 }
 
 static void test_model_packs_into_a_block_or_the_heap(void) {
@@ -1080,6 +1091,7 @@ int main(int argc, char **argv) {
   RUN(test_model_matches_pytorch);
   RUN(test_model_scores_do_not_depend_on_company_or_order);
   RUN(test_model_bits_do_not_depend_on_threads_isa_or_packing);
+  RUN(test_model_bits_of_long_sequences_do_not_depend_on_threads);
   RUN(test_model_ignores_dirty_memory);
   RUN(test_model_runs_at_size_1_and_at_odd_sizes);
   RUN(test_model_takes_a_hundred_tasks);
