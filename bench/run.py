@@ -110,7 +110,7 @@ def heading(report, have, threads):
                 *([f"- left out (could not be installed): {', '.join(p for p in PACKAGES if p not in have)}"] if len(have) < len(PACKAGES) else []),
                 f"- threads: {', '.join(map(str, threads))}. The programs of a table take turns on the same cores. A figure is the median of the rounds, behind it half "
                 "the distance between the quartiles; a ratio is the median of the ratios of the rounds, above 1 where moe.h is faster. Three rounds at least. A row is called "
-                f"disturbed where the median of the rounds of a program is more than {100 * DISTURBED - 100:.0f} % above the fastest, in a second try too.", "")
+                f"disturbed where the median of the rounds of a program is more than {100 * DISTURBED - 100:.0f} % above the fastest.", "")
     if before and before != report.machine():
         print("another machine than the file's: its sections go", flush=True)
         kept = SECTIONS["accuracy"][0]      # is not a matter of the machine
@@ -170,10 +170,12 @@ def train_section(report, a):
         tokens = programs[0].ready["tokens"]
         for threads in a.threads:
             times = take_turns(f"{what}, {in_threads(threads)}", programs, 3, 0, ("2x16" if PACE.dry else "32x128", threads))
+            if threads == a.threads[0]:     # later a process holds what it had for other numbers of threads as well
+                peak = {p.name: p.peak() for p in programs}
             train_figures(report, threads, kind, times, programs[0].count)
             rows[threads] += [[f"{tokens} tokens, {what}", p.name, rate(tokens, times[p.name]),
                                *("" if p.own or mine not in times else f"{ratio(times[mine], times[p.name]):.2f}" for mine in ("moe.h fp32", "moe.h bf16"))] for p in programs]
-        peak = {p.name: p.finish()["peak_mb"] for p in programs}
+        finish({0: programs})
         report.memory.update({(f"training step, {tokens} tokens, {what}", n): mb for n, mb in peak.items()})
         peers = [mb for n, mb in peak.items() if n.startswith("PyTorch")]
         if peers:
@@ -234,6 +236,8 @@ def infer_table(report, a, own, peers, comparisons):
         for s in shapes:
             table[s] = take_turns(f"{s}, {in_threads(threads)}", programs, 3 if tokens_of(s) >= 4096 else 5, 0.1, (s, threads))
             count[s] = {p.name: p.count for p in programs}
+        if threads == a.threads[0]:
+            report.memory.update({(f"inference, {label_of(report)}, up to {shapes[-1]}", p.name): p.peak() for p in programs})
         rows = [[name] + [rate(tokens_of(s), table[s][name]) for s in shapes] for name in names]
         for mine, rivals, label, asked in comparisons:
             there = [r for r in rivals if r in names]
@@ -253,8 +257,7 @@ def infer_table(report, a, own, peers, comparisons):
         report.text(f"{in_threads(threads)}:", "")
         report.table(["tokens/s", *shapes], rows)
     tell_disturbed(report)
-    what = f"inference, {label_of(report)}, up to {shapes[-1]}"
-    report.memory.update({(what, name): mb for name, mb in finish(everyone).items()})
+    finish(everyone)
     left_out(report, missing)
 
 
@@ -487,7 +490,7 @@ def start_section(report, _):
 
 def memory_section(report, _):
     """No run of its own: the peaks of the processes of other sections."""
-    report.text("Largest resident set of the processes of the tables before, with one thread and with more, in MB, PyTorch's and the Python peers' interpreter included; the ratio is moe.h's first row of a group to the row.", "")
+    report.text("Largest resident set of the processes of the tables before, with the first number of threads, in MB, PyTorch's and the Python peers' interpreter included; the ratio is moe.h's first row of a group to the row.", "")
     rows, groups = [], {}
     for (what, name), mb in report.memory.items():
         groups.setdefault(what, []).append((name, mb))
@@ -526,7 +529,8 @@ def scaling_rows(report, a, text, head, cases):
         seen[tuple(label)] = int(tokens[1]), relative
         if measured[2] in LIMITS.best:
             bound[tuple(label)] = LIMITS.bound(times[one.name], other.count, measured[2]) * tokens[1] / tokens[0]
-    peak = {name: p.finish()["peak_mb"] for name, p in programs.items()}
+    peak = {name: p.peak() for name, p in programs.items()}
+    finish({0: programs.values()})
     report.table([*head, "tokens", "tokens/s", "against the reference"], rows)
     tell_disturbed(report)
     left_out(report, missing)
@@ -603,11 +607,11 @@ def accuracy_section(report, a):
 
 
 # What a section is called, what measures it, and the seconds that it is to take on two cores of a Xeon with AVX-512: 500 in all.
-SECTIONS = {"units": ("Instruction sets", unit_section, 1), "products": ("Products", product_section, 90), "layers": ("Layers", layer_section, 20),
-            "train": ("Training step", train_section, 150), "infer": ("Inference", infer_section, 75), "int8": ("Inference, int8", int8_section, 35),
-            "bf16": ("Inference, bf16", bf16_section, 40), "start": ("Start and memory of a first answer", start_section, 20),
-            "threads": ("Threads", thread_section, 20), "tokens": ("Tokens, and the cost of mixture of experts", token_section, 25), "experts": ("Experts", expert_section, 15),
-            "tasks": ("Tasks", task_section, 8), "memory": ("Memory", memory_section, 1), "accuracy": ("Accuracy of the precisions", accuracy_section, 900)}
+SECTIONS = {"units": ("Instruction sets", unit_section, 1), "products": ("Products", product_section, 75), "layers": ("Layers", layer_section, 18),
+            "train": ("Training step", train_section, 140), "infer": ("Inference", infer_section, 75), "int8": ("Inference, int8", int8_section, 32),
+            "bf16": ("Inference, bf16", bf16_section, 40), "start": ("Start and memory of a first answer", start_section, 22),
+            "threads": ("Threads", thread_section, 25), "tokens": ("Tokens, and the cost of mixture of experts", token_section, 30), "experts": ("Experts", expert_section, 22),
+            "tasks": ("Tasks", task_section, 20), "memory": ("Memory", memory_section, 1), "accuracy": ("Accuracy of the precisions", accuracy_section, 900)}
 ALL = [n for n in SECTIONS if n != "accuracy"]
 
 

@@ -50,6 +50,11 @@ class Program:
             if line.startswith("{"):
                 return json.loads(line)
 
+    def peak(self):
+        """MB of its largest resident set so far."""
+        with open(f"/proc/{self.process.pid}/status", encoding="utf-8") as f:
+            return next(int(line.split()[1]) / 1024 for line in f if line.startswith("VmHWM"))
+
     def spins(self):
         """Whether a thread of it runs."""
         tasks = f"/proc/{self.process.pid}/task"
@@ -78,6 +83,7 @@ class Program:
         return median
 
     def finish(self):
+        """Ends it. Returns its last record."""
         if Program.last is self:
             Program.last = None
         self.process.stdin.close()
@@ -139,10 +145,13 @@ class Pace:
         """How many times the section will call take_turns."""
         self.rows = rows
 
+    def late(self):
+        """How many times as long as planned the rows have taken so far."""
+        return (time.monotonic() - self.begin) / (self.seconds * (self.done + 1) / self.rows)
+
     def enough(self, rounds):
         """Whether so many rounds of this row will do."""
-        late = (time.monotonic() - self.begin) / (self.seconds * (self.done + 1) / self.rows)
-        return self.dry or (rounds >= FEWEST and late > 1)
+        return self.dry or (rounds >= FEWEST and self.late() > 1)
 
 
 PACE = Pace()
@@ -168,12 +177,14 @@ def unrest(seconds):
 
 def take_turns(label, programs, rounds, budget, *words):
     """{name: [seconds of each round]} of a row: at least three rounds, `rounds` where time allows. words: (word, threads) for all programs, or
-    one for each. A row with a disturbed program is measured again; where that does not help PACE.disturbed says so, with the label."""
+    one for each. A row with a disturbed program is measured again unless the section is far behind its plan; where that does not help
+    PACE.disturbed says so, with the label."""
     words = words * len(programs) if len(words) == 1 else words
     times = ask(programs, rounds, budget, words)
     if not PACE.dry and max(map(unrest, times.values())) > DISTURBED:
-        again = ask(programs, rounds, budget, words)
-        times = min(times, again, key=lambda t: max(map(unrest, t.values())))
+        if PACE.late() < 2:
+            again = ask(programs, rounds, budget, words)
+            times = min(times, again, key=lambda t: max(map(unrest, t.values())))
         PACE.disturbed += [f"{name} at {label} ({100 * unrest(s) - 100:.0f} %)" for name, s in times.items() if unrest(s) > DISTURBED]
     PACE.done += 1
     return times
@@ -183,7 +194,7 @@ def tell_disturbed(report):
     """Below a table."""
     shown = PACE.disturbed[:12]
     if shown:
-        report.text("Disturbed, and no better when measured again (in brackets by how much the median of the rounds is above the fastest): " + ", ".join(shown) +
+        report.text("Disturbed (in brackets by how much the median of the rounds is above the fastest), and no better when measured again where there was time for it: " + ", ".join(shown) +
                     (f", and {len(PACE.disturbed) - len(shown)} more" if len(shown) < len(PACE.disturbed) else "") + ".", "")
     PACE.disturbed = []
 
@@ -199,12 +210,9 @@ def by_threads(a, programs):
 
 
 def finish(everyone):
-    """Ends {threads: programs}. Returns {name: its peak in MB, the least of several processes}."""
-    peak = {}
+    """Ends {threads: programs}."""
     for p in dict.fromkeys(p for programs in everyone.values() for p in programs):
-        mb = p.finish()["peak_mb"]
-        peak[p.name] = min(mb, peak.get(p.name, mb))
-    return peak
+        p.finish()
 
 
 def rate(tokens, seconds):
