@@ -19,7 +19,7 @@ from serve import peak_mb, repeat, serve
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", "tests", "golden"))
 TASKS = 8
-# glibc gives freed blocks back to the system and faults them in again at each step unless told otherwise; about 5 %
+# glibc gives freed blocks back to the system and faults them in again at each step unless told otherwise; about 5 % for PyTorch
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
 
 

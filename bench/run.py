@@ -5,7 +5,7 @@
 
 Every program stays alive for the whole table and they take turns (A B A B ...) on the same cores; a ratio is the median of the ratios of the
 rounds, a figure the median of the rounds, and behind it stands half the distance between the quartiles in per cent. Each program has at least three
-rounds, short ones where it is slow, and five where time allows. A row whose rounds were disturbed is measured again, and so is a section before and
+rounds, short ones where it is slow, and five where they are not long. A row whose rounds were disturbed is measured again, and so is a section before and
 after which the processor's peak differs; the tables say where that did not help.
 --sections measures some anew and keeps the others of the file; --quick: fewer shapes, into build/quick.md; --dry: one call of everything, into
 build/dry.md, to see that all works. Section accuracy needs trained models (accuracy.py). Peers that cannot be had are named and left out. Standard
@@ -25,6 +25,7 @@ import time
 
 import accuracy
 from limits import LIMITS, moved
+from pytorch_step import MALLOC
 from report import Report
 from turns import DISTURBED, PACE, Program, Unavailable, by_threads, finish, in_threads, left_out, rate, ratio, spread, start, take_turns, tell_disturbed
 
@@ -40,8 +41,6 @@ TESTED = {"scalar": "test_simd, test_gemm, test_machines.sh (also big-endian, qe
           "AVX512-BF16": "test_bf16", "AMX-BF16": "test_bf16", "AMX-INT8": "test_lowp"}
 EMULATED = {"NEON": "qemu-aarch64", "NEON dot product": "qemu-aarch64", "AMX-BF16": "its instructions one by one in C (tests/amx.h)",
             "AMX-INT8": "its instructions one by one in C (tests/amx.h)"}
-# glibc gives freed blocks back to the system and faults them in again at each step unless told otherwise; about 5 % for PyTorch
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
 SHAPES = ["1x8", "1x32", "1x128", "8x32", "32x128"]
 QUICK_SHAPES = ["1x8", "8x32", "32x128"]
 
@@ -234,7 +233,7 @@ def infer_table(report, a, own, peers, comparisons):
         names = [p.name for p in programs]
         table, count = {}, {}
         for s in shapes:
-            table[s] = take_turns(f"{s}, {in_threads(threads)}", programs, 3 if tokens_of(s) >= 4096 else 5, 0.1, (s, threads))
+            table[s] = take_turns(f"{s}, {in_threads(threads)}", programs, 5, 0.1, (s, threads))
             count[s] = {p.name: p.count for p in programs}
         if threads == a.threads[0]:
             report.memory.update({(f"inference, {label_of(report)}, up to {shapes[-1]}", p.name): p.peak() for p in programs})

@@ -8,6 +8,7 @@ import time
 SLOWER = 1.25       # a peer that takes so many times as long as the best one gets shorter rounds
 DISTURBED = 1.15    # the median of the rounds over the fastest one: above it half of them were disturbed
 FEWEST = 3          # rounds
+LONG = 0.7          # seconds of the longest calls of a round: then three rounds will do
 
 
 class Unavailable(Exception):
@@ -149,9 +150,9 @@ class Pace:
         """How many times as long as planned the rows have taken so far."""
         return (time.monotonic() - self.begin) / (self.seconds * (self.done + 1) / self.rows)
 
-    def enough(self, rounds):
-        """Whether so many rounds of this row will do."""
-        return self.dry or (rounds >= FEWEST and self.late() > 1)
+    def enough(self, rounds, seconds):
+        """Whether so many rounds of this row will do, each of which takes so long."""
+        return self.dry or (rounds >= FEWEST and (self.late() > 1 or seconds > LONG))
 
 
 PACE = Pace()
@@ -161,7 +162,7 @@ def ask(programs, rounds, budget, words):
     """{name: [seconds of each round]}, the programs in turn in each round."""
     times = {p.name: [] for p in programs}
     for done in range(rounds):
-        if done and PACE.enough(done):
+        if done and PACE.enough(done, sum(max(t) for t in times.values())):
             break
         best = min((times[p.name][0] for p in programs), default=0) if done else 0
         for p, word in zip(programs, words):

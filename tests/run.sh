@@ -1,15 +1,18 @@
 #!/bin/sh
-# Runs the given test programs and scripts and adds up their last lines, "N passed, N failed, N skipped". Exit status 1 if any failed.
+# Runs the given test programs and scripts and adds up their last lines, "N passed, N failed, N skipped". Exit status 1 if any failed. Says
+# which took longest.
 passed=0 failed=0 skipped=0
-log=$(mktemp) || exit 1
-trap 'rm -f "$log"' EXIT
+log=$(mktemp) && times=$(mktemp) || exit 1
+trap 'rm -f "$log" "$times"' EXIT
 for t in "$@"; do
   echo "$t"
+  began=$(date +%s)
   case $t in
     *.sh) sh "./$t" > "$log" 2>&1 ;;
     *) "./$t" > "$log" 2>&1 ;;
   esac
   status=$?
+  echo "$(($(date +%s) - began)) s $t" >> "$times"
   grep -v '^[0-9]* passed, [0-9]* failed' "$log"
   line=$(grep '^[0-9]* passed, [0-9]* failed, [0-9]* skipped$' "$log" | tail -n 1)
   if [ -z "$line" ]; then
@@ -24,5 +27,6 @@ for t in "$@"; do
     failed=$((failed + 1))
   fi
 done
+[ $# -lt 3 ] || echo "longest: $(sort -rn "$times" | head -n 8 | paste -s -d, | sed 's/,/, /g')"
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]
