@@ -9651,6 +9651,7 @@ static void moe__forward_blocks(moe_context *c, moe__pass *pass, int32_t layer) 
     if (!moe__block_batch(c, pass, &sub, &batch, block)) continue;
     moe__block_gather(c, pass, &sub, block);
     moe__profile_end(pass->env, MOE_PROFILE_GATES);
+    moe__forward_projections(c, &sub, block);
     moe__forward_attention(c, &sub, block);
     moe__forward_dense(c, &sub, block);
     moe__block_combine(c, pass, &sub, block);
