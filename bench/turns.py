@@ -147,8 +147,9 @@ class Pace:
         self.rows = rows
 
     def late(self):
-        """How many times as long as planned the rows have taken so far."""
-        return (time.monotonic() - self.begin) / (self.seconds * (self.done + 1) / self.rows)
+        """How many times as long as planned the rows have taken so far, what the programs need to start apart."""
+        starting = Program.clock["starting"]
+        return (time.monotonic() - self.begin - starting) / (max(self.seconds - starting, 1) * (self.done + 1) / self.rows)
 
     def enough(self, rounds, seconds):
         """Whether so many rounds of this row will do, each of which takes so long."""
