@@ -324,15 +324,19 @@ MOE_API const char *moe_blis_kernels(void);
 #endif
 
 #ifndef MOE_NO_THREADS
-/* The built-in pool: threads - 1 helpers that sleep between calls. */
+/* The built-in pool: the calling thread and helpers, which sleep between calls. */
 typedef struct moe_pool moe_pool;
-/* Starts the helpers (threads 1 .. 256) and connects *env with them. MOE_E_MEMORY, MOE_E_UNSUPPORTED (no threads to be
-   had). */
+/* Starts the helpers and connects *env with them. `threads` (1 .. 256) is the most that may run; there are no more than
+   processors that this process may use, since more would only wait for each other, and env->threads says how many there
+   are. MOE_E_MEMORY, MOE_E_UNSUPPORTED (no threads to be had). */
 MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env);
+/* The same with exactly so many threads, whatever the processors: to test that nothing depends on their number. */
+MOE_API moe_status moe_pool_create_exact(moe_pool **out, int32_t threads, moe_env *env);
 /* Ends the helpers. No call may be running; an env that was connected must not be used for parallel calls any more. NULL is
    fine. */
 MOE_API void moe_pool_free(moe_pool *pool);
-/* Number of processors that this process may use, at least 1. */
+/* Number of processors that the calling thread may use, as its affinity says (Linux, Windows; elsewhere those of the machine):
+   1 .. 256, and 1 where the system does not tell. */
 MOE_API int32_t moe_processors(void);
 #endif
 
@@ -1527,14 +1531,16 @@ MOE__UNUSED static uint64_t moe__permute(uint64_t key, uint64_t i, uint64_t n) {
 
 #if defined(__GNUC__) || defined(__clang__)
 #define MOE__FETCH_ADD(p, v) __atomic_fetch_add(p, v, __ATOMIC_RELAXED)
-#define MOE__LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
-#define MOE__STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
-#define MOE__SUB_FETCH(p, v) __atomic_sub_fetch(p, v, __ATOMIC_ACQ_REL)
+#define MOE__LOAD(p) __atomic_load_n(p, __ATOMIC_SEQ_CST)
+#define MOE__STORE(p, v) __atomic_store_n(p, v, __ATOMIC_SEQ_CST)
+#define MOE__ADD(p, v) ((void)__atomic_fetch_add(p, v, __ATOMIC_SEQ_CST))
+#define MOE__SWAP_IF(p, from, to) __atomic_compare_exchange_n(p, &(from), to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
 #elif defined(_MSC_VER)
 #define MOE__FETCH_ADD(p, v) _InterlockedExchangeAdd((volatile long *)(p), v)
 #define MOE__LOAD(p) _InterlockedOr((volatile long *)(p), 0)
-#define MOE__STORE(p, v) ((void)_InterlockedExchange((volatile long *)(p), v))
-#define MOE__SUB_FETCH(p, v) (_InterlockedExchangeAdd((volatile long *)(p), -(v)) - (v))
+#define MOE__STORE(p, v) ((void)_InterlockedExchange((volatile long *)(p), (long)(v)))
+#define MOE__ADD(p, v) ((void)_InterlockedExchangeAdd((volatile long *)(p), (long)(v)))
+#define MOE__SWAP_IF(p, from, to) (_InterlockedCompareExchange((volatile long *)(p), (long)(to), (long)(from)) == (long)(from))
 #else
 #error "moe.h needs atomic operations of the compiler: gcc, clang or MSVC"
 #endif
@@ -1550,10 +1556,11 @@ typedef struct moe__tiles {
 /* One worker: takes tiles until none is left. Its number is a slot of its own, for scratch. */
 static void moe__tiles_worker(void *arg, int32_t slot) {
   moe__tiles *tiles = (moe__tiles *)arg;
-  for (;;) {
-    int32_t tile = (int32_t)MOE__FETCH_ADD(&tiles->next, 1);
-    if (tile >= tiles->count) return;
-    tiles->fn(tiles->arg, tile, slot);
+  const moe__tiles mine = *tiles; /* the others write to `next`, and so take the line away */
+  int32_t tile = slot;            /* the first is known */
+  while (tile < mine.count) {
+    mine.fn(mine.arg, tile, slot);
+    tile = (int32_t)MOE__FETCH_ADD(&tiles->next, 1);
   }
 }
 
@@ -1569,7 +1576,7 @@ static void moe__parallel(const moe_env *env, int32_t count, moe__tile_fn fn, vo
   tiles.fn = fn;
   tiles.arg = arg;
   tiles.count = count;
-  tiles.next = 0;
+  tiles.next = workers;
   env->parallel_for(env->parallel_user, workers, moe__tiles_worker, &tiles);
 }
 
@@ -1601,58 +1608,74 @@ typedef pthread_t moe__thread;
 #define MOE__PAUSE() ((void)0)
 #endif
 
-/* A job is announced by a new ticket. Helpers spin for a while (a layer asks for many short jobs), then sleep. The
-   caller works too, and when no piece is left it closes the job: only helpers that have joined by then are waited for,
-   so that one the system has put aside (more threads than processors, a busy machine) costs nothing. */
+/* A job is announced by a new ticket at the gate. Helpers look at the gate for a while (a layer asks for many short jobs), then
+   sleep. The caller works too, and when no piece is left it shuts the gate: only helpers that have come in by then are waited
+   for, so that one the system has put aside (more threads than processors, a busy machine) costs nothing. Who waits does so
+   at full speed for some microseconds only, then lets whatever else wants this processor run first. */
+enum {
+  MOE__GATE_INSIDE = 1,       /* the lowest bits of the gate: helpers that have come in and not left */
+  MOE__GATE_OPEN = 1 << 9,    /* 1: helpers may come in */
+  MOE__GATE_TICKET = 1 << 10, /* from here on the number of the job. It wraps, at worst a helper misses a job then */
+  MOE__POOL_SPINS = 300,      /* looks at full speed */
+  MOE__POOL_YIELDS = 2000     /* looks of a helper between which others may run: a millisecond or so, then it sleeps */
+};
+
 struct moe_pool {
-  moe__mutex mutex;
-  moe__cond wake;
-  int32_t helpers, sleeping, spin;
-  int32_t ticket; /* number of the present job; atomic */
-  int32_t open;   /* 1: helpers may still join; under the mutex */
-  int32_t active; /* helpers that have joined and not finished; atomic */
-  int32_t next, count;
-  int32_t quit;
+  uint32_t gate; /* atomic; with what a helper reads when it has come in, on one line of the cache */
+  int32_t count;
   void (*body)(void *arg, int32_t index);
   void *arg;
+  char line1[64];
+  int32_t next; /* piece to be taken; atomic */
+  char line2[64];
+  int32_t sleeping; /* atomic; changed under the mutex */
+  int32_t quit;     /* atomic; set under the mutex */
+  int32_t helpers;
+  moe__mutex mutex;
+  moe__cond wake;
   moe__thread thread[256];
 };
 
-/* Wraps after 2^32 jobs, which is a matter of days: a helper compares for equality only. */
-static int32_t moe__pool_next(const moe_pool *pool) { return (int32_t)((uint32_t)pool->ticket + 1u); }
-
 static void moe__pool_work(moe_pool *pool) {
+  int32_t count = pool->count;
   for (;;) {
     int32_t i = (int32_t)MOE__FETCH_ADD(&pool->next, 1);
-    if (i >= pool->count) return;
+    if (i >= count) return;
     pool->body(pool->arg, i);
   }
 }
 
-/* Waits for a ticket other than `seen` and joins its job. 0: the pool ends. */
-static int moe__pool_join(moe_pool *pool, int32_t *seen, int *joined) {
+static void moe__pool_pause(int32_t waited) {
+  if (waited < MOE__POOL_SPINS) MOE__PAUSE();
+  else MOE__YIELD();
+}
+
+/* Waits for a job other than number `seen`. 0: the pool ends. */
+static int moe__pool_wait(moe_pool *pool, uint32_t seen) {
   int32_t i;
   int quit;
-  for (i = 0; i < pool->spin && (int32_t)MOE__LOAD(&pool->ticket) == *seen; ++i) MOE__PAUSE();
+  for (i = 0; i < MOE__POOL_SPINS + MOE__POOL_YIELDS; ++i) {
+    if ((uint32_t)MOE__LOAD(&pool->gate) / MOE__GATE_TICKET != seen) return !MOE__LOAD(&pool->quit);
+    moe__pool_pause(i);
+  }
   MOE__LOCK(&pool->mutex);
-  ++pool->sleeping;
-  while ((int32_t)MOE__LOAD(&pool->ticket) == *seen) MOE__WAIT(&pool->wake, &pool->mutex);
-  --pool->sleeping;
-  *seen = (int32_t)MOE__LOAD(&pool->ticket);
-  *joined = pool->open;
-  if (pool->open) MOE__FETCH_ADD(&pool->active, 1);
-  quit = pool->quit;
+  MOE__ADD(&pool->sleeping, 1); /* before the look at the gate, as the caller opens it before the look at who sleeps */
+  while (!MOE__LOAD(&pool->quit) && (uint32_t)MOE__LOAD(&pool->gate) / MOE__GATE_TICKET == seen) MOE__WAIT(&pool->wake, &pool->mutex);
+  MOE__ADD(&pool->sleeping, -1);
+  quit = (int)MOE__LOAD(&pool->quit);
   MOE__UNLOCK(&pool->mutex);
   return !quit;
 }
 
 static void moe__pool_loop(moe_pool *pool) {
-  int32_t seen = 0;
-  int joined = 0;
-  while (moe__pool_join(pool, &seen, &joined)) {
-    if (!joined) continue;
+  uint32_t seen = 0;
+  while (moe__pool_wait(pool, seen)) {
+    uint32_t gate = (uint32_t)MOE__LOAD(&pool->gate);
+    while ((gate & MOE__GATE_OPEN) && !MOE__SWAP_IF(&pool->gate, gate, gate + MOE__GATE_INSIDE)) gate = (uint32_t)MOE__LOAD(&pool->gate);
+    seen = gate / MOE__GATE_TICKET;
+    if (!(gate & MOE__GATE_OPEN)) continue;
     moe__pool_work(pool);
-    MOE__SUB_FETCH(&pool->active, 1);
+    MOE__ADD(&pool->gate, (uint32_t)0 - MOE__GATE_INSIDE);
   }
 }
 
@@ -1670,45 +1693,85 @@ static void *moe__pool_main(void *arg) {
 
 static void moe__pool_run(void *user, int32_t count, void (*body)(void *arg, int32_t index), void *arg) {
   moe_pool *pool = (moe_pool *)user;
-  int32_t spins = 0;
-  MOE__LOCK(&pool->mutex); /* nobody is active: the fields of the job are ours */
-  pool->body = body;
+  uint32_t ticket = (uint32_t)MOE__LOAD(&pool->gate) / MOE__GATE_TICKET + 1;
+  int32_t waited = 0;
+  pool->body = body; /* the gate is shut and nobody inside: the fields of the job are ours */
   pool->arg = arg;
   pool->count = count;
   pool->next = 0;
-  pool->open = 1;
-  MOE__STORE(&pool->ticket, moe__pool_next(pool));
-  if (pool->sleeping) MOE__WAKE_ALL(&pool->wake);
-  MOE__UNLOCK(&pool->mutex);
-  moe__pool_work(pool);
-  MOE__LOCK(&pool->mutex);
-  pool->open = 0;
-  MOE__UNLOCK(&pool->mutex);
-  while ((int32_t)MOE__LOAD(&pool->active) > 0) {
-    if (++spins < pool->spin) MOE__PAUSE();
-    else MOE__YIELD();
+  MOE__STORE(&pool->gate, ticket * MOE__GATE_TICKET + MOE__GATE_OPEN);
+  if (MOE__LOAD(&pool->sleeping)) {
+    MOE__LOCK(&pool->mutex);
+    MOE__WAKE_ALL(&pool->wake);
+    MOE__UNLOCK(&pool->mutex);
   }
+  moe__pool_work(pool);
+  MOE__ADD(&pool->gate, (uint32_t)0 - MOE__GATE_OPEN);
+  for (; (uint32_t)MOE__LOAD(&pool->gate) % MOE__GATE_OPEN; ++waited) moe__pool_pause(waited < MOE__POOL_SPINS ? waited : MOE__POOL_SPINS);
+}
+
+#if defined(__linux__) && defined(__GNUC__) && defined(__LP64__) && (defined(__x86_64__) || defined(__aarch64__))
+/* sched_getaffinity of the calling thread. The C library's is declared for those only who define _GNU_SOURCE. Returns the
+   number of bytes that the kernel has written, or less than 0. */
+static long moe__affinity(uint64_t *mask, size_t bytes) {
+#ifdef __x86_64__
+  long result;
+  __asm__ volatile("syscall" : "=a"(result) : "0"(204L), "D"(0L), "S"(bytes), "d"(mask) : "rcx", "r11", "memory");
+  return result;
+#else
+  register long number __asm__("x8") = 122;
+  register long result __asm__("x0") = 0;
+  register size_t size __asm__("x1") = bytes;
+  register uint64_t *to __asm__("x2") = mask;
+  __asm__ volatile("svc 0" : "+r"(result) : "r"(number), "r"(size), "r"(to) : "memory");
+  return result;
+#endif
+}
+#define MOE__AFFINITY 1
+#endif
+
+/* Number of processors that this process may use, or 0 where that is not known. */
+static int32_t moe__processors(void) {
+#if defined(_WIN32)
+  DWORD_PTR mine = 0, all = 0;
+  SYSTEM_INFO info;
+  int32_t n = 0;
+  if (GetProcessAffinityMask(GetCurrentProcess(), &mine, &all))
+    for (; mine; mine &= mine - 1) ++n;
+  if (n) return n;
+  GetSystemInfo(&info); /* a process in several groups of processors */
+  return (int32_t)info.dwNumberOfProcessors;
+#else
+#ifdef MOE__AFFINITY
+  uint64_t mask[128]; /* for 8192 processors */
+  int32_t n = 0;
+  size_t i;
+  memset(mask, 0, sizeof mask);
+  if (moe__affinity(mask, sizeof mask) > 0) {
+    for (i = 0; i < sizeof mask / sizeof *mask; ++i)
+      for (; mask[i]; mask[i] &= mask[i] - 1) ++n;
+    return n;
+  }
+#endif
+#ifdef _SC_NPROCESSORS_ONLN
+  return (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
+#else
+  return 0;
+#endif
+#endif
 }
 
 MOE_API int32_t moe_processors(void) {
-#ifdef _WIN32
-  SYSTEM_INFO info;
-  GetSystemInfo(&info);
-  return info.dwNumberOfProcessors < 1 ? 1 : (int32_t)info.dwNumberOfProcessors;
-#elif defined(_SC_NPROCESSORS_ONLN)
-  long n = sysconf(_SC_NPROCESSORS_ONLN);
-  return n < 1 ? 1 : n > 256 ? 256 : (int32_t)n;
-#else
-  return 1;
-#endif
+  int32_t n = moe__processors();
+  return n < 1 ? 1 : n > 256 ? 256 : n;
 }
 
 MOE_API void moe_pool_free(moe_pool *pool) {
   int32_t i;
   if (!pool) return;
   MOE__LOCK(&pool->mutex);
-  pool->quit = 1;
-  MOE__STORE(&pool->ticket, moe__pool_next(pool));
+  MOE__STORE(&pool->quit, 1);
+  MOE__ADD(&pool->gate, MOE__GATE_TICKET);
   MOE__WAKE_ALL(&pool->wake);
   MOE__UNLOCK(&pool->mutex);
   for (i = 0; i < pool->helpers; ++i) {
@@ -1728,14 +1791,13 @@ MOE_API void moe_pool_free(moe_pool *pool) {
   moe__release(pool);
 }
 
-MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env) {
+MOE_API moe_status moe_pool_create_exact(moe_pool **out, int32_t threads, moe_env *env) {
   moe_pool *pool;
   int32_t started;
   if (threads < 1 || threads > 256) return moe__fail(env, MOE_E_ARGUMENT, "a pool has 1 to 256 threads, not %d", (int)threads);
   pool = (moe_pool *)moe__alloc(sizeof *pool);
   if (!pool) return moe__fail(env, MOE_E_MEMORY, "no memory for a pool of threads");
   memset(pool, 0, sizeof *pool);
-  pool->spin = threads > moe_processors() ? 1 : 20000; /* more threads than processors: spinning would steal from the one that works */
 #ifdef _WIN32
   InitializeCriticalSection(&pool->mutex);
   InitializeConditionVariable(&pool->wake);
@@ -1760,6 +1822,12 @@ MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env
   env->parallel_user = pool;
   *out = pool;
   return MOE_OK;
+}
+
+MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env) {
+  int32_t processors = moe__processors();
+  if (threads >= 1 && threads <= 256 && processors >= 1) threads = moe__min(threads, processors);
+  return moe_pool_create_exact(out, threads, env);
 }
 #endif /* MOE_NO_THREADS */
 

@@ -147,7 +147,7 @@ static void test_attention_has_the_same_bits_everywhere(void) {
         moe_pool *pool;
         if (thread_counts[t] == 3 && M * H > 10000) continue;
         moe_env_init(&env, isas[i]);
-        CHECK(moe_pool_create(&pool, thread_counts[t], &env) == MOE_OK, "no pool");
+        CHECK(moe_pool_create_exact(&pool, thread_counts[t], &env) == MOE_OK, "no pool");
         run_shape(s, &env);
         moe_pool_free(pool);
         if (first) {

@@ -203,7 +203,7 @@ static void test_backend_threads_change_no_bit(void) {
   moe_env one = with_library(MOE_ISA_AUTO), three = with_library(MOE_ISA_AUTO);
   moe_pool *pool = NULL;
   int q;
-  CHECK(moe_pool_create(&pool, 3, &three) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_pool_create_exact(&pool, 3, &three) == MOE_OK, "%s", models_sentence);
   for (q = 0; q < SIZES; ++q) {
     layer a = layer_make(sizes[q][0], sizes[q][1], sizes[q][2], &one), b = layer_make(sizes[q][0], sizes[q][1], sizes[q][2], &one);
     layer_run(&a, &one);

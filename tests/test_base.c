@@ -1,4 +1,7 @@
 /* Statuses, sentences, random numbers, the pool of threads. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* sched_setaffinity */
+#endif
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
@@ -50,7 +53,7 @@ static void test_parallel_runs_every_tile_once(void) {
     moe_env env;
     moe_pool *pool;
     moe_env_init(&env, MOE_ISA_AUTO);
-    CHECK(moe_pool_create(&pool, threads, &env) == MOE_OK, "threads %d", (int)threads);
+    CHECK(moe_pool_create_exact(&pool, threads, &env) == MOE_OK, "threads %d", (int)threads);
     memset(cells, 0, sizeof cells);
     for (round = 0; round < 50; ++round) moe__parallel(&env, 100 * (round % 50 + 1), add_tile, cells);
     for (i = 0; i < 5000; ++i) CHECK(cells[i] == (i + 1) * (50 - i / 100), "cell %d is %d", (int)i, (int)cells[i]);
@@ -58,6 +61,68 @@ static void test_parallel_runs_every_tile_once(void) {
     if (threads == 8) break;
   }
 }
+
+/* A pool runs no more threads than there are processors, and says how many; none where their number is out of range. */
+static void test_parallel_pool_has_no_more_threads_than_processors(void) {
+  static int32_t cells[100];
+  static const int32_t asked[] = {1, 2, 3, 64, 256}, wrong[] = {-1, 0, 257};
+  int32_t processors = moe_processors(), i, j;
+  CHECK(processors >= 1 && processors <= 256, "%d processors", (int)processors);
+  for (i = 0; i < 5; ++i) {
+    moe_env env;
+    moe_pool *pool = NULL;
+    moe_env_init(&env, MOE_ISA_AUTO);
+    CHECK(moe_pool_create(&pool, asked[i], &env) == MOE_OK, "threads %d", (int)asked[i]);
+    CHECK(env.threads == (asked[i] < processors ? asked[i] : processors), "%d threads of %d", (int)env.threads, (int)asked[i]);
+    memset(cells, 0, sizeof cells);
+    moe__parallel(&env, 100, add_tile, cells);
+    for (j = 0; j < 100; ++j) CHECK(cells[j] == j + 1, "cell %d is %d", (int)j, (int)cells[j]);
+    moe_pool_free(pool);
+  }
+  for (i = 0; i < 3; ++i) {
+    moe_env env;
+    moe_pool *pool = NULL;
+    moe_env_init(&env, MOE_ISA_AUTO);
+    CHECK(moe_pool_create(&pool, wrong[i], &env) == MOE_E_ARGUMENT && !pool && env.threads == 1, "%d threads", (int)wrong[i]);
+  }
+}
+
+#if defined(__linux__)
+/* On one processor: as many as it may use, and threads that are there already get each other's work done in little time. */
+static void test_parallel_pool_knows_its_affinity(void) {
+  static int32_t cells[100];
+  cpu_set_t all, one;
+  moe_env env;
+  moe_pool *pool, *small;
+  size_t cpu = 0;
+  int32_t round, i;
+  double began, alone, shared;
+  CHECK(!sched_getaffinity(0, sizeof all, &all), "affinity");
+  CHECK(moe_processors() == CPU_COUNT(&all), "%d processors, not %d", (int)moe_processors(), CPU_COUNT(&all));
+  while (!CPU_ISSET(cpu, &all)) ++cpu;
+  CPU_ZERO(&one);
+  CPU_SET(cpu, &one);
+  CHECK(!sched_setaffinity(0, sizeof one, &one), "affinity");
+  CHECK(moe_processors() == 1, "%d processors", (int)moe_processors());
+  moe_env_init(&env, MOE_ISA_AUTO);
+  CHECK(moe_pool_create(&small, 4, &env) == MOE_OK && env.threads == 1, "%d threads", (int)env.threads);
+  moe_pool_free(small);
+  CHECK(moe_pool_create_exact(&pool, 4, &env) == MOE_OK && env.threads == 4, "%d threads", (int)env.threads); /* they inherit it */
+  memset(cells, 0, sizeof cells);
+  began = moe__seconds(NULL);
+  for (round = 0; round < 20000; ++round)
+    for (i = 0; i < 100; ++i) add_tile(cells, i, 0);
+  alone = moe__seconds(NULL) - began;
+  memset(cells, 0, sizeof cells);
+  began = moe__seconds(NULL);
+  for (round = 0; round < 20000; ++round) moe__parallel(&env, 100, add_tile, cells);
+  shared = moe__seconds(NULL) - began;
+  for (i = 0; i < 100; ++i) CHECK(cells[i] == 20000 * (i + 1), "cell %d is %d", (int)i, (int)cells[i]);
+  CHECK(shared < alone + 5, "%g s, %g s alone", shared, alone); /* at full speed a helper would wait for a millisecond, 20000 times */
+  moe_pool_free(pool);
+  CHECK(!sched_setaffinity(0, sizeof all, &all), "affinity");
+}
+#endif
 
 /* Asked for kernels that this machine cannot run: a status, and an environment that can. */
 static void test_base_forced_isa_that_is_missing_is_refused(void) {
@@ -85,6 +150,10 @@ int main(int argc, char **argv) {
   RUN(test_random_permutation_hits_every_row_once);
   RUN(test_random_normal_has_mean_0_and_deviation_1);
   RUN(test_parallel_runs_every_tile_once);
+  RUN(test_parallel_pool_has_no_more_threads_than_processors);
+#if defined(__linux__)
+  RUN(test_parallel_pool_knows_its_affinity);
+#endif
   RUN(test_base_forced_isa_that_is_missing_is_refused);
   return test_end();
 }

@@ -384,7 +384,7 @@ static void test_bf16_bits_do_not_depend_on_threads(void) {
     for (i = 0; i < 3; ++i) {
       moe_env e = env;
       moe_pool *pool = NULL;
-      CHECK(!moe_pool_create(&pool, threads[i], &e), "pool");
+      CHECK(!moe_pool_create_exact(&pool, threads[i], &e), "pool");
       moe_pack_bf16(panels, weights, n, k, &e);
       mat = moe_mat_panels_bf16(panels, n, k);
       moe_linear_forward(y, x, &mat, NULL, m, &e);
@@ -653,7 +653,7 @@ static void test_bf16_training_does_not_depend_on_threads(void) {
     for (i = 0; i < 2; ++i) {
       moe_env e = env;
       moe_pool *pool = NULL;
-      CHECK(!moe_pool_create(&pool, threads[i], &e), "pool");
+      CHECK(!moe_pool_create_exact(&pool, threads[i], &e), "pool");
       CHECK(train(losses, steps, MOE_ROUTER_TASK, &e) == want, "%s, %d threads: other bits", set_name[which - 1], threads[i]);
       moe_pool_free(pool);
     }

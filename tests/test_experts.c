@@ -428,7 +428,7 @@ static void test_experts_have_the_same_bits_everywhere(void) {
           fixture_free(&f);
           break;
         }
-        CHECK(moe_pool_create(&pool, threads, &f.env) == MOE_OK, "pool");
+        CHECK(moe_pool_create_exact(&pool, threads, &f.env) == MOE_OK, "pool");
         forward(&f);
         backward(&f);
         moe_pool_free(pool);

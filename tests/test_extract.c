@@ -225,7 +225,7 @@ static void test_extract_has_the_same_bits_everywhere(void) {
     if (!moe_isa_available((moe_isa)isa)) continue;
     moe_env_init(&other, (moe_isa)isa);
     other.log = models_log;
-    CHECK(!moe_pool_create(&pool, 3, &other), "%s", models_sentence);
+    CHECK(!moe_pool_create_exact(&pool, 3, &other), "%s", models_sentence);
     CHECK(!moe_model_extract(&again, whole, keep, 2, some, &other), "%s", models_sentence);
     CHECK(run(&seen[1], again, &other) && !memcmp(&seen[0], &seen[1], sizeof seen[0]), "%s: other bits", moe_isa_name((moe_isa)isa));
     moe_model_free(again);

@@ -189,7 +189,7 @@ static void test_gemm_lists_give_the_same_bits_for_any_number_of_threads(void) {
     moe__gemm list[COUNT];
     size_t row = 0;
     moe_env_init(&env, MOE_ISA_AUTO);
-    CHECK(!moe_pool_create(&pool, threads[t], &env), "%d threads", (int)threads[t]);
+    CHECK(!moe_pool_create_exact(&pool, threads[t], &env), "%d threads", (int)threads[t]);
     memset(list, 0, sizeof list);
     memset(c, 0, 600 * N * sizeof *c);
     for (i = 0; i < COUNT; ++i) {

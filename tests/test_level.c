@@ -320,7 +320,7 @@ static uint64_t run_hash(moe_isa isa, int32_t threads, int halves, moe_selection
   moe_pool *pool = NULL;
   uint64_t hash;
   int step;
-  if (threads > 1 && moe_pool_create(&pool, threads, &env)) return 0;
+  if (threads > 1 && moe_pool_create_exact(&pool, threads, &env)) return 0;
   t.dropout = 0.1f;
   trainer = level_trainer(model, &t, &env);
   if (!trainer) return 1;

@@ -223,7 +223,7 @@ static void test_linear_gives_the_same_bits_for_any_number_of_threads(void) {
     moe_env env;
     moe_pool *pool;
     moe_env_init(&env, MOE_ISA_AUTO);
-    CHECK(!moe_pool_create(&pool, threads[t], &env), "%d threads", (int)threads[t]);
+    CHECK(!moe_pool_create_exact(&pool, threads[t], &env), "%d threads", (int)threads[t]);
     memset(out, 0, count * sizeof *out);
     moe_linear_gelu_forward(y, pre, x, &mat, b, M, &env);
     moe_linear_backward(dx, dw, db, y, x, &mat, M, &env);

@@ -306,7 +306,7 @@ static void test_lowp_gelu_and_threads_change_no_bit(void) {
   for (which = 0; (which = kernels_env(which, &env)) != 0;) {
     moe_pool *pool = NULL;
     pooled = env;
-    CHECK(moe_pool_create(&pool, 3, &pooled) == MOE_OK, "no pool");
+    CHECK(moe_pool_create_exact(&pool, 3, &pooled) == MOE_OK, "no pool");
     moe_pack_int8(panels, weights, n, k, &env);
     mat = moe_mat_panels_int8(panels, scales, n, k);
     moe_linear_forward(wanted, x, &mat, bias, m, &env);
@@ -332,7 +332,7 @@ static int32_t run_model(int to, const moe_model *model, const int32_t *forced, 
   int32_t M = batch.b.seq_start[batch.b.S], ok;
   limits.tokens = M;
   limits.sequences = batch.b.S;
-  if (threads > 1 && moe_pool_create(&pool, threads, &env)) return 0;
+  if (threads > 1 && moe_pool_create_exact(&pool, threads, &env)) return 0;
   ok = !moe_context_create(&context, model, &limits, &env);
   if (ok) {
     moe_context_force(context, forced);

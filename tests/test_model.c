@@ -421,7 +421,7 @@ static void check_bits(moe_config c, int32_t S, int32_t longest) {
       for (i = 0; i < sizeof threads / sizeof *threads; ++i) {
         moe_env e = models_env((moe_isa)isa);
         moe_pool *pool = NULL;
-        CHECK(moe_pool_create(&pool, threads[i], &e) == MOE_OK, "%s", models_sentence);
+        CHECK(moe_pool_create_exact(&pool, threads[i], &e) == MOE_OK, "%s", models_sentence);
         CHECK(!forward(model, &batch.b, scores[1], hidden[1], &e), "%s", models_sentence);
         moe_pool_free(pool);
         CHECK(!memcmp(scores[0], scores[1], (size_t)(3 * S) * sizeof(float)), "%s, %d threads, packed %d: scores", moe_isa_name((moe_isa)isa), threads[i], packed);

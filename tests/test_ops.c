@@ -19,7 +19,7 @@ static void each_env(void (*body)(const moe_env *env, int first)) {
       moe_env env;
       moe_pool *pool = NULL;
       moe_env_init(&env, isas[i]);
-      CHECK(moe_pool_create(&pool, thread_counts[t], &env) == MOE_OK, "no pool");
+      CHECK(moe_pool_create_exact(&pool, thread_counts[t], &env) == MOE_OK, "no pool");
       body(&env, first);
       moe_pool_free(pool);
       CHECK_STATE();

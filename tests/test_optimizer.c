@@ -51,7 +51,7 @@ static void test_optimizer_norm_is_the_norm(void) {
       for (threads = 1; threads <= 8; threads = threads == 3 ? 8 : threads + 1) {
         moe_pool *pool;
         double norm;
-        CHECK(moe_pool_create(&pool, threads, &env) == MOE_OK, "pool");
+        CHECK(moe_pool_create_exact(&pool, threads, &env) == MOE_OK, "pool");
         norm = moe_gradient_norm(g, sizes[j], &env);
         moe_pool_free(pool);
         CHECK_NEAR(norm, sqrt(sum), 1e-6 * sqrt(sum));
@@ -152,7 +152,7 @@ static void test_optimizer_adam_has_the_same_bits_everywhere(void) {
     if (moe_env_init(&env, isas[k])) continue;
     for (threads = 1; threads <= 8; threads = threads == 3 ? 8 : threads + 1) {
       moe_pool *pool;
-      CHECK(moe_pool_create(&pool, threads, &env) == MOE_OK, "pool");
+      CHECK(moe_pool_create_exact(&pool, threads, &env) == MOE_OK, "pool");
       memcpy(b, start, 4 * N * sizeof *b);
       moe_adam_step(b, b + N, b + 2 * N, b + 3 * N, N, 3, 1e-2f, 0.01f, 0.3f, 0.9f, 0.999f, 1e-8f, &env);
       moe_pool_free(pool);

@@ -93,7 +93,7 @@ static void test_profile_changes_no_bit(void) {
     pair p;
     moe_profile_init(&profile, NULL, NULL);
     if (i > 0) env.profile = &profile;
-    if (i == 2) CHECK(moe_pool_create(&pool, 3, &env) == MOE_OK, "%s", models_sentence);
+    if (i == 2) CHECK(moe_pool_create_exact(&pool, 3, &env) == MOE_OK, "%s", models_sentence);
     p = make(MOE_UNIT_FFN, &env);
     CHECK(p.trainer, "%s", models_sentence);
     for (step = 0; step < 2; ++step) {

@@ -314,7 +314,7 @@ static void check_bits(int router) {
       moe_env e = models_env((moe_isa)isa);
       moe_pool *pool = NULL;
       uint64_t got;
-      CHECK(moe_pool_create(&pool, threads[i], &e) == MOE_OK, "%s", models_sentence);
+      CHECK(moe_pool_create_exact(&pool, threads[i], &e) == MOE_OK, "%s", models_sentence);
       got = train(&c, &config, 1, 1, &e);
       moe_pool_free(pool);
       CHECK(got == want, "%s, %d threads: other bits", moe_isa_name((moe_isa)isa), threads[i]);
@@ -598,7 +598,7 @@ static void test_trainer_allocates_nothing_after_creation(void) {
   float scores[3 * MODELS_S];
   int step, before, blocks = blocks_in_use;
   config.dropout = 0.1f;
-  CHECK(moe_pool_create(&pool, 2, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_pool_create_exact(&pool, 2, &env) == MOE_OK, "%s", models_sentence);
   p = make(&c, &config, &env);
   CHECK(p.trainer && moe_model_pack(p.model, NULL, &env) == MOE_OK, "%s", models_sentence);
   CHECK(moe_context_create(&context, p.model, &limits, &env) == MOE_OK, "%s", models_sentence);
