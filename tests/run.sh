@@ -1,32 +1,46 @@
 #!/bin/sh
 # Runs the given test programs and scripts and adds up their last lines, "N passed, N failed, N skipped". Exit status 1 if any failed. Says
-# which took longest.
-passed=0 failed=0 skipped=0
-log=$(mktemp) && times=$(mktemp) || exit 1
-trap 'rm -f "$log" "$times"' EXIT
-for t in "$@"; do
-  echo "$t"
-  began=$(date +%s)
+# which took longest. JOBS=2: two scripts at a time; the programs, which share files in build/, run one after the other before them.
+dir=$(mktemp -d) || exit 1
+trap 'rm -rf "$dir"' EXIT
+: > "$dir/totals"
+
+# one TEST: runs it, tells what it said, and adds "passed failed skipped seconds test" to the totals
+one() {
+  t=$1 log=$dir/$(basename "$1").log began=$(date +%s) p=0 f=1 s=0 why=
   case $t in
     *.sh) sh "./$t" > "$log" 2>&1 ;;
     *) "./$t" > "$log" 2>&1 ;;
   esac
   status=$?
-  echo "$(($(date +%s) - began)) s $t" >> "$times"
-  grep -v '^[0-9]* passed, [0-9]* failed' "$log"
   line=$(grep '^[0-9]* passed, [0-9]* failed, [0-9]* skipped$' "$log" | tail -n 1)
-  if [ -z "$line" ]; then
-    echo "  FAIL  $t ended with status $status before its summary"
-    failed=$((failed + 1))
-    continue
+  if [ -z "$line" ]; then why="ended with status $status before its summary"
+  else
+    p=${line%% *} rest=${line#*, }
+    f=${rest%% *} rest=${rest#*, }
+    s=${rest%% *}
+    if [ "$status" -ne 0 ] && [ "$f" -eq 0 ]; then f=1 why="ended with status $status"; fi
   fi
-  set_p=${line%% *}; rest=${line#*, }; set_f=${rest%% *}; rest=${rest#*, }; set_s=${rest%% *}
-  passed=$((passed + set_p)); failed=$((failed + set_f)); skipped=$((skipped + set_s))
-  if [ "$status" -ne 0 ] && [ "$set_f" -eq 0 ]; then
-    echo "  FAIL  $t ended with status $status"
-    failed=$((failed + 1))
-  fi
+  until mkdir "$dir/telling" 2> /dev/null; do sleep 0.1; done
+  echo "$t"
+  grep -v '^[0-9]* passed, [0-9]* failed' "$log"
+  [ -z "$why" ] || echo "  FAIL  $t $why"
+  echo "$p $f $s $(($(date +%s) - began)) $t" >> "$dir/totals"
+  rmdir "$dir/telling"
+}
+
+# lane TESTS...: those that no other lane has taken
+lane() {
+  for each in "$@"; do
+    case $each in *.sh) mkdir "$dir/taken_$(basename "$each")" 2> /dev/null && one "$each" ;; esac
+  done
+}
+
+for each in "$@"; do
+  case $each in *.sh) ;; *) one "$each" ;; esac
 done
-[ $# -lt 3 ] || echo "longest: $(sort -rn "$times" | head -n 8 | paste -s -d, | sed 's/,/, /g')"
-echo "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" -eq 0 ]
+for job in $(seq 2 "${JOBS:-1}"); do lane "$@" & done
+lane "$@"
+wait
+[ $# -lt 3 ] || echo "longest: $(sort -k 4 -rn "$dir/totals" | head -n 8 | awk '{ printf "%s%s %s s", sep, $5, $4; sep = ", " }')"
+awk '{ p += $1; f += $2; s += $3 } END { print p + 0 " passed, " f + 0 " failed, " s + 0 " skipped"; exit f > 0 }' "$dir/totals"
