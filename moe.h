@@ -58,7 +58,7 @@
      MOE_USE_BLIS          float products through BLIS (link -lblis; no header needed) where its kernels are the better ones
 
    MEMORY   model, context, trainer and predictor have _size and _init in a block of the caller, and _create and _free on the
-            heap; a tokenizer has the first two. Forward, backward and update allocate nothing.
+            heap; a tokenizer has the first two. Forward, backward and update allocate nothing; backward takes 200 KB of the stack.
    THREADS  objects are not locked; a context belongs to one thread at a time; a model that is not being trained can be shared.
             Inside a call the work is spread by env.parallel_for: the caller's, or the built-in pool (moe_pool_create).
    ERRORS   what can fail returns moe_status; results come through pointers and stay untouched on failure; a sentence that says
@@ -1124,6 +1124,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #if defined(__GNUC__) || defined(__clang__)
 #define MOE__TARGET(x) __attribute__((target(x)))
 #define MOE__INLINE static inline __attribute__((always_inline))
+#define MOE__NOINLINE __attribute__((noinline)) /* what takes much of the stack */
 #define MOE__UNUSED __attribute__((unused)) /* what MOE_NO_TRAIN leaves without a caller */
 #define MOE__PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #define MOE__PREFETCH_NEAR(p) __builtin_prefetch(p, 0, 3) /* into the first-level cache */
@@ -1135,6 +1136,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #elif defined(_MSC_VER)
 #define MOE__TARGET(x)
 #define MOE__INLINE static __forceinline
+#define MOE__NOINLINE __declspec(noinline)
 #define MOE__UNUSED
 #define MOE__PREFETCH(p) ((void)(p))
 #define MOE__PREFETCH_NEAR(p) ((void)(p))
@@ -1142,6 +1144,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #else
 #define MOE__TARGET(x)
 #define MOE__INLINE static inline
+#define MOE__NOINLINE
 #define MOE__UNUSED
 #define MOE__PREFETCH(p) ((void)(p))
 #define MOE__PREFETCH_NEAR(p) ((void)(p))
@@ -1689,6 +1692,18 @@ static void *moe__pool_main(void *arg) {
   moe__pool_loop((moe_pool *)arg);
   return NULL;
 }
+
+/* Some C libraries give a thread 128 KB of stack, and gradients of weights want more (>>gemm). */
+static int moe__pool_start(moe__thread *thread, moe_pool *pool) {
+  pthread_attr_t attr;
+  size_t size;
+  int failed;
+  if (pthread_attr_init(&attr)) return 1;
+  if (!pthread_attr_getstacksize(&attr, &size) && size < (size_t)1 << 20) (void)pthread_attr_setstacksize(&attr, (size_t)1 << 20);
+  failed = pthread_create(thread, &attr, moe__pool_main, pool);
+  (void)pthread_attr_destroy(&attr);
+  return failed;
+}
 #endif
 
 static void moe__pool_run(void *user, int32_t count, void (*body)(void *arg, int32_t index), void *arg) {
@@ -1811,7 +1826,7 @@ MOE_API moe_status moe_pool_create_exact(moe_pool **out, int32_t threads, moe_en
     *thread = CreateThread(NULL, 0, moe__pool_main, pool, 0, NULL);
     if (*thread) continue;
 #else
-    if (!pthread_create(thread, NULL, moe__pool_main, pool)) continue;
+    if (!moe__pool_start(thread, pool)) continue;
 #endif
     started = pool->helpers + 1; /* with the caller's own */
     moe_pool_free(pool);
@@ -2642,21 +2657,26 @@ enum {
   MOE__GEMM_SMALL = 1 << 18 /* fewer multiply-adds than this are not worth waking a thread for */
 };
 
-/* of a weight gradient: rows of A that are copied at a time, most tokens of a block */
-enum { MOE__GRADIENT_ROWS = 64, MOE__GRADIENT_STEPS = 64 };
+/* of a weight gradient: most rows of a tile, most tokens of a block, and floats from one token to the next in the copy of A, an odd
+   number of cache lines, so that they spread over the sets of the cache. The copy takes 136 KB of the stack; without vectors, where
+   it brings nothing and stacks may be small, 20 KB. */
+#if defined(MOE__X86) || defined(MOE__NEON)
+enum { MOE__GRADIENT_ROWS = 256 };
+#else
+enum { MOE__GRADIENT_ROWS = 24 };
+#endif
+enum { MOE__GRADIENT_STEPS = 128, MOE__GRADIENT_LD = MOE__GRADIENT_ROWS + 16 };
 
 static const float moe__gemm_zeros[16 * MOE__GEMM_PANELS] = {0};
 
 /* Cache lines that a kernel asks for while it computes: the one at `line` at each step, which then moves on by line_step (a panel that the next
-   calls need), and at the beginning of each of `parts` equal parts of the call a row of the next block of C and a line of two rows of a slab. A
-   burst between two calls would fill the buffers that the loads of the kernel need. A step of 0 asks for the same line again, which costs
-   next to nothing; so does a single part. */
+   calls need), and at the beginning of each of `parts` equal parts of the call a row of the next block of C. A burst between two calls
+   would fill the buffers that the loads of the kernel need. A step of 0 asks for the same line again, which costs next to nothing; so does a
+   single part. */
 typedef struct moe__gemm_soon {
-  const float *line, *c, *slab;
-  size_t line_step, c_row, slab_row, parts;
+  const float *line, *c;
+  size_t line_step, c_row, parts;
 } moe__gemm_soon;
-
-enum { MOE__GEMM_PARTS = 8, MOE__GEMM_SLAB = 2 * MOE__GEMM_PARTS }; /* of weight gradients: parts, rows of the slab */
 
 /* c(i, j) = start(i, j) + sum over p of a(i, p) b(p, j), for a fixed number of rows and of panels. Vector v of B at step p lies at
    b + v b_panel + p b_step. A start_row of 0 gives every row the same start. `soon` is what later calls will need. */
@@ -2870,17 +2890,14 @@ static const moe__gemm_kernels moe__scalar_gemms = {
                                    size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k,                    \
                                    const moe__gemm_soon *soon) {                                                             \
     const float *a4 = R > 4 ? a + 4 * a_row : a, *b3 = P > 3 ? b + 3 * b_panel : b;                                          \
-    const float *line = soon->line, *next = soon->c, *slab = soon->slab;                                                     \
+    const float *line = soon->line, *next = soon->c;                                                                        \
     size_t a_row3 = 3 * a_row, line_step = soon->line_step, part, steps;                                                     \
     MOE__EACH_ROW##R(MOE__ROW_START, S, P)                                                                                   \
     for (part = soon->parts; part > 0; --part) {                                                                             \
       MOE__PREFETCH_NEAR(next);                                                                                              \
       if (P > 1) MOE__PREFETCH_NEAR(next + 16);                                                                              \
       if (P > 2) MOE__PREFETCH_NEAR(next + 32);                                                                              \
-      MOE__PREFETCH(slab);                                                                                                   \
-      MOE__PREFETCH(slab + soon->slab_row);                                                                                  \
       next += soon->c_row;                                                                                                   \
-      slab += 2 * soon->slab_row;                                                                                            \
       steps = k / part;                                                                                                      \
       k -= steps;                                                                                                            \
       for (; steps > 0; --steps) {                                                                                           \
@@ -3168,11 +3185,11 @@ static moe__gemm_cut moe__gemm_plan(const moe__gemm *g, int32_t threads) {
   cut.gradient = g->a_row == 1 && g->a_col != 1 && g->m >= 8 && g->n >= 48 && g->accumulate && g->b_layout == MOE__B_ROWS;
   cut.pack_b = g->b_layout == MOE__B_COLS || (g->b_layout == MOE__B_ROWS && !aligned && g->m >= 64 && !cut.gradient);
   cut.n = 96;
-  if (cut.gradient) { /* C and the rows of B of two blocks of k stay in the second-level cache */
-    cut.m = g->n <= 384 ? 384 : 256;
-    cut.n = 768;
+  if (cut.gradient) { /* a block of A and one of C for a stripe stay in the second-level cache */
+    cut.m = MOE__GRADIENT_ROWS;
+    cut.n = 1536;
     share = (int32_t)((int64_t)g->m * ((g->n + cut.n - 1) / cut.n) / moe__max(threads, 2)); /* a tile for each thread, two at least */
-    if (cut.m > share) cut.m = moe__max((share + 7) / 8 * 8, 32);
+    if (cut.m > share) cut.m = moe__min(cut.m, moe__max((share + 7) / 8 * 8, 32));
     cut.k = MOE__GRADIENT_STEPS;
   } else if (g->b_layout != MOE__B_PANELS) {
     cut.m = 192;
@@ -3227,8 +3244,8 @@ static moe__gemm_b moe__gemm_view_b(const moe__gemm *g, const moe__gemm_kernels 
 
 static moe__gemm_soon moe__gemm_no_hurry(const float *at) {
   moe__gemm_soon soon;
-  soon.line = soon.c = soon.slab = at;
-  soon.line_step = soon.c_row = soon.slab_row = 0;
+  soon.line = soon.c = at;
+  soon.line_step = soon.c_row = 0;
   soon.parts = 1;
   return soon;
 }
@@ -3332,93 +3349,102 @@ static const float *moe__gemm_panels_at(const moe__gemm *g, int32_t j, size_t p0
 
 /* ---- gradients of weights ---- >>gemm_gradient */
 
-/* dW += dY^T X: rows i0 .. i1-1 and columns j0 .. j1-1 of C, in blocks of k (tokens). Of such a block 64 rows of A are copied;
-   then every few of them run along all columns, so that C passes in the order of memory and B is read in place, from the second-level cache:
-   a copy of it would cost more than it saves. Every call asks for the block of C of the next call, and for a part of what the next block
-   of k needs: first the lines of B, then those of A, 16 tokens of a line at a time. */
+/* dW += dY^T X: rows i0 .. i1-1 and columns j0 .. j1-1 of C, in blocks of k (tokens). Both operands lie token by token, so that a kernel
+   would step from page to page, through few sets of the cache. So the rows of A of a block are copied, and for each stripe of columns the
+   panels of B, which stay in the first-level cache while A comes from the second, a line for every step. Every call asks for the block of C
+   of the next call, and for a column of lines of what is copied next: of B, then of A. */
 typedef struct moe__gradient {
   const moe__gemm *g;
   const moe__gemm_kernels *kernels;
   size_t i0, i1, j0, j1; /* the tile */
-  size_t p0, depth;      /* the block of k */
-  size_t next, calls;    /* tokens of the block after it, and how many calls have asked for them */
-  const float *a;        /* copied rows */
-  float *buffer;         /* for the panels of the right edge */
+  size_t depth;          /* of the block of k */
+  const float *b;        /* the block of k from column 0 on */
+  const float *next_a;   /* the block that follows, in this tile or in the next one, from row i0 and from column j0 on; NULL: there is none */
+  const float *next_b;
+  size_t lines_a;        /* columns of lines of next_a that were asked for */
+  float *panels;         /* copied B */
+  float a[MOE__GRADIENT_LD * MOE__GRADIENT_STEPS + 16];
 } moe__gradient;
 
-/* What the call for rows i .. and columns j .. of C asks for; (next_i, next_j) is the block that follows. */
-static moe__gemm_soon moe__gradient_soon(moe__gradient *t, size_t next_i, size_t next_j) {
+/* What the call asks for that computes rows i .. of C, the call-th of a stripe of `width` panels from column j on; `rows` are those of the
+   next call. */
+static moe__gemm_soon moe__gradient_soon(moe__gradient *t, size_t i, size_t j, size_t rows, size_t call, size_t width) {
   const moe__gemm *g = t->g;
-  moe__gemm_soon soon = moe__gemm_no_hurry(t->a);
-  size_t pieces = t->next / MOE__GEMM_SLAB, lines_b = (t->j1 - t->j0 + 15) / 16, lines_a = (t->i1 - t->i0 + 15) / 16, line, token;
-  soon.parts = MOE__GEMM_PARTS;
-  if (next_i + MOE__GEMM_PARTS <= t->i1) {
-    soon.c = g->c + next_i * g->c_row + next_j;
-    soon.c_row = g->c_row;
-  }
-  if (pieces == 0) return soon;
-  line = t->calls / pieces;
-  token = t->p0 + t->depth + t->calls % pieces * MOE__GEMM_SLAB;
-  ++t->calls;
-  if (line < lines_b) {
-    soon.slab = g->b + token * g->b_row + t->j0 + 16 * line;
-    soon.slab_row = g->b_row;
-  } else if (line < lines_b + lines_a) {
-    soon.slab = g->a + token * g->a_col + t->i0 + 16 * (line - lines_b);
-    soon.slab_row = g->a_col;
+  moe__gemm_soon soon = moe__gemm_no_hurry(t->panels);
+  size_t next = j + 16 * width;
+  if (i < t->i1) soon.c = g->c + i * g->c_row + j;
+  else if (next < t->j1) soon.c = g->c + t->i0 * g->c_row + next;
+  soon.parts = rows;
+  soon.c_row = soon.c == t->panels ? 0 : g->c_row;
+  if (call < width && next + 16 * call < t->j1) {
+    soon.line = t->b + next + 16 * call;
+    soon.line_step = g->b_row;
+  } else if (call < width && next >= t->j1 && t->next_b && t->j0 + 16 * call < t->j1) {
+    soon.line = t->next_b + 16 * call;
+    soon.line_step = g->b_row;
+  } else if (t->next_a && 16 * t->lines_a < t->i1 - t->i0) {
+    soon.line = t->next_a + 16 * t->lines_a++;
+    soon.line_step = g->a_col;
   }
   return soon;
 }
 
-/* `rows` rows of C from i on, which were copied to t->a: all panels that are full, then the last one, whose columns of B are copied once. */
-static void moe__gradient_rows(moe__gradient *t, size_t i, size_t rows) {
+/* All rows of the tile for `width` panels of columns from j on. */
+static void moe__gradient_stripe(moe__gradient *t, const float *a, size_t j, int width) {
   const moe__gemm *g = t->g;
   const moe__gemm_kernels *kernels = t->kernels;
-  size_t most = (size_t)kernels->rows[kernels->panels], full = t->j0 + (t->j1 - t->j0) / 16 * 16, r, j, take;
-  for (r = 0; r < rows; r += take) {
-    take = rows - r < most ? rows - r : most;
-    for (j = t->j0; j < full;) {
-      int width = moe__gemm_width(kernels, (int32_t)most, (int32_t)((full - j) / 16), MOE__GEMM_PACKED);
-      size_t next_j = j + 16 * (size_t)width;
-      moe__gemm_soon soon = next_j < full ? moe__gradient_soon(t, i + r, next_j) : moe__gradient_soon(t, i + r + take, t->j0);
-      float *c = g->c + (i + r) * g->c_row + j;
-      kernels->fn[width][take](c, g->c_row, c, g->c_row, t->a + r, 1, MOE__GRADIENT_ROWS, g->b + t->p0 * g->b_row + j, 16, g->b_row,
-                               t->depth, &soon);
-      j = next_j;
-    }
-  }
-  if (full < t->j1) {
-    moe__gemm_b b = moe__gemm_view_b(g, kernels, full, 1, t->p0, t->depth, 1, t->buffer);
-    moe__gemm_soon soon = moe__gemm_no_hurry(b.at);
-    most = (size_t)kernels->rows[1];
-    for (r = 0; r < rows; r += take) {
-      float *c = g->c + (i + r) * g->c_row + full;
-      take = rows - r < most ? rows - r : most;
-      moe__gemm_edge(kernels->fn[1][take], c, g->c_row, c, g->c_row, take, t->j1 - full, 1, t->a + r, 1, MOE__GRADIENT_ROWS, &b, t->depth,
-                     &soon);
-    }
+  size_t columns = t->j1 - j < 16 * (size_t)width ? t->j1 - j : 16 * (size_t)width;
+  size_t most = (size_t)kernels->rows[width], calls = (t->i1 - t->i0 + most - 1) / most, call, i = t->i0, rows;
+  moe__gemm_b b;
+  b.at = t->panels;
+  b.panel = 16 * t->depth;
+  b.step = 16;
+  kernels->pack_rows(t->panels, t->b + j, g->b_row, columns, t->depth);
+  for (call = 0; call < calls; ++call, i += rows) {
+    float *c = g->c + i * g->c_row + j;
+    moe__gemm_fn fn;
+    moe__gemm_soon soon;
+    rows = (t->i1 - i + calls - call - 1) / (calls - call); /* as even as can be */
+    fn = kernels->fn[width][rows];
+    soon = moe__gradient_soon(t, i + rows, j, rows, call, (size_t)width);
+    if (columns == 16 * (size_t)width)
+      fn(c, g->c_row, c, g->c_row, a + i - t->i0, 1, MOE__GRADIENT_LD, b.at, b.panel, b.step, t->depth, &soon);
+    else moe__gemm_edge(fn, c, g->c_row, c, g->c_row, rows, columns, width, a + i - t->i0, 1, MOE__GRADIENT_LD, &b, t->depth, &soon);
   }
 }
 
-static void moe__gemm_gradient(const moe__gemm *g, const moe__gemm_cut *cut, const moe__gemm_kernels *kernels, size_t i0, size_t i1,
-                               size_t j0, size_t j1, float *buffer) {
-  size_t k = (size_t)g->k, blocks = (k + (size_t)cut->k - 1) / (size_t)cut->k, block, i;
-  float *a = buffer + 16 * MOE__GRADIENT_STEPS; /* behind a panel of B */
+/* `next` is the tile that this thread is likely to take next, if there is one. */
+MOE__NOINLINE static void moe__gemm_gradient(const moe__gemm *g, const moe__gemm_cut *cut, const moe__gemm_kernels *kernels, int32_t tile,
+                                             int32_t next, float *panels) {
+  size_t k = (size_t)g->k, blocks = (k + (size_t)cut->k - 1) / (size_t)cut->k, block, p0 = 0, j, depth;
   moe__gradient t;
+  float *a = t.a + (64 - (uintptr_t)t.a % 64) / sizeof(float);
   t.g = g;
   t.kernels = kernels;
-  t.i0 = i0, t.i1 = i1, t.j0 = j0, t.j1 = j1;
-  t.a = a;
-  t.buffer = buffer;
-  for (block = 0, t.p0 = 0; block < blocks; ++block, t.p0 += t.depth) {
-    t.depth = (k - t.p0 + blocks - block - 1) / (blocks - block);
-    t.next = block + 1 < blocks ? (k - t.p0 - t.depth + blocks - block - 2) / (blocks - block - 1) : 0;
-    t.calls = 0;
-    for (i = i0; i < i1; i += MOE__GRADIENT_ROWS) {
-      size_t rows = i1 - i < (size_t)MOE__GRADIENT_ROWS ? i1 - i : (size_t)MOE__GRADIENT_ROWS;
-      kernels->copy_rows(a, MOE__GRADIENT_ROWS, g->a + i + t.p0 * g->a_col, g->a_col, rows, t.depth);
-      if (g->a_sum && j0 == 0) kernels->add_rows(g->a_sum + i, a, MOE__GRADIENT_ROWS, rows, t.depth);
-      moe__gradient_rows(&t, i, rows);
+  t.i0 = (size_t)(tile / cut->across * cut->m);
+  t.i1 = (size_t)moe__min((int32_t)t.i0 + cut->m, g->m);
+  t.j0 = (size_t)(tile % cut->across * cut->n);
+  t.j1 = (size_t)moe__min((int32_t)t.j0 + cut->n, g->n);
+  t.panels = panels;
+  for (block = 0; block < blocks; ++block, p0 += depth) {
+    const float *from = g->a + p0 * g->a_col + t.i0;
+    t.depth = depth = (k - p0 + blocks - block - 1) / (blocks - block);
+    t.b = g->b + p0 * g->b_row;
+    t.lines_a = 0;
+    t.next_a = t.next_b = NULL;
+    if (block + 1 < blocks) {
+      t.next_a = from + depth * g->a_col;
+      t.next_b = t.b + depth * g->b_row + t.j0;
+    } else if (next < cut->across * cut->down) {
+      t.next_a = g->a + next / cut->across * cut->m;
+      t.next_b = g->b + next % cut->across * cut->n;
+    }
+    kernels->copy_rows(a, MOE__GRADIENT_LD, from, g->a_col, t.i1 - t.i0, depth);
+    if (g->a_sum && t.j0 == 0) kernels->add_rows(g->a_sum + t.i0, a, MOE__GRADIENT_LD, t.i1 - t.i0, depth);
+    for (j = t.j0; j < t.j1;) {
+      int width = moe__gemm_width(kernels, MOE__GEMM_ROWS, (int32_t)((t.j1 - j + 15) / 16), MOE__GEMM_PACKED);
+      moe__gradient_stripe(&t, a, j, width);
+      j += 16 * (size_t)width;
     }
   }
 }
@@ -3440,7 +3466,7 @@ static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const m
     return;
   }
   if (cut->gradient) {
-    moe__gemm_gradient(g, cut, kernels, i0, i1, (size_t)j0, (size_t)j1, buffer);
+    moe__gemm_gradient(g, cut, kernels, tile, tile + stride, buffer);
     return;
   }
   a.row = g->a_row;

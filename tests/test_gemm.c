@@ -125,7 +125,8 @@ static void test_gemm_blocks_and_tiles_equal_the_definition(void) {
 
 /* Several tiles each way, several blocks of k, an edge of less than a panel, rows on cache lines and not. */
 static void test_gemm_weight_gradients_equal_the_definition(void) {
-  static const int32_t shapes[][3] = {{200, 784, 133}, {140, 829, 65}, {8, 48, 200}, {77, 61, 16}, {21, 96, 0}, {801, 64, 70}};
+  static const int32_t shapes[][3] = {{200, 784, 133}, {140, 829, 65}, {8, 48, 200}, {77, 61, 16}, {21, 96, 0},
+                                      {801, 64, 70}, {27, 1633, 129}, {523, 49, 257}};
   uint64_t seed = 17;
   size_t i;
   for (i = 0; i < sizeof shapes / sizeof shapes[0]; ++i) {
