@@ -3770,7 +3770,7 @@ static uint32_t moe__amx_allowed(void) {
   long refused = -1;
   if (!moe_isa_available(MOE_ISA_AVX512) || (moe__xgetbv() & 0x60000) != 0x60000) return 0;
   moe__cpuid(7, 0, r);
-  if (r[3] >> 22 & 1) units |= MOE_FEATURE_AMX_BF16;
+  if ((r[3] >> 22 & 1) && (moe__features() & MOE_FEATURE_AVX512_BF16)) units |= MOE_FEATURE_AMX_BF16; /* whose kernels round by the latter */
   if (r[3] >> 25 & 1) units |= MOE_FEATURE_AMX_INT8;
   if (!units || !(r[3] >> 24 & 1)) return 0; /* AMX-TILE */
   moe__cpuid(0x1d, 1, r);                    /* tiles as these kernels want them: 8 of 16 rows of 64 bytes */
@@ -4716,7 +4716,7 @@ typedef struct moe__bf16_kernels {
   int rows[MOE__BF16_WIDE + 1];           /* most rows for so many panels, 0: no such kernel */
   int few, many, usual;                   /* panels to take: `many` where there are at most `few` rows */
   int pairs;                              /* A as pairs, else as floats */
-  int turned;                             /* the pairs of a row of A side by side, even where A is stored column by column */
+  int turned;                             /* the pairs of a row of A side by side, even where A is stored column by column; 16 at a time */
   unsigned (*begin)(void);                /* before kernels run, after, and at the end of a tile of work; NULL: nothing to do */
   void (*end)(unsigned saved);
   void (*leave)(void);
@@ -4935,7 +4935,40 @@ static const moe__bf16_kernels moe__avx512_bf16 = {
 
 #ifdef MOE__AVX512_BF16
 /* The same with vdpbf16ps. An instruction by hand, for the reason given at
-   moe__vnni_add, and no compiler needs to know it by name. */
+   moe__vnni_add, and no compiler needs to know it by name. So with the one that
+   rounds: 16 floats each to the low and the high half, a fifth of the instructions
+   of moe__avx512_bf16_round. */
+MOE__T_AVX512 MOE__INLINE __m512i moe__bf16_halves(__m512 low, __m512 high) {
+  __m512i r;
+  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(r) : "v"(low), "v"(high));
+  return r;
+}
+
+MOE__T_AVX512 static void moe__dp_bf16_along(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length) {
+  for (; lines > 0; --lines, to += to_ld, from += ld) {
+    size_t x = 0, left;
+    for (; x + 32 <= length; x += 32)
+      _mm512_storeu_si512(to + x / 2, moe__bf16_halves(_mm512_loadu_ps(from + x), _mm512_loadu_ps(from + x + 16)));
+    left = length - x;
+    if (left > 16)
+      _mm512_storeu_si512(to + x / 2, moe__bf16_halves(_mm512_loadu_ps(from + x), moe__avx512_loadn(from + x + 16, left - 16)));
+    else if (left > 0) _mm512_storeu_si512(to + x / 2, moe__bf16_halves(moe__avx512_loadn(from + x, left), _mm512_setzero_ps()));
+  }
+}
+
+MOE__T_AVX512 static void moe__dp_bf16_across(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length) {
+  __m512i pairs = _mm512_or_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(16 << 16));
+  size_t l, x;
+  pairs = _mm512_add_epi32(pairs, _mm512_slli_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(15)), 16)); /* word j: j, 16 + j */
+  for (l = 0; l < lines; l += 2, to += to_ld, from += 2 * ld)
+    for (x = 0; x < length; x += 16) {
+      __mmask16 mask = length - x < 16 ? moe__avx512_first(length - x) : (__mmask16)0xffff;
+      __m512 low = _mm512_maskz_loadu_ps(mask, from + x), high = _mm512_setzero_ps();
+      if (l + 1 < lines) high = _mm512_maskz_loadu_ps(mask, from + ld + x);
+      _mm512_storeu_si512(to + x, _mm512_permutexvar_epi16(pairs, moe__bf16_halves(low, high)));
+    }
+}
+
 MOE__T_AVX512 MOE__INLINE __m512 moe__bf16_dot(__m512 c, __m512i x, __m512i w) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(x), "v"(w));
   return c;
@@ -4965,7 +4998,7 @@ static const moe__bf16_kernels moe__dp_bf16 = {
   {{NULL}, {NULL, MOE__NAMES8(moe__dp_bf16, 1)}, {NULL, MOE__NAMES8(moe__dp_bf16, 2)}, {NULL, MOE__NAMES8(moe__dp_bf16, 3)},
    {NULL}, {NULL}, {NULL, MOE__NAMES4(moe__dp_bf16, 6)}},
   {0, 8, 8, 8, 0, 0, 4}, 4, 6, 3, 1, 0, NULL, NULL, NULL,
-  moe__avx512_bf16_floats, moe__avx512_bf16_along, moe__avx512_bf16_across, moe__avx512_bf16_turn};
+  moe__avx512_bf16_floats, moe__dp_bf16_along, moe__dp_bf16_across, moe__avx512_bf16_turn};
 #undef MOE__BF16_PAIR
 #undef MOE__BF16_DOT
 #undef MOE__BF16_ROW_DOT
@@ -5031,7 +5064,7 @@ static void moe__amx_bf16_2(const moe__bf16_block *b, size_t rows) {
 static const moe__bf16_kernels moe__amx_bf16 = {
   {{NULL}, MOE__AMX_LIST(moe__amx_bf16_1), MOE__AMX_LIST(moe__amx_bf16_2), {NULL}, MOE__AMX_LIST(moe__amx_bf16_16x4), {NULL}, {NULL}},
   {0, 32, 32, 0, 16, 0, 0}, 16, 4, 2, 1, 1, NULL, NULL, moe__amx_leave,
-  moe__avx512_bf16_floats, moe__avx512_bf16_along, moe__avx512_bf16_across, moe__avx512_bf16_turn};
+  moe__avx512_bf16_floats, moe__dp_bf16_along, moe__dp_bf16_across, moe__avx512_bf16_turn};
 #undef MOE__AMX_BF16_KERNEL
 #undef MOE__AMX_BF16_STORE2
 #undef MOE__AMX_BF16_STORE
@@ -5136,35 +5169,33 @@ static void moe__bf16_copy_a(moe__bf16_block *b, uint32_t *to, const moe__gemm *
   }
 }
 
-/* Panels of columns j .. j+columns-1 for the same block of k: in place, or packed into `to`. */
+/* Panels of columns j .. j+columns-1 for the same block of k: in place, or packed into `to`; and how many steps they have. */
 static void moe__bf16_find_b(moe__bf16_block *b, uint32_t *to, const moe__gemm *g, const moe__bf16_kernels *kernels, size_t j, size_t p0,
                              size_t depth) {
-  size_t v;
+  size_t steps = (depth + 1) / 2, v;
+  b->steps = steps;
   if (g->b_layout == MOE__B_PAIRS) {
     b->b_panel = ((size_t)g->k + 1) / 2 * 16;
     b->b = (const uint32_t *)(const void *)g->b + j / 16 * b->b_panel + p0 * 8;
     return;
   }
   b->b = to;
-  b->b_panel = (depth + 1) / 2 * 16;
+  if (kernels->turned) b->steps = (b->steps + 15) / 16 * 16; /* whole tiles, filled up with zeros: A is as well */
+  b->b_panel = b->steps * 16;
   for (v = 0; v < b->columns; v += 16, to += b->b_panel) {
     size_t width = b->columns - v < 16 ? b->columns - v : 16;
     if (g->b_layout == MOE__B_COLS) moe__bf16_panel(kernels, to, g->b + (j + v) * g->b_row + p0, g->b_row, width, depth);
     else if (g->b_layout == MOE__B_ROWS) kernels->across(to, 16, g->b + p0 * g->b_row + j + v, g->b_row, depth, width);
     else kernels->across(to, 16, g->b + (j + v) * (size_t)g->k + p0 * 16, 16, depth, 16);
+    memset(to + steps * 16, 0, (b->steps - steps) * 16 * sizeof *to);
   }
 }
 
-/* A block of C, through a buffer where its last panel is not full, so that nothing beyond is read or written. */
-static void moe__bf16_call(const moe__bf16_block *b, const moe__bf16_kernels *kernels, size_t rows, size_t width) {
+/* A block of C whose last panel is not full, through a buffer, so that nothing beyond is read or written. */
+static void moe__bf16_edge(const moe__bf16_block *b, moe__bf16_fn fn, size_t rows, size_t width) {
   float edge[MOE__BF16_EDGE];
-  moe__bf16_fn fn = kernels->fn[width][rows < 8 ? rows : 8];
   moe__bf16_block inner = *b;
   size_t row = 16 * width, i;
-  if (b->columns == row) {
-    fn(b, rows);
-    return;
-  }
   memset(edge, 0, rows * row * sizeof *edge);
   for (i = 0; i < rows; ++i) memcpy(edge + i * row, b->start + i * b->start_row, b->columns * sizeof *edge);
   inner.c = edge;
@@ -5174,19 +5205,23 @@ static void moe__bf16_call(const moe__bf16_block *b, const moe__bf16_kernels *ke
   for (i = 0; i < rows; ++i) memcpy(b->c + i * b->c_row, edge + i * row, b->columns * sizeof *edge);
 }
 
-/* All rows of a tile of work by `width` panels. */
-static void moe__bf16_stripe(const moe__bf16_block *whole, const moe__bf16_kernels *kernels, size_t rows, size_t width) {
-  moe__bf16_block b = *whole;
+/* All rows of a tile of work by `width` panels. Moves c and start of *b: a copy, read by vectors just after it was written by words,
+   would wait for all stores of the last kernel. */
+static void moe__bf16_stripe(moe__bf16_block *b, const moe__bf16_kernels *kernels, size_t rows, size_t width) {
+  const uint32_t *a = b->a;
   size_t most = (size_t)kernels->rows[width], blocks = (rows + most - 1) / most, block;
   unsigned saved = kernels->begin ? kernels->begin() : 0;
   for (block = 0; block < blocks; ++block) { /* of sizes as even as can be */
     size_t take = (rows + blocks - block - 1) / (blocks - block);
-    moe__bf16_call(&b, kernels, take, width);
-    b.c += take * b.c_row;
-    b.start += take * b.start_row;
-    b.a += take * b.a_row;
+    moe__bf16_fn fn = kernels->fn[width][take < 8 ? take : 8];
+    if (b->columns == 16 * width) fn(b, take);
+    else moe__bf16_edge(b, fn, take, width);
+    b->c += take * b->c_row;
+    b->start += take * b->start_row;
+    b->a += take * b->a_row;
     rows -= take;
   }
+  b->a = a;
   if (kernels->end) kernels->end(saved);
 }
 
@@ -5213,7 +5248,6 @@ static void moe__bf16_tile(const moe__gemm *g, const moe__bf16_kernels *kernels,
     depth = k - p0 < most ? k - p0 : most;
     moe__bf16_copy_a(&b, copy, g, kernels, i0, rows, p0, depth);
     b.shape = &shape;
-    b.steps = (depth + 1) / 2;
     b.c_row = g->c_row;
     for (j = j0; j < j1; j += 16 * width) {
       width = moe__bf16_width(kernels, rows, (j1 - j + 15) / 16, packed);
@@ -5227,7 +5261,8 @@ static void moe__bf16_tile(const moe__gemm *g, const moe__bf16_kernels *kernels,
       }
       moe__bf16_find_b(&b, panels, g, kernels, j, p0, depth);
       moe__bf16_stripe(&b, kernels, rows, width);
-      if (g->gelu && p0 + depth == k) elements->gelu(g->gelu + i0 * g->c_row + j, b.c, g->c_row, rows, b.columns);
+      if (g->gelu && p0 + depth == k)
+        elements->gelu(g->gelu + i0 * g->c_row + j, g->c + i0 * g->c_row + j, g->c_row, rows, b.columns);
     }
     p0 += depth;
   } while (p0 < k);
