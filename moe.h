@@ -4683,13 +4683,15 @@ MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows,
 enum {
   MOE__BF16_ROWS = 32,           /* rows of a tile of work where the weights are packed: they stay near, the panels stream by */
   MOE__BF16_DEPTH = 384,         /* and how many words of each are copied at a time */
-  MOE__BF16_TALL = 96,           /* the same where B is packed on the way, for all these rows */
+  MOE__BF16_TALL = 128,          /* the same where B is packed on the way, for all these rows */
   MOE__BF16_SHALLOW = 128,
+  MOE__BF16_CHUNK = 512,         /* then all rows take so many elements of k and columns of B, while these are in the */
+  MOE__BF16_PART = 384,          /* second-level cache */
   MOE__BF16_PAD = 16,            /* words between rows, which keep them out of one another's place in the cache */
-  MOE__BF16_A = MOE__BF16_SHALLOW * (MOE__BF16_TALL + MOE__BF16_PAD), /* words: of the copy of A, 56 KB of the stack */
+  MOE__BF16_A = MOE__BF16_SHALLOW * (MOE__BF16_TALL + MOE__BF16_PAD), /* words: of the copy of A, 72 KB of the stack */
   MOE__BF16_WIDE = 6,            /* most panels that a kernel takes */
-  MOE__BF16_PACKED = 4,          /* most panels that are packed at a time */
-  MOE__BF16_B = MOE__BF16_SHALLOW * 16 * MOE__BF16_PACKED, /* words: of packed B, 32 KB */
+  MOE__BF16_PACKED = 3,          /* most panels that are packed at a time */
+  MOE__BF16_B = MOE__BF16_SHALLOW * 16 * MOE__BF16_PACKED, /* words: of packed B, 24 KB */
   MOE__BF16_EDGE = 1024          /* floats of the largest block of C: 32 x 2 x 16 */
 };
 
@@ -4724,8 +4726,8 @@ typedef struct moe__bf16_kernels {
   void (*floats)(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length);
   /* to[l to_ld + t] = the pair (2t, 2t + 1) of line l; lines are filled up to a multiple of 16 words with zeros */
   void (*along)(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length);
-  /* to[t to_ld + x] = element x of lines 2t and 2t + 1, filled up alike */
-  void (*across)(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length);
+  /* to[t to_ld + x / 16 panel + x % 16] = element x of lines 2t and 2t + 1, filled up alike */
+  void (*across)(uint32_t *to, size_t to_ld, size_t panel, const float *from, size_t ld, size_t lines, size_t length);
   /* to[x to_ld + y] = block[y 16 + x], 16 by 16 */
   void (*turn)(uint32_t *to, size_t to_ld, const uint32_t *block);
 } moe__bf16_kernels;
@@ -4782,11 +4784,11 @@ static void moe__scalar_bf16_along(uint32_t *to, size_t to_ld, const float *from
       to[t] = (2 * t < length ? moe__bf16_round(from[2 * t]) >> 16 : 0u) | (2 * t + 1 < length ? moe__bf16_round(from[2 * t + 1]) : 0u);
 }
 
-static void moe__scalar_bf16_across(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length) {
+static void moe__scalar_bf16_across(uint32_t *to, size_t to_ld, size_t panel, const float *from, size_t ld, size_t lines, size_t length) {
   size_t l, x;
   for (l = 0; l < lines; l += 2, to += to_ld, from += 2 * ld)
     for (x = 0; x < (length + 15) / 16 * 16; ++x)
-      to[x] = x < length ? moe__bf16_round(from[x]) >> 16 | (l + 1 < lines ? moe__bf16_round(from[ld + x]) : 0u) : 0u;
+      to[x / 16 * panel + x % 16] = x < length ? moe__bf16_round(from[x]) >> 16 | (l + 1 < lines ? moe__bf16_round(from[ld + x]) : 0u) : 0u;
 }
 
 static void moe__scalar_bf16_turn(uint32_t *to, size_t to_ld, const uint32_t *block) {
@@ -4839,14 +4841,14 @@ MOE__T_AVX512 static void moe__avx512_bf16_along(uint32_t *to, size_t to_ld, con
   }
 }
 
-MOE__T_AVX512 static void moe__avx512_bf16_across(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length) {
+MOE__T_AVX512 static void moe__avx512_bf16_across(uint32_t *to, size_t to_ld, size_t panel, const float *from, size_t ld, size_t lines, size_t length) {
   size_t l, x;
   for (l = 0; l < lines; l += 2, to += to_ld, from += 2 * ld)
     for (x = 0; x < length; x += 16) {
       size_t left = length - x < 16 ? length - x : 16;
       __m512 high = l + 1 < lines ? moe__avx512_loadn(from + ld + x, left) : _mm512_setzero_ps();
       __m512i low = _mm512_srli_epi32(moe__avx512_bf16_round(moe__avx512_loadn(from + x, left)), 16);
-      _mm512_storeu_si512(to + x, _mm512_or_si512(low, moe__avx512_bf16_round(high)));
+      _mm512_storeu_si512(to + x / 16 * panel, _mm512_or_si512(low, moe__avx512_bf16_round(high)));
     }
 }
 
@@ -4956,7 +4958,7 @@ MOE__T_AVX512 static void moe__dp_bf16_along(uint32_t *to, size_t to_ld, const f
   }
 }
 
-MOE__T_AVX512 static void moe__dp_bf16_across(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines, size_t length) {
+MOE__T_AVX512 static void moe__dp_bf16_across(uint32_t *to, size_t to_ld, size_t panel, const float *from, size_t ld, size_t lines, size_t length) {
   __m512i pairs = _mm512_or_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(16 << 16));
   size_t l, x;
   pairs = _mm512_add_epi32(pairs, _mm512_slli_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(15)), 16)); /* word j: j, 16 + j */
@@ -4965,7 +4967,7 @@ MOE__T_AVX512 static void moe__dp_bf16_across(uint32_t *to, size_t to_ld, const 
       __mmask16 mask = length - x < 16 ? moe__avx512_first(length - x) : (__mmask16)0xffff;
       __m512 low = _mm512_maskz_loadu_ps(mask, from + x), high = _mm512_setzero_ps();
       if (l + 1 < lines) high = _mm512_maskz_loadu_ps(mask, from + ld + x);
-      _mm512_storeu_si512(to + x, _mm512_permutexvar_epi16(pairs, moe__bf16_halves(low, high)));
+      _mm512_storeu_si512(to + x / 16 * panel, _mm512_permutexvar_epi16(pairs, moe__bf16_halves(low, high)));
     }
 }
 
@@ -5133,7 +5135,7 @@ static void moe__bf16_turned(const moe__bf16_kernels *kernels, uint32_t *to, siz
     for (p = 0; p < depth; p += 32) {
       size_t width = rows - i < 16 ? rows - i : 16, left = depth - p < 32 ? depth - p : 32;
       if (left < 32) memset(block, 0, sizeof block);
-      kernels->across(block, 16, from + p * ld + i, ld, left, width);
+      kernels->across(block, 16, 16, from + p * ld + i, ld, left, width);
       if (width == 16) kernels->turn(to + i * to_ld + p / 2, to_ld, block);
       else {
         kernels->turn(out, 16, block);
@@ -5162,7 +5164,7 @@ static void moe__bf16_copy_a(moe__bf16_block *b, uint32_t *to, const moe__gemm *
   }
   b->a_row = 1;
   b->a_col = high;
-  if (kernels->pairs) kernels->across(to, high, from, g->a_col, depth, rows);
+  if (kernels->pairs) kernels->across(to, high, 16, from, g->a_col, depth, rows);
   else {
     kernels->floats(to, high, from, g->a_col, depth, rows);
     if (depth % 2) memset(to + depth * high, 0, rows * sizeof *to);
@@ -5182,11 +5184,11 @@ static void moe__bf16_find_b(moe__bf16_block *b, uint32_t *to, const moe__gemm *
   b->b = to;
   if (kernels->turned) b->steps = (b->steps + 15) / 16 * 16; /* whole tiles, filled up with zeros: A is as well */
   b->b_panel = b->steps * 16;
+  if (g->b_layout == MOE__B_ROWS) kernels->across(to, 16, b->b_panel, g->b + p0 * g->b_row + j, g->b_row, depth, b->columns);
   for (v = 0; v < b->columns; v += 16, to += b->b_panel) {
     size_t width = b->columns - v < 16 ? b->columns - v : 16;
     if (g->b_layout == MOE__B_COLS) moe__bf16_panel(kernels, to, g->b + (j + v) * g->b_row + p0, g->b_row, width, depth);
-    else if (g->b_layout == MOE__B_ROWS) kernels->across(to, 16, g->b + p0 * g->b_row + j + v, g->b_row, depth, width);
-    else kernels->across(to, 16, g->b + (j + v) * (size_t)g->k + p0 * 16, 16, depth, 16);
+    else if (g->b_layout == MOE__B_PANELS) kernels->across(to, 16, 16, g->b + (j + v) * (size_t)g->k + p0 * 16, 16, depth, 16);
     memset(to + steps * 16, 0, (b->steps - steps) * 16 * sizeof *to);
   }
 }
@@ -5267,55 +5269,80 @@ static void moe__bf16_tile(const moe__gemm *g, const moe__bf16_kernels *kernels,
     p0 += depth;
   } while (p0 < k);
   if (shape) kernels->leave();
-  if (g->a_sum && j0 == 0) moe__gemm_sum_a(g, elements, i0, i1); /* in fp32 */
 }
 
 typedef struct moe__bf16_work {
   const moe__gemm *list;
   const moe_env *env;
   const moe__gemm_kernels *elements;
-  int32_t cuts; /* how many parts the columns of a product are cut into: each of them copies A again */
+  int32_t cuts;  /* how many parts the columns of a product are cut into: each of them copies A again */
+  int32_t chunk; /* which part of k it is the turn of */
 } moe__bf16_work;
 
 static int32_t moe__bf16_rows(const moe__gemm *g) { return g->b_layout == MOE__B_PAIRS ? MOE__BF16_ROWS : MOE__BF16_TALL; }
 static int32_t moe__bf16_down(const moe__gemm *g) { return (g->m + moe__bf16_rows(g) - 1) / moe__bf16_rows(g); }
 
+/* Gradients of weights have a long k, their tokens, and many rows, each tile of which packs all of B. */
+static int32_t moe__bf16_chunks(const moe__gemm *g) {
+  return g->b_layout == MOE__B_ROWS && g->k > MOE__BF16_CHUNK && !g->gelu ? (g->k + MOE__BF16_CHUNK - 1) / MOE__BF16_CHUNK : 1;
+}
+
+/* *part: chunk number `chunk` of a product, a multiple of 32 elements of k, so that no bit changes. Returns 0 where it has none. */
+static int moe__bf16_part(moe__gemm *part, const moe__gemm *g, int32_t chunk) {
+  int32_t chunks = moe__bf16_chunks(g), deep = ((g->k + chunks - 1) / chunks + 31) / 32 * 32, p = chunk * deep;
+  *part = *g;
+  if (chunk == 0 && chunks == 1) return 1;
+  if (chunk >= chunks || p >= g->k) return 0;
+  part->k = moe__min(deep, g->k - p);
+  part->a += (size_t)p * g->a_col;
+  part->b += (size_t)p * g->b_row;
+  if (p > 0) part->accumulate = 1, part->bias = NULL;
+  return 1;
+}
+
 static void moe__bf16_work_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__bf16_work *work = (const moe__bf16_work *)arg;
   const moe__gemm *g = work->list;
+  moe__gemm part;
   int32_t wide, tall, i, j, down;
   (void)slot;
   for (; tile >= moe__bf16_down(g) * work->cuts; ++g) tile -= moe__bf16_down(g) * work->cuts;
   down = moe__bf16_down(g);
   wide = ((g->n + work->cuts - 1) / work->cuts + 95) / 96 * 96; /* a multiple of every width of kernels */
   tall = (g->m + down - 1) / down;                              /* rows as even as can be */
-  i = tall * (tile / work->cuts);
-  j = tile % work->cuts * wide;
+  i = tall * (tile % down);
+  j = tile / down * wide;
   tall = moe__min(tall, g->m - i);
-  if (tall > 0 && (j < g->n || (j == 0 && g->a_sum)))
-    moe__bf16_tile(g, moe__bf16_pick(work->env, (size_t)tall), work->elements, (size_t)i, (size_t)(i + tall), (size_t)j,
+  if (tall <= 0) return;
+  if (g->a_sum && j == 0 && work->chunk == 0) moe__gemm_sum_a(g, work->elements, (size_t)i, (size_t)(i + tall)); /* in fp32 */
+  if (j < g->n && moe__bf16_part(&part, g, work->chunk))
+    moe__bf16_tile(&part, moe__bf16_pick(work->env, (size_t)tall), work->elements, (size_t)i, (size_t)(i + tall), (size_t)j,
                    (size_t)moe__min(j + wide, g->n));
 }
 
 /* Independent products with bf16 operands. How they are cut may follow the number of threads, since no bit depends on it. */
 static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__bf16_work work;
-  int32_t tiles = 0, i;
+  int32_t tiles = 0, chunks = 1, i;
   double size = 0;
+  work.cuts = 1;
   for (i = 0; i < count; ++i) {
     tiles += moe__bf16_down(&list[i]);
     size += (double)list[i].m * list[i].n * list[i].k;
+    if (moe__bf16_chunks(&list[i]) == 1) continue;
+    chunks = moe__max(chunks, moe__bf16_chunks(&list[i]));
+    if (moe__bf16_down(&list[i]) > 1) work.cuts = moe__max(work.cuts, (list[i].n + MOE__BF16_PART - 1) / MOE__BF16_PART);
   }
   if (tiles == 0) return;
   work.list = list;
   work.env = env;
   work.elements = MOE__V_PICK(env->isa, gemms);
-  work.cuts = 1;
   if (size >= 2 * (double)MOE__GEMM_SMALL && env->parallel_for && env->threads > 1) {
-    if (tiles < 4 * env->threads) work.cuts = moe__min((4 * env->threads + tiles - 1) / tiles, 8);
-    moe__parallel(env, tiles * work.cuts, moe__bf16_work_tile, &work);
+    if (tiles < 4 * env->threads) work.cuts = moe__max(work.cuts, moe__min((4 * env->threads + tiles - 1) / tiles, 8));
+    for (work.chunk = 0; work.chunk < chunks; ++work.chunk) moe__parallel(env, tiles * work.cuts, moe__bf16_work_tile, &work);
   } else
-    for (i = 0; i < tiles; ++i) moe__bf16_work_tile(&work, i, 0);
+    for (work.chunk = 0; work.chunk < chunks; ++work.chunk)
+      for (i = 0; i < tiles * work.cuts; ++i) moe__bf16_work_tile(&work, i, 0);
 }
 
 MOE_API moe_mat moe_mat_panels_bf16(const void *panels, int32_t rows, int32_t cols) {
@@ -5358,7 +5385,7 @@ static void moe__bf16_pack_back_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__bf16_pack *work = (const moe__bf16_pack *)arg;
   size_t column = (size_t)tile * 16, width = work->cols - column < 16 ? work->cols - column : 16;
   (void)slot;
-  work->kernels->across(work->panels + column * ((work->rows + 1) / 2), 16, work->w + column, work->cols, work->rows, width);
+  work->kernels->across(work->panels + column * ((work->rows + 1) / 2), 16, 16, work->w + column, work->cols, work->rows, width);
 }
 
 static void moe__pack_bf16_back(void *panels, const float *w, int32_t rows, int32_t cols, const moe_env *env) {

@@ -9,7 +9,7 @@
 #include "models.h"
 #include "amx.h"
 
-enum { ROOM = 64 * 1024 };
+enum { ROOM = 96 * 1024 };
 
 static float weights[ROOM], x[ROOM], bias[1024], y[ROOM], pre[ROOM], wanted[ROOM], begun[ROOM], packed_fp32[ROOM], sums[1024], all_sums[1024];
 static unsigned char panels[4 * ROOM];
@@ -278,7 +278,8 @@ static void check_backward(int32_t m, int32_t n, int32_t k) {
 
 static void test_bf16_gradients_equal_the_definition(void) {
   static const int32_t size[][3] = {{1, 1, 1}, {2, 3, 5}, {3, 17, 16}, {16, 16, 16}, {17, 33, 20}, {31, 20, 49}, {33, 48, 50}, {40, 37, 20},
-                                    {97, 18, 35}, {100, 15, 3}, {5, 130, 17}, {200, 5, 34}, {3, 300, 9}, {330, 3, 2}, {20, 100, 70}};
+                                    {97, 18, 35}, {100, 15, 3}, {5, 130, 17}, {200, 5, 34}, {3, 300, 9}, {330, 3, 2}, {20, 100, 70},
+                                    {1100, 20, 17}, {515, 150, 18}, {2, 1000, 20}}; /* the last ones: more than a chunk of k */
   size_t i;
   for (i = 0; i < sizeof size / sizeof *size; ++i) {
     check_backward(size[i][0], size[i][1], size[i][2]);
@@ -395,6 +396,29 @@ static void test_bf16_bits_do_not_depend_on_threads(void) {
       draw(x, (size_t)m * (size_t)k);
       moe_pool_free(pool);
     }
+  }
+}
+
+/* A gradient of so many tokens and weights that it is cut into chunks and parts. */
+static void test_bf16_gradients_do_not_depend_on_threads(void) {
+  static float dy[ROOM], one[ROOM], dw[ROOM];
+  const int32_t m = 600, n = 150, k = 97;
+  moe_mat mat = moe_mat_rows(weights, n, k);
+  moe_env env;
+  int which;
+  draw(dy, (size_t)m * (size_t)n);
+  draw(x, (size_t)m * (size_t)k);
+  for (which = 0; (which = kernels_env(which, &env)) != 0;) {
+    moe_pool *pool = NULL;
+    memset(one, 0, sizeof one);
+    memset(dw, 0, sizeof dw);
+    memset(all_sums, 0, sizeof all_sums);
+    memset(sums, 0, sizeof sums);
+    moe_linear_backward(NULL, one, all_sums, dy, x, &mat, m, &env);
+    CHECK(!moe_pool_create(&pool, 3, &env), "pool");
+    moe_linear_backward(NULL, dw, sums, dy, x, &mat, m, &env);
+    CHECK(same(dw, one, (size_t)(n * k)) && same(sums, all_sums, (size_t)n), "%s", set_name[which - 1]);
+    moe_pool_free(pool);
   }
 }
 
@@ -756,6 +780,7 @@ int main(int argc, char **argv) {
   RUN(test_bf16_gradients_equal_the_definition);
   RUN(test_bf16_empty_products);
   RUN(test_bf16_bits_do_not_depend_on_threads);
+  RUN(test_bf16_gradients_do_not_depend_on_threads);
   RUN(test_bf16_rows_do_not_depend_on_the_others);
   RUN(test_bf16_precision_is_granted_or_explained);
   RUN(test_bf16_goes_on_where_the_system_refuses_amx);
