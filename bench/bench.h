@@ -107,14 +107,13 @@ static inline void bench_pin(int threads) {
 #endif
 }
 
-/* Another number of threads for env: a pool, with a core for each thread. Returns 1 where the system refuses. */
+/* Another number of threads for env: a pool, with a core for each thread; no more than there are cores. Returns 1 where the system refuses. */
 static inline int bench_threads(moe_pool **pool, int threads, moe_env *env) {
-  if (*pool != NULL && env->threads == threads) return 0;
   moe_pool_free(*pool);
   *pool = NULL;
   bench_unpin();
   if (moe_pool_create(pool, threads, env) != MOE_OK) return 1;
-  bench_pin(threads);
+  bench_pin(env->threads);
   return 0;
 }
 

@@ -547,7 +547,7 @@ def thread_section(report, a):
         options, word = ("--system", system), own_word(mode, batch, length)
         cases += [([f"{mode} {system} {batch} x {length}", t], (options, word, t), (options, word, 1)) for t in sorted({2, cores, 2 * cores})]
     PACE.expect(len(cases))
-    seen, bound, _ = scaling_rows(report, a, f"Reference: one thread. This machine has {cores} cores; the last row of each asks for twice as many threads.", ["what", "threads"], cases)
+    seen, bound, _ = scaling_rows(report, a, f"Reference: one thread. This machine has {cores} cores; the last row of each asks for twice as many threads, of which a pool gives as many as there are cores.", ["what", "threads"], cases)
     worst(report, "two threads / one, from 32 tokens on", 1.8, {what: r for (what, t), (tokens, r) in seen.items() if t == 2 and tokens >= 32}, two_digits,
           {what: b for (what, t), b in bound.items() if t == 2})
     full = {what: r for (what, t), (_, r) in seen.items() if t == cores}
