@@ -39,7 +39,11 @@ lane() {
 for each in "$@"; do
   case $each in *.sh) ;; *) one "$each" ;; esac
 done
-for job in $(seq 2 "${JOBS:-1}"); do lane "$@" & done
+job=1
+while [ $job -lt "${JOBS:-1}" ]; do
+  lane "$@" &
+  job=$((job + 1))
+done
 lane "$@"
 wait
 [ $# -lt 3 ] || echo "longest: $(sort -k 4 -rn "$dir/totals" | head -n 8 | awk '{ printf "%s%s %s s", sep, $5, $4; sep = ", " }')"
