@@ -3492,14 +3492,6 @@ static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const m
   }
 }
 
-/* One product in this thread, for callers that cut the work themselves. */
-static void moe__gemm_one(const moe__gemm *g, moe_isa isa) {
-  const moe__gemm_kernels *kernels = MOE__V_PICK(isa, gemms);
-  moe__gemm_cut cut = moe__gemm_plan(g, 1);
-  int32_t tile;
-  for (tile = 0; tile < cut.across * cut.down; ++tile) moe__gemm_tile(g, &cut, kernels, tile, 1);
-}
-
 typedef struct moe__gemm_work {
   const moe__gemm *list;
   const moe__gemm_kernels *kernels;
@@ -6281,8 +6273,10 @@ typedef struct moe__attention_job {
   const int32_t *seq_start;
   const uint64_t *keys;
   size_t H, A, D, wide;   /* wide: D rounded up to 16 */
+  size_t tokens;          /* rows of the batch */
   size_t group, blocks;   /* heads of a tile; tiles along the queries of a sequence */
   size_t slot_floats, longest;
+  int more;               /* backward: dqkv accumulates */
   float scale;
   moe__drop drop;
 } moe__attention_job;
@@ -6310,7 +6304,7 @@ static size_t moe__attention_block_floats(size_t longest) { return 16 * moe__att
 static size_t moe__attention_slot(size_t longest, size_t wide, int training, int *bad) {
   size_t head = moe__mul(moe__round16(longest), wide, bad), block = moe__attention_block_floats(longest);
   if (!training) return moe__add(moe__mul(2, head, bad), block, bad);
-  return moe__add(moe__mul(3, head, bad), 2 * block + 2 * MOE__ATTENTION_ROWS * wide, bad);
+  return moe__add(moe__mul(5, head, bad), 2 * block + 2 * MOE__ATTENTION_ROWS * wide, bad);
 }
 
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training, const moe_env *env) {
@@ -6334,23 +6328,66 @@ static void moe__attention_pack_columns(const moe__attention_job *job, float *pa
   for (d = 0; d < job->D; d += 16) job->gemms->pack_rows(panels + d * rows, x + d, xi, job->D - d < 16 ? job->D - d : 16, rows);
 }
 
-/* c (m, n) = a b, or += where `more`; b as panels of n columns; element (i, p) of a at a[i ai + p ak] */
-static void moe__attention_product(const moe__attention_job *job, float *c, size_t ci, const float *a, size_t ai, size_t ak,
-                                   const float *b, size_t k, size_t m, size_t n, int more) {
-  moe__gemm g;
-  memset(&g, 0, sizeof g);
-  g.m = (int32_t)m;
-  g.n = (int32_t)n;
-  g.k = (int32_t)k;
-  g.a = a;
-  g.a_row = ai;
-  g.a_col = ak;
-  g.b = b;
-  g.b_layout = MOE__B_PANELS;
-  g.accumulate = more;
-  g.c = c;
-  g.c_row = ci;
-  moe__gemm_one(&g, job->isa);
+/* The rows that the next head reads and writes lie far apart, a line or two in each, and no processor foresees them: while a head is
+   computed, kernels ask for them, a row at each step of k. */
+typedef struct moe__attention_ahead {
+  const float *at[8]; /* row 0 of each array, at the next head's columns */
+  size_t ld[8];
+  size_t arrays, lines;   /* lines: of a row of a head */
+  size_t from, to, end;   /* rows of the next head; rows of the batch */
+  size_t array, line, row; /* what to ask for next */
+} moe__attention_ahead;
+
+static void moe__attention_foresee(moe__attention_ahead *ahead, const float *at, size_t ld) {
+  ahead->at[ahead->arrays] = at;
+  ahead->ld[ahead->arrays++] = ld;
+}
+
+/* Lets a call of k steps ask for as many rows. */
+static void moe__attention_ask(moe__attention_ahead *ahead, size_t k, moe__gemm_soon *soon) {
+  size_t row = ahead->row;
+  soon->line_step = 0;
+  if (ahead->array >= ahead->arrays || k > ahead->end) return;
+  if (row + k > ahead->end) row = ahead->end - k;
+  soon->line = ahead->at[ahead->array] + row * ahead->ld[ahead->array] + 16 * ahead->line;
+  soon->line_step = ahead->ld[ahead->array];
+  ahead->row += k;
+  if (ahead->row < ahead->to) return;
+  ahead->row = ahead->from;
+  if (++ahead->line < ahead->lines) return;
+  ahead->line = 0;
+  ++ahead->array;
+}
+
+/* c (m, n) = start + a b, start NULL being 0; b as panels of n columns; element (i, p) of a at a[i ai + p ak]. As moe__gemm_tile does it,
+   without what larger products need. */
+static void moe__attention_product(const moe__attention_job *job, float *c, size_t ci, const float *start, size_t si, const float *a,
+                                   size_t ai, size_t ak, const float *b, size_t k, size_t m, size_t n, moe__attention_ahead *ahead) {
+  const moe__gemm_kernels *kernels = job->gemms;
+  size_t blocks = (k + 383) / 384, depth, p, i, j, rows, columns;
+  moe__gemm_soon soon = moe__gemm_no_hurry(b);
+  for (p = 0; p < k; p += depth, start = c, si = ci) {
+    depth = (k - p + blocks - 1) / blocks;
+    --blocks;
+    for (j = 0; j < n; j += columns) {
+      int width = moe__gemm_width(kernels, (int32_t)m, (int32_t)((n - j + 15) / 16), MOE__GEMM_PANELS);
+      size_t most = (size_t)kernels->rows[width], calls = (m + most - 1) / most;
+      moe__gemm_b view;
+      view.panel = 16 * k;
+      view.step = 16;
+      view.at = b + j * k + 16 * p;
+      columns = n - j < 16 * (size_t)width ? n - j : 16 * (size_t)width;
+      for (i = 0; i < m; i += rows, --calls) {
+        const float *from = start ? start + i * si + j : moe__gemm_zeros, *at = a + i * ai + p * ak;
+        moe__gemm_fn fn;
+        rows = (m - i + calls - 1) / calls; /* as even as can be */
+        fn = kernels->fn[width][rows];
+        moe__attention_ask(ahead, depth, &soon);
+        if (columns == 16 * (size_t)width) fn(c + i * ci + j, ci, from, start ? si : 0, at, ai, ak, view.at, view.panel, 16, depth, &soon);
+        else moe__gemm_edge(fn, c + i * ci + j, ci, from, start ? si : 0, rows, columns, width, at, ai, ak, &view, depth, &soon);
+      }
+    }
+  }
 }
 
 /* One head of one sequence. */
@@ -6361,6 +6398,7 @@ typedef struct moe__attention_head {
   size_t length, from, to; /* queries [from, to) */
   uint64_t key;
   size_t first;            /* position of the first probability */
+  moe__attention_ahead ahead;
 } moe__attention_head;
 
 static moe__softmax moe__attention_softmax(const moe__attention_job *job, const moe__attention_head *head) {
@@ -6374,7 +6412,7 @@ static moe__softmax moe__attention_softmax(const moe__attention_job *job, const 
   return b;
 }
 
-static void moe__attention_head_forward(const moe__attention_job *job, const moe__attention_head *head) {
+static void moe__attention_head_forward(const moe__attention_job *job, moe__attention_head *head) {
   size_t H = job->H, D = job->D, xi = 3 * H, length = head->length, padded = moe__round16(length), i;
   size_t block = moe__attention_block(length);
   float *k = head->scratch, *v = k + padded * job->wide, unwanted[2 * MOE__ATTENTION_ROWS];
@@ -6388,19 +6426,19 @@ static void moe__attention_head_forward(const moe__attention_job *job, const moe
     b.stats = head->stats ? head->stats + i * job->A * 2 : unwanted;
     b.stats_stride = head->stats ? job->A * 2 : 2;
     b.first = (uint32_t)(head->first + i * length);
-    moe__attention_product(job, b.s, b.stride, q, xi, 1, k, D, b.rows, padded, 0);
+    moe__attention_product(job, b.s, b.stride, NULL, 0, q, xi, 1, k, D, b.rows, padded, &head->ahead);
     job->softmax->forward(&b);
-    moe__attention_product(job, head->out + i * H, H, b.s, b.stride, 1, v, length, b.rows, D, 0);
+    moe__attention_product(job, head->out + i * H, H, NULL, 0, b.s, b.stride, 1, v, length, b.rows, D, &head->ahead);
   }
 }
 
-static void moe__attention_head_backward(const moe__attention_job *job, const moe__attention_head *head) {
+static void moe__attention_head_backward(const moe__attention_job *job, moe__attention_head *head) {
   size_t H = job->H, D = job->D, wide = job->wide, xi = 3 * H, length = head->length, padded = moe__round16(length), i, r;
   size_t block = moe__attention_block(length);
   float *k = head->scratch, *k_rows = k + padded * wide, *v_rows = k_rows + padded * wide, *q = v_rows + padded * wide;
-  float *dy = q + MOE__ATTENTION_ROWS * wide, *dk = head->dq + H, *dv = dk + H, delta[MOE__ATTENTION_ROWS];
+  float *dy = q + MOE__ATTENTION_ROWS * wide, *dk = dy + MOE__ATTENTION_ROWS * wide, *dv = dk + padded * wide, delta[MOE__ATTENTION_ROWS];
   moe__softmax b = moe__attention_softmax(job, head);
-  b.s = dy + MOE__ATTENTION_ROWS * wide;
+  b.s = dv + padded * wide;
   b.ds = b.s + moe__attention_block_floats(job->longest);
   b.delta = delta;
   b.stats_stride = job->A * 2;
@@ -6409,20 +6447,54 @@ static void moe__attention_head_backward(const moe__attention_job *job, const mo
   moe__attention_pack_columns(job, k, head->q + H, xi, length);
   for (i = 0; i < length; i += block) {
     const float *q_block = head->q + i * xi, *dy_block = head->dy + i * H, *y_block = head->y + i * H;
-    float *dq_block = head->dq + i * xi;
+    float *dq_block = head->dq + i * xi, *dk_to = dk, *dv_to = dv; /* sums over the queries so far; they end in dqkv */
+    const float *dk_from = dk, *dv_from = dv;
+    size_t to_row = wide, from_row = wide;
+    if (i == 0) { /* and begin there, or with 0 */
+      dk_from = job->more ? head->dq + H : NULL;
+      dv_from = job->more ? head->dq + 2 * H : NULL;
+      from_row = xi;
+    }
+    if (i + block >= length) {
+      dk_to = head->dq + H;
+      dv_to = head->dq + 2 * H;
+      to_row = xi;
+    }
     b.rows = length - i < block ? length - i : block;
     b.stats = head->stats + i * job->A * 2;
     b.first = (uint32_t)(head->first + i * length);
     moe__attention_pack_columns(job, q, q_block, xi, b.rows);
     moe__attention_pack_columns(job, dy, dy_block, H, b.rows);
-    moe__attention_product(job, b.s, b.stride, q_block, xi, 1, k_rows, D, b.rows, padded, 0);
-    moe__attention_product(job, b.ds, b.stride, dy_block, H, 1, v_rows, D, b.rows, padded, 0);
+    moe__attention_product(job, b.s, b.stride, NULL, 0, q_block, xi, 1, k_rows, D, b.rows, padded, &head->ahead);
+    moe__attention_product(job, b.ds, b.stride, NULL, 0, dy_block, H, 1, v_rows, D, b.rows, padded, &head->ahead);
     for (r = 0; r < b.rows; ++r) delta[r] = job->rows->dot(dy_block + r * H, y_block + r * H, D);
     job->softmax->backward(&b);
-    moe__attention_product(job, dv, xi, b.s, 1, b.stride, dy, b.rows, length, D, 1);
-    moe__attention_product(job, dq_block, xi, b.ds, b.stride, 1, k, length, b.rows, D, 1);
-    moe__attention_product(job, dk, xi, b.ds, 1, b.stride, q, b.rows, length, D, 1);
+    moe__attention_product(job, dv_to, to_row, dv_from, from_row, b.s, 1, b.stride, dy, b.rows, length, D, &head->ahead);
+    moe__attention_product(job, dq_block, xi, job->more ? dq_block : NULL, xi, b.ds, b.stride, 1, k, length, b.rows, D, &head->ahead);
+    moe__attention_product(job, dk_to, to_row, dk_from, from_row, b.ds, 1, b.stride, q, b.rows, length, D, &head->ahead);
   }
+}
+
+/* What the head after this one will read and write: that of the next columns, or of the sequence behind. */
+static void moe__attention_look_ahead(const moe__attention_job *job, moe__attention_head *head, size_t begin, size_t a) {
+  moe__attention_ahead *ahead = &head->ahead;
+  size_t H = job->H, i;
+  int same = a + 1 < job->A;
+  memset(ahead, 0, sizeof *ahead);
+  ahead->end = job->tokens;
+  ahead->from = same ? begin : begin + head->length;
+  ahead->to = ahead->from + head->length;
+  if (ahead->to > job->tokens) ahead->to = job->tokens;
+  if (ahead->from >= ahead->to) return;
+  a = same ? (a + 1) * job->D : 0;
+  ahead->row = ahead->from;
+  ahead->lines = (job->D + 15) / 16;
+  for (i = 0; i < 3; ++i) moe__attention_foresee(ahead, job->qkv + i * H + a, 3 * H);
+  if (job->dqkv) {
+    moe__attention_foresee(ahead, job->dy + a, H);
+    moe__attention_foresee(ahead, job->kept_y + a, H);
+    for (i = 0; i < 3; ++i) moe__attention_foresee(ahead, job->dqkv + i * H + a, 3 * H);
+  } else moe__attention_foresee(ahead, job->y + a, H);
 }
 
 /* Tile number -> sequence, group of heads, block of queries, the last one running fastest. */
@@ -6445,6 +6517,7 @@ static void moe__attention_tile(void *arg, int32_t tile, int32_t slot) {
     head.q = job->qkv + 3 * at + a * job->D;
     head.stats = job->stats ? job->stats + (begin * job->A + a) * 2 : NULL;
     head.first = a * head.length * head.length;
+    moe__attention_look_ahead(job, &head, begin, a);
     if (job->dqkv) {
       head.dq = job->dqkv + 3 * at + a * job->D;
       head.dy = job->dy + at + a * job->D;
@@ -6471,6 +6544,7 @@ static void moe__attention_begin(moe__attention_job *job, const float *qkv, cons
   job->rows = MOE__V_PICK(env->isa, rows);
   job->qkv = qkv;
   job->seq_start = seq_start;
+  job->tokens = (size_t)seq_start[S];
   job->keys = keys;
   job->scratch = scratch;
   job->H = (size_t)H;
@@ -6530,18 +6604,26 @@ MOE_API void moe_attention_forward(float *y, float *stats, const float *qkv, con
   moe__attention_run(&job, S, env);
 }
 
-MOE_API void moe_attention_backward(float *dqkv, const float *dy, const float *y, const float *stats, const float *qkv,
+/* moe_attention_backward; without `more` dqkv is written, whatever was there. */
+static void moe__attention_backward(float *dqkv, int more, const float *dy, const float *y, const float *stats, const float *qkv,
                                     const int32_t *seq_start, int32_t S, int32_t H, int32_t A, float p, const uint64_t *keys,
                                     float *scratch, const moe_env *env) {
   moe__attention_job job;
   if (S < 1 || H < 1 || A < 1) return;
   memset(&job, 0, sizeof job);
   job.dqkv = dqkv;
+  job.more = more;
   job.dy = dy;
   job.kept_y = y;
   job.stats = (float *)(uintptr_t)stats; /* backward only reads them */
   moe__attention_begin(&job, qkv, seq_start, S, H, A, p, keys, scratch, env);
   moe__attention_run(&job, S, env);
+}
+
+MOE_API void moe_attention_backward(float *dqkv, const float *dy, const float *y, const float *stats, const float *qkv,
+                                    const int32_t *seq_start, int32_t S, int32_t H, int32_t A, float p, const uint64_t *keys,
+                                    float *scratch, const moe_env *env) {
+  moe__attention_backward(dqkv, 1, dy, y, stats, qkv, seq_start, S, H, A, p, keys, scratch, env);
 }
 
 /* ---- gates, top-k, dispatch ---- >>route
@@ -10011,10 +10093,9 @@ static void moe__backward_attention(moe_context *c, const moe__pass *pass, float
   memset(c->gatt, 0, bytes);
   moe__linear_backward(c->gatt, d + p->att_w, d + p->att_b, gbranch, a->att, &mat, &back, pass->M, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_PROJECTIONS_BACK);
-  memset(c->gqkv, 0, 3 * bytes);
-  moe_attention_backward(c->gqkv, c->gatt, a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads,
-                         pass->dropout, moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION),
-                         c->attention_scratch, pass->env);
+  moe__attention_backward(c->gqkv, 0, c->gatt, a->att, a->stats, a->qkv, pass->batch->seq_start, pass->S, H, m->config.heads,
+                          pass->dropout, moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION),
+                          c->attention_scratch, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_ATTENTION_BACK);
   mat = moe_mat_rows(w + p->qkv_w, 3 * H, H);
   back = moe__model_back(m, panel, 3 * H, H, pass->env);
