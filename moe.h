@@ -429,8 +429,8 @@ MOE_API void moe_embed_backward(float *dword, float *dposition, float *dsegment,
                                 const uint8_t *segments, const int32_t *seq_start, int32_t S, int32_t H, const moe_env *env);
 
 /* Multi-head self-attention inside each of S packed sequences: for each head, y = dropout(softmax(q k^T / sqrt D)) v.
-   y (M, H); qkv (M, 3H): query, key and value side by side; D = H / A; stats (M, A, 2) receives the maximum and 1/sum of
-   each softmax row for backward, or NULL. keys (S): key of the dropout of each sequence (element (a, i, j) at position (a
+   y (M, H); qkv (M, 3H): query, key and value side by side; D = H / A; stats (M, A, 2) receives the maximum (to base 2)
+   and 1/sum of each softmax row for backward, or NULL. keys (S): key of the dropout of each sequence (element (a, i, j) at position (a
    len + i) len + j), NULL or p = 0: none. scratch: moe_attention_scratch floats. */
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training, const moe_env *env);
 MOE_API void moe_attention_forward(float *y, float *stats, const float *qkv, const int32_t *seq_start, int32_t S, int32_t H,
@@ -1983,7 +1983,7 @@ MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *
      abs(a)
      lt(a, b) gives flags; sel(m, a, b) = m ? a : b
      sum(v) max16(v) reduce to a float by the tree
-     exp exp_mid   same bits as moe__expf and moe__exp_midf
+     exp   same bits as moe__expf
      iset(u) iiota(u) = u, u + 1, ...  iload(p)  iadd isub imul iand ixor
      ishl(a, bits) ishr(a, bits) isar(a, bits) (arithmetic)  ult(a, b) unsigned comparison
      bits(f) floats(i) reinterpret; cvt(i) signed integer to float */
@@ -2071,12 +2071,6 @@ MOE__INLINE float moe__exp_split(float x, float *magic) {
   p = moe__fmaf(p, r, 1.0f);
   *magic = t;
   return moe__fmaf(p, r, 1.0f);
-}
-
-/* exp for -87 <= x <= 88, where neither the result nor the scale leaves the normal numbers; passes NaN on */
-static float moe__exp_midf(float x) {
-  float t, p = moe__exp_split(x, &t);
-  return p * moe__floats((moe__bits(t) << 23) + 0x3f800000u);
 }
 
 /* exp for every x: 0, denormals, infinity and NaN as they should be; error below 1 ulp */
@@ -2528,10 +2522,6 @@ T MOE__INLINE S##_f S##_exp_split(S##_f x, S##_f *magic) { \
   p = S##_fma(p, r, S##_set(1.0f)); \
   *magic = t; \
   return S##_fma(p, r, S##_set(1.0f)); \
-} \
-T MOE__INLINE S##_f S##_exp_mid(S##_f x) { \
-  S##_f t, p = S##_exp_split(x, &t); \
-  return S##_mul(p, S##_floats(S##_iadd(S##_ishl(S##_bits(t), 23), S##_iset(0x3f800000u)))); \
 } \
 T MOE__INLINE S##_f S##_exp(S##_f x) { \
   S##_f t, p; \
@@ -6133,25 +6123,27 @@ MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32
                 ds = p (dp - dy.y) / sqrt D; dq += ds k; dk += ds^T q
    Every element of a product is one chain of FMAs in ascending order (>>gemm), so blocks change no bit. */
 
-/* A block of rows, one for each query, and what turns their products into probabilities. */
+/* A block of rows, one for each query, and what turns their products into probabilities: p = e / sum e with e = 2^(c s - top), where
+   c = log2(e) / sqrt D and top is c times the largest s. Forward multiplies e with v and divides afterwards, D numbers instead of n. */
 typedef struct moe__softmax {
   float *s, *ds;             /* (rows, n), `stride` apart; room up to the next multiple of 16 */
-  float *stats;              /* maximum and 1/sum of each row, `stats_stride` apart */
+  float *stats;              /* top and 1/sum of each row, `stats_stride` apart */
   const float *delta;        /* (rows) dy.y, for backward */
   size_t rows, n, stride, stats_stride;
-  float scale;               /* 1 / sqrt D */
+  float scale, exponent;     /* 1 / sqrt D, c */
   moe__drop drop;
   uint64_t key;
   uint32_t first;            /* position of the first row's first probability; the next row is n further */
 } moe__softmax;
 
 typedef struct moe__softmax_kernels {
-  void (*forward)(const moe__softmax *b);  /* s: products become probabilities, dropout applied; writes stats */
-  void (*backward)(const moe__softmax *b); /* the same from stats; ds: gradients of dropped probabilities become those of products */
+  void (*forward)(const moe__softmax *b);  /* s: products become e, or 0 where dropout takes it; writes stats */
+  void (*finish)(float *y, size_t ld, size_t D, const moe__softmax *b); /* rows of y, sums of e v, become those of dropout(p) v */
+  void (*backward)(const moe__softmax *b); /* s: products become dropout(p); ds: gradients of that become those of products */
 } moe__softmax_kernels;
 
-/* exp of a number that is not positive. Below -87 the result is left at 1e-38, next to a sum that is at least 1. */
-static float moe__softmax_expf(float x) { return moe__exp_midf(moe__maxf(-87.0f, x)); }
+/* 2^x of a number that is not positive. Below -126 the result is left at 1e-38, next to a sum that is at least 1. */
+static float moe__softmax_pow2(float x) { return moe__pow2f(moe__maxf(-126.0f, x)); }
 
 static void moe__scalar_softmax_forward(const moe__softmax *b) {
   size_t r, i;
@@ -6159,17 +6151,20 @@ static void moe__scalar_softmax_forward(const moe__softmax *b) {
     float *s = b->s + r * b->stride, *stat = b->stats + r * b->stats_stride, lane[16] = {0}, max = s[0];
     uint32_t first = b->first + (uint32_t)(r * b->n);
     for (i = 1; i < b->n; ++i) max = moe__maxf(s[i], max);
-    stat[0] = max * b->scale + 0.0f; /* no -0: which zero of several is found depends on the order */
+    stat[0] = max * b->exponent + 0.0f; /* no -0: which zero of several is found depends on the order */
     for (i = 0; i < b->n; ++i) {
-      s[i] = moe__softmax_expf(s[i] * b->scale - stat[0]);
-      lane[i % 16] += s[i];
+      float e = moe__softmax_pow2(moe__fmaf(s[i], b->exponent, -stat[0]));
+      lane[i % 16] += e;
+      s[i] = moe__hash32(b->key, first + (uint32_t)i) < b->drop.threshold ? 0.0f : e;
     }
     stat[1] = 1.0f / moe__tree16(lane);
-    for (i = 0; i < b->n; ++i) {
-      s[i] = s[i] * stat[1];
-      if (b->drop.threshold) s[i] = moe__hash32(b->key, first + (uint32_t)i) < b->drop.threshold ? 0.0f : s[i] * b->drop.scale;
-    }
   }
+}
+
+static void moe__scalar_softmax_finish(float *y, size_t ld, size_t D, const moe__softmax *b) {
+  size_t r, d;
+  for (r = 0; r < b->rows; ++r)
+    for (d = 0; d < D; ++d) y[r * ld + d] = y[r * ld + d] * (b->stats[r * b->stats_stride + 1] * b->drop.scale);
 }
 
 static void moe__scalar_softmax_backward(const moe__softmax *b) {
@@ -6178,60 +6173,64 @@ static void moe__scalar_softmax_backward(const moe__softmax *b) {
     float *s = b->s + r * b->stride, *ds = b->ds + r * b->stride, *stat = b->stats + r * b->stats_stride;
     uint32_t first = b->first + (uint32_t)(r * b->n);
     for (i = 0; i < b->n; ++i) {
-      float p = moe__softmax_expf(s[i] * b->scale - stat[0]) * stat[1], kept = p, d = ds[i];
-      if (b->drop.threshold) {
-        int falls = moe__hash32(b->key, first + (uint32_t)i) < b->drop.threshold;
-        kept = falls ? 0.0f : p * b->drop.scale;
-        d = falls ? 0.0f : d * b->drop.scale;
-      }
-      s[i] = kept;
-      ds[i] = p * (d - b->delta[r]) * b->scale;
+      int falls = moe__hash32(b->key, first + (uint32_t)i) < b->drop.threshold;
+      float e = moe__softmax_pow2(moe__fmaf(s[i], b->exponent, -stat[0]));
+      float d = falls ? -b->delta[r] : moe__fmaf(ds[i], b->drop.scale, -b->delta[r]);
+      s[i] = falls ? 0.0f : e * (stat[1] * b->drop.scale);
+      ds[i] = (e * (stat[1] * b->scale)) * d;
     }
   }
 }
 
-static const moe__softmax_kernels moe__scalar_softmax = {moe__scalar_softmax_forward, moe__scalar_softmax_backward};
+static const moe__softmax_kernels moe__scalar_softmax = {moe__scalar_softmax_forward, moe__scalar_softmax_finish,
+                                                         moe__scalar_softmax_backward};
 
 /* Each step goes over all rows before the next begins, so that the processor overlaps rows instead of waiting for the sum of one. */
 #define MOE__SOFTMAX_FORWARD(S, T)                                                                                             \
-  T MOE__INLINE S##_f S##_softmax_exp(S##_f x) { return S##_exp_mid(S##_max(S##_set(-87.0f), x)); }                            \
+  T MOE__INLINE S##_f S##_softmax_pow2(S##_f x) { return S##_pow2(S##_max(S##_set(-126.0f), x)); }                             \
   T static void S##_softmax_forward(const moe__softmax *b) {                                                                   \
-    S##_f scale = S##_set(b->scale), grow = S##_set(b->drop.scale), zero = S##_set(0.0f);                                      \
+    S##_f exponent = S##_set(b->exponent), zero = S##_set(0.0f);                                                               \
     S##_m tail = S##_ult(S##_iiota(0), S##_iset((uint32_t)(b->n % 16)));                                                       \
+    moe__drop drop = b->drop;                                                                                                  \
+    uint64_t key = b->key;                                                                                                     \
     size_t n = b->n, r, i;                                                                                                     \
     for (r = 0; r < b->rows; ++r) {                                                                                            \
       const float *s = b->s + r * b->stride;                                                                                   \
       S##_f max = S##_set(s[0]);                                                                                               \
       for (i = 0; i + 16 <= n; i += 16) max = S##_max(S##_load(s + i), max);                                                   \
       if (i < n) max = S##_sel(tail, S##_max(S##_load(s + i), max), max);                                                      \
-      b->stats[r * b->stats_stride] = S##_max16(max) * b->scale + 0.0f;                                                        \
+      b->stats[r * b->stats_stride] = S##_max16(max) * b->exponent + 0.0f;                                                     \
     }                                                                                                                          \
     for (r = 0; r < b->rows; ++r) {                                                                                            \
       float *s = b->s + r * b->stride, *stat = b->stats + r * b->stats_stride;                                                 \
-      S##_f max = S##_set(stat[0]), sum = zero, e;                                                                             \
-      for (i = 0; i + 16 <= n; i += 16) {                                                                                      \
-        e = S##_softmax_exp(S##_sub(S##_mul(S##_load(s + i), scale), max));                                                    \
-        S##_store(s + i, e);                                                                                                   \
-        sum = S##_add(sum, e);                                                                                                 \
-      }                                                                                                                        \
+      S##_f top = S##_set(-stat[0]), sum = zero, e;                                                                            \
+      S##_i at = S##_falls_first(key, b->first + (uint32_t)(r * n));                                                           \
+      if (drop.threshold)                                                                                                      \
+        for (i = 0; i + 16 <= n; i += 16, at = S##_falls_next(at)) {                                                           \
+          e = S##_softmax_pow2(S##_fma(S##_load(s + i), exponent, top));                                                       \
+          S##_store(s + i, S##_sel(S##_falls(at, key, drop), zero, e));                                                        \
+          sum = S##_add(sum, e);                                                                                               \
+        }                                                                                                                      \
+      else                                                                                                                     \
+        for (i = 0; i + 16 <= n; i += 16) {                                                                                    \
+          e = S##_softmax_pow2(S##_fma(S##_load(s + i), exponent, top));                                                       \
+          S##_store(s + i, e);                                                                                                 \
+          sum = S##_add(sum, e);                                                                                               \
+        }                                                                                                                      \
       if (i < n) {                                                                                                             \
-        e = S##_sel(tail, S##_softmax_exp(S##_sub(S##_mul(S##_load(s + i), scale), max)), zero);                               \
-        S##_store(s + i, e);                                                                                                   \
+        e = S##_sel(tail, S##_softmax_pow2(S##_fma(S##_load(s + i), exponent, top)), zero);                                    \
+        S##_store(s + i, drop.threshold ? S##_sel(S##_falls(at, key, drop), zero, e) : e);                                     \
         sum = S##_add(sum, e);                                                                                                 \
       }                                                                                                                        \
       stat[1] = 1.0f / S##_sum(sum);                                                                                           \
     }                                                                                                                          \
-    for (r = 0; r < b->rows; ++r) {                                                                                            \
-      float *s = b->s + r * b->stride;                                                                                         \
-      S##_f inverse = S##_set(b->stats[r * b->stats_stride + 1]);                                                              \
-      S##_i at = S##_falls_first(b->key, b->first + (uint32_t)(r * n));                                                        \
-      if (!b->drop.threshold)                                                                                                  \
-        for (i = 0; i < n; i += 16) S##_store(s + i, S##_mul(S##_load(s + i), inverse));                                       \
-      else                                                                                                                     \
-        for (i = 0; i < n; i += 16, at = S##_falls_next(at)) {                                                                 \
-          S##_f p = S##_mul(S##_mul(S##_load(s + i), inverse), grow);                                                          \
-          S##_store(s + i, S##_sel(S##_falls(at, b->key, b->drop), zero, p));                                                  \
-        }                                                                                                                      \
+  }                                                                                                                            \
+  T static void S##_softmax_finish(float *y, size_t ld, size_t D, const moe__softmax *b) {                                     \
+    size_t r, d;                                                                                                               \
+    for (r = 0; r < b->rows; ++r, y += ld) {                                                                                   \
+      S##_f factor = S##_set(b->stats[r * b->stats_stride + 1] * b->drop.scale);                                               \
+      for (d = 0; d + 16 <= D; d += 16) S##_store(y + d, S##_mul(S##_load(y + d), factor));                                    \
+      if (d < D) S##_storen(y + d, S##_mul(S##_loadn(y + d, D - d), factor), D - d);                                           \
     }                                                                                                                          \
   }
 MOE__V_STAMP(MOE__SOFTMAX_FORWARD)
@@ -6239,27 +6238,30 @@ MOE__V_STAMP(MOE__SOFTMAX_FORWARD)
 
 #define MOE__SOFTMAX_BACKWARD(S, T)                                                                                            \
   T static void S##_softmax_backward(const moe__softmax *b) {                                                                  \
-    S##_f scale = S##_set(b->scale), grow = S##_set(b->drop.scale), zero = S##_set(0.0f);                                      \
+    S##_f exponent = S##_set(b->exponent), grow = S##_set(b->drop.scale), zero = S##_set(0.0f);                                \
+    moe__drop drop = b->drop;                                                                                                  \
+    uint64_t key = b->key;                                                                                                     \
     size_t n = b->n, r, i;                                                                                                     \
     for (r = 0; r < b->rows; ++r) {                                                                                            \
       float *s = b->s + r * b->stride, *ds = b->ds + r * b->stride;                                                            \
       const float *stat = b->stats + r * b->stats_stride;                                                                      \
-      S##_f max = S##_set(stat[0]), inverse = S##_set(stat[1]), delta = S##_set(b->delta[r]);                                  \
-      S##_i at = S##_falls_first(b->key, b->first + (uint32_t)(r * n));                                                        \
+      S##_f top = S##_set(-stat[0]), delta = S##_set(-b->delta[r]);                                                            \
+      S##_f keep = S##_set(stat[1] * drop.scale), back = S##_set(stat[1] * b->scale);                                          \
+      S##_i at = S##_falls_first(key, b->first + (uint32_t)(r * n));                                                           \
       for (i = 0; i < n; i += 16, at = S##_falls_next(at)) {                                                                   \
-        S##_f p = S##_mul(S##_softmax_exp(S##_sub(S##_mul(S##_load(s + i), scale), max)), inverse);                            \
-        S##_f kept = p, d = S##_load(ds + i);                                                                                  \
-        if (b->drop.threshold) {                                                                                               \
-          S##_m falls = S##_falls(at, b->key, b->drop);                                                                        \
-          kept = S##_sel(falls, zero, S##_mul(p, grow));                                                                       \
-          d = S##_sel(falls, zero, S##_mul(d, grow));                                                                          \
+        S##_f e = S##_softmax_pow2(S##_fma(S##_load(s + i), exponent, top));                                                   \
+        S##_f kept = S##_mul(e, keep), d = S##_fma(S##_load(ds + i), grow, delta);                                             \
+        if (drop.threshold) {                                                                                                  \
+          S##_m falls = S##_falls(at, key, drop);                                                                              \
+          kept = S##_sel(falls, zero, kept);                                                                                   \
+          d = S##_sel(falls, delta, d);                                                                                        \
         }                                                                                                                      \
         S##_store(s + i, kept);                                                                                                \
-        S##_store(ds + i, S##_mul(S##_mul(p, S##_sub(d, delta)), scale));                                                      \
+        S##_store(ds + i, S##_mul(S##_mul(e, back), d));                                                                       \
       }                                                                                                                        \
     }                                                                                                                          \
   }                                                                                                                            \
-  static const moe__softmax_kernels S##_softmax = {S##_softmax_forward, S##_softmax_backward};
+  static const moe__softmax_kernels S##_softmax = {S##_softmax_forward, S##_softmax_finish, S##_softmax_backward};
 MOE__V_STAMP(MOE__SOFTMAX_BACKWARD)
 #undef MOE__SOFTMAX_BACKWARD
 
@@ -6407,6 +6409,7 @@ static moe__softmax moe__attention_softmax(const moe__attention_job *job, const 
   b.n = head->length;
   b.stride = moe__attention_stride(head->length);
   b.scale = job->scale;
+  b.exponent = job->scale * MOE__LOG2E;
   b.drop = job->drop;
   b.key = head->key;
   return b;
@@ -6429,6 +6432,7 @@ static void moe__attention_head_forward(const moe__attention_job *job, moe__atte
     moe__attention_product(job, b.s, b.stride, NULL, 0, q, xi, 1, k, D, b.rows, padded, &head->ahead);
     job->softmax->forward(&b);
     moe__attention_product(job, head->out + i * H, H, NULL, 0, b.s, b.stride, 1, v, length, b.rows, D, &head->ahead);
+    job->softmax->finish(head->out + i * H, H, D, &b);
   }
 }
 
