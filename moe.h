@@ -105,6 +105,7 @@
      >>linear        linear layers and GELU
      >>ops_simd      kernels of LayerNorm and dropout
      >>ops           LayerNorm, dropout, embeddings, losses
+     >>softmax       the softmax of attention
      >>attention     self-attention over packed sequences
      >>route         gates, top-k, dispatch
      >>experts       expert feed-forward networks
@@ -6115,15 +6116,8 @@ MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32
   for (i = 0; i < C; ++i) dlogits[i] = moe__fmaf(scale, prob[i] - (i == label ? 1.0f : 0.0f), dlogits[i]);
 }
 
-/* ---- self-attention over packed sequences ---- >>attention
-   A tile of work is one sequence and some of its heads. For each head keys and values are packed into scratch, then blocks of query
-   rows go through
-     forward    s = q k^T, p = softmax(s / sqrt D), y = dropout(p) v
-     backward   p again from the maxima and sums that forward kept; dv += dropout(p)^T dy; dp = dropout(dy v^T);
-                ds = p (dp - dy.y) / sqrt D; dq += ds k; dk += ds^T q
-   Every element of a product is one chain of FMAs in ascending order (>>gemm), so blocks change no bit. */
-
-/* A block of rows, one for each query, and what turns their products into probabilities: p = e / sum e with e = 2^(c s - top), where
+/* ---- the softmax of attention ---- >>softmax
+   A block of rows, one for each query, and what turns their products into probabilities: p = e / sum e with e = 2^(c s - top), where
    c = log2(e) / sqrt D and top is c times the largest s. Forward multiplies e with v and divides afterwards, D numbers instead of n. */
 typedef struct moe__softmax {
   float *s, *ds;             /* (rows, n), `stride` apart; room up to the next multiple of 16 */
@@ -6265,6 +6259,14 @@ MOE__V_STAMP(MOE__SOFTMAX_FORWARD)
 MOE__V_STAMP(MOE__SOFTMAX_BACKWARD)
 #undef MOE__SOFTMAX_BACKWARD
 
+/* ---- self-attention over packed sequences ---- >>attention
+   A tile of work is one sequence and some of its heads. For each head keys and values are packed into scratch, then blocks of query
+   rows go through
+     forward    s = q k^T, p = softmax(s / sqrt D), y = dropout(p) v
+     backward   p again from the maxima and sums that forward kept; dv += dropout(p)^T dy; dp = dropout(dy v^T);
+                ds = p (dp - dy.y) / sqrt D; dq += ds k; dk += ds^T q
+   Every element of a product is one chain of FMAs in ascending order (>>gemm), so blocks change no bit. */
+
 typedef struct moe__attention_job {
   moe_isa isa;
   const moe__softmax_kernels *softmax;
@@ -6290,17 +6292,18 @@ enum {
 
 static size_t moe__round16(size_t n) { return (n + 15) / 16 * 16; }
 
-/* Queries that go through the products together: their probabilities stay in the first-level cache. */
+/* Queries that go through the products together: their probabilities stay in the caches. Fewer would let backward load and store its
+   sums of dk and dv more often than it saves. */
 static size_t moe__attention_block(size_t length) {
-  size_t rows = 4096 / length / 8 * 8, most = MOE__ATTENTION_ROWS;
+  size_t rows = 8192 / length / 8 * 8, most = MOE__ATTENTION_ROWS;
   return rows < 16 ? 16 : rows > most ? most : rows;
 }
 
 /* Row stride of a block: not a power of two, which would put all rows into the same places of the cache. */
 static size_t moe__attention_stride(size_t length) { return moe__round16(length) + 16; }
 
-/* Floats of one block, for any length up to this one: 16 rows of the longest, or 4096 / length rows of it with their padding. */
-static size_t moe__attention_block_floats(size_t longest) { return 16 * moe__attention_stride(longest) + MOE__ATTENTION_ROWS * 96; }
+/* Floats of one block, for any length up to this one: 16 rows of the longest, or 8192 / length rows of it with their padding. */
+static size_t moe__attention_block_floats(size_t longest) { return 16 * moe__attention_stride(longest) + MOE__ATTENTION_ROWS * 160; }
 
 /* Floats of scratch of one thread; *bad is set where they are more than memory has. */
 static size_t moe__attention_slot(size_t longest, size_t wide, int training, int *bad) {
