@@ -204,7 +204,7 @@ static void test_gemm_lists_give_the_same_bits_for_any_number_of_threads(void) {
     if (t == 0) memcpy(first, c, 600 * N * sizeof *c);
     CHECK(!memcmp(first, c, 600 * N * sizeof *c), "%d threads", (int)threads[t]);
     memset(c, 0, 600 * N * sizeof *c);
-    for (i = 0; i < COUNT; ++i) moe__gemm_one(&list[i], env.isa);
+    for (i = 0; i < COUNT; ++i) moe__gemm_run(&list[i], 1, &env);
     CHECK(!memcmp(first, c, 600 * N * sizeof *c), "one product at a time");
     moe_pool_free(pool);
   }
