@@ -3183,8 +3183,8 @@ static moe__gemm_cut moe__gemm_plan(const moe__gemm *g, int32_t threads) {
     if (cut.m > share) cut.m = moe__min(cut.m, moe__max((share + 7) / 8 * 8, 32));
     cut.k = MOE__GRADIENT_STEPS;
   } else if (g->b_layout != MOE__B_PANELS) {
-    cut.m = 192;
-    cut.k = 128;
+    cut.m = 192; /* rows a multiple of 4 KB apart share few sets of the cache, and what is copied goes to a small buffer: shorter blocks then */
+    cut.k = !cut.pack_b && g->n % 16 == 0 && g->b_row % 1024 != 0 ? 384 : 128;
   } else { /* panels come from the second-level cache for every 8 rows; longer chains spare loads of C */
     cut.m = threads > 1 ? 64 : 128; /* so often do they come from the third level; threads want more tiles */
     cut.k = 384;
@@ -3253,8 +3253,8 @@ static void moe__gemm_edge(moe__gemm_fn fn, float *c, size_t c_row, const float 
   for (i = 0; i < rows; ++i) memcpy(c + i * c_row, block + i * row, sizeof(float) * columns);
 }
 
-/* Rows of memory that will be needed soon: the first touch of a strided operand misses every cache, and no processor foresees it. Every kernel
-   call asks for a few rows of the next. */
+/* Rows of memory that will be needed soon: the first touch of a strided operand misses every cache, and no processor foresees it. Each of the
+   first kernel calls asks for a column of their lines, one at every step; where the calls are too few, each asks for a few rows at once. */
 typedef struct moe__gemm_ahead {
   const float *at;
   size_t ld, lines, rows, rate; /* rows of `lines` cache lines, ld floats apart; how many to ask for at a time */
@@ -3289,7 +3289,11 @@ static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernel
     }
     if (p0 > 0 || g->accumulate) start = c, start_row = g->c_row;
     else if (g->bias) start = g->bias + j;
-    moe__gemm_ask(ahead);
+    if (blocks < ahead->lines) moe__gemm_ask(ahead);
+    else if (block < ahead->lines) {
+      soon.line = ahead->at + 16 * block;
+      soon.line_step = ahead->ld;
+    }
     if (columns == 16 * (size_t)width) fn(c, g->c_row, start, start_row, at, a->row, a->col, b->at, b->panel, b->step, depth, &soon);
     else moe__gemm_edge(fn, c, g->c_row, start, start_row, rows, columns, width, at, a->row, a->col, b, depth, &soon);
     if (g->gelu && p0 + depth == (size_t)g->k) kernels->gelu(g->gelu + i * g->c_row + j, c, g->c_row, rows, columns);

@@ -109,7 +109,7 @@ static void test_gemm_small_shapes_equal_the_definition(void) {
 
 static void test_gemm_blocks_and_tiles_equal_the_definition(void) {
   static const int32_t shapes[][3] = {{193, 97, 5}, {17, 112, 257}, {5, 96, 513}, {2, 200, 600}, {201, 16, 300}, {3, 15, 515}, {1, 385, 259},
-                                      {400, 33, 3}, {9, 48, 1030}};
+                                      {400, 33, 3}, {9, 48, 1030}, {41, 96, 800}, {25, 1024, 130}};
   uint64_t seed = 5;
   size_t i;
   for (i = 0; i < sizeof shapes / sizeof shapes[0]; ++i) {
