@@ -7088,13 +7088,10 @@ static size_t moe__experts_row(const moe__experts_job *job, size_t slot) {
   return (size_t)row;
 }
 
-/* Rows of a tile: where they belong, and copies of their tokens' x. In backward also dweight = dy e and rows weight dy. */
-static void moe__experts_gather_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__experts_job *job = (const moe__experts_job *)arg;
+/* Rows [row, end): where they belong, and copies of their tokens' x. In backward also dweight = dy e and rows weight dy. */
+static void moe__experts_gather(const moe__experts_job *job, int32_t row, int32_t end) {
   const moe_routes *r = job->routes;
-  int32_t row = tile * MOE__EXPERTS_TILE, end = moe__min(row + MOE__EXPERTS_TILE, r->M * r->k);
   size_t H = job->H;
-  (void)slot;
   for (; row < end; ++row) {
     size_t from = (size_t)r->order[row], token = from / (size_t)r->k, to = (size_t)row * H;
     memcpy(job->place + from, &row, sizeof row);
@@ -7103,6 +7100,13 @@ static void moe__experts_gather_tile(void *arg, int32_t tile, int32_t slot) {
     if (job->dweight) job->dweight[from] = job->rows->dot(job->from_dy + token * H, job->from_e + to, H);
     job->mix->scale(job->e + to, r->weight[from], job->from_dy + token * H, H);
   }
+}
+
+static void moe__experts_gather_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__experts_job *job = (const moe__experts_job *)arg;
+  int32_t row = tile * MOE__EXPERTS_TILE;
+  (void)slot;
+  moe__experts_gather(job, row, moe__min(row + MOE__EXPERTS_TILE, job->routes->M * job->routes->k));
 }
 
 /* y of a tile of tokens = sum over the choices, in order, of weight e [TaG] Eq. 2. */
@@ -7155,46 +7159,60 @@ static moe__gemm moe__experts_out(const moe__experts_job *job, const moe_experts
 }
 
 /* Blocks of rows go through both products while their inner activations are in the second-level cache; no thread waits
-   for another. */
+   for another. With many rows threads take blocks as they come, with fewer an equal share of the rows each. Where a share is
+   small each thread would wait for the weights of most experts, and there the threads share every product. On a Xeon with two
+   threads shares make 4 x 128 2 % faster, 8 x 128 4 %, and 8 x 32 would lose 2 %. */
+enum { MOE__EXPERTS_SHARE = 256 }; /* fewest rows of a share */
+
 typedef struct moe__experts_blocks {
   const moe__experts_job *job;
   const moe_experts *experts;
+  int32_t shares;
   moe_env one;
 } moe__experts_blocks;
 
+/* Rows [row, row + rows) of expert i through both products; a: room for inner activations */
+static void moe__experts_block(const moe__experts_blocks *blocks, int32_t i, float *a, int32_t row, int32_t rows) {
+  moe__gemm g = moe__experts_in(blocks->job, blocks->experts, i, a, (size_t)row, rows);
+  moe__gemm_run(&g, 1, &blocks->one);
+  g = moe__experts_out(blocks->job, blocks->experts, i, a, (size_t)row, rows);
+  moe__gemm_run(&g, 1, &blocks->one);
+}
+
 static void moe__experts_block_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__experts_blocks *blocks = (const moe__experts_blocks *)arg;
-  const moe__experts_job *job = blocks->job;
-  const int32_t *start = job->routes->start;
-  float *a = job->a + (size_t)slot * MOE__EXPERTS_BLOCK * job->F;
+  const int32_t *start = blocks->job->routes->start;
   int32_t i = 0, count, size, row, rows;
-  moe__gemm g;
   while (tile >= (count = moe__tiles_of((size_t)(start[i + 1] - start[i]), MOE__EXPERTS_BLOCK))) tile -= count, ++i;
   size = ((start[i + 1] - start[i] + count - 1) / count + 7) / 8 * 8; /* as even as can be */
   row = start[i] + tile * size;
   rows = moe__min(start[i + 1] - row, size);
-  if (rows <= 0) return;
-  g = moe__experts_in(job, blocks->experts, i, a, (size_t)row, rows);
-  moe__gemm_run(&g, 1, &blocks->one);
-  g = moe__experts_out(job, blocks->experts, i, a, (size_t)row, rows);
-  moe__gemm_run(&g, 1, &blocks->one);
+  if (rows > 0) moe__experts_block(blocks, i, blocks->job->a + (size_t)slot * MOE__EXPERTS_BLOCK * blocks->job->F, row, rows);
 }
 
-static void moe__experts_products(const moe__experts_job *job, const moe_experts *experts, const moe_env *env) {
+/* A share of the rows, of whichever experts they are, from gathering on. */
+static void moe__experts_share_tile(void *arg, int32_t share, int32_t slot) {
+  const moe__experts_blocks *blocks = (const moe__experts_blocks *)arg;
+  const moe__experts_job *job = blocks->job;
   const int32_t *start = job->routes->start;
-  int32_t threads = env->parallel_for ? moe__max(env->threads, 1) : 1, tiles = 0, i;
-  moe__experts_blocks blocks;
-  moe__products list;
-  for (i = 0; i < experts->N; ++i) tiles += moe__tiles_of((size_t)(start[i + 1] - start[i]), MOE__EXPERTS_BLOCK);
-  if (!env->backend && (threads == 1 || (tiles >= 8 * threads && threads * MOE__EXPERTS_BLOCK <= start[experts->N]))) {
-    blocks.job = job;
-    blocks.experts = experts;
-    blocks.one = *env;
-    blocks.one.threads = 1;
-    blocks.one.parallel_for = NULL;
-    moe__parallel(env, tiles, moe__experts_block_tile, &blocks);
-    return;
+  int64_t all = start[blocks->experts->N];
+  int32_t from = (int32_t)(all * share / blocks->shares), to = (int32_t)(all * (share + 1) / blocks->shares), i;
+  (void)slot;
+  if (job->in == job->x) moe__experts_gather(job, from, to);
+  for (i = 0; i < blocks->experts->N; ++i) {
+    int32_t row = moe__max(start[i], from), end = moe__min(start[i + 1], to), count, rows;
+    for (count = row < end ? moe__tiles_of((size_t)(end - row), MOE__EXPERTS_BLOCK) : 0; count > 0; --count, row += rows) {
+      rows = (end - row + count - 1) / count;
+      moe__experts_block(blocks, i, job->a + (size_t)from * job->F, row, rows);
+    }
   }
+}
+
+/* Every product spread over the threads. */
+static void moe__experts_spread(const moe__experts_job *job, const moe_experts *experts, const moe_env *env) {
+  const int32_t *start = job->routes->start;
+  moe__products list;
+  int32_t i;
   list.count = 0;
   list.env = env;
   for (i = 0; i < experts->N; ++i) {
@@ -7211,13 +7229,34 @@ static void moe__experts_products(const moe__experts_job *job, const moe_experts
   moe__products_run(&list);
 }
 
+/* Gathers rows, if the products want them gathered, and runs the products. */
+static void moe__experts_products(moe__experts_job *job, const moe_experts *experts, const moe_env *env) {
+  const int32_t *start = job->routes->start;
+  int32_t threads = env->parallel_for ? moe__max(env->threads, 1) : 1, rows = start[experts->N], tiles = 0, i;
+  moe__experts_blocks blocks;
+  for (i = 0; i < experts->N; ++i) tiles += moe__tiles_of((size_t)(start[i + 1] - start[i]), MOE__EXPERTS_BLOCK);
+  blocks.job = job;
+  blocks.experts = experts;
+  blocks.shares = threads;
+  blocks.one = *env;
+  blocks.one.threads = 1;
+  blocks.one.parallel_for = NULL;
+  if (!env->backend && threads > 1 && tiles < 8 * threads && rows / threads >= MOE__EXPERTS_SHARE) {
+    moe__parallel(env, threads, moe__experts_share_tile, &blocks);
+    return;
+  }
+  if (job->in == job->x) moe__parallel(env, moe__tiles_of((size_t)rows, MOE__EXPERTS_TILE), moe__experts_gather_tile, job);
+  if (!env->backend && (threads == 1 || (tiles >= 8 * threads && threads * MOE__EXPERTS_BLOCK <= rows)))
+    moe__parallel(env, tiles, moe__experts_block_tile, &blocks);
+  else moe__experts_spread(job, experts, env);
+}
+
 MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x, const moe_routes *routes,
                                  const moe_experts *experts, float *scratch, const moe_env *env) {
   moe__experts_job job = moe__experts_job_make(routes, experts->H, experts->F, scratch, env);
   int dense = moe__experts_dense(routes);
   float *out = dense ? y : e ? e : job.e;
   job.from_x = x;
-  if (!dense) moe__parallel(env, moe__tiles_of((size_t)(routes->M * routes->k), MOE__EXPERTS_TILE), moe__experts_gather_tile, &job);
   job.in = dense ? x : job.x;
   job.out = out;
   job.keep_pre = pre;

@@ -414,7 +414,8 @@ static void compare(const fixture *a, const fixture *b, const char *what, int th
 }
 
 static void test_experts_have_the_same_bits_everywhere(void) {
-  static const int32_t sizes[][5] = {/* M N k H F */ {300, 4, 1, 48, 100}, {150, 4, 2, 33, 77}, {100, 1, 1, 40, 65}, {40, 6, 6, 15, 31}};
+  static const int32_t sizes[][5] = {/* M N k H F */ {300, 4, 1, 48, 100}, {150, 4, 2, 33, 77}, {100, 1, 1, 40, 65}, {40, 6, 6, 15, 31},
+                                   {820, 4, 1, 20, 30}, {600, 1, 1, 16, 35}}; /* shares of rows for 2 and 3 threads */
   size_t c;
   for (c = 0; c < sizeof sizes / sizeof *sizes; ++c) {
     fixture first;
