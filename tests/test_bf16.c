@@ -648,7 +648,7 @@ static void test_bf16_training_follows_fp32(void) {
     uint64_t plain = 0, hash;
     CHECK(train(want, 20, router[i], &fp32), "%s", models_sentence);
     for (which = 0; (which = kernels_env(which, &env)) != 0;) {
-      int steps = which - 1 == AMX && !amx_real ? 4 : 20;
+      int steps = which - 1 == AMX && !amx_real ? 4 : 20, far = 0; /* a gate at a tie may send a token elsewhere: a step's loss differs */
       hash = train(got, steps, router[i], &env);
       CHECK(hash, "%s: %s", set_name[which - 1], models_sentence);
       if (which - 1 == PLAIN) plain = hash;
@@ -656,8 +656,10 @@ static void test_bf16_training_follows_fp32(void) {
       for (step = 0; step < steps; ++step) {
         double error = fabs(got[step] - want[step]) / want[step];
         if (error > worst) worst = error;
-        CHECK(error < 0.05, "%s, step %d: loss %.5f, fp32 %.5f", set_name[which - 1], step + 1, got[step], want[step]);
+        CHECK(error < (i ? 0.15 : 0.05), "%s, step %d: loss %.5f, fp32 %.5f", set_name[which - 1], step + 1, got[step], want[step]);
+        far += error >= 0.05;
       }
+      CHECK(far <= 1, "%s: the losses of %d steps are not those of fp32", set_name[which - 1], far);
     }
     CHECK(want[19] < want[1] && want[18] < want[0], "nothing was learnt");
   }
