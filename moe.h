@@ -228,7 +228,9 @@ typedef struct moe_backend {
 
 /* Where the time of moe_forward, moe_accumulate, moe_update and moe_predict_ goes: a table of the
    caller's. Every moment of such a call belongs to one section, so that the sections add up to the
-   whole. A table is for one call at a time. */
+   whole. A table is for one call at a time. Where several threads take parts of a batch through the
+   layers side by side, it is the first of them whose sections are told: wall time of one thread, not a
+   sum over all; what it then waits for the others counts to the section that comes next. */
 #define MOE_PROFILE_SECTIONS(X)                                                           \
   X(TEXT, "text to ids")                                                                  \
   X(EMBEDDINGS, "embeddings")                                                             \
