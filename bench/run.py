@@ -327,7 +327,7 @@ def op_programs(a, missing, have_blas=True):
     script = [PYTHON, os.path.join(HERE, "op_peers.py")]
     libraries = (("OpenBLAS (NumPy)", "openblas"), ("BLIS (PyPI)", "blis"), ("BLIS (Debian)", "libblis"), ("AOCL-BLIS", "aocl")) if have_blas else ()
     wanted = [("moe.h", [os.path.join(BUILD, "bench_ops")], a.threads), ("oneDNN (PyTorch)", [*script, "torch"], a.threads, MALLOC)]
-    wanted += [(name, [*script, library], threads, {"OPENBLAS_NUM_THREADS": str(threads), "BLIS_NUM_THREADS": str(threads)}) for threads in a.threads for name, library in libraries]
+    wanted += [(name, [*script, library], threads, {"OPENBLAS_NUM_THREADS": str(threads), "OPENBLAS_THREAD_TIMEOUT": "20", "BLIS_NUM_THREADS": str(threads)}) for threads in a.threads for name, library in libraries]
     return by_threads(a, start(missing, *wanted))
 
 

@@ -69,11 +69,11 @@ class Program:
         return False
 
     def seconds(self, budget, word, threads):
-        """Median seconds of a call, repeated for `budget` seconds. Idle threads of OpenBLAS and others go on spinning for up to 30 ms after a
-        call and would take a core from the next program, which waits until they sleep."""
+        """Median seconds of a call, repeated for `budget` seconds. Idle threads of some libraries go on spinning for a while after a call and
+        would take a core from the next program, which waits until they sleep."""
         begin = time.perf_counter()
         if Program.last not in (None, self):
-            while Program.last.spins() and time.perf_counter() - begin < 0.06:
+            while Program.last.spins() and time.perf_counter() - begin < 0.3:
                 time.sleep(0.001)
         Program.last = self
         self.process.stdin.write(f"{budget} {word}" + (f" {threads}" if self.told else "") + "\n")
