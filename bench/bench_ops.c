@@ -3,6 +3,7 @@
      ./bench_ops                     serves (bench.h): the word is NAME or NAME:n:k:m
      ./bench_ops --probe 1,2         one JSON line: peak GFLOP/s of fused multiply-adds, and GB/s of reading an array of the size of MiniLM's
                                      weights and of copying one of the size of a hidden layer, with so many threads at once
+     ./bench_ops --now               answers each line, a number of threads, with the peak in GFLOP/s of this moment, in about a millisecond
      ./bench_ops --units             one JSON line: which instruction sets and units this processor has, 1 or 0
    Names with sizes: packed (weights packed), plain, dx, dw, each y (m,n) = x (m,k) W^T and its gradients. Names without: the layers of MiniLM
    for 32 sequences of 128 tokens. */
@@ -119,7 +120,7 @@ static float probe_read_plain(const float *x, size_t n) {
 }
 
 /* What each thread of a probe does, and how long it took. */
-typedef enum probe_kind { PROBE_PEAK, PROBE_READ, PROBE_COPY, PROBES } probe_kind;
+typedef enum probe_kind { PROBE_PEAK, PROBE_READ, PROBE_COPY } probe_kind;
 typedef struct probe {
   probe_kind kind;
   int threads, arrived; /* all begin together: a thread that has to be woken first would leave its part to the others */
@@ -134,7 +135,7 @@ typedef struct probe_thread {
   float sink;
 } probe_thread;
 enum { PROBE_ROUNDS = 100000, PROBE_THREADS = 64 };
-static const size_t probe_floats[PROBES] = {0, (size_t)6 * (4 * H * H + 2 * H * F), (size_t)M * F};
+static const size_t probe_floats[] = {0, (size_t)6 * (4 * H * H + 2 * H * F), (size_t)M * F};
 
 static void *probe_thread_main(void *arg) {
   probe_thread *t = (probe_thread *)arg;
@@ -152,13 +153,13 @@ static void *probe_thread_main(void *arg) {
   return NULL;
 }
 
-/* Seconds of the slowest thread, the best of several short runs; 0 where the system refuses a thread. */
-static double probe_seconds(probe *p) {
+/* Seconds of the slowest thread, the best of several short runs. */
+static double probe_seconds(probe *p, int runs) {
   probe_thread thread[PROBE_THREADS];
   pthread_t id[PROBE_THREADS];
   double best = 0;
   int i, run;
-  for (run = 0; run < 60; ++run) {
+  for (run = 0; run < runs; ++run) {
     double slowest = 0;
     p->arrived = 0;
     for (i = 0; i < p->threads; ++i) {
@@ -175,32 +176,55 @@ static double probe_seconds(probe *p) {
   return best;
 }
 
+/* Makes a probe ready. Returns how many floats are in a vector. */
+static int probe_init(probe *p, const moe_env *env) {
+  int lanes = 1;
+  bench_unpin();
+  p->run = probe_plain;
+  p->read = probe_read_plain;
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (env->isa == MOE_ISA_AVX512) p->run = probe_avx512, p->read = probe_read_avx512, lanes = 16;
+  if (env->isa == MOE_ISA_AVX2) p->run = probe_avx2, p->read = probe_read_avx2, lanes = 8;
+#else
+  (void)env;
+#endif
+  p->x = floats(probe_floats[PROBE_READ], 0.01f);
+  return lanes;
+}
+
+static double probe_peak(probe *p, int lanes, int runs) {
+  p->kind = PROBE_PEAK;
+  return 24e-9 * lanes * PROBE_ROUNDS * p->threads / probe_seconds(p, runs);
+}
+
 /* One JSON line: {"isa": ..., "1": {"peak_gflops": ..., "read_gbytes": ..., "copy_gbytes": ...}, "2": ...} */
 static int limits(const char *counts, const moe_env *env) {
-  static const char *const name[PROBES] = {"peak_gflops", "read_gbytes", "copy_gbytes"};
+  enum { RUNS = 60 };
   probe p;
-  int lanes = 1, used;
-  bench_unpin();
-  p.run = probe_plain;
-  p.read = probe_read_plain;
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (env->isa == MOE_ISA_AVX512) p.run = probe_avx512, p.read = probe_read_avx512, lanes = 16;
-  if (env->isa == MOE_ISA_AVX2) p.run = probe_avx2, p.read = probe_read_avx2, lanes = 8;
-#endif
-  p.x = floats(probe_floats[PROBE_READ], 0.01f);
+  int lanes = probe_init(&p, env), used;
   p.y = floats(probe_floats[PROBE_COPY], 0.01f);
   printf("{\"isa\": \"%s\"", moe_isa_name(env->isa));
   for (; sscanf(counts, "%d%n", &p.threads, &used) == 1 && p.threads >= 1 && p.threads <= PROBE_THREADS; counts += used + (counts[used] == ',')) {
-    int kind;
-    printf(", \"%d\": {", p.threads);
-    for (kind = PROBE_PEAK; kind < PROBES; ++kind) {
-      double amount = kind == PROBE_PEAK ? 24.0 * lanes * PROBE_ROUNDS * p.threads : (kind == PROBE_COPY ? 8.0 : 4.0) * (double)probe_floats[kind];
-      p.kind = (probe_kind)kind;
-      printf("%s\"%s\": %.2f", kind ? ", " : "", name[kind], amount * 1e-9 / probe_seconds(&p));
-    }
-    printf("}");
+    printf(", \"%d\": {\"peak_gflops\": %.2f", p.threads, probe_peak(&p, lanes, RUNS));
+    p.kind = PROBE_READ;
+    printf(", \"read_gbytes\": %.2f", 4e-9 * (double)probe_floats[PROBE_READ] / probe_seconds(&p, RUNS));
+    p.kind = PROBE_COPY;
+    printf(", \"copy_gbytes\": %.2f}", 8e-9 * (double)probe_floats[PROBE_COPY] / probe_seconds(&p, RUNS));
   }
   return printf("}\n") < 0;
+}
+
+static int peaks_of_now(const moe_env *env) {
+  char line[32];
+  probe p;
+  int lanes = probe_init(&p, env);
+  while (fgets(line, sizeof line, stdin)) {
+    p.threads = atoi(line);
+    if (p.threads < 1 || p.threads > PROBE_THREADS) return 1;
+    printf("%.2f\n", probe_peak(&p, lanes, 2));
+    fflush(stdout);
+  }
+  return 0;
 }
 
 /* ---- ops ---- */
@@ -342,6 +366,7 @@ int main(int argc, char **argv) {
   w.env.log = bench_log;
   w.env.log_user = argv[0];
   if (argc == 3 && !strcmp(argv[1], "--probe")) return limits(argv[2], &w.env);
+  if (argc == 2 && !strcmp(argv[1], "--now")) return peaks_of_now(&w.env);
   if (bench_threads(&w.pool, 1, &w.env)) return 1;
   prepare(&w);
   printf("{\"program\": \"moe.h\", \"isa\": \"%s\"}\n", moe_isa_name(w.env.isa));

@@ -1,4 +1,5 @@
-"""What the machine can do at most, probed by bench_ops before and after each section, and the bounds that follow."""
+"""What the machine can do at most, probed by bench_ops before and after each section and, for a millisecond, before every round of a program; and the bounds that
+follow. Where other guests share the cores the peak of a moment can be two thirds of the best one, and changes within a second."""
 import json
 import os
 import statistics
@@ -14,6 +15,8 @@ class Limits:
     def __init__(self):
         self.best = {}      # threads: {"peak_gflops": ..., "read_gbytes": ..., "copy_gbytes": ...}
         self.isa = ""
+        self.server = None
+        self.moments = {}   # threads: [GFLOP/s of each round of the section]
 
     def probe(self, threads):
         """{threads: peak GFLOP/s} of now."""
@@ -25,11 +28,31 @@ class Limits:
             self.best[int(t)] = {name: max(value, best[name]) for name, value in figures.items()}
         return {int(t): figures["peak_gflops"] for t, figures in seen.items()}
 
+    def now(self, threads):
+        """GFLOP/s that the processor gives at this moment, to no more threads than it has cores."""
+        threads = min(threads, len(os.sched_getaffinity(0)))
+        if self.server is None:
+            self.server = subprocess.Popen([PROGRAM, "--now"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.server.stdin.write(f"{threads}\n")
+        self.server.stdin.flush()
+        peak = float(self.server.stdout.readline())
+        self.moments.setdefault(threads, []).append(peak)
+        return peak
+
     def bound(self, peer, count, threads):
-        """How many times as fast as a peer with such seconds a program would be that does nothing but the counted operations at the peak, or
+        """How many times as fast as a peer, of these rounds (turns.Rounds), a program would be that does nothing but the counted operations at the peak of the round, or
         reads the counted bytes once, whichever takes longer. count: [operations, bytes, ...] of one call."""
-        here = self.best[threads]
-        return statistics.median(peer) / max(count[0] / here["peak_gflops"], count[1] / here["read_gbytes"]) * 1e9
+        read = count[1] / self.best[threads]["read_gbytes"]
+        return statistics.median(1e9 * s / max(count[0] / p, read) for s, p in zip(peer, peer.peaks))
+
+    def shared(self):
+        """How much of the best peak the rounds of the section had, in words; what it has counted so far is forgotten."""
+        moments, self.moments = self.moments, {}
+        if not moments:
+            return ""
+        return "Before each round the processor gave, in the median: " + ", ".join(
+            f"{statistics.median(m):.0f} GFLOP/s with {t} thread{'s' if t > 1 else ''}" + (f" ({self.best[t]['peak_gflops']:.0f} at best)" if t in self.best else "")
+            for t, m in sorted(moments.items())) + "."
 
     def words(self):
         return "; ".join(f"{t} thread{'s' if t > 1 else ''}: {x['peak_gflops']:.0f} GFLOP/s, reading {x['read_gbytes']:.1f} GB/s, copying {x['copy_gbytes']:.1f} GB/s"

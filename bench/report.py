@@ -2,8 +2,8 @@
 import os
 
 SUMMARY = "Asked and seen"
-BOUND = ("Bound: what the ratio to the same peer would be if moe.h did nothing but the multiplications and additions of the model at the probed peak of the processor, or nothing but "
-         "read the weights once at the probed bandwidth, whichever takes longer; counted and probed in the run.")
+BOUND = ("Bound: what the ratio to the same peer would be if moe.h did nothing but the multiplications and additions of the model at the peak of the processor that was probed right "
+         "before each round, or nothing but read the weights once at the best probed bandwidth, whichever takes longer; counted and probed in the run.")
 SUMMARY_HEAD = ["figure", "asked", "seen", "bound", "", "section"]
 
 

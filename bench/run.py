@@ -365,7 +365,7 @@ def product_figures(report, threads, share, against, bound):
 
 def product_section(report, a):
     report.text("fp32, y (m, n) = x (m, k) Wᵀ + b, weights packed beforehand (oneDNN: reordered, or the plain call where that is faster; the BLAS: transposed, without b), and the weight gradient of m tokens. "
-                "GFLOP/s, share of the peak probed in the same run, ratio to the best peer. PyTorch's calls carry about 2 us of Python and dispatch, those of the BLAS about 1 us.", "")
+                "GFLOP/s, share of the peak probed right before each round, ratio to the best peer. PyTorch's calls carry about 2 us of Python and dispatch, those of the BLAS about 1 us.", "")
     missing = []
     small = a.quick or PACE.dry
     shapes = ((1536, 384), (500, 333))[PACE.dry:] if small else ((1536, 384), (384, 1536), (384, 384), (3072, 768), (768, 3072), (500, 333))
@@ -373,19 +373,18 @@ def product_section(report, a):
     PACE.expect(len(plan) * len(a.threads))
     everyone = op_programs(a, missing)
     for threads, programs in everyone.items():
-        peak = LIMITS.best[threads]["peak_gflops"]
-        report.text(f"{in_threads(threads)}, {LIMITS.isa}, probed peak {peak:.0f} GFLOP/s:", "")
+        report.text(f"{in_threads(threads)}, {LIMITS.isa}, probed peak at best {LIMITS.best[threads]['peak_gflops']:.0f} GFLOP/s:", "")
         rows, share, against, bound = [], {}, {}, {}
         for kind, n, k, m in plan:
             times = take_turns(f"{kind} {n} x {k}, m = {m}", programs, 5, 0.01, (f"{kind}:{n}:{k}:{m}", threads))
             operations = 2 * n * k * m
             figure = {p: 1e-9 * operations / statistics.median(t) for p, t in times.items()}
             best = max((p for p in figure if p != "moe.h"), key=figure.get, default=None)
-            share[kind, n, k, m] = figure["moe.h"] / peak
+            share[kind, n, k, m] = times["moe.h"].share(operations)
             if best:
                 against[kind, n, k, m] = ratio(times["moe.h"], times[best])
                 bound[kind, n, k, m] = LIMITS.bound(times[best], (operations, 0), threads)
-            rows.append([kind, n, k, m, f"{figure['moe.h']:.0f} ±{spread(times['moe.h']):.0f} %", per_cent(figure["moe.h"] / peak),
+            rows.append([kind, n, k, m, f"{figure['moe.h']:.0f} ±{spread(times['moe.h']):.0f} %", per_cent(share[kind, n, k, m]),
                          *(f"{figure[p.name]:.0f}" for p in programs[1:]), f"{against[kind, n, k, m]:.2f}" if best else ""])
         report.table(["kind", "n", "k", "m", "moe.h", "of peak", *(p.name for p in programs[1:]), "moe.h / best"], rows)
         tell_disturbed(report)
@@ -644,8 +643,9 @@ def run_section(report, a, name, planned, peaks):
     took = time.monotonic() - PACE.begin
     after = LIMITS.probe(a.threads)
     report.limits, changed = LIMITS.words(), moved(peaks, after)
+    said = [LIMITS.shared(), f"Disturbed: the peak before and after was {changed}." if changed else ""]
     report.end(changed, f"Measured {stamp()}, in {took:.0f} s" + (f", threads {','.join(map(str, a.threads))}" if a.threads != [1, 2] else "") + ".", "",
-               *([f"Disturbed: the peak before and after was {changed}.", ""] if changed else []))
+               *(line for words in said if words for line in (words, "")))
     clock = Program.clock
     print(f"{name}: {took:.0f} s, planned {planned:.0f}; starting {clock['starting']:.0f}, measuring {clock['measured']:.0f}, warming up and waiting "
           f"{clock['asked'] - clock['measured']:.0f}" + (f"; the peak before and after was {changed}" if changed else ""), flush=True)

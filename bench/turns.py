@@ -5,6 +5,8 @@ import statistics
 import subprocess
 import time
 
+from limits import LIMITS
+
 SLOWER = 1.25       # a peer that takes so many times as long as the best one gets shorter rounds
 DISTURBED = 1.15    # the median of the rounds over the fastest one: above it half of them were disturbed
 FEWEST = 3          # rounds
@@ -69,19 +71,20 @@ class Program:
         return False
 
     def seconds(self, budget, word, threads):
-        """Median seconds of a call, repeated for `budget` seconds. Idle threads of some libraries go on spinning for a while after a call and
-        would take a core from the next program, which waits until they sleep."""
+        """Median seconds of a call, repeated for `budget` seconds, and the peak of the processor right before. Idle threads of some libraries go
+        on spinning for a while after a call and would take a core from the next program, which waits until they sleep."""
         begin = time.perf_counter()
         if Program.last not in (None, self):
             while Program.last.spins() and time.perf_counter() - begin < 0.3:
                 time.sleep(0.001)
         Program.last = self
+        peak = LIMITS.now(threads if self.told else self.threads)
         self.process.stdin.write(f"{budget} {word}" + (f" {threads}" if self.told else "") + "\n")
         self.process.stdin.flush()
         median, _, calls, *self.count = (float(x) for x in self.read().split())
         Program.clock["asked"] += time.perf_counter() - begin
         Program.clock["measured"] += median * calls
-        return median
+        return median, peak
 
     def finish(self):
         """Ends it. Returns its last record."""
@@ -159,16 +162,32 @@ class Pace:
 PACE = Pace()
 
 
+class Rounds(list):
+    """Seconds of the rounds of a program. peaks: GFLOP/s that the processor gave right before each."""
+
+    def __init__(self):
+        super().__init__()
+        self.peaks = []
+
+    def add(self, seconds, peak):
+        self.append(seconds)
+        self.peaks.append(peak)
+
+    def share(self, operations):
+        """Of the peak of the moment, the median over the rounds."""
+        return statistics.median(1e-9 * operations / s / p for s, p in zip(self, self.peaks))
+
+
 def ask(programs, rounds, budget, words):
-    """{name: [seconds of each round]}, the programs in turn in each round."""
-    times = {p.name: [] for p in programs}
+    """{name: Rounds}, the programs in turn in each round."""
+    times = {p.name: Rounds() for p in programs}
     for done in range(rounds):
         if done and PACE.enough(done, sum(max(t) for t in times.values())):
             break
         best = min((times[p.name][0] for p in programs), default=0) if done else 0
         for p, word in zip(programs, words):
             slow = done and times[p.name][0] > SLOWER * best
-            times[p.name].append(p.seconds(0 if PACE.dry else budget / 3 if slow else budget, *word))
+            times[p.name].add(*p.seconds(0 if PACE.dry else budget / 3 if slow else budget, *word))
     return times
 
 
@@ -178,7 +197,7 @@ def unrest(seconds):
 
 
 def take_turns(label, programs, rounds, budget, *words):
-    """{name: [seconds of each round]} of a row: at least three rounds, `rounds` where time allows. words: (word, threads) for all programs, or
+    """{name: Rounds} of a row: at least three rounds, `rounds` where time allows. words: (word, threads) for all programs, or
     one for each. A row with a disturbed program is measured again unless the section is far behind its plan; where that does not help
     PACE.disturbed says so, with the label."""
     words = words * len(programs) if len(words) == 1 else words
