@@ -13889,8 +13889,10 @@ static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout
   moe_tokenizer *t;
   moe_tokenizer it;
   if (!vocab && bytes) return moe__fail(env, MOE_E_ARGUMENT, "vocabulary: the pointer is NULL");
-  if ((uint64_t)bytes > UINT32_MAX)
+#if SIZE_MAX > UINT32_MAX
+  if (bytes > UINT32_MAX)
     return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu bytes, at most 4294967295 are possible", bytes);
+#endif
   lines = moe__vocab_lines(vocab, bytes);
   if (lines >= 0xffffff) return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu lines, at most 16777214 are possible", lines);
   while (slots < 2 * lines) slots *= 2;

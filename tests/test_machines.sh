@@ -1,7 +1,8 @@
 #!/bin/sh
-# Other machines from this one, by cross compilers and emulators: 64-bit ARM (NEON against plain C), a big-endian machine, Windows. Each
-# ends with a short training run whose model file must be the native one, byte for byte. What is not installed is skipped by name; Debian's
-# packages: gcc-aarch64-linux-gnu gcc-s390x-linux-gnu gcc-mingw-w64-x86-64 g++-mingw-w64-x86-64 qemu-user wine64.
+# Other machines from this one, by cross compilers and emulators: 64-bit ARM (NEON against plain C), 32-bit ARM, RISC-V, a big-endian machine,
+# Windows; and another C library, musl. Each ends with a short training run whose model file must be the native one, byte for byte. What is not
+# installed is skipped by name; Debian's packages: gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf gcc-riscv64-linux-gnu gcc-s390x-linux-gnu
+# gcc-mingw-w64-x86-64 g++-mingw-w64-x86-64 musl-tools qemu-user wine64.
 . ./lib.sh
 dialect="-D_POSIX_C_SOURCE=200809L -I.. -DMOE_STATIC" # static: what a test does not use is not compiled
 warnings="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wdouble-promotion -Werror"
@@ -63,6 +64,19 @@ if ! missing "$(for t in $tags; do echo arm_$t; done) arm_attention arm_trains_t
     fail test_machines_arm_has_no_avx2 "$(tail -n 2 "$tmp/log")"
   else ok test_machines_arm_has_no_avx2; fi
 fi
+
+# ---- pointers of 32 bits; a processor of which nothing is known; a C library that gives threads little stack ----
+while read -r target compiler emulator; do
+  missing "${target}_gemm ${target}_files ${target}_trains_to_the_same_bits" "$compiler $emulator" && continue
+  check ${target}_gemm "$compiler -std=c99 -static $warnings" "$emulator" gemm
+  check ${target}_files "$compiler -std=c99 -static $warnings -DMOE_IMPLEMENTATION" "$emulator" files
+  $compiler -std=c99 -static $dialect -O1 -o "$tmp/train_$target" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1
+  trains ${target}_trains_to_the_same_bits "$emulator" "$tmp/train_$target"
+done << end
+arm32 arm-linux-gnueabihf-gcc qemu-arm
+riscv riscv64-linux-gnu-gcc qemu-riscv64
+musl musl-gcc
+end
 
 # ---- the high byte first: the order of bytes in files, plain C ----
 if ! missing "big_endian_json big_endian_files big_endian_lowp big_endian_trains_to_the_same_bits" "s390x-linux-gnu-gcc qemu-s390x"; then
