@@ -14,6 +14,7 @@
        moe_env env;
        moe_model *model;
        moe_predictor *p;
+       const char *const *label;
        float score[MOE_MAX_CLASSES];
        int task, best;
        if (argc != 4) return printf("usage: %s MODEL TASK SENTENCE\n", argv[0]), 1;
@@ -22,7 +23,8 @@
        task = moe_model_find_task(model, argv[2]);
        if (task < 0 || moe_predictor_create(&p, model, 1, &env)) return 1;
        if (moe_predict_text(p, task, argv[3], NULL, score, &best)) return 1;
-       printf("%s %.3f\n", moe_model_task(model, task)->label[best], (double)score[best]);
+       label = moe_model_task(model, task)->label;
+       printf("%s %.3f\n", label ? label[best] : "value", (double)score[best]);
        moe_predictor_free(p);
        moe_model_free(model);
        return 0;
@@ -149,7 +151,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef __FAST_MATH__
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__)
 #error "moe.h needs IEEE arithmetic: compile without -ffast-math"
 #endif
 
@@ -278,7 +280,8 @@ MOE_API const char *moe_profile_text(moe_profile_section section);
 
 /* Everything a call needs to know of its surroundings. A plain struct: copy it, one for each thread if you like. */
 typedef struct moe_env {
-  moe_isa isa;     /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards */
+  moe_isa isa;     /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards. Nobody asks the processor again: one set by hand
+                      that it lacks, and a bit of `features`, ends in an illegal instruction */
   uint32_t features; /* MOE_FEATURE_ bits that this machine has, set by moe_env_init and moe_env_use_amx; clearing one forgoes
                         it, int8 results stay the same */
   moe_type precision; /* MOE_TYPE_F32, or MOE_TYPE_BF16: see moe_env_set_precision */
@@ -602,7 +605,8 @@ typedef struct moe_task {
   char metrics[MOE_NAME_BYTES]; /* names separated by commas, the first is the task's: accuracy f1 macro_f1 matthews pearson
                                    spearman; a regression has the last two alone */
   int32_t max_len;           /* longest input in tokens where that is less than the model's; 0: the model's */
-  const char *const *label;  /* (C) label names, owned by whoever made the task (a model copies them); NULL: "0", "1", ... */
+  const char *const *label;  /* (C) label names, owned by whoever made the task (a model copies them); NULL: "0", "1", ...,
+                                which a model spells out. A regression has none: NULL in a model */
 } moe_task;
 
 /* S sequences of M tokens, packed without padding. */

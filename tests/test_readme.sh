@@ -22,6 +22,14 @@ if have g++; then
   if g++ -std=c++11 -O1 -I.. -o "$tmp/askpp" "$tmp/ask.cpp" -lm -pthread; then ok test_readme_program_compiles_as_cpp; else fail test_readme_program_compiles_as_cpp; fi
 else skip test_readme_program_compiles_as_cpp "there is no g++ here"; fi
 
+# and it runs: tasks with labels and a regression, which has none
+if program train && "$tmp/train" --data ../examples/data --tasks pros_cons,query_wellformedness --systems tag --layers 1 --hidden 16 --ffn 16 --steps 2 --threads 1 \
+   --save "$tmp/model.safetensors" > "$tmp/log" 2>&1; then
+  said=$("$tmp/ask" "$tmp/model.safetensors" pros_cons 'a fine thing'; "$tmp/ask" "$tmp/model.safetensors" query_wellformedness 'who is it ?')
+  case $said in (pros\ 0.*value\ *|cons\ 0.*value\ *) ok test_readme_program_answers;; (*) fail test_readme_program_answers "$said";; esac
+  if "$tmp/ask" "$tmp/model.safetensors" no_such_task x || "$tmp/ask" "$tmp/none" pros_cons x; then fail test_readme_program_ends_with_1; else ok test_readme_program_ends_with_1; fi
+else fail test_readme_program_answers "$(tail -n 3 "$tmp/log")"; fi
+
 # the options that the README names are in --help
 grep -o -- '--[a-z][a-z-]*' ../README.md | sort -u | while read -r o; do
   grep -q -- "$o" ../examples/*.c ../examples/*.sh || echo "$o"
