@@ -263,12 +263,17 @@ static moe_tokenizer *tokenizer;
 
 /* A whole file as text, which is cut up and goes with *data. */
 static char *read_text(void **data, size_t *bytes, const char *path) {
+  const char *zero, *at;
+  int line = 1;
   need(moe_file_read(data, bytes, path, &env));
-  if (memchr(*data, 0, *bytes)) die("%s: a zero byte", path);
+  at = (const char *)*data;
+  zero = (const char *)memchr(at, 0, *bytes);
+  for (; zero && at < zero; ++at) line += *at == '\n';
+  if (zero) die("%s, line %d: a zero byte", path, line);
   return (char *)*data + (strncmp((char *)*data, "\xef\xbb\xbf", 3) ? 0 : 3); /* the mark that some editors put before UTF-8 */
 }
 
-/* The next line of a text that is cut up; its fields. Returns their number, 0 at the end. */
+/* The next line of a text that is cut up; its fields, the first FIELDS of them. Returns their number, 0 at the end. */
 static int next_row(char **at, char *field[FIELDS]) {
   char *line = *at, *end;
   int n = 0;
@@ -277,10 +282,10 @@ static int next_row(char **at, char *field[FIELDS]) {
   *at = *end ? end + 1 : end;
   *end = 0;
   if (end > line && end[-1] == '\r') end[-1] = 0;
-  for (;;) {
-    if (n < FIELDS) field[n++] = line;
+  for (;; ++n) {
+    if (n < FIELDS) field[n] = line;
     line = strchr(line, '\t');
-    if (!line) return n;
+    if (!line) return n + 1;
     *line++ = 0;
   }
 }
@@ -316,7 +321,7 @@ static void read_rows(rows *r, const moe_task *t, const char *file, int most, in
   char path[1024], *text, *at, *field[FIELDS], *end;
   void *data;
   size_t bytes, lines = 1, i;
-  int n, label, a, b, line = 1;
+  int n, columns, label, a, b, line = 1;
   FILE *f;
   snprintf(path, sizeof path, "%s/%s/%s.tsv", opt.data, t->name, file);
   if (may_be_missing) {
@@ -327,13 +332,14 @@ static void read_rows(rows *r, const moe_task *t, const char *file, int most, in
   text = at = read_text(&data, &bytes, path);
   for (i = 0; text[i]; ++i) lines += text[i] == '\n';
   make_room(r, most && (size_t)most < lines ? (size_t)most : lines);
-  n = next_row(&at, field);
-  label = column(field, n, "label"), a = column(field, n, "sentence1"), b = column(field, n, "sentence2");
+  columns = next_row(&at, field);
+  if (columns > FIELDS) die("%s: %d columns, %d are the most", path, columns, FIELDS);
+  label = column(field, columns, "label"), a = column(field, columns, "sentence1"), b = column(field, columns, "sentence2");
   if (label < 0 || a < 0 || (t->pair && b < 0)) die("%s: the first line must name label, sentence1 and, of a pair, sentence2", path);
   while ((!most || r->n < most) && (n = next_row(&at, field)) > 0) {
     double v;
     ++line;
-    if (n <= label || n <= a || (t->pair && n <= b)) die("%s, line %d: a field is missing", path, line);
+    if (n != columns) die("%s, line %d: %d column%s, expected %d", path, line, n, n == 1 ? "" : "s", columns);
     v = strtod(field[label], &end);
     if (end == field[label] || *end) die("%s, line %d: label \"%s\" is no number", path, line, field[label]);
     if (t->kind == MOE_KIND_CLASSIFICATION ? !(v >= 0 && v < t->classes && v == floor(v)) : !(v >= (double)t->low && v <= (double)t->high))
@@ -395,13 +401,15 @@ static void read_tasks(void) {
   snprintf(path, sizeof path, "%s/tasks.tsv", opt.data);
   at = read_text(&data, &bytes, path);
   columns = next_row(&at, name);
+  if (columns > FIELDS) die("%s: %d columns, %d are the most", path, columns, FIELDS);
   for (i = 0; i < 7; ++i) where[i] = column(name, columns, wanted[i]);
   for (i = 0; i < 5; ++i)
     if (where[i] < 0) die("%s: the column %s is missing", path, wanted[i]);
   while ((i = next_row(&at, field)) > 0) {
-    int is_unseen = opt.unseen && !strcmp(field[where[0]], opt.unseen);
+    int is_unseen;
     if (i == 1 && !*field[0]) continue;
-    if (i < columns) die("%s: a line has %d columns, the first one %d", path, i, columns);
+    if (i != columns) die("%s: a line has %d columns, the first one %d", path, i, columns);
+    is_unseen = opt.unseen && !strcmp(field[where[0]], opt.unseen);
     if (!is_unseen && opt.tasks && !listed(opt.tasks, field[where[0]])) continue;
     if (strcmp(field[where[2]], "classification") && strcmp(field[where[2]], "regression")) {
       fprintf(stderr, "tasklevel: task %s is of kind %s, which train.c knows; left out\n", field[where[0]], field[where[2]]);
@@ -1532,6 +1540,7 @@ int main(int argc, char **argv) {
   if (opt.resume) open_state();
   run_all();
   print_table();
+  if (fflush(stdout) || ferror(stdout)) die("standard output cannot be written");
   moe_pool_free(pool);
   return 0;
 }

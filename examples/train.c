@@ -1589,6 +1589,7 @@ static void go_on(job *j, moe_model *model) {
   if (!*j->from) return;
   if (!exists(j->from)) { /* of several runs some have not begun */
     if (!n_finished && !strcmp(j->from, opt.resume)) die("cannot open %s: %s", j->from, strerror(errno));
+    if (!j->second) fprintf(stderr, "there is no %s: %s begins anew\n", j->from, j->title);
     return;
   }
   need(moe_file_read(&data, &bytes, j->from, &env));
@@ -2778,6 +2779,7 @@ int main(int argc, char **argv) {
   else run_all();
   moe_profile_write(table, sizeof table, &profile);
   if (opt.profile) fputs(table, stdout);
+  if (fflush(stdout) || ferror(stdout)) die("standard output cannot be written");
   free_everything();
   moe_pool_free(pool);
   return 0;

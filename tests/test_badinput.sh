@@ -259,6 +259,11 @@ refuse predict_encoder_without_tasks 'good.safetensors' predict "$tmp/hub/good.s
 refuse resume_model_without_state 'model.safetensors' train --resume "$tmp/model.safetensors"
 refuse resume_other_options 'state.safetensors was made with other options' train --resume "$tmp/state.safetensors" --lr 0.5
 refuse resume_other_sizes 'state.safetensors' train --resume "$tmp/state.safetensors" --hidden 16
+refuse resume_of_one_from_nowhere "cannot open $tmp/none.safetensors: No such file" train --resume "$tmp/none.safetensors"
+# of several systems some may not have begun, which is no mistake; but it is said
+"$tmp/train" --data "$data" $run $small --steps 1 --systems tag,dense --resume "$tmp/none.safetensors" > "$tmp/out" 2> "$tmp/err"
+if [ $? -eq 0 ] && [ "$(grep -c 'there is no .*/none-.*.safetensors: MT-.* begins anew' "$tmp/err")" -eq 2 ]; then ok test_badinput_resume_says_what_begins_anew
+else fail test_badinput_resume_says_what_begins_anew "$(cat "$tmp/err")"; fi
 # each tensor's header entry spoiled: the file is refused with its name, and nothing crashes
 crashed=
 for word in F32 shape data_offsets dtype embeddings moe.config moe.tasks hidden experts labels; do
@@ -280,6 +285,8 @@ if [ -c /dev/full ]; then
     refuse ${o}_to_a_full_device '/dev/full: writing failed after .*No space left' train --save /dev/null --$o /dev/full
     [ -c /dev/full ] || fail test_badinput_${o}_leaves_the_device
   done
+  if train --save /dev/null --json /dev/null > /dev/full 2> "$tmp/err" || ! grep -q 'standard output cannot be written' "$tmp/err"
+  then fail test_badinput_table_to_a_full_device "$(cat "$tmp/err")"; else ok test_badinput_table_to_a_full_device; fi
 else skip test_badinput_full_device "there is no /dev/full here"; fi
 # a limit upon the size of files, with its signal ignored, is a disk that fills up in the middle
 cp "$tmp/model.safetensors" "$tmp/old.safetensors"

@@ -34,6 +34,7 @@ done
 
 # -ffast-math breaks the guards against NaN: the header refuses it
 if gcc -I.. -ffast-math -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then fail test_build_refuses_fast_math; else ok test_build_refuses_fast_math; fi
+if gcc -I.. -ffinite-math-only -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then fail test_build_refuses_finite_math; else ok test_build_refuses_finite_math; fi
 
 # MOE_MALLOC without MOE_FREE is an error
 if gcc -I.. -DMOE_MALLOC=malloc -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then fail test_build_refuses_half_an_allocator; else ok test_build_refuses_half_an_allocator; fi

@@ -134,9 +134,15 @@ refused test_tasklevel_wants_a_size_that_is_one 'hidden is 1000000000' --hidden 
 refused test_tasklevel_wants_positions_that_are_some 'positions is 100000000' --batch 1 --max-len 100000000
 cp -r "$tmp/told" "$tmp/zero" && cp $data/tasks.tsv "$tmp/zero"
 printf 'label\tsentence1\n1\tfine\n0\ta\000b\n1\tfine\n' > "$tmp/zero/pros_cons/train.tsv"
-refused test_tasklevel_sees_a_zero_byte 'pros_cons/train.tsv: a zero byte' --data "$tmp/zero"
+refused test_tasklevel_sees_a_zero_byte 'pros_cons/train.tsv, line 3: a zero byte' --data "$tmp/zero"
+printf 'label\tsentence1\n1\tfine\n0\t"one\ttwo"\n1\tfine\n' > "$tmp/zero/pros_cons/train.tsv"
+refused test_tasklevel_sees_a_column_too_many 'pros_cons/train.tsv, line 3: 3 columns, expected 2' --data "$tmp/zero"
 if [ -c /dev/full ]; then refused test_tasklevel_says_that_a_disk_is_full '/dev/full: writing failed' --steps 1 --systems softmax --json /dev/full
 else skip test_tasklevel_says_that_a_disk_is_full "there is no /dev/full here"; fi
+if [ ! -c /dev/full ]; then skip test_tasklevel_says_that_its_table_is_lost "there is no /dev/full here"
+elif "$tmp/tasklevel" --data "$tmp/told" --steps 1 --systems multi > /dev/full 2> "$tmp/log" || ! grep -q 'standard output cannot be written' "$tmp/log"; then
+  fail test_tasklevel_says_that_its_table_is_lost "$(tail -n 3 "$tmp/log")"
+else ok test_tasklevel_says_that_its_table_is_lost; fi
 undocumented=$(grep -o '"--[a-z-]*"' ../examples/tasklevel.c | tr -d '"' | sort -u | while read -r o; do [ "$o" = --seed ] || [ "$o" = --help ] || "$tmp/tasklevel" --help | grep -q -- "$o" || echo "$o"; done)
 [ -z "$undocumented" ] && ok test_tasklevel_help_lists_every_option || fail test_tasklevel_help_lists_every_option "$undocumented"
 finish

@@ -11,6 +11,8 @@ if have g++; then
 else skip test_walkthrough_compiles_as_cpp "there is no g++ here"; fi
 if "$tmp/walkthrough" > "$tmp/out" && tail -n 1 "$tmp/out" | grep -q '^Every number is' && ! grep -q WRONG "$tmp/out"
 then ok test_walkthrough_agrees_with_the_hand; else fail test_walkthrough_agrees_with_the_hand "$(grep WRONG "$tmp/out")"; fi
+if [ ! -c /dev/full ]; then skip test_walkthrough_says_when_nobody_reads_it "there is no /dev/full here"
+elif "$tmp/walkthrough" > /dev/full; then fail test_walkthrough_says_when_nobody_reads_it; else ok test_walkthrough_says_when_nobody_reads_it; fi
 missing=
 for i in 1 2 3 4 5 6; do grep -q "Eq. $i:" "$tmp/out" || missing="$missing $i"; done
 [ -z "$missing" ] && ok test_walkthrough_names_equations_1_to_6 || fail test_walkthrough_names_equations_1_to_6 "missing:$missing"
