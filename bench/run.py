@@ -36,7 +36,7 @@ PYTHON = os.path.join(VENV, "bin", "python")
 PACKAGES = ["torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "transformers", "blis"]
 DEBIAN = ["libblis4-openmp"]    # installed where this may: as root, with apt-get
 # Where the tests run what a machine lacks. Nothing here is a claim about speed.
-TESTED = {"scalar": "test_simd, test_gemm, test_machines.sh (also big-endian, qemu-s390x)", "AVX2 + FMA": "test_simd, test_gemm", "AVX-512": "test_simd, test_gemm",
+TESTED = {"scalar": "test_simd, test_gemm, test_machines.sh (also 32-bit ARM, RISC-V and, big-endian, s390x, by qemu)", "AVX2 + FMA": "test_simd, test_gemm", "AVX-512": "test_simd, test_gemm",
           "NEON": "test_machines.sh", "AVX-VNNI": "test_lowp", "AVX512-VNNI": "test_lowp", "NEON dot product": "test_machines.sh (test_lowp)",
           "AVX512-BF16": "test_bf16", "AMX-BF16": "test_bf16", "AMX-INT8": "test_lowp"}
 EMULATED = {"NEON": "qemu-aarch64", "NEON dot product": "qemu-aarch64", "AMX-BF16": "its instructions one by one in C (tests/amx.h)",
