@@ -33,7 +33,7 @@ static void show(void *user, moe_status status, const char *sentence) {
 }
 
 typedef struct options {
-  const char *in, *out, *task, *rows, *score;
+  const char *in, *out, *task, *rows, *score, *isa_name;
   double drop;
   int int8, tensors, threads;
   moe_isa isa;
@@ -55,7 +55,7 @@ static int32_t offset(const char *text) {
 }
 
 static options parse(int argc, char **argv) {
-  options o = {NULL, NULL, NULL, NULL, NULL, 0, 0, 0, 1, MOE_ISA_AUTO};
+  options o = {NULL, NULL, NULL, NULL, NULL, "auto", 0, 0, 0, 1, MOE_ISA_AUTO};
   int i;
   for (i = 1; i < argc; ++i) {
     if (!strcmp(argv[i], "--int8")) o.int8 = 1;
@@ -65,7 +65,7 @@ static options parse(int argc, char **argv) {
     else if (!strcmp(argv[i], "--drop-below") && i + 1 < argc) o.drop = number("--drop-below", argv[++i], 0, 1);
     else if (!strcmp(argv[i], "--tensors")) o.tensors = 1;
     else if (!strcmp(argv[i], "--threads") && i + 1 < argc) o.threads = (int)number("--threads", argv[++i], 1, 256);
-    else if (!strcmp(argv[i], "--isa") && i + 1 < argc) o.isa = moe_isa_from_name(argv[++i]);
+    else if (!strcmp(argv[i], "--isa") && i + 1 < argc) o.isa = moe_isa_from_name(o.isa_name = argv[++i]);
     else if (argv[i][0] == '-') die("unknown option %s, or a value is missing", argv[i]);
     else if (!o.in) o.in = argv[i];
     else if (!o.out) o.out = argv[i];
@@ -396,7 +396,7 @@ int main(int argc, char **argv) {
   moe_model *model;
   double before, after, error = 0;
   answers was = {0, 0, NULL, NULL, NULL, NULL, NULL}, is = was;
-  if (o.isa == MOE_ISA_COUNT || moe_env_init(&env, o.isa)) die("this machine has no instruction set of that name");
+  if (o.isa == MOE_ISA_COUNT || moe_env_init(&env, o.isa)) die("this machine has no instruction set \"%s\"", o.isa_name);
   env.log = show;
   if (o.threads > 1 && moe_pool_create(&pool, o.threads, &env)) return 1;
   model = load(o.in, &before, &env);

@@ -179,20 +179,21 @@ int main(int argc, char **argv) {
   int score = 0, threads = 1, bf16 = 0, profiled = 0, i;
   int32_t task;
   moe_isa isa = MOE_ISA_AUTO;
+  const char *isa_name = "auto";
   if (argc < 3) die("usage: predict MODEL TASK [--score] [--threads N] [--isa auto|avx512|avx2|neon|scalar]\n"
                     "               [--precision fp32|bf16] [--profile] < tsv");
   for (i = 3; i < argc; ++i) {
     if (!strcmp(argv[i], "--score")) score = 1;
     else if (!strcmp(argv[i], "--profile")) profiled = 1;
     else if (!strcmp(argv[i], "--threads") && i + 1 < argc) threads = (int)number("--threads", argv[++i], 1, 256);
-    else if (!strcmp(argv[i], "--isa") && i + 1 < argc) isa = moe_isa_from_name(argv[++i]);
+    else if (!strcmp(argv[i], "--isa") && i + 1 < argc) isa = moe_isa_from_name(isa_name = argv[++i]);
     else if (!strcmp(argv[i], "--precision") && i + 1 < argc) {
       bf16 = !strcmp(argv[++i], "bf16");
       if (!bf16 && strcmp(argv[i], "fp32")) die("--precision is fp32 or bf16, not \"%s\"", argv[i]);
     }
     else die("unknown option %s, or a value is missing", argv[i]);
   }
-  if (isa == MOE_ISA_COUNT || moe_env_init(&env, isa)) die("this machine has no instruction set of that name");
+  if (isa == MOE_ISA_COUNT || moe_env_init(&env, isa)) die("this machine has no instruction set \"%s\"", isa_name);
   env.log = show;
   if (bf16) moe_env_set_precision(&env, MOE_TYPE_BF16); /* or a sentence, and fp32 */
   (void)moe_env_use_amx(&env);                          /* a model of 8 bits is quicker with it */

@@ -435,11 +435,14 @@ static int tsv_open(tsv *f, const char *path, int optional) {
 }
 
 static int tsv_column(const tsv *f, const char *name, int must) {
-  int i;
-  for (i = 0; i < f->columns; ++i)
-    if (!strcmp(f->column[i], name)) return i;
-  if (must) die("%s:1: there is no column \"%s\"", f->path, name);
-  return -1;
+  int i, at = -1;
+  for (i = f->columns; i-- > 0;)
+    if (!strcmp(f->column[i], name)) {
+      if (at >= 0) die("%s:1: two columns are called \"%s\"", f->path, name);
+      at = i;
+    }
+  if (at < 0 && must) die("%s:1: there is no column \"%s\"", f->path, name);
+  return at;
 }
 
 static void tsv_fields(tsv *f, char *line, char **field) {

@@ -126,6 +126,7 @@ changed train_without_rows 'good/train.tsv holds no rows' good/train.tsv 'label\
 changed dev_without_rows 'good/dev.tsv holds no rows' good/dev.tsv 'label\tsentence1\n'
 changed train_without_column 'good/train.tsv:1: there is no column "sentence1"' good/train.tsv 'label\ttext\n0\ta\n'
 changed pair_without_second_text 'score/train.tsv:1: there is no column "sentence2"' score/train.tsv 'label\tsentence1\n0\ta\n'
+changed two_columns_of_a_name 'good/train.tsv:1: two columns are called "label"' good/train.tsv 'label\tsentence1\tlabel\n0\ta\t1\n'
 changed too_few_columns 'good/train.tsv:3: 1 column, expected 2' good/train.tsv 'label\tsentence1\n0\ta\nbad\n'
 changed too_many_columns 'good/train.tsv:3: more than the 2 columns' good/train.tsv 'label\tsentence1\n0\ta\n0\ta\tb\n'
 changed blank_line 'good/train.tsv:3: 1 column, expected 2' good/train.tsv 'label\tsentence1\n0\ta\n\n1\tb\n'

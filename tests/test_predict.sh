@@ -50,6 +50,7 @@ refuses a_missing_model 'nothing.safetensors: cannot be opened' '' "$tmp/nothing
 refuses a_foreign_file 'test_predict.sh: the first 8 bytes promise' '' test_predict.sh snips_intents
 refuses an_unknown_task 'has no task "mrpc", but query_wellformedness intent_match snips_intents' '' "$model" mrpc
 refuses an_unknown_option 'unknown option --sore' '' "$model" snips_intents --sore
+refuses an_unknown_instruction_set 'this machine has no instruction set "sse"' '' "$model" snips_intents --isa sse
 refuses a_bad_number '"two" is no number' '' "$model" snips_intents --threads two
 refuses too_few_columns 'line 2: 1 column, expected 2: task intent_match takes two texts' 'a\tb\nalone\n' "$model" intent_match
 refuses too_many_columns 'line 1: 2 columns, expected 1' 'a\tb\n' "$model" snips_intents
