@@ -355,23 +355,34 @@ static void read_rows(rows *r, const moe_task *t, const char *file, int most, in
 
 /* Kind, classes and their names from the column labels, "0=no,1=yes" or "0..5". */
 static void read_labels(moe_task *t, const char *kind, const char *text) {
-  char *s, *at;
+  char *s, *at, *end, first[16]; /* "0=" */
   const char **name;
   snprintf(labels[t - task], sizeof *labels, "%s", text);
   t->classes = 1;
   if (!strcmp(kind, "regression")) {
     const char *dots = strstr(text, "..");
     if (!dots) die("task %s: the range \"%s\" is not A..B", t->name, text);
+    s = strcpy((char *)take(strlen(text) + 1, 1), text);
+    s[dots - text] = 0; /* "0." of "0..5" would be a number too */
     t->kind = MOE_KIND_REGRESSION;
-    t->low = (float)atof(text);
-    t->high = (float)atof(dots + 2);
+    t->low = (float)strtod(s, &end);
+    if (end == s || *end) die("task %s: the range \"%s\" begins with no number", t->name, text);
+    t->high = (float)strtod(dots + 2, &end);
+    if (end == dots + 2 || *end) die("task %s: the range \"%s\" ends with no number", t->name, text);
+    if (!(t->low < t->high)) die("task %s: the range \"%s\" holds nothing", t->name, text);
+    free(s);
     return;
   }
   s = strcpy((char *)take(strlen(text) + 1, 1), text);
   for (at = s; (at = strchr(at, ',')) != NULL; ++at) ++t->classes;
   name = (const char **)take((size_t)t->classes, sizeof *name);
   t->classes = 0;
-  for (at = strtok(s, ","); at; at = strtok(NULL, ",")) name[t->classes++] = strchr(at, '=') ? strchr(at, '=') + 1 : at;
+  for (at = strtok(s, ","); at; at = strtok(NULL, ",")) {
+    int bytes = snprintf(first, sizeof first, "%d=", (int)t->classes);
+    if (strncmp(at, first, (size_t)bytes)) die("task %s: label %d should read %sNAME, not \"%s\"", t->name, (int)t->classes, first, at);
+    name[t->classes++] = at + bytes;
+  }
+  if (t->classes < 2) die("task %s: it needs at least two labels, \"%s\" names %d", t->name, text, (int)t->classes);
   t->label = name;
 }
 
@@ -380,6 +391,7 @@ static void read_task(moe_task *t, char **field, const int *at) {
     die("tasks.tsv: task %s: its name and the list of its metrics have at most %d bytes", field[at[0]], MOE_NAME_BYTES - 1);
   snprintf(t->name, sizeof t->name, "%s", field[at[0]]);
   t->pair = !strcmp(field[at[1]], "pair");
+  if (!t->pair && strcmp(field[at[1]], "single")) die("task %s: input \"%s\" is neither single nor pair", t->name, field[at[1]]);
   read_labels(t, field[at[2]], field[at[3]]);
   snprintf(t->metrics, sizeof t->metrics, "%s", field[at[4]]);
   if (at[5] >= 0 && *field[at[5]]) t->max_len = (int32_t)number("max_len in tasks.tsv", field[at[5]], 0);

@@ -135,6 +135,18 @@ refused test_tasklevel_wants_positions_that_are_some 'positions is 100000000' --
 cp -r "$tmp/told" "$tmp/zero" && cp $data/tasks.tsv "$tmp/zero"
 printf 'label\tsentence1\n1\tfine\n0\ta\000b\n1\tfine\n' > "$tmp/zero/pros_cons/train.tsv"
 refused test_tasklevel_sees_a_zero_byte 'pros_cons/train.tsv, line 3: a zero byte' --data "$tmp/zero"
+spoiled() { # NAME SENTENCE ROW OF tasks.tsv
+  printf 'name\tinput\tkind\tlabels\tmetric\n%b\n' "$3" > "$tmp/zero/tasks.tsv"
+  refused test_tasklevel_sees_$1 "$2" --data "$tmp/zero" --tasks pros_cons
+}
+spoiled an_unknown_input 'input "solo" is neither single nor pair' 'pros_cons\tsolo\tclassification\t0=a,1=b\taccuracy'
+spoiled a_label_out_of_turn 'label 1 should read 1=NAME, not "2=b"' 'pros_cons\tsingle\tclassification\t0=a,2=b\taccuracy'
+spoiled too_few_labels 'it needs at least two labels, "0=a" names 1' 'pros_cons\tsingle\tclassification\t0=a\taccuracy'
+spoiled a_range_of_words 'the range "x..y" begins with no number' 'pros_cons\tsingle\tregression\tx..y\tpearson'
+spoiled a_range_without_an_end 'the range "0..y" ends with no number' 'pros_cons\tsingle\tregression\t0..y\tpearson'
+spoiled a_range_upside_down 'the range "5..0" holds nothing' 'pros_cons\tsingle\tregression\t5..0\tpearson'
+spoiled a_column_too_many_in_tasks 'a line has 6 columns, the first one 5' 'pros_cons\tsingle\tclassification\t0=a,1=b\taccuracy\tx'
+cp $data/tasks.tsv "$tmp/zero"
 printf 'label\tsentence1\n1\tfine\n0\t"one\ttwo"\n1\tfine\n' > "$tmp/zero/pros_cons/train.tsv"
 refused test_tasklevel_sees_a_column_too_many 'pros_cons/train.tsv, line 3: 3 columns, expected 2' --data "$tmp/zero"
 if [ -c /dev/full ]; then refused test_tasklevel_says_that_a_disk_is_full '/dev/full: writing failed' --steps 1 --systems softmax --json /dev/full
