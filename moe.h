@@ -325,18 +325,19 @@ MOE_API const char *moe_backend_name(const moe_env *env);
 
 #ifdef MOE_USE_BLIS
 /* Connects *env with BLIS. moe_env_init has done this with always = 0, for the products that BLIS is better at: on a
-   processor that BLIS has more than its `generic` kernels for, all where env->isa is scalar, with AVX2 those with
-   unpacked weights and the gradients of 8 to 64 tokens, none with AVX-512 or NEON. With always = 1 it gets every large
-   product, whatever its kernels. BLIS computes with one thread in this process from then on
-   (bli_thread_set_num_threads): work is spread by env.parallel_for. MOE_E_UNSUPPORTED: this BLIS counts in integers of
-   another size than pointers; *env is as it was. */
+   processor that BLIS has more than its `generic` kernels for, all where env->isa is scalar, with AVX2 those whose weights
+   are not packed, gradients among them (with BLIS's zen kernels those of 64 tokens at most), none with AVX-512 or NEON.
+   With always = 1 it gets every large product, whatever its kernels. BLIS computes with one thread in this process from
+   then on (bli_thread_set_num_threads): work is spread by env.parallel_for. MOE_E_UNSUPPORTED: this BLIS counts in
+   integers of another size than pointers; *env is as it was. */
 MOE_API moe_status moe_blis_use(moe_env *env, int32_t always);
 /* The kernels that BLIS has chosen for this processor ("skx", "zen3", "generic"), a constant string. */
 MOE_API const char *moe_blis_kernels(void);
 #endif
 
 #ifndef MOE_NO_THREADS
-/* The built-in pool: the calling thread and helpers, which sleep between calls. */
+/* The built-in pool: the calling thread and helpers, which sleep between calls. It serves one call at a time, as copies of
+   the env do that share it: threads that call at once want a pool each, or env.parallel_for NULL. */
 typedef struct moe_pool moe_pool;
 /* Starts the helpers and connects *env with them. `threads` (1 .. 256) is the most that may run; there are no more than
    processors that this process may use, since more would only wait for each other, and env->threads says how many there
@@ -347,8 +348,8 @@ MOE_API moe_status moe_pool_create_exact(moe_pool **out, int32_t threads, moe_en
 /* Ends the helpers. No call may be running; an env that was connected must not be used for parallel calls any more. NULL is
    fine. */
 MOE_API void moe_pool_free(moe_pool *pool);
-/* Number of processors that the calling thread may use, as its affinity says (Linux, Windows; elsewhere those of the machine):
-   1 .. 256, and 1 where the system does not tell. */
+/* Number of processors that the calling thread may use, as its affinity says (Linux on 64-bit x86 and ARM, Windows; elsewhere
+   those of the machine): 1 .. 256, and 1 where the system does not tell. */
 MOE_API int32_t moe_processors(void);
 #endif
 
@@ -1309,8 +1310,8 @@ MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa) {
   return moe_isa_available(isa) ? MOE_OK : MOE_E_UNSUPPORTED;
 }
 
-/* A formatter of our own, so that sentences need no stdio: %s %d %u %ld (int64_t given as long long is %lld) %zu %g %%.
-   Enough for our sentences; always ends in zero. */
+/* A formatter of our own, so that sentences need no stdio: %s %c %g %% and %d %u with l, ll or (%u alone) z before them; %g has
+   six digits. capacity is at least 1; what does not fit is cut, and a zero always ends it. */
 static char *moe__put_text(char *at, char *end, const char *s) {
   while (*s && at < end) *at++ = *s++;
   return at;
@@ -1572,10 +1573,12 @@ typedef struct moe__tiles {
 /* One worker: takes tiles until none is left. Its number is a slot of its own, for scratch. */
 static void moe__tiles_worker(void *arg, int32_t slot) {
   moe__tiles *tiles = (moe__tiles *)arg;
-  const moe__tiles mine = *tiles; /* the others write to `next`, and so take the line away */
-  int32_t tile = slot;            /* the first is known */
-  while (tile < mine.count) {
-    mine.fn(mine.arg, tile, slot);
+  const moe__tile_fn fn = tiles->fn; /* read once, and not with `next`: the others write to that, and so take the line away */
+  void *const fn_arg = tiles->arg;
+  const int32_t count = tiles->count;
+  int32_t tile = slot; /* the first is known */
+  while (tile < count) {
+    fn(fn_arg, tile, slot);
     tile = (int32_t)MOE__FETCH_ADD(&tiles->next, 1);
   }
 }
@@ -1735,7 +1738,7 @@ static void moe__pool_run(void *user, int32_t count, void (*body)(void *arg, int
   }
   moe__pool_work(pool);
   MOE__ADD(&pool->gate, (uint32_t)0 - MOE__GATE_OPEN);
-  for (; (uint32_t)MOE__LOAD(&pool->gate) % MOE__GATE_OPEN; ++waited) moe__pool_pause(waited < MOE__POOL_SPINS ? waited : MOE__POOL_SPINS);
+  for (; (uint32_t)MOE__LOAD(&pool->gate) % MOE__GATE_OPEN; waited += waited < MOE__POOL_SPINS) moe__pool_pause(waited);
 }
 
 #if defined(__linux__) && defined(__GNUC__) && defined(__LP64__) && (defined(__x86_64__) || defined(__aarch64__))
@@ -2249,7 +2252,6 @@ MOE__V(void, store)(float *p, MOE__F v) {
   _mm256_storeu_ps(p + 8, v.b);
 }
 
-
 MOE__V(MOE__I, iload)(const void *p) {
   return moe__avx2_itwo(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1));
 }
@@ -2278,7 +2280,6 @@ MOE__V(MOE__I, isar)(MOE__I x, int n) { return moe__avx2_itwo(_mm256_srai_epi32(
 MOE__V(MOE__I, bits)(MOE__F x) { return moe__avx2_itwo(_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)); }
 MOE__V(MOE__F, floats)(MOE__I x) { return MOE__TWO1(_mm256_castsi256_ps); }
 MOE__V(MOE__F, cvt)(MOE__I x) { return MOE__TWO1(_mm256_cvtepi32_ps); }
-
 
 MOE__V(MOE__M, ult)(MOE__I x, MOE__I y) { /* there is a signed comparison only: shift the range */
   MOE__I top = moe__avx2_iset(0x80000000u);
@@ -2672,10 +2673,10 @@ enum { MOE__GRADIENT_STEPS = 128, MOE__GRADIENT_LD = MOE__GRADIENT_ROWS + 16 };
 
 static const float moe__gemm_zeros[16 * MOE__GEMM_PANELS] = {0};
 
-/* Cache lines that a kernel asks for while it computes: the one at `line` at each step, which then moves on by line_step (a panel that the next
-   calls need), and at the beginning of each of `parts` equal parts of the call a row of the next block of C. A burst between two calls
-   would fill the buffers that the loads of the kernel need. A step of 0 asks for the same line again, which costs next to nothing; so does a
-   single part. */
+/* Cache lines that a kernel asks for while it computes: the one at `line` at each step, which then moves on by line_step
+   (a panel that the next calls need), and at the beginning of each of `parts` equal parts of the call a row of the next
+   block of C. A burst between two calls would fill the buffers that the loads of the kernel need. A step of 0 asks for the
+   same line again, which costs next to nothing; so does a single part. */
 typedef struct moe__gemm_soon {
   const float *line, *c;
   size_t line_step, c_row, parts;
@@ -3195,7 +3196,8 @@ static moe__gemm_cut moe__gemm_plan(const moe__gemm *g, int32_t threads) {
     if (cut.m > share) cut.m = moe__min(cut.m, moe__max((share + 7) / 8 * 8, 32));
     cut.k = MOE__GRADIENT_STEPS;
   } else if (g->b_layout != MOE__B_PANELS) {
-    cut.m = 192; /* rows a multiple of 4 KB apart share few sets of the cache, and what is copied goes to a small buffer: shorter blocks then */
+    cut.m = 192;
+    /* rows a multiple of 4 KB apart share few sets of the cache, and what is copied goes to a small buffer: shorter blocks then */
     cut.k = !cut.pack_b && g->n % 16 == 0 && g->b_row % 1024 != 0 ? 384 : 128;
   } else { /* panels come from the second-level cache for every 8 rows; longer chains spare loads of C */
     cut.m = threads > 1 ? 64 : 128; /* so often do they come from the third level; threads want more tiles */
@@ -3265,8 +3267,9 @@ static void moe__gemm_edge(moe__gemm_fn fn, float *c, size_t c_row, const float 
   for (i = 0; i < rows; ++i) memcpy(c + i * c_row, block + i * row, sizeof(float) * columns);
 }
 
-/* Rows of memory that will be needed soon: the first touch of a strided operand misses every cache, and no processor foresees it. Each of the
-   first kernel calls asks for a column of their lines, one at every step; where the calls are too few, each asks for a few rows at once. */
+/* Rows of memory that will be needed soon: the first touch of a strided operand misses every cache, and no processor
+   foresees it. Each of the first kernel calls asks for a column of their lines, one at every step; where the calls are too
+   few, each asks for a few rows at once. */
 typedef struct moe__gemm_ahead {
   const float *at;
   size_t ld, lines, rows, rate; /* rows of `lines` cache lines, ld floats apart; how many to ask for at a time */
@@ -3356,18 +3359,19 @@ static const float *moe__gemm_panels_at(const moe__gemm *g, int32_t j, size_t p0
 
 /* ---- gradients of weights ---- >>gemm_gradient */
 
-/* dW += dY^T X: rows i0 .. i1-1 and columns j0 .. j1-1 of C, in blocks of k (tokens). Both operands lie token by token, so that a kernel
-   would step from page to page, through few sets of the cache. So the rows of A of a block are copied, and for each stripe of columns the
-   panels of B, which stay in the first-level cache while A comes from the second, a line for every step. Every call asks for the block of C
-   of the next call, and for a column of lines of what is copied next: of B, then of A. */
+/* dW += dY^T X: rows i0 .. i1-1 and columns j0 .. j1-1 of C, in blocks of k (tokens). Both operands lie token by token, so
+   that a kernel would step from page to page, through few sets of the cache. So the rows of A of a block are copied, and for
+   each stripe of columns the panels of B, which stay in the first-level cache while A comes from the second, a line for
+   every step. Every call asks for the block of C of the next call, and for a column of lines of what is copied next: of B,
+   then of A. */
 typedef struct moe__gradient {
   const moe__gemm *g;
   const moe__gemm_kernels *kernels;
   size_t i0, i1, j0, j1; /* the tile */
   size_t depth;          /* of the block of k */
   const float *b;        /* the block of k from column 0 on */
-  const float *next_a;   /* the block that follows, in this tile or in the next one, from row i0 and from column j0 on; NULL: there is none */
-  const float *next_b;
+  const float *next_a;   /* A and B of the block that follows, in this tile or in the next one, from its row i0 */
+  const float *next_b;   /* and from its column j0 on; NULL: there is none */
   size_t lines_a;        /* columns of lines of next_a that were asked for */
   float *panels;         /* copied B */
   float a[MOE__GRADIENT_LD * MOE__GRADIENT_STEPS + 16];
@@ -3992,7 +3996,7 @@ MOE__INLINE int moe__int8_step(const unsigned char *x) {
 #endif
 
 #ifdef MOE__X86
-/* Two registers of floats to 32 signed bytes would need AVX-512; 8 at a time go through 16 bits. */
+/* 8 floats at a time, by way of 16 bits: AVX2 has no conversion from 32 bits straight to bytes. */
 MOE__T_AVX2 static float moe__avx2_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {
   __m256i magnitude = _mm256_set1_epi32(0x7fffffff), most = _mm256_setzero_si256();
   __m128i half, flips = _mm_set1_epi8((char)(unsigned char)flip);
@@ -4106,7 +4110,7 @@ MOE__INT8_AVX2(2)
 static const moe__int8_kernels moe__avx2_int8 = {
   {{NULL}, {NULL, MOE__NAMES2(moe__avx2_int8, 1)}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0,
   moe__avx2_int8_quantize, moe__avx2_int8_dot4, NULL};
-/* AVX-512 without VNNI has but a few processors: they quantise faster, and multiply as above. */
+/* Few processors have AVX-512 without VNNI: they quantise faster, and multiply as above. */
 static const moe__int8_kernels moe__avx512_int8 = {
   {{NULL}, {NULL, MOE__NAMES2(moe__avx2_int8, 1)}, {NULL}, {NULL}}, {0, 2, 0, 0}, 0,
   moe__avx512_int8_quantize, moe__avx2_int8_dot4, NULL};
