@@ -286,8 +286,8 @@ MOE_API const char *moe_profile_text(moe_profile_section section);
 
 /* Everything a call needs to know of its surroundings. A plain struct: copy it, one for each thread if you like. */
 typedef struct moe_env {
-  moe_isa isa;     /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards. Nobody asks the processor again: one set by hand
-                      that it lacks, and a bit of `features`, ends in an illegal instruction */
+  moe_isa isa;     /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards. The processor is not asked again: an instruction
+                      set, or a bit of `features`, that is set by hand and that it lacks ends in an illegal instruction */
   uint32_t features; /* MOE_FEATURE_ bits that this machine has, set by moe_env_init and moe_env_use_amx; clearing one forgoes
                         it, int8 results stay the same */
   moe_type precision; /* MOE_TYPE_F32, or MOE_TYPE_BF16: see moe_env_set_precision */
@@ -382,13 +382,14 @@ MOE_API size_t moe_pack_floats(int32_t rows, int32_t cols);
 MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols, const moe_env *env);
 
 /* int8: w = scale q, a scale for each row (max |w| / 127) and integers -127 .. 127, rounded to the nearest. cols at most
-   MOE_INT8_COLS. A row with an infinity or NaN in it gets the scale NaN. q (rows, cols), scale (rows). */
+   MOE_INT8_COLS. A row with an infinity or NaN in it gets the scale NaN, one below 1e-36 throughout the scale 0; their integers
+   are 0. q (rows, cols), scale (rows). */
 #define MOE_INT8_COLS 65536
 MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows, int32_t cols, const moe_env *env);
 /* Views of int8 weights for moe_linear_forward, moe_linear_gelu_forward and moe_experts_forward: rows as they lie in a file,
    or panels packed by moe_pack_int8. Each row of x is quantised in the same way on its way in, the sums are integers, and
-   the bits of a result depend neither on the layout nor on the instruction set. The weights must stay what they are; there
-   is no backward through them. */
+   the bits of a result depend neither on the layout nor on the instruction set. Like all views they hold
+   pointers only; no backward goes through them. */
 MOE_API moe_mat moe_mat_rows_int8(const int8_t *w, const float *scale, int32_t rows, int32_t cols);
 MOE_API moe_mat moe_mat_panels_int8(const void *panels, const float *scale, int32_t rows, int32_t cols);
 /* Bytes that moe_pack_int8 writes; its layout is of one machine, never of a file. */
@@ -444,7 +445,8 @@ MOE_API void moe_embed_backward(float *dword, float *dposition, float *dsegment,
 /* Multi-head self-attention inside each of S packed sequences: for each head, y = dropout(softmax(q k^T / sqrt D)) v.
    y (M, H); qkv (M, 3H): query, key and value side by side; D = H / A; stats (M, A, 2) receives the maximum (to base 2)
    and 1/sum of each softmax row for backward, or NULL. keys (S): key of the dropout of each sequence (element (a, i, j) at position (a
-   len + i) len + j), NULL or p = 0: none. scratch: moe_attention_scratch floats. */
+   len + i) len + j), NULL or p = 0: none. scratch: moe_attention_scratch floats, for sequences of at most `longest` tokens,
+   training 1: for backward too (0 where a size is below 1, SIZE_MAX where that overflows). */
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training, const moe_env *env);
 MOE_API void moe_attention_forward(float *y, float *stats, const float *qkv, const int32_t *seq_start, int32_t S, int32_t H,
                                    int32_t A, float p, const uint64_t *keys, float *scratch, const moe_env *env);
@@ -673,10 +675,10 @@ MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_t
 /* Index of the tensor of that name, or -1. */
 MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name);
 
-/* Packs the weights for fast products into memory of the model's own (the heap, or the caller's block of moe_model_pack_size
-   bytes; where env.precision asks for bf16: moe_model_pack_size_bf16, half of that but for odd sizes). To be called again
-   after weights were changed by hand; the trainer keeps it up to date itself, in the precision of this call. Passes of the
-   other precision give their own bits as ever, but are slower. */
+/* Packs the weights for fast products into memory of the model's own: the heap (block NULL; MOE_E_MEMORY), or the caller's
+   block (64-byte aligned) of moe_model_pack_size bytes (where env.precision asks for bf16: moe_model_pack_size_bf16, half of
+   that but for odd sizes). To be called again after weights were changed by hand; the trainer keeps it up to date itself, in
+   the precision of this call. Passes of the other precision give their own bits as ever, but are slower. */
 MOE_API size_t moe_model_pack_size(const moe_model *model);
 MOE_API size_t moe_model_pack_size_bf16(const moe_model *model);
 MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *env);
@@ -798,7 +800,7 @@ MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_ba
 /* Final hidden states (M, H) of the last pass. */
 MOE_API const float *moe_context_hidden(const moe_context *context);
 /* The routes of the last pass in a layer (dense: k = 1, all tokens at expert 0; blocks: k = 1, the block of the largest
-   weight, which is `weight` too, and all weights as `prob`). Pointers into the context. */
+   weight, which is `weight` too, and all weights as `prob`). Pointers into the context. MOE_E_ARGUMENT: no such layer. */
 MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out);
 /* Makes the following passes take these experts in every layer: (L, M, k), kept by the caller; NULL: the gates decide
    again. */
@@ -2366,8 +2368,8 @@ MOE__V(MOE__I, ifour)(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d) {
 #define MOE__IFOUR1(op) moe__neon_ifour(op(x.a), op(x.b), op(x.c), op(x.d))
 #define MOE__IFOUR2(op) moe__neon_ifour(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
 
-/* There are no masked loads and stores: a quarter that is not whole goes lane by
-   lane. Kept out of line, as it is long and comes last. */
+/* There are no masked loads and stores: a quarter that is not whole goes lane by lane. loadn and storen are not inlined by
+   force as the others are, since they are long and come last in a row. */
 MOE__V(float32x4_t, loadn4)(const float *p, size_t n) {
   float32x4_t v = vdupq_n_f32(0.0f);
   if (n >= 4) return vld1q_f32(p);
@@ -2409,7 +2411,6 @@ MOE__V(void, store)(float *p, MOE__F v) {
   vst1q_f32(p + 8, v.c);
   vst1q_f32(p + 12, v.d);
 }
-
 
 MOE__V(MOE__I, iload)(const void *p) {
   const uint32_t *u = (const uint32_t *)p;
@@ -4844,7 +4845,8 @@ MOE__T_AVX512 static void moe__avx512_bf16_along(uint32_t *to, size_t to_ld, con
   }
 }
 
-MOE__T_AVX512 static void moe__avx512_bf16_across(uint32_t *to, size_t to_ld, size_t panel, const float *from, size_t ld, size_t lines, size_t length) {
+MOE__T_AVX512 static void moe__avx512_bf16_across(uint32_t *to, size_t to_ld, size_t panel, const float *from, size_t ld, size_t lines,
+                                                  size_t length) {
   size_t l, x;
   for (l = 0; l < lines; l += 2, to += to_ld, from += 2 * ld)
     for (x = 0; x < length; x += 16) {
@@ -4939,10 +4941,9 @@ static const moe__bf16_kernels moe__avx512_bf16 = {
   moe__avx512_bf16_floats, moe__avx512_bf16_along, moe__avx512_bf16_across, moe__avx512_bf16_turn};
 
 #ifdef MOE__AVX512_BF16
-/* The same with vdpbf16ps. An instruction by hand, for the reason given at
-   moe__vnni_add, and no compiler needs to know it by name. So with the one that
-   rounds: 16 floats each to the low and the high half, a fifth of the instructions
-   of moe__avx512_bf16_round. */
+/* The same with vdpbf16ps. An instruction by hand, for the reason given at moe__vnni_add, and no compiler needs to know it
+   by name. So is the one that rounds, twice 16 floats to the low and the high half of a register: a fifth of the
+   instructions of moe__avx512_bf16_round. */
 MOE__T_AVX512 MOE__INLINE __m512i moe__bf16_halves(__m512 low, __m512 high) {
   __m512i r;
   __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(r) : "v"(low), "v"(high));
@@ -4961,7 +4962,8 @@ MOE__T_AVX512 static void moe__dp_bf16_along(uint32_t *to, size_t to_ld, const f
   }
 }
 
-MOE__T_AVX512 static void moe__dp_bf16_across(uint32_t *to, size_t to_ld, size_t panel, const float *from, size_t ld, size_t lines, size_t length) {
+MOE__T_AVX512 static void moe__dp_bf16_across(uint32_t *to, size_t to_ld, size_t panel, const float *from, size_t ld, size_t lines,
+                                              size_t length) {
   __m512i pairs = _mm512_or_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(16 << 16));
   size_t l, x;
   pairs = _mm512_add_epi32(pairs, _mm512_slli_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(15)), 16)); /* word j: j, 16 + j */
