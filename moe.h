@@ -4687,12 +4687,12 @@ MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows,
 enum {
   MOE__BF16_ROWS = 32,           /* rows of a tile of work where the weights are packed: they stay near, the panels stream by */
   MOE__BF16_DEPTH = 384,         /* and how many words of each are copied at a time */
-  MOE__BF16_TALL = 128,          /* the same where B is packed on the way, for all these rows */
+  MOE__BF16_TALL = 256,          /* the same where B is packed on the way, again for each so many rows, which AMX feels */
   MOE__BF16_SHALLOW = 128,
   MOE__BF16_CHUNK = 512,         /* then all rows take so many elements of k and columns of B, while these are in the */
   MOE__BF16_PART = 384,          /* second-level cache */
   MOE__BF16_PAD = 16,            /* words between rows, which keep them out of one another's place in the cache */
-  MOE__BF16_A = MOE__BF16_SHALLOW * (MOE__BF16_TALL + MOE__BF16_PAD), /* words: of the copy of A, 72 KB of the stack */
+  MOE__BF16_A = MOE__BF16_SHALLOW * (MOE__BF16_TALL + MOE__BF16_PAD), /* words: of the copy of A, 136 KB of the stack */
   MOE__BF16_WIDE = 6,            /* most panels that a kernel takes */
   MOE__BF16_PACKED = 3,          /* most panels that are packed at a time */
   MOE__BF16_B = MOE__BF16_SHALLOW * 16 * MOE__BF16_PACKED, /* words: of packed B, 24 KB */
