@@ -10551,7 +10551,6 @@ MOE_API void moe_adam_step(float *w, float *dw, float *m, float *v, size_t n, in
   moe__spans_adam(w, dw, m, v, &span, 1, t, rate, factor, beta1, beta2, eps, env);
 }
 
-
 /* ---- which row of which task comes next ---- >>sampler
    Nothing is remembered but how much was drawn: a draw is a function of (seed, drawn) and, where tasks are
    drawn apart from their rows, of how often the task was drawn. A run that goes on from a copy of these
@@ -10675,7 +10674,6 @@ MOE_API void moe_sample(moe_sampler *sampler, int32_t *task, int64_t *row) {
   ++sampler->drawn;
   *task = t;
 }
-
 
 /* ---- accumulate, update, gradient check ---- >>trainer */
 
@@ -11987,8 +11985,8 @@ static int moe__json_name(moe__json *j, char out[MOE_NAME_BYTES]) {
   return 1;
 }
 
-/* Every member is known, and there once: what a newer version adds must not be passed over in silence. *absent is where the list of absent experts
-   begins, if *has_absent. */
+/* Every member is known, and there once: what a newer version adds must not be passed over in silence. *absent is where the
+   list of absent experts begins, if *has_absent. */
 static int moe__config_read(moe__json *j, moe_config *config, moe__json *absent, int *has_absent) {
   moe_config c;
   unsigned seen = 0, want;
@@ -12360,7 +12358,8 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
   moe__open_take(&layout, &tasks, &header);
   status = moe__tasks_read(&header, &tasks, env);
   header.config.absent = tasks.absent;
-  /* a place in the file stands for the weights until the table of tensors can say where they begin */
+  /* the block's own address stands for the weights, so that none are laid out in it, until the table of tensors can say
+     where they begin in the file; nothing reads them before that */
   if (!status) status = moe__model_place(&model, block, bytes, &header.config, tasks.task, (int32_t)tasks.T, header.quantized, (const float *)block, env);
   if (!status) status = moe__tensors_read(NULL, NULL, &header.st, model, "", 1, env);
   if (status) return status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status;
@@ -12880,7 +12879,8 @@ static moe_status moe__model_finish(moe_model *to, const moe_model *from, const 
   return status ? status : moe_model_pack(to, NULL, env);
 }
 
-/* values (rows, width) of a task more: a copy of one row, the mean of all, or as it is. */
+/* The row `to` (width) of the task that joins: a copy of row gate_from, the mean of all T rows (MOE_GATE_MEAN), or left as it is, random
+   (MOE_GATE_RANDOM). The rows stand `stride` apart. */
 static void moe__adapt_row(float *to, const float *rows, size_t stride, size_t width, int32_t T, int32_t gate_from) {
   size_t i;
   int32_t t;
@@ -13898,7 +13898,7 @@ static size_t moe__vocab_lines(const char *vocab, size_t bytes) {
   return lines;
 }
 
-/* Where everything lies in the block. t may be NULL when only the size is wanted. */
+/* Where everything lies in the block. Without layout->base only the size is counted, and *out becomes NULL. */
 static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout, const char *vocab, size_t bytes,
                                         const moe_env *env) {
   size_t lines, slots = 16;
