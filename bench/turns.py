@@ -203,7 +203,7 @@ def take_turns(label, programs, rounds, budget, *words):
     words = words * len(programs) if len(words) == 1 else words
     times = ask(programs, rounds, budget, words)
     if not PACE.dry and max(map(unrest, times.values())) > DISTURBED:
-        if PACE.late() < 2:
+        if PACE.late() < 1.25:
             again = ask(programs, rounds, budget, words)
             times = min(times, again, key=lambda t: max(map(unrest, t.values())))
         PACE.disturbed += [f"{name} at {label} ({100 * unrest(s) - 100:.0f} %)" for name, s in times.items() if unrest(s) > DISTURBED]
