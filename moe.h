@@ -1402,6 +1402,21 @@ static void moe__format(char *out, size_t capacity, const char *format, ...) {
   va_end(args);
 }
 
+/* Puts '?' for each byte that a terminal would obey: names and labels come from files. Those are the control characters up to
+   U+001F, U+007F, and U+0080 to U+009F, in UTF-8 or as a byte that belongs to no character. */
+static void moe__disarm(char *text) {
+  int follow = 0; /* bytes of a character that are still to come */
+  for (; *text; ++text) {
+    unsigned c = (unsigned char)*text;
+    if (c >= 0x80 && c < 0xc0 && follow > 0) {
+      --follow;
+      continue;
+    }
+    follow = c >= 0xf0 ? 3 : c >= 0xe0 ? 2 : c >= 0xc3 ? 1 : 0; /* 0xc2 begins U+0080 to U+00BF */
+    if (c < 0x20 || (c >= 0x7f && c < 0xa0)) *text = '?';
+  }
+}
+
 /* Tells the log what went wrong and returns the status, so that `return moe__fail(...)` is the end
    of a failing function. env may be NULL. */
 static moe_status moe__fail(const moe_env *env, moe_status status, const char *format, ...) MOE__PRINTF(3, 4);
@@ -1412,6 +1427,7 @@ static moe_status moe__fail(const moe_env *env, moe_status status, const char *f
   va_start(args, format);
   moe__vformat(sentence, sizeof sentence, format, args);
   va_end(args);
+  moe__disarm(sentence);
   env->log(env->log_user, status, sentence);
   return status;
 }
@@ -11416,11 +11432,10 @@ typedef struct moe__st_tensor {
   size_t begin, end;                 /* bytes within the data */
 } moe__st_tensor;
 
-/* Text of a file for a sentence: cut, and nothing in it that a terminal obeys. */
+/* Text of a file, cut, with nothing in it that a terminal obeys. */
 static void moe__printable(char *out, size_t capacity, const moe__json_text *text) {
   moe__json_copy(out, capacity, text);
-  for (; *out; ++out)
-    if ((unsigned char)*out < 0x20 || *out == 0x7f) *out = '?';
+  moe__disarm(out);
 }
 
 /* "(384, 1536)"; "()" of a scalar. */
@@ -11696,6 +11711,16 @@ static void moe__st_floats(float *out, const unsigned char *in, size_t n, moe__d
       out[i] = dtype == MOE__BF16 ? moe__float_of_bits(bits << 16) : moe__float_of_half(bits);
     }
   }
+}
+
+/* Index of the first element of F32 that is below 0, or n. */
+static size_t moe__st_positive(const unsigned char *in, size_t n) {
+  size_t i;
+  for (i = 0; i < n; ++i) {
+    const unsigned char *f = in + 4 * i;
+    if (f[3] > 0x7f && (f[0] | f[1] | f[2] | (f[3] & 0x7f))) return i; /* -0 is not */
+  }
+  return n;
 }
 
 /* Index of the first element that is no finite number, or n. */
@@ -12243,6 +12268,8 @@ static moe_status moe__tensors_read(float *to, int8_t *to_bytes, const moe__st *
     if (i == 0) first = found.begin;
     bad = in_order || dtype == MOE__I8 ? found.count : moe__st_finite(st->data + found.begin, found.count, MOE__F32);
     if (bad < found.count) return moe__fail(env, MOE_E_FORMAT, "tensor %s: element %zu is no finite number", found.name, bad);
+    if (prefix == moe__moment_prefix[1]) bad = moe__st_positive(st->data + found.begin, found.count); /* Adam takes its root */
+    if (bad < found.count) return moe__fail(env, MOE_E_FORMAT, "tensor %s: element %zu is below 0", found.name, bad);
     if (to && dtype == MOE__I8) memcpy(to_bytes + want.offset, st->data + found.begin, found.count);
     else if (to) moe__st_floats(to + want.offset, st->data + found.begin, found.count, MOE__F32);
     hashes += moe__mix64((uint64_t)i + 1);
@@ -12309,6 +12336,9 @@ MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file
   size_t vocab_bytes;
   moe_status status = moe__header_read(&header, file, file_bytes, env);
   if (!status) status = moe__model_prepare(&model, &header, env);
+  /* A file made to deceive may double some tensors so that others seem to be there: those are 0 then, not what the memory held. */
+  if (!status) memset((void *)(uintptr_t)model->weights, 0, model->plan.total * sizeof(float));
+  if (!status && model->bytes) memset((void *)(uintptr_t)model->bytes, 0, model->plan.total_q);
   if (!status) /* into the model's own block: a quantised one forbids only the trainer to write */
     status = moe__tensors_read((float *)(uintptr_t)model->weights, (int8_t *)(uintptr_t)model->bytes, &header.st, model, "", 0, env);
   if (!status) status = moe__vocab_find(&vocab, &vocab_bytes, &header.st, env);
@@ -13133,6 +13163,8 @@ static moe_status moe__same_tasks(const moe__tasks *file, const moe_model *model
   return MOE_OK;
 }
 
+#define MOE__MOST ((int64_t)1 << 62) /* of steps and rows in a file: they are counted on from there */
+
 /* Reads (T) counts into out, and compares them with `same`; either may be NULL. */
 static int moe__counts_read(moe__json *j, int64_t *out, const int64_t *same, int32_t T) {
   int32_t n = 0;
@@ -13140,7 +13172,7 @@ static int moe__counts_read(moe__json *j, int64_t *out, const int64_t *same, int
   while (moe__json_more(j, ']')) {
     int64_t v;
     if (n == T) return moe__json_fail(j, "more tasks than the sampler has");
-    if (!moe__json_integer(j, 0, INT64_MAX, &v)) return 0;
+    if (!moe__json_integer(j, 0, same ? INT64_MAX : MOE__MOST, &v)) return 0;
     if (same && same[n] != v) return moe__json_fail(j, "a task had another number of rows");
     if (out) out[n] = v;
     ++n;
@@ -13175,7 +13207,7 @@ static int moe__sampler_read(moe__json *j, moe_sampler *sampler, int apply) {
         break;
       case 4: ok = moe__json_integer(j, INT64_MIN, INT64_MAX, &v), same = v == config->draws; break;
       case 5:
-        ok = moe__json_integer(j, 0, INT64_MAX, &v);
+        ok = moe__json_integer(j, 0, MOE__MOST, &v);
         if (ok && apply) sampler->drawn = v;
         break;
       case 6: ok = moe__counts_read(j, NULL, sampler->rows, sampler->T); break;
@@ -13203,7 +13235,7 @@ static moe_status moe__state_read(const moe__st *st, int64_t *step, moe_sampler 
   while (moe__json_more(&j, '}')) {
     moe__json_text key;
     if (!moe__json_key(&j, &key)) break;
-    if (moe__json_is(&key, "step") && !has_step++) moe__json_integer(&j, 0, INT64_MAX, step);
+    if (moe__json_is(&key, "step") && !has_step++) moe__json_integer(&j, 0, MOE__MOST, step);
     else if (moe__json_is(&key, "note") && !(*has_note)++) moe__json_string(&j, note);
     else if (!moe__json_is(&key, "sampler") || has_sampler++) moe__json_fail(&j, "a member is not known, or there twice");
     else if (sampler) moe__sampler_read(&j, sampler, apply);

@@ -14,6 +14,21 @@ static void test_base_formats_sentences(void) {
   CHECK(!strcmp(text, "abc"), "%s", text);
 }
 
+static void keep_sentence(void *user, moe_status status, const char *sentence) {
+  (void)status;
+  strcpy((char *)user, sentence);
+}
+
+static void test_base_sentences_hold_nothing_that_a_terminal_obeys(void) {
+  char said[600];
+  moe_env env;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  env.log = keep_sentence;
+  env.log_user = said;
+  moe__fail(&env, MOE_E_FORMAT, "label '%s'", "a\x1b[2Jb\n\x7f \xc2\x9b" "31m \x9b \xc3\xa9 \xc2\xa9 \xe2\x82\xac \xf0\x9f\x98\x80 \xe2\x82\xac\x9b");
+  CHECK(!strcmp(said, "label 'a?[2Jb?? \xc2?31m ? \xc3\xa9 \xc2\xa9 \xe2\x82\xac \xf0\x9f\x98\x80 \xe2\x82\xac?'"), "%s", said);
+}
+
 static void test_random_permutation_hits_every_row_once(void) {
   static unsigned char seen[1000];
   uint64_t n, i;
@@ -147,6 +162,7 @@ static void test_base_forced_isa_that_is_missing_is_refused(void) {
 int main(int argc, char **argv) {
   test_begin(argc, argv);
   RUN(test_base_formats_sentences);
+  RUN(test_base_sentences_hold_nothing_that_a_terminal_obeys);
   RUN(test_random_permutation_hits_every_row_once);
   RUN(test_random_normal_has_mean_0_and_deviation_1);
   RUN(test_parallel_runs_every_tile_once);

@@ -307,6 +307,35 @@ static void test_checkpoint_damaged_changes_nothing(void) {
   free(s.data);
 }
 
+static void test_checkpoint_with_impossible_numbers_is_refused(void) {
+  static const unsigned char minus_one[4] = {0, 0, 0x80, 0xbf};
+  moe_env env = logging();
+  run r;
+  sink s;
+  moe_writer writer = sink_writer(&s);
+  float loss;
+  int64_t drawn, used;
+  CHECK(start_run(&r, &usual, &env) && step_run(&r, &loss, &env), "%s", said);
+  CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
+  memcpy(s.data + s.used - 4, minus_one, 4); /* the second moment of the last weight */
+  refused(&r, &r.sampler, s.data, s.used, "is below 0");
+  free(s.data);
+  drawn = r.sampler.drawn, used = r.used[0];
+  r.sampler.drawn = INT64_MAX; /* the next row would be one more */
+  writer = sink_writer(&s);
+  CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
+  r.sampler.drawn = drawn;
+  refused(&r, &r.sampler, s.data, s.used, "moe.checkpoint: ");
+  free(s.data);
+  r.used[0] = INT64_MAX;
+  writer = sink_writer(&s);
+  CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
+  r.used[0] = used;
+  refused(&r, &r.sampler, s.data, s.used, "moe.checkpoint: ");
+  free(s.data);
+  end_run(&r);
+}
+
 static void test_checkpoint_note_comes_back(void) {
   static const char note[] = "--lr 1e-3 \"quoted\" \\ \n\t \xc3\xa9 \xff end";
   moe_env env = logging();
@@ -365,6 +394,7 @@ int main(int argc, char **argv) {
   RUN(test_checkpoint_is_a_model_too);
   RUN(test_checkpoint_names_what_differs);
   RUN(test_checkpoint_damaged_changes_nothing);
+  RUN(test_checkpoint_with_impossible_numbers_is_refused);
   RUN(test_checkpoint_note_comes_back);
   RUN(test_checkpoint_survives_kill_9);
   return test_end();
