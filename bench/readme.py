@@ -79,7 +79,7 @@ def section(report):
     if start:
         lines.append(f"A cold process with a mapped model file answers {min(start):.0f} times sooner than a C program on ONNX Runtime "
                      f"({measured(report, 'Start and memory of a first answer')}).")
-    return lines + ["The command: `make -C bench`; all tables, with what limits what is short: `bench/results.md`.", ""]
+    return lines + ["The command: `make -C bench`; all tables: `bench/results.md`; what falls short of what we asked for, and what limits it: `bench/limits.md`.", ""]
 
 
 def main():
