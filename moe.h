@@ -8345,11 +8345,11 @@ static void moe__fill_tile(void *arg, int32_t tile, int32_t slot) {
 /* Standard deviation of the values of a fresh matrix [TaG] 4.4. The task-level router would hardly tell tasks apart with 0.02: its matrices
    have the spread of PyTorch's, 1 / sqrt(3 columns), and the vectors 1. */
 static float moe__initial_spread(const moe_config *config, const moe_tensor *t) {
+  if (!strncmp(t->name, "heads.", 6)) return 0.02f; /* first, since a task may be called "gate" */
   if (config->router == MOE_ROUTER_EMBEDDING && (strstr(t->name, ".gate.") || !strcmp(t->name, "tasks.vectors")))
     return sqrtf(0.001f / sqrtf((float)config->rank)); /* the gates that are made of them are N(0, 0.001) then, too */
   if (!strncmp(t->name, "router.", 7)) return 1.0f / sqrtf(3.0f * (float)t->shape[1]);
   if (!strcmp(t->name, "tasks.vectors")) return 1.0f;
-  if (!strncmp(t->name, "heads.", 6)) return 0.02f; /* a task may be called "gate" */
   return strstr(t->name, ".gate.") ? 0.001f : 0.02f;
 }
 

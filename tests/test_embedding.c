@@ -211,11 +211,31 @@ static void test_embedding_bits(void) {
   moe_model_free(model);
 }
 
+/* A name that looks like a gate's must not change how a head starts. */
+static void test_embedding_head_of_a_task_called_gate_is_a_head(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  moe_config config = embedding_config();
+  moe_model *model = NULL;
+  moe_tensor t;
+  double square = 0;
+  size_t i;
+  config.hidden = 200;
+  models_tasks(tasks);
+  strcpy(tasks[1].name, "gate");
+  CHECK(!moe_model_create(&model, &config, tasks, MODELS_TASKS, 5, &env), "%s", models_sentence);
+  moe_model_tensor(model, moe_model_find_tensor(model, "heads.gate.weight"), &t);
+  for (i = 0; i < t.count; ++i) square += pow((double)moe_model_weights(model)[t.offset + i], 2);
+  CHECK_NEAR(sqrt(square / (double)t.count), 0.02, 3e-3);
+  moe_model_free(model);
+}
+
 int main(int argc, char **argv) {
   test_begin(argc, argv);
   RUN(test_embedding_is_task_gates_of_low_rank);
   RUN(test_embedding_gradients_are_differences);
   RUN(test_embedding_files_and_sizes);
   RUN(test_embedding_bits);
+  RUN(test_embedding_head_of_a_task_called_gate_is_a_head);
   return test_end();
 }
