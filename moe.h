@@ -827,7 +827,7 @@ MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *cont
 
 /* Task-level routing from outside [TL]; arrays of the caller that must stay, and may change between passes. */
 typedef struct moe_level {
-  const float *routes; /* (T, L, m) weights of the blocks, 0 or more, one above 0 for each task and layer: fixed, no router
+  const float *routes; /* (T, L, m) weights of the blocks, 0 to 1e6, one above 0 for each task and layer: fixed, no router
                           takes part, and blocks of weight 0 are not computed. NULL: a router decides */
   const float *scores; /* (T, L, m) scores of a router of the caller's (an LSTM, say) in place of the model's own; NULL: the
                           model's */
@@ -9042,11 +9042,11 @@ static moe_status moe__check_forced(const moe_context *c, int32_t M, const moe_e
   return MOE_OK;
 }
 
-/* Each layer must keep k experts, or there is no choice to make. */
+/* Each layer must keep k experts, or there is no choice to make. Where the routes are given there is none: forced experts, fixed blocks. */
 static moe_status moe__check_disabled(const moe_context *c, const moe_env *env) {
   const moe_config *config = &c->model->config;
   int32_t l, i;
-  if (!c->disabled || (c->forced && config->unit == MOE_UNIT_FFN)) return MOE_OK; /* blocks know no forced experts */
+  if (!c->disabled || (config->unit == MOE_UNIT_FFN ? c->forced != NULL : c->level.given.routes != NULL)) return MOE_OK;
   for (l = 0; l < config->layers; ++l) {
     int32_t left = 0;
     for (i = 0; i < config->experts; ++i)
@@ -9697,7 +9697,7 @@ static moe_status moe__check_given(const moe_context *c, const moe_env *env) {
     float sum = 0;
     for (i = 0; i < m; ++i) {
       if (!(w[i] >= 0 && w[i] <= 1e6f))
-        return moe__fail(env, MOE_E_ARGUMENT, "fixed routes: task '%s', layer %d, block %d has weight %g, it must be 0 or more",
+        return moe__fail(env, MOE_E_ARGUMENT, "fixed routes: task '%s', layer %d, block %d has weight %g, it must be from 0 to 1e6",
                          c->model->tasks[row / L].name, (int)(row % L), (int)i, (double)w[i]);
       sum += w[i];
     }
@@ -9741,21 +9741,22 @@ static void moe__level_softmax(float *prob, const float *z, float tau, int32_t m
   moe_cross_entropy_forward(prob, prob, 0, m);
 }
 
-/* w and prob (m) from the scores of a sequence's task; disabled (m) or NULL: blocks marked 1 take no part. */
+/* w and prob (m) from the scores of a sequence's task; disabled (m) or NULL: blocks marked 1 take no part. Where a score is no number, neither is
+   any weight: that has to reach the scores of the pass. */
 static void moe__level_select(float *w, float *prob, const float *z, const uint8_t *disabled, const moe_config *config,
                               const moe__pass *pass, uint64_t key) {
   float noisy[MOE_MAX_EXPERTS];
-  int32_t i, m = config->experts, training = pass->tau > 0;
+  int32_t i, m = config->experts, training = pass->tau > 0, soft;
   memcpy(noisy, z, (size_t)m * sizeof(float));
   for (i = 0; i < m && training && config->selection != MOE_SELECT_SOFTMAX; ++i)
     noisy[i] -= (float)moe__log_double(-moe__log_double(moe__uniform(key, (uint64_t)i)));
   for (i = 0; i < m && disabled; ++i)
-    if (disabled[i]) noisy[i] = -1e30f;
+    if (disabled[i]) noisy[i] = (float)-HUGE_VAL; /* below any score of the caller's */
   moe__level_softmax(prob, noisy, training ? pass->tau : config->temperature, m);
+  soft = config->selection == MOE_SELECT_SOFTMAX || (training && config->selection == MOE_SELECT_GUMBEL) || !moe__is_finite(prob[0]);
   for (i = 0; i < m && disabled; ++i)
     if (disabled[i]) prob[i] = 0;
-  if (config->selection == MOE_SELECT_SOFTMAX || (training && config->selection == MOE_SELECT_GUMBEL))
-    memcpy(w, prob, (size_t)m * sizeof(float));
+  if (soft) memcpy(w, prob, (size_t)m * sizeof(float));
   else moe__level_largest(w, noisy, m);
 }
 

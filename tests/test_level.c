@@ -596,6 +596,55 @@ static void test_level_blocks_are_disabled_and_tasks_taken(void) {
   }
 }
 
+/* Fixed routes do not look at disabled blocks; under scores from outside no disabled block is taken, however low the others score. */
+static void test_level_disabled_blocks_meet_routes_and_scores_from_outside(void) {
+  static const uint8_t all[LAYERS * BLOCKS] = {1, 1, 1, 1, 1, 1}, first[LAYERS * BLOCKS] = {1, 0, 0, 1, 0, 0};
+  static float given[ROUTES];
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_level routes = {given, NULL, NULL}, outside = {NULL, given, NULL};
+  int selection, i;
+  for (selection = 0; selection < 3; ++selection) {
+    moe_config c = level_config(MOE_ROUTER_LEVEL, (moe_selection)selection, BLOCKS);
+    moe_model *model = level_model(&c, &env);
+    moe_context *context;
+    moe_routes r;
+    CHECK(model && !moe_context_create(&context, model, &limits, &env), "%s", models_sentence);
+    models_random_batch(&batch, model, 6, 11, 82);
+    for (i = 0; i < ROUTES; ++i) given[i] = 0.5f;
+    CHECK(!moe_context_level(context, &routes, &env) && !moe_forward(context, scores, &batch.b, &env), "%s", models_sentence);
+    moe_context_disable(context, all);
+    CHECK(!moe_forward(context, scores2, &batch.b, &env), "%s", models_sentence);
+    CHECK(!memcmp(scores, scores2, score_bytes(model, &batch)), "fixed routes, blocks disabled");
+    moe_context_disable(context, first);
+    for (i = 0; i < ROUTES; ++i) given[i] = i % BLOCKS == 1 ? -3.4028234e38f : -3.3e38f;
+    CHECK(!moe_context_level(context, &outside, &env) && !moe_forward(context, scores, &batch.b, &env), "%s", models_sentence);
+    moe_context_routes(context, 1, &r);
+    CHECK(r.expert[0] == 2 && r.weight[0] >= 1, "selection %d: block %d of weight %g", selection, (int)r.expert[0], (double)r.weight[0]);
+    moe_context_free(context);
+    moe_model_free(model);
+  }
+}
+
+/* A router that is no number must not look like a choice. */
+static void test_level_nan_in_a_router_reaches_the_scores(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  int selection;
+  for (selection = 0; selection < 3; ++selection) {
+    moe_config c = level_config(MOE_ROUTER_LEVEL, (moe_selection)selection, BLOCKS);
+    moe_model *model = level_model(&c, &env);
+    moe_tensor t;
+    size_t i;
+    CHECK(model, "%s", models_sentence);
+    moe_model_tensor(model, moe_model_find_tensor(model, "router.1.1.bias"), &t);
+    moe_model_weights(model)[t.offset + 1] = NAN;
+    models_random_batch(&batch, model, 6, 11, 83);
+    CHECK(!level_scores(scores, model, &batch, NULL, &env), "%s", models_sentence);
+    for (i = 0; i < 6; ++i) CHECK(isnan(scores[i * (size_t)moe_model_max_classes(model)]), "selection %d, sequence %zu", selection, i);
+    moe_model_free(model);
+  }
+}
+
 /* ---- wrong input ---- */
 
 static void test_level_wrong_input_has_a_sentence(void) {
@@ -649,6 +698,9 @@ static void test_level_wrong_input_has_a_sentence(void) {
   CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "block 2 has weight -1"), "%s", models_sentence);
   routes[8] = NAN;
   CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT, "NaN is accepted");
+  routes[8] = 2e6f;
+  CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "from 0 to 1e6"), "%s", models_sentence);
+  routes[8] = NAN;
   CHECK(!moe_context_level(context, &outside, &env) && moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT, "NaN as a score");
   CHECK(!moe_context_level(context, NULL, &env) && !moe_forward(context, scores, &batch.b, &env), "%s", models_sentence);
   CHECK(moe_level_routes(routes, model, -1, &env) == MOE_E_ARGUMENT, "temperature -1");
@@ -680,6 +732,8 @@ int main(int argc, char **argv) {
   RUN(test_level_checkpoints_go_on);
   RUN(test_level_import_copies_every_block);
   RUN(test_level_blocks_are_disabled_and_tasks_taken);
+  RUN(test_level_disabled_blocks_meet_routes_and_scores_from_outside);
+  RUN(test_level_nan_in_a_router_reaches_the_scores);
   RUN(test_level_wrong_input_has_a_sentence);
   return test_end();
 }
