@@ -8735,6 +8735,7 @@ static void moe__take_routes(moe__layout *layout, moe_routes *r, const moe__dims
   r->prob = MOE__FLOATS(layout, moe__mul(d->M, d->N, &layout->bad));
   r->order = (int32_t *)moe__take(layout, d->Mk, sizeof(int32_t));
   r->start = (int32_t *)moe__take(layout, d->N + 1, sizeof(int32_t));
+  if (layout->base) memset(r->start, 0, (d->N + 1) * sizeof(int32_t)); /* no token is anywhere before the first pass */
 }
 
 static void moe__take_level(moe__layout *layout, moe_context *c, const moe__dims *d) {
@@ -9088,6 +9089,17 @@ static void moe__routes_dense(moe_routes *r, int32_t M) {
   }
   r->start[0] = 0;
   r->start[1] = M;
+}
+
+/* Routes of a pass of no sequences, in which no layer makes its own. */
+static void moe__routes_of_none(moe_context *c) {
+  const moe_config *config = &c->model->config;
+  int32_t l;
+  for (l = 0; l < config->layers; ++l) {
+    moe_routes *r = config->unit == MOE_UNIT_BLOCK ? &c->level.routes[l] : &c->routes[l];
+    r->M = 0;
+    memset(r->start, 0, ((size_t)r->N + 1) * sizeof *r->start);
+  }
 }
 
 static void moe__pass_begin(moe_context *c, moe__pass *pass, const moe_batch *batch, const moe_env *env) {
@@ -9598,7 +9610,10 @@ static void moe__forward(moe_context *c, moe__pass *pass, float *scores) {
   const moe_config *config = &c->model->config;
   moe__pieces pieces;
   int32_t l;
-  if (pass->S == 0) return;
+  if (pass->S == 0) {
+    moe__routes_of_none(c);
+    return;
+  }
   moe__forward_embeddings(c, pass);
   if (config->unit == MOE_UNIT_BLOCK) {
     moe__level_begin(c, pass);
@@ -9656,13 +9671,17 @@ static void moe__route_count_tokens(int64_t *chosen, double *gate, double *prob,
 MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *context, const moe_batch *batch, const moe_env *env) {
   const moe_config *config = &context->model->config;
   size_t L = (size_t)config->layers, N = (size_t)config->experts, l;
-  int32_t s, M = batch->S ? batch->seq_start[batch->S] : 0;
+  int32_t s, M = batch->S > 0 ? batch->seq_start[batch->S] : 0;
   if (M != context->M)
     return moe__fail(env, MOE_E_ARGUMENT, "counting routes: the batch has %d tokens, the last pass had %d", (int)M, (int)context->M);
-  for (s = 0; s < batch->S; ++s)
+  for (s = 0; s < batch->S; ++s) {
+    int32_t first = batch->seq_start[s], end = batch->seq_start[s + 1];
+    if ((s == 0 && first != 0) || first >= end || end > M)
+      return moe__fail(env, MOE_E_ARGUMENT, "counting routes: sequence %d is tokens %d to %d of %d", (int)s, (int)first, (int)end, (int)M);
     if (batch->task[s] < 0 || batch->task[s] >= context->model->T)
       return moe__fail(env, MOE_E_ARGUMENT, "counting routes: sequence %d is of task %d, the model has %d tasks", (int)s,
                        (int)batch->task[s], (int)context->model->T);
+  }
   for (s = 0; s < batch->S; ++s) {
     int32_t first = batch->seq_start[s], end = batch->seq_start[s + 1];
     sums->tokens[batch->task[s]] += end - first;

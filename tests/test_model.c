@@ -847,6 +847,43 @@ static void test_model_routes_can_be_read_and_forced(void) {
   moe_model_free(model);
 }
 
+/* Before the first pass, and after one of no sequences, the routes are those of no token. */
+static void test_model_routes_of_no_token_are_empty(void) {
+  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_TASK, MOE_ROUTER_LEVEL};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_task tasks[MODELS_TASKS];
+  moe_batch none;
+  int i, pass;
+  int32_t l, n;
+  memset(&none, 0, sizeof none);
+  models_tasks(tasks);
+  for (i = 0; i < 3; ++i) {
+    moe_config c = models_config(router[i], i ? 3 : 1, 1);
+    moe_model *model;
+    moe_context *context;
+    void *raw, *block;
+    size_t bytes;
+    if (i == 2) c.unit = MOE_UNIT_BLOCK;
+    model = models_create(&c, tasks, MODELS_TASKS, &env);
+    CHECK(model && !moe_context_size(model, &limits, &bytes, &env), "%s", models_sentence);
+    block = models_block(&raw, bytes);
+    memset(block, 0x5a, bytes);
+    CHECK(!moe_context_init(&context, block, bytes, model, &limits, &env), "%s", models_sentence);
+    for (pass = 0; pass < 2; ++pass) {
+      for (l = 0; l < c.layers; ++l) {
+        moe_routes r;
+        CHECK(!moe_context_routes(context, l, &r) && r.M == 0, "router %d, pass %d: %d tokens", i, pass, (int)r.M);
+        for (n = 0; n <= r.N; ++n) CHECK(r.start[n] == 0, "router %d, pass %d: expert %d starts at %d", i, pass, (int)n, (int)r.start[n]);
+      }
+      models_random_batch(&batch, model, 9, 9, 21);
+      CHECK(!moe_forward(context, scores[0], &batch.b, &env) && !moe_forward(context, scores[0], &none, &env), "%s", models_sentence);
+    }
+    moe_model_free(model);
+    free(raw);
+  }
+}
+
 static void test_model_routes_are_counted(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
@@ -901,6 +938,11 @@ static void test_model_routes_are_counted(void) {
   --batch.b.S;
   CHECK(moe_route_count(&sums, context, &batch.b, &env) == MOE_E_ARGUMENT, "another batch");
   CHECK(strstr(models_sentence, "the last pass had"), "%s", models_sentence);
+  ++batch.b.S;
+  batch.start[3] = 1 << 30; /* as many tokens, but no sequences that can have been passed */
+  CHECK(moe_route_count(&sums, context, &batch.b, &env) == MOE_E_ARGUMENT, "seq_start goes up and down");
+  CHECK(strstr(models_sentence, "sequence 2 "), "%s", models_sentence);
+  CHECK(tokens[0] + tokens[1] + tokens[2] + tokens[3] + tokens[4] == 3 * batch.start[20], "nothing was counted");
   moe_context_free(context);
   moe_model_free(model);
 }
@@ -1102,6 +1144,7 @@ int main(int argc, char **argv) {
   RUN(test_model_survives_damaged_batches);
   RUN(test_model_context_refuses_what_does_not_fit);
   RUN(test_model_routes_can_be_read_and_forced);
+  RUN(test_model_routes_of_no_token_are_empty);
   RUN(test_model_routes_are_counted);
   RUN(test_model_does_without_disabled_experts);
   RUN(test_model_with_nan_weights_gives_nan_scores);
