@@ -7369,10 +7369,11 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
 
 /* ---- configuration, tasks, places of the weights ---- >>config */
 
-/* What the table of tensors says, as offsets: the flat array has no gaps, the experts of a layer follow each other at a constant distance, and
-   so do the layers, but for their experts, of which some may be absent (moe__layer_at and moe__expert_at know how many). Where the experts are
-   whole blocks, a layer here is one block: block i of layer l is number l m + i, and there is one feed-forward network in it. Query, key and
-   value stand side by side, so that (3H, H) is one product; the gates of all tasks are one (T, N, H). */
+/* What the table of tensors says, as offsets: the flat array has no gaps, the experts of a layer follow each other at a
+   constant distance, and so do the layers, but for their experts, of which some may be absent (moe__layer_at and
+   moe__expert_at know how many). Where the experts are whole blocks, a layer here is one block: block i of layer l is
+   number l m + i, and there is one feed-forward network in it. Query, key and value stand side by side, so that (3H, H) is
+   one product; the gates of all tasks are one (T, N, H). */
 typedef struct moe__plan {
   size_t word, feature_w, feature_b, position, segment, norm_w, norm_b; /* embeddings */
   size_t layers, layer_stride;                                          /* of a layer without experts */
@@ -7688,8 +7689,8 @@ static void moe__plan_level(moe__plan *p, size_t *at, const moe_config *c, int *
   p->router = moe__advance(at, (size_t)c->layers, within, bad);
 }
 
-/* Where the packed copies of a layer stand: query-key-value, attention output, then inner and outer weights of each expert (panel_stride, too,
-   is that of a layer without experts). */
+/* Where the packed copies of a layer stand: query-key-value, attention output, then inner and outer weights of each expert
+   (panel_stride, too, is that of a layer without experts). */
 static size_t moe__panel_units(const moe__plan *p, int32_t rows, int32_t cols) {
   return p->quantized ? moe_pack_int8_bytes(rows, cols) : moe_pack_floats(rows, cols);
 }
@@ -7714,7 +7715,8 @@ static moe_status moe__plan_fill(moe__plan *p, const moe_config *c, const moe_ta
   memset(p, 0, sizeof *p);
   p->quantized = quantized;
   if (quantized && moe__max(c->hidden, c->ffn) > MOE_INT8_COLS)
-    return moe__fail(env, MOE_E_UNSUPPORTED, "an int8 matrix has at most %d columns, not %d", MOE_INT8_COLS, (int)moe__max(c->hidden, c->ffn));
+    return moe__fail(env, MOE_E_UNSUPPORTED, "an int8 matrix has at most %d columns, not %d", MOE_INT8_COLS,
+                     (int)moe__max(c->hidden, c->ffn));
   if (c->features) {
     p->feature_w = moe__advance(&at, H, (size_t)c->features, &bad);
     p->feature_b = moe__advance(&at, H, 1, &bad);
@@ -7748,7 +7750,8 @@ static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_ta
 }
 
 /* The plan of a model as its weights are: `parameters` is their number in either case. */
-static moe_status moe__plan_make_as(moe__plan *p, const moe_config *c, const moe_task *tasks, int32_t T, int quantized, const moe_env *env) {
+static moe_status moe__plan_make_as(moe__plan *p, const moe_config *c, const moe_task *tasks, int32_t T, int quantized,
+                                    const moe_env *env) {
   size_t parameters;
   moe_status status = moe__plan_make(p, c, tasks, T, env);
   parameters = p->parameters;
@@ -8498,8 +8501,8 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
   return MOE_OK;
 }
 
-/* For training in bf16: the weights once more, turned round, so that both packed copies together have the bytes of one in fp32. Sizes that are no
-   multiples of 16 do without: gradients pack on the way then. */
+/* For training in bf16: the weights once more, turned round, so that both packed copies together have the bytes of one in
+   fp32. Sizes that are no multiples of 16 do without: gradients pack on the way then. */
 MOE__UNUSED static moe_status moe__model_pack_back(moe_model *model, const moe_env *env) {
   size_t bytes = moe_model_pack_size_bf16(model);
   if (!model->bf16 || model->back || model->config.hidden % 16 || model->config.ffn % 16) return MOE_OK;
@@ -8665,7 +8668,7 @@ typedef struct moe__level {
   int64_t *index;   /* (S) their moe_batch.index */
   float *weight;    /* (L, S, m) of each block's output */
   float *prob;      /* (L, S, m) softmax that the gradient goes through */
-  float *pre, *act; /* (L, S, 64) of the router: before and after GELU; training */
+  float *pre, *act; /* (L, S, 64) of the router: before and after GELU */
   moe_routes *routes; /* (L) for moe_context_routes */
   float *dweight, *dy, *dx; /* (L, S, m), (M, H), (M, H): gradients of the weights, of a layer's output and of its input */
 } moe__level;
@@ -8864,8 +8867,9 @@ static void moe__context_take(moe__layout *layout, moe_context *c, const moe_env
   if (training) moe__take_gradients(layout, c, &d);
 }
 
+/* Slots (tokens times k) are counted in int32_t, and so is the end of a tile of them, before it is cut. */
 static moe_status moe__limits_check(const moe_model *model, const moe_limits *limits, const moe_env *env) {
-  int32_t most = INT32_MAX / moe__max(model->config.top_k, 4);
+  int32_t most = (INT32_MAX - 1024) / moe__max(model->config.top_k, 4);
   if (limits->tokens < 1 || limits->tokens > most)
     return moe__fail(env, MOE_E_ARGUMENT, "limits: %d tokens, there must be 1 to %d", (int)limits->tokens, (int)most);
   if (limits->sequences < 1 || limits->sequences > limits->tokens)
@@ -9760,8 +9764,8 @@ static void moe__level_softmax(float *prob, const float *z, float tau, int32_t m
   moe_cross_entropy_forward(prob, prob, 0, m);
 }
 
-/* w and prob (m) from the scores of a sequence's task; disabled (m) or NULL: blocks marked 1 take no part. Where a score is no number, neither is
-   any weight: that has to reach the scores of the pass. */
+/* w and prob (m) from the scores of a sequence's task; disabled (m) or NULL: blocks marked 1 take no part. Where a score is no
+   number, neither is any weight: that has to reach the scores of the pass. */
 static void moe__level_select(float *w, float *prob, const float *z, const uint8_t *disabled, const moe_config *config,
                               const moe__pass *pass, uint64_t key) {
   float noisy[MOE_MAX_EXPERTS];

@@ -783,6 +783,7 @@ static void test_model_context_refuses_what_does_not_fit(void) {
   moe_context *context = NULL;
   moe_model *model;
   moe_routes routes;
+  size_t bytes;
   models_tasks(tasks);
   model = models_create(&c, tasks, MODELS_TASKS, &env);
   CHECK(moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", models_sentence);
@@ -802,6 +803,11 @@ static void test_model_context_refuses_what_does_not_fit(void) {
   more.threads = 8;
   CHECK(moe_forward(context, scores[0], &batch.b, &more) == MOE_E_ARGUMENT && strstr(models_sentence, "threads"), "%s", models_sentence);
   CHECK(moe_context_routes(context, 2, &routes) == MOE_E_ARGUMENT && moe_context_routes(context, -1, &routes) == MOE_E_ARGUMENT, "layer");
+  limits.tokens = (INT32_MAX - MOE__EXPERTS_TILE) / 4 + 1; /* the end of the last tile of 4 experts a token would be above INT32_MAX */
+  moe_model_free(model);
+  c.experts = c.top_k = 4;
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "tokens"), "%s", models_sentence);
   moe_context_free(context);
   moe_context_free(NULL);
   moe_model_free(model);
@@ -845,6 +851,50 @@ static void test_model_routes_can_be_read_and_forced(void) {
   CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "the gates decide again");
   moe_context_free(context);
   moe_model_free(model);
+}
+
+typedef struct sharer {
+  moe_context *context[4];
+  float scores[4][MODELS_S * 3];
+  moe_env env;
+  moe_status status[4];
+} sharer;
+
+static void sharer_body(void *arg, int32_t i) {
+  sharer *all = (sharer *)arg;
+  int pass;
+  for (pass = 0; pass < 5 && !all->status[i]; ++pass) all->status[i] = moe_forward(all->context[i], all->scores[i], &batch.b, &all->env);
+}
+
+/* Threads with a context each share one model. */
+static void test_model_is_shared_by_threads(void) {
+  static const moe_router router[] = {MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING, MOE_ROUTER_LEVEL};
+  static sharer all;
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_task tasks[MODELS_TASKS];
+  moe_pool *pool = NULL;
+  int i, r;
+  models_tasks(tasks);
+  CHECK(!moe_pool_create_exact(&pool, 4, &env), "%s", models_sentence);
+  for (r = 0; r < 3; ++r) {
+    moe_config c = models_config(router[r], 3, 1);
+    moe_model *model;
+    if (r == 2) c.unit = MOE_UNIT_BLOCK;
+    all.env = models_env(MOE_ISA_AUTO);
+    model = models_create(&c, tasks, MODELS_TASKS, &all.env);
+    CHECK(model, "%s", models_sentence);
+    models_random_batch(&batch, model, 20, 9, 91);
+    CHECK(!forward(model, &batch.b, scores[0], NULL, &all.env), "%s", models_sentence);
+    for (i = 0; i < 4; ++i) CHECK(!moe_context_create(&all.context[i], model, &limits, &all.env), "%s", models_sentence);
+    env.parallel_for(env.parallel_user, 4, sharer_body, &all);
+    for (i = 0; i < 4; ++i) {
+      CHECK(!all.status[i] && !memcmp(all.scores[i], scores[0], 20 * 3 * sizeof(float)), "router %d, thread %d", r, i);
+      moe_context_free(all.context[i]);
+    }
+    moe_model_free(model);
+  }
+  moe_pool_free(pool);
 }
 
 /* Before the first pass, and after one of no sequences, the routes are those of no token. */
@@ -1144,6 +1194,7 @@ int main(int argc, char **argv) {
   RUN(test_model_survives_damaged_batches);
   RUN(test_model_context_refuses_what_does_not_fit);
   RUN(test_model_routes_can_be_read_and_forced);
+  RUN(test_model_is_shared_by_threads);
   RUN(test_model_routes_of_no_token_are_empty);
   RUN(test_model_routes_are_counted);
   RUN(test_model_does_without_disabled_experts);

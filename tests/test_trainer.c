@@ -649,6 +649,59 @@ static void test_trainer_survives_every_failed_allocation(void) {
   CHECK(failed == 5, "%d allocations failed", failed);
 }
 
+/* The same of a context, of models made from a model, and of a packed copy of the other precision. */
+static void test_trainer_copies_of_a_model_survive_every_failed_allocation(void) {
+  static const int32_t keep[] = {3, 0};
+  static const uint8_t off[2][3] = {{0, 1, 0}, {1, 0, 0}};
+  moe_env env = models_env(MOE_ISA_AUTO), bf16 = env;
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_task more;
+  moe_model *model;
+  int n, done = 0, failed = 0, blocks = blocks_in_use, kept;
+  bf16.precision = MOE_TYPE_BF16;
+  c.hidden = c.ffn = 16;
+  models_tasks(tasks);
+  more = tasks[0];
+  strcpy(more.name, "more");
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  CHECK(model && !moe_model_set_vocab(model, "abc", 3, &env) && !moe_model_pack(model, NULL, &env), "%s", models_sentence);
+  kept = blocks_in_use;
+  for (n = 0; n < 40 && !done; ++n) {
+    moe_model *copy[3] = {NULL, NULL, NULL};
+    moe_context *context = NULL;
+    moe_status status;
+    int i;
+    fail_at = allocations + n;
+    models_sentence[0] = 0;
+    status = moe_context_create(&context, model, &limits, &env);
+    if (!status) status = moe_model_quantize(&copy[0], model, &env);
+    if (!status) status = moe_model_adapt(&copy[1], model, &more, 1, 7, &env);
+    if (!status) status = moe_model_extract(&copy[2], model, keep, 2, off[0], &env);
+    if (!status) status = moe_model_pack(copy[2], NULL, &bf16);
+    if (!status) status = moe__model_pack_back(copy[2], &bf16);
+    if (!status) status = moe_model_pack(copy[2], NULL, &env);
+    fail_at = -1;
+    done = status == MOE_OK;
+    failed += !done;
+    CHECK(done || status == MOE_E_MEMORY, "allocation %d: status %d", n, (int)status);
+    CHECK(done == !models_sentence[0], "allocation %d: '%s'", n, models_sentence);
+    if (copy[2]) {
+      moe_context *other = NULL;
+      float scores[3 * MODELS_S];
+      models_random_batch(&batch, copy[2], 5, 9, 98);
+      CHECK(!moe_context_create(&other, copy[2], &limits, &env) && !moe_forward(other, scores, &batch.b, &env), "%s", models_sentence);
+      moe_context_free(other);
+    }
+    moe_context_free(context);
+    for (i = 0; i < 3; ++i) moe_model_free(copy[i]);
+    CHECK(blocks_in_use == kept, "allocation %d: %d blocks are left", n, blocks_in_use - kept);
+  }
+  CHECK(done && failed >= 10, "%d allocations failed", failed);
+  moe_model_free(model);
+  CHECK(blocks_in_use == blocks, "%d blocks are left", blocks_in_use - blocks);
+}
+
 static void test_trainer_learns(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   int router, step;
@@ -689,6 +742,7 @@ int main(int argc, char **argv) {
   RUN(test_trainer_freezes_and_speeds_up_groups);
   RUN(test_trainer_allocates_nothing_after_creation);
   RUN(test_trainer_survives_every_failed_allocation);
+  RUN(test_trainer_copies_of_a_model_survive_every_failed_allocation);
   RUN(test_trainer_learns);
   return test_end();
 }
