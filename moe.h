@@ -803,7 +803,8 @@ MOE_API const float *moe_context_hidden(const moe_context *context);
    weight, which is `weight` too, and all weights as `prob`). Pointers into the context. MOE_E_ARGUMENT: no such layer. */
 MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out);
 /* Makes the following passes take these experts in every layer: (L, M, k), kept by the caller; NULL: the gates decide
-   again. */
+   again. MOE_E_ARGUMENT from a pass where a token has an expert that is not there, or one twice; models without gates pay no
+   heed. */
 MOE_API void moe_context_force(moe_context *context, const int32_t *experts);
 /* Makes the following passes do without the experts marked 1: (L, N), kept by the caller; NULL: all take part again. The
    softmax of a gate then runs over the others (moe_route_options.disabled), so that their weights sum to 1. A pass fails
@@ -831,7 +832,8 @@ typedef struct moe_level {
                           takes part, and blocks of weight 0 are not computed. NULL: a router decides */
   const float *scores; /* (T, L, m) scores of a router of the caller's (an LSTM, say) in place of the model's own; NULL: the
                           model's */
-  float *dscores;      /* (T, L, m) moe_accumulate adds the gradients of `scores`; NULL: not wanted */
+  float *dscores;      /* (T, L, m) moe_accumulate adds the gradients of `scores`, and the caller clears them; NULL: not
+                          wanted */
 } moe_level;
 /* Makes the following passes use them; NULL: the model's own again. MOE_E_ARGUMENT for a model without blocks. Values are
    checked by every pass. */
@@ -8253,8 +8255,7 @@ MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_t
   else if (i < layers) {
     int32_t layer = moe__block_of(model, i, moe__block_tensors);
     moe__layer_tensor(model, layer, i - moe__block_tensors(model, layer), out);
-  }
-  else if (i < layers + level) moe__level_tensor(model, i - layers, out);
+  } else if (i < layers + level) moe__level_tensor(model, i - layers, out);
   else {
     int32_t t = (i - layers - level) / 2, bias = (i - layers - level) % 2;
     const moe_task *task = &model->tasks[t];
@@ -8317,7 +8318,7 @@ enum {
 };
 
 /* Tensors of one name start with the same values, whatever else is in the model; expert 0 of a layer starts as a dense
- * model's FFN, block 0 as its block. */
+   model's FFN, block 0 as its block. */
 static uint64_t moe__name_hash(const char *name) {
   static const char skip[] = "experts.0.", skip_block[] = "blocks.0.";
   uint64_t h = 0xcbf29ce484222325u;
@@ -8801,8 +8802,8 @@ static void moe__take_gradients(moe__layout *layout, moe_context *c, const moe__
   c->w_out = (const float **)moe__take(layout, d->N, sizeof(float *));
 }
 
-/* Sets every pointer of *c, whose model and limits are set; acts (L) and routes (L) are there: on the first run, for the
-   size, only one of each is looked at. */
+/* Sets every pointer of *c, whose model and limits are set. On the run for the size there is nothing to write to yet, c->acts
+   and c->routes included: what they would hold passes through `acts` and `routes`. */
 static void moe__context_take(moe__layout *layout, moe_context *c, const moe_env *env) {
   const moe_config *config = &c->model->config;
   int training = c->limits.training, dense = !moe__has_gates(config);
@@ -8942,7 +8943,8 @@ MOE_API void moe_context_free(moe_context *context) {
    [TaG] A.4 leaves routing that related tasks share through learned task embeddings as future work; here it is W_{g,t}
    = sum_j z_{t,j} B_j, with a basis B (r, N, H) in each layer and one vector z_t (r) for a task: T r + L r N H numbers
    instead of L T N H. The gates of a layer are made anew in each pass, for the tasks of the batch alone: r N H
-   multiplications a task, far fewer than a single token's attention. */
+   multiplications a task, far fewer than a single token's attention. Their gradients are summed over a pass before z and B
+   get theirs, so that micro-batches end with other last bits than one batch, as with no other router in fp32. */
 
 /* The gates (T, N, H) of a layer whose tensor is given: itself, or made of it; forward and backward use the same. */
 static const float *moe__gates_forward(moe_context *c, const float *basis, const moe_env *env) {
