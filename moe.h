@@ -2904,16 +2904,23 @@ static const moe__gemm_kernels moe__scalar_gemms = {
 #define MOE__C_START(S, i, v) S##_f c##i##v = S##_load(start + i * start_row + 16 * v);
 #define MOE__C_STEP(S, i, v) c##i##v = S##_fma(s, row##v, c##i##v);
 #define MOE__C_STORE(S, i, v) S##_store(c + i * c_row + 16 * v, c##i##v);
-#define MOE__B_LOAD(S, i, v) S##_f row##v = S##_load(MOE__B##v);
+#define MOE__B_LOAD(S, i, v) S##_f row##v = S##_load(MOE__B##v + of_b);
 #define MOE__ROW_START(S, P, i) MOE__EACH_PANEL##P(MOE__C_START, S, i)
 #define MOE__ROW_STORE(S, P, i) MOE__EACH_PANEL##P(MOE__C_STORE, S, i)
-#define MOE__ROW_STEP(S, P, i) { S##_f s = S##_set(MOE__A##i); MOE__EACH_PANEL##P(MOE__C_STEP, S, i) }
+#define MOE__ROW_STEP(S, P, i) { S##_f s = S##_set((&MOE__A##i)[of_a]); MOE__EACH_PANEL##P(MOE__C_STEP, S, i) }
+#define MOE__GEMM_STEP(S, R, P, ahead_a, ahead_b, at) \
+  {                                                   \
+    const size_t of_a = ahead_a, of_b = ahead_b;      \
+    MOE__EACH_PANEL##P(MOE__B_LOAD, S, 0)             \
+    MOE__PREFETCH(at);                                \
+    MOE__EACH_ROW##R(MOE__ROW_STEP, S, P)             \
+  }
 #define MOE__GEMM_KERNEL(S, T, R, P)                                                                                         \
-  T static void S##_gemm_##R##x##P(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row,\
+  T static void S##_gemm_##R##x##P(float *c, size_t c_row, const float *start, size_t start_row, const float *a, size_t a_row, \
                                    size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k,                    \
                                    const moe__gemm_soon *soon) {                                                             \
     const float *a4 = R > 4 ? a + 4 * a_row : a, *b3 = P > 3 ? b + 3 * b_panel : b;                                          \
-    const float *line = soon->line, *next = soon->c;                                                                        \
+    const float *line = soon->line, *next = soon->c;                                                                         \
     size_t a_row3 = 3 * a_row, line_step = soon->line_step, part, steps;                                                     \
     MOE__EACH_ROW##R(MOE__ROW_START, S, P)                                                                                   \
     for (part = soon->parts; part > 0; --part) {                                                                             \
@@ -2923,10 +2930,20 @@ static const moe__gemm_kernels moe__scalar_gemms = {
       next += soon->c_row;                                                                                                   \
       steps = k / part;                                                                                                      \
       k -= steps;                                                                                                            \
+      if (b_step == 16 && a_col == 1)                                                                                        \
+        for (; steps >= 4; steps -= 4) { /* packed: constants instead of additions, which leave loads more room */           \
+          MOE__GEMM_STEP(S, R, P, 0, 0, line)                                                                                \
+          MOE__GEMM_STEP(S, R, P, 1, 16, line + line_step)                                                                   \
+          MOE__GEMM_STEP(S, R, P, 2, 32, line + 2 * line_step)                                                               \
+          MOE__GEMM_STEP(S, R, P, 3, 48, line + 3 * line_step)                                                               \
+          a += 4;                                                                                                            \
+          a4 += 4;                                                                                                           \
+          b += 64;                                                                                                           \
+          b3 += 64;                                                                                                          \
+          line += 4 * line_step;                                                                                             \
+        }                                                                                                                    \
       for (; steps > 0; --steps) {                                                                                           \
-        MOE__EACH_PANEL##P(MOE__B_LOAD, S, 0)                                                                                \
-        MOE__PREFETCH(line);                                                                                                 \
-        MOE__EACH_ROW##R(MOE__ROW_STEP, S, P)                                                                                \
+        MOE__GEMM_STEP(S, R, P, 0, 0, line)                                                                                  \
         a += a_col;                                                                                                          \
         a4 += a_col;                                                                                                         \
         b += b_step;                                                                                                         \
