@@ -2693,12 +2693,13 @@ enum { MOE__GRADIENT_STEPS = 128, MOE__GRADIENT_LD = MOE__GRADIENT_ROWS + 16 };
 static const float moe__gemm_zeros[16 * MOE__GEMM_PANELS] = {0};
 
 /* Cache lines that a kernel asks for while it computes: the one at `line` at each step, which then moves on by line_step
-   (a panel that the next calls need), and at the beginning of each of `parts` equal parts of the call a row of the next
+   (a panel that the next calls need), two at `half` at every fourth step of packed operands, which then moves on by 4
+   half_step (half a panel more), and at the beginning of each of `parts` equal parts of the call a row of the next
    block of C. A burst between two calls would fill the buffers that the loads of the kernel need. A step of 0 asks for the
    same line again, which costs next to nothing; so does a single part. */
 typedef struct moe__gemm_soon {
-  const float *line, *c;
-  size_t line_step, c_row, parts;
+  const float *line, *half, *c;
+  size_t line_step, half_step, c_row, parts;
 } moe__gemm_soon;
 
 /* c(i, j) = start(i, j) + sum over p of a(i, p) b(p, j), for a fixed number of rows and of panels. Vector v of B at step p lies at
@@ -2920,8 +2921,8 @@ static const moe__gemm_kernels moe__scalar_gemms = {
                                    size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k,                    \
                                    const moe__gemm_soon *soon) {                                                             \
     const float *a4 = R > 4 ? a + 4 * a_row : a, *b3 = P > 3 ? b + 3 * b_panel : b;                                          \
-    const float *line = soon->line, *next = soon->c;                                                                         \
-    size_t a_row3 = 3 * a_row, line_step = soon->line_step, part, steps;                                                     \
+    const float *line = soon->line, *half = soon->half, *next = soon->c;                                                     \
+    size_t a_row3 = 3 * a_row, line_step = soon->line_step, half_step = soon->half_step, part, steps;                        \
     MOE__EACH_ROW##R(MOE__ROW_START, S, P)                                                                                   \
     for (part = soon->parts; part > 0; --part) {                                                                             \
       MOE__PREFETCH_NEAR(next);                                                                                              \
@@ -2936,11 +2937,14 @@ static const moe__gemm_kernels moe__scalar_gemms = {
           MOE__GEMM_STEP(S, R, P, 1, 16, line + line_step)                                                                   \
           MOE__GEMM_STEP(S, R, P, 2, 32, line + 2 * line_step)                                                               \
           MOE__GEMM_STEP(S, R, P, 3, 48, line + 3 * line_step)                                                               \
+          MOE__PREFETCH(half);                                                                                               \
+          MOE__PREFETCH(half + 16);                                                                                          \
           a += 4;                                                                                                            \
           a4 += 4;                                                                                                           \
           b += 64;                                                                                                           \
           b3 += 64;                                                                                                          \
           line += 4 * line_step;                                                                                             \
+          half += 4 * half_step;                                                                                             \
         }                                                                                                                    \
       for (; steps > 0; --steps) {                                                                                           \
         MOE__GEMM_STEP(S, R, P, 0, 0, line)                                                                                  \
@@ -3285,8 +3289,8 @@ static moe__gemm_b moe__gemm_view_b(const moe__gemm *g, const moe__gemm_kernels 
 
 static moe__gemm_soon moe__gemm_no_hurry(const float *at) {
   moe__gemm_soon soon;
-  soon.line = soon.c = at;
-  soon.line_step = soon.c_row = 0;
+  soon.line = soon.half = soon.c = at;
+  soon.line_step = soon.half_step = soon.c_row = 0;
   soon.parts = 1;
   return soon;
 }
@@ -3337,6 +3341,10 @@ static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernel
     if (asks) {
       soon.line = panels + block / calls * b->panel + block % calls * (16 * depth / calls);
       soon.line_step = (16 + calls - 1) / calls;
+      if (blocks == 2 && width == 3) { /* two calls, three panels: 16 rows are 4 % faster for it */
+        soon.half = panels + 2 * b->panel + block * 8 * depth;
+        soon.half_step = 8;
+      }
     }
     if (p0 > 0 || g->accumulate) start = c, start_row = g->c_row;
     else if (g->bias) start = g->bias + j;
