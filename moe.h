@@ -6631,7 +6631,8 @@ static void moe__attention_begin(moe__attention_job *job, const float *qkv, cons
 
 /* All of it, spread over threads. Backward cannot cut along the queries: dk and dv are sums over all of them, in order. */
 static void moe__attention_run(moe__attention_job *job, int32_t S, const moe_env *env) {
-  size_t pairs = (size_t)S * job->A, longest = job->longest, small = 4096 / (longest * longest);
+  size_t pairs = (size_t)S * job->A, longest = job->longest;
+  size_t small = longest > 64 ? 0 : 4096 / (longest * longest); /* 65536 squared is 0 where size_t has 32 bits */
   /* heads of a tile: enough work to be worth a tile, and no more tiles than a big machine needs */
   job->group = pairs / 64 > small ? pairs / 64 : small;
   job->group = job->group < 1 ? 1 : job->group > job->A ? job->A : job->group;
@@ -7110,7 +7111,8 @@ typedef struct moe__experts_job {
 MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, int training) {
   int bad = 0;
   size_t rows = moe__mul((size_t)M, (size_t)k, &bad);
-  size_t width = 1 + 2 * (size_t)H + (training ? 2 : 1) * (size_t)F, floats = moe__mul(rows, width, &bad);
+  size_t of_H = moe__mul(2, (size_t)H, &bad), of_F = moe__mul(training ? 2 : 1, (size_t)F, &bad);
+  size_t floats = moe__mul(rows, moe__add(1, moe__add(of_H, of_F, &bad), &bad), &bad);
   return bad ? SIZE_MAX : floats;
 }
 

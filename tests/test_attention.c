@@ -257,6 +257,24 @@ static void test_attention_of_8192_tokens(void) {
   free(x), free(big), free(z), free(scratch);
 }
 
+/* Counts bodies and runs none: nothing of the arrays is read. */
+static void count_only(void *user, int32_t count, void (*body)(void *arg, int32_t index), void *arg) {
+  (void)body, (void)arg;
+  *(int32_t *)user = count;
+}
+
+static void test_attention_of_65536_tokens_is_cut_into_tiles(void) { /* the square of which is 0 in a size_t of 32 bits */
+  static const int32_t at[2] = {0, 65536};
+  moe_env env;
+  int32_t count = 0;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  env.threads = 64;
+  env.parallel_for = count_only;
+  env.parallel_user = &count;
+  moe_attention_forward(y, NULL, qkv, at, 1, 16, 2, 0, NULL, stats, &env);
+  CHECK(count == 64, "%d threads have work", (int)count);
+}
+
 int main(int argc, char **argv) {
   test_begin(argc, argv);
   RUN(test_attention_matches_the_formula_in_double);
@@ -265,5 +283,6 @@ int main(int argc, char **argv) {
   RUN(test_attention_agrees_with_pytorch);
   RUN(test_attention_does_not_overflow);
   RUN(test_attention_of_8192_tokens);
+  RUN(test_attention_of_65536_tokens_is_cut_into_tiles);
   return test_end();
 }

@@ -474,6 +474,7 @@ static void test_experts_do_not_depend_on_the_batch(void) {
 static void test_experts_scratch_says_when_it_is_too_much(void) {
   CHECK(moe_experts_scratch(10, 2, 3, 5, 0) == 20 * (1 + 6 + 5), "%u", (unsigned)moe_experts_scratch(10, 2, 3, 5, 0));
   CHECK(moe_experts_scratch(INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, 1) == SIZE_MAX, "an overflow goes unseen");
+  CHECK(sizeof(size_t) > 4 || moe_experts_scratch(1, 1, INT32_MAX, INT32_MAX, 1) == SIZE_MAX, "one of 32 bits goes unseen");
 }
 
 int main(int argc, char **argv) {
