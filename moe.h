@@ -6941,7 +6941,8 @@ MOE_API void moe_route_forward(moe_routes *routes, float *logits, float *loss, c
 
 /* dlogits of one token. With dp_i the gradient of prob i (that of the chosen experts' weights, and N f_i / M from the
    balance loss, in which f is a constant): dlogit_i = p_i (dp_i - sum_j p_j dp_j) + 2 log sum p_i / M from the
-   z-loss. */
+   z-loss. Renormalised weights w have dp_j = (dw_j - sum w dw) / sum p; forced experts can have so little probability that
+   this is no float, and then w_j (dw_j - sum w dw) goes to the logits directly. */
 static void moe__route_dlogits(const moe__route_job *job, int32_t token) {
   const moe_routes *r = job->routes;
   size_t at = (size_t)token * (size_t)r->N, choice = (size_t)token * (size_t)r->k;
@@ -6949,19 +6950,21 @@ static void moe__route_dlogits(const moe__route_job *job, int32_t token) {
   const int32_t *expert = r->expert + choice;
   float balance = job->loss_scale * job->options->balance * (float)r->N / (float)r->M;
   float z = 2 * job->loss_scale * job->options->z_loss / (float)r->M;
-  float dprob[MOE_MAX_EXPERTS], sum = 0, mean = 0;
-  int32_t i, j;
+  float dprob[MOE_MAX_EXPERTS], sum = 0, mean = 0, weighted = 0;
+  int32_t i, j, tiny;
   for (i = 0; i < r->N; ++i) dprob[i] = job->options->balance > 0 ? balance * moe__route_share(r, i) : 0;
   for (j = 0; j < r->k; ++j) {
     sum += prob[expert[j]];
-    mean += dweight[j] * weight[j];
+    weighted += dweight[j] * weight[j];
   }
+  tiny = job->options->renormalize && sum > 0 && sum < 1e-20f;
   for (j = 0; j < r->k; ++j) {
     if (!job->options->renormalize) dprob[expert[j]] += job->options->scale * dweight[j];
-    else if (!(sum <= 0)) dprob[expert[j]] += (dweight[j] - mean) / sum;
+    else if (!(sum <= 0) && !tiny) dprob[expert[j]] += (dweight[j] - weighted) / sum;
   }
-  for (mean = 0, i = 0; i < r->N; ++i) mean += prob[i] * dprob[i];
+  for (i = 0; i < r->N; ++i) mean += prob[i] * dprob[i];
   for (i = 0; i < r->N; ++i) job->dlogits[at + (size_t)i] = prob[i] * (dprob[i] - mean);
+  for (j = 0; j < r->k && tiny; ++j) job->dlogits[at + (size_t)expert[j]] += weight[j] * (dweight[j] - weighted);
   if (!(job->options->z_loss > 0)) return;
   z *= moe__route_log_sum(job->logits + at, prob, r->N);
   for (i = 0; i < r->N; ++i) job->dlogits[at + (size_t)i] += z * prob[i];

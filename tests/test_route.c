@@ -321,6 +321,32 @@ static void test_route_forced_experts_are_taken(void) {
   fixture_free(&f);
 }
 
+/* Probabilities of 1e-17 down to 1e-41, whose reciprocal is no float: the gradient of renormalised weights is that of a softmax
+   over the forced experts alone. */
+static void test_route_forced_experts_of_hardly_any_probability_have_gradients(void) {
+  static const float logit[] = {-40, -44, -50, -80, -93};
+  static int32_t forced[2] = {1, 2};
+  int i;
+  for (i = 0; i < 5; ++i) {
+    fixture f;
+    double w;
+    fixture_make(&f, 1, 3, 2, 1, 1, 1);
+    f.options.forced = forced, f.options.renormalize = 1;
+    f.x[0] = 1;
+    f.gates[0] = 0, f.gates[1] = logit[i], f.gates[2] = logit[i] - 1;
+    f.dweight[0] = 0.5f, f.dweight[1] = -6;
+    forward(&f);
+    backward(&f, 1);
+    w = 1 / (1 + exp(-1));
+    CHECK_NEAR(f.routes.weight[0], w, 1e-3);
+    CHECK_NEAR(f.dlogits[0], 0, 1e-6);
+    CHECK_NEAR(f.dlogits[1], w * (1 - w) * 6.5, 1e-3);
+    CHECK_NEAR(f.dlogits[2], -w * (1 - w) * 6.5, 1e-3);
+    fixture_free(&f);
+    CHECK_STATE();
+  }
+}
+
 static void test_route_survives_numbers_that_are_none(void) {
   static const float bad[] = {NAN, INFINITY, -INFINITY, 3e38f};
   int i;
@@ -453,6 +479,7 @@ int main(int argc, char **argv) {
   RUN(test_route_one_expert_is_dense);
   RUN(test_route_balanced_tokens_cost_the_coefficient);
   RUN(test_route_forced_experts_are_taken);
+  RUN(test_route_forced_experts_of_hardly_any_probability_have_gradients);
   RUN(test_route_survives_numbers_that_are_none);
   RUN(test_route_jitter_is_noise_around_1);
   RUN(test_route_jitter_off_changes_nothing);
