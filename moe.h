@@ -74,9 +74,10 @@
    BITS     fp32 results are the same bits for any number of threads, any company in the batch, and on AVX-512, AVX2+FMA, NEON
             and plain C: see "one definition of every sum" at >>simd and >>gemm.
 
-   PAPER MAP  [TaG] Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8 >>forward; Eq. 9, 10 and the division by log C >>backward;
-            3.3 sampling >>sampler; 4.3 >>import; 4.4 >>initial; 4.4, A.3.2 >>optimizer, >>text; 4.5 >>metrics; 5.2, A.1.1 >>adapt;
-            A.4 >>embedding. [TL] 2, 4 >>level, >>blocks; 6 >>routes.
+   PAPER MAP  [TaG] Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8, A.3.1 >>forward; Eq. 9, 10 and the division by log C
+            >>backward; 3.3, A.1.2 sampling >>sampler; 4.3 >>import; 4.4 >>initial; 4.4, A.3.2 >>optimizer, >>text; 4.5 >>metrics;
+            5.2, A.1.1 >>adapt; A.4 >>embedding. [TL] 2, 4 >>level, >>blocks; 4, batches and two speeds >>sampler, >>optimizer;
+            6 >>routes.
             Where the code does other than a paper says, PAPER-DIFF: tells why.
 
    CONTENTS (search for >>tag)
@@ -314,10 +315,11 @@ MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa);
 MOE_API int32_t moe_env_use_amx(moe_env *env);
 /* MOE_TYPE_BF16: the products of moe_linear_ and moe_experts_ functions, and so those of a model's layers in forward and
    backward, round their operands to bf16 and add up in fp32 (>>bf16), where the processor has AMX tiles or AVX512-BF16.
-   Weights, gradients and all else stay fp32, and so do a model's gates, routers, heads and feature inputs [TaG] 4.4. To be
-   set before a model is packed (loaded), whose packed bytes are half as many then. MOE_TYPE_F32: back to fp32.
-   MOE_E_UNSUPPORTED, with a sentence to the log: this machine lacks the units, or env.isa is not AVX-512; products stay
-   fp32. Who sets env.precision by hand there gets bf16 from plain C, slowly. */
+   This is the mixed precision of [TaG] 4.4, which does not say what stays fp32: here weights, gradients and all else, and
+   so do a model's gates, routers, heads and feature inputs. To be set before a model is packed (loaded), whose packed bytes
+   are half as many then. MOE_TYPE_F32: back to fp32. MOE_E_UNSUPPORTED, with a sentence to the log: this machine lacks the
+   units, or env.isa is not AVX-512; products stay fp32. Who sets env.precision by hand there gets bf16 from plain C,
+   slowly. */
 MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision);
 
 /* Who makes the large products: env->backend->name ("blis"), or "built-in". */
@@ -404,70 +406,79 @@ MOE_API moe_mat moe_mat_panels_bf16(const void *panels, int32_t rows, int32_t co
 MOE_API size_t moe_pack_bf16_bytes(int32_t rows, int32_t cols);
 MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t cols, const moe_env *env);
 
-/* y = x W^T + b. y (M, rows), x (M, cols), b (rows) or NULL. */
+/* y = x W^T + b. y (M, rows), x (M, cols), b (rows) or NULL; w any of the views above. */
 MOE_API void moe_linear_forward(float *y, const float *x, const moe_mat *w, const float *b, int32_t M, const moe_env *env);
-/* dx += dy W; dw += dy^T x; db += sum of the rows of dy. w in rows layout; dw (rows, cols).
+/* dx += dy W; dw += dy^T x; db += sum of the rows of dy. dx, x (M, cols), dy (M, rows), dw (rows, cols), db (rows); w float,
+   in rows layout.
    The sums over tokens run in the order of the tokens, so micro-batches give the same bits as one batch. */
 MOE_API void moe_linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x, const moe_mat *w,
                                  int32_t M, const moe_env *env);
-/* y = GELU(pre), pre = x W^T + b: the inner half of an expert in one pass [TaG] Eq. 1. pre (M, rows) may be NULL. */
+/* y = GELU(pre), pre = x W^T + b: the inner half of an expert in one pass [TaG] Eq. 1. y, pre (M, rows), x (M, cols); pre
+   may be NULL, b too. */
 MOE_API void moe_linear_gelu_forward(float *y, float *pre, const float *x, const moe_mat *w, const float *b, int32_t M,
                                      const moe_env *env);
 
 /* Exact GELU: y = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2. */
 MOE_API void moe_gelu_forward(float *y, const float *x, size_t n, const moe_env *env);
-/* dx += dy (Phi(x) + x phi(x)), phi the density of the normal distribution. */
+/* dx += dy (Phi(x) + x phi(x)), phi the density of the normal distribution. x as it went into forward. */
 MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_t n, const moe_env *env);
 
 /* LayerNorm: y = (x - mean) rstd gamma + beta, rstd = 1 / sqrt(var + eps), var the mean of squared deviations.
-   x, y (M, H), may be the same array; mean, rstd (M), both or neither NULL. */
+   x, y (M, H), may be the same array where no backward follows; gamma, beta (H); mean, rstd (M), both or neither NULL;
+   eps > 0. */
 MOE_API void moe_norm_forward(float *y, float *mean, float *rstd, const float *x, const float *gamma, const float *beta,
                               float eps, int32_t M, int32_t H, const moe_env *env);
-/* With h = (x - mean) rstd and g = dy gamma: dx += rstd (g - mean(g) - h mean(g h)); dgamma += sum dy h; dbeta += sum dy. */
+/* With h = (x - mean) rstd and g = dy gamma: dx += rstd (g - mean(g) - h mean(g h)); dgamma += sum dy h; dbeta += sum dy.
+   dx, dy (M, H), dgamma, dbeta (H); x, mean and rstd as forward had and left them. */
 MOE_API void moe_norm_backward(float *dx, float *dgamma, float *dbeta, const float *dy, const float *x, const float *mean,
                                const float *rstd, const float *gamma, int32_t M, int32_t H, const moe_env *env);
 
 /* Random numbers are a function of a key and a position. A key for a place in the network: */
 MOE_API uint64_t moe_key(uint64_t seed, uint64_t step, uint64_t sequence, uint32_t layer, uint32_t site);
-/* Inverted dropout: y[i] = x[i] / (1 - p), or 0 with probability p, decided by (key, i). 0 <= p < 1. x and y may be the
-   same. Its backward is the same function on dy. */
+/* Inverted dropout: y[i] = x[i] / (1 - p), or 0 with probability p, decided by key and i modulo 2^32. 0 <= p < 1. x and y
+   may be the same. Its backward is the same function on dy. */
 MOE_API void moe_dropout(float *y, const float *x, size_t n, float p, uint64_t key, const moe_env *env);
 
-/* x = word[id] + position[index in its sequence] + segment[seg]; x (M, H). segments NULL: all 0; seg table NULL: not added.
-   Ids are in range: moe_batch_check tests what comes from outside. seq_start (S+1), seq_start[0] = 0, seq_start[S] = M. */
+/* x = word[id] + position[index in its sequence] + segment[seg]; x (M, H), ids and segments (M), word (V, H),
+   position (P, H), segment (2, H). segments NULL: all 0; segment NULL: not added. Ids, segments and lengths are in range:
+   moe_batch_check tests what comes from outside. seq_start (S+1), seq_start[0] = 0, seq_start[S] = M. */
 MOE_API void moe_embed_forward(float *x, const int32_t *ids, const uint8_t *segments, const int32_t *seq_start, int32_t S,
                                const float *word, const float *position, const float *segment, int32_t H,
                                const moe_env *env);
-/* The rows of dword (V,H), dposition (P,H), dsegment that were used += dx, in the order of the tokens. */
+/* The rows of dword (V, H), dposition (P, H), dsegment that were used += dx (M, H), in the order of the tokens. */
 MOE_API void moe_embed_backward(float *dword, float *dposition, float *dsegment, const float *dx, const int32_t *ids,
                                 const uint8_t *segments, const int32_t *seq_start, int32_t S, int32_t H, const moe_env *env);
 
 /* Multi-head self-attention inside each of S packed sequences: for each head, y = dropout(softmax(q k^T / sqrt D)) v.
-   y (M, H); qkv (M, 3H): query, key and value side by side; D = H / A; stats (M, A, 2) receives the maximum (to base 2)
-   and 1/sum of each softmax row for backward, or NULL. keys (S): key of the dropout of each sequence (element (a, i, j) at position (a
-   len + i) len + j), NULL or p = 0: none. scratch: moe_attention_scratch floats, for sequences of at most `longest` tokens,
-   training 1: for backward too (0 where a size is below 1, SIZE_MAX where that overflows). */
+   y (M, H); qkv (M, 3H): query, key and value side by side; A divides H, D = H / A; 0 <= p < 1; stats (M, A, 2) receives the
+   maximum (to base 2) and 1/sum of each softmax row for backward, or NULL. keys (S): key of the dropout of each sequence
+   (element (a, i, j) at position (a len + i) len + j modulo 2^32), NULL or p = 0: none. scratch: moe_attention_scratch
+   floats, for sequences of at most `longest` tokens, training 1: for backward too (0 where a size is below 1, SIZE_MAX
+   where that overflows). */
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training, const moe_env *env);
 MOE_API void moe_attention_forward(float *y, float *stats, const float *qkv, const int32_t *seq_start, int32_t S, int32_t H,
                                    int32_t A, float p, const uint64_t *keys, float *scratch, const moe_env *env);
-/* dqkv (M, 3H) accumulates. y, stats, qkv as forward left them; the probabilities are computed again, nothing of size len^2
-   is kept. */
+/* dqkv (M, 3H) accumulates. y, stats, qkv as forward left them, p and keys the same; the probabilities are computed again,
+   nothing of size len^2 is kept. */
 MOE_API void moe_attention_backward(float *dqkv, const float *dy, const float *y, const float *stats, const float *qkv,
                                     const int32_t *seq_start, int32_t S, int32_t H, int32_t A, float p, const uint64_t *keys,
                                     float *scratch, const moe_env *env);
 
-/* Softmax of C logits into prob (C), and the cross-entropy -log prob[label] [TaG] Eq. 9. prob may be NULL or logits. */
+/* Softmax of C logits into prob (C), and the cross-entropy -log prob[label] [TaG] Eq. 7 and 9. prob may be NULL or
+   logits. C >= 1, 0 <= label < C: no label means "ignore this". */
 MOE_API float moe_cross_entropy_forward(float *prob, const float *logits, int32_t label, int32_t C);
 /* dlogits += scale (prob - onehot(label)). */
 MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32_t label, float scale, int32_t C);
 
 /* ---- gate, routes, experts: the MoE layer on float arrays ---- >>api_layer */
 
-/* Where M tokens go: arrays of the caller. A slot is token k + choice; order lists the slots expert by expert. */
+/* Where M tokens go: arrays of the caller. A slot is token k + choice, M k at most INT32_MAX; order lists the slots expert by
+   expert. */
 typedef struct moe_routes {
   int32_t M, N, k;
   int32_t *expert; /* (M, k) experts of a token, most probable first [TaG] Eq. 5; ties go to the lowest index */
-  float *weight;   /* (M, k) what an expert's output is multiplied with: g* [TaG] Eq. 6, scaled or renormalised if asked */
+  float *weight;   /* (M, k) what an expert's output is multiplied with: g* [TaG] Eq. 5 and 6, scaled or renormalised if
+                      asked */
   float *prob;     /* (M, N) softmax over all experts [TaG] Eq. 4 */
   int32_t *order;  /* (M k) slots sorted by expert, tokens in order within an expert */
   int32_t *start;  /* (N+1) expert i has order[start[i]] .. order[start[i+1]-1] */
@@ -482,13 +493,13 @@ typedef struct moe_route_options {
   float z_loss;          /* coefficient of the router z-loss, the mean over the tokens of (log sum exp logits)^2; 0 = off */
   float jitter;          /* gate inputs are multiplied with uniform noise in [1-jitter, 1+jitter] in training; 0 = off */
   const uint64_t *keys;  /* (S) key of the jitter of each sequence; NULL: none */
-  const int32_t *forced; /* (M, k) experts to take instead of the most probable ones, or NULL */
+  const int32_t *forced; /* (M, k) experts, 0 .. N-1, to take instead of the most probable ones, or NULL */
   const uint8_t *disabled; /* (N) 1: the gate does without this expert, whose probability is 0 (a logit of minus infinity),
                               and the softmax of Eq. 4 runs over the others; NULL: none. At least k must stay. Routes that
                               are forced ignore it */
   const uint8_t *absent; /* (N) 1: this expert is never chosen, the best of the others stands in for it; its logit takes
-                            part in the softmax as ever, so that no probability changes. At least k must be there, and
-                            forced routes must spare them; NULL: none */
+                            part in the softmax as ever, so that no probability changes. At least k must be there (and
+                            not disabled), and forced routes must spare them; NULL: none */
 } moe_route_options;
 
 /* logits = x W_g^T with the gate of each sequence [TaG] Eq. 3, softmax, top-k, dispatch. x (M, H); gates (G, N, H); gate_of
@@ -500,7 +511,8 @@ MOE_API void moe_route_forward(moe_routes *routes, float *logits, float *loss, c
                                const int32_t *gate_of, const int32_t *seq_start, int32_t S, int32_t H,
                                const moe_route_options *options, const moe_env *env);
 /* Gradients through the weights of the chosen experts into all logits, the gates and x; dweight (M, k) from
-   moe_experts_backward. loss_scale multiplies the gradient of the auxiliary losses. dlogits (M, N) is scratch. N = 1:
+   moe_experts_backward. routes, logits, x and options as forward had and left them; dx (M, H) and dgates (G, N, H)
+   accumulate, or NULL. loss_scale multiplies the gradient of the auxiliary losses. dlogits (M, N) is scratch. N = 1:
    nothing to do. */
 MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const float *dweight, float loss_scale,
                                 const moe_routes *routes, const float *logits, const float *x, const float *gates,
@@ -512,15 +524,17 @@ MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const 
 typedef struct moe_experts {
   int32_t N, H, F;
   const moe_mat *in, *out;            /* (F, H) and (H, F), for forward: rows or panels */
-  const float *const *b_in;           /* (F) */
-  const float *const *b_out;          /* (H) */
+  const float *const *b_in;           /* (F) each, or NULL */
+  const float *const *b_out;          /* (H) each, or NULL */
 } moe_experts;
 
-/* Floats of scratch for M tokens with k experts each, in forward or backward. */
+/* Floats of scratch for M tokens with k experts each, in forward (training 0) or backward too (1); SIZE_MAX where that
+   overflows. */
 MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, int training);
-/* y = sum over the chosen experts of weight E(x) [TaG] Eq. 2 and 6. Kept for backward, both or neither NULL: pre (M k, F)
-   the inner pre-activations and e (M k, H) the experts' outputs, both in the order of routes->order. Experts without a token
-   cost nothing. With N = 1 and weight 1 this is the dense FFN, bit for bit; e is not used then and may be NULL. */
+/* y = sum over the chosen experts of weight E(x) [TaG] Eq. 2 and 6. x, y (M, H). Kept for backward, both or neither NULL:
+   pre (M k, F) the inner pre-activations and e (M k, H) the experts' outputs, both in the order of routes->order. Experts
+   without a token cost nothing. With N = 1 and weight 1 this is the dense FFN, bit for bit; e is not used then and may be
+   NULL. */
 MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x, const moe_routes *routes,
                                  const moe_experts *experts, float *scratch, const moe_env *env);
 /* dx (M, H), dweight (M, k, overwritten), d_in[i] (F, H), d_b_in[i], d_out[i] (H, F), d_b_out[i]: arrays of N pointers, each
@@ -819,7 +833,7 @@ typedef struct moe_route_sums {
   int64_t *chosen; /* (T, L, N) choices that fell on an expert: over N they sum to k tokens. chosen / (k tokens) is the
                       expert's share */
   double *gate;    /* (T, L, N) sum of the probability of an expert over the tokens that chose it: gate / chosen is its mean
-                      g* [TaG] Eq. 6, before any gate scale. NULL: not wanted */
+                      g* [TaG] Eq. 5, before any gate scale. NULL: not wanted */
   double *prob;    /* (T, L, N) sum of the probability of an expert over all tokens [TaG] Eq. 4. NULL: not wanted */
 } moe_route_sums;
 /* Adds the routes of the context's last pass, which was one of this batch. MOE_E_ARGUMENT when it cannot have been. */
@@ -864,17 +878,17 @@ typedef struct moe_train_config {
   float decay;             /* decoupled weight decay of matrices (not of biases and LayerNorms); 0 = off */
   float clip;              /* gradients times min(1, clip / (norm + 1e-6)); 0 = off */
   float dropout;           /* 0.1 [TaG] 4.4 */
-  float balance, z_loss, jitter; /* see moe_route_options; 0 = off, as [TaG] A.3.2 wants them. PAPER-DIFF where they are
-                                    on */
-  float tau_first, tau_last; /* temperature of MOE_ROUTER_LEVEL: max(tau_last, tau_first exp(-tau_rate step)), 2 and 0.1 [TL]
-                                4 */
+  float balance, z_loss, jitter; /* see moe_route_options; 0 = off: [TaG] A.3.2 goes without balance loss and jitter,
+                                    and knows no z-loss. PAPER-DIFF where they are on */
+  float tau_first, tau_last; /* temperature of MOE_ROUTER_LEVEL: max(tau_last, tau_first exp(-tau_rate step)), 2 and 0.1 as
+                                in the code of [TL]'s authors */
   float tau_rate;            /* 0.0003 in the authors' code; 0 (default): as it must be to arrive at tau_last with the last
                                 step */
   uint64_t seed;
   const moe_group *groups; /* must outlive the trainer */
   int32_t n_groups;
 } moe_train_config;
-/* [TaG]'s values (A.3.2), rate 5e-5, warm-up 0.1, clip 1; `steps` is the caller's to set. */
+/* [TaG]'s values (4.4, A.3.2), of its grids rate 5e-5 and warm-up 0.1; `steps` is the caller's to set. */
 MOE_API void moe_train_config_init(moe_train_config *config);
 
 typedef struct moe_trainer moe_trainer;
@@ -1018,9 +1032,9 @@ MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, siz
                               int32_t max_len, moe_truncate how, moe_tokens *out, const moe_env *env);
 #endif
 
-/* Metrics [TaG] 4.5 over n rows, as scikit-learn and scipy compute them. *defined (may be NULL) is 1, or 0 where the metric
-   is undefined (no rows, one class only, constant input, a value that is no number): it then counts as 0. Classes are 0 ..
-   classes-1; a number outside is wrong and belongs to none of them. The time grows with n times classes. */
+/* Metrics [TaG] 4.5, A.3.1 over n rows, as scikit-learn and scipy compute them. *defined (may be NULL) is 1, or 0 where the
+   metric is undefined (no rows, one class only, constant input, a value that is no number): it then counts as 0. Classes
+   are 0 .. classes-1; a number outside is wrong and belongs to none of them. The time grows with n times classes. */
 /* Share of the rows that are right. */
 MOE_API double moe_metric_accuracy(const int32_t *predicted, const int32_t *label, size_t n, int *defined);
 /* F1 of class 1 against all others. Undefined: it is neither predicted nor right anywhere. */
@@ -3817,7 +3831,8 @@ static uint32_t moe__amx_allowed(void) {
   long refused = -1;
   if (!moe_isa_available(MOE_ISA_AVX512) || (moe__xgetbv() & 0x60000) != 0x60000) return 0;
   moe__cpuid(7, 0, r);
-  if ((r[3] >> 22 & 1) && (moe__features() & MOE_FEATURE_AVX512_BF16)) units |= MOE_FEATURE_AMX_BF16; /* whose kernels round by the latter */
+  /* its kernels round by AVX512-BF16 */
+  if ((r[3] >> 22 & 1) && (moe__features() & MOE_FEATURE_AVX512_BF16)) units |= MOE_FEATURE_AMX_BF16;
   if (r[3] >> 25 & 1) units |= MOE_FEATURE_AMX_INT8;
   if (!units || !(r[3] >> 24 & 1)) return 0; /* AMX-TILE */
   moe__cpuid(0x1d, 1, r);                    /* tiles as these kernels want them: 8 of 16 rows of 64 bytes */
@@ -5928,8 +5943,9 @@ MOE_API void moe_norm_forward(float *y, float *mean, float *rstd, const float *x
   moe__norm_forward_job(&job, M, H, env);
 }
 
-/* sum = x + dropout(delta), y = LayerNorm(sum) [TaG] Fig. 1, "add & norm". All (M, H). sum may be NULL (inference), x or delta; y may be
-   x or delta. keys (S): the key of each sequence, positions are (index in the sequence) H + column; NULL or p = 0: no dropout. */
+/* sum = x + dropout(delta), y = LayerNorm(sum) [TaG] 2: a residual connection, then layer normalization. All (M, H). sum may be NULL
+   (inference), x or delta; y may be x or delta. keys (S): the key of each sequence, positions are (index in the sequence) H + column;
+   NULL or p = 0: no dropout. */
 static void moe__residual_norm_forward(float *y, float *sum, float *mean, float *rstd, const float *x, const float *delta,
                                                    const float *gamma, const float *beta, float eps, int32_t M, int32_t H, float p,
                                                    const uint64_t *keys, const int32_t *seq_start, int32_t S, const moe_env *env) {
@@ -6333,7 +6349,6 @@ MOE__V_STAMP(MOE__SOFTMAX_BACKWARD)
    Every element of a product is one chain of FMAs in ascending order (>>gemm), so blocks change no bit. */
 
 typedef struct moe__attention_job {
-  moe_isa isa;
   const moe__softmax_kernels *softmax;
   const moe__gemm_kernels *gemms;
   const moe__row_kernels *rows;
@@ -6610,7 +6625,6 @@ static void moe__attention_begin(moe__attention_job *job, const float *qkv, cons
   int bad = 0; /* the caller's scratch is there, so its size was no overflow */
   for (s = 0; s < S; ++s)
     if ((size_t)(seq_start[s + 1] - seq_start[s]) > longest) longest = (size_t)(seq_start[s + 1] - seq_start[s]);
-  job->isa = env->isa;
   job->softmax = MOE__V_PICK(env->isa, softmax);
   job->gemms = MOE__V_PICK(env->isa, gemms);
   job->rows = MOE__V_PICK(env->isa, rows);
@@ -6725,20 +6739,20 @@ static void moe__scalar_mix_axpy(float *y, float a, const float *x, size_t n) {
 
 static const moe__mix_kernels moe__scalar_mix = {moe__scalar_mix_scale, moe__scalar_mix_axpy};
 
-#define MOE__MIX_KERNELS(S, T) \
-T static void S##_mix_scale(float *y, float a, const float *x, size_t n) { \
-  S##_f f = S##_set(a); \
-  size_t i = 0; \
-  for (; i + 16 <= n; i += 16) S##_store(y + i, S##_mul(f, S##_load(x + i))); \
-  if (i < n) S##_storen(y + i, S##_mul(f, S##_loadn(x + i, n - i)), n - i); \
-} \
-T static void S##_mix_axpy(float *y, float a, const float *x, size_t n) { \
-  S##_f f = S##_set(a); \
-  size_t i = 0; \
-  for (; i + 16 <= n; i += 16) S##_store(y + i, S##_fma(f, S##_load(x + i), S##_load(y + i))); \
-  if (i < n) S##_storen(y + i, S##_fma(f, S##_loadn(x + i, n - i), S##_loadn(y + i, n - i)), n - i); \
-} \
-static const moe__mix_kernels S##_mix = {S##_mix_scale, S##_mix_axpy};
+#define MOE__MIX_KERNELS(S, T)                                                                                        \
+  T static void S##_mix_scale(float *y, float a, const float *x, size_t n) {                                          \
+    S##_f f = S##_set(a);                                                                                             \
+    size_t i = 0;                                                                                                     \
+    for (; i + 16 <= n; i += 16) S##_store(y + i, S##_mul(f, S##_load(x + i)));                                       \
+    if (i < n) S##_storen(y + i, S##_mul(f, S##_loadn(x + i, n - i)), n - i);                                         \
+  }                                                                                                                   \
+  T static void S##_mix_axpy(float *y, float a, const float *x, size_t n) {                                           \
+    S##_f f = S##_set(a);                                                                                             \
+    size_t i = 0;                                                                                                     \
+    for (; i + 16 <= n; i += 16) S##_store(y + i, S##_fma(f, S##_load(x + i), S##_load(y + i)));                      \
+    if (i < n) S##_storen(y + i, S##_fma(f, S##_loadn(x + i, n - i), S##_loadn(y + i, n - i)), n - i);                \
+  }                                                                                                                   \
+  static const moe__mix_kernels S##_mix = {S##_mix_scale, S##_mix_axpy};
 MOE__V_STAMP(MOE__MIX_KERNELS)
 #undef MOE__MIX_KERNELS
 
@@ -6818,9 +6832,10 @@ static void moe__route_softmax(float *prob, const float *logits, int32_t N, cons
   for (i = 0; i < N; ++i) prob[i] /= sum;
 }
 
-/* The k largest of prob, the lowest index first among equals [TaG] Eq. 5. In range even if prob is not a number. Experts that are disabled or
-   absent are not taken, whatever their probability; either may be NULL. */
-static void moe__route_top(int32_t *expert, const float *prob, const uint8_t *disabled, const uint8_t *absent, int32_t N, int32_t k) {
+/* The k largest of prob, the lowest index first among equals [TaG] Eq. 5. In range even if prob is not a number. Experts that
+   are disabled or absent are not taken, whatever their probability; either may be NULL. */
+static void moe__route_top(int32_t *expert, const float *prob, const uint8_t *disabled, const uint8_t *absent, int32_t N,
+                           int32_t k) {
   uint8_t taken[MOE_MAX_EXPERTS];
   int32_t i, j;
   for (i = 0; i < N; ++i) taken[i] = (disabled && disabled[i]) || (absent && absent[i]);
@@ -6828,12 +6843,13 @@ static void moe__route_top(int32_t *expert, const float *prob, const uint8_t *di
     int32_t best = -1;
     for (i = 0; i < N; ++i)
       if (!taken[i] && (best < 0 || prob[i] > prob[best])) best = i;
+    MOE_ASSERT(best >= 0); /* k experts are left: the caller has seen to it */
     taken[best] = 1;
     expert[j] = best;
   }
 }
 
-/* Weights of the chosen experts from their probabilities [TaG] Eq. 6. */
+/* Weights of the chosen experts from their probabilities: g* [TaG] Eq. 5. */
 static void moe__route_weights(float *weight, const float *prob, const int32_t *expert, int32_t k, const moe_route_options *options) {
   float sum = 0;
   int32_t j;
@@ -7041,7 +7057,6 @@ MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const 
   moe__parallel(env, used * ((H + MOE__GATE_COLUMNS - 1) / MOE__GATE_COLUMNS), moe__route_gate_tile, &job);
 }
 
-
 /* ---- expert feed-forward networks ---- >>experts
    Rows are gathered expert by expert (routes->order), multiplied by one product for each expert that has rows, and
    brought back: a token adds up its choices in their order, so that neither the batch nor the threads change a sum.
@@ -7064,19 +7079,19 @@ static void moe__scalar_gelu_both(float *a, float *d, const float *x, size_t n) 
 }
 static const moe__expert_kernels moe__scalar_experts = {moe__scalar_gelu_both};
 
-#define MOE__EXPERT_KERNELS(S, T) \
-T static void S##_gelu_both(float *a, float *d, const float *x, size_t n) { \
-  S##_f slope; \
-  size_t i = 0; \
-  for (; i + 16 <= n; i += 16) { \
-    S##_store(a + i, S##_gelu16(S##_load(x + i), &slope)); \
-    S##_store(d + i, S##_mul(S##_load(d + i), slope)); \
-  } \
-  if (i == n) return; \
-  S##_storen(a + i, S##_gelu16(S##_loadn(x + i, n - i), &slope), n - i); \
-  S##_storen(d + i, S##_mul(S##_loadn(d + i, n - i), slope), n - i); \
-} \
-static const moe__expert_kernels S##_experts = {S##_gelu_both};
+#define MOE__EXPERT_KERNELS(S, T)                                                \
+  T static void S##_gelu_both(float *a, float *d, const float *x, size_t n) {    \
+    S##_f slope;                                                                 \
+    size_t i = 0;                                                                \
+    for (; i + 16 <= n; i += 16) {                                               \
+      S##_store(a + i, S##_gelu16(S##_load(x + i), &slope));                     \
+      S##_store(d + i, S##_mul(S##_load(d + i), slope));                         \
+    }                                                                            \
+    if (i == n) return;                                                          \
+    S##_storen(a + i, S##_gelu16(S##_loadn(x + i, n - i), &slope), n - i);       \
+    S##_storen(d + i, S##_mul(S##_loadn(d + i, n - i), slope), n - i);           \
+  }                                                                              \
+  static const moe__expert_kernels S##_experts = {S##_gelu_both};
 MOE__V_STAMP(MOE__EXPERT_KERNELS)
 #undef MOE__EXPERT_KERNELS
 
@@ -7175,7 +7190,7 @@ static void moe__experts_gather_tile(void *arg, int32_t tile, int32_t slot) {
   moe__experts_gather(job, row, moe__min(row + MOE__EXPERTS_TILE, job->routes->M * job->routes->k));
 }
 
-/* y of a tile of tokens = sum over the choices, in order, of weight e [TaG] Eq. 2. */
+/* y of a tile of tokens = sum over the choices, in order, of weight e [TaG] Eq. 2 and 6. */
 static void moe__experts_combine_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__experts_job *job = (const moe__experts_job *)arg;
   const moe_routes *r = job->routes;
@@ -7397,7 +7412,6 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
                                   float *scratch, const moe_env *env) {
   moe__experts_backward(dx, dweight, d_in, d_b_in, d_out, d_b_out, dy, x, pre, e, routes, w_in, w_out, NULL, NULL, H, F, scratch, env);
 }
-
 
 /* ---- configuration, tasks, places of the weights ---- >>config */
 
@@ -9447,8 +9461,9 @@ enum { MOE__PIECE = 128, MOE__PIECE_LEAST = 64 }; /* tokens; fewer than the leas
 /* Where there are too few sequences for the threads, inference gives each thread an equal share of the rows instead, wherever
    sequences begin and end. Only attention reads rows of other shares, and waits for them twice in a layer. Every core then reads all
    weights, but no longer half of each product's input from the cache of another, which takes longer per byte: on a Xeon with two
-   threads 1 x 32 is 6 % faster than with every product spread, 1 x 128 15 %, and with weights of 8 bits 1 x 16 16 %, 1 x 32 27 %. */
-enum { MOE__SHARE_LEAST = 16, MOE__SHARE_LEAST_I8 = 4 }; /* with fewer rows for a thread each waits for weights; less so where they are bytes */
+   threads 1 x 32 is 6 % faster than with every product spread, 1 x 128 15 %, and with weights of 8 bits 1 x 16 16 %, 1 x 32 27 %.
+   With fewer rows for a thread than these each waits for weights; less so where they are bytes. */
+enum { MOE__SHARE_LEAST = 16, MOE__SHARE_LEAST_I8 = 4 };
 
 typedef struct moe__pieces {
   moe_context *c;
@@ -9495,7 +9510,8 @@ static void moe__pieces_make(moe__pieces *pieces, moe_context *c, const moe__pas
   if (threads > 1 && !pass->env->backend) {
     pieces->alone = goal >= MOE__PIECE_LEAST && pieces->count >= threads &&
                     (even || (int64_t)pieces->most * (threads - 1) <= pass->M / 8);
-    pieces->shares = !pieces->alone && !c->limits.training && pass->M / threads >= (c->model->plan.quantized ? MOE__SHARE_LEAST_I8 : MOE__SHARE_LEAST);
+    pieces->shares = !pieces->alone && !c->limits.training &&
+                     pass->M / threads >= (c->model->plan.quantized ? MOE__SHARE_LEAST_I8 : MOE__SHARE_LEAST);
   }
   if (pieces->shares) {
     pieces->alone = 1;
@@ -12227,7 +12243,8 @@ typedef struct moe__header {
 
 static moe_status moe__tasks_read(const moe__header *header, moe__tasks *to, const moe_env *env) {
   moe__json j = header->absent;
-  if (header->has_absent && !moe__absent_read(&j, to->absent, &header->config)) return moe__fail(env, MOE_E_FORMAT, "moe.config: %s", j.error);
+  if (header->has_absent && !moe__absent_read(&j, to->absent, &header->config))
+    return moe__fail(env, MOE_E_FORMAT, "moe.config: %s", j.error);
   j = header->tasks;
   to->T = to->labels = to->bytes = 0;
   moe__json_enter(&j, '[');
@@ -12245,12 +12262,13 @@ static moe_status moe__header_read(moe__header *header, const void *file, size_t
   moe_status status = moe__st_open(&header->st, file, bytes, env);
   if (status) return status;
   if (moe__st_text(&header->st, "moe.version", &j, NULL))
-    return moe__fail(env, MOE_E_FORMAT, "a safetensors file, but no model of moe.h: its metadata has no \"moe.version\" (moe_model_import reads "
-                     "published encoders)");
+    return moe__fail(env, MOE_E_FORMAT, "a safetensors file, but no model of moe.h: its metadata has no \"moe.version\" "
+                     "(moe_model_import reads published encoders)");
   if (!moe__json_integer(&j, 1, INT32_MAX, &version) || !moe__json_finish(&j))
     return moe__fail(env, MOE_E_FORMAT, "moe.version: %s", j.error);
   if (version > MOE__FILE_VERSION)
-    return moe__fail(env, MOE_E_FORMAT, "written in version %lld of the format, this moe.h knows %d", (long long)version, MOE__FILE_VERSION);
+    return moe__fail(env, MOE_E_FORMAT, "written in version %lld of the format, this moe.h knows %d", (long long)version,
+                     MOE__FILE_VERSION);
   memset(&hint, 0, sizeof hint); /* a matrix that every model has tells whether they are int8 */
   header->quantized = (moe__st_find(&header->st, &hint, "encoder.layer.0.", "attention.self.query.weight", &query) ||
                        moe__st_find(&header->st, &hint, "encoder.layer.0.blocks.0.", "attention.self.query.weight", &query)) &&
@@ -12301,8 +12319,8 @@ static int moe__same_shape(const moe__st_tensor *found, const moe_tensor *want) 
 }
 
 /* The tensors of the flat array under a prefix. to NULL: only checks that each is there once, in its shape; else copies them. */
-static moe_status moe__tensors_read(float *to, int8_t *to_bytes, const moe__st *st, const moe_model *model, const char *prefix, int in_order,
-                                    const moe_env *env) {
+static moe_status moe__tensors_read(float *to, int8_t *to_bytes, const moe__st *st, const moe_model *model, const char *prefix,
+                                    int in_order, const moe_env *env) {
   moe__json j, hint;
   moe__st_tensor found;
   moe_tensor want;
@@ -12335,7 +12353,8 @@ static moe_status moe__tensors_read(float *to, int8_t *to_bytes, const moe__st *
   memset(&hint, 0, sizeof hint);
   for (i = 0; i < model->tensors && (hashes || in_order); ++i) {
     moe_model_tensor(model, i, &want);
-    if (!moe__st_find(st, &hint, prefix, want.name, &found)) return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", prefix, want.name);
+    if (!moe__st_find(st, &hint, prefix, want.name, &found))
+      return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", prefix, want.name);
     place = want.type == MOE_TYPE_I8 ? model->plan.total * sizeof(float) + want.offset : want.offset * sizeof(float);
     if (in_order && found.begin != first + place)
       return moe__fail(env, MOE_E_FORMAT, "tensor %s stands at byte %zu of the data instead of %zu: the file was saved anew by another "
@@ -12377,7 +12396,8 @@ static moe_status moe__model_prepare(moe_model **out, const moe__header *header,
   if (!status) status = moe_config_check(&config, env);
   if (!status) status = moe__check_tasks(&config, tasks.task, (int32_t)tasks.T, env);
   if (!status) status = moe__plan_make_as(&plan, &config, tasks.task, (int32_t)tasks.T, header->quantized, env);
-  if (!status && (plan.total > header->st.data_bytes / sizeof(float) || plan.total_q > header->st.data_bytes)) /* before memory is asked for */
+  /* before memory is asked for */
+  if (!status && (plan.total > header->st.data_bytes / sizeof(float) || plan.total_q > header->st.data_bytes))
     status = moe__fail(env, MOE_E_FORMAT, "the configuration wants %zu weights, the file has %zu bytes for them", plan.parameters,
                        header->st.data_bytes);
   if (!status) status = moe__model_create_raw(out, &config, tasks.task, (int32_t)tasks.T, header->quantized, env);
@@ -12446,7 +12466,9 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
   header.config.absent = tasks.absent;
   /* the block's own address stands for the weights, so that none are laid out in it, until the table of tensors can say
      where they begin in the file; nothing reads them before that */
-  if (!status) status = moe__model_place(&model, block, bytes, &header.config, tasks.task, (int32_t)tasks.T, header.quantized, (const float *)block, env);
+  if (!status)
+    status = moe__model_place(&model, block, bytes, &header.config, tasks.task, (int32_t)tasks.T, header.quantized,
+                              (const float *)block, env);
   if (!status) status = moe__tensors_read(NULL, NULL, &header.st, model, "", 1, env);
   if (status) return status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status;
   memset(&hint, 0, sizeof hint);
@@ -12934,7 +12956,8 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
   moe_status status;
   if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "nothing can be imported into an int8 model: quantise it afterwards");
   if (!model->writable) return moe__fail(env, MOE_E_ARGUMENT, "the weights of this model are a file's and cannot be changed");
-  if (model->config.absent) return moe__fail(env, MOE_E_UNSUPPORTED, "nothing can be imported into a model some of whose experts are absent");
+  if (model->config.absent)
+    return moe__fail(env, MOE_E_UNSUPPORTED, "nothing can be imported into a model some of whose experts are absent");
   if (!(noise >= 0 && noise < 1))
     return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, it must be from 0 to 1", (double)noise);
   status = moe__st_open(&st, file, file_bytes, env);
@@ -13043,10 +13066,12 @@ static void moe__extract_fill(moe_model *to, const moe_model *from, const int32_
     moe_model_tensor(to, i, &tensor);
     moe_model_tensor(from, moe_model_find_tensor(from, tensor.name), &old);
     width = (size_t)tensor.shape[1];
-    if (strcmp(tensor.name, "tasks.vectors")) memcpy(to->writable + tensor.offset, from->weights + old.offset, tensor.count * sizeof(float));
+    if (strcmp(tensor.name, "tasks.vectors"))
+      memcpy(to->writable + tensor.offset, from->weights + old.offset, tensor.count * sizeof(float));
     else
       for (t = 0; t < to->T; ++t)
-        memcpy(to->writable + tensor.offset + (size_t)t * width, from->weights + old.offset + (size_t)tasks[t] * width, width * sizeof(float));
+        memcpy(to->writable + tensor.offset + (size_t)t * width, from->weights + old.offset + (size_t)tasks[t] * width,
+               width * sizeof(float));
   }
 }
 
@@ -13067,7 +13092,8 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
   moe_status status = MOE_OK;
   int32_t i;
   if (drop && !moe__has_gates(&config)) return moe__fail(env, MOE_E_ARGUMENT, "this model has no experts that could be left out");
-  if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "no task can be taken out of an int8 model: do that first, then quantise");
+  if (model->plan.quantized)
+    return moe__fail(env, MOE_E_UNSUPPORTED, "no task can be taken out of an int8 model: do that first, then quantise");
   if (n < 1 || n > model->T) return moe__fail(env, MOE_E_ARGUMENT, "%d tasks are to be kept, the model has %d", (int)n, (int)model->T);
   list = (moe_task *)moe__alloc((size_t)n * sizeof *list + cells);
   if (!list) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)n);
