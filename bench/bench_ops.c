@@ -3,7 +3,8 @@
      ./bench_ops                     serves (bench.h): the word is NAME or NAME:n:k:m
      ./bench_ops --probe 1,2         one JSON line: peak GFLOP/s of fused multiply-adds, and GB/s of reading an array of the size of MiniLM's
                                      weights and of copying one of the size of a hidden layer, with so many threads at once
-     ./bench_ops --now               answers each line, a number of threads, with the peak in GFLOP/s of this moment, in about a millisecond
+     ./bench_ops --now               answers each line, a number of threads, with the peak in GFLOP/s of this moment, and the GB/s at which the
+                                     slowest thread reads its first-level cache, in about a millisecond
      ./bench_ops --units             one JSON line: which instruction sets and units this processor has, 1 or 0
    Names with sizes: packed (weights packed), plain, dx, dw, each y (m,n) = x (m,k) W^T and its gradients. Names without: the layers of MiniLM
    for 32 sequences of 128 tokens. */
@@ -75,27 +76,29 @@ __attribute__((target("avx2,fma"))) static float probe_avx2(int64_t rounds, cons
   return out[0];
 }
 __attribute__((target("avx512f"))) static float probe_read_avx512(const float *x, size_t n) {
-  __m512 sum[4];
+  __m512 sum[8];
   size_t i;
   int j;
-  for (j = 0; j < 4; ++j) sum[j] = _mm512_setzero_ps();
-  for (i = 0; i + 64 <= n; i += 64) {
-#pragma GCC unroll 4
-    for (j = 0; j < 4; ++j) sum[j] = _mm512_add_ps(sum[j], _mm512_loadu_ps(x + i + 16 * (size_t)j));
+  for (j = 0; j < 8; ++j) sum[j] = _mm512_setzero_ps();
+  for (i = 0; i + 128 <= n; i += 128) {
+#pragma GCC unroll 8
+    for (j = 0; j < 8; ++j) sum[j] = _mm512_add_ps(sum[j], _mm512_loadu_ps(x + i + 16 * (size_t)j));
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+  for (j = 1; j < 8; ++j) sum[0] = _mm512_add_ps(sum[0], sum[j]);
+  return _mm512_reduce_add_ps(sum[0]);
 }
 __attribute__((target("avx2,fma"))) static float probe_read_avx2(const float *x, size_t n) {
-  __m256 sum[4];
+  __m256 sum[8];
   float out[8];
   size_t i;
   int j;
-  for (j = 0; j < 4; ++j) sum[j] = _mm256_setzero_ps();
-  for (i = 0; i + 32 <= n; i += 32) {
-#pragma GCC unroll 4
-    for (j = 0; j < 4; ++j) sum[j] = _mm256_add_ps(sum[j], _mm256_loadu_ps(x + i + 8 * (size_t)j));
+  for (j = 0; j < 8; ++j) sum[j] = _mm256_setzero_ps();
+  for (i = 0; i + 64 <= n; i += 64) {
+#pragma GCC unroll 8
+    for (j = 0; j < 8; ++j) sum[j] = _mm256_add_ps(sum[j], _mm256_loadu_ps(x + i + 8 * (size_t)j));
   }
-  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
+  for (j = 1; j < 8; ++j) sum[0] = _mm256_add_ps(sum[0], sum[j]);
+  _mm256_storeu_ps(out, sum[0]);
   return out[0];
 }
 #endif
@@ -120,7 +123,7 @@ static float probe_read_plain(const float *x, size_t n) {
 }
 
 /* What each thread of a probe does, and how long it took. */
-typedef enum probe_kind { PROBE_PEAK, PROBE_READ, PROBE_COPY } probe_kind;
+typedef enum probe_kind { PROBE_PEAK, PROBE_READ, PROBE_COPY, PROBE_CACHE } probe_kind;
 typedef struct probe {
   probe_kind kind;
   int threads, arrived; /* all begin together: a thread that has to be woken first would leave its part to the others */
@@ -134,20 +137,23 @@ typedef struct probe_thread {
   double seconds;
   float sink;
 } probe_thread;
-enum { PROBE_ROUNDS = 100000, PROBE_THREADS = 64 };
-static const size_t probe_floats[] = {0, (size_t)6 * (4 * H * H + 2 * H * F), (size_t)M * F};
+enum { PROBE_ROUNDS = 100000, PROBE_CACHED = 4096, PROBE_CACHE_ROUNDS = 2000, PROBE_THREADS = 64 };
+static const size_t probe_floats[] = {0, (size_t)6 * (4 * H * H + 2 * H * F), (size_t)M * F, 0};
 
 static void *probe_thread_main(void *arg) {
   probe_thread *t = (probe_thread *)arg;
   probe *p = t->p;
   size_t n = probe_floats[p->kind] / (size_t)p->threads, at = (size_t)t->index * n;
   double begin;
+  int i;
   bench_pin_self(t->index);
   __atomic_add_fetch(&p->arrived, 1, __ATOMIC_SEQ_CST);
   while (__atomic_load_n(&p->arrived, __ATOMIC_SEQ_CST) < p->threads) {}
   begin = bench_now();
   if (p->kind == PROBE_PEAK) t->sink = p->run(PROBE_ROUNDS, p->x);
   else if (p->kind == PROBE_READ) t->sink = p->read(p->x + at, n);
+  else if (p->kind == PROBE_CACHE)
+    for (i = 0; i < PROBE_CACHE_ROUNDS; ++i) t->sink += p->read(p->x, PROBE_CACHED);
   else memcpy(p->y + at, p->x + at, n * sizeof *p->x);
   t->seconds = bench_now() - begin;
   return NULL;
@@ -221,7 +227,9 @@ static int peaks_of_now(const moe_env *env) {
   while (fgets(line, sizeof line, stdin)) {
     p.threads = atoi(line);
     if (p.threads < 1 || p.threads > PROBE_THREADS) return 1;
-    printf("%.2f\n", probe_peak(&p, lanes, 2));
+    printf("%.2f", probe_peak(&p, lanes, 2));
+    p.kind = PROBE_CACHE;
+    printf(" %.2f\n", 4e-9 * PROBE_CACHED * PROBE_CACHE_ROUNDS / probe_seconds(&p, 2));
     fflush(stdout);
   }
   return 0;

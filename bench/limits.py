@@ -4,8 +4,10 @@ import json
 import os
 import statistics
 import subprocess
+import time
 
 PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "build", "bench_ops")
+ALONE = 0.9     # of the fastest reading of the first-level cache: below it something else uses the same core
 MOVED = 0.05    # a peak that differs by more before and after a section means that something else took part of the cores
 
 
@@ -17,6 +19,9 @@ class Limits:
         self.isa = ""
         self.server = None
         self.moments = {}   # threads: [GFLOP/s of each round of the section]
+        self.cache = {}     # threads: GB/s at which the slowest of them read its first-level cache, at best
+        self.alone = True   # whether the cores were ours alone when `now` was last called
+        self.company = 0    # rounds of the section for which they were not
 
     def probe(self, threads):
         """{threads: peak GFLOP/s} of now."""
@@ -35,8 +40,23 @@ class Limits:
             self.server = subprocess.Popen([PROGRAM, "--now"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.server.stdin.write(f"{threads}\n")
         self.server.stdin.flush()
-        peak = float(self.server.stdout.readline())
+        peak, read = map(float, self.server.stdout.readline().split())
+        self.cache[threads] = max(read, self.cache.get(threads, 0))
+        self.alone = read >= ALONE * self.cache[threads]
+        return peak
+
+    def settle(self, threads, until):
+        """Waits for a moment in which the cores are ours alone, until then at most."""
+        self.now(threads)
+        while not self.alone and time.monotonic() < until:
+            time.sleep(0.02)
+            self.now(threads)
+
+    def round(self, threads):
+        """`now`, kept for what `shared` tells."""
+        peak = self.now(threads)
         self.moments.setdefault(threads, []).append(peak)
+        self.company += not self.alone
         return peak
 
     def bound(self, peer, count, threads):
@@ -48,11 +68,13 @@ class Limits:
     def shared(self):
         """How much of the best peak the rounds of the section had, in words; what it has counted so far is forgotten."""
         moments, self.moments = self.moments, {}
+        company, self.company = self.company, 0
         if not moments:
             return ""
         return "Before each round the processor gave, in the median: " + ", ".join(
             f"{statistics.median(m):.0f} GFLOP/s with {t} thread{'s' if t > 1 else ''}" + (f" ({self.best[t]['peak_gflops']:.0f} at best)" if t in self.best else "")
-            for t, m in sorted(moments.items())) + "."
+            for t, m in sorted(moments.items())) + (f". A core was shared with something else before {company} of {sum(map(len, moments.values()))} rounds, as reading its "
+                                                    "first-level cache told." if company else ".")
 
     def words(self):
         return "; ".join(f"{t} thread{'s' if t > 1 else ''}: {x['peak_gflops']:.0f} GFLOP/s, reading {x['read_gbytes']:.1f} GB/s, copying {x['copy_gbytes']:.1f} GB/s"

@@ -10,6 +10,8 @@ from limits import LIMITS
 SLOWER = 1.25       # a peer that takes so many times as long as the best one gets shorter rounds
 DISTURBED = 1.15    # the median of the rounds over the fastest one: above it half of them were disturbed
 FEWEST = 3          # rounds
+CORES = len(os.sched_getaffinity(0))
+SETTLE = 0.5        # seconds to wait before a round, where there is time, for cores that nothing else uses
 LONG = 0.7          # seconds of the longest calls of a round: then three rounds will do
 
 
@@ -35,6 +37,7 @@ class Program:
             env.pop(variable, None)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         self.ready = self.count = None
+        self.cores = CORES
 
     def wait(self):
         """Until it is ready: several are started at once, since that takes some of them seconds."""
@@ -78,13 +81,26 @@ class Program:
             while Program.last.spins() and time.perf_counter() - begin < 0.3:
                 time.sleep(0.001)
         Program.last = self
-        peak = LIMITS.now(threads if self.told else self.threads)
+        peak = LIMITS.round(threads if self.told else self.threads)
+        self.keep_on(1 if not self.own and (threads if self.told else self.threads) == 1 else CORES)
         self.process.stdin.write(f"{budget} {word}" + (f" {threads}" if self.told else "") + "\n")
         self.process.stdin.flush()
         median, _, calls, *self.count = (float(x) for x in self.read().split())
         Program.clock["asked"] += time.perf_counter() - begin
         Program.clock["measured"] += median * calls
         return median, peak
+
+    def keep_on(self, count):
+        """Lets its threads use so many cores; one is the first, to which the C programs of bench/ keep themselves."""
+        if count == self.cores:
+            return
+        self.cores = count
+        allowed = sorted(os.sched_getaffinity(0))[:count]
+        for task in os.listdir(f"/proc/{self.process.pid}/task"):
+            try:
+                os.sched_setaffinity(int(task), allowed)
+            except OSError:     # it has ended
+                pass
 
     def finish(self):
         """Ends it. Returns its last record."""
@@ -185,6 +201,8 @@ def ask(programs, rounds, budget, words):
         if done and PACE.enough(done, sum(max(t) for t in times.values())):
             break
         best = min((times[p.name][0] for p in programs), default=0) if done else 0
+        if not PACE.dry and PACE.late() < 1:
+            LIMITS.settle(programs[0].threads if not programs[0].told else words[0][-1], time.monotonic() + SETTLE)
         for p, word in zip(programs, words):
             slow = done and times[p.name][0] > SLOWER * best
             times[p.name].add(*p.seconds(0 if PACE.dry else budget / 3 if slow else budget, *word))
