@@ -712,7 +712,9 @@ typedef struct moe_writer {
   int (*write)(void *user, const void *data, size_t bytes); /* 0 = written */
   void *user;
 } moe_writer;
-/* Writes the whole model, in large portions; the same model gives the same bytes. MOE_E_IO when the writer says so. */
+/* Writes the whole model, in large portions; the same model gives the same bytes. MOE_E_IO when the writer says so.
+   MOE_E_NONFINITE with the tensor's name where a weight is no finite number, which reading would refuse: then nothing is
+   written, and moe_model_save leaves the old file as it is. */
 MOE_API moe_status moe_model_write(const moe_model *model, const moe_writer *writer, const moe_env *env);
 /* A model on the heap from the bytes of a file, packed and ready to train or to run. The tensors may have any order.
    MOE_E_FORMAT with the tensor's name where the file is not one of moe.h or is damaged (NaN and infinities among the weights
@@ -722,7 +724,7 @@ MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file
 MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size_t *bytes, const moe_env *env);
 /* A model whose weights stay in the file's bytes (mapped, or in flash), which must outlive it and are never written to. Such
    a model cannot be trained. MOE_E_FORMAT with the tensor's name where the file is not one of moe.h, is damaged, or has
-   another order of tensors. */
+   another order of tensors; the weights themselves are not looked at. */
 MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file_bytes, void *block, size_t bytes,
                                   const moe_env *env);
 
@@ -975,7 +977,7 @@ MOE_API void moe_sample(moe_sampler *sampler, int32_t *task, int64_t *row);
 
 /* Checkpoint: the model file plus moments, step and the sampler's state (sampler may be NULL), and `note`, a text of the
    caller's (its own options, say; NULL: none). To be written between updates: gradients that wait for one are not in it.
-   After _read the next step has the same bits as if nothing had happened. MOE_E_IO. */
+   After _read the next step has the same bits as if nothing had happened. MOE_E_IO; MOE_E_NONFINITE as for a model. */
 MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler, const char *note,
                                         const moe_writer *writer, const moe_env *env);
 /* Restores weights, moments, step and sampler of a trainer that was made for the same configuration, tasks and vocabulary
@@ -11237,6 +11239,16 @@ static int moe__json_is(const moe__json_text *text, const char *word) {
   return !*word;
 }
 
+/* A string with a zero in it would be a shorter one to C. */
+static int moe__json_has_zero(const moe__json_text *text) {
+  moe__json j = text->begin;
+  unsigned char bytes[4];
+  int c;
+  while ((c = moe__json_get(&j)) != '"' && c >= 0)
+    if (c == '\\' && moe__json_escape(&j, bytes) && !bytes[0]) return 1;
+  return 0;
+}
+
 /* digits 10^exponent; the error is a few units of the 16th digit, far below half a unit of a float. */
 static double moe__scale10(uint64_t digits, int exponent) {
   double power = 1, p = 10, v = (double)digits;
@@ -11659,6 +11671,8 @@ static moe_status moe__st_walk(moe__st *st, const moe_env *env) {
       continue;
     }
     moe__printable(t.name, sizeof t.name, &t.key);
+    if (moe__json_has_zero(&t.key))
+      return moe__fail(env, MOE_E_FORMAT, "tensor %s...: a zero byte (\\u0000) in its name", t.name);
     if (!moe__st_value(&j, &t))
       return moe__fail(env, MOE_E_FORMAT, "tensor %s: %s (safetensors header, byte %zu)", t.name, j.error, (size_t)(j.at - st->header));
     status = moe__st_check(st, &t, env);
@@ -11672,9 +11686,31 @@ static moe_status moe__st_walk(moe__st *st, const moe_env *env) {
   return begins == ends ? MOE_OK : moe__st_gap(st, env);
 }
 
+/* What people take for a safetensors file, by its first bytes; else NULL. */
+static const char *moe__st_other(const unsigned char *p, size_t bytes) {
+  static const struct {
+    const char *begin, *what;
+  } known[] = {{"PK\3\4", "a zip archive, such as PyTorch's pytorch_model.bin"},
+               {"\x80\2", "a Python pickle, such as PyTorch's old pytorch_model.bin"},
+               {"GGUF", "a GGUF file of llama.cpp"},
+               {"\x89HDF", "an HDF5 file, such as TensorFlow's tf_model.h5"},
+               {"\x1f\x8b", "a gzip archive, to be unpacked first"},
+               {"version https://git-lfs", "a pointer of Git LFS in place of the file itself (\"git lfs pull\" fetches it)"},
+               {"{", "a JSON text, such as the index of weights in several files (model-00001-of-...), which have to be "
+                     "joined into one file"},
+               {"<", "an HTML or XML page, not what was to be downloaded"}};
+  size_t i;
+  for (i = 0; i < sizeof known / sizeof *known; ++i) {
+    size_t length = strlen(known[i].begin);
+    if (bytes >= length && !memcmp(p, known[i].begin, length)) return known[i].what;
+  }
+  return NULL;
+}
+
 /* Checks the whole header of a file in memory and fills *st. */
 static moe_status moe__st_open(moe__st *out, const void *file, size_t bytes, const moe_env *env) {
   const unsigned char *p = (const unsigned char *)file;
+  const char *other;
   moe__st st;
   uint64_t length = 0;
   size_t i;
@@ -11682,12 +11718,8 @@ static moe_status moe__st_open(moe__st *out, const void *file, size_t bytes, con
   if (bytes < 8) return moe__fail(env, MOE_E_FORMAT, "%zu bytes are no safetensors file, which has 8 at least", bytes);
   for (i = 8; i-- > 0;) length = length << 8 | p[i];
   if (length > bytes - 8 || length > MOE__ST_HEADER_MAX) {
-    if (!memcmp(p, "PK\3\4", 4))
-      return moe__fail(env, MOE_E_FORMAT,
-                       "a zip archive, as PyTorch writes its .bin files: weights are read from safetensors files");
-    if (*p == '{')
-      return moe__fail(env, MOE_E_FORMAT, "no safetensors file but a text, such as the index of weights in parts: these are "
-                       "read from one file");
+    other = moe__st_other(p, bytes);
+    if (other) return moe__fail(env, MOE_E_FORMAT, "no safetensors file (model.safetensors), which is what can be read, but %s", other);
     return moe__fail(env, MOE_E_FORMAT,
                      "the first 8 bytes promise a header of %llu bytes, but %zu follow (and %u are the most): truncated, "
                      "or no safetensors file", (unsigned long long)length, bytes - 8, MOE__ST_HEADER_MAX);
@@ -12037,10 +12069,35 @@ static void moe__save_header(moe__out *out, const void *user) {
   moe__out_text(out, "}");
 }
 
+/* What reading would refuse is not written: a diverged training must not replace the last file that could be read. */
+static moe_status moe__save_check(const moe__save *save, const moe_env *env) {
+  const moe_model *model = save->model;
+  const float *part[3];
+  int32_t i;
+  size_t k;
+  int p;
+  part[0] = model->weights, part[1] = save->moment[0], part[2] = save->moment[1];
+  for (p = 0; p < 3; ++p)
+    for (i = 0; part[p] && i < model->floats; ++i) {
+      moe_tensor t;
+      const char *prefix = p ? moe__moment_prefix[p - 1] : "";
+      const float *v;
+      moe_model_tensor(model, i, &t);
+      v = part[p] + t.offset;
+      for (k = 0; k < t.count; ++k)
+        if (!(v[k] - v[k] == 0) || (p == 2 && v[k] < 0))
+          return moe__fail(env, MOE_E_NONFINITE, "nothing is written: tensor %s%s, element %zu, is %g, which could not be read again",
+                           prefix, t.name, k, (double)v[k]);
+    }
+  return MOE_OK;
+}
+
 static moe_status moe__save_write(const moe__save *save, const moe_writer *writer, const moe_env *env) {
   const moe_model *model = save->model;
   moe__out out;
   int i;
+  moe_status status = moe__save_check(save, env);
+  if (status) return status;
   moe__out_init(&out, writer);
   moe__st_put_header(&out, moe__save_header, save);
   moe__st_put_floats(&out, model->weights, model->plan.total);

@@ -336,6 +336,28 @@ static void test_checkpoint_with_impossible_numbers_is_refused(void) {
   end_run(&r);
 }
 
+/* After a training that diverged, the last good checkpoint is worth more than the newest. */
+static void test_checkpoint_that_cannot_be_read_is_not_written(void) {
+  moe_env env = logging();
+  run r;
+  float loss, kept;
+  int i;
+  CHECK(start_run(&r, &usual, &env) && step_run(&r, &loss, &env), "%s", said);
+  CHECK(moe_checkpoint_save(r.trainer, &r.sampler, NULL, "build/checkpoint_nan", &env) == MOE_OK, "%s", said);
+  kept = moe_model_weights(r.model)[3];
+  for (i = 0; i < 2; ++i) {
+    moe_model_weights(r.model)[3] = i ? INFINITY : NAN;
+    said[0] = 0;
+    CHECK(moe_checkpoint_save(r.trainer, &r.sampler, NULL, "build/checkpoint_nan", &env) == MOE_E_NONFINITE, "%s", said);
+    CHECK(strstr(said, "nothing is written: tensor ") && strstr(said, "element 3, is "), "%s", said);
+  }
+  moe_model_weights(r.model)[3] = kept;
+  CHECK(moe_checkpoint_load(r.trainer, &r.sampler, "build/checkpoint_nan", &env) == MOE_OK, "the old one: %s", said);
+  CHECK(step_run(&r, &loss, &env), "and on it goes: %s", said);
+  remove("build/checkpoint_nan");
+  end_run(&r);
+}
+
 static void test_checkpoint_note_comes_back(void) {
   static const char note[] = "--lr 1e-3 \"quoted\" \\ \n\t \xc3\xa9 \xff end";
   moe_env env = logging();
@@ -395,6 +417,7 @@ int main(int argc, char **argv) {
   RUN(test_checkpoint_names_what_differs);
   RUN(test_checkpoint_damaged_changes_nothing);
   RUN(test_checkpoint_with_impossible_numbers_is_refused);
+  RUN(test_checkpoint_that_cannot_be_read_is_not_written);
   RUN(test_checkpoint_note_comes_back);
   RUN(test_checkpoint_survives_kill_9);
   return test_end();

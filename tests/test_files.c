@@ -98,6 +98,12 @@ static moe_model *small_model(moe_router router, const moe_env *env) {
   return model;
 }
 
+static void exists(const char *path, int *yes) {
+  FILE *f = fopen(path, "rb");
+  *yes = f != NULL;
+  if (f) fclose(f);
+}
+
 static int same_tasks(const moe_model *a, const moe_model *b) {
   int32_t t, i;
   if (moe_model_tasks(a) != moe_model_tasks(b)) return 0;
@@ -342,12 +348,45 @@ static void test_files_sentences_name_the_cause(void) {
     free(s.data);
   }
   weights = moe_model_weights(model);
-  weights[60] = NAN;
   writer = sink_writer(&s);
   CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  for (i = 8; memcmp(s.data + i, &weights[56], 16); ++i) continue; /* element 4 of a tensor of 8 is between its neighbours */
+  memcpy(s.data + i + 16, "\0\0\xc0\x7f", 4);
   CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strstr(said, "element 4 is no finite"), "%s", said);
   CHECK(!back, "untouched");
   free(s.data);
+  moe_model_free(model);
+}
+
+static void test_files_weights_that_cannot_be_read_are_not_written(void) {
+  static const char *const names[] = {"embeddings.LayerNorm.bias", "encoder.layer.1.gate.span.weight", "heads.span.bias"};
+  moe_env env = logging();
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  const char *path = "build/files_nan";
+  size_t i;
+  int there;
+  CHECK(model && moe_model_save(model, path, &env) == MOE_OK, "%s", said);
+  for (i = 0; i < sizeof names / sizeof *names; ++i) {
+    moe_tensor t;
+    char says[160];
+    float *last, kept;
+    sink s;
+    moe_writer writer = sink_writer(&s);
+    CHECK(moe_model_tensor(model, moe_model_find_tensor(model, names[i]), &t) == MOE_OK, "%s", names[i]);
+    last = moe_model_weights(model) + t.offset + t.count - 1;
+    kept = *last;
+    *last = i == 1 ? -INFINITY : NAN;
+    snprintf(says, sizeof says, "nothing is written: tensor %s, element %u, is ", names[i], (unsigned)(t.count - 1));
+    said[0] = 0;
+    CHECK(moe_model_write(model, &writer, &env) == MOE_E_NONFINITE && strstr(said, says) && !s.used, "%zu bytes, said '%s'", s.used, said);
+    CHECK(moe_model_save(model, path, &env) == MOE_E_NONFINITE && strstr(said, says), "said '%s'", said);
+    exists("build/files_nan.tmp", &there);
+    CHECK(!there, "nothing is left over");
+    *last = kept;
+    CHECK(moe_model_load(&back, path, &env) == MOE_OK && same_models(model, moe_model_weights(back), back), "the old file: %s", said);
+    moe_model_free(back);
+  }
+  remove(path);
   moe_model_free(model);
 }
 
@@ -368,12 +407,6 @@ static void test_files_failing_writer_is_reported(void) {
     free(s.data);
   }
   moe_model_free(model);
-}
-
-static void exists(const char *path, int *yes) {
-  FILE *f = fopen(path, "rb");
-  *yes = f != NULL;
-  if (f) fclose(f);
 }
 
 static moe_status half_written(void *user, const moe_writer *writer, const moe_env *env) {
@@ -515,6 +548,7 @@ int main(int argc, char **argv) {
   RUN(test_files_truncated_are_refused);
   RUN(test_files_damaged_are_refused_or_read);
   RUN(test_files_sentences_name_the_cause);
+  RUN(test_files_weights_that_cannot_be_read_are_not_written);
   RUN(test_files_failing_writer_is_reported);
   RUN(test_files_old_file_survives_a_failure);
   RUN(test_files_failed_save_keeps_the_old_file);

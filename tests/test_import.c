@@ -364,14 +364,24 @@ static void test_import_reads_config_json(void) {
 
 /* What people download beside model.safetensors, or instead of it. */
 static void test_import_knows_other_files_of_the_hub(void) {
+  static const struct {
+    const char *begin, *says;
+  } others[] = {{"\x80\2\x8a\nl\xfc\x9c\x46\xf9 j\xa8P\x19.", "pickle"}, {"GGUF\3aaaaaaaaaaa", "llama.cpp"}, {"\x89HDF\r\n\x1a\nxxxx", "HDF5"},
+                {"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"}, {"<!DOCTYPE html>", "HTML"},
+                {"\x1f\x8b\x8xxxxxxxxxxx", "gzip"}};
   static const char zip[] = "PK\3\4\0\0\10\10\0\0\0\0\0\0archive/data.pkl", list[] = "{\n  \"metadata\": {\"total_size\": 4},\n  \"weight_map\": {}\n}\n";
   moe_env env = logging();
   moe_config c;
-  size_t n;
+  size_t n, i;
   char header[200];
+  for (i = 0; i < sizeof others / sizeof *others; ++i) {
+    env = logging();
+    CHECK(moe_import_sizes(&c, others[i].begin, strlen(others[i].begin), &env) == MOE_E_FORMAT && strstr(said, others[i].says), "%s", said);
+    CHECK(sentences == 1 && strstr(said, "no safetensors file (model.safetensors)"), "%s", said);
+  }
   moe_config_init(&c);
   CHECK(moe_import_sizes(&c, zip, sizeof zip - 1, &env) == MOE_E_FORMAT && strstr(said, "PyTorch"), "%s", said);
-  CHECK(moe_import_sizes(&c, list, sizeof list - 1, &env) == MOE_E_FORMAT && strstr(said, "no safetensors file but a text"), "%s", said);
+  CHECK(moe_import_sizes(&c, list, sizeof list - 1, &env) == MOE_E_FORMAT && strstr(said, "the index of weights in several files"), "%s", said);
   /* a header of 123 bytes begins with the byte of a {, and is one nevertheless */
   n = (size_t)snprintf(header, sizeof header, "{%c%c%c%c%c%c%c{}", 0, 0, 0, 0, 0, 0, 0);
   memset(header + n, ' ', 8 + 123 - n);

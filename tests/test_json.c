@@ -268,6 +268,7 @@ static void test_safetensors_names_what_is_wrong(void) {
       {"{" A "} x", 16, "something follows"},
       {"{" A ",", 16, "a string was expected"},
       {"{\"\xff\":1}", 0, "not UTF-8"},
+      {"{\"a\\u0000b\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[0,16]}}", 16, "tensor a...: a zero byte (\\u0000) in its name"},
       {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[2,10]}}", 10,
        "tensor b begins at byte 2"},
   };
