@@ -735,7 +735,8 @@ typedef struct moe_import_options {
   uint64_t seed;
 } moe_import_options;
 /* Reads sizes (not heads and eps, which no safetensors file holds) from a BERT-like safetensors file into *config: layers,
-   hidden, ffn, vocab, positions, segments. Names with and without "bert.", gamma/beta as well as weight/bias. */
+   hidden, ffn, vocab, positions, segments. Names with and without "bert.", gamma/beta as well as weight/bias. MOE_E_FORMAT with
+   a sentence for encoders of other kinds: RoBERTa, DistilBERT, ALBERT, ModernBERT and whatever has tensors that BERT has not. */
 MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes, const moe_env *env);
 /* Reads num_attention_heads (which must be there) and layer_norm_eps from the text of a config.json. MOE_E_UNSUPPORTED
    unless hidden_act is "gelu", position_embedding_type "absolute", model_type "bert" and is_decoder false, where they are
@@ -12819,9 +12820,39 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
 
 /* ---- weights of published encoders ---- >>import
    A BERT-like file of the Hugging Face hub: BERT's names behind any prefix ("bert.", "model."), LayerNorms as
-   weight/bias or gamma/beta, F32, F16 or BF16. What else is in it (pooler, cls, position_ids) is passed over. */
+   weight/bias or gamma/beta, F32, F16 or BF16. What else is in it (pooler, cls, position_ids) is passed over, but nothing
+   within the encoder is: a tensor that BERT has not means another computation. */
 
 #define MOE__IMPORT_COMPLAINTS 16 /* sentences about one file, so that a foreign one does not flood the log */
+
+/* Complains when a tensor behind the prefix tells of a well-known encoder that is none of BERT's kind. */
+static moe_status moe__import_other(const moe__st *st, const char *prefix, const moe_env *env) {
+  static const struct {
+    const char *mark, *what;
+  } known[] = {{".q_lin.", "DistilBERT, which has no segments and names of its own"},
+               {".albert_layer_groups.", "ALBERT, whose layers share their weights"},
+               {"embeddings_project.", "ELECTRA with word vectors narrower than its layers"},
+               {".Wqkv.", "ModernBERT, Nomic BERT or the like, with rotary positions and gated feed-forward networks"},
+               {"rel_embeddings.", "DeBERTa, with relative positions"},
+               {"relative_attention_bias.", "MPNet, T5 or the like, with relative positions"},
+               {".distance_embedding.", "a BERT with relative positions"},
+               {".gated_layers", "JinaBERT, with gated feed-forward networks"},
+               {".bottleneck.", "MobileBERT, whose layers have bottlenecks"},
+               {".lora_", "an adapter (LoRA), to be merged into the weights of its encoder first"}};
+  char name[256];
+  moe__json j;
+  moe__st_tensor t;
+  size_t length = strlen(prefix), i;
+  moe__st_begin(st, &j);
+  while (moe__st_next(st, &j, &t)) {
+    moe__json_copy(name, sizeof name, &t.key);
+    if (strncmp(name, prefix, length)) continue;
+    for (i = 0; i < sizeof known / sizeof *known; ++i)
+      if (strstr(name + length, known[i].mark))
+        return moe__fail(env, MOE_E_FORMAT, "tensor %s: this is %s; only encoders like BERT can be imported", t.name, known[i].what);
+  }
+  return MOE_OK;
+}
 
 /* What stands before "embeddings.word_embeddings.weight". */
 static moe_status moe__import_prefix(char *prefix, size_t capacity, const moe__st *st, const moe_env *env) {
@@ -12838,9 +12869,73 @@ static moe_status moe__import_prefix(char *prefix, size_t capacity, const moe__s
     memcpy(prefix, t.name, length - tail);
     prefix[length - tail] = 0;
   }
-  if (!found) return moe__fail(env, MOE_E_FORMAT, "no encoder like BERT: none of the %zu tensors is %s", st->tensors, wanted);
-  if (strstr(prefix, "roberta"))
-    return moe__fail(env, MOE_E_FORMAT, "%s%s: RoBERTa counts positions and segments in another way than BERT", prefix, wanted);
+  if (found) return MOE_OK;
+  if (moe__import_other(st, "", env)) return MOE_E_FORMAT;
+  return moe__fail(env, MOE_E_FORMAT, "no encoder like BERT: none of the %zu tensors is %s", st->tensors, wanted);
+}
+
+/* Whether a name behind the prefix is of BERT's encoder: 1, and *layers at least 1 + the number of its layer; -1: it is outside
+   of the encoder; 0: it is within, and nothing of BERT's. */
+static int moe__import_known(const char *name, int32_t *layers) {
+  static const char *const modules[] = {"word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm",
+                                        "attention.self.query", "attention.self.key", "attention.self.value",
+                                        "attention.output.dense", "attention.output.LayerNorm", "intermediate.dense",
+                                        "output.dense", "output.LayerNorm"};
+  int in_layer = !strncmp(name, "encoder.layer.", 14), i;
+  int32_t layer = 0;
+  const char *dot;
+  if (!strcmp(name, "embeddings.position_ids") || !strcmp(name, "embeddings.token_type_ids")) return -1;
+  if (strncmp(name, "embeddings.", 11) && !in_layer) return strncmp(name, "encoder.", 8) ? -1 : 0;
+  name += in_layer ? 14 : 11;
+  for (; in_layer && *name >= '0' && *name <= '9' && layer < 10000; ++name) layer = layer * 10 + (*name - '0');
+  if (in_layer && (layer >= 10000 || *name++ != '.')) return 0;
+  dot = strrchr(name, '.');
+  for (i = in_layer ? 4 : 0; dot && i < (in_layer ? 12 : 4); ++i) {
+    size_t length = strlen(modules[i]);
+    int norm = strstr(modules[i], "LayerNorm") != NULL;
+    if ((size_t)(dot - name) != length || strncmp(name, modules[i], length)) continue;
+    if (in_layer && layer >= *layers) *layers = layer + 1;
+    return !strcmp(dot, ".weight") || ((norm || in_layer) && !strcmp(dot, ".bias")) ||
+           (norm && (!strcmp(dot, ".gamma") || !strcmp(dot, ".beta")));
+  }
+  return 0;
+}
+
+/* RoBERTa has BERT's names, but its first token is at position 2 and rows 0 and 1 of the table are no positions: row 1 is 0
+   in every one of them, and there are 2 rows more than some power of two. */
+static moe_status moe__import_positions(const moe__st *st, const char *prefix, const moe_env *env) {
+  moe__json hint;
+  moe__st_tensor t;
+  size_t row, i;
+  int zero = 1;
+  memset(&hint, 0, sizeof hint);
+  if (!moe__st_find(st, &hint, prefix, "embeddings.position_embeddings.weight", &t)) return MOE_OK; /* reported as missing */
+  if (t.dims != 2 || t.shape[0] < 3 || !t.shape[1]) return MOE_OK;
+  row = (t.end - t.begin) / t.shape[0];
+  for (i = 0; i < row && zero; ++i) zero = !st->data[t.begin + row + i];
+  if (!zero && !strstr(prefix, "roberta") && (t.shape[0] < 66 || ((t.shape[0] - 2) & (t.shape[0] - 3)))) return MOE_OK;
+  return moe__fail(env, MOE_E_FORMAT, "tensor %s, of %zu rows: this is RoBERTa or one of its kind, which counts positions from 2; only "
+                   "encoders like BERT can be imported", t.name, t.shape[0]);
+}
+
+/* Finds the encoder, and nothing in it that BERT has not; *layers their number. */
+static moe_status moe__import_open(char *prefix, size_t capacity, int32_t *layers, const moe__st *st, const moe_env *env) {
+  char name[256];
+  moe__json j;
+  moe__st_tensor t;
+  size_t length;
+  moe_status status = moe__import_prefix(prefix, capacity, st, env);
+  if (!status) status = moe__import_other(st, prefix, env);
+  if (!status) status = moe__import_positions(st, prefix, env);
+  if (status) return status;
+  *layers = 0;
+  length = strlen(prefix);
+  moe__st_begin(st, &j);
+  while (moe__st_next(st, &j, &t)) {
+    moe__json_copy(name, sizeof name, &t.key);
+    if (!strncmp(name, prefix, length) && !moe__import_known(name + length, layers))
+      return moe__fail(env, MOE_E_FORMAT, "tensor %s: BERT has no such tensor, so this encoder computes something else", t.name);
+  }
   return MOE_OK;
 }
 
@@ -12875,23 +12970,15 @@ static moe_status moe__import_matrix(const moe__st *st, const char *prefix, cons
 MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes, const moe_env *env) {
   moe__st st;
   moe_config c = *config;
-  char prefix[128], name[128];
+  char prefix[128];
   int32_t cols;
-  moe__json hint;
-  moe__st_tensor t;
   moe_status status = moe__st_open(&st, file, file_bytes, env);
-  if (!status) status = moe__import_prefix(prefix, sizeof prefix, &st, env);
+  if (!status) status = moe__import_open(prefix, sizeof prefix, &c.layers, &st, env);
   if (!status) status = moe__import_matrix(&st, prefix, "embeddings.word_embeddings.weight", &c.vocab, &c.hidden, env);
   if (!status) status = moe__import_matrix(&st, prefix, "embeddings.position_embeddings.weight", &c.positions, &cols, env);
   if (!status) status = moe__import_matrix(&st, prefix, "embeddings.token_type_embeddings.weight", &c.segments, &cols, env);
   if (!status) status = moe__import_matrix(&st, prefix, "encoder.layer.0.intermediate.dense.weight", &c.ffn, &cols, env);
   if (status) return status;
-  memset(&hint, 0, sizeof hint);
-  for (c.layers = 0; c.layers < 1024; ++c.layers) {
-    moe__format(name, sizeof name, "encoder.layer.%d.attention.self.query.weight", (int)c.layers);
-    if (!moe__st_find(&st, &hint, prefix, name, &t)) break;
-  }
-  if (!c.layers) return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", prefix, name);
   c.features = 0;
   if (c.max_len > c.positions) c.max_len = c.positions;
   *config = c;
@@ -12978,17 +13065,15 @@ static void moe__import_check(const moe_tensor *want, const char *name, const mo
 }
 
 /* Everything that the model needs must be there, before anything is changed. */
-static moe_status moe__import_survey(const moe_model *model, const moe__st *st, const char *prefix, const moe_env *env) {
+static moe_status moe__import_survey(const moe_model *model, const moe__st *st, const char *prefix, int32_t layers, const moe_env *env) {
   moe__json hint;
-  moe__st_tensor extra;
   moe_tensor t;
   char name[128];
   int complaints = 0;
   int32_t i, copy;
   memset(&hint, 0, sizeof hint);
-  moe__format(name, sizeof name, "encoder.layer.%d.attention.self.query.weight", (int)model->config.layers);
-  if (moe__st_find(st, &hint, prefix, name, &extra)) {
-    moe__fail(env, MOE_E_FORMAT, "tensor %s: the model has %d layers, the file has more", extra.name, (int)model->config.layers);
+  if (layers > model->config.layers) {
+    moe__fail(env, MOE_E_FORMAT, "the model has %d layers, the file has %d", (int)model->config.layers, (int)layers);
     ++complaints;
   }
   for (i = 0; i < model->tensors; ++i) {
@@ -13008,7 +13093,7 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
   moe_tensor t;
   char prefix[128], name[128];
   float noise = options ? options->noise : 0;
-  int32_t i, copy;
+  int32_t i, copy, layers;
   size_t k;
   moe_status status;
   if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "nothing can be imported into an int8 model: quantise it afterwards");
@@ -13018,8 +13103,8 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
   if (!(noise >= 0 && noise < 1))
     return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, it must be from 0 to 1", (double)noise);
   status = moe__st_open(&st, file, file_bytes, env);
-  if (!status) status = moe__import_prefix(prefix, sizeof prefix, &st, env);
-  if (!status) status = moe__import_survey(model, &st, prefix, env);
+  if (!status) status = moe__import_open(prefix, sizeof prefix, &layers, &st, env);
+  if (!status) status = moe__import_survey(model, &st, prefix, layers, env);
   if (status) return status;
   memset(&hint, 0, sizeof hint);
   for (i = 0; i < model->tensors; ++i) {

@@ -66,6 +66,8 @@ typedef struct flavour {
   const char *prefix, *dtype, *weight, *bias;
   int extras, layers;
   const char *missing, *misshapen; /* names, or NULL */
+  const char *foreign;             /* a tensor more, with its prefix, or NULL */
+  int positions;
 } flavour;
 
 static void put_named(builder *b, const flavour *how, const char *name, int rows, int cols) {
@@ -94,7 +96,7 @@ static unsigned char *encoder_file(const flavour *how, size_t *n) {
   put_named(b, how, "embeddings.LayerNorm.weight", HIDDEN, 0);
   put_named(b, how, "embeddings.LayerNorm.bias", HIDDEN, 0);
   put_named(b, how, "embeddings.word_embeddings.weight", WORDS, HIDDEN);
-  put_named(b, how, "embeddings.position_embeddings.weight", POSITIONS, HIDDEN);
+  put_named(b, how, "embeddings.position_embeddings.weight", how->positions, HIDDEN);
   put_named(b, how, "embeddings.token_type_embeddings.weight", 2, HIDDEN);
   for (l = 0; l < how->layers; ++l) {
     for (p = 0; p < 4; ++p) {
@@ -115,6 +117,7 @@ static unsigned char *encoder_file(const flavour *how, size_t *n) {
     }
   }
   if (how->extras) put(b, "x", "bert.pooler.dense.weight", "F32", HIDDEN, HIDDEN);
+  if (how->foreign) put(b, "x", how->foreign, "F32", 2, 2);
   length = strlen(b->header);
   snprintf(b->header + length, sizeof b->header - length, "}");
   ++length;
@@ -135,6 +138,7 @@ static flavour plain(void) {
   f.weight = "weight";
   f.bias = "bias";
   f.layers = LAYERS;
+  f.positions = POSITIONS;
   return f;
 }
 
@@ -188,8 +192,8 @@ static void check_values(moe_model *model, moe_model *before) {
 }
 
 static void test_import_takes_names_and_formats_of_the_hub(void) {
-  static const flavour some[] = {{"", "F32", "weight", "bias", 0, LAYERS, NULL, NULL},      {"bert.", "F32", "gamma", "beta", 1, LAYERS, NULL, NULL},
-                                 {"model.", "F16", "weight", "bias", 0, LAYERS, NULL, NULL}, {"a.b.encoder0.", "BF16", "gamma", "beta", 1, LAYERS, NULL, NULL}};
+  static const flavour some[] = {{"", "F32", "weight", "bias", 0, LAYERS, NULL, NULL, NULL, POSITIONS},      {"bert.", "F32", "gamma", "beta", 1, LAYERS, NULL, NULL, NULL, POSITIONS},
+                                 {"model.", "F16", "weight", "bias", 0, LAYERS, NULL, NULL, NULL, POSITIONS}, {"a.b.encoder0.", "BF16", "gamma", "beta", 1, LAYERS, NULL, NULL, NULL, POSITIONS}};
   size_t i, n;
   moe_env env = logging();
   for (i = 0; i < sizeof some / sizeof *some; ++i) {
@@ -253,7 +257,7 @@ static void test_import_names_every_fault_and_changes_nothing(void) {
   f = plain();
   refused(&f, LAYERS + 2, "and 16 tensors more are missing or wrong", 17);
   CHECK_STATE();
-  refused(&f, LAYERS - 1, "the model has 1 layers, the file has more", 1);
+  refused(&f, LAYERS - 1, "the model has 1 layers, the file has 2", 1);
   CHECK_STATE();
   f.prefix = "roberta.";
   refused(&f, LAYERS, "RoBERTa", 1);
@@ -388,6 +392,58 @@ static void test_import_knows_other_files_of_the_hub(void) {
   CHECK(moe_import_sizes(&c, header, 8 + 123, &env) == MOE_E_FORMAT && strstr(said, "no encoder like BERT"), "%s", said);
 }
 
+/* Encoders of other kinds have many of BERT's names: none may be taken for one of them. */
+static void test_import_refuses_encoders_that_are_not_bert(void) {
+  static const struct {
+    const char *tensor, *says;
+  } some[] = {{"bert.transformer.layer.0.attention.q_lin.weight", "DistilBERT"},
+              {"bert.encoder.albert_layer_groups.0.albert_layers.0.ffn.weight", "ALBERT"},
+              {"bert.embeddings_project.weight", "ELECTRA"},
+              {"bert.layers.0.attn.Wqkv.weight", "ModernBERT"},
+              {"bert.encoder.rel_embeddings.weight", "DeBERTa"},
+              {"bert.encoder.relative_attention_bias.weight", "MPNet"},
+              {"bert.encoder.layer.0.attention.self.distance_embedding.weight", "relative positions"},
+              {"bert.encoder.layer.0.crossattention.self.query.weight", "BERT has no such tensor"},
+              {"bert.encoder.layer.0.attention.self.query.gamma", "BERT has no such tensor"},
+              {"bert.encoder.layer.99999.attention.self.query.weight", "BERT has no such tensor"},
+              {"bert.encoder.x", "BERT has no such tensor"},
+              {"bert.embeddings.x_position_embeddings.weight", "BERT has no such tensor"},
+              {"bert.embeddings.word_embeddings.bias", "BERT has no such tensor"},
+              {"bert.encoder.layer.3.attention.self.query.weight", "the model has 2 layers, the file has 4"}};
+  moe_config config;
+  moe_env env;
+  size_t i, n;
+  unsigned char *file, *at;
+  flavour f = plain();
+  f.prefix = "bert.";
+  for (i = 0; i < sizeof some / sizeof *some; ++i) {
+    f.foreign = some[i].tensor;
+    refused(&f, LAYERS, some[i].says, 1);
+    CHECK_STATE();
+  }
+  f.foreign = "cls.layers.0.Wqkv.weight"; /* outside of the encoder there may be anything */
+  file = encoder_file(&f, &n);
+  env = logging();
+  moe_config_init(&config);
+  CHECK(moe_import_sizes(&config, file, n, &env) == MOE_OK && config.layers == LAYERS, "%s", said);
+  free(file);
+  f.foreign = NULL;
+  f.missing = "embeddings.word_embeddings.weight"; /* then there is no prefix to go by */
+  f.foreign = "model.layers.0.attn.Wqkv.weight";
+  refused(&f, LAYERS, "ModernBERT", 1);
+  f = plain();
+  f.positions = 66;
+  refused(&f, LAYERS, "tensor embeddings.position_embeddings.weight, of 66 rows: this is RoBERTa", 1);
+  f.positions = POSITIONS;
+  file = encoder_file(&f, &n);
+  for (at = file; memcmp(at, "]}}", 3); ++at) continue;
+  at += 3 + sizeof(float) * (2 * HIDDEN + WORDS * HIDDEN + HIDDEN); /* row 1 of the positions */
+  memset(at, 0, sizeof(float) * HIDDEN);
+  env = logging();
+  CHECK(moe_import_sizes(&config, file, n, &env) == MOE_E_FORMAT && strstr(said, "of 8 rows: this is RoBERTa") && sentences == 1, "%s", said);
+  free(file);
+}
+
 static void test_import_real_minilm(void) {
   moe_env env = logging();
   const char *path = test_shared("models/all-MiniLM-L6-v2/model.safetensors");
@@ -441,6 +497,7 @@ int main(int argc, char **argv) {
   RUN(test_import_noise_parts_the_copies);
   RUN(test_import_reads_config_json);
   RUN(test_import_knows_other_files_of_the_hub);
+  RUN(test_import_refuses_encoders_that_are_not_bert);
   RUN(test_import_real_minilm);
   return test_end();
 }
