@@ -12902,18 +12902,19 @@ static int moe__import_known(const char *name, int32_t *layers) {
 }
 
 /* RoBERTa has BERT's names, but its first token is at position 2 and rows 0 and 1 of the table are no positions: row 1 is 0
-   in every one of them, and there are 2 rows more than some power of two. */
+   in every one of them, unlike row 2, and there are 2 rows more than some power of two. */
 static moe_status moe__import_positions(const moe__st *st, const char *prefix, const moe_env *env) {
   moe__json hint;
   moe__st_tensor t;
   size_t row, i;
-  int zero = 1;
+  int zero = 1, next_zero = 1;
   memset(&hint, 0, sizeof hint);
   if (!moe__st_find(st, &hint, prefix, "embeddings.position_embeddings.weight", &t)) return MOE_OK; /* reported as missing */
   if (t.dims != 2 || t.shape[0] < 3 || !t.shape[1]) return MOE_OK;
   row = (t.end - t.begin) / t.shape[0];
   for (i = 0; i < row && zero; ++i) zero = !st->data[t.begin + row + i];
-  if (!zero && !strstr(prefix, "roberta") && (t.shape[0] < 66 || ((t.shape[0] - 2) & (t.shape[0] - 3)))) return MOE_OK;
+  for (i = 0; i < row && next_zero; ++i) next_zero = !st->data[t.begin + 2 * row + i];
+  if (!(zero && !next_zero) && !strstr(prefix, "roberta") && (t.shape[0] < 66 || ((t.shape[0] - 2) & (t.shape[0] - 3)))) return MOE_OK;
   return moe__fail(env, MOE_E_FORMAT, "tensor %s, of %zu rows: this is RoBERTa or one of its kind, which counts positions from 2; only "
                    "encoders like BERT can be imported", t.name, t.shape[0]);
 }

@@ -251,8 +251,8 @@ for f in missing empty five short long boast zip; do
   input=
 done
 printf '{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}' > "$tmp/index.json"
-refuse init_index_of_parts 'index.json: no safetensors file but a text' init "$tmp/index.json" --heads 1
-refuse init_archive_of_pytorch 'zip.safetensors: a zip archive, as PyTorch writes' init "$tmp/zip.safetensors" --heads 1
+refuse init_index_of_parts 'index.json: no safetensors file .* but a JSON text, such as the index of weights in several files' init "$tmp/index.json" --heads 1
+refuse init_archive_of_pytorch 'zip.safetensors: no safetensors file .* but a zip archive, such as PyTorch' init "$tmp/zip.safetensors" --heads 1
 refuse init_is_a_folder "$tmp/hub: a folder" init "$tmp/hub" --heads 1
 refuse predict_folder "$tmp/hub: a folder" predict "$tmp/hub" good
 refuse predict_device '/dev/zero: a device' predict /dev/zero good
