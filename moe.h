@@ -774,8 +774,8 @@ MOE_API moe_status moe_file_read(void **data, size_t *bytes, const char *path, c
 /* What moe_file_read took. NULL is fine. */
 MOE_API void moe_free(void *data);
 /* Replaces the file at `path` by what `write` writes: first into PATH.tmp, which is flushed to the disk and then renamed, so
-   that a crash or a full disk never costs the old file. A symbolic link is replaced, not followed; a pipe or device is
-   written to directly. */
+   that a crash or a full disk never costs the old file. An older PATH.tmp is removed. A symbolic link is replaced, not
+   followed; a pipe, a device and what the program has open (/dev/stdout, /dev/fd/N) are written to directly. */
 MOE_API moe_status moe_file_replace(const char *path, moe_status (*write)(void *user, const moe_writer *writer,
                                     const moe_env *env), void *user, const moe_env *env);
 /* Loads a model file onto the heap, packed and ready to train or to run. */
@@ -12608,8 +12608,9 @@ static moe__fd moe__open_read(const char *path) {
   return CreateFileA(path, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
 }
 
-static moe__fd moe__open_write(const char *path, unsigned mode) {
+static moe__fd moe__open_write(const char *path, unsigned mode, int anew) {
   (void)mode;
+  (void)anew;
   return CreateFileA(path, GENERIC_WRITE, 0, NULL, CREATE_ALWAYS, FILE_ATTRIBUTE_NORMAL, NULL);
 }
 
@@ -12636,9 +12637,14 @@ static int moe__rename(const char *from, const char *to) {
 static void moe__sync_folder(char *path) { (void)path; }
 #else
 static moe__path_kind moe__path(const char *path, size_t *bytes, unsigned *mode) {
+  /* links to what the program has open: also where that is a file, the link must stay */
+  static const char *const open_files[] = {"/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/"};
   struct stat s;
+  size_t i;
   *bytes = 0;
   *mode = 0666;
+  for (i = 0; i < sizeof open_files / sizeof *open_files; ++i)
+    if (!strncmp(path, open_files[i], strlen(open_files[i]))) return MOE__PATH_STREAM;
   if (stat(path, &s)) return MOE__PATH_NONE;
   if (S_ISDIR(s.st_mode)) return MOE__PATH_FOLDER;
   if (S_ISFIFO(s.st_mode)) return MOE__PATH_STREAM;
@@ -12649,7 +12655,12 @@ static moe__path_kind moe__path(const char *path, size_t *bytes, unsigned *mode)
 }
 
 static moe__fd moe__open_read(const char *path) { return open(path, O_RDONLY); }
-static moe__fd moe__open_write(const char *path, unsigned mode) { return open(path, O_WRONLY | O_CREAT | O_TRUNC, (mode_t)mode); }
+
+/* anew: what is there under that name, perhaps left over by a program that was killed, must be gone: a link is not followed,
+   and nobody else's file is written to. */
+static moe__fd moe__open_write(const char *path, unsigned mode, int anew) {
+  return open(path, O_WRONLY | O_CREAT | (anew ? O_EXCL : O_TRUNC), (mode_t)mode);
+}
 
 /* 0 or an error; *got is 0 at the end of the file. */
 static int moe__read_some(moe__fd fd, void *to, size_t most, size_t *got) {
@@ -12757,20 +12768,20 @@ static int moe__file_sink_write(void *user, const void *data, size_t bytes) {
   return sink->failed;
 }
 
-/* Opens `to`, lets `write` fill it and brings it to the disk. */
-static moe_status moe__write_file(const char *to, unsigned mode, int sync,
+/* Opens `to`, lets `write` fill it and, where it is a file made anew, brings it to the disk. */
+static moe_status moe__write_file(const char *to, unsigned mode, int anew,
                                   moe_status (*write_fn)(void *, const moe_writer *, const moe_env *), void *user, const moe_env *env) {
   moe__file_sink sink;
   moe_writer writer;
   moe_status status;
   memset(&sink, 0, sizeof sink);
-  sink.fd = moe__open_write(to, mode);
+  sink.fd = moe__open_write(to, mode, anew);
   if (sink.fd == MOE__FD_NONE)
     return moe__fail(env, MOE_E_IO, "%s: cannot be written: %s", to, moe__reason(sink.reason, sizeof sink.reason));
   writer.write = moe__file_sink_write;
   writer.user = &sink;
   status = write_fn(user, &writer, env);
-  if (!sink.failed && !status && sync && moe__sync(sink.fd)) sink.failed = 1, moe__reason(sink.reason, sizeof sink.reason);
+  if (!sink.failed && !status && anew && moe__sync(sink.fd)) sink.failed = 1, moe__reason(sink.reason, sizeof sink.reason);
   if (moe__close(sink.fd) && !sink.failed && !status) sink.failed = 1, moe__reason(sink.reason, sizeof sink.reason);
   if (sink.failed)
     return moe__fail(env, MOE_E_IO, "%s: writing failed after %llu bytes: %s", to, (unsigned long long)sink.written, sink.reason);
@@ -12789,6 +12800,7 @@ MOE_API moe_status moe_file_replace(const char *path, moe_status (*write)(void *
   temporary = (char *)moe__alloc(length + 5);
   if (!temporary) return moe__fail(env, MOE_E_MEMORY, "%s: no memory for a name", path);
   moe__format(temporary, length + 5, "%s.tmp", path);
+  moe__remove(temporary);
   status = moe__write_file(temporary, mode, 1, write, user, env);
   if (!status && moe__rename(temporary, path))
     status = moe__fail(env, MOE_E_IO, "%s: cannot take the place of %s: %s", temporary, path, moe__reason(reason, sizeof reason));

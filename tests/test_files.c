@@ -514,6 +514,61 @@ static void test_files_paths_are_named(void) {
   remove("build/files_empty");
 }
 
+/* What a killed program left over: a file that cannot be written to, a link to somebody's file, a pipe that nobody reads. */
+static void test_files_leftovers_are_no_obstacle(void) {
+#ifdef HAVE_POSIX
+  moe_env env = logging();
+  moe_status answer = MOE_OK;
+  void *data;
+  size_t bytes;
+  struct stat info;
+  FILE *f = fopen("build/files_victim", "wb");
+  int round;
+  CHECK(f, "build/files_victim");
+  fputs("mine", f);
+  fclose(f);
+  unlink("build/files_b.tmp");
+  for (round = 0; round < 3; ++round) {
+    if (round == 0) CHECK(symlink("files_victim", "build/files_b.tmp") == 0, "symlink");
+    if (round == 1) CHECK(mkfifo("build/files_b.tmp", 0600) == 0, "mkfifo");
+    if (round == 2) {
+      f = fopen("build/files_b.tmp", "wb");
+      CHECK(f && !fclose(f) && !chmod("build/files_b.tmp", 0400), "a file that only root can write to");
+    }
+    CHECK(moe_file_replace("build/files_b", half_written, &answer, &env) == MOE_OK, "round %d: %s", round, said);
+    CHECK(lstat("build/files_b", &info) == 0 && S_ISREG(info.st_mode) && info.st_size == 4, "round %d", round);
+    CHECK(lstat("build/files_b.tmp", &info) != 0, "nothing is left over");
+  }
+  CHECK(moe_file_read(&data, &bytes, "build/files_victim", &env) == MOE_OK && !strcmp((char *)data, "mine"), "somebody's file");
+  moe_free(data);
+  unlink("build/files_victim");
+  unlink("build/files_b");
+#else
+  SKIP("no links here");
+#endif
+}
+
+/* With standard output in a file, /dev/stdout leads to a file, and must not become one. */
+static void test_files_open_files_are_written_to(void) {
+#ifdef __linux__
+  moe_env env = logging();
+  moe_status answer = MOE_OK;
+  char path[40];
+  struct stat info;
+  FILE *f = fopen("build/files_open", "wb");
+  CHECK(f, "build/files_open");
+  snprintf(path, sizeof path, "/dev/fd/%d", fileno(f));
+  if (lstat(path, &info)) SKIP("no /dev/fd here");
+  CHECK(moe_file_replace(path, half_written, &answer, &env) == MOE_OK, "%s", said);
+  CHECK(lstat(path, &info) == 0 && S_ISLNK(info.st_mode), "still a link");
+  CHECK(stat("build/files_open", &info) == 0 && info.st_size == 4, "the file behind it");
+  fclose(f);
+  unlink("build/files_open");
+#else
+  SKIP("/dev/fd is a thing of Linux");
+#endif
+}
+
 static void test_files_pipes_and_links(void) {
 #ifdef HAVE_POSIX
   moe_env env = logging();
@@ -554,6 +609,8 @@ int main(int argc, char **argv) {
   RUN(test_files_failed_save_keeps_the_old_file);
   RUN(test_files_disk_full_is_reported);
   RUN(test_files_paths_are_named);
+  RUN(test_files_leftovers_are_no_obstacle);
+  RUN(test_files_open_files_are_written_to);
   RUN(test_files_pipes_and_links);
   return test_end();
 }
