@@ -141,7 +141,8 @@
      >>out           writing text, numbers and JSON
      >>safetensors   reading and writing the container
      >>files         writing model files
-     >>load          reading them
+     >>metadata      reading them: what a file says of itself
+     >>load          reading them: the weights
      >>os            files of the operating system
      >>import        weights of published encoders
      >>adapt         a task more, or only some of the tasks
@@ -755,7 +756,7 @@ enum { MOE_GATE_RANDOM = -1, MOE_GATE_MEAN = -2 };
 /* A model on the heap, packed, with one task more, which comes last; everything else has the same bits. Its gate in every
    layer (or its task vector) is a copy of task gate_from's, the mean of all tasks' (MOE_GATE_MEAN) or random, as its head
    is, from `seed`. A dense model and one with a shared gate have no gates of a task's own: MOE_GATE_RANDOM is all they take.
-   MOE_E_ARGUMENT: a task of that name is there, there is no task gate_from, or its weights are not fp32 in memory. */
+   MOE_E_ARGUMENT: a task of that name is there, or there is no task gate_from. MOE_E_UNSUPPORTED: the model is int8. */
 MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, const moe_task *task, int32_t gate_from,
                                    uint64_t seed, const moe_env *env);
 
@@ -763,7 +764,7 @@ MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, cons
    or with all (NULL); names and numbers of the others stay. Tokens of a dropped expert go to the best one of their layer that
    is there, with that one's own probability; all other tokens are computed as before, bit for bit (moe_config.absent). The new
    model can do what any other can, training included. MOE_E_ARGUMENT: a task that is not there, or is named twice; a layer
-   would keep fewer than k experts; no gates, or blocks as experts, with drop. */
+   would keep fewer than k experts; no gates, or blocks as experts, with drop. MOE_E_UNSUPPORTED: the model is int8. */
 MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, const int32_t *tasks, int32_t n,
                                      const uint8_t *drop, const moe_env *env);
 
@@ -12117,8 +12118,8 @@ MOE_API moe_status moe_model_write(const moe_model *model, const moe_writer *wri
   return moe__save_write(&save, writer, env);
 }
 
-/* ---- reading them ---- >>load
-   First the metadata, member by member, then the tensors by name; nothing is allocated before it is known that the file holds so much. */
+/* ---- reading them: what a file says of itself ---- >>metadata
+   Configuration and tasks, member by member. Nothing is allocated here: the tasks are read twice, first to be counted. */
 
 /* One of a list of names. */
 static int moe__json_choice(moe__json *j, const char *const *names, int count, int *out) {
@@ -12140,68 +12141,63 @@ static int moe__json_name(moe__json *j, char out[MOE_NAME_BYTES]) {
   return 1;
 }
 
+/* Members of a configuration that are no whole numbers, or not in every file. */
+static const char *const moe__config_other[] = {"eps", "router", "truncate", "unit", "selection", "temperature", "vector", "rank", "absent"};
+enum { MOE__SEEN_ALWAYS = 7, MOE__SEEN_BLOCKS = 0x78, MOE__SEEN_RANK = 0x80, MOE__SEEN_ABSENT = 0x100, MOE__CONFIG_OTHERS = 9 };
+
+static int moe__config_other_read(moe__json *j, int member, moe_config *c, moe__json *absent) {
+  int choice = 0, ok;
+  int64_t v = 0;
+  switch (member) {
+    case 0: return moe__json_float(j, &c->eps);
+    case 1: ok = moe__json_choice(j, moe__router_name, 5, &choice), c->router = (moe_router)choice; return ok;
+    case 2: ok = moe__json_choice(j, moe__truncate_name, 2, &choice), c->truncate = (moe_truncate)choice; return ok;
+    case 3: ok = moe__json_choice(j, moe__unit_name, 2, &choice), c->unit = (moe_unit)choice; return ok;
+    case 4: ok = moe__json_choice(j, moe__selection_name, 3, &choice), c->selection = (moe_selection)choice; return ok;
+    case 5: return moe__json_float(j, &c->temperature);
+    case 6: ok = moe__json_integer(j, 0, INT32_MAX, &v), c->vector = (int32_t)v; return ok;
+    case 7: ok = moe__json_integer(j, 1, INT32_MAX, &v), c->rank = (int32_t)v; return ok;
+    default: *absent = *j; return moe__json_skip(j);
+  }
+}
+
 /* Every member is known, and there once: what a newer version adds must not be passed over in silence. *absent is where the
    list of absent experts begins, if *has_absent. */
 static int moe__config_read(moe__json *j, moe_config *config, moe__json *absent, int *has_absent) {
   moe_config c;
-  unsigned seen = 0, want;
-  size_t i;
+  unsigned seen = 0, seen_other = 0, want = MOE__SEEN_ALWAYS;
   moe_config_init(&c);
   moe__json_enter(j, '{');
   while (moe__json_more(j, '}')) {
     moe__json_text key;
-    int64_t v;
-    int choice = 0, ok = 0;
+    size_t i = 0;
+    int k = 0, twice;
     if (!moe__json_key(j, &key)) return 0;
-    for (i = 0; i < MOE__CONFIG_FIELDS && !moe__json_is(&key, moe__config_field[i].name); ++i) continue;
+    while (i < MOE__CONFIG_FIELDS && !moe__json_is(&key, moe__config_field[i].name)) ++i;
     if (i < MOE__CONFIG_FIELDS) {
+      int64_t v;
       int32_t narrow;
-      ok = moe__json_integer(j, INT32_MIN, INT32_MAX, &v);
-      narrow = ok ? (int32_t)v : 0;
+      if (!moe__json_integer(j, INT32_MIN, INT32_MAX, &v)) return 0;
+      narrow = (int32_t)v;
       memcpy((char *)&c + moe__config_field[i].offset, &narrow, sizeof narrow);
-    } else if (moe__json_is(&key, "eps")) ok = moe__json_float(j, &c.eps);
-    else if (moe__json_is(&key, "router")) {
-      i += 1;
-      ok = moe__json_choice(j, moe__router_name, 5, &choice);
-      c.router = (moe_router)choice;
-    } else if (moe__json_is(&key, "truncate")) {
-      i += 2;
-      ok = moe__json_choice(j, moe__truncate_name, 2, &choice);
-      c.truncate = (moe_truncate)choice;
-    } else if (moe__json_is(&key, "unit")) {
-      i += 3;
-      ok = moe__json_choice(j, moe__unit_name, 2, &choice);
-      c.unit = (moe_unit)choice;
-    } else if (moe__json_is(&key, "selection")) {
-      i += 4;
-      ok = moe__json_choice(j, moe__selection_name, 3, &choice);
-      c.selection = (moe_selection)choice;
-    } else if (moe__json_is(&key, "temperature")) {
-      i += 5;
-      ok = moe__json_float(j, &c.temperature);
-    } else if (moe__json_is(&key, "vector")) {
-      i += 6;
-      ok = moe__json_integer(j, 0, INT32_MAX, &v);
-      c.vector = ok ? (int32_t)v : 0;
-    } else if (moe__json_is(&key, "rank")) {
-      i += 7;
-      ok = moe__json_integer(j, 1, INT32_MAX, &v);
-      c.rank = ok ? (int32_t)v : 0;
-    } else if (moe__json_is(&key, "absent")) {
-      i += 8;
-      *absent = *j;
-      ok = moe__json_skip(j);
-    } else return moe__json_fail(j, "a member that is not known: written by a newer moe.h?");
-    if (!ok) return 0;
-    if (seen >> i & 1) return moe__json_fail(j, "a member is there twice");
-    seen |= 1u << i;
+      twice = (int)(seen >> i & 1);
+      seen |= 1u << i;
+    } else {
+      while (k < MOE__CONFIG_OTHERS && !moe__json_is(&key, moe__config_other[k])) ++k;
+      if (k == MOE__CONFIG_OTHERS) return moe__json_fail(j, "a member that is not known: written by a newer moe.h?");
+      if (!moe__config_other_read(j, k, &c, absent)) return 0;
+      twice = (int)(seen_other >> k & 1);
+      seen_other |= 1u << k;
+    }
+    if (twice) return moe__json_fail(j, "a member is there twice");
   }
   if (!moe__json_finish(j)) return 0;
-  want = (1u << (MOE__CONFIG_FIELDS + (c.unit == MOE_UNIT_BLOCK ? 7 : 3))) - 1;
-  if (c.router == MOE_ROUTER_EMBEDDING) want |= 1u << (MOE__CONFIG_FIELDS + 7);
-  *has_absent = (int)(seen >> (MOE__CONFIG_FIELDS + 8) & 1);
-  if (*has_absent) want |= 1u << (MOE__CONFIG_FIELDS + 8);
-  if (seen != want) return moe__json_fail(j, "a member is missing");
+  *has_absent = (seen_other & MOE__SEEN_ABSENT) != 0;
+  if (c.unit == MOE_UNIT_BLOCK) want |= MOE__SEEN_BLOCKS;
+  if (c.router == MOE_ROUTER_EMBEDDING) want |= MOE__SEEN_RANK;
+  if (*has_absent) want |= MOE__SEEN_ABSENT;
+  if (seen != (1u << MOE__CONFIG_FIELDS) - 1 || seen_other != want)
+    return moe__json_fail(j, "a member is missing, or does not belong to this kind of model");
   *config = c;
   return 1;
 }
@@ -12358,6 +12354,10 @@ static void moe__tasks_take(moe__layout *layout, moe__tasks *tasks, const moe__h
   tasks->label = (const char **)moe__take(layout, header->labels, sizeof(char *));
   tasks->text = (char *)moe__take(layout, header->bytes, 1);
 }
+
+/* ---- reading them: the weights ---- >>load
+   The tensors by name, copied (moe_model_read) or left where they are (moe_model_open). Memory is asked for when it is known that
+   the file holds so much. */
 
 static moe_status moe__wrong_shape(const moe__st_tensor *found, const moe_tensor *want, const char *dtypes, const moe_env *env) {
   char a[200], b[80];
