@@ -2712,12 +2712,14 @@ static const float moe__gemm_zeros[16 * MOE__GEMM_PANELS] = {0};
 
 /* Cache lines that a kernel asks for while it computes: the one at `line` at each step, which then moves on by line_step
    (a panel that the next calls need), two at `half` at every fourth step of packed operands, which then moves on by 4
-   half_step (half a panel more), and at the beginning of each of `parts` equal parts of the call a row of the next
-   block of C. A burst between two calls would fill the buffers that the loads of the kernel need. A step of 0 asks for the
+   half_step (half a panel more), and at the beginning of each of `parts` equal parts of the call as many as a row of a block of C
+   has: a row of the next block, and those at `far`, which then moves on by far_row (what has more time). A core can wait for
+   ten or twenty lines at a time; where it asks for more, the loads of the kernel stand behind them. So a burst between two
+   calls is bad, and one line at every step is no good either where a line at every eighth would do. A step of 0 asks for the
    same line again, which costs next to nothing; so does a single part. */
 typedef struct moe__gemm_soon {
-  const float *line, *half, *c;
-  size_t line_step, half_step, c_row, parts;
+  const float *line, *half, *c, *far;
+  size_t line_step, half_step, c_row, far_row, parts;
 } moe__gemm_soon;
 
 /* c(i, j) = start(i, j) + sum over p of a(i, p) b(p, j), for a fixed number of rows and of panels. Vector v of B at step p lies at
@@ -2939,7 +2941,7 @@ static const moe__gemm_kernels moe__scalar_gemms = {
                                    size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k,                    \
                                    const moe__gemm_soon *soon) {                                                             \
     const float *a4 = R > 4 ? a + 4 * a_row : a, *b3 = P > 3 ? b + 3 * b_panel : b;                                          \
-    const float *line = soon->line, *half = soon->half, *next = soon->c;                                                     \
+    const float *line = soon->line, *half = soon->half, *next = soon->c, *far = soon->far;                                   \
     size_t a_row3 = 3 * a_row, line_step = soon->line_step, half_step = soon->half_step, part, steps;                        \
     MOE__EACH_ROW##R(MOE__ROW_START, S, P)                                                                                   \
     for (part = soon->parts; part > 0; --part) {                                                                             \
@@ -2947,7 +2949,11 @@ static const moe__gemm_kernels moe__scalar_gemms = {
       if (P > 1) MOE__PREFETCH_NEAR(next + 16);                                                                              \
       if (P > 2) MOE__PREFETCH_NEAR(next + 32);                                                                              \
       next += soon->c_row;                                                                                                   \
-      steps = k / part;                                                                                                      \
+      MOE__PREFETCH(far);                                                                                                    \
+      if (P > 1) MOE__PREFETCH(far + 16);                                                                                    \
+      if (P > 2) MOE__PREFETCH(far + 32);                                                                                    \
+      far += soon->far_row;                                                                                                  \
+      steps = part > 1 ? k / part & ~(size_t)3 : k;                                                                          \
       k -= steps;                                                                                                            \
       if (b_step == 16 && a_col == 1)                                                                                        \
         for (; steps >= 4; steps -= 4) { /* packed: constants instead of additions, which leave loads more room */           \
@@ -3231,8 +3237,8 @@ static int moe__gemm_width(const moe__gemm_kernels *kernels, int32_t m, int32_t 
   return width == 3 && left == 4 ? 2 : width;
 }
 
-/* How a product is cut: tiles of m rows and n columns, walked in blocks of k. The shape of the product decides, and in
-   weight gradients, whose tiles are large, the number of threads: no cut changes a bit. */
+/* How a product is cut: tiles of m rows and n columns, walked in blocks of k. The shape of the product decides, and where
+   tiles are large, the number of threads: no cut changes a bit. */
 typedef struct moe__gemm_cut {
   int32_t m, n, k;
   int32_t across, down; /* number of tiles */
@@ -3255,6 +3261,8 @@ static moe__gemm_cut moe__gemm_plan(const moe__gemm *g, int32_t threads) {
     cut.k = MOE__GRADIENT_STEPS;
   } else if (g->b_layout != MOE__B_PANELS) {
     cut.m = 192;
+    /* A comes from the third level for each tile: with many rows, wide tiles, as long as there are enough for the threads */
+    if (g->m >= 512 && (int64_t)(g->m / cut.m) * ((g->n + 383) / 384) >= 8 * (int64_t)(threads - 1)) cut.n = 384;
     /* rows a multiple of 4 KB apart share few sets of the cache, and what is copied goes to a small buffer: shorter blocks then */
     cut.k = !cut.pack_b && g->n % 16 == 0 && g->b_row % 1024 != 0 ? 384 : 128;
   } else { /* panels come from the second-level cache for every 8 rows; longer chains spare loads of C */
@@ -3308,7 +3316,8 @@ static moe__gemm_b moe__gemm_view_b(const moe__gemm *g, const moe__gemm_kernels 
 static moe__gemm_soon moe__gemm_no_hurry(const float *at) {
   moe__gemm_soon soon;
   soon.line = soon.half = soon.c = at;
-  soon.line_step = soon.half_step = soon.c_row = 0;
+  soon.far = moe__gemm_zeros;
+  soon.line_step = soon.half_step = soon.c_row = soon.far_row = 0;
   soon.parts = 1;
   return soon;
 }
@@ -3330,18 +3339,33 @@ static void moe__gemm_edge(moe__gemm_fn fn, float *c, size_t c_row, const float 
    few, each asks for a few rows at once. */
 typedef struct moe__gemm_ahead {
   const float *at;
-  size_t ld, lines, rows, rate; /* rows of `lines` cache lines, ld floats apart; how many to ask for at a time */
+  size_t ld, lines, rows, rate; /* rows of 1 to 3 cache lines, ld floats apart; how many to ask for at a time */
 } moe__gemm_ahead;
 
 static void moe__gemm_ask(moe__gemm_ahead *ahead) {
-  size_t count = ahead->rate < ahead->rows ? ahead->rate : ahead->rows, line;
+  size_t count = ahead->rate < ahead->rows ? ahead->rate : ahead->rows, ld = ahead->ld, lines = ahead->lines;
+  const float *at = ahead->at;
   ahead->rows -= count;
-  for (; count > 0; --count, ahead->at += ahead->ld)
-    for (line = 0; line < ahead->lines; ++line) MOE__PREFETCH(ahead->at + 16 * line);
+  for (; count > 0; --count, at += ld) {
+    MOE__PREFETCH(at);
+    if (lines > 1) MOE__PREFETCH(at + 16);
+    if (lines > 2) MOE__PREFETCH(at + 32);
+  }
+  ahead->at = at;
 }
 
-/* Rows i0 .. i1-1 of `width` panels of columns from j on, for the block of k that begins at p0. */
-static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0, size_t i1, size_t j, int width,
+/* Lets the call for `rows` rows from i on, of a stripe from column j to `right`, ask for the next block of C: of the same stripe, or of
+   the next one, unless the tile of the rows i0 .. i1-1 ends there, at column j1. C may come from memory, and would be waited for. */
+static void moe__gemm_ask_c(moe__gemm_soon *soon, const moe__gemm *g, size_t i0, size_t i1, size_t j1, size_t i, size_t rows, size_t j,
+                            size_t right) {
+  soon->parts = rows;
+  if (i + rows >= i1 && right >= j1) return;
+  soon->c_row = g->c_row;
+  soon->c = i + rows < i1 ? g->c + (i + rows) * g->c_row + j : g->c + i0 * g->c_row + right;
+}
+
+/* Rows i0 .. i1-1 of `width` panels of columns from j on, for the block of k that begins at p0; the tile ends at column j1. */
+static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0, size_t i1, size_t j, size_t j1, int width,
                              size_t p0, size_t depth, const moe__gemm_a *a, const moe__gemm_b *b, const float *panels,
                              moe__gemm_ahead *ahead) {
   size_t columns = (size_t)g->n - j < 16 * (size_t)width ? (size_t)g->n - j : 16 * (size_t)width;
@@ -3356,6 +3380,7 @@ static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernel
     moe__gemm_fn fn = kernels->fn[width][rows];
     int asks = panels && blocks > 1 && block < calls * (size_t)width; /* a single call has no time for more than its own */
     moe__gemm_soon soon = moe__gemm_no_hurry(b->at);
+    if (blocks > 1 || g->b_layout == MOE__B_PANELS) moe__gemm_ask_c(&soon, g, i0, i1, j1, i, rows, j, j + columns);
     if (asks) {
       soon.line = panels + block / calls * b->panel + block % calls * (16 * depth / calls);
       soon.line_step = (16 + calls - 1) / calls;
@@ -3364,13 +3389,13 @@ static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernel
         soon.half_step = 8;
       }
     }
-    if (p0 > 0 || g->accumulate) start = c, start_row = g->c_row;
-    else if (g->bias) start = g->bias + j;
     if (blocks < ahead->lines) moe__gemm_ask(ahead);
     else if (block < ahead->lines) {
       soon.line = ahead->at + 16 * block;
       soon.line_step = ahead->ld;
     }
+    if (p0 > 0 || g->accumulate) start = c, start_row = g->c_row;
+    else if (g->bias) start = g->bias + j;
     if (columns == 16 * (size_t)width) fn(c, g->c_row, start, start_row, at, a->row, a->col, b->at, b->panel, b->step, depth, &soon);
     else moe__gemm_edge(fn, c, g->c_row, start, start_row, rows, columns, width, at, a->row, a->col, b, depth, &soon);
     if (g->gelu && p0 + depth == (size_t)g->k) kernels->gelu(g->gelu + i * g->c_row + j, c, g->c_row, rows, columns);
@@ -3424,8 +3449,7 @@ static const float *moe__gemm_panels_at(const moe__gemm *g, int32_t j, size_t p0
 /* dW += dY^T X: rows i0 .. i1-1 and columns j0 .. j1-1 of C, in blocks of k (tokens). Both operands lie token by token, so
    that a kernel would step from page to page, through few sets of the cache. So the rows of A of a block are copied, and for
    each stripe of columns the panels of B, which stay in the first-level cache while A comes from the second, a line for
-   every step. Every call asks for the block of C of the next call, and for a column of lines of what is copied next: of B,
-   then of A. */
+   every step. Every call asks for the block of C of the next call, and for some of what is copied next, of B or of A. */
 typedef struct moe__gradient {
   const moe__gemm *g;
   const moe__gemm_kernels *kernels;
@@ -3434,30 +3458,32 @@ typedef struct moe__gradient {
   const float *b;        /* the block of k from column 0 on */
   const float *next_a;   /* A and B of the block that follows, in this tile or in the next one, from its row i0 */
   const float *next_b;   /* and from its column j0 on; NULL: there is none */
-  size_t lines_a;        /* columns of lines of next_a that were asked for */
+  size_t token, column;  /* of next_a, to be asked for next */
   float *panels;         /* copied B */
   float a[MOE__GRADIENT_LD * MOE__GRADIENT_STEPS + 16];
 } moe__gradient;
 
-/* What the call asks for that computes rows i .. of C, the call-th of a stripe of `width` panels from column j on; `rows` are those of the
-   next call. */
-static moe__gemm_soon moe__gradient_soon(moe__gradient *t, size_t i, size_t j, size_t rows, size_t call, size_t width) {
+/* What the call for `rows` rows from i on asks for, of the stripe of `width` panels from column j on. The first calls ask for B of the next
+   stripe, a token for each of their rows; the others for the next A, `width` cache lines of each token, then the lines beside these. */
+static moe__gemm_soon moe__gradient_soon(moe__gradient *t, size_t i, size_t j, size_t rows, int width) {
   const moe__gemm *g = t->g;
   moe__gemm_soon soon = moe__gemm_no_hurry(t->panels);
-  size_t next = j + 16 * width;
-  if (i < t->i1) soon.c = g->c + i * g->c_row + j;
-  else if (next < t->j1) soon.c = g->c + t->i0 * g->c_row + next;
-  soon.parts = rows;
-  soon.c_row = soon.c == t->panels ? 0 : g->c_row;
-  if (call < width && next + 16 * call < t->j1) {
-    soon.line = t->b + next + 16 * call;
-    soon.line_step = g->b_row;
-  } else if (call < width && next >= t->j1 && t->next_b && t->j0 + 16 * call < t->j1) {
-    soon.line = t->next_b + 16 * call;
-    soon.line_step = g->b_row;
-  } else if (t->next_a && 16 * t->lines_a < t->i1 - t->i0) {
-    soon.line = t->next_a + 16 * t->lines_a++;
-    soon.line_step = g->a_col;
+  size_t row = i - t->i0, next = j + 16 * (size_t)width;
+  const float *b = next < t->j1 ? t->b + next : t->next_b;
+  moe__gemm_ask_c(&soon, g, t->i0, t->i1, t->j1, i, rows, j, next);
+  if (row + rows <= t->depth) {
+    if (!b) return soon;
+    soon.far = b + row * g->b_row;
+    soon.far_row = g->b_row;
+  } else if (t->next_a && t->column < t->i1 - t->i0) {
+    if (t->token + rows > t->depth) {
+      t->token = 0;
+      t->column += 16 * (size_t)width;
+      return soon;
+    }
+    soon.far = t->next_a + t->token * g->a_col + t->column;
+    soon.far_row = g->a_col;
+    t->token += rows;
   }
   return soon;
 }
@@ -3479,7 +3505,7 @@ static void moe__gradient_stripe(moe__gradient *t, const float *a, size_t j, int
     moe__gemm_soon soon;
     rows = (t->i1 - i + calls - call - 1) / (calls - call); /* as even as can be */
     fn = kernels->fn[width][rows];
-    soon = moe__gradient_soon(t, i + rows, j, rows, call, (size_t)width);
+    soon = moe__gradient_soon(t, i, j, rows, width);
     if (columns == 16 * (size_t)width)
       fn(c, g->c_row, c, g->c_row, a + i - t->i0, 1, MOE__GRADIENT_LD, b.at, b.panel, b.step, t->depth, &soon);
     else moe__gemm_edge(fn, c, g->c_row, c, g->c_row, rows, columns, width, a + i - t->i0, 1, MOE__GRADIENT_LD, &b, t->depth, &soon);
@@ -3503,7 +3529,7 @@ MOE__NOINLINE static void moe__gemm_gradient(const moe__gemm *g, const moe__gemm
     const float *from = g->a + p0 * g->a_col + t.i0;
     t.depth = depth = (k - p0 + blocks - block - 1) / (blocks - block);
     t.b = g->b + p0 * g->b_row;
-    t.lines_a = 0;
+    t.token = t.column = 0;
     t.next_a = t.next_b = NULL;
     if (block + 1 < blocks) {
       t.next_a = from + depth * g->a_col;
@@ -3558,7 +3584,7 @@ static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut, const m
                                       : moe__gemm_panels_at(g, (tile + stride) % cut->across * cut->n, 0);
       moe__gemm_ahead ahead = next < j1 ? moe__gemm_look_ahead(g, i1 - i0, (size_t)next, 1, p0, depth, width)
                                         : moe__gemm_look_ahead(g, i1 - i0, (size_t)j0, !last, p0 + depth, depth, width);
-      moe__gemm_stripe(g, kernels, i0, i1, (size_t)j, width, p0, depth, &a, &b, panels, &ahead);
+      moe__gemm_stripe(g, kernels, i0, i1, (size_t)j, (size_t)j1, width, p0, depth, &a, &b, panels, &ahead);
       j = next;
     }
     p0 += depth;
