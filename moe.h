@@ -12876,6 +12876,8 @@ static moe_status moe__import_other(const moe__st *st, const char *prefix, const
                {".distance_embedding.", "a BERT with relative positions"},
                {".gated_layers", "JinaBERT, with gated feed-forward networks"},
                {".bottleneck.", "MobileBERT, whose layers have bottlenecks"},
+               {".experts.", "a mixture of experts (moe_model_load reads those of moe.h)"},
+               {".blocks.", "no single encoder, but has several blocks in a layer (moe_model_load reads those of moe.h)"},
                {".lora_", "an adapter (LoRA), to be merged into the weights of its encoder first"}};
   char name[256];
   moe__json j;

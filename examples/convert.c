@@ -27,9 +27,11 @@ static void die(const char *format, ...) {
   exit(1);
 }
 
+static const char *about; /* the file whose bytes are being read, if any: sentences about it begin with its name */
+
 static void show(void *user, moe_status status, const char *sentence) {
   (void)user, (void)status;
-  fprintf(stderr, "convert: %s\n", sentence);
+  fprintf(stderr, about ? "convert: %s: %s\n" : "convert: %s%s\n", about ? about : "", sentence);
 }
 
 typedef struct options {
@@ -189,7 +191,10 @@ static moe_model *load(const char *path, double *bytes, const moe_env *env) {
   moe_model *model;
   void *file;
   size_t size;
-  if (moe_file_read(&file, &size, path, env) || moe_model_read(&model, file, size, env)) exit(1);
+  if (moe_file_read(&file, &size, path, env)) exit(1);
+  about = path;
+  if (moe_model_read(&model, file, size, env)) exit(1);
+  about = NULL;
   moe_free(file);
   *bytes = (double)size;
   return model;

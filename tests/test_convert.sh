@@ -41,7 +41,7 @@ refuses test_convert_wants_a_place "second file" "$model" --int8
 refuses test_convert_spares_its_input "another name" "$model" "$model" --int8
 refuses test_convert_refuses_a_second_time "quantised already" "$small" "$tmp/x" --int8
 head -c 1000 "$small" > "$tmp/cut"
-refuses test_convert_refuses_damage "." "$tmp/cut"
+refuses test_convert_refuses_damage "convert: $tmp/cut: .*truncated" "$tmp/cut"
 if "$tmp/train" --tasks $tasks --data $data --systems tag --layers 1 --hidden 64 --ffn 128 --heads 2 --steps 1 --threads 1 --max-len 24 \
      --init "$small" --vocab $data/vocab.txt > "$tmp/log" 2>&1; then fail test_convert_int8_cannot_be_trained; else ok test_convert_int8_cannot_be_trained; fi
 

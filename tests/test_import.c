@@ -403,6 +403,8 @@ static void test_import_refuses_encoders_that_are_not_bert(void) {
               {"bert.encoder.rel_embeddings.weight", "DeBERTa"},
               {"bert.encoder.relative_attention_bias.weight", "MPNet"},
               {"bert.encoder.layer.0.attention.self.distance_embedding.weight", "relative positions"},
+              {"bert.encoder.layer.0.experts.0.output.dense.weight", "moe_model_load reads those of moe.h"},
+              {"bert.encoder.layer.0.blocks.0.output.dense.weight", "moe_model_load reads those of moe.h"},
               {"bert.encoder.layer.0.crossattention.self.query.weight", "BERT has no such tensor"},
               {"bert.encoder.layer.0.attention.self.query.gamma", "BERT has no such tensor"},
               {"bert.encoder.layer.99999.attention.self.query.weight", "BERT has no such tensor"},
