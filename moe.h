@@ -12411,11 +12411,16 @@ static moe_status moe__tensors_read(float *to, int8_t *to_bytes, const moe__st *
   size_t length = strlen(prefix), first = 0, place;
   uint64_t hashes = 0;
   int32_t next = 0, i;
+  int vocabularies = 0;
   moe__st_begin(st, &j);
   while (moe__st_next(st, &j, &found)) {
     size_t bad;
     moe__dtype dtype;
-    if (moe__json_is(&found.key, "tokenizer.vocab") || strncmp(found.name, prefix, length)) continue;
+    if (moe__json_is(&found.key, "tokenizer.vocab")) {
+      ++vocabularies;
+      continue;
+    }
+    if (strncmp(found.name, prefix, length)) continue;
     if (!length && !strncmp(found.name, "adam.", 5)) continue;
     i = next; /* files have the order of the table as a rule */
     if (moe_model_tensor(model, i, &want) || strcmp(want.name, found.name + length)) i = moe_model_find_tensor(model, found.name + length);
@@ -12444,7 +12449,7 @@ static moe_status moe__tensors_read(float *to, int8_t *to_bytes, const moe__st *
       return moe__fail(env, MOE_E_FORMAT, "tensor %s stands at byte %zu of the data instead of %zu: the file was saved anew by another "
                        "program; read it with moe_model_load and save it again", found.name, found.begin, first + place);
   }
-  return hashes ? moe__fail(env, MOE_E_FORMAT, "a tensor is there twice") : MOE_OK;
+  return hashes || vocabularies > 1 ? moe__fail(env, MOE_E_FORMAT, "a tensor is there twice") : MOE_OK;
 }
 
 /* The vocabulary in the file, or NULL. */
@@ -12894,7 +12899,15 @@ static moe_status moe__import_other(const moe__st *st, const char *prefix, const
   return MOE_OK;
 }
 
-/* What stands before "embeddings.word_embeddings.weight". */
+/* An encoder in a file. */
+typedef struct moe__encoder {
+  moe__st st;
+  char prefix[128]; /* what stands before "embeddings.word_embeddings.weight" */
+  int32_t layers;   /* 1 + the highest number of a layer */
+  size_t tensors;   /* of BERT, behind the prefix */
+} moe__encoder;
+
+/* Finds the prefix. */
 static moe_status moe__import_prefix(char *prefix, size_t capacity, const moe__st *st, const moe_env *env) {
   static const char wanted[] = "embeddings.word_embeddings.weight";
   moe__json j;
@@ -12959,47 +12972,54 @@ static moe_status moe__import_positions(const moe__st *st, const char *prefix, c
                    "encoders like BERT can be imported", t.name, t.shape[0]);
 }
 
-/* Finds the encoder, and nothing in it that BERT has not; *layers their number. */
-static moe_status moe__import_open(char *prefix, size_t capacity, int32_t *layers, const moe__st *st, const moe_env *env) {
+/* Finds the encoder in a file's bytes, and nothing in it that BERT has not. */
+static moe_status moe__import_open(moe__encoder *out, const void *file, size_t bytes, const moe_env *env) {
+  const moe__st *st = &out->st;
   char name[256];
   moe__json j;
   moe__st_tensor t;
   size_t length;
-  moe_status status = moe__import_prefix(prefix, capacity, st, env);
-  if (!status) status = moe__import_other(st, prefix, env);
-  if (!status) status = moe__import_positions(st, prefix, env);
+  moe_status status = moe__st_open(&out->st, file, bytes, env);
+  if (!status) status = moe__import_prefix(out->prefix, sizeof out->prefix, st, env);
+  if (!status) status = moe__import_other(st, out->prefix, env);
+  if (!status) status = moe__import_positions(st, out->prefix, env);
   if (status) return status;
-  *layers = 0;
-  length = strlen(prefix);
+  out->layers = 0;
+  out->tensors = 0;
+  length = strlen(out->prefix);
   moe__st_begin(st, &j);
   while (moe__st_next(st, &j, &t)) {
+    int known;
     moe__json_copy(name, sizeof name, &t.key);
-    if (!strncmp(name, prefix, length) && !moe__import_known(name + length, layers))
+    if (strncmp(name, out->prefix, length)) continue;
+    known = moe__import_known(name + length, &out->layers);
+    if (!known)
       return moe__fail(env, MOE_E_FORMAT, "tensor %s: BERT has no such tensor, so this encoder computes something else", t.name);
+    out->tensors += known > 0;
   }
   return MOE_OK;
 }
 
 /* Finds a tensor of BERT's name, LayerNorms by their old names too. */
-static int moe__import_find(const moe__st *st, moe__json *hint, const char *prefix, const char *name, moe__st_tensor *out) {
+static int moe__import_find(const moe__encoder *from, moe__json *hint, const char *name, moe__st_tensor *out) {
   char other[128];
   size_t length = strlen(name);
-  if (moe__st_find(st, hint, prefix, name, out)) return 1;
+  if (moe__st_find(&from->st, hint, from->prefix, name, out)) return 1;
   if (!strstr(name, "LayerNorm.") || length + 1 > sizeof other || length < 7) return 0;
   memcpy(other, name, length + 1);
   if (!strcmp(name + length - 6, "weight")) memcpy(other + length - 6, "gamma", 6);
   else memcpy(other + length - 4, "beta", 5);
-  return moe__st_find(st, hint, prefix, other, out);
+  return moe__st_find(&from->st, hint, from->prefix, other, out);
 }
 
 /* A matrix of the file, for its sizes. */
-static moe_status moe__import_matrix(const moe__st *st, const char *prefix, const char *name, int32_t *rows, int32_t *cols,
-                                     const moe_env *env) {
+static moe_status moe__import_matrix(const moe__encoder *from, const char *name, int32_t *rows, int32_t *cols, const moe_env *env) {
   moe__json hint;
   moe__st_tensor t;
   char shape[200];
   memset(&hint, 0, sizeof hint);
-  if (!moe__st_find(st, &hint, prefix, name, &t)) return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", prefix, name);
+  if (!moe__st_find(&from->st, &hint, from->prefix, name, &t))
+    return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", from->prefix, name);
   moe__shape_text(shape, sizeof shape, t.shape, t.dims);
   if (t.dims != 2 || !t.shape[0] || !t.shape[1] || t.shape[0] > INT32_MAX || t.shape[1] > INT32_MAX)
     return moe__fail(env, MOE_E_FORMAT, "tensor %s: expected a matrix, found %s", t.name, shape);
@@ -13009,17 +13029,16 @@ static moe_status moe__import_matrix(const moe__st *st, const char *prefix, cons
 }
 
 MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes, const moe_env *env) {
-  moe__st st;
+  moe__encoder from;
   moe_config c = *config;
-  char prefix[128];
   int32_t cols;
-  moe_status status = moe__st_open(&st, file, file_bytes, env);
-  if (!status) status = moe__import_open(prefix, sizeof prefix, &c.layers, &st, env);
-  if (!status) status = moe__import_matrix(&st, prefix, "embeddings.word_embeddings.weight", &c.vocab, &c.hidden, env);
-  if (!status) status = moe__import_matrix(&st, prefix, "embeddings.position_embeddings.weight", &c.positions, &cols, env);
-  if (!status) status = moe__import_matrix(&st, prefix, "embeddings.token_type_embeddings.weight", &c.segments, &cols, env);
-  if (!status) status = moe__import_matrix(&st, prefix, "encoder.layer.0.intermediate.dense.weight", &c.ffn, &cols, env);
+  moe_status status = moe__import_open(&from, file, file_bytes, env);
+  if (!status) status = moe__import_matrix(&from, "embeddings.word_embeddings.weight", &c.vocab, &c.hidden, env);
+  if (!status) status = moe__import_matrix(&from, "embeddings.position_embeddings.weight", &c.positions, &cols, env);
+  if (!status) status = moe__import_matrix(&from, "embeddings.token_type_embeddings.weight", &c.segments, &cols, env);
+  if (!status) status = moe__import_matrix(&from, "encoder.layer.0.intermediate.dense.weight", &c.ffn, &cols, env);
   if (status) return status;
+  c.layers = from.layers;
   c.features = 0;
   if (c.max_len > c.positions) c.max_len = c.positions;
   *config = c;
@@ -13083,58 +13102,62 @@ static int moe__import_name(char out[128], const moe_tensor *t, int32_t *copy) {
 }
 
 /* Checks a tensor of the model against the file; *complaints counts what is wrong. */
-static void moe__import_check(const moe_tensor *want, const char *name, const moe__st *st, moe__json *hint,
-                              const char *prefix, int *complaints, const moe_env *env) {
+static void moe__import_check(const moe_tensor *want, const char *name, const moe__encoder *from, moe__json *hint, int *complaints,
+                              const moe_env *env) {
   moe__st_tensor found;
   size_t bad;
   const moe_env *told = *complaints < MOE__IMPORT_COMPLAINTS ? env : NULL;
-  if (!moe__import_find(st, hint, prefix, name, &found)) {
+  if (!moe__import_find(from, hint, name, &found)) {
     char text[80];
     size_t shape[3];
     int k;
     for (k = 0; k < want->dims; ++k) shape[k] = (size_t)want->shape[k];
     moe__shape_text(text, sizeof text, shape, want->dims);
-    moe__fail(told, MOE_E_FORMAT, "tensor %s%s is missing: expected F32, F16 or BF16 of %s", prefix, name, text);
+    moe__fail(told, MOE_E_FORMAT, "tensor %s%s is missing: expected F32, F16 or BF16 of %s", from->prefix, name, text);
     ++*complaints;
   } else if (!moe__same_shape(&found, want) || found.dtype > MOE__BF16) {
     moe__wrong_shape(&found, want, "F32, F16 or BF16", told);
     ++*complaints;
-  } else if ((bad = moe__st_finite(st->data + found.begin, found.count, found.dtype)) < found.count) {
+  } else if ((bad = moe__st_finite(from->st.data + found.begin, found.count, found.dtype)) < found.count) {
     moe__fail(told, MOE_E_FORMAT, "tensor %s: element %zu is no finite number", found.name, bad);
     ++*complaints;
   }
 }
 
 /* Everything that the model needs must be there, before anything is changed. */
-static moe_status moe__import_survey(const moe_model *model, const moe__st *st, const char *prefix, int32_t layers, const moe_env *env) {
+static moe_status moe__import_survey(const moe_model *model, const moe__encoder *from, const moe_env *env) {
   moe__json hint;
   moe_tensor t;
   char name[128];
   int complaints = 0;
   int32_t i, copy;
   memset(&hint, 0, sizeof hint);
-  if (layers > model->config.layers) {
-    moe__fail(env, MOE_E_FORMAT, "the model has %d layers, the file has %d", (int)model->config.layers, (int)layers);
+  if (from->layers > model->config.layers) {
+    moe__fail(env, MOE_E_FORMAT, "the model has %d layers, the file has %d", (int)model->config.layers, (int)from->layers);
     ++complaints;
   }
   for (i = 0; i < model->tensors; ++i) {
     moe_model_tensor(model, i, &t);
-    if (moe__import_name(name, &t, &copy) && !copy) moe__import_check(&t, name, st, &hint, prefix, &complaints, env);
+    if (moe__import_name(name, &t, &copy) && !copy) moe__import_check(&t, name, from, &hint, &complaints, env);
   }
   if (complaints > MOE__IMPORT_COMPLAINTS)
     moe__fail(env, MOE_E_FORMAT, "and %d tensors more are missing or wrong", complaints - MOE__IMPORT_COMPLAINTS);
+  if (!complaints && from->tensors > 5 + 16 * (size_t)from->layers) { /* of the embeddings and of each layer */
+    moe__fail(env, MOE_E_FORMAT, "a tensor of the encoder is there twice, perhaps under its old name (gamma, beta) too");
+    ++complaints;
+  }
   return complaints ? MOE_E_FORMAT : MOE_OK;
 }
 
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes, const moe_import_options *options,
                                     const moe_env *env) {
-  moe__st st;
+  moe__encoder from;
   moe__st_tensor found;
   moe__json hint;
   moe_tensor t;
-  char prefix[128], name[128];
+  char name[128];
   float noise = options ? options->noise : 0;
-  int32_t i, copy, layers;
+  int32_t i, copy;
   size_t k;
   moe_status status;
   if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "nothing can be imported into an int8 model: quantise it afterwards");
@@ -13143,16 +13166,15 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
     return moe__fail(env, MOE_E_UNSUPPORTED, "nothing can be imported into a model some of whose experts are absent");
   if (!(noise >= 0 && noise < 1))
     return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, it must be from 0 to 1", (double)noise);
-  status = moe__st_open(&st, file, file_bytes, env);
-  if (!status) status = moe__import_open(prefix, sizeof prefix, &layers, &st, env);
-  if (!status) status = moe__import_survey(model, &st, prefix, layers, env);
+  status = moe__import_open(&from, file, file_bytes, env);
+  if (!status) status = moe__import_survey(model, &from, env);
   if (status) return status;
   memset(&hint, 0, sizeof hint);
   for (i = 0; i < model->tensors; ++i) {
     moe_model_tensor(model, i, &t);
     if (!moe__import_name(name, &t, &copy)) continue;
-    moe__import_find(&st, &hint, prefix, name, &found);
-    moe__st_floats(model->writable + t.offset, st.data + found.begin, t.count, found.dtype);
+    moe__import_find(&from, &hint, name, &found);
+    moe__st_floats(model->writable + t.offset, from.st.data + found.begin, t.count, found.dtype);
     if (noise > 0 && (strstr(t.name, ".experts.") || strstr(t.name, ".blocks."))) {
       uint64_t key = moe_key(options->seed, 0, moe__name_hash(t.name), 0, MOE__SITE_NOISE);
       for (k = 0; k < t.count; ++k) model->writable[t.offset + k] += noise * moe__normal(key, k);

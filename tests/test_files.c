@@ -164,6 +164,22 @@ static int high_byte_first(void) {
   return !first;
 }
 
+/* A task more, and only some of the tasks: from weights in a file's bytes as from those in memory. */
+static void same_offspring(moe_model *model, const moe_model *opened, const moe_env *env) {
+  static const int32_t keep[] = {3, 0};
+  moe_task task = *moe_model_task(model, 2);
+  moe_model *a = NULL, *b = NULL;
+  int i;
+  snprintf(task.name, sizeof task.name, "one_more");
+  for (i = 0; i < 2; ++i) {
+    CHECK((i ? moe_model_extract(&a, model, keep, 2, NULL, env) : moe_model_adapt(&a, model, &task, 1, 9, env)) == MOE_OK, "%s", said);
+    CHECK((i ? moe_model_extract(&b, opened, keep, 2, NULL, env) : moe_model_adapt(&b, opened, &task, 1, 9, env)) == MOE_OK, "%s", said);
+    CHECK(same_models(a, moe_model_weights(b), b), "round %d", i);
+    moe_model_free(a);
+    moe_model_free(b);
+  }
+}
+
 static void test_files_open_in_place(void) {
   moe_env env = logging();
   moe_model *model = small_model(MOE_ROUTER_TASK, &env), *opened = NULL;
@@ -196,6 +212,7 @@ static void test_files_open_in_place(void) {
   CHECK((const unsigned char *)moe_model_vocab(opened, NULL) > file, "the vocabulary stays in the file");
   writer = sink_writer(&again);
   CHECK(moe_model_write(opened, &writer, &env) == MOE_OK && again.used == s.used && !memcmp(again.data, s.data, s.used), "written again");
+  same_offspring(model, opened, &env);
   moe_model_free(opened);
   free(base);
   file = aligned_copy(&s, 2, &base);
@@ -310,6 +327,23 @@ static void swap_text(sink *s, const char *from, const char *to) {
     }
 }
 
+/* Adds an empty tensor of the vocabulary's name to a header that ends at byte `end`, in a longer header. */
+static int repeat_vocab(sink *s, size_t end) {
+  char more[120];
+  size_t n = (size_t)snprintf(more, sizeof more, ",\"tokenizer.vocab\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}"), length = 0, i;
+  unsigned char *longer = (unsigned char *)malloc(s->used + n);
+  if (!longer || s->data[end - 1] != '}') return 0;
+  for (i = 8; i-- > 0;) length = length << 8 | s->data[i];
+  memcpy(longer, s->data, end - 1);
+  memcpy(longer + end - 1, more, n);
+  memcpy(longer + end - 1 + n, s->data + end, s->used - end);
+  for (i = 0; i < 8; ++i) longer[i] = (unsigned char)((uint64_t)(length + n - 1) >> (8 * i));
+  s->used += n - 1;
+  free(s->data);
+  s->data = longer;
+  return 1;
+}
+
 static void test_files_sentences_name_the_cause(void) {
   static const struct {
     const char *from, *to, *says;
@@ -348,6 +382,12 @@ static void test_files_sentences_name_the_cause(void) {
     free(s.data);
   }
   weights = moe_model_weights(model);
+  writer = sink_writer(&s); /* a second vocabulary: which one would count? */
+  CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  for (i = 8; memcmp(s.data + i, "  ", 2); ++i) continue; /* the blanks behind the header */
+  CHECK(repeat_vocab(&s, i), "no room for a second vocabulary");
+  CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strstr(said, "a tensor is there twice"), "said '%s'", said);
+  free(s.data);
   writer = sink_writer(&s);
   CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
   for (i = 8; memcmp(s.data + i, &weights[56], 16); ++i) continue; /* element 4 of a tensor of 8 is between its neighbours */

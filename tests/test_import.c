@@ -411,6 +411,8 @@ static void test_import_refuses_encoders_that_are_not_bert(void) {
               {"bert.encoder.x", "BERT has no such tensor"},
               {"bert.embeddings.x_position_embeddings.weight", "BERT has no such tensor"},
               {"bert.embeddings.word_embeddings.bias", "BERT has no such tensor"},
+              {"bert.encoder.layer.0.output.LayerNorm.gamma", "a tensor of the encoder is there twice"},
+              {"bert.encoder.layer.1.intermediate.dense.bias", "a tensor of the encoder is there twice"},
               {"bert.encoder.layer.3.attention.self.query.weight", "the model has 2 layers, the file has 4"}};
   moe_config config;
   moe_env env;
