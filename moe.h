@@ -3380,7 +3380,9 @@ static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernel
     moe__gemm_fn fn = kernels->fn[width][rows];
     int asks = panels && blocks > 1 && block < calls * (size_t)width; /* a single call has no time for more than its own */
     moe__gemm_soon soon = moe__gemm_no_hurry(b->at);
-    if (blocks > 1 || g->b_layout == MOE__B_PANELS) moe__gemm_ask_c(&soon, g, i0, i1, j1, i, rows, j, j + columns);
+    /* blocks of one panel have time for a store, but not for a load, that misses the caches */
+    if (kernels->panels > 1 ? blocks > 1 || g->b_layout == MOE__B_PANELS : g->accumulate && g->m >= 512)
+      moe__gemm_ask_c(&soon, g, i0, i1, j1, i, rows, j, j + columns);
     if (asks) {
       soon.line = panels + block / calls * b->panel + block % calls * (16 * depth / calls);
       soon.line_step = (16 + calls - 1) / calls;
