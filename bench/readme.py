@@ -10,7 +10,8 @@ from report import Report
 README = os.path.join(run.HERE, "..", "README.md")
 INTRODUCTION = """`make -C bench` measures against PyTorch, ONNX Runtime and OpenVINO on the same cores in one run and writes `bench/results.md`, with a summary of what was
 asked and what was seen; `make -C bench SECTIONS=int8` measures some sections anew, `make -C bench quick` is the training step and inference alone. What stands
-here is taken from that file by `make -C bench readme`. Other machines have other ratios."""
+here is taken from that file by `make -C bench readme`. A ratio is the median over rounds of the programs' turns, so that a disturbance of the machine
+hits both sides. Other machines have other ratios."""
 
 
 def tables(report, title):
