@@ -12782,7 +12782,14 @@ typedef struct moe__file_sink {
   uint64_t written;
   int failed;
   char reason[128];
+  const moe_env *outer;
 } moe__file_sink;
+
+/* Once the file has failed, one sentence will say so: with its name and the system's reason, which whoever writes does not know. */
+static void moe__file_sink_log(void *user, moe_status status, const char *sentence) {
+  const moe__file_sink *sink = (const moe__file_sink *)user;
+  if (!sink->failed) moe__fail(sink->outer, status, "%s", sentence);
+}
 
 static int moe__file_sink_write(void *user, const void *data, size_t bytes) {
   moe__file_sink *sink = (moe__file_sink *)user;
@@ -12806,14 +12813,22 @@ static moe_status moe__write_file(const char *to, unsigned mode, int anew,
                                   moe_status (*write_fn)(void *, const moe_writer *, const moe_env *), void *user, const moe_env *env) {
   moe__file_sink sink;
   moe_writer writer;
+  moe_env inner;
   moe_status status;
   memset(&sink, 0, sizeof sink);
+  memset(&inner, 0, sizeof inner);
+  sink.outer = env;
+  if (env) {
+    inner = *env;
+    inner.log = moe__file_sink_log;
+    inner.log_user = &sink;
+  }
   sink.fd = moe__open_write(to, mode, anew);
   if (sink.fd == MOE__FD_NONE)
     return moe__fail(env, MOE_E_IO, "%s: cannot be written: %s", to, moe__reason(sink.reason, sizeof sink.reason));
   writer.write = moe__file_sink_write;
   writer.user = &sink;
-  status = write_fn(user, &writer, env);
+  status = write_fn(user, &writer, env ? &inner : NULL);
   if (!sink.failed && !status && anew && moe__sync(sink.fd)) sink.failed = 1, moe__reason(sink.reason, sizeof sink.reason);
   if (moe__close(sink.fd) && !sink.failed && !status) sink.failed = 1, moe__reason(sink.reason, sizeof sink.reason);
   if (sink.failed)
@@ -12926,7 +12941,8 @@ static moe_status moe__import_prefix(char *prefix, size_t capacity, const moe__s
   }
   if (found) return MOE_OK;
   if (moe__import_other(st, "", env)) return MOE_E_FORMAT;
-  return moe__fail(env, MOE_E_FORMAT, "no encoder like BERT: none of the %zu tensors is %s", st->tensors, wanted);
+  return moe__fail(env, MOE_E_FORMAT, "no encoder like BERT, or a part of one only (model-00002-of-...): none of the %zu tensors is %s",
+                   st->tensors, wanted);
 }
 
 /* Whether a name behind the prefix is of BERT's encoder: 1, and *layers at least 1 + the number of its layer; -1: it is outside
