@@ -2713,12 +2713,12 @@ static const float moe__gemm_zeros[16 * MOE__GEMM_PANELS] = {0};
 /* Cache lines that a kernel asks for while it computes: the one at `line` at each step, which then moves on by line_step
    (a panel that the next calls need), two at `half` at every fourth step of packed operands, which then moves on by 4
    half_step (half a panel more), and at the beginning of each of `parts` equal parts of the call as many as a row of a block of C
-   has: a row of the next block, and those at `far`, which then moves on by far_row (what has more time). A core can wait for
+   has: a row of the next block, and those at `afar`, which then moves on by far_row (what has more time). A core can wait for
    ten or twenty lines at a time; where it asks for more, the loads of the kernel stand behind them. So a burst between two
    calls is bad, and one line at every step is no good either where a line at every eighth would do. A step of 0 asks for the
    same line again, which costs next to nothing; so does a single part. */
 typedef struct moe__gemm_soon {
-  const float *line, *half, *c, *far;
+  const float *line, *half, *c, *afar;
   size_t line_step, half_step, c_row, far_row, parts;
 } moe__gemm_soon;
 
@@ -2941,7 +2941,7 @@ static const moe__gemm_kernels moe__scalar_gemms = {
                                    size_t a_col, const float *b, size_t b_panel, size_t b_step, size_t k,                    \
                                    const moe__gemm_soon *soon) {                                                             \
     const float *a4 = R > 4 ? a + 4 * a_row : a, *b3 = P > 3 ? b + 3 * b_panel : b;                                          \
-    const float *line = soon->line, *half = soon->half, *next = soon->c, *far = soon->far;                                   \
+    const float *line = soon->line, *half = soon->half, *next = soon->c, *afar = soon->afar;                                 \
     size_t a_row3 = 3 * a_row, line_step = soon->line_step, half_step = soon->half_step, part, steps;                        \
     MOE__EACH_ROW##R(MOE__ROW_START, S, P)                                                                                   \
     for (part = soon->parts; part > 0; --part) {                                                                             \
@@ -2949,10 +2949,10 @@ static const moe__gemm_kernels moe__scalar_gemms = {
       if (P > 1) MOE__PREFETCH_NEAR(next + 16);                                                                              \
       if (P > 2) MOE__PREFETCH_NEAR(next + 32);                                                                              \
       next += soon->c_row;                                                                                                   \
-      MOE__PREFETCH(far);                                                                                                    \
-      if (P > 1) MOE__PREFETCH(far + 16);                                                                                    \
-      if (P > 2) MOE__PREFETCH(far + 32);                                                                                    \
-      far += soon->far_row;                                                                                                  \
+      MOE__PREFETCH(afar);                                                                                                   \
+      if (P > 1) MOE__PREFETCH(afar + 16);                                                                                   \
+      if (P > 2) MOE__PREFETCH(afar + 32);                                                                                   \
+      afar += soon->far_row;                                                                                                 \
       steps = part > 1 ? k / part & ~(size_t)3 : k;                                                                          \
       k -= steps;                                                                                                            \
       if (b_step == 16 && a_col == 1)                                                                                        \
@@ -3316,7 +3316,7 @@ static moe__gemm_b moe__gemm_view_b(const moe__gemm *g, const moe__gemm_kernels 
 static moe__gemm_soon moe__gemm_no_hurry(const float *at) {
   moe__gemm_soon soon;
   soon.line = soon.half = soon.c = at;
-  soon.far = moe__gemm_zeros;
+  soon.afar = moe__gemm_zeros;
   soon.line_step = soon.half_step = soon.c_row = soon.far_row = 0;
   soon.parts = 1;
   return soon;
@@ -3475,7 +3475,7 @@ static moe__gemm_soon moe__gradient_soon(moe__gradient *t, size_t i, size_t j, s
   moe__gemm_ask_c(&soon, g, t->i0, t->i1, t->j1, i, rows, j, next);
   if (row + rows <= t->depth) {
     if (!b) return soon;
-    soon.far = b + row * g->b_row;
+    soon.afar = b + row * g->b_row;
     soon.far_row = g->b_row;
   } else if (t->next_a && t->column < t->i1 - t->i0) {
     if (t->token + rows > t->depth) {
@@ -3483,7 +3483,7 @@ static moe__gemm_soon moe__gradient_soon(moe__gradient *t, size_t i, size_t j, s
       t->column += 16 * (size_t)width;
       return soon;
     }
-    soon.far = t->next_a + t->token * g->a_col + t->column;
+    soon.afar = t->next_a + t->token * g->a_col + t->column;
     soon.far_row = g->a_col;
     t->token += rows;
   }
