@@ -12885,7 +12885,8 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
 
 #define MOE__IMPORT_COMPLAINTS 16 /* sentences about one file, so that a foreign one does not flood the log */
 
-/* Complains when a tensor behind the prefix tells of a well-known encoder that is none of BERT's kind. */
+/* Complains when a tensor tells of a well-known encoder that is none of BERT's kind: one of the encoder's behind the prefix, or,
+   where none was found (prefix NULL), any. */
 static moe_status moe__import_other(const moe__st *st, const char *prefix, const moe_env *env) {
   static const struct {
     const char *mark, *what;
@@ -12904,11 +12905,14 @@ static moe_status moe__import_other(const moe__st *st, const char *prefix, const
   char name[256];
   moe__json j;
   moe__st_tensor t;
-  size_t length = strlen(prefix), i;
+  size_t length = prefix ? strlen(prefix) : 0, i;
   moe__st_begin(st, &j);
   while (moe__st_next(st, &j, &t)) {
     moe__json_copy(name, sizeof name, &t.key);
-    if (strncmp(name, prefix, length)) continue;
+    if (prefix && (strncmp(name, prefix, length) ||
+                   (strncmp(name + length, "embeddings", 10) && strncmp(name + length, "encoder.", 8) &&
+                    strncmp(name + length, "transformer.", 12))))
+      continue;
     for (i = 0; i < sizeof known / sizeof *known; ++i)
       if (strstr(name + length, known[i].mark))
         return moe__fail(env, MOE_E_FORMAT, "tensor %s: this is %s; only encoders like BERT can be imported", t.name, known[i].what);
@@ -12940,7 +12944,7 @@ static moe_status moe__import_prefix(char *prefix, size_t capacity, const moe__s
     prefix[length - tail] = 0;
   }
   if (found) return MOE_OK;
-  if (moe__import_other(st, "", env)) return MOE_E_FORMAT;
+  if (moe__import_other(st, NULL, env)) return MOE_E_FORMAT;
   return moe__fail(env, MOE_E_FORMAT, "no encoder like BERT, or a part of one only (model-00002-of-...): none of the %zu tensors is %s",
                    st->tensors, wanted);
 }
@@ -12977,17 +12981,19 @@ static int moe__import_known(const char *name, int32_t *layers) {
 static moe_status moe__import_positions(const moe__st *st, const char *prefix, const moe_env *env) {
   moe__json hint;
   moe__st_tensor t;
-  size_t row, i;
-  int zero = 1, next_zero = 1;
+  size_t rows, row, i;
+  int zero = 1, next_zero = 1, two_more;
   memset(&hint, 0, sizeof hint);
   if (!moe__st_find(st, &hint, prefix, "embeddings.position_embeddings.weight", &t)) return MOE_OK; /* reported as missing */
   if (t.dims != 2 || t.shape[0] < 3 || !t.shape[1]) return MOE_OK;
-  row = (t.end - t.begin) / t.shape[0];
+  rows = t.shape[0];
+  row = (t.end - t.begin) / rows;
   for (i = 0; i < row && zero; ++i) zero = !st->data[t.begin + row + i];
   for (i = 0; i < row && next_zero; ++i) next_zero = !st->data[t.begin + 2 * row + i];
-  if (!(zero && !next_zero) && !strstr(prefix, "roberta") && (t.shape[0] < 66 || ((t.shape[0] - 2) & (t.shape[0] - 3)))) return MOE_OK;
+  two_more = rows >= 66 && !((rows - 2) & (rows - 3));
+  if (!(zero && !next_zero) && !two_more && !strstr(prefix, "roberta")) return MOE_OK;
   return moe__fail(env, MOE_E_FORMAT, "tensor %s, of %zu rows: this is RoBERTa or one of its kind, which counts positions from 2; only "
-                   "encoders like BERT can be imported", t.name, t.shape[0]);
+                   "encoders like BERT can be imported", t.name, rows);
 }
 
 /* Finds the encoder in a file's bytes, and nothing in it that BERT has not. */

@@ -399,7 +399,7 @@ static void test_import_refuses_encoders_that_are_not_bert(void) {
   } some[] = {{"bert.transformer.layer.0.attention.q_lin.weight", "DistilBERT"},
               {"bert.encoder.albert_layer_groups.0.albert_layers.0.ffn.weight", "ALBERT"},
               {"bert.embeddings_project.weight", "ELECTRA"},
-              {"bert.layers.0.attn.Wqkv.weight", "ModernBERT"},
+              {"bert.encoder.layers.0.attn.Wqkv.weight", "ModernBERT"},
               {"bert.encoder.rel_embeddings.weight", "DeBERTa"},
               {"bert.encoder.relative_attention_bias.weight", "MPNet"},
               {"bert.encoder.layer.0.attention.self.distance_embedding.weight", "relative positions"},
@@ -425,12 +425,15 @@ static void test_import_refuses_encoders_that_are_not_bert(void) {
     refused(&f, LAYERS, some[i].says, 1);
     CHECK_STATE();
   }
-  f.foreign = "cls.layers.0.Wqkv.weight"; /* outside of the encoder there may be anything */
-  file = encoder_file(&f, &n);
-  env = logging();
-  moe_config_init(&config);
-  CHECK(moe_import_sizes(&config, file, n, &env) == MOE_OK && config.layers == LAYERS, "%s", said);
-  free(file);
+  for (i = 0; i < 2; ++i) { /* outside of the encoder there may be anything */
+    f.prefix = i ? "" : "bert.";
+    f.foreign = "cls.layers.0.Wqkv.weight";
+    file = encoder_file(&f, &n);
+    env = logging();
+    moe_config_init(&config);
+    CHECK(moe_import_sizes(&config, file, n, &env) == MOE_OK && config.layers == LAYERS, "%s", said);
+    free(file);
+  }
   f.foreign = NULL;
   f.missing = "embeddings.word_embeddings.weight"; /* then there is no prefix to go by */
   f.foreign = "model.layers.0.attn.Wqkv.weight";
