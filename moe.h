@@ -10406,7 +10406,7 @@ static double moe__exp_double(double x); /* >>sampler */
 
 /* PAPER-DIFF: [TL]'s authors have a fixed rate; by default the fall is stretched over the steps of the run, however few. */
 MOE_API float moe_train_tau(const moe_train_config *config, int64_t t) {
-  double first = (double)config->tau_first, last = (double)config->tau_last, rate = moe__decimal(config->tau_rate), tau;
+  double first = (double)config->tau_first, last = (double)config->tau_last, rate = (double)config->tau_rate, tau;
   if (!(config->tau_rate > 0)) rate = config->steps > 1 ? moe__log_double(first / last) / (double)(config->steps - 1) : 0;
   tau = first * moe__exp_double(-rate * (double)t);
   return (float)(tau > last ? tau : last);

@@ -413,6 +413,11 @@ static void test_level_temperature_falls(void) {
   t.tau_rate = 0.0003f;
   CHECK_NEAR(moe_train_tau(&t, 1000), 2 * exp(-0.3), 1e-5);
   CHECK_NEAR(moe_train_tau(&t, 100000), 0.1, 1e-7);
+  t.tau_rate = 1e-9f;
+  CHECK_NEAR(moe_train_tau(&t, 1000000000), 2 * exp(-1.0), 1e-5);
+  t.tau_rate = 1e30f;
+  CHECK_NEAR(moe_train_tau(&t, 0), 2, 1e-6);
+  CHECK_NEAR(moe_train_tau(&t, 1), 0.1, 1e-7);
 }
 
 static void test_level_router_learns_at_its_own_rate(void) {
