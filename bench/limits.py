@@ -45,16 +45,12 @@ class Limits:
         self.alone = read >= ALONE * self.cache[threads]
         return peak
 
-    def settle(self, threads, until):
-        """Waits for a moment in which the cores are ours alone, until then at most."""
-        self.now(threads)
-        while not self.alone and time.monotonic() < until:
-            time.sleep(0.02)
-            self.now(threads)
-
-    def round(self, threads):
-        """`now`, kept for what `shared` tells."""
+    def round(self, threads, until):
+        """`now`, of a moment in which the cores are ours alone, for which it waits until then at most; kept for what `shared` tells."""
         peak = self.now(threads)
+        while not self.alone and time.monotonic() < until:
+            time.sleep(0.01)
+            peak = self.now(threads)
         self.moments.setdefault(threads, []).append(peak)
         self.company += not self.alone
         return peak

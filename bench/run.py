@@ -5,8 +5,9 @@
 
 Every program stays alive for the whole table and they take turns (A B A B ...) on the same cores; a ratio is the median of the ratios of the
 rounds, a figure the median of the rounds, and behind it stands half the distance between the quartiles in per cent. Each program has at least three
-rounds, short ones where it is slow, and five where they are not long. A row whose rounds were disturbed is measured again, and so is a section before and
-after which the processor's peak differs; the tables say where that did not help.
+rounds, short ones where it is slow, and five where they are not long. Rounds before which something
+else used a core count only where too few others remain. A row whose rounds were disturbed gets more of them, and a section before and after which the
+processor's peak differs is measured again; the tables say where that did not help.
 --sections measures some anew and keeps the others of the file; --quick: fewer shapes, into build/quick.md; --dry: one call of everything, into
 build/dry.md, to see that all works. Section accuracy needs trained models (accuracy.py). Peers that cannot be had are named and left out. Standard
 library only; the peers live in bench/venv, or in the folder that BENCH_VENV names.
@@ -108,7 +109,8 @@ def heading(report, have, threads):
                 "- peers: " + (", ".join(f"{p} {v}" for p, v in have.items()) or "none"),
                 *([f"- left out (could not be installed): {', '.join(p for p in PACKAGES if p not in have)}"] if len(have) < len(PACKAGES) else []),
                 f"- threads: {', '.join(map(str, threads))}. The programs of a table take turns on the same cores. A figure is the median of the rounds, behind it half "
-                "the distance between the quartiles; a ratio is the median of the ratios of the rounds, above 1 where moe.h is faster. Three rounds at least. A row is called "
+                "the distance between the quartiles; a ratio is the median of the ratios of the rounds, above 1 where moe.h is faster. Three rounds at least; those before "
+                "which something else used a core are left out where three others remain. A row is called "
                 f"disturbed where the median of the rounds of a program is more than {100 * DISTURBED - 100:.0f} % above the fastest.", "")
     if before and before != report.machine():
         print("another machine than the file's: its sections go", flush=True)
@@ -619,7 +621,7 @@ def arguments():
     p.add_argument("--dry", action="store_true", help="one call of everything, few shapes: to see that all works")
     p.add_argument("--sections", help="some of: " + ", ".join(SECTIONS))
     p.add_argument("--threads", default="1,2" if len(os.sched_getaffinity(0)) > 1 else "1")
-    p.add_argument("--minutes", type=float, default=10, help="what all sections together may take, a sixth of it for what has to be measured again")
+    p.add_argument("--minutes", type=float, default=9.7, help="what all sections together may take, a sixth of it for what has to be measured again")
     p.add_argument("--out", help="default: results.md; build/quick.md and build/dry.md of --quick and --dry")
     p.add_argument("--models", help="section accuracy: files of trained models")
     p.add_argument("--data", help="section accuracy: a folder with TASK/dev.tsv")

@@ -11,7 +11,7 @@ SLOWER = 1.25       # a peer that takes so many times as long as the best one ge
 DISTURBED = 1.15    # the median of the rounds over the fastest one: above it half of them were disturbed
 FEWEST = 3          # rounds
 CORES = len(os.sched_getaffinity(0))
-SETTLE = 0.5        # seconds to wait before a round, where there is time, for cores that nothing else uses
+SETTLE = 0.3        # seconds to wait before a program's turn, where there is time, for cores that nothing else uses
 LONG = 0.7          # seconds of the longest calls of a round: then three rounds will do
 
 
@@ -74,21 +74,23 @@ class Program:
         return False
 
     def seconds(self, budget, word, threads):
-        """Median seconds of a call, repeated for `budget` seconds, and the peak of the processor right before. Idle threads of some libraries go
-        on spinning for a while after a call and would take a core from the next program, which waits until they sleep."""
+        """Median seconds of a call, repeated for `budget` seconds, the peak of the processor right before, and whether the cores were then ours alone,
+        for which it waits a little where there is time. Idle threads of some libraries go on spinning for a while after a call and would take a core
+        from the next program, which waits until they sleep."""
         begin = time.perf_counter()
         if Program.last not in (None, self):
             while Program.last.spins() and time.perf_counter() - begin < 0.3:
                 time.sleep(0.001)
         Program.last = self
-        peak = LIMITS.round(threads if self.told else self.threads)
+        peak = LIMITS.round(threads if self.told else self.threads, time.monotonic() + (SETTLE if not PACE.dry and PACE.late() < 1 else 0))
+        alone = LIMITS.alone
         self.keep_on(1 if not self.own and (threads if self.told else self.threads) == 1 else CORES)
         self.process.stdin.write(f"{budget} {word}" + (f" {threads}" if self.told else "") + "\n")
         self.process.stdin.flush()
         median, _, calls, *self.count = (float(x) for x in self.read().split())
         Program.clock["asked"] += time.perf_counter() - begin
         Program.clock["measured"] += median * calls
-        return median, peak
+        return median, peak, alone
 
     def keep_on(self, count):
         """Lets its threads use so many cores; one is the first, to which the C programs of bench/ keep themselves."""
@@ -179,15 +181,21 @@ PACE = Pace()
 
 
 class Rounds(list):
-    """Seconds of the rounds of a program. peaks: GFLOP/s that the processor gave right before each."""
+    """Seconds of the rounds of a program. peaks: GFLOP/s that the processor gave right before each; alone: whether nothing else used the cores then."""
 
-    def __init__(self):
+    def __init__(self, rounds=()):
         super().__init__()
-        self.peaks = []
+        self.peaks, self.alone = [], []
+        for r in rounds:
+            self.add(*r)
 
-    def add(self, seconds, peak):
+    def add(self, seconds, peak, alone):
         self.append(seconds)
         self.peaks.append(peak)
+        self.alone.append(alone)
+
+    def each(self):
+        return zip(self, self.peaks, self.alone)
 
     def share(self, operations):
         """Of the peak of the moment, the median over the rounds."""
@@ -201,8 +209,6 @@ def ask(programs, rounds, budget, words):
         if done and PACE.enough(done, sum(max(t) for t in times.values())):
             break
         best = min((times[p.name][0] for p in programs), default=0) if done else 0
-        if not PACE.dry and PACE.late() < 1:
-            LIMITS.settle(programs[0].threads if not programs[0].told else words[0][-1], time.monotonic() + SETTLE)
         for p, word in zip(programs, words):
             slow = done and times[p.name][0] > SLOWER * best
             times[p.name].add(*p.seconds(0 if PACE.dry else budget / 3 if slow else budget, *word))
@@ -214,16 +220,27 @@ def unrest(seconds):
     return statistics.median(seconds) / min(seconds)
 
 
+def undisturbed(times):
+    """The rounds before which each of the programs had the cores for itself, or all of them where those are fewer than FEWEST; and whether these look
+    like a disturbance."""
+    alone = [i for i, all_alone in enumerate(map(all, zip(*(t.alone for t in times.values())))) if all_alone]
+    if len(alone) < FEWEST:
+        return times, True
+    kept = {name: Rounds(r for i, r in enumerate(t.each()) if i in alone) for name, t in times.items()}
+    return kept, max(map(unrest, kept.values())) > DISTURBED
+
+
 def take_turns(label, programs, rounds, budget, *words):
-    """{name: Rounds} of a row: at least three rounds, `rounds` where time allows. words: (word, threads) for all programs, or
-    one for each. A row with a disturbed program is measured again unless the section is far behind its plan; where that does not help
-    PACE.disturbed says so, with the label."""
+    """{name: Rounds} of a row: at least three rounds, `rounds` where time allows, less those that something else disturbed. words: (word, threads)
+    for all programs, or one for each. A row with a disturbed program gets as many rounds again unless the section is far behind its plan; where
+    that does not help PACE.disturbed says so, with the label."""
     words = words * len(programs) if len(words) == 1 else words
-    times = ask(programs, rounds, budget, words)
-    if not PACE.dry and max(map(unrest, times.values())) > DISTURBED:
+    asked = ask(programs, rounds, budget, words)
+    times, disturbed = undisturbed(asked)
+    if disturbed and not PACE.dry:
         if PACE.late() < 1.25:
             again = ask(programs, rounds, budget, words)
-            times = min(times, again, key=lambda t: max(map(unrest, t.values())))
+            times, _ = undisturbed({name: Rounds([*t.each(), *again[name].each()]) for name, t in asked.items()})
         PACE.disturbed += [f"{name} at {label} ({100 * unrest(s) - 100:.0f} %)" for name, s in times.items() if unrest(s) > DISTURBED]
     PACE.done += 1
     return times
