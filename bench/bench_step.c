@@ -164,8 +164,7 @@ static int once(void *arg) {
   return !w->o.no_update && moe_update(w->trainer, NULL, &w->env) != MOE_OK;
 }
 
-/* Another mode, batch or number of threads for the same model. A training step is not called beforehand: it takes long, and its median of
-   three does without the slow first one. */
+/* Another mode, batch or number of threads for the same model; the first call touches the memory. */
 static int choose(void *arg, const char *word, int threads) {
   job *w = (job *)arg;
   options *o = &w->o;
@@ -179,7 +178,7 @@ static int choose(void *arg, const char *word, int threads) {
     if (o->training && !o->no_update && strcmp(mode, "train") != 0) return 1;
   }
   o->threads = threads;
-  return bench_threads(&w->pool, threads, &w->env) || setup(w) || (!(o->training && !o->no_update) && once(w));
+  return bench_threads(&w->pool, threads, &w->env) || setup(w) || once(w);
 }
 
 /* Operations: two for each multiplication and addition of the products with weights and of attention; backward has two products for each

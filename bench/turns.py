@@ -84,13 +84,18 @@ class Program:
         Program.last = self
         peak = LIMITS.round(threads if self.told else self.threads, time.monotonic() + (SETTLE if not PACE.dry and PACE.late() < 1 else 0))
         alone = LIMITS.alone
+        median, calls = self.call(budget, word, threads)
+        Program.clock["asked"] += time.perf_counter() - begin
+        Program.clock["measured"] += median * calls
+        return median, peak, alone
+
+    def call(self, budget, word, threads):
+        """Median seconds of a call, repeated for `budget` seconds, and the number of calls."""
         self.keep_on(1 if not self.own and (threads if self.told else self.threads) == 1 else CORES)
         self.process.stdin.write(f"{budget} {word}" + (f" {threads}" if self.told else "") + "\n")
         self.process.stdin.flush()
         median, _, calls, *self.count = (float(x) for x in self.read().split())
-        Program.clock["asked"] += time.perf_counter() - begin
-        Program.clock["measured"] += median * calls
-        return median, peak, alone
+        return median, calls
 
     def keep_on(self, count):
         """Lets its threads use so many cores; one is the first, to which the C programs of bench/ keep themselves."""
