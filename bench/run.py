@@ -162,7 +162,7 @@ def warm_up(programs, word, threads):
     that follow. The C programs see to it themselves."""
     begin = time.perf_counter()
     for p in programs:
-        for _ in range(0 if PACE.dry else 3):
+        for _ in range(0 if PACE.dry else 2):
             p.call(0, word, threads)
     Program.clock["starting"] += time.perf_counter() - begin
 
@@ -621,7 +621,7 @@ def accuracy_section(report, a):
 
 # What a section is called, what measures it, and the seconds that it is to take on two cores of a Xeon with AVX-512: 500 in all.
 SECTIONS = {"units": ("Instruction sets", unit_section, 1), "products": ("Products", product_section, 75), "layers": ("Layers", layer_section, 18),
-            "train": ("Training step", train_section, 140), "infer": ("Inference", infer_section, 75), "int8": ("Inference, int8", int8_section, 32),
+            "train": ("Training step", train_section, 185), "infer": ("Inference", infer_section, 75), "int8": ("Inference, int8", int8_section, 32),
             "bf16": ("Inference, bf16", bf16_section, 40), "start": ("Start and memory of a first answer", start_section, 22),
             "threads": ("Threads", thread_section, 25), "tokens": ("Tokens, and the cost of mixture of experts", token_section, 30), "experts": ("Experts", expert_section, 22),
             "tasks": ("Tasks", task_section, 20), "memory": ("Memory", memory_section, 1), "accuracy": ("Accuracy of the precisions", accuracy_section, 900)}
@@ -634,7 +634,7 @@ def arguments():
     p.add_argument("--dry", action="store_true", help="one call of everything, few shapes: to see that all works")
     p.add_argument("--sections", help="some of: " + ", ".join(SECTIONS))
     p.add_argument("--threads", default="1,2" if len(os.sched_getaffinity(0)) > 1 else "1")
-    p.add_argument("--minutes", type=float, default=9.7, help="what all sections together may take, a sixth of it for what has to be measured again")
+    p.add_argument("--minutes", type=float, default=9.5, help="what all sections together may take, a sixth of it for what has to be measured again")
     p.add_argument("--out", help="default: results.md; build/quick.md and build/dry.md of --quick and --dry")
     p.add_argument("--models", help="section accuracy: files of trained models")
     p.add_argument("--data", help="section accuracy: a folder with TASK/dev.tsv")
