@@ -503,7 +503,7 @@ def start_section(report, _):
 
 def memory_section(report, _):
     """No run of its own: the peaks of the processes of other sections."""
-    report.text("Largest resident set of the processes of the tables before, with the first number of threads, in MB, PyTorch's and the Python peers' interpreter included; the ratio is moe.h's first row of a group to the row.", "")
+    report.text("Largest resident set of the processes of the tables before, with one thread, in training with the most, in MB, PyTorch's and the Python peers' interpreter included; the ratio is moe.h's first row of a group to the row.", "")
     rows, groups = [], {}
     for (what, name), mb in report.memory.items():
         groups.setdefault(what, []).append((name, mb))
