@@ -3811,9 +3811,9 @@ static void moe__blis_sgemm(void *user, int32_t m, int32_t n, int32_t k, const f
 }
 
 /* Measured with BLIS 0.9 beside the AVX2 kernels of this file (bench/bench_blis.c): BLIS reads operands where they
-   lie, which is 1.1 to 2 times as fast as packing them for 8 to 32 tokens. With more of them its haswell kernels
-   are 1.1 to 1.3 times as fast for the gradient of a weight and within 7 % of these for the rest, zen3's within
-   2 % for the gradient. Against packed weights neither is faster. */
+   lie, which is 1.1 to 1.7 times as fast as packing them for 8 to 32 tokens. With more of them its haswell kernels
+   are within 6 % of these, a little ahead in the mean, and zen3's are slower for the gradient of a weight. Against
+   packed weights neither is faster. */
 static int32_t moe__blis_takes_unpacked(void *user, int32_t m, int32_t n, int32_t k, int32_t packed) {
   (void)user, (void)m, (void)n, (void)k;
   return !packed;

@@ -1,6 +1,7 @@
 /* bench_blis.c - what BLIS is better at than the kernels of moe.h: the measurement behind moe__blis_best (>>backend).
      cc -O2 -DMOE_USE_BLIS -o bench_blis bench/bench_blis.c -lblis -lm -pthread
-     ./bench_blis KERNELS [OP [FEWEST MOST]]     kernels of BLIS: haswell, zen3 (beside the AVX2 kernels of moe.h), skx (beside AVX-512)
+     ./bench_blis KERNELS [OP [FEWEST MOST]]     kernels of BLIS: haswell, zen3 (beside the AVX2 kernels of moe.h), skx (beside AVX-512);
+                                                 scalar: those that BLIS chooses, beside the plain C of moe.h, which is slow
    OP: packed (moe.h's panels, BLIS with rows), rows, dx, dw; FEWEST .. MOST tokens, 8 .. 512. One thread, least time of a few calls, the two in turn, so that it needs no
    idle machine. A figure is the time of moe.h / that of BLIS, above 1 where BLIS is faster: least, geometric mean and largest over the weights
    of MiniLM and BERT-base. At the end: what the choice of moe.h costs beside the best one. */
@@ -64,7 +65,8 @@ static void row(work *w, op what, int m, const moe_backend *choice, const moe_en
       t = least(w, what, m, n, k, blis);
       if (t < b) b = t;
     }
-    if (choice != NULL) /* the sizes of the product as moe.h asks about them */
+    if (choice != NULL && choice->takes == NULL) taken = 1;
+    else if (choice != NULL) /* the sizes of the product as moe.h asks about them */
       taken = what == DW ? choice->takes(NULL, n, k, m, 0) : what == DX ? choice->takes(NULL, m, k, n, 0) : choice->takes(NULL, m, n, k, what == PACKED);
     total[0] += taken ? b / a : 1;
     total[1] += b < a ? b / a : 1;
@@ -84,12 +86,13 @@ int main(int argc, char **argv) {
   const moe_backend *choice;
   double total[3] = {0, 0, 0};
   char number[16];
-  int fewest = argc > 3 ? atoi(argv[3]) : 0, most = argc > 4 ? atoi(argv[4]) : MOST, id, i, what;
+  int scalar = !strcmp(kernels, "scalar"), fewest = argc > 3 ? atoi(argv[3]) : 0, most = argc > 4 ? atoi(argv[4]) : MOST, id, i, what;
+  if (scalar) kernels = moe_blis_kernels();
   for (id = 0; strcmp(bli_arch_string(id), kernels) != 0 && strcmp(bli_arch_string(id), "generic") != 0; ++id) continue; /* the last one */
   snprintf(number, sizeof number, "%d", id);
   if (strcmp(bli_arch_string(id), kernels) != 0 || setenv("BLIS_ARCH_TYPE", number, 1) != 0) return fprintf(stderr, "bench_blis: this BLIS has no kernels called %s\n", kernels), 1;
   if (strcmp(moe_blis_kernels(), kernels) != 0) return fprintf(stderr, "bench_blis: BLIS chose %s, not %s\n", moe_blis_kernels(), kernels), 1;
-  if (moe_env_init(&own, strcmp(kernels, "skx") ? MOE_ISA_AVX2 : MOE_ISA_AVX512) != MOE_OK) return printf("%s: this machine cannot run the kernels of moe.h beside it\n", kernels), 0;
+  if (moe_env_init(&own, scalar ? MOE_ISA_SCALAR : strcmp(kernels, "skx") ? MOE_ISA_AVX2 : MOE_ISA_AVX512) != MOE_OK) return printf("%s: this machine cannot run the kernels of moe.h beside it\n", kernels), 0;
   choice = own.backend; /* what moe.h takes these kernels for, NULL: nothing */
   own.backend = NULL;
   blis = own;
