@@ -1,8 +1,10 @@
-/* bench.h - what the C programs of bench/ share: the clock, percentiles, and the protocol of bench/run.py.
-   Served programs print one JSON line when they are ready; then each line on standard input is a number of seconds, a word that says what to
-   measure, and the number of threads: "SECONDS [WORD [THREADS]]". The program repeats its call at least once and for that long, and answers
-   with one line "median_seconds minimum calls [operations bytes tokens]", of which bench_step knows the last three. At the end of the input
-   they print {"peak_mb": ...}. So run.py can let programs take turns without starting them again. */
+/* bench.h - what the C programs of bench/ share: the clock, percentiles, and the protocol of
+   bench/run.py. Served programs print one JSON line when they are ready; then each line on standard
+   input is a number of seconds, a word that says what to measure, and the number of threads:
+   "SECONDS [WORD [THREADS]]". The program repeats its call at least once and for that long, and
+   answers with one line "median_seconds minimum calls [operations bytes tokens]", of which
+   bench_step knows the last three. At the end of the input they print {"peak_mb": ...}. So run.py
+   can let programs take turns without starting them again. */
 #ifndef BENCH_H_INCLUDED
 #define BENCH_H_INCLUDED
 #if !defined(_WIN32)
@@ -59,7 +61,8 @@ static inline const cpu_set_t *bench_cores(void) {
 }
 #endif
 
-/* Lets the calling thread use all cores again, before it starts others: they inherit what it may use. */
+/* Lets the calling thread use all cores again, before it starts others: they inherit what it may
+   use. */
 static inline void bench_unpin(void) {
 #if defined(__linux__)
   (void)sched_setaffinity(0, sizeof(cpu_set_t), bench_cores());
@@ -83,8 +86,9 @@ static inline void bench_pin_self(int index) {
 #endif
 }
 
-/* Gives each thread of this process a core of its own, as OMP_PROC_BIND does for the peers: on a machine that is not quite idle the system
-   may put two that wake each other on one core. Does nothing where there are more threads than cores. */
+/* Gives each thread of this process a core of its own, as OMP_PROC_BIND does for the peers: on a
+   machine that is not quite idle the system may put two that wake each other on one core. Does
+   nothing where there are more threads than cores. */
 static inline void bench_pin(int threads) {
 #if defined(__linux__)
   cpu_set_t allowed = *bench_cores(), one;
@@ -107,7 +111,8 @@ static inline void bench_pin(int threads) {
 #endif
 }
 
-/* Another number of threads for env: a pool, with a core for each thread; no more than there are cores. Returns 1 where the system refuses. */
+/* Another number of threads for env: a pool, with a core for each thread; no more than there are
+   cores. Returns 1 where the system refuses. */
 static inline int bench_threads(moe_pool **pool, int threads, moe_env *env) {
   moe_pool_free(*pool);
   *pool = NULL;
@@ -117,8 +122,10 @@ static inline int bench_threads(moe_pool **pool, int threads, moe_env *env) {
   return 0;
 }
 
-/* Calls once(arg) for at least `seconds`; median and minimum of the calls. Returns their number, 0 where once fails. */
-static inline int bench_repeat(double *median, double *minimum, double seconds, int (*once)(void *arg), void *arg) {
+/* Calls once(arg) for at least `seconds`; median and minimum of the calls. Returns their number, 0
+   where once fails. */
+static inline int bench_repeat(double *median, double *minimum, double seconds,
+                               int (*once)(void *arg), void *arg) {
   static double times[BENCH_CALLS];
   double begin = bench_now(), last = begin;
   int n = 0;
@@ -138,9 +145,12 @@ static inline int bench_repeat(double *median, double *minimum, double seconds, 
 /* What answers the lines of standard input. */
 typedef struct bench_server {
   void *arg;
-  int (*once)(void *arg);                                     /* the call that is measured; not 0: failed */
-  int (*choose)(void *arg, const char *word, int threads);    /* makes ready for another word or number of threads, first call and all */
-  void (*count)(void *arg, double *operations, double *bytes, int *tokens); /* of a call; NULL: not told */
+  int (*once)(void *arg); /* the call that is measured; not 0: failed */
+  int (*choose)(
+      void *arg, const char *word,
+      int threads); /* makes ready for another word or number of threads, first call and all */
+  void (*count)(void *arg, double *operations, double *bytes,
+                int *tokens); /* of a call; NULL: not told */
 } bench_server;
 
 /* Returns the exit status. */
@@ -152,7 +162,8 @@ static inline int bench_serve(const bench_server *server) {
     double seconds = 0, median = 0, minimum = 0;
     int n = sscanf(line, "%lf %63s %d", &seconds, word, &threads);
     if (n >= 2 && (strcmp(word, last) != 0 || threads != before)) {
-      if (server->choose(server->arg, word, threads) != 0) return fprintf(stderr, "cannot measure %s\n", word), 1;
+      if (server->choose(server->arg, word, threads) != 0)
+        return fprintf(stderr, "cannot measure %s\n", word), 1;
       strcpy(last, word);
       before = threads;
     }

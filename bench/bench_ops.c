@@ -1,13 +1,15 @@
 /* bench_ops.c - single ops of moe.h, and the limits of the machine that they are held against.
      cc -O2 -o bench_ops bench/bench_ops.c -lm -pthread
      ./bench_ops                     serves (bench.h): the word is NAME or NAME:n:k:m
-     ./bench_ops --probe 1,2         one JSON line: peak GFLOP/s of fused multiply-adds, and GB/s of reading an array of the size of MiniLM's
-                                     weights and of copying one of the size of a hidden layer, with so many threads at once
-     ./bench_ops --now               answers each line, a number of threads, with the peak in GFLOP/s of this moment, and the GB/s at which the
-                                     slowest thread reads its first-level cache, in about a millisecond
-     ./bench_ops --units             one JSON line: which instruction sets and units this processor has, 1 or 0
-   Names with sizes: packed (weights packed), plain, dx, dw, each y (m,n) = x (m,k) W^T and its gradients. Names without: the layers of MiniLM
-   for 32 sequences of 128 tokens. */
+     ./bench_ops --probe 1,2         one JSON line: peak GFLOP/s of fused multiply-adds, and GB/s of
+   reading an array of the size of MiniLM's weights and of copying one of the size of a hidden
+   layer, with so many threads at once
+     ./bench_ops --now               answers each line, a number of threads, with the peak in
+   GFLOP/s of this moment, and the GB/s at which the slowest thread reads its first-level cache, in
+   about a millisecond
+     ./bench_ops --units             one JSON line: which instruction sets and units this processor
+   has, 1 or 0 Names with sizes: packed (weights packed), plain, dx, dw, each y (m,n) = x (m,k) W^T
+   and its gradients. Names without: the layers of MiniLM for 32 sequences of 128 tokens. */
 #include "bench.h"
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -16,12 +18,31 @@
 enum { S = 32, LENGTH = 128, M = S * LENGTH, H = 384, F = 1536, A = 12, N = 4, V = 30522 };
 
 typedef enum op {
-  OP_PACKED, OP_PLAIN, OP_DX, OP_DW, OP_GELU, OP_GELU_BACK, OP_NORM, OP_NORM_BACK, OP_DROPOUT, OP_EMBED, OP_EMBED_BACK, OP_ATTENTION,
-  OP_ATTENTION_BACK, OP_ROUTE, OP_ROUTE_BACK, OP_EXPERTS, OP_EXPERTS_BACK, OP_ADAM, OP_PACK, OPS
+  OP_PACKED,
+  OP_PLAIN,
+  OP_DX,
+  OP_DW,
+  OP_GELU,
+  OP_GELU_BACK,
+  OP_NORM,
+  OP_NORM_BACK,
+  OP_DROPOUT,
+  OP_EMBED,
+  OP_EMBED_BACK,
+  OP_ATTENTION,
+  OP_ATTENTION_BACK,
+  OP_ROUTE,
+  OP_ROUTE_BACK,
+  OP_EXPERTS,
+  OP_EXPERTS_BACK,
+  OP_ADAM,
+  OP_PACK,
+  OPS
 } op;
 static const char *const op_name[OPS] = {
-  "packed", "plain", "dx", "dw", "gelu", "gelu_back", "norm", "norm_back", "dropout", "embed", "embed_back", "attention",
-  "attention_back", "route", "route_back", "experts", "experts_back", "adam", "pack"};
+    "packed",     "plain",   "dx",           "dw",         "gelu",      "gelu_back",      "norm",
+    "norm_back",  "dropout", "embed",        "embed_back", "attention", "attention_back", "route",
+    "route_back", "experts", "experts_back", "adam",       "pack"};
 
 typedef struct work {
   moe_env env;
@@ -126,7 +147,8 @@ static float probe_read_plain(const float *x, size_t n) {
 typedef enum probe_kind { PROBE_PEAK, PROBE_READ, PROBE_COPY, PROBE_CACHE } probe_kind;
 typedef struct probe {
   probe_kind kind;
-  int threads, arrived; /* all begin together: a thread that has to be woken first would leave its part to the others */
+  int threads, arrived; /* all begin together: a thread that has to be woken first would leave its
+                           part to the others */
   float (*run)(int64_t rounds, const float *x);
   float (*read)(const float *x, size_t n);
   float *x, *y;
@@ -138,7 +160,7 @@ typedef struct probe_thread {
   float sink;
 } probe_thread;
 enum { PROBE_ROUNDS = 100000, PROBE_CACHED = 4096, PROBE_CACHE_ROUNDS = 2000, PROBE_THREADS = 64 };
-static const size_t probe_floats[] = {0, (size_t)6 * (4 * H * H + 2 * H * F), (size_t)M * F, 0};
+static const size_t probe_floats[] = {0, (size_t)6 * (4 * H * H + 2 * H * F), (size_t)M *F, 0};
 
 static void *probe_thread_main(void *arg) {
   probe_thread *t = (probe_thread *)arg;
@@ -148,13 +170,17 @@ static void *probe_thread_main(void *arg) {
   int i;
   bench_pin_self(t->index);
   __atomic_add_fetch(&p->arrived, 1, __ATOMIC_SEQ_CST);
-  while (__atomic_load_n(&p->arrived, __ATOMIC_SEQ_CST) < p->threads) {}
+  while (__atomic_load_n(&p->arrived, __ATOMIC_SEQ_CST) < p->threads) {
+  }
   begin = bench_now();
-  if (p->kind == PROBE_PEAK) t->sink = p->run(PROBE_ROUNDS, p->x);
-  else if (p->kind == PROBE_READ) t->sink = p->read(p->x + at, n);
+  if (p->kind == PROBE_PEAK)
+    t->sink = p->run(PROBE_ROUNDS, p->x);
+  else if (p->kind == PROBE_READ)
+    t->sink = p->read(p->x + at, n);
   else if (p->kind == PROBE_CACHE)
     for (i = 0; i < PROBE_CACHE_ROUNDS; ++i) t->sink += p->read(p->x, PROBE_CACHED);
-  else memcpy(p->y + at, p->x + at, n * sizeof *p->x);
+  else
+    memcpy(p->y + at, p->x + at, n * sizeof *p->x);
   t->seconds = bench_now() - begin;
   return NULL;
 }
@@ -203,19 +229,24 @@ static double probe_peak(probe *p, int lanes, int runs) {
   return 24e-9 * lanes * PROBE_ROUNDS * p->threads / probe_seconds(p, runs);
 }
 
-/* One JSON line: {"isa": ..., "1": {"peak_gflops": ..., "read_gbytes": ..., "copy_gbytes": ...}, "2": ...} */
+/* One JSON line: {"isa": ..., "1": {"peak_gflops": ..., "read_gbytes": ..., "copy_gbytes": ...},
+   "2": ...} */
 static int limits(const char *counts, const moe_env *env) {
   enum { RUNS = 60 };
   probe p;
   int lanes = probe_init(&p, env), used;
   p.y = floats(probe_floats[PROBE_COPY], 0.01f);
   printf("{\"isa\": \"%s\"", moe_isa_name(env->isa));
-  for (; sscanf(counts, "%d%n", &p.threads, &used) == 1 && p.threads >= 1 && p.threads <= PROBE_THREADS; counts += used + (counts[used] == ',')) {
+  for (; sscanf(counts, "%d%n", &p.threads, &used) == 1 && p.threads >= 1 &&
+         p.threads <= PROBE_THREADS;
+       counts += used + (counts[used] == ',')) {
     printf(", \"%d\": {\"peak_gflops\": %.2f", p.threads, probe_peak(&p, lanes, RUNS));
     p.kind = PROBE_READ;
-    printf(", \"read_gbytes\": %.2f", 4e-9 * (double)probe_floats[PROBE_READ] / probe_seconds(&p, RUNS));
+    printf(", \"read_gbytes\": %.2f",
+           4e-9 * (double)probe_floats[PROBE_READ] / probe_seconds(&p, RUNS));
     p.kind = PROBE_COPY;
-    printf(", \"copy_gbytes\": %.2f}", 8e-9 * (double)probe_floats[PROBE_COPY] / probe_seconds(&p, RUNS));
+    printf(", \"copy_gbytes\": %.2f}",
+           8e-9 * (double)probe_floats[PROBE_COPY] / probe_seconds(&p, RUNS));
   }
   return printf("}\n") < 0;
 }
@@ -242,7 +273,8 @@ static void prepare(work *w) {
   int i;
   w->a = floats(most, 1.0f), w->b = floats(most, 1.0f), w->c = floats(most, 1.0f);
   w->d = floats(most, 0.02f), w->e = floats(most, 1.0f), w->f = floats(most, 1.0f);
-  w->scratch = floats(moe_experts_scratch(M, 1, H, F, 1) + moe_attention_scratch(LENGTH, H, A, 1, &w->env), 1.0f);
+  w->scratch = floats(
+      moe_experts_scratch(M, 1, H, F, 1) + moe_attention_scratch(LENGTH, H, A, 1, &w->env), 1.0f);
   for (i = 0; i <= S; ++i) w->start[i] = i * LENGTH;
   for (i = 0; i < S; ++i) w->gate_of[i] = i % 8;
   for (i = 0; i < M; ++i) w->ids[i] = (int32_t)(moe_key(5, (uint64_t)i, 0, 0, 0) % V);
@@ -287,14 +319,21 @@ static void expert_layer(work *w) {
   ex.b_in = (const float *const *)w->bias;
   ex.b_out = (const float *const *)(w->bias + N);
   switch (w->what) {
-    case OP_ROUTE: moe_route_forward(&w->routes, w->e, NULL, w->a, w->d, w->gate_of, w->start, S, H, &ro, &w->env); break;
-    case OP_ROUTE_BACK:
-      moe_route_backward(w->b, w->c, w->e + (size_t)M * N, w->f, 0.0f, &w->routes, w->e, w->a, w->d, w->gate_of, w->start, S, H, &ro, &w->env);
+    case OP_ROUTE:
+      moe_route_forward(&w->routes, w->e, NULL, w->a, w->d, w->gate_of, w->start, S, H, &ro,
+                        &w->env);
       break;
-    case OP_EXPERTS: moe_experts_forward(w->b, w->c, w->e, w->a, &w->routes, &ex, w->scratch, &w->env); break;
+    case OP_ROUTE_BACK:
+      moe_route_backward(w->b, w->c, w->e + (size_t)M * N, w->f, 0.0f, &w->routes, w->e, w->a, w->d,
+                         w->gate_of, w->start, S, H, &ro, &w->env);
+      break;
+    case OP_EXPERTS:
+      moe_experts_forward(w->b, w->c, w->e, w->a, &w->routes, &ex, w->scratch, &w->env);
+      break;
     default:
-      moe_experts_backward(w->b, w->routes.prob, w->grads, w->dbias, w->grads + N, w->dbias + N, w->f, w->a, w->c, w->e, &w->routes,
-                           (const float *const *)w->rows, (const float *const *)(w->rows + N), H, F, w->scratch, &w->env);
+      moe_experts_backward(w->b, w->routes.prob, w->grads, w->dbias, w->grads + N, w->dbias + N,
+                           w->f, w->a, w->c, w->e, &w->routes, (const float *const *)w->rows,
+                           (const float *const *)(w->rows + N), H, F, w->scratch, &w->env);
       break;
   }
 }
@@ -303,20 +342,37 @@ static int once(void *arg) {
   work *w = (work *)arg;
   const size_t wide = (size_t)M * F, narrow = (size_t)M * H;
   switch (w->what) {
-    case OP_PACKED: case OP_PLAIN: case OP_DX: case OP_DW: product(w); break;
+    case OP_PACKED:
+    case OP_PLAIN:
+    case OP_DX:
+    case OP_DW: product(w); break;
     case OP_GELU: moe_gelu_forward(w->b, w->a, wide, &w->env); break;
     case OP_GELU_BACK: moe_gelu_backward(w->b, w->c, w->a, wide, &w->env); break;
-    case OP_NORM: moe_norm_forward(w->b, w->e, w->e + M, w->a, w->bias[0], w->bias[1], 1e-12f, M, H, &w->env); break;
-    case OP_NORM_BACK: moe_norm_backward(w->b, w->dbias[0], w->dbias[1], w->c, w->a, w->e, w->e + M, w->bias[0], M, H, &w->env); break;
+    case OP_NORM:
+      moe_layernorm_forward(w->b, w->e, w->e + M, w->a, w->bias[0], w->bias[1], 1e-12f, M, H,
+                            &w->env);
+      break;
+    case OP_NORM_BACK:
+      moe_layernorm_backward(w->b, w->dbias[0], w->dbias[1], w->c, w->a, w->e, w->e + M, w->bias[0],
+                             M, H, &w->env);
+      break;
     case OP_DROPOUT: moe_dropout(w->b, w->a, narrow, 0.1f, 7, &w->env); break;
-    case OP_EMBED: moe_embed_forward(w->b, w->ids, NULL, w->start, S, w->f, w->d, NULL, H, &w->env); break;
-    case OP_EMBED_BACK: moe_embed_backward(w->f, w->d, NULL, w->a, w->ids, NULL, w->start, S, H, &w->env); break;
-    case OP_ATTENTION: moe_attention_forward(w->b, w->e, w->a, w->start, S, H, A, 0.0f, NULL, w->scratch, &w->env); break;
+    case OP_EMBED:
+      moe_embed_forward(w->b, w->ids, NULL, w->start, S, w->f, w->d, NULL, H, &w->env);
+      break;
+    case OP_EMBED_BACK:
+      moe_embed_backward(w->f, w->d, NULL, w->a, w->ids, NULL, w->start, S, H, &w->env);
+      break;
+    case OP_ATTENTION:
+      moe_attention_forward(w->b, w->e, w->a, w->start, S, H, A, 0.0f, NULL, w->scratch, &w->env);
+      break;
     case OP_ATTENTION_BACK:
-      moe_attention_backward(w->f, w->c, w->b, w->e, w->a, w->start, S, H, A, 0.0f, NULL, w->scratch, &w->env);
+      moe_attention_backward(w->f, w->c, w->b, w->e, w->a, w->start, S, H, A, 0.0f, NULL,
+                             w->scratch, &w->env);
       break;
     case OP_ADAM:
-      moe_adam_step(w->a, w->b, w->c, w->d, (size_t)10000000, ++w->step, 1e-5f, 0.0f, 1.0f, 0.9f, 0.999f, 1e-8f, &w->env);
+      moe_adam_step(w->a, w->b, w->c, w->d, (size_t)10000000, ++w->step, 1e-5f, 0.0f, 1.0f, 0.9f,
+                    0.999f, 1e-8f, &w->env);
       break;
     case OP_PACK: moe_pack(w->panels[0], w->rows[0], F, H, &w->env); break;
     default: expert_layer(w); break;
@@ -333,8 +389,10 @@ static int choose(void *arg, const char *word, int threads) {
   op what = OP_PACKED;
   if (bench_threads(&w->pool, threads, &w->env)) return 1;
   while (what < OPS && strcmp(name, op_name[what]) != 0) what = (op)(what + 1);
-  if (what == OPS || (what <= OP_DW && (got != 4 || w->n > 3072 || w->k > 3072 || w->m > M))) return 1;
-  if (what <= OP_DW) n = (size_t)w->n * (size_t)(w->k > w->m ? w->k : w->m); /* no more than is read */
+  if (what == OPS || (what <= OP_DW && (got != 4 || w->n > 3072 || w->k > 3072 || w->m > M)))
+    return 1;
+  if (what <= OP_DW)
+    n = (size_t)w->n * (size_t)(w->k > w->m ? w->k : w->m); /* no more than is read */
   for (i = 0; i < n; ++i) { /* gradients have grown, moments shall not be negative */
     w->c[i] = (float)(i % 17) * 0.06f - 0.5f;
     w->d[i] = what == OP_ADAM ? 1e-4f : (float)(i % 13) * 0.003f - 0.018f;
@@ -352,16 +410,21 @@ static int choose(void *arg, const char *word, int threads) {
 
 /* What moe.h has kernels for, as its own detection finds it on this machine. */
 static int units(void) {
-  static const struct { const char *name; uint32_t bit; } unit[] = {
-    {"NEON dot product", MOE_FEATURE_NEON_DOT}, {"AVX-VNNI", MOE_FEATURE_AVX_VNNI}, {"AVX512-VNNI", MOE_FEATURE_AVX512_VNNI},
-    {"AVX512-BF16", MOE_FEATURE_AVX512_BF16}, {"AMX-BF16", MOE_FEATURE_AMX_BF16}, {"AMX-INT8", MOE_FEATURE_AMX_INT8}};
+  static const struct {
+    const char *name;
+    uint32_t bit;
+  } unit[] = {{"NEON dot product", MOE_CPU_NEON_DOT}, {"AVX-VNNI", MOE_CPU_AVX_VNNI},
+              {"AVX512-VNNI", MOE_CPU_AVX512_VNNI},   {"AVX512-BF16", MOE_CPU_AVX512_BF16},
+              {"AMX-BF16", MOE_CPU_AMX_BF16},         {"AMX-INT8", MOE_CPU_AMX_INT8}};
   moe_env env;
   size_t i;
   moe_env_init(&env, MOE_ISA_AUTO);
   (void)moe_env_use_amx(&env);
-  printf("{\"scalar\": 1, \"AVX2 + FMA\": %d, \"AVX-512\": %d, \"NEON\": %d", moe_isa_available(MOE_ISA_AVX2), moe_isa_available(MOE_ISA_AVX512),
+  printf("{\"scalar\": 1, \"AVX2 + FMA\": %d, \"AVX-512\": %d, \"NEON\": %d",
+         moe_isa_available(MOE_ISA_AVX2), moe_isa_available(MOE_ISA_AVX512),
          moe_isa_available(MOE_ISA_NEON));
-  for (i = 0; i < sizeof unit / sizeof unit[0]; ++i) printf(", \"%s\": %d", unit[i].name, (env.features & unit[i].bit) != 0);
+  for (i = 0; i < sizeof unit / sizeof unit[0]; ++i)
+    printf(", \"%s\": %d", unit[i].name, (env.cpu_flags & unit[i].bit) != 0);
   return printf("}\n") < 0;
 }
 

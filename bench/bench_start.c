@@ -1,7 +1,9 @@
-/* bench_start.c - a cold process: maps a model file, answers for one sequence of 16 tokens, and ends.
+/* bench_start.c - a cold process: maps a model file, answers for one sequence of 16 tokens, and
+   ends.
      cc -O2 -o bench_start bench/bench_start.c -lm -pthread
      ./bench_start --write dense|tag FILE     a model of MiniLM's size with random weights
-     ./bench_start FILE                       the answer; run.py times the process and reads its peak memory */
+     ./bench_start FILE                       the answer; run.py times the process and reads its
+   peak memory */
 #include "bench.h"
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -9,7 +11,10 @@
 #include <unistd.h>
 
 enum { TASKS = 8, TOKENS = 16 };
-#define NEED(call) do { if ((call) != MOE_OK) return 1; } while (0)
+#define NEED(call)                                                                                 \
+  do {                                                                                             \
+    if ((call) != MOE_OK) return 1;                                                                \
+  } while (0)
 
 static int write_model(const char *system, const char *path, const moe_env *env) {
   moe_task tasks[TASKS];
@@ -43,7 +48,8 @@ static int answer(const char *path, const moe_env *env) {
   moe_limits limits;
   moe_batch b;
   int fd = open(path, O_RDONLY);
-  if (fd < 0 || fstat(fd, &size) != 0) return fprintf(stderr, "bench_start: cannot open %s\n", path), 1;
+  if (fd < 0 || fstat(fd, &size) != 0)
+    return fprintf(stderr, "bench_start: cannot open %s\n", path), 1;
   file = mmap(NULL, (size_t)size.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
   if (file == MAP_FAILED) return fprintf(stderr, "bench_start: cannot map %s\n", path), 1;
   NEED(moe_model_open_size(file, (size_t)size.st_size, &bytes, env));
@@ -73,6 +79,7 @@ int main(int argc, char **argv) {
   env.log = bench_log;
   env.log_user = argv[0];
   if (argc == 4 && !strcmp(argv[1], "--write")) return write_model(argv[2], argv[3], &env);
-  if (argc != 2) return fprintf(stderr, "usage: %s FILE, or %s --write dense|tag FILE\n", argv[0], argv[0]), 1;
+  if (argc != 2)
+    return fprintf(stderr, "usage: %s FILE, or %s --write dense|tag FILE\n", argv[0], argv[0]), 1;
   return answer(argv[1], &env);
 }

@@ -1,11 +1,16 @@
-/* bench_step.c - a training step or inference of MiniLM's size (6 x 384, 12 heads, ffn 1536): seconds, tokens per second, peak memory.
+/* bench_step.c - a training step or inference of MiniLM's size (6 x 384, 12 heads, ffn 1536):
+   seconds, tokens per second, peak memory.
      cc -O2 -o bench_step bench/bench_step.c -lm -pthread
-     ./bench_step train|infer [--system dense|switch|tag] [--batch 32] [--length 128] [--real] [--threads 1] [--isa auto]
-                  [--precision fp32|bf16] [--experts 4] [--top-k 1] [--tasks 8] [--seconds 5] [--serve] [--no-update] [--layers 6 --hidden 384 --ffn 1536 --heads 12]
-   --precision int8: inference with a quantised model. One JSON line on standard output; --no-update: forward and backward only. --real:
-   sequence i has 8 + (length - 8) u^2 tokens, as in bench/pytorch_step.py. --serve: see bench.h; the word is BATCHxLENGTH or
-   MODE:BATCHxLENGTH, MODE infer, train or pass (as --no-update). The answer tells what the call cannot do without: the operations of its
-   products and of attention, and the bytes of the weights that it multiplies with, each once. */
+     ./bench_step train|infer [--system dense|switch|tag] [--batch 32] [--length 128] [--real]
+     [--threads 1] [--isa auto]
+                  [--precision fp32|bf16] [--experts 4] [--top-k 1] [--tasks 8] [--seconds 5]
+                  [--serve] [--no-update] [--layers 6 --hidden 384 --ffn 1536 --heads 12]
+   --precision int8: inference with a quantised model. One JSON line on standard output;
+   --no-update: forward and backward only. --real: sequence i has 8 + (length - 8) u^2 tokens, as in
+   bench/pytorch_step.py. --serve: see bench.h; the word is BATCHxLENGTH or MODE:BATCHxLENGTH, MODE
+   infer, train or pass (as --no-update). The answer tells what the call cannot do without: the
+   operations of its products and of attention, and the bytes of the weights that it multiplies
+   with, each once. */
 #include "bench.h"
 
 typedef struct options {
@@ -28,7 +33,10 @@ typedef struct job {
   options o;
 } job;
 
-#define NEED(call) do { if ((call) != MOE_OK) return 1; } while (0)
+#define NEED(call)                                                                                 \
+  do {                                                                                             \
+    if ((call) != MOE_OK) return 1;                                                                \
+  } while (0)
 
 static int parse(options *o, int argc, char **argv) {
   int i;
@@ -45,35 +53,65 @@ static int parse(options *o, int argc, char **argv) {
   for (i = 1; i < argc; ++i) {
     const char *name = argv[i], *v = i + 1 < argc ? argv[i + 1] : "0";
     if (!strcmp(name, "train")) continue;
-    if (!strcmp(name, "infer")) { o->training = 0; continue; }
-    if (!strcmp(name, "--real")) { o->real = 1; continue; }
-    if (!strcmp(name, "--serve")) { o->serve = 1; continue; }
-    if (!strcmp(name, "--no-update")) { o->no_update = 1; continue; }
+    if (!strcmp(name, "infer")) {
+      o->training = 0;
+      continue;
+    }
+    if (!strcmp(name, "--real")) {
+      o->real = 1;
+      continue;
+    }
+    if (!strcmp(name, "--serve")) {
+      o->serve = 1;
+      continue;
+    }
+    if (!strcmp(name, "--no-update")) {
+      o->no_update = 1;
+      continue;
+    }
     ++i;
-    if (!strcmp(name, "--system")) o->system = v;
-    else if (!strcmp(name, "--isa")) o->isa = v;
-    else if (!strcmp(name, "--precision")) o->precision = v;
-    else if (!strcmp(name, "--batch")) o->batch = atoi(v);
-    else if (!strcmp(name, "--length")) o->length = atoi(v);
-    else if (!strcmp(name, "--threads")) o->threads = atoi(v);
-    else if (!strcmp(name, "--experts")) o->config.experts = atoi(v);
-    else if (!strcmp(name, "--top-k")) o->config.top_k = atoi(v);
-    else if (!strcmp(name, "--tasks")) o->tasks = atoi(v);
-    else if (!strcmp(name, "--seconds")) o->seconds = atof(v);
-    else if (!strcmp(name, "--layers")) o->config.layers = atoi(v);
-    else if (!strcmp(name, "--hidden")) o->config.hidden = atoi(v);
-    else if (!strcmp(name, "--ffn")) o->config.ffn = atoi(v);
-    else if (!strcmp(name, "--heads")) o->config.heads = atoi(v);
-    else return fprintf(stderr, "bench_step: unknown option %s\n", name), 1;
+    if (!strcmp(name, "--system"))
+      o->system = v;
+    else if (!strcmp(name, "--isa"))
+      o->isa = v;
+    else if (!strcmp(name, "--precision"))
+      o->precision = v;
+    else if (!strcmp(name, "--batch"))
+      o->batch = atoi(v);
+    else if (!strcmp(name, "--length"))
+      o->length = atoi(v);
+    else if (!strcmp(name, "--threads"))
+      o->threads = atoi(v);
+    else if (!strcmp(name, "--experts"))
+      o->config.experts = atoi(v);
+    else if (!strcmp(name, "--top-k"))
+      o->config.top_k = atoi(v);
+    else if (!strcmp(name, "--tasks"))
+      o->tasks = atoi(v);
+    else if (!strcmp(name, "--seconds"))
+      o->seconds = atof(v);
+    else if (!strcmp(name, "--layers"))
+      o->config.layers = atoi(v);
+    else if (!strcmp(name, "--hidden"))
+      o->config.hidden = atoi(v);
+    else if (!strcmp(name, "--ffn"))
+      o->config.ffn = atoi(v);
+    else if (!strcmp(name, "--heads"))
+      o->config.heads = atoi(v);
+    else
+      return fprintf(stderr, "bench_step: unknown option %s\n", name), 1;
   }
-  if (o->batch < 1 || o->length < 1 || o->tasks < 1) return fprintf(stderr, "bench_step: --batch, --length and --tasks are 1 or more\n"), 1;
-  o->config.router = !strcmp(o->system, "dense") ? MOE_ROUTER_DENSE : !strcmp(o->system, "switch") ? MOE_ROUTER_SHARED : MOE_ROUTER_TASK;
+  if (o->batch < 1 || o->length < 1 || o->tasks < 1)
+    return fprintf(stderr, "bench_step: --batch, --length and --tasks are 1 or more\n"), 1;
+  o->config.router = !strcmp(o->system, "dense")    ? MOE_ROUTER_DENSE
+                     : !strcmp(o->system, "switch") ? MOE_ROUTER_SHARED
+                                                    : MOE_ROUTER_TASK;
   if (o->config.router == MOE_ROUTER_DENSE) o->config.experts = o->config.top_k = 1;
   return 0;
 }
 
-/* The batch: sequences of `length` tokens, or of the lengths of bench/pytorch_step.py; tasks in turn. Returns the number of tokens, 0 where
-   memory is short. */
+/* The batch: sequences of `length` tokens, or of the lengths of bench/pytorch_step.py; tasks in
+   turn. Returns the number of tokens, 0 where memory is short. */
 static int32_t make_batch(moe_batch *b, const options *o) {
   size_t most = (size_t)o->batch * (size_t)(o->length < 8 ? 8 : o->length);
   int32_t *ids = (int32_t *)calloc(most, sizeof *ids);
@@ -88,7 +126,8 @@ static int32_t make_batch(moe_batch *b, const options *o) {
     double x = ((double)u[i] + 1) / 2;
     n = o->real ? 8 + (int)((o->length - 8) * x * x) : o->length;
     for (j = 0; j < n; ++j) {
-      ids[start[i] + j] = (int32_t)(moe_key(5, (uint64_t)i, (uint64_t)j, 0, 0) % (uint64_t)o->config.vocab);
+      ids[start[i] + j] =
+          (int32_t)(moe_key(5, (uint64_t)i, (uint64_t)j, 0, 0) % (uint64_t)o->config.vocab);
     }
     start[i + 1] = start[i] + n;
     task[i] = i % o->tasks;
@@ -160,17 +199,20 @@ static int setup(job *w) {
 static int once(void *arg) {
   job *w = (job *)arg;
   if (w->trainer == NULL) return moe_forward(w->context, w->scores, &w->batch, &w->env) != MOE_OK;
-  NEED(moe_accumulate(w->trainer, &w->batch, 0, NULL, NULL, &w->env));
-  return !w->o.no_update && moe_update(w->trainer, NULL, &w->env) != MOE_OK;
+  NEED(moe_trainer_accumulate(w->trainer, &w->batch, 0, NULL, NULL, &w->env));
+  return !w->o.no_update && moe_trainer_step(w->trainer, NULL, &w->env) != MOE_OK;
 }
 
-/* Another mode, batch or number of threads for the same model; the first call touches the memory. */
+/* Another mode, batch or number of threads for the same model; the first call touches the memory.
+ */
 static int choose(void *arg, const char *word, int threads) {
   job *w = (job *)arg;
   options *o = &w->o;
   char mode[8];
   const char *shape = strchr(word, ':');
-  if (sscanf(shape ? shape + 1 : word, "%dx%d", &o->batch, &o->length) != 2 || o->batch < 1 || o->length < 1) return 1;
+  if (sscanf(shape ? shape + 1 : word, "%dx%d", &o->batch, &o->length) != 2 || o->batch < 1 ||
+      o->length < 1)
+    return 1;
   if (shape) {
     if (sscanf(word, "%7[a-z]:", mode) != 1) return 1;
     o->training = strcmp(mode, "infer") != 0;
@@ -181,13 +223,16 @@ static int choose(void *arg, const char *word, int threads) {
   return bench_threads(&w->pool, threads, &w->env) || setup(w) || once(w);
 }
 
-/* Operations: two for each multiplication and addition of the products with weights and of attention; backward has two products for each
-   one of forward. Bytes: the weights of those products once, of the experts that have tokens. */
+/* Operations: two for each multiplication and addition of the products with weights and of
+   attention; backward has two products for each one of forward. Bytes: the weights of those
+   products once, of the experts that have tokens. */
 static void count(void *arg, double *operations, double *bytes, int *tokens) {
   const job *w = (const job *)arg;
   const moe_config *c = &w->o.config;
   const double H = c->hidden, F = c->ffn, M = w->tokens, S = w->batch.S;
-  const double byte = !strcmp(w->o.precision, "int8") ? 1 : w->env.precision == MOE_TYPE_BF16 ? 2 : 4;
+  const double byte = !strcmp(w->o.precision, "int8")     ? 1
+                      : w->env.precision == MOE_TYPE_BF16 ? 2
+                                                          : 4;
   double squares = 0, layer, experts = w->context ? 0 : (double)c->layers * c->top_k;
   int32_t i, l;
   for (i = 0; i < w->batch.S; ++i) {
@@ -213,27 +258,36 @@ int main(int argc, char **argv) {
   double begin = bench_now(), ready, median, minimum;
   int calls = 0, status = 0;
   if (parse(o, argc, argv)) return 1;
-  if (moe_env_init(&w.env, moe_isa_from_name(o->isa)) != MOE_OK) return fprintf(stderr, "bench_step: no %s here\n", o->isa), 1;
+  if (moe_env_init(&w.env, moe_isa_from_name(o->isa)) != MOE_OK)
+    return fprintf(stderr, "bench_step: no %s here\n", o->isa), 1;
   w.env.log = bench_log;
   w.env.log_user = argv[0];
   if (!strcmp(o->precision, "bf16") && moe_env_set_precision(&w.env, MOE_TYPE_BF16)) return 1;
   if (!strcmp(o->precision, "int8")) (void)moe_env_use_amx(&w.env);
-  if (bench_threads(&w.pool, moe_processors(), &w.env) || make_model(&w)) return 1; /* nothing is measured yet */
+  if (bench_threads(&w.pool, moe_processors(), &w.env) || make_model(&w))
+    return 1; /* nothing is measured yet */
   if (bench_threads(&w.pool, o->threads, &w.env) || setup(&w)) return 1;
   ready = bench_now() - begin;
   if (!o->serve && once(&w)) return 1; /* the first call touches the memory */
-  printf("{\"program\": \"moe.h\", \"mode\": \"%s\", \"system\": \"%s\", \"batch\": %d, \"length\": %d, \"real\": %d, \"tokens\": %d, "
-         "\"threads\": %d, \"isa\": \"%s\", \"precision\": \"%s\", \"experts\": %d, \"tasks\": %d, \"setup_seconds\": %.3f",
-         o->training ? "train" : "infer", o->system, o->batch, o->length, o->real, (int)w.tokens, o->threads, moe_isa_name(w.env.isa),
-         w.env.precision == MOE_TYPE_F32 ? "fp32" : w.env.features & MOE_FEATURE_AMX_BF16 ? "bf16 on AMX" : "bf16", (int)o->config.experts, o->tasks, ready);
+  printf("{\"program\": \"moe.h\", \"mode\": \"%s\", \"system\": \"%s\", \"batch\": %d, "
+         "\"length\": %d, \"real\": %d, \"tokens\": %d, "
+         "\"threads\": %d, \"isa\": \"%s\", \"precision\": \"%s\", \"experts\": %d, \"tasks\": %d, "
+         "\"setup_seconds\": %.3f",
+         o->training ? "train" : "infer", o->system, o->batch, o->length, o->real, (int)w.tokens,
+         o->threads, moe_isa_name(w.env.isa),
+         w.env.precision == MOE_TYPE_F32      ? "fp32"
+         : w.env.cpu_flags & MOE_CPU_AMX_BF16 ? "bf16 on AMX"
+                                              : "bf16",
+         (int)o->config.experts, o->tasks, ready);
   if (o->serve) {
     printf("}\n");
     status = bench_serve(&server);
   } else {
     calls = bench_repeat(&median, &minimum, o->seconds, once, &w);
     if (calls == 0) return 1;
-    printf(", \"calls\": %d, \"seconds_median\": %.6f, \"seconds_min\": %.6f, \"tokens_per_second\": %.1f, \"peak_mb\": %.1f}\n", calls, median,
-           minimum, w.tokens / median, bench_peak_mb());
+    printf(", \"calls\": %d, \"seconds_median\": %.6f, \"seconds_min\": %.6f, "
+           "\"tokens_per_second\": %.1f, \"peak_mb\": %.1f}\n",
+           calls, median, minimum, w.tokens / median, bench_peak_mb());
   }
   moe_trainer_free(w.trainer);
   moe_context_free(w.context);

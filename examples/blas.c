@@ -1,8 +1,9 @@
 /* blas.c - the products of moe.h through a BLAS of your choice: ten lines connect it
-   cc -O2 -o blas examples/blas.c -lblis -lm -pthread && ./blas      (or -lopenblas, -lcblas: whatever has cblas.h and cblas_sgemm)
-   Multiplies the same matrices with the built-in kernels and with the library, and prints how far the results are apart and how long both
-   took. Let the library use one thread (BLIS_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1): env.parallel_for spreads the work. For BLIS itself
-   there is also MOE_USE_BLIS, see moe.h. */
+   cc -O2 -o blas examples/blas.c -lblis -lm -pthread && ./blas      (or -lopenblas, -lcblas:
+   whatever has cblas.h and cblas_sgemm) Multiplies the same matrices with the built-in kernels and
+   with the library, and prints how far the results are apart and how long both took. Let the
+   library use one thread (BLIS_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1): env.parallel_for spreads the
+   work. For BLIS itself there is also MOE_USE_BLIS, see moe.h. */
 #define _POSIX_C_SOURCE 200809L
 #include <cblas.h>
 #include <math.h>
@@ -12,11 +13,14 @@
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 
-static void blas_sgemm(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row,
-                       size_t b_col, int32_t accumulate, float *c, size_t c_row) {
+static void blas_sgemm(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row,
+                       size_t a_col, const float *b, size_t b_row, size_t b_col, int32_t accumulate,
+                       float *c, size_t c_row) {
   (void)user;
-  cblas_sgemm(CblasRowMajor, a_col == 1 ? CblasNoTrans : CblasTrans, b_col == 1 ? CblasNoTrans : CblasTrans, m, n, k, 1.0f, a,
-              (int)(a_col == 1 ? a_row : a_col), b, (int)(b_col == 1 ? b_row : b_col), accumulate ? 1.0f : 0.0f, c, (int)c_row);
+  cblas_sgemm(CblasRowMajor, a_col == 1 ? CblasNoTrans : CblasTrans,
+              b_col == 1 ? CblasNoTrans : CblasTrans, m, n, k, 1.0f, a,
+              (int)(a_col == 1 ? a_row : a_col), b, (int)(b_col == 1 ? b_row : b_col),
+              accumulate ? 1.0f : 0.0f, c, (int)c_row);
 }
 static const moe_backend blas = {MOE_BACKEND_ABI, "cblas", blas_sgemm, NULL, NULL};
 /* and then: env.backend = &blas; */

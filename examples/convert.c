@@ -1,11 +1,15 @@
 /* convert.c - look into a model file, and make a smaller one of it
    cc -O3 -o convert examples/convert.c -lm -pthread
    ./convert IN                 what is in a file: configuration, tasks, tensors, bytes
-   ./convert IN OUT --int8      a quarter of the bytes, for inference: matrices as integers of 8 bits
-   ./convert IN OUT --task T [--rows TSV [--drop-below SHARE]] [--score TSV]   one task alone; may go with --int8
-                                --rows train.tsv: without the experts of each layer that got none of its tokens, or fewer than SHARE
-                                --score dev.tsv: what that costs, the task's metrics before and after
-   ./predict takes the result as it takes any model. Options: --tensors lists every tensor, --threads N, --isa NAME. */
+   ./convert IN OUT --int8      a quarter of the bytes, for inference: matrices as integers of 8
+   bits
+   ./convert IN OUT --task T [--rows TSV [--drop-below SHARE]] [--score TSV]   one task alone; may
+   go with --int8
+                                --rows train.tsv: without the experts of each layer that got none of
+                                its tokens, or fewer than SHARE --score dev.tsv: what that costs,
+                                the task's metrics before and after
+   ./predict takes the result as it takes any model. Options: --tensors lists every tensor,
+   --threads N, --isa NAME. */
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -27,7 +31,8 @@ static void die(const char *format, ...) {
   exit(1);
 }
 
-static const char *about; /* the file whose bytes are being read, if any: sentences about it begin with its name */
+static const char *
+    about; /* the file whose bytes are being read, if any: sentences about it begin with its name */
 
 static void show(void *user, moe_status status, const char *sentence) {
   (void)user, (void)status;
@@ -60,28 +65,43 @@ static options parse(int argc, char **argv) {
   options o = {NULL, NULL, NULL, NULL, NULL, "auto", 0, 0, 0, 1, MOE_ISA_AUTO};
   int i;
   for (i = 1; i < argc; ++i) {
-    if (!strcmp(argv[i], "--int8")) o.int8 = 1;
-    else if (!strcmp(argv[i], "--task") && i + 1 < argc) o.task = argv[++i];
-    else if (!strcmp(argv[i], "--rows") && i + 1 < argc) o.rows = argv[++i];
-    else if (!strcmp(argv[i], "--score") && i + 1 < argc) o.score = argv[++i];
-    else if (!strcmp(argv[i], "--drop-below") && i + 1 < argc) o.drop = number("--drop-below", argv[++i], 0, 1);
-    else if (!strcmp(argv[i], "--tensors")) o.tensors = 1;
-    else if (!strcmp(argv[i], "--threads") && i + 1 < argc) o.threads = (int)number("--threads", argv[++i], 1, 256);
-    else if (!strcmp(argv[i], "--isa") && i + 1 < argc) o.isa = moe_isa_from_name(o.isa_name = argv[++i]);
-    else if (argv[i][0] == '-') die("unknown option %s, or a value is missing", argv[i]);
-    else if (!o.in) o.in = argv[i];
-    else if (!o.out) o.out = argv[i];
-    else die("%s: a third file", argv[i]);
+    if (!strcmp(argv[i], "--int8"))
+      o.int8 = 1;
+    else if (!strcmp(argv[i], "--task") && i + 1 < argc)
+      o.task = argv[++i];
+    else if (!strcmp(argv[i], "--rows") && i + 1 < argc)
+      o.rows = argv[++i];
+    else if (!strcmp(argv[i], "--score") && i + 1 < argc)
+      o.score = argv[++i];
+    else if (!strcmp(argv[i], "--drop-below") && i + 1 < argc)
+      o.drop = number("--drop-below", argv[++i], 0, 1);
+    else if (!strcmp(argv[i], "--tensors"))
+      o.tensors = 1;
+    else if (!strcmp(argv[i], "--threads") && i + 1 < argc)
+      o.threads = (int)number("--threads", argv[++i], 1, 256);
+    else if (!strcmp(argv[i], "--isa") && i + 1 < argc)
+      o.isa = moe_isa_from_name(o.isa_name = argv[++i]);
+    else if (argv[i][0] == '-')
+      die("unknown option %s, or a value is missing", argv[i]);
+    else if (!o.in)
+      o.in = argv[i];
+    else if (!o.out)
+      o.out = argv[i];
+    else
+      die("%s: a third file", argv[i]);
   }
   if (!o.in)
-    die("usage: convert IN [OUT [--int8] [--task T [--rows TSV [--drop-below SHARE]] [--score TSV]]] [--tensors] [--threads N] "
+    die("usage: convert IN [OUT [--int8] [--task T [--rows TSV [--drop-below SHARE]] [--score "
+        "TSV]]] [--tensors] [--threads N] "
         "[--isa auto|avx512|avx2|neon|scalar]");
-  if (o.out && !o.int8 && !o.task) die("what should become of %s? --int8 makes a smaller copy, --task takes one task", o.in);
+  if (o.out && !o.int8 && !o.task)
+    die("what should become of %s? --int8 makes a smaller copy, --task takes one task", o.in);
   if (o.task && !o.out) die("--task wants a second file, to write to");
   if (o.drop > 0 && !o.rows) die("--drop-below wants --rows TSV, whose tokens are counted");
   if ((o.rows || o.score) && !o.task) die("--rows and --score are of one task: --task T");
   if (o.int8 && !o.out) die("--int8 wants a second file, to write to");
-  if (o.out && !strcmp(o.in, o.out)) die("the model would be replaced by its copy: give OUT another name");
+  if (o.out && !strcmp(o.in, o.out))
+    die("the model would be replaced by its copy: give OUT another name");
   return o;
 }
 
@@ -107,7 +127,8 @@ static void print_tasks(const moe_model *model) {
   for (t = 0; t < moe_model_tasks(model); ++t) {
     const moe_task *task = moe_model_task(model, t);
     printf("  %-24s %s of %s", task->name, kind[task->kind], task->pair ? "two texts" : "one text");
-    if (task->kind == MOE_KIND_REGRESSION) printf(", %g to %g", (double)task->low, (double)task->high);
+    if (task->kind == MOE_KIND_REGRESSION)
+      printf(", %g to %g", (double)task->low, (double)task->high);
     else {
       printf(", %d classes:", (int)task->classes);
       for (i = 0; i < task->classes && i < 8; ++i) printf(" %s", task->label[i]);
@@ -119,26 +140,33 @@ static void print_tasks(const moe_model *model) {
 }
 
 static void print_model(const moe_model *model, double file_bytes, int tensors) {
-  static const char *const router[] = {"dense", "a gate for all tasks", "a gate for each task", "tasks choose blocks", "gates of task vectors"};
+  static const char *const router[] = {"dense", "a gate for all tasks", "a gate for each task",
+                                       "tasks choose blocks", "gates of task vectors"};
   const moe_config *c = moe_model_config(model);
   size_t vocab = 0;
   int floats, integers;
-  double float_bytes = tensor_bytes(model, MOE_TYPE_F32, &floats), int_bytes = tensor_bytes(model, MOE_TYPE_I8, &integers);
+  double float_bytes = tensor_bytes(model, MOE_TYPE_F32, &floats),
+         int_bytes = tensor_bytes(model, MOE_TYPE_I8, &integers);
   int32_t i;
   int k;
   moe_model_vocab(model, &vocab);
-  printf("layers %d, hidden %d, ffn %d, heads %d, eps %g\n", (int)c->layers, (int)c->hidden, (int)c->ffn, (int)c->heads, (double)c->eps);
-  if (c->features) printf("features %d", (int)c->features);
-  else printf("vocab %d (%s)", (int)c->vocab, c->cased ? "cased" : "uncased");
-  printf(", positions %d, segments %d, inputs of at most %d tokens, cut %s\n", (int)c->positions, (int)c->segments, (int)c->max_len,
+  printf("layers %d, hidden %d, ffn %d, heads %d, eps %g\n", (int)c->layers, (int)c->hidden,
+         (int)c->ffn, (int)c->heads, (double)c->eps);
+  if (c->feature_dim)
+    printf("features %d", (int)c->feature_dim);
+  else
+    printf("vocab %d (%s)", (int)c->vocab, c->cased ? "cased" : "uncased");
+  printf(", positions %d, segments %d, inputs of at most %d tokens, cut %s\n", (int)c->positions,
+         (int)c->segments, (int)c->max_len,
          c->truncate == MOE_TRUNCATE_LONGEST ? "at the longer text" : "on the right");
-  printf("router: %s, %s %d, top-k %d%s%s\n", router[c->router], c->unit == MOE_UNIT_BLOCK ? "blocks" : "experts", (int)c->experts, (int)c->top_k, c->gate_scale_n ? ", gate scale N/k" : "",
-         c->renormalize ? ", renormalised" : "");
-  if (c->absent) {
+  printf("router: %s, %s %d, top-k %d%s%s\n", router[c->router],
+         c->unit == MOE_UNIT_BLOCK ? "blocks" : "experts", (int)c->experts, (int)c->top_k,
+         c->gate_scale_n ? ", gate scale N/k" : "", c->renormalize ? ", renormalised" : "");
+  if (c->pruned) {
     printf("experts that are there, layer by layer:");
     for (i = 0; i < c->layers * c->experts; ++i) {
       if (i % c->experts == 0) printf("%s", i ? " | " : " ");
-      if (!c->absent[i]) printf(" %d", (int)(i % c->experts));
+      if (!c->pruned[i]) printf(" %d", (int)(i % c->experts));
     }
     printf("\n");
   }
@@ -157,7 +185,8 @@ static void print_model(const moe_model *model, double file_bytes, int tensors) 
   }
 }
 
-/* Norm of what quantisation adds to the matrices, relative to theirs; the library did the same to them. */
+/* Norm of what quantisation adds to the matrices, relative to theirs; the library did the same to
+   them. */
 static double weight_error(moe_model *model, const moe_model *small, const moe_env *env) {
   double error = 0, norm = 0;
   int32_t i, j, k;
@@ -200,7 +229,8 @@ static moe_model *load(const char *path, double *bytes, const moe_env *env) {
   return model;
 }
 
-/* A file as for training: its rows, cut at the tabs, and where in a row things stand (-1: nowhere). */
+/* A file as for training: its rows, cut at the tabs, and where in a row things stand (-1: nowhere).
+ */
 typedef struct table {
   char *text;
   int n, label, a, b, group, span[4];
@@ -235,17 +265,23 @@ static table read_table(const char *path, const moe_task *task, int labels, cons
   if (moe_file_read(&file, &bytes, path, env)) exit(1);
   t.text = (char *)file;
   if (strlen(t.text) != bytes) die("%s: a zero byte", path);
-  line = strncmp(t.text, "\xef\xbb\xbf", 3) ? t.text : t.text + 3; /* the mark that some editors put before UTF-8 */
+  line = strncmp(t.text, "\xef\xbb\xbf", 3)
+             ? t.text
+             : t.text + 3; /* the mark that some editors put before UTF-8 */
   for (; *line; line = next) {
     size_t length = strcspn(line, "\n");
     int got;
     next = line + length + (line[length] != 0);
     line[length - (length && line[length - 1] == '\r')] = 0;
     line[length] = 0;
-    if (t.n == room) t.row = (char *(*)[FIELDS])answers_grow(t.row, (size_t)(room = 2 * room + 1024), sizeof *t.row);
+    if (t.n == room)
+      t.row =
+          (char *(*)[FIELDS])answers_grow(t.row, (size_t)(room = 2 * room + 1024), sizeof *t.row);
     got = split(line, number_of_line++ ? t.row[t.n++] : name);
     if (number_of_line == 1) fields = got;
-    if (got != fields || got > FIELDS) die("%s, line %d: %d columns, expected %d (at most %d)", path, number_of_line, got, fields, FIELDS);
+    if (got != fields || got > FIELDS)
+      die("%s, line %d: %d columns, expected %d (at most %d)", path, number_of_line, got, fields,
+          FIELDS);
   }
   if (!t.n) die("%s holds no rows", path);
   t.a = column(name, fields, "sentence1", path);
@@ -253,7 +289,8 @@ static table read_table(const char *path, const moe_task *task, int labels, cons
   if (!labels) return t;
   t.label = column(name, fields, "label", path);
   if (task->kind == MOE_KIND_RANKING) t.group = column(name, fields, "group", path);
-  for (i = 0; i < 4 && task->kind == MOE_KIND_SPAN; ++i) t.span[i] = column(name, fields, span_name[i], path);
+  for (i = 0; i < 4 && task->kind == MOE_KIND_SPAN; ++i)
+    t.span[i] = column(name, fields, span_name[i], path);
   return t;
 }
 
@@ -281,11 +318,14 @@ static answers ask(const moe_model *model, const options *o, const moe_env *env)
       b[i] = rows.b < 0 ? NULL : field[rows.b];
       for (j = 0; j < 4 && rows.span[0] >= 0; ++j) span[4 * i + j] = offset(field[rows.span[j]]);
     }
-    if (moe_predict_spans(predictor, t, a, b, rows.span[0] < 0 ? NULL : span, n, scores, best)) exit(1);
+    if (moe_predict_spans(predictor, t, a, b, rows.span[0] < 0 ? NULL : span, n, scores, best))
+      exit(1);
     for (i = 0; i < n; ++i) {
       char **field = rows.row[at + i];
-      double low = regression ? (double)task->low : 0, high = regression ? (double)task->high : task->classes - 1;
-      answers_keep(&r, task, (float)number("a label", field[rows.label], low, high), rows.group < 0 ? "" : field[rows.group],
+      double low = regression ? (double)task->low : 0,
+             high = regression ? (double)task->high : task->classes - 1;
+      answers_keep(&r, task, (float)number("a label", field[rows.label], low, high),
+                   rows.group < 0 ? "" : field[rows.group],
                    scores + i * moe_model_max_classes(model), best[i]);
     }
   }
@@ -298,18 +338,21 @@ static void print_scores(const moe_task *task, const answers *before, const answ
   const char *name = answers_metrics(task);
   for (;;) {
     int defined[2], length = (int)strcspn(name, ",");
-    double was = answers_metric(before, task, name, &defined[0]), is = answers_metric(after, task, name, &defined[1]);
-    printf("%-8.*s %12.6f before, %.6f after, over %lu rows%s\n", length, name, was, is, (unsigned long)after->n,
-           defined[0] && defined[1] ? "" : " (undefined)");
+    double was = answers_metric(before, task, name, &defined[0]),
+           is = answers_metric(after, task, name, &defined[1]);
+    printf("%-8.*s %12.6f before, %.6f after, over %lu rows%s\n", length, name, was, is,
+           (unsigned long)after->n, defined[0] && defined[1] ? "" : " (undefined)");
     name += length;
     if (!*name++) return;
   }
 }
 
 /* Adds up how often each expert was chosen: sums of one task. */
-static void count_routes(moe_route_sums *sums, const moe_model *model, int32_t task, const table *rows, const moe_env *env) {
+static void count_routes(moe_route_sums *sums, const moe_model *model, int32_t task,
+                         const table *rows, const moe_env *env) {
   const moe_config *c = moe_model_config(model);
-  int32_t own = moe_model_task(model, task)->max_len, longest = own && own < c->max_len ? own : c->max_len;
+  int32_t own = moe_model_task(model, task)->max_len,
+          longest = own && own < c->max_len ? own : c->max_len;
   moe_limits limits = {longest, 1, 0};
   moe_context *context;
   moe_tokenizer *tokenizer;
@@ -322,9 +365,13 @@ static void count_routes(moe_route_sums *sums, const moe_model *model, int32_t t
   float *scores = (float *)answers_grow(NULL, (size_t)moe_model_max_classes(model), sizeof *scores);
   unsigned char *raw;
   if (!vocab) die("the model holds no vocabulary");
-  if (moe_tokenizer_size(vocab, vocab_bytes, &bytes, env) || moe_context_create(&context, model, &limits, env)) exit(1);
+  if (moe_tokenizer_size(vocab, vocab_bytes, &bytes, env) ||
+      moe_context_create(&context, model, &limits, env))
+    exit(1);
   raw = (unsigned char *)answers_grow(NULL, bytes + 64, 1);
-  if (moe_tokenizer_init(&tokenizer, raw + (64 - ((size_t)raw & 63)), bytes, vocab, vocab_bytes, c->cased, env)) exit(1);
+  if (moe_tokenizer_init(&tokenizer, raw + (64 - ((size_t)raw & 63)), bytes, vocab, vocab_bytes,
+                         c->cased, env))
+    exit(1);
   memset(&tokens, 0, sizeof tokens);
   tokens.capacity = c->max_len;
   tokens.ids = (int32_t *)answers_grow(NULL, (size_t)c->max_len, sizeof *tokens.ids);
@@ -338,9 +385,12 @@ static void count_routes(moe_route_sums *sums, const moe_model *model, int32_t t
   batch.span = span; /* routes do not depend on it */
   for (i = 0; i < rows->n; ++i) {
     const char *a = rows->row[i][rows->a], *b = rows->b < 0 ? NULL : rows->row[i][rows->b];
-    if (moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, longest, c->truncate, &tokens, env)) exit(1);
+    if (moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, longest, c->truncate, &tokens,
+                   env))
+      exit(1);
     start[1] = tokens.count;
-    if (moe_forward(context, scores, &batch, env) || moe_route_count(sums, context, &batch, env)) exit(1);
+    if (moe_forward(context, scores, &batch, env) || moe_route_count(sums, context, &batch, env))
+      exit(1);
   }
   free(raw);
   free(scores);
@@ -349,7 +399,8 @@ static void count_routes(moe_route_sums *sums, const moe_model *model, int32_t t
   moe_context_free(context);
 }
 
-/* The experts to be left out: those with no tokens or fewer than the share, but for the k most used. */
+/* The experts to be left out: those with no tokens or fewer than the share, but for the k most
+   used. */
 static void choose(unsigned char *drop, const int64_t *chosen, const moe_config *c, double share) {
   int32_t l, e, j;
   memset(drop, 1, (size_t)c->layers * (size_t)c->experts);
@@ -361,7 +412,9 @@ static void choose(unsigned char *drop, const int64_t *chosen, const moe_config 
       int32_t best = -1, kept = 0;
       for (e = 0; e < c->experts; ++e) kept += !drop[e];
       for (e = 0; e < c->experts; ++e)
-        if (drop[e] && (best < 0 || chosen[e] > chosen[best]) && !(c->absent && c->absent[l * c->experts + e])) best = e;
+        if (drop[e] && (best < 0 || chosen[e] > chosen[best]) &&
+            !(c->pruned && c->pruned[l * c->experts + e]))
+          best = e;
       if (kept < c->top_k && best >= 0) drop[best] = 0;
     }
   }
@@ -371,13 +424,15 @@ static void choose(unsigned char *drop, const int64_t *chosen, const moe_config 
 static moe_model *take_task(const moe_model *model, const options *o, const moe_env *env) {
   const moe_config *c = moe_model_config(model);
   int32_t task = moe_model_find_task(model, o->task);
-  size_t cells = (size_t)c->layers * (size_t)c->experts, all = (size_t)moe_model_tasks(model) * cells;
+  size_t cells = (size_t)c->layers * (size_t)c->experts,
+         all = (size_t)moe_model_tasks(model) * cells;
   moe_model *out;
   moe_route_sums sums = {NULL, NULL, NULL, NULL};
   unsigned char *drop = NULL;
   table rows;
   if (o->rows) {
-    if (c->router == MOE_ROUTER_DENSE || c->unit == MOE_UNIT_BLOCK) die("%s has no experts behind gates that could be left out", o->in);
+    if (c->router == MOE_ROUTER_DENSE || c->unit == MOE_UNIT_BLOCK)
+      die("%s has no experts behind gates that could be left out", o->in);
     rows = read_table(o->rows, moe_model_task(model, task), 0, env);
     sums.tokens = (int64_t *)calloc((size_t)moe_model_tasks(model), sizeof *sums.tokens);
     sums.chosen = (int64_t *)calloc(all, sizeof *sums.chosen);
@@ -401,7 +456,8 @@ int main(int argc, char **argv) {
   moe_model *model;
   double before, after, error = 0;
   answers was = {0, 0, NULL, NULL, NULL, NULL, NULL}, is = was;
-  if (o.isa == MOE_ISA_COUNT || moe_env_init(&env, o.isa)) die("this machine has no instruction set \"%s\"", o.isa_name);
+  if (o.isa == MOE_ISA_COUNT || moe_env_init(&env, o.isa))
+    die("this machine has no instruction set \"%s\"", o.isa_name);
   env.log = show;
   if (o.threads > 1 && moe_pool_create(&pool, o.threads, &env)) return 1;
   model = load(o.in, &before, &env);
@@ -425,9 +481,11 @@ int main(int argc, char **argv) {
     model = load(o.out, &after, &env); /* what is printed is what stands in the file */
     print_model(model, after, o.tensors);
     if (o.int8) printf("error    %12.5f of the norm of the matrices\n", error);
-    printf("saved    %12.0f bytes of %.0f (%.1f %%)%s\n", before - after, before, 100 * (before - after) / before,
+    printf("saved    %12.0f bytes of %.0f (%.1f %%)%s\n", before - after, before,
+           100 * (before - after) / before,
            o.score ? "" : "; what it costs in scores: ./predict FILE TASK --score, for both");
-  } else print_model(model, before, o.tensors);
+  } else
+    print_model(model, before, o.tensors);
   if (o.score) {
     is = ask(model, &o, &env);
     print_scores(moe_model_task(model, moe_model_find_task(model, o.task)), &was, &is);

@@ -1,8 +1,10 @@
 /* predict.c - a trained model from the shell
    cc -O3 -o predict examples/predict.c -lm -pthread
-   ./predict MODEL TASK < lines.tsv         a text a line, or two with a tab between: label<TAB>probability for each, in that order
-   ./predict MODEL TASK --score < dev.tsv   a file as for training (header line, column label): the metrics of the task
-   A task of kind span takes start1 end1 start2 end2, in characters, behind its texts. */
+   ./predict MODEL TASK < lines.tsv         a text a line, or two with a tab between:
+   label<TAB>probability for each, in that order
+   ./predict MODEL TASK --score < dev.tsv   a file as for training (header line, column label): the
+   metrics of the task A task of kind span takes start1 end1 start2 end2, in characters, behind its
+   texts. */
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -106,7 +108,8 @@ static layout find_columns(const moe_task *task, int score) {
   }
   line = read_line();
   if (!line) die("the input is empty; its first line should name the columns");
-  at.fields = split(strncmp(line, "\xef\xbb\xbf", 3) ? line : line + 3, name); /* the mark that some editors put before UTF-8 */
+  at.fields = split(strncmp(line, "\xef\xbb\xbf", 3) ? line : line + 3,
+                    name); /* the mark that some editors put before UTF-8 */
   if (at.fields > FIELDS) die("%d columns, %d are the most", at.fields, FIELDS);
   at.label = column(name, at.fields, "label");
   at.a = column(name, at.fields, "sentence1");
@@ -130,7 +133,8 @@ static void print_metrics(const answers *r, const moe_task *task) {
 }
 
 /* Reads up to BATCH lines, predicts, and prints or keeps; returns 0 at the end of the input. */
-static int do_batch(moe_predictor *p, const moe_model *model, int32_t t, const layout *at, answers *r) {
+static int do_batch(moe_predictor *p, const moe_model *model, int32_t t, const layout *at,
+                    answers *r) {
   static float scores[BATCH * MOE_MAX_CLASSES];
   const moe_task *task = moe_model_task(model, t);
   char *line[BATCH], *field[FIELDS];
@@ -142,7 +146,8 @@ static int do_batch(moe_predictor *p, const moe_model *model, int32_t t, const l
     int got = split(line[n], field);
     if (got != at->fields) {
       const char *takes = task->pair ? "two texts" : "one text";
-      die("%d column%s, expected %d: task %s takes %s", got, got == 1 ? "" : "s", at->fields, task->name, takes);
+      die("%d column%s, expected %d: task %s takes %s", got, got == 1 ? "" : "s", at->fields,
+          task->name, takes);
     }
     a[n] = field[at->a];
     b[n] = at->b < 0 ? NULL : field[at->b];
@@ -159,9 +164,12 @@ static int do_batch(moe_predictor *p, const moe_model *model, int32_t t, const l
   if (moe_predict_spans(p, t, a, b, at->span[0] < 0 ? NULL : span, n, scores, best)) exit(1);
   for (i = 0; i < n; ++i) {
     const float *row = scores + i * moe_model_max_classes(model);
-    if (at->label >= 0) answers_keep(r, task, truth[i], group[i], row, best[i]);
-    else if (task->kind == MOE_KIND_REGRESSION) printf("%.6f\n", (double)row[0]);
-    else printf("%s\t%.6f\n", task->label[best[i]], (double)row[best[i]]);
+    if (at->label >= 0)
+      answers_keep(r, task, truth[i], group[i], row, best[i]);
+    else if (task->kind == MOE_KIND_REGRESSION)
+      printf("%.6f\n", (double)row[0]);
+    else
+      printf("%s\t%.6f\n", task->label[best[i]], (double)row[best[i]]);
     free(line[i]);
   }
   return n == BATCH;
@@ -180,20 +188,26 @@ int main(int argc, char **argv) {
   int32_t task;
   moe_isa isa = MOE_ISA_AUTO;
   const char *isa_name = "auto";
-  if (argc < 3) die("usage: predict MODEL TASK [--score] [--threads N] [--isa auto|avx512|avx2|neon|scalar]\n"
-                    "               [--precision fp32|bf16] [--profile] < tsv");
+  if (argc < 3)
+    die("usage: predict MODEL TASK [--score] [--threads N] [--isa auto|avx512|avx2|neon|scalar]\n"
+        "               [--precision fp32|bf16] [--profile] < tsv");
   for (i = 3; i < argc; ++i) {
-    if (!strcmp(argv[i], "--score")) score = 1;
-    else if (!strcmp(argv[i], "--profile")) profiled = 1;
-    else if (!strcmp(argv[i], "--threads") && i + 1 < argc) threads = (int)number("--threads", argv[++i], 1, 256);
-    else if (!strcmp(argv[i], "--isa") && i + 1 < argc) isa = moe_isa_from_name(isa_name = argv[++i]);
+    if (!strcmp(argv[i], "--score"))
+      score = 1;
+    else if (!strcmp(argv[i], "--profile"))
+      profiled = 1;
+    else if (!strcmp(argv[i], "--threads") && i + 1 < argc)
+      threads = (int)number("--threads", argv[++i], 1, 256);
+    else if (!strcmp(argv[i], "--isa") && i + 1 < argc)
+      isa = moe_isa_from_name(isa_name = argv[++i]);
     else if (!strcmp(argv[i], "--precision") && i + 1 < argc) {
       bf16 = !strcmp(argv[++i], "bf16");
       if (!bf16 && strcmp(argv[i], "fp32")) die("--precision is fp32 or bf16, not \"%s\"", argv[i]);
-    }
-    else die("unknown option %s, or a value is missing", argv[i]);
+    } else
+      die("unknown option %s, or a value is missing", argv[i]);
   }
-  if (isa == MOE_ISA_COUNT || moe_env_init(&env, isa)) die("this machine has no instruction set \"%s\"", isa_name);
+  if (isa == MOE_ISA_COUNT || moe_env_init(&env, isa))
+    die("this machine has no instruction set \"%s\"", isa_name);
   env.log = show;
   if (bf16) moe_env_set_precision(&env, MOE_TYPE_BF16); /* or a sentence, and fp32 */
   (void)moe_env_use_amx(&env);                          /* a model of 8 bits is quicker with it */
@@ -204,7 +218,8 @@ int main(int argc, char **argv) {
   task = moe_model_find_task(model, argv[2]);
   if (task < 0) {
     fprintf(stderr, "predict: %s has no task \"%s\", but", argv[1], argv[2]);
-    for (i = 0; i < moe_model_tasks(model); ++i) fprintf(stderr, " %s", moe_model_task(model, i)->name);
+    for (i = 0; i < moe_model_tasks(model); ++i)
+      fprintf(stderr, " %s", moe_model_task(model, i)->name);
     fprintf(stderr, "\n");
     return 1;
   }

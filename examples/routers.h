@@ -1,15 +1,18 @@
-/* routers.h - two more routers for blocks as experts [TL] 4, beside the MLP that moe.h has: an LSTM and a Transformer over the layers
-   A model with MOE_UNIT_BLOCK takes its scores from outside and gives back their gradients (moe_context_level); here they come from.
+/* routers.h - two more routers for blocks as experts [TL] 4, beside the MLP that moe.h has: an LSTM
+   and a Transformer over the layers A model with MOE_UNIT_BLOCK takes its scores from outside and
+   gives back their gradients (moe_context_task_router); here they come from.
      #include "moe.h"
      #include "routers.h"
      task_router *r = router_create(ROUTER_LSTM, T, L, m, 64, seed, &env);
-     moe_level level = {NULL, r->scores, r->dscores};
-     moe_context_level(moe_trainer_context(trainer), &level, &env);
-     in each step:  router_forward(r, &env);  moe_accumulate(...);  router_backward(r, &env);  router_update(r, ...);  moe_update(...);
-   In both the sequence has one element for each of the L layers, x_l = vector of the task + vector of the layer, both learned, and an output
-   y_l of E = 64 numbers; the scores of the layer's m blocks are z_l = W y_l + b. In the LSTM the choice of a layer knows the layers below,
-   in the Transformer all others.
-   Letters as in moe.h: T tasks, L layers, m blocks; V width of a task's vector, E inner width, F that of the feed-forward network. */
+     moe_task_router level = {NULL, r->scores, r->dscores};
+     moe_context_task_router(moe_trainer_context(trainer), &level, &env);
+     in each step:  router_forward(r, &env);  moe_trainer_accumulate(...);  router_backward(r,
+   &env);  router_update(r, ...);  moe_trainer_step(...); In both the sequence has one element for
+   each of the L layers, x_l = vector of the task + vector of the layer, both learned, and an output
+   y_l of E = 64 numbers; the scores of the layer's m blocks are z_l = W y_l + b. In the LSTM the
+   choice of a layer knows the layers below, in the Transformer all others. Letters as in moe.h: T
+   tasks, L layers, m blocks; V width of a task's vector, E inner width, F that of the feed-forward
+   network. */
 #ifndef ROUTERS_H_INCLUDED
 #define ROUTERS_H_INCLUDED
 #include <math.h>
@@ -24,7 +27,19 @@ typedef enum router_kind { ROUTER_LSTM, ROUTER_TRANSFORMER } router_kind;
 enum { R_VECTORS, R_LAYERS, R_OUT_W, R_OUT_B };
 enum { R_IH = 4, R_HH, R_BIAS, ROUTER_LSTM_TENSORS };
 enum {
-  R_IN_W = 4, R_IN_B, R_QKV_W, R_QKV_B, R_ATTENTION_W, R_ATTENTION_B, R_NORM1_W, R_NORM1_B, R_UP_W, R_UP_B, R_DOWN_W, R_DOWN_B, R_NORM2_W,
+  R_IN_W = 4,
+  R_IN_B,
+  R_QKV_W,
+  R_QKV_B,
+  R_ATTENTION_W,
+  R_ATTENTION_B,
+  R_NORM1_W,
+  R_NORM1_B,
+  R_UP_W,
+  R_UP_B,
+  R_DOWN_W,
+  R_DOWN_B,
+  R_NORM2_W,
   R_NORM2_B
 };
 
@@ -41,11 +56,12 @@ typedef struct task_router {
   size_t n;                          /* parameters; those of the vectors come first */
   float *w, *dw, *moment1, *moment2; /* (n) */
   int64_t step;                      /* updates so far */
-  float *scores, *dscores;           /* (T, L, m) what moe_context_level takes; backward clears dscores */
-  float *y;                          /* (L, T, E) in an LSTM, (T, L, E) in a Transformer */
-  float *kept, *work;                /* activations that backward needs; gradients on their way */
+  float *scores,
+      *dscores;       /* (T, L, m) what moe_context_task_router takes; backward clears dscores */
+  float *y;           /* (L, T, E) in an LSTM, (T, L, E) in a Transformer */
+  float *kept, *work; /* activations that backward needs; gradients on their way */
   size_t kept_floats, work_floats;
-  int32_t *start;                    /* (T+1) the sequences of a Transformer, L elements each */
+  int32_t *start; /* (T+1) the sequences of a Transformer, L elements each */
 } task_router;
 
 static void router_add_tensor(task_router *r, const char *name, int32_t rows, int32_t cols) {
@@ -65,7 +81,8 @@ static void router_make_table(task_router *r) {
   router_add_tensor(r, "out.weight", r->m, E);
   router_add_tensor(r, "out.bias", r->m, 0);
   if (r->kind == ROUTER_LSTM) {
-    router_add_tensor(r, "lstm.input.weight", 4 * E, r->V); /* input, forget, cell and output gate, as in PyTorch */
+    router_add_tensor(r, "lstm.input.weight", 4 * E,
+                      r->V); /* input, forget, cell and output gate, as in PyTorch */
     router_add_tensor(r, "lstm.hidden.weight", 4 * E, E);
     router_add_tensor(r, "lstm.bias", 4 * E, 0);
     return;
@@ -92,8 +109,10 @@ static void router_free(task_router *r) {
   free(r);
 }
 
-/* Matrices are uniform within 1 / sqrt(columns), as PyTorch's; vectors have deviation 1, LayerNorms 1, biases 0. NULL: out of memory. */
-static task_router *router_create(router_kind kind, int32_t T, int32_t L, int32_t m, int32_t V, uint64_t seed, const moe_env *env) {
+/* Matrices are uniform within 1 / sqrt(columns), as PyTorch's; vectors have deviation 1, LayerNorms
+   1, biases 0. NULL: out of memory. */
+static task_router *router_create(router_kind kind, int32_t T, int32_t L, int32_t m, int32_t V,
+                                  uint64_t seed, const moe_env *env) {
   task_router *r = (task_router *)calloc(1, sizeof *r);
   size_t M = (size_t)T * (size_t)L, choices = M * (size_t)m, E = ROUTER_E, F = ROUTER_F, i;
   int32_t k;
@@ -101,11 +120,14 @@ static task_router *router_create(router_kind kind, int32_t T, int32_t L, int32_
   r->kind = kind, r->T = T, r->L = L, r->m = m, r->V = V;
   router_make_table(r);
   if (kind == ROUTER_LSTM) {
-    r->kept_floats = (size_t)T * (size_t)V + M * 4 * E + 2 * (M + (size_t)T) * E; /* x, gates, cells and outputs with those before the first */
+    r->kept_floats =
+        (size_t)T * (size_t)V + M * 4 * E +
+        2 * (M + (size_t)T) * E; /* x, gates, cells and outputs with those before the first */
     r->work_floats = (size_t)T * (4 * E + 2 * E + (size_t)V);
   } else {
     r->kept_floats = M * ((size_t)V + E + 3 * E + E + 2 * ROUTER_HEADS + 2 * (E + 2) + E + 2 * F);
-    r->work_floats = M * (5 * E + 3 * E + 2 * F + (size_t)V) + moe_attention_scratch(L, ROUTER_E, ROUTER_HEADS, 1, env);
+    r->work_floats = M * (5 * E + 3 * E + 2 * F + (size_t)V) +
+                     moe_attention_scratch(L, ROUTER_E, ROUTER_HEADS, 1, env);
   }
   r->w = (float *)calloc(4 * r->n, sizeof(float));
   r->scores = (float *)calloc(2 * choices + (M + (size_t)T) * E, sizeof(float));
@@ -121,26 +143,39 @@ static task_router *router_create(router_kind kind, int32_t T, int32_t L, int32_
   for (k = 0; k < T; ++k) r->start[k + 1] = r->start[k] + L;
   for (k = 0; k < r->n_tensors; ++k) {
     const router_tensor *t = &r->tensor[k];
-    double width = k <= R_LAYERS ? 1.7320508 : 1 / sqrt((double)(k == R_IH ? ROUTER_E : t->cols ? t->cols : 1));
+    double width = k <= R_LAYERS ? 1.7320508
+                                 : 1 / sqrt((double)(k == R_IH ? ROUTER_E
+                                                     : t->cols ? t->cols
+                                                               : 1));
     int norm = kind == ROUTER_TRANSFORMER && (k == R_NORM1_W || k == R_NORM2_W);
     for (i = 0; i < t->count; ++i)
-      if (t->cols) r->w[t->offset + i] = (float)(width * ((double)(moe_key(seed, i, (uint64_t)k, 0, 99) >> 11) / 4503599627370496.0 - 1));
-      else r->w[t->offset + i] = norm ? 1.0f : 0.0f;
+      if (t->cols)
+        r->w[t->offset + i] =
+            (float)(width *
+                    ((double)(moe_key(seed, i, (uint64_t)k, 0, 99) >> 11) / 4503599627370496.0 -
+                     1));
+      else
+        r->w[t->offset + i] = norm ? 1.0f : 0.0f;
   }
   return r;
 }
 
-static moe_mat router_matrix(const task_router *r, int k) { return moe_mat_rows(r->w + r->tensor[k].offset, r->tensor[k].rows, r->tensor[k].cols); }
+static moe_mat router_matrix(const task_router *r, int k) {
+  return moe_mat_rows(r->w + r->tensor[k].offset, r->tensor[k].rows, r->tensor[k].cols);
+}
 
 /* y (M, rows) = x W^T + b, with tensor k and the bias behind it. */
-static void router_linear(const task_router *r, float *y, const float *x, int k, int32_t M, const moe_env *env) {
+static void router_linear(const task_router *r, float *y, const float *x, int k, int32_t M,
+                          const moe_env *env) {
   moe_mat w = router_matrix(r, k);
   moe_linear_forward(y, x, &w, r->w + r->tensor[k + 1].offset, M, env);
 }
 
-static void router_linear_backward(task_router *r, float *dx, const float *dy, const float *x, int k, int32_t M, const moe_env *env) {
+static void router_linear_backward(task_router *r, float *dx, const float *dy, const float *x,
+                                   int k, int32_t M, const moe_env *env) {
   moe_mat w = router_matrix(r, k);
-  moe_linear_backward(dx, r->dw + r->tensor[k].offset, r->dw + r->tensor[k + 1].offset, dy, x, &w, M, env);
+  moe_linear_backward(dx, r->dw + r->tensor[k].offset, r->dw + r->tensor[k + 1].offset, dy, x, &w,
+                      M, env);
 }
 
 /* ---- the LSTM ---- */
@@ -148,12 +183,17 @@ static void router_linear_backward(task_router *r, float *dx, const float *dy, c
 static float router_sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 /* Where the kept activations of a layer lie: all tasks side by side. */
-static float *lstm_gates(const task_router *r, int32_t l) { return r->kept + (size_t)l * (size_t)r->T * 4 * ROUTER_E; } /* (T, 4E) */
-static float *lstm_cells(const task_router *r, int32_t l) { /* (T, E) behind layer l - 1; those of l = 0 are zeros */
+static float *lstm_gates(const task_router *r, int32_t l) {
+  return r->kept + (size_t)l * (size_t)r->T * 4 * ROUTER_E;
+} /* (T, 4E) */
+static float *lstm_cells(const task_router *r,
+                         int32_t l) { /* (T, E) behind layer l - 1; those of l = 0 are zeros */
   return r->kept + (size_t)r->L * (size_t)r->T * 4 * ROUTER_E + (size_t)l * (size_t)r->T * ROUTER_E;
 }
-static float *lstm_outputs(const task_router *r, int32_t l) { return r->y + (size_t)l * (size_t)r->T * ROUTER_E; } /* alike */
-static float *lstm_inputs(const task_router *r) { return lstm_cells(r, r->L + 1); }                                /* (T, V) */
+static float *lstm_outputs(const task_router *r, int32_t l) {
+  return r->y + (size_t)l * (size_t)r->T * ROUTER_E;
+} /* alike */
+static float *lstm_inputs(const task_router *r) { return lstm_cells(r, r->L + 1); } /* (T, V) */
 
 /* x (T, V): the vectors of the tasks plus that of the layer. */
 static void lstm_make_inputs(const task_router *r, int32_t l) {
@@ -164,7 +204,8 @@ static void lstm_make_inputs(const task_router *r, int32_t l) {
     for (j = 0; j < r->V; ++j) x[t * r->V + j] = r->w[t * r->V + j] + layer[j];
 }
 
-/* i, f, g, o = sigmoid, sigmoid, tanh, sigmoid of W x + U h + b;  c = f c' + i g;  h = o tanh c;  z = W h + b. */
+/* i, f, g, o = sigmoid, sigmoid, tanh, sigmoid of W x + U h + b;  c = f c' + i g;  h = o tanh c;  z
+   = W h + b. */
 static void lstm_forward(task_router *r, const moe_env *env) {
   moe_mat in = router_matrix(r, R_IH), hidden = router_matrix(r, R_HH);
   float *from_hidden = r->work;
@@ -173,7 +214,8 @@ static void lstm_forward(task_router *r, const moe_env *env) {
     const float *before = lstm_cells(r, l);
     float *cell = lstm_cells(r, l + 1), *out = lstm_outputs(r, l + 1);
     lstm_make_inputs(r, l);
-    moe_linear_forward(lstm_gates(r, l), lstm_inputs(r), &in, r->w + r->tensor[R_BIAS].offset, r->T, env);
+    moe_linear_forward(lstm_gates(r, l), lstm_inputs(r), &in, r->w + r->tensor[R_BIAS].offset, r->T,
+                       env);
     moe_linear_forward(from_hidden, lstm_outputs(r, l), &hidden, NULL, r->T, env);
     for (t = 0; t < r->T; ++t) {
       float *g = lstm_gates(r, l) + t * 4 * E;
@@ -186,7 +228,9 @@ static void lstm_forward(task_router *r, const moe_env *env) {
         out[t * E + j] = g[3 * E + j] * tanhf(cell[t * E + j]);
       }
     }
-    for (t = 0; t < r->T; ++t) router_linear(r, r->scores + ((size_t)t * (size_t)r->L + (size_t)l) * (size_t)r->m, out + t * E, R_OUT_W, 1, env);
+    for (t = 0; t < r->T; ++t)
+      router_linear(r, r->scores + ((size_t)t * (size_t)r->L + (size_t)l) * (size_t)r->m,
+                    out + t * E, R_OUT_W, 1, env);
   }
 }
 
@@ -197,14 +241,18 @@ static void lstm_backward(task_router *r, const moe_env *env) {
   float *dgates = r->work, *dh = dgates + T * 4 * E, *dc = dh + T * E, *dx = dc + T * E;
   memset(dh, 0, (size_t)(2 * T * E) * sizeof *dh);
   for (l = r->L - 1; l >= 0; --l) {
-    const float *before = lstm_cells(r, l), *cell = lstm_cells(r, l + 1), *out = lstm_outputs(r, l + 1);
+    const float *before = lstm_cells(r, l), *cell = lstm_cells(r, l + 1),
+                *out = lstm_outputs(r, l + 1);
     float *dlayer = r->dw + r->tensor[R_LAYERS].offset + (size_t)l * (size_t)r->V;
     for (t = 0; t < T; ++t) {
       const float *g = lstm_gates(r, l) + t * 4 * E;
       float *d = dgates + t * 4 * E;
-      router_linear_backward(r, dh + t * E, r->dscores + ((size_t)t * (size_t)r->L + (size_t)l) * (size_t)r->m, out + t * E, R_OUT_W, 1, env);
+      router_linear_backward(r, dh + t * E,
+                             r->dscores + ((size_t)t * (size_t)r->L + (size_t)l) * (size_t)r->m,
+                             out + t * E, R_OUT_W, 1, env);
       for (j = 0; j < E; ++j) {
-        float i = g[j], f = g[E + j], c = g[2 * E + j], o = g[3 * E + j], tc = tanhf(cell[t * E + j]);
+        float i = g[j], f = g[E + j], c = g[2 * E + j], o = g[3 * E + j],
+              tc = tanhf(cell[t * E + j]);
         float dcell = dc[t * E + j] + dh[t * E + j] * o * (1 - tc * tc);
         d[j] = dcell * c * i * (1 - i);
         d[E + j] = dcell * before[t * E + j] * f * (1 - f);
@@ -216,8 +264,10 @@ static void lstm_backward(task_router *r, const moe_env *env) {
     memset(dx, 0, (size_t)(T * r->V) * sizeof *dx);
     memset(dh, 0, (size_t)(T * E) * sizeof *dh);
     lstm_make_inputs(r, l);
-    moe_linear_backward(dx, r->dw + r->tensor[R_IH].offset, r->dw + r->tensor[R_BIAS].offset, dgates, lstm_inputs(r), &in, T, env);
-    moe_linear_backward(dh, r->dw + r->tensor[R_HH].offset, NULL, dgates, lstm_outputs(r, l), &hidden, T, env);
+    moe_linear_backward(dx, r->dw + r->tensor[R_IH].offset, r->dw + r->tensor[R_BIAS].offset,
+                        dgates, lstm_inputs(r), &in, T, env);
+    moe_linear_backward(dh, r->dw + r->tensor[R_HH].offset, NULL, dgates, lstm_outputs(r, l),
+                        &hidden, T, env);
     for (t = 0; t < T; ++t)
       for (j = 0; j < r->V; ++j) {
         r->dw[t * r->V + j] += dx[t * r->V + j];
@@ -230,7 +280,8 @@ static void lstm_backward(task_router *r, const moe_env *env) {
 
 /* Its activations, all (M = T L, ...). */
 typedef struct router_pass {
-  float *x, *in, *qkv, *mixed, *stats, *sum1, *mean1, *rstd1, *one, *pre, *act, *sum2, *mean2, *rstd2;
+  float *x, *in, *qkv, *mixed, *stats, *sum1, *mean1, *rstd1, *one, *pre, *act, *sum2, *mean2,
+      *rstd2;
 } router_pass;
 
 static router_pass transformer_pass(const task_router *r) {
@@ -255,7 +306,8 @@ static router_pass transformer_pass(const task_router *r) {
 
 static const float *router_at(const task_router *r, int k) { return r->w + r->tensor[k].offset; }
 
-/* e = W x + b;  s = LayerNorm(e + W attention(e) + b);  y = LayerNorm(s + W GELU(W s + b) + b);  z = W y + b: one block as in BERT. */
+/* e = W x + b;  s = LayerNorm(e + W attention(e) + b);  y = LayerNorm(s + W GELU(W s + b) + b);  z
+   = W y + b: one block as in BERT. */
 static void transformer_forward(task_router *r, const moe_env *env) {
   router_pass p = transformer_pass(r);
   const float *layers = router_at(r, R_LAYERS);
@@ -263,18 +315,22 @@ static void transformer_forward(task_router *r, const moe_env *env) {
   size_t i, n = (size_t)(M * E);
   for (t = 0; t < r->T; ++t)
     for (l = 0; l < r->L; ++l)
-      for (j = 0; j < r->V; ++j) p.x[(t * r->L + l) * r->V + j] = r->w[t * r->V + j] + layers[l * r->V + j];
+      for (j = 0; j < r->V; ++j)
+        p.x[(t * r->L + l) * r->V + j] = r->w[t * r->V + j] + layers[l * r->V + j];
   router_linear(r, p.in, p.x, R_IN_W, M, env);
   router_linear(r, p.qkv, p.in, R_QKV_W, M, env);
-  moe_attention_forward(p.mixed, p.stats, p.qkv, r->start, r->T, E, ROUTER_HEADS, 0, NULL, r->work, env);
+  moe_attention_forward(p.mixed, p.stats, p.qkv, r->start, r->T, E, ROUTER_HEADS, 0, NULL, r->work,
+                        env);
   router_linear(r, p.sum1, p.mixed, R_ATTENTION_W, M, env);
   for (i = 0; i < n; ++i) p.sum1[i] += p.in[i];
-  moe_norm_forward(p.one, p.mean1, p.rstd1, p.sum1, router_at(r, R_NORM1_W), router_at(r, R_NORM1_B), 1e-5f, M, E, env);
+  moe_layernorm_forward(p.one, p.mean1, p.rstd1, p.sum1, router_at(r, R_NORM1_W),
+                        router_at(r, R_NORM1_B), 1e-5f, M, E, env);
   router_linear(r, p.pre, p.one, R_UP_W, M, env);
   moe_gelu_forward(p.act, p.pre, (size_t)(M * F), env);
   router_linear(r, p.sum2, p.act, R_DOWN_W, M, env);
   for (i = 0; i < n; ++i) p.sum2[i] += p.one[i];
-  moe_norm_forward(r->y, p.mean2, p.rstd2, p.sum2, router_at(r, R_NORM2_W), router_at(r, R_NORM2_B), 1e-5f, M, E, env);
+  moe_layernorm_forward(r->y, p.mean2, p.rstd2, p.sum2, router_at(r, R_NORM2_W),
+                        router_at(r, R_NORM2_B), 1e-5f, M, E, env);
   router_linear(r, r->scores, r->y, R_OUT_W, M, env);
 }
 
@@ -282,23 +338,28 @@ static void transformer_backward(task_router *r, const moe_env *env) {
   router_pass p = transformer_pass(r);
   int32_t M = r->T * r->L, E = ROUTER_E, F = ROUTER_F, t, l, j;
   size_t i, n = (size_t)(M * E);
-  float *dy = r->work, *dsum2 = dy + n, *done = dsum2 + n, *dsum1 = done + n, *din = dsum1 + n, *dqkv = din + n, *dact = dqkv + 3 * n;
-  float *dpre = dact + M * F, *dx = dpre + M * F, *scratch = dx + M * r->V, *dmixed = dy; /* dy is no longer needed then */
+  float *dy = r->work, *dsum2 = dy + n, *done = dsum2 + n, *dsum1 = done + n, *din = dsum1 + n,
+        *dqkv = din + n, *dact = dqkv + 3 * n;
+  float *dpre = dact + M * F, *dx = dpre + M * F, *scratch = dx + M * r->V,
+        *dmixed = dy; /* dy is no longer needed then */
   float *dlayers = r->dw + r->tensor[R_LAYERS].offset;
   memset(r->work, 0, (size_t)(scratch - r->work) * sizeof *r->work);
   router_linear_backward(r, dy, r->dscores, r->y, R_OUT_W, M, env);
-  moe_norm_backward(dsum2, r->dw + r->tensor[R_NORM2_W].offset, r->dw + r->tensor[R_NORM2_B].offset, dy, p.sum2, p.mean2, p.rstd2,
-                    router_at(r, R_NORM2_W), M, E, env);
+  moe_layernorm_backward(dsum2, r->dw + r->tensor[R_NORM2_W].offset,
+                         r->dw + r->tensor[R_NORM2_B].offset, dy, p.sum2, p.mean2, p.rstd2,
+                         router_at(r, R_NORM2_W), M, E, env);
   memcpy(done, dsum2, n * sizeof *done);
   router_linear_backward(r, dact, dsum2, p.act, R_DOWN_W, M, env);
   moe_gelu_backward(dpre, dact, p.pre, (size_t)(M * F), env);
   router_linear_backward(r, done, dpre, p.one, R_UP_W, M, env);
-  moe_norm_backward(dsum1, r->dw + r->tensor[R_NORM1_W].offset, r->dw + r->tensor[R_NORM1_B].offset, done, p.sum1, p.mean1, p.rstd1,
-                    router_at(r, R_NORM1_W), M, E, env);
+  moe_layernorm_backward(dsum1, r->dw + r->tensor[R_NORM1_W].offset,
+                         r->dw + r->tensor[R_NORM1_B].offset, done, p.sum1, p.mean1, p.rstd1,
+                         router_at(r, R_NORM1_W), M, E, env);
   memcpy(din, dsum1, n * sizeof *din);
   memset(dmixed, 0, n * sizeof *dmixed);
   router_linear_backward(r, dmixed, dsum1, p.mixed, R_ATTENTION_W, M, env);
-  moe_attention_backward(dqkv, dmixed, p.mixed, p.stats, p.qkv, r->start, r->T, E, ROUTER_HEADS, 0, NULL, scratch, env);
+  moe_attention_backward(dqkv, dmixed, p.mixed, p.stats, p.qkv, r->start, r->T, E, ROUTER_HEADS, 0,
+                         NULL, scratch, env);
   router_linear_backward(r, din, dqkv, p.in, R_QKV_W, M, env);
   router_linear_backward(r, dx, din, p.x, R_IN_W, M, env);
   for (t = 0; t < r->T; ++t)
@@ -314,20 +375,27 @@ static void transformer_backward(task_router *r, const moe_env *env) {
 
 /* Fills the scores of all tasks. */
 static void router_forward(task_router *r, const moe_env *env) {
-  if (r->kind == ROUTER_LSTM) lstm_forward(r, env);
-  else transformer_forward(r, env);
+  if (r->kind == ROUTER_LSTM)
+    lstm_forward(r, env);
+  else
+    transformer_forward(r, env);
 }
 
-/* The gradients of the parameters += what dscores asks for; dscores is zero then. To be called after router_forward, which leaves what it needs. */
+/* The gradients of the parameters += what dscores asks for; dscores is zero then. To be called
+   after router_forward, which leaves what it needs. */
 static void router_backward(task_router *r, const moe_env *env) {
-  if (r->kind == ROUTER_LSTM) lstm_backward(r, env);
-  else transformer_backward(r, env);
+  if (r->kind == ROUTER_LSTM)
+    lstm_backward(r, env);
+  else
+    transformer_backward(r, env);
   memset(r->dscores, 0, (size_t)r->T * (size_t)r->L * (size_t)r->m * sizeof *r->dscores);
 }
 
-/* One step of moe.h's Adam, with decoupled decay of matrices, the gradient's norm clipped (0: not). rate is of the task vectors and of all else;
-   0 freezes. Returns 0, or -1 where a gradient is no finite number: nothing is changed then but the gradients, which are zero. */
-static int router_update(task_router *r, float vector_rate, float rate, float decay, float clip, const moe_env *env) {
+/* One step of moe.h's Adam, with decoupled decay of matrices, the gradient's norm clipped (0: not).
+   rate is of the task vectors and of all else; 0 freezes. Returns 0, or -1 where a gradient is no
+   finite number: nothing is changed then but the gradients, which are zero. */
+static int router_update(task_router *r, float vector_rate, float rate, float decay, float clip,
+                         const moe_env *env) {
   size_t vectors = r->tensor[R_VECTORS].count;
   double norm;
   float factor;
@@ -345,8 +413,9 @@ static int router_update(task_router *r, float vector_rate, float rate, float de
     const router_tensor *t = &r->tensor[k];
     float own = k == R_VECTORS ? vector_rate : rate;
     if (own > 0)
-      moe_adam_step(r->w + t->offset, r->dw + t->offset, r->moment1 + t->offset, r->moment2 + t->offset, t->count, r->step, own,
-                    t->cols ? decay : 0, factor, 0.9f, 0.999f, 1e-8f, env);
+      moe_adam_step(r->w + t->offset, r->dw + t->offset, r->moment1 + t->offset,
+                    r->moment2 + t->offset, t->count, r->step, own, t->cols ? decay : 0, factor,
+                    0.9f, 0.999f, 1e-8f, env);
   }
   return 0;
 }

@@ -2,9 +2,9 @@
      #include "moe.h"
      #include "scores.h"
      answers r = {0, 0, NULL, NULL, NULL, NULL, NULL};
-     answers_keep(&r, task, label, group, scores, best);   for each row, with what moe_predict_text has said
-     v = answers_metric(&r, task, "f1", &defined);         answers_metrics(task) names the task's own
-   The functions end the program when there is no memory. */
+     answers_keep(&r, task, label, group, scores, best);   for each row, with what moe_predict_text
+   has said v = answers_metric(&r, task, "f1", &defined);         answers_metrics(task) names the
+   task's own The functions end the program when there is no memory. */
 #ifndef SCORES_H_INCLUDED
 #define SCORES_H_INCLUDED
 #include <stdio.h>
@@ -24,7 +24,8 @@ static void *answers_grow(void *p, size_t count, size_t size) {
   return p;
 }
 
-static void answers_keep(answers *r, const moe_task *task, float truth, const char *group, const float *score, int best) {
+static void answers_keep(answers *r, const moe_task *task, float truth, const char *group,
+                         const float *score, int best) {
   if (r->n == r->room) {
     r->room = 2 * r->room + 1024;
     r->predicted = (int32_t *)answers_grow(r->predicted, r->room, sizeof *r->predicted);
@@ -50,7 +51,8 @@ static void answers_free(answers *r) {
   free(r->truth);
 }
 
-/* Accuracy of a ranking: of the rows of a group, the one with the largest score of class 1 is the answer. */
+/* Accuracy of a ranking: of the rows of a group, the one with the largest score of class 1 is the
+   answer. */
 static double answers_ranking(const answers *r) {
   size_t i, j, groups = 0, right = 0;
   for (i = 0; i < r->n; ++i) {
@@ -72,7 +74,8 @@ static const char *answers_metrics(const moe_task *task) {
 }
 
 /* One of them, up to a comma or its end; *defined as in moe_metric_accuracy. */
-static double answers_metric(const answers *r, const moe_task *task, const char *name, int *defined) {
+static double answers_metric(const answers *r, const moe_task *task, const char *name,
+                             int *defined) {
   size_t length = strcspn(name, ",");
   float *scratch;
   double v;
@@ -81,8 +84,10 @@ static double answers_metric(const answers *r, const moe_task *task, const char 
   if (ANSWERS_IS("accuracy") && task->kind == MOE_KIND_RANKING) return answers_ranking(r);
   if (ANSWERS_IS("accuracy")) return moe_metric_accuracy(r->predicted, r->label, r->n, defined);
   if (ANSWERS_IS("f1")) return moe_metric_f1(r->predicted, r->label, r->n, defined);
-  if (ANSWERS_IS("macro_f1")) return moe_metric_macro_f1(r->predicted, r->label, r->n, task->classes, defined);
-  if (ANSWERS_IS("matthews")) return moe_metric_matthews(r->predicted, r->label, r->n, task->classes, defined);
+  if (ANSWERS_IS("macro_f1"))
+    return moe_metric_macro_f1(r->predicted, r->label, r->n, task->classes, defined);
+  if (ANSWERS_IS("matthews"))
+    return moe_metric_matthews(r->predicted, r->label, r->n, task->classes, defined);
   if (ANSWERS_IS("pearson")) return moe_metric_pearson(r->value, r->truth, r->n, defined);
 #undef ANSWERS_IS
   scratch = (float *)answers_grow(NULL, 2 * r->n, sizeof *scratch);

@@ -1,12 +1,14 @@
-/* tasklevel.c - whole transformer blocks as experts, chosen by the task: the systems of "Task-level Mixture-of-Experts" [TL], side by side
+/* tasklevel.c - whole transformer blocks as experts, chosen by the task: the systems of "Task-level
+   Mixture-of-Experts" [TL], side by side
 
      cc -O3 -o tasklevel examples/tasklevel.c -lm -pthread
      ./tasklevel                  the bundled tasks, seven systems, one table
      ./tasklevel --help           the options
 
-   Data as for train.c, single texts or pairs, classification or regression. The systems: multi, one block a layer for all tasks; random1 and
-   random2, every task takes one or two blocks of each layer, drawn once; average, the mean of all blocks; softmax, gumbel and straight learn
-   their routes. The routers beside the MLP of moe.h are in routers.h. */
+   Data as for train.c, single texts or pairs, classification or regression. The systems: multi, one
+   block a layer for all tasks; random1 and random2, every task takes one or two blocks of each
+   layer, drawn once; average, the mean of all blocks; softmax, gumbel and straight learn their
+   routes. The routers beside the MLP of moe.h are in routers.h. */
 #if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -24,60 +26,87 @@
 
 enum { MOST_TASKS = 64, FIELDS = 32, SYSTEMS = 7, MOST_LIST = 16 };
 enum { MULTI, RANDOM1, RANDOM2, AVERAGE, SOFTMAX }; /* from SOFTMAX on the routes are learned */
-static const char *const system_name[SYSTEMS] = {"multi", "random1", "random2", "average", "softmax", "gumbel", "straight"};
+static const char *const system_name[SYSTEMS] = {"multi",   "random1", "random2", "average",
+                                                 "softmax", "gumbel",  "straight"};
 
 /* ---- options ---- */
 
 static const char help[] =
-  "usage: tasklevel [options]\n\n"
-  "data\n"
-  "  --data DIR                folder with tasks.tsv and TASK/train.tsv, TASK/dev.tsv   (examples/data)\n"
-  "  --tasks A,B,C             these tasks                                              (all of tasks.tsv)\n"
-  "  --rows N                  training rows of a task, the first ones                  (all)\n"
-  "  --max-len N               longest input in tokens                                  (64, with --init 128)\n\n"
-  "model\n"
-  "  --init FILE.safetensors   start from a published BERT-like encoder; config.json beside it is read\n"
-  "  --vocab FILE              its WordPiece vocabulary                                 (vocab.txt of --data)\n"
-  "  --heads N  --eps E        where there is no config.json                            (4, 1e-12)\n"
-  "  --cased                   do not lower-case the text\n"
-  "  --layers N  --hidden N    from scratch                                             (3 64)\n"
-  "  --blocks M                blocks of a layer                                        (3)\n"
-  "  --systems LIST            of multi,random1,random2,average,softmax,gumbel,straight (all)\n"
-  "  --router mlp|lstm|transformer   from the vector of a task to scores of the blocks  (mlp)\n"
-  "  --vectors random|text|description|fisher   the vectors of the tasks: random; the mean of the encoder's output over training\n"
-  "                            sentences, or over the column description of tasks.tsv; from Fisher information (random)\n"
-  "  --freeze                  the vectors do not learn\n\n"
-  "training\n"
-  "  --epochs N | --steps N    length of a stage                                        (4 epochs)\n"
-  "  --batch N  --homogeneous  sequences of a step; all of one task                     (16, of any tasks)\n"
-  "  --lr R  --router-rate F   learning rate; how much faster router and vectors learn  (1e-3, with --init 5e-5; 10)\n"
-  "  --warmup F  --decay D  --clip C  --dropout P                                       (0.1 0.01 1 0.1)\n"
-  "  --two-stage               then the experts anew from their first weights, under routes that go from the average to the learned ones;\n"
-  "                            both stages get a line\n"
-  "  --grid RATES              each system with batches of any tasks and of one task, and with each of these router rates, 1,10 say\n"
-  "  --seeds 1,2,3             a run for each; the table then shows mean and deviation  (1)\n\n"
-  "a task never seen\n"
-  "  --unseen TASK             left out of the training; then it joins the trained model of each line\n"
-  "  --shots LIST              on so many of its training rows; 0: none at all          (0,16,64)\n"
-  "  --learns vector|all       what its rows teach: its vector and head, or everything  (vector)\n"
-  "  --adapt-steps N  --adapt-lr R   how long, how fast                                 (100; 1e-2, for all the rate of --lr)\n"
-  "  --vector-from random|mean|text|TASK   its vector at first                          (text where --vectors is, else mean)\n"
-  "  --head-from TASK          its head at first; with 0 rows by itself a task with the same labels, where there is one\n\n"
-  "machine\n"
-  "  --threads N  --isa auto|avx512|avx2|neon|scalar                                    (all processors, auto)\n"
-  "  --precision fp32|bf16     bf16 where this machine has it, as train.c               (fp32)\n\n"
-  "files\n"
-  "  --save FILE               the trained model with its routes; with several lines FILE gets their names\n"
-  "  --checkpoint FILE  --every STEPS   state to go on from                             (every 500 steps)\n"
-  "  --resume FILE             go on from there, bit for bit; give the same options again\n"
-  "  --json FILE               all results, written after each line\n"
-  "  --csv FILE  --looks N     the routes N times during training, for routes --history (5)\n";
+    "usage: tasklevel [options]\n\n"
+    "data\n"
+    "  --data DIR                folder with tasks.tsv and TASK/train.tsv, TASK/dev.tsv   "
+    "(examples/data)\n"
+    "  --tasks A,B,C             these tasks                                              (all of "
+    "tasks.tsv)\n"
+    "  --rows N                  training rows of a task, the first ones                  (all)\n"
+    "  --max-len N               longest input in tokens                                  (64, "
+    "with --init 128)\n\n"
+    "model\n"
+    "  --init FILE.safetensors   start from a published BERT-like encoder; config.json beside it "
+    "is read\n"
+    "  --vocab FILE              its WordPiece vocabulary                                 "
+    "(vocab.txt of --data)\n"
+    "  --heads N  --eps E        where there is no config.json                            (4, "
+    "1e-12)\n"
+    "  --cased                   do not lower-case the text\n"
+    "  --layers N  --hidden N    from scratch                                             (3 64)\n"
+    "  --blocks M                blocks of a layer                                        (3)\n"
+    "  --systems LIST            of multi,random1,random2,average,softmax,gumbel,straight (all)\n"
+    "  --router mlp|lstm|transformer   from the vector of a task to scores of the blocks  (mlp)\n"
+    "  --vectors random|text|description|fisher   the vectors of the tasks: random; the mean of "
+    "the encoder's output over training\n"
+    "                            sentences, or over the column description of tasks.tsv; from "
+    "Fisher information (random)\n"
+    "  --freeze                  the vectors do not learn\n\n"
+    "training\n"
+    "  --epochs N | --steps N    length of a stage                                        (4 "
+    "epochs)\n"
+    "  --batch N  --homogeneous  sequences of a step; all of one task                     (16, of "
+    "any tasks)\n"
+    "  --lr R  --router-rate F   learning rate; how much faster router and vectors learn  (1e-3, "
+    "with --init 5e-5; 10)\n"
+    "  --warmup F  --decay D  --clip C  --dropout P                                       (0.1 "
+    "0.01 1 0.1)\n"
+    "  --two-stage               then the experts anew from their first weights, under routes that "
+    "go from the average to the learned ones;\n"
+    "                            both stages get a line\n"
+    "  --grid RATES              each system with batches of any tasks and of one task, and with "
+    "each of these router rates, 1,10 say\n"
+    "  --seeds 1,2,3             a run for each; the table then shows mean and deviation  (1)\n\n"
+    "a task never seen\n"
+    "  --unseen TASK             left out of the training; then it joins the trained model of each "
+    "line\n"
+    "  --shots LIST              on so many of its training rows; 0: none at all          "
+    "(0,16,64)\n"
+    "  --learns vector|all       what its rows teach: its vector and head, or everything  "
+    "(vector)\n"
+    "  --adapt-steps N  --adapt-lr R   how long, how fast                                 (100; "
+    "1e-2, for all the rate of --lr)\n"
+    "  --vector-from random|mean|text|TASK   its vector at first                          (text "
+    "where --vectors is, else mean)\n"
+    "  --head-from TASK          its head at first; with 0 rows by itself a task with the same "
+    "labels, where there is one\n\n"
+    "machine\n"
+    "  --threads N  --isa auto|avx512|avx2|neon|scalar                                    (all "
+    "processors, auto)\n"
+    "  --precision fp32|bf16     bf16 where this machine has it, as train.c               "
+    "(fp32)\n\n"
+    "files\n"
+    "  --save FILE               the trained model with its routes; with several lines FILE gets "
+    "their names\n"
+    "  --checkpoint FILE  --every STEPS   state to go on from                             (every "
+    "500 steps)\n"
+    "  --resume FILE             go on from there, bit for bit; give the same options again\n"
+    "  --json FILE               all results, written after each line\n"
+    "  --csv FILE  --looks N     the routes N times during training, for routes --history (5)\n";
 
 static struct {
-  const char *data, *tasks, *systems, *router, *vectors, *init, *vocab, *json, *csv, *save, *checkpoint, *resume, *isa, *seeds, *grid;
+  const char *data, *tasks, *systems, *router, *vectors, *init, *vocab, *json, *csv, *save,
+      *checkpoint, *resume, *isa, *seeds, *grid;
   const char *precision, *unseen, *shots, *learns, *vector_from, *head_from;
   double lr, router_rate, adapt_lr, eps, warmup, decay, clip, dropout;
-  int blocks, epochs, steps, batch, homogeneous, two_stage, freeze, heads, layers, hidden, max_len, threads, rows, cased, looks, every, adapt_steps;
+  int blocks, epochs, steps, batch, homogeneous, two_stage, freeze, heads, layers, hidden, max_len,
+      threads, rows, cased, looks, every, adapt_steps;
 } opt; /* zero, but for: */
 
 static void default_options(void) {
@@ -142,7 +171,8 @@ static void *take(size_t count, size_t size) {
 static double number(const char *what, const char *text, double low) {
   char *end;
   double v = strtod(text, &end);
-  if (end == text || (*end && *end != ',') || !(v >= low && v <= 1e9)) die("%s: \"%s\" is no number from %g", what, text, low);
+  if (end == text || (*end && *end != ',') || !(v >= low && v <= 1e9))
+    die("%s: \"%s\" is no number from %g", what, text, low);
   return v;
 }
 
@@ -165,30 +195,44 @@ static int listed(const char *list, const char *name) {
   return 0;
 }
 
-static int one_of(const char *list, const char *name) { return !strchr(name, ',') && listed(list, name); }
+static int one_of(const char *list, const char *name) {
+  return !strchr(name, ',') && listed(list, name);
+}
 
 static void check_options(void) {
   const char *s;
-  if (!one_of("mlp,lstm,transformer", opt.router)) die("--router is mlp, lstm or transformer, not \"%s\"", opt.router);
-  if (!one_of("random,text,description,fisher", opt.vectors)) die("--vectors is random, text, description or fisher, not \"%s\"", opt.vectors);
-  if (!one_of("fp32,bf16", opt.precision)) die("--precision is fp32 or bf16, not \"%s\"", opt.precision);
+  if (!one_of("mlp,lstm,transformer", opt.router))
+    die("--router is mlp, lstm or transformer, not \"%s\"", opt.router);
+  if (!one_of("random,text,description,fisher", opt.vectors))
+    die("--vectors is random, text, description or fisher, not \"%s\"", opt.vectors);
+  if (!one_of("fp32,bf16", opt.precision))
+    die("--precision is fp32 or bf16, not \"%s\"", opt.precision);
   if (!one_of("vector,all", opt.learns)) die("--learns is vector or all, not \"%s\"", opt.learns);
   if (!opt.vector_from) opt.vector_from = one_of("text,description", opt.vectors) ? "text" : "mean";
   if (opt.unseen && !strcmp(opt.vector_from, "text") && !one_of("text,description", opt.vectors))
-    die("--vector-from text goes with --vectors text or description, which the other tasks have then, too");
-  if (opt.unseen && listed(opt.tasks, opt.unseen)) die("--unseen %s stands in --tasks too", opt.unseen);
+    die("--vector-from text goes with --vectors text or description, which the other tasks have "
+        "then, too");
+  if (opt.unseen && listed(opt.tasks, opt.unseen))
+    die("--unseen %s stands in --tasks too", opt.unseen);
   if (opt.lr <= 0) opt.lr = opt.init ? 5e-5 : 1e-3;
   if (opt.adapt_lr <= 0) opt.adapt_lr = strcmp(opt.learns, "all") ? 1e-2 : opt.lr;
   if (!opt.max_len) opt.max_len = opt.init ? 128 : 64;
-  if ((double)opt.batch * opt.max_len > 2147483647.0) die("--batch %d of --max-len %d: too many tokens at once", opt.batch, opt.max_len);
-  if (opt.init && !opt.vocab) die("--init needs --vocab, the vocabulary that the encoder was trained with");
-  if (opt.looks < 2) die("--looks: %d, the routes are looked at before and after, so 2 or more times", opt.looks);
-  if (listed(opt.systems, "random2") && opt.blocks < 2) die("random2 takes two blocks, --blocks is %d", opt.blocks);
+  if ((double)opt.batch * opt.max_len > 2147483647.0)
+    die("--batch %d of --max-len %d: too many tokens at once", opt.batch, opt.max_len);
+  if (opt.init && !opt.vocab)
+    die("--init needs --vocab, the vocabulary that the encoder was trained with");
+  if (opt.looks < 2)
+    die("--looks: %d, the routes are looked at before and after, so 2 or more times", opt.looks);
+  if (listed(opt.systems, "random2") && opt.blocks < 2)
+    die("random2 takes two blocks, --blocks is %d", opt.blocks);
   for (s = opt.systems; s; s = strchr(s, ',') ? strchr(s, ',') + 1 : NULL) {
     int i;
     size_t n = strcspn(s, ",");
-    for (i = 0; i < SYSTEMS && (strlen(system_name[i]) != n || strncmp(s, system_name[i], n)); ++i) continue;
-    if (i == SYSTEMS) die("--systems: \"%.*s\" is none of multi random1 random2 average softmax gumbel straight", (int)n, s);
+    for (i = 0; i < SYSTEMS && (strlen(system_name[i]) != n || strncmp(s, system_name[i], n)); ++i)
+      continue;
+    if (i == SYSTEMS)
+      die("--systems: \"%.*s\" is none of multi random1 random2 average softmax gumbel straight",
+          (int)n, s);
   }
 }
 
@@ -197,23 +241,53 @@ static void parse(int argc, char **argv) {
     const char *name, **text;
     int *whole, low;
     double *real;
-  } options[] = {
-    {"--data", &opt.data, NULL, 0, NULL},       {"--tasks", &opt.tasks, NULL, 0, NULL},           {"--systems", &opt.systems, NULL, 0, NULL},
-    {"--router", &opt.router, NULL, 0, NULL},   {"--vectors", &opt.vectors, NULL, 0, NULL},       {"--init", &opt.init, NULL, 0, NULL},
-    {"--vocab", &opt.vocab, NULL, 0, NULL},     {"--json", &opt.json, NULL, 0, NULL},             {"--csv", &opt.csv, NULL, 0, NULL},
-    {"--save", &opt.save, NULL, 0, NULL},       {"--checkpoint", &opt.checkpoint, NULL, 0, NULL}, {"--resume", &opt.resume, NULL, 0, NULL},
-    {"--isa", &opt.isa, NULL, 0, NULL},         {"--precision", &opt.precision, NULL, 0, NULL}, {"--seeds", &opt.seeds, NULL, 0, NULL},           {"--seed", &opt.seeds, NULL, 0, NULL},
-    {"--grid", &opt.grid, NULL, 0, NULL},       {"--unseen", &opt.unseen, NULL, 0, NULL},         {"--shots", &opt.shots, NULL, 0, NULL},
-    {"--learns", &opt.learns, NULL, 0, NULL},   {"--head-from", &opt.head_from, NULL, 0, NULL},   {"--vector-from", &opt.vector_from, NULL, 0, NULL},
-    {"--blocks", NULL, &opt.blocks, 1, NULL},   {"--epochs", NULL, &opt.epochs, 1, NULL},         {"--steps", NULL, &opt.steps, 1, NULL},
-    {"--batch", NULL, &opt.batch, 1, NULL},     {"--heads", NULL, &opt.heads, 1, NULL},           {"--layers", NULL, &opt.layers, 1, NULL},
-    {"--hidden", NULL, &opt.hidden, 1, NULL},   {"--max-len", NULL, &opt.max_len, 3, NULL},       {"--threads", NULL, &opt.threads, 1, NULL},
-    {"--rows", NULL, &opt.rows, 1, NULL},       {"--looks", NULL, &opt.looks, 1, NULL},           {"--every", NULL, &opt.every, 1, NULL},
-    {"--adapt-steps", NULL, &opt.adapt_steps, 1, NULL},                                           {"--lr", NULL, NULL, 0, &opt.lr},
-    {"--router-rate", NULL, NULL, 0, &opt.router_rate}, {"--adapt-lr", NULL, NULL, 0, &opt.adapt_lr}, {"--eps", NULL, NULL, 0, &opt.eps},
-    {"--warmup", NULL, NULL, 0, &opt.warmup},   {"--decay", NULL, NULL, 0, &opt.decay},           {"--clip", NULL, NULL, 0, &opt.clip},
-    {"--dropout", NULL, NULL, 0, &opt.dropout}, {"--homogeneous", NULL, &opt.homogeneous, -1, NULL}, {"--two-stage", NULL, &opt.two_stage, -1, NULL},
-    {"--freeze", NULL, &opt.freeze, -1, NULL},  {"--cased", NULL, &opt.cased, -1, NULL}};
+  } options[] = {{"--data", &opt.data, NULL, 0, NULL},
+                 {"--tasks", &opt.tasks, NULL, 0, NULL},
+                 {"--systems", &opt.systems, NULL, 0, NULL},
+                 {"--router", &opt.router, NULL, 0, NULL},
+                 {"--vectors", &opt.vectors, NULL, 0, NULL},
+                 {"--init", &opt.init, NULL, 0, NULL},
+                 {"--vocab", &opt.vocab, NULL, 0, NULL},
+                 {"--json", &opt.json, NULL, 0, NULL},
+                 {"--csv", &opt.csv, NULL, 0, NULL},
+                 {"--save", &opt.save, NULL, 0, NULL},
+                 {"--checkpoint", &opt.checkpoint, NULL, 0, NULL},
+                 {"--resume", &opt.resume, NULL, 0, NULL},
+                 {"--isa", &opt.isa, NULL, 0, NULL},
+                 {"--precision", &opt.precision, NULL, 0, NULL},
+                 {"--seeds", &opt.seeds, NULL, 0, NULL},
+                 {"--seed", &opt.seeds, NULL, 0, NULL},
+                 {"--grid", &opt.grid, NULL, 0, NULL},
+                 {"--unseen", &opt.unseen, NULL, 0, NULL},
+                 {"--shots", &opt.shots, NULL, 0, NULL},
+                 {"--learns", &opt.learns, NULL, 0, NULL},
+                 {"--head-from", &opt.head_from, NULL, 0, NULL},
+                 {"--vector-from", &opt.vector_from, NULL, 0, NULL},
+                 {"--blocks", NULL, &opt.blocks, 1, NULL},
+                 {"--epochs", NULL, &opt.epochs, 1, NULL},
+                 {"--steps", NULL, &opt.steps, 1, NULL},
+                 {"--batch", NULL, &opt.batch, 1, NULL},
+                 {"--heads", NULL, &opt.heads, 1, NULL},
+                 {"--layers", NULL, &opt.layers, 1, NULL},
+                 {"--hidden", NULL, &opt.hidden, 1, NULL},
+                 {"--max-len", NULL, &opt.max_len, 3, NULL},
+                 {"--threads", NULL, &opt.threads, 1, NULL},
+                 {"--rows", NULL, &opt.rows, 1, NULL},
+                 {"--looks", NULL, &opt.looks, 1, NULL},
+                 {"--every", NULL, &opt.every, 1, NULL},
+                 {"--adapt-steps", NULL, &opt.adapt_steps, 1, NULL},
+                 {"--lr", NULL, NULL, 0, &opt.lr},
+                 {"--router-rate", NULL, NULL, 0, &opt.router_rate},
+                 {"--adapt-lr", NULL, NULL, 0, &opt.adapt_lr},
+                 {"--eps", NULL, NULL, 0, &opt.eps},
+                 {"--warmup", NULL, NULL, 0, &opt.warmup},
+                 {"--decay", NULL, NULL, 0, &opt.decay},
+                 {"--clip", NULL, NULL, 0, &opt.clip},
+                 {"--dropout", NULL, NULL, 0, &opt.dropout},
+                 {"--homogeneous", NULL, &opt.homogeneous, -1, NULL},
+                 {"--two-stage", NULL, &opt.two_stage, -1, NULL},
+                 {"--freeze", NULL, &opt.freeze, -1, NULL},
+                 {"--cased", NULL, &opt.cased, -1, NULL}};
   size_t n = sizeof options / sizeof *options, k;
   int i;
   for (i = 1; i < argc; ++i) {
@@ -228,13 +302,17 @@ static void parse(int argc, char **argv) {
       continue;
     }
     if (++i == argc) die("%s needs a value", argv[i - 1]);
-    if (options[k].text) *options[k].text = argv[i];
+    if (options[k].text)
+      *options[k].text = argv[i];
     else {
       double v = number(argv[i - 1], argv[i], options[k].low);
       if (strchr(argv[i], ',')) die("%s takes one number", argv[i - 1]);
-      if (options[k].whole && v != floor(v)) die("%s: \"%s\" is no whole number", argv[i - 1], argv[i]);
-      if (options[k].whole) *options[k].whole = (int)v;
-      else *options[k].real = v;
+      if (options[k].whole && v != floor(v))
+        die("%s: \"%s\" is no whole number", argv[i - 1], argv[i]);
+      if (options[k].whole)
+        *options[k].whole = (int)v;
+      else
+        *options[k].real = v;
     }
   }
   check_options();
@@ -252,7 +330,8 @@ typedef struct rows {
 /* The unseen task stands behind the others, at place T. */
 static moe_task task[MOST_TASKS + 1];
 static char labels[MOST_TASKS + 1][4096]; /* as tasks.tsv has them */
-static rows train[MOST_TASKS + 1], dev[MOST_TASKS + 1], dev2[MOST_TASKS + 1], about_task[MOST_TASKS + 1];
+static rows train[MOST_TASKS + 1], dev[MOST_TASKS + 1], dev2[MOST_TASKS + 1],
+    about_task[MOST_TASKS + 1];
 static int64_t train_rows[MOST_TASKS];
 static int T;
 static moe_config base; /* sizes */
@@ -270,10 +349,13 @@ static char *read_text(void **data, size_t *bytes, const char *path) {
   zero = (const char *)memchr(at, 0, *bytes);
   for (; zero && at < zero; ++at) line += *at == '\n';
   if (zero) die("%s, line %d: a zero byte", path, line);
-  return (char *)*data + (strncmp((char *)*data, "\xef\xbb\xbf", 3) ? 0 : 3); /* the mark that some editors put before UTF-8 */
+  return (char *)*data + (strncmp((char *)*data, "\xef\xbb\xbf", 3)
+                              ? 0
+                              : 3); /* the mark that some editors put before UTF-8 */
 }
 
-/* The next line of a text that is cut up; its fields, the first FIELDS of them. Returns their number, 0 at the end. */
+/* The next line of a text that is cut up; its fields, the first FIELDS of them. Returns their
+   number, 0 at the end. */
 static int next_row(char **at, char *field[FIELDS]) {
   char *line = *at, *end;
   int n = 0;
@@ -296,7 +378,9 @@ static int column(char **name, int n, const char *wanted) {
   return i < n ? i : -1;
 }
 
-static int32_t longest(const moe_task *t) { return t->max_len && t->max_len < opt.max_len ? t->max_len : opt.max_len; }
+static int32_t longest(const moe_task *t) {
+  return t->max_len && t->max_len < opt.max_len ? t->max_len : opt.max_len;
+}
 
 static void make_room(rows *r, size_t lines) {
   r->start = (int32_t *)take(lines + 1, sizeof *r->start);
@@ -311,12 +395,14 @@ static void add_row(rows *r, const moe_task *t, const char *a, const char *b) {
   out.segments = r->segments + r->start[r->n];
   out.begin = out.end = NULL;
   out.capacity = opt.max_len;
-  need(moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, longest(t), MOE_TRUNCATE_LONGEST, &out, &env));
+  need(moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, longest(t), MOE_TRUNCATE_LONGEST,
+                  &out, &env));
   r->start[r->n + 1] = r->start[r->n] + out.count;
   ++r->n;
 }
 
-/* Reads and encodes TASK/FILE.tsv, at most `most` rows; a file that need not be there may be missing. */
+/* Reads and encodes TASK/FILE.tsv, at most `most` rows; a file that need not be there may be
+   missing. */
 static void read_rows(rows *r, const moe_task *t, const char *file, int most, int may_be_missing) {
   char path[1024], *text, *at, *field[FIELDS], *end;
   void *data;
@@ -334,16 +420,22 @@ static void read_rows(rows *r, const moe_task *t, const char *file, int most, in
   make_room(r, most && (size_t)most < lines ? (size_t)most : lines);
   columns = next_row(&at, field);
   if (columns > FIELDS) die("%s: %d columns, %d are the most", path, columns, FIELDS);
-  label = column(field, columns, "label"), a = column(field, columns, "sentence1"), b = column(field, columns, "sentence2");
-  if (label < 0 || a < 0 || (t->pair && b < 0)) die("%s: the first line must name label, sentence1 and, of a pair, sentence2", path);
+  label = column(field, columns, "label"), a = column(field, columns, "sentence1"),
+  b = column(field, columns, "sentence2");
+  if (label < 0 || a < 0 || (t->pair && b < 0))
+    die("%s: the first line must name label, sentence1 and, of a pair, sentence2", path);
   while ((!most || r->n < most) && (n = next_row(&at, field)) > 0) {
     double v;
     ++line;
-    if (n != columns) die("%s, line %d: %d column%s, expected %d", path, line, n, n == 1 ? "" : "s", columns);
+    if (n != columns)
+      die("%s, line %d: %d column%s, expected %d", path, line, n, n == 1 ? "" : "s", columns);
     v = strtod(field[label], &end);
-    if (end == field[label] || *end) die("%s, line %d: label \"%s\" is no number", path, line, field[label]);
-    if (t->kind == MOE_KIND_CLASSIFICATION ? !(v >= 0 && v < t->classes && v == floor(v)) : !(v >= (double)t->low && v <= (double)t->high))
-      die("%s, line %d: label %s is outside of the labels %s", path, line, field[label], labels[t - task]);
+    if (end == field[label] || *end)
+      die("%s, line %d: label \"%s\" is no number", path, line, field[label]);
+    if (t->kind == MOE_KIND_CLASSIFICATION ? !(v >= 0 && v < t->classes && v == floor(v))
+                                           : !(v >= (double)t->low && v <= (double)t->high))
+      die("%s, line %d: label %s is outside of the labels %s", path, line, field[label],
+          labels[t - task]);
     r->label[r->n] = (float)v;
     about = path;
     add_row(r, t, field[a], t->pair ? field[b] : NULL);
@@ -368,7 +460,8 @@ static void read_labels(moe_task *t, const char *kind, const char *text) {
     t->low = (float)strtod(s, &end);
     if (end == s || *end) die("task %s: the range \"%s\" begins with no number", t->name, text);
     t->high = (float)strtod(dots + 2, &end);
-    if (end == dots + 2 || *end) die("task %s: the range \"%s\" ends with no number", t->name, text);
+    if (end == dots + 2 || *end)
+      die("task %s: the range \"%s\" ends with no number", t->name, text);
     if (!(t->low < t->high)) die("task %s: the range \"%s\" holds nothing", t->name, text);
     free(s);
     return;
@@ -379,30 +472,38 @@ static void read_labels(moe_task *t, const char *kind, const char *text) {
   t->classes = 0;
   for (at = strtok(s, ","); at; at = strtok(NULL, ",")) {
     int bytes = snprintf(first, sizeof first, "%d=", (int)t->classes);
-    if (strncmp(at, first, (size_t)bytes)) die("task %s: label %d should read %sNAME, not \"%s\"", t->name, (int)t->classes, first, at);
+    if (strncmp(at, first, (size_t)bytes))
+      die("task %s: label %d should read %sNAME, not \"%s\"", t->name, (int)t->classes, first, at);
     name[t->classes++] = at + bytes;
   }
-  if (t->classes < 2) die("task %s: it needs at least two labels, \"%s\" names %d", t->name, text, (int)t->classes);
+  if (t->classes < 2)
+    die("task %s: it needs at least two labels, \"%s\" names %d", t->name, text, (int)t->classes);
   t->label = name;
 }
 
 static void read_task(moe_task *t, char **field, const int *at) {
   if (strlen(field[at[0]]) >= sizeof t->name || strlen(field[at[4]]) >= sizeof t->metrics)
-    die("tasks.tsv: task %s: its name and the list of its metrics have at most %d bytes", field[at[0]], MOE_NAME_BYTES - 1);
+    die("tasks.tsv: task %s: its name and the list of its metrics have at most %d bytes",
+        field[at[0]], MOE_NAME_BYTES - 1);
   snprintf(t->name, sizeof t->name, "%s", field[at[0]]);
   t->pair = !strcmp(field[at[1]], "pair");
-  if (!t->pair && strcmp(field[at[1]], "single")) die("task %s: input \"%s\" is neither single nor pair", t->name, field[at[1]]);
+  if (!t->pair && strcmp(field[at[1]], "single"))
+    die("task %s: input \"%s\" is neither single nor pair", t->name, field[at[1]]);
   read_labels(t, field[at[2]], field[at[3]]);
   snprintf(t->metrics, sizeof t->metrics, "%s", field[at[4]]);
-  if (at[5] >= 0 && *field[at[5]]) t->max_len = (int32_t)number("max_len in tasks.tsv", field[at[5]], 0);
+  if (at[5] >= 0 && *field[at[5]])
+    t->max_len = (int32_t)number("max_len in tasks.tsv", field[at[5]], 0);
   if (strcmp(opt.vectors, "description")) return;
-  if (at[6] < 0 || !*field[at[6]]) die("--vectors description: task %s has none, tasks.tsv should have a column description", t->name);
+  if (at[6] < 0 || !*field[at[6]])
+    die("--vectors description: task %s has none, tasks.tsv should have a column description",
+        t->name);
   make_room(&about_task[t - task], 1);
   add_row(&about_task[t - task], t, field[at[6]], NULL);
 }
 
 static void read_tasks(void) {
-  static const char *const wanted[7] = {"name", "input", "kind", "labels", "metric", "max_len", "description"};
+  static const char *const wanted[7] = {"name",   "input",   "kind",       "labels",
+                                        "metric", "max_len", "description"};
   char path[1024], *at, *name[FIELDS], *field[FIELDS];
   void *data;
   size_t bytes;
@@ -424,7 +525,8 @@ static void read_tasks(void) {
     is_unseen = opt.unseen && !strcmp(field[where[0]], opt.unseen);
     if (!is_unseen && opt.tasks && !listed(opt.tasks, field[where[0]])) continue;
     if (strcmp(field[where[2]], "classification") && strcmp(field[where[2]], "regression")) {
-      fprintf(stderr, "tasklevel: task %s is of kind %s, which train.c knows; left out\n", field[where[0]], field[where[2]]);
+      fprintf(stderr, "tasklevel: task %s is of kind %s, which train.c knows; left out\n",
+              field[where[0]], field[where[2]]);
       continue;
     }
     if (T == MOST_TASKS) die("more than %d tasks", MOST_TASKS);
@@ -434,9 +536,11 @@ static void read_tasks(void) {
       found = 1;
       unseen = task[T], text = about_task[T];
       memcpy(unseen_labels, labels[T], sizeof unseen_labels);
-    } else ++T;
+    } else
+      ++T;
   }
-  if (opt.unseen && !found) die("--unseen: %s has no task %s that could be trained here", path, opt.unseen);
+  if (opt.unseen && !found)
+    die("--unseen: %s has no task %s that could be trained here", path, opt.unseen);
   if (found) {
     task[T] = unseen, about_task[T] = text;
     memcpy(labels[T], unseen_labels, sizeof unseen_labels);
@@ -470,9 +574,12 @@ static void read_init(void) {
   char *json = beside("config.json", &bytes), *lower;
   need(moe_file_read(&init_file, &init_bytes, opt.init, &env));
   about = opt.init;
-  if (json) need(moe_import_config_json(&base, json, bytes, &env)); /* first: it knows best what kind of encoder that is */
+  if (json)
+    need(moe_import_config_json(&base, json, bytes,
+                                &env)); /* first: it knows best what kind of encoder that is */
   need(moe_import_sizes(&base, init_file, init_bytes, &env));
-  if (!json && !opt.heads) die("there is no config.json beside %s: give --heads (and --eps, 1e-12 in BERT)", opt.init);
+  if (!json && !opt.heads)
+    die("there is no config.json beside %s: give --heads (and --eps, 1e-12 in BERT)", opt.init);
   about = NULL;
   moe_free(json);
   json = beside("tokenizer_config.json", &bytes);
@@ -486,7 +593,8 @@ static void make_config(void) {
   void *data, *block;
   size_t bytes;
   moe_config_init(&base);
-  if (opt.init) read_init();
+  if (opt.init)
+    read_init();
   else {
     base.layers = opt.layers;
     base.hidden = opt.hidden;
@@ -497,7 +605,9 @@ static void make_config(void) {
   if (opt.heads) base.heads = opt.heads;
   if (opt.eps > 0) base.eps = (float)opt.eps;
   if (opt.cased) base.cased = 1;
-  if (opt.max_len > base.positions) die("--max-len %d is more than the %d positions of the encoder", opt.max_len, (int)base.positions);
+  if (opt.max_len > base.positions)
+    die("--max-len %d is more than the %d positions of the encoder", opt.max_len,
+        (int)base.positions);
   base.max_len = opt.max_len;
   snprintf(path, sizeof path, "%s/vocab.txt", opt.data);
   if (opt.vocab) snprintf(path, sizeof path, "%s", opt.vocab);
@@ -506,11 +616,14 @@ static void make_config(void) {
   about = path;
   need(moe_tokenizer_size(vocab, vocab_bytes, &bytes, &env));
   block = take(bytes + 64, 1);
-  need(moe_tokenizer_init(&tokenizer, (char *)block + (64 - (uintptr_t)block % 64), bytes, vocab, vocab_bytes, base.cased, &env));
+  need(moe_tokenizer_init(&tokenizer, (char *)block + (64 - (uintptr_t)block % 64), bytes, vocab,
+                          vocab_bytes, base.cased, &env));
   about = NULL;
-  if (!opt.init) base.vocab = moe_tokenizer_words(tokenizer);
+  if (!opt.init)
+    base.vocab = moe_tokenizer_words(tokenizer);
   else if (moe_tokenizer_words(tokenizer) > base.vocab)
-    die("%s has %d words, but %s has room for %d", path, (int)moe_tokenizer_words(tokenizer), opt.init, (int)base.vocab);
+    die("%s has %d words, but %s has room for %d", path, (int)moe_tokenizer_words(tokenizer),
+        opt.init, (int)base.vocab);
   need(moe_config_check(&base, &env));
 }
 
@@ -535,7 +648,9 @@ static pack pack_make(void) {
   return p;
 }
 
-static void pack_free(pack *p) { free(p->start), free(p->ids), free(p->task), free(p->segments), free(p->label); }
+static void pack_free(pack *p) {
+  free(p->start), free(p->ids), free(p->task), free(p->segments), free(p->label);
+}
 
 static void pack_add(pack *p, int t, const rows *r, int64_t row) {
   int32_t S = p->b.S++, at = p->start[S], length = r->start[row + 1] - r->start[row];
@@ -551,7 +666,8 @@ static double evaluate_rows(moe_context *context, int t, const rows *r, int32_t 
   size_t n = (size_t)r->n;
   float *value = (float *)take(n, sizeof *value), *scratch = (float *)take(2 * n, sizeof *scratch);
   float *scores = (float *)take((size_t)opt.batch * (size_t)width, sizeof *scores);
-  int32_t *best = (int32_t *)take(n, sizeof *best), *label = (int32_t *)take(n, sizeof *label), row = 0, s, c;
+  int32_t *best = (int32_t *)take(n, sizeof *best), *label = (int32_t *)take(n, sizeof *label),
+          row = 0, s, c;
   double metric;
   while (row < r->n) {
     int32_t first = row;
@@ -565,12 +681,18 @@ static double evaluate_rows(moe_context *context, int t, const rows *r, int32_t 
         if (score[c] > score[best[first + s]]) best[first + s] = c;
     }
   }
-  if (!strncmp(task[t].metrics, "spearman", 8)) metric = moe_metric_spearman(value, r->label, n, scratch, NULL);
-  else if (!strncmp(task[t].metrics, "pearson", 7)) metric = moe_metric_pearson(value, r->label, n, NULL);
-  else if (!strncmp(task[t].metrics, "matthews", 8)) metric = moe_metric_matthews(best, label, n, task[t].classes, NULL);
-  else if (!strncmp(task[t].metrics, "macro_f1", 8)) metric = moe_metric_macro_f1(best, label, n, task[t].classes, NULL);
-  else if (!strncmp(task[t].metrics, "f1", 2)) metric = moe_metric_f1(best, label, n, NULL);
-  else metric = moe_metric_accuracy(best, label, n, NULL);
+  if (!strncmp(task[t].metrics, "spearman", 8))
+    metric = moe_metric_spearman(value, r->label, n, scratch, NULL);
+  else if (!strncmp(task[t].metrics, "pearson", 7))
+    metric = moe_metric_pearson(value, r->label, n, NULL);
+  else if (!strncmp(task[t].metrics, "matthews", 8))
+    metric = moe_metric_matthews(best, label, n, task[t].classes, NULL);
+  else if (!strncmp(task[t].metrics, "macro_f1", 8))
+    metric = moe_metric_macro_f1(best, label, n, task[t].classes, NULL);
+  else if (!strncmp(task[t].metrics, "f1", 2))
+    metric = moe_metric_f1(best, label, n, NULL);
+  else
+    metric = moe_metric_accuracy(best, label, n, NULL);
   free(value), free(scratch), free(scores), free(best), free(label);
   return metric;
 }
@@ -586,18 +708,18 @@ static double evaluate(moe_context *context, int t, int32_t width, pack *p) {
 /* A line of the table, for one seed. */
 typedef struct run {
   int system, homogeneous, seed, stages;
-  double rate;                       /* of the router */
-  double seconds;                    /* of processor */
+  double rate;    /* of the router */
+  double seconds; /* of processor */
   double metric[MOST_TASKS], unseen[MOST_LIST];
   int n_looks;
-  int64_t step[1000];                /* when the routes were looked at, in the first stage */
+  int64_t step[1000]; /* when the routes were looked at, in the first stage */
   double tau[1000];
-  float *routes;                     /* (n_looks, T, L, m) */
+  float *routes; /* (n_looks, T, L, m) */
 } run;
 
-static run *runs;                    /* what is done */
+static run *runs; /* what is done */
 static int n_runs;
-static run now;                      /* what is being done */
+static run now; /* what is being done */
 static double shots[MOST_LIST];
 static int n_shots;
 
@@ -625,14 +747,18 @@ static float *tensor_of(moe_model *model, const char *name, moe_tensor *out) {
   return moe_model_weights(model) + out->offset;
 }
 
-/* Routes that are drawn once: `count` of the blocks for each of n tasks and layer, of equal weight. */
+/* Routes that are drawn once: `count` of the blocks for each of n tasks and layer, of equal weight.
+ */
 static void draw_routes(float *routes, int n, int count, int seed) {
   int t, l, i, taken;
   for (t = 0; t < n; ++t)
     for (l = 0; l < base.layers; ++l, routes += opt.blocks)
-      for (i = taken = 0; i < opt.blocks; ++i) { /* each with the chance that makes all choices alike */
-        int left = opt.blocks - i, chosen = moe_key((uint64_t)seed, 0, (uint64_t)t, (uint32_t)l, (uint32_t)i) % (uint64_t)left <
-                                            (uint64_t)(count - taken);
+      for (i = taken = 0; i < opt.blocks;
+           ++i) { /* each with the chance that makes all choices alike */
+        int left = opt.blocks - i,
+            chosen =
+                moe_key((uint64_t)seed, 0, (uint64_t)t, (uint32_t)l, (uint32_t)i) % (uint64_t)left <
+                (uint64_t)(count - taken);
         taken += chosen;
         routes[i] = chosen ? 1.0f / (float)count : 0.0f;
       }
@@ -648,16 +774,17 @@ static moe_model *make_model(int system, int seed) {
   moe_import_options noise = {1e-8f, 1};
   int32_t i;
   c.unit = MOE_UNIT_BLOCK;
-  c.router = is_learned(system) ? MOE_ROUTER_LEVEL : MOE_ROUTER_DENSE;
+  c.router = is_learned(system) ? MOE_ROUTER_TASK_LEVEL : MOE_ROUTER_DENSE;
   c.selection = (moe_selection)(is_learned(system) ? system - SOFTMAX : 0);
   c.experts = system == MULTI ? 1 : opt.blocks;
-  if (has_vectors()) c.vector = c.hidden;
+  if (has_vectors()) c.task_dim = c.hidden;
   need(moe_model_create(&model, &c, task, T, (uint64_t)seed, &env));
   need(moe_model_set_vocab(model, vocab, vocab_bytes, &env));
   about = opt.init;
   if (init_file) need(moe_model_import(model, init_file, init_bytes, &noise, &env));
   about = NULL;
-  for (i = 0; i < moe_model_tensors(model) && !init_file; ++i) { /* from scratch too, the blocks of a layer start as copies of one [TL] 2 */
+  for (i = 0; i < moe_model_tensors(model) && !init_file;
+       ++i) { /* from scratch too, the blocks of a layer start as copies of one [TL] 2 */
     moe_tensor t;
     char name[128], *at;
     need(moe_model_tensor(model, i, &t));
@@ -665,38 +792,46 @@ static moe_model *make_model(int system, int seed) {
     if (!at || at[8] == '0') continue;
     at[8] = '0';
     memmove(at + 9, strchr(at + 9, '.'), strlen(strchr(at + 9, '.')) + 1);
-    memcpy(moe_model_weights(model) + t.offset, tensor_of(model, name, NULL), t.count * sizeof(float));
+    memcpy(moe_model_weights(model) + t.offset, tensor_of(model, name, NULL),
+           t.count * sizeof(float));
   }
   return model;
 }
 
 static task_router *make_router(const moe_model *model, int n, int seed) {
-  task_router *r = router_create(strcmp(opt.router, "lstm") ? ROUTER_TRANSFORMER : ROUTER_LSTM, n, base.layers, opt.blocks,
-                                 moe_model_config(model)->vector, (uint64_t)seed, &env);
+  task_router *r =
+      router_create(strcmp(opt.router, "lstm") ? ROUTER_TRANSFORMER : ROUTER_LSTM, n, base.layers,
+                    opt.blocks, moe_model_config(model)->task_dim, (uint64_t)seed, &env);
   if (!r) die("out of memory");
   return r;
 }
 
-/* Every column gets mean 0 and deviation 1 over the tasks that are trained: what they have in common does not tell them apart. */
+/* Every column gets mean 0 and deviation 1 over the tasks that are trained: what they have in
+   common does not tell them apart. */
 static void standardize(float *v, int n, int32_t width) {
   int t;
   int32_t i;
   for (i = 0; i < width; ++i) {
     double sum = 0, square = 0, deviation;
     for (t = 0; t < T; ++t) sum += (double)v[t * width + i];
-    for (t = 0; t < T; ++t) square += ((double)v[t * width + i] - sum / T) * ((double)v[t * width + i] - sum / T);
+    for (t = 0; t < T; ++t)
+      square += ((double)v[t * width + i] - sum / T) * ((double)v[t * width + i] - sum / T);
     deviation = sqrt(square / T) + 1e-6;
-    for (t = 0; t < n; ++t) v[t * width + i] = (float)(((double)v[t * width + i] - sum / T) / deviation);
+    for (t = 0; t < n; ++t)
+      v[t * width + i] = (float)(((double)v[t * width + i] - sum / T) / deviation);
   }
 }
 
-/* Vectors (T, H) from outside, and behind them the unseen task's: text is the mean of the encoder's output, before any training, over sentences
-   of the task or over its description; fisher the logarithm of the mean squared gradients (the diagonal of the empirical Fisher information)
-   of the bias behind the last layer's feed-forward network; the unseen task, which has no head to ask, gets the mean. */
+/* Vectors (T, H) from outside, and behind them the unseen task's: text is the mean of the encoder's
+   output, before any training, over sentences of the task or over its description; fisher the
+   logarithm of the mean squared gradients (the diagonal of the empirical Fisher information) of the
+   bias behind the last layer's feed-forward network; the unseen task, which has no head to ask,
+   gets the mean. */
 static float *make_vectors(moe_model *model, moe_trainer *trainer, pack *p) {
   int32_t H = base.hidden, i, k, n, s;
   int t, fisher = !strcmp(opt.vectors, "fisher"), all = T + (opt.unseen && !fisher);
-  float *scores = (float *)take((size_t)opt.batch * (size_t)moe_model_max_classes(model), sizeof *scores);
+  float *scores =
+      (float *)take((size_t)opt.batch * (size_t)moe_model_max_classes(model), sizeof *scores);
   float *vectors = (float *)take((size_t)(T + 1) * (size_t)H, sizeof *vectors);
   moe_tensor from;
   char name[96];
@@ -711,8 +846,9 @@ static float *make_vectors(moe_model *model, moe_trainer *trainer, pack *p) {
       pack_add(p, t < T ? t : 0, r, s); /* the encoder does not know of tasks yet */
       if (fisher) {
         float *g = moe_trainer_gradients(trainer);
-        need(moe_accumulate(trainer, &p->b, 0, NULL, NULL, &env));
-        for (i = 0; i < H; ++i) v[i] += g[from.offset + (size_t)i] * g[from.offset + (size_t)i] / (float)n;
+        need(moe_trainer_accumulate(trainer, &p->b, 0, NULL, NULL, &env));
+        for (i = 0; i < H; ++i)
+          v[i] += g[from.offset + (size_t)i] * g[from.offset + (size_t)i] / (float)n;
         memset(g, 0, moe_model_parameters(model) * sizeof *g);
       } else {
         const float *hidden = moe_context_hidden(moe_trainer_context(trainer));
@@ -735,10 +871,11 @@ typedef struct routing {
   const float *target; /* (T, L, m) fixed routes, or NULL */
   float *given;        /* the same on their way there from the average */
   task_router *router; /* one of routers.h, or NULL: the model's own */
-  moe_level level;
+  moe_task_router level;
 } routing;
 
-static void connect_routing(routing *r, const float *target, task_router *router, moe_context *context) {
+static void connect_routing(routing *r, const float *target, task_router *router,
+                            moe_context *context) {
   memset(r, 0, sizeof *r);
   r->target = target;
   r->router = router;
@@ -750,15 +887,17 @@ static void connect_routing(routing *r, const float *target, task_router *router
     r->level.scores = router->scores;
     r->level.dscores = router->dscores;
     router_forward(router, &env);
-  } else return;
-  need(moe_context_level(context, &r->level, &env));
+  } else
+    return;
+  need(moe_context_task_router(context, &r->level, &env));
 }
 
 /* The routes of the router in charge at a temperature, or with tau 0 the largest. */
-static void learned_routes(float *routes, const moe_model *model, const task_router *router, float tau) {
+static void learned_routes(float *routes, const moe_model *model, const task_router *router,
+                           float tau) {
   int row, i, m = opt.blocks;
   if (!router) {
-    need(moe_level_routes(routes, model, tau, &env));
+    need(moe_task_router_routes(routes, model, tau, &env));
     return;
   }
   for (row = 0; row < T * base.layers; ++row, routes += m) {
@@ -772,12 +911,14 @@ static void learned_routes(float *routes, const moe_model *model, const task_rou
 }
 
 /* Keeps the routes of this moment, and prints how discrete they are. */
-static void look_at_routes(const moe_model *model, const task_router *router, int64_t step, int64_t steps, float tau) {
+static void look_at_routes(const moe_model *model, const task_router *router, int64_t step,
+                           int64_t steps, float tau) {
   int m = opt.blocks, n = T * base.layers, row, i, t, l;
   float *routes;
   double most = 0;
   if (now.n_looks == 1000) return;
-  now.routes = (float *)realloc(now.routes, ((size_t)now.n_looks + 1) * choices() * sizeof *now.routes);
+  now.routes =
+      (float *)realloc(now.routes, ((size_t)now.n_looks + 1) * choices() * sizeof *now.routes);
   if (!now.routes) die("out of memory");
   routes = now.routes + (size_t)now.n_looks * choices();
   learned_routes(routes, model, router, tau);
@@ -788,7 +929,8 @@ static void look_at_routes(const moe_model *model, const task_router *router, in
     for (i = 0; i < m; ++i) largest = routes[row * m + i] > largest ? routes[row * m + i] : largest;
     most += (double)largest / n;
   }
-  printf("  after %3.0f %% of the steps, temperature %.2f: the largest weight of a block is %.0f %% in the mean\n",
+  printf("  after %3.0f %% of the steps, temperature %.2f: the largest weight of a block is %.0f "
+         "%% in the mean\n",
          100.0 * (double)step / (double)steps, (double)tau, 100 * most);
   for (t = 0; t < T && step == steps; ++t) {
     printf("    %-24s", task[t].name);
@@ -804,7 +946,8 @@ static void look_at_routes(const moe_model *model, const task_router *router, in
   fflush(stdout);
 }
 
-static void save_state(const moe_trainer *trainer, const moe_sampler *sampler, const routing *r, double seconds);
+static void save_state(const moe_trainer *trainer, const moe_sampler *sampler, const routing *r,
+                       double seconds);
 static void load_state(moe_trainer *trainer, moe_sampler *sampler, routing *r);
 
 static double processor_seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
@@ -814,39 +957,44 @@ static void stop_here(int64_t step) {
   fprintf(stderr, "\ntasklevel: interrupted");
   if (step >= 0) fprintf(stderr, " after step %lld", (long long)step);
   fprintf(stderr, "; ");
-  if (opt.checkpoint) fprintf(stderr, "the state is in %s: the same command with --resume %s goes on\n", opt.checkpoint, opt.checkpoint);
-  else fprintf(stderr, "without --checkpoint this line of the table is lost\n");
+  if (opt.checkpoint)
+    fprintf(stderr, "the state is in %s: the same command with --resume %s goes on\n",
+            opt.checkpoint, opt.checkpoint);
+  else
+    fprintf(stderr, "without --checkpoint this line of the table is lost\n");
   exit(130);
 }
 
-static void train_config(moe_train_config *c, moe_group groups[2], int seed) {
+static void train_config(moe_train_config *c, moe_param_group groups[2], int seed) {
   int64_t total = 0;
   int t;
   for (t = 0; t < T; ++t) total += train_rows[t];
   moe_train_config_init(c);
-  c->rate = (float)opt.lr;
+  c->lr = (float)opt.lr;
   c->steps = opt.steps ? opt.steps : (total * opt.epochs + opt.batch - 1) / opt.batch;
   c->warmup = (float)opt.warmup;
-  c->decay = (float)opt.decay;
-  c->clip = (float)opt.clip;
+  c->weight_decay = (float)opt.decay;
+  c->clip_norm = (float)opt.clip;
   c->dropout = (float)opt.dropout;
   c->seed = (uint64_t)seed;
   groups[0].match = "router.";
   groups[1].match = "tasks.vectors";
-  groups[0].rate = groups[1].rate = (float)now.rate;
-  groups[0].decay = groups[1].decay = 1;
+  groups[0].lr_scale = groups[1].lr_scale = (float)now.rate;
+  groups[0].decay_scale = groups[1].decay_scale = 1;
   c->groups = groups;
   c->n_groups = 2;
 }
 
 /* One step of a batch that is packed. */
-static void train_step(moe_trainer *trainer, const moe_train_config *c, routing *r, pack *p, float vector_factor, float router_factor) {
-  float rate = moe_train_rate(c, moe_trainer_step(trainer) + 1);
-  need(moe_accumulate(trainer, &p->b, 0, NULL, NULL, &env));
-  need(moe_update(trainer, NULL, &env));
+static void train_step(moe_trainer *trainer, const moe_train_config *c, routing *r, pack *p,
+                       float vector_factor, float router_factor) {
+  float rate = moe_train_lr(c, moe_trainer_steps_done(trainer) + 1);
+  need(moe_trainer_accumulate(trainer, &p->b, 0, NULL, NULL, &env));
+  need(moe_trainer_step(trainer, NULL, &env));
   if (!r->router) return;
   router_backward(r->router, &env);
-  if (router_update(r->router, vector_factor * rate, router_factor * rate, c->decay, c->clip, &env))
+  if (router_update(r->router, vector_factor * rate, router_factor * rate, c->weight_decay,
+                    c->clip_norm, &env))
     die("a gradient of the router is no finite number");
   router_forward(r->router, &env);
 }
@@ -858,15 +1006,18 @@ static void copy_router(moe_model *to, moe_model *from) {
     moe_tensor t;
     need(moe_model_tensor(to, i, &t));
     if (!strncmp(t.name, "router.", 7) || !strcmp(t.name, "tasks.vectors"))
-      memcpy(moe_model_weights(to) + t.offset, tensor_of(from, t.name, NULL), t.count * sizeof(float));
+      memcpy(moe_model_weights(to) + t.offset, tensor_of(from, t.name, NULL),
+             t.count * sizeof(float));
   }
 }
 
-/* Trains to the end and leaves the metrics in `now`. stage 1: `target` are routes that are drawn, or NULL; stage 2: they are the learned ones, and
-   come in from the average over the first half. first: the model of stage 1, NULL where the state of stage 2 comes from a checkpoint.
-   The unseen task's vector comes back, or NULL where vectors are random. */
-static float *train_stage(int stage, moe_model *model, moe_model *first, task_router *router, float *target, int resume) {
-  moe_group groups[2];
+/* Trains to the end and leaves the metrics in `now`. stage 1: `target` are routes that are drawn,
+   or NULL; stage 2: they are the learned ones, and come in from the average over the first half.
+   first: the model of stage 1, NULL where the state of stage 2 comes from a checkpoint. The unseen
+   task's vector comes back, or NULL where vectors are random. */
+static float *train_stage(int stage, moe_model *model, moe_model *first, task_router *router,
+                          float *target, int resume) {
+  moe_param_group groups[2];
   moe_limits limits;
   moe_train_config c;
   moe_trainer *trainer;
@@ -883,8 +1034,9 @@ static float *train_stage(int stage, moe_model *model, moe_model *first, task_ro
   limits.sequences = opt.batch;
   limits.training = 1;
   train_config(&c, groups, now.seed);
-  groups[1].rate *= freeze;
-  if (stage == 2 || router) groups[0].rate = groups[1].rate = 0; /* the model's own router waits */
+  groups[1].lr_scale *= freeze;
+  if (stage == 2 || router)
+    groups[0].lr_scale = groups[1].lr_scale = 0; /* the model's own router waits */
   memset(&sc, 0, sizeof sc);
   sc.seed = (uint64_t)now.seed;
   if (now.homogeneous) sc.run = opt.batch;
@@ -892,8 +1044,10 @@ static float *train_stage(int stage, moe_model *model, moe_model *first, task_ro
   need(moe_sampler_init(&sampler, &sc, train_rows, used, T, &env));
   if (is_learned(now.system) && has_vectors()) {
     vectors = make_vectors(model, trainer, &p);
-    memcpy(tensor_of(model, "tasks.vectors", NULL), vectors, (size_t)(T * base.hidden) * sizeof *vectors);
-    if (router && stage == 1) memcpy(router->w, vectors, (size_t)(T * base.hidden) * sizeof *vectors);
+    memcpy(tensor_of(model, "tasks.vectors", NULL), vectors,
+           (size_t)(T * base.hidden) * sizeof *vectors);
+    if (router && stage == 1)
+      memcpy(router->w, vectors, (size_t)(T * base.hidden) * sizeof *vectors);
   }
   if (first) copy_router(model, first);
   connect_routing(&r, target, target ? NULL : router, moe_trainer_context(trainer));
@@ -904,12 +1058,15 @@ static float *train_stage(int stage, moe_model *model, moe_model *first, task_ro
     begin = processor_seconds() - now.seconds;
   }
   if (stage == 2) r.router = NULL;
-  for (step = moe_trainer_step(trainer); step < c.steps; ++step) {
+  for (step = moe_trainer_steps_done(trainer); step < c.steps; ++step) {
     float share = 2 * (float)step / (float)c.steps;
-    if (stage == 2) moe_level_blend(r.given, target, share < 1 ? share : 1, choices() / (size_t)opt.blocks, opt.blocks);
-    if (learns && step >= now.n_looks * c.steps / (opt.looks - 1)) look_at_routes(model, router, step, c.steps, moe_train_tau(&c, step));
+    if (stage == 2)
+      moe_task_router_blend(r.given, target, share < 1 ? share : 1, choices() / (size_t)opt.blocks,
+                            opt.blocks);
+    if (learns && step >= now.n_looks * c.steps / (opt.looks - 1))
+      look_at_routes(model, router, step, c.steps, moe_train_tau(&c, step));
     for (p.b.S = 0; p.b.S < opt.batch;) {
-      moe_sample(&sampler, &drawn, &row);
+      moe_sampler_next(&sampler, &drawn, &row);
       pack_add(&p, drawn, &train[drawn], row);
     }
     train_step(trainer, &c, &r, &p, (float)now.rate * freeze, (float)now.rate);
@@ -922,7 +1079,8 @@ static float *train_stage(int stage, moe_model *model, moe_model *first, task_ro
   }
   if (learns) look_at_routes(model, router, step, c.steps, moe_train_tau(&c, step));
   if (target) memcpy(r.given, target, choices() * sizeof *r.given);
-  for (t = 0; t < T; ++t) now.metric[t] = evaluate(moe_trainer_context(trainer), t, moe_model_max_classes(model), &p);
+  for (t = 0; t < T; ++t)
+    now.metric[t] = evaluate(moe_trainer_context(trainer), t, moe_model_max_classes(model), &p);
   now.seconds = processor_seconds() - begin;
   moe_trainer_free(trainer);
   free(r.given);
@@ -944,7 +1102,8 @@ static int head_donor(int n) {
   int t;
   if (opt.head_from) {
     t = find_task("--head-from", opt.head_from);
-    if (task[t].kind != task[T].kind || task[t].classes != task[T].classes) die("--head-from: %s has other labels than %s", task[t].name, task[T].name);
+    if (task[t].kind != task[T].kind || task[t].classes != task[T].classes)
+      die("--head-from: %s has other labels than %s", task[t].name, task[T].name);
     return t;
   }
   for (t = 0; t < T && n == 0; ++t)
@@ -953,14 +1112,17 @@ static int head_donor(int n) {
 }
 
 /* A router with one task more; its vector is a copy, a mean, the one from outside, or as it is. */
-static task_router *router_with_task(const task_router *from, const moe_model *model, int gate, const float *vector) {
+static task_router *router_with_task(const task_router *from, const moe_model *model, int gate,
+                                     const float *vector) {
   task_router *r = make_router(model, T + 1, now.seed);
   float *to = r->w + T * r->V;
   int t, i;
   memcpy(r->w, from->w, (size_t)(T * r->V) * sizeof *r->w);
   memcpy(r->w + (T + 1) * r->V, from->w + T * r->V, (from->n - (size_t)(T * r->V)) * sizeof *r->w);
-  if (vector) memcpy(to, vector, (size_t)r->V * sizeof *to);
-  else if (gate >= 0) memcpy(to, from->w + gate * r->V, (size_t)r->V * sizeof *to);
+  if (vector)
+    memcpy(to, vector, (size_t)r->V * sizeof *to);
+  else if (gate >= 0)
+    memcpy(to, from->w + gate * r->V, (size_t)r->V * sizeof *to);
   for (i = 0; i < r->V && !vector && gate == MOE_GATE_MEAN; ++i)
     for (to[i] = 0, t = 0; t < T; ++t) to[i] += from->w[t * r->V + i] / (float)T;
   return r;
@@ -969,10 +1131,13 @@ static task_router *router_with_task(const task_router *from, const moe_model *m
 /* The model with the unseen task in it, its vector and its head as they begin. */
 static moe_model *join(moe_model *model, int gate, const float *vector, int donor) {
   static const char *const part[] = {"weight", "bias"};
-  int level = moe_model_config(model)->router == MOE_ROUTER_LEVEL, i;
+  int level = moe_model_config(model)->router == MOE_ROUTER_TASK_LEVEL, i;
   moe_model *more;
-  need(moe_model_adapt(&more, model, &task[T], level ? gate : MOE_GATE_RANDOM, (uint64_t)now.seed, &env));
-  if (level && vector) memcpy(tensor_of(more, "tasks.vectors", NULL) + T * base.hidden, vector, (size_t)base.hidden * sizeof *vector);
+  need(moe_model_adapt(&more, model, &task[T], level ? gate : MOE_GATE_RANDOM, (uint64_t)now.seed,
+                       &env));
+  if (level && vector)
+    memcpy(tensor_of(more, "tasks.vectors", NULL) + T * base.hidden, vector,
+           (size_t)base.hidden * sizeof *vector);
   for (i = 0; i < 2 && donor >= 0; ++i) {
     char from[256], to[256];
     moe_tensor t;
@@ -990,21 +1155,25 @@ static int32_t *pick_rows(int n) {
   int32_t *row = (int32_t *)take((size_t)train[T].n, sizeof *row), i;
   for (i = 0; i < train[T].n; ++i) row[i] = i;
   for (i = 0; i < n; ++i) {
-    int32_t j = i + (int32_t)(moe_key((uint64_t)now.seed, 1, (uint64_t)i, 0, 98) % (uint64_t)(train[T].n - i)), keep = row[i];
+    int32_t j = i + (int32_t)(moe_key((uint64_t)now.seed, 1, (uint64_t)i, 0, 98) %
+                              (uint64_t)(train[T].n - i)),
+            keep = row[i];
     row[i] = row[j];
     row[j] = keep;
   }
   return row;
 }
 
-/* The unseen task's metric after `n` rows of it. Blocks, router and all other tasks stay as they are unless --learns all. */
+/* The unseen task's metric after `n` rows of it. Blocks, router and all other tasks stay as they
+   are unless --learns all. */
 static double adapt(moe_model *model, const task_router *router, const float *vector, int n) {
   int donor = head_donor(n), everything = !strcmp(opt.learns, "all"), batch, i;
   int from_text = !strcmp(opt.vector_from, "text");
-  int gate = from_text || !strcmp(opt.vector_from, "random") ? MOE_GATE_RANDOM : !strcmp(opt.vector_from, "mean") ? MOE_GATE_MEAN
-             : find_task("--vector-from", opt.vector_from);
+  int gate = from_text || !strcmp(opt.vector_from, "random") ? MOE_GATE_RANDOM
+             : !strcmp(opt.vector_from, "mean")              ? MOE_GATE_MEAN
+                                                : find_task("--vector-from", opt.vector_from);
   char head[128];
-  moe_group groups[3];
+  moe_param_group groups[3];
   moe_limits limits;
   moe_train_config c;
   moe_model *more;
@@ -1023,14 +1192,14 @@ static double adapt(moe_model *model, const task_router *router, const float *ve
   train_config(&c, groups, now.seed);
   if (!everything) { /* all is frozen but what follows */
     groups[0].match = "";
-    groups[0].rate = 0;
-    groups[1].rate = 1;
+    groups[0].lr_scale = 0;
+    groups[1].lr_scale = 1;
   }
-  groups[1].decay = 0;
+  groups[1].decay_scale = 0;
   groups[2].match = head;
-  groups[2].rate = groups[2].decay = 1;
+  groups[2].lr_scale = groups[2].decay_scale = 1;
   c.n_groups = 3;
-  c.rate = (float)opt.adapt_lr;
+  c.lr = (float)opt.adapt_lr;
   c.steps = opt.adapt_steps;
   limits.tokens = opt.batch * opt.max_len;
   limits.sequences = opt.batch;
@@ -1047,7 +1216,7 @@ static double adapt(moe_model *model, const task_router *router, const float *ve
     draw_routes(routes, T + 1, now.system, now.seed);
     r.level.routes = routes;
   }
-  if (router || routes) need(moe_context_level(moe_trainer_context(trainer), &r.level, &env));
+  if (router || routes) need(moe_context_task_router(moe_trainer_context(trainer), &r.level, &env));
   p = pack_make();
   rows_of = pick_rows(n);
   batch = n < opt.batch ? n : opt.batch;
@@ -1057,10 +1226,10 @@ static double adapt(moe_model *model, const task_router *router, const float *ve
   need(moe_sampler_init(&sampler, &sc, &count, &used, 1, &env));
   for (i = 0; i < opt.adapt_steps && n && !interrupted; ++i) {
     for (p.b.S = 0; p.b.S < batch;) {
-      moe_sample(&sampler, &drawn, &row);
+      moe_sampler_next(&sampler, &drawn, &row);
       pack_add(&p, T, &train[T], rows_of[row]);
     }
-    train_step(trainer, &c, &r, &p, groups[1].rate, groups[0].rate);
+    train_step(trainer, &c, &r, &p, groups[1].lr_scale, groups[0].lr_scale);
   }
   metric = evaluate(moe_trainer_context(trainer), T, moe_model_max_classes(more), &p);
   moe_trainer_free(trainer);
@@ -1073,21 +1242,23 @@ static double adapt(moe_model *model, const task_router *router, const float *ve
 
 static void adapt_all(moe_model *model, const task_router *router, const float *vector) {
   int k;
-  for (k = 0; k < n_shots && opt.unseen; ++k) now.unseen[k] = adapt(model, router, vector, (int)shots[k]);
+  for (k = 0; k < n_shots && opt.unseen; ++k)
+    now.unseen[k] = adapt(model, router, vector, (int)shots[k]);
 }
 
 /* ---- saving ---- */
 
-/* A model file knows of the MLP router only. Any table of scores z (T, L, m) is one, though: vectors that are 6 at the task's place and 0
-   elsewhere, a first matrix that passes them on, and a second one of z / GELU(6). */
+/* A model file knows of the MLP router only. Any table of scores z (T, L, m) is one, though:
+   vectors that are 6 at the task's place and 0 elsewhere, a first matrix that passes them on, and a
+   second one of z / GELU(6). */
 static moe_model *model_with_table(moe_model *from, const float *z, moe_selection selection) {
   moe_config c = *moe_model_config(from);
   moe_model *to;
   float six = 6, gelu, *w;
   int32_t i, l, t;
-  c.router = MOE_ROUTER_LEVEL;
+  c.router = MOE_ROUTER_TASK_LEVEL;
   c.selection = selection;
-  c.vector = MOST_TASKS; /* as many as the router has inner units */
+  c.task_dim = MOST_TASKS; /* as many as the router has inner units */
   moe_gelu_forward(&gelu, &six, 1, &env);
   need(moe_model_create(&to, &c, task, T, 1, &env));
   need(moe_model_set_vocab(to, vocab, vocab_bytes, &env));
@@ -1095,8 +1266,10 @@ static moe_model *model_with_table(moe_model *from, const float *z, moe_selectio
     moe_tensor tensor;
     need(moe_model_tensor(to, i, &tensor));
     w = moe_model_weights(to) + tensor.offset;
-    if (!strncmp(tensor.name, "router.", 7) || !strcmp(tensor.name, "tasks.vectors")) memset(w, 0, tensor.count * sizeof *w);
-    else memcpy(w, tensor_of(from, tensor.name, NULL), tensor.count * sizeof *w);
+    if (!strncmp(tensor.name, "router.", 7) || !strcmp(tensor.name, "tasks.vectors"))
+      memset(w, 0, tensor.count * sizeof *w);
+    else
+      memcpy(w, tensor_of(from, tensor.name, NULL), tensor.count * sizeof *w);
   }
   w = tensor_of(to, "tasks.vectors", NULL);
   for (t = 0; t < T; ++t) w[t * MOST_TASKS + t] = six;
@@ -1108,7 +1281,8 @@ static moe_model *model_with_table(moe_model *from, const float *z, moe_selectio
     snprintf(name, sizeof name, "router.%d.1.weight", (int)l);
     w = tensor_of(to, name, NULL);
     for (i = 0; i < opt.blocks; ++i)
-      for (t = 0; t < T; ++t) w[i * MOST_TASKS + t] = z[(t * base.layers + l) * opt.blocks + i] / gelu;
+      for (t = 0; t < T; ++t)
+        w[i * MOST_TASKS + t] = z[(t * base.layers + l) * opt.blocks + i] / gelu;
   }
   return to;
 }
@@ -1123,14 +1297,18 @@ static void save_model(moe_model *model, const task_router *router, const float 
   moe_model *table = NULL;
   size_t i;
   if (opt.grid) snprintf(grid, sizeof grid, "-%s-%g", now.homogeneous ? "one" : "any", now.rate);
-  if (n_cells == 1) snprintf(path, sizeof path, "%s", opt.save);
-  else snprintf(path, sizeof path, "%.*s-%s%s-%d%s", stem, opt.save, system_name[now.system], grid, now.seed, opt.save + stem);
+  if (n_cells == 1)
+    snprintf(path, sizeof path, "%s", opt.save);
+  else
+    snprintf(path, sizeof path, "%.*s-%s%s-%d%s", stem, opt.save, system_name[now.system], grid,
+             now.seed, opt.save + stem);
   if (drawn) { /* softmax at the temperature of inference gives them back */
     float *z = (float *)take(choices(), sizeof *z);
     for (i = 0; i < choices(); ++i) z[i] = drawn[i] > 0 ? 0 : -100;
     table = model_with_table(model, z, MOE_SELECT_SOFTMAX);
     free(z);
-  } else if (router) table = model_with_table(model, router->scores, moe_model_config(model)->selection);
+  } else if (router)
+    table = model_with_table(model, router->scores, moe_model_config(model)->selection);
   need(moe_model_save(table ? table : model, path, &env));
   moe_model_free(table);
 }
@@ -1154,25 +1332,31 @@ static void put(text *t, const char *format, ...) {
   va_end(args);
 }
 
-static int cell_at, stage_at;        /* what is being trained */
+static int cell_at, stage_at; /* what is being trained */
 static struct {
-  int cell, stage;                   /* where to go on; stage 0: nowhere */
+  int cell, stage; /* where to go on; stage 0: nowhere */
   void *file;
   size_t bytes;
-  char *note, *at;                   /* what is read next */
+  char *note, *at; /* what is read next */
 } state;
 
 /* Everything that decides results; states of other options are refused. */
 static void put_options(text *t) {
   int i;
-  put(t, "systems=%s router=%s vectors=%s seeds=%s grid=%s unseen=%s shots=%s learns=%s vector_from=%s head_from=%s init=%s ", opt.systems, opt.router,
-      opt.vectors, opt.seeds, opt.grid ? opt.grid : "", opt.unseen ? opt.unseen : "", opt.shots, opt.learns, opt.vector_from,
+  put(t,
+      "systems=%s router=%s vectors=%s seeds=%s grid=%s unseen=%s shots=%s learns=%s "
+      "vector_from=%s head_from=%s init=%s ",
+      opt.systems, opt.router, opt.vectors, opt.seeds, opt.grid ? opt.grid : "",
+      opt.unseen ? opt.unseen : "", opt.shots, opt.learns, opt.vector_from,
       opt.head_from ? opt.head_from : "", opt.init ? "file" : "");
-  put(t, "lr=%.9g router_rate=%.9g adapt_lr=%.9g warmup=%.9g decay=%.9g clip=%.9g dropout=%.9g blocks=%d epochs=%d steps=%d batch=%d homogeneous=%d ",
-      opt.lr, opt.router_rate, opt.adapt_lr, opt.warmup, opt.decay, opt.clip, opt.dropout, opt.blocks, opt.epochs, opt.steps, opt.batch,
-      opt.homogeneous);
-  put(t, "two_stage=%d freeze=%d layers=%d hidden=%d max_len=%d looks=%d adapt_steps=%d tasks=", opt.two_stage, opt.freeze, (int)base.layers,
-      (int)base.hidden, opt.max_len, opt.looks, opt.adapt_steps);
+  put(t,
+      "lr=%.9g router_rate=%.9g adapt_lr=%.9g warmup=%.9g decay=%.9g clip=%.9g dropout=%.9g "
+      "blocks=%d epochs=%d steps=%d batch=%d homogeneous=%d ",
+      opt.lr, opt.router_rate, opt.adapt_lr, opt.warmup, opt.decay, opt.clip, opt.dropout,
+      opt.blocks, opt.epochs, opt.steps, opt.batch, opt.homogeneous);
+  put(t, "two_stage=%d freeze=%d layers=%d hidden=%d max_len=%d looks=%d adapt_steps=%d tasks=",
+      opt.two_stage, opt.freeze, (int)base.layers, (int)base.hidden, opt.max_len, opt.looks,
+      opt.adapt_steps);
   for (i = 0; i < T; ++i) put(t, "%s:%d,", task[i].name, (int)train[i].n);
   put(t, "%s\n", env.precision == MOE_TYPE_BF16 ? " precision=bf16" : "");
 }
@@ -1180,7 +1364,8 @@ static void put_options(text *t) {
 static void put_run(text *t, const run *r) {
   int i;
   size_t j;
-  put(t, "%d %d %d %d %.17g %.17g %d\n", r->system, r->homogeneous, r->seed, r->stages, r->rate, r->seconds, r->n_looks);
+  put(t, "%d %d %d %d %.17g %.17g %d\n", r->system, r->homogeneous, r->seed, r->stages, r->rate,
+      r->seconds, r->n_looks);
   for (i = 0; i < T; ++i) put(t, "%.17g ", r->metric[i]);
   for (i = 0; i < n_shots; ++i) put(t, "%.17g ", isnan(r->unseen[i]) ? -9.0 : r->unseen[i]);
   for (i = 0; i < r->n_looks; ++i) put(t, "%lld %.17g ", (long long)r->step[i], r->tau[i]);
@@ -1198,7 +1383,8 @@ static void put_floats(text *t, const float *w, size_t n) {
   put(t, "\n");
 }
 
-static void save_state(const moe_trainer *trainer, const moe_sampler *sampler, const routing *r, double seconds) {
+static void save_state(const moe_trainer *trainer, const moe_sampler *sampler, const routing *r,
+                       double seconds) {
   text t = {NULL, 0, 0};
   int i;
   now.seconds = seconds;
@@ -1208,7 +1394,8 @@ static void save_state(const moe_trainer *trainer, const moe_sampler *sampler, c
   put_run(&t, &now);
   if (stage_at == 2) put_floats(&t, r->target, choices());
   if (r->router) put(&t, "%lld\n", (long long)r->router->step);
-  if (r->router) put_floats(&t, r->router->w, 4 * r->router->n); /* weights, gradients (zeros), moments */
+  if (r->router)
+    put_floats(&t, r->router->w, 4 * r->router->n); /* weights, gradients (zeros), moments */
   need(moe_checkpoint_save(trainer, sampler, t.p, opt.checkpoint, &env));
   free(t.p);
 }
@@ -1228,7 +1415,8 @@ static void next_floats(float *w, size_t n) {
   if (strlen(state.at) < 8 * n) die("%s: its note is damaged", opt.resume);
   for (i = 0; i < n; ++i) {
     uint32_t bits = 0;
-    for (d = 0; d < 8; ++d, ++state.at) bits = bits << 4 | (uint32_t)(*state.at <= '9' ? *state.at - '0' : *state.at - 'a' + 10);
+    for (d = 0; d < 8; ++d, ++state.at)
+      bits = bits << 4 | (uint32_t)(*state.at <= '9' ? *state.at - '0' : *state.at - 'a' + 10);
     memcpy(w + i, &bits, 4);
   }
 }
@@ -1237,7 +1425,8 @@ static void next_run(run *r) {
   int i;
   size_t j;
   memset(r, 0, sizeof *r);
-  r->system = (int)next_number(), r->homogeneous = (int)next_number(), r->seed = (int)next_number(), r->stages = (int)next_number();
+  r->system = (int)next_number(), r->homogeneous = (int)next_number(), r->seed = (int)next_number(),
+  r->stages = (int)next_number();
   r->rate = next_number(), r->seconds = next_number(), r->n_looks = (int)next_number();
   if (r->n_looks < 0 || r->n_looks > 1000) die("%s: its note is damaged", opt.resume);
   for (i = 0; i < T; ++i) r->metric[i] = next_number();
@@ -1263,7 +1452,8 @@ static void open_state(void) {
   about = NULL;
   put_options(&t);
   if (strncmp(state.note, t.p, t.n))
-    die("%s was made with other options:\n  there %.*s\n  here  %s", opt.resume, (int)strcspn(state.note, "\n"), state.note, t.p);
+    die("%s was made with other options:\n  there %.*s\n  here  %s", opt.resume,
+        (int)strcspn(state.note, "\n"), state.note, t.p);
   state.at = state.note + t.n;
   free(t.p);
   state.cell = (int)next_number();
@@ -1285,8 +1475,8 @@ static void load_state(moe_trainer *trainer, moe_sampler *sampler, routing *r) {
     next_floats(r->router->w, 4 * r->router->n);
     router_forward(r->router, &env);
   }
-  fprintf(stderr, "tasklevel: going on from %s, %s, stage %d, step %lld\n", opt.resume, system_name[now.system], state.stage,
-          (long long)moe_trainer_step(trainer));
+  fprintf(stderr, "tasklevel: going on from %s, %s, stage %d, step %lld\n", opt.resume,
+          system_name[now.system], state.stage, (long long)moe_trainer_steps_done(trainer));
   moe_free(state.file);
   free(state.note);
   memset(&state, 0, sizeof state);
@@ -1297,13 +1487,15 @@ static void load_state(moe_trainer *trainer, moe_sampler *sampler, routing *r) {
 /* "straight x10 one task 2 stages": what tells lines apart, and no more. */
 static void line_name(char *out, size_t size, const run *r) {
   size_t n = (size_t)snprintf(out, size, "%s", system_name[r->system]);
-  if (opt.grid) n += (size_t)snprintf(out + n, size - n, ", %s", r->homogeneous ? "one task" : "any tasks");
+  if (opt.grid)
+    n += (size_t)snprintf(out + n, size - n, ", %s", r->homogeneous ? "one task" : "any tasks");
   if (opt.grid && is_learned(r->system)) n += (size_t)snprintf(out + n, size - n, ", x%g", r->rate);
   if (opt.two_stage && is_learned(r->system)) snprintf(out + n, size - n, ", stage %d", r->stages);
 }
 
 static int same_line(const run *a, const run *b) {
-  return a->system == b->system && a->homogeneous == b->homogeneous && a->stages == b->stages && a->rate == b->rate;
+  return a->system == b->system && a->homogeneous == b->homogeneous && a->stages == b->stages &&
+         a->rate == b->rate;
 }
 
 static void print_table(void) {
@@ -1316,7 +1508,8 @@ static void print_table(void) {
   printf("\n%-*s", width, "100 x metric on dev");
   for (t = 0; t < T; ++t) printf(" %9.9s", task[t].name);
   printf(" |      mean%s |", n_seeds > 1 ? "   +-" : "");
-  for (k = 0; k < n_shots && opt.unseen; ++k) printf(" %5g row%s", shots[k], shots[k] == 1 ? " " : "s");
+  for (k = 0; k < n_shots && opt.unseen; ++k)
+    printf(" %5g row%s", shots[k], shots[k] == 1 ? " " : "s");
   printf("%s  seconds\n", opt.unseen ? " |" : "");
   for (i = 0; i < n_runs; ++i) {
     double sum[MOST_TASKS] = {0}, unseen[MOST_LIST] = {0}, mean = 0, square = 0, time = 0, n = 0;
@@ -1335,29 +1528,37 @@ static void print_table(void) {
     printf("%-*s", width, name);
     for (t = 0; t < T; ++t) printf(" %9.1f", 100 * sum[t] / n);
     printf(" | %9.1f", 100 * mean / n);
-    if (n_seeds > 1) printf(" %4.1f", n > 1 ? 100 * sqrt(fmax(0, (square - mean * mean / n) / (n - 1))) : 0);
+    if (n_seeds > 1)
+      printf(" %4.1f", n > 1 ? 100 * sqrt(fmax(0, (square - mean * mean / n) / (n - 1))) : 0);
     printf(" |");
     for (k = 0; k < n_shots && opt.unseen; ++k)
-      if (isnan(unseen[k])) printf(" %10s", "-");
-      else printf(" %10.1f", 100 * unseen[k] / n);
+      if (isnan(unseen[k]))
+        printf(" %10s", "-");
+      else
+        printf(" %10.1f", 100 * unseen[k] / n);
     printf("%s %8.0f\n", opt.unseen ? " |" : "", time / n);
   }
-  if (opt.unseen) printf("rows: of %s, which was left out of the training; %s\n", opt.unseen,
-                         strcmp(opt.learns, "all") ? "its vector and head learn, nothing else" : "everything learns");
+  if (opt.unseen)
+    printf("rows: of %s, which was left out of the training; %s\n", opt.unseen,
+           strcmp(opt.learns, "all") ? "its vector and head learn, nothing else"
+                                     : "everything learns");
 }
 
 static void write_tasks(FILE *f, const run *r) {
   int t, k, first = 1;
   for (t = 0; t < T; ++t)
-    fprintf(f, "%s{\"name\": \"%s\", \"metric\": \"%.*s\", \"value\": %.6f, \"n\": %d}", t ? ", " : "", task[t].name,
-            (int)strcspn(task[t].metrics, ","), task[t].metrics, r->metric[t], (int)(dev[t].n + dev2[t].n));
+    fprintf(f, "%s{\"name\": \"%s\", \"metric\": \"%.*s\", \"value\": %.6f, \"n\": %d}",
+            t ? ", " : "", task[t].name, (int)strcspn(task[t].metrics, ","), task[t].metrics,
+            r->metric[t], (int)(dev[t].n + dev2[t].n));
   fprintf(f, "], \"all\": %.6f", mean_metric(r));
   if (!opt.unseen) return;
   fprintf(f, ", \"unseen\": [");
   for (k = 0; k < n_shots; ++k) {
     if (isnan(r->unseen[k])) continue;
-    fprintf(f, "%s{\"name\": \"%s\", \"rows\": %g, \"metric\": \"%.*s\", \"value\": %.6f, \"n\": %d}", first ? "" : ", ", task[T].name, shots[k],
-            (int)strcspn(task[T].metrics, ","), task[T].metrics, r->unseen[k], (int)(dev[T].n + dev2[T].n));
+    fprintf(f,
+            "%s{\"name\": \"%s\", \"rows\": %g, \"metric\": \"%.*s\", \"value\": %.6f, \"n\": %d}",
+            first ? "" : ", ", task[T].name, shots[k], (int)strcspn(task[T].metrics, ","),
+            task[T].metrics, r->unseen[k], (int)(dev[T].n + dev2[T].n));
     first = 0;
   }
   fprintf(f, "]");
@@ -1387,13 +1588,19 @@ static void write_file(const char *path, void (*print)(FILE *f)) {
 
 static void print_json(FILE *f) {
   int i, k, row, b, m = opt.blocks, n = T * base.layers;
-  fprintf(f, "{\"options\": {\"router\": \"%s\", \"blocks\": %d, \"lr\": %g, \"vectors\": \"%s\", \"freeze\": %d, \"batch\": %d, \"steps\": %d, "
-             "\"epochs\": %d, \"learns\": \"%s\", \"vector_from\": \"%s\"},\n\"runs\": [", opt.router, opt.blocks, opt.lr, opt.vectors, opt.freeze, opt.batch,
-          opt.steps, opt.epochs, opt.learns, opt.vector_from);
+  fprintf(f,
+          "{\"options\": {\"router\": \"%s\", \"blocks\": %d, \"lr\": %g, \"vectors\": \"%s\", "
+          "\"freeze\": %d, \"batch\": %d, \"steps\": %d, "
+          "\"epochs\": %d, \"learns\": \"%s\", \"vector_from\": \"%s\"},\n\"runs\": [",
+          opt.router, opt.blocks, opt.lr, opt.vectors, opt.freeze, opt.batch, opt.steps, opt.epochs,
+          opt.learns, opt.vector_from);
   for (i = 0; i < n_runs; ++i) {
     const run *r = &runs[i];
-    fprintf(f, "%s\n{\"system\": \"%s\", \"seed\": %d, \"batching\": \"%s\", \"router_rate\": %g, \"stage\": %d, \"seconds\": %.1f, \"tasks\": [",
-            i ? "," : "", system_name[r->system], r->seed, r->homogeneous ? "homogeneous" : "heterogeneous", r->rate, r->stages, r->seconds);
+    fprintf(f,
+            "%s\n{\"system\": \"%s\", \"seed\": %d, \"batching\": \"%s\", \"router_rate\": %g, "
+            "\"stage\": %d, \"seconds\": %.1f, \"tasks\": [",
+            i ? "," : "", system_name[r->system], r->seed,
+            r->homogeneous ? "homogeneous" : "heterogeneous", r->rate, r->stages, r->seconds);
     write_tasks(f, r);
     fprintf(f, ", \"routes\": [");
     for (k = 0; k < r->n_looks; ++k) {
@@ -1404,7 +1611,8 @@ static void print_json(FILE *f) {
         for (b = 0; b < m; ++b) largest = p[b] > largest ? p[b] : largest;
         most += (double)largest / n;
       }
-      fprintf(f, "%s{\"step\": %lld, \"temperature\": %.4g, \"largest\": %.6f}", k ? ", " : "", (long long)r->step[k], r->tau[k], most);
+      fprintf(f, "%s{\"step\": %lld, \"temperature\": %.4g, \"largest\": %.6f}", k ? ", " : "",
+              (long long)r->step[k], r->tau[k], most);
     }
     fprintf(f, "]}");
   }
@@ -1413,31 +1621,36 @@ static void print_json(FILE *f) {
 
 static void print_csv(FILE *f) {
   int i, k, t, l, b;
-  fprintf(f, "run,system,batching,router_rate,seed,step,temperature,task,layer,block,probability\n");
+  fprintf(f,
+          "run,system,batching,router_rate,seed,step,temperature,task,layer,block,probability\n");
   for (i = 0; i < n_runs; ++i) {
     const float *p = runs[i].routes;
     for (k = 0; k < runs[i].n_looks; ++k)
       for (t = 0; t < T; ++t)
         for (l = 0; l < base.layers; ++l)
           for (b = 0; b < opt.blocks; ++b, ++p)
-            fprintf(f, "%d,%s,%s,%g,%d,%lld,%.6g,%s,%d,%d,%.6g\n", i + 1, system_name[runs[i].system],
-                    runs[i].homogeneous ? "homogeneous" : "heterogeneous", runs[i].rate, runs[i].seed, (long long)runs[i].step[k], runs[i].tau[k],
-                    task[t].name, l + 1, b + 1, (double)*p);
+            fprintf(
+                f, "%d,%s,%s,%g,%d,%lld,%.6g,%s,%d,%d,%.6g\n", i + 1, system_name[runs[i].system],
+                runs[i].homogeneous ? "homogeneous" : "heterogeneous", runs[i].rate, runs[i].seed,
+                (long long)runs[i].step[k], runs[i].tau[k], task[t].name, l + 1, b + 1, (double)*p);
   }
 }
 
 /* ---- one line of the table after the other ---- */
 
-static void finish_run(moe_model *model, const task_router *router, const float *vector, const float *drawn, int last) {
+static void finish_run(moe_model *model, const task_router *router, const float *vector,
+                       const float *drawn, int last) {
   char name[128];
   int k;
   now.stages = stage_at;
-  for (k = 0; k < n_shots; ++k) now.unseen[k] = (double)NAN; /* not measured after a first stage that has a second one */
+  for (k = 0; k < n_shots; ++k)
+    now.unseen[k] = (double)NAN; /* not measured after a first stage that has a second one */
   if (last) adapt_all(model, router, vector);
   if (interrupted) stop_here(-1);
   if (last && opt.save) save_model(model, router, drawn);
   line_name(name, sizeof name, &now);
-  printf("%s, seed %d: mean %.1f after %.0f s\n", name, now.seed, 100 * mean_metric(&now), now.seconds);
+  printf("%s, seed %d: mean %.1f after %.0f s\n", name, now.seed, 100 * mean_metric(&now),
+         now.seconds);
   fflush(stdout);
   keep_run();
   if (opt.json) write_file(opt.json, print_json); /* finished parts are kept */
@@ -1446,7 +1659,8 @@ static void finish_run(moe_model *model, const task_router *router, const float 
 
 static void run_cell(void) {
   float *routes = (float *)take(choices(), sizeof *routes), *vector = NULL;
-  int learned = is_learned(now.system), drawn = now.system == RANDOM1 || now.system == RANDOM2, two = learned && opt.two_stage;
+  int learned = is_learned(now.system), drawn = now.system == RANDOM1 || now.system == RANDOM2,
+      two = learned && opt.two_stage;
   int resume = state.stage;
   moe_model *model = make_model(now.system, now.seed), *first = NULL;
   task_router *router = is_outside(now.system) ? make_router(model, T, now.seed) : NULL;
@@ -1454,13 +1668,16 @@ static void run_cell(void) {
   if (resume != 2) {
     stage_at = 1;
     vector = train_stage(1, model, NULL, router, drawn ? routes : NULL, resume);
-    finish_run(model, router, vector ? vector + T * base.hidden : NULL, drawn ? routes : NULL, !two);
+    finish_run(model, router, vector ? vector + T * base.hidden : NULL, drawn ? routes : NULL,
+               !two);
     if (two) {
-      learned_routes(routes, model, router, now.system == SOFTMAX ? moe_model_config(model)->temperature : 0);
+      learned_routes(routes, model, router,
+                     now.system == SOFTMAX ? moe_model_config(model)->temperature : 0);
       first = model;
       model = make_model(now.system, now.seed);
     }
-  } else next_floats(routes, choices());
+  } else
+    next_floats(routes, choices());
   if (two) {
     stage_at = 2;
     free(vector);
@@ -1485,7 +1702,9 @@ static void run_all(void) {
       for (s = 0; s < SYSTEMS; ++s)
         for (h = 0; h < 2; ++h)
           for (k = 0; k < n_rates; ++k) {
-            if (!listed(opt.systems, system_name[s]) || (!opt.grid && h != opt.homogeneous) || (k && !is_learned(s))) continue;
+            if (!listed(opt.systems, system_name[s]) || (!opt.grid && h != opt.homogeneous) ||
+                (k && !is_learned(s)))
+              continue;
             if (!count) {
               ++n_cells;
               continue;
@@ -1524,14 +1743,18 @@ int main(int argc, char **argv) {
   default_options();
   parse(argc, argv);
   isa = moe_isa_from_name(opt.isa);
-  if (isa == MOE_ISA_COUNT || moe_env_init(&env, isa)) die("this machine has no instruction set \"%s\"", opt.isa);
+  if (isa == MOE_ISA_COUNT || moe_env_init(&env, isa))
+    die("this machine has no instruction set \"%s\"", opt.isa);
   env.log = show;
-  if (!strcmp(opt.precision, "bf16")) moe_env_set_precision(&env, MOE_TYPE_BF16); /* or a sentence, and fp32 */
+  if (!strcmp(opt.precision, "bf16"))
+    moe_env_set_precision(&env, MOE_TYPE_BF16); /* or a sentence, and fp32 */
   need(moe_pool_create(&pool, opt.threads ? opt.threads : moe_processors(), &env));
   n_seeds = number_list(seed_list, "--seeds", opt.seeds, 0);
   n_shots = opt.unseen ? number_list(shots, "--shots", opt.shots, 0) : 0;
-  if (opt.grid) n_rates = number_list(grid_rate, "--grid", opt.grid, 0);
-  else grid_rate[0] = opt.router_rate, n_rates = 1;
+  if (opt.grid)
+    n_rates = number_list(grid_rate, "--grid", opt.grid, 0);
+  else
+    grid_rate[0] = opt.router_rate, n_rates = 1;
   check_writable("--save", opt.save);
   check_writable("--checkpoint", opt.checkpoint);
   check_writable("--json", opt.json);
@@ -1542,9 +1765,13 @@ int main(int argc, char **argv) {
     int k, donor = head_donor(0);
     if (!listed("random,mean,text", opt.vector_from)) find_task("--vector-from", opt.vector_from);
     for (k = 0; k < n_shots; ++k) {
-      if (shots[k] > train[T].n) die("--shots: %s has %d training rows, not %g", opt.unseen, (int)train[T].n, shots[k]);
+      if (shots[k] > train[T].n)
+        die("--shots: %s has %d training rows, not %g", opt.unseen, (int)train[T].n, shots[k]);
       if (shots[k] == 0 && donor < 0)
-        fprintf(stderr, "tasklevel: no task has the labels of %s, so with 0 rows it has no head; --head-from can name one\n", opt.unseen);
+        fprintf(stderr,
+                "tasklevel: no task has the labels of %s, so with 0 rows it has no head; "
+                "--head-from can name one\n",
+                opt.unseen);
     }
   }
   signal(SIGINT, interrupt);

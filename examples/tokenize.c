@@ -3,8 +3,8 @@
      cc -O2 -o tokenize examples/tokenize.c -lm -pthread
      ./tokenize VOCAB [--cased] [--max-len N] [--truncate longest|right] [--words] < lines
 
-   Prints a line for each line: the ids of [CLS] a [SEP], or, where a TAB stands in the line, of [CLS] a [SEP] b [SEP]. Exit status 1
-   and a sentence when something is wrong. */
+   Prints a line for each line: the ids of [CLS] a [SEP], or, where a TAB stands in the line, of
+   [CLS] a [SEP] b [SEP]. Exit status 1 and a sentence when something is wrong. */
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 
@@ -30,7 +30,8 @@ static int usage(FILE *to) {
   return to == stderr;
 }
 
-/* A whole line of any length, without its line feed; zero bytes may stand in it. 1, or 0 at the end of the input, or -1. */
+/* A whole line of any length, without its line feed; zero bytes may stand in it. 1, or 0 at the end
+   of the input, or -1. */
 static int read_line(char **line, size_t *bytes, size_t *capacity) {
   int c;
   *bytes = 0;
@@ -65,14 +66,18 @@ static void print_tokens(const moe_tokens *tokens, const char *vocab, const size
   for (i = 0; i < tokens->count; ++i) {
     const char *blank = i ? " " : "";
     int32_t id = tokens->ids[i];
-    if (!start) printf("%s%ld", blank, (long)id);
-    else printf("%s%.*s", blank, (int)(start[id + 1] - 1 - start[id]), vocab + start[id]);
+    if (!start)
+      printf("%s%ld", blank, (long)id);
+    else
+      printf("%s%.*s", blank, (int)(start[id + 1] - 1 - start[id]), vocab + start[id]);
   }
   printf("\n");
 }
 
-/* Tokenizes the standard input. A token comes from one byte at least, so the length of a line bounds their number. */
-static int run(const moe_tokenizer *tokenizer, long max_len, moe_truncate how, const char *vocab, const size_t *start, const moe_env *env) {
+/* Tokenizes the standard input. A token comes from one byte at least, so the length of a line
+   bounds their number. */
+static int run(const moe_tokenizer *tokenizer, long max_len, moe_truncate how, const char *vocab,
+               const size_t *start, const moe_env *env) {
   char *line = NULL, *tab;
   size_t bytes = 0, capacity = 0;
   long number = 0;
@@ -92,10 +97,15 @@ static int run(const moe_tokenizer *tokenizer, long max_len, moe_truncate how, c
     }
     if (failed) break;
     tab = bytes ? (char *)memchr(line, '\t', bytes) : NULL;
-    if (tab) status = moe_encode(tokenizer, line, (size_t)(tab - line), tab + 1, (size_t)(line + bytes - tab - 1), (int32_t)most, how, &out, env);
-    else status = moe_encode(tokenizer, line, bytes, NULL, 0, (int32_t)most, how, &out, env);
-    if (status) failed = fprintf(stderr, "tokenize: line %ld could not be tokenized\n", number) != 0;
-    else print_tokens(&out, vocab, start);
+    if (tab)
+      status = moe_encode(tokenizer, line, (size_t)(tab - line), tab + 1,
+                          (size_t)(line + bytes - tab - 1), (int32_t)most, how, &out, env);
+    else
+      status = moe_encode(tokenizer, line, bytes, NULL, 0, (int32_t)most, how, &out, env);
+    if (status)
+      failed = fprintf(stderr, "tokenize: line %ld could not be tokenized\n", number) != 0;
+    else
+      print_tokens(&out, vocab, start);
   }
   if (!failed && more < 0) failed = fail("out of memory", "");
   if (!failed && ferror(stdin)) failed = fail("reading the input failed", "");
@@ -116,28 +126,38 @@ int main(int argc, char **argv) {
   size_t vocab_bytes, bytes, *start = NULL;
   for (i = 1; i < argc; ++i) {
     if (!strcmp(argv[i], "--help")) return usage(stdout);
-    if (!strcmp(argv[i], "--cased")) cased = 1;
-    else if (!strcmp(argv[i], "--words")) words = 1;
+    if (!strcmp(argv[i], "--cased"))
+      cased = 1;
+    else if (!strcmp(argv[i], "--words"))
+      words = 1;
     else if (!strcmp(argv[i], "--max-len")) {
       char *end = NULL;
       if (++i < argc) max_len = strtol(argv[i], &end, 10);
       if (!end || end == argv[i] || *end || max_len < 2 || max_len > INT32_MAX)
-        return fail("--max-len wants a whole number from 2 on, not ", i < argc ? argv[i] : "nothing");
+        return fail("--max-len wants a whole number from 2 on, not ",
+                    i < argc ? argv[i] : "nothing");
     } else if (!strcmp(argv[i], "--truncate")) {
-      if (++i < argc && !strcmp(argv[i], "right")) how = MOE_TRUNCATE_RIGHT;
-      else if (i >= argc || strcmp(argv[i], "longest")) return fail("--truncate wants longest or right, not ", i < argc ? argv[i] : "nothing");
-    } else if (argv[i][0] == '-') return fail("unknown option ", argv[i]);
-    else if (path) return fail("one vocabulary is enough: ", argv[i]);
-    else path = argv[i];
+      if (++i < argc && !strcmp(argv[i], "right"))
+        how = MOE_TRUNCATE_RIGHT;
+      else if (i >= argc || strcmp(argv[i], "longest"))
+        return fail("--truncate wants longest or right, not ", i < argc ? argv[i] : "nothing");
+    } else if (argv[i][0] == '-')
+      return fail("unknown option ", argv[i]);
+    else if (path)
+      return fail("one vocabulary is enough: ", argv[i]);
+    else
+      path = argv[i];
   }
   if (!path) return usage(stderr);
   moe_env_init(&env, MOE_ISA_AUTO);
   env.log = complain;
   if (moe_file_read(&vocab, &vocab_bytes, path, &env)) return 1;
-  if (moe_tokenizer_size((const char *)vocab, vocab_bytes, &bytes, &env)) return fail("no vocabulary: ", path);
+  if (moe_tokenizer_size((const char *)vocab, vocab_bytes, &bytes, &env))
+    return fail("no vocabulary: ", path);
   raw = malloc(bytes + 64);
   if (!raw) return fail("out of memory", "");
-  if (moe_tokenizer_init(&tokenizer, (char *)raw + (64 - (uintptr_t)raw % 64), bytes, (const char *)vocab, vocab_bytes, cased, &env))
+  if (moe_tokenizer_init(&tokenizer, (char *)raw + (64 - (uintptr_t)raw % 64), bytes,
+                         (const char *)vocab, vocab_bytes, cased, &env))
     return fail("no vocabulary: ", path);
   if (words) start = line_starts((const char *)vocab, vocab_bytes, moe_tokenizer_words(tokenizer));
   if (words && !start) return fail("out of memory", "");

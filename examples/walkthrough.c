@@ -1,14 +1,22 @@
-/* walkthrough.c - one token's way through one task-aware mixture-of-experts layer, forward and backward, with numbers that fit on paper
-   cc -O2 -o walkthrough examples/walkthrough.c -lm -pthread && ./walkthrough
-   It follows section 3 of [TaG], equation by equation. Each number that moe.h computes is compared with the one worked out by hand
-   (in the code: as a formula of ln 3, ln 6, Phi(1) and phi(1)); one that differs is marked, and the exit status is 1. */
+/* walkthrough.c - one token's way through one task-aware mixture-of-experts layer, forward and
+   backward, with numbers that fit on paper cc -O2 -o walkthrough examples/walkthrough.c -lm
+   -pthread && ./walkthrough
+   It follows section 3 of [TaG], equation by equation. Each number that moe.h computes is compared
+   with the one worked out by hand (in the code: as a formula of ln 3, ln 6, Phi(1) and phi(1)); one
+   that differs is marked, and the exit status is 1. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 
-enum { H = 2, F = 2, N = 3, T = 2, M = 2 }; /* the paper's d, inner size of an expert, experts, tasks; tokens of the batch */
+enum {
+  H = 2,
+  F = 2,
+  N = 3,
+  T = 2,
+  M = 2
+}; /* the paper's d, inner size of an expert, experts, tasks; tokens of the batch */
 
 static int wrong;
 
@@ -28,17 +36,22 @@ static void show(const char *name, const float *got, int n, const double *hand) 
   printf("\n");
 }
 
-/* The layer. Weights are (out, in), row-major; biases are zero, so that they do not stand in the way. */
-static const float x[M][H] = {{1, 2}, {1, 2}}; /* the same token twice: in a sentence of task A, and in one of task B */
-static const float w_in[N][F][H] = {{{1, 0}, {0, -0.5f}}, {{0, 0.5f}, {1, -0.5f}}, {{2, -1}, {-1, 0}}};
+/* The layer. Weights are (out, in), row-major; biases are zero, so that they do not stand in the
+   way. */
+static const float x[M][H] = {
+    {1, 2}, {1, 2}}; /* the same token twice: in a sentence of task A, and in one of task B */
+static const float w_in[N][F][H] = {
+    {{1, 0}, {0, -0.5f}}, {{0, 0.5f}, {1, -0.5f}}, {{2, -1}, {-1, 0}}};
 static const float w_out[N][H][F] = {{{1, -1}, {1, 1}}, {{0, 1}, {1, 0}}, {{1, 1}, {1, -1}}};
 static const float zero[F + H] = {0, 0, 0, 0};
-static float gates[T][N][H]; /* W_{g,A} = (ln 6, 0; ln 3, 0; 0, 0), and W_{g,B} with its rows the other way round */
+static float gates[T][N][H]; /* W_{g,A} = (ln 6, 0; ln 3, 0; 0, 0), and W_{g,B} with its rows the
+                                other way round */
 static const int32_t gate_of[M] = {0, 1}, seq_start[M + 1] = {0, 1, 2};
 
 /* What forward leaves for backward. */
 static int32_t expert[M * N], order[M * N], start[N + 1];
-static float weight[M * N], prob[M][N], logits[M][N], pre[M * N][F], e[M * N][H], h[M][H], scratch[256];
+static float weight[M * N], prob[M][N], logits[M][N], pre[M * N][F], e[M * N][H], h[M][H],
+    scratch[256];
 
 /* Routes and mixture with the k most probable experts; returns the routes. */
 static moe_routes forward(int32_t k, const moe_env *env) {
@@ -58,7 +71,8 @@ static moe_routes forward(int32_t k, const moe_env *env) {
   routes.prob = prob[0];
   routes.order = order;
   routes.start = start;
-  moe_route_forward(&routes, logits[0], NULL, x[0], gates[0][0], gate_of, seq_start, M, H, &options, env);
+  moe_route_forward(&routes, logits[0], NULL, x[0], gates[0][0], gate_of, seq_start, M, H, &options,
+                    env);
   for (i = 0; i < N; ++i) {
     in[i] = moe_mat_rows(w_in[i][0], F, H);
     out[i] = moe_mat_rows(w_out[i][0], H, F);
@@ -81,39 +95,48 @@ static double Phi, phi; /* of the normal distribution, at 1 */
 /* The experts, the gate and what comes out, Eq. 1 to 6; the routes are those of top-1. */
 static moe_routes way_there(const moe_env *env) {
   moe_routes routes;
-  printf("One token, x = (1, 2), in a sentence of task A and in one of task B; N = 3 experts, one gate for each task.\n\n");
-  printf("THE EXPERTS\n  Each is a feed-forward network of its own. Eq. 1:  E_i(x) = w_out GELU(w_in x)\n");
-  routes = forward(N, env); /* all three, so that all can be seen: for either task its most probable expert comes first */
+  printf("One token, x = (1, 2), in a sentence of task A and in one of task B; N = 3 experts, one "
+         "gate for each task.\n\n");
+  printf("THE EXPERTS\n  Each is a feed-forward network of its own. Eq. 1:  E_i(x) = w_out "
+         "GELU(w_in x)\n");
+  routes = forward(N, env); /* all three, so that all can be seen: for either task its most probable
+                               expert comes first */
   {
     const double E1[] = {1, 2 * Phi - 1}, E2[] = {0, Phi}, E3[] = {Phi - 1, 1 - Phi};
-    const double mixture[] = {0.6 * E1[0] + 0.3 * E2[0] + 0.1 * E3[0], 0.6 * E1[1] + 0.3 * E2[1] + 0.1 * E3[1]};
+    const double mixture[] = {0.6 * E1[0] + 0.3 * E2[0] + 0.1 * E3[0],
+                              0.6 * E1[1] + 0.3 * E2[1] + 0.1 * E3[1]};
     const double pre1[] = {1, -1};
     show("w_in x, expert 1", pre[start[0]], F, pre1);
     printf("  GELU(1) = Phi(1) = 0.8413 and GELU(-1) = -(1 - Phi(1)) = -0.1587, so that\n");
     show("E_1(x)", e[start[0]], H, E1);
     show("E_2(x)", e[start[1]], H, E2);
     show("E_3(x)", e[start[2]], H, E3);
-    printf("  All of them together, weighed by the gate below, are Eq. 2:  h = sum_i G_i(x) E_i(x)\n");
+    printf(
+        "  All of them together, weighed by the gate below, are Eq. 2:  h = sum_i G_i(x) E_i(x)\n");
     show("h, full mixture, A", h[0], H, mixture);
   }
 
-  printf("\nTHE GATE OF THE TASK\n  Eq. 3:  logits = x W_{g,t}, where t is the task of the sentence\n");
+  printf("\nTHE GATE OF THE TASK\n  Eq. 3:  logits = x W_{g,t}, where t is the task of the "
+         "sentence\n");
   routes = forward(1, env);
   {
-    const double logits_a[] = {ln6, ln3, 0}, logits_b[] = {0, ln3, ln6}, g_a[] = {0.6, 0.3, 0.1}, g_b[] = {0.1, 0.3, 0.6};
+    const double logits_a[] = {ln6, ln3, 0}, logits_b[] = {0, ln3, ln6}, g_a[] = {0.6, 0.3, 0.1},
+                 g_b[] = {0.1, 0.3, 0.6};
     show("logits, A: ln 6, ln 3, 0", logits[0], N, logits_a);
     show("logits, B: 0, ln 3, ln 6", logits[1], N, logits_b);
     printf("  Eq. 4:  G(x) = softmax(logits): 6, 3 and 1 of 10\n");
     show("G, A", prob[0], N, g_a);
     show("G, B", prob[1], N, g_b);
     printf("  Eq. 5:  the most probable expert and its probability, E*, g* = top-1 of G\n");
-    printf("    A goes to expert %d with g* = %.1f, B to expert %d with g* = %.1f: same token, other task, other expert.\n", (int)expert[0] + 1,
-           (double)weight[0], (int)expert[1] + 1, (double)weight[1]);
+    printf("    A goes to expert %d with g* = %.1f, B to expert %d with g* = %.1f: same token, "
+           "other task, other expert.\n",
+           (int)expert[0] + 1, (double)weight[0], (int)expert[1] + 1, (double)weight[1]);
     wrong |= expert[0] != 0 || expert[1] != 2;
     show("g*, A", weight, 1, g_a);
     show("g*, B", weight + 1, 1, g_a);
-    printf("  The tokens are sorted by expert: expert 1 multiplies %d, expert 2 %d, expert 3 %d of them.\n", (int)(start[1] - start[0]),
-           (int)(start[2] - start[1]), (int)(start[3] - start[2]));
+    printf("  The tokens are sorted by expert: expert 1 multiplies %d, expert 2 %d, expert 3 %d of "
+           "them.\n",
+           (int)(start[1] - start[0]), (int)(start[2] - start[1]), (int)(start[3] - start[2]));
     wrong |= start[1] != 1 || start[2] != 1 || start[3] != 2;
   }
 
@@ -127,13 +150,15 @@ static moe_routes way_there(const moe_env *env) {
 }
 
 static void way_back(const moe_routes *routes, const moe_env *env) {
-  const double up = Phi + phi, down = 1 - Phi - phi; /* GELU'(1) and GELU'(-1): GELU'(z) = Phi(z) + z phi(z) */
+  const double up = Phi + phi,
+               down = 1 - Phi - phi; /* GELU'(1) and GELU'(-1): GELU'(z) = Phi(z) + z phi(z) */
   float d_in[N][F][H], d_out[N][H][F], dgates[T][N][H], dlogits[M][N], dweight[M], dx[M][H];
   const float dh[M][H] = {{1, 0}, {1, 0}}, *rows_in[N], *rows_out[N];
   float *p_in[N], *p_out[N];
   moe_route_options options;
   int i;
-  printf("\nTHE WAY BACK (3.3)\n  Let the loss rise with the first number of h, for either token: dL/dh = (1, 0).\n");
+  printf("\nTHE WAY BACK (3.3)\n  Let the loss rise with the first number of h, for either token: "
+         "dL/dh = (1, 0).\n");
   memset(d_in, 0, sizeof d_in);
   memset(d_out, 0, sizeof d_out);
   memset(dgates, 0, sizeof dgates);
@@ -144,13 +169,18 @@ static void way_back(const moe_routes *routes, const moe_env *env) {
     p_in[i] = d_in[i][0];
     p_out[i] = d_out[i][0];
   }
-  moe_experts_backward(dx[0], dweight, p_in, NULL, p_out, NULL, dh[0], x[0], pre[0], e[0], routes, rows_in, rows_out, H, F, scratch, env);
+  moe_experts_backward(dx[0], dweight, p_in, NULL, p_out, NULL, dh[0], x[0], pre[0], e[0], routes,
+                       rows_in, rows_out, H, F, scratch, env);
   {
     const double dg[] = {1, Phi - 1}, dout[] = {0.6 * Phi, 0.6 * (Phi - 1), 0, 0};
-    const double din[] = {0.6 * up, 1.2 * up, -0.6 * down, -1.2 * down}, dx_a[] = {0.6 * up, 0.3 * down}, none[] = {0, 0, 0, 0};
-    printf("  h is a product, so the loss pulls at both factors. At the weight:  dg* = dL/dh . E*(x)\n");
+    const double din[] = {0.6 * up, 1.2 * up, -0.6 * down, -1.2 * down},
+                 dx_a[] = {0.6 * up, 0.3 * down}, none[] = {0, 0, 0, 0};
+    printf("  h is a product, so the loss pulls at both factors. At the weight:  dg* = dL/dh . "
+           "E*(x)\n");
     show("dg*, A and B", dweight, M, dg);
-    printf("  At the expert of A, dE = g* dL/dh = (0.6, 0), and on through Eq. 1, with GELU'(1) = %.4f, GELU'(-1) = %.4f:\n", up, down);
+    printf("  At the expert of A, dE = g* dL/dh = (0.6, 0), and on through Eq. 1, with GELU'(1) = "
+           "%.4f, GELU'(-1) = %.4f:\n",
+           up, down);
     show("dw_out = dE GELU(.)^T", d_out[0][0], H * F, dout);
     show("dw_in", d_in[0][0], F * H, din);
     show("dx, A, by the expert", dx[0], H, dx_a);
@@ -159,17 +189,20 @@ static void way_back(const moe_routes *routes, const moe_env *env) {
   }
   memset(&options, 0, sizeof options);
   options.scale = 1;
-  moe_route_backward(dx[0], dgates[0][0], dlogits[0], dweight, 1, routes, logits[0], x[0], gates[0][0], gate_of, seq_start, M, H, &options,
-                     env);
+  moe_route_backward(dx[0], dgates[0][0], dlogits[0], dweight, 1, routes, logits[0], x[0],
+                     gates[0][0], gate_of, seq_start, M, H, &options, env);
   {
     const double b = 0.6 * (Phi - 1); /* g* dg* of task B */
     const double dlogits_a[] = {0.24, -0.18, -0.06}, dlogits_b[] = {-0.1 * b, -0.3 * b, 0.4 * b};
-    const double dgate_a[] = {0.24, 0.48, -0.18, -0.36, -0.06, -0.12}, dgate_b[] = {-0.1 * b, -0.2 * b, -0.3 * b, -0.6 * b, 0.4 * b, 0.8 * b};
+    const double dgate_a[] = {0.24, 0.48, -0.18, -0.36, -0.06, -0.12},
+                 dgate_b[] = {-0.1 * b, -0.2 * b, -0.3 * b, -0.6 * b, 0.4 * b, 0.8 * b};
     const double dx_a[] = {0.6 * up + 0.24 * ln6 - 0.18 * ln3, 0.3 * down};
-    printf("  Through the softmax g* depends on every logit:  dlogit_i = dg* g* ([i is chosen] - G_i)\n");
+    printf("  Through the softmax g* depends on every logit:  dlogit_i = dg* g* ([i is chosen] - "
+           "G_i)\n");
     show("dlogits, A", dlogits[0], N, dlogits_a);
     show("dlogits, B", dlogits[1], N, dlogits_b);
-    printf("  They sum to 0: what one expert gains the others lose, although only one was computed.\n");
+    printf("  They sum to 0: what one expert gains the others lose, although only one was "
+           "computed.\n");
     printf("  A gate learns from the tokens of its own task alone:  dW_{g,t} = dlogits^T x\n");
     show("dW_{g,A}", dgates[0][0], N * H, dgate_a);
     show("dW_{g,B}", dgates[1][0], N * H, dgate_b);
@@ -190,6 +223,7 @@ int main(void) {
   gates[0][1][0] = gates[1][1][0] = (float)ln3;
   routes = way_there(&env);
   way_back(&routes, &env);
-  printf("\n%s\n", wrong ? "Not all numbers are those worked out by hand." : "Every number is the one worked out by hand.");
+  printf("\n%s\n", wrong ? "Not all numbers are those worked out by hand."
+                         : "Every number is the one worked out by hand.");
   return wrong || fflush(stdout) || ferror(stdout);
 }

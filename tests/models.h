@@ -1,5 +1,5 @@
-/* What the tests of model and trainer share: small models of any shape, batches made from a number, bits compared. Include it after moe.h
-   and test.h. */
+/* What the tests of model and trainer share: small models of any shape, batches made from a number,
+   bits compared. Include it after moe.h and test.h. */
 #ifndef MODELS_H
 #define MODELS_H
 #include "golden/golden.h"
@@ -43,21 +43,23 @@ enum { MODELS_TASKS = 5 };
 TEST_UNUSED static void models_tasks(moe_task tasks[MODELS_TASKS]) {
   static const char *const color[] = {"red", "green", "blue"};
   static const char *const name[] = {"two", "three", "real", "rank-ing", "span_+1"};
-  static const moe_kind kind[] = {MOE_KIND_CLASSIFICATION, MOE_KIND_CLASSIFICATION, MOE_KIND_REGRESSION, MOE_KIND_RANKING, MOE_KIND_SPAN};
+  static const moe_kind kind[] = {MOE_KIND_CLASSIFICATION, MOE_KIND_CLASSIFICATION,
+                                  MOE_KIND_REGRESSION, MOE_KIND_RANKING, MOE_KIND_SPAN};
   int i;
   memset(tasks, 0, MODELS_TASKS * sizeof *tasks);
   for (i = 0; i < MODELS_TASKS; ++i) {
     snprintf(tasks[i].name, sizeof tasks[i].name, "%s", name[i]);
     tasks[i].kind = kind[i];
     tasks[i].classes = i == 2 ? 1 : i == 1 ? 3 : 2;
-    snprintf(tasks[i].metrics, sizeof tasks[i].metrics, "%s", i == 2 ? "spearman,pearson" : "accuracy,f1");
+    snprintf(tasks[i].metrics, sizeof tasks[i].metrics, "%s",
+             i == 2 ? "spearman,pearson" : "accuracy,f1");
   }
   tasks[1].label = color;
   tasks[2].high = 5;
 }
 
-/* Weights large enough that every part of the network matters, by the names of the tensors as golden/tiny.h says. With `share`, expert 0 has
-   the values of a dense model's FFN. */
+/* Weights large enough that every part of the network matters, by the names of the tensors as
+   golden/tiny.h says. With `share`, expert 0 has the values of a dense model's FFN. */
 TEST_UNUSED static void models_fill(moe_model *model, int share) {
   int32_t i;
   moe_tensor t;
@@ -71,13 +73,17 @@ TEST_UNUSED static void models_fill(moe_model *model, int share) {
     skip = strstr(name, "experts.0.");
     if (skip && share) memmove(skip, skip + 10, strlen(skip + 10) + 1);
     length = strlen(name);
-    golden_fill(w, t.count, name, t.dims == 1 ? 0.25f : strstr(name, "gate") || strstr(name, "embeddings") ? 1.0f : 0.5f);
+    golden_fill(w, t.count, name,
+                t.dims == 1                                          ? 0.25f
+                : strstr(name, "gate") || strstr(name, "embeddings") ? 1.0f
+                                                                     : 0.5f);
     if (length > 16 && !strcmp(name + length - 16, "LayerNorm.weight"))
       for (j = 0; j < t.count; ++j) w[j] += 1;
   }
 }
 
-TEST_UNUSED static moe_model *models_create(const moe_config *config, const moe_task *tasks, int32_t T, const moe_env *env) {
+TEST_UNUSED static moe_model *models_create(const moe_config *config, const moe_task *tasks,
+                                            int32_t T, const moe_env *env) {
   moe_model *model = NULL;
   if (moe_model_create(&model, config, tasks, T, 1, env)) return NULL;
   models_fill(model, 1);
@@ -105,8 +111,10 @@ static void models_connect(models_batch *m, const moe_config *config, int32_t S)
   memset(&m->b, 0, sizeof m->b);
   m->b.S = S;
   m->b.seq_start = m->start;
-  if (config->features) m->b.features = m->features;
-  else m->b.ids = m->ids;
+  if (config->feature_dim)
+    m->b.features = m->features;
+  else
+    m->b.ids = m->ids;
   m->b.segments = m->segments;
   m->b.task = m->task;
   m->b.label = m->label;
@@ -115,7 +123,8 @@ static void models_connect(models_batch *m, const moe_config *config, int32_t S)
 }
 
 /* S sequences of 1 to `longest` tokens of random tasks of the model. */
-TEST_UNUSED static void models_random_batch(models_batch *m, const moe_model *model, int32_t S, int32_t longest, uint64_t seed) {
+TEST_UNUSED static void models_random_batch(models_batch *m, const moe_model *model, int32_t S,
+                                            int32_t longest, uint64_t seed) {
   const moe_config *config = moe_model_config(model);
   uint64_t state = seed * 77 + 5;
   int32_t s, i;
@@ -127,7 +136,8 @@ TEST_UNUSED static void models_random_batch(models_batch *m, const moe_model *mo
     m->index[s] = s;
     m->start[s + 1] = m->start[s] + length;
     task = moe_model_task(model, m->task[s]);
-    m->label[s] = task->kind == MOE_KIND_REGRESSION ? 5 * (test_random(&state) + 1) / 2 : (float)models_draw(&state, task->classes);
+    m->label[s] = task->kind == MOE_KIND_REGRESSION ? 5 * (test_random(&state) + 1) / 2
+                                                    : (float)models_draw(&state, task->classes);
     span[0] = models_draw(&state, length);
     span[1] = span[0] + 1 + models_draw(&state, length - span[0]);
     span[2] = models_draw(&state, length);
@@ -137,17 +147,19 @@ TEST_UNUSED static void models_random_batch(models_batch *m, const moe_model *mo
       m->segments[i] = (uint8_t)models_draw(&state, config->segments);
     }
   }
-  for (i = 0; i < m->start[S] * config->features; ++i) m->features[i] = test_random(&state);
+  for (i = 0; i < m->start[S] * config->feature_dim; ++i) m->features[i] = test_random(&state);
   models_connect(m, config, S);
 }
 
 /* Sequence s of a batch, appended to another one of the same model. */
-TEST_UNUSED static void models_append(models_batch *to, const models_batch *from, int32_t s, const moe_config *config) {
+TEST_UNUSED static void models_append(models_batch *to, const models_batch *from, int32_t s,
+                                      const moe_config *config) {
   int32_t S = to->b.S, at = to->start[S], length = from->start[s + 1] - from->start[s];
   memcpy(to->ids + at, from->ids + from->start[s], (size_t)length * sizeof *to->ids);
   memcpy(to->segments + at, from->segments + from->start[s], (size_t)length);
-  memcpy(to->features + at * config->features, from->features + from->start[s] * config->features,
-         (size_t)(length * config->features) * sizeof *to->features);
+  memcpy(to->features + at * config->feature_dim,
+         from->features + from->start[s] * config->feature_dim,
+         (size_t)(length * config->feature_dim) * sizeof *to->features);
   memcpy(to->span + 4 * S, from->span + 4 * s, 4 * sizeof *to->span);
   to->task[S] = from->task[s];
   to->label[S] = from->label[s];

@@ -1,16 +1,13 @@
 /* The little that a test needs: RUN, CHECK, CHECK_NEAR, SKIP. A file of tests is
 
-     #define MOE_IMPLEMENTATION      (only where private functions are tested; other files link with the library)
-     #include "../moe.h"
-     #include "test.h"
-     static void test_gemm_is_exact(void) { CHECK(1 + 1 == 2, "sum is %d", 1 + 1); }
-     int main(int argc, char **argv) {
-       test_begin(argc, argv);          (arguments: names of tests to run; none: all)
-       RUN(test_gemm_is_exact);
-       return test_end();
+     #define MOE_IMPLEMENTATION      (only where private functions are tested; other files link with
+   the library) #include "../moe.h" #include "test.h" static void test_gemm_is_exact(void) { CHECK(1
+   + 1 == 2, "sum is %d", 1 + 1); } int main(int argc, char **argv) { test_begin(argc, argv);
+   (arguments: names of tests to run; none: all) RUN(test_gemm_is_exact); return test_end();
      }
 
-   A test fails with its first failed CHECK, which returns from the function; the program then exits with 1. Run in the folder tests/. */
+   A test fails with its first failed CHECK, which returns from the function; the program then exits
+   with 1. Run in the folder tests/. */
 #ifndef TEST_H
 #define TEST_H
 #include <math.h>
@@ -39,9 +36,12 @@ static void test_run(void (*fn)(void), const char *name) {
   if (!wanted) return;
   test_state = 0;
   fn();
-  if (test_state == 0) ++test_passed, printf("  ok    %s\n", name);
-  else if (test_state == 1) ++test_failures, printf("  FAIL  %s\n", name);
-  else ++test_skipped, printf("  skip  %s\n", name);
+  if (test_state == 0)
+    ++test_passed, printf("  ok    %s\n", name);
+  else if (test_state == 1)
+    ++test_failures, printf("  FAIL  %s\n", name);
+  else
+    ++test_skipped, printf("  skip  %s\n", name);
   fflush(stdout);
 }
 
@@ -52,34 +52,36 @@ static int test_end(void) {
 
 #define RUN(fn) test_run(fn, #fn)
 /* The condition must hold; else a message (printf-like) with file and line, and the test ends. */
-#define CHECK(cond, ...)                                     \
-  do {                                                       \
-    if (!(cond)) {                                           \
-      printf("        %s:%d: %s: ", __FILE__, __LINE__, #cond); \
-      printf(__VA_ARGS__);                                   \
-      printf("\n");                                          \
-      test_state = 1;                                        \
-      return;                                                \
-    }                                                        \
+#define CHECK(cond, ...)                                                                           \
+  do {                                                                                             \
+    if (!(cond)) {                                                                                 \
+      printf("        %s:%d: %s: ", __FILE__, __LINE__, #cond);                                    \
+      printf(__VA_ARGS__);                                                                         \
+      printf("\n");                                                                                \
+      test_state = 1;                                                                              \
+      return;                                                                                      \
+    }                                                                                              \
   } while (0)
-#define CHECK_NEAR(a, b, tolerance)                                                                                     \
-  CHECK(fabs((double)(a) - (double)(b)) <= (double)(tolerance), "%.9g against %.9g", (double)(a), (double)(b))
+#define CHECK_NEAR(a, b, tolerance)                                                                \
+  CHECK(fabs((double)(a) - (double)(b)) <= (double)(tolerance), "%.9g against %.9g", (double)(a),  \
+        (double)(b))
 /* Says why and ends the test, which counts as skipped. */
-#define SKIP(...)              \
-  do {                         \
-    printf("        skipped: "); \
-    printf(__VA_ARGS__);       \
-    printf("\n");              \
-    test_state = 2;            \
-    return;                    \
+#define SKIP(...)                                                                                  \
+  do {                                                                                             \
+    printf("        skipped: ");                                                                   \
+    printf(__VA_ARGS__);                                                                           \
+    printf("\n");                                                                                  \
+    test_state = 2;                                                                                \
+    return;                                                                                        \
   } while (0)
 /* Ends the test if a function called from it has failed or skipped. */
-#define CHECK_STATE()       \
-  do {                      \
-    if (test_state) return; \
+#define CHECK_STATE()                                                                              \
+  do {                                                                                             \
+    if (test_state) return;                                                                        \
   } while (0)
 
-/* Where the working data is: ../../shared beside the project, or the environment's MOE_SHARED. NULL when it is absent. */
+/* Where the working data is: ../../shared beside the project, or the environment's MOE_SHARED. NULL
+   when it is absent. */
 TEST_UNUSED static const char *test_shared(const char *file) {
   static char path[1024];
   const char *base = getenv("MOE_SHARED");
@@ -91,7 +93,8 @@ TEST_UNUSED static const char *test_shared(const char *file) {
   return path;
 }
 
-/* Numbers that every test program can make again: a 64-bit linear congruential generator, its upper 24 bits as a float in [-1, 1). */
+/* Numbers that every test program can make again: a 64-bit linear congruential generator, its upper
+   24 bits as a float in [-1, 1). */
 TEST_UNUSED static float test_random(uint64_t *state) {
   *state = *state * 6364136223846793005u + 1442695040888963407u;
   return (float)(*state >> 40) / 8388608.0f - 1.0f;

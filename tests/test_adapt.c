@@ -1,4 +1,5 @@
-/* moe_model_adapt and moe_model_extract: what stays has the same bits, what is new comes from where it should. */
+/* moe_model_adapt and moe_model_extract: what stays has the same bits, what is new comes from where
+   it should. */
 #include "../moe.h"
 #include "test.h"
 #include "models.h"
@@ -12,7 +13,8 @@ static void adapt_begin(void) {
 }
 
 /* Scores of a batch; task numbers go through `map` where it is given. */
-static void adapt_scores(float *scores, const moe_model *model, const models_batch *batch, const int32_t *map) {
+static void adapt_scores(float *scores, const moe_model *model, const models_batch *batch,
+                         const int32_t *map) {
   models_batch b = *batch;
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_limits limits = {MODELS_M, MODELS_S, 0};
@@ -35,7 +37,8 @@ static const float *adapt_tensor(moe_model *model, const char *name, size_t *cou
 
 static void test_adapt_keeps_the_others(void) {
   static float before[MODELS_S * 8], after[MODELS_S * 8];
-  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_SHARED, MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING};
+  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_SHARED, MOE_ROUTER_TASK,
+                                      MOE_ROUTER_EMBEDDING};
   int r;
   for (r = 0; r < 4; ++r) {
     moe_env env = models_env(MOE_ISA_AUTO);
@@ -45,8 +48,11 @@ static void test_adapt_keeps_the_others(void) {
     models_random_batch(&batch, model, 12, 19, 3);
     adapt_scores(before, model, &batch, NULL);
     CHECK(!moe_model_adapt(&more, model, &extra, MOE_GATE_RANDOM, 7, &env), "%s", models_sentence);
-    CHECK(moe_model_tasks(more) == MODELS_TASKS + 1 && moe_model_find_task(more, "more") == MODELS_TASKS, "the task is not there");
-    CHECK(!strcmp(moe_model_task(more, MODELS_TASKS)->label[1], "green"), "its labels are not there");
+    CHECK(moe_model_tasks(more) == MODELS_TASKS + 1 &&
+              moe_model_find_task(more, "more") == MODELS_TASKS,
+          "the task is not there");
+    CHECK(!strcmp(moe_model_task(more, MODELS_TASKS)->label[1], "green"),
+          "its labels are not there");
     adapt_scores(after, more, &batch, NULL);
     CHECK_STATE();
     CHECK(!memcmp(before, after, 12 * 3 * sizeof *before), "router %d: scores have changed", r);
@@ -56,7 +62,8 @@ static void test_adapt_keeps_the_others(void) {
 }
 
 static void test_adapt_takes_a_gate(void) {
-  static const char *const name[] = {"encoder.layer.0.gate.%s.weight", "encoder.layer.1.gate.%s.weight"};
+  static const char *const name[] = {"encoder.layer.0.gate.%s.weight",
+                                     "encoder.layer.1.gate.%s.weight"};
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config config = models_config(MOE_ROUTER_TASK, 3, 1);
   moe_model *model = models_create(&config, tasks, MODELS_TASKS, &env), *more = NULL;
@@ -78,9 +85,12 @@ static void test_adapt_takes_a_gate(void) {
       for (i = 0; i < count; ++i) {
         double mean = 0;
         for (t = 0; t < MODELS_TASKS; ++t) mean += (double)old[t][i] / MODELS_TASKS;
-        if (from >= 0) CHECK(!memcmp(&gate[i], &old[from][i], sizeof(float)), "layer %d, from %d: %g", (int)l, (int)from, (double)gate[i]);
+        if (from >= 0)
+          CHECK(!memcmp(&gate[i], &old[from][i], sizeof(float)), "layer %d, from %d: %g", (int)l,
+                (int)from, (double)gate[i]);
         if (from == MOE_GATE_MEAN) CHECK_NEAR(gate[i], mean, 1e-6);
-        if (from == MOE_GATE_RANDOM) CHECK(fabsf(gate[i]) < 0.006f, "%g is no draw of N(0, 0.001)", (double)gate[i]);
+        if (from == MOE_GATE_RANDOM)
+          CHECK(fabsf(gate[i]) < 0.006f, "%g is no draw of N(0, 0.001)", (double)gate[i]);
       }
     }
     moe_model_free(more);
@@ -92,21 +102,31 @@ static void test_adapt_refuses(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config config = models_config(MOE_ROUTER_SHARED, 3, 1);
   moe_model *model = models_create(&config, tasks, MODELS_TASKS, &env), *none = NULL;
-  CHECK(moe_model_adapt(&none, model, &tasks[0], MOE_GATE_RANDOM, 1, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "'two' is there twice"), "%s", models_sentence);
-  CHECK(moe_model_adapt(&none, model, &extra, 0, 1, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "one gate for all tasks"), "%s", models_sentence);
-  CHECK(moe_model_adapt(&none, model, &extra, MOE_GATE_MEAN, 1, &env) == MOE_E_ARGUMENT, "%s", models_sentence);
-  CHECK(moe_model_adapt(&none, model, &extra, MODELS_TASKS, 1, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "the model has 5 tasks"), "%s", models_sentence);
+  CHECK(moe_model_adapt(&none, model, &tasks[0], MOE_GATE_RANDOM, 1, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "'two' is there twice"),
+        "%s", models_sentence);
+  CHECK(moe_model_adapt(&none, model, &extra, 0, 1, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "one gate for all tasks"),
+        "%s", models_sentence);
+  CHECK(moe_model_adapt(&none, model, &extra, MOE_GATE_MEAN, 1, &env) == MOE_E_ARGUMENT, "%s",
+        models_sentence);
+  CHECK(moe_model_adapt(&none, model, &extra, MODELS_TASKS, 1, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "the model has 5 tasks"),
+        "%s", models_sentence);
   moe_model_free(model);
   config = models_config(MOE_ROUTER_DENSE, 1, 1);
   model = models_create(&config, tasks, MODELS_TASKS, &env);
-  CHECK(moe_model_adapt(&none, model, &extra, 1, 1, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "no gates"), "%s", models_sentence);
+  CHECK(moe_model_adapt(&none, model, &extra, 1, 1, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "no gates"),
+        "%s", models_sentence);
   CHECK(!none, "something came out");
   moe_model_free(model);
 }
 
 static void test_adapt_extracts_tasks(void) {
   static float before[MODELS_S * 8], after[MODELS_S * 8];
-  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_SHARED, MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING};
+  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_SHARED, MOE_ROUTER_TASK,
+                                      MOE_ROUTER_EMBEDDING};
   static const int32_t keep[] = {4, 1}, map[] = {-1, 1, -1, -1, 0};
   int r, s, c;
   for (r = 0; r < 4; ++r) {
@@ -121,7 +141,9 @@ static void test_adapt_extracts_tasks(void) {
     adapt_scores(after, less, &batch, map);
     CHECK_STATE();
     for (s = 0; s < 12; ++s)
-      for (c = 0; c < (s % 2 ? 3 : 2); ++c) CHECK(!memcmp(before + 3 * s + c, after + 3 * s + c, sizeof(float)), "router %d, sequence %d", r, s);
+      for (c = 0; c < (s % 2 ? 3 : 2); ++c)
+        CHECK(!memcmp(before + 3 * s + c, after + 3 * s + c, sizeof(float)),
+              "router %d, sequence %d", r, s);
     CHECK(moe_model_parameters(less) < moe_model_parameters(model), "nothing is saved");
     moe_model_free(less);
     moe_model_free(model);
@@ -133,9 +155,14 @@ static void test_adapt_extract_refuses(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config config = models_config(MOE_ROUTER_TASK, 3, 1);
   moe_model *model = models_create(&config, tasks, MODELS_TASKS, &env), *none = NULL;
-  CHECK(moe_model_extract(&none, model, twice, 2, NULL, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "is there twice"), "%s", models_sentence);
-  CHECK(moe_model_extract(&none, model, far_, 2, NULL, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "task 5"), "%s", models_sentence);
-  CHECK(moe_model_extract(&none, model, twice, 0, NULL, &env) == MOE_E_ARGUMENT, "%s", models_sentence);
+  CHECK(moe_model_extract(&none, model, twice, 2, NULL, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "is there twice"),
+        "%s", models_sentence);
+  CHECK(moe_model_extract(&none, model, far_, 2, NULL, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "task 5"),
+        "%s", models_sentence);
+  CHECK(moe_model_extract(&none, model, twice, 0, NULL, &env) == MOE_E_ARGUMENT, "%s",
+        models_sentence);
   CHECK(!none, "something came out");
   moe_model_free(model);
 }

@@ -1,5 +1,6 @@
-/* Self-attention: against PyTorch, against an independent reference in double and its finite differences, and bit for bit between
-   instruction sets, numbers of threads and neighbours in the batch. */
+/* Self-attention: against PyTorch, against an independent reference in double and its finite
+   differences, and bit for bit between instruction sets, numbers of threads and neighbours in the
+   batch. */
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "golden/ops.h"
@@ -15,16 +16,16 @@ typedef struct shape {
   int32_t starts[8];
 } shape;
 static const shape shapes[] = {
-  {1, 1, 1, 0.0f, {0, 1}},
-  {3, 12, 3, 0.0f, {0, 4, 5, 10}},
-  {3, 12, 3, 0.3f, {0, 4, 5, 10}},
-  {4, 21, 3, 0.1f, {0, 17, 17, 50, 52}}, /* D = 7; an empty sequence */
-  {2, 64, 2, 0.0f, {0, 8, 16}},
-  {6, 96, 12, 0.1f, {0, 8, 16, 17, 24, 55, 63}},
-  {1, 64, 2, 0.1f, {0, 128}},
-  {2, 100, 1, 0.2f, {0, 65, 130}},
-  {1, 128, 1, 0.0f, {0, 40}},
-  {2, 32, 2, 0.1f, {0, 530, 531}}, /* more than one tile of queries */
+    {1, 1, 1, 0.0f, {0, 1}},
+    {3, 12, 3, 0.0f, {0, 4, 5, 10}},
+    {3, 12, 3, 0.3f, {0, 4, 5, 10}},
+    {4, 21, 3, 0.1f, {0, 17, 17, 50, 52}}, /* D = 7; an empty sequence */
+    {2, 64, 2, 0.0f, {0, 8, 16}},
+    {6, 96, 12, 0.1f, {0, 8, 16, 17, 24, 55, 63}},
+    {1, 64, 2, 0.1f, {0, 128}},
+    {2, 100, 1, 0.2f, {0, 65, 130}},
+    {1, 128, 1, 0.0f, {0, 40}},
+    {2, 32, 2, 0.1f, {0, 530, 531}}, /* more than one tile of queries */
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0], MOST = 540 * 96 };
 static const uint64_t keys[8] = {0x123456789abcdefu, 22, 33, 44, 55, 66, 77, 88};
@@ -62,17 +63,21 @@ static void run_shape(const shape *s, const moe_env *env) {
   floats = moe_attention_scratch(longest, s->H, s->A, 1, env);
   scratch = (float *)malloc(floats * sizeof(float));
   dirty(scratch, floats);
-  moe_attention_backward(dqkv, dy, y, stats, qkv, s->starts, s->S, s->H, s->A, s->p, keys, scratch, env);
+  moe_attention_backward(dqkv, dy, y, stats, qkv, s->starts, s->S, s->H, s->A, s->p, keys, scratch,
+                         env);
   free(scratch);
 }
 
 /* Output of one query in one head, straight from the formula; returns its product with dy. */
-static double reference(double *out, const double *x, const shape *s, int32_t sequence, int32_t a, int32_t query, const float *dy_row) {
-  int32_t begin = s->starts[sequence], length = s->starts[sequence + 1] - begin, H = s->H, D = H / s->A, j, d;
+static double reference(double *out, const double *x, const shape *s, int32_t sequence, int32_t a,
+                        int32_t query, const float *dy_row) {
+  int32_t begin = s->starts[sequence], length = s->starts[sequence + 1] - begin, H = s->H,
+          D = H / s->A, j, d;
   static double p[9000];
   double max = -1e300, sum = 0, loss = 0;
   for (j = 0; j < length; ++j) {
-    const double *q = x + (size_t)(begin + query) * 3 * (size_t)H + a * D, *k = x + (size_t)(begin + j) * 3 * (size_t)H + H + a * D;
+    const double *q = x + (size_t)(begin + query) * 3 * (size_t)H + a * D,
+                 *k = x + (size_t)(begin + j) * 3 * (size_t)H + H + a * D;
     p[j] = 0;
     for (d = 0; d < D; ++d) p[j] += q[d] * k[d];
     p[j] /= sqrt((double)D);
@@ -83,10 +88,12 @@ static double reference(double *out, const double *x, const shape *s, int32_t se
   for (j = 0; j < length; ++j) {
     double w = p[j] / sum;
     if (s->p > 0) {
-      double u = moe__hash32(keys[sequence], (uint32_t)((a * length + query) * length + j)) / 4294967296.0;
+      double u =
+          moe__hash32(keys[sequence], (uint32_t)((a * length + query) * length + j)) / 4294967296.0;
       w = u < (double)s->p ? 0 : w / (1 - (double)s->p);
     }
-    for (d = 0; d < D; ++d) out[d] += w * x[(size_t)(begin + j) * 3 * (size_t)H + (size_t)(2 * H + a * D + d)];
+    for (d = 0; d < D; ++d)
+      out[d] += w * x[(size_t)(begin + j) * 3 * (size_t)H + (size_t)(2 * H + a * D + d)];
   }
   for (d = 0; d < D; ++d) loss += out[d] * (double)dy_row[d];
   return loss;
@@ -97,7 +104,8 @@ static double head_loss(const double *x, const shape *s, int32_t sequence, int32
   double out[128], loss = 0;
   int32_t i, D = s->H / s->A;
   for (i = s->starts[sequence]; i < s->starts[sequence + 1]; ++i)
-    loss += reference(out, x, s, sequence, a, i - s->starts[sequence], dy + (size_t)i * (size_t)s->H + a * D);
+    loss += reference(out, x, s, sequence, a, i - s->starts[sequence],
+                      dy + (size_t)i * (size_t)s->H + a * D);
   return loss;
 }
 
@@ -124,7 +132,8 @@ static void test_attention_matches_the_formula_in_double(void) {
       uint64_t state = 3;
       for (d = 0; d < i; ++d) test_random(&state);
       start = (double)(test_random(&state) * 1e-3f);
-      for (q = 0; s->starts[q + 1] <= row; ++q) {}
+      for (q = 0; s->starts[q + 1] <= row; ++q) {
+      }
       x[i] = kept + h, up = head_loss(x, s, q, column / D);
       x[i] = kept - h, down = head_loss(x, s, q, column / D);
       x[i] = kept;
@@ -156,9 +165,12 @@ static void test_attention_has_the_same_bits_everywhere(void) {
           memcpy(kept_dqkv, dqkv, sizeof dqkv);
         }
         first = 0;
-        CHECK(!memcmp(kept_y, y, M * H * 4), "y of shape %d, %s, %d threads", n, moe_isa_name(isas[i]), (int)thread_counts[t]);
-        CHECK(!memcmp(kept_stats, stats, M * A * 8), "stats of shape %d, %s", n, moe_isa_name(isas[i]));
-        CHECK(!memcmp(kept_dqkv, dqkv, M * H * 12), "dqkv of shape %d, %s, %d threads", n, moe_isa_name(isas[i]), (int)thread_counts[t]);
+        CHECK(!memcmp(kept_y, y, M * H * 4), "y of shape %d, %s, %d threads", n,
+              moe_isa_name(isas[i]), (int)thread_counts[t]);
+        CHECK(!memcmp(kept_stats, stats, M * A * 8), "stats of shape %d, %s", n,
+              moe_isa_name(isas[i]));
+        CHECK(!memcmp(kept_dqkv, dqkv, M * H * 12), "dqkv of shape %d, %s, %d threads", n,
+              moe_isa_name(isas[i]), (int)thread_counts[t]);
       }
   }
 }
@@ -173,13 +185,16 @@ static void test_attention_of_a_sequence_ignores_its_neighbours(void) {
   for (q = 0; q < s->S; ++q) {
     int32_t at = s->starts[q], alone[2];
     size_t M = (size_t)(s->starts[q + 1] - at), H = (size_t)s->H, A = (size_t)s->A;
-    float *scratch = (float *)malloc(moe_attention_scratch((int32_t)M, s->H, s->A, 1, &env) * sizeof(float));
+    float *scratch =
+        (float *)malloc(moe_attention_scratch((int32_t)M, s->H, s->A, 1, &env) * sizeof(float));
     alone[0] = 0;
     alone[1] = (int32_t)M;
     fill(dqkv1, 3 * MOST, 3, 1e-3f); /* what run_shape began with */
     memmove(dqkv1, dqkv1 + at * 3 * s->H, M * H * 12);
-    moe_attention_forward(y1, stats1, qkv + at * 3 * s->H, alone, 1, s->H, s->A, s->p, keys + q, scratch, &env);
-    moe_attention_backward(dqkv1, dy + at * s->H, y1, stats1, qkv + at * 3 * s->H, alone, 1, s->H, s->A, s->p, keys + q, scratch, &env);
+    moe_attention_forward(y1, stats1, qkv + at * 3 * s->H, alone, 1, s->H, s->A, s->p, keys + q,
+                          scratch, &env);
+    moe_attention_backward(dqkv1, dy + at * s->H, y1, stats1, qkv + at * 3 * s->H, alone, 1, s->H,
+                           s->A, s->p, keys + q, scratch, &env);
     free(scratch);
     CHECK(!memcmp(y1, y + at * s->H, M * H * 4), "y of sequence %d", (int)q);
     CHECK(!memcmp(stats1, stats + at * s->A * 2, M * A * 8), "stats of sequence %d", (int)q);
@@ -231,7 +246,8 @@ static void test_attention_does_not_overflow(void) {
   moe_attention_forward(y, stats, qkv, s.starts, 1, 32, 1, 0, NULL, scratch, &env);
   moe_attention_backward(dqkv, dy, y, stats, qkv, s.starts, 1, 32, 1, 0, NULL, scratch, &env);
   for (i = 0; i < 20 * 32; ++i) CHECK(fabs((double)y[i]) <= 1000.1, "y[%d] = %g", i, (double)y[i]);
-  for (i = 0; i < 20 * 96; ++i) CHECK(fabs((double)dqkv[i]) < 1e7, "dqkv[%d] = %g", i, (double)dqkv[i]);
+  for (i = 0; i < 20 * 96; ++i)
+    CHECK(fabs((double)dqkv[i]) < 1e7, "dqkv[%d] = %g", i, (double)dqkv[i]);
   qkv[40 * 3] = NAN; /* must stay visible */
   moe_attention_forward(y, stats, qkv, s.starts, 1, 32, 1, 0, NULL, scratch, &env);
   CHECK(y[40] != y[40], "a NaN has vanished");
@@ -242,7 +258,8 @@ static void test_attention_of_8192_tokens(void) {
   static const int32_t at[2] = {0, 8192};
   const shape s = {1, 8, 1, 0.1f, {0, 8192}};
   double *x = (double *)malloc(8192 * 24 * sizeof(double)), out[8];
-  float *big = (float *)malloc(8192 * 24 * sizeof(float)), *z = (float *)malloc(8192 * 8 * sizeof(float)), *scratch;
+  float *big = (float *)malloc(8192 * 24 * sizeof(float)),
+        *z = (float *)malloc(8192 * 8 * sizeof(float)), *scratch;
   moe_env env;
   int32_t i, d;
   moe_env_init(&env, MOE_ISA_AUTO);
@@ -258,12 +275,14 @@ static void test_attention_of_8192_tokens(void) {
 }
 
 /* Counts bodies and runs none: nothing of the arrays is read. */
-static void count_only(void *user, int32_t count, void (*body)(void *arg, int32_t index), void *arg) {
+static void count_only(void *user, int32_t count, void (*body)(void *arg, int32_t index),
+                       void *arg) {
   (void)body, (void)arg;
   *(int32_t *)user = count;
 }
 
-static void test_attention_of_65536_tokens_is_cut_into_tiles(void) { /* the square of which is 0 in a size_t of 32 bits */
+static void test_attention_of_65536_tokens_is_cut_into_tiles(
+    void) { /* the square of which is 0 in a size_t of 32 bits */
   static const int32_t at[2] = {0, 65536};
   moe_env env;
   int32_t count = 0;

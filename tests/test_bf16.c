@@ -1,5 +1,5 @@
-/* Products with bf16 operands: every set of kernels against the definition to the bit, AMX by its own definition, on the hardware or with its
-   instructions emulated (amx.h); and whole models. */
+/* Products with bf16 operands: every set of kernels against the definition to the bit, AMX by its
+   own definition, on the hardware or with its instructions emulated (amx.h); and whole models. */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* the registers of a signal's context */
 #endif
@@ -11,26 +11,34 @@
 
 enum { ROOM = 96 * 1024 };
 
-static float weights[ROOM], x[ROOM], bias[1024], y[ROOM], pre[ROOM], wanted[ROOM], begun[ROOM], packed_fp32[ROOM], sums[1024], all_sums[1024];
+static float weights[ROOM], x[ROOM], bias[1024], y[ROOM], pre[ROOM], wanted[ROOM], begun[ROOM],
+    packed_fp32[ROOM], sums[1024], all_sums[1024];
 static unsigned char panels[4 * ROOM];
 
 static uint32_t drawn;
 static uint32_t random32(void) { return moe__hash32(11, ++drawn); }
 static float random_float(void) { return (float)(int32_t)random32() * (1.0f / 2147483648.0f); }
 
-/* Every set of kernels that can run here, as an environment of one thread; returns 0 behind the last one. */
+/* Every set of kernels that can run here, as an environment of one thread; returns 0 behind the
+   last one. */
 enum { PLAIN, AVX2, FMA, DOT, MIXED, AMX, SETS };
-static const char *const set_name[] = {"plain C", "plain C for avx2", "avx512", "vdpbf16ps", "vdpbf16ps for a few rows", "amx"};
+static const char *const set_name[] = {"plain C",   "plain C for avx2",         "avx512",
+                                       "vdpbf16ps", "vdpbf16ps for a few rows", "amx"};
 static int amx_real, amx_here;
 
 static int kernels_env(int which, moe_env *env) {
-  static const moe_isa isa[SETS] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_AVX512};
+  static const moe_isa isa[SETS] = {MOE_ISA_SCALAR, MOE_ISA_AVX2,   MOE_ISA_AVX512,
+                                    MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_AVX512};
   for (; which < SETS; ++which) {
     if (moe_env_init(env, isa[which])) continue;
-    if ((which == DOT || which == MIXED) && !(env->features & MOE_FEATURE_AVX512_BF16)) continue;
+    if ((which == DOT || which == MIXED) && !(env->cpu_flags & MOE_CPU_AVX512_BF16)) continue;
     if (which == AMX && !amx_here) continue;
-    if (which == MIXED) env->features = MOE_FEATURE_AVX512_BF16 | MOE_FEATURE_SLOW_BF16;
-    else env->features = which == DOT ? (uint32_t)MOE_FEATURE_AVX512_BF16 : which == AMX ? (uint32_t)MOE_FEATURE_AMX_BF16 : 0u;
+    if (which == MIXED)
+      env->cpu_flags = MOE_CPU_AVX512_BF16 | MOE_CPU_SLOW_BF16;
+    else
+      env->cpu_flags = which == DOT   ? (uint32_t)MOE_CPU_AVX512_BF16
+                       : which == AMX ? (uint32_t)MOE_CPU_AMX_BF16
+                                      : 0u;
     env->precision = MOE_TYPE_BF16;
     return which + 1;
   }
@@ -39,31 +47,40 @@ static int kernels_env(int which, moe_env *env) {
 
 /* ---- the definitions ---- */
 
-static float flushed(float a) { return moe__bits(a) & 0x7f800000u ? a : moe__floats(moe__bits(a) & 0x80000000u); }
+static float flushed(float a) {
+  return moe__bits(a) & 0x7f800000u ? a : moe__floats(moe__bits(a) & 0x80000000u);
+}
 static float rounded(float a) { return moe__floats(moe__bf16_round(a)); }
 
 /* start + sum over p of a[p a_step] b[p b_step] */
-static float define_chain(float sum, const float *a, size_t a_step, const float *b, size_t b_step, size_t k) {
+static float define_chain(float sum, const float *a, size_t a_step, const float *b, size_t b_step,
+                          size_t k) {
   size_t p;
   for (p = 0; p < k; p += 2) {
-    sum = moe__bf16_fma(p + 1 < k ? rounded(a[(p + 1) * a_step]) : 0, p + 1 < k ? rounded(b[(p + 1) * b_step]) : 0, sum);
+    sum = moe__bf16_fma(p + 1 < k ? rounded(a[(p + 1) * a_step]) : 0,
+                        p + 1 < k ? rounded(b[(p + 1) * b_step]) : 0, sum);
     sum = moe__bf16_fma(rounded(a[p * a_step]), rounded(b[p * b_step]), sum);
   }
   return sum;
 }
 
-static float define_amx(float sum, const float *a, size_t a_step, const float *b, size_t b_step, size_t k) {
+static float define_amx(float sum, const float *a, size_t a_step, const float *b, size_t b_step,
+                        size_t k) {
   size_t p, end;
   for (p = 0; p < k;) {
     float half[2] = {0, 0};
-    for (end = p + 32; p < end; ++p) half[p % 2] = moe__bf16_fma(p < k ? rounded(a[p * a_step]) : 0, p < k ? rounded(b[p * b_step]) : 0, half[p % 2]);
+    for (end = p + 32; p < end; ++p)
+      half[p % 2] = moe__bf16_fma(p < k ? rounded(a[p * a_step]) : 0,
+                                  p < k ? rounded(b[p * b_step]) : 0, half[p % 2]);
     sum = moe__bf16_fma(1, flushed(moe__bf16_fma(1, half[0], half[1])), sum);
   }
   return sum;
 }
 
-static float define(int set, float sum, const float *a, size_t a_step, const float *b, size_t b_step, size_t k) {
-  return set == AMX ? define_amx(sum, a, a_step, b, b_step, k) : define_chain(sum, a, a_step, b, b_step, k);
+static float define(int set, float sum, const float *a, size_t a_step, const float *b,
+                    size_t b_step, size_t k) {
+  return set == AMX ? define_amx(sum, a, a_step, b, b_step, k)
+                    : define_chain(sum, a, a_step, b, b_step, k);
 }
 
 /* Same bits, or both no number. */
@@ -74,8 +91,10 @@ static int same(const float *a, const float *b, size_t n) {
   return 1;
 }
 
-/* How far a sum of k products may be from the sum in double: two roundings of 2^-8 each, and fp32 sums. */
-static int within(float got, double start, const float *a, const float *b, size_t b_step, size_t k) {
+/* How far a sum of k products may be from the sum in double: two roundings of 2^-8 each, and fp32
+   sums. */
+static int within(float got, double start, const float *a, const float *b, size_t b_step,
+                  size_t k) {
   double sum = start, size = fabs(start);
   size_t p;
   for (p = 0; p < k; ++p) {
@@ -92,28 +111,47 @@ static void draw(float *to, size_t n) {
 /* ---- rounding, steps ---- */
 
 static void test_bf16_rounds_to_nearest_even(void) {
-  static const uint32_t pair[][2] = {{0, 0}, {0x80000000u, 0x80000000u}, {0x3f800000u, 0x3f800000u}, {0x3f808000u, 0x3f800000u}, {0x3f818000u, 0x3f820000u},
-                                     {0x3f808001u, 0x3f810000u}, {0x3f807fffu, 0x3f800000u}, {0xbf818000u, 0xbf820000u}, {0x7f7fffffu, 0x7f800000u},
-                                     {0x7f800000u, 0x7f800000u}, {0xff800000u, 0xff800000u}, {0x7f800001u, 0x7fc00000u}, {0xffffffffu, 0xffff0000u},
-                                     {0x007fffffu, 0}, {0x807fffffu, 0x80000000u}, {0x00800000u, 0x00800000u}, {0x00000001u, 0}, {0x3fffffffu, 0x40000000u}};
+  static const uint32_t pair[][2] = {{0, 0},
+                                     {0x80000000u, 0x80000000u},
+                                     {0x3f800000u, 0x3f800000u},
+                                     {0x3f808000u, 0x3f800000u},
+                                     {0x3f818000u, 0x3f820000u},
+                                     {0x3f808001u, 0x3f810000u},
+                                     {0x3f807fffu, 0x3f800000u},
+                                     {0xbf818000u, 0xbf820000u},
+                                     {0x7f7fffffu, 0x7f800000u},
+                                     {0x7f800000u, 0x7f800000u},
+                                     {0xff800000u, 0xff800000u},
+                                     {0x7f800001u, 0x7fc00000u},
+                                     {0xffffffffu, 0xffff0000u},
+                                     {0x007fffffu, 0},
+                                     {0x807fffffu, 0x80000000u},
+                                     {0x00800000u, 0x00800000u},
+                                     {0x00000001u, 0},
+                                     {0x3fffffffu, 0x40000000u}};
   size_t n = sizeof pair / sizeof *pair, i;
   moe_env env;
   int which;
   for (i = 0; i < n; ++i)
-    CHECK(moe__bf16_round(moe__floats(pair[i][0])) == pair[i][1], "%08x: %08x", (unsigned)pair[i][0], (unsigned)moe__bf16_round(moe__floats(pair[i][0])));
-  for (i = 0; i < ROOM; ++i) x[i] = moe__floats(i < n ? pair[i][0] : i % 3 ? random32() : random32() & 0x80ffffffu);
+    CHECK(moe__bf16_round(moe__floats(pair[i][0])) == pair[i][1], "%08x: %08x",
+          (unsigned)pair[i][0], (unsigned)moe__bf16_round(moe__floats(pair[i][0])));
+  for (i = 0; i < ROOM; ++i)
+    x[i] = moe__floats(i < n ? pair[i][0] : i % 3 ? random32() : random32() & 0x80ffffffu);
   for (which = 0; (which = kernels_env(which, &env)) != 0;) {
     const moe__bf16_kernels *kernels = moe__bf16_pick(&env, 16);
     uint32_t *to = (uint32_t *)(void *)panels;
     size_t length;
     kernels->floats(to, ROOM, x, 0, 1, ROOM);
-    for (i = 0; i < ROOM; ++i) CHECK(to[i] == moe__bf16_round(x[i]), "%s: %08x", set_name[which - 1], (unsigned)moe__bits(x[i]));
+    for (i = 0; i < ROOM; ++i)
+      CHECK(to[i] == moe__bf16_round(x[i]), "%s: %08x", set_name[which - 1],
+            (unsigned)moe__bits(x[i]));
     for (length = 0; length < 70; ++length) {
       memset(to, 0x55, 200);
       kernels->along(to, ROOM, x + length, 0, 1, length);
       for (i = 0; i < (length + 31) / 32 * 32; ++i)
-        CHECK((i % 2 ? to[i / 2] & 0xffff0000u : to[i / 2] << 16) == (i < length ? moe__bf16_round(x[length + i]) : 0), "%s: pairs of %d", set_name[which - 1],
-              (int)length);
+        CHECK((i % 2 ? to[i / 2] & 0xffff0000u : to[i / 2] << 16) ==
+                  (i < length ? moe__bf16_round(x[length + i]) : 0),
+              "%s: pairs of %d", set_name[which - 1], (int)length);
       CHECK(to[(length + 31) / 32 * 16] == 0x55555555u, "written behind the end");
     }
   }
@@ -126,8 +164,10 @@ static void test_bf16_steps_equal_the_processor(void) {
   for (which = 0; (which = kernels_env(which, &env)) != 0;) {
     const moe__bf16_kernels *kernels = moe__bf16_pick(&env, 16);
     if (which - 1 == AMX) continue; /* is tested as a whole product */
-    for (round = 0; round < 20000; ++round) { /* also around the denormals, where it matters what is flushed when */
-      uint32_t b[16], a[2], mask = round % 3 ? 0x87ffffffu : 0xffffffffu, fewer = round % 3 == 1 ? 0x20000000u : 0u;
+    for (round = 0; round < 20000;
+         ++round) { /* also around the denormals, where it matters what is flushed when */
+      uint32_t b[16], a[2], mask = round % 3 ? 0x87ffffffu : 0xffffffffu,
+                            fewer = round % 3 == 1 ? 0x20000000u : 0u;
       float start[16], c[16];
       moe__bf16_block block;
       memset(&block, 0, sizeof block);
@@ -135,7 +175,8 @@ static void test_bf16_steps_equal_the_processor(void) {
         b[i] = ((random32() & mask) | fewer) & 0xffff0000u;
         b[i] |= ((random32() & mask) | fewer) >> 16;
         start[i] = moe__floats(random32() & (round % 3 ? 0x83ffffffu : mask));
-        if (!(b[i] & 0x7f800000u)) b[i] &= 0x8000ffffu; /* operands have been rounded: no denormals */
+        if (!(b[i] & 0x7f800000u))
+          b[i] &= 0x8000ffffu; /* operands have been rounded: no denormals */
         if (!(b[i] & 0x7f80u)) b[i] &= 0xffff8000u;
       }
       a[0] = moe__bf16_round(moe__floats((random32() & mask) | fewer));
@@ -157,8 +198,9 @@ static void test_bf16_steps_equal_the_processor(void) {
       for (i = 0; i < 16; ++i) {
         float want = moe__bf16_fma(moe__floats(a[1]), moe__floats(b[i] & 0xffff0000u), start[i]);
         want = moe__bf16_fma(moe__floats(a[0]), moe__floats(b[i] << 16), want);
-        CHECK(same(&want, &c[i], 1), "%s: (%08x %08x) (%08x) + %08x = %08x, by definition %08x", set_name[which - 1], (unsigned)a[0], (unsigned)a[1],
-              (unsigned)b[i], (unsigned)moe__bits(start[i]), (unsigned)moe__bits(c[i]), (unsigned)moe__bits(want));
+        CHECK(same(&want, &c[i], 1), "%s: (%08x %08x) (%08x) + %08x = %08x, by definition %08x",
+              set_name[which - 1], (unsigned)a[0], (unsigned)a[1], (unsigned)b[i],
+              (unsigned)moe__bits(start[i]), (unsigned)moe__bits(c[i]), (unsigned)moe__bits(want));
       }
     }
   }
@@ -186,7 +228,10 @@ static void check_forward(int32_t m, int32_t n, int32_t k, int strange) {
     for (i = 0; i < m; ++i)
       for (j = 0; j < n; ++j) {
         wanted[i * n + j] = define(set, b ? b[j] : 0, x + i * k, 1, weights + j * k, 1, (size_t)k);
-        if (!strange) CHECK(within(wanted[i * n + j], b ? (double)b[j] : 0, x + i * k, weights + j * k, 1, (size_t)k), "far from the sum in double");
+        if (!strange)
+          CHECK(within(wanted[i * n + j], b ? (double)b[j] : 0, x + i * k, weights + j * k, 1,
+                       (size_t)k),
+                "far from the sum in double");
       }
     CHECK(moe_pack_bf16_bytes(n, k) < sizeof panels && moe_pack_floats(n, k) <= ROOM, "room");
     memset(panels, 0x7f, sizeof panels);
@@ -194,14 +239,19 @@ static void check_forward(int32_t m, int32_t n, int32_t k, int strange) {
     CHECK(panels[moe_pack_bf16_bytes(n, k)] == 0x7f, "packed behind the end");
     moe_pack(packed_fp32, weights, n, k, &env);
     for (layout = 0; layout < 3; ++layout) {
-      moe_mat mat = layout == 0 ? moe_mat_panels_bf16(panels, n, k) : layout == 1 ? moe_mat_rows(weights, n, k) : moe_mat_panels(packed_fp32, n, k);
+      moe_mat mat = layout == 0   ? moe_mat_panels_bf16(panels, n, k)
+                    : layout == 1 ? moe_mat_rows(weights, n, k)
+                                  : moe_mat_panels(packed_fp32, n, k);
       memset(y, 0x7f, sizeof(float) * (count + 1));
       moe_linear_forward(y, x, &mat, b, m, &env);
-      CHECK(same(y, wanted, count), "%d x %d x %d, %s, layout %d", (int)m, (int)n, (int)k, set_name[set], layout);
-      CHECK(moe__bits(y[count]) == 0x7f7f7f7fu, "%d x %d x %d: written behind the end", (int)m, (int)n, (int)k);
+      CHECK(same(y, wanted, count), "%d x %d x %d, %s, layout %d", (int)m, (int)n, (int)k,
+            set_name[set], layout);
+      CHECK(moe__bits(y[count]) == 0x7f7f7f7fu, "%d x %d x %d: written behind the end", (int)m,
+            (int)n, (int)k);
       if (layout || strange) continue;
       moe_linear_gelu_forward(y, pre, x, &mat, b, m, &env);
-      CHECK(same(pre, wanted, count), "%d x %d x %d, %s: before GELU", (int)m, (int)n, (int)k, set_name[set]);
+      CHECK(same(pre, wanted, count), "%d x %d x %d, %s: before GELU", (int)m, (int)n, (int)k,
+            set_name[set]);
       moe_gelu_forward(pre, wanted, count, &env);
       CHECK(same(y, pre, count), "%d x %d x %d, %s: GELU", (int)m, (int)n, (int)k, set_name[set]);
     }
@@ -212,7 +262,8 @@ static void check_forward(int32_t m, int32_t n, int32_t k, int strange) {
 }
 
 static void test_bf16_forward_equals_the_definition(void) {
-  static const int32_t n[] = {1, 2, 3, 4, 7, 15, 16, 17, 33, 48, 49, 64, 65, 97}, k[] = {1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 64, 67};
+  static const int32_t n[] = {1, 2, 3, 4, 7, 15, 16, 17, 33, 48, 49, 64, 65, 97},
+                       k[] = {1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 64, 67};
   int32_t m;
   size_t i;
   for (m = 1; m <= 34; ++m) {
@@ -258,18 +309,26 @@ static void check_backward(int32_t m, int32_t n, int32_t k) {
     int set = which - 1;
     for (i = 0; i < m; ++i)
       for (j = 0; j < k; ++j) {
-        want_dx[i * k + j] = define(set, begun[i * k + j], dy + i * n, 1, weights + j, (size_t)k, (size_t)n);
-        CHECK(within(want_dx[i * k + j], (double)begun[i * k + j], dy + i * n, weights + j, (size_t)k, (size_t)n), "dx is far from the sum in double");
+        want_dx[i * k + j] =
+            define(set, begun[i * k + j], dy + i * n, 1, weights + j, (size_t)k, (size_t)n);
+        CHECK(within(want_dx[i * k + j], (double)begun[i * k + j], dy + i * n, weights + j,
+                     (size_t)k, (size_t)n),
+              "dx is far from the sum in double");
       }
     for (i = 0; i < n; ++i)
-      for (j = 0; j < k; ++j) want_dw[i * k + j] = define(set, begun[i * k + j], dy + i, (size_t)n, x + j, (size_t)k, (size_t)m);
+      for (j = 0; j < k; ++j)
+        want_dw[i * k + j] =
+            define(set, begun[i * k + j], dy + i, (size_t)n, x + j, (size_t)k, (size_t)m);
     memcpy(dx, begun, sizeof dx);
     memcpy(dw, begun, sizeof dw);
     memset(sums, 0, sizeof sums);
     moe_linear_backward(dx, dw, sums, dy, x, &mat, m, &env);
-    CHECK(same(dx, want_dx, (size_t)m * (size_t)k) && same(dx + m * k, begun + m * k, 8), "dx: %d x %d x %d, %s", (int)m, (int)n, (int)k, set_name[set]);
-    CHECK(same(dw, want_dw, (size_t)n * (size_t)k) && same(dw + n * k, begun + n * k, 8), "dw: %d x %d x %d, %s", (int)m, (int)n, (int)k, set_name[set]);
-    CHECK(same(sums, all_sums, (size_t)n), "db is a sum in fp32: %d x %d, %s", (int)m, (int)n, set_name[set]);
+    CHECK(same(dx, want_dx, (size_t)m * (size_t)k) && same(dx + m * k, begun + m * k, 8),
+          "dx: %d x %d x %d, %s", (int)m, (int)n, (int)k, set_name[set]);
+    CHECK(same(dw, want_dw, (size_t)n * (size_t)k) && same(dw + n * k, begun + n * k, 8),
+          "dw: %d x %d x %d, %s", (int)m, (int)n, (int)k, set_name[set]);
+    CHECK(same(sums, all_sums, (size_t)n), "db is a sum in fp32: %d x %d, %s", (int)m, (int)n,
+          set_name[set]);
     memset(sums, 0, sizeof sums);
     moe_linear_backward(NULL, NULL, sums, dy, x, &mat, m, &env);
     CHECK(same(sums, all_sums, (size_t)n), "db alone");
@@ -277,9 +336,11 @@ static void check_backward(int32_t m, int32_t n, int32_t k) {
 }
 
 static void test_bf16_gradients_equal_the_definition(void) {
-  static const int32_t size[][3] = {{1, 1, 1}, {2, 3, 5}, {3, 17, 16}, {16, 16, 16}, {17, 33, 20}, {31, 20, 49}, {33, 48, 50}, {40, 37, 20},
-                                    {97, 18, 35}, {100, 15, 3}, {5, 130, 17}, {200, 5, 34}, {3, 300, 9}, {330, 3, 2}, {20, 100, 70},
-                                    {1100, 20, 17}, {515, 150, 18}, {2, 1000, 20}}; /* the last ones: more than a chunk of k */
+  static const int32_t size[][3] = {
+      {1, 1, 1},      {2, 3, 5},      {3, 17, 16},  {16, 16, 16}, {17, 33, 20},
+      {31, 20, 49},   {33, 48, 50},   {40, 37, 20}, {97, 18, 35}, {100, 15, 3},
+      {5, 130, 17},   {200, 5, 34},   {3, 300, 9},  {330, 3, 2},  {20, 100, 70},
+      {1100, 20, 17}, {515, 150, 18}, {2, 1000, 20}}; /* the last ones: more than a chunk of k */
   size_t i;
   for (i = 0; i < sizeof size / sizeof *size; ++i) {
     check_backward(size[i][0], size[i][1], size[i][2]);
@@ -313,7 +374,8 @@ static void test_bf16_empty_products(void) {
 /* Experts of different numbers of rows, forward and backward. */
 static uint64_t experts_hash(const moe_env *env, int32_t M) {
   enum { N = 3, K = 2, H = 24, F = 39, MOST = 70 };
-  static float w[2 * N * F * H], d[2 * N * F * H], b[N * F], inner[MOST * K * F], e[MOST * K * H], out[MOST * H], dx[MOST * H], dweight[MOST * K];
+  static float w[2 * N * F * H], d[2 * N * F * H], b[N * F], inner[MOST * K * F], e[MOST * K * H],
+      out[MOST * H], dx[MOST * H], dweight[MOST * K];
   static float weight[MOST * K], prob[MOST * N];
   static int32_t expert[MOST * K], order[MOST * K], start[N + 1];
   float *scratch = (float *)malloc(sizeof(float) * moe_experts_scratch(M, K, H, F, 1));
@@ -362,9 +424,11 @@ static uint64_t experts_hash(const moe_env *env, int32_t M) {
   experts.b_in = biases;
   experts.b_out = biases;
   moe_experts_forward(out, inner, e, x, &r, &experts, scratch, env);
-  moe_experts_backward(dx, dweight, d_in, NULL, d_out, NULL, out, x, inner, e, &r, in, outs, H, F, scratch, env);
+  moe_experts_backward(dx, dweight, d_in, NULL, d_out, NULL, out, x, inner, e, &r, in, outs, H, F,
+                       scratch, env);
   free(scratch);
-  hash = models_hash(out, sizeof(float) * (size_t)(M * H)) ^ models_hash(dx, sizeof(float) * (size_t)(M * H)) * 3;
+  hash = models_hash(out, sizeof(float) * (size_t)(M * H)) ^
+         models_hash(dx, sizeof(float) * (size_t)(M * H)) * 3;
   return M == MOST ? hash ^ models_hash(d, sizeof d) * 5 : models_hash(out, sizeof(float) * 3 * H);
 }
 
@@ -389,8 +453,10 @@ static void test_bf16_bits_do_not_depend_on_threads(void) {
       moe_pack_bf16(panels, weights, n, k, &e);
       mat = moe_mat_panels_bf16(panels, n, k);
       moe_linear_forward(y, x, &mat, NULL, m, &e);
-      CHECK(same(y, serial, (size_t)(m * n)), "%s, %d threads: forward", set_name[which - 1], threads[i]);
-      CHECK(experts_hash(&e, 70) == one, "%s, %d threads: experts", set_name[which - 1], threads[i]);
+      CHECK(same(y, serial, (size_t)(m * n)), "%s, %d threads: forward", set_name[which - 1],
+            threads[i]);
+      CHECK(experts_hash(&e, 70) == one, "%s, %d threads: experts", set_name[which - 1],
+            threads[i]);
       drawn = 900;
       draw(weights, (size_t)n * (size_t)k);
       draw(x, (size_t)m * (size_t)k);
@@ -417,7 +483,8 @@ static void test_bf16_gradients_do_not_depend_on_threads(void) {
     moe_linear_backward(NULL, one, all_sums, dy, x, &mat, m, &env);
     CHECK(!moe_pool_create(&pool, 3, &env), "pool");
     moe_linear_backward(NULL, dw, sums, dy, x, &mat, m, &env);
-    CHECK(same(dw, one, (size_t)(n * k)) && same(sums, all_sums, (size_t)n), "%s", set_name[which - 1]);
+    CHECK(same(dw, one, (size_t)(n * k)) && same(sums, all_sums, (size_t)n), "%s",
+          set_name[which - 1]);
     moe_pool_free(pool);
   }
 }
@@ -435,7 +502,8 @@ static void test_bf16_rows_do_not_depend_on_the_others(void) {
     moe_linear_forward(wanted, x, &mat, NULL, m, &env);
     for (i = 0; i < m; i += i % 5 + 1) {
       moe_linear_forward(y, x + i * k, &mat, NULL, moe__min(i % 5 + 1, m - i), &env);
-      CHECK(same(y, wanted + i * n, (size_t)(n * moe__min(i % 5 + 1, m - i))), "%s: row %d", set_name[which - 1], (int)i);
+      CHECK(same(y, wanted + i * n, (size_t)(n * moe__min(i % 5 + 1, m - i))), "%s: row %d",
+            set_name[which - 1], (int)i);
     }
   }
 }
@@ -452,15 +520,22 @@ static void test_bf16_precision_is_granted_or_explained(void) {
     env = models_env((moe_isa)isa);
     CHECK(env.precision == MOE_TYPE_F32, "fp32 unless asked for");
     status = moe_env_set_precision(&env, MOE_TYPE_BF16);
-    has = isa == MOE_ISA_AVX512 && ((env.features & MOE_FEATURE_AVX512_BF16) || amx_real);
-    CHECK(status == (has ? MOE_OK : MOE_E_UNSUPPORTED), "%s: %s", moe_isa_name((moe_isa)isa), moe_status_text(status));
-    CHECK(env.precision == (has ? MOE_TYPE_BF16 : MOE_TYPE_F32), "%s: precision", moe_isa_name((moe_isa)isa));
+    has = isa == MOE_ISA_AVX512 && ((env.cpu_flags & MOE_CPU_AVX512_BF16) || amx_real);
+    CHECK(status == (has ? MOE_OK : MOE_E_UNSUPPORTED), "%s: %s", moe_isa_name((moe_isa)isa),
+          moe_status_text(status));
+    CHECK(env.precision == (has ? MOE_TYPE_BF16 : MOE_TYPE_F32), "%s: precision",
+          moe_isa_name((moe_isa)isa));
     CHECK(has || strstr(models_sentence, "stay fp32"), "%s", models_sentence);
-    CHECK(!(env.features & MOE_FEATURE_AMX_BF16) || amx_real, "AMX is used without leave");
-    CHECK(moe_env_set_precision(&env, MOE_TYPE_I8) == MOE_E_ARGUMENT && strstr(models_sentence, "int8"), "%s", models_sentence);
-    CHECK(moe_env_set_precision(&env, MOE_TYPE_F32) == MOE_OK && env.precision == MOE_TYPE_F32, "back");
-    env.features &= ~(uint32_t)MOE_FEATURE_AVX512_BF16;
-    if (!amx_real) CHECK(moe_env_set_precision(&env, MOE_TYPE_BF16) == MOE_E_UNSUPPORTED, "a feature that was forgone");
+    CHECK(!(env.cpu_flags & MOE_CPU_AMX_BF16) || amx_real, "AMX is used without leave");
+    CHECK(moe_env_set_precision(&env, MOE_TYPE_I8) == MOE_E_ARGUMENT &&
+              strstr(models_sentence, "int8"),
+          "%s", models_sentence);
+    CHECK(moe_env_set_precision(&env, MOE_TYPE_F32) == MOE_OK && env.precision == MOE_TYPE_F32,
+          "back");
+    env.cpu_flags &= ~(uint32_t)MOE_CPU_AVX512_BF16;
+    if (!amx_real)
+      CHECK(moe_env_set_precision(&env, MOE_TYPE_BF16) == MOE_E_UNSUPPORTED,
+            "a feature that was forgone");
   }
 }
 
@@ -476,17 +551,21 @@ static void test_bf16_goes_on_where_the_system_refuses_amx(void) {
     moe_env env;
     moe_status got;
     if (!amx_refuse()) _exit(2);
-    __asm__ volatile("syscall" : "=a"(refused) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+    __asm__ volatile("syscall"
+                     : "=a"(refused)
+                     : "0"(158L), "D"(0x1023L), "S"(18L)
+                     : "rcx", "r11", "memory");
     if (refused != -1) _exit(3);
     moe_env_init(&env, MOE_ISA_AUTO);
     got = moe_env_set_precision(&env, MOE_TYPE_BF16);
-    if (env.features & MOE_FEATURE_AMX_BF16) _exit(4);
-    if (got != (env.features & MOE_FEATURE_AVX512_BF16 ? MOE_OK : MOE_E_UNSUPPORTED)) _exit(5);
+    if (env.cpu_flags & MOE_CPU_AMX_BF16) _exit(4);
+    if (got != (env.cpu_flags & MOE_CPU_AVX512_BF16 ? MOE_OK : MOE_E_UNSUPPORTED)) _exit(5);
     _exit(env.precision == (got ? MOE_TYPE_F32 : MOE_TYPE_BF16) ? 0 : 6);
   }
   CHECK(child > 0 && waitpid(child, &status, 0) == child, "no child");
   if (WIFEXITED(status) && WEXITSTATUS(status) == 2) SKIP("this system filters no system calls");
-  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child ended with %d", WIFEXITED(status) ? WEXITSTATUS(status) : -1);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child ended with %d",
+        WIFEXITED(status) ? WEXITSTATUS(status) : -1);
 #else
   SKIP("no Linux on x86-64");
 #endif
@@ -499,7 +578,8 @@ static void test_bf16_leaves_the_processor_as_it_was(void) {
   unsigned before = _mm_getcsr();
   for (which = 0; (which = kernels_env(which, &env)) != 0;) {
     experts_hash(&env, 20);
-    CHECK((_mm_getcsr() & ~0x3fu) == (before & ~0x3fu), "%s: rounding and flushing are others now", set_name[which - 1]);
+    CHECK((_mm_getcsr() & ~0x3fu) == (before & ~0x3fu), "%s: rounding and flushing are others now",
+          set_name[which - 1]);
   }
 #else
   SKIP("no such register here");
@@ -511,7 +591,8 @@ static void test_bf16_amx_runs(void) {
   if (!amx_here) SKIP("no AMX, and no AVX512-BF16 (or no Linux on x86-64) to emulate it");
   kernels_env(AMX, &env);
   experts_hash(&env, 20);
-  printf("        %s\n", amx_real ? "on the hardware" : "instructions emulated: this processor or system has no AMX");
+  printf("        %s\n", amx_real ? "on the hardware"
+                                  : "instructions emulated: this processor or system has no AMX");
 #ifdef MOE__AMX
   CHECK(amx_real || amx_count > 100, "only %d instructions were emulated", amx_count);
 #endif
@@ -529,7 +610,9 @@ static uint64_t scores_hash(const moe_model *model, const moe_env *env) {
   moe_limits limits = {MODELS_M, MODELS_S, 0};
   uint64_t hash = 0;
   memset(scores, 0, sizeof scores);
-  if (!moe_context_create(&context, model, &limits, env) && !moe_forward(context, scores, &batch.b, env)) hash = models_hash(scores, sizeof scores);
+  if (!moe_context_create(&context, model, &limits, env) &&
+      !moe_forward(context, scores, &batch.b, env))
+    hash = models_hash(scores, sizeof scores);
   moe_context_free(context);
   return hash;
 }
@@ -548,19 +631,27 @@ static void test_bf16_models_have_bits_whatever_is_packed(void) {
     model = models_create(&c, tasks, MODELS_TASKS, &fp32);
     CHECK(model, "%s", models_sentence);
     models_random_batch(&batch, model, 7, 9, 3);
-    CHECK(odd || moe_model_pack_size_bf16(model) * 2 == moe_model_pack_size(model), "half the bytes");
+    CHECK(odd || moe_model_pack_size_bf16(model) * 2 == moe_model_pack_size(model),
+          "half the bytes");
     in_fp32 = scores_hash(model, &fp32);
     for (which = 0; (which = kernels_env(which, &env)) != 0;) {
       plain = scores_hash(model, &env);
       CHECK(plain && plain != in_fp32, "%s: bf16 has bits of its own", set_name[which - 1]);
       if (which - 1 == PLAIN) scalar = plain;
-      CHECK(which - 1 == AMX || plain == scalar, "%s: other bits than plain C", set_name[which - 1]);
-      CHECK(!moe_model_pack(model, NULL, &fp32) && scores_hash(model, &env) == plain, "%s: packed for fp32", set_name[which - 1]);
-      CHECK(!moe_model_pack(model, NULL, &env) && scores_hash(model, &env) == plain, "%s: packed for bf16", set_name[which - 1]);
+      CHECK(which - 1 == AMX || plain == scalar, "%s: other bits than plain C",
+            set_name[which - 1]);
+      CHECK(!moe_model_pack(model, NULL, &fp32) && scores_hash(model, &env) == plain,
+            "%s: packed for fp32", set_name[which - 1]);
+      CHECK(!moe_model_pack(model, NULL, &env) && scores_hash(model, &env) == plain,
+            "%s: packed for bf16", set_name[which - 1]);
       CHECK(scores_hash(model, &fp32) == in_fp32, "fp32 with weights packed for bf16");
-      block = models_block(&raw, moe_model_pack_size_bf16(model)); /* of exactly this size: the sanitizers watch its end */
-      CHECK(!moe_model_pack(model, block, &env) && scores_hash(model, &env) == plain, "%s: packed into a block", set_name[which - 1]);
-      CHECK(!moe_model_pack(model, NULL, &fp32) && scores_hash(model, &fp32) == in_fp32, "fp32 again");
+      block = models_block(
+          &raw,
+          moe_model_pack_size_bf16(model)); /* of exactly this size: the sanitizers watch its end */
+      CHECK(!moe_model_pack(model, block, &env) && scores_hash(model, &env) == plain,
+            "%s: packed into a block", set_name[which - 1]);
+      CHECK(!moe_model_pack(model, NULL, &fp32) && scores_hash(model, &fp32) == in_fp32,
+            "fp32 again");
       free(raw);
       moe_model_free(model);
       model = models_create(&c, tasks, MODELS_TASKS, &fp32);
@@ -581,14 +672,18 @@ static void test_bf16_heads_stay_fp32(void) {
     moe_context *context = NULL;
     int32_t s, t;
     models_random_batch(&batch, model, 5, 9, 4);
-    CHECK(model && !moe_context_create(&context, model, &limits, &env) && !moe_forward(context, scores, &batch.b, &env), "%s", models_sentence);
+    CHECK(model && !moe_context_create(&context, model, &limits, &env) &&
+              !moe_forward(context, scores, &batch.b, &env),
+          "%s", models_sentence);
     for (s = 0; s < 5; ++s) {
       moe_mat mat;
       t = batch.task[s];
       mat = moe_mat_rows(model->weights + model->head[t], tasks[t].classes, c.hidden);
-      moe_linear_forward(again, moe_context_hidden(context) + (size_t)batch.start[s] * (size_t)c.hidden, &mat,
-                         model->weights + model->head[t] + tasks[t].classes * c.hidden, 1, &fp32);
-      CHECK(same(again, scores + s * moe_model_max_classes(model), (size_t)tasks[t].classes), "%s: sequence %d", set_name[which - 1], (int)s);
+      moe_linear_forward(
+          again, moe_context_hidden(context) + (size_t)batch.start[s] * (size_t)c.hidden, &mat,
+          model->weights + model->head[t] + tasks[t].classes * c.hidden, 1, &fp32);
+      CHECK(same(again, scores + s * moe_model_max_classes(model), (size_t)tasks[t].classes),
+            "%s: sequence %d", set_name[which - 1], (int)s);
     }
     moe_context_free(context);
     moe_model_free(model);
@@ -616,14 +711,16 @@ static uint64_t routes_hash(const moe_context *context, int32_t layers) {
   for (l = 0; l < layers; ++l) {
     moe_routes routes;
     if (moe_context_routes(context, l, &routes)) return 0;
-    hash = hash * 31 + models_hash(routes.expert, (size_t)(routes.M * routes.k) * sizeof *routes.expert);
+    hash = hash * 31 +
+           models_hash(routes.expert, (size_t)(routes.M * routes.k) * sizeof *routes.expert);
   }
   return hash;
 }
 
-/* Losses of some steps on changing batches, and a hash of the routes of each (or NULL); returns a hash of the weights after them, 0 when
-   something failed. */
-static uint64_t train(double *losses, uint64_t *routes, int steps, moe_router router, const moe_env *env) {
+/* Losses of some steps on changing batches, and a hash of the routes of each (or NULL); returns a
+   hash of the weights after them, 0 when something failed. */
+static uint64_t train(double *losses, uint64_t *routes, int steps, moe_router router,
+                      const moe_env *env) {
   moe_config c = models_config(router, router == MOE_ROUTER_DENSE ? 1 : 3, 1);
   moe_train_config config;
   moe_limits limits = {MODELS_M, MODELS_S, 1};
@@ -633,7 +730,7 @@ static uint64_t train(double *losses, uint64_t *routes, int steps, moe_router ro
   int step;
   moe_train_config_init(&config);
   config.steps = 100;
-  config.rate = 5e-4f;
+  config.lr = 5e-4f;
   config.dropout = 0.1f;
   models_tasks(tasks);
   model = models_create(&c, tasks, MODELS_TASKS, env);
@@ -641,11 +738,14 @@ static uint64_t train(double *losses, uint64_t *routes, int steps, moe_router ro
     for (step = 0; step < steps; ++step) {
       float loss = 0;
       models_random_batch(&batch, model, 12, 12, 50 + (uint64_t)step % 2);
-      if (moe_accumulate(trainer, &batch.b, 0, &loss, NULL, env) || moe_update(trainer, NULL, env)) break;
+      if (moe_trainer_accumulate(trainer, &batch.b, 0, &loss, NULL, env) ||
+          moe_trainer_step(trainer, NULL, env))
+        break;
       losses[step] = (double)loss;
       if (routes) routes[step] = routes_hash(moe_trainer_context(trainer), c.layers);
     }
-    if (step == steps) hash = models_hash(moe_model_weights(model), moe_model_parameters(model) * sizeof(float));
+    if (step == steps)
+      hash = models_hash(moe_model_weights(model), moe_model_parameters(model) * sizeof(float));
   }
   moe_trainer_free(trainer);
   moe_model_free(model);
@@ -662,16 +762,19 @@ static void test_bf16_training_follows_fp32(void) {
     uint64_t plain = 0, hash;
     CHECK(train(want, want_routes, 20, router[i], &fp32), "%s", models_sentence);
     for (which = 0; (which = kernels_env(which, &env)) != 0;) {
-      int steps = which - 1 == AMX && !amx_real ? 4 : 20, far = 0; /* a gate at a tie may send a token elsewhere: a step's loss differs */
+      int steps = which - 1 == AMX && !amx_real ? 4 : 20,
+          far = 0; /* a gate at a tie may send a token elsewhere: a step's loss differs */
       hash = train(got, routes, steps, router[i], &env);
       CHECK(hash, "%s: %s", set_name[which - 1], models_sentence);
       if (which - 1 == PLAIN) plain = hash;
-      CHECK(which - 1 == AMX || hash == plain, "%s: other weights than with plain C", set_name[which - 1]);
+      CHECK(which - 1 == AMX || hash == plain, "%s: other weights than with plain C",
+            set_name[which - 1]);
       for (step = 0; step < steps; ++step) {
         double error = fabs(got[step] - want[step]) / want[step];
         if (error > worst) worst = error;
-        CHECK(error < (routes[step] == want_routes[step] ? 0.05 : 0.15), "%s, step %d: loss %.5f, fp32 %.5f", set_name[which - 1], step + 1,
-              got[step], want[step]);
+        CHECK(error < (routes[step] == want_routes[step] ? 0.05 : 0.15),
+              "%s, step %d: loss %.5f, fp32 %.5f", set_name[which - 1], step + 1, got[step],
+              want[step]);
         far += error >= 0.05;
       }
       CHECK(far <= 1, "%s: the losses of %d steps are not those of fp32", set_name[which - 1], far);
@@ -695,13 +798,15 @@ static void test_bf16_training_does_not_depend_on_threads(void) {
       moe_env e = env;
       moe_pool *pool = NULL;
       CHECK(!moe_pool_create_exact(&pool, threads[i], &e), "pool");
-      CHECK(train(losses, NULL, steps, MOE_ROUTER_TASK, &e) == want, "%s, %d threads: other bits", set_name[which - 1], threads[i]);
+      CHECK(train(losses, NULL, steps, MOE_ROUTER_TASK, &e) == want, "%s, %d threads: other bits",
+            set_name[which - 1], threads[i]);
       moe_pool_free(pool);
     }
   }
 }
 
-/* Gradients of inputs by weights packed for them, or packed on the way: the same bits, and they follow an update. */
+/* Gradients of inputs by weights packed for them, or packed on the way: the same bits, and they
+   follow an update. */
 static void test_bf16_gradients_have_bits_whatever_is_packed(void) {
   moe_env fp32 = models_env(MOE_ISA_AUTO), env;
   int which, router;
@@ -721,16 +826,20 @@ static void test_bf16_gradients_have_bits_whatever_is_packed(void) {
       moe_train_config_init(&config);
       config.steps = 2;
       model = models_create(&c, tasks, MODELS_TASKS, &env);
-      CHECK(model && !moe_trainer_create(&trainer, model, &limits, &config, &env) && model->back, "%s", models_sentence);
+      CHECK(model && !moe_trainer_create(&trainer, model, &limits, &config, &env) && model->back,
+            "%s", models_sentence);
       models_random_batch(&batch, model, 5, 9, 9);
       bytes = moe_model_parameters(model) * sizeof(float);
-      CHECK(!moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) && !moe_update(trainer, NULL, &env) && model->back, "%s", models_sentence);
-      CHECK(!moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
+      CHECK(!moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) &&
+                !moe_trainer_step(trainer, NULL, &env) && model->back,
+            "%s", models_sentence);
+      CHECK(!moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
       hash = models_hash(moe_trainer_gradients(trainer), bytes);
       memset(moe_trainer_gradients(trainer), 0, bytes);
       CHECK(!moe_model_pack(model, NULL, &fp32) && !model->back, "%s", models_sentence);
-      CHECK(!moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
-      CHECK(models_hash(moe_trainer_gradients(trainer), bytes) == hash, "%s, router %d: other bits", set_name[which - 1], router);
+      CHECK(!moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
+      CHECK(models_hash(moe_trainer_gradients(trainer), bytes) == hash, "%s, router %d: other bits",
+            set_name[which - 1], router);
       moe_trainer_free(trainer);
       moe_model_free(model);
     }
@@ -752,32 +861,37 @@ static void test_bf16_gradients_are_near_those_of_fp32(void) {
   config.steps = 1;
   config.dropout = 0;
   model = models_create(&c, tasks, MODELS_TASKS, &fp32);
-  CHECK(model && !moe_trainer_create(&trainer, model, &limits, &config, &fp32), "%s", models_sentence);
+  CHECK(model && !moe_trainer_create(&trainer, model, &limits, &config, &fp32), "%s",
+        models_sentence);
   models_random_batch(&batch, model, 10, 12, 9);
   n = moe_model_parameters(model);
   want = (float *)malloc(n * sizeof *want);
-  CHECK(want && !moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &fp32), "%s", models_sentence);
+  CHECK(want && !moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &fp32), "%s",
+        models_sentence);
   memcpy(want, moe_trainer_gradients(trainer), n * sizeof *want);
   for (which = 0; (which = kernels_env(which, &env)) != 0;) {
     memset(moe_trainer_gradients(trainer), 0, n * sizeof *want);
-    CHECK(!moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
+    CHECK(!moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
     for (t = 0; t < moe_model_tensors(model); ++t) {
       moe_tensor tensor;
       double far = 0, size = 0;
       moe_model_tensor(model, t, &tensor);
-      if (strstr(tensor.name, "key.bias")) continue; /* softmax takes it out: its gradient is rounding, and nothing else */
+      if (strstr(tensor.name, "key.bias"))
+        continue; /* softmax takes it out: its gradient is rounding, and nothing else */
       for (i = tensor.offset; i < tensor.offset + tensor.count; ++i) {
         double d = (double)moe_trainer_gradients(trainer)[i] - (double)want[i];
         far += d * d;
         size += (double)want[i] * (double)want[i];
       }
       if (size > 0 && sqrt(far / size) > worst) worst = sqrt(far / size);
-      CHECK(far <= size * 0.03 * 0.03, "%s: %s is %.3f of its norm from fp32", set_name[which - 1], tensor.name, sqrt(far / size));
+      CHECK(far <= size * 0.03 * 0.03, "%s: %s is %.3f of its norm from fp32", set_name[which - 1],
+            tensor.name, sqrt(far / size));
     }
   }
   memset(moe_trainer_gradients(trainer), 0, n * sizeof *want);
   kernels_env(PLAIN, &env);
-  CHECK(!moe_gradcheck(trainer, &batch.b, 40, &error, &env) && error < 5e-3f, "gradcheck is of fp32 always: %g", (double)error);
+  CHECK(!moe_gradcheck(trainer, &batch.b, 40, &error, &env) && error < 5e-3f,
+        "gradcheck is of fp32 always: %g", (double)error);
   printf("        worst gradient of a tensor: %.1e of its norm from fp32's\n", worst);
   free(want);
   moe_trainer_free(trainer);
@@ -787,9 +901,10 @@ static void test_bf16_gradients_are_near_those_of_fp32(void) {
 int main(int argc, char **argv) {
   moe_env env;
   test_begin(argc, argv);
-  amx_real = (moe__amx_allowed() & MOE_FEATURE_AMX_BF16) != 0;
+  amx_real = (moe__amx_allowed() & MOE_CPU_AMX_BF16) != 0;
   moe_env_init(&env, MOE_ISA_AUTO);
-  amx_here = amx_real || ((env.features & MOE_FEATURE_AVX512_BF16) && amx_install()); /* AMX's kernels round by the former */
+  amx_here = amx_real || ((env.cpu_flags & MOE_CPU_AVX512_BF16) &&
+                          amx_install()); /* AMX's kernels round by the former */
   RUN(test_bf16_rounds_to_nearest_even);
   RUN(test_bf16_steps_equal_the_processor);
   RUN(test_bf16_forward_equals_the_definition);

@@ -1,4 +1,5 @@
-/* Checkpoints: training goes on with the very bits, and a file that does not fit changes nothing. */
+/* Checkpoints: training goes on with the very bits, and a file that does not fit changes nothing.
+ */
 #include "../moe.h"
 #include "test.h"
 #if defined(__unix__) || defined(__APPLE__)
@@ -100,11 +101,11 @@ static int start_run(run *r, const variant *v, const moe_env *env) {
   snprintf(task[2].name, sizeof task[2].name, "third");
   task[2].classes = 2;
   moe_train_config_init(&train);
-  train.rate = 1e-2f;
+  train.lr = 1e-2f;
   train.steps = STEPS;
   train.warmup = 0.25f;
-  train.decay = 0.01f;
-  train.clip = 1;
+  train.weight_decay = 0.01f;
+  train.clip_norm = 1;
   train.dropout = 0.1f;
   train.balance = 0.01f;
   train.jitter = 0.01f;
@@ -119,7 +120,9 @@ static int start_run(run *r, const variant *v, const moe_env *env) {
   sampling.draws = STEPS * BATCH;
   r->rows[0] = v->rows, r->rows[1] = 5, r->rows[2] = 40;
   if (moe_model_create(&r->model, &config, task, TASKS, v->seed, env)) return 0;
-  if (moe_model_pack(r->model, NULL, env) || moe_trainer_create(&r->trainer, r->model, &limits, &train, env)) return 0;
+  if (moe_model_pack(r->model, NULL, env) ||
+      moe_trainer_create(&r->trainer, r->model, &limits, &train, env))
+    return 0;
   return !moe_sampler_init(&r->sampler, &sampling, r->rows, r->used, TASKS, env);
 }
 
@@ -138,10 +141,11 @@ static int step_run(run *r, float *loss, const moe_env *env) {
     int64_t row;
     uint64_t state;
     int32_t length;
-    moe_sample(&r->sampler, &task[s], &row);
+    moe_sampler_next(&r->sampler, &task[s], &row);
     state = (uint64_t)(task[s] * 1000 + row) * 77;
     length = 3 + (int32_t)(row % 9);
-    for (i = 0; i < length; ++i) test_random(&state), ids[start[s] + i] = (int32_t)(state >> 40) % 20;
+    for (i = 0; i < length; ++i)
+      test_random(&state), ids[start[s] + i] = (int32_t)(state >> 40) % 20;
     start[s + 1] = start[s] + length;
     label[s] = (float)(row % 2);
   }
@@ -151,7 +155,8 @@ static int step_run(run *r, float *loss, const moe_env *env) {
   batch.ids = ids;
   batch.task = task;
   batch.label = label;
-  return !moe_accumulate(r->trainer, &batch, 0, loss, NULL, env) && !moe_update(r->trainer, NULL, env);
+  return !moe_trainer_accumulate(r->trainer, &batch, 0, loss, NULL, env) &&
+         !moe_trainer_step(r->trainer, NULL, env);
 }
 
 static void test_checkpoint_resumes_with_the_same_bits(void) {
@@ -164,22 +169,31 @@ static void test_checkpoint_resumes_with_the_same_bits(void) {
   int i;
   CHECK(start_run(&whole, &usual, &env), "%s", said);
   for (i = 0; i < STEPS; ++i) {
-    if (i == 5) CHECK(moe_checkpoint_write(whole.trainer, &whole.sampler, "note", &writer, &env) == MOE_OK, "%s", said);
+    if (i == 5)
+      CHECK(moe_checkpoint_write(whole.trainer, &whole.sampler, "note", &writer, &env) == MOE_OK,
+            "%s", said);
     CHECK(step_run(&whole, &losses[i], &env), "step %d: %s", i, said);
   }
   other.seed = 2;
   CHECK(start_run(&later, &other, &env), "%s", said);
   CHECK(step_run(&later, &loss, &env), "%s", said); /* something to be overwritten */
-  CHECK(moe_checkpoint_read(later.trainer, &later.sampler, s.data, s.used, &env) == MOE_OK, "%s", said);
-  CHECK(moe_trainer_step(later.trainer) == 5 && later.sampler.drawn == 5 * BATCH, "step and draws");
+  CHECK(moe_checkpoint_read(later.trainer, &later.sampler, s.data, s.used, &env) == MOE_OK, "%s",
+        said);
+  CHECK(moe_trainer_steps_done(later.trainer) == 5 && later.sampler.drawn == 5 * BATCH,
+        "step and draws");
   writer = sink_writer(&again);
-  CHECK(moe_checkpoint_write(later.trainer, &later.sampler, "note", &writer, &env) == MOE_OK, "%s", said);
-  CHECK(again.used == s.used && !memcmp(again.data, s.data, s.used), "written again it is the same file");
+  CHECK(moe_checkpoint_write(later.trainer, &later.sampler, "note", &writer, &env) == MOE_OK, "%s",
+        said);
+  CHECK(again.used == s.used && !memcmp(again.data, s.data, s.used),
+        "written again it is the same file");
   for (i = 5; i < STEPS; ++i) {
     CHECK(step_run(&later, &loss, &env), "step %d: %s", i, said);
-    CHECK(!memcmp(&loss, &losses[i], sizeof loss), "loss of step %d: %.9g, not %.9g", i, (double)loss, (double)losses[i]);
+    CHECK(!memcmp(&loss, &losses[i], sizeof loss), "loss of step %d: %.9g, not %.9g", i,
+          (double)loss, (double)losses[i]);
   }
-  CHECK(!memcmp(moe_model_weights(later.model), moe_model_weights(whole.model), moe_model_parameters(whole.model) * sizeof(float)), "weights");
+  CHECK(!memcmp(moe_model_weights(later.model), moe_model_weights(whole.model),
+                moe_model_parameters(whole.model) * sizeof(float)),
+        "weights");
   CHECK(!said[0], "%s", said);
   end_run(&whole);
   end_run(&later);
@@ -200,7 +214,9 @@ static void test_checkpoint_is_a_model_too(void) {
   CHECK(moe_model_set_vocab(r.model, "[UNK]\n[CLS]\n[SEP]\n", 18, &env) == MOE_OK, "%s", said);
   CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
   CHECK(moe_model_read(&model, s.data, s.used, &env) == MOE_OK, "%s", said);
-  CHECK(!memcmp(moe_model_weights(model), moe_model_weights(r.model), moe_model_parameters(model) * sizeof(float)), "weights");
+  CHECK(!memcmp(moe_model_weights(model), moe_model_weights(r.model),
+                moe_model_parameters(model) * sizeof(float)),
+        "weights");
   moe_model_free(model);
   CHECK(moe_model_open_size(s.data, s.used, &bytes, &env) == MOE_OK, "%s", said);
   block_base = (unsigned char *)malloc(bytes + 64);
@@ -223,24 +239,37 @@ static void refused(run *r, moe_sampler *sampler, const void *file, size_t n, co
   sink before, after;
   moe_writer writer = sink_writer(&before);
   CHECK(!moe_checkpoint_write(r->trainer, &r->sampler, NULL, &writer, &env), "%s", said);
-  CHECK(moe_checkpoint_read(r->trainer, sampler, file, n, &env) == MOE_E_FORMAT && strstr(said, says), "expected '%s', said '%s'", says, said);
+  CHECK(moe_checkpoint_read(r->trainer, sampler, file, n, &env) == MOE_E_FORMAT &&
+            strstr(said, says),
+        "expected '%s', said '%s'", says, said);
   writer = sink_writer(&after);
   CHECK(!moe_checkpoint_write(r->trainer, &r->sampler, NULL, &writer, &env), "%s", said);
-  CHECK(before.used == after.used && !memcmp(before.data, after.data, before.used), "the trainer has changed");
+  CHECK(before.used == after.used && !memcmp(before.data, after.data, before.used),
+        "the trainer has changed");
   free(before.data);
   free(after.data);
 }
 
 static void test_checkpoint_names_what_differs(void) {
-  static const variant others[] = {{1, 13, 16, 3, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2},   {1, 12, 15, 3, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2},
-                                   {1, 12, 16, 4, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2},   {1, 12, 16, 3, MOE_ROUTER_SHARED, "first", "yes", 5, 17, 2},
-                                   {1, 12, 16, 3, MOE_ROUTER_TASK, "fist", "yes", 5, 17, 2},    {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yep", 5, 17, 2},
-                                   {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yes", 4, 17, 2},   {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yes", 5, 18, 2},
+  static const variant others[] = {{1, 13, 16, 3, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2},
+                                   {1, 12, 15, 3, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2},
+                                   {1, 12, 16, 4, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2},
+                                   {1, 12, 16, 3, MOE_ROUTER_SHARED, "first", "yes", 5, 17, 2},
+                                   {1, 12, 16, 3, MOE_ROUTER_TASK, "fist", "yes", 5, 17, 2},
+                                   {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yep", 5, 17, 2},
+                                   {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yes", 4, 17, 2},
+                                   {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yes", 5, 18, 2},
                                    {1, 12, 16, 3, MOE_ROUTER_TASK, "first", "yes", 5, 17, 2.5f}};
-  static const char *const says[] = {"configuration has ffn 12, the model has 13", "configuration has max_len 16, the model has 15",
-                                     "task 0 of the checkpoint, 'first', differs from the model's, 'first': number of classes",
-                                     "router task, the model has shared", "differs from the model's, 'fist': name", "label names", "'second': range",
-                                     "a task had another number of rows", "the sampler's settings"};
+  static const char *const says[] = {
+      "configuration has ffn 12, the model has 13",
+      "configuration has max_len 16, the model has 15",
+      "task 0 of the checkpoint, 'first', differs from the model's, 'first': number of classes",
+      "router task, the model has shared",
+      "differs from the model's, 'fist': name",
+      "label names",
+      "'second': range",
+      "a task had another number of rows",
+      "the sampler's settings"};
   moe_env env = logging();
   run r;
   size_t i;
@@ -297,8 +326,10 @@ static void test_checkpoint_damaged_changes_nothing(void) {
     i = (size_t)(state >> 33) % data;
     copy[i] = (unsigned char)(state >> 20);
     said[0] = 0;
-    if (moe_checkpoint_read(r.trainer, &r.sampler, copy, s.used, &env)) CHECK(said[0], "a sentence");
-    else ++taken;
+    if (moe_checkpoint_read(r.trainer, &r.sampler, copy, s.used, &env))
+      CHECK(said[0], "a sentence");
+    else
+      ++taken;
     free(copy);
   }
   printf("        %d of %d damaged checkpoints were still sound\n", taken, round);
@@ -343,16 +374,21 @@ static void test_checkpoint_that_cannot_be_read_is_not_written(void) {
   float loss, kept;
   int i;
   CHECK(start_run(&r, &usual, &env) && step_run(&r, &loss, &env), "%s", said);
-  CHECK(moe_checkpoint_save(r.trainer, &r.sampler, NULL, "build/checkpoint_nan", &env) == MOE_OK, "%s", said);
+  CHECK(moe_checkpoint_save(r.trainer, &r.sampler, NULL, "build/checkpoint_nan", &env) == MOE_OK,
+        "%s", said);
   kept = moe_model_weights(r.model)[3];
   for (i = 0; i < 2; ++i) {
     moe_model_weights(r.model)[3] = i ? INFINITY : NAN;
     said[0] = 0;
-    CHECK(moe_checkpoint_save(r.trainer, &r.sampler, NULL, "build/checkpoint_nan", &env) == MOE_E_NONFINITE, "%s", said);
-    CHECK(strstr(said, "nothing is written: tensor ") && strstr(said, "element 3, is "), "%s", said);
+    CHECK(moe_checkpoint_save(r.trainer, &r.sampler, NULL, "build/checkpoint_nan", &env) ==
+              MOE_E_NONFINITE,
+          "%s", said);
+    CHECK(strstr(said, "nothing is written: tensor ") && strstr(said, "element 3, is "), "%s",
+          said);
   }
   moe_model_weights(r.model)[3] = kept;
-  CHECK(moe_checkpoint_load(r.trainer, &r.sampler, "build/checkpoint_nan", &env) == MOE_OK, "the old one: %s", said);
+  CHECK(moe_checkpoint_load(r.trainer, &r.sampler, "build/checkpoint_nan", &env) == MOE_OK,
+        "the old one: %s", said);
   CHECK(step_run(&r, &loss, &env), "and on it goes: %s", said);
   remove("build/checkpoint_nan");
   end_run(&r);
@@ -368,13 +404,21 @@ static void test_checkpoint_note_comes_back(void) {
   size_t length = 99;
   CHECK(start_run(&r, &usual, &env), "%s", said);
   CHECK(moe_checkpoint_write(r.trainer, NULL, note, &writer, &env) == MOE_OK, "%s", said);
-  CHECK(moe_checkpoint_note(NULL, 0, &length, s.data, s.used, &env) == MOE_OK && length == sizeof note - 1, "%zu", length);
-  CHECK(moe_checkpoint_note(text, sizeof text, &length, s.data, s.used, &env) == MOE_OK && !strcmp(text, note), "%s", text);
-  CHECK(moe_checkpoint_note(text, 5, &length, s.data, s.used, &env) == MOE_OK && !strcmp(text, "--lr") && length == sizeof note - 1, "%s", text);
+  CHECK(moe_checkpoint_note(NULL, 0, &length, s.data, s.used, &env) == MOE_OK &&
+            length == sizeof note - 1,
+        "%zu", length);
+  CHECK(moe_checkpoint_note(text, sizeof text, &length, s.data, s.used, &env) == MOE_OK &&
+            !strcmp(text, note),
+        "%s", text);
+  CHECK(moe_checkpoint_note(text, 5, &length, s.data, s.used, &env) == MOE_OK &&
+            !strcmp(text, "--lr") && length == sizeof note - 1,
+        "%s", text);
   free(s.data);
   writer = sink_writer(&s);
   CHECK(moe_checkpoint_write(r.trainer, NULL, NULL, &writer, &env) == MOE_OK, "%s", said);
-  CHECK(moe_checkpoint_note(text, sizeof text, &length, s.data, s.used, &env) == MOE_OK && length == 0 && !*text, "none");
+  CHECK(moe_checkpoint_note(text, sizeof text, &length, s.data, s.used, &env) == MOE_OK &&
+            length == 0 && !*text,
+        "none");
   free(s.data);
   end_run(&r);
 }
@@ -388,7 +432,9 @@ static void test_checkpoint_survives_kill_9(void) {
   int round, whole = 0;
   struct timespec pause_ = {0, 0};
   CHECK(start_run(&r, &usual, &env), "%s", said);
-  CHECK(step_run(&r, &loss, &env) && moe_checkpoint_save(r.trainer, &r.sampler, NULL, path, &env) == MOE_OK, "%s", said);
+  CHECK(step_run(&r, &loss, &env) &&
+            moe_checkpoint_save(r.trainer, &r.sampler, NULL, path, &env) == MOE_OK,
+        "%s", said);
   for (round = 0; round < 12; ++round) {
     pid_t child = fork();
     CHECK(child >= 0, "fork");

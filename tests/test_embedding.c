@@ -1,5 +1,5 @@
-/* Gates made of task vectors: they do what task gates of the same values do, and their gradients are those of the task gates, taken through
-   W_{g,t} = sum_j z_{t,j} B_j in double. */
+/* Gates made of task vectors: they do what task gates of the same values do, and their gradients
+   are those of the task gates, taken through W_{g,t} = sum_j z_{t,j} B_j in double. */
 #include "../moe.h"
 #include "test.h"
 #include "models.h"
@@ -31,7 +31,8 @@ static moe_model *embedding_twin(moe_model *model, const moe_task *tasks, const 
     moe_model_tensor(twin, i, &a);
     if (moe_model_find_tensor(model, a.name) < 0) continue;
     moe_model_tensor(model, moe_model_find_tensor(model, a.name), &b);
-    memcpy(moe_model_weights(twin) + a.offset, moe_model_weights(model) + b.offset, a.count * sizeof(float));
+    memcpy(moe_model_weights(twin) + a.offset, moe_model_weights(model) + b.offset,
+           a.count * sizeof(float));
   }
   for (l = 0; l < config.layers; ++l)
     for (t = 0; t < MODELS_TASKS; ++t) {
@@ -44,12 +45,15 @@ static moe_model *embedding_twin(moe_model *model, const moe_task *tasks, const 
       gate = moe_model_weights(twin) + embedding_offset(twin, name);
       for (k = 0; k < N * H; ++k) gate[k] = z[t * RANK] * basis[k];
       for (j = 1; j < RANK; ++j)
-        for (k = 0; k < N * H; ++k) gate[k] = (float)fma((double)z[t * RANK + j], (double)basis[j * N * H + k], (double)gate[k]);
+        for (k = 0; k < N * H; ++k)
+          gate[k] =
+              (float)fma((double)z[t * RANK + j], (double)basis[j * N * H + k], (double)gate[k]);
     }
   return twin;
 }
 
-/* Both networks: the same scores, the same loss; gradients of the basis and the vectors against those of the twin's gates. */
+/* Both networks: the same scores, the same loss; gradients of the basis and the vectors against
+   those of the twin's gates. */
 static void test_embedding_is_task_gates_of_low_rank(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_task tasks[MODELS_TASKS];
@@ -73,16 +77,22 @@ static void test_embedding_is_task_gates_of_low_rank(void) {
   moe_train_config_init(&tc);
   tc.steps = 10;
   tc.dropout = 0.1f;
-  CHECK(!moe_trainer_create(&trainer[0], model, &limits, &tc, &env) && !moe_trainer_create(&trainer[1], twin, &limits, &tc, &env), "%s", models_sentence);
+  CHECK(!moe_trainer_create(&trainer[0], model, &limits, &tc, &env) &&
+            !moe_trainer_create(&trainer[1], twin, &limits, &tc, &env),
+        "%s", models_sentence);
   for (k = 0; k < 2; ++k) {
-    CHECK(!moe_accumulate(trainer[k], &batch.b, 0, &loss[k], NULL, &env), "%s", models_sentence);
+    CHECK(!moe_trainer_accumulate(trainer[k], &batch.b, 0, &loss[k], NULL, &env), "%s",
+          models_sentence);
     g[k] = moe_trainer_gradients(trainer[k]);
   }
-  CHECK(!memcmp(&loss[0], &loss[1], sizeof *loss), "loss %.9g against %.9g", (double)loss[0], (double)loss[1]);
+  CHECK(!memcmp(&loss[0], &loss[1], sizeof *loss), "loss %.9g against %.9g", (double)loss[0],
+        (double)loss[1]);
   z = moe_model_weights(model) + embedding_offset(model, "tasks.vectors");
   for (t = 0; t < MODELS_TASKS; ++t)
     for (j = 0; j < RANK; ++j) {
-      double sum = 0, found = (double)g[0][embedding_offset(model, "tasks.vectors") + (size_t)(t * RANK + j)];
+      double sum = 0,
+             found =
+                 (double)g[0][embedding_offset(model, "tasks.vectors") + (size_t)(t * RANK + j)];
       for (l = 0; l < config.layers; ++l) {
         char name[128];
         const float *basis, *d;
@@ -94,7 +104,8 @@ static void test_embedding_is_task_gates_of_low_rank(void) {
       }
       if (fabs(sum - found) > worst) worst = fabs(sum - found);
       norm += sum * sum;
-      if (t == 3) CHECK(!(found < 0) && !(found > 0), "a task that is not there has the gradient %g", found);
+      if (t == 3)
+        CHECK(!(found < 0) && !(found > 0), "a task that is not there has the gradient %g", found);
     }
   CHECK(norm > 0 && worst < 1e-5 * sqrt(norm), "vectors: error %g, norm %g", worst, sqrt(norm));
   for (l = 0, worst = norm = 0; l < config.layers; ++l)
@@ -105,7 +116,8 @@ static void test_embedding_is_task_gates_of_low_rank(void) {
       found = (double)g[0][embedding_offset(model, name) + (size_t)k];
       for (t = 0; t < MODELS_TASKS; ++t) {
         snprintf(name, sizeof name, "encoder.layer.%d.gate.%.60s.weight", (int)l, tasks[t].name);
-        sum += (double)z[t * RANK + k / (N * H)] * (double)g[1][embedding_offset(twin, name) + (size_t)(k % (N * H))];
+        sum += (double)z[t * RANK + k / (N * H)] *
+               (double)g[1][embedding_offset(twin, name) + (size_t)(k % (N * H))];
       }
       if (fabs(sum - found) > worst) worst = fabs(sum - found);
       norm += sum * sum;
@@ -159,24 +171,36 @@ static void test_embedding_files_and_sizes(void) {
   model = models_create(&config, tasks, MODELS_TASKS, &env);
   gates.router = MOE_ROUTER_TASK;
   plain = models_create(&gates, tasks, MODELS_TASKS, &env);
-  CHECK(moe_model_parameters(plain) - 2 * MODELS_TASKS * N * H == moe_model_parameters(model) - (MODELS_TASKS * RANK + 2 * RANK * N * H), "count");
-  CHECK(!moe_model_tensor(model, moe_model_find_tensor(model, "encoder.layer.1.gate.basis"), &t), "no basis");
-  CHECK(t.dims == 3 && t.shape[0] == RANK && t.shape[1] == N && t.shape[2] == H, "shape of the basis");
+  CHECK(moe_model_parameters(plain) - 2 * MODELS_TASKS * N * H ==
+            moe_model_parameters(model) - (MODELS_TASKS * RANK + 2 * RANK * N * H),
+        "count");
+  CHECK(!moe_model_tensor(model, moe_model_find_tensor(model, "encoder.layer.1.gate.basis"), &t),
+        "no basis");
+  CHECK(t.dims == 3 && t.shape[0] == RANK && t.shape[1] == N && t.shape[2] == H,
+        "shape of the basis");
   at = file = (char *)malloc(4 * moe_model_parameters(model) + 100000);
   writer.write = embedding_grow;
   writer.user = &at;
   CHECK(file && !moe_model_write(model, &writer, &env), "%s", models_sentence);
   CHECK(!moe_model_read(&again, file, (size_t)(at - file), &env), "%s", models_sentence);
-  CHECK(moe_model_config(again)->rank == RANK && moe_model_config(again)->router == MOE_ROUTER_EMBEDDING, "configuration");
-  CHECK(!memcmp(moe_model_weights(again), moe_model_weights(model), moe_model_parameters(model) * sizeof(float)), "weights");
+  CHECK(moe_model_config(again)->rank == RANK &&
+            moe_model_config(again)->router == MOE_ROUTER_EMBEDDING,
+        "configuration");
+  CHECK(!memcmp(moe_model_weights(again), moe_model_weights(model),
+                moe_model_parameters(model) * sizeof(float)),
+        "weights");
   extra = tasks[0];
   snprintf(extra.name, sizeof extra.name, "more");
   CHECK(!moe_model_adapt(&more, model, &extra, 1, 5, &env), "%s", models_sentence);
   z = moe_model_weights(more) + embedding_offset(more, "tasks.vectors");
-  CHECK(!memcmp(z, moe_model_weights(model) + embedding_offset(model, "tasks.vectors"), MODELS_TASKS * RANK * sizeof *z), "old vectors");
-  CHECK(!memcmp(z + MODELS_TASKS * RANK, z + RANK, RANK * sizeof *z), "the new task does not start from task 1's vector");
+  CHECK(!memcmp(z, moe_model_weights(model) + embedding_offset(model, "tasks.vectors"),
+                MODELS_TASKS * RANK * sizeof *z),
+        "old vectors");
+  CHECK(!memcmp(z + MODELS_TASKS * RANK, z + RANK, RANK * sizeof *z),
+        "the new task does not start from task 1's vector");
   config.rank = 0;
-  CHECK(moe_config_check(&config, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "rank is 0"), "%s", models_sentence);
+  CHECK(moe_config_check(&config, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "rank is 0"),
+        "%s", models_sentence);
   free(file);
   moe_model_free(more);
   moe_model_free(again);
@@ -199,13 +223,16 @@ static void test_embedding_bits(void) {
   model = models_create(&config, tasks, MODELS_TASKS, &env);
   models_random_batch(&batch, model, 10, 19, 6);
   CHECK(!moe_context_create(&context, model, &limits, &env), "%s", models_sentence);
-  CHECK(!moe_forward(context, score[0], &batch.b, &env) && !moe_forward(context, score[1], &batch.b, &scalar), "%s", models_sentence);
+  CHECK(!moe_forward(context, score[0], &batch.b, &env) &&
+            !moe_forward(context, score[1], &batch.b, &scalar),
+        "%s", models_sentence);
   CHECK(!memcmp(score[0], score[1], 10 * 3 * sizeof(float)), "scalar differs");
   for (s = 0; s < 10; ++s) {
     memset(&one, 0, sizeof one);
     models_append(&one, &batch, s, &config);
     CHECK(!moe_forward(context, score[1], &one.b, &env), "%s", models_sentence);
-    CHECK(!memcmp(score[0] + 3 * s, score[1], 3 * sizeof(float)), "sequence %d alone differs", (int)s);
+    CHECK(!memcmp(score[0] + 3 * s, score[1], 3 * sizeof(float)), "sequence %d alone differs",
+          (int)s);
   }
   moe_context_free(context);
   moe_model_free(model);

@@ -1,4 +1,5 @@
-/* The MoE layer: gate and experts together against PyTorch, experts against a reference in double, dense and empty experts. */
+/* The MoE layer: gate and experts together against PyTorch, experts against a reference in double,
+   dense and empty experts. */
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "golden/ops.h"
@@ -20,7 +21,8 @@ typedef struct fixture {
   moe_env env;
 } fixture;
 
-/* Exactly n floats, so that a sanitizer sees the first one too many; not zero, since memory is dirty in life. */
+/* Exactly n floats, so that a sanitizer sees the first one too many; not zero, since memory is
+   dirty in life. */
 static float *floats(size_t n) {
   float *p = (float *)malloc((n ? n : 1) * sizeof *p);
   size_t i;
@@ -41,7 +43,8 @@ static void fixture_free(fixture *f) {
   free(f->x), free(f->dy), free(f->w1), free(f->b1), free(f->w2), free(f->b2), free(f->panels);
   free(f->y), free(f->pre), free(f->e), free(f->scratch);
   free(f->dx), free(f->dweight), free(f->dw1), free(f->db1), free(f->dw2), free(f->db2);
-  free(f->routes.expert), free(f->routes.weight), free(f->routes.prob), free(f->routes.order), free(f->routes.start);
+  free(f->routes.expert), free(f->routes.weight), free(f->routes.prob), free(f->routes.order),
+      free(f->routes.start);
 }
 
 static void clear_gradients(fixture *f) {
@@ -53,8 +56,10 @@ static void clear_gradients(fixture *f) {
   memset(f->db2, 0, N * H * sizeof(float));
 }
 
-/* Random weights and routes; expert `empty` (if any) gets no token. packed: forward reads panels. */
-static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H, int32_t F, int32_t empty, int packed) {
+/* Random weights and routes; expert `empty` (if any) gets no token. packed: forward reads panels.
+ */
+static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H, int32_t F,
+                         int32_t empty, int packed) {
   size_t m = (size_t)M, n = (size_t)N, h = (size_t)H, w = (size_t)F, i, one, two;
   uint64_t state = (uint64_t)(M * 131 + N * 17 + k * 7 + H);
   int32_t t, j;
@@ -67,12 +72,15 @@ static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H,
   f->y = floats(m * h), f->pre = floats(m * (size_t)k * w), f->e = floats(m * (size_t)k * h);
   f->scratch = floats(moe_experts_scratch(M, k, H, F, 1));
   f->dx = zeros(m * h), f->dweight = floats(m * (size_t)k);
-  f->dw1 = zeros(n * w * h), f->db1 = zeros(n * w), f->dw2 = zeros(n * w * h), f->db2 = zeros(n * h);
+  f->dw1 = zeros(n * w * h), f->db1 = zeros(n * w), f->dw2 = zeros(n * w * h),
+  f->db2 = zeros(n * h);
   one = moe_pack_floats(F, H), two = moe_pack_floats(H, F);
   f->panels = floats(n * (one + two));
   for (i = 0; i < n; ++i) {
-    f->w_in[i] = f->w1 + i * w * h, f->w_out[i] = f->w2 + i * w * h, f->b_in[i] = f->b1 + i * w, f->b_out[i] = f->b2 + i * h;
-    f->d_in[i] = f->dw1 + i * w * h, f->d_out[i] = f->dw2 + i * w * h, f->d_b_in[i] = f->db1 + i * w, f->d_b_out[i] = f->db2 + i * h;
+    f->w_in[i] = f->w1 + i * w * h, f->w_out[i] = f->w2 + i * w * h, f->b_in[i] = f->b1 + i * w,
+    f->b_out[i] = f->b2 + i * h;
+    f->d_in[i] = f->dw1 + i * w * h, f->d_out[i] = f->dw2 + i * w * h,
+    f->d_b_in[i] = f->db1 + i * w, f->d_b_out[i] = f->db2 + i * h;
     f->in[i] = moe_mat_rows(f->w_in[i], F, H);
     f->out[i] = moe_mat_rows(f->w_out[i], H, F);
     if (!packed) continue;
@@ -82,7 +90,8 @@ static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H,
     f->out[i] = moe_mat_panels(f->panels + i * (one + two) + one, H, F);
   }
   f->experts.N = N, f->experts.H = H, f->experts.F = F;
-  f->experts.in = f->in, f->experts.out = f->out, f->experts.b_in = f->b_in, f->experts.b_out = f->b_out;
+  f->experts.in = f->in, f->experts.out = f->out, f->experts.b_in = f->b_in,
+  f->experts.b_out = f->b_out;
   f->routes.M = M, f->routes.N = N, f->routes.k = k;
   f->routes.expert = (int32_t *)malloc((m * (size_t)k + 1) * sizeof(int32_t));
   f->routes.order = (int32_t *)malloc((m * (size_t)k + 1) * sizeof(int32_t));
@@ -99,11 +108,14 @@ static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H,
   moe__route_dispatch(&f->routes);
 }
 
-static void forward(fixture *f) { moe_experts_forward(f->y, f->pre, f->e, f->x, &f->routes, &f->experts, f->scratch, &f->env); }
+static void forward(fixture *f) {
+  moe_experts_forward(f->y, f->pre, f->e, f->x, &f->routes, &f->experts, f->scratch, &f->env);
+}
 
 static void backward(fixture *f) {
-  moe_experts_backward(f->dx, f->dweight, f->d_in, f->d_b_in, f->d_out, f->d_b_out, f->dy, f->x, f->pre, f->e, &f->routes, f->w_in, f->w_out,
-                       f->H, f->F, f->scratch, &f->env);
+  moe_experts_backward(f->dx, f->dweight, f->d_in, f->d_b_in, f->d_out, f->d_b_out, f->dy, f->x,
+                       f->pre, f->e, &f->routes, f->w_in, f->w_out, f->H, f->F, f->scratch,
+                       &f->env);
 }
 
 /* Norm of the error over the norm of what is right. */
@@ -127,23 +139,37 @@ typedef struct golden_case {
   const double *y, *weights, *loss, *dx, *dgate, *dw1, *db1, *dw2, *db2;
 } golden_case;
 
-#define GOLDEN(name, tasks, k, scale, renormalize, empty)                                                                             \
-  {#name, tasks, k, renormalize, 0, empty, scale, golden_moe_##name##_experts, golden_moe_##name##_y, golden_moe_##name##_weights, NULL, \
-   golden_moe_##name##_dx, golden_moe_##name##_dgate, golden_moe_##name##_dw1, golden_moe_##name##_db1, golden_moe_##name##_dw2,       \
-   golden_moe_##name##_db2}
-#define GOLDEN_LOSS(name, tasks, k)                                                                                                \
-  {#name, tasks, k, 0, 1, 0, 1, golden_moe_##name##_experts, golden_moe_##name##_y, golden_moe_##name##_weights,                   \
-   golden_moe_##name##_loss, golden_moe_##name##_dx, golden_moe_##name##_dgate, golden_moe_##name##_dw1, golden_moe_##name##_db1, \
-   golden_moe_##name##_dw2, golden_moe_##name##_db2}
-static const golden_case goldens[] = {
-  GOLDEN(shared_top1, 1, 1, 1, 0, 0), GOLDEN(task_top1, 3, 1, 1, 0, 0), GOLDEN(task_top2, 3, 2, 1, 0, 0),
-  GOLDEN(task_top2_n, 3, 2, 2, 0, 0), GOLDEN(task_top2_renormalised, 3, 2, 1, 1, 0), GOLDEN(task_all, 3, 4, 1, 0, 0),
-  GOLDEN_LOSS(shared_top1_losses, 1, 1), GOLDEN_LOSS(task_top2_losses, 3, 2), GOLDEN(task_top1_empty, 3, 1, 1, 0, 1)};
+#define GOLDEN(name, tasks, k, scale, renormalize, empty)                                          \
+  {                                                                                                \
+#name, tasks, k, renormalize, 0, empty, scale, golden_moe_##name##_experts,                    \
+        golden_moe_##name##_y, golden_moe_##name##_weights, NULL, golden_moe_##name##_dx,          \
+        golden_moe_##name##_dgate, golden_moe_##name##_dw1, golden_moe_##name##_db1,               \
+        golden_moe_##name##_dw2, golden_moe_##name##_db2                                           \
+  }
+#define GOLDEN_LOSS(name, tasks, k)                                                                \
+  {                                                                                                \
+#name, tasks, k, 0, 1, 0, 1, golden_moe_##name##_experts, golden_moe_##name##_y,               \
+        golden_moe_##name##_weights, golden_moe_##name##_loss, golden_moe_##name##_dx,             \
+        golden_moe_##name##_dgate, golden_moe_##name##_dw1, golden_moe_##name##_db1,               \
+        golden_moe_##name##_dw2, golden_moe_##name##_db2                                           \
+  }
+static const golden_case goldens[] = {GOLDEN(shared_top1, 1, 1, 1, 0, 0),
+                                      GOLDEN(task_top1, 3, 1, 1, 0, 0),
+                                      GOLDEN(task_top2, 3, 2, 1, 0, 0),
+                                      GOLDEN(task_top2_n, 3, 2, 2, 0, 0),
+                                      GOLDEN(task_top2_renormalised, 3, 2, 1, 1, 0),
+                                      GOLDEN(task_all, 3, 4, 1, 0, 0),
+                                      GOLDEN_LOSS(shared_top1_losses, 1, 1),
+                                      GOLDEN_LOSS(task_top2_losses, 3, 2),
+                                      GOLDEN(task_top1_empty, 3, 1, 1, 0, 1)};
 
-#define CHECK_DISTANCE(a, b, n) CHECK(distance(a, b, (size_t)(n)) < 2e-6, "%s: %s off by %g", c->name, #a, distance(a, b, (size_t)(n)))
+#define CHECK_DISTANCE(a, b, n)                                                                    \
+  CHECK(distance(a, b, (size_t)(n)) < 2e-6, "%s: %s off by %g", c->name, #a,                       \
+        distance(a, b, (size_t)(n)))
 
 static void check_golden(fixture *f, const golden_case *c) {
-  static const int32_t seq_start[5] = {0, 3, 4, 5, 9}, one_gate[4] = {0, 0, 0, 0}, gate_of[4] = {0, 2, 2, 1};
+  static const int32_t seq_start[5] = {0, 3, 4, 5, 9}, one_gate[4] = {0, 0, 0, 0},
+                       gate_of[4] = {0, 2, 2, 1};
   float gates[72], dgates[72] = {0}, logits[36], dlogits[36], loss = -1;
   moe_route_options options;
   int t;
@@ -151,20 +177,23 @@ static void check_golden(fixture *f, const golden_case *c) {
   options.scale = c->scale;
   options.renormalize = c->renormalize;
   if (c->losses) options.balance = 0.5f, options.z_loss = 0.25f;
-  golden_fill(f->x, 54, "moe9.x", 2), golden_fill(f->dy, 54, "moe9.dy", 1), golden_fill(gates, (size_t)c->tasks * 24, "moe9.gate", 1);
+  golden_fill(f->x, 54, "moe9.x", 2), golden_fill(f->dy, 54, "moe9.dy", 1),
+      golden_fill(gates, (size_t)c->tasks * 24, "moe9.gate", 1);
   golden_fill(f->w1, 120, "moe9.w1", 0.5f), golden_fill(f->b1, 20, "moe9.b1", 0.5f);
   golden_fill(f->w2, 120, "moe9.w2", 0.5f), golden_fill(f->b2, 24, "moe9.b2", 0.5f);
   if (c->empty) {
     for (t = 0; t < 9; ++t) f->x[t * 6] = 1;
     for (t = 0; t < 3; ++t) gates[t * 24 + 12] = -16;
   }
-  moe_route_forward(&f->routes, logits, &loss, f->x, gates, c->tasks == 1 ? one_gate : gate_of, seq_start, 4, 6, &options, &f->env);
+  moe_route_forward(&f->routes, logits, &loss, f->x, gates, c->tasks == 1 ? one_gate : gate_of,
+                    seq_start, 4, 6, &options, &f->env);
   forward(f);
   backward(f);
-  moe_route_backward(f->dx, dgates, dlogits, f->dweight, 1, &f->routes, logits, f->x, gates, c->tasks == 1 ? one_gate : gate_of, seq_start, 4,
-                     6, &options, &f->env);
+  moe_route_backward(f->dx, dgates, dlogits, f->dweight, 1, &f->routes, logits, f->x, gates,
+                     c->tasks == 1 ? one_gate : gate_of, seq_start, 4, 6, &options, &f->env);
   for (t = 0; t < 9 * c->k; ++t)
-    CHECK(f->routes.expert[t] == c->experts[t], "%s: choice %d is expert %d, not %d", c->name, t, (int)f->routes.expert[t], c->experts[t]);
+    CHECK(f->routes.expert[t] == c->experts[t], "%s: choice %d is expert %d, not %d", c->name, t,
+          (int)f->routes.expert[t], c->experts[t]);
   CHECK_DISTANCE(f->routes.weight, c->weights, 9 * c->k);
   CHECK_DISTANCE(f->y, c->y, 54);
   CHECK_NEAR(loss, c->loss ? *c->loss : 0, 1e-6);
@@ -189,7 +218,8 @@ static void test_experts_layer_equals_pytorch(void) {
 
 /* ---- a reference in double ---- */
 
-/* Sum over tokens of y dy, y = sum over the choices of weight (W_out GELU(W_in x + b_in) + b_out); everything in double. */
+/* Sum over tokens of y dy, y = sum over the choices of weight (W_out GELU(W_in x + b_in) + b_out);
+   everything in double. */
 typedef struct reference {
   double *x, *weight, *w1, *b1, *w2, *b2;
 } reference;
@@ -223,7 +253,8 @@ static double *doubles(const float *x, size_t n) {
   return d;
 }
 
-static double difference_error(const fixture *f, const reference *r, const float *gradient, double *at, size_t n) {
+static double difference_error(const fixture *f, const reference *r, const float *gradient,
+                               double *at, size_t n) {
   double error = 0, norm = 1e-12;
   size_t i, step = n / 60 + 1;
   for (i = 0; i < n; i += step) {
@@ -239,10 +270,11 @@ static double difference_error(const fixture *f, const reference *r, const float
   return sqrt(error / norm);
 }
 
-#define CHECK_DIFFERENCE(gradient, at, n)                                           \
-  do {                                                                              \
-    double wrong = difference_error(f, &r, gradient, at, n);                          \
-    CHECK(wrong < 5e-6, "M %d N %d k %d H %d F %d: %s off by %g", (int)f->M, (int)f->N, (int)f->k, (int)f->H, (int)f->F, #gradient, wrong); \
+#define CHECK_DIFFERENCE(gradient, at, n)                                                          \
+  do {                                                                                             \
+    double wrong = difference_error(f, &r, gradient, at, n);                                       \
+    CHECK(wrong < 5e-6, "M %d N %d k %d H %d F %d: %s off by %g", (int)f->M, (int)f->N, (int)f->k, \
+          (int)f->H, (int)f->F, #gradient, wrong);                                                 \
   } while (0)
 
 static void check_reference(fixture *f) {
@@ -250,7 +282,8 @@ static void check_reference(fixture *f) {
   reference r;
   double *y = (double *)calloc(M * H + 1, sizeof *y), off;
   r.x = doubles(f->x, M * H), r.weight = doubles(f->routes.weight, M * k);
-  r.w1 = doubles(f->w1, N * F * H), r.b1 = doubles(f->b1, N * F), r.w2 = doubles(f->w2, N * F * H), r.b2 = doubles(f->b2, N * H);
+  r.w1 = doubles(f->w1, N * F * H), r.b1 = doubles(f->b1, N * F), r.w2 = doubles(f->w2, N * F * H),
+  r.b2 = doubles(f->b2, N * H);
   forward(f);
   backward(f);
   total(f, &r, y);
@@ -267,14 +300,20 @@ static void check_reference(fixture *f) {
 }
 
 static void test_experts_equal_a_reference_and_differences(void) {
-  static const int32_t sizes[][6] = {/* M N k H F empty */ {1, 2, 1, 1, 1, -1}, {5, 1, 1, 7, 9, -1}, {21, 4, 1, 12, 20, 2}, {18, 4, 2, 17, 33, 0},
-                                     {10, 3, 3, 16, 16, -1}, {70, 5, 2, 6, 10, 4}, {30, 70, 40, 3, 5, -1}};
+  static const int32_t sizes[][6] = {/* M N k H F empty */ {1, 2, 1, 1, 1, -1},
+                                     {5, 1, 1, 7, 9, -1},
+                                     {21, 4, 1, 12, 20, 2},
+                                     {18, 4, 2, 17, 33, 0},
+                                     {10, 3, 3, 16, 16, -1},
+                                     {70, 5, 2, 6, 10, 4},
+                                     {30, 70, 40, 3, 5, -1}};
   size_t i;
   int packed;
   for (i = 0; i < sizeof sizes / sizeof *sizes; ++i)
     for (packed = 0; packed < 2; ++packed) {
       fixture f;
-      fixture_make(&f, sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3], sizes[i][4], sizes[i][5], packed);
+      fixture_make(&f, sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3], sizes[i][4], sizes[i][5],
+                   packed);
       check_reference(&f);
       fixture_free(&f);
       CHECK_STATE();
@@ -288,7 +327,8 @@ static void test_experts_one_expert_is_the_dense_ffn_bit_for_bit(void) {
   float *a, *pre, *y, *da, *dpre, *dx, *dw1, *db1, *dw2, *db2;
   moe_mat in, out;
   fixture_make(&f, 37, 1, 1, 40, 100, -1, 0);
-  a = floats(3700), pre = floats(3700), y = floats(37 * 40), da = zeros(3700), dpre = zeros(3700), dx = zeros(37 * 40);
+  a = floats(3700), pre = floats(3700), y = floats(37 * 40), da = zeros(3700), dpre = zeros(3700),
+  dx = zeros(37 * 40);
   dw1 = zeros(4000), db1 = zeros(100), dw2 = zeros(4000), db2 = zeros(40);
   in = moe_mat_rows(f.w1, 100, 40), out = moe_mat_rows(f.w2, 40, 100);
   moe_linear_gelu_forward(a, pre, f.x, &in, f.b1, 37, &f.env);
@@ -302,13 +342,17 @@ static void test_experts_one_expert_is_the_dense_ffn_bit_for_bit(void) {
   CHECK(!memcmp(f.y, y, 37 * 40 * 4), "y");
   CHECK(!memcmp(f.pre, pre, 3700 * 4), "pre");
   CHECK(!memcmp(f.dx, dx, 37 * 40 * 4), "dx");
-  CHECK(!memcmp(f.dw1, dw1, 16000) && !memcmp(f.db1, db1, 400) && !memcmp(f.dw2, dw2, 16000) && !memcmp(f.db2, db2, 160), "weights");
+  CHECK(!memcmp(f.dw1, dw1, 16000) && !memcmp(f.db1, db1, 400) && !memcmp(f.dw2, dw2, 16000) &&
+            !memcmp(f.db2, db2, 160),
+        "weights");
   CHECK(f.dweight[0] == 0 && f.dweight[36] == 0, "dweight");
-  free(a), free(pre), free(y), free(da), free(dpre), free(dx), free(dw1), free(db1), free(dw2), free(db2);
+  free(a), free(pre), free(y), free(da), free(dpre), free(dx), free(dw1), free(db1), free(dw2),
+      free(db2);
   fixture_free(&f);
 }
 
-/* Experts that are copies of one another, weights of 1: the dense layer again, gathered and brought back. */
+/* Experts that are copies of one another, weights of 1: the dense layer again, gathered and brought
+   back. */
 static void test_experts_equal_experts_are_dense(void) {
   fixture sparse, dense;
   size_t i;
@@ -317,7 +361,8 @@ static void test_experts_equal_experts_are_dense(void) {
   for (i = 0; i < 4; ++i) {
     memcpy(sparse.w1 + i * 1152, dense.w1, 1152 * 4), memcpy(sparse.b1 + i * 48, dense.b1, 48 * 4);
     memcpy(sparse.w2 + i * 1152, dense.w2, 1152 * 4), memcpy(sparse.b2 + i * 24, dense.b2, 24 * 4);
-    sparse.in[i] = moe_mat_rows(sparse.w_in[i], 48, 24), sparse.out[i] = moe_mat_rows(sparse.w_out[i], 24, 48);
+    sparse.in[i] = moe_mat_rows(sparse.w_in[i], 48, 24),
+    sparse.out[i] = moe_mat_rows(sparse.w_out[i], 24, 48);
   }
   memcpy(sparse.x, dense.x, 50 * 24 * 4), memcpy(sparse.dy, dense.dy, 50 * 24 * 4);
   for (i = 0; i < 50; ++i) sparse.routes.weight[i] = 1;
@@ -341,7 +386,8 @@ static void test_experts_one_expert_with_another_weight(void) {
   for (i = 0; i < 20; ++i) g.routes.weight[i] = 0.5f;
   forward(&f), forward(&g);
   backward(&f), backward(&g);
-  for (i = 0; i < 400; ++i) CHECK(g.y[i] == 0.5f * f.y[i], "%g against half of %g", (double)g.y[i], (double)f.y[i]);
+  for (i = 0; i < 400; ++i)
+    CHECK(g.y[i] == 0.5f * f.y[i], "%g against half of %g", (double)g.y[i], (double)f.y[i]);
   for (i = 0; i < 400; ++i) CHECK_NEAR(g.dx[i], 0.5f * f.dx[i], 1e-6);
   CHECK(g.dweight[0] < 0 || g.dweight[0] > 0, "dweight");
   fixture_free(&f);
@@ -356,7 +402,8 @@ static void test_experts_without_tokens_stay_untouched(void) {
   f.b_in[2] = f.b_out[2] = f.w_in[2] = f.w_out[2] = NULL;
   forward(&f);
   backward(&f);
-  for (i = 0; i < 240; ++i) CHECK(f.d_in[2][i] == 0 && f.d_out[2][i] == 0, "gradient of an expert without tokens");
+  for (i = 0; i < 240; ++i)
+    CHECK(f.d_in[2][i] == 0 && f.d_out[2][i] == 0, "gradient of an expert without tokens");
   for (i = 0; i < 360; ++i) CHECK(f.y[i] * 0 == 0 && f.dx[i] * 0 == 0, "not a number");
   fixture_free(&f);
 }
@@ -381,9 +428,12 @@ static void test_experts_gradients_accumulate_and_may_be_left_out(void) {
   for (i = 0; i < 3 * 14 * 9; ++i) CHECK_NEAR(g.dw1[i], 2 * f.dw1[i], 2e-5);
   clear_gradients(&g);
   g.d_in[1] = NULL; /* a frozen expert's matrix */
-  moe_experts_backward(NULL, NULL, g.d_in, NULL, NULL, g.d_b_out, g.dy, g.x, g.pre, g.e, &g.routes, g.w_in, g.w_out, 9, 14, g.scratch, &g.env);
-  CHECK(!memcmp(g.dw1, f.dw1, 126 * 4) && !memcmp(g.db2, f.db2, 27 * 4), "what is computed is the same");
-  for (i = 0; i < 126; ++i) CHECK(g.dw1[126 + i] == 0 && g.dw2[i] == 0, "what is not computed stays");
+  moe_experts_backward(NULL, NULL, g.d_in, NULL, NULL, g.d_b_out, g.dy, g.x, g.pre, g.e, &g.routes,
+                       g.w_in, g.w_out, 9, 14, g.scratch, &g.env);
+  CHECK(!memcmp(g.dw1, f.dw1, 126 * 4) && !memcmp(g.db2, f.db2, 27 * 4),
+        "what is computed is the same");
+  for (i = 0; i < 126; ++i)
+    CHECK(g.dw1[126 + i] == 0 && g.dw2[i] == 0, "what is not computed stays");
   fixture_free(&f);
   fixture_free(&g);
 }
@@ -414,8 +464,12 @@ static void compare(const fixture *a, const fixture *b, const char *what, int th
 }
 
 static void test_experts_have_the_same_bits_everywhere(void) {
-  static const int32_t sizes[][5] = {/* M N k H F */ {300, 4, 1, 48, 100}, {150, 4, 2, 33, 77}, {100, 1, 1, 40, 65}, {40, 6, 6, 15, 31},
-                                   {820, 4, 1, 20, 30}, {600, 1, 1, 16, 35}}; /* shares of rows for 2 and 3 threads */
+  static const int32_t sizes[][5] = {/* M N k H F */ {300, 4, 1, 48, 100},
+                                     {150, 4, 2, 33, 77},
+                                     {100, 1, 1, 40, 65},
+                                     {40, 6, 6, 15, 31},
+                                     {820, 4, 1, 20, 30},
+                                     {600, 1, 1, 16, 35}}; /* shares of rows for 2 and 3 threads */
   size_t c;
   for (c = 0; c < sizeof sizes / sizeof *sizes; ++c) {
     fixture first;
@@ -424,7 +478,8 @@ static void test_experts_have_the_same_bits_everywhere(void) {
       for (threads = 1; threads <= 8; threads = threads == 3 ? 8 : threads + 1) {
         fixture f;
         moe_pool *pool;
-        fixture_make(&f, sizes[c][0], sizes[c][1], sizes[c][2], sizes[c][3], sizes[c][4], -1, threads % 2);
+        fixture_make(&f, sizes[c][0], sizes[c][1], sizes[c][2], sizes[c][3], sizes[c][4], -1,
+                     threads % 2);
         if (moe_env_init(&f.env, isas[i])) {
           fixture_free(&f);
           break;
@@ -462,9 +517,11 @@ static void test_experts_do_not_depend_on_the_batch(void) {
     r.expert += first * 2, r.weight += first * 2, r.prob += first * 4;
     r.order = order, r.start = start;
     moe__route_dispatch(&r);
-    moe_experts_forward(part.y + first * 21, part.pre, part.e, x, &r, &part.experts, part.scratch, &part.env);
-    moe_experts_backward(part.dx + first * 21, part.dweight + first * 2, part.d_in, part.d_b_in, part.d_out, part.d_b_out, part.dy + first * 21, x,
-                         part.pre, part.e, &r, part.w_in, part.w_out, 21, 35, part.scratch, &part.env);
+    moe_experts_forward(part.y + first * 21, part.pre, part.e, x, &r, &part.experts, part.scratch,
+                        &part.env);
+    moe_experts_backward(part.dx + first * 21, part.dweight + first * 2, part.d_in, part.d_b_in,
+                         part.d_out, part.d_b_out, part.dy + first * 21, x, part.pre, part.e, &r,
+                         part.w_in, part.w_out, 21, 35, part.scratch, &part.env);
   }
   compare(&whole, &part, "two micro-batches", 1);
   fixture_free(&whole);
@@ -472,9 +529,12 @@ static void test_experts_do_not_depend_on_the_batch(void) {
 }
 
 static void test_experts_scratch_says_when_it_is_too_much(void) {
-  CHECK(moe_experts_scratch(10, 2, 3, 5, 0) == 20 * (1 + 6 + 5), "%u", (unsigned)moe_experts_scratch(10, 2, 3, 5, 0));
-  CHECK(moe_experts_scratch(INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, 1) == SIZE_MAX, "an overflow goes unseen");
-  CHECK(sizeof(size_t) > 4 || moe_experts_scratch(1, 1, INT32_MAX, INT32_MAX, 1) == SIZE_MAX, "one of 32 bits goes unseen");
+  CHECK(moe_experts_scratch(10, 2, 3, 5, 0) == 20 * (1 + 6 + 5), "%u",
+        (unsigned)moe_experts_scratch(10, 2, 3, 5, 0));
+  CHECK(moe_experts_scratch(INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, 1) == SIZE_MAX,
+        "an overflow goes unseen");
+  CHECK(sizeof(size_t) > 4 || moe_experts_scratch(1, 1, INT32_MAX, INT32_MAX, 1) == SIZE_MAX,
+        "one of 32 bits goes unseen");
 }
 
 int main(int argc, char **argv) {

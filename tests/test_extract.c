@@ -1,13 +1,15 @@
-/* Models some of whose experts are absent (moe_config.absent): what tokens that lose none see has the same bits, in every pass, precision, file
-   and on every machine; the bytes are fewer by what the experts have; damaged lists end in a sentence. */
+/* Models some of whose experts are absent (moe_config.absent): what tokens that lose none see has
+   the same bits, in every pass, precision, file and on every machine; the bytes are fewer by what
+   the experts have; damaged lists end in a sentence. */
 #include "../moe.h"
 #include "test.h"
 #include "models.h"
 
 enum { LAYERS = 2, EXPERTS = 4, CELLS = LAYERS * EXPERTS, WIDTH = 3 };
 
-/* Experts that no token chooses: rows of the gates that repeat a lower one (ties go to the lowest number). Layer 0 uses expert 0, or with two
-   for a token 0 and 1; layer 1 uses 0 and 2, or with two for a token 0, 1 and 2. */
+/* Experts that no token chooses: rows of the gates that repeat a lower one (ties go to the lowest
+   number). Layer 0 uses expert 0, or with two for a token 0 and 1; layer 1 uses 0 and 2, or with
+   two for a token 0, 1 and 2. */
 static const uint8_t unused[2][CELLS] = {{0, 1, 1, 1, 0, 1, 0, 1}, {0, 0, 1, 1, 0, 0, 0, 1}};
 static const uint8_t some[CELLS] = {1, 0, 0, 1, 0, 1, 1, 0}; /* used ones among them */
 
@@ -34,7 +36,8 @@ static moe_model *full(moe_router router, int32_t k, int variant, const moe_env 
     for (j = 0; j < (t.dims == 3 ? t.shape[0] : 1); ++j)
       for (e = 0; e < EXPERTS; ++e) {
         int32_t twin = strstr(t.name, "layer.0.") ? 0 : k == 2 ? e > 0 : e / 2 * 2;
-        memmove(w + (size_t)(j * EXPERTS + e) * width, w + (size_t)(j * EXPERTS + twin) * width, width * sizeof *w);
+        memmove(w + (size_t)(j * EXPERTS + e) * width, w + (size_t)(j * EXPERTS + twin) * width,
+                width * sizeof *w);
       }
   }
   if (model) moe_model_pack(model, NULL, env);
@@ -42,7 +45,8 @@ static moe_model *full(moe_router router, int32_t k, int variant, const moe_env 
 }
 
 /* The model and its copy without `drop`, of tasks 0 and 1 in that order, and a batch of them. */
-static int twins(moe_router router, int32_t k, int variant, const uint8_t *drop, const moe_env *env) {
+static int twins(moe_router router, int32_t k, int variant, const uint8_t *drop,
+                 const moe_env *env) {
   static const int32_t keep[] = {0, 1};
   int s;
   less = NULL;
@@ -89,11 +93,13 @@ static int run(outcome *out, const moe_model *model, const moe_env *env) {
 }
 
 static int same(const moe_model *a, const moe_model *b, const moe_env *env) {
-  return run(&seen[0], a, env) && run(&seen[1], b, env) && !memcmp(&seen[0], &seen[1], sizeof seen[0]);
+  return run(&seen[0], a, env) && run(&seen[1], b, env) &&
+         !memcmp(&seen[0], &seen[1], sizeof seen[0]);
 }
 
 static size_t data_bytes(const models_file *file) {
-  return file->used - 8 - ((size_t)file->data[0] | (size_t)file->data[1] << 8 | (size_t)file->data[2] << 16);
+  return file->used - 8 -
+         ((size_t)file->data[0] | (size_t)file->data[1] << 8 | (size_t)file->data[2] << 16);
 }
 
 static void test_extract_without_unused_experts_changes_no_bit(void) {
@@ -105,26 +111,37 @@ static void test_extract_without_unused_experts_changes_no_bit(void) {
         moe_env env = models_env(MOE_ISA_AUTO);
         CHECK(twins(router[r], k, variant, unused[k - 1], &env), "%s", models_sentence);
         CHECK(same(whole, less, &env), "router %d, k %d, variant %d: other bits", r, k, variant);
-        CHECK(moe_model_config(less)->experts == EXPERTS && !memcmp(moe_model_config(less)->absent, unused[k - 1], CELLS), "configuration");
-        CHECK(moe_model_find_tensor(less, "encoder.layer.1.experts.3.output.dense.bias") == -1, "it is still there");
+        CHECK(moe_model_config(less)->experts == EXPERTS &&
+                  !memcmp(moe_model_config(less)->pruned, unused[k - 1], CELLS),
+              "configuration");
+        CHECK(moe_model_find_tensor(less, "encoder.layer.1.experts.3.output.dense.bias") == -1,
+              "it is still there");
         twins_free();
       }
 }
 
 static void test_extract_saves_what_the_experts_have(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
-  size_t expert = 2 * 20 * 37 + 20 + 37, heads = 20 + 1 + 2 * (20 + 1) + 2 * (60 + 1), gates = LAYERS * 3 * EXPERTS * 20, bytes[2];
+  size_t expert = 2 * 20 * 37 + 20 + 37, heads = 20 + 1 + 2 * (20 + 1) + 2 * (60 + 1),
+         gates = LAYERS * 3 * EXPERTS * 20, bytes[2];
   static const int32_t keep[] = {0, 1};
   moe_model *alone = NULL;
   models_file before, after;
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, unused[0], &env), "%s", models_sentence);
-  CHECK(moe_model_parameters(whole) - moe_model_parameters(less) == 5 * expert + heads + gates, "parameters");
+  CHECK(moe_model_parameters(whole) - moe_model_parameters(less) == 5 * expert + heads + gates,
+        "parameters");
   CHECK(!moe_model_extract(&alone, whole, keep, 2, NULL, &env), "%s", models_sentence);
   before = models_written(alone, &env), after = models_written(less, &env);
-  CHECK(data_bytes(&before) - data_bytes(&after) == 4 * 5 * expert, "%zu bytes, then %zu", before.used, after.used);
-  CHECK(!moe_model_size(moe_model_config(alone), tasks, 2, &bytes[0], &env) && !moe_model_size(moe_model_config(less), tasks, 2, &bytes[1], &env), "sizes");
-  CHECK(bytes[0] - bytes[1] > 4 * 5 * expert - 256 && bytes[0] > bytes[1], "the block has %zu bytes, then %zu", bytes[0], bytes[1]);
-  CHECK(moe_model_pack_size(alone) - moe_model_pack_size(less) == 4 * 5 * (moe_pack_floats(37, 20) + moe_pack_floats(20, 37)), "packed");
+  CHECK(data_bytes(&before) - data_bytes(&after) == 4 * 5 * expert, "%zu bytes, then %zu",
+        before.used, after.used);
+  CHECK(!moe_model_size(moe_model_config(alone), tasks, 2, &bytes[0], &env) &&
+            !moe_model_size(moe_model_config(less), tasks, 2, &bytes[1], &env),
+        "sizes");
+  CHECK(bytes[0] - bytes[1] > 4 * 5 * expert - 256 && bytes[0] > bytes[1],
+        "the block has %zu bytes, then %zu", bytes[0], bytes[1]);
+  CHECK(moe_model_pack_size(alone) - moe_model_pack_size(less) ==
+            4 * 5 * (moe_pack_floats(37, 20) + moe_pack_floats(20, 37)),
+        "packed");
   free(before.data), free(after.data);
   moe_model_free(alone);
   twins_free();
@@ -170,22 +187,27 @@ static void test_extract_survives_a_file(void) {
       models_file file, again;
       void *raw_block, *raw_file, *block, *mapped;
       size_t bytes = 0;
-      CHECK(twins(few ? MOE_ROUTER_EMBEDDING : MOE_ROUTER_TASK, 1, 1, few ? some : unused[0], &env), "%s", models_sentence);
+      CHECK(twins(few ? MOE_ROUTER_EMBEDDING : MOE_ROUTER_TASK, 1, 1, few ? some : unused[0], &env),
+            "%s", models_sentence);
       if (quantized) CHECK(!moe_model_quantize(&small, less, &env), "%s", models_sentence);
       of = quantized ? small : less;
       file = models_written(of, &env);
       CHECK(file.used && !moe_model_read(&read, file.data, file.used, &env), "%s", models_sentence);
       CHECK(same(of, read, &env), "other bits after reading");
-      CHECK(!memcmp(moe_model_config(read)->absent, few ? some : unused[0], CELLS), "other experts are absent");
+      CHECK(!memcmp(moe_model_config(read)->pruned, few ? some : unused[0], CELLS),
+            "other experts are absent");
       again = models_written(read, &env);
-      CHECK(again.used == file.used && !memcmp(again.data, file.data, file.used), "written again, it is another file");
+      CHECK(again.used == file.used && !memcmp(again.data, file.data, file.used),
+            "written again, it is another file");
       CHECK(!moe_model_open_size(file.data, file.used, &bytes, &env), "%s", models_sentence);
       block = models_block(&raw_block, bytes), mapped = models_block(&raw_file, file.used);
       memcpy(mapped, file.data, file.used);
-      if (moe_model_open(&opened, mapped, file.used, block, bytes, &env) != MOE_E_UNSUPPORTED) { /* the high byte first */
+      if (moe_model_open(&opened, mapped, file.used, block, bytes, &env) !=
+          MOE_E_UNSUPPORTED) { /* the high byte first */
         CHECK(opened, "%s", models_sentence);
         CHECK(same(of, opened, &env), "other bits in place");
-        CHECK(!moe_model_pack(opened, NULL, &env) && same(of, opened, &env), "other bits, packed in place");
+        CHECK(!moe_model_pack(opened, NULL, &env) && same(of, opened, &env),
+              "other bits, packed in place");
       }
       moe_model_free(opened);
       free(raw_block), free(raw_file), free(file.data), free(again.data);
@@ -200,9 +222,11 @@ static void test_extract_int8_without_unused_experts_changes_no_bit(void) {
   moe_model *a = NULL, *b = NULL;
   models_file before, after;
   CHECK(twins(MOE_ROUTER_TASK, 1, 1, unused[0], &env), "%s", models_sentence);
-  CHECK(!moe_model_quantize(&a, whole, &env) && !moe_model_quantize(&b, less, &env), "%s", models_sentence);
+  CHECK(!moe_model_quantize(&a, whole, &env) && !moe_model_quantize(&b, less, &env), "%s",
+        models_sentence);
   CHECK(run(&seen[0], a, &env) && run(&seen[1], b, &env), "%s", models_sentence);
-  if (!memcmp(seen[0].expert, seen[1].expert, sizeof seen[0].expert)) CHECK(!memcmp(&seen[0], &seen[1], sizeof seen[0]), "other bits");
+  if (!memcmp(seen[0].expert, seen[1].expert, sizeof seen[0].expert))
+    CHECK(!memcmp(&seen[0], &seen[1], sizeof seen[0]), "other bits");
   CHECK(!memcmp(seen[0].expert, seen[1].expert, sizeof seen[0].expert), "other routes");
   before = models_written(a, &env), after = models_written(b, &env);
   CHECK(before.used > after.used + 5 * 2 * 20 * 37, "%zu bytes, then %zu", before.used, after.used);
@@ -227,7 +251,8 @@ static void test_extract_has_the_same_bits_everywhere(void) {
     other.log = models_log;
     CHECK(!moe_pool_create_exact(&pool, 3, &other), "%s", models_sentence);
     CHECK(!moe_model_extract(&again, whole, keep, 2, some, &other), "%s", models_sentence);
-    CHECK(run(&seen[1], again, &other) && !memcmp(&seen[0], &seen[1], sizeof seen[0]), "%s: other bits", moe_isa_name((moe_isa)isa));
+    CHECK(run(&seen[1], again, &other) && !memcmp(&seen[0], &seen[1], sizeof seen[0]),
+          "%s: other bits", moe_isa_name((moe_isa)isa));
     moe_model_free(again);
     moe_pool_free(pool);
   }
@@ -238,7 +263,8 @@ static void test_extract_in_bf16_changes_no_bit(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   env.precision = MOE_TYPE_BF16;
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, unused[0], &env), "%s", models_sentence);
-  CHECK(moe_model_pack_size_bf16(less) < moe_model_pack_size_bf16(whole) && same(whole, less, &env), "other bits");
+  CHECK(moe_model_pack_size_bf16(less) < moe_model_pack_size_bf16(whole) && same(whole, less, &env),
+        "other bits");
   twins_free();
 }
 
@@ -249,32 +275,40 @@ static void test_extract_the_best_of_the_others_stands_in(void) {
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, some, &env), "%s", models_sentence);
   CHECK(run(&seen[0], whole, &env) && run(&seen[1], less, &env), "%s", models_sentence);
   M = batch.start[12];
-  CHECK(!memcmp(seen[0].prob[0], seen[1].prob[0], sizeof seen[0].prob[0]), "probabilities of the first layer");
+  CHECK(!memcmp(seen[0].prob[0], seen[1].prob[0], sizeof seen[0].prob[0]),
+        "probabilities of the first layer");
   for (t = 0; t < M; ++t) {
     int32_t best = -1, l;
     for (l = 0; l < LAYERS; ++l) {
       const float *p = seen[1].prob[l] + t * EXPERTS;
       for (best = -1, e = 0; e < EXPERTS; ++e)
         if (!some[l * EXPERTS + e] && (best < 0 || p[e] > p[best])) best = e;
-      CHECK(seen[1].expert[l][t] == best, "layer %d, token %d goes to %d, the best that is there is %d", (int)l, (int)t, (int)seen[1].expert[l][t], (int)best);
+      CHECK(seen[1].expert[l][t] == best,
+            "layer %d, token %d goes to %d, the best that is there is %d", (int)l, (int)t,
+            (int)seen[1].expert[l][t], (int)best);
     }
     moved += seen[0].expert[0][t] != seen[1].expert[0][t];
   }
-  CHECK(moved > 0 && memcmp(seen[0].scores, seen[1].scores, sizeof seen[0].scores), "nothing has moved");
+  CHECK(moved > 0 && memcmp(seen[0].scores, seen[1].scores, sizeof seen[0].scores),
+        "nothing has moved");
   twins_free();
 }
 
 static void test_extract_again_and_adapt(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
-  static const uint8_t none[CELLS], first[CELLS] = {0, 1, 1, 0, 0, 0, 0, 0}, second[CELLS] = {0, 0, 1, 1, 0, 1, 0, 1};
+  static const uint8_t none[CELLS], first[CELLS] = {0, 1, 1, 0, 0, 0, 0, 0},
+                                    second[CELLS] = {0, 0, 1, 1, 0, 1, 0, 1};
   static const int32_t keep[] = {0, 1};
   moe_model *a = NULL, *b = NULL, *more = NULL;
   moe_task extra;
   models_file one, two;
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, unused[0], &env), "%s", models_sentence);
-  CHECK(!moe_model_extract(&a, whole, keep, 2, first, &env) && !moe_model_extract(&b, a, keep, 2, second, &env), "%s", models_sentence);
+  CHECK(!moe_model_extract(&a, whole, keep, 2, first, &env) &&
+            !moe_model_extract(&b, a, keep, 2, second, &env),
+        "%s", models_sentence);
   one = models_written(b, &env), two = models_written(less, &env);
-  CHECK(one.used == two.used && !memcmp(one.data, two.data, one.used), "in two steps it is another model");
+  CHECK(one.used == two.used && !memcmp(one.data, two.data, one.used),
+        "in two steps it is another model");
   free(one.data), free(two.data);
   extra = tasks[1];
   snprintf(extra.name, sizeof extra.name, "more");
@@ -284,10 +318,12 @@ static void test_extract_again_and_adapt(void) {
   moe_model_free(b);
   moe_model_free(more);
   a = b = NULL;
-  CHECK(!moe_model_extract(&a, whole, keep, 2, none, &env) && !moe_model_config(a)->absent, "nothing is absent, and yet there is a list");
+  CHECK(!moe_model_extract(&a, whole, keep, 2, none, &env) && !moe_model_config(a)->pruned,
+        "nothing is absent, and yet there is a list");
   CHECK(!moe_model_extract(&b, whole, keep, 2, NULL, &env), "%s", models_sentence);
   one = models_written(a, &env), two = models_written(b, &env);
-  CHECK(one.used == two.used && !memcmp(one.data, two.data, one.used), "with nothing dropped it is another file");
+  CHECK(one.used == two.used && !memcmp(one.data, two.data, one.used),
+        "with nothing dropped it is another file");
   free(one.data), free(two.data);
   moe_model_free(a);
   moe_model_free(b);
@@ -305,18 +341,22 @@ static void test_extract_in_a_block_of_the_callers(void) {
   models_tasks(tasks);
   CHECK(!moe_model_create(&all, &c, tasks, MODELS_TASKS, 3, &env), "%s", models_sentence);
   memcpy(mine, some, CELLS);
-  c.absent = mine;
+  c.pruned = mine;
   CHECK(!moe_model_size(&c, tasks, MODELS_TASKS, &bytes, &env), "%s", models_sentence);
   block = models_block(&raw, bytes);
-  CHECK(moe_model_init(&model, block, bytes - 1, &c, tasks, MODELS_TASKS, 3, &env) == MOE_E_MEMORY, "a byte less is enough");
-  CHECK(!moe_model_init(&model, block, bytes, &c, tasks, MODELS_TASKS, 3, &env), "%s", models_sentence);
+  CHECK(moe_model_init(&model, block, bytes - 1, &c, tasks, MODELS_TASKS, 3, &env) == MOE_E_MEMORY,
+        "a byte less is enough");
+  CHECK(!moe_model_init(&model, block, bytes, &c, tasks, MODELS_TASKS, 3, &env), "%s",
+        models_sentence);
   memset(mine, 1, CELLS);
-  CHECK(!memcmp(moe_model_config(model)->absent, some, CELLS), "the list is the caller's");
+  CHECK(!memcmp(moe_model_config(model)->pruned, some, CELLS), "the list is the caller's");
   for (i = 0; i < (size_t)moe_model_tensors(model); ++i) { /* same names, same first values */
     moe_model_tensor(model, (int32_t)i, &t);
     offset = t.offset;
     CHECK(!moe_model_tensor(all, moe_model_find_tensor(all, t.name), &t), "%s", t.name);
-    CHECK(!memcmp(moe_model_weights(model) + offset, moe_model_weights(all) + t.offset, t.count * sizeof(float)), "%s", t.name);
+    CHECK(!memcmp(moe_model_weights(model) + offset, moe_model_weights(all) + t.offset,
+                  t.count * sizeof(float)),
+          "%s", t.name);
   }
   free(raw);
   moe_model_free(all);
@@ -328,13 +368,15 @@ static moe_trainer *train(moe_model *model, int steps, const moe_env *env) {
   moe_trainer *trainer = NULL;
   moe_train_config_init(&config);
   config.steps = 20;
-  config.rate = 1e-3f;
+  config.lr = 1e-3f;
   config.balance = 0.01f;
   config.seed = 4;
-  config.clip = 0;
+  config.clip_norm = 0;
   if (moe_trainer_create(&trainer, model, &limits, &config, env)) return NULL;
   while (steps-- > 0)
-    if (moe_accumulate(trainer, &batch.b, 0, NULL, NULL, env) || moe_update(trainer, NULL, env)) return NULL;
+    if (moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, env) ||
+        moe_trainer_step(trainer, NULL, env))
+      return NULL;
   return trainer;
 }
 
@@ -348,11 +390,15 @@ static void test_extract_trains(void) {
   CHECK(twins(MOE_ROUTER_TASK, 2, 1, unused[1], &env), "%s", models_sentence);
   a = train(whole, 0, &env), b = train(less, 0, &env);
   CHECK(a && b, "%s", models_sentence);
-  CHECK(!moe_accumulate(a, &batch.b, 0, NULL, NULL, &env) && !moe_accumulate(b, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
+  CHECK(!moe_trainer_accumulate(a, &batch.b, 0, NULL, NULL, &env) &&
+            !moe_trainer_accumulate(b, &batch.b, 0, NULL, NULL, &env),
+        "%s", models_sentence);
   for (i = 0; i < moe_model_tensors(less); ++i) {
     moe_model_tensor(less, i, &t);
     CHECK(!moe_model_tensor(whole, moe_model_find_tensor(whole, t.name), &u), "%s", t.name);
-    CHECK(!memcmp(moe_trainer_gradients(b) + t.offset, moe_trainer_gradients(a) + u.offset, t.count * sizeof(float)), "gradient of %s", t.name);
+    CHECK(!memcmp(moe_trainer_gradients(b) + t.offset, moe_trainer_gradients(a) + u.offset,
+                  t.count * sizeof(float)),
+          "gradient of %s", t.name);
   }
   moe_trainer_free(a);
   moe_trainer_free(b);
@@ -360,7 +406,8 @@ static void test_extract_trains(void) {
   CHECK(twins(MOE_ROUTER_EMBEDDING, 1, 1, some, &env), "%s", models_sentence);
   b = train(less, 3, &env);
   CHECK(b, "%s", models_sentence);
-  CHECK(!moe_gradcheck(b, &batch.b, 200, &error, &env) && error < 5e-3f, "gradients are off by %g", (double)error);
+  CHECK(!moe_gradcheck(b, &batch.b, 200, &error, &env) && error < 5e-3f, "gradients are off by %g",
+        (double)error);
   moe_trainer_free(b);
   twins_free();
 }
@@ -373,16 +420,26 @@ static void test_extract_checkpoints(void) {
   moe_writer writer = models_writer(&m);
   static const int32_t keep[] = {0, 1};
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, some, &env), "%s", models_sentence);
-  CHECK(!moe_model_extract(&twin, whole, keep, 2, some, &env) && !moe_model_extract(&all, whole, keep, 2, NULL, &env), "%s", models_sentence);
+  CHECK(!moe_model_extract(&twin, whole, keep, 2, some, &env) &&
+            !moe_model_extract(&all, whole, keep, 2, NULL, &env),
+        "%s", models_sentence);
   a = train(less, 3, &env), b = train(twin, 0, &env);
   CHECK(a && b && !moe_checkpoint_write(a, NULL, NULL, &writer, &env), "%s", models_sentence);
   CHECK(!moe_checkpoint_read(b, NULL, m.data, m.used, &env), "%s", models_sentence);
-  CHECK(!moe_accumulate(a, &batch.b, 0, NULL, NULL, &env) && !moe_update(a, NULL, &env), "%s", models_sentence);
-  CHECK(!moe_accumulate(b, &batch.b, 0, NULL, NULL, &env) && !moe_update(b, NULL, &env), "%s", models_sentence);
-  CHECK(!memcmp(moe_model_weights(less), moe_model_weights(twin), moe_model_parameters(less) * sizeof(float)), "it went on elsewhere");
+  CHECK(!moe_trainer_accumulate(a, &batch.b, 0, NULL, NULL, &env) &&
+            !moe_trainer_step(a, NULL, &env),
+        "%s", models_sentence);
+  CHECK(!moe_trainer_accumulate(b, &batch.b, 0, NULL, NULL, &env) &&
+            !moe_trainer_step(b, NULL, &env),
+        "%s", models_sentence);
+  CHECK(!memcmp(moe_model_weights(less), moe_model_weights(twin),
+                moe_model_parameters(less) * sizeof(float)),
+        "it went on elsewhere");
   moe_trainer_free(b);
   b = train(all, 0, &env);
-  CHECK(b && moe_checkpoint_read(b, NULL, m.data, m.used, &env) == MOE_E_FORMAT && strstr(models_sentence, "same experts"), "%s", models_sentence);
+  CHECK(b && moe_checkpoint_read(b, NULL, m.data, m.used, &env) == MOE_E_FORMAT &&
+            strstr(models_sentence, "same experts"),
+        "%s", models_sentence);
   moe_trainer_free(a);
   moe_trainer_free(b);
   free(m.data);
@@ -403,34 +460,50 @@ static void test_extract_refuses(void) {
   moe_config c;
   static float scores[12 * WIDTH];
   CHECK(twins(MOE_ROUTER_TASK, 2, 0, some, &env), "%s", models_sentence);
-  CHECK(moe_model_extract(&none, whole, keep, 2, layer, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "layer 1 0 are there"), "%s", models_sentence);
-  CHECK(moe_model_extract(&none, whole, keep, 2, unused[0], &env) == MOE_E_ARGUMENT && strstr(models_sentence, "a token needs 2"), "%s", models_sentence);
-  CHECK(moe_model_import(less, "x", 1, NULL, &env) == MOE_E_UNSUPPORTED && strstr(models_sentence, "absent"), "%s", models_sentence);
+  CHECK(moe_model_extract(&none, whole, keep, 2, layer, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "layer 1 0 are there"),
+        "%s", models_sentence);
+  CHECK(moe_model_extract(&none, whole, keep, 2, unused[0], &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "a token needs 2"),
+        "%s", models_sentence);
+  CHECK(moe_model_import(less, "x", 1, NULL, &env) == MOE_E_UNSUPPORTED &&
+            strstr(models_sentence, "pruned"),
+        "%s", models_sentence);
   CHECK(!moe_context_create(&context, less, &limits, &env), "%s", models_sentence);
-  moe_context_disable(context, disabled);
-  CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "keeps 1 of 4"), "%s", models_sentence);
+  moe_context_mask(context, disabled);
+  CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "keeps 1 of 4"),
+        "%s", models_sentence);
   moe_context_free(context);
   twins_free();
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, some, &env), "%s", models_sentence);
   CHECK(!moe_context_create(&context, less, &limits, &env), "%s", models_sentence);
   moe_context_force(context, forced);
-  CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "expert 0, which is absent"), "%s", models_sentence);
+  CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "expert 0, which is pruned"),
+        "%s", models_sentence);
   moe_context_free(context);
   twins_free();
   c = models_config(MOE_ROUTER_DENSE, 1, 1);
   dense = models_create(&c, tasks, MODELS_TASKS, &env);
-  CHECK(moe_model_extract(&none, dense, keep, 2, layer, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "no experts"), "%s", models_sentence);
+  CHECK(moe_model_extract(&none, dense, keep, 2, layer, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "no experts"),
+        "%s", models_sentence);
   moe_model_free(dense);
-  c.absent = disabled;
-  CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "behind gates only"), "%s", models_sentence);
-  c = models_config(MOE_ROUTER_LEVEL, 4, 1);
+  c.pruned = disabled;
+  CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "behind gates only"),
+        "%s", models_sentence);
+  c = models_config(MOE_ROUTER_TASK_LEVEL, 4, 1);
   c.unit = MOE_UNIT_BLOCK;
-  c.absent = disabled;
+  c.pruned = disabled;
   CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && !none, "blocks that are absent");
 }
 
-/* Reads and opens a copy of the file with `to` in place of `from`, equally long. 1 where both say that it is damaged. */
-static int damaged(const models_file *file, const char *from, const char *to, const char *says, const moe_env *env) {
+/* Reads and opens a copy of the file with `to` in place of `from`, equally long. 1 where both say
+   that it is damaged. */
+static int damaged(const models_file *file, const char *from, const char *to, const char *says,
+                   const moe_env *env) {
   unsigned char *at;
   void *raw, *raw_block = NULL, *block;
   unsigned char *copy = (unsigned char *)models_block(&raw, file->used);
@@ -441,7 +514,8 @@ static int damaged(const models_file *file, const char *from, const char *to, co
   for (at = copy; at + length < copy + file->used && memcmp(at, from, length);) ++at;
   memcpy(at, to, length);
   models_sentence[0] = 0;
-  good = moe_model_read(&model, copy, file->used, env) == MOE_E_FORMAT && strstr(models_sentence, says);
+  good = moe_model_read(&model, copy, file->used, env) == MOE_E_FORMAT &&
+         strstr(models_sentence, says);
   if (!moe_model_open_size(copy, file->used, &bytes, env)) {
     block = models_block(&raw_block, bytes);
     good &= moe_model_open(&model, copy, file->used, block, bytes, env) != MOE_OK;
@@ -453,23 +527,41 @@ static int damaged(const models_file *file, const char *from, const char *to, co
 
 static void test_extract_damaged_lists_are_found(void) {
   static const char list[] = "[[1,2,3],[1,3]]";
-  static const char *const bad[][2] = {
-      {"[[0,1,2,3],[3]]", "of layer 0 0 are there"}, {"[[1,2,3],[3,1]]", "out of range"}, {"[[1,2,3],[1,1]]", "out of range"}, {"[[1,2,3],[1,4]]", "out of range"},
-      {"[[1,2,3],[-1 ]]", "out of range"}, {"[[1,2,3],[1.5]]", "whole number"}, {"[[1,2,3]      ]", "fewer layers"}, {"[             ]", "fewer layers"},
-      {"[[1,2],[3],[1]]", "more layers"}, {"[[1,2,3],[1,2]]", "experts.2."}, {"[[2,3  ],[1,3]]", "wants"}, {"[1,2,3,  [1,3]]", "array"},
-      {"{             }", "array"}, {"[[1,2,3],[1,3] ", "comma"}, {"[[1,2,3],[\\\"]] ", ""}, {"           null", "array"}};
+  static const char *const bad[][2] = {{"[[0,1,2,3],[3]]", "of layer 0 0 are there"},
+                                       {"[[1,2,3],[3,1]]", "out of range"},
+                                       {"[[1,2,3],[1,1]]", "out of range"},
+                                       {"[[1,2,3],[1,4]]", "out of range"},
+                                       {"[[1,2,3],[-1 ]]", "out of range"},
+                                       {"[[1,2,3],[1.5]]", "whole number"},
+                                       {"[[1,2,3]      ]", "fewer layers"},
+                                       {"[             ]", "fewer layers"},
+                                       {"[[1,2],[3],[1]]", "more layers"},
+                                       {"[[1,2,3],[1,2]]", "experts.2."},
+                                       {"[[2,3  ],[1,3]]", "wants"},
+                                       {"[1,2,3,  [1,3]]", "array"},
+                                       {"{             }", "array"},
+                                       {"[[1,2,3],[1,3] ", "comma"},
+                                       {"[[1,2,3],[\\\"]] ", ""},
+                                       {"           null", "array"}};
   moe_env env = models_env(MOE_ISA_AUTO);
   models_file file;
   size_t i;
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, unused[0], &env), "%s", models_sentence);
   file = models_written(less, &env);
-  for (i = 0; i < sizeof bad / sizeof *bad; ++i) CHECK(strlen(bad[i][0]) == sizeof list - 1, "%s has another length", bad[i][0]);
-  for (i = 0; i < sizeof bad / sizeof *bad; ++i) CHECK(damaged(&file, list, bad[i][0], bad[i][1], &env), "%s: %s", bad[i][0], models_sentence);
-  CHECK(damaged(&file, "\\\"absent\\\"", "\\\"abzent\\\"", "not known", &env), "%s", models_sentence);
-  CHECK(damaged(&file, "\\\"experts\\\":4", "\\\"experts\\\":3", "out of range", &env), "%s", models_sentence);
-  CHECK(damaged(&file, "\\\"experts\\\":4", "\\\"experts\\\":0", "experts", &env), "%s", models_sentence);
-  CHECK(damaged(&file, "\\\"layers\\\":2", "\\\"layers\\\":9", "fewer", &env), "%s", models_sentence);
-  CHECK(damaged(&file, "\\\"layers\\\":2", "\\\"layers\\\":0", "layers", &env), "%s", models_sentence);
+  for (i = 0; i < sizeof bad / sizeof *bad; ++i)
+    CHECK(strlen(bad[i][0]) == sizeof list - 1, "%s has another length", bad[i][0]);
+  for (i = 0; i < sizeof bad / sizeof *bad; ++i)
+    CHECK(damaged(&file, list, bad[i][0], bad[i][1], &env), "%s: %s", bad[i][0], models_sentence);
+  CHECK(damaged(&file, "\\\"absent\\\"", "\\\"abzent\\\"", "not known", &env), "%s",
+        models_sentence);
+  CHECK(damaged(&file, "\\\"experts\\\":4", "\\\"experts\\\":3", "out of range", &env), "%s",
+        models_sentence);
+  CHECK(damaged(&file, "\\\"experts\\\":4", "\\\"experts\\\":0", "experts", &env), "%s",
+        models_sentence);
+  CHECK(damaged(&file, "\\\"layers\\\":2", "\\\"layers\\\":9", "fewer", &env), "%s",
+        models_sentence);
+  CHECK(damaged(&file, "\\\"layers\\\":2", "\\\"layers\\\":0", "layers", &env), "%s",
+        models_sentence);
   free(file.data);
   twins_free();
 }
@@ -490,8 +582,10 @@ static void test_extract_any_damage_ends_in_a_status(void) {
       unsigned char old = begin[i];
       moe_model *model = NULL;
       begin[i] = (unsigned char)put[j];
-      if (moe_model_read(&model, file.data, file.used, &env)) ++refused;
-      else CHECK(run(&seen[0], model, &env) || models_sentence[0], "it cannot be run");
+      if (moe_model_read(&model, file.data, file.used, &env))
+        ++refused;
+      else
+        CHECK(run(&seen[0], model, &env) || models_sentence[0], "it cannot be run");
       moe_model_free(model);
       begin[i] = old;
     }

@@ -1,4 +1,5 @@
-/* Model files and checkpoints: what goes in comes out bit for bit, and whatever happens to a file ends in a status and a sentence. */
+/* Model files and checkpoints: what goes in comes out bit for bit, and whatever happens to a file
+   ends in a status and a sentence. */
 #include "../moe.h"
 #include "test.h"
 #if defined(__unix__) || defined(__APPLE__)
@@ -57,7 +58,9 @@ static const char vocab[] = "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nb\n\xc3\xa9\n";
 
 /* A small model with every kind of task and names that want escapes. */
 static moe_model *small_model(moe_router router, const moe_env *env) {
-  static const char *const nasty[] = {"\"quoted\"", "back\\slash", "tab\tline\nbell\a", "\xc3\xa9\xf0\x9f\x98\x80", "no \xff\xfe utf-8", "{}[]:,"};
+  static const char *const nasty[] = {"\"quoted\"",        "back\\slash",
+                                      "tab\tline\nbell\a", "\xc3\xa9\xf0\x9f\x98\x80",
+                                      "no \xff\xfe utf-8", "{}[]:,"};
   moe_config config;
   moe_task task[4];
   moe_model *model = NULL;
@@ -94,7 +97,8 @@ static moe_model *small_model(moe_router router, const moe_env *env) {
   task[3].kind = MOE_KIND_SPAN;
   task[3].classes = 3;
   if (moe_model_create(&model, &config, task, 4, 7, env)) return NULL;
-  if (moe_model_set_vocab(model, vocab, sizeof vocab - 1, env)) return moe_model_free(model), (moe_model *)NULL;
+  if (moe_model_set_vocab(model, vocab, sizeof vocab - 1, env))
+    return moe_model_free(model), (moe_model *)NULL;
   return model;
 }
 
@@ -109,8 +113,11 @@ static int same_tasks(const moe_model *a, const moe_model *b) {
   if (moe_model_tasks(a) != moe_model_tasks(b)) return 0;
   for (t = 0; t < moe_model_tasks(a); ++t) {
     const moe_task *x = moe_model_task(a, t), *y = moe_model_task(b, t);
-    if (strcmp(x->name, y->name) || x->kind != y->kind || x->pair != y->pair || x->classes != y->classes || strcmp(x->metrics, y->metrics)) return 0;
-    if (x->max_len != y->max_len || memcmp(&x->low, &y->low, 4) || memcmp(&x->high, &y->high, 4)) return 0;
+    if (strcmp(x->name, y->name) || x->kind != y->kind || x->pair != y->pair ||
+        x->classes != y->classes || strcmp(x->metrics, y->metrics))
+      return 0;
+    if (x->max_len != y->max_len || memcmp(&x->low, &y->low, 4) || memcmp(&x->high, &y->high, 4))
+      return 0;
     for (i = 0; i < x->classes && x->kind != MOE_KIND_REGRESSION; ++i)
       if (strcmp(x->label[i], y->label[i])) return 0;
   }
@@ -120,9 +127,11 @@ static int same_tasks(const moe_model *a, const moe_model *b) {
 static int same_models(const moe_model *a, const float *weights, const moe_model *b) {
   size_t n = 0, m = 0;
   const char *v = moe_model_vocab(a, &n), *w = moe_model_vocab(b, &m);
-  if (memcmp(moe_model_config(a), moe_model_config(b), sizeof(moe_config)) || !same_tasks(a, b)) return 0;
+  if (memcmp(moe_model_config(a), moe_model_config(b), sizeof(moe_config)) || !same_tasks(a, b))
+    return 0;
   if (n != m || (n && memcmp(v, w, n))) return 0;
-  return !weights || !memcmp(moe_model_weights((moe_model *)(uintptr_t)a), weights, moe_model_parameters(a) * sizeof(float));
+  return !weights || !memcmp(moe_model_weights((moe_model *)(uintptr_t)a), weights,
+                             moe_model_parameters(a) * sizeof(float));
 }
 
 static void test_files_round_trip_is_bit_exact(void) {
@@ -138,8 +147,10 @@ static void test_files_round_trip_is_bit_exact(void) {
     CHECK(same_models(model, moe_model_weights(back), back), "router %d", router);
     writer = sink_writer(&again);
     CHECK(moe_model_write(back, &writer, &env) == MOE_OK, "%s", said);
-    CHECK(again.used == s.used && !memcmp(again.data, s.data, s.used), "written again it is the same file");
-    CHECK((((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16) + 8) % 64 == 0, "the data are aligned");
+    CHECK(again.used == s.used && !memcmp(again.data, s.data, s.used),
+          "written again it is the same file");
+    CHECK((((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16) + 8) % 64 == 0,
+          "the data are aligned");
     moe_model_free(model);
     moe_model_free(back);
     free(s.data);
@@ -164,7 +175,8 @@ static int high_byte_first(void) {
   return !first;
 }
 
-/* A task more, and only some of the tasks: from weights in a file's bytes as from those in memory. */
+/* A task more, and only some of the tasks: from weights in a file's bytes as from those in memory.
+ */
 static void same_offspring(moe_model *model, const moe_model *opened, const moe_env *env) {
   static const int32_t keep[] = {3, 0};
   moe_task task = *moe_model_task(model, 2);
@@ -172,8 +184,12 @@ static void same_offspring(moe_model *model, const moe_model *opened, const moe_
   int i;
   snprintf(task.name, sizeof task.name, "one_more");
   for (i = 0; i < 2; ++i) {
-    CHECK((i ? moe_model_extract(&a, model, keep, 2, NULL, env) : moe_model_adapt(&a, model, &task, 1, 9, env)) == MOE_OK, "%s", said);
-    CHECK((i ? moe_model_extract(&b, opened, keep, 2, NULL, env) : moe_model_adapt(&b, opened, &task, 1, 9, env)) == MOE_OK, "%s", said);
+    CHECK((i ? moe_model_extract(&a, model, keep, 2, NULL, env)
+             : moe_model_adapt(&a, model, &task, 1, 9, env)) == MOE_OK,
+          "%s", said);
+    CHECK((i ? moe_model_extract(&b, opened, keep, 2, NULL, env)
+             : moe_model_adapt(&b, opened, &task, 1, 9, env)) == MOE_OK,
+          "%s", said);
     CHECK(same_models(a, moe_model_weights(b), b), "round %d", i);
     moe_model_free(a);
     moe_model_free(b);
@@ -194,8 +210,10 @@ static void test_files_open_in_place(void) {
   CHECK(bytes < 16384, "%zu bytes hold no weights", bytes);
   if (high_byte_first()) { /* nothing can be used as it lies there */
     block = (unsigned char *)malloc(bytes + 64);
-    CHECK(moe_model_open(&opened, file, s.used, block + (64 - (uintptr_t)block % 64) % 64, bytes, &env) == MOE_E_UNSUPPORTED && !opened &&
-              strstr(said, "moe_model_read"), "%s", said);
+    CHECK(moe_model_open(&opened, file, s.used, block + (64 - (uintptr_t)block % 64) % 64, bytes,
+                         &env) == MOE_E_UNSUPPORTED &&
+              !opened && strstr(said, "moe_model_read"),
+          "%s", said);
     free(block);
     free(base);
     free(s.data);
@@ -204,19 +222,26 @@ static void test_files_open_in_place(void) {
   }
   block_base = malloc(bytes + 64);
   block = (unsigned char *)block_base + (64 - (uintptr_t)block_base % 64) % 64;
-  CHECK(moe_model_open(&opened, file, s.used, block, bytes - 1, &env) == MOE_E_MEMORY && !opened, "a byte less");
-  CHECK(moe_model_open(&opened, file, s.used, block + 4, bytes, &env) == MOE_E_ARGUMENT && !opened, "not aligned");
+  CHECK(moe_model_open(&opened, file, s.used, block, bytes - 1, &env) == MOE_E_MEMORY && !opened,
+        "a byte less");
+  CHECK(moe_model_open(&opened, file, s.used, block + 4, bytes, &env) == MOE_E_ARGUMENT && !opened,
+        "not aligned");
   CHECK(moe_model_open(&opened, file, s.used, block, bytes, &env) == MOE_OK, "%s", said);
   CHECK(same_models(model, NULL, opened), "configuration, tasks, vocabulary");
   CHECK(moe_model_weights(opened) == NULL, "the weights are not for writing");
-  CHECK((const unsigned char *)moe_model_vocab(opened, NULL) > file, "the vocabulary stays in the file");
+  CHECK((const unsigned char *)moe_model_vocab(opened, NULL) > file,
+        "the vocabulary stays in the file");
   writer = sink_writer(&again);
-  CHECK(moe_model_write(opened, &writer, &env) == MOE_OK && again.used == s.used && !memcmp(again.data, s.data, s.used), "written again");
+  CHECK(moe_model_write(opened, &writer, &env) == MOE_OK && again.used == s.used &&
+            !memcmp(again.data, s.data, s.used),
+        "written again");
   same_offspring(model, opened, &env);
   moe_model_free(opened);
   free(base);
   file = aligned_copy(&s, 2, &base);
-  CHECK(moe_model_open(&opened, file, s.used, block, bytes, &env) == MOE_E_ARGUMENT && strstr(said, "multiple of 4"), "%s", said);
+  CHECK(moe_model_open(&opened, file, s.used, block, bytes, &env) == MOE_E_ARGUMENT &&
+            strstr(said, "multiple of 4"),
+        "%s", said);
   CHECK(moe_model_read(&opened, file, s.used, &env) == MOE_OK, "any alignment will do for a copy");
   moe_model_free(opened);
   free(base);
@@ -226,7 +251,8 @@ static void test_files_open_in_place(void) {
   moe_model_free(model);
 }
 
-/* Reads and opens damaged bytes, in a block of exactly that size so that a sanitizer sees a byte too many. */
+/* Reads and opens damaged bytes, in a block of exactly that size so that a sanitizer sees a byte
+   too many. */
 static void try_bytes(const unsigned char *data, size_t n, int *accepted, int *refused) {
   moe_env env = logging();
   unsigned char *copy = (unsigned char *)malloc(n ? n : 1), *block_base, *block;
@@ -237,7 +263,8 @@ static void try_bytes(const unsigned char *data, size_t n, int *accepted, int *r
   status = moe_model_read(&model, copy, n, &env);
   if (status) {
     ++*refused;
-    CHECK(!model && status == MOE_E_FORMAT && sentences == 1 && strlen(said) > 10, "status %d, %d sentences: '%s'", (int)status, sentences, said);
+    CHECK(!model && status == MOE_E_FORMAT && sentences == 1 && strlen(said) > 10,
+          "status %d, %d sentences: '%s'", (int)status, sentences, said);
   } else {
     ++*accepted;
     CHECK(sentences == 0 && model, "%s", said);
@@ -302,9 +329,12 @@ static void test_files_damaged_are_refused_or_read(void) {
       test_random(&state);
       at = (size_t)(state >> 33) % range;
       test_random(&state);
-      if (round % 2) copy[at] = (unsigned char)(state >> 40);
-      else if (copy[at] >= '0' && copy[at] <= '9') copy[at] = (unsigned char)('0' + (state >> 40) % 10);
-      else copy[at] ^= (unsigned char)(1u << (state >> 40) % 8);
+      if (round % 2)
+        copy[at] = (unsigned char)(state >> 40);
+      else if (copy[at] >= '0' && copy[at] <= '9')
+        copy[at] = (unsigned char)('0' + (state >> 40) % 10);
+      else
+        copy[at] ^= (unsigned char)(1u << (state >> 40) % 8);
     }
     if (round % 11 == 0) n -= (size_t)(state >> 50) % n;
     try_bytes(copy, n, &accepted, &refused);
@@ -327,10 +357,14 @@ static void swap_text(sink *s, const char *from, const char *to) {
     }
 }
 
-/* Adds an empty tensor of the vocabulary's name to a header that ends at byte `end`, in a longer header. */
+/* Adds an empty tensor of the vocabulary's name to a header that ends at byte `end`, in a longer
+   header. */
 static int repeat_vocab(sink *s, size_t end) {
   char more[120];
-  size_t n = (size_t)snprintf(more, sizeof more, ",\"tokenizer.vocab\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}"), length = 0, i;
+  size_t n = (size_t)snprintf(
+             more, sizeof more,
+             ",\"tokenizer.vocab\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}"),
+         length = 0, i;
   unsigned char *longer = (unsigned char *)malloc(s->used + n);
   if (!longer || s->data[end - 1] != '}') return 0;
   for (i = 8; i-- > 0;) length = length << 8 | s->data[i];
@@ -357,15 +391,19 @@ static void test_files_sentences_name_the_cause(void) {
       {"\\\"heads\\\":2", "\\\"heads\\\":x", "moe.config: a number was expected"},
       {"\\\"heads\\\":2", "\\\"vocab\\\":2", "moe.config: a member is there twice"},
       {"\\\"task\\\"", "\\\"tusk\\\"", "moe.config: a name that is not known"},
-      {"\\\"kind\\\":\\\"span", "\\\"kind\\\":\\\"spam", "moe.tasks, task 3: a name that is not known"},
+      {"\\\"kind\\\":\\\"span", "\\\"kind\\\":\\\"spam",
+       "moe.tasks, task 3: a name that is not known"},
       {"\\\"low\\\":-0.1", "\\\"low\\\":   9", "its range is 9 to 5"},
       {"\\\"rank\\\"", "\\\"span\\\"", "task 'span' is there twice"},
       {"\\\"rank\\\"", "\\\"r.nk\\\"", "letters, digits"},
-      {"tokenizer.vocab\":{\"dtype\":\"U8", "tokenizer.vocab\":{\"dtype\":\"I8", "tokenizer.vocab must"},
+      {"tokenizer.vocab\":{\"dtype\":\"U8", "tokenizer.vocab\":{\"dtype\":\"I8",
+       "tokenizer.vocab must"},
       {"heads.rank.weight", "heads.rink.weight", "heads.rink.weight does not belong"},
-      {"embeddings.LayerNorm.weight\":{\"dtype\":\"F32\",\"shape\":[8]", "embeddings.LayerNorm.weight\":{\"dtype\":\"I32\",\"shape\":[8]",
+      {"embeddings.LayerNorm.weight\":{\"dtype\":\"F32\",\"shape\":[8]",
+       "embeddings.LayerNorm.weight\":{\"dtype\":\"I32\",\"shape\":[8]",
        "tensor embeddings.LayerNorm.weight: expected F32 of (8), found I32 of (8)"},
-      {"\"shape\":[7,8]", "\"shape\":[8,7]", "tensor embeddings.word_embeddings.weight: expected F32 of (7, 8), found F32 of (8, 7)"},
+      {"\"shape\":[7,8]", "\"shape\":[8,7]",
+       "tensor embeddings.word_embeddings.weight: expected F32 of (7, 8), found F32 of (8, 7)"},
   };
   moe_env env = logging();
   moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
@@ -377,27 +415,33 @@ static void test_files_sentences_name_the_cause(void) {
     writer = sink_writer(&s);
     CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
     swap_text(&s, some[i].from, some[i].to);
-    CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strstr(said, some[i].says), "%s: said '%s'", some[i].to, said);
+    CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strstr(said, some[i].says),
+          "%s: said '%s'", some[i].to, said);
     free(s.data);
   }
   writer = sink_writer(&s); /* a second vocabulary: which one would count? */
   CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
   for (i = 8; memcmp(s.data + i, "  ", 2); ++i) continue; /* the blanks behind the header */
   CHECK(repeat_vocab(&s, i), "no room for a second vocabulary");
-  CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strstr(said, "a tensor is there twice"), "said '%s'", said);
+  CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT &&
+            strstr(said, "a tensor is there twice"),
+        "said '%s'", said);
   free(s.data);
   writer = sink_writer(&s);
   CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
   i = 8 + ((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16);
   memcpy(s.data + i + 60 * sizeof(float), "\0\0\xc0\x7f", 4); /* element 4 of the second tensor */
-  CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strstr(said, "element 4 is no finite"), "%s", said);
+  CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT &&
+            strstr(said, "element 4 is no finite"),
+        "%s", said);
   CHECK(!back, "untouched");
   free(s.data);
   moe_model_free(model);
 }
 
 static void test_files_weights_that_cannot_be_read_are_not_written(void) {
-  static const char *const names[] = {"embeddings.LayerNorm.bias", "encoder.layer.1.gate.span.weight", "heads.span.bias"};
+  static const char *const names[] = {"embeddings.LayerNorm.bias",
+                                      "encoder.layer.1.gate.span.weight", "heads.span.bias"};
   moe_env env = logging();
   moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
   const char *path = "build/files_nan";
@@ -410,19 +454,26 @@ static void test_files_weights_that_cannot_be_read_are_not_written(void) {
     float *last, kept;
     sink s;
     moe_writer writer = sink_writer(&s);
-    CHECK(moe_model_tensor(model, moe_model_find_tensor(model, names[i]), &t) == MOE_OK, "%s", names[i]);
+    CHECK(moe_model_tensor(model, moe_model_find_tensor(model, names[i]), &t) == MOE_OK, "%s",
+          names[i]);
     last = moe_model_weights(model) + t.offset + t.count - 1;
     kept = *last;
     *last = i == 1 ? -INFINITY : NAN;
-    snprintf(says, sizeof says, "nothing is written: tensor %s, element %u, is ", names[i], (unsigned)(t.count - 1));
+    snprintf(says, sizeof says, "nothing is written: tensor %s, element %u, is ", names[i],
+             (unsigned)(t.count - 1));
     said[0] = 0;
-    CHECK(moe_model_write(model, &writer, &env) == MOE_E_NONFINITE && strstr(said, says) && !s.used, "%zu bytes, said '%s'", s.used, said);
+    CHECK(moe_model_write(model, &writer, &env) == MOE_E_NONFINITE && strstr(said, says) && !s.used,
+          "%zu bytes, said '%s'", s.used, said);
     sentences = 0;
-    CHECK(moe_model_save(model, path, &env) == MOE_E_NONFINITE && strstr(said, says) && sentences == 1, "%d: '%s'", sentences, said);
+    CHECK(moe_model_save(model, path, &env) == MOE_E_NONFINITE && strstr(said, says) &&
+              sentences == 1,
+          "%d: '%s'", sentences, said);
     exists("build/files_nan.tmp", &there);
     CHECK(!there, "nothing is left over");
     *last = kept;
-    CHECK(moe_model_load(&back, path, &env) == MOE_OK && same_models(model, moe_model_weights(back), back), "the old file: %s", said);
+    CHECK(moe_model_load(&back, path, &env) == MOE_OK &&
+              same_models(model, moe_model_weights(back), back),
+          "the old file: %s", said);
     moe_model_free(back);
   }
   remove(path);
@@ -463,17 +514,25 @@ static void test_files_old_file_survives_a_failure(void) {
   int there;
   CHECK(moe_file_replace(path, half_written, &answer, &env) == MOE_OK, "%s", said);
   answer = MOE_E_IO;
-  CHECK(moe_file_replace("build/files_never", half_written, &answer, &env) == MOE_E_IO, "the status of the writer");
+  CHECK(moe_file_replace("build/files_never", half_written, &answer, &env) == MOE_E_IO,
+        "the status of the writer");
   exists("build/files_never", &there);
   CHECK(!there, "a new file is not begun");
   exists("build/files_never.tmp", &there);
   CHECK(!there, "and nothing is left over");
   answer = MOE_E_FORMAT;
-  CHECK(moe_file_replace(path, half_written, &answer, &env) == MOE_E_FORMAT, "the status of the writer");
-  CHECK(moe_file_read(&data, &bytes, path, &env) == MOE_OK && bytes == 4 && !memcmp(data, "half", 5), "the old file is there, zero behind it");
+  CHECK(moe_file_replace(path, half_written, &answer, &env) == MOE_E_FORMAT,
+        "the status of the writer");
+  CHECK(moe_file_read(&data, &bytes, path, &env) == MOE_OK && bytes == 4 &&
+            !memcmp(data, "half", 5),
+        "the old file is there, zero behind it");
   moe_free(data);
-  CHECK(moe_file_replace("build/no/such/folder", half_written, &answer, &env) == MOE_E_IO && strstr(said, "build/no/such/folder.tmp"), "%s", said);
-  CHECK(moe_file_replace("build", half_written, &answer, &env) == MOE_E_IO && strstr(said, "folder"), "%s", said);
+  CHECK(moe_file_replace("build/no/such/folder", half_written, &answer, &env) == MOE_E_IO &&
+            strstr(said, "build/no/such/folder.tmp"),
+        "%s", said);
+  CHECK(moe_file_replace("build", half_written, &answer, &env) == MOE_E_IO &&
+            strstr(said, "folder"),
+        "%s", said);
   remove(path);
 }
 
@@ -493,7 +552,8 @@ static void test_files_failed_save_keeps_the_old_file(void) {
   CHECK(getrlimit(RLIMIT_FSIZE, &limit) == 0, "getrlimit");
   before = limit.rlim_cur;
   signal(SIGXFSZ, SIG_IGN);
-  for (most = 0; most < (rlim_t)bytes; most += (rlim_t)bytes / 7) { /* a limit of the size of files acts like a disk that is full */
+  for (most = 0; most < (rlim_t)bytes;
+       most += (rlim_t)bytes / 7) { /* a limit of the size of files acts like a disk that is full */
     moe_status status;
     limit.rlim_cur = most;
     CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0, "setrlimit");
@@ -501,7 +561,8 @@ static void test_files_failed_save_keeps_the_old_file(void) {
     status = moe_model_save(model, "build/files_limit", &env);
     limit.rlim_cur = before;
     CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0, "setrlimit");
-    CHECK(status == MOE_E_IO && strstr(said, "build/files_limit.tmp: writing failed after"), "status %d: %s", (int)status, said);
+    CHECK(status == MOE_E_IO && strstr(said, "build/files_limit.tmp: writing failed after"),
+          "status %d: %s", (int)status, said);
     exists("build/files_limit.tmp", &there);
     CHECK(!there, "nothing is left over");
     CHECK(moe_model_load(&back, "build/files_limit", &env) == MOE_OK, "%s", said);
@@ -525,7 +586,9 @@ static void test_files_disk_full_is_reported(void) {
   if (!there) SKIP("no /dev/full here");
   model = small_model(MOE_ROUTER_DENSE, &env);
   CHECK(model, "%s", said);
-  CHECK(moe_model_save(model, "/dev/full", &env) == MOE_E_IO && strstr(said, "/dev/full: writing failed after 0 bytes"), "%s", said);
+  CHECK(moe_model_save(model, "/dev/full", &env) == MOE_E_IO &&
+            strstr(said, "/dev/full: writing failed after 0 bytes"),
+        "%s", said);
   CHECK(sentences == 1, "%d sentences", sentences);
   exists("/dev/full.tmp", &there);
   CHECK(!there, "no file beside a device");
@@ -541,20 +604,29 @@ static void test_files_paths_are_named(void) {
   void *data = NULL;
   size_t bytes = 0;
   FILE *f;
-  CHECK(moe_model_load(&model, "build/none.safetensors", &env) == MOE_E_IO && strstr(said, "build/none.safetensors: "), "%s", said);
+  CHECK(moe_model_load(&model, "build/none.safetensors", &env) == MOE_E_IO &&
+            strstr(said, "build/none.safetensors: "),
+        "%s", said);
   CHECK(moe_model_load(&model, "build", &env) == MOE_E_IO && strstr(said, "a folder"), "%s", said);
   f = fopen("build/files_empty", "wb");
   CHECK(f, "build/files_empty");
   fclose(f);
-  CHECK(moe_model_load(&model, "build/files_empty", &env) == MOE_E_FORMAT && strstr(said, "build/files_empty: 0 bytes are no"), "%s", said);
-  CHECK(moe_file_read(&data, &bytes, "build/files_empty", &env) == MOE_OK && bytes == 0 && !*(char *)data, "an empty file can be read");
+  CHECK(moe_model_load(&model, "build/files_empty", &env) == MOE_E_FORMAT &&
+            strstr(said, "build/files_empty: 0 bytes are no"),
+        "%s", said);
+  CHECK(moe_file_read(&data, &bytes, "build/files_empty", &env) == MOE_OK && bytes == 0 &&
+            !*(char *)data,
+        "an empty file can be read");
   moe_free(data);
-  CHECK(moe_model_load(&model, "test_files.c", &env) == MOE_E_FORMAT && strstr(said, "test_files.c: the first 8 bytes"), "%s", said);
+  CHECK(moe_model_load(&model, "test_files.c", &env) == MOE_E_FORMAT &&
+            strstr(said, "test_files.c: the first 8 bytes"),
+        "%s", said);
   CHECK(!model, "untouched");
   remove("build/files_empty");
 }
 
-/* What a killed program left over: a file that cannot be written to, a link to somebody's file, a pipe that nobody reads. */
+/* What a killed program left over: a file that cannot be written to, a link to somebody's file, a
+   pipe that nobody reads. */
 static void test_files_leftovers_are_no_obstacle(void) {
 #ifdef HAVE_POSIX
   moe_env env = logging();
@@ -573,13 +645,18 @@ static void test_files_leftovers_are_no_obstacle(void) {
     if (round == 1) CHECK(mkfifo("build/files_b.tmp", 0600) == 0, "mkfifo");
     if (round == 2) {
       f = fopen("build/files_b.tmp", "wb");
-      CHECK(f && !fclose(f) && !chmod("build/files_b.tmp", 0400), "a file that only root can write to");
+      CHECK(f && !fclose(f) && !chmod("build/files_b.tmp", 0400),
+            "a file that only root can write to");
     }
-    CHECK(moe_file_replace("build/files_b", half_written, &answer, &env) == MOE_OK, "round %d: %s", round, said);
-    CHECK(lstat("build/files_b", &info) == 0 && S_ISREG(info.st_mode) && info.st_size == 4, "round %d", round);
+    CHECK(moe_file_replace("build/files_b", half_written, &answer, &env) == MOE_OK, "round %d: %s",
+          round, said);
+    CHECK(lstat("build/files_b", &info) == 0 && S_ISREG(info.st_mode) && info.st_size == 4,
+          "round %d", round);
     CHECK(lstat("build/files_b.tmp", &info) != 0, "nothing is left over");
   }
-  CHECK(moe_file_read(&data, &bytes, "build/files_victim", &env) == MOE_OK && !strcmp((char *)data, "mine"), "somebody's file");
+  CHECK(moe_file_read(&data, &bytes, "build/files_victim", &env) == MOE_OK &&
+            !strcmp((char *)data, "mine"),
+        "somebody's file");
   moe_free(data);
   unlink("build/files_victim");
   unlink("build/files_b");
@@ -618,7 +695,8 @@ static void test_files_pipes_and_links(void) {
   CHECK(model && moe_model_save(model, "build/files_a", &env) == MOE_OK, "%s", said);
   CHECK(chmod("build/files_a", 0600) == 0, "chmod");
   CHECK(moe_model_save(model, "build/files_a", &env) == MOE_OK, "%s", said);
-  CHECK(stat("build/files_a", &info) == 0 && (info.st_mode & 0777) == 0600, "the mode of the old file is kept");
+  CHECK(stat("build/files_a", &info) == 0 && (info.st_mode & 0777) == 0600,
+        "the mode of the old file is kept");
   unlink("build/files_fifo");
   CHECK(mkfifo("build/files_fifo", 0600) == 0, "mkfifo");
   f = popen("cat build/files_a > build/files_fifo", "w");
@@ -628,7 +706,8 @@ static void test_files_pipes_and_links(void) {
   CHECK(same_models(model, moe_model_weights(back), back), "through a pipe");
   moe_model_free(back);
   moe_model_free(model);
-  CHECK(moe_model_load(&back, "/dev/zero", &env) == MOE_E_IO && strstr(said, "a device"), "%s", said);
+  CHECK(moe_model_load(&back, "/dev/zero", &env) == MOE_E_IO && strstr(said, "a device"), "%s",
+        said);
   unlink("build/files_fifo");
   unlink("build/files_a");
 #else

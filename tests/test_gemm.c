@@ -1,5 +1,5 @@
-/* Matrix products against their definition, bit by bit: every instruction set of this machine, layouts, strides, blocks of k, edges,
-   threads. */
+/* Matrix products against their definition, bit by bit: every instruction set of this machine,
+   layouts, strides, blocks of k, edges, threads. */
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
@@ -8,7 +8,8 @@ static const moe_isa all_isas[] = {MOE_ISA_SCALAR, MOE_ISA_NEON, MOE_ISA_AVX2, M
 enum { ISAS = sizeof all_isas / sizeof all_isas[0] };
 
 static float *random_floats(size_t n, uint64_t *seed) {
-  float *x = (float *)malloc(n * sizeof *x + 1); /* exact: a sanitizer sees what reads or writes beyond */
+  float *x =
+      (float *)malloc(n * sizeof *x + 1); /* exact: a sanitizer sees what reads or writes beyond */
   size_t i;
   for (i = 0; i < n; ++i) x[i] = test_random(seed);
   return x;
@@ -37,16 +38,20 @@ static void definition(float *c, const moe__gemm *g, const float *w_rows) {
 }
 
 /* One random product of the given shape on every instruction set. */
-static void compare(int32_t m, int32_t n, int32_t k, moe__b_layout layout, int as_weight, int accumulate, int transposed, int extra,
-                    uint64_t *seed) {
-  size_t pad = (size_t)extra, um = (size_t)m, un = (size_t)n, uk = (size_t)k, a_ld = (transposed ? um : uk) + pad, c_ld = un + pad;
+static void compare(int32_t m, int32_t n, int32_t k, moe__b_layout layout, int as_weight,
+                    int accumulate, int transposed, int extra, uint64_t *seed) {
+  size_t pad = (size_t)extra, um = (size_t)m, un = (size_t)n, uk = (size_t)k,
+         a_ld = (transposed ? um : uk) + pad, c_ld = un + pad;
   size_t b_ld = layout == MOE__B_ROWS ? un + pad : uk, c_count = um ? (um - 1) * c_ld + un : 0, i;
   size_t b_count = layout == MOE__B_ROWS ? (uk ? (uk - 1) * b_ld + un : 0) : un * uk;
   size_t a_count = transposed ? (uk ? (uk - 1) * a_ld + um : 0) : (um ? (um - 1) * a_ld + uk : 0);
-  float *a = random_floats(a_count, seed), *b = random_floats(b_count, seed), *bias = random_floats(un, seed);
-  float *begin = random_floats(c_count, seed), *want = random_floats(c_count, seed), *got = random_floats(c_count, seed);
+  float *a = random_floats(a_count, seed), *b = random_floats(b_count, seed),
+        *bias = random_floats(un, seed);
+  float *begin = random_floats(c_count, seed), *want = random_floats(c_count, seed),
+        *got = random_floats(c_count, seed);
   float *panels = random_floats(moe_pack_floats(n, k), seed), *gelu = random_floats(c_count, seed);
-  float *sum_begin = random_floats(um, seed), *sum_want = random_floats(um, seed), *sum_got = random_floats(um, seed);
+  float *sum_begin = random_floats(um, seed), *sum_want = random_floats(um, seed),
+        *sum_got = random_floats(um, seed);
   moe_env env;
   moe__gemm g;
   int32_t i_row, p;
@@ -62,7 +67,8 @@ static void compare(int32_t m, int32_t n, int32_t k, moe__b_layout layout, int a
   memcpy(want, begin, c_count * sizeof *want);
   definition(want, &g, b);
   for (i_row = 0; i_row < m; ++i_row)
-    for (sum_want[i_row] = sum_begin[i_row], p = 0; p < k; ++p) sum_want[i_row] += a[(size_t)i_row * g.a_row + (size_t)p * g.a_col];
+    for (sum_want[i_row] = sum_begin[i_row], p = 0; p < k; ++p)
+      sum_want[i_row] += a[(size_t)i_row * g.a_row + (size_t)p * g.a_col];
   for (s = 0; s < ISAS; ++s) {
     if (moe_env_init(&env, all_isas[s])) continue;
     if (layout == MOE__B_PANELS) {
@@ -76,15 +82,17 @@ static void compare(int32_t m, int32_t n, int32_t k, moe__b_layout layout, int a
     if (um) memcpy(sum_got, sum_begin, um * sizeof *sum_got);
     g.a_sum = sums ? sum_got : NULL;
     moe__gemm_run(&g, 1, &env);
-    CHECK(!sums || um == 0 || !memcmp(sum_got, sum_want, um * sizeof *sum_got), "%s: sums of A, m %d n %d k %d",
-          moe_isa_name(all_isas[s]), (int)m, (int)n, (int)k);
-    CHECK(c_count == 0 || !memcmp(got, want, c_count * sizeof *got), "%s: m %d n %d k %d layout %d weight %d accumulate %d A^T %d",
-          moe_isa_name(all_isas[s]), (int)m, (int)n, (int)k, (int)layout, as_weight, accumulate, transposed);
+    CHECK(!sums || um == 0 || !memcmp(sum_got, sum_want, um * sizeof *sum_got),
+          "%s: sums of A, m %d n %d k %d", moe_isa_name(all_isas[s]), (int)m, (int)n, (int)k);
+    CHECK(c_count == 0 || !memcmp(got, want, c_count * sizeof *got),
+          "%s: m %d n %d k %d layout %d weight %d accumulate %d A^T %d", moe_isa_name(all_isas[s]),
+          (int)m, (int)n, (int)k, (int)layout, as_weight, accumulate, transposed);
     if (!accumulate)
       for (i = 0; i < um * un; ++i) {
         size_t at = i / un * c_ld + i % un;
         float y = moe__geluf(want[at], NULL);
-        CHECK(moe__bits(y) == moe__bits(gelu[at]), "%s: GELU, m %d n %d k %d", moe_isa_name(all_isas[s]), (int)m, (int)n, (int)k);
+        CHECK(moe__bits(y) == moe__bits(gelu[at]), "%s: GELU, m %d n %d k %d",
+              moe_isa_name(all_isas[s]), (int)m, (int)n, (int)k);
       }
   }
   free(a), free(b), free(bias), free(begin), free(want), free(got), free(panels), free(gelu);
@@ -108,8 +116,9 @@ static void test_gemm_small_shapes_equal_the_definition(void) {
 }
 
 static void test_gemm_blocks_and_tiles_equal_the_definition(void) {
-  static const int32_t shapes[][3] = {{193, 97, 5}, {17, 112, 257}, {5, 96, 513}, {2, 200, 600}, {201, 16, 300}, {3, 15, 515}, {1, 385, 259},
-                                      {400, 33, 3}, {9, 48, 1030}, {41, 96, 800}, {25, 1024, 130}};
+  static const int32_t shapes[][3] = {{193, 97, 5},   {17, 112, 257}, {5, 96, 513},   {2, 200, 600},
+                                      {201, 16, 300}, {3, 15, 515},   {1, 385, 259},  {400, 33, 3},
+                                      {9, 48, 1030},  {41, 96, 800},  {25, 1024, 130}};
   uint64_t seed = 5;
   size_t i;
   for (i = 0; i < sizeof shapes / sizeof shapes[0]; ++i) {
@@ -123,10 +132,12 @@ static void test_gemm_blocks_and_tiles_equal_the_definition(void) {
   }
 }
 
-/* Several tiles each way, several blocks of k, an edge of less than a panel, rows on cache lines and not. */
+/* Several tiles each way, several blocks of k, an edge of less than a panel, rows on cache lines
+   and not. */
 static void test_gemm_weight_gradients_equal_the_definition(void) {
-  static const int32_t shapes[][3] = {{200, 784, 133}, {140, 829, 65}, {8, 48, 200}, {77, 61, 16}, {21, 96, 0},
-                                      {801, 64, 70}, {27, 1633, 129}, {523, 49, 257}};
+  static const int32_t shapes[][3] = {{200, 784, 133}, {140, 829, 65}, {8, 48, 200},
+                                      {77, 61, 16},    {21, 96, 0},    {801, 64, 70},
+                                      {27, 1633, 129}, {523, 49, 257}};
   uint64_t seed = 17;
   size_t i;
   for (i = 0; i < sizeof shapes / sizeof shapes[0]; ++i) {
@@ -142,7 +153,8 @@ static void test_gemm_random_shapes_equal_the_definition(void) {
   uint64_t seed = 11;
   int round;
   for (round = 0; round < 400; ++round) {
-    int32_t m = 1 + (int32_t)(fabsf(test_random(&seed)) * 40.0f), n = 1 + (int32_t)(fabsf(test_random(&seed)) * 120.0f);
+    int32_t m = 1 + (int32_t)(fabsf(test_random(&seed)) * 40.0f),
+            n = 1 + (int32_t)(fabsf(test_random(&seed)) * 120.0f);
     int32_t k = (int32_t)(fabsf(test_random(&seed)) * 70.0f);
     moe__b_layout layout = layouts[round % 3];
     int weight = layout != MOE__B_ROWS && round & 4, transposed = !weight && round & 8;
@@ -157,16 +169,20 @@ static void test_gemm_packs_into_panels_of_16(void) {
   size_t i, s;
   for (i = 0; i < sizeof shapes / sizeof shapes[0]; ++i) {
     int32_t rows = shapes[i][0], cols = shapes[i][1], j, p;
-    float *w = random_floats((size_t)rows * (size_t)cols, &seed), *panels = random_floats(moe_pack_floats(rows, cols), &seed);
-    CHECK(moe_pack_floats(rows, cols) == (size_t)((rows + 15) / 16 * 16) * (size_t)cols, "size of %d x %d", (int)rows, (int)cols);
+    float *w = random_floats((size_t)rows * (size_t)cols, &seed),
+          *panels = random_floats(moe_pack_floats(rows, cols), &seed);
+    CHECK(moe_pack_floats(rows, cols) == (size_t)((rows + 15) / 16 * 16) * (size_t)cols,
+          "size of %d x %d", (int)rows, (int)cols);
     for (s = 0; s < ISAS; ++s) {
       moe_env env;
       if (moe_env_init(&env, all_isas[s])) continue;
       moe_pack(panels, w, rows, cols, &env);
       for (j = 0; j < (rows + 15) / 16 * 16; ++j)
         for (p = 0; p < cols; ++p) {
-          float want = j < rows ? w[j * cols + p] : 0.0f, got = panels[(j / 16 * cols + p) * 16 + j % 16];
-          CHECK(moe__bits(want) == moe__bits(got), "%s: (%d, %d) of %d x %d", moe_isa_name(all_isas[s]), (int)j, (int)p, (int)rows, (int)cols);
+          float want = j < rows ? w[j * cols + p] : 0.0f,
+                got = panels[(j / 16 * cols + p) * 16 + j % 16];
+          CHECK(moe__bits(want) == moe__bits(got), "%s: (%d, %d) of %d x %d",
+                moe_isa_name(all_isas[s]), (int)j, (int)p, (int)rows, (int)cols);
         }
     }
     free(w), free(panels);
@@ -181,7 +197,8 @@ static void test_gemm_lists_give_the_same_bits_for_any_number_of_threads(void) {
   static const int32_t ms[COUNT] = {300, 0, 1, 77, 130}; /* like experts, one of them empty */
   static const int32_t threads[] = {1, 2, 3, 8};
   uint64_t seed = 21;
-  float *a = random_floats(600 * K, &seed), *b = random_floats(COUNT * N * K, &seed), *first = random_floats(600 * N, &seed);
+  float *a = random_floats(600 * K, &seed), *b = random_floats(COUNT * N * K, &seed),
+        *first = random_floats(600 * N, &seed);
   float *c = random_floats(600 * N, &seed);
   size_t t, i;
   for (t = 0; t < sizeof threads / sizeof threads[0]; ++t) {

@@ -1,4 +1,5 @@
-/* Blocks as experts and task-level routing [TL]: against PyTorch and differences, bit for bit in every company, files, wrong input. */
+/* Blocks as experts and task-level routing [TL]: against PyTorch and differences, bit for bit in
+   every company, files, wrong input. */
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
@@ -14,7 +15,7 @@ static moe_config level_config(moe_router router, moe_selection selection, int32
   moe_config c = models_config(router, blocks, 1);
   c.unit = MOE_UNIT_BLOCK;
   c.selection = selection;
-  c.vector = 7;
+  c.task_dim = 7;
   return c;
 }
 
@@ -38,10 +39,10 @@ static moe_model *level_model(const moe_config *c, const moe_env *env) {
 static moe_train_config level_training(void) {
   moe_train_config t;
   moe_train_config_init(&t);
-  t.rate = 1e-2f;
+  t.lr = 1e-2f;
   t.steps = 10;
   t.dropout = 0;
-  t.tau_first = t.tau_last = 0.7f;
+  t.tau_start = t.tau_end = 0.7f;
   t.seed = 5;
   return t;
 }
@@ -53,12 +54,13 @@ static moe_trainer *level_trainer(moe_model *model, const moe_train_config *t, c
   return trainer;
 }
 
-static int level_scores(float *out, const moe_model *model, const models_batch *b, const moe_level *level, const moe_env *env) {
+static int level_scores(float *out, const moe_model *model, const models_batch *b,
+                        const moe_task_router *level, const moe_env *env) {
   moe_limits limits = {MODELS_M, MODELS_S, 0};
   moe_context *context;
   moe_status status = moe_context_create(&context, model, &limits, env);
   if (status) return (int)status;
-  if (level) status = moe_context_level(context, level, env);
+  if (level) status = moe_context_task_router(context, level, env);
   if (!status) status = moe_forward(context, out, &b->b, env);
   moe_context_free(context);
   return (int)status;
@@ -72,7 +74,7 @@ static size_t score_bytes(const moe_model *model, const models_batch *b) {
 
 static moe_model *golden_model(moe_selection selection, const moe_env *env) {
   static const char *const name[] = {"two", "three", "real"};
-  moe_config c = level_config(MOE_ROUTER_LEVEL, selection, BLOCKS);
+  moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, selection, BLOCKS);
   moe_task tasks[3];
   moe_model *model = NULL;
   int32_t i;
@@ -83,7 +85,8 @@ static moe_model *golden_model(moe_selection selection, const moe_env *env) {
     tasks[i].classes = i == 2 ? 1 : 2 + i;
   }
   tasks[2].low = -5, tasks[2].high = 5;
-  c.hidden = 16, c.heads = 2, c.ffn = 32, c.positions = c.max_len = 12, c.vector = 8, c.temperature = 0.3f;
+  c.hidden = 16, c.heads = 2, c.ffn = 32, c.positions = c.max_len = 12, c.task_dim = 8,
+  c.temperature = 0.3f;
   if (moe_model_create(&model, &c, tasks, 3, 1, env)) return NULL;
   models_fill(model, 0);
   for (i = 0; i < moe_model_tensors(model); ++i) {
@@ -111,7 +114,8 @@ static void golden_batch(const moe_model *model) {
   models_connect(&batch, moe_model_config(model), S);
 }
 
-static void check_golden(moe_selection selection, const double *want_scores, const double *want_losses, const golden_number *norms,
+static void check_golden(moe_selection selection, const double *want_scores,
+                         const double *want_losses, const golden_number *norms,
                          const golden_number *probes, size_t count) {
   static float probe[4096], losses[MODELS_S];
   moe_env env = models_env(MOE_ISA_AUTO);
@@ -125,9 +129,11 @@ static void check_golden(moe_selection selection, const double *want_scores, con
   golden_batch(model);
   CHECK(level_scores(scores, model, &batch, NULL, &env) == MOE_OK, "%s", models_sentence);
   for (s = 0; s < 3 * batch.b.S; ++s) CHECK_NEAR(scores[s], want_scores[s], 2e-5);
-  CHECK(moe_accumulate(trainer, &batch.b, 0, NULL, losses, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(trainer, &batch.b, 0, NULL, losses, &env) == MOE_OK, "%s",
+        models_sentence);
   for (s = 0; s < batch.b.S; ++s) CHECK_NEAR(losses[s], want_losses[s], 1e-4);
-  CHECK(count == (size_t)moe_model_tensors(model), "%d tensors, PyTorch has %zu", (int)moe_model_tensors(model), count);
+  CHECK(count == (size_t)moe_model_tensors(model), "%d tensors, PyTorch has %zu",
+        (int)moe_model_tensors(model), count);
   for (i = 0; i < count; ++i) {
     moe_tensor tensor;
     const float *g;
@@ -139,18 +145,27 @@ static void check_golden(moe_selection selection, const double *want_scores, con
     golden_fill(probe, tensor.count, tensor.name, 1.0f);
     for (j = 0; j < tensor.count; ++j) sum += (double)g[j] * (double)probe[j];
     norm = moe_gradient_norm(g, tensor.count, &env);
-    CHECK(fabs(norm - norms[i].value) <= 2e-5 * norms[i].value + 1e-6, "%s: norm %g, PyTorch %g", tensor.name, norm, norms[i].value);
-    CHECK(fabs(sum - probes[i].value) <= 5e-5 * norms[i].value + 1e-6, "%s: sum %g, PyTorch %g", tensor.name, sum, probes[i].value);
+    CHECK(fabs(norm - norms[i].value) <= 2e-5 * norms[i].value + 1e-6, "%s: norm %g, PyTorch %g",
+          tensor.name, norm, norms[i].value);
+    CHECK(fabs(sum - probes[i].value) <= 5e-5 * norms[i].value + 1e-6, "%s: sum %g, PyTorch %g",
+          tensor.name, sum, probes[i].value);
   }
   moe_trainer_free(trainer);
   moe_model_free(model);
 }
 
-#define GOLDEN(name) level_##name##_scores, level_##name##_losses, level_##name##_norms, level_##name##_probes, \
-                     sizeof level_##name##_norms / sizeof *level_##name##_norms
-static void test_level_softmax_equals_pytorch(void) { check_golden(MOE_SELECT_SOFTMAX, GOLDEN(softmax)); }
-static void test_level_gumbel_equals_pytorch(void) { check_golden(MOE_SELECT_GUMBEL, GOLDEN(gumbel)); }
-static void test_level_straight_through_equals_pytorch(void) { check_golden(MOE_SELECT_STRAIGHT, GOLDEN(straight)); }
+#define GOLDEN(name)                                                                               \
+  level_##name##_scores, level_##name##_losses, level_##name##_norms, level_##name##_probes,       \
+      sizeof level_##name##_norms / sizeof *level_##name##_norms
+static void test_level_softmax_equals_pytorch(void) {
+  check_golden(MOE_SELECT_SOFTMAX, GOLDEN(softmax));
+}
+static void test_level_gumbel_equals_pytorch(void) {
+  check_golden(MOE_SELECT_GUMBEL, GOLDEN(gumbel));
+}
+static void test_level_straight_through_equals_pytorch(void) {
+  check_golden(MOE_SELECT_STRAIGHT, GOLDEN(straight));
+}
 
 /* ---- differences ---- */
 
@@ -159,39 +174,48 @@ static void test_level_gradients_equal_differences(void) {
   static float routes[ROUTES], dscores[ROUTES];
   moe_env env = models_env(MOE_ISA_AUTO);
   int variant, i;
-  for (variant = 0; variant < 4; ++variant) { /* softmax, Gumbel, fixed routes of one or two blocks, scores from outside */
-    moe_config c = level_config(variant < 2 ? MOE_ROUTER_LEVEL : MOE_ROUTER_DENSE, variant == 1 ? MOE_SELECT_GUMBEL : MOE_SELECT_SOFTMAX, BLOCKS);
+  for (variant = 0; variant < 4;
+       ++variant) { /* softmax, Gumbel, fixed routes of one or two blocks, scores from outside */
+    moe_config c = level_config(variant < 2 ? MOE_ROUTER_TASK_LEVEL : MOE_ROUTER_DENSE,
+                                variant == 1 ? MOE_SELECT_GUMBEL : MOE_SELECT_SOFTMAX, BLOCKS);
     moe_model *model = level_model(&c, &env);
     moe_train_config t = level_training();
     moe_trainer *trainer = level_trainer(model, &t, &env);
-    moe_level level = {NULL, NULL, NULL};
+    moe_task_router level = {NULL, NULL, NULL};
     float error = 1;
     CHECK(trainer, "%s", models_sentence);
     models_random_batch(&batch, model, 9, 7, 3);
-    for (i = 0; i < ROUTES; ++i) routes[i] = variant == 3 ? 0.3f * (float)(i % 7) - 1 : (float)((i / 3 + i % 3) % 4 < 2) * 0.5f + (float)(i % 3 == 0);
+    for (i = 0; i < ROUTES; ++i)
+      routes[i] = variant == 3 ? 0.3f * (float)(i % 7) - 1
+                               : (float)((i / 3 + i % 3) % 4 < 2) * 0.5f + (float)(i % 3 == 0);
     if (variant == 2) level.routes = routes;
     if (variant == 3) level.scores = routes, level.dscores = dscores;
-    if (variant > 1) CHECK(moe_context_level(moe_trainer_context(trainer), &level, &env) == MOE_OK, "%s", models_sentence);
-    CHECK(moe_gradcheck(trainer, &batch.b, moe_model_tensors(model), &error, &env) == MOE_OK, "%s", models_sentence);
+    if (variant > 1)
+      CHECK(moe_context_task_router(moe_trainer_context(trainer), &level, &env) == MOE_OK, "%s",
+            models_sentence);
+    CHECK(moe_gradcheck(trainer, &batch.b, moe_model_tensors(model), &error, &env) == MOE_OK, "%s",
+          models_sentence);
     CHECK(error < 5e-3f, "variant %d: %g", variant, (double)error);
     moe_trainer_free(trainer);
     moe_model_free(model);
   }
 }
 
-/* The gradient of a caller's scores is what the model's own router would get: its last bias adds up those of the tasks. */
+/* The gradient of a caller's scores is what the model's own router would get: its last bias adds up
+   those of the tasks. */
 static void test_level_gives_back_the_gradients_of_scores(void) {
-  static const moe_selection selection[] = {MOE_SELECT_SOFTMAX, MOE_SELECT_GUMBEL, MOE_SELECT_STRAIGHT};
+  static const moe_selection selection[] = {MOE_SELECT_SOFTMAX, MOE_SELECT_GUMBEL,
+                                            MOE_SELECT_STRAIGHT};
   static float z[ROUTES], dz[ROUTES];
   moe_env env = models_env(MOE_ISA_AUTO);
   float pre[64], act[64], loss[2] = {0, 0};
   int variant, i, l, k;
   for (variant = 0; variant < 3; ++variant) {
-    moe_config c = level_config(MOE_ROUTER_LEVEL, selection[variant], BLOCKS);
+    moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, selection[variant], BLOCKS);
     moe_model *model = level_model(&c, &env);
     moe_train_config t = level_training();
     moe_trainer *trainer = level_trainer(model, &t, &env);
-    moe_level level = {NULL, NULL, NULL};
+    moe_task_router level = {NULL, NULL, NULL};
     float bias[LAYERS * BLOCKS];
     CHECK(trainer, "%s", models_sentence);
     models_random_batch(&batch, model, 20, 5, 4);
@@ -199,14 +223,19 @@ static void test_level_gives_back_the_gradients_of_scores(void) {
     level.scores = z;
     level.dscores = dz;
     for (i = 0; i < MODELS_TASKS; ++i)
-      for (l = 0; l < LAYERS; ++l) moe__level_scores(z + (i * LAYERS + l) * BLOCKS, pre, act, model, i, l, &env);
-    CHECK(moe_accumulate(trainer, &batch.b, 0, &loss[0], NULL, &env) == MOE_OK, "%s", models_sentence);
+      for (l = 0; l < LAYERS; ++l)
+        moe__task_router_scores(z + (i * LAYERS + l) * BLOCKS, pre, act, model, i, l, &env);
+    CHECK(moe_trainer_accumulate(trainer, &batch.b, 0, &loss[0], NULL, &env) == MOE_OK, "%s",
+          models_sentence);
     for (i = 0; i < LAYERS * BLOCKS; ++i)
-      bias[i] = moe_trainer_gradients(trainer)[model->plan.router + (size_t)(i / BLOCKS) * model->plan.router_stride + model->plan.score_out_b +
-                                               (size_t)(i % BLOCKS)];
-    moe_context_level(moe_trainer_context(trainer), &level, &env);
-    CHECK(moe_accumulate(trainer, &batch.b, 0, &loss[1], NULL, &env) == MOE_OK, "%s", models_sentence);
-    CHECK(!memcmp(&loss[0], &loss[1], sizeof loss[0]), "loss %g, with scores from outside %g", (double)loss[0], (double)loss[1]);
+      bias[i] = moe_trainer_gradients(
+          trainer)[model->plan.router + (size_t)(i / BLOCKS) * model->plan.router_stride +
+                   model->plan.score_out_b + (size_t)(i % BLOCKS)];
+    moe_context_task_router(moe_trainer_context(trainer), &level, &env);
+    CHECK(moe_trainer_accumulate(trainer, &batch.b, 0, &loss[1], NULL, &env) == MOE_OK, "%s",
+          models_sentence);
+    CHECK(!memcmp(&loss[0], &loss[1], sizeof loss[0]), "loss %g, with scores from outside %g",
+          (double)loss[0], (double)loss[1]);
     for (i = 0; i < LAYERS * BLOCKS; ++i) {
       float sum = 0;
       for (k = 0; k < MODELS_TASKS; ++k) sum += dz[k * LAYERS * BLOCKS + i];
@@ -221,7 +250,8 @@ static void test_level_gives_back_the_gradients_of_scores(void) {
 
 static void test_level_of_one_block_is_the_dense_model(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_config dense = models_config(MOE_ROUTER_DENSE, 1, 1), block = level_config(MOE_ROUTER_DENSE, MOE_SELECT_SOFTMAX, 1);
+  moe_config dense = models_config(MOE_ROUTER_DENSE, 1, 1),
+             block = level_config(MOE_ROUTER_DENSE, MOE_SELECT_SOFTMAX, 1);
   moe_task tasks[MODELS_TASKS];
   moe_model *a = NULL, *b = NULL;
   moe_trainer *ta, *tb;
@@ -230,81 +260,109 @@ static void test_level_of_one_block_is_the_dense_model(void) {
   int step;
   t.dropout = 0.1f;
   models_tasks(tasks);
-  CHECK(!moe_model_create(&a, &dense, tasks, MODELS_TASKS, 3, &env) && !moe_model_create(&b, &block, tasks, MODELS_TASKS, 3, &env), "%s", models_sentence);
+  CHECK(!moe_model_create(&a, &dense, tasks, MODELS_TASKS, 3, &env) &&
+            !moe_model_create(&b, &block, tasks, MODELS_TASKS, 3, &env),
+        "%s", models_sentence);
   n = moe_model_parameters(a);
-  CHECK(n == moe_model_parameters(b) && !memcmp(moe_model_weights(a), moe_model_weights(b), n * sizeof(float)), "fresh weights differ");
+  CHECK(n == moe_model_parameters(b) &&
+            !memcmp(moe_model_weights(a), moe_model_weights(b), n * sizeof(float)),
+        "fresh weights differ");
   ta = level_trainer(a, &t, &env);
   tb = level_trainer(b, &t, &env);
   CHECK(ta && tb, "%s", models_sentence);
   for (step = 0; step < 3; ++step) {
     float la = 0, lb = 1;
     models_random_batch(&batch, a, 12, 9, (uint64_t)step);
-    CHECK(!moe_accumulate(ta, &batch.b, 0, &la, NULL, &env) && !moe_accumulate(tb, &batch.b, 0, &lb, NULL, &env), "%s", models_sentence);
-    CHECK(!memcmp(&la, &lb, sizeof la), "step %d: loss %.9g, dense %.9g", step, (double)lb, (double)la);
+    CHECK(!moe_trainer_accumulate(ta, &batch.b, 0, &la, NULL, &env) &&
+              !moe_trainer_accumulate(tb, &batch.b, 0, &lb, NULL, &env),
+          "%s", models_sentence);
+    CHECK(!memcmp(&la, &lb, sizeof la), "step %d: loss %.9g, dense %.9g", step, (double)lb,
+          (double)la);
     for (i = 0; i < n; ++i) {
       float x = moe_trainer_gradients(ta)[i], y = moe_trainer_gradients(tb)[i];
-      CHECK(!(x < y || x > y), "step %d: gradient %zu is %.9g, dense %.9g", step, i, (double)y, (double)x);
+      CHECK(!(x < y || x > y), "step %d: gradient %zu is %.9g, dense %.9g", step, i, (double)y,
+            (double)x);
     }
-    CHECK(!moe_update(ta, NULL, &env) && !moe_update(tb, NULL, &env), "%s", models_sentence);
+    CHECK(!moe_trainer_step(ta, NULL, &env) && !moe_trainer_step(tb, NULL, &env), "%s",
+          models_sentence);
   }
-  CHECK(!memcmp(moe_model_weights(a), moe_model_weights(b), n * sizeof(float)), "trained weights differ");
-  CHECK(!level_scores(scores, a, &batch, NULL, &env) && !level_scores(scores2, b, &batch, NULL, &env), "%s", models_sentence);
+  CHECK(!memcmp(moe_model_weights(a), moe_model_weights(b), n * sizeof(float)),
+        "trained weights differ");
+  CHECK(!level_scores(scores, a, &batch, NULL, &env) &&
+            !level_scores(scores2, b, &batch, NULL, &env),
+        "%s", models_sentence);
   CHECK(!memcmp(scores, scores2, score_bytes(a, &batch)), "scores differ");
   moe_trainer_free(ta), moe_trainer_free(tb);
   moe_model_free(a), moe_model_free(b);
 }
 
-/* The block that straight-through training takes, computed alone; blocks that are not chosen hold NaN meanwhile, so none of them is computed. */
+/* The block that straight-through training takes, computed alone; blocks that are not chosen hold
+   NaN meanwhile, so none of them is computed. */
 static void test_level_inference_computes_the_chosen_blocks_only(void) {
   static float routes[ROUTES], hidden[MODELS_M * 20];
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_config c = level_config(MOE_ROUTER_LEVEL, MOE_SELECT_STRAIGHT, BLOCKS);
+  moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_STRAIGHT, BLOCKS);
   moe_model *model = level_model(&c, &env);
   moe_train_config t = level_training();
   moe_trainer *trainer = level_trainer(model, &t, &env);
   moe_limits limits = {MODELS_M, MODELS_S, 0};
   moe_context *context;
-  moe_level level = {NULL, NULL, NULL};
+  moe_task_router level = {NULL, NULL, NULL};
   moe_routes r;
   size_t j, bytes;
   int32_t l, s, i;
   CHECK(trainer, "%s", models_sentence);
   models_random_batch(&batch, model, MODELS_TASKS, 9, 8);
-  for (s = 0; s < MODELS_TASKS; ++s) { /* one sequence a task: noise is drawn for each sequence, fixed routes are for tasks */
+  for (s = 0; s < MODELS_TASKS; ++s) { /* one sequence a task: noise is drawn for each sequence,
+                                          fixed routes are for tasks */
     batch.task[s] = s;
     batch.label[s] = 1;
     batch.span[4 * s] = batch.span[4 * s + 2] = 0;
     batch.span[4 * s + 1] = batch.span[4 * s + 3] = 1;
   }
-  CHECK(moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+        models_sentence);
   bytes = (size_t)batch.start[MODELS_TASKS] * 20 * sizeof(float);
   memcpy(hidden, moe_context_hidden(moe_trainer_context(trainer)), bytes);
   memset(routes, 0, sizeof routes);
   for (l = 0; l < LAYERS; ++l) {
     moe_context_routes(moe_trainer_context(trainer), l, &r);
-    CHECK(r.N == BLOCKS && r.k == 1 && r.M == batch.start[MODELS_TASKS] && r.start[BLOCKS] == r.M, "routes of layer %d", (int)l);
-    for (s = 0; s < MODELS_TASKS; ++s) routes[(s * LAYERS + l) * BLOCKS + r.expert[batch.start[s]]] = 1;
+    CHECK(r.N == BLOCKS && r.k == 1 && r.M == batch.start[MODELS_TASKS] && r.start[BLOCKS] == r.M,
+          "routes of layer %d", (int)l);
+    for (s = 0; s < MODELS_TASKS; ++s)
+      routes[(s * LAYERS + l) * BLOCKS + r.expert[batch.start[s]]] = 1;
   }
   level.routes = routes;
   CHECK(moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", models_sentence);
-  CHECK(moe_context_level(context, &level, &env) == MOE_OK && moe_forward(context, scores, &batch.b, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_context_task_router(context, &level, &env) == MOE_OK &&
+            moe_forward(context, scores, &batch.b, &env) == MOE_OK,
+        "%s", models_sentence);
   CHECK(!memcmp(hidden, moe_context_hidden(context), bytes), "hidden states differ");
-  for (s = 0; s < MODELS_TASKS; ++s) /* now every task at block 1 of layer 0 and block 2 of layer 1 */
-    for (i = 0; i < LAYERS * BLOCKS; ++i) routes[s * LAYERS * BLOCKS + i] = (float)(i == 1 || i == 5);
+  for (s = 0; s < MODELS_TASKS;
+       ++s) /* now every task at block 1 of layer 0 and block 2 of layer 1 */
+    for (i = 0; i < LAYERS * BLOCKS; ++i)
+      routes[s * LAYERS * BLOCKS + i] = (float)(i == 1 || i == 5);
   CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_OK, "%s", models_sentence);
   for (i = 0; i < moe_model_tensors(model); ++i) {
     moe_tensor tensor;
     moe_model_tensor(model, i, &tensor);
-    if (!strstr(tensor.name, ".blocks.") || strstr(tensor.name, "0.blocks.1.") || strstr(tensor.name, "1.blocks.2.")) continue;
+    if (!strstr(tensor.name, ".blocks.") || strstr(tensor.name, "0.blocks.1.") ||
+        strstr(tensor.name, "1.blocks.2."))
+      continue;
     for (j = 0; j < tensor.count; ++j) moe_model_weights(model)[tensor.offset + j] = NAN;
   }
   moe_model_pack(model, NULL, &env);
   CHECK(moe_forward(context, scores2, &batch.b, &env) == MOE_OK, "%s", models_sentence);
-  CHECK(!memcmp(scores, scores2, score_bytes(model, &batch)), "a block that is not chosen was computed");
-  CHECK(moe_context_level(moe_trainer_context(trainer), &level, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(!memcmp(scores, scores2, score_bytes(model, &batch)),
+        "a block that is not chosen was computed");
+  CHECK(moe_context_task_router(moe_trainer_context(trainer), &level, &env) == MOE_OK, "%s",
+        models_sentence);
   moe__trainer_clear(trainer);
-  CHECK(moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "training computes a block that is not chosen: %s", models_sentence);
-  CHECK(moe__finite(moe_gradient_norm(moe_trainer_gradients(trainer), moe_model_parameters(model), &env)), "its gradient is not finite");
+  CHECK(moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK,
+        "training computes a block that is not chosen: %s", models_sentence);
+  CHECK(moe__finite(
+            moe_gradient_norm(moe_trainer_gradients(trainer), moe_model_parameters(model), &env)),
+        "its gradient is not finite");
   moe_context_free(context);
   moe_trainer_free(trainer);
   moe_model_free(model);
@@ -313,7 +371,7 @@ static void test_level_inference_computes_the_chosen_blocks_only(void) {
 /* Weights after three steps, each of one batch or of two halves. */
 static uint64_t run_hash(moe_isa isa, int32_t threads, int halves, moe_selection selection) {
   moe_env env = models_env(isa);
-  moe_config c = level_config(MOE_ROUTER_LEVEL, selection, BLOCKS);
+  moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, selection, BLOCKS);
   moe_model *model = level_model(&c, &env);
   moe_train_config t = level_training();
   moe_trainer *trainer;
@@ -328,13 +386,13 @@ static uint64_t run_hash(moe_isa isa, int32_t threads, int halves, moe_selection
     moe_status status = MOE_OK;
     int32_t s;
     models_random_batch(&batch, model, 16, 11, (uint64_t)step + 20);
-    if (!halves) status = moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env);
+    if (!halves) status = moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &env);
     for (s = 0; halves && s < 16 && !status; ++s) {
       if (s % 8 == 0) memset(&other, 0, sizeof other);
       models_append(&other, &batch, s, &c);
-      if (s % 8 == 7) status = moe_accumulate(trainer, &other.b, 16, NULL, NULL, &env);
+      if (s % 8 == 7) status = moe_trainer_accumulate(trainer, &other.b, 16, NULL, NULL, &env);
     }
-    if (!status) status = moe_update(trainer, NULL, &env);
+    if (!status) status = moe_trainer_step(trainer, NULL, &env);
     if (status) return (uint64_t)step + 2;
   }
   hash = models_hash(moe_model_weights(model), moe_model_parameters(model) * sizeof(float));
@@ -350,10 +408,14 @@ static void test_level_bits_depend_on_no_thread_no_isa_no_batch(void) {
   for (selection = 0; selection < 3; ++selection) {
     uint64_t want = run_hash(MOE_ISA_AUTO, 1, 0, (moe_selection)selection);
     CHECK(want > 10, "%s", models_sentence);
-    CHECK(run_hash(MOE_ISA_AUTO, 3, 0, (moe_selection)selection) == want, "threads change bits, selection %d", selection);
-    CHECK(run_hash(MOE_ISA_AUTO, 1, 1, (moe_selection)selection) == want, "micro-batches change bits, selection %d", selection);
+    CHECK(run_hash(MOE_ISA_AUTO, 3, 0, (moe_selection)selection) == want,
+          "threads change bits, selection %d", selection);
+    CHECK(run_hash(MOE_ISA_AUTO, 1, 1, (moe_selection)selection) == want,
+          "micro-batches change bits, selection %d", selection);
     for (i = 0; i < (int)(sizeof isa / sizeof isa[0]); ++i)
-      if (moe_isa_available(isa[i])) CHECK(run_hash(isa[i], 1, 0, (moe_selection)selection) == want, "%s changes bits", moe_isa_name(isa[i]));
+      if (moe_isa_available(isa[i]))
+        CHECK(run_hash(isa[i], 1, 0, (moe_selection)selection) == want, "%s changes bits",
+              moe_isa_name(isa[i]));
   }
 }
 
@@ -362,7 +424,7 @@ static void test_level_scores_depend_on_no_other_sequence(void) {
   int selection;
   int32_t s;
   for (selection = 0; selection < 3; ++selection) {
-    moe_config c = level_config(MOE_ROUTER_LEVEL, (moe_selection)selection, BLOCKS);
+    moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, (moe_selection)selection, BLOCKS);
     moe_model *model = level_model(&c, &env);
     size_t row;
     CHECK(model, "%s", models_sentence);
@@ -373,7 +435,8 @@ static void test_level_scores_depend_on_no_other_sequence(void) {
       memset(&other, 0, sizeof other);
       models_append(&other, &batch, s, &c);
       CHECK(level_scores(scores2, model, &other, NULL, &env) == MOE_OK, "%s", models_sentence);
-      CHECK(!memcmp(scores2, scores + (size_t)s * row, row * sizeof(float)), "sequence %d alone", (int)s);
+      CHECK(!memcmp(scores2, scores + (size_t)s * row, row * sizeof(float)), "sequence %d alone",
+            (int)s);
     }
     moe_model_free(model);
   }
@@ -386,20 +449,23 @@ static void test_level_routes_are_those_of_inference(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   int selection, i;
   for (selection = 0; selection < 3; ++selection) {
-    moe_config c = level_config(MOE_ROUTER_LEVEL, (moe_selection)selection, BLOCKS);
+    moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, (moe_selection)selection, BLOCKS);
     moe_model *model = level_model(&c, &env);
-    moe_level level = {NULL, NULL, NULL};
+    moe_task_router level = {NULL, NULL, NULL};
     CHECK(model, "%s", models_sentence);
     models_random_batch(&batch, model, 12, 11, 32);
-    CHECK(moe_level_routes(routes, model, selection ? 0 : c.temperature, &env) == MOE_OK, "%s", models_sentence);
+    CHECK(moe_task_router_routes(routes, model, selection ? 0 : c.temperature, &env) == MOE_OK,
+          "%s", models_sentence);
     level.routes = routes;
-    CHECK(!level_scores(scores, model, &batch, NULL, &env) && !level_scores(scores2, model, &batch, &level, &env), "%s", models_sentence);
+    CHECK(!level_scores(scores, model, &batch, NULL, &env) &&
+              !level_scores(scores2, model, &batch, &level, &env),
+          "%s", models_sentence);
     CHECK(!memcmp(scores, scores2, score_bytes(model, &batch)), "selection %d", selection);
     moe_model_free(model);
   }
-  moe_level_blend(blend, routes, 0, ROUTES / BLOCKS, BLOCKS);
+  moe_task_router_blend(blend, routes, 0, ROUTES / BLOCKS, BLOCKS);
   for (i = 0; i < ROUTES; ++i) CHECK_NEAR(blend[i], 1.0 / BLOCKS, 1e-7);
-  moe_level_blend(blend, routes, 1, ROUTES / BLOCKS, BLOCKS);
+  moe_task_router_blend(blend, routes, 1, ROUTES / BLOCKS, BLOCKS);
   CHECK(!memcmp(blend, routes, sizeof routes), "the whole way from the average");
 }
 
@@ -421,9 +487,10 @@ static void test_level_temperature_falls(void) {
 }
 
 static void test_level_router_learns_at_its_own_rate(void) {
-  static const moe_group groups[] = {{"encoder", 0, 1}, {"router.", 10, 1}, {"tasks.vectors", 0, 1}};
+  static const moe_param_group groups[] = {
+      {"encoder", 0, 1}, {"router.", 10, 1}, {"tasks.vectors", 0, 1}};
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_config c = level_config(MOE_ROUTER_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS);
+  moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS);
   moe_model *model = level_model(&c, &env);
   moe_train_config t = level_training();
   moe_trainer *trainer;
@@ -432,21 +499,28 @@ static void test_level_router_learns_at_its_own_rate(void) {
   t.groups = groups;
   t.n_groups = 3;
   t.warmup = 0;
-  t.rate = 1e-3f;
+  t.lr = 1e-3f;
   trainer = level_trainer(model, &t, &env);
   CHECK(trainer, "%s", models_sentence);
   before = (float *)malloc(moe_model_parameters(model) * sizeof(float));
   memcpy(before, moe_model_weights(model), moe_model_parameters(model) * sizeof(float));
   models_random_batch(&batch, model, 20, 11, 33);
-  CHECK(!moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) && !moe_update(trainer, NULL, &env), "%s", models_sentence);
+  CHECK(!moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) &&
+            !moe_trainer_step(trainer, NULL, &env),
+        "%s", models_sentence);
   for (i = 0; i < moe_model_tensors(model); ++i) {
     moe_tensor tensor;
     double most = 0, want;
     size_t j;
     moe_model_tensor(model, i, &tensor);
-    for (j = tensor.offset; j < tensor.offset + tensor.count; ++j) most = fmax(most, fabs((double)moe_model_weights(model)[j] - (double)before[j]));
-    want = !strncmp(tensor.name, "router.", 7) ? 1e-2 : !strncmp(tensor.name, "heads.", 6) ? 1e-3 : strncmp(tensor.name, "embeddings.", 11) ? 0 : 1e-3;
-    CHECK(most <= want * 1.001 + 1e-12 && most >= want * 0.9, "%s moved by %g, its rate is %g", tensor.name, most, want); /* Adam's first step */
+    for (j = tensor.offset; j < tensor.offset + tensor.count; ++j)
+      most = fmax(most, fabs((double)moe_model_weights(model)[j] - (double)before[j]));
+    want = !strncmp(tensor.name, "router.", 7)       ? 1e-2
+           : !strncmp(tensor.name, "heads.", 6)      ? 1e-3
+           : strncmp(tensor.name, "embeddings.", 11) ? 0
+                                                     : 1e-3;
+    CHECK(most <= want * 1.001 + 1e-12 && most >= want * 0.9, "%s moved by %g, its rate is %g",
+          tensor.name, most, want); /* Adam's first step */
   }
   free(before);
   moe_trainer_free(trainer);
@@ -483,7 +557,8 @@ static void test_level_files_give_back_the_model(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   int variant;
   for (variant = 0; variant < 4; ++variant) {
-    moe_config c = level_config(variant < 3 ? MOE_ROUTER_LEVEL : MOE_ROUTER_DENSE, (moe_selection)(variant % 3), BLOCKS);
+    moe_config c = level_config(variant < 3 ? MOE_ROUTER_TASK_LEVEL : MOE_ROUTER_DENSE,
+                                (moe_selection)(variant % 3), BLOCKS);
     moe_model *model, *back = NULL;
     const moe_config *read;
     sink s;
@@ -492,10 +567,14 @@ static void test_level_files_give_back_the_model(void) {
     CHECK(model && sink_model(&s, model, &env) == MOE_OK, "%s", models_sentence);
     CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_OK, "%s", models_sentence);
     read = moe_model_config(back);
-    CHECK(read->unit == c.unit && read->router == c.router && read->selection == c.selection && read->vector == c.vector &&
-          !(read->temperature < c.temperature || read->temperature > c.temperature), "the configuration differs");
+    CHECK(read->unit == c.unit && read->router == c.router && read->selection == c.selection &&
+              read->task_dim == c.task_dim &&
+              !(read->temperature < c.temperature || read->temperature > c.temperature),
+          "the configuration differs");
     models_random_batch(&batch, model, 12, 11, 41);
-    CHECK(!level_scores(scores, model, &batch, NULL, &env) && !level_scores(scores2, back, &batch, NULL, &env), "%s", models_sentence);
+    CHECK(!level_scores(scores, model, &batch, NULL, &env) &&
+              !level_scores(scores2, back, &batch, NULL, &env),
+          "%s", models_sentence);
     CHECK(!memcmp(scores, scores2, score_bytes(model, &batch)), "scores differ");
     free(s.data);
     moe_model_free(model);
@@ -506,10 +585,12 @@ static void test_level_files_give_back_the_model(void) {
 /* A checkpoint goes on as if nothing had happened, and not with another selection. */
 static void test_level_checkpoints_go_on(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_config c = level_config(MOE_ROUTER_LEVEL, MOE_SELECT_GUMBEL, BLOCKS), wrong = level_config(MOE_ROUTER_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS);
+  moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_GUMBEL, BLOCKS),
+             wrong = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS);
   moe_model *a = level_model(&c, &env), *b = level_model(&c, &env), *w = level_model(&wrong, &env);
   moe_train_config t = level_training();
-  moe_trainer *ta = level_trainer(a, &t, &env), *tb = level_trainer(b, &t, &env), *tw = level_trainer(w, &t, &env);
+  moe_trainer *ta = level_trainer(a, &t, &env), *tb = level_trainer(b, &t, &env),
+              *tw = level_trainer(w, &t, &env);
   moe_writer writer;
   sink s;
   CHECK(ta && tb && tw, "%s", models_sentence);
@@ -517,25 +598,39 @@ static void test_level_checkpoints_go_on(void) {
   writer.write = sink_write;
   writer.user = &s;
   models_random_batch(&batch, a, 12, 9, 51);
-  CHECK(!moe_accumulate(ta, &batch.b, 0, NULL, NULL, &env) && !moe_update(ta, NULL, &env), "%s", models_sentence);
-  CHECK(!moe_checkpoint_write(ta, NULL, NULL, &writer, &env) && !moe_checkpoint_read(tb, NULL, s.data, s.used, &env), "%s", models_sentence);
-  CHECK(moe_checkpoint_read(tw, NULL, s.data, s.used, &env) == MOE_E_FORMAT && strstr(models_sentence, "gumbel"), "%s", models_sentence);
-  CHECK(!moe_accumulate(ta, &batch.b, 0, NULL, NULL, &env) && !moe_update(ta, NULL, &env), "%s", models_sentence);
-  CHECK(!moe_accumulate(tb, &batch.b, 0, NULL, NULL, &env) && !moe_update(tb, NULL, &env), "%s", models_sentence);
-  CHECK(!memcmp(moe_model_weights(a), moe_model_weights(b), moe_model_parameters(a) * sizeof(float)), "weights differ");
+  CHECK(!moe_trainer_accumulate(ta, &batch.b, 0, NULL, NULL, &env) &&
+            !moe_trainer_step(ta, NULL, &env),
+        "%s", models_sentence);
+  CHECK(!moe_checkpoint_write(ta, NULL, NULL, &writer, &env) &&
+            !moe_checkpoint_read(tb, NULL, s.data, s.used, &env),
+        "%s", models_sentence);
+  CHECK(moe_checkpoint_read(tw, NULL, s.data, s.used, &env) == MOE_E_FORMAT &&
+            strstr(models_sentence, "gumbel"),
+        "%s", models_sentence);
+  CHECK(!moe_trainer_accumulate(ta, &batch.b, 0, NULL, NULL, &env) &&
+            !moe_trainer_step(ta, NULL, &env),
+        "%s", models_sentence);
+  CHECK(!moe_trainer_accumulate(tb, &batch.b, 0, NULL, NULL, &env) &&
+            !moe_trainer_step(tb, NULL, &env),
+        "%s", models_sentence);
+  CHECK(
+      !memcmp(moe_model_weights(a), moe_model_weights(b), moe_model_parameters(a) * sizeof(float)),
+      "weights differ");
   free(s.data);
   moe_trainer_free(ta), moe_trainer_free(tb), moe_trainer_free(tw);
   moe_model_free(a), moe_model_free(b), moe_model_free(w);
 }
 
-/* A dense model is a BERT file: its blocks are copied, and every route through equal blocks computes the dense model. */
+/* A dense model is a BERT file: its blocks are copied, and every route through equal blocks
+   computes the dense model. */
 static void test_level_import_copies_every_block(void) {
   static float routes[ROUTES];
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_config dense = models_config(MOE_ROUTER_DENSE, 1, 1), c = level_config(MOE_ROUTER_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS);
+  moe_config dense = models_config(MOE_ROUTER_DENSE, 1, 1),
+             c = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS);
   moe_task tasks[MODELS_TASKS];
   moe_import_options noise = {1e-3f, 3};
-  moe_level level = {routes, NULL, NULL};
+  moe_task_router level = {routes, NULL, NULL};
   moe_model *a, *b = level_model(&c, &env);
   moe_tensor head;
   sink s;
@@ -546,19 +641,27 @@ static void test_level_import_copies_every_block(void) {
   CHECK(moe_model_import(b, s.data, s.used, NULL, &env) == MOE_OK, "%s", models_sentence);
   moe_model_tensor(a, moe_model_find_tensor(a, "heads.two.weight"), &head);
   CHECK(head.offset == a->plan.heads, "heads come last");
-  memcpy(moe_model_weights(b) + b->plan.heads, moe_model_weights(a) + a->plan.heads, (a->plan.total - a->plan.heads) * sizeof(float));
-  for (i = 0; i < ROUTES; ++i) routes[i] = (float)(i % BLOCKS == (i / BLOCKS * 2 + i / BLOCKS / 2) % BLOCKS);
+  memcpy(moe_model_weights(b) + b->plan.heads, moe_model_weights(a) + a->plan.heads,
+         (a->plan.total - a->plan.heads) * sizeof(float));
+  for (i = 0; i < ROUTES; ++i)
+    routes[i] = (float)(i % BLOCKS == (i / BLOCKS * 2 + i / BLOCKS / 2) % BLOCKS);
   models_random_batch(&batch, a, 12, 11, 61);
-  CHECK(!level_scores(scores, a, &batch, NULL, &env) && !level_scores(scores2, b, &batch, &level, &env), "%s", models_sentence);
-  CHECK(!memcmp(scores, scores2, score_bytes(a, &batch)), "one block of each layer is not the dense model");
+  CHECK(!level_scores(scores, a, &batch, NULL, &env) &&
+            !level_scores(scores2, b, &batch, &level, &env),
+        "%s", models_sentence);
+  CHECK(!memcmp(scores, scores2, score_bytes(a, &batch)),
+        "one block of each layer is not the dense model");
   CHECK(moe_model_import(b, s.data, s.used, &noise, &env) == MOE_OK, "%s", models_sentence);
-  CHECK(memcmp(b->weights + moe__layer_at(b, 0), b->weights + moe__layer_at(b, 1), b->plan.layer_stride * sizeof(float)), "no noise");
+  CHECK(memcmp(b->weights + moe__layer_at(b, 0), b->weights + moe__layer_at(b, 1),
+               b->plan.layer_stride * sizeof(float)),
+        "no noise");
   free(s.data);
   moe_model_free(a);
   moe_model_free(b);
 }
 
-/* A disabled block is as good as absent: NaN in it changes nothing; the rest of the weights sum to 1. Tasks come and go with their vectors. */
+/* A disabled block is as good as absent: NaN in it changes nothing; the rest of the weights sum to
+   1. Tasks come and go with their vectors. */
 static void test_level_blocks_are_disabled_and_tasks_taken(void) {
   static const uint8_t disabled[LAYERS * BLOCKS] = {0, 1, 0, 1, 0, 0};
   static const int32_t keep[] = {4, 1, 0, 3, 2};
@@ -566,7 +669,8 @@ static void test_level_blocks_are_disabled_and_tasks_taken(void) {
   moe_limits limits = {MODELS_M, MODELS_S, 0};
   int variant;
   for (variant = 0; variant < 4; ++variant) {
-    moe_config c = level_config(variant < 3 ? MOE_ROUTER_LEVEL : MOE_ROUTER_DENSE, (moe_selection)(variant % 3), BLOCKS);
+    moe_config c = level_config(variant < 3 ? MOE_ROUTER_TASK_LEVEL : MOE_ROUTER_DENSE,
+                                (moe_selection)(variant % 3), BLOCKS);
     moe_model *model = level_model(&c, &env), *part = NULL;
     moe_context *context;
     moe_routes r;
@@ -582,16 +686,18 @@ static void test_level_blocks_are_disabled_and_tasks_taken(void) {
       for (i = 0; i < MODELS_TASKS; ++i)
         if (keep[i] == batch.task[s]) other.task[s] = i;
     CHECK(!level_scores(scores, part, &other, NULL, &env), "%s", models_sentence);
-    CHECK(!memcmp(scores, scores2, score_bytes(model, &batch)), "tasks in another order score otherwise");
+    CHECK(!memcmp(scores, scores2, score_bytes(model, &batch)),
+          "tasks in another order score otherwise");
     for (i = 0; i < moe_model_tensors(model); ++i) {
       moe_tensor tensor;
       moe_model_tensor(model, i, &tensor);
       if (strstr(tensor.name, "0.blocks.1.") || strstr(tensor.name, "1.blocks.0."))
         for (j = 0; j < tensor.count; ++j) moe_model_weights(model)[tensor.offset + j] = NAN;
     }
-    moe_context_disable(context, disabled);
+    moe_context_mask(context, disabled);
     CHECK(!moe_forward(context, scores, &batch.b, &env), "%s", models_sentence);
-    for (j = 0; j < score_bytes(model, &batch) / sizeof(float); ++j) CHECK(moe__is_finite(scores[j]), "a disabled block was computed");
+    for (j = 0; j < score_bytes(model, &batch) / sizeof(float); ++j)
+      CHECK(moe__is_finite(scores[j]), "a disabled block was computed");
     moe_context_routes(context, 0, &r);
     CHECK(!(r.prob[1] < 0 || r.prob[1] > 0), "weight of a disabled block");
     CHECK_NEAR(r.prob[0] + r.prob[2], 1, 1e-6);
@@ -601,31 +707,38 @@ static void test_level_blocks_are_disabled_and_tasks_taken(void) {
   }
 }
 
-/* Fixed routes do not look at disabled blocks; under scores from outside no disabled block is taken, however low the others score. */
+/* Fixed routes do not look at disabled blocks; under scores from outside no disabled block is
+   taken, however low the others score. */
 static void test_level_disabled_blocks_meet_routes_and_scores_from_outside(void) {
-  static const uint8_t all[LAYERS * BLOCKS] = {1, 1, 1, 1, 1, 1}, first[LAYERS * BLOCKS] = {1, 0, 0, 1, 0, 0};
+  static const uint8_t all[LAYERS * BLOCKS] = {1, 1, 1, 1, 1, 1},
+                                    first[LAYERS * BLOCKS] = {1, 0, 0, 1, 0, 0};
   static float given[ROUTES];
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_limits limits = {MODELS_M, MODELS_S, 0};
-  moe_level routes = {given, NULL, NULL}, outside = {NULL, given, NULL};
+  moe_task_router routes = {given, NULL, NULL}, outside = {NULL, given, NULL};
   int selection, i;
   for (selection = 0; selection < 3; ++selection) {
-    moe_config c = level_config(MOE_ROUTER_LEVEL, (moe_selection)selection, BLOCKS);
+    moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, (moe_selection)selection, BLOCKS);
     moe_model *model = level_model(&c, &env);
     moe_context *context;
     moe_routes r;
     CHECK(model && !moe_context_create(&context, model, &limits, &env), "%s", models_sentence);
     models_random_batch(&batch, model, 6, 11, 82);
     for (i = 0; i < ROUTES; ++i) given[i] = 0.5f;
-    CHECK(!moe_context_level(context, &routes, &env) && !moe_forward(context, scores, &batch.b, &env), "%s", models_sentence);
-    moe_context_disable(context, all);
+    CHECK(!moe_context_task_router(context, &routes, &env) &&
+              !moe_forward(context, scores, &batch.b, &env),
+          "%s", models_sentence);
+    moe_context_mask(context, all);
     CHECK(!moe_forward(context, scores2, &batch.b, &env), "%s", models_sentence);
     CHECK(!memcmp(scores, scores2, score_bytes(model, &batch)), "fixed routes, blocks disabled");
-    moe_context_disable(context, first);
+    moe_context_mask(context, first);
     for (i = 0; i < ROUTES; ++i) given[i] = i % BLOCKS == 1 ? -3.4028234e38f : -3.3e38f;
-    CHECK(!moe_context_level(context, &outside, &env) && !moe_forward(context, scores, &batch.b, &env), "%s", models_sentence);
+    CHECK(!moe_context_task_router(context, &outside, &env) &&
+              !moe_forward(context, scores, &batch.b, &env),
+          "%s", models_sentence);
     moe_context_routes(context, 1, &r);
-    CHECK(r.expert[0] == 2 && r.weight[0] >= 1, "selection %d: block %d of weight %g", selection, (int)r.expert[0], (double)r.weight[0]);
+    CHECK(r.expert[0] == 2 && r.weight[0] >= 1, "selection %d: block %d of weight %g", selection,
+          (int)r.expert[0], (double)r.weight[0]);
     moe_context_free(context);
     moe_model_free(model);
   }
@@ -636,7 +749,7 @@ static void test_level_nan_in_a_router_reaches_the_scores(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   int selection;
   for (selection = 0; selection < 3; ++selection) {
-    moe_config c = level_config(MOE_ROUTER_LEVEL, (moe_selection)selection, BLOCKS);
+    moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, (moe_selection)selection, BLOCKS);
     moe_model *model = level_model(&c, &env);
     moe_tensor t;
     size_t i;
@@ -645,7 +758,9 @@ static void test_level_nan_in_a_router_reaches_the_scores(void) {
     moe_model_weights(model)[t.offset + 1] = NAN;
     models_random_batch(&batch, model, 6, 11, 83);
     CHECK(!level_scores(scores, model, &batch, NULL, &env), "%s", models_sentence);
-    for (i = 0; i < 6; ++i) CHECK(isnan(scores[i * (size_t)moe_model_max_classes(model)]), "selection %d, sequence %zu", selection, i);
+    for (i = 0; i < 6; ++i)
+      CHECK(isnan(scores[i * (size_t)moe_model_max_classes(model)]), "selection %d, sequence %zu",
+            selection, i);
     moe_model_free(model);
   }
 }
@@ -655,26 +770,27 @@ static void test_level_nan_in_a_router_reaches_the_scores(void) {
 static void test_level_wrong_input_has_a_sentence(void) {
   static float routes[ROUTES];
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_config good = level_config(MOE_ROUTER_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS), c;
+  moe_config good = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS), c;
   moe_train_config t = level_training();
-  moe_level level = {routes, NULL, NULL}, outside = {NULL, routes, NULL};
+  moe_task_router level = {routes, NULL, NULL}, outside = {NULL, routes, NULL};
   moe_model *model = level_model(&good, &env), *gates;
   moe_limits limits = {MODELS_M, MODELS_S, 0};
   moe_context *context;
   moe_trainer *trainer = NULL;
   int i;
   CHECK(model, "%s", models_sentence);
-#define WRONG(change, word)                                                                    \
-  do {                                                                                         \
-    c = good;                                                                                  \
-    change;                                                                                    \
-    models_sentence[0] = 0;                                                                    \
-    CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(models_sentence, word), "%s: %s", #change, models_sentence); \
+#define WRONG(change, word)                                                                        \
+  do {                                                                                             \
+    c = good;                                                                                      \
+    change;                                                                                        \
+    models_sentence[0] = 0;                                                                        \
+    CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(models_sentence, word), "%s: %s", \
+          #change, models_sentence);                                                               \
   } while (0)
   WRONG(c.experts = 1, "below 2");
   WRONG(c.temperature = 0, "temperature");
   WRONG(c.temperature = NAN, "temperature");
-  WRONG(c.vector = 0, "vector");
+  WRONG(c.task_dim = 0, "task_dim");
   WRONG(c.unit = MOE_UNIT_FFN, "unit");
   WRONG(c.unit = (moe_unit)2, "unit");
   WRONG(c.selection = (moe_selection)3, "selection");
@@ -682,38 +798,52 @@ static void test_level_wrong_input_has_a_sentence(void) {
   WRONG(c.temperature = 0, "temperature is 0");
   WRONG(c.temperature = -1, "temperature is -1");
   WRONG(c.temperature = NAN, "temperature is nan");
-  WRONG(c.vector = 0, "vector");
+  WRONG(c.task_dim = 0, "task_dim");
   WRONG(c.top_k = 2, "top_k");
   WRONG((c.layers = 1024, c.experts = 8), "blocks");
 #undef WRONG
   for (i = 0; i < 3; ++i) {
     moe_train_config bad = t;
-    if (i == 0) bad.tau_last = 0;
-    if (i == 1) bad.tau_first = 0.01f;
+    if (i == 0) bad.tau_end = 0;
+    if (i == 1) bad.tau_start = 0.01f;
     if (i == 2) bad.tau_rate = -1;
     models_sentence[0] = 0;
-    CHECK(moe_trainer_create(&trainer, model, &limits, &bad, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "tau_last"), "%s", models_sentence);
+    CHECK(moe_trainer_create(&trainer, model, &limits, &bad, &env) == MOE_E_ARGUMENT &&
+              strstr(models_sentence, "tau_last"),
+          "%s", models_sentence);
   }
   CHECK(!moe_context_create(&context, model, &limits, &env), "%s", models_sentence);
   models_random_batch(&batch, model, 4, 5, 71);
-  CHECK(!moe_context_level(context, &level, &env), "%s", models_sentence);
-  CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "no block in layer 0"), "%s", models_sentence);
+  CHECK(!moe_context_task_router(context, &level, &env), "%s", models_sentence);
+  CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "no block in layer 0"),
+        "%s", models_sentence);
   for (i = 0; i < ROUTES; ++i) routes[i] = 1;
   routes[8] = -1;
-  CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "block 2 has weight -1"), "%s", models_sentence);
+  CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "block 2 has weight -1"),
+        "%s", models_sentence);
   routes[8] = NAN;
   CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT, "NaN is accepted");
   routes[8] = 2e6f;
-  CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "from 0 to 1e6"), "%s", models_sentence);
+  CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "from 0 to 1e6"),
+        "%s", models_sentence);
   routes[8] = NAN;
-  CHECK(!moe_context_level(context, &outside, &env) && moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT, "NaN as a score");
-  CHECK(!moe_context_level(context, NULL, &env) && !moe_forward(context, scores, &batch.b, &env), "%s", models_sentence);
-  CHECK(moe_level_routes(routes, model, -1, &env) == MOE_E_ARGUMENT, "temperature -1");
+  CHECK(!moe_context_task_router(context, &outside, &env) &&
+            moe_forward(context, scores, &batch.b, &env) == MOE_E_ARGUMENT,
+        "NaN as a score");
+  CHECK(!moe_context_task_router(context, NULL, &env) &&
+            !moe_forward(context, scores, &batch.b, &env),
+        "%s", models_sentence);
+  CHECK(moe_task_router_routes(routes, model, -1, &env) == MOE_E_ARGUMENT, "temperature -1");
   moe_context_free(context);
   c = models_config(MOE_ROUTER_TASK, 3, 1);
   gates = level_model(&c, &env);
   CHECK(gates && !moe_context_create(&context, gates, &limits, &env), "%s", models_sentence);
-  CHECK(moe_context_level(context, &level, &env) == MOE_E_ARGUMENT && moe_level_routes(routes, gates, 1, &env) == MOE_E_ARGUMENT, "gates");
+  CHECK(moe_context_task_router(context, &level, &env) == MOE_E_ARGUMENT &&
+            moe_task_router_routes(routes, gates, 1, &env) == MOE_E_ARGUMENT,
+        "gates");
   moe_context_free(context);
   moe_model_free(gates);
   moe_model_free(model);

@@ -1,5 +1,5 @@
-/* Linear layers and GELU: values and gradients against double precision, the same bits on every instruction set, for any number of
-   threads and for any cut into micro-batches. */
+/* Linear layers and GELU: values and gradients against double precision, the same bits on every
+   instruction set, for any number of threads and for any cut into micro-batches. */
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
@@ -25,14 +25,17 @@ static double layer_double(const float *x, const float *w, const float *b, int c
 }
 
 static void test_linear_forward_matches_double_for_packed_and_plain_weights(void) {
-  static const int shapes[][3] = {{1, 1, 1}, {5, 3, 20}, {7, 15, 40}, {3, 16, 33}, {20, 37, 64}, {9, 100, 300}};
+  static const int shapes[][3] = {{1, 1, 1},   {5, 3, 20},   {7, 15, 40},
+                                  {3, 16, 33}, {20, 37, 64}, {9, 100, 300}};
   uint64_t seed = 1;
   size_t q, s;
   for (q = 0; q < sizeof shapes / sizeof shapes[0]; ++q) {
     int M = shapes[q][0], rows = shapes[q][1], cols = shapes[q][2], i, j;
     size_t count = (size_t)(M * rows);
-    float *x = random_floats((size_t)(M * cols), &seed), *w = random_floats((size_t)(rows * cols), &seed);
-    float *b = random_floats((size_t)rows, &seed), *y = random_floats(count, &seed), *pre = random_floats(count, &seed);
+    float *x = random_floats((size_t)(M * cols), &seed),
+          *w = random_floats((size_t)(rows * cols), &seed);
+    float *b = random_floats((size_t)rows, &seed), *y = random_floats(count, &seed),
+          *pre = random_floats(count, &seed);
     float *packed = random_floats(count, &seed), *first = random_floats(count, &seed);
     float *panels = random_floats(moe_pack_floats(rows, cols), &seed);
     for (s = 0; s < ISAS; ++s) {
@@ -44,34 +47,43 @@ static void test_linear_forward_matches_double_for_packed_and_plain_weights(void
       moe_linear_forward(packed, x, &mat, b, M, &env);
       CHECK(!memcmp(y, packed, count * sizeof *y), "%d x %d x %d packed", M, rows, cols);
       for (i = 0; i < M; ++i)
-        for (j = 0; j < rows; ++j) CHECK_NEAR(y[i * rows + j], layer_double(x, w, b, cols, i, j), 3e-7 * (cols + 2));
+        for (j = 0; j < rows; ++j)
+          CHECK_NEAR(y[i * rows + j], layer_double(x, w, b, cols, i, j), 3e-7 * (cols + 2));
       if (s == 0) memcpy(first, y, count * sizeof *y);
-      CHECK(!memcmp(y, first, count * sizeof *y), "%d x %d x %d on %s", M, rows, cols, moe_isa_name(all_isas[s]));
+      CHECK(!memcmp(y, first, count * sizeof *y), "%d x %d x %d on %s", M, rows, cols,
+            moe_isa_name(all_isas[s]));
       moe_linear_forward(packed, x, &mat, NULL, M, &env);
-      for (j = 0; j < rows; ++j) CHECK_NEAR(packed[j], layer_double(x, w, NULL, cols, 0, j), 3e-7 * (cols + 2));
+      for (j = 0; j < rows; ++j)
+        CHECK_NEAR(packed[j], layer_double(x, w, NULL, cols, 0, j), 3e-7 * (cols + 2));
       /* with GELU: the same as one after the other */
       moe_gelu_forward(first, y, count, &env);
       moe_linear_gelu_forward(packed, pre, x, &mat, b, M, &env);
-      CHECK(!memcmp(packed, first, count * sizeof *y) && !memcmp(pre, y, count * sizeof *y), "%d x %d x %d with GELU", M, rows, cols);
+      CHECK(!memcmp(packed, first, count * sizeof *y) && !memcmp(pre, y, count * sizeof *y),
+            "%d x %d x %d with GELU", M, rows, cols);
       moe_linear_gelu_forward(packed, NULL, x, &plain, b, M, &env);
-      CHECK(!memcmp(packed, first, count * sizeof *y), "%d x %d x %d with GELU in place", M, rows, cols);
+      CHECK(!memcmp(packed, first, count * sizeof *y), "%d x %d x %d with GELU in place", M, rows,
+            cols);
       memcpy(first, y, count * sizeof *y);
     }
     free(x), free(w), free(b), free(y), free(pre), free(packed), free(first), free(panels);
   }
 }
 
-/* Gradients of sum(dy y) are linear in each input, so that finite differences are exact but for rounding: the derivative is written down
-   in double instead. */
+/* Gradients of sum(dy y) are linear in each input, so that finite differences are exact but for
+   rounding: the derivative is written down in double instead. */
 static void test_linear_backward_matches_double_and_accumulates(void) {
-  static const int shapes[][3] = {{1, 1, 1}, {5, 3, 20}, {7, 15, 40}, {33, 16, 5}, {20, 37, 64}, {300, 20, 50}};
+  static const int shapes[][3] = {{1, 1, 1},   {5, 3, 20},   {7, 15, 40},
+                                  {33, 16, 5}, {20, 37, 64}, {300, 20, 50}};
   uint64_t seed = 4;
   size_t q, s;
   for (q = 0; q < sizeof shapes / sizeof shapes[0]; ++q) {
     int M = shapes[q][0], rows = shapes[q][1], cols = shapes[q][2], i, j, p;
-    float *x = random_floats((size_t)(M * cols), &seed), *w = random_floats((size_t)(rows * cols), &seed);
-    float *dy = random_floats((size_t)(M * rows), &seed), *dx = random_floats((size_t)(M * cols), &seed);
-    float *dw = random_floats((size_t)(rows * cols), &seed), *db = random_floats((size_t)rows, &seed);
+    float *x = random_floats((size_t)(M * cols), &seed),
+          *w = random_floats((size_t)(rows * cols), &seed);
+    float *dy = random_floats((size_t)(M * rows), &seed),
+          *dx = random_floats((size_t)(M * cols), &seed);
+    float *dw = random_floats((size_t)(rows * cols), &seed),
+          *db = random_floats((size_t)rows, &seed);
     float *keep = random_floats((size_t)(M * cols + rows * cols + rows), &seed);
     for (s = 0; s < ISAS; ++s) {
       moe_env env;
@@ -102,8 +114,9 @@ static void test_linear_backward_matches_double_and_accumulates(void) {
         memcpy(keep + M * cols, dw, (size_t)(rows * cols) * sizeof *dw);
         memcpy(keep + M * cols + rows * cols, db, (size_t)rows * sizeof *db);
       }
-      CHECK(!memcmp(keep, dx, (size_t)(M * cols) * sizeof *dx) && !memcmp(keep + M * cols, dw, (size_t)(rows * cols) * sizeof *dw) &&
-              !memcmp(keep + M * cols + rows * cols, db, (size_t)rows * sizeof *db),
+      CHECK(!memcmp(keep, dx, (size_t)(M * cols) * sizeof *dx) &&
+                !memcmp(keep + M * cols, dw, (size_t)(rows * cols) * sizeof *dw) &&
+                !memcmp(keep + M * cols + rows * cols, db, (size_t)rows * sizeof *db),
             "%d x %d x %d on %s", M, rows, cols, moe_isa_name(all_isas[s]));
     }
     free(x), free(w), free(dy), free(dx), free(dw), free(db), free(keep);
@@ -113,7 +126,8 @@ static void test_linear_backward_matches_double_and_accumulates(void) {
 static void test_linear_backward_of_micro_batches_gives_the_bits_of_one_batch(void) {
   enum { M = 700, ROWS = 40, COLS = 50 };
   uint64_t seed = 6;
-  float *x = random_floats(M * COLS, &seed), *w = random_floats(ROWS * COLS, &seed), *dy = random_floats(M * ROWS, &seed);
+  float *x = random_floats(M * COLS, &seed), *w = random_floats(ROWS * COLS, &seed),
+        *dy = random_floats(M * ROWS, &seed);
   float *dw = random_floats(ROWS * COLS, &seed), *db = random_floats(ROWS, &seed);
   float *dw2 = random_floats(ROWS * COLS, &seed), *db2 = random_floats(ROWS, &seed);
   moe_mat mat = moe_mat_rows(w, ROWS, COLS);
@@ -136,7 +150,8 @@ static void test_linear_backward_of_micro_batches_gives_the_bits_of_one_batch(vo
 static void test_linear_rows_do_not_depend_on_their_company(void) {
   enum { M = 40, ROWS = 50, COLS = 300 };
   uint64_t seed = 8;
-  float *x = random_floats(M * COLS, &seed), *w = random_floats(ROWS * COLS, &seed), *b = random_floats(ROWS, &seed);
+  float *x = random_floats(M * COLS, &seed), *w = random_floats(ROWS * COLS, &seed),
+        *b = random_floats(ROWS, &seed);
   float *all = random_floats(M * ROWS, &seed), *some = random_floats(M * ROWS, &seed);
   int rows, first, count;
   for (rows = 5; rows <= ROWS; rows += 45) { /* 16-lane sums, then chains */
@@ -147,7 +162,8 @@ static void test_linear_rows_do_not_depend_on_their_company(void) {
     for (count = 1; count <= 12; ++count)
       for (first = 0; first + count <= M; first += 7) {
         moe_linear_forward(some, x + first * COLS, &mat, b, count, &env);
-        CHECK(!memcmp(some, all + first * rows, (size_t)(count * rows) * sizeof *all), "rows %d from %d on, %d outputs", count, first, rows);
+        CHECK(!memcmp(some, all + first * rows, (size_t)(count * rows) * sizeof *all),
+              "rows %d from %d on, %d outputs", count, first, rows);
       }
   }
   free(x), free(w), free(b), free(all), free(some);
@@ -166,18 +182,21 @@ static void test_linear_nothing_to_do_is_fine(void) {
   moe_gelu_forward(y, x, 0, &env);
   CHECK(y[0] == 9.0f, "touched");
   moe_linear_forward(y, x, &empty, b, 2, &env); /* no inputs: the bias */
-  CHECK(y[0] == 5.0f && y[1] == 6.0f && y[2] == 5.0f && y[3] == 6.0f, "%g %g %g %g", (double)y[0], (double)y[1], (double)y[2], (double)y[3]);
+  CHECK(y[0] == 5.0f && y[1] == 6.0f && y[2] == 5.0f && y[3] == 6.0f, "%g %g %g %g", (double)y[0],
+        (double)y[1], (double)y[2], (double)y[3]);
 }
 
 static void test_gelu_forward_and_backward_match_double(void) {
   enum { N = 60003 };
   uint64_t seed = 12;
-  float *x = random_floats(N, &seed), *y = random_floats(N, &seed), *dy = random_floats(N, &seed), *dx = random_floats(N, &seed);
+  float *x = random_floats(N, &seed), *y = random_floats(N, &seed), *dy = random_floats(N, &seed),
+        *dx = random_floats(N, &seed);
   float *first = random_floats(2 * N, &seed);
   double worst = 0.0, worst_slope = 0.0;
   int s, i;
   for (i = 0; i < N; ++i) x[i] = (float)(i - N / 2) * 0.0005f + x[i] * 1e-4f;
-  x[0] = 30.0f, x[1] = -30.0f, x[2] = 1e30f, x[3] = -1e30f, x[4] = 0.0f, x[5] = moe__floats(0x7f800000u), x[6] = -x[5], x[7] = 1e-30f;
+  x[0] = 30.0f, x[1] = -30.0f, x[2] = 1e30f, x[3] = -1e30f, x[4] = 0.0f,
+  x[5] = moe__floats(0x7f800000u), x[6] = -x[5], x[7] = 1e-30f;
   for (s = 0; s < ISAS; ++s) {
     moe_env env;
     if (moe_env_init(&env, all_isas[s])) continue;
@@ -185,14 +204,18 @@ static void test_gelu_forward_and_backward_match_double(void) {
     for (i = 0; i < N; ++i) dx[i] = 0.0f, dy[i] = 1.0f;
     moe_gelu_backward(dx, dy, x, N, &env);
     if (s == 0) memcpy(first, y, N * sizeof *y), memcpy(first + N, dx, N * sizeof *y);
-    CHECK(!memcmp(first, y, N * sizeof *y) && !memcmp(first + N, dx, N * sizeof *y), "%s", moe_isa_name(all_isas[s]));
+    CHECK(!memcmp(first, y, N * sizeof *y) && !memcmp(first + N, dx, N * sizeof *y), "%s",
+          moe_isa_name(all_isas[s]));
   }
-  CHECK(y[5] == x[5] && dx[5] == 1.0f && fabsf(y[6]) < 1e-20f && fabsf(dx[6]) < 1e-20f, "infinity: %g %g %g %g", (double)y[5], (double)dx[5],
-        (double)y[6], (double)dx[6]);
-  CHECK(y[2] == 1e30f && fabsf(y[3]) < 1e-20f && y[4] == 0.0f && y[7] == 5e-31f, "%g %g %g %g", (double)y[2], (double)y[3], (double)y[4], (double)y[7]);
+  CHECK(y[5] == x[5] && dx[5] == 1.0f && fabsf(y[6]) < 1e-20f && fabsf(dx[6]) < 1e-20f,
+        "infinity: %g %g %g %g", (double)y[5], (double)dx[5], (double)y[6], (double)dx[6]);
+  CHECK(y[2] == 1e30f && fabsf(y[3]) < 1e-20f && y[4] == 0.0f && y[7] == 5e-31f, "%g %g %g %g",
+        (double)y[2], (double)y[3], (double)y[4], (double)y[7]);
   for (i = 8; i < N; ++i) {
-    double v = (double)x[i], error = fabs((double)y[i] - gelu_double(v)) / (fabs(v) > 1.0 ? fabs(v) : 1.0);
-    double slope = 0.5 * (1.0 + erf(v * 0.70710678118654752440)) + v * exp(-0.5 * v * v) * 0.39894228040143267794;
+    double v = (double)x[i],
+           error = fabs((double)y[i] - gelu_double(v)) / (fabs(v) > 1.0 ? fabs(v) : 1.0);
+    double slope = 0.5 * (1.0 + erf(v * 0.70710678118654752440)) +
+                   v * exp(-0.5 * v * v) * 0.39894228040143267794;
     if (error > worst) worst = error;
     if (fabs((double)dx[i] - slope) > worst_slope) worst_slope = fabs((double)dx[i] - slope);
   }
@@ -203,7 +226,8 @@ static void test_gelu_forward_and_backward_match_double(void) {
     moe_env_init(&env, MOE_ISA_AUTO);
     moe_gelu_backward(dx, dy, x, N, &env);
   }
-  for (i = 0; i < N; ++i) CHECK_NEAR(dx[i], 0.25 + 3.0 * (double)first[N + i], 2e-6); /* accumulates */
+  for (i = 0; i < N; ++i)
+    CHECK_NEAR(dx[i], 0.25 + 3.0 * (double)first[N + i], 2e-6); /* accumulates */
   free(x), free(y), free(dy), free(dx), free(first);
 }
 
@@ -214,11 +238,13 @@ static void test_linear_gives_the_same_bits_for_any_number_of_threads(void) {
   enum { M = 210, ROWS = 230, COLS = 100 };
   static const int32_t threads[] = {1, 2, 3, 8};
   uint64_t seed = 31;
-  float *x = random_floats(M * COLS, &seed), *w = random_floats(ROWS * COLS, &seed), *b = random_floats(ROWS, &seed);
+  float *x = random_floats(M * COLS, &seed), *w = random_floats(ROWS * COLS, &seed),
+        *b = random_floats(ROWS, &seed);
   size_t count = M * ROWS * 2 + M * COLS + ROWS * COLS + ROWS, t;
   float *out = random_floats(count, &seed), *first = random_floats(count, &seed);
   for (t = 0; t < 4; ++t) {
-    float *y = out, *pre = y + M * ROWS, *dx = pre + M * ROWS, *dw = dx + M * COLS, *db = dw + ROWS * COLS;
+    float *y = out, *pre = y + M * ROWS, *dx = pre + M * ROWS, *dw = dx + M * COLS,
+          *db = dw + ROWS * COLS;
     moe_mat mat = moe_mat_rows(w, ROWS, COLS);
     moe_env env;
     moe_pool *pool;

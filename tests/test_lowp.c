@@ -1,5 +1,6 @@
-/* Products with weights of 8 bits: every kernel against sums in 64 bits (those of AMX on the hardware or with its instructions emulated,
-   amx.h), the bounds of quantisation, and int8 models. */
+/* Products with weights of 8 bits: every kernel against sums in 64 bits (those of AMX on the
+   hardware or with its instructions emulated, amx.h), the bounds of quantisation, and int8 models.
+   */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* the registers of a signal's context */
 #endif
@@ -19,20 +20,28 @@ static uint32_t drawn;
 static uint32_t random32(void) { return moe__hash32(7, ++drawn); }
 static float random_float(void) { return (float)(int32_t)random32() * (1.0f / 2147483648.0f); }
 
-/* Every set of kernels that can run here, as an environment; returns 0 behind the last one. The last but one has AMX for any number of rows,
-   the last one only where it is to be chosen. */
+/* Every set of kernels that can run here, as an environment; returns 0 behind the last one. The
+   last but one has AMX for any number of rows, the last one only where it is to be chosen. */
 static int amx_real, amx_here;
 
 static int kernels_env(int which, moe_env *env) {
-  static const moe_isa isa[] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_NEON, MOE_ISA_NEON,
-                                MOE_ISA_AVX512, MOE_ISA_AVX512};
-  static const uint32_t feature[] = {0, 0, MOE_FEATURE_AVX_VNNI, 0, MOE_FEATURE_AVX512_VNNI, 0, MOE_FEATURE_NEON_DOT,
-                                     MOE_FEATURE_AMX_INT8, MOE_FEATURE_AMX_INT8 | MOE_FEATURE_AVX512_VNNI};
+  static const moe_isa isa[] = {MOE_ISA_SCALAR, MOE_ISA_AVX2,   MOE_ISA_AVX2,
+                                MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_NEON,
+                                MOE_ISA_NEON,   MOE_ISA_AVX512, MOE_ISA_AVX512};
+  static const uint32_t feature[] = {0,
+                                     0,
+                                     MOE_CPU_AVX_VNNI,
+                                     0,
+                                     MOE_CPU_AVX512_VNNI,
+                                     0,
+                                     MOE_CPU_NEON_DOT,
+                                     MOE_CPU_AMX_INT8,
+                                     MOE_CPU_AMX_INT8 | MOE_CPU_AVX512_VNNI};
   for (; which < (int)(sizeof isa / sizeof isa[0]); ++which) {
     if (moe_env_init(env, isa[which])) continue;
-    if (amx_here) env->features |= MOE_FEATURE_AMX_INT8;
-    if ((env->features & feature[which]) != feature[which]) continue;
-    env->features = feature[which];
+    if (amx_here) env->cpu_flags |= MOE_CPU_AMX_INT8;
+    if ((env->cpu_flags & feature[which]) != feature[which]) continue;
+    env->cpu_flags = feature[which];
     return which + 1;
   }
   return 0;
@@ -61,7 +70,8 @@ static void define(float *out, int32_t m, int32_t n, int32_t k, int with_bias) {
   }
 }
 
-/* A product by all kernels, rows and panels, against the definition. extreme: only -128, -127 and 127. */
+/* A product by all kernels, rows and panels, against the definition. extreme: only -128, -127 and
+   127. */
 static void check_product(int32_t m, int32_t n, int32_t k, int extreme) {
   moe_env env;
   int which, layout;
@@ -70,19 +80,25 @@ static void check_product(int32_t m, int32_t n, int32_t k, int extreme) {
     weights[i] = (int8_t)(int32_t)(random32() % 256u - 128u);
     if (extreme) weights[i] = (int8_t)(extreme == 1 ? -128 : random32() % 3 ? -127 : 127);
   }
-  for (i = 0; i < m * k; ++i) x[i] = extreme == 1 ? (i / k % 2 ? -3.5f : 3.5f) : extreme ? (random32() & 1 ? 1.0f : -1.0f) : random_float();
+  for (i = 0; i < m * k; ++i)
+    x[i] = extreme == 1 ? (i / k % 2 ? -3.5f : 3.5f)
+           : extreme    ? (random32() & 1 ? 1.0f : -1.0f)
+                        : random_float();
   for (i = 0; i < n; ++i) scales[i] = 0.001f * random_float(), bias[i] = random_float();
   define(wanted, m, n, k, n % 2);
   for (which = 0; (which = kernels_env(which, &env)) != 0;) {
     CHECK(moe_pack_int8_bytes(n, k) <= sizeof panels, "panels of %d x %d", (int)n, (int)k);
     moe_pack_int8(panels, weights, n, k, &env);
     for (layout = 0; layout < 2; ++layout) {
-      moe_mat mat = layout ? moe_mat_panels_int8(panels, scales, n, k) : moe_mat_rows_int8(weights, scales, n, k);
+      moe_mat mat = layout ? moe_mat_panels_int8(panels, scales, n, k)
+                           : moe_mat_rows_int8(weights, scales, n, k);
       memset(y, 0x7f, sizeof(float) * (size_t)(m * n + 1));
       moe_linear_forward(y, x, &mat, n % 2 ? bias : NULL, m, &env);
-      CHECK(!memcmp(y, wanted, sizeof(float) * (size_t)(m * n)), "%d x %d x %d, %s with features %u, %s", (int)m, (int)n, (int)k,
-            moe_isa_name(env.isa), (unsigned)env.features, layout ? "panels" : "rows");
-      CHECK(moe__bits(y[m * n]) == 0x7f7f7f7fu, "%d x %d x %d: written behind the end", (int)m, (int)n, (int)k);
+      CHECK(!memcmp(y, wanted, sizeof(float) * (size_t)(m * n)),
+            "%d x %d x %d, %s with features %u, %s", (int)m, (int)n, (int)k, moe_isa_name(env.isa),
+            (unsigned)env.cpu_flags, layout ? "panels" : "rows");
+      CHECK(moe__bits(y[m * n]) == 0x7f7f7f7fu, "%d x %d x %d: written behind the end", (int)m,
+            (int)n, (int)k);
 #ifdef MOE__AMX
       CHECK(!amx.configured, "tiles were not released");
 #endif
@@ -91,7 +107,8 @@ static void check_product(int32_t m, int32_t n, int32_t k, int extreme) {
 }
 
 static void test_lowp_kernels_equal_the_definition(void) {
-  static const int32_t n[] = {1, 2, 3, 4, 7, 15, 16, 17, 33, 48, 49, 64, 95, 130}, k[] = {1, 2, 3, 4, 5, 15, 16, 17, 31, 64, 67, 129, 384};
+  static const int32_t n[] = {1, 2, 3, 4, 7, 15, 16, 17, 33, 48, 49, 64, 95, 130},
+                       k[] = {1, 2, 3, 4, 5, 15, 16, 17, 31, 64, 67, 129, 384};
   int32_t m;
   size_t i;
   for (m = 1; m <= 33; ++m) {
@@ -109,9 +126,11 @@ static void test_lowp_kernels_equal_the_definition(void) {
   check_product(5, 20, 3001, 0);
 }
 
-/* What becomes of the last step of k, of rows and of columns on tiles, which want k of 61 or more. */
+/* What becomes of the last step of k, of rows and of columns on tiles, which want k of 61 or more.
+ */
 static void test_lowp_tiles_equal_the_definition(void) {
-  static const int32_t n[] = {1, 16, 17, 33, 48, 50, 64, 65, 97}, k[] = {60, 61, 64, 65, 99, 120, 128, 131, 192};
+  static const int32_t n[] = {1, 16, 17, 33, 48, 50, 64, 65, 97},
+                       k[] = {60, 61, 64, 65, 99, 120, 128, 131, 192};
   int32_t m;
   for (m = 1; m <= 45; ++m) {
     check_product(m, n[m % 9], k[m * 4 % 9], 0);
@@ -127,8 +146,11 @@ static void test_lowp_tiles_equal_the_definition(void) {
   CHECK_STATE();
   check_product(3, 2, 21000, 0); /* then 3 */
   CHECK_STATE();
-  if (!amx_here) SKIP("no AMX, and no AVX-512 (or no Linux on x86-64) to emulate it: other kernels only");
-  printf("        AMX %s\n", amx_real ? "on the hardware" : "with its instructions emulated: this processor or system has none");
+  if (!amx_here)
+    SKIP("no AMX, and no AVX-512 (or no Linux on x86-64) to emulate it: other kernels only");
+  printf("        AMX %s\n",
+         amx_real ? "on the hardware"
+                  : "with its instructions emulated: this processor or system has none");
 #ifdef MOE__AMX
   CHECK(amx_real || amx_count > 1000, "only %d instructions were emulated", amx_count);
 #endif
@@ -146,15 +168,16 @@ static void test_lowp_tiles_are_for_three_rows_and_more(void) {
     int before = amx_count;
     memset(x, 0, sizeof(float) * (size_t)m * 128);
     moe_linear_forward(y, x, &mat, NULL, m, &env);
-    CHECK((amx_count > before) == (m > 2), "%d rows: %d instructions of AMX", (int)m, amx_count - before);
+    CHECK((amx_count > before) == (m > 2), "%d rows: %d instructions of AMX", (int)m,
+          amx_count - before);
   }
 #else
   SKIP("no AMX kernels in this build");
 #endif
 }
 
-/* What a program can ask for never ends in an instruction that this machine lacks: whatever instruction set is named, whether the system
-   grants AMX or refuses it. */
+/* What a program can ask for never ends in an instruction that this machine lacks: whatever
+   instruction set is named, whether the system grants AMX or refuses it. */
 static void test_lowp_never_traps(void) {
 #ifdef MOE__AMX
   int refused;
@@ -174,7 +197,7 @@ static void test_lowp_never_traps(void) {
         (void)moe_env_init(&env, (moe_isa)isa);
         granted = moe_env_use_amx(&env);
         if (granted && (refused || env.isa != MOE_ISA_AVX512)) _exit(3);
-        if (granted != ((env.features & (MOE_FEATURE_AMX_INT8 | MOE_FEATURE_AMX_BF16)) != 0)) _exit(4);
+        if (granted != ((env.cpu_flags & (MOE_CPU_AMX_INT8 | MOE_CPU_AMX_BF16)) != 0)) _exit(4);
         for (i = 0; i < 33 * 130; ++i) weights[i] = (int8_t)(i % 251 - 125);
         for (i = 0; i < 33; ++i) scales[i] = 0.5f;
         for (i = 0; i < 40 * 130; ++i) x[i] = (float)(i % 17);
@@ -187,7 +210,8 @@ static void test_lowp_never_traps(void) {
     }
     CHECK(child > 0 && waitpid(child, &status, 0) == child, "no child");
     if (WIFEXITED(status) && WEXITSTATUS(status) == 2) SKIP("this system filters no system calls");
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child ended with %d", WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status));
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child ended with %d",
+          WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status));
   }
 #else
   SKIP("no Linux on x86-64");
@@ -226,20 +250,23 @@ static void test_lowp_integers_are_near(void) {
   moe_env env;
   int which;
   int32_t rows = 7, cols = 203, i, j;
-  for (i = 0; i < rows * cols; ++i) source[i] = random_float() * (float)(1 << (i / cols * 3)) * 0.01f;
-  for (j = 0; j < cols; ++j) source[3 * cols + j] = 0; /* a row of zeros, */
+  for (i = 0; i < rows * cols; ++i)
+    source[i] = random_float() * (float)(1 << (i / cols * 3)) * 0.01f;
+  for (j = 0; j < cols; ++j) source[3 * cols + j] = 0;      /* a row of zeros, */
   for (j = 0; j < cols; ++j) source[4 * cols + j] = 1e-40f; /* one below all that counts, */
-  source[5 * cols + 202] = -1000;                           /* and one with its largest at the end */
+  source[5 * cols + 202] = -1000; /* and one with its largest at the end */
   for (which = 0; (which = kernels_env(which, &env)) != 0;) {
     moe_quantize(weights, scales, source, rows, cols, &env);
     if (which == 1) memcpy(original, weights, (size_t)(rows * cols));
-    CHECK(!memcmp(original, weights, (size_t)(rows * cols)), "%s differs from scalar", moe_isa_name(env.isa));
+    CHECK(!memcmp(original, weights, (size_t)(rows * cols)), "%s differs from scalar",
+          moe_isa_name(env.isa));
     for (i = 0; i < rows; ++i)
       for (j = 0; j < cols; ++j) {
         int32_t q = weights[i * cols + j];
         CHECK(q >= -127 && q <= 127, "%d", (int)q);
-        CHECK(fabsf((float)q * scales[i] - source[i * cols + j]) <= 0.50001f * scales[i] + 1e-36f, "row %d: %g is %d times %g", (int)i,
-              (double)source[i * cols + j], (int)q, (double)scales[i]);
+        CHECK(fabsf((float)q * scales[i] - source[i * cols + j]) <= 0.50001f * scales[i] + 1e-36f,
+              "row %d: %g is %d times %g", (int)i, (double)source[i * cols + j], (int)q,
+              (double)scales[i]);
       }
     CHECK(weights[5 * cols + 202] == -127 && !(scales[3] > 0) && !(scales[4] > 0), "extremes");
   }
@@ -252,7 +279,8 @@ static void test_lowp_rounds_ties_to_even(void) {
   int which;
   for (which = 0; (which = kernels_env(which, &env)) != 0;) {
     moe_quantize(weights, scales, row, 1, 11, &env);
-    CHECK(!memcmp(weights, expected, 11) && moe__bits(scales[0]) == moe__bits(1.0f), "%s", moe_isa_name(env.isa));
+    CHECK(!memcmp(weights, expected, 11) && moe__bits(scales[0]) == moe__bits(1.0f), "%s",
+          moe_isa_name(env.isa));
   }
 }
 
@@ -269,7 +297,8 @@ static void test_lowp_non_finite_rows_give_nan(void) {
     moe_pack_int8(panels, weights, 20, 40, &env);
     mat = moe_mat_panels_int8(panels, scales, 20, 40);
     moe_linear_forward(y, x, &mat, NULL, 3, &env);
-    for (i = 0; i < 40; ++i) CHECK(y[i] != y[i], "output %d of a row that is not finite: %g", i, (double)y[i]);
+    for (i = 0; i < 40; ++i)
+      CHECK(y[i] != y[i], "output %d of a row that is not finite: %g", i, (double)y[i]);
     for (; i < 60; ++i) CHECK_NEAR(y[i], 40, 1e-4);
   }
 }
@@ -324,8 +353,10 @@ static models_batch batch;
 enum { HIDDEN_ROOM = 800 * 40 };
 static float hidden[2][HIDDEN_ROOM], scores[2][40 * 8];
 
-/* Hidden states and scores of a model, one thread or three; forced: (L, M, k) or NULL. Returns the number of tokens, 0: failed. */
-static int32_t run_model(int to, const moe_model *model, const int32_t *forced, int threads, moe_env env) {
+/* Hidden states and scores of a model, one thread or three; forced: (L, M, k) or NULL. Returns the
+   number of tokens, 0: failed. */
+static int32_t run_model(int to, const moe_model *model, const int32_t *forced, int threads,
+                         moe_env env) {
   moe_limits limits = {0, 0, 0};
   moe_context *context = NULL;
   moe_pool *pool = NULL;
@@ -337,7 +368,8 @@ static int32_t run_model(int to, const moe_model *model, const int32_t *forced, 
   if (ok) {
     moe_context_force(context, forced);
     ok = !moe_forward(context, scores[to], &batch.b, &env);
-    memcpy(hidden[to], moe_context_hidden(context), sizeof(float) * (size_t)(M * moe_model_config(model)->hidden));
+    memcpy(hidden[to], moe_context_hidden(context),
+           sizeof(float) * (size_t)(M * moe_model_config(model)->hidden));
   }
   moe_context_free(context);
   moe_pool_free(pool);
@@ -345,21 +377,26 @@ static int32_t run_model(int to, const moe_model *model, const int32_t *forced, 
 }
 
 static size_t same_states(const moe_model *model, int32_t M) {
-  return !memcmp(hidden[0], hidden[1], sizeof(float) * (size_t)(M * moe_model_config(model)->hidden)) &&
-         !memcmp(scores[0], scores[1], sizeof(float) * (size_t)(batch.b.S * moe_model_max_classes(model)));
+  return !memcmp(hidden[0], hidden[1],
+                 sizeof(float) * (size_t)(M * moe_model_config(model)->hidden)) &&
+         !memcmp(scores[0], scores[1],
+                 sizeof(float) * (size_t)(batch.b.S * moe_model_max_classes(model)));
 }
 
-/* A model of floats and its int8 twin; variant: the router, with 3 added feature inputs; 6 and 7: blocks as experts, 8: gates
-   made of task vectors. 1 and 7 are larger. */
+/* A model of floats and its int8 twin; variant: the router, with 3 added feature inputs; 6 and 7:
+   blocks as experts, 8: gates made of task vectors. 1 and 7 are larger. */
 static int twins(moe_model **model, moe_model **small, int variant, const moe_env *env) {
   static moe_task tasks[MODELS_TASKS];
   moe_router router = (moe_router)(variant % 3);
-  moe_config c = models_config(router, router == MOE_ROUTER_DENSE ? 1 : 3, router == MOE_ROUTER_TASK ? 2 : 1);
-  if (variant == 8) c = models_config(MOE_ROUTER_EMBEDDING, 3, 1);
+  moe_config c =
+      models_config(router, router == MOE_ROUTER_DENSE ? 1 : 3, router == MOE_ROUTER_TASK ? 2 : 1);
+  if (variant == 8)
+    c = models_config(MOE_ROUTER_EMBEDDING, 3, 1);
   else if (variant > 5) {
-    c = models_config(variant == 6 ? MOE_ROUTER_LEVEL : MOE_ROUTER_DENSE, 2, 1);
+    c = models_config(variant == 6 ? MOE_ROUTER_TASK_LEVEL : MOE_ROUTER_DENSE, 2, 1);
     c.unit = MOE_UNIT_BLOCK;
-  } else if (variant > 2) c.features = MODELS_WIDTH, c.vocab = 0;
+  } else if (variant > 2)
+    c.feature_dim = MODELS_WIDTH, c.vocab = 0;
   if (variant == 1 || variant == 7) c.hidden = 64, c.ffn = 76; /* enough for tiles of AMX */
   models_tasks(tasks);
   *small = NULL;
@@ -377,16 +414,20 @@ static void test_lowp_model_is_near_its_parent(void) {
     moe_model *model, *small;
     double error = 0, norm = 0;
     int32_t M, i, count = variant % 3 == 2 ? 2 : 1;
-    for (i = 0; i < 2 * 800 * 2; ++i) forced[i] = count == 2 ? (i % 2 ? 2 : 1) : i % 3; /* a token that changes its expert is no rounding error */
+    for (i = 0; i < 2 * 800 * 2; ++i)
+      forced[i] = count == 2 ? (i % 2 ? 2 : 1)
+                             : i % 3; /* a token that changes its expert is no rounding error */
     CHECK(twins(&model, &small, variant, &env), "%s", models_sentence);
     CHECK(moe_model_type(model) == MOE_TYPE_F32 && moe_model_type(small) == MOE_TYPE_I8, "types");
     M = run_model(0, model, variant < 6 || variant == 8 ? forced : NULL, 1, env);
-    CHECK(M && run_model(1, small, variant < 6 || variant == 8 ? forced : NULL, 1, env), "%s", models_sentence);
+    CHECK(M && run_model(1, small, variant < 6 || variant == 8 ? forced : NULL, 1, env), "%s",
+          models_sentence);
     for (i = 0; i < M * 20; ++i) {
       error += pow((double)hidden[0][i] - (double)hidden[1][i], 2);
       norm += pow((double)hidden[0][i], 2);
     }
-    CHECK(error > 0 && sqrt(error / norm) < 0.04, "variant %d: relative error %g", variant, sqrt(error / norm));
+    CHECK(error > 0 && sqrt(error / norm) < 0.04, "variant %d: relative error %g", variant,
+          sqrt(error / norm));
     moe_model_free(small);
     moe_model_free(model);
   }
@@ -404,10 +445,13 @@ static void test_lowp_model_has_the_same_bits_everywhere(void) {
     for (which = 0; (which = kernels_env(which, &other)) != 0;) {
       moe_model *again = NULL;
       other.log = models_log;
-      CHECK(run_model(1, small, NULL, 1, other) && same_states(small, M), "variant %d, kernels %d", variant, which);
-      CHECK(run_model(1, small, NULL, 3, other) && same_states(small, M), "variant %d, kernels %d, threads", variant, which);
+      CHECK(run_model(1, small, NULL, 1, other) && same_states(small, M), "variant %d, kernels %d",
+            variant, which);
+      CHECK(run_model(1, small, NULL, 3, other) && same_states(small, M),
+            "variant %d, kernels %d, threads", variant, which);
       CHECK(!moe_model_quantize(&again, model, &other), "%s", models_sentence);
-      CHECK(run_model(1, again, NULL, 1, other) && same_states(small, M), "variant %d, quantised by kernels %d", variant, which);
+      CHECK(run_model(1, again, NULL, 1, other) && same_states(small, M),
+            "variant %d, quantised by kernels %d", variant, which);
       moe_model_free(again);
     }
     moe_model_free(small);
@@ -430,10 +474,13 @@ static void test_lowp_model_survives_a_file(void) {
     big = models_written(model, &env);
     CHECK(file.used && file.used < big.used, "%zu bytes, %zu in floats", file.used, big.used);
     CHECK(!moe_model_read(&read, file.data, file.used, &env), "%s", models_sentence);
-    CHECK(moe_model_type(read) == MOE_TYPE_I8 && moe_model_vocab(read, &vocab) && vocab == 4, "what was read");
-    CHECK(M && run_model(1, read, NULL, 1, env) && same_states(small, M), "other bits after reading");
+    CHECK(moe_model_type(read) == MOE_TYPE_I8 && moe_model_vocab(read, &vocab) && vocab == 4,
+          "what was read");
+    CHECK(M && run_model(1, read, NULL, 1, env) && same_states(small, M),
+          "other bits after reading");
     again = models_written(read, &env);
-    CHECK(again.used == file.used && !memcmp(again.data, file.data, file.used), "written again, it is another file");
+    CHECK(again.used == file.used && !memcmp(again.data, file.data, file.used),
+          "written again, it is another file");
     CHECK(!moe_model_open_size(file.data, file.used, &bytes, &env), "%s", models_sentence);
     block = moe__alloc(bytes);
     mapped = moe__alloc(file.used);
@@ -441,9 +488,13 @@ static void test_lowp_model_survives_a_file(void) {
     if (moe__little_endian()) {
       CHECK(!moe_model_open(&opened, mapped, file.used, block, bytes, &env), "%s", models_sentence);
       CHECK(run_model(1, opened, NULL, 1, env) && same_states(small, M), "other bits in place");
-      CHECK(!moe_model_pack(opened, NULL, &env) && run_model(1, opened, NULL, 1, env) && same_states(small, M), "other bits, packed in place");
+      CHECK(!moe_model_pack(opened, NULL, &env) && run_model(1, opened, NULL, 1, env) &&
+                same_states(small, M),
+            "other bits, packed in place");
       moe_model_free(opened);
-    } else CHECK(moe_model_open(&opened, mapped, file.used, block, bytes, &env) == MOE_E_UNSUPPORTED, "opened, the wrong way round");
+    } else
+      CHECK(moe_model_open(&opened, mapped, file.used, block, bytes, &env) == MOE_E_UNSUPPORTED,
+            "opened, the wrong way round");
     moe__release(block);
     moe__release(mapped);
     free(file.data), free(again.data), free(big.data);
@@ -473,15 +524,24 @@ static void test_lowp_model_table_of_tensors(void) {
         continue;
       }
       bytes += t.count;
-      CHECK(!moe_model_tensor(model, moe_model_find_tensor(model, t.name), &original_tensor), "%s", t.name);
-      CHECK(t.dims == 2 && t.shape[0] == original_tensor.shape[0] && t.shape[1] == original_tensor.shape[1], "%s: shape", t.name);
+      CHECK(!moe_model_tensor(model, moe_model_find_tensor(model, t.name), &original_tensor), "%s",
+            t.name);
+      CHECK(t.dims == 2 && t.shape[0] == original_tensor.shape[0] &&
+                t.shape[1] == original_tensor.shape[1],
+            "%s: shape", t.name);
       snprintf(name, sizeof name, "%s.scale", t.name);
       scale = moe_model_find_tensor(small, name);
-      CHECK(scale >= 0 && !moe_model_tensor(small, scale, &t) && t.dims == 1 && t.shape[0] == original_tensor.shape[0], "%s", name);
+      CHECK(scale >= 0 && !moe_model_tensor(small, scale, &t) && t.dims == 1 &&
+                t.shape[0] == original_tensor.shape[0],
+            "%s", name);
       scale_count += t.count;
     }
-    CHECK(moe_model_parameters(small) == moe_model_parameters(model) && floats + bytes - scale_count == moe_model_parameters(model), "parameters");
-    CHECK((moe_model_find_tensor(small, "encoder.layer.0.attention.self.query.weight") >= 0) == (variant < 6 || variant == 8), "query");
+    CHECK(moe_model_parameters(small) == moe_model_parameters(model) &&
+              floats + bytes - scale_count == moe_model_parameters(model),
+          "parameters");
+    CHECK((moe_model_find_tensor(small, "encoder.layer.0.attention.self.query.weight") >= 0) ==
+              (variant < 6 || variant == 8),
+          "query");
     CHECK(moe_model_find_tensor(small, "heads.two.weight.scale") == -1, "heads stay floats");
     moe_model_free(small);
     moe_model_free(model);
@@ -500,13 +560,19 @@ static void test_lowp_model_refuses_what_it_cannot(void) {
   CHECK(twins(&model, &small, 2, &env), "%s", models_sentence);
   moe_train_config_init(&train);
   train.steps = 10;
-  CHECK(moe_trainer_create(&trainer, small, &limits, &train, &env) == MOE_E_UNSUPPORTED && !trainer, "trained");
+  CHECK(moe_trainer_create(&trainer, small, &limits, &train, &env) == MOE_E_UNSUPPORTED && !trainer,
+        "trained");
   CHECK(strstr(models_sentence, "int8") != NULL, "%s", models_sentence);
-  CHECK(moe_trainer_size(small, &limits, &train, &bytes, &env) == MOE_E_UNSUPPORTED && !bytes, "sized");
-  CHECK(moe_context_create(&context, small, &limits, &env) == MOE_E_UNSUPPORTED && !context, "a context for training");
+  CHECK(moe_trainer_size(small, &limits, &train, &bytes, &env) == MOE_E_UNSUPPORTED && !bytes,
+        "sized");
+  CHECK(moe_context_create(&context, small, &limits, &env) == MOE_E_UNSUPPORTED && !context,
+        "a context for training");
   CHECK(moe_model_quantize(&twice, small, &env) == MOE_E_UNSUPPORTED && !twice, "quantised twice");
-  CHECK(moe_model_extract(&twice, small, &first, 1, NULL, &env) == MOE_E_UNSUPPORTED && !twice, "a task taken out");
-  CHECK(moe_model_adapt(&twice, small, moe_model_task(small, 0), 0, 1, &env) == MOE_E_UNSUPPORTED && !twice, "a task taken in");
+  CHECK(moe_model_extract(&twice, small, &first, 1, NULL, &env) == MOE_E_UNSUPPORTED && !twice,
+        "a task taken out");
+  CHECK(moe_model_adapt(&twice, small, moe_model_task(small, 0), 0, 1, &env) == MOE_E_UNSUPPORTED &&
+            !twice,
+        "a task taken in");
   CHECK(!moe_model_weights(small), "weights that could be changed");
   moe_model_weights(model)[7] = moe__floats(0x7fc00000u);
   CHECK(moe_model_quantize(&twice, model, &env) == MOE_E_NONFINITE && !twice, "NaN");
@@ -515,7 +581,8 @@ static void test_lowp_model_refuses_what_it_cannot(void) {
   moe_model_free(model);
 }
 
-/* Puts `to` in place of the first `from` (equally long) in a copy of the file, reads that, and expects damage. */
+/* Puts `to` in place of the first `from` (equally long) in a copy of the file, reads that, and
+   expects damage. */
 static int damaged(const models_file *file, const char *from, const char *to, const moe_env *env) {
   unsigned char *copy = (unsigned char *)malloc(file->used), *at = copy;
   moe_model *model = NULL;
@@ -539,18 +606,30 @@ static void test_lowp_damaged_files_are_found(void) {
   static const unsigned char nan[4] = {0, 0, 0xc0, 0x7f}; /* files have the low byte first */
   CHECK(twins(&model, &small, 2, &env), "%s", models_sentence);
   file = models_written(small, &env);
-  CHECK(damaged(&file, "query.weight.scale", "query.weight.scalf", &env), "a scale of another name");
-  CHECK(damaged(&file, "1.attention.self.key.weight\",\"", "1.attention.self.kay.weight\",\"", &env) ||
-        damaged(&file, "1.attention.self.key.weight\":", "1.attention.self.kay.weight\":", &env), "a matrix of another name");
-  CHECK(damaged(&file, "\"I8\",\"shape\":[50,20]", "\"U8\",\"shape\":[50,20]", &env), "another type");
-  CHECK(damaged(&file, "\"I8\",\"shape\":[50,20]", "\"I8\",\"shape\":[20,50]", &env), "another shape");
+  CHECK(damaged(&file, "query.weight.scale", "query.weight.scalf", &env),
+        "a scale of another name");
+  CHECK(
+      damaged(&file, "1.attention.self.key.weight\",\"", "1.attention.self.kay.weight\",\"",
+              &env) ||
+          damaged(&file, "1.attention.self.key.weight\":", "1.attention.self.kay.weight\":", &env),
+      "a matrix of another name");
+  CHECK(damaged(&file, "\"I8\",\"shape\":[50,20]", "\"U8\",\"shape\":[50,20]", &env),
+        "another type");
+  CHECK(damaged(&file, "\"I8\",\"shape\":[50,20]", "\"I8\",\"shape\":[20,50]", &env),
+        "another shape");
   for (cut = 1; cut < file.used; cut += cut < 3000 ? 97 : 1009) {
-    CHECK(moe_model_read(&read, file.data, file.used - cut, &env) == MOE_E_FORMAT && !read, "%zu bytes less", cut);
+    CHECK(moe_model_read(&read, file.data, file.used - cut, &env) == MOE_E_FORMAT && !read,
+          "%zu bytes less", cut);
   }
   header = (size_t)file.data[0] | (size_t)file.data[1] << 8 | (size_t)file.data[2] << 16;
-  CHECK(!moe_model_tensor(small, moe_model_find_tensor(small, "encoder.layer.1.attention.output.dense.weight.scale"), &t), "no scale");
+  CHECK(!moe_model_tensor(
+            small,
+            moe_model_find_tensor(small, "encoder.layer.1.attention.output.dense.weight.scale"),
+            &t),
+        "no scale");
   memcpy(file.data + 8 + header + 4 * (t.offset + 3), nan, 4);
-  CHECK(moe_model_read(&read, file.data, file.used, &env) == MOE_E_FORMAT && !read, "a scale that is NaN");
+  CHECK(moe_model_read(&read, file.data, file.used, &env) == MOE_E_FORMAT && !read,
+        "a scale that is NaN");
   CHECK(strstr(models_sentence, "dense.weight.scale") != NULL, "%s", models_sentence);
   free(file.data);
   moe_model_free(small);
@@ -559,7 +638,7 @@ static void test_lowp_damaged_files_are_found(void) {
 
 int main(int argc, char **argv) {
   test_begin(argc, argv);
-  amx_real = (moe__amx_allowed() & MOE_FEATURE_AMX_INT8) != 0;
+  amx_real = (moe__amx_allowed() & MOE_CPU_AMX_INT8) != 0;
   amx_here = amx_real || amx_install();
   RUN(test_lowp_kernels_equal_the_definition);
   RUN(test_lowp_tiles_equal_the_definition);

@@ -15,8 +15,11 @@ static int32_t draw(uint64_t *state, int n) {
 /* The value that golden/metrics.py names, or undefined and 0. */
 static void check_value(const char *name, int i, double value, int is_defined, double expected) {
   CHECK(is_defined == !(expected != expected), "%s of case %d: defined %d", name, i, is_defined);
-  if (expected != expected) CHECK(value == 0, "%s of case %d: %.17g instead of 0", name, i, value);
-  else CHECK(fabs(value - expected) <= 1e-12, "%s of case %d: %.17g instead of %.17g", name, i, value, expected);
+  if (expected != expected)
+    CHECK(value == 0, "%s of case %d: %.17g instead of 0", name, i, value);
+  else
+    CHECK(fabs(value - expected) <= 1e-12, "%s of case %d: %.17g instead of %.17g", name, i, value,
+          expected);
 }
 
 static void test_metrics_of_classes_are_those_of_scikit_learn(void) {
@@ -84,7 +87,8 @@ static void test_metrics_say_when_they_are_undefined(void) {
   CHECK(moe_metric_pearson(bad, some, 4, &d) == 0 && d == 0, "not a number");
   CHECK(moe_metric_spearman(some, bad, 4, scratch, &d) == 0 && d == 0, "not a number");
   CHECK(moe_metric_pearson(infinite, some, 4, &d) == 0 && d == 0, "infinite");
-  CHECK_NEAR(moe_metric_spearman(infinite, some, 4, scratch, &d), 0.8, 1e-12); /* an infinity has a rank */
+  CHECK_NEAR(moe_metric_spearman(infinite, some, 4, scratch, &d), 0.8,
+             1e-12); /* an infinity has a rank */
   CHECK(d == 1, "an infinity has a rank");
   CHECK(moe_metric_f1(mixed, mixed, 4, NULL) == 1, "defined may be NULL");
 }

@@ -1,5 +1,6 @@
-/* The published all-MiniLM-L6-v2: hidden states against Hugging Face transformers, a fine-tuning run against PyTorch. Needs the weights, the
-   vocabulary and MRPC of the working data; skips without them. */
+/* The published all-MiniLM-L6-v2: hidden states against Hugging Face transformers, a fine-tuning
+   run against PyTorch. Needs the weights, the vocabulary and MRPC of the working data; skips
+   without them. */
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
@@ -32,8 +33,8 @@ static moe_model *minilm(moe_router router, int32_t experts, const moe_env *env)
   snprintf(t.name, sizeof t.name, "MRPC");
   t.pair = 1;
   t.classes = 2;
-  if (moe_import_sizes(&c, file, bytes, env) || moe_model_create(&model, &c, &t, 1, 1, env) || moe_model_import(model, file, bytes, NULL, env) ||
-      moe_model_pack(model, NULL, env)) {
+  if (moe_import_sizes(&c, file, bytes, env) || moe_model_create(&model, &c, &t, 1, 1, env) ||
+      moe_model_import(model, file, bytes, NULL, env) || moe_model_pack(model, NULL, env)) {
     moe_model_free(model);
     model = NULL;
   }
@@ -63,7 +64,8 @@ static void compare(const float *x, const double *want, size_t n, const char *wh
   for (i = 0; i < n; ++i) {
     double error = fabs((double)x[i] - want[i]);
     if (error > worst) worst = error;
-    CHECK(error <= 2e-5, "%s of sequence %d, element %zu: %.8g, transformers %.8g", what, sequence, i, (double)x[i], want[i]);
+    CHECK(error <= 2e-5, "%s of sequence %d, element %zu: %.8g, transformers %.8g", what, sequence,
+          i, (double)x[i], want[i]);
   }
 }
 
@@ -78,7 +80,8 @@ static void compare_samples(const float *rows, int32_t tokens, const double *wan
 static void check_hidden(moe_model *model, const moe_env *env) {
   static const double *const cls[] = {bert_0_cls, bert_1_cls, bert_2_cls, bert_3_cls, bert_4_cls};
   static const double *const last[] = {NULL, bert_1_last, bert_2_last, NULL, NULL};
-  static const double *const samples[] = {bert_0_samples, bert_1_samples, bert_2_samples, bert_3_samples, bert_4_samples};
+  static const double *const samples[] = {bert_0_samples, bert_1_samples, bert_2_samples,
+                                          bert_3_samples, bert_4_samples};
   moe_limits limits = {M_MOST, S_MOST, 0};
   moe_context *context = NULL;
   int s;
@@ -94,7 +97,8 @@ static void check_hidden(moe_model *model, const moe_env *env) {
     const float *rows = moe_context_hidden(context) + (size_t)start[s] * 384;
     compare(rows, cls[s], 384, "[CLS]", s);
     CHECK_STATE();
-    if (last[s]) compare(rows + (size_t)(start[s + 1] - start[s] - 1) * 384, last[s], 384, "last row", s);
+    if (last[s])
+      compare(rows + (size_t)(start[s + 1] - start[s] - 1) * 384, last[s], 384, "last row", s);
     CHECK_STATE();
     compare_samples(rows, start[s + 1] - start[s], samples[s], s);
     CHECK_STATE();
@@ -113,7 +117,8 @@ static void test_minilm_hidden_states_match_transformers(void) {
   moe_model_free(model);
 }
 
-/* Four copies of each FFN and gates near zero: with gate scale N / k the sparse model starts as its dense parent, up to what the gates weigh. */
+/* Four copies of each FFN and gates near zero: with gate scale N / k the sparse model starts as its
+   dense parent, up to what the gates weigh. */
 static void test_minilm_upcycled_with_scale_n_starts_as_its_parent(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_model *model = minilm(MOE_ROUTER_TASK, 4, &env);
@@ -121,12 +126,14 @@ static void test_minilm_upcycled_with_scale_n_starts_as_its_parent(void) {
   if (!model && !models_sentence[0]) SKIP("no models/all-MiniLM-L6-v2 in the working data");
   CHECK(model, "%s", models_sentence);
   for (l = 0; l < 6; ++l) /* gates of zero: g* N is 1 */
-    memset(model->writable + moe__layer_at(model, l) + model->plan.gates, 0, 4 * 384 * sizeof(float));
+    memset(model->writable + moe__layer_at(model, l) + model->plan.gates, 0,
+           4 * 384 * sizeof(float));
   check_hidden(model, &env);
   moe_model_free(model);
 }
 
-/* Reads the next row of a train.tsv (label, two texts) into the batch. Returns 0 at the end or on an error. */
+/* Reads the next row of a train.tsv (label, two texts) into the batch. Returns 0 at the end or on
+   an error. */
 static int next_row(FILE *f, const moe_tokenizer *tokenizer, const moe_env *env) {
   static char line[8192];
   char *a, *b;
@@ -143,13 +150,15 @@ static int next_row(FILE *f, const moe_tokenizer *tokenizer, const moe_env *env)
   tokens.ids = ids + at;
   tokens.segments = segments + at;
   tokens.capacity = M_MOST - at;
-  if (moe_encode(tokenizer, a, strlen(a), b, strlen(b), 128, MOE_TRUNCATE_LONGEST, &tokens, env)) return 0;
+  if (moe_encode(tokenizer, a, strlen(a), b, strlen(b), 128, MOE_TRUNCATE_LONGEST, &tokens, env))
+    return 0;
   label[batch.S] = (float)(line[0] - '0');
   start[++batch.S] = at + tokens.count;
   return 1;
 }
 
-static void mrpc_steps(moe_model *model, const moe_tokenizer *tokenizer, FILE *f, const moe_env *env) {
+static void mrpc_steps(moe_model *model, const moe_tokenizer *tokenizer, FILE *f,
+                       const moe_env *env) {
   moe_limits limits = {M_MOST, S_MOST, 1};
   moe_train_config config;
   moe_trainer *trainer = NULL;
@@ -157,24 +166,30 @@ static void mrpc_steps(moe_model *model, const moe_tokenizer *tokenizer, FILE *f
   double worst_loss = 0;
   int step;
   moe_train_config_init(&config);
-  config.rate = 5e-5f;
+  config.lr = 5e-5f;
   config.steps = 60;
   config.dropout = 0;
   moe_model_tensor(model, moe_model_find_tensor(model, "heads.MRPC.weight"), &t);
   golden_fill(moe_model_weights(model) + t.offset, t.count, "heads.MRPC.weight", 0.03125f);
-  CHECK(moe_trainer_create(&trainer, model, &limits, &config, env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_create(&trainer, model, &limits, &config, env) == MOE_OK, "%s",
+        models_sentence);
   for (step = 0; step < 60; ++step) {
     float loss = 0, norm = 0;
     double error;
     begin();
-    while (batch.S < 32) CHECK(next_row(f, tokenizer, env), "row %d: %s", 32 * step + batch.S, models_sentence);
-    CHECK(start[32] == mrpc_tokens[step], "step %d: %d tokens, PyTorch %d", step + 1, (int)start[32], mrpc_tokens[step]);
-    CHECK(moe_accumulate(trainer, &batch, 0, &loss, NULL, env) == MOE_OK, "%s", models_sentence);
-    CHECK(moe_update(trainer, &norm, env) == MOE_OK, "%s", models_sentence);
+    while (batch.S < 32)
+      CHECK(next_row(f, tokenizer, env), "row %d: %s", 32 * step + batch.S, models_sentence);
+    CHECK(start[32] == mrpc_tokens[step], "step %d: %d tokens, PyTorch %d", step + 1,
+          (int)start[32], mrpc_tokens[step]);
+    CHECK(moe_trainer_accumulate(trainer, &batch, 0, &loss, NULL, env) == MOE_OK, "%s",
+          models_sentence);
+    CHECK(moe_trainer_step(trainer, &norm, env) == MOE_OK, "%s", models_sentence);
     error = fabs((double)loss - mrpc_losses_double[step]);
     if (error > worst_loss) worst_loss = error;
-    CHECK(error <= 1e-4, "step %d: loss %.8g, PyTorch %.8g", step + 1, (double)loss, mrpc_losses_double[step]);
-    CHECK(fabs((double)norm - mrpc_norms[step]) <= 1e-3 * mrpc_norms[step], "step %d: norm %.8g, PyTorch %.8g", step + 1, (double)norm, mrpc_norms[step]);
+    CHECK(error <= 1e-4, "step %d: loss %.8g, PyTorch %.8g", step + 1, (double)loss,
+          mrpc_losses_double[step]);
+    CHECK(fabs((double)norm - mrpc_norms[step]) <= 1e-3 * mrpc_norms[step],
+          "step %d: norm %.8g, PyTorch %.8g", step + 1, (double)norm, mrpc_norms[step]);
   }
   printf("        worst loss of 60 steps: off by %.1e\n", worst_loss);
   moe_trainer_free(trainer);
@@ -195,9 +210,11 @@ static void test_minilm_60_steps_on_mrpc_match_pytorch(void) {
   path = test_shared("data/vocab/bert-base-uncased-vocab.txt");
   if (!path) SKIP("no data/vocab in the working data");
   CHECK(moe_file_read(&vocab, &bytes, path, &env) == MOE_OK, "%s", models_sentence);
-  CHECK(moe_tokenizer_size((const char *)vocab, bytes, &need, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_tokenizer_size((const char *)vocab, bytes, &need, &env) == MOE_OK, "%s",
+        models_sentence);
   block = models_block(&raw, need);
-  CHECK(moe_tokenizer_init(&tokenizer, block, need, (const char *)vocab, bytes, 0, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_tokenizer_init(&tokenizer, block, need, (const char *)vocab, bytes, 0, &env) == MOE_OK,
+        "%s", models_sentence);
   path = test_shared("data/glue/MRPC/train.tsv");
   if (!path) SKIP("no data/glue/MRPC in the working data");
   f = fopen(path, "rb");

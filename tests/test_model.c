@@ -33,9 +33,12 @@ static void test_model_counts_the_papers_parameters(void) {
   CHECK(dense == 22565376, "MiniLM dense: %zu", dense);
   CHECK(4 * (one_gate - dense) == 73728, "gates: %zu", 4 * (one_gate - dense));
   CHECK(count(6, 384, MOE_ROUTER_TASK, 4) - dense - 73728 == 21268224, "added experts");
-  CHECK(count(6, 384, MOE_ROUTER_TASK, 4) == 43907328, "MiniLM: %zu", count(6, 384, MOE_ROUTER_TASK, 4));
-  CHECK(count(12, 768, MOE_ROUTER_TASK, 4) == 279194112, "BERT-base: %zu", count(12, 768, MOE_ROUTER_TASK, 4));
-  CHECK(count(24, 1024, MOE_ROUTER_TASK, 4) == 939227136, "BERT-large: %zu", count(24, 1024, MOE_ROUTER_TASK, 4));
+  CHECK(count(6, 384, MOE_ROUTER_TASK, 4) == 43907328, "MiniLM: %zu",
+        count(6, 384, MOE_ROUTER_TASK, 4));
+  CHECK(count(12, 768, MOE_ROUTER_TASK, 4) == 279194112, "BERT-base: %zu",
+        count(12, 768, MOE_ROUTER_TASK, 4));
+  CHECK(count(24, 1024, MOE_ROUTER_TASK, 4) == 939227136, "BERT-large: %zu",
+        count(24, 1024, MOE_ROUTER_TASK, 4));
 }
 
 static void test_model_table_of_tensors_has_no_gap(void) {
@@ -50,19 +53,24 @@ static void test_model_table_of_tensors_has_no_gap(void) {
     moe_tensor t;
     size_t at = 0;
     int32_t i;
-    if (variant > 2) c.features = 7, c.vocab = 0;
+    if (variant > 2) c.feature_dim = 7, c.vocab = 0;
     model = models_create(&c, tasks, MODELS_TASKS, &env);
     CHECK(model, "%s", models_sentence);
     for (i = 0; i < moe_model_tensors(model); ++i) {
       CHECK(moe_model_tensor(model, i, &t) == MOE_OK, "tensor %d", (int)i);
       CHECK(t.offset == at, "%s at %zu, not %zu", t.name, t.offset, at);
-      CHECK(t.count == (size_t)t.shape[0] * (size_t)(t.dims == 2 ? t.shape[1] : 1), "%s: count", t.name);
+      CHECK(t.count == (size_t)t.shape[0] * (size_t)(t.dims == 2 ? t.shape[1] : 1), "%s: count",
+            t.name);
       CHECK(moe_model_find_tensor(model, t.name) == i, "%s is not found", t.name);
       at += t.count;
     }
     CHECK(at == moe_model_parameters(model), "%zu of %zu", at, moe_model_parameters(model));
-    CHECK(moe_model_tensor(model, i, &t) == MOE_E_ARGUMENT && moe_model_tensor(model, -1, &t) == MOE_E_ARGUMENT, "index out of range");
-    CHECK(moe_model_find_tensor(model, "encoder.layer.99999999999.x") == -1 && moe_model_find_tensor(model, "") == -1, "unknown name");
+    CHECK(moe_model_tensor(model, i, &t) == MOE_E_ARGUMENT &&
+              moe_model_tensor(model, -1, &t) == MOE_E_ARGUMENT,
+          "index out of range");
+    CHECK(moe_model_find_tensor(model, "encoder.layer.99999999999.x") == -1 &&
+              moe_model_find_tensor(model, "") == -1,
+          "unknown name");
     moe_model_free(model);
   }
 }
@@ -104,28 +112,53 @@ static void test_model_tensors_bear_the_names_of_the_hub(void) {
     for (i = 0; i < sizeof want / sizeof *want; ++i) {
       moe_tensor t;
       int32_t index = moe_model_find_tensor(model, want[i].name);
-      CHECK((index >= 0) == (want[i].router == ALL || want[i].router == router || (want[i].router == SPARSE && router != MOE_ROUTER_DENSE)), "%s in router %d", want[i].name, router);
+      CHECK((index >= 0) == (want[i].router == ALL || want[i].router == router ||
+                             (want[i].router == SPARSE && router != MOE_ROUTER_DENSE)),
+            "%s in router %d", want[i].name, router);
       if (index < 0) continue;
       moe_model_tensor(model, index, &t);
-      CHECK(t.shape[0] == want[i].rows && (t.dims == 2 ? t.shape[1] : 0) == want[i].cols, "shape of %s", t.name);
+      CHECK(t.shape[0] == want[i].rows && (t.dims == 2 ? t.shape[1] : 0) == want[i].cols,
+            "shape of %s", t.name);
     }
     moe_model_free(model);
   }
 }
 
 static void test_model_config_names_the_field_that_is_wrong(void) {
-#define FIELD(field, value, word) {offsetof(moe_config, field), value, word}
+#define FIELD(field, value, word)                                                                  \
+  { offsetof(moe_config, field), value, word }
   static const struct {
     size_t offset;
     int32_t value;
     const char *word;
-  } bad[] = {FIELD(layers, 0, "layers"), FIELD(layers, 1025, "layers"), FIELD(hidden, 0, "hidden"), FIELD(hidden, -20, "hidden"),
-             FIELD(ffn, 0, "ffn"), FIELD(heads, 0, "heads"), FIELD(heads, 21, "heads"), FIELD(heads, 3, "multiple"), FIELD(vocab, 0, "vocab"),
-             FIELD(vocab, 1 << 30, "vocab"), FIELD(positions, 0, "positions"), FIELD(segments, 0, "segments"), FIELD(segments, 257, "segments"),
-             FIELD(features, -1, "features"), FIELD(features, 3, "vocab"), FIELD(router, 3, "router"), FIELD(router, -1, "router"),
-             FIELD(router, MOE_ROUTER_DENSE, "dense"), FIELD(experts, 0, "experts"), FIELD(experts, MOE_MAX_EXPERTS + 1, "experts"),
-             FIELD(top_k, 0, "top_k"), FIELD(top_k, 4, "top_k"), FIELD(gate_scale_n, 2, "gate_scale_n"), FIELD(renormalize, -1, "renormalize"),
-             FIELD(max_len, 0, "max_len"), FIELD(max_len, 20, "max_len"), FIELD(truncate, 2, "truncate"), FIELD(cased, 2, "cased")};
+  } bad[] = {FIELD(layers, 0, "layers"),
+             FIELD(layers, 1025, "layers"),
+             FIELD(hidden, 0, "hidden"),
+             FIELD(hidden, -20, "hidden"),
+             FIELD(ffn, 0, "ffn"),
+             FIELD(heads, 0, "heads"),
+             FIELD(heads, 21, "heads"),
+             FIELD(heads, 3, "multiple"),
+             FIELD(vocab, 0, "vocab"),
+             FIELD(vocab, 1 << 30, "vocab"),
+             FIELD(positions, 0, "positions"),
+             FIELD(segments, 0, "segments"),
+             FIELD(segments, 257, "segments"),
+             FIELD(feature_dim, -1, "feature_dim"),
+             FIELD(feature_dim, 3, "vocab"),
+             FIELD(router, 3, "router"),
+             FIELD(router, -1, "router"),
+             FIELD(router, MOE_ROUTER_DENSE, "dense"),
+             FIELD(experts, 0, "experts"),
+             FIELD(experts, MOE_MAX_EXPERTS + 1, "experts"),
+             FIELD(top_k, 0, "top_k"),
+             FIELD(top_k, 4, "top_k"),
+             FIELD(gate_scale_n, 2, "gate_scale_n"),
+             FIELD(renormalize, -1, "renormalize"),
+             FIELD(max_len, 0, "max_len"),
+             FIELD(max_len, 20, "max_len"),
+             FIELD(truncate, 2, "truncate"),
+             FIELD(cased, 2, "cased")};
 #undef FIELD
   static const float eps[] = {0, -1, 1, NAN, INFINITY};
   moe_env env = models_env(MOE_ISA_AUTO);
@@ -136,18 +169,21 @@ static void test_model_config_names_the_field_that_is_wrong(void) {
     c = good;
     memcpy((char *)&c + bad[i].offset, &bad[i].value, sizeof bad[i].value);
     models_sentence[0] = 0;
-    CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT, "%s %d is accepted", bad[i].word, (int)bad[i].value);
+    CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT, "%s %d is accepted", bad[i].word,
+          (int)bad[i].value);
     CHECK(strstr(models_sentence, bad[i].word), "%s: %s", bad[i].word, models_sentence);
     CHECK(moe_config_check(&c, NULL) == MOE_E_ARGUMENT, "without a log");
   }
   for (i = 0; i < sizeof eps / sizeof *eps; ++i) {
     c = good;
     c.eps = eps[i];
-    CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "eps"), "eps %g: %s", (double)eps[i], models_sentence);
+    CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "eps"),
+          "eps %g: %s", (double)eps[i], models_sentence);
   }
   c = good;
   c.gate_scale_n = c.renormalize = 1;
-  CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "exclude"), "%s", models_sentence);
+  CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "exclude"), "%s",
+        models_sentence);
   moe_config_init(&c);
   CHECK(moe_config_check(&c, &env) == MOE_OK, "the defaults: %s", models_sentence);
 }
@@ -158,23 +194,25 @@ static moe_status try_tasks(const moe_task *tasks, int32_t T, moe_env *env) {
   moe_status status;
   models_sentence[0] = 0;
   status = moe_model_size(&c, tasks, T, &bytes, env);
-  return status == MOE_OK || bytes == 0 ? status : MOE_STATUS_COUNT; /* results stay untouched on failure */
+  return status == MOE_OK || bytes == 0 ? status
+                                        : MOE_STATUS_COUNT; /* results stay untouched on failure */
 }
 
 static void test_model_tasks_are_checked_one_by_one(void) {
   static const char *const twice[] = {"a", "b", "a"}, *const empty[] = {"a", "", "c"};
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_task t[MODELS_TASKS];
-#define BAD(change, word)                                                                        \
-  do {                                                                                           \
-    models_tasks(t);                                                                             \
-    change;                                                                                      \
-    CHECK(try_tasks(t, MODELS_TASKS, &env) == MOE_E_ARGUMENT, "accepted: %s", #change);          \
-    CHECK(strstr(models_sentence, word), "'%s' does not say '%s'", models_sentence, word);       \
+#define BAD(change, word)                                                                          \
+  do {                                                                                             \
+    models_tasks(t);                                                                               \
+    change;                                                                                        \
+    CHECK(try_tasks(t, MODELS_TASKS, &env) == MOE_E_ARGUMENT, "accepted: %s", #change);            \
+    CHECK(strstr(models_sentence, word), "'%s' does not say '%s'", models_sentence, word);         \
   } while (0)
   models_tasks(t);
   CHECK(try_tasks(t, MODELS_TASKS, &env) == MOE_OK, "%s", models_sentence);
-  CHECK(try_tasks(t, 0, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "tasks"), "no task: %s", models_sentence);
+  CHECK(try_tasks(t, 0, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "tasks"), "no task: %s",
+        models_sentence);
   CHECK(try_tasks(t, MOE_MAX_TASKS + 1, &env) == MOE_E_ARGUMENT, "too many tasks");
   BAD(t[1].name[0] = 0, "no name");
   BAD(memset(t[1].name, 'x', MOE_NAME_BYTES), "longer");
@@ -213,17 +251,22 @@ static void test_model_copies_tasks_and_labels(void) {
   label[1] = "green";
   label[2] = "blue";
   tasks[1].label = label;
-  CHECK(moe_model_create(&model, &c, tasks, MODELS_TASKS, 1, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_model_create(&model, &c, tasks, MODELS_TASKS, 1, &env) == MOE_OK, "%s",
+        models_sentence);
   red[0] = 'x';
   label[1] = NULL;
   memset(tasks, 0, sizeof tasks);
-  CHECK(!strcmp(moe_model_task(model, 1)->name, "three") && !strcmp(moe_model_task(model, 1)->label[0], "red") &&
-            !strcmp(moe_model_task(model, 1)->label[1], "green"), "copies");
+  CHECK(!strcmp(moe_model_task(model, 1)->name, "three") &&
+            !strcmp(moe_model_task(model, 1)->label[0], "red") &&
+            !strcmp(moe_model_task(model, 1)->label[1], "green"),
+        "copies");
   CHECK(!strcmp(moe_model_task(model, 0)->label[1], "1"), "without names, labels are numbers");
   CHECK(!moe_model_task(model, 2)->label, "a regression has no labels");
   CHECK(moe_model_find_task(model, "real") == 2 && moe_model_find_task(model, "rea") == -1, "find");
   CHECK(!moe_model_task(model, -1) && !moe_model_task(model, MODELS_TASKS), "task out of range");
-  CHECK(moe_model_tasks(model) == MODELS_TASKS && moe_model_max_classes(model) == 3 && moe_model_config(model)->hidden == 20, "accessors");
+  CHECK(moe_model_tasks(model) == MODELS_TASKS && moe_model_max_classes(model) == 3 &&
+            moe_model_config(model)->hidden == 20,
+        "accessors");
   moe_model_free(model);
   moe_model_free(NULL);
 }
@@ -290,11 +333,15 @@ static void test_model_starts_with_the_papers_values(void) {
   d.router = MOE_ROUTER_DENSE;
   d.experts = 1;
   CHECK(moe_model_create(&dense, &d, tasks, 1, 5, &env) == MOE_OK, "%s", models_sentence);
-  moe_model_tensor(a, moe_model_find_tensor(a, "encoder.layer.1.experts.0.output.dense.weight"), &ta);
+  moe_model_tensor(a, moe_model_find_tensor(a, "encoder.layer.1.experts.0.output.dense.weight"),
+                   &ta);
   moe_model_tensor(dense, moe_model_find_tensor(dense, "encoder.layer.1.output.dense.weight"), &td);
-  CHECK(!memcmp(a->weights + ta.offset, dense->weights + td.offset, ta.count * sizeof(float)), "expert 0 starts as the dense FFN");
-  moe_model_tensor(a, moe_model_find_tensor(a, "encoder.layer.1.experts.1.output.dense.weight"), &ta);
-  CHECK(memcmp(a->weights + ta.offset, dense->weights + td.offset, ta.count * sizeof(float)), "expert 1 does not");
+  CHECK(!memcmp(a->weights + ta.offset, dense->weights + td.offset, ta.count * sizeof(float)),
+        "expert 0 starts as the dense FFN");
+  moe_model_tensor(a, moe_model_find_tensor(a, "encoder.layer.1.experts.1.output.dense.weight"),
+                   &ta);
+  CHECK(memcmp(a->weights + ta.offset, dense->weights + td.offset, ta.count * sizeof(float)),
+        "expert 1 does not");
   moe_model_free(a);
   moe_model_free(b);
   moe_model_free(dense);
@@ -310,7 +357,8 @@ static void test_model_head_of_a_task_called_gate_is_a_head(void) {
   c.hidden = 200;
   models_tasks(tasks);
   strcpy(tasks[1].name, "gate");
-  CHECK(moe_model_create(&model, &c, tasks, MODELS_TASKS, 5, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_model_create(&model, &c, tasks, MODELS_TASKS, 5, &env) == MOE_OK, "%s",
+        models_sentence);
   moments(model, "heads.gate.weight", &mean, &sd);
   CHECK(fabs(mean) < 3e-3 && fabs(sd - 0.02) < 3e-3, "head %g %g", mean, sd);
   moments(model, "encoder.layer.0.gate.gate.weight", &mean, &sd);
@@ -331,42 +379,59 @@ static void test_model_sizes_are_exact(void) {
   models_tasks(tasks);
   CHECK(moe_model_size(&c, tasks, MODELS_TASKS, &need, &env) == MOE_OK, "%s", models_sentence);
   block = models_block(&raw, need + 64);
-  CHECK(moe_model_init(&model, block, need - 1, &c, tasks, MODELS_TASKS, 1, &env) == MOE_E_MEMORY && !model, "a byte less");
+  CHECK(moe_model_init(&model, block, need - 1, &c, tasks, MODELS_TASKS, 1, &env) == MOE_E_MEMORY &&
+            !model,
+        "a byte less");
   snprintf(number, sizeof number, "%zu", need - 1);
   CHECK(strstr(models_sentence, number), "%s", models_sentence);
   snprintf(number, sizeof number, "%zu", need);
   CHECK(strstr(models_sentence, number), "%s", models_sentence);
-  CHECK(moe_model_init(&model, (char *)block + 4, need, &c, tasks, MODELS_TASKS, 1, &env) == MOE_E_ARGUMENT && !model, "misaligned");
+  CHECK(moe_model_init(&model, (char *)block + 4, need, &c, tasks, MODELS_TASKS, 1, &env) ==
+                MOE_E_ARGUMENT &&
+            !model,
+        "misaligned");
   memset(block, 0x5a, need + 64);
-  CHECK(moe_model_init(&model, block, need, &c, tasks, MODELS_TASKS, 1, &env) == MOE_OK, "%s", models_sentence);
-  for (bytes = need; bytes < need + 64; ++bytes) CHECK(((unsigned char *)block)[bytes] == 0x5a, "byte %zu after the block", bytes - need);
+  CHECK(moe_model_init(&model, block, need, &c, tasks, MODELS_TASKS, 1, &env) == MOE_OK, "%s",
+        models_sentence);
+  for (bytes = need; bytes < need + 64; ++bytes)
+    CHECK(((unsigned char *)block)[bytes] == 0x5a, "byte %zu after the block", bytes - need);
   CHECK(((unsigned char *)block)[need - 1] != 0x5a, "the last byte is used");
   CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_OK, "%s", models_sentence);
   {
     void *raw2, *block2 = models_block(&raw2, bytes);
-    CHECK(moe_context_init(&context, block2, bytes - 1, model, &limits, &env) == MOE_E_MEMORY && !context, "a byte less");
-    CHECK(moe_context_init(&context, block2, bytes, model, &limits, &env) == MOE_OK, "%s", models_sentence);
+    CHECK(moe_context_init(&context, block2, bytes - 1, model, &limits, &env) == MOE_E_MEMORY &&
+              !context,
+          "a byte less");
+    CHECK(moe_context_init(&context, block2, bytes, model, &limits, &env) == MOE_OK, "%s",
+          models_sentence);
     moe_context_free(context);
     free(raw2);
   }
   limits.tokens = 0;
-  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "tokens"), "%s", models_sentence);
+  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "tokens"),
+        "%s", models_sentence);
   limits.tokens = 9;
-  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "sequences"), "%s", models_sentence);
+  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "sequences"),
+        "%s", models_sentence);
   limits.tokens = INT32_MAX;
-  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT, "tokens times k must fit");
+  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT,
+        "tokens times k must fit");
   moe_model_free(model);
   free(raw);
 }
 
 /* Scores and hidden states of `b`, into arrays of the caller; returns 0 on success. */
-static int forward(const moe_model *model, const moe_batch *b, float *scores, float *hidden, const moe_env *env) {
+static int forward(const moe_model *model, const moe_batch *b, float *scores, float *hidden,
+                   const moe_env *env) {
   moe_limits limits = {MODELS_M, MODELS_S, 0};
   moe_context *context = NULL;
   moe_status status = moe_context_create(&context, model, &limits, env);
   if (!status) status = moe_forward(context, scores, b, env);
   if (!status && hidden && b->S)
-    memcpy(hidden, moe_context_hidden(context), (size_t)b->seq_start[b->S] * (size_t)moe_model_config(model)->hidden * sizeof(float));
+    memcpy(hidden, moe_context_hidden(context),
+           (size_t)b->seq_start[b->S] * (size_t)moe_model_config(model)->hidden * sizeof(float));
   moe_context_free(context);
   return (int)status;
 }
@@ -389,20 +454,25 @@ static void test_model_scores_do_not_depend_on_company_or_order(void) {
       other.b.S = 0;
       models_append(&other, &batch, s, &c);
       CHECK(!forward(model, &other.b, scores[1], hidden[1], &env), "%s", models_sentence);
-      CHECK(!memcmp(scores[1], scores[0] + (size_t)s * row, row * sizeof(float)), "router %d: sequence %d alone", v, s);
-      CHECK(!memcmp(hidden[1], hidden[0] + batch.start[s] * c.hidden, (size_t)((batch.start[s + 1] - batch.start[s]) * c.hidden) * sizeof(float)),
+      CHECK(!memcmp(scores[1], scores[0] + (size_t)s * row, row * sizeof(float)),
+            "router %d: sequence %d alone", v, s);
+      CHECK(!memcmp(hidden[1], hidden[0] + batch.start[s] * c.hidden,
+                    (size_t)((batch.start[s + 1] - batch.start[s]) * c.hidden) * sizeof(float)),
             "router %d: hidden states of sequence %d alone", v, s);
     }
     other.b.S = 0;
     for (s = 30; s-- > 0;) models_append(&other, &batch, s, &c); /* backwards */
     CHECK(!forward(model, &other.b, scores[1], NULL, &env), "%s", models_sentence);
     for (s = 0; s < 30; ++s)
-      CHECK(!memcmp(scores[1] + (size_t)(29 - s) * row, scores[0] + (size_t)s * row, row * sizeof(float)), "router %d: order, sequence %d", v, s);
+      CHECK(!memcmp(scores[1] + (size_t)(29 - s) * row, scores[0] + (size_t)s * row,
+                    row * sizeof(float)),
+            "router %d: order, sequence %d", v, s);
     moe_model_free(model);
   }
 }
 
-/* Scores and hidden states of S sequences of up to `longest` tokens, with every number of threads, instruction set, packed or not. */
+/* Scores and hidden states of S sequences of up to `longest` tokens, with every number of threads,
+   instruction set, packed or not. */
 static void check_bits(moe_config c, int32_t S, int32_t longest) {
   static const int32_t threads[] = {1, 2, 3, 8};
   moe_env env = models_env(MOE_ISA_AUTO);
@@ -424,24 +494,28 @@ static void check_bits(moe_config c, int32_t S, int32_t longest) {
         CHECK(moe_pool_create_exact(&pool, threads[i], &e) == MOE_OK, "%s", models_sentence);
         CHECK(!forward(model, &batch.b, scores[1], hidden[1], &e), "%s", models_sentence);
         moe_pool_free(pool);
-        CHECK(!memcmp(scores[0], scores[1], (size_t)(3 * S) * sizeof(float)), "%s, %d threads, packed %d: scores", moe_isa_name((moe_isa)isa), threads[i], packed);
-        CHECK(!memcmp(hidden[0], hidden[1], (size_t)(batch.start[S] * c.hidden) * sizeof(float)), "%s, %d threads, packed %d: hidden",
-              moe_isa_name((moe_isa)isa), threads[i], packed);
+        CHECK(!memcmp(scores[0], scores[1], (size_t)(3 * S) * sizeof(float)),
+              "%s, %d threads, packed %d: scores", moe_isa_name((moe_isa)isa), threads[i], packed);
+        CHECK(!memcmp(hidden[0], hidden[1], (size_t)(batch.start[S] * c.hidden) * sizeof(float)),
+              "%s, %d threads, packed %d: hidden", moe_isa_name((moe_isa)isa), threads[i], packed);
       }
     }
   }
   moe_model_free(model);
 }
 
-/* Enough tokens for several pieces; a dense model's pass all its layers, those of one with gates meet before each gate. */
+/* Enough tokens for several pieces; a dense model's pass all its layers, those of one with gates
+   meet before each gate. */
 static void test_model_bits_do_not_depend_on_threads_isa_or_packing(void) {
   check_bits(models_config(MOE_ROUTER_TASK, 3, 2), 40, 19);
   check_bits(models_config(MOE_ROUTER_DENSE, 1, 1), 40, 19);
 }
 
-/* One sequence, and a few of very different lengths: threads take shares of rows, which begin and end within sequences. */
+/* One sequence, and a few of very different lengths: threads take shares of rows, which begin and
+   end within sequences. */
 static void test_model_bits_of_long_sequences_do_not_depend_on_threads(void) {
-  moe_config dense = models_config(MOE_ROUTER_DENSE, 1, 1), tag = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_config dense = models_config(MOE_ROUTER_DENSE, 1, 1),
+             tag = models_config(MOE_ROUTER_TASK, 3, 1);
   dense.positions = dense.max_len = tag.positions = tag.max_len = 300;
   check_bits(dense, 1, 300);
   check_bits(dense, 3, 260);
@@ -459,9 +533,11 @@ static void test_model_packs_into_a_block_or_the_heap(void) {
   model = models_create(&c, tasks, MODELS_TASKS, &env);
   block = models_block(&raw, moe_model_pack_size(model));
   CHECK(moe_model_pack(model, (char *)block + 4, &env) == MOE_E_ARGUMENT, "misaligned");
-  CHECK(moe_model_pack(model, NULL, &env) == MOE_OK && moe_model_pack(model, NULL, &env) == MOE_OK, "heap, twice");
+  CHECK(moe_model_pack(model, NULL, &env) == MOE_OK && moe_model_pack(model, NULL, &env) == MOE_OK,
+        "heap, twice");
   CHECK(moe_model_pack(model, block, &env) == MOE_OK && model->panels == (float *)block, "block");
-  CHECK(moe_model_pack(model, NULL, &env) == MOE_OK && model->panels != (float *)block, "heap again");
+  CHECK(moe_model_pack(model, NULL, &env) == MOE_OK && model->panels != (float *)block,
+        "heap again");
   moe_model_free(model);
   free(raw);
 }
@@ -486,7 +562,8 @@ static void test_model_ignores_dirty_memory(void) {
       static const int dirt[] = {0, 0xff, 0x7f};
       moe_context *context = NULL;
       memset(block, dirt[i], bytes);
-      CHECK(moe_context_init(&context, block, bytes, model, &limits, &env) == MOE_OK, "%s", models_sentence);
+      CHECK(moe_context_init(&context, block, bytes, model, &limits, &env) == MOE_OK, "%s",
+            models_sentence);
       memset(scores[i], dirt[i], sizeof scores[i]);
       CHECK(moe_forward(context, scores[i], &batch.b, &env) == MOE_OK, "%s", models_sentence);
       CHECK(!memcmp(scores[i], scores[0], 12 * 3 * sizeof(float)), "filled with %d", dirt[i]);
@@ -498,8 +575,11 @@ static void test_model_ignores_dirty_memory(void) {
 
 static void test_model_runs_at_size_1_and_at_odd_sizes(void) {
   static const int32_t shape[][8] = {/* L H F A V P N k */
-                                     {1, 1, 1, 1, 1, 1, 1, 1}, {1, 1, 1, 1, 1, 1, 3, 2}, {3, 7, 3, 7, 2, 2, 5, 3},
-                                     {2, 33, 17, 3, 9, 19, 4, 4}, {1, 16, 64, 1, 50, 5, 256, 1}};
+                                     {1, 1, 1, 1, 1, 1, 1, 1},
+                                     {1, 1, 1, 1, 1, 1, 3, 2},
+                                     {3, 7, 3, 7, 2, 2, 5, 3},
+                                     {2, 33, 17, 3, 9, 19, 4, 4},
+                                     {1, 16, 64, 1, 50, 5, 256, 1}};
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_task tasks[MODELS_TASKS];
   size_t i;
@@ -522,7 +602,8 @@ static void test_model_runs_at_size_1_and_at_odd_sizes(void) {
       for (j = 0; j < 3; ++j) {
         float x = scores[0][3 * s + j];
         CHECK(moe__is_finite(x), "shape %zu: score %d of sequence %d", i, j, s);
-        CHECK(j < moe_model_task(model, batch.task[s])->classes || (x >= 0 && x <= 0), "shape %zu: the rest of a row is zero", i);
+        CHECK(j < moe_model_task(model, batch.task[s])->classes || (x >= 0 && x <= 0),
+              "shape %zu: the rest of a row is zero", i);
       }
     moe_model_free(model);
   }
@@ -550,10 +631,13 @@ static void test_model_takes_a_hundred_tasks(void) {
     int32_t s;
     snprintf(name, sizeof name, "encoder.layer.0.gate.task%d.weight", (int)batch.task[7]);
     moe_model_tensor(model, moe_model_find_tensor(model, name), &tensor);
-    for (t = 0; t < (int32_t)tensor.count; ++t) moe_model_weights(model)[tensor.offset + (size_t)t] *= -1;
+    for (t = 0; t < (int32_t)tensor.count; ++t)
+      moe_model_weights(model)[tensor.offset + (size_t)t] *= -1;
     CHECK(!forward(model, &batch.b, scores[1], NULL, &env), "%s", models_sentence);
     for (s = 0; s < 40; ++s)
-      CHECK(!memcmp(scores[0] + 8 * s, scores[1] + 8 * s, 8 * sizeof(float)) == (batch.task[s] != batch.task[7]), "sequence %d", s);
+      CHECK(!memcmp(scores[0] + 8 * s, scores[1] + 8 * s, 8 * sizeof(float)) ==
+                (batch.task[s] != batch.task[7]),
+            "sequence %d", s);
   }
   moe_model_free(model);
 }
@@ -584,12 +668,13 @@ static void test_model_reads_features(void) {
   c.vocab = MODELS_WIDTH;
   d = c;
   d.vocab = 0;
-  d.features = MODELS_WIDTH;
+  d.feature_dim = MODELS_WIDTH;
   ids = models_create(&c, tasks, MODELS_TASKS, &env);
   features = models_create(&d, tasks, MODELS_TASKS, &env);
   CHECK(ids && features, "%s", models_sentence);
   models_random_batch(&batch, ids, 20, 19, 6);
-  /* a feature vector with a single 1 picks a column of the input layer: the same as a word of the vocabulary */
+  /* a feature vector with a single 1 picks a column of the input layer: the same as a word of the
+     vocabulary */
   memcpy(&other, &batch, sizeof other);
   memset(other.features, 0, sizeof other.features);
   for (i = 0; i < batch.start[20]; ++i) other.features[i * MODELS_WIDTH + batch.ids[i]] = 1;
@@ -598,7 +683,8 @@ static void test_model_reads_features(void) {
   moe_model_tensor(features, moe_model_find_tensor(features, "embeddings.features.weight"), &to);
   for (i = 0; i < c.hidden; ++i)
     for (j = 0; j < MODELS_WIDTH; ++j)
-      moe_model_weights(features)[to.offset + (size_t)(i * MODELS_WIDTH + j)] = moe_model_weights(ids)[from.offset + (size_t)(j * c.hidden + i)];
+      moe_model_weights(features)[to.offset + (size_t)(i * MODELS_WIDTH + j)] =
+          moe_model_weights(ids)[from.offset + (size_t)(j * c.hidden + i)];
   moe_model_tensor(features, moe_model_find_tensor(features, "embeddings.features.bias"), &to);
   memset(moe_model_weights(features) + to.offset, 0, to.count * sizeof(float));
   CHECK(!forward(ids, &batch.b, scores[0], hidden[0], &env), "%s", models_sentence);
@@ -626,12 +712,14 @@ static void test_model_with_one_expert_equals_the_dense_one(void) {
     model = models_create(&c, tasks, MODELS_TASKS, &env);
     CHECK(!forward(model, &batch.b, scores[1], hidden[1], &env), "%s", models_sentence);
     CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "scores, router %d", router);
-    CHECK(!memcmp(hidden[0], hidden[1], (size_t)(batch.start[20] * c.hidden) * sizeof(float)), "hidden, router %d", router);
+    CHECK(!memcmp(hidden[0], hidden[1], (size_t)(batch.start[20] * c.hidden) * sizeof(float)),
+          "hidden, router %d", router);
     moe_model_free(model);
   }
 }
 
-/* With weight 1 (top-1 renormalised, or gate scale n with a gate of zeros) equal experts are the dense model. */
+/* With weight 1 (top-1 renormalised, or gate scale n with a gate of zeros) equal experts are the
+   dense model. */
 static void test_model_with_equal_experts_equals_the_dense_one(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_task tasks[MODELS_TASKS];
@@ -653,12 +741,17 @@ static void test_model_with_equal_experts_equals_the_dense_one(void) {
     for (l = 0; l < c.layers; ++l) {
       float *w = moe_model_weights(model) + moe__layer_at(model, l);
       float *e = w + model->plan.experts;
-      for (i = 1; i < c.experts; ++i) memcpy(e + (size_t)i * model->plan.expert_stride, e, model->plan.expert_stride * sizeof(float));
-      if (way) memset(w + model->plan.gates, 0, (size_t)(MODELS_TASKS * c.experts * c.hidden) * sizeof(float));
+      for (i = 1; i < c.experts; ++i)
+        memcpy(e + (size_t)i * model->plan.expert_stride, e,
+               model->plan.expert_stride * sizeof(float));
+      if (way)
+        memset(w + model->plan.gates, 0,
+               (size_t)(MODELS_TASKS * c.experts * c.hidden) * sizeof(float));
     }
     CHECK(!forward(model, &batch.b, scores[1], hidden[1], &env), "%s", models_sentence);
     CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "scores, way %d", way);
-    CHECK(!memcmp(hidden[0], hidden[1], (size_t)(batch.start[20] * c.hidden) * sizeof(float)), "hidden, way %d", way);
+    CHECK(!memcmp(hidden[0], hidden[1], (size_t)(batch.start[20] * c.hidden) * sizeof(float)),
+          "hidden, way %d", way);
     moe_model_free(model);
   }
 }
@@ -679,17 +772,19 @@ static void test_model_batch_check_says_what_is_wrong(void) {
   good.label[5] = 1;
   models_connect(&good, &c, 10);
   CHECK(moe_batch_check(model, &good.b, 1, &env) == MOE_OK, "%s", models_sentence);
-#define BAD(change, word, labels)                                                                                        \
-  do {                                                                                                                   \
-    batch = good;                                                                                                        \
-    models_connect(&batch, &c, 10);                                                                                      \
-    change;                                                                                                              \
-    models_sentence[0] = 0;                                                                                              \
-    CHECK(moe_batch_check(model, &batch.b, 1, &env) == MOE_E_ARGUMENT, "accepted: %s", #change);                         \
-    CHECK(strstr(models_sentence, word), "'%s' does not say '%s'", models_sentence, word);                               \
-    CHECK((moe_batch_check(model, &batch.b, 0, &env) == MOE_OK) == labels, "without labels: %s", #change);               \
-    memset(scores[0], 0x11, sizeof scores[0]);                                                                           \
-    CHECK(labels || (forward(model, &batch.b, scores[0], NULL, &env) && scores[0][0] < 1e-20f), "forward: %s", #change); \
+#define BAD(change, word, labels)                                                                  \
+  do {                                                                                             \
+    batch = good;                                                                                  \
+    models_connect(&batch, &c, 10);                                                                \
+    change;                                                                                        \
+    models_sentence[0] = 0;                                                                        \
+    CHECK(moe_batch_check(model, &batch.b, 1, &env) == MOE_E_ARGUMENT, "accepted: %s", #change);   \
+    CHECK(strstr(models_sentence, word), "'%s' does not say '%s'", models_sentence, word);         \
+    CHECK((moe_batch_check(model, &batch.b, 0, &env) == MOE_OK) == labels, "without labels: %s",   \
+          #change);                                                                                \
+    memset(scores[0], 0x11, sizeof scores[0]);                                                     \
+    CHECK(labels || (forward(model, &batch.b, scores[0], NULL, &env) && scores[0][0] < 1e-20f),    \
+          "forward: %s", #change);                                                                 \
   } while (0)
   BAD(batch.b.S = -1, "-1", 0);
   BAD(batch.b.seq_start = NULL, "seq_start", 0);
@@ -719,19 +814,21 @@ static void test_model_batch_check_says_what_is_wrong(void) {
 #undef BAD
   moe_model_free(model);
   c.vocab = 0;
-  c.features = 3;
+  c.feature_dim = 3;
   model = models_create(&c, tasks, MODELS_TASKS, &env);
   models_random_batch(&batch, model, 4, 19, 11);
   CHECK(moe_batch_check(model, &batch.b, 1, &env) == MOE_OK, "%s", models_sentence);
   batch.features[3 * batch.start[1] + 2] = NAN;
-  CHECK(moe_batch_check(model, &batch.b, 1, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "feature 2 of token 0 of sequence 1"), "%s",
-        models_sentence);
+  CHECK(moe_batch_check(model, &batch.b, 1, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "feature 2 of token 0 of sequence 1"),
+        "%s", models_sentence);
   batch.b.ids = batch.ids;
   CHECK(moe_batch_check(model, &batch.b, 1, &env) == MOE_E_ARGUMENT, "ids and features");
   moe_model_free(model);
 }
 
-/* A batch with a few numbers overwritten is either refused with a sentence, or computed without harm (run it with sanitizers). */
+/* A batch with a few numbers overwritten is either refused with a sentence, or computed without
+   harm (run it with sanitizers). */
 static void test_model_survives_damaged_batches(void) {
   static models_batch good;
   moe_env env = models_env(MOE_ISA_AUTO);
@@ -751,7 +848,8 @@ static void test_model_survives_damaged_batches(void) {
     batch = good;
     models_connect(&batch, &c, 20);
     while (damage-- > 0) {
-      int32_t value = (int32_t)((uint32_t)models_draw(&state, 1 << 16) << models_draw(&state, 17)) - models_draw(&state, 3);
+      int32_t value = (int32_t)((uint32_t)models_draw(&state, 1 << 16) << models_draw(&state, 17)) -
+                      models_draw(&state, 3);
       int32_t s = models_draw(&state, 20), t = models_draw(&state, good.start[20]);
       if (models_draw(&state, 2)) value = models_draw(&state, 60) - 2;
       switch (models_draw(&state, 6)) {
@@ -788,7 +886,9 @@ static void test_model_context_refuses_what_does_not_fit(void) {
   model = models_create(&c, tasks, MODELS_TASKS, &env);
   CHECK(moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", models_sentence);
   models_random_batch(&batch, model, 4, 3, 12);
-  CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "made for 3"), "%s", models_sentence);
+  CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "made for 3"),
+        "%s", models_sentence);
   models_random_batch(&batch, model, 3, 1, 12);
   CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_OK, "%s", models_sentence);
   batch.start[1] = 11;
@@ -796,18 +896,27 @@ static void test_model_context_refuses_what_does_not_fit(void) {
   batch.start[3] = 31;
   batch.b.span = NULL;
   batch.task[0] = batch.task[1] = batch.task[2] = 0;
-  CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "made for 30"), "%s", models_sentence);
+  CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "made for 30"),
+        "%s", models_sentence);
   batch.start[3] = 30;
   CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_OK, "%s", models_sentence);
   more = env;
   more.threads = 8;
-  CHECK(moe_forward(context, scores[0], &batch.b, &more) == MOE_E_ARGUMENT && strstr(models_sentence, "threads"), "%s", models_sentence);
-  CHECK(moe_context_routes(context, 2, &routes) == MOE_E_ARGUMENT && moe_context_routes(context, -1, &routes) == MOE_E_ARGUMENT, "layer");
-  limits.tokens = (INT32_MAX - MOE__EXPERTS_TILE) / 4 + 1; /* the end of the last tile of 4 experts a token would be above INT32_MAX */
+  CHECK(moe_forward(context, scores[0], &batch.b, &more) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "threads"),
+        "%s", models_sentence);
+  CHECK(moe_context_routes(context, 2, &routes) == MOE_E_ARGUMENT &&
+            moe_context_routes(context, -1, &routes) == MOE_E_ARGUMENT,
+        "layer");
+  limits.tokens = (INT32_MAX - MOE__EXPERTS_TILE) / 4 +
+                  1; /* the end of the last tile of 4 experts a token would be above INT32_MAX */
   moe_model_free(model);
   c.experts = c.top_k = 4;
   model = models_create(&c, tasks, MODELS_TASKS, &env);
-  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "tokens"), "%s", models_sentence);
+  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "tokens"),
+        "%s", models_sentence);
   moe_context_free(context);
   moe_context_free(NULL);
   moe_model_free(model);
@@ -830,22 +939,31 @@ static void test_model_routes_can_be_read_and_forced(void) {
   M = batch.start[20];
   CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_OK, "%s", models_sentence);
   for (l = 0; l < 2; ++l) {
-    CHECK(moe_context_routes(context, l, &r) == MOE_OK && r.M == M && r.N == 3 && r.k == 2 && r.start[3] == 2 * M, "layer %d", l);
+    CHECK(moe_context_routes(context, l, &r) == MOE_OK && r.M == M && r.N == 3 && r.k == 2 &&
+              r.start[3] == 2 * M,
+          "layer %d", l);
     memcpy(forced + l * M * 2, r.expert, (size_t)(2 * M) * sizeof *forced);
-    for (i = 0; i < M; ++i) CHECK(r.expert[2 * i] != r.expert[2 * i + 1] && r.weight[2 * i] >= r.weight[2 * i + 1], "token %d", i);
+    for (i = 0; i < M; ++i)
+      CHECK(r.expert[2 * i] != r.expert[2 * i + 1] && r.weight[2 * i] >= r.weight[2 * i + 1],
+            "token %d", i);
   }
   moe_context_force(context, forced);
   CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_OK, "%s", models_sentence);
-  CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "its own routes forced change nothing");
+  CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)),
+        "its own routes forced change nothing");
   for (i = 0; i < 2 * M; ++i) forced[2 * i] = 1, forced[2 * i + 1] = 2; /* expert 0 stays empty */
   CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_OK, "%s", models_sentence);
   CHECK(memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "other routes matter");
   moe_context_routes(context, 1, &r);
   CHECK(r.start[1] == 0 && r.start[2] == M, "expert 0 is empty");
   forced[2 * M + 6] = 3;
-  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "token 3 of layer 1"), "%s", models_sentence);
+  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "token 3 of layer 1"),
+        "%s", models_sentence);
   forced[2 * M + 6] = 2;
-  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "twice"), "%s", models_sentence);
+  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "twice"),
+        "%s", models_sentence);
   moe_context_force(context, NULL);
   CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_OK, "%s", models_sentence);
   CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "the gates decide again");
@@ -863,12 +981,13 @@ typedef struct sharer {
 static void sharer_body(void *arg, int32_t i) {
   sharer *all = (sharer *)arg;
   int pass;
-  for (pass = 0; pass < 5 && !all->status[i]; ++pass) all->status[i] = moe_forward(all->context[i], all->scores[i], &batch.b, &all->env);
+  for (pass = 0; pass < 5 && !all->status[i]; ++pass)
+    all->status[i] = moe_forward(all->context[i], all->scores[i], &batch.b, &all->env);
 }
 
 /* Threads with a context each share one model. */
 static void test_model_is_shared_by_threads(void) {
-  static const moe_router router[] = {MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING, MOE_ROUTER_LEVEL};
+  static const moe_router router[] = {MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING, MOE_ROUTER_TASK_LEVEL};
   static sharer all;
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_limits limits = {MODELS_M, MODELS_S, 0};
@@ -886,10 +1005,12 @@ static void test_model_is_shared_by_threads(void) {
     CHECK(model, "%s", models_sentence);
     models_random_batch(&batch, model, 20, 9, 91);
     CHECK(!forward(model, &batch.b, scores[0], NULL, &all.env), "%s", models_sentence);
-    for (i = 0; i < 4; ++i) CHECK(!moe_context_create(&all.context[i], model, &limits, &all.env), "%s", models_sentence);
+    for (i = 0; i < 4; ++i)
+      CHECK(!moe_context_create(&all.context[i], model, &limits, &all.env), "%s", models_sentence);
     env.parallel_for(env.parallel_user, 4, sharer_body, &all);
     for (i = 0; i < 4; ++i) {
-      CHECK(!all.status[i] && !memcmp(all.scores[i], scores[0], 20 * 3 * sizeof(float)), "router %d, thread %d", r, i);
+      CHECK(!all.status[i] && !memcmp(all.scores[i], scores[0], 20 * 3 * sizeof(float)),
+            "router %d, thread %d", r, i);
       moe_context_free(all.context[i]);
     }
     moe_model_free(model);
@@ -899,7 +1020,7 @@ static void test_model_is_shared_by_threads(void) {
 
 /* Before the first pass, and after one of no sequences, the routes are those of no token. */
 static void test_model_routes_of_no_token_are_empty(void) {
-  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_TASK, MOE_ROUTER_LEVEL};
+  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_TASK, MOE_ROUTER_TASK_LEVEL};
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_limits limits = {MODELS_M, MODELS_S, 0};
   moe_task tasks[MODELS_TASKS];
@@ -923,11 +1044,16 @@ static void test_model_routes_of_no_token_are_empty(void) {
     for (pass = 0; pass < 2; ++pass) {
       for (l = 0; l < c.layers; ++l) {
         moe_routes r;
-        CHECK(!moe_context_routes(context, l, &r) && r.M == 0, "router %d, pass %d: %d tokens", i, pass, (int)r.M);
-        for (n = 0; n <= r.N; ++n) CHECK(r.start[n] == 0, "router %d, pass %d: expert %d starts at %d", i, pass, (int)n, (int)r.start[n]);
+        CHECK(!moe_context_routes(context, l, &r) && r.M == 0, "router %d, pass %d: %d tokens", i,
+              pass, (int)r.M);
+        for (n = 0; n <= r.N; ++n)
+          CHECK(r.start[n] == 0, "router %d, pass %d: expert %d starts at %d", i, pass, (int)n,
+                (int)r.start[n]);
       }
       models_random_batch(&batch, model, 9, 9, 21);
-      CHECK(!moe_forward(context, scores[0], &batch.b, &env) && !moe_forward(context, scores[0], &none, &env), "%s", models_sentence);
+      CHECK(!moe_forward(context, scores[0], &batch.b, &env) &&
+                !moe_forward(context, scores[0], &none, &env),
+            "%s", models_sentence);
     }
     moe_model_free(model);
     free(raw);
@@ -952,7 +1078,8 @@ static void test_model_routes_are_counted(void) {
   memset(&sums, 0, sizeof sums);
   memset(chosen, 0, sizeof chosen);
   memset(prob, 0, sizeof prob);
-  sums.tokens = tokens, sums.chosen = &chosen[0][0][0], sums.gate = &gate[0][0][0], sums.prob = &prob[0][0][0];
+  sums.tokens = tokens, sums.chosen = &chosen[0][0][0], sums.gate = &gate[0][0][0],
+  sums.prob = &prob[0][0][0];
   for (pass = 0; pass < 2; ++pass) {
     CHECK(!moe_forward(context, scores[0], &batch.b, &env), "%s", models_sentence);
     CHECK(!moe_route_count(&sums, context, &batch.b, &env), "%s", models_sentence);
@@ -965,22 +1092,26 @@ static void test_model_routes_are_counted(void) {
         int32_t token, n = 0;
         double g = 0, p = 0;
         for (s = 0; s < batch.b.S; ++s)
-          for (token = batch.b.seq_start[s]; batch.b.task[s] == t && token < batch.b.seq_start[s + 1]; ++token) {
+          for (token = batch.b.seq_start[s];
+               batch.b.task[s] == t && token < batch.b.seq_start[s + 1]; ++token) {
             int chose = r.expert[2 * token] == i || r.expert[2 * token + 1] == i;
             n += chose;
             g += chose ? (double)r.prob[3 * token + i] : 0;
             p += (double)r.prob[3 * token + i];
           }
-        CHECK(chosen[t][l][i] == 2 * n, "task %d layer %d expert %d: %d, not %d", (int)t, (int)l, (int)i, (int)chosen[t][l][i], 2 * (int)n);
+        CHECK(chosen[t][l][i] == 2 * n, "task %d layer %d expert %d: %d, not %d", (int)t, (int)l,
+              (int)i, (int)chosen[t][l][i], 2 * (int)n);
         CHECK_NEAR(gate[t][l][i], 2 * g, 1e-9);
         CHECK_NEAR(prob[t][l][i], 2 * p, 1e-9);
       }
   }
   for (seen = 0, t = 0; t < MODELS_TASKS; ++t)
     for (seen += (int32_t)tokens[t], l = 0; l < 2; ++l) {
-      CHECK(chosen[t][l][0] + chosen[t][l][1] + chosen[t][l][2] == 2 * tokens[t], "k choices a token");
+      CHECK(chosen[t][l][0] + chosen[t][l][1] + chosen[t][l][2] == 2 * tokens[t],
+            "k choices a token");
       sum = prob[t][l][0] + prob[t][l][1] + prob[t][l][2];
-      CHECK(fabs(sum - (double)tokens[t]) < 1e-3, "probabilities sum to the tokens: %g, %d", sum, (int)tokens[t]);
+      CHECK(fabs(sum - (double)tokens[t]) < 1e-3, "probabilities sum to the tokens: %g, %d", sum,
+            (int)tokens[t]);
     }
   CHECK(seen == 2 * batch.b.seq_start[batch.b.S], "every token is counted");
   sums.gate = sums.prob = NULL;
@@ -990,9 +1121,11 @@ static void test_model_routes_are_counted(void) {
   CHECK(strstr(models_sentence, "the last pass had"), "%s", models_sentence);
   ++batch.b.S;
   batch.start[3] = 1 << 30; /* as many tokens, but no sequences that can have been passed */
-  CHECK(moe_route_count(&sums, context, &batch.b, &env) == MOE_E_ARGUMENT, "seq_start goes up and down");
+  CHECK(moe_route_count(&sums, context, &batch.b, &env) == MOE_E_ARGUMENT,
+        "seq_start goes up and down");
   CHECK(strstr(models_sentence, "sequence 2 "), "%s", models_sentence);
-  CHECK(tokens[0] + tokens[1] + tokens[2] + tokens[3] + tokens[4] == 3 * batch.start[20], "nothing was counted");
+  CHECK(tokens[0] + tokens[1] + tokens[2] + tokens[3] + tokens[4] == 3 * batch.start[20],
+        "nothing was counted");
   moe_context_free(context);
   moe_model_free(model);
 }
@@ -1009,29 +1142,35 @@ static void test_model_does_without_disabled_experts(void) {
   int32_t l, i;
   models_tasks(tasks);
   model = models_create(&c, tasks, MODELS_TASKS, &env);
-  small = models_create(&two, tasks, MODELS_TASKS, &env); /* the same model, made without the last expert */
+  small = models_create(&two, tasks, MODELS_TASKS,
+                        &env); /* the same model, made without the last expert */
   CHECK(model && small, "%s", models_sentence);
-  CHECK(!moe_context_create(&context, model, &limits, &env) && !moe_context_create(&other_context, small, &limits, &env), "%s",
-        models_sentence);
+  CHECK(!moe_context_create(&context, model, &limits, &env) &&
+            !moe_context_create(&other_context, small, &limits, &env),
+        "%s", models_sentence);
   for (i = 0; i < moe_model_tensors(small); ++i) { /* gates (N, H): their first two rows */
     moe_model_tensor(small, i, &to);
     moe_model_tensor(model, moe_model_find_tensor(model, to.name), &from);
-    memcpy(moe_model_weights(small) + to.offset, moe_model_weights(model) + from.offset, to.count * sizeof(float));
+    memcpy(moe_model_weights(small) + to.offset, moe_model_weights(model) + from.offset,
+           to.count * sizeof(float));
   }
   models_random_batch(&batch, model, 20, 19, 6);
   CHECK(!moe_forward(other_context, scores[0], &batch.b, &env), "%s", models_sentence);
-  moe_context_disable(context, off[0]);
+  moe_context_mask(context, off[0]);
   CHECK(!moe_forward(context, scores[1], &batch.b, &env), "%s", models_sentence);
   for (l = 0; l < 2; ++l) {
     moe_routes r;
     moe_context_routes(context, l, &r);
     CHECK(r.start[2] == r.start[3], "no token reaches a disabled expert");
   }
-  CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "the same bits as the model that never had it");
+  CHECK(!memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)),
+        "the same bits as the model that never had it");
   off[1][0] = 1;
-  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_E_ARGUMENT, "one expert left, two needed");
-  CHECK(!strcmp(models_sentence, "disabled experts: layer 1 keeps 1 of 3, a token needs 2"), "%s", models_sentence);
-  moe_context_disable(context, NULL);
+  CHECK(moe_forward(context, scores[1], &batch.b, &env) == MOE_E_ARGUMENT,
+        "one expert left, two needed");
+  CHECK(!strcmp(models_sentence, "masked experts: layer 1 keeps 1 of 3, a token needs 2"), "%s",
+        models_sentence);
+  moe_context_mask(context, NULL);
   CHECK(!moe_forward(context, scores[1], &batch.b, &env), "%s", models_sentence);
   CHECK(memcmp(scores[0], scores[1], 20 * 3 * sizeof(float)), "and all take part again");
   moe_context_free(context);
@@ -1042,7 +1181,8 @@ static void test_model_does_without_disabled_experts(void) {
 
 /* moe_forward does not look at weights: NaN goes to the scores, and nowhere else. */
 static void test_model_with_nan_weights_gives_nan_scores(void) {
-  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_SHARED, MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING, MOE_ROUTER_LEVEL};
+  static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_SHARED, MOE_ROUTER_TASK,
+                                      MOE_ROUTER_EMBEDDING, MOE_ROUTER_TASK_LEVEL};
   static const float bad[] = {NAN, INFINITY, -INFINITY};
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_task tasks[MODELS_TASKS];
@@ -1051,7 +1191,7 @@ static void test_model_with_nan_weights_gives_nan_scores(void) {
   models_tasks(tasks);
   for (i = 0; i < 5; ++i)
     for (k = 0; k < 6; ++k) {
-      int block = router[i] == MOE_ROUTER_LEVEL;
+      int block = router[i] == MOE_ROUTER_TASK_LEVEL;
       moe_config c = models_config(router[i], i ? 4 : 1, i && !block && k > 2 ? 4 : 1);
       moe_limits limits = {MODELS_M, MODELS_S, 0};
       moe_model *model;
@@ -1065,17 +1205,24 @@ static void test_model_with_nan_weights_gives_nan_scores(void) {
       if (!model) continue;
       w = moe_model_weights(model);
       for (n = 0; n < moe_model_parameters(model); ++n) w[n] = bad[k % 3];
-      CHECK(!moe_model_pack(model, NULL, &env) && !moe_context_create(&context, model, &limits, &env), "%s", models_sentence);
+      CHECK(!moe_model_pack(model, NULL, &env) &&
+                !moe_context_create(&context, model, &limits, &env),
+            "%s", models_sentence);
       models_random_batch(&batch, model, 12, 9, k);
       out[12 * 3] = 7;
       CHECK(moe_forward(context, out, &batch.b, &env) == MOE_OK, "%s", models_sentence);
       for (s = 0; s < 12; ++s)
-        for (j = 0; j < moe_model_task(model, batch.task[s])->classes; ++j) CHECK(!isfinite(out[3 * s + j]), "router %zu, sequence %d", i, (int)s);
+        for (j = 0; j < moe_model_task(model, batch.task[s])->classes; ++j)
+          CHECK(!isfinite(out[3 * s + j]), "router %zu, sequence %d", i, (int)s);
       CHECK(out[12 * 3] == 7, "a score behind the last");
       for (l = 0; l < c.layers; ++l) {
         CHECK(!moe_context_routes(context, l, &routes), "%d", (int)l);
-        for (top = 0; top < routes.M * routes.k; ++top) CHECK(routes.expert[top] >= 0 && routes.expert[top] < routes.N, "expert %d", (int)routes.expert[top]);
-        if (!block) CHECK(routes.start[0] == 0 && routes.start[routes.N] == routes.M * routes.k, "every token has its experts");
+        for (top = 0; top < routes.M * routes.k; ++top)
+          CHECK(routes.expert[top] >= 0 && routes.expert[top] < routes.N, "expert %d",
+                (int)routes.expert[top]);
+        if (!block)
+          CHECK(routes.start[0] == 0 && routes.start[routes.N] == routes.M * routes.k,
+                "every token has its experts");
       }
       moe_context_free(context);
       moe_model_free(model);
@@ -1096,8 +1243,11 @@ static void test_model_dense_routes_lead_to_expert_0(void) {
   CHECK(moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", models_sentence);
   models_random_batch(&batch, model, 20, 19, 14);
   CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_OK, "%s", models_sentence);
-  CHECK(moe_context_routes(context, 1, &r) == MOE_OK && r.M == batch.start[20] && r.k == 1 && r.N == 1 && r.start[1] == r.M, "shape");
-  for (i = 0; i < r.M; ++i) CHECK(r.expert[i] == 0 && r.order[i] == i && r.weight[i] >= 1 && r.prob[i] <= 1, "token %d", i);
+  CHECK(moe_context_routes(context, 1, &r) == MOE_OK && r.M == batch.start[20] && r.k == 1 &&
+            r.N == 1 && r.start[1] == r.M,
+        "shape");
+  for (i = 0; i < r.M; ++i)
+    CHECK(r.expert[i] == 0 && r.order[i] == i && r.weight[i] >= 1 && r.prob[i] <= 1, "token %d", i);
   moe_context_free(context);
   moe_model_free(model);
 }
@@ -1129,7 +1279,9 @@ static void test_model_matches_pytorch(void) {
   static const struct {
     const double *scores, *hidden;
     const int *experts;
-  } want[] = {{tiny_dense_scores, NULL, NULL}, {tiny_switch_scores, NULL, tiny_switch_experts}, {tiny_tag_scores, tiny_tag_hidden, tiny_tag_experts}};
+  } want[] = {{tiny_dense_scores, NULL, NULL},
+              {tiny_switch_scores, NULL, tiny_switch_experts},
+              {tiny_tag_scores, tiny_tag_hidden, tiny_tag_experts}};
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_limits limits = {36, 6, 0};
   int router;
@@ -1138,9 +1290,11 @@ static void test_model_matches_pytorch(void) {
     moe_context *context = NULL;
     int32_t i, j, at = 0, l;
     double error = 0, norm = 0;
-    CHECK(model && moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", models_sentence);
+    CHECK(model && moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s",
+          models_sentence);
     memset(&batch, 0, sizeof batch);
-    for (i = 0; i < 36; ++i) batch.ids[i] = tiny_batch_ids[i], batch.segments[i] = (uint8_t)tiny_batch_segments[i];
+    for (i = 0; i < 36; ++i)
+      batch.ids[i] = tiny_batch_ids[i], batch.segments[i] = (uint8_t)tiny_batch_segments[i];
     for (i = 0; i < 6; ++i) {
       batch.start[i + 1] = tiny_batch_starts[i + 1];
       batch.task[i] = tiny_batch_task[i];
@@ -1149,11 +1303,13 @@ static void test_model_matches_pytorch(void) {
     models_connect(&batch, moe_model_config(model), 6);
     CHECK(moe_forward(context, scores[0], &batch.b, &env) == MOE_OK, "%s", models_sentence);
     for (i = 0; i < 6; ++i)
-      for (j = 0; j < moe_model_task(model, batch.task[i])->classes; ++j) CHECK_NEAR(scores[0][3 * i + j], want[router].scores[at++], 1e-5);
+      for (j = 0; j < moe_model_task(model, batch.task[i])->classes; ++j)
+        CHECK_NEAR(scores[0][3 * i + j], want[router].scores[at++], 1e-5);
     for (l = 0; l < 2 && want[router].experts; ++l) {
       moe_routes r;
       moe_context_routes(context, l, &r);
-      for (i = 0; i < 36; ++i) CHECK(r.expert[i] == want[router].experts[l * 36 + i], "layer %d token %d", l, i);
+      for (i = 0; i < 36; ++i)
+        CHECK(r.expert[i] == want[router].experts[l * 36 + i], "layer %d token %d", l, i);
     }
     for (i = 0; i < 36 * 16 && want[router].hidden; ++i) {
       double d = (double)moe_context_hidden(context)[i] - want[router].hidden[i];

@@ -1,5 +1,6 @@
-/* LayerNorm, dropout, embeddings and cross-entropy: against PyTorch, against an independent reference in double and its finite
-   differences, and bit for bit between instruction sets, numbers of threads, micro-batches and neighbours. */
+/* LayerNorm, dropout, embeddings and cross-entropy: against PyTorch, against an independent
+   reference in double and its finite differences, and bit for bit between instruction sets, numbers
+   of threads, micro-batches and neighbours. */
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "golden/ops.h"
@@ -9,8 +10,8 @@ static const moe_isa isas[] = {MOE_ISA_SCALAR, MOE_ISA_NEON, MOE_ISA_AVX2, MOE_I
 enum { ISAS = sizeof isas / sizeof isas[0] };
 static const int32_t thread_counts[] = {1, 2, 3, 8};
 
-/* Calls body(env) for every instruction set of this machine and 1, 2, 3 and 8 threads; `first` marks the call that the others are
-   compared with. */
+/* Calls body(env) for every instruction set of this machine and 1, 2, 3 and 8 threads; `first`
+   marks the call that the others are compared with. */
 static void each_env(void (*body)(const moe_env *env, int first)) {
   size_t i, t;
   int first = 1;
@@ -51,7 +52,8 @@ static int close_to(const float *got, const double *want, size_t n, double toler
 
 /* ---- LayerNorm ---- */
 
-static double norm_reference(double *y, const double *x, const double *gamma, const double *beta, double eps, int n, const float *dy) {
+static double norm_reference(double *y, const double *x, const double *gamma, const double *beta,
+                             double eps, int n, const float *dy) {
   double mean = 0, var = 0, loss = 0;
   int i;
   for (i = 0; i < n; ++i) mean += x[i] / n;
@@ -64,9 +66,11 @@ static double norm_reference(double *y, const double *x, const double *gamma, co
 }
 
 #define NORM_MAX (70 * 400)
-static float nx[NORM_MAX], ny[NORM_MAX], ndy[NORM_MAX], ndx[NORM_MAX], ngamma[400], nbeta[400], ndgamma[400], ndbeta[400];
+static float nx[NORM_MAX], ny[NORM_MAX], ndy[NORM_MAX], ndx[NORM_MAX], ngamma[400], nbeta[400],
+    ndgamma[400], ndbeta[400];
 static float nmean[70], nrstd[70], nsum[NORM_MAX], ndelta[NORM_MAX], nddelta[NORM_MAX];
-static const int32_t norm_shapes[][2] = {{1, 1}, {1, 7}, {2, 16}, {3, 17}, {4, 32}, {5, 48}, {7, 33}, {70, 100}, {70, 384}, {69, 385}};
+static const int32_t norm_shapes[][2] = {{1, 1},  {1, 7},  {2, 16},   {3, 17},   {4, 32},
+                                         {5, 48}, {7, 33}, {70, 100}, {70, 384}, {69, 385}};
 enum { NORM_SHAPES = sizeof norm_shapes / sizeof norm_shapes[0] };
 
 static void norm_inputs(int32_t M, int32_t H) {
@@ -88,11 +92,11 @@ static void test_ops_norm_matches_the_definition_in_double(void) {
     double step = 1e-5;
     norm_inputs(M, H);
     dirty(ny, NORM_MAX);
-    moe_norm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-5f, M, H, &env);
+    moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-5f, M, H, &env);
     memset(ndx, 0, sizeof ndx);
     memset(ndgamma, 0, sizeof ndgamma);
     memset(ndbeta, 0, sizeof ndbeta);
-    moe_norm_backward(ndx, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, &env);
+    moe_layernorm_backward(ndx, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, &env);
     for (i = 0; i < H; ++i) gamma[i] = (double)ngamma[i], beta[i] = (double)nbeta[i];
     for (r = 0; r < M; ++r) {
       for (i = 0; i < H; ++i) x[i] = (double)nx[r * H + i];
@@ -122,7 +126,8 @@ static void test_ops_norm_matches_the_definition_in_double(void) {
   }
 }
 
-static float kept_y[NORM_SHAPES][NORM_MAX], kept_dx[NORM_SHAPES][NORM_MAX], kept_dgamma[NORM_SHAPES][400], kept_dbeta[NORM_SHAPES][400];
+static float kept_y[NORM_SHAPES][NORM_MAX], kept_dx[NORM_SHAPES][NORM_MAX],
+    kept_dgamma[NORM_SHAPES][400], kept_dbeta[NORM_SHAPES][400];
 
 static void norm_bits(const moe_env *env, int first) {
   int s;
@@ -131,23 +136,28 @@ static void norm_bits(const moe_env *env, int first) {
     size_t bytes = (size_t)(M * H) * sizeof(float), row = (size_t)H * sizeof(float);
     norm_inputs(M, H);
     dirty(ny, NORM_MAX);
-    moe_norm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, M, H, env);
+    moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, M, H, env);
     fill(ndx, NORM_MAX, 8);
     fill(ndgamma, 400, 9);
     fill(ndbeta, 400, 10);
-    moe_norm_backward(ndx, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, env);
+    moe_layernorm_backward(ndx, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, env);
     if (first) {
       memcpy(kept_y[s], ny, bytes);
       memcpy(kept_dx[s], ndx, bytes);
       memcpy(kept_dgamma[s], ndgamma, row);
       memcpy(kept_dbeta[s], ndbeta, row);
     }
-    CHECK(!memcmp(kept_y[s], ny, bytes), "y of %d x %d, %s, %d threads", (int)M, (int)H, moe_isa_name(env->isa), (int)env->threads);
-    CHECK(!memcmp(kept_dx[s], ndx, bytes), "dx of %d x %d, %s", (int)M, (int)H, moe_isa_name(env->isa));
-    CHECK(!memcmp(kept_dgamma[s], ndgamma, row), "dgamma of %d x %d, %s", (int)M, (int)H, moe_isa_name(env->isa));
-    CHECK(!memcmp(kept_dbeta[s], ndbeta, row), "dbeta of %d x %d, %s", (int)M, (int)H, moe_isa_name(env->isa));
-    moe_norm_forward(nx, NULL, NULL, nx, ngamma, nbeta, 1e-12f, M, H, env); /* in place */
-    CHECK(!memcmp(kept_y[s], nx, bytes), "in place %d x %d, %s", (int)M, (int)H, moe_isa_name(env->isa));
+    CHECK(!memcmp(kept_y[s], ny, bytes), "y of %d x %d, %s, %d threads", (int)M, (int)H,
+          moe_isa_name(env->isa), (int)env->threads);
+    CHECK(!memcmp(kept_dx[s], ndx, bytes), "dx of %d x %d, %s", (int)M, (int)H,
+          moe_isa_name(env->isa));
+    CHECK(!memcmp(kept_dgamma[s], ndgamma, row), "dgamma of %d x %d, %s", (int)M, (int)H,
+          moe_isa_name(env->isa));
+    CHECK(!memcmp(kept_dbeta[s], ndbeta, row), "dbeta of %d x %d, %s", (int)M, (int)H,
+          moe_isa_name(env->isa));
+    moe_layernorm_forward(nx, NULL, NULL, nx, ngamma, nbeta, 1e-12f, M, H, env); /* in place */
+    CHECK(!memcmp(kept_y[s], nx, bytes), "in place %d x %d, %s", (int)M, (int)H,
+          moe_isa_name(env->isa));
   }
 }
 
@@ -158,20 +168,22 @@ static void test_ops_norm_gradients_do_not_depend_on_micro_batches(void) {
   moe_env env;
   moe_env_init(&env, MOE_ISA_AUTO);
   norm_inputs(M, H);
-  moe_norm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, M, H, &env);
+  moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, M, H, &env);
   for (cut = 0; cut <= M; cut += 23) {
     fill(ndgamma, 400, 9);
     fill(ndbeta, 400, 10);
-    moe_norm_backward(NULL, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, cut, H, &env);
-    moe_norm_backward(NULL, ndgamma, ndbeta, ndy + cut * H, nx + cut * H, nmean + cut, nrstd + cut, ngamma, M - cut, H, &env);
-    if (!cut) memcpy(kept_dgamma[0], ndgamma, sizeof ndgamma), memcpy(kept_dbeta[0], ndbeta, sizeof ndbeta);
+    moe_layernorm_backward(NULL, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, cut, H, &env);
+    moe_layernorm_backward(NULL, ndgamma, ndbeta, ndy + cut * H, nx + cut * H, nmean + cut,
+                           nrstd + cut, ngamma, M - cut, H, &env);
+    if (!cut)
+      memcpy(kept_dgamma[0], ndgamma, sizeof ndgamma), memcpy(kept_dbeta[0], ndbeta, sizeof ndbeta);
     CHECK(!memcmp(kept_dgamma[0], ndgamma, sizeof ndgamma), "dgamma, cut at %d", (int)cut);
     CHECK(!memcmp(kept_dbeta[0], ndbeta, sizeof ndbeta), "dbeta, cut at %d", (int)cut);
   }
 }
 
-static void golden_norm(const char *name, int32_t M, int32_t H, float x_scale, float eps, const double *y, const double *dx,
-                        const double *dw, const double *db) {
+static void golden_norm(const char *name, int32_t M, int32_t H, float x_scale, float eps,
+                        const double *y, const double *dx, const double *dw, const double *db) {
   char key[64];
   moe_env env;
   int32_t i;
@@ -182,8 +194,8 @@ static void golden_norm(const char *name, int32_t M, int32_t H, float x_scale, f
   snprintf(key, sizeof key, "%s.dy", name), golden_fill(ndy, (size_t)(M * H), key, 1.0f);
   for (i = 0; i < H; ++i) ngamma[i] += 1;
   memset(ndx, 0, sizeof ndx), memset(ndgamma, 0, sizeof ndgamma), memset(ndbeta, 0, sizeof ndbeta);
-  moe_norm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, eps, M, H, &env);
-  moe_norm_backward(ndx, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, &env);
+  moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, eps, M, H, &env);
+  moe_layernorm_backward(ndx, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, &env);
   CHECK(close_to(ny, y, (size_t)(M * H), 1e-6), "y of %s", name);
   CHECK(close_to(ndx, dx, (size_t)(M * H), 2e-6), "dx of %s", name);
   CHECK(close_to(ndgamma, dw, (size_t)H, 1e-6), "dgamma of %s", name);
@@ -191,11 +203,14 @@ static void golden_norm(const char *name, int32_t M, int32_t H, float x_scale, f
 }
 
 static void test_ops_norm_agrees_with_pytorch(void) {
-  golden_norm("norm", 4, 19, 2.0f, 1e-12f, golden_norm_y, golden_norm_dx, golden_norm_dw, golden_norm_db);
+  golden_norm("norm", 4, 19, 2.0f, 1e-12f, golden_norm_y, golden_norm_dx, golden_norm_dw,
+              golden_norm_db);
   CHECK_STATE();
-  golden_norm("norm_wide", 2, 48, 2.0f, 1e-12f, golden_norm_wide_y, golden_norm_wide_dx, golden_norm_wide_dw, golden_norm_wide_db);
+  golden_norm("norm_wide", 2, 48, 2.0f, 1e-12f, golden_norm_wide_y, golden_norm_wide_dx,
+              golden_norm_wide_dw, golden_norm_wide_db);
   CHECK_STATE();
-  golden_norm("norm_eps", 3, 8, 0.0078125f, 1e-5f, golden_norm_eps_y, golden_norm_eps_dx, golden_norm_eps_dw, golden_norm_eps_db);
+  golden_norm("norm_eps", 3, 8, 0.0078125f, 1e-5f, golden_norm_eps_y, golden_norm_eps_dx,
+              golden_norm_eps_dw, golden_norm_eps_db);
 }
 
 static void test_ops_norm_of_equal_numbers_is_beta(void) {
@@ -204,7 +219,7 @@ static void test_ops_norm_of_equal_numbers_is_beta(void) {
   moe_env_init(&env, MOE_ISA_AUTO);
   norm_inputs(1, 50);
   for (i = 0; i < 50; ++i) nx[i] = 0.5f;
-  moe_norm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, 1, 50, &env);
+  moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, 1, 50, &env);
   for (i = 0; i < 50; ++i) CHECK(ny[i] == nbeta[i], "column %d", (int)i);
 }
 
@@ -228,7 +243,8 @@ static void test_ops_dropout_has_its_probability_and_keeps_the_mean(void) {
       sum += (double)y[i];
     }
     CHECK_NEAR(fallen / N, p, 4.5 * sqrt(p * (1 - p) / N));
-    CHECK_NEAR(pairs / N, p * p, 6 * sqrt(p * p * (1 - p * p) / N) + 1e-12); /* neighbours are independent */
+    CHECK_NEAR(pairs / N, p * p,
+               6 * sqrt(p * p * (1 - p * p) / N) + 1e-12); /* neighbours are independent */
     CHECK_NEAR(sum / N, 1, 5 * sqrt(p / (1 - p) / N) + 1e-7);
   }
 }
@@ -241,7 +257,8 @@ static void dropout_bits(const moe_env *env, int first) {
   dirty(drop_y, n);
   moe_dropout(drop_y, drop_x, n, 0.3f, 77, env);
   if (first) memcpy(drop_kept, drop_y, sizeof drop_y);
-  CHECK(!memcmp(drop_kept, drop_y, sizeof drop_y), "%s, %d threads", moe_isa_name(env->isa), (int)env->threads);
+  CHECK(!memcmp(drop_kept, drop_y, sizeof drop_y), "%s, %d threads", moe_isa_name(env->isa),
+        (int)env->threads);
   moe_dropout(drop_x, drop_x, 50, 0.3f, 77, env); /* in place, and a part of the whole */
   CHECK(!memcmp(drop_kept, drop_x, 50 * sizeof(float)), "in place, %s", moe_isa_name(env->isa));
 }
@@ -266,15 +283,19 @@ static void residual_bits(const moe_env *env, int first) {
     norm_inputs(M, H);
     fill(ndelta, (size_t)(M * H), 6);
     for (i = 0; i < SEQUENCES; ++i)
-      moe_dropout(want_sum + starts[i] * H, ndelta + starts[i] * H, (size_t)((starts[i + 1] - starts[i]) * H), k ? p : 0, keys[i], env);
+      moe_dropout(want_sum + starts[i] * H, ndelta + starts[i] * H,
+                  (size_t)((starts[i + 1] - starts[i]) * H), k ? p : 0, keys[i], env);
     for (i = 0; i < M * H; ++i) want_sum[i] = nx[i] + want_sum[i];
-    moe_norm_forward(want_y, NULL, NULL, want_sum, ngamma, nbeta, 1e-12f, M, H, env);
+    moe_layernorm_forward(want_y, NULL, NULL, want_sum, ngamma, nbeta, 1e-12f, M, H, env);
     dirty(nsum, NORM_MAX);
     dirty(ny, NORM_MAX);
-    moe__residual_norm_forward(ny, nsum, nmean, nrstd, nx, ndelta, ngamma, nbeta, 1e-12f, M, H, p, k, starts, SEQUENCES, env);
-    CHECK(!memcmp(nsum, want_sum, bytes) && !memcmp(ny, want_y, bytes), "forward, %s, turn %d", moe_isa_name(env->isa), turn);
+    moe__residual_norm_forward(ny, nsum, nmean, nrstd, nx, ndelta, ngamma, nbeta, 1e-12f, M, H, p,
+                               k, starts, SEQUENCES, env);
+    CHECK(!memcmp(nsum, want_sum, bytes) && !memcmp(ny, want_y, bytes), "forward, %s, turn %d",
+          moe_isa_name(env->isa), turn);
     dirty(ny, NORM_MAX);
-    moe__residual_norm_forward(ny, NULL, NULL, NULL, nx, ndelta, ngamma, nbeta, 1e-12f, M, H, p, k, starts, SEQUENCES, env);
+    moe__residual_norm_forward(ny, NULL, NULL, NULL, nx, ndelta, ngamma, nbeta, 1e-12f, M, H, p, k,
+                               starts, SEQUENCES, env);
     CHECK(!memcmp(ny, want_y, bytes), "forward without sum, %s", moe_isa_name(env->isa));
   }
 }
@@ -286,28 +307,36 @@ static void residual_back_bits(const moe_env *env, int first) {
   float p = 0.2f;
   (void)first;
   norm_inputs(M, H);
-  moe_norm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, M, H, env);
+  moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, M, H, env);
   memset(want_dx, 0, sizeof want_dx);
   fill(dgamma, 400, 1), memcpy(ndgamma, dgamma, sizeof dgamma);
   fill(dbeta, 400, 2), memcpy(ndbeta, dbeta, sizeof dbeta);
-  moe_norm_backward(want_dx, dgamma, dbeta, ndy, nx, nmean, nrstd, ngamma, M, H, env);
+  moe_layernorm_backward(want_dx, dgamma, dbeta, ndy, nx, nmean, nrstd, ngamma, M, H, env);
   for (i = 0; i < SEQUENCES; ++i)
-    moe_dropout(want_ddelta + starts[i] * H, want_dx + starts[i] * H, (size_t)((starts[i + 1] - starts[i]) * H), p, keys[i], env);
+    moe_dropout(want_ddelta + starts[i] * H, want_dx + starts[i] * H,
+                (size_t)((starts[i + 1] - starts[i]) * H), p, keys[i], env);
   dirty(ndx, NORM_MAX);
   dirty(nddelta, NORM_MAX);
-  moe__residual_norm_backward(ndx, nddelta, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, p, keys, starts, SEQUENCES, env);
+  moe__residual_norm_backward(ndx, nddelta, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, p,
+                              keys, starts, SEQUENCES, env);
   for (i = 0; i < (int32_t)n; ++i)
-    CHECK(ndx[i] == want_dx[i] && nddelta[i] == want_ddelta[i], "element %d, %s", (int)i, moe_isa_name(env->isa));
-  CHECK(!memcmp(dgamma, ndgamma, sizeof dgamma) && !memcmp(dbeta, ndbeta, sizeof dbeta), "%s", moe_isa_name(env->isa));
+    CHECK(ndx[i] == want_dx[i] && nddelta[i] == want_ddelta[i], "element %d, %s", (int)i,
+          moe_isa_name(env->isa));
+  CHECK(!memcmp(dgamma, ndgamma, sizeof dgamma) && !memcmp(dbeta, ndbeta, sizeof dbeta), "%s",
+        moe_isa_name(env->isa));
   fill(ndgamma, 400, 1), fill(ndbeta, 400, 2); /* dx in the place of dy */
-  moe__residual_norm_backward(ndy, nddelta, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, p, keys, starts, SEQUENCES, env);
-  CHECK(!memcmp(ndx, ndy, n * sizeof(float)) && !memcmp(dgamma, ndgamma, sizeof dgamma), "in place, %s", moe_isa_name(env->isa));
+  moe__residual_norm_backward(ndy, nddelta, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, p,
+                              keys, starts, SEQUENCES, env);
+  CHECK(!memcmp(ndx, ndy, n * sizeof(float)) && !memcmp(dgamma, ndgamma, sizeof dgamma),
+        "in place, %s", moe_isa_name(env->isa));
   moe__dropout_rows(ndy, ndx, p, keys, starts, SEQUENCES, H, env);
   CHECK(!memcmp(nddelta, ndy, n * sizeof(float)), "dropout of rows, %s", moe_isa_name(env->isa));
 }
 
 static void test_ops_residual_norm_is_the_ops_in_a_row(void) { each_env(residual_bits); }
-static void test_ops_residual_norm_backward_is_the_ops_in_a_row(void) { each_env(residual_back_bits); }
+static void test_ops_residual_norm_backward_is_the_ops_in_a_row(void) {
+  each_env(residual_back_bits);
+}
 
 static void test_ops_residual_norm_of_a_sequence_ignores_its_neighbours(void) {
   static const int32_t alone[2] = {0, 31};
@@ -316,9 +345,10 @@ static void test_ops_residual_norm_of_a_sequence_ignores_its_neighbours(void) {
   moe_env_init(&env, MOE_ISA_AUTO);
   norm_inputs(70, H);
   fill(ndelta, (size_t)(70 * H), 6);
-  moe__residual_norm_forward(ny, NULL, NULL, NULL, nx, ndelta, ngamma, nbeta, 1e-12f, 70, H, 0.2f, keys, starts, SEQUENCES, &env);
-  moe__residual_norm_forward(nsum, NULL, NULL, NULL, nx + 30 * H, ndelta + 30 * H, ngamma, nbeta, 1e-12f, 31, H, 0.2f, keys + 4, alone, 1,
-                             &env);
+  moe__residual_norm_forward(ny, NULL, NULL, NULL, nx, ndelta, ngamma, nbeta, 1e-12f, 70, H, 0.2f,
+                             keys, starts, SEQUENCES, &env);
+  moe__residual_norm_forward(nsum, NULL, NULL, NULL, nx + 30 * H, ndelta + 30 * H, ngamma, nbeta,
+                             1e-12f, 31, H, 0.2f, keys + 4, alone, 1, &env);
   CHECK(!memcmp(ny + 30 * H, nsum, (size_t)(31 * H) * sizeof(float)), "bits differ");
 }
 
@@ -326,26 +356,31 @@ static void test_ops_residual_norm_of_a_sequence_ignores_its_neighbours(void) {
 
 static void test_ops_embeddings_agree_with_pytorch(void) {
   static const int32_t at[3] = {0, 4, 7};
-  static float word[72], position[48], segment[16], w[8], b[8], dy[56], x[56], y[56], mean[7], rstd[7], dx[56];
+  static float word[72], position[48], segment[16], w[8], b[8], dy[56], x[56], y[56], mean[7],
+      rstd[7], dx[56];
   static float dword[72], dposition[48], dsegment[16], dw[8], db[8];
   int32_t ids[7];
   uint8_t segments[7];
   moe_env env;
   int i;
   moe_env_init(&env, MOE_ISA_AUTO);
-  golden_fill(word, 72, "embed.word", 1), golden_fill(position, 48, "embed.position", 1), golden_fill(segment, 16, "embed.segment", 1);
-  golden_fill(w, 8, "embed.norm_w", 0.5f), golden_fill(b, 8, "embed.norm_b", 0.5f), golden_fill(dy, 56, "embed.dy", 1);
+  golden_fill(word, 72, "embed.word", 1), golden_fill(position, 48, "embed.position", 1),
+      golden_fill(segment, 16, "embed.segment", 1);
+  golden_fill(w, 8, "embed.norm_w", 0.5f), golden_fill(b, 8, "embed.norm_b", 0.5f),
+      golden_fill(dy, 56, "embed.dy", 1);
   for (i = 0; i < 8; ++i) w[i] += 1;
-  for (i = 0; i < 7; ++i) ids[i] = golden_embed_ids[i], segments[i] = (uint8_t)golden_embed_segments[i];
+  for (i = 0; i < 7; ++i)
+    ids[i] = golden_embed_ids[i], segments[i] = (uint8_t)golden_embed_segments[i];
   moe_embed_forward(x, ids, segments, at, 2, word, position, segment, 8, &env);
-  moe_norm_forward(y, mean, rstd, x, w, b, 1e-12f, 7, 8, &env);
-  moe_norm_backward(dx, dw, db, dy, x, mean, rstd, w, 7, 8, &env);
+  moe_layernorm_forward(y, mean, rstd, x, w, b, 1e-12f, 7, 8, &env);
+  moe_layernorm_backward(dx, dw, db, dy, x, mean, rstd, w, 7, 8, &env);
   moe_embed_backward(dword, dposition, dsegment, dx, ids, segments, at, 2, 8, &env);
   CHECK(close_to(y, golden_embed_y, 56, 1e-6), "y");
   CHECK(close_to(dword, golden_embed_dword, 72, 2e-6), "dword");
   CHECK(close_to(dposition, golden_embed_dposition, 48, 2e-6), "dposition");
   CHECK(close_to(dsegment, golden_embed_dsegment, 16, 2e-6), "dsegment");
-  CHECK(close_to(dw, golden_embed_dnorm_w, 8, 1e-6) && close_to(db, golden_embed_dnorm_b, 8, 1e-6), "norm");
+  CHECK(close_to(dw, golden_embed_dnorm_w, 8, 1e-6) && close_to(db, golden_embed_dnorm_b, 8, 1e-6),
+        "norm");
 }
 
 static float word_table[20 * 100], position_table[40 * 100], segment_table[200];
@@ -356,7 +391,8 @@ static void embed_bits(const moe_env *env, int first) {
   int32_t ids[70], H = 100, s, r, c;
   uint8_t segments[70];
   (void)first;
-  fill(word_table, 2000, 1), fill(position_table, 4000, 2), fill(segment_table, 200, 3), fill(ndy, 7000, 4);
+  fill(word_table, 2000, 1), fill(position_table, 4000, 2), fill(segment_table, 200, 3),
+      fill(ndy, 7000, 4);
   fill(dword, 2000, 5), fill(dposition, 4000, 6), fill(dsegment, 200, 7);
   memcpy(dword_table, dword, sizeof dword), memcpy(dposition_table, dposition, sizeof dposition);
   memcpy(dsegment_table, dsegment, sizeof dsegment);
@@ -369,21 +405,28 @@ static void embed_bits(const moe_env *env, int first) {
         dword[i] += ndy[r * H + c], dposition[j] += ndy[r * H + c], dsegment[k] += ndy[r * H + c];
       }
   dirty(ny, NORM_MAX);
-  moe_embed_forward(ny, ids, segments, starts, SEQUENCES, word_table, position_table, segment_table, H, env);
+  moe_embed_forward(ny, ids, segments, starts, SEQUENCES, word_table, position_table, segment_table,
+                    H, env);
   CHECK(!memcmp(ny, want, 7000 * sizeof(float)), "forward, %s", moe_isa_name(env->isa));
-  moe_embed_backward(dword_table, dposition_table, dsegment_table, ndy, ids, segments, starts, SEQUENCES, H, env);
-  CHECK(!memcmp(dword, dword_table, sizeof dword), "words, %s, %d threads", moe_isa_name(env->isa), (int)env->threads);
-  CHECK(!memcmp(dposition, dposition_table, sizeof dposition), "positions, %s", moe_isa_name(env->isa));
+  moe_embed_backward(dword_table, dposition_table, dsegment_table, ndy, ids, segments, starts,
+                     SEQUENCES, H, env);
+  CHECK(!memcmp(dword, dword_table, sizeof dword), "words, %s, %d threads", moe_isa_name(env->isa),
+        (int)env->threads);
+  CHECK(!memcmp(dposition, dposition_table, sizeof dposition), "positions, %s",
+        moe_isa_name(env->isa));
   CHECK(!memcmp(dsegment, dsegment_table, sizeof dsegment), "segments, %s", moe_isa_name(env->isa));
   moe_embed_forward(ny, ids, NULL, starts, SEQUENCES, word_table, position_table, NULL, H, env);
   for (c = 0; c < H; ++c) CHECK(ny[c] == word_table[c] + position_table[c], "without segments");
 }
 
-static void test_ops_embeddings_are_exact_sums_in_the_order_of_the_tokens(void) { each_env(embed_bits); }
+static void test_ops_embeddings_are_exact_sums_in_the_order_of_the_tokens(void) {
+  each_env(embed_bits);
+}
 
 /* ---- cross-entropy ---- */
 
-static void golden_ce(const char *name, int C, float scale, const int *label, const double *y, const double *dscores) {
+static void golden_ce(const char *name, int C, float scale, const int *label, const double *y,
+                      const double *dscores) {
   float logits[20], dy[4], prob[5], gradient[20] = {0}, loss[4];
   char key[64];
   int r;
@@ -427,10 +470,14 @@ static void test_ops_cross_entropy_for_any_number_of_classes(void) {
       total += (double)prob[i];
     }
     CHECK_NEAR(total, 1, 1e-6);
-    CHECK(loss == moe_cross_entropy_forward(logits, logits, label, C) && !memcmp(logits, prob, (size_t)C * 4), "in place");
+    CHECK(loss == moe_cross_entropy_forward(logits, logits, label, C) &&
+              !memcmp(logits, prob, (size_t)C * 4),
+          "in place");
   }
   logits[0] = 1, logits[1] = NAN, logits[2] = 0;
-  CHECK(moe_cross_entropy_forward(NULL, logits, 0, 3) != moe_cross_entropy_forward(NULL, logits, 0, 3), "NaN must stay visible");
+  CHECK(moe_cross_entropy_forward(NULL, logits, 0, 3) !=
+            moe_cross_entropy_forward(NULL, logits, 0, 3),
+        "NaN must stay visible");
 }
 
 int main(int argc, char **argv) {

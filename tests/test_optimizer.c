@@ -18,16 +18,18 @@ static void test_optimizer_rate_warms_up_and_decays(void) {
   for (i = 0; i < 7; ++i)
     for (j = 0; j < 5; ++j) {
       moe_train_config c = config_of(steps[j]);
-      int64_t T = steps[j], thousandths = (int64_t)((double)warmups[i] * 1000 + 0.5), W = thousandths * T / 1000;
-      c.rate = 2;
+      int64_t T = steps[j], thousandths = (int64_t)((double)warmups[i] * 1000 + 0.5),
+              W = thousandths * T / 1000;
+      c.lr = 2;
       c.warmup = warmups[i];
       for (t = 1; t <= T; ++t) {
-        double want = t <= W ? 2.0 * (double)t / (double)W : 2.0 * (double)(T - t + 1) / (double)(T - W);
-        CHECK_NEAR(moe_train_rate(&c, t), want, 2e-7);
-        CHECK(moe_train_rate(&c, t) > 0, "step %d of %d is wasted", (int)t, (int)T);
+        double want =
+            t <= W ? 2.0 * (double)t / (double)W : 2.0 * (double)(T - t + 1) / (double)(T - W);
+        CHECK_NEAR(moe_train_lr(&c, t), want, 2e-7);
+        CHECK(moe_train_lr(&c, t) > 0, "step %d of %d is wasted", (int)t, (int)T);
       }
-      CHECK_NEAR(moe_train_rate(&c, T + 1), 0, 0);
-      CHECK_NEAR(moe_train_rate(&c, 0), 0, 0);
+      CHECK_NEAR(moe_train_lr(&c, T + 1), 0, 0);
+      CHECK_NEAR(moe_train_lr(&c, 0), 0, 0);
     }
 }
 
@@ -56,8 +58,8 @@ static void test_optimizer_norm_is_the_norm(void) {
         moe_pool_free(pool);
         CHECK_NEAR(norm, sqrt(sum), 1e-6 * sqrt(sum));
         if (first < 0) first = norm;
-        CHECK(!memcmp(&norm, &first, sizeof norm), "n %d isa %s threads %d: %.17g against %.17g", (int)sizes[j], moe_isa_name(isas[k]), threads,
-              norm, first);
+        CHECK(!memcmp(&norm, &first, sizeof norm), "n %d isa %s threads %d: %.17g against %.17g",
+              (int)sizes[j], moe_isa_name(isas[k]), threads, norm, first);
         if (threads == 8) break;
       }
     }
@@ -117,7 +119,8 @@ static void adam_against_double(float decay, float beta2) {
       rm[i] = 0.9 * rm[i] + 0.1 * d;
       rv[i] = b2 * rv[i] + (1 - b2) * d * d;
       rw[i] -= (double)rate * (double)decay * rw[i];
-      rw[i] -= (double)rate * (rm[i] / (1 - pow(0.9, t))) / (sqrt(rv[i] / (1 - pow(b2, t))) + (double)1e-8f);
+      rw[i] -= (double)rate * (rm[i] / (1 - pow(0.9, t))) /
+               (sqrt(rv[i] / (1 - pow(b2, t))) + (double)1e-8f);
     }
     moe_adam_step(w, g, m, v, N, t, rate, decay, factor, 0.9f, beta2, 1e-8f, &env);
     for (i = 0; i < N; ++i) {
@@ -140,7 +143,8 @@ static void test_optimizer_adam_equals_its_formula(void) {
 
 static void test_optimizer_adam_has_the_same_bits_everywhere(void) {
   enum { N = 70003 };
-  float *a = (float *)malloc(4 * N * sizeof *a), *b = (float *)malloc(4 * N * sizeof *b), *start = (float *)malloc(4 * N * sizeof *a);
+  float *a = (float *)malloc(4 * N * sizeof *a), *b = (float *)malloc(4 * N * sizeof *b),
+        *start = (float *)malloc(4 * N * sizeof *a);
   uint64_t state = 5;
   size_t i;
   int k, threads, have = 0;
@@ -154,7 +158,8 @@ static void test_optimizer_adam_has_the_same_bits_everywhere(void) {
       moe_pool *pool;
       CHECK(moe_pool_create_exact(&pool, threads, &env) == MOE_OK, "pool");
       memcpy(b, start, 4 * N * sizeof *b);
-      moe_adam_step(b, b + N, b + 2 * N, b + 3 * N, N, 3, 1e-2f, 0.01f, 0.3f, 0.9f, 0.999f, 1e-8f, &env);
+      moe_adam_step(b, b + N, b + 2 * N, b + 3 * N, N, 3, 1e-2f, 0.01f, 0.3f, 0.9f, 0.999f, 1e-8f,
+                    &env);
       moe_pool_free(pool);
       if (!have++) memcpy(a, b, 4 * N * sizeof *b);
       CHECK(!memcmp(a, b, 4 * N * sizeof *b), "isa %s, %d threads", moe_isa_name(isas[k]), threads);
@@ -194,7 +199,8 @@ static moe_tensor tensor_of(const char *name, int32_t dims, size_t offset, size_
 }
 
 static void test_optimizer_groups_change_rate_and_decay(void) {
-  static const moe_group groups[3] = {{"gate", 10, 0}, {"layer.0", 0, 1}, {"layer.0.gate", 2, 3}};
+  static const moe_param_group groups[3] = {
+      {"gate", 10, 0}, {"layer.0", 0, 1}, {"layer.0.gate", 2, 3}};
   moe_train_config c = config_of(10);
   moe_tensor tensors[6];
   moe__span spans[6];
@@ -209,24 +215,28 @@ static void test_optimizer_groups_change_rate_and_decay(void) {
   tensors[3] = tensor_of("layer.0.gate.weight", 2, 30, 10);
   tensors[4] = tensor_of("layer.1.gate.weight", 2, 40, 10);
   tensors[5] = tensor_of("layer.1.norm.bias", 1, 50, 10);
-  c.decay = 0.5f;
+  c.weight_decay = 0.5f;
   c.groups = groups;
   c.n_groups = 3;
   for (i = 0; i < 6; ++i) n = moe__spans_add(spans, n, &tensors[i], &c);
   CHECK(n == 6, "%d spans", (int)n);
-  CHECK(spans[1].rate == 0 && spans[2].rate == 0 && spans[3].rate == 2 && spans[4].rate == 10, "rates");
-  CHECK(spans[0].decay == 0.5f && spans[3].decay == 1.5f && spans[4].decay == 0 && spans[5].decay == 0, "decays");
+  CHECK(spans[1].rate == 0 && spans[2].rate == 0 && spans[3].rate == 2 && spans[4].rate == 10,
+        "rates");
+  CHECK(spans[0].decay == 0.5f && spans[3].decay == 1.5f && spans[4].decay == 0 &&
+            spans[5].decay == 0,
+        "decays");
   for (i = 0; i < 60; ++i) w[i] = 1, g[i] = (float)(i + 1);
   for (i = 0; i < 60; ++i) sum += i / 10 == 1 || i / 10 == 2 ? 0 : (i + 1.0) * (i + 1.0);
   CHECK_NEAR(moe__spans_norm(g, spans, n, &env), sqrt(sum), 1e-4);
   moe__spans_adam(w, g, m, v, spans, n, 1, 1e-2f, 1, 0.9f, 0.999f, 1e-8f, &env);
   for (i = 0; i < 60; ++i) {
-    static const double want[6] = {1 - 1e-2 * 0.5 - 1e-2, 1, 1, 1 - 2e-2 * 1.5 - 2e-2, 1 - 0.1, 1 - 1e-2};
+    static const double want[6] = {1 - 1e-2 * 0.5 - 1e-2, 1,       1,
+                                   1 - 2e-2 * 1.5 - 2e-2, 1 - 0.1, 1 - 1e-2};
     CHECK_NEAR(w[i], want[i / 10], 1e-6);
     CHECK_NEAR(g[i], 0, 0);
   }
   c.n_groups = 0;
-  c.decay = 0;
+  c.weight_decay = 0;
   for (n = i = 0; i < 6; ++i) n = moe__spans_add(spans, n, &tensors[i], &c);
   CHECK(n == 1 && spans[0].count == 60, "%d spans where one would do", (int)n);
 }
@@ -238,32 +248,33 @@ static void count_sentence(void *user, moe_status status, const char *sentence) 
 }
 
 static void test_optimizer_refuses_bad_configurations(void) {
-  static const moe_group no_name = {NULL, 1, 1}, bad_rate = {"x", -1, 1}, bad_decay = {"x", 1, NAN};
+  static const moe_param_group no_name = {NULL, 1, 1}, bad_rate = {"x", -1, 1},
+                               bad_decay = {"x", 1, NAN};
   moe_env env;
   moe_train_config c = config_of(10);
   int wrong = 0;
   moe_env_init(&env, MOE_ISA_AUTO);
   env.log = count_sentence;
   CHECK(moe__train_config_check(&c, &env) == MOE_OK, "defaults");
-#define BAD(change)                                                                           \
-  do {                                                                                        \
-    c = config_of(10);                                                                        \
-    change;                                                                                   \
-    ++wrong;                                                                                  \
-    CHECK(moe__train_config_check(&c, &env) == MOE_E_ARGUMENT, "accepted: %s", #change);      \
-    CHECK(sentences == wrong, "no sentence: %s", #change);                                    \
+#define BAD(change)                                                                                \
+  do {                                                                                             \
+    c = config_of(10);                                                                             \
+    change;                                                                                        \
+    ++wrong;                                                                                       \
+    CHECK(moe__train_config_check(&c, &env) == MOE_E_ARGUMENT, "accepted: %s", #change);           \
+    CHECK(sentences == wrong, "no sentence: %s", #change);                                         \
   } while (0)
-  BAD(c.rate = 0);
-  BAD(c.rate = NAN);
-  BAD(c.rate = INFINITY);
+  BAD(c.lr = 0);
+  BAD(c.lr = NAN);
+  BAD(c.lr = INFINITY);
   BAD(c.warmup = -0.1f);
   BAD(c.warmup = 1.1f);
   BAD(c.steps = 0);
   BAD(c.beta1 = 1);
   BAD(c.beta2 = -1);
   BAD(c.eps = 0);
-  BAD(c.decay = -1);
-  BAD(c.clip = NAN);
+  BAD(c.weight_decay = -1);
+  BAD(c.clip_norm = NAN);
   BAD(c.dropout = 1);
   BAD(c.balance = -1);
   BAD(c.z_loss = INFINITY);

@@ -26,7 +26,8 @@ static moe_env logging(void) {
   return env;
 }
 
-static const char vocab[] = "[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\nbank\nriver\nmoney\n##s\n##ing\n,\n.\n";
+static const char vocab[] =
+    "[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\nbank\nriver\nmoney\n##s\n##ing\n,\n.\n";
 enum { ONE, PAIR, RATE, SPAN, SPANS, TASKS };
 
 static moe_model *small_model(int32_t segments, const moe_env *env) {
@@ -45,7 +46,8 @@ static moe_model *small_model(int32_t segments, const moe_env *env) {
   config.max_len = 20;
   config.segments = segments;
   memset(task, 0, sizeof task);
-  for (i = 0; i < TASKS; ++i) snprintf(task[i].name, sizeof task[i].name, "%s", names[i]), task[i].classes = 2;
+  for (i = 0; i < TASKS; ++i)
+    snprintf(task[i].name, sizeof task[i].name, "%s", names[i]), task[i].classes = 2;
   task[ONE].classes = 5;
   task[ONE].max_len = 6;
   task[PAIR].pair = task[SPANS].pair = 1;
@@ -54,7 +56,8 @@ static moe_model *small_model(int32_t segments, const moe_env *env) {
   task[RATE].high = 5;
   task[SPAN].kind = task[SPANS].kind = MOE_KIND_SPAN;
   if (moe_model_create(&model, &config, task, TASKS, 11, env)) return NULL;
-  if (moe_model_set_vocab(model, vocab, sizeof vocab - 1, env)) return moe_model_free(model), (moe_model *)NULL;
+  if (moe_model_set_vocab(model, vocab, sizeof vocab - 1, env))
+    return moe_model_free(model), (moe_model *)NULL;
   return model;
 }
 
@@ -66,21 +69,26 @@ static void test_predictor_gives_probabilities(void) {
   int best = -1, c;
   CHECK(model && !moe_predictor_create(&p, model, 4, &env), "%s", said);
   score[5] = 99;
-  CHECK(moe_predict_text(p, ONE, "The banks, the river.", NULL, score, &best) == MOE_OK, "%s", said);
+  CHECK(moe_predict_text(p, ONE, "The banks, the river.", NULL, score, &best) == MOE_OK, "%s",
+        said);
   for (c = 0; c < 5; ++c) {
-    CHECK(score[c] > 0 && score[c] < 1 && score[c] <= score[best], "score %d is %g", c, (double)score[c]);
+    CHECK(score[c] > 0 && score[c] < 1 && score[c] <= score[best], "score %d is %g", c,
+          (double)score[c]);
     sum += score[c];
   }
   CHECK_NEAR(sum, 1, 1e-6);
   CHECK(score[5] == 99, "no score more than classes");
-  CHECK(moe_predict_text(p, RATE, "money", NULL, score, NULL) == MOE_OK && score[1] != 99 && isfinite(score[0]), "%s", said);
+  CHECK(moe_predict_text(p, RATE, "money", NULL, score, NULL) == MOE_OK && score[1] != 99 &&
+            isfinite(score[0]),
+        "%s", said);
   CHECK(moe_predict_text(p, PAIR, "money", "", score, &best) == MOE_OK, "%s", said);
   moe_predictor_free(p);
   moe_model_free(model);
 }
 
 static void test_predictor_ignores_company_and_allocates_nothing(void) {
-  static const char *const text[] = {"the bank", "money", "", "rivers, rivers, rivers. the river", "\xff\xfe unknown"};
+  static const char *const text[] = {"the bank", "money", "", "rivers, rivers, rivers. the river",
+                                     "\xff\xfe unknown"};
   const char *a[5], *b[5];
   moe_env env = logging();
   moe_model *model = small_model(2, &env);
@@ -102,7 +110,8 @@ static void test_predictor_ignores_company_and_allocates_nothing(void) {
     CHECK(moe_predict_texts(p, task, a, b, 5, all, best) == MOE_OK, "%s", said);
     for (i = 0; i < 5; ++i) {
       CHECK(moe_predict_text(p, task, a[i], b[i], alone, &one) == MOE_OK, "%s", said);
-      CHECK(one == best[i] && !memcmp(alone, all + 5 * i, (size_t)classes * sizeof(float)), "task %d, text %d", task, i);
+      CHECK(one == best[i] && !memcmp(alone, all + 5 * i, (size_t)classes * sizeof(float)),
+            "task %d, text %d", task, i);
     }
   }
   CHECK(allocations == before, "%d allocations", allocations - before);
@@ -137,16 +146,25 @@ static void test_predictor_runs_a_model_in_place(void) {
   s.used = 0;
   writer.write = sink_write;
   writer.user = &s;
-  CHECK(model && !moe_model_write(model, &writer, &env) && !moe_model_open_size(s.data, s.used, &bytes, &env), "%s", said);
+  CHECK(model && !moe_model_write(model, &writer, &env) &&
+            !moe_model_open_size(s.data, s.used, &bytes, &env),
+        "%s", said);
   block_base = (unsigned char *)malloc(bytes + 64);
   before = allocations;
-  CHECK(!moe_model_open(&opened, s.data, s.used, block_base + (64 - (uintptr_t)block_base % 64) % 64, bytes, &env), "%s", said);
+  CHECK(!moe_model_open(&opened, s.data, s.used,
+                        block_base + (64 - (uintptr_t)block_base % 64) % 64, bytes, &env),
+        "%s", said);
   CHECK(allocations == before, "opening allocates nothing");
   CHECK(!moe_model_read(&read, s.data, s.used, &env), "%s", said);
-  CHECK(!moe_predictor_create(&p, model, 1, &env) && !moe_predictor_create(&q, opened, 1, &env) && !moe_predictor_create(&r, read, 1, &env), "%s", said);
-  CHECK(!moe_predict_text(p, PAIR, "the bank", "money", x, NULL) && !moe_predict_text(q, PAIR, "the bank", "money", y, NULL) &&
-        !moe_predict_text(r, PAIR, "the bank", "money", z, NULL), "%s", said);
-  CHECK(!memcmp(x, y, 2 * sizeof *x) && !memcmp(x, z, 2 * sizeof *x), "made, opened in place, read and packed: the same bits");
+  CHECK(!moe_predictor_create(&p, model, 1, &env) && !moe_predictor_create(&q, opened, 1, &env) &&
+            !moe_predictor_create(&r, read, 1, &env),
+        "%s", said);
+  CHECK(!moe_predict_text(p, PAIR, "the bank", "money", x, NULL) &&
+            !moe_predict_text(q, PAIR, "the bank", "money", y, NULL) &&
+            !moe_predict_text(r, PAIR, "the bank", "money", z, NULL),
+        "%s", said);
+  CHECK(!memcmp(x, y, 2 * sizeof *x) && !memcmp(x, z, 2 * sizeof *x),
+        "made, opened in place, read and packed: the same bits");
   moe_predictor_free(p);
   moe_predictor_free(q);
   moe_predictor_free(r);
@@ -173,18 +191,30 @@ static void test_predictor_finds_spans_of_characters(void) {
   tokens.end = end;
   tokens.capacity = 16;
   CHECK(model && !moe_predictor_create(&p, model, 2, &env), "%s", said);
-  CHECK(!moe_encode(p->tokenizer, a, strlen(a), b, strlen(b), 16, MOE_TRUNCATE_LONGEST, &tokens, &env) && tokens.count == 9, "%s", said);
+  CHECK(!moe_encode(p->tokenizer, a, strlen(a), b, strlen(b), 16, MOE_TRUNCATE_LONGEST, &tokens,
+                    &env) &&
+            tokens.count == 9,
+        "%s", said);
   /* [CLS] the bank ##s [SEP] money bank ##s [SEP] */
-  CHECK(!moe_tokens_span(span, &tokens, 0, 4, 9, &env) && span[0] == 2 && span[1] == 4, "%d %d", (int)span[0], (int)span[1]);
-  CHECK(!moe_tokens_span(span, &tokens, 0, 8, 9, &env) && span[0] == 3 && span[1] == 4, "%d %d", (int)span[0], (int)span[1]);
-  CHECK(!moe_tokens_span(span, &tokens, 1, 0, 7, &env) && span[0] == 5 && span[1] == 7, "%d %d", (int)span[0], (int)span[1]);
-  CHECK(moe_tokens_span(span, &tokens, 0, 9, 12, &env) == MOE_E_ARGUMENT && strstr(said, "characters 9 to 12"), "%s", said);
+  CHECK(!moe_tokens_span(span, &tokens, 0, 4, 9, &env) && span[0] == 2 && span[1] == 4, "%d %d",
+        (int)span[0], (int)span[1]);
+  CHECK(!moe_tokens_span(span, &tokens, 0, 8, 9, &env) && span[0] == 3 && span[1] == 4, "%d %d",
+        (int)span[0], (int)span[1]);
+  CHECK(!moe_tokens_span(span, &tokens, 1, 0, 7, &env) && span[0] == 5 && span[1] == 7, "%d %d",
+        (int)span[0], (int)span[1]);
+  CHECK(moe_tokens_span(span, &tokens, 0, 9, 12, &env) == MOE_E_ARGUMENT &&
+            strstr(said, "characters 9 to 12"),
+        "%s", said);
   CHECK(moe_tokens_span(span, &tokens, 0, 3, 4, &env) == MOE_E_ARGUMENT, "a blank");
   CHECK(moe_predict_spans(p, SPANS, &a, &b, chars, 1, scores, NULL) == MOE_OK, "%s", said);
   chars[2] = 6, chars[3] = 11;
-  CHECK(moe_predict_spans(p, SPANS, &a, &b, chars, 1, moved, NULL) == MOE_OK && memcmp(scores, moved, sizeof *moved), "another word, another score");
+  CHECK(moe_predict_spans(p, SPANS, &a, &b, chars, 1, moved, NULL) == MOE_OK &&
+            memcmp(scores, moved, sizeof *moved),
+        "another word, another score");
   chars[2] = 60, chars[3] = 66;
-  CHECK(moe_predict_spans(p, SPANS, &a, &b, chars, 1, moved, NULL) == MOE_E_ARGUMENT && strstr(said, "text 2"), "%s", said);
+  CHECK(moe_predict_spans(p, SPANS, &a, &b, chars, 1, moved, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "text 2"),
+        "%s", said);
   moe_predictor_free(p);
   moe_model_free(model);
 }
@@ -199,25 +229,45 @@ static void test_predictor_says_what_is_wrong(void) {
   CHECK(model, "%s", said);
   CHECK(moe_predictor_create(&p, model, 0, &env) == MOE_E_ARGUMENT && !p, "%s", said);
   CHECK(!moe_predictor_create(&p, model, 2, &env), "%s", said);
-  CHECK(moe_predict_texts(p, ONE, a, NULL, 3, scores, NULL) == MOE_E_ARGUMENT && strstr(said, "3 texts at once"), "%s", said);
-  CHECK(moe_predict_texts(p, TASKS, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT && strstr(said, "task 5"), "%s", said);
+  CHECK(moe_predict_texts(p, ONE, a, NULL, 3, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "3 texts at once"),
+        "%s", said);
+  CHECK(moe_predict_texts(p, TASKS, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "task 5"),
+        "%s", said);
   CHECK(moe_predict_texts(p, -1, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT, "%s", said);
-  CHECK(moe_predict_texts(p, ONE, &none, NULL, 1, scores, NULL) == MOE_E_ARGUMENT && strstr(said, "missing"), "%s", said);
-  CHECK(moe_predict_texts(p, PAIR, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT && strstr(said, "'pair' takes two texts"), "%s", said);
-  CHECK(moe_predict_texts(p, ONE, a, a, 1, scores, NULL) == MOE_E_ARGUMENT && strstr(said, "'one' takes one text"), "%s", said);
-  CHECK(moe_predict_texts(p, SPAN, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT && strstr(said, "moe_predict_spans"), "%s", said);
-  CHECK(moe_predict_spans(p, ONE, a, NULL, chars, 1, scores, NULL) == MOE_E_ARGUMENT && strstr(said, "takes no spans"), "%s", said);
+  CHECK(moe_predict_texts(p, ONE, &none, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "missing"),
+        "%s", said);
+  CHECK(moe_predict_texts(p, PAIR, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "'pair' takes two texts"),
+        "%s", said);
+  CHECK(moe_predict_texts(p, ONE, a, a, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "'one' takes one text"),
+        "%s", said);
+  CHECK(moe_predict_texts(p, SPAN, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "moe_predict_spans"),
+        "%s", said);
+  CHECK(moe_predict_spans(p, ONE, a, NULL, chars, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "takes no spans"),
+        "%s", said);
   CHECK(moe_predict_spans(p, SPAN, a, NULL, chars, 1, scores, NULL) == MOE_OK, "%s", said);
   CHECK(moe_predict_texts(p, ONE, a, NULL, 0, scores, NULL) == MOE_OK, "nothing to do");
   moe_predictor_free(p);
-  CHECK(!moe_model_set_vocab(model, "[UNK]\n[CLS]\n[SEP]\n1\n2\n3\n4\n5\n6\n7\n8\n9\n0\n", 38, &env), "%s", said);
-  CHECK(moe_predictor_create(&p, model, 1, &env) == MOE_E_FORMAT && strstr(said, "13 words, the model has 12"), "%s", said);
+  CHECK(
+      !moe_model_set_vocab(model, "[UNK]\n[CLS]\n[SEP]\n1\n2\n3\n4\n5\n6\n7\n8\n9\n0\n", 38, &env),
+      "%s", said);
+  CHECK(moe_predictor_create(&p, model, 1, &env) == MOE_E_FORMAT &&
+            strstr(said, "13 words, the model has 12"),
+        "%s", said);
   CHECK(!moe_model_set_vocab(model, "[UNK]\n[SEP]\n", 12, &env), "%s", said);
-  CHECK(moe_predictor_create(&p, model, 1, &env) == MOE_E_FORMAT && strstr(said, "[CLS]"), "%s", said);
+  CHECK(moe_predictor_create(&p, model, 1, &env) == MOE_E_FORMAT && strstr(said, "[CLS]"), "%s",
+        said);
   moe_model_free(model);
   model = small_model(1, &env);
   CHECK(model && !moe_predictor_create(&p, model, 1, &env), "%s", said);
-  CHECK(moe_predict_texts(p, PAIR, a, a, 1, scores, NULL) == MOE_OK, "one kind of segments will do for a pair: %s", said);
+  CHECK(moe_predict_texts(p, PAIR, a, a, 1, scores, NULL) == MOE_OK,
+        "one kind of segments will do for a pair: %s", said);
   moe_predictor_free(p);
   moe_model_free(model);
 }
@@ -236,13 +286,19 @@ static void test_predictor_refuses_scores_that_are_no_numbers(void) {
   moe_model_weights(model)[t.offset + 3] = NAN;
   score[0] = 99;
   CHECK(moe_predict_text(p, ONE, "money", NULL, score, best) == MOE_E_NONFINITE, "%s", said);
-  CHECK(strstr(said, "text 0: score 3 of task 'one' is no finite number") && score[0] == 99 && best[0] == 9, "%s", said);
-  CHECK(moe_predict_texts(p, ONE, a, NULL, 2, score, best) == MOE_E_NONFINITE && score[0] == 99 && best[0] == 9 && best[1] == 9, "%s", said);
-  CHECK(moe_predict_text(p, RATE, "money", NULL, score, best) == MOE_OK && isfinite(score[0]), "the other tasks are well: %s", said);
+  CHECK(strstr(said, "text 0: score 3 of task 'one' is no finite number") && score[0] == 99 &&
+            best[0] == 9,
+        "%s", said);
+  CHECK(moe_predict_texts(p, ONE, a, NULL, 2, score, best) == MOE_E_NONFINITE && score[0] == 99 &&
+            best[0] == 9 && best[1] == 9,
+        "%s", said);
+  CHECK(moe_predict_text(p, RATE, "money", NULL, score, best) == MOE_OK && isfinite(score[0]),
+        "the other tasks are well: %s", said);
   moe_model_tensor(model, moe_model_find_tensor(model, "heads.rate.bias"), &t);
   moe_model_weights(model)[t.offset] = INFINITY;
   score[0] = 99;
-  CHECK(moe_predict_text(p, RATE, "money", NULL, score, NULL) == MOE_E_NONFINITE && score[0] == 99, "%s", said);
+  CHECK(moe_predict_text(p, RATE, "money", NULL, score, NULL) == MOE_E_NONFINITE && score[0] == 99,
+        "%s", said);
   moe_predictor_free(p);
   moe_model_free(model);
 }

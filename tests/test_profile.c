@@ -20,7 +20,9 @@ typedef struct pair {
 
 static pair make(moe_unit unit, const moe_env *env) {
   moe_limits limits = {MODELS_M, MODELS_S, 1};
-  moe_config config = models_config(unit == MOE_UNIT_BLOCK ? MOE_ROUTER_LEVEL : MOE_ROUTER_TASK, 3, unit == MOE_UNIT_BLOCK ? 1 : 2);
+  moe_config config =
+      models_config(unit == MOE_UNIT_BLOCK ? MOE_ROUTER_TASK_LEVEL : MOE_ROUTER_TASK, 3,
+                    unit == MOE_UNIT_BLOCK ? 1 : 2);
   moe_train_config training;
   pair p = {NULL, NULL};
   config.unit = unit;
@@ -45,19 +47,22 @@ static double sum_of(const moe_profile *profile) {
   return sum;
 }
 
-/* Passes in two layers of a model with gates: every reading but the first of a call ends a section, and takes one second. */
+/* Passes in two layers of a model with gates: every reading but the first of a call ends a section,
+   and takes one second. */
 static void test_profile_sections_add_up_to_the_whole(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_profile profile;
   pair p = make(MOE_UNIT_FFN, &env);
-  static const int64_t expected[MOE_PROFILE_COUNT] = {0, 1, 4, 2, 4, 2, 2, 1, 1, 1, 2, 2, 4, 2, 4, 1, 1, 1};
+  static const int64_t expected[MOE_PROFILE_COUNT] = {0, 1, 4, 2, 4, 2, 2, 1, 1,
+                                                      1, 2, 2, 4, 2, 4, 1, 1, 1};
   int i;
   CHECK(p.trainer, "%s", models_sentence);
   moe_profile_init(&profile, counting_clock, NULL);
   env.profile = &profile;
   readings = 0;
-  CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
-  CHECK(moe_update(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+        models_sentence);
+  CHECK(moe_trainer_step(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
   for (i = 0; i < MOE_PROFILE_COUNT; ++i) {
     const char *name = moe_profile_text((moe_profile_section)i);
     CHECK(profile.times[i] == expected[i], "%s: %d times", name, (int)profile.times[i]);
@@ -75,14 +80,17 @@ static void test_profile_knows_blocks_as_experts(void) {
   moe_profile_init(&profile, counting_clock, NULL);
   env.profile = &profile;
   readings = 0;
-  CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+        models_sentence);
   CHECK_NEAR(sum_of(&profile), readings - 1, 0);
-  CHECK(profile.times[MOE_PROFILE_EXPERTS] == 6 && profile.times[MOE_PROFILE_GATES] > 6, "%d experts, %d gates",
-        (int)profile.times[MOE_PROFILE_EXPERTS], (int)profile.times[MOE_PROFILE_GATES]);
+  CHECK(profile.times[MOE_PROFILE_EXPERTS] == 6 && profile.times[MOE_PROFILE_GATES] > 6,
+        "%d experts, %d gates", (int)profile.times[MOE_PROFILE_EXPERTS],
+        (int)profile.times[MOE_PROFILE_GATES]);
   drop(&p);
 }
 
-/* Weights after two steps are the same bits with the table and without, for any number of threads. */
+/* Weights after two steps are the same bits with the table and without, for any number of threads.
+ */
 static void test_profile_changes_no_bit(void) {
   uint64_t hash[3];
   int i, step;
@@ -97,10 +105,12 @@ static void test_profile_changes_no_bit(void) {
     p = make(MOE_UNIT_FFN, &env);
     CHECK(p.trainer, "%s", models_sentence);
     for (step = 0; step < 2; ++step) {
-      CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
-      CHECK(moe_update(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
+      CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+            models_sentence);
+      CHECK(moe_trainer_step(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
     }
-    hash[i] = models_hash(moe_model_weights(p.model), moe_model_parameters(p.model) * sizeof(float));
+    hash[i] =
+        models_hash(moe_model_weights(p.model), moe_model_parameters(p.model) * sizeof(float));
     drop(&p);
     moe_pool_free(pool);
   }
@@ -118,10 +128,13 @@ static void test_profile_has_a_clock(void) {
   moe_profile_init(&profile, NULL, NULL);
   env.profile = &profile;
   began = profile.clock(NULL);
-  for (i = 0; i < 3; ++i) CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
+  for (i = 0; i < 3; ++i)
+    CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+          models_sentence);
   passed = profile.clock(NULL) - began;
   sum = sum_of(&profile);
-  CHECK(sum > 0 && sum <= passed + 1e-6 && passed < 60, "%g s in sections, %g s in all", sum, passed);
+  CHECK(sum > 0 && sum <= passed + 1e-6 && passed < 60, "%g s in sections, %g s in all", sum,
+        passed);
   drop(&p);
 }
 
@@ -137,7 +150,8 @@ static void test_profile_writes_a_table(void) {
   profile.seconds[MOE_PROFILE_PACKING] = 0.24995, profile.times[MOE_PROFILE_PACKING] = 1234567;
   length = moe_profile_write(text, sizeof text, &profile);
   CHECK(length == strlen(text), "%d bytes, %d written", (int)length, (int)strlen(text));
-  CHECK(moe_profile_write(part, sizeof part, &profile) == length && strlen(part) == sizeof part - 1 && !strncmp(part, text, sizeof part - 1),
+  CHECK(moe_profile_write(part, sizeof part, &profile) == length &&
+            strlen(part) == sizeof part - 1 && !strncmp(part, text, sizeof part - 1),
         "cut: %s", part);
   CHECK(moe_profile_write(NULL, 0, &profile) == length, "without room");
   for (at = strtok(text, "\n"); at && n < 8; at = strtok(NULL, "\n")) lines[n++] = at;
@@ -146,7 +160,8 @@ static void test_profile_writes_a_table(void) {
   CHECK(!strcmp(lines[2], "  25.0       250.0  1234567  packing of weights"), "%s", lines[2]);
   CHECK(!strcmp(lines[3], "   0.0         0.1        1  heads"), "%s", lines[3]);
   CHECK(!strcmp(lines[4], " 100.0      1000.0  1234580  all"), "%s", lines[4]);
-  CHECK(!strcmp(moe_profile_text(MOE_PROFILE_COUNT), "unknown"), "%s", moe_profile_text(MOE_PROFILE_COUNT));
+  CHECK(!strcmp(moe_profile_text(MOE_PROFILE_COUNT), "unknown"), "%s",
+        moe_profile_text(MOE_PROFILE_COUNT));
 }
 
 int main(int argc, char **argv) {

@@ -20,12 +20,16 @@ static float *floats(size_t n) { return (float *)calloc(n ? n : 1, sizeof(float)
 static int32_t *ints(size_t n) { return (int32_t *)calloc(n ? n : 1, sizeof(int32_t)); }
 
 static void fixture_free(fixture *f) {
-  free(f->x), free(f->gates), free(f->logits), free(f->dlogits), free(f->dx), free(f->dgates), free(f->dweight);
-  free(f->routes.expert), free(f->routes.weight), free(f->routes.prob), free(f->routes.order), free(f->routes.start);
+  free(f->x), free(f->gates), free(f->logits), free(f->dlogits), free(f->dx), free(f->dgates),
+      free(f->dweight);
+  free(f->routes.expert), free(f->routes.weight), free(f->routes.prob), free(f->routes.order),
+      free(f->routes.start);
 }
 
-/* S sequences of different lengths, gates taken in turn with steps of 7, random x, gates and dweight. */
-static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H, int32_t G, int32_t S) {
+/* S sequences of different lengths, gates taken in turn with steps of 7, random x, gates and
+   dweight. */
+static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H, int32_t G,
+                         int32_t S) {
   uint64_t state = (uint64_t)(M * 131 + N * 17 + k * 7 + H);
   size_t m = (size_t)M, n = (size_t)N, h = (size_t)H, i;
   int32_t s;
@@ -33,13 +37,15 @@ static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H,
   f->M = M, f->N = N, f->k = k, f->H = H, f->G = G, f->S = S;
   for (s = 0; s <= S; ++s) f->seq_start[s] = s == S ? M : s ? M * s / S + (s % 2 && M / S > 2) : 0;
   for (s = 0; s < S; ++s) f->gate_of[s] = s * 7 % G, f->keys[s] = moe_key(1, 2, (uint64_t)s, 3, 4);
-  f->x = floats(m * h), f->gates = floats((size_t)G * n * h), f->logits = floats(m * n), f->dlogits = floats(m * n);
+  f->x = floats(m * h), f->gates = floats((size_t)G * n * h), f->logits = floats(m * n),
+  f->dlogits = floats(m * n);
   f->dx = floats(m * h), f->dgates = floats((size_t)G * n * h), f->dweight = floats(m * (size_t)k);
   for (i = 0; i < m * h; ++i) f->x[i] = test_random(&state);
   for (i = 0; i < (size_t)G * n * h; ++i) f->gates[i] = test_random(&state) * 2 / sqrtf((float)H);
   for (i = 0; i < m * (size_t)k; ++i) f->dweight[i] = test_random(&state);
   f->routes.M = M, f->routes.N = N, f->routes.k = k;
-  f->routes.expert = ints(m * (size_t)k), f->routes.weight = floats(m * (size_t)k), f->routes.prob = floats(m * n);
+  f->routes.expert = ints(m * (size_t)k), f->routes.weight = floats(m * (size_t)k),
+  f->routes.prob = floats(m * n);
   f->routes.order = ints(m * (size_t)k), f->routes.start = ints(n + 1);
   f->options.scale = 1;
   moe_env_init(&f->env, MOE_ISA_AUTO);
@@ -47,13 +53,14 @@ static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H,
 
 static float forward(fixture *f) {
   float loss = -1;
-  moe_route_forward(&f->routes, f->logits, &loss, f->x, f->gates, f->gate_of, f->seq_start, f->S, f->H, &f->options, &f->env);
+  moe_route_forward(&f->routes, f->logits, &loss, f->x, f->gates, f->gate_of, f->seq_start, f->S,
+                    f->H, &f->options, &f->env);
   return loss;
 }
 
 static void backward(fixture *f, float loss_scale) {
-  moe_route_backward(f->dx, f->dgates, f->dlogits, f->dweight, loss_scale, &f->routes, f->logits, f->x, f->gates, f->gate_of, f->seq_start,
-                     f->S, f->H, &f->options, &f->env);
+  moe_route_backward(f->dx, f->dgates, f->dlogits, f->dweight, loss_scale, &f->routes, f->logits,
+                     f->x, f->gates, f->gate_of, f->seq_start, f->S, f->H, &f->options, &f->env);
 }
 
 static double noise(const fixture *f, int32_t s, int32_t t, int32_t h) {
@@ -63,14 +70,17 @@ static double noise(const fixture *f, int32_t s, int32_t t, int32_t h) {
 }
 
 /* The reference: probabilities (M, N) of double inputs, and the logs of the sums. */
-static void reference_prob(double *prob, double *log_sum, const fixture *f, const double *x, const double *gates) {
+static void reference_prob(double *prob, double *log_sum, const fixture *f, const double *x,
+                           const double *gates) {
   int32_t s, t, i, h;
   for (s = 0; s < f->S; ++s)
     for (t = f->seq_start[s]; t < f->seq_start[s + 1]; ++t) {
       double most = -1e300, sum = 0, *p = prob + t * f->N;
       for (i = 0; i < f->N; ++i) {
         p[i] = 0;
-        for (h = 0; h < f->H; ++h) p[i] += x[t * f->H + h] * noise(f, s, t, h) * gates[(f->gate_of[s] * f->N + i) * f->H + h];
+        for (h = 0; h < f->H; ++h)
+          p[i] +=
+              x[t * f->H + h] * noise(f, s, t, h) * gates[(f->gate_of[s] * f->N + i) * f->H + h];
         if (p[i] > most) most = p[i];
       }
       for (i = 0; i < f->N; ++i) sum += exp(p[i] - most);
@@ -104,7 +114,8 @@ static double reference_loss(const fixture *f, const double *prob, const double 
   return (double)f->options.balance * f->N * balance + (double)f->options.z_loss * z;
 }
 
-/* What the gradients belong to: sum of weight dweight, plus 3 times the losses. The experts stay those of the routes. */
+/* What the gradients belong to: sum of weight dweight, plus 3 times the losses. The experts stay
+   those of the routes. */
 static double reference_total(const fixture *f, const double *x, const double *gates) {
   static double prob[MAX_M * MAX_N], log_sum[MAX_M];
   double w[MAX_N], total;
@@ -121,7 +132,8 @@ static double reference_total(const fixture *f, const double *x, const double *g
 static void check_forward(fixture *f) {
   static double prob[MAX_M * MAX_N], log_sum[MAX_M];
   size_t nx = (size_t)(f->M * f->H), ng = (size_t)(f->G * f->N * f->H), i;
-  double *x = (double *)malloc(nx * sizeof *x), *gates = (double *)malloc(ng * sizeof *gates), w[MAX_N];
+  double *x = (double *)malloc(nx * sizeof *x), *gates = (double *)malloc(ng * sizeof *gates),
+         w[MAX_N];
   float loss = forward(f);
   int32_t t, j;
   for (i = 0; i < nx; ++i) x[i] = (double)f->x[i];
@@ -139,7 +151,8 @@ static void check_forward(fixture *f) {
         float a = f->routes.prob[t * f->N + o], b = f->routes.prob[t * f->N + e];
         rank += a > b || (!(a < b) && o < e);
       }
-      CHECK(rank == j, "token %d choice %d: expert %d has rank %d", (int)t, (int)j, (int)e, (int)rank);
+      CHECK(rank == j, "token %d choice %d: expert %d has rank %d", (int)t, (int)j, (int)e,
+            (int)rank);
     }
   }
   CHECK_NEAR(loss, f->M ? reference_loss(f, prob, log_sum) : 0, 1e-5 * (1 + fabs((double)loss)));
@@ -148,23 +161,33 @@ static void check_forward(fixture *f) {
 static void check_dispatch(const fixture *f) {
   const moe_routes *r = &f->routes;
   int32_t i, at, slots = f->M * f->k;
-  CHECK(r->start[0] == 0 && r->start[f->N] == slots, "start %d to %d", (int)r->start[0], (int)r->start[f->N]);
+  CHECK(r->start[0] == 0 && r->start[f->N] == slots, "start %d to %d", (int)r->start[0],
+        (int)r->start[f->N]);
   for (i = 0; i < f->N; ++i)
     for (at = r->start[i]; at < r->start[i + 1]; ++at) {
-      CHECK(r->order[at] >= 0 && r->order[at] < slots && r->expert[r->order[at]] == i, "slot %d is not of expert %d", (int)r->order[at], (int)i);
-      CHECK(at == r->start[i] || r->order[at] > r->order[at - 1], "expert %d: out of order", (int)i);
+      CHECK(r->order[at] >= 0 && r->order[at] < slots && r->expert[r->order[at]] == i,
+            "slot %d is not of expert %d", (int)r->order[at], (int)i);
+      CHECK(at == r->start[i] || r->order[at] > r->order[at - 1], "expert %d: out of order",
+            (int)i);
     }
 }
 
 static void test_route_forward_equals_the_formulas(void) {
-  static const int32_t sizes[][6] = {/* M N k H G S */ {1, 2, 1, 1, 1, 1}, {9, 4, 1, 6, 3, 3}, {64, 4, 2, 48, 1, 2}, {65, 3, 3, 33, 2, 5},
-                                     {200, 4, 1, 384, 8, 11}, {130, 24, 5, 100, 4, 4}, {100, 4, 1, 20, 100, 100}, {0, 4, 1, 8, 1, 0}};
+  static const int32_t sizes[][6] = {/* M N k H G S */ {1, 2, 1, 1, 1, 1},
+                                     {9, 4, 1, 6, 3, 3},
+                                     {64, 4, 2, 48, 1, 2},
+                                     {65, 3, 3, 33, 2, 5},
+                                     {200, 4, 1, 384, 8, 11},
+                                     {130, 24, 5, 100, 4, 4},
+                                     {100, 4, 1, 20, 100, 100},
+                                     {0, 4, 1, 8, 1, 0}};
   size_t c;
   int kind;
   for (c = 0; c < sizeof sizes / sizeof *sizes; ++c)
     for (kind = 0; kind < 5; ++kind) {
       fixture f;
-      fixture_make(&f, sizes[c][0], sizes[c][1], sizes[c][2], sizes[c][3], sizes[c][4], sizes[c][5]);
+      fixture_make(&f, sizes[c][0], sizes[c][1], sizes[c][2], sizes[c][3], sizes[c][4],
+                   sizes[c][5]);
       if (kind == 1) f.options.scale = (float)f.N / (float)f.k;
       if (kind == 2) f.options.renormalize = 1;
       if (kind == 3) f.options.balance = 0.5f, f.options.z_loss = 0.25f;
@@ -176,8 +199,10 @@ static void test_route_forward_equals_the_formulas(void) {
     }
 }
 
-/* |gradient - numeric| / |numeric| over some elements of an array of doubles `at`, of which total() is a function. */
-static double gradient_error(const fixture *f, const float *gradient, size_t n, double *at, const double *x, const double *gates) {
+/* |gradient - numeric| / |numeric| over some elements of an array of doubles `at`, of which total()
+   is a function. */
+static double gradient_error(const fixture *f, const float *gradient, size_t n, double *at,
+                             const double *x, const double *gates) {
   double error = 0, norm = 1e-12;
   size_t i, step = n / 150 + 1;
   for (i = 0; i < n; i += step) {
@@ -195,7 +220,8 @@ static double gradient_error(const fixture *f, const float *gradient, size_t n, 
 
 static void check_gradients(fixture *f, const char *what) {
   size_t nx = (size_t)(f->M * f->H), ng = (size_t)(f->G * f->N * f->H), i;
-  double *x = (double *)malloc(nx * sizeof *x), *gates = (double *)malloc(ng * sizeof *gates), ex, eg;
+  double *x = (double *)malloc(nx * sizeof *x), *gates = (double *)malloc(ng * sizeof *gates), ex,
+         eg;
   forward(f);
   backward(f, 3);
   for (i = 0; i < nx; ++i) x[i] = (double)f->x[i];
@@ -209,7 +235,8 @@ static void check_gradients(fixture *f, const char *what) {
 
 static void test_route_gradients_equal_differences(void) {
   static const int32_t ks[] = {1, 2, 4};
-  static const char *const names[] = {"paper", "scaled", "renormalised", "balance", "z", "jitter", "all", "forced"};
+  static const char *const names[] = {"paper", "scaled", "renormalised", "balance",
+                                      "z",     "jitter", "all",          "forced"};
   int kind, j;
   for (kind = 0; kind < 8; ++kind)
     for (j = 0; j < 3; ++j) {
@@ -261,7 +288,9 @@ static void test_route_ties_go_to_the_lowest_index(void) {
     for (h = 0; h < 19; ++h) f.gates[j * 19 + h] = f.gates[h]; /* all alike */
   forward(&f);
   for (t = 0; t < 10; ++t)
-    for (j = 0; j < 3; ++j) CHECK(f.routes.expert[t * 3 + j] == j, "token %d choice %d: expert %d", (int)t, (int)j, (int)f.routes.expert[t * 3 + j]);
+    for (j = 0; j < 3; ++j)
+      CHECK(f.routes.expert[t * 3 + j] == j, "token %d choice %d: expert %d", (int)t, (int)j,
+            (int)f.routes.expert[t * 3 + j]);
   check_dispatch(&f);
   fixture_free(&f);
 }
@@ -271,13 +300,16 @@ static void test_route_one_expert_is_dense(void) {
   int32_t t;
   fixture_make(&f, 70, 1, 1, 16, 2, 3);
   f.options.balance = f.options.z_loss = 1;
-  moe_route_forward(&f.routes, NULL, &f.options.scale, f.x, NULL, NULL, f.seq_start, 3, 16, &f.options, &f.env);
+  moe_route_forward(&f.routes, NULL, &f.options.scale, f.x, NULL, NULL, f.seq_start, 3, 16,
+                    &f.options, &f.env);
   CHECK(f.options.scale == 0, "a loss of %g", (double)f.options.scale);
   f.options.scale = 1;
   CHECK(forward(&f) == 0, "a loss");
   backward(&f, 1);
   for (t = 0; t < 70; ++t) {
-    CHECK(f.routes.prob[t] == 1 && f.routes.weight[t] == 1 && f.routes.expert[t] == 0 && f.routes.order[t] == t, "token %d", (int)t);
+    CHECK(f.routes.prob[t] == 1 && f.routes.weight[t] == 1 && f.routes.expert[t] == 0 &&
+              f.routes.order[t] == t,
+          "token %d", (int)t);
     CHECK(f.dx[t * 16] == 0, "dx");
   }
   for (t = 0; t < 2 * 16; ++t) CHECK(f.dgates[t] == 0, "dgates");
@@ -321,8 +353,8 @@ static void test_route_forced_experts_are_taken(void) {
   fixture_free(&f);
 }
 
-/* Probabilities of 1e-17 down to 1e-41, whose reciprocal is no float: the gradient of renormalised weights is that of a softmax
-   over the forced experts alone. */
+/* Probabilities of 1e-17 down to 1e-41, whose reciprocal is no float: the gradient of renormalised
+   weights is that of a softmax over the forced experts alone. */
 static void test_route_forced_experts_of_hardly_any_probability_have_gradients(void) {
   static const float logit[] = {-40, -44, -50, -80, -93};
   static int32_t forced[2] = {1, 2};
@@ -459,9 +491,11 @@ static void test_route_does_not_depend_on_the_batch(void) {
     r.order = order;
     r.start = first;
     part.options.keys = part.keys + s;
-    moe_route_forward(&r, part.logits + start * 4, NULL, part.x + start * 45, part.gates, part.gate_of + s, local, 1, 45, &part.options, &part.env);
-    moe_route_backward(part.dx + start * 45, part.dgates, part.dlogits, part.dweight + start * 2, 1, &r, part.logits + start * 4,
-                       part.x + start * 45, part.gates, part.gate_of + s, local, 1, 45, &part.options, &part.env);
+    moe_route_forward(&r, part.logits + start * 4, NULL, part.x + start * 45, part.gates,
+                      part.gate_of + s, local, 1, 45, &part.options, &part.env);
+    moe_route_backward(part.dx + start * 45, part.dgates, part.dlogits, part.dweight + start * 2, 1,
+                       &r, part.logits + start * 4, part.x + start * 45, part.gates,
+                       part.gate_of + s, local, 1, 45, &part.options, &part.env);
   }
   memcpy(part.routes.order, whole.routes.order, 200 * sizeof(int32_t));
   compare(&whole, &part, "sequence by sequence");

@@ -1,4 +1,5 @@
-/* examples/routers.h: the LSTM and the Transformer router against PyTorch and differences, alone and in front of a model. */
+/* examples/routers.h: the LSTM and the Transformer router against PyTorch and differences, alone
+   and in front of a model. */
 #include "../moe.h"
 #include "../examples/routers.h"
 #include "test.h"
@@ -17,12 +18,14 @@ static task_router *golden_router(router_kind kind, const moe_env *env) {
   for (k = 0; r && k < r->n_tensors; ++k) {
     const router_tensor *t = &r->tensor[k];
     golden_fill(r->w + t->offset, t->count, t->name, k <= R_LAYERS ? 1.0f : 0.25f);
-    for (i = 0; i < t->count && !strncmp(t->name, "norm", 4) && strstr(t->name, "weight"); ++i) r->w[t->offset + i] += 1;
+    for (i = 0; i < t->count && !strncmp(t->name, "norm", 4) && strstr(t->name, "weight"); ++i)
+      r->w[t->offset + i] += 1;
   }
   return r;
 }
 
-static void check_golden(router_kind kind, const double *scores, const golden_number *norms, const golden_number *probes, int32_t count) {
+static void check_golden(router_kind kind, const double *scores, const golden_number *norms,
+                         const golden_number *probes, int32_t count) {
   static float probe[4 * ROUTER_E * ROUTER_F];
   moe_env env = models_env(MOE_ISA_AUTO);
   task_router *r = golden_router(kind, &env);
@@ -43,19 +46,23 @@ static void check_golden(router_kind kind, const double *scores, const golden_nu
       sum += (double)r->dw[t->offset + j] * (double)probe[j];
     }
     norm = sqrt(norm);
-    CHECK(fabs(norm - norms[k].value) < 1e-5 * (1 + norm), "%s: norm %.9g, PyTorch %.9g", t->name, norm, norms[k].value);
-    CHECK(fabs(sum - probes[k].value) < 1e-5 * (1 + norm), "%s: probe %.9g, PyTorch %.9g", t->name, sum, probes[k].value);
+    CHECK(fabs(norm - norms[k].value) < 1e-5 * (1 + norm), "%s: norm %.9g, PyTorch %.9g", t->name,
+          norm, norms[k].value);
+    CHECK(fabs(sum - probes[k].value) < 1e-5 * (1 + norm), "%s: probe %.9g, PyTorch %.9g", t->name,
+          sum, probes[k].value);
   }
   for (i = 0; i < CHOICES; ++i) CHECK_NEAR(r->dscores[i], 0, 0);
   router_free(r);
 }
 
 static void test_routers_lstm_equals_pytorch(void) {
-  check_golden(ROUTER_LSTM, routers_lstm_scores, routers_lstm_norms, routers_lstm_probes, ROUTER_LSTM_TENSORS);
+  check_golden(ROUTER_LSTM, routers_lstm_scores, routers_lstm_norms, routers_lstm_probes,
+               ROUTER_LSTM_TENSORS);
 }
 
 static void test_routers_transformer_equals_pytorch(void) {
-  check_golden(ROUTER_TRANSFORMER, routers_transformer_scores, routers_transformer_norms, routers_transformer_probes, ROUTER_TENSORS);
+  check_golden(ROUTER_TRANSFORMER, routers_transformer_scores, routers_transformer_norms,
+               routers_transformer_probes, ROUTER_TENSORS);
 }
 
 static double probe_of(task_router *r, const moe_env *env) {
@@ -68,7 +75,8 @@ static double probe_of(task_router *r, const moe_env *env) {
   return sum;
 }
 
-/* (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h for the largest gradient of each tensor and two others. */
+/* (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h for the largest gradient of each tensor and two
+   others. */
 static void test_routers_gradients_equal_differences(void) {
   static const float shift[] = {1, -1, 2, -2};
   moe_env env = models_env(MOE_ISA_AUTO);
@@ -96,21 +104,23 @@ static void test_routers_gradients_equal_differences(void) {
         }
         w[at] = keep;
         slope = (8 * (f[0] - f[1]) - (f[2] - f[3])) / 12 * 64;
-        CHECK(fabs(slope - (double)r->dw[t->offset + at]) < 2e-3 * (0.05 + sqrt(norm)), "%s[%d]: %g, by differences %g", t->name, (int)at,
-              (double)r->dw[t->offset + at], slope);
+        CHECK(fabs(slope - (double)r->dw[t->offset + at]) < 2e-3 * (0.05 + sqrt(norm)),
+              "%s[%d]: %g, by differences %g", t->name, (int)at, (double)r->dw[t->offset + at],
+              slope);
       }
     router_free(r);
   }
 }
 
 static moe_config level_config(void) {
-  moe_config c = models_config(MOE_ROUTER_LEVEL, M, 1);
+  moe_config c = models_config(MOE_ROUTER_TASK_LEVEL, M, 1);
   c.unit = MOE_UNIT_BLOCK;
   c.selection = MOE_SELECT_SOFTMAX;
   return c;
 }
 
-/* Through the whole model: the slope of its loss by a number in the router is what router_backward says. */
+/* Through the whole model: the slope of its loss by a number in the router is what router_backward
+   says. */
 static void test_routers_carry_the_gradient_of_a_model(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = level_config();
@@ -126,14 +136,16 @@ static void test_routers_carry_the_gradient_of_a_model(void) {
     moe_model *model = models_create(&c, tasks, MODELS_TASKS, &env);
     moe_trainer *trainer = NULL;
     task_router *r = router_create((router_kind)kind, MODELS_TASKS, c.layers, M, V, 3, &env);
-    moe_level level = {NULL, NULL, NULL};
-    CHECK(model && r && !moe_trainer_create(&trainer, model, &limits, &config, &env), "%s", models_sentence);
+    moe_task_router level = {NULL, NULL, NULL};
+    CHECK(model && r && !moe_trainer_create(&trainer, model, &limits, &config, &env), "%s",
+          models_sentence);
     models_random_batch(&batch, model, 24, 6, 5);
     level.scores = r->scores;
     level.dscores = r->dscores;
-    CHECK(!moe_context_level(moe_trainer_context(trainer), &level, &env), "%s", models_sentence);
+    CHECK(!moe_context_task_router(moe_trainer_context(trainer), &level, &env), "%s",
+          models_sentence);
     router_forward(r, &env);
-    CHECK(!moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
+    CHECK(!moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &env), "%s", models_sentence);
     router_backward(r, &env);
     for (k = 0; k < r->n_tensors; ++k) {
       const router_tensor *t = &r->tensor[k];
@@ -146,12 +158,14 @@ static void test_routers_carry_the_gradient_of_a_model(void) {
       for (i = 0; i < 2; ++i) {
         r->w[t->offset + at] = keep + (i ? -0.02f : 0.02f);
         router_forward(r, &env);
-        CHECK(!moe_accumulate(trainer, &batch.b, 0, &loss[i], NULL, &env), "%s", models_sentence);
+        CHECK(!moe_trainer_accumulate(trainer, &batch.b, 0, &loss[i], NULL, &env), "%s",
+              models_sentence);
       }
       r->w[t->offset + at] = keep;
       slope = ((double)loss[0] - (double)loss[1]) / 0.04;
-      CHECK(fabs(slope - (double)r->dw[t->offset + at]) < 2e-3 + 0.03 * fabs(slope), "%s[%d]: %g, by differences %g", t->name, (int)at,
-            (double)r->dw[t->offset + at], slope);
+      CHECK(fabs(slope - (double)r->dw[t->offset + at]) < 2e-3 + 0.03 * fabs(slope),
+            "%s[%d]: %g, by differences %g", t->name, (int)at, (double)r->dw[t->offset + at],
+            slope);
     }
     router_free(r);
     moe_trainer_free(trainer);
@@ -159,7 +173,8 @@ static void test_routers_carry_the_gradient_of_a_model(void) {
   }
 }
 
-/* Every task is to take another block in every layer: the routers learn it, and a frozen part stays. */
+/* Every task is to take another block in every layer: the routers learn it, and a frozen part
+   stays. */
 static void test_routers_learn_routes(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   int kind, step, i;
@@ -182,7 +197,8 @@ static void test_routers_learn_routes(void) {
     router_forward(r, &env);
     for (i = 0; i < T * L; ++i) {
       moe_cross_entropy_forward(prob, r->scores + i * M, 0, M);
-      CHECK(prob[(i / L + i % L) % M] > 0.9f, "task %d layer %d: %g", i / L, i % L, (double)prob[(i / L + i % L) % M]);
+      CHECK(prob[(i / L + i % L) % M] > 0.9f, "task %d layer %d: %g", i / L, i % L,
+            (double)prob[(i / L + i % L) % M]);
     }
     keep = r->w[r->n - 1];
     r->dw[3] = NAN;
@@ -197,7 +213,8 @@ static void test_routers_tasks_do_not_know_each_other(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   int kind, i;
   for (kind = 0; kind < 2; ++kind) {
-    task_router *all = golden_router((router_kind)kind, &env), *one = router_create((router_kind)kind, 1, L, M, V, 1, &env);
+    task_router *all = golden_router((router_kind)kind, &env),
+                *one = router_create((router_kind)kind, 1, L, M, V, 1, &env);
     CHECK(all && one, "memory");
     memcpy(one->w, all->w + 2 * V, V * sizeof(float));
     memcpy(one->w + V, all->w + T * V, (one->n - V) * sizeof(float));

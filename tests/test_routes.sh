@@ -89,7 +89,7 @@ int main(int argc, char **argv) { /* FROM TO: an untrained model of blocks with 
   if (argc != 3 || moe_env_init(&env, MOE_ISA_AUTO) || moe_model_load(&from, argv[1], &env)) return 1;
   config = *moe_model_config(from);
   config.unit = MOE_UNIT_BLOCK;
-  config.router = MOE_ROUTER_LEVEL;
+  config.router = MOE_ROUTER_TASK_LEVEL;
   config.selection = MOE_SELECT_SOFTMAX;
   config.gate_scale_n = 0;
   for (i = 0; i < 4; ++i) tasks[i] = *moe_model_task(from, i);

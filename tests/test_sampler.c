@@ -24,8 +24,9 @@ static void test_sampler_natural_takes_every_row_once_an_epoch(void) {
   for (epoch = 0; epoch < 4; ++epoch) {
     memset(seen, 0, sizeof seen);
     for (i = 0; i < 137; ++i) {
-      moe_sample(&s, &task, &row);
-      CHECK(task >= 0 && task < 5 && row >= 0 && row < rows[task], "task %d row %d", (int)task, (int)row);
+      moe_sampler_next(&s, &task, &row);
+      CHECK(task >= 0 && task < 5 && row >= 0 && row < rows[task], "task %d row %d", (int)task,
+            (int)row);
       CHECK(!seen[task][row], "task %d row %d twice in epoch %d", (int)task, (int)row, epoch);
       seen[task][row] = 1;
       if (epoch && first[i][0] == task && first[i][1] == (int32_t)row) ++same;
@@ -33,7 +34,8 @@ static void test_sampler_natural_takes_every_row_once_an_epoch(void) {
       first[i][0] = task;
       first[i][1] = (int32_t)row;
     }
-    for (i = 0; i < 5; ++i) CHECK(used[i] == rows[i] * (epoch + 1), "task %d: %d rows used", i, (int)used[i]);
+    for (i = 0; i < 5; ++i)
+      CHECK(used[i] == rows[i] * (epoch + 1), "task %d: %d rows used", i, (int)used[i]);
   }
   CHECK(same < 20, "%d of 411 rows at the place of the epoch before: not shuffled anew", same);
   CHECK(neighbours < 30, "%d rows follow the row before them: not shuffled", neighbours);
@@ -52,8 +54,9 @@ static void test_sampler_in_order_is_file_order(void) {
   for (epoch = 0; epoch < 2; ++epoch)
     for (t = 0; t < 4; ++t)
       for (j = 0; j < rows[t]; ++j) {
-        moe_sample(&s, &task, &row);
-        CHECK(task == t && row == j, "task %d row %d, not %d %d", (int)task, (int)row, (int)t, (int)j);
+        moe_sampler_next(&s, &task, &row);
+        CHECK(task == t && row == j, "task %d row %d, not %d %d", (int)task, (int)row, (int)t,
+              (int)j);
       }
 }
 
@@ -63,10 +66,11 @@ static void check_shares(moe_sampler *s, const double *p, int n) {
   int32_t task, t;
   int i;
   memcpy(before, s->used, (size_t)s->T * sizeof *before);
-  for (i = 0; i < n; ++i) moe_sample(s, &task, &row);
+  for (i = 0; i < n; ++i) moe_sampler_next(s, &task, &row);
   for (t = 0; t < s->T; ++t) {
     double count = (double)(s->used[t] - before[t]), spread = sqrt(n * p[t] * (1 - p[t]));
-    CHECK(fabs(count - n * p[t]) <= 5 * spread, "task %d drawn %g times, expected %g +- %g", (int)t, count, n * p[t], spread);
+    CHECK(fabs(count - n * p[t]) <= 5 * spread, "task %d drawn %g times, expected %g +- %g", (int)t,
+          count, n * p[t], spread);
   }
 }
 
@@ -109,7 +113,7 @@ static void test_sampler_draws_the_rows_of_a_task_in_epochs(void) {
   CHECK(moe_sampler_init(&s, &c, rows, used, 3, NULL) == MOE_OK, "init");
   memset(seen, 0, sizeof seen);
   for (i = 0; i < 3000; ++i) {
-    moe_sample(&s, &task, &row);
+    moe_sampler_next(&s, &task, &row);
     CHECK(row >= 0 && row < rows[task] && !seen[task][row], "task %d row %d", (int)task, (int)row);
     seen[task][row] = 1;
     if (used[task] % rows[task] == 0) memset(seen[task], 0, sizeof seen[task]);
@@ -128,9 +132,9 @@ static void test_sampler_goes_from_uniform_to_natural(void) {
   check_shares(&s, half, 2000);
   CHECK_STATE();
   memcpy(before, used, sizeof before);
-  for (i = 0; i < 2000; ++i) moe_sample(&s, &task, &row);
-  CHECK(used[0] - before[0] == 10 && used[1] - before[1] == 1990, "natural half: %d and %d rows", (int)(used[0] - before[0]),
-        (int)(used[1] - before[1]));
+  for (i = 0; i < 2000; ++i) moe_sampler_next(&s, &task, &row);
+  CHECK(used[0] - before[0] == 10 && used[1] - before[1] == 1990, "natural half: %d and %d rows",
+        (int)(used[0] - before[0]), (int)(used[1] - before[1]));
 }
 
 static void test_sampler_goes_on_from_a_copy(void) {
@@ -144,14 +148,14 @@ static void test_sampler_goes_on_from_a_copy(void) {
     c.in_order = kind == 4;
     CHECK(moe_sampler_init(&a, &c, rows, used_a, 6, NULL) == MOE_OK, "init");
     CHECK(moe_sampler_init(&b, &c, rows, used_b, 6, NULL) == MOE_OK, "init");
-    for (i = 0; i < 1700; ++i) moe_sample(&a, &task_a, &row_a);
+    for (i = 0; i < 1700; ++i) moe_sampler_next(&a, &task_a, &row_a);
     b.drawn = a.drawn; /* all that a checkpoint holds */
     memcpy(used_b, used_a, sizeof used_b);
     for (i = 0; i < 1700; ++i) {
-      moe_sample(&a, &task_a, &row_a);
-      moe_sample(&b, &task_b, &row_b);
-      CHECK(task_a == task_b && row_a == row_b, "kind %d draw %d: %d %d against %d %d", kind, i, (int)task_a, (int)row_a, (int)task_b,
-            (int)row_b);
+      moe_sampler_next(&a, &task_a, &row_a);
+      moe_sampler_next(&b, &task_b, &row_b);
+      CHECK(task_a == task_b && row_a == row_b, "kind %d draw %d: %d %d against %d %d", kind, i,
+            (int)task_a, (int)row_a, (int)task_b, (int)row_b);
     }
   }
 }
@@ -168,8 +172,8 @@ static void test_sampler_seeds_differ(void) {
     c.seed = 12;
     CHECK(moe_sampler_init(&b, &c, rows, used_b, 2, NULL) == MOE_OK, "init");
     for (i = same = 0; i < 500; ++i) {
-      moe_sample(&a, &task_a, &row_a);
-      moe_sample(&b, &task_b, &row_b);
+      moe_sampler_next(&a, &task_a, &row_a);
+      moe_sampler_next(&b, &task_b, &row_b);
       same += row_a == row_b;
     }
     CHECK(same < 10, "kind %d: %d of 500 rows alike", kind, same);
@@ -187,7 +191,7 @@ static void test_sampler_takes_one_task_of_one_row(void) {
     c.draws = 6;
     CHECK(moe_sampler_init(&s, &c, rows, used, 1, NULL) == MOE_OK, "init");
     for (i = 0; i < 10; ++i) {
-      moe_sample(&s, &task, &row);
+      moe_sampler_next(&s, &task, &row);
       CHECK(task == 0 && row == 0, "task %d row %d", (int)task, (int)row);
     }
     CHECK(used[0] == 10, "used %d", (int)used[0]);
@@ -201,7 +205,8 @@ static void count_sentence(void *user, moe_status status, const char *sentence) 
 }
 
 static void test_sampler_refuses_bad_arguments(void) {
-  static const int64_t rows[2] = {1, 2}, none[2] = {0, 0}, negative[2] = {5, -1}, huge[2] = {INT64_MAX, 1};
+  static const int64_t rows[2] = {1, 2}, none[2] = {0, 0}, negative[2] = {5, -1},
+                       huge[2] = {INT64_MAX, 1};
   moe_env env;
   moe_sampler s, untouched;
   moe_sampler_config c = config_of(MOE_SAMPLING_NATURAL), bad;
@@ -230,16 +235,19 @@ static void test_sampler_refuses_bad_arguments(void) {
   CHECK(moe_sampler_init(&s, &bad, rows, used, 2, &env) == MOE_E_ARGUMENT, "runs of -1");
   bad.run = 4;
   bad.in_order = 1;
-  CHECK(moe_sampler_init(&s, &bad, rows, used, 2, &env) == MOE_E_ARGUMENT, "in order and homogeneous");
+  CHECK(moe_sampler_init(&s, &bad, rows, used, 2, &env) == MOE_E_ARGUMENT,
+        "in order and homogeneous");
   CHECK(sentences == 10, "%d sentences", sentences);
   CHECK(!memcmp(&s, &untouched, sizeof s) && used[0] == 77, "a failure changed the state");
 }
 
-/* Runs of 8 draws of one task: by the sizes of the tasks, alike, or first alike; the rows of a task in epochs of its own. */
+/* Runs of 8 draws of one task: by the sizes of the tasks, alike, or first alike; the rows of a task
+   in epochs of its own. */
 static void test_sampler_homogeneous_batches_have_one_task(void) {
   static const int64_t rows[3] = {300, 0, 100};
   static const double share[3] = {0.75, 0.5, 0.625}; /* of task 0 */
-  static const moe_sampling kind[3] = {MOE_SAMPLING_NATURAL, MOE_SAMPLING_UNIFORM, MOE_SAMPLING_UNIFORM_NATURAL};
+  static const moe_sampling kind[3] = {MOE_SAMPLING_NATURAL, MOE_SAMPLING_UNIFORM,
+                                       MOE_SAMPLING_UNIFORM_NATURAL};
   moe_sampler s, copy;
   int64_t used[3], kept[3], row, again;
   int32_t task, other, first = 0;
@@ -258,19 +266,21 @@ static void test_sampler_homogeneous_batches_have_one_task(void) {
         memcpy(kept, used, sizeof used);
         copy.used = kept;
       }
-      moe_sample(&s, &task, &row);
+      moe_sampler_next(&s, &task, &row);
       if (i >= 4004 && i < 5000) {
-        moe_sample(&copy, &other, &again);
+        moe_sampler_next(&copy, &other, &again);
         CHECK(other == task && again == row, "a copy goes on otherwise at draw %d", i);
       }
       if (i % 8 == 0) first = task, runs += 1, of_0 += task == 0;
-      CHECK(task == first && task != 1 && row >= 0 && row < rows[task], "draw %d: task %d row %d", i, (int)task, (int)row);
+      CHECK(task == first && task != 1 && row >= 0 && row < rows[task], "draw %d: task %d row %d",
+            i, (int)task, (int)row);
       if (task == 0 && used[0] <= 300) {
         CHECK(!seen[row], "row %d twice in the first epoch", (int)row);
         seen[row] = 1;
       }
     }
-    CHECK(fabs(of_0 / runs - share[k]) < 5 * sqrt(0.25 / runs), "kind %d: %g of the runs, not %g", k, of_0 / runs, share[k]);
+    CHECK(fabs(of_0 / runs - share[k]) < 5 * sqrt(0.25 / runs), "kind %d: %g of the runs, not %g",
+          k, of_0 / runs, share[k]);
   }
 }
 

@@ -16,17 +16,32 @@ static void *text_malloc(size_t n) {
 #define COUNT(a) ((int)(sizeof(a) / sizeof *(a)))
 enum { CAPACITY = 8192 };
 
-static const char *const words[] = {"hello", "un", "##want", "##ed", "runn", "##ing", "##able", "fi", "##fi", "don",
-                                    "\317\203\316\261\317\202", "a##b", "##\314\201x", "CASE"};
-static const char *const specials[] = {"[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]", "[cls]", "[MASK", "[[MASK]]", "##ing",
-                                       "[unused1]", "MASK]"};
+static const char *const words[] = {"hello",
+                                    "un",
+                                    "##want",
+                                    "##ed",
+                                    "runn",
+                                    "##ing",
+                                    "##able",
+                                    "fi",
+                                    "##fi",
+                                    "don",
+                                    "\317\203\316\261\317\202",
+                                    "a##b",
+                                    "##\314\201x",
+                                    "CASE"};
+static const char *const specials[] = {"[CLS]", "[SEP]",    "[MASK]", "[PAD]",     "[UNK]", "[cls]",
+                                       "[MASK", "[[MASK]]", "##ing",  "[unused1]", "MASK]"};
 static const int32_t repeated[] = {0x61, 0xe9, 0x4e00, 0x301, 0x1f600, 0x130};
 static const int32_t pools[][2] = {
-  {0x20, 0x7f}, {0x00, 0x100}, {0x41, 0x250}, {0x300, 0x370}, {0x370, 0x600}, {0x600, 0x700}, {0x900, 0xe80}, {0x1b00, 0x1c00},
-  {0x1d00, 0x2000}, {0x2000, 0x2100}, {0x2190, 0x2300}, {0x3000, 0x3100}, {0x4e00, 0xa000}, {0xa640, 0xa9e0}, {0xac00, 0xd7b0},
-  {0xe000, 0xfb00}, {0xfb00, 0x10000}, {0x10000, 0x10400}, {0x10400, 0x12000}, {0x16f00, 0x17000}, {0x1d100, 0x1d200},
-  {0x1e000, 0x1e960}, {0x1f300, 0x1fb00}, {0x2a600, 0x2cf00}, {0x2f700, 0x2fb00}, {0xe0000, 0xe0200}, {0x302e, 0x3030},
-  {0x8d0, 0x8e4}, {0x1d15e, 0x1d174}, {0x0, 0x110000}};
+    {0x20, 0x7f},       {0x00, 0x100},      {0x41, 0x250},      {0x300, 0x370},
+    {0x370, 0x600},     {0x600, 0x700},     {0x900, 0xe80},     {0x1b00, 0x1c00},
+    {0x1d00, 0x2000},   {0x2000, 0x2100},   {0x2190, 0x2300},   {0x3000, 0x3100},
+    {0x4e00, 0xa000},   {0xa640, 0xa9e0},   {0xac00, 0xd7b0},   {0xe000, 0xfb00},
+    {0xfb00, 0x10000},  {0x10000, 0x10400}, {0x10400, 0x12000}, {0x16f00, 0x17000},
+    {0x1d100, 0x1d200}, {0x1e000, 0x1e960}, {0x1f300, 0x1fb00}, {0x2a600, 0x2cf00},
+    {0x2f700, 0x2fb00}, {0xe0000, 0xe0200}, {0x302e, 0x3030},   {0x8d0, 0x8e4},
+    {0x1d15e, 0x1d174}, {0x0, 0x110000}};
 
 typedef struct text {
   char *s;
@@ -125,7 +140,8 @@ static void keep_sentence(void *user, moe_status status, const char *sentence) {
 }
 
 static moe_env logging_env(void) {
-  moe_env env; /* not by moe_env_init: asking the processor takes long on virtual machines, and there are millions of calls */
+  moe_env env; /* not by moe_env_init: asking the processor takes long on virtual machines, and
+                  there are millions of calls */
   memset(&env, 0, sizeof env);
   env.isa = MOE_ISA_SCALAR;
   env.threads = 1;
@@ -134,7 +150,8 @@ static moe_env logging_env(void) {
   return env;
 }
 
-/* 64-byte aligned, with nothing usable behind it, so that a sanitizer sees a size that is too small. */
+/* 64-byte aligned, with nothing usable behind it, so that a sanitizer sees a size that is too
+   small. */
 static void *block_of(size_t bytes, void **raw) {
   *raw = malloc(bytes + 63);
   if (!*raw) exit(1);
@@ -146,7 +163,8 @@ static moe_status make(fixture *f, int cased, const moe_env *env) {
   moe_status status = moe_tokenizer_size(f->vocab.s, f->vocab.n, &bytes, env);
   f->block = NULL;
   if (status) return status;
-  return moe_tokenizer_init(&f->t, block_of(bytes, &f->block), bytes, f->vocab.s, f->vocab.n, cased, env);
+  return moe_tokenizer_init(&f->t, block_of(bytes, &f->block), bytes, f->vocab.s, f->vocab.n, cased,
+                            env);
 }
 
 static void release(fixture *f) {
@@ -161,8 +179,8 @@ typedef struct result {
 } result;
 static result found;
 
-static moe_status encode(const moe_tokenizer *t, const char *a, size_t na, const char *b, size_t nb, int32_t max_len,
-                         moe_truncate how) {
+static moe_status encode(const moe_tokenizer *t, const char *a, size_t na, const char *b, size_t nb,
+                         int32_t max_len, moe_truncate how) {
   moe_env env = logging_env();
   found.tokens.ids = found.ids;
   found.tokens.segments = found.segments;
@@ -174,7 +192,8 @@ static moe_status encode(const moe_tokenizer *t, const char *a, size_t na, const
 
 static uint64_t mix(uint64_t h, int32_t v) { return (h ^ (uint32_t)v) * 1099511628211u; }
 
-/* Hash of what was found: count, ids, and, if wanted, segments and offsets, as in golden/text.py. */
+/* Hash of what was found: count, ids, and, if wanted, segments and offsets, as in golden/text.py.
+ */
 static uint64_t hash_found(uint64_t h, int with_segments, int with_offsets) {
   int32_t i, n = found.tokens.count;
   h = mix(h, n);
@@ -194,7 +213,8 @@ static void pieces_found(const moe_tokenizer *t, text *out, text *offsets) {
     if (i) put(out, " ", 1);
     put(out, t->vocab + t->start[found.ids[i]], t->length[found.ids[i]]);
     if (found.begin[i] < 0) continue;
-    snprintf(range, sizeof range, "%s%d-%d", offsets->n ? " " : "", (int)found.begin[i], (int)found.end[i]);
+    snprintf(range, sizeof range, "%s%d-%d", offsets->n ? " " : "", (int)found.begin[i],
+             (int)found.end[i]);
     put(offsets, range, strlen(range));
   }
   put(out, "", 1);
@@ -209,8 +229,10 @@ static void test_text_gives_the_pieces_of_readable_cases(void) {
   int i;
   for (i = 0; i < COUNT(golden_readable); ++i) {
     const moe_tokenizer *t = both[golden_readable[i].cased].t;
-    const char *expected = golden_readable[i].pieces, *places = golden_readable[i].offsets, *s = golden_readable[i].text;
-    CHECK(!encode(t, s, golden_readable[i].bytes, NULL, 0, CAPACITY, MOE_TRUNCATE_LONGEST), "%s", last_sentence);
+    const char *expected = golden_readable[i].pieces, *places = golden_readable[i].offsets,
+               *s = golden_readable[i].text;
+    CHECK(!encode(t, s, golden_readable[i].bytes, NULL, 0, CAPACITY, MOE_TRUNCATE_LONGEST), "%s",
+          last_sentence);
     pieces_found(t, &pieces, &offsets);
     CHECK(!strcmp(pieces.s, expected), "case %d: %s instead of %s", i, pieces.s, expected);
     CHECK(!places || !strcmp(offsets.s, places), "case %d: %s instead of %s", i, offsets.s, places);
@@ -236,7 +258,8 @@ static void test_text_knows_every_code_point(void) {
         encode(both[cased].t, (const char *)s, n + 2, NULL, 0, CAPACITY, MOE_TRUNCATE_LONGEST);
         h = hash_found(h, 0, 1);
       }
-      CHECK(h == golden_points[cased][block], "cased %d, a code point from %x on differs", cased, (unsigned)block * 0x2000);
+      CHECK(h == golden_points[cased][block], "cased %d, a code point from %x on differs", cased,
+            (unsigned)block * 0x2000);
     }
 }
 
@@ -278,8 +301,10 @@ static int read_all(text *t, const char *path) {
   return 1;
 }
 
-static uint64_t hash_of_row(uint64_t h, const moe_tokenizer *t, const char *line, const char *end, int pair) {
-  const char *a = (const char *)memchr(line, '\t', (size_t)(end - line)) + 1, *a_end, *b = NULL, *b_end = end;
+static uint64_t hash_of_row(uint64_t h, const moe_tokenizer *t, const char *line, const char *end,
+                            int pair) {
+  const char *a = (const char *)memchr(line, '\t', (size_t)(end - line)) + 1, *a_end, *b = NULL,
+             *b_end = end;
   a_end = (const char *)memchr(a, '\t', (size_t)(end - a));
   if (!a_end) a_end = end;
   if (pair) {
@@ -296,7 +321,8 @@ static uint64_t hash_of_row(uint64_t h, const moe_tokenizer *t, const char *line
   return hash_found(h, 1, 1);
 }
 
-/* Compares all rows of the files, which end with a NULL or after `count`. `shared`: they stand in the working data. */
+/* Compares all rows of the files, which end with a NULL or after `count`. `shared`: they stand in
+   the working data. */
 static void check_files(const golden_file *files, int count, const char *vocab, int shared) {
   fixture f;
   text file = {NULL, 0, 0};
@@ -361,17 +387,22 @@ static void test_text_keeps_its_promises_on_random_bytes(void) {
     exact = (char *)malloc(a.n ? a.n : 1); /* so that a sanitizer sees a byte read too far */
     if (!exact) exit(1);
     if (a.n) memcpy(exact, a.s, a.n);
-    CHECK(!encode(both[round & 1].t, exact, cut, exact + cut, a.n - cut, max_len, how), "%s", last_sentence);
+    CHECK(!encode(both[round & 1].t, exact, cut, exact + cut, a.n - cut, max_len, how), "%s",
+          last_sentence);
     for (at = cut; at < a.n; ++points) {
       int32_t c;
       at += moe__utf8_read(&c, (const unsigned char *)exact + at, a.n - at);
     }
-    CHECK(found.tokens.count >= 3 && found.tokens.count <= max_len, "%d tokens", (int)found.tokens.count);
+    CHECK(found.tokens.count >= 3 && found.tokens.count <= max_len, "%d tokens",
+          (int)found.tokens.count);
     for (i = 0; i < found.tokens.count; ++i) {
-      CHECK(found.ids[i] >= 0 && found.ids[i] < moe_tokenizer_words(both[0].t), "id %d", (int)found.ids[i]);
+      CHECK(found.ids[i] >= 0 && found.ids[i] < moe_tokenizer_words(both[0].t), "id %d",
+            (int)found.ids[i]);
       CHECK(i == 0 || found.segments[i] >= found.segments[i - 1], "segments fall");
-      CHECK(found.begin[i] < 0 ? found.end[i] < 0 : found.begin[i] < found.end[i], "%d-%d", (int)found.begin[i], (int)found.end[i]);
-      CHECK(found.segments[i] == 0 || found.end[i] <= points, "end %d of %d", (int)found.end[i], (int)points);
+      CHECK(found.begin[i] < 0 ? found.end[i] < 0 : found.begin[i] < found.end[i], "%d-%d",
+            (int)found.begin[i], (int)found.end[i]);
+      CHECK(found.segments[i] == 0 || found.end[i] <= points, "end %d of %d", (int)found.end[i],
+            (int)points);
     }
     CHECK(found.ids[0] == 2 && found.ids[found.tokens.count - 1] == 3, "special tokens");
     free(exact);
@@ -385,14 +416,20 @@ static void test_text_reads_long_texts_in_linear_time_without_memory(void) {
   int before = text_allocations;
   if (!s) exit(1);
   memset(s, 'x', n); /* one word */
-  CHECK(!encode(both[0].t, s, n, s, n, 16, MOE_TRUNCATE_LONGEST) && found.tokens.count == 5 && found.ids[1] == 1, "one long word");
+  CHECK(!encode(both[0].t, s, n, s, n, 16, MOE_TRUNCATE_LONGEST) && found.tokens.count == 5 &&
+            found.ids[1] == 1,
+        "one long word");
   CHECK(found.begin[1] == 0 && found.end[1] == (int32_t)n, "0-%d", (int)found.end[1]);
-  for (i = 0; i + 3 <= n; i += 3) memcpy(s + i, i % 2 ? "\343\200\256" : "\341\255\204", 3); /* one run of marks to be sorted */
-  CHECK(!encode(both[0].t, s, n, s, n, 16, MOE_TRUNCATE_LONGEST) && found.tokens.count == 5, "one long run of marks");
+  for (i = 0; i + 3 <= n; i += 3)
+    memcpy(s + i, i % 2 ? "\343\200\256" : "\341\255\204", 3); /* one run of marks to be sorted */
+  CHECK(!encode(both[0].t, s, n, s, n, 16, MOE_TRUNCATE_LONGEST) && found.tokens.count == 5,
+        "one long run of marks");
   memset(s, '[', n);
-  CHECK(!encode(both[0].t, s, n, s, n, 16, MOE_TRUNCATE_LONGEST) && found.tokens.count == 16, "many tokens");
+  CHECK(!encode(both[0].t, s, n, s, n, 16, MOE_TRUNCATE_LONGEST) && found.tokens.count == 16,
+        "many tokens");
   memset(s, 0, n);
-  CHECK(!encode(both[0].t, s, n, s, n, 16, MOE_TRUNCATE_RIGHT) && found.tokens.count == 3, "nothing but control characters");
+  CHECK(!encode(both[0].t, s, n, s, n, 16, MOE_TRUNCATE_RIGHT) && found.tokens.count == 3,
+        "nothing but control characters");
   CHECK(text_allocations == before, "%d allocations", text_allocations - before);
   free(s);
 }
@@ -438,8 +475,10 @@ static void test_text_survives_any_vocabulary(void) {
     if (!make(&f, draw(&state, 2), NULL)) {
       ++taken;
       nasty(&a, &state);
-      CHECK(!encode(f.t, a.s, a.n, f.vocab.s, f.vocab.n, 512, MOE_TRUNCATE_LONGEST), "%s", last_sentence);
-      for (i = 0; i < found.tokens.count; ++i) CHECK(found.ids[i] < moe_tokenizer_words(f.t), "id %d", (int)found.ids[i]);
+      CHECK(!encode(f.t, a.s, a.n, f.vocab.s, f.vocab.n, 512, MOE_TRUNCATE_LONGEST), "%s",
+            last_sentence);
+      for (i = 0; i < found.tokens.count; ++i)
+        CHECK(found.ids[i] < moe_tokenizer_words(f.t), "id %d", (int)found.ids[i]);
     }
     release(&f);
   }
@@ -448,8 +487,10 @@ static void test_text_survives_any_vocabulary(void) {
 }
 
 static void test_text_reads_a_vocabulary_as_hugging_face_does(void) {
-  /* line ends of Windows, blanks at the end, an empty line, a word twice (the last counts), U+FFFD, no line feed at the end */
-  static const char vocab[] = "[UNK]\r\n[CLS]\r\n[SEP]\r\nfoo \r\nbar\342\200\203\nfoo\n\n\357\277\275\n##x";
+  /* line ends of Windows, blanks at the end, an empty line, a word twice (the last counts), U+FFFD,
+     no line feed at the end */
+  static const char vocab[] =
+      "[UNK]\r\n[CLS]\r\n[SEP]\r\nfoo \r\nbar\342\200\203\nfoo\n\n\357\277\275\n##x";
   static const char input[] = "foo barx [MASK] [SEP]";
   static const int32_t expected[] = {1, 5, 4, 8, 0, 0, 0, 2, 2};
   fixture f;
@@ -458,9 +499,11 @@ static void test_text_reads_a_vocabulary_as_hugging_face_does(void) {
   put(&f.vocab, vocab, sizeof vocab - 1);
   CHECK(!make(&f, 0, NULL), "refused");
   CHECK(moe_tokenizer_words(f.t) == 9, "%d words", (int)moe_tokenizer_words(f.t));
-  CHECK(!encode(f.t, input, sizeof input - 1, NULL, 0, 64, MOE_TRUNCATE_LONGEST), "%s", last_sentence);
+  CHECK(!encode(f.t, input, sizeof input - 1, NULL, 0, 64, MOE_TRUNCATE_LONGEST), "%s",
+        last_sentence);
   CHECK(found.tokens.count == COUNT(expected), "%d tokens", (int)found.tokens.count);
-  for (i = 0; i < COUNT(expected); ++i) CHECK(found.ids[i] == expected[i], "token %d is %d", i, (int)found.ids[i]);
+  for (i = 0; i < COUNT(expected); ++i)
+    CHECK(found.ids[i] == expected[i], "token %d is %d", i, (int)found.ids[i]);
   release(&f);
 }
 
@@ -474,24 +517,34 @@ static void test_text_refuses_wrong_arguments(void) {
   memset(&f, 0, sizeof f);
   found.tokens.count = 77;
   CHECK(encode(t, "a", 1, NULL, 0, 1, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT, "one token");
-  CHECK(!strcmp(last_sentence, "moe_encode: max_len is 1, the special tokens alone are 2"), "%s", last_sentence);
-  CHECK(encode(t, "a", 1, "b", 1, 2, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT, "a pair in two tokens");
-  CHECK(encode(t, "a", 1, NULL, 0, CAPACITY + 1, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT, "more than the room");
-  CHECK(!strcmp(last_sentence, "moe_encode: room for 8192 tokens, max_len is 8193"), "%s", last_sentence);
+  CHECK(!strcmp(last_sentence, "moe_encode: max_len is 1, the special tokens alone are 2"), "%s",
+        last_sentence);
+  CHECK(encode(t, "a", 1, "b", 1, 2, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT,
+        "a pair in two tokens");
+  CHECK(encode(t, "a", 1, NULL, 0, CAPACITY + 1, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT,
+        "more than the room");
+  CHECK(!strcmp(last_sentence, "moe_encode: room for 8192 tokens, max_len is 8193"), "%s",
+        last_sentence);
   CHECK(encode(t, NULL, 1, NULL, 0, 8, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT, "no text");
   CHECK(encode(NULL, "a", 1, NULL, 0, 8, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT, "no tokenizer");
   CHECK(encode(t, "a", 1, NULL, 0, 8, (moe_truncate)2) == MOE_E_ARGUMENT, "unknown truncation");
   CHECK(found.tokens.count == 77, "the result was touched");
-  CHECK(!encode(t, NULL, 0, "", 0, 3, MOE_TRUNCATE_LONGEST) && found.tokens.count == 3, "an empty pair");
+  CHECK(!encode(t, NULL, 0, "", 0, 3, MOE_TRUNCATE_LONGEST) && found.tokens.count == 3,
+        "an empty pair");
   put(&f.vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
   CHECK(!moe_tokenizer_size(f.vocab.s, f.vocab.n, &bytes, &env), "%s", last_sentence);
   block = (char *)block_of(bytes + 64, &f.block);
-  CHECK(moe_tokenizer_init(&none, block, bytes - 1, f.vocab.s, f.vocab.n, 0, &env) == MOE_E_MEMORY, "a byte short");
-  CHECK(moe_tokenizer_init(&none, block + 1, bytes, f.vocab.s, f.vocab.n, 0, &env) == MOE_E_ARGUMENT, "not aligned");
-  CHECK(moe_tokenizer_init(&none, NULL, bytes, f.vocab.s, f.vocab.n, 0, &env) == MOE_E_ARGUMENT, "no block");
+  CHECK(moe_tokenizer_init(&none, block, bytes - 1, f.vocab.s, f.vocab.n, 0, &env) == MOE_E_MEMORY,
+        "a byte short");
+  CHECK(moe_tokenizer_init(&none, block + 1, bytes, f.vocab.s, f.vocab.n, 0, &env) ==
+            MOE_E_ARGUMENT,
+        "not aligned");
+  CHECK(moe_tokenizer_init(&none, NULL, bytes, f.vocab.s, f.vocab.n, 0, &env) == MOE_E_ARGUMENT,
+        "no block");
   CHECK(moe_tokenizer_size(NULL, 5, &bytes, &env) == MOE_E_ARGUMENT, "no vocabulary");
   CHECK(none == NULL, "the result was touched");
-  CHECK(!moe_tokenizer_init(&none, block, bytes, f.vocab.s, f.vocab.n, 0, &env) && none != NULL, "%s", last_sentence);
+  CHECK(!moe_tokenizer_init(&none, block, bytes, f.vocab.s, f.vocab.n, 0, &env) && none != NULL,
+        "%s", last_sentence);
   release(&f);
 }
 
@@ -501,8 +554,11 @@ static void test_text_needs_no_segments_and_offsets(void) {
   memset(&out, 0, sizeof out);
   out.ids = ids;
   out.capacity = 8;
-  CHECK(!moe_encode(both[0].t, "hello hello", 11, "unwanted", 8, 8, MOE_TRUNCATE_LONGEST, &out, NULL), "failed");
-  CHECK(out.count == 8 && ids[1] == ids[2] && ids[3] == 3 && ids[7] == 3, "%d tokens", (int)out.count);
+  CHECK(
+      !moe_encode(both[0].t, "hello hello", 11, "unwanted", 8, 8, MOE_TRUNCATE_LONGEST, &out, NULL),
+      "failed");
+  CHECK(out.count == 8 && ids[1] == ids[2] && ids[3] == 3 && ids[7] == 3, "%d tokens",
+        (int)out.count);
 }
 
 int main(int argc, char **argv) {
@@ -510,7 +566,8 @@ int main(int argc, char **argv) {
   test_begin(argc, argv);
   for (cased = 0; cased < 2; ++cased) {
     make_vocabulary(&both[cased].vocab);
-    if (make(&both[cased], cased, NULL)) return printf("test_text: the test's own vocabulary is refused\n"), 1;
+    if (make(&both[cased], cased, NULL))
+      return printf("test_text: the test's own vocabulary is refused\n"), 1;
   }
   RUN(test_text_gives_the_pieces_of_readable_cases);
   RUN(test_text_knows_every_code_point);

@@ -1,4 +1,5 @@
-/* The backward pass and the trainer: against PyTorch, against differences, bit for bit in every company. */
+/* The backward pass and the trainer: against PyTorch, against differences, bit for bit in every
+   company. */
 #include <stdlib.h>
 static void *counted_malloc(size_t bytes);
 static void counted_free(void *p);
@@ -30,7 +31,7 @@ static moe_task tasks[MODELS_TASKS];
 static moe_train_config plain(void) {
   moe_train_config config;
   moe_train_config_init(&config);
-  config.rate = 1e-3f;
+  config.lr = 1e-3f;
   config.steps = 20;
   config.dropout = 0;
   return config;
@@ -59,7 +60,8 @@ static void drop(pair *p) {
 /* ---- PyTorch's numbers ---- */
 
 /* The model of golden/tiny.h and a trainer for it. */
-static pair tiny(moe_router router, int32_t top_k, int scale_n, const moe_train_config *config, const moe_env *env) {
+static pair tiny(moe_router router, int32_t top_k, int scale_n, const moe_train_config *config,
+                 const moe_env *env) {
   static const char *const name[] = {"two", "three", "real"};
   moe_config c = models_config(router, router == MOE_ROUTER_DENSE ? 1 : 3, top_k);
   moe_limits limits = {36, 6, 1};
@@ -84,8 +86,9 @@ static pair tiny(moe_router router, int32_t top_k, int scale_n, const moe_train_
 }
 
 /* Sequences first .. first + S - 1 of golden arrays. */
-static void golden_batch(const moe_model *model, const int *starts, const int *ids, const int *segments, const int *task, const double *label,
-                         int32_t first, int32_t S) {
+static void golden_batch(const moe_model *model, const int *starts, const int *ids,
+                         const int *segments, const int *task, const double *label, int32_t first,
+                         int32_t S) {
   int32_t s, i;
   memset(&batch, 0, sizeof batch);
   for (s = 0; s < S; ++s) {
@@ -122,7 +125,8 @@ static void check_gradient_norms(pair *p, const golden_number *want, size_t n) {
   for (i = 0; i < n; ++i) {
     const float *g = gradient(p, want[i].name, &count);
     CHECK(g, "no tensor %s", want[i].name);
-    CHECK(fabs(norm_of(g, count) - want[i].value) <= 1e-5 * want[i].value + 1e-7, "%s: %g, PyTorch %g", want[i].name, norm_of(g, count), want[i].value);
+    CHECK(fabs(norm_of(g, count) - want[i].value) <= 1e-5 * want[i].value + 1e-7,
+          "%s: %g, PyTorch %g", want[i].name, norm_of(g, count), want[i].value);
   }
 }
 
@@ -136,7 +140,8 @@ static void check_gradients(pair *p, const golden_tensor *want, size_t n) {
       error += ((double)g[j] - want[i].values[j]) * ((double)g[j] - want[i].values[j]);
       norm += want[i].values[j] * want[i].values[j];
     }
-    error = sqrt(error) / (sqrt(norm) + 1e-2); /* the floor is for key biases, whose gradient is zero */
+    error =
+        sqrt(error) / (sqrt(norm) + 1e-2); /* the floor is for key biases, whose gradient is zero */
     if (error > worst_gradient) worst_gradient = error;
     CHECK(error <= 1e-5, "%s: relative error %g of norm %g", want[i].name, error, sqrt(norm));
   }
@@ -152,21 +157,29 @@ static void test_trainer_gradients_match_pytorch(void) {
     pair p = tiny((moe_router)router, 1, 0, &config, &env);
     float total = 0, each[6];
     CHECK(p.trainer, "%s", models_sentence);
-    golden_batch(p.model, tiny_batch_starts, tiny_batch_ids, tiny_batch_segments, tiny_batch_task, tiny_batch_label, 0, 6);
-    CHECK(moe_accumulate(p.trainer, &batch.b, 0, &total, each, &env) == MOE_OK, "%s", models_sentence);
+    golden_batch(p.model, tiny_batch_starts, tiny_batch_ids, tiny_batch_segments, tiny_batch_task,
+                 tiny_batch_label, 0, 6);
+    CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, &total, each, &env) == MOE_OK, "%s",
+          models_sentence);
     for (i = 0; i < 6; ++i) CHECK_NEAR(each[i], losses[router][i], 3e-6);
     CHECK_NEAR(total, loss[router][0], 2e-6);
-    if (router == 0) check_gradient_norms(&p, tiny_dense_grad_norms, sizeof tiny_dense_grad_norms / sizeof *tiny_dense_grad_norms);
-    if (router == 1) check_gradient_norms(&p, tiny_switch_grad_norms, sizeof tiny_switch_grad_norms / sizeof *tiny_switch_grad_norms);
-    if (router == 2) check_gradients(&p, tiny_tag_grads, sizeof tiny_tag_grads / sizeof *tiny_tag_grads);
+    if (router == 0)
+      check_gradient_norms(&p, tiny_dense_grad_norms,
+                           sizeof tiny_dense_grad_norms / sizeof *tiny_dense_grad_norms);
+    if (router == 1)
+      check_gradient_norms(&p, tiny_switch_grad_norms,
+                           sizeof tiny_switch_grad_norms / sizeof *tiny_switch_grad_norms);
+    if (router == 2)
+      check_gradients(&p, tiny_tag_grads, sizeof tiny_tag_grads / sizeof *tiny_tag_grads);
     CHECK_STATE();
     drop(&p);
   }
   printf("        worst gradient of a tensor: relative error %.1e\n", worst_gradient);
 }
 
-static void run_curve(const char *name, moe_router router, int32_t top_k, int scale_n, float decay, float balance, float z_loss,
-                      const double *losses, const double *norms, const golden_number *final_norms, size_t n_final) {
+static void run_curve(const char *name, moe_router router, int32_t top_k, int scale_n, float decay,
+                      float balance, float z_loss, const double *losses, const double *norms,
+                      const golden_number *final_norms, size_t n_final) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_train_config config = plain();
   pair p;
@@ -177,39 +190,52 @@ static void run_curve(const char *name, moe_router router, int32_t top_k, int sc
   p = tiny(router, top_k, scale_n, &config, &env);
   CHECK(p.trainer, "%s", models_sentence);
   CHECK(moe_model_pack(p.model, NULL, &env) == MOE_OK, "%s", models_sentence);
-  for (i = 0; i < (size_t)p.trainer->n_spans; ++i) p.trainer->spans[i].decay = decay; /* on every tensor, as PyTorch's run */
+  for (i = 0; i < (size_t)p.trainer->n_spans; ++i)
+    p.trainer->spans[i].decay = decay; /* on every tensor, as PyTorch's run */
   for (step = 0; step < 20; ++step) {
     float loss = 0, norm = 0;
-    golden_batch(p.model, tiny_steps_starts, tiny_steps_ids, tiny_steps_segments, tiny_steps_task, tiny_steps_label, 4 * step, 4);
-    CHECK(moe_accumulate(p.trainer, &batch.b, 0, &loss, NULL, &env) == MOE_OK, "%s", models_sentence);
-    CHECK(moe_update(p.trainer, &norm, &env) == MOE_OK, "%s", models_sentence);
-    CHECK(fabs((double)loss - losses[step]) <= 2e-5 * (1 + losses[step]), "%s step %d: loss %.8g, PyTorch %.8g", name, step + 1, (double)loss,
-          losses[step]);
-    CHECK(fabs((double)norm - norms[step]) <= 1e-4 * norms[step], "%s step %d: norm %.8g, PyTorch %.8g", name, step + 1, (double)norm, norms[step]);
+    golden_batch(p.model, tiny_steps_starts, tiny_steps_ids, tiny_steps_segments, tiny_steps_task,
+                 tiny_steps_label, 4 * step, 4);
+    CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, &loss, NULL, &env) == MOE_OK, "%s",
+          models_sentence);
+    CHECK(moe_trainer_step(p.trainer, &norm, &env) == MOE_OK, "%s", models_sentence);
+    CHECK(fabs((double)loss - losses[step]) <= 2e-5 * (1 + losses[step]),
+          "%s step %d: loss %.8g, PyTorch %.8g", name, step + 1, (double)loss, losses[step]);
+    CHECK(fabs((double)norm - norms[step]) <= 1e-4 * norms[step],
+          "%s step %d: norm %.8g, PyTorch %.8g", name, step + 1, (double)norm, norms[step]);
   }
   for (i = 0; i < n_final; ++i) {
     moe_tensor t;
     double norm;
-    CHECK(moe_model_tensor(p.model, moe_model_find_tensor(p.model, final_norms[i].name), &t) == MOE_OK, "no tensor %s", final_norms[i].name);
+    CHECK(moe_model_tensor(p.model, moe_model_find_tensor(p.model, final_norms[i].name), &t) ==
+              MOE_OK,
+          "no tensor %s", final_norms[i].name);
     norm = norm_of(moe_model_weights(p.model) + t.offset, t.count);
-    CHECK(fabs(norm - final_norms[i].value) <= 2e-5 * (1 + final_norms[i].value), "%s: %g, PyTorch %g", t.name, norm, final_norms[i].value);
+    CHECK(fabs(norm - final_norms[i].value) <= 2e-5 * (1 + final_norms[i].value),
+          "%s: %g, PyTorch %g", t.name, norm, final_norms[i].value);
   }
   drop(&p);
 }
 
 static void test_trainer_20_steps_match_pytorch(void) {
-  run_curve("tag", MOE_ROUTER_TASK, 1, 0, 0, 0, 0, tiny_steps_tag_losses, tiny_steps_tag_norms, tiny_steps_tag_final_norms,
+  run_curve("tag", MOE_ROUTER_TASK, 1, 0, 0, 0, 0, tiny_steps_tag_losses, tiny_steps_tag_norms,
+            tiny_steps_tag_final_norms,
             sizeof tiny_steps_tag_final_norms / sizeof *tiny_steps_tag_final_norms);
   CHECK_STATE();
-  run_curve("tag, decay 0.1", MOE_ROUTER_TASK, 1, 0, 0.1f, 0, 0, tiny_steps_tag_decay_losses, tiny_steps_tag_decay_norms, NULL, 0);
+  run_curve("tag, decay 0.1", MOE_ROUTER_TASK, 1, 0, 0.1f, 0, 0, tiny_steps_tag_decay_losses,
+            tiny_steps_tag_decay_norms, NULL, 0);
   CHECK_STATE();
-  run_curve("tag, scale N/k", MOE_ROUTER_TASK, 1, 1, 0, 0, 0, tiny_steps_tag_n_losses, tiny_steps_tag_n_norms, NULL, 0);
+  run_curve("tag, scale N/k", MOE_ROUTER_TASK, 1, 1, 0, 0, 0, tiny_steps_tag_n_losses,
+            tiny_steps_tag_n_norms, NULL, 0);
   CHECK_STATE();
-  run_curve("tag, top-2, auxiliary losses", MOE_ROUTER_TASK, 2, 0, 0, 0.1f, 0.01f, tiny_steps_tag_top2_losses, tiny_steps_tag_top2_norms, NULL, 0);
+  run_curve("tag, top-2, auxiliary losses", MOE_ROUTER_TASK, 2, 0, 0, 0.1f, 0.01f,
+            tiny_steps_tag_top2_losses, tiny_steps_tag_top2_norms, NULL, 0);
   CHECK_STATE();
-  run_curve("switch", MOE_ROUTER_SHARED, 1, 0, 0, 0, 0, tiny_steps_switch_losses, tiny_steps_switch_norms, NULL, 0);
+  run_curve("switch", MOE_ROUTER_SHARED, 1, 0, 0, 0, 0, tiny_steps_switch_losses,
+            tiny_steps_switch_norms, NULL, 0);
   CHECK_STATE();
-  run_curve("dense", MOE_ROUTER_DENSE, 1, 0, 0, 0, 0, tiny_steps_dense_losses, tiny_steps_dense_norms, NULL, 0);
+  run_curve("dense", MOE_ROUTER_DENSE, 1, 0, 0, 0, 0, tiny_steps_dense_losses,
+            tiny_steps_dense_norms, NULL, 0);
 }
 
 /* ---- differences ---- */
@@ -220,10 +246,14 @@ static void test_trainer_gradients_match_differences(void) {
     int32_t experts, top_k;
     int features, renormalize, scale_n;
     float dropout, balance, z_loss, jitter;
-  } v[] = {{MOE_ROUTER_DENSE, 1, 1, 0, 0, 0, 0, 0, 0, 0},      {MOE_ROUTER_SHARED, 3, 1, 0, 0, 1, 0, 0, 0, 0},
-           {MOE_ROUTER_TASK, 3, 1, 0, 0, 0, 0, 0, 0, 0},       {MOE_ROUTER_TASK, 4, 2, 0, 1, 0, 0, 0, 0, 0},
-           {MOE_ROUTER_TASK, 3, 3, 0, 0, 0, 0, 0.3f, 0.1f, 0}, {MOE_ROUTER_TASK, 3, 2, 1, 0, 0, 0, 0, 0, 0},
-           {MOE_ROUTER_TASK, 3, 1, 0, 0, 0, 0.3f, 0, 0, 0.2f}, {MOE_ROUTER_DENSE, 1, 1, 1, 0, 0, 0.2f, 0, 0, 0}};
+  } v[] = {{MOE_ROUTER_DENSE, 1, 1, 0, 0, 0, 0, 0, 0, 0},
+           {MOE_ROUTER_SHARED, 3, 1, 0, 0, 1, 0, 0, 0, 0},
+           {MOE_ROUTER_TASK, 3, 1, 0, 0, 0, 0, 0, 0, 0},
+           {MOE_ROUTER_TASK, 4, 2, 0, 1, 0, 0, 0, 0, 0},
+           {MOE_ROUTER_TASK, 3, 3, 0, 0, 0, 0, 0.3f, 0.1f, 0},
+           {MOE_ROUTER_TASK, 3, 2, 1, 0, 0, 0, 0, 0, 0},
+           {MOE_ROUTER_TASK, 3, 1, 0, 0, 0, 0.3f, 0, 0, 0.2f},
+           {MOE_ROUTER_DENSE, 1, 1, 1, 0, 0, 0.2f, 0, 0, 0}};
   moe_env env = models_env(MOE_ISA_AUTO);
   size_t i;
   for (i = 0; i < sizeof v / sizeof *v; ++i) {
@@ -239,7 +269,7 @@ static void test_trainer_gradients_match_differences(void) {
     config.jitter = v[i].jitter;
     c.renormalize = v[i].renormalize;
     c.gate_scale_n = v[i].scale_n;
-    if (v[i].features) c.features = 5, c.vocab = 0;
+    if (v[i].features) c.feature_dim = 5, c.vocab = 0;
     p = make(&c, &config, &env);
     CHECK(p.trainer, "%s", models_sentence);
     CHECK(moe_model_pack(p.model, NULL, &env) == MOE_OK, "%s", models_sentence);
@@ -247,8 +277,11 @@ static void test_trainer_gradients_match_differences(void) {
     before = models_hash(moe_model_weights(p.model), bytes);
     models_random_batch(&batch, p.model, 12, 9, 20 + i);
     error = 7;
-    CHECK(moe_gradcheck(p.trainer, &batch.b, 0, &error, &env) == MOE_E_ARGUMENT && error == 7, "none checked is none right");
-    CHECK(moe_gradcheck(p.trainer, &batch.b, 3 * moe_model_tensors(p.model), &error, &env) == MOE_OK, "%s", models_sentence);
+    CHECK(moe_gradcheck(p.trainer, &batch.b, 0, &error, &env) == MOE_E_ARGUMENT && error == 7,
+          "none checked is none right");
+    CHECK(moe_gradcheck(p.trainer, &batch.b, 3 * moe_model_tensors(p.model), &error, &env) ==
+              MOE_OK,
+          "%s", models_sentence);
     CHECK(error < 0.01f, "variant %zu: error %g", i, (double)error);
     CHECK(models_hash(moe_model_weights(p.model), bytes) == before, "weights are as before");
     drop(&p);
@@ -262,11 +295,14 @@ static void test_trainer_gradcheck_finds_a_wrong_gradient(void) {
   pair p = make(&c, &config, &env);
   double worst = 0, whole;
   models_random_batch(&batch, p.model, 12, 9, 40);
-  CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+        models_sentence);
   whole = moe_gradient_norm(p.trainer->g, p.model->plan.total, &env);
   p.trainer->g[p.model->plan.word + (size_t)(batch.ids[0] * c.hidden)] += (float)(0.1 * whole);
-  CHECK(moe__check_gradient(p.trainer, &batch.b, p.model->plan.word + (size_t)(batch.ids[0] * c.hidden), whole, &worst, &env) == MOE_OK, "%s",
-        models_sentence);
+  CHECK(moe__check_gradient(p.trainer, &batch.b,
+                            p.model->plan.word + (size_t)(batch.ids[0] * c.hidden), whole, &worst,
+                            &env) == MOE_OK,
+        "%s", models_sentence);
   CHECK(worst > 0.09 && worst < 0.11, "error %g", worst);
   drop(&p);
 }
@@ -274,7 +310,8 @@ static void test_trainer_gradcheck_finds_a_wrong_gradient(void) {
 /* ---- bits ---- */
 
 /* Hash of the weights after some steps on changing batches; `parts` micro-batches a step. */
-static uint64_t train(const moe_config *c, const moe_train_config *config, int packed, int32_t parts, const moe_env *env) {
+static uint64_t train(const moe_config *c, const moe_train_config *config, int packed,
+                      int32_t parts, const moe_env *env) {
   pair p = make(c, config, env);
   uint64_t hash = 0;
   int step;
@@ -285,9 +322,9 @@ static uint64_t train(const moe_config *c, const moe_train_config *config, int p
     for (i = 0; i < parts; ++i) {
       part.b.S = 0;
       for (s = 24 * i / parts; s < 24 * (i + 1) / parts; ++s) models_append(&part, &batch, s, c);
-      if (moe_accumulate(p.trainer, &part.b, 24, NULL, NULL, env)) return 0;
+      if (moe_trainer_accumulate(p.trainer, &part.b, 24, NULL, NULL, env)) return 0;
     }
-    if (moe_update(p.trainer, NULL, env)) return 0;
+    if (moe_trainer_step(p.trainer, NULL, env)) return 0;
   }
   hash = models_hash(moe_model_weights(p.model), moe_model_parameters(p.model) * sizeof(float));
   drop(&p);
@@ -342,7 +379,8 @@ static void test_trainer_bits_do_not_depend_on_micro_batches(void) {
     want = train(&c, &config, 1, 1, &env);
     CHECK(want, "%s", models_sentence);
     for (i = 0; i < sizeof parts / sizeof *parts; ++i)
-      CHECK(train(&c, &config, 1, parts[i], &env) == want, "router %d, %d micro-batches: other bits", router, parts[i]);
+      CHECK(train(&c, &config, 1, parts[i], &env) == want,
+            "router %d, %d micro-batches: other bits", router, parts[i]);
   }
 }
 
@@ -358,12 +396,15 @@ static void test_trainer_losses_do_not_depend_on_company(void) {
   config.jitter = 0.2f;
   p = make(&c, &config, &env);
   models_random_batch(&batch, p.model, 30, 19, 60);
-  CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, together, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, together, &env) == MOE_OK, "%s",
+        models_sentence);
   for (s = 0; s < 30; ++s) {
     part.b.S = 0;
     models_append(&part, &batch, s, &c);
-    CHECK(moe_accumulate(p.trainer, &part.b, 30, NULL, &alone, &env) == MOE_OK, "%s", models_sentence);
-    CHECK(!memcmp(&alone, &together[s], sizeof alone), "sequence %d: %g and %g", s, (double)alone, (double)together[s]);
+    CHECK(moe_trainer_accumulate(p.trainer, &part.b, 30, NULL, &alone, &env) == MOE_OK, "%s",
+          models_sentence);
+    CHECK(!memcmp(&alone, &together[s], sizeof alone), "sequence %d: %g and %g", s, (double)alone,
+          (double)together[s]);
   }
   drop(&p);
 }
@@ -376,14 +417,15 @@ static void test_trainer_with_one_expert_equals_the_dense_one(void) {
   int32_t i;
   moe_tensor t, u;
   config.dropout = 0.1f;
-  config.clip = 0; /* the norm is summed by places in the flat array, and those differ */
+  config.clip_norm = 0; /* the norm is summed by places in the flat array, and those differ */
   for (router = 0; router < 3; ++router) {
     moe_config c = models_config((moe_router)router, 1, 1);
     p[router] = make(&c, &config, &env);
     for (step = 0; step < 4; ++step) {
       models_random_batch(&batch, p[router].model, 20, 19, 70 + (uint64_t)step);
-      CHECK(moe_accumulate(p[router].trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
-      CHECK(moe_update(p[router].trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
+      CHECK(moe_trainer_accumulate(p[router].trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK,
+            "%s", models_sentence);
+      CHECK(moe_trainer_step(p[router].trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
     }
   }
   for (router = 1; router < 3; ++router)
@@ -394,8 +436,10 @@ static void test_trainer_with_one_expert_equals_the_dense_one(void) {
       snprintf(name, sizeof name, "%s", t.name);
       skip = strstr(name, "experts.0.");
       if (skip) memmove(skip, skip + 10, strlen(skip + 10) + 1);
-      CHECK(moe_model_tensor(p[0].model, moe_model_find_tensor(p[0].model, name), &u) == MOE_OK, "no tensor %s", name);
-      CHECK(!memcmp(moe_model_weights(p[router].model) + t.offset, moe_model_weights(p[0].model) + u.offset, t.count * sizeof(float)),
+      CHECK(moe_model_tensor(p[0].model, moe_model_find_tensor(p[0].model, name), &u) == MOE_OK,
+            "no tensor %s", name);
+      CHECK(!memcmp(moe_model_weights(p[router].model) + t.offset,
+                    moe_model_weights(p[0].model) + u.offset, t.count * sizeof(float)),
             "router %d: %s has other bits", router, t.name);
     }
   for (router = 0; router < 3; ++router) drop(&p[router]);
@@ -419,12 +463,17 @@ static void test_trainer_ignores_dirty_memory(void) {
     CHECK(moe_trainer_size(model, &limits, &config, &bytes, &env) == MOE_OK, "%s", models_sentence);
     block = models_block(&raw, bytes);
     memset(block, dirt[i], bytes);
-    CHECK(moe_trainer_init(&trainer, block, bytes - 1, model, &limits, &config, &env) == MOE_E_MEMORY && !trainer, "a byte less");
-    CHECK(moe_trainer_init(&trainer, block, bytes, model, &limits, &config, &env) == MOE_OK, "%s", models_sentence);
+    CHECK(moe_trainer_init(&trainer, block, bytes - 1, model, &limits, &config, &env) ==
+                  MOE_E_MEMORY &&
+              !trainer,
+          "a byte less");
+    CHECK(moe_trainer_init(&trainer, block, bytes, model, &limits, &config, &env) == MOE_OK, "%s",
+          models_sentence);
     for (step = 0; step < 3; ++step) {
       models_random_batch(&batch, model, 20, 19, 80 + (uint64_t)step);
-      CHECK(moe_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
-      CHECK(moe_update(trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
+      CHECK(moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+            models_sentence);
+      CHECK(moe_trainer_step(trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
     }
     hash[i] = models_hash(moe_model_weights(model), moe_model_parameters(model) * sizeof(float));
     CHECK(hash[i] == hash[0], "filled with %d", dirt[i]);
@@ -447,14 +496,20 @@ static void test_trainer_refuses_a_loss_that_is_not_finite(void) {
   uint64_t before;
   models_random_batch(&batch, p.model, 12, 9, 90);
   batch.task[3] = 2;
-  CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+        models_sentence);
   moe_model_tensor(p.model, moe_model_find_tensor(p.model, "heads.real.bias"), &t);
   moe_model_weights(p.model)[t.offset] = 1e30f;
   before = models_hash(moe_model_weights(p.model), n * sizeof(float));
-  CHECK(moe_accumulate(p.trainer, &batch.b, 0, &loss, each, &env) == MOE_E_NONFINITE && strstr(models_sentence, "real"), "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, &loss, each, &env) == MOE_E_NONFINITE &&
+            strstr(models_sentence, "real"),
+        "%s", models_sentence);
   CHECK(loss >= 7 && loss <= 7 && each[0] >= 7 && each[0] <= 7, "results are untouched");
-  for (i = 0; i < n; ++i) CHECK(p.trainer->g[i] >= 0 && p.trainer->g[i] <= 0, "gradient %zu is not cleared", i);
-  CHECK(models_hash(moe_model_weights(p.model), n * sizeof(float)) == before && moe_trainer_step(p.trainer) == 0, "weights are untouched");
+  for (i = 0; i < n; ++i)
+    CHECK(p.trainer->g[i] >= 0 && p.trainer->g[i] <= 0, "gradient %zu is not cleared", i);
+  CHECK(models_hash(moe_model_weights(p.model), n * sizeof(float)) == before &&
+            moe_trainer_steps_done(p.trainer) == 0,
+        "weights are untouched");
   drop(&p);
 }
 
@@ -467,17 +522,25 @@ static void test_trainer_refuses_a_gradient_that_is_not_finite(void) {
   uint64_t before[3];
   float norm = 7;
   models_random_batch(&batch, p.model, 12, 9, 91);
-  CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK && moe_update(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK &&
+            moe_trainer_step(p.trainer, NULL, &env) == MOE_OK,
+        "%s", models_sentence);
   before[0] = models_hash(p.trainer->m, n * sizeof(float));
   before[1] = models_hash(p.trainer->v, n * sizeof(float));
   before[2] = models_hash(p.model->weights, n * sizeof(float));
-  CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+        models_sentence);
   moe_trainer_gradients(p.trainer)[n - 1] = NAN;
-  CHECK(moe_update(p.trainer, &norm, &env) == MOE_E_NONFINITE && strstr(models_sentence, "step 2"), "%s", models_sentence);
-  CHECK(norm >= 7 && norm <= 7 && moe_trainer_step(p.trainer) == 1, "results are untouched");
-  CHECK(before[0] == models_hash(p.trainer->m, n * sizeof(float)) && before[1] == models_hash(p.trainer->v, n * sizeof(float)), "moments");
+  CHECK(moe_trainer_step(p.trainer, &norm, &env) == MOE_E_NONFINITE &&
+            strstr(models_sentence, "step 2"),
+        "%s", models_sentence);
+  CHECK(norm >= 7 && norm <= 7 && moe_trainer_steps_done(p.trainer) == 1, "results are untouched");
+  CHECK(before[0] == models_hash(p.trainer->m, n * sizeof(float)) &&
+            before[1] == models_hash(p.trainer->v, n * sizeof(float)),
+        "moments");
   CHECK(before[2] == models_hash(p.model->weights, n * sizeof(float)), "weights");
-  for (i = 0; i < n; ++i) CHECK(p.trainer->g[i] >= 0 && p.trainer->g[i] <= 0, "gradient %zu is not cleared", i);
+  for (i = 0; i < n; ++i)
+    CHECK(p.trainer->g[i] >= 0 && p.trainer->g[i] <= 0, "gradient %zu is not cleared", i);
   drop(&p);
 }
 
@@ -491,10 +554,13 @@ static void test_trainer_ends_with_its_schedule(void) {
   p = make(&c, &config, &env);
   models_random_batch(&batch, p.model, 12, 9, 92);
   for (step = 0; step < 4; ++step) {
-    CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
-    CHECK(moe_update(p.trainer, NULL, &env) == (step < 3 ? MOE_OK : MOE_E_ARGUMENT), "step %d: %s", step + 1, models_sentence);
+    CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+          models_sentence);
+    CHECK(moe_trainer_step(p.trainer, NULL, &env) == (step < 3 ? MOE_OK : MOE_E_ARGUMENT),
+          "step %d: %s", step + 1, models_sentence);
   }
-  CHECK(moe_trainer_step(p.trainer) == 3 && strstr(models_sentence, "3 steps"), "%s", models_sentence);
+  CHECK(moe_trainer_steps_done(p.trainer) == 3 && strstr(models_sentence, "3 steps"), "%s",
+        models_sentence);
   drop(&p);
 }
 
@@ -509,23 +575,33 @@ static void test_trainer_checks_what_it_is_given(void) {
   size_t bytes = 0;
   void *raw, *block;
   bad.dropout = 1;
-  CHECK(moe_trainer_create(&trainer, p.model, &limits, &bad, &env) == MOE_E_ARGUMENT && !trainer && strstr(models_sentence, "dropout"), "%s",
-        models_sentence);
+  CHECK(moe_trainer_create(&trainer, p.model, &limits, &bad, &env) == MOE_E_ARGUMENT && !trainer &&
+            strstr(models_sentence, "dropout"),
+        "%s", models_sentence);
   limits.tokens = 0;
-  CHECK(moe_trainer_create(&trainer, p.model, &limits, &config, &env) == MOE_E_ARGUMENT && !trainer, "%s", models_sentence);
+  CHECK(moe_trainer_create(&trainer, p.model, &limits, &config, &env) == MOE_E_ARGUMENT && !trainer,
+        "%s", models_sentence);
   limits.tokens = MODELS_M;
   models_random_batch(&batch, p.model, 12, 9, 93);
-  CHECK(moe_accumulate(p.trainer, &batch.b, 11, NULL, NULL, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "11"), "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 11, NULL, NULL, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "11"),
+        "%s", models_sentence);
   batch.b.label = NULL;
-  CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_E_ARGUMENT && strstr(models_sentence, "label"), "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "label"),
+        "%s", models_sentence);
   /* weights that stay in the bytes of a file */
   models_tasks(tasks);
-  CHECK(moe__model_bytes(&bytes, &c, tasks, MODELS_TASKS, 0, 1, &env) == MOE_OK, "%s", models_sentence);
-  block = models_block(&raw, bytes);
-  CHECK(moe__model_place(&in_place, block, bytes, &c, tasks, MODELS_TASKS, 0, p.model->weights, &env) == MOE_OK, "%s", models_sentence);
-  CHECK(!moe_model_weights(in_place), "no pointer to write through");
-  CHECK(moe_trainer_create(&trainer, in_place, &limits, &config, &env) == MOE_E_ARGUMENT && !trainer && strstr(models_sentence, "trained"), "%s",
+  CHECK(moe__model_bytes(&bytes, &c, tasks, MODELS_TASKS, 0, 1, &env) == MOE_OK, "%s",
         models_sentence);
+  block = models_block(&raw, bytes);
+  CHECK(moe__model_place(&in_place, block, bytes, &c, tasks, MODELS_TASKS, 0, p.model->weights,
+                         &env) == MOE_OK,
+        "%s", models_sentence);
+  CHECK(!moe_model_weights(in_place), "no pointer to write through");
+  CHECK(moe_trainer_create(&trainer, in_place, &limits, &config, &env) == MOE_E_ARGUMENT &&
+            !trainer && strstr(models_sentence, "trained"),
+        "%s", models_sentence);
   moe_model_free(in_place);
   free(raw);
   drop(&p);
@@ -543,18 +619,23 @@ static void test_trainer_takes_an_empty_batch_and_size_1(void) {
   memset(&none, 0, sizeof none);
   p = make(&c, &config, &env);
   CHECK(p.trainer, "%s", models_sentence);
-  CHECK(moe_accumulate(p.trainer, &none, 0, &loss, NULL, &env) == MOE_OK && loss >= 0 && loss <= 0, "%s", models_sentence);
-  CHECK(moe_update(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &none, 0, &loss, NULL, &env) == MOE_OK && loss >= 0 &&
+            loss <= 0,
+        "%s", models_sentence);
+  CHECK(moe_trainer_step(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
   for (step = 0; step < 3; ++step) {
     models_random_batch(&batch, p.model, 9, 1, 94);
-    CHECK(moe_accumulate(p.trainer, &batch.b, 0, &loss, NULL, &env) == MOE_OK && moe__is_finite(loss), "%s", models_sentence);
-    CHECK(moe_update(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
+    CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, &loss, NULL, &env) == MOE_OK &&
+              moe__is_finite(loss),
+          "%s", models_sentence);
+    CHECK(moe_trainer_step(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
   }
   drop(&p);
 }
 
 static void test_trainer_freezes_and_speeds_up_groups(void) {
-  static const moe_group groups[] = {{"embeddings", 0, 1}, {"gate", 10, 0}, {"word_embeddings", 1, 1}};
+  static const moe_param_group groups[] = {
+      {"embeddings", 0, 1}, {"gate", 10, 0}, {"word_embeddings", 1, 1}};
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
   moe_train_config config = plain();
@@ -568,7 +649,9 @@ static void test_trainer_freezes_and_speeds_up_groups(void) {
   before = (float *)malloc(moe_model_parameters(p.model) * sizeof(float));
   memcpy(before, p.model->weights, moe_model_parameters(p.model) * sizeof(float));
   models_random_batch(&batch, p.model, 30, 19, 95);
-  CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK && moe_update(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
+  CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK &&
+            moe_trainer_step(p.trainer, NULL, &env) == MOE_OK,
+        "%s", models_sentence);
   for (i = 0; i < moe_model_tensors(p.model); ++i) {
     moe_tensor t;
     double most = 0, want;
@@ -578,7 +661,9 @@ static void test_trainer_freezes_and_speeds_up_groups(void) {
       double moved = fabs((double)p.model->weights[j] - (double)before[j]);
       if (moved > most) most = moved;
     }
-    want = strstr(t.name, "gate") ? 1e-2 : strstr(t.name, "embeddings") && !strstr(t.name, "word_") ? 0 : 1e-3;
+    want = strstr(t.name, "gate")                                     ? 1e-2
+           : strstr(t.name, "embeddings") && !strstr(t.name, "word_") ? 0
+                                                                      : 1e-3;
     if (strstr(t.name, "key.bias")) continue;
     CHECK(fabs(most - want) <= 0.02 * want, "%s moved by %g", t.name, most);
   }
@@ -586,7 +671,8 @@ static void test_trainer_freezes_and_speeds_up_groups(void) {
   drop(&p);
 }
 
-/* Forward, backward and update allocate nothing; whatever allocation fails, there is a status, a sentence and no leak. */
+/* Forward, backward and update allocate nothing; whatever allocation fails, there is a status, a
+   sentence and no leak. */
 static void test_trainer_allocates_nothing_after_creation(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
@@ -606,8 +692,9 @@ static void test_trainer_allocates_nothing_after_creation(void) {
   before = allocations;
   for (step = 0; step < 3; ++step) {
     CHECK(moe_forward(context, scores, &batch.b, &env) == MOE_OK, "%s", models_sentence);
-    CHECK(moe_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", models_sentence);
-    CHECK(moe_update(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
+    CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+          models_sentence);
+    CHECK(moe_trainer_step(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
   }
   CHECK(allocations == before, "%d allocations", allocations - before);
   moe_context_free(context);
@@ -649,7 +736,8 @@ static void test_trainer_survives_every_failed_allocation(void) {
   CHECK(failed == 5, "%d allocations failed", failed);
 }
 
-/* The same of a context, of models made from a model, and of a packed copy of the other precision. */
+/* The same of a context, of models made from a model, and of a packed copy of the other precision.
+ */
 static void test_trainer_copies_of_a_model_survive_every_failed_allocation(void) {
   static const int32_t keep[] = {3, 0};
   static const uint8_t off[2][3] = {{0, 1, 0}, {1, 0, 0}};
@@ -665,7 +753,8 @@ static void test_trainer_copies_of_a_model_survive_every_failed_allocation(void)
   more = tasks[0];
   strcpy(more.name, "more");
   model = models_create(&c, tasks, MODELS_TASKS, &env);
-  CHECK(model && !moe_model_set_vocab(model, "abc", 3, &env) && !moe_model_pack(model, NULL, &env), "%s", models_sentence);
+  CHECK(model && !moe_model_set_vocab(model, "abc", 3, &env) && !moe_model_pack(model, NULL, &env),
+        "%s", models_sentence);
   kept = blocks_in_use;
   for (n = 0; n < 40 && !done; ++n) {
     moe_model *copy[3] = {NULL, NULL, NULL};
@@ -690,7 +779,9 @@ static void test_trainer_copies_of_a_model_survive_every_failed_allocation(void)
       moe_context *other = NULL;
       float scores[3 * MODELS_S];
       models_random_batch(&batch, copy[2], 5, 9, 98);
-      CHECK(!moe_context_create(&other, copy[2], &limits, &env) && !moe_forward(other, scores, &batch.b, &env), "%s", models_sentence);
+      CHECK(!moe_context_create(&other, copy[2], &limits, &env) &&
+                !moe_forward(other, scores, &batch.b, &env),
+            "%s", models_sentence);
       moe_context_free(other);
     }
     moe_context_free(context);
@@ -711,14 +802,17 @@ static void test_trainer_learns(void) {
     float first = 0, last = 0;
     pair p;
     config.steps = 60;
-    config.rate = 3e-3f;
+    config.lr = 3e-3f;
     p = make(&c, &config, &env);
     models_random_batch(&batch, p.model, 30, 19, 98);
     for (step = 0; step < 60; ++step) {
-      CHECK(moe_accumulate(p.trainer, &batch.b, 0, step ? &last : &first, NULL, &env) == MOE_OK, "%s", models_sentence);
-      CHECK(moe_update(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
+      CHECK(moe_trainer_accumulate(p.trainer, &batch.b, 0, step ? &last : &first, NULL, &env) ==
+                MOE_OK,
+            "%s", models_sentence);
+      CHECK(moe_trainer_step(p.trainer, NULL, &env) == MOE_OK, "%s", models_sentence);
     }
-    CHECK(last < 0.3f * first, "router %d: loss from %g to %g", router, (double)first, (double)last);
+    CHECK(last < 0.3f * first, "router %d: loss from %g to %g", router, (double)first,
+          (double)last);
     drop(&p);
   }
 }
