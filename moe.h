@@ -14953,7 +14953,7 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
                      "the weights of this model are a file's and cannot be changed");
   if (model->config.pruned)
     return moe__fail(env, MOE_E_UNSUPPORTED,
-                     "nothing can be imported into a model some of whose experts are absent");
+                     "nothing can be imported into a model some of whose experts are pruned");
   if (!(noise >= 0 && noise < 1))
     return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, it must be from 0 to 1",
                      (double)noise);
