@@ -10365,7 +10365,7 @@ static moe_status moe__check_forced(const moe_context *c, int32_t M, const moe_e
             (int)(i % (size_t)M), (int)(i / (size_t)M), (int)expert, (int)config->experts);
       if (moe__is_pruned(c->model, (int32_t)(i / (size_t)M), expert))
         return moe__fail(env, MOE_E_ARGUMENT,
-                         "forced routes: token %d of layer %d goes to expert %d, which is absent",
+                         "forced routes: token %d of layer %d goes to expert %d, which is pruned",
                          (int)(i % (size_t)M), (int)(i / (size_t)M), (int)expert);
       for (b = 0; b < a; ++b)
         if (c->forced[i * k + b] == expert)
