@@ -1,7 +1,7 @@
 /* v01.h - what v0.1 says of the files in v01/; made by v01/make.c */
 /* clang-format off */
-#ifndef V01_H
-#define V01_H
+#ifndef V01_H_INCLUDED
+#define V01_H_INCLUDED
 #include "v01_cases.h"
 
 static const uint32_t v01_dense_scores[] = {

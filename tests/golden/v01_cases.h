@@ -1,8 +1,8 @@
 /* v01_cases.h - what the maker of the v0.1 files (v01/make.c, compiled with v0.1's moe.h) and their
    test (../test_v01.c, compiled with today's) both need: rows, sentences, numbers of a training.
    Of moe.h only moe_batch is used here, so that its names may change. Include moe.h first. */
-#ifndef V01_CASES_H
-#define V01_CASES_H
+#ifndef V01_CASES_H_INCLUDED
+#define V01_CASES_H_INCLUDED
 #include <stdint.h>
 #include <string.h>
 
@@ -11,13 +11,13 @@ enum {
   V01_S = 12,
   V01_LONGEST = 13,
   V01_M = V01_S * V01_LONGEST,
-  V01_L = 2,
-  V01_H = 18,
-  V01_F = 17,
+  V01_LAYERS = 2,
+  V01_HIDDEN = 18,
+  V01_FFN = 17,
   V01_HEADS = 3,
   V01_POSITIONS = 15,
   V01_MAX_LEN = 14,
-  V01_N = 3,
+  V01_EXPERTS = 3,
   V01_FEATURES = 5,
   V01_TASKS = 4,
   V01_STEPS = 12, /* of a training */

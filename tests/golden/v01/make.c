@@ -23,14 +23,14 @@ typedef struct recipe {
 static const recipe recipes[] = {
     {"dense.model", MOE_ROUTER_DENSE, MOE_UNIT_FFN, MOE_SELECT_SOFTMAX, 1, 1, 0, 0, 0, 1, 1},
     {"switch.model", MOE_ROUTER_SHARED, MOE_UNIT_FFN, MOE_SELECT_SOFTMAX, 2, 1, 1, 0, 0, 0, 0},
-    {"tag.model", MOE_ROUTER_TASK, MOE_UNIT_FFN, MOE_SELECT_SOFTMAX, V01_N, 2, 0, 1, 0, 0, 0},
+    {"tag.model", MOE_ROUTER_TASK, MOE_UNIT_FFN, MOE_SELECT_SOFTMAX, V01_EXPERTS, 2, 0, 1, 0, 0, 0},
     {"embed.model", MOE_ROUTER_EMBEDDING, MOE_UNIT_FFN, MOE_SELECT_SOFTMAX, 2, 1, 0, 0, 0, 0, 0},
     {"features.model", MOE_ROUTER_DENSE, MOE_UNIT_FFN, MOE_SELECT_SOFTMAX, 1, 1, 0, 0, 1, 0, 0},
     {"blocks.model", MOE_ROUTER_LEVEL, MOE_UNIT_BLOCK, MOE_SELECT_GUMBEL, 2, 1, 0, 0, 0, 0, 0}};
 enum { RECIPES = sizeof recipes / sizeof *recipes };
 
 static const int32_t all_kinds[V01_TASKS] = {0, 1, 2, 3}, two_kinds[2] = {2, 0};
-static const uint8_t dropped[V01_L * V01_N] = {0, 1, 0, 1, 0, 0};
+static const uint8_t dropped[V01_LAYERS * V01_EXPERTS] = {0, 1, 0, 1, 0, 0};
 static moe_env env;
 static FILE *header, *table;
 
@@ -91,9 +91,9 @@ static moe_model *make_model(const recipe *r) {
   moe_model *model;
   make_tasks(task);
   moe_config_init(&config);
-  config.layers = V01_L;
-  config.hidden = V01_H;
-  config.ffn = V01_F;
+  config.layers = V01_LAYERS;
+  config.hidden = V01_HIDDEN;
+  config.ffn = V01_FFN;
   config.heads = V01_HEADS;
   config.vocab = r->features ? 0 : V01_VOCAB;
   config.features = r->features ? V01_FEATURES : 0;
@@ -327,7 +327,7 @@ int main(void) {
   if (!header || !table) return fprintf(stderr, "make: ../v01.h cannot be written\n"), 1;
   fprintf(header, "/* v01.h - what v0.1 says of the files in v01/; made by v01/make.c */\n");
   fprintf(header, "/* clang-format off */\n");
-  fprintf(header, "#ifndef V01_H\n#define V01_H\n#include \"v01_cases.h\"\n\n");
+  fprintf(header, "#ifndef V01_H_INCLUDED\n#define V01_H_INCLUDED\n#include \"v01_cases.h\"\n\n");
   for (i = 0; i < RECIPES; ++i) {
     moe_trainer *trainer;
     v01_rows rows;
