@@ -167,6 +167,7 @@
      >>unicode       what becomes of characters before words are cut
      >>text          WordPiece
      >>metrics       accuracy, F1, Matthews, Pearson, Spearman
+     >>answers       from logits to answers: classes, values, rankings
      >>predict       text in, label out
 
    Public domain or MIT-0, at your choice: see the end of the file. */
@@ -1206,10 +1207,24 @@ MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, siz
                               moe_tokens *out, const moe_env *env);
 #endif
 
+/* From logits to answers: the rules that every program shares. Logits are finite; row i of them
+   begins at logits + i stride (moe_forward: stride is moe_model_max_classes). */
+/* The winner among n choices of one question, -1 if n is 0: the choice with the largest logit of
+   class 1, the first of equals [TaG] A.3.1. */
+MOE_API int32_t moe_rank_best(const float *logits, int32_t stride, int32_t n);
+/* answer (n): the class with the largest logit, the lowest of equals; the value of a regression; in
+   a ranking 1 for the row that wins its group, as moe_rank_best has it, and 0 for the others. The
+   rest is for rankings alone, else NULL: group (n) numbers the question of each row, 0 .. n-1, in
+   any order; winner (n) receives the row that wins each group, -1 where a group has no row.
+   MOE_E_ARGUMENT: a group is out of range, or they are missing. */
+MOE_API moe_status moe_answers(float *answer, const moe_task *task, const float *logits,
+                               int32_t stride, int32_t n, const int32_t *group, int32_t *winner,
+                               const moe_env *env);
+
 /* Metrics [TaG] 4.5, A.3.1 over n rows, as scikit-learn and scipy compute them. *defined (may be
-   NULL) is 1, or 0 where the metric is undefined (no rows, one class only, constant input, a value
-   that is no number): it then counts as 0. Classes are 0 .. classes-1; a number outside is wrong
-   and belongs to none of them. The time grows with n times classes. */
+   NULL) is 1, or 0 where the metric is undefined (no rows, one class only, constant input, NaN): it
+   then counts as 0. Classes are 0 .. classes-1; a number outside is wrong and belongs to none of
+   them. The time grows with n times classes. */
 /* Share of the rows that are right. */
 MOE_API double moe_metric_accuracy(const int32_t *predicted, const int32_t *label, size_t n,
                                    int *defined);
@@ -1219,8 +1234,8 @@ MOE_API double moe_metric_f1(const int32_t *predicted, const int32_t *label, siz
 /* Mean F1 of the classes that are predicted or right somewhere. */
 MOE_API double moe_metric_macro_f1(const int32_t *predicted, const int32_t *label, size_t n,
                                    int32_t classes, int *defined);
-/* Matthews' correlation coefficient, for more than two classes R_K. Undefined: one class is all
-   that is predicted, or right. */
+/* Matthews' correlation coefficient, for more than two classes R_K. Undefined: only one class is
+   predicted, or only one is right. */
 MOE_API double moe_metric_matthews(const int32_t *predicted, const int32_t *label, size_t n,
                                    int32_t classes, int *defined);
 /* Correlation. Undefined: constant, infinite or NaN on either side. */
@@ -1230,6 +1245,23 @@ MOE_API double moe_metric_pearson(const float *predicted, const float *label, si
    like others. */
 MOE_API double moe_metric_spearman(const float *predicted, const float *label, size_t n,
                                    float *scratch, int *defined);
+/* Accuracy of a ranking: the share of the groups whose winner is right. answer as moe_answers makes
+   it, label 1 for the right choice of a group. Undefined: no row has won. */
+MOE_API double moe_metric_ranking(const float *answer, const float *label, size_t n, int *defined);
+
+/* The metrics of a task by name. Number `index` (from 0) of its list into name; 0 if the list is
+   shorter. Number 0 is the one that counts. An empty list means accuracy, or pearson,spearman. */
+MOE_API int moe_metric_name(char name[MOE_NAME_BYTES], const moe_task *task, int32_t index);
+/* The metric of that name over n answers (moe_answers) and labels; accuracy of a ranking is
+   moe_metric_ranking. scratch: 2n floats for spearman, else NULL will do. Undefined, too: the task's
+   kind has no metric of that name. */
+MOE_API double moe_metric(const char *name, const moe_task *task, const float *answer,
+                          const float *label, size_t n, float *scratch, int *defined);
+/* The mean of the metrics value (T) over tasks with at most most_rows training rows (T); rows NULL:
+   over all. The paper's "small" has MOE_SMALL_ROWS [TaG] 4.5. Undefined: there is no such task. */
+#define MOE_SMALL_ROWS 10000
+MOE_API double moe_metric_average(const double *value, const int64_t *rows, int64_t most_rows,
+                                  int32_t T, int *defined);
 
 #if !defined(MOE_NO_TEXT)
 /* The tokens [span[0], span[1]) of an encoded input that overlap the characters (code points)
@@ -1253,10 +1285,16 @@ MOE_API moe_status moe_predictor_create(moe_predictor **out, const moe_model *mo
                                         const moe_env *env);
 /* NULL is fine, and so is one in a block of the caller's. */
 MOE_API void moe_predictor_free(moe_predictor *predictor);
+/* What moe_predict_ functions return as scores. */
+typedef enum moe_output {
+  MOE_OUTPUT_PROBABILITIES, /* softmax of the logits [TaG] Eq. 7 (default) */
+  MOE_OUTPUT_LOGITS         /* as moe_forward; moe_rank_best and moe_answers take these */
+} moe_output;
+MOE_API void moe_predictor_set_output(moe_predictor *predictor, moe_output output);
 /* One text (b NULL) or a pair, zero-terminated; longer ones are cut as in training. scores (C):
-   probabilities (a class each; ranking: wrong, right), or the value (regression). *best (may be
-   NULL): the most probable class, the lowest of equals; 0 in regression. MOE_E_NONFINITE: the
-   scores are no finite numbers, because weights are none. */
+   probabilities or logits (one for each class; ranking: wrong, right), or the value (regression).
+   *best (may be NULL): the most probable class, the lowest of equals; 0 in regression.
+   MOE_E_NONFINITE: a score is NaN or infinite, because a weight is. */
 MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, const char *a,
                                     const char *b, float *scores, int *best);
 /* The same for n <= batch texts at once: a[i], b[i] (b NULL: none); scores (n,
@@ -16317,41 +16355,56 @@ static double moe__metric(double value, int is_defined, int *defined) {
   return is_defined ? value : 0;
 }
 
+/* Answers and labels of n rows: class numbers as integers or, where answer is not NULL, as floats. */
+typedef struct moe__rows {
+  const int32_t *predicted, *label;
+  const float *answer, *truth;
+  size_t n;
+} moe__rows;
+
+static moe__rows moe__rows_of(const int32_t *predicted, const int32_t *label, size_t n) {
+  moe__rows r = {NULL, NULL, NULL, NULL, 0};
+  r.predicted = predicted;
+  r.label = label;
+  r.n = n;
+  return r;
+}
+
 /* How often a class was predicted, is right, and both. */
-static void moe__metric_count(const int32_t *predicted, const int32_t *label, size_t n, int32_t c,
-                              double *p, double *l, double *both) {
+static void moe__metric_count(const moe__rows *r, int32_t c, double *p, double *l, double *both) {
+  const float class_c = (float)c;
   size_t i, np = 0, nl = 0, nb = 0;
-  for (i = 0; i < n; ++i) {
-    np += predicted[i] == c;
-    nl += label[i] == c;
-    nb += predicted[i] == c && label[i] == c;
+  for (i = 0; i < r->n; ++i) {
+    int is_p = r->answer ? r->answer[i] == class_c : r->predicted[i] == c;
+    int is_l = r->answer ? r->truth[i] == class_c : r->label[i] == c;
+    np += (size_t)is_p;
+    nl += (size_t)is_l;
+    nb += (size_t)(is_p & is_l);
   }
   *p = (double)np;
   *l = (double)nl;
   *both = (double)nb;
 }
 
-MOE_API double moe_metric_accuracy(const int32_t *predicted, const int32_t *label, size_t n,
-                                   int *defined) {
+static double moe__metric_accuracy(const moe__rows *r, int *defined) {
   size_t i, right = 0;
-  for (i = 0; i < n; ++i) right += predicted[i] == label[i];
-  return moe__metric(n ? (double)right / (double)n : 0, n > 0, defined);
+  for (i = 0; i < r->n; ++i)
+    right += r->answer ? r->answer[i] == r->truth[i] : r->predicted[i] == r->label[i];
+  return moe__metric(r->n ? (double)right / (double)r->n : 0, r->n > 0, defined);
 }
 
 /* F1 = 2 precision recall / (precision + recall) = 2 both / (predicted + labelled). */
-MOE_API double moe_metric_f1(const int32_t *predicted, const int32_t *label, size_t n,
-                             int *defined) {
+static double moe__metric_f1(const moe__rows *r, int *defined) {
   double p, l, both;
-  moe__metric_count(predicted, label, n, 1, &p, &l, &both);
+  moe__metric_count(r, 1, &p, &l, &both);
   return moe__metric(p + l > 0 ? 2 * both / (p + l) : 0, p + l > 0, defined);
 }
 
-MOE_API double moe_metric_macro_f1(const int32_t *predicted, const int32_t *label, size_t n,
-                                   int32_t classes, int *defined) {
+static double moe__metric_macro_f1(const moe__rows *r, int32_t classes, int *defined) {
   double p, l, both, sum = 0;
   int32_t c, seen = 0;
   for (c = 0; c < classes; ++c) {
-    moe__metric_count(predicted, label, n, c, &p, &l, &both);
+    moe__metric_count(r, c, &p, &l, &both);
     if (p + l == 0) continue;
     sum += 2 * both / (p + l);
     ++seen;
@@ -16361,12 +16414,11 @@ MOE_API double moe_metric_macro_f1(const int32_t *predicted, const int32_t *labe
 
 /* R_K of Gorodkin (2004), for two classes Matthews' coefficient: the covariance of prediction and
    label over the root of their variances, all times n^2. */
-MOE_API double moe_metric_matthews(const int32_t *predicted, const int32_t *label, size_t n,
-                                   int32_t classes, int *defined) {
-  double p, l, both, cross = 0, pp = 0, ll = 0, right = 0, all = (double)n, variance;
+static double moe__metric_matthews(const moe__rows *r, int32_t classes, int *defined) {
+  double p, l, both, cross = 0, pp = 0, ll = 0, right = 0, all = (double)r->n, variance;
   int32_t c;
   for (c = 0; c < classes; ++c) {
-    moe__metric_count(predicted, label, n, c, &p, &l, &both);
+    moe__metric_count(r, c, &p, &l, &both);
     right += both;
     cross += p * l;
     pp += p * p;
@@ -16375,6 +16427,30 @@ MOE_API double moe_metric_matthews(const int32_t *predicted, const int32_t *labe
   variance = (all * all - pp) * (all * all - ll);
   return moe__metric(variance > 0 ? (right * all - cross) / sqrt(variance) : 0, variance > 0,
                      defined);
+}
+
+MOE_API double moe_metric_accuracy(const int32_t *predicted, const int32_t *label, size_t n,
+                                   int *defined) {
+  moe__rows r = moe__rows_of(predicted, label, n);
+  return moe__metric_accuracy(&r, defined);
+}
+
+MOE_API double moe_metric_f1(const int32_t *predicted, const int32_t *label, size_t n,
+                             int *defined) {
+  moe__rows r = moe__rows_of(predicted, label, n);
+  return moe__metric_f1(&r, defined);
+}
+
+MOE_API double moe_metric_macro_f1(const int32_t *predicted, const int32_t *label, size_t n,
+                                   int32_t classes, int *defined) {
+  moe__rows r = moe__rows_of(predicted, label, n);
+  return moe__metric_macro_f1(&r, classes, defined);
+}
+
+MOE_API double moe_metric_matthews(const int32_t *predicted, const int32_t *label, size_t n,
+                                   int32_t classes, int *defined) {
+  moe__rows r = moe__rows_of(predicted, label, n);
+  return moe__metric_matthews(&r, classes, defined);
 }
 
 static double moe__metric_pearson_of(double xy, double xx, double yy, int is_defined,
@@ -16480,6 +16556,115 @@ MOE_API double moe_metric_spearman(const float *predicted, const float *label, s
   return moe__metric_pearson_of(xy, xx, yy, n > 1, defined);
 }
 
+/* Each group has one row that has won, so groups are counted by their winners. */
+MOE_API double moe_metric_ranking(const float *answer, const float *label, size_t n, int *defined) {
+  size_t i, groups = 0, right = 0;
+  for (i = 0; i < n; ++i) {
+    groups += answer[i] == 1;
+    right += answer[i] == 1 && label[i] == 1;
+  }
+  return moe__metric(groups ? (double)right / (double)groups : 0, groups > 0, defined);
+}
+
+MOE_API int moe_metric_name(char name[MOE_NAME_BYTES], const moe_task *task, int32_t index) {
+  const char *list = task->metrics;
+  size_t begin = 0, end;
+  if (!list[0]) list = task->kind == MOE_KIND_REGRESSION ? "pearson,spearman" : "accuracy";
+  for (;; begin = end + 1) {
+    for (end = begin; end < MOE_NAME_BYTES - 1 && list[end] && list[end] != ',';) ++end;
+    if (index-- == 0) break;
+    if (end >= MOE_NAME_BYTES - 1 || !list[end]) return 0;
+  }
+  memcpy(name, list + begin, end - begin);
+  name[end - begin] = 0;
+  return 1;
+}
+
+MOE_API double moe_metric(const char *name, const moe_task *task, const float *answer,
+                          const float *label, size_t n, float *scratch, int *defined) {
+  moe__rows r = {NULL, NULL, NULL, NULL, 0};
+  r.answer = answer;
+  r.truth = label;
+  r.n = n;
+  if (!strcmp(name, "pearson")) return moe_metric_pearson(answer, label, n, defined);
+  if (!strcmp(name, "spearman")) return moe_metric_spearman(answer, label, n, scratch, defined);
+  if (task->kind == MOE_KIND_REGRESSION) return moe__metric(0, 0, defined);
+  if (!strcmp(name, "accuracy"))
+    return task->kind == MOE_KIND_RANKING ? moe_metric_ranking(answer, label, n, defined)
+                                          : moe__metric_accuracy(&r, defined);
+  if (!strcmp(name, "f1")) return moe__metric_f1(&r, defined);
+  if (!strcmp(name, "macro_f1")) return moe__metric_macro_f1(&r, task->classes, defined);
+  if (!strcmp(name, "matthews")) return moe__metric_matthews(&r, task->classes, defined);
+  return moe__metric(0, 0, defined);
+}
+
+MOE_API double moe_metric_average(const double *value, const int64_t *rows, int64_t most_rows,
+                                  int32_t T, int *defined) {
+  double sum = 0;
+  int32_t t, tasks = 0;
+  for (t = 0; t < T; ++t) {
+    if (rows && rows[t] > most_rows) continue;
+    sum += value[t];
+    ++tasks;
+  }
+  return moe__metric(tasks ? sum / tasks : 0, tasks > 0, defined);
+}
+
+/* ---- from logits to answers ---- >>answers */
+
+/* The rule of a ranking [TaG] A.3.1: does a choice with these logits beat the best so far? */
+static int moe__rank_beats(const float *logits, const float *best) { return logits[1] > best[1]; }
+
+MOE_API int32_t moe_rank_best(const float *logits, int32_t stride, int32_t n) {
+  int32_t i, best = n > 0 ? 0 : -1;
+  for (i = 1; i < n; ++i)
+    if (moe__rank_beats(logits + (size_t)i * (size_t)stride,
+                        logits + (size_t)best * (size_t)stride))
+      best = i;
+  return best;
+}
+
+/* The class with the largest logit, the lowest of equals; 0 in a regression. */
+static int32_t moe__best_class(const float *logits, const moe_task *task) {
+  int32_t c, best = 0;
+  for (c = 1; c < task->classes; ++c)
+    if (logits[c] > logits[best]) best = c;
+  return best;
+}
+
+static moe_status moe__rank_groups(float *answer, const float *logits, int32_t stride, int32_t n,
+                                   const int32_t *group, int32_t *winner, const moe_env *env) {
+  int32_t i;
+  if (!group || !winner)
+    return moe__fail(env, MOE_E_ARGUMENT, "answers to a ranking need group and winner");
+  for (i = 0; i < n; ++i)
+    if (group[i] < 0 || group[i] >= n)
+      return moe__fail(env, MOE_E_ARGUMENT, "row %d: group %d, expected 0 to %d", (int)i,
+                       (int)group[i], (int)(n - 1));
+  for (i = 0; i < n; ++i) winner[i] = -1;
+  for (i = 0; i < n; ++i) {
+    int32_t *best = winner + group[i];
+    if (*best < 0 || moe__rank_beats(logits + (size_t)i * (size_t)stride,
+                                     logits + (size_t)*best * (size_t)stride))
+      *best = i;
+  }
+  for (i = 0; i < n; ++i) answer[i] = winner[group[i]] == i;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_answers(float *answer, const moe_task *task, const float *logits,
+                               int32_t stride, int32_t n, const int32_t *group, int32_t *winner,
+                               const moe_env *env) {
+  int32_t i;
+  if (task->kind == MOE_KIND_RANKING)
+    return moe__rank_groups(answer, logits, stride, n, group, winner, env);
+  for (i = 0; i < n; ++i) {
+    const float *row = logits + (size_t)i * (size_t)stride;
+    answer[i] = task->kind == MOE_KIND_REGRESSION ? row[0] : (float)moe__best_class(row, task);
+  }
+  return MOE_OK;
+}
+
 #ifndef MOE_NO_TEXT
 /* ---- text in, label out ---- >>predict */
 
@@ -16492,6 +16677,7 @@ struct moe_predictor {
   int32_t *ids, *begin, *end, *seq_start, *task, *span;
   uint8_t *segments;
   float *scores; /* (batch, classes) */
+  moe_output output;
   int owns_block;
 };
 
@@ -16608,6 +16794,10 @@ MOE_API void moe_predictor_free(moe_predictor *predictor) {
   if (predictor && predictor->owns_block) moe__release(predictor);
 }
 
+MOE_API void moe_predictor_set_output(moe_predictor *predictor, moe_output output) {
+  predictor->output = output;
+}
+
 MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text,
                                    int32_t begin, int32_t end, const moe_env *env) {
   int32_t i, first = -1, last = -1;
@@ -16660,14 +16850,13 @@ static moe_status moe__predict_encode(moe_predictor *p, int32_t task, int32_t i,
 }
 
 /* Logits of an input to what the caller wants, in place; returns the best class. */
-static int moe__predict_finish(float *scores, const moe_task *task) {
-  int32_t c;
-  int best = 0;
+static int moe__predict_finish(float *scores, const moe_task *task, moe_output output) {
+  int32_t best;
   if (task->kind == MOE_KIND_REGRESSION) return 0;
-  for (c = 1; c < task->classes; ++c)
-    if (scores[c] > scores[best]) best = (int)c;
-  moe_cross_entropy_forward(scores, scores, 0, task->classes);
-  return best;
+  best = moe__best_class(scores, task);
+  if (output == MOE_OUTPUT_PROBABILITIES)
+    moe_cross_entropy_forward(scores, scores, 0, task->classes);
+  return (int)best;
 }
 
 MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a,
@@ -16713,7 +16902,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
                          p->model->tasks[task].name);
   }
   for (i = 0; i < n; ++i) {
-    int b_i = moe__predict_finish(p->scores + (size_t)i * row, &p->model->tasks[task]);
+    int b_i = moe__predict_finish(p->scores + (size_t)i * row, &p->model->tasks[task], p->output);
     if (best) best[i] = b_i;
   }
   if (scores != p->scores) memcpy(scores, p->scores, (size_t)n * row * sizeof(float));

@@ -86,6 +86,38 @@ static void test_predictor_gives_probabilities(void) {
   moe_model_free(model);
 }
 
+static void test_predictor_gives_logits(void) {
+  moe_env env = logging();
+  moe_model *model = small_model(2, &env);
+  moe_predictor *p;
+  float score[5], logit[5], prob[5], equal[5] = {0, 0, 0, 0, 0};
+  int best[2] = {-1, -1};
+  moe_tensor w, b;
+  CHECK(model && !moe_predictor_create(&p, model, 4, &env), "%s", said);
+  CHECK(!moe_predict_text(p, ONE, "the bank", NULL, score, &best[0]), "%s", said);
+  moe_predictor_set_output(p, MOE_OUTPUT_LOGITS);
+  CHECK(!moe_predict_text(p, ONE, "the bank", NULL, logit, &best[1]), "%s", said);
+  moe_cross_entropy_forward(prob, logit, 0, 5);
+  CHECK(best[0] == best[1] && !memcmp(prob, score, sizeof score) &&
+            memcmp(logit, score, sizeof score),
+        "probabilities are the softmax of the logits");
+  moe_predictor_set_output(p, MOE_OUTPUT_PROBABILITIES);
+  CHECK(!moe_predict_text(p, ONE, "the bank", NULL, logit, NULL) &&
+            !memcmp(logit, score, sizeof score),
+        "probabilities again");
+  /* a head of zeros with two equal biases: the lower class is the best */
+  moe_model_tensor(model, moe_model_find_tensor(model, "heads.one.weight"), &w);
+  moe_model_tensor(model, moe_model_find_tensor(model, "heads.one.bias"), &b);
+  memset(moe_model_weights(model) + w.offset, 0, w.count * sizeof(float));
+  equal[2] = equal[4] = 1;
+  memcpy(moe_model_weights(model) + b.offset, equal, sizeof equal);
+  CHECK(!moe_predict_text(p, ONE, "the bank", NULL, score, &best[0]) && best[0] == 2 &&
+            score[2] == score[4],
+        "the lowest of equals, not %d", best[0]);
+  moe_predictor_free(p);
+  moe_model_free(model);
+}
+
 static void test_predictor_ignores_company_and_allocates_nothing(void) {
   static const char *const text[] = {"the bank", "money", "", "rivers, rivers, rivers. the river",
                                      "\xff\xfe unknown"};
@@ -306,6 +338,7 @@ static void test_predictor_refuses_scores_that_are_no_numbers(void) {
 int main(int argc, char **argv) {
   test_begin(argc, argv);
   RUN(test_predictor_gives_probabilities);
+  RUN(test_predictor_gives_logits);
   RUN(test_predictor_ignores_company_and_allocates_nothing);
   RUN(test_predictor_runs_a_model_in_place);
   RUN(test_predictor_finds_spans_of_characters);
