@@ -135,7 +135,8 @@
      >>attention     self-attention over packed sequences
      >>route         gates, top-k, dispatch
      >>experts       expert feed-forward networks
-     >>config        configuration, tasks, places of the weights
+     >>kinds         kinds of tasks: heads, losses
+    >>config        configuration, tasks, places of the weights
      >>model         a model: its block, its tasks
      >>tensors       the table of tensors
      >>initial       initial values
@@ -719,6 +720,10 @@ typedef enum moe_kind {
   MOE_KIND_SPAN /* classification on [CLS; span 1; span 2], head (C, 3H), a span is the mean of its
                    tokens [TaG] A.3.1 */
 } moe_kind;
+/* The name of a kind in model files and tables of tasks; NULL for a number without a kind. */
+MOE_API const char *moe_kind_name(moe_kind kind);
+/* Sets *kind to the kind of that name and returns 1; without one returns 0. */
+MOE_API int moe_kind_from_name(moe_kind *kind, const char *name);
 
 typedef struct moe_task {
   char name[MOE_NAME_BYTES]; /* letters, digits and -_+ ; unique in a model */
@@ -8493,6 +8498,83 @@ MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
                         w_out, NULL, NULL, H, F, scratch, env);
 }
 
+/* ---- kinds of tasks: heads, losses ---- >>kinds
+   Everything that distinguishes one kind of task from another is in this table. A new kind is a
+   value of moe_kind, a row, and a function for its loss if none of those here fits. */
+
+/* The loss of one sequence, and its gradient. Forward (dscore NULL): returns the loss and turns the
+   row of `classes` scores into what the gradient needs. Backward: takes that row and writes the
+   gradient of loss / batch_size to dscore (classes), which is 0 before. */
+typedef float (*moe__loss)(float *dscore, float *row, float label, int32_t classes,
+                           int32_t batch_size);
+
+typedef struct moe__kind {
+  const char *name;    /* in files */
+  int32_t least, most; /* number of classes; most 1: the task has no classes but one score, with a
+                          range in place of label names */
+  int32_t spans;       /* the head reads [CLS] and the means of this many spans, 0 or 2 */
+  int32_t ranked_by;   /* score that ranks the rows of a group; -1: each row is an answer */
+  moe__loss loss;
+} moe__kind;
+
+#ifndef MOE_NO_TRAIN
+/* Cross-entropy / log C [TaG] Eq. 9, 3.3; the row becomes its probabilities. */
+static float moe__loss_classes(float *dscore, float *row, float label, int32_t classes,
+                               int32_t batch_size) {
+  double log_classes = moe__log_double((double)classes);
+  if (!dscore)
+    return (float)(1 / log_classes) * moe_cross_entropy_forward(row, row, (int32_t)label, classes);
+  moe_cross_entropy_backward(dscore, row, (int32_t)label, (float)(1 / (log_classes * batch_size)),
+                             classes);
+  return 0;
+}
+
+/* Squared error [TaG] Eq. 10; the row becomes score - label. */
+static float moe__loss_square(float *dscore, float *row, float label, int32_t classes,
+                              int32_t batch_size) {
+  (void)classes;
+  if (dscore) return dscore[0] = 2 * row[0] / (float)batch_size, 0.0f;
+  row[0] -= label;
+  return row[0] * row[0];
+}
+#define MOE__LOSS(function) function
+#else
+#define MOE__LOSS(function) NULL
+#endif
+
+/* In the order of moe_kind. MOE__KINDS_MORE is for a test, which adds a row of its own. */
+static const moe__kind moe__kinds[] = {
+    {"classification", 2, MOE_MAX_CLASSES, 0, -1, MOE__LOSS(moe__loss_classes)},
+    {"regression", 1, 1, 0, -1, MOE__LOSS(moe__loss_square)},
+    {"ranking", 2, 2, 0, 1, MOE__LOSS(moe__loss_classes)},
+    {"span", 2, MOE_MAX_CLASSES, 2, -1, MOE__LOSS(moe__loss_classes)},
+#ifdef MOE__KINDS_MORE
+    MOE__KINDS_MORE
+#endif
+};
+#define MOE__KINDS ((int)(sizeof moe__kinds / sizeof *moe__kinds))
+
+static const moe__kind *moe__kind_of(const moe_task *task) { return &moe__kinds[task->kind]; }
+
+/* Whether a task answers with one of its classes; else with a score. */
+static int moe__has_classes(const moe_task *task) { return moe__kind_of(task)->most > 1; }
+
+/* Width of what a task's head reads. */
+static size_t moe__head_width(const moe_config *config, const moe_task *task) {
+  return (size_t)config->hidden * (size_t)(1 + moe__kind_of(task)->spans);
+}
+
+MOE_API const char *moe_kind_name(moe_kind kind) {
+  return (int)kind >= 0 && (int)kind < MOE__KINDS ? moe__kinds[kind].name : NULL;
+}
+
+MOE_API int moe_kind_from_name(moe_kind *kind, const char *name) {
+  int k = 0;
+  while (k < MOE__KINDS && strcmp(moe__kinds[k].name, name)) ++k;
+  if (k < MOE__KINDS) *kind = (moe_kind)k;
+  return k < MOE__KINDS;
+}
+
 /* ---- configuration, tasks, places of the weights ---- >>config */
 
 /* What the table of tensors says, as offsets: the flat array has no gaps, the experts of a layer
@@ -8725,7 +8807,7 @@ static moe_status moe__check_task_metrics(const moe_task *task, const moe_env *e
       if (strlen(moe__metric_names[i]) == end - begin &&
           !memcmp(moe__metric_names[i], task->metrics + begin, end - begin))
         known = i < MOE__METRICS_OF_CLASSES ? 1 : 2;
-    if (known == 1 && task->kind == MOE_KIND_REGRESSION)
+    if (known == 1 && !moe__has_classes(task))
       return moe__fail(env, MOE_E_ARGUMENT,
                        "task '%s': metrics '%s', those of a regression are pearson and spearman",
                        task->name, task->metrics);
@@ -8740,7 +8822,7 @@ static moe_status moe__check_task_metrics(const moe_task *task, const moe_env *e
 
 static moe_status moe__check_task_labels(const moe_task *task, const moe_env *env) {
   int32_t i, j;
-  if (!task->label || task->kind == MOE_KIND_REGRESSION) return MOE_OK;
+  if (!task->label || !moe__has_classes(task)) return MOE_OK;
   for (i = 0; i < task->classes; ++i) {
     size_t length = task->label[i] ? moe__bounded(task->label[i], MOE_NAME_BYTES) : 0;
     if (length == 0 || length == MOE_NAME_BYTES)
@@ -8755,13 +8837,31 @@ static moe_status moe__check_task_labels(const moe_task *task, const moe_env *en
   return MOE_OK;
 }
 
+static moe_status moe__check_task_classes(const moe_task *task, const moe_env *env) {
+  const moe__kind *kind = moe__kind_of(task);
+  if (task->classes < kind->least || task->classes > kind->most) {
+    if (kind->least == kind->most)
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': classes is %d, it must be %d for kind %s",
+                       task->name, (int)task->classes, (int)kind->most, kind->name);
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "task '%s': classes is %d, it must be from %d to %d for kind %s", task->name,
+                     (int)task->classes, (int)kind->least, (int)kind->most, kind->name);
+  }
+  if (moe__has_classes(task)) return moe__check_task_labels(task, env);
+  if (!(task->low < task->high) || !(task->high - task->low <= 3e38f))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "task '%s': its range is %g to %g, the first must be below the second",
+                     task->name, (double)task->low, (double)task->high);
+  return MOE_OK;
+}
+
 static moe_status moe__check_task(const moe_config *config, const moe_task *tasks, int32_t t,
                                   const moe_env *env) {
   const moe_task *task = &tasks[t];
   moe_status status = moe__check_task_name(tasks, t, env);
   if (status) return status;
-  if ((int)task->kind < MOE_KIND_CLASSIFICATION || task->kind > MOE_KIND_SPAN)
-    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': kind %d is unknown", task->name,
+  if (!moe_kind_name(task->kind))
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': unknown kind %d", task->name,
                      (int)task->kind);
   if (task->pair != 0 && task->pair != 1)
     return moe__fail(env, MOE_E_ARGUMENT, "task '%s': pair is %d, it must be 0 or 1", task->name,
@@ -8771,22 +8871,8 @@ static moe_status moe__check_task(const moe_config *config, const moe_task *task
         env, MOE_E_ARGUMENT,
         "task '%s': max_len is %d, it must be from 0 (the model's) to %d, the positions",
         task->name, (int)task->max_len, (int)config->positions);
-  if (task->kind == MOE_KIND_REGRESSION) {
-    if (task->classes != 1)
-      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': a regression has 1 output, not %d classes",
-                       task->name, (int)task->classes);
-    if (!(task->low < task->high) || !(task->high - task->low <= 3e38f))
-      return moe__fail(env, MOE_E_ARGUMENT,
-                       "task '%s': its range is %g to %g, the first must be below the second",
-                       task->name, (double)task->low, (double)task->high);
-  } else if (task->classes < 2 || task->classes > MOE_MAX_CLASSES)
-    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': %d classes, there must be 2 to %d",
-                     task->name, (int)task->classes, MOE_MAX_CLASSES);
-  if (task->kind == MOE_KIND_RANKING && task->classes != 2)
-    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': a ranking has 2 classes, not %d", task->name,
-                     (int)task->classes);
   status = moe__check_task_metrics(task, env);
-  return status ? status : moe__check_task_labels(task, env);
+  return status ? status : moe__check_task_classes(task, env);
 }
 
 static moe_status moe__check_tasks(const moe_config *config, const moe_task *tasks, int32_t T,
@@ -8816,11 +8902,6 @@ static int32_t moe__vector_width(const moe_config *config) {
   return config->router == MOE_ROUTER_TASK_LEVEL  ? config->task_dim
          : config->router == MOE_ROUTER_EMBEDDING ? config->rank
                                                   : 0;
-}
-
-/* Width of what a task's head reads. */
-static size_t moe__head_width(const moe_config *config, const moe_task *task) {
-  return (size_t)config->hidden * (task->kind == MOE_KIND_SPAN ? 3 : 1);
 }
 
 static size_t moe__advance(size_t *at, size_t rows, size_t cols, int *bad) {
@@ -9050,7 +9131,7 @@ static void moe__count_labels(size_t *labels, size_t *bytes, const moe_task *tas
   int32_t t, i;
   *labels = *bytes = 0;
   for (t = 0; t < T; ++t) {
-    if (tasks[t].kind == MOE_KIND_REGRESSION) continue;
+    if (!moe__has_classes(&tasks[t])) continue;
     *labels += (size_t)tasks[t].classes;
     for (i = 0; i < tasks[t].classes; ++i) *bytes += moe__label_text(text, &tasks[t], i) + 1;
   }
@@ -9106,7 +9187,7 @@ static void moe__copy_tasks(moe__model_pieces *pieces, const moe_task *tasks, in
     moe_task *task = &pieces->tasks[t];
     *task = tasks[t];
     task->label = NULL;
-    if (task->kind == MOE_KIND_REGRESSION) continue;
+    if (!moe__has_classes(task)) continue;
     task->label = pieces->label;
     for (i = 0; i < task->classes; ++i) {
       size_t bytes = moe__label_text(text, &tasks[t], i) + 1;
@@ -13162,7 +13243,7 @@ static int moe__st_value(moe__json *j, moe__st_tensor *t) {
       ++seen[0];
       if (!moe__json_string(j, &dtype)) return 0;
       for (i = 0; i < MOE__DTYPES && !moe__json_is(&dtype, moe__dtype_name[i]); ++i) continue;
-      if (i == MOE__DTYPES) return moe__json_fail(j, "a dtype that is not known");
+      if (i == MOE__DTYPES) return moe__json_fail(j, "unknown dtype");
       t->dtype = (moe__dtype)i;
     } else if (moe__json_is(&key, "shape")) {
       ++seen[1];
@@ -13559,7 +13640,6 @@ static const char *const moe__router_name[] = {"dense", "shared", "task", "level
 static const char *const moe__unit_name[] = {"ffn", "block"};
 static const char *const moe__selection_name[] = {"softmax", "gumbel", "straight-through"};
 static const char *const moe__truncate_name[] = {"longest", "right"};
-static const char *const moe__kind_name[] = {"classification", "regression", "ranking", "span"};
 
 static int32_t moe__config_get(const moe_config *config, size_t field) {
   int32_t v;
@@ -13627,10 +13707,10 @@ static void moe__task_put(moe__out *out, const moe_task *task) {
   moe__out_member(out, "{", "name");
   moe__out_string(out, task->name, strlen(task->name));
   moe__out_member(out, ",", "kind");
-  moe__out_string(out, moe__kind_name[task->kind], strlen(moe__kind_name[task->kind]));
+  moe__out_string(out, moe__kind_of(task)->name, strlen(moe__kind_of(task)->name));
   moe__out_member(out, ",", "pair");
   moe__out_int(out, task->pair);
-  if (task->kind == MOE_KIND_REGRESSION) {
+  if (!moe__has_classes(task)) {
     moe__out_member(out, ",", "low");
     moe__out_float(out, task->low);
     moe__out_member(out, ",", "high");
@@ -13776,7 +13856,7 @@ static int moe__json_choice(moe__json *j, const char *const *names, int count, i
   if (!moe__json_string(j, &text)) return 0;
   for (i = 0; i < count; ++i)
     if (moe__json_is(&text, names[i])) return *out = i, 1;
-  return moe__json_fail(j, "a name that is not known: written by a newer moe.h?");
+  return moe__json_fail(j, "unknown name: written by a newer moe.h?");
 }
 
 /* A text of 0 .. MOE_NAME_BYTES - 1 bytes without a zero in it. */
@@ -13850,7 +13930,7 @@ static int moe__config_read(moe__json *j, moe_config *config, moe__json *pruned,
     } else {
       while (k < MOE__CONFIG_OTHERS && !moe__json_is(&key, moe__config_other[k])) ++k;
       if (k == MOE__CONFIG_OTHERS)
-        return moe__json_fail(j, "a member that is not known: written by a newer moe.h?");
+        return moe__json_fail(j, "unknown member: written by a newer moe.h?");
       if (!moe__config_other_read(j, k, &c, pruned)) return 0;
       twice = (int)(seen_other >> k & 1);
       seen_other |= 1u << k;
@@ -13928,16 +14008,19 @@ static int moe__task_read(moe__json *j, moe__tasks *to) {
   while (moe__json_more(j, '}')) {
     moe__json_text key;
     int64_t v = 0;
-    int k = 0, choice = 0, ok = 0;
+    char kind[MOE_NAME_BYTES];
+    int k = 0, ok = 0;
     if (!moe__json_key(j, &key)) return 0;
     while (k < 8 && !moe__json_is(&key, keys[k])) ++k;
-    if (k == 8) return moe__json_fail(j, "a member that is not known: written by a newer moe.h?");
+    if (k == 8) return moe__json_fail(j, "unknown member: written by a newer moe.h?");
     if (seen >> k & 1) return moe__json_fail(j, "a member is there twice");
     seen |= 1u << k;
     switch (k) {
       case 0: ok = moe__json_name(j, task.name); break;
       case 1:
-        ok = moe__json_choice(j, moe__kind_name, 4, &choice), task.kind = (moe_kind)choice;
+        ok = moe__json_name(j, kind) &&
+             (moe_kind_from_name(&task.kind, kind) ||
+              moe__json_fail(j, "unknown kind: written by a newer moe.h?"));
         break;
       case 2: ok = moe__json_integer(j, 0, 1, &v), task.pair = (int32_t)v; break;
       case 3: ok = moe__json_name(j, task.metrics); break;
@@ -13949,7 +14032,7 @@ static int moe__task_read(moe__json *j, moe__tasks *to) {
     if (!ok) return 0;
   }
   if (j->error) return 0;
-  regression = task.kind == MOE_KIND_REGRESSION;
+  regression = !moe__has_classes(&task);
   if (seen != (regression ? 0xdfu : 0x3fu))
     return moe__json_fail(j, "a member is missing, or does not belong to this kind of task");
   if (regression) task.classes = 1;

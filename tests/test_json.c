@@ -330,7 +330,7 @@ static void test_safetensors_names_what_is_wrong(void) {
       {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,16]}}", 16,
        "tensor a: F32 of (2, 3) needs 24 bytes, its range has 16"},
       {"{\"a\":{\"dtype\":\"F33\",\"shape\":[2,2],\"data_offsets\":[0,16]}}", 16,
-       "tensor a: a dtype that is not known"},
+       "tensor a: unknown dtype"},
       {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[16,0]}}", 16, "tensor a"},
       {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296,4294967296],\"data_offsets\":[0,"
        "16]}}",
