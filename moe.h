@@ -925,9 +925,12 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
    outlive it. */
 typedef struct moe_context moe_context;
 
+/* Clear it first: fields may come to it. */
 typedef struct moe_limits {
   int32_t tokens, sequences; /* most of a batch */
   int32_t training;          /* 1: keeps what backward needs */
+  int32_t keep_layers; /* 1: keeps what moe_context_layer and moe_context_gate_logits give, which
+                                training keeps anyway */
 } moe_limits;
 
 /* Exact bytes of the block, for passes with at most env->threads threads. */
@@ -957,6 +960,13 @@ MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_ba
                                const moe_env *env);
 /* Final hidden states (M, H) of the last pass. */
 MOE_API const float *moe_context_hidden(const moe_context *context);
+/* Hidden states (M, H) of the last pass after layer 0 .. L-1, or after the embeddings (-1). NULL:
+   no such layer, or not kept (moe_limits.keep_layers). */
+MOE_API const float *moe_context_layer(const moe_context *context, int32_t layer);
+/* Logits (M, N) of the gate of a layer in the last pass [TaG] Eq. 3; those of masked experts
+   (moe_context_mask) are -3.4e38. NULL: no such layer, a model without gates, or not kept
+   (moe_limits.keep_layers). */
+MOE_API const float *moe_context_gate_logits(const moe_context *context, int32_t layer);
 /* The routes of the last pass in a layer (dense: k = 1, all tokens at expert 0; blocks: k = 1, the
    block of the largest weight, which is `weight` too, and all weights as `prob`). Pointers into the
    context. MOE_E_ARGUMENT: no such layer. */
@@ -999,10 +1009,12 @@ typedef struct moe_task_router {
                           the model's own; NULL: the model's */
   float *dscores; /* (T, L, m) moe_trainer_accumulate adds the gradients of `scores`, and the caller
                      clears them; NULL: not wanted */
+  const float *gumbel; /* (S, L, m) noise G of MOE_SELECT_GUMBEL and MOE_SELECT_STRAIGHT for each
+                          sequence of the batch, in training; NULL: drawn from the trainer's seed */
 } moe_task_router;
 /* Makes the following passes use them; NULL: the model's own again. MOE_E_ARGUMENT for a model
    without blocks. Values are checked by every pass. */
-MOE_API moe_status moe_context_task_router(moe_context *context, const moe_task_router *level,
+MOE_API moe_status moe_context_task_router(moe_context *context, const moe_task_router *router,
                                            const moe_env *env);
 /* The choice of the model's own router: routes (T, L, m) is softmax(z / tau), or with tau 0 the
    most probable block (1, the others 0). MOE_E_ARGUMENT for a model without MOE_ROUTER_TASK_LEVEL,
@@ -9976,7 +9988,13 @@ static moe_status moe__check_label(const moe_model *model, const moe_batch *b, i
   if (!moe__is_finite(label))
     return moe__fail(env, MOE_E_ARGUMENT, "batch: the label of sequence %d is not a finite number",
                      (int)s);
-  if (task->kind == MOE_KIND_REGRESSION) return MOE_OK;
+  if (task->kind == MOE_KIND_REGRESSION) {
+    if (task->low < task->high && (label < task->low || label > task->high))
+      return moe__fail(env, MOE_E_ARGUMENT,
+                       "batch: the label of sequence %d is %g, task '%s' has labels from %g to %g",
+                       (int)s, (double)label, task->name, (double)task->low, (double)task->high);
+    return MOE_OK;
+  }
   if (label < 0 || label >= (float)task->classes || (float)(int32_t)label != label)
     return moe__fail(env, MOE_E_ARGUMENT,
                      "batch: the label of sequence %d is %g, task '%s' has the classes 0 to %d",
@@ -10164,7 +10182,7 @@ static void moe__carve_task_router(moe__layout *layout, moe_context *c, const mo
   const moe_config *config = &c->model->config;
   size_t L = (size_t)config->layers, m = d->blocks, l,
          choices = moe__mul(moe__mul(L, d->S, &layout->bad), m, &layout->bad);
-  int training = c->limits.training;
+  int training = c->limits.training, keep = training || c->limits.keep_layers;
   moe__dims route = *d;
   moe_routes routes;
   float *x[2] = {NULL, NULL}, *y = NULL;
@@ -10174,7 +10192,7 @@ static void moe__carve_task_router(moe__layout *layout, moe_context *c, const mo
   v->y = (float **)moe__carve(layout, L * m, sizeof(float *));
   v->routes = (moe_routes *)moe__carve(layout, L, sizeof(moe_routes));
   for (l = 0; l <= L; ++l) {
-    if (l < 2 || training) x[l & 1] = MOE__FLOATS(layout, d->M * d->H);
+    if (l < 2 || keep) x[l & 1] = MOE__FLOATS(layout, d->M * d->H);
     if (layout->base) v->x[l] = x[l & 1];
   }
   for (l = 0; l < L * m; ++l) {
@@ -10225,7 +10243,8 @@ static void moe__carve_gradients(moe__layout *layout, moe_context *c, const moe_
    `acts` and `routes`. */
 static void moe__context_carve(moe__layout *layout, moe_context *c, const moe_env *env) {
   const moe_config *config = &c->model->config;
-  int training = c->limits.training, dense = !moe__has_gates(config);
+  int training = c->limits.training, keep = training || c->limits.keep_layers,
+      dense = !moe__has_gates(config);
   moe__acts acts;
   moe_routes routes;
   moe__dims d;
@@ -10248,7 +10267,12 @@ static void moe__context_carve(moe__layout *layout, moe_context *c, const moe_en
   memset(&acts, 0, sizeof acts);
   memset(&routes, 0, sizeof routes);
   for (l = 0; l < d.L; ++l) {
-    if (l == 0 || training) moe__carve_acts(layout, &acts, &d, training);
+    if (l == 0 || training)
+      moe__carve_acts(layout, &acts, &d, training);
+    else if (keep && !d.blocks) {
+      acts.x = MOE__FLOATS(layout, d.M * d.H);
+      acts.logits = MOE__FLOATS(layout, d.M * d.N);
+    }
     if (l == 0 || !dense) moe__carve_routes(layout, &routes, &d);
     if (!layout->base) continue;
     c->acts[l] = acts;
@@ -10258,7 +10282,7 @@ static void moe__context_carve(moe__layout *layout, moe_context *c, const moe_en
     moe__carve_task_router(layout, c, &d);
     if (layout->base) c->last = c->router.x[config->layers];
   } else
-    c->last = training ? MOE__FLOATS(layout, d.M * d.H) : acts.x;
+    c->last = keep ? MOE__FLOATS(layout, d.M * d.H) : acts.x;
   c->branch = MOE__FLOATS(layout, d.M * d.H);
   c->gate_of = (int32_t *)moe__carve(layout, d.S, sizeof(int32_t));
   if (config->router == MOE_ROUTER_EMBEDDING) {
@@ -10304,6 +10328,9 @@ static moe_status moe__limits_check(const moe_model *model, const moe_limits *li
   if (limits->training != 0 && limits->training != 1)
     return moe__fail(env, MOE_E_ARGUMENT, "limits: training is %d, it must be 0 or 1",
                      (int)limits->training);
+  if (limits->keep_layers != 0 && limits->keep_layers != 1)
+    return moe__fail(env, MOE_E_ARGUMENT, "limits: keep_layers is %d, it must be 0 or 1",
+                     (int)limits->keep_layers);
   if (limits->training && model->plan.quantized)
     return moe__fail(
         env, MOE_E_UNSUPPORTED,
@@ -10452,7 +10479,7 @@ typedef struct moe__pass {
 } moe__pass;
 
 /* >>task_router, >>blocks */
-static moe_status moe__check_given(const moe_context *c, const moe_env *env);
+static moe_status moe__check_given(const moe_context *c, int32_t S, const moe_env *env);
 static void moe__task_router_begin(moe_context *c, const moe__pass *pass);
 static void moe__forward_blocks(moe_context *c, moe__pass *pass, int32_t layer);
 
@@ -10536,7 +10563,7 @@ static moe_status moe__pass_check(const moe_context *c, const moe_batch *batch, 
                      "the context was made with fewer threads than the %d of this call",
                      (int)env->threads);
   status = moe__check_masked(c, env);
-  if (!status) status = moe__check_given(c, env);
+  if (!status) status = moe__check_given(c, batch->S, env);
   return status ? status : moe__check_forced(c, M, env);
 }
 
@@ -11153,6 +11180,24 @@ MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_ba
 
 MOE_API const float *moe_context_hidden(const moe_context *context) { return context->last; }
 
+MOE_API const float *moe_context_layer(const moe_context *context, int32_t layer) {
+  const moe_config *config = &context->model->config;
+  int kept = context->limits.training || context->limits.keep_layers;
+  if (layer < -1 || layer >= config->layers) return NULL;
+  if (layer == config->layers - 1) return context->last;
+  if (!kept) return NULL;
+  return config->unit == MOE_UNIT_BLOCK ? context->router.x[layer + 1] : context->acts[layer + 1].x;
+}
+
+MOE_API const float *moe_context_gate_logits(const moe_context *context, int32_t layer) {
+  const moe_config *config = &context->model->config;
+  int kept = context->limits.training || context->limits.keep_layers;
+  if (layer < 0 || layer >= config->layers || !moe__has_gates(config) || config->experts < 2 ||
+      !kept)
+    return NULL;
+  return context->acts[layer].logits;
+}
+
 MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out) {
   if (layer < 0 || layer >= context->model->config.layers) return MOE_E_ARGUMENT;
   *out = context->model->config.unit == MOE_UNIT_BLOCK ? context->router.routes[layer]
@@ -11231,8 +11276,8 @@ MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *cont
    sequence by itself, in their order: then neither the batch nor how it is cut changes a bit.
    PAPER-DIFF: the authors draw G in evaluation as well. */
 
-/* The caller's weights or scores of all layers and blocks must be usable. */
-static moe_status moe__check_given(const moe_context *c, const moe_env *env) {
+/* The caller's weights, scores and noise of all layers and blocks must be usable. */
+static moe_status moe__check_given(const moe_context *c, int32_t S, const moe_env *env) {
   const moe_config *config = &c->model->config;
   const moe_task_router *given = &c->router.given;
   size_t m = (size_t)config->experts, L = (size_t)config->layers, rows = (size_t)c->model->T * L,
@@ -11257,6 +11302,11 @@ static moe_status moe__check_given(const moe_context *c, const moe_env *env) {
       return moe__fail(env, MOE_E_ARGUMENT,
                        "scores of the blocks: task '%s', layer %d, block %d has no finite score",
                        c->model->tasks[i / (L * m)].name, (int)(i / m % L), (int)(i % m));
+  for (i = 0; given->gumbel && i < (size_t)S * L * m; ++i)
+    if (!moe__is_finite(given->gumbel[i]))
+      return moe__fail(env, MOE_E_ARGUMENT,
+                       "Gumbel noise: sequence %d, layer %d, block %d is not a finite number",
+                       (int)(i / (L * m)), (int)(i / m % L), (int)(i % m));
   return MOE_OK;
 }
 
@@ -11291,16 +11341,22 @@ static void moe__task_router_softmax(float *prob, const float *z, float tau, int
   moe_cross_entropy_forward(prob, prob, 0, m);
 }
 
-/* w and prob (m) from the scores of a sequence's task; masked (m) or NULL: blocks marked 1 take no
-   part. Where a score is no number, neither is any weight: that has to reach the scores of the
-   pass. */
-static void moe__task_router_select(float *w, float *prob, const float *z, const uint8_t *masked,
-                                    const moe_config *config, const moe__pass *pass, uint64_t key) {
+/* Gumbel noise G (m) of a sequence in a layer. */
+static void moe__task_router_noise(float *noise, uint64_t key, int32_t m) {
+  int32_t i;
+  for (i = 0; i < m; ++i)
+    noise[i] = -(float)moe__log_double(-moe__log_double(moe__uniform(key, (uint64_t)i)));
+}
+
+/* w and prob (m) from the scores of a sequence's task and its noise (m), or NULL; masked (m) or
+   NULL: blocks marked 1 take no part. Where a score is no number, neither is any weight: that has
+   to reach the scores of the pass. */
+static void moe__task_router_select(float *w, float *prob, const float *z, const float *noise,
+                                    const uint8_t *masked, const moe_config *config,
+                                    const moe__pass *pass) {
   float noisy[MOE_MAX_EXPERTS];
   int32_t i, m = config->experts, training = pass->tau > 0, soft;
-  memcpy(noisy, z, (size_t)m * sizeof(float));
-  for (i = 0; i < m && training && config->selection != MOE_SELECT_SOFTMAX; ++i)
-    noisy[i] -= (float)moe__log_double(-moe__log_double(moe__uniform(key, (uint64_t)i)));
+  for (i = 0; i < m; ++i) noisy[i] = noise ? z[i] + noise[i] : z[i];
   for (i = 0; i < m && masked; ++i)
     if (masked[i]) noisy[i] = (float)-HUGE_VAL; /* below any score of the caller's */
   moe__task_router_softmax(prob, noisy, training ? pass->tau : config->temperature, m);
@@ -11322,21 +11378,27 @@ static void moe__task_router_sequence(moe_context *c, const moe__pass *pass, int
   size_t m = (size_t)config->experts, L = (size_t)config->layers, S = (size_t)pass->S, l, i;
   int32_t task = pass->batch->task[s];
   uint64_t index = pass->batch->index ? (uint64_t)pass->batch->index[s] : (uint64_t)s;
-  float z[MOE_MAX_EXPERTS];
+  int noisy = pass->tau > 0 && config->selection != MOE_SELECT_SOFTMAX;
+  float z[MOE_MAX_EXPERTS], drawn[MOE_MAX_EXPERTS];
   for (l = 0; l < L; ++l) {
     size_t at = l * S + (size_t)s, given = ((size_t)task * L + l) * m;
     float *w = v->weight + at * m, *prob = v->prob + at * m;
     const uint8_t *masked = c->masked ? c->masked + l * m : NULL;
     uint64_t key = moe_key(pass->seed, pass->step, index, (uint32_t)l, MOE__SITE_GUMBEL);
+    const float *noise = noisy ? drawn : NULL;
+    if (noisy && v->given.gumbel)
+      noise = v->given.gumbel + ((size_t)s * L + l) * m;
+    else if (noisy)
+      moe__task_router_noise(drawn, key, config->experts);
     if (v->given.routes)
       memcpy(w, v->given.routes + given, m * sizeof(float));
     else if (v->given.scores)
-      moe__task_router_select(w, prob, v->given.scores + given, masked, config, pass, key);
+      moe__task_router_select(w, prob, v->given.scores + given, noise, masked, config, pass);
     else if (config->router == MOE_ROUTER_TASK_LEVEL) {
       moe__task_router_scores(z, v->pre + at * MOE__TASK_ROUTER_HIDDEN,
                               v->act + at * MOE__TASK_ROUTER_HIDDEN, c->model, task, (int32_t)l,
                               one);
-      moe__task_router_select(w, prob, z, masked, config, pass, key);
+      moe__task_router_select(w, prob, z, noise, masked, config, pass);
     } else { /* the mean */
       float left = 0;
       for (i = 0; i < m; ++i) left += masked && masked[i] ? 0.0f : 1.0f;
@@ -11387,13 +11449,13 @@ static int moe__task_router_learns(const moe_context *c, const moe__pass *pass) 
   return given->scores ? given->dscores != NULL : c->model->config.router == MOE_ROUTER_TASK_LEVEL;
 }
 
-MOE_API moe_status moe_context_task_router(moe_context *context, const moe_task_router *level,
+MOE_API moe_status moe_context_task_router(moe_context *context, const moe_task_router *router,
                                            const moe_env *env) {
-  moe_task_router none = {NULL, NULL, NULL};
+  moe_task_router none = {NULL, NULL, NULL, NULL};
   if (context->model->config.unit != MOE_UNIT_BLOCK)
     return moe__fail(env, MOE_E_ARGUMENT,
                      "task-level routes are for models whose experts are blocks");
-  context->router.given = level ? *level : none;
+  context->router.given = router ? *router : none;
   return MOE_OK;
 }
 
@@ -16787,6 +16849,7 @@ static moe_status moe__predictor_carve(moe__layout *layout, moe_predictor *p,
   if (!model->vocab)
     return moe__fail(env, MOE_E_FORMAT,
                      "the model holds no vocabulary, so texts are nothing to it");
+  memset(&limits, 0, sizeof limits);
   limits.tokens = p->batch * p->longest;
   limits.sequences = p->batch;
   limits.training = 0;
@@ -16841,6 +16904,7 @@ MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t b
   p.env = *env;
   layout.base = (unsigned char *)block;
   moe__predictor_carve(&layout, &p, &tokenizer_bytes, &context_bytes, &tokenizer, &context, env);
+  memset(&limits, 0, sizeof limits);
   limits.tokens = batch * p.longest;
   limits.sequences = batch;
   limits.training = 0;

@@ -61,6 +61,7 @@ static int answer(const char *path, const moe_env *env) {
   b.seq_start = start;
   b.ids = ids;
   b.task = &task;
+  memset(&limits, 0, sizeof limits);
   limits.tokens = TOKENS;
   limits.sequences = 1;
   limits.training = 0;

@@ -179,6 +179,7 @@ static int setup(job *w) {
   w->trainer = NULL;
   w->context = NULL;
   w->scores = (float *)calloc((size_t)o->batch * 2, sizeof *w->scores);
+  memset(&limits, 0, sizeof limits);
   limits.tokens = w->tokens = make_batch(&w->batch, o);
   limits.sequences = o->batch;
   limits.training = o->training;

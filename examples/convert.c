@@ -353,7 +353,7 @@ static void count_routes(moe_route_sums *sums, const moe_model *model, int32_t t
   const moe_config *c = moe_model_config(model);
   int32_t own = moe_model_task(model, task)->max_len,
           longest = own && own < c->max_len ? own : c->max_len;
-  moe_limits limits = {longest, 1, 0};
+  moe_limits limits = {longest, 1, 0, 0};
   moe_context *context;
   moe_tokenizer *tokenizer;
   moe_tokens tokens;

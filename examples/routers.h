@@ -4,7 +4,7 @@
      #include "moe.h"
      #include "routers.h"
      task_router *r = router_create(ROUTER_LSTM, T, L, m, 64, seed, &env);
-     moe_task_router level = {NULL, r->scores, r->dscores};
+     moe_task_router level = {NULL, r->scores, r->dscores, NULL};
      moe_context_task_router(moe_trainer_context(trainer), &level, &env);
      in each step:  router_forward(r, &env);  moe_trainer_accumulate(...);  router_backward(r,
    &env);  router_update(r, ...);  moe_trainer_step(...); In both the sequence has one element for

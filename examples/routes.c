@@ -303,6 +303,7 @@ static void open_worker(worker *w, const char *path) {
         (int)moe_tokenizer_words(w->tokenizer), (int)config->vocab);
   for (t = 0; t < moe_model_tasks(w->model); ++t)
     if (longest_of(w->model, t) > w->longest) w->longest = longest_of(w->model, t);
+  memset(&limits, 0, sizeof limits);
   limits.tokens = BATCH * w->longest;
   limits.sequences = BATCH;
   limits.training = 0;

@@ -1030,6 +1030,7 @@ static float *train_stage(int stage, moe_model *model, moe_model *first, task_ro
   double begin = processor_seconds() - now.seconds;
   int t, learns = is_learned(now.system) && stage == 1;
   int32_t drawn;
+  memset(&limits, 0, sizeof limits);
   limits.tokens = opt.batch * opt.max_len;
   limits.sequences = opt.batch;
   limits.training = 1;
@@ -1201,6 +1202,7 @@ static double adapt(moe_model *model, const task_router *router, const float *ve
   c.n_groups = 3;
   c.lr = (float)opt.adapt_lr;
   c.steps = opt.adapt_steps;
+  memset(&limits, 0, sizeof limits);
   limits.tokens = opt.batch * opt.max_len;
   limits.sequences = opt.batch;
   limits.training = 1;

@@ -1107,7 +1107,7 @@ static void batch_add(batch_buffer *b, const rows *r, int64_t row_number, int32_
 }
 
 static moe_context *make_context(const moe_model *model) {
-  moe_limits limits = {EVAL_TOKENS, EVAL_ROWS, 0};
+  moe_limits limits = {EVAL_TOKENS, EVAL_ROWS, 0, 0};
   moe_context *context;
   if (limits.tokens < config.max_len) limits.tokens = config.max_len;
   need(moe_context_create(&context, model, &limits, &env));
@@ -1949,6 +1949,7 @@ static void train_model(job *j, moe_model *model) {
   j->n_rows = (int64_t *)take((size_t)j->n, sizeof *j->n_rows);
   j->used = (int64_t *)take((size_t)j->n, sizeof *j->used);
   for (i = 0; i < j->n; ++i) j->n_rows[i] = tasks[j->which[i]].train.n;
+  memset(&limits, 0, sizeof limits);
   limits.tokens = room;
   limits.sequences = j->batch < room ? j->batch : room;
   limits.training = 1;

@@ -17,7 +17,7 @@ static void adapt_scores(float *scores, const moe_model *model, const models_bat
                          const int32_t *map) {
   models_batch b = *batch;
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_context *context = NULL;
   int32_t s;
   models_connect(&b, moe_model_config(model), batch->b.S);

@@ -242,7 +242,7 @@ static models_batch batch;
 /* Losses of a few steps, and the scores after them. */
 static void train(float *losses, float *scores, int steps, moe_router router, const moe_env *env) {
   moe_task tasks[MODELS_TASKS];
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   moe_config config = models_config(router, router == MOE_ROUTER_DENSE ? 1 : 3, 1);
   moe_train_config training;
   moe_model *model;

@@ -607,7 +607,7 @@ static moe_task tasks[MODELS_TASKS];
 static uint64_t scores_hash(const moe_model *model, const moe_env *env) {
   static float scores[MODELS_S * 8];
   moe_context *context = NULL;
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   uint64_t hash = 0;
   memset(scores, 0, sizeof scores);
   if (!moe_context_create(&context, model, &limits, env) &&
@@ -663,7 +663,7 @@ static void test_bf16_models_have_bits_whatever_is_packed(void) {
 static void test_bf16_heads_stay_fp32(void) {
   moe_env fp32 = models_env(MOE_ISA_AUTO), env;
   moe_config c = models_config(MOE_ROUTER_SHARED, 2, 1);
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   static float scores[MODELS_S * 8], again[8];
   int which;
   models_tasks(tasks);
@@ -723,7 +723,7 @@ static uint64_t train(double *losses, uint64_t *routes, int steps, moe_router ro
                       const moe_env *env) {
   moe_config c = models_config(router, router == MOE_ROUTER_DENSE ? 1 : 3, 1);
   moe_train_config config;
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   moe_model *model;
   moe_trainer *trainer = NULL;
   uint64_t hash = 0;
@@ -814,7 +814,7 @@ static void test_bf16_gradients_have_bits_whatever_is_packed(void) {
   for (router = 0; router < 2; ++router)
     for (which = 0; (which = kernels_env(which, &env)) != 0;) {
       moe_config c = models_config(router ? MOE_ROUTER_TASK : MOE_ROUTER_DENSE, router ? 3 : 1, 1);
-      moe_limits limits = {MODELS_M, MODELS_S, 1};
+      moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
       moe_train_config config;
       moe_model *model;
       moe_trainer *trainer = NULL;
@@ -849,7 +849,7 @@ static void test_bf16_gradients_are_near_those_of_fp32(void) {
   moe_env fp32 = models_env(MOE_ISA_AUTO), env;
   moe_config c = models_config(MOE_ROUTER_DENSE, 1, 1);
   moe_train_config config;
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   moe_model *model;
   moe_trainer *trainer = NULL;
   double worst = 0;

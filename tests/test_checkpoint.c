@@ -110,6 +110,7 @@ static int start_run(run *r, const variant *v, const moe_env *env) {
   train.balance = 0.01f;
   train.jitter = 0.01f;
   train.seed = 9;
+  memset(&limits, 0, sizeof limits);
   limits.tokens = 128;
   limits.sequences = BATCH;
   limits.training = 1;

@@ -59,7 +59,7 @@ static void test_embedding_is_task_gates_of_low_rank(void) {
   moe_task tasks[MODELS_TASKS];
   moe_config config = embedding_config();
   moe_train_config tc;
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   moe_model *model, *twin;
   moe_trainer *trainer[2];
   models_batch batch;
@@ -133,7 +133,7 @@ static void test_embedding_gradients_are_differences(void) {
   moe_task tasks[MODELS_TASKS];
   moe_config config = embedding_config();
   moe_train_config tc;
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   moe_model *model;
   moe_trainer *trainer = NULL;
   models_batch batch;
@@ -214,7 +214,7 @@ static void test_embedding_bits(void) {
   moe_env env = models_env(MOE_ISA_AUTO), scalar = models_env(MOE_ISA_SCALAR);
   moe_task tasks[MODELS_TASKS];
   moe_config config = embedding_config();
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_model *model;
   moe_context *context = NULL;
   models_batch batch, one;

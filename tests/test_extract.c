@@ -74,7 +74,7 @@ typedef struct outcome {
 static outcome seen[2];
 
 static int run(outcome *out, const moe_model *model, const moe_env *env) {
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_context *context = NULL;
   int32_t l, M = batch.start[12];
   int good;
@@ -363,7 +363,7 @@ static void test_extract_in_a_block_of_the_callers(void) {
 }
 
 static moe_trainer *train(moe_model *model, int steps, const moe_env *env) {
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   moe_train_config config;
   moe_trainer *trainer = NULL;
   moe_train_config_init(&config);
@@ -454,7 +454,7 @@ static void test_extract_refuses(void) {
   static uint8_t disabled[CELLS] = {0, 1, 0, 0, 0, 0, 0, 0};
   static int32_t forced[LAYERS * 12 * 19];
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_context *context = NULL;
   moe_model *none = NULL, *dense;
   moe_config c;

@@ -48,7 +48,7 @@ static moe_train_config level_training(void) {
 }
 
 static moe_trainer *level_trainer(moe_model *model, const moe_train_config *t, const moe_env *env) {
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   moe_trainer *trainer = NULL;
   if (model) moe_trainer_create(&trainer, model, &limits, t, env);
   return trainer;
@@ -56,7 +56,7 @@ static moe_trainer *level_trainer(moe_model *model, const moe_train_config *t, c
 
 static int level_scores(float *out, const moe_model *model, const models_batch *b,
                         const moe_task_router *level, const moe_env *env) {
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_context *context;
   moe_status status = moe_context_create(&context, model, &limits, env);
   if (status) return (int)status;
@@ -181,7 +181,7 @@ static void test_level_gradients_equal_differences(void) {
     moe_model *model = level_model(&c, &env);
     moe_train_config t = level_training();
     moe_trainer *trainer = level_trainer(model, &t, &env);
-    moe_task_router level = {NULL, NULL, NULL};
+    moe_task_router level = {NULL, NULL, NULL, NULL};
     float error = 1;
     CHECK(trainer, "%s", models_sentence);
     models_random_batch(&batch, model, 9, 7, 3);
@@ -215,7 +215,7 @@ static void test_level_gives_back_the_gradients_of_scores(void) {
     moe_model *model = level_model(&c, &env);
     moe_train_config t = level_training();
     moe_trainer *trainer = level_trainer(model, &t, &env);
-    moe_task_router level = {NULL, NULL, NULL};
+    moe_task_router level = {NULL, NULL, NULL, NULL};
     float bias[LAYERS * BLOCKS];
     CHECK(trainer, "%s", models_sentence);
     models_random_batch(&batch, model, 20, 5, 4);
@@ -244,6 +244,54 @@ static void test_level_gives_back_the_gradients_of_scores(void) {
     moe_trainer_free(trainer);
     moe_model_free(model);
   }
+}
+
+/* Noise given by the caller: that of the trainer's seed gives the same loss and gradients, bit for
+   bit; other noise does not. */
+static void test_level_takes_gumbel_noise_from_outside(void) {
+  static float noise[MODELS_S * LAYERS * BLOCKS], g[2][24000];
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_GUMBEL, BLOCKS);
+  moe_model *model = level_model(&c, &env);
+  moe_train_config t = level_training();
+  moe_trainer *trainer = level_trainer(model, &t, &env);
+  moe_task_router level = {NULL, NULL, NULL, NULL};
+  float loss[3] = {0, 0, 0};
+  size_t n, bytes;
+  int32_t i, s, l;
+  CHECK(trainer, "%s", models_sentence);
+  n = moe_model_parameters(model);
+  CHECK(n <= 24000, "%zu parameters", n);
+  bytes = n * sizeof(float);
+  models_random_batch(&batch, model, 11, 7, 5);
+  for (s = 0; s < 11; ++s)
+    for (l = 0; l < LAYERS; ++l)
+      for (i = 0; i < BLOCKS; ++i) {
+        uint64_t key =
+            moe_key(t.seed, 0, (uint64_t)batch.index[s], (uint32_t)l, MOE__SITE_GUMBEL);
+        noise[(s * LAYERS + l) * BLOCKS + i] =
+            (float)-moe__log_double(-moe__log_double(moe__uniform(key, (uint64_t)i)));
+      }
+  CHECK(!moe_trainer_accumulate(trainer, &batch.b, 0, &loss[0], NULL, &env), "%s", models_sentence);
+  memcpy(g[0], moe_trainer_gradients(trainer), bytes);
+  memset(moe_trainer_gradients(trainer), 0, bytes);
+  level.gumbel = noise;
+  CHECK(!moe_context_task_router(moe_trainer_context(trainer), &level, &env), "%s",
+        models_sentence);
+  CHECK(!moe_trainer_accumulate(trainer, &batch.b, 0, &loss[1], NULL, &env), "%s", models_sentence);
+  memcpy(g[1], moe_trainer_gradients(trainer), bytes);
+  CHECK(!memcmp(&loss[0], &loss[1], sizeof *loss) && !memcmp(g[0], g[1], bytes),
+        "loss %.9g with drawn noise, %.9g with the same noise given", (double)loss[0],
+        (double)loss[1]);
+  for (i = 0; i < 11 * LAYERS * BLOCKS; ++i) noise[i] = (float)(i % 5);
+  CHECK(!moe_trainer_accumulate(trainer, &batch.b, 0, &loss[2], NULL, &env), "%s", models_sentence);
+  CHECK(memcmp(&loss[0], &loss[2], sizeof *loss), "noise changes nothing");
+  noise[(3 * LAYERS + 1) * BLOCKS + 2] = INFINITY;
+  CHECK(moe_trainer_accumulate(trainer, &batch.b, 0, NULL, NULL, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "sequence 3, layer 1, block 2"),
+        "%s", models_sentence);
+  moe_trainer_free(trainer);
+  moe_model_free(model);
 }
 
 /* ---- bits ---- */
@@ -305,9 +353,9 @@ static void test_level_inference_computes_the_chosen_blocks_only(void) {
   moe_model *model = level_model(&c, &env);
   moe_train_config t = level_training();
   moe_trainer *trainer = level_trainer(model, &t, &env);
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_context *context;
-  moe_task_router level = {NULL, NULL, NULL};
+  moe_task_router level = {NULL, NULL, NULL, NULL};
   moe_routes r;
   size_t j, bytes;
   int32_t l, s, i;
@@ -451,7 +499,7 @@ static void test_level_routes_are_those_of_inference(void) {
   for (selection = 0; selection < 3; ++selection) {
     moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, (moe_selection)selection, BLOCKS);
     moe_model *model = level_model(&c, &env);
-    moe_task_router level = {NULL, NULL, NULL};
+    moe_task_router level = {NULL, NULL, NULL, NULL};
     CHECK(model, "%s", models_sentence);
     models_random_batch(&batch, model, 12, 11, 32);
     CHECK(moe_task_router_routes(routes, model, selection ? 0 : c.temperature, &env) == MOE_OK,
@@ -630,7 +678,7 @@ static void test_level_import_copies_every_block(void) {
              c = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS);
   moe_task tasks[MODELS_TASKS];
   moe_import_options noise = {1e-3f, 3};
-  moe_task_router level = {routes, NULL, NULL};
+  moe_task_router level = {routes, NULL, NULL, NULL};
   moe_model *a, *b = level_model(&c, &env);
   moe_tensor head;
   sink s;
@@ -666,7 +714,7 @@ static void test_level_blocks_are_disabled_and_tasks_taken(void) {
   static const uint8_t disabled[LAYERS * BLOCKS] = {0, 1, 0, 1, 0, 0};
   static const int32_t keep[] = {4, 1, 0, 3, 2};
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   int variant;
   for (variant = 0; variant < 4; ++variant) {
     moe_config c = level_config(variant < 3 ? MOE_ROUTER_TASK_LEVEL : MOE_ROUTER_DENSE,
@@ -714,8 +762,8 @@ static void test_level_disabled_blocks_meet_routes_and_scores_from_outside(void)
                                     first[LAYERS * BLOCKS] = {1, 0, 0, 1, 0, 0};
   static float given[ROUTES];
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
-  moe_task_router routes = {given, NULL, NULL}, outside = {NULL, given, NULL};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
+  moe_task_router routes = {given, NULL, NULL, NULL}, outside = {NULL, given, NULL, NULL};
   int selection, i;
   for (selection = 0; selection < 3; ++selection) {
     moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, (moe_selection)selection, BLOCKS);
@@ -772,9 +820,9 @@ static void test_level_wrong_input_has_a_sentence(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config good = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS), c;
   moe_train_config t = level_training();
-  moe_task_router level = {routes, NULL, NULL}, outside = {NULL, routes, NULL};
+  moe_task_router level = {routes, NULL, NULL, NULL}, outside = {NULL, routes, NULL, NULL};
   moe_model *model = level_model(&good, &env), *gates;
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_context *context;
   moe_trainer *trainer = NULL;
   int i;
@@ -856,6 +904,7 @@ int main(int argc, char **argv) {
   RUN(test_level_straight_through_equals_pytorch);
   RUN(test_level_gradients_equal_differences);
   RUN(test_level_gives_back_the_gradients_of_scores);
+  RUN(test_level_takes_gumbel_noise_from_outside);
   RUN(test_level_of_one_block_is_the_dense_model);
   RUN(test_level_inference_computes_the_chosen_blocks_only);
   RUN(test_level_bits_depend_on_no_thread_no_isa_no_batch);

@@ -357,7 +357,7 @@ static float hidden[2][HIDDEN_ROOM], scores[2][40 * 8];
    number of tokens, 0: failed. */
 static int32_t run_model(int to, const moe_model *model, const int32_t *forced, int threads,
                          moe_env env) {
-  moe_limits limits = {0, 0, 0};
+  moe_limits limits = {0, 0, 0, 0};
   moe_context *context = NULL;
   moe_pool *pool = NULL;
   int32_t M = batch.b.seq_start[batch.b.S], ok;
@@ -551,7 +551,7 @@ static void test_lowp_model_table_of_tensors(void) {
 static void test_lowp_model_refuses_what_it_cannot(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_train_config train;
-  moe_limits limits = {100, 10, 1};
+  moe_limits limits = {100, 10, 1, 0};
   moe_model *model, *small, *twice = NULL;
   moe_trainer *trainer = NULL;
   moe_context *context = NULL;

@@ -82,7 +82,7 @@ static void check_hidden(moe_model *model, const moe_env *env) {
   static const double *const last[] = {NULL, bert_1_last, bert_2_last, NULL, NULL};
   static const double *const samples[] = {bert_0_samples, bert_1_samples, bert_2_samples,
                                           bert_3_samples, bert_4_samples};
-  moe_limits limits = {M_MOST, S_MOST, 0};
+  moe_limits limits = {M_MOST, S_MOST, 0, 0};
   moe_context *context = NULL;
   int s;
   CHECK(moe_context_create(&context, model, &limits, env) == MOE_OK, "%s", models_sentence);
@@ -159,7 +159,7 @@ static int next_row(FILE *f, const moe_tokenizer *tokenizer, const moe_env *env)
 
 static void mrpc_steps(moe_model *model, const moe_tokenizer *tokenizer, FILE *f,
                        const moe_env *env) {
-  moe_limits limits = {M_MOST, S_MOST, 1};
+  moe_limits limits = {M_MOST, S_MOST, 1, 0};
   moe_train_config config;
   moe_trainer *trainer = NULL;
   moe_tensor t;

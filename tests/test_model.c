@@ -372,7 +372,7 @@ static void test_model_sizes_are_exact(void) {
   moe_task tasks[MODELS_TASKS];
   moe_model *model = NULL;
   moe_context *context = NULL;
-  moe_limits limits = {100, 10, 0};
+  moe_limits limits = {100, 10, 0, 0};
   size_t need, bytes;
   void *raw, *block;
   char number[32];
@@ -418,6 +418,11 @@ static void test_model_sizes_are_exact(void) {
   limits.tokens = INT32_MAX;
   CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT,
         "tokens times k must fit");
+  limits.tokens = 100;
+  limits.keep_layers = 2;
+  CHECK(moe_context_size(model, &limits, &bytes, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "keep_layers"),
+        "%s", models_sentence);
   moe_model_free(model);
   free(raw);
 }
@@ -425,7 +430,7 @@ static void test_model_sizes_are_exact(void) {
 /* Scores and hidden states of `b`, into arrays of the caller; returns 0 on success. */
 static int forward(const moe_model *model, const moe_batch *b, float *scores, float *hidden,
                    const moe_env *env) {
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_context *context = NULL;
   moe_status status = moe_context_create(&context, model, &limits, env);
   if (!status) status = moe_forward(context, scores, b, env);
@@ -546,7 +551,7 @@ static void test_model_ignores_dirty_memory(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
   moe_task tasks[MODELS_TASKS];
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_model *model;
   size_t bytes = 0;
   void *raw, *block;
@@ -808,6 +813,8 @@ static void test_model_batch_check_says_what_is_wrong(void) {
   BAD(batch.label[3] = 0.5f, "classes", 1);
   BAD(batch.label[3] = NAN, "finite", 1);
   BAD(batch.label[4] = INFINITY, "finite", 1);
+  BAD(batch.label[4] = 5.5f, "sequence 4 is 5.5, task 'real' has labels from 0 to 5", 1);
+  BAD(batch.label[4] = -0.25f, "from 0 to 5", 1);
   BAD(batch.span[20] = -1, "span 1 of sequence 5", 0);
   BAD(batch.span[21] = batch.span[20], "span 1", 0);
   BAD(batch.span[23] = 20, "span 2", 0);
@@ -834,7 +841,7 @@ static void test_model_survives_damaged_batches(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
   moe_task tasks[MODELS_TASKS];
-  moe_limits limits = {200, 20, 0};
+  moe_limits limits = {200, 20, 0, 0};
   moe_context *context = NULL;
   moe_model *model;
   uint64_t state = 15;
@@ -877,7 +884,7 @@ static void test_model_context_refuses_what_does_not_fit(void) {
   moe_env env = models_env(MOE_ISA_AUTO), more;
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
   moe_task tasks[MODELS_TASKS];
-  moe_limits limits = {30, 3, 0};
+  moe_limits limits = {30, 3, 0, 0};
   moe_context *context = NULL;
   moe_model *model;
   moe_routes routes;
@@ -927,7 +934,7 @@ static void test_model_routes_can_be_read_and_forced(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
   moe_task tasks[MODELS_TASKS];
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_context *context = NULL;
   moe_model *model;
   moe_routes r;
@@ -990,7 +997,7 @@ static void test_model_is_shared_by_threads(void) {
   static const moe_router router[] = {MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING, MOE_ROUTER_TASK_LEVEL};
   static sharer all;
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_task tasks[MODELS_TASKS];
   moe_pool *pool = NULL;
   int i, r;
@@ -1022,7 +1029,7 @@ static void test_model_is_shared_by_threads(void) {
 static void test_model_routes_of_no_token_are_empty(void) {
   static const moe_router router[] = {MOE_ROUTER_DENSE, MOE_ROUTER_TASK, MOE_ROUTER_TASK_LEVEL};
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_task tasks[MODELS_TASKS];
   moe_batch none;
   int i, pass;
@@ -1063,7 +1070,7 @@ static void test_model_routes_of_no_token_are_empty(void) {
 static void test_model_routes_are_counted(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_task tasks[MODELS_TASKS];
   moe_model *model;
   moe_context *context;
@@ -1133,7 +1140,7 @@ static void test_model_routes_are_counted(void) {
 static void test_model_does_without_disabled_experts(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 2), two = models_config(MOE_ROUTER_TASK, 2, 2);
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_task tasks[MODELS_TASKS];
   moe_model *model, *small;
   moe_context *context, *other_context;
@@ -1193,7 +1200,7 @@ static void test_model_with_nan_weights_gives_nan_scores(void) {
     for (k = 0; k < 6; ++k) {
       int block = router[i] == MOE_ROUTER_TASK_LEVEL;
       moe_config c = models_config(router[i], i ? 4 : 1, i && !block && k > 2 ? 4 : 1);
-      moe_limits limits = {MODELS_M, MODELS_S, 0};
+      moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
       moe_model *model;
       moe_context *context = NULL;
       float *out = scores[0], *w;
@@ -1229,11 +1236,79 @@ static void test_model_with_nan_weights_gives_nan_scores(void) {
     }
 }
 
+enum { LAYERS_KEPT = 3 };
+
+/* Hidden states and gate logits of every layer: the last states are those of moe_context_hidden, no
+   score changes by keeping them, and the softmax of the logits is what the gate went by. */
+static void test_model_keeps_the_states_of_every_layer(void) {
+  static float kept[2][(LAYERS_KEPT + 1) * MODELS_M * 20], out[2][MODELS_S * 8];
+  static const moe_router routers[] = {MOE_ROUTER_DENSE, MOE_ROUTER_TASK, MOE_ROUTER_TASK_LEVEL};
+  int32_t v, l, threads, i, t;
+  for (v = 0; v < 3; ++v)
+    for (threads = 1; threads <= 3; threads += 2) {
+      moe_env env = models_env(MOE_ISA_AUTO);
+      moe_config c = models_config(routers[v], v ? 3 : 1, 1);
+      moe_task tasks[MODELS_TASKS];
+      moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
+      moe_context *context[2] = {NULL, NULL};
+      moe_pool *pool = NULL;
+      moe_model *model;
+      size_t row, states;
+      c.unit = v == 2 ? MOE_UNIT_BLOCK : MOE_UNIT_FFN;
+      c.layers = LAYERS_KEPT;
+      models_tasks(tasks);
+      model = models_create(&c, tasks, MODELS_TASKS, &env);
+      CHECK(model && !moe_pool_create_exact(&pool, threads, &env), "%s", models_sentence);
+      models_random_batch(&batch, model, 30, 19, 1);
+      row = (size_t)batch.start[30] * (size_t)c.hidden;
+      for (i = 0; i < 2; ++i) {
+        limits.keep_layers = i;
+        CHECK(!moe_context_create(&context[i], model, &limits, &env), "%s", models_sentence);
+        CHECK(!moe_forward(context[i], out[i], &batch.b, &env), "%s", models_sentence);
+      }
+      states = 30 * (size_t)moe_model_max_classes(model);
+      CHECK(!memcmp(out[0], out[1], states * sizeof(float)), "router %d: scores", v);
+      for (l = -1; l < c.layers; ++l) {
+        const float *x = moe_context_layer(context[1], l);
+        CHECK(x, "router %d: layer %d is not there", v, l);
+        memcpy(kept[threads / 2] + (size_t)(l + 1) * row, x, row * sizeof(float));
+        CHECK(l == c.layers - 1 || !moe_context_layer(context[0], l), "layer %d was not asked for",
+              l);
+      }
+      CHECK(!memcmp(kept[threads / 2] + (size_t)c.layers * row, moe_context_hidden(context[0]),
+                    row * sizeof(float)) &&
+                moe_context_layer(context[0], c.layers - 1) == moe_context_hidden(context[0]),
+            "router %d: the last layer's are the final states", v);
+      CHECK(!moe_context_layer(context[1], -2) && !moe_context_layer(context[1], c.layers),
+            "there are no such layers");
+      for (l = 0; l < c.layers; ++l) {
+        const float *z = moe_context_gate_logits(context[1], l);
+        moe_routes r;
+        CHECK(!z == (v != 1) && !moe_context_gate_logits(context[0], l), "router %d: logits", v);
+        CHECK(!moe_context_routes(context[1], l, &r), "layer %d", l);
+        for (t = 0; z && t < r.M; ++t) {
+          double sum = 0, most = (double)z[t * 3 + r.expert[t]];
+          for (i = 0; i < 3; ++i) sum += exp((double)z[t * 3 + i] - most);
+          CHECK_NEAR(r.prob[t * 3 + r.expert[t]], 1 / sum, 1e-6);
+        }
+      }
+      CHECK(!moe_context_gate_logits(context[1], -1) &&
+                !moe_context_gate_logits(context[1], c.layers),
+            "there are no such layers");
+      moe_context_free(context[0]), moe_context_free(context[1]);
+      moe_pool_free(pool);
+      moe_model_free(model);
+      if (threads == 3)
+        CHECK(!memcmp(kept[0], kept[1], (size_t)(LAYERS_KEPT + 1) * row * sizeof(float)),
+              "router %d: states with 3 threads", v);
+    }
+}
+
 static void test_model_dense_routes_lead_to_expert_0(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_DENSE, 1, 1);
   moe_task tasks[MODELS_TASKS];
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_context *context = NULL;
   moe_model *model;
   moe_routes r;
@@ -1283,7 +1358,7 @@ static void test_model_matches_pytorch(void) {
               {tiny_switch_scores, NULL, tiny_switch_experts},
               {tiny_tag_scores, tiny_tag_hidden, tiny_tag_experts}};
   moe_env env = models_env(MOE_ISA_AUTO);
-  moe_limits limits = {36, 6, 0};
+  moe_limits limits = {36, 6, 0, 0};
   int router;
   for (router = 0; router < 3; ++router) {
     moe_model *model = tiny_model((moe_router)router, &env);
@@ -1355,6 +1430,7 @@ int main(int argc, char **argv) {
   RUN(test_model_routes_are_counted);
   RUN(test_model_does_without_disabled_experts);
   RUN(test_model_with_nan_weights_gives_nan_scores);
+  RUN(test_model_keeps_the_states_of_every_layer);
   RUN(test_model_dense_routes_lead_to_expert_0);
   return test_end();
 }

@@ -61,7 +61,7 @@ static void test_paper_every_layer_has_experts_and_a_gate_for_every_task(void) {
 }
 
 static int forward(float *out, const moe_model *model, moe_context **context, const moe_env *env) {
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   return moe_context_create(context, model, &limits, env) ||
          moe_forward(*context, out, &batch.b, env);
 }
@@ -208,7 +208,7 @@ static void test_paper_heads_read_cls_and_spans(void) {
 static void test_paper_a_guess_costs_1_with_any_number_of_classes(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   moe_train_config config;
   moe_task tasks[4];
   moe_model *model;

@@ -19,7 +19,7 @@ typedef struct pair {
 } pair;
 
 static pair make(moe_unit unit, const moe_env *env) {
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   moe_config config =
       models_config(unit == MOE_UNIT_BLOCK ? MOE_ROUTER_TASK_LEVEL : MOE_ROUTER_TASK, 3,
                     unit == MOE_UNIT_BLOCK ? 1 : 2);

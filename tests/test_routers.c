@@ -124,7 +124,7 @@ static moe_config level_config(void) {
 static void test_routers_carry_the_gradient_of_a_model(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = level_config();
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   moe_task tasks[MODELS_TASKS];
   moe_train_config config;
   int kind, k, i;
@@ -136,7 +136,7 @@ static void test_routers_carry_the_gradient_of_a_model(void) {
     moe_model *model = models_create(&c, tasks, MODELS_TASKS, &env);
     moe_trainer *trainer = NULL;
     task_router *r = router_create((router_kind)kind, MODELS_TASKS, c.layers, M, V, 3, &env);
-    moe_task_router level = {NULL, NULL, NULL};
+    moe_task_router level = {NULL, NULL, NULL, NULL};
     CHECK(model && r && !moe_trainer_create(&trainer, model, &limits, &config, &env), "%s",
           models_sentence);
     models_random_batch(&batch, model, 24, 6, 5);

@@ -44,7 +44,7 @@ typedef struct pair {
 } pair;
 
 static pair make(const moe_config *c, const moe_train_config *config, const moe_env *env) {
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   pair p = {NULL, NULL};
   models_tasks(tasks);
   p.model = models_create(c, tasks, MODELS_TASKS, env);
@@ -64,7 +64,7 @@ static pair tiny(moe_router router, int32_t top_k, int scale_n, const moe_train_
                  const moe_env *env) {
   static const char *const name[] = {"two", "three", "real"};
   moe_config c = models_config(router, router == MOE_ROUTER_DENSE ? 1 : 3, top_k);
-  moe_limits limits = {36, 6, 1};
+  moe_limits limits = {36, 6, 1, 0};
   pair p = {NULL, NULL};
   int i;
   c.hidden = 16;
@@ -450,7 +450,7 @@ static void test_trainer_ignores_dirty_memory(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
   moe_train_config config = plain();
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   uint64_t hash[3];
   size_t bytes = 0;
   void *raw, *block;
@@ -568,7 +568,7 @@ static void test_trainer_checks_what_it_is_given(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
   moe_train_config config = plain(), bad = config;
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   pair p = make(&c, &config, &env);
   moe_trainer *trainer = NULL;
   moe_model *in_place = NULL;
@@ -677,7 +677,7 @@ static void test_trainer_allocates_nothing_after_creation(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
   moe_train_config config = plain();
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_context *context = NULL;
   moe_pool *pool = NULL;
   pair p;
@@ -707,7 +707,7 @@ static void test_trainer_survives_every_failed_allocation(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
   moe_train_config config = plain();
-  moe_limits limits = {MODELS_M, MODELS_S, 1};
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   int n, blocks = blocks_in_use, failed = 0;
   models_tasks(tasks);
   for (n = 0; n < 6; ++n) {
@@ -743,7 +743,7 @@ static void test_trainer_copies_of_a_model_survive_every_failed_allocation(void)
   static const uint8_t off[2][3] = {{0, 1, 0}, {1, 0, 0}};
   moe_env env = models_env(MOE_ISA_AUTO), bf16 = env;
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
-  moe_limits limits = {MODELS_M, MODELS_S, 0};
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
   moe_task more;
   moe_model *model;
   int n, done = 0, failed = 0, blocks = blocks_in_use, kept;
