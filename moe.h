@@ -411,9 +411,29 @@ MOE_API int32_t moe_processors(void);
 #endif
 
 /* ---- ops on float arrays ---- >>api_ops
-   Outputs first, then inputs, then sizes. Outputs are overwritten; gradients (d...) accumulate:
-   clear them first. A gradient that is NULL is not computed. Arrays may have any alignment that
-   float allows and must not overlap unless said. Sizes may be 0. Nothing is allocated. */
+   An op is a struct of arrays and sizes and two functions that read it:
+     moe_linear_op op;
+     moe_linear_op_init(&op);
+     op.y = y, op.x = x, op.w = moe_mat_rows(w, rows, cols), op.M = M;
+     status = moe_linear_forward(&op, &env);
+     op.dx = dx, op.dy = dy;
+     status = moe_linear_backward(&op, &env);
+   Forward writes the outputs, the first fields of a struct. Backward reads the same struct, with
+   the outputs as forward left them, and adds to the gradients. Call _init first: it sets every
+   field, most to zero.
+     Gradients  The gradient of an array has its name after a d. Gradients accumulate: clear them
+                before the first backward. Where a comment says `overwritten`, they do not.
+     NULL       An output or a gradient that is NULL is not computed.
+     seq_start  (S+1) sequence s is rows seq_start[s] to seq_start[s+1] - 1 of M; seq_start[0] is 0
+                and seq_start[S] is M.
+     keys       (S) a key of moe_key for each sequence, which decides what its dropout takes. NULL:
+                no dropout. Backward needs the same keys.
+     Sums over tokens run in the order of the tokens: micro-batches give the bits of one batch.
+     Status     MOE_OK, or MOE_E_ARGUMENT with a sentence to env.log where a size or an option is
+                outside its range; nothing is written then. What is in the arrays is not checked:
+                ids, segments, seq_start, gate_of and forced experts must be in range.
+   Sizes may be 0. Arrays need the alignment of a float and no more. They must not overlap unless a
+   comment allows it. Nothing is allocated. */
 
 typedef enum moe_layout {
   MOE_LAYOUT_ROWS,  /* (rows, cols) row-major, as in files */
@@ -446,7 +466,7 @@ MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols,
 #define MOE_INT8_COLS 65536
 MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows, int32_t cols,
                           const moe_env *env);
-/* Views of int8 weights for moe_linear_forward, moe_linear_gelu_forward and moe_experts_forward:
+/* Views of int8 weights for moe_linear_forward and moe_experts_forward:
    rows as they lie in a file, or panels packed by moe_pack_int8. Each row of x is quantised in the
    same way on its way in, the sums are integers, and the bits of a result depend neither on the
    layout nor on the instruction set. Like all views they hold pointers only; no backward goes
@@ -460,7 +480,7 @@ MOE_API void moe_pack_int8(void *panels, const int8_t *w, int32_t rows, int32_t 
                            const moe_env *env);
 
 /* bf16: float weights (rows, cols) rounded and packed for products with bf16 operands, and the view
-   of them for moe_linear_forward, moe_linear_gelu_forward and moe_experts_forward. Where
+   of them for moe_linear_forward and moe_experts_forward. Where
    env.precision asks for bf16, float weights will do as well, with the same bits, and are rounded
    on the way in: forward is faster with these. */
 MOE_API moe_mat moe_mat_panels_bf16(const void *panels, int32_t rows, int32_t cols);
@@ -469,19 +489,23 @@ MOE_API size_t moe_pack_bf16_bytes(int32_t rows, int32_t cols);
 MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t cols,
                            const moe_env *env);
 
-/* y = x W^T + b. y (M, rows), x (M, cols), b (rows) or NULL; w any of the views above. */
-MOE_API void moe_linear_forward(float *y, const float *x, const moe_mat *w, const float *b,
-                                int32_t M, const moe_env *env);
-/* dx += dy W; dw += dy^T x; db += sum of the rows of dy. dx, x (M, cols), dy (M, rows), dw (rows,
-   cols), db (rows); w float, in rows layout.
-   The sums over tokens run in the order of the tokens, so micro-batches give the same bits as one
-   batch. */
-MOE_API void moe_linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
-                                 const moe_mat *w, int32_t M, const moe_env *env);
-/* y = GELU(pre), pre = x W^T + b: the inner half of an expert in one pass [TaG] Eq. 1. y, pre (M,
-   rows), x (M, cols); pre may be NULL, b too. */
-MOE_API void moe_linear_gelu_forward(float *y, float *pre, const float *x, const moe_mat *w,
-                                     const float *b, int32_t M, const moe_env *env);
+/* Linear layer: y = x W^T + b, act = GELU(y), the inner half of an expert [TaG] Eq. 1.
+   Backward, dy being the gradient of y (moe_gelu_backward makes it from that of act):
+     dx += dy W, dw += dy^T x, db += the sum of the rows of dy. */
+typedef struct moe_linear_op {
+  float *y, *act; /* (M, w.rows) forward needs one of them, or both */
+  const float *x; /* (M, w.cols) */
+  moe_mat w;      /* any view in forward; backward needs float weights in rows layout for dx */
+  const float *b; /* (w.rows), or NULL */
+  int32_t M;
+  float *dx, *dw, *db; /* like x, (w.rows, w.cols), (w.rows) */
+  const float *dy;     /* (M, w.rows) */
+  int32_t overwrite;   /* 1: dx is overwritten */
+  moe_mat w_back;      /* the library's own: w packed for dx in bf16; data NULL: none */
+} moe_linear_op;
+MOE_API void moe_linear_op_init(moe_linear_op *op);
+MOE_API moe_status moe_linear_forward(const moe_linear_op *op, const moe_env *env);
+MOE_API moe_status moe_linear_backward(const moe_linear_op *op, const moe_env *env);
 
 /* Exact GELU: y = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2. */
 MOE_API void moe_gelu_forward(float *y, const float *x, size_t n, const moe_env *env);
@@ -490,18 +514,35 @@ MOE_API void moe_gelu_forward(float *y, const float *x, size_t n, const moe_env 
 MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_t n,
                                const moe_env *env);
 
-/* LayerNorm: y = (x - mean) rstd gamma + beta, rstd = 1 / sqrt(var + eps), var the mean of squared
-   deviations. x, y (M, H), may be the same array where no backward follows; gamma, beta (H); mean,
-   rstd (M), both or neither NULL; eps > 0. */
-MOE_API void moe_layernorm_forward(float *y, float *mean, float *rstd, const float *x,
-                                   const float *gamma, const float *beta, float eps, int32_t M,
-                                   int32_t H, const moe_env *env);
-/* With h = (x - mean) rstd and g = dy gamma: dx += rstd (g - mean(g) - h mean(g h)); dgamma += sum
-   dy h; dbeta += sum dy. dx, dy (M, H), dgamma, dbeta (H); x, mean and rstd as forward had and left
-   them. */
-MOE_API void moe_layernorm_backward(float *dx, float *dgamma, float *dbeta, const float *dy,
-                                    const float *x, const float *mean, const float *rstd,
-                                    const float *gamma, int32_t M, int32_t H, const moe_env *env);
+/* Residual connection and LayerNorm [TaG] 2, with the mean and the variance of each row of sum:
+     sum = x + dropout(delta),  h = (sum - mean) rstd,  rstd = 1 / sqrt(variance + eps),
+     y = h gamma + beta.
+   Without delta the sum is x itself: a plain LayerNorm.
+   Backward, with g = dy gamma:
+     dsum = rstd (g - mean of g - h (mean of g h)),  dx += dsum,  ddelta = dropout(dsum),
+     dgamma += sum of dy h,  dbeta += sum of dy. */
+typedef struct moe_layernorm_op {
+  float *y;                  /* (M, H), may be x or delta where no backward follows */
+  float *sum;                /* (M, H) kept for backward; NULL: backward takes x for it */
+  float *mean, *rstd;        /* (M) kept for backward; both or neither NULL */
+  const float *x;            /* (M, H) */
+  const float *delta;        /* (M, H) output of a branch, or NULL */
+  const float *gamma, *beta; /* (H) */
+  float eps;                 /* above 0; _init: 1e-12, as BERT has it */
+  float dropout;             /* of delta, 0 to below 1; element (i, j) of a sequence is at position
+                                i H + j of its key */
+  const uint64_t *keys;
+  const int32_t *seq_start; /* with S: needed for dropout only */
+  int32_t S, M, H;
+  float *dx;             /* (M, H) */
+  float *ddelta;         /* (M, H) overwritten; may be dx if that is overwritten */
+  float *dgamma, *dbeta; /* (H) */
+  const float *dy;       /* (M, H) */
+  int32_t overwrite;     /* 1: dx is overwritten; it may be dy then */
+} moe_layernorm_op;
+MOE_API void moe_layernorm_op_init(moe_layernorm_op *op);
+MOE_API moe_status moe_layernorm_forward(const moe_layernorm_op *op, const moe_env *env);
+MOE_API moe_status moe_layernorm_backward(const moe_layernorm_op *op, const moe_env *env);
 
 /* Random numbers are a function of a key and a position. A key for a place in the network: */
 MOE_API uint64_t moe_key(uint64_t seed, uint64_t step, uint64_t sequence, uint32_t layer,
@@ -511,39 +552,65 @@ MOE_API uint64_t moe_key(uint64_t seed, uint64_t step, uint64_t sequence, uint32
 MOE_API void moe_dropout(float *y, const float *x, size_t n, float p, uint64_t key,
                          const moe_env *env);
 
-/* x = word[id] + position[index in its sequence] + segment[seg]; x (M, H), ids and segments (M),
-   word (V, H), position (P, H), segment (2, H). segments NULL: all 0; segment NULL: not added. Ids,
-   segments and lengths are in range: moe_batch_check tests what comes from outside. seq_start
-   (S+1), seq_start[0] = 0, seq_start[S] = M. */
-MOE_API void moe_embed_forward(float *x, const int32_t *ids, const uint8_t *segments,
-                               const int32_t *seq_start, int32_t S, const float *word,
-                               const float *position, const float *segment, int32_t H,
-                               const moe_env *env);
-/* The rows of dword (V, H), dposition (P, H), dsegment that were used += dx (M, H), in the order of
-   the tokens. */
-MOE_API void moe_embed_backward(float *dword, float *dposition, float *dsegment, const float *dx,
-                                const int32_t *ids, const uint8_t *segments,
-                                const int32_t *seq_start, int32_t S, int32_t H, const moe_env *env);
+/* Dropout of packed sequences, with the keys and positions of moe_layernorm_op: y = dropout(x). Its
+   backward is the same function with x = dy and y = dx, which is overwritten. */
+typedef struct moe_dropout_op {
+  float *y;       /* (M, H), may be x */
+  const float *x; /* (M, H) */
+  float dropout;  /* 0 to below 1 */
+  const uint64_t *keys;
+  const int32_t *seq_start;
+  int32_t S, M, H;
+} moe_dropout_op;
+MOE_API void moe_dropout_op_init(moe_dropout_op *op);
+MOE_API moe_status moe_dropout_forward(const moe_dropout_op *op, const moe_env *env);
 
-/* Multi-head self-attention inside each of S packed sequences: for each head, y = dropout(softmax(q
-   k^T / sqrt D)) v. y (M, H); qkv (M, 3H): query, key and value side by side; A divides H, D = H /
-   A; 0 <= p < 1; stats (M, A, 2) receives the maximum (to base 2) and 1/sum of each softmax row for
-   backward, or NULL. keys (S): key of the dropout of each sequence (element (a, i, j) at position
-   (a len + i) len + j modulo 2^32), NULL or p = 0: none. scratch: moe_attention_scratch floats, for
-   sequences of at most `longest` tokens, training 1: for backward too (0 where a size is below 1,
-   SIZE_MAX where that overflows). */
+/* Embeddings: x = word[id] + position[place in its sequence] + segment[segment id].
+   Backward: the rows that were used += their dx. */
+typedef struct moe_embed_op {
+  float *x;                /* (M, H) */
+  const int32_t *ids;      /* (M) 0 to V - 1; not read if word is NULL */
+  const uint8_t *segments; /* (M) 0 or 1; NULL: all 0 */
+  const float *word;       /* (V, H); NULL: x holds that term already (feature inputs) */
+  const float *position;   /* (P, H), P at least the longest sequence; NULL: not added */
+  const float *segment;    /* (2, H); NULL: not added */
+  const int32_t *seq_start;
+  int32_t S, M, H;
+  float *dword, *dposition, *dsegment; /* like word, position, segment */
+  const float *dx;                     /* (M, H) */
+} moe_embed_op;
+MOE_API void moe_embed_op_init(moe_embed_op *op);
+MOE_API moe_status moe_embed_forward(const moe_embed_op *op, const moe_env *env);
+MOE_API moe_status moe_embed_backward(const moe_embed_op *op, const moe_env *env);
+
+/* Multi-head self-attention inside each packed sequence. For each of A heads of D = H / A columns:
+     P = softmax(q k^T / sqrt D),  y = dropout(P) v.
+   Backward computes P again from stats; nothing of size length^2 is kept. With
+   dP = dropout(dy v^T) and dS = P (dP - dy . y) / sqrt D:
+     dv += dropout(P)^T dy,  dq += dS k,  dk += dS^T q. */
+typedef struct moe_attention_op {
+  float *y;     /* (M, H) */
+  float *stats; /* (M, A, 2) kept for backward: of each row of the softmax the largest exponent (to
+                   base 2) and 1 / sum; or NULL */
+  const float *qkv; /* (M, 3H) query, key and value side by side */
+  float dropout;    /* of P, 0 to below 1; element (head a, query i, key j) is at position
+                       (a length + i) length + j modulo 2^32 of the sequence's key */
+  const uint64_t *keys;
+  const int32_t *seq_start;
+  int32_t S, M, H, A; /* A divides H */
+  int32_t longest;    /* tokens of the longest sequence, or more; 0: found from seq_start */
+  float *scratch;     /* moe_attention_scratch floats */
+  float *dqkv;        /* (M, 3H) */
+  const float *dy;    /* (M, H) */
+  int32_t overwrite;  /* 1: dqkv is overwritten */
+} moe_attention_op;
+MOE_API void moe_attention_op_init(moe_attention_op *op);
+MOE_API moe_status moe_attention_forward(const moe_attention_op *op, const moe_env *env);
+MOE_API moe_status moe_attention_backward(const moe_attention_op *op, const moe_env *env);
+/* Floats of scratch for sequences of at most `longest` tokens, in forward (training 0) or in both
+   directions (1). 0 where a size is below 1, SIZE_MAX where the number overflows. */
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training,
                                      const moe_env *env);
-MOE_API void moe_attention_forward(float *y, float *stats, const float *qkv,
-                                   const int32_t *seq_start, int32_t S, int32_t H, int32_t A,
-                                   float p, const uint64_t *keys, float *scratch,
-                                   const moe_env *env);
-/* dqkv (M, 3H) accumulates. y, stats, qkv as forward left them, p and keys the same; the
-   probabilities are computed again, nothing of size len^2 is kept. */
-MOE_API void moe_attention_backward(float *dqkv, const float *dy, const float *y,
-                                    const float *stats, const float *qkv, const int32_t *seq_start,
-                                    int32_t S, int32_t H, int32_t A, float p, const uint64_t *keys,
-                                    float *scratch, const moe_env *env);
 
 /* Softmax of C logits into prob (C), and the cross-entropy -log prob[label] [TaG] Eq. 7 and 9. prob
    may be NULL or logits. C >= 1, 0 <= label < C: no label means "ignore this". */
@@ -554,92 +621,104 @@ MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32
 
 /* ---- gate, routes, experts: the MoE layer on float arrays ---- >>api_layer */
 
-/* Where M tokens go: arrays of the caller. A slot is token k + choice, M k at most INT32_MAX; order
-   lists the slots expert by expert. */
+#define MOE_MAX_EXPERTS 256
+
+/* Where M tokens go: arrays of the caller, which forward fills. A slot is one choice of one token:
+   slot = token k + choice. */
 typedef struct moe_routes {
-  int32_t M, N, k;
-  int32_t *expert; /* (M, k) experts of a token, most probable first [TaG] Eq. 5; ties go to the
-                      lowest index */
-  float *weight;  /* (M, k) what an expert's output is multiplied with: g* [TaG] Eq. 5 and 6, scaled
-                     or renormalised if asked */
-  float *prob;    /* (M, N) softmax over all experts [TaG] Eq. 4 */
-  int32_t *order; /* (M k) slots sorted by expert, tokens in order within an expert */
-  int32_t *start; /* (N+1) expert i has order[start[i]] .. order[start[i+1]-1] */
+  int32_t M, N, k; /* 1 <= k <= N <= MOE_MAX_EXPERTS; M k at most INT32_MAX */
+  int32_t *expert; /* (M, k) experts of each token, most probable first [TaG] Eq. 5 */
+  float *weight;   /* (M, k) factor of each expert's output: g* [TaG] Eq. 5 and 6, scaled or
+                      renormalised if asked */
+  float *prob;     /* (M, N) softmax over the experts [TaG] Eq. 4 */
+  int32_t *order;  /* (M k) slots sorted by expert; tokens in order within an expert */
+  int32_t *start;  /* (N+1) the slots of expert i are order[start[i]] to order[start[i+1] - 1] */
 } moe_routes;
 
 typedef struct moe_route_options {
-  float scale;         /* weight = scale * probability: 1 = the paper's g*; N/k = gate scale "n"
-                          (PAPER-DIFF) */
-  int32_t renormalize; /* 1: the k chosen probabilities are divided by their sum (then scale is 1),
-                          PAPER-DIFF */
-  float balance; /* coefficient of the Switch load-balance loss N sum_i f_i P_i; 0 = off, as the
-                    paper wants it. f_i: share of the choices that fell on expert i, P_i: mean
-                    probability of i, over the tokens of the batch (there is no padding) */
-  float z_loss;  /* coefficient of the router z-loss, the mean over the tokens of (log sum exp
-                    logits)^2; 0 = off */
-  float jitter;  /* gate inputs are multiplied with uniform noise in [1-jitter, 1+jitter] in
-                    training; 0 = off */
-  const uint64_t *keys; /* (S) key of the jitter of each sequence; NULL: none */
-  const int32_t
-      *forced; /* (M, k) experts, 0 .. N-1, to take instead of the most probable ones, or NULL */
-  const uint8_t *masked; /* (N) 1: the gate does without this expert, whose probability is 0 (a
-                            logit of minus infinity), and the softmax of Eq. 4 runs over the others;
-                            NULL: none. At least k must stay. Routes that are forced ignore it */
-  const uint8_t
-      *pruned; /* (N) 1: this expert is never chosen, the best of the others stands in for it; its
-                  logit takes part in the softmax as ever, so that no probability changes. At least
-                  k must be there (and not masked), and forced routes must spare them; NULL: none */
+  float scale;         /* weight = scale * probability, above 0. 1 (_init): the paper's g*; N/k:
+                          gate scale "n" (PAPER-DIFF) */
+  int32_t renormalize; /* 1: the k chosen probabilities are divided by their sum, and scale is not
+                          used (PAPER-DIFF) */
+  float balance;       /* coefficient of the load-balance loss of Switch, N sum_i f_i P_i; 0 = off,
+                          as in the paper. f_i: share of the choices that went to expert i; P_i:
+                          mean probability of i over the M tokens */
+  float z_loss;        /* coefficient of the router z-loss, the mean over the tokens of (log sum exp
+                          logits)^2; 0 = off */
+  float jitter;        /* in training, gate inputs are multiplied by uniform noise from 1 - jitter
+                          to 1 + jitter; 0 = off */
+  const uint64_t *keys;  /* (S) key of the jitter of each sequence; NULL: no jitter */
+  const int32_t *forced; /* (M, k) experts to take instead of the most probable ones; NULL: none */
+  const uint8_t *masked; /* (N) 1: the gate ignores this expert. Its logit counts as minus infinity,
+                            its probability is 0. At least k experts must stay. Not read if `forced`
+                            is given. NULL: none */
+  const uint8_t *pruned; /* (N) 1: this expert is gone. It keeps its probability, but it is never
+                            chosen: the next best takes its place. At least k experts must be
+                            neither pruned nor masked. `forced` must avoid pruned experts. NULL:
+                            none */
 } moe_route_options;
+/* All zero, scale 1. */
+MOE_API void moe_route_options_init(moe_route_options *options);
 
-/* logits = x W_g^T with the gate of each sequence [TaG] Eq. 3, softmax, top-k, dispatch. x (M, H);
-   gates (G, N, H); gate_of (S): which gate a sequence uses; N <= MOE_MAX_EXPERTS; 1 <= k <= N.
-   logits (M, N) is scratch that backward needs again. N = 1: probability 1, whatever the gate
-   (gates, gate_of and logits may be NULL), and no loss. *loss (may be NULL) receives balance loss +
-   z-loss, coefficients applied. */
-#define MOE_MAX_EXPERTS 256
-MOE_API void moe_route_forward(moe_routes *routes, float *logits, float *loss, const float *x,
-                               const float *gates, const int32_t *gate_of, const int32_t *seq_start,
-                               int32_t S, int32_t H, const moe_route_options *options,
-                               const moe_env *env);
-/* Gradients through the weights of the chosen experts into all logits, the gates and x; dweight (M,
-   k) from moe_experts_backward. routes, logits, x and options as forward had and left them; dx (M,
-   H) and dgates (G, N, H) accumulate, or NULL. loss_scale multiplies the gradient of the auxiliary
-   losses. dlogits (M, N) is scratch. N = 1: nothing to do. */
-MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const float *dweight,
-                                float loss_scale, const moe_routes *routes, const float *logits,
-                                const float *x, const float *gates, const int32_t *gate_of,
-                                const int32_t *seq_start, int32_t S, int32_t H,
-                                const moe_route_options *options, const moe_env *env);
+/* The gate of a layer [TaG] Eq. 3-5: for each token x of a sequence with gate W_g
+     logits = x W_g^T,  prob = softmax(logits),  the k experts of the largest logits.
+   Of equal logits the lowest index comes first. N = 1 is the dense layer: probability 1 whatever
+   the gate, no loss, and x, gates, gate_of and logits are not read.
+   Backward: through the weights of the chosen experts, and through the two losses, into all logits:
+     dlogit_i = prob_i (dprob_i - sum_j prob_j dprob_j),  dx += dlogits W_g,
+     dW_g += dlogits^T x over the tokens of its sequences. N = 1: nothing to do. */
+typedef struct moe_route_op {
+  moe_routes *routes;     /* sizes M, N, k in, routes out */
+  float *logits;          /* (M, N) kept for backward */
+  float *loss;            /* one number: balance loss + z-loss, coefficients applied */
+  const float *x;         /* (M, H) */
+  const float *gates;     /* (G, N, H) */
+  const int32_t *gate_of; /* (S) the gate of each sequence, 0 to G - 1 */
+  const int32_t *seq_start;
+  int32_t S, H, G;
+  moe_route_options options;
+  float *dx;            /* (M, H) */
+  float *dgates;        /* (G, N, H) */
+  float *dlogits;       /* (M, N) overwritten; always needed */
+  const float *dweight; /* (M, k) from moe_experts_backward */
+  float loss_scale;     /* factor of the gradients of the two losses; _init: 1 */
+} moe_route_op;
+MOE_API void moe_route_op_init(moe_route_op *op);
+MOE_API moe_status moe_route_forward(const moe_route_op *op, const moe_env *env);
+MOE_API moe_status moe_route_backward(const moe_route_op *op, const moe_env *env);
 
-/* The N experts of a layer: E_i(x) = W_out GELU(W_in x + b_in) + b_out [TaG] Eq. 1. PAPER-DIFF:
-   with the biases that BERT's weights bring. Arrays of N. */
-typedef struct moe_experts {
-  int32_t N, H, F;
-  const moe_mat *in, *out;   /* (F, H) and (H, F), for forward: rows or panels */
-  const float *const *b_in;  /* (F) each, or NULL */
-  const float *const *b_out; /* (H) each, or NULL */
-} moe_experts;
-
-/* Floats of scratch for M tokens with k experts each, in forward (training 0) or backward too (1);
-   SIZE_MAX where that overflows. */
+/* The experts of a layer [TaG] Eq. 1, 2, 6:
+     E_i(x) = W_out GELU(W_in x + b_in) + b_out,  y = sum over the token's experts of weight E_i(x).
+   PAPER-DIFF: Eq. 1 has no biases; BERT's weights bring them. An expert without a token costs
+   nothing. N = 1 with weight 1 is the dense feed-forward network, bit for bit; e is not used then.
+   Backward: dweight = dy . E_i(x); weight dy goes through expert i into dx and its gradients. With
+   N = 1 and weight 1, dweight is 0: nothing depends on it. */
+typedef struct moe_experts_op {
+  float *y;       /* (M, H) */
+  float *pre, *e; /* kept for backward, both or neither NULL, rows in the order of routes->order:
+                     (M k, F) input of GELU, (M k, H) output of the experts */
+  const float *x; /* (M, H) */
+  const moe_routes *routes;
+  const moe_mat *in, *out;                 /* (N) weights (F, H) and (H, F), any view */
+  const float *const *b_in, *const *b_out; /* (N) biases (F) and (H), each may be NULL */
+  int32_t N, H, F;                         /* N as in routes */
+  float *scratch;                          /* moe_experts_scratch floats */
+  float *dx;                               /* (M, H) */
+  float *dweight;                          /* (M, k) overwritten */
+  float *const *d_in, *const *d_b_in;      /* (N) gradients of in and b_in, each may be NULL, and */
+  float *const *d_out, *const *d_b_out;    /* those of out and b_out; an array may be NULL, too */
+  const float *dy;                         /* (M, H) */
+  const float *const *w_in, *const *w_out; /* (N) float weights in rows layout, for backward; NULL:
+                                              in and out are in rows layout themselves */
+  const moe_mat *in_back, *out_back; /* the library's own: (N) see w_back of moe_linear_op; NULL:
+                                        none */
+} moe_experts_op;
+MOE_API void moe_experts_op_init(moe_experts_op *op);
+MOE_API moe_status moe_experts_forward(const moe_experts_op *op, const moe_env *env);
+MOE_API moe_status moe_experts_backward(const moe_experts_op *op, const moe_env *env);
+/* Floats of scratch for M tokens with k experts each, in forward (training 0) or in both directions
+   (1); SIZE_MAX where the number overflows. */
 MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, int training);
-/* y = sum over the chosen experts of weight E(x) [TaG] Eq. 2 and 6. x, y (M, H). Kept for backward,
-   both or neither NULL: pre (M k, F) the inner pre-activations and e (M k, H) the experts' outputs,
-   both in the order of routes->order. Experts without a token cost nothing. With N = 1 and weight 1
-   this is the dense FFN, bit for bit; e is not used then and may be NULL. */
-MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x,
-                                 const moe_routes *routes, const moe_experts *experts,
-                                 float *scratch, const moe_env *env);
-/* dx (M, H), dweight (M, k, overwritten), d_in[i] (F, H), d_b_in[i], d_out[i] (H, F), d_b_out[i]:
-   arrays of N pointers, each accumulated; an array or a pointer in it may be NULL: not computed.
-   w_in and w_out: the weights in rows layout. With N = 1 and weight 1 dweight is zero: nothing
-   depends on it. */
-MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
-                                  float *const *d_b_in, float *const *d_out, float *const *d_b_out,
-                                  const float *dy, const float *x, const float *pre, const float *e,
-                                  const moe_routes *routes, const float *const *w_in,
-                                  const float *const *w_out, int32_t H, int32_t F, float *scratch,
-                                  const moe_env *env);
 
 /* ---- configuration, tasks, batch, model ---- >>api_model */
 
@@ -1113,13 +1192,21 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
 /* The 2-norm of n gradients, infinity or NaN where one is not a finite number (or is above 1e18).
  */
 MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env);
-/* Step number t (from 1) of Adam on n weights w with gradients dw and moments m and v, all zero at
-   first [TaG] 4.4; then dw is zero. d = factor dw (factor: clipping), m = beta1 m + (1 - beta1) d,
-   v = beta2 v + (1 - beta2) d^2, w = (1 - rate decay) w - rate m' / (sqrt(v') + eps), m' = m / (1 -
-   beta1^t), v' = v / (1 - beta2^t). Betas mean decimals of up to 7 digits. */
-MOE_API void moe_adam_step(float *w, float *dw, float *m, float *v, size_t n, int64_t t, float rate,
-                           float decay, float factor, float beta1, float beta2, float eps,
-                           const moe_env *env);
+/* One step of Adam [TaG] 4.4 on weights that share their settings. With d = factor g:
+     m = beta1 m + (1 - beta1) d,  m' = m / (1 - beta1^t),
+     v = beta2 v + (1 - beta2) d^2,  v' = v / (1 - beta2^t),
+     w = (1 - lr weight_decay) w - lr m' / (sqrt(v') + eps),  g = 0. */
+typedef struct moe_adam_op {
+  float *w, *g, *m, *v; /* (count) weights, gradients, moments; m and v are 0 before step 1 */
+  size_t count;
+  int64_t t;              /* number of the step, from 1 */
+  float lr, weight_decay; /* _init: 5e-5 and 0 */
+  float factor;           /* of the gradients, for clipping; _init: 1 */
+  float beta1, beta2;     /* decimals of at most 7 digits; _init: 0.9 and 0.999 */
+  float eps;              /* _init: 1e-8 */
+} moe_adam_op;
+MOE_API void moe_adam_op_init(moe_adam_op *op);
+MOE_API moe_status moe_adam_step(const moe_adam_op *op, const moe_env *env);
 
 /* Which row of which task comes next [TaG] 3.3, A.1.2. */
 typedef enum moe_sampling {
@@ -6399,14 +6486,14 @@ static moe__gemm moe__linear_weight_gradient(float *dw, float *db, const float *
   return g;
 }
 
-MOE_API void moe_linear_forward(float *y, const float *x, const moe_mat *w, const float *b,
-                                int32_t M, const moe_env *env) {
+static void moe__old_linear_forward(float *y, const float *x, const moe_mat *w, const float *b,
+                                    int32_t M, const moe_env *env) {
   moe__gemm g = moe__linear_product(y, x, w, b, M);
   moe__gemm_run(&g, 1, env);
 }
 
-MOE_API void moe_linear_gelu_forward(float *y, float *pre, const float *x, const moe_mat *w,
-                                     const float *b, int32_t M, const moe_env *env) {
+static void moe__old_linear_gelu_forward(float *y, float *pre, const float *x, const moe_mat *w,
+                                         const float *b, int32_t M, const moe_env *env) {
   moe__gemm g = moe__linear_product(pre ? pre : y, x, w, b, M);
   g.gelu = y;
   moe__gemm_run(&g, 1, env);
@@ -6434,9 +6521,44 @@ static void moe__linear_backward(float *dx, float *dw, float *db, const float *d
   moe__gemm_run(list, count, env);
 }
 
-MOE_API void moe_linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
-                                 const moe_mat *w, int32_t M, const moe_env *env) {
+static void moe__old_linear_backward(float *dx, float *dw, float *db, const float *dy,
+                                     const float *x, const moe_mat *w, int32_t M,
+                                     const moe_env *env) {
   moe__linear_backward(dx, dw, db, dy, x, w, NULL, M, env);
+}
+
+MOE_API void moe_linear_op_init(moe_linear_op *op) { memset(op, 0, sizeof *op); }
+
+/* What both directions can check for free. */
+static moe_status moe__linear_check(const moe_linear_op *op, const moe_env *env) {
+  if (op->M < 0 || op->w.rows < 0 || op->w.cols < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "linear: sizes below 0: M %d, weights (%d, %d)",
+                     (int)op->M, (int)op->w.rows, (int)op->w.cols);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_linear_forward(const moe_linear_op *op, const moe_env *env) {
+  moe_status status = moe__linear_check(op, env);
+  if (status) return status;
+  if (!op->y && !op->act && op->M > 0 && op->w.rows > 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "linear: y and act are both NULL");
+  if (op->act)
+    moe__old_linear_gelu_forward(op->act, op->y, op->x, &op->w, op->b, op->M, env);
+  else
+    moe__old_linear_forward(op->y, op->x, &op->w, op->b, op->M, env);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_linear_backward(const moe_linear_op *op, const moe_env *env) {
+  moe_status status = moe__linear_check(op, env);
+  if (status) return status;
+  if (op->dx && (op->w.type != MOE_TYPE_F32 || op->w.layout != MOE_LAYOUT_ROWS))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "linear: the gradient of x needs float weights in rows layout");
+  if (op->dx && op->overwrite)
+    memset(op->dx, 0, (size_t)op->M * (size_t)op->w.cols * sizeof *op->dx);
+  moe__linear_backward(op->dx, op->dw, op->db, op->dy, op->x, &op->w, &op->w_back, op->M, env);
+  return MOE_OK;
 }
 
 enum { MOE__GELU_TILE = 16384 }; /* elements */
@@ -6830,7 +6952,8 @@ static void moe__norm_tile(void *arg, int32_t tile, int32_t slot) {
       for (k = 0; k < rows; ++k)
         moe__drop_sequence_row(job, sum + k * H, x + k * H, job->delta + (r + k) * H, r + k, &s);
       x = sum;
-    }
+    } else if (job->sum && job->sum != job->x)
+      memcpy(job->sum + r * H, x, rows * H * sizeof *x);
     job->kernels->norm(job->y + r * H, mean, rstd, x, job->gamma, job->beta, job->eps, rows, H);
     for (k = 0; job->mean && k < rows; ++k) job->mean[r + k] = mean[k], job->rstd[r + k] = rstd[k];
   }
@@ -6845,9 +6968,9 @@ static void moe__norm_forward_job(moe__layernorm_job *job, int32_t M, int32_t H,
   moe__parallel(env, moe__tiles_of((size_t)M, moe__tile_rows(H)), moe__norm_tile, job);
 }
 
-MOE_API void moe_layernorm_forward(float *y, float *mean, float *rstd, const float *x,
-                                   const float *gamma, const float *beta, float eps, int32_t M,
-                                   int32_t H, const moe_env *env) {
+static void moe__old_layernorm_forward(float *y, float *mean, float *rstd, const float *x,
+                                       const float *gamma, const float *beta, float eps, int32_t M,
+                                       int32_t H, const moe_env *env) {
   moe__layernorm_job job;
   memset(&job, 0, sizeof job);
   job.y = y;
@@ -6895,10 +7018,13 @@ static void moe__norm_back_tile(void *arg, int32_t tile, int32_t slot) {
   (void)slot;
   if (end > job->end) end = job->end;
   for (r = row; r < end; ++r) {
-    float *dx = job->dx + r * H;
-    job->kernels->norm_back(dx, job->dy + r * H, job->x + r * H, job->kept_mean[r],
-                            job->kept_rstd[r], job->gamma, job->more, H);
-    if (job->ddelta) moe__drop_sequence_row(job, job->ddelta + r * H, NULL, dx, r, &s);
+    int apart = job->ddelta && (job->more || !job->dx); /* dx does not hold dsum then */
+    float *dx = job->dx ? job->dx + r * H : NULL,
+          *ddelta = job->ddelta ? job->ddelta + r * H : NULL, *dsum = apart ? ddelta : dx;
+    job->kernels->norm_back(dsum, job->dy + r * H, job->x + r * H, job->kept_mean[r],
+                            job->kept_rstd[r], job->gamma, job->more && !apart, H);
+    if (apart && dx) job->kernels->add(dx, dx, dsum, H);
+    if (ddelta) moe__drop_sequence_row(job, ddelta, NULL, dsum, r, &s);
   }
 }
 
@@ -6925,14 +7051,15 @@ static void moe__norm_backward_job(moe__layernorm_job *job, int32_t M, int32_t H
     job->end = job->first + piece < (size_t)M ? job->first + piece : (size_t)M;
     if (job->dgamma || job->dbeta)
       moe__parallel(env, moe__tiles_of(job->H, 32), moe__norm_columns_tile, job);
-    if (job->dx)
+    if (job->dx || job->ddelta)
       moe__parallel(env, moe__tiles_of(job->end - job->first, tile), moe__norm_back_tile, job);
   }
 }
 
-MOE_API void moe_layernorm_backward(float *dx, float *dgamma, float *dbeta, const float *dy,
-                                    const float *x, const float *mean, const float *rstd,
-                                    const float *gamma, int32_t M, int32_t H, const moe_env *env) {
+static void moe__old_layernorm_backward(float *dx, float *dgamma, float *dbeta, const float *dy,
+                                        const float *x, const float *mean, const float *rstd,
+                                        const float *gamma, int32_t M, int32_t H,
+                                        const moe_env *env) {
   moe__layernorm_job job;
   memset(&job, 0, sizeof job);
   job.dx = dx;
@@ -7057,17 +7184,22 @@ static void moe__embed_tile(void *arg, int32_t tile, int32_t slot) {
   for (r = row; r < end; ++r) {
     float *x = job->x + r * H;
     while ((size_t)job->seq_start[s + 1] <= r) ++s;
-    job->kernels->add(x, job->word + (size_t)job->ids[r] * H,
-                      job->position + (r - (size_t)job->seq_start[s]) * H, H);
+    if (job->word && job->position)
+      job->kernels->add(x, job->word + (size_t)job->ids[r] * H,
+                        job->position + (r - (size_t)job->seq_start[s]) * H, H);
+    else if (job->word)
+      memcpy(x, job->word + (size_t)job->ids[r] * H, H * sizeof *x);
+    else if (job->position)
+      job->kernels->add(x, x, job->position + (r - (size_t)job->seq_start[s]) * H, H);
     if (job->segment)
       job->kernels->add(x, x, job->segment + (job->segments ? job->segments[r] : 0u) * H, H);
   }
 }
 
-MOE_API void moe_embed_forward(float *x, const int32_t *ids, const uint8_t *segments,
-                               const int32_t *seq_start, int32_t S, const float *word,
-                               const float *position, const float *segment, int32_t H,
-                               const moe_env *env) {
+static void moe__old_embed_forward(float *x, const int32_t *ids, const uint8_t *segments,
+                                   const int32_t *seq_start, int32_t S, const float *word,
+                                   const float *position, const float *segment, int32_t H,
+                                   const moe_env *env) {
   moe__embed_job job;
   if (S < 1 || H < 1 || seq_start[S] < 1) return;
   memset(&job, 0, sizeof job);
@@ -7104,10 +7236,10 @@ static void moe__embed_back_tile(void *arg, int32_t tile, int32_t slot) {
     }
 }
 
-MOE_API void moe_embed_backward(float *dword, float *dposition, float *dsegment, const float *dx,
-                                const int32_t *ids, const uint8_t *segments,
-                                const int32_t *seq_start, int32_t S, int32_t H,
-                                const moe_env *env) {
+static void moe__old_embed_backward(float *dword, float *dposition, float *dsegment,
+                                    const float *dx, const int32_t *ids, const uint8_t *segments,
+                                    const int32_t *seq_start, int32_t S, int32_t H,
+                                    const moe_env *env) {
   moe__embed_job job;
   if (S < 1 || H < 1) return;
   memset(&job, 0, sizeof job);
@@ -7122,6 +7254,104 @@ MOE_API void moe_embed_backward(float *dword, float *dposition, float *dsegment,
   job.S = S;
   job.H = (size_t)H;
   moe__parallel(env, moe__tiles_of(job.H, 64), moe__embed_back_tile, &job);
+}
+
+/* Where rows belong to sequences: S of them, which end at row M. */
+static moe_status moe__sequences_check(const char *op, const int32_t *seq_start, int32_t S,
+                                       int32_t M, const moe_env *env) {
+  int32_t end = S > 0 ? seq_start[S] : 0;
+  if (S < 0 || M < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "%s: sizes below 0: S %d, M %d", op, (int)S, (int)M);
+  if (M != end)
+    return moe__fail(env, MOE_E_ARGUMENT, "%s: M is %d, but the last sequence ends at %d", op,
+                     (int)M, (int)end);
+  return MOE_OK;
+}
+
+static moe_status moe__dropout_check(const char *op, float dropout, const moe_env *env) {
+  if (dropout >= 0 && dropout < 1) return MOE_OK;
+  return moe__fail(env, MOE_E_ARGUMENT, "%s: dropout is %g, it must be from 0 to below 1", op,
+                   (double)dropout);
+}
+
+MOE_API void moe_layernorm_op_init(moe_layernorm_op *op) {
+  memset(op, 0, sizeof *op);
+  op->eps = 1e-12f;
+}
+
+static moe_status moe__layernorm_check(const moe_layernorm_op *op, const moe_env *env) {
+  moe_status status = moe__dropout_check("layernorm", op->dropout, env);
+  if (status) return status;
+  if (op->M < 0 || op->H < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "layernorm: sizes below 0: M %d, H %d", (int)op->M,
+                     (int)op->H);
+  if (!(op->eps > 0))
+    return moe__fail(env, MOE_E_ARGUMENT, "layernorm: eps is %g, it must be above 0",
+                     (double)op->eps);
+  if (op->keys && op->dropout > 0)
+    return moe__sequences_check("layernorm", op->seq_start, op->S, op->M, env);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_layernorm_forward(const moe_layernorm_op *op, const moe_env *env) {
+  moe_status status = moe__layernorm_check(op, env);
+  if (status) return status;
+  moe__residual_norm_forward(op->y, op->sum, op->mean, op->rstd, op->x, op->delta, op->gamma,
+                             op->beta, op->eps, op->M, op->H, op->dropout, op->keys, op->seq_start,
+                             op->S, env);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_layernorm_backward(const moe_layernorm_op *op, const moe_env *env) {
+  const float *x = op->sum ? op->sum : op->x;
+  moe__layernorm_job job;
+  moe_status status = moe__layernorm_check(op, env);
+  if (status) return status;
+  memset(&job, 0, sizeof job);
+  job.dx = op->dx;
+  job.ddelta = op->ddelta;
+  job.dgamma = op->dgamma;
+  job.dbeta = op->dbeta;
+  job.dy = op->dy;
+  job.x = x;
+  job.kept_mean = op->mean;
+  job.kept_rstd = op->rstd;
+  job.gamma = op->gamma;
+  job.more = !op->overwrite;
+  job.drop = moe__drop_of(op->dropout, op->keys != NULL);
+  job.keys = op->keys;
+  job.seq_start = op->seq_start;
+  job.S = op->S;
+  moe__norm_backward_job(&job, op->M, op->H, env);
+  return MOE_OK;
+}
+
+MOE_API void moe_dropout_op_init(moe_dropout_op *op) { memset(op, 0, sizeof *op); }
+
+MOE_API moe_status moe_dropout_forward(const moe_dropout_op *op, const moe_env *env) {
+  moe_status status = moe__dropout_check("dropout", op->dropout, env);
+  if (!status) status = moe__sequences_check("dropout", op->seq_start, op->S, op->M, env);
+  if (status) return status;
+  moe__dropout_rows(op->y, op->x, op->dropout, op->keys, op->seq_start, op->S, op->H, env);
+  return MOE_OK;
+}
+
+MOE_API void moe_embed_op_init(moe_embed_op *op) { memset(op, 0, sizeof *op); }
+
+MOE_API moe_status moe_embed_forward(const moe_embed_op *op, const moe_env *env) {
+  moe_status status = moe__sequences_check("embed", op->seq_start, op->S, op->M, env);
+  if (status) return status;
+  moe__old_embed_forward(op->x, op->ids, op->segments, op->seq_start, op->S, op->word, op->position,
+                         op->segment, op->H, env);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_embed_backward(const moe_embed_op *op, const moe_env *env) {
+  moe_status status = moe__sequences_check("embed", op->seq_start, op->S, op->M, env);
+  if (status) return status;
+  moe__old_embed_backward(op->dword, op->dposition, op->dsegment, op->dx, op->ids, op->segments,
+                          op->seq_start, op->S, op->H, env);
+  return MOE_OK;
 }
 
 /* A few numbers only: the scalar body serves every instruction set. */
@@ -7686,10 +7916,10 @@ static void moe__attention_forward_rows(float *y, const float *qkv, const int32_
   }
 }
 
-MOE_API void moe_attention_forward(float *y, float *stats, const float *qkv,
-                                   const int32_t *seq_start, int32_t S, int32_t H, int32_t A,
-                                   float p, const uint64_t *keys, float *scratch,
-                                   const moe_env *env) {
+static void moe__old_attention_forward(float *y, float *stats, const float *qkv,
+                                       const int32_t *seq_start, int32_t S, int32_t H, int32_t A,
+                                       float p, const uint64_t *keys, float *scratch,
+                                       const moe_env *env) {
   moe__attention_job job;
   if (S < 1 || H < 1 || A < 1) return;
   memset(&job, 0, sizeof job);
@@ -7716,11 +7946,34 @@ static void moe__attention_backward(float *dqkv, int more, const float *dy, cons
   moe__attention_run(&job, S, env);
 }
 
-MOE_API void moe_attention_backward(float *dqkv, const float *dy, const float *y,
-                                    const float *stats, const float *qkv, const int32_t *seq_start,
-                                    int32_t S, int32_t H, int32_t A, float p, const uint64_t *keys,
-                                    float *scratch, const moe_env *env) {
-  moe__attention_backward(dqkv, 1, dy, y, stats, qkv, seq_start, S, H, A, p, keys, scratch, env);
+MOE_API void moe_attention_op_init(moe_attention_op *op) { memset(op, 0, sizeof *op); }
+
+static moe_status moe__attention_check(const moe_attention_op *op, const moe_env *env) {
+  moe_status status = moe__sequences_check("attention", op->seq_start, op->S, op->M, env);
+  if (!status) status = moe__dropout_check("attention", op->dropout, env);
+  if (status) return status;
+  if (op->H < 0 || op->A < 0 || op->longest < 0 || (op->A > 0 && op->H % op->A))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "attention: %d heads do not divide H = %d, or a size is below 0", (int)op->A,
+                     (int)op->H);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_attention_forward(const moe_attention_op *op, const moe_env *env) {
+  moe_status status = moe__attention_check(op, env);
+  if (status) return status;
+  moe__old_attention_forward(op->y, op->stats, op->qkv, op->seq_start, op->S, op->H, op->A,
+                             op->dropout, op->keys, op->scratch, env);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_attention_backward(const moe_attention_op *op, const moe_env *env) {
+  moe_status status = moe__attention_check(op, env);
+  if (status) return status;
+  moe__attention_backward(op->dqkv, !op->overwrite, op->dy, op->y, op->stats, op->qkv,
+                          op->seq_start, op->S, op->H, op->A, op->dropout, op->keys, op->scratch,
+                          env);
+  return MOE_OK;
 }
 
 /* ---- gates, top-k, dispatch ---- >>route
@@ -7964,10 +8217,10 @@ static float moe__route_loss(const moe_routes *r, const float *logits,
                  (double)options->z_loss * square / r->M);
 }
 
-MOE_API void moe_route_forward(moe_routes *routes, float *logits, float *loss, const float *x,
-                               const float *gates, const int32_t *gate_of, const int32_t *seq_start,
-                               int32_t S, int32_t H, const moe_route_options *options,
-                               const moe_env *env) {
+static void moe__old_route_forward(moe_routes *routes, float *logits, float *loss, const float *x,
+                                   const float *gates, const int32_t *gate_of,
+                                   const int32_t *seq_start, int32_t S, int32_t H,
+                                   const moe_route_options *options, const moe_env *env) {
   MOE_ASSERT(routes->N >= 1 && routes->N <= MOE_MAX_EXPERTS && routes->k >= 1 &&
              routes->k <= routes->N);
   MOE_ASSERT(routes->M == seq_start[S]);
@@ -8082,11 +8335,11 @@ static void moe__route_gate_tile(void *arg, int32_t tile, int32_t slot) {
   }
 }
 
-MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const float *dweight,
-                                float loss_scale, const moe_routes *routes, const float *logits,
-                                const float *x, const float *gates, const int32_t *gate_of,
-                                const int32_t *seq_start, int32_t S, int32_t H,
-                                const moe_route_options *options, const moe_env *env) {
+static void moe__old_route_backward(float *dx, float *dgates, float *dlogits, const float *dweight,
+                                    float loss_scale, const moe_routes *routes, const float *logits,
+                                    const float *x, const float *gates, const int32_t *gate_of,
+                                    const int32_t *seq_start, int32_t S, int32_t H,
+                                    const moe_route_options *options, const moe_env *env) {
   moe__route_job job =
       moe__route_job_make(routes, x, gates, gate_of, seq_start, S, H, options, env);
   int32_t used = 0, s;
@@ -8103,6 +8356,68 @@ MOE_API void moe_route_backward(float *dx, float *dgates, float *dlogits, const 
   for (s = 0; s < S; ++s) used = moe__max(used, gate_of[s] + 1);
   moe__parallel(env, used * ((H + MOE__GATE_COLUMNS - 1) / MOE__GATE_COLUMNS), moe__route_gate_tile,
                 &job);
+}
+
+MOE_API void moe_route_options_init(moe_route_options *options) {
+  memset(options, 0, sizeof *options);
+  options->scale = 1;
+}
+
+MOE_API void moe_route_op_init(moe_route_op *op) {
+  memset(op, 0, sizeof *op);
+  moe_route_options_init(&op->options);
+  op->loss_scale = 1;
+}
+
+/* Sizes of routes that every op can rely on. */
+static moe_status moe__routes_check(const char *op, const moe_routes *r, const moe_env *env) {
+  if (r->N < 1 || r->N > MOE_MAX_EXPERTS || r->k < 1 || r->k > r->N)
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "%s: %d of %d experts a token, the library has 1 to %d experts", op, (int)r->k,
+                     (int)r->N, MOE_MAX_EXPERTS);
+  if (r->M < 0 || r->M > INT32_MAX / r->k)
+    return moe__fail(env, MOE_E_ARGUMENT, "%s: %d tokens with %d experts each do not fit 32 bits",
+                     op, (int)r->M, (int)r->k);
+  return MOE_OK;
+}
+
+static moe_status moe__route_check(const moe_route_op *op, const moe_env *env) {
+  const moe_routes *r = op->routes;
+  const moe_route_options *o = &op->options;
+  int32_t i, left = 0;
+  moe_status status = moe__routes_check("route", r, env);
+  if (!status) status = moe__sequences_check("route", op->seq_start, op->S, r->M, env);
+  if (status) return status;
+  if (op->H < 0 || op->G < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "route: sizes below 0: H %d, G %d", (int)op->H,
+                     (int)op->G);
+  if (!o->renormalize && !(o->scale > 0))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "route: scale is %g, it must be above 0 (moe_route_op_init sets 1)",
+                     (double)o->scale);
+  for (i = 0; i < r->N; ++i) left += !(o->masked && o->masked[i]) && !(o->pruned && o->pruned[i]);
+  if (left < r->k && !o->forced)
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "route: %d of %d experts are neither masked nor pruned, a token needs %d",
+                     (int)left, (int)r->N, (int)r->k);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_route_forward(const moe_route_op *op, const moe_env *env) {
+  moe_status status = moe__route_check(op, env);
+  if (status) return status;
+  moe__old_route_forward(op->routes, op->logits, op->loss, op->x, op->gates, op->gate_of,
+                         op->seq_start, op->S, op->H, &op->options, env);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_route_backward(const moe_route_op *op, const moe_env *env) {
+  moe_status status = moe__route_check(op, env);
+  if (status) return status;
+  moe__old_route_backward(op->dx, op->dgates, op->dlogits, op->dweight, op->loss_scale, op->routes,
+                          op->logits, op->x, op->gates, op->gate_of, op->seq_start, op->S, op->H,
+                          &op->options, env);
+  return MOE_OK;
 }
 
 /* ---- expert feed-forward networks ---- >>experts
@@ -8161,6 +8476,12 @@ static void moe__products_add(moe__products *list, moe__gemm product) {
   if (list->count == MOE__EXPERTS_LIST) moe__products_run(list);
   list->item[list->count++] = product;
 }
+
+typedef struct moe_experts {
+  int32_t N, H, F;
+  const moe_mat *in, *out;
+  const float *const *b_in, *const *b_out; /* NULL, or arrays whose pointers may be NULL */
+} moe_experts;
 
 /* The pieces of scratch, R = M k rows: place (R) the row of each slot, x and e or dy (R, H), a and
    d (R, F). */
@@ -8290,14 +8611,15 @@ static void moe__experts_gelu_tile(void *arg, int32_t tile, int32_t slot) {
 static moe__gemm moe__experts_in(const moe__experts_job *job, const moe_experts *experts, int32_t i,
                                  float *a, size_t at, int32_t rows) {
   float *pre = job->keep_pre ? job->keep_pre + at * job->F : a;
-  moe__gemm g =
-      moe__linear_product(pre, job->in + at * job->H, &experts->in[i], experts->b_in[i], rows);
+  moe__gemm g = moe__linear_product(pre, job->in + at * job->H, &experts->in[i],
+                                    experts->b_in ? experts->b_in[i] : NULL, rows);
   g.gelu = a;
   return g;
 }
 static moe__gemm moe__experts_out(const moe__experts_job *job, const moe_experts *experts,
                                   int32_t i, const float *a, size_t at, int32_t rows) {
-  return moe__linear_product(job->out + at * job->H, a, &experts->out[i], experts->b_out[i], rows);
+  return moe__linear_product(job->out + at * job->H, a, &experts->out[i],
+                             experts->b_out ? experts->b_out[i] : NULL, rows);
 }
 
 /* Blocks of rows go through both products while their inner activations are in the second-level
@@ -8410,9 +8732,9 @@ static void moe__experts_products(moe__experts_job *job, const moe_experts *expe
     moe__experts_spread(job, experts, env);
 }
 
-MOE_API void moe_experts_forward(float *y, float *pre, float *e, const float *x,
-                                 const moe_routes *routes, const moe_experts *experts,
-                                 float *scratch, const moe_env *env) {
+static void moe__old_experts_forward(float *y, float *pre, float *e, const float *x,
+                                     const moe_routes *routes, const moe_experts *experts,
+                                     float *scratch, const moe_env *env) {
   moe__experts_job job = moe__experts_job_make(routes, experts->H, experts->F, scratch, env);
   int dense = moe__experts_dense(routes);
   float *out = dense ? y : e ? e : job.e;
@@ -8500,14 +8822,53 @@ static void moe__experts_backward(float *dx, float *dweight, float *const *d_in,
                 &job);
 }
 
-MOE_API void moe_experts_backward(float *dx, float *dweight, float *const *d_in,
-                                  float *const *d_b_in, float *const *d_out, float *const *d_b_out,
-                                  const float *dy, const float *x, const float *pre, const float *e,
-                                  const moe_routes *routes, const float *const *w_in,
-                                  const float *const *w_out, int32_t H, int32_t F, float *scratch,
-                                  const moe_env *env) {
-  moe__experts_backward(dx, dweight, d_in, d_b_in, d_out, d_b_out, dy, x, pre, e, routes, w_in,
-                        w_out, NULL, NULL, H, F, scratch, env);
+MOE_API void moe_experts_op_init(moe_experts_op *op) { memset(op, 0, sizeof *op); }
+
+static moe_status moe__experts_check(const moe_experts_op *op, const moe_env *env) {
+  moe_status status = moe__routes_check("experts", op->routes, env);
+  if (status) return status;
+  if (op->N != op->routes->N || op->H < 0 || op->F < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "experts: N %d, H %d, F %d, with routes to %d experts",
+                     (int)op->N, (int)op->H, (int)op->F, (int)op->routes->N);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_experts_forward(const moe_experts_op *op, const moe_env *env) {
+  moe_experts experts;
+  moe_status status = moe__experts_check(op, env);
+  if (status) return status;
+  experts.N = op->N;
+  experts.H = op->H;
+  experts.F = op->F;
+  experts.in = op->in;
+  experts.out = op->out;
+  experts.b_in = op->b_in;
+  experts.b_out = op->b_out;
+  moe__old_experts_forward(op->y, op->pre, op->e, op->x, op->routes, &experts, op->scratch, env);
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_experts_backward(const moe_experts_op *op, const moe_env *env) {
+  const float *rows_in[MOE_MAX_EXPERTS], *rows_out[MOE_MAX_EXPERTS];
+  int32_t i;
+  moe_status status = moe__experts_check(op, env);
+  if (status) return status;
+  for (i = 0; i < op->N && !(op->w_in && op->w_out); ++i) {
+    const moe_mat *in = &op->in[i], *out = &op->out[i];
+    if (in->type != MOE_TYPE_F32 || in->layout != MOE_LAYOUT_ROWS || out->type != MOE_TYPE_F32 ||
+        out->layout != MOE_LAYOUT_ROWS)
+      return moe__fail(env, MOE_E_ARGUMENT,
+                       "experts: backward needs the float weights of expert %d in rows layout",
+                       (int)i);
+    rows_in[i] = (const float *)in->data;
+    rows_out[i] = (const float *)out->data;
+  }
+  moe__experts_backward(op->dx, op->dweight, op->d_in, op->d_b_in, op->d_out, op->d_b_out, op->dy,
+                        op->x, op->pre, op->e, op->routes,
+                        op->w_in && op->w_out ? op->w_in : rows_in,
+                        op->w_in && op->w_out ? op->w_out : rows_out, op->in_back, op->out_back,
+                        op->H, op->F, op->scratch, env);
+  return MOE_OK;
 }
 
 /* ---- kinds of tasks: heads, losses ---- >>kinds
@@ -10726,16 +11087,16 @@ static void moe__forward_embeddings(moe_context *c, moe__pass *pass) {
   if (config->feature_dim) {
     moe_mat mat = moe_mat_rows(w + p->feature_w, config->hidden, config->feature_dim);
     moe_env fp32 = moe__in_fp32(pass->env);
-    moe_linear_forward(sum, b->features, &mat, w + p->feature_b, pass->M, &fp32);
+    moe__old_linear_forward(sum, b->features, &mat, w + p->feature_b, pass->M, &fp32);
     moe__add_places(sum, b, w + p->position, w + p->segment, config->hidden, pass->env);
   } else if (p->quantized) {
     moe__dequantize_words(sum, c->model, b, pass->M, pass->env);
     moe__add_places(sum, b, w + p->position, w + p->segment, config->hidden, pass->env);
   } else
-    moe_embed_forward(sum, b->ids, b->segments, b->seq_start, b->S, w + p->word, w + p->position,
-                      w + p->segment, config->hidden, pass->env);
-  moe_layernorm_forward(x, c->mean0, c->rstd0, sum, w + p->norm_w, w + p->norm_b, config->eps,
-                        pass->M, config->hidden, pass->env);
+    moe__old_embed_forward(sum, b->ids, b->segments, b->seq_start, b->S, w + p->word,
+                           w + p->position, w + p->segment, config->hidden, pass->env);
+  moe__old_layernorm_forward(x, c->mean0, c->rstd0, sum, w + p->norm_w, w + p->norm_b, config->eps,
+                             pass->M, config->hidden, pass->env);
   if (keys)
     moe__dropout_rows(x, x, pass->dropout, keys, b->seq_start, b->S, config->hidden, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_EMBEDDINGS);
@@ -10783,7 +11144,7 @@ static void moe__forward_projections(moe_context *c, moe__pass *pass, int32_t la
          bytes = moe__layer_bytes(m, layer);
   moe_mat mat = moe__model_mat(m, at + m->plan.qkv_w, bytes + m->plan.qkv_q, panel, 3 * H, H,
                                pass->M, pass->env);
-  moe_linear_forward(a.qkv, a.x, &mat, m->weights + at + m->plan.qkv_b, pass->M, pass->env);
+  moe__old_linear_forward(a.qkv, a.x, &mat, m->weights + at + m->plan.qkv_b, pass->M, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_PROJECTIONS);
 }
 
@@ -10804,12 +11165,12 @@ static void moe__forward_attention(moe_context *c, moe__pass *pass, int32_t laye
                                 pass->S, H, m->config.heads, first, first + pass->M,
                                 pass->attention_scratch, pass->env);
   else
-    moe_attention_forward(a.att, a.stats, a.qkv, pass->batch->seq_start, pass->S, H,
-                          m->config.heads, pass->dropout,
-                          moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION),
-                          pass->attention_scratch, pass->env);
+    moe__old_attention_forward(a.att, a.stats, a.qkv, pass->batch->seq_start, pass->S, H,
+                               m->config.heads, pass->dropout,
+                               moe__pass_keys(c, pass, pass->dropout, layer, MOE__SITE_ATTENTION),
+                               pass->attention_scratch, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_ATTENTION);
-  moe_linear_forward(branch, a.att, &mat, w + p->att_b, pass->M, pass->env);
+  moe__old_linear_forward(branch, a.att, &mat, w + p->att_b, pass->M, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_PROJECTIONS);
   moe__forward_join(c, pass, a.y1, a.sum1, a.mean1, a.rstd1, a.x, branch, w + p->norm1_w,
                     w + p->norm1_b, layer, MOE__SITE_ATTENTION_OUT);
@@ -10888,7 +11249,7 @@ static void moe__forward_dense(moe_context *c, moe__pass *pass, int32_t layer) {
   int32_t start[2] = {0, 0};
   start[1] = routes.M = pass->M;
   routes.start = start;
-  moe_experts_forward(branch, a.pre, a.e, a.y1, &routes, &experts, scratch, pass->env);
+  moe__old_experts_forward(branch, a.pre, a.e, a.y1, &routes, &experts, scratch, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_EXPERTS);
   moe__forward_join(c, pass, moe__layer_output(c, layer) + pass->row * H, a.sum2, a.mean2, a.rstd2,
                     a.y1, branch, norm2, norm2 + H, layer, MOE__SITE_FFN_OUT);
@@ -10905,12 +11266,12 @@ static void moe__forward_mixture(moe_context *c, moe__pass *pass, int32_t layer)
   moe_route_options options = moe__route_options(c, pass, layer);
   float aux = 0;
   const float *gates = moe__gates_forward(c, w + p->gates, pass->env);
-  moe_route_forward(&c->routes[layer], a->logits, &aux, a->y1, gates, c->gate_of,
-                    pass->batch->seq_start, pass->S, config->hidden, &options, pass->env);
+  moe__old_route_forward(&c->routes[layer], a->logits, &aux, a->y1, gates, c->gate_of,
+                         pass->batch->seq_start, pass->S, config->hidden, &options, pass->env);
   pass->aux += aux;
   moe__profile_end(pass->env, MOE_PROFILE_GATES);
-  moe_experts_forward(c->branch, a->pre, a->e, a->y1, &c->routes[layer], &experts,
-                      c->experts_scratch, pass->env);
+  moe__old_experts_forward(c->branch, a->pre, a->e, a->y1, &c->routes[layer], &experts,
+                           c->experts_scratch, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_EXPERTS);
   moe__forward_join(c, pass, moe__layer_output(c, layer), a->sum2, a->mean2, a->rstd2, a->y1,
                     c->branch, norm2, norm2 + config->hidden, layer, MOE__SITE_FFN_OUT);
@@ -11136,8 +11497,8 @@ static void moe__forward_heads(moe_context *c, moe__pass *pass, float *scores) {
     moe_mat mat = moe_mat_rows(w, classes, (int32_t)width);
     moe__head_feature(c, pass, keys, s, &one);
     memset(row, 0, (size_t)m->max_classes * sizeof(float));
-    moe_linear_forward(row, c->feature + (size_t)s * c->feature_width, &mat,
-                       w + (size_t)classes * width, 1, &one);
+    moe__old_linear_forward(row, c->feature + (size_t)s * c->feature_width, &mat,
+                            w + (size_t)classes * width, 1, &one);
   }
 }
 
@@ -11319,8 +11680,8 @@ static void moe__task_router_scores(float *z, float *pre, float *act, const moe_
   const float *vector = model->weights + p->vectors + (size_t)task * (size_t)config->task_dim;
   moe_mat in = moe_mat_rows(w + p->score_in_w, MOE__TASK_ROUTER_HIDDEN, config->task_dim);
   moe_mat out = moe_mat_rows(w + p->score_out_w, config->experts, MOE__TASK_ROUTER_HIDDEN);
-  moe_linear_gelu_forward(act, pre, vector, &in, w + p->score_in_b, 1, env);
-  moe_linear_forward(z, act, &out, w + p->score_out_b, 1, env);
+  moe__old_linear_gelu_forward(act, pre, vector, &in, w + p->score_in_b, 1, env);
+  moe__old_linear_forward(z, act, &out, w + p->score_out_b, 1, env);
 }
 
 /* w = 1 at the largest of n values, the lowest of equals, and 0 elsewhere. */
@@ -11528,12 +11889,12 @@ static void moe__task_router_backward(moe_context *c, const moe__pass *pass, flo
       }
       memset(dact, 0, sizeof dact);
       memset(dpre, 0, sizeof dpre);
-      moe_linear_backward(dact, d + p->score_out_w, d + p->score_out_b, dz,
-                          v->act + at * MOE__TASK_ROUTER_HIDDEN, &out, 1, &one);
+      moe__old_linear_backward(dact, d + p->score_out_w, d + p->score_out_b, dz,
+                               v->act + at * MOE__TASK_ROUTER_HIDDEN, &out, 1, &one);
       moe_gelu_backward(dpre, dact, v->pre + at * MOE__TASK_ROUTER_HIDDEN, MOE__TASK_ROUTER_HIDDEN,
                         &one);
-      moe_linear_backward(dw + p->vectors + task * width, d + p->score_in_w, d + p->score_in_b,
-                          dpre, vector, &in, 1, &one);
+      moe__old_linear_backward(dw + p->vectors + task * width, d + p->score_in_w, d + p->score_in_b,
+                               dpre, vector, &in, 1, &one);
     }
   }
 }
@@ -11763,8 +12124,8 @@ static void moe__backward_heads(moe_context *c, const moe__pass *pass, float *dw
                                  (float)(1 / (moe__log_double((double)task->classes) * whole)),
                                  task->classes);
     memset(c->gfeature, 0, width * sizeof(float));
-    moe_linear_backward(c->gfeature, dw + at, dw + at + classes * width, dscore,
-                        c->feature + (size_t)s * c->feature_width, &mat, 1, &one);
+    moe__old_linear_backward(c->gfeature, dw + at, dw + at + classes * width, dscore,
+                             c->feature + (size_t)s * c->feature_width, &mat, 1, &one);
     if (keys) moe_dropout(c->gfeature, c->gfeature, width, pass->dropout, keys[s], &one);
     moe__head_scatter(c, b, s, (int)task->kind);
   }
@@ -11820,9 +12181,9 @@ static void moe__backward_mixture(moe_context *c, const moe__pass *pass, float *
     moe_route_options options = moe__route_options(c, pass, layer);
     const float *basis = w + at + p->gates, *gates = moe__gates_forward(c, basis, pass->env);
     float *dbasis = dw + at + p->gates, *dgates = moe__gates_gradient(c, dbasis);
-    moe_route_backward(c->g, dgates, c->glogits, c->gweight, (float)pass->S / (float)whole,
-                       &c->routes[layer], a->logits, a->y1, gates, c->gate_of,
-                       pass->batch->seq_start, pass->S, config->hidden, &options, pass->env);
+    moe__old_route_backward(c->g, dgates, c->glogits, c->gweight, (float)pass->S / (float)whole,
+                            &c->routes[layer], a->logits, a->y1, gates, c->gate_of,
+                            pass->batch->seq_start, pass->S, config->hidden, &options, pass->env);
     if (dgates != dbasis) moe__gates_backward(c, dw + p->vectors, dbasis, basis, pass->env);
     moe__profile_end(pass->env, MOE_PROFILE_GATES_BACK);
   }
@@ -11867,16 +12228,17 @@ static void moe__backward_embeddings(moe_context *c, const moe__pass *pass, floa
   int32_t H = config->hidden;
   if (keys) moe__dropout_rows(c->g, c->g, pass->dropout, keys, b->seq_start, b->S, H, pass->env);
   memset(c->gsum, 0, (size_t)pass->M * (size_t)H * sizeof(float));
-  moe_layernorm_backward(c->gsum, dw + p->norm_w, dw + p->norm_b, c->g, c->sum0, c->mean0, c->rstd0,
-                         w + p->norm_w, pass->M, H, pass->env);
+  moe__old_layernorm_backward(c->gsum, dw + p->norm_w, dw + p->norm_b, c->g, c->sum0, c->mean0,
+                              c->rstd0, w + p->norm_w, pass->M, H, pass->env);
   if (config->feature_dim) {
     moe_mat mat = moe_mat_rows(w + p->feature_w, H, config->feature_dim);
     moe_env fp32 = moe__in_fp32(pass->env);
-    moe_linear_backward(NULL, dw + p->feature_w, dw + p->feature_b, c->gsum, b->features, &mat,
-                        pass->M, &fp32);
+    moe__old_linear_backward(NULL, dw + p->feature_w, dw + p->feature_b, c->gsum, b->features, &mat,
+                             pass->M, &fp32);
   }
-  moe_embed_backward(config->feature_dim ? NULL : dw + p->word, dw + p->position, dw + p->segment,
-                     c->gsum, b->ids, b->segments, b->seq_start, b->S, H, pass->env);
+  moe__old_embed_backward(config->feature_dim ? NULL : dw + p->word, dw + p->position,
+                          dw + p->segment, c->gsum, b->ids, b->segments, b->seq_start, b->S, H,
+                          pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_EMBEDDINGS_BACK);
 }
 
@@ -12275,15 +12637,26 @@ MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env) {
   return moe__spans_norm(g, &span, 1, env);
 }
 
-MOE_API void moe_adam_step(float *w, float *dw, float *m, float *v, size_t n, int64_t t, float rate,
-                           float decay, float factor, float beta1, float beta2, float eps,
-                           const moe_env *env) {
+MOE_API void moe_adam_op_init(moe_adam_op *op) {
+  memset(op, 0, sizeof *op);
+  op->lr = 5e-5f;
+  op->factor = 1;
+  op->beta1 = 0.9f;
+  op->beta2 = 0.999f;
+  op->eps = 1e-8f;
+}
+
+MOE_API moe_status moe_adam_step(const moe_adam_op *op, const moe_env *env) {
   moe__span span;
+  if (op->t < 1)
+    return moe__fail(env, MOE_E_ARGUMENT, "Adam: step %lld, the first one is 1", (long long)op->t);
   memset(&span, 0, sizeof span);
-  span.count = n;
+  span.count = op->count;
   span.rate = 1;
-  span.decay = decay;
-  moe__spans_adam(w, dw, m, v, &span, 1, t, rate, factor, beta1, beta2, eps, env);
+  span.decay = op->weight_decay;
+  moe__spans_adam(op->w, op->g, op->m, op->v, &span, 1, op->t, op->lr, op->factor, op->beta1,
+                  op->beta2, op->eps, env);
+  return MOE_OK;
 }
 
 /* ---- which row of which task comes next ---- >>sampler

@@ -31,15 +31,17 @@ static float *floats(size_t n) {
 }
 
 static void call(work *w, op what, int m, int n, int k, const moe_env *env) {
-  moe_mat rows = moe_mat_rows(w->w, n, k), panels = moe_mat_panels(w->panels, n, k);
-  switch (what) {
-    case PACKED:
-      moe_linear_forward(w->y, w->x, env->backend ? &rows : &panels, NULL, m, env);
-      break;
-    case PLAIN: moe_linear_forward(w->y, w->x, &rows, NULL, m, env); break;
-    case DX: moe_linear_backward(w->x, NULL, NULL, w->y, NULL, &rows, m, env); break;
-    default: moe_linear_backward(NULL, w->dw, NULL, w->y, w->x, &rows, m, env); break;
-  }
+  moe_linear_op linear;
+  moe_linear_op_init(&linear);
+  linear.y = w->y, linear.x = w->x, linear.M = m, linear.dy = w->y;
+  linear.w =
+      what == PACKED && !env->backend ? moe_mat_panels(w->panels, n, k) : moe_mat_rows(w->w, n, k);
+  if (what == DX) linear.dx = w->x;
+  if (what == DW) linear.dw = w->dw;
+  if (what == PACKED || what == PLAIN)
+    moe_linear_forward(&linear, env);
+  else
+    moe_linear_backward(&linear, env);
 }
 
 /* The least seconds of a call. */

@@ -299,43 +299,72 @@ static void prepare(work *w) {
 }
 
 static void product(work *w) {
-  moe_mat plain = moe_mat_rows(w->d, w->n, w->k), packed = moe_mat_panels(w->f, w->n, w->k);
-  switch (w->what) {
-    case OP_PACKED: moe_linear_forward(w->b, w->a, &packed, w->bias[0], w->m, &w->env); break;
-    case OP_PLAIN: moe_linear_forward(w->b, w->a, &plain, w->bias[0], w->m, &w->env); break;
-    case OP_DX: moe_linear_backward(w->b, NULL, NULL, w->c, NULL, &plain, w->m, &w->env); break;
-    default: moe_linear_backward(NULL, w->e, NULL, w->c, w->a, &plain, w->m, &w->env); break;
-  }
+  moe_linear_op op;
+  moe_linear_op_init(&op);
+  op.y = w->b, op.x = w->a, op.b = w->bias[0], op.M = w->m, op.dy = w->c;
+  op.w = w->what == OP_PACKED ? moe_mat_panels(w->f, w->n, w->k) : moe_mat_rows(w->d, w->n, w->k);
+  if (w->what == OP_DX) op.dx = w->b;
+  if (w->what == OP_DW) op.dw = w->e;
+  if (w->what == OP_DX || w->what == OP_DW)
+    moe_linear_backward(&op, &w->env);
+  else
+    moe_linear_forward(&op, &w->env);
 }
 
 static void expert_layer(work *w) {
-  moe_experts ex;
-  moe_route_options ro;
-  memset(&ex, 0, sizeof ex);
-  memset(&ro, 0, sizeof ro);
-  ro.scale = 1.0f;
-  ex.N = N, ex.H = H, ex.F = F;
-  ex.in = w->w, ex.out = w->w + N;
-  ex.b_in = (const float *const *)w->bias;
-  ex.b_out = (const float *const *)(w->bias + N);
+  moe_route_op gate;
+  moe_experts_op op;
+  moe_route_op_init(&gate);
+  gate.routes = &w->routes, gate.logits = w->e, gate.x = w->a, gate.gates = w->d;
+  gate.gate_of = w->gate_of, gate.seq_start = w->start, gate.S = S, gate.H = H, gate.G = 8;
+  gate.dx = w->b, gate.dgates = w->c, gate.dlogits = w->e + (size_t)M * N, gate.dweight = w->f;
+  moe_experts_op_init(&op);
+  op.y = w->b, op.pre = w->c, op.e = w->e, op.x = w->a, op.routes = &w->routes;
+  op.in = w->w, op.out = w->w + N, op.N = N, op.H = H, op.F = F, op.scratch = w->scratch;
+  op.b_in = (const float *const *)w->bias, op.b_out = (const float *const *)(w->bias + N);
+  op.dx = w->b, op.dweight = w->routes.prob, op.dy = w->f;
+  op.d_in = w->grads, op.d_b_in = w->dbias, op.d_out = w->grads + N, op.d_b_out = w->dbias + N;
+  op.w_in = (const float *const *)w->rows, op.w_out = (const float *const *)(w->rows + N);
   switch (w->what) {
-    case OP_ROUTE:
-      moe_route_forward(&w->routes, w->e, NULL, w->a, w->d, w->gate_of, w->start, S, H, &ro,
-                        &w->env);
-      break;
-    case OP_ROUTE_BACK:
-      moe_route_backward(w->b, w->c, w->e + (size_t)M * N, w->f, 0.0f, &w->routes, w->e, w->a, w->d,
-                         w->gate_of, w->start, S, H, &ro, &w->env);
-      break;
-    case OP_EXPERTS:
-      moe_experts_forward(w->b, w->c, w->e, w->a, &w->routes, &ex, w->scratch, &w->env);
-      break;
-    default:
-      moe_experts_backward(w->b, w->routes.prob, w->grads, w->dbias, w->grads + N, w->dbias + N,
-                           w->f, w->a, w->c, w->e, &w->routes, (const float *const *)w->rows,
-                           (const float *const *)(w->rows + N), H, F, w->scratch, &w->env);
-      break;
+    case OP_ROUTE: moe_route_forward(&gate, &w->env); break;
+    case OP_ROUTE_BACK: moe_route_backward(&gate, &w->env); break;
+    case OP_EXPERTS: moe_experts_forward(&op, &w->env); break;
+    default: moe_experts_backward(&op, &w->env); break;
   }
+}
+
+/* LayerNorm, embeddings, attention, Adam; 0 where it is none of them. */
+static int other_op(work *w) {
+  moe_layernorm_op norm;
+  moe_embed_op embed;
+  moe_attention_op attention;
+  moe_adam_op adam;
+  moe_layernorm_op_init(&norm);
+  norm.y = w->b, norm.mean = w->e, norm.rstd = w->e + M, norm.x = w->a, norm.M = M, norm.H = H;
+  norm.gamma = w->bias[0], norm.beta = w->bias[1], norm.dx = w->b, norm.dy = w->c;
+  norm.dgamma = w->dbias[0], norm.dbeta = w->dbias[1];
+  moe_embed_op_init(&embed);
+  embed.x = w->b, embed.ids = w->ids, embed.word = w->f, embed.position = w->d;
+  embed.seq_start = w->start, embed.S = S, embed.M = M, embed.H = H;
+  embed.dword = w->f, embed.dposition = w->d, embed.dx = w->a;
+  moe_attention_op_init(&attention);
+  attention.y = w->b, attention.stats = w->e, attention.qkv = w->a, attention.scratch = w->scratch;
+  attention.seq_start = w->start, attention.S = S, attention.M = M, attention.H = H;
+  attention.A = A, attention.dqkv = w->f, attention.dy = w->c;
+  moe_adam_op_init(&adam);
+  adam.w = w->a, adam.g = w->b, adam.m = w->c, adam.v = w->d, adam.count = 10000000;
+  adam.lr = 1e-5f;
+  switch (w->what) {
+    case OP_NORM: moe_layernorm_forward(&norm, &w->env); break;
+    case OP_NORM_BACK: moe_layernorm_backward(&norm, &w->env); break;
+    case OP_EMBED: moe_embed_forward(&embed, &w->env); break;
+    case OP_EMBED_BACK: moe_embed_backward(&embed, &w->env); break;
+    case OP_ATTENTION: moe_attention_forward(&attention, &w->env); break;
+    case OP_ATTENTION_BACK: moe_attention_backward(&attention, &w->env); break;
+    case OP_ADAM: adam.t = ++w->step, moe_adam_step(&adam, &w->env); break;
+    default: return 0;
+  }
+  return 1;
 }
 
 static int once(void *arg) {
@@ -348,34 +377,11 @@ static int once(void *arg) {
     case OP_DW: product(w); break;
     case OP_GELU: moe_gelu_forward(w->b, w->a, wide, &w->env); break;
     case OP_GELU_BACK: moe_gelu_backward(w->b, w->c, w->a, wide, &w->env); break;
-    case OP_NORM:
-      moe_layernorm_forward(w->b, w->e, w->e + M, w->a, w->bias[0], w->bias[1], 1e-12f, M, H,
-                            &w->env);
-      break;
-    case OP_NORM_BACK:
-      moe_layernorm_backward(w->b, w->dbias[0], w->dbias[1], w->c, w->a, w->e, w->e + M, w->bias[0],
-                             M, H, &w->env);
-      break;
     case OP_DROPOUT: moe_dropout(w->b, w->a, narrow, 0.1f, 7, &w->env); break;
-    case OP_EMBED:
-      moe_embed_forward(w->b, w->ids, NULL, w->start, S, w->f, w->d, NULL, H, &w->env);
-      break;
-    case OP_EMBED_BACK:
-      moe_embed_backward(w->f, w->d, NULL, w->a, w->ids, NULL, w->start, S, H, &w->env);
-      break;
-    case OP_ATTENTION:
-      moe_attention_forward(w->b, w->e, w->a, w->start, S, H, A, 0.0f, NULL, w->scratch, &w->env);
-      break;
-    case OP_ATTENTION_BACK:
-      moe_attention_backward(w->f, w->c, w->b, w->e, w->a, w->start, S, H, A, 0.0f, NULL,
-                             w->scratch, &w->env);
-      break;
-    case OP_ADAM:
-      moe_adam_step(w->a, w->b, w->c, w->d, (size_t)10000000, ++w->step, 1e-5f, 0.0f, 1.0f, 0.9f,
-                    0.999f, 1e-8f, &w->env);
-      break;
     case OP_PACK: moe_pack(w->panels[0], w->rows[0], F, H, &w->env); break;
-    default: expert_layer(w); break;
+    default:
+      if (!other_op(w)) expert_layer(w);
+      break;
   }
   return 0;
 }

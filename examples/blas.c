@@ -44,11 +44,16 @@ int main(void) {
   for (i = 0; i < M * COLS; ++i) x[i] = (float)(i % 1009) / 1009 - 0.5f;
   for (i = 0; i < ROWS * COLS; ++i) w[i] = (float)(i % 1013) / 1013 - 0.5f;
   for (side = 0; side < 2; ++side) {
-    moe_mat mat = moe_mat_rows(w, ROWS, COLS);
+    moe_linear_op op;
+    moe_linear_op_init(&op);
+    op.y = y[side];
+    op.x = x;
+    op.w = moe_mat_rows(w, ROWS, COLS);
+    op.M = M;
     env.backend = side ? &blas : NULL;
     for (i = 0; i < ROUNDS; ++i) {
       double t = now();
-      moe_linear_forward(y[side], x, &mat, NULL, M, &env);
+      if (moe_linear_forward(&op, &env)) return 1;
       t = now() - t;
       if (t < best[side]) best[side] = t;
     }

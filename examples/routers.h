@@ -160,22 +160,35 @@ static task_router *router_create(router_kind kind, int32_t T, int32_t L, int32_
   return r;
 }
 
-static moe_mat router_matrix(const task_router *r, int k) {
-  return moe_mat_rows(r->w + r->tensor[k].offset, r->tensor[k].rows, r->tensor[k].cols);
+/* The linear layer of matrix k; bias: the number of that tensor, or -1. */
+static moe_linear_op router_linear_op(const task_router *r, int k, int bias) {
+  moe_linear_op op;
+  moe_linear_op_init(&op);
+  op.w = moe_mat_rows(r->w + r->tensor[k].offset, r->tensor[k].rows, r->tensor[k].cols);
+  op.dw = r->dw + r->tensor[k].offset;
+  op.b = bias < 0 ? NULL : r->w + r->tensor[bias].offset;
+  op.db = bias < 0 ? NULL : r->dw + r->tensor[bias].offset;
+  return op;
 }
 
 /* y (M, rows) = x W^T + b, with tensor k and the bias behind it. */
 static void router_linear(const task_router *r, float *y, const float *x, int k, int32_t M,
                           const moe_env *env) {
-  moe_mat w = router_matrix(r, k);
-  moe_linear_forward(y, x, &w, r->w + r->tensor[k + 1].offset, M, env);
+  moe_linear_op op = router_linear_op(r, k, k + 1);
+  op.y = y;
+  op.x = x;
+  op.M = M;
+  moe_linear_forward(&op, env);
 }
 
 static void router_linear_backward(task_router *r, float *dx, const float *dy, const float *x,
                                    int k, int32_t M, const moe_env *env) {
-  moe_mat w = router_matrix(r, k);
-  moe_linear_backward(dx, r->dw + r->tensor[k].offset, r->dw + r->tensor[k + 1].offset, dy, x, &w,
-                      M, env);
+  moe_linear_op op = router_linear_op(r, k, k + 1);
+  op.x = x;
+  op.M = M;
+  op.dx = dx;
+  op.dy = dy;
+  moe_linear_backward(&op, env);
 }
 
 /* ---- the LSTM ---- */
@@ -207,16 +220,17 @@ static void lstm_make_inputs(const task_router *r, int32_t l) {
 /* i, f, g, o = sigmoid, sigmoid, tanh, sigmoid of W x + U h + b;  c = f c' + i g;  h = o tanh c;  z
    = W h + b. */
 static void lstm_forward(task_router *r, const moe_env *env) {
-  moe_mat in = router_matrix(r, R_IH), hidden = router_matrix(r, R_HH);
+  moe_linear_op in = router_linear_op(r, R_IH, R_BIAS), hidden = router_linear_op(r, R_HH, -1);
   float *from_hidden = r->work;
   int32_t l, t, j, E = ROUTER_E;
   for (l = 0; l < r->L; ++l) {
     const float *before = lstm_cells(r, l);
     float *cell = lstm_cells(r, l + 1), *out = lstm_outputs(r, l + 1);
     lstm_make_inputs(r, l);
-    moe_linear_forward(lstm_gates(r, l), lstm_inputs(r), &in, r->w + r->tensor[R_BIAS].offset, r->T,
-                       env);
-    moe_linear_forward(from_hidden, lstm_outputs(r, l), &hidden, NULL, r->T, env);
+    in.y = lstm_gates(r, l), in.x = lstm_inputs(r), in.M = r->T;
+    hidden.y = from_hidden, hidden.x = lstm_outputs(r, l), hidden.M = r->T;
+    moe_linear_forward(&in, env);
+    moe_linear_forward(&hidden, env);
     for (t = 0; t < r->T; ++t) {
       float *g = lstm_gates(r, l) + t * 4 * E;
       for (j = 0; j < 4 * E; ++j) {
@@ -236,7 +250,7 @@ static void lstm_forward(task_router *r, const moe_env *env) {
 
 /* From the last layer to the first; dh and dc come from the layer above. */
 static void lstm_backward(task_router *r, const moe_env *env) {
-  moe_mat in = router_matrix(r, R_IH), hidden = router_matrix(r, R_HH);
+  moe_linear_op in = router_linear_op(r, R_IH, R_BIAS), hidden = router_linear_op(r, R_HH, -1);
   int32_t l, t, j, E = ROUTER_E, T = r->T;
   float *dgates = r->work, *dh = dgates + T * 4 * E, *dc = dh + T * E, *dx = dc + T * E;
   memset(dh, 0, (size_t)(2 * T * E) * sizeof *dh);
@@ -264,10 +278,10 @@ static void lstm_backward(task_router *r, const moe_env *env) {
     memset(dx, 0, (size_t)(T * r->V) * sizeof *dx);
     memset(dh, 0, (size_t)(T * E) * sizeof *dh);
     lstm_make_inputs(r, l);
-    moe_linear_backward(dx, r->dw + r->tensor[R_IH].offset, r->dw + r->tensor[R_BIAS].offset,
-                        dgates, lstm_inputs(r), &in, T, env);
-    moe_linear_backward(dh, r->dw + r->tensor[R_HH].offset, NULL, dgates, lstm_outputs(r, l),
-                        &hidden, T, env);
+    in.dx = dx, in.dy = dgates, in.x = lstm_inputs(r), in.M = T;
+    hidden.dx = dh, hidden.dy = dgates, hidden.x = lstm_outputs(r, l), hidden.M = T;
+    moe_linear_backward(&in, env);
+    moe_linear_backward(&hidden, env);
     for (t = 0; t < T; ++t)
       for (j = 0; j < r->V; ++j) {
         r->dw[t * r->V + j] += dx[t * r->V + j];
@@ -306,10 +320,45 @@ static router_pass transformer_pass(const task_router *r) {
 
 static const float *router_at(const task_router *r, int k) { return r->w + r->tensor[k].offset; }
 
+static moe_attention_op transformer_attention(const task_router *r, const router_pass *p) {
+  moe_attention_op op;
+  moe_attention_op_init(&op);
+  op.y = p->mixed;
+  op.stats = p->stats;
+  op.qkv = p->qkv;
+  op.seq_start = r->start;
+  op.S = r->T;
+  op.M = r->T * r->L;
+  op.H = ROUTER_E;
+  op.A = ROUTER_HEADS;
+  return op;
+}
+
+/* The LayerNorm of tensors k and k + 1; its input is what backward reads, too. */
+static moe_layernorm_op transformer_norm(const task_router *r, int k, float *mean, float *rstd,
+                                         const float *x) {
+  moe_layernorm_op op;
+  moe_layernorm_op_init(&op);
+  op.mean = mean;
+  op.rstd = rstd;
+  op.x = x;
+  op.gamma = router_at(r, k);
+  op.beta = router_at(r, k + 1);
+  op.eps = 1e-5f;
+  op.M = r->T * r->L;
+  op.H = ROUTER_E;
+  op.dgamma = r->dw + r->tensor[k].offset;
+  op.dbeta = r->dw + r->tensor[k + 1].offset;
+  return op;
+}
+
 /* e = W x + b;  s = LayerNorm(e + W attention(e) + b);  y = LayerNorm(s + W GELU(W s + b) + b);  z
    = W y + b: one block as in BERT. */
 static void transformer_forward(task_router *r, const moe_env *env) {
   router_pass p = transformer_pass(r);
+  moe_attention_op attention = transformer_attention(r, &p);
+  moe_layernorm_op norm1 = transformer_norm(r, R_NORM1_W, p.mean1, p.rstd1, p.sum1),
+                   norm2 = transformer_norm(r, R_NORM2_W, p.mean2, p.rstd2, p.sum2);
   const float *layers = router_at(r, R_LAYERS);
   int32_t M = r->T * r->L, E = ROUTER_E, F = ROUTER_F, t, l, j;
   size_t i, n = (size_t)(M * E);
@@ -319,23 +368,26 @@ static void transformer_forward(task_router *r, const moe_env *env) {
         p.x[(t * r->L + l) * r->V + j] = r->w[t * r->V + j] + layers[l * r->V + j];
   router_linear(r, p.in, p.x, R_IN_W, M, env);
   router_linear(r, p.qkv, p.in, R_QKV_W, M, env);
-  moe_attention_forward(p.mixed, p.stats, p.qkv, r->start, r->T, E, ROUTER_HEADS, 0, NULL, r->work,
-                        env);
+  attention.scratch = r->work;
+  moe_attention_forward(&attention, env);
   router_linear(r, p.sum1, p.mixed, R_ATTENTION_W, M, env);
   for (i = 0; i < n; ++i) p.sum1[i] += p.in[i];
-  moe_layernorm_forward(p.one, p.mean1, p.rstd1, p.sum1, router_at(r, R_NORM1_W),
-                        router_at(r, R_NORM1_B), 1e-5f, M, E, env);
+  norm1.y = p.one;
+  moe_layernorm_forward(&norm1, env);
   router_linear(r, p.pre, p.one, R_UP_W, M, env);
   moe_gelu_forward(p.act, p.pre, (size_t)(M * F), env);
   router_linear(r, p.sum2, p.act, R_DOWN_W, M, env);
   for (i = 0; i < n; ++i) p.sum2[i] += p.one[i];
-  moe_layernorm_forward(r->y, p.mean2, p.rstd2, p.sum2, router_at(r, R_NORM2_W),
-                        router_at(r, R_NORM2_B), 1e-5f, M, E, env);
+  norm2.y = r->y;
+  moe_layernorm_forward(&norm2, env);
   router_linear(r, r->scores, r->y, R_OUT_W, M, env);
 }
 
 static void transformer_backward(task_router *r, const moe_env *env) {
   router_pass p = transformer_pass(r);
+  moe_attention_op attention = transformer_attention(r, &p);
+  moe_layernorm_op norm1 = transformer_norm(r, R_NORM1_W, p.mean1, p.rstd1, p.sum1),
+                   norm2 = transformer_norm(r, R_NORM2_W, p.mean2, p.rstd2, p.sum2);
   int32_t M = r->T * r->L, E = ROUTER_E, F = ROUTER_F, t, l, j;
   size_t i, n = (size_t)(M * E);
   float *dy = r->work, *dsum2 = dy + n, *done = dsum2 + n, *dsum1 = done + n, *din = dsum1 + n,
@@ -345,21 +397,23 @@ static void transformer_backward(task_router *r, const moe_env *env) {
   float *dlayers = r->dw + r->tensor[R_LAYERS].offset;
   memset(r->work, 0, (size_t)(scratch - r->work) * sizeof *r->work);
   router_linear_backward(r, dy, r->dscores, r->y, R_OUT_W, M, env);
-  moe_layernorm_backward(dsum2, r->dw + r->tensor[R_NORM2_W].offset,
-                         r->dw + r->tensor[R_NORM2_B].offset, dy, p.sum2, p.mean2, p.rstd2,
-                         router_at(r, R_NORM2_W), M, E, env);
+  norm2.dx = dsum2;
+  norm2.dy = dy;
+  moe_layernorm_backward(&norm2, env);
   memcpy(done, dsum2, n * sizeof *done);
   router_linear_backward(r, dact, dsum2, p.act, R_DOWN_W, M, env);
   moe_gelu_backward(dpre, dact, p.pre, (size_t)(M * F), env);
   router_linear_backward(r, done, dpre, p.one, R_UP_W, M, env);
-  moe_layernorm_backward(dsum1, r->dw + r->tensor[R_NORM1_W].offset,
-                         r->dw + r->tensor[R_NORM1_B].offset, done, p.sum1, p.mean1, p.rstd1,
-                         router_at(r, R_NORM1_W), M, E, env);
+  norm1.dx = dsum1;
+  norm1.dy = done;
+  moe_layernorm_backward(&norm1, env);
   memcpy(din, dsum1, n * sizeof *din);
   memset(dmixed, 0, n * sizeof *dmixed);
   router_linear_backward(r, dmixed, dsum1, p.mixed, R_ATTENTION_W, M, env);
-  moe_attention_backward(dqkv, dmixed, p.mixed, p.stats, p.qkv, r->start, r->T, E, ROUTER_HEADS, 0,
-                         NULL, scratch, env);
+  attention.scratch = scratch;
+  attention.dqkv = dqkv;
+  attention.dy = dmixed;
+  moe_attention_backward(&attention, env);
   router_linear_backward(r, din, dqkv, p.in, R_QKV_W, M, env);
   router_linear_backward(r, dx, din, p.x, R_IN_W, M, env);
   for (t = 0; t < r->T; ++t)
@@ -399,7 +453,9 @@ static int router_update(task_router *r, float vector_rate, float rate, float de
   size_t vectors = r->tensor[R_VECTORS].count;
   double norm;
   float factor;
+  moe_adam_op op;
   int32_t k;
+  moe_adam_op_init(&op);
   if (vector_rate <= 0) memset(r->dw, 0, vectors * sizeof *r->dw);
   if (rate <= 0) memset(r->dw + vectors, 0, (r->n - vectors) * sizeof *r->dw);
   norm = moe_gradient_norm(r->dw, r->n, env);
@@ -412,10 +468,16 @@ static int router_update(task_router *r, float vector_rate, float rate, float de
   for (k = 0; k < r->n_tensors; ++k) {
     const router_tensor *t = &r->tensor[k];
     float own = k == R_VECTORS ? vector_rate : rate;
-    if (own > 0)
-      moe_adam_step(r->w + t->offset, r->dw + t->offset, r->moment1 + t->offset,
-                    r->moment2 + t->offset, t->count, r->step, own, t->cols ? decay : 0, factor,
-                    0.9f, 0.999f, 1e-8f, env);
+    op.w = r->w + t->offset;
+    op.g = r->dw + t->offset;
+    op.m = r->moment1 + t->offset;
+    op.v = r->moment2 + t->offset;
+    op.count = t->count;
+    op.t = r->step;
+    op.lr = own;
+    op.weight_decay = t->cols ? decay : 0;
+    op.factor = factor;
+    if (own > 0) (void)moe_adam_step(&op, env);
   }
   return 0;
 }

@@ -43,7 +43,6 @@ static const float x[M][H] = {
 static const float w_in[N][F][H] = {
     {{1, 0}, {0, -0.5f}}, {{0, 0.5f}, {1, -0.5f}}, {{2, -1}, {-1, 0}}};
 static const float w_out[N][H][F] = {{{1, -1}, {1, 1}}, {{0, 1}, {1, 0}}, {{1, 1}, {1, -1}}};
-static const float zero[F + H] = {0, 0, 0, 0};
 static float gates[T][N][H]; /* W_{g,A} = (ln 6, 0; ln 3, 0; 0, 0), and W_{g,B} with its rows the
                                 other way round */
 static const int32_t gate_of[M] = {0, 1}, seq_start[M + 1] = {0, 1, 2};
@@ -53,16 +52,14 @@ static int32_t expert[M * N], order[M * N], start[N + 1];
 static float weight[M * N], prob[M][N], logits[M][N], pre[M * N][F], e[M * N][H], h[M][H],
     scratch[256];
 
-/* Routes and mixture with the k most probable experts; returns the routes. */
-static moe_routes forward(int32_t k, const moe_env *env) {
-  moe_route_options options;
-  moe_routes routes;
-  moe_experts experts;
-  moe_mat in[N], out[N];
-  const float *b_in[N], *b_out[N];
+static moe_routes routes;
+static moe_route_op gate;
+static moe_experts_op layer;
+
+/* Routes and mixture with the k most probable experts. */
+static void forward(int32_t k, const moe_env *env) {
+  static moe_mat in[N], out[N];
   int i;
-  memset(&options, 0, sizeof options);
-  options.scale = 1; /* the paper's g*, as it is */
   routes.M = M;
   routes.N = N;
   routes.k = k;
@@ -71,36 +68,46 @@ static moe_routes forward(int32_t k, const moe_env *env) {
   routes.prob = prob[0];
   routes.order = order;
   routes.start = start;
-  moe_route_forward(&routes, logits[0], NULL, x[0], gates[0][0], gate_of, seq_start, M, H, &options,
-                    env);
+  moe_route_op_init(&gate); /* a weight is the paper's g*, as it is */
+  gate.routes = &routes;
+  gate.logits = logits[0];
+  gate.x = x[0];
+  gate.gates = gates[0][0];
+  gate.gate_of = gate_of;
+  gate.seq_start = seq_start;
+  gate.S = M; /* two sentences of one token */
+  gate.H = H;
+  gate.G = T;
   for (i = 0; i < N; ++i) {
     in[i] = moe_mat_rows(w_in[i][0], F, H);
     out[i] = moe_mat_rows(w_out[i][0], H, F);
-    b_in[i] = b_out[i] = zero;
   }
-  experts.N = N;
-  experts.H = H;
-  experts.F = F;
-  experts.in = in;
-  experts.out = out;
-  experts.b_in = b_in;
-  experts.b_out = b_out;
-  moe_experts_forward(h[0], pre[0], e[0], x[0], &routes, &experts, scratch, env);
-  return routes;
+  moe_experts_op_init(&layer); /* without biases, like the paper's Eq. 1 */
+  layer.y = h[0];
+  layer.pre = pre[0];
+  layer.e = e[0];
+  layer.x = x[0];
+  layer.routes = &routes;
+  layer.in = in;
+  layer.out = out;
+  layer.N = N;
+  layer.H = H;
+  layer.F = F;
+  layer.scratch = scratch;
+  wrong |= moe_route_forward(&gate, env) || moe_experts_forward(&layer, env);
 }
 
 static double ln3, ln6;
 static double Phi, phi; /* of the normal distribution, at 1 */
 
 /* The experts, the gate and what comes out, Eq. 1 to 6; the routes are those of top-1. */
-static moe_routes way_there(const moe_env *env) {
-  moe_routes routes;
+static void way_there(const moe_env *env) {
   printf("One token, x = (1, 2), in a sentence of task A and in one of task B; N = 3 experts, one "
          "gate for each task.\n\n");
   printf("THE EXPERTS\n  Each is a feed-forward network of its own. Eq. 1:  E_i(x) = w_out "
          "GELU(w_in x)\n");
-  routes = forward(N, env); /* all three, so that all can be seen: for either task its most probable
-                               expert comes first */
+  forward(N, env); /* all three, so that all can be seen: for either task its most probable expert
+                      comes first */
   {
     const double E1[] = {1, 2 * Phi - 1}, E2[] = {0, Phi}, E3[] = {Phi - 1, 1 - Phi};
     const double mixture[] = {0.6 * E1[0] + 0.3 * E2[0] + 0.1 * E3[0],
@@ -118,7 +125,7 @@ static moe_routes way_there(const moe_env *env) {
 
   printf("\nTHE GATE OF THE TASK\n  Eq. 3:  logits = x W_{g,t}, where t is the task of the "
          "sentence\n");
-  routes = forward(1, env);
+  forward(1, env);
   {
     const double logits_a[] = {ln6, ln3, 0}, logits_b[] = {0, ln3, ln6}, g_a[] = {0.6, 0.3, 0.1},
                  g_b[] = {0.1, 0.3, 0.6};
@@ -146,16 +153,14 @@ static moe_routes way_there(const moe_env *env) {
     show("h, A", h[0], H, h_a);
     show("h, B", h[1], H, h_b);
   }
-  return routes;
 }
 
-static void way_back(const moe_routes *routes, const moe_env *env) {
+static void way_back(const moe_env *env) {
   const double up = Phi + phi,
                down = 1 - Phi - phi; /* GELU'(1) and GELU'(-1): GELU'(z) = Phi(z) + z phi(z) */
   float d_in[N][F][H], d_out[N][H][F], dgates[T][N][H], dlogits[M][N], dweight[M], dx[M][H];
-  const float dh[M][H] = {{1, 0}, {1, 0}}, *rows_in[N], *rows_out[N];
+  const float dh[M][H] = {{1, 0}, {1, 0}};
   float *p_in[N], *p_out[N];
-  moe_route_options options;
   int i;
   printf("\nTHE WAY BACK (3.3)\n  Let the loss rise with the first number of h, for either token: "
          "dL/dh = (1, 0).\n");
@@ -164,13 +169,15 @@ static void way_back(const moe_routes *routes, const moe_env *env) {
   memset(dgates, 0, sizeof dgates);
   memset(dx, 0, sizeof dx);
   for (i = 0; i < N; ++i) {
-    rows_in[i] = w_in[i][0];
-    rows_out[i] = w_out[i][0];
     p_in[i] = d_in[i][0];
     p_out[i] = d_out[i][0];
   }
-  moe_experts_backward(dx[0], dweight, p_in, NULL, p_out, NULL, dh[0], x[0], pre[0], e[0], routes,
-                       rows_in, rows_out, H, F, scratch, env);
+  layer.dx = dx[0];
+  layer.dweight = dweight;
+  layer.d_in = p_in;
+  layer.d_out = p_out;
+  layer.dy = dh[0];
+  wrong |= moe_experts_backward(&layer, env) != MOE_OK;
   {
     const double dg[] = {1, Phi - 1}, dout[] = {0.6 * Phi, 0.6 * (Phi - 1), 0, 0};
     const double din[] = {0.6 * up, 1.2 * up, -0.6 * down, -1.2 * down},
@@ -187,10 +194,11 @@ static void way_back(const moe_routes *routes, const moe_env *env) {
     printf("  Expert 2 had no token; nothing reaches it:\n");
     show("dw_in of expert 2", d_in[1][0], F * H, none);
   }
-  memset(&options, 0, sizeof options);
-  options.scale = 1;
-  moe_route_backward(dx[0], dgates[0][0], dlogits[0], dweight, 1, routes, logits[0], x[0],
-                     gates[0][0], gate_of, seq_start, M, H, &options, env);
+  gate.dx = dx[0];
+  gate.dgates = dgates[0][0];
+  gate.dlogits = dlogits[0];
+  gate.dweight = dweight;
+  wrong |= moe_route_backward(&gate, env) != MOE_OK;
   {
     const double b = 0.6 * (Phi - 1); /* g* dg* of task B */
     const double dlogits_a[] = {0.24, -0.18, -0.06}, dlogits_b[] = {-0.1 * b, -0.3 * b, 0.4 * b};
@@ -212,7 +220,6 @@ static void way_back(const moe_routes *routes, const moe_env *env) {
 }
 
 int main(void) {
-  moe_routes routes;
   moe_env env;
   moe_env_init(&env, MOE_ISA_AUTO);
   ln3 = log(3.0);
@@ -221,8 +228,8 @@ int main(void) {
   phi = exp(-0.5) / sqrt(2 * 3.14159265358979323846);
   gates[0][0][0] = gates[1][2][0] = (float)ln6;
   gates[0][1][0] = gates[1][1][0] = (float)ln3;
-  routes = way_there(&env);
-  way_back(&routes, &env);
+  way_there(&env);
+  way_back(&env);
   printf("\n%s\n", wrong ? "Not all numbers are those worked out by hand."
                          : "Every number is the one worked out by hand.");
   return wrong || fflush(stdout) || ferror(stdout);

@@ -43,11 +43,23 @@ static void dirty(float *x, size_t n) {
   for (i = 0; i < n; ++i) x[i] = i % 3 ? NAN : 1e30f;
 }
 
+/* The op on the arrays above. */
+static moe_attention_op attention(const int32_t *seq_start, int32_t S, int32_t H, int32_t A,
+                                  float *scratch) {
+  moe_attention_op op;
+  moe_attention_op_init(&op);
+  op.y = y, op.stats = stats, op.qkv = qkv, op.scratch = scratch;
+  op.seq_start = seq_start, op.S = S, op.M = seq_start[S], op.H = H, op.A = A;
+  op.dqkv = dqkv, op.dy = dy;
+  return op;
+}
+
 /* Runs forward and backward of a shape on dirty memory; dqkv begins with small numbers. */
 static void run_shape(const shape *s, const moe_env *env) {
   int32_t M = s->starts[s->S], longest = 1, i;
   size_t floats, n = (size_t)(M * s->H);
   float *scratch;
+  moe_attention_op op;
   for (i = 0; i < s->S; ++i)
     if (s->starts[i + 1] - s->starts[i] > longest) longest = s->starts[i + 1] - s->starts[i];
   fill(qkv, 3 * n, 1, 1.5f);
@@ -58,13 +70,15 @@ static void run_shape(const shape *s, const moe_env *env) {
   floats = moe_attention_scratch(longest, s->H, s->A, 0, env);
   scratch = (float *)malloc(floats * sizeof(float));
   dirty(scratch, floats);
-  moe_attention_forward(y, stats, qkv, s->starts, s->S, s->H, s->A, s->p, keys, scratch, env);
+  op = attention(s->starts, s->S, s->H, s->A, scratch);
+  op.dropout = s->p, op.keys = keys;
+  CHECK(!moe_attention_forward(&op, env), "forward fails");
   free(scratch);
   floats = moe_attention_scratch(longest, s->H, s->A, 1, env);
   scratch = (float *)malloc(floats * sizeof(float));
   dirty(scratch, floats);
-  moe_attention_backward(dqkv, dy, y, stats, qkv, s->starts, s->S, s->H, s->A, s->p, keys, scratch,
-                         env);
+  op.scratch = scratch;
+  CHECK(!moe_attention_backward(&op, env), "backward fails");
   free(scratch);
 }
 
@@ -187,14 +201,16 @@ static void test_attention_of_a_sequence_ignores_its_neighbours(void) {
     size_t M = (size_t)(s->starts[q + 1] - at), H = (size_t)s->H, A = (size_t)s->A;
     float *scratch =
         (float *)malloc(moe_attention_scratch((int32_t)M, s->H, s->A, 1, &env) * sizeof(float));
+    moe_attention_op op;
     alone[0] = 0;
     alone[1] = (int32_t)M;
     fill(dqkv1, 3 * MOST, 3, 1e-3f); /* what run_shape began with */
     memmove(dqkv1, dqkv1 + at * 3 * s->H, M * H * 12);
-    moe_attention_forward(y1, stats1, qkv + at * 3 * s->H, alone, 1, s->H, s->A, s->p, keys + q,
-                          scratch, &env);
-    moe_attention_backward(dqkv1, dy + at * s->H, y1, stats1, qkv + at * 3 * s->H, alone, 1, s->H,
-                           s->A, s->p, keys + q, scratch, &env);
+    op = attention(alone, 1, s->H, s->A, scratch);
+    op.dropout = s->p, op.keys = keys + q;
+    op.y = y1, op.stats = stats1, op.qkv = qkv + at * 3 * s->H;
+    op.dqkv = dqkv1, op.dy = dy + at * s->H;
+    CHECK(!moe_attention_forward(&op, &env) && !moe_attention_backward(&op, &env), "fails");
     free(scratch);
     CHECK(!memcmp(y1, y + at * s->H, M * H * 4), "y of sequence %d", (int)q);
     CHECK(!memcmp(stats1, stats + at * s->A * 2, M * A * 8), "stats of sequence %d", (int)q);
@@ -209,6 +225,7 @@ static void test_attention_agrees_with_pytorch(void) {
   const double *want[3];
   double error, norm;
   float *scratch;
+  moe_attention_op op;
   moe_env env;
   int i, j;
   want[0] = golden_attention_dq, want[1] = golden_attention_dk, want[2] = golden_attention_dv;
@@ -220,8 +237,8 @@ static void test_attention_agrees_with_pytorch(void) {
   }
   golden_fill(dy, 120, "attention.dy", 1);
   memset(dqkv, 0, sizeof dqkv);
-  moe_attention_forward(y, stats, qkv, at, 3, 12, 3, 0, NULL, scratch, &env);
-  moe_attention_backward(dqkv, dy, y, stats, qkv, at, 3, 12, 3, 0, NULL, scratch, &env);
+  op = attention(at, 3, 12, 3, scratch);
+  CHECK(!moe_attention_forward(&op, &env) && !moe_attention_backward(&op, &env), "fails");
   free(scratch);
   for (i = 0; i < 120; ++i) CHECK_NEAR(y[i], golden_attention_y[i], 1e-6);
   for (j = 0; j < 3; ++j) {
@@ -237,19 +254,20 @@ static void test_attention_does_not_overflow(void) {
   const shape s = {1, 32, 1, 0.0f, {0, 20}};
   moe_env env;
   float *scratch;
+  moe_attention_op op;
   int i;
   moe_env_init(&env, MOE_ISA_AUTO);
   scratch = (float *)malloc(moe_attention_scratch(20, 32, 1, 1, &env) * sizeof(float));
   fill(qkv, 20 * 96, 1, 1000.0f);
   fill(dy, 20 * 32, 2, 1.0f);
   memset(dqkv, 0, sizeof dqkv);
-  moe_attention_forward(y, stats, qkv, s.starts, 1, 32, 1, 0, NULL, scratch, &env);
-  moe_attention_backward(dqkv, dy, y, stats, qkv, s.starts, 1, 32, 1, 0, NULL, scratch, &env);
+  op = attention(s.starts, 1, 32, 1, scratch);
+  CHECK(!moe_attention_forward(&op, &env) && !moe_attention_backward(&op, &env), "fails");
   for (i = 0; i < 20 * 32; ++i) CHECK(fabs((double)y[i]) <= 1000.1, "y[%d] = %g", i, (double)y[i]);
   for (i = 0; i < 20 * 96; ++i)
     CHECK(fabs((double)dqkv[i]) < 1e7, "dqkv[%d] = %g", i, (double)dqkv[i]);
   qkv[40 * 3] = NAN; /* must stay visible */
-  moe_attention_forward(y, stats, qkv, s.starts, 1, 32, 1, 0, NULL, scratch, &env);
+  CHECK(!moe_attention_forward(&op, &env), "forward fails");
   CHECK(y[40] != y[40], "a NaN has vanished");
   free(scratch);
 }
@@ -260,13 +278,16 @@ static void test_attention_of_8192_tokens(void) {
   double *x = (double *)malloc(8192 * 24 * sizeof(double)), out[8];
   float *big = (float *)malloc(8192 * 24 * sizeof(float)),
         *z = (float *)malloc(8192 * 8 * sizeof(float)), *scratch;
+  moe_attention_op op;
   moe_env env;
   int32_t i, d;
   moe_env_init(&env, MOE_ISA_AUTO);
   scratch = (float *)malloc(moe_attention_scratch(8192, 8, 1, 0, &env) * sizeof(float));
   fill(big, 8192 * 24, 1, 1.5f);
   for (i = 0; i < 8192 * 24; ++i) x[i] = (double)big[i];
-  moe_attention_forward(z, NULL, big, at, 1, 8, 1, 0.1f, keys, scratch, &env);
+  op = attention(at, 1, 8, 1, scratch);
+  op.y = z, op.stats = NULL, op.qkv = big, op.dropout = 0.1f, op.keys = keys;
+  CHECK(!moe_attention_forward(&op, &env), "forward fails");
   for (i = 0; i < 8192; i += 511) {
     reference(out, x, &s, 0, 0, i, dy);
     for (d = 0; d < 8; ++d) CHECK_NEAR(z[i * 8 + d], out[d], 1e-6);
@@ -284,13 +305,15 @@ static void count_only(void *user, int32_t count, void (*body)(void *arg, int32_
 static void test_attention_of_65536_tokens_is_cut_into_tiles(
     void) { /* the square of which is 0 in a size_t of 32 bits */
   static const int32_t at[2] = {0, 65536};
+  moe_attention_op op = attention(at, 1, 16, 2, stats);
   moe_env env;
   int32_t count = 0;
   moe_env_init(&env, MOE_ISA_AUTO);
   env.threads = 64;
   env.parallel_for = count_only;
   env.parallel_user = &count;
-  moe_attention_forward(y, NULL, qkv, at, 1, 16, 2, 0, NULL, stats, &env);
+  op.stats = NULL;
+  CHECK(!moe_attention_forward(&op, &env), "forward fails");
   CHECK(count == 64, "%d threads have work", (int)count);
 }
 

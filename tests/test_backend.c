@@ -4,6 +4,7 @@
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
+#include "ops.h"
 #include "models.h"
 
 static int calls; /* of loop_sgemm, counted where there is one thread */
@@ -77,9 +78,9 @@ static void layer_free(layer *l) {
 
 static void layer_run(layer *l, const moe_env *env) {
   moe_mat mat = moe_mat_rows(l->w, l->rows, l->cols);
-  moe_linear_forward(l->y, l->x, &mat, NULL, l->M, env);
-  moe_linear_gelu_forward(l->g, l->pre, l->x, &mat, l->b, l->M, env);
-  moe_linear_backward(l->dx, l->dw, l->db, l->dy, l->x, &mat, l->M, env);
+  linear_forward(l->y, l->x, &mat, NULL, l->M, env);
+  linear_gelu_forward(l->g, l->pre, l->x, &mat, l->b, l->M, env);
+  linear_backward(l->dx, l->dw, l->db, l->dy, l->x, &mat, l->M, env);
 }
 
 static int layer_equal(const layer *a, const layer *b) {
@@ -184,8 +185,8 @@ static void test_backend_gets_what_is_large_and_nothing_else(void) {
           b = layer_make(sizes[q][0], sizes[q][1], sizes[q][2], &env);
     moe_mat mat = moe_mat_panels(a.panels, a.rows, a.cols);
     calls = 0;
-    moe_linear_forward(a.y, a.x, &mat, a.b, a.M, &env);
-    moe_linear_forward(b.y, b.x, &mat, b.b, b.M, &plain);
+    linear_forward(a.y, a.x, &mat, a.b, a.M, &env);
+    linear_forward(b.y, b.x, &mat, b.b, b.M, &plain);
     CHECK(calls == 0 && !memcmp(a.y, b.y, (size_t)(a.M * a.rows) * sizeof(float)),
           "panels: %d calls", calls);
     layer_run(&a, &env);

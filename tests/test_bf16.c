@@ -6,6 +6,7 @@
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
+#include "ops.h"
 #include "models.h"
 #include "amx.h"
 
@@ -243,13 +244,13 @@ static void check_forward(int32_t m, int32_t n, int32_t k, int strange) {
                     : layout == 1 ? moe_mat_rows(weights, n, k)
                                   : moe_mat_panels(packed_fp32, n, k);
       memset(y, 0x7f, sizeof(float) * (count + 1));
-      moe_linear_forward(y, x, &mat, b, m, &env);
+      linear_forward(y, x, &mat, b, m, &env);
       CHECK(same(y, wanted, count), "%d x %d x %d, %s, layout %d", (int)m, (int)n, (int)k,
             set_name[set], layout);
       CHECK(moe__bits(y[count]) == 0x7f7f7f7fu, "%d x %d x %d: written behind the end", (int)m,
             (int)n, (int)k);
       if (layout || strange) continue;
-      moe_linear_gelu_forward(y, pre, x, &mat, b, m, &env);
+      linear_gelu_forward(y, pre, x, &mat, b, m, &env);
       CHECK(same(pre, wanted, count), "%d x %d x %d, %s: before GELU", (int)m, (int)n, (int)k,
             set_name[set]);
       moe_gelu_forward(pre, wanted, count, &env);
@@ -304,7 +305,7 @@ static void check_backward(int32_t m, int32_t n, int32_t k) {
   draw(begun, ROOM);
   moe_env_init(&fp32, MOE_ISA_AUTO);
   memset(all_sums, 0, sizeof all_sums);
-  moe_linear_backward(NULL, NULL, all_sums, dy, x, &mat, m, &fp32);
+  linear_backward(NULL, NULL, all_sums, dy, x, &mat, m, &fp32);
   for (which = 0; (which = kernels_env(which, &env)) != 0;) {
     int set = which - 1;
     for (i = 0; i < m; ++i)
@@ -322,7 +323,7 @@ static void check_backward(int32_t m, int32_t n, int32_t k) {
     memcpy(dx, begun, sizeof dx);
     memcpy(dw, begun, sizeof dw);
     memset(sums, 0, sizeof sums);
-    moe_linear_backward(dx, dw, sums, dy, x, &mat, m, &env);
+    linear_backward(dx, dw, sums, dy, x, &mat, m, &env);
     CHECK(same(dx, want_dx, (size_t)m * (size_t)k) && same(dx + m * k, begun + m * k, 8),
           "dx: %d x %d x %d, %s", (int)m, (int)n, (int)k, set_name[set]);
     CHECK(same(dw, want_dw, (size_t)n * (size_t)k) && same(dw + n * k, begun + n * k, 8),
@@ -330,7 +331,7 @@ static void check_backward(int32_t m, int32_t n, int32_t k) {
     CHECK(same(sums, all_sums, (size_t)n), "db is a sum in fp32: %d x %d, %s", (int)m, (int)n,
           set_name[set]);
     memset(sums, 0, sizeof sums);
-    moe_linear_backward(NULL, NULL, sums, dy, x, &mat, m, &env);
+    linear_backward(NULL, NULL, sums, dy, x, &mat, m, &env);
     CHECK(same(sums, all_sums, (size_t)n), "db alone");
   }
 }
@@ -357,16 +358,16 @@ static void test_bf16_empty_products(void) {
     CHECK(moe_pack_bf16_bytes(1, 0) == 0 && moe_pack_bf16_bytes(0, 5) == 0, "bytes of nothing");
     moe_pack_bf16(panels, weights, 1, 0, &env);
     y[0] = 7;
-    moe_linear_forward(y, x, &mat, bias, 0, &env);
+    linear_forward(y, x, &mat, bias, 0, &env);
     CHECK_NEAR(y[0], 7, 0);
-    moe_linear_forward(y, x, &mat, bias, 1, &env);
+    linear_forward(y, x, &mat, bias, 1, &env);
     CHECK_NEAR(y[0], 0.5, 0);
     mat = moe_mat_rows(weights, 1, 0);
-    moe_linear_forward(y, x, &mat, NULL, 1, &env);
+    linear_forward(y, x, &mat, NULL, 1, &env);
     CHECK_NEAR(y[0], 0, 0);
-    moe_linear_backward(y, y, NULL, x, x, &mat, 3, &env);
+    linear_backward(y, y, NULL, x, x, &mat, 3, &env);
     mat = moe_mat_rows(weights, 3, 2);
-    moe_linear_backward(y, y, sums, x, x, &mat, 0, &env);
+    linear_backward(y, y, sums, x, x, &mat, 0, &env);
     CHECK_NEAR(y[0], 0, 0);
   }
 }
@@ -382,7 +383,7 @@ static uint64_t experts_hash(const moe_env *env, int32_t M) {
   const float *in[N], *outs[N], *biases[N];
   float *d_in[N], *d_out[N];
   moe_mat in_mat[N], out_mat[N];
-  moe_experts experts;
+  moe_experts_op op;
   moe_routes r;
   uint64_t hash;
   int32_t i, j, at = 0;
@@ -416,16 +417,14 @@ static uint64_t experts_hash(const moe_env *env, int32_t M) {
     out_mat[i] = moe_mat_rows(outs[i], H, F);
   }
   start[N] = at;
-  experts.N = N;
-  experts.H = H;
-  experts.F = F;
-  experts.in = in_mat;
-  experts.out = out_mat;
-  experts.b_in = biases;
-  experts.b_out = biases;
-  moe_experts_forward(out, inner, e, x, &r, &experts, scratch, env);
-  moe_experts_backward(dx, dweight, d_in, NULL, d_out, NULL, out, x, inner, e, &r, in, outs, H, F,
-                       scratch, env);
+  moe_experts_op_init(&op);
+  op.y = out, op.pre = inner, op.e = e, op.x = x, op.routes = &r;
+  op.in = in_mat, op.out = out_mat, op.b_in = biases, op.b_out = biases;
+  op.N = N, op.H = H, op.F = F, op.scratch = scratch;
+  op.dx = dx, op.dweight = dweight, op.d_in = d_in, op.d_out = d_out, op.dy = out;
+  op.w_in = in, op.w_out = outs;
+  (void)moe_experts_forward(&op, env);
+  (void)moe_experts_backward(&op, env);
   free(scratch);
   hash = models_hash(out, sizeof(float) * (size_t)(M * H)) ^
          models_hash(dx, sizeof(float) * (size_t)(M * H)) * 3;
@@ -445,14 +444,14 @@ static void test_bf16_bits_do_not_depend_on_threads(void) {
     drawn = 900;
     draw(weights, (size_t)n * (size_t)k);
     draw(x, (size_t)m * (size_t)k);
-    moe_linear_forward(serial, x, &mat, NULL, m, &env);
+    linear_forward(serial, x, &mat, NULL, m, &env);
     for (i = 0; i < 3; ++i) {
       moe_env e = env;
       moe_pool *pool = NULL;
       CHECK(!moe_pool_create_exact(&pool, threads[i], &e), "pool");
       moe_pack_bf16(panels, weights, n, k, &e);
       mat = moe_mat_panels_bf16(panels, n, k);
-      moe_linear_forward(y, x, &mat, NULL, m, &e);
+      linear_forward(y, x, &mat, NULL, m, &e);
       CHECK(same(y, serial, (size_t)(m * n)), "%s, %d threads: forward", set_name[which - 1],
             threads[i]);
       CHECK(experts_hash(&e, 70) == one, "%s, %d threads: experts", set_name[which - 1],
@@ -480,9 +479,9 @@ static void test_bf16_gradients_do_not_depend_on_threads(void) {
     memset(dw, 0, sizeof dw);
     memset(all_sums, 0, sizeof all_sums);
     memset(sums, 0, sizeof sums);
-    moe_linear_backward(NULL, one, all_sums, dy, x, &mat, m, &env);
+    linear_backward(NULL, one, all_sums, dy, x, &mat, m, &env);
     CHECK(!moe_pool_create(&pool, 3, &env), "pool");
-    moe_linear_backward(NULL, dw, sums, dy, x, &mat, m, &env);
+    linear_backward(NULL, dw, sums, dy, x, &mat, m, &env);
     CHECK(same(dw, one, (size_t)(n * k)) && same(sums, all_sums, (size_t)n), "%s",
           set_name[which - 1]);
     moe_pool_free(pool);
@@ -499,9 +498,9 @@ static void test_bf16_rows_do_not_depend_on_the_others(void) {
     draw(weights, (size_t)n * (size_t)k);
     draw(x, (size_t)m * (size_t)k);
     moe_pack_bf16(panels, weights, n, k, &env);
-    moe_linear_forward(wanted, x, &mat, NULL, m, &env);
+    linear_forward(wanted, x, &mat, NULL, m, &env);
     for (i = 0; i < m; i += i % 5 + 1) {
-      moe_linear_forward(y, x + i * k, &mat, NULL, moe__min(i % 5 + 1, m - i), &env);
+      linear_forward(y, x + i * k, &mat, NULL, moe__min(i % 5 + 1, m - i), &env);
       CHECK(same(y, wanted + i * n, (size_t)(n * moe__min(i % 5 + 1, m - i))), "%s: row %d",
             set_name[which - 1], (int)i);
     }
@@ -679,9 +678,8 @@ static void test_bf16_heads_stay_fp32(void) {
       moe_mat mat;
       t = batch.task[s];
       mat = moe_mat_rows(model->weights + model->head[t], tasks[t].classes, c.hidden);
-      moe_linear_forward(
-          again, moe_context_hidden(context) + (size_t)batch.start[s] * (size_t)c.hidden, &mat,
-          model->weights + model->head[t] + tasks[t].classes * c.hidden, 1, &fp32);
+      linear_forward(again, moe_context_hidden(context) + (size_t)batch.start[s] * (size_t)c.hidden,
+                     &mat, model->weights + model->head[t] + tasks[t].classes * c.hidden, 1, &fp32);
       CHECK(same(again, scores + s * moe_model_max_classes(model), (size_t)tasks[t].classes),
             "%s: sequence %d", set_name[which - 1], (int)s);
     }

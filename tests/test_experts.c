@@ -4,6 +4,7 @@
 #include "../moe.h"
 #include "golden/ops.h"
 #include "test.h"
+#include "ops.h"
 
 enum { MAX_N = 70 };
 
@@ -17,7 +18,6 @@ typedef struct fixture {
   float *d_in[MAX_N], *d_out[MAX_N], *d_b_in[MAX_N], *d_b_out[MAX_N];
   moe_mat in[MAX_N], out[MAX_N];
   moe_routes routes;
-  moe_experts experts;
   moe_env env;
 } fixture;
 
@@ -89,9 +89,6 @@ static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H,
     f->in[i] = moe_mat_panels(f->panels + i * (one + two), F, H);
     f->out[i] = moe_mat_panels(f->panels + i * (one + two) + one, H, F);
   }
-  f->experts.N = N, f->experts.H = H, f->experts.F = F;
-  f->experts.in = f->in, f->experts.out = f->out, f->experts.b_in = f->b_in,
-  f->experts.b_out = f->b_out;
   f->routes.M = M, f->routes.N = N, f->routes.k = k;
   f->routes.expert = (int32_t *)malloc((m * (size_t)k + 1) * sizeof(int32_t));
   f->routes.order = (int32_t *)malloc((m * (size_t)k + 1) * sizeof(int32_t));
@@ -108,14 +105,26 @@ static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H,
   moe__route_dispatch(&f->routes);
 }
 
+/* The op on the fixture's arrays. */
+static moe_experts_op experts(fixture *f) {
+  moe_experts_op op;
+  moe_experts_op_init(&op);
+  op.y = f->y, op.pre = f->pre, op.e = f->e, op.x = f->x, op.routes = &f->routes;
+  op.in = f->in, op.out = f->out, op.b_in = f->b_in, op.b_out = f->b_out;
+  op.N = f->N, op.H = f->H, op.F = f->F, op.scratch = f->scratch;
+  op.dx = f->dx, op.dweight = f->dweight, op.dy = f->dy, op.w_in = f->w_in, op.w_out = f->w_out;
+  op.d_in = f->d_in, op.d_b_in = f->d_b_in, op.d_out = f->d_out, op.d_b_out = f->d_b_out;
+  return op;
+}
+
 static void forward(fixture *f) {
-  moe_experts_forward(f->y, f->pre, f->e, f->x, &f->routes, &f->experts, f->scratch, &f->env);
+  moe_experts_op op = experts(f);
+  CHECK(!moe_experts_forward(&op, &f->env), "forward fails");
 }
 
 static void backward(fixture *f) {
-  moe_experts_backward(f->dx, f->dweight, f->d_in, f->d_b_in, f->d_out, f->d_b_out, f->dy, f->x,
-                       f->pre, f->e, &f->routes, f->w_in, f->w_out, f->H, f->F, f->scratch,
-                       &f->env);
+  moe_experts_op op = experts(f);
+  CHECK(!moe_experts_backward(&op, &f->env), "backward fails");
 }
 
 /* Norm of the error over the norm of what is right. */
@@ -171,12 +180,16 @@ static void check_golden(fixture *f, const golden_case *c) {
   static const int32_t seq_start[5] = {0, 3, 4, 5, 9}, one_gate[4] = {0, 0, 0, 0},
                        gate_of[4] = {0, 2, 2, 1};
   float gates[72], dgates[72] = {0}, logits[36], dlogits[36], loss = -1;
-  moe_route_options options;
+  moe_route_op route;
   int t;
-  memset(&options, 0, sizeof options);
-  options.scale = c->scale;
-  options.renormalize = c->renormalize;
-  if (c->losses) options.balance = 0.5f, options.z_loss = 0.25f;
+  moe_route_op_init(&route);
+  route.routes = &f->routes, route.logits = logits, route.loss = &loss, route.x = f->x;
+  route.gates = gates, route.gate_of = c->tasks == 1 ? one_gate : gate_of;
+  route.seq_start = seq_start, route.S = 4, route.H = 6, route.G = c->tasks;
+  route.dx = f->dx, route.dgates = dgates, route.dlogits = dlogits, route.dweight = f->dweight;
+  route.options.scale = c->scale;
+  route.options.renormalize = c->renormalize;
+  if (c->losses) route.options.balance = 0.5f, route.options.z_loss = 0.25f;
   golden_fill(f->x, 54, "moe9.x", 2), golden_fill(f->dy, 54, "moe9.dy", 1),
       golden_fill(gates, (size_t)c->tasks * 24, "moe9.gate", 1);
   golden_fill(f->w1, 120, "moe9.w1", 0.5f), golden_fill(f->b1, 20, "moe9.b1", 0.5f);
@@ -185,12 +198,10 @@ static void check_golden(fixture *f, const golden_case *c) {
     for (t = 0; t < 9; ++t) f->x[t * 6] = 1;
     for (t = 0; t < 3; ++t) gates[t * 24 + 12] = -16;
   }
-  moe_route_forward(&f->routes, logits, &loss, f->x, gates, c->tasks == 1 ? one_gate : gate_of,
-                    seq_start, 4, 6, &options, &f->env);
+  CHECK(!moe_route_forward(&route, &f->env), "%s: routes fail", c->name);
   forward(f);
   backward(f);
-  moe_route_backward(f->dx, dgates, dlogits, f->dweight, 1, &f->routes, logits, f->x, gates,
-                     c->tasks == 1 ? one_gate : gate_of, seq_start, 4, 6, &options, &f->env);
+  CHECK(!moe_route_backward(&route, &f->env), "%s: routes fail", c->name);
   for (t = 0; t < 9 * c->k; ++t)
     CHECK(f->routes.expert[t] == c->experts[t], "%s: choice %d is expert %d, not %d", c->name, t,
           (int)f->routes.expert[t], c->experts[t]);
@@ -331,11 +342,11 @@ static void test_experts_one_expert_is_the_dense_ffn_bit_for_bit(void) {
   dx = zeros(37 * 40);
   dw1 = zeros(4000), db1 = zeros(100), dw2 = zeros(4000), db2 = zeros(40);
   in = moe_mat_rows(f.w1, 100, 40), out = moe_mat_rows(f.w2, 40, 100);
-  moe_linear_gelu_forward(a, pre, f.x, &in, f.b1, 37, &f.env);
-  moe_linear_forward(y, a, &out, f.b2, 37, &f.env);
-  moe_linear_backward(da, dw2, db2, f.dy, a, &out, 37, &f.env);
+  linear_gelu_forward(a, pre, f.x, &in, f.b1, 37, &f.env);
+  linear_forward(y, a, &out, f.b2, 37, &f.env);
+  linear_backward(da, dw2, db2, f.dy, a, &out, 37, &f.env);
   moe_gelu_backward(dpre, da, pre, 3700, &f.env);
-  moe_linear_backward(dx, dw1, db1, dpre, f.x, &in, 37, &f.env);
+  linear_backward(dx, dw1, db1, dpre, f.x, &in, 37, &f.env);
   free(f.e), f.e = NULL; /* not needed */
   forward(&f);
   backward(&f);
@@ -418,6 +429,7 @@ static void test_experts_no_tokens_at_all(void) {
 
 static void test_experts_gradients_accumulate_and_may_be_left_out(void) {
   fixture f, g;
+  moe_experts_op op;
   size_t i;
   fixture_make(&f, 25, 3, 2, 9, 14, -1, 0);
   fixture_make(&g, 25, 3, 2, 9, 14, -1, 0);
@@ -428,8 +440,10 @@ static void test_experts_gradients_accumulate_and_may_be_left_out(void) {
   for (i = 0; i < 3 * 14 * 9; ++i) CHECK_NEAR(g.dw1[i], 2 * f.dw1[i], 2e-5);
   clear_gradients(&g);
   g.d_in[1] = NULL; /* a frozen expert's matrix */
-  moe_experts_backward(NULL, NULL, g.d_in, NULL, NULL, g.d_b_out, g.dy, g.x, g.pre, g.e, &g.routes,
-                       g.w_in, g.w_out, 9, 14, g.scratch, &g.env);
+  op = experts(&g);
+  op.dx = op.dweight = NULL, op.d_b_in = op.d_out = NULL;
+  op.w_in = op.w_out = NULL; /* those of forward are in rows layout */
+  CHECK(!moe_experts_backward(&op, &g.env), "backward fails");
   CHECK(!memcmp(g.dw1, f.dw1, 126 * 4) && !memcmp(g.db2, f.db2, 27 * 4),
         "what is computed is the same");
   for (i = 0; i < 126; ++i)
@@ -441,9 +455,12 @@ static void test_experts_gradients_accumulate_and_may_be_left_out(void) {
 static void test_experts_inference_equals_training(void) {
   fixture f;
   float *y = floats(33 * 20), *scratch = floats(moe_experts_scratch(33, 2, 20, 50, 0));
+  moe_experts_op op;
   fixture_make(&f, 33, 4, 2, 20, 50, -1, 1);
   forward(&f);
-  moe_experts_forward(y, NULL, NULL, f.x, &f.routes, &f.experts, scratch, &f.env);
+  op = experts(&f);
+  op.y = y, op.pre = op.e = NULL, op.scratch = scratch;
+  CHECK(!moe_experts_forward(&op, &f.env), "forward fails");
   CHECK(!memcmp(y, f.y, 33 * 20 * 4), "other bits without pre and e");
   free(y), free(scratch);
   fixture_free(&f);
@@ -512,16 +529,14 @@ static void test_experts_do_not_depend_on_the_batch(void) {
   for (half = 0; half < 2; ++half) {
     int32_t first = half * 41, order[180], start[5];
     moe_routes r = part.routes;
-    float *x = part.x + first * 21;
+    moe_experts_op op = experts(&part);
     r.M = half ? 49 : 41;
     r.expert += first * 2, r.weight += first * 2, r.prob += first * 4;
     r.order = order, r.start = start;
     moe__route_dispatch(&r);
-    moe_experts_forward(part.y + first * 21, part.pre, part.e, x, &r, &part.experts, part.scratch,
-                        &part.env);
-    moe_experts_backward(part.dx + first * 21, part.dweight + first * 2, part.d_in, part.d_b_in,
-                         part.d_out, part.d_b_out, part.dy + first * 21, x, part.pre, part.e, &r,
-                         part.w_in, part.w_out, 21, 35, part.scratch, &part.env);
+    op.routes = &r, op.x += first * 21, op.y += first * 21;
+    op.dx += first * 21, op.dweight += first * 2, op.dy += first * 21;
+    CHECK(!moe_experts_forward(&op, &part.env) && !moe_experts_backward(&op, &part.env), "fails");
   }
   compare(&whole, &part, "two micro-batches", 1);
   fixture_free(&whole);

@@ -3,6 +3,7 @@
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
+#include "ops.h"
 
 static const moe_isa all_isas[] = {MOE_ISA_SCALAR, MOE_ISA_NEON, MOE_ISA_AVX2, MOE_ISA_AVX512};
 enum { ISAS = sizeof all_isas / sizeof all_isas[0] };
@@ -43,8 +44,8 @@ static void test_linear_forward_matches_double_for_packed_and_plain_weights(void
       moe_mat plain = moe_mat_rows(w, rows, cols), mat = moe_mat_panels(panels, rows, cols);
       if (moe_env_init(&env, all_isas[s])) continue;
       moe_pack(panels, w, rows, cols, &env);
-      moe_linear_forward(y, x, &plain, b, M, &env);
-      moe_linear_forward(packed, x, &mat, b, M, &env);
+      linear_forward(y, x, &plain, b, M, &env);
+      linear_forward(packed, x, &mat, b, M, &env);
       CHECK(!memcmp(y, packed, count * sizeof *y), "%d x %d x %d packed", M, rows, cols);
       for (i = 0; i < M; ++i)
         for (j = 0; j < rows; ++j)
@@ -52,15 +53,15 @@ static void test_linear_forward_matches_double_for_packed_and_plain_weights(void
       if (s == 0) memcpy(first, y, count * sizeof *y);
       CHECK(!memcmp(y, first, count * sizeof *y), "%d x %d x %d on %s", M, rows, cols,
             moe_isa_name(all_isas[s]));
-      moe_linear_forward(packed, x, &mat, NULL, M, &env);
+      linear_forward(packed, x, &mat, NULL, M, &env);
       for (j = 0; j < rows; ++j)
         CHECK_NEAR(packed[j], layer_double(x, w, NULL, cols, 0, j), 3e-7 * (cols + 2));
       /* with GELU: the same as one after the other */
       moe_gelu_forward(first, y, count, &env);
-      moe_linear_gelu_forward(packed, pre, x, &mat, b, M, &env);
+      linear_gelu_forward(packed, pre, x, &mat, b, M, &env);
       CHECK(!memcmp(packed, first, count * sizeof *y) && !memcmp(pre, y, count * sizeof *y),
             "%d x %d x %d with GELU", M, rows, cols);
-      moe_linear_gelu_forward(packed, NULL, x, &plain, b, M, &env);
+      linear_gelu_forward(packed, NULL, x, &plain, b, M, &env);
       CHECK(!memcmp(packed, first, count * sizeof *y), "%d x %d x %d with GELU in place", M, rows,
             cols);
       memcpy(first, y, count * sizeof *y);
@@ -92,7 +93,7 @@ static void test_linear_backward_matches_double_and_accumulates(void) {
       for (i = 0; i < M * cols; ++i) dx[i] = 1.0f;
       for (i = 0; i < rows * cols; ++i) dw[i] = 2.0f;
       for (i = 0; i < rows; ++i) db[i] = 3.0f;
-      moe_linear_backward(dx, dw, db, dy, x, &mat, M, &env);
+      linear_backward(dx, dw, db, dy, x, &mat, M, &env);
       for (i = 0; i < M; ++i)
         for (p = 0; p < cols; ++p) {
           double sum = 1.0;
@@ -136,11 +137,11 @@ static void test_linear_backward_of_micro_batches_gives_the_bits_of_one_batch(vo
   moe_env_init(&env, MOE_ISA_AUTO);
   memcpy(dw2, dw, ROWS * COLS * sizeof *dw);
   memcpy(db2, db, ROWS * sizeof *db);
-  moe_linear_backward(NULL, dw, db, dy, x, &mat, M, &env);
+  linear_backward(NULL, dw, db, dy, x, &mat, M, &env);
   for (; at < M; at += part, part = part * 3 % 101) {
     if (part > M - at) part = M - at;
-    moe_linear_backward(NULL, dw2, NULL, dy + at * ROWS, x + at * COLS, &mat, part, &env);
-    moe_linear_backward(NULL, NULL, db2, dy + at * ROWS, x + at * COLS, &mat, part, &env);
+    linear_backward(NULL, dw2, NULL, dy + at * ROWS, x + at * COLS, &mat, part, &env);
+    linear_backward(NULL, NULL, db2, dy + at * ROWS, x + at * COLS, &mat, part, &env);
   }
   CHECK(!memcmp(dw, dw2, ROWS * COLS * sizeof *dw), "dw");
   CHECK(!memcmp(db, db2, ROWS * sizeof *db), "db");
@@ -158,10 +159,10 @@ static void test_linear_rows_do_not_depend_on_their_company(void) {
     moe_mat mat = moe_mat_rows(w, rows, COLS);
     moe_env env;
     moe_env_init(&env, MOE_ISA_AUTO);
-    moe_linear_forward(all, x, &mat, b, M, &env);
+    linear_forward(all, x, &mat, b, M, &env);
     for (count = 1; count <= 12; ++count)
       for (first = 0; first + count <= M; first += 7) {
-        moe_linear_forward(some, x + first * COLS, &mat, b, count, &env);
+        linear_forward(some, x + first * COLS, &mat, b, count, &env);
         CHECK(!memcmp(some, all + first * rows, (size_t)(count * rows) * sizeof *all),
               "rows %d from %d on, %d outputs", count, first, rows);
       }
@@ -174,14 +175,14 @@ static void test_linear_nothing_to_do_is_fine(void) {
   moe_mat mat = moe_mat_rows(w, 2, 2), none = moe_mat_rows(w, 0, 2), empty = moe_mat_rows(w, 2, 0);
   moe_env env;
   moe_env_init(&env, MOE_ISA_AUTO);
-  moe_linear_forward(y, x, &mat, b, 0, &env);
-  moe_linear_forward(y, x, &none, b, 2, &env);
-  moe_linear_backward(NULL, NULL, NULL, x, x, &mat, 2, &env);
-  moe_linear_backward(y, w, b, x, x, &mat, 0, &env);
+  linear_forward(y, x, &mat, b, 0, &env);
+  linear_forward(y, x, &none, b, 2, &env);
+  linear_backward(NULL, NULL, NULL, x, x, &mat, 2, &env);
+  linear_backward(y, w, b, x, x, &mat, 0, &env);
   CHECK(y[0] == 9.0f && w[0] == 1.0f && b[0] == 5.0f, "touched");
   moe_gelu_forward(y, x, 0, &env);
   CHECK(y[0] == 9.0f, "touched");
-  moe_linear_forward(y, x, &empty, b, 2, &env); /* no inputs: the bias */
+  linear_forward(y, x, &empty, b, 2, &env); /* no inputs: the bias */
   CHECK(y[0] == 5.0f && y[1] == 6.0f && y[2] == 5.0f && y[3] == 6.0f, "%g %g %g %g", (double)y[0],
         (double)y[1], (double)y[2], (double)y[3]);
 }
@@ -251,8 +252,8 @@ static void test_linear_gives_the_same_bits_for_any_number_of_threads(void) {
     moe_env_init(&env, MOE_ISA_AUTO);
     CHECK(!moe_pool_create_exact(&pool, threads[t], &env), "%d threads", (int)threads[t]);
     memset(out, 0, count * sizeof *out);
-    moe_linear_gelu_forward(y, pre, x, &mat, b, M, &env);
-    moe_linear_backward(dx, dw, db, y, x, &mat, M, &env);
+    linear_gelu_forward(y, pre, x, &mat, b, M, &env);
+    linear_backward(dx, dw, db, y, x, &mat, M, &env);
     moe_gelu_backward(pre, y, y, M * ROWS, &env);
     if (t == 0) memcpy(first, out, count * sizeof *out);
     CHECK(!memcmp(first, out, count * sizeof *out), "%d threads", (int)threads[t]);

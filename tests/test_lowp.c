@@ -7,6 +7,7 @@
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
+#include "ops.h"
 #include "models.h"
 #include "amx.h"
 
@@ -93,7 +94,7 @@ static void check_product(int32_t m, int32_t n, int32_t k, int extreme) {
       moe_mat mat = layout ? moe_mat_panels_int8(panels, scales, n, k)
                            : moe_mat_rows_int8(weights, scales, n, k);
       memset(y, 0x7f, sizeof(float) * (size_t)(m * n + 1));
-      moe_linear_forward(y, x, &mat, n % 2 ? bias : NULL, m, &env);
+      linear_forward(y, x, &mat, n % 2 ? bias : NULL, m, &env);
       CHECK(!memcmp(y, wanted, sizeof(float) * (size_t)(m * n)),
             "%d x %d x %d, %s with features %u, %s", (int)m, (int)n, (int)k, moe_isa_name(env.isa),
             (unsigned)env.cpu_flags, layout ? "panels" : "rows");
@@ -167,7 +168,7 @@ static void test_lowp_tiles_are_for_three_rows_and_more(void) {
     moe_mat mat = moe_mat_panels_int8(panels, scales, 16, 128);
     int before = amx_count;
     memset(x, 0, sizeof(float) * (size_t)m * 128);
-    moe_linear_forward(y, x, &mat, NULL, m, &env);
+    linear_forward(y, x, &mat, NULL, m, &env);
     CHECK((amx_count > before) == (m > 2), "%d rows: %d instructions of AMX", (int)m,
           amx_count - before);
   }
@@ -203,7 +204,7 @@ static void test_lowp_never_traps(void) {
         for (i = 0; i < 40 * 130; ++i) x[i] = (float)(i % 17);
         define(wanted, 40, 33, 130, 0);
         moe_pack_int8(panels, weights, 33, 130, &env);
-        moe_linear_forward(y, x, &mat, NULL, 40, &env);
+        linear_forward(y, x, &mat, NULL, 40, &env);
         if (memcmp(y, wanted, sizeof(float) * 40 * 33)) _exit(5);
       }
       _exit(0);
@@ -239,9 +240,9 @@ static void test_lowp_empty_products(void) {
     moe_pack_int8(panels, weights, 1, 0, &env);
     mat = moe_mat_panels_int8(panels, scales, 1, 0);
     y[0] = 7;
-    moe_linear_forward(y, x, &mat, bias, 0, &env);
+    linear_forward(y, x, &mat, bias, 0, &env);
     CHECK(moe__bits(y[0]) == moe__bits(7.0f), "no rows, yet written");
-    moe_linear_forward(y, x, &mat, bias, 1, &env);
+    linear_forward(y, x, &mat, bias, 1, &env);
     CHECK(moe__bits(y[0]) == moe__bits(0.5f), "no columns: %g", (double)y[0]);
   }
 }
@@ -296,7 +297,7 @@ static void test_lowp_non_finite_rows_give_nan(void) {
     x[40] = moe__floats(0x7fc00000u);
     moe_pack_int8(panels, weights, 20, 40, &env);
     mat = moe_mat_panels_int8(panels, scales, 20, 40);
-    moe_linear_forward(y, x, &mat, NULL, 3, &env);
+    linear_forward(y, x, &mat, NULL, 3, &env);
     for (i = 0; i < 40; ++i)
       CHECK(y[i] != y[i], "output %d of a row that is not finite: %g", i, (double)y[i]);
     for (; i < 60; ++i) CHECK_NEAR(y[i], 40, 1e-4);
@@ -315,8 +316,8 @@ static void test_lowp_products_are_near_fp32(void) {
   moe_pack_int8(panels, weights, n, k, &env);
   exact = moe_mat_rows(source, n, k);
   mat = moe_mat_panels_int8(panels, scales, n, k);
-  moe_linear_forward(wanted, x, &exact, NULL, m, &env);
-  moe_linear_forward(y, x, &mat, NULL, m, &env);
+  linear_forward(wanted, x, &exact, NULL, m, &env);
+  linear_forward(y, x, &mat, NULL, m, &env);
   for (i = 0; i < m * n; ++i) {
     error += ((double)y[i] - (double)wanted[i]) * ((double)y[i] - (double)wanted[i]);
     norm += (double)wanted[i] * (double)wanted[i];
@@ -338,12 +339,12 @@ static void test_lowp_gelu_and_threads_change_no_bit(void) {
     CHECK(moe_pool_create_exact(&pool, 3, &pooled) == MOE_OK, "no pool");
     moe_pack_int8(panels, weights, n, k, &env);
     mat = moe_mat_panels_int8(panels, scales, n, k);
-    moe_linear_forward(wanted, x, &mat, bias, m, &env);
-    moe_linear_gelu_forward(y, pre, x, &mat, bias, m, &pooled);
+    linear_forward(wanted, x, &mat, bias, m, &env);
+    linear_gelu_forward(y, pre, x, &mat, bias, m, &pooled);
     CHECK(!memcmp(pre, wanted, sizeof(float) * (size_t)(m * n)), "kernels %d: threads", which);
     moe_gelu_forward(wanted, wanted, (size_t)(m * n), &env);
     CHECK(!memcmp(y, wanted, sizeof(float) * (size_t)(m * n)), "kernels %d: GELU", which);
-    moe_linear_gelu_forward(y, NULL, x, &mat, bias, m, &env);
+    linear_gelu_forward(y, NULL, x, &mat, bias, m, &env);
     CHECK(!memcmp(y, wanted, sizeof(float) * (size_t)(m * n)), "kernels %d: GELU in place", which);
     moe_pool_free(pool);
   }

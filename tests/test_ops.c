@@ -82,6 +82,16 @@ static void norm_inputs(int32_t M, int32_t H) {
   for (i = 0; i < M * H; ++i) nx[i] = nx[i] * 3 + 1;
 }
 
+/* The op on the arrays above. */
+static moe_layernorm_op norm(float eps, int32_t M, int32_t H) {
+  moe_layernorm_op op;
+  moe_layernorm_op_init(&op);
+  op.y = ny, op.mean = nmean, op.rstd = nrstd, op.x = nx, op.gamma = ngamma, op.beta = nbeta;
+  op.eps = eps, op.M = M, op.H = H;
+  op.dx = ndx, op.dgamma = ndgamma, op.dbeta = ndbeta, op.dy = ndy;
+  return op;
+}
+
 static void test_ops_norm_matches_the_definition_in_double(void) {
   static double x[400], gamma[400], beta[400], y[400], y2[400];
   moe_env env;
@@ -90,13 +100,14 @@ static void test_ops_norm_matches_the_definition_in_double(void) {
   for (s = 0; s < NORM_SHAPES; ++s) {
     int32_t M = norm_shapes[s][0], H = norm_shapes[s][1], r, i;
     double step = 1e-5;
+    moe_layernorm_op op = norm(1e-5f, M, H);
     norm_inputs(M, H);
     dirty(ny, NORM_MAX);
-    moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-5f, M, H, &env);
+    CHECK(!moe_layernorm_forward(&op, &env), "forward fails");
     memset(ndx, 0, sizeof ndx);
     memset(ndgamma, 0, sizeof ndgamma);
     memset(ndbeta, 0, sizeof ndbeta);
-    moe_layernorm_backward(ndx, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, &env);
+    CHECK(!moe_layernorm_backward(&op, &env), "backward fails");
     for (i = 0; i < H; ++i) gamma[i] = (double)ngamma[i], beta[i] = (double)nbeta[i];
     for (r = 0; r < M; ++r) {
       for (i = 0; i < H; ++i) x[i] = (double)nx[r * H + i];
@@ -134,13 +145,14 @@ static void norm_bits(const moe_env *env, int first) {
   for (s = 0; s < NORM_SHAPES; ++s) {
     int32_t M = norm_shapes[s][0], H = norm_shapes[s][1];
     size_t bytes = (size_t)(M * H) * sizeof(float), row = (size_t)H * sizeof(float);
+    moe_layernorm_op op = norm(1e-12f, M, H);
     norm_inputs(M, H);
     dirty(ny, NORM_MAX);
-    moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, M, H, env);
+    CHECK(!moe_layernorm_forward(&op, env), "forward fails");
     fill(ndx, NORM_MAX, 8);
     fill(ndgamma, 400, 9);
     fill(ndbeta, 400, 10);
-    moe_layernorm_backward(ndx, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, env);
+    CHECK(!moe_layernorm_backward(&op, env), "backward fails");
     if (first) {
       memcpy(kept_y[s], ny, bytes);
       memcpy(kept_dx[s], ndx, bytes);
@@ -155,7 +167,8 @@ static void norm_bits(const moe_env *env, int first) {
           moe_isa_name(env->isa));
     CHECK(!memcmp(kept_dbeta[s], ndbeta, row), "dbeta of %d x %d, %s", (int)M, (int)H,
           moe_isa_name(env->isa));
-    moe_layernorm_forward(nx, NULL, NULL, nx, ngamma, nbeta, 1e-12f, M, H, env); /* in place */
+    op.y = nx, op.mean = op.rstd = NULL; /* in place */
+    CHECK(!moe_layernorm_forward(&op, env), "forward fails");
     CHECK(!memcmp(kept_y[s], nx, bytes), "in place %d x %d, %s", (int)M, (int)H,
           moe_isa_name(env->isa));
   }
@@ -165,16 +178,20 @@ static void test_ops_norm_has_the_same_bits_everywhere(void) { each_env(norm_bit
 
 static void test_ops_norm_gradients_do_not_depend_on_micro_batches(void) {
   int32_t M = 70, H = 100, cut;
+  moe_layernorm_op op = norm(1e-12f, M, H);
   moe_env env;
   moe_env_init(&env, MOE_ISA_AUTO);
   norm_inputs(M, H);
-  moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, M, H, &env);
+  CHECK(!moe_layernorm_forward(&op, &env), "forward fails");
   for (cut = 0; cut <= M; cut += 23) {
     fill(ndgamma, 400, 9);
     fill(ndbeta, 400, 10);
-    moe_layernorm_backward(NULL, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, cut, H, &env);
-    moe_layernorm_backward(NULL, ndgamma, ndbeta, ndy + cut * H, nx + cut * H, nmean + cut,
-                           nrstd + cut, ngamma, M - cut, H, &env);
+    op = norm(1e-12f, cut, H);
+    op.dx = NULL;
+    CHECK(!moe_layernorm_backward(&op, &env), "backward fails");
+    op.M = M - cut;
+    op.dy += cut * H, op.x += cut * H, op.mean += cut, op.rstd += cut;
+    CHECK(!moe_layernorm_backward(&op, &env), "backward fails");
     if (!cut)
       memcpy(kept_dgamma[0], ndgamma, sizeof ndgamma), memcpy(kept_dbeta[0], ndbeta, sizeof ndbeta);
     CHECK(!memcmp(kept_dgamma[0], ndgamma, sizeof ndgamma), "dgamma, cut at %d", (int)cut);
@@ -185,6 +202,7 @@ static void test_ops_norm_gradients_do_not_depend_on_micro_batches(void) {
 static void golden_norm(const char *name, int32_t M, int32_t H, float x_scale, float eps,
                         const double *y, const double *dx, const double *dw, const double *db) {
   char key[64];
+  moe_layernorm_op op = norm(eps, M, H);
   moe_env env;
   int32_t i;
   moe_env_init(&env, MOE_ISA_AUTO);
@@ -194,8 +212,7 @@ static void golden_norm(const char *name, int32_t M, int32_t H, float x_scale, f
   snprintf(key, sizeof key, "%s.dy", name), golden_fill(ndy, (size_t)(M * H), key, 1.0f);
   for (i = 0; i < H; ++i) ngamma[i] += 1;
   memset(ndx, 0, sizeof ndx), memset(ndgamma, 0, sizeof ndgamma), memset(ndbeta, 0, sizeof ndbeta);
-  moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, eps, M, H, &env);
-  moe_layernorm_backward(ndx, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, &env);
+  CHECK(!moe_layernorm_forward(&op, &env) && !moe_layernorm_backward(&op, &env), "fails");
   CHECK(close_to(ny, y, (size_t)(M * H), 1e-6), "y of %s", name);
   CHECK(close_to(ndx, dx, (size_t)(M * H), 2e-6), "dx of %s", name);
   CHECK(close_to(ndgamma, dw, (size_t)H, 1e-6), "dgamma of %s", name);
@@ -214,12 +231,13 @@ static void test_ops_norm_agrees_with_pytorch(void) {
 }
 
 static void test_ops_norm_of_equal_numbers_is_beta(void) {
+  moe_layernorm_op op = norm(1e-12f, 1, 50);
   moe_env env;
   int32_t i;
   moe_env_init(&env, MOE_ISA_AUTO);
   norm_inputs(1, 50);
   for (i = 0; i < 50; ++i) nx[i] = 0.5f;
-  moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, 1, 50, &env);
+  CHECK(!moe_layernorm_forward(&op, &env), "forward fails");
   for (i = 0; i < 50; ++i) CHECK(ny[i] == nbeta[i], "column %d", (int)i);
 }
 
@@ -271,6 +289,15 @@ static const int32_t starts[] = {0, 3, 4, 30, 30, 61, 70}; /* one sequence is em
 enum { SEQUENCES = 6 };
 static const uint64_t keys[SEQUENCES] = {11, 22, 33, 44, 55, 0xfedcba9876543210u};
 
+/* sum = x + dropout(delta) on the arrays above, and its LayerNorm. */
+static moe_layernorm_op residual(int32_t M, int32_t H, float p, const uint64_t *k) {
+  moe_layernorm_op op = norm(1e-12f, M, H);
+  op.delta = ndelta, op.sum = nsum, op.dropout = p, op.keys = k;
+  op.seq_start = starts, op.S = SEQUENCES;
+  op.ddelta = nddelta, op.overwrite = 1;
+  return op;
+}
+
 static void residual_bits(const moe_env *env, int first) {
   static float want_sum[NORM_MAX], want_y[NORM_MAX];
   int32_t M = 70, H = 100;
@@ -280,22 +307,24 @@ static void residual_bits(const moe_env *env, int first) {
   (void)first;
   for (turn = 0; turn < 2; ++turn) {
     const uint64_t *k = turn ? keys : NULL;
+    moe_layernorm_op op = norm(1e-12f, M, H);
     norm_inputs(M, H);
     fill(ndelta, (size_t)(M * H), 6);
     for (i = 0; i < SEQUENCES; ++i)
       moe_dropout(want_sum + starts[i] * H, ndelta + starts[i] * H,
                   (size_t)((starts[i + 1] - starts[i]) * H), k ? p : 0, keys[i], env);
     for (i = 0; i < M * H; ++i) want_sum[i] = nx[i] + want_sum[i];
-    moe_layernorm_forward(want_y, NULL, NULL, want_sum, ngamma, nbeta, 1e-12f, M, H, env);
+    op.y = want_y, op.x = want_sum;
+    CHECK(!moe_layernorm_forward(&op, env), "forward fails");
     dirty(nsum, NORM_MAX);
     dirty(ny, NORM_MAX);
-    moe__residual_norm_forward(ny, nsum, nmean, nrstd, nx, ndelta, ngamma, nbeta, 1e-12f, M, H, p,
-                               k, starts, SEQUENCES, env);
+    op = residual(M, H, p, k);
+    CHECK(!moe_layernorm_forward(&op, env), "forward fails");
     CHECK(!memcmp(nsum, want_sum, bytes) && !memcmp(ny, want_y, bytes), "forward, %s, turn %d",
           moe_isa_name(env->isa), turn);
     dirty(ny, NORM_MAX);
-    moe__residual_norm_forward(ny, NULL, NULL, NULL, nx, ndelta, ngamma, nbeta, 1e-12f, M, H, p, k,
-                               starts, SEQUENCES, env);
+    op.sum = op.mean = op.rstd = NULL;
+    CHECK(!moe_layernorm_forward(&op, env), "forward fails");
     CHECK(!memcmp(ny, want_y, bytes), "forward without sum, %s", moe_isa_name(env->isa));
   }
 }
@@ -305,31 +334,46 @@ static void residual_back_bits(const moe_env *env, int first) {
   int32_t M = 70, H = 100, i;
   size_t n = (size_t)(M * H);
   float p = 0.2f;
+  moe_layernorm_op op = norm(1e-12f, M, H);
+  moe_dropout_op drop;
   (void)first;
   norm_inputs(M, H);
-  moe_layernorm_forward(ny, nmean, nrstd, nx, ngamma, nbeta, 1e-12f, M, H, env);
+  CHECK(!moe_layernorm_forward(&op, env), "forward fails");
   memset(want_dx, 0, sizeof want_dx);
   fill(dgamma, 400, 1), memcpy(ndgamma, dgamma, sizeof dgamma);
   fill(dbeta, 400, 2), memcpy(ndbeta, dbeta, sizeof dbeta);
-  moe_layernorm_backward(want_dx, dgamma, dbeta, ndy, nx, nmean, nrstd, ngamma, M, H, env);
+  op.dx = want_dx, op.dgamma = dgamma, op.dbeta = dbeta;
+  CHECK(!moe_layernorm_backward(&op, env), "backward fails");
   for (i = 0; i < SEQUENCES; ++i)
     moe_dropout(want_ddelta + starts[i] * H, want_dx + starts[i] * H,
                 (size_t)((starts[i + 1] - starts[i]) * H), p, keys[i], env);
   dirty(ndx, NORM_MAX);
   dirty(nddelta, NORM_MAX);
-  moe__residual_norm_backward(ndx, nddelta, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, p,
-                              keys, starts, SEQUENCES, env);
+  op = residual(M, H, p, keys);
+  op.sum = nx;
+  CHECK(!moe_layernorm_backward(&op, env), "backward fails");
   for (i = 0; i < (int32_t)n; ++i)
     CHECK(ndx[i] == want_dx[i] && nddelta[i] == want_ddelta[i], "element %d, %s", (int)i,
           moe_isa_name(env->isa));
   CHECK(!memcmp(dgamma, ndgamma, sizeof dgamma) && !memcmp(dbeta, ndbeta, sizeof dbeta), "%s",
         moe_isa_name(env->isa));
-  fill(ndgamma, 400, 1), fill(ndbeta, 400, 2); /* dx in the place of dy */
-  moe__residual_norm_backward(ndy, nddelta, ndgamma, ndbeta, ndy, nx, nmean, nrstd, ngamma, M, H, p,
-                              keys, starts, SEQUENCES, env);
+  op.overwrite = 0; /* dx accumulates */
+  memset(ndx, 0, sizeof ndx);
+  dirty(nddelta, NORM_MAX);
+  CHECK(!moe_layernorm_backward(&op, env), "backward fails");
+  for (i = 0; i < (int32_t)n; ++i)
+    CHECK(ndx[i] == want_dx[i] && nddelta[i] == want_ddelta[i], "element %d, accumulated, %s",
+          (int)i, moe_isa_name(env->isa));
+  op.overwrite = 1;
+  op.dx = ndy; /* in the place of dy */
+  fill(ndgamma, 400, 1), fill(ndbeta, 400, 2);
+  CHECK(!moe_layernorm_backward(&op, env), "backward fails");
   CHECK(!memcmp(ndx, ndy, n * sizeof(float)) && !memcmp(dgamma, ndgamma, sizeof dgamma),
         "in place, %s", moe_isa_name(env->isa));
-  moe__dropout_rows(ndy, ndx, p, keys, starts, SEQUENCES, H, env);
+  moe_dropout_op_init(&drop);
+  drop.y = ndy, drop.x = ndx, drop.dropout = p, drop.keys = keys;
+  drop.seq_start = starts, drop.S = SEQUENCES, drop.M = M, drop.H = H;
+  CHECK(!moe_dropout_forward(&drop, env), "dropout fails");
   CHECK(!memcmp(nddelta, ndy, n * sizeof(float)), "dropout of rows, %s", moe_isa_name(env->isa));
 }
 
@@ -341,14 +385,16 @@ static void test_ops_residual_norm_backward_is_the_ops_in_a_row(void) {
 static void test_ops_residual_norm_of_a_sequence_ignores_its_neighbours(void) {
   static const int32_t alone[2] = {0, 31};
   int32_t H = 100;
+  moe_layernorm_op op = residual(70, H, 0.2f, keys);
   moe_env env;
   moe_env_init(&env, MOE_ISA_AUTO);
   norm_inputs(70, H);
   fill(ndelta, (size_t)(70 * H), 6);
-  moe__residual_norm_forward(ny, NULL, NULL, NULL, nx, ndelta, ngamma, nbeta, 1e-12f, 70, H, 0.2f,
-                             keys, starts, SEQUENCES, &env);
-  moe__residual_norm_forward(nsum, NULL, NULL, NULL, nx + 30 * H, ndelta + 30 * H, ngamma, nbeta,
-                             1e-12f, 31, H, 0.2f, keys + 4, alone, 1, &env);
+  op.sum = NULL;
+  CHECK(!moe_layernorm_forward(&op, &env), "forward fails");
+  op.y = nsum, op.x += 30 * H, op.delta += 30 * H, op.keys += 4;
+  op.seq_start = alone, op.S = 1, op.M = 31;
+  CHECK(!moe_layernorm_forward(&op, &env), "forward fails");
   CHECK(!memcmp(ny + 30 * H, nsum, (size_t)(31 * H) * sizeof(float)), "bits differ");
 }
 
@@ -361,6 +407,8 @@ static void test_ops_embeddings_agree_with_pytorch(void) {
   static float dword[72], dposition[48], dsegment[16], dw[8], db[8];
   int32_t ids[7];
   uint8_t segments[7];
+  moe_embed_op embed;
+  moe_layernorm_op op;
   moe_env env;
   int i;
   moe_env_init(&env, MOE_ISA_AUTO);
@@ -371,10 +419,16 @@ static void test_ops_embeddings_agree_with_pytorch(void) {
   for (i = 0; i < 8; ++i) w[i] += 1;
   for (i = 0; i < 7; ++i)
     ids[i] = golden_embed_ids[i], segments[i] = (uint8_t)golden_embed_segments[i];
-  moe_embed_forward(x, ids, segments, at, 2, word, position, segment, 8, &env);
-  moe_layernorm_forward(y, mean, rstd, x, w, b, 1e-12f, 7, 8, &env);
-  moe_layernorm_backward(dx, dw, db, dy, x, mean, rstd, w, 7, 8, &env);
-  moe_embed_backward(dword, dposition, dsegment, dx, ids, segments, at, 2, 8, &env);
+  moe_embed_op_init(&embed);
+  embed.x = x, embed.ids = ids, embed.segments = segments, embed.word = word;
+  embed.position = position, embed.segment = segment, embed.seq_start = at;
+  embed.S = 2, embed.M = 7, embed.H = 8, embed.dx = dx;
+  embed.dword = dword, embed.dposition = dposition, embed.dsegment = dsegment;
+  op = norm(1e-12f, 7, 8);
+  op.y = y, op.mean = mean, op.rstd = rstd, op.x = x, op.gamma = w, op.beta = b;
+  op.dx = dx, op.dgamma = dw, op.dbeta = db, op.dy = dy;
+  CHECK(!moe_embed_forward(&embed, &env) && !moe_layernorm_forward(&op, &env), "forward fails");
+  CHECK(!moe_layernorm_backward(&op, &env) && !moe_embed_backward(&embed, &env), "backward fails");
   CHECK(close_to(y, golden_embed_y, 56, 1e-6), "y");
   CHECK(close_to(dword, golden_embed_dword, 72, 2e-6), "dword");
   CHECK(close_to(dposition, golden_embed_dposition, 48, 2e-6), "dposition");
@@ -390,6 +444,7 @@ static void embed_bits(const moe_env *env, int first) {
   static float want[NORM_MAX], dword[20 * 100], dposition[40 * 100], dsegment[200];
   int32_t ids[70], H = 100, s, r, c;
   uint8_t segments[70];
+  moe_embed_op op;
   (void)first;
   fill(word_table, 2000, 1), fill(position_table, 4000, 2), fill(segment_table, 200, 3),
       fill(ndy, 7000, 4);
@@ -405,18 +460,28 @@ static void embed_bits(const moe_env *env, int first) {
         dword[i] += ndy[r * H + c], dposition[j] += ndy[r * H + c], dsegment[k] += ndy[r * H + c];
       }
   dirty(ny, NORM_MAX);
-  moe_embed_forward(ny, ids, segments, starts, SEQUENCES, word_table, position_table, segment_table,
-                    H, env);
+  moe_embed_op_init(&op);
+  op.x = ny, op.ids = ids, op.segments = segments, op.word = word_table;
+  op.position = position_table, op.segment = segment_table;
+  op.seq_start = starts, op.S = SEQUENCES, op.M = 70, op.H = H;
+  op.dword = dword_table, op.dposition = dposition_table, op.dsegment = dsegment_table;
+  op.dx = ndy;
+  CHECK(!moe_embed_forward(&op, env), "forward fails");
   CHECK(!memcmp(ny, want, 7000 * sizeof(float)), "forward, %s", moe_isa_name(env->isa));
-  moe_embed_backward(dword_table, dposition_table, dsegment_table, ndy, ids, segments, starts,
-                     SEQUENCES, H, env);
+  CHECK(!moe_embed_backward(&op, env), "backward fails");
   CHECK(!memcmp(dword, dword_table, sizeof dword), "words, %s, %d threads", moe_isa_name(env->isa),
         (int)env->threads);
   CHECK(!memcmp(dposition, dposition_table, sizeof dposition), "positions, %s",
         moe_isa_name(env->isa));
   CHECK(!memcmp(dsegment, dsegment_table, sizeof dsegment), "segments, %s", moe_isa_name(env->isa));
-  moe_embed_forward(ny, ids, NULL, starts, SEQUENCES, word_table, position_table, NULL, H, env);
+  op.segments = NULL, op.segment = NULL;
+  CHECK(!moe_embed_forward(&op, env), "forward fails");
   for (c = 0; c < H; ++c) CHECK(ny[c] == word_table[c] + position_table[c], "without segments");
+  for (r = 0; r < 7000; ++r) ny[r] = word_table[ids[r / H] * H + r % H];
+  op.segments = segments, op.segment = segment_table;
+  op.word = NULL, op.ids = NULL; /* what stands for the word is there already */
+  CHECK(!moe_embed_forward(&op, env), "forward fails");
+  CHECK(!memcmp(ny, want, 7000 * sizeof(float)), "places only, %s", moe_isa_name(env->isa));
 }
 
 static void test_ops_embeddings_are_exact_sums_in_the_order_of_the_tokens(void) {

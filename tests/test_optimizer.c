@@ -101,9 +101,11 @@ static void adam_against_double(float decay, float beta2) {
   float w[N], g[N], m[N], v[N];
   double rw[N], rm[N], rv[N], worst = 0, b2 = beta2 < 0.9995f ? 0.999 : 0.9999;
   uint64_t state = 9;
+  moe_adam_op op;
   moe_env env;
   int t, i;
   moe_env_init(&env, MOE_ISA_AUTO);
+  moe_adam_op_init(&op);
   for (i = 0; i < N; ++i) {
     w[i] = test_random(&state);
     rw[i] = (double)w[i];
@@ -122,7 +124,9 @@ static void adam_against_double(float decay, float beta2) {
       rw[i] -= (double)rate * (rm[i] / (1 - pow(0.9, t))) /
                (sqrt(rv[i] / (1 - pow(b2, t))) + (double)1e-8f);
     }
-    moe_adam_step(w, g, m, v, N, t, rate, decay, factor, 0.9f, beta2, 1e-8f, &env);
+    op.w = w, op.g = g, op.m = m, op.v = v, op.count = N, op.t = t;
+    op.lr = rate, op.weight_decay = decay, op.factor = factor, op.beta2 = beta2;
+    CHECK(!moe_adam_step(&op, &env), "step %d fails", (int)t);
     for (i = 0; i < N; ++i) {
       CHECK_NEAR(g[i], 0, 0);
       if (fabs((double)w[i] - rw[i]) > worst) worst = fabs((double)w[i] - rw[i]);
@@ -146,8 +150,10 @@ static void test_optimizer_adam_has_the_same_bits_everywhere(void) {
   float *a = (float *)malloc(4 * N * sizeof *a), *b = (float *)malloc(4 * N * sizeof *b),
         *start = (float *)malloc(4 * N * sizeof *a);
   uint64_t state = 5;
+  moe_adam_op op;
   size_t i;
   int k, threads, have = 0;
+  moe_adam_op_init(&op);
   for (i = 0; i < 4 * N; ++i) start[i] = test_random(&state) * (i % 11 ? 1 : 1e-18f);
   for (i = 3 * N; i < 4 * N; ++i) start[i] = start[i] * start[i]; /* v is not negative */
   for (i = 0; i < N; i += 97) start[N + i] = 0;
@@ -158,8 +164,9 @@ static void test_optimizer_adam_has_the_same_bits_everywhere(void) {
       moe_pool *pool;
       CHECK(moe_pool_create_exact(&pool, threads, &env) == MOE_OK, "pool");
       memcpy(b, start, 4 * N * sizeof *b);
-      moe_adam_step(b, b + N, b + 2 * N, b + 3 * N, N, 3, 1e-2f, 0.01f, 0.3f, 0.9f, 0.999f, 1e-8f,
-                    &env);
+      op.w = b, op.g = b + N, op.m = b + 2 * N, op.v = b + 3 * N, op.count = N, op.t = 3;
+      op.lr = 1e-2f, op.weight_decay = 0.01f, op.factor = 0.3f;
+      CHECK(!moe_adam_step(&op, &env), "fails");
       moe_pool_free(pool);
       if (!have++) memcpy(a, b, 4 * N * sizeof *b);
       CHECK(!memcmp(a, b, 4 * N * sizeof *b), "isa %s, %d threads", moe_isa_name(isas[k]), threads);
@@ -173,13 +180,17 @@ static void test_optimizer_adam_has_the_same_bits_everywhere(void) {
 
 static void test_optimizer_moments_never_become_denormal(void) {
   float w[3] = {1, 1, 1}, g[3] = {1e-4f, 1e-15f, 0}, m[3] = {0}, v[3] = {0}, before;
+  moe_adam_op op;
   moe_env env;
   int t;
   moe_env_init(&env, MOE_ISA_AUTO);
+  moe_adam_op_init(&op);
   for (t = 1; t <= 2000; ++t) {
     int i;
     before = w[0];
-    moe_adam_step(w, g, m, v, 3, t, 1e-3f, 0, 1, 0.9f, 0.99f, 1e-8f, &env);
+    op.w = w, op.g = g, op.m = m, op.v = v, op.count = 3, op.t = t;
+    op.lr = 1e-3f, op.beta2 = 0.99f;
+    CHECK(!moe_adam_step(&op, &env), "step %d fails", t);
     for (i = 0; i < 3; ++i) {
       CHECK(m[i] == 0 || m[i] > 1.18e-38f, "step %d: m %g", t, (double)m[i]);
       CHECK(v[i] == 0 || v[i] > 1.18e-38f, "step %d: v %g", t, (double)v[i]);

@@ -78,11 +78,9 @@ static void test_paper_top_n_is_the_full_mixture(void) {
   const float *in_b[N], *out_b[N];
   moe_mat in_w[N], out_w[N];
   moe_routes r;
-  moe_route_options o;
-  moe_experts e;
+  moe_route_op route;
+  moe_experts_op e;
   moe_env env = models_env(MOE_ISA_AUTO);
-  memset(&o, 0, sizeof o);
-  o.scale = 1;
   r.M = M, r.N = r.k = N, r.expert = expert, r.weight = weight, r.prob = prob, r.order = order,
   r.start = start;
   golden_fill(x, M * H, "x", 1);
@@ -96,10 +94,14 @@ static void test_paper_top_n_is_the_full_mixture(void) {
     out_w[i] = moe_mat_rows(out[i], H, F);
     in_b[i] = b_in[i], out_b[i] = b_out[i];
   }
-  e.N = N, e.H = H, e.F = F, e.in = in_w, e.out = out_w, e.b_in = in_b, e.b_out = out_b;
+  moe_route_op_init(&route);
+  route.routes = &r, route.logits = logits, route.x = x, route.gates = gates;
+  route.gate_of = gate_of, route.seq_start = starts, route.S = 2, route.H = H, route.G = 2;
+  moe_experts_op_init(&e);
+  e.y = y, e.x = x, e.routes = &r, e.in = in_w, e.out = out_w, e.b_in = in_b, e.b_out = out_b;
+  e.N = N, e.H = H, e.F = F, e.scratch = scratch;
   CHECK(moe_experts_scratch(M, N, H, F, 0) <= 8192, "scratch");
-  moe_route_forward(&r, logits, NULL, x, gates, gate_of, starts, 2, H, &o, &env);
-  moe_experts_forward(y, NULL, NULL, x, &r, &e, scratch, &env);
+  CHECK(!moe_route_forward(&route, &env) && !moe_experts_forward(&e, &env), "fails");
   for (s = 0; s < 2; ++s)
     for (t = starts[s]; t < starts[s + 1]; ++t) {
       double z[N], sum = 0, want[H] = {0};

@@ -51,16 +51,28 @@ static void fixture_make(fixture *f, int32_t M, int32_t N, int32_t k, int32_t H,
   moe_env_init(&f->env, MOE_ISA_AUTO);
 }
 
+/* The op on the fixture's arrays. */
+static moe_route_op route(fixture *f) {
+  moe_route_op op;
+  moe_route_op_init(&op);
+  op.routes = &f->routes, op.logits = f->logits, op.x = f->x, op.gates = f->gates;
+  op.gate_of = f->gate_of, op.seq_start = f->seq_start, op.S = f->S, op.H = f->H, op.G = f->G;
+  op.options = f->options;
+  op.dx = f->dx, op.dgates = f->dgates, op.dlogits = f->dlogits, op.dweight = f->dweight;
+  return op;
+}
+
 static float forward(fixture *f) {
   float loss = -1;
-  moe_route_forward(&f->routes, f->logits, &loss, f->x, f->gates, f->gate_of, f->seq_start, f->S,
-                    f->H, &f->options, &f->env);
-  return loss;
+  moe_route_op op = route(f);
+  op.loss = &loss;
+  return moe_route_forward(&op, &f->env) ? -2 : loss;
 }
 
 static void backward(fixture *f, float loss_scale) {
-  moe_route_backward(f->dx, f->dgates, f->dlogits, f->dweight, loss_scale, &f->routes, f->logits,
-                     f->x, f->gates, f->gate_of, f->seq_start, f->S, f->H, &f->options, &f->env);
+  moe_route_op op = route(f);
+  op.loss_scale = loss_scale;
+  CHECK(!moe_route_backward(&op, &f->env), "backward fails");
 }
 
 static double noise(const fixture *f, int32_t s, int32_t t, int32_t h) {
@@ -297,13 +309,14 @@ static void test_route_ties_go_to_the_lowest_index(void) {
 
 static void test_route_one_expert_is_dense(void) {
   fixture f;
+  moe_route_op op;
+  float loss = 1;
   int32_t t;
   fixture_make(&f, 70, 1, 1, 16, 2, 3);
   f.options.balance = f.options.z_loss = 1;
-  moe_route_forward(&f.routes, NULL, &f.options.scale, f.x, NULL, NULL, f.seq_start, 3, 16,
-                    &f.options, &f.env);
-  CHECK(f.options.scale == 0, "a loss of %g", (double)f.options.scale);
-  f.options.scale = 1;
+  op = route(&f);
+  op.loss = &loss, op.logits = NULL, op.gates = NULL, op.gate_of = NULL;
+  CHECK(!moe_route_forward(&op, &f.env) && loss == 0, "a loss of %g", (double)loss);
   CHECK(forward(&f) == 0, "a loss");
   backward(&f, 1);
   for (t = 0; t < 70; ++t) {
@@ -483,6 +496,7 @@ static void test_route_does_not_depend_on_the_batch(void) {
   for (s = 0; s < 6; ++s) {
     int32_t start = part.seq_start[s], local[2] = {0, 0}, order[200], first[5];
     moe_routes r = part.routes;
+    moe_route_op op;
     local[1] = part.seq_start[s + 1] - start;
     r.M = local[1];
     r.expert += start * 2;
@@ -491,11 +505,11 @@ static void test_route_does_not_depend_on_the_batch(void) {
     r.order = order;
     r.start = first;
     part.options.keys = part.keys + s;
-    moe_route_forward(&r, part.logits + start * 4, NULL, part.x + start * 45, part.gates,
-                      part.gate_of + s, local, 1, 45, &part.options, &part.env);
-    moe_route_backward(part.dx + start * 45, part.dgates, part.dlogits, part.dweight + start * 2, 1,
-                       &r, part.logits + start * 4, part.x + start * 45, part.gates,
-                       part.gate_of + s, local, 1, 45, &part.options, &part.env);
+    op = route(&part);
+    op.routes = &r, op.seq_start = local, op.S = 1;
+    op.logits += start * 4, op.x += start * 45, op.gate_of += s;
+    op.dx += start * 45, op.dweight += start * 2;
+    CHECK(!moe_route_forward(&op, &part.env) && !moe_route_backward(&op, &part.env), "fails");
   }
   memcpy(part.routes.order, whole.routes.order, 200 * sizeof(int32_t));
   compare(&whole, &part, "sequence by sequence");
