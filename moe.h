@@ -1118,10 +1118,14 @@ typedef struct moe_param_group {
 } moe_param_group;
 
 typedef struct moe_train_config {
-  float lr;      /* peak learning rate, 1e-3 > lr > 0 as a rule */
-  float warmup;  /* fraction of `steps`, 0 .. 1: W = floor(warmup steps); step t (from 1): t/W up to
-                    W, then  (steps-t+1)/(steps-W) */
+  float lr;      /* peak learning rate, usually below 1e-3 */
+  float warmup;  /* fraction of `steps`, 0 .. 1: W = floor(warmup steps); the rate of step t (from
+                    1) is lr t/W up to step W, then lr (steps-t+1)/(steps-W) */
   int64_t steps; /* after the last one moe_trainer_step returns MOE_E_ARGUMENT */
+  float (*lr_schedule)(void *user, int64_t t); /* the rate of step t (from 1), 0 or more, instead of
+                                                  lr and warmup; NULL: those. The same t must always
+                                                  give the same rate, else use moe_trainer_set_lr */
+  void *lr_user;                               /* first argument of lr_schedule */
   float beta1, beta2, eps; /* Adam 0.9, 0.999, 1e-8 [TaG] A.3.2 */
   float
       weight_decay; /* decoupled weight decay of matrices (not of biases and LayerNorms); 0 = off */
@@ -1164,12 +1168,18 @@ MOE_API void moe_trainer_free(moe_trainer *trainer);
 MOE_API moe_status moe_trainer_accumulate(moe_trainer *trainer, const moe_batch *batch,
                                           int32_t whole, float *loss, float *losses,
                                           const moe_env *env);
-/* Clips, one Adam step, clears the gradients, packs the weights anew. *norm (may be NULL): the
-   gradient's norm before clipping. MOE_E_NONFINITE: weights and moments are untouched, the
-   gradients cleared. */
+/* Clips, takes one step of Adam, clears the gradients and packs the weights again. *norm (may be
+   NULL): the gradient's norm before clipping. MOE_E_NONFINITE: weights and moments are untouched,
+   the gradients cleared. MOE_E_ARGUMENT: all steps are done, or lr_schedule returned a negative
+   rate or NaN; nothing is changed. */
 MOE_API moe_status moe_trainer_step(moe_trainer *trainer, float *norm, const moe_env *env);
-/* Learning rate of step t, counted from 1. */
+/* Learning rate that the configuration gives step t, counted from 1. */
 MOE_API float moe_train_lr(const moe_train_config *config, int64_t t);
+/* Sets the learning rate of the next step and of those after it, until it is set again; below 0:
+   the configuration's rates again. Checkpoints keep it. MOE_E_ARGUMENT: not a finite number. */
+MOE_API moe_status moe_trainer_set_lr(moe_trainer *trainer, float lr, const moe_env *env);
+/* The learning rate of the next step. */
+MOE_API float moe_trainer_lr(const moe_trainer *trainer);
 /* Temperature of task-level routing after t updates. */
 MOE_API float moe_train_tau(const moe_train_config *config, int64_t t);
 /* The gradients so far: moe_model_parameters floats, laid out as the weights are. */
@@ -1192,20 +1202,23 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
 /* The 2-norm of n gradients, infinity or NaN where one is not a finite number (or is above 1e18).
  */
 MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env);
-/* One step of Adam [TaG] 4.4 on weights that share their settings. With d = factor g:
+/* One step of Adam [TaG] 4.4 on weights that share their settings. With d = factor g and
+   rate = lr lr_scale:
      m = beta1 m + (1 - beta1) d,  m' = m / (1 - beta1^t),
      v = beta2 v + (1 - beta2) d^2,  v' = v / (1 - beta2^t),
-     w = (1 - lr weight_decay) w - lr m' / (sqrt(v') + eps),  g = 0. */
+     w = (1 - rate weight_decay) w - rate m' / (sqrt(v') + eps),  g = 0. */
 typedef struct moe_adam_op {
   float *w, *g, *m, *v; /* (count) weights, gradients, moments; m and v are 0 before step 1 */
   size_t count;
   int64_t t;              /* number of the step, from 1 */
   float lr, weight_decay; /* _init: 5e-5 and 0 */
+  float lr_scale;         /* as in moe_param_group; 0: only g is cleared; _init: 1 */
   float factor;           /* of the gradients, for clipping; _init: 1 */
   float beta1, beta2;     /* decimals of at most 7 digits; _init: 0.9 and 0.999 */
   float eps;              /* _init: 1e-8 */
 } moe_adam_op;
 MOE_API void moe_adam_op_init(moe_adam_op *op);
+/* MOE_E_ARGUMENT: t is below 1, or a beta is not from 0 to below 1. */
 MOE_API moe_status moe_adam_step(const moe_adam_op *op, const moe_env *env);
 
 /* Which row of which task comes next [TaG] 3.3, A.1.2. */
@@ -1242,21 +1255,22 @@ MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_conf
 /* The next (task, row). */
 MOE_API void moe_sampler_next(moe_sampler *sampler, int32_t *task, int64_t *row);
 
-/* Checkpoint: the model file plus moments, step and the sampler's state (sampler may be NULL), and
-   `note`, a text of the caller's (its own options, say; NULL: none). To be written between updates:
-   gradients that wait for one are not in it. After _read the next step has the same bits as if
-   nothing had happened. MOE_E_IO; MOE_E_NONFINITE as for a model. */
+/* Checkpoint: the model file plus moments, step, the rate of moe_trainer_set_lr, the sampler's state
+   (sampler may be NULL), and `note`, a text of the caller's (its own options, for example; NULL:
+   none). Write it between steps: accumulated gradients are not in it. After _read the next step has
+   the same bits as without the interruption. MOE_E_IO; MOE_E_NONFINITE as for a model. */
 MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler,
                                         const char *note, const moe_writer *writer,
                                         const moe_env *env);
-/* Restores weights, moments, step and sampler of a trainer that was made for the same
-   configuration, tasks and vocabulary and a sampler of the same settings and rows (NULL: its state
-   is passed over); gradients are cleared. MOE_E_FORMAT says what differs; nothing is changed then.
-   The training configuration is the caller's to repeat: see the note. */
+/* Restores weights, moments, step, rate and sampler. The trainer must have the same configuration,
+   tasks and vocabulary, the sampler the same settings and rows (NULL: its state is skipped).
+   Gradients are cleared. MOE_E_FORMAT with a sentence for what differs; then nothing is changed.
+   The training configuration (lr_schedule, too) is not in the file: the caller sets it as before,
+   from the note for example. */
 MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sampler, const void *file,
                                        size_t bytes, const moe_env *env);
-/* Copies the note into text (capacity bytes, zero-terminated); *length its full length, to be asked
-   for with capacity 0. */
+/* Copies the note into text (capacity bytes, zero-terminated); *length is its full length. capacity
+   0 asks for the length alone. */
 MOE_API moe_status moe_checkpoint_note(char *text, size_t capacity, size_t *length,
                                        const void *file, size_t bytes, const moe_env *env);
 #ifndef MOE_NO_STDIO
@@ -12263,7 +12277,7 @@ static void moe__backward(moe_context *c, const moe__pass *pass, float *dw, int3
 
 /* ---- Adam, schedule, clipping ---- >>optimizer */
 
-/* The decimal number that was meant by a float between 0 and 1, to seven digits: 0.999f is
+/* The decimal literal that a float from 0 to 1 was rounded from, to seven digits: 0.999f is
    0.99900001287..., and 1 - 0.999f would be off by 1e-5 of itself. */
 static double moe__decimal(float x) { return (double)(int64_t)((double)x * 1e7 + 0.5) / 1e7; }
 
@@ -12283,71 +12297,80 @@ MOE_API void moe_train_config_init(moe_train_config *config) {
 /* Whether low <= x <= high; false for NaN. */
 static int moe__within(float x, float low, float high) { return x >= low && x <= high; }
 
-/* MOE_E_ARGUMENT and a sentence for the first field outside its range. */
-static moe_status moe__train_config_check(const moe_train_config *config, const moe_env *env) {
-  const moe_train_config *c = config;
-  const float huge = 1e30f, below_one = 0.9999999f;
-  int32_t i;
-  if (!(c->lr > 0 && c->lr <= huge))
-    return moe__fail(env, MOE_E_ARGUMENT, "the learning rate must be above 0, not %g",
-                     (double)c->lr);
+static int moe__is_beta(float x) { return moe__within(x, 0, 0.9999999f); }
+
+#define MOE__HUGE 1e30f
+
+/* The learning rate and what else the optimizer takes. */
+static moe_status moe__check_optimizer(const moe_train_config *c, const moe_env *env) {
+  if (!(c->lr > 0 && c->lr <= MOE__HUGE))
+    return moe__fail(env, MOE_E_ARGUMENT, "lr is %g, expected above 0", (double)c->lr);
   if (!moe__within(c->warmup, 0, 1))
-    return moe__fail(env, MOE_E_ARGUMENT, "warmup is a fraction of the steps from 0 to 1, not %g",
+    return moe__fail(env, MOE_E_ARGUMENT, "warmup is %g, expected a fraction of steps from 0 to 1",
                      (double)c->warmup);
   if (c->steps < 1 || c->steps > 100000000000)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "steps must be from 1 to 1e11, not %lld: the schedule needs it",
-                     (long long)c->steps);
-  if (!moe__within(c->beta1, 0, below_one) || !moe__within(c->beta2, 0, below_one))
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "beta1 and beta2 must be from 0 to below 1, not %g and %g", (double)c->beta1,
-                     (double)c->beta2);
-  if (!(c->eps > 0 && c->eps <= huge))
-    return moe__fail(env, MOE_E_ARGUMENT, "Adam's eps must be above 0, not %g", (double)c->eps);
-  if (!moe__within(c->weight_decay, 0, huge))
-    return moe__fail(env, MOE_E_ARGUMENT, "weight decay must be 0 or more, not %g",
+    return moe__fail(env, MOE_E_ARGUMENT, "steps is %lld, expected 1 to 1e11", (long long)c->steps);
+  if (!moe__is_beta(c->beta1) || !moe__is_beta(c->beta2))
+    return moe__fail(env, MOE_E_ARGUMENT, "beta1 is %g and beta2 is %g, expected from 0 to below 1",
+                     (double)c->beta1, (double)c->beta2);
+  if (!(c->eps > 0 && c->eps <= MOE__HUGE))
+    return moe__fail(env, MOE_E_ARGUMENT, "Adam's eps is %g, expected above 0", (double)c->eps);
+  if (!moe__within(c->weight_decay, 0, MOE__HUGE))
+    return moe__fail(env, MOE_E_ARGUMENT, "weight_decay is %g, expected 0 or more",
                      (double)c->weight_decay);
-  if (!moe__within(c->clip_norm, 0, huge))
-    return moe__fail(env, MOE_E_ARGUMENT, "clip must be 0 (off) or more, not %g",
+  if (!moe__within(c->clip_norm, 0, MOE__HUGE))
+    return moe__fail(env, MOE_E_ARGUMENT, "clip_norm is %g, expected 0 (off) or more",
                      (double)c->clip_norm);
-  if (!moe__within(c->dropout, 0, below_one))
-    return moe__fail(env, MOE_E_ARGUMENT, "dropout is a probability from 0 to below 1, not %g",
-                     (double)c->dropout);
-  if (!moe__within(c->balance, 0, huge) || !moe__within(c->z_loss, 0, huge))
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "balance and z_loss must be 0 (off) or more, not %g and %g",
-                     (double)c->balance, (double)c->z_loss);
-  if (!moe__within(c->jitter, 0, below_one))
-    return moe__fail(env, MOE_E_ARGUMENT, "jitter must be from 0 (off) to below 1, not %g",
-                     (double)c->jitter);
-  if (!(c->tau_end > 0 && c->tau_start >= c->tau_end && c->tau_start <= 1e6f) ||
-      !moe__within(c->tau_rate, 0, huge))
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "the temperature falls from tau_first to tau_last, which must be above 0, "
-                     "with a rate of 0 or "
-                     "more, not from %g to %g with %g",
-                     (double)c->tau_start, (double)c->tau_end, (double)c->tau_rate);
+  return MOE_OK;
+}
+
+static moe_status moe__check_groups(const moe_train_config *c, const moe_env *env) {
+  int32_t i;
   if (c->n_groups < 0 || (c->n_groups > 0 && !c->groups))
-    return moe__fail(env, MOE_E_ARGUMENT, "there are %d groups of parameters, but no list of them",
-                     (int)c->n_groups);
+    return moe__fail(env, MOE_E_ARGUMENT, "n_groups is %d, but groups is %s", (int)c->n_groups,
+                     c->groups ? "an array" : "NULL");
   for (i = 0; i < c->n_groups; ++i) {
     const moe_param_group *group = &c->groups[i];
-    if (!group->match)
-      return moe__fail(env, MOE_E_ARGUMENT, "group %d has no text to look for in names", (int)i);
-    if (!moe__within(group->lr_scale, 0, huge) || !moe__within(group->decay_scale, 0, huge))
+    if (!group->match) return moe__fail(env, MOE_E_ARGUMENT, "group %d: match is NULL", (int)i);
+    if (!moe__within(group->lr_scale, 0, MOE__HUGE) ||
+        !moe__within(group->decay_scale, 0, MOE__HUGE))
       return moe__fail(env, MOE_E_ARGUMENT,
-                       "group \"%s\": factors must be 0 or more, not %g and %g", group->match,
-                       (double)group->lr_scale, (double)group->decay_scale);
+                       "group \"%s\": lr_scale is %g and decay_scale is %g, expected 0 or more",
+                       group->match, (double)group->lr_scale, (double)group->decay_scale);
   }
   return MOE_OK;
 }
 
-/* Warm-up and a linear fall [TaG] 4.4. PAPER-DIFF: to 0 one step after the last, so that the last
-   still moves. */
+/* MOE_E_ARGUMENT and a sentence for the first field outside its range. */
+static moe_status moe__train_config_check(const moe_train_config *c, const moe_env *env) {
+  moe_status status = moe__check_optimizer(c, env);
+  if (status) return status;
+  if (!moe__within(c->dropout, 0, 0.9999999f))
+    return moe__fail(env, MOE_E_ARGUMENT, "dropout is %g, expected from 0 to below 1",
+                     (double)c->dropout);
+  if (!moe__within(c->balance, 0, MOE__HUGE) || !moe__within(c->z_loss, 0, MOE__HUGE))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "balance is %g and z_loss is %g, expected 0 (off) or more", (double)c->balance,
+                     (double)c->z_loss);
+  if (!moe__within(c->jitter, 0, 0.9999999f))
+    return moe__fail(env, MOE_E_ARGUMENT, "jitter is %g, expected from 0 (off) to below 1",
+                     (double)c->jitter);
+  if (!(c->tau_end > 0 && c->tau_start >= c->tau_end && c->tau_start <= 1e6f) ||
+      !moe__within(c->tau_rate, 0, MOE__HUGE))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "tau_start is %g, tau_end %g and tau_rate %g: expected 1e6 >= tau_start >= "
+                     "tau_end > 0 and tau_rate >= 0",
+                     (double)c->tau_start, (double)c->tau_end, (double)c->tau_rate);
+  return moe__check_groups(c, env);
+}
+
+/* Warm-up and linear decay [TaG] 4.4. PAPER-DIFF: to 0 one step after the last, so that the last
+   step still learns. */
 MOE_API float moe_train_lr(const moe_train_config *config, int64_t t) {
   int64_t T = config->steps, W;
   double share;
   if (t < 1 || t > T) return 0;
+  if (config->lr_schedule) return config->lr_schedule(config->lr_user, t);
   W = (int64_t)(moe__decimal(config->warmup) * 1e7 + 0.5) * T /
       10000000; /* in whole numbers: 0.29 of 100 is 29 */
   if (t <= W)
@@ -12359,8 +12382,8 @@ MOE_API float moe_train_lr(const moe_train_config *config, int64_t t) {
 
 static double moe__exp_double(double x); /* >>sampler */
 
-/* PAPER-DIFF: [TL]'s authors have a fixed rate; by default the fall is stretched over the steps of
-   the run, however few. */
+/* PAPER-DIFF: [TL]'s authors have a fixed rate; by default the fall is stretched over all steps of
+   the run. */
 MOE_API float moe_train_tau(const moe_train_config *config, int64_t t) {
   double first = (double)config->tau_start, last = (double)config->tau_end,
          rate = (double)config->tau_rate, tau;
@@ -12375,8 +12398,8 @@ MOE_API float moe_train_tau(const moe_train_config *config, int64_t t) {
 enum { MOE__ADAM_TILE = 16384, MOE__NORM_BLOCK = 4096, MOE__NORM_PARTS = 256 };
 typedef struct moe__span {
   size_t offset, count;
-  int32_t tile;      /* number of its first tile */
-  float rate, decay; /* factor of the learning rate (0: frozen), weight decay */
+  int32_t tile;                 /* number of its first tile */
+  float lr_scale, weight_decay; /* lr_scale 0: frozen */
 } moe__span;
 
 static int32_t moe__span_tiles(const moe__span *span) {
@@ -12391,20 +12414,19 @@ static int32_t moe__spans_tiles(const moe__span *spans, int32_t n) {
    order of their offsets. */
 static int32_t moe__spans_add(moe__span *spans, int32_t n, const moe_tensor *tensor,
                               const moe_train_config *config) {
-  float rate = 1, decay = tensor->dims > 1 ? config->weight_decay
-                                           : 0; /* matrices only: not biases and LayerNorms */
+  float lr_scale = 1, decay = tensor->dims > 1 ? config->weight_decay : 0; /* of matrices only */
   moe__span *span = &spans[n];
   int32_t i;
   for (i = config->n_groups - 1; i >= 0; --i) {
     if (!strstr(tensor->name, config->groups[i].match)) continue;
-    rate = config->groups[i].lr_scale;
+    lr_scale = config->groups[i].lr_scale;
     decay *= config->groups[i].decay_scale;
     break;
   }
   if (n) {
     moe__span *last = &spans[n - 1];
-    int alike =
-        !(last->rate < rate || last->rate > rate || last->decay < decay || last->decay > decay);
+    int alike = !(last->lr_scale < lr_scale || last->lr_scale > lr_scale ||
+                  last->weight_decay < decay || last->weight_decay > decay);
     if (alike && last->offset + last->count == tensor->offset) {
       last->count += tensor->count;
       return n;
@@ -12413,8 +12435,8 @@ static int32_t moe__spans_add(moe__span *spans, int32_t n, const moe_tensor *ten
   span->offset = tensor->offset;
   span->count = tensor->count;
   span->tile = moe__spans_tiles(spans, n);
-  span->rate = rate;
-  span->decay = decay;
+  span->lr_scale = lr_scale;
+  span->weight_decay = decay;
   return n + 1;
 }
 
@@ -12452,7 +12474,7 @@ static void moe__norm_part(void *arg, int32_t part, int32_t slot) {
   for (tile = first; tile < end; ++tile) {
     const moe__span *span = moe__span_find(job->spans, job->n, tile);
     size_t at = (size_t)(tile - span->tile) * MOE__ADAM_TILE, stop = at + MOE__ADAM_TILE;
-    if (!(span->rate > 0)) continue;
+    if (!(span->lr_scale > 0)) continue;
     if (stop > span->count) stop = span->count;
     for (; at < stop; at += MOE__NORM_BLOCK) {
       size_t count = stop - at < MOE__NORM_BLOCK ? stop - at : (size_t)MOE__NORM_BLOCK;
@@ -12507,18 +12529,18 @@ static double moe__power(double x, int64_t t) {
   return y;
 }
 
-static moe__adam moe__adam_make(int64_t t, double rate, double decay, float factor, float beta1,
-                                float beta2, float eps) {
+static moe__adam moe__adam_make(const moe_adam_op *op) {
   moe__adam a;
-  double b1 = moe__decimal(beta1), b2 = moe__decimal(beta2);
-  a.factor = factor;
-  a.keep = (float)(1 - rate * decay);
+  double b1 = moe__decimal(op->beta1), b2 = moe__decimal(op->beta2);
+  double rate = (double)op->lr * (double)op->lr_scale;
+  a.factor = op->factor;
+  a.keep = (float)(1 - rate * (double)op->weight_decay);
   a.one_beta1 = (float)(1 - b1);
   a.beta2 = (float)b2;
   a.one_beta2 = (float)(1 - b2);
-  a.step = (float)(rate / (1 - moe__power(b1, t)));
-  a.root = (float)(1 / sqrt(1 - moe__power(b2, t)));
-  a.eps = eps;
+  a.step = (float)(rate / (1 - moe__power(b1, op->t)));
+  a.root = (float)(1 / sqrt(1 - moe__power(b2, op->t)));
+  a.eps = op->eps;
   return a;
 }
 
@@ -12581,65 +12603,57 @@ static const moe__adam_kernels moe__scalar_adam = {moe__scalar_adam_run};
 MOE__V_STAMP(MOE__ADAM_KERNELS)
 #undef MOE__ADAM_KERNELS
 
+/* The step of one span, where `all` describes the whole flat arrays. */
+static moe_adam_op moe__span_op(const moe_adam_op *all, const moe__span *span) {
+  moe_adam_op op = *all;
+  op.w += span->offset;
+  op.g += span->offset;
+  op.m += span->offset;
+  op.v += span->offset;
+  op.count = span->count;
+  op.lr_scale = span->lr_scale;
+  op.weight_decay = span->weight_decay;
+  return op;
+}
+
 typedef struct moe__adam_job {
-  float *w, *g, *m, *v;
+  const moe_adam_op *all;
   const moe__span *spans;
   int32_t n;
-  int64_t t;
-  float rate, factor, beta1, beta2, eps;
   const moe__adam_kernels *kernels;
 } moe__adam_job;
 
 static void moe__adam_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__adam_job *job = (const moe__adam_job *)arg;
   const moe__span *span = moe__span_find(job->spans, job->n, tile);
+  moe_adam_op op = moe__span_op(job->all, span);
   size_t at = (size_t)(tile - span->tile) * MOE__ADAM_TILE;
-  size_t count = span->count - at < MOE__ADAM_TILE ? span->count - at : (size_t)MOE__ADAM_TILE,
-         i = span->offset + at;
+  size_t count = op.count - at < MOE__ADAM_TILE ? op.count - at : (size_t)MOE__ADAM_TILE;
   moe__adam a;
   (void)slot;
-  if (!(span->rate > 0)) {
-    memset(job->g + i, 0, count * sizeof *job->g);
+  if (!(op.lr_scale > 0)) {
+    memset(op.g + at, 0, count * sizeof *op.g);
     return;
   }
-  a = moe__adam_make(job->t, (double)job->rate * (double)span->rate, (double)span->decay,
-                     job->factor, job->beta1, job->beta2, job->eps);
-  job->kernels->run(job->w + i, job->g + i, job->m + i, job->v + i, count, &a);
+  a = moe__adam_make(&op);
+  job->kernels->run(op.w + at, op.g + at, op.m + at, op.v + at, count, &a);
 }
 
-/* Step number t (from 1) on every span at the learning rate `rate` of the schedule, gradients times
-   `factor`; clears the gradients. */
-static void moe__spans_adam(float *w, float *g, float *m, float *v, const moe__span *spans,
-                            int32_t n, int64_t t, float rate, float factor, float beta1,
-                            float beta2, float eps, const moe_env *env) {
+/* The step on every span of the flat arrays that `all` describes. */
+static void moe__spans_adam(const moe_adam_op *all, const moe__span *spans, int32_t n,
+                            const moe_env *env) {
   moe__adam_job job;
-  job.w = w;
-  job.g = g;
-  job.m = m;
-  job.v = v;
+  job.all = all;
   job.spans = spans;
   job.n = n;
-  job.t = t;
-  job.rate = rate;
-  job.factor = factor;
-  job.beta1 = beta1;
-  job.beta2 = beta2;
-  job.eps = eps;
   job.kernels = MOE__V_PICK(env->isa, adam);
   moe__parallel(env, moe__spans_tiles(spans, n), moe__adam_tile, &job);
-}
-
-MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env) {
-  moe__span span;
-  memset(&span, 0, sizeof span);
-  span.count = n;
-  span.rate = 1;
-  return moe__spans_norm(g, &span, 1, env);
 }
 
 MOE_API void moe_adam_op_init(moe_adam_op *op) {
   memset(op, 0, sizeof *op);
   op->lr = 5e-5f;
+  op->lr_scale = 1;
   op->factor = 1;
   op->beta1 = 0.9f;
   op->beta2 = 0.999f;
@@ -12647,16 +12661,27 @@ MOE_API void moe_adam_op_init(moe_adam_op *op) {
 }
 
 MOE_API moe_status moe_adam_step(const moe_adam_op *op, const moe_env *env) {
-  moe__span span;
+  moe__span all;
   if (op->t < 1)
-    return moe__fail(env, MOE_E_ARGUMENT, "Adam: step %lld, the first one is 1", (long long)op->t);
-  memset(&span, 0, sizeof span);
-  span.count = op->count;
-  span.rate = 1;
-  span.decay = op->weight_decay;
-  moe__spans_adam(op->w, op->g, op->m, op->v, &span, 1, op->t, op->lr, op->factor, op->beta1,
-                  op->beta2, op->eps, env);
+    return moe__fail(env, MOE_E_ARGUMENT, "Adam: step %lld, the first is 1", (long long)op->t);
+  if (!moe__is_beta(op->beta1) || !moe__is_beta(op->beta2))
+    return moe__fail(env, MOE_E_ARGUMENT, "Adam: beta1 %g and beta2 %g, expected from 0 to below 1",
+                     (double)op->beta1, (double)op->beta2);
+  all.offset = 0;
+  all.count = op->count;
+  all.tile = 0;
+  all.lr_scale = op->lr_scale;
+  all.weight_decay = op->weight_decay;
+  moe__spans_adam(op, &all, 1, env);
   return MOE_OK;
+}
+
+MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env) {
+  moe__span span;
+  memset(&span, 0, sizeof span);
+  span.count = n;
+  span.lr_scale = 1;
+  return moe__spans_norm(g, &span, 1, env);
 }
 
 /* ---- which row of which task comes next ---- >>sampler
@@ -12817,6 +12842,7 @@ struct moe_trainer {
   moe_context *context;
   moe_train_config config;
   int64_t step;     /* updates so far */
+  float lr;         /* of moe_trainer_set_lr, -1: the configuration's */
   float *g, *m, *v; /* gradients and moments, as long as the weights */
   moe__span *spans; /* stretches of the weights that learn alike */
   int32_t n_spans;
@@ -12886,6 +12912,7 @@ MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes
   if (status) return status;
   t->model = model;
   t->config = *config;
+  t->lr = -1;
   for (i = 0; i < model->tensors; ++i) {
     moe_model_tensor(model, i, &tensor);
     t->n_spans = moe__spans_add(t->spans, t->n_spans, &tensor, config);
@@ -12980,25 +13007,55 @@ MOE_API moe_status moe_trainer_accumulate(moe_trainer *trainer, const moe_batch 
   return MOE_OK;
 }
 
+MOE_API moe_status moe_trainer_set_lr(moe_trainer *trainer, float lr, const moe_env *env) {
+  if (!(lr <= MOE__HUGE))
+    return moe__fail(env, MOE_E_ARGUMENT, "lr is %g, expected 0 or more (below 0: the schedule's)",
+                     (double)lr);
+  trainer->lr = lr < 0 ? -1 : lr;
+  return MOE_OK;
+}
+
+MOE_API float moe_trainer_lr(const moe_trainer *trainer) {
+  return trainer->lr < 0 ? moe_train_lr(&trainer->config, trainer->step + 1) : trainer->lr;
+}
+
+/* The next step of Adam on the whole flat arrays; factor and lr are to be filled in. */
+static moe_adam_op moe__trainer_op(const moe_trainer *t) {
+  moe_adam_op op;
+  moe_adam_op_init(&op);
+  op.w = t->model->writable;
+  op.g = t->g;
+  op.m = t->m;
+  op.v = t->v;
+  op.count = t->model->plan.total;
+  op.t = t->step + 1;
+  op.beta1 = t->config.beta1;
+  op.beta2 = t->config.beta2;
+  op.eps = t->config.eps;
+  return op;
+}
+
 MOE_API moe_status moe_trainer_step(moe_trainer *trainer, float *norm, const moe_env *env) {
-  const moe_train_config *config = &trainer->config;
   moe_model *model = trainer->model;
+  moe_adam_op op = moe__trainer_op(trainer);
   double length;
-  if (trainer->step >= config->steps)
+  if (trainer->step >= trainer->config.steps)
     return moe__fail(env, MOE_E_ARGUMENT, "all %lld steps of the schedule are done",
-                     (long long)config->steps);
+                     (long long)trainer->config.steps);
+  op.lr = moe_trainer_lr(trainer);
+  if (!moe__within(op.lr, 0, MOE__HUGE))
+    return moe__fail(env, MOE_E_ARGUMENT, "step %lld: lr_schedule returned %g, expected 0 or more",
+                     (long long)op.t, (double)op.lr);
   moe__profile_begin(env);
   length = moe__spans_norm(trainer->g, trainer->spans, trainer->n_spans, env);
   if (!moe__finite(length)) {
     moe__trainer_clear(trainer);
     return moe__fail(env, MOE_E_NONFINITE,
-                     "step %lld: the gradient is not finite; the weights are as before",
-                     (long long)trainer->step + 1);
+                     "step %lld: the gradient is not finite; the weights are unchanged",
+                     (long long)op.t);
   }
-  moe__spans_adam(model->writable, trainer->g, trainer->m, trainer->v, trainer->spans,
-                  trainer->n_spans, trainer->step + 1, moe_train_lr(config, trainer->step + 1),
-                  moe__clip_factor(length, config->clip_norm), config->beta1, config->beta2,
-                  config->eps, env);
+  op.factor = moe__clip_factor(length, trainer->config.clip_norm);
+  moe__spans_adam(&op, trainer->spans, trainer->n_spans, env);
   ++trainer->step;
   moe__profile_end(env, MOE_PROFILE_OPTIMIZER);
   if (model->panels) {
@@ -15694,8 +15751,8 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
 #ifndef MOE_NO_TRAIN
 /* ---- checkpoints ---- >>checkpoint
    A model file with the moments as tensors adam.m.NAME and adam.v.NAME, and "moe.checkpoint" in the
-   metadata: step, the sampler's state, the caller's note. moe_model_load and _open read it as a
-   model. */
+   metadata: step, the rate of moe_trainer_set_lr (if one is set), the sampler's state, the caller's
+   note. moe_model_load and _open read it as a model. */
 
 typedef struct moe__state {
   const moe_trainer *trainer;
@@ -15744,6 +15801,10 @@ static void moe__state_put(moe__out *out, const void *user) {
   const moe__state *state = (const moe__state *)user;
   moe__out_member(out, "{", "step");
   moe__out_int(out, state->trainer->step);
+  if (state->trainer->lr >= 0) {
+    moe__out_member(out, ",", "lr");
+    moe__out_float(out, state->trainer->lr);
+  }
   if (state->sampler) {
     moe__out_member(out, ",", "sampler");
     moe__sampler_put(out, state->sampler);
@@ -15842,8 +15903,8 @@ static moe_status moe__same_tasks(const moe__tasks *file, const moe_model *model
   return MOE_OK;
 }
 
-#define MOE__MOST                                                                                  \
-  ((int64_t)1 << 62) /* of steps and rows in a file: they are counted on from there */
+/* Most steps and rows in a file: counting goes on from there. */
+#define MOE__MOST ((int64_t)1 << 62)
 
 /* Reads (T) counts into out, and compares them with `same`; either may be NULL. */
 static int moe__counts_read(moe__json *j, int64_t *out, const int64_t *same, int32_t T) {
@@ -15861,94 +15922,130 @@ static int moe__counts_read(moe__json *j, int64_t *out, const int64_t *same, int
   return n == T ? 1 : moe__json_fail(j, "fewer tasks than the sampler has");
 }
 
-/* Reads the state of a sampler that must be configured like *sampler, which receives it if `apply`
-   is set. */
+/* A setting of the sampler's, number k of moe__sampler_key; *same: it has the value of `config`. */
+static int moe__sampler_setting(moe__json *j, int k, const moe_sampler_config *config, int *same) {
+  moe__json_number number;
+  int64_t v = 0;
+  float tau = 0;
+  int choice = 0, ok;
+  switch (k) {
+    case 0:
+      ok = moe__json_choice(j, moe__sampling_name, 4, &choice);
+      *same = choice == (int)config->sampling;
+      break;
+    case 1:
+      ok = moe__json_float(j, &tau);
+      *same = !(tau < config->tau || tau > config->tau);
+      break;
+    case 2:
+      ok = moe__json_integer(j, INT32_MIN, INT32_MAX, &v);
+      *same = v == config->in_order;
+      break;
+    case 3:
+      ok = moe__json_read_number(j, &number);
+      *same = ok && number.integer && !number.negative && number.magnitude == config->seed;
+      break;
+    case 4:
+      ok = moe__json_integer(j, INT64_MIN, INT64_MAX, &v);
+      *same = v == config->draws;
+      break;
+    default: /* a file without it means 0 */
+      ok = moe__json_integer(j, 1, INT32_MAX, &v);
+      *same = v == config->run;
+  }
+  return ok;
+}
+
+/* Reads the state of a sampler that must have the settings of *sampler, which receives the state if
+   `apply` is set. */
 static int moe__sampler_read(moe__json *j, moe_sampler *sampler, int apply) {
-  static const char *const keys[] = {"sampling", "tau",  "in_order", "seed", "draws",
-                                     "drawn",    "rows", "used",     "run"};
-  const moe_sampler_config *config = &sampler->config;
+  enum { SETTINGS = 6, DRAWN = SETTINGS, ROWS, USED, KEYS };
+  static const char *const keys[] = {"sampling", "tau",   "in_order", "seed", "draws",
+                                     "run",      "drawn", "rows",     "used"};
+  const unsigned all = (1u << KEYS) - 1, run = 1u << (SETTINGS - 1);
   unsigned seen = 0;
   moe__json_enter(j, '{');
   while (moe__json_more(j, '}')) {
     moe__json_text key;
-    moe__json_number number;
     int64_t v = 0;
-    float tau = 0;
-    int k = 0, choice = 0, ok = 0, same = 1;
+    int k = 0, ok, same = 1;
     if (!moe__json_key(j, &key)) return 0;
-    while (k < 9 && !moe__json_is(&key, keys[k])) ++k;
-    if (k == 9 || seen >> k & 1)
-      return moe__json_fail(j, "a member of the sampler is not known, or there twice");
+    while (k < KEYS && !moe__json_is(&key, keys[k])) ++k;
+    if (k == KEYS) return moe__json_fail(j, "unknown member of the sampler");
+    if (seen >> k & 1) return moe__json_fail(j, "a member of the sampler is there twice");
     seen |= 1u << k;
-    switch (k) {
-      case 0:
-        ok = moe__json_choice(j, moe__sampling_name, 4, &choice),
-        same = choice == (int)config->sampling;
-        break;
-      case 1:
-        ok = moe__json_float(j, &tau), same = !(tau < config->tau || tau > config->tau);
-        break;
-      case 2:
-        ok = moe__json_integer(j, INT32_MIN, INT32_MAX, &v), same = v == config->in_order;
-        break;
-      case 3:
-        ok = moe__json_read_number(j, &number);
-        same = ok && number.integer && !number.negative && number.magnitude == config->seed;
-        break;
-      case 4: ok = moe__json_integer(j, INT64_MIN, INT64_MAX, &v), same = v == config->draws; break;
-      case 5:
-        ok = moe__json_integer(j, 0, MOE__MOST, &v);
-        if (ok && apply) sampler->drawn = v;
-        break;
-      case 6: ok = moe__counts_read(j, NULL, sampler->rows, sampler->T); break;
-      case 7: ok = moe__counts_read(j, apply ? sampler->used : NULL, NULL, sampler->T); break;
-      default:
-        ok = moe__json_integer(j, 1, INT32_MAX, &v), same = v == config->run;
-        break; /* not there: 0 */
+    if (k < SETTINGS) {
+      ok = moe__sampler_setting(j, k, &sampler->config, &same);
+    } else if (k == DRAWN) {
+      ok = moe__json_integer(j, 0, MOE__MOST, &v);
+      if (ok && apply) sampler->drawn = v;
+    } else {
+      ok = moe__counts_read(j, k == USED && apply ? sampler->used : NULL,
+                            k == ROWS ? sampler->rows : NULL, sampler->T);
     }
     if (!ok) return 0;
     if (!same)
-      return moe__json_fail(
-          j,
-          "the sampler's settings (sampling, tau, in_order, seed, draws, run) are not those of the "
-          "checkpoint");
+      return moe__json_fail(j, "the sampler's settings (sampling, tau, in_order, seed, draws, run) "
+                               "differ from the checkpoint's");
   }
   if (j->error) return 0;
-  return seen == (config->run ? 0x1ffu : 0xffu)
-             ? 1
-             : moe__json_fail(j, "a member of the sampler is missing");
+  if (!sampler->config.run) seen |= run;
+  return seen == all ? 1 : moe__json_fail(j, "a member of the sampler is missing");
 }
 
-/* Reads moe.checkpoint. sampler and note may be NULL. */
-static moe_status moe__state_read(const moe__st *st, int64_t *step, moe_sampler *sampler, int apply,
-                                  moe__json_text *note, int *has_note, const moe_env *env) {
+/* What moe.checkpoint says of the trainer, and the caller's note. */
+typedef struct moe__progress {
+  int64_t step;
+  float lr; /* set by moe_trainer_set_lr; -1: none is set (files of v0.1 never have one) */
+  moe__json_text note;
+  int has_note;
+} moe__progress;
+
+static void moe__progress_lr(moe__json *j, float *lr) {
+  if (moe__json_float(j, lr) && !moe__within(*lr, 0, MOE__HUGE))
+    moe__json_fail(j, "lr is not from 0 to 1e30");
+}
+
+/* Reads moe.checkpoint. sampler may be NULL: its state is skipped. */
+static moe_status moe__progress_read(const moe__st *st, moe__progress *p, moe_sampler *sampler,
+                                     int apply, const moe_env *env) {
+  enum { STEP, LR, NOTE, SAMPLER, KEYS };
+  static const char *const keys[] = {"step", "lr", "note", "sampler"};
   moe__json j;
-  int has_step = 0, has_sampler = 0;
+  unsigned seen = 0;
   moe_status status = moe__st_text(st, "moe.checkpoint", &j, NULL);
-  *has_note = 0;
   if (status)
-    return moe__fail(
-        env, status,
-        "a model, but no checkpoint: its metadata has no \"moe.checkpoint\", or has it twice");
+    return moe__fail(env, status,
+                     "not a checkpoint: the metadata must have \"moe.checkpoint\" once (is it a "
+                     "model file?)");
+  p->lr = -1;
   moe__json_enter(&j, '{');
   while (moe__json_more(&j, '}')) {
     moe__json_text key;
+    int k = 0;
     if (!moe__json_key(&j, &key)) break;
-    if (moe__json_is(&key, "step") && !has_step++)
-      moe__json_integer(&j, 0, MOE__MOST, step);
-    else if (moe__json_is(&key, "note") && !(*has_note)++)
-      moe__json_string(&j, note);
-    else if (!moe__json_is(&key, "sampler") || has_sampler++)
-      moe__json_fail(&j, "a member is not known, or there twice");
+    while (k < KEYS && !moe__json_is(&key, keys[k])) ++k;
+    if (k == KEYS || seen >> k & 1) {
+      moe__json_fail(&j, k == KEYS ? "unknown member" : "a member is there twice");
+      break;
+    }
+    seen |= 1u << k;
+    if (k == STEP)
+      moe__json_integer(&j, 0, MOE__MOST, &p->step);
+    else if (k == LR)
+      moe__progress_lr(&j, &p->lr);
+    else if (k == NOTE)
+      moe__json_string(&j, &p->note);
     else if (sampler)
       moe__sampler_read(&j, sampler, apply);
     else
       moe__json_skip(&j);
   }
   moe__json_finish(&j);
-  if (!j.error && !has_step) moe__json_fail(&j, "the step is missing");
-  if (!j.error && sampler && !has_sampler)
-    moe__json_fail(&j, "it was written without a sampler's state");
+  if (!j.error && !(seen >> STEP & 1)) moe__json_fail(&j, "step is missing");
+  if (!j.error && sampler && !(seen >> SAMPLER & 1))
+    moe__json_fail(&j, "it was written without a sampler");
+  p->has_note = (int)(seen >> NOTE & 1);
   return j.error ? moe__fail(env, MOE_E_FORMAT, "moe.checkpoint: %s", j.error) : MOE_OK;
 }
 
@@ -15993,14 +16090,14 @@ MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sample
                                        size_t bytes, const moe_env *env) {
   moe__header header;
   moe_model *model = trainer->model;
-  moe__json_text note;
-  int64_t step = 0;
-  int has_note;
+  moe__progress progress;
   moe_status status = moe__header_read(&header, file, bytes, env);
-  if (!status) status = moe__state_read(&header.st, &step, sampler, 0, &note, &has_note, env);
+  if (!status) status = moe__progress_read(&header.st, &progress, sampler, 0, env);
   if (!status) status = moe__checkpoint_check(&header, model, env);
   if (status) return status;
-  moe__state_read(&header.st, &trainer->step, sampler, 1, &note, &has_note, env);
+  moe__progress_read(&header.st, &progress, sampler, 1, env);
+  trainer->step = progress.step;
+  trainer->lr = progress.lr;
   moe__tensors_read(model->writable, NULL, &header.st, model, "", 0, env);
   moe__tensors_read(trainer->m, NULL, &header.st, model, moe__moment_prefix[0], 0, env);
   moe__tensors_read(trainer->v, NULL, &header.st, model, moe__moment_prefix[1], 0, env);
@@ -16012,14 +16109,12 @@ MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sample
 MOE_API moe_status moe_checkpoint_note(char *text, size_t capacity, size_t *length,
                                        const void *file, size_t bytes, const moe_env *env) {
   moe__st st;
-  moe__json_text note;
-  int64_t step;
-  int has_note;
+  moe__progress progress;
   moe_status status = moe__st_open(&st, file, bytes, env);
-  if (!status) status = moe__state_read(&st, &step, NULL, 0, &note, &has_note, env);
+  if (!status) status = moe__progress_read(&st, &progress, NULL, 0, env);
   if (status) return status;
-  if (has_note)
-    *length = moe__json_copy(text, capacity, &note);
+  if (progress.has_note)
+    *length = moe__json_copy(text, capacity, &progress.note);
   else {
     *length = 0;
     if (capacity) *text = 0;

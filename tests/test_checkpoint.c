@@ -51,6 +51,9 @@ static moe_writer sink_writer(sink *s) {
 
 enum { TASKS = 3, STEPS = 12, BATCH = 6 };
 
+static float (*schedule)(void *user, int64_t t);
+static void *schedule_user;
+
 /* A whole run: model, trainer, sampler. */
 typedef struct run {
   moe_model *model;
@@ -111,6 +114,8 @@ static int start_run(run *r, const variant *v, const moe_env *env) {
   train.jitter = 0.01f;
   train.seed = 9;
   memset(&limits, 0, sizeof limits);
+  train.lr_schedule = schedule;
+  train.lr_user = schedule_user;
   limits.tokens = 128;
   limits.sequences = BATCH;
   limits.training = 1;
@@ -202,6 +207,51 @@ static void test_checkpoint_resumes_with_the_same_bits(void) {
   free(again.data);
 }
 
+static float falling(void *user, int64_t t) { return *(float *)user / (float)t; }
+
+/* With a rate that was set (kept in the file), and with a function of the step (set again by the
+   caller). */
+static void test_checkpoint_keeps_rates_of_the_callers(void) {
+  moe_env env = logging();
+  float rate = 3e-2f, loss;
+  int set, i;
+  for (set = 0; set < 2; ++set) {
+    run whole, later;
+    sink s;
+    moe_writer writer = sink_writer(&s);
+    schedule = set ? NULL : falling;
+    schedule_user = &rate;
+    CHECK(start_run(&whole, &usual, &env) && start_run(&later, &usual, &env), "%s", said);
+    if (set) CHECK(!moe_trainer_set_lr(whole.trainer, 0.1f / 3, &env), "%s", said);
+    for (i = 0; i < STEPS; ++i) {
+      if (i == 5)
+        CHECK(!moe_checkpoint_write(whole.trainer, &whole.sampler, NULL, &writer, &env), "%s",
+              said);
+      CHECK(step_run(&whole, &loss, &env), "step %d: %s", i, said);
+    }
+    CHECK(!moe_checkpoint_read(later.trainer, &later.sampler, s.data, s.used, &env), "%s", said);
+    CHECK(moe_trainer_lr(later.trainer) == (set ? 0.1f / 3 : rate / 6), "%g",
+          (double)moe_trainer_lr(later.trainer));
+    for (i = 5; i < STEPS; ++i) CHECK(step_run(&later, &loss, &env), "step %d: %s", i, said);
+    CHECK(!memcmp(moe_model_weights(later.model), moe_model_weights(whole.model),
+                  moe_model_parameters(whole.model) * sizeof(float)),
+          "weights");
+    /* a file without a rate takes a set one away */
+    free(s.data);
+    writer = sink_writer(&s);
+    CHECK(!moe_trainer_set_lr(whole.trainer, -1, &env) &&
+              !moe_checkpoint_write(whole.trainer, NULL, NULL, &writer, &env) &&
+              !moe_trainer_set_lr(later.trainer, 0.5f, &env) &&
+              !moe_checkpoint_read(later.trainer, NULL, s.data, s.used, &env),
+          "%s", said);
+    CHECK(moe_trainer_lr(later.trainer) == moe_trainer_lr(whole.trainer), "none is set");
+    free(s.data);
+    end_run(&whole);
+    end_run(&later);
+  }
+  schedule = NULL;
+}
+
 static void test_checkpoint_is_a_model_too(void) {
   moe_env env = logging();
   run r;
@@ -290,7 +340,7 @@ static void test_checkpoint_names_what_differs(void) {
   free(s.data);
   writer = sink_writer(&s);
   CHECK(moe_model_write(r.model, &writer, &env) == MOE_OK, "%s", said);
-  refused(&r, &r.sampler, s.data, s.used, "a model, but no checkpoint");
+  refused(&r, &r.sampler, s.data, s.used, "not a checkpoint");
   free(s.data);
   writer = sink_writer(&s);
   CHECK(moe_checkpoint_write(r.trainer, NULL, NULL, &writer, &env) == MOE_OK, "%s", said);
@@ -364,6 +414,68 @@ static void test_checkpoint_with_impossible_numbers_is_refused(void) {
   CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
   r.used[0] = used;
   refused(&r, &r.sampler, s.data, s.used, "moe.checkpoint: ");
+  free(s.data);
+  end_run(&r);
+}
+
+/* A copy of a file with the first `from` in its header replaced. */
+static void edited(unsigned char **out, size_t *bytes, const sink *s, const char *from,
+                   const char *to) {
+  size_t header = (size_t)s->data[0] | (size_t)s->data[1] << 8 | (size_t)s->data[2] << 16, at, k;
+  size_t a = strlen(from), b = strlen(to), longer;
+  unsigned char *copy = (unsigned char *)malloc(s->used + b + 8), *end;
+  *out = copy;
+  *bytes = 0;
+  for (at = 8; at + a <= 8 + header && memcmp(s->data + at, from, a); ++at) continue;
+  CHECK(at + a <= 8 + header, "no %s in the header", from);
+  longer = header - a + b;
+  memcpy(copy, s->data, at);
+  memcpy(copy + at, to, b);
+  end = copy + at + b;
+  memcpy(end, s->data + at + a, 8 + header - at - a);
+  end += 8 + header - at - a;
+  while (longer % 8) *end++ = ' ', ++longer;
+  memcpy(end, s->data + 8 + header, s->used - 8 - header);
+  for (k = 0; k < 8; ++k) copy[k] = (unsigned char)(longer >> 8 * k & 255);
+  *bytes = s->used - header + longer;
+}
+
+static void test_checkpoint_with_a_member_twice_is_refused(void) {
+  static const struct {
+    const char *from, *to, *says;
+  } edits[] = {
+      {"{\\\"step\\\":", "{\\\"step\\\":1,\\\"step\\\":", "a member is there twice"},
+      {"{\\\"step\\\":", "{\\\"lr\\\":1,\\\"lr\\\":1,\\\"step\\\":", "a member is there twice"},
+      {"{\\\"step\\\":", "{\\\"note\\\":\\\"x\\\",\\\"step\\\":", "a member is there twice"},
+      {"{\\\"step\\\":", "{\\\"sampler\\\":{},\\\"step\\\":", "of the sampler is missing"},
+      {"{\\\"step\\\":1,", "{", "step is missing"},
+      {"{\\\"step\\\":", "{\\\"stop\\\":1,\\\"step\\\":", "unknown member"},
+      {"{\\\"step\\\":", "{\\\"lr\\\":-1,\\\"step\\\":", "lr is not from 0 to 1e30"},
+      {"{\\\"sampling\\\":", "{\\\"tau\\\":2,\\\"sampling\\\":", "sampler is there twice"},
+      {"{\\\"sampling\\\":", "{\\\"drawn\\\":6,\\\"sampling\\\":", "sampler is there twice"},
+      {"{\\\"sampling\\\":", "{\\\"used\\\":[1,2,3],\\\"sampling\\\":", "sampler is there twice"},
+      {"{\\\"sampling\\\":", "{\\\"runs\\\":1,\\\"sampling\\\":", "unknown member of the sampler"},
+      {"\\\"drawn\\\":6,", "", "a member of the sampler is missing"}};
+  moe_env env = logging();
+  run r;
+  sink s;
+  moe_writer writer = sink_writer(&s);
+  float loss;
+  size_t i, bytes = 0;
+  unsigned char *copy;
+  CHECK(start_run(&r, &usual, &env) && step_run(&r, &loss, &env), "%s", said);
+  CHECK(!moe_checkpoint_write(r.trainer, &r.sampler, "n", &writer, &env), "%s", said);
+  edited(&copy, &bytes, &s, "{\\\"step\\\":", "{\\\"lr\\\":0.25,\\\"step\\\":");
+  CHECK(!moe_checkpoint_read(r.trainer, &r.sampler, copy, bytes, &env) &&
+            moe_trainer_lr(r.trainer) == 0.25f,
+        "%s", said);
+  free(copy);
+  for (i = 0; i < sizeof edits / sizeof *edits; ++i) {
+    edited(&copy, &bytes, &s, edits[i].from, edits[i].to);
+    if (bytes) refused(&r, &r.sampler, copy, bytes, edits[i].says);
+    free(copy);
+    CHECK_STATE();
+  }
   free(s.data);
   end_run(&r);
 }
@@ -460,10 +572,12 @@ static void test_checkpoint_survives_kill_9(void) {
 int main(int argc, char **argv) {
   test_begin(argc, argv);
   RUN(test_checkpoint_resumes_with_the_same_bits);
+  RUN(test_checkpoint_keeps_rates_of_the_callers);
   RUN(test_checkpoint_is_a_model_too);
   RUN(test_checkpoint_names_what_differs);
   RUN(test_checkpoint_damaged_changes_nothing);
   RUN(test_checkpoint_with_impossible_numbers_is_refused);
+  RUN(test_checkpoint_with_a_member_twice_is_refused);
   RUN(test_checkpoint_that_cannot_be_read_is_not_written);
   RUN(test_checkpoint_note_comes_back);
   RUN(test_checkpoint_survives_kill_9);

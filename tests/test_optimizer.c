@@ -95,6 +95,18 @@ static void test_optimizer_clips_to_the_norm(void) {
   CHECK_NEAR(moe__clip_factor(1, 1), 1 / (1 + 1e-6), 1e-7);
 }
 
+static moe_adam_op adam_of(float *w, float *g, float *m, float *v, size_t count, int64_t t) {
+  moe_adam_op op;
+  moe_adam_op_init(&op);
+  op.w = w;
+  op.g = g;
+  op.m = m;
+  op.v = v;
+  op.count = count;
+  op.t = t;
+  return op;
+}
+
 /* The formula of the header in double: 50 steps, some gradients zero, some tiny. */
 static void adam_against_double(float decay, float beta2) {
   enum { N = 37, STEPS = 50 };
@@ -105,7 +117,6 @@ static void adam_against_double(float decay, float beta2) {
   moe_env env;
   int t, i;
   moe_env_init(&env, MOE_ISA_AUTO);
-  moe_adam_op_init(&op);
   for (i = 0; i < N; ++i) {
     w[i] = test_random(&state);
     rw[i] = (double)w[i];
@@ -124,9 +135,12 @@ static void adam_against_double(float decay, float beta2) {
       rw[i] -= (double)rate * (rm[i] / (1 - pow(0.9, t))) /
                (sqrt(rv[i] / (1 - pow(b2, t))) + (double)1e-8f);
     }
-    op.w = w, op.g = g, op.m = m, op.v = v, op.count = N, op.t = t;
-    op.lr = rate, op.weight_decay = decay, op.factor = factor, op.beta2 = beta2;
-    CHECK(!moe_adam_step(&op, &env), "step %d fails", (int)t);
+    op = adam_of(w, g, m, v, N, t);
+    op.lr = rate;
+    op.weight_decay = decay;
+    op.factor = factor;
+    op.beta2 = beta2;
+    CHECK(!moe_adam_step(&op, &env), "status");
     for (i = 0; i < N; ++i) {
       CHECK_NEAR(g[i], 0, 0);
       if (fabs((double)w[i] - rw[i]) > worst) worst = fabs((double)w[i] - rw[i]);
@@ -153,7 +167,6 @@ static void test_optimizer_adam_has_the_same_bits_everywhere(void) {
   moe_adam_op op;
   size_t i;
   int k, threads, have = 0;
-  moe_adam_op_init(&op);
   for (i = 0; i < 4 * N; ++i) start[i] = test_random(&state) * (i % 11 ? 1 : 1e-18f);
   for (i = 3 * N; i < 4 * N; ++i) start[i] = start[i] * start[i]; /* v is not negative */
   for (i = 0; i < N; i += 97) start[N + i] = 0;
@@ -164,9 +177,11 @@ static void test_optimizer_adam_has_the_same_bits_everywhere(void) {
       moe_pool *pool;
       CHECK(moe_pool_create_exact(&pool, threads, &env) == MOE_OK, "pool");
       memcpy(b, start, 4 * N * sizeof *b);
-      op.w = b, op.g = b + N, op.m = b + 2 * N, op.v = b + 3 * N, op.count = N, op.t = 3;
-      op.lr = 1e-2f, op.weight_decay = 0.01f, op.factor = 0.3f;
-      CHECK(!moe_adam_step(&op, &env), "fails");
+      op = adam_of(b, b + N, b + 2 * N, b + 3 * N, N, 3);
+      op.lr = 1e-2f;
+      op.weight_decay = 0.01f;
+      op.factor = 0.3f;
+      CHECK(!moe_adam_step(&op, &env), "status");
       moe_pool_free(pool);
       if (!have++) memcpy(a, b, 4 * N * sizeof *b);
       CHECK(!memcmp(a, b, 4 * N * sizeof *b), "isa %s, %d threads", moe_isa_name(isas[k]), threads);
@@ -184,13 +199,13 @@ static void test_optimizer_moments_never_become_denormal(void) {
   moe_env env;
   int t;
   moe_env_init(&env, MOE_ISA_AUTO);
-  moe_adam_op_init(&op);
   for (t = 1; t <= 2000; ++t) {
     int i;
     before = w[0];
-    op.w = w, op.g = g, op.m = m, op.v = v, op.count = 3, op.t = t;
-    op.lr = 1e-3f, op.beta2 = 0.99f;
-    CHECK(!moe_adam_step(&op, &env), "step %d fails", t);
+    op = adam_of(w, g, m, v, 3, t);
+    op.lr = 1e-3f;
+    op.beta2 = 0.99f;
+    CHECK(!moe_adam_step(&op, &env), "status");
     for (i = 0; i < 3; ++i) {
       CHECK(m[i] == 0 || m[i] > 1.18e-38f, "step %d: m %g", t, (double)m[i]);
       CHECK(v[i] == 0 || v[i] > 1.18e-38f, "step %d: v %g", t, (double)v[i]);
@@ -218,6 +233,7 @@ static void test_optimizer_groups_change_rate_and_decay(void) {
   int32_t n = 0, i;
   float w[60], g[60], m[60] = {0}, v[60] = {0};
   moe_env env;
+  moe_adam_op all;
   double sum = 0;
   moe_env_init(&env, MOE_ISA_AUTO);
   tensors[0] = tensor_of("embeddings.word.weight", 2, 0, 10);
@@ -231,15 +247,18 @@ static void test_optimizer_groups_change_rate_and_decay(void) {
   c.n_groups = 3;
   for (i = 0; i < 6; ++i) n = moe__spans_add(spans, n, &tensors[i], &c);
   CHECK(n == 6, "%d spans", (int)n);
-  CHECK(spans[1].rate == 0 && spans[2].rate == 0 && spans[3].rate == 2 && spans[4].rate == 10,
+  CHECK(spans[1].lr_scale == 0 && spans[2].lr_scale == 0 && spans[3].lr_scale == 2 &&
+            spans[4].lr_scale == 10,
         "rates");
-  CHECK(spans[0].decay == 0.5f && spans[3].decay == 1.5f && spans[4].decay == 0 &&
-            spans[5].decay == 0,
+  CHECK(spans[0].weight_decay == 0.5f && spans[3].weight_decay == 1.5f &&
+            spans[4].weight_decay == 0 && spans[5].weight_decay == 0,
         "decays");
   for (i = 0; i < 60; ++i) w[i] = 1, g[i] = (float)(i + 1);
   for (i = 0; i < 60; ++i) sum += i / 10 == 1 || i / 10 == 2 ? 0 : (i + 1.0) * (i + 1.0);
   CHECK_NEAR(moe__spans_norm(g, spans, n, &env), sqrt(sum), 1e-4);
-  moe__spans_adam(w, g, m, v, spans, n, 1, 1e-2f, 1, 0.9f, 0.999f, 1e-8f, &env);
+  all = adam_of(w, g, m, v, 60, 1);
+  all.lr = 1e-2f;
+  moe__spans_adam(&all, spans, n, &env);
   for (i = 0; i < 60; ++i) {
     static const double want[6] = {1 - 1e-2 * 0.5 - 1e-2, 1,       1,
                                    1 - 2e-2 * 1.5 - 2e-2, 1 - 0.1, 1 - 1e-2};
@@ -256,6 +275,44 @@ static int sentences;
 static void count_sentence(void *user, moe_status status, const char *sentence) {
   (void)user;
   if (status == MOE_E_ARGUMENT && strlen(sentence) > 20) ++sentences;
+}
+
+/* One op of Adam is one span: the same bits with a factor of the rate, and cleared gradients alone
+   with factor 0. */
+static void test_optimizer_adam_of_a_span_is_that_of_the_op(void) {
+  enum { N = 40 };
+  float a[4][N], b[4][N];
+  uint64_t state = 8;
+  moe_env env;
+  moe_adam_op op;
+  moe__span span;
+  int i;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  env.log = count_sentence;
+  for (i = 0; i < N; ++i) {
+    a[0][i] = test_random(&state), a[1][i] = test_random(&state), a[2][i] = test_random(&state);
+    a[3][i] = a[2][i] * a[2][i];
+  }
+  memcpy(b, a, sizeof b);
+  span.offset = 10, span.count = 20, span.tile = 0, span.lr_scale = 3, span.weight_decay = 0.1f;
+  op = adam_of(a[0], a[1], a[2], a[3], N, 4);
+  op.lr = 1e-2f;
+  moe__spans_adam(&op, &span, 1, &env);
+  op = adam_of(b[0] + 10, b[1] + 10, b[2] + 10, b[3] + 10, 20, 4);
+  op.lr = 1e-2f;
+  op.lr_scale = 3;
+  op.weight_decay = 0.1f;
+  CHECK(!moe_adam_step(&op, &env) && !memcmp(a, b, sizeof a), "the same bits");
+  op.lr_scale = 0;
+  for (i = 0; i < 20; ++i) op.g[i] = 1;
+  CHECK(!moe_adam_step(&op, &env) && !memcmp(a, b, sizeof a), "only gradients are cleared");
+  op.t = sentences = 0;
+  CHECK(moe_adam_step(&op, &env) == MOE_E_ARGUMENT && sentences == 1, "step 0");
+  op.t = 1, op.beta2 = 1;
+  CHECK(moe_adam_step(&op, &env) == MOE_E_ARGUMENT && sentences == 2, "beta2 1");
+  op.beta2 = 0.999f, op.beta1 = NAN;
+  CHECK(moe_adam_step(&op, &env) == MOE_E_ARGUMENT && sentences == 3, "beta1 NaN");
+  sentences = 0;
 }
 
 static void test_optimizer_refuses_bad_configurations(void) {
@@ -307,6 +364,7 @@ int main(int argc, char **argv) {
   RUN(test_optimizer_adam_has_the_same_bits_everywhere);
   RUN(test_optimizer_moments_never_become_denormal);
   RUN(test_optimizer_groups_change_rate_and_decay);
+  RUN(test_optimizer_adam_of_a_span_is_that_of_the_op);
   RUN(test_optimizer_refuses_bad_configurations);
   return test_end();
 }

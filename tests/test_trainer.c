@@ -191,7 +191,7 @@ static void run_curve(const char *name, moe_router router, int32_t top_k, int sc
   CHECK(p.trainer, "%s", models_sentence);
   CHECK(moe_model_pack(p.model, NULL, &env) == MOE_OK, "%s", models_sentence);
   for (i = 0; i < (size_t)p.trainer->n_spans; ++i)
-    p.trainer->spans[i].decay = decay; /* on every tensor, as PyTorch's run */
+    p.trainer->spans[i].weight_decay = decay; /* on every tensor, as PyTorch's run */
   for (step = 0; step < 20; ++step) {
     float loss = 0, norm = 0;
     golden_batch(p.model, tiny_steps_starts, tiny_steps_ids, tiny_steps_segments, tiny_steps_task,
@@ -564,6 +564,72 @@ static void test_trainer_ends_with_its_schedule(void) {
   drop(&p);
 }
 
+static float halved(void *user, int64_t t) {
+  ++*(int *)user;
+  return t == 4 ? -1.0f : t == 5 ? NAN : 1e-2f / (float)(1 << t);
+}
+
+/* The rate of a step comes from moe_trainer_set_lr, else lr_schedule, else lr and warmup; the same
+   rates give the same bits. */
+static void test_trainer_takes_rates_of_the_callers(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_train_config config = plain();
+  pair p[2];
+  int step, k, asked = 0;
+  uint64_t before;
+  size_t bytes;
+  config.steps = 9;
+  p[0] = make(&c, &config, &env);
+  CHECK(moe_trainer_lr(p[0].trainer) == moe_train_lr(&config, 1), "the schedule's rate");
+  config.lr_schedule = halved;
+  config.lr_user = &asked;
+  p[1] = make(&c, &config, &env);
+  bytes = moe_model_parameters(p[0].model) * sizeof(float);
+  for (step = 1; step <= 3; ++step) {
+    CHECK(!moe_trainer_set_lr(p[0].trainer, 1e-2f / (float)(1 << step), &env), "%s",
+          models_sentence);
+    CHECK(moe_trainer_lr(p[0].trainer) == moe_trainer_lr(p[1].trainer), "step %d", step);
+    for (k = 0; k < 2; ++k) {
+      models_random_batch(&batch, p[k].model, 12, 9, 90 + (uint64_t)step);
+      CHECK(!moe_trainer_accumulate(p[k].trainer, &batch.b, 0, NULL, NULL, &env) &&
+                !moe_trainer_step(p[k].trainer, NULL, &env),
+            "%s", models_sentence);
+    }
+    CHECK(!memcmp(p[0].model->weights, p[1].model->weights, bytes), "step %d", step);
+  }
+  CHECK(asked > 3, "the function is asked");
+  /* rates that are no rates */
+  before = models_hash(p[1].model->weights, bytes);
+  models_random_batch(&batch, p[1].model, 12, 9, 95);
+  CHECK(!moe_trainer_accumulate(p[1].trainer, &batch.b, 0, NULL, NULL, &env), "%s",
+        models_sentence);
+  CHECK(moe_trainer_step(p[1].trainer, NULL, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "step 4: lr_schedule returned -1"),
+        "%s", models_sentence);
+  CHECK(moe_trainer_steps_done(p[1].trainer) == 3 &&
+            before == models_hash(p[1].model->weights, bytes),
+        "nothing is changed");
+  CHECK(!moe_trainer_set_lr(p[1].trainer, 0, &env) && moe_trainer_lr(p[1].trainer) == 0,
+        "rate 0: %s", models_sentence);
+  CHECK(!moe_trainer_step(p[1].trainer, NULL, &env) &&
+            before == models_hash(p[1].model->weights, bytes),
+        "a step at rate 0: %s", models_sentence);
+  CHECK(!moe_trainer_set_lr(p[1].trainer, -1, &env), "%s", models_sentence);
+  CHECK(moe_trainer_step(p[1].trainer, NULL, &env) == MOE_E_ARGUMENT &&
+            strstr(models_sentence, "returned nan"),
+        "%s", models_sentence);
+  CHECK(moe_trainer_set_lr(p[1].trainer, NAN, &env) == MOE_E_ARGUMENT &&
+            moe_trainer_set_lr(p[1].trainer, INFINITY, &env) == MOE_E_ARGUMENT,
+        "%s", models_sentence);
+  /* the schedule again */
+  CHECK(!moe_trainer_set_lr(p[0].trainer, -0.5f, &env), "%s", models_sentence);
+  config.lr_schedule = NULL;
+  CHECK(moe_trainer_lr(p[0].trainer) == moe_train_lr(&config, 4), "the schedule's rate of step 4");
+  drop(&p[0]);
+  drop(&p[1]);
+}
+
 static void test_trainer_checks_what_it_is_given(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
@@ -831,6 +897,7 @@ int main(int argc, char **argv) {
   RUN(test_trainer_refuses_a_loss_that_is_not_finite);
   RUN(test_trainer_refuses_a_gradient_that_is_not_finite);
   RUN(test_trainer_ends_with_its_schedule);
+  RUN(test_trainer_takes_rates_of_the_callers);
   RUN(test_trainer_checks_what_it_is_given);
   RUN(test_trainer_takes_an_empty_batch_and_size_1);
   RUN(test_trainer_freezes_and_speeds_up_groups);
