@@ -3,8 +3,8 @@
 
   accuracy.py --data DIR [--tasks RTE,MRPC] [--precisions fp32,bf16,int8] MODEL...
 
-Each MODEL was saved by examples/train.c, as NAME-SYSTEM-SEED.EXTENSION; DIR holds TASK/dev.tsv. The programs are examples/convert.c (--int8) and
-examples/predict.c (--score, --precision); a task is judged by its first metric. Prints a table: mean and deviation over the models of a
+Each MODEL was saved by examples/train.c, as NAME-SYSTEM-SEED.EXTENSION; DIR holds TASK/dev.tsv. The programs are examples/tools/convert.c (--int8) and
+examples/tools/predict.c (--score, --precision); a task is judged by its first metric. Prints a table: mean and deviation over the models of a
 system, and how far the mean moves from fp32, in points. bench/run.py takes it in with `--sections accuracy --models ... --data DIR`. Standard library only.
 """
 import argparse

@@ -5,7 +5,7 @@ fail() { failed=$((failed + 1)); echo "  FAIL  $1"; shift; [ $# -eq 0 ] || print
 skip() { skipped=$((skipped + 1)); echo "  skip  $1"; shift; printf '        skipped: %s\n' "$*"; }
 have() { command -v "$1" >/dev/null 2>&1; }
 finish() { echo "$passed passed, $failed failed, $skipped skipped"; [ "$failed" -eq 0 ]; exit; }
-# program NAME: examples/NAME.c as $tmp/NAME, built once for all scripts
+# program NAME: examples/NAME.c or examples/tools/NAME.c as $tmp/NAME, built once for all scripts
 program() {
   if "${MAKE:-make}" -s "${BUILD:-build}/$1" > "$tmp/log" 2>&1 && cp "${BUILD:-build}/$1" "$tmp/$1"; then return 0; fi
   head -n 5 "$tmp/log"

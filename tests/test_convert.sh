@@ -3,9 +3,7 @@
 . ./lib.sh
 data=../examples/data tasks=intent_match,snips_intents
 CC=${CC:-cc}
-for p in train predict convert; do
-  if ! $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -o "$tmp/$p" ../examples/$p.c -lm -pthread; then fail test_convert_compiles "$p.c"; finish; fi
-done
+for p in train predict convert; do program $p || { fail test_convert_compiles; finish; }; done
 ok test_convert_compiles
 model=$tmp/model.safetensors small=$tmp/small.safetensors
 if ! "$tmp/train" --tasks $tasks --data $data --systems tag --layers 1 --hidden 64 --ffn 128 --heads 2 --steps 60 --threads 1 --max-len 24 \

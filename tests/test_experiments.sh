@@ -1,9 +1,9 @@
 #!/bin/sh
-# examples/experiments.sh: every experiment of the list in a tiny size, killed and resumed, in parts, its budgets, its tables, and what it says
+# examples/tools/experiments.sh: every experiment of the list in a tiny size, killed and resumed, in parts, its budgets, its tables, and what it says
 # to bad input.
 . ./lib.sh
 for p in train tasklevel routes; do program $p || { fail test_experiments_compiles; finish; }; done
-script=../examples/experiments.sh
+script=../examples/tools/experiments.sh
 # the programs, behind a name that notes who was called; its process can be killed
 mkdir "$tmp/bin"
 for p in train tasklevel routes; do

@@ -21,7 +21,7 @@ while IFS='|' read -r _ number what where tests command verdict _; do
   for name in $(echo "$where" | quoted); do
     case $name in
       '>>'*) grep -q "^/\* ---- .* ---- $name\( \|$\)" ../moe.h ;;
-      --*) grep -q -e "\"$name\"\|  $name " ../examples/*.c ;;
+      --*) grep -q -e "\"$name\"\|  $name " ../examples/*.c ../examples/tools/*.[ch] ;;
       */*) [ -f "../$name" ] ;;
       moe_*) grep -q "^MOE_API .*[ *]$name(\|^} $name;" ../moe.h ;;
       *) false ;;

@@ -32,7 +32,7 @@ else fail test_readme_program_answers "$(tail -n 3 "$tmp/log")"; fi
 
 # the options that the README names are in --help
 grep -o -- '--[a-z][a-z-]*' ../README.md | sort -u | while read -r o; do
-  grep -q -- "$o" ../examples/*.c ../examples/*.sh || echo "$o"
+  grep -q -- "$o" ../examples/*.c ../examples/tools/* || echo "$o"
 done > "$tmp/missing"
 [ ! -s "$tmp/missing" ] && ok test_readme_options_exist || fail test_readme_options_exist "$(tr '\n' ' ' < "$tmp/missing")"
 finish

@@ -1,7 +1,7 @@
-/* examples/routers.h: the LSTM and the Transformer router against PyTorch and differences, alone
+/* examples/tools/routers.h: the LSTM and the Transformer router against PyTorch and differences, alone
    and in front of a model. */
 #include "../moe.h"
-#include "../examples/routers.h"
+#include "../examples/tools/routers.h"
 #include "test.h"
 #include "models.h"
 #include "golden/routers.h"

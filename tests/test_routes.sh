@@ -3,9 +3,7 @@
 . ./lib.sh
 data=../examples/data tasks=query_wellformedness,intent_match,snips_intents,pros_cons
 CC=${CC:-cc}
-for p in train routes; do
-  if ! $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -o "$tmp/$p" ../examples/$p.c -lm -pthread; then fail test_routes_compiles "$p.c"; finish; fi
-done
+for p in train routes; do program $p || { fail test_routes_compiles; finish; }; done
 ok test_routes_compiles
 small="--data $data --layers 2 --hidden 32 --ffn 64 --heads 2 --threads 1 --max-len 24"
 make_model() { "$tmp/train" $small "$@" > "$tmp/log" 2>&1 || { fail test_routes_has_a_model "$(tail -n 3 "$tmp/log")"; finish; }; }

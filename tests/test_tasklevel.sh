@@ -1,5 +1,5 @@
 #!/bin/sh
-# examples/tasklevel.c: every system, router, grid and unseen task; what is saved says the same; killed and resumed; what it says when something is wrong.
+# examples/tools/tasklevel.c: every system, router, grid and unseen task; what is saved says the same; killed and resumed; what it says when something is wrong.
 . ./lib.sh
 program tasklevel && program predict || { fail test_tasklevel_compiles; finish; }
 ok test_tasklevel_compiles
@@ -155,6 +155,6 @@ if [ ! -c /dev/full ]; then skip test_tasklevel_says_that_its_table_is_lost "the
 elif "$tmp/tasklevel" --data "$tmp/told" --steps 1 --systems multi > /dev/full 2> "$tmp/log" || ! grep -q 'standard output cannot be written' "$tmp/log"; then
   fail test_tasklevel_says_that_its_table_is_lost "$(tail -n 3 "$tmp/log")"
 else ok test_tasklevel_says_that_its_table_is_lost; fi
-undocumented=$(grep -o '"--[a-z-]*"' ../examples/tasklevel.c | tr -d '"' | sort -u | while read -r o; do [ "$o" = --seed ] || [ "$o" = --help ] || "$tmp/tasklevel" --help | grep -q -- "$o" || echo "$o"; done)
+undocumented=$(grep -o '"--[a-z-]*"' ../examples/tools/tasklevel.c | tr -d '"' | sort -u | while read -r o; do [ "$o" = --seed ] || [ "$o" = --help ] || "$tmp/tasklevel" --help | grep -q -- "$o" || echo "$o"; done)
 [ -z "$undocumented" ] && ok test_tasklevel_help_lists_every_option || fail test_tasklevel_help_lists_every_option "$undocumented"
 finish

@@ -1,5 +1,5 @@
 #!/bin/sh
-# examples/tokenize.c: what it prints, and what it says when something is wrong.
+# examples/tools/tokenize.c: what it prints, and what it says when something is wrong.
 . ./lib.sh
 program tokenize || { fail test_tokenize_compiles; finish; }
 ok test_tokenize_compiles

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes routers.h: the LSTM and the Transformer router of examples/routers.h in double, by PyTorch's own LSTM and TransformerEncoderLayer."""
+"""Writes routers.h: the LSTM and the Transformer router of examples/tools/routers.h in double, by PyTorch's own LSTM and TransformerEncoderLayer."""
 import os
 
 import torch
@@ -12,7 +12,7 @@ torch.set_default_dtype(torch.float64)
 HERE = os.path.dirname(os.path.abspath(__file__))
 T, L, M, V, E, F = 3, 4, 3, 8, 64, 256
 h = Header(os.path.join(HERE, "routers.h"), "GOLDEN_ROUTERS_H_INCLUDED", """
-routers.h - the routers of examples/routers.h, in double by PyTorch. Written by make_routers.py; do not edit.
+routers.h - the routers of examples/tools/routers.h, in double by PyTorch. Written by make_routers.py; do not edit.
 
 3 tasks, 4 layers, 3 blocks, vectors of 8. Weights: golden_fill(p, count, NAME, scale), NAME as in routers.h, scale 1 for vectors and layers,
 0.25 for all else, plus 1 for norm1.weight and norm2.weight. For each kind: the scores, and for every tensor the norm of the gradient of

@@ -1,4 +1,4 @@
-/* routers.h - the routers of examples/routers.h, in double by PyTorch. Written by make_routers.py; do not edit.
+/* routers.h - the routers of examples/tools/routers.h, in double by PyTorch. Written by make_routers.py; do not edit.
 
    3 tasks, 4 layers, 3 blocks, vectors of 8. Weights: golden_fill(p, count, NAME, scale), NAME as in routers.h, scale 1 for vectors and layers,
    0.25 for all else, plus 1 for norm1.weight and norm2.weight. For each kind: the scores, and for every tensor the norm of the gradient of

@@ -1,5 +1,5 @@
 /* predict.c - a trained model from the shell
-   cc -O3 -o predict examples/predict.c -lm -pthread
+   cc -O3 -o predict examples/tools/predict.c -lm -pthread
    ./predict MODEL TASK < lines.tsv         a text a line, or two with a tab between:
    label<TAB>probability for each, in that order
    ./predict MODEL TASK --score < dev.tsv   a file as for training (header line, column label): the
@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #define MOE_IMPLEMENTATION
-#include "../moe.h"
+#include "../../moe.h"
 #include "scores.h"
 
 enum { BATCH = 32, FIELDS = 16 };

@@ -1,5 +1,5 @@
 /* routes.c - which task's tokens go to which experts: a report of a trained model
-   cc -O3 -o routes examples/routes.c -lm -pthread
+   cc -O3 -o routes examples/tools/routes.c -lm -pthread
    ./routes MODEL [--data DIR] [--checkpoints A,B,C | --history FILE] [--text] [--csv FILE] [--html
    FILE] Runs DIR/TASK/dev.tsv of every task through the model and reports shares of the experts,
    likeness of the tasks, experts hardly used, what each expert is worth (the metrics without it),
@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #define MOE_IMPLEMENTATION
-#include "../moe.h"
+#include "../../moe.h"
 
 enum { BATCH = 32, FIELDS = 16, FEATURES = 7, NAME = 64 };
 

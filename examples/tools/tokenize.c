@@ -1,12 +1,12 @@
 /* tokenize.c - BERT's WordPiece ids of each line of the input, with nothing but moe.h.
 
-     cc -O2 -o tokenize examples/tokenize.c -lm -pthread
+     cc -O2 -o tokenize examples/tools/tokenize.c -lm -pthread
      ./tokenize VOCAB [--cased] [--max-len N] [--truncate longest|right] [--words] < lines
 
    Prints a line for each line: the ids of [CLS] a [SEP], or, where a TAB stands in the line, of
    [CLS] a [SEP] b [SEP]. Exit status 1 and a sentence when something is wrong. */
 #define MOE_IMPLEMENTATION
-#include "../moe.h"
+#include "../../moe.h"
 
 static void complain(void *user, moe_status status, const char *sentence) {
   (void)user;

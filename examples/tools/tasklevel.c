@@ -1,7 +1,7 @@
 /* tasklevel.c - whole transformer blocks as experts, chosen by the task: the systems of "Task-level
    Mixture-of-Experts" [TL], side by side
 
-     cc -O3 -o tasklevel examples/tasklevel.c -lm -pthread
+     cc -O3 -o tasklevel examples/tools/tasklevel.c -lm -pthread
      ./tasklevel                  the bundled tasks, seven systems, one table
      ./tasklevel --help           the options
 
@@ -21,7 +21,7 @@
 #include <string.h>
 #include <time.h>
 #define MOE_IMPLEMENTATION
-#include "../moe.h"
+#include "../../moe.h"
 #include "routers.h"
 
 enum { MOST_TASKS = 64, FIELDS = 32, SYSTEMS = 7, MOST_LIST = 16 };

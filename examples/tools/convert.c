@@ -1,5 +1,5 @@
 /* convert.c - look into a model file, and make a smaller one of it
-   cc -O3 -o convert examples/convert.c -lm -pthread
+   cc -O3 -o convert examples/tools/convert.c -lm -pthread
    ./convert IN                 what is in a file: configuration, tasks, tensors, bytes
    ./convert IN OUT --int8      a quarter of the bytes, for inference: matrices as integers of 8
    bits
@@ -16,7 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #define MOE_IMPLEMENTATION
-#include "../moe.h"
+#include "../../moe.h"
 #include "scores.h"
 
 enum { BATCH = 32, FIELDS = 16 };

@@ -1,9 +1,9 @@
 #!/bin/sh
 # experiments.sh - the experiments of the two papers, each with one command, in a size that fits a laptop.
 #
-#   examples/experiments.sh --list
-#   examples/experiments.sh table1                                   the bundled tasks, from scratch, some minutes
-#   examples/experiments.sh table1 --data glue --init MiniLM/model.safetensors --vocab MiniLM/vocab.txt --budget 4h
+#   examples/tools/experiments.sh --list
+#   examples/tools/experiments.sh table1                                   the bundled tasks, from scratch, some minutes
+#   examples/tools/experiments.sh table1 --data glue --init MiniLM/model.safetensors --vocab MiniLM/vocab.txt --budget 4h
 #
 # What is finished is kept in --out and not run again; what was killed goes on from its checkpoint: give the same command again. The table at
 # the end is made of what is there. `[TaG]` is MT-TaG, `[TL]` the poster on task-level mixtures of experts; README.md names both.
@@ -55,7 +55,7 @@ say() { echo "$*"; }
 
 # ---- options ----
 
-name= budget= data=$here/data tasks= init= vocab= rows= seeds=1,2,3 out=experiments part=1/1 threads= report= dry=
+name= budget= data=$here/../data tasks= init= vocab= rows= seeds=1,2,3 out=experiments part=1/1 threads= report= dry=
 [ $# -gt 0 ] || { usage; exit 1; }
 while [ $# -gt 0 ]; do
   case $1 in
@@ -101,9 +101,11 @@ program() {
     echo "$MOE_BIN/$1"
     return
   fi
-  if [ ! -x "$out/$1" ] || [ -n "$(find "$here/$1.c" "$here/routers.h" "$here/../moe.h" -newer "$out/$1")" ]; then
+  source=$here/$1.c
+  [ -e "$source" ] || source=$here/../$1.c
+  if [ ! -x "$out/$1" ] || [ -n "$(find "$source" "$here"/*.h "$here/../../moe.h" -newer "$out/$1")" ]; then
     # shellcheck disable=SC2086
-    ${CC:-cc} ${CFLAGS:--O3} -o "$out/$1.new.$$" "$here/$1.c" -lm -pthread >&2 || die "$here/$1.c does not compile"
+    ${CC:-cc} ${CFLAGS:--O3} -o "$out/$1.new.$$" "$source" -lm -pthread >&2 || die "$source does not compile"
     mv "$out/$1.new.$$" "$out/$1"
   fi
   echo "$out/$1"
