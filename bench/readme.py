@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the section Speed of README.md from bench/results.md, so that both show the same run. Run by `make -C bench readme`."""
+"""Writes the section Speed of README.md from bench/results/speed.json, so that both show the same run. Run by `make -C bench readme`."""
 import os
 import re
 import sys
@@ -16,22 +16,19 @@ hits both sides. Other machines have other ratios."""
 
 def tables(report, title):
     """[(the last line of text before it, [cells of the head and of each row])] of a section."""
-    out, text, rows = [], "", []
-    for line in report.sections.get(title, []) + [""]:
-        if line.startswith("|"):
-            if not line.startswith("|-"):
-                rows.append([c.strip() for c in line.strip("|").split(" | ")])
-            continue
-        if rows:
-            out.append((text, rows))
-            rows = []
-        text = line or text
+    out, text = [], ""
+    for item in report.sections.get(title, []):
+        if isinstance(item, str):
+            text = item
+        else:
+            out.append((text, [item["head"], *item["rows"]]))
     return out
 
 
 def measured(report, title):
     """Date and commit of a section."""
-    found = re.search(r"Measured (\S+) \S+ UTC, commit (\w+)", "\n".join(report.sections.get(title, [])))
+    found = re.search(r"Measured (\S+) \S+ UTC, commit (\w+)",
+                      "\n".join(i for i in report.sections.get(title, []) if isinstance(i, str)))
     return f"{found[1]}, commit {found[2]}" if found else "?"
 
 
@@ -84,7 +81,7 @@ def section(report):
 
 
 def main():
-    report = Report(os.path.join(run.HERE, "results.md"), [title for title, _, _ in run.SECTIONS.values()])
+    report = Report(os.path.join(run.HERE, "results", "speed.json"), [title for title, _, _ in run.SECTIONS.values()])
     with open(README, encoding="utf-8") as f:
         before, _, rest = f.read().partition("## Speed\n")
     if not rest:

@@ -1,26 +1,27 @@
-"""bench/results.md: sections that can be measured anew one by one, and a summary of what was asked and what was seen."""
+"""bench/results/speed.json holds what was measured, section by section, and bench/results.md is the
+page in front of it: the machine, and what was asked and seen."""
+import json
 import os
 
-SUMMARY = "Asked and seen"
-BOUND = ("Bound: what the ratio to the same peer would be if moe.h did nothing but the multiplications and additions of the model at the peak of the processor that was probed right "
-         "before each round, or nothing but read the weights once at the best probed bandwidth, whichever takes longer; counted and probed in the run.")
-SUMMARY_HEAD = ["figure", "asked", "seen", "bound", "", "section"]
+BOUND = ("Bound: what the ratio to the same peer would be if moe.h did nothing but the multiplications "
+         "and additions of the model at the peak of the processor that was probed right before each "
+         "round, or nothing but read the weights once at the best probed bandwidth, whichever takes "
+         "longer; counted and probed in the run.")
+SUMMARY_HEAD = ["figure", "asked", "seen", "bound", "verdict"]
 
 
 def table_lines(head, rows):
-    cells = [head] + [["" if c is None else str(c) for c in r] for r in rows]
-    width = [max(len(r[i]) for r in cells) for i in range(len(head))]
-
-    def line(r):
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |"
-    return [line(cells[0]), "|" + "|".join("-" * (w + 2) for w in width) + "|", *(line(r) for r in cells[1:]), ""]
+    return ["| " + " | ".join(str("" if c is None else c) for c in r) + " |"
+            for r in [head, ["---"] * len(head), *rows]] + [""]
 
 
 class Report:
-    """A heading, the summary, and the sections in the order of `titles`. What a file at `path` holds stays until it is replaced."""
+    """A heading, and the sections in the order of `titles`: each a list of lines of text and of tables
+    {"head": [...], "rows": [[...]]}. The data at `path` stays until it is replaced; page: the file of
+    the readable page, or None for all of it as text in `path` itself."""
 
-    def __init__(self, path, titles, keep=True):
-        self.path, self.titles = path, titles
+    def __init__(self, path, titles, keep=True, page=None):
+        self.path, self.titles, self.page = path, titles, page
         self.heading, self.sections, self.figures = [], {}, {}
         self.memory = {}            # (what, process): MB, for the section of that name
         self.limits = ""            # what the bounds follow from, in words
@@ -28,24 +29,9 @@ class Report:
         self.title = None
         if keep and os.path.exists(path):
             with open(path, encoding="utf-8") as f:
-                self.parse(f.read().splitlines())
-
-    def parse(self, lines):
-        title, part = None, []
-        for line in lines + ["## "]:
-            if not line.startswith("## "):
-                part.append(line)
-                continue
-            if title == SUMMARY:
-                for row in part:
-                    cells = [c.strip() for c in row.strip("|").split(" | ")]
-                    if row.startswith("| ") and len(cells) == len(SUMMARY_HEAD) and cells != SUMMARY_HEAD:
-                        self.figures.setdefault(cells[-1], []).append(cells[:-1])
-            elif title in self.titles:
-                self.sections[title] = part
-            elif title is None:
-                self.heading = part
-            title, part = line[3:].strip(), []
+                data = json.load(f)
+            self.heading, self.limits = data["heading"], data["probed"]
+            self.sections, self.figures = data["sections"], data["figures"]
 
     def machine(self):
         """The lines of the heading that say where it was measured."""
@@ -61,10 +47,11 @@ class Report:
         print(f"\n## {title}\n", flush=True)
 
     def end(self, disturbed, *lines):
-        """Takes the section over, with `lines` above it. One that could not be measured leaves what was there. disturbed: its figures say so."""
+        """Takes the section over, with `lines` above it. One that could not be measured leaves what was
+        there. disturbed: its figures say so."""
         for row in self.figures[self.title] if disturbed else ():
             row[-1] += ", disturbed"
-        self.sections[self.title] = ["", *lines, *self.here]
+        self.sections[self.title] = [line for line in [*lines, *self.here] if line != ""]
         self.save()
 
     def text(self, *lines):
@@ -73,22 +60,38 @@ class Report:
             print(line, flush=True)
 
     def table(self, head, rows):
-        self.text(*table_lines(head, rows))
+        rows = [["" if c is None else str(c) for c in r] for r in rows]
+        self.here.append({"head": head, "rows": rows})
+        print("\n".join(table_lines(head, rows)), flush=True)
 
     def figure(self, name, asked, seen, verdict, bound=""):
         """A line of the summary. verdict: True, False, or words where nothing is asked of this machine."""
-        self.figures[self.title].append([name, asked, seen, bound, verdict if isinstance(verdict, str) else "pass" if verdict else "**short**"])
+        words = verdict if isinstance(verdict, str) else "pass" if verdict else "**short**"
+        self.figures[self.title].append([name, asked, seen, bound, words])
+
+    def summary(self):
+        """The page: the heading, then the figures of each section."""
+        lines = list(self.heading)
+        for title in self.titles:
+            if self.figures.get(title):
+                lines += [f"## {title}", "", *table_lines(SUMMARY_HEAD, self.figures[title])]
+        return lines + [BOUND + (f" Probed: {self.limits}." if self.limits else ""), ""]
+
+    def whole(self):
+        """Every section with its tables, as text."""
+        lines = self.summary()
+        for title in self.titles:
+            for item in [f"# {title}", *self.sections.get(title, [])] if title in self.sections else []:
+                lines += [item, ""] if isinstance(item, str) else table_lines(item["head"], item["rows"])
+        return lines
 
     def save(self):
-        rows = [row + [title] for title in self.titles for row in self.figures.get(title, [])]
-        lines = list(self.heading)
-        if rows:
-            lines += [f"## {SUMMARY}", "", *table_lines(SUMMARY_HEAD, rows), BOUND + (f" Probed: {self.limits}." if self.limits else ""), ""]
-        for title in self.titles:
-            if title in self.sections:
-                lines += [f"## {title}", *self.sections[title]]
-        text = "\n".join(lines).rstrip()
-        while "\n\n\n" in text:
-            text = text.replace("\n\n\n", "\n\n")
-        with open(self.path, "w", encoding="utf-8") as f:
-            f.write(text + "\n")
+        if self.page:
+            data = {"heading": self.heading, "probed": self.limits,
+                    "sections": {t: self.sections[t] for t in self.titles if t in self.sections},
+                    "figures": {t: self.figures[t] for t in self.titles if self.figures.get(t)}}
+            with open(self.path, "w", encoding="utf-8") as f:
+                json.dump(data, f, indent=1, ensure_ascii=False)
+                f.write("\n")
+        with open(self.page or self.path, "w", encoding="utf-8") as f:
+            f.write("\n".join(self.summary() if self.page else self.whole()).rstrip() + "\n")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Measures moe.h beside what a user would take instead, and writes bench/results.md. Run by `make -C bench`.
+"""Measures moe.h beside what a user would take instead, and writes bench/results/speed.json and bench/results.md. Run by `make -C bench`.
 
-  run.py [--sections train,infer,...] [--threads 1,2] [--quick | --dry] [--out bench/results.md] [--models A,B --data DIR]
+  run.py [--sections train,infer,...] [--threads 1,2] [--quick | --dry] [--out FILE] [--models A,B --data DIR]
 
 Every program stays alive for the whole table and they take turns (A B A B ...) on the same cores; a ratio is the median of the ratios of the
 rounds, a figure the median of the rounds, and behind it stands half the distance between the quartiles in per cent. Each program has at least three
@@ -104,7 +104,7 @@ def heading(report, have, threads):
     report.begin_heading()
     report.text("# Results of `make -C bench`", "",
                 f"- CPU: {name}, {len(os.sched_getaffinity(0))} cores used of {os.cpu_count()}; {flags}",
-                f"- last written: {stamp()}; each section says when it was measured",
+                f"- last written: {stamp()}; all tables are in `results/speed.json`, each section with its date",
                 f"- compiler: {compiler()}, `-O2`; system: {platform.system()} {platform.release()}, Python {platform.python_version()}",
                 "- peers: " + (", ".join(f"{p} {v}" for p, v in have.items()) or "none"),
                 *([f"- left out (could not be installed): {', '.join(p for p in PACKAGES if p not in have)}"] if len(have) < len(PACKAGES) else []),
@@ -332,7 +332,7 @@ def has_bf16():
 
 
 def unit_section(report, _):
-    report.text("What this machine can run, by its own CPUID, and where the tests run the rest: they force each kernel that a processor has (`moe_env.isa`, `moe_env.features`).", "")
+    report.text("What this machine can run, by its own CPUID, and where the tests run the rest: they force each kernel that a processor has (`moe_env.isa`, `moe_env.cpu_flags`).", "")
     report.table(["kernels", "ran", "tests"], [[name, "on this hardware" if there else f"under emulation: {EMULATED[name]}" if name in EMULATED else "never", TESTED.get(name, "")]
                                                for name, there in units().items()])
 
@@ -635,14 +635,16 @@ def arguments():
     p.add_argument("--sections", help="some of: " + ", ".join(SECTIONS))
     p.add_argument("--threads", default="1,2" if len(os.sched_getaffinity(0)) > 1 else "1")
     p.add_argument("--minutes", type=float, default=9.5, help="what all sections together may take, a sixth of it for what has to be measured again")
-    p.add_argument("--out", help="default: results.md; build/quick.md and build/dry.md of --quick and --dry")
+    p.add_argument("--out", help="all tables as text; default: results/speed.json and the page results.md, build/quick.md of --quick, build/dry.md of --dry")
     p.add_argument("--models", help="section accuracy: files of trained models")
     p.add_argument("--data", help="section accuracy: a folder with TASK/dev.tsv")
     p.add_argument("--tasks", default="RTE,MRPC,STS-B", help="section accuracy")
     a = p.parse_args()
     a.threads = [int(t) for t in a.threads.split(",")]
     a.names = a.sections.split(",") if a.sections else ["units", "train", "infer"] if a.quick else ALL
-    a.out = a.out or os.path.join(*([BUILD, "dry.md"] if a.dry else [BUILD, "quick.md"] if a.quick else [HERE, "results.md"]))
+    a.page = None if a.out or a.dry or a.quick else os.path.join(HERE, "results.md")
+    a.out = a.out or (os.path.join(HERE, "results", "speed.json") if a.page
+                      else os.path.join(BUILD, "dry.md" if a.dry else "quick.md"))
     unknown = [n for n in a.names if n not in SECTIONS]
     if unknown:
         sys.exit(f"run.py: no section {unknown[0]}; there are: {', '.join(SECTIONS)}")
@@ -676,7 +678,7 @@ def main():
     if {"infer", "int8", "bf16", "start"} & set(a.names):
         prepare_graphs(have)
     prepared = time.monotonic()
-    report = Report(a.out, [title for title, _, _ in SECTIONS.values()], keep=not (a.dry or a.quick))
+    report = Report(a.out, [title for title, _, _ in SECTIONS.values()], keep=a.page is not None, page=a.page)
     heading(report, have, a.threads)
     planned = {n: a.minutes * 50 * SECTIONS[n][2] / sum(SECTIONS[n][2] for n in ALL) for n in SECTIONS if n in a.names}
     print("planned seconds: " + ", ".join(f"{n} {s:.0f}" for n, s in planned.items()), flush=True)
