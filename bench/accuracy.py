@@ -21,7 +21,7 @@ BUILD = os.path.join(HERE, "build")
 
 def program(name):
     """Compiles an example where it is missing or older than its sources; returns its path."""
-    source, path = os.path.join(HERE, "..", "examples", f"{name}.c"), os.path.join(BUILD, name)
+    source, path = os.path.join(HERE, "..", "examples", "tools", f"{name}.c"), os.path.join(BUILD, name)
     header = os.path.join(HERE, "..", "moe.h")
     if not os.path.exists(path) or os.path.getmtime(path) < max(os.path.getmtime(source), os.path.getmtime(header)):
         os.makedirs(BUILD, exist_ok=True)
