@@ -8962,33 +8962,7 @@ MOE_API int moe_kind_from_name(moe_kind *kind, const char *name) {
   return k < MOE__KINDS;
 }
 
-/* ---- configuration, tasks, places of the weights ---- >>config */
-
-/* What the table of tensors says, as offsets: the flat array has no gaps, the experts of a layer
-   follow each other at a constant distance, and so do the layers, but for their experts, of which
-   some may be pruned (moe__layer_at and moe__expert_at know how many). Where the experts are whole
-   blocks, a layer here is one block: block i of layer l is number l m + i, and there is one
-   feed-forward network in it. Query, key and value stand side by side, so that (3H, H) is one
-   product; the gates of all tasks are one (T, N, H). */
-typedef struct moe__plan {
-  size_t word, feature_w, feature_b, position, segment, norm_w, norm_b; /* embeddings */
-  size_t layers, layer_stride; /* of a layer without experts */
-  size_t qkv_w, qkv_b, att_w, att_b, norm1_w, norm1_b, gates, experts,
-      expert_stride;                     /* within a layer */
-  size_t norm2_w, norm2_b;               /* within a layer without experts: moe__norm2_at */
-  size_t in_w, in_b, out_w, out_b;       /* within an expert */
-  size_t vectors, router, router_stride; /* task vectors (T, width); task-level routing: layer l has
-                                            router + l router_stride */
-  size_t score_in_w, score_in_b, score_out_w, score_out_b; /* within the router of a layer */
-  size_t heads, total;
-  /* A quantised model: every matrix_w above is the place of its scales, one for each row, and these
-     are the places of its bytes. */
-  int quantized;
-  size_t word_q, layers_q, layer_q, qkv_q, att_q, experts_q, expert_q, in_q, out_q, total_q;
-  size_t parameters;
-  /* packed weights: floats, or bytes of a quantised model */
-  size_t panel_att, panel_experts, panel_out, panel_expert_stride, panel_stride, panel_total;
-} moe__plan;
+/* ---- configuration, tasks ---- >>config */
 
 MOE_API void moe_config_init(moe_config *config) {
   memset(config, 0, sizeof *config);
@@ -9020,13 +8994,6 @@ static int32_t moe__block_count(const moe_config *config) {
 /* Feed-forward networks of a block. */
 static int32_t moe__block_experts(const moe_config *config) {
   return config->unit == MOE_UNIT_BLOCK ? 1 : config->experts;
-}
-/* All that are there: without the pruned ones. */
-static size_t moe__expert_count(const moe_config *config) {
-  size_t cells = (size_t)moe__block_count(config) * (size_t)moe__block_experts(config),
-         count = cells, i;
-  for (i = 0; config->pruned && i < cells; ++i) count -= config->pruned[i] != 0;
-  return count;
 }
 /* Whether gates send tokens to feed-forward networks. */
 static int moe__has_gates(const moe_config *config) {
@@ -9273,16 +9240,136 @@ static moe_status moe__check_tasks(const moe_config *config, const moe_task *tas
   return status;
 }
 
-/* Matrices (N, H) that the gates of a layer are kept in. */
-static int32_t moe__gate_count(const moe_config *config, int32_t T) {
-  if (config->router == MOE_ROUTER_EMBEDDING) return config->rank;
-  return !moe__has_gates(config) ? 0 : config->router == MOE_ROUTER_SHARED ? 1 : T;
-}
+/* ---- the table of tensors, places of the weights ---- >>tensors
+   Whatever depends on which tensors a model has walks this table: names, shapes, offsets, initial
+   values, packing, quantising, import and files. Its order is that of the flat array of weights and
+   of a file: EMBED, then for each layer LAYER, its GATEs, its EXPERTs and TAIL, then TASKS, the
+   ROUTERs and the HEADs, without gaps. The weights of query, key and value are neighbours, so that
+   (3H, H) is one product; the gates of all tasks are one (T, N, H). Where the experts are whole
+   blocks, a layer here is one block: block i of layer l is number l m + i, and it has one EXPERT.
 
-/* Tensors that they are: a basis is one. */
-static int32_t moe__gate_tensors(const moe_config *config, int32_t T) {
-  return config->router == MOE_ROUTER_EMBEDDING ? 1 : moe__gate_count(config, T);
-}
+   scope   one for each           names in files begin with
+   EMBED   model                  embeddings.
+   LAYER   layer                  encoder.layer.0. or encoder.layer.0.blocks.0.
+   GATE    task of a layer        encoder.layer.0.gate.TASK.
+   EXPERT  expert of a layer      as LAYER, behind gates encoder.layer.0.experts.0.
+   TAIL    layer                  as LAYER
+   TASKS   model                  tasks.
+   ROUTER  layer                  router.0.
+   HEAD    task                   heads.TASK.
+
+   if      the models that have it
+   shape   beside the letters of SHAPES: G segments, I feature_dim, R rank, Z width of a task's
+           vector, W inner width of a router, K width of a head's input
+   first   initial values: moe__initial_spread
+   int8    1: int8 in a quantised model, with a scale for each row
+   pack    this and the following ones, so many in all, are packed as one matrix
+   bert    1: published encoders have it, under this name */
+
+#define MOE__TASK_ROUTER_HIDDEN 64 /* inner width of the task-level router: the authors' */
+
+/* clang-format off */
+#define MOE__TENSORS(X)                                                                            \
+  /* id          scope   if         shape    first   int8 pack bert  name */                       \
+  X(FEATURE_W,    EMBED,  FEATURES,  H, I, 0, MATRIX, 0, 0, 0, "features.weight")                  \
+  X(FEATURE_B,    EMBED,  FEATURES,  H, 0, 0, ZERO,   0, 0, 0, "features.bias")                    \
+  X(WORD,         EMBED,  IDS,       V, H, 0, MATRIX, 1, 0, 1, "word_embeddings.weight")           \
+  X(POSITION,     EMBED,  ANY,       P, H, 0, MATRIX, 0, 0, 1, "position_embeddings.weight")       \
+  X(SEGMENT,      EMBED,  ANY,       G, H, 0, MATRIX, 0, 0, 1, "token_type_embeddings.weight")     \
+  X(NORM0_W,      EMBED,  ANY,       H, 0, 0, ONE,    0, 0, 1, "LayerNorm.weight")                 \
+  X(NORM0_B,      EMBED,  ANY,       H, 0, 0, ZERO,   0, 0, 1, "LayerNorm.bias")                   \
+  X(QUERY_W,      LAYER,  ANY,       H, H, 0, MATRIX, 1, 3, 1, "attention.self.query.weight")      \
+  X(KEY_W,        LAYER,  ANY,       H, H, 0, MATRIX, 1, 0, 1, "attention.self.key.weight")        \
+  X(VALUE_W,      LAYER,  ANY,       H, H, 0, MATRIX, 1, 0, 1, "attention.self.value.weight")      \
+  X(QUERY_B,      LAYER,  ANY,       H, 0, 0, ZERO,   0, 0, 1, "attention.self.query.bias")        \
+  X(KEY_B,        LAYER,  ANY,       H, 0, 0, ZERO,   0, 0, 1, "attention.self.key.bias")          \
+  X(VALUE_B,      LAYER,  ANY,       H, 0, 0, ZERO,   0, 0, 1, "attention.self.value.bias")        \
+  X(ATTENTION_W,  LAYER,  ANY,       H, H, 0, MATRIX, 1, 1, 1, "attention.output.dense.weight")    \
+  X(ATTENTION_B,  LAYER,  ANY,       H, 0, 0, ZERO,   0, 0, 1, "attention.output.dense.bias")      \
+  X(NORM1_W,      LAYER,  ANY,       H, 0, 0, ONE,    0, 0, 1, "attention.output.LayerNorm.weight")\
+  X(NORM1_B,      LAYER,  ANY,       H, 0, 0, ZERO,   0, 0, 1, "attention.output.LayerNorm.bias")  \
+  X(GATE_SHARED,  LAYER,  SHARED,    N, H, 0, GATE,   0, 0, 0, "gate.weight")                      \
+  X(GATE_BASIS,   LAYER,  EMBEDDING, R, N, H, BASIS,  0, 0, 0, "gate.basis")                       \
+  X(GATE_TASK,    GATE,   TASK,      N, H, 0, GATE,   0, 0, 0, "weight")                           \
+  X(IN_W,         EXPERT, ANY,       F, H, 0, MATRIX, 1, 1, 1, "intermediate.dense.weight")        \
+  X(IN_B,         EXPERT, ANY,       F, 0, 0, ZERO,   0, 0, 1, "intermediate.dense.bias")          \
+  X(OUT_W,        EXPERT, ANY,       H, F, 0, MATRIX, 1, 1, 1, "output.dense.weight")              \
+  X(OUT_B,        EXPERT, ANY,       H, 0, 0, ZERO,   0, 0, 1, "output.dense.bias")                \
+  X(NORM2_W,      TAIL,   ANY,       H, 0, 0, ONE,    0, 0, 1, "output.LayerNorm.weight")          \
+  X(NORM2_B,      TAIL,   ANY,       H, 0, 0, ZERO,   0, 0, 1, "output.LayerNorm.bias")            \
+  X(TASK_VECTORS, TASKS,  VECTORS,   T, Z, 0, VECTOR, 0, 0, 0, "vectors")                          \
+  X(ROUTER_IN_W,  ROUTER, LEVEL,     W, Z, 0, ROUTER, 0, 0, 0, "0.weight")                         \
+  X(ROUTER_IN_B,  ROUTER, LEVEL,     W, 0, 0, ZERO,   0, 0, 0, "0.bias")                           \
+  X(ROUTER_OUT_W, ROUTER, LEVEL,     N, W, 0, ROUTER, 0, 0, 0, "1.weight")                         \
+  X(ROUTER_OUT_B, ROUTER, LEVEL,     N, 0, 0, ZERO,   0, 0, 0, "1.bias")                           \
+  X(HEAD_W,       HEAD,   ANY,       C, K, 0, MATRIX, 0, 0, 0, "weight")                           \
+  X(HEAD_B,       HEAD,   ANY,       C, 0, 0, ZERO,   0, 0, 0, "bias")
+/* clang-format on */
+
+typedef struct moe__tensor_row {
+  const char *name;
+  uint8_t scope, condition, shape[3], first, int8, pack, bert;
+} moe__tensor_row;
+
+#define MOE__TENSOR_ID(id, scope, condition, a, b, c, first, int8, pack, bert, name) MOE__##id,
+#define MOE__TENSOR_ROW(id, scope, condition, a, b, c, first, int8, pack, bert, name)              \
+  {name,                                                                                           \
+   MOE__IN_##scope,                                                                                \
+   MOE__IF_##condition,                                                                            \
+   {MOE__DIM_##a, MOE__DIM_##b, MOE__DIM_##c},                                                     \
+   MOE__FIRST_##first,                                                                             \
+   int8,                                                                                           \
+   pack,                                                                                           \
+   bert},
+
+enum { MOE__TENSORS(MOE__TENSOR_ID) MOE__ROWS };
+enum {
+  MOE__IN_EMBED,
+  MOE__IN_LAYER,
+  MOE__IN_GATE,
+  MOE__IN_EXPERT,
+  MOE__IN_TAIL,
+  MOE__IN_TASKS,
+  MOE__IN_ROUTER,
+  MOE__IN_HEAD,
+  MOE__SCOPES
+};
+enum {
+  MOE__IF_ANY,
+  MOE__IF_FEATURES,
+  MOE__IF_IDS,
+  MOE__IF_SHARED,
+  MOE__IF_TASK,
+  MOE__IF_EMBEDDING,
+  MOE__IF_VECTORS,
+  MOE__IF_LEVEL
+};
+enum {
+  MOE__DIM_0,
+  MOE__DIM_H,
+  MOE__DIM_F,
+  MOE__DIM_N,
+  MOE__DIM_T,
+  MOE__DIM_V,
+  MOE__DIM_P,
+  MOE__DIM_C,
+  MOE__DIM_G,
+  MOE__DIM_I,
+  MOE__DIM_R,
+  MOE__DIM_Z,
+  MOE__DIM_W,
+  MOE__DIM_K
+};
+enum {
+  MOE__FIRST_ZERO,
+  MOE__FIRST_ONE,
+  MOE__FIRST_MATRIX,
+  MOE__FIRST_GATE,
+  MOE__FIRST_BASIS,
+  MOE__FIRST_VECTOR,
+  MOE__FIRST_ROUTER
+};
+static const moe__tensor_row moe__tensor_rows[MOE__ROWS] = {MOE__TENSORS(MOE__TENSOR_ROW)};
 
 /* Numbers in the vector of a task. */
 static int32_t moe__vector_width(const moe_config *config) {
@@ -9291,145 +9378,200 @@ static int32_t moe__vector_width(const moe_config *config) {
                                                   : 0;
 }
 
-static size_t moe__advance(size_t *at, size_t rows, size_t cols, int *bad) {
-  size_t here = *at;
-  *at = moe__add(*at, moe__mul(rows, cols, bad), bad);
-  return here;
+/* Whether a model has the tensors of a row. */
+static int moe__row_exists(const moe_config *c, const moe__tensor_row *row) {
+  switch (row->condition) {
+    case MOE__IF_FEATURES: return c->feature_dim > 0;
+    case MOE__IF_IDS: return !c->feature_dim;
+    case MOE__IF_SHARED: return c->router == MOE_ROUTER_SHARED;
+    case MOE__IF_TASK: return c->router == MOE_ROUTER_TASK;
+    case MOE__IF_EMBEDDING: return c->router == MOE_ROUTER_EMBEDDING;
+    case MOE__IF_VECTORS: return moe__vector_width(c) > 0;
+    case MOE__IF_LEVEL: return c->router == MOE_ROUTER_TASK_LEVEL;
+    default: return 1;
+  }
 }
 
-/* Room for a matrix that quantised models have as bytes and scales: *place among the bytes, the
-   result among the floats. */
-static size_t moe__advance_matrix(moe__plan *p, size_t *at, size_t *q, size_t *place, size_t rows,
-                                  size_t cols, int *bad) {
-  if (!p->quantized) return moe__advance(at, rows, cols, bad);
-  *place = moe__advance(q, rows, cols, bad);
-  return moe__advance(at, rows, 1, bad);
+/* A letter of the table as a number. task: of a head. */
+static int32_t moe__row_dim(const moe_config *c, int32_t T, const moe_task *task, int dim) {
+  switch (dim) {
+    case MOE__DIM_H: return c->hidden;
+    case MOE__DIM_F: return c->ffn;
+    case MOE__DIM_N: return c->experts;
+    case MOE__DIM_T: return T;
+    case MOE__DIM_V: return c->vocab;
+    case MOE__DIM_P: return c->positions;
+    case MOE__DIM_C: return task->classes;
+    case MOE__DIM_G: return c->segments;
+    case MOE__DIM_I: return c->feature_dim;
+    case MOE__DIM_R: return c->rank;
+    case MOE__DIM_Z: return moe__vector_width(c);
+    case MOE__DIM_W: return MOE__TASK_ROUTER_HIDDEN;
+    case MOE__DIM_K: return (int32_t)moe__head_width(c, task);
+    default: return 1;
+  }
 }
 
-static void moe__plan_layer(moe__plan *p, const moe_config *c, int32_t T, int *bad) {
-  size_t H = (size_t)c->hidden, F = (size_t)c->ffn, N = (size_t)moe__block_experts(c), at = 0,
-         q = 0; /* N: rows of a gate */
-  p->in_w = moe__advance_matrix(p, &at, &q, &p->in_q, F, H, bad);
-  p->in_b = moe__advance(&at, F, 1, bad);
-  p->out_w = moe__advance_matrix(p, &at, &q, &p->out_q, H, F, bad);
-  p->out_b = moe__advance(&at, H, 1, bad);
-  p->expert_stride = at;
-  p->expert_q = q;
-  at = q = 0;
-  p->qkv_w = moe__advance_matrix(p, &at, &q, &p->qkv_q, 3 * H, H, bad);
-  p->qkv_b = moe__advance(&at, 3 * H, 1, bad);
-  p->att_w = moe__advance_matrix(p, &at, &q, &p->att_q, H, H, bad);
-  p->att_b = moe__advance(&at, H, 1, bad);
-  p->norm1_w = moe__advance(&at, H, 1, bad);
-  p->norm1_b = moe__advance(&at, H, 1, bad);
-  p->gates = moe__advance(&at, moe__mul((size_t)moe__gate_count(c, T), N, bad), H, bad);
-  p->experts = at;
-  p->experts_q = q;
-  p->norm2_w = moe__advance(&at, H, 1, bad);
-  p->norm2_b = moe__advance(&at, H, 1, bad);
-  p->layer_stride = at;
-  p->layer_q = q;
+/* What the tensors of a model are counted in: tensors; tensors of int8; floats of the flat array, in
+   which int8 matrices leave their scales; bytes of the int8 matrices; floats (int8: bytes) of the
+   packed copies. Each is an array of its own, in the order of the table. */
+typedef enum moe__measure {
+  MOE__TENSORS_ALL,
+  MOE__TENSORS_INT8,
+  MOE__FLOATS_ALL,
+  MOE__BYTES_INT8,
+  MOE__PACKED,
+  MOE__MEASURES
+} moe__measure;
+
+/* Where the tensors lie in one such array. */
+typedef struct moe__map {
+  size_t row[MOE__ROWS];    /* within EMBED, LAYER, ...: where the tensor of a row begins */
+  size_t unit[MOE__SCOPES]; /* size of one EMBED, LAYER, ... */
+  size_t layer;             /* of a layer without its experts: LAYER, T GATEs, TAIL */
+  size_t layers, tasks, routers, heads, total; /* where those begin, and the end */
+} moe__map;
+
+typedef struct moe__plan {
+  int quantized;
+  size_t parameters; /* floats before they were quantised */
+  moe__map in[MOE__MEASURES];
+  /* within their units */
+  size_t word, feature_w, feature_b, position, segment, norm_w, norm_b, qkv_w, qkv_b, att_w, att_b,
+      norm1_w, norm1_b, gates, in_w, in_b, out_w, out_b, vectors, router, router_stride, score_in_w,
+      score_in_b, score_out_w, score_out_b, total, word_q, qkv_q, att_q, in_q, out_q, total_q,
+      panel_att, panel_out;
+} moe__plan;
+
+/* Size of the tensor of a row. */
+static size_t moe__row_size(const moe__plan *p, moe__measure measure, const moe__tensor_row *row,
+                            const moe_config *c, int32_t T, const moe_task *task, int *bad) {
+  int32_t rows, cols;
+  int int8 = p->quantized && row->int8;
+  if (!moe__row_exists(c, row)) return 0;
+  rows = moe__row_dim(c, T, task, row->shape[0]);
+  cols = moe__row_dim(c, T, task, row->shape[1]);
+  switch (measure) {
+    case MOE__TENSORS_ALL: return 1;
+    case MOE__TENSORS_INT8: return (size_t)int8;
+    case MOE__PACKED:
+      if (!row->pack) return 0;
+      return p->quantized ? moe_pack_int8_bytes(row->pack * rows, cols)
+                          : moe_pack_floats(row->pack * rows, cols);
+    case MOE__BYTES_INT8: return int8 ? moe__mul((size_t)rows, (size_t)cols, bad) : 0;
+    default: break;
+  }
+  if (int8) return (size_t)rows;
+  return moe__mul(moe__mul((size_t)rows, (size_t)cols, bad),
+                  (size_t)moe__row_dim(c, T, task, row->shape[2]), bad);
 }
 
-#define MOE__TASK_ROUTER_HIDDEN 64 /* inner size of the task-level router: the authors' */
-
-/* Task vectors, and the router of a layer: scores (m) = W1 GELU(W0 vector + b0) + b1. */
-static void moe__plan_task_router(moe__plan *p, size_t *at, const moe_config *c, int *bad) {
-  size_t within = 0;
-  if (c->router != MOE_ROUTER_TASK_LEVEL) return;
-  p->score_in_w = moe__advance(&within, MOE__TASK_ROUTER_HIDDEN, (size_t)c->task_dim, bad);
-  p->score_in_b = moe__advance(&within, MOE__TASK_ROUTER_HIDDEN, 1, bad);
-  p->score_out_w = moe__advance(&within, (size_t)c->experts, MOE__TASK_ROUTER_HIDDEN, bad);
-  p->score_out_b = moe__advance(&within, (size_t)c->experts, 1, bad);
-  p->router_stride = within;
-  p->router = moe__advance(at, (size_t)c->layers, within, bad);
+/* Experts of all layers that are there: without the pruned ones. */
+static size_t moe__expert_count(const moe_config *config) {
+  size_t cells = (size_t)moe__block_count(config) * (size_t)moe__block_experts(config),
+         count = cells, i;
+  for (i = 0; config->pruned && i < cells; ++i) count -= config->pruned[i] != 0;
+  return count;
 }
 
-/* Where the packed copies of a layer stand: query-key-value, attention output, then inner and outer
-   weights of each expert (panel_stride, too, is that of a layer without experts). */
-static size_t moe__panel_units(const moe__plan *p, int32_t rows, int32_t cols) {
-  return p->quantized ? moe_pack_int8_bytes(rows, cols) : moe_pack_floats(rows, cols);
-}
-
-static void moe__plan_panels(moe__plan *p, const moe_config *c, int *bad) {
-  size_t at = moe__panel_units(p, 3 * c->hidden, c->hidden);
-  p->panel_att = at;
-  p->panel_experts = at += moe__panel_units(p, c->hidden, c->hidden);
-  p->panel_out = moe__panel_units(p, c->ffn, c->hidden);
-  p->panel_expert_stride = p->panel_out + moe__panel_units(p, c->hidden, c->ffn);
-  p->panel_stride = at;
-  p->panel_total = moe__mul((size_t)moe__block_count(c), p->panel_stride, bad);
-  moe__advance(&p->panel_total, moe__expert_count(c), p->panel_expert_stride, bad);
-  moe__mul(p->panel_total, sizeof(float), bad);
-}
-
-/* Configuration and tasks have been checked. */
-static moe_status moe__plan_fill(moe__plan *p, const moe_config *c, const moe_task *tasks,
-                                 int32_t T, int quantized, const moe_env *env) {
-  size_t H = (size_t)c->hidden, at = 0, q = 0;
-  int bad = 0;
+/* Lays out one of the arrays. */
+static void moe__map_fill(moe__plan *p, moe__measure measure, const moe_config *c,
+                          const moe_task *tasks, int32_t T, int *bad) {
+  moe__map *s = &p->in[measure];
+  size_t at, blocks = (size_t)moe__block_count(c);
   int32_t t;
-  memset(p, 0, sizeof *p);
-  p->quantized = quantized;
+  int row, scope;
+  memset(s, 0, sizeof *s);
+  for (row = 0; row < MOE__ROWS; ++row) {
+    scope = moe__tensor_rows[row].scope;
+    s->row[row] = s->unit[scope];
+    at = moe__row_size(p, measure, &moe__tensor_rows[row], c, T, tasks, bad);
+    s->unit[scope] = moe__add(s->unit[scope], at, bad);
+  }
+  s->layer = moe__add(s->unit[MOE__IN_LAYER], s->unit[MOE__IN_TAIL], bad);
+  s->layer = moe__add(s->layer, moe__mul((size_t)T, s->unit[MOE__IN_GATE], bad), bad);
+  s->layers = s->unit[MOE__IN_EMBED];
+  s->tasks = moe__add(s->layers, moe__mul(blocks, s->layer, bad), bad);
+  at = moe__mul(moe__expert_count(c), s->unit[MOE__IN_EXPERT], bad);
+  s->tasks = moe__add(s->tasks, at, bad);
+  s->routers = moe__add(s->tasks, s->unit[MOE__IN_TASKS], bad);
+  at = moe__mul((size_t)c->layers, s->unit[MOE__IN_ROUTER], bad);
+  s->heads = s->total = moe__add(s->routers, at, bad);
+  for (t = 0; t < T; ++t) /* heads are of different sizes: unit and row are those of task 0 */
+    for (row = MOE__HEAD_W; row <= MOE__HEAD_B; ++row) {
+      at = moe__row_size(p, measure, &moe__tensor_rows[row], c, T, &tasks[t], bad);
+      s->total = moe__add(s->total, at, bad);
+    }
+}
+
+static void moe__plan_names(moe__plan *p) {
+  const moe__map *w = &p->in[MOE__FLOATS_ALL], *q = &p->in[MOE__BYTES_INT8];
+  p->word = w->row[MOE__WORD];
+  p->feature_w = w->row[MOE__FEATURE_W];
+  p->feature_b = w->row[MOE__FEATURE_B];
+  p->position = w->row[MOE__POSITION];
+  p->segment = w->row[MOE__SEGMENT];
+  p->norm_w = w->row[MOE__NORM0_W];
+  p->norm_b = w->row[MOE__NORM0_B];
+  p->qkv_w = w->row[MOE__QUERY_W];
+  p->qkv_b = w->row[MOE__QUERY_B];
+  p->att_w = w->row[MOE__ATTENTION_W];
+  p->att_b = w->row[MOE__ATTENTION_B];
+  p->norm1_w = w->row[MOE__NORM1_W];
+  p->norm1_b = w->row[MOE__NORM1_B];
+  p->gates = w->row[MOE__GATE_SHARED];
+  p->in_w = w->row[MOE__IN_W];
+  p->in_b = w->row[MOE__IN_B];
+  p->out_w = w->row[MOE__OUT_W];
+  p->out_b = w->row[MOE__OUT_B];
+  p->vectors = w->tasks;
+  p->router = w->routers;
+  p->router_stride = w->unit[MOE__IN_ROUTER];
+  p->score_in_w = w->row[MOE__ROUTER_IN_W];
+  p->score_in_b = w->row[MOE__ROUTER_IN_B];
+  p->score_out_w = w->row[MOE__ROUTER_OUT_W];
+  p->score_out_b = w->row[MOE__ROUTER_OUT_B];
+  p->total = w->total;
+  p->word_q = q->row[MOE__WORD];
+  p->qkv_q = q->row[MOE__QUERY_W];
+  p->att_q = q->row[MOE__ATTENTION_W];
+  p->in_q = q->row[MOE__IN_W];
+  p->out_q = q->row[MOE__OUT_W];
+  p->total_q = q->total;
+  p->panel_att = p->in[MOE__PACKED].row[MOE__ATTENTION_W];
+  p->panel_out = p->in[MOE__PACKED].row[MOE__OUT_W];
+}
+
+/* Lays out a model. Configuration and tasks have been checked. */
+static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_task *tasks,
+                                 int32_t T, int quantized, const moe_env *env) {
+  int bad = 0, measure;
   if (quantized && moe__max(c->hidden, c->ffn) > MOE_INT8_COLS)
     return moe__fail(env, MOE_E_UNSUPPORTED, "an int8 matrix has at most %d columns, not %d",
                      MOE_INT8_COLS, (int)moe__max(c->hidden, c->ffn));
-  if (c->feature_dim) {
-    p->feature_w = moe__advance(&at, H, (size_t)c->feature_dim, &bad);
-    p->feature_b = moe__advance(&at, H, 1, &bad);
-  } else
-    p->word = moe__advance_matrix(p, &at, &q, &p->word_q, (size_t)c->vocab, H, &bad);
-  p->position = moe__advance(&at, (size_t)c->positions, H, &bad);
-  p->segment = moe__advance(&at, (size_t)c->segments, H, &bad);
-  p->norm_w = moe__advance(&at, H, 1, &bad);
-  p->norm_b = moe__advance(&at, H, 1, &bad);
-  moe__plan_layer(p, c, T, &bad);
-  p->layers = moe__advance(&at, (size_t)moe__block_count(c), p->layer_stride, &bad);
-  p->layers_q = moe__advance(&q, (size_t)moe__block_count(c), p->layer_q, &bad);
-  moe__advance(&at, moe__expert_count(c), p->expert_stride, &bad);
-  moe__advance(&q, moe__expert_count(c), p->expert_q, &bad);
-  if (moe__vector_width(c))
-    p->vectors = moe__advance(&at, (size_t)T, (size_t)moe__vector_width(c), &bad);
-  moe__plan_task_router(p, &at, c, &bad);
-  p->heads = at;
-  for (t = 0; t < T; ++t)
-    moe__advance(&at, (size_t)tasks[t].classes, moe__head_width(c, &tasks[t]) + 1, &bad);
-  p->total = at;
-  p->total_q = q;
-  moe__mul(at, sizeof(float), &bad);
-  moe__plan_panels(p, c, &bad);
+  p->quantized = 0;
+  moe__map_fill(p, MOE__FLOATS_ALL, c, tasks, T, &bad);
+  p->parameters = p->in[MOE__FLOATS_ALL].total;
+  p->quantized = quantized;
+  for (measure = 0; measure < MOE__MEASURES; ++measure)
+    moe__map_fill(p, (moe__measure)measure, c, tasks, T, &bad);
+  moe__plan_names(p);
+  moe__mul(p->parameters, sizeof(float), &bad);
+  moe__mul(p->in[MOE__PACKED].total, sizeof(float), &bad);
   if (bad)
-    return moe__fail(
-        env, MOE_E_ARGUMENT,
-        "configuration: the weights do not fit into the address space of this machine");
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "configuration: the weights exceed the address space of this machine");
   return MOE_OK;
-}
-
-static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_task *tasks,
-                                 int32_t T, const moe_env *env) {
-  moe_status status = moe__plan_fill(p, c, tasks, T, 0, env);
-  if (!status) p->parameters = p->total;
-  return status;
-}
-
-/* The plan of a model as its weights are: `parameters` is their number in either case. */
-static moe_status moe__plan_make_as(moe__plan *p, const moe_config *c, const moe_task *tasks,
-                                    int32_t T, int quantized, const moe_env *env) {
-  size_t parameters;
-  moe_status status = moe__plan_make(p, c, tasks, T, env);
-  parameters = p->parameters;
-  if (!status && quantized) status = moe__plan_fill(p, c, tasks, T, 1, env);
-  p->parameters = parameters;
-  return status;
 }
 
 /* ---- a model: its block, its tasks ---- >>model */
 
 struct moe_model {
   moe_config config;
-  int32_t T, max_classes, tensors;
-  moe_task *tasks; /* (T) with copies of the label names */
-  size_t *head;    /* (T) offset of each head in the weights */
+  int32_t T, max_classes;
+  int32_t tensors, floats; /* tensors, and those of the flat array; int8 ones come after them */
+  moe_task *tasks;         /* (T) with copies of the label names */
+  size_t *head;            /* (T) offset of each head in the weights */
   moe__plan plan;
   int32_t *before; /* (L N + 1) experts of the whole model that are there before expert i of layer
                       l; NULL: none is pruned */
@@ -9440,9 +9582,8 @@ struct moe_model {
   int bf16;    /* they are of moe_pack_bf16, at half the offsets (moe__pair_units) */
   uint32_t *back; /* the same weights for the gradients of inputs, at the same places; NULL: none
                      (moe__model_pack_back) */
-  const int8_t *bytes; /* (total_q) the matrices of a quantised model, behind the flat array in file
-                          and block */
-  int32_t floats;      /* tensors of the flat array; those of bytes come after them */
+  const int8_t
+      *bytes; /* the matrices of a quantised model, behind the flat array in file and block */
   const char *vocab;
   size_t vocab_bytes;
   int owns_block, owns_panels, owns_vocab;
@@ -9458,42 +9599,66 @@ static int moe__is_pruned(const moe_model *m, int32_t layer, int32_t i) {
   return m->before && m->config.pruned[(size_t)layer * (size_t)m->config.experts + (size_t)i];
 }
 
-/* Where a layer, an expert and the LayerNorm behind the experts begin, in the flat array. */
+/* Where a unit of a scope begins in an array: of a layer, and there expert or task i. Heads are of
+   different sizes: moe__at. */
+static size_t moe__unit_at(const moe_model *m, moe__measure measure, int scope, int32_t layer,
+                           int32_t i) {
+  const moe__map *s = &m->plan.in[measure];
+  size_t at = s->layers + (size_t)layer * s->layer, gates = at + s->unit[MOE__IN_LAYER],
+         experts = gates + (size_t)m->T * s->unit[MOE__IN_GATE];
+  switch (scope) {
+    case MOE__IN_LAYER: return at + moe__before(m, layer, 0) * s->unit[MOE__IN_EXPERT];
+    case MOE__IN_GATE:
+      return gates + moe__before(m, layer, 0) * s->unit[MOE__IN_EXPERT] +
+             (size_t)i * s->unit[MOE__IN_GATE];
+    case MOE__IN_EXPERT: return experts + moe__before(m, layer, i) * s->unit[MOE__IN_EXPERT];
+    case MOE__IN_TAIL: return experts + moe__before(m, layer + 1, 0) * s->unit[MOE__IN_EXPERT];
+    case MOE__IN_TASKS: return s->tasks;
+    case MOE__IN_ROUTER: return s->routers + (size_t)layer * s->unit[MOE__IN_ROUTER];
+    case MOE__IN_HEAD: return s->heads + (size_t)i * s->unit[MOE__IN_HEAD];
+    default: return 0;
+  }
+}
+
+/* Where a tensor begins in an array. id: MOE__QUERY_W, ...; layer; i: the expert or task. */
+static size_t moe__place(const moe_model *m, moe__measure measure, int id, int32_t layer,
+                         int32_t i) {
+  return moe__unit_at(m, measure, moe__tensor_rows[id].scope, layer, i) +
+         m->plan.in[measure].row[id];
+}
+
+/* The same in the flat array. */
+static size_t moe__at(const moe_model *m, int id, int32_t layer, int32_t i) {
+  if (id == MOE__HEAD_W) return m->head[i];
+  if (id == MOE__HEAD_B)
+    return m->head[i] + (size_t)m->tasks[i].classes * moe__head_width(&m->config, &m->tasks[i]);
+  return moe__place(m, MOE__FLOATS_ALL, id, layer, i);
+}
+
 static size_t moe__layer_at(const moe_model *m, int32_t layer) {
-  return m->plan.layers + (size_t)layer * m->plan.layer_stride +
-         moe__before(m, layer, 0) * m->plan.expert_stride;
+  return moe__unit_at(m, MOE__FLOATS_ALL, MOE__IN_LAYER, layer, 0);
 }
 static size_t moe__expert_at(const moe_model *m, int32_t layer, int32_t i) {
-  return m->plan.layers + (size_t)layer * m->plan.layer_stride + m->plan.experts +
-         moe__before(m, layer, i) * m->plan.expert_stride;
+  return moe__unit_at(m, MOE__FLOATS_ALL, MOE__IN_EXPERT, layer, i);
 }
 static size_t moe__norm2_at(const moe_model *m, int32_t layer) {
-  return m->plan.layers + (size_t)layer * m->plan.layer_stride + m->plan.norm2_w +
-         moe__before(m, layer + 1, 0) * m->plan.expert_stride;
+  return moe__unit_at(m, MOE__FLOATS_ALL, MOE__IN_TAIL, layer, 0);
 }
-
-/* Layers and experts among the bytes of a quantised model. */
 static size_t moe__layer_bytes(const moe_model *m, int32_t layer) {
-  return m->plan.layers_q + (size_t)layer * m->plan.layer_q +
-         moe__before(m, layer, 0) * m->plan.expert_q;
+  return moe__unit_at(m, MOE__BYTES_INT8, MOE__IN_LAYER, layer, 0);
 }
 static size_t moe__expert_bytes(const moe_model *m, int32_t layer, int32_t i) {
-  return m->plan.layers_q + (size_t)layer * m->plan.layer_q + m->plan.experts_q +
-         moe__before(m, layer, i) * m->plan.expert_q;
+  return moe__unit_at(m, MOE__BYTES_INT8, MOE__IN_EXPERT, layer, i);
 }
-
-/* And among the packed weights. */
 static size_t moe__layer_panel(const moe_model *m, int32_t layer) {
-  return (size_t)layer * m->plan.panel_stride +
-         moe__before(m, layer, 0) * m->plan.panel_expert_stride;
+  return moe__unit_at(m, MOE__PACKED, MOE__IN_LAYER, layer, 0);
 }
 static size_t moe__expert_panel(const moe_model *m, int32_t layer, int32_t i) {
-  return (size_t)layer * m->plan.panel_stride + m->plan.panel_experts +
-         moe__before(m, layer, i) * m->plan.panel_expert_stride;
+  return moe__unit_at(m, MOE__PACKED, MOE__IN_EXPERT, layer, i);
 }
 
-/* The pieces of a model's block. */
-typedef struct moe__model_pieces {
+/* The arrays in a model's block. */
+typedef struct moe__model_block {
   moe_model *model;
   moe_task *tasks;
   size_t *head;
@@ -9503,7 +9668,7 @@ typedef struct moe__model_pieces {
   char *text;
   float *weights;
   int8_t *bytes;
-} moe__model_pieces;
+} moe__model_block;
 
 /* Label i of a task as text: the given name, or its number. Returns the length. */
 static size_t moe__label_text(char out[MOE_NAME_BYTES], const moe_task *task, int32_t i) {
@@ -9529,35 +9694,36 @@ static size_t moe__pruned_cells(const moe_config *config) {
   return config->pruned ? (size_t)config->layers * (size_t)config->experts : 0;
 }
 
-/* cells: of moe__pruned_cells. plan: of the weights that stand in the block; NULL when they are
-   elsewhere. */
-static void moe__model_carve(moe__layout *layout, moe__model_pieces *pieces, size_t T,
-                             size_t labels, size_t label_bytes, size_t cells,
-                             const moe__plan *plan) {
-  pieces->model = (moe_model *)moe__carve(layout, 1, sizeof(moe_model));
-  pieces->tasks = (moe_task *)moe__carve(layout, T, sizeof(moe_task));
-  pieces->head = (size_t *)moe__carve(layout, T, sizeof(size_t));
-  pieces->before = cells ? (int32_t *)moe__carve(layout, cells + 1, sizeof(int32_t)) : NULL;
-  pieces->pruned = cells ? (uint8_t *)moe__carve(layout, cells, 1) : NULL;
-  pieces->label = (const char **)moe__carve(layout, labels, sizeof(char *));
-  pieces->text = (char *)moe__carve(layout, label_bytes, 1);
-  pieces->weights = plan ? (float *)moe__carve(layout, plan->total, sizeof(float)) : NULL;
-  pieces->bytes = plan && plan->quantized ? (int8_t *)moe__carve(layout, plan->total_q, 1) : NULL;
+/* cells: of moe__pruned_cells. plan: of the weights in the block; NULL when they are elsewhere. */
+static void moe__model_carve(moe__layout *layout, moe__model_block *block, size_t T, size_t labels,
+                             size_t label_bytes, size_t cells, const moe__plan *plan) {
+  block->model = (moe_model *)moe__carve(layout, 1, sizeof(moe_model));
+  block->tasks = (moe_task *)moe__carve(layout, T, sizeof(moe_task));
+  block->head = (size_t *)moe__carve(layout, T, sizeof(size_t));
+  block->before = cells ? (int32_t *)moe__carve(layout, cells + 1, sizeof(int32_t)) : NULL;
+  block->pruned = cells ? (uint8_t *)moe__carve(layout, cells, 1) : NULL;
+  block->label = (const char **)moe__carve(layout, labels, sizeof(char *));
+  block->text = (char *)moe__carve(layout, label_bytes, 1);
+  block->weights =
+      plan ? (float *)moe__carve(layout, plan->in[MOE__FLOATS_ALL].total, sizeof(float)) : NULL;
+  block->bytes = plan && plan->quantized
+                     ? (int8_t *)moe__carve(layout, plan->in[MOE__BYTES_INT8].total, 1)
+                     : NULL;
 }
 
 /* Bytes of a model's block; in_place: the weights are elsewhere. */
 static moe_status moe__model_bytes(size_t *bytes, const moe_config *config, const moe_task *tasks,
                                    int32_t T, int quantized, int in_place, const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
-  moe__model_pieces pieces;
+  moe__model_block parts;
   moe__plan plan;
   size_t labels, label_bytes;
   moe_status status = moe_config_check(config, env);
   if (!status) status = moe__check_tasks(config, tasks, T, env);
-  if (!status) status = moe__plan_make_as(&plan, config, tasks, T, quantized, env);
+  if (!status) status = moe__plan_make(&plan, config, tasks, T, quantized, env);
   if (status) return status;
   moe__count_labels(&labels, &label_bytes, tasks, T);
-  moe__model_carve(&layout, &pieces, (size_t)T, labels, label_bytes, moe__pruned_cells(config),
+  moe__model_carve(&layout, &parts, (size_t)T, labels, label_bytes, moe__pruned_cells(config),
                    in_place ? NULL : &plan);
   if (layout.bad)
     return moe__fail(
@@ -9567,20 +9733,20 @@ static moe_status moe__model_bytes(size_t *bytes, const moe_config *config, cons
   return MOE_OK;
 }
 
-static void moe__copy_tasks(moe__model_pieces *pieces, const moe_task *tasks, int32_t T) {
+static void moe__copy_tasks(moe__model_block *parts, const moe_task *tasks, int32_t T) {
   char text[MOE_NAME_BYTES];
   int32_t t, i;
   for (t = 0; t < T; ++t) {
-    moe_task *task = &pieces->tasks[t];
+    moe_task *task = &parts->tasks[t];
     *task = tasks[t];
     task->label = NULL;
     if (!moe__has_classes(task)) continue;
-    task->label = pieces->label;
+    task->label = parts->label;
     for (i = 0; i < task->classes; ++i) {
       size_t bytes = moe__label_text(text, &tasks[t], i) + 1;
-      memcpy(pieces->text, text, bytes);
-      *pieces->label++ = pieces->text;
-      pieces->text += bytes;
+      memcpy(parts->text, text, bytes);
+      *parts->label++ = parts->text;
+      parts->text += bytes;
     }
   }
 }
@@ -9597,51 +9763,15 @@ static moe_status moe__check_block(const char *what, const void *block, size_t b
   return MOE_OK;
 }
 
-static void moe__copy_pruned(moe_model *model, const moe__model_pieces *pieces,
+static void moe__copy_pruned(moe_model *model, const moe__model_block *parts,
                              const moe_config *config) {
   size_t cells = moe__pruned_cells(config), i;
   if (!cells) return;
-  memcpy(pieces->pruned, config->pruned, cells);
-  model->config.pruned = pieces->pruned;
-  model->before = pieces->before;
+  memcpy(parts->pruned, config->pruned, cells);
+  model->config.pruned = parts->pruned;
+  model->before = parts->before;
   for (model->before[0] = 0, i = 0; i < cells; ++i)
-    model->before[i + 1] = model->before[i] + !pieces->pruned[i];
-}
-
-/* Tensors of the blocks before a block, counted from the first block's, and those of them that are
-   matrices of attention or experts. */
-static int32_t moe__block_tensors(const moe_model *m, int32_t block) {
-  return block * (12 + moe__gate_tensors(&m->config, m->T)) + 4 * (int32_t)moe__before(m, block, 0);
-}
-static int32_t moe__block_matrices(const moe_model *m, int32_t block) {
-  return 4 * block + 2 * (int32_t)moe__before(m, block, 0);
-}
-
-/* The block that tensor i of all blocks' belongs to, or matrix i. */
-static int32_t moe__block_of(const moe_model *m, int32_t i,
-                             int32_t (*first)(const moe_model *m, int32_t block)) {
-  int32_t low = 0, high = moe__block_count(&m->config);
-  while (high - low > 1) {
-    int32_t middle = low + (high - low) / 2;
-    if (first(m, middle) <= i)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
-
-/* The number of the expert that is the one at `place` among those of a layer that are there. */
-static int32_t moe__expert_number(const moe_model *m, int32_t layer, int32_t place) {
-  int32_t i = 0;
-  while (moe__is_pruned(m, layer, i) || place-- > 0) ++i;
-  return i;
-}
-
-/* Tensors of the task-level router. */
-static int32_t moe__task_router_tensors(const moe_config *config) {
-  return config->router == MOE_ROUTER_TASK_LEVEL ? 1 + 4 * config->layers
-                                                 : moe__vector_width(config) > 0;
+    model->before[i + 1] = model->before[i] + !parts->pruned[i];
 }
 
 /* A model in a block of moe__model_bytes: with `weights` elsewhere, or (NULL) in the block and not
@@ -9650,38 +9780,34 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes,
                                    const moe_config *config, const moe_task *tasks, int32_t T,
                                    int quantized, const float *weights, const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
-  moe__model_pieces pieces;
+  moe__model_block parts;
   moe__plan plan;
   moe_model *model;
   size_t need = 0, at, labels, label_bytes;
   int32_t t;
   moe_status status = moe__model_bytes(&need, config, tasks, T, quantized, weights != NULL, env);
   if (!status) status = moe__check_block("a model", block, bytes, need, env);
-  if (!status) status = moe__plan_make_as(&plan, config, tasks, T, quantized, env);
+  if (!status) status = moe__plan_make(&plan, config, tasks, T, quantized, env);
   if (status) return status;
   layout.base = (unsigned char *)block;
   moe__count_labels(&labels, &label_bytes, tasks, T);
-  moe__model_carve(&layout, &pieces, (size_t)T, labels, label_bytes, moe__pruned_cells(config),
+  moe__model_carve(&layout, &parts, (size_t)T, labels, label_bytes, moe__pruned_cells(config),
                    weights ? NULL : &plan);
-  model = pieces.model;
+  model = parts.model;
   memset(model, 0, sizeof *model);
   model->config = *config;
   model->plan = plan;
   model->T = T;
-  model->tasks = pieces.tasks;
-  model->head = pieces.head;
-  model->writable = quantized ? NULL : pieces.weights;
-  model->bytes = pieces.bytes;
-  model->weights = weights ? weights : pieces.weights;
-  moe__copy_pruned(model, &pieces, config);
-  model->floats = (config->feature_dim ? 6 : 5) +
-                  moe__block_tensors(model, moe__block_count(config)) +
-                  moe__task_router_tensors(config) + 2 * T;
-  model->tensors = model->floats;
-  if (quantized)
-    model->tensors += !config->feature_dim + moe__block_matrices(model, moe__block_count(config));
-  moe__copy_tasks(&pieces, tasks, T);
-  for (t = 0, at = plan.heads; t < T; ++t) {
+  model->tasks = parts.tasks;
+  model->head = parts.head;
+  model->writable = quantized ? NULL : parts.weights;
+  model->bytes = parts.bytes;
+  model->weights = weights ? weights : parts.weights;
+  moe__copy_pruned(model, &parts, config);
+  model->floats = (int32_t)plan.in[MOE__TENSORS_ALL].total;
+  model->tensors = model->floats + (int32_t)plan.in[MOE__TENSORS_INT8].total;
+  moe__copy_tasks(&parts, tasks, T);
+  for (t = 0, at = plan.in[MOE__FLOATS_ALL].heads; t < T; ++t) {
     model->head[t] = at;
     at += (size_t)tasks[t].classes * (moe__head_width(config, &tasks[t]) + 1);
     model->max_classes = moe__max(model->max_classes, tasks[t].classes);
@@ -9759,284 +9885,233 @@ MOE_API const char *moe_model_vocab(const moe_model *model, size_t *bytes) {
   return model->vocab;
 }
 
-/* ---- the table of tensors ---- >>tensors */
+/* ---- tensors by number and by name ---- >>names */
 
-/* Computed from the plan: embeddings, layers, heads. */
-static void moe__tensor_name(moe_tensor *t, const char *format, ...) MOE__PRINTF(2, 3);
-static void moe__tensor_name(moe_tensor *t, const char *format, ...) {
-  va_list args;
-  va_start(args, format);
-  moe__vformat(t->name, sizeof t->name, format, args);
-  va_end(args);
+/* A tensor: its row in the table, and of which layer and which task or expert it is. */
+typedef struct moe__spot {
+  int id;
+  int32_t layer, i;
+} moe__spot;
+
+static const moe__tensor_row *moe__row_of(const moe__spot *spot) {
+  return &moe__tensor_rows[spot->id];
 }
 
-/* A matrix (rows, cols), or a vector of `rows` where cols is 0. */
-static void moe__tensor_shape(moe_tensor *t, size_t offset, int32_t rows, int32_t cols) {
-  t->dims = cols ? 2 : 1;
-  t->shape[0] = rows;
-  t->shape[1] = cols;
-  t->offset = offset;
-  t->count = (size_t)rows * (size_t)(cols ? cols : 1);
-}
-
-/* A matrix that quantised models have as bytes: in the flat array stand its scales then. */
-static void moe__matrix_shape(const moe_model *m, moe_tensor *t, size_t offset, int32_t rows,
-                              int32_t cols) {
-  moe__tensor_shape(t, offset, rows, m->plan.quantized ? 0 : cols);
-}
-
-static void moe__embedding_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
-  const moe_config *c = &m->config;
-  const moe__plan *p = &m->plan;
-  const char *name;
-  if (!c->feature_dim) ++i; /* the features' bias has no counterpart among token ids */
-  switch (i) {
-    case 0:
-      name = "features.weight", moe__tensor_shape(t, p->feature_w, c->hidden, c->feature_dim);
-      break;
-    case 1:
-      if (c->feature_dim)
-        name = "features.bias", moe__tensor_shape(t, p->feature_b, c->hidden, 0);
-      else
-        name = "word_embeddings.weight", moe__matrix_shape(m, t, p->word, c->vocab, c->hidden);
-      break;
-    case 2:
-      name = "position_embeddings.weight",
-      moe__tensor_shape(t, p->position, c->positions, c->hidden);
-      break;
-    case 3:
-      name = "token_type_embeddings.weight",
-      moe__tensor_shape(t, p->segment, c->segments, c->hidden);
-      break;
-    case 4: name = "LayerNorm.weight", moe__tensor_shape(t, p->norm_w, c->hidden, 0); break;
-    default: name = "LayerNorm.bias", moe__tensor_shape(t, p->norm_b, c->hidden, 0); break;
-  }
-  moe__tensor_name(t, "embeddings.%s", name);
-}
-
-/* What the names of a layer's tensors begin with; `layer` counts blocks where those are the
-   experts. */
-static void moe__layer_name(char out[48], const moe_config *c, int32_t layer) {
-  int32_t m = moe__layer_blocks(c);
-  if (c->unit == MOE_UNIT_BLOCK)
-    moe__format(out, 48, "encoder.layer.%d.blocks.%d", (int)(layer / m), (int)(layer % m));
-  else
-    moe__format(out, 48, "encoder.layer.%d", (int)layer);
-}
-
-/* Dense models bear BERT's own names, so that other tools open them. */
-static void moe__expert_tensor(const moe_model *m, int32_t layer, int32_t i, moe_tensor *t) {
-  const moe_config *c = &m->config;
-  const moe__plan *p = &m->plan;
-  int32_t expert = moe__expert_number(m, layer, i / 4);
-  size_t base = moe__expert_at(m, layer, expert);
-  static const char *const part[] = {"intermediate.dense.weight", "intermediate.dense.bias",
-                                     "output.dense.weight", "output.dense.bias"};
-  char prefix[48];
-  moe__layer_name(prefix, c, layer);
-  if (!moe__has_gates(c))
-    moe__tensor_name(t, "%s.%s", prefix, part[i % 4]);
-  else
-    moe__tensor_name(t, "%s.experts.%d.%s", prefix, (int)expert, part[i % 4]);
-  switch (i % 4) {
-    case 0: moe__matrix_shape(m, t, base + p->in_w, c->ffn, c->hidden); break;
-    case 1: moe__tensor_shape(t, base + p->in_b, c->ffn, 0); break;
-    case 2: moe__matrix_shape(m, t, base + p->out_w, c->hidden, c->ffn); break;
-    default: moe__tensor_shape(t, base + p->out_b, c->hidden, 0); break;
-  }
-}
-
-static void moe__attention_tensor(const moe_model *m, int32_t layer, size_t base, int32_t i,
-                                  moe_tensor *t) {
-  const moe__plan *p = &m->plan;
-  int32_t H = m->config.hidden;
-  size_t h = (size_t)H;
-  static const char *const part[] = {
-      "self.query.weight",       "self.key.weight",      "self.value.weight",   "self.query.bias",
-      "self.key.bias",           "self.value.bias",      "output.dense.weight", "output.dense.bias",
-      "output.LayerNorm.weight", "output.LayerNorm.bias"};
-  char prefix[48];
-  moe__layer_name(prefix, &m->config, layer);
-  moe__tensor_name(t, "%s.attention.%s", prefix, part[i]);
-  if (i < 3)
-    moe__matrix_shape(m, t, base + p->qkv_w + (size_t)i * h * (p->quantized ? 1 : h), H, H);
-  else if (i < 6)
-    moe__tensor_shape(t, base + p->qkv_b + (size_t)(i - 3) * h, H, 0);
-  else if (i == 6)
-    moe__matrix_shape(m, t, base + p->att_w, H, H);
-  else
-    moe__tensor_shape(t, base + (i == 7 ? p->att_b : i == 8 ? p->norm1_w : p->norm1_b), H, 0);
-}
-
-static void moe__layer_tensor(const moe_model *m, int32_t layer, int32_t i, moe_tensor *t) {
-  const moe_config *c = &m->config;
-  const moe__plan *p = &m->plan;
-  size_t base = moe__layer_at(m, layer);
-  int32_t gates = moe__gate_tensors(c, m->T),
-          experts = (int32_t)(moe__before(m, layer + 1, 0) - moe__before(m, layer, 0));
-  char prefix[48];
-  if (i < 10) {
-    moe__attention_tensor(m, layer, base, i, t);
-    return;
-  }
-  i -= 10;
-  if (i < gates && c->router == MOE_ROUTER_EMBEDDING) {
-    moe__tensor_name(t, "encoder.layer.%d.gate.basis", (int)layer);
-    moe__tensor_shape(t, base + p->gates, c->rank, c->experts);
-    t->dims = 3;
-    t->shape[2] = c->hidden;
-    t->count *= (size_t)c->hidden;
-    return;
-  }
-  if (i < gates) {
-    if (c->router == MOE_ROUTER_SHARED)
-      moe__tensor_name(t, "encoder.layer.%d.gate.weight", (int)layer);
+/* The last layer whose tensors begin at `index` or before. */
+static int32_t moe__layer_of(const moe_model *m, moe__measure measure, size_t index) {
+  int32_t low = 0, high = moe__block_count(&m->config);
+  while (high - low > 1) {
+    int32_t middle = low + (high - low) / 2;
+    if (moe__unit_at(m, measure, MOE__IN_LAYER, middle, 0) <= index)
+      low = middle;
     else
-      moe__tensor_name(t, "encoder.layer.%d.gate.%s.weight", (int)layer, m->tasks[i].name);
-    moe__tensor_shape(t, base + p->gates + (size_t)i * (size_t)c->experts * (size_t)c->hidden,
-                      c->experts, c->hidden);
-    return;
+      high = middle;
   }
-  i -= gates;
-  if (i < 4 * experts) {
-    moe__expert_tensor(m, layer, i, t);
-    return;
-  }
-  i -= 4 * experts;
-  moe__layer_name(prefix, c, layer);
-  moe__tensor_name(t, "%s.output.LayerNorm.%s", prefix, i ? "bias" : "weight");
-  moe__tensor_shape(t, moe__norm2_at(m, layer) + (i ? p->norm2_b - p->norm2_w : 0), c->hidden, 0);
+  return low;
 }
 
-/* Task vectors first, then four tensors of each layer's router. */
-static void moe__task_router_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
+/* The number of the expert at `place` among those of a layer that are there. */
+static int32_t moe__expert_number(const moe_model *m, int32_t layer, size_t place) {
+  int32_t i = 0;
+  while (moe__is_pruned(m, layer, i) || place-- > 0) ++i;
+  return i;
+}
+
+/* Tensor `index` of a layer's: the scope, and what is left of the index there. */
+static int moe__layer_scope(const moe_model *m, moe__measure measure, moe__spot *spot,
+                            size_t *index) {
+  const size_t *unit = m->plan.in[measure].unit;
+  size_t at = *index - moe__unit_at(m, measure, MOE__IN_LAYER, spot->layer, 0);
+  size_t gates = (size_t)m->T * unit[MOE__IN_GATE], experts;
+  *index = at;
+  if (at < unit[MOE__IN_LAYER]) return MOE__IN_LAYER;
+  at -= unit[MOE__IN_LAYER];
+  if (at < gates) {
+    spot->i = (int32_t)(at / unit[MOE__IN_GATE]);
+    *index = at % unit[MOE__IN_GATE];
+    return MOE__IN_GATE;
+  }
+  at -= gates;
+  experts = moe__before(m, spot->layer + 1, 0) - moe__before(m, spot->layer, 0);
+  if (at < experts * unit[MOE__IN_EXPERT]) {
+    spot->i = moe__expert_number(m, spot->layer, at / unit[MOE__IN_EXPERT]);
+    *index = at % unit[MOE__IN_EXPERT];
+    return MOE__IN_EXPERT;
+  }
+  *index = at - experts * unit[MOE__IN_EXPERT];
+  return MOE__IN_TAIL;
+}
+
+/* Tensor `index` of all, or of those of int8. */
+static moe__spot moe__spot_at(const moe_model *m, moe__measure measure, size_t index) {
+  const moe__map *s = &m->plan.in[measure];
+  moe__spot spot = {0, 0, 0};
+  int scope, id;
+  if (index >= s->heads) {
+    scope = MOE__IN_HEAD;
+    spot.i = (int32_t)((index - s->heads) / s->unit[scope]);
+    index = (index - s->heads) % s->unit[scope];
+  } else if (index >= s->routers) {
+    scope = MOE__IN_ROUTER;
+    spot.layer = (int32_t)((index - s->routers) / s->unit[scope]);
+    index = (index - s->routers) % s->unit[scope];
+  } else if (index >= s->tasks) {
+    scope = MOE__IN_TASKS;
+    index -= s->tasks;
+  } else if (index >= s->layers) {
+    spot.layer = moe__layer_of(m, measure, index);
+    scope = moe__layer_scope(m, measure, &spot, &index);
+  } else
+    scope = MOE__IN_EMBED;
+  for (id = 0; id < MOE__ROWS; ++id) /* rows that are not there begin where the next one does */
+    if (moe__tensor_rows[id].scope == scope && s->row[id] <= index) spot.id = id;
+  return spot;
+}
+
+/* What the name of a tensor begins with. Dense models bear BERT's own names, so that other tools
+   open them. */
+static void moe__unit_prefix(char out[128], const moe_model *m, const moe__spot *spot) {
   const moe_config *c = &m->config;
-  const moe__plan *p = &m->plan;
-  int32_t layer = (i - 1) / 4, part = (i - 1) % 4;
-  size_t base = p->router + (size_t)layer * p->router_stride;
-  if (i == 0) {
-    moe__tensor_name(t, "tasks.vectors");
-    moe__tensor_shape(t, p->vectors, m->T, moe__vector_width(c));
-    return;
-  }
-  moe__tensor_name(t, "router.%d.%d.%s", (int)layer, (int)part / 2, part % 2 ? "bias" : "weight");
-  switch (part) {
-    case 0: moe__tensor_shape(t, base + p->score_in_w, MOE__TASK_ROUTER_HIDDEN, c->task_dim); break;
-    case 1: moe__tensor_shape(t, base + p->score_in_b, MOE__TASK_ROUTER_HIDDEN, 0); break;
-    case 2: moe__tensor_shape(t, base + p->score_out_w, c->experts, MOE__TASK_ROUTER_HIDDEN); break;
-    default: moe__tensor_shape(t, base + p->score_out_b, c->experts, 0); break;
+  int32_t blocks = moe__layer_blocks(c);
+  char layer[48];
+  moe__format(layer, sizeof layer, "encoder.layer.%d.", (int)(spot->layer / blocks));
+  if (c->unit == MOE_UNIT_BLOCK)
+    moe__format(layer, sizeof layer, "encoder.layer.%d.blocks.%d.", (int)(spot->layer / blocks),
+                (int)(spot->layer % blocks));
+  switch (moe__row_of(spot)->scope) {
+    case MOE__IN_EMBED: moe__format(out, 128, "embeddings."); break;
+    case MOE__IN_GATE: moe__format(out, 128, "%sgate.%s.", layer, m->tasks[spot->i].name); break;
+    case MOE__IN_EXPERT:
+      moe__format(out, 128, "%s", layer);
+      if (moe__has_gates(c)) moe__format(out, 128, "%sexperts.%d.", layer, (int)spot->i);
+      break;
+    case MOE__IN_TASKS: moe__format(out, 128, "tasks."); break;
+    case MOE__IN_ROUTER: moe__format(out, 128, "router.%d.", (int)spot->layer); break;
+    case MOE__IN_HEAD: moe__format(out, 128, "heads.%s.", m->tasks[spot->i].name); break;
+    default: moe__format(out, 128, "%s", layer); break;
   }
 }
 
-/* The matrices of a quantised model: bytes, their places in the array of bytes and (index) their
-   scales in the flat array. */
-static int32_t moe__byte_tensor(const moe_model *m, int32_t i, moe_tensor *t) {
-  const moe_config *c = &m->config;
-  const moe__plan *p = &m->plan;
-  int32_t words = !c->feature_dim, layer, index, H = c->hidden, F = c->ffn;
-  size_t offset, h = (size_t)H;
-  t->type = MOE_TYPE_I8;
-  if (i < words) {
-    moe__tensor_shape(t, p->word_q, c->vocab, H);
-    return 0;
+/* Fills in what the flat array has of a tensor: all of it, or the scales of an int8 matrix. */
+static void moe__spot_tensor(const moe_model *m, const moe__spot *spot, moe_tensor *out) {
+  const moe__tensor_row *row = moe__row_of(spot);
+  const moe_task *task = row->scope == MOE__IN_HEAD ? &m->tasks[spot->i] : NULL;
+  int scales = m->plan.quantized && row->int8, k;
+  char unit[128];
+  memset(out, 0, sizeof *out);
+  moe__unit_prefix(unit, m, spot);
+  moe__format(out->name, sizeof out->name, "%s%s%s", unit, row->name, scales ? ".scale" : "");
+  out->offset = moe__at(m, spot->id, spot->layer, spot->i);
+  out->count = 1;
+  for (k = 0; k < (scales ? 1 : 3) && row->shape[k]; ++k) {
+    out->shape[k] = moe__row_dim(&m->config, m->T, task, row->shape[k]);
+    out->count *= (size_t)out->shape[k];
   }
-  i -= words;
-  layer = moe__block_of(m, i, moe__block_matrices);
-  i -= moe__block_matrices(m, layer);
-  index = (c->feature_dim ? 6 : 5) + moe__block_tensors(m, layer);
-  offset = moe__layer_bytes(m, layer);
-  if (i < 3)
-    moe__tensor_shape(t, offset + p->qkv_q + (size_t)i * h * h, H, H);
-  else if (i == 3)
-    moe__tensor_shape(t, offset + p->att_q, H, H);
-  else {
-    int32_t place = (i - 4) / 2, outer = (i - 4) % 2;
-    offset = moe__expert_bytes(m, layer, moe__expert_number(m, layer, place));
-    moe__tensor_shape(t, offset + (outer ? p->out_q : p->in_q), outer ? H : F, outer ? F : H);
-    return index + 10 + moe__gate_tensors(c, m->T) + 4 * place + 2 * outer;
-  }
-  return index + (i < 3 ? i : 6);
+  out->dims = k;
 }
 
-/* 1 for the tensors of the flat array that hold the scales of a matrix. */
-static int moe__is_scale(const moe_model *m, const moe_tensor *t, int32_t index) {
-  int32_t i = index - (m->config.feature_dim ? 6 : 5);
-  const char *last = strrchr(t->name, '.');
-  if (!m->plan.quantized || !last || strcmp(last, ".weight")) return 0;
-  if (i < 0) return index == 0 && !m->config.feature_dim;
-  if (i >= moe__block_tensors(m, moe__block_count(&m->config))) return 0;
-  return !strstr(t->name, "LayerNorm") && !strstr(t->name, ".gate.");
+/* The matrix of a quantised model in the array of bytes. */
+static void moe__spot_int8(const moe_model *m, const moe__spot *spot, moe_tensor *out) {
+  const moe__tensor_row *row = moe__row_of(spot);
+  moe__spot_tensor(m, spot, out);
+  out->name[strlen(out->name) - strlen(".scale")] = 0;
+  out->dims = 2;
+  out->shape[1] = moe__row_dim(&m->config, m->T, NULL, row->shape[1]);
+  out->type = MOE_TYPE_I8;
+  out->offset = moe__place(m, MOE__BYTES_INT8, spot->id, spot->layer, spot->i);
+  out->count = (size_t)out->shape[0] * (size_t)out->shape[1];
+}
+
+/* Tensor `index`, which is there. */
+static moe__spot moe__tensor_get(const moe_model *m, int32_t index, moe_tensor *out) {
+  moe__spot spot;
+  if (index < m->floats) {
+    spot = moe__spot_at(m, MOE__TENSORS_ALL, (size_t)index);
+    moe__spot_tensor(m, &spot, out);
+  } else {
+    spot = moe__spot_at(m, MOE__TENSORS_INT8, (size_t)(index - m->floats));
+    moe__spot_int8(m, &spot, out);
+  }
+  return spot;
 }
 
 MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_tensor *out) {
-  int32_t layers = moe__block_tensors(model, moe__block_count(&model->config));
-  int32_t i = index - (model->config.feature_dim ? 6 : 5),
-          level = moe__task_router_tensors(&model->config);
   if (index < 0 || index >= model->tensors) return MOE_E_ARGUMENT;
-  memset(out, 0, sizeof *out);
-  if (index >= model->floats) { /* the name is that of its scales, without the ending */
-    moe_tensor scale;
-    moe_model_tensor(model, moe__byte_tensor(model, index - model->floats, out), &scale);
-    scale.name[strlen(scale.name) - strlen(".scale")] = 0;
-    memcpy(out->name, scale.name, sizeof out->name);
-    return MOE_OK;
-  }
-  if (i < 0)
-    moe__embedding_tensor(model, index, out);
-  else if (i < layers) {
-    int32_t layer = moe__block_of(model, i, moe__block_tensors);
-    moe__layer_tensor(model, layer, i - moe__block_tensors(model, layer), out);
-  } else if (i < layers + level)
-    moe__task_router_tensor(model, i - layers, out);
-  else {
-    int32_t t = (i - layers - level) / 2, bias = (i - layers - level) % 2;
-    const moe_task *task = &model->tasks[t];
-    size_t columns = moe__head_width(&model->config, task);
-    moe__tensor_name(out, "heads.%s.%s", task->name, bias ? "bias" : "weight");
-    if (bias)
-      moe__tensor_shape(out, model->head[t] + (size_t)task->classes * columns, task->classes, 0);
-    else
-      moe__tensor_shape(out, model->head[t], task->classes, (int32_t)columns);
-  }
-  if (moe__is_scale(model, out, index)) {
-    size_t used = strlen(out->name);
-    moe__format(out->name + used, sizeof out->name - used, ".scale");
-  }
+  moe__tensor_get(model, index, out);
   return MOE_OK;
 }
 
-/* Looks for a name among the tensors [first, last). */
-static int32_t moe__find_between(const moe_model *model, const char *name, int32_t first,
-                                 int32_t last) {
-  moe_tensor t;
-  int32_t i;
-  for (i = first; i < last; ++i)
-    if (!moe_model_tensor(model, i, &t) && !strcmp(t.name, name)) return i;
-  return -1;
+/* Moves *name behind `word`, where it begins with that. */
+static int moe__skip(const char **name, const char *word) {
+  size_t length = strlen(word);
+  if (strncmp(*name, word, length)) return 0;
+  *name += length;
+  return 1;
+}
+
+/* Moves *name behind a number below `end` and its point: the number, or -1. */
+static int32_t moe__skip_number(const char **name, int32_t end) {
+  const char *p = *name;
+  int32_t v = 0;
+  if (*p == '0' && p[1] != '.') return -1;
+  if (*p == '.') return -1;
+  for (; *p >= '0' && *p <= '9' && v < end; ++p) v = v * 10 + (*p - '0');
+  if (*p != '.' || v >= end) return -1;
+  *name = p + 1;
+  return v;
+}
+
+/* Moves *name behind that of a task and its point: the task, or -1. */
+static int32_t moe__skip_task(const char **name, const moe_model *m) {
+  char task[MOE_NAME_BYTES];
+  size_t length = strcspn(*name, ".");
+  if (length >= sizeof task || (*name)[length] != '.') return -1;
+  memcpy(task, *name, length);
+  task[length] = 0;
+  *name += length + 1;
+  return moe_model_find_task(m, task);
+}
+
+/* The unit that a name begins with: its scope, *spot and the rest in *name; -1: there is none. */
+static int moe__parse_unit(const moe_model *m, moe__spot *spot, const char **name) {
+  const moe_config *c = &m->config;
+  int32_t blocks = moe__layer_blocks(c), block = 0;
+  spot->layer = spot->i = 0;
+  if (moe__skip(name, "embeddings.")) return MOE__IN_EMBED;
+  if (moe__skip(name, "tasks.")) return MOE__IN_TASKS;
+  if (moe__skip(name, "heads.")) return (spot->i = moe__skip_task(name, m)) < 0 ? -1 : MOE__IN_HEAD;
+  if (moe__skip(name, "router."))
+    return (spot->layer = moe__skip_number(name, c->layers)) < 0 ? -1 : MOE__IN_ROUTER;
+  if (!moe__skip(name, "encoder.layer.")) return -1;
+  spot->layer = moe__skip_number(name, c->layers);
+  if (c->unit == MOE_UNIT_BLOCK)
+    block = moe__skip(name, "blocks.") ? moe__skip_number(name, blocks) : -1;
+  if (spot->layer < 0 || block < 0) return -1;
+  spot->layer = spot->layer * blocks + block;
+  if (c->router == MOE_ROUTER_TASK && moe__skip(name, "gate."))
+    return (spot->i = moe__skip_task(name, m)) < 0 ? -1 : MOE__IN_GATE;
+  if (!moe__has_gates(c) || !moe__skip(name, "experts.")) return MOE__IN_LAYER;
+  spot->i = moe__skip_number(name, c->experts);
+  return spot->i < 0 || moe__is_pruned(m, spot->layer, spot->i) ? -1 : MOE__IN_EXPERT;
 }
 
 MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name) {
-  static const char prefix[] = "encoder.layer.";
-  int32_t first = 0, last = model->floats, found;
-  int32_t layers = model->config.feature_dim ? 6 : 5, blocks = moe__layer_blocks(&model->config);
-  int32_t first_q = model->floats, last_q = model->tensors, words = !model->config.feature_dim;
-  if (!strncmp(name, prefix, sizeof prefix - 1)) { /* only the tensors of that layer need a look */
-    const char *at = name + sizeof prefix - 1;
-    int32_t layer = 0;
-    for (; *at >= '0' && *at <= '9' && layer < model->config.layers; ++at)
-      layer = layer * 10 + (*at - '0');
-    if (layer >= model->config.layers) return -1;
-    first = layers + moe__block_tensors(model, layer * blocks);
-    last = layers + moe__block_tensors(model, (layer + 1) * blocks);
-    last_q = first_q + words + moe__block_matrices(model, (layer + 1) * blocks);
-    first_q += words + moe__block_matrices(model, layer * blocks);
-  } else {
-    if (!strncmp(name, "heads.", 6)) first = last - 2 * model->T;
-    last_q = first_q + words;
+  const moe_model *m = model;
+  moe__spot spot;
+  int scope = moe__parse_unit(m, &spot, &name), dense = !moe__has_gates(&m->config);
+  for (spot.id = 0; spot.id < MOE__ROWS && scope >= 0; ++spot.id) {
+    const moe__tensor_row *row = &moe__tensor_rows[spot.id];
+    int of = row->scope, int8 = m->plan.quantized && row->int8;
+    const char *rest = name;
+    if (scope == MOE__IN_LAYER && (of == MOE__IN_TAIL || (of == MOE__IN_EXPERT && dense)))
+      of = MOE__IN_LAYER; /* their names begin alike */
+    if (of != scope || !moe__row_exists(&m->config, row) || !moe__skip(&rest, row->name)) continue;
+    if (int8 && !*rest)
+      return m->floats + (int32_t)moe__place(m, MOE__TENSORS_INT8, spot.id, spot.layer, spot.i);
+    if (!strcmp(rest, int8 ? ".scale" : ""))
+      return (int32_t)moe__place(m, MOE__TENSORS_ALL, spot.id, spot.layer, spot.i);
   }
-  found = moe__find_between(model, name, first, last);
-  return found < 0 && model->plan.quantized ? moe__find_between(model, name, first_q, last_q)
-                                            : found;
+  return -1;
 }
 
 /* ---- initial values ---- >>initial */
@@ -10086,43 +10161,44 @@ static void moe__fill_tile(void *arg, int32_t tile, int32_t slot) {
   for (; i < end; ++i) fill->w[i] = fill->sd * moe__normal(fill->key, i);
 }
 
-/* Standard deviation of the values of a fresh matrix [TaG] 4.4. The task-level router would hardly
+/* Standard deviation of the first values of a matrix [TaG] 4.4. The task-level router would hardly
    tell tasks apart with 0.02: its matrices have the spread of PyTorch's, 1 / sqrt(3 columns), and
-   the vectors 1. */
-static float moe__initial_spread(const moe_config *config, const moe_tensor *t) {
-  if (!strncmp(t->name, "heads.", 6)) return 0.02f; /* first, since a task may be called "gate" */
-  if (config->router == MOE_ROUTER_EMBEDDING &&
-      (strstr(t->name, ".gate.") || !strcmp(t->name, "tasks.vectors")))
-    return sqrtf(
-        0.001f /
-        sqrtf((float)config->rank)); /* the gates that are made of them are N(0, 0.001) then, too */
-  if (!strncmp(t->name, "router.", 7)) return 1.0f / sqrtf(3.0f * (float)t->shape[1]);
-  if (!strcmp(t->name, "tasks.vectors")) return 1.0f;
-  return strstr(t->name, ".gate.") ? 0.001f : 0.02f;
+   the vectors 1. Gates made of a basis and the task's vector are N(0, 0.001), too. */
+static float moe__initial_spread(const moe_config *config, int first, int32_t columns) {
+  if (first == MOE__FIRST_VECTOR)
+    first = config->router == MOE_ROUTER_EMBEDDING ? MOE__FIRST_BASIS : MOE__FIRST_ONE;
+  switch (first) {
+    case MOE__FIRST_ONE: return 1;
+    case MOE__FIRST_GATE: return 0.001f;
+    case MOE__FIRST_BASIS: return sqrtf(0.001f / sqrtf((float)config->rank));
+    case MOE__FIRST_ROUTER: return 1.0f / sqrtf(3.0f * (float)columns);
+    default: return 0.02f;
+  }
 }
 
-/* Values of a fresh tensor [TaG] 4.4. */
-static void moe__tensor_random(moe_model *model, const moe_tensor *t, uint64_t seed,
-                               const moe_env *env) {
+/* First values of a tensor. */
+static void moe__tensor_random(moe_model *model, const moe__spot *spot, const moe_tensor *t,
+                               uint64_t seed, const moe_env *env) {
+  int first = moe__row_of(spot)->first;
   moe__fill fill;
   size_t j;
   fill.w = model->writable + t->offset;
   fill.count = t->count;
-  fill.sd = moe__initial_spread(&model->config, t);
+  fill.sd = moe__initial_spread(&model->config, first, t->shape[1]);
   fill.key = moe_key(seed, 0, moe__name_hash(t->name), 0, MOE__SITE_WEIGHTS);
   if (t->dims > 1)
     moe__parallel(env, (int32_t)((t->count + MOE__FILL_TILE - 1) / MOE__FILL_TILE), moe__fill_tile,
                   &fill);
   else
-    for (j = 0; j < t->count; ++j) fill.w[j] = strstr(t->name, "LayerNorm.weight") ? 1.0f : 0.0f;
+    for (j = 0; j < t->count; ++j) fill.w[j] = first == MOE__FIRST_ONE;
 }
 
 static void moe__model_random(moe_model *model, uint64_t seed, const moe_env *env) {
   int32_t i;
   moe_tensor t;
   for (i = 0; i < model->tensors; ++i) {
-    moe_model_tensor(model, i, &t);
-    moe__tensor_random(model, &t, seed, env);
+    moe__spot spot = moe__tensor_get(model, i, &t);
+    moe__tensor_random(model, &spot, &t, seed, env);
   }
 }
 
@@ -10178,26 +10254,7 @@ static void *moe__panel_at(const moe_model *model, size_t at) {
   return model->panels + (model->bf16 ? at / moe__pair_units(model) : at);
 }
 
-/* Packs every matrix of the layers of a quantised model. */
-static void moe__model_repack_int8(moe_model *model, const moe_env *env) {
-  const moe_config *c = &model->config;
-  const moe__plan *p = &model->plan;
-  int32_t l, i;
-  for (l = 0; l < moe__block_count(c); ++l) {
-    const int8_t *w = model->bytes + moe__layer_bytes(model, l);
-    signed char *to = (signed char *)model->panels + moe__layer_panel(model, l);
-    moe_pack_int8(to, w + p->qkv_q, 3 * c->hidden, c->hidden, env);
-    moe_pack_int8(to + p->panel_att, w + p->att_q, c->hidden, c->hidden, env);
-    for (i = 0; i < moe__block_experts(c); ++i) {
-      const int8_t *e = model->bytes + moe__expert_bytes(model, l, i);
-      signed char *panel = (signed char *)model->panels + moe__expert_panel(model, l, i);
-      if (moe__is_pruned(model, l, i)) continue;
-      moe_pack_int8(panel, e + p->in_q, c->ffn, c->hidden, env);
-      moe_pack_int8(panel + p->panel_out, e + p->out_q, c->hidden, c->ffn, env);
-    }
-  }
-}
-
+/* Packs a matrix of floats to `at` of the packed weights. */
 static void moe__model_pack_one(moe_model *model, size_t at, const float *w, int32_t rows,
                                 int32_t cols, const moe_env *env) {
   if (model->back) moe__pack_bf16_back(model->back + at / 2, w, rows, cols, env);
@@ -10207,32 +10264,39 @@ static void moe__model_pack_one(moe_model *model, size_t at, const float *w, int
     moe_pack(model->panels + at, w, rows, cols, env);
 }
 
+/* Packs the matrices of a layer (MOE__IN_LAYER) or of an expert. */
+static void moe__unit_pack(moe_model *model, int scope, int32_t layer, int32_t i,
+                           const moe_env *env) {
+  int id;
+  for (id = 0; id < MOE__ROWS; ++id) {
+    const moe__tensor_row *row = &moe__tensor_rows[id];
+    size_t to = moe__place(model, MOE__PACKED, id, layer, i);
+    int32_t rows, cols;
+    if (row->scope != scope || !row->pack) continue;
+    rows = row->pack * moe__row_dim(&model->config, model->T, NULL, row->shape[0]);
+    cols = moe__row_dim(&model->config, model->T, NULL, row->shape[1]);
+    if (model->plan.quantized)
+      moe_pack_int8((signed char *)model->panels + to,
+                    model->bytes + moe__place(model, MOE__BYTES_INT8, id, layer, i), rows, cols,
+                    env);
+    else
+      moe__model_pack_one(model, to, model->weights + moe__at(model, id, layer, i), rows, cols,
+                          env);
+  }
+}
+
 /* Packs every matrix of the layers again; embeddings, gates and heads are used as they are. */
 static void moe__model_repack(moe_model *model, const moe_env *env) {
-  const moe_config *c = &model->config;
-  const moe__plan *p = &model->plan;
   int32_t l, i;
-  if (p->quantized) {
-    moe__model_repack_int8(model, env);
-    return;
-  }
-  for (l = 0; l < moe__block_count(c); ++l) {
-    const float *w = model->weights + moe__layer_at(model, l);
-    size_t to = moe__layer_panel(model, l);
-    moe__model_pack_one(model, to, w + p->qkv_w, 3 * c->hidden, c->hidden, env);
-    moe__model_pack_one(model, to + p->panel_att, w + p->att_w, c->hidden, c->hidden, env);
-    for (i = 0; i < moe__block_experts(c); ++i) {
-      const float *e = model->weights + moe__expert_at(model, l, i);
-      size_t panel = moe__expert_panel(model, l, i);
-      if (moe__is_pruned(model, l, i)) continue;
-      moe__model_pack_one(model, panel, e + p->in_w, c->ffn, c->hidden, env);
-      moe__model_pack_one(model, panel + p->panel_out, e + p->out_w, c->hidden, c->ffn, env);
-    }
+  for (l = 0; l < moe__block_count(&model->config); ++l) {
+    moe__unit_pack(model, MOE__IN_LAYER, l, 0, env);
+    for (i = 0; i < moe__block_experts(&model->config); ++i)
+      if (!moe__is_pruned(model, l, i)) moe__unit_pack(model, MOE__IN_EXPERT, l, i, env);
   }
 }
 
 MOE_API size_t moe_model_pack_size(const moe_model *model) {
-  return model->plan.panel_total * (model->plan.quantized ? 1 : sizeof(float));
+  return model->plan.in[MOE__PACKED].total * (model->plan.quantized ? 1 : sizeof(float));
 }
 
 MOE_API size_t moe_model_pack_size_bf16(const moe_model *model) {
@@ -10302,10 +10366,10 @@ static moe_status moe__quantize_tensors(moe_model *to, float *weights, int8_t *b
       memcpy(weights + scale.offset, w, t.count * sizeof(float));
   }
   for (i = 0; i < to->tensors - to->floats; ++i) {
-    int32_t index = moe__byte_tensor(to, i, &t);
+    moe__spot spot = moe__tensor_get(to, to->floats + i, &t);
     moe_tensor source;
-    moe_model_tensor(from, index, &source);
-    moe_model_tensor(to, index, &scale);
+    moe__spot_tensor(from, &spot, &source);
+    moe__spot_tensor(to, &spot, &scale);
     moe_quantize(bytes + t.offset, weights + scale.offset, from->weights + source.offset,
                  t.shape[0], t.shape[1], env);
   }
@@ -14740,8 +14804,7 @@ static moe_status moe__model_prepare(moe_model **out, const moe__header *header,
   if (!status) status = moe_config_check(&config, env);
   if (!status) status = moe__check_tasks(&config, tasks.task, (int32_t)tasks.T, env);
   if (!status)
-    status =
-        moe__plan_make_as(&plan, &config, tasks.task, (int32_t)tasks.T, header->quantized, env);
+    status = moe__plan_make(&plan, &config, tasks.task, (int32_t)tasks.T, header->quantized, env);
   /* before memory is asked for */
   if (!status &&
       (plan.total > header->st.data_bytes / sizeof(float) || plan.total_q > header->st.data_bytes))
@@ -14783,8 +14846,8 @@ MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file
 /* The block of moe_model_open: a model without weights, then room for the tasks as they are read.
  */
 static void moe__open_carve(moe__layout *layout, moe__tasks *tasks, const moe__header *header) {
-  moe__model_pieces pieces;
-  moe__model_carve(layout, &pieces, header->T, header->labels, header->bytes,
+  moe__model_block parts;
+  moe__model_carve(layout, &parts, header->T, header->labels, header->bytes,
                    moe__header_cells(header), NULL);
   moe__tasks_carve(layout, tasks, header);
 }
@@ -15621,13 +15684,13 @@ static void moe__adapt_fill(moe_model *to, const moe_model *from, int32_t gate_f
   int32_t i, at, l;
   moe_tensor t, old;
   for (i = 0; i < to->tensors; ++i) {
-    moe_model_tensor(to, i, &t);
+    moe__spot spot = moe__tensor_get(to, i, &t);
     at = moe_model_find_tensor(from, t.name);
     if (at < 0 || moe_model_tensor(from, at, &old)) {
-      moe__tensor_random(to, &t, seed, env);
+      moe__tensor_random(to, &spot, &t, seed, env);
       continue;
     }
-    if (old.count < t.count) moe__tensor_random(to, &t, seed, env);
+    if (old.count < t.count) moe__tensor_random(to, &spot, &t, seed, env);
     memcpy(to->writable + t.offset, from->weights + old.offset, old.count * sizeof(float));
     if (old.count < t.count) /* the table of task vectors */
       moe__adapt_row(to->writable + t.offset + old.count, from->weights + old.offset,
@@ -15636,8 +15699,8 @@ static void moe__adapt_fill(moe_model *to, const moe_model *from, int32_t gate_f
   if (from->config.router != MOE_ROUTER_TASK) return;
   for (l = 0; l < from->config.layers; ++l) {
     size_t gate = (size_t)from->config.experts * (size_t)from->config.hidden;
-    moe__adapt_row(to->writable + moe__layer_at(to, l) + to->plan.gates + (size_t)from->T * gate,
-                   from->weights + moe__layer_at(from, l) + from->plan.gates, gate, gate, from->T,
+    moe__adapt_row(to->writable + moe__at(to, MOE__GATE_TASK, l, from->T),
+                   from->weights + moe__at(from, MOE__GATE_TASK, l, 0), gate, gate, from->T,
                    gate_from);
   }
 }
@@ -15686,10 +15749,10 @@ static void moe__extract_fill(moe_model *to, const moe_model *from, const int32_
   moe_tensor tensor, old;
   for (i = 0; i < to->tensors; ++i) {
     size_t width;
-    moe_model_tensor(to, i, &tensor);
+    moe__spot spot = moe__tensor_get(to, i, &tensor);
     moe_model_tensor(from, moe_model_find_tensor(from, tensor.name), &old);
     width = (size_t)tensor.shape[1];
-    if (strcmp(tensor.name, "tasks.vectors"))
+    if (spot.id != MOE__TASK_VECTORS)
       memcpy(to->writable + tensor.offset, from->weights + old.offset,
              tensor.count * sizeof(float));
     else

@@ -552,7 +552,7 @@ static void test_extract_damaged_lists_are_found(void) {
     CHECK(strlen(bad[i][0]) == sizeof list - 1, "%s has another length", bad[i][0]);
   for (i = 0; i < sizeof bad / sizeof *bad; ++i)
     CHECK(damaged(&file, list, bad[i][0], bad[i][1], &env), "%s: %s", bad[i][0], models_sentence);
-  CHECK(damaged(&file, "\\\"absent\\\"", "\\\"abzent\\\"", "not known", &env), "%s",
+  CHECK(damaged(&file, "\\\"absent\\\"", "\\\"abzent\\\"", "unknown member", &env), "%s",
         models_sentence);
   CHECK(damaged(&file, "\\\"experts\\\":4", "\\\"experts\\\":3", "out of range", &env), "%s",
         models_sentence);

@@ -688,9 +688,9 @@ static void test_level_import_copies_every_block(void) {
   CHECK(a && b && !sink_model(&s, a, &env), "%s", models_sentence);
   CHECK(moe_model_import(b, s.data, s.used, NULL, &env) == MOE_OK, "%s", models_sentence);
   moe_model_tensor(a, moe_model_find_tensor(a, "heads.two.weight"), &head);
-  CHECK(head.offset == a->plan.heads, "heads come last");
-  memcpy(moe_model_weights(b) + b->plan.heads, moe_model_weights(a) + a->plan.heads,
-         (a->plan.total - a->plan.heads) * sizeof(float));
+  CHECK(head.offset == a->head[0], "heads come last");
+  memcpy(moe_model_weights(b) + b->head[0], moe_model_weights(a) + a->head[0],
+         (moe_model_parameters(a) - a->head[0]) * sizeof(float));
   for (i = 0; i < ROUTES; ++i)
     routes[i] = (float)(i % BLOCKS == (i / BLOCKS * 2 + i / BLOCKS / 2) % BLOCKS);
   models_random_batch(&batch, a, 12, 11, 61);
@@ -700,8 +700,9 @@ static void test_level_import_copies_every_block(void) {
   CHECK(!memcmp(scores, scores2, score_bytes(a, &batch)),
         "one block of each layer is not the dense model");
   CHECK(moe_model_import(b, s.data, s.used, &noise, &env) == MOE_OK, "%s", models_sentence);
-  CHECK(memcmp(b->weights + moe__layer_at(b, 0), b->weights + moe__layer_at(b, 1),
-               b->plan.layer_stride * sizeof(float)),
+  CHECK(memcmp(b->weights + moe__at(b, MOE__QUERY_W, 0, 0),
+               b->weights + moe__at(b, MOE__QUERY_W, 1, 0),
+               b->plan.in[MOE__FLOATS_ALL].unit[MOE__IN_LAYER] * sizeof(float)),
         "no noise");
   free(s.data);
   moe_model_free(a);

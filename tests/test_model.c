@@ -24,8 +24,8 @@ static size_t count(int32_t layers, int32_t hidden, moe_router router, int32_t e
     snprintf(tasks[t].name, sizeof tasks[t].name, "t%d", t);
     tasks[t].classes = 2;
   }
-  if (moe_config_check(&c, NULL) || moe__plan_make(&plan, &c, tasks, 8, NULL)) return 0;
-  return plan.heads;
+  if (moe_config_check(&c, NULL) || moe__plan_make(&plan, &c, tasks, 8, 0, NULL)) return 0;
+  return plan.in[MOE__FLOATS_ALL].heads;
 }
 
 static void test_model_counts_the_papers_parameters(void) {
@@ -744,13 +744,12 @@ static void test_model_with_equal_experts_equals_the_dense_one(void) {
     c.gate_scale_n = way == 1;
     model = models_create(&c, tasks, MODELS_TASKS, &env);
     for (l = 0; l < c.layers; ++l) {
-      float *w = moe_model_weights(model) + moe__layer_at(model, l);
-      float *e = w + model->plan.experts;
+      float *w = moe_model_weights(model);
       for (i = 1; i < c.experts; ++i)
-        memcpy(e + (size_t)i * model->plan.expert_stride, e,
-               model->plan.expert_stride * sizeof(float));
+        memcpy(w + moe__at(model, MOE__IN_W, l, i), w + moe__at(model, MOE__IN_W, l, 0),
+               model->plan.in[MOE__FLOATS_ALL].unit[MOE__IN_EXPERT] * sizeof(float));
       if (way)
-        memset(w + model->plan.gates, 0,
+        memset(w + moe__at(model, MOE__GATE_TASK, l, 0), 0,
                (size_t)(MODELS_TASKS * c.experts * c.hidden) * sizeof(float));
     }
     CHECK(!forward(model, &batch.b, scores[1], hidden[1], &env), "%s", models_sentence);
