@@ -141,7 +141,8 @@
      >>tensors       the table of tensors
      >>initial       initial values
      >>packing       packed weights, weights of 8 bits
-     >>batch         checks of what comes in
+     >>adapt         add a task, extract tasks
+    >>batch         checks of what comes in
      >>context       activations
      >>task_gates     gates made of task vectors
      >>pass          a pass: its checks, its random numbers
@@ -163,8 +164,7 @@
      >>load          reading them: the weights
      >>os            files of the operating system
      >>import        weights of published encoders
-     >>adapt         a task more, or only some of the tasks
-     >>checkpoint    checkpoints
+      >>checkpoint    checkpoints
      >>unicode       what becomes of characters before words are cut
      >>text          WordPiece
      >>metrics       accuracy, F1, Matthews, Pearson, Spearman
@@ -736,6 +736,11 @@ typedef enum moe_router {
                             B_j, and its vector z_t   [TaG] A.4 */
 } moe_router;
 
+/* The name of a router in files; NULL for a number without a router. And back: sets *router and
+   returns 1, or returns 0. */
+MOE_API const char *moe_router_name(moe_router router);
+MOE_API int moe_router_from_name(moe_router *router, const char *name);
+
 /* What an expert is. */
 typedef enum moe_unit {
   MOE_UNIT_FFN,  /* a feed-forward network [TaG] */
@@ -760,6 +765,9 @@ typedef enum moe_truncate {
                            lose the second text of most long pairs */
   MOE_TRUNCATE_RIGHT    /* the whole is cut on the right */
 } moe_truncate;
+/* As moe_router_name and moe_router_from_name: "longest", "right". */
+MOE_API const char *moe_truncate_name(moe_truncate truncate);
+MOE_API int moe_truncate_from_name(moe_truncate *truncate, const char *name);
 
 /* What is saved with a model. moe_config_init gives MiniLM's shape with the paper's defaults. */
 typedef struct moe_config {
@@ -937,10 +945,11 @@ typedef struct moe_import_options {
                   0; [TL]'s authors take 1e-8 */
   uint64_t seed;
 } moe_import_options;
-/* Reads sizes (not heads and eps, which no safetensors file holds) from a BERT-like safetensors
-   file into *config: layers, hidden, ffn, vocab, positions, segments. Names with and without
-   "bert.", gamma/beta as well as weight/bias. MOE_E_FORMAT with a sentence for encoders of other
-   kinds: RoBERTa, DistilBERT, ALBERT, ModernBERT and whatever has tensors that BERT has not. */
+/* Reads layers, hidden, ffn, vocab, positions and segments from a BERT-like safetensors file into
+   *config (no such file holds heads and eps) and sets feature_dim to 0. max_len stays, but is
+   lowered to the positions where it exceeds them. Names may begin with "bert."; LayerNorms are
+   gamma/beta or weight/bias. MOE_E_FORMAT with a sentence for other kinds of encoders: RoBERTa,
+   DistilBERT, ALBERT, ModernBERT and any file with tensors that BERT does not have. */
 MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes,
                                     const moe_env *env);
 /* Reads num_attention_heads (which must be there) and layer_norm_eps from the text of a
@@ -1126,7 +1135,7 @@ typedef struct moe_train_config {
                                                   lr and warmup; NULL: those. The same t must always
                                                   give the same rate, else use moe_trainer_set_lr */
   void *lr_user;                               /* first argument of lr_schedule */
-  float beta1, beta2, eps; /* Adam 0.9, 0.999, 1e-8 [TaG] A.3.2 */
+  float beta1, beta2, eps;                     /* Adam 0.9, 0.999, 1e-8 [TaG] A.3.2 */
   float
       weight_decay; /* decoupled weight decay of matrices (not of biases and LayerNorms); 0 = off */
   float clip_norm;  /* gradients times min(1, clip_norm / (norm + 1e-6)); 0 = off */
@@ -1863,6 +1872,8 @@ static void moe__release(void *block) {
   memcpy(&raw, (unsigned char *)block - sizeof(void *), sizeof raw);
   MOE_FREE(raw);
 }
+
+#define MOE__COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
 static int32_t moe__min(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t moe__max(int32_t a, int32_t b) { return a > b ? a : b; }
@@ -8939,7 +8950,6 @@ static const moe__kind moe__kinds[] = {
     MOE__KINDS_MORE
 #endif
 };
-#define MOE__KINDS ((int)(sizeof moe__kinds / sizeof *moe__kinds))
 
 static const moe__kind *moe__kind_of(const moe_task *task) { return &moe__kinds[task->kind]; }
 
@@ -8952,17 +8962,53 @@ static size_t moe__head_width(const moe_config *config, const moe_task *task) {
 }
 
 MOE_API const char *moe_kind_name(moe_kind kind) {
-  return (int)kind >= 0 && (int)kind < MOE__KINDS ? moe__kinds[kind].name : NULL;
+  return (int)kind >= 0 && (int)kind < MOE__COUNT(moe__kinds) ? moe__kinds[kind].name : NULL;
 }
 
 MOE_API int moe_kind_from_name(moe_kind *kind, const char *name) {
   int k = 0;
-  while (k < MOE__KINDS && strcmp(moe__kinds[k].name, name)) ++k;
-  if (k < MOE__KINDS) *kind = (moe_kind)k;
-  return k < MOE__KINDS;
+  while (k < MOE__COUNT(moe__kinds) && strcmp(moe__kinds[k].name, name)) ++k;
+  if (k < MOE__COUNT(moe__kinds)) *kind = (moe_kind)k;
+  return k < MOE__COUNT(moe__kinds);
 }
 
 /* ---- configuration, tasks ---- >>config */
+
+/* The names of enums in files. */
+static const char *const moe__router_names[] = {"dense", "shared", "task", "level", "embedding"};
+static const char *const moe__unit_names[] = {"ffn", "block"};
+static const char *const moe__selection_names[] = {"softmax", "gumbel", "straight-through"};
+static const char *const moe__truncate_names[] = {"longest", "right"};
+
+/* The place of a name in a list, or -1. */
+static int moe__find_name(const char *const *names, int count, const char *name) {
+  int i = 0;
+  while (i < count && strcmp(names[i], name)) ++i;
+  return i < count ? i : -1;
+}
+
+MOE_API const char *moe_router_name(moe_router router) {
+  return (int)router >= 0 && (int)router < MOE__COUNT(moe__router_names) ? moe__router_names[router]
+                                                                         : NULL;
+}
+
+MOE_API int moe_router_from_name(moe_router *router, const char *name) {
+  int i = moe__find_name(moe__router_names, MOE__COUNT(moe__router_names), name);
+  if (i >= 0) *router = (moe_router)i;
+  return i >= 0;
+}
+
+MOE_API const char *moe_truncate_name(moe_truncate truncate) {
+  return (int)truncate >= 0 && (int)truncate < MOE__COUNT(moe__truncate_names)
+             ? moe__truncate_names[truncate]
+             : NULL;
+}
+
+MOE_API int moe_truncate_from_name(moe_truncate *truncate, const char *name) {
+  int i = moe__find_name(moe__truncate_names, MOE__COUNT(moe__truncate_names), name);
+  if (i >= 0) *truncate = (moe_truncate)i;
+  return i >= 0;
+}
 
 MOE_API void moe_config_init(moe_config *config) {
   memset(config, 0, sizeof *config);
@@ -9412,9 +9458,9 @@ static int32_t moe__row_dim(const moe_config *c, int32_t T, const moe_task *task
   }
 }
 
-/* What the tensors of a model are counted in: tensors; tensors of int8; floats of the flat array, in
-   which int8 matrices leave their scales; bytes of the int8 matrices; floats (int8: bytes) of the
-   packed copies. Each is an array of its own, in the order of the table. */
+/* The arrays in which each tensor has a place, all in the order of the table: the list of tensors,
+   that of int8 tensors, the flat array of floats (scales in place of an int8 matrix), the bytes of
+   the int8 matrices, the packed copies (floats; bytes of int8 ones). */
 typedef enum moe__measure {
   MOE__TENSORS_ALL,
   MOE__TENSORS_INT8,
@@ -9424,7 +9470,7 @@ typedef enum moe__measure {
   MOE__MEASURES
 } moe__measure;
 
-/* Where the tensors lie in one such array. */
+/* Where the tensors begin in one such array. */
 typedef struct moe__map {
   size_t row[MOE__ROWS];    /* within EMBED, LAYER, ...: where the tensor of a row begins */
   size_t unit[MOE__SCOPES]; /* size of one EMBED, LAYER, ... */
@@ -10389,6 +10435,166 @@ MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, c
   if (!status && model->vocab)
     status = moe_model_set_vocab(to, model->vocab, model->vocab_bytes, env);
   if (!status) status = moe_model_pack(to, NULL, env);
+  if (status)
+    moe_model_free(to);
+  else
+    *out = to;
+  return status;
+}
+
+/* ---- add a task, extract tasks ---- >>adapt
+   Both make a new model and copy into it tensor by tensor: what two models share has the same name
+   in both. */
+
+/* The vocabulary and the packed weights of a model whose weights are set. */
+static moe_status moe__model_finish(moe_model *to, const moe_model *from, const moe_env *env) {
+  moe_status status =
+      from->vocab ? moe_model_set_vocab(to, from->vocab, from->vocab_bytes, env) : MOE_OK;
+  return status ? status : moe_model_pack(to, NULL, env);
+}
+
+/* The row `to` (width) of the task that joins: a copy of row gate_from, the mean of all T rows
+   (MOE_GATE_MEAN), or left as it is, random (MOE_GATE_RANDOM). The rows stand `stride` apart. */
+static void moe__adapt_row(float *to, const float *rows, size_t stride, size_t width, int32_t T,
+                           int32_t gate_from) {
+  size_t i;
+  int32_t t;
+  if (gate_from >= 0) memcpy(to, rows + (size_t)gate_from * stride, width * sizeof *to);
+  for (i = 0; gate_from == MOE_GATE_MEAN && i < width; ++i) {
+    double sum = 0;
+    for (t = 0; t < T; ++t) sum += (double)rows[(size_t)t * stride + i];
+    to[i] = (float)(sum / T);
+  }
+}
+
+/* A new model keeps every tensor of the old one; what belongs to the new task alone is random at
+   first. Rows of the table of task vectors stand at its beginning, so the new one is last there
+   too. */
+static void moe__adapt_fill(moe_model *to, const moe_model *from, int32_t gate_from, uint64_t seed,
+                            const moe_env *env) {
+  int32_t i, at, l;
+  moe_tensor t, old;
+  for (i = 0; i < to->tensors; ++i) {
+    moe__spot spot = moe__tensor_get(to, i, &t);
+    at = moe_model_find_tensor(from, t.name);
+    if (at < 0 || moe_model_tensor(from, at, &old)) {
+      moe__tensor_random(to, &spot, &t, seed, env);
+      continue;
+    }
+    if (old.count < t.count) moe__tensor_random(to, &spot, &t, seed, env);
+    memcpy(to->writable + t.offset, from->weights + old.offset, old.count * sizeof(float));
+    if (old.count < t.count) /* the table of task vectors */
+      moe__adapt_row(to->writable + t.offset + old.count, from->weights + old.offset,
+                     t.count - old.count, t.count - old.count, from->T, gate_from);
+  }
+  if (from->config.router != MOE_ROUTER_TASK) return;
+  for (l = 0; l < from->config.layers; ++l) {
+    size_t gate = (size_t)from->config.experts * (size_t)from->config.hidden;
+    moe__adapt_row(to->writable + moe__at(to, MOE__GATE_TASK, l, from->T),
+                   from->weights + moe__at(from, MOE__GATE_TASK, l, 0), gate, gate, from->T,
+                   gate_from);
+  }
+}
+
+/* Whether a task brings its own routing. */
+static int moe__own_gates(const moe_config *config) {
+  return config->router != MOE_ROUTER_DENSE && config->router != MOE_ROUTER_SHARED;
+}
+
+MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, const moe_task *task,
+                                   int32_t gate_from, uint64_t seed, const moe_env *env) {
+  moe_task *tasks;
+  moe_model *to = NULL;
+  moe_status status;
+  if (model->plan.quantized)
+    return moe__fail(env, MOE_E_UNSUPPORTED, "task '%s' cannot join: the model's weights are int8",
+                     task->name);
+  if (gate_from < MOE_GATE_MEAN || gate_from >= model->T)
+    return moe__fail(env, MOE_E_ARGUMENT, "a gate is to come from task %d, the model has %d tasks",
+                     (int)gate_from, (int)model->T);
+  if (gate_from != MOE_GATE_RANDOM && !moe__own_gates(&model->config))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "task '%s' can take no gate from another: the model has %s", task->name,
+                     model->config.router == MOE_ROUTER_DENSE ? "no gates"
+                                                              : "one gate for all tasks");
+  tasks = (moe_task *)moe__alloc(((size_t)model->T + 1) * sizeof *tasks);
+  if (!tasks) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)model->T + 1);
+  memcpy(tasks, model->tasks, (size_t)model->T * sizeof *tasks);
+  tasks[model->T] = *task;
+  status = moe__model_create_raw(&to, &model->config, tasks, model->T + 1, 0, env);
+  moe__release(tasks);
+  if (status) return status;
+  moe__adapt_fill(to, model, gate_from, seed, env);
+  status = moe__model_finish(to, model, env);
+  if (status)
+    moe_model_free(to);
+  else
+    *out = to;
+  return status;
+}
+
+/* Every tensor of the new model is the old one's of that name, but for the table of task vectors,
+   of which only some rows come along. */
+static void moe__extract_fill(moe_model *to, const moe_model *from, const int32_t *tasks) {
+  int32_t i, t;
+  moe_tensor tensor, old;
+  for (i = 0; i < to->tensors; ++i) {
+    size_t width;
+    moe__spot spot = moe__tensor_get(to, i, &tensor);
+    moe_model_tensor(from, moe_model_find_tensor(from, tensor.name), &old);
+    width = (size_t)tensor.shape[1];
+    if (spot.id != MOE__TASK_VECTORS)
+      memcpy(to->writable + tensor.offset, from->weights + old.offset,
+             tensor.count * sizeof(float));
+    else
+      for (t = 0; t < to->T; ++t)
+        memcpy(to->writable + tensor.offset + (size_t)t * width,
+               from->weights + old.offset + (size_t)tasks[t] * width, width * sizeof(float));
+  }
+}
+
+/* The experts that the new model goes without: the old one's pruned ones, and those to be dropped.
+ */
+static void moe__extract_pruned(moe_config *config, uint8_t *pruned, const uint8_t *drop) {
+  size_t cells = (size_t)config->layers * (size_t)config->experts, i;
+  int any = 0;
+  for (i = 0; i < cells; ++i) any |= pruned[i] = (config->pruned && config->pruned[i]) || drop[i];
+  config->pruned = any ? pruned : NULL;
+}
+
+MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, const int32_t *tasks,
+                                     int32_t n, const uint8_t *drop, const moe_env *env) {
+  size_t cells = drop ? (size_t)model->config.layers * (size_t)model->config.experts : 0;
+  moe_task *list;
+  moe_model *to = NULL;
+  moe_config config = model->config;
+  moe_status status = MOE_OK;
+  int32_t i;
+  if (drop && !moe__has_gates(&config))
+    return moe__fail(env, MOE_E_ARGUMENT, "this model has no experts that could be left out");
+  if (model->plan.quantized)
+    return moe__fail(env, MOE_E_UNSUPPORTED,
+                     "no task can be taken out of an int8 model: do that first, then quantise");
+  if (n < 1 || n > model->T)
+    return moe__fail(env, MOE_E_ARGUMENT, "%d tasks are to be kept, the model has %d", (int)n,
+                     (int)model->T);
+  list = (moe_task *)moe__alloc((size_t)n * sizeof *list + cells);
+  if (!list) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)n);
+  if (drop) moe__extract_pruned(&config, (uint8_t *)(list + n), drop);
+  for (i = 0; i < n && !status; ++i) {
+    if (tasks[i] < 0 || tasks[i] >= model->T)
+      status = moe__fail(env, MOE_E_ARGUMENT, "task %d is to be kept, the model has %d tasks",
+                         (int)tasks[i], (int)model->T);
+    else
+      list[i] = model->tasks[tasks[i]];
+  }
+  if (!status)
+    status = moe__model_create_raw(&to, &config, list, n, 0,
+                                   env); /* which also finds a task named twice */
+  moe__release(list);
+  if (status) return status;
+  moe__extract_fill(to, model, tasks);
+  status = moe__model_finish(to, model, env);
   if (status)
     moe_model_free(to);
   else
@@ -14192,11 +14398,6 @@ static const struct {
                          {"cased", offsetof(moe_config, cased)}};
 #define MOE__CONFIG_FIELDS (sizeof moe__config_field / sizeof *moe__config_field)
 
-static const char *const moe__router_name[] = {"dense", "shared", "task", "level", "embedding"};
-static const char *const moe__unit_name[] = {"ffn", "block"};
-static const char *const moe__selection_name[] = {"softmax", "gumbel", "straight-through"};
-static const char *const moe__truncate_name[] = {"longest", "right"};
-
 static int32_t moe__config_get(const moe_config *config, size_t field) {
   int32_t v;
   memcpy(&v, (const char *)config + moe__config_field[field].offset, sizeof v);
@@ -14235,20 +14436,21 @@ static void moe__config_put(moe__out *out, const moe_config *config) {
   moe__out_member(out, ",", "eps");
   moe__out_float(out, config->eps);
   moe__out_member(out, ",", "router");
-  moe__out_string(out, moe__router_name[config->router], strlen(moe__router_name[config->router]));
+  moe__out_string(out, moe__router_names[config->router],
+                  strlen(moe__router_names[config->router]));
   if (config->router == MOE_ROUTER_EMBEDDING) {
     moe__out_member(out, ",", "rank");
     moe__out_int(out, config->rank);
   }
   moe__out_member(out, ",", "truncate");
-  moe__out_string(out, moe__truncate_name[config->truncate],
-                  strlen(moe__truncate_name[config->truncate]));
+  moe__out_string(out, moe__truncate_names[config->truncate],
+                  strlen(moe__truncate_names[config->truncate]));
   if (config->unit == MOE_UNIT_BLOCK) {
     moe__out_member(out, ",", "unit");
-    moe__out_string(out, moe__unit_name[config->unit], strlen(moe__unit_name[config->unit]));
+    moe__out_string(out, moe__unit_names[config->unit], strlen(moe__unit_names[config->unit]));
     moe__out_member(out, ",", "selection");
-    moe__out_string(out, moe__selection_name[config->selection],
-                    strlen(moe__selection_name[config->selection]));
+    moe__out_string(out, moe__selection_names[config->selection],
+                    strlen(moe__selection_names[config->selection]));
     moe__out_member(out, ",", "temperature");
     moe__out_float(out, config->temperature);
     moe__out_member(out, ",", "vector");
@@ -14443,16 +14645,19 @@ static int moe__config_other_read(moe__json *j, int member, moe_config *c, moe__
   switch (member) {
     case 0: return moe__json_float(j, &c->eps);
     case 1:
-      ok = moe__json_choice(j, moe__router_name, 5, &choice), c->router = (moe_router)choice;
+      ok = moe__json_choice(j, moe__router_names, MOE__COUNT(moe__router_names), &choice),
+      c->router = (moe_router)choice;
       return ok;
     case 2:
-      ok = moe__json_choice(j, moe__truncate_name, 2, &choice), c->truncate = (moe_truncate)choice;
+      ok = moe__json_choice(j, moe__truncate_names, MOE__COUNT(moe__truncate_names), &choice),
+      c->truncate = (moe_truncate)choice;
       return ok;
     case 3:
-      ok = moe__json_choice(j, moe__unit_name, 2, &choice), c->unit = (moe_unit)choice;
+      ok = moe__json_choice(j, moe__unit_names, MOE__COUNT(moe__unit_names), &choice),
+      c->unit = (moe_unit)choice;
       return ok;
     case 4:
-      ok = moe__json_choice(j, moe__selection_name, 3, &choice),
+      ok = moe__json_choice(j, moe__selection_names, MOE__COUNT(moe__selection_names), &choice),
       c->selection = (moe_selection)choice;
       return ok;
     case 5: return moe__json_float(j, &c->temperature);
@@ -15651,166 +15856,6 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
   return MOE_OK;
 }
 
-/* ---- a task more, or only some of the tasks ---- >>adapt
-   Both make a new model and fill it tensor by tensor, by name: what two models have in common has
-   the same name in both. */
-
-/* The vocabulary and the packed weights of a model whose weights are set. */
-static moe_status moe__model_finish(moe_model *to, const moe_model *from, const moe_env *env) {
-  moe_status status =
-      from->vocab ? moe_model_set_vocab(to, from->vocab, from->vocab_bytes, env) : MOE_OK;
-  return status ? status : moe_model_pack(to, NULL, env);
-}
-
-/* The row `to` (width) of the task that joins: a copy of row gate_from, the mean of all T rows
-   (MOE_GATE_MEAN), or left as it is, random (MOE_GATE_RANDOM). The rows stand `stride` apart. */
-static void moe__adapt_row(float *to, const float *rows, size_t stride, size_t width, int32_t T,
-                           int32_t gate_from) {
-  size_t i;
-  int32_t t;
-  if (gate_from >= 0) memcpy(to, rows + (size_t)gate_from * stride, width * sizeof *to);
-  for (i = 0; gate_from == MOE_GATE_MEAN && i < width; ++i) {
-    double sum = 0;
-    for (t = 0; t < T; ++t) sum += (double)rows[(size_t)t * stride + i];
-    to[i] = (float)(sum / T);
-  }
-}
-
-/* A new model keeps every tensor of the old one; what belongs to the new task alone is random at
-   first. Rows of the table of task vectors stand at its beginning, so the new one is last there
-   too. */
-static void moe__adapt_fill(moe_model *to, const moe_model *from, int32_t gate_from, uint64_t seed,
-                            const moe_env *env) {
-  int32_t i, at, l;
-  moe_tensor t, old;
-  for (i = 0; i < to->tensors; ++i) {
-    moe__spot spot = moe__tensor_get(to, i, &t);
-    at = moe_model_find_tensor(from, t.name);
-    if (at < 0 || moe_model_tensor(from, at, &old)) {
-      moe__tensor_random(to, &spot, &t, seed, env);
-      continue;
-    }
-    if (old.count < t.count) moe__tensor_random(to, &spot, &t, seed, env);
-    memcpy(to->writable + t.offset, from->weights + old.offset, old.count * sizeof(float));
-    if (old.count < t.count) /* the table of task vectors */
-      moe__adapt_row(to->writable + t.offset + old.count, from->weights + old.offset,
-                     t.count - old.count, t.count - old.count, from->T, gate_from);
-  }
-  if (from->config.router != MOE_ROUTER_TASK) return;
-  for (l = 0; l < from->config.layers; ++l) {
-    size_t gate = (size_t)from->config.experts * (size_t)from->config.hidden;
-    moe__adapt_row(to->writable + moe__at(to, MOE__GATE_TASK, l, from->T),
-                   from->weights + moe__at(from, MOE__GATE_TASK, l, 0), gate, gate, from->T,
-                   gate_from);
-  }
-}
-
-/* Whether a task brings its own routing. */
-static int moe__own_gates(const moe_config *config) {
-  return config->router != MOE_ROUTER_DENSE && config->router != MOE_ROUTER_SHARED;
-}
-
-MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, const moe_task *task,
-                                   int32_t gate_from, uint64_t seed, const moe_env *env) {
-  moe_task *tasks;
-  moe_model *to = NULL;
-  moe_status status;
-  if (model->plan.quantized)
-    return moe__fail(env, MOE_E_UNSUPPORTED, "task '%s' cannot join: the model's weights are int8",
-                     task->name);
-  if (gate_from < MOE_GATE_MEAN || gate_from >= model->T)
-    return moe__fail(env, MOE_E_ARGUMENT, "a gate is to come from task %d, the model has %d tasks",
-                     (int)gate_from, (int)model->T);
-  if (gate_from != MOE_GATE_RANDOM && !moe__own_gates(&model->config))
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "task '%s' can take no gate from another: the model has %s", task->name,
-                     model->config.router == MOE_ROUTER_DENSE ? "no gates"
-                                                              : "one gate for all tasks");
-  tasks = (moe_task *)moe__alloc(((size_t)model->T + 1) * sizeof *tasks);
-  if (!tasks) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)model->T + 1);
-  memcpy(tasks, model->tasks, (size_t)model->T * sizeof *tasks);
-  tasks[model->T] = *task;
-  status = moe__model_create_raw(&to, &model->config, tasks, model->T + 1, 0, env);
-  moe__release(tasks);
-  if (status) return status;
-  moe__adapt_fill(to, model, gate_from, seed, env);
-  status = moe__model_finish(to, model, env);
-  if (status)
-    moe_model_free(to);
-  else
-    *out = to;
-  return status;
-}
-
-/* Every tensor of the new model is the old one's of that name, but for the table of task vectors,
-   of which only some rows come along. */
-static void moe__extract_fill(moe_model *to, const moe_model *from, const int32_t *tasks) {
-  int32_t i, t;
-  moe_tensor tensor, old;
-  for (i = 0; i < to->tensors; ++i) {
-    size_t width;
-    moe__spot spot = moe__tensor_get(to, i, &tensor);
-    moe_model_tensor(from, moe_model_find_tensor(from, tensor.name), &old);
-    width = (size_t)tensor.shape[1];
-    if (spot.id != MOE__TASK_VECTORS)
-      memcpy(to->writable + tensor.offset, from->weights + old.offset,
-             tensor.count * sizeof(float));
-    else
-      for (t = 0; t < to->T; ++t)
-        memcpy(to->writable + tensor.offset + (size_t)t * width,
-               from->weights + old.offset + (size_t)tasks[t] * width, width * sizeof(float));
-  }
-}
-
-/* The experts that the new model goes without: the old one's pruned ones, and those to be dropped.
- */
-static void moe__extract_pruned(moe_config *config, uint8_t *pruned, const uint8_t *drop) {
-  size_t cells = (size_t)config->layers * (size_t)config->experts, i;
-  int any = 0;
-  for (i = 0; i < cells; ++i) any |= pruned[i] = (config->pruned && config->pruned[i]) || drop[i];
-  config->pruned = any ? pruned : NULL;
-}
-
-MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, const int32_t *tasks,
-                                     int32_t n, const uint8_t *drop, const moe_env *env) {
-  size_t cells = drop ? (size_t)model->config.layers * (size_t)model->config.experts : 0;
-  moe_task *list;
-  moe_model *to = NULL;
-  moe_config config = model->config;
-  moe_status status = MOE_OK;
-  int32_t i;
-  if (drop && !moe__has_gates(&config))
-    return moe__fail(env, MOE_E_ARGUMENT, "this model has no experts that could be left out");
-  if (model->plan.quantized)
-    return moe__fail(env, MOE_E_UNSUPPORTED,
-                     "no task can be taken out of an int8 model: do that first, then quantise");
-  if (n < 1 || n > model->T)
-    return moe__fail(env, MOE_E_ARGUMENT, "%d tasks are to be kept, the model has %d", (int)n,
-                     (int)model->T);
-  list = (moe_task *)moe__alloc((size_t)n * sizeof *list + cells);
-  if (!list) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)n);
-  if (drop) moe__extract_pruned(&config, (uint8_t *)(list + n), drop);
-  for (i = 0; i < n && !status; ++i) {
-    if (tasks[i] < 0 || tasks[i] >= model->T)
-      status = moe__fail(env, MOE_E_ARGUMENT, "task %d is to be kept, the model has %d tasks",
-                         (int)tasks[i], (int)model->T);
-    else
-      list[i] = model->tasks[tasks[i]];
-  }
-  if (!status)
-    status = moe__model_create_raw(&to, &config, list, n, 0,
-                                   env); /* which also finds a task named twice */
-  moe__release(list);
-  if (status) return status;
-  moe__extract_fill(to, model, tasks);
-  status = moe__model_finish(to, model, env);
-  if (status)
-    moe_model_free(to);
-  else
-    *out = to;
-  return status;
-}
-
 #ifndef MOE_NO_TRAIN
 /* ---- checkpoints ---- >>checkpoint
    A model file with the moments as tensors adam.m.NAME and adam.v.NAME, and "moe.checkpoint" in the
@@ -15911,7 +15956,7 @@ static moe_status moe__same_config(const moe_config *file, const moe_config *mod
   if (file->router != model->router)
     return moe__fail(env, MOE_E_FORMAT,
                      "the checkpoint's configuration has router %s, the model has %s",
-                     moe__router_name[file->router], moe__router_name[model->router]);
+                     moe__router_names[file->router], moe__router_names[model->router]);
   if (file->unit != model->unit ||
       (file->unit == MOE_UNIT_BLOCK &&
        (file->selection != model->selection || file->task_dim != model->task_dim ||
@@ -15920,9 +15965,9 @@ static moe_status moe__same_config(const moe_config *file, const moe_config *mod
                      "the checkpoint's experts are of unit %s, selection %s, temperature %g, task "
                      "vectors of %d; the model "
                      "has unit %s, selection %s, temperature %g, vectors of %d",
-                     moe__unit_name[file->unit], moe__selection_name[file->selection],
-                     (double)file->temperature, (int)file->task_dim, moe__unit_name[model->unit],
-                     moe__selection_name[model->selection], (double)model->temperature,
+                     moe__unit_names[file->unit], moe__selection_names[file->selection],
+                     (double)file->temperature, (int)file->task_dim, moe__unit_names[model->unit],
+                     moe__selection_names[model->selection], (double)model->temperature,
                      (int)model->task_dim);
   if (model->router == MOE_ROUTER_EMBEDDING && file->rank != model->rank)
     return moe__fail(env, MOE_E_FORMAT,
@@ -15931,7 +15976,7 @@ static moe_status moe__same_config(const moe_config *file, const moe_config *mod
   if (file->truncate != model->truncate)
     return moe__fail(env, MOE_E_FORMAT,
                      "the checkpoint's configuration has truncate %s, the model has %s",
-                     moe__truncate_name[file->truncate], moe__truncate_name[model->truncate]);
+                     moe__truncate_names[file->truncate], moe__truncate_names[model->truncate]);
   return MOE_OK;
 }
 
