@@ -76,9 +76,9 @@
      MOE_USE_BLIS          float products through BLIS (link -lblis; no header needed) where its
                            kernels are the better ones
 
-   MEMORY   model, context, trainer and predictor have _size and _init in a block of the caller, and
-            _create and _free on the heap; a tokenizer has the first two. Forward, backward and
-            update allocate nothing; backward takes 200 KB of the stack.
+   MEMORY   model, context, trainer, tokenizer and predictor have _size and _init in a block of the
+            caller, and _create and _free on the heap. Forward, backward and update allocate
+            nothing; backward takes 200 KB of the stack.
    THREADS  objects are not locked; a context belongs to one thread at a time; a model that is not
             being trained can be shared. Inside a call the work is spread by env.parallel_for: the
             caller's, or the built-in pool (moe_pool_create).
@@ -1308,6 +1308,11 @@ MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, siz
 MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes,
                                       const char *vocab, size_t vocab_bytes, int cased,
                                       const moe_env *env);
+/* The same on the heap. */
+MOE_API moe_status moe_tokenizer_create(moe_tokenizer **out, const char *vocab, size_t vocab_bytes,
+                                        int cased, const moe_env *env);
+/* NULL is fine, and so is one in a block of the caller's. */
+MOE_API void moe_tokenizer_free(moe_tokenizer *tokenizer);
 /* Lines of the vocabulary: every id is below. */
 MOE_API int32_t moe_tokenizer_words(const moe_tokenizer *tokenizer);
 
@@ -16450,7 +16455,7 @@ struct moe_tokenizer {
   moe__fold *folds; /* (MOE__TEXT_FOLDS) */
   uint32_t mask;    /* number of slots - 1 */
   int32_t words, longest; /* longest: bytes of the longest word that can match */
-  int32_t cased;
+  int32_t cased, owns_block;
   int32_t special[MOE__SPECIALS]; /* ids, -1: not in the vocabulary */
   uint8_t ascii[128];             /* classes */
 };
@@ -17055,6 +17060,7 @@ MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t b
   status = moe__tokenizer_layout(&t, &layout, vocab, vocab_bytes, env);
   if (status) return status;
   t->cased = cased != 0;
+  t->owns_block = 0;
   moe__text_unpack_classes(t->bounds);
   moe__text_unpack_folds(t->folds);
   for (c = 0; c < 128; ++c) t->ascii[c] = (uint8_t)moe__text_search(t->bounds, c);
@@ -17062,6 +17068,26 @@ MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t b
   status = moe__tokenizer_fill(t, vocab_bytes, env);
   if (!status) *out = t;
   return status;
+}
+
+MOE_API moe_status moe_tokenizer_create(moe_tokenizer **out, const char *vocab, size_t vocab_bytes,
+                                        int cased, const moe_env *env) {
+  size_t bytes;
+  void *block;
+  moe_status status = moe_tokenizer_size(vocab, vocab_bytes, &bytes, env);
+  if (status) return status;
+  block = moe__alloc(bytes);
+  if (!block) return moe__fail(env, MOE_E_MEMORY, "no memory for a tokenizer of %zu bytes", bytes);
+  status = moe_tokenizer_init(out, block, bytes, vocab, vocab_bytes, cased, env);
+  if (status)
+    moe__release(block);
+  else
+    (*out)->owns_block = 1;
+  return status;
+}
+
+MOE_API void moe_tokenizer_free(moe_tokenizer *tokenizer) {
+  if (tokenizer && tokenizer->owns_block) moe__release(tokenizer);
 }
 
 MOE_API int32_t moe_tokenizer_words(const moe_tokenizer *tokenizer) { return tokenizer->words; }

@@ -548,6 +548,20 @@ static void test_text_refuses_wrong_arguments(void) {
   release(&f);
 }
 
+static void test_text_makes_a_tokenizer_on_the_heap(void) {
+  static const char vocab[] = "[UNK]\n[CLS]\n[SEP]\nhello\n";
+  moe_env env = logging_env();
+  moe_tokenizer *t = NULL;
+  moe_tokenizer_free(NULL);
+  CHECK(moe_tokenizer_create(&t, vocab, 6, 0, &env) == MOE_E_FORMAT && !t, "without [CLS]");
+  CHECK(!moe_tokenizer_create(&t, vocab, sizeof vocab - 1, 0, &env), "%s", last_sentence);
+  CHECK(moe_tokenizer_words(t) == 4, "%d words", (int)moe_tokenizer_words(t));
+  CHECK(!encode(t, "Hello", 5, NULL, 0, 8, MOE_TRUNCATE_LONGEST) && found.ids[1] == 3, "%s",
+        last_sentence);
+  moe_tokenizer_free(t);
+  moe_tokenizer_free(both[0].t); /* in a block of the test's: nothing happens */
+}
+
 static void test_text_needs_no_segments_and_offsets(void) {
   moe_tokens out;
   int32_t ids[8];
@@ -579,6 +593,7 @@ int main(int argc, char **argv) {
   RUN(test_text_survives_any_vocabulary);
   RUN(test_text_reads_a_vocabulary_as_hugging_face_does);
   RUN(test_text_refuses_wrong_arguments);
+  RUN(test_text_makes_a_tokenizer_on_the_heap);
   RUN(test_text_needs_no_segments_and_offsets);
   for (cased = 0; cased < 2; ++cased) release(&both[cased]);
   return test_end();
