@@ -172,6 +172,75 @@
      >>predict       text in, label out
 
    Public domain or MIT-0, at your choice: see the end of the file. */
+#if defined(MOE_IMPLEMENTATION) && defined(_WIN32)
+/* Whole, so that a later #include <windows.h> misses nothing; but without winsock.h, which would
+   keep winsock2.h out, and the macros min, max, near and far stay as the program has them. */
+#pragma push_macro("NOMINMAX")
+#pragma push_macro("_WINSOCKAPI_")
+#pragma push_macro("near")
+#pragma push_macro("far")
+#undef NOMINMAX
+#define NOMINMAX
+#undef _WINSOCKAPI_
+#define _WINSOCKAPI_
+#include <windows.h>
+#undef NEAR /* else near and far again, for Windows' own headers */
+#undef FAR
+#define NEAR
+#define FAR
+#pragma pop_macro("far")
+#pragma pop_macro("near")
+#pragma pop_macro("_WINSOCKAPI_")
+#pragma pop_macro("NOMINMAX")
+#endif
+
+/* Names used below that a program, <tgmath.h> or <windows.h> may have as macros. The end of this
+   file gives them back. */
+#pragma push_macro("A")
+#pragma push_macro("C")
+#pragma push_macro("D")
+#pragma push_macro("F")
+#pragma push_macro("G")
+#pragma push_macro("H")
+#pragma push_macro("L")
+#pragma push_macro("M")
+#pragma push_macro("N")
+#pragma push_macro("P")
+#pragma push_macro("S")
+#pragma push_macro("T")
+#pragma push_macro("V")
+#pragma push_macro("W")
+#pragma push_macro("begin")
+#pragma push_macro("end")
+#pragma push_macro("small")
+#pragma push_macro("max")
+#pragma push_macro("exp")
+#pragma push_macro("fabs")
+#pragma push_macro("log")
+#pragma push_macro("sqrt")
+#undef A
+#undef C
+#undef D
+#undef F
+#undef G
+#undef H
+#undef L
+#undef M
+#undef N
+#undef P
+#undef S
+#undef T
+#undef V
+#undef W
+#undef begin
+#undef end
+#undef small
+#undef max
+#undef exp
+#undef fabs
+#undef log
+#undef sqrt
+
 #ifndef MOE_H_INCLUDED
 #define MOE_H_INCLUDED
 
@@ -1472,12 +1541,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #ifndef MOE_ASSERT
 #define MOE_ASSERT(x) ((void)0)
 #endif
-#if defined(_WIN32)
-#ifndef WIN32_LEAN_AND_MEAN
-#define WIN32_LEAN_AND_MEAN
-#endif
-#include <windows.h>
-#elif !defined(MOE_NO_THREADS) || !defined(MOE_NO_STDIO)
+#if !defined(_WIN32) && (!defined(MOE_NO_THREADS) || !defined(MOE_NO_STDIO))
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -1988,8 +2052,8 @@ MOE__UNUSED static uint64_t moe__permute(uint64_t key, uint64_t i, uint64_t n) {
 #define MOE__ADD(p, v) ((void)_InterlockedExchangeAdd((volatile long *)(p), (long)(v)))
 #define MOE__SWAP_IF(p, from, to)                                                                  \
   (_InterlockedCompareExchange((volatile long *)(p), (long)(to), (long)(from)) == (long)(from))
-#else
-#error "moe.h needs atomic operations of the compiler: gcc, clang or MSVC"
+#elif !defined(MOE_NO_THREADS)
+#error "moe.h needs atomic operations: gcc, clang or MSVC; or define MOE_NO_THREADS"
 #endif
 
 typedef void (*moe__tile_fn)(void *arg, int32_t tile, int32_t slot);
@@ -1997,21 +2061,29 @@ typedef void (*moe__tile_fn)(void *arg, int32_t tile, int32_t slot);
 typedef struct moe__tiles {
   moe__tile_fn fn;
   void *arg;
-  int32_t count, next;
+  int32_t count, workers, next;
 } moe__tiles;
+
+/* The tile that a worker takes after `tile`: the next one that nobody has taken. Where the compiler
+   has no atomic operations, every worker has tiles of its own, whatever time they take. */
+static int32_t moe__tiles_next(moe__tiles *tiles, int32_t tile) {
+#ifdef MOE__FETCH_ADD
+  (void)tile;
+  return (int32_t)MOE__FETCH_ADD(&tiles->next, 1);
+#else
+  return tile + tiles->workers;
+#endif
+}
 
 /* One worker: takes tiles until none is left. Its number is a slot of its own, for scratch. */
 static void moe__tiles_worker(void *arg, int32_t slot) {
   moe__tiles *tiles = (moe__tiles *)arg;
-  const moe__tile_fn fn = tiles->fn; /* read once, and not with `next`: the others write to that,
-                                        and so take the line away */
+  const moe__tile_fn fn = tiles->fn; /* read once: other threads write to `next` and so take away
+                                        the cache line that all fields share */
   void *const fn_arg = tiles->arg;
   const int32_t count = tiles->count;
   int32_t tile = slot; /* the first is known */
-  while (tile < count) {
-    fn(fn_arg, tile, slot);
-    tile = (int32_t)MOE__FETCH_ADD(&tiles->next, 1);
-  }
+  for (; tile < count; tile = moe__tiles_next(tiles, tile)) fn(fn_arg, tile, slot);
 }
 
 /* Runs fn(arg, tile, slot) for tile = 0 .. count-1; slot is in [0,
@@ -2026,7 +2098,7 @@ static void moe__parallel(const moe_env *env, int32_t count, moe__tile_fn fn, vo
   tiles.fn = fn;
   tiles.arg = arg;
   tiles.count = count;
-  tiles.next = workers;
+  tiles.workers = tiles.next = workers;
   env->parallel_for(env->parallel_user, workers, moe__tiles_worker, &tiles);
 }
 
@@ -17678,6 +17750,29 @@ MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, cons
 #endif
 #endif /* MOE_IMPLEMENTATION_DONE */
 #endif /* MOE_IMPLEMENTATION */
+
+#pragma pop_macro("sqrt")
+#pragma pop_macro("log")
+#pragma pop_macro("fabs")
+#pragma pop_macro("exp")
+#pragma pop_macro("max")
+#pragma pop_macro("small")
+#pragma pop_macro("end")
+#pragma pop_macro("begin")
+#pragma pop_macro("W")
+#pragma pop_macro("V")
+#pragma pop_macro("T")
+#pragma pop_macro("S")
+#pragma pop_macro("P")
+#pragma pop_macro("N")
+#pragma pop_macro("M")
+#pragma pop_macro("L")
+#pragma pop_macro("H")
+#pragma pop_macro("G")
+#pragma pop_macro("F")
+#pragma pop_macro("D")
+#pragma pop_macro("C")
+#pragma pop_macro("A")
 
 /* This file is public domain (Unlicense) or, at your choice, under MIT No Attribution (MIT-0); the
    full texts are in the LICENSE file of the project. It comes without any warranty. */

@@ -32,6 +32,67 @@ for macro in MOE_STATIC MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT MOE
   build "test_build_with_$(echo "$macro" | tr -d ' ' | sed 's/-D/_/g')" $parser -std=c99 -D$macro "$tmp/one.c"
 done
 
+# names that a program may have as macros: the header compiles in C and C++, and the macros are there again behind it
+letters="A B C D E F G H I J K L M N O P Q R S T U V W X Y Z"
+with_macros() { # NAMES: a program that has them as macros
+  for name in $1; do echo "#define $name 10"; done
+  printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\nint there['
+  for name in $1; do printf '%s - 10 + ' $name; done
+  echo '1];'
+}
+with_macros "$letters begin end small near far min max" > "$tmp/names.c"
+with_macros "$letters begin end small near far" > "$tmp/names.cpp" # C++ libraries take min and max away themselves
+build test_build_after_macros_of_common_names $parser -std=c99 "$tmp/names.c"
+build test_build_after_macros_of_common_names_c++ g++ -std=c++11 -fsyntax-only "$tmp/names.cpp"
+printf '#include <tgmath.h>\n#define MOE_IMPLEMENTATION\n#include "moe.h"\nfloat x(float y) { return log(y) + exp(y); }\n' > "$tmp/tgmath.c"
+build test_build_after_tgmath gcc -std=c99 -O0 "$tmp/tgmath.c"
+
+# Windows: whatever comes behind the header finds what it would have found before it
+cat > "$tmp/windows.c" << 'END'
+#define MOE_IMPLEMENTATION
+#include "moe.h"
+#include <winsock2.h>
+#include <windows.h>
+OPENFILENAMEW dialog;
+WSADATA sockets;
+static int max(int a, int b) { return a > b ? a : b; }
+int main(void) {
+  int near = 1, far = 2;
+  return max(near, far);
+}
+END
+build test_build_before_windows_h x86_64-w64-mingw32-gcc -std=c99 -fsyntax-only "$tmp/windows.c"
+printf '#include <winsock2.h>\n#include <windows.h>\n#define MOE_IMPLEMENTATION\n#include "moe.h"\nOPENFILENAMEW far *dialog;\nint one(void) { return max(0, 1); }\n' > "$tmp/windows.c"
+build test_build_after_windows_h x86_64-w64-mingw32-gcc -std=c99 -fsyntax-only "$tmp/windows.c"
+
+# a compiler without atomic operations
+cat > "$tmp/tcc.c" << 'END'
+#define MOE_IMPLEMENTATION
+#include "moe.h"
+static void backwards(void *user, int32_t count, void (*body)(void *arg, int32_t index), void *arg) {
+  (void)user;
+  while (count-- > 0) body(arg, count);
+}
+int main(void) { /* 9 rows on 3 threads that are none */
+  static float x[9 * 64], w[300 * 64], y[2][9 * 300], sum;
+  moe_mat mat = moe_mat_rows(w, 300, 64);
+  moe_env env;
+  int i;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  for (i = 0; i < 9 * 64; ++i) x[i] = (float)(i % 7) - 3;
+  for (i = 0; i < 300 * 64; ++i) w[i] = (float)(i % 11) / 8;
+  moe_linear_forward(y[0], x, &mat, NULL, 9, &env);
+  env.threads = 3;
+  env.parallel_for = backwards;
+  moe_linear_forward(y[1], x, &mat, NULL, 9, &env);
+  for (i = 0; i < 64; ++i) sum += x[8 * 64 + i] * w[299 * 64 + i]; /* exact */
+  return memcmp(y[0], y[1], sizeof y[0]) != 0 || y[0][9 * 300 - 1] != sum;
+}
+END
+if ! have tcc; then skip test_build_tcc "there is no tcc here"
+elif tcc -I.. -DMOE_NO_SIMD -DMOE_NO_THREADS -o "$tmp/tcc" "$tmp/tcc.c" -lm > "$tmp/log" 2>&1 && "$tmp/tcc"; then ok test_build_tcc
+else fail test_build_tcc "$(head -n 5 "$tmp/log")"; fi
+
 # -ffast-math breaks the guards against NaN: the header refuses it
 if gcc -I.. -ffast-math -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then fail test_build_refuses_fast_math; else ok test_build_refuses_fast_math; fi
 if gcc -I.. -ffinite-math-only -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then fail test_build_refuses_finite_math; else ok test_build_refuses_finite_math; fi
@@ -68,7 +129,7 @@ cc -I.. -dM -E "$tmp/api.c" | sort > "$tmp/with"
 cc -I.. -dM -E "$tmp/none.c" | sort > "$tmp/without"
 leaks=$(comm -23 "$tmp/with" "$tmp/without" | awk '$2 !~ /^MOE_/ {print $2}')
 [ -z "$leaks" ] && ok test_build_interface_defines_only_MOE_ || fail test_build_interface_defines_only_MOE_ $leaks
-leaks=$(sed -n 's/^ *# *define  *\([A-Za-z0-9_]*\).*/\1/p' ../moe.h | grep -v '^MOE_' | grep -v '^WIN32_LEAN_AND_MEAN$' | sort -u)
+leaks=$(sed -n 's/^ *# *define  *\([A-Za-z0-9_]*\).*/\1/p' ../moe.h | grep -v '^MOE_' | grep -v -x -e NOMINMAX -e _WINSOCKAPI_ -e NEAR -e FAR | sort -u)
 [ -z "$leaks" ] && ok test_build_defines_only_MOE_ || fail test_build_defines_only_MOE_ $leaks
 
 # two units, one with the implementation; the header twice in a unit
