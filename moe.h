@@ -87,7 +87,8 @@
             library never prints, exits or aborts.
    BITS     fp32 results are the same bits for any number of threads, whatever else is in the batch,
             and on AVX-512, AVX2+FMA, NEON and plain C: see "one definition of every sum" at >>simd
-            and >>gemm.
+            and >>gemm. Only clang -ffp-contract=fast breaks this: it fuses products and sums
+            whatever a file says. moe_env_init finds out and sets MOE_CPU_CONTRACTED.
 
    PAPER MAP
      [TaG] Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8, A.3.1 >>forward; Eq. 9, 10 and the
@@ -304,16 +305,19 @@ MOE_API moe_isa moe_isa_from_name(const char *name);
 /* 1 where this build and this processor (and its operating system) can run it, else 0. */
 MOE_API int moe_isa_available(moe_isa isa);
 
-/* What a processor has beyond its instruction set, for products of low precision. */
+/* What a processor has beyond its instruction set, for products of low precision; and one warning.
+ */
 enum {
   MOE_CPU_AVX_VNNI = 1,
   MOE_CPU_AVX512_VNNI = 2,
   MOE_CPU_AVX512_BF16 = 4,
   MOE_CPU_NEON_DOT = 8,
   MOE_CPU_SLOW_BF16 = 16, /* FMAs are faster than vdpbf16ps, with the same bits */
-  MOE_CPU_AMX_BF16 =
-      32, /* these two are set by moe_env_use_amx, since a process must ask for them */
-  MOE_CPU_AMX_INT8 = 64
+  MOE_CPU_AMX_BF16 = 32, /* these two are set by moe_env_use_amx: a process must ask for them */
+  MOE_CPU_AMX_INT8 = 64,
+  MOE_CPU_CONTRACTED = 128 /* not the processor but the compiler: it fuses products and sums where
+                              this file says not to (clang -ffp-contract=fast overrules pragmas).
+                              Results are right, but their bits are those of this build alone */
 };
 
 typedef enum moe_type { MOE_TYPE_F32, MOE_TYPE_BF16, MOE_TYPE_I8 } moe_type;
@@ -1568,7 +1572,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
 #endif
 
 /* Products and sums must stay separate where the code says so: a compiler that fuses them on its
-   own changes the bits. */
+   own changes the bits. See moe__contracted. */
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
@@ -1721,6 +1725,25 @@ static uint32_t moe__cpu_flags(void) {
   return features;
 }
 
+/* 1 where the compiler fuses a product and a sum into one operation that rounds once, although the
+   pragmas above forbid it. x = 1 + 2^-12, -1: rounded twice, x0 x0 + x1 is 2^-11. */
+MOE__INLINE int moe__fuses(const volatile float *x) { return x[0] * x[0] + x[1] != 4.8828125e-4f; }
+#ifdef MOE__X86
+MOE__TARGET("avx2,fma") static int moe__fuses_in_kernels(const volatile float *x) {
+  return moe__fuses(x);
+}
+#endif
+
+static int moe__contracted(void) {
+  volatile float x[2]; /* volatile: to be computed when it runs */
+  x[0] = 1.000244140625f;
+  x[1] = -1.0f;
+#ifdef MOE__X86
+  if (moe_isa_available(MOE_ISA_AVX2) && moe__fuses_in_kernels(x)) return 1;
+#endif
+  return moe__fuses(x);
+}
+
 /* ---- statuses, log, small helpers ---- >>base */
 
 MOE_API const char *moe_status_text(moe_status status) {
@@ -1751,7 +1774,7 @@ MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa) {
   memset(env, 0, sizeof *env);
   env->threads = 1;
   env->isa = MOE_ISA_SCALAR;
-  env->cpu_flags = moe__cpu_flags();
+  env->cpu_flags = moe__cpu_flags() | (moe__contracted() ? (uint32_t)MOE_CPU_CONTRACTED : 0u);
   for (i = MOE_ISA_COUNT - 1; i > MOE_ISA_SCALAR; --i)
     if (moe_isa_available((moe_isa)i)) {
       env->isa = (moe_isa)i;

@@ -75,16 +75,22 @@ static void backwards(void *user, int32_t count, void (*body)(void *arg, int32_t
 }
 int main(void) { /* 9 rows on 3 threads that are none */
   static float x[9 * 64], w[300 * 64], y[2][9 * 300], sum;
-  moe_mat mat = moe_mat_rows(w, 300, 64);
+  moe_linear_op op;
   moe_env env;
   int i;
   moe_env_init(&env, MOE_ISA_AUTO);
   for (i = 0; i < 9 * 64; ++i) x[i] = (float)(i % 7) - 3;
   for (i = 0; i < 300 * 64; ++i) w[i] = (float)(i % 11) / 8;
-  moe_linear_forward(y[0], x, &mat, NULL, 9, &env);
+  moe_linear_op_init(&op);
+  op.y = y[0];
+  op.x = x;
+  op.w = moe_mat_rows(w, 300, 64);
+  op.M = 9;
+  if (moe_linear_forward(&op, &env)) return 1;
   env.threads = 3;
   env.parallel_for = backwards;
-  moe_linear_forward(y[1], x, &mat, NULL, 9, &env);
+  op.y = y[1];
+  if (moe_linear_forward(&op, &env)) return 1;
   for (i = 0; i < 64; ++i) sum += x[8 * 64 + i] * w[299 * 64 + i]; /* exact */
   return memcmp(y[0], y[1], sizeof y[0]) != 0 || y[0][9 * 300 - 1] != sum;
 }
@@ -92,6 +98,20 @@ END
 if ! have tcc; then skip test_build_tcc "there is no tcc here"
 elif tcc -I.. -DMOE_NO_SIMD -DMOE_NO_THREADS -o "$tmp/tcc" "$tmp/tcc.c" -lm > "$tmp/log" 2>&1 && "$tmp/tcc"; then ok test_build_tcc
 else fail test_build_tcc "$(head -n 5 "$tmp/log")"; fi
+
+# a compiler that fuses products and sums on its own is found out
+printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\nint main(void) { moe_env env; moe_env_init(&env, MOE_ISA_AUTO); return env.cpu_flags & MOE_CPU_CONTRACTED ? 10 : moe_isa_available(MOE_ISA_SCALAR + 1) || moe_isa_available(MOE_ISA_AVX2) ? 11 : 12; }\n' > "$tmp/fuse.c"
+fuses() { # COMPILER OPTIONS: 10 yes, 11 no, 12 a processor without such an instruction
+  if ! have "$1"; then echo 12; return; fi
+  "$@" -I.. -o "$tmp/fuse" "$tmp/fuse.c" -lm -pthread 2> "$tmp/log" && "$tmp/fuse"
+  echo $?
+}
+case "$(fuses gcc -O1) $(fuses gcc -O1 -ffp-contract=fast) $(fuses clang -O1)" in *10*) fail test_build_does_not_fuse ;; *) ok test_build_does_not_fuse ;; esac
+case $(fuses clang -O1 -ffp-contract=fast) in
+  10) ok test_build_tells_where_clang_fuses ;;
+  12) skip test_build_tells_where_clang_fuses "there is no clang here, or no processor with FMA" ;;
+  *) fail test_build_tells_where_clang_fuses "$(head -n 5 "$tmp/log")" ;;
+esac
 
 # -ffast-math breaks the guards against NaN: the header refuses it
 if gcc -I.. -ffast-math -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then fail test_build_refuses_fast_math; else ok test_build_refuses_fast_math; fi
