@@ -578,14 +578,18 @@ typedef struct moe_linear_op {
 } moe_linear_op;
 MOE_API void moe_linear_op_init(moe_linear_op *op);
 MOE_API moe_status moe_linear_forward(const moe_linear_op *op, const moe_env *env);
+#ifndef MOE_NO_TRAIN
 MOE_API moe_status moe_linear_backward(const moe_linear_op *op, const moe_env *env);
+#endif
 
 /* Exact GELU: y = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2. */
 MOE_API void moe_gelu_forward(float *y, const float *x, size_t n, const moe_env *env);
+#ifndef MOE_NO_TRAIN
 /* dx += dy (Phi(x) + x phi(x)), phi the density of the normal distribution. x as it went into
    forward. */
 MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_t n,
                                const moe_env *env);
+#endif
 
 /* Residual connection and LayerNorm [TaG] 2, with the mean and the variance of each row of sum:
      sum = x + dropout(delta),  h = (sum - mean) rstd,  rstd = 1 / sqrt(variance + eps),
@@ -615,7 +619,9 @@ typedef struct moe_layernorm_op {
 } moe_layernorm_op;
 MOE_API void moe_layernorm_op_init(moe_layernorm_op *op);
 MOE_API moe_status moe_layernorm_forward(const moe_layernorm_op *op, const moe_env *env);
+#ifndef MOE_NO_TRAIN
 MOE_API moe_status moe_layernorm_backward(const moe_layernorm_op *op, const moe_env *env);
+#endif
 
 /* Random numbers are a function of a key and a position. A key for a place in the network: */
 MOE_API uint64_t moe_key(uint64_t seed, uint64_t step, uint64_t sequence, uint32_t layer,
@@ -654,7 +660,9 @@ typedef struct moe_embed_op {
 } moe_embed_op;
 MOE_API void moe_embed_op_init(moe_embed_op *op);
 MOE_API moe_status moe_embed_forward(const moe_embed_op *op, const moe_env *env);
+#ifndef MOE_NO_TRAIN
 MOE_API moe_status moe_embed_backward(const moe_embed_op *op, const moe_env *env);
+#endif
 
 /* Multi-head self-attention inside each packed sequence. For each of A heads of D = H / A columns:
      P = softmax(q k^T / sqrt D),  y = dropout(P) v.
@@ -679,7 +687,9 @@ typedef struct moe_attention_op {
 } moe_attention_op;
 MOE_API void moe_attention_op_init(moe_attention_op *op);
 MOE_API moe_status moe_attention_forward(const moe_attention_op *op, const moe_env *env);
+#ifndef MOE_NO_TRAIN
 MOE_API moe_status moe_attention_backward(const moe_attention_op *op, const moe_env *env);
+#endif
 /* Floats of scratch for sequences of at most `longest` tokens, in forward (training 0) or in both
    directions (1). 0 where a size is below 1, SIZE_MAX where the number overflows. */
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training,
@@ -758,7 +768,9 @@ typedef struct moe_route_op {
 } moe_route_op;
 MOE_API void moe_route_op_init(moe_route_op *op);
 MOE_API moe_status moe_route_forward(const moe_route_op *op, const moe_env *env);
+#ifndef MOE_NO_TRAIN
 MOE_API moe_status moe_route_backward(const moe_route_op *op, const moe_env *env);
+#endif
 
 /* The experts of a layer [TaG] Eq. 1, 2, 6:
      E_i(x) = W_out GELU(W_in x + b_in) + b_out,  y = sum over the token's experts of weight E_i(x).
@@ -788,7 +800,9 @@ typedef struct moe_experts_op {
 } moe_experts_op;
 MOE_API void moe_experts_op_init(moe_experts_op *op);
 MOE_API moe_status moe_experts_forward(const moe_experts_op *op, const moe_env *env);
+#ifndef MOE_NO_TRAIN
 MOE_API moe_status moe_experts_backward(const moe_experts_op *op, const moe_env *env);
+#endif
 /* Floats of scratch for M tokens with k experts each, in forward (training 0) or in both directions
    (1); SIZE_MAX where the number overflows. */
 MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, int training);
@@ -6550,9 +6564,11 @@ MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision) {
                    moe_isa_name(env->isa));
 }
 
-/* ---- linear layers and GELU ---- >>linear */
+/* ---- linear layers and GELU ---- >>linear
+   Each function below that returns a moe__gemm describes one product for moe__gemm_run
+   (>>gemm_run), so that independent products can run together. */
 
-/* y (M, rows) = x (M, cols) w^T + b, as a product for moe__gemm_run */
+/* y (M, rows) = x W^T + b */
 static moe__gemm moe__linear_product(float *y, const float *x, const moe_mat *w, const float *b,
                                      int32_t M) {
   moe__gemm g;
@@ -6569,9 +6585,37 @@ static moe__gemm moe__linear_product(float *y, const float *x, const moe_mat *w,
   return g;
 }
 
-/* dx (M, cols) += dy (M, rows) w */
+MOE_API void moe_linear_op_init(moe_linear_op *op) { memset(op, 0, sizeof *op); }
+
+static moe_status moe__linear_check(const moe_linear_op *op, const moe_env *env) {
+  if (op->M >= 0 && op->w.rows >= 0 && op->w.cols >= 0) return MOE_OK;
+  return moe__fail(env, MOE_E_ARGUMENT,
+                   "linear: M is %d, w has %d rows of %d, and none may be below 0", (int)op->M,
+                   (int)op->w.rows, (int)op->w.cols);
+}
+
+/* The CPU's body. The product writes y if that is wanted; GELU then reads it. */
+static void moe__cpu_linear_forward(const moe_linear_op *op, const moe_env *env) {
+  moe__gemm g = moe__linear_product(op->y ? op->y : op->act, op->x, &op->w, op->b, op->M);
+  g.gelu = op->act;
+  moe__gemm_run(&g, 1, env);
+}
+
+MOE_API moe_status moe_linear_forward(const moe_linear_op *op, const moe_env *env) {
+  moe_status status = moe__linear_check(op, env);
+  if (status) return status;
+  if (!op->y && !op->act && op->M > 0 && op->w.rows > 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "linear: y and act are both NULL");
+  moe__cpu_linear_forward(op, env);
+  return MOE_OK;
+}
+
+#ifndef MOE_NO_TRAIN
+/* dx (M, cols) += dy (M, rows) W. back: W packed for this product (moe__pack_bf16_back), or NULL or
+   without data; then the product packs W itself. */
 static moe__gemm moe__linear_input_gradient(float *dx, const float *dy, const float *w,
-                                            int32_t rows, int32_t cols, int32_t M) {
+                                            const moe_mat *back, int32_t rows, int32_t cols,
+                                            int32_t M) {
   moe__gemm g;
   memset(&g, 0, sizeof g);
   g.m = M;
@@ -6583,14 +6627,18 @@ static moe__gemm moe__linear_input_gradient(float *dx, const float *dy, const fl
   g.b = w;
   g.b_row = (size_t)cols;
   g.b_layout = MOE__B_ROWS;
+  if (back && back->data) {
+    g.b = (const float *)back->data;
+    g.b_layout = MOE__B_PAIRS;
+  }
   g.accumulate = 1;
   g.c = dx;
   g.c_row = (size_t)cols;
   return g;
 }
 
-/* dw (rows, cols) += dy^T x, db (rows) += the rows of dy: sums over the M tokens in their order. dw
-   or db may be NULL. */
+/* dw (rows, cols) += dy^T x, db (rows) += the sum of the rows of dy. Each element is a sum over the
+   M tokens in their order. dw or db may be NULL. */
 static moe__gemm moe__linear_weight_gradient(float *dw, float *db, const float *dy, const float *x,
                                              int32_t rows, int32_t cols, int32_t M) {
   moe__gemm g;
@@ -6611,119 +6659,73 @@ static moe__gemm moe__linear_weight_gradient(float *dw, float *db, const float *
   return g;
 }
 
-static void moe__old_linear_forward(float *y, const float *x, const moe_mat *w, const float *b,
-                                    int32_t M, const moe_env *env) {
-  moe__gemm g = moe__linear_product(y, x, w, b, M);
-  moe__gemm_run(&g, 1, env);
-}
-
-static void moe__old_linear_gelu_forward(float *y, float *pre, const float *x, const moe_mat *w,
-                                         const float *b, int32_t M, const moe_env *env) {
-  moe__gemm g = moe__linear_product(pre ? pre : y, x, w, b, M);
-  g.gelu = y;
-  moe__gemm_run(&g, 1, env);
-}
-
-/* back: the weight packed by moe__pack_bf16_back; NULL or without data: there is none, and the
-   product packs what it needs. */
-static void moe__linear_use_back(moe__gemm *g, const moe_mat *back) {
-  if (!back || !back->data) return;
-  g->b = (const float *)back->data;
-  g->b_layout = MOE__B_PAIRS;
-}
-
-static void moe__linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
-                                 const moe_mat *w, const moe_mat *back, int32_t M,
-                                 const moe_env *env) {
+static void moe__cpu_linear_backward(const moe_linear_op *op, const moe_env *env) {
+  const moe_mat *w = &op->w;
   moe__gemm list[2];
   int32_t count = 0;
-  MOE_ASSERT(w->type == MOE_TYPE_F32 && w->layout == MOE_LAYOUT_ROWS);
-  if (dx) {
-    list[count] = moe__linear_input_gradient(dx, dy, (const float *)w->data, w->rows, w->cols, M);
-    moe__linear_use_back(&list[count++], back);
+  if (op->dx) {
+    list[count] = moe__linear_input_gradient(op->dx, op->dy, (const float *)w->data, &op->w_back,
+                                             w->rows, w->cols, op->M);
+    list[count++].accumulate = !op->overwrite;
   }
-  if (dw || db) list[count++] = moe__linear_weight_gradient(dw, db, dy, x, w->rows, w->cols, M);
+  if (op->dw || op->db)
+    list[count++] =
+        moe__linear_weight_gradient(op->dw, op->db, op->dy, op->x, w->rows, w->cols, op->M);
   moe__gemm_run(list, count, env);
-}
-
-static void moe__old_linear_backward(float *dx, float *dw, float *db, const float *dy,
-                                     const float *x, const moe_mat *w, int32_t M,
-                                     const moe_env *env) {
-  moe__linear_backward(dx, dw, db, dy, x, w, NULL, M, env);
-}
-
-MOE_API void moe_linear_op_init(moe_linear_op *op) { memset(op, 0, sizeof *op); }
-
-/* What both directions can check for free. */
-static moe_status moe__linear_check(const moe_linear_op *op, const moe_env *env) {
-  if (op->M < 0 || op->w.rows < 0 || op->w.cols < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "linear: sizes below 0: M %d, weights (%d, %d)",
-                     (int)op->M, (int)op->w.rows, (int)op->w.cols);
-  return MOE_OK;
-}
-
-MOE_API moe_status moe_linear_forward(const moe_linear_op *op, const moe_env *env) {
-  moe_status status = moe__linear_check(op, env);
-  if (status) return status;
-  if (!op->y && !op->act && op->M > 0 && op->w.rows > 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "linear: y and act are both NULL");
-  if (op->act)
-    moe__old_linear_gelu_forward(op->act, op->y, op->x, &op->w, op->b, op->M, env);
-  else
-    moe__old_linear_forward(op->y, op->x, &op->w, op->b, op->M, env);
-  return MOE_OK;
 }
 
 MOE_API moe_status moe_linear_backward(const moe_linear_op *op, const moe_env *env) {
   moe_status status = moe__linear_check(op, env);
   if (status) return status;
   if (op->dx && (op->w.type != MOE_TYPE_F32 || op->w.layout != MOE_LAYOUT_ROWS))
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "linear: the gradient of x needs float weights in rows layout");
-  if (op->dx && op->overwrite)
-    memset(op->dx, 0, (size_t)op->M * (size_t)op->w.cols * sizeof *op->dx);
-  moe__linear_backward(op->dx, op->dw, op->db, op->dy, op->x, &op->w, &op->w_back, op->M, env);
+    return moe__fail(env, MOE_E_ARGUMENT, "linear: dx needs float weights in rows layout");
+  moe__cpu_linear_backward(op, env);
   return MOE_OK;
 }
 
+#endif
+
+/* GELU of arrays, cut into tiles. dy NULL: forward, else y is dx. */
 enum { MOE__GELU_TILE = 16384 }; /* elements */
 
-typedef struct moe__gelu_work {
+typedef struct moe__gelu_job {
+  const moe__gemm_kernels *kernels;
   float *y;
   const float *dy, *x;
   size_t n;
-  const moe__gemm_kernels *kernels;
-} moe__gelu_work;
+} moe__gelu_job;
 
 static void moe__gelu_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__gelu_work *work = (const moe__gelu_work *)arg;
-  size_t at = (size_t)tile * MOE__GELU_TILE, count = work->n - at;
+  const moe__gelu_job *job = (const moe__gelu_job *)arg;
+  size_t at = (size_t)tile * MOE__GELU_TILE, count = job->n - at;
   (void)slot;
   if (count > MOE__GELU_TILE) count = MOE__GELU_TILE;
-  if (work->dy)
-    work->kernels->gelu_backward(work->y + at, work->dy + at, work->x + at, count);
+  if (job->dy)
+    job->kernels->gelu_backward(job->y + at, job->dy + at, job->x + at, count);
   else
-    work->kernels->gelu(work->y + at, work->x + at, count, 1, count);
+    job->kernels->gelu(job->y + at, job->x + at, count, 1, count);
 }
 
 static void moe__gelu_run(float *y, const float *dy, const float *x, size_t n, const moe_env *env) {
-  moe__gelu_work work;
-  work.y = y;
-  work.dy = dy;
-  work.x = x;
-  work.n = n;
-  work.kernels = MOE__V_PICK(env->isa, gemms);
-  moe__parallel(env, (int32_t)((n + MOE__GELU_TILE - 1) / MOE__GELU_TILE), moe__gelu_tile, &work);
+  moe__gelu_job job;
+  job.kernels = MOE__V_PICK(env->isa, gemms);
+  job.y = y;
+  job.dy = dy;
+  job.x = x;
+  job.n = n;
+  moe__parallel(env, (int32_t)((n + MOE__GELU_TILE - 1) / MOE__GELU_TILE), moe__gelu_tile, &job);
 }
 
 MOE_API void moe_gelu_forward(float *y, const float *x, size_t n, const moe_env *env) {
   moe__gelu_run(y, NULL, x, n, env);
 }
 
+#ifndef MOE_NO_TRAIN
 MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_t n,
                                const moe_env *env) {
   moe__gelu_run(dx, dy, x, n, env);
 }
+#endif
 
 /* ---- kernels of LayerNorm and dropout ---- >>ops_simd
    Rows are independent of each other, and a row's sums have 16 lanes and a fixed tree (>>simd).
@@ -7002,7 +7004,7 @@ MOE__V_STAMP(MOE__NORM_BACK)
 
 /* ---- LayerNorm, dropout, embeddings, losses ---- >>ops */
 
-/* Rows of a tile: about 8192 numbers, in fours. */
+/* Rows of a tile: about 8192 elements, in fours. */
 static size_t moe__tile_rows(int32_t H) {
   size_t rows = H > 0 ? 8192 / (size_t)H / 4 * 4 : 4;
   return rows < 4 ? 4 : rows;
@@ -7012,7 +7014,7 @@ static int32_t moe__tiles_of(size_t count, size_t tile) {
   return (int32_t)((count + tile - 1) / tile);
 }
 
-/* The sequence that holds a row (empty sequences hold none). */
+/* The sequence that holds a row (an empty sequence holds none). */
 static int32_t moe__sequence_at(const int32_t *seq_start, int32_t S, size_t row) {
   int32_t low = 0, high = S - 1;
   while (low < high) {
@@ -7025,236 +7027,252 @@ static int32_t moe__sequence_at(const int32_t *seq_start, int32_t S, size_t row)
   return low;
 }
 
-/* Residual, dropout and LayerNorm, forward and backward; what an op does not have is NULL. */
-typedef struct moe__layernorm_job {
+/* M rows in S packed sequences. */
+static moe_status moe__sequences_check(const char *op, const int32_t *seq_start, int32_t S,
+                                       int32_t M, const moe_env *env) {
+  int32_t end = S > 0 ? seq_start[S] : 0;
+  if (S < 0 || M < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "%s: S is %d and M is %d, and neither may be below 0", op,
+                     (int)S, (int)M);
+  if (M != end)
+    return moe__fail(env, MOE_E_ARGUMENT, "%s: M is %d, but the last sequence ends at row %d", op,
+                     (int)M, (int)end);
+  return MOE_OK;
+}
+
+static moe_status moe__dropout_check(const char *op, float dropout, const moe_env *env) {
+  if (dropout >= 0 && dropout < 1) return MOE_OK;
+  return moe__fail(env, MOE_E_ARGUMENT, "%s: dropout is %g, expected 0 to below 1", op,
+                   (double)dropout);
+}
+
+/* Dropout of rows of packed sequences. Each sequence has a key; column c of its row r is at
+   position r H + c of that key. */
+typedef struct moe__row_drop {
   const moe__ops_kernels *kernels;
-  float *y, *sum, *mean, *rstd;          /* forward: outputs */
-  const float *x, *delta, *gamma, *beta; /* x is the sum in backward */
-  float *dx, *ddelta, *dgamma, *dbeta;   /* backward: outputs */
-  const float *dy, *kept_mean, *kept_rstd;
-  float eps;
-  int more; /* dx accumulates */
   moe__drop drop;
   const uint64_t *keys;
   const int32_t *seq_start;
   int32_t S;
-  size_t first, end, H; /* rows [first, end) */
-} moe__layernorm_job;
+  size_t H;
+} moe__row_drop;
 
-/* dropout of one row whose key is that of its sequence; *s is the sequence of an earlier row or
-   this one */
-static void moe__drop_sequence_row(const moe__layernorm_job *job, float *y, const float *x,
-                                   const float *delta, size_t row, int32_t *s) {
-  size_t at;
-  if (!job->drop.threshold) {
+static moe__row_drop moe__row_drop_make(float dropout, const uint64_t *keys,
+                                        const int32_t *seq_start, int32_t S, int32_t H,
+                                        const moe_env *env) {
+  moe__row_drop d;
+  d.kernels = MOE__V_PICK(env->isa, ops);
+  d.drop = moe__drop_of(dropout, keys != NULL);
+  d.keys = keys;
+  d.seq_start = seq_start;
+  d.S = S;
+  d.H = (size_t)H;
+  return d;
+}
+
+/* Where a tile that begins at this row starts to look for its sequences. */
+static int32_t moe__row_drop_sequence(const moe__row_drop *d, size_t row) {
+  return d->drop.threshold ? moe__sequence_at(d->seq_start, d->S, row) : 0;
+}
+
+/* y = x + dropout(delta) of one row, or dropout(delta) if x is NULL. *s: the sequence of this row
+   or of an earlier one; it becomes that of this row. */
+static void moe__row_drop_run(const moe__row_drop *d, float *y, const float *x, const float *delta,
+                              size_t row, int32_t *s) {
+  uint32_t at;
+  if (!d->drop.threshold) {
     if (x)
-      job->kernels->add(y, x, delta, job->H);
+      d->kernels->add(y, x, delta, d->H);
     else if (y != delta)
-      memcpy(y, delta, job->H * sizeof *y);
+      memcpy(y, delta, d->H * sizeof *y);
     return;
   }
-  while ((size_t)job->seq_start[*s + 1] <= row) ++*s;
-  at = (row - (size_t)job->seq_start[*s]) * job->H;
+  while ((size_t)d->seq_start[*s + 1] <= row) ++*s;
+  at = (uint32_t)((row - (size_t)d->seq_start[*s]) * d->H);
   if (x)
-    job->kernels->residual(y, x, delta, job->H, job->drop, job->keys[*s], (uint32_t)at);
+    d->kernels->residual(y, x, delta, d->H, d->drop, d->keys[*s], at);
   else
-    job->kernels->drop(y, delta, job->H, job->drop, job->keys[*s], (uint32_t)at);
+    d->kernels->drop(y, delta, d->H, d->drop, d->keys[*s], at);
 }
 
-static void moe__norm_tile(void *arg, int32_t tile, int32_t slot) {
+typedef struct moe__layernorm_job {
+  const moe_layernorm_op *op;
+  moe__row_drop drop;
+  size_t first, end; /* the rows of this call */
+} moe__layernorm_job;
+
+static moe__layernorm_job moe__layernorm_job_make(const moe_layernorm_op *op, const moe_env *env) {
+  moe__layernorm_job job;
+  job.op = op;
+  job.drop = moe__row_drop_make(op->dropout, op->keys, op->seq_start, op->S, op->H, env);
+  job.first = 0;
+  job.end = (size_t)op->M;
+  return job;
+}
+
+/* A tile of rows, four at a time. The sum stays in y where nothing keeps it. */
+static void moe__layernorm_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__layernorm_job *job = (const moe__layernorm_job *)arg;
-  size_t H = job->H, size = moe__tile_rows((int32_t)H), row = job->first + (size_t)tile * size,
-         end = row + size, r, k;
-  int32_t s = job->drop.threshold ? moe__sequence_at(job->seq_start, job->S, row) : 0;
+  const moe_layernorm_op *op = job->op;
+  size_t H = (size_t)op->H, size = moe__tile_rows(op->H), row = (size_t)tile * size,
+         end = row + size, rows, i;
+  int32_t s = moe__row_drop_sequence(&job->drop, row);
   (void)slot;
   if (end > job->end) end = job->end;
-  for (r = row; r < end; r += 4) {
-    size_t rows = end - r < 4 ? end - r : 4;
+  for (; row < end; row += rows) {
+    const float *x = op->x + row * H;
     float mean[4], rstd[4];
-    const float *x = job->x + r * H;
-    if (job->delta) {
-      float *sum = (job->sum ? job->sum : job->y) + r * H;
-      for (k = 0; k < rows; ++k)
-        moe__drop_sequence_row(job, sum + k * H, x + k * H, job->delta + (r + k) * H, r + k, &s);
+    rows = end - row < 4 ? end - row : 4;
+    if (op->delta) {
+      float *sum = (op->sum ? op->sum : op->y) + row * H;
+      for (i = 0; i < rows; ++i)
+        moe__row_drop_run(&job->drop, sum + i * H, x + i * H, op->delta + (row + i) * H, row + i,
+                          &s);
       x = sum;
-    } else if (job->sum && job->sum != job->x)
-      memcpy(job->sum + r * H, x, rows * H * sizeof *x);
-    job->kernels->norm(job->y + r * H, mean, rstd, x, job->gamma, job->beta, job->eps, rows, H);
-    for (k = 0; job->mean && k < rows; ++k) job->mean[r + k] = mean[k], job->rstd[r + k] = rstd[k];
+    } else if (op->sum && op->sum != op->x)
+      memcpy(op->sum + row * H, x, rows * H * sizeof *x);
+    job->drop.kernels->norm(op->y + row * H, mean, rstd, x, op->gamma, op->beta, op->eps, rows, H);
+    for (i = 0; op->mean && i < rows; ++i) {
+      op->mean[row + i] = mean[i];
+      op->rstd[row + i] = rstd[i];
+    }
   }
 }
 
-static void moe__norm_forward_job(moe__layernorm_job *job, int32_t M, int32_t H,
-                                  const moe_env *env) {
-  if (M < 1 || H < 1) return;
-  job->kernels = MOE__V_PICK(env->isa, ops);
-  job->H = (size_t)H;
-  job->end = (size_t)M;
-  moe__parallel(env, moe__tiles_of((size_t)M, moe__tile_rows(H)), moe__norm_tile, job);
+MOE_API void moe_layernorm_op_init(moe_layernorm_op *op) {
+  memset(op, 0, sizeof *op);
+  op->eps = 1e-12f;
 }
 
-static void moe__old_layernorm_forward(float *y, float *mean, float *rstd, const float *x,
-                                       const float *gamma, const float *beta, float eps, int32_t M,
-                                       int32_t H, const moe_env *env) {
-  moe__layernorm_job job;
-  memset(&job, 0, sizeof job);
-  job.y = y;
-  job.mean = mean;
-  job.rstd = rstd;
-  job.x = x;
-  job.gamma = gamma;
-  job.beta = beta;
-  job.eps = eps;
-  moe__norm_forward_job(&job, M, H, env);
+static moe_status moe__layernorm_check(const moe_layernorm_op *op, const moe_env *env) {
+  moe_status status = moe__dropout_check("layernorm", op->dropout, env);
+  if (status) return status;
+  if (op->M < 0 || op->H < 0)
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "layernorm: M is %d and H is %d, and neither may be below 0", (int)op->M,
+                     (int)op->H);
+  if (!(op->eps > 0))
+    return moe__fail(env, MOE_E_ARGUMENT, "layernorm: eps is %g, expected more than 0",
+                     (double)op->eps);
+  if (!op->mean != !op->rstd)
+    return moe__fail(env, MOE_E_ARGUMENT, "layernorm: mean and rstd go together, one is NULL");
+  if (op->keys && op->dropout > 0)
+    return moe__sequences_check("layernorm", op->seq_start, op->S, op->M, env);
+  return MOE_OK;
 }
 
-/* sum = x + dropout(delta), y = LayerNorm(sum) [TaG] 2: a residual connection, then layer
-   normalization. All (M, H). sum may be NULL (inference), x or delta; y may be x or delta. keys
-   (S): the key of each sequence, positions are (index in the sequence) H + column; NULL or p = 0:
-   no dropout. */
-static void moe__residual_norm_forward(float *y, float *sum, float *mean, float *rstd,
-                                       const float *x, const float *delta, const float *gamma,
-                                       const float *beta, float eps, int32_t M, int32_t H, float p,
-                                       const uint64_t *keys, const int32_t *seq_start, int32_t S,
-                                       const moe_env *env) {
-  moe__layernorm_job job;
-  memset(&job, 0, sizeof job);
-  job.y = y;
-  job.sum = sum;
-  job.mean = mean;
-  job.rstd = rstd;
-  job.x = x;
-  job.delta = delta;
-  job.gamma = gamma;
-  job.beta = beta;
-  job.eps = eps;
-  job.drop = moe__drop_of(p, keys != NULL);
-  job.keys = keys;
-  job.seq_start = seq_start;
-  job.S = S;
-  moe__norm_forward_job(&job, M, H, env);
+static void moe__cpu_layernorm_forward(const moe_layernorm_op *op, const moe_env *env) {
+  moe__layernorm_job job = moe__layernorm_job_make(op, env);
+  if (op->H > 0)
+    moe__parallel(env, moe__tiles_of(job.end, moe__tile_rows(op->H)), moe__layernorm_tile, &job);
 }
 
-static void moe__norm_back_tile(void *arg, int32_t tile, int32_t slot) {
+MOE_API moe_status moe_layernorm_forward(const moe_layernorm_op *op, const moe_env *env) {
+  moe_status status = moe__layernorm_check(op, env);
+  if (!status) moe__cpu_layernorm_forward(op, env);
+  return status;
+}
+
+#ifndef MOE_NO_TRAIN
+/* dx and ddelta of a tile of rows. dx holds dsum if it is overwritten; else ddelta does, until it
+   is dropped out. */
+static void moe__layernorm_back_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__layernorm_job *job = (const moe__layernorm_job *)arg;
-  size_t H = job->H, size = moe__tile_rows((int32_t)H), row = job->first + (size_t)tile * size,
-         end = row + size, r;
-  int32_t s = job->drop.threshold ? moe__sequence_at(job->seq_start, job->S, row) : 0;
+  const moe_layernorm_op *op = job->op;
+  const float *sum = op->sum ? op->sum : op->x;
+  size_t H = (size_t)op->H, size = moe__tile_rows(op->H), row = job->first + (size_t)tile * size,
+         end = row + size;
+  int apart = op->ddelta && !(op->dx && op->overwrite);
+  int32_t s = moe__row_drop_sequence(&job->drop, row);
   (void)slot;
   if (end > job->end) end = job->end;
-  for (r = row; r < end; ++r) {
-    int apart = job->ddelta && (job->more || !job->dx); /* dx does not hold dsum then */
-    float *dx = job->dx ? job->dx + r * H : NULL,
-          *ddelta = job->ddelta ? job->ddelta + r * H : NULL, *dsum = apart ? ddelta : dx;
-    job->kernels->norm_back(dsum, job->dy + r * H, job->x + r * H, job->kept_mean[r],
-                            job->kept_rstd[r], job->gamma, job->more && !apart, H);
-    if (apart && dx) job->kernels->add(dx, dx, dsum, H);
-    if (ddelta) moe__drop_sequence_row(job, ddelta, NULL, dsum, r, &s);
+  for (; row < end; ++row) {
+    float *dx = op->dx ? op->dx + row * H : NULL,
+          *ddelta = op->ddelta ? op->ddelta + row * H : NULL, *dsum = apart ? ddelta : dx;
+    job->drop.kernels->norm_back(dsum, op->dy + row * H, sum + row * H, op->mean[row],
+                                 op->rstd[row], op->gamma, !apart && !op->overwrite, H);
+    if (apart && dx) job->drop.kernels->add(dx, dx, dsum, H);
+    if (ddelta) moe__row_drop_run(&job->drop, ddelta, NULL, dsum, row, &s);
   }
 }
 
-static void moe__norm_columns_tile(void *arg, int32_t tile, int32_t slot) {
+/* dgamma and dbeta: 32 columns of all rows of the call. */
+static void moe__layernorm_columns_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__layernorm_job *job = (const moe__layernorm_job *)arg;
-  size_t c = (size_t)tile * 32, n = job->H - c < 32 ? job->H - c : 32, at = job->first * job->H + c;
+  const moe_layernorm_op *op = job->op;
+  size_t H = (size_t)op->H, c = (size_t)tile * 32, n = H - c < 32 ? H - c : 32,
+         at = job->first * H + c;
   float unwanted[32] = {0};
   (void)slot;
-  job->kernels->norm_columns(job->dgamma ? job->dgamma + c : unwanted,
-                             job->dbeta ? job->dbeta + c : unwanted, job->dy + at, job->x + at,
-                             job->kept_mean + job->first, job->kept_rstd + job->first,
-                             job->end - job->first, job->H, n);
+  job->drop.kernels->norm_columns(op->dgamma ? op->dgamma + c : unwanted,
+                                  op->dbeta ? op->dbeta + c : unwanted, op->dy + at,
+                                  (op->sum ? op->sum : op->x) + at, op->mean + job->first,
+                                  op->rstd + job->first, job->end - job->first, H, n);
 }
 
-/* In pieces of rows that stay in the second-level cache between the two passes, columns first since
-   dx may be dy. */
-static void moe__norm_backward_job(moe__layernorm_job *job, int32_t M, int32_t H,
-                                   const moe_env *env) {
-  size_t tile = moe__tile_rows(H), piece = 8 * tile;
-  if (M < 1 || H < 1) return;
-  job->kernels = MOE__V_PICK(env->isa, ops);
-  job->H = (size_t)H;
-  for (job->first = 0; job->first < (size_t)M; job->first += piece) {
-    job->end = job->first + piece < (size_t)M ? job->first + piece : (size_t)M;
-    if (job->dgamma || job->dbeta)
-      moe__parallel(env, moe__tiles_of(job->H, 32), moe__norm_columns_tile, job);
-    if (job->dx || job->ddelta)
-      moe__parallel(env, moe__tiles_of(job->end - job->first, tile), moe__norm_back_tile, job);
+/* Eight tiles of rows at a time: they stay in the second-level cache between the two passes. The
+   columns come first, since dx may be dy. */
+static void moe__cpu_layernorm_backward(const moe_layernorm_op *op, const moe_env *env) {
+  moe__layernorm_job job = moe__layernorm_job_make(op, env);
+  size_t tile = moe__tile_rows(op->H), M = (size_t)op->M;
+  if (op->H < 1) return;
+  for (; job.first < M; job.first = job.end) {
+    job.end = job.first + 8 * tile < M ? job.first + 8 * tile : M;
+    if (op->dgamma || op->dbeta)
+      moe__parallel(env, moe__tiles_of((size_t)op->H, 32), moe__layernorm_columns_tile, &job);
+    if (op->dx || op->ddelta)
+      moe__parallel(env, moe__tiles_of(job.end - job.first, tile), moe__layernorm_back_tile, &job);
   }
 }
 
-static void moe__old_layernorm_backward(float *dx, float *dgamma, float *dbeta, const float *dy,
-                                        const float *x, const float *mean, const float *rstd,
-                                        const float *gamma, int32_t M, int32_t H,
-                                        const moe_env *env) {
-  moe__layernorm_job job;
-  memset(&job, 0, sizeof job);
-  job.dx = dx;
-  job.dgamma = dgamma;
-  job.dbeta = dbeta;
-  job.dy = dy;
-  job.x = x;
-  job.kept_mean = mean;
-  job.kept_rstd = rstd;
-  job.gamma = gamma;
-  job.more = 1;
-  moe__norm_backward_job(&job, M, H, env);
+MOE_API moe_status moe_layernorm_backward(const moe_layernorm_op *op, const moe_env *env) {
+  moe_status status = moe__layernorm_check(op, env);
+  if (status) return status;
+  if (!op->mean && op->M > 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "layernorm: backward needs mean and rstd of forward");
+  moe__cpu_layernorm_backward(op, env);
+  return MOE_OK;
 }
+#endif
 
-/* Backward of moe__residual_norm_forward. dx = gradient of the sum (overwritten: it is the whole
-   gradient of the residual branch so far), ddelta = dropout(dx) (overwritten, or NULL); dgamma,
-   dbeta accumulate, or NULL. dx may be dy; ddelta may be dx. */
-MOE__UNUSED static void
-moe__residual_norm_backward(float *dx, float *ddelta, float *dgamma, float *dbeta, const float *dy,
-                            const float *sum, const float *mean, const float *rstd,
-                            const float *gamma, int32_t M, int32_t H, float p, const uint64_t *keys,
-                            const int32_t *seq_start, int32_t S, const moe_env *env) {
-  moe__layernorm_job job;
-  memset(&job, 0, sizeof job);
-  job.dx = dx;
-  job.ddelta = ddelta;
-  job.dgamma = dgamma;
-  job.dbeta = dbeta;
-  job.dy = dy;
-  job.x = sum;
-  job.kept_mean = mean;
-  job.kept_rstd = rstd;
-  job.gamma = gamma;
-  job.drop = moe__drop_of(p, keys != NULL);
-  job.keys = keys;
-  job.seq_start = seq_start;
-  job.S = S;
-  moe__norm_backward_job(&job, M, H, env);
-}
+typedef struct moe__dropout_job {
+  const moe_dropout_op *op;
+  moe__row_drop drop;
+} moe__dropout_job;
 
-static void moe__drop_rows_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__layernorm_job *job = (const moe__layernorm_job *)arg;
-  size_t H = job->H, size = moe__tile_rows((int32_t)H), row = (size_t)tile * size, end = row + size,
-         r;
-  int32_t s = job->drop.threshold ? moe__sequence_at(job->seq_start, job->S, row) : 0;
+static void moe__dropout_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__dropout_job *job = (const moe__dropout_job *)arg;
+  const moe_dropout_op *op = job->op;
+  size_t H = (size_t)op->H, size = moe__tile_rows(op->H), row = (size_t)tile * size,
+         end = row + size;
+  int32_t s = moe__row_drop_sequence(&job->drop, row);
   (void)slot;
-  if (end > job->end) end = job->end;
-  for (r = row; r < end; ++r)
-    moe__drop_sequence_row(job, job->y + r * H, NULL, job->delta + r * H, r, &s);
+  if (end > (size_t)op->M) end = (size_t)op->M;
+  for (; row < end; ++row)
+    moe__row_drop_run(&job->drop, op->y + row * H, NULL, op->x + row * H, row, &s);
 }
 
-/* y = dropout(x) with a key for each sequence, positions as in moe__residual_norm_forward. (M, H);
-   y may be x. Its own backward. */
-static void moe__dropout_rows(float *y, const float *x, float p, const uint64_t *keys,
-                              const int32_t *seq_start, int32_t S, int32_t H, const moe_env *env) {
-  moe__layernorm_job job;
-  if (S < 1 || H < 1 || seq_start[S] < 1) return;
-  memset(&job, 0, sizeof job);
-  job.kernels = MOE__V_PICK(env->isa, ops);
-  job.y = y;
-  job.delta = x;
-  job.drop = moe__drop_of(p, keys != NULL);
-  job.keys = keys;
-  job.seq_start = seq_start;
-  job.S = S;
-  job.H = (size_t)H;
-  job.end = (size_t)seq_start[S];
-  moe__parallel(env, moe__tiles_of(job.end, moe__tile_rows(H)), moe__drop_rows_tile, &job);
+static void moe__cpu_dropout_forward(const moe_dropout_op *op, const moe_env *env) {
+  moe__dropout_job job;
+  if (op->H < 1) return;
+  job.op = op;
+  job.drop = moe__row_drop_make(op->dropout, op->keys, op->seq_start, op->S, op->H, env);
+  moe__parallel(env, moe__tiles_of((size_t)op->M, moe__tile_rows(op->H)), moe__dropout_tile, &job);
 }
 
+MOE_API void moe_dropout_op_init(moe_dropout_op *op) { memset(op, 0, sizeof *op); }
+
+MOE_API moe_status moe_dropout_forward(const moe_dropout_op *op, const moe_env *env) {
+  moe_status status = moe__dropout_check("dropout", op->dropout, env);
+  if (!status) status = moe__sequences_check("dropout", op->seq_start, op->S, op->M, env);
+  if (status) return status;
+  if (op->H < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "dropout: H is %d, it may not be below 0", (int)op->H);
+  moe__cpu_dropout_forward(op, env);
+  return MOE_OK;
+}
+
+/* moe_dropout: one key for the whole array. */
 typedef struct moe__drop_job {
   const moe__ops_kernels *kernels;
   float *y;
@@ -7290,196 +7308,89 @@ MOE_API void moe_dropout(float *y, const float *x, size_t n, float p, uint64_t k
 }
 
 typedef struct moe__embed_job {
+  const moe_embed_op *op;
   const moe__ops_kernels *kernels;
-  float *x, *dword, *dposition, *dsegment;
-  const float *word, *position, *segment, *dx;
-  const int32_t *ids, *seq_start;
-  const uint8_t *segments;
-  int32_t S;
-  size_t H;
 } moe__embed_job;
 
 static void moe__embed_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__embed_job *job = (const moe__embed_job *)arg;
-  size_t H = job->H, size = moe__tile_rows((int32_t)H), row = (size_t)tile * size, end = row + size,
-         r;
-  int32_t s = moe__sequence_at(job->seq_start, job->S, row);
+  const moe_embed_op *op = job->op;
+  size_t H = (size_t)op->H, size = moe__tile_rows(op->H), row = (size_t)tile * size,
+         end = row + size;
+  int32_t s = moe__sequence_at(op->seq_start, op->S, row);
   (void)slot;
-  if (end > (size_t)job->seq_start[job->S]) end = (size_t)job->seq_start[job->S];
-  for (r = row; r < end; ++r) {
-    float *x = job->x + r * H;
-    while ((size_t)job->seq_start[s + 1] <= r) ++s;
-    if (job->word && job->position)
-      job->kernels->add(x, job->word + (size_t)job->ids[r] * H,
-                        job->position + (r - (size_t)job->seq_start[s]) * H, H);
-    else if (job->word)
-      memcpy(x, job->word + (size_t)job->ids[r] * H, H * sizeof *x);
-    else if (job->position)
-      job->kernels->add(x, x, job->position + (r - (size_t)job->seq_start[s]) * H, H);
-    if (job->segment)
-      job->kernels->add(x, x, job->segment + (job->segments ? job->segments[r] : 0u) * H, H);
+  if (end > (size_t)op->M) end = (size_t)op->M;
+  for (; row < end; ++row) {
+    float *x = op->x + row * H;
+    const float *word = op->word ? op->word + (size_t)op->ids[row] * H : x;
+    while ((size_t)op->seq_start[s + 1] <= row) ++s;
+    if (op->position)
+      job->kernels->add(x, word, op->position + (row - (size_t)op->seq_start[s]) * H, H);
+    else if (word != x)
+      memcpy(x, word, H * sizeof *x);
+    if (op->segment)
+      job->kernels->add(x, x, op->segment + (op->segments ? op->segments[row] : 0u) * H, H);
   }
 }
 
-static void moe__old_embed_forward(float *x, const int32_t *ids, const uint8_t *segments,
-                                   const int32_t *seq_start, int32_t S, const float *word,
-                                   const float *position, const float *segment, int32_t H,
-                                   const moe_env *env) {
+static void moe__cpu_embed_forward(const moe_embed_op *op, const moe_env *env) {
   moe__embed_job job;
-  if (S < 1 || H < 1 || seq_start[S] < 1) return;
-  memset(&job, 0, sizeof job);
+  if (op->H < 1) return;
+  job.op = op;
   job.kernels = MOE__V_PICK(env->isa, ops);
-  job.x = x;
-  job.ids = ids;
-  job.segments = segments;
-  job.seq_start = seq_start;
-  job.S = S;
-  job.word = word;
-  job.position = position;
-  job.segment = segment;
-  job.H = (size_t)H;
-  moe__parallel(env, moe__tiles_of((size_t)seq_start[S], moe__tile_rows(H)), moe__embed_tile, &job);
-}
-
-/* 64 columns of all tokens: one writer for each number, however often a row is used. */
-static void moe__embed_back_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__embed_job *job = (const moe__embed_job *)arg;
-  size_t H = job->H, c = (size_t)tile * 64, n = H - c < 64 ? H - c : 64, r;
-  int32_t s;
-  (void)slot;
-  for (s = 0; s < job->S; ++s)
-    for (r = (size_t)job->seq_start[s]; r < (size_t)job->seq_start[s + 1]; ++r) {
-      const float *dx = job->dx + r * H + c;
-      float *word = job->dword ? job->dword + (size_t)job->ids[r] * H + c : NULL;
-      float *position =
-          job->dposition ? job->dposition + (r - (size_t)job->seq_start[s]) * H + c : NULL;
-      float *segment =
-          job->dsegment ? job->dsegment + (job->segments ? job->segments[r] : 0u) * H + c : NULL;
-      if (word) job->kernels->add(word, word, dx, n);
-      if (position) job->kernels->add(position, position, dx, n);
-      if (segment) job->kernels->add(segment, segment, dx, n);
-    }
-}
-
-static void moe__old_embed_backward(float *dword, float *dposition, float *dsegment,
-                                    const float *dx, const int32_t *ids, const uint8_t *segments,
-                                    const int32_t *seq_start, int32_t S, int32_t H,
-                                    const moe_env *env) {
-  moe__embed_job job;
-  if (S < 1 || H < 1) return;
-  memset(&job, 0, sizeof job);
-  job.kernels = MOE__V_PICK(env->isa, ops);
-  job.dword = dword;
-  job.dposition = dposition;
-  job.dsegment = dsegment;
-  job.dx = dx;
-  job.ids = ids;
-  job.segments = segments;
-  job.seq_start = seq_start;
-  job.S = S;
-  job.H = (size_t)H;
-  moe__parallel(env, moe__tiles_of(job.H, 64), moe__embed_back_tile, &job);
-}
-
-/* Where rows belong to sequences: S of them, which end at row M. */
-static moe_status moe__sequences_check(const char *op, const int32_t *seq_start, int32_t S,
-                                       int32_t M, const moe_env *env) {
-  int32_t end = S > 0 ? seq_start[S] : 0;
-  if (S < 0 || M < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "%s: sizes below 0: S %d, M %d", op, (int)S, (int)M);
-  if (M != end)
-    return moe__fail(env, MOE_E_ARGUMENT, "%s: M is %d, but the last sequence ends at %d", op,
-                     (int)M, (int)end);
-  return MOE_OK;
-}
-
-static moe_status moe__dropout_check(const char *op, float dropout, const moe_env *env) {
-  if (dropout >= 0 && dropout < 1) return MOE_OK;
-  return moe__fail(env, MOE_E_ARGUMENT, "%s: dropout is %g, it must be from 0 to below 1", op,
-                   (double)dropout);
-}
-
-MOE_API void moe_layernorm_op_init(moe_layernorm_op *op) {
-  memset(op, 0, sizeof *op);
-  op->eps = 1e-12f;
-}
-
-static moe_status moe__layernorm_check(const moe_layernorm_op *op, const moe_env *env) {
-  moe_status status = moe__dropout_check("layernorm", op->dropout, env);
-  if (status) return status;
-  if (op->M < 0 || op->H < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "layernorm: sizes below 0: M %d, H %d", (int)op->M,
-                     (int)op->H);
-  if (!(op->eps > 0))
-    return moe__fail(env, MOE_E_ARGUMENT, "layernorm: eps is %g, it must be above 0",
-                     (double)op->eps);
-  if (op->keys && op->dropout > 0)
-    return moe__sequences_check("layernorm", op->seq_start, op->S, op->M, env);
-  return MOE_OK;
-}
-
-MOE_API moe_status moe_layernorm_forward(const moe_layernorm_op *op, const moe_env *env) {
-  moe_status status = moe__layernorm_check(op, env);
-  if (status) return status;
-  moe__residual_norm_forward(op->y, op->sum, op->mean, op->rstd, op->x, op->delta, op->gamma,
-                             op->beta, op->eps, op->M, op->H, op->dropout, op->keys, op->seq_start,
-                             op->S, env);
-  return MOE_OK;
-}
-
-MOE_API moe_status moe_layernorm_backward(const moe_layernorm_op *op, const moe_env *env) {
-  const float *x = op->sum ? op->sum : op->x;
-  moe__layernorm_job job;
-  moe_status status = moe__layernorm_check(op, env);
-  if (status) return status;
-  memset(&job, 0, sizeof job);
-  job.dx = op->dx;
-  job.ddelta = op->ddelta;
-  job.dgamma = op->dgamma;
-  job.dbeta = op->dbeta;
-  job.dy = op->dy;
-  job.x = x;
-  job.kept_mean = op->mean;
-  job.kept_rstd = op->rstd;
-  job.gamma = op->gamma;
-  job.more = !op->overwrite;
-  job.drop = moe__drop_of(op->dropout, op->keys != NULL);
-  job.keys = op->keys;
-  job.seq_start = op->seq_start;
-  job.S = op->S;
-  moe__norm_backward_job(&job, op->M, op->H, env);
-  return MOE_OK;
-}
-
-MOE_API void moe_dropout_op_init(moe_dropout_op *op) { memset(op, 0, sizeof *op); }
-
-MOE_API moe_status moe_dropout_forward(const moe_dropout_op *op, const moe_env *env) {
-  moe_status status = moe__dropout_check("dropout", op->dropout, env);
-  if (!status) status = moe__sequences_check("dropout", op->seq_start, op->S, op->M, env);
-  if (status) return status;
-  moe__dropout_rows(op->y, op->x, op->dropout, op->keys, op->seq_start, op->S, op->H, env);
-  return MOE_OK;
+  moe__parallel(env, moe__tiles_of((size_t)op->M, moe__tile_rows(op->H)), moe__embed_tile, &job);
 }
 
 MOE_API void moe_embed_op_init(moe_embed_op *op) { memset(op, 0, sizeof *op); }
 
+static moe_status moe__embed_check(const moe_embed_op *op, const moe_env *env) {
+  if (op->H < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "embed: H is %d, it may not be below 0", (int)op->H);
+  return moe__sequences_check("embed", op->seq_start, op->S, op->M, env);
+}
+
 MOE_API moe_status moe_embed_forward(const moe_embed_op *op, const moe_env *env) {
-  moe_status status = moe__sequences_check("embed", op->seq_start, op->S, op->M, env);
-  if (status) return status;
-  moe__old_embed_forward(op->x, op->ids, op->segments, op->seq_start, op->S, op->word, op->position,
-                         op->segment, op->H, env);
-  return MOE_OK;
+  moe_status status = moe__embed_check(op, env);
+  if (!status) moe__cpu_embed_forward(op, env);
+  return status;
+}
+
+#ifndef MOE_NO_TRAIN
+/* 64 columns of all tokens: each element of a table has one writer, however often its row is used.
+ */
+static void moe__embed_back_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__embed_job *job = (const moe__embed_job *)arg;
+  const moe_embed_op *op = job->op;
+  size_t H = (size_t)op->H, c = (size_t)tile * 64, n = H - c < 64 ? H - c : 64, r;
+  int32_t s;
+  (void)slot;
+  for (s = 0; s < op->S; ++s)
+    for (r = (size_t)op->seq_start[s]; r < (size_t)op->seq_start[s + 1]; ++r) {
+      const float *dx = op->dx + r * H + c;
+      size_t place = (r - (size_t)op->seq_start[s]) * H + c,
+             kind = (op->segments ? op->segments[r] : 0u) * H + c;
+      float *word = op->dword ? op->dword + (size_t)op->ids[r] * H + c : NULL;
+      if (word) job->kernels->add(word, word, dx, n);
+      if (op->dposition) job->kernels->add(op->dposition + place, op->dposition + place, dx, n);
+      if (op->dsegment) job->kernels->add(op->dsegment + kind, op->dsegment + kind, dx, n);
+    }
+}
+
+static void moe__cpu_embed_backward(const moe_embed_op *op, const moe_env *env) {
+  moe__embed_job job;
+  job.op = op;
+  job.kernels = MOE__V_PICK(env->isa, ops);
+  moe__parallel(env, moe__tiles_of((size_t)op->H, 64), moe__embed_back_tile, &job);
 }
 
 MOE_API moe_status moe_embed_backward(const moe_embed_op *op, const moe_env *env) {
-  moe_status status = moe__sequences_check("embed", op->seq_start, op->S, op->M, env);
-  if (status) return status;
-  moe__old_embed_backward(op->dword, op->dposition, op->dsegment, op->dx, op->ids, op->segments,
-                          op->seq_start, op->S, op->H, env);
-  return MOE_OK;
+  moe_status status = moe__embed_check(op, env);
+  if (!status) moe__cpu_embed_backward(op, env);
+  return status;
 }
+#endif
 
-/* A few numbers only: the scalar body serves every instruction set. */
+/* A few numbers: the plain C body serves every instruction set. */
 MOE_API float moe_cross_entropy_forward(float *prob, const float *logits, int32_t label,
                                         int32_t C) {
   float lane[16] = {0}, max = logits[0], sum, inverse, margin;
@@ -7655,55 +7566,79 @@ MOE__V_STAMP(MOE__SOFTMAX_BACKWARD)
 #undef MOE__SOFTMAX_BACKWARD
 
 /* ---- self-attention over packed sequences ---- >>attention
-   A tile of work is one sequence and some of its heads. For each head keys and values are packed
-   into scratch, then blocks of query rows go through
-     forward    s = q k^T, p = softmax(s / sqrt D), y = dropout(p) v
-     backward   p again from the maxima and sums that forward kept; dv += dropout(p)^T dy; dp =
-   dropout(dy v^T); ds = p (dp - dy.y) / sqrt D; dq += ds k; dk += ds^T q Every element of a product
-   is one chain of FMAs in ascending order (>>gemm), so blocks change no bit. */
+   A tile of work is some heads of one sequence (and, in forward, at most 512 of its queries). For
+   each head, keys and values are packed into scratch. Blocks of query rows then go through
 
-typedef struct moe__attention_job {
-  const moe__softmax_kernels *softmax;
-  const moe__gemm_kernels *gemms;
-  const moe__row_kernels *rows;
-  float *y, *stats, *dqkv, *scratch;
-  const float *qkv, *dy, *kept_y;
-  const int32_t *seq_start;
-  const uint64_t *keys;
-  size_t H, A, D, wide; /* wide: D rounded up to 16 */
-  size_t tokens;        /* rows of the batch */
-  size_t group, blocks; /* heads of a tile; tiles along the queries of a sequence */
-  size_t slot_floats, longest;
-  int more; /* backward: dqkv accumulates */
-  float scale;
-  moe__drop drop;
-} moe__attention_job;
+     forward   s = q k^T     p = softmax(s / sqrt D)     y = dropout(p) v
+     backward  s = q k^T     p from s and the stats that forward kept
+               dp = dropout(dy v^T)     ds = p (dp - dy . y) / sqrt D
+               dv += dropout(p)^T dy    dq += ds k    dk += ds^T q
+
+   An element of a product is one chain of FMAs in ascending order (>>gemm), so the size of a block
+   changes no bit. */
 
 enum {
   MOE__ATTENTION_QUERIES = 512, /* queries of a forward tile */
   MOE__ATTENTION_ROWS = 64      /* most queries of a block */
 };
 
+/* The rows that the next head reads and writes are far apart, one or two cache lines in each, and
+   no processor predicts them. While one head is computed, its products prefetch the lines of the
+   next one: a row at each step of k. */
+typedef struct moe__attention_prefetch {
+  const float *at[8]; /* row 0 of each array, at the columns of the next head */
+  size_t ld[8];
+  size_t arrays, lines;    /* lines: of a row of a head */
+  size_t from, to, end;    /* rows of the next head; rows of the batch */
+  size_t array, line, row; /* the next line to prefetch */
+} moe__attention_prefetch;
+
+typedef struct moe__attention_job {
+  const moe_attention_op *op;
+  const moe__softmax_kernels *softmax;
+  const moe__gemm_kernels *gemms;
+  const moe__row_kernels *rows;
+  size_t H, A, D, wide; /* wide: D rounded up to 16 */
+  size_t longest;       /* tokens of the longest sequence */
+  size_t group, blocks; /* heads of a tile; tiles along the queries of a sequence */
+  size_t slot_floats;   /* scratch of a thread */
+  int back;
+  float scale; /* 1 / sqrt D */
+  moe__drop drop;
+} moe__attention_job;
+
+/* One head of one sequence. q, dy, y, dq: its first row; keys and values are H and 2 H after q. */
+typedef struct moe__attention_head {
+  const moe__attention_job *job;
+  const float *q, *dy, *kept_y;
+  float *y, *stats, *dq;
+  float *scratch;
+  size_t length, from, to; /* queries [from, to) */
+  uint64_t key;
+  size_t first; /* position of the first probability */
+  moe__attention_prefetch prefetch;
+} moe__attention_head;
+
 static size_t moe__round16(size_t n) { return (n + 15) / 16 * 16; }
 
-/* Queries that go through the products together: their probabilities stay in the caches. Fewer
-   would let backward load and store its sums of dk and dv more often than it saves. */
+/* Queries of a block: as many as keep their probabilities in the caches. With fewer, backward would
+   load and store its sums of dk and dv more often. */
 static size_t moe__attention_block(size_t length) {
   size_t rows = 8192 / length / 8 * 8, most = MOE__ATTENTION_ROWS;
   return rows < 16 ? 16 : rows > most ? most : rows;
 }
 
-/* Row stride of a block: not a power of two, which would put all rows into the same places of the
-   cache. */
+/* Floats from one row of a block to the next. A power of two would map all rows to the same sets of
+   the cache. */
 static size_t moe__attention_stride(size_t length) { return moe__round16(length) + 16; }
 
 /* Floats of one block, for any length up to this one: 16 rows of the longest, or 8192 / length rows
-   of it with their padding. */
+   with their padding. */
 static size_t moe__attention_block_floats(size_t longest) {
   return 16 * moe__attention_stride(longest) + MOE__ATTENTION_ROWS * 160;
 }
 
-/* Floats of scratch of one thread; *bad is set where they are more than memory has. */
+/* Floats of scratch of one thread; *bad is set where the number overflows. */
 static size_t moe__attention_slot(size_t longest, size_t wide, int training, int *bad) {
   size_t head = moe__mul(moe__round16(longest), wide, bad),
          block = moe__attention_block_floats(longest);
@@ -7717,71 +7652,97 @@ MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int 
   size_t slot, floats;
   if (longest < 1 || H < 1 || A < 1) return 0;
   slot = moe__attention_slot((size_t)longest, moe__round16((size_t)(H / A)), training, &bad);
-  floats = moe__mul((size_t)moe__max(env->threads, 1), slot,
-                    &bad); /* without threads the caller itself works */
+  floats = moe__mul((size_t)moe__max(env->threads, 1), slot, &bad); /* one slot for the caller */
   return bad ? SIZE_MAX : floats;
 }
 
-/* x (rows, D), rows xi apart, as panels of 16 rows (the B of a product over D), missing rows zeros
- */
+/* x (rows, D), its rows ld apart, as panels of 16 rows: the B of a product over D. Rows that are
+   missing become zeros. */
 static void moe__attention_pack_rows(const moe__attention_job *job, float *panels, const float *x,
-                                     size_t xi, size_t rows) {
+                                     size_t ld, size_t rows) {
   size_t i;
   for (i = 0; i < rows; i += 16)
-    job->gemms->pack_cols(panels + i * job->D, x + i * xi, xi, rows - i < 16 ? rows - i : 16,
+    job->gemms->pack_cols(panels + i * job->D, x + i * ld, ld, rows - i < 16 ? rows - i : 16,
                           job->D);
 }
 
-/* the same as panels of 16 columns (the B of a product over rows), missing columns zeros */
+/* The same as panels of 16 columns: the B of a product over rows. */
 static void moe__attention_pack_columns(const moe__attention_job *job, float *panels,
-                                        const float *x, size_t xi, size_t rows) {
+                                        const float *x, size_t ld, size_t rows) {
   size_t d;
   for (d = 0; d < job->D; d += 16)
-    job->gemms->pack_rows(panels + d * rows, x + d, xi, job->D - d < 16 ? job->D - d : 16, rows);
+    job->gemms->pack_rows(panels + d * rows, x + d, ld, job->D - d < 16 ? job->D - d : 16, rows);
 }
 
-/* The rows that the next head reads and writes lie far apart, a line or two in each, and no
-   processor foresees them: while a head is computed, kernels ask for them, a row at each step of k.
-   */
-typedef struct moe__attention_ahead {
-  const float *at[8]; /* row 0 of each array, at the next head's columns */
-  size_t ld[8];
-  size_t arrays, lines;    /* lines: of a row of a head */
-  size_t from, to, end;    /* rows of the next head; rows of the batch */
-  size_t array, line, row; /* what to ask for next */
-} moe__attention_ahead;
-
-static void moe__attention_foresee(moe__attention_ahead *ahead, const float *at, size_t ld) {
-  ahead->at[ahead->arrays] = at;
-  ahead->ld[ahead->arrays++] = ld;
+static void moe__attention_prefetch_add(moe__attention_prefetch *next, const float *at, size_t ld) {
+  next->at[next->arrays] = at;
+  next->ld[next->arrays++] = ld;
 }
 
-/* Lets a call of k steps ask for as many rows. */
-static void moe__attention_ask(moe__attention_ahead *ahead, size_t k, moe__gemm_soon *soon) {
-  size_t row = ahead->row;
+/* Plans the lines of the head after head a of a sequence: the next columns, or head 0 of the
+   sequence behind. */
+static void moe__attention_prefetch_plan(moe__attention_head *head, size_t begin, size_t a) {
+  const moe__attention_job *job = head->job;
+  const moe_attention_op *op = job->op;
+  moe__attention_prefetch *next = &head->prefetch;
+  size_t H = job->H, i;
+  int same = a + 1 < job->A;
+  memset(next, 0, sizeof *next);
+  next->end = (size_t)op->M;
+  next->from = same ? begin : begin + head->length;
+  next->to = next->from + head->length;
+  if (next->to > next->end) next->to = next->end;
+  if (next->from >= next->to) return;
+  a = same ? (a + 1) * job->D : 0;
+  next->row = next->from;
+  next->lines = (job->D + 15) / 16;
+  for (i = 0; i < 3; ++i) moe__attention_prefetch_add(next, op->qkv + i * H + a, 3 * H);
+  if (job->back) moe__attention_prefetch_add(next, op->dy + a, H);
+  moe__attention_prefetch_add(next, op->y + a, H);
+  for (i = 0; i < 3 && job->back; ++i)
+    moe__attention_prefetch_add(next, op->dqkv + i * H + a, 3 * H);
+}
+
+/* Lets a kernel of k steps prefetch as many rows. */
+static void moe__attention_prefetch_take(moe__attention_prefetch *next, size_t k,
+                                         moe__gemm_soon *soon) {
+  size_t row = next->row;
   soon->line_step = 0;
-  if (ahead->array >= ahead->arrays || k > ahead->end) return;
-  if (row + k > ahead->end) row = ahead->end - k;
-  soon->line = ahead->at[ahead->array] + row * ahead->ld[ahead->array] + 16 * ahead->line;
-  soon->line_step = ahead->ld[ahead->array];
-  ahead->row += k;
-  if (ahead->row < ahead->to) return;
-  ahead->row = ahead->from;
-  if (++ahead->line < ahead->lines) return;
-  ahead->line = 0;
-  ++ahead->array;
+  if (next->array >= next->arrays || k > next->end) return;
+  if (row + k > next->end) row = next->end - k;
+  soon->line = next->at[next->array] + row * next->ld[next->array] + 16 * next->line;
+  soon->line_step = next->ld[next->array];
+  next->row += k;
+  if (next->row < next->to) return;
+  next->row = next->from;
+  if (++next->line < next->lines) return;
+  next->line = 0;
+  ++next->array;
 }
 
-/* c (m, n) = start + a b, start NULL being 0; b as panels of n columns; element (i, p) of a at a[i
-   ai + p ak]. As moe__gemm_tile does it, without what larger products need. */
-static void moe__attention_product(const moe__attention_job *job, float *c, size_t ci,
-                                   const float *start, size_t si, const float *a, size_t ai,
-                                   size_t ak, const float *b, size_t k, size_t m, size_t n,
-                                   moe__attention_ahead *ahead) {
-  const moe__gemm_kernels *kernels = job->gemms;
+/* A matrix whose element (i, p) is at[i row + p column]. */
+typedef struct moe__strided {
+  const float *at;
+  size_t row, column;
+} moe__strided;
+
+static moe__strided moe__strided_make(const float *at, size_t row, size_t column) {
+  moe__strided x;
+  x.at = at;
+  x.row = row;
+  x.column = column;
+  return x;
+}
+
+/* c (m, n) = start + a (m, k) b (k, n), with b in panels of 16 columns. start.at NULL counts as 0.
+   This is moe__gemm_tile without what larger products need. */
+static void moe__attention_product(moe__attention_head *head, float *c, size_t c_row,
+                                   moe__strided start, moe__strided a, const float *b, size_t k,
+                                   size_t m, size_t n) {
+  const moe__gemm_kernels *kernels = head->job->gemms;
   size_t blocks = (k + 383) / 384, depth, p, i, j, rows, columns;
   moe__gemm_soon soon = moe__gemm_no_hurry(b);
-  for (p = 0; p < k; p += depth, start = c, si = ci) {
+  for (p = 0; p < k; p += depth, start = moe__strided_make(c, c_row, 1)) {
     depth = (k - p + blocks - 1) / blocks;
     --blocks;
     for (j = 0; j < n; j += columns) {
@@ -7794,281 +7755,238 @@ static void moe__attention_product(const moe__attention_job *job, float *c, size
       view.at = b + j * k + 16 * p;
       columns = n - j < 16 * (size_t)width ? n - j : 16 * (size_t)width;
       for (i = 0; i < m; i += rows, --calls) {
-        const float *from = start ? start + i * si + j : moe__gemm_zeros, *at = a + i * ai + p * ak;
+        const float *from = start.at ? start.at + i * start.row + j : moe__gemm_zeros,
+                    *at = a.at + i * a.row + p * a.column;
+        size_t from_row = start.at ? start.row : 0;
         moe__gemm_fn fn;
         rows = (m - i + calls - 1) / calls; /* as even as can be */
         fn = kernels->fn[width][rows];
-        moe__attention_ask(ahead, depth, &soon);
+        moe__attention_prefetch_take(&head->prefetch, depth, &soon);
         if (columns == 16 * (size_t)width)
-          fn(c + i * ci + j, ci, from, start ? si : 0, at, ai, ak, view.at, view.panel, 16, depth,
-             &soon);
+          fn(c + i * c_row + j, c_row, from, from_row, at, a.row, a.column, view.at, view.panel, 16,
+             depth, &soon);
         else
-          moe__gemm_edge(fn, c + i * ci + j, ci, from, start ? si : 0, rows, columns, width, at, ai,
-                         ak, &view, depth, &soon);
+          moe__gemm_edge(fn, c + i * c_row + j, c_row, from, from_row, rows, columns, width, at,
+                         a.row, a.column, &view, depth, &soon);
       }
     }
   }
 }
 
-/* One head of one sequence. */
-typedef struct moe__attention_head {
-  const float *q, *dy, *y; /* first row; keys and values are H and 2 H further */
-  float *out, *stats, *dq;
-  float *scratch;
-  size_t length, from, to; /* queries [from, to) */
-  uint64_t key;
-  size_t first; /* position of the first probability */
-  moe__attention_ahead ahead;
-} moe__attention_head;
-
-static moe__softmax moe__attention_softmax(const moe__attention_job *job,
-                                           const moe__attention_head *head) {
+static moe__softmax moe__attention_softmax(const moe__attention_head *head) {
   moe__softmax b;
   memset(&b, 0, sizeof b);
   b.n = head->length;
   b.stride = moe__attention_stride(head->length);
-  b.scale = job->scale;
-  b.exponent = job->scale * MOE__LOG2E;
-  b.drop = job->drop;
+  b.scale = head->job->scale;
+  b.exponent = head->job->scale * MOE__LOG2E;
+  b.drop = head->job->drop;
   b.key = head->key;
   return b;
 }
 
-static void moe__attention_head_forward(const moe__attention_job *job, moe__attention_head *head) {
-  size_t H = job->H, D = job->D, xi = 3 * H, length = head->length, padded = moe__round16(length),
-         i;
-  size_t block = moe__attention_block(length);
+static void moe__attention_head_forward(moe__attention_head *head) {
+  const moe__attention_job *job = head->job;
+  size_t H = job->H, D = job->D, ld = 3 * H, length = head->length, padded = moe__round16(length),
+         block = moe__attention_block(length), i;
   float *k = head->scratch, *v = k + padded * job->wide, unwanted[2 * MOE__ATTENTION_ROWS];
-  moe__softmax b = moe__attention_softmax(job, head);
+  moe__strided zero = moe__strided_make(NULL, 0, 0);
+  moe__softmax b = moe__attention_softmax(head);
   b.s = v + padded * job->wide;
-  moe__attention_pack_rows(job, k, head->q + H, xi, length);
-  moe__attention_pack_columns(job, v, head->q + 2 * H, xi, length);
+  moe__attention_pack_rows(job, k, head->q + H, ld, length);
+  moe__attention_pack_columns(job, v, head->q + 2 * H, ld, length);
   for (i = head->from; i < head->to; i += block) {
-    const float *q = head->q + i * xi;
+    float *y = head->y + i * H;
     b.rows = head->to - i < block ? head->to - i : block;
     b.stats = head->stats ? head->stats + i * job->A * 2 : unwanted;
     b.stats_stride = head->stats ? job->A * 2 : 2;
     b.first = (uint32_t)(head->first + i * length);
-    moe__attention_product(job, b.s, b.stride, NULL, 0, q, xi, 1, k, D, b.rows, padded,
-                           &head->ahead);
+    moe__attention_product(head, b.s, b.stride, zero, moe__strided_make(head->q + i * ld, ld, 1), k,
+                           D, b.rows, padded);
     job->softmax->forward(&b);
-    moe__attention_product(job, head->out + i * H, H, NULL, 0, b.s, b.stride, 1, v, length, b.rows,
-                           D, &head->ahead);
-    job->softmax->finish(head->out + i * H, H, D, &b);
+    moe__attention_product(head, y, H, zero, moe__strided_make(b.s, b.stride, 1), v, length, b.rows,
+                           D);
+    job->softmax->finish(y, H, D, &b);
   }
 }
 
-static void moe__attention_head_backward(const moe__attention_job *job, moe__attention_head *head) {
-  size_t H = job->H, D = job->D, wide = job->wide, xi = 3 * H, length = head->length,
-         padded = moe__round16(length), i, r;
-  size_t block = moe__attention_block(length);
-  float *k = head->scratch, *k_rows = k + padded * wide, *v_rows = k_rows + padded * wide,
-        *q = v_rows + padded * wide;
-  float *dy = q + MOE__ATTENTION_ROWS * wide, *dk = dy + MOE__ATTENTION_ROWS * wide,
-        *dv = dk + padded * wide, delta[MOE__ATTENTION_ROWS];
-  moe__softmax b = moe__attention_softmax(job, head);
-  b.s = dv + padded * wide;
+#ifndef MOE_NO_TRAIN
+/* Scratch of one head in backward. k, q, dy: packed as columns; k_rows, v_rows: as rows; dk, dv
+   (length, wide): sums over the blocks so far. */
+typedef struct moe__attention_back {
+  float *k_rows, *v_rows, *k, *q, *dy, *dk, *dv;
+} moe__attention_back;
+
+/* Queries [i, i + b->rows). The sums dk and dv begin with what dqkv holds (or 0) in the first
+   block, and the last block writes them to dqkv. */
+static void moe__attention_block_backward(moe__attention_head *head, const moe__attention_back *t,
+                                          moe__softmax *b, size_t i) {
+  const moe__attention_job *job = head->job;
+  size_t H = job->H, D = job->D, ld = 3 * H, length = head->length, padded = moe__round16(length),
+         r;
+  int first = i == 0, last = i + b->rows >= length, more = !job->op->overwrite;
+  const float *q = head->q + i * ld, *dy = head->dy + i * H, *y = head->kept_y + i * H;
+  float *dq = head->dq + i * ld, *dk = head->dq + H, *dv = head->dq + 2 * H,
+        delta[MOE__ATTENTION_ROWS];
+  size_t to_row = last ? ld : job->wide;
+  moe__strided zero = moe__strided_make(NULL, 0, 0),
+               dk_from = moe__strided_make(first ? dk : t->dk, first ? ld : job->wide, 1),
+               dv_from = moe__strided_make(first ? dv : t->dv, first ? ld : job->wide, 1);
+  if (first && !more) dk_from = dv_from = zero;
+  b->delta = delta;
+  moe__attention_pack_columns(job, t->q, q, ld, b->rows);
+  moe__attention_pack_columns(job, t->dy, dy, H, b->rows);
+  moe__attention_product(head, b->s, b->stride, zero, moe__strided_make(q, ld, 1), t->k_rows, D,
+                         b->rows, padded);
+  moe__attention_product(head, b->ds, b->stride, zero, moe__strided_make(dy, H, 1), t->v_rows, D,
+                         b->rows, padded);
+  for (r = 0; r < b->rows; ++r) delta[r] = job->rows->dot(dy + r * H, y + r * H, D);
+  job->softmax->backward(b);
+  moe__attention_product(head, last ? dv : t->dv, to_row, dv_from,
+                         moe__strided_make(b->s, 1, b->stride), t->dy, b->rows, length, D);
+  moe__attention_product(head, dq, ld, more ? moe__strided_make(dq, ld, 1) : zero,
+                         moe__strided_make(b->ds, b->stride, 1), t->k, length, b->rows, D);
+  moe__attention_product(head, last ? dk : t->dk, to_row, dk_from,
+                         moe__strided_make(b->ds, 1, b->stride), t->q, b->rows, length, D);
+}
+
+static void moe__attention_head_backward(moe__attention_head *head) {
+  const moe__attention_job *job = head->job;
+  size_t H = job->H, wide = job->wide, ld = 3 * H, length = head->length,
+         floats = moe__round16(length) * wide, block = moe__attention_block(length), i;
+  moe__attention_back t;
+  moe__softmax b = moe__attention_softmax(head);
+  t.k = head->scratch;
+  t.k_rows = t.k + floats;
+  t.v_rows = t.k_rows + floats;
+  t.q = t.v_rows + floats;
+  t.dy = t.q + MOE__ATTENTION_ROWS * wide;
+  t.dk = t.dy + MOE__ATTENTION_ROWS * wide;
+  t.dv = t.dk + floats;
+  b.s = t.dv + floats;
   b.ds = b.s + moe__attention_block_floats(job->longest);
-  b.delta = delta;
   b.stats_stride = job->A * 2;
-  moe__attention_pack_rows(job, k_rows, head->q + H, xi, length);
-  moe__attention_pack_rows(job, v_rows, head->q + 2 * H, xi, length);
-  moe__attention_pack_columns(job, k, head->q + H, xi, length);
+  moe__attention_pack_rows(job, t.k_rows, head->q + H, ld, length);
+  moe__attention_pack_rows(job, t.v_rows, head->q + 2 * H, ld, length);
+  moe__attention_pack_columns(job, t.k, head->q + H, ld, length);
   for (i = 0; i < length; i += block) {
-    const float *q_block = head->q + i * xi, *dy_block = head->dy + i * H,
-                *y_block = head->y + i * H;
-    float *dq_block = head->dq + i * xi, *dk_to = dk,
-          *dv_to = dv; /* sums over the queries so far; they end in dqkv */
-    const float *dk_from = dk, *dv_from = dv;
-    size_t to_row = wide, from_row = wide;
-    if (i == 0) { /* and begin there, or with 0 */
-      dk_from = job->more ? head->dq + H : NULL;
-      dv_from = job->more ? head->dq + 2 * H : NULL;
-      from_row = xi;
-    }
-    if (i + block >= length) {
-      dk_to = head->dq + H;
-      dv_to = head->dq + 2 * H;
-      to_row = xi;
-    }
     b.rows = length - i < block ? length - i : block;
     b.stats = head->stats + i * job->A * 2;
     b.first = (uint32_t)(head->first + i * length);
-    moe__attention_pack_columns(job, q, q_block, xi, b.rows);
-    moe__attention_pack_columns(job, dy, dy_block, H, b.rows);
-    moe__attention_product(job, b.s, b.stride, NULL, 0, q_block, xi, 1, k_rows, D, b.rows, padded,
-                           &head->ahead);
-    moe__attention_product(job, b.ds, b.stride, NULL, 0, dy_block, H, 1, v_rows, D, b.rows, padded,
-                           &head->ahead);
-    for (r = 0; r < b.rows; ++r) delta[r] = job->rows->dot(dy_block + r * H, y_block + r * H, D);
-    job->softmax->backward(&b);
-    moe__attention_product(job, dv_to, to_row, dv_from, from_row, b.s, 1, b.stride, dy, b.rows,
-                           length, D, &head->ahead);
-    moe__attention_product(job, dq_block, xi, job->more ? dq_block : NULL, xi, b.ds, b.stride, 1, k,
-                           length, b.rows, D, &head->ahead);
-    moe__attention_product(job, dk_to, to_row, dk_from, from_row, b.ds, 1, b.stride, q, b.rows,
-                           length, D, &head->ahead);
+    moe__attention_block_backward(head, &t, &b, i);
   }
 }
+#endif
 
-/* What the head after this one will read and write: that of the next columns, or of the sequence
-   behind. */
-static void moe__attention_look_ahead(const moe__attention_job *job, moe__attention_head *head,
-                                      size_t begin, size_t a) {
-  moe__attention_ahead *ahead = &head->ahead;
-  size_t H = job->H, i;
-  int same = a + 1 < job->A;
-  memset(ahead, 0, sizeof *ahead);
-  ahead->end = job->tokens;
-  ahead->from = same ? begin : begin + head->length;
-  ahead->to = ahead->from + head->length;
-  if (ahead->to > job->tokens) ahead->to = job->tokens;
-  if (ahead->from >= ahead->to) return;
-  a = same ? (a + 1) * job->D : 0;
-  ahead->row = ahead->from;
-  ahead->lines = (job->D + 15) / 16;
-  for (i = 0; i < 3; ++i) moe__attention_foresee(ahead, job->qkv + i * H + a, 3 * H);
-  if (job->dqkv) {
-    moe__attention_foresee(ahead, job->dy + a, H);
-    moe__attention_foresee(ahead, job->kept_y + a, H);
-    for (i = 0; i < 3; ++i) moe__attention_foresee(ahead, job->dqkv + i * H + a, 3 * H);
-  } else
-    moe__attention_foresee(ahead, job->y + a, H);
-}
-
-/* Tile number -> sequence, group of heads, block of queries, the last one running fastest. */
-static void moe__attention_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__attention_job *job = (const moe__attention_job *)arg;
-  size_t groups = (job->A + job->group - 1) / job->group, block = (size_t)tile % job->blocks;
-  size_t a = (size_t)tile / job->blocks % groups * job->group, end = a + job->group,
-         s = (size_t)tile / job->blocks / groups;
-  size_t begin = (size_t)job->seq_start[s], at = begin * job->H;
+/* Head a of sequence s, all queries. */
+static moe__attention_head moe__attention_head_make(const moe__attention_job *job, size_t s,
+                                                    size_t a, size_t slot) {
+  const moe_attention_op *op = job->op;
+  size_t begin = (size_t)op->seq_start[s], row = begin * job->H + a * job->D;
   moe__attention_head head;
   memset(&head, 0, sizeof head);
-  head.scratch = job->scratch + (size_t)slot * job->slot_floats;
-  head.length = (size_t)job->seq_start[s + 1] - begin;
-  head.from = block * MOE__ATTENTION_QUERIES;
+  head.job = job;
+  head.length = (size_t)op->seq_start[s + 1] - begin;
   head.to = head.length;
-  if (job->blocks > 1 && head.length - head.from > MOE__ATTENTION_QUERIES)
-    head.to = head.from + MOE__ATTENTION_QUERIES;
-  head.key = job->drop.threshold ? job->keys[s] : 0;
-  if (head.from >= head.length) return;
+  head.q = op->qkv + 3 * begin * job->H + a * job->D;
+  head.stats = op->stats ? op->stats + (begin * job->A + a) * 2 : NULL;
+  head.scratch = op->scratch + slot * job->slot_floats;
+  head.key = job->drop.threshold ? op->keys[s] : 0;
+  head.first = a * head.length * head.length;
+  head.y = op->y + row;
+  if (!job->back) return head;
+  head.kept_y = op->y + row;
+  head.dy = op->dy + row;
+  head.dq = op->dqkv + 3 * begin * job->H + a * job->D;
+  return head;
+}
+
+/* Number of a tile -> sequence, group of heads, queries; the last runs fastest. */
+static void moe__attention_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__attention_job *job = (const moe__attention_job *)arg;
+  size_t groups = (job->A + job->group - 1) / job->group, block = (size_t)tile % job->blocks,
+         s = (size_t)tile / job->blocks / groups,
+         a = (size_t)tile / job->blocks % groups * job->group, end = a + job->group;
   if (end > job->A) end = job->A;
   for (; a < end; ++a) {
-    head.q = job->qkv + 3 * at + a * job->D;
-    head.stats = job->stats ? job->stats + (begin * job->A + a) * 2 : NULL;
-    head.first = a * head.length * head.length;
-    moe__attention_look_ahead(job, &head, begin, a);
-    if (job->dqkv) {
-      head.dq = job->dqkv + 3 * at + a * job->D;
-      head.dy = job->dy + at + a * job->D;
-      head.y = job->kept_y + at + a * job->D;
-      moe__attention_head_backward(job, &head);
-    } else {
-      head.out = job->y + at + a * job->D;
-      moe__attention_head_forward(job, &head);
+    moe__attention_head head = moe__attention_head_make(job, s, a, (size_t)slot);
+    head.from = block * MOE__ATTENTION_QUERIES;
+    if (head.from >= head.length) return;
+    if (job->blocks > 1 && head.length - head.from > MOE__ATTENTION_QUERIES)
+      head.to = head.from + MOE__ATTENTION_QUERIES;
+    moe__attention_prefetch_plan(&head, (size_t)job->op->seq_start[s], a);
+#ifndef MOE_NO_TRAIN
+    if (job->back) {
+      moe__attention_head_backward(&head);
+      continue;
     }
+#endif
+    moe__attention_head_forward(&head);
   }
 }
 
-/* The fields that forward and backward have in common. */
-static void moe__attention_begin(moe__attention_job *job, const float *qkv,
-                                 const int32_t *seq_start, int32_t S, int32_t H, int32_t A, float p,
-                                 const uint64_t *keys, float *scratch, const moe_env *env) {
-  size_t longest = 1;
-  int32_t s;
-  int bad = 0; /* the caller's scratch is there, so its size was no overflow */
-  for (s = 0; s < S; ++s)
-    if ((size_t)(seq_start[s + 1] - seq_start[s]) > longest)
-      longest = (size_t)(seq_start[s + 1] - seq_start[s]);
-  job->softmax = MOE__V_PICK(env->isa, softmax);
-  job->gemms = MOE__V_PICK(env->isa, gemms);
-  job->rows = MOE__V_PICK(env->isa, rows);
-  job->qkv = qkv;
-  job->seq_start = seq_start;
-  job->tokens = (size_t)seq_start[S];
-  job->keys = keys;
-  job->scratch = scratch;
-  job->H = (size_t)H;
-  job->A = (size_t)A;
-  job->D = job->H / job->A;
-  job->wide = moe__round16(job->D);
-  job->longest = longest;
-  job->slot_floats = moe__attention_slot(longest, job->wide, job->dqkv != NULL, &bad);
-  job->scale = 1.0f / sqrtf((float)job->D);
-  job->drop = moe__drop_of(p, keys != NULL);
+static size_t moe__attention_longest(const moe_attention_op *op) {
+  int32_t longest = 1, s;
+  for (s = 0; s < op->S; ++s) longest = moe__max(longest, op->seq_start[s + 1] - op->seq_start[s]);
+  return (size_t)longest;
 }
 
-/* All of it, spread over threads. Backward cannot cut along the queries: dk and dv are sums over
-   all of them, in order. */
-static void moe__attention_run(moe__attention_job *job, int32_t S, const moe_env *env) {
-  size_t pairs = (size_t)S * job->A, longest = job->longest;
-  size_t small = longest > 64
-                     ? 0
-                     : 4096 / (longest * longest); /* 65536 squared is 0 where size_t has 32 bits */
-  /* heads of a tile: enough work to be worth a tile, and no more tiles than a big machine needs */
-  job->group = pairs / 64 > small ? pairs / 64 : small;
-  job->group = job->group < 1 ? 1 : job->group > job->A ? job->A : job->group;
-  job->blocks = job->dqkv ? 1 : (longest + MOE__ATTENTION_QUERIES - 1) / MOE__ATTENTION_QUERIES;
-  moe__parallel(env, (int32_t)((size_t)S * ((job->A + job->group - 1) / job->group) * job->blocks),
-                moe__attention_tile, job);
-}
-
-/* moe_attention_forward of the rows [from, to) of the batch alone, by the calling thread, without
-   dropout and statistics: keys and values of all rows of their sequences are there. */
-static void moe__attention_forward_rows(float *y, const float *qkv, const int32_t *seq_start,
-                                        int32_t S, int32_t H, int32_t A, int32_t from, int32_t to,
-                                        float *scratch, const moe_env *env) {
+static moe__attention_job moe__attention_job_make(const moe_attention_op *op, int back,
+                                                  const moe_env *env) {
   moe__attention_job job;
+  int bad = 0; /* the caller has allocated the scratch, so its size was no overflow */
+  memset(&job, 0, sizeof job);
+  job.op = op;
+  job.softmax = MOE__V_PICK(env->isa, softmax);
+  job.gemms = MOE__V_PICK(env->isa, gemms);
+  job.rows = MOE__V_PICK(env->isa, rows);
+  job.H = (size_t)op->H;
+  job.A = (size_t)op->A;
+  job.D = job.H / job.A;
+  job.wide = moe__round16(job.D);
+  job.longest = moe__attention_longest(op);
+  job.slot_floats = moe__attention_slot(job.longest, job.wide, back, &bad);
+  job.back = back;
+  job.scale = 1.0f / sqrtf((float)job.D);
+  job.drop = moe__drop_of(op->dropout, op->keys != NULL);
+  return job;
+}
+
+/* The CPU's body of both directions, over threads. Backward has no tiles along the queries: dk and
+   dv are sums over all of them, in order. */
+static void moe__cpu_attention(const moe_attention_op *op, int back, const moe_env *env) {
+  moe__attention_job job;
+  size_t S = (size_t)op->S, pairs, few, longest;
+  if (op->S < 1 || op->H < 1) return;
+  job = moe__attention_job_make(op, back, env);
+  pairs = S * job.A;
+  longest = job.longest;
+  few = longest > 64 ? 0 : 4096 / (longest * longest); /* 65536^2 is 0 in a size_t of 32 bits */
+  /* heads of a tile: enough work for a tile, and no more tiles than a large machine needs */
+  job.group = pairs / 64 > few ? pairs / 64 : few;
+  job.group = job.group < 1 ? 1 : job.group > job.A ? job.A : job.group;
+  job.blocks = back ? 1 : (longest + MOE__ATTENTION_QUERIES - 1) / MOE__ATTENTION_QUERIES;
+  moe__parallel(env, (int32_t)(S * ((job.A + job.group - 1) / job.group) * job.blocks),
+                moe__attention_tile, &job);
+}
+
+/* Forward of the queries of rows [from, to) alone, by the calling thread, without dropout and
+   statistics. Keys and values of their whole sequences must be there. */
+static void moe__cpu_attention_rows(const moe_attention_op *op, int32_t from, int32_t to,
+                                    const moe_env *env) {
+  moe__attention_job job = moe__attention_job_make(op, 0, env);
   int32_t s;
   size_t a;
-  memset(&job, 0, sizeof job);
-  moe__attention_begin(&job, qkv, seq_start, S, H, A, 0, NULL, scratch, env);
-  for (s = 0; s < S; ++s) {
-    size_t begin = (size_t)seq_start[s], at = begin * job.H;
-    moe__attention_head head;
-    if (seq_start[s + 1] <= from || seq_start[s] >= to) continue;
-    memset(&head, 0, sizeof head);
-    head.scratch = scratch;
-    head.length = (size_t)seq_start[s + 1] - begin;
-    head.from = (size_t)moe__max(from - seq_start[s], 0);
-    head.to = (size_t)moe__min(to, seq_start[s + 1]) - begin;
+  for (s = 0; s < op->S; ++s) {
+    int32_t begin = op->seq_start[s], end = op->seq_start[s + 1];
+    if (end <= from || begin >= to) continue;
     for (a = 0; a < job.A; ++a) {
-      head.q = qkv + 3 * at + a * job.D;
-      head.out = y + at + a * job.D;
-      moe__attention_head_forward(&job, &head);
+      moe__attention_head head = moe__attention_head_make(&job, (size_t)s, a, 0);
+      head.from = (size_t)moe__max(from - begin, 0);
+      head.to = (size_t)(moe__min(to, end) - begin);
+      moe__attention_head_forward(&head);
     }
   }
-}
-
-static void moe__old_attention_forward(float *y, float *stats, const float *qkv,
-                                       const int32_t *seq_start, int32_t S, int32_t H, int32_t A,
-                                       float p, const uint64_t *keys, float *scratch,
-                                       const moe_env *env) {
-  moe__attention_job job;
-  if (S < 1 || H < 1 || A < 1) return;
-  memset(&job, 0, sizeof job);
-  job.y = y;
-  job.stats = stats;
-  moe__attention_begin(&job, qkv, seq_start, S, H, A, p, keys, scratch, env);
-  moe__attention_run(&job, S, env);
-}
-
-/* moe_attention_backward; without `more` dqkv is written, whatever was there. */
-static void moe__attention_backward(float *dqkv, int more, const float *dy, const float *y,
-                                    const float *stats, const float *qkv, const int32_t *seq_start,
-                                    int32_t S, int32_t H, int32_t A, float p, const uint64_t *keys,
-                                    float *scratch, const moe_env *env) {
-  moe__attention_job job;
-  if (S < 1 || H < 1 || A < 1) return;
-  memset(&job, 0, sizeof job);
-  job.dqkv = dqkv;
-  job.more = more;
-  job.dy = dy;
-  job.kept_y = y;
-  job.stats = (float *)(uintptr_t)stats; /* backward only reads them */
-  moe__attention_begin(&job, qkv, seq_start, S, H, A, p, keys, scratch, env);
-  moe__attention_run(&job, S, env);
 }
 
 MOE_API void moe_attention_op_init(moe_attention_op *op) { memset(op, 0, sizeof *op); }
@@ -8077,40 +7995,41 @@ static moe_status moe__attention_check(const moe_attention_op *op, const moe_env
   moe_status status = moe__sequences_check("attention", op->seq_start, op->S, op->M, env);
   if (!status) status = moe__dropout_check("attention", op->dropout, env);
   if (status) return status;
-  if (op->H < 0 || op->A < 0 || op->longest < 0 || (op->A > 0 && op->H % op->A))
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "attention: %d heads do not divide H = %d, or a size is below 0", (int)op->A,
-                     (int)op->H);
+  if (op->H < 0 || (op->H > 0 && (op->A < 1 || op->H % op->A)))
+    return moe__fail(env, MOE_E_ARGUMENT, "attention: %d heads do not divide %d columns",
+                     (int)op->A, (int)op->H);
+  if (op->longest && (size_t)op->longest < moe__attention_longest(op))
+    return moe__fail(env, MOE_E_ARGUMENT, "attention: longest is %d, but a sequence has %d tokens",
+                     (int)op->longest, (int)moe__attention_longest(op));
   return MOE_OK;
 }
 
 MOE_API moe_status moe_attention_forward(const moe_attention_op *op, const moe_env *env) {
   moe_status status = moe__attention_check(op, env);
-  if (status) return status;
-  moe__old_attention_forward(op->y, op->stats, op->qkv, op->seq_start, op->S, op->H, op->A,
-                             op->dropout, op->keys, op->scratch, env);
-  return MOE_OK;
+  if (!status) moe__cpu_attention(op, 0, env);
+  return status;
 }
 
+#ifndef MOE_NO_TRAIN
 MOE_API moe_status moe_attention_backward(const moe_attention_op *op, const moe_env *env) {
   moe_status status = moe__attention_check(op, env);
   if (status) return status;
-  moe__attention_backward(op->dqkv, !op->overwrite, op->dy, op->y, op->stats, op->qkv,
-                          op->seq_start, op->S, op->H, op->A, op->dropout, op->keys, op->scratch,
-                          env);
+  if (!op->stats && op->M > 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "attention: backward needs the stats of forward");
+  moe__cpu_attention(op, 1, env);
   return MOE_OK;
 }
+#endif
 
 /* ---- gates, top-k, dispatch ---- >>route
-   A token's logits are dot products of its row with the N rows of its gate (the 16 lanes of
-   >>simd). The first part of this section makes routes, the second their gradients. Both cut tokens
-   into tiles of 64, and the gradient of a gate into blocks of columns that one thread carries
-   through all tokens in their order: micro-batches one after the other give the bits of one batch.
-   */
+   A token's logits are dot products of its row with the N rows of its gate (16 lanes, >>simd). The
+   first part of this section makes routes, the second their gradients. Both cut tokens into tiles
+   of 64. The gradient of a gate is cut into blocks of columns, and one thread takes a block through
+   all tokens in their order: micro-batches one after the other give the bits of one batch. */
 
 enum { MOE__ROUTE_TILE = 64, MOE__ROUTE_BLOCK = 1024, MOE__GATE_COLUMNS = 128 };
 
-/* y = a x and y += a x, elements rounded once: what mixes rows by weights. */
+/* y = a x and y += a x, rounded once per element: sums of rows times weights. */
 typedef struct moe__mix_kernels {
   void (*scale)(float *y, float a, const float *x, size_t n);
   void (*axpy)(float *y, float a, const float *x, size_t n);
@@ -8146,47 +8065,30 @@ static const moe__mix_kernels moe__scalar_mix = {moe__scalar_mix_scale, moe__sca
 MOE__V_STAMP(MOE__MIX_KERNELS)
 #undef MOE__MIX_KERNELS
 
-/* What both passes know of their arguments. */
+/* What both directions read. */
 typedef struct moe__route_job {
-  const moe_routes *routes;
-  const moe_route_options *options;
-  const float *x, *gates;
-  const int32_t *gate_of, *seq_start;
-  int32_t S, H;
-  float *logits_out;            /* forward */
-  float *dx, *dgates, *dlogits; /* backward */
-  const float *dweight, *logits;
-  float loss_scale;
+  const moe_route_op *op;
   const moe__row_kernels *rows;
   const moe__mix_kernels *mix;
+  int jitters;
 } moe__route_job;
 
-static moe__route_job moe__route_job_make(const moe_routes *routes, const float *x,
-                                          const float *gates, const int32_t *gate_of,
-                                          const int32_t *seq_start, int32_t S, int32_t H,
-                                          const moe_route_options *options, const moe_env *env) {
+static moe__route_job moe__route_job_make(const moe_route_op *op, const moe_env *env) {
   moe__route_job job;
-  memset(&job, 0, sizeof job);
-  job.routes = routes;
-  job.options = options;
-  job.x = x;
-  job.gates = gates;
-  job.gate_of = gate_of;
-  job.seq_start = seq_start;
-  job.S = S;
-  job.H = H;
+  job.op = op;
   job.rows = MOE__V_PICK(env->isa, rows);
   job.mix = MOE__V_PICK(env->isa, mix);
+  job.jitters = op->options.keys && op->options.jitter > 0;
   return job;
 }
 
-static int moe__route_jitters(const moe_route_options *options) {
-  return options->keys && options->jitter > 0;
+/* The gate of a sequence: (N, H). */
+static const float *moe__route_gate(const moe_route_op *op, int32_t sequence) {
+  return op->gates + (size_t)op->gate_of[sequence] * (size_t)op->routes->N * (size_t)op->H;
 }
 
-/* y = x times noise in [1 - jitter, 1 + jitter] for n elements of a token from column c on. The
-   noise is a function of the sequence's key and of the element's place in the sequence, so that
-   backward finds it again. */
+/* y = x times noise in [1 - jitter, 1 + jitter], for n elements. The noise is a function of the
+   sequence's key and of the element's place in the sequence, so that backward finds it again. */
 static void moe__route_jitter(float *y, const float *x, size_t n, uint64_t key, size_t place,
                               float jitter) {
   size_t i;
@@ -8196,26 +8098,38 @@ static void moe__route_jitter(float *y, const float *x, size_t n, uint64_t key, 
   }
 }
 
-/* Logits of one token. With jitter, rows longer than 1024 are summed block by block. */
-static void moe__route_logits(const moe__route_job *job, float *logits, int32_t token,
-                              int32_t sequence) {
-  size_t H = (size_t)job->H, N = (size_t)job->routes->N, i, c;
-  const float *x = job->x + (size_t)token * H,
-              *gate = job->gates + (size_t)job->gate_of[sequence] * N * H;
+/* The same for n columns, from column c on, of a token's row. */
+static void moe__route_jitter_token(const moe_route_op *op, float *y, const float *x, size_t n,
+                                    int32_t token, int32_t sequence, size_t c) {
+  moe__route_jitter(y, x, n, op->options.keys[sequence],
+                    (size_t)(token - op->seq_start[sequence]) * (size_t)op->H + c,
+                    op->options.jitter);
+}
+
+/* Logits of one token with jitter: rows longer than 1024 are summed block by block. */
+static void moe__route_logits_jittered(const moe__route_job *job, float *logits, int32_t token,
+                                       int32_t sequence) {
+  const moe_route_op *op = job->op;
+  size_t H = (size_t)op->H, N = (size_t)op->routes->N, i, c;
+  const float *x = op->x + (size_t)token * H, *gate = moe__route_gate(op, sequence);
   float block[MOE__ROUTE_BLOCK];
-  if (!moe__route_jitters(job->options)) {
-    for (i = 0; i < N; ++i) logits[i] = job->rows->dot(x, gate + i * H, H);
-    return;
-  }
   for (c = 0; c < H; c += MOE__ROUTE_BLOCK) {
     size_t n = H - c < MOE__ROUTE_BLOCK ? H - c : (size_t)MOE__ROUTE_BLOCK;
-    moe__route_jitter(block, x + c, n, job->options->keys[sequence],
-                      (size_t)(token - job->seq_start[sequence]) * H + c, job->options->jitter);
+    moe__route_jitter_token(op, block, x + c, n, token, sequence, c);
     for (i = 0; i < N; ++i) {
       float sum = job->rows->dot(block, gate + i * H + c, n);
       logits[i] = c ? logits[i] + sum : sum;
     }
   }
+}
+
+/* logits = x W_g^T of one token [TaG] Eq. 3. */
+static void moe__route_logits(const moe__route_job *job, float *logits, int32_t token,
+                              int32_t sequence) {
+  const moe_route_op *op = job->op;
+  size_t H = (size_t)op->H, N = (size_t)op->routes->N, i;
+  const float *x = op->x + (size_t)token * H, *gate = moe__route_gate(op, sequence);
+  for (i = 0; i < N; ++i) logits[i] = job->rows->dot(x, gate + i * H, H);
 }
 
 /* prob = softmax(logits) [TaG] Eq. 4. */
@@ -8230,10 +8144,11 @@ static void moe__route_softmax(float *prob, const float *logits, int32_t N,
   for (i = 0; i < N; ++i) prob[i] /= sum;
 }
 
-/* The k largest of prob, the lowest index first among equals [TaG] Eq. 5. In range even if prob is
-   not a number. Experts that are masked or pruned are not taken, whatever their probability; either
-   may be NULL. */
-static void moe__route_top(int32_t *expert, const float *prob, const uint8_t *masked,
+/* The k most probable experts [TaG] Eq. 5. The logits have the order of the probabilities, and they
+   still differ where probabilities are all 0 or round to the same float. Of equal logits the lowest
+   index comes first. Masked and pruned experts are never taken; either array may be NULL. The
+   result is in range even if a logit is NaN. */
+static void moe__route_top(int32_t *expert, const float *logits, const uint8_t *masked,
                            const uint8_t *pruned, int32_t N, int32_t k) {
   uint8_t taken[MOE_MAX_EXPERTS];
   int32_t i, j;
@@ -8241,14 +8156,15 @@ static void moe__route_top(int32_t *expert, const float *prob, const uint8_t *ma
   for (j = 0; j < k; ++j) {
     int32_t best = -1;
     for (i = 0; i < N; ++i)
-      if (!taken[i] && (best < 0 || prob[i] > prob[best])) best = i;
-    MOE_ASSERT(best >= 0); /* k experts are left: the caller has seen to it */
+      if (!taken[i] && (best < 0 || logits[i] > logits[best])) best = i;
+    MOE_ASSERT(best >= 0); /* moe__route_check has counted: k experts are left */
     taken[best] = 1;
     expert[j] = best;
   }
 }
 
-/* Weights of the chosen experts from their probabilities: g* [TaG] Eq. 5. */
+/* Weights of the chosen experts: g* [TaG] Eq. 5. Where all their probabilities are 0 (others have
+   it all), renormalised weights are equal. */
 static void moe__route_weights(float *weight, const float *prob, const int32_t *expert, int32_t k,
                                const moe_route_options *options) {
   float sum = 0;
@@ -8258,41 +8174,48 @@ static void moe__route_weights(float *weight, const float *prob, const int32_t *
     if (!options->renormalize)
       weight[j] = options->scale * prob[expert[j]];
     else
-      weight[j] = sum <= 0
-                      ? 1.0f / (float)k
-                      : prob[expert[j]] / sum; /* forced experts can have no probability at all */
+      weight[j] = sum <= 0 ? 1.0f / (float)k : prob[expert[j]] / sum;
   }
 }
 
-/* So low that exp gives exactly 0, and a number all the same: no gradient turns into NaN. */
+/* Low enough that exp gives exactly 0, and still finite: no gradient turns into NaN. */
 static void moe__route_mask(float *logits, const uint8_t *masked, int32_t N) {
   int32_t i;
   for (i = 0; i < N; ++i)
     if (masked[i]) logits[i] = -3.4e38f;
 }
 
+/* Eq. 3, 4 and 5 for a tile of tokens. */
 static void moe__route_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__route_job *job = (const moe__route_job *)arg;
-  const moe_routes *r = job->routes;
-  int32_t first = tile * MOE__ROUTE_TILE, end = moe__min(first + MOE__ROUTE_TILE, r->M), token;
-  int32_t sequence = moe__sequence_at(job->seq_start, job->S, (size_t)first);
-  const uint8_t *masked = job->options->forced ? NULL : job->options->masked;
+  const moe_route_op *op = job->op;
+  const moe_route_options *o = &op->options;
+  const moe_routes *r = op->routes;
+  int32_t token = tile * MOE__ROUTE_TILE, end = moe__min(token + MOE__ROUTE_TILE, r->M);
+  int32_t sequence = moe__sequence_at(op->seq_start, op->S, (size_t)token);
+  const uint8_t *masked = o->forced ? NULL : o->masked;
   (void)slot;
-  for (token = first; token < end; ++token) {
-    size_t at = (size_t)token * (size_t)r->N, choice = (size_t)token * (size_t)r->k;
-    while (job->seq_start[sequence + 1] <= token) ++sequence;
-    moe__route_logits(job, job->logits_out + at, token, sequence);
-    if (masked) moe__route_mask(job->logits_out + at, masked, r->N);
-    moe__route_softmax(r->prob + at, job->logits_out + at, r->N, job->rows);
-    if (job->options->forced)
-      memcpy(r->expert + choice, job->options->forced + choice, (size_t)r->k * sizeof *r->expert);
+  for (; token < end; ++token) {
+    size_t choice = (size_t)token * (size_t)r->k;
+    float *logits = op->logits + (size_t)token * (size_t)r->N,
+          *prob = r->prob + (size_t)token * (size_t)r->N;
+    int32_t *expert = r->expert + choice;
+    while (op->seq_start[sequence + 1] <= token) ++sequence;
+    if (job->jitters)
+      moe__route_logits_jittered(job, logits, token, sequence);
     else
-      moe__route_top(r->expert + choice, r->prob + at, masked, job->options->pruned, r->N, r->k);
-    moe__route_weights(r->weight + choice, r->prob + at, r->expert + choice, r->k, job->options);
+      moe__route_logits(job, logits, token, sequence);
+    if (masked) moe__route_mask(logits, masked, r->N);
+    moe__route_softmax(prob, logits, r->N, job->rows);
+    if (o->forced)
+      memcpy(expert, o->forced + choice, (size_t)r->k * sizeof *expert);
+    else
+      moe__route_top(expert, prob, masked, o->pruned, r->N, r->k);
+    moe__route_weights(r->weight + choice, prob, expert, r->k, o);
   }
 }
 
-/* Counts, then places: slots sorted by expert, in order within an expert. */
+/* Sorts the slots by expert: counts, then places. Slots stay in order within an expert. */
 static void moe__route_dispatch(moe_routes *r) {
   size_t slots = (size_t)r->M * (size_t)r->k, s;
   int32_t next[MOE_MAX_EXPERTS], i;
@@ -8305,8 +8228,8 @@ static void moe__route_dispatch(moe_routes *r) {
   for (s = 0; s < slots; ++s) r->order[next[r->expert[s]]++] = (int32_t)s;
 }
 
-/* log of the sum of exp(logits): the probability of the likeliest expert is exp(logit - log sum),
-   and at least 1/N. */
+/* log of the sum of exp(logits). The probability of the most probable expert is at least 1/N, and
+   it is exp(logit - log sum). */
 static float moe__route_log_sum(const float *logits, const float *prob, int32_t N) {
   int32_t best = 0, i;
   for (i = 1; i < N; ++i)
@@ -8314,13 +8237,13 @@ static float moe__route_log_sum(const float *logits, const float *prob, int32_t 
   return logits[best] - moe__logf(prob[best]);
 }
 
-/* Share of the choices that fell on expert i: the f_i of the balance loss. */
+/* Share of the choices that went to expert i: the f_i of the balance loss. */
 static float moe__route_share(const moe_routes *r, int32_t i) {
   return (float)(r->start[i + 1] - r->start[i]) / ((float)r->M * (float)r->k);
 }
 
-/* balance N sum_i f_i P_i + z_loss mean(log sum^2), P_i the mean of prob over
-   the tokens; sums over tokens in order, in double. */
+/* balance N sum_i f_i P_i + z_loss mean(log sum^2), with P_i the mean of prob i over the tokens.
+   Sums over tokens run in order, in double. */
 static float moe__route_loss(const moe_routes *r, const float *logits,
                              const moe_route_options *options) {
   double balance = 0, square = 0;
@@ -8342,145 +8265,26 @@ static float moe__route_loss(const moe_routes *r, const float *logits,
                  (double)options->z_loss * square / r->M);
 }
 
-static void moe__old_route_forward(moe_routes *routes, float *logits, float *loss, const float *x,
-                                   const float *gates, const int32_t *gate_of,
-                                   const int32_t *seq_start, int32_t S, int32_t H,
-                                   const moe_route_options *options, const moe_env *env) {
-  MOE_ASSERT(routes->N >= 1 && routes->N <= MOE_MAX_EXPERTS && routes->k >= 1 &&
-             routes->k <= routes->N);
-  MOE_ASSERT(routes->M == seq_start[S]);
-  if (loss) *loss = 0;
-  if (routes->N == 1) { /* nothing to choose, nothing to balance: the dense layer */
-    int32_t t;
-    for (t = 0; t < routes->M; ++t) {
-      routes->expert[t] = 0;
-      routes->prob[t] = 1;
-      routes->weight[t] = options->renormalize ? 1 : options->scale;
-    }
-  } else {
-    moe__route_job job =
-        moe__route_job_make(routes, x, gates, gate_of, seq_start, S, H, options, env);
-    job.logits_out = logits;
-    moe__parallel(env, (routes->M + MOE__ROUTE_TILE - 1) / MOE__ROUTE_TILE, moe__route_tile, &job);
-  }
-  moe__route_dispatch(routes);
-  if (loss && routes->N > 1) *loss = moe__route_loss(routes, logits, options);
-}
-
-/* dlogits of one token. With dp_i the gradient of prob i (that of the chosen experts' weights, and
-   N f_i / M from the balance loss, in which f is a constant): dlogit_i = p_i (dp_i - sum_j p_j
-   dp_j) + 2 log sum p_i / M from the z-loss. Renormalised weights w have dp_j = (dw_j - sum w dw) /
-   sum p; forced experts can have so little probability that this is no float, and then w_j (dw_j -
-   sum w dw) goes to the logits directly. */
-static void moe__route_dlogits(const moe__route_job *job, int32_t token) {
-  const moe_routes *r = job->routes;
-  size_t at = (size_t)token * (size_t)r->N, choice = (size_t)token * (size_t)r->k;
-  const float *prob = r->prob + at, *weight = r->weight + choice, *dweight = job->dweight + choice;
-  const int32_t *expert = r->expert + choice;
-  float balance = job->loss_scale * job->options->balance * (float)r->N / (float)r->M;
-  float z = 2 * job->loss_scale * job->options->z_loss / (float)r->M;
-  float dprob[MOE_MAX_EXPERTS], sum = 0, mean = 0, weighted = 0;
-  int32_t i, j, tiny;
-  for (i = 0; i < r->N; ++i)
-    dprob[i] = job->options->balance > 0 ? balance * moe__route_share(r, i) : 0;
-  for (j = 0; j < r->k; ++j) {
-    sum += prob[expert[j]];
-    weighted += dweight[j] * weight[j];
-  }
-  tiny = job->options->renormalize && sum > 0 && sum < 1e-20f;
-  for (j = 0; j < r->k; ++j) {
-    if (!job->options->renormalize)
-      dprob[expert[j]] += job->options->scale * dweight[j];
-    else if (!(sum <= 0) && !tiny)
-      dprob[expert[j]] += (dweight[j] - weighted) / sum;
-  }
-  for (i = 0; i < r->N; ++i) mean += prob[i] * dprob[i];
-  for (i = 0; i < r->N; ++i) job->dlogits[at + (size_t)i] = prob[i] * (dprob[i] - mean);
-  for (j = 0; j < r->k && tiny; ++j)
-    job->dlogits[at + (size_t)expert[j]] += weight[j] * (dweight[j] - weighted);
-  if (!(job->options->z_loss > 0)) return;
-  z *= moe__route_log_sum(job->logits + at, prob, r->N);
-  for (i = 0; i < r->N; ++i) job->dlogits[at + (size_t)i] += z * prob[i];
-}
-
-/* dx of one token += dlogits times the gate; with jitter, times the noise of forward. */
-static void moe__route_dx(const moe__route_job *job, int32_t token, int32_t sequence) {
-  size_t H = (size_t)job->H, N = (size_t)job->routes->N, i, c, p;
-  const float *dlogits = job->dlogits + (size_t)token * N,
-              *gate = job->gates + (size_t)job->gate_of[sequence] * N * H;
-  float *dx = job->dx + (size_t)token * H, block[MOE__ROUTE_BLOCK];
-  if (!moe__route_jitters(job->options)) {
-    for (i = 0; i < N; ++i) job->mix->axpy(dx, dlogits[i], gate + i * H, H);
-    return;
-  }
-  for (c = 0; c < H; c += MOE__ROUTE_BLOCK) {
-    size_t n = H - c < MOE__ROUTE_BLOCK ? H - c : (size_t)MOE__ROUTE_BLOCK;
-    job->mix->scale(block, dlogits[0], gate + c, n);
-    for (i = 1; i < N; ++i) job->mix->axpy(block, dlogits[i], gate + i * H + c, n);
-    moe__route_jitter(block, block, n, job->options->keys[sequence],
-                      (size_t)(token - job->seq_start[sequence]) * H + c, job->options->jitter);
-    for (p = 0; p < n; ++p) dx[c + p] += block[p];
+/* One expert: nothing to choose and nothing to balance. */
+static void moe__route_only_one(const moe_route_op *op) {
+  int32_t t;
+  for (t = 0; t < op->routes->M; ++t) {
+    op->routes->expert[t] = 0;
+    op->routes->prob[t] = 1;
+    op->routes->weight[t] = op->options.renormalize ? 1 : op->options.scale;
   }
 }
 
-static void moe__route_backward_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__route_job *job = (const moe__route_job *)arg;
-  int32_t first = tile * MOE__ROUTE_TILE, end = moe__min(first + MOE__ROUTE_TILE, job->routes->M),
-          token;
-  int32_t sequence = moe__sequence_at(job->seq_start, job->S, (size_t)first);
-  (void)slot;
-  for (token = first; token < end; ++token) {
-    while (job->seq_start[sequence + 1] <= token) ++sequence;
-    moe__route_dlogits(job, token);
-    if (job->dx) moe__route_dx(job, token, sequence);
-  }
-}
-
-/* A block of columns of one gate: dgate += dlogits^T x over the tokens of its sequences, in order.
- */
-static void moe__route_gate_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__route_job *job = (const moe__route_job *)arg;
-  size_t H = (size_t)job->H, N = (size_t)job->routes->N, i;
-  int32_t blocks = (job->H + MOE__GATE_COLUMNS - 1) / MOE__GATE_COLUMNS, gate = tile / blocks, s, t;
-  size_t c = (size_t)(tile % blocks) * MOE__GATE_COLUMNS,
-         n = H - c < MOE__GATE_COLUMNS ? H - c : (size_t)MOE__GATE_COLUMNS;
-  float *dgate = job->dgates + (size_t)gate * N * H + c, block[MOE__GATE_COLUMNS];
-  (void)slot;
-  for (s = 0; s < job->S; ++s) {
-    if (job->gate_of[s] != gate) continue;
-    for (t = job->seq_start[s]; t < job->seq_start[s + 1]; ++t) {
-      const float *x = job->x + (size_t)t * H + c, *dlogits = job->dlogits + (size_t)t * N;
-      if (moe__route_jitters(job->options)) {
-        moe__route_jitter(block, x, n, job->options->keys[s],
-                          (size_t)(t - job->seq_start[s]) * H + c, job->options->jitter);
-        x = block;
-      }
-      for (i = 0; i < N; ++i) job->mix->axpy(dgate + i * H, dlogits[i], x, n);
-    }
-  }
-}
-
-static void moe__old_route_backward(float *dx, float *dgates, float *dlogits, const float *dweight,
-                                    float loss_scale, const moe_routes *routes, const float *logits,
-                                    const float *x, const float *gates, const int32_t *gate_of,
-                                    const int32_t *seq_start, int32_t S, int32_t H,
-                                    const moe_route_options *options, const moe_env *env) {
-  moe__route_job job =
-      moe__route_job_make(routes, x, gates, gate_of, seq_start, S, H, options, env);
-  int32_t used = 0, s;
-  if (routes->N == 1) return; /* the probability is 1 whatever the gate */
-  job.dx = dx;
-  job.dgates = dgates;
-  job.dlogits = dlogits;
-  job.dweight = dweight;
-  job.loss_scale = loss_scale;
-  job.logits = logits;
-  moe__parallel(env, (routes->M + MOE__ROUTE_TILE - 1) / MOE__ROUTE_TILE, moe__route_backward_tile,
-                &job);
-  if (!dgates) return;
-  for (s = 0; s < S; ++s) used = moe__max(used, gate_of[s] + 1);
-  moe__parallel(env, used * ((H + MOE__GATE_COLUMNS - 1) / MOE__GATE_COLUMNS), moe__route_gate_tile,
-                &job);
+/* The CPU's body. */
+static void moe__cpu_route_forward(const moe_route_op *op, const moe_env *env) {
+  moe_routes *r = op->routes;
+  moe__route_job job = moe__route_job_make(op, env);
+  if (r->N == 1)
+    moe__route_only_one(op);
+  else
+    moe__parallel(env, moe__tiles_of((size_t)r->M, MOE__ROUTE_TILE), moe__route_tile, &job);
+  moe__route_dispatch(r);
+  if (op->loss) *op->loss = r->N == 1 ? 0 : moe__route_loss(r, op->logits, &op->options);
 }
 
 MOE_API void moe_route_options_init(moe_route_options *options) {
@@ -8494,15 +8298,17 @@ MOE_API void moe_route_op_init(moe_route_op *op) {
   op->loss_scale = 1;
 }
 
-/* Sizes of routes that every op can rely on. */
+/* The sizes of routes. */
 static moe_status moe__routes_check(const char *op, const moe_routes *r, const moe_env *env) {
-  if (r->N < 1 || r->N > MOE_MAX_EXPERTS || r->k < 1 || r->k > r->N)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "%s: %d of %d experts a token, the library has 1 to %d experts", op, (int)r->k,
-                     (int)r->N, MOE_MAX_EXPERTS);
+  if (r->N < 1 || r->N > MOE_MAX_EXPERTS)
+    return moe__fail(env, MOE_E_ARGUMENT, "%s: N is %d, expected 1 to %d experts", op, (int)r->N,
+                     MOE_MAX_EXPERTS);
+  if (r->k < 1 || r->k > r->N)
+    return moe__fail(env, MOE_E_ARGUMENT, "%s: k is %d, expected 1 to the %d experts", op,
+                     (int)r->k, (int)r->N);
   if (r->M < 0 || r->M > INT32_MAX / r->k)
-    return moe__fail(env, MOE_E_ARGUMENT, "%s: %d tokens with %d experts each do not fit 32 bits",
-                     op, (int)r->M, (int)r->k);
+    return moe__fail(env, MOE_E_ARGUMENT, "%s: M is %d, expected 0 to %d tokens with k = %d", op,
+                     (int)r->M, (int)(INT32_MAX / r->k), (int)r->k);
   return MOE_OK;
 }
 
@@ -8513,46 +8319,151 @@ static moe_status moe__route_check(const moe_route_op *op, const moe_env *env) {
   moe_status status = moe__routes_check("route", r, env);
   if (!status) status = moe__sequences_check("route", op->seq_start, op->S, r->M, env);
   if (status) return status;
-  if (op->H < 0 || op->G < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "route: sizes below 0: H %d, G %d", (int)op->H,
-                     (int)op->G);
+  if (op->H < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "route: H is %d, it may not be below 0", (int)op->H);
   if (!o->renormalize && !(o->scale > 0))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "route: scale is %g, it must be above 0 (moe_route_op_init sets 1)",
+                     "route: scale is %g, expected more than 0 (moe_route_op_init sets 1)",
                      (double)o->scale);
+  if (o->forced) return MOE_OK;
   for (i = 0; i < r->N; ++i) left += !(o->masked && o->masked[i]) && !(o->pruned && o->pruned[i]);
-  if (left < r->k && !o->forced)
+  if (left < r->k)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "route: %d of %d experts are neither masked nor pruned, a token needs %d",
+                     "route: %d of %d experts are neither masked nor pruned, a token needs k = %d",
                      (int)left, (int)r->N, (int)r->k);
   return MOE_OK;
 }
 
 MOE_API moe_status moe_route_forward(const moe_route_op *op, const moe_env *env) {
   moe_status status = moe__route_check(op, env);
-  if (status) return status;
-  moe__old_route_forward(op->routes, op->logits, op->loss, op->x, op->gates, op->gate_of,
-                         op->seq_start, op->S, op->H, &op->options, env);
-  return MOE_OK;
+  if (!status) moe__cpu_route_forward(op, env);
+  return status;
+}
+
+#ifndef MOE_NO_TRAIN
+/* dlogits of one token. dprob_i is the gradient of prob i: that of the weight if expert i was
+   chosen, and N f_i / M from the balance loss, in which f counts as a constant.
+     softmax   dlogit_i = prob_i (dprob_i - sum_j prob_j dprob_j)
+     z-loss    dlogit_i += 2 log sum prob_i / M
+   Renormalised weights w = prob / sum have dprob_j = (dw_j - sum w dw) / sum. Forced experts may
+   have a sum so small that this overflows; then w_j (dw_j - sum w dw) goes to the logits directly.
+ */
+static void moe__route_dlogits(const moe__route_job *job, int32_t token) {
+  const moe_route_op *op = job->op;
+  const moe_route_options *o = &op->options;
+  const moe_routes *r = op->routes;
+  size_t at = (size_t)token * (size_t)r->N, choice = (size_t)token * (size_t)r->k;
+  const float *prob = r->prob + at, *weight = r->weight + choice, *dweight = op->dweight + choice;
+  const int32_t *expert = r->expert + choice;
+  float *dlogits = op->dlogits + at;
+  float balance = op->loss_scale * o->balance * (float)r->N / (float)r->M;
+  float z = 2 * op->loss_scale * o->z_loss / (float)r->M;
+  float dprob[MOE_MAX_EXPERTS], sum = 0, mean = 0, weighted = 0;
+  int32_t i, j, tiny;
+  for (i = 0; i < r->N; ++i) dprob[i] = o->balance > 0 ? balance * moe__route_share(r, i) : 0;
+  for (j = 0; j < r->k; ++j) {
+    sum += prob[expert[j]];
+    weighted += dweight[j] * weight[j];
+  }
+  tiny = o->renormalize && sum > 0 && sum < 1e-20f;
+  for (j = 0; j < r->k; ++j) {
+    if (!o->renormalize)
+      dprob[expert[j]] += o->scale * dweight[j];
+    else if (!(sum <= 0) && !tiny)
+      dprob[expert[j]] += (dweight[j] - weighted) / sum;
+  }
+  for (i = 0; i < r->N; ++i) mean += prob[i] * dprob[i];
+  for (i = 0; i < r->N; ++i) dlogits[i] = prob[i] * (dprob[i] - mean);
+  for (j = 0; j < r->k && tiny; ++j) dlogits[expert[j]] += weight[j] * (dweight[j] - weighted);
+  if (!(o->z_loss > 0)) return;
+  z *= moe__route_log_sum(op->logits + at, prob, r->N);
+  for (i = 0; i < r->N; ++i) dlogits[i] += z * prob[i];
+}
+
+/* dx of one token += dlogits W_g. With jitter, W_g's part is multiplied by the noise of forward. */
+static void moe__route_dx(const moe__route_job *job, int32_t token, int32_t sequence) {
+  const moe_route_op *op = job->op;
+  size_t H = (size_t)op->H, N = (size_t)op->routes->N, i, c, p;
+  const float *dlogits = op->dlogits + (size_t)token * N, *gate = moe__route_gate(op, sequence);
+  float *dx = op->dx + (size_t)token * H, block[MOE__ROUTE_BLOCK];
+  if (!job->jitters) {
+    for (i = 0; i < N; ++i) job->mix->axpy(dx, dlogits[i], gate + i * H, H);
+    return;
+  }
+  for (c = 0; c < H; c += MOE__ROUTE_BLOCK) {
+    size_t n = H - c < MOE__ROUTE_BLOCK ? H - c : (size_t)MOE__ROUTE_BLOCK;
+    job->mix->scale(block, dlogits[0], gate + c, n);
+    for (i = 1; i < N; ++i) job->mix->axpy(block, dlogits[i], gate + i * H + c, n);
+    moe__route_jitter_token(op, block, block, n, token, sequence, c);
+    for (p = 0; p < n; ++p) dx[c + p] += block[p];
+  }
+}
+
+static void moe__route_back_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__route_job *job = (const moe__route_job *)arg;
+  const moe_route_op *op = job->op;
+  int32_t token = tile * MOE__ROUTE_TILE, end = moe__min(token + MOE__ROUTE_TILE, op->routes->M);
+  int32_t sequence = moe__sequence_at(op->seq_start, op->S, (size_t)token);
+  (void)slot;
+  for (; token < end; ++token) {
+    while (op->seq_start[sequence + 1] <= token) ++sequence;
+    moe__route_dlogits(job, token);
+    if (op->dx) moe__route_dx(job, token, sequence);
+  }
+}
+
+/* A block of columns of one gate: dgate += dlogits^T x over the tokens of its sequences, in order.
+ */
+static void moe__route_gate_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__route_job *job = (const moe__route_job *)arg;
+  const moe_route_op *op = job->op;
+  size_t H = (size_t)op->H, N = (size_t)op->routes->N, i;
+  int32_t blocks = moe__tiles_of(H, MOE__GATE_COLUMNS), gate = tile / blocks, s, t;
+  size_t c = (size_t)(tile % blocks) * MOE__GATE_COLUMNS,
+         n = H - c < MOE__GATE_COLUMNS ? H - c : (size_t)MOE__GATE_COLUMNS;
+  float *dgate = op->dgates + (size_t)gate * N * H + c, block[MOE__GATE_COLUMNS];
+  (void)slot;
+  for (s = 0; s < op->S; ++s) {
+    if (op->gate_of[s] != gate) continue;
+    for (t = op->seq_start[s]; t < op->seq_start[s + 1]; ++t) {
+      const float *x = op->x + (size_t)t * H + c, *dlogits = op->dlogits + (size_t)t * N;
+      if (job->jitters) {
+        moe__route_jitter_token(op, block, x, n, t, s, c);
+        x = block;
+      }
+      for (i = 0; i < N; ++i) job->mix->axpy(dgate + i * H, dlogits[i], x, n);
+    }
+  }
+}
+
+static void moe__cpu_route_backward(const moe_route_op *op, const moe_env *env) {
+  moe__route_job job = moe__route_job_make(op, env);
+  int32_t used = 0, s;
+  if (op->routes->N == 1) return; /* the probability is 1 whatever the gate */
+  moe__parallel(env, moe__tiles_of((size_t)op->routes->M, MOE__ROUTE_TILE), moe__route_back_tile,
+                &job);
+  if (!op->dgates) return;
+  for (s = 0; s < op->S; ++s) used = moe__max(used, op->gate_of[s] + 1);
+  moe__parallel(env, used * moe__tiles_of((size_t)op->H, MOE__GATE_COLUMNS), moe__route_gate_tile,
+                &job);
 }
 
 MOE_API moe_status moe_route_backward(const moe_route_op *op, const moe_env *env) {
   moe_status status = moe__route_check(op, env);
-  if (status) return status;
-  moe__old_route_backward(op->dx, op->dgates, op->dlogits, op->dweight, op->loss_scale, op->routes,
-                          op->logits, op->x, op->gates, op->gate_of, op->seq_start, op->S, op->H,
-                          &op->options, env);
-  return MOE_OK;
+  if (!status) moe__cpu_route_backward(op, env);
+  return status;
 }
+#endif
 
 /* ---- expert feed-forward networks ---- >>experts
-   Rows are gathered expert by expert (routes->order), multiplied by one product for each expert
-   that has rows, and brought back: a token adds up its choices in their order, so that neither the
-   batch nor the threads change a sum. With one expert of weight 1 nothing is gathered and nothing
-   is multiplied by a weight: that is the dense layer. */
+   Copies of the tokens' rows are gathered expert by expert (routes->order). Each expert that has
+   rows multiplies its own. Then each token adds up its choices in their order, so that neither the
+   batch nor the threads change a sum. One expert whose weights are all 1 is the dense layer:
+   nothing is gathered, and nothing is multiplied by a weight. */
 
-enum { MOE__EXPERTS_TILE = 64, MOE__EXPERTS_LIST = 64, MOE__EXPERTS_BLOCK = 128 };
+enum { MOE__EXPERTS_TILE = 64 }; /* rows or tokens that are moved together */
 
+#ifndef MOE_NO_TRAIN
 /* a = GELU(x) and d = d GELU'(x) in one pass, bit for bit as moe_gelu_forward and
    moe_gelu_backward. */
 typedef struct moe__expert_kernels {
@@ -8584,8 +8495,16 @@ static const moe__expert_kernels moe__scalar_experts = {moe__scalar_gelu_both};
   static const moe__expert_kernels S##_experts = {S##_gelu_both};
 MOE__V_STAMP(MOE__EXPERT_KERNELS)
 #undef MOE__EXPERT_KERNELS
+#endif
 
-/* Independent products of many experts: run when the list is full, and at the end. */
+/* Independent products of many experts: run when the list is full, and at the end. The list is on
+   the stack; without SIMD it is short (see STACK on top). */
+#ifdef MOE_NO_SIMD
+enum { MOE__EXPERTS_LIST = 8 };
+#else
+enum { MOE__EXPERTS_LIST = 64 };
+#endif
+
 typedef struct moe__products {
   moe__gemm item[MOE__EXPERTS_LIST];
   int32_t count;
@@ -8597,30 +8516,29 @@ static void moe__products_run(moe__products *list) {
   list->count = 0;
 }
 
-static void moe__products_add(moe__products *list, moe__gemm product) {
+static void moe__products_add(moe__products *list, const moe__gemm *product) {
   if (list->count == MOE__EXPERTS_LIST) moe__products_run(list);
-  list->item[list->count++] = product;
+  list->item[list->count++] = *product;
 }
 
-typedef struct moe_experts {
-  int32_t N, H, F;
-  const moe_mat *in, *out;
-  const float *const *b_in, *const *b_out; /* NULL, or arrays whose pointers may be NULL */
-} moe_experts;
-
-/* The pieces of scratch, R = M k rows: place (R) the row of each slot, x and e or dy (R, H), a and
-   d (R, F). */
+/* Scratch of R = M k rows, sorted by expert: place (R) the row of each slot; x (R, H); e (R, H) the
+   experts' outputs, in backward weight dy and then dx; a and d (R, F) the output of GELU and the
+   gradient of its input. Dense: tokens are rows, and x and dy are read where they are. */
 typedef struct moe__experts_job {
-  const moe_routes *routes;
+  const moe_experts_op *op;
   float *place, *x, *e, *a, *d;
-  const float *from_x, *from_dy, *from_e, *pre; /* tokens, tokens, rows, rows */
-  float *y, *dweight;
-  const float *in;       /* of forward: rows of x, */
-  float *out, *keep_pre; /* of e, and what is inside GELU, or NULL */
+  const float *rows_x; /* (R, H) x of the rows */
+  float *out;          /* (R, H) the experts' outputs in forward */
   size_t H, F;
-  const moe__row_kernels *rows;
+  int32_t rows;  /* R */
+  int dense;     /* one expert, every weight exactly 1 */
+  moe_env alone; /* of a thread that works by itself */
+  int32_t shares;
+  const moe__row_kernels *row_kernels;
   const moe__mix_kernels *mix;
+#ifndef MOE_NO_TRAIN
   const moe__expert_kernels *kernels;
+#endif
 } moe__experts_job;
 
 MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, int training) {
@@ -8629,25 +8547,6 @@ MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, i
   size_t of_H = moe__mul(2, (size_t)H, &bad), of_F = moe__mul(training ? 2 : 1, (size_t)F, &bad);
   size_t floats = moe__mul(rows, moe__add(1, moe__add(of_H, of_F, &bad), &bad), &bad);
   return bad ? SIZE_MAX : floats;
-}
-
-static moe__experts_job moe__experts_job_make(const moe_routes *routes, int32_t H, int32_t F,
-                                              float *scratch, const moe_env *env) {
-  size_t rows = (size_t)routes->M * (size_t)routes->k;
-  moe__experts_job job;
-  memset(&job, 0, sizeof job);
-  job.routes = routes;
-  job.H = (size_t)H;
-  job.F = (size_t)F;
-  job.place = scratch;
-  job.x = job.place + rows;
-  job.e = job.x + rows * job.H;
-  job.a = job.e + rows * job.H;
-  job.d = job.a + rows * job.F;
-  job.rows = MOE__V_PICK(env->isa, rows);
-  job.mix = MOE__V_PICK(env->isa, mix);
-  job.kernels = MOE__V_PICK(env->isa, experts);
-  return job;
 }
 
 /* Whether this is the dense layer: one expert, every weight exactly 1. */
@@ -8659,27 +8558,49 @@ static int moe__experts_dense(const moe_routes *routes) {
   return 1;
 }
 
-/* The row of a slot. Row numbers lie in the scratch of floats as bytes: copied,
-   since C forbids to read them through another type. */
+static moe__experts_job moe__experts_job_make(const moe_experts_op *op, const moe_env *env) {
+  const moe_routes *r = op->routes;
+  size_t rows = (size_t)r->M * (size_t)r->k;
+  moe__experts_job job;
+  memset(&job, 0, sizeof job);
+  job.op = op;
+  job.H = (size_t)op->H;
+  job.F = (size_t)op->F;
+  job.rows = (int32_t)rows;
+  job.place = op->scratch;
+  job.x = job.place + rows;
+  job.e = job.x + rows * job.H;
+  job.a = job.e + rows * job.H;
+  job.d = job.a + rows * job.F;
+  job.dense = moe__experts_dense(r);
+  job.rows_x = job.dense ? op->x : job.x;
+  job.alone = *env;
+  job.alone.threads = 1;
+  job.alone.parallel_for = NULL;
+  job.row_kernels = MOE__V_PICK(env->isa, rows);
+  job.mix = MOE__V_PICK(env->isa, mix);
+#ifndef MOE_NO_TRAIN
+  job.kernels = MOE__V_PICK(env->isa, experts);
+#endif
+  return job;
+}
+
+/* The row of a slot. C forbids to read the scratch of floats through another type, so that numbers
+   of rows are copied in and out. */
 static size_t moe__experts_row(const moe__experts_job *job, size_t slot) {
   int32_t row;
   memcpy(&row, job->place + slot, sizeof row);
   return (size_t)row;
 }
 
-/* Rows [row, end): where they belong, and copies of their tokens' x. In backward also dweight = dy
-   e and rows weight dy. */
+/* Rows [row, end): their places, and copies of their tokens' x. */
 static void moe__experts_gather(const moe__experts_job *job, int32_t row, int32_t end) {
-  const moe_routes *r = job->routes;
+  const moe_routes *r = job->op->routes;
   size_t H = job->H;
   for (; row < end; ++row) {
-    size_t from = (size_t)r->order[row], token = from / (size_t)r->k, to = (size_t)row * H;
-    memcpy(job->place + from, &row, sizeof row);
-    memcpy(job->x + to, job->from_x + token * H, H * sizeof(float));
-    if (!job->from_dy) continue;
-    if (job->dweight)
-      job->dweight[from] = job->rows->dot(job->from_dy + token * H, job->from_e + to, H);
-    job->mix->scale(job->e + to, r->weight[from], job->from_dy + token * H, H);
+    size_t slot = (size_t)r->order[row], token = slot / (size_t)r->k;
+    memcpy(job->place + slot, &row, sizeof row);
+    memcpy(job->x + (size_t)row * H, job->op->x + token * H, H * sizeof(float));
   }
 }
 
@@ -8687,264 +8608,128 @@ static void moe__experts_gather_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__experts_job *job = (const moe__experts_job *)arg;
   int32_t row = tile * MOE__EXPERTS_TILE;
   (void)slot;
-  moe__experts_gather(job, row, moe__min(row + MOE__EXPERTS_TILE, job->routes->M * job->routes->k));
+  moe__experts_gather(job, row, moe__min(row + MOE__EXPERTS_TILE, job->rows));
 }
 
-/* y of a tile of tokens = sum over the choices, in order, of weight e [TaG] Eq. 2 and 6. */
+/* y of a tile of tokens: the sum over a token's choices, in order, of weight e [TaG] Eq. 2, 6. */
 static void moe__experts_combine_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__experts_job *job = (const moe__experts_job *)arg;
-  const moe_routes *r = job->routes;
+  const moe_routes *r = job->op->routes;
   int32_t token = tile * MOE__EXPERTS_TILE, end = moe__min(token + MOE__EXPERTS_TILE, r->M), j;
   (void)slot;
   for (; token < end; ++token) {
-    float *y = job->y + (size_t)token * job->H;
-    size_t first = (size_t)token * (size_t)r->k;
-    job->mix->scale(y, r->weight[first], job->from_e + moe__experts_row(job, first) * job->H,
-                    job->H);
-    for (j = 1; j < r->k; ++j)
-      job->mix->axpy(y, r->weight[first + (size_t)j],
-                     job->from_e + moe__experts_row(job, first + (size_t)j) * job->H, job->H);
+    float *y = job->op->y + (size_t)token * job->H;
+    size_t first = (size_t)token * (size_t)r->k, at;
+    job->mix->scale(y, r->weight[first], job->out + moe__experts_row(job, first) * job->H, job->H);
+    for (j = 1; j < r->k; ++j) {
+      at = first + (size_t)j;
+      job->mix->axpy(y, r->weight[at], job->out + moe__experts_row(job, at) * job->H, job->H);
+    }
   }
 }
 
-/* dx of a tile of tokens += the rows of its choices, in order. */
-static void moe__experts_scatter_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__experts_job *job = (const moe__experts_job *)arg;
-  const moe_routes *r = job->routes;
-  int32_t token = tile * MOE__EXPERTS_TILE, end = moe__min(token + MOE__EXPERTS_TILE, r->M), j;
-  (void)slot;
-  for (; token < end; ++token)
-    for (j = 0; j < r->k; ++j)
-      job->mix->axpy(job->y + (size_t)token * job->H, 1,
-                     job->from_e +
-                         moe__experts_row(job, (size_t)token * (size_t)r->k + (size_t)j) * job->H,
-                     job->H);
-}
-
-/* The inner activations again and the gradient of what is inside GELU, for a tile of rows. */
-static void moe__experts_gelu_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__experts_job *job = (const moe__experts_job *)arg;
-  int32_t first = tile * MOE__EXPERTS_TILE,
-          end = moe__min(first + MOE__EXPERTS_TILE, job->routes->M * job->routes->k);
-  size_t at = (size_t)first * job->F, n = (size_t)(end - first) * job->F;
-  (void)slot;
-  job->kernels->gelu_both(job->a + at, job->d + at, job->pre + at, n);
-}
-
-/* Rows [at, at + rows) of expert i: a = GELU(pre), pre = W_in x + b_in, and e = W_out a + b_out. a
-   may lie anywhere. */
-static moe__gemm moe__experts_in(const moe__experts_job *job, const moe_experts *experts, int32_t i,
-                                 float *a, size_t at, int32_t rows) {
-  float *pre = job->keep_pre ? job->keep_pre + at * job->F : a;
-  moe__gemm g = moe__linear_product(pre, job->in + at * job->H, &experts->in[i],
-                                    experts->b_in ? experts->b_in[i] : NULL, rows);
+/* Rows [at, at + rows) of expert i through its first layer: a = GELU(W_in x + b_in), which may be
+   anywhere. */
+static moe__gemm moe__experts_in(const moe__experts_job *job, int32_t i, float *a, int32_t at,
+                                 int32_t rows) {
+  const moe_experts_op *op = job->op;
+  float *pre = op->pre ? op->pre + (size_t)at * job->F : a;
+  moe__gemm g = moe__linear_product(pre, job->rows_x + (size_t)at * job->H, &op->in[i],
+                                    op->b_in ? op->b_in[i] : NULL, rows);
   g.gelu = a;
   return g;
 }
-static moe__gemm moe__experts_out(const moe__experts_job *job, const moe_experts *experts,
-                                  int32_t i, const float *a, size_t at, int32_t rows) {
-  return moe__linear_product(job->out + at * job->H, a, &experts->out[i],
-                             experts->b_out ? experts->b_out[i] : NULL, rows);
+
+/* And through its second: e = W_out a + b_out. */
+static moe__gemm moe__experts_out(const moe__experts_job *job, int32_t i, const float *a,
+                                  int32_t at, int32_t rows) {
+  const moe_experts_op *op = job->op;
+  return moe__linear_product(job->out + (size_t)at * job->H, a, &op->out[i],
+                             op->b_out ? op->b_out[i] : NULL, rows);
 }
 
-/* Blocks of rows go through both products while their inner activations are in the second-level
-   cache; no thread waits for another. With many rows threads take blocks as they come, with fewer
-   an equal share of the rows each. Where a share is small each thread would wait for the weights of
-   most experts, and there the threads share every product. On a Xeon with two threads shares make 4
-   x 128 2 % faster, 8 x 128 4 %, and 8 x 32 would lose 2 %. */
-enum { MOE__EXPERTS_SHARE = 256 }; /* fewest rows of a share */
+/* The products of forward. The rows, sorted by expert, are cut into equal shares, wherever experts
+   begin and end. A thread takes a share, gathers its rows and sends them, in blocks of one expert,
+   through both layers: the inner activations of a block stay in its second-level cache.
 
-typedef struct moe__experts_blocks {
-  const moe__experts_job *job;
-  const moe_experts *experts;
-  int32_t shares;
-  moe_env one;
-} moe__experts_blocks;
+     experts  |         0         |    1    |             2             |  3  |
+     shares   |       0       |       1       |       2       |       3       |
+     blocks   |       |       |   |    |    | |       |       |    |    |     |
 
-/* Rows [row, row + rows) of expert i through both products; a: room for inner activations */
-static void moe__experts_block(const moe__experts_blocks *blocks, int32_t i, float *a, int32_t row,
-                               int32_t rows) {
-  moe__gemm g = moe__experts_in(blocks->job, blocks->experts, i, a, (size_t)row, rows);
-  moe__gemm_run(&g, 1, &blocks->one);
-  g = moe__experts_out(blocks->job, blocks->experts, i, a, (size_t)row, rows);
-  moe__gemm_run(&g, 1, &blocks->one);
+   With fewer than 256 rows for each thread, every thread would wait for the weights of most
+   experts; then all threads work on one product after the other (moe__experts_spread). On a Xeon
+   with two threads, shares make 4 x 128 tokens 2 % faster and 8 x 128 4 %, and would make 8 x 32
+   2 % slower. Another library (env.backend) gets products that are as large as possible. */
+enum {
+  MOE__EXPERTS_SHARE = 256, /* fewest rows of a share */
+  MOE__EXPERTS_SHARES = 4, /* most shares of a thread: one that is late leaves some to the others */
+  MOE__EXPERTS_BLOCK = 128 /* most rows of a block */
+};
+
+/* The rows of a block, when `rows` are cut as evenly as can be: a multiple of 8. */
+static int32_t moe__experts_block_rows(int32_t rows) {
+  int32_t blocks = moe__tiles_of((size_t)rows, MOE__EXPERTS_BLOCK);
+  return blocks ? ((rows + blocks - 1) / blocks + 7) / 8 * 8 : 0;
 }
 
-static void moe__experts_block_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__experts_blocks *blocks = (const moe__experts_blocks *)arg;
-  const int32_t *start = blocks->job->routes->start;
-  int32_t i = 0, count, size, row, rows;
-  while (tile >= (count = moe__tiles_of((size_t)(start[i + 1] - start[i]), MOE__EXPERTS_BLOCK)))
-    tile -= count, ++i;
-  size = ((start[i + 1] - start[i] + count - 1) / count + 7) / 8 * 8; /* as even as can be */
-  row = start[i] + tile * size;
-  rows = moe__min(start[i + 1] - row, size);
-  if (rows > 0)
-    moe__experts_block(
-        blocks, i, blocks->job->a + (size_t)slot * MOE__EXPERTS_BLOCK * blocks->job->F, row, rows);
-}
-
-/* A share of the rows, of whichever experts they are, from gathering on. */
 static void moe__experts_share_tile(void *arg, int32_t share, int32_t slot) {
-  const moe__experts_blocks *blocks = (const moe__experts_blocks *)arg;
-  const moe__experts_job *job = blocks->job;
-  const int32_t *start = job->routes->start;
-  int64_t all = start[blocks->experts->N];
-  int32_t from = (int32_t)(all * share / blocks->shares),
-          to = (int32_t)(all * (share + 1) / blocks->shares), i;
-  (void)slot;
-  if (job->in == job->x) moe__experts_gather(job, from, to);
-  for (i = 0; i < blocks->experts->N; ++i) {
-    int32_t row = moe__max(start[i], from), end = moe__min(start[i + 1], to), count, rows;
-    for (count = row < end ? moe__tiles_of((size_t)(end - row), MOE__EXPERTS_BLOCK) : 0; count > 0;
-         --count, row += rows) {
-      rows = (end - row + count - 1) / count;
-      moe__experts_block(blocks, i, job->a + (size_t)from * job->F, row, rows);
+  const moe__experts_job *job = (const moe__experts_job *)arg;
+  const int32_t *start = job->op->routes->start;
+  int64_t all = job->rows;
+  int32_t first = (int32_t)(all * share / job->shares),
+          last = (int32_t)(all * (share + 1) / job->shares), i;
+  float *a = job->a + (size_t)slot * MOE__EXPERTS_BLOCK * job->F;
+  if (!job->dense) moe__experts_gather(job, first, last);
+  for (i = 0; i < job->op->N; ++i) {
+    int32_t row = moe__max(start[i], first), end = moe__min(start[i + 1], last),
+            size = row < end ? moe__experts_block_rows(end - row) : 0, rows;
+    for (; row < end; row += rows) {
+      moe__gemm g;
+      rows = moe__min(end - row, size);
+      g = moe__experts_in(job, i, a, row, rows);
+      moe__gemm_run(&g, 1, &job->alone);
+      g = moe__experts_out(job, i, a, row, rows);
+      moe__gemm_run(&g, 1, &job->alone);
     }
   }
 }
 
 /* Every product spread over the threads. */
-static void moe__experts_spread(const moe__experts_job *job, const moe_experts *experts,
-                                const moe_env *env) {
-  const int32_t *start = job->routes->start;
+static void moe__experts_spread(moe__experts_job *job, const moe_env *env) {
+  const int32_t *start = job->op->routes->start;
   moe__products list;
-  int32_t i;
+  int32_t i, layer;
   list.count = 0;
   list.env = env;
-  for (i = 0; i < experts->N; ++i) {
-    size_t at = (size_t)start[i];
-    moe__gemm g =
-        moe__experts_in(job, experts, i, job->a + at * job->F, at, start[i + 1] - start[i]);
-    if (g.m > 0) moe__products_add(&list, g);
-  }
-  moe__products_run(&list);
-  for (i = 0; i < experts->N; ++i) {
-    size_t at = (size_t)start[i];
-    moe__gemm g =
-        moe__experts_out(job, experts, i, job->a + at * job->F, at, start[i + 1] - start[i]);
-    if (g.m > 0) moe__products_add(&list, g);
-  }
-  moe__products_run(&list);
-}
-
-/* Gathers rows, if the products want them gathered, and runs the products. */
-static void moe__experts_products(moe__experts_job *job, const moe_experts *experts,
-                                  const moe_env *env) {
-  const int32_t *start = job->routes->start;
-  int32_t threads = env->parallel_for ? moe__max(env->threads, 1) : 1, rows = start[experts->N],
-          tiles = 0, i;
-  moe__experts_blocks blocks;
-  for (i = 0; i < experts->N; ++i)
-    tiles += moe__tiles_of((size_t)(start[i + 1] - start[i]), MOE__EXPERTS_BLOCK);
-  blocks.job = job;
-  blocks.experts = experts;
-  blocks.shares = threads;
-  blocks.one = *env;
-  blocks.one.threads = 1;
-  blocks.one.parallel_for = NULL;
-  if (!env->backend && threads > 1 && tiles < 8 * threads && rows / threads >= MOE__EXPERTS_SHARE) {
-    moe__parallel(env, threads, moe__experts_share_tile, &blocks);
-    return;
-  }
-  if (job->in == job->x)
-    moe__parallel(env, moe__tiles_of((size_t)rows, MOE__EXPERTS_TILE), moe__experts_gather_tile,
-                  job);
-  if (!env->backend &&
-      (threads == 1 || (tiles >= 8 * threads && threads * MOE__EXPERTS_BLOCK <= rows)))
-    moe__parallel(env, tiles, moe__experts_block_tile, &blocks);
-  else
-    moe__experts_spread(job, experts, env);
-}
-
-static void moe__old_experts_forward(float *y, float *pre, float *e, const float *x,
-                                     const moe_routes *routes, const moe_experts *experts,
-                                     float *scratch, const moe_env *env) {
-  moe__experts_job job = moe__experts_job_make(routes, experts->H, experts->F, scratch, env);
-  int dense = moe__experts_dense(routes);
-  float *out = dense ? y : e ? e : job.e;
-  job.from_x = x;
-  job.in = dense ? x : job.x;
-  job.out = out;
-  job.keep_pre = pre;
-  moe__experts_products(&job, experts, env);
-  if (dense) return;
-  job.y = y;
-  job.from_e = out;
-  moe__parallel(env, moe__tiles_of((size_t)routes->M, MOE__EXPERTS_TILE), moe__experts_combine_tile,
-                &job);
-}
-
-/* back_in, back_out: (N) see moe__linear_use_back; NULL: none */
-static void moe__experts_backward(float *dx, float *dweight, float *const *d_in,
-                                  float *const *d_b_in, float *const *d_out, float *const *d_b_out,
-                                  const float *dy, const float *x, const float *pre, const float *e,
-                                  const moe_routes *routes, const float *const *w_in,
-                                  const float *const *w_out, const moe_mat *back_in,
-                                  const moe_mat *back_out, int32_t H, int32_t F, float *scratch,
-                                  const moe_env *env) {
-  moe__experts_job job = moe__experts_job_make(routes, H, F, scratch, env);
-  int dense = moe__experts_dense(routes);
-  const float *in = dense ? x : job.x, *de = dense ? dy : job.e; /* weight dy */
-  moe__products list;
-  int32_t i;
-  list.count = 0;
-  list.env = env;
-  job.from_x = x;
-  job.from_dy = dy;
-  job.from_e = e;
-  job.dweight = dweight;
-  job.pre = pre;
-  if (!dense)
-    moe__parallel(env, moe__tiles_of((size_t)(routes->M * routes->k), MOE__EXPERTS_TILE),
-                  moe__experts_gather_tile, &job);
-  else if (dweight)
-    memset(dweight, 0, (size_t)routes->M * sizeof *dweight);
-  for (i = 0; i < routes->N; ++i) { /* d = gradient of a = de W_out */
-    size_t at = (size_t)routes->start[i];
-    moe__gemm g = moe__linear_input_gradient(job.d + at * job.F, de + at * job.H, w_out[i], H, F,
-                                             routes->start[i + 1] - routes->start[i]);
-    moe__linear_use_back(&g, back_out ? &back_out[i] : NULL);
-    g.accumulate = 0;
-    if (g.m > 0) moe__products_add(&list, g);
-  }
-  moe__products_run(&list);
-  moe__parallel(env, moe__tiles_of((size_t)(routes->M * routes->k), MOE__EXPERTS_TILE),
-                moe__experts_gelu_tile, &job);
-  for (i = 0; i < routes->N; ++i) { /* gradients of the weights, chains over the tokens in order;
-                                       the dense dx goes where it belongs */
-    size_t at = (size_t)routes->start[i];
-    int32_t rows = routes->start[i + 1] - routes->start[i];
-    const float *d = job.d + at * job.F;
-    if (rows == 0) continue;
-    moe__products_add(
-        &list, moe__linear_weight_gradient(d_out ? d_out[i] : NULL, d_b_out ? d_b_out[i] : NULL,
-                                           de + at * job.H, job.a + at * job.F, H, F, rows));
-    moe__products_add(&list,
-                      moe__linear_weight_gradient(d_in ? d_in[i] : NULL, d_b_in ? d_b_in[i] : NULL,
-                                                  d, in + at * job.H, F, H, rows));
-    if (dense && dx) {
-      moe__gemm g = moe__linear_input_gradient(dx, d, w_in[i], F, H, rows);
-      moe__linear_use_back(&g, back_in ? &back_in[i] : NULL);
-      moe__products_add(&list, g);
+  if (!job->dense)
+    moe__parallel(env, moe__tiles_of((size_t)job->rows, MOE__EXPERTS_TILE),
+                  moe__experts_gather_tile, job);
+  for (layer = 0; layer < 2; ++layer) {
+    for (i = 0; i < job->op->N; ++i) {
+      int32_t rows = start[i + 1] - start[i];
+      float *a = job->a + (size_t)start[i] * job->F;
+      moe__gemm g = layer ? moe__experts_out(job, i, a, start[i], rows)
+                          : moe__experts_in(job, i, a, start[i], rows);
+      if (rows > 0) moe__products_add(&list, &g);
     }
+    moe__products_run(&list);
   }
-  moe__products_run(&list);
-  if (dense || !dx) return;
-  for (i = 0; i < routes->N; ++i) { /* rows of dx, in the place of those of dy */
-    size_t at = (size_t)routes->start[i];
-    int32_t rows = routes->start[i + 1] - routes->start[i];
-    moe__gemm g =
-        moe__linear_input_gradient(job.e + at * job.H, job.d + at * job.F, w_in[i], F, H, rows);
-    moe__linear_use_back(&g, back_in ? &back_in[i] : NULL);
-    g.accumulate = 0;
-    if (g.m > 0) moe__products_add(&list, g);
-  }
-  moe__products_run(&list);
-  job.y = dx;
-  job.from_e = job.e;
-  moe__parallel(env, moe__tiles_of((size_t)routes->M, MOE__EXPERTS_TILE), moe__experts_scatter_tile,
-                &job);
+}
+
+/* The CPU's body. */
+static void moe__cpu_experts_forward(const moe_experts_op *op, const moe_env *env) {
+  moe__experts_job job = moe__experts_job_make(op, env);
+  int32_t threads = env->parallel_for ? moe__max(env->threads, 1) : 1,
+          each = job.rows / threads / MOE__EXPERTS_SHARE; /* shares of a thread */
+  job.out = job.dense ? op->y : op->e ? op->e : job.e;
+  if (!env->backend && (threads == 1 || each > 0)) {
+    job.shares = threads == 1 ? 1 : threads * moe__min(each, MOE__EXPERTS_SHARES);
+    moe__parallel(env, job.shares, moe__experts_share_tile, &job);
+  } else
+    moe__experts_spread(&job, env);
+  if (job.dense) return;
+  moe__parallel(env, moe__tiles_of((size_t)op->routes->M, MOE__EXPERTS_TILE),
+                moe__experts_combine_tile, &job);
 }
 
 MOE_API void moe_experts_op_init(moe_experts_op *op) { memset(op, 0, sizeof *op); }
@@ -8952,49 +8737,377 @@ MOE_API void moe_experts_op_init(moe_experts_op *op) { memset(op, 0, sizeof *op)
 static moe_status moe__experts_check(const moe_experts_op *op, const moe_env *env) {
   moe_status status = moe__routes_check("experts", op->routes, env);
   if (status) return status;
-  if (op->N != op->routes->N || op->H < 0 || op->F < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "experts: N %d, H %d, F %d, with routes to %d experts",
-                     (int)op->N, (int)op->H, (int)op->F, (int)op->routes->N);
+  if (op->N != op->routes->N)
+    return moe__fail(env, MOE_E_ARGUMENT, "experts: N is %d, but the routes have %d experts",
+                     (int)op->N, (int)op->routes->N);
+  if (op->H < 0 || op->F < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "experts: H is %d and F is %d, neither may be below 0",
+                     (int)op->H, (int)op->F);
   return MOE_OK;
 }
 
 MOE_API moe_status moe_experts_forward(const moe_experts_op *op, const moe_env *env) {
-  moe_experts experts;
   moe_status status = moe__experts_check(op, env);
-  if (status) return status;
-  experts.N = op->N;
-  experts.H = op->H;
-  experts.F = op->F;
-  experts.in = op->in;
-  experts.out = op->out;
-  experts.b_in = op->b_in;
-  experts.b_out = op->b_out;
-  moe__old_experts_forward(op->y, op->pre, op->e, op->x, op->routes, &experts, op->scratch, env);
-  return MOE_OK;
+  if (!status) moe__cpu_experts_forward(op, env);
+  return status;
+}
+
+#ifndef MOE_NO_TRAIN
+static const float *moe__experts_weight(const float *const *w, const moe_mat *mat, int32_t i) {
+  return w ? w[i] : (const float *)mat[i].data;
+}
+
+/* A tile of rows: places, x, dweight = dy . e, weight dy. */
+static void moe__experts_back_gather_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__experts_job *job = (const moe__experts_job *)arg;
+  const moe_experts_op *op = job->op;
+  const moe_routes *r = op->routes;
+  int32_t row = tile * MOE__EXPERTS_TILE, end = moe__min(row + MOE__EXPERTS_TILE, job->rows);
+  size_t H = job->H;
+  (void)slot;
+  moe__experts_gather(job, row, end);
+  for (; row < end; ++row) {
+    size_t from = (size_t)r->order[row], at = (size_t)row * H;
+    const float *dy = op->dy + from / (size_t)r->k * H;
+    if (op->dweight) op->dweight[from] = job->row_kernels->dot(dy, op->e + at, H);
+    job->mix->scale(job->e + at, r->weight[from], dy, H);
+  }
+}
+
+/* dx of a tile of tokens += the rows of its choices, in order. */
+static void moe__experts_scatter_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__experts_job *job = (const moe__experts_job *)arg;
+  const moe_routes *r = job->op->routes;
+  int32_t token = tile * MOE__EXPERTS_TILE, end = moe__min(token + MOE__EXPERTS_TILE, r->M), j;
+  (void)slot;
+  for (; token < end; ++token)
+    for (j = 0; j < r->k; ++j) {
+      size_t row = moe__experts_row(job, (size_t)token * (size_t)r->k + (size_t)j);
+      job->mix->axpy(job->op->dx + (size_t)token * job->H, 1, job->e + row * job->H, job->H);
+    }
+}
+
+/* For a tile of rows, from pre: the output of GELU again, and the gradient of its input. */
+static void moe__experts_gelu_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__experts_job *job = (const moe__experts_job *)arg;
+  int32_t first = tile * MOE__EXPERTS_TILE, end = moe__min(first + MOE__EXPERTS_TILE, job->rows);
+  size_t at = (size_t)first * job->F, n = (size_t)(end - first) * job->F;
+  (void)slot;
+  job->kernels->gelu_both(job->a + at, job->d + at, job->op->pre + at, n);
+}
+
+/* d = de W_out of every expert: the gradient of the output of GELU. de: weight dy of the rows. */
+static void moe__experts_back_out(const moe__experts_job *job, const float *de,
+                                  moe__products *list) {
+  const moe_experts_op *op = job->op;
+  const int32_t *start = op->routes->start;
+  int32_t i;
+  for (i = 0; i < op->N; ++i) {
+    int32_t rows = start[i + 1] - start[i];
+    moe__gemm g;
+    if (!rows) continue;
+    g = moe__linear_input_gradient(job->d + (size_t)start[i] * job->F,
+                                   de + (size_t)start[i] * job->H,
+                                   moe__experts_weight(op->w_out, op->out, i),
+                                   op->out_back ? &op->out_back[i] : NULL, op->H, op->F, rows);
+    g.accumulate = 0;
+    moe__products_add(list, &g);
+  }
+  moe__products_run(list);
+}
+
+/* Gradients of the weights and biases of every expert, sums over its rows in order. */
+static void moe__experts_back_weights(const moe__experts_job *job, const float *de,
+                                      moe__products *list) {
+  const moe_experts_op *op = job->op;
+  const int32_t *start = op->routes->start;
+  int32_t i;
+  for (i = 0; i < op->N; ++i) {
+    int32_t rows = start[i + 1] - start[i];
+    size_t h = (size_t)start[i] * job->H, f = (size_t)start[i] * job->F;
+    moe__gemm g;
+    if (!rows) continue;
+    g = moe__linear_weight_gradient(op->d_out ? op->d_out[i] : NULL,
+                                    op->d_b_out ? op->d_b_out[i] : NULL, de + h, job->a + f, op->H,
+                                    op->F, rows);
+    moe__products_add(list, &g);
+    g = moe__linear_weight_gradient(op->d_in ? op->d_in[i] : NULL,
+                                    op->d_b_in ? op->d_b_in[i] : NULL, job->d + f, job->rows_x + h,
+                                    op->F, op->H, rows);
+    moe__products_add(list, &g);
+  }
+}
+
+/* dx of the rows of every expert: dense, straight into the caller's dx; else into e. */
+static void moe__experts_back_in(const moe__experts_job *job, moe__products *list) {
+  const moe_experts_op *op = job->op;
+  const int32_t *start = op->routes->start;
+  float *dx = job->dense ? op->dx : job->e;
+  int32_t i;
+  for (i = 0; i < op->N; ++i) {
+    int32_t rows = start[i + 1] - start[i];
+    moe__gemm g;
+    if (!rows) continue;
+    g = moe__linear_input_gradient(dx + (size_t)start[i] * job->H,
+                                   job->d + (size_t)start[i] * job->F,
+                                   moe__experts_weight(op->w_in, op->in, i),
+                                   op->in_back ? &op->in_back[i] : NULL, op->F, op->H, rows);
+    g.accumulate = job->dense;
+    moe__products_add(list, &g);
+  }
+  moe__products_run(list);
+}
+
+/* dy -> weight dy -> through W_out -> through GELU -> gradients of the weights -> through W_in ->
+   dx. The gradients of the weights read e before the rows of dx overwrite it. */
+static void moe__cpu_experts_backward(const moe_experts_op *op, const moe_env *env) {
+  moe__experts_job job = moe__experts_job_make(op, env);
+  const float *de = job.dense ? op->dy : job.e;
+  int32_t tiles = moe__tiles_of((size_t)job.rows, MOE__EXPERTS_TILE);
+  moe__products list;
+  list.count = 0;
+  list.env = env;
+  if (!job.dense)
+    moe__parallel(env, tiles, moe__experts_back_gather_tile, &job);
+  else if (op->dweight)
+    memset(op->dweight, 0, (size_t)op->routes->M * sizeof *op->dweight);
+  moe__experts_back_out(&job, de, &list);
+  moe__parallel(env, tiles, moe__experts_gelu_tile, &job);
+  moe__experts_back_weights(&job, de, &list);
+  if (!job.dense || !op->dx) moe__products_run(&list);
+  if (!op->dx) return;
+  moe__experts_back_in(&job, &list);
+  if (!job.dense)
+    moe__parallel(env, moe__tiles_of((size_t)op->routes->M, MOE__EXPERTS_TILE),
+                  moe__experts_scatter_tile, &job);
 }
 
 MOE_API moe_status moe_experts_backward(const moe_experts_op *op, const moe_env *env) {
-  const float *rows_in[MOE_MAX_EXPERTS], *rows_out[MOE_MAX_EXPERTS];
   int32_t i;
   moe_status status = moe__experts_check(op, env);
   if (status) return status;
-  for (i = 0; i < op->N && !(op->w_in && op->w_out); ++i) {
+  for (i = 0; i < op->N && (!op->w_in || !op->w_out); ++i) {
     const moe_mat *in = &op->in[i], *out = &op->out[i];
     if (in->type != MOE_TYPE_F32 || in->layout != MOE_LAYOUT_ROWS || out->type != MOE_TYPE_F32 ||
         out->layout != MOE_LAYOUT_ROWS)
       return moe__fail(env, MOE_E_ARGUMENT,
-                       "experts: backward needs the float weights of expert %d in rows layout",
+                       "experts: backward needs w_in and w_out, since in and out of expert %d are "
+                       "not float rows",
                        (int)i);
-    rows_in[i] = (const float *)in->data;
-    rows_out[i] = (const float *)out->data;
   }
-  moe__experts_backward(op->dx, op->dweight, op->d_in, op->d_b_in, op->d_out, op->d_b_out, op->dy,
-                        op->x, op->pre, op->e, op->routes,
-                        op->w_in && op->w_out ? op->w_in : rows_in,
-                        op->w_in && op->w_out ? op->w_out : rows_out, op->in_back, op->out_back,
-                        op->H, op->F, op->scratch, env);
+  if (op->routes->M > 0 && (!op->pre || (!op->e && op->dweight && !moe__experts_dense(op->routes))))
+    return moe__fail(env, MOE_E_ARGUMENT, "experts: backward needs pre and e of forward");
+  moe__cpu_experts_backward(op, env);
   return MOE_OK;
 }
+#endif
+
+/* The old argument lists, for callers that are not converted yet. */
+static void moe__old_linear_forward(float *y, const float *x, const moe_mat *w, const float *b,
+                                    int32_t M, const moe_env *env) {
+  moe_linear_op op;
+  moe_linear_op_init(&op);
+  op.y = y, op.x = x, op.w = *w, op.b = b, op.M = M;
+  moe__cpu_linear_forward(&op, env);
+}
+
+static void moe__old_linear_gelu_forward(float *y, float *pre, const float *x, const moe_mat *w,
+                                         const float *b, int32_t M, const moe_env *env) {
+  moe_linear_op op;
+  moe_linear_op_init(&op);
+  op.act = y, op.y = pre, op.x = x, op.w = *w, op.b = b, op.M = M;
+  moe__cpu_linear_forward(&op, env);
+}
+
+static void moe__old_layernorm_forward(float *y, float *mean, float *rstd, const float *x,
+                                       const float *gamma, const float *beta, float eps, int32_t M,
+                                       int32_t H, const moe_env *env) {
+  moe_layernorm_op op;
+  moe_layernorm_op_init(&op);
+  op.y = y, op.mean = mean, op.rstd = rstd, op.x = x, op.gamma = gamma, op.beta = beta;
+  op.eps = eps, op.M = M, op.H = H;
+  moe__cpu_layernorm_forward(&op, env);
+}
+
+static void moe__residual_norm_forward(float *y, float *sum, float *mean, float *rstd,
+                                       const float *x, const float *delta, const float *gamma,
+                                       const float *beta, float eps, int32_t M, int32_t H, float p,
+                                       const uint64_t *keys, const int32_t *seq_start, int32_t S,
+                                       const moe_env *env) {
+  moe_layernorm_op op;
+  moe_layernorm_op_init(&op);
+  op.y = y, op.sum = sum, op.mean = mean, op.rstd = rstd, op.x = x, op.delta = delta;
+  op.gamma = gamma, op.beta = beta, op.eps = eps, op.M = M, op.H = H, op.dropout = p;
+  op.keys = keys, op.seq_start = seq_start, op.S = S;
+  moe__cpu_layernorm_forward(&op, env);
+}
+
+static void moe__dropout_rows(float *y, const float *x, float p, const uint64_t *keys,
+                              const int32_t *seq_start, int32_t S, int32_t H, const moe_env *env) {
+  moe_dropout_op op;
+  moe_dropout_op_init(&op);
+  op.y = y, op.x = x, op.dropout = p, op.keys = keys, op.seq_start = seq_start, op.S = S;
+  op.M = seq_start[S], op.H = H;
+  moe__cpu_dropout_forward(&op, env);
+}
+
+static void moe__old_embed_forward(float *x, const int32_t *ids, const uint8_t *segments,
+                                   const int32_t *seq_start, int32_t S, const float *word,
+                                   const float *position, const float *segment, int32_t H,
+                                   const moe_env *env) {
+  moe_embed_op op;
+  moe_embed_op_init(&op);
+  op.x = x, op.ids = ids, op.segments = segments, op.seq_start = seq_start, op.S = S;
+  op.M = seq_start[S], op.word = word, op.position = position, op.segment = segment, op.H = H;
+  moe__cpu_embed_forward(&op, env);
+}
+
+static void moe__attention_forward_rows(float *y, const float *qkv, const int32_t *seq_start,
+                                        int32_t S, int32_t H, int32_t A, int32_t from, int32_t to,
+                                        float *scratch, const moe_env *env) {
+  moe_attention_op op;
+  moe_attention_op_init(&op);
+  op.y = y, op.qkv = qkv, op.seq_start = seq_start, op.S = S, op.M = seq_start[S], op.H = H;
+  op.A = A, op.scratch = scratch;
+  moe__cpu_attention_rows(&op, from, to, env);
+}
+
+static void moe__old_attention_forward(float *y, float *stats, const float *qkv,
+                                       const int32_t *seq_start, int32_t S, int32_t H, int32_t A,
+                                       float p, const uint64_t *keys, float *scratch,
+                                       const moe_env *env) {
+  moe_attention_op op;
+  moe_attention_op_init(&op);
+  op.y = y, op.stats = stats, op.qkv = qkv, op.seq_start = seq_start, op.S = S;
+  op.M = seq_start[S], op.H = H, op.A = A, op.dropout = p, op.keys = keys, op.scratch = scratch;
+  moe__cpu_attention(&op, 0, env);
+}
+
+static void moe__old_route_forward(moe_routes *routes, float *logits, float *loss, const float *x,
+                                   const float *gates, const int32_t *gate_of,
+                                   const int32_t *seq_start, int32_t S, int32_t H,
+                                   const moe_route_options *options, const moe_env *env) {
+  moe_route_op op;
+  moe_route_op_init(&op);
+  op.routes = routes, op.logits = logits, op.loss = loss, op.x = x, op.gates = gates;
+  op.gate_of = gate_of, op.seq_start = seq_start, op.S = S, op.H = H, op.options = *options;
+  moe__cpu_route_forward(&op, env);
+}
+
+typedef struct moe_experts {
+  int32_t N, H, F;
+  const moe_mat *in, *out;
+  const float *const *b_in, *const *b_out;
+} moe_experts;
+
+static void moe__old_experts_forward(float *y, float *pre, float *e, const float *x,
+                                     const moe_routes *routes, const moe_experts *experts,
+                                     float *scratch, const moe_env *env) {
+  moe_experts_op op;
+  moe_experts_op_init(&op);
+  op.y = y, op.pre = pre, op.e = e, op.x = x, op.routes = routes, op.in = experts->in;
+  op.out = experts->out, op.b_in = experts->b_in, op.b_out = experts->b_out, op.N = experts->N;
+  op.H = experts->H, op.F = experts->F, op.scratch = scratch;
+  moe__cpu_experts_forward(&op, env);
+}
+
+#ifndef MOE_NO_TRAIN
+static void moe__linear_backward(float *dx, float *dw, float *db, const float *dy, const float *x,
+                                 const moe_mat *w, const moe_mat *back, int32_t M,
+                                 const moe_env *env) {
+  moe_linear_op op;
+  moe_linear_op_init(&op);
+  op.dx = dx, op.dw = dw, op.db = db, op.dy = dy, op.x = x, op.w = *w, op.M = M;
+  if (back) op.w_back = *back;
+  moe__cpu_linear_backward(&op, env);
+}
+
+static void moe__old_linear_backward(float *dx, float *dw, float *db, const float *dy,
+                                     const float *x, const moe_mat *w, int32_t M,
+                                     const moe_env *env) {
+  moe__linear_backward(dx, dw, db, dy, x, w, NULL, M, env);
+}
+
+static void moe__old_layernorm_backward(float *dx, float *dgamma, float *dbeta, const float *dy,
+                                        const float *x, const float *mean, const float *rstd,
+                                        const float *gamma, int32_t M, int32_t H,
+                                        const moe_env *env) {
+  moe_layernorm_op op;
+  moe_layernorm_op_init(&op);
+  op.dx = dx, op.dgamma = dgamma, op.dbeta = dbeta, op.dy = dy, op.x = x, op.gamma = gamma;
+  op.mean = (float *)(uintptr_t)mean, op.rstd = (float *)(uintptr_t)rstd, op.M = M, op.H = H;
+  moe__cpu_layernorm_backward(&op, env);
+}
+
+static void moe__residual_norm_backward(float *dx, float *ddelta, float *dgamma, float *dbeta,
+                                        const float *dy, const float *sum, const float *mean,
+                                        const float *rstd, const float *gamma, int32_t M, int32_t H,
+                                        float p, const uint64_t *keys, const int32_t *seq_start,
+                                        int32_t S, const moe_env *env) {
+  moe_layernorm_op op;
+  moe_layernorm_op_init(&op);
+  op.dx = dx, op.ddelta = ddelta, op.dgamma = dgamma, op.dbeta = dbeta, op.dy = dy, op.x = sum;
+  op.mean = (float *)(uintptr_t)mean, op.rstd = (float *)(uintptr_t)rstd, op.gamma = gamma;
+  op.M = M, op.H = H, op.dropout = p, op.keys = keys, op.seq_start = seq_start, op.S = S;
+  op.overwrite = 1;
+  moe__cpu_layernorm_backward(&op, env);
+}
+
+static void moe__old_embed_backward(float *dword, float *dposition, float *dsegment,
+                                    const float *dx, const int32_t *ids, const uint8_t *segments,
+                                    const int32_t *seq_start, int32_t S, int32_t H,
+                                    const moe_env *env) {
+  moe_embed_op op;
+  moe_embed_op_init(&op);
+  op.dword = dword, op.dposition = dposition, op.dsegment = dsegment, op.dx = dx, op.ids = ids;
+  op.segments = segments, op.seq_start = seq_start, op.S = S, op.M = seq_start[S], op.H = H;
+  moe__cpu_embed_backward(&op, env);
+}
+
+static void moe__attention_backward(float *dqkv, int more, const float *dy, const float *y,
+                                    const float *stats, const float *qkv, const int32_t *seq_start,
+                                    int32_t S, int32_t H, int32_t A, float p, const uint64_t *keys,
+                                    float *scratch, const moe_env *env) {
+  moe_attention_op op;
+  moe_attention_op_init(&op);
+  op.y = (float *)(uintptr_t)y, op.stats = (float *)(uintptr_t)stats, op.qkv = qkv;
+  op.seq_start = seq_start, op.S = S, op.M = seq_start[S], op.H = H, op.A = A, op.dropout = p;
+  op.keys = keys, op.scratch = scratch, op.dqkv = dqkv, op.dy = dy, op.overwrite = !more;
+  moe__cpu_attention(&op, 1, env);
+}
+
+static void moe__old_route_backward(float *dx, float *dgates, float *dlogits, const float *dweight,
+                                    float loss_scale, const moe_routes *routes, const float *logits,
+                                    const float *x, const float *gates, const int32_t *gate_of,
+                                    const int32_t *seq_start, int32_t S, int32_t H,
+                                    const moe_route_options *options, const moe_env *env) {
+  moe_routes r = *routes;
+  moe_route_op op;
+  moe_route_op_init(&op);
+  op.routes = &r, op.logits = (float *)(uintptr_t)logits, op.x = x, op.gates = gates;
+  op.gate_of = gate_of, op.seq_start = seq_start, op.S = S, op.H = H, op.options = *options;
+  op.dx = dx, op.dgates = dgates, op.dlogits = dlogits, op.dweight = dweight;
+  op.loss_scale = loss_scale;
+  moe__cpu_route_backward(&op, env);
+}
+
+static void moe__experts_backward(float *dx, float *dweight, float *const *d_in,
+                                  float *const *d_b_in, float *const *d_out, float *const *d_b_out,
+                                  const float *dy, const float *x, const float *pre, const float *e,
+                                  const moe_routes *routes, const float *const *w_in,
+                                  const float *const *w_out, const moe_mat *back_in,
+                                  const moe_mat *back_out, int32_t H, int32_t F, float *scratch,
+                                  const moe_env *env) {
+  moe_experts_op op;
+  moe_experts_op_init(&op);
+  op.dx = dx, op.dweight = dweight, op.d_in = d_in, op.d_b_in = d_b_in, op.d_out = d_out;
+  op.d_b_out = d_b_out, op.dy = dy, op.x = x, op.pre = (float *)(uintptr_t)pre;
+  op.e = (float *)(uintptr_t)e, op.routes = routes, op.w_in = w_in, op.w_out = w_out;
+  op.in_back = back_in, op.out_back = back_out, op.N = routes->N, op.H = H, op.F = F;
+  op.scratch = scratch;
+  moe__cpu_experts_backward(&op, env);
+}
+#endif
 
 /* ---- kinds of tasks: heads, losses ---- >>kinds
    Everything that distinguishes one kind of task from another is in this table. A new kind is a
@@ -10486,7 +10599,7 @@ MOE__UNUSED static moe_status moe__model_pack_back(moe_model *model, const moe_e
   return MOE_OK;
 }
 
-/* A matrix (outputs, inputs) of the model for moe__linear_use_back. */
+/* A matrix (outputs, inputs) of the model as w_back of moe_linear_op. */
 MOE__UNUSED static moe_mat moe__model_back(const moe_model *m, size_t panel, int32_t outputs,
                                            int32_t inputs, const moe_env *env) {
   return moe_mat_panels_bf16(
