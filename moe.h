@@ -1412,18 +1412,24 @@ typedef struct moe_tokens {
                            [CLS] and [SEP] put around */
   int32_t capacity, count;
 } moe_tokens;
-/* [CLS] a [SEP], or [CLS] a [SEP] b [SEP] (b not NULL), in at most max_len tokens (2 or 3 at least;
-   not above out->capacity). Texts are any bytes of any length (2^31 - 1 bytes where begin or end is
-   asked for): invalid UTF-8 becomes U+FFFD and is no error. Special tokens written in a text
-   ("[MASK]", in capitals) are those tokens. Nothing is allocated; memory (3 KB of stack) does not
-   grow with the text. What does not fit is cut, with R = max_len - 2 or - 3 tokens left for the
-   texts; a single text keeps its first R. Of a pair MOE_TRUNCATE_LONGEST shortens the longer text
-   until the pair fits or both are equal, then both: R/2 each, and the odd token to the longer one,
-   to b if they are equal (Hugging Face's longest_first; BERT's own code gives the odd one to a);
-   MOE_TRUNCATE_RIGHT keeps the first R tokens of a followed by b, and all three special tokens. */
-MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, size_t a_bytes,
-                              const char *b, size_t b_bytes, int32_t max_len, moe_truncate how,
-                              moe_tokens *out, const moe_env *env);
+/* One text (b NULL) or a pair: any bytes. */
+typedef struct moe_text {
+  const char *a, *b;
+  size_t a_bytes, b_bytes;
+} moe_text;
+/* Of zero-terminated strings; b may be NULL. */
+MOE_API moe_text moe_text_of(const char *a, const char *b);
+/* [CLS] a [SEP], or [CLS] a [SEP] b [SEP], in at most max_len tokens (2 or 3 at least; not above
+   out->capacity). A text may have any length (2^31 - 1 bytes where begin or end is asked for).
+   Invalid UTF-8 becomes U+FFFD and is no error. Special tokens written in a text ("[MASK]", in
+   capitals) are those tokens. Nothing is allocated; memory (3 KB of stack) does not grow with the
+   text. Longer inputs are cut to R = max_len - 2 or - 3 tokens of text. A single text keeps its
+   first R. Of a pair MOE_TRUNCATE_LONGEST shortens the longer text until the pair fits or both are
+   equal, then both: R/2 each, and the odd token to the longer one, to b if they are equal (Hugging
+   Face's longest_first; BERT's own code gives the odd one to a); MOE_TRUNCATE_RIGHT keeps the first
+   R tokens of a followed by b, and all three special tokens. */
+MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, moe_tokens *out, const moe_text *text,
+                              int32_t max_len, moe_truncate how, const moe_env *env);
 #endif
 
 /* From logits to answers: the rules that every program shares. Logits are finite; row i of them
@@ -1489,8 +1495,8 @@ MOE_API double moe_metric_average(const double *value, const int64_t *rows, int6
 MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text,
                                    int32_t begin, int32_t end, const moe_env *env);
 
-/* A model with its tokenizer and a context: text in, scores out. The model and its vocabulary must
-   outlive it. */
+/* A model with its tokenizer and a context: text in, scores or embeddings out. The model and its
+   vocabulary must outlive it. */
 typedef struct moe_predictor moe_predictor;
 /* Exact bytes for `batch` texts at once. MOE_E_FORMAT when the model holds no vocabulary. */
 MOE_API moe_status moe_predictor_size(const moe_model *model, int32_t batch, size_t *bytes,
@@ -1527,6 +1533,17 @@ MOE_API moe_status moe_predict_texts(moe_predictor *predictor, int32_t task, con
 MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a,
                                      const char *const *b, const int32_t *chars, int32_t n,
                                      float *scores, int *best);
+/* Embeddings of n <= batch texts (b NULL or b[i] NULL) or pairs: out (n, H), from the hidden states
+   of the last layer, not normalised. Any kind of task will do, with one text or two: its gates route
+   the tokens, and its max_len cuts; a model without gates of tasks gives every task the same.
+   MOE_E_NONFINITE as above. */
+typedef enum moe_pooling {
+  MOE_POOLING_MEAN, /* mean over all tokens, [CLS] and [SEP] included, as sentence-transformers do */
+  MOE_POOLING_CLS   /* the state of [CLS], which heads read */
+} moe_pooling;
+MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe_pooling pooling,
+                                     const char *const *a, const char *const *b, int32_t n,
+                                     float *out);
 #endif
 
 #endif /* MOE_H_INCLUDED */
@@ -17083,65 +17100,85 @@ static void moe__text_cut(size_t *ka, size_t *kb, size_t na, size_t nb, size_t r
   *kb = room - *ka;
 }
 
-MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, const char *a, size_t a_bytes,
-                              const char *b, size_t b_bytes, int32_t max_len, moe_truncate how,
-                              moe_tokens *out, const moe_env *env) {
-  size_t room, ka, kb;
-  moe__sink sink;
-  if (!tokenizer || (!a && a_bytes) || !out || !out->ids)
+MOE_API moe_text moe_text_of(const char *a, const char *b) {
+  moe_text text;
+  text.a = a;
+  text.b = b;
+  text.a_bytes = a ? strlen(a) : 0;
+  text.b_bytes = b ? strlen(b) : 0;
+  return text;
+}
+
+static moe_status moe__encode_check(const moe_tokenizer *tokenizer, const moe_tokens *out,
+                                    const moe_text *text, int32_t max_len, moe_truncate how,
+                                    const moe_env *env) {
+  int least = text && text->b ? 3 : 2;
+  if (!tokenizer || !text || (!text->a && text->a_bytes) || !out || !out->ids)
     return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: a pointer is NULL");
   if (how != MOE_TRUNCATE_LONGEST && how != MOE_TRUNCATE_RIGHT)
     return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: unknown way to truncate (%d)", (int)how);
-  if (max_len < (b ? 3 : 2))
+  if (max_len < least)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "moe_encode: max_len is %d, the special tokens alone are %d", (int)max_len,
-                     b ? 3 : 2);
+                     "moe_encode: max_len is %d, expected at least %d for the special tokens",
+                     (int)max_len, least);
   if (out->capacity < max_len)
-    return moe__fail(env, MOE_E_ARGUMENT, "moe_encode: room for %d tokens, max_len is %d",
-                     (int)out->capacity, (int)max_len);
-  if ((out->begin || out->end) && (a_bytes > INT32_MAX || (b && b_bytes > INT32_MAX)))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "moe_encode: offsets are counted up to 2^31 - 1, the text may have more");
+                     "moe_encode: capacity is %d, expected at least max_len, %d",
+                     (int)out->capacity, (int)max_len);
+  if ((out->begin || out->end) &&
+      (text->a_bytes > INT32_MAX || (text->b && text->b_bytes > INT32_MAX)))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "moe_encode: a text is longer than the 2^31 - 1 bytes that begin and end can "
+                     "count");
+  return MOE_OK;
+}
+
+/* A special token at index `at`. */
+static void moe__sink_special(moe__sink *sink, int which, size_t at) {
+  sink->at = at;
+  sink->room = 1;
+  sink->count = 0;
+  moe__sink_put(sink, sink->t->special[which], -1, -1);
+}
+
+MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, moe_tokens *out, const moe_text *text,
+                              int32_t max_len, moe_truncate how, const moe_env *env) {
+  const char *a, *b;
+  size_t room, na, ka, kb = 0;
+  moe__sink sink;
+  moe_status status = moe__encode_check(tokenizer, out, text, max_len, how, env);
+  if (status) return status;
+  a = text->a, b = text->b;
   room = (size_t)max_len - (b ? 3 : 2);
   memset(&sink, 0, sizeof sink);
   sink.t = tokenizer;
   sink.out = out;
-  sink.room = 1;
-  moe__sink_put(&sink, tokenizer->special[MOE__CLS], -1, -1);
+  moe__sink_special(&sink, MOE__CLS, 0);
   sink.at = 1;
   sink.room = room;
   sink.count = 0;
-  /* The way longest-first cuts depends on both lengths: then a is read to its end, else only as far
-     as needed. */
-  moe__text_tokens(&sink, a, a_bytes, b && how == MOE_TRUNCATE_LONGEST ? SIZE_MAX : room);
-  ka = sink.count < room ? sink.count : room;
+  /* Longest-first depends on both lengths: then a is read to its end, else only as far as needed. */
+  moe__text_tokens(&sink, a, text->a_bytes, b && how == MOE_TRUNCATE_LONGEST ? SIZE_MAX : room);
+  na = sink.count;
+  ka = na < room ? na : room;
   if (b) {
-    size_t na = sink.count;
     sink.segment = 1;
     sink.at = ka + 2;
     sink.room = room - ka;
     sink.count = 0;
-    moe__text_tokens(&sink, b, b_bytes, how == MOE_TRUNCATE_LONGEST ? SIZE_MAX : sink.room);
+    moe__text_tokens(&sink, b, text->b_bytes, how == MOE_TRUNCATE_LONGEST ? SIZE_MAX : sink.room);
     moe__text_cut(&ka, &kb, na, sink.count, room, how);
-    if (ka + 2 != sink.at) { /* a gives way: b once more, at its right place */
+    if (ka + 2 != sink.at) { /* a is cut: b once more, at its right place */
       sink.at = ka + 2;
       sink.room = kb;
       sink.count = 0;
-      moe__text_tokens(&sink, b, b_bytes, kb);
+      moe__text_tokens(&sink, b, text->b_bytes, kb);
     }
-    sink.at = ka + 2 + kb;
-    sink.room = 1;
-    sink.count = 0;
-    moe__sink_put(&sink, tokenizer->special[MOE__SEP], -1, -1);
-    out->count = (int32_t)(ka + kb) + 3;
+    moe__sink_special(&sink, MOE__SEP, ka + 2 + kb);
     sink.segment = 0;
-  } else {
-    out->count = (int32_t)ka + 2;
   }
-  sink.at = ka + 1;
-  sink.room = 1;
-  sink.count = 0;
-  moe__sink_put(&sink, tokenizer->special[MOE__SEP], -1, -1);
+  moe__sink_special(&sink, MOE__SEP, ka + 1);
+  out->count = (int32_t)(ka + kb) + (b ? 3 : 2);
   return MOE_OK;
 }
 
@@ -17642,34 +17679,37 @@ static int32_t moe__task_longest(const moe_model *model, int32_t task) {
   return own ? moe__min(own, model->config.max_len) : model->config.max_len;
 }
 
-/* Fills *p with the pieces of a block (layout->base NULL: only counts). */
-static moe_status moe__predictor_carve(moe__layout *layout, moe_predictor *p,
-                                       size_t *tokenizer_bytes, size_t *context_bytes,
-                                       void **tokenizer, void **context, const moe_env *env) {
-  const moe_model *model = p->model;
+/* The parts of a predictor's block that are made by others. */
+typedef struct moe__predictor_parts {
   moe_limits limits;
+  size_t tokenizer_bytes, context_bytes;
+  void *tokenizer, *context;
+} moe__predictor_parts;
+
+/* Sets the pointers of *p into the block, *parts too (layout->base NULL: only counts). */
+static moe_status moe__predictor_carve(moe__layout *layout, moe_predictor *p,
+                                       moe__predictor_parts *parts, const moe_env *env) {
+  const moe_model *model = p->model;
   size_t tokens, S = (size_t)p->batch;
   int32_t t;
   moe_status status;
   for (p->longest = 0, t = 0; t < model->T; ++t)
     p->longest = moe__max(p->longest, moe__task_longest(model, t));
   if (p->batch < 1 || p->batch > INT32_MAX / p->longest)
-    return moe__fail(env, MOE_E_ARGUMENT, "a predictor for %d texts of %d tokens", (int)p->batch,
-                     (int)p->longest);
-  if (!model->vocab)
-    return moe__fail(env, MOE_E_FORMAT,
-                     "the model holds no vocabulary, so texts are nothing to it");
-  memset(&limits, 0, sizeof limits);
-  limits.tokens = p->batch * p->longest;
-  limits.sequences = p->batch;
-  limits.training = 0;
-  status = moe_tokenizer_size(model->vocab, model->vocab_bytes, tokenizer_bytes, env);
-  if (!status) status = moe_context_size(model, &limits, context_bytes, env);
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "predictor: batch is %d, expected 1 to %d for texts of %d tokens",
+                     (int)p->batch, (int)(INT32_MAX / p->longest), (int)p->longest);
+  if (!model->vocab) return moe__fail(env, MOE_E_FORMAT, "predictor: the model has no vocabulary");
+  memset(parts, 0, sizeof *parts);
+  parts->limits.tokens = p->batch * p->longest;
+  parts->limits.sequences = p->batch;
+  status = moe_tokenizer_size(model->vocab, model->vocab_bytes, &parts->tokenizer_bytes, env);
+  if (!status) status = moe_context_size(model, &parts->limits, &parts->context_bytes, env);
   if (status) return status;
-  tokens = (size_t)limits.tokens;
+  tokens = (size_t)parts->limits.tokens;
   moe__carve(layout, 1, sizeof *p);
-  *tokenizer = moe__carve(layout, *tokenizer_bytes, 1);
-  *context = moe__carve(layout, *context_bytes, 1);
+  parts->tokenizer = moe__carve(layout, parts->tokenizer_bytes, 1);
+  parts->context = moe__carve(layout, parts->context_bytes, 1);
   p->ids = (int32_t *)moe__carve(layout, tokens, sizeof(int32_t));
   p->begin = (int32_t *)moe__carve(layout, tokens, sizeof(int32_t));
   p->end = (int32_t *)moe__carve(layout, tokens, sizeof(int32_t));
@@ -17679,21 +17719,20 @@ static moe_status moe__predictor_carve(moe__layout *layout, moe_predictor *p,
   p->span = (int32_t *)moe__carve(layout, 4 * S, sizeof(int32_t));
   p->scores = (float *)moe__carve(layout, S * (size_t)model->max_classes, sizeof(float));
   return layout->bad ? moe__fail(env, MOE_E_ARGUMENT,
-                                 "a predictor for %d texts is larger than memory", (int)p->batch)
+                                 "predictor: %d texts at once are larger than the address space",
+                                 (int)p->batch)
                      : MOE_OK;
 }
 
 MOE_API moe_status moe_predictor_size(const moe_model *model, int32_t batch, size_t *bytes,
                                       const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
+  moe__predictor_parts parts;
   moe_predictor p;
-  size_t tokenizer_bytes, context_bytes;
-  void *tokenizer, *context;
   moe_status status;
   p.model = model;
   p.batch = batch;
-  status = moe__predictor_carve(&layout, &p, &tokenizer_bytes, &context_bytes, &tokenizer, &context,
-                                env);
+  status = moe__predictor_carve(&layout, &p, &parts, env);
   if (!status) *bytes = layout.used;
   return status;
 }
@@ -17701,10 +17740,9 @@ MOE_API moe_status moe_predictor_size(const moe_model *model, int32_t batch, siz
 MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t bytes,
                                       const moe_model *model, int32_t batch, const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
+  moe__predictor_parts parts;
   moe_predictor p;
-  moe_limits limits;
-  size_t tokenizer_bytes, context_bytes, need;
-  void *tokenizer, *context;
+  size_t need;
   moe_status status = moe_predictor_size(model, batch, &need, env);
   if (!status) status = moe__check_block("a predictor", block, bytes, need, env);
   if (status) return status;
@@ -17713,18 +17751,16 @@ MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t b
   p.batch = batch;
   p.env = *env;
   layout.base = (unsigned char *)block;
-  moe__predictor_carve(&layout, &p, &tokenizer_bytes, &context_bytes, &tokenizer, &context, env);
-  memset(&limits, 0, sizeof limits);
-  limits.tokens = batch * p.longest;
-  limits.sequences = batch;
-  limits.training = 0;
-  status = moe_tokenizer_init(&p.tokenizer, tokenizer, tokenizer_bytes, model->vocab,
+  moe__predictor_carve(&layout, &p, &parts, env);
+  status = moe_tokenizer_init(&p.tokenizer, parts.tokenizer, parts.tokenizer_bytes, model->vocab,
                               model->vocab_bytes, model->config.cased, env);
   if (!status && moe_tokenizer_words(p.tokenizer) > model->config.vocab)
     status =
         moe__fail(env, MOE_E_FORMAT, "the vocabulary has %d words, the model has %d embeddings",
                   (int)moe_tokenizer_words(p.tokenizer), (int)model->config.vocab);
-  if (!status) status = moe_context_init(&p.context, context, context_bytes, model, &limits, env);
+  if (!status)
+    status =
+        moe_context_init(&p.context, parts.context, parts.context_bytes, model, &parts.limits, env);
   if (status) return status;
   *out = (moe_predictor *)block;
   **out = p;
@@ -17768,100 +17804,123 @@ MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, in
     last = i;
   }
   if (first < 0)
-    return moe__fail(
-        env, MOE_E_ARGUMENT,
-        "no token of text %d stands at characters %d to %d: the text is shorter, or was cut",
-        (int)text + 1, (int)begin, (int)end);
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "text %d has no token at characters %d to %d: it is shorter, or was cut",
+                     (int)text + 1, (int)begin, (int)end);
   span[0] = first;
   span[1] = last + 1;
   return MOE_OK;
 }
 
-/* The ids of one input, behind those of the inputs before it. */
-static moe_status moe__predict_encode(moe_predictor *p, int32_t task, int32_t i, const char *a,
-                                      const char *b, const int32_t *chars) {
-  const moe_task *kind = &p->model->tasks[task];
+/* Inputs of a task: texts, and what span tasks need. */
+typedef struct moe__inputs {
+  const char *const *a, *const *b;
+  const int32_t *chars; /* (n, 4), or NULL */
+  int32_t task, n;
+} moe__inputs;
+
+/* The ids of input i, behind those of the inputs before it. */
+static moe_status moe__predict_encode(moe_predictor *p, const moe__inputs *in, int32_t i) {
+  const int32_t *chars = in->chars ? in->chars + 4 * (size_t)i : NULL;
+  int32_t *span = p->span + 4 * (size_t)i;
   size_t at = (size_t)p->seq_start[i];
+  moe_text text = moe_text_of(in->a[i], in->b ? in->b[i] : NULL);
   moe_tokens tokens;
   moe_status status;
-  if (!a) return moe__fail(&p->env, MOE_E_ARGUMENT, "text %d is missing", (int)i);
-  if (!b != !kind->pair)
-    return moe__fail(&p->env, MOE_E_ARGUMENT, "text %d: task '%s' takes %s", (int)i, kind->name,
-                     kind->pair ? "two texts" : "one text");
+  if (!text.a) return moe__fail(&p->env, MOE_E_ARGUMENT, "text %d is NULL", (int)i);
   tokens.ids = p->ids + at;
   tokens.segments = p->segments + at;
   tokens.begin = chars ? p->begin + at : NULL;
   tokens.end = chars ? p->end + at : NULL;
   tokens.capacity = p->longest;
   tokens.count = 0;
-  status =
-      moe_encode(p->tokenizer, a, strlen(a), b, b ? strlen(b) : 0,
-                 moe__task_longest(p->model, task), p->model->config.truncate, &tokens, &p->env);
+  status = moe_encode(p->tokenizer, &tokens, &text, moe__task_longest(p->model, in->task),
+                      p->model->config.truncate, &p->env);
+  span[0] = span[2] = 0; /* [CLS], where no words are given: for embeddings */
+  span[1] = span[3] = 1;
+  if (!status && chars) status = moe_tokens_span(span, &tokens, 0, chars[0], chars[1], &p->env);
   if (!status && chars)
-    status = moe_tokens_span(p->span + 4 * i, &tokens, 0, chars[0], chars[1], &p->env);
-  if (!status && chars)
-    status = moe_tokens_span(p->span + 4 * i + 2, &tokens, kind->pair, chars[2], chars[3], &p->env);
+    status = moe_tokens_span(span + 2, &tokens, p->model->tasks[in->task].pair, chars[2], chars[3],
+                             &p->env);
   p->seq_start[i + 1] = p->seq_start[i] + tokens.count;
-  p->task[i] = task;
+  p->task[i] = in->task;
   return status;
 }
 
-/* Logits of an input to what the caller wants, in place; returns the best class. */
-static int moe__predict_finish(float *scores, const moe_task *task, moe_output output) {
-  int32_t best;
-  if (task->kind == MOE_KIND_REGRESSION) return 0;
-  best = moe__best_class(scores, task);
-  if (output == MOE_OUTPUT_PROBABILITIES)
-    moe_cross_entropy_forward(scores, scores, 0, task->classes);
-  return (int)best;
+static moe_status moe__predict_check(const moe_predictor *p, int32_t task, int32_t n) {
+  if (task < 0 || task >= p->model->T)
+    return moe__fail(&p->env, MOE_E_ARGUMENT, "task is %d, the model has tasks 0 to %d", (int)task,
+                     (int)(p->model->T - 1));
+  if (n < 0 || n > p->batch)
+    return moe__fail(&p->env, MOE_E_ARGUMENT, "%d texts at once, the predictor was made for %d",
+                     (int)n, (int)p->batch);
+  return MOE_OK;
+}
+
+/* Encodes the inputs and runs the model: p->scores are logits then. */
+static moe_status moe__predict_run(moe_predictor *p, const moe__inputs *in) {
+  moe_batch batch;
+  int32_t i;
+  p->seq_start[0] = 0;
+  moe__profile_begin(&p->env);
+  for (i = 0; i < in->n; ++i) {
+    moe_status status = moe__predict_encode(p, in, i);
+    if (status) return status;
+  }
+  moe__profile_end(&p->env, MOE_PROFILE_TEXT);
+  memset(&batch, 0, sizeof batch);
+  batch.S = in->n;
+  batch.seq_start = p->seq_start;
+  batch.ids = p->ids;
+  batch.segments = p->model->config.segments > 1 ? p->segments : NULL;
+  batch.task = p->task;
+  batch.span = p->model->tasks[in->task].kind == MOE_KIND_SPAN ? p->span : NULL;
+  return moe_forward(p->context, p->scores, &batch, &p->env);
+}
+
+/* The logits of p->scores to what the caller wants, in place, and the best classes. */
+static void moe__predict_finish(moe_predictor *p, const moe_task *task, int32_t n, int *best) {
+  int32_t i;
+  for (i = 0; i < n; ++i) {
+    float *row = p->scores + (size_t)i * (size_t)p->model->max_classes;
+    int regression = task->kind == MOE_KIND_REGRESSION;
+    if (best) best[i] = regression ? 0 : (int)moe__best_class(row, task);
+    if (!regression && p->output == MOE_OUTPUT_PROBABILITIES)
+      moe_cross_entropy_forward(row, row, 0, task->classes);
+  }
 }
 
 MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a,
                                      const char *const *b, const int32_t *chars, int32_t n,
                                      float *scores, int *best) {
   moe_predictor *p = predictor;
-  moe_batch batch;
-  size_t row = (size_t)p->model->max_classes;
-  int32_t i;
-  moe_status status;
-  if (task < 0 || task >= p->model->T)
-    return moe__fail(&p->env, MOE_E_ARGUMENT, "task %d, the model has %d tasks", (int)task,
-                     (int)p->model->T);
-  if (n < 0 || n > p->batch)
-    return moe__fail(&p->env, MOE_E_ARGUMENT, "%d texts at once, the predictor was made for %d",
-                     (int)n, (int)p->batch);
-  if (!chars != (p->model->tasks[task].kind != MOE_KIND_SPAN))
-    return moe__fail(&p->env, MOE_E_ARGUMENT, "task '%s' %s", p->model->tasks[task].name,
+  const moe_task *kind;
+  moe__inputs in;
+  size_t row = (size_t)p->model->max_classes, i, c;
+  moe_status status = moe__predict_check(p, task, n);
+  if (status) return status;
+  kind = &p->model->tasks[task];
+  if (!chars != (kind->kind != MOE_KIND_SPAN))
+    return moe__fail(&p->env, MOE_E_ARGUMENT, "task '%s' %s", kind->name,
                      chars ? "takes no spans"
                            : "needs two spans with each input: moe_predict_spans");
-  p->seq_start[0] = 0;
-  moe__profile_begin(&p->env);
-  for (i = 0; i < n; ++i) {
-    status = moe__predict_encode(p, task, i, a[i], b ? b[i] : NULL, chars ? chars + 4 * i : NULL);
-    if (status) return status;
-  }
-  moe__profile_end(&p->env, MOE_PROFILE_TEXT);
-  memset(&batch, 0, sizeof batch);
-  batch.S = n;
-  batch.seq_start = p->seq_start;
-  batch.ids = p->ids;
-  batch.segments = p->model->config.segments > 1 ? p->segments : NULL;
-  batch.task = p->task;
-  batch.span = chars ? p->span : NULL;
-  status = moe_forward(p->context, p->scores, &batch, &p->env);
+  for (i = 0; i < (size_t)n; ++i)
+    if (!(b && b[i]) != !kind->pair)
+      return moe__fail(&p->env, MOE_E_ARGUMENT, "text %zu: task '%s' takes %s", i, kind->name,
+                       kind->pair ? "two texts" : "one text");
+  in.a = a;
+  in.b = b;
+  in.chars = chars;
+  in.task = task;
+  in.n = n;
+  status = moe__predict_run(p, &in);
   if (status) return status;
-  for (i = 0; i < n; ++i) {
-    int32_t c;
-    for (c = 0; c < p->model->tasks[task].classes; ++c)
-      if (!moe__is_finite(p->scores[(size_t)i * row + (size_t)c]))
-        return moe__fail(&p->env, MOE_E_NONFINITE,
-                         "text %d: score %d of task '%s' is no finite number", (int)i, (int)c,
-                         p->model->tasks[task].name);
-  }
-  for (i = 0; i < n; ++i) {
-    int b_i = moe__predict_finish(p->scores + (size_t)i * row, &p->model->tasks[task], p->output);
-    if (best) best[i] = b_i;
-  }
+  for (i = 0; i < (size_t)n; ++i)
+    for (c = 0; c < (size_t)kind->classes; ++c)
+      if (!moe__is_finite(p->scores[i * row + c]))
+        return moe__fail(&p->env, MOE_E_NONFINITE, "text %zu: score %zu of task '%s' is not finite",
+                         i, c, kind->name);
+  moe__predict_finish(p, kind, n, best);
   if (scores != p->scores) memcpy(scores, p->scores, (size_t)n * row * sizeof(float));
   return MOE_OK;
 }
@@ -17877,6 +17936,49 @@ MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, cons
   moe_status status = moe_predict_spans(predictor, task, &a, &b, NULL, 1, row, best);
   if (!status) memcpy(scores, row, (size_t)predictor->model->tasks[task].classes * sizeof(float));
   return status;
+}
+
+/* Mean over the tokens [begin, end) in double, in their order. */
+static void moe__embed_mean(float *out, const float *hidden, int32_t begin, int32_t end, size_t H) {
+  size_t j;
+  for (j = 0; j < H; ++j) {
+    double sum = 0;
+    int32_t i;
+    for (i = begin; i < end; ++i) sum += (double)hidden[(size_t)i * H + j];
+    out[j] = (float)(sum / (end - begin));
+  }
+}
+
+MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe_pooling pooling,
+                                     const char *const *a, const char *const *b, int32_t n,
+                                     float *out) {
+  moe_predictor *p = predictor;
+  moe__inputs in;
+  size_t H = (size_t)p->model->config.hidden, k, count;
+  const float *hidden;
+  int32_t i;
+  moe_status status = moe__predict_check(p, task, n);
+  if (!status && pooling != MOE_POOLING_MEAN && pooling != MOE_POOLING_CLS)
+    status = moe__fail(&p->env, MOE_E_ARGUMENT, "unknown pooling (%d)", (int)pooling);
+  if (status) return status;
+  in.a = a;
+  in.b = b;
+  in.chars = NULL;
+  in.task = task;
+  in.n = n;
+  status = moe__predict_run(p, &in);
+  if (status) return status;
+  hidden = moe_context_hidden(p->context);
+  count = n ? (size_t)p->seq_start[n] * H : 0;
+  for (k = 0; k < count; ++k)
+    if (!moe__is_finite(hidden[k]))
+      return moe__fail(&p->env, MOE_E_NONFINITE, "token %zu: a hidden state is not finite", k / H);
+  for (i = 0; i < n; ++i)
+    if (pooling == MOE_POOLING_MEAN)
+      moe__embed_mean(out + (size_t)i * H, hidden, p->seq_start[i], p->seq_start[i + 1], H);
+    else
+      memcpy(out + (size_t)i * H, hidden + (size_t)p->seq_start[i] * H, H * sizeof(float));
+  return MOE_OK;
 }
 #endif /* MOE_NO_TEXT */
 

@@ -771,6 +771,7 @@ static int read_rows(rows *r, const task_data *t, const char *path, int optional
   tokens_make(&out, max_len);
   while ((line = tsv_line(&f)) != NULL) {
     const char *a, *b;
+    moe_text text;
     row x;
     memset(&x, 0, sizeof x);
     tsv_fields(&f, line, field);
@@ -780,8 +781,8 @@ static int read_rows(rows *r, const task_data *t, const char *path, int optional
     x.hash = text_hash(a, b);
     x.group = group_at >= 0 ? name_hash(field[group_at]) : 0;
     x.line = f.line;
-    need(moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, max_len, config.truncate, &out,
-                    &env));
+    text = moe_text_of(a, b);
+    need(moe_encode(tokenizer, &out, &text, max_len, config.truncate, &env));
     for (i = 0; i < 2 && t->task.kind == MOE_KIND_SPAN; ++i)
       find_span(&f, &out, b ? i : 0, i && b ? b : a,
                 field_whole(&f, "start", field[span_at[2 * i]]),

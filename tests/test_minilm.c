@@ -6,6 +6,7 @@
 #include "test.h"
 #include "models.h"
 #include "golden/bert.h"
+#include "golden/embed.h"
 #include "golden/mrpc.h"
 
 enum { S_MOST = 32, M_MOST = 32 * 128 };
@@ -132,11 +133,49 @@ static void test_minilm_upcycled_with_scale_n_starts_as_its_parent(void) {
   moe_model_free(model);
 }
 
+/* Texts 0 and 1 of golden/embed.h. The second is a pair. */
+static void test_minilm_embeds_as_sentence_transformers(void) {
+  static const char *const a[] = {"The quick brown fox jumps over the lazy dog .",
+                                  "Is the earth round?"};
+  static const char *const b[] = {
+      NULL,
+      "Na\xc3\xafve caf\xc3\xa9-goers' views: 42% say \xe2\x80\x9cno\xe2\x80\x9d, unbelievably!"};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = minilm(MOE_ROUTER_DENSE, 1, &env);
+  moe_predictor *p = NULL;
+  const char *path;
+  void *vocab = NULL;
+  size_t bytes = 0;
+  float out[2 * 384];
+  if (!model && !models_sentence[0]) SKIP("no models/all-MiniLM-L6-v2 in the working data");
+  CHECK(model, "%s", models_sentence);
+  path = test_shared("data/vocab/bert-base-uncased-vocab.txt");
+  if (!path) SKIP("no data/vocab in the working data");
+  CHECK(!moe_file_read(&vocab, &bytes, path, &env) &&
+            !moe_model_set_vocab(model, (const char *)vocab, bytes, &env) &&
+            !moe_predictor_create(&p, model, 2, &env),
+        "%s", models_sentence);
+  moe_free(vocab);
+  worst = 0;
+  CHECK(!moe_predict_embed(p, 0, MOE_POOLING_MEAN, a, b, 2, out), "%s", models_sentence);
+  compare(out, embed_0_mean, 384, "mean", 0);
+  compare(out + 384, embed_1_mean, 384, "mean", 1);
+  CHECK_STATE();
+  CHECK(!moe_predict_embed(p, 0, MOE_POOLING_CLS, a, b, 2, out), "%s", models_sentence);
+  compare(out, bert_0_cls, 384, "[CLS]", 0);
+  compare(out + 384, bert_1_cls, 384, "[CLS]", 1);
+  CHECK_STATE();
+  printf("        worst embedding: off by %.1e\n", worst);
+  moe_predictor_free(p);
+  moe_model_free(model);
+}
+
 /* Reads the next row of a train.tsv (label, two texts) into the batch. Returns 0 at the end or on
    an error. */
 static int next_row(FILE *f, const moe_tokenizer *tokenizer, const moe_env *env) {
   static char line[8192];
   char *a, *b;
+  moe_text text;
   moe_tokens tokens;
   int32_t at = start[batch.S];
   if (!fgets(line, sizeof line, f)) return 0;
@@ -150,8 +189,8 @@ static int next_row(FILE *f, const moe_tokenizer *tokenizer, const moe_env *env)
   tokens.ids = ids + at;
   tokens.segments = segments + at;
   tokens.capacity = M_MOST - at;
-  if (moe_encode(tokenizer, a, strlen(a), b, strlen(b), 128, MOE_TRUNCATE_LONGEST, &tokens, env))
-    return 0;
+  text = moe_text_of(a, b);
+  if (moe_encode(tokenizer, &tokens, &text, 128, MOE_TRUNCATE_LONGEST, env)) return 0;
   label[batch.S] = (float)(line[0] - '0');
   start[++batch.S] = at + tokens.count;
   return 1;
@@ -232,6 +271,7 @@ int main(int argc, char **argv) {
   test_begin(argc, argv);
   RUN(test_minilm_hidden_states_match_transformers);
   RUN(test_minilm_upcycled_with_scale_n_starts_as_its_parent);
+  RUN(test_minilm_embeds_as_sentence_transformers);
   RUN(test_minilm_60_steps_on_mrpc_match_pytorch);
   return test_end();
 }

@@ -118,6 +118,62 @@ static void test_predictor_gives_logits(void) {
   moe_model_free(model);
 }
 
+/* The mean and the first row of what the pass of the same ids leaves, whatever the kind of task and
+   whatever else is in the batch; one text or two. */
+static void test_predictor_embeds_texts(void) {
+  enum { H = 16 };
+  static const char *const a[3] = {"the bank", "money", "rivers, rivers, rivers. the river"};
+  static const char *const b[3] = {NULL, "the river", NULL};
+  moe_env env = logging();
+  moe_model *model = small_model(2, &env);
+  moe_predictor *p;
+  moe_tensor t;
+  float mean[3 * H], cls[3 * H], alone[H];
+  int task, i, j;
+  const char *none = NULL;
+  CHECK(model && !moe_predictor_create(&p, model, 3, &env), "%s", said);
+  for (task = 0; task < TASKS; ++task) {
+    const float *rows;
+    CHECK(!moe_predict_embed(p, task, MOE_POOLING_MEAN, a, b, 3, mean), "%s", said);
+    rows = moe_context_hidden(p->context);
+    for (i = 0; i < 3; ++i)
+      for (j = 0; j < H; ++j) {
+        double sum = 0;
+        int k, first = p->seq_start[i], end = p->seq_start[i + 1];
+        for (k = first; k < end; ++k) sum += (double)rows[k * H + j];
+        CHECK_NEAR(mean[i * H + j], sum / (end - first), 1e-7);
+      }
+    CHECK(p->seq_start[2] - p->seq_start[1] == 6, "[CLS] money [SEP] the river [SEP]");
+    CHECK(p->seq_start[3] - p->seq_start[2] == (task == ONE ? 6 : 13), "cut to the task's length");
+    CHECK(!moe_predict_embed(p, task, MOE_POOLING_CLS, a, b, 3, cls), "%s", said);
+    for (i = 0; i < 3; ++i) {
+      rows = moe_context_hidden(p->context) + p->seq_start[i] * H;
+      CHECK(!memcmp(cls + i * H, rows, H * sizeof(float)), "task %d, text %d", task, i);
+    }
+    for (i = 0; i < 3; ++i) {
+      CHECK(!moe_predict_embed(p, task, MOE_POOLING_MEAN, a + i, b + i, 1, alone), "%s", said);
+      CHECK(!memcmp(alone, mean + i * H, sizeof alone), "whatever else is in the batch");
+    }
+  }
+  CHECK(!moe_predict_embed(p, 0, MOE_POOLING_MEAN, a, NULL, 0, alone), "no texts: %s", said);
+  CHECK(!moe_predict_embed(p, TASKS - 1, MOE_POOLING_MEAN, a, NULL, 1, alone) &&
+            !memcmp(alone, mean, sizeof alone),
+        "b may be NULL: %s", said);
+  CHECK(moe_predict_embed(p, TASKS, MOE_POOLING_MEAN, a, b, 1, alone) == MOE_E_ARGUMENT, "%s",
+        said);
+  CHECK(moe_predict_embed(p, 0, MOE_POOLING_MEAN, a, b, 4, alone) == MOE_E_ARGUMENT, "%s", said);
+  CHECK(moe_predict_embed(p, 0, (moe_pooling)2, a, b, 1, alone) == MOE_E_ARGUMENT &&
+            strstr(said, "pooling"),
+        "%s", said);
+  CHECK(moe_predict_embed(p, 0, MOE_POOLING_MEAN, &none, NULL, 1, alone) == MOE_E_ARGUMENT, "%s",
+        said);
+  moe_model_tensor(model, moe_model_find_tensor(model, "embeddings.LayerNorm.bias"), &t);
+  moe_model_weights(model)[t.offset] = NAN;
+  CHECK(moe_predict_embed(p, 0, MOE_POOLING_CLS, a, b, 3, cls) == MOE_E_NONFINITE, "%s", said);
+  moe_predictor_free(p);
+  moe_model_free(model);
+}
+
 static void test_predictor_ignores_company_and_allocates_nothing(void) {
   static const char *const text[] = {"the bank", "money", "", "rivers, rivers, rivers. the river",
                                      "\xff\xfe unknown"};
@@ -216,6 +272,7 @@ static void test_predictor_finds_spans_of_characters(void) {
   uint8_t segments[16];
   float scores[2 * 5], moved[2 * 5];
   const char *a = "the banks", *b = "money banks";
+  moe_text text = moe_text_of(a, b);
   memset(&tokens, 0, sizeof tokens);
   tokens.ids = ids;
   tokens.segments = segments;
@@ -223,8 +280,7 @@ static void test_predictor_finds_spans_of_characters(void) {
   tokens.end = end;
   tokens.capacity = 16;
   CHECK(model && !moe_predictor_create(&p, model, 2, &env), "%s", said);
-  CHECK(!moe_encode(p->tokenizer, a, strlen(a), b, strlen(b), 16, MOE_TRUNCATE_LONGEST, &tokens,
-                    &env) &&
+  CHECK(!moe_encode(p->tokenizer, &tokens, &text, 16, MOE_TRUNCATE_LONGEST, &env) &&
             tokens.count == 9,
         "%s", said);
   /* [CLS] the bank ##s [SEP] money bank ##s [SEP] */
@@ -265,11 +321,11 @@ static void test_predictor_says_what_is_wrong(void) {
             strstr(said, "3 texts at once"),
         "%s", said);
   CHECK(moe_predict_texts(p, TASKS, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
-            strstr(said, "task 5"),
+            strstr(said, "task is 5"),
         "%s", said);
   CHECK(moe_predict_texts(p, -1, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT, "%s", said);
   CHECK(moe_predict_texts(p, ONE, &none, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
-            strstr(said, "missing"),
+            strstr(said, "text 0 is NULL"),
         "%s", said);
   CHECK(moe_predict_texts(p, PAIR, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
             strstr(said, "'pair' takes two texts"),
@@ -318,7 +374,7 @@ static void test_predictor_refuses_scores_that_are_no_numbers(void) {
   moe_model_weights(model)[t.offset + 3] = NAN;
   score[0] = 99;
   CHECK(moe_predict_text(p, ONE, "money", NULL, score, best) == MOE_E_NONFINITE, "%s", said);
-  CHECK(strstr(said, "text 0: score 3 of task 'one' is no finite number") && score[0] == 99 &&
+  CHECK(strstr(said, "text 0: score 3 of task 'one' is not finite") && score[0] == 99 &&
             best[0] == 9,
         "%s", said);
   CHECK(moe_predict_texts(p, ONE, a, NULL, 2, score, best) == MOE_E_NONFINITE && score[0] == 99 &&
@@ -339,6 +395,7 @@ int main(int argc, char **argv) {
   test_begin(argc, argv);
   RUN(test_predictor_gives_probabilities);
   RUN(test_predictor_gives_logits);
+  RUN(test_predictor_embeds_texts);
   RUN(test_predictor_ignores_company_and_allocates_nothing);
   RUN(test_predictor_runs_a_model_in_place);
   RUN(test_predictor_finds_spans_of_characters);

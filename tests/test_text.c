@@ -182,12 +182,14 @@ static result found;
 static moe_status encode(const moe_tokenizer *t, const char *a, size_t na, const char *b, size_t nb,
                          int32_t max_len, moe_truncate how) {
   moe_env env = logging_env();
+  moe_text in;
   found.tokens.ids = found.ids;
   found.tokens.segments = found.segments;
   found.tokens.begin = found.begin;
   found.tokens.end = found.end;
   found.tokens.capacity = CAPACITY;
-  return moe_encode(t, a, na, b, nb, max_len, how, &found.tokens, &env);
+  in.a = a, in.a_bytes = na, in.b = b, in.b_bytes = nb;
+  return moe_encode(t, &found.tokens, &in, max_len, how, &env);
 }
 
 static uint64_t mix(uint64_t h, int32_t v) { return (h ^ (uint32_t)v) * 1099511628211u; }
@@ -517,14 +519,15 @@ static void test_text_refuses_wrong_arguments(void) {
   memset(&f, 0, sizeof f);
   found.tokens.count = 77;
   CHECK(encode(t, "a", 1, NULL, 0, 1, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT, "one token");
-  CHECK(!strcmp(last_sentence, "moe_encode: max_len is 1, the special tokens alone are 2"), "%s",
-        last_sentence);
+  CHECK(!strcmp(last_sentence,
+                "moe_encode: max_len is 1, expected at least 2 for the special tokens"),
+        "%s", last_sentence);
   CHECK(encode(t, "a", 1, "b", 1, 2, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT,
         "a pair in two tokens");
   CHECK(encode(t, "a", 1, NULL, 0, CAPACITY + 1, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT,
         "more than the room");
-  CHECK(!strcmp(last_sentence, "moe_encode: room for 8192 tokens, max_len is 8193"), "%s",
-        last_sentence);
+  CHECK(!strcmp(last_sentence, "moe_encode: capacity is 8192, expected at least max_len, 8193"),
+        "%s", last_sentence);
   CHECK(encode(t, NULL, 1, NULL, 0, 8, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT, "no text");
   CHECK(encode(NULL, "a", 1, NULL, 0, 8, MOE_TRUNCATE_LONGEST) == MOE_E_ARGUMENT, "no tokenizer");
   CHECK(encode(t, "a", 1, NULL, 0, 8, (moe_truncate)2) == MOE_E_ARGUMENT, "unknown truncation");
@@ -563,14 +566,13 @@ static void test_text_makes_a_tokenizer_on_the_heap(void) {
 }
 
 static void test_text_needs_no_segments_and_offsets(void) {
+  moe_text in = moe_text_of("hello hello", "unwanted");
   moe_tokens out;
   int32_t ids[8];
   memset(&out, 0, sizeof out);
   out.ids = ids;
   out.capacity = 8;
-  CHECK(
-      !moe_encode(both[0].t, "hello hello", 11, "unwanted", 8, 8, MOE_TRUNCATE_LONGEST, &out, NULL),
-      "failed");
+  CHECK(!moe_encode(both[0].t, &out, &in, 8, MOE_TRUNCATE_LONGEST, NULL), "failed");
   CHECK(out.count == 8 && ids[1] == ids[2] && ids[3] == 3 && ids[7] == 3, "%d tokens",
         (int)out.count);
 }

@@ -385,9 +385,8 @@ static void count_routes(moe_route_sums *sums, const moe_model *model, int32_t t
   batch.span = span; /* routes do not depend on it */
   for (i = 0; i < rows->n; ++i) {
     const char *a = rows->row[i][rows->a], *b = rows->b < 0 ? NULL : rows->row[i][rows->b];
-    if (moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, longest, c->truncate, &tokens,
-                   env))
-      exit(1);
+    moe_text text = moe_text_of(a, b);
+    if (moe_encode(tokenizer, &tokens, &text, longest, c->truncate, env)) exit(1);
     start[1] = tokens.count;
     if (moe_forward(context, scores, &batch, env) || moe_route_count(sums, context, &batch, env))
       exit(1);

@@ -447,14 +447,14 @@ static inline int read_rows(rows *r, const moe_task *t, const encoder *e, const 
   out = make_tokens(e->config.max_len);
   while ((!most || r->n < most) && table_next(&f)) {
     const char *a = f.field[a_at], *b = b_at < 0 ? NULL : f.field[b_at];
+    moe_text text = moe_text_of(a, b);
     row x;
     memset(&x, 0, sizeof x);
     x.label = read_label(t, f.field[label_at]);
     x.hash = text_hash(a, b);
     x.group = group_at < 0 ? 0 : name_hash(f.field[group_at]);
     x.line = f.line;
-    need(moe_encode(e->tokenizer, a, strlen(a), b, b ? strlen(b) : 0, max_len, e->config.truncate,
-                    &out, &env));
+    need(moe_encode(e->tokenizer, &out, &text, max_len, e->config.truncate, &env));
     for (i = 0; i < 2 && spans; ++i)
       find_span(x.span + 2 * i, &out, b ? i : 0, i && b ? b : a, f.field[span_at[2 * i]],
                 f.field[span_at[2 * i + 1]]);

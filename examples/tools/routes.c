@@ -345,6 +345,7 @@ static void fill_batch(worker *w, int t, size_t first) {
   int32_t n = 0;
   for (; n < BATCH && first + (size_t)n < r->n; ++n) {
     const row *it = &r->row[first + (size_t)n];
+    moe_text text = moe_text_of(it->a, it->b);
     moe_tokens tokens;
     size_t place = (size_t)w->seq_start[n];
     tokens.ids = w->ids + place;
@@ -352,8 +353,8 @@ static void fill_batch(worker *w, int t, size_t first) {
     tokens.begin = w->begin + place;
     tokens.end = w->end + place;
     tokens.capacity = w->longest;
-    need(moe_encode(w->tokenizer, it->a, strlen(it->a), it->b, it->b ? strlen(it->b) : 0,
-                    longest_of(w->model, t), moe_model_config(w->model)->truncate, &tokens, &env));
+    need(moe_encode(w->tokenizer, &tokens, &text, longest_of(w->model, t),
+                    moe_model_config(w->model)->truncate, &env));
     if (task->kind == MOE_KIND_SPAN) {
       need(moe_tokens_span(w->span + 4 * n, &tokens, 0, it->span[0], it->span[1], &env));
       need(moe_tokens_span(w->span + 4 * n + 2, &tokens, task->pair, it->span[2], it->span[3],

@@ -390,13 +390,13 @@ static void make_room(rows *r, size_t lines) {
 }
 
 static void add_row(rows *r, const moe_task *t, const char *a, const char *b) {
+  moe_text text = moe_text_of(a, b);
   moe_tokens out;
   out.ids = r->ids + r->start[r->n];
   out.segments = r->segments + r->start[r->n];
   out.begin = out.end = NULL;
   out.capacity = opt.max_len;
-  need(moe_encode(tokenizer, a, strlen(a), b, b ? strlen(b) : 0, longest(t), MOE_TRUNCATE_LONGEST,
-                  &out, &env));
+  need(moe_encode(tokenizer, &out, &text, longest(t), MOE_TRUNCATE_LONGEST, &env));
   r->start[r->n + 1] = r->start[r->n] + out.count;
   ++r->n;
 }

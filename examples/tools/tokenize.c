@@ -83,6 +83,7 @@ static int run(const moe_tokenizer *tokenizer, long max_len, moe_truncate how, c
   long number = 0;
   int more, failed = 0;
   moe_status status;
+  moe_text text;
   moe_tokens out;
   memset(&out, 0, sizeof out);
   while (!failed && (more = read_line(&line, &bytes, &capacity)) > 0) {
@@ -97,11 +98,11 @@ static int run(const moe_tokenizer *tokenizer, long max_len, moe_truncate how, c
     }
     if (failed) break;
     tab = bytes ? (char *)memchr(line, '\t', bytes) : NULL;
-    if (tab)
-      status = moe_encode(tokenizer, line, (size_t)(tab - line), tab + 1,
-                          (size_t)(line + bytes - tab - 1), (int32_t)most, how, &out, env);
-    else
-      status = moe_encode(tokenizer, line, bytes, NULL, 0, (int32_t)most, how, &out, env);
+    text.a = line;
+    text.a_bytes = tab ? (size_t)(tab - line) : bytes;
+    text.b = tab ? tab + 1 : NULL;
+    text.b_bytes = tab ? (size_t)(line + bytes - tab - 1) : 0;
+    status = moe_encode(tokenizer, &out, &text, (int32_t)most, how, env);
     if (status)
       failed = fprintf(stderr, "tokenize: line %ld could not be tokenized\n", number) != 0;
     else
