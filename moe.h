@@ -1998,6 +1998,23 @@ static void moe__release(void *block) {
 
 #define MOE__COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
+/* Sorts n items: heapsort, which takes no memory and n log n steps at most. */
+static void moe__sort(void *items, size_t n, int (*less)(const void *items, size_t i, size_t j),
+                      void (*swap)(void *items, size_t i, size_t j)) {
+  size_t begin = n / 2, end = n, i, child;
+  while (end > 1) {
+    if (begin)
+      --begin;
+    else
+      swap(items, 0, --end);
+    for (i = begin; (child = 2 * i + 1) < end; i = child) {
+      if (child + 1 < end && less(items, child, child + 1)) ++child;
+      if (!less(items, i, child)) break;
+      swap(items, i, child);
+    }
+  }
+}
+
 static int32_t moe__min(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t moe__max(int32_t a, int32_t b) { return a > b ? a : b; }
 
@@ -9848,6 +9865,7 @@ struct moe_model {
   int32_t tensors, floats; /* tensors, and those of the flat array; int8 ones come after them */
   moe_task *tasks;         /* (T) with copies of the label names */
   size_t *head;            /* (T) offset of each head in the weights */
+  int32_t *by_name;        /* (T) tasks in the order of their names */
   moe__plan plan;
   int32_t *before; /* (L N + 1) experts of the whole model that are there before expert i of layer
                       l; NULL: none is pruned */
@@ -9938,7 +9956,7 @@ typedef struct moe__model_block {
   moe_model *model;
   moe_task *tasks;
   size_t *head;
-  int32_t *before;
+  int32_t *by_name, *before;
   uint8_t *pruned;
   const char **label;
   char *text;
@@ -9976,6 +9994,7 @@ static void moe__model_carve(moe__layout *layout, moe__model_block *block, size_
   block->model = (moe_model *)moe__carve(layout, 1, sizeof(moe_model));
   block->tasks = (moe_task *)moe__carve(layout, T, sizeof(moe_task));
   block->head = (size_t *)moe__carve(layout, T, sizeof(size_t));
+  block->by_name = (int32_t *)moe__carve(layout, T, sizeof(int32_t));
   block->before = cells ? (int32_t *)moe__carve(layout, cells + 1, sizeof(int32_t)) : NULL;
   block->pruned = cells ? (uint8_t *)moe__carve(layout, cells, 1) : NULL;
   block->label = (const char **)moe__carve(layout, labels, sizeof(char *));
@@ -10050,6 +10069,17 @@ static void moe__copy_pruned(moe_model *model, const moe__model_block *parts,
     model->before[i + 1] = model->before[i] + !parts->pruned[i];
 }
 
+static int moe__name_less(const void *items, size_t i, size_t j) {
+  const moe_model *m = (const moe_model *)items;
+  return strcmp(m->tasks[m->by_name[i]].name, m->tasks[m->by_name[j]].name) < 0;
+}
+
+static void moe__name_swap(void *items, size_t i, size_t j) {
+  int32_t *by_name = ((moe_model *)items)->by_name, t = by_name[i];
+  by_name[i] = by_name[j];
+  by_name[j] = t;
+}
+
 /* A model in a block of moe__model_bytes: with `weights` elsewhere, or (NULL) in the block and not
    yet set. */
 static moe_status moe__model_place(moe_model **out, void *block, size_t bytes,
@@ -10076,6 +10106,7 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes,
   model->T = T;
   model->tasks = parts.tasks;
   model->head = parts.head;
+  model->by_name = parts.by_name;
   model->writable = quantized ? NULL : parts.weights;
   model->bytes = parts.bytes;
   model->weights = weights ? weights : parts.weights;
@@ -10087,7 +10118,9 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes,
     model->head[t] = at;
     at += (size_t)tasks[t].classes * (moe__head_width(config, &tasks[t]) + 1);
     model->max_classes = moe__max(model->max_classes, tasks[t].classes);
+    model->by_name[t] = t;
   }
+  moe__sort(model, (size_t)T, moe__name_less, moe__name_swap);
   *out = model;
   return MOE_OK;
 }
@@ -10134,9 +10167,16 @@ MOE_API const moe_task *moe_model_task(const moe_model *model, int32_t task) {
 }
 
 MOE_API int32_t moe_model_find_task(const moe_model *model, const char *name) {
-  int32_t t;
-  for (t = 0; t < model->T; ++t)
-    if (!strcmp(model->tasks[t].name, name)) return t;
+  int32_t low = 0, high = model->T;
+  while (low < high) {
+    int32_t middle = low + (high - low) / 2, task = model->by_name[middle],
+            order = (int32_t)strcmp(model->tasks[task].name, name);
+    if (order == 0) return task;
+    if (order < 0)
+      low = middle + 1;
+    else
+      high = middle;
+  }
   return -1;
 }
 
@@ -14172,7 +14212,8 @@ typedef struct moe__st {
   size_t header_bytes;
   const unsigned char *data;
   size_t data_bytes, tensors;
-  moe__json metadata; /* stands before the object; at NULL: there is none */
+  int in_order;       /* the tensors are listed in the order of their bytes */
+  moe__json metadata; /* before the object; at NULL: there is none */
 } moe__st;
 
 typedef struct moe__st_tensor {
@@ -14300,34 +14341,67 @@ static int moe__st_next(const moe__st *st, moe__json *j, moe__st_tensor *t) {
   return 0;
 }
 
-/* Which tensor does not begin where another one ends: only for the sentence, so a slow search will
-   do, but not one of hours in a header that was made to be slow. */
-static moe_status moe__st_gap(const moe__st *st, const moe_env *env) {
-  moe__json a, b;
-  moe__st_tensor t, u;
-  if (st->header_bytes <= ((size_t)1 << 28) / (st->tensors + 1)) {
-    moe__st_begin(st, &a);
-    while (moe__st_next(st, &a, &t)) {
-      int found = t.begin == 0;
-      moe__st_begin(st, &b);
-      while (!found && moe__st_next(st, &b, &u)) found = u.end == t.begin;
-      if (!found)
-        return moe__fail(env, MOE_E_FORMAT,
-                         "tensor %s begins at byte %zu of the data, where no other tensor ends: a "
-                         "hole or an overlap",
-                         t.name, t.begin);
-    }
-  }
+/* The bytes of a tensor. */
+typedef struct moe__range {
+  size_t begin, end;
+} moe__range;
+
+static int moe__range_less(const void *items, size_t i, size_t j) {
+  const moe__range *r = (const moe__range *)items;
+  return r[i].begin < r[j].begin || (r[i].begin == r[j].begin && r[i].end < r[j].end);
+}
+
+static void moe__range_swap(void *items, size_t i, size_t j) {
+  moe__range *r = (moe__range *)items, t = r[i];
+  r[i] = r[j];
+  r[j] = t;
+}
+
+/* The tensor of this range does not begin where the one before it ends. */
+static moe_status moe__st_gap(const moe__st *st, moe__range range, size_t expected,
+                              const moe_env *env) {
+  moe__json j;
+  moe__st_tensor t;
+  moe__st_begin(st, &j);
+  while (moe__st_next(st, &j, &t))
+    if (t.begin == range.begin && t.end == range.end) break;
   return moe__fail(env, MOE_E_FORMAT,
-                   "the tensors do not cover the %zu bytes behind the header exactly: holes, "
-                   "overlaps or a truncated file",
-                   st->data_bytes);
+                   "tensor %s begins at byte %zu of the data, where %zu was expected: a hole or an "
+                   "overlap",
+                   t.name, range.begin, expected);
+}
+
+/* Whether tensors listed in any order cover the data without holes and overlaps. */
+static moe_status moe__st_cover(const moe__st *st, const moe_env *env) {
+  moe__json j;
+  moe__st_tensor t;
+  size_t n = 0, i, at = 0;
+  moe__range *range = (moe__range *)moe__alloc((st->tensors + 1) * sizeof *range);
+  moe_status status = MOE_OK;
+  if (!range)
+    return moe__fail(env, MOE_E_MEMORY, "no memory for the list of %zu tensors", st->tensors);
+  moe__st_begin(st, &j);
+  for (; n < st->tensors && moe__st_next(st, &j, &t); ++n) {
+    range[n].begin = t.begin;
+    range[n].end = t.end;
+  }
+  moe__sort(range, n, moe__range_less, moe__range_swap);
+  for (i = 0; i < n && range[i].begin == at; ++i) at = range[i].end;
+  if (i < n)
+    status = moe__st_gap(st, range[i], at, env);
+  else if (at != st->data_bytes)
+    status = moe__fail(env, MOE_E_FORMAT,
+                       "the tensors end at byte %zu of the data, which has %zu: truncated, or "
+                       "something was appended",
+                       at, st->data_bytes);
+  moe__release(range);
+  return status;
 }
 
 /* Checks "__metadata__": texts by name. */
 static int moe__st_metadata(moe__st *st, moe__json *j) {
   moe__json_text text;
-  if (st->metadata.at) return moe__json_fail(j, "__metadata__ stands there twice");
+  if (st->metadata.at) return moe__json_fail(j, "__metadata__ is listed twice");
   st->metadata = *j;
   moe__json_enter(j, '{');
   while (moe__json_more(j, '}'))
@@ -14335,13 +14409,11 @@ static int moe__st_metadata(moe__st *st, moe__json *j) {
   return !j->error;
 }
 
-/* The walk over all members of the header. Ranges cover the data without holes and overlaps exactly
-   when the begins and the data's end are the same numbers as the ends and 0: ranges that run
-   forward then form one chain. Equal sums of hashes stand for that, since nothing may be allocated
-   here; a forged collision could at worst let two tensors share bytes. */
+/* The walk over all members of the header. */
 static moe_status moe__st_walk(moe__st *st, const moe_env *env) {
   moe__json j;
-  uint64_t begins = moe__mix64(st->data_bytes), ends = moe__mix64(0);
+  size_t at = 0;
+  st->in_order = 1;
   moe__st_begin(st, &j);
   while (moe__json_more(&j, '}')) {
     moe__st_tensor t;
@@ -14360,13 +14432,14 @@ static moe_status moe__st_walk(moe__st *st, const moe_env *env) {
                        j.error, (size_t)(j.at - st->header));
     status = moe__st_check(st, &t, env);
     if (status) return status;
-    begins += moe__mix64(t.begin);
-    ends += moe__mix64(t.end);
+    st->in_order &= t.begin == at;
+    at = t.end;
     ++st->tensors;
   }
   moe__json_finish(&j);
   if (j.error) return moe__st_complain(st, &j, env);
-  return begins == ends ? MOE_OK : moe__st_gap(st, env);
+  st->in_order &= at == st->data_bytes;
+  return MOE_OK;
 }
 
 /* What people take for a safetensors file, by its first bytes; else NULL. */
@@ -14392,8 +14465,9 @@ static const char *moe__st_other(const unsigned char *p, size_t bytes) {
   return NULL;
 }
 
-/* Checks the whole header of a file in memory and fills *st. */
-static moe_status moe__st_open(moe__st *out, const void *file, size_t bytes, const moe_env *env) {
+/* Checks the header of a file in memory and fills *out. That the tensors cover the data without
+   holes and overlaps is checked where in_order says so, or else is for moe__st_cover. */
+static moe_status moe__st_scan(moe__st *out, const void *file, size_t bytes, const moe_env *env) {
   const unsigned char *p = (const unsigned char *)file;
   const char *other;
   moe__st st;
@@ -14429,6 +14503,15 @@ static moe_status moe__st_open(moe__st *out, const void *file, size_t bytes, con
     i += (size_t)n;
   }
   status = moe__st_walk(&st, env);
+  if (!status) *out = st;
+  return status;
+}
+
+/* The same, with memory for the list of tensors where they are not listed in order. */
+static moe_status moe__st_open(moe__st *out, const void *file, size_t bytes, const moe_env *env) {
+  moe__st st;
+  moe_status status = moe__st_scan(&st, file, bytes, env);
+  if (!status && !st.in_order) status = moe__st_cover(&st, env);
   if (!status) *out = st;
   return status;
 }
@@ -15056,14 +15139,20 @@ static moe_status moe__tasks_read(const moe__header *header, moe__tasks *to, con
   return j.error ? moe__fail(env, MOE_E_FORMAT, "moe.tasks, task %zu: %s", to->T, j.error) : MOE_OK;
 }
 
+/* in_place: nothing is allocated, and the tensors must be listed in the order of their bytes. */
 static moe_status moe__header_read(moe__header *header, const void *file, size_t bytes,
-                                   const moe_env *env) {
+                                   int in_place, const moe_env *env) {
   moe__json j, hint;
   moe__st_tensor query;
   moe__tasks count;
   int64_t version = 0;
-  moe_status status = moe__st_open(&header->st, file, bytes, env);
+  moe_status status = in_place ? moe__st_scan(&header->st, file, bytes, env)
+                               : moe__st_open(&header->st, file, bytes, env);
   if (status) return status;
+  if (!header->st.in_order && in_place)
+    return moe__fail(env, MOE_E_FORMAT,
+                     "the tensors are not listed in the order of their bytes: load the file with "
+                     "moe_model_load and save it again");
   if (moe__st_text(&header->st, "moe.version", &j, NULL))
     return moe__fail(
         env, MOE_E_FORMAT,
@@ -15133,74 +15222,147 @@ static int moe__same_shape(const moe__st_tensor *found, const moe_tensor *want) 
   return same;
 }
 
-/* The tensors of the flat array under a prefix. to NULL: only checks that each is there once, in
-   its shape; else copies them. */
-static moe_status moe__tensors_read(float *to, int8_t *to_bytes, const moe__st *st,
-                                    const moe_model *model, const char *prefix, int in_order,
-                                    const moe_env *env) {
-  moe__json j, hint;
+/* A walk over the tensors of a file that belong to a model. */
+typedef struct moe__reading {
+  const moe__st *st;
+  const moe_model *model;
+  const char *prefix; /* of their names: "", or a moment's */
+  float *to;          /* where to copy them; NULL: they are only checked */
+  int8_t *to_bytes;   /* and where the matrices of a quantised model */
+  uint8_t *seen; /* (tensors bits) for the check that each is there once; NULL: it has been done */
+  int in_place;  /* they stay in the file and must have the model's order */
+  size_t first;  /* in_place: the byte of the data at which the flat array begins */
+} moe__reading;
+
+static size_t moe__seen_bytes(int32_t tensors) { return ((size_t)tensors + 7) / 8; }
+
+/* The model's tensor of a name in the file: its number, or -1. Files have the model's order as a
+   rule, so `next` is tried first. */
+static int32_t moe__reading_find(const moe__reading *r, const char *name, int32_t next,
+                                 moe_tensor *want) {
+  int32_t i = next;
+  if (moe_model_tensor(r->model, i, want) || strcmp(want->name, name)) {
+    i = moe_model_find_tensor(r->model, name);
+    if (i >= 0) moe_model_tensor(r->model, i, want);
+  }
+  return i;
+}
+
+/* Checks the values of a tensor in the file. */
+static moe_status moe__reading_values(const moe__reading *r, const moe__st_tensor *found,
+                                      const moe_env *env) {
+  const unsigned char *data = r->st->data + found->begin;
+  size_t bad;
+  if (r->in_place || found->dtype == MOE__I8) return MOE_OK;
+  bad = moe__st_finite(data, found->count, MOE__F32);
+  if (bad < found->count)
+    return moe__fail(env, MOE_E_FORMAT, "tensor %s: element %zu is not a finite number",
+                     found->name, bad);
+  if (r->prefix != moe__moment_prefix[1]) return MOE_OK;
+  bad = moe__st_positive(data, found->count); /* Adam takes its root */
+  if (bad < found->count)
+    return moe__fail(env, MOE_E_FORMAT, "tensor %s: element %zu is below 0", found->name, bad);
+  return MOE_OK;
+}
+
+/* in_place: the tensor must be where the model's order has it, counted from the first one read. */
+static moe_status moe__reading_place(moe__reading *r, const moe__st_tensor *found,
+                                     const moe_tensor *want, int is_first, const moe_env *env) {
+  size_t place = want->type == MOE_TYPE_I8
+                     ? r->model->plan.in[MOE__FLOATS_ALL].total * sizeof(float) + want->offset
+                     : want->offset * sizeof(float);
+  if (!r->in_place) return MOE_OK;
+  if (is_first && found->begin >= place) r->first = found->begin - place;
+  if (found->begin == r->first + place) return MOE_OK;
+  return moe__fail(env, MOE_E_FORMAT,
+                   "tensor %s begins at byte %zu of the data, where %zu was expected: load the "
+                   "file with moe_model_load and save it again",
+                   found->name, found->begin, r->first + place);
+}
+
+/* Checks and copies tensor i of the model. */
+static moe_status moe__reading_take(moe__reading *r, const moe__st_tensor *found,
+                                    const moe_tensor *want, int32_t i, const moe_env *env) {
+  moe__dtype dtype = want->type == MOE_TYPE_I8 ? MOE__I8 : MOE__F32;
+  moe_status status;
+  if (!moe__same_shape(found, want) || found->dtype != dtype)
+    return moe__wrong_shape(found, want, moe__dtype_name[dtype], env);
+  if (r->seen && r->seen[i / 8] >> (i % 8) & 1)
+    return moe__fail(env, MOE_E_FORMAT, "tensor %s is listed twice", found->name);
+  if (r->seen) r->seen[i / 8] = (uint8_t)(r->seen[i / 8] | 1 << (i % 8));
+  status = moe__reading_values(r, found, env);
+  if (status || !r->to) return status;
+  if (dtype == MOE__I8)
+    memcpy(r->to_bytes + want->offset, r->st->data + found->begin, found->count);
+  else
+    moe__st_floats(r->to + want->offset, r->st->data + found->begin, found->count, MOE__F32);
+  return MOE_OK;
+}
+
+/* Reads all tensors of the model: each must be there once, in its shape. */
+static moe_status moe__tensors_read(moe__reading *r, const moe_env *env) {
+  moe__json j;
   moe__st_tensor found;
   moe_tensor want;
-  size_t length = strlen(prefix), first = 0, place;
-  uint64_t hashes = 0;
-  int32_t next = 0, i;
-  int vocabularies = 0;
-  moe__st_begin(st, &j);
-  while (moe__st_next(st, &j, &found)) {
-    size_t bad;
-    moe__dtype dtype;
+  size_t length = strlen(r->prefix);
+  int32_t i = -1, count = 0, vocabularies = 0;
+  if (r->seen) memset(r->seen, 0, moe__seen_bytes(r->model->tensors));
+  moe__st_begin(r->st, &j);
+  while (moe__st_next(r->st, &j, &found)) {
+    moe_status status;
     if (moe__json_is(&found.key, "tokenizer.vocab")) {
-      ++vocabularies;
+      if (vocabularies++)
+        return moe__fail(env, MOE_E_FORMAT, "tensor tokenizer.vocab is listed twice");
       continue;
     }
-    if (strncmp(found.name, prefix, length)) continue;
+    if (strncmp(found.name, r->prefix, length)) continue;
     if (!length && !strncmp(found.name, "adam.", 5)) continue;
-    i = next; /* files have the order of the table as a rule */
-    if (moe_model_tensor(model, i, &want) || strcmp(want.name, found.name + length))
-      i = moe_model_find_tensor(model, found.name + length);
+    i = moe__reading_find(r, found.name + length, i + 1, &want);
     if (i < 0)
       return moe__fail(env, MOE_E_FORMAT,
                        "tensor %s does not belong to the configuration and tasks of this file",
                        found.name);
-    moe_model_tensor(model, i, &want);
-    dtype = want.type == MOE_TYPE_I8 ? MOE__I8 : MOE__F32;
-    if (!moe__same_shape(&found, &want) || found.dtype != dtype)
-      return moe__wrong_shape(&found, &want, moe__dtype_name[dtype], env);
-    if (i == 0) first = found.begin;
-    bad = in_order || dtype == MOE__I8
-              ? found.count
-              : moe__st_finite(st->data + found.begin, found.count, MOE__F32);
-    if (bad < found.count)
-      return moe__fail(env, MOE_E_FORMAT, "tensor %s: element %zu is no finite number", found.name,
-                       bad);
-    if (prefix == moe__moment_prefix[1])
-      bad = moe__st_positive(st->data + found.begin, found.count); /* Adam takes its root */
-    if (bad < found.count)
-      return moe__fail(env, MOE_E_FORMAT, "tensor %s: element %zu is below 0", found.name, bad);
-    if (to && dtype == MOE__I8)
-      memcpy(to_bytes + want.offset, st->data + found.begin, found.count);
-    else if (to)
-      moe__st_floats(to + want.offset, st->data + found.begin, found.count, MOE__F32);
-    hashes += moe__mix64((uint64_t)i + 1);
-    next = i + 1;
+    status = moe__reading_place(r, &found, &want, !count, env);
+    if (!status) status = moe__reading_take(r, &found, &want, i, env);
+    if (status) return status;
+    ++count;
   }
-  for (i = 0; i < model->tensors; ++i) hashes -= moe__mix64((uint64_t)i + 1);
-  memset(&hint, 0, sizeof hint);
-  for (i = 0; i < model->tensors && (hashes || in_order); ++i) {
-    moe_model_tensor(model, i, &want);
-    if (!moe__st_find(st, &hint, prefix, want.name, &found))
-      return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", prefix, want.name);
-    place = want.type == MOE_TYPE_I8 ? model->plan.total * sizeof(float) + want.offset
-                                     : want.offset * sizeof(float);
-    if (in_order && found.begin != first + place)
-      return moe__fail(env, MOE_E_FORMAT,
-                       "tensor %s stands at byte %zu of the data instead of %zu: the file was "
-                       "saved anew by another "
-                       "program; read it with moe_model_load and save it again",
-                       found.name, found.begin, first + place);
-  }
-  return hashes || vocabularies > 1 ? moe__fail(env, MOE_E_FORMAT, "a tensor is there twice")
-                                    : MOE_OK;
+  if (!r->seen || count == r->model->tensors) return MOE_OK;
+  for (i = 0; r->seen[i / 8] >> (i % 8) & 1;) ++i;
+  moe_model_tensor(r->model, i, &want);
+  return moe__fail(env, MOE_E_FORMAT, "tensor %s%s is missing", r->prefix, want.name);
+}
+
+/* Checks the tensors of a model under a prefix, and copies them where `to` is not NULL. */
+static moe_status moe__tensors_load(float *to, int8_t *to_bytes, const moe__st *st,
+                                    const moe_model *model, const char *prefix,
+                                    const moe_env *env) {
+  moe__reading r;
+  moe_status status;
+  memset(&r, 0, sizeof r);
+  r.st = st;
+  r.model = model;
+  r.prefix = prefix;
+  r.to = to;
+  r.to_bytes = to_bytes;
+  r.seen = (uint8_t *)moe__alloc(moe__seen_bytes(model->tensors));
+  if (!r.seen)
+    return moe__fail(env, MOE_E_MEMORY, "no memory for marks of %d tensors", (int)model->tensors);
+  status = moe__tensors_read(&r, env);
+  moe__release(r.seen);
+  return status;
+}
+
+/* Copies tensors that moe__tensors_load has checked: this cannot fail. */
+MOE__UNUSED static void moe__tensors_copy(float *to, const moe__st *st, const moe_model *model,
+                                          const char *prefix) {
+  moe__reading r;
+  memset(&r, 0, sizeof r);
+  r.st = st;
+  r.model = model;
+  r.prefix = prefix;
+  r.to = to;
+  moe__tensors_read(&r, NULL);
 }
 
 /* The vocabulary in the file, or NULL. */
@@ -15259,15 +15421,11 @@ MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file
   moe_model *model = NULL;
   const char *vocab;
   size_t vocab_bytes;
-  moe_status status = moe__header_read(&header, file, file_bytes, env);
+  moe_status status = moe__header_read(&header, file, file_bytes, 0, env);
   if (!status) status = moe__model_prepare(&model, &header, env);
-  /* A file made to deceive may double some tensors so that others seem to be there: those are 0
-     then, not what the memory held. */
-  if (!status) memset((void *)(uintptr_t)model->weights, 0, model->plan.total * sizeof(float));
-  if (!status && model->bytes) memset((void *)(uintptr_t)model->bytes, 0, model->plan.total_q);
   if (!status) /* into the model's own block: a quantised one forbids only the trainer to write */
-    status = moe__tensors_read((float *)(uintptr_t)model->weights,
-                               (int8_t *)(uintptr_t)model->bytes, &header.st, model, "", 0, env);
+    status = moe__tensors_load((float *)(uintptr_t)model->weights,
+                               (int8_t *)(uintptr_t)model->bytes, &header.st, model, "", env);
   if (!status) status = moe__vocab_find(&vocab, &vocab_bytes, &header.st, env);
   if (!status && vocab) status = moe_model_set_vocab(model, vocab, vocab_bytes, env);
   if (!status) status = moe_model_pack(model, NULL, env);
@@ -15278,13 +15436,15 @@ MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file
   return status;
 }
 
-/* The block of moe_model_open: a model without weights, then room for the tasks as they are read.
- */
-static void moe__open_carve(moe__layout *layout, moe__tasks *tasks, const moe__header *header) {
+/* The block of moe_model_open: a model without weights, then what is needed while it is read: its
+   tasks, and a mark for each tensor. */
+static void moe__open_carve(moe__layout *layout, moe__tasks *tasks, uint8_t **seen,
+                            const moe__header *header) {
   moe__model_block parts;
   moe__model_carve(layout, &parts, header->T, header->labels, header->bytes,
                    moe__header_cells(header), NULL);
   moe__tasks_carve(layout, tasks, header);
+  *seen = (uint8_t *)moe__carve(layout, header->st.tensors / 8 + 1, 1);
 }
 
 MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size_t *bytes,
@@ -15292,9 +15452,10 @@ MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size
   moe__layout layout = {NULL, 0, 0};
   moe__header header;
   moe__tasks tasks;
-  moe_status status = moe__header_read(&header, file, file_bytes, env);
+  uint8_t *seen;
+  moe_status status = moe__header_read(&header, file, file_bytes, 1, env);
   if (status) return status;
-  moe__open_carve(&layout, &tasks, &header);
+  moe__open_carve(&layout, &tasks, &seen, &header);
   if (layout.bad)
     return moe__fail(env, MOE_E_FORMAT, "too many tasks for the memory of this machine");
   *bytes = layout.used;
@@ -15306,22 +15467,21 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
   moe__layout layout = {NULL, 0, 0};
   moe__header header;
   moe__tasks tasks;
+  moe__reading r;
   moe_model *model;
-  moe__st_tensor first;
-  moe__json hint;
-  moe_tensor t;
-  const float *weights;
-  moe_status status = moe__header_read(&header, file, file_bytes, env);
+  const unsigned char *weights;
+  uint8_t *seen;
+  moe_status status = moe__header_read(&header, file, file_bytes, 1, env);
   if (status) return status;
   if (!moe__little_endian())
     return moe__fail(env, MOE_E_UNSUPPORTED,
                      "this machine stores the high byte first: use moe_model_read");
-  moe__open_carve(&layout, &tasks, &header);
+  moe__open_carve(&layout, &tasks, &seen, &header);
   status = moe__check_block("an opened model", block, bytes, layout.used, env);
   if (status) return status;
   layout.base = (unsigned char *)block;
   layout.used = 0;
-  moe__open_carve(&layout, &tasks, &header);
+  moe__open_carve(&layout, &tasks, &seen, &header);
   status = moe__tasks_read(&header, &tasks, env);
   header.config.pruned = tasks.pruned;
   /* the block's own address stands for the weights, so that none are laid out in it, until the
@@ -15329,21 +15489,28 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
   if (!status)
     status = moe__model_place(&model, block, bytes, &header.config, tasks.task, (int32_t)tasks.T,
                               header.quantized, (const float *)block, env);
-  if (!status) status = moe__tensors_read(NULL, NULL, &header.st, model, "", 1, env);
   if (status) return status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status;
-  memset(&hint, 0, sizeof hint);
-  moe_model_tensor(model, 0, &t);
-  moe__st_find(&header.st, &hint, "", t.name, &first);
-  if ((uintptr_t)(header.st.data + first.begin) % sizeof(float))
+  if ((size_t)model->tensors > header.st.tensors)
+    return moe__fail(env, MOE_E_FORMAT, "the model has %d tensors, the file %zu",
+                     (int)model->tensors, header.st.tensors);
+  memset(&r, 0, sizeof r);
+  r.st = &header.st;
+  r.model = model;
+  r.prefix = "";
+  r.seen = seen;
+  r.in_place = 1;
+  status = moe__tensors_read(&r, env);
+  if (status) return status;
+  weights = header.st.data + r.first;
+  if ((uintptr_t)weights % sizeof(float))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "the weights do not start at a multiple of 4: the file's bytes must begin at "
+                     "the weights do not begin at a multiple of 4: the file's bytes must begin at "
                      "a multiple of 64");
-  weights = (const float *)(const void *)(header.st.data + first.begin);
   status = moe__vocab_find(&model->vocab, &model->vocab_bytes, &header.st, env);
   if (status) return status;
-  model->weights = weights;
+  model->weights = (const float *)(const void *)weights;
   if (header.quantized)
-    model->bytes = (const int8_t *)header.st.data + first.begin + model->plan.total * sizeof(float);
+    model->bytes = (const int8_t *)weights + model->plan.in[MOE__FLOATS_ALL].total * sizeof(float);
   *out = model;
   return MOE_OK;
 }
@@ -16418,9 +16585,9 @@ static moe_status moe__checkpoint_check(const moe__header *header, const moe_mod
     status = moe__fail(env, MOE_E_FORMAT,
                        "the checkpoint's vocabulary (%zu bytes) is not the model's (%zu bytes)",
                        vocab_bytes, model->vocab_bytes);
-  if (!status) status = moe__tensors_read(NULL, NULL, &header->st, model, "", 0, env);
+  if (!status) status = moe__tensors_load(NULL, NULL, &header->st, model, "", env);
   for (i = 0; i < 2 && !status; ++i)
-    status = moe__tensors_read(NULL, NULL, &header->st, model, moe__moment_prefix[i], 0, env);
+    status = moe__tensors_load(NULL, NULL, &header->st, model, moe__moment_prefix[i], env);
   return status;
 }
 
@@ -16429,16 +16596,16 @@ MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sample
   moe__header header;
   moe_model *model = trainer->model;
   moe__progress progress;
-  moe_status status = moe__header_read(&header, file, bytes, env);
+  moe_status status = moe__header_read(&header, file, bytes, 0, env);
   if (!status) status = moe__progress_read(&header.st, &progress, sampler, 0, env);
   if (!status) status = moe__checkpoint_check(&header, model, env);
   if (status) return status;
   moe__progress_read(&header.st, &progress, sampler, 1, env);
   trainer->step = progress.step;
   trainer->lr = progress.lr;
-  moe__tensors_read(model->writable, NULL, &header.st, model, "", 0, env);
-  moe__tensors_read(trainer->m, NULL, &header.st, model, moe__moment_prefix[0], 0, env);
-  moe__tensors_read(trainer->v, NULL, &header.st, model, moe__moment_prefix[1], 0, env);
+  moe__tensors_copy(model->writable, &header.st, model, "");
+  moe__tensors_copy(trainer->m, &header.st, model, moe__moment_prefix[0]);
+  moe__tensors_copy(trainer->v, &header.st, model, moe__moment_prefix[1]);
   memset(trainer->g, 0, model->plan.total * sizeof(float));
   if (model->panels) moe__model_repack(model, env);
   return MOE_OK;

@@ -402,6 +402,8 @@ static void test_files_sentences_name_the_cause(void) {
       {"embeddings.LayerNorm.weight\":{\"dtype\":\"F32\",\"shape\":[8]",
        "embeddings.LayerNorm.weight\":{\"dtype\":\"I32\",\"shape\":[8]",
        "tensor embeddings.LayerNorm.weight: expected F32 of (8), found I32 of (8)"},
+      {"encoder.layer.0.experts.1.output.dense.bias", "encoder.layer.0.experts.0.output.dense.bias",
+       "tensor encoder.layer.0.experts.0.output.dense.bias is listed twice"},
       {"\"shape\":[7,8]", "\"shape\":[8,7]",
        "tensor embeddings.word_embeddings.weight: expected F32 of (7, 8), found F32 of (8, 7)"},
   };
@@ -424,7 +426,7 @@ static void test_files_sentences_name_the_cause(void) {
   for (i = 8; memcmp(s.data + i, "  ", 2); ++i) continue; /* the blanks behind the header */
   CHECK(repeat_vocab(&s, i), "no room for a second vocabulary");
   CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT &&
-            strstr(said, "a tensor is there twice"),
+            strstr(said, "tensor tokenizer.vocab is listed twice"),
         "said '%s'", said);
   free(s.data);
   writer = sink_writer(&s);
@@ -432,7 +434,7 @@ static void test_files_sentences_name_the_cause(void) {
   i = 8 + ((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16);
   memcpy(s.data + i + 60 * sizeof(float), "\0\0\xc0\x7f", 4); /* element 4 of the second tensor */
   CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT &&
-            strstr(said, "element 4 is no finite"),
+            strstr(said, "element 4 is not a finite"),
         "%s", said);
   CHECK(!back, "untouched");
   free(s.data);

@@ -323,10 +323,10 @@ static void test_safetensors_names_what_is_wrong(void) {
   } some[] = {
       {"[]", 0, "begin with {"},
       {"{" A "}", 15, "tensor a: bytes 0 to 16 do not lie in the file, which has 15"},
-      {"{" A "}", 17, "do not cover the 17 bytes"},
-      {"{" A "," B "}", 20, "cover the 20 bytes"},
+      {"{" A "}", 17, "end at byte 16 of the data, which has 17"},
+      {"{" A "," B "}", 20, "end at byte 19 of the data, which has 20"},
       {"{" B "}", 19, "tensor b begins at byte 16"},
-      {"{" A "," A "}", 16, "do not cover"},
+      {"{" A "," A "}", 16, "tensor a begins at byte 0 of the data, where 16 was expected"},
       {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,16]}}", 16,
        "tensor a: F32 of (2, 3) needs 24 bytes, its range has 16"},
       {"{\"a\":{\"dtype\":\"F33\",\"shape\":[2,2],\"data_offsets\":[0,16]}}", 16,
