@@ -202,6 +202,7 @@ static int amx_refuse(void) {
          !prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter, 0, 0);
 }
 #else
+static int amx_count;
 static int amx_install(void) { return 0; }
 #endif
 #endif

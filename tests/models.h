@@ -4,19 +4,33 @@
 #define MODELS_H
 #include "golden/golden.h"
 
-/* The last sentence that the library logged. */
-static char models_sentence[512];
+/* The last sentence that the library logged, and how many there were. */
+static char said[65536];
+static int sentences;
 static void models_log(void *user, moe_status status, const char *sentence) {
   (void)user, (void)status;
-  snprintf(models_sentence, sizeof models_sentence, "%s", sentence);
+  snprintf(said, sizeof said, "%s", sentence);
+  ++sentences;
 }
+
+/* Counts the sentences that refuse an argument and say why. */
+TEST_UNUSED static void count_sentence(void *user, moe_status status, const char *sentence) {
+  (void)user;
+  if (status == MOE_E_ARGUMENT && strlen(sentence) > 20) ++sentences;
+}
+
+/* Every instruction set that a kernel exists for. */
+TEST_UNUSED static const moe_isa isas[] = {MOE_ISA_SCALAR, MOE_ISA_NEON, MOE_ISA_AVX2,
+                                           MOE_ISA_AVX512};
+enum { ISAS = sizeof isas / sizeof isas[0] };
 
 /* An environment of one thread that keeps the last sentence. */
 TEST_UNUSED static moe_env models_env(moe_isa isa) {
   moe_env env;
   moe_env_init(&env, isa);
   env.log = models_log;
-  models_sentence[0] = 0;
+  said[0] = 0;
+  sentences = 0;
   return env;
 }
 

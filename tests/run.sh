@@ -1,16 +1,16 @@
 #!/bin/sh
 # Runs the given test programs and scripts and adds up their last lines, "N passed, N failed, N skipped". Exit status 1 if any failed. Says
-# which took longest. JOBS=2: two scripts at a time; the programs, which share files in build/, run one after the other before them.
+# which took longest. JOBS=2: two at a time. A program may have arguments: "build/test_kernels gemm".
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 : > "$dir/totals"
 
 # one TEST: runs it, tells what it said, and adds "passed failed skipped seconds test" to the totals
 one() {
-  t=$1 log=$dir/$(basename "$1").log began=$(date +%s) p=0 f=1 s=0 why=
+  t=$1 log=$dir/$(basename "$1" | tr ' ' _).log began=$(date +%s) p=0 f=1 s=0 why=
   case $t in
     *.sh) sh "./$t" > "$log" 2>&1 ;;
-    *) "./$t" > "$log" 2>&1 ;;
+    *) ./$t > "$log" 2>&1 ;;
   esac
   status=$?
   line=$(grep '^[0-9]* passed, [0-9]* failed, [0-9]* skipped$' "$log" | tail -n 1)
@@ -32,13 +32,10 @@ one() {
 # lane TESTS...: those that no other lane has taken
 lane() {
   for each in "$@"; do
-    case $each in *.sh) mkdir "$dir/taken_$(basename "$each")" 2> /dev/null && one "$each" ;; esac
+    mkdir "$dir/taken_$(basename "$each" | tr ' ' _)" 2> /dev/null && one "$each"
   done
 }
 
-for each in "$@"; do
-  case $each in *.sh) ;; *) one "$each" ;; esac
-done
 job=1
 while [ $job -lt "${JOBS:-1}" ]; do
   lane "$@" &
@@ -46,5 +43,5 @@ while [ $job -lt "${JOBS:-1}" ]; do
 done
 lane "$@"
 wait
-[ $# -lt 3 ] || echo "longest: $(sort -k 4 -rn "$dir/totals" | head -n 8 | awk '{ printf "%s%s %s s", sep, $5, $4; sep = ", " }')"
+[ $# -lt 3 ] || echo "longest: $(sort -k 4 -rn "$dir/totals" | head -n 8 | awk '{ seconds = $4; $1 = $2 = $3 = $4 = ""; sub(/^ */, ""); printf "%s%s %s s", sep, $0, seconds; sep = ", " }')"
 awk '{ p += $1; f += $2; s += $3 } END { print p + 0 " passed, " f + 0 " failed, " s + 0 " skipped"; exit f > 0 }' "$dir/totals"

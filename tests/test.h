@@ -1,13 +1,14 @@
-/* The little that a test needs: RUN, CHECK, CHECK_NEAR, SKIP. A file of tests is
+/* The little that a test needs: RUN, CHECK, CHECK_NEAR, SKIP. A test program is one of the files
+   beside this one: it includes moe.h with its implementation, the fixtures, and its parts.
+   kernels/gemm.c, for example, is the part gemm of kernels.c, which says PART(gemm):
 
-     #define MOE_IMPLEMENTATION      (only where private functions are tested; other files link with
-   the library) #include "../moe.h" #include "test.h" static void test_gemm_is_exact(void) { CHECK(1
-   + 1 == 2, "sum is %d", 1 + 1); } int main(int argc, char **argv) { test_begin(argc, argv);
-   (arguments: names of tests to run; none: all) RUN(test_gemm_is_exact); return test_end();
+     static void test_gemm_is_exact(void) { CHECK(1 + 1 == 2, "sum is %d", 1 + 1); }
+     static void run_gemm(void) {
+       RUN(test_gemm_is_exact);
      }
 
    A test fails with its first failed CHECK, which returns from the function; the program then exits
-   with 1. Run in the folder tests/. */
+   with 1. Arguments of the program: names of parts or tests; none: all. Run it in tests/. */
 #ifndef TEST_H
 #define TEST_H
 #include <math.h>
@@ -24,16 +25,30 @@
 
 static int test_passed, test_failures, test_skipped, test_state, test_argc;
 static char **test_argv;
+static const char *test_part_name;
 
 static void test_begin(int argc, char **argv) {
   test_argc = argc;
   test_argv = argv;
 }
 
+static int test_is_argument(const char *name) {
+  int i;
+  for (i = 1; i < test_argc; ++i)
+    if (!strcmp(test_argv[i], name)) return 1;
+  return 0;
+}
+
+/* The tests of a part. It is entered for the name of a test, too, which may be in any part. */
+static void test_part(void (*run)(void), const char *name) {
+  int i, enter = test_argc < 2 || test_is_argument(name);
+  for (i = 1; i < test_argc; ++i) enter |= !strncmp(test_argv[i], "test_", 5);
+  test_part_name = name;
+  if (enter) run();
+}
+
 static void test_run(void (*fn)(void), const char *name) {
-  int i, wanted = test_argc < 2;
-  for (i = 1; i < test_argc; ++i) wanted |= !strcmp(test_argv[i], name);
-  if (!wanted) return;
+  if (test_argc >= 2 && !test_is_argument(test_part_name) && !test_is_argument(name)) return;
   test_state = 0;
   fn();
   if (test_state == 0)
@@ -46,11 +61,14 @@ static void test_run(void (*fn)(void), const char *name) {
 }
 
 static int test_end(void) {
+  if (test_passed + test_failures + test_skipped == 0)
+    ++test_failures, printf("  FAIL  no test has such a name\n");
   printf("%d passed, %d failed, %d skipped\n", test_passed, test_failures, test_skipped);
   return test_failures ? 1 : 0;
 }
 
 #define RUN(fn) test_run(fn, #fn)
+#define PART(name) test_part(run_##name, #name)
 /* The condition must hold; else a message (printf-like) with file and line, and the test ends. */
 #define CHECK(cond, ...)                                                                           \
   do {                                                                                             \

@@ -1,11 +1,11 @@
 #!/bin/sh
-# MOE_USE_BLIS against Debian's libblis and against the BLIS inside PyPI's package blis: test_backend.c with each, whatever kernels they choose.
+# MOE_USE_BLIS against Debian's libblis and against the BLIS inside PyPI's package blis: the part backend of kernels.c with each, whatever kernels they choose.
 . ./lib.sh
 warn="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wdouble-promotion -Werror"
 cc=${CC:-cc} python=${MOE_PYTHON:-python3}
 names="kernels_of_this_machine generic_kernels told_to_use_threads"
 
-checked() { # NAME COMMAND...: runs the tests of test_backend.c
+checked() { # NAME COMMAND...: runs the tests of the part backend
   name=$1
   shift
   if "$@" > "$tmp/log" 2>&1 && grep -q '^[0-9]* passed, 0 failed, 0 skipped$' "$tmp/log"; then
@@ -27,7 +27,7 @@ debian= pypi=
 $cc -o "$tmp/empty" "$tmp/empty.c" -lblis 2> /dev/null && debian=1
 pypi=$("$python" -c 'import blis.cy; print(blis.cy.__file__)' 2> /dev/null)
 if [ -n "$debian$pypi" ]; then
-  $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -fPIC $warn -DMOE_USE_BLIS -c -o "$tmp/check.o" test_backend.c > "$tmp/log" 2>&1 || fail test_blis_compiles "$(head -n 5 "$tmp/log")"
+  $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -fPIC $warn -I. -DMOE_USE_BLIS -c -o "$tmp/check.o" kernels.c > "$tmp/log" 2>&1 || fail test_blis_compiles "$(head -n 5 "$tmp/log")"
 fi
 
 if [ -n "$debian" ]; then
@@ -37,11 +37,11 @@ if [ -n "$debian" ]; then
     if $cc -std=gnu11 -I.. -fsyntax-only "$tmp/with.c" > "$tmp/log" 2>&1; then ok test_blis_builds_after_its_own_header; else fail test_blis_builds_after_its_own_header "$(head -n 5 "$tmp/log")"; fi
   else skip test_blis_builds_after_its_own_header "there is no blis.h here"; fi
   $cc -o "$tmp/check" "$tmp/check.o" -lblis -lm -pthread
-  checked test_blis_debian_kernels_of_this_machine "$tmp/check"
-  checked test_blis_debian_told_to_use_threads env BLIS_NUM_THREADS=4 OMP_NUM_THREADS=4 "$tmp/check"
+  checked test_blis_debian_kernels_of_this_machine "$tmp/check" backend
+  checked test_blis_debian_told_to_use_threads env BLIS_NUM_THREADS=4 OMP_NUM_THREADS=4 "$tmp/check" backend
   generic=$("$tmp/check" --generic)
   if [ -n "$generic" ] && BLIS_ARCH_TYPE=$generic "$tmp/check" --kernels 2> /dev/null | grep -q '^generic$'; then
-    checked test_blis_debian_generic_kernels env BLIS_ARCH_TYPE=$generic "$tmp/check"
+    checked test_blis_debian_generic_kernels env BLIS_ARCH_TYPE=$generic "$tmp/check" backend
   else skip test_blis_debian_generic_kernels "this BLIS cannot be told to use its generic kernels"; fi
 else
   for name in $names; do skip "test_blis_debian_$name" "there is no libblis here (Debian: libblis-dev)"; done
@@ -56,8 +56,8 @@ sys.setdlopenflags(os.RTLD_GLOBAL | os.RTLD_LAZY)
 import blis.cy
 os.environ["MOE_TEST_THREADS"] = str(len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1)
 library = ctypes.CDLL(sys.argv[1])
-argv = (ctypes.c_char_p * 2)(b"check", None)
-status = library.main(1, argv)
+argv = (ctypes.c_char_p * 3)(b"check", b"backend", None)
+status = library.main(2, argv)
 ctypes.CDLL(None).fflush(None)
 os._exit(status)
 END

@@ -4,10 +4,9 @@
 # installed is skipped by name; Debian's packages: gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf gcc-riscv64-linux-gnu gcc-s390x-linux-gnu
 # gcc-mingw-w64-x86-64 g++-mingw-w64-x86-64 musl-tools qemu-user wine64.
 . ./lib.sh
-dialect="-D_POSIX_C_SOURCE=200809L -I.. -DMOE_STATIC" # static: what a test does not use is not compiled
+dialect="-D_POSIX_C_SOURCE=200809L -I. -I.. -DMOE_STATIC" # static: what a test does not use is not compiled
 warnings="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wdouble-promotion -Werror"
-build=$PWD
-mkdir "$tmp/build" # where test_files writes
+mkdir "$tmp/build" # where the part files writes
 
 # missing NAMES WHAT: is the program there? If not, each of the names is skipped
 missing() {
@@ -19,12 +18,12 @@ missing() {
   return 1
 }
 
-# check NAME COMPILER RUNNER TEST FUNCTIONS: tests/test_TEST.c, all of it or some functions
+# check NAME COMPILER RUNNER PROGRAM TESTS: tests/PROGRAM.c, some of its parts or tests
 check() {
-  name=test_machines_$1 cc=$2 runner=$3 t=$4
+  name=test_machines_$1 cc=$2 runner=$3 exe=$tmp/${1%%_*}_$4.exe program=$4
   shift 4
-  if ! $cc $dialect $warnings -O1 -o "$tmp/$name.exe" test_$t.c -lm -pthread > "$tmp/log" 2>&1; then fail $name "$(head -n 5 "$tmp/log")"; return; fi
-  (cd "$tmp" && cp "$build/test_$t.c" . && $runner "$tmp/$name.exe" "$@") > "$tmp/log" 2>&1
+  if [ ! -e "$exe" ] && ! $cc $dialect $warnings -O1 -o "$exe" $program.c -lm -pthread > "$tmp/log" 2>&1; then fail $name "$(head -n 5 "$tmp/log")"; return; fi
+  (cd "$tmp" && $runner "$exe" "$@") > "$tmp/log" 2>&1
   if grep -q '^[1-9][0-9]* passed, 0 failed' "$tmp/log"; then ok $name; else fail $name "$(grep -v '^  ok' "$tmp/log" | head -n 6)"; fi
 }
 
@@ -53,11 +52,11 @@ trains() {
 }
 
 # ---- 64-bit ARM ----
-tags="simd gemm lowp linear ops experts route optimizer"
-if ! missing "$(for t in $tags; do echo arm_$t; done) arm_attention arm_trains_to_the_same_bits arm_has_no_avx2" "aarch64-linux-gnu-gcc qemu-aarch64"; then
+tags="kernels:simd kernels:gemm kernels:lowp ops:linear ops:ops ops:experts ops:route train:optimizer"
+if ! missing "$(for t in $tags; do echo arm_${t#*:}; done) arm_attention arm_trains_to_the_same_bits arm_has_no_avx2" "aarch64-linux-gnu-gcc qemu-aarch64"; then
   arm="aarch64-linux-gnu-gcc -std=c99 -static"
-  for t in $tags; do check arm_$t "$arm" qemu-aarch64 $t; done
-  check arm_attention "$arm" qemu-aarch64 attention test_attention_agrees_with_pytorch test_attention_does_not_overflow # the others take minutes
+  for t in $tags; do check arm_${t#*:} "$arm" qemu-aarch64 ${t%:*} ${t#*:}; done
+  check arm_attention "$arm" qemu-aarch64 ops test_attention_agrees_with_pytorch test_attention_does_not_overflow # the others take minutes
   $arm $dialect -O1 -o "$tmp/train_arm" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1
   trains arm_trains_to_the_same_bits qemu-aarch64 "$tmp/train_arm" --isa neon
   if qemu-aarch64 "$tmp/train_arm" --isa avx2 > "$tmp/log" 2>&1 || ! grep -q 'has no avx2' "$tmp/log"; then
@@ -71,11 +70,11 @@ while read -r target compiler emulator; do
   [ "$target" = arm32 ] && sizes="arm32_attention arm32_experts"
   missing "${target}_gemm ${target}_files $sizes ${target}_trains_to_the_same_bits" "$compiler $emulator" && continue
   if [ "$sizes" ]; then # sizes that overflow where size_t has 32 bits
-    check arm32_attention "$compiler -std=c99 -static" "$emulator" attention test_attention_of_65536_tokens_is_cut_into_tiles
-    check arm32_experts "$compiler -std=c99 -static" "$emulator" experts test_experts_scratch_says_when_it_is_too_much
+    check arm32_attention "$compiler -std=c99 -static" "$emulator" ops test_attention_of_65536_tokens_is_cut_into_tiles
+    check arm32_experts "$compiler -std=c99 -static" "$emulator" ops test_experts_scratch_says_when_it_is_too_much
   fi
-  check ${target}_gemm "$compiler -std=c99 -static $warnings" "$emulator" gemm
-  check ${target}_files "$compiler -std=c99 -static $warnings -DMOE_IMPLEMENTATION" "$emulator" files
+  check ${target}_gemm "$compiler -std=c99 -static $warnings" "$emulator" kernels gemm
+  check ${target}_files "$compiler -std=c99 -static $warnings" "$emulator" files files
   $compiler -std=c99 -static $dialect -O1 -o "$tmp/train_$target" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1
   trains ${target}_trains_to_the_same_bits "$emulator" "$tmp/train_$target"
 done << end
@@ -87,8 +86,9 @@ end
 # ---- the high byte first: the order of bytes in files, plain C ----
 if ! missing "big_endian_json big_endian_files big_endian_lowp big_endian_trains_to_the_same_bits" "s390x-linux-gnu-gcc qemu-s390x"; then
   big="s390x-linux-gnu-gcc -std=gnu99 -static" # gnu99: with c99 gcc computes floats in double on this machine
-  for t in json lowp; do check big_endian_$t "$big" qemu-s390x $t; done
-  check big_endian_files "$big -DMOE_IMPLEMENTATION" qemu-s390x files
+  check big_endian_json "$big" qemu-s390x files json
+  check big_endian_files "$big" qemu-s390x files files
+  check big_endian_lowp "$big" qemu-s390x kernels lowp
   $big $dialect -O1 -o "$tmp/train_big" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1
   trains big_endian_trains_to_the_same_bits qemu-s390x "$tmp/train_big"
 fi
@@ -107,8 +107,8 @@ wine=wine64
 [ ! -x /usr/lib/wine/wine64 ] || wine=/usr/lib/wine/wine64 # Debian keeps it there
 if ! missing "windows_gemm windows_files windows_trains_to_the_same_bits" "x86_64-w64-mingw32-gcc $wine"; then
   export WINEDEBUG=-all WINEPREFIX="$tmp/wine"
-  check windows_gemm "x86_64-w64-mingw32-gcc -std=c99 -static" $wine gemm
-  check windows_files "x86_64-w64-mingw32-gcc -std=c99 -static -DMOE_IMPLEMENTATION" $wine files
+  check windows_gemm "x86_64-w64-mingw32-gcc -std=c99 -static" $wine kernels gemm
+  check windows_files "x86_64-w64-mingw32-gcc -std=c99 -static" $wine files files
   trains windows_trains_to_the_same_bits $wine "$tmp/train_windows.exe"
   for s in wineserver /usr/lib/wine/wineserver; do # that of our own prefix, which still writes there
     if have $s; then $s -k; $s -w; fi 2> /dev/null

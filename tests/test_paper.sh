@@ -30,8 +30,8 @@ while IFS='|' read -r _ number what where tests command verdict _; do
   run=$(echo "$command" | quoted) files=
   case $run in "make -C tests "*) ;; *) echo "$number: the command is \"$run\"" >> "$tmp/bad" ;; esac
   for name in ${run#make -C tests }; do
-    if [ -f test_$name.c ] || [ -f test_$name.sh ]; then files="$files $(ls test_$name.c test_$name.sh 2> /dev/null)"
-    else echo "$number: no tests for $name" >> "$tmp/bad"; fi
+    of_name=$(ls $name/*.c ./*/$name.c test_$name.sh 2> /dev/null) # a program, a part, a script
+    if [ -n "$of_name" ]; then files="$files $of_name"; else echo "$number: no tests for $name" >> "$tmp/bad"; fi
   done
   for name in $(echo "$tests" | quoted); do program_of "$name" $files || echo "$number: no $name in$files" >> "$tmp/bad"; done
   case $verdict in

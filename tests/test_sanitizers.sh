@@ -1,6 +1,6 @@
 #!/bin/sh
 # The tests and the programs under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer and valgrind. A finding ends a program.
-# MOE_SANITIZE: names of C tests to take instead of those below ("gemm simd").
+# MOE_SANITIZE: programs and parts to take instead of those below ("kernels:gemm,simd").
 . ./lib.sh
 CC=${CC:-cc}
 flags="-std=c99 -D_POSIX_C_SOURCE=200809L -O1 -g1"
@@ -9,17 +9,19 @@ export ASAN_OPTIONS=abort_on_error=0:detect_leaks=1 UBSAN_OPTIONS=print_stacktra
 
 # a sanitizer that does not link, or not run, is absent
 works() { echo 'int main(void) { return 0; }' > "$tmp/w.c" && $CC $1 -o "$tmp/w" "$tmp/w.c" > /dev/null 2>&1 && "$tmp/w" > /dev/null 2>&1; }
-printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n' > "$tmp/moe.c"
 
-# KIND NAME FLAGS: a C test; those of private functions hold the implementation, the others take it from an object built once
-c_test() {
-  name=test_sanitizers_$1_$2 object=
-  if ! grep -q 'define MOE_IMPLEMENTATION' test_$2.c; then
-    object=$tmp/moe_$1.o
-    [ -e "$object" ] || $CC $flags $3 -I.. -c -o "$object" "$tmp/moe.c" || { fail $name; return; }
+# KIND PROGRAM:PART,... FLAGS: parts of a test program; a test for each
+c_tests() {
+  kind=$1 program=${2%%:*} flag=$3
+  parts=$(echo "${2#*:}" | tr ',' ' ')
+  if ! $CC $flags $flag -I. -o "$tmp/test" $program.c -lm -pthread > "$tmp/log" 2>&1; then
+    for part in $parts; do fail test_sanitizers_${kind}_$part "$(head -n 5 "$tmp/log")"; done
+    return
   fi
-  if ! $CC $flags $3 -o "$tmp/test" test_$2.c $object -lm -pthread > "$tmp/log" 2>&1; then fail $name "$(head -n 5 "$tmp/log")"; return; fi
-  if "$tmp/test" > "$tmp/log" 2>&1; then ok $name; else fail $name "$(grep -v '^  ok' "$tmp/log" | head -n 15)"; fi
+  for part in $parts; do
+    if "$tmp/test" $part > "$tmp/log" 2>&1; then ok test_sanitizers_${kind}_$part
+    else fail test_sanitizers_${kind}_$part "$(grep -v '^  ok' "$tmp/log" | head -n 15)"; fi
+  done
 }
 # KIND NAME WRAPPER COMMAND: a program must end as it should, without a word from the sanitizer
 clean() {
@@ -40,7 +42,7 @@ done
 tiny="--data $data --layers 2 --hidden 20 --heads 2 --ffn 36 --experts 3 --max-len 20 --batch 6 --steps 3"
 
 if works "$address"; then
-  for t in ${MOE_SANITIZE:-files import checkpoint metrics sampler json route experts text}; do c_test address $t "$address"; done
+  for t in ${MOE_SANITIZE:-files:files,import,checkpoint,json ops:route,experts text:text,metrics train:sampler}; do c_tests address $t "$address"; done
   if $CC $flags $address -o "$tmp/train" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1; then
     for isa in scalar auto; do
       clean address train_$isa "$tmp/train" $tiny --systems dense,tag --top-k 2 --isa $isa --threads 2 --hold-out 0.3 --dedup \
@@ -51,7 +53,7 @@ if works "$address"; then
 else skip test_sanitizers_address "$CC has no AddressSanitizer and UndefinedBehaviorSanitizer here"; fi
 
 if works -fsanitize=thread; then
-  for t in base checkpoint; do c_test thread $t -fsanitize=thread; done
+  for t in kernels:base files:checkpoint; do c_tests thread $t -fsanitize=thread; done
   if $CC $flags -fsanitize=thread -o "$tmp/train" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1; then
     clean thread train "$tmp/train" $tiny --systems switch --threads 3
   else fail test_sanitizers_thread_train "$(head -n 5 "$tmp/log")"; fi

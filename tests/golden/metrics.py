@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes metrics.h, what scikit-learn and scipy give for the cases of test_metrics.c: python3 metrics.py metrics.h
+"""Makes metrics.h, what scikit-learn and scipy give for the cases of text/metrics.c: python3 metrics.py metrics.h
 
 Needs `pip install scikit-learn scipy` (1.9.1 and 1.17.1 when metrics.h was made). The inputs are made by the same generator here
 and in the test; floats are multiples of 1/64, so that both sides have the same.
@@ -42,7 +42,7 @@ def values_case(seed, n, levels, noise):
 
 
 def number(x):
-    return repr(float(x)) if math.isfinite(x) else "NAN"
+    return repr(float(x)) if math.isfinite(x) else "(double)NAN"
 
 
 CLASSES = [(s, n, c, a) for s, (n, c, a) in enumerate(

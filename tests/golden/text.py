@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes text.h, what Hugging Face `tokenizers` gives for the cases of test_text.c: python3 text.py text.h EXAMPLES [FOLDER]
+"""Makes text.h, what Hugging Face `tokenizers` gives for the cases of text/text.c: python3 text.py text.h EXAMPLES [FOLDER]
 
 Needs `pip install tokenizers` (0.23.3 when text.h was made). EXAMPLES is examples/data; FOLDER the working data (with data/glue
 and data/vocab), without which its files are left out. The vocabulary and the random cases are made by the same rules here and

@@ -1,0 +1,711 @@
+/* Model files and checkpoints: what goes in comes out bit for bit, and whatever happens to a file
+   ends in a status and a sentence. */
+
+typedef struct files_sink {
+  unsigned char *data;
+  size_t used, capacity, limit; /* limit: fails after so many bytes */
+} files_sink;
+
+static int files_sink_write(void *user, const void *data, size_t bytes) {
+  files_sink *s = (files_sink *)user;
+  if (bytes > s->limit - s->used) return 1;
+  if (s->used + bytes > s->capacity) {
+    s->capacity = 2 * (s->used + bytes);
+    s->data = (unsigned char *)realloc(s->data, s->capacity);
+  }
+  memcpy(s->data + s->used, data, bytes);
+  s->used += bytes;
+  return 0;
+}
+
+static moe_writer files_sink_writer(files_sink *s) {
+  moe_writer writer;
+  memset(s, 0, sizeof *s);
+  s->limit = (size_t)-1;
+  writer.write = files_sink_write;
+  writer.user = s;
+  return writer;
+}
+
+static const char files_vocab[] = "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nb\n\xc3\xa9\n";
+
+/* A small model with every kind of task and names that want escapes. */
+static moe_model *small_model(moe_router router, const moe_env *env) {
+  static const char *const nasty[] = {"\"quoted\"",        "back\\slash",
+                                      "tab\tline\nbell\a", "\xc3\xa9\xf0\x9f\x98\x80",
+                                      "no \xff\xfe utf-8", "{}[]:,"};
+  moe_config config;
+  moe_task task[4];
+  moe_model *model = NULL;
+  moe_config_init(&config);
+  config.layers = 2;
+  config.hidden = 8;
+  config.ffn = 12;
+  config.heads = 2;
+  config.vocab = 7;
+  config.positions = 16;
+  config.max_len = 16;
+  config.eps = 1e-5f;
+  config.router = router;
+  config.experts = router == MOE_ROUTER_DENSE ? 1 : 3;
+  config.top_k = router == MOE_ROUTER_DENSE ? 1 : 2;
+  config.truncate = MOE_TRUNCATE_RIGHT;
+  config.cased = 1;
+  memset(task, 0, sizeof task);
+  snprintf(task[0].name, sizeof task[0].name, "nasty_labels");
+  task[0].classes = 6;
+  task[0].label = nasty;
+  snprintf(task[0].metrics, sizeof task[0].metrics, "accuracy,macro_f1");
+  snprintf(task[1].name, sizeof task[1].name, "a-b+C_9");
+  task[1].kind = MOE_KIND_REGRESSION;
+  task[1].pair = 1;
+  task[1].classes = 1;
+  task[1].low = -0.1f;
+  task[1].high = 5;
+  task[1].max_len = 11;
+  snprintf(task[2].name, sizeof task[2].name, "rank");
+  task[2].kind = MOE_KIND_RANKING;
+  task[2].classes = 2;
+  snprintf(task[3].name, sizeof task[3].name, "span");
+  task[3].kind = MOE_KIND_SPAN;
+  task[3].classes = 3;
+  if (moe_model_create(&model, &config, task, 4, 7, env)) return NULL;
+  if (moe_model_set_vocab(model, files_vocab, sizeof files_vocab - 1, env))
+    return moe_model_free(model), (moe_model *)NULL;
+  return model;
+}
+
+static void exists(const char *path, int *yes) {
+  FILE *f = fopen(path, "rb");
+  *yes = f != NULL;
+  if (f) fclose(f);
+}
+
+static int same_tasks(const moe_model *a, const moe_model *b) {
+  int32_t t, i;
+  if (moe_model_tasks(a) != moe_model_tasks(b)) return 0;
+  for (t = 0; t < moe_model_tasks(a); ++t) {
+    const moe_task *x = moe_model_task(a, t), *y = moe_model_task(b, t);
+    if (strcmp(x->name, y->name) || x->kind != y->kind || x->pair != y->pair ||
+        x->classes != y->classes || strcmp(x->metrics, y->metrics))
+      return 0;
+    if (x->max_len != y->max_len || memcmp(&x->low, &y->low, 4) || memcmp(&x->high, &y->high, 4))
+      return 0;
+    for (i = 0; i < x->classes && x->kind != MOE_KIND_REGRESSION; ++i)
+      if (strcmp(x->label[i], y->label[i])) return 0;
+  }
+  return 1;
+}
+
+static int same_models(const moe_model *a, const float *weights, const moe_model *b) {
+  size_t n = 0, m = 0;
+  const char *v = moe_model_vocab(a, &n), *w = moe_model_vocab(b, &m);
+  if (memcmp(moe_model_config(a), moe_model_config(b), sizeof(moe_config)) || !same_tasks(a, b))
+    return 0;
+  if (n != m || (n && memcmp(v, w, n))) return 0;
+  return !weights || !memcmp(moe_model_weights((moe_model *)(uintptr_t)a), weights,
+                             moe_model_parameters(a) * sizeof(float));
+}
+
+static void test_files_round_trip_is_bit_exact(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  int router;
+  for (router = MOE_ROUTER_DENSE; router <= MOE_ROUTER_TASK; ++router) {
+    moe_model *model = small_model((moe_router)router, &env), *back = NULL;
+    files_sink s, again;
+    moe_writer writer = files_sink_writer(&s);
+    CHECK(model, "%s", said);
+    CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+    CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_OK, "%s", said);
+    CHECK(same_models(model, moe_model_weights(back), back), "router %d", router);
+    writer = files_sink_writer(&again);
+    CHECK(moe_model_write(back, &writer, &env) == MOE_OK, "%s", said);
+    CHECK(again.used == s.used && !memcmp(again.data, s.data, s.used),
+          "written again it is the same file");
+    CHECK((((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16) + 8) % 64 == 0,
+          "the data are aligned");
+    moe_model_free(model);
+    moe_model_free(back);
+    free(s.data);
+    free(again.data);
+  }
+  CHECK(sentences == 0, "%s", said);
+}
+
+/* A copy at a multiple of 64 plus `shift`. */
+static unsigned char *aligned_copy(const files_sink *s, size_t shift, void **base) {
+  unsigned char *p = (unsigned char *)malloc(s->used + 192);
+  *base = p;
+  p += (64 - (uintptr_t)p % 64) % 64 + shift;
+  memcpy(p, s->data, s->used);
+  return p;
+}
+
+static int high_byte_first(void) {
+  const uint16_t one = 1;
+  unsigned char first;
+  memcpy(&first, &one, 1);
+  return !first;
+}
+
+/* A task more, and only some of the tasks: from weights in a file's bytes as from those in memory.
+ */
+static void same_offspring(moe_model *model, const moe_model *opened, const moe_env *env) {
+  static const int32_t keep[] = {3, 0};
+  moe_task task = *moe_model_task(model, 2);
+  moe_model *a = NULL, *b = NULL;
+  int i;
+  snprintf(task.name, sizeof task.name, "one_more");
+  for (i = 0; i < 2; ++i) {
+    CHECK((i ? moe_model_extract(&a, model, keep, 2, NULL, env)
+             : moe_model_adapt(&a, model, &task, 1, 9, env)) == MOE_OK,
+          "%s", said);
+    CHECK((i ? moe_model_extract(&b, opened, keep, 2, NULL, env)
+             : moe_model_adapt(&b, opened, &task, 1, 9, env)) == MOE_OK,
+          "%s", said);
+    CHECK(same_models(a, moe_model_weights(b), b), "round %d", i);
+    moe_model_free(a);
+    moe_model_free(b);
+  }
+}
+
+static void test_files_open_in_place(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *opened = NULL;
+  files_sink s, again;
+  moe_writer writer = files_sink_writer(&s);
+  void *base, *block_base;
+  unsigned char *file, *block;
+  size_t bytes = 0;
+  CHECK(model && moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  file = aligned_copy(&s, 0, &base);
+  CHECK(moe_model_open_size(file, s.used, &bytes, &env) == MOE_OK, "%s", said);
+  CHECK(bytes < 16384, "%zu bytes hold no weights", bytes);
+  if (high_byte_first()) { /* nothing can be used as it lies there */
+    block = (unsigned char *)malloc(bytes + 64);
+    CHECK(moe_model_open(&opened, file, s.used, block + (64 - (uintptr_t)block % 64) % 64, bytes,
+                         &env) == MOE_E_UNSUPPORTED &&
+              !opened && strstr(said, "moe_model_read"),
+          "%s", said);
+    free(block);
+    free(base);
+    free(s.data);
+    moe_model_free(model);
+    return;
+  }
+  block_base = malloc(bytes + 64);
+  block = (unsigned char *)block_base + (64 - (uintptr_t)block_base % 64) % 64;
+  CHECK(moe_model_open(&opened, file, s.used, block, bytes - 1, &env) == MOE_E_MEMORY && !opened,
+        "a byte less");
+  CHECK(moe_model_open(&opened, file, s.used, block + 4, bytes, &env) == MOE_E_ARGUMENT && !opened,
+        "not aligned");
+  CHECK(moe_model_open(&opened, file, s.used, block, bytes, &env) == MOE_OK, "%s", said);
+  CHECK(same_models(model, NULL, opened), "configuration, tasks, vocabulary");
+  CHECK(moe_model_weights(opened) == NULL, "the weights are not for writing");
+  CHECK((const unsigned char *)moe_model_vocab(opened, NULL) > file,
+        "the vocabulary stays in the file");
+  writer = files_sink_writer(&again);
+  CHECK(moe_model_write(opened, &writer, &env) == MOE_OK && again.used == s.used &&
+            !memcmp(again.data, s.data, s.used),
+        "written again");
+  same_offspring(model, opened, &env);
+  moe_model_free(opened);
+  free(base);
+  file = aligned_copy(&s, 2, &base);
+  CHECK(moe_model_open(&opened, file, s.used, block, bytes, &env) == MOE_E_ARGUMENT &&
+            strstr(said, "multiple of 4"),
+        "%s", said);
+  CHECK(moe_model_read(&opened, file, s.used, &env) == MOE_OK, "any alignment will do for a copy");
+  moe_model_free(opened);
+  free(base);
+  free(block_base);
+  free(s.data);
+  free(again.data);
+  moe_model_free(model);
+}
+
+/* Reads and opens damaged bytes, in a block of exactly that size so that a sanitizer sees a byte
+   too many. */
+static void try_bytes(const unsigned char *data, size_t n, int *accepted, int *refused) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  unsigned char *copy = (unsigned char *)malloc(n ? n : 1), *block_base, *block;
+  moe_model *model = NULL;
+  size_t bytes = 0;
+  moe_status status;
+  if (n) memcpy(copy, data, n);
+  status = moe_model_read(&model, copy, n, &env);
+  if (status) {
+    ++*refused;
+    CHECK(!model && status == MOE_E_FORMAT && sentences == 1 && strlen(said) > 10,
+          "status %d, %d sentences: '%s'", (int)status, sentences, said);
+  } else {
+    ++*accepted;
+    CHECK(sentences == 0 && model, "%s", said);
+  }
+  moe_model_free(model);
+  model = NULL;
+  if (!moe_model_open_size(copy, n, &bytes, &env)) {
+    block_base = (unsigned char *)malloc(bytes + 64);
+    block = block_base + (64 - (uintptr_t)block_base % 64) % 64;
+    said[0] = 0;
+    status = moe_model_open(&model, copy, n, block, bytes, &env);
+    CHECK(!status == !said[0], "status %d: '%s'", (int)status, said);
+    moe_model_free(model);
+    free(block_base);
+  }
+  free(copy);
+}
+
+static void test_files_truncated_are_refused(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env);
+  files_sink s;
+  moe_writer writer = files_sink_writer(&s);
+  int accepted = 0, refused = 0;
+  size_t data, i;
+  int32_t t;
+  CHECK(model && moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  data = 8 + ((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16);
+  for (t = 0; t < moe_model_tensors(model); ++t) {
+    moe_tensor tensor;
+    moe_model_tensor(model, t, &tensor);
+    try_bytes(s.data, data + tensor.offset * sizeof(float), &accepted, &refused);
+    CHECK_STATE();
+    CHECK(strstr(said, "damaged or truncated"), "cut before tensor %d: %s", (int)t, said);
+  }
+  for (i = 0; i < data; i += i < 80 ? 1 : 37) try_bytes(s.data, i, &accepted, &refused);
+  for (i = s.used - 1; i > s.used - 64; --i) try_bytes(s.data, i, &accepted, &refused);
+  CHECK_STATE();
+  CHECK(accepted == 0, "%d of %d were accepted", accepted, accepted + refused);
+  printf("        %d truncated files refused\n", refused);
+  moe_model_free(model);
+  free(s.data);
+}
+
+static void test_files_damaged_are_refused_or_read(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_SHARED, &env);
+  files_sink s;
+  moe_writer writer = files_sink_writer(&s);
+  int accepted = 0, refused = 0, round;
+  uint64_t state = 1;
+  size_t header;
+  CHECK(model && moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  header = 8 + ((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16);
+  for (round = 0; round < 4000; ++round) {
+    unsigned char *copy = (unsigned char *)malloc(s.used + 8);
+    size_t n = s.used, at;
+    int flips = 1 + round % 3, f;
+    memcpy(copy, s.data, s.used);
+    for (f = 0; f < flips; ++f) {
+      size_t range = round % 5 == 0 ? 12 : round % 5 == 4 ? n : header;
+      test_random(&state);
+      at = (size_t)(state >> 33) % range;
+      test_random(&state);
+      if (round % 2)
+        copy[at] = (unsigned char)(state >> 40);
+      else if (copy[at] >= '0' && copy[at] <= '9')
+        copy[at] = (unsigned char)('0' + (state >> 40) % 10);
+      else
+        copy[at] ^= (unsigned char)(1u << (state >> 40) % 8);
+    }
+    if (round % 11 == 0) n -= (size_t)(state >> 50) % n;
+    try_bytes(copy, n, &accepted, &refused);
+    free(copy);
+    CHECK_STATE();
+  }
+  printf("        %d damaged files: %d refused, %d still sound\n", round, refused, accepted);
+  CHECK(refused > 2000, "%d", refused);
+  moe_model_free(model);
+  free(s.data);
+}
+
+/* Replaces the first `from` in the header by `to` of the same length. */
+static void swap_text(files_sink *s, const char *from, const char *to) {
+  size_t n = strlen(from), i;
+  for (i = 8; i + n < s->used; ++i)
+    if (!memcmp(s->data + i, from, n)) {
+      memcpy(s->data + i, to, n);
+      return;
+    }
+}
+
+/* Adds an empty tensor of the vocabulary's name to a header that ends at byte `end`, in a longer
+   header. */
+static int repeat_vocab(files_sink *s, size_t end) {
+  char more[120];
+  size_t n = (size_t)snprintf(
+             more, sizeof more,
+             ",\"tokenizer.vocab\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}"),
+         length = 0, i;
+  unsigned char *longer = (unsigned char *)malloc(s->used + n);
+  if (!longer || s->data[end - 1] != '}') return 0;
+  for (i = 8; i-- > 0;) length = length << 8 | s->data[i];
+  memcpy(longer, s->data, end - 1);
+  memcpy(longer + end - 1, more, n);
+  memcpy(longer + end - 1 + n, s->data + end, s->used - end);
+  for (i = 0; i < 8; ++i) longer[i] = (unsigned char)((uint64_t)(length + n - 1) >> (8 * i));
+  s->used += n - 1;
+  free(s->data);
+  s->data = longer;
+  return 1;
+}
+
+static void test_files_sentences_name_the_cause(void) {
+  static const struct {
+    const char *from, *to, *says;
+  } some[] = {
+      {"moe.version", "moe.versiom", "no model of moe.h"},
+      {"moe.version\":\"1", "moe.version\":\"2", "version 2 of the format"},
+      {"\\\"layers\\\":2", "\\\"layers\\\":3", "the configuration wants"},
+      {"\\\"layers\\\":2", "\\\"layers\\\":0", "configuration: layers is 0"},
+      {"\\\"layers\\\":2", "\\\"lagers\\\":2", "moe.config: unknown member"},
+      {"\\\"hidden\\\":8", "\\\"hidden\\\":7", "hidden is 7, which is no multiple of heads"},
+      {"\\\"heads\\\":2", "\\\"heads\\\":x", "moe.config: a number was expected"},
+      {"\\\"heads\\\":2", "\\\"vocab\\\":2", "moe.config: a member is there twice"},
+      {"\\\"task\\\"", "\\\"tusk\\\"", "moe.config: unknown name"},
+      {"\\\"kind\\\":\\\"span", "\\\"kind\\\":\\\"spam", "moe.tasks, task 3: unknown kind"},
+      {"\\\"low\\\":-0.1", "\\\"low\\\":   9", "its range is 9 to 5"},
+      {"\\\"rank\\\"", "\\\"span\\\"", "task 'span' is there twice"},
+      {"\\\"rank\\\"", "\\\"r.nk\\\"", "letters, digits"},
+      {"tokenizer.vocab\":{\"dtype\":\"U8", "tokenizer.vocab\":{\"dtype\":\"I8",
+       "tokenizer.vocab must"},
+      {"heads.rank.weight", "heads.rink.weight", "heads.rink.weight does not belong"},
+      {"embeddings.LayerNorm.weight\":{\"dtype\":\"F32\",\"shape\":[8]",
+       "embeddings.LayerNorm.weight\":{\"dtype\":\"I32\",\"shape\":[8]",
+       "tensor embeddings.LayerNorm.weight: expected F32 of (8), found I32 of (8)"},
+      {"encoder.layer.0.experts.1.output.dense.bias", "encoder.layer.0.experts.0.output.dense.bias",
+       "tensor encoder.layer.0.experts.0.output.dense.bias is listed twice"},
+      {"\"shape\":[7,8]", "\"shape\":[8,7]",
+       "tensor embeddings.word_embeddings.weight: expected F32 of (7, 8), found F32 of (8, 7)"},
+  };
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  size_t i;
+  files_sink s;
+  moe_writer writer;
+  CHECK(model, "%s", said);
+  for (i = 0; i < sizeof some / sizeof *some; ++i) {
+    writer = files_sink_writer(&s);
+    CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+    swap_text(&s, some[i].from, some[i].to);
+    CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strstr(said, some[i].says),
+          "%s: said '%s'", some[i].to, said);
+    free(s.data);
+  }
+  writer = files_sink_writer(&s); /* a second vocabulary: which one would count? */
+  CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  for (i = 8; memcmp(s.data + i, "  ", 2); ++i) continue; /* the blanks behind the header */
+  CHECK(repeat_vocab(&s, i), "no room for a second vocabulary");
+  CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT &&
+            strstr(said, "tensor tokenizer.vocab is listed twice"),
+        "said '%s'", said);
+  free(s.data);
+  writer = files_sink_writer(&s);
+  CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  i = 8 + ((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16);
+  memcpy(s.data + i + 60 * sizeof(float), "\0\0\xc0\x7f", 4); /* element 4 of the second tensor */
+  CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT &&
+            strstr(said, "element 4 is not a finite"),
+        "%s", said);
+  CHECK(!back, "untouched");
+  free(s.data);
+  moe_model_free(model);
+}
+
+static void test_files_weights_that_cannot_be_read_are_not_written(void) {
+  static const char *const names[] = {"embeddings.LayerNorm.bias",
+                                      "encoder.layer.1.gate.span.weight", "heads.span.bias"};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  const char *path = "build/files_nan";
+  size_t i;
+  int there;
+  CHECK(model && moe_model_save(model, path, &env) == MOE_OK, "%s", said);
+  for (i = 0; i < sizeof names / sizeof *names; ++i) {
+    moe_tensor t;
+    char says[160];
+    float *last, kept;
+    files_sink s;
+    moe_writer writer = files_sink_writer(&s);
+    CHECK(moe_model_tensor(model, moe_model_find_tensor(model, names[i]), &t) == MOE_OK, "%s",
+          names[i]);
+    last = moe_model_weights(model) + t.offset + t.count - 1;
+    kept = *last;
+    *last = i == 1 ? -INFINITY : NAN;
+    snprintf(says, sizeof says, "nothing is written: tensor %s, element %u, is ", names[i],
+             (unsigned)(t.count - 1));
+    said[0] = 0;
+    CHECK(moe_model_write(model, &writer, &env) == MOE_E_NONFINITE && strstr(said, says) && !s.used,
+          "%zu bytes, said '%s'", s.used, said);
+    sentences = 0;
+    CHECK(moe_model_save(model, path, &env) == MOE_E_NONFINITE && strstr(said, says) &&
+              sentences == 1,
+          "%d: '%s'", sentences, said);
+    exists("build/files_nan.tmp", &there);
+    CHECK(!there, "nothing is left over");
+    *last = kept;
+    CHECK(moe_model_load(&back, path, &env) == MOE_OK &&
+              same_models(model, moe_model_weights(back), back),
+          "the old file: %s", said);
+    moe_model_free(back);
+  }
+  remove(path);
+  moe_model_free(model);
+}
+
+static void test_files_failing_writer_is_reported(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env);
+  files_sink s;
+  moe_writer writer = files_sink_writer(&s);
+  size_t whole, limit;
+  CHECK(model && moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
+  whole = s.used;
+  free(s.data);
+  for (limit = 0; limit < whole; limit += limit < 5000 ? 97 : 1009) {
+    writer = files_sink_writer(&s);
+    s.limit = limit;
+    said[0] = 0;
+    CHECK(moe_model_write(model, &writer, &env) == MOE_E_IO && said[0], "limit %zu", limit);
+    free(s.data);
+  }
+  moe_model_free(model);
+}
+
+static moe_status half_written(void *user, const moe_writer *writer, const moe_env *env) {
+  (void)env;
+  if (writer->write(writer->user, "half", 4)) return MOE_E_IO;
+  return *(moe_status *)user;
+}
+
+static void test_files_old_file_survives_a_failure(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  const char *path = "build/files_replace";
+  moe_status answer = MOE_OK;
+  void *data;
+  size_t bytes;
+  int there;
+  CHECK(moe_file_replace(path, half_written, &answer, &env) == MOE_OK, "%s", said);
+  answer = MOE_E_IO;
+  CHECK(moe_file_replace("build/files_never", half_written, &answer, &env) == MOE_E_IO,
+        "the status of the writer");
+  exists("build/files_never", &there);
+  CHECK(!there, "a new file is not begun");
+  exists("build/files_never.tmp", &there);
+  CHECK(!there, "and nothing is left over");
+  answer = MOE_E_FORMAT;
+  CHECK(moe_file_replace(path, half_written, &answer, &env) == MOE_E_FORMAT,
+        "the status of the writer");
+  CHECK(moe_file_read(&data, &bytes, path, &env) == MOE_OK && bytes == 4 &&
+            !memcmp(data, "half", 5),
+        "the old file is there, zero behind it");
+  moe_free(data);
+  CHECK(moe_file_replace("build/no/such/folder", half_written, &answer, &env) == MOE_E_IO &&
+            strstr(said, "build/no/such/folder.tmp"),
+        "%s", said);
+  CHECK(moe_file_replace("build", half_written, &answer, &env) == MOE_E_IO &&
+            strstr(said, "folder"),
+        "%s", said);
+  remove(path);
+}
+
+static void test_files_failed_save_keeps_the_old_file(void) {
+#ifdef HAVE_POSIX
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  struct rlimit limit;
+  rlim_t before;
+  size_t bytes = 0;
+  rlim_t most;
+  void *old = NULL;
+  int there;
+  CHECK(model && moe_model_save(model, "build/files_limit", &env) == MOE_OK, "%s", said);
+  CHECK(moe_file_read(&old, &bytes, "build/files_limit", &env) == MOE_OK, "%s", said);
+  moe_free(old);
+  CHECK(getrlimit(RLIMIT_FSIZE, &limit) == 0, "getrlimit");
+  before = limit.rlim_cur;
+  signal(SIGXFSZ, SIG_IGN);
+  for (most = 0; most < (rlim_t)bytes;
+       most += (rlim_t)bytes / 7) { /* a limit of the size of files acts like a disk that is full */
+    moe_status status;
+    limit.rlim_cur = most;
+    CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0, "setrlimit");
+    said[0] = 0;
+    status = moe_model_save(model, "build/files_limit", &env);
+    limit.rlim_cur = before;
+    CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0, "setrlimit");
+    CHECK(status == MOE_E_IO && strstr(said, "build/files_limit.tmp: writing failed after"),
+          "status %d: %s", (int)status, said);
+    exists("build/files_limit.tmp", &there);
+    CHECK(!there, "nothing is left over");
+    CHECK(moe_model_load(&back, "build/files_limit", &env) == MOE_OK, "%s", said);
+    CHECK(same_models(model, moe_model_weights(back), back), "the old file");
+    moe_model_free(back);
+  }
+  signal(SIGXFSZ, SIG_DFL);
+  remove("build/files_limit");
+  moe_model_free(model);
+#else
+  SKIP("no limit of the size of files here");
+#endif
+}
+
+static void test_files_disk_full_is_reported(void) {
+#ifdef __linux__
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model;
+  int there;
+  exists("/dev/full", &there);
+  if (!there) SKIP("no /dev/full here");
+  model = small_model(MOE_ROUTER_DENSE, &env);
+  CHECK(model, "%s", said);
+  CHECK(moe_model_save(model, "/dev/full", &env) == MOE_E_IO &&
+            strstr(said, "/dev/full: writing failed after 0 bytes"),
+        "%s", said);
+  CHECK(sentences == 1, "%d sentences", sentences);
+  exists("/dev/full.tmp", &there);
+  CHECK(!there, "no file beside a device");
+  moe_model_free(model);
+#else
+  SKIP("/dev/full is a thing of Linux");
+#endif
+}
+
+static void test_files_paths_are_named(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = NULL;
+  void *data = NULL;
+  size_t bytes = 0;
+  FILE *f;
+  CHECK(moe_model_load(&model, "build/none.safetensors", &env) == MOE_E_IO &&
+            strstr(said, "build/none.safetensors: "),
+        "%s", said);
+  CHECK(moe_model_load(&model, "build", &env) == MOE_E_IO && strstr(said, "a folder"), "%s", said);
+  f = fopen("build/files_empty", "wb");
+  CHECK(f, "build/files_empty");
+  fclose(f);
+  CHECK(moe_model_load(&model, "build/files_empty", &env) == MOE_E_FORMAT &&
+            strstr(said, "build/files_empty: 0 bytes are no"),
+        "%s", said);
+  CHECK(moe_file_read(&data, &bytes, "build/files_empty", &env) == MOE_OK && bytes == 0 &&
+            !*(char *)data,
+        "an empty file can be read");
+  moe_free(data);
+  f = fopen("build/files_text", "wb");
+  CHECK(f && fputs("/* no model: a text */\n", f) >= 0, "build/files_text");
+  fclose(f);
+  CHECK(moe_model_load(&model, "build/files_text", &env) == MOE_E_FORMAT &&
+            strstr(said, "build/files_text: the first 8 bytes"),
+        "%s", said);
+  CHECK(!model, "untouched");
+  remove("build/files_text");
+  remove("build/files_empty");
+}
+
+/* What a killed program left over: a file that cannot be written to, a link to somebody's file, a
+   pipe that nobody reads. */
+static void test_files_leftovers_are_no_obstacle(void) {
+#ifdef HAVE_POSIX
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_status answer = MOE_OK;
+  void *data;
+  size_t bytes;
+  struct stat info;
+  FILE *f = fopen("build/files_victim", "wb");
+  int round;
+  CHECK(f, "build/files_victim");
+  fputs("mine", f);
+  fclose(f);
+  unlink("build/files_b.tmp");
+  for (round = 0; round < 3; ++round) {
+    if (round == 0) CHECK(symlink("files_victim", "build/files_b.tmp") == 0, "symlink");
+    if (round == 1) CHECK(mkfifo("build/files_b.tmp", 0600) == 0, "mkfifo");
+    if (round == 2) {
+      f = fopen("build/files_b.tmp", "wb");
+      CHECK(f && !fclose(f) && !chmod("build/files_b.tmp", 0400),
+            "a file that only root can write to");
+    }
+    CHECK(moe_file_replace("build/files_b", half_written, &answer, &env) == MOE_OK, "round %d: %s",
+          round, said);
+    CHECK(lstat("build/files_b", &info) == 0 && S_ISREG(info.st_mode) && info.st_size == 4,
+          "round %d", round);
+    CHECK(lstat("build/files_b.tmp", &info) != 0, "nothing is left over");
+  }
+  CHECK(moe_file_read(&data, &bytes, "build/files_victim", &env) == MOE_OK &&
+            !strcmp((char *)data, "mine"),
+        "somebody's file");
+  moe_free(data);
+  unlink("build/files_victim");
+  unlink("build/files_b");
+#else
+  SKIP("no links here");
+#endif
+}
+
+/* With standard output in a file, /dev/stdout leads to a file, and must not become one. */
+static void test_files_open_files_are_written_to(void) {
+#ifdef __linux__
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_status answer = MOE_OK;
+  char path[40];
+  struct stat info;
+  FILE *f = fopen("build/files_open", "wb");
+  CHECK(f, "build/files_open");
+  snprintf(path, sizeof path, "/dev/fd/%d", fileno(f));
+  if (lstat(path, &info)) SKIP("no /dev/fd here");
+  CHECK(moe_file_replace(path, half_written, &answer, &env) == MOE_OK, "%s", said);
+  CHECK(lstat(path, &info) == 0 && S_ISLNK(info.st_mode), "still a link");
+  CHECK(stat("build/files_open", &info) == 0 && info.st_size == 4, "the file behind it");
+  fclose(f);
+  unlink("build/files_open");
+#else
+  SKIP("/dev/fd is a thing of Linux");
+#endif
+}
+
+static void test_files_pipes_and_links(void) {
+#ifdef HAVE_POSIX
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  struct stat info;
+  FILE *f;
+  CHECK(model && moe_model_save(model, "build/files_a", &env) == MOE_OK, "%s", said);
+  CHECK(chmod("build/files_a", 0600) == 0, "chmod");
+  CHECK(moe_model_save(model, "build/files_a", &env) == MOE_OK, "%s", said);
+  CHECK(stat("build/files_a", &info) == 0 && (info.st_mode & 0777) == 0600,
+        "the mode of the old file is kept");
+  unlink("build/files_fifo");
+  CHECK(mkfifo("build/files_fifo", 0600) == 0, "mkfifo");
+  f = popen("cat build/files_a > build/files_fifo", "w");
+  CHECK(f, "popen");
+  CHECK(moe_model_load(&back, "build/files_fifo", &env) == MOE_OK, "%s", said);
+  pclose(f);
+  CHECK(same_models(model, moe_model_weights(back), back), "through a pipe");
+  moe_model_free(back);
+  moe_model_free(model);
+  CHECK(moe_model_load(&back, "/dev/zero", &env) == MOE_E_IO && strstr(said, "a device"), "%s",
+        said);
+  unlink("build/files_fifo");
+  unlink("build/files_a");
+#else
+  SKIP("no pipes here");
+#endif
+}
+
+static void run_files(void) {
+  RUN(test_files_round_trip_is_bit_exact);
+  RUN(test_files_open_in_place);
+  RUN(test_files_truncated_are_refused);
+  RUN(test_files_damaged_are_refused_or_read);
+  RUN(test_files_sentences_name_the_cause);
+  RUN(test_files_weights_that_cannot_be_read_are_not_written);
+  RUN(test_files_failing_writer_is_reported);
+  RUN(test_files_old_file_survives_a_failure);
+  RUN(test_files_failed_save_keeps_the_old_file);
+  RUN(test_files_disk_full_is_reported);
+  RUN(test_files_paths_are_named);
+  RUN(test_files_leftovers_are_no_obstacle);
+  RUN(test_files_open_files_are_written_to);
+  RUN(test_files_pipes_and_links);
+}

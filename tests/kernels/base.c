@@ -1,0 +1,188 @@
+/* Statuses, sentences, random numbers, the pool of threads. */
+
+static void test_base_formats_sentences(void) {
+  char text[128];
+  moe__format(text, sizeof text, "%s %d %u %lld %zu %g %g %g %g %%", "a", -7, 7u, -1234567890123LL,
+              (size_t)9, 0.5, 1e-7, 123456789.0, 100.0);
+  CHECK(!strcmp(text, "a -7 7 -1234567890123 9 0.5 1e-7 1.23457e8 100 %"), "%s", text);
+  moe__format(text, 4, "%s", "abcdef");
+  CHECK(!strcmp(text, "abc"), "%s", text);
+}
+
+static void keep_sentence(void *user, moe_status status, const char *sentence) {
+  (void)status;
+  strcpy((char *)user, sentence);
+}
+
+static void test_base_sentences_hold_nothing_that_a_terminal_obeys(void) {
+  char kept[600];
+  moe_env env;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  env.log = keep_sentence;
+  env.log_user = kept;
+  moe__fail(&env, MOE_E_FORMAT, "label '%s'",
+            "a\x1b[2Jb\n\x7f \xc2\x9b"
+            "31m \x9b \xc3\xa9 \xc2\xa9 \xe2\x82\xac \xf0\x9f\x98\x80 \xe2\x82\xac\x9b");
+  CHECK(!strcmp(kept, "label 'a?[2Jb?? \xc2?31m ? \xc3\xa9 \xc2\xa9 \xe2\x82\xac \xf0\x9f\x98\x80 "
+                      "\xe2\x82\xac?'"),
+        "%s", kept);
+}
+
+static void test_random_permutation_hits_every_row_once(void) {
+  static unsigned char seen[1000];
+  uint64_t n, i;
+  for (n = 1; n <= 1000; n = n * 3 + 1) {
+    memset(seen, 0, sizeof seen);
+    for (i = 0; i < n; ++i) {
+      uint64_t j = moe__permute(42, i, n);
+      CHECK(j < n && !seen[j], "n %d: row %d twice or outside", (int)n, (int)j);
+      seen[j] = 1;
+    }
+  }
+}
+
+static void test_random_normal_has_mean_0_and_deviation_1(void) {
+  double sum = 0, square = 0;
+  int i, n = 200000;
+  for (i = 0; i < n; ++i) {
+    double v = (double)moe__normal(7, (uint64_t)i);
+    sum += v;
+    square += v * v;
+  }
+  CHECK_NEAR(sum / n, 0, 0.01);
+  CHECK_NEAR(square / n, 1, 0.02);
+  for (i = 1; i < 1000; ++i)
+    CHECK_NEAR(moe__log_double(i / 1000.0), log(i / 1000.0), 2e-15 * (1 - log(i / 1000.0)));
+}
+
+static void add_tile(void *arg, int32_t tile, int32_t slot) {
+  int32_t *cells = (int32_t *)arg;
+  (void)slot;
+  cells[tile] += tile + 1;
+}
+
+static void test_parallel_runs_every_tile_once(void) {
+  static int32_t cells[5000];
+  int32_t threads, round, i;
+  for (threads = 1; threads <= 8; threads = threads < 3 ? threads + 1 : 8) {
+    moe_env env;
+    moe_pool *pool;
+    moe_env_init(&env, MOE_ISA_AUTO);
+    CHECK(moe_pool_create_exact(&pool, threads, &env) == MOE_OK, "threads %d", (int)threads);
+    memset(cells, 0, sizeof cells);
+    for (round = 0; round < 50; ++round)
+      moe__parallel(&env, 100 * (round % 50 + 1), add_tile, cells);
+    for (i = 0; i < 5000; ++i)
+      CHECK(cells[i] == (i + 1) * (50 - i / 100), "cell %d is %d", (int)i, (int)cells[i]);
+    moe_pool_free(pool);
+    if (threads == 8) break;
+  }
+}
+
+/* A pool runs no more threads than there are processors, and says how many; none where their number
+   is out of range. */
+static void test_parallel_pool_has_no_more_threads_than_processors(void) {
+  static int32_t cells[100];
+  static const int32_t asked[] = {1, 2, 3, 64, 256}, wrong[] = {-1, 0, 257};
+  int32_t processors = moe_processors(), i, j;
+  CHECK(processors >= 1 && processors <= 256, "%d processors", (int)processors);
+  for (i = 0; i < 5; ++i) {
+    moe_env env;
+    moe_pool *pool = NULL;
+    moe_env_init(&env, MOE_ISA_AUTO);
+    CHECK(moe_pool_create(&pool, asked[i], &env) == MOE_OK, "threads %d", (int)asked[i]);
+    CHECK(env.threads == (asked[i] < processors ? asked[i] : processors), "%d threads of %d",
+          (int)env.threads, (int)asked[i]);
+    memset(cells, 0, sizeof cells);
+    moe__parallel(&env, 100, add_tile, cells);
+    for (j = 0; j < 100; ++j) CHECK(cells[j] == j + 1, "cell %d is %d", (int)j, (int)cells[j]);
+    moe_pool_free(pool);
+  }
+  for (i = 0; i < 3; ++i) {
+    moe_env env;
+    moe_pool *pool = NULL;
+    moe_env_init(&env, MOE_ISA_AUTO);
+    CHECK(moe_pool_create(&pool, wrong[i], &env) == MOE_E_ARGUMENT && !pool && env.threads == 1,
+          "%d threads", (int)wrong[i]);
+  }
+}
+
+#if defined(__linux__)
+/* On one processor: as many as it may use, and threads that are there already get each other's work
+   done in little time. */
+static void test_parallel_pool_knows_its_affinity(void) {
+  static int32_t cells[100];
+  cpu_set_t all, one;
+  moe_env env;
+  moe_pool *pool, *small;
+  size_t cpu = 0;
+  int32_t round, i;
+  double began, alone, shared;
+  CHECK(!sched_getaffinity(0, sizeof all, &all), "affinity");
+  CHECK(moe_processors() == CPU_COUNT(&all), "%d processors, not %d", (int)moe_processors(),
+        CPU_COUNT(&all));
+  while (!CPU_ISSET(cpu, &all)) ++cpu;
+  CPU_ZERO(&one);
+  CPU_SET(cpu, &one);
+  CHECK(!sched_setaffinity(0, sizeof one, &one), "affinity");
+  CHECK(moe_processors() == 1, "%d processors", (int)moe_processors());
+  moe_env_init(&env, MOE_ISA_AUTO);
+  CHECK(moe_pool_create(&small, 4, &env) == MOE_OK && env.threads == 1, "%d threads",
+        (int)env.threads);
+  moe_pool_free(small);
+  CHECK(moe_pool_create_exact(&pool, 4, &env) == MOE_OK && env.threads == 4, "%d threads",
+        (int)env.threads); /* they inherit it */
+  memset(cells, 0, sizeof cells);
+  began = moe__seconds(NULL);
+  for (round = 0; round < 20000; ++round)
+    for (i = 0; i < 100; ++i) add_tile(cells, i, 0);
+  alone = moe__seconds(NULL) - began;
+  memset(cells, 0, sizeof cells);
+  began = moe__seconds(NULL);
+  for (round = 0; round < 20000; ++round) moe__parallel(&env, 100, add_tile, cells);
+  shared = moe__seconds(NULL) - began;
+  for (i = 0; i < 100; ++i)
+    CHECK(cells[i] == 20000 * (i + 1), "cell %d is %d", (int)i, (int)cells[i]);
+  CHECK(shared < alone + 5, "%g s, %g s alone", shared,
+        alone); /* at full speed a helper would wait for a millisecond, 20000 times */
+  moe_pool_free(pool);
+  CHECK(!sched_setaffinity(0, sizeof all, &all), "affinity");
+}
+#endif
+
+/* Asked for kernels that this machine cannot run: a status, and an environment that can. */
+static void test_base_forced_isa_that_is_missing_is_refused(void) {
+  moe_isa best, isa;
+  moe_env env;
+  int missing = 0, i;
+  CHECK(moe_env_init(&env, MOE_ISA_AUTO) == MOE_OK, "auto");
+  best = env.isa;
+  for (i = -1; i <= MOE_ISA_COUNT; ++i) {
+    isa = (moe_isa)i;
+    memset(&env, 0xa5, sizeof env);
+    if (moe_isa_available(isa)) {
+      CHECK(moe_env_init(&env, isa) == MOE_OK && env.isa == (i == MOE_ISA_AUTO ? best : isa), "%s",
+            moe_isa_name(isa));
+      continue;
+    }
+    ++missing;
+    CHECK(moe_env_init(&env, isa) == MOE_E_UNSUPPORTED && env.isa == best && env.threads == 1 &&
+              !env.log,
+          "%s", moe_isa_name(isa));
+  }
+  CHECK(missing >= 3, "no machine has NEON and AVX2: %d are missing",
+        missing); /* and the numbers that name none */
+}
+
+static void run_base(void) {
+  RUN(test_base_formats_sentences);
+  RUN(test_base_sentences_hold_nothing_that_a_terminal_obeys);
+  RUN(test_random_permutation_hits_every_row_once);
+  RUN(test_random_normal_has_mean_0_and_deviation_1);
+  RUN(test_parallel_runs_every_tile_once);
+  RUN(test_parallel_pool_has_no_more_threads_than_processors);
+#if defined(__linux__)
+  RUN(test_parallel_pool_knows_its_affinity);
+#endif
+  RUN(test_base_forced_isa_that_is_missing_is_refused);
+}

@@ -1,0 +1,377 @@
+/* Text in, label out. */
+
+static const char predictor_vocab[] =
+    "[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\nbank\nriver\nmoney\n##s\n##ing\n,\n.\n";
+enum { ONE, PAIR, RATE, SPAN, SPANS, TASKS };
+
+static moe_model *small_model(int32_t segments, const moe_env *env) {
+  static const char *const names[] = {"one", "pair", "rate", "span", "spans"};
+  moe_config config;
+  moe_task task[TASKS];
+  moe_model *model = NULL;
+  int i;
+  moe_config_init(&config);
+  config.layers = 2;
+  config.hidden = 16;
+  config.ffn = 24;
+  config.heads = 2;
+  config.vocab = 12;
+  config.positions = 24;
+  config.max_len = 20;
+  config.segments = segments;
+  memset(task, 0, sizeof task);
+  for (i = 0; i < TASKS; ++i)
+    snprintf(task[i].name, sizeof task[i].name, "%s", names[i]), task[i].classes = 2;
+  task[ONE].classes = 5;
+  task[ONE].max_len = 6;
+  task[PAIR].pair = task[SPANS].pair = 1;
+  task[RATE].kind = MOE_KIND_REGRESSION;
+  task[RATE].classes = 1;
+  task[RATE].high = 5;
+  task[SPAN].kind = task[SPANS].kind = MOE_KIND_SPAN;
+  if (moe_model_create(&model, &config, task, TASKS, 11, env)) return NULL;
+  if (moe_model_set_vocab(model, predictor_vocab, sizeof predictor_vocab - 1, env))
+    return moe_model_free(model), (moe_model *)NULL;
+  return model;
+}
+
+static void test_predictor_gives_probabilities(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(2, &env);
+  moe_predictor *p;
+  float score[MOE_MAX_CLASSES], sum = 0;
+  int best = -1, c;
+  CHECK(model && !moe_predictor_create(&p, model, 4, &env), "%s", said);
+  score[5] = 99;
+  CHECK(moe_predict_text(p, ONE, "The banks, the river.", NULL, score, &best) == MOE_OK, "%s",
+        said);
+  for (c = 0; c < 5; ++c) {
+    CHECK(score[c] > 0 && score[c] < 1 && score[c] <= score[best], "score %d is %g", c,
+          (double)score[c]);
+    sum += score[c];
+  }
+  CHECK_NEAR(sum, 1, 1e-6);
+  CHECK(score[5] == 99, "no score more than classes");
+  CHECK(moe_predict_text(p, RATE, "money", NULL, score, NULL) == MOE_OK && score[1] != 99 &&
+            isfinite(score[0]),
+        "%s", said);
+  CHECK(moe_predict_text(p, PAIR, "money", "", score, &best) == MOE_OK, "%s", said);
+  moe_predictor_free(p);
+  moe_model_free(model);
+}
+
+static void test_predictor_gives_logits(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(2, &env);
+  moe_predictor *p;
+  float score[5], logit[5], prob[5], equal[5] = {0, 0, 0, 0, 0};
+  int best[2] = {-1, -1};
+  moe_tensor w, b;
+  CHECK(model && !moe_predictor_create(&p, model, 4, &env), "%s", said);
+  CHECK(!moe_predict_text(p, ONE, "the bank", NULL, score, &best[0]), "%s", said);
+  moe_predictor_set_output(p, MOE_OUTPUT_LOGITS);
+  CHECK(!moe_predict_text(p, ONE, "the bank", NULL, logit, &best[1]), "%s", said);
+  moe_cross_entropy_forward(prob, logit, 0, 5);
+  CHECK(best[0] == best[1] && !memcmp(prob, score, sizeof score) &&
+            memcmp(logit, score, sizeof score),
+        "probabilities are the softmax of the logits");
+  moe_predictor_set_output(p, MOE_OUTPUT_PROBABILITIES);
+  CHECK(!moe_predict_text(p, ONE, "the bank", NULL, logit, NULL) &&
+            !memcmp(logit, score, sizeof score),
+        "probabilities again");
+  /* a head of zeros with two equal biases: the lower class is the best */
+  moe_model_tensor(model, moe_model_find_tensor(model, "heads.one.weight"), &w);
+  moe_model_tensor(model, moe_model_find_tensor(model, "heads.one.bias"), &b);
+  memset(moe_model_weights(model) + w.offset, 0, w.count * sizeof(float));
+  equal[2] = equal[4] = 1;
+  memcpy(moe_model_weights(model) + b.offset, equal, sizeof equal);
+  CHECK(!moe_predict_text(p, ONE, "the bank", NULL, score, &best[0]) && best[0] == 2 &&
+            score[2] == score[4],
+        "the lowest of equals, not %d", best[0]);
+  moe_predictor_free(p);
+  moe_model_free(model);
+}
+
+/* The mean and the first row of what the pass of the same ids leaves, whatever the kind of task and
+   whatever else is in the batch; one text or two. */
+static void test_predictor_embeds_texts(void) {
+  enum { H = 16 };
+  static const char *const a[3] = {"the bank", "money", "rivers, rivers, rivers. the river"};
+  static const char *const b[3] = {NULL, "the river", NULL};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(2, &env);
+  moe_predictor *p;
+  moe_tensor t;
+  float mean[3 * H], cls[3 * H], alone[H];
+  int task, i, j;
+  const char *none = NULL;
+  CHECK(model && !moe_predictor_create(&p, model, 3, &env), "%s", said);
+  for (task = 0; task < TASKS; ++task) {
+    const float *rows;
+    CHECK(!moe_predict_embed(p, task, MOE_POOLING_MEAN, a, b, 3, mean), "%s", said);
+    rows = moe_context_hidden(p->context);
+    for (i = 0; i < 3; ++i)
+      for (j = 0; j < H; ++j) {
+        double sum = 0;
+        int k, first = p->seq_start[i], end = p->seq_start[i + 1];
+        for (k = first; k < end; ++k) sum += (double)rows[k * H + j];
+        CHECK_NEAR(mean[i * H + j], sum / (end - first), 1e-7);
+      }
+    CHECK(p->seq_start[2] - p->seq_start[1] == 6, "[CLS] money [SEP] the river [SEP]");
+    CHECK(p->seq_start[3] - p->seq_start[2] == (task == ONE ? 6 : 13), "cut to the task's length");
+    CHECK(!moe_predict_embed(p, task, MOE_POOLING_CLS, a, b, 3, cls), "%s", said);
+    for (i = 0; i < 3; ++i) {
+      rows = moe_context_hidden(p->context) + p->seq_start[i] * H;
+      CHECK(!memcmp(cls + i * H, rows, H * sizeof(float)), "task %d, text %d", task, i);
+    }
+    for (i = 0; i < 3; ++i) {
+      CHECK(!moe_predict_embed(p, task, MOE_POOLING_MEAN, a + i, b + i, 1, alone), "%s", said);
+      CHECK(!memcmp(alone, mean + i * H, sizeof alone), "whatever else is in the batch");
+    }
+  }
+  CHECK(!moe_predict_embed(p, 0, MOE_POOLING_MEAN, a, NULL, 0, alone), "no texts: %s", said);
+  CHECK(!moe_predict_embed(p, TASKS - 1, MOE_POOLING_MEAN, a, NULL, 1, alone) &&
+            !memcmp(alone, mean, sizeof alone),
+        "b may be NULL: %s", said);
+  CHECK(moe_predict_embed(p, TASKS, MOE_POOLING_MEAN, a, b, 1, alone) == MOE_E_ARGUMENT, "%s",
+        said);
+  CHECK(moe_predict_embed(p, 0, MOE_POOLING_MEAN, a, b, 4, alone) == MOE_E_ARGUMENT, "%s", said);
+  CHECK(moe_predict_embed(p, 0, (moe_pooling)2, a, b, 1, alone) == MOE_E_ARGUMENT &&
+            strstr(said, "pooling"),
+        "%s", said);
+  CHECK(moe_predict_embed(p, 0, MOE_POOLING_MEAN, &none, NULL, 1, alone) == MOE_E_ARGUMENT, "%s",
+        said);
+  moe_model_tensor(model, moe_model_find_tensor(model, "embeddings.LayerNorm.bias"), &t);
+  moe_model_weights(model)[t.offset] = NAN;
+  CHECK(moe_predict_embed(p, 0, MOE_POOLING_CLS, a, b, 3, cls) == MOE_E_NONFINITE, "%s", said);
+  moe_predictor_free(p);
+  moe_model_free(model);
+}
+
+static void test_predictor_ignores_company_and_allocates_nothing(void) {
+  static const char *const text[] = {"the bank", "money", "", "rivers, rivers, rivers. the river",
+                                     "\xff\xfe unknown"};
+  const char *a[5], *b[5];
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(2, &env);
+  moe_predictor *p;
+  float all[5 * 5], alone[5];
+  int best[5], one, i, task, before;
+  size_t bytes = 0;
+  unsigned char *base, *block;
+  CHECK(model && !moe_predictor_size(model, 5, &bytes, &env), "%s", said);
+  base = (unsigned char *)malloc(bytes + 64);
+  block = base + (64 - (uintptr_t)base % 64) % 64;
+  CHECK(moe_predictor_init(&p, block, bytes - 1, model, 5, &env) == MOE_E_MEMORY, "a byte less");
+  memset(block, 0xa5, bytes);
+  CHECK(moe_predictor_init(&p, block, bytes, model, 5, &env) == MOE_OK, "%s", said);
+  before = allocations;
+  for (task = ONE; task <= RATE; ++task) {
+    int32_t classes = moe_model_task(model, task)->classes;
+    for (i = 0; i < 5; ++i) a[i] = text[i], b[i] = task == PAIR ? text[4 - i] : NULL;
+    CHECK(moe_predict_texts(p, task, a, b, 5, all, best) == MOE_OK, "%s", said);
+    for (i = 0; i < 5; ++i) {
+      CHECK(moe_predict_text(p, task, a[i], b[i], alone, &one) == MOE_OK, "%s", said);
+      CHECK(one == best[i] && !memcmp(alone, all + 5 * i, (size_t)classes * sizeof(float)),
+            "task %d, text %d", task, i);
+    }
+  }
+  CHECK(allocations == before, "%d allocations", allocations - before);
+  moe_predictor_free(p);
+  free(base);
+  moe_model_free(model);
+}
+
+typedef struct sink {
+  unsigned char *data;
+  size_t used;
+} sink;
+
+static int sink_write(void *user, const void *data, size_t bytes) {
+  sink *s = (sink *)user;
+  memcpy(s->data + s->used, data, bytes);
+  s->used += bytes;
+  return 0;
+}
+
+static void test_predictor_runs_a_model_in_place(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(2, &env), *opened, *read;
+  moe_predictor *p, *q, *r;
+  float x[8], y[8], z[8];
+  unsigned char *base = (unsigned char *)malloc(1 << 20), *block_base;
+  sink s;
+  moe_writer writer;
+  size_t bytes;
+  int before;
+  s.data = base + (64 - (uintptr_t)base % 64) % 64;
+  s.used = 0;
+  writer.write = sink_write;
+  writer.user = &s;
+  CHECK(model && !moe_model_write(model, &writer, &env) &&
+            !moe_model_open_size(s.data, s.used, &bytes, &env),
+        "%s", said);
+  block_base = (unsigned char *)malloc(bytes + 64);
+  before = allocations;
+  CHECK(!moe_model_open(&opened, s.data, s.used,
+                        block_base + (64 - (uintptr_t)block_base % 64) % 64, bytes, &env),
+        "%s", said);
+  CHECK(allocations == before, "opening allocates nothing");
+  CHECK(!moe_model_read(&read, s.data, s.used, &env), "%s", said);
+  CHECK(!moe_predictor_create(&p, model, 1, &env) && !moe_predictor_create(&q, opened, 1, &env) &&
+            !moe_predictor_create(&r, read, 1, &env),
+        "%s", said);
+  CHECK(!moe_predict_text(p, PAIR, "the bank", "money", x, NULL) &&
+            !moe_predict_text(q, PAIR, "the bank", "money", y, NULL) &&
+            !moe_predict_text(r, PAIR, "the bank", "money", z, NULL),
+        "%s", said);
+  CHECK(!memcmp(x, y, 2 * sizeof *x) && !memcmp(x, z, 2 * sizeof *x),
+        "made, opened in place, read and packed: the same bits");
+  moe_predictor_free(p);
+  moe_predictor_free(q);
+  moe_predictor_free(r);
+  moe_model_free(model);
+  moe_model_free(opened);
+  moe_model_free(read);
+  free(base);
+  free(block_base);
+}
+
+static void test_predictor_finds_spans_of_characters(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(2, &env);
+  moe_predictor *p;
+  moe_tokens tokens;
+  int32_t ids[16], begin[16], end[16], span[2], chars[4] = {4, 9, 0, 5};
+  uint8_t segments[16];
+  float scores[2 * 5], moved[2 * 5];
+  const char *a = "the banks", *b = "money banks";
+  moe_text text = moe_text_of(a, b);
+  memset(&tokens, 0, sizeof tokens);
+  tokens.ids = ids;
+  tokens.segments = segments;
+  tokens.begin = begin;
+  tokens.end = end;
+  tokens.capacity = 16;
+  CHECK(model && !moe_predictor_create(&p, model, 2, &env), "%s", said);
+  CHECK(!moe_encode(p->tokenizer, &tokens, &text, 16, MOE_TRUNCATE_LONGEST, &env) &&
+            tokens.count == 9,
+        "%s", said);
+  /* [CLS] the bank ##s [SEP] money bank ##s [SEP] */
+  CHECK(!moe_tokens_span(span, &tokens, 0, 4, 9, &env) && span[0] == 2 && span[1] == 4, "%d %d",
+        (int)span[0], (int)span[1]);
+  CHECK(!moe_tokens_span(span, &tokens, 0, 8, 9, &env) && span[0] == 3 && span[1] == 4, "%d %d",
+        (int)span[0], (int)span[1]);
+  CHECK(!moe_tokens_span(span, &tokens, 1, 0, 7, &env) && span[0] == 5 && span[1] == 7, "%d %d",
+        (int)span[0], (int)span[1]);
+  CHECK(moe_tokens_span(span, &tokens, 0, 9, 12, &env) == MOE_E_ARGUMENT &&
+            strstr(said, "characters 9 to 12"),
+        "%s", said);
+  CHECK(moe_tokens_span(span, &tokens, 0, 3, 4, &env) == MOE_E_ARGUMENT, "a blank");
+  CHECK(moe_predict_spans(p, SPANS, &a, &b, chars, 1, scores, NULL) == MOE_OK, "%s", said);
+  chars[2] = 6, chars[3] = 11;
+  CHECK(moe_predict_spans(p, SPANS, &a, &b, chars, 1, moved, NULL) == MOE_OK &&
+            memcmp(scores, moved, sizeof *moved),
+        "another word, another score");
+  chars[2] = 60, chars[3] = 66;
+  CHECK(moe_predict_spans(p, SPANS, &a, &b, chars, 1, moved, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "text 2"),
+        "%s", said);
+  moe_predictor_free(p);
+  moe_model_free(model);
+}
+
+static void test_predictor_says_what_is_wrong(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(2, &env);
+  moe_predictor *p = NULL;
+  float scores[3 * 5];
+  const char *a[3] = {"the", "the", "the"}, *none = NULL;
+  int32_t chars[4] = {0, 3, 0, 3};
+  CHECK(model, "%s", said);
+  CHECK(moe_predictor_create(&p, model, 0, &env) == MOE_E_ARGUMENT && !p, "%s", said);
+  CHECK(!moe_predictor_create(&p, model, 2, &env), "%s", said);
+  CHECK(moe_predict_texts(p, ONE, a, NULL, 3, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "3 texts at once"),
+        "%s", said);
+  CHECK(moe_predict_texts(p, TASKS, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "task is 5"),
+        "%s", said);
+  CHECK(moe_predict_texts(p, -1, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT, "%s", said);
+  CHECK(moe_predict_texts(p, ONE, &none, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "text 0 is NULL"),
+        "%s", said);
+  CHECK(moe_predict_texts(p, PAIR, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "'pair' takes two texts"),
+        "%s", said);
+  CHECK(moe_predict_texts(p, ONE, a, a, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "'one' takes one text"),
+        "%s", said);
+  CHECK(moe_predict_texts(p, SPAN, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "moe_predict_spans"),
+        "%s", said);
+  CHECK(moe_predict_spans(p, ONE, a, NULL, chars, 1, scores, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "takes no spans"),
+        "%s", said);
+  CHECK(moe_predict_spans(p, SPAN, a, NULL, chars, 1, scores, NULL) == MOE_OK, "%s", said);
+  CHECK(moe_predict_texts(p, ONE, a, NULL, 0, scores, NULL) == MOE_OK, "nothing to do");
+  moe_predictor_free(p);
+  CHECK(
+      !moe_model_set_vocab(model, "[UNK]\n[CLS]\n[SEP]\n1\n2\n3\n4\n5\n6\n7\n8\n9\n0\n", 38, &env),
+      "%s", said);
+  CHECK(moe_predictor_create(&p, model, 1, &env) == MOE_E_FORMAT &&
+            strstr(said, "13 words, the model has 12"),
+        "%s", said);
+  CHECK(!moe_model_set_vocab(model, "[UNK]\n[SEP]\n", 12, &env), "%s", said);
+  CHECK(moe_predictor_create(&p, model, 1, &env) == MOE_E_FORMAT && strstr(said, "[CLS]"), "%s",
+        said);
+  moe_model_free(model);
+  model = small_model(1, &env);
+  CHECK(model && !moe_predictor_create(&p, model, 1, &env), "%s", said);
+  CHECK(moe_predict_texts(p, PAIR, a, a, 1, scores, NULL) == MOE_OK,
+        "one kind of segments will do for a pair: %s", said);
+  moe_predictor_free(p);
+  moe_model_free(model);
+}
+
+/* A label that comes of NaN is none. */
+static void test_predictor_refuses_scores_that_are_no_numbers(void) {
+  static const char *const a[] = {"money", "the bank"};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(2, &env);
+  moe_predictor *p;
+  moe_tensor t;
+  float score[MOE_MAX_CLASSES];
+  int best[2] = {9, 9};
+  CHECK(model && !moe_predictor_create(&p, model, 2, &env), "%s", said);
+  moe_model_tensor(model, moe_model_find_tensor(model, "heads.one.bias"), &t);
+  moe_model_weights(model)[t.offset + 3] = NAN;
+  score[0] = 99;
+  CHECK(moe_predict_text(p, ONE, "money", NULL, score, best) == MOE_E_NONFINITE, "%s", said);
+  CHECK(strstr(said, "text 0: score 3 of task 'one' is not finite") && score[0] == 99 &&
+            best[0] == 9,
+        "%s", said);
+  CHECK(moe_predict_texts(p, ONE, a, NULL, 2, score, best) == MOE_E_NONFINITE && score[0] == 99 &&
+            best[0] == 9 && best[1] == 9,
+        "%s", said);
+  CHECK(moe_predict_text(p, RATE, "money", NULL, score, best) == MOE_OK && isfinite(score[0]),
+        "the other tasks are well: %s", said);
+  moe_model_tensor(model, moe_model_find_tensor(model, "heads.rate.bias"), &t);
+  moe_model_weights(model)[t.offset] = INFINITY;
+  score[0] = 99;
+  CHECK(moe_predict_text(p, RATE, "money", NULL, score, NULL) == MOE_E_NONFINITE && score[0] == 99,
+        "%s", said);
+  moe_predictor_free(p);
+  moe_model_free(model);
+}
+
+static void run_predictor(void) {
+  RUN(test_predictor_gives_probabilities);
+  RUN(test_predictor_gives_logits);
+  RUN(test_predictor_embeds_texts);
+  RUN(test_predictor_ignores_company_and_allocates_nothing);
+  RUN(test_predictor_runs_a_model_in_place);
+  RUN(test_predictor_finds_spans_of_characters);
+  RUN(test_predictor_refuses_scores_that_are_no_numbers);
+  RUN(test_predictor_says_what_is_wrong);
+}
