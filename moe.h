@@ -115,7 +115,7 @@
      >>simd_x86      vectors of 16 floats: AVX-512, AVX2
      >>simd_neon     vectors of 16 floats: NEON
      >>rows          exp of vectors; sums of rows
-     >>gemm          matrix products: what they are, kernels in plain C
+     >>gemm          matrix products: what they are, plain C
      >>gemm_simd     kernels of products for each instruction set
      >>gemm_blocks   a product in tiles and blocks; few outputs
      >>gemm_gradient  gradients of weights
@@ -313,7 +313,7 @@ enum {
   MOE_CPU_AVX512_BF16 = 4,
   MOE_CPU_NEON_DOT = 8,
   MOE_CPU_SLOW_BF16 = 16, /* FMAs are faster than vdpbf16ps, with the same bits */
-  MOE_CPU_AMX_BF16 = 32, /* these two are set by moe_env_use_amx: a process must ask for them */
+  MOE_CPU_AMX_BF16 = 32,  /* these two are set by moe_env_use_amx: a process must ask for them */
   MOE_CPU_AMX_INT8 = 64,
   MOE_CPU_CONTRACTED = 128 /* not the processor but the compiler: it fuses products and sums where
                               this file says not to (clang -ffp-contract=fast overrules pragmas).
@@ -1600,6 +1600,9 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
 #ifdef __linux__
 #include <sys/auxv.h>
 #endif
+#endif
+#if defined(MOE__X86) || defined(MOE__NEON)
+#define MOE__SIMD 1
 #endif
 
 /* Products and sums must stay separate where the code says so: a compiler that fuses them on its
@@ -3241,7 +3244,7 @@ static const moe__row_kernels moe__scalar_rows = {moe__scalar_row_sum, moe__scal
 MOE__V_STAMP(MOE__V_ROWS)
 #undef MOE__V_ROWS
 
-/* ---- matrix products: what they are, kernels in plain C ---- >>gemm */
+/* ---- matrix products: what they are, plain C ---- >>gemm */
 
 /* One definition of every product. An element of C is a single chain of fused multiply-adds over k,
    in ascending order, that begins with the bias, with what C holds (accumulate) or with 0. Kernels
@@ -3249,25 +3252,20 @@ MOE__V_STAMP(MOE__V_ROWS)
    what the block before has stored: neither the instruction set nor blocks, tiles or threads can
    change a bit. The exception are weights with fewer than 16 outputs (gates, heads), where vectors
    over columns would run empty: for those an element is the 16-lane dot product of >>simd, plus the
-   bias. The shape of the weight alone decides.
-
-   Kernels read B as vectors of 16 columns at any stride, so that packed panels and row-major B are
-   the same to them; B that lies column by column, and ragged edges, are packed into a small buffer
-   first. */
+   bias. The shape of the weight alone decides. */
 
 typedef enum moe__b_layout {
   MOE__B_PANELS, /* panels of moe_pack: n outputs, k inputs */
   MOE__B_PAIRS,  /* panels of moe_pack_bf16 (>>bf16) */
   MOE__B_ROWS,   /* (p, j) = b[p b_row + j] */
-  MOE__B_COLS    /* (p, j) = b[j b_row + p]: weights (outputs, inputs) as they lie in a file */
+  MOE__B_COLS    /* (p, j) = b[j b_row + p]: weights (outputs, inputs) as files have them */
 } moe__b_layout;
 
 /* C (m, n) = A (m, k) B (k, n). No array may overlap C. Any size may be 0. */
 typedef struct moe__gemm {
   int32_t m, n, k;
   int narrow; /* the weight has fewer than 16 outputs: 16-lane sums; set by moe__gemm_weight */
-  const moe_mat
-      *quantized; /* weights of 8 bits instead of b (>>int8), or NULL; of a list all or none */
+  const moe_mat *quantized; /* int8 weights instead of b (>>int8), or NULL; of a list all or none */
   const float *a;
   size_t a_row, a_col; /* (i, p) = a[i a_row + p a_col] */
   const float *b;
@@ -3293,47 +3291,49 @@ static void moe__gemm_weight(moe__gemm *g, const moe_mat *w) {
                                                  : MOE__B_COLS;
 }
 
-enum {
-  MOE__GEMM_PANELS = 6,                           /* most panels that a kernel takes */
-  MOE__GEMM_ROWS = 8,                             /* most rows that a kernel takes */
-  MOE__GEMM_PACKED = 3,                           /* most panels that are packed at a time */
-  MOE__GEMM_BUFFER = 128 * 16 * MOE__GEMM_PACKED, /* floats for packing, 24 KB of the stack */
-  MOE__GEMM_SMALL = 1 << 18 /* fewer multiply-adds than this are not worth waking a thread for */
-};
-
-/* of a weight gradient: most rows of a tile, most tokens of a block, and floats from one token to
-   the next in the copy of A, an odd number of cache lines, so that they spread over the sets of the
-   cache. The copy takes 136 KB of the stack; without vectors, where it brings nothing and stacks
-   may be small, 20 KB. */
-#if defined(MOE__X86) || defined(MOE__NEON)
-enum { MOE__GRADIENT_ROWS = 256 };
+/* The largest kernel of any instruction set: rows, panels of 16 columns; and how many panels of B
+   are packed at a time. */
+#ifdef MOE__SIMD
+enum { MOE__GEMM_ROWS = 8, MOE__GEMM_PANELS = 6, MOE__GEMM_PACKED = 3 };
 #else
-enum { MOE__GRADIENT_ROWS = 24 };
+enum { MOE__GEMM_ROWS = 1, MOE__GEMM_PANELS = 1 };
 #endif
-enum { MOE__GRADIENT_STEPS = 128, MOE__GRADIENT_LD = MOE__GRADIENT_ROWS + 16 };
+enum { MOE__GEMM_SMALL = 1 << 18 }; /* fewer multiply-adds are not worth waking a thread for */
 
 static const float moe__gemm_zeros[16 * MOE__GEMM_PANELS] = {0};
 
-/* Cache lines that a kernel asks for while it computes: the one at `line` at each step, which then
-   moves on by line_step (a panel that the next calls need), two at `half` at every fourth step of
-   packed operands, which then moves on by 4 half_step (half a panel more), and at the beginning of
-   each of `parts` equal parts of the call as many as a row of a block of C has: a row of the next
-   block, and those at `afar`, which then moves on by far_row (what has more time). A core can wait
-   for ten or twenty lines at a time; where it asks for more, the loads of the kernel stand behind
-   them. So a burst between two calls is bad, and one line at every step is no good either where a
-   line at every eighth would do. A step of 0 asks for the same line again, which costs next to
-   nothing; so does a single part. */
-typedef struct moe__gemm_soon {
-  const float *line, *half, *c, *afar;
-  size_t line_step, half_step, c_row, far_row, parts;
-} moe__gemm_soon;
+/* Cache lines that a call of a kernel asks for while it computes, because later calls read them:
+   where and when is shown at moe__gemm_stripe. A core can wait for ten or twenty lines at a time;
+   where it asks for more, the loads of the kernel queue behind them. So requests are spread over
+   the steps of a call. A step of 0 asks for the same line again, which costs next to nothing. */
+typedef struct moe__prefetch {
+  const float *b; /* a line at each step of k, then b_step floats on: a panel of the next stripe */
+  size_t b_step;
+  const float *b2; /* two lines at every fourth step of packed operands, then 4 b2_step floats on */
+  size_t b2_step;
+  size_t bursts;  /* k is cut into so many equal parts; at the beginning of each */
+  const float *c; /* a row of the next block of C, into the first-level cache */
+  size_t c_row;
+  const float *later; /* and as many lines of what has more time */
+  size_t later_row;
+} moe__prefetch;
 
-/* c(i, j) = start(i, j) + sum over p of a(i, p) b(p, j), for a fixed number of rows and of panels.
-   Vector v of B at step p lies at b + v b_panel + p b_step. A start_row of 0 gives every row the
-   same start. `soon` is what later calls will need. */
-typedef void (*moe__gemm_fn)(float *c, size_t c_row, const float *start, size_t start_row,
-                             const float *a, size_t a_row, size_t a_col, const float *b,
-                             size_t b_panel, size_t b_step, size_t k, const moe__gemm_soon *soon);
+/* What a kernel is given: c(i, j) = start(i, j) + sum over p of a(i, p) b(p, j), for a fixed number
+   of rows and of panels. Vector v of B at step p lies at b + v b_panel + p b_step. */
+typedef struct moe__gemm_block {
+  float *c;
+  size_t c_row;
+  const float *start; /* what the sums begin with; may be c */
+  size_t start_row;   /* 0: the same for every row */
+  const float *a;
+  size_t a_row, a_col;
+  const float *b;
+  size_t b_panel, b_step;
+  size_t k;
+  moe__prefetch next;
+} moe__gemm_block;
+
+typedef void (*moe__gemm_fn)(const moe__gemm_block *block);
 
 typedef struct moe__gemm_kernels {
   moe__gemm_fn fn[MOE__GEMM_PANELS + 1]
@@ -3342,11 +3342,10 @@ typedef struct moe__gemm_kernels {
   int panels;                          /* how many to take when there are many rows */
   /* panel[p * 16 + j] = src[j * ld + p] for j < width, else 0 */
   void (*pack_cols)(float *panel, const float *src, size_t ld, size_t width, size_t k);
-  /* the same from src[p * ld + j], for up to MOE__GEMM_PACKED panels: width columns, panels 16 k
-     floats apart */
+  /* the same from src[p * ld + j], for up to 3 panels: width columns, panels 16 k floats apart */
   void (*pack_rows)(float *panel, const float *src, size_t ld, size_t width, size_t k);
-  void (*copy_rows)(float *dst, size_t dst_ld, const float *src, size_t ld, size_t width,
-                    size_t k); /* k rows of width floats */
+  /* k rows of width floats; NULL in plain C */
+  void (*copy_rows)(float *dst, size_t dst_ld, const float *src, size_t ld, size_t width, size_t k);
   /* y[j] = dot(x, w + j ld) + bias[j], 16-lane sums */
   void (*narrow)(float *y, const float *x, const float *w, size_t ld, size_t n, size_t k,
                  const float *bias);
@@ -3421,19 +3420,6 @@ static float moe__geluf(float x, float *slope) {
   return moe__fmaf(-t, e * r, moe__maxf(0.0f, x));
 }
 
-static void moe__scalar_gemm_1x1(float *c, size_t c_row, const float *start, size_t start_row,
-                                 const float *a, size_t a_row, size_t a_col, const float *b,
-                                 size_t b_panel, size_t b_step, size_t k,
-                                 const moe__gemm_soon *soon) {
-  float sum[16];
-  size_t j, p;
-  (void)c_row, (void)start_row, (void)a_row, (void)b_panel, (void)soon;
-  for (j = 0; j < 16; ++j) sum[j] = start[j];
-  for (p = 0; p < k; ++p)
-    for (j = 0; j < 16; ++j) sum[j] = moe__fmaf(a[p * a_col], b[p * b_step + j], sum[j]);
-  for (j = 0; j < 16; ++j) c[j] = sum[j];
-}
-
 static void moe__scalar_pack_cols(float *panel, const float *src, size_t ld, size_t width,
                                   size_t k) {
   size_t p, j;
@@ -3447,11 +3433,6 @@ static void moe__scalar_pack_rows(float *panel, const float *src, size_t ld, siz
   for (p = 0; p < k; ++p)
     for (j = 0; j < (width + 15) / 16 * 16; ++j)
       panel[j / 16 * 16 * k + p * 16 + j % 16] = j < width ? src[p * ld + j] : 0.0f;
-}
-
-static void moe__scalar_copy_rows(float *dst, size_t dst_ld, const float *src, size_t ld,
-                                  size_t width, size_t k) {
-  for (; k > 0; --k, dst += dst_ld, src += ld) memcpy(dst, src, width * sizeof *dst);
 }
 
 static void moe__scalar_narrow(float *y, const float *x, const float *w, size_t ld, size_t n,
@@ -3496,18 +3477,64 @@ static void moe__scalar_add_rows(float *sum, const float *x, size_t ld, size_t n
     for (j = 0; j < n; ++j) sum[j] += x[p * ld + j];
 }
 
-static const moe__gemm_kernels moe__scalar_gemms = {
-    {{NULL}, {NULL, moe__scalar_gemm_1x1}, {NULL}, {NULL}, {NULL}, {NULL}, {NULL}},
-    {0, 1, 0, 0, 0, 0, 0},
-    1,
-    moe__scalar_pack_cols,
-    moe__scalar_pack_rows,
-    moe__scalar_copy_rows,
-    moe__scalar_narrow,
-    moe__scalar_narrow_panel,
-    moe__scalar_gelu,
-    moe__scalar_gelu_backward,
-    moe__scalar_add_rows};
+/* The definition, in plain C: one row and up to 16 columns, whose chains run side by side. Element j
+   of B at step p lies at b[p b_step + j b_col]. */
+static void moe__plain_chains(float *c, const float *start, const float *a, size_t a_col,
+                              const float *b, size_t b_step, size_t b_col, size_t k,
+                              size_t columns) {
+  float sum[16];
+  size_t j, p;
+  for (j = 0; j < columns; ++j) sum[j] = start[j];
+  if (columns == 16 && b_col == 1) /* sums in registers */
+    for (p = 0; p < k; ++p)
+      for (j = 0; j < 16; ++j) sum[j] = moe__fmaf(a[p * a_col], b[p * b_step + j], sum[j]);
+  else
+    for (p = 0; p < k; ++p)
+      for (j = 0; j < columns; ++j)
+        sum[j] = moe__fmaf(a[p * a_col], b[p * b_step + j * b_col], sum[j]);
+  for (j = 0; j < columns; ++j) c[j] = sum[j];
+}
+
+/* Where B has the columns from j on, a multiple of 16, and its strides as above. */
+static const float *moe__plain_b(const moe__gemm *g, size_t j, size_t *b_step, size_t *b_col) {
+  *b_step = g->b_layout == MOE__B_COLS ? 1 : g->b_layout == MOE__B_ROWS ? g->b_row : 16;
+  *b_col = g->b_layout == MOE__B_COLS ? g->b_row : 1;
+  return g->b + j * (g->b_layout == MOE__B_PANELS ? (size_t)g->k : *b_col);
+}
+
+/* Rows i0 .. i1-1 and columns j0 .. j1-1 of a product, j0 a multiple of 16: in plain C nothing needs
+   to be packed or copied. */
+static void moe__plain_gemm(const moe__gemm *g, size_t i0, size_t i1, size_t j0, size_t j1) {
+  size_t i, j, columns, b_step, b_col;
+  for (j = j0; j < j1; j += columns) {
+    const float *b = moe__plain_b(g, j, &b_step, &b_col);
+    columns = j1 - j < 16 ? j1 - j : 16;
+    for (i = i0; i < i1; ++i) {
+      float *c = g->c + i * g->c_row + j;
+      const float *start = g->accumulate ? c : g->bias ? g->bias + j : moe__gemm_zeros;
+      moe__plain_chains(c, start, g->a + i * g->a_row, g->a_col, b, b_step, b_col, (size_t)g->k,
+                        columns);
+      if (g->gelu) moe__scalar_gelu(g->gelu + i * g->c_row + j, c, g->c_row, 1, columns);
+    }
+  }
+}
+
+/* The same as a kernel of one row and one panel, for attention's blocks. */
+static void moe__scalar_gemm_1x1(const moe__gemm_block *x) {
+  moe__plain_chains(x->c, x->start, x->a, x->a_col, x->b, x->b_step, 1, x->k, 16);
+}
+
+static const moe__gemm_kernels moe__scalar_gemms = {{{NULL}, {NULL, moe__scalar_gemm_1x1}},
+                                                    {0, 1},
+                                                    1,
+                                                    moe__scalar_pack_cols,
+                                                    moe__scalar_pack_rows,
+                                                    NULL,
+                                                    moe__scalar_narrow,
+                                                    moe__scalar_narrow_panel,
+                                                    moe__scalar_gelu,
+                                                    moe__scalar_gelu_backward,
+                                                    moe__scalar_add_rows};
 
 /* ---- kernels of products for each instruction set ---- >>gemm_simd */
 
@@ -3573,50 +3600,50 @@ static const moe__gemm_kernels moe__scalar_gemms = {
     MOE__EACH_PANEL##P(MOE__B_LOAD, S, 0) MOE__PREFETCH(at);                                       \
     MOE__EACH_ROW##R(MOE__ROW_STEP, S, P)                                                          \
   }
+#define MOE__PREFETCH_BURST(P)                                                                     \
+  MOE__PREFETCH_NEAR(next_c);                                                                      \
+  if (P > 1) MOE__PREFETCH_NEAR(next_c + 16);                                                      \
+  if (P > 2) MOE__PREFETCH_NEAR(next_c + 32);                                                      \
+  MOE__PREFETCH(later);                                                                            \
+  if (P > 1) MOE__PREFETCH(later + 16);                                                            \
+  if (P > 2) MOE__PREFETCH(later + 32);                                                            \
+  next_c += x->next.c_row;                                                                         \
+  later += x->next.later_row;
 #define MOE__GEMM_KERNEL(S, T, R, P)                                                               \
-  T static void S##_gemm_##R##x##P(float *c, size_t c_row, const float *start, size_t start_row,   \
-                                   const float *a, size_t a_row, size_t a_col, const float *b,     \
-                                   size_t b_panel, size_t b_step, size_t k,                        \
-                                   const moe__gemm_soon *soon) {                                   \
+  T static void S##_gemm_##R##x##P(const moe__gemm_block *x) {                                     \
+    float *c = x->c;                                                                               \
+    const float *start = x->start, *a = x->a, *b = x->b, *next_b = x->next.b;                      \
+    const float *next_b2 = x->next.b2, *next_c = x->next.c, *later = x->next.later;                \
+    size_t c_row = x->c_row, start_row = x->start_row, a_row = x->a_row, a_row3 = 3 * a_row;       \
+    size_t a_col = x->a_col, b_panel = x->b_panel, b_step = x->b_step, k = x->k, part, steps;      \
+    size_t next_step = x->next.b_step, next_step2 = x->next.b2_step;                               \
     const float *a4 = R > 4 ? a + 4 * a_row : a, *b3 = P > 3 ? b + 3 * b_panel : b;                \
-    const float *line = soon->line, *half = soon->half, *next = soon->c, *afar = soon->afar;       \
-    size_t a_row3 = 3 * a_row, line_step = soon->line_step, half_step = soon->half_step, part,     \
-           steps;                                                                                  \
-    MOE__EACH_ROW##R(MOE__ROW_START, S, P) for (part = soon->parts; part > 0; --part) {            \
-      MOE__PREFETCH_NEAR(next);                                                                    \
-      if (P > 1) MOE__PREFETCH_NEAR(next + 16);                                                    \
-      if (P > 2) MOE__PREFETCH_NEAR(next + 32);                                                    \
-      next += soon->c_row;                                                                         \
-      MOE__PREFETCH(afar);                                                                         \
-      if (P > 1) MOE__PREFETCH(afar + 16);                                                         \
-      if (P > 2) MOE__PREFETCH(afar + 32);                                                         \
-      afar += soon->far_row;                                                                       \
+    MOE__EACH_ROW##R(MOE__ROW_START, S, P) for (part = x->next.bursts; part > 0; --part) {         \
+      MOE__PREFETCH_BURST(P)                                                                       \
       steps = part > 1 ? k / part & ~(size_t)3 : k;                                                \
       k -= steps;                                                                                  \
-      if (b_step == 16 && a_col == 1)                                                              \
-        for (; steps >= 4;                                                                         \
-             steps -=                                                                              \
-             4) { /* packed: constants instead of additions, which leave loads more room */        \
-          MOE__GEMM_STEP(S, R, P, 0, 0, line)                                                      \
-          MOE__GEMM_STEP(S, R, P, 1, 16, line + line_step)                                         \
-          MOE__GEMM_STEP(S, R, P, 2, 32, line + 2 * line_step)                                     \
-          MOE__GEMM_STEP(S, R, P, 3, 48, line + 3 * line_step)                                     \
-          MOE__PREFETCH(half);                                                                     \
-          MOE__PREFETCH(half + 16);                                                                \
+      if (b_step == 16 && a_col == 1) /* packed: constants instead of additions spare loads */     \
+        for (; steps >= 4; steps -= 4) {                                                           \
+          MOE__GEMM_STEP(S, R, P, 0, 0, next_b)                                                    \
+          MOE__GEMM_STEP(S, R, P, 1, 16, next_b + next_step)                                       \
+          MOE__GEMM_STEP(S, R, P, 2, 32, next_b + 2 * next_step)                                   \
+          MOE__GEMM_STEP(S, R, P, 3, 48, next_b + 3 * next_step)                                   \
+          MOE__PREFETCH(next_b2);                                                                  \
+          MOE__PREFETCH(next_b2 + 16);                                                             \
           a += 4;                                                                                  \
           a4 += 4;                                                                                 \
           b += 64;                                                                                 \
           b3 += 64;                                                                                \
-          line += 4 * line_step;                                                                   \
-          half += 4 * half_step;                                                                   \
+          next_b += 4 * next_step;                                                                 \
+          next_b2 += 4 * next_step2;                                                               \
         }                                                                                          \
       for (; steps > 0; --steps) {                                                                 \
-        MOE__GEMM_STEP(S, R, P, 0, 0, line)                                                        \
+        MOE__GEMM_STEP(S, R, P, 0, 0, next_b)                                                      \
         a += a_col;                                                                                \
         a4 += a_col;                                                                               \
         b += b_step;                                                                               \
         b3 += b_step;                                                                              \
-        line += line_step;                                                                         \
+        next_b += next_step;                                                                       \
       }                                                                                            \
     }                                                                                              \
     MOE__EACH_ROW##R(MOE__ROW_STORE, S, P)(void) c_row, (void)start_row, (void)a_row3, (void)a4,   \
@@ -3911,6 +3938,7 @@ static const moe__gemm_kernels moe__neon_gemms = {{{NULL},
                                                   moe__neon_add_rows};
 #endif
 #undef MOE__GEMM_KERNEL
+#undef MOE__PREFETCH_BURST
 #endif
 
 /* ---- a product in tiles and blocks; few outputs ---- >>gemm_blocks */
@@ -3926,202 +3954,32 @@ static int moe__gemm_width(const moe__gemm_kernels *kernels, int32_t m, int32_t 
   return width == 3 && left == 4 ? 2 : width;
 }
 
-/* How a product is cut: tiles of m rows and n columns, walked in blocks of k. The shape of the
-   product decides, and where tiles are large, the number of threads: no cut changes a bit. */
-typedef struct moe__gemm_cut {
-  int32_t m, n, k;
-  int32_t across, down; /* number of tiles */
-  int gradient;         /* A stored transposed, B in rows, accumulated: moe__gemm_gradient */
-  int pack_b;           /* copy B (not in panels) block by block, since it is read many times */
-} moe__gemm_cut;
-
-static moe__gemm_cut moe__gemm_plan(const moe__gemm *g, int32_t threads) {
-  moe__gemm_cut cut;
-  int32_t share;
-  int aligned = ((uintptr_t)g->b | (g->b_row * sizeof(float))) % 64 ==
-                0; /* else every vector of B would touch two lines of the cache */
-  cut.gradient = g->a_row == 1 && g->a_col != 1 && g->m >= 8 && g->n >= 48 && g->accumulate &&
-                 g->b_layout == MOE__B_ROWS;
-  cut.pack_b = g->b_layout == MOE__B_COLS ||
-               (g->b_layout == MOE__B_ROWS && !aligned && g->m >= 64 && !cut.gradient);
-  cut.n = 96;
-  if (cut.gradient) { /* a block of A and one of C for a stripe stay in the second-level cache */
-    cut.m = MOE__GRADIENT_ROWS;
-    cut.n = 1536;
-    share = (int32_t)((int64_t)g->m * ((g->n + cut.n - 1) / cut.n) /
-                      moe__max(threads, 2)); /* a tile for each thread, two at least */
-    if (cut.m > share) cut.m = moe__min(cut.m, moe__max((share + 7) / 8 * 8, 32));
-    cut.k = MOE__GRADIENT_STEPS;
-  } else if (g->b_layout != MOE__B_PANELS) {
-    cut.m = 192;
-    /* A comes from the third level for each tile: with many rows, wide tiles, as long as there are
-       enough for the threads */
-    if (g->m >= 512 && (int64_t)(g->m / cut.m) * ((g->n + 383) / 384) >= 8 * (int64_t)(threads - 1))
-      cut.n = 384;
-    /* rows a multiple of 4 KB apart share few sets of the cache, and what is copied goes to a small
-       buffer: shorter blocks then */
-    cut.k = !cut.pack_b && g->n % 16 == 0 && g->b_row % 1024 != 0 ? 384 : 128;
-  } else { /* panels come from the second-level cache for every 8 rows; longer chains spare loads of
-              C */
-    cut.m = threads > 1
-                ? 64
-                : 128; /* so often do they come from the third level; threads want more tiles */
-    cut.k = 384;
-  }
-  cut.down = (g->m + cut.m - 1) / cut.m;
-  if (cut.down > 1) cut.m = ((g->m + cut.down - 1) / cut.down + 7) / 8 * 8; /* as even as can be */
-  cut.across = g->n ? (g->n + cut.n - 1) / cut.n : g->a_sum != NULL;
-  return cut;
-}
-
-/* A and B of one block of k, as kernels read them: from row i0 and column j on. */
-typedef struct moe__gemm_a {
-  const float *at;
-  size_t row, col;
-} moe__gemm_a;
-
-typedef struct moe__gemm_b {
-  const float *at;
-  size_t panel, step;
-} moe__gemm_b;
-
-static moe__gemm_b moe__gemm_view_b(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t j,
-                                    int width, size_t p0, size_t depth, int pack, float *buffer) {
-  moe__gemm_b view;
-  size_t columns = (size_t)g->n - j, v;
-  if (g->b_layout == MOE__B_PANELS) {
-    view.panel = 16 * (size_t)g->k;
-    view.step = 16;
-    view.at = g->b + j / 16 * view.panel + 16 * p0;
-    return view;
-  }
-  if (!pack && columns >= 16 * (size_t)width) {
-    view.panel = 16;
-    view.step = g->b_row;
-    view.at = g->b + p0 * g->b_row + j;
-    return view;
-  }
-  if (columns > 16 * (size_t)width) columns = 16 * (size_t)width;
-  if (g->b_layout == MOE__B_ROWS)
-    kernels->pack_rows(buffer, g->b + p0 * g->b_row + j, g->b_row, columns, depth);
-  else
-    for (v = 0; v < columns; v += 16)
-      kernels->pack_cols(buffer + v * depth, g->b + (j + v) * g->b_row + p0, g->b_row,
-                         columns - v < 16 ? columns - v : 16, depth);
-  view.panel = 16 * depth;
-  view.step = 16;
-  view.at = buffer;
-  return view;
-}
-
-static moe__gemm_soon moe__gemm_no_hurry(const float *at) {
-  moe__gemm_soon soon;
-  soon.line = soon.half = soon.c = at;
-  soon.afar = moe__gemm_zeros;
-  soon.line_step = soon.half_step = soon.c_row = soon.far_row = 0;
-  soon.parts = 1;
-  return soon;
+/* A kernel asks for nothing but a line at `at`, again and again. */
+static moe__prefetch moe__prefetch_none(const float *at) {
+  moe__prefetch next;
+  next.b = next.b2 = next.c = at;
+  next.later = moe__gemm_zeros;
+  next.b_step = next.b2_step = next.c_row = next.later_row = 0;
+  next.bursts = 1;
+  return next;
 }
 
 /* A block of C at the right edge, whose last panel is not full: through a buffer, so that nothing
    beyond is read or written. */
-static void moe__gemm_edge(moe__gemm_fn fn, float *c, size_t c_row, const float *start,
-                           size_t start_row, size_t rows, size_t columns, int width, const float *a,
-                           size_t a_row, size_t a_col, const moe__gemm_b *b, size_t depth,
-                           const moe__gemm_soon *soon) {
-  float block[MOE__GEMM_ROWS * 16 * MOE__GEMM_PANELS];
+static void moe__gemm_edge(moe__gemm_fn fn, const moe__gemm_block *block, size_t rows,
+                           size_t columns, int width) {
+  float edge[MOE__GEMM_ROWS * 16 * MOE__GEMM_PANELS];
+  moe__gemm_block inner = *block;
   size_t row = 16 * (size_t)width, i;
-  memset(block, 0, sizeof(float) * rows * row);
+  memset(edge, 0, sizeof(float) * rows * row);
   for (i = 0; i < rows; ++i)
-    memcpy(block + i * row, start + i * start_row, sizeof(float) * columns);
-  fn(block, row, block, row, a, a_row, a_col, b->at, b->panel, b->step, depth, soon);
-  for (i = 0; i < rows; ++i) memcpy(c + i * c_row, block + i * row, sizeof(float) * columns);
-}
-
-/* Rows of memory that will be needed soon: the first touch of a strided operand misses every cache,
-   and no processor foresees it. Each of the first kernel calls asks for a column of their lines,
-   one at every step; where the calls are too few, each asks for a few rows at once. */
-typedef struct moe__gemm_ahead {
-  const float *at;
-  size_t ld, lines, rows,
-      rate; /* rows of 1 to 3 cache lines, ld floats apart; how many to ask for at a time */
-} moe__gemm_ahead;
-
-static void moe__gemm_ask(moe__gemm_ahead *ahead) {
-  size_t count = ahead->rate < ahead->rows ? ahead->rate : ahead->rows, ld = ahead->ld,
-         lines = ahead->lines;
-  const float *at = ahead->at;
-  ahead->rows -= count;
-  for (; count > 0; --count, at += ld) {
-    MOE__PREFETCH(at);
-    if (lines > 1) MOE__PREFETCH(at + 16);
-    if (lines > 2) MOE__PREFETCH(at + 32);
-  }
-  ahead->at = at;
-}
-
-/* Lets the call for `rows` rows from i on, of a stripe from column j to `right`, ask for the next
-   block of C: of the same stripe, or of the next one, unless the tile of the rows i0 .. i1-1 ends
-   there, at column j1. C may come from memory, and would be waited for. */
-static void moe__gemm_ask_c(moe__gemm_soon *soon, const moe__gemm *g, size_t i0, size_t i1,
-                            size_t j1, size_t i, size_t rows, size_t j, size_t right) {
-  soon->parts = rows;
-  if (i + rows >= i1 && right >= j1) return;
-  soon->c_row = g->c_row;
-  soon->c = i + rows < i1 ? g->c + (i + rows) * g->c_row + j : g->c + i0 * g->c_row + right;
-}
-
-/* Rows i0 .. i1-1 of `width` panels of columns from j on, for the block of k that begins at p0; the
-   tile ends at column j1. */
-static void moe__gemm_stripe(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0,
-                             size_t i1, size_t j, size_t j1, int width, size_t p0, size_t depth,
-                             const moe__gemm_a *a, const moe__gemm_b *b, const float *panels,
-                             moe__gemm_ahead *ahead) {
-  size_t columns = (size_t)g->n - j < 16 * (size_t)width ? (size_t)g->n - j : 16 * (size_t)width;
-  size_t most = (size_t)kernels->rows[width], blocks = (i1 - i0 + most - 1) / most, block, i = i0;
-  /* how many calls share a panel of the next stripe: a line at every step keeps all the buffers
-     busy that B comes through from the second-level cache; spread over the calls of a stripe, the
-     same lines make 64 rows 5 % faster */
-  size_t calls = blocks > (size_t)width ? blocks / (size_t)width : 1;
-  for (block = 0; block < blocks; ++block) { /* of sizes as even as can be: 9 rows are 5 and 4 */
-    size_t rows = (i1 - i + blocks - block - 1) / (blocks - block), start_row = 0;
-    const float *at = a->at + (i - i0) * a->row, *start = moe__gemm_zeros;
-    float *c = g->c + i * g->c_row + j;
-    moe__gemm_fn fn = kernels->fn[width][rows];
-    int asks = panels && blocks > 1 &&
-               block < calls * (size_t)width; /* a single call has no time for more than its own */
-    moe__gemm_soon soon = moe__gemm_no_hurry(b->at);
-    /* blocks of one panel have time for a store, but not for a load, that misses the caches */
-    if (kernels->panels > 1 ? blocks > 1 || g->b_layout == MOE__B_PANELS
-                            : g->accumulate && g->m >= 512)
-      moe__gemm_ask_c(&soon, g, i0, i1, j1, i, rows, j, j + columns);
-    if (asks) {
-      soon.line = panels + block / calls * b->panel + block % calls * (16 * depth / calls);
-      soon.line_step = (16 + calls - 1) / calls;
-      if (blocks == 2 && width == 3) { /* two calls, three panels: 16 rows are 4 % faster for it */
-        soon.half = panels + 2 * b->panel + block * 8 * depth;
-        soon.half_step = 8;
-      }
-    }
-    if (blocks < ahead->lines)
-      moe__gemm_ask(ahead);
-    else if (block < ahead->lines) {
-      soon.line = ahead->at + 16 * block;
-      soon.line_step = ahead->ld;
-    }
-    if (p0 > 0 || g->accumulate)
-      start = c, start_row = g->c_row;
-    else if (g->bias)
-      start = g->bias + j;
-    if (columns == 16 * (size_t)width)
-      fn(c, g->c_row, start, start_row, at, a->row, a->col, b->at, b->panel, b->step, depth, &soon);
-    else
-      moe__gemm_edge(fn, c, g->c_row, start, start_row, rows, columns, width, at, a->row, a->col, b,
-                     depth, &soon);
-    if (g->gelu && p0 + depth == (size_t)g->k)
-      kernels->gelu(g->gelu + i * g->c_row + j, c, g->c_row, rows, columns);
-    i += rows;
-  }
+    memcpy(edge + i * row, block->start + i * block->start_row, sizeof(float) * columns);
+  inner.c = edge;
+  inner.start = edge;
+  inner.c_row = inner.start_row = row;
+  fn(&inner);
+  for (i = 0; i < rows; ++i)
+    memcpy(block->c + i * block->c_row, edge + i * row, sizeof(float) * columns);
 }
 
 /* A product with a weight of fewer than 16 outputs. */
@@ -4151,213 +4009,417 @@ static void moe__gemm_sum_a(const moe__gemm *g, const moe__gemm_kernels *kernels
       for (p = 0; p < (size_t)g->k; ++p) g->a_sum[i] += g->a[i * g->a_row + p * g->a_col];
 }
 
-/* What to ask for while a block of k runs, where B is read in place: columns `first` and on of the
-   block that begins at p0. */
-static moe__gemm_ahead moe__gemm_look_ahead(const moe__gemm *g, size_t rows, size_t first, int more,
-                                            size_t p0, size_t depth, int width) {
-  moe__gemm_ahead ahead;
-  memset(&ahead, 0, sizeof ahead);
-  if (g->b_layout != MOE__B_ROWS || !more) return ahead;
-  ahead.rows = depth;
-  ahead.at = g->b + p0 * g->b_row + first;
-  ahead.ld = g->b_row;
-  ahead.lines = (size_t)width;
-  ahead.rate = depth * MOE__GEMM_ROWS / rows + 1;
-  return ahead;
-}
+enum {
+#if defined(MOE__SIMD) && !defined(MOE_NO_TRAIN)
+  MOE__GEMM_GRADIENT = 1, /* there is moe__gemm_gradient */
+#else
+  MOE__GEMM_GRADIENT = 0,
+#endif
+  MOE__GRADIENT_ROWS = 256, /* of it: most rows of a tile, most tokens of a block of k */
+  MOE__GRADIENT_STEPS = 128
+};
 
-/* Where the panels of column j lie from step p0 of k on; NULL where B is not in panels or has no
-   such column. */
-static const float *moe__gemm_panels_at(const moe__gemm *g, int32_t j, size_t p0) {
-  if (g->b_layout != MOE__B_PANELS || j >= g->n) return NULL;
-  return g->b + (size_t)j * (size_t)g->k + 16 * p0;
-}
+/* How a product is cut: tiles of m rows and n columns, walked in blocks of k. The shape of the
+   product decides, and where tiles are large, the number of threads: no cut changes a bit. */
+typedef struct moe__gemm_cut {
+  int32_t m, n, k;
+  int32_t across, down; /* number of tiles */
+  int gradient; /* A stored transposed, B in rows, accumulated: moe__gemm_gradient, not plain C */
+  int pack_b;   /* copy B (not in panels) block by block, since it is read many times */
+} moe__gemm_cut;
 
-/* ---- gradients of weights ---- >>gemm_gradient */
-
-/* dW += dY^T X: rows i0 .. i1-1 and columns j0 .. j1-1 of C, in blocks of k (tokens). Both operands
-   lie token by token, so that a kernel would step from page to page, through few sets of the cache.
-   So the rows of A of a block are copied, and for each stripe of columns the panels of B, which
-   stay in the first-level cache while A comes from the second, a line for every step. Every call
-   asks for the block of C of the next call, and for some of what is copied next, of B or of A. */
-typedef struct moe__gradient {
-  const moe__gemm *g;
-  const moe__gemm_kernels *kernels;
-  size_t i0, i1, j0, j1; /* the tile */
-  size_t depth;          /* of the block of k */
-  const float *b;        /* the block of k from column 0 on */
-  const float *next_a;   /* A and B of the block that follows, in this tile or in the next one, from
-                            its row i0 */
-  const float *next_b;   /* and from its column j0 on; NULL: there is none */
-  size_t token, column;  /* of next_a, to be asked for next */
-  float *panels;         /* copied B */
-  float a[MOE__GRADIENT_LD * MOE__GRADIENT_STEPS + 16];
-} moe__gradient;
-
-/* What the call for `rows` rows from i on asks for, of the stripe of `width` panels from column j
-   on. The first calls ask for B of the next stripe, a token for each of their rows; the others for
-   the next A, `width` cache lines of each token, then the lines beside these. */
-static moe__gemm_soon moe__gradient_soon(moe__gradient *t, size_t i, size_t j, size_t rows,
-                                         int width) {
-  const moe__gemm *g = t->g;
-  moe__gemm_soon soon = moe__gemm_no_hurry(t->panels);
-  size_t row = i - t->i0, next = j + 16 * (size_t)width;
-  const float *b = next < t->j1 ? t->b + next : t->next_b;
-  moe__gemm_ask_c(&soon, g, t->i0, t->i1, t->j1, i, rows, j, next);
-  if (row + rows <= t->depth) {
-    if (!b) return soon;
-    soon.afar = b + row * g->b_row;
-    soon.far_row = g->b_row;
-  } else if (t->next_a && t->column < t->i1 - t->i0) {
-    if (t->token + rows > t->depth) {
-      t->token = 0;
-      t->column += 16 * (size_t)width;
-      return soon;
-    }
-    soon.afar = t->next_a + t->token * g->a_col + t->column;
-    soon.far_row = g->a_col;
-    t->token += rows;
-  }
-  return soon;
-}
-
-/* All rows of the tile for `width` panels of columns from j on. */
-static void moe__gradient_stripe(moe__gradient *t, const float *a, size_t j, int width) {
-  const moe__gemm *g = t->g;
-  const moe__gemm_kernels *kernels = t->kernels;
-  size_t columns = t->j1 - j < 16 * (size_t)width ? t->j1 - j : 16 * (size_t)width;
-  size_t most = (size_t)kernels->rows[width], calls = (t->i1 - t->i0 + most - 1) / most, call,
-         i = t->i0, rows;
-  moe__gemm_b b;
-  b.at = t->panels;
-  b.panel = 16 * t->depth;
-  b.step = 16;
-  kernels->pack_rows(t->panels, t->b + j, g->b_row, columns, t->depth);
-  for (call = 0; call < calls; ++call, i += rows) {
-    float *c = g->c + i * g->c_row + j;
-    moe__gemm_fn fn;
-    moe__gemm_soon soon;
-    rows = (t->i1 - i + calls - call - 1) / (calls - call); /* as even as can be */
-    fn = kernels->fn[width][rows];
-    soon = moe__gradient_soon(t, i, j, rows, width);
-    if (columns == 16 * (size_t)width)
-      fn(c, g->c_row, c, g->c_row, a + i - t->i0, 1, MOE__GRADIENT_LD, b.at, b.panel, b.step,
-         t->depth, &soon);
-    else
-      moe__gemm_edge(fn, c, g->c_row, c, g->c_row, rows, columns, width, a + i - t->i0, 1,
-                     MOE__GRADIENT_LD, &b, t->depth, &soon);
-  }
-}
-
-/* `next` is the tile that this thread is likely to take next, if there is one. */
-MOE__NOINLINE static void moe__gemm_gradient(const moe__gemm *g, const moe__gemm_cut *cut,
-                                             const moe__gemm_kernels *kernels, int32_t tile,
-                                             int32_t next, float *panels) {
-  size_t k = (size_t)g->k, blocks = (k + (size_t)cut->k - 1) / (size_t)cut->k, block, p0 = 0, j,
-         depth;
-  moe__gradient t;
-  float *a = t.a + (64 - (uintptr_t)t.a % 64) / sizeof(float);
-  t.g = g;
-  t.kernels = kernels;
-  t.i0 = (size_t)(tile / cut->across * cut->m);
-  t.i1 = (size_t)moe__min((int32_t)t.i0 + cut->m, g->m);
-  t.j0 = (size_t)(tile % cut->across * cut->n);
-  t.j1 = (size_t)moe__min((int32_t)t.j0 + cut->n, g->n);
-  t.panels = panels;
-  for (block = 0; block < blocks; ++block, p0 += depth) {
-    const float *from = g->a + p0 * g->a_col + t.i0;
-    t.depth = depth = (k - p0 + blocks - block - 1) / (blocks - block);
-    t.b = g->b + p0 * g->b_row;
-    t.token = t.column = 0;
-    t.next_a = t.next_b = NULL;
-    if (block + 1 < blocks) {
-      t.next_a = from + depth * g->a_col;
-      t.next_b = t.b + depth * g->b_row + t.j0;
-    } else if (next < cut->across * cut->down) {
-      t.next_a = g->a + next / cut->across * cut->m;
-      t.next_b = g->b + next % cut->across * cut->n;
-    }
-    kernels->copy_rows(a, MOE__GRADIENT_LD, from, g->a_col, t.i1 - t.i0, depth);
-    if (g->a_sum && t.j0 == 0)
-      kernels->add_rows(g->a_sum + t.i0, a, MOE__GRADIENT_LD, t.i1 - t.i0, depth);
-    for (j = t.j0; j < t.j1;) {
-      int width = moe__gemm_width(kernels, MOE__GEMM_ROWS, (int32_t)((t.j1 - j + 15) / 16),
-                                  MOE__GEMM_PACKED);
-      moe__gradient_stripe(&t, a, j, width);
-      j += 16 * (size_t)width;
-    }
-  }
-}
-
-/* ---- products over threads; packed weights ---- >>gemm_run */
-
-/* `stride` is how many tiles lie between this one and the next of the same thread, as far as that
-   can be known. */
-static void moe__gemm_tile(const moe__gemm *g, const moe__gemm_cut *cut,
-                           const moe__gemm_kernels *kernels, int32_t tile, int32_t stride) {
-  float block_of_stack[MOE__GEMM_BUFFER + 16];
-  float *buffer = block_of_stack + (64 - (uintptr_t)block_of_stack % 64) /
-                                       sizeof(float); /* vectors on cache lines */
-  int32_t first = tile / cut->across * cut->m, j0 = tile % cut->across * cut->n,
-          j1 = moe__min(j0 + cut->n, g->n), j;
-  size_t i0 = (size_t)first, i1 = (size_t)moe__min(first + cut->m, g->m), k = (size_t)g->k, p0 = 0,
-         block;
-  size_t blocks = k ? (k + (size_t)cut->k - 1) / (size_t)cut->k
-                    : 1; /* one even where k is 0: C still gets its start */
-  moe__gemm_a a;
-  if (i0 >= i1) return; /* rows are rounded up to 8 a tile: the last may have none */
-  if (g->a_sum && j0 == 0 && !cut->gradient) moe__gemm_sum_a(g, kernels, i0, i1);
-  if (g->narrow) {
-    moe__gemm_narrow(g, kernels, i0, i1);
-    return;
-  }
-  if (cut->gradient) {
-    moe__gemm_gradient(g, cut, kernels, tile, tile + stride, buffer);
-    return;
-  }
-  a.row = g->a_row;
-  a.col = g->a_col;
-  for (block = 0; block < blocks; ++block) {
-    size_t depth = (k - p0 + blocks - block - 1) / (blocks - block);
-    int last = block + 1 == blocks;
-    a.at = g->a + i0 * g->a_row + p0 * g->a_col;
-    for (j = j0; j < j1;) {
-      int most = g->b_layout == MOE__B_PANELS ? MOE__GEMM_PANELS : MOE__GEMM_PACKED;
-      int width = moe__gemm_width(kernels, (int32_t)(i1 - i0), (j1 - j + 15) / 16, most);
-      moe__gemm_b b =
-          moe__gemm_view_b(g, kernels, (size_t)j, width, p0, depth, cut->pack_b, buffer);
-      int32_t next = j + 16 * width;
-      const float *panels =
-          next < j1 ? moe__gemm_panels_at(g, next, p0) /* of the next stripe, to be asked for */
-          : !last   ? moe__gemm_panels_at(g, j0, p0 + depth)
-                    : moe__gemm_panels_at(g, (tile + stride) % cut->across * cut->n, 0);
-      moe__gemm_ahead ahead =
-          next < j1 ? moe__gemm_look_ahead(g, i1 - i0, (size_t)next, 1, p0, depth, width)
-                    : moe__gemm_look_ahead(g, i1 - i0, (size_t)j0, !last, p0 + depth, depth, width);
-      moe__gemm_stripe(g, kernels, i0, i1, (size_t)j, (size_t)j1, width, p0, depth, &a, &b, panels,
-                       &ahead);
-      j = next;
-    }
-    p0 += depth;
-  }
-}
-
+/* The products of a list, and the kernels that compute them. */
 typedef struct moe__gemm_work {
   const moe__gemm *list;
   const moe__gemm_kernels *kernels;
   int32_t threads; /* and so the tiles from one to the next of a thread */
 } moe__gemm_work;
 
+/* The tiles of a weight gradient: a block of A and one of C for a stripe stay in the second-level
+   cache, and there is a tile for each thread, two at least. */
+static void moe__gradient_plan(moe__gemm_cut *cut, const moe__gemm *g, int32_t threads) {
+  int32_t each;
+  cut->m = MOE__GRADIENT_ROWS;
+  cut->n = 1536;
+  cut->k = MOE__GRADIENT_STEPS;
+  each = (int32_t)((int64_t)g->m * ((g->n + cut->n - 1) / cut->n) / moe__max(threads, 2));
+  if (cut->m > each) cut->m = moe__min(cut->m, moe__max((each + 7) / 8 * 8, 32));
+}
+
+static moe__gemm_cut moe__gemm_plan(const moe__gemm *g, const moe__gemm_work *work) {
+  moe__gemm_cut cut;
+  int32_t threads = work->threads;
+  int aligned = ((uintptr_t)g->b | (g->b_row * sizeof(float))) % 64 ==
+                0; /* else every vector of B would touch two lines of the cache */
+  cut.gradient = MOE__GEMM_GRADIENT && work->kernels != &moe__scalar_gemms && g->a_row == 1 &&
+                 g->a_col != 1 && g->m >= 8 && g->n >= 48 && g->accumulate &&
+                 g->b_layout == MOE__B_ROWS;
+  cut.pack_b = g->b_layout == MOE__B_COLS ||
+               (g->b_layout == MOE__B_ROWS && !aligned && g->m >= 64 && !cut.gradient);
+  cut.n = 96;
+  if (cut.gradient)
+    moe__gradient_plan(&cut, g, threads);
+  else if (g->b_layout != MOE__B_PANELS) {
+    cut.m = 192;
+    /* A comes from the third level for each tile: with many rows, wide tiles, as long as there are
+       enough for the threads */
+    if (g->m >= 512 && (int64_t)(g->m / cut.m) * ((g->n + 383) / 384) >= 8 * (int64_t)(threads - 1))
+      cut.n = 384;
+    /* rows a multiple of 4 KB apart share few sets of the cache, and what is copied goes to a small
+       buffer: shorter blocks then */
+    cut.k = !cut.pack_b && g->n % 16 == 0 && g->b_row % 1024 != 0 ? 384 : 128;
+  } else { /* every 8 rows read the panels from the second-level cache, every tile from the third:
+              with threads smaller tiles, so that there are enough. Long chains spare loads of C */
+    cut.m = threads > 1 ? 64 : 128;
+    cut.k = 384;
+  }
+  cut.down = (g->m + cut.m - 1) / cut.m;
+  if (cut.down > 1) cut.m = ((g->m + cut.down - 1) / cut.down + 7) / 8 * 8; /* as even as can be */
+  cut.across = g->n ? (g->n + cut.n - 1) / cut.n : g->a_sum != NULL;
+  return cut;
+}
+
+#ifdef MOE__SIMD
+enum { MOE__GEMM_BUFFER = 128 * 16 * MOE__GEMM_PACKED }; /* floats of them: 24 KB of the stack */
+
+/* A tile of work: rows i0 .. i1-1 and columns j0 .. j1-1, and the block of k whose turn it is. */
+typedef struct moe__gemm_tile {
+  const moe__gemm *g;
+  const moe__gemm_cut *cut;
+  const moe__gemm_kernels *kernels;
+  size_t i0, i1, j0, j1;
+  size_t p0, depth;
+  int32_t following; /* the tile that this thread takes next, as far as that can be known */
+  float *buffer;     /* for packed panels */
+} moe__gemm_tile;
+
+/* Tells the kernels where B has `width` panels from column j on, in the block of k: in panels or in
+   rows they are read in place, at any stride; else, and where the last panel is not full, they are
+   packed. */
+static void moe__gemm_find_b(moe__gemm_block *block, const moe__gemm_tile *t, size_t j, int width) {
+  const moe__gemm *g = t->g;
+  size_t columns = (size_t)g->n - j, full = 16 * (size_t)width, v;
+  if (g->b_layout == MOE__B_PANELS) {
+    block->b_panel = 16 * (size_t)g->k;
+    block->b_step = 16;
+    block->b = g->b + j / 16 * block->b_panel + 16 * t->p0;
+    return;
+  }
+  if (!t->cut->pack_b && columns >= full) {
+    block->b_panel = 16;
+    block->b_step = g->b_row;
+    block->b = g->b + t->p0 * g->b_row + j;
+    return;
+  }
+  if (columns > full) columns = full;
+  if (g->b_layout == MOE__B_ROWS)
+    t->kernels->pack_rows(t->buffer, g->b + t->p0 * g->b_row + j, g->b_row, columns, t->depth);
+  else
+    for (v = 0; v < columns; v += 16)
+      t->kernels->pack_cols(t->buffer + v * t->depth, g->b + (j + v) * g->b_row + t->p0, g->b_row,
+                            columns - v < 16 ? columns - v : 16, t->depth);
+  block->b_panel = 16 * t->depth;
+  block->b_step = 16;
+  block->b = t->buffer;
+}
+
+/* Where B has the stripe that comes after the one that ends at column j: in this block of k, in the
+   next one, or, of B in panels, in the next tile. NULL: nowhere, or B is packed on the way. */
+static const float *moe__gemm_next_b(const moe__gemm_tile *t, size_t j) {
+  const moe__gemm *g = t->g;
+  size_t p0 = t->p0;
+  if (j >= t->j1) {
+    j = t->j0;
+    p0 += t->depth;
+    if (p0 >= (size_t)g->k) {
+      if (g->b_layout != MOE__B_PANELS) return NULL;
+      j = (size_t)(t->following % t->cut->across * t->cut->n);
+      p0 = 0;
+    }
+  }
+  if (g->b_layout == MOE__B_PANELS)
+    return j < (size_t)g->n ? g->b + j * (size_t)g->k + 16 * p0 : NULL;
+  return g->b_layout == MOE__B_ROWS ? g->b + p0 * g->b_row + j : NULL;
+}
+
+/* Asks at once for the rows of the next stripe of B in place, where calls are too few to have a
+   column of lines each. */
+static void moe__prefetch_rows(const moe__gemm_tile *t, const float *from, size_t call,
+                               size_t width) {
+  size_t each = t->depth * MOE__GEMM_ROWS / (t->i1 - t->i0) + 1, p = call * each, v;
+  for (; p < (call + 1) * each && p < t->depth; ++p)
+    for (v = 0; v < width; ++v) MOE__PREFETCH(from + p * t->g->b_row + 16 * v);
+}
+
+/* Lets call number `call` of the `calls` of a stripe ask for its part of the next stripe of B. */
+static void moe__prefetch_b(moe__prefetch *next, const moe__gemm_tile *t, const float *from,
+                            size_t b_panel, size_t call, size_t calls, size_t width) {
+  size_t each = calls > width ? calls / width : 1; /* calls that divide a panel among them */
+  if (!from) return;
+  if (t->g->b_layout == MOE__B_ROWS) { /* a column of cache lines, down the rows */
+    if (calls < width) moe__prefetch_rows(t, from, call, width);
+    if (calls < width || call >= width) return;
+    next->b = from + 16 * call;
+    next->b_step = t->g->b_row;
+    return;
+  }
+  if (calls == 1 || call >= each * width) return; /* a single call has no time to spare */
+  next->b = from + call / each * b_panel + call % each * (16 * t->depth / each);
+  next->b_step = (16 + each - 1) / each;
+  if (calls == 2 && width == 3) { /* the third panel: each call takes a half of it */
+    next->b2 = from + 2 * b_panel + call * 8 * t->depth;
+    next->b2_step = 8;
+  }
+}
+
+/* Lets the call for `rows` rows from i on ask for the next block of C: below it in the stripe of
+   columns j .. right-1, or at the top of the next stripe. C may come from memory. */
+static void moe__prefetch_c(moe__prefetch *next, const moe__gemm_tile *t, size_t i, size_t rows,
+                            size_t j, size_t right) {
+  const moe__gemm *g = t->g;
+  next->bursts = rows;
+  if (i + rows >= t->i1 && right >= t->j1) return;
+  next->c_row = g->c_row;
+  next->c = i + rows < t->i1 ? g->c + (i + rows) * g->c_row + j : g->c + t->i0 * g->c_row + right;
+}
+
+/* All rows of a tile by `width` panels of columns from j on, for one block of k.
+
+        columns j0        j        right    j1
+   rows i0 +--------------+--------+--------+      call 0 works on the rows i0 .. , call 1 below it.
+           |              | call 0 |        |      While it runs, a call asks for
+           |    stripes   | call 1 |  next  |        next.c   the block of C of the next call: a
+           |     done     |  ...   | stripe |                 row at the beginning of each burst
+           |              | last   |        |        next.b   its part of the next stripe of B:
+        i1 +--------------+--------+--------+                 a line at each step (next.b2: more)
+
+   bench/limits.md has the measured reasons. */
+static void moe__gemm_stripe(const moe__gemm_tile *t, size_t j, int width) {
+  const moe__gemm *g = t->g;
+  const moe__gemm_kernels *kernels = t->kernels;
+  size_t full = 16 * (size_t)width, columns = (size_t)g->n - j < full ? (size_t)g->n - j : full;
+  size_t most = (size_t)kernels->rows[width], calls = (t->i1 - t->i0 + most - 1) / most, call;
+  size_t i = t->i0, rows;
+  const float *next_b = moe__gemm_next_b(t, j + full);
+  /* blocks of one panel have time for a store that misses the caches, but not for a load */
+  int ask_c = kernels->panels > 1 ? calls > 1 || g->b_layout == MOE__B_PANELS
+                                  : g->accumulate && g->m >= 512;
+  moe__gemm_block block;
+  block.c_row = g->c_row;
+  block.a_row = g->a_row;
+  block.a_col = g->a_col;
+  block.k = t->depth;
+  moe__gemm_find_b(&block, t, j, width);
+  for (call = 0; call < calls; ++call, i += rows) {
+    moe__gemm_fn fn;
+    rows = (t->i1 - i + calls - call - 1) / (calls - call); /* as even as can be: 9 are 5 and 4 */
+    fn = kernels->fn[width][rows];
+    block.c = g->c + i * g->c_row + j;
+    block.a = g->a + i * g->a_row + t->p0 * g->a_col;
+    block.start = g->bias ? g->bias + j : moe__gemm_zeros;
+    block.start_row = 0;
+    if (t->p0 > 0 || g->accumulate) block.start = block.c, block.start_row = g->c_row;
+    block.next = moe__prefetch_none(block.b);
+    if (ask_c) moe__prefetch_c(&block.next, t, i, rows, j, j + columns);
+    moe__prefetch_b(&block.next, t, next_b, block.b_panel, call, calls, (size_t)width);
+    if (columns == full)
+      fn(&block);
+    else
+      moe__gemm_edge(fn, &block, rows, columns, width);
+    if (g->gelu && t->p0 + t->depth == (size_t)g->k)
+      kernels->gelu(g->gelu + i * g->c_row + j, block.c, g->c_row, rows, columns);
+  }
+}
+#endif
+
+/* ---- gradients of weights ---- >>gemm_gradient */
+
+#ifdef MOE__SIMD
+/* dW += dY^T X, in tiles of C and blocks of k (tokens). Both operands are stored token by token, so
+   that a kernel would step from page to page, through few sets of the cache. So the rows of A of a
+   block are copied, and for each stripe of columns the panels of B, which stay in the first-level
+   cache while A comes from the second, a line for every step.
+
+           X of this block, `depth` tokens       A: copied once a block, 136 KB of the stack
+           |  stripe  |  stripe  | ...           B: copied once a stripe
+        +--+----------+----------+----           A call takes up to 8 rows of C down a stripe. The
+   dY   |  | call 0   |          |               first calls ask for the B of the next stripe, a
+   of   |  | call 1   |          |               token each row; the others for the A of the next
+   this |  | ...      |          |               block: `width` lines of each of its tokens, then
+   block|  |          |          |               the lines beside these (`token`, `column`). */
+/* Floats from one token to the next in the copy of A: an odd number of cache lines, so that they
+   spread over the sets of the cache. */
+enum { MOE__GRADIENT_LD = MOE__GRADIENT_ROWS + 16 };
+
+typedef struct moe__gradient {
+  moe__gemm_tile t;
+  const float *b;       /* the block of k from column 0 on */
+  const float *next_a;  /* A and B of the block that follows, in this tile or in the next one, from
+                           its row i0 */
+  const float *next_b;  /* and from its column j0 on; NULL: there is none */
+  size_t token, column; /* of next_a, to be asked for next */
+  float a[MOE__GRADIENT_LD * MOE__GRADIENT_STEPS + 16];
+} moe__gradient;
+
+/* What the call for `rows` rows from i on asks for, of the stripe of `width` panels from column j
+   on. */
+static moe__prefetch moe__gradient_prefetch(moe__gradient *d, size_t i, size_t j, size_t rows,
+                                            int width) {
+  const moe__gemm_tile *t = &d->t;
+  moe__prefetch next = moe__prefetch_none(t->buffer);
+  size_t row = i - t->i0, right = j + 16 * (size_t)width;
+  const float *b = right < t->j1 ? d->b + right : d->next_b;
+  moe__prefetch_c(&next, t, i, rows, j, right);
+  if (row + rows <= t->depth) {
+    if (!b) return next;
+    next.later = b + row * t->g->b_row;
+    next.later_row = t->g->b_row;
+  } else if (d->next_a && d->column < t->i1 - t->i0) {
+    if (d->token + rows > t->depth) {
+      d->token = 0;
+      d->column += 16 * (size_t)width;
+      return next;
+    }
+    next.later = d->next_a + d->token * t->g->a_col + d->column;
+    next.later_row = t->g->a_col;
+    d->token += rows;
+  }
+  return next;
+}
+
+/* All rows of the tile for `width` panels of columns from j on; a: the copy of A. */
+static void moe__gradient_stripe(moe__gradient *d, const float *a, size_t j, int width) {
+  const moe__gemm_tile *t = &d->t;
+  const moe__gemm *g = t->g;
+  const moe__gemm_kernels *kernels = t->kernels;
+  size_t full = 16 * (size_t)width, columns = t->j1 - j < full ? t->j1 - j : full, rows, i = t->i0;
+  size_t most = (size_t)kernels->rows[width], calls = (t->i1 - t->i0 + most - 1) / most;
+  moe__gemm_block block;
+  block.c_row = block.start_row = g->c_row;
+  block.a_row = 1;
+  block.a_col = MOE__GRADIENT_LD;
+  block.b = t->buffer;
+  block.b_panel = 16 * t->depth;
+  block.b_step = 16;
+  block.k = t->depth;
+  kernels->pack_rows(t->buffer, d->b + j, g->b_row, columns, t->depth);
+  for (; calls > 0; --calls, i += rows) {
+    moe__gemm_fn fn;
+    rows = (t->i1 - i + calls - 1) / calls; /* as even as can be */
+    fn = kernels->fn[width][rows];
+    block.start = block.c = g->c + i * g->c_row + j;
+    block.a = a + i - t->i0;
+    block.next = moe__gradient_prefetch(d, i, j, rows, width);
+    if (columns == full)
+      fn(&block);
+    else
+      moe__gemm_edge(fn, &block, rows, columns, width);
+  }
+}
+
+/* A tile of the gradient of a weight; tile->p0 and depth are not set. */
+MOE__NOINLINE static void moe__gemm_gradient(const moe__gemm_tile *tile) {
+  const moe__gemm *g = tile->g;
+  const moe__gemm_cut *cut = tile->cut;
+  size_t k = (size_t)g->k, blocks = (k + (size_t)cut->k - 1) / (size_t)cut->k, j, depth;
+  moe__gradient d;
+  moe__gemm_tile *t = &d.t;
+  float *a = d.a + (64 - (uintptr_t)d.a % 64) / sizeof(float);
+  d.t = *tile;
+  for (t->p0 = 0; blocks > 0; --blocks, t->p0 += depth) {
+    const float *from = g->a + t->p0 * g->a_col + t->i0;
+    t->depth = depth = (k - t->p0 + blocks - 1) / blocks;
+    d.b = g->b + t->p0 * g->b_row;
+    d.token = d.column = 0;
+    d.next_a = d.next_b = NULL;
+    if (blocks > 1) {
+      d.next_a = from + depth * g->a_col;
+      d.next_b = d.b + depth * g->b_row + t->j0;
+    } else if (t->following < cut->across * cut->down) {
+      d.next_a = g->a + t->following / cut->across * cut->m;
+      d.next_b = g->b + t->following % cut->across * cut->n;
+    }
+    t->kernels->copy_rows(a, MOE__GRADIENT_LD, from, g->a_col, t->i1 - t->i0, depth);
+    if (g->a_sum && t->j0 == 0)
+      t->kernels->add_rows(g->a_sum + t->i0, a, MOE__GRADIENT_LD, t->i1 - t->i0, depth);
+    for (j = t->j0; j < t->j1;) {
+      int width = moe__gemm_width(t->kernels, MOE__GEMM_ROWS, (int32_t)((t->j1 - j + 15) / 16),
+                                  MOE__GEMM_PACKED);
+      moe__gradient_stripe(&d, a, j, width);
+      j += 16 * (size_t)width;
+    }
+  }
+}
+#endif
+
+/* ---- products over threads; packed weights ---- >>gemm_run */
+
+#ifdef MOE__SIMD
+/* A tile by blocks of k and stripes of columns. tile->p0 and depth are not set. */
+MOE__NOINLINE static void moe__gemm_blocks(moe__gemm_tile *t) {
+  float space[MOE__GEMM_BUFFER + 16];
+  size_t k = (size_t)t->g->k, j;
+  size_t blocks = k ? (k + (size_t)t->cut->k - 1) / (size_t)t->cut->k
+                    : 1; /* one even where k is 0: C still gets its start */
+  int most = t->g->b_layout == MOE__B_PANELS ? MOE__GEMM_PANELS : MOE__GEMM_PACKED;
+  t->buffer = space + (64 - (uintptr_t)space % 64) / sizeof(float); /* vectors on cache lines */
+  if (MOE__GEMM_GRADIENT && t->cut->gradient) {
+    moe__gemm_gradient(t);
+    return;
+  }
+  for (t->p0 = 0; blocks > 0; --blocks, t->p0 += t->depth) {
+    t->depth = (k - t->p0 + blocks - 1) / blocks;
+    for (j = t->j0; j < t->j1;) {
+      int width = moe__gemm_width(t->kernels, (int32_t)(t->i1 - t->i0),
+                                  (int32_t)((t->j1 - j + 15) / 16), most);
+      moe__gemm_stripe(t, j, width);
+      j += 16 * (size_t)width;
+    }
+  }
+}
+#endif
+
+/* Tile number `tile` of one product. */
+static void moe__gemm_tile_run(const moe__gemm_work *work, const moe__gemm *g,
+                               const moe__gemm_cut *cut, int32_t tile) {
+  int32_t i0 = tile / cut->across * cut->m, i1 = moe__min(i0 + cut->m, g->m);
+  int32_t j0 = tile % cut->across * cut->n, j1 = moe__min(j0 + cut->n, g->n);
+  if (i0 >= i1) return; /* rows are rounded up to 8 a tile: the last may have none */
+  if (g->a_sum && j0 == 0 && !cut->gradient)
+    moe__gemm_sum_a(g, work->kernels, (size_t)i0, (size_t)i1);
+  if (g->narrow) {
+    moe__gemm_narrow(g, work->kernels, (size_t)i0, (size_t)i1);
+    return;
+  }
+#ifdef MOE__SIMD
+  if (work->kernels != &moe__scalar_gemms) {
+    moe__gemm_tile t;
+    memset(&t, 0, sizeof t);
+    t.g = g;
+    t.cut = cut;
+    t.kernels = work->kernels;
+    t.i0 = (size_t)i0;
+    t.i1 = (size_t)i1;
+    t.j0 = (size_t)j0;
+    t.j1 = (size_t)j1;
+    t.following = tile + work->threads;
+    moe__gemm_blocks(&t);
+    return;
+  }
+#endif
+  moe__plain_gemm(g, (size_t)i0, (size_t)i1, (size_t)j0, (size_t)j1);
+}
+
 static void moe__gemm_work_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__gemm_work *work = (const moe__gemm_work *)arg;
   const moe__gemm *g = work->list;
-  moe__gemm_cut cut = moe__gemm_plan(g, work->threads);
+  moe__gemm_cut cut = moe__gemm_plan(g, work);
   (void)slot;
   while (tile >= cut.across * cut.down) {
     tile -= cut.across * cut.down;
-    cut = moe__gemm_plan(++g, work->threads);
+    cut = moe__gemm_plan(++g, work);
   }
-  moe__gemm_tile(g, &cut, work->kernels, tile, work->threads);
+  moe__gemm_tile_run(work, g, &cut, tile);
 }
 
 static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env); /* >>int8 */
@@ -4384,7 +4446,7 @@ static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *e
   work.kernels = MOE__V_PICK(env->isa, gemms);
   work.threads = env->parallel_for ? env->threads : 1;
   for (i = 0; i < count; ++i) {
-    moe__gemm_cut cut = moe__gemm_plan(&list[i], work.threads);
+    moe__gemm_cut cut = moe__gemm_plan(&list[i], &work);
     tiles += cut.across * cut.down;
     size += (double)list[i].m * list[i].n * list[i].k;
   }
@@ -7739,13 +7801,13 @@ static void moe__attention_prefetch_plan(moe__attention_head *head, size_t begin
 
 /* Lets a kernel of k steps prefetch as many rows. */
 static void moe__attention_prefetch_take(moe__attention_prefetch *next, size_t k,
-                                         moe__gemm_soon *soon) {
+                                         moe__prefetch *ask) {
   size_t row = next->row;
-  soon->line_step = 0;
+  ask->b_step = 0;
   if (next->array >= next->arrays || k > next->end) return;
   if (row + k > next->end) row = next->end - k;
-  soon->line = next->at[next->array] + row * next->ld[next->array] + 16 * next->line;
-  soon->line_step = next->ld[next->array];
+  ask->b = next->at[next->array] + row * next->ld[next->array] + 16 * next->line;
+  ask->b_step = next->ld[next->array];
   next->row += k;
   if (next->row < next->to) return;
   next->row = next->from;
@@ -7769,39 +7831,41 @@ static moe__strided moe__strided_make(const float *at, size_t row, size_t column
 }
 
 /* c (m, n) = start + a (m, k) b (k, n), with b in panels of 16 columns. start.at NULL counts as 0.
-   This is moe__gemm_tile without what larger products need. */
+   This is moe__gemm_blocks without what larger products need. */
 static void moe__attention_product(moe__attention_head *head, float *c, size_t c_row,
                                    moe__strided start, moe__strided a, const float *b, size_t k,
                                    size_t m, size_t n) {
   const moe__gemm_kernels *kernels = head->job->gemms;
-  size_t blocks = (k + 383) / 384, depth, p, i, j, rows, columns;
-  moe__gemm_soon soon = moe__gemm_no_hurry(b);
-  for (p = 0; p < k; p += depth, start = moe__strided_make(c, c_row, 1)) {
-    depth = (k - p + blocks - 1) / blocks;
+  size_t blocks = (k + 383) / 384, p, i, j, rows, columns;
+  moe__gemm_block block;
+  block.c_row = c_row;
+  block.a_row = a.row;
+  block.a_col = a.column;
+  block.b_panel = 16 * k;
+  block.b_step = 16;
+  block.next = moe__prefetch_none(b);
+  for (p = 0; p < k; p += block.k, start = moe__strided_make(c, c_row, 1)) {
+    block.k = (k - p + blocks - 1) / blocks;
+    block.start_row = start.at ? start.row : 0;
     --blocks;
     for (j = 0; j < n; j += columns) {
       int width =
           moe__gemm_width(kernels, (int32_t)m, (int32_t)((n - j + 15) / 16), MOE__GEMM_PANELS);
       size_t most = (size_t)kernels->rows[width], calls = (m + most - 1) / most;
-      moe__gemm_b view;
-      view.panel = 16 * k;
-      view.step = 16;
-      view.at = b + j * k + 16 * p;
       columns = n - j < 16 * (size_t)width ? n - j : 16 * (size_t)width;
+      block.b = b + j * k + 16 * p;
       for (i = 0; i < m; i += rows, --calls) {
-        const float *from = start.at ? start.at + i * start.row + j : moe__gemm_zeros,
-                    *at = a.at + i * a.row + p * a.column;
-        size_t from_row = start.at ? start.row : 0;
         moe__gemm_fn fn;
         rows = (m - i + calls - 1) / calls; /* as even as can be */
         fn = kernels->fn[width][rows];
-        moe__attention_prefetch_take(&head->prefetch, depth, &soon);
+        block.c = c + i * c_row + j;
+        block.start = start.at ? start.at + i * start.row + j : moe__gemm_zeros;
+        block.a = a.at + i * a.row + p * a.column;
+        moe__attention_prefetch_take(&head->prefetch, block.k, &block.next);
         if (columns == 16 * (size_t)width)
-          fn(c + i * c_row + j, c_row, from, from_row, at, a.row, a.column, view.at, view.panel, 16,
-             depth, &soon);
+          fn(&block);
         else
-          moe__gemm_edge(fn, c + i * c_row + j, c_row, from, from_row, rows, columns, width, at,
-                         a.row, a.column, &view, depth, &soon);
+          moe__gemm_edge(fn, &block, rows, columns, width);
       }
     }
   }
