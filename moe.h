@@ -8308,7 +8308,7 @@ static void moe__route_tile(void *arg, int32_t tile, int32_t slot) {
     if (o->forced)
       memcpy(expert, o->forced + choice, (size_t)r->k * sizeof *expert);
     else
-      moe__route_top(expert, prob, masked, o->pruned, r->N, r->k);
+      moe__route_top(expert, logits, masked, o->pruned, r->N, r->k);
     moe__route_weights(r->weight + choice, prob, expert, r->k, o);
   }
 }

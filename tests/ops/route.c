@@ -157,8 +157,8 @@ static void check_forward(route_fixture *f) {
       int32_t e = f->routes.expert[t * f->k + j], o, rank = 0;
       CHECK_NEAR(f->routes.weight[t * f->k + j], w[j], 2e-6 * (double)f->N);
       if (f->options.forced) continue;
-      for (o = 0; o < f->N; ++o) { /* rank among the probabilities, ties by index */
-        float a = f->routes.prob[t * f->N + o], b = f->routes.prob[t * f->N + e];
+      for (o = 0; o < f->N; ++o) { /* rank among the logits, ties by index */
+        float a = f->logits[t * f->N + o], b = f->logits[t * f->N + e];
         rank += a > b || (!(a < b) && o < e);
       }
       CHECK(rank == j, "token %d choice %d: expert %d has rank %d", (int)t, (int)j, (int)e,
@@ -302,6 +302,69 @@ static void test_route_ties_go_to_the_lowest_index(void) {
       CHECK(f.routes.expert[t * 3 + j] == j, "token %d choice %d: expert %d", (int)t, (int)j,
             (int)f.routes.expert[t * 3 + j]);
   check_dispatch(&f);
+  route_fixture_free(&f);
+}
+
+/* The experts that one token with these 3 logits goes to, as decimal digits: 20 is expert 2, then
+   expert 0. */
+static int choices(const float *logits, const uint8_t *pruned, int32_t k, int32_t renormalize) {
+  static const int32_t at[2] = {0, 1}, gate_of[1] = {0};
+  float x = 1, out[3], weight[3], prob[3];
+  int32_t expert[3], order[3], start[4];
+  int number = 0;
+  moe_routes r;
+  moe_route_op op;
+  moe_env env;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  r.M = 1, r.N = 3, r.k = k;
+  r.expert = expert, r.weight = weight, r.prob = prob, r.order = order, r.start = start;
+  moe_route_op_init(&op);
+  op.routes = &r, op.logits = out, op.x = &x, op.gates = logits, op.gate_of = gate_of;
+  op.seq_start = at, op.S = 1, op.H = 1, op.G = 1;
+  op.options.pruned = pruned, op.options.renormalize = renormalize;
+  if (moe_route_forward(&op, &env)) return -1;
+  for (k = 0; k < r.k; ++k) number = 10 * number + expert[k];
+  return number;
+}
+
+static void test_route_compares_logits_where_probabilities_are_equal(void) {
+  static const float far[3] = {120, -5, 0}, near[3] = {0, 1e-9f, -1e-9f}, even[3] = {1, 2, 2};
+  static const uint8_t pruned[3] = {1, 0, 0};
+  CHECK(choices(far, NULL, 3, 0) == 21, "%d", choices(far, NULL, 3, 0)); /* 0, 2, 1 */
+  CHECK(choices(far, pruned, 1, 1) == 2, "%d", choices(far, pruned, 1, 1));
+  CHECK(choices(far, pruned, 2, 1) == 21, "%d", choices(far, pruned, 2, 1));
+  CHECK(choices(near, NULL, 3, 0) == 102, "%d", choices(near, NULL, 3, 0));
+  CHECK(choices(even, NULL, 3, 0) == 120, "%d", choices(even, NULL, 3, 0));
+}
+
+static void test_route_refuses_sizes_and_options_out_of_range(void) {
+  static const uint8_t two[4] = {0, 1, 1, 0}, one[4] = {1, 0, 0, 0};
+  route_fixture f;
+  moe_route_op op;
+  route_fixture_make(&f, 6, 4, 2, 8, 1, 2);
+  op = route(&f);
+  CHECK(!moe_route_forward(&op, &f.env), "the route_fixture itself");
+  f.routes.k = 5;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "k above N");
+  f.routes.k = 0;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "k = 0");
+  f.routes.k = 2, f.routes.N = MOE_MAX_EXPERTS + 1;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "too many experts");
+  f.routes.N = 0;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "no expert");
+  f.routes.N = 4, f.routes.M = 5;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "sequences of more tokens");
+  f.routes.M = INT32_MAX / 2 + 1;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "slots that do not fit 32 bits");
+  f.routes.M = 6, op.options.scale = 0;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "scale 0");
+  op.options.renormalize = 1;
+  CHECK(!moe_route_forward(&op, &f.env), "which renormalised weights do not use");
+  op.options.masked = two;
+  CHECK(!moe_route_forward(&op, &f.env), "two of four masked");
+  op.options.pruned = one;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "one expert left for two choices");
+  CHECK(moe_route_backward(&op, &f.env) == MOE_E_ARGUMENT, "backward checks as well");
   route_fixture_free(&f);
 }
 
@@ -518,6 +581,8 @@ static void run_route(void) {
   RUN(test_route_gradients_of_long_rows_with_jitter);
   RUN(test_route_renormalised_top_1_has_weight_1_and_no_gradient);
   RUN(test_route_ties_go_to_the_lowest_index);
+  RUN(test_route_compares_logits_where_probabilities_are_equal);
+  RUN(test_route_refuses_sizes_and_options_out_of_range);
   RUN(test_route_one_expert_is_dense);
   RUN(test_route_balanced_tokens_cost_the_coefficient);
   RUN(test_route_forced_experts_are_taken);
