@@ -729,7 +729,7 @@ typedef struct moe_route_options {
   float z_loss;        /* coefficient of the router z-loss, the mean over the tokens of (log sum exp
                           logits)^2; 0 = off */
   float jitter;        /* in training, gate inputs are multiplied by uniform noise from 1 - jitter
-                          to 1 + jitter; 0 = off */
+                          to 1 + jitter; 0 = off, as always in a build with MOE_NO_TRAIN */
   const uint64_t *keys;  /* (S) key of the jitter of each sequence; NULL: no jitter */
   const int32_t *forced; /* (M, k) experts to take instead of the most probable ones; NULL: none */
   const uint8_t *masked; /* (N) 1: the gate ignores this expert. Its logit counts as minus infinity,
@@ -6824,14 +6824,14 @@ MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_
 #endif
 
 /* ---- kernels of LayerNorm and dropout ---- >>ops_simd
-   Rows are independent of each other, and a row's sums have 16 lanes and a fixed tree (>>simd).
-   Sums over tokens (gamma, beta, the embedding tables) are chains in the order of the tokens, cut
-   into tiles by columns only. */
+   Rows do not depend on each other. A sum over a row has 16 lanes and a fixed tree (>>simd). A sum
+   over tokens (for gamma, beta and the embedding tables) is a chain in the order of the tokens, and
+   only its columns are spread over tiles. */
 
-/* Dropout, for every op that has it: an element falls where its hash is below the threshold; the
-   others grow by 1 / (1 - p). */
+/* Dropout, for every op that has it. An element becomes 0 where its hash is below the threshold;
+   the others are multiplied by scale = 1 / (1 - p). */
 typedef struct moe__drop {
-  uint32_t threshold; /* 0: nothing falls */
+  uint32_t threshold; /* 0: no dropout */
   float scale;
 } moe__drop;
 
@@ -6843,19 +6843,25 @@ static moe__drop moe__drop_of(float p, int wanted) {
   return drop;
 }
 
+/* A kernel of plain C that MOE_NO_TRAIN leaves out of its table. */
+#ifdef MOE_NO_TRAIN
+#define MOE__OF_TRAINING(fn) NULL
+#else
+#define MOE__OF_TRAINING(fn) fn
+#endif
+
 typedef struct moe__ops_kernels {
   /* y = a + b. y may be a. */
   void (*add)(float *y, const float *a, const float *b, size_t n);
-  /* y = dropout(x), the elements being at positions first, first + 1, ... of the key. y may be x.
-   */
+  /* y = dropout(x). The elements are at positions first, first + 1, ... of the key. y may be x. */
   void (*drop)(float *y, const float *x, size_t n, moe__drop drop, uint64_t key, uint32_t first);
   /* y = x + dropout(delta). y may be x or delta. */
   void (*residual)(float *y, const float *x, const float *delta, size_t n, moe__drop drop,
                    uint64_t key, uint32_t first);
-  /* LayerNorm of 1 to 4 rows that lie side by side. y may be x. */
+  /* LayerNorm of 1 to 4 adjacent rows. y may be x. */
   void (*norm)(float *y, float *mean, float *rstd, const float *x, const float *gamma,
                const float *beta, float eps, size_t rows, size_t n);
-  /* dx = or += (where `more`) the gradient of one row. dx may be dy. */
+  /* dx = the gradient of one row, or += with `more`. dx may be dy. */
   void (*norm_back)(float *dx, const float *dy, const float *x, float mean, float rstd,
                     const float *gamma, int more, size_t n);
   /* dgamma, dbeta += sums over `rows` rows that are `stride` apart, for n = 1 .. 32 columns. */
@@ -6899,6 +6905,7 @@ static void moe__scalar_norm_rows(float *y, float *mean, float *rstd, const floa
   }
 }
 
+#ifndef MOE_NO_TRAIN
 /* h = (x - mean) rstd, g = dy gamma, dx = rstd (g - mean(g) - h mean(g h)) */
 static void moe__scalar_norm_back_row(float *dx, const float *dy, const float *x, float mean,
                                       float rstd, const float *gamma, int more, size_t n) {
@@ -6927,13 +6934,17 @@ static void moe__scalar_norm_columns(float *dgamma, float *dbeta, const float *d
       dbeta[i] += dy[i];
     }
 }
+#endif
 
-static const moe__ops_kernels moe__scalar_ops = {
-    moe__scalar_add_row,   moe__scalar_drop_row,      moe__scalar_residual_row,
-    moe__scalar_norm_rows, moe__scalar_norm_back_row, moe__scalar_norm_columns};
+static const moe__ops_kernels moe__scalar_ops = {moe__scalar_add_row,
+                                                 moe__scalar_drop_row,
+                                                 moe__scalar_residual_row,
+                                                 moe__scalar_norm_rows,
+                                                 MOE__OF_TRAINING(moe__scalar_norm_back_row),
+                                                 MOE__OF_TRAINING(moe__scalar_norm_columns)};
 
-/* The same for vectors. The steps of a loop are functions of w, the number of elements: 16 in the
-   loop, fewer in its last step. */
+/* The same for vectors. A step of a loop is a function of w, its number of elements: 16, or fewer
+   in the last step. */
 #define MOE__OPS_STEPS(S, T)                                                                       \
   T MOE__INLINE S##_f S##_get(const float *p, size_t w) {                                          \
     return w == 16 ? S##_load(p) : S##_loadn(p, w);                                                \
@@ -6947,7 +6958,7 @@ static const moe__ops_kernels moe__scalar_ops = {
   T MOE__INLINE S##_f S##_head(S##_f v, size_t w) { /* lanes from w on become 0 */                 \
     return w == 16 ? v : S##_sel(S##_ult(S##_iiota(0), S##_iset((uint32_t)w)), v, S##_set(0.0f));  \
   }                                                                                                \
-  /* where 16 positions fall; x = position * 0x9e3779b1 + low half of the key, see moe__hash32 */  \
+  /* which of 16 elements fall; x: position * 0x9e3779b1 + low half of the key, as moe__hash32 */  \
   T MOE__INLINE S##_m S##_falls(S##_i x, uint64_t key, moe__drop drop) {                           \
     x = S##_imul(S##_ixor(x, S##_ishr(x, 16)), S##_iset(0x85ebca6bu));                             \
     x = S##_ixor(x, S##_iset((uint32_t)(key >> 32)));                                              \
@@ -6994,8 +7005,8 @@ MOE__V_STAMP(MOE__OPS_STEPS)
 MOE__V_STAMP(MOE__OPS_ROWS)
 #undef MOE__OPS_ROWS
 
-/* Four rows at once hide the latency of the sums; rows that are not there repeat the last one and
-   write the same again. */
+/* Four rows at once hide the latency of the sums. With fewer rows the last one is computed and
+   written several times. */
 #define MOE__NORM_SUM(S, r) s##r = S##_add(s##r, S##_get(x##r + i, w))
 #define MOE__NORM_SQUARE(S, r)                                                                     \
   d = S##_head(S##_sub(S##_get(x##r + i, w), S##_set(m##r)), w);                                   \
@@ -7508,13 +7519,13 @@ MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32
 }
 
 /* ---- the softmax of attention ---- >>softmax
-   A block of rows, one for each query, and what turns their products into probabilities: p = e /
-   sum e with e = 2^(c s - top), where c = log2(e) / sqrt D and top is c times the largest s.
-   Forward multiplies e with v and divides afterwards, D numbers instead of n. */
+   Works on a block of rows, one for each query; s = q k^T holds the products of a row with n keys.
+     p = e / sum of e,  e = 2^(c s - top),  c = log2(e) / sqrt D,  top = c times the largest s
+   Forward multiplies e by v and divides the D results, not the n elements of e. */
 typedef struct moe__softmax {
-  float *s, *ds;      /* (rows, n), `stride` apart; room up to the next multiple of 16 */
-  float *stats;       /* top and 1/sum of each row, `stats_stride` apart */
-  const float *delta; /* (rows) dy.y, for backward */
+  float *s, *ds;      /* (rows, n), `stride` apart, with room up to the next multiple of 16 */
+  float *stats;       /* top and 1 / sum of each row, `stats_stride` apart */
+  const float *delta; /* (rows) dy . y, for backward */
   size_t rows, n, stride, stats_stride;
   float scale, exponent; /* 1 / sqrt D, c */
   moe__drop drop;
@@ -7523,16 +7534,15 @@ typedef struct moe__softmax {
 } moe__softmax;
 
 typedef struct moe__softmax_kernels {
-  void (*forward)(
-      const moe__softmax *b); /* s: products become e, or 0 where dropout takes it; writes stats */
-  void (*finish)(float *y, size_t ld, size_t D,
-                 const moe__softmax *b); /* rows of y, sums of e v, become those of dropout(p) v */
-  void (*backward)(const moe__softmax *b); /* s: products become dropout(p); ds: gradients of that
-                                              become those of products */
+  /* Writes stats; s becomes e, or 0 where dropout takes it. */
+  void (*forward)(const moe__softmax *b);
+  /* y (rows, D): the products e v become dropout(p) v. */
+  void (*finish)(float *y, size_t ld, size_t D, const moe__softmax *b);
+  /* s becomes dropout(p); ds, from the gradient of dropout(p), that of s. */
+  void (*backward)(const moe__softmax *b);
 } moe__softmax_kernels;
 
-/* 2^x of a number that is not positive. Below -126 the result is left at 1e-38, next to a sum that
-   is at least 1. */
+/* 2^x for x <= 0. Below -126 the result stays 1e-38, which is lost beside a sum of at least 1. */
 static float moe__softmax_pow2(float x) { return moe__pow2f(moe__maxf(-126.0f, x)); }
 
 static void moe__scalar_softmax_forward(const moe__softmax *b) {
@@ -7542,8 +7552,7 @@ static void moe__scalar_softmax_forward(const moe__softmax *b) {
           max = s[0];
     uint32_t first = b->first + (uint32_t)(r * b->n);
     for (i = 1; i < b->n; ++i) max = moe__maxf(s[i], max);
-    stat[0] =
-        max * b->exponent + 0.0f; /* no -0: which zero of several is found depends on the order */
+    stat[0] = max * b->exponent + 0.0f; /* never -0: the order decides which zero is the largest */
     for (i = 0; i < b->n; ++i) {
       float e = moe__softmax_pow2(moe__fmaf(s[i], b->exponent, -stat[0]));
       lane[i % 16] += e;
@@ -7560,6 +7569,7 @@ static void moe__scalar_softmax_finish(float *y, size_t ld, size_t D, const moe_
       y[r * ld + d] = y[r * ld + d] * (b->stats[r * b->stats_stride + 1] * b->drop.scale);
 }
 
+#ifndef MOE_NO_TRAIN
 static void moe__scalar_softmax_backward(const moe__softmax *b) {
   size_t r, i;
   for (r = 0; r < b->rows; ++r) {
@@ -7575,12 +7585,14 @@ static void moe__scalar_softmax_backward(const moe__softmax *b) {
     }
   }
 }
+#endif
 
 static const moe__softmax_kernels moe__scalar_softmax = {
-    moe__scalar_softmax_forward, moe__scalar_softmax_finish, moe__scalar_softmax_backward};
+    moe__scalar_softmax_forward, moe__scalar_softmax_finish,
+    MOE__OF_TRAINING(moe__scalar_softmax_backward)};
 
-/* Each step goes over all rows before the next begins, so that the processor overlaps rows instead
-   of waiting for the sum of one. */
+/* Each step goes over all rows before the next one begins: the processor overlaps rows instead of
+   waiting for the sum of one. */
 #define MOE__SOFTMAX_FORWARD(S, T)                                                                 \
   T MOE__INLINE S##_f S##_softmax_pow2(S##_f x) { return S##_pow2(S##_max(S##_set(-126.0f), x)); } \
   T static void S##_softmax_forward(const moe__softmax *b) {                                       \
@@ -8176,7 +8188,7 @@ static moe__route_job moe__route_job_make(const moe_route_op *op, const moe_env 
   job.op = op;
   job.rows = MOE__V_PICK(env->isa, rows);
   job.mix = MOE__V_PICK(env->isa, mix);
-  job.jitters = op->options.keys && op->options.jitter > 0;
+  job.jitters = op->options.keys && op->options.jitter > 0; /* MOE_NO_TRAIN ignores it */
   return job;
 }
 
@@ -8185,6 +8197,7 @@ static const float *moe__route_gate(const moe_route_op *op, int32_t sequence) {
   return op->gates + (size_t)op->gate_of[sequence] * (size_t)op->routes->N * (size_t)op->H;
 }
 
+#ifndef MOE_NO_TRAIN
 /* y = x times noise in [1 - jitter, 1 + jitter], for n elements. The noise is a function of the
    sequence's key and of the element's place in the sequence, so that backward finds it again. */
 static void moe__route_jitter(float *y, const float *x, size_t n, uint64_t key, size_t place,
@@ -8220,6 +8233,7 @@ static void moe__route_logits_jittered(const moe__route_job *job, float *logits,
     }
   }
 }
+#endif
 
 /* logits = x W_g^T of one token [TaG] Eq. 3. */
 static void moe__route_logits(const moe__route_job *job, float *logits, int32_t token,
@@ -8227,6 +8241,12 @@ static void moe__route_logits(const moe__route_job *job, float *logits, int32_t 
   const moe_route_op *op = job->op;
   size_t H = (size_t)op->H, N = (size_t)op->routes->N, i;
   const float *x = op->x + (size_t)token * H, *gate = moe__route_gate(op, sequence);
+#ifndef MOE_NO_TRAIN
+  if (job->jitters) {
+    moe__route_logits_jittered(job, logits, token, sequence);
+    return;
+  }
+#endif
   for (i = 0; i < N; ++i) logits[i] = job->rows->dot(x, gate + i * H, H);
 }
 
@@ -8299,10 +8319,7 @@ static void moe__route_tile(void *arg, int32_t tile, int32_t slot) {
           *prob = r->prob + (size_t)token * (size_t)r->N;
     int32_t *expert = r->expert + choice;
     while (op->seq_start[sequence + 1] <= token) ++sequence;
-    if (job->jitters)
-      moe__route_logits_jittered(job, logits, token, sequence);
-    else
-      moe__route_logits(job, logits, token, sequence);
+    moe__route_logits(job, logits, token, sequence);
     if (masked) moe__route_mask(logits, masked, r->N);
     moe__route_softmax(prob, logits, r->N, job->rows);
     if (o->forced)

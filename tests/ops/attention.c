@@ -317,6 +317,52 @@ static void test_attention_of_65536_tokens_is_cut_into_tiles(
   CHECK(count == 64, "%d threads have work", (int)count);
 }
 
+static void test_attention_overwrites_dqkv_if_asked(void) {
+  static float added[3 * 540 * 96];
+  const shape *s = &shapes[5];
+  size_t floats, n = (size_t)(s->starts[s->S] * s->H * 3);
+  moe_attention_op op;
+  moe_env env;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  run_shape(s, &env);
+  floats = moe_attention_scratch(31, s->H, s->A, 1, &env);
+  op = attention(s->starts, s->S, s->H, s->A, (float *)malloc(floats * sizeof(float)));
+  op.dropout = s->p, op.keys = attention_keys;
+  op.dqkv = added;
+  memset(added, 0, sizeof added);
+  CHECK(!moe_attention_backward(&op, &env), "fails");
+  op.dqkv = attention_dqkv, op.overwrite = 1;
+  attention_dirty(attention_dqkv, n);
+  CHECK(!moe_attention_backward(&op, &env), "fails");
+  free(op.scratch);
+  CHECK(!memcmp(added, attention_dqkv, n * sizeof(float)), "other bits than from 0");
+}
+
+static void test_attention_refuses_sizes_and_options_out_of_range(void) {
+  static const int32_t at[3] = {0, 2, 7};
+  moe_attention_op op = attention(at, 2, 12, 3, NULL);
+  moe_env env;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  op.scratch = (float *)malloc(moe_attention_scratch(5, 12, 3, 1, &env) * sizeof(float));
+  attention_fill(attention_qkv, 7 * 36, 1, 1.0f);
+  CHECK(!moe_attention_forward(&op, &env), "the op itself");
+  op.A = 5;
+  CHECK(moe_attention_forward(&op, &env) == MOE_E_ARGUMENT, "5 heads of 12 columns");
+  op.A = 0;
+  CHECK(moe_attention_forward(&op, &env) == MOE_E_ARGUMENT, "no heads");
+  op.A = 3, op.longest = 4;
+  CHECK(moe_attention_forward(&op, &env) == MOE_E_ARGUMENT, "a longer sequence");
+  op.longest = 5;
+  CHECK(!moe_attention_forward(&op, &env), "the longest sequence");
+  op.M = 8;
+  CHECK(moe_attention_forward(&op, &env) == MOE_E_ARGUMENT, "more tokens than sequences have");
+  op.M = 7, op.dropout = 1;
+  CHECK(moe_attention_forward(&op, &env) == MOE_E_ARGUMENT, "dropout of everything");
+  op.dropout = 0, op.stats = NULL;
+  CHECK(moe_attention_backward(&op, &env) == MOE_E_ARGUMENT, "backward without attention_stats");
+  free(op.scratch);
+}
+
 static void run_attention(void) {
   RUN(test_attention_matches_the_formula_in_double);
   RUN(test_attention_has_the_same_bits_everywhere);
@@ -325,4 +371,6 @@ static void run_attention(void) {
   RUN(test_attention_does_not_overflow);
   RUN(test_attention_of_8192_tokens);
   RUN(test_attention_of_65536_tokens_is_cut_into_tiles);
+  RUN(test_attention_overwrites_dqkv_if_asked);
+  RUN(test_attention_refuses_sizes_and_options_out_of_range);
 }

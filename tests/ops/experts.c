@@ -550,6 +550,41 @@ static void test_experts_scratch_says_when_it_is_too_much(void) {
         "one of 32 bits goes unseen");
 }
 
+static void test_experts_refuse_what_they_cannot_do(void) {
+  experts_fixture f;
+  moe_experts_op op;
+  experts_fixture_make(&f, 10, 3, 2, 6, 5, -1, 1);
+  op = experts(&f);
+  CHECK(!moe_experts_forward(&op, &f.env) && !moe_experts_backward(&op, &f.env), "the op itself");
+  op.w_in = NULL;
+  CHECK(moe_experts_backward(&op, &f.env) == MOE_E_ARGUMENT, "backward through packed weights");
+  op = experts(&f), op.N = 4;
+  CHECK(moe_experts_forward(&op, &f.env) == MOE_E_ARGUMENT, "other experts than the routes have");
+  op = experts(&f), op.F = -1;
+  CHECK(moe_experts_forward(&op, &f.env) == MOE_E_ARGUMENT, "F below 0");
+  op = experts(&f), op.e = NULL;
+  CHECK(moe_experts_backward(&op, &f.env) == MOE_E_ARGUMENT, "dweight without e");
+  op = experts(&f), op.pre = NULL;
+  CHECK(moe_experts_backward(&op, &f.env) == MOE_E_ARGUMENT, "backward without pre");
+  experts_fixture_free(&f);
+}
+
+static void test_experts_work_without_biases(void) {
+  experts_fixture f, g;
+  moe_experts_op op;
+  experts_fixture_make(&f, 30, 3, 2, 6, 5, -1, 0);
+  experts_fixture_make(&g, 30, 3, 2, 6, 5, -1, 0);
+  memset(f.b1, 0, 15 * sizeof(float)), memset(f.b2, 0, 18 * sizeof(float));
+  experts_forward(&f), experts_backward(&f);
+  op = experts(&g);
+  op.b_in = op.b_out = NULL;
+  CHECK(!moe_experts_forward(&op, &g.env) && !moe_experts_backward(&op, &g.env), "fails");
+  CHECK(!memcmp(f.y, g.y, 180 * sizeof(float)) && !memcmp(f.dx, g.dx, 180 * sizeof(float)),
+        "other bits than with biases of 0");
+  experts_fixture_free(&f);
+  experts_fixture_free(&g);
+}
+
 static void run_experts(void) {
   RUN(test_experts_layer_equals_pytorch);
   RUN(test_experts_equal_a_reference_and_differences);
@@ -563,4 +598,6 @@ static void run_experts(void) {
   RUN(test_experts_have_the_same_bits_everywhere);
   RUN(test_experts_do_not_depend_on_the_batch);
   RUN(test_experts_scratch_says_when_it_is_too_much);
+  RUN(test_experts_refuse_what_they_cannot_do);
+  RUN(test_experts_work_without_biases);
 }

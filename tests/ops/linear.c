@@ -256,6 +256,39 @@ static void test_linear_gives_the_same_bits_for_any_number_of_threads(void) {
 #endif
 }
 
+static void test_linear_refuses_what_it_cannot_do(void) {
+  static float panels[64], y[4], x[4];
+  moe_linear_op op;
+  moe_env env;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  moe_linear_op_init(&op);
+  CHECK(!moe_linear_forward(&op, &env) && !moe_linear_backward(&op, &env), "all sizes 0");
+  op.x = x, op.w = moe_mat_panels(panels, 4, 2), op.M = 1;
+  CHECK(moe_linear_forward(&op, &env) == MOE_E_ARGUMENT, "no output");
+  op.y = y;
+  CHECK(!moe_linear_forward(&op, &env), "panels");
+  op.dx = x, op.dy = y;
+  CHECK(moe_linear_backward(&op, &env) == MOE_E_ARGUMENT, "dx of packed weights");
+  op.w = moe_mat_rows(panels, 4, 2), op.M = -1;
+  CHECK(moe_linear_backward(&op, &env) == MOE_E_ARGUMENT, "M below 0");
+}
+
+static void test_linear_overwrites_dx_if_asked(void) {
+  float w[6], dy[4] = {1, -2, 0.5f, 3}, added[6] = {0}, written[6];
+  uint64_t state = 3;
+  moe_linear_op op;
+  moe_env env;
+  int i;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  for (i = 0; i < 6; ++i) w[i] = test_random(&state), written[i] = NAN;
+  moe_linear_op_init(&op);
+  op.w = moe_mat_rows(w, 2, 3), op.M = 2, op.dy = dy, op.dx = added;
+  CHECK(!moe_linear_backward(&op, &env), "fails");
+  op.dx = written, op.overwrite = 1;
+  CHECK(!moe_linear_backward(&op, &env), "fails");
+  CHECK(!memcmp(added, written, sizeof added), "other bits than from 0");
+}
+
 static void run_linear(void) {
   RUN(test_linear_forward_matches_double_for_packed_and_plain_weights);
   RUN(test_linear_backward_matches_double_and_accumulates);
@@ -264,4 +297,6 @@ static void run_linear(void) {
   RUN(test_linear_nothing_to_do_is_fine);
   RUN(test_gelu_forward_and_backward_match_double);
   RUN(test_linear_gives_the_same_bits_for_any_number_of_threads);
+  RUN(test_linear_refuses_what_it_cannot_do);
+  RUN(test_linear_overwrites_dx_if_asked);
 }

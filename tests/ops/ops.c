@@ -545,6 +545,47 @@ static void test_ops_cross_entropy_for_any_number_of_classes(void) {
         "NaN must stay visible");
 }
 
+/* ---- wrong sizes and options ---- */
+
+static void test_ops_refuse_sizes_and_options_out_of_range(void) {
+  moe_layernorm_op n = residual(70, 100, 0.2f, ops_keys);
+  moe_dropout_op d;
+  moe_embed_op e;
+  moe_env env;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  norm_inputs(70, 100);
+  ops_fill(ndelta, 7000, 6);
+  CHECK(!moe_layernorm_forward(&n, &env) && !moe_layernorm_backward(&n, &env), "the op itself");
+  n.M = 69;
+  CHECK(moe_layernorm_forward(&n, &env) == MOE_E_ARGUMENT, "sequences of more rows");
+  n.keys = NULL;
+  CHECK(!moe_layernorm_forward(&n, &env), "which matter to dropout alone");
+  n.M = -1;
+  CHECK(moe_layernorm_forward(&n, &env) == MOE_E_ARGUMENT, "M below 0");
+  n = residual(70, 100, 1, ops_keys);
+  CHECK(moe_layernorm_forward(&n, &env) == MOE_E_ARGUMENT, "dropout of everything");
+  n.dropout = NAN;
+  CHECK(moe_layernorm_forward(&n, &env) == MOE_E_ARGUMENT, "dropout is no number");
+  n = norm(0, 70, 100);
+  CHECK(moe_layernorm_forward(&n, &env) == MOE_E_ARGUMENT, "eps 0");
+  n = norm(1e-5f, 70, 100);
+  n.mean = NULL;
+  CHECK(moe_layernorm_forward(&n, &env) == MOE_E_ARGUMENT, "rstd without mean");
+  n.rstd = NULL;
+  CHECK(moe_layernorm_backward(&n, &env) == MOE_E_ARGUMENT, "backward without both");
+  moe_dropout_op_init(&d);
+  d.x = ops_nx, d.y = ops_ny, d.seq_start = starts, d.S = SEQUENCES, d.M = 70, d.H = 100;
+  CHECK(!moe_dropout_forward(&d, &env) && !memcmp(ops_nx, ops_ny, 28000), "no ops_keys: a copy");
+  d.dropout = -0.1f;
+  CHECK(moe_dropout_forward(&d, &env) == MOE_E_ARGUMENT, "dropout below 0");
+  moe_embed_op_init(&e);
+  CHECK(!moe_embed_forward(&e, &env), "all sizes 0");
+  e.x = ops_nx, e.seq_start = starts, e.S = SEQUENCES, e.M = 71, e.H = 100;
+  CHECK(moe_embed_forward(&e, &env) == MOE_E_ARGUMENT, "more rows than sequences have");
+  e.M = 70, e.S = -1;
+  CHECK(moe_embed_forward(&e, &env) == MOE_E_ARGUMENT, "S below 0");
+}
+
 static void run_ops(void) {
   RUN(test_ops_norm_matches_the_definition_in_double);
   RUN(test_ops_norm_has_the_same_bits_everywhere);
@@ -560,4 +601,5 @@ static void run_ops(void) {
   RUN(test_ops_embeddings_are_exact_sums_in_the_order_of_the_tokens);
   RUN(test_ops_cross_entropy_agrees_with_pytorch);
   RUN(test_ops_cross_entropy_for_any_number_of_classes);
+  RUN(test_ops_refuse_sizes_and_options_out_of_range);
 }
