@@ -16922,11 +16922,13 @@ struct moe_tokenizer {
   const char *vocab;
   uint32_t *start;  /* (words) where each word begins in vocab */
   uint16_t *length; /* (words) its bytes; 0: can never match */
-  uint32_t *slots;  /* hash table, open addressing: id + 1 in the lower 24 bits, 8 bits of the hash
-                       above; 0: free */
+  uint32_t *bucket; /* (mask + 2) the words of hash bucket b are entry[bucket[b]] to
+                       entry[bucket[b + 1] - 1] */
+  uint32_t *entry;  /* (words) id in the lower 24 bits, 8 bits of the hash above; a bucket is sorted
+                       by length, bytes, and from the last line to the first */
   uint32_t *bounds; /* (MOE__TEXT_BOUNDS) first code point * 16 + class, up to the next */
   moe__fold *folds; /* (MOE__TEXT_FOLDS) */
-  uint32_t mask;    /* number of slots - 1 */
+  uint32_t mask;    /* number of buckets - 1, a power of two - 1 */
   int32_t words, longest; /* longest: bytes of the longest word that can match */
   int32_t cased, owns_block;
   int32_t special[MOE__SPECIALS]; /* ids, -1: not in the vocabulary */
@@ -17196,29 +17198,49 @@ static int moe__reader_next(moe__reader *r) {
 
 enum { MOE__WORD_CHARACTERS = 100 };
 
-/* FNV-1a. A piece inside a word hashes as if written with its "##". */
+/* FNV-1a. A piece inside a word hashes as if written with its "##". Anyone can make words of one
+   hash, so a bucket may hold all words: it is sorted, and a search in it takes log2(words) steps. */
 static uint32_t moe__piece_hash(uint32_t h, const unsigned char *s, size_t n) {
   size_t i;
   for (i = 0; i < n; ++i) h = (h ^ s[i]) * 16777619u;
   return h;
 }
 
-enum { MOE__HASH_TAG_SHIFT = 24 };
+enum { MOE__ENTRY_ID = 0xffffff, MOE__ENTRY_TAG_SHIFT = 24, MOE__BUCKET_SCAN = 8 };
 static const uint32_t moe__hash_seed = 2166136261u;
 
-/* The id of prefix + s (n bytes) whose hash is h, or -1; *slot: where it is or could be put. */
-static int32_t moe__piece_find(const moe_tokenizer *t, uint32_t *slot, uint32_t h, size_t prefix,
+static uint32_t moe__piece_bucket(const moe_tokenizer *t, uint32_t h) {
+  return (h ^ h >> 15) & t->mask;
+}
+
+/* The order of a bucket: below 0 where word `id` comes before prefix + s (n bytes), 0: equal. */
+static int moe__piece_compare(const moe_tokenizer *t, uint32_t id, size_t prefix,
+                              const unsigned char *s, size_t n) {
+  const char *word = t->vocab + t->start[id];
+  size_t length = t->length[id];
+  int order;
+  if (length != prefix + n) return length < prefix + n ? -1 : 1;
+  order = memcmp(word, "##", prefix);
+  return order ? order : memcmp(word + prefix, s, n);
+}
+
+/* The id of prefix + s (n bytes) whose hash is h, or -1. Of equal words the first entry counts: the
+   last line. */
+static int32_t moe__piece_find(const moe_tokenizer *t, uint32_t h, size_t prefix,
                                const unsigned char *s, size_t n) {
-  uint32_t i = (h ^ h >> 15) & t->mask, tag = h >> MOE__HASH_TAG_SHIFT;
-  for (; t->slots[i]; i = (i + 1) & t->mask) {
-    int32_t id = (int32_t)(t->slots[i] & 0xffffffu) - 1;
-    const char *word = t->vocab + t->start[id];
-    if (t->slots[i] >> MOE__HASH_TAG_SHIFT != tag || t->length[id] != prefix + n) continue;
-    if (memcmp(word, "##", prefix) || memcmp(word + prefix, s, n)) continue;
-    *slot = i;
-    return id;
+  uint32_t b = moe__piece_bucket(t, h), first = t->bucket[b], end = t->bucket[b + 1];
+  while (end - first > MOE__BUCKET_SCAN) {
+    uint32_t middle = first + (end - first) / 2;
+    if (moe__piece_compare(t, t->entry[middle] & MOE__ENTRY_ID, prefix, s, n) < 0)
+      first = middle + 1;
+    else
+      end = middle + 1;
   }
-  *slot = i;
+  for (; first < end; ++first) {
+    uint32_t id = t->entry[first] & MOE__ENTRY_ID;
+    if (t->entry[first] >> MOE__ENTRY_TAG_SHIFT != h >> MOE__ENTRY_TAG_SHIFT) continue;
+    if (t->length[id] == prefix + n && !moe__piece_compare(t, id, prefix, s, n)) return (int32_t)id;
+  }
   return -1;
 }
 
@@ -17263,7 +17285,7 @@ static void moe__word_add(moe__word *w, int32_t c, size_t from) {
 /* The longest piece of the vocabulary at character i: its id and, in *end, the character after it;
    -1: none. */
 static int32_t moe__word_piece(const moe_tokenizer *t, const moe__word *w, int i, int *end) {
-  uint32_t hash[MOE__WORD_CHARACTERS + 1], slot;
+  uint32_t hash[MOE__WORD_CHARACTERS + 1];
   size_t prefix = i ? 2 : 0, start = w->byte[i];
   int last = i;
   hash[i] = moe__piece_hash(moe__hash_seed, (const unsigned char *)"##", prefix);
@@ -17271,8 +17293,7 @@ static int32_t moe__word_piece(const moe_tokenizer *t, const moe__word *w, int i
     hash[last + 1] =
         moe__piece_hash(hash[last], w->text + w->byte[last], w->byte[last + 1] - w->byte[last]);
   for (; last > i; --last) {
-    int32_t id =
-        moe__piece_find(t, &slot, hash[last], prefix, w->text + start, w->byte[last] - start);
+    int32_t id = moe__piece_find(t, hash[last], prefix, w->text + start, w->byte[last] - start);
     *end = last;
     if (id >= 0) return id;
   }
@@ -17454,7 +17475,7 @@ static size_t moe__vocab_lines(const char *vocab, size_t bytes) {
    becomes NULL. */
 static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout, const char *vocab,
                                         size_t bytes, const moe_env *env) {
-  size_t lines, slots = 16;
+  size_t lines, buckets = 16;
   moe_tokenizer *t;
   moe_tokenizer it;
   if (!vocab && bytes) return moe__fail(env, MOE_E_ARGUMENT, "vocabulary: the pointer is NULL");
@@ -17467,17 +17488,18 @@ static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout
   if (lines >= 0xffffff)
     return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu lines, at most 16777214 are possible",
                      lines);
-  while (slots < 2 * lines) slots *= 2;
+  while (buckets < lines) buckets *= 2;
   t = (moe_tokenizer *)moe__carve(layout, 1, sizeof *t);
   memset(&it, 0, sizeof it);
   it.start = (uint32_t *)moe__carve(layout, lines, sizeof *it.start);
   it.length = (uint16_t *)moe__carve(layout, lines, sizeof *it.length);
-  it.slots = (uint32_t *)moe__carve(layout, slots, sizeof *it.slots);
+  it.bucket = (uint32_t *)moe__carve(layout, buckets + 1, sizeof *it.bucket);
+  it.entry = (uint32_t *)moe__carve(layout, lines, sizeof *it.entry);
   it.bounds = (uint32_t *)moe__carve(layout, MOE__TEXT_BOUNDS, sizeof *it.bounds);
   it.folds = (moe__fold *)moe__carve(layout, MOE__TEXT_FOLDS, sizeof *it.folds);
   it.vocab = vocab;
   it.words = (int32_t)lines;
-  it.mask = (uint32_t)(slots - 1);
+  it.mask = (uint32_t)(buckets - 1);
   if (layout->bad)
     return moe__fail(env, MOE_E_MEMORY, "vocabulary: %zu lines do not fit into the address space",
                      lines);
@@ -17497,14 +17519,12 @@ MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, siz
   return status;
 }
 
-/* Enters every word into the hash table. Of words that occur twice the last line counts, as with
-   Hugging Face's reader. */
-static moe_status moe__tokenizer_fill(moe_tokenizer *t, size_t bytes, const moe_env *env) {
+/* Finds the words: a line each. */
+static moe_status moe__tokenizer_words(moe_tokenizer *t, size_t bytes, const moe_env *env) {
   const unsigned char *vocab = (const unsigned char *)t->vocab;
-  size_t at = 0, next, i, n;
+  size_t at = 0, next, n;
   int32_t id, c;
   for (id = 0; id < t->words; ++id, at = next + 1) {
-    uint32_t h, slot;
     for (next = at; next < bytes && vocab[next] != '\n';) {
       size_t taken = moe__utf8_read(&c, vocab + next, bytes - next);
       if (c == 0xfffd && !(taken == 3 && vocab[next] == 0xef)) /* which is U+FFFD itself */
@@ -17512,23 +17532,75 @@ static moe_status moe__tokenizer_fill(moe_tokenizer *t, size_t bytes, const moe_
       next += taken;
     }
     n = moe__vocab_trim(t->bounds, vocab + at, next - at);
+    if (n > 4 * MOE__WORD_CHARACTERS + 2) n = 0; /* longer than any word: it can never match */
     t->start[id] = (uint32_t)at;
-    t->length[id] = 0;
-    if (!n || n > 4 * MOE__WORD_CHARACTERS + 2)
-      continue; /* an empty line, or longer than any word */
     t->length[id] = (uint16_t)n;
     if ((int32_t)n > t->longest) t->longest = (int32_t)n;
-    h = moe__piece_hash(moe__hash_seed, vocab + at, n);
-    moe__piece_find(t, &slot, h, 0, vocab + at, n);
-    t->slots[slot] = (uint32_t)(id + 1) | h >> MOE__HASH_TAG_SHIFT << MOE__HASH_TAG_SHIFT;
   }
+  return MOE_OK;
+}
+
+static uint32_t moe__word_hash(const moe_tokenizer *t, int32_t id) {
+  return moe__piece_hash(moe__hash_seed, (const unsigned char *)t->vocab + t->start[id],
+                         t->length[id]);
+}
+
+/* Whether entry a comes before entry b in a bucket. Of equal words the last line comes first: it is
+   the one that counts, as with Hugging Face's reader. */
+static int moe__entry_before(const moe_tokenizer *t, uint32_t a, uint32_t b) {
+  uint32_t id = b & MOE__ENTRY_ID;
+  int order = moe__piece_compare(t, a & MOE__ENTRY_ID, 0,
+                                 (const unsigned char *)t->vocab + t->start[id], t->length[id]);
+  return order ? order < 0 : (a & MOE__ENTRY_ID) > id;
+}
+
+/* Heapsort: n log n steps whatever the words. */
+static void moe__bucket_sort(const moe_tokenizer *t, uint32_t *v, uint32_t n) {
+  uint32_t begin = n / 2, end = n;
+  while (end > 1) {
+    uint32_t i, child, x;
+    if (begin) {
+      x = v[--begin];
+    } else {
+      x = v[--end];
+      v[end] = v[0];
+    }
+    for (i = begin; (child = 2 * i + 1) < end; i = child) {
+      if (child + 1 < end && moe__entry_before(t, v[child], v[child + 1])) ++child;
+      if (!moe__entry_before(t, x, v[child])) break;
+      v[i] = v[child];
+    }
+    v[i] = x;
+  }
+}
+
+/* Counts the words of each bucket, then puts them in, from the end of each. */
+static void moe__tokenizer_hash(moe_tokenizer *t) {
+  uint32_t b, total = 0;
+  int32_t id;
+  memset(t->bucket, 0, ((size_t)t->mask + 2) * sizeof *t->bucket);
+  for (id = 0; id < t->words; ++id)
+    if (t->length[id]) ++t->bucket[moe__piece_bucket(t, moe__word_hash(t, id))];
+  for (b = 0; b <= t->mask; ++b) t->bucket[b] = total += t->bucket[b];
+  t->bucket[t->mask + 1] = total;
+  for (id = 0; id < t->words; ++id) {
+    uint32_t h = moe__word_hash(t, id);
+    if (t->length[id])
+      t->entry[--t->bucket[moe__piece_bucket(t, h)]] =
+          (uint32_t)id | h >> MOE__ENTRY_TAG_SHIFT << MOE__ENTRY_TAG_SHIFT;
+  }
+  for (b = 0; b <= t->mask; ++b)
+    moe__bucket_sort(t, t->entry + t->bucket[b], t->bucket[b + 1] - t->bucket[b]);
+}
+
+static moe_status moe__tokenizer_specials(moe_tokenizer *t, const moe_env *env) {
+  int i;
   for (i = 0; i < MOE__SPECIALS; ++i) {
     const unsigned char *name = (const unsigned char *)moe__special_names[i];
-    uint32_t slot;
-    n = strlen(moe__special_names[i]);
-    t->special[i] = moe__piece_find(t, &slot, moe__piece_hash(moe__hash_seed, name, n), 0, name, n);
+    size_t n = strlen(moe__special_names[i]);
+    t->special[i] = moe__piece_find(t, moe__piece_hash(moe__hash_seed, name, n), 0, name, n);
     if (t->special[i] < 0 && i <= MOE__SEP)
-      return moe__fail(env, MOE_E_FORMAT, "vocabulary: no line of the %d is %s", (int)t->words,
+      return moe__fail(env, MOE_E_FORMAT, "vocabulary: none of its %d lines is %s", (int)t->words,
                        moe__special_names[i]);
   }
   return MOE_OK;
@@ -17557,8 +17629,10 @@ MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t b
   moe__text_unpack_classes(t->bounds);
   moe__text_unpack_folds(t->folds);
   for (c = 0; c < 128; ++c) t->ascii[c] = (uint8_t)moe__text_search(t->bounds, c);
-  memset(t->slots, 0, ((size_t)t->mask + 1) * sizeof *t->slots);
-  status = moe__tokenizer_fill(t, vocab_bytes, env);
+  status = moe__tokenizer_words(t, vocab_bytes, env);
+  if (status) return status;
+  moe__tokenizer_hash(t);
+  status = moe__tokenizer_specials(t, env);
   if (!status) *out = t;
   return status;
 }

@@ -1,4 +1,5 @@
 /* WordPiece against Hugging Face `tokenizers` (golden/text.py), its statuses, and random bytes. */
+#include <time.h>
 #include "golden/text.h"
 
 /* ---- the vocabulary and the random cases of golden/text.py ---- */
@@ -429,15 +430,106 @@ static void check_vocabulary(const char *vocab, size_t bytes, const char *senten
 }
 
 static void test_text_refuses_damaged_vocabularies(void) {
-  check_vocabulary("", 0, "vocabulary: no line of the 0 is [UNK]");
+  check_vocabulary("", 0, "vocabulary: none of its 0 lines is [UNK]");
   CHECK_STATE();
-  check_vocabulary("[UNK]\n[SEP]\na", 13, "vocabulary: no line of the 3 is [CLS]");
+  check_vocabulary("[UNK]\n[SEP]\na", 13, "vocabulary: none of its 3 lines is [CLS]");
   CHECK_STATE();
-  check_vocabulary("[UNK]\n[CLS]\n[sep]\n", 18, "vocabulary: no line of the 3 is [SEP]");
+  check_vocabulary("[UNK]\n[CLS]\n[sep]\n", 18, "vocabulary: none of its 3 lines is [SEP]");
   CHECK_STATE();
   check_vocabulary("[UNK]\n[CLS]\n[SEP]\na\377\n", 21, "vocabulary: line 4 is not UTF-8");
   CHECK_STATE();
   check_vocabulary("[UNK]\n[CLS]\n\342\202\n[SEP]\n", 21, "vocabulary: line 3 is not UTF-8");
+}
+
+/* ---- words of one hash ---- */
+
+enum { FLOOD_BITS = 15, FLOOD_BLOCK = 6, FLOOD_TRIES = 1 << 18 };
+typedef struct candidate {
+  uint32_t hash;
+  char block[FLOOD_BLOCK];
+} candidate;
+
+static int by_hash(const void *a, const void *b) {
+  uint32_t x = ((const candidate *)a)->hash, y = ((const candidate *)b)->hash;
+  return x < y ? -1 : x > y;
+}
+
+/* Two blocks of letters that take FNV-1a from state *h to one and the same state, the new *h. */
+static int collide(char pair_[2][FLOOD_BLOCK], uint32_t *h, uint64_t *state) {
+  candidate *c = (candidate *)malloc(FLOOD_TRIES * sizeof *c);
+  int i, k, found_one = 0;
+  if (!c) exit(1);
+  for (i = 0; i < FLOOD_TRIES; ++i) {
+    for (k = 0; k < FLOOD_BLOCK; ++k) c[i].block[k] = (char)('a' + text_draw(state, 26));
+    c[i].hash = moe__piece_hash(*h, (const unsigned char *)c[i].block, FLOOD_BLOCK);
+  }
+  qsort(c, FLOOD_TRIES, sizeof *c, by_hash);
+  for (i = 1; i < FLOOD_TRIES && !found_one; ++i) {
+    if (c[i].hash != c[i - 1].hash || !memcmp(c[i].block, c[i - 1].block, FLOOD_BLOCK)) continue;
+    memcpy(pair_[0], c[i].block, FLOOD_BLOCK);
+    memcpy(pair_[1], c[i - 1].block, FLOOD_BLOCK);
+    *h = c[i].hash;
+    found_one = 1;
+  }
+  free(c);
+  return found_one;
+}
+
+static char flood_blocks[FLOOD_BITS][2][FLOOD_BLOCK];
+
+/* Word number i: all have one hash (flood), or random letters. */
+static void flood_word(char *word, uint32_t i, int flood, uint64_t *state) {
+  int k;
+  for (k = 0; k < FLOOD_BITS; ++k) memcpy(word + k * FLOOD_BLOCK, flood_blocks[k][i >> k & 1], 6);
+  for (k = 0; k < FLOOD_BITS * FLOOD_BLOCK && !flood; ++k)
+    word[k] = (char)('a' + text_draw(state, 26));
+}
+
+/* A tokenizer of 2^15 such words, and the seconds that it took. */
+static double flood_make(fixture *f, int flood, uint64_t *state) {
+  char word[FLOOD_BITS * FLOOD_BLOCK + 1];
+  uint32_t i;
+  clock_t begin;
+  memset(f, 0, sizeof *f);
+  put(&f->vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
+  word[sizeof word - 1] = '\n';
+  for (i = 0; i < 1u << FLOOD_BITS; ++i) {
+    flood_word(word, i, flood, state);
+    put(&f->vocab, word, sizeof word);
+  }
+  put(&f->vocab, f->vocab.s + 18, sizeof word); /* the first once more: the last line counts */
+  begin = clock();
+  if (make(f, 0, NULL)) return -1;
+  return (double)(clock() - begin) / CLOCKS_PER_SEC;
+}
+
+static void test_text_is_not_slow_with_words_of_one_hash(void) {
+  fixture flood, plain;
+  uint64_t state = 21;
+  uint32_t h = moe__hash_seed, i;
+  char word[FLOOD_BITS * FLOOD_BLOCK];
+  double slow, usual;
+  int k;
+  for (k = 0; k < FLOOD_BITS; ++k) CHECK(collide(flood_blocks[k], &h, &state), "block %d", k);
+  slow = flood_make(&flood, 1, &state);
+  usual = flood_make(&plain, 0, &state);
+  CHECK(slow >= 0 && usual >= 0, "%s", said);
+  for (i = 0; i < 1u << FLOOD_BITS; i += 331) {
+    flood_word(word, i, 1, &state);
+    CHECK(moe__piece_hash(moe__hash_seed, (const unsigned char *)word, sizeof word) == h, "hash");
+    CHECK(!encode(flood.t, word, sizeof word, NULL, 0, 8, MOE_TRUNCATE_LONGEST) &&
+              found.tokens.count == 3 &&
+              found.ids[1] == (i ? (int32_t)i + 3 : (1 << FLOOD_BITS) + 3),
+          "word %d is %d", (int)i, (int)found.ids[1]);
+  }
+  word[3] = (char)(word[3] == 'z' ? 'a' : word[3] + 1);
+  CHECK(!encode(flood.t, word, sizeof word, NULL, 0, 8, MOE_TRUNCATE_LONGEST) && found.ids[1] == 0,
+        "not a word");
+  printf("        2^%d words of one hash take %.0f ms, others %.0f\n", FLOOD_BITS, 1e3 * slow,
+         1e3 * usual);
+  CHECK(slow < 20 * usual + 0.1, "%g s against %g", slow, usual);
+  release(&flood);
+  release(&plain);
 }
 
 static void test_text_survives_any_vocabulary(void) {
@@ -569,6 +661,7 @@ static void run_text(void) {
   RUN(test_text_keeps_its_promises_on_random_bytes);
   RUN(test_text_reads_long_texts_in_linear_time_without_memory);
   RUN(test_text_refuses_damaged_vocabularies);
+  RUN(test_text_is_not_slow_with_words_of_one_hash);
   RUN(test_text_survives_any_vocabulary);
   RUN(test_text_reads_a_vocabulary_as_hugging_face_does);
   RUN(test_text_refuses_wrong_arguments);
