@@ -493,28 +493,30 @@ MOE_API int32_t moe_processors(void);
      status = moe_linear_backward(&op, &env);
    Forward writes the outputs, the first fields of a struct. Backward reads the same struct, with
    the outputs as forward left them, and adds to the gradients. Call _init first: it sets every
-   field, most to zero.
-     Gradients  The gradient of an array has its name after a d. Gradients accumulate: clear them
-                before the first backward. Where a comment says `overwritten`, they do not.
-     NULL       An output or a gradient that is NULL is not computed.
+   field, most of them to zero.
+     Gradients  d and a name is the gradient of that array. Gradients accumulate: clear them before
+                the first backward. The comment of a field says where one is overwritten instead.
+     NULL       A gradient that is NULL is not computed. Other arrays may be NULL where the comment
+                of the field says so.
      seq_start  (S+1) sequence s is rows seq_start[s] to seq_start[s+1] - 1 of M; seq_start[0] is 0
                 and seq_start[S] is M.
      keys       (S) a key of moe_key for each sequence, which decides what its dropout takes. NULL:
                 no dropout. Backward needs the same keys.
-     Sums over tokens run in the order of the tokens: micro-batches give the bits of one batch.
+     Sums       Sums over tokens run in the order of the tokens: micro-batches give the bits of one
+                batch.
      Status     MOE_OK, or MOE_E_ARGUMENT with a sentence to env.log where a size or an option is
-                outside its range; nothing is written then. What is in the arrays is not checked:
-                ids, segments, seq_start, gate_of and forced experts must be in range.
+                outside its range; nothing is written then. Elements of arrays are not checked: ids,
+                segments, seq_start, gate_of and forced experts must be in range.
    Sizes may be 0. Arrays need the alignment of a float and no more. They must not overlap unless a
    comment allows it. Nothing is allocated. */
 
 typedef enum moe_layout {
   MOE_LAYOUT_ROWS,  /* (rows, cols) row-major, as in files */
-  MOE_LAYOUT_PANELS /* panels of 16 rows: element (j, p) at ((j/16)*cols + p)*16 + j%16, missing
-                       rows are zeros */
+  MOE_LAYOUT_PANELS /* panels of 16 rows: element (j, p) is at ((j/16)*cols + p)*16 + j%16; the
+                       rows that the last panel lacks are zeros */
 } moe_layout;
 
-/* A weight as a product sees it: `rows` outputs, `cols` inputs. */
+/* A view of the weights of a product: `rows` outputs, `cols` inputs. It holds pointers only. */
 typedef struct moe_mat {
   const void *data;
   const float *scale; /* one for each row (int8), else NULL */
@@ -523,7 +525,7 @@ typedef struct moe_mat {
   moe_layout layout;
 } moe_mat;
 
-/* A view of float weights (rows, cols) as they lie in a file. */
+/* A view of float weights (rows, cols), as in a file. */
 MOE_API moe_mat moe_mat_rows(const float *w, int32_t rows, int32_t cols);
 /* A view of weights packed by moe_pack. */
 MOE_API moe_mat moe_mat_panels(const float *panels, int32_t rows, int32_t cols);
@@ -533,31 +535,29 @@ MOE_API size_t moe_pack_floats(int32_t rows, int32_t cols);
 MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols,
                       const moe_env *env);
 
-/* int8: w = scale q, a scale for each row (max |w| / 127) and integers -127 .. 127, rounded to the
-   nearest. cols at most MOE_INT8_COLS. A row with an infinity or NaN in it gets the scale NaN, one
-   below 1e-36 throughout the scale 0; their integers are 0. q (rows, cols), scale (rows). */
+/* int8 weights: w = scale q. Each row has a scale, max |w| / 127, and integers q from -127 to 127,
+   rounded to the nearest. A row with an infinity or NaN gets the scale NaN; a row whose elements
+   are all below 1e-36 gets the scale 0; their integers are 0. q (rows, cols), scale (rows). cols is
+   at most MOE_INT8_COLS. */
 #define MOE_INT8_COLS 65536
 MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows, int32_t cols,
                           const moe_env *env);
-/* Views of int8 weights for moe_linear_forward and moe_experts_forward:
-   rows as they lie in a file, or panels packed by moe_pack_int8. Each row of x is quantised in the
-   same way on its way in, the sums are integers, and the bits of a result depend neither on the
-   layout nor on the instruction set. Like all views they hold pointers only; no backward goes
-   through them. */
+/* Views of int8 weights, for forward only: rows as in a file, or panels packed by moe_pack_int8.
+   Each row of x is quantised in the same way on its way in, and the sums are integers: the bits of
+   a result depend neither on the layout nor on the instruction set. */
 MOE_API moe_mat moe_mat_rows_int8(const int8_t *w, const float *scale, int32_t rows, int32_t cols);
 MOE_API moe_mat moe_mat_panels_int8(const void *panels, const float *scale, int32_t rows,
                                     int32_t cols);
-/* Bytes that moe_pack_int8 writes; its layout is of one machine, never of a file. */
+/* Bytes that moe_pack_int8 writes. The layout depends on the machine: do not store it. */
 MOE_API size_t moe_pack_int8_bytes(int32_t rows, int32_t cols);
 MOE_API void moe_pack_int8(void *panels, const int8_t *w, int32_t rows, int32_t cols,
                            const moe_env *env);
 
-/* bf16: float weights (rows, cols) rounded and packed for products with bf16 operands, and the view
-   of them for moe_linear_forward and moe_experts_forward. Where
-   env.precision asks for bf16, float weights will do as well, with the same bits, and are rounded
-   on the way in: forward is faster with these. */
+/* bf16 weights, for forward only: float weights (rows, cols) rounded and packed. Where
+   env.precision is MOE_TYPE_BF16, float weights give the same bits, but each call rounds them
+   again. */
 MOE_API moe_mat moe_mat_panels_bf16(const void *panels, int32_t rows, int32_t cols);
-/* Bytes that moe_pack_bf16 writes; its layout is of one machine, never of a file. */
+/* Bytes that moe_pack_bf16 writes. The layout depends on the machine: do not store it. */
 MOE_API size_t moe_pack_bf16_bytes(int32_t rows, int32_t cols);
 MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t cols,
                            const moe_env *env);
@@ -566,7 +566,7 @@ MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t c
    Backward, dy being the gradient of y (moe_gelu_backward makes it from that of act):
      dx += dy W, dw += dy^T x, db += the sum of the rows of dy. */
 typedef struct moe_linear_op {
-  float *y, *act; /* (M, w.rows) forward needs one of them, or both */
+  float *y, *act; /* (M, w.rows) either may be NULL, not both */
   const float *x; /* (M, w.cols) */
   moe_mat w;      /* any view in forward; backward needs float weights in rows layout for dx */
   const float *b; /* (w.rows), or NULL */
@@ -574,7 +574,7 @@ typedef struct moe_linear_op {
   float *dx, *dw, *db; /* like x, (w.rows, w.cols), (w.rows) */
   const float *dy;     /* (M, w.rows) */
   int32_t overwrite;   /* 1: dx is overwritten */
-  moe_mat w_back;      /* the library's own: w packed for dx in bf16; data NULL: none */
+  moe_mat w_back;      /* for the library's own use: w packed for dx in bf16; data NULL: none */
 } moe_linear_op;
 MOE_API void moe_linear_op_init(moe_linear_op *op);
 MOE_API moe_status moe_linear_forward(const moe_linear_op *op, const moe_env *env);
@@ -585,7 +585,7 @@ MOE_API moe_status moe_linear_backward(const moe_linear_op *op, const moe_env *e
 /* Exact GELU: y = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2. */
 MOE_API void moe_gelu_forward(float *y, const float *x, size_t n, const moe_env *env);
 #ifndef MOE_NO_TRAIN
-/* dx += dy (Phi(x) + x phi(x)), phi the density of the normal distribution. x as it went into
+/* dx += dy (Phi(x) + x phi(x)), phi the density of the normal distribution. x: the input of
    forward. */
 MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_t n,
                                const moe_env *env);
@@ -623,11 +623,12 @@ MOE_API moe_status moe_layernorm_forward(const moe_layernorm_op *op, const moe_e
 MOE_API moe_status moe_layernorm_backward(const moe_layernorm_op *op, const moe_env *env);
 #endif
 
-/* Random numbers are a function of a key and a position. A key for a place in the network: */
+/* Random numbers are a function of a key and a position. This is the key of a place in the network.
+ */
 MOE_API uint64_t moe_key(uint64_t seed, uint64_t step, uint64_t sequence, uint32_t layer,
                          uint32_t site);
-/* Inverted dropout: y[i] = x[i] / (1 - p), or 0 with probability p, decided by key and i modulo
-   2^32. 0 <= p < 1. x and y may be the same. Its backward is the same function on dy. */
+/* Inverted dropout: y[i] is 0 with probability p, else x[i] / (1 - p). The key and i modulo 2^32
+   decide. 0 <= p < 1. x and y may be the same. Its backward is the same function on dy. */
 MOE_API void moe_dropout(float *y, const float *x, size_t n, float p, uint64_t key,
                          const moe_env *env);
 
@@ -695,8 +696,8 @@ MOE_API moe_status moe_attention_backward(const moe_attention_op *op, const moe_
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training,
                                      const moe_env *env);
 
-/* Softmax of C logits into prob (C), and the cross-entropy -log prob[label] [TaG] Eq. 7 and 9. prob
-   may be NULL or logits. C >= 1, 0 <= label < C: no label means "ignore this". */
+/* Returns the cross-entropy -log prob[label] of C logits, prob = softmax(logits) [TaG] Eq. 7 and 9.
+   prob (C) may be NULL, or logits itself. C >= 1, 0 <= label < C; no label means "ignore". */
 MOE_API float moe_cross_entropy_forward(float *prob, const float *logits, int32_t label, int32_t C);
 /* dlogits += scale (prob - onehot(label)). */
 MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32_t label,
@@ -753,7 +754,7 @@ MOE_API void moe_route_options_init(moe_route_options *options);
 typedef struct moe_route_op {
   moe_routes *routes;     /* sizes M, N, k in, routes out */
   float *logits;          /* (M, N) kept for backward */
-  float *loss;            /* one number: balance loss + z-loss, coefficients applied */
+  float *loss;            /* one number: balance loss + z-loss, coefficients applied; or NULL */
   const float *x;         /* (M, H) */
   const float *gates;     /* (G, N, H) */
   const int32_t *gate_of; /* (S) the gate of each sequence, 0 to G - 1 */
@@ -780,23 +781,24 @@ MOE_API moe_status moe_route_backward(const moe_route_op *op, const moe_env *env
    N = 1 and weight 1, dweight is 0: nothing depends on it. */
 typedef struct moe_experts_op {
   float *y;       /* (M, H) */
-  float *pre, *e; /* kept for backward, both or neither NULL, rows in the order of routes->order:
-                     (M k, F) input of GELU, (M k, H) output of the experts */
+  float *pre, *e; /* kept for backward, or both NULL; rows in the order of routes->order: (M k, F)
+                     input of GELU, (M k, H) output of the experts */
   const float *x; /* (M, H) */
   const moe_routes *routes;
   const moe_mat *in, *out;                 /* (N) weights (F, H) and (H, F), any view */
-  const float *const *b_in, *const *b_out; /* (N) biases (F) and (H), each may be NULL */
+  const float *const *b_in, *const *b_out; /* (N) biases (F) and (H); an array or an element of it
+                                              may be NULL */
   int32_t N, H, F;                         /* N as in routes */
   float *scratch;                          /* moe_experts_scratch floats */
   float *dx;                               /* (M, H) */
   float *dweight;                          /* (M, k) overwritten */
-  float *const *d_in, *const *d_b_in;      /* (N) gradients of in and b_in, each may be NULL, and */
-  float *const *d_out, *const *d_b_out;    /* those of out and b_out; an array may be NULL, too */
-  const float *dy;                         /* (M, H) */
+  float *const *d_in, *const *d_b_in;   /* (N) gradients of in and b_in; an array or an element */
+  float *const *d_out, *const *d_b_out; /* of it may be NULL. The same of out and b_out */
+  const float *dy;                      /* (M, H) */
   const float *const *w_in, *const *w_out; /* (N) float weights in rows layout, for backward; NULL:
                                               in and out are in rows layout themselves */
-  const moe_mat *in_back, *out_back; /* the library's own: (N) see w_back of moe_linear_op; NULL:
-                                        none */
+  const moe_mat *in_back, *out_back; /* for the library's own use: (N) as w_back of moe_linear_op;
+                                        NULL: none */
 } moe_experts_op;
 MOE_API void moe_experts_op_init(moe_experts_op *op);
 MOE_API moe_status moe_experts_forward(const moe_experts_op *op, const moe_env *env);
