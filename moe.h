@@ -72,6 +72,7 @@
      MOE_NO_THREADS        no built-in pool; parallel_for of the caller still works
      MOE_NO_TRAIN          no gradients, optimizer, sampler, trainer
      MOE_NO_TEXT           no tokenizer, no text functions
+     MOE_NO_BF16           no products with bf16 operands
      MOE_NO_SIMD           scalar code only, no intrinsics
      MOE_USE_BLIS          float products through BLIS (link -lblis; no header needed) where its
                            kernels are the better ones
@@ -123,11 +124,11 @@
      >>gemm_run      products over threads; packed weights
      >>backend       products by another library, BLIS
      >>amx           tiles of AMX: who may use them, what their kernels share
-     >>int8          products with weights of 8 bits: what they are, in plain C
-     >>int8_x86      kernels with weights of 8 bits: what they share, AVX2, AVX-512, VNNI, AMX
-     >>int8_neon     kernels with weights of 8 bits: NEON
-     >>int8_run      products with weights of 8 bits over threads; packing, quantising
-     >>bf16          products with bf16 operands: what they are, in plain C
+     >>int8          products with int8 weights: what they are, plain C
+     >>int8_x86      kernels with int8 weights: what they share, AVX2, AVX-512, VNNI, AMX
+     >>int8_neon     kernels with int8 weights: NEON
+     >>int8_run      products with int8 weights over threads; packing, quantising
+     >>bf16          products with bf16 operands: what they are, plain C
      >>bf16_x86      kernels with bf16 operands: AVX-512, vdpbf16ps, AMX
      >>bf16_run      products with bf16 operands over threads; packing
      >>linear        linear layers and GELU
@@ -555,6 +556,7 @@ MOE_API size_t moe_pack_int8_bytes(int32_t rows, int32_t cols);
 MOE_API void moe_pack_int8(void *panels, const int8_t *w, int32_t rows, int32_t cols,
                            const moe_env *env);
 
+#ifndef MOE_NO_BF16
 /* bf16 weights, for forward only: float weights (rows, cols) rounded and packed. Where
    env.precision is MOE_TYPE_BF16, float weights give the same bits, but each call rounds them
    again. */
@@ -563,6 +565,7 @@ MOE_API moe_mat moe_mat_panels_bf16(const void *panels, int32_t rows, int32_t co
 MOE_API size_t moe_pack_bf16_bytes(int32_t rows, int32_t cols);
 MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t cols,
                            const moe_env *env);
+#endif
 
 /* Linear layer: y = x W^T + b, act = GELU(y), the inner half of an expert [TaG] Eq. 1.
    Backward, dy being the gradient of y (moe_gelu_backward makes it from that of act):
@@ -2054,6 +2057,16 @@ static void moe__sort(void *items, size_t n, int (*less)(const void *items, size
   }
 }
 
+/* Whether large products take bf16 operands (>>bf16). */
+static int moe__wants_bf16(const moe_env *env) {
+#ifdef MOE_NO_BF16
+  (void)env;
+  return 0;
+#else
+  return env->precision == MOE_TYPE_BF16;
+#endif
+}
+
 static int32_t moe__min(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t moe__max(int32_t a, int32_t b) { return a > b ? a : b; }
 
@@ -3526,8 +3539,8 @@ static void moe__scalar_add_rows(float *sum, const float *x, size_t ld, size_t n
     for (j = 0; j < n; ++j) sum[j] += x[p * ld + j];
 }
 
-/* The definition, in plain C: one row and up to 16 columns, whose chains run side by side. Element j
-   of B at step p lies at b[p b_step + j b_col]. */
+/* The definition, in plain C: one row and up to 16 columns, whose chains run side by side. Element
+   j of B at step p lies at b[p b_step + j b_col]. */
 static void moe__plain_chains(float *c, const float *start, const float *a, size_t a_col,
                               const float *b, size_t b_step, size_t b_col, size_t k,
                               size_t columns) {
@@ -3551,8 +3564,8 @@ static const float *moe__plain_b(const moe__gemm *g, size_t j, size_t *b_step, s
   return g->b + j * (g->b_layout == MOE__B_PANELS ? (size_t)g->k : *b_col);
 }
 
-/* Rows i0 .. i1-1 and columns j0 .. j1-1 of a product, j0 a multiple of 16: in plain C nothing needs
-   to be packed or copied. */
+/* Rows i0 .. i1-1 and columns j0 .. j1-1 of a product, j0 a multiple of 16: in plain C nothing
+   needs to be packed or copied. */
 static void moe__plain_gemm(const moe__gemm *g, size_t i0, size_t i1, size_t j0, size_t j1) {
   size_t i, j, columns, b_step, b_col;
   for (j = j0; j < j1; j += columns) {
@@ -4472,7 +4485,9 @@ static void moe__gemm_work_tile(void *arg, int32_t tile, int32_t slot) {
 }
 
 static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env); /* >>int8 */
+#ifndef MOE_NO_BF16
 static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *env); /* >>bf16 */
+#endif
 static int moe__backend_run(const moe__gemm *list, int32_t count,
                             const moe_env *env); /* >>backend */
 
@@ -4486,10 +4501,12 @@ static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *e
     moe__int8_run(list, count, env);
     return;
   }
-  if (count && (env->precision == MOE_TYPE_BF16 || list->b_layout == MOE__B_PAIRS)) {
+#ifndef MOE_NO_BF16
+  if (count && (moe__wants_bf16(env) || list->b_layout == MOE__B_PAIRS)) {
     moe__bf16_run(list, count, env);
     return;
   }
+#endif
   if (env->backend && moe__backend_run(list, count, env)) return;
   work.list = list;
   work.kernels = MOE__V_PICK(env->isa, gemms);
@@ -4847,7 +4864,7 @@ static void moe__amx_leave(void) { MOE__TILE_RELEASE(); }
   { NULL, f, f, f, f, f, f, f, f }
 #endif
 
-/* ---- products with weights of 8 bits: what they are, in plain C ---- >>int8 */
+/* ---- products with int8 weights: what they are, plain C ---- >>int8 */
 
 /* y = x W^T + b with 8-bit integers on both sides: W once and for all, with a scale for each
    output; x row by row on its way in. The scale of a row is max |x| / 127, its integers are x (127
@@ -4864,11 +4881,10 @@ static void moe__amx_leave(void) { MOE__TILE_RELEASE(); }
    that adds too much. */
 
 enum {
-  MOE__INT8_MC = 32, /* rows that are quantised at a time: they stay in the first-level cache, the
-                        panels stream by */
-  MOE__INT8_BUFFER = 1 << 16, /* bytes of those rows: fewer than MOE__INT8_MC where they are long */
-  MOE__INT8_ROWS = 8,         /* most rows (but on tiles: 32) and panels that a kernel takes */
-  MOE__INT8_PANELS = 4
+  MOE__INT8_ROWS = 8, /* most rows (but on tiles: 32) and panels that a kernel takes */
+  MOE__INT8_PANELS = 4,
+  MOE__INT8_MC = 32 /* rows of a tile of work: quantised, they stay in the first-level cache while
+                       the panels stream by */
 };
 
 /* What a kernel is given: rows x (x_row bytes apart) times a few panels, for `columns` outputs. */
@@ -4891,11 +4907,11 @@ typedef void (*moe__int8_fn)(const moe__int8_block *b);
 
 typedef struct moe__int8_kernels {
   moe__int8_fn fn[MOE__INT8_PANELS + 1][MOE__INT8_ROWS + 1]; /* [panels][rows, 8 for all above] */
-  int rows[MOE__INT8_PANELS + 1]; /* most rows for so many panels, 0: none */
+  int rows[MOE__INT8_PANELS + 1]; /* most rows for so many panels, 0: none, as in plain C */
   unsigned flip;                  /* 0x80 where x is unsigned: 128 is added */
   /* q[i] = x[i] as an integer, ^ flip; returns the scale */
   float (*quantize)(unsigned char *q, const float *x, size_t n, unsigned flip);
-  /* sum[v] = x w[v ld ..] for v = 0 .. 3, both signed */
+  /* sum[v] = x w[v ld ..] for v = 0 .. 3, both signed; NULL in plain C */
   void (*dot4)(int32_t sum[4], const unsigned char *x, const signed char *w, size_t ld, size_t k);
   /* at the end of a tile of work; of kernels on tiles of AMX, else NULL: rows of x are made for
      them, see moe__int8_lines */
@@ -4918,54 +4934,94 @@ static float moe__int8_scale(uint32_t top, float *factor) {
   return most / 127.0f;
 }
 
-static float moe__scalar_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {
+/* The bits of max |x|; infinities and NaN are the largest. */
+static uint32_t moe__scalar_int8_top(const float *x, size_t n) {
   uint32_t top = 0, u;
-  float scale, factor;
   size_t i;
   for (i = 0; i < n; ++i) {
     u = moe__bits(x[i]) & 0x7fffffffu;
     if (u > top) top = u;
   }
-  scale = moe__int8_scale(top, &factor);
+  return top;
+}
+
+/* q[i] = x[i] factor as an integer, ^ flip; all 0 where the factor is. */
+static void moe__scalar_int8_round(unsigned char *q, const float *x, size_t n, float factor,
+                                   unsigned flip) {
+  size_t i;
   if (!(factor > 0)) {
     memset(q, (int)flip, n);
-    return scale;
+    return;
   }
   for (i = 0; i < n; ++i) {
     float t = x[i] * factor;
     q[i] = (unsigned char)(((moe__bits(t + MOE__ROUND) - MOE__ROUND_BITS) ^ flip) & 255u);
   }
+}
+
+static float moe__scalar_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {
+  float factor, scale = moe__int8_scale(moe__scalar_int8_top(x, n), &factor);
+  moe__scalar_int8_round(q, x, n, factor, flip);
   return scale;
 }
 
-static void moe__scalar_int8_dot4(int32_t sum[4], const unsigned char *x, const signed char *w,
-                                  size_t ld, size_t k) {
-  size_t v, p;
-  for (v = 0; v < 4; ++v) {
-    sum[v] = 0;
-    for (p = 0; p < k; ++p) sum[v] += (int32_t)(signed char)x[p] * w[v * ld + p];
+static const moe__int8_kernels moe__scalar_int8 = {{{NULL}}, {0}, 0, moe__scalar_int8_quantize,
+                                                   NULL,     NULL};
+
+/* The weights of output j from input p on, a multiple of 4: four neighbours, the next four `step`
+   bytes further. */
+static const signed char *moe__plain_int8_w(const moe_mat *w, size_t j, size_t p, size_t *step) {
+  const signed char *data = (const signed char *)w->data;
+  size_t k = (size_t)w->cols;
+  *step = w->layout == MOE_LAYOUT_PANELS ? 64 : 4;
+  return w->layout == MOE_LAYOUT_PANELS ? data + j / 16 * moe__int8_panel(k) + p * 16 + j % 16 * 4
+                                        : data + j * k + p;
+}
+
+/* A part of S for one output: the sum over n inputs. */
+static int32_t moe__plain_int8_sum(const unsigned char *x, const signed char *w, size_t step,
+                                   size_t n) {
+  const signed char *q = (const signed char *)(const void *)x;
+  int32_t sum = 0;
+  size_t p;
+  for (; n >= 4; n -= 4, q += 4, w += step)
+    sum += q[0] * w[0] + q[1] * w[1] + q[2] * w[2] + q[3] * w[3];
+  for (p = 0; p < n; ++p) sum += q[p] * w[p];
+  return sum;
+}
+
+enum { MOE__INT8_CHUNK = 512 }; /* inputs that plain C quantises at a time */
+
+/* The definition, in plain C: rows i0 .. i1-1 and columns j0 .. j1-1. x is quantised chunk by chunk
+   to spare the stack, so long rows once for every 64 outputs. */
+static void moe__plain_int8(const moe__gemm *g, size_t i0, size_t i1, size_t j0, size_t j1) {
+  const moe_mat *w = g->quantized;
+  unsigned char q[MOE__INT8_CHUNK];
+  int32_t sum[64];
+  size_t k = (size_t)g->k, i, j, p, v, n, depth, step;
+  for (i = i0; i < i1; ++i) {
+    const float *x = g->a + i * g->a_row;
+    float factor, scale = moe__int8_scale(moe__scalar_int8_top(x, k), &factor);
+    for (j = j0; j < j1; j += n) {
+      float *c = g->c + i * g->c_row + j;
+      n = j1 - j < 64 ? j1 - j : 64;
+      memset(sum, 0, sizeof sum);
+      for (p = 0; p < k; p += depth) {
+        depth = k - p < MOE__INT8_CHUNK ? k - p : (size_t)MOE__INT8_CHUNK;
+        if (j == j0 || k > MOE__INT8_CHUNK) moe__scalar_int8_round(q, x + p, depth, factor, 0);
+        for (v = 0; v < n; ++v) {
+          const signed char *from = moe__plain_int8_w(w, j + v, p, &step);
+          sum[v] += moe__plain_int8_sum(q, from, step, depth);
+        }
+      }
+      for (v = 0; v < n; ++v)
+        c[v] = moe__fmaf((float)sum[v], scale * w->scale[j + v], g->bias ? g->bias[j + v] : 0.0f);
+      if (g->gelu) moe__scalar_gelu(g->gelu + i * g->c_row + j, c, g->c_row, 1, n);
+    }
   }
 }
 
-static void moe__scalar_int8_1x1(const moe__int8_block *b) {
-  size_t j, p;
-  for (j = 0; j < b->columns; ++j) {
-    int32_t sum = 0;
-    for (p = 0; p < 4 * b->steps; ++p)
-      sum += (int32_t)(signed char)b->x[p] * b->panels[(p / 4 * 16 + j) * 4 + p % 4];
-    b->c[j] = moe__fmaf((float)sum, b->x_scale[0] * b->scale[j], b->bias ? b->bias[j] : 0.0f);
-  }
-}
-
-static const moe__int8_kernels moe__scalar_int8 = {
-    {{NULL}, {NULL, moe__scalar_int8_1x1}, {NULL}, {NULL}},
-    {0, 1, 0, 0},
-    0,
-    moe__scalar_int8_quantize,
-    moe__scalar_int8_dot4,
-    NULL};
-
-/* ---- kernels with weights of 8 bits: what they share, AVX2, AVX-512, VNNI, AMX ---- >>int8_x86 */
+/* ---- kernels with int8 weights: what they share, AVX2, AVX-512, VNNI, AMX ---- >>int8_x86 */
 
 #if defined(MOE__X86) || defined(MOE__NEON)
 /* A step of x, 4 bytes of a row, in every lane; and the end of a row: outputs of panel v from their
@@ -5301,7 +5357,7 @@ static const moe__int8_kernels moe__amx_int8 = {{{NULL},
 #endif
 #endif /* MOE__X86 */
 
-/* ---- kernels with weights of 8 bits: NEON ---- >>int8_neon */
+/* ---- kernels with int8 weights: NEON ---- >>int8_neon */
 
 #ifdef MOE__NEON
 static float moe__neon_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {
@@ -5487,7 +5543,10 @@ static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_TABLE(moe__
 #undef MOE__INT8_END
 #endif
 
-/* ---- products with weights of 8 bits over threads; packing, quantising ---- >>int8_run */
+/* ---- products with int8 weights over threads; packing, quantising ---- >>int8_run */
+
+#ifdef MOE__SIMD
+enum { MOE__INT8_BUFFER = 1 << 16 }; /* bytes of quantised rows: fewer than MOE__INT8_MC if long */
 
 /* Rows of x for tiles: bytes between them, whole cache lines, of an odd number so that they do not
    push each other out of the cache; and the shift of their last line, whose steps go to its end,
@@ -5501,6 +5560,7 @@ static void moe__int8_lines(unsigned char *x, size_t k) {
   memmove(last + 64 - used, last, used);
   memset(last, 0, 64 - used);
 }
+#endif
 
 #ifdef MOE__AMX
 /* Whether tiles are to be taken for so many rows: a step of 16 rows of a tile takes 16 cycles
@@ -5534,118 +5594,153 @@ static const moe__int8_kernels *moe__int8_pick(const moe_env *env, size_t rows, 
   return MOE__V_PICK(env->isa, int8);
 }
 
-/* `rows` quantised rows times the columns j0 .. j1-1 of weights in panels. c: of row 0 and column
-   0. */
-static void moe__int8_panels(const moe__gemm *g, const moe__int8_kernels *kernels,
-                             const moe__gemm_kernels *elements, size_t row, size_t rows, size_t j0,
-                             size_t j1, const unsigned char *x, size_t x_row, const float *x_scale,
-                             size_t *shape) {
+#ifdef MOE__SIMD
+/* A tile of work: `rows` rows of x from `row` on, quantised, times columns j0 .. j1-1. */
+typedef struct moe__int8_tile {
+  const moe__gemm *g;
+  const moe__int8_kernels *kernels;
+  const moe__gemm_kernels *elements;
+  size_t j0, j1, row, rows;
+  const unsigned char *x; /* rows of it are x_row bytes apart */
+  size_t x_row;
+  const float *x_scale;
+  size_t shape; /* rows that the tiles of AMX are set up for; 0: none */
+} moe__int8_tile;
+
+/* Panels for the next kernel, of those that are left: wide kernels of few rows only where there are
+   so few rows. */
+static size_t moe__int8_width(const moe__int8_kernels *kernels, size_t rows, size_t left) {
+  size_t width = left < MOE__INT8_PANELS ? left : (size_t)MOE__INT8_PANELS;
+  while (!kernels->rows[width] || (width > 1 && (size_t)kernels->rows[width] < rows &&
+                                   kernels->rows[width] < kernels->rows[1]))
+    --width;
+  return width;
+}
+
+/* With weights in panels. */
+static void moe__int8_panels(moe__int8_tile *t) {
+  const moe__gemm *g = t->g;
   const moe_mat *w = g->quantized;
   moe__int8_block b;
-  size_t j = j0, i, width, most;
+  size_t j, i, width, most;
   memset(&b, 0, sizeof b);
   b.c_row = g->c_row;
-  b.x_row = x_row;
+  b.x_row = t->x_row;
   b.panel = moe__int8_panel((size_t)g->k);
   b.steps = moe__int8_steps((size_t)g->k);
-  b.shape = shape;
-  for (; j < j1; j += 16 * width) {
-    width = (j1 - j + 15) / 16;
-    if (width > MOE__INT8_PANELS) width = MOE__INT8_PANELS;
-    /* wide kernels of few rows only where there are so few */
-    while (!kernels->rows[width] || (width > 1 && (size_t)kernels->rows[width] < rows &&
-                                     kernels->rows[width] < kernels->rows[1]))
-      --width;
-    most = (size_t)kernels->rows[width];
+  b.shape = &t->shape;
+  for (j = t->j0; j < t->j1; j += 16 * width) {
+    float *c = g->c + t->row * g->c_row + j;
+    width = moe__int8_width(t->kernels, t->rows, (t->j1 - j + 15) / 16);
+    most = (size_t)t->kernels->rows[width];
     b.panels = (const signed char *)w->data + j / 16 * b.panel;
     b.scale = w->scale + j;
     b.bias = g->bias ? g->bias + j : NULL;
-    b.columns = j1 - j < 16 * width ? j1 - j : 16 * width;
-    for (i = 0; i < rows; i += most) {
-      size_t take = rows - i < most ? rows - i : most;
-      b.c = g->c + (row + i) * g->c_row + j;
-      b.x = x + i * x_row;
-      b.x_scale = x_scale + i;
+    b.columns = t->j1 - j < 16 * width ? t->j1 - j : 16 * width;
+    for (i = 0; i < t->rows; i += most) {
+      size_t take = t->rows - i < most ? t->rows - i : most;
+      b.c = c + i * g->c_row;
+      b.x = t->x + i * t->x_row;
+      b.x_scale = t->x_scale + i;
       b.rows = take;
-      kernels->fn[width][take < MOE__INT8_ROWS ? take : (size_t)MOE__INT8_ROWS](&b);
+      t->kernels->fn[width][take < MOE__INT8_ROWS ? take : (size_t)MOE__INT8_ROWS](&b);
     }
     if (g->gelu)
-      elements->gelu(g->gelu + row * g->c_row + j, g->c + row * g->c_row + j, g->c_row, rows,
-                     b.columns);
+      t->elements->gelu(g->gelu + t->row * g->c_row + j, c, g->c_row, t->rows, b.columns);
   }
 }
 
-/* The same with weights as they lie in a file: dot products. */
-static void moe__int8_rows(const moe__gemm *g, const moe__int8_kernels *kernels,
-                           const moe__gemm_kernels *elements, size_t row, size_t rows, size_t j0,
-                           size_t j1, const unsigned char *x, size_t x_row, const float *x_scale) {
+/* With weights in rows, as files have them: dot products. */
+static void moe__int8_rows(const moe__int8_tile *t) {
+  const moe__gemm *g = t->g;
   const moe_mat *w = g->quantized;
   size_t k = (size_t)g->k, i, j, v;
-  for (j = j0; j < j1; j += 4) {
-    size_t n = j1 - j < 4 ? j1 - j : 4;
+  for (j = t->j0; j < t->j1; j += 4) {
+    size_t n = t->j1 - j < 4 ? t->j1 - j : 4;
     const signed char *from = (const signed char *)w->data + j * k;
-    for (i = 0; i < rows; ++i) {
-      float *c = g->c + (row + i) * g->c_row + j;
+    for (i = 0; i < t->rows; ++i) {
+      float *c = g->c + (t->row + i) * g->c_row + j;
+      const unsigned char *x = t->x + i * t->x_row;
       int32_t sum[4] = {0, 0, 0, 0};
       if (n == 4)
-        kernels->dot4(sum, x + i * x_row, from, k, k);
+        t->kernels->dot4(sum, x, from, k, k);
       else
         for (v = 0; v < n; ++v) {
           int32_t same[4]; /* one weight four times: at the right edge only */
-          kernels->dot4(same, x + i * x_row, from + v * k, 0, k);
+          t->kernels->dot4(same, x, from + v * k, 0, k);
           sum[v] = same[0];
         }
       for (v = 0; v < n; ++v)
-        c[v] =
-            moe__fmaf((float)sum[v], x_scale[i] * w->scale[j + v], g->bias ? g->bias[j + v] : 0.0f);
+        c[v] = moe__fmaf((float)sum[v], t->x_scale[i] * w->scale[j + v],
+                         g->bias ? g->bias[j + v] : 0.0f);
     }
   }
   if (g->gelu)
-    elements->gelu(g->gelu + row * g->c_row + j0, g->c + row * g->c_row + j0, g->c_row, rows,
-                   j1 - j0);
+    t->elements->gelu(g->gelu + t->row * g->c_row + t->j0, g->c + t->row * g->c_row + t->j0,
+                      g->c_row, t->rows, t->j1 - t->j0);
 }
 
-/* Rows i0 .. i1-1 and columns j0 .. j1-1, j0 a multiple of 16. */
-static void moe__int8_tile(const moe__gemm *g, const moe__int8_kernels *kernels, moe_isa isa,
-                           size_t i0, size_t i1, size_t j0, size_t j1) {
+/* Rows i0 .. i1-1 of a tile, which says the columns. */
+MOE__NOINLINE static void moe__int8_blocks(moe__int8_tile *t, size_t i0, size_t i1) {
   unsigned char space[MOE__INT8_BUFFER + 64], *x = space + (64 - (uintptr_t)space % 64);
   float x_scale[MOE__INT8_MC];
-  const moe__gemm_kernels *elements = MOE__V_PICK(isa, gemms);
+  const moe__gemm *g = t->g;
   int in_panels = g->quantized->layout == MOE_LAYOUT_PANELS,
-      tiles = in_panels && kernels->leave != NULL;
-  size_t k = (size_t)g->k, bytes = 4 * moe__int8_steps(k),
-         x_row = tiles ? moe__int8_tiled_row(k) : bytes;
-  size_t most = MOE__INT8_MC, shape = 0, rows, i, r;
-  unsigned flip = in_panels ? kernels->flip : 0;
-  MOE_ASSERT(g->a_col == 1 && !g->accumulate && !g->a_sum && x_row <= MOE__INT8_BUFFER);
-  if (x_row * most > MOE__INT8_BUFFER) most = MOE__INT8_BUFFER / x_row;
+      tiles = in_panels && t->kernels->leave != NULL;
+  size_t k = (size_t)g->k, bytes = 4 * moe__int8_steps(k), most = MOE__INT8_MC, r;
+  unsigned flip = in_panels ? t->kernels->flip : 0;
+  t->x = x;
+  t->x_row = tiles ? moe__int8_tiled_row(k) : bytes;
+  t->x_scale = x_scale;
+  MOE_ASSERT(g->a_col == 1 && !g->accumulate && !g->a_sum && t->x_row <= MOE__INT8_BUFFER);
+  if (t->x_row * most > MOE__INT8_BUFFER) most = MOE__INT8_BUFFER / t->x_row;
   if (tiles && most > 16 && most < 32) most = 16; /* 17 rows take as long as 32 */
-  for (i = i0; i < i1; i += rows) {
-    rows = i1 - i < most ? i1 - i : most;
-    for (r = 0; r < rows; ++r) {
-      x_scale[r] = kernels->quantize(x + r * x_row, g->a + (i + r) * g->a_row, k, flip);
-      memset(x + r * x_row + k, (int)flip, bytes - k);
-      if (tiles) moe__int8_lines(x + r * x_row, k);
+  for (t->row = i0; t->row < i1; t->row += t->rows) {
+    t->rows = i1 - t->row < most ? i1 - t->row : most;
+    for (r = 0; r < t->rows; ++r) {
+      unsigned char *to = x + r * t->x_row;
+      x_scale[r] = t->kernels->quantize(to, g->a + (t->row + r) * g->a_row, k, flip);
+      memset(to + k, (int)flip, bytes - k);
+      if (tiles) moe__int8_lines(to, k);
     }
     if (in_panels)
-      moe__int8_panels(g, kernels, elements, i, rows, j0, j1, x, x_row, x_scale, &shape);
+      moe__int8_panels(t);
     else
-      moe__int8_rows(g, kernels, elements, i, rows, j0, j1, x, x_row, x_scale);
+      moe__int8_rows(t);
   }
-  if (shape) kernels->leave();
+  if (t->shape) t->kernels->leave();
 }
+#endif
 
 typedef struct moe__int8_work {
   const moe__gemm *list;
   const moe_env *env;
-  int32_t cuts; /* how many parts the columns of a product are cut into: each of them quantises x
-                   again */
-  int32_t
-      parted; /* columns of which such a part is a multiple, as many as kernels of any width fill */
+  int32_t across;  /* column blocks of a product: each of them quantises x again */
+  int32_t columns; /* a column block has a multiple of them: kernels of any width fill it */
 } moe__int8_work;
 
 static int32_t moe__int8_down(const moe__gemm *g) {
   return (g->m + MOE__INT8_MC - 1) / MOE__INT8_MC;
+}
+
+static void moe__int8_tile_run(const moe__int8_work *work, const moe__gemm *g, int32_t i0,
+                               int32_t i1, int32_t j0, int32_t j1) {
+#ifdef MOE__SIMD
+  const moe__int8_kernels *kernels = moe__int8_pick(work->env, (size_t)(i1 - i0), (size_t)g->k);
+  if (kernels != &moe__scalar_int8) {
+    moe__int8_tile t;
+    memset(&t, 0, sizeof t);
+    t.g = g;
+    t.kernels = kernels;
+    t.elements = MOE__V_PICK(work->env->isa, gemms);
+    t.j0 = (size_t)j0;
+    t.j1 = (size_t)j1;
+    moe__int8_blocks(&t, (size_t)i0, (size_t)i1);
+    return;
+  }
+#endif
+  (void)work;
+  moe__plain_int8(g, (size_t)i0, (size_t)i1, (size_t)j0, (size_t)j1);
 }
 
 static void moe__int8_work_tile(void *arg, int32_t tile, int32_t slot) {
@@ -5653,19 +5748,17 @@ static void moe__int8_work_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__gemm *g = work->list;
   int32_t wide, i, j, end;
   (void)slot;
-  for (; tile >= moe__int8_down(g) * work->cuts; ++g) tile -= moe__int8_down(g) * work->cuts;
-  wide = (g->n + work->cuts - 1) / work->cuts;
-  wide = (wide + work->parted - 1) / work->parted * work->parted;
-  i = tile / work->cuts * MOE__INT8_MC;
-  j = tile % work->cuts * wide;
+  for (; tile >= moe__int8_down(g) * work->across; ++g) tile -= moe__int8_down(g) * work->across;
+  wide = (g->n + work->across - 1) / work->across;
+  wide = (wide + work->columns - 1) / work->columns * work->columns;
+  i = tile / work->across * MOE__INT8_MC;
+  j = tile % work->across * wide;
   end = moe__min(i + MOE__INT8_MC, g->m);
-  if (j < g->n)
-    moe__int8_tile(g, moe__int8_pick(work->env, (size_t)(end - i), (size_t)g->k), work->env->isa,
-                   (size_t)i, (size_t)end, (size_t)j, (size_t)moe__min(j + wide, g->n));
+  if (j < g->n) moe__int8_tile_run(work, g, i, end, j, moe__min(j + wide, g->n));
 }
 
-/* Independent products with weights of 8 bits. Tiles may follow the number of
-   threads here, since sums of integers are exact. */
+/* Independent products with int8 weights. Tiles may follow the number of threads here, since sums
+   of integers are exact. */
 static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__int8_work work;
   int32_t tiles = 0, i;
@@ -5677,11 +5770,11 @@ static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *e
   if (tiles == 0) return;
   work.list = list;
   work.env = env;
-  work.cuts = 1;
-  work.parted = env->cpu_flags & MOE_CPU_AMX_INT8 ? 96 : 48;
+  work.across = 1;
+  work.columns = env->cpu_flags & MOE_CPU_AMX_INT8 ? 96 : 48;
   if (size >= 4 * (double)MOE__GEMM_SMALL && env->parallel_for && env->threads > 1) {
-    work.cuts = moe__min((2 * env->threads + tiles - 1) / tiles, 16);
-    moe__parallel(env, tiles * work.cuts, moe__int8_work_tile, &work);
+    work.across = moe__min((2 * env->threads + tiles - 1) / tiles, 16);
+    moe__parallel(env, tiles * work.across, moe__int8_work_tile, &work);
   } else
     for (i = 0; i < tiles; ++i) moe__int8_work_tile(&work, i, 0);
 }
@@ -5768,7 +5861,7 @@ MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows,
   moe__parallel(env, (rows + 15) / 16, moe__int8_quantize_tile, &job);
 }
 
-/* ---- products with bf16 operands: what they are, in plain C ---- >>bf16 */
+/* ---- products with bf16 operands: what they are, plain C ---- >>bf16 */
 
 /* C = A B with the elements of A and B rounded to bf16 (8 bits of significand, the exponents of a
    float) and sums in fp32. What is rounded is a copy: weights, activations and gradients stay fp32
@@ -5792,27 +5885,88 @@ MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows,
 
    Panels of weights: 16 outputs side by side, in steps of 2 inputs: word j of step t is the pair
    (2t, 2t+1) of output j, the first in the low half: 64 bytes, one register of AVX-512 and one row
-   of a tile of AMX. The last step of an odd k has a zero in its high halves. A is copied, too: as
-   pairs for vdpbf16ps and AMX, as rounded floats for FMAs. */
+   of a tile of AMX. The last step of an odd k has a zero in its high halves. */
 
+#ifndef MOE_NO_BF16
+/* x rounded to bf16, as the bits of a float. */
+static uint32_t moe__bf16_round(float x) {
+  uint32_t u = moe__bits(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u)
+    u |= 0x00400000u;
+  else if (!(u & 0x7f800000u))
+    u &= 0x80000000u;
+  else
+    u += 0x7fffu + (u >> 16 & 1);
+  return u & 0xffff0000u;
+}
+
+/* a b + c of numbers that are not denormal, but for c: a step of the chain. A result is flushed
+   where it is below 2^-126 once rounded to 24 bits: the midpoint between 2^-126 and the number
+   before goes up. Near there the sum in double is exact. */
+static float moe__bf16_fma(float a, float b, float c) {
+  double exact;
+  float r;
+  if (!(moe__bits(c) & 0x7f800000u)) c = moe__floats(moe__bits(c) & 0x80000000u);
+  r = moe__fmaf(a, b, c);
+  if (!(moe__floats(moe__bits(r) & 0x7fffffffu) < 2.4e-38f)) return r;
+  exact = (double)a * (double)b + (double)c;
+  if (exact < 0) exact = -exact;
+  return exact < 1.1754943508222875e-38 * (1 - 1.0 / 33554432)
+             ? moe__floats(moe__bits(r) & 0x80000000u)
+             : r;
+}
+
+/* The pair of elements 2t and 2t + 1 of column j of B, rounded, the first in the low half. */
+static uint32_t moe__plain_bf16_pair(const moe__gemm *g, size_t t, size_t j) {
+  size_t k = (size_t)g->k, b_step, b_col;
+  const float *b = moe__plain_b(g, j / 16 * 16, &b_step, &b_col) + j % 16 * b_col;
+  uint32_t low, high;
+  if (g->b_layout == MOE__B_PAIRS)
+    return ((const uint32_t *)(const void *)g->b)[(j / 16 * ((k + 1) / 2) + t) * 16 + j % 16];
+  low = moe__bf16_round(b[2 * t * b_step]) >> 16;
+  high = 2 * t + 1 < k ? moe__bf16_round(b[(2 * t + 1) * b_step]) : 0u;
+  return low | high;
+}
+
+/* The definition, in plain C: rows i0 .. i1-1 and columns j0 .. j1-1, j0 a multiple of 16. */
+static void moe__plain_bf16(const moe__gemm *g, size_t i0, size_t i1, size_t j0, size_t j1) {
+  size_t k = (size_t)g->k, i, j, t, v, n;
+  float sum[16];
+  for (j = j0; j < j1; j += n)
+    for (n = j1 - j < 16 ? j1 - j : 16, i = i0; i < i1; ++i) {
+      const float *a = g->a + i * g->a_row;
+      float *c = g->c + i * g->c_row + j;
+      for (v = 0; v < n; ++v) sum[v] = g->accumulate ? c[v] : g->bias ? g->bias[j + v] : 0.0f;
+      for (t = 0; 2 * t < k; ++t) {
+        float first = moe__floats(moe__bf16_round(a[2 * t * g->a_col])), second = 0;
+        if (2 * t + 1 < k) second = moe__floats(moe__bf16_round(a[(2 * t + 1) * g->a_col]));
+        for (v = 0; v < n; ++v) {
+          uint32_t w = moe__plain_bf16_pair(g, t, j + v);
+          sum[v] = moe__bf16_fma(second, moe__floats(w & 0xffff0000u), sum[v]);
+          sum[v] = moe__bf16_fma(first, moe__floats(w << 16), sum[v]);
+        }
+      }
+      for (v = 0; v < n; ++v) c[v] = sum[v];
+      if (g->gelu) moe__scalar_gelu(g->gelu + i * g->c_row + j, c, g->c_row, 1, n);
+    }
+}
+
+/* The panel of the 16 columns of B from j on. */
+static void moe__plain_bf16_pack(uint32_t *panel, const moe__gemm *g, size_t j) {
+  size_t t, v;
+  for (t = 0; 2 * t < (size_t)g->k; ++t)
+    for (v = 0; v < 16; ++v)
+      *panel++ = j + v < (size_t)g->n ? moe__plain_bf16_pair(g, t, j + v) : 0u;
+}
+#endif
+
+/* ---- kernels with bf16 operands: AVX-512, vdpbf16ps, AMX ---- >>bf16_x86 */
+
+#if defined(MOE__X86) && !defined(MOE_NO_BF16)
+/* Blocks of A are copied: as pairs for vdpbf16ps and AMX, as rounded floats for FMAs. */
 enum {
-  MOE__BF16_ROWS = 32,   /* rows of a tile of work where the weights are packed: they stay near, the
-                            panels stream by */
-  MOE__BF16_DEPTH = 384, /* and how many words of each are copied at a time */
-  MOE__BF16_TALL =
-      256, /* the same where B is packed on the way, again for each so many rows, which AMX feels */
-  MOE__BF16_SHALLOW = 128,
-  MOE__BF16_CHUNK =
-      512, /* then all rows take so many elements of k and columns of B, while these are in the */
-  MOE__BF16_PART = 384, /* second-level cache */
-  MOE__BF16_PAD =
-      16, /* words between rows, which keep them out of one another's place in the cache */
-  MOE__BF16_A = MOE__BF16_SHALLOW *
-                (MOE__BF16_TALL + MOE__BF16_PAD), /* words: of the copy of A, 136 KB of the stack */
-  MOE__BF16_WIDE = 6,                             /* most panels that a kernel takes */
-  MOE__BF16_PACKED = 3,                           /* most panels that are packed at a time */
-  MOE__BF16_B = MOE__BF16_SHALLOW * 16 * MOE__BF16_PACKED, /* words: of packed B, 24 KB */
-  MOE__BF16_EDGE = 1024 /* floats of the largest block of C: 32 x 2 x 16 */
+  MOE__BF16_WIDE = 6,          /* most panels that a kernel takes */
+  MOE__BF16_EDGE = 32 * 2 * 16 /* floats of the largest block of C */
 };
 
 /* What a kernel is given. A word of A is the bits of a float, or a pair. */
@@ -5860,103 +6014,6 @@ typedef struct moe__bf16_kernels {
   void (*turn)(uint32_t *to, size_t to_ld, const uint32_t *block);
 } moe__bf16_kernels;
 
-/* x rounded to bf16, as the bits of a float. */
-static uint32_t moe__bf16_round(float x) {
-  uint32_t u = moe__bits(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u)
-    u |= 0x00400000u;
-  else if (!(u & 0x7f800000u))
-    u &= 0x80000000u;
-  else
-    u += 0x7fffu + (u >> 16 & 1);
-  return u & 0xffff0000u;
-}
-
-/* a b + c of numbers that are not denormal, but for c: a step of the chain. A result is flushed
-   where it is below 2^-126 once rounded to 24 bits: the midpoint between 2^-126 and the number
-   before goes up. Near there the sum in double is exact. */
-static float moe__bf16_fma(float a, float b, float c) {
-  double exact;
-  float r;
-  if (!(moe__bits(c) & 0x7f800000u)) c = moe__floats(moe__bits(c) & 0x80000000u);
-  r = moe__fmaf(a, b, c);
-  if (!(moe__floats(moe__bits(r) & 0x7fffffffu) < 2.4e-38f)) return r;
-  exact = (double)a * (double)b + (double)c;
-  if (exact < 0) exact = -exact;
-  return exact < 1.1754943508222875e-38 * (1 - 1.0 / 33554432)
-             ? moe__floats(moe__bits(r) & 0x80000000u)
-             : r;
-}
-
-static void moe__scalar_bf16_1x1(const moe__bf16_block *b, size_t rows) {
-  size_t j, t;
-  (void)rows;
-  for (j = 0; j < 16; ++j) {
-    float sum = b->start[j];
-    for (t = 0; t < b->steps; ++t) {
-      uint32_t w = b->b[t * 16 + j];
-      sum = moe__bf16_fma(moe__floats(b->a[(2 * t + 1) * b->a_col]), moe__floats(w & 0xffff0000u),
-                          sum);
-      sum = moe__bf16_fma(moe__floats(b->a[2 * t * b->a_col]), moe__floats(w << 16), sum);
-    }
-    b->c[j] = sum;
-  }
-}
-
-static void moe__scalar_bf16_floats(uint32_t *to, size_t to_ld, const float *from, size_t ld,
-                                    size_t lines, size_t length) {
-  size_t l, x;
-  for (l = 0; l < lines; ++l, to += to_ld, from += ld) {
-    for (x = 0; x < length; ++x) to[x] = moe__bf16_round(from[x]);
-    if (length % 2) to[length] = 0;
-  }
-}
-
-static void moe__scalar_bf16_along(uint32_t *to, size_t to_ld, const float *from, size_t ld,
-                                   size_t lines, size_t length) {
-  size_t l, t;
-  for (l = 0; l < lines; ++l, to += to_ld, from += ld)
-    for (t = 0; t < (length + 31) / 32 * 16; ++t)
-      to[t] = (2 * t < length ? moe__bf16_round(from[2 * t]) >> 16 : 0u) |
-              (2 * t + 1 < length ? moe__bf16_round(from[2 * t + 1]) : 0u);
-}
-
-static void moe__scalar_bf16_across(uint32_t *to, size_t to_ld, size_t panel, const float *from,
-                                    size_t ld, size_t lines, size_t length) {
-  size_t l, x;
-  for (l = 0; l < lines; l += 2, to += to_ld, from += 2 * ld)
-    for (x = 0; x < (length + 15) / 16 * 16; ++x)
-      to[x / 16 * panel + x % 16] = x < length
-                                        ? moe__bf16_round(from[x]) >> 16 |
-                                              (l + 1 < lines ? moe__bf16_round(from[ld + x]) : 0u)
-                                        : 0u;
-}
-
-static void moe__scalar_bf16_turn(uint32_t *to, size_t to_ld, const uint32_t *block) {
-  size_t x, y;
-  for (x = 0; x < 16; ++x)
-    for (y = 0; y < 16; ++y) to[x * to_ld + y] = block[y * 16 + x];
-}
-
-static const moe__bf16_kernels moe__scalar_bf16 = {
-    {{NULL}, {NULL, moe__scalar_bf16_1x1}, {NULL}, {NULL}, {NULL}, {NULL}, {NULL}},
-    {0, 1, 0, 0, 0, 0, 0},
-    0,
-    1,
-    1,
-    0,
-    0,
-    NULL,
-    NULL,
-    NULL,
-    moe__scalar_bf16_floats,
-    moe__scalar_bf16_along,
-    moe__scalar_bf16_across,
-    moe__scalar_bf16_turn};
-
-/* ---- kernels with bf16 operands: AVX-512, vdpbf16ps, AMX ---- >>bf16_x86 */
-
-#ifdef MOE__X86
 MOE__T_AVX512 MOE__INLINE __m512i moe__avx512_bf16_round(__m512 x) {
   __m512i u = _mm512_castps_si512(x);
   __m512i up = _mm512_add_epi32(_mm512_set1_epi32(0x7fff),
@@ -6313,6 +6370,9 @@ static const moe__bf16_kernels moe__amx_bf16 = {{{NULL},
 #undef MOE__AMX_BF16_STORE
 #undef MOE__AMX_BF16_START2
 #undef MOE__AMX_BF16_START
+#endif
+#endif /* MOE__X86 and no MOE_NO_BF16 */
+#ifdef MOE__AMX
 #undef MOE__AMX_LIST
 #undef MOE__AMX_KERNELS
 #undef MOE__AMX_STEP2
@@ -6330,12 +6390,36 @@ static const moe__bf16_kernels moe__amx_bf16 = {{{NULL},
 #undef MOE__TILE_RELEASE
 #undef MOE__TILE_CONFIG
 #endif
-#endif /* MOE__X86 */
 
 /* ---- products with bf16 operands over threads; packing ---- >>bf16_run */
 
-/* For tiles of work of so many rows. One or two rows wait for the weights to
-   come: vdpbf16ps has less to do then, slow as it may be. */
+static moe_mat moe__mat_bf16(const void *panels, int32_t rows, int32_t cols) {
+  moe_mat mat = moe_mat_rows(NULL, rows, cols);
+  mat.data = panels;
+  mat.type = MOE_TYPE_BF16;
+  mat.layout = MOE_LAYOUT_PANELS;
+  return mat;
+}
+
+#ifndef MOE_NO_BF16
+enum {
+  MOE__BF16_ROWS = 32,   /* rows of a tile of work where the weights are packed: they stay near, the
+                            panels stream by, */
+  MOE__BF16_DEPTH = 384, /* and so many words of each row are copied at a time */
+  MOE__BF16_TALL = 256,  /* the same where B is packed on the way, for each so many rows again */
+  MOE__BF16_SHALLOW = 128,
+  MOE__BF16_CHUNK =
+      512,              /* then all rows take so many elements of k and columns of B, while these */
+  MOE__BF16_PART = 384, /* are in the second-level cache */
+  MOE__BF16_PAD = 16,   /* words between rows: they go to different sets of the cache */
+  MOE__BF16_PACKED = 3, /* most panels that are packed at a time */
+  MOE__BF16_A = MOE__BF16_SHALLOW * (MOE__BF16_TALL + MOE__BF16_PAD), /* words of A: 136 KB */
+  MOE__BF16_B = MOE__BF16_SHALLOW * 16 * MOE__BF16_PACKED             /* words of packed B: 24 KB */
+};
+
+#ifdef MOE__X86
+/* For tiles of work of so many rows; NULL: plain C. With one or two rows, reading the weights
+   dominates: vdpbf16ps has less to do then, slow as it may be. */
 static const moe__bf16_kernels *moe__bf16_pick(const moe_env *env, size_t rows) {
 #ifdef MOE__AMX
   if (env->isa == MOE_ISA_AVX512 && (env->cpu_flags & MOE_CPU_AMX_BF16)) return &moe__amx_bf16;
@@ -6345,11 +6429,8 @@ static const moe__bf16_kernels *moe__bf16_pick(const moe_env *env, size_t rows) 
       (rows <= 2 || !(env->cpu_flags & MOE_CPU_SLOW_BF16)))
     return &moe__dp_bf16;
 #endif
-#ifdef MOE__X86
-  if (env->isa == MOE_ISA_AVX512) return &moe__avx512_bf16;
-#endif
-  (void)env, (void)rows;
-  return &moe__scalar_bf16;
+  (void)rows;
+  return env->isa == MOE_ISA_AVX512 ? &moe__avx512_bf16 : NULL;
 }
 
 /* `width` outputs (at most 16) that lie in lines of k elements, to a panel, and rows of A that lie
@@ -6498,9 +6579,9 @@ static size_t moe__bf16_width(const moe__bf16_kernels *kernels, size_t rows, siz
 }
 
 /* Rows i0 .. i1-1 and columns j0 .. j1-1, j0 a multiple of 16. */
-static void moe__bf16_tile(const moe__gemm *g, const moe__bf16_kernels *kernels,
-                           const moe__gemm_kernels *elements, size_t i0, size_t i1, size_t j0,
-                           size_t j1) {
+MOE__NOINLINE static void moe__bf16_blocks(const moe__gemm *g, const moe__bf16_kernels *kernels,
+                                           const moe__gemm_kernels *elements, size_t i0, size_t i1,
+                                           size_t j0, size_t j1) {
   uint32_t space[MOE__BF16_A + MOE__BF16_B + 16];
   uint32_t *copy = space + (64 - (uintptr_t)space % 64) / sizeof *space,
            *panels = copy + MOE__BF16_A; /* on cache lines */
@@ -6537,13 +6618,14 @@ static void moe__bf16_tile(const moe__gemm *g, const moe__bf16_kernels *kernels,
   if (shape) kernels->leave();
 }
 
+#endif
+
 typedef struct moe__bf16_work {
   const moe__gemm *list;
   const moe_env *env;
   const moe__gemm_kernels *elements;
-  int32_t
-      cuts; /* how many parts the columns of a product are cut into: each of them copies A again */
-  int32_t chunk; /* which part of k it is the turn of */
+  int32_t across; /* column blocks of a product: each of them copies A again */
+  int32_t chunk;  /* of k, whose turn it is */
 } moe__bf16_work;
 
 static int32_t moe__bf16_rows(const moe__gemm *g) {
@@ -6561,9 +6643,9 @@ static int32_t moe__bf16_chunks(const moe__gemm *g) {
              : 1;
 }
 
-/* *part: chunk number `chunk` of a product, a multiple of 32 elements of k, so that no bit changes.
-   Returns 0 where it has none. */
-static int moe__bf16_part(moe__gemm *part, const moe__gemm *g, int32_t chunk) {
+/* *part: chunk number `chunk` of the sums of a product, a multiple of 32 elements of k, so that no
+   bit changes. Returns 0 where it has none. */
+static int moe__bf16_chunk(moe__gemm *part, const moe__gemm *g, int32_t chunk) {
   int32_t chunks = moe__bf16_chunks(g), deep = ((g->k + chunks - 1) / chunks + 31) / 32 * 32,
           p = chunk * deep;
   *part = *g;
@@ -6576,15 +6658,28 @@ static int moe__bf16_part(moe__gemm *part, const moe__gemm *g, int32_t chunk) {
   return 1;
 }
 
+static void moe__bf16_tile_run(const moe__bf16_work *work, const moe__gemm *g, int32_t i0,
+                               int32_t i1, int32_t j0, int32_t j1) {
+#ifdef MOE__X86
+  const moe__bf16_kernels *kernels = moe__bf16_pick(work->env, (size_t)(i1 - i0));
+  if (kernels) {
+    moe__bf16_blocks(g, kernels, work->elements, (size_t)i0, (size_t)i1, (size_t)j0, (size_t)j1);
+    return;
+  }
+#endif
+  (void)work;
+  moe__plain_bf16(g, (size_t)i0, (size_t)i1, (size_t)j0, (size_t)j1);
+}
+
 static void moe__bf16_work_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__bf16_work *work = (const moe__bf16_work *)arg;
   const moe__gemm *g = work->list;
   moe__gemm part;
   int32_t wide, tall, i, j, down;
   (void)slot;
-  for (; tile >= moe__bf16_down(g) * work->cuts; ++g) tile -= moe__bf16_down(g) * work->cuts;
+  for (; tile >= moe__bf16_down(g) * work->across; ++g) tile -= moe__bf16_down(g) * work->across;
   down = moe__bf16_down(g);
-  wide = ((g->n + work->cuts - 1) / work->cuts + 95) / 96 *
+  wide = ((g->n + work->across - 1) / work->across + 95) / 96 *
          96;                       /* a multiple of every width of kernels */
   tall = (g->m + down - 1) / down; /* rows as even as can be */
   i = tall * (tile % down);
@@ -6593,9 +6688,8 @@ static void moe__bf16_work_tile(void *arg, int32_t tile, int32_t slot) {
   if (tall <= 0) return;
   if (g->a_sum && j == 0 && work->chunk == 0)
     moe__gemm_sum_a(g, work->elements, (size_t)i, (size_t)(i + tall)); /* in fp32 */
-  if (j < g->n && moe__bf16_part(&part, g, work->chunk))
-    moe__bf16_tile(&part, moe__bf16_pick(work->env, (size_t)tall), work->elements, (size_t)i,
-                   (size_t)(i + tall), (size_t)j, (size_t)moe__min(j + wide, g->n));
+  if (j < g->n && moe__bf16_chunk(&part, g, work->chunk))
+    moe__bf16_tile_run(work, &part, i, i + tall, j, moe__min(j + wide, g->n));
 }
 
 /* Independent products with bf16 operands. How they are cut may follow the number of threads, since
@@ -6604,14 +6698,14 @@ static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *e
   moe__bf16_work work;
   int32_t tiles = 0, chunks = 1, i;
   double size = 0;
-  work.cuts = 1;
+  work.across = 1;
   for (i = 0; i < count; ++i) {
     tiles += moe__bf16_down(&list[i]);
     size += (double)list[i].m * list[i].n * list[i].k;
     if (moe__bf16_chunks(&list[i]) == 1) continue;
     chunks = moe__max(chunks, moe__bf16_chunks(&list[i]));
     if (moe__bf16_down(&list[i]) > 1)
-      work.cuts = moe__max(work.cuts, (list[i].n + MOE__BF16_PART - 1) / MOE__BF16_PART);
+      work.across = moe__max(work.across, (list[i].n + MOE__BF16_PART - 1) / MOE__BF16_PART);
   }
   if (tiles == 0) return;
   work.list = list;
@@ -6619,72 +6713,76 @@ static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *e
   work.elements = MOE__V_PICK(env->isa, gemms);
   if (size >= 2 * (double)MOE__GEMM_SMALL && env->parallel_for && env->threads > 1) {
     if (tiles < 4 * env->threads)
-      work.cuts = moe__max(work.cuts, moe__min((4 * env->threads + tiles - 1) / tiles, 8));
+      work.across = moe__max(work.across, moe__min((4 * env->threads + tiles - 1) / tiles, 8));
     for (work.chunk = 0; work.chunk < chunks; ++work.chunk)
-      moe__parallel(env, tiles * work.cuts, moe__bf16_work_tile, &work);
+      moe__parallel(env, tiles * work.across, moe__bf16_work_tile, &work);
   } else
     for (work.chunk = 0; work.chunk < chunks; ++work.chunk)
-      for (i = 0; i < tiles * work.cuts; ++i) moe__bf16_work_tile(&work, i, 0);
+      for (i = 0; i < tiles * work.across; ++i) moe__bf16_work_tile(&work, i, 0);
+}
+
+typedef struct moe__bf16_pack {
+  uint32_t *panels;
+  moe__gemm g; /* its B is what is packed, as floats: rows or columns */
+  const moe_env *env;
+} moe__bf16_pack;
+
+static void moe__bf16_pack_tile(void *arg, int32_t tile, int32_t slot) {
+  const moe__bf16_pack *work = (const moe__bf16_pack *)arg;
+  const moe__gemm *g = &work->g;
+  size_t j = (size_t)tile * 16;
+  uint32_t *panel = work->panels + j * (((size_t)g->k + 1) / 2);
+#ifdef MOE__X86
+  const moe__bf16_kernels *kernels = moe__bf16_pick(work->env, 16); /* the panels are the same */
+  size_t width = (size_t)g->n - j < 16 ? (size_t)g->n - j : 16;
+  if (kernels) {
+    if (g->b_layout == MOE__B_COLS)
+      moe__bf16_panel(kernels, panel, g->b + j * g->b_row, g->b_row, width, (size_t)g->k);
+    else
+      kernels->across(panel, 16, 16, g->b + j, g->b_row, (size_t)g->k, width);
+    return;
+  }
+#endif
+  (void)slot;
+  moe__plain_bf16_pack(panel, g, j);
+}
+
+/* B (n, k) stored column by column, or (k, n) row by row. */
+static void moe__bf16_pack_run(void *panels, const float *b, moe__b_layout layout, int32_t n,
+                               int32_t k, const moe_env *env) {
+  moe__bf16_pack work;
+  memset(&work, 0, sizeof work);
+  work.panels = (uint32_t *)panels;
+  work.g.n = n;
+  work.g.k = k;
+  work.g.b = b;
+  work.g.b_row = (size_t)(layout == MOE__B_COLS ? k : n);
+  work.g.b_layout = layout;
+  work.env = env;
+  moe__parallel(env, (n + 15) / 16, moe__bf16_pack_tile, &work);
+}
+
+MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t cols,
+                           const moe_env *env) {
+  moe__bf16_pack_run(panels, w, MOE__B_COLS, rows, cols, env);
+}
+
+/* The same weights for the gradient of inputs, dx = dy w: panels of 16 inputs, pairs of outputs.
+   moe_pack_bf16_bytes(cols, rows) bytes. */
+static void moe__pack_bf16_back(void *panels, const float *w, int32_t rows, int32_t cols,
+                                const moe_env *env) {
+  moe__bf16_pack_run(panels, w, MOE__B_ROWS, cols, rows, env);
 }
 
 MOE_API moe_mat moe_mat_panels_bf16(const void *panels, int32_t rows, int32_t cols) {
-  moe_mat mat = moe_mat_rows(NULL, rows, cols);
-  mat.data = panels;
-  mat.type = MOE_TYPE_BF16;
-  mat.layout = MOE_LAYOUT_PANELS;
-  return mat;
+  return moe__mat_bf16(panels, rows, cols);
 }
 
 MOE_API size_t moe_pack_bf16_bytes(int32_t rows, int32_t cols) {
   return ((size_t)rows + 15) / 16 * (((size_t)cols + 1) / 2) * 64;
 }
 
-typedef struct moe__bf16_pack {
-  uint32_t *panels;
-  const float *w;
-  size_t rows, cols;
-  const moe__bf16_kernels *kernels;
-} moe__bf16_pack;
-
-static void moe__bf16_pack_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__bf16_pack *work = (const moe__bf16_pack *)arg;
-  size_t row = (size_t)tile * 16, width = work->rows - row < 16 ? work->rows - row : 16;
-  (void)slot;
-  moe__bf16_panel(work->kernels, work->panels + row * ((work->cols + 1) / 2),
-                  work->w + row * work->cols, work->cols, width, work->cols);
-}
-
-MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t cols,
-                           const moe_env *env) {
-  moe__bf16_pack work;
-  work.panels = (uint32_t *)panels;
-  work.w = w;
-  work.rows = (size_t)rows;
-  work.cols = (size_t)cols;
-  work.kernels = moe__bf16_pick(env, 16); /* whichever: the panels are the same */
-  moe__parallel(env, (rows + 15) / 16, moe__bf16_pack_tile, &work);
-}
-
-/* The same weights for the gradient of inputs, dx = dy w: panels of 16 inputs, pairs of outputs.
-   moe_pack_bf16_bytes(cols, rows) bytes. */
-static void moe__bf16_pack_back_tile(void *arg, int32_t tile, int32_t slot) {
-  const moe__bf16_pack *work = (const moe__bf16_pack *)arg;
-  size_t column = (size_t)tile * 16, width = work->cols - column < 16 ? work->cols - column : 16;
-  (void)slot;
-  work->kernels->across(work->panels + column * ((work->rows + 1) / 2), 16, 16, work->w + column,
-                        work->cols, work->rows, width);
-}
-
-static void moe__pack_bf16_back(void *panels, const float *w, int32_t rows, int32_t cols,
-                                const moe_env *env) {
-  moe__bf16_pack work;
-  work.panels = (uint32_t *)panels;
-  work.w = w;
-  work.rows = (size_t)rows;
-  work.cols = (size_t)cols;
-  work.kernels = moe__bf16_pick(env, 16);
-  moe__parallel(env, (cols + 15) / 16, moe__bf16_pack_back_tile, &work);
-}
+#endif /* MOE_NO_BF16 */
 
 MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision) {
   if (precision == MOE_TYPE_F32) {
@@ -6695,6 +6793,10 @@ MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision) {
     return moe__fail(
         env, MOE_E_ARGUMENT,
         "precision is to be fp32 or bf16: int8 is a matter of the model (moe_model_quantize)");
+#ifdef MOE_NO_BF16
+  return moe__fail(env, MOE_E_UNSUPPORTED,
+                   "this build has no bf16 (MOE_NO_BF16): products stay fp32");
+#else
   if (env->isa == MOE_ISA_AVX512) {
     (void)moe_env_use_amx(env);
     if (env->cpu_flags & (MOE_CPU_AMX_BF16 | MOE_CPU_AVX512_BF16)) {
@@ -6703,10 +6805,10 @@ MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision) {
     }
   }
   return moe__fail(env, MOE_E_UNSUPPORTED,
-                   "bf16 needs a processor with AMX-BF16 or AVX512-BF16, and its instruction set "
-                   "avx512 (here: %s): "
-                   "products stay fp32",
+                   "bf16 needs isa avx512 (here: %s) and a processor with AMX-BF16 or "
+                   "AVX512-BF16: products stay fp32",
                    moe_isa_name(env->isa));
+#endif
 }
 
 /* ---- linear layers and GELU ---- >>linear
@@ -10504,11 +10606,14 @@ static void *moe__panel_at(const moe_model *model, size_t at) {
 /* Packs a matrix of floats to `at` of the packed weights. */
 static void moe__model_pack_one(moe_model *model, size_t at, const float *w, int32_t rows,
                                 int32_t cols, const moe_env *env) {
+#ifndef MOE_NO_BF16
   if (model->back) moe__pack_bf16_back(model->back + at / 2, w, rows, cols, env);
-  if (model->bf16)
+  if (model->bf16) {
     moe_pack_bf16(moe__panel_at(model, at), w, rows, cols, env);
-  else
-    moe_pack(model->panels + at, w, rows, cols, env);
+    return;
+  }
+#endif
+  moe_pack(model->panels + at, w, rows, cols, env);
 }
 
 /* Packs the matrices of a layer (MOE__IN_LAYER) or of an expert. */
@@ -10552,7 +10657,7 @@ MOE_API size_t moe_model_pack_size_bf16(const moe_model *model) {
 }
 
 MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *env) {
-  int bf16 = env->precision == MOE_TYPE_BF16 && !model->plan.quantized;
+  int bf16 = moe__wants_bf16(env) && !model->plan.quantized;
   size_t bytes = bf16 ? moe_model_pack_size_bf16(model) : moe_model_pack_size(model);
   float *panels = (float *)block;
   if (block) {
@@ -10590,8 +10695,8 @@ MOE__UNUSED static moe_status moe__model_pack_back(moe_model *model, const moe_e
 /* A matrix (outputs, inputs) of the model as w_back of moe_linear_op. */
 MOE__UNUSED static moe_mat moe__model_back(const moe_model *m, size_t panel, int32_t outputs,
                                            int32_t inputs, const moe_env *env) {
-  return moe_mat_panels_bf16(
-      m->back && env->precision == MOE_TYPE_BF16 ? m->back + panel / 2 : NULL, inputs, outputs);
+  return moe__mat_bf16(m->back && moe__wants_bf16(env) ? m->back + panel / 2 : NULL, inputs,
+                       outputs);
 }
 
 /* A matrix of the model for forward of about M rows: its packed copy where there is one of this
@@ -10600,11 +10705,11 @@ MOE__UNUSED static moe_mat moe__model_back(const moe_model *m, size_t panel, int
 static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, size_t panel,
                               int32_t rows, int32_t cols, int32_t M, const moe_env *env) {
   const float *scale = m->weights + weight;
-  int bf16 = env->precision == MOE_TYPE_BF16;
+  int bf16 = moe__wants_bf16(env);
   if (m->plan.quantized && m->panels)
     return moe_mat_panels_int8((const signed char *)m->panels + panel, scale, rows, cols);
   if (m->plan.quantized) return moe_mat_rows_int8(m->bytes + bytes, scale, rows, cols);
-  if (m->panels && m->bf16 && bf16) return moe_mat_panels_bf16(moe__panel_at(m, panel), rows, cols);
+  if (m->panels && m->bf16 && bf16) return moe__mat_bf16(moe__panel_at(m, panel), rows, cols);
   if (!bf16 && env->backend && moe__backend_wants(env, M, rows, cols, 1))
     return moe_mat_rows(m->weights + weight, rows, cols);
   return m->panels && !m->bf16 ? moe_mat_panels(m->panels + panel, rows, cols)

@@ -120,6 +120,9 @@ static void test_lowp_kernels_equal_the_definition(void) {
   check_product(70, 50, 100, 0);
   check_product(3, 1, 20000, 0); /* rows so long that few are quantised at a time */
   check_product(5, 20, 3001, 0);
+  check_product(2, 70, 900, 0); /* in plain C: several chunks of a row, blocks of outputs */
+  check_product(3, 65, 512, 0);
+  check_product(2, 66, 513, 0);
 }
 
 /* What becomes of the last step of k, of rows and of columns on tiles, which want k of 61 or more.
