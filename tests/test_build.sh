@@ -28,7 +28,7 @@ done
 # gcc tells of unused functions when it compiles, clang when it parses, which is ten times faster
 parser="gcc -O0"
 have clang && parser="clang -fsyntax-only"
-for macro in MOE_STATIC MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT MOE_NO_SIMD "MOE_NO_STDIO -DMOE_NO_THREADS -DMOE_NO_TRAIN -DMOE_NO_TEXT -DMOE_NO_SIMD"; do
+for macro in MOE_STATIC MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT MOE_NO_BF16 MOE_NO_SIMD "MOE_NO_STDIO -DMOE_NO_THREADS -DMOE_NO_TRAIN -DMOE_NO_TEXT -DMOE_NO_BF16 -DMOE_NO_SIMD"; do
   build "test_build_with_$(echo "$macro" | tr -d ' ' | sed 's/-D/_/g')" $parser -std=c99 -D$macro "$tmp/one.c"
 done
 
@@ -133,7 +133,7 @@ writable=$(size -A "$tmp/one.o" | awk '/^\.(data|bss|tdata|tbss)/ && $1 !~ /^\.d
 # what the interface declares is there, whatever is left out
 printf '#include "moe.h"\n' > "$tmp/api.c"
 bad=
-for macro in MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT; do
+for macro in MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT MOE_NO_BF16; do
   cc -I.. -D$macro -E "$tmp/api.c" | tr '\n' ' ' | tr ';{}' '\n\n\n' | sed -n 's/^.*extern [^(]*[ *]\(moe_[a-z0-9_]*\)(.*$/\1/p' | sort -u > "$tmp/declared"
   cc -std=c99 -I.. -D$macro -c -o "$tmp/one.o" "$tmp/one.c"
   nm -g --defined-only "$tmp/one.o" | awk 'NF == 3 {sub(/^_/, "", $3); print $3}' | sort -u > "$tmp/defined"
