@@ -704,9 +704,11 @@ MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int 
 /* Returns the cross-entropy -log prob[label] of C logits, prob = softmax(logits) [TaG] Eq. 7 and 9.
    prob (C) may be NULL, or logits itself. C >= 1, 0 <= label < C; no label means "ignore". */
 MOE_API float moe_cross_entropy_forward(float *prob, const float *logits, int32_t label, int32_t C);
+#ifndef MOE_NO_TRAIN
 /* dlogits += scale (prob - onehot(label)). */
 MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32_t label,
                                         float scale, int32_t C);
+#endif
 
 /* ---- gate, routes, experts: the MoE layer on float arrays ---- >>api_layer */
 
@@ -7662,12 +7664,14 @@ MOE_API float moe_cross_entropy_forward(float *prob, const float *logits, int32_
   return moe__logf(sum) - margin;
 }
 
+#ifndef MOE_NO_TRAIN
 MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32_t label,
                                         float scale, int32_t C) {
   int32_t i;
   for (i = 0; i < C; ++i)
     dlogits[i] = moe__fmaf(scale, prob[i] - (i == label ? 1.0f : 0.0f), dlogits[i]);
 }
+#endif
 
 /* ---- the softmax of attention ---- >>softmax
    Works on a block of rows, one for each query; s = q k^T holds the products of a row with n keys.
@@ -8651,13 +8655,13 @@ static void moe__route_dx(const moe__route_job *job, int32_t token, int32_t sequ
   const moe_route_op *op = job->op;
   size_t H = (size_t)op->H, N = (size_t)op->routes->N, i, c, p;
   const float *dlogits = op->dlogits + (size_t)token * N, *gate = moe__route_gate(op, sequence);
-  float *dx = op->dx + (size_t)token * H, block[MOE__ROUTE_BLOCK];
+  float *dx = op->dx + (size_t)token * H, block[MOE__GATE_COLUMNS];
   if (!job->jitters) {
     for (i = 0; i < N; ++i) job->mix->axpy(dx, dlogits[i], gate + i * H, H);
     return;
   }
-  for (c = 0; c < H; c += MOE__ROUTE_BLOCK) {
-    size_t n = H - c < MOE__ROUTE_BLOCK ? H - c : (size_t)MOE__ROUTE_BLOCK;
+  for (c = 0; c < H; c += MOE__GATE_COLUMNS) {
+    size_t n = H - c < MOE__GATE_COLUMNS ? H - c : (size_t)MOE__GATE_COLUMNS;
     job->mix->scale(block, dlogits[0], gate + c, n);
     for (i = 1; i < N; ++i) job->mix->axpy(block, dlogits[i], gate + i * H + c, n);
     moe__route_jitter_token(op, block, block, n, token, sequence, c);
