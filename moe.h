@@ -135,9 +135,12 @@
      >>ops_simd      kernels of LayerNorm and dropout
      >>ops           LayerNorm, dropout, embeddings, losses
      >>softmax       the softmax of attention
+     >>attention_parts  attention: scratch, prefetching, products
      >>attention     self-attention over packed sequences
      >>route         gates, top-k, dispatch
+     >>route_back    their gradients
      >>experts       expert feed-forward networks
+     >>experts_back  their gradients
      >>kinds         kinds of tasks: heads, losses
     >>config        configuration, tasks, places of the weights
      >>model         a model: its block, its tasks
@@ -7828,20 +7831,12 @@ MOE__V_STAMP(MOE__SOFTMAX_FORWARD)
 MOE__V_STAMP(MOE__SOFTMAX_BACKWARD)
 #undef MOE__SOFTMAX_BACKWARD
 
-/* ---- self-attention over packed sequences ---- >>attention
-   A tile of work is some heads of one sequence (and, in forward, at most 512 of its queries). For
-   each head, keys and values are packed into scratch. Blocks of query rows then go through
-
-     forward   s = q k^T     p = softmax(s / sqrt D)     y = dropout(p) v
-     backward  s = q k^T     p from s and the stats that forward kept
-               dp = dropout(dy v^T)     ds = p (dp - dy . y) / sqrt D
-               dv += dropout(p)^T dy    dq += ds k    dk += ds^T q
-
-   An element of a product is one chain of FMAs in ascending order (>>gemm), so the size of a block
-   changes no bit. */
+/* ---- attention: scratch, prefetching, products ---- >>attention_parts
+   A tile of work (>>attention) is some heads of one sequence. What a thread needs for one head is
+   here: a place in scratch, the cache lines of the next head, and products of small matrices. */
 
 enum {
-  MOE__ATTENTION_QUERIES = 512, /* queries of a forward tile */
+  MOE__ATTENTION_QUERIES = 512, /* most queries of a forward tile */
   MOE__ATTENTION_ROWS = 64      /* most queries of a block */
 };
 
@@ -8037,6 +8032,18 @@ static void moe__attention_product(moe__attention_head *head, float *c, size_t c
     }
   }
 }
+
+/* ---- self-attention over packed sequences ---- >>attention
+   A tile of work is some heads of one sequence (and, in forward, at most 512 of its queries). For
+   each head, keys and values are packed into scratch. Blocks of query rows then go through
+
+     forward   s = q k^T     p = softmax(s / sqrt D)     y = dropout(p) v
+     backward  s = q k^T     p from s and the stats that forward kept
+               dp = dropout(dy v^T)     ds = p (dp - dy . y) / sqrt D
+               dv += dropout(p)^T dy    dq += ds k    dk += ds^T q
+
+   An element of a product is one chain of FMAs in ascending order (>>gemm), so the size of a block
+   changes no bit. */
 
 static moe__softmax moe__attention_softmax(const moe__attention_head *head) {
   moe__softmax b;
@@ -8287,10 +8294,8 @@ MOE_API moe_status moe_attention_backward(const moe_attention_op *op, const moe_
 #endif
 
 /* ---- gates, top-k, dispatch ---- >>route
-   A token's logits are dot products of its row with the N rows of its gate (16 lanes, >>simd). The
-   first part of this section makes routes, the second their gradients. Both cut tokens into tiles
-   of 64. The gradient of a gate is cut into blocks of columns, and one thread takes a block through
-   all tokens in their order: micro-batches one after the other give the bits of one batch. */
+   A token's logits are dot products of its row with the N rows of its gate (16 lanes, >>simd).
+   Tokens are cut into tiles of 64. */
 
 enum { MOE__ROUTE_TILE = 64, MOE__ROUTE_BLOCK = 1024, MOE__GATE_COLUMNS = 128 };
 
@@ -8610,6 +8615,11 @@ MOE_API moe_status moe_route_forward(const moe_route_op *op, const moe_env *env)
   return status;
 }
 
+/* ---- gradients of gates ---- >>route_back
+   Tokens are cut into tiles as in forward. The gradient of a gate is cut into blocks of columns,
+   and one thread takes a block through all tokens in their order: micro-batches one after the other
+   give the bits of one batch. */
+
 #ifndef MOE_NO_TRAIN
 /* dlogits of one token. dprob_i is the gradient of prob i: that of the weight if expert i was
    chosen, and N f_i / M from the balance loss, in which f counts as a constant.
@@ -8733,40 +8743,6 @@ MOE_API moe_status moe_route_backward(const moe_route_op *op, const moe_env *env
 
 enum { MOE__EXPERTS_TILE = 64 }; /* rows or tokens that are moved together */
 
-#ifndef MOE_NO_TRAIN
-/* a = GELU(x) and d = d GELU'(x) in one pass, bit for bit as moe_gelu_forward and
-   moe_gelu_backward. */
-typedef struct moe__expert_kernels {
-  void (*gelu_both)(float *a, float *d, const float *x, size_t n);
-} moe__expert_kernels;
-
-static void moe__scalar_gelu_both(float *a, float *d, const float *x, size_t n) {
-  float slope;
-  size_t i;
-  for (i = 0; i < n; ++i) {
-    a[i] = moe__geluf(x[i], &slope);
-    d[i] = d[i] * slope;
-  }
-}
-static const moe__expert_kernels moe__scalar_experts = {moe__scalar_gelu_both};
-
-#define MOE__EXPERT_KERNELS(S, T)                                                                  \
-  T static void S##_gelu_both(float *a, float *d, const float *x, size_t n) {                      \
-    S##_f slope;                                                                                   \
-    size_t i = 0;                                                                                  \
-    for (; i + 16 <= n; i += 16) {                                                                 \
-      S##_store(a + i, S##_gelu16(S##_load(x + i), &slope));                                       \
-      S##_store(d + i, S##_mul(S##_load(d + i), slope));                                           \
-    }                                                                                              \
-    if (i == n) return;                                                                            \
-    S##_storen(a + i, S##_gelu16(S##_loadn(x + i, n - i), &slope), n - i);                         \
-    S##_storen(d + i, S##_mul(S##_loadn(d + i, n - i), slope), n - i);                             \
-  }                                                                                                \
-  static const moe__expert_kernels S##_experts = {S##_gelu_both};
-MOE__V_STAMP(MOE__EXPERT_KERNELS)
-#undef MOE__EXPERT_KERNELS
-#endif
-
 /* Independent products of many experts: run when the list is full, and at the end. The list is on
    the stack; without SIMD it is short (see STACK on top). */
 #ifdef MOE_NO_SIMD
@@ -8806,9 +8782,6 @@ typedef struct moe__experts_job {
   int32_t shares;
   const moe__row_kernels *row_kernels;
   const moe__mix_kernels *mix;
-#ifndef MOE_NO_TRAIN
-  const moe__expert_kernels *kernels;
-#endif
 } moe__experts_job;
 
 MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, int training) {
@@ -8850,9 +8823,6 @@ static moe__experts_job moe__experts_job_make(const moe_experts_op *op, const mo
   job.alone.parallel_for = NULL;
   job.row_kernels = MOE__V_PICK(env->isa, rows);
   job.mix = MOE__V_PICK(env->isa, mix);
-#ifndef MOE_NO_TRAIN
-  job.kernels = MOE__V_PICK(env->isa, experts);
-#endif
   return job;
 }
 
@@ -9040,7 +9010,43 @@ MOE_API moe_status moe_experts_forward(const moe_experts_op *op, const moe_env *
   return status;
 }
 
+/* ---- gradients of experts ---- >>experts_back
+   The way back through >>experts, step by step: dy times the weight of a choice, W_out, GELU, W_in,
+   and the sum over the choices of a token. */
+
 #ifndef MOE_NO_TRAIN
+/* a = GELU(x) and d = d GELU'(x) in one pass, bit for bit as moe_gelu_forward and
+   moe_gelu_backward. */
+typedef struct moe__expert_kernels {
+  void (*gelu_both)(float *a, float *d, const float *x, size_t n);
+} moe__expert_kernels;
+
+static void moe__scalar_gelu_both(float *a, float *d, const float *x, size_t n) {
+  float slope;
+  size_t i;
+  for (i = 0; i < n; ++i) {
+    a[i] = moe__geluf(x[i], &slope);
+    d[i] = d[i] * slope;
+  }
+}
+static const moe__expert_kernels moe__scalar_experts = {moe__scalar_gelu_both};
+
+#define MOE__EXPERT_KERNELS(S, T)                                                                  \
+  T static void S##_gelu_both(float *a, float *d, const float *x, size_t n) {                      \
+    S##_f slope;                                                                                   \
+    size_t i = 0;                                                                                  \
+    for (; i + 16 <= n; i += 16) {                                                                 \
+      S##_store(a + i, S##_gelu16(S##_load(x + i), &slope));                                       \
+      S##_store(d + i, S##_mul(S##_load(d + i), slope));                                           \
+    }                                                                                              \
+    if (i == n) return;                                                                            \
+    S##_storen(a + i, S##_gelu16(S##_loadn(x + i, n - i), &slope), n - i);                         \
+    S##_storen(d + i, S##_mul(S##_loadn(d + i, n - i), slope), n - i);                             \
+  }                                                                                                \
+  static const moe__expert_kernels S##_experts = {S##_gelu_both};
+MOE__V_STAMP(MOE__EXPERT_KERNELS)
+#undef MOE__EXPERT_KERNELS
+
 static const float *moe__experts_weight(const float *const *w, const moe_mat *mat, int32_t i) {
   return w ? w[i] : (const float *)mat[i].data;
 }
@@ -9081,7 +9087,7 @@ static void moe__experts_gelu_tile(void *arg, int32_t tile, int32_t slot) {
   int32_t first = tile * MOE__EXPERTS_TILE, end = moe__min(first + MOE__EXPERTS_TILE, job->rows);
   size_t at = (size_t)first * job->F, n = (size_t)(end - first) * job->F;
   (void)slot;
-  job->kernels->gelu_both(job->a + at, job->d + at, job->op->pre + at, n);
+  MOE__V_PICK(job->alone.isa, experts)->gelu_both(job->a + at, job->d + at, job->op->pre + at, n);
 }
 
 /* d = de W_out of every expert: the gradient of the output of GELU. de: weight dy of the rows. */
