@@ -191,23 +191,31 @@ TEST_UNUSED static uint64_t models_hash(const void *data, size_t bytes) {
   return h;
 }
 
-/* A file in memory, written by the library; `data` is to be freed. */
+/* A file in memory, written by the library; `data` is to be freed. Writing fails after `limit` bytes.
+ */
 typedef struct models_file {
   unsigned char *data;
-  size_t used;
+  size_t used, capacity, limit;
 } models_file;
 
 TEST_UNUSED static int models_write(void *user, const void *data, size_t bytes) {
   models_file *file = (models_file *)user;
-  file->data = (unsigned char *)realloc(file->data, file->used + bytes + 1);
-  if (!file->data) return 1;
+  if (bytes > file->limit - file->used) return 1;
+  if (file->used + bytes > file->capacity || !file->data) {
+    file->capacity = 2 * (file->used + bytes) + 1;
+    file->data = (unsigned char *)realloc(file->data, file->capacity);
+    if (!file->data) return 1;
+  }
   memcpy(file->data + file->used, data, bytes);
   file->used += bytes;
   return 0;
 }
 
+/* Writes into an empty file. */
 TEST_UNUSED static moe_writer models_writer(models_file *file) {
   moe_writer writer;
+  memset(file, 0, sizeof *file);
+  file->limit = (size_t)-1;
   writer.write = models_write;
   writer.user = file;
   return writer;
@@ -215,7 +223,7 @@ TEST_UNUSED static moe_writer models_writer(models_file *file) {
 
 /* The file of a model; `used` is 0 where it could not be written. */
 TEST_UNUSED static models_file models_written(const moe_model *model, const moe_env *env) {
-  models_file file = {NULL, 0};
+  models_file file;
   moe_writer writer = models_writer(&file);
   if (moe_model_write(model, &writer, env)) file.used = 0;
   return file;

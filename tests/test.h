@@ -117,4 +117,12 @@ TEST_UNUSED static float test_random(uint64_t *state) {
   *state = *state * 6364136223846793005u + 1442695040888963407u;
   return (float)(*state >> 40) / 8388608.0f - 1.0f;
 }
+
+/* n of them, in a block of that very size, so that a sanitizer sees what is read beyond. */
+TEST_UNUSED static float *test_floats(size_t n, uint64_t *state) {
+  float *x = (float *)malloc(n * sizeof *x + 1);
+  size_t i;
+  for (i = 0; i < n; ++i) x[i] = test_random(state);
+  return x;
+}
 #endif

@@ -1,30 +1,6 @@
 /* Checkpoints: training goes on with the very bits, and a file that does not fit changes nothing.
  */
 
-typedef struct checkpoint_sink {
-  unsigned char *data;
-  size_t used, capacity;
-} checkpoint_sink;
-
-static int checkpoint_sink_write(void *user, const void *data, size_t bytes) {
-  checkpoint_sink *s = (checkpoint_sink *)user;
-  if (s->used + bytes > s->capacity) {
-    s->capacity = 2 * (s->used + bytes);
-    s->data = (unsigned char *)realloc(s->data, s->capacity);
-  }
-  memcpy(s->data + s->used, data, bytes);
-  s->used += bytes;
-  return 0;
-}
-
-static moe_writer checkpoint_sink_writer(checkpoint_sink *s) {
-  moe_writer writer;
-  memset(s, 0, sizeof *s);
-  writer.write = checkpoint_sink_write;
-  writer.user = s;
-  return writer;
-}
-
 enum { TASKS = 3, STEPS = 12, BATCH = 6 };
 
 static float (*schedule)(void *user, int64_t t);
@@ -146,8 +122,8 @@ static void test_checkpoint_resumes_with_the_same_bits(void) {
   run whole, later;
   variant other = usual;
   float losses[STEPS], loss;
-  checkpoint_sink s, again;
-  moe_writer writer = checkpoint_sink_writer(&s);
+  models_file s, again;
+  moe_writer writer = models_writer(&s);
   int i;
   CHECK(start_run(&whole, &usual, &env), "%s", said);
   for (i = 0; i < STEPS; ++i) {
@@ -163,7 +139,7 @@ static void test_checkpoint_resumes_with_the_same_bits(void) {
         said);
   CHECK(moe_trainer_steps_done(later.trainer) == 5 && later.sampler.drawn == 5 * BATCH,
         "step and draws");
-  writer = checkpoint_sink_writer(&again);
+  writer = models_writer(&again);
   CHECK(moe_checkpoint_write(later.trainer, &later.sampler, "note", &writer, &env) == MOE_OK, "%s",
         said);
   CHECK(again.used == s.used && !memcmp(again.data, s.data, s.used),
@@ -193,8 +169,8 @@ static void test_checkpoint_keeps_rates_of_the_callers(void) {
   int set, i;
   for (set = 0; set < 2; ++set) {
     run whole, later;
-    checkpoint_sink s;
-    moe_writer writer = checkpoint_sink_writer(&s);
+    models_file s;
+    moe_writer writer = models_writer(&s);
     schedule = set ? NULL : falling;
     schedule_user = &rate;
     CHECK(start_run(&whole, &usual, &env) && start_run(&later, &usual, &env), "%s", said);
@@ -214,7 +190,7 @@ static void test_checkpoint_keeps_rates_of_the_callers(void) {
           "weights");
     /* a file without a rate takes a set one away */
     free(s.data);
-    writer = checkpoint_sink_writer(&s);
+    writer = models_writer(&s);
     CHECK(!moe_trainer_set_lr(whole.trainer, -1, &env) &&
               !moe_checkpoint_write(whole.trainer, NULL, NULL, &writer, &env) &&
               !moe_trainer_set_lr(later.trainer, 0.5f, &env) &&
@@ -231,8 +207,8 @@ static void test_checkpoint_keeps_rates_of_the_callers(void) {
 static void test_checkpoint_is_a_model_too(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   run r;
-  checkpoint_sink s;
-  moe_writer writer = checkpoint_sink_writer(&s);
+  models_file s;
+  moe_writer writer = models_writer(&s);
   moe_model *model = NULL;
   size_t bytes;
   unsigned char *block, *block_base, *file, *file_base;
@@ -264,13 +240,13 @@ static void test_checkpoint_is_a_model_too(void) {
 static void checkpoint_refused(run *r, moe_sampler *sampler, const void *file, size_t n,
                                const char *says) {
   moe_env env = models_env(MOE_ISA_AUTO);
-  checkpoint_sink before, after;
-  moe_writer writer = checkpoint_sink_writer(&before);
+  models_file before, after;
+  moe_writer writer = models_writer(&before);
   CHECK(!moe_checkpoint_write(r->trainer, &r->sampler, NULL, &writer, &env), "%s", said);
   CHECK(moe_checkpoint_read(r->trainer, sampler, file, n, &env) == MOE_E_FORMAT &&
             strstr(said, says),
         "expected '%s', said '%s'", says, said);
-  writer = checkpoint_sink_writer(&after);
+  writer = models_writer(&after);
   CHECK(!moe_checkpoint_write(r->trainer, &r->sampler, NULL, &writer, &env), "%s", said);
   CHECK(before.used == after.used && !memcmp(before.data, after.data, before.used),
         "the trainer has changed");
@@ -302,8 +278,8 @@ static void test_checkpoint_names_what_differs(void) {
   run r;
   size_t i;
   float loss;
-  checkpoint_sink s;
-  moe_writer writer = checkpoint_sink_writer(&s);
+  models_file s;
+  moe_writer writer = models_writer(&s);
   CHECK(start_run(&r, &usual, &env) && step_run(&r, &loss, &env), "%s", said);
   CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
   end_run(&r);
@@ -315,11 +291,11 @@ static void test_checkpoint_names_what_differs(void) {
   }
   CHECK(start_run(&r, &usual, &env) && step_run(&r, &loss, &env), "%s", said);
   free(s.data);
-  writer = checkpoint_sink_writer(&s);
+  writer = models_writer(&s);
   CHECK(moe_model_write(r.model, &writer, &env) == MOE_OK, "%s", said);
   checkpoint_refused(&r, &r.sampler, s.data, s.used, "not a checkpoint");
   free(s.data);
-  writer = checkpoint_sink_writer(&s);
+  writer = models_writer(&s);
   CHECK(moe_checkpoint_write(r.trainer, NULL, NULL, &writer, &env) == MOE_OK, "%s", said);
   checkpoint_refused(&r, &r.sampler, s.data, s.used, "without a sampler");
   CHECK(moe_checkpoint_read(r.trainer, NULL, s.data, s.used, &env) == MOE_OK, "%s", said);
@@ -330,8 +306,8 @@ static void test_checkpoint_names_what_differs(void) {
 static void test_checkpoint_damaged_changes_nothing(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   run r;
-  checkpoint_sink s;
-  moe_writer writer = checkpoint_sink_writer(&s);
+  models_file s;
+  moe_writer writer = models_writer(&s);
   float loss;
   uint64_t state = 3;
   size_t data, i;
@@ -370,8 +346,8 @@ static void test_checkpoint_with_impossible_numbers_is_refused(void) {
   static const unsigned char minus_one[4] = {0, 0, 0x80, 0xbf};
   moe_env env = models_env(MOE_ISA_AUTO);
   run r;
-  checkpoint_sink s;
-  moe_writer writer = checkpoint_sink_writer(&s);
+  models_file s;
+  moe_writer writer = models_writer(&s);
   float loss;
   int64_t drawn, used;
   CHECK(start_run(&r, &usual, &env) && step_run(&r, &loss, &env), "%s", said);
@@ -381,13 +357,13 @@ static void test_checkpoint_with_impossible_numbers_is_refused(void) {
   free(s.data);
   drawn = r.sampler.drawn, used = r.used[0];
   r.sampler.drawn = INT64_MAX; /* the next row would be one more */
-  writer = checkpoint_sink_writer(&s);
+  writer = models_writer(&s);
   CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
   r.sampler.drawn = drawn;
   checkpoint_refused(&r, &r.sampler, s.data, s.used, "moe.checkpoint: ");
   free(s.data);
   r.used[0] = INT64_MAX;
-  writer = checkpoint_sink_writer(&s);
+  writer = models_writer(&s);
   CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
   r.used[0] = used;
   checkpoint_refused(&r, &r.sampler, s.data, s.used, "moe.checkpoint: ");
@@ -396,7 +372,7 @@ static void test_checkpoint_with_impossible_numbers_is_refused(void) {
 }
 
 /* A copy of a file with the first `from` in its header replaced. */
-static void edited(unsigned char **out, size_t *bytes, const checkpoint_sink *s, const char *from,
+static void edited(unsigned char **out, size_t *bytes, const models_file *s, const char *from,
                    const char *to) {
   size_t header = (size_t)s->data[0] | (size_t)s->data[1] << 8 | (size_t)s->data[2] << 16, at, k;
   size_t a = strlen(from), b = strlen(to), longer;
@@ -435,8 +411,8 @@ static void test_checkpoint_with_a_member_twice_is_refused(void) {
       {"\\\"drawn\\\":6,", "", "a member of the sampler is missing"}};
   moe_env env = models_env(MOE_ISA_AUTO);
   run r;
-  checkpoint_sink s;
-  moe_writer writer = checkpoint_sink_writer(&s);
+  models_file s;
+  moe_writer writer = models_writer(&s);
   float loss;
   size_t i, bytes = 0;
   unsigned char *copy;
@@ -488,8 +464,8 @@ static void test_checkpoint_note_comes_back(void) {
   static const char note[] = "--lr 1e-3 \"quoted\" \\ \n\t \xc3\xa9 \xff end";
   moe_env env = models_env(MOE_ISA_AUTO);
   run r;
-  checkpoint_sink s;
-  moe_writer writer = checkpoint_sink_writer(&s);
+  models_file s;
+  moe_writer writer = models_writer(&s);
   char text[100];
   size_t length = 99;
   CHECK(start_run(&r, &usual, &env), "%s", said);
@@ -504,7 +480,7 @@ static void test_checkpoint_note_comes_back(void) {
             !strcmp(text, "--lr") && length == sizeof note - 1,
         "%s", text);
   free(s.data);
-  writer = checkpoint_sink_writer(&s);
+  writer = models_writer(&s);
   CHECK(moe_checkpoint_write(r.trainer, NULL, NULL, &writer, &env) == MOE_OK, "%s", said);
   CHECK(moe_checkpoint_note(text, sizeof text, &length, s.data, s.used, &env) == MOE_OK &&
             length == 0 && !*text,

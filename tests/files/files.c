@@ -1,32 +1,6 @@
 /* Model files and checkpoints: what goes in comes out bit for bit, and whatever happens to a file
    ends in a status and a sentence. */
 
-typedef struct files_sink {
-  unsigned char *data;
-  size_t used, capacity, limit; /* limit: fails after so many bytes */
-} files_sink;
-
-static int files_sink_write(void *user, const void *data, size_t bytes) {
-  files_sink *s = (files_sink *)user;
-  if (bytes > s->limit - s->used) return 1;
-  if (s->used + bytes > s->capacity) {
-    s->capacity = 2 * (s->used + bytes);
-    s->data = (unsigned char *)realloc(s->data, s->capacity);
-  }
-  memcpy(s->data + s->used, data, bytes);
-  s->used += bytes;
-  return 0;
-}
-
-static moe_writer files_sink_writer(files_sink *s) {
-  moe_writer writer;
-  memset(s, 0, sizeof *s);
-  s->limit = (size_t)-1;
-  writer.write = files_sink_write;
-  writer.user = s;
-  return writer;
-}
-
 static const char files_vocab[] = "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nb\n\xc3\xa9\n";
 
 /* A small model with every kind of task and names that want escapes. */
@@ -112,13 +86,13 @@ static void test_files_round_trip_is_bit_exact(void) {
   int router;
   for (router = MOE_ROUTER_DENSE; router <= MOE_ROUTER_TASK; ++router) {
     moe_model *model = small_model((moe_router)router, &env), *back = NULL;
-    files_sink s, again;
-    moe_writer writer = files_sink_writer(&s);
+    models_file s, again;
+    moe_writer writer = models_writer(&s);
     CHECK(model, "%s", said);
     CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
     CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_OK, "%s", said);
     CHECK(same_models(model, moe_model_weights(back), back), "router %d", router);
-    writer = files_sink_writer(&again);
+    writer = models_writer(&again);
     CHECK(moe_model_write(back, &writer, &env) == MOE_OK, "%s", said);
     CHECK(again.used == s.used && !memcmp(again.data, s.data, s.used),
           "written again it is the same file");
@@ -133,7 +107,7 @@ static void test_files_round_trip_is_bit_exact(void) {
 }
 
 /* A copy at a multiple of 64 plus `shift`. */
-static unsigned char *aligned_copy(const files_sink *s, size_t shift, void **base) {
+static unsigned char *aligned_copy(const models_file *s, size_t shift, void **base) {
   unsigned char *p = (unsigned char *)malloc(s->used + 192);
   *base = p;
   p += (64 - (uintptr_t)p % 64) % 64 + shift;
@@ -172,8 +146,8 @@ static void same_offspring(moe_model *model, const moe_model *opened, const moe_
 static void test_files_open_in_place(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_model *model = small_model(MOE_ROUTER_TASK, &env), *opened = NULL;
-  files_sink s, again;
-  moe_writer writer = files_sink_writer(&s);
+  models_file s, again;
+  moe_writer writer = models_writer(&s);
   void *base, *block_base;
   unsigned char *file, *block;
   size_t bytes = 0;
@@ -204,7 +178,7 @@ static void test_files_open_in_place(void) {
   CHECK(moe_model_weights(opened) == NULL, "the weights are not for writing");
   CHECK((const unsigned char *)moe_model_vocab(opened, NULL) > file,
         "the vocabulary stays in the file");
-  writer = files_sink_writer(&again);
+  writer = models_writer(&again);
   CHECK(moe_model_write(opened, &writer, &env) == MOE_OK && again.used == s.used &&
             !memcmp(again.data, s.data, s.used),
         "written again");
@@ -259,8 +233,8 @@ static void try_bytes(const unsigned char *data, size_t n, int *accepted, int *r
 static void test_files_truncated_are_refused(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_model *model = small_model(MOE_ROUTER_TASK, &env);
-  files_sink s;
-  moe_writer writer = files_sink_writer(&s);
+  models_file s;
+  moe_writer writer = models_writer(&s);
   int accepted = 0, refused = 0;
   size_t data, i;
   int32_t t;
@@ -285,8 +259,8 @@ static void test_files_truncated_are_refused(void) {
 static void test_files_damaged_are_refused_or_read(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_model *model = small_model(MOE_ROUTER_SHARED, &env);
-  files_sink s;
-  moe_writer writer = files_sink_writer(&s);
+  models_file s;
+  moe_writer writer = models_writer(&s);
   int accepted = 0, refused = 0, round;
   uint64_t state = 1;
   size_t header;
@@ -321,7 +295,7 @@ static void test_files_damaged_are_refused_or_read(void) {
 }
 
 /* Replaces the first `from` in the header by `to` of the same length. */
-static void swap_text(files_sink *s, const char *from, const char *to) {
+static void swap_text(models_file *s, const char *from, const char *to) {
   size_t n = strlen(from), i;
   for (i = 8; i + n < s->used; ++i)
     if (!memcmp(s->data + i, from, n)) {
@@ -332,7 +306,7 @@ static void swap_text(files_sink *s, const char *from, const char *to) {
 
 /* Adds an empty tensor of the vocabulary's name to a header that ends at byte `end`, in a longer
    header. */
-static int repeat_vocab(files_sink *s, size_t end) {
+static int repeat_vocab(models_file *s, size_t end) {
   char more[120];
   size_t n = (size_t)snprintf(
              more, sizeof more,
@@ -382,18 +356,18 @@ static void test_files_sentences_name_the_cause(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
   size_t i;
-  files_sink s;
+  models_file s;
   moe_writer writer;
   CHECK(model, "%s", said);
   for (i = 0; i < sizeof some / sizeof *some; ++i) {
-    writer = files_sink_writer(&s);
+    writer = models_writer(&s);
     CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
     swap_text(&s, some[i].from, some[i].to);
     CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strstr(said, some[i].says),
           "%s: said '%s'", some[i].to, said);
     free(s.data);
   }
-  writer = files_sink_writer(&s); /* a second vocabulary: which one would count? */
+  writer = models_writer(&s); /* a second vocabulary: which one would count? */
   CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
   for (i = 8; memcmp(s.data + i, "  ", 2); ++i) continue; /* the blanks behind the header */
   CHECK(repeat_vocab(&s, i), "no room for a second vocabulary");
@@ -401,7 +375,7 @@ static void test_files_sentences_name_the_cause(void) {
             strstr(said, "tensor tokenizer.vocab is listed twice"),
         "said '%s'", said);
   free(s.data);
-  writer = files_sink_writer(&s);
+  writer = models_writer(&s);
   CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
   i = 8 + ((size_t)s.data[0] | (size_t)s.data[1] << 8 | (size_t)s.data[2] << 16);
   memcpy(s.data + i + 60 * sizeof(float), "\0\0\xc0\x7f", 4); /* element 4 of the second tensor */
@@ -426,8 +400,8 @@ static void test_files_weights_that_cannot_be_read_are_not_written(void) {
     moe_tensor t;
     char says[160];
     float *last, kept;
-    files_sink s;
-    moe_writer writer = files_sink_writer(&s);
+    models_file s;
+    moe_writer writer = models_writer(&s);
     CHECK(moe_model_tensor(model, moe_model_find_tensor(model, names[i]), &t) == MOE_OK, "%s",
           names[i]);
     last = moe_model_weights(model) + t.offset + t.count - 1;
@@ -457,14 +431,14 @@ static void test_files_weights_that_cannot_be_read_are_not_written(void) {
 static void test_files_failing_writer_is_reported(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_model *model = small_model(MOE_ROUTER_TASK, &env);
-  files_sink s;
-  moe_writer writer = files_sink_writer(&s);
+  models_file s;
+  moe_writer writer = models_writer(&s);
   size_t whole, limit;
   CHECK(model && moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
   whole = s.used;
   free(s.data);
   for (limit = 0; limit < whole; limit += limit < 5000 ? 97 : 1009) {
-    writer = files_sink_writer(&s);
+    writer = models_writer(&s);
     s.limit = limit;
     said[0] = 0;
     CHECK(moe_model_write(model, &writer, &env) == MOE_E_IO && said[0], "limit %zu", limit);

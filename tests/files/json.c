@@ -103,30 +103,6 @@ static void test_json_survives_every_cut_and_byte(void) {
   CHECK(accepts(whole, n), "whole");
 }
 
-typedef struct json_sink {
-  unsigned char *data;
-  size_t used, capacity, limit; /* limit: fails after so many bytes */
-} json_sink;
-
-static int json_sink_write(void *user, const void *data, size_t bytes) {
-  json_sink *s = (json_sink *)user;
-  if (bytes > s->limit - s->used) return 1;
-  if (s->used + bytes > s->capacity) {
-    s->capacity = 2 * (s->used + bytes);
-    s->data = (unsigned char *)realloc(s->data, s->capacity);
-  }
-  memcpy(s->data + s->used, data, bytes);
-  s->used += bytes;
-  return 0;
-}
-
-static json_sink new_sink(void) {
-  json_sink s;
-  memset(&s, 0, sizeof s);
-  s.limit = (size_t)-1;
-  return s;
-}
-
 static void test_json_strings_come_back_byte_for_byte(void) {
   uint64_t state = 5;
   int round, nested;
@@ -134,8 +110,8 @@ static void test_json_strings_come_back_byte_for_byte(void) {
     for (nested = 0; nested < 2; ++nested) {
       char in[40], back[41];
       size_t n = (size_t)round % 40, i, length;
-      json_sink s = new_sink();
-      moe_writer writer;
+      models_file s;
+      moe_writer writer = models_writer(&s);
       moe__out out;
       moe__json j;
       moe__json_text text;
@@ -145,8 +121,6 @@ static void test_json_strings_come_back_byte_for_byte(void) {
                           : "\"\\\xc3\xa9\xf0\x9f\x98\x80\n/\x7f"[(int)((r + 1) * 5.5f)];
         if (!in[i]) in[i] = 'x';
       }
-      writer.write = json_sink_write;
-      writer.user = &s;
       moe__out_init(&out, &writer);
       out.nested = nested;
       moe__out_string(&out, in, n);
@@ -187,8 +161,8 @@ static void test_json_floats_come_back_bit_for_bit(void) {
   for (i = 0; i < 200000; ++i) {
     float f, back;
     uint32_t bits;
-    json_sink s = new_sink();
-    moe_writer writer;
+    models_file s;
+    moe_writer writer = models_writer(&s);
     moe__out out;
     moe__json j;
     char text[64];
@@ -198,8 +172,6 @@ static void test_json_floats_come_back_bit_for_bit(void) {
     memcpy(&f, &bits, sizeof f);
     if (i < (int)(sizeof some / sizeof *some)) f = some[i];
     if (!(fabsf(f) <= 3.4028235e38f)) continue;
-    writer.write = json_sink_write;
-    writer.user = &s;
     moe__out_init(&out, &writer);
     moe__out_float(&out, f);
     memcpy(text, out.buffer, out.used);

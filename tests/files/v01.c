@@ -248,27 +248,10 @@ static void test_v01_models_give_the_same_answers_in_place(void) { each_machine(
 
 /* ---- written again ---- */
 
-typedef struct v01_sink {
-  unsigned char *data;
-  size_t used;
-} v01_sink;
-
-static int v01_sink_write(void *user, const void *data, size_t bytes) {
-  v01_sink *s = (v01_sink *)user;
-  unsigned char *grown = (unsigned char *)realloc(s->data, s->used + bytes + 1);
-  if (!grown) return 1;
-  s->data = grown;
-  memcpy(s->data + s->used, data, bytes);
-  s->used += bytes;
-  return 0;
-}
-
 static void write_and_read(subject *s) {
   moe_model *model = NULL, *again = NULL;
-  v01_sink to = {NULL, 0};
-  moe_writer writer;
-  writer.write = v01_sink_write;
-  writer.user = &to;
+  models_file to;
+  moe_writer writer = models_writer(&to);
   CHECK(moe_model_read(&model, s->file, s->bytes, &s->env) == MOE_OK, "%s: %s", s->where, said);
   CHECK(moe_model_write(model, &writer, &s->env) == MOE_OK, "%s: %s", s->where, said);
   CHECK(moe_model_read(&again, to.data, to.used, &s->env) == MOE_OK, "%s: %s", s->where, said);

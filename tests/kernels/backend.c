@@ -43,13 +43,6 @@ typedef struct layer {
   float *y, *pre, *g, *dx, *dw, *db; /* out: gradients begin with values */
 } layer;
 
-static float *fill(size_t n, uint64_t *seed) {
-  float *x = (float *)malloc((n + 1) * sizeof *x);
-  size_t i;
-  for (i = 0; i < n; ++i) x[i] = test_random(seed);
-  return x;
-}
-
 static layer layer_make(int32_t M, int32_t rows, int32_t cols, const moe_env *env) {
   uint64_t seed = 7;
   size_t in = (size_t)(M * cols), out = (size_t)(M * rows), weights = (size_t)(rows * cols);
@@ -57,11 +50,12 @@ static layer layer_make(int32_t M, int32_t rows, int32_t cols, const moe_env *en
   l.M = M;
   l.rows = rows;
   l.cols = cols;
-  l.x = fill(in, &seed), l.w = fill(weights, &seed), l.b = fill((size_t)rows, &seed),
-  l.dy = fill(out, &seed);
-  l.panels = fill(moe_pack_floats(rows, cols), &seed);
-  l.y = fill(out, &seed), l.pre = fill(out, &seed), l.g = fill(out, &seed);
-  l.dx = fill(in, &seed), l.dw = fill(weights, &seed), l.db = fill((size_t)rows, &seed);
+  l.x = test_floats(in, &seed), l.w = test_floats(weights, &seed),
+  l.b = test_floats((size_t)rows, &seed), l.dy = test_floats(out, &seed);
+  l.panels = test_floats(moe_pack_floats(rows, cols), &seed);
+  l.y = test_floats(out, &seed), l.pre = test_floats(out, &seed), l.g = test_floats(out, &seed);
+  l.dx = test_floats(in, &seed), l.dw = test_floats(weights, &seed),
+  l.db = test_floats((size_t)rows, &seed);
   moe_pack(l.panels, l.w, rows, cols, env);
   return l;
 }

@@ -1,14 +1,6 @@
 /* Matrix products against their definition, bit by bit: every instruction set of this machine,
    layouts, strides, blocks of k, edges, threads. */
 
-static float *random_floats(size_t n, uint64_t *seed) {
-  float *x =
-      (float *)malloc(n * sizeof *x + 1); /* exact: a sanitizer sees what reads or writes beyond */
-  size_t i;
-  for (i = 0; i < n; ++i) x[i] = test_random(seed);
-  return x;
-}
-
 /* The definition: one chain of fused multiply-adds for each element, or 16 lanes and a tree. */
 static void definition(float *c, const moe__gemm *g, const float *w_rows) {
   int32_t i, j, p;
@@ -39,13 +31,13 @@ static void compare(int32_t m, int32_t n, int32_t k, moe__b_layout layout, int a
   size_t b_ld = layout == MOE__B_ROWS ? un + pad : uk, c_count = um ? (um - 1) * c_ld + un : 0, i;
   size_t b_count = layout == MOE__B_ROWS ? (uk ? (uk - 1) * b_ld + un : 0) : un * uk;
   size_t a_count = transposed ? (uk ? (uk - 1) * a_ld + um : 0) : (um ? (um - 1) * a_ld + uk : 0);
-  float *a = random_floats(a_count, seed), *b = random_floats(b_count, seed),
-        *bias = random_floats(un, seed);
-  float *begin = random_floats(c_count, seed), *want = random_floats(c_count, seed),
-        *got = random_floats(c_count, seed);
-  float *panels = random_floats(moe_pack_floats(n, k), seed), *gelu = random_floats(c_count, seed);
-  float *sum_begin = random_floats(um, seed), *sum_want = random_floats(um, seed),
-        *sum_got = random_floats(um, seed);
+  float *a = test_floats(a_count, seed), *b = test_floats(b_count, seed),
+        *bias = test_floats(un, seed);
+  float *begin = test_floats(c_count, seed), *want = test_floats(c_count, seed),
+        *got = test_floats(c_count, seed);
+  float *panels = test_floats(moe_pack_floats(n, k), seed), *gelu = test_floats(c_count, seed);
+  float *sum_begin = test_floats(um, seed), *sum_want = test_floats(um, seed),
+        *sum_got = test_floats(um, seed);
   moe_env env;
   moe__gemm g;
   int32_t i_row, p;
@@ -163,8 +155,8 @@ static void test_gemm_packs_into_panels_of_16(void) {
   size_t i, s;
   for (i = 0; i < sizeof shapes / sizeof shapes[0]; ++i) {
     int32_t rows = shapes[i][0], cols = shapes[i][1], j, p;
-    float *w = random_floats((size_t)rows * (size_t)cols, &seed),
-          *panels = random_floats(moe_pack_floats(rows, cols), &seed);
+    float *w = test_floats((size_t)rows * (size_t)cols, &seed),
+          *panels = test_floats(moe_pack_floats(rows, cols), &seed);
     CHECK(moe_pack_floats(rows, cols) == (size_t)((rows + 15) / 16 * 16) * (size_t)cols,
           "size of %d x %d", (int)rows, (int)cols);
     for (s = 0; s < ISAS; ++s) {
@@ -191,9 +183,9 @@ static void test_gemm_lists_give_the_same_bits_for_any_number_of_threads(void) {
   static const int32_t ms[COUNT] = {300, 0, 1, 77, 130}; /* like experts, one of them empty */
   static const int32_t threads[] = {1, 2, 3, 8};
   uint64_t seed = 21;
-  float *a = random_floats(600 * K, &seed), *b = random_floats(COUNT * N * K, &seed),
-        *first = random_floats(600 * N, &seed);
-  float *c = random_floats(600 * N, &seed);
+  float *a = test_floats(600 * K, &seed), *b = test_floats(COUNT * N * K, &seed),
+        *first = test_floats(600 * N, &seed);
+  float *c = test_floats(600 * N, &seed);
   size_t t, i;
   for (t = 0; t < sizeof threads / sizeof threads[0]; ++t) {
     moe_env env;

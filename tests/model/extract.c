@@ -418,7 +418,7 @@ static void test_extract_checkpoints(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_trainer *a, *b;
   moe_model *twin = NULL, *all = NULL;
-  models_file m = {NULL, 0};
+  models_file m;
   moe_writer writer = models_writer(&m);
   static const int32_t keep[] = {0, 1};
   CHECK(twins(MOE_ROUTER_TASK, 1, 0, some, &env), "%s", said);

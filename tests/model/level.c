@@ -572,30 +572,6 @@ static void test_level_router_learns_at_its_own_rate(void) {
 
 /* ---- files ---- */
 
-typedef struct sink {
-  unsigned char *data;
-  size_t used, capacity;
-} sink;
-
-static int sink_write(void *user, const void *data, size_t bytes) {
-  sink *s = (sink *)user;
-  if (s->used + bytes > s->capacity) {
-    s->capacity = 2 * (s->used + bytes);
-    s->data = (unsigned char *)realloc(s->data, s->capacity);
-  }
-  memcpy(s->data + s->used, data, bytes);
-  s->used += bytes;
-  return 0;
-}
-
-static moe_status sink_model(sink *s, const moe_model *model, const moe_env *env) {
-  moe_writer writer;
-  memset(s, 0, sizeof *s);
-  writer.write = sink_write;
-  writer.user = s;
-  return moe_model_write(model, &writer, env);
-}
-
 static void test_level_files_give_back_the_model(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   int variant;
@@ -604,10 +580,10 @@ static void test_level_files_give_back_the_model(void) {
                                 (moe_selection)(variant % 3), BLOCKS);
     moe_model *model, *back = NULL;
     const moe_config *read;
-    sink s;
+    models_file s;
     c.temperature = 0.37f;
     model = level_model(&c, &env);
-    CHECK(model && sink_model(&s, model, &env) == MOE_OK, "%s", said);
+    CHECK(model && (s = models_written(model, &env)).used, "%s", said);
     CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_OK, "%s", said);
     read = moe_model_config(back);
     CHECK(read->unit == c.unit && read->router == c.router && read->selection == c.selection &&
@@ -634,12 +610,9 @@ static void test_level_checkpoints_go_on(void) {
   moe_train_config t = level_training();
   moe_trainer *ta = level_trainer(a, &t, &env), *tb = level_trainer(b, &t, &env),
               *tw = level_trainer(w, &t, &env);
-  moe_writer writer;
-  sink s;
+  models_file s;
+  moe_writer writer = models_writer(&s);
   CHECK(ta && tb && tw, "%s", said);
-  memset(&s, 0, sizeof s);
-  writer.write = sink_write;
-  writer.user = &s;
   models_random_batch(&level_batch, a, 12, 9, 51);
   CHECK(!moe_trainer_accumulate(ta, &level_batch.b, 0, NULL, NULL, &env) &&
             !moe_trainer_step(ta, NULL, &env),
@@ -676,11 +649,11 @@ static void test_level_import_copies_every_block(void) {
   moe_task_router level = {routes, NULL, NULL, NULL};
   moe_model *a, *b = level_model(&c, &env);
   moe_tensor head;
-  sink s;
+  models_file s;
   int32_t i;
   models_tasks(tasks);
   a = models_create(&dense, tasks, MODELS_TASKS, &env);
-  CHECK(a && b && !sink_model(&s, a, &env), "%s", said);
+  CHECK(a && b && (s = models_written(a, &env)).used, "%s", said);
   CHECK(moe_model_import(b, s.data, s.used, NULL, &env) == MOE_OK, "%s", said);
   moe_model_tensor(a, moe_model_find_tensor(a, "heads.two.weight"), &head);
   CHECK(head.offset == a->head[0], "heads come last");

@@ -3,8 +3,6 @@
    batch. */
 #include "golden/ops.h"
 
-static const int32_t attention_thread_counts[] = {1, 2, 3, 8};
-
 typedef struct shape {
   int32_t S, H, A;
   float p;
@@ -28,17 +26,6 @@ static const uint64_t attention_keys[8] = {0x123456789abcdefu, 22, 33, 44, 55, 6
 static float attention_qkv[3 * MOST], attention_y[MOST], attention_dy[MOST], attention_stats[MOST],
     attention_dqkv[3 * MOST];
 
-static void attention_fill(float *x, size_t n, uint64_t seed, float scale) {
-  uint64_t state = seed;
-  size_t i;
-  for (i = 0; i < n; ++i) x[i] = test_random(&state) * scale;
-}
-
-static void attention_dirty(float *x, size_t n) {
-  size_t i;
-  for (i = 0; i < n; ++i) x[i] = i % 3 ? NAN : 1e30f;
-}
-
 /* The op on the arrays above. */
 static moe_attention_op attention(const int32_t *seq_start, int32_t S, int32_t H, int32_t A,
                                   float *scratch) {
@@ -58,21 +45,21 @@ static void run_shape(const shape *s, const moe_env *env) {
   moe_attention_op op;
   for (i = 0; i < s->S; ++i)
     if (s->starts[i + 1] - s->starts[i] > longest) longest = s->starts[i + 1] - s->starts[i];
-  attention_fill(attention_qkv, 3 * n, 1, 1.5f);
-  attention_fill(attention_dy, n, 2, 1.0f);
-  attention_fill(attention_dqkv, 3 * n, 3, 1e-3f);
-  attention_dirty(attention_y, n);
-  attention_dirty(attention_stats, (size_t)(M * s->A * 2));
+  fill(attention_qkv, 3 * n, 1, 1.5f);
+  fill(attention_dy, n, 2, 1.0f);
+  fill(attention_dqkv, 3 * n, 3, 1e-3f);
+  dirty(attention_y, n);
+  dirty(attention_stats, (size_t)(M * s->A * 2));
   floats = moe_attention_scratch(longest, s->H, s->A, 0, env);
   scratch = (float *)malloc(floats * sizeof(float));
-  attention_dirty(scratch, floats);
+  dirty(scratch, floats);
   op = attention(s->starts, s->S, s->H, s->A, scratch);
   op.dropout = s->p, op.keys = attention_keys;
   CHECK(!moe_attention_forward(&op, env), "forward fails");
   free(scratch);
   floats = moe_attention_scratch(longest, s->H, s->A, 1, env);
   scratch = (float *)malloc(floats * sizeof(float));
-  attention_dirty(scratch, floats);
+  dirty(scratch, floats);
   op.scratch = scratch;
   CHECK(!moe_attention_backward(&op, env), "backward fails");
   free(scratch);
@@ -165,9 +152,9 @@ static void test_attention_has_the_same_bits_everywhere(void) {
       for (t = 0; t < 4 && moe_isa_available(isas[i]); ++t) {
         moe_env env;
         moe_pool *pool;
-        if (attention_thread_counts[t] == 3 && M * H > 10000) continue;
+        if (thread_counts[t] == 3 && M * H > 10000) continue;
         moe_env_init(&env, isas[i]);
-        CHECK(moe_pool_create_exact(&pool, attention_thread_counts[t], &env) == MOE_OK, "no pool");
+        CHECK(moe_pool_create_exact(&pool, thread_counts[t], &env) == MOE_OK, "no pool");
         run_shape(s, &env);
         moe_pool_free(pool);
         if (first) {
@@ -177,11 +164,11 @@ static void test_attention_has_the_same_bits_everywhere(void) {
         }
         first = 0;
         CHECK(!memcmp(kept_y, attention_y, M * H * 4), "y of shape %d, %s, %d threads", n,
-              moe_isa_name(isas[i]), (int)attention_thread_counts[t]);
+              moe_isa_name(isas[i]), (int)thread_counts[t]);
         CHECK(!memcmp(kept_stats, attention_stats, M * A * 8), "stats of shape %d, %s", n,
               moe_isa_name(isas[i]));
         CHECK(!memcmp(kept_dqkv, attention_dqkv, M * H * 12), "dqkv of shape %d, %s, %d threads", n,
-              moe_isa_name(isas[i]), (int)attention_thread_counts[t]);
+              moe_isa_name(isas[i]), (int)thread_counts[t]);
       }
   }
 }
@@ -201,7 +188,7 @@ static void test_attention_of_a_sequence_ignores_its_neighbours(void) {
     moe_attention_op op;
     alone[0] = 0;
     alone[1] = (int32_t)M;
-    attention_fill(dqkv1, 3 * MOST, 3, 1e-3f); /* what run_shape began with */
+    fill(dqkv1, 3 * MOST, 3, 1e-3f); /* what run_shape began with */
     memmove(dqkv1, dqkv1 + at * 3 * s->H, M * H * 12);
     op = attention(alone, 1, s->H, s->A, scratch);
     op.dropout = s->p, op.keys = attention_keys + q;
@@ -257,8 +244,8 @@ static void test_attention_does_not_overflow(void) {
   int i;
   moe_env_init(&env, MOE_ISA_AUTO);
   scratch = (float *)malloc(moe_attention_scratch(20, 32, 1, 1, &env) * sizeof(float));
-  attention_fill(attention_qkv, 20 * 96, 1, 1000.0f);
-  attention_fill(attention_dy, 20 * 32, 2, 1.0f);
+  fill(attention_qkv, 20 * 96, 1, 1000.0f);
+  fill(attention_dy, 20 * 32, 2, 1.0f);
   memset(attention_dqkv, 0, sizeof attention_dqkv);
   op = attention(s.starts, 1, 32, 1, scratch);
   CHECK(!moe_attention_forward(&op, &env) && !moe_attention_backward(&op, &env), "fails");
@@ -283,7 +270,7 @@ static void test_attention_of_8192_tokens(void) {
   int32_t i, d;
   moe_env_init(&env, MOE_ISA_AUTO);
   scratch = (float *)malloc(moe_attention_scratch(8192, 8, 1, 0, &env) * sizeof(float));
-  attention_fill(big, 8192 * 24, 1, 1.5f);
+  fill(big, 8192 * 24, 1, 1.5f);
   for (i = 0; i < 8192 * 24; ++i) x[i] = (double)big[i];
   op = attention(at, 1, 8, 1, scratch);
   op.y = z, op.stats = NULL, op.qkv = big, op.dropout = 0.1f, op.keys = attention_keys;
@@ -332,7 +319,7 @@ static void test_attention_overwrites_dqkv_if_asked(void) {
   memset(added, 0, sizeof added);
   CHECK(!moe_attention_backward(&op, &env), "fails");
   op.dqkv = attention_dqkv, op.overwrite = 1;
-  attention_dirty(attention_dqkv, n);
+  dirty(attention_dqkv, n);
   CHECK(!moe_attention_backward(&op, &env), "fails");
   free(op.scratch);
   CHECK(!memcmp(added, attention_dqkv, n * sizeof(float)), "other bits than from 0");
@@ -344,7 +331,7 @@ static void test_attention_refuses_sizes_and_options_out_of_range(void) {
   moe_env env;
   moe_env_init(&env, MOE_ISA_AUTO);
   op.scratch = (float *)malloc(moe_attention_scratch(5, 12, 3, 1, &env) * sizeof(float));
-  attention_fill(attention_qkv, 7 * 36, 1, 1.0f);
+  fill(attention_qkv, 7 * 36, 1, 1.0f);
   CHECK(!moe_attention_forward(&op, &env), "the op itself");
   op.A = 5;
   CHECK(moe_attention_forward(&op, &env) == MOE_E_ARGUMENT, "5 heads of 12 columns");

@@ -1,13 +1,6 @@
 /* Linear layers and GELU: values and gradients against double precision, the same bits on every
    instruction set, for any number of threads and for any cut into micro-batches. */
 
-static float *random_floats(size_t n, uint64_t *seed) {
-  float *x = (float *)malloc(n * sizeof *x + 1);
-  size_t i;
-  for (i = 0; i < n; ++i) x[i] = test_random(seed);
-  return x;
-}
-
 static double gelu_double(double x) { return 0.5 * x * (1.0 + erf(x * 0.70710678118654752440)); }
 
 /* The layer in double: y (M, rows) */
@@ -26,12 +19,12 @@ static void test_linear_forward_matches_double_for_packed_and_plain_weights(void
   for (q = 0; q < sizeof shapes / sizeof shapes[0]; ++q) {
     int M = shapes[q][0], rows = shapes[q][1], cols = shapes[q][2], i, j;
     size_t count = (size_t)(M * rows);
-    float *x = random_floats((size_t)(M * cols), &seed),
-          *w = random_floats((size_t)(rows * cols), &seed);
-    float *b = random_floats((size_t)rows, &seed), *y = random_floats(count, &seed),
-          *pre = random_floats(count, &seed);
-    float *packed = random_floats(count, &seed), *first = random_floats(count, &seed);
-    float *panels = random_floats(moe_pack_floats(rows, cols), &seed);
+    float *x = test_floats((size_t)(M * cols), &seed),
+          *w = test_floats((size_t)(rows * cols), &seed);
+    float *b = test_floats((size_t)rows, &seed), *y = test_floats(count, &seed),
+          *pre = test_floats(count, &seed);
+    float *packed = test_floats(count, &seed), *first = test_floats(count, &seed);
+    float *panels = test_floats(moe_pack_floats(rows, cols), &seed);
     for (s = 0; s < ISAS; ++s) {
       moe_env env;
       moe_mat plain = moe_mat_rows(w, rows, cols), mat = moe_mat_panels(panels, rows, cols);
@@ -72,13 +65,12 @@ static void test_linear_backward_matches_double_and_accumulates(void) {
   size_t q, s;
   for (q = 0; q < sizeof shapes / sizeof shapes[0]; ++q) {
     int M = shapes[q][0], rows = shapes[q][1], cols = shapes[q][2], i, j, p;
-    float *x = random_floats((size_t)(M * cols), &seed),
-          *w = random_floats((size_t)(rows * cols), &seed);
-    float *dy = random_floats((size_t)(M * rows), &seed),
-          *dx = random_floats((size_t)(M * cols), &seed);
-    float *dw = random_floats((size_t)(rows * cols), &seed),
-          *db = random_floats((size_t)rows, &seed);
-    float *keep = random_floats((size_t)(M * cols + rows * cols + rows), &seed);
+    float *x = test_floats((size_t)(M * cols), &seed),
+          *w = test_floats((size_t)(rows * cols), &seed);
+    float *dy = test_floats((size_t)(M * rows), &seed),
+          *dx = test_floats((size_t)(M * cols), &seed);
+    float *dw = test_floats((size_t)(rows * cols), &seed), *db = test_floats((size_t)rows, &seed);
+    float *keep = test_floats((size_t)(M * cols + rows * cols + rows), &seed);
     for (s = 0; s < ISAS; ++s) {
       moe_env env;
       moe_mat mat = moe_mat_rows(w, rows, cols);
@@ -120,10 +112,10 @@ static void test_linear_backward_matches_double_and_accumulates(void) {
 static void test_linear_backward_of_micro_batches_gives_the_bits_of_one_batch(void) {
   enum { M = 700, ROWS = 40, COLS = 50 };
   uint64_t seed = 6;
-  float *x = random_floats(M * COLS, &seed), *w = random_floats(ROWS * COLS, &seed),
-        *dy = random_floats(M * ROWS, &seed);
-  float *dw = random_floats(ROWS * COLS, &seed), *db = random_floats(ROWS, &seed);
-  float *dw2 = random_floats(ROWS * COLS, &seed), *db2 = random_floats(ROWS, &seed);
+  float *x = test_floats(M * COLS, &seed), *w = test_floats(ROWS * COLS, &seed),
+        *dy = test_floats(M * ROWS, &seed);
+  float *dw = test_floats(ROWS * COLS, &seed), *db = test_floats(ROWS, &seed);
+  float *dw2 = test_floats(ROWS * COLS, &seed), *db2 = test_floats(ROWS, &seed);
   moe_mat mat = moe_mat_rows(w, ROWS, COLS);
   moe_env env;
   int at = 0, part = 1;
@@ -144,9 +136,9 @@ static void test_linear_backward_of_micro_batches_gives_the_bits_of_one_batch(vo
 static void test_linear_rows_do_not_depend_on_their_company(void) {
   enum { M = 40, ROWS = 50, COLS = 300 };
   uint64_t seed = 8;
-  float *x = random_floats(M * COLS, &seed), *w = random_floats(ROWS * COLS, &seed),
-        *b = random_floats(ROWS, &seed);
-  float *all = random_floats(M * ROWS, &seed), *some = random_floats(M * ROWS, &seed);
+  float *x = test_floats(M * COLS, &seed), *w = test_floats(ROWS * COLS, &seed),
+        *b = test_floats(ROWS, &seed);
+  float *all = test_floats(M * ROWS, &seed), *some = test_floats(M * ROWS, &seed);
   int rows, first, count;
   for (rows = 5; rows <= ROWS; rows += 45) { /* 16-lane sums, then chains */
     moe_mat mat = moe_mat_rows(w, rows, COLS);
@@ -183,9 +175,9 @@ static void test_linear_nothing_to_do_is_fine(void) {
 static void test_gelu_forward_and_backward_match_double(void) {
   enum { N = 60003 };
   uint64_t seed = 12;
-  float *x = random_floats(N, &seed), *y = random_floats(N, &seed), *dy = random_floats(N, &seed),
-        *dx = random_floats(N, &seed);
-  float *first = random_floats(2 * N, &seed);
+  float *x = test_floats(N, &seed), *y = test_floats(N, &seed), *dy = test_floats(N, &seed),
+        *dx = test_floats(N, &seed);
+  float *first = test_floats(2 * N, &seed);
   double worst = 0.0, worst_slope = 0.0;
   int s, i;
   for (i = 0; i < N; ++i) x[i] = (float)(i - N / 2) * 0.0005f + x[i] * 1e-4f;
@@ -232,10 +224,10 @@ static void test_linear_gives_the_same_bits_for_any_number_of_threads(void) {
   enum { M = 210, ROWS = 230, COLS = 100 };
   static const int32_t threads[] = {1, 2, 3, 8};
   uint64_t seed = 31;
-  float *x = random_floats(M * COLS, &seed), *w = random_floats(ROWS * COLS, &seed),
-        *b = random_floats(ROWS, &seed);
+  float *x = test_floats(M * COLS, &seed), *w = test_floats(ROWS * COLS, &seed),
+        *b = test_floats(ROWS, &seed);
   size_t count = M * ROWS * 2 + M * COLS + ROWS * COLS + ROWS, t;
-  float *out = random_floats(count, &seed), *first = random_floats(count, &seed);
+  float *out = test_floats(count, &seed), *first = test_floats(count, &seed);
   for (t = 0; t < 4; ++t) {
     float *y = out, *pre = y + M * ROWS, *dx = pre + M * ROWS, *dw = dx + M * COLS,
           *db = dw + ROWS * COLS;

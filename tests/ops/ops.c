@@ -3,37 +3,6 @@
    of threads, micro-batches and neighbours. */
 #include "golden/ops.h"
 
-static const int32_t ops_thread_counts[] = {1, 2, 3, 8};
-
-/* Calls body(env) for every instruction set of this machine and 1, 2, 3 and 8 threads; `first`
-   marks the call that the others are compared with. */
-static void each_env(void (*body)(const moe_env *env, int first)) {
-  size_t i, t;
-  int first = 1;
-  for (i = 0; i < ISAS; ++i)
-    for (t = 0; t < 4 && moe_isa_available(isas[i]); ++t) {
-      moe_env env;
-      moe_pool *pool = NULL;
-      moe_env_init(&env, isas[i]);
-      CHECK(moe_pool_create_exact(&pool, ops_thread_counts[t], &env) == MOE_OK, "no pool");
-      body(&env, first);
-      moe_pool_free(pool);
-      CHECK_STATE();
-      first = 0;
-    }
-}
-
-static void ops_fill(float *x, size_t n, uint64_t seed) {
-  uint64_t state = seed;
-  size_t i;
-  for (i = 0; i < n; ++i) x[i] = test_random(&state);
-}
-
-static void ops_dirty(float *x, size_t n) {
-  size_t i;
-  for (i = 0; i < n; ++i) x[i] = i % 3 ? NAN : 1e30f;
-}
-
 static int close_to(const float *got, const double *want, size_t n, double tolerance) {
   double error = 0, norm = 0;
   size_t i;
@@ -70,10 +39,10 @@ enum { NORM_SHAPES = sizeof norm_shapes / sizeof norm_shapes[0] };
 
 static void norm_inputs(int32_t M, int32_t H) {
   int32_t i;
-  ops_fill(ops_nx, (size_t)(M * H), 1);
-  ops_fill(ops_ndy, (size_t)(M * H), 2);
-  ops_fill(ngamma, (size_t)H, 3);
-  ops_fill(nbeta, (size_t)H, 4);
+  fill(ops_nx, (size_t)(M * H), 1, 1);
+  fill(ops_ndy, (size_t)(M * H), 2, 1);
+  fill(ngamma, (size_t)H, 3, 1);
+  fill(nbeta, (size_t)H, 4, 1);
   for (i = 0; i < M * H; ++i) ops_nx[i] = ops_nx[i] * 3 + 1;
 }
 
@@ -98,7 +67,7 @@ static void test_ops_norm_matches_the_definition_in_double(void) {
     double step = 1e-5;
     moe_layernorm_op op = norm(1e-5f, M, H);
     norm_inputs(M, H);
-    ops_dirty(ops_ny, NORM_MAX);
+    dirty(ops_ny, NORM_MAX);
     CHECK(!moe_layernorm_forward(&op, &env), "forward fails");
     memset(ops_ndx, 0, sizeof ops_ndx);
     memset(ndgamma, 0, sizeof ndgamma);
@@ -144,11 +113,11 @@ static void norm_bits(const moe_env *env, int first) {
     size_t bytes = (size_t)(M * H) * sizeof(float), row = (size_t)H * sizeof(float);
     moe_layernorm_op op = norm(1e-12f, M, H);
     norm_inputs(M, H);
-    ops_dirty(ops_ny, NORM_MAX);
+    dirty(ops_ny, NORM_MAX);
     CHECK(!moe_layernorm_forward(&op, env), "forward fails");
-    ops_fill(ops_ndx, NORM_MAX, 8);
-    ops_fill(ndgamma, 400, 9);
-    ops_fill(ndbeta, 400, 10);
+    fill(ops_ndx, NORM_MAX, 8, 1);
+    fill(ndgamma, 400, 9, 1);
+    fill(ndbeta, 400, 10, 1);
     CHECK(!moe_layernorm_backward(&op, env), "backward fails");
     if (first) {
       memcpy(ops_kept_y[s], ops_ny, bytes);
@@ -181,8 +150,8 @@ static void test_ops_norm_gradients_do_not_depend_on_micro_batches(void) {
   norm_inputs(M, H);
   CHECK(!moe_layernorm_forward(&op, &env), "forward fails");
   for (cut = 0; cut <= M; cut += 23) {
-    ops_fill(ndgamma, 400, 9);
-    ops_fill(ndbeta, 400, 10);
+    fill(ndgamma, 400, 9, 1);
+    fill(ndbeta, 400, 10, 1);
     op = norm(1e-12f, cut, H);
     op.dx = NULL;
     CHECK(!moe_layernorm_backward(&op, &env), "backward fails");
@@ -269,8 +238,8 @@ static float drop_x[100003], drop_y[100003], drop_kept[100003];
 
 static void dropout_bits(const moe_env *env, int first) {
   size_t n = 100003;
-  ops_fill(drop_x, n, 5);
-  ops_dirty(drop_y, n);
+  fill(drop_x, n, 5, 1);
+  dirty(drop_y, n);
   moe_dropout(drop_y, drop_x, n, 0.3f, 77, env);
   if (first) memcpy(drop_kept, drop_y, sizeof drop_y);
   CHECK(!memcmp(drop_kept, drop_y, sizeof drop_y), "%s, %d threads", moe_isa_name(env->isa),
@@ -307,20 +276,20 @@ static void residual_bits(const moe_env *env, int first) {
     const uint64_t *k = turn ? ops_keys : NULL;
     moe_layernorm_op op = norm(1e-12f, M, H);
     norm_inputs(M, H);
-    ops_fill(ndelta, (size_t)(M * H), 6);
+    fill(ndelta, (size_t)(M * H), 6, 1);
     for (i = 0; i < SEQUENCES; ++i)
       moe_dropout(want_sum + starts[i] * H, ndelta + starts[i] * H,
                   (size_t)((starts[i + 1] - starts[i]) * H), k ? p : 0, ops_keys[i], env);
     for (i = 0; i < M * H; ++i) want_sum[i] = ops_nx[i] + want_sum[i];
     op.y = want_y, op.x = want_sum;
     CHECK(!moe_layernorm_forward(&op, env), "forward fails");
-    ops_dirty(nsum, NORM_MAX);
-    ops_dirty(ops_ny, NORM_MAX);
+    dirty(nsum, NORM_MAX);
+    dirty(ops_ny, NORM_MAX);
     op = residual(M, H, p, k);
     CHECK(!moe_layernorm_forward(&op, env), "forward fails");
     CHECK(!memcmp(nsum, want_sum, bytes) && !memcmp(ops_ny, want_y, bytes), "forward, %s, turn %d",
           moe_isa_name(env->isa), turn);
-    ops_dirty(ops_ny, NORM_MAX);
+    dirty(ops_ny, NORM_MAX);
     op.sum = op.mean = op.rstd = NULL;
     CHECK(!moe_layernorm_forward(&op, env), "forward fails");
     CHECK(!memcmp(ops_ny, want_y, bytes), "forward without sum, %s", moe_isa_name(env->isa));
@@ -338,15 +307,15 @@ static void residual_back_bits(const moe_env *env, int first) {
   norm_inputs(M, H);
   CHECK(!moe_layernorm_forward(&op, env), "forward fails");
   memset(want_dx, 0, sizeof want_dx);
-  ops_fill(dgamma, 400, 1), memcpy(ndgamma, dgamma, sizeof dgamma);
-  ops_fill(dbeta, 400, 2), memcpy(ndbeta, dbeta, sizeof dbeta);
+  fill(dgamma, 400, 1, 1), memcpy(ndgamma, dgamma, sizeof dgamma);
+  fill(dbeta, 400, 2, 1), memcpy(ndbeta, dbeta, sizeof dbeta);
   op.dx = want_dx, op.dgamma = dgamma, op.dbeta = dbeta;
   CHECK(!moe_layernorm_backward(&op, env), "backward fails");
   for (i = 0; i < SEQUENCES; ++i)
     moe_dropout(want_ddelta + starts[i] * H, want_dx + starts[i] * H,
                 (size_t)((starts[i + 1] - starts[i]) * H), p, ops_keys[i], env);
-  ops_dirty(ops_ndx, NORM_MAX);
-  ops_dirty(nddelta, NORM_MAX);
+  dirty(ops_ndx, NORM_MAX);
+  dirty(nddelta, NORM_MAX);
   op = residual(M, H, p, ops_keys);
   op.sum = ops_nx;
   CHECK(!moe_layernorm_backward(&op, env), "backward fails");
@@ -357,14 +326,14 @@ static void residual_back_bits(const moe_env *env, int first) {
         moe_isa_name(env->isa));
   op.overwrite = 0; /* dx accumulates */
   memset(ops_ndx, 0, sizeof ops_ndx);
-  ops_dirty(nddelta, NORM_MAX);
+  dirty(nddelta, NORM_MAX);
   CHECK(!moe_layernorm_backward(&op, env), "backward fails");
   for (i = 0; i < (int32_t)n; ++i)
     CHECK(ops_ndx[i] == want_dx[i] && nddelta[i] == want_ddelta[i], "element %d, accumulated, %s",
           (int)i, moe_isa_name(env->isa));
   op.overwrite = 1;
   op.dx = ops_ndy; /* in the place of dy */
-  ops_fill(ndgamma, 400, 1), ops_fill(ndbeta, 400, 2);
+  fill(ndgamma, 400, 1, 1), fill(ndbeta, 400, 2, 1);
   CHECK(!moe_layernorm_backward(&op, env), "backward fails");
   CHECK(!memcmp(ops_ndx, ops_ndy, n * sizeof(float)) && !memcmp(dgamma, ndgamma, sizeof dgamma),
         "in place, %s", moe_isa_name(env->isa));
@@ -388,7 +357,7 @@ static void test_ops_residual_norm_of_a_sequence_ignores_its_neighbours(void) {
   moe_env env;
   moe_env_init(&env, MOE_ISA_AUTO);
   norm_inputs(70, H);
-  ops_fill(ndelta, (size_t)(70 * H), 6);
+  fill(ndelta, (size_t)(70 * H), 6, 1);
   op.sum = NULL;
   CHECK(!moe_layernorm_forward(&op, &env), "forward fails");
   op.y = nsum, op.x += 30 * H, op.delta += 30 * H, op.keys += 4;
@@ -445,9 +414,9 @@ static void embed_bits(const moe_env *env, int first) {
   uint8_t segments[70];
   moe_embed_op op;
   (void)first;
-  ops_fill(word_table, 2000, 1), ops_fill(position_table, 4000, 2), ops_fill(segment_table, 200, 3),
-      ops_fill(ops_ndy, 7000, 4);
-  ops_fill(dword, 2000, 5), ops_fill(dposition, 4000, 6), ops_fill(dsegment, 200, 7);
+  fill(word_table, 2000, 1, 1), fill(position_table, 4000, 2, 1), fill(segment_table, 200, 3, 1),
+      fill(ops_ndy, 7000, 4, 1);
+  fill(dword, 2000, 5, 1), fill(dposition, 4000, 6, 1), fill(dsegment, 200, 7, 1);
   memcpy(dword_table, dword, sizeof dword), memcpy(dposition_table, dposition, sizeof dposition);
   memcpy(dsegment_table, dsegment, sizeof dsegment);
   for (r = 0; r < 70; ++r) ids[r] = r * r % 20, segments[r] = (uint8_t)(r / 3 % 2);
@@ -459,7 +428,7 @@ static void embed_bits(const moe_env *env, int first) {
         dword[i] += ops_ndy[r * H + c], dposition[j] += ops_ndy[r * H + c],
             dsegment[k] += ops_ndy[r * H + c];
       }
-  ops_dirty(ops_ny, NORM_MAX);
+  dirty(ops_ny, NORM_MAX);
   moe_embed_op_init(&op);
   op.x = ops_ny, op.ids = ids, op.segments = segments, op.word = word_table;
   op.position = position_table, op.segment = segment_table;
@@ -525,7 +494,7 @@ static void test_ops_cross_entropy_for_any_number_of_classes(void) {
     int C = sizes[s], label = C / 2;
     double sum = 0, total = 0;
     float loss;
-    ops_fill(logits, 300, (uint64_t)s);
+    fill(logits, 300, (uint64_t)s, 1);
     for (i = 0; i < C; ++i) sum += exp((double)logits[i]);
     loss = moe_cross_entropy_forward(prob, logits, label, C);
     CHECK_NEAR(loss, log(sum) - (double)logits[label], 1e-6);
@@ -554,7 +523,7 @@ static void test_ops_refuse_sizes_and_options_out_of_range(void) {
   moe_env env;
   moe_env_init(&env, MOE_ISA_AUTO);
   norm_inputs(70, 100);
-  ops_fill(ndelta, 7000, 6);
+  fill(ndelta, 7000, 6, 1);
   CHECK(!moe_layernorm_forward(&n, &env) && !moe_layernorm_backward(&n, &env), "the op itself");
   n.M = 69;
   CHECK(moe_layernorm_forward(&n, &env) == MOE_E_ARGUMENT, "sequences of more rows");

@@ -182,42 +182,25 @@ static void test_predictor_ignores_company_and_allocates_nothing(void) {
   moe_model_free(model);
 }
 
-typedef struct sink {
-  unsigned char *data;
-  size_t used;
-} sink;
-
-static int sink_write(void *user, const void *data, size_t bytes) {
-  sink *s = (sink *)user;
-  memcpy(s->data + s->used, data, bytes);
-  s->used += bytes;
-  return 0;
-}
-
 static void test_predictor_runs_a_model_in_place(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_model *model = small_model(2, &env), *opened, *read;
   moe_predictor *p, *q, *r;
   float x[8], y[8], z[8];
-  unsigned char *base = (unsigned char *)malloc(1 << 20), *block_base;
-  sink s;
-  moe_writer writer;
+  models_file file;
+  void *data, *raw, *block, *raw_block;
   size_t bytes;
   int before;
-  s.data = base + (64 - (uintptr_t)base % 64) % 64;
-  s.used = 0;
-  writer.write = sink_write;
-  writer.user = &s;
-  CHECK(model && !moe_model_write(model, &writer, &env) &&
-            !moe_model_open_size(s.data, s.used, &bytes, &env),
+  CHECK(model && (file = models_written(model, &env)).used &&
+            (data = models_block(&raw, file.used)) != NULL,
         "%s", said);
-  block_base = (unsigned char *)malloc(bytes + 64);
+  memcpy(data, file.data, file.used);
+  CHECK(!moe_model_open_size(data, file.used, &bytes, &env), "%s", said);
+  block = models_block(&raw_block, bytes);
   before = allocations;
-  CHECK(!moe_model_open(&opened, s.data, s.used,
-                        block_base + (64 - (uintptr_t)block_base % 64) % 64, bytes, &env),
-        "%s", said);
+  CHECK(!moe_model_open(&opened, data, file.used, block, bytes, &env), "%s", said);
   CHECK(allocations == before, "opening allocates nothing");
-  CHECK(!moe_model_read(&read, s.data, s.used, &env), "%s", said);
+  CHECK(!moe_model_read(&read, data, file.used, &env), "%s", said);
   CHECK(!moe_predictor_create(&p, model, 1, &env) && !moe_predictor_create(&q, opened, 1, &env) &&
             !moe_predictor_create(&r, read, 1, &env),
         "%s", said);
@@ -233,8 +216,9 @@ static void test_predictor_runs_a_model_in_place(void) {
   moe_model_free(model);
   moe_model_free(opened);
   moe_model_free(read);
-  free(base);
-  free(block_base);
+  free(raw);
+  free(raw_block);
+  free(file.data);
 }
 
 static void test_predictor_finds_spans_of_characters(void) {
