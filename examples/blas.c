@@ -1,9 +1,10 @@
-/* blas.c - the products of moe.h through a BLAS of your choice: ten lines connect it
-   cc -O2 -o blas examples/blas.c -lblis -lm -pthread && ./blas      (or -lopenblas, -lcblas:
-   whatever has cblas.h and cblas_sgemm) Multiplies the same matrices with the built-in kernels and
-   with the library, and prints how far the results are apart and how long both took. Let the
-   library use one thread (BLIS_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1): env.parallel_for spreads the
-   work. For BLIS itself there is also MOE_USE_BLIS, see moe.h. */
+/* Copy moe.h and this file. cc -O2 -I. -o blas examples/blas.c -lblis -lm -pthread && ./blas
+   (or -lopenblas, -lcblas: whatever has cblas.h and cblas_sgemm)
+   Matrix products of moe.h through a BLAS of your choice: ten lines connect it. Multiplies the same
+   matrices with the built-in kernels and with the library, and prints how far the results are apart
+   and how long both took. Let the library use one thread (BLIS_NUM_THREADS=1,
+   OPENBLAS_NUM_THREADS=1): env.parallel_for spreads the work. For BLIS itself there is also
+   MOE_USE_BLIS, see moe.h. */
 #define _POSIX_C_SOURCE 200809L
 #include <cblas.h>
 #include <math.h>
@@ -11,7 +12,7 @@
 #include <stdlib.h>
 #include <time.h>
 #define MOE_IMPLEMENTATION
-#include "../moe.h"
+#include "moe.h"
 
 static void blas_sgemm(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row,
                        size_t a_col, const float *b, size_t b_row, size_t b_col, int32_t accumulate,

@@ -67,7 +67,7 @@ else skip test_blis_pypi_kernels_of_this_machine "$python has no package blis"; 
 # Ten lines for any other library: the example, with the cblas of whatever is there
 library=
 for l in blis openblas cblas blas; do
-  [ -z "$library" ] && $cc -O1 -o "$tmp/blas" ../examples/blas.c -l$l -lm -pthread 2> "$tmp/log" && library=$l
+  [ -z "$library" ] && $cc -O1 -I.. -o "$tmp/blas" ../examples/blas.c -l$l -lm -pthread 2> "$tmp/log" && library=$l
 done
 if [ -z "$library" ]; then
   if printf '#include <cblas.h>\nint main(void) { return 0; }\n' | $cc -x c -fsyntax-only - 2> /dev/null; then fail test_blis_example_blas "$(head -n 5 "$tmp/log")"

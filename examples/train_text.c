@@ -1,0 +1,141 @@
+/* Copy moe.h, this file and vocab.txt. cc -O2 -I. -o train_text examples/train_text.c -lm -pthread
+   ./train_text examples/data/vocab.txt
+   Trains one model for two text tasks, saves it and asks it: change tasks and rows to your own. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#define MOE_IMPLEMENTATION
+#include "moe.h"
+
+enum { SENTIMENT, TOPIC, TASKS };
+enum { LENGTH = 16, STEPS = 60 }; /* tokens of a text at most; steps of training */
+
+static const char *const sentiments[] = {"negative", "positive"};
+static const char *const topics[] = {"food", "travel"};
+
+static const struct {
+  int task, label;
+  const char *text;
+} rows[] = {{SENTIMENT, 1, "a wonderful book"},       {SENTIMENT, 0, "the film was boring"},
+            {SENTIMENT, 1, "i loved this phone"},     {SENTIMENT, 0, "i hated every minute"},
+            {SENTIMENT, 1, "great sound"},            {SENTIMENT, 0, "awful service"},
+            {SENTIMENT, 1, "it works so well"},       {SENTIMENT, 0, "a boring story"},
+            {TOPIC, 0, "a bowl of soup and bread"},   {TOPIC, 1, "the train leaves at noon"},
+            {TOPIC, 0, "fish with rice and wine"},    {TOPIC, 1, "we missed our flight"},
+            {TOPIC, 0, "fresh cheese and tomatoes"},  {TOPIC, 1, "a hotel near the airport"},
+            {TOPIC, 0, "bake the cake for one hour"}, {TOPIC, 1, "take the bus to the beach"}};
+enum { ROWS = sizeof rows / sizeof *rows };
+
+static moe_env env;
+
+static void say(void *user, moe_status status, const char *sentence) {
+  (void)user, (void)status;
+  fprintf(stderr, "%s\n", sentence);
+}
+
+static void need(moe_status status) {
+  if (status != MOE_OK) exit(1); /* the log has said why */
+}
+
+static moe_task classes(const char *name, int32_t count, const char *const *labels) {
+  moe_task task;
+  memset(&task, 0, sizeof task);
+  strcpy(task.name, name);
+  task.kind = MOE_KIND_CLASSIFICATION;
+  task.classes = count;
+  task.label = labels;
+  return task;
+}
+
+/* All rows as one batch: their tokens one after the other, without padding. With more rows than fit
+   into one, moe_sampler_next says which row of which task comes next. */
+static moe_batch make_batch(const moe_tokenizer *tokenizer) {
+  static int32_t ids[ROWS * LENGTH], start[ROWS + 1], task[ROWS];
+  static float label[ROWS];
+  moe_batch batch;
+  moe_tokens tokens;
+  int s;
+  memset(&tokens, 0, sizeof tokens);
+  tokens.capacity = LENGTH;
+  for (s = 0; s < ROWS; ++s) {
+    moe_text text = moe_text_of(rows[s].text, NULL);
+    tokens.ids = ids + start[s];
+    need(moe_encode(tokenizer, &tokens, &text, LENGTH, MOE_TRUNCATE_LONGEST, &env));
+    start[s + 1] = start[s] + tokens.count;
+    task[s] = rows[s].task;
+    label[s] = (float)rows[s].label;
+  }
+  memset(&batch, 0, sizeof batch);
+  batch.S = ROWS;
+  batch.seq_start = start;
+  batch.ids = ids;
+  batch.task = task;
+  batch.label = label;
+  return batch;
+}
+
+static void train(moe_model *model, const moe_batch *batch) {
+  moe_train_config config;
+  moe_limits limits = {ROWS * LENGTH, ROWS, 1, 0}; /* tokens, sequences; training */
+  moe_trainer *trainer;
+  float loss = 0;
+  int step;
+  moe_train_config_init(&config);
+  config.lr = 2e-3f;
+  config.steps = STEPS;
+  need(moe_trainer_create(&trainer, model, &limits, &config, &env));
+  for (step = 1; step <= STEPS; ++step) {
+    need(moe_trainer_accumulate(trainer, batch, 0, &loss, NULL, &env));
+    need(moe_trainer_step(trainer, NULL, &env));
+    if (step % 20 == 0) printf("step %d  loss %.3f\n", step, (double)loss);
+  }
+  moe_trainer_free(trainer);
+}
+
+static void ask(const moe_model *model, int32_t task, const char *text) {
+  moe_predictor *predictor;
+  float score[MOE_MAX_CLASSES];
+  int best;
+  need(moe_predictor_create(&predictor, model, 1, &env));
+  need(moe_predict_text(predictor, task, text, NULL, score, &best));
+  printf("%s: %s %.2f\n", text, moe_model_task(model, task)->label[best], (double)score[best]);
+  moe_predictor_free(predictor);
+}
+
+int main(int argc, char **argv) {
+  moe_task tasks[TASKS];
+  moe_config config;
+  moe_model *model;
+  moe_tokenizer *tokenizer;
+  moe_batch batch;
+  void *vocab;
+  size_t bytes;
+  if (argc != 2) return printf("usage: %s VOCABULARY\n", argv[0]), 1;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  env.log = say;
+  need(moe_file_read(&vocab, &bytes, argv[1], &env));
+  need(moe_tokenizer_create(&tokenizer, (char *)vocab, bytes, 0, &env));
+  batch = make_batch(tokenizer);
+
+  tasks[SENTIMENT] = classes("sentiment", 2, sentiments);
+  tasks[TOPIC] = classes("topic", 2, topics);
+  moe_config_init(&config); /* MT-TaG: four experts in a layer, a gate for each task */
+  config.layers = 2;
+  config.hidden = 64;
+  config.ffn = 128;
+  config.heads = 4;
+  config.vocab = moe_tokenizer_words(tokenizer);
+  config.positions = config.max_len = LENGTH;
+  need(moe_model_create(&model, &config, tasks, TASKS, 1, &env));
+  need(moe_model_set_vocab(model, (char *)vocab, bytes, &env)); /* goes into its file */
+
+  train(model, &batch);
+  need(moe_model_save(model, "two_tasks.safetensors", &env));
+  ask(model, SENTIMENT, "a boring phone");
+  ask(model, TOPIC, "wine and cheese on the train");
+
+  moe_model_free(model);
+  moe_tokenizer_free(tokenizer);
+  moe_free(vocab);
+  return 0;
+}

@@ -1,0 +1,102 @@
+#!/bin/sh
+# Every file that examples/ has for copying: compiled by the command on its first line, as C++ too, and run.
+. ./lib.sh
+# The commands are run as they are written, in a folder with moe.h and examples/, by compilers that leave out the optimiser: that is most
+# of the time, and it is tested elsewhere.
+mkdir "$tmp/bin" "$tmp/project"
+printf '#!/bin/sh\nexec %s "$@" -O0\n' "${CC:-cc}" > "$tmp/bin/cc"
+printf '#!/bin/sh\nexec %s "$@" -O0\n' "${CXX:-c++}" > "$tmp/bin/c++"
+chmod +x "$tmp/bin/cc" "$tmp/bin/c++"
+ln -s "$PWD/../moe.h" "$PWD/../examples" "$tmp/project"
+PATH=$tmp/bin:$PATH
+here=$PWD
+cd "$tmp/project" || exit 1
+
+bad=
+for f in examples/*.c examples/*.cpp examples/python/moe.py; do
+  [ $f = examples/train.c ] && continue
+  [ "$(wc -l < $f)" -le 200 ] || bad="$bad $f is long;"
+  head -n 1 $f | grep -q 'Copy moe.h' || bad="$bad $f: line 1 does not say what to copy;"
+  grep -q "\`${f#examples/}\`" examples/README.md || bad="$bad README.md does not name $f;"
+done
+[ -z "$bad" ] && ok test_examples_say_what_to_copy || fail test_examples_say_what_to_copy "$bad"
+
+# compiles NAME: with the command on line 1 of NAME.c or NAME.cpp; as C++, C is only parsed
+compiles() {
+  f=$(ls examples/$1.c examples/$1.cpp 2> /dev/null)
+  command=$(sed -n '1s/^.*\. \(c[c+]* .*-pthread\).*$/\1/p' $f)
+  if [ -n "$command" ] && eval "$command" 2> "$tmp/log"; then ok test_examples_compile_$1; else fail test_examples_compile_$1 "$command: $(head -n 5 "$tmp/log")"; fi
+  case $f in *.cpp) return ;; esac
+  if ! have g++; then skip test_examples_compile_$1_as_cpp "there is no g++ here"
+  elif g++ -x c++ -std=c++11 -Wall -Wextra -I. -fsyntax-only $f 2> "$tmp/log"; then ok test_examples_compile_$1_as_cpp
+  else fail test_examples_compile_$1_as_cpp "$(head -n 5 "$tmp/log")"; fi
+}
+for name in train_text ask sensors layer; do compiles $name; done # walkthrough and blas have tests of their own
+
+prints() { # NAME PATTERN FILE
+  if grep -q "$2" "$3"; then ok "$1"; else fail "$1" "$(head -n 5 "$3")"; fi
+}
+./train_text examples/data/vocab.txt > "$tmp/text" 2>&1
+prints test_examples_train_text_learns_feelings "$tmp/text" '^a boring phone: negative 0\.[89]'
+prints test_examples_train_text_learns_topics "$tmp/text" '^wine and cheese on the train: food '
+if ./train_text no_such_file 2> "$tmp/log"; then fail test_examples_train_text_says_what_is_missing; else prints test_examples_train_text_says_what_is_missing '^no_such_file: ' "$tmp/log"; fi
+
+sed -n '/EXAMPLE: a trained/,/^$/p' moe.h | sed 1d | sed 's/^     //' | grep -v '^ *$' > "$tmp/header.c"
+if sed 1,2d examples/ask.c | cmp -s - "$tmp/header.c"; then ok test_examples_ask_is_the_header_s; else fail test_examples_ask_is_the_header_s "$(sed 1,2d examples/ask.c | diff - "$tmp/header.c" | head -n 5)"; fi
+./ask two_tasks.safetensors topic 'soup with cheese' > "$tmp/asked"
+prints test_examples_ask_answers '^food 0\.[89]' "$tmp/asked"
+if ./ask two_tasks.safetensors no_such_task x 2> /dev/null || ./ask no_such_file topic x 2> /dev/null; then fail test_examples_ask_ends_with_1; else ok test_examples_ask_ends_with_1; fi
+
+./sensors > "$tmp/sensors" 2>&1
+prints test_examples_sensors_learn '^fault: 1[4-6] of 16 right; speed: 0\.0' "$tmp/sensors"
+./layer > "$tmp/layer" 2>&1
+if awk '$1 == "step" { loss[n++] = $4 } $1 == "tokens" { for (i = 5; i <= 8; ++i) sum[$4] += $i }
+        END { exit !(n == 5 && loss[n - 1] < loss[0] / 5 && sum["1:"] == 128 && sum["2:"] == 128) }' "$tmp/layer"
+then ok test_examples_layer_learns; else fail test_examples_layer_learns "$(cat "$tmp/layer")"; fi
+
+if have "${CXX:-c++}"; then
+  compiles cpp
+  printf 'soup with cheese\na hotel\n' | ./cpp two_tasks.safetensors topic > "$tmp/cpp"
+  prints test_examples_cpp_answers '^food	0\.[89]' "$tmp/cpp"
+  [ "$(cut -f 1 "$tmp/cpp" | tr '\n' ' ')" = 'food travel ' ] && ok test_examples_cpp_answers_in_order || fail test_examples_cpp_answers_in_order "$(cat "$tmp/cpp")"
+  if ./cpp two_tasks.safetensors no_such_task < /dev/null 2> "$tmp/log"; then fail test_examples_cpp_throws; else prints test_examples_cpp_throws 'no task "no_such_task"' "$tmp/log"; fi
+else skip test_examples_cpp "there is no C++ compiler here"; fi
+
+# python/moe.py, copied as it says: with the models that were just saved
+python=${MOE_PYTHON:-python3}
+if ! have "$python"; then skip test_examples_python "there is no $python here"; cd "$here" && finish; fi
+mkdir "$tmp/copy"
+cp examples/python/moe.py "$tmp/copy"
+cat > "$tmp/copy/ask.py" << 'END'
+import math, sys
+from moe import Model
+text, sensors = Model.load("two_tasks.safetensors"), Model.load("sensors.safetensors")
+assert text.tasks == {"sentiment": ["negative", "positive"], "topic": ["food", "travel"]}, text.tasks
+assert sensors.tasks == {"fault": ["none", "imbalance", "bearing"], "speed": None}, sensors.tasks
+(label, probability), = text.predict("topic", ["soup with cheese"])
+print(label, f"{probability:.3f}")
+many = text.predict("topic", ["soup with cheese", "a hotel"] * 70)
+assert [label for label, _ in many] == ["food", "travel"] * 70 and many[138][1] == probability, many
+one, two, other = text.embed(["soup", "soup", "a long way"])
+assert len(one) == 64 and one == two != other
+weak, strong = ([[a * math.sin(i), 0.3, 0.02] for i in range(24)] for a in (0.3, 1.0))
+assert [label for label, _ in sensors.predict("fault", [weak, strong])] == ["none", "imbalance"]
+assert 0.5 < sensors.predict("speed", [weak])[0] < 1.5
+text.save("saved.safetensors")
+def error(function, *arguments):
+    try:
+        function(*arguments)
+    except Exception as e:
+        return str(e)
+assert "no_such_file" in error(Model.load, "no_such_file")
+assert "takes one text" in error(text.predict, "topic", [("a", "b")])
+assert "all inputs are pairs" in error(text.predict, "topic", ["a", ("a", "b")])
+assert "3 numbers" in error(sensors.predict, "fault", [[[1, 2]]])
+END
+if "$python" "$tmp/copy/ask.py" 2> "$tmp/log"; then fail test_examples_python_says_what_is_missing; else prints test_examples_python_says_what_is_missing 'copy it there' "$tmp/log"; fi
+cp moe.h "$tmp/copy"
+if CC=no_such_compiler "$python" "$tmp/copy/ask.py" 2> "$tmp/log"; then fail test_examples_python_wants_a_compiler; else prints test_examples_python_wants_a_compiler 'no_such_compiler' "$tmp/log"; fi
+CC=cc "$python" "$tmp/copy/ask.py" > "$tmp/python" 2> "$tmp/log" && ok test_examples_python_runs || fail test_examples_python_runs "$(tail -n 3 "$tmp/log")"
+cmp -s "$tmp/asked" "$tmp/python" && ok test_examples_python_answers_as_c || fail test_examples_python_answers_as_c "$(cat "$tmp/asked" "$tmp/python")"
+cmp -s two_tasks.safetensors saved.safetensors && ok test_examples_python_saves_the_same || fail test_examples_python_saves_the_same
+cd "$here" && finish
