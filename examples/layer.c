@@ -39,12 +39,9 @@ static void set_gate(void) {
   gate.gates = w;
   gate.gate_of = gate_of;
   gate.seq_start = seq_start;
-  gate.S = S;
-  gate.H = H;
-  gate.G = T;
+  gate.S = S, gate.H = H, gate.G = T;
   gate.dgates = dw;
-  gate.dlogits = dlogits;
-  gate.dweight = dweight;
+  gate.dlogits = dlogits, gate.dweight = dweight;
 }
 
 static void set_experts(void) {
@@ -65,23 +62,16 @@ static void set_experts(void) {
   }
   moe_experts_op_init(&experts);
   experts.y = y;
-  experts.pre = pre;
-  experts.e = e;
+  experts.pre = pre, experts.e = e;
   experts.x = x;
   experts.routes = &routes;
-  experts.in = in;
-  experts.out = out;
-  experts.b_in = b_in;
-  experts.b_out = b_out;
-  experts.N = N;
-  experts.H = H;
-  experts.F = F;
+  experts.in = in, experts.out = out;
+  experts.b_in = b_in, experts.b_out = b_out;
+  experts.N = N, experts.H = H, experts.F = F;
   experts.scratch = (float *)malloc(moe_experts_scratch(M, K, H, F, 1) * sizeof(float));
   experts.dweight = dweight;
-  experts.d_in = d_in;
-  experts.d_b_in = d_b_in;
-  experts.d_out = d_out;
-  experts.d_b_out = d_b_out;
+  experts.d_in = d_in, experts.d_b_in = d_b_in;
+  experts.d_out = d_out, experts.d_b_out = d_b_out;
   experts.dy = dy;
   if (!experts.scratch) exit(1);
 }
@@ -115,10 +105,7 @@ int main(void) {
   set_gate();
   set_experts();
   moe_adam_op_init(&adam);
-  adam.w = w;
-  adam.g = dw;
-  adam.m = m;
-  adam.v = v;
+  adam.w = w, adam.g = dw, adam.m = m, adam.v = v;
   adam.count = WEIGHTS;
   adam.lr = 2e-2f;
   for (step = 1; step <= STEPS; ++step) {

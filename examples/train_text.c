@@ -16,14 +16,22 @@ static const char *const topics[] = {"food", "travel"};
 static const struct {
   int task, label;
   const char *text;
-} rows[] = {{SENTIMENT, 1, "a wonderful book"},       {SENTIMENT, 0, "the film was boring"},
-            {SENTIMENT, 1, "i loved this phone"},     {SENTIMENT, 0, "i hated every minute"},
-            {SENTIMENT, 1, "great sound"},            {SENTIMENT, 0, "awful service"},
-            {SENTIMENT, 1, "it works so well"},       {SENTIMENT, 0, "a boring story"},
-            {TOPIC, 0, "a bowl of soup and bread"},   {TOPIC, 1, "the train leaves at noon"},
-            {TOPIC, 0, "fish with rice and wine"},    {TOPIC, 1, "we missed our flight"},
-            {TOPIC, 0, "fresh cheese and tomatoes"},  {TOPIC, 1, "a hotel near the airport"},
-            {TOPIC, 0, "bake the cake for one hour"}, {TOPIC, 1, "take the bus to the beach"}};
+} rows[] = {{SENTIMENT, 1, "a wonderful book"},
+            {SENTIMENT, 0, "the film was boring"},
+            {SENTIMENT, 1, "i loved this phone"},
+            {SENTIMENT, 0, "i hated every minute"},
+            {SENTIMENT, 1, "great sound"},
+            {SENTIMENT, 0, "awful service"},
+            {SENTIMENT, 1, "it works so well"},
+            {SENTIMENT, 0, "a boring story"},
+            {TOPIC, 0, "a bowl of soup and bread"},
+            {TOPIC, 1, "the train leaves at noon"},
+            {TOPIC, 0, "fish with rice and wine"},
+            {TOPIC, 1, "we missed our flight"},
+            {TOPIC, 0, "fresh cheese and tomatoes"},
+            {TOPIC, 1, "a hotel near the airport"},
+            {TOPIC, 0, "bake the cake for one hour"},
+            {TOPIC, 1, "take the bus to the beach"}};
 enum { ROWS = sizeof rows / sizeof *rows };
 
 static moe_env env;

@@ -4,9 +4,11 @@
 # The commands are run as they are written, in a folder with moe.h and examples/, by compilers that leave out the optimiser: that is most
 # of the time, and it is tested elsewhere.
 mkdir "$tmp/bin" "$tmp/project"
-printf '#!/bin/sh\nexec %s "$@" -O0\n' "${CC:-cc}" > "$tmp/bin/cc"
-printf '#!/bin/sh\nexec %s "$@" -O0\n' "${CXX:-c++}" > "$tmp/bin/c++"
-chmod +x "$tmp/bin/cc" "$tmp/bin/c++"
+wrap() { # NAME COMPILER
+  have "$2" && printf '#!/bin/sh\nexec %s "$@" -O0\n' "$(command -v "$2")" > "$tmp/bin/$1" && chmod +x "$tmp/bin/$1"
+}
+wrap cc "${CC:-cc}"
+wrap c++ "${CXX:-c++}"
 ln -s "$PWD/../moe.h" "$PWD/../examples" "$tmp/project"
 PATH=$tmp/bin:$PATH
 here=$PWD
@@ -37,8 +39,8 @@ prints() { # NAME PATTERN FILE
   if grep -q "$2" "$3"; then ok "$1"; else fail "$1" "$(head -n 5 "$3")"; fi
 }
 ./train_text examples/data/vocab.txt > "$tmp/text" 2>&1
-prints test_examples_train_text_learns_feelings "$tmp/text" '^a boring phone: negative 0\.[89]'
-prints test_examples_train_text_learns_topics "$tmp/text" '^wine and cheese on the train: food '
+prints test_examples_train_text_learns_feelings '^a boring phone: negative 0\.[89]' "$tmp/text"
+prints test_examples_train_text_learns_topics '^wine and cheese on the train: food ' "$tmp/text"
 if ./train_text no_such_file 2> "$tmp/log"; then fail test_examples_train_text_says_what_is_missing; else prints test_examples_train_text_says_what_is_missing '^no_such_file: ' "$tmp/log"; fi
 
 sed -n '/EXAMPLE: a trained/,/^$/p' moe.h | sed 1d | sed 's/^     //' | grep -v '^ *$' > "$tmp/header.c"
@@ -54,7 +56,7 @@ if awk '$1 == "step" { loss[n++] = $4 } $1 == "tokens" { for (i = 5; i <= 8; ++i
         END { exit !(n == 5 && loss[n - 1] < loss[0] / 5 && sum["1:"] == 128 && sum["2:"] == 128) }' "$tmp/layer"
 then ok test_examples_layer_learns; else fail test_examples_layer_learns "$(cat "$tmp/layer")"; fi
 
-if have "${CXX:-c++}"; then
+if [ -x "$tmp/bin/c++" ]; then
   compiles cpp
   printf 'soup with cheese\na hotel\n' | ./cpp two_tasks.safetensors topic > "$tmp/cpp"
   prints test_examples_cpp_answers '^food	0\.[89]' "$tmp/cpp"
