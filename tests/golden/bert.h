@@ -1,8 +1,10 @@
-/* bert.h - last hidden states of sentence-transformers/all-MiniLM-L6-v2 (6 layers, 384, 12 heads, epsilon 1e-12), each
-   sequence alone, by Hugging Face transformers in fp32. Written by make_bert.py; do not edit.
+/* bert.h - last hidden states of sentence-transformers/all-MiniLM-L6-v2 (6 layers, 384, 12 heads,
+   epsilon 1e-12), each sequence alone, by Hugging Face transformers in fp32. Written by
+   make_bert.py; do not edit.
 
-   For sequence I: bert_I_ids, bert_I_segments; bert_I_cls (384), the row of the first token; bert_I_last (384), the row of the
-   last token (where stored); bert_I_samples: elements (k * 997) mod (tokens * 384) of the whole (tokens, 384), k = 0 .. 63. */
+   For sequence I: bert_I_ids, bert_I_segments; bert_I_cls (384), the row of the first token;
+   bert_I_last (384), the row of the last token (where stored); bert_I_samples: elements (k *
+   997) mod (tokens * 384) of the whole (tokens, 384), k = 0 .. 63. */
 #ifndef GOLDEN_BERT_H_INCLUDED
 #define GOLDEN_BERT_H_INCLUDED
 #include "golden.h"

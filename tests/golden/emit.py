@@ -5,8 +5,14 @@ import textwrap
 class Header:
     def __init__(self, path, guard, comment):
         self.path, self.guard = path, guard
-        self.out = ["/* " + "\n".join(("   " + s).rstrip() for s in comment.strip().split("\n"))[3:] + " */",
-                    f"#ifndef {guard}", f"#define {guard}", '#include "golden.h"']
+        self.out = [
+            "/* "
+            + "\n".join(("   " + s).rstrip() for s in comment.strip().split("\n"))[3:]
+            + " */",
+            f"#ifndef {guard}",
+            f"#define {guard}",
+            '#include "golden.h"',
+        ]
 
     def text(self, line=""):
         self.out.append(line)

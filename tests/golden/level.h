@@ -1,10 +1,13 @@
-/* level.h - blocks as experts and the task-level router, in double by PyTorch (reference.py). Written by make_level.py; do not edit.
+/* level.h - blocks as experts and the task-level router, in double by PyTorch (reference.py).
+   Written by make_level.py; do not edit.
 
-   Sizes and tasks of tiny.h; 3 blocks a layer, task vectors of 8. Weights: golden_fill(p, count, NAME, scale), NAME as in model files
-   (encoder.layer.0.blocks.2.output.dense.weight, router.1.0.weight, tasks.vectors, ...), scales as in tiny.h but for router.*.weight and
-   tasks.vectors: 1. Temperature 0.7 in training and 0.3 outside; Gumbel noise as moe.h draws it with seed 5 in step 0.
-   For each selection: loss of every sequence in training, scores outside training (three a sequence, zeros behind), and for every tensor the
-   norm of its gradient and the sum of gradient times golden_fill(NAME, 1). */
+   Sizes and tasks of tiny.h; 3 blocks a layer, task vectors of 8. Weights: golden_fill(p, count,
+   NAME, scale), NAME as in model files (encoder.layer.0.blocks.2.output.dense.weight,
+   router.1.0.weight, tasks.vectors, ...), scales as in tiny.h but for router.*.weight and
+   tasks.vectors: 1. Temperature 0.7 in training and 0.3 outside; Gumbel noise as moe.h draws it
+   with seed 5 in step 0. For each selection: loss of every sequence in training, scores outside
+   training (three a sequence, zeros behind), and for every tensor the norm of its gradient and the
+   sum of gradient times golden_fill(NAME, 1). */
 #ifndef GOLDEN_LEVEL_H_INCLUDED
 #define GOLDEN_LEVEL_H_INCLUDED
 #include "golden.h"

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Writes bert.h: hidden states of the published MiniLM by Hugging Face transformers. Also checks reference.py against them.
+"""Writes bert.h: hidden states of the published MiniLM by Hugging Face transformers. Also checks
+reference.py against them.
 
-    python make_bert.py MODEL_FOLDER VOCAB.txt        (config.json and model.safetensors of all-MiniLM-L6-v2; BERT uncased)
+    python make_bert.py MODEL_FOLDER VOCAB.txt        (config.json and model.safetensors of
+    all-MiniLM-L6-v2; BERT uncased)
 """
 import os
 import sys
@@ -14,19 +16,31 @@ import reference as ref
 from emit import Header
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TEXTS = [("a single sentence", "The quick brown fox jumps over the lazy dog .", None),
-         ("a pair", "Is the earth round?", "Na\u00efve caf\u00e9-goers' views: 42% say \u201cno\u201d, unbelievably!"),
-         ("128 tokens, a pair", "In the beginning the router knew nothing and sent every token to the first expert . " * 4,
-          "Then the gradients came, and each task learned to find its own way through the layers . " * 5),
-         ("[CLS] alone", None, None),
-         ("[CLS] a [SEP]", "a", None)]
+TEXTS = [
+    ("a single sentence", "The quick brown fox jumps over the lazy dog .", None),
+    (
+        "a pair",
+        "Is the earth round?",
+        "Na\u00efve caf\u00e9-goers' views: 42% say \u201cno\u201d, unbelievably!",
+    ),
+    (
+        "128 tokens, a pair",
+        "In the beginning the router knew nothing and sent every token to the first expert . " * 4,
+        "Then the gradients came, and each task learned to find its own way through the layers . "
+        * 5,
+    ),
+    ("[CLS] alone", None, None),
+    ("[CLS] a [SEP]", "a", None),
+]
 STRIDE, SAMPLES = 997, 64
 h = Header(os.path.join(HERE, "bert.h"), "GOLDEN_BERT_H_INCLUDED", f"""
-bert.h - last hidden states of sentence-transformers/all-MiniLM-L6-v2 (6 layers, 384, 12 heads, epsilon 1e-12), each
-sequence alone, by Hugging Face transformers in fp32. Written by make_bert.py; do not edit.
+bert.h - last hidden states of sentence-transformers/all-MiniLM-L6-v2 (6 layers, 384, 12 heads,
+epsilon 1e-12), each sequence alone, by Hugging Face transformers in fp32. Written by
+make_bert.py; do not edit.
 
-For sequence I: bert_I_ids, bert_I_segments; bert_I_cls (384), the row of the first token; bert_I_last (384), the row of the
-last token (where stored); bert_I_samples: elements (k * {STRIDE}) mod (tokens * 384) of the whole (tokens, 384), k = 0 .. {SAMPLES - 1}.""")
+For sequence I: bert_I_ids, bert_I_segments; bert_I_cls (384), the row of the first token;
+bert_I_last (384), the row of the last token (where stored); bert_I_samples: elements (k *
+{STRIDE}) mod (tokens * 384) of the whole (tokens, 384), k = 0 .. {SAMPLES - 1}.""")
 
 
 def main():
@@ -46,7 +60,9 @@ def main():
             segments += [s] * (len(part) + 1)
         assert i != 2 or len(ids) == 128, len(ids)
         with torch.no_grad():
-            y = model(torch.tensor([ids]), token_type_ids=torch.tensor([segments])).last_hidden_state[0]
+            y = model(
+                torch.tensor([ids]), token_type_ids=torch.tensor([segments])
+            ).last_hidden_state[0]
         batch.append((ids, segments))
         rows.append(y)
         h.comment(f"{i}: {about}, {len(ids)} tokens")
@@ -58,7 +74,11 @@ def main():
         flat = y.reshape(-1)
         h.values(f"bert_{i}_samples", flat[torch.arange(SAMPLES) * STRIDE % flat.numel()], 7)
     with torch.no_grad():
-        packed = mine.hidden(ref.Batch([b[0] for b in batch], [b[1] for b in batch], [0] * len(batch), [0] * len(batch)))
+        packed = mine.hidden(
+            ref.Batch(
+                [b[0] for b in batch], [b[1] for b in batch], [0] * len(batch), [0] * len(batch)
+            )
+        )
     worst = (packed - torch.cat(rows)).abs().max().item()
     print(f"reference.py, all sequences in one packed batch, against transformers: {worst:.2e}")
     assert worst < 1e-5

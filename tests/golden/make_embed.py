@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Writes embed.h: sentence embeddings of the published MiniLM, computed in float64 by NumPy alone. Checks its hidden states
-against those of transformers in bert.h.
+"""Writes embed.h: sentence embeddings of the published MiniLM, computed in float64 by NumPy
+alone. Checks its hidden states against those of transformers in bert.h.
 
-    python make_embed.py MODEL_FOLDER VOCAB.txt       (config.json and model.safetensors of all-MiniLM-L6-v2; BERT uncased)
+    python make_embed.py MODEL_FOLDER VOCAB.txt       (config.json and model.safetensors of
+    all-MiniLM-L6-v2; BERT uncased)
 """
 import json
 import math
@@ -17,8 +18,13 @@ from tokenizers import BertWordPieceTokenizer
 from emit import pack
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TEXTS = [("The quick brown fox jumps over the lazy dog .", None),
-         ("Is the earth round?", "Na\u00efve caf\u00e9-goers' views: 42% say \u201cno\u201d, unbelievably!")]
+TEXTS = [
+    ("The quick brown fox jumps over the lazy dog .", None),
+    (
+        "Is the earth round?",
+        "Na\u00efve caf\u00e9-goers' views: 42% say \u201cno\u201d, unbelievably!",
+    ),
+]
 erf = np.vectorize(math.erf)
 
 
@@ -31,13 +37,17 @@ def weights(path):
     for name, t in header.items():
         if name != "__metadata__" and t["dtype"] == "F32":
             begin, end = t["data_offsets"]
-            out[name] = np.frombuffer(data[begin:end], np.float32).astype(np.float64).reshape(t["shape"])
+            out[name] = (
+                np.frombuffer(data[begin:end], np.float32).astype(np.float64).reshape(t["shape"])
+            )
     return out
 
 
 def norm(x, w, name, eps):
     d = x - x.mean(1, keepdims=True)
-    return d / np.sqrt((d * d).mean(1, keepdims=True) + eps) * w[name + ".weight"] + w[name + ".bias"]
+    return (
+        d / np.sqrt((d * d).mean(1, keepdims=True) + eps) * w[name + ".weight"] + w[name + ".bias"]
+    )
 
 
 def linear(x, w, name):
@@ -52,13 +62,20 @@ def hidden(w, config, ids, segments):
     x = norm(x, w, e + "LayerNorm", eps)
     for i in range(config["num_hidden_layers"]):
         at = f"encoder.layer.{i}."
-        q, k, v = (linear(x, w, at + f"attention.self.{n}").reshape(len(ids), heads, -1).transpose(1, 0, 2)
-                   for n in ("query", "key", "value"))
+        q, k, v = (
+            linear(x, w, at + f"attention.self.{n}").reshape(len(ids), heads, -1).transpose(1, 0, 2)
+            for n in ("query", "key", "value")
+        )
         s = q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[2])
         p = np.exp(s - s.max(2, keepdims=True))
         p /= p.sum(2, keepdims=True)
         y = (p @ v).transpose(1, 0, 2).reshape(len(ids), -1)
-        x = norm(x + linear(y, w, at + "attention.output.dense"), w, at + "attention.output.LayerNorm", eps)
+        x = norm(
+            x + linear(y, w, at + "attention.output.dense"),
+            w,
+            at + "attention.output.LayerNorm",
+            eps,
+        )
         y = linear(x, w, at + "intermediate.dense")
         y = y * (1 + erf(y / math.sqrt(2))) / 2
         x = norm(x + linear(y, w, at + "output.dense"), w, at + "output.LayerNorm", eps)
@@ -77,9 +94,13 @@ def main():
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
         config = json.load(f)
     tokenizer = BertWordPieceTokenizer(vocab, lowercase=True)
-    out = ["/* embed.h - sentence embeddings of all-MiniLM-L6-v2: the mean of the last hidden states over all tokens, [CLS] and",
-           "   [SEP] included, not normalised; float64. Written by make_embed.py; do not edit. */",
-           "#ifndef GOLDEN_EMBED_H_INCLUDED", "#define GOLDEN_EMBED_H_INCLUDED"]
+    out = [
+        "/* embed.h - sentence embeddings of all-MiniLM-L6-v2: the mean of the last hidden states "
+        "over all tokens, [CLS] and",
+        "   [SEP] included, not normalised; float64. Written by make_embed.py; do not edit. */",
+        "#ifndef GOLDEN_EMBED_H_INCLUDED",
+        "#define GOLDEN_EMBED_H_INCLUDED",
+    ]
     for i, (a, b) in enumerate(TEXTS):
         t = tokenizer.encode(a, b)
         assert t.ids == golden(f"bert_{i}_ids").astype(int).tolist()

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes level.h: task-level mixture of experts [TL] in double by PyTorch, one pass of training for each selection and router."""
+"""Writes level.h: task-level mixture of experts [TL] in double by PyTorch, one pass of training
+for each selection and router."""
 import os
 import random
 
@@ -17,13 +18,16 @@ L, M, WIDTH, HIDDEN, TAU, TAU_OUTSIDE, SEED = 2, 3, 8, 64, 0.7, 0.3, 5
 SITE = 8            # MOE__SITE_GUMBEL
 MASK = (1 << 64) - 1
 h = Header(os.path.join(HERE, "level.h"), "GOLDEN_LEVEL_H_INCLUDED", """
-level.h - blocks as experts and the task-level router, in double by PyTorch (reference.py). Written by make_level.py; do not edit.
+level.h - blocks as experts and the task-level router, in double by PyTorch (reference.py).
+Written by make_level.py; do not edit.
 
-Sizes and tasks of tiny.h; 3 blocks a layer, task vectors of 8. Weights: golden_fill(p, count, NAME, scale), NAME as in model files
-(encoder.layer.0.blocks.2.output.dense.weight, router.1.0.weight, tasks.vectors, ...), scales as in tiny.h but for router.*.weight and
-tasks.vectors: 1. Temperature 0.7 in training and 0.3 outside; Gumbel noise as moe.h draws it with seed 5 in step 0.
-For each selection: loss of every sequence in training, scores outside training (three a sequence, zeros behind), and for every tensor the
-norm of its gradient and the sum of gradient times golden_fill(NAME, 1).""")
+Sizes and tasks of tiny.h; 3 blocks a layer, task vectors of 8. Weights: golden_fill(p, count,
+NAME, scale), NAME as in model files (encoder.layer.0.blocks.2.output.dense.weight,
+router.1.0.weight, tasks.vectors, ...), scales as in tiny.h but for router.*.weight and
+tasks.vectors: 1. Temperature 0.7 in training and 0.3 outside; Gumbel noise as moe.h draws it
+with seed 5 in step 0. For each selection: loss of every sequence in training, scores outside
+training (three a sequence, zeros behind), and for every tensor the norm of its gradient and the
+sum of gradient times golden_fill(NAME, 1).""")
 
 
 def mix64(x):
@@ -48,19 +52,35 @@ class Level(nn.Module):
         c = ref.Config(TASKS, "dense", layers=L, hidden=16, heads=2, ffn=32, vocab=50, positions=12)
         self.selection, dense = selection, ref.Model(c)
         self.embeddings, self.heads = dense.embeddings, dense.heads
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(
-            [nn.ModuleDict({"blocks": nn.ModuleList([ref.Layer(c) for _ in range(M)])}) for _ in range(L)])})
+        self.encoder = nn.ModuleDict(
+            {
+                "layer": nn.ModuleList(
+                    [
+                        nn.ModuleDict({"blocks": nn.ModuleList([ref.Layer(c) for _ in range(M)])})
+                        for _ in range(L)
+                    ]
+                )
+            }
+        )
         self.tasks = nn.ParameterDict({"vectors": nn.Parameter(torch.zeros(len(TASKS), WIDTH))})
-        self.router = nn.ModuleList([nn.ModuleList([nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, M)]) for _ in range(L)])
+        self.router = nn.ModuleList(
+            [nn.ModuleList([nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, M)]) for _ in range(L)]
+        )
 
     def weights(self, z, layer, batch):
         """(S,M) of the blocks' outputs, from the scores (T,M) of the tasks."""
         z = z[torch.tensor(batch.tasks)]
         if not self.training:
-            return (z / TAU_OUTSIDE).softmax(1) if self.selection == "softmax" else F.one_hot(z.argmax(1), M).double()
+            return (
+                (z / TAU_OUTSIDE).softmax(1)
+                if self.selection == "softmax"
+                else F.one_hot(z.argmax(1), M).double()
+            )
         if self.selection == "softmax":
             return (z / TAU).softmax(1)
-        u = torch.tensor([[uniform(0, s, layer, i) for i in range(M)] for s in range(len(batch.tasks))])
+        u = torch.tensor(
+            [[uniform(0, s, layer, i) for i in range(M)] for s in range(len(batch.tasks))]
+        )
         p = ((z - (-u.log()).log()) / TAU).softmax(1)
         if self.selection == "gumbel":
             return p
@@ -68,8 +88,11 @@ class Level(nn.Module):
 
     def forward(self, batch):
         e = self.embeddings
-        x = e["LayerNorm"](e["word_embeddings"](batch.ids) + e["position_embeddings"](batch.positions)
-                           + e["token_type_embeddings"](batch.segments))
+        x = e["LayerNorm"](
+            e["word_embeddings"](batch.ids)
+            + e["position_embeddings"](batch.positions)
+            + e["token_type_embeddings"](batch.segments)
+        )
         lengths = torch.tensor(batch.starts[1:]) - torch.tensor(batch.starts[:-1])
         for l, (layer, router) in enumerate(zip(self.encoder["layer"], self.router)):
             z = router[1](F.gelu(router[0](self.tasks["vectors"])))
@@ -108,12 +131,20 @@ for selection in ("softmax", "gumbel", "straight"):
     model.eval()
     scores = [F.pad(y, (0, 3 - len(y))) for y in model(batch)]
     model.train()
-    losses = torch.stack([ref.sequence_loss(y, TASKS[t], l) for y, t, l in zip(model(batch), tasks, labels)])
+    losses = torch.stack(
+        [ref.sequence_loss(y, TASKS[t], l) for y, t, l in zip(model(batch), tasks, labels)]
+    )
     losses.mean().backward()
     h.comment(f"selection {selection}")
     h.values(f"level_{selection}_scores", torch.stack(scores))
     h.values(f"level_{selection}_losses", losses)
-    named = [(n, p.grad if p.grad is not None else torch.zeros_like(p)) for n, p in model.named_parameters()]
+    named = [
+        (n, p.grad if p.grad is not None else torch.zeros_like(p))
+        for n, p in model.named_parameters()
+    ]
     h.numbers(f"level_{selection}_norms", [(n, g.norm()) for n, g in named])
-    h.numbers(f"level_{selection}_probes", [(n, (g * ref.lcg_tensor(n, g.shape, 1.0)).sum()) for n, g in named])
+    h.numbers(
+        f"level_{selection}_probes",
+        [(n, (g * ref.lcg_tensor(n, g.shape, 1.0)).sum()) for n, g in named],
+    )
 h.save()

@@ -16,12 +16,15 @@ from emit import Header  # noqa: E402
 
 STEPS, BATCH, LR = 60, 32, 5e-5
 h = Header(os.path.join(HERE, "mrpc.h"), "GOLDEN_MRPC_H_INCLUDED", f"""
-mrpc.h - {STEPS} steps of fine-tuning MT-Dense on MRPC from all-MiniLM-L6-v2, by PyTorch. Written by make_mrpc.py; do not edit.
+mrpc.h - {STEPS} steps of fine-tuning MT-Dense on MRPC from all-MiniLM-L6-v2, by PyTorch. Written
+by make_mrpc.py; do not edit.
 
-train.tsv in the order of the file, step t (from 1) takes rows {BATCH} (t - 1) .. {BATCH} t - 1; at most 128 tokens; dropout 0; Adam (0.9,
-0.999, 1e-8), no weight decay, lr 5e-5, warm-up 0.1 of {STEPS} steps (step t uses t/6 up to 6, then (61 - t)/54), gradients times
-min(1, 1 / (norm + 1e-6)). The head: golden_fill(w, 768, "heads.MRPC.weight", 0.03125f), bias 0. Losses are means over the batch of
-cross-entropy / log 2, before each update. mrpc_tokens: tokens of each batch, to tell a difference of text from one of sums.""")
+train.tsv in the order of the file, step t (from 1) takes rows {BATCH} (t - 1) .. {BATCH} t - 1;
+at most 128 tokens; dropout 0; Adam (0.9, 0.999, 1e-8), no weight decay, lr 5e-5, warm-up 0.1 of
+{STEPS} steps (step t uses t/6 up to 6, then (61 - t)/54), gradients times min(1, 1 / (norm +
+1e-6)). The head: golden_fill(w, 768, "heads.MRPC.weight", 0.03125f), bias 0. Losses are means
+over the batch of cross-entropy / log 2, before each update. mrpc_tokens: tokens of each batch,
+to tell a difference of text from one of sums.""")
 
 
 def run(rows, folder, dtype):
@@ -43,7 +46,10 @@ def run(rows, folder, dtype):
         losses.append(loss.detach())
         norms.append(ref.clip(model.parameters(), 1.0))
         optimizer.step(ref.learning_rate(step, STEPS, LR, 0.1))
-        print(f"{dtype} step {step} loss {losses[-1].item():.9g} norm {norms[-1].item():.6g}", flush=True)
+        print(
+            f"{dtype} step {step} loss {losses[-1].item():.9g} norm {norms[-1].item():.6g}",
+            flush=True,
+        )
     return torch.stack(losses).double(), torch.stack(norms).double()
 
 
@@ -52,7 +58,10 @@ def main():
     table = {r["name"]: r for r in finetune.read_tsv(os.path.join(data, "tasks.tsv"))}
     _, parts, _ = finetune.read_task(data, table["MRPC"], 0, finetune.Encoder(vocab), 128)
     rows = parts["train"][:STEPS * BATCH]
-    h.ints("mrpc_tokens", [sum(len(r[0]) for r in rows[i:i + BATCH]) for i in range(0, len(rows), BATCH)])
+    h.ints(
+        "mrpc_tokens",
+        [sum(len(r[0]) for r in rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)],
+    )
     single, norms = run(rows, folder, torch.float32)
     double, _ = run(rows, folder, torch.float64)
     h.comment("fp32, then the same in double. Largest difference between the two: "

@@ -1,9 +1,12 @@
-/* mrpc.h - 60 steps of fine-tuning MT-Dense on MRPC from all-MiniLM-L6-v2, by PyTorch. Written by make_mrpc.py; do not edit.
+/* mrpc.h - 60 steps of fine-tuning MT-Dense on MRPC from all-MiniLM-L6-v2, by PyTorch. Written
+   by make_mrpc.py; do not edit.
 
-   train.tsv in the order of the file, step t (from 1) takes rows 32 (t - 1) .. 32 t - 1; at most 128 tokens; dropout 0; Adam (0.9,
-   0.999, 1e-8), no weight decay, lr 5e-5, warm-up 0.1 of 60 steps (step t uses t/6 up to 6, then (61 - t)/54), gradients times
-   min(1, 1 / (norm + 1e-6)). The head: golden_fill(w, 768, "heads.MRPC.weight", 0.03125f), bias 0. Losses are means over the batch of
-   cross-entropy / log 2, before each update. mrpc_tokens: tokens of each batch, to tell a difference of text from one of sums. */
+   train.tsv in the order of the file, step t (from 1) takes rows 32 (t - 1) .. 32 t - 1;
+   at most 128 tokens; dropout 0; Adam (0.9, 0.999, 1e-8), no weight decay, lr 5e-5, warm-up 0.1 of
+   60 steps (step t uses t/6 up to 6, then (61 - t)/54), gradients times min(1, 1 / (norm +
+   1e-6)). The head: golden_fill(w, 768, "heads.MRPC.weight", 0.03125f), bias 0. Losses are means
+   over the batch of cross-entropy / log 2, before each update. mrpc_tokens: tokens of each batch,
+   to tell a difference of text from one of sums. */
 #ifndef GOLDEN_MRPC_H_INCLUDED
 #define GOLDEN_MRPC_H_INCLUDED
 #include "golden.h"

@@ -1,8 +1,10 @@
-/* ops.h - each op forward and backward, computed in double by PyTorch. Written by make_ops.py; do not edit.
+/* ops.h - each op forward and backward, computed in double by PyTorch. Written by make_ops.py; do
+   not edit.
 
-   Inputs are not stored: `in: linear.x (5,7) * 1` means golden_fill(x, 5 * 7, "linear.x", 1.0f), `1 + ` before the scale that
-   1 is then added to each value. Weights are (out, in), row-major. dy is the gradient that comes in. Outputs: golden_CASE_y, and
-   golden_CASE_dNAME for each input NAME. */
+   Inputs are not stored: `in: linear.x (5,7) * 1` means golden_fill(x, 5 * 7, "linear.x", 1.0f), `1
+   + ` before the scale that 1 is then added to each value. Weights are (out, in), row-major. dy is
+   the gradient that comes in. Outputs: golden_CASE_y, and golden_CASE_dNAME for each input
+   NAME. */
 #ifndef GOLDEN_OPS_H_INCLUDED
 #define GOLDEN_OPS_H_INCLUDED
 #include "golden.h"

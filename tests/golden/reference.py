@@ -1,14 +1,17 @@
 """MT-TaG in plain PyTorch: the independent reference that moe.h is compared with.
 
-A post-LN BERT encoder whose feed-forward layers are mixtures of experts, routed per token by a gate that belongs to the
-task of the sequence ([TaG] Eq. 1-10). Written from the paper and from the published BERT; nothing is taken from moe.h.
+A post-LN BERT encoder whose feed-forward layers are mixtures of experts, routed per token by a
+gate that belongs to the task of the sequence ([TaG] Eq. 1-10). Written from the paper and from
+the published BERT; nothing is taken from moe.h.
 
-Shapes: N tokens of the batch, S sequences, d hidden, f feed-forward, E experts, T tasks, k experts per token.
-Batches are packed: all tokens in one list, `starts` (S+1) says where each sequence begins. Parameter names are those of
-the Hugging Face hub for BERT, plus `experts.I`, `gate.TASK.weight` (or `gate.weight` when shared) and `heads.TASK`.
+Shapes: N tokens of the batch, S sequences, d hidden, f feed-forward, E experts, T tasks, k
+experts per token. Batches are packed: all tokens in one list, `starts` (S+1) says where each
+sequence begins. Parameter names are those of the Hugging Face hub for BERT, plus `experts.I`,
+`gate.TASK.weight` (or `gate.weight` when shared) and `heads.TASK`.
 
-The module is also the model of bench/pytorch_*.py, so it is written to be fast on a CPU: linear layers see packed tokens
-only, attention goes through scaled_dot_product_attention, tokens are sorted by expert and each expert is one product.
+The module is also the model of bench/pytorch_*.py, so it is written to be fast on a CPU: linear
+layers see packed tokens only, attention goes through scaled_dot_product_attention, tokens are
+sorted by expert and each expert is one product.
 """
 import math
 from dataclasses import dataclass
@@ -27,7 +30,8 @@ class Task:
 @dataclass
 class Config:
     tasks: list
-    system: str = "tag"     # dense (one expert, no gate), switch (one gate for all tasks), tag (a gate per task)
+    # dense (one expert, no gate), switch (one gate for all tasks), tag (a gate per task)
+    system: str = "tag"   
     layers: int = 6
     hidden: int = 384
     heads: int = 12
@@ -46,8 +50,9 @@ class Config:
 
 
 class Batch:
-    """Packed sequences. ids, segments: lists of lists; tasks: task of each sequence; labels: a number each. Attention pads
-    each of `groups` runs of sequences to its own longest one: with sequences sorted by length, several groups save work."""
+    """Packed sequences. ids, segments: lists of lists; tasks: task of each sequence; labels: a
+    number each. Attention pads each of `groups` runs of sequences to its own longest one: with
+    sequences sorted by length, several groups save work."""
 
     def __init__(self, ids, segments, tasks, labels, groups=1, device="cpu"):
         lengths = [len(s) for s in ids]
@@ -59,14 +64,16 @@ class Batch:
         self.ids = torch.tensor([i for s in ids for i in s], device=device)
         self.segments = torch.tensor([i for s in segments for i in s], device=device)
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        self.task_of_token = torch.repeat_interleave(torch.tensor(self.tasks), torch.tensor(lengths)).to(device)
+        self.task_of_token = torch.repeat_interleave(
+            torch.tensor(self.tasks), torch.tensor(lengths)
+        ).to(device)
         size = -(-len(lengths) // groups)
         self.groups = [Group(lengths[i:i + size], device) for i in range(0, len(lengths), size)]
 
 
 class Group:
-    """Sequences that share one padded layout (S, longest). slots: the place of each token in it; mask (S,1,1,longest):
-    which keys exist; both None where nothing is padded."""
+    """Sequences that share one padded layout (S, longest). slots: the place of each token in it;
+    mask (S,1,1,longest): which keys exist; both None where nothing is padded."""
 
     def __init__(self, lengths, device):
         self.sequences, self.tokens, self.longest = len(lengths), sum(lengths), max(lengths)
@@ -119,14 +126,17 @@ class Expert(nn.Module):
 
 
 def gate_logits(x, gates, task_of_token):
-    """[TaG] Eq. 3. x is (N,d), gates a list of T matrices (E,d); logits (N,E). One gate: shared by all tasks."""
+    """[TaG] Eq. 3. x is (N,d), gates a list of T matrices (E,d); logits (N,E). One gate: shared
+    by all tasks."""
     if len(gates) == 1:
         return F.linear(x, gates[0])
     logits = x.new_zeros(x.shape[0], gates[0].shape[0])
     for t, w in enumerate(gates):
         rows = (task_of_token == t).nonzero().squeeze(1)
         if rows.numel():
-            logits = logits.index_copy(0, rows, F.linear(x.index_select(0, rows), w).to(logits.dtype))
+            logits = logits.index_copy(
+                0, rows, F.linear(x.index_select(0, rows), w).to(logits.dtype)
+            )
     return logits
 
 
@@ -144,7 +154,8 @@ def route(logits, k, gate_scale="paper", renormalise=False):
 
 
 def balance_loss(probs, experts):
-    """Switch: E sum_i f_i P_i over the N tokens; f_i the share of the N k choices that fell on i, P_i the mean probability."""
+    """Switch: E sum_i f_i P_i over the N tokens; f_i the share of the N k choices that fell on
+    i, P_i the mean probability."""
     n, e = probs.shape
     share = torch.bincount(experts.reshape(-1), minlength=e).to(probs.dtype) / experts.numel()
     return e * (share * probs.mean(0)).sum()
@@ -156,7 +167,8 @@ def z_loss(logits):
 
 
 def dispatch(x, experts, weights, functions):
-    """[TaG] Eq. 6. Tokens sorted by expert, one product per expert that has any, scattered back times the weight."""
+    """[TaG] Eq. 6. Tokens sorted by expert, one product per expert that has any, scattered back
+    times the weight."""
     k = experts.shape[1]
     flat = experts.reshape(-1)
     order = torch.argsort(flat, stable=True)
@@ -165,7 +177,11 @@ def dispatch(x, experts, weights, functions):
     parts = x.index_select(0, token).split(counts)
     y = torch.cat([f(p) for f, p in zip(functions, parts) if p.shape[0]])
     y = y * weights.reshape(-1).index_select(0, order)[:, None]
-    return torch.zeros(x.shape[0], y.shape[1], dtype=y.dtype, device=y.device).index_add(0, token, y).to(x.dtype)
+    return (
+        torch.zeros(x.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
+        .index_add(0, token, y)
+        .to(x.dtype)
+    )
 
 
 class Layer(nn.Module):
@@ -186,7 +202,9 @@ class Layer(nn.Module):
             if c.system == "switch":
                 self.gate = nn.Linear(c.hidden, c.experts, bias=False)
             else:
-                self.gate = nn.ModuleDict({t.name: nn.Linear(c.hidden, c.experts, bias=False) for t in c.tasks})
+                self.gate = nn.ModuleDict(
+                    {t.name: nn.Linear(c.hidden, c.experts, bias=False) for t in c.tasks}
+                )
         self.aux = None         # extra loss of the last pass
         self.routes = None      # (logits, probs, experts, weights) of the last pass
 
@@ -194,9 +212,15 @@ class Layer(nn.Module):
         c = self.c
         if c.system == "dense":
             return self.output["dense"](F.gelu(self.intermediate["dense"](x)))
-        gates = [self.gate.weight] if c.system == "switch" else [self.gate[t.name].weight for t in c.tasks]
+        gates = (
+            [self.gate.weight]
+            if c.system == "switch"
+            else [self.gate[t.name].weight for t in c.tasks]
+        )
         with torch.autocast(x.device.type, enabled=False):     # gates stay in fp32
-            logits = gate_logits(x if x.dtype == torch.float64 else x.float(), gates, batch.task_of_token)
+            logits = gate_logits(
+                x if x.dtype == torch.float64 else x.float(), gates, batch.task_of_token
+            )
             probs, experts, weights = route(logits, c.top_k, c.gate_scale, c.renormalise)
         self.routes = (logits, probs, experts, weights)
         self.aux = None
@@ -222,7 +246,9 @@ class Model(nn.Module):
             "token_type_embeddings": nn.Embedding(c.segments, c.hidden),
             "LayerNorm": nn.LayerNorm(c.hidden, eps=c.eps)})
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList([Layer(c) for _ in range(c.layers)])})
-        self.heads = nn.ModuleDict({t.name: nn.Linear(c.hidden, max(t.classes, 1)) for t in c.tasks})
+        self.heads = nn.ModuleDict(
+            {t.name: nn.Linear(c.hidden, max(t.classes, 1)) for t in c.tasks}
+        )
 
     def hidden(self, batch):
         e = self.embeddings
@@ -234,7 +260,8 @@ class Model(nn.Module):
         return x
 
     def scores(self, batch):
-        """A list over the sequences: (C_t) scores, from the [CLS] vector, without a pooler ([TaG] Eq. 7-8)."""
+        """A list over the sequences: (C_t) scores, from the [CLS] vector, without a pooler
+        ([TaG] Eq. 7-8)."""
         x = self.hidden(batch)
         first = x.index_select(0, torch.tensor(batch.starts[:-1], device=x.device))
         first = F.dropout(first, self.c.dropout, self.training)
@@ -242,13 +269,16 @@ class Model(nn.Module):
         for t, task in enumerate(self.c.tasks):
             rows = [s for s, u in enumerate(batch.tasks) if u == t]
             if rows:
-                y = self.heads[task.name](first.index_select(0, torch.tensor(rows, device=x.device)))
+                y = self.heads[task.name](
+                    first.index_select(0, torch.tensor(rows, device=x.device))
+                )
                 for i, s in enumerate(rows):
                     out[s] = y[i]
         return out
 
     def losses(self, batch):
-        """Loss of each sequence: cross-entropy / log C ([TaG] Eq. 9, 3.3) or squared error (Eq. 10)."""
+        """Loss of each sequence: cross-entropy / log C ([TaG] Eq. 9, 3.3) or squared error (Eq.
+        10)."""
         return [sequence_loss(y, self.c.tasks[t], label)
                 for y, t, label in zip(self.scores(batch), batch.tasks, batch.labels)]
 
@@ -264,11 +294,14 @@ class Model(nn.Module):
 def sequence_loss(y, task, label):
     if task.classes == 0:
         return (y[0] - label).square()
-    return -torch.log_softmax(y.float() if y.dtype == torch.bfloat16 else y, dim=0)[int(label)] / math.log(task.classes)
+    return -torch.log_softmax(y.float() if y.dtype == torch.bfloat16 else y, dim=0)[
+        int(label)
+    ] / math.log(task.classes)
 
 
 def learning_rate(step, total, peak, warmup):
-    """step counts from 1. W = floor(warmup total): step/W up to W, then (total - step + 1)/(total - W)."""
+    """step counts from 1. W = floor(warmup total): step/W up to W, then (total - step +
+    1)/(total - W)."""
     w = math.floor(warmup * total)
     return peak * (step / w if step <= w else (total - step + 1) / (total - w))
 
@@ -279,8 +312,9 @@ def clip(parameters, limit):
 
 
 class Adam:
-    """Adam as published, with bias correction, epsilon outside the root, and decoupled weight decay as an option.
-    Written out, so that the golden curves do not rest on torch.optim (bench/ uses the fused one)."""
+    """Adam as published, with bias correction, epsilon outside the root, and decoupled weight
+    decay as an option. Written out, so that the golden curves do not rest on torch.optim (bench/
+    uses the fused one)."""
 
     def __init__(self, parameters, betas=(0.9, 0.999), eps=1e-8, decay=0.0):
         self.p = list(parameters)
@@ -301,7 +335,8 @@ class Adam:
 
 
 def load_bert(model, path):
-    """Weights of a Hugging Face BERT file; every expert is a copy of the feed-forward layer (#18). Heads and gates stay."""
+    """Weights of a Hugging Face BERT file; every expert is a copy of the feed-forward layer
+    (#18). Heads and gates stay."""
     from safetensors.torch import load_file
     weights = {k.removeprefix("bert."): v for k, v in load_file(path).items()}
     own = dict(model.named_parameters())
@@ -309,7 +344,8 @@ def load_bert(model, path):
         if name.startswith("heads.") or ".gate." in name:
             continue
         source = name
-        if ".experts." in name:     # encoder.layer.L.experts.I.output.dense.weight -> encoder.layer.L.output.dense.weight
+        # encoder.layer.L.experts.I.output.dense.weight -> encoder.layer.L.output.dense.weight
+        if ".experts." in name:   
             part = name.split(".")
             source = ".".join(part[:3] + part[5:])
         with torch.no_grad():
@@ -317,7 +353,8 @@ def load_bert(model, path):
 
 
 def init_new(model, generator, gate_std=0.001, head_std=0.02):
-    """What no checkpoint brings (#19): gates N(0, 0.001), head weights N(0, 0.02), head biases 0."""
+    """What no checkpoint brings (#19): gates N(0, 0.001), head weights N(0, 0.02), head biases
+    0."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".gate." in name:
@@ -326,8 +363,9 @@ def init_new(model, generator, gate_std=0.001, head_std=0.02):
                 p.zero_() if name.endswith("bias") else p.normal_(0, head_std, generator=generator)
 
 
-# The generator of golden inputs, the same as in golden.h: FNV-1a of the name, then a 64-bit LCG, its top 16 bits a value
-# in [-scale, scale). Every value is exact in float as long as scale is a power of two.
+# The generator of golden inputs, the same as in golden.h: FNV-1a of the name, then a 64-bit LCG,
+# its top 16 bits a value in [-scale, scale). Every value is exact in float as long as scale is a
+# power of two.
 MASK = (1 << 64) - 1
 
 

@@ -1,8 +1,11 @@
-/* routers.h - the routers of examples/tools/routers.h, in double by PyTorch. Written by make_routers.py; do not edit.
+/* routers.h - the routers of examples/tools/routers.h, in double by PyTorch. Written by
+   make_routers.py; do not edit.
 
-   3 tasks, 4 layers, 3 blocks, vectors of 8. Weights: golden_fill(p, count, NAME, scale), NAME as in routers.h, scale 1 for vectors and layers,
-   0.25 for all else, plus 1 for norm1.weight and norm2.weight. For each kind: the scores, and for every tensor the norm of the gradient of
-   sum of scores times golden_fill("probe", 1), and the sum of that gradient times golden_fill(NAME, 1). */
+   3 tasks, 4 layers, 3 blocks, vectors of 8. Weights: golden_fill(p, count, NAME, scale), NAME as
+   in routers.h, scale 1 for vectors and layers, 0.25 for all else, plus 1 for norm1.weight and
+   norm2.weight. For each kind: the scores, and for every tensor the norm of the gradient of sum of
+   scores times golden_fill("probe", 1), and the sum of that gradient times golden_fill(NAME,
+   1). */
 #ifndef GOLDEN_ROUTERS_H_INCLUDED
 #define GOLDEN_ROUTERS_H_INCLUDED
 #include "golden.h"

@@ -202,7 +202,8 @@ static const uint64_t golden_nasty[2][GOLDEN_GROUPS] = {{
   0x664b35f616048a02u, 0x722a032689f5c470u, 0x3d6f68d73b01d4e3u, 0xa042ac83296d67dfu, 0x98b5af3a9370ef91u,
   0x2d2d9d55f4209037u, 0xbd7a5e124c07d269u, 0x8aecee9fe7d3d596u, 0xb63bafd91117423eu
 }};
-/* files of examples/data with the vocabulary there, of the working data with BERT's: every row whole, and cut to 48 tokens */
+/* files of examples/data with the vocabulary there, of the working data with
+BERT's: every row whole, and cut to 48 tokens */
 typedef struct golden_file {
   const char *file;
   uint64_t hash;

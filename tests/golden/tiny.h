@@ -1,22 +1,27 @@
-/* tiny.h - a whole small model, computed in double by PyTorch (reference.py). Written by make_tiny.py; do not edit.
+/* tiny.h - a whole small model, computed in double by PyTorch (reference.py). Written by
+   make_tiny.py; do not edit.
 
-   2 layers, hidden 16, 2 heads, ffn 32, vocabulary 50, 12 positions, 2 segments, epsilon 1e-12, GELU, no dropout. Three tasks in
-   this order: "two" (2 classes), "three" (3 classes), "real" (regression). Systems: tag (3 experts, a gate for each task, top-1,
-   weight g*), switch (3 experts, one gate), dense (no gate, the plain feed-forward layer).
+   2 layers, hidden 16, 2 heads, ffn 32, vocabulary 50, 12 positions, 2 segments, epsilon 1e-12,
+   GELU, no dropout. Three tasks in this order: "two" (2 classes), "three" (3 classes), "real"
+   (regression). Systems: tag (3 experts, a gate for each task, top-1, weight g*), switch (3
+   experts, one gate), dense (no gate, the plain feed-forward layer).
 
-   Weights: golden_fill(p, count, NAME, scale) for every tensor, NAME as in model files (encoder.layer.0.experts.2.output.dense.weight,
-   encoder.layer.1.gate.three.weight, encoder.layer.0.gate.weight when shared, heads.real.bias, ...), with this scale:
+   Weights: golden_fill(p, count, NAME, scale) for every tensor, NAME as in model files
+   (encoder.layer.0.experts.2.output.dense.weight, encoder.layer.1.gate.three.weight,
+   encoder.layer.0.gate.weight when shared, heads.real.bias, ...), with this scale:
      NAME ends in LayerNorm.weight   1 + fill 0.25
      NAME ends in .bias              0.25
      NAME has gate or embeddings     1
      else                            0.5
 
-   A batch: starts (S+1), ids and segments (N), task and label of each sequence. Loss: the mean over the sequences of
-   cross-entropy / log C and of squared errors. The second part is a run of 20 steps over 20 batches of 4 sequences, all in one list
-   (sequences 4 i .. 4 i + 3 are batch i): Adam (0.9, 0.999, 1e-8), lr 1e-3, warm-up 0.1 (step t of 20 uses t/2 up to 2, then
-   (21 - t)/18), gradients times min(1, 1 / (norm + 1e-6)). losses are those before each update, norms those before clipping,
-   final_norms the L2 norm of every tensor after the last update. Key biases are left out: their gradient is zero in exact
-   arithmetic, so Adam lets them drift at random, without effect on a score. */
+   A batch: starts (S+1), ids and segments (N), task and label of each sequence. Loss: the mean over
+   the sequences of cross-entropy / log C and of squared errors. The second part is a run of 20
+   steps over 20 batches of 4 sequences, all in one list (sequences 4 i .. 4 i + 3 are batch i):
+   Adam (0.9, 0.999, 1e-8), lr 1e-3, warm-up 0.1 (step t of 20 uses t/2 up to 2, then (21 - t)/18),
+   gradients times min(1, 1 / (norm + 1e-6)). losses are those before each update, norms those
+   before clipping, final_norms the L2 norm of every tensor after the last update. Key biases are
+   left out: their gradient is zero in exact arithmetic, so Adam lets them drift at random, without
+   effect on a score. */
 #ifndef GOLDEN_TINY_H_INCLUDED
 #define GOLDEN_TINY_H_INCLUDED
 #include "golden.h"

@@ -1,32 +1,38 @@
 #!/usr/bin/env python3
 """Makes the character tables of moe.h (section >>text): python3 tests/golden/unicode.py moe.h
 
-The tables are not read from the Unicode database but asked, code point by code point, from the Hugging Face `tokenizers`
-package (0.23.3 when the tables were made), whose Rust code mixes the data of several Unicode versions: that is the only
-way to give its very ids. Needs `pip install tokenizers`. With `--check` nothing is written, and the exit status tells
-whether moe.h holds the tables that this script makes.
+The tables are not read from the Unicode database but asked, code point by code point, from the
+Hugging Face `tokenizers` package (0.23.3 when the tables were made), whose Rust code mixes the
+data of several Unicode versions: that is the only way to give its very ids. Needs `pip install
+tokenizers`. With `--check` nothing is written, and the exit status tells whether moe.h holds the
+tables that this script makes.
 
-The format is described in moe.h. In short: numbers are VLQs of base-64 digits (5 bits each, 32 = more follow, least
-significant first; signed ones zigzag), and every list is sorted by its first code point.
+The format is described in moe.h. In short: numbers are VLQs of base-64 digits (5 bits each, 32 =
+more follow, least significant first; signed ones zigzag), and every list is sorted by its first
+code point.
 """
 import sys
 import unicodedata
 from tokenizers import normalizers, pre_tokenizers
 
 DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-"
-LETTER, DROP, BLANK, PUNCT, CJK, STRIP, STRIP_STARTER, MARK = range(8)  # MARK + r: a mark that stays, of rank r
+# MARK + r: a mark that stays, of rank r
+LETTER, DROP, BLANK, PUNCT, CJK, STRIP, STRIP_STARTER, MARK = range(8)
 CONST, SLOPE, PAIRS, LIST = range(4)
 HANGUL = range(0xAC00, 0xD7A4)
 POINTS = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 
 
 def bert(clean=False, cjk=False, strip=False, lower=False):
-    n = normalizers.BertNormalizer(clean_text=clean, handle_chinese_chars=cjk, strip_accents=strip, lowercase=lower)
+    n = normalizers.BertNormalizer(
+        clean_text=clean, handle_chinese_chars=cjk, strip_accents=strip, lowercase=lower
+    )
     return n.normalize_str
 
 
 def nonstarters(nfd, points):
-    """The combining classes as the normaliser sees them, found by the swaps that it makes; {code point: (above, below)}."""
+    """The combining classes as the normaliser sees them, found by the swaps that it makes; {code
+    point: (above, below)}."""
     pivots = {}
     for c in points:
         pivots.setdefault(unicodedata.combining(chr(c)), chr(c))
@@ -34,16 +40,22 @@ def nonstarters(nfd, points):
     classes = {}
     for c in points:
         ch = chr(c)
-        if nfd(ch) != ch or (nfd("a" + ch + "\u0334") == "a" + ch + "\u0334" and nfd("a\u0345" + ch) == "a\u0345" + ch):
+        if nfd(ch) != ch or (
+            nfd("a" + ch + "\u0334") == "a" + ch + "\u0334"
+            and nfd("a\u0345" + ch) == "a\u0345" + ch
+        ):
             continue
         above = max([k for k, p in pivots.items() if nfd("a" + ch + p) != "a" + ch + p], default=0)
-        below = min([k for k, p in pivots.items() if nfd("a" + p + ch) != "a" + p + ch], default=256)
+        below = min(
+            [k for k, p in pivots.items() if nfd("a" + p + ch) != "a" + p + ch], default=256
+        )
         classes[c] = (above, below)
     return classes
 
 
 def observe():
-    """Returns ({code point: class}, {code point: folded string}), all that is not itself or a plain letter."""
+    """Returns ({code point: class}, {code point: folded string}), all that is not itself or a
+    plain letter."""
     clean, cjk, nfd = bert(clean=True), bert(cjk=True), normalizers.NFD().normalize_str
     strip, fold = bert(strip=True), bert(strip=True, lower=True)
     split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
@@ -110,7 +122,8 @@ def class_runs(kind):
 
 
 def fold_runs(kind, folded):
-    """Longest run first at each point. A code point with several results has as many runs of length 1, in their order."""
+    """Longest run first at each point. A code point with several results has as many runs of
+    length 1, in their order."""
     runs, targets, done = [], [], -1
     single = {c: ord(t) for c, t in folded.items() if len(t) == 1}
     ideographs = {c for c in single if kind.get(c) == CJK}
@@ -137,8 +150,11 @@ def fold_runs(kind, folded):
             pairs = 0
             while single.get(c + pairs) == c + pairs + 1 and c + pairs + 1 not in folded:
                 pairs += 2
-            best = max((length(1, lambda i: single.get(c + i) == t), CONST, t),
-                       (length(1, lambda i: single.get(c + i) == t + i), SLOPE, t), (pairs - 1, PAIRS, 0))
+            best = max(
+                (length(1, lambda i: single.get(c + i) == t), CONST, t),
+                (length(1, lambda i: single.get(c + i) == t + i), SLOPE, t),
+                (pairs - 1, PAIRS, 0),
+            )
         runs.append([c, *best])
         done = c + best[0] - 1
     return runs, targets
@@ -153,7 +169,11 @@ def encode(kind, folded, ranks):
         last = start
     fold_text, last = "", 0
     for start, n, k, target in folds:
-        fold_text += vlq(start - last) + vlq((n - 1) * 4 + k) + (zigzag(target - start) if k in (CONST, SLOPE) else "")
+        fold_text += (
+            vlq(start - last)
+            + vlq((n - 1) * 4 + k)
+            + (zigzag(target - start) if k in (CONST, SLOPE) else "")
+        )
         last = start
     cjk_text = "".join(DIGITS[t >> 12] + DIGITS[t >> 6 & 63] + DIGITS[t & 63] for t in targets)
     # boundaries after decoding: a run that no other follows at once is closed by a plain letter
@@ -170,9 +190,12 @@ def literal(name, text, width=114):
 def block():
     kind, folded, ranks = observe()
     text, bounds, fold_text, folds, cjk_text, kinds = encode(kind, folded, ranks)
-    assert max(len(text), len(fold_text), len(cjk_text)) < 4095  # the longest literal that C99 promises
+    # the longest literal that C99 promises
+    assert max(len(text), len(fold_text), len(cjk_text)) < 4095
     out = "/* tables made by tests/golden/unicode.py: do not edit */\n"
-    out += "enum { MOE__TEXT_KINDS = %d, MOE__TEXT_BOUNDS = %d, MOE__TEXT_FOLDS = %d };\n" % (kinds, bounds, folds)
+    out += "enum { MOE__TEXT_KINDS = %d, MOE__TEXT_BOUNDS = %d, MOE__TEXT_FOLDS = %d };\n" % (
+        kinds, bounds, folds,
+    )
     out += literal("moe__text_classes", text) + literal("moe__text_folds", fold_text)
     out += literal("moe__text_ideographs", cjk_text) + "/* end of the tables */\n"
     sys.stderr.write("%d + %d + %d digits\n" % (len(text), len(fold_text), len(cjk_text)))
