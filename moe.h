@@ -10726,6 +10726,23 @@ static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, s
                                : moe_mat_rows(m->weights + weight, rows, cols);
 }
 
+/* A matrix of the model for forward of about M rows: its packed copy where there is one of this
+   precision, and no other library wants it as it is. weight, bytes, panel: its places in the three
+   arrays. */
+static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, size_t panel,
+                              int32_t rows, int32_t cols, int32_t M, const moe_env *env) {
+  const float *scale = m->weights + weight;
+  int bf16 = env->precision == MOE_TYPE_BF16;
+  if (m->plan.quantized && m->panels)
+    return moe_mat_panels_int8((const signed char *)m->panels + panel, scale, rows, cols);
+  if (m->plan.quantized) return moe_mat_rows_int8(m->bytes + bytes, scale, rows, cols);
+  if (m->panels && m->bf16 && bf16) return moe_mat_panels_bf16(moe__panel_at(m, panel), rows, cols);
+  if (!bf16 && env->backend && moe__backend_wants(env, M, rows, cols, 1))
+    return moe_mat_rows(m->weights + weight, rows, cols);
+  return m->panels && !m->bf16 ? moe_mat_panels(m->panels + panel, rows, cols)
+                               : moe_mat_rows(m->weights + weight, rows, cols);
+}
+
 /* Copies the tensors of a model into its quantised twin. */
 static moe_status moe__quantize_tensors(moe_model *to, float *weights, int8_t *bytes,
                                         const moe_model *from, const moe_env *env) {
