@@ -106,6 +106,7 @@
      >>api_layer     gate, routes, experts
      >>api_model     configuration, tasks, batch, model
      >>api_context   activations, forward
+     >>api_backend   computing elsewhere: other libraries, devices
      >>api_train     trainer, optimizer, sampler
      >>api_text      tokenizer, metrics, prediction from text
      >>platform      includes, compiler differences, processor detection
@@ -328,28 +329,9 @@ enum {
 
 typedef enum moe_type { MOE_TYPE_F32, MOE_TYPE_BF16, MOE_TYPE_I8 } moe_type;
 
-/* Another library's product of float matrices in place of the built-in kernels, for large products;
-   cblas_sgemm takes ten lines (examples/blas.c has them). Weights in panels (but those of a model),
-   of 8 bits or with fewer than 16 outputs, products with a side under 8 or of fewer than 2^18
-   multiply-adds, and attention stay built in. Whatever is said about the bits of a result is then
-   up to the library; that they do not depend on the number of threads still holds, if a call of the
-   library has the same result each time. */
-#define MOE_BACKEND_ABI 1
-typedef struct moe_backend {
-  uint32_t abi;     /* MOE_BACKEND_ABI; one of another number is not used */
-  const char *name; /* for moe_backend_name */
-  /* C (m, n) = A (m, k) B (k, n), or C += A B where accumulate is 1. (i, p) of A = a[i a_row + p
-     a_col], (p, j) of B = b[p b_row + j b_col], (i, j) of C = c[i c_row + j]; one stride of A is 1,
-     and one of B. Called from env.threads threads at once, each with a part of a product, and
-     should not start threads of its own. NULL: built-in kernels. */
-  void (*sgemm)(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row,
-                size_t a_col, const float *b, size_t b_row, size_t b_col, int32_t accumulate,
-                float *c, size_t c_row);
-  /* Whether to take a whole product of this size, or 0 to leave it to the built-in kernels, which
-     have packed weights for it where packed is 1. NULL: yes. */
-  int32_t (*takes)(void *user, int32_t m, int32_t n, int32_t k, int32_t packed);
-  void *user;
-} moe_backend;
+/* Something else that computes: another library's matrix products, or a device that holds weights
+   and activations. See >>api_backend. */
+typedef struct moe_backend moe_backend;
 
 /* Where the time of moe_forward, moe_trainer_accumulate, moe_trainer_step and moe_predict_ goes: a
    table of the caller's. Every moment of such a call belongs to one section, so that the sections
@@ -423,8 +405,8 @@ typedef struct moe_env {
      came. NULL: none. */
   void (*log)(void *user, moe_status status, const char *sentence);
   void *log_user;
-  const moe_backend
-      *backend;         /* large float products go there; NULL: built-in kernels, at no cost */
+  const moe_backend *backend; /* computes in place of the CPU (>>api_backend); NULL: nothing does */
+  void *stream;               /* a device's queue: set by contexts; NULL: the device's own */
   moe_profile *profile; /* receives where the time goes; NULL: no clock is read. Results do not
                            depend on it. */
 } moe_env;
@@ -449,9 +431,6 @@ MOE_API int32_t moe_env_use_amx(moe_env *env);
    the log: this machine lacks the units, or env.isa is not AVX-512; products stay fp32. Who sets
    env.precision by hand there gets bf16 from plain C, slowly. */
 MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision);
-
-/* Who makes the large products: env->backend->name ("blis"), or "built-in". */
-MOE_API const char *moe_backend_name(const moe_env *env);
 
 #ifdef MOE_USE_BLIS
 /* Connects *env with BLIS. moe_env_init has done this with always = 0, for the products that BLIS
@@ -1244,6 +1223,102 @@ MOE_API moe_status moe_task_router_routes(float *routes, const moe_model *model,
    routes (1), [TL]'s second stage. out may be routes. */
 MOE_API void moe_task_router_blend(float *out, const float *routes, float share, size_t rows,
                                    int32_t m);
+
+/* ---- computing elsewhere ---- >>api_backend */
+
+typedef enum moe_memory { MOE_MEMORY_HOST, MOE_MEMORY_DEVICE } moe_memory;
+
+/* A table of what computes in place of the CPU: env.backend. Of two kinds:
+
+     HOST    Pointers are memory of the host. Any slot may be NULL, or answer MOE_E_UNSUPPORTED: the
+             CPU then does that call. A slot is called from env.threads threads at once and should
+             start none of its own. For a BLAS, sgemm is all there is to fill (examples/blas.c).
+     DEVICE  Arrays are the device's: allocated by `alloc`, and never read or written by moe.h, which
+             moves them by upload and download. `supports` is asked once for a context: all ops, or
+             none, so that nothing is copied back and forth. Every slot but sgemm and takes is there.
+
+   On a DEVICE:
+     Structs    An op is a struct of the host's, and so are moe_routes, moe_route_options, the arrays
+                of moe_experts_op that hold pointers or moe_mat, and tasks and head of moe_heads_op.
+                Whatever else they point to is the device's. Matrices are float rows.
+     Weights    moe_model_pack uploads them: it comes before a context (loading a model and
+                moe_trainer_create pack by themselves). Once a trainer has made a step, the device's
+                weights are the newer ones. What reads a model's weights (saving, checkpoints,
+                quantize, adapt, extract, moe_model_weights) downloads them first, and so does
+                moe_trainer_free.
+     Traffic    A pass uploads one block (ids, seq_start, tasks, keys) and downloads scores, or
+                losses; a step downloads one double. moe_context_hidden and the like download what
+                they are asked for.
+     Order      Calls of one context run in order on its stream. Only download, sync and grad_norm
+                wait.
+     Errors     A slot returns what it knows at once. A failure of the device is sticky: the next call
+                that waits returns it, with a sentence to env.log. The context can then be freed only;
+                the host's weights are those of the last download.
+     Refused    Blocks as experts, gates made of task vectors and int8 models: those are computed on
+                the CPU only. Gradients stay on the device: moe_trainer_gradients is NULL.
+   The bits of a result are then up to the backend; that they do not depend on the number of threads
+   still holds where each call has the same result each time. */
+#define MOE_BACKEND_ABI 2
+struct moe_heads_op;
+struct moe_adam_op;
+struct moe_backend {
+  uint32_t abi;      /* MOE_BACKEND_ABI; a table of another number is not used */
+  uint32_t bytes;    /* sizeof(moe_backend): slots beyond it count as NULL */
+  moe_memory memory; /* the kind */
+  const char *name;  /* for moe_backend_name: "blis", "cuda:0 (...)" */
+  void *user;
+  /* HOST. C (m, n) = A (m, k) B (k, n), or C += A B where accumulate is 1. (i, p) of A = a[i a_row +
+     p a_col], (p, j) of B = b[p b_row + j b_col], (i, j) of C = c[i c_row + j]; one stride of A is
+     1, and one of B. Called with parts of a product. Products of 8 bits, with fewer than 16
+     outputs, with a side under 8 or of fewer than 2^18 multiply-adds, and attention stay built
+     in. */
+  void (*sgemm)(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row,
+                size_t a_col, const float *b, size_t b_row, size_t b_col, int32_t accumulate,
+                float *c, size_t c_row);
+  /* HOST. Whether to take a whole product of this size, or 0 to leave it to the built-in kernels,
+     which have packed weights for it where packed is 1. NULL: yes. */
+  int32_t (*takes)(void *user, int32_t m, int32_t n, int32_t k, int32_t packed);
+  /* DEVICE. 1: contexts of this model and these limits work here, in this precision. 0: they do
+     not, and a sentence to env.log says why. */
+  int32_t (*supports)(const moe_backend *b, const moe_env *env, const moe_config *config,
+                      const moe_limits *limits);
+  moe_status (*open)(const moe_backend *b, const moe_env *env, void **stream); /* of a context */
+  void (*close)(const moe_backend *b, void *stream);
+  moe_status (*alloc)(const moe_backend *b, const moe_env *env, void **out, size_t bytes);
+  void (*release)(const moe_backend *b, void *p);
+  moe_status (*upload)(const moe_backend *b, const moe_env *env, void *to, const void *host,
+                       size_t bytes); /* `host` may change after the call */
+  moe_status (*download)(const moe_backend *b, const moe_env *env, void *host, const void *from,
+                         size_t bytes);                                                 /* waits */
+  moe_status (*clear)(const moe_backend *b, const moe_env *env, void *p, size_t bytes); /* zeros */
+  moe_status (*sync)(const moe_backend *b, const moe_env *env);                         /* waits */
+  /* These weights are new: for copies that the backend keeps, packed or of lower precision. */
+  void (*changed)(const moe_backend *b, const moe_env *env, const float *w, size_t count);
+  /* Ops: env.stream is the queue, env.precision that of products. back 1: backward. */
+  moe_status (*linear)(const moe_backend *b, const moe_env *env, const moe_linear_op *op, int back);
+  moe_status (*layernorm)(const moe_backend *b, const moe_env *env, const moe_layernorm_op *op,
+                          int back);
+  moe_status (*dropout)(const moe_backend *b, const moe_env *env, const moe_dropout_op *op);
+  moe_status (*embed)(const moe_backend *b, const moe_env *env, const moe_embed_op *op, int back);
+  moe_status (*attention)(const moe_backend *b, const moe_env *env, const moe_attention_op *op,
+                          int back);
+  moe_status (*route)(const moe_backend *b, const moe_env *env, const moe_route_op *op, int back);
+  moe_status (*experts)(const moe_backend *b, const moe_env *env, const moe_experts_op *op,
+                        int back);
+  moe_status (*heads)(const moe_backend *b, const moe_env *env, const struct moe_heads_op *op,
+                      int back);
+  /* Norm of the gradients g of n spans together, those with lr_scale 0 (frozen) left out. Waits. */
+  moe_status (*grad_norm)(const moe_backend *b, const moe_env *env, double *norm,
+                          const struct moe_adam_op *spans, int32_t n);
+  /* A step of Adam on each of n spans (lr_scale 0: w stays); then g is zero. */
+  moe_status (*adam)(const moe_backend *b, const moe_env *env, const struct moe_adam_op *spans,
+                     int32_t n);
+};
+/* An empty table of kind HOST: abi, bytes and memory are set, every slot is NULL. */
+MOE_API void moe_backend_init(moe_backend *backend);
+/* Name of the backend that computes large matrix products, or everything: env->backend->name, or
+   "built-in". */
+MOE_API const char *moe_backend_name(const moe_env *env);
 
 #ifndef MOE_NO_TRAIN
 /* ---- trainer, optimizer, sampler ---- >>api_train */
@@ -4586,11 +4661,29 @@ enum {
   MOE__BACKEND_SIDE = 8 /* the least m, n and k that are worth a call */
 };
 
+/* Whether a table has a slot, and is one to be used at all. */
+#define MOE__HAS(env, slot)                                                                        \
+  ((env)->backend && (env)->backend->abi == MOE_BACKEND_ABI &&                                     \
+   (env)->backend->bytes >= offsetof(moe_backend, slot) + sizeof(env)->backend->slot &&            \
+   (env)->backend->slot)
+
+static int moe__on_device(const moe_env *env) {
+  return MOE__HAS(env, memory) && env->backend->memory == MOE_MEMORY_DEVICE;
+}
+
+/* At the beginning of an op: offers it to the backend, whose answer is the op's, unless it is one of
+   the host's that leaves the call to the CPU. */
+#define MOE__OFFER(env, slot, arguments)                                                           \
+  if (MOE__HAS(env, slot)) {                                                                       \
+    moe_status offered = (env)->backend->slot arguments;                                           \
+    if (offered != MOE_E_UNSUPPORTED || moe__on_device(env)) return offered;                       \
+  }
+
 /* Whether a product of this size is for the library; packed: the built-in kernels would have packed
    weights. */
 static int moe__backend_wants(const moe_env *env, int32_t m, int32_t n, int32_t k, int packed) {
   const moe_backend *backend = env->backend;
-  if (!backend || backend->abi != MOE_BACKEND_ABI || !backend->sgemm) return 0;
+  if (!MOE__HAS(env, sgemm) || backend->memory != MOE_MEMORY_HOST) return 0;
   if (moe__min(moe__min(m, n), k) < MOE__BACKEND_SIDE ||
       (double)m * n * k < (double)MOE__GEMM_SMALL)
     return 0;
@@ -4672,10 +4765,14 @@ static int moe__backend_run(const moe__gemm *list, int32_t count, const moe_env 
   return 1;
 }
 
+MOE_API void moe_backend_init(moe_backend *backend) {
+  memset(backend, 0, sizeof *backend);
+  backend->abi = MOE_BACKEND_ABI;
+  backend->bytes = (uint32_t)sizeof *backend;
+}
+
 MOE_API const char *moe_backend_name(const moe_env *env) {
-  return env->backend && env->backend->abi == MOE_BACKEND_ABI && env->backend->sgemm
-             ? env->backend->name
-             : "built-in";
+  return moe__on_device(env) || MOE__HAS(env, sgemm) ? env->backend->name : "built-in";
 }
 
 #ifdef MOE_USE_BLIS
@@ -4732,11 +4829,15 @@ static int32_t moe__blis_takes_few(void *user, int32_t m, int32_t n, int32_t k, 
   return !packed && moe__min(m, k) <= 64; /* tokens are m, or k in the gradient of a weight */
 }
 
-static const moe_backend moe__blis_all = {MOE_BACKEND_ABI, "blis", moe__blis_sgemm, NULL, NULL};
-static const moe_backend moe__blis_unpacked = {MOE_BACKEND_ABI, "blis", moe__blis_sgemm,
-                                               moe__blis_takes_unpacked, NULL};
-static const moe_backend moe__blis_few = {MOE_BACKEND_ABI, "blis", moe__blis_sgemm,
-                                          moe__blis_takes_few, NULL};
+#define MOE__BLIS_TABLE(takes)                                                                     \
+  {                                                                                                \
+    MOE_BACKEND_ABI, (uint32_t)sizeof(moe_backend), MOE_MEMORY_HOST, "blis", NULL,                 \
+        moe__blis_sgemm, takes, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,  \
+        NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL                                       \
+  }
+static const moe_backend moe__blis_all = MOE__BLIS_TABLE(NULL);
+static const moe_backend moe__blis_unpacked = MOE__BLIS_TABLE(moe__blis_takes_unpacked);
+static const moe_backend moe__blis_few = MOE__BLIS_TABLE(moe__blis_takes_few);
 
 /* What BLIS is better at here, or NULL: nothing. The BLIS of PyPI's blis calls itself 0.7 and packs
    always. */
@@ -6854,6 +6955,7 @@ static void moe__cpu_linear_forward(const moe_linear_op *op, const moe_env *env)
 }
 
 MOE_API moe_status moe_linear_forward(const moe_linear_op *op, const moe_env *env) {
+  MOE__OFFER(env, linear, (env->backend, env, op, 0))
   moe_status status = moe__linear_check(op, env);
   if (status) return status;
   if (!op->y && !op->act && op->M > 0 && op->w.rows > 0)
@@ -6927,6 +7029,7 @@ static void moe__cpu_linear_backward(const moe_linear_op *op, const moe_env *env
 }
 
 MOE_API moe_status moe_linear_backward(const moe_linear_op *op, const moe_env *env) {
+  MOE__OFFER(env, linear, (env->backend, env, op, 1))
   moe_status status = moe__linear_check(op, env);
   if (status) return status;
   if (op->dx && (op->w.type != MOE_TYPE_F32 || op->w.layout != MOE_LAYOUT_ROWS))
@@ -7431,6 +7534,7 @@ static void moe__cpu_layernorm_forward(const moe_layernorm_op *op, const moe_env
 }
 
 MOE_API moe_status moe_layernorm_forward(const moe_layernorm_op *op, const moe_env *env) {
+  MOE__OFFER(env, layernorm, (env->backend, env, op, 0))
   moe_status status = moe__layernorm_check(op, env);
   if (!status) moe__cpu_layernorm_forward(op, env);
   return status;
@@ -7489,6 +7593,7 @@ static void moe__cpu_layernorm_backward(const moe_layernorm_op *op, const moe_en
 }
 
 MOE_API moe_status moe_layernorm_backward(const moe_layernorm_op *op, const moe_env *env) {
+  MOE__OFFER(env, layernorm, (env->backend, env, op, 1))
   moe_status status = moe__layernorm_check(op, env);
   if (status) return status;
   if (!op->mean && op->M > 0)
@@ -7526,6 +7631,7 @@ static void moe__cpu_dropout_forward(const moe_dropout_op *op, const moe_env *en
 MOE_API void moe_dropout_op_init(moe_dropout_op *op) { memset(op, 0, sizeof *op); }
 
 MOE_API moe_status moe_dropout_forward(const moe_dropout_op *op, const moe_env *env) {
+  MOE__OFFER(env, dropout, (env->backend, env, op))
   moe_status status = moe__dropout_check("dropout", op->dropout, env);
   if (!status) status = moe__sequences_check("dropout", op->seq_start, op->S, op->M, env);
   if (status) return status;
@@ -7613,6 +7719,7 @@ static moe_status moe__embed_check(const moe_embed_op *op, const moe_env *env) {
 }
 
 MOE_API moe_status moe_embed_forward(const moe_embed_op *op, const moe_env *env) {
+  MOE__OFFER(env, embed, (env->backend, env, op, 0))
   moe_status status = moe__embed_check(op, env);
   if (!status) moe__cpu_embed_forward(op, env);
   return status;
@@ -7647,6 +7754,7 @@ static void moe__cpu_embed_backward(const moe_embed_op *op, const moe_env *env) 
 }
 
 MOE_API moe_status moe_embed_backward(const moe_embed_op *op, const moe_env *env) {
+  MOE__OFFER(env, embed, (env->backend, env, op, 1))
   moe_status status = moe__embed_check(op, env);
   if (!status) moe__cpu_embed_backward(op, env);
   return status;
@@ -8277,6 +8385,7 @@ static moe_status moe__attention_check(const moe_attention_op *op, const moe_env
 }
 
 MOE_API moe_status moe_attention_forward(const moe_attention_op *op, const moe_env *env) {
+  MOE__OFFER(env, attention, (env->backend, env, op, 0))
   moe_status status = moe__attention_check(op, env);
   if (!status) moe__cpu_attention(op, 0, env);
   return status;
@@ -8284,6 +8393,7 @@ MOE_API moe_status moe_attention_forward(const moe_attention_op *op, const moe_e
 
 #ifndef MOE_NO_TRAIN
 MOE_API moe_status moe_attention_backward(const moe_attention_op *op, const moe_env *env) {
+  MOE__OFFER(env, attention, (env->backend, env, op, 1))
   moe_status status = moe__attention_check(op, env);
   if (status) return status;
   if (!op->stats && op->M > 0)
@@ -8610,6 +8720,7 @@ static moe_status moe__route_check(const moe_route_op *op, const moe_env *env) {
 }
 
 MOE_API moe_status moe_route_forward(const moe_route_op *op, const moe_env *env) {
+  MOE__OFFER(env, route, (env->backend, env, op, 0))
   moe_status status = moe__route_check(op, env);
   if (!status) moe__cpu_route_forward(op, env);
   return status;
@@ -8729,6 +8840,7 @@ static void moe__cpu_route_backward(const moe_route_op *op, const moe_env *env) 
 }
 
 MOE_API moe_status moe_route_backward(const moe_route_op *op, const moe_env *env) {
+  MOE__OFFER(env, route, (env->backend, env, op, 1))
   moe_status status = moe__route_check(op, env);
   if (!status) moe__cpu_route_backward(op, env);
   return status;
@@ -9002,6 +9114,7 @@ static moe_status moe__experts_check(const moe_experts_op *op, const moe_env *en
 }
 
 MOE_API moe_status moe_experts_forward(const moe_experts_op *op, const moe_env *env) {
+  MOE__OFFER(env, experts, (env->backend, env, op, 0))
   moe_routes dense;
   int32_t start[2];
   moe_experts_op routed = moe__experts_routed(op, &dense, start);
@@ -9177,6 +9290,7 @@ static void moe__cpu_experts_backward(const moe_experts_op *op, const moe_env *e
 }
 
 MOE_API moe_status moe_experts_backward(const moe_experts_op *op, const moe_env *env) {
+  MOE__OFFER(env, experts, (env->backend, env, op, 1))
   moe_routes dense;
   int32_t i, start[2];
   moe_experts_op routed = moe__experts_routed(op, &dense, start);
@@ -9937,6 +10051,10 @@ struct moe_model {
   const char *vocab;
   size_t vocab_bytes;
   int owns_block, owns_panels, owns_vocab;
+  moe_env
+      device; /* where moe_model_pack put the weights, if that is a DEVICE (backend not NULL), */
+  float *resident; /* its copy of the flat array, */
+  int newer;       /* and 1: a trainer has changed it since the last download */
 };
 
 /* Experts that are there before expert i of a layer, in the whole model; i = 0 of layer L: all. */
@@ -10201,8 +10319,51 @@ static void moe__model_drop_vocab(moe_model *model) {
   model->owns_vocab = 0;
 }
 
+/* Before the host reads the weights: downloads them where a device has newer ones. The flat array is
+   then that of a model in memory, which only its owner could see change. */
+static moe_status moe__model_fetch(const moe_model *model, const moe_env *env) {
+  moe_env on = model->device;
+  moe_status status;
+  if (!model->newer) return MOE_OK;
+  if (env) on.log = env->log, on.log_user = env->log_user;
+  status = on.backend->download(on.backend, &on, model->writable, model->resident,
+                                model->plan.total * sizeof(float));
+  if (!status) ((moe_model *)(uintptr_t)model)->newer = 0;
+  return status;
+}
+
+static void moe__model_leave_device(moe_model *model) {
+  if (model->resident) model->device.backend->release(model->device.backend, model->resident);
+  model->resident = NULL;
+  model->newer = 0;
+  memset(&model->device, 0, sizeof model->device);
+}
+
+/* Uploads the weights; the device's memory stays the same where it has them already. */
+static moe_status moe__model_upload(moe_model *model, const moe_env *env) {
+  const moe_backend *b = env->backend;
+  size_t bytes = model->plan.total * sizeof(float);
+  moe_status status;
+  if (model->device.backend != b) {
+    void *to = NULL;
+    moe__model_leave_device(model);
+    status = b->alloc(b, env, &to, bytes);
+    if (status) return status;
+    model->resident = (float *)to;
+  }
+  model->device = *env;
+  model->device.stream = NULL;
+  status = b->upload(b, &model->device, model->resident, model->weights, bytes);
+  if (!status) status = b->sync(b, &model->device);
+  if (status) return status;
+  model->newer = 0;
+  if (b->changed) b->changed(b, &model->device, model->resident, model->plan.total);
+  return MOE_OK;
+}
+
 MOE_API void moe_model_free(moe_model *model) {
   if (!model) return;
+  moe__model_leave_device(model);
   moe__model_drop_panels(model);
   moe__model_drop_vocab(model);
   if (model->owns_block) moe__release(model);
@@ -10212,7 +10373,9 @@ MOE_API const moe_config *moe_model_config(const moe_model *model) { return &mod
 MOE_API int32_t moe_model_tasks(const moe_model *model) { return model->T; }
 MOE_API int32_t moe_model_max_classes(const moe_model *model) { return model->max_classes; }
 MOE_API size_t moe_model_parameters(const moe_model *model) { return model->plan.parameters; }
-MOE_API float *moe_model_weights(moe_model *model) { return model->writable; }
+MOE_API float *moe_model_weights(moe_model *model) {
+  return moe__model_fetch(model, NULL) ? NULL : model->writable;
+}
 MOE_API int32_t moe_model_tensors(const moe_model *model) { return model->tensors; }
 MOE_API moe_type moe_model_type(const moe_model *model) {
   return model->plan.quantized ? MOE_TYPE_I8 : MOE_TYPE_F32;
@@ -10670,6 +10833,7 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
   int bf16 = moe__wants_bf16(env) && !model->plan.quantized;
   size_t bytes = bf16 ? moe_model_pack_size_bf16(model) : moe_model_pack_size(model);
   float *panels = (float *)block;
+  if (moe__on_device(env) && !model->plan.quantized) return moe__model_upload(model, env);
   if (block) {
     moe_status status = moe__check_block("packed weights", block, bytes, bytes, env);
     if (status) return status;
@@ -10705,8 +10869,8 @@ MOE__UNUSED static moe_status moe__model_pack_back(moe_model *model, const moe_e
 /* A matrix (outputs, inputs) of the model as w_back of moe_linear_op. */
 MOE__UNUSED static moe_mat moe__model_back(const moe_model *m, size_t panel, int32_t outputs,
                                            int32_t inputs, const moe_env *env) {
-  return moe__mat_bf16(m->back && moe__wants_bf16(env) ? m->back + panel / 2 : NULL, inputs,
-                       outputs);
+  int there = m->back && moe__wants_bf16(env) && !moe__on_device(env);
+  return moe__mat_bf16(there ? m->back + panel / 2 : NULL, inputs, outputs);
 }
 
 /* A matrix of the model for forward of about M rows: its packed copy where there is one of this
@@ -10716,27 +10880,11 @@ static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, s
                               int32_t rows, int32_t cols, int32_t M, const moe_env *env) {
   const float *scale = m->weights + weight;
   int bf16 = moe__wants_bf16(env);
+  if (moe__on_device(env)) return moe_mat_rows(m->resident + weight, rows, cols);
   if (m->plan.quantized && m->panels)
     return moe_mat_panels_int8((const signed char *)m->panels + panel, scale, rows, cols);
   if (m->plan.quantized) return moe_mat_rows_int8(m->bytes + bytes, scale, rows, cols);
   if (m->panels && m->bf16 && bf16) return moe__mat_bf16(moe__panel_at(m, panel), rows, cols);
-  if (!bf16 && env->backend && moe__backend_wants(env, M, rows, cols, 1))
-    return moe_mat_rows(m->weights + weight, rows, cols);
-  return m->panels && !m->bf16 ? moe_mat_panels(m->panels + panel, rows, cols)
-                               : moe_mat_rows(m->weights + weight, rows, cols);
-}
-
-/* A matrix of the model for forward of about M rows: its packed copy where there is one of this
-   precision, and no other library wants it as it is. weight, bytes, panel: its places in the three
-   arrays. */
-static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, size_t panel,
-                              int32_t rows, int32_t cols, int32_t M, const moe_env *env) {
-  const float *scale = m->weights + weight;
-  int bf16 = env->precision == MOE_TYPE_BF16;
-  if (m->plan.quantized && m->panels)
-    return moe_mat_panels_int8((const signed char *)m->panels + panel, scale, rows, cols);
-  if (m->plan.quantized) return moe_mat_rows_int8(m->bytes + bytes, scale, rows, cols);
-  if (m->panels && m->bf16 && bf16) return moe_mat_panels_bf16(moe__panel_at(m, panel), rows, cols);
   if (!bf16 && env->backend && moe__backend_wants(env, M, rows, cols, 1))
     return moe_mat_rows(m->weights + weight, rows, cols);
   return m->panels && !m->bf16 ? moe_mat_panels(m->panels + panel, rows, cols)
@@ -10777,6 +10925,8 @@ MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, c
   moe_status status;
   if (model->plan.quantized)
     return moe__fail(env, MOE_E_UNSUPPORTED, "this model is quantised already");
+  status = moe__model_fetch(model, env);
+  if (status) return status;
   status = moe__model_create_raw(&to, &model->config, model->tasks, model->T, 1, env);
   /* its own block, freshly made: only what reads it later must not write */
   if (!status)
@@ -10867,6 +11017,8 @@ MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, cons
                      "task '%s' can take no gate from another: the model has %s", task->name,
                      model->config.router == MOE_ROUTER_DENSE ? "no gates"
                                                               : "one gate for all tasks");
+  status = moe__model_fetch(model, env);
+  if (status) return status;
   tasks = (moe_task *)moe__alloc(((size_t)model->T + 1) * sizeof *tasks);
   if (!tasks) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)model->T + 1);
   memcpy(tasks, model->tasks, (size_t)model->T * sizeof *tasks);
@@ -10918,8 +11070,9 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
   moe_task *list;
   moe_model *to = NULL;
   moe_config config = model->config;
-  moe_status status = MOE_OK;
+  moe_status status = moe__model_fetch(model, env);
   int32_t i;
+  if (status) return status;
   if (drop && !moe__has_gates(&config))
     return moe__fail(env, MOE_E_ARGUMENT, "this model has no experts that could be left out");
   if (model->plan.quantized)
@@ -11113,10 +11266,21 @@ typedef struct moe__experts_tables {
   float **d_in, **d_b_in, **d_out, **d_b_out;
 } moe__experts_tables;
 
+/* What a context on a DEVICE has besides. */
+typedef struct moe__on {
+  moe_env env; /* of its creation, with the queue; backend NULL: the context is not on a device */
+  void *arena; /* memory of the device */
+  unsigned char *stage, *staged;   /* what a pass uploads: on the host, and in the arena */
+  float *hidden, *logits, *losses; /* the host's copies of what it was last asked for: (M, H), */
+  moe_routes routes;               /* (M, N), those of a pass, of a layer */
+} moe__on;
+
 struct moe_context {
   const moe_model *model;
+  const float *w; /* the model's flat array, on the device where the context is */
   moe_limits limits;
   int owns_block;
+  moe__on device;
   const int32_t *forced; /* (L, M, k) or NULL */
   const uint8_t *masked; /* (L, N) or NULL */
   /* of the host */
@@ -11320,6 +11484,33 @@ static void moe__carve_training(moe__layout *host, moe__layout *arena, moe_conte
   c->glogits = MOE__FLOATS(arena, d->M * d->N);
 }
 
+/* Bytes that a pass uploads at most: every array by itself, from a multiple of 64 on. */
+static size_t moe__stage_bytes(const moe_context *c, const moe__dims *d, int *bad) {
+  const moe_config *config = &c->model->config;
+  size_t n = 16 * 64;                                   /* for rounding up 16 arrays */
+  n = moe__add(n, moe__mul(d->S, 9 * 4 + 4, bad), bad); /* starts, tasks, gates, labels, spans */
+  n = moe__add(n, moe__mul(moe__key_rows(config), moe__mul(d->S, 8, bad), bad), bad);
+  n = moe__add(n, moe__mul(d->M, moe__mul((size_t)moe__max(config->feature_dim, 1), 4, bad), bad),
+               bad);
+  n = moe__add(n, d->M, bad);                                           /* segments */
+  n = moe__add(n, moe__mul(moe__mul(d->Mk, d->L, bad), 4, bad), bad);   /* forced experts */
+  return moe__add(n, moe__mul(2, moe__mul(d->L, d->N, bad), bad), bad); /* masked, pruned */
+}
+
+static void moe__carve_device(moe__layout *host, moe__layout *arena, moe_context *c,
+                              const moe__dims *d) {
+  size_t bytes = moe__stage_bytes(c, d, &host->bad);
+  moe__on *on = &c->device;
+  on->stage = (unsigned char *)moe__carve(host, bytes, 1);
+  on->staged = (unsigned char *)moe__carve(arena, bytes, 1);
+  on->hidden = MOE__FLOATS(host, d->M * d->H);
+  on->logits = MOE__FLOATS(host, d->M * d->N);
+  on->losses = MOE__FLOATS(host, d->S + d->L);
+  moe__carve_routes(host, &on->routes, d, d->N);
+  if (!d->training)
+    c->scores = MOE__FLOATS(arena, moe__mul(d->S, (size_t)c->model->max_classes, &arena->bad));
+}
+
 /* Sets every pointer of *c, whose model and limits are set. */
 static void moe__context_carve(moe__layout *host, moe__layout *arena, moe_context *c,
                                const moe_env *env) {
@@ -11349,6 +11540,7 @@ static void moe__context_carve(moe__layout *host, moe__layout *arena, moe_contex
   c->attention_scratch = MOE__FLOATS(arena, c->attention_floats);
   c->heads_scratch = MOE__FLOATS(arena, moe_heads_scratch(config->hidden));
   if (d.training) moe__carve_training(host, arena, c, &d);
+  if (moe__on_device(env)) moe__carve_device(host, arena, c, &d);
 }
 
 /* Slots (tokens times k) are counted in int32_t, and so is the end of a tile of them, before it is
@@ -11407,7 +11599,7 @@ MOE_API moe_status moe_context_size(const moe_model *model, const moe_limits *li
                                     const moe_env *env) {
   size_t host, arena;
   moe_status status = moe__context_bytes(&host, &arena, model, limits, env);
-  if (!status) *bytes = host + arena;
+  if (!status) *bytes = moe__on_device(env) ? host : host + arena;
   return status;
 }
 
@@ -11421,13 +11613,56 @@ static void moe__routes_dense(moe_routes *r, int32_t M) {
   }
 }
 
-/* Routes of no tokens: before the first pass, and of a pass of no sequences. */
+/* Routes of no tokens: before the first pass, and of a pass of no sequences. Those on a device are
+   cleared when they are asked for. */
 static void moe__routes_clear(moe_context *c) {
+  int there = c->device.env.backend && moe__has_gates(&c->model->config);
   int32_t l;
   for (l = 0; l < c->model->config.layers; ++l) {
     c->routes[l].M = 0;
-    memset(c->routes[l].start, 0, ((size_t)c->routes[l].N + 1) * sizeof(int32_t));
+    if (!there) memset(c->routes[l].start, 0, ((size_t)c->routes[l].N + 1) * sizeof(int32_t));
   }
+}
+
+/* Whether a context of this model can be on the device, and the device has what it takes. */
+static moe_status moe__device_check(const moe_model *model, const moe_limits *limits,
+                                    const moe_env *env) {
+  const moe_backend *b = env->backend;
+  const char *what = model->plan.quantized                          ? "int8 models"
+                     : model->config.unit == MOE_UNIT_BLOCK         ? "blocks as experts"
+                     : model->config.router == MOE_ROUTER_EMBEDDING ? "gates made of task vectors"
+                                                                    : NULL;
+  int ops = MOE__HAS(env, linear) && b->layernorm && b->dropout && b->embed && b->attention &&
+            b->route && b->experts && b->heads;
+  if (what)
+    return moe__fail(env, MOE_E_UNSUPPORTED, "%s: %s are computed on the CPU only", b->name, what);
+  if (!ops || !b->supports || !b->open || !b->close || !b->alloc || !b->release || !b->upload ||
+      !b->download || !b->clear || !b->sync ||
+      (limits->training && (!MOE__HAS(env, adam) || !b->grad_norm)))
+    return moe__fail(env, MOE_E_UNSUPPORTED, "%s: the table of this device lacks a slot", b->name);
+  if (!b->supports(b, env, &model->config, limits)) return MOE_E_UNSUPPORTED;
+  if (model->device.backend != b)
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "%s: the model's weights are not there: call moe_model_pack first", b->name);
+  return MOE_OK;
+}
+
+/* The device's part of a context: a queue and the arena. */
+static moe_status moe__device_open(moe_context *c, size_t arena_bytes, const moe_env *env) {
+  const moe_backend *b = env->backend;
+  moe_status status;
+  c->device.env = *env;
+  status = b->open(b, env, &c->device.env.stream);
+  if (status) {
+    c->device.env.backend = NULL;
+    return status;
+  }
+  status = b->alloc(b, &c->device.env, &c->device.arena, arena_bytes);
+  if (status) {
+    b->close(b, c->device.env.stream);
+    c->device.env.backend = NULL;
+  }
+  return status;
 }
 
 MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes,
@@ -11436,15 +11671,22 @@ MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes
   moe__layout host = {NULL, 0, 0}, arena = {NULL, 0, 0};
   moe_context *c;
   size_t host_bytes = 0, arena_bytes = 0;
+  int device = moe__on_device(env);
   moe_status status = moe__context_bytes(&host_bytes, &arena_bytes, model, limits, env);
-  if (!status) status = moe__check_block("a context", block, bytes, host_bytes + arena_bytes, env);
+  if (!status)
+    status =
+        moe__check_block("a context", block, bytes, host_bytes + (device ? 0 : arena_bytes), env);
+  if (!status && device) status = moe__device_check(model, limits, env);
   if (status) return status;
   host.base = (unsigned char *)block;
-  arena.base = host.base + host_bytes;
   c = (moe_context *)moe__carve(&host, 1, sizeof *c);
   memset(c, 0, sizeof *c);
   c->model = model;
   c->limits = *limits;
+  c->w = device ? model->resident : model->weights;
+  if (device) status = moe__device_open(c, arena_bytes, env);
+  if (status) return status;
+  arena.base = device ? (unsigned char *)c->device.arena : host.base + host_bytes;
   moe__context_carve(&host, &arena, c, env);
   if (model->config.unit == MOE_UNIT_FFN && !moe__has_gates(&model->config))
     moe__routes_dense(&c->routes[0], limits->tokens);
@@ -11470,7 +11712,14 @@ MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model,
 }
 
 MOE_API void moe_context_free(moe_context *context) {
-  if (context && context->owns_block) moe__release(context);
+  if (!context) return;
+  if (context->device.env.backend) {
+    const moe_backend *b = context->device.env.backend;
+    b->release(b, context->device.arena);
+    b->close(b, context->device.env.stream);
+    context->device.env.backend = NULL;
+  }
+  if (context->owns_block) moe__release(context);
 }
 
 /* ---- before a pass: checks, keys of random numbers ---- >>begin */
@@ -11485,6 +11734,14 @@ typedef struct moe__pass {
   uint64_t seed, step;
   float tau;          /* temperature of task-level routing; 0 when not training */
   int32_t batch_size; /* sequences of the whole batch, of which this one may be a micro-batch */
+  int32_t longest;    /* tokens of its longest sequence */
+  /* The same as ops see it: these arrays are the host's, or the device's copies. */
+  moe_batch seen;
+  const int32_t *gate_of; /* (S) */
+  const uint64_t *keys;   /* (sites, S) */
+  const int32_t *forced;  /* (L, M, k) or NULL */
+  const uint8_t *masked;  /* (L, N) or NULL */
+  const uint8_t *pruned;  /* (L, N) or NULL */
 } moe__pass;
 
 /* For gates, routers, heads and feature inputs, whatever the precision of the layers. */
@@ -11601,6 +11858,11 @@ static moe_status moe__pass_check(const moe_context *c, const moe_batch *batch, 
     return moe__fail(env, MOE_E_ARGUMENT,
                      "the context was made with fewer threads than the %d of this call",
                      (int)env->threads);
+  if (c->device.env.backend ? env->backend != c->device.env.backend : moe__on_device(env))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "the context was made for %s, the pass is for %s: use the same env.backend",
+                     c->device.env.backend ? c->device.env.backend->name : "the CPU",
+                     moe_backend_name(env));
   status = moe__check_masked(c, env);
   if (!status) status = moe__check_given(c, batch->S, env);
   return status ? status : moe__check_forced(c, M, env);
@@ -11617,6 +11879,11 @@ static void moe__pass_begin(moe_context *c, moe__pass *pass, const moe_batch *ba
   pass->M = batch->S ? batch->seq_start[batch->S] : 0;
   pass->batch_size = moe__max(pass->S, 1);
   c->M = pass->M;
+  if (!c->device.env.backend) return;
+  c->device.env.log = env->log, c->device.env.log_user = env->log_user;
+  c->device.env.profile = env->profile;
+  c->device.env.precision = env->precision;
+  pass->env = &c->device.env;
 }
 
 /* Makes the keys of a site (moe__key_row). */
@@ -11652,13 +11919,69 @@ static void moe__experts_tables_make(moe_context *c, const moe__pass *pass) {
                                  config->hidden, rows, pass->env);
       t->out[at] = moe__model_mat(m, expert + p->out_w, bytes + p->out_q, panel + p->panel_out,
                                   config->hidden, config->ffn, rows, pass->env);
-      t->b_in[at] = m->weights + expert + p->in_b;
-      t->b_out[at] = m->weights + expert + p->out_b;
+      t->b_in[at] = c->w + expert + p->in_b;
+      t->b_out[at] = c->w + expert + p->out_b;
     }
 }
 
-/* What a pass needs of the host: everything that ops read besides weights and activations. */
-static void moe__pass_prepare(moe_context *c, const moe__pass *pass) {
+/* What ops read besides weights and activations, as arrays of the host. */
+static void moe__pass_see(const moe_context *c, moe__pass *pass) {
+  int32_t s;
+  pass->seen = *pass->batch;
+  pass->gate_of = c->gate_of;
+  pass->keys = c->keys;
+  pass->forced = c->forced;
+  pass->masked = c->masked;
+  pass->pruned = c->model->config.pruned;
+  for (s = 0; s < pass->S; ++s)
+    pass->longest =
+        moe__max(pass->longest, pass->batch->seq_start[s + 1] - pass->batch->seq_start[s]);
+}
+
+/* A copy of an array in what will be uploaded; returns where it will be. */
+static const void *moe__stage(const moe__on *on, size_t *used, const void *data, size_t count,
+                              size_t size) {
+  size_t at = *used;
+  if (!data) return NULL;
+  memcpy(on->stage + at, data, count * size);
+  *used = (at + count * size + 63) & ~(size_t)63;
+  return on->staged + at;
+}
+
+/* The same arrays on the device: one upload. */
+static moe_status moe__pass_upload(const moe_context *c, moe__pass *pass) {
+  const moe__on *on = &c->device;
+  const moe_config *config = &c->model->config;
+  const moe_backend *b = on->env.backend;
+  moe_batch *seen = &pass->seen;
+  size_t used = 0, S = (size_t)pass->S, M = (size_t)pass->M,
+         cells = (size_t)config->layers * (size_t)config->experts,
+         slots = (size_t)config->layers * M * (size_t)config->top_k,
+         width = (size_t)config->feature_dim;
+  int keys = pass->dropout > 0 || pass->jitter > 0, gates = moe__has_gates(config);
+  seen->seq_start = (const int32_t *)moe__stage(on, &used, seen->seq_start, S + 1, 4);
+  seen->ids = (const int32_t *)moe__stage(on, &used, seen->ids, M, 4);
+  seen->features = (const float *)moe__stage(on, &used, seen->features, M * width, 4);
+  seen->segments = (const uint8_t *)moe__stage(on, &used, seen->segments, M, 1);
+  seen->task = (const int32_t *)moe__stage(on, &used, seen->task, S, 4);
+  seen->label = (const float *)moe__stage(on, &used, c->limits.training ? seen->label : NULL, S, 4);
+  seen->span = (const int32_t *)moe__stage(on, &used, seen->span, 4 * S, 4);
+  seen->index = NULL;
+  pass->gate_of = (const int32_t *)moe__stage(on, &used, pass->gate_of, S, 4);
+  pass->keys = (const uint64_t *)moe__stage(on, &used, keys ? pass->keys : NULL,
+                                            moe__key_rows(config) * S, 8);
+  pass->forced = (const int32_t *)moe__stage(on, &used, gates ? pass->forced : NULL, slots, 4);
+  pass->masked = (const uint8_t *)moe__stage(on, &used, gates ? pass->masked : NULL, cells, 1);
+  pass->pruned = (const uint8_t *)moe__stage(on, &used, gates ? pass->pruned : NULL, cells, 1);
+  if (c->model->newer && c->model->device.stream != on->env.stream) {
+    moe_status status = b->sync(b, &c->model->device); /* a step of a trainer on another queue */
+    if (status) return status;
+  }
+  return b->upload(b, &on->env, on->staged, on->stage, used);
+}
+
+/* Everything that ops read besides weights and activations. */
+static moe_status moe__pass_prepare(moe_context *c, moe__pass *pass) {
   const moe_config *config = &c->model->config;
   const int32_t *task = pass->batch->task;
   int32_t s, l, own = config->router == MOE_ROUTER_TASK || config->router == MOE_ROUTER_EMBEDDING;
@@ -11685,6 +12008,17 @@ static void moe__pass_prepare(moe_context *c, const moe__pass *pass) {
   }
   for (l = 0; l < config->layers && config->unit == MOE_UNIT_BLOCK && pass->tau > 0; ++l)
     moe__keys_make(c, pass, MOE__SITE_GUMBEL, l);
+  moe__pass_see(c, pass);
+  return c->device.env.backend ? moe__pass_upload(c, pass) : MOE_OK;
+}
+
+/* Zeros in the arena. */
+MOE__UNUSED static void moe__arena_clear(const moe_context *c, void *p, size_t bytes) {
+  const moe_backend *b = c->device.env.backend;
+  if (b)
+    b->clear(b, &c->device.env, p, bytes);
+  else
+    memset(p, 0, bytes);
 }
 
 /* ---- a pass: forward and backward of a batch ---- >>pass
@@ -11716,10 +12050,10 @@ static moe__view moe__view_all(const moe_context *c, const moe__pass *pass) {
   memset(&v, 0, sizeof v);
   v.pass = pass;
   v.env = *pass->env;
-  v.seq_start = pass->batch->seq_start;
+  v.seq_start = pass->seen.seq_start;
   v.S = pass->S;
   v.M = pass->M;
-  v.keys = c->keys;
+  v.keys = pass->keys;
   v.key_stride = (size_t)pass->S;
   v.attention_scratch = c->attention_scratch;
   return v;
@@ -11752,14 +12086,17 @@ static void moe__task_router_forward(moe_context *c, const moe__pass *pass);
 static void moe__blocks_forward(moe_context *c, const moe__view *all, int32_t layer);
 
 /* Scores of every sequence, and their losses unless NULL. */
-static void moe__forward(moe_context *c, const moe__pass *pass, float *scores, float *losses) {
-  moe__view all = moe__view_all(c, pass);
+static moe_status moe__forward(moe_context *c, moe__pass *pass, float *scores, float *losses) {
+  moe__view all;
+  moe_status status;
   int32_t l;
   if (pass->S == 0) {
     moe__routes_clear(c);
-    return;
+    return MOE_OK;
   }
-  moe__pass_prepare(c, pass);
+  status = moe__pass_prepare(c, pass);
+  if (status) return status;
+  all = moe__view_all(c, pass);
   moe__embeddings_forward(c, &all);
   if (c->model->config.unit == MOE_UNIT_FFN)
     moe__schedule_layers(c, &all); /* runs moe__block_forward for every layer */
@@ -11768,6 +12105,7 @@ static void moe__forward(moe_context *c, const moe__pass *pass, float *scores, f
     for (l = 0; l < c->model->config.layers; ++l) moe__blocks_forward(c, &all, l);
   }
   moe__heads_forward(c, pass, scores, losses);
+  return MOE_OK;
 }
 
 #ifndef MOE_NO_TRAIN
@@ -11799,8 +12137,12 @@ MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_ba
   moe_status status = moe__pass_check(context, batch, 0, env);
   if (status) return status;
   moe__pass_begin(context, &pass, batch, env);
-  moe__forward(context, &pass, scores, NULL);
-  return MOE_OK;
+  if (!context->device.env.backend) return moe__forward(context, &pass, scores, NULL);
+  status = moe__forward(context, &pass, context->scores, NULL);
+  if (status || pass.S == 0) return status;
+  return pass.env->backend->download(pass.env->backend, pass.env, scores, context->scores,
+                                     (size_t)pass.S * (size_t)context->model->max_classes *
+                                         sizeof(float));
 }
 
 /* ---- embeddings ---- >>embeddings */
@@ -11846,8 +12188,8 @@ static float *moe__first_input(const moe_context *c) {
 /* The ops of both directions: sum of the embeddings, their LayerNorm, dropout. */
 static moe_embed_op moe__embed_op(const moe_context *c, const moe__view *v) {
   const moe__plan *p = &c->model->plan;
-  const moe_batch *b = v->pass->batch;
-  const float *w = c->model->weights;
+  const moe_batch *b = &v->pass->seen;
+  const float *w = c->w;
   moe_embed_op op;
   moe_embed_op_init(&op);
   op.x = c->limits.training ? c->sum0 : c->branch;
@@ -11871,8 +12213,8 @@ static moe_layernorm_op moe__embed_norm_op(const moe_context *c, const moe__view
   op.mean = c->mean0;
   op.rstd = c->rstd0;
   op.x = c->limits.training ? c->sum0 : c->branch;
-  op.gamma = c->model->weights + p->norm_w;
-  op.beta = c->model->weights + p->norm_b;
+  op.gamma = c->w + p->norm_w;
+  op.beta = c->w + p->norm_b;
   op.eps = c->model->config.eps;
   op.M = v->M;
   op.H = c->model->config.hidden;
@@ -11895,11 +12237,11 @@ static moe_dropout_op moe__embed_dropout_op(const moe_context *c, const moe__vie
 /* The linear layer of feature inputs, in place of word embeddings. */
 static moe_linear_op moe__features_op(const moe_context *c, const moe__view *v) {
   const moe_config *config = &c->model->config;
-  const float *w = c->model->weights;
+  const float *w = c->w;
   moe_linear_op op;
   moe_linear_op_init(&op);
   op.y = c->limits.training ? c->sum0 : c->branch;
-  op.x = v->pass->batch->features;
+  op.x = v->pass->seen.features;
   op.w = moe_mat_rows(w + c->model->plan.feature_w, config->hidden, config->feature_dim);
   op.b = w + c->model->plan.feature_b;
   op.M = v->M;
@@ -11990,7 +12332,7 @@ static moe__block moe__block_make(moe_context *c, const moe__view *v, int32_t la
   b.v = v;
   b.layer = layer;
   b.at = moe__layer_at(c->model, layer);
-  b.w = c->model->weights + b.at;
+  b.w = c->w + b.at;
   b.dw = dw;
   b.y = moe__block_output(c, layer) + row * H;
   b.branch = c->branch + v->work * H;
@@ -12109,9 +12451,10 @@ static moe_attention_op moe__attention_op(const moe__block *b) {
   op.keys = moe__view_keys(b->c, v, op.dropout, MOE__SITE_ATTENTION, b->layer);
   op.seq_start = v->seq_start;
   op.S = v->S;
-  op.M = v->seq_start[v->S];
+  op.M = v->range ? v->pass->M : v->M;
   op.H = b->c->model->config.hidden;
   op.A = b->c->model->config.heads;
+  if (b->c->device.env.backend) op.longest = v->pass->longest;
   op.scratch = v->attention_scratch;
   return op;
 }
@@ -12181,7 +12524,7 @@ static moe_layernorm_op moe__add_norm_op(const moe__block *b, int second) {
   op.rstd = second ? b->a.rstd2 : b->a.rstd1;
   op.x = second ? b->a.y1 : b->a.x;
   op.delta = b->branch;
-  op.gamma = second ? m->weights + moe__norm2_at(m, b->layer) : b->w + m->plan.norm1_w;
+  op.gamma = second ? b->c->w + moe__norm2_at(m, b->layer) : b->w + m->plan.norm1_w;
   op.beta = second ? op.gamma + m->config.hidden : b->w + m->plan.norm1_b;
   op.eps = m->config.eps;
   op.dropout = v->pass->dropout;
@@ -12202,7 +12545,7 @@ static void moe__add_norm_forward(const moe__block *b, int second) {
 
 #ifndef MOE_NO_TRAIN
 static void moe__add_norm_backward(const moe__block *b, int second) {
-  const float *w = b->c->model->weights;
+  const float *w = b->c->w;
   moe_layernorm_op op = moe__add_norm_op(b, second);
   op.dx = b->c->g;
   op.ddelta = b->c->gsum;
@@ -12229,9 +12572,9 @@ static moe_route_options moe__gate_options(const moe__block *b) {
   o.z_loss = pass->z_loss;
   o.jitter = pass->jitter;
   o.keys = moe__view_keys(b->c, b->v, pass->jitter, MOE__SITE_JITTER, b->layer);
-  if (b->c->forced) o.forced = b->c->forced + layer * (size_t)pass->M * (size_t)config->top_k;
-  if (b->c->masked) o.masked = b->c->masked + layer * N;
-  if (config->pruned) o.pruned = config->pruned + layer * N;
+  if (pass->forced) o.forced = pass->forced + layer * (size_t)pass->M * (size_t)config->top_k;
+  if (pass->masked) o.masked = pass->masked + layer * N;
+  if (pass->pruned) o.pruned = pass->pruned + layer * N;
   return o;
 }
 
@@ -12248,7 +12591,7 @@ static moe_route_op moe__gate_op(const moe__block *b) {
   op.loss = b->c->aux ? b->c->aux + b->layer : NULL;
   op.x = b->a.y1;
   op.gates = moe__gates_forward(b->c, b->w + m->plan.gates, &b->v->env);
-  op.gate_of = b->c->gate_of;
+  op.gate_of = b->v->pass->gate_of;
   op.seq_start = b->v->seq_start;
   op.S = b->v->S;
   op.H = m->config.hidden;
@@ -12341,8 +12684,8 @@ static void moe__experts_tables_back(const moe__block *b) {
     }
     t->in_back[i] = moe__model_back(m, panel, F, H, &b->v->env);
     t->out_back[i] = moe__model_back(m, panel + p->panel_out, H, F, &b->v->env);
-    t->w_in[i] = m->weights + expert + p->in_w;
-    t->w_out[i] = m->weights + expert + p->out_w;
+    t->w_in[i] = b->c->w + expert + p->in_w;
+    t->w_out[i] = b->c->w + expert + p->out_w;
     t->d_in[i] = d + p->in_w;
     t->d_b_in[i] = d + p->in_b;
     t->d_out[i] = d + p->out_w;
@@ -12492,6 +12835,7 @@ static float moe__head_loss(const moe_heads_op *op, int32_t s, const float *scor
 #endif
 
 MOE_API moe_status moe_heads_forward(const moe_heads_op *op, const moe_env *env) {
+  MOE__OFFER(env, heads, (env->backend, env, op, 0))
   moe_env one = moe__one_thread(env);
   int32_t s;
 #ifdef MOE_NO_TRAIN
@@ -12528,6 +12872,7 @@ static void moe__head_scatter(const moe_heads_op *op, const float *dfeature, int
 }
 
 MOE_API moe_status moe_heads_backward(const moe_heads_op *op, const moe_env *env) {
+  MOE__OFFER(env, heads, (env->backend, env, op, 1))
   moe_env one = moe__one_thread(env);
   float *dfeature = op->scratch + 3 * (size_t)op->H, row[MOE_MAX_CLASSES], dscore[MOE_MAX_CLASSES];
   int32_t s;
@@ -12558,12 +12903,12 @@ MOE_API moe_status moe_heads_backward(const moe_heads_op *op, const moe_env *env
 /* The heads of a model. */
 static moe_heads_op moe__heads_op(const moe_context *c, const moe__pass *pass, float *scores) {
   const moe_model *m = c->model;
-  const moe_batch *b = pass->batch;
+  const moe_batch *b = &pass->seen;
   moe_heads_op op;
   moe_heads_op_init(&op);
   op.scores = scores;
   op.hidden = c->last;
-  op.w = m->weights;
+  op.w = c->w;
   op.head = m->head;
   op.tasks = m->tasks;
   op.task = b->task;
@@ -12572,7 +12917,7 @@ static moe_heads_op moe__heads_op(const moe_context *c, const moe__pass *pass, f
   op.seq_start = b->seq_start;
   op.dropout = pass->dropout;
   if (pass->dropout > 0)
-    op.keys = c->keys + moe__key_row(&m->config, MOE__SITE_HEAD, 0) * (size_t)pass->S;
+    op.keys = pass->keys + moe__key_row(&m->config, MOE__SITE_HEAD, 0) * (size_t)pass->S;
   op.S = pass->S;
   op.M = pass->M;
   op.H = m->config.hidden;
@@ -12594,19 +12939,25 @@ static void moe__heads_forward(moe_context *c, const moe__pass *pass, float *sco
 #ifndef MOE_NO_TRAIN
 static void moe__heads_backward(moe_context *c, const moe__pass *pass, float *dw) {
   moe_heads_op op = moe__heads_op(c, pass, c->scores);
-  memset(c->g, 0, (size_t)pass->M * (size_t)op.H * sizeof(float));
+  moe__arena_clear(c, c->g, (size_t)pass->M * (size_t)op.H * sizeof(float));
   op.dhidden = c->g;
   op.dw = dw;
   moe_heads_backward(&op, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_HEADS_BACK);
 }
 
+/* The losses of the last pass where the host can read them, those of the gates behind. */
+static const float *moe__losses_read(const moe_context *c) {
+  return c->device.env.backend ? c->device.losses : c->losses;
+}
+
 /* The losses of the gates of all layers, balance and z-loss. */
 static float moe__losses_aux(const moe_context *c, const moe__pass *pass) {
+  const float *aux = moe__losses_read(c) + c->limits.sequences;
   float sum = 0;
   int32_t l;
   if (!moe__has_gates(&c->model->config) || pass->S == 0) return 0;
-  for (l = 0; l < c->model->config.layers; ++l) sum += c->aux[l];
+  for (l = 0; l < c->model->config.layers; ++l) sum += aux[l];
   return sum;
 }
 
@@ -12614,7 +12965,7 @@ static float moe__losses_aux(const moe_context *c, const moe__pass *pass) {
 static int32_t moe__losses_check(const moe_context *c, const moe__pass *pass) {
   int32_t s;
   for (s = 0; s < pass->S; ++s)
-    if (!moe__is_finite(c->losses[s])) return s;
+    if (!moe__is_finite(moe__losses_read(c)[s])) return s;
   return moe__is_finite(moe__losses_aux(c, pass)) ? -1 : pass->S;
 }
 
@@ -12625,7 +12976,7 @@ static int32_t moe__losses_check(const moe_context *c, const moe__pass *pass) {
 static double moe__losses_sum(const moe_context *c, const moe__pass *pass) {
   double sum = 0;
   int32_t s;
-  for (s = 0; s < pass->S; ++s) sum += (double)c->losses[s];
+  for (s = 0; s < pass->S; ++s) sum += (double)moe__losses_read(c)[s];
   return (sum + (double)moe__losses_aux(c, pass) * pass->S) / pass->batch_size;
 }
 #endif
@@ -12782,6 +13133,10 @@ static void moe__schedule_layers(moe_context *c, const moe__view *all) {
   int32_t l, L = c->model->config.layers;
   int steps = gates ? MOE__STEPS_BEFORE_GATE : MOE__STEPS;
   moe__schedule schedule;
+  if (c->device.env.backend) { /* rows are the device's business */
+    for (l = 0; l < L; ++l) moe__block_forward(c, all, l, MOE__STEPS);
+    return;
+  }
   moe__schedule_make(&schedule, c, all);
   if (!gates && !schedule.ranges) {
     moe__schedule_run(&schedule, 0, L, steps);
@@ -13222,15 +13577,30 @@ static void moe__blocks_backward(moe_context *c, const moe__view *all, float *dw
 
 /* ---- what a pass chose, what it may choose ---- >>routes */
 
-MOE_API const float *moe_context_hidden(const moe_context *context) { return context->last; }
+/* count floats of the arena where the host can read them: there, or in a copy; NULL: the device has
+   failed. */
+static const float *moe__arena_read(const moe_context *c, float *copy, const float *from,
+                                    size_t count) {
+  const moe_backend *b = c->device.env.backend;
+  if (!b) return from;
+  return b->download(b, &c->device.env, copy, from, count * sizeof(float)) ? NULL : copy;
+}
+
+MOE_API const float *moe_context_hidden(const moe_context *context) {
+  return moe_context_layer(context, context->model->config.layers - 1);
+}
 
 MOE_API const float *moe_context_layer(const moe_context *context, int32_t layer) {
   const moe_config *config = &context->model->config;
   int kept = context->limits.training || context->limits.keep_layers;
+  const float *x = context->last;
   if (layer < -1 || layer >= config->layers) return NULL;
-  if (layer == config->layers - 1) return context->last;
-  if (!kept) return NULL;
-  return config->unit == MOE_UNIT_BLOCK ? context->router.x[layer + 1] : context->acts[layer + 1].x;
+  if (layer < config->layers - 1) {
+    if (!kept) return NULL;
+    x = config->unit == MOE_UNIT_BLOCK ? context->router.x[layer + 1] : context->acts[layer + 1].x;
+  }
+  return moe__arena_read(context, context->device.hidden, x,
+                         (size_t)context->M * (size_t)config->hidden);
 }
 
 MOE_API const float *moe_context_gate_logits(const moe_context *context, int32_t layer) {
@@ -13239,11 +13609,32 @@ MOE_API const float *moe_context_gate_logits(const moe_context *context, int32_t
   if (layer < 0 || layer >= config->layers || !moe__has_gates(config) || config->experts < 2 ||
       !kept)
     return NULL;
-  return context->acts[layer].logits;
+  return moe__arena_read(context, context->device.logits, context->acts[layer].logits,
+                         (size_t)context->M * (size_t)config->experts);
+}
+
+/* Routes of the arena in the host's copy of them. */
+static moe_status moe__routes_read(const moe_context *c, const moe_routes *from, moe_routes *out) {
+  const moe_env *env = &c->device.env;
+  const moe_backend *b = env->backend;
+  size_t slots = (size_t)from->M * (size_t)from->k, N = (size_t)from->N;
+  moe_status status;
+  *out = c->device.routes;
+  out->M = from->M;
+  memset(out->start, 0, (N + 1) * sizeof(int32_t));
+  if (from->M == 0) return MOE_OK;
+  status = b->download(b, env, out->expert, from->expert, slots * 4);
+  if (!status) status = b->download(b, env, out->weight, from->weight, slots * 4);
+  if (!status) status = b->download(b, env, out->prob, from->prob, (size_t)from->M * N * 4);
+  if (!status) status = b->download(b, env, out->order, from->order, slots * 4);
+  return status ? status : b->download(b, env, out->start, from->start, (N + 1) * 4);
 }
 
 MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out) {
-  if (layer < 0 || layer >= context->model->config.layers) return MOE_E_ARGUMENT;
+  const moe_config *config = &context->model->config;
+  if (layer < 0 || layer >= config->layers) return MOE_E_ARGUMENT;
+  if (context->device.env.backend && moe__has_gates(config))
+    return moe__routes_read(context, &context->routes[layer], out);
   *out = context->routes[layer];
   return MOE_OK;
 }
@@ -13878,6 +14269,7 @@ struct moe_trainer {
   float *g, *m, *v; /* gradients and moments, as long as the weights */
   moe__span *spans; /* stretches of the weights that learn alike */
   int32_t n_spans;
+  moe_adam_op *ops; /* (n_spans) on a DEVICE, where g, m and v are one array of it */
   int owns_block;
 };
 
@@ -13890,9 +14282,13 @@ static moe_status moe__trainer_carve(moe__layout *layout, moe_trainer *t, void *
   training.training = 1;
   status = moe_context_size(model, &training, context_bytes, env);
   if (status) return status;
-  t->g = MOE__FLOATS(layout, n);
-  t->m = MOE__FLOATS(layout, n);
-  t->v = MOE__FLOATS(layout, n);
+  if (moe__on_device(env))
+    t->ops = (moe_adam_op *)moe__carve(layout, (size_t)model->tensors, sizeof(moe_adam_op));
+  else {
+    t->g = MOE__FLOATS(layout, n);
+    t->m = MOE__FLOATS(layout, n);
+    t->v = MOE__FLOATS(layout, n);
+  }
   t->spans = (moe__span *)moe__carve(layout, (size_t)model->tensors, sizeof(moe__span));
   *context = moe__carve(layout, *context_bytes, 1);
   return MOE_OK;
@@ -13915,6 +14311,37 @@ MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *li
                      "gradients and moments do not fit into the address space of this machine");
   *bytes = layout.used;
   return MOE_OK;
+}
+
+/* Gives back what is not in the trainer's block. */
+static void moe__trainer_leave(moe_trainer *t) {
+  const moe_backend *b = t->context->device.env.backend;
+  if (b) {
+    moe__model_fetch(t->model, NULL);
+    if (t->model->device.stream == t->context->device.env.stream) t->model->device.stream = NULL;
+    if (t->g) b->release(b, t->g);
+  }
+  moe_context_free(t->context);
+}
+
+/* Gradients and moments: those of the host are in the trainer's block. All are zero. */
+static moe_status moe__trainer_clear_all(moe_trainer *t) {
+  const moe_env *on = &t->context->device.env;
+  size_t n = t->model->plan.total, bytes = n * sizeof(float);
+  void *flat = NULL;
+  moe_status status;
+  if (!on->backend) {
+    memset(t->g, 0, bytes);
+    memset(t->m, 0, bytes);
+    memset(t->v, 0, bytes);
+    return MOE_OK;
+  }
+  status = on->backend->alloc(on->backend, on, &flat, 3 * bytes);
+  if (status) return status;
+  t->g = (float *)flat;
+  t->m = t->g + n;
+  t->v = t->m + n;
+  return on->backend->clear(on->backend, on, flat, 3 * bytes);
 }
 
 MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes, moe_model *model,
@@ -13949,9 +14376,11 @@ MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes
     moe_model_tensor(model, i, &tensor);
     t->n_spans = moe__spans_add(t->spans, t->n_spans, &tensor, config);
   }
-  memset(t->g, 0, model->plan.total * sizeof(float));
-  memset(t->m, 0, model->plan.total * sizeof(float));
-  memset(t->v, 0, model->plan.total * sizeof(float));
+  status = moe__trainer_clear_all(t);
+  if (status) {
+    moe__trainer_leave(t);
+    return status;
+  }
   *out = t;
   return MOE_OK;
 }
@@ -13962,10 +14391,10 @@ MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const
   void *block;
   moe_status status = moe_trainer_size(model, limits, config, &bytes, env);
   if (status) return status;
-  if (!model->panels)
-    status = moe_model_pack(model, NULL,
-                            env); /* forward is faster with panels, and every update renews them */
-  if (!status) status = moe__model_pack_back(model, env);
+  /* forward is faster with panels, and every update renews them */
+  if (moe__on_device(env) ? model->device.backend != env->backend : !model->panels)
+    status = moe_model_pack(model, NULL, env);
+  if (!status && !moe__on_device(env)) status = moe__model_pack_back(model, env);
   if (status) return status;
   block = moe__alloc(bytes);
   if (!block) return moe__fail(env, MOE_E_MEMORY, "no memory for a trainer of %zu bytes", bytes);
@@ -13978,15 +14407,19 @@ MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const
 }
 
 MOE_API void moe_trainer_free(moe_trainer *trainer) {
-  if (trainer && trainer->owns_block) moe__release(trainer);
+  if (!trainer) return;
+  moe__trainer_leave(trainer);
+  if (trainer->owns_block) moe__release(trainer);
 }
 
-MOE_API float *moe_trainer_gradients(moe_trainer *trainer) { return trainer->g; }
+MOE_API float *moe_trainer_gradients(moe_trainer *trainer) {
+  return trainer->context->device.env.backend ? NULL : trainer->g;
+}
 MOE_API moe_context *moe_trainer_context(moe_trainer *trainer) { return trainer->context; }
 MOE_API int64_t moe_trainer_steps_done(const moe_trainer *trainer) { return trainer->step; }
 
 static void moe__trainer_clear(moe_trainer *t) {
-  memset(t->g, 0, t->model->plan.total * sizeof(float));
+  moe__arena_clear(t->context, t->g, t->model->plan.total * sizeof(float));
 }
 
 /* Forward and losses of a training pass. */
@@ -13994,6 +14427,7 @@ static moe_status moe__trainer_forward(moe_trainer *t, moe__pass *pass, const mo
                                        const moe_env *env) {
   moe_context *c = t->context;
   int32_t bad;
+  moe_status status;
   moe__pass_begin(c, pass, batch, env);
   pass->dropout = t->config.dropout;
   pass->balance = t->config.balance;
@@ -14002,7 +14436,13 @@ static moe_status moe__trainer_forward(moe_trainer *t, moe__pass *pass, const mo
   pass->tau = moe_train_tau(&t->config, t->step);
   pass->seed = t->config.seed;
   pass->step = (uint64_t)t->step;
-  moe__forward(c, pass, c->scores, c->losses);
+  status = moe__forward(c, pass, c->scores, c->losses);
+  if (!status && pass->S > 0 &&
+      !moe__arena_read(c, c->device.losses, c->losses,
+                       (size_t)c->limits.sequences + (size_t)t->model->config.layers))
+    status = moe__fail(env, MOE_E_IO, "step %lld: %s failed", (long long)t->step + 1,
+                       moe_backend_name(pass->env));
+  if (status) return status;
   bad = moe__losses_check(c, pass);
   moe__profile_end(env, MOE_PROFILE_LOSSES);
   if (bad >= 0 && bad < pass->S)
@@ -14036,7 +14476,7 @@ MOE_API moe_status moe_trainer_accumulate(moe_trainer *trainer, const moe_batch 
   pass.batch_size = batch_size;
   moe__backward(c, &pass, trainer->g);
   if (loss) *loss = (float)moe__losses_sum(c, &pass);
-  if (losses) memcpy(losses, c->losses, (size_t)pass.S * sizeof(float));
+  if (losses) memcpy(losses, moe__losses_read(c), (size_t)pass.S * sizeof(float));
   return MOE_OK;
 }
 
@@ -14056,7 +14496,7 @@ MOE_API float moe_trainer_lr(const moe_trainer *trainer) {
 static moe_adam_op moe__trainer_op(const moe_trainer *t) {
   moe_adam_op op;
   moe_adam_op_init(&op);
-  op.w = t->model->writable;
+  op.w = t->ops ? t->model->resident : t->model->writable;
   op.g = t->g;
   op.m = t->m;
   op.v = t->v;
@@ -14068,10 +14508,42 @@ static moe_adam_op moe__trainer_op(const moe_trainer *t) {
   return op;
 }
 
+/* Norm of all gradients, and the step itself; on a device span by span. */
+static moe_status moe__trainer_norm(moe_trainer *t, const moe_adam_op *op, double *norm,
+                                    const moe_env *env) {
+  const moe_env *on = &t->context->device.env;
+  int32_t i;
+  if (!on->backend) {
+    *norm = moe__spans_norm(t->g, t->spans, t->n_spans, env);
+    return MOE_OK;
+  }
+  for (i = 0; i < t->n_spans; ++i) t->ops[i] = moe__span_op(op, &t->spans[i]);
+  return on->backend->grad_norm(on->backend, on, norm, t->ops, t->n_spans);
+}
+
+static moe_status moe__trainer_adam(moe_trainer *t, const moe_adam_op *op, const moe_env *env) {
+  const moe_env *on = &t->context->device.env;
+  const moe_backend *b = on->backend;
+  moe_model *model = t->model;
+  moe_status status;
+  int32_t i;
+  if (!b) {
+    moe__spans_adam(op, t->spans, t->n_spans, env);
+    return MOE_OK;
+  }
+  for (i = 0; i < t->n_spans; ++i) t->ops[i] = moe__span_op(op, &t->spans[i]);
+  model->newer = 1; /* even if it fails half-way: then the next download says so */
+  model->device.stream = on->stream;
+  status = b->adam(b, on, t->ops, t->n_spans);
+  if (!status && b->changed) b->changed(b, on, model->resident, model->plan.total);
+  return status;
+}
+
 MOE_API moe_status moe_trainer_step(moe_trainer *trainer, float *norm, const moe_env *env) {
   moe_model *model = trainer->model;
   moe_adam_op op = moe__trainer_op(trainer);
-  double length;
+  double length = 0;
+  moe_status status;
   if (trainer->step >= trainer->config.steps)
     return moe__fail(env, MOE_E_ARGUMENT, "all %lld steps of the schedule are done",
                      (long long)trainer->config.steps);
@@ -14080,7 +14552,8 @@ MOE_API moe_status moe_trainer_step(moe_trainer *trainer, float *norm, const moe
     return moe__fail(env, MOE_E_ARGUMENT, "step %lld: lr_schedule returned %g, expected 0 or more",
                      (long long)op.t, (double)op.lr);
   moe__profile_begin(env);
-  length = moe__spans_norm(trainer->g, trainer->spans, trainer->n_spans, env);
+  status = moe__trainer_norm(trainer, &op, &length, env);
+  if (status) return status;
   if (!moe__finite(length)) {
     moe__trainer_clear(trainer);
     return moe__fail(env, MOE_E_NONFINITE,
@@ -14088,10 +14561,11 @@ MOE_API moe_status moe_trainer_step(moe_trainer *trainer, float *norm, const moe
                      (long long)op.t);
   }
   op.factor = moe__clip_factor(length, trainer->config.clip_norm);
-  moe__spans_adam(&op, trainer->spans, trainer->n_spans, env);
+  status = moe__trainer_adam(trainer, &op, env);
+  if (status) return status;
   ++trainer->step;
   moe__profile_end(env, MOE_PROFILE_OPTIMIZER);
-  if (model->panels) {
+  if (model->panels && !trainer->ops) {
     moe__model_repack(model, env);
     moe__profile_end(env, MOE_PROFILE_PACKING);
   }
@@ -14099,15 +14573,24 @@ MOE_API moe_status moe_trainer_step(moe_trainer *trainer, float *norm, const moe
   return MOE_OK;
 }
 
+/* Sets a weight where passes read it. */
+static moe_status moe__move_weight(moe_trainer *t, float *weight, float value) {
+  const moe_env *on = &t->context->device.env;
+  *weight = value;
+  if (!on->backend) return MOE_OK;
+  return on->backend->upload(on->backend, on, t->model->resident + (weight - t->model->writable),
+                             weight, sizeof value);
+}
+
 /* The loss with one weight moved by h. */
 static moe_status moe__moved_loss(moe_trainer *t, const moe_batch *batch, float *weight, float h,
                                   double *loss, const moe_env *env) {
   moe__pass pass;
   float old = *weight;
-  moe_status status;
-  *weight = old + h;
-  status = moe__trainer_forward(t, &pass, batch, env);
-  *weight = old;
+  moe_status status = moe__move_weight(t, weight, old + h), back;
+  if (!status) status = moe__trainer_forward(t, &pass, batch, env);
+  back = moe__move_weight(t, weight, old);
+  if (!status) status = back;
   if (!status) *loss = moe__losses_sum(t->context, &pass);
   return status;
 }
@@ -14161,15 +14644,42 @@ static moe_status moe__check_samples(moe_trainer *t, const moe_batch *batch, int
   return MOE_OK;
 }
 
+/* The routes of the last pass (L, M, k), to be freed: a choice that flips makes a step in the loss, so
+   a check fixes them. */
+static moe_status moe__check_routes(int32_t **out, const moe_context *c, const moe_env *env) {
+  const moe_config *config = &c->model->config;
+  size_t slots = (size_t)c->M * (size_t)config->top_k;
+  int32_t l, *experts = (int32_t *)moe__alloc((size_t)config->layers * slots * sizeof *experts);
+  moe_status status = MOE_OK;
+  if (!experts) return moe__fail(env, MOE_E_MEMORY, "no memory for the routes of a gradient check");
+  for (l = 0; l < config->layers && !status; ++l) {
+    moe_routes r;
+    status = moe_context_routes(c, l, &r);
+    if (!status) memcpy(experts + (size_t)l * slots, r.expert, slots * sizeof *experts);
+  }
+  *out = experts;
+  return status;
+}
+
+/* The gradients where the host can read them: there, or in a copy that is to be freed. */
+static moe_status moe__check_gradients(float **copy, const moe_trainer *t, const moe_env *env) {
+  const moe_env *on = &t->context->device.env;
+  size_t bytes = t->model->plan.total * sizeof(float);
+  moe_status status = moe__model_fetch(t->model, env);
+  if (status || !on->backend) return status;
+  *copy = (float *)moe__alloc(bytes);
+  if (!*copy) return moe__fail(env, MOE_E_MEMORY, "no memory for a copy of the gradients");
+  return on->backend->download(on->backend, on, *copy, t->g, bytes);
+}
+
 MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples,
                                  float *error, const moe_env *of_caller) {
   moe_env fp32 = moe__in_fp32(of_caller),
           *env = &fp32; /* a loss that is rounded on the way has no slopes */
   moe_context *c = trainer->context;
-  const moe_config *config = &trainer->model->config;
   const int32_t *forced = c->forced;
-  float *panels = trainer->model->panels;
-  int32_t *experts = NULL, l;
+  float *panels = trainer->model->panels, *g = trainer->g, *copy = NULL;
+  int32_t *experts = NULL;
   double worst = 0;
   moe_status status;
   if (samples < 1)
@@ -14179,23 +14689,20 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
   status = moe_trainer_accumulate(trainer, batch, 0, NULL, NULL, env);
   if (!status && batch->S == 0) *error = 0; /* nothing to compare */
   if (status || batch->S == 0) return status;
-  if (!forced &&
-      moe__has_gates(config)) { /* a choice that flips makes a step in the loss: fix them */
-    size_t slots = (size_t)c->M * (size_t)config->top_k;
-    experts = (int32_t *)moe__alloc((size_t)config->layers * slots * sizeof *experts);
-    if (!experts) {
-      moe__trainer_clear(trainer);
-      return moe__fail(env, MOE_E_MEMORY, "no memory for the routes of a gradient check");
-    }
-    for (l = 0; l < config->layers; ++l)
-      memcpy(experts + (size_t)l * slots, c->routes[l].expert, slots * sizeof *experts);
-    c->forced = experts;
+  if (!forced && moe__has_gates(&trainer->model->config))
+    status = moe__check_routes(&experts, c, env);
+  if (!status) status = moe__check_gradients(&copy, trainer, env);
+  if (!status) {
+    if (experts) c->forced = experts;
+    if (copy) trainer->g = copy;
+    trainer->model->panels = NULL; /* they would not follow a weight that is moved */
+    status = moe__check_samples(trainer, batch, samples, &worst, env);
+    trainer->model->panels = panels;
+    trainer->g = g;
+    c->forced = forced;
   }
-  trainer->model->panels = NULL; /* they would not follow a weight that is moved */
-  status = moe__check_samples(trainer, batch, samples, &worst, env);
-  trainer->model->panels = panels;
-  c->forced = forced;
   moe__release(experts);
+  moe__release(copy);
   moe__trainer_clear(trainer);
   if (!status) *error = (float)worst;
   return status;
@@ -15386,7 +15893,8 @@ static moe_status moe__save_write(const moe__save *save, const moe_writer *write
   const moe_model *model = save->model;
   moe__out out;
   int i;
-  moe_status status = moe__save_check(save, env);
+  moe_status status = moe__model_fetch(model, env);
+  if (!status) status = moe__save_check(save, env);
   if (status) return status;
   moe__out_init(&out, writer);
   moe__st_put_header(&out, moe__save_header, save);
@@ -16730,6 +17238,7 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
                      (double)noise);
   status = moe__import_open(&from, file, file_bytes, env);
   if (!status) status = moe__import_survey(model, &from, env);
+  if (!status) status = moe__model_fetch(model, env);
   if (status) return status;
   memset(&hint, 0, sizeof hint);
   for (i = 0; i < model->tensors; ++i) {
@@ -16743,7 +17252,7 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
     }
   }
   if (model->panels) moe__model_repack(model, env);
-  return MOE_OK;
+  return model->resident ? moe__model_upload(model, &model->device) : MOE_OK;
 }
 
 #ifndef MOE_NO_TRAIN
@@ -16814,20 +17323,42 @@ static void moe__state_put(moe__out *out, const void *user) {
   moe__out_text(out, "}");
 }
 
+/* Both moments where the host can read and write them, m before v: the trainer's, or on a device a
+   copy that is to be freed (moe__release), with what is there if `read`. */
+static moe_status moe__moments_take(float **out, const moe_trainer *trainer, int read,
+                                    const moe_env *env) {
+  const moe_env *on = &trainer->context->device.env;
+  size_t bytes = 2 * trainer->model->plan.total * sizeof(float);
+  moe_status status = MOE_OK;
+  *out = trainer->m;
+  if (!on->backend) return MOE_OK;
+  *out = (float *)moe__alloc(bytes);
+  if (!*out) return moe__fail(env, MOE_E_MEMORY, "no memory for the moments of a checkpoint");
+  if (read) status = on->backend->download(on->backend, on, *out, trainer->m, bytes);
+  if (status) moe__release(*out);
+  return status;
+}
+
 MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler,
                                         const char *note, const moe_writer *writer,
                                         const moe_env *env) {
   moe__save save;
   moe__state state;
+  float *moments = NULL;
+  moe_status status;
   state.trainer = trainer;
   state.sampler = sampler;
   state.note = note;
   save.model = trainer->model;
-  save.moment[0] = trainer->m;
-  save.moment[1] = trainer->v;
   save.put_state = moe__state_put;
   save.state = &state;
-  return moe__save_write(&save, writer, env);
+  status = moe__moments_take(&moments, trainer, 1, env);
+  if (status) return status;
+  save.moment[0] = moments;
+  save.moment[1] = moments + (trainer->v - trainer->m);
+  status = moe__save_write(&save, writer, env);
+  if (moments != trainer->m) moe__release(moments);
+  return status;
 }
 
 /* The file must be of the very configuration and tasks of the model: else which field differs. */
@@ -17084,24 +17615,37 @@ static moe_status moe__checkpoint_check(const moe__header *header, const moe_mod
   return status;
 }
 
+/* Sends what a checkpoint held to the device. */
+static moe_status moe__moments_upload(moe_trainer *trainer, float *moments) {
+  const moe_env *on = &trainer->context->device.env;
+  moe_status status = on->backend->upload(on->backend, on, trainer->m, moments,
+                                          2 * trainer->model->plan.total * sizeof(float));
+  moe__release(moments);
+  return status ? status : moe__model_upload(trainer->model, on);
+}
+
 MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sampler, const void *file,
                                        size_t bytes, const moe_env *env) {
   moe__header header;
   moe_model *model = trainer->model;
   moe__progress progress;
+  float *moments = NULL;
   moe_status status = moe__header_read(&header, file, bytes, 0, env);
   if (!status) status = moe__progress_read(&header.st, &progress, sampler, 0, env);
   if (!status) status = moe__checkpoint_check(&header, model, env);
+  if (status) return status;
+  status = moe__moments_take(&moments, trainer, 0, env);
   if (status) return status;
   moe__progress_read(&header.st, &progress, sampler, 1, env);
   trainer->step = progress.step;
   trainer->lr = progress.lr;
   moe__tensors_copy(model->writable, &header.st, model, "");
-  moe__tensors_copy(trainer->m, &header.st, model, moe__moment_prefix[0]);
-  moe__tensors_copy(trainer->v, &header.st, model, moe__moment_prefix[1]);
-  memset(trainer->g, 0, model->plan.total * sizeof(float));
-  if (model->panels) moe__model_repack(model, env);
-  return MOE_OK;
+  moe__tensors_copy(moments, &header.st, model, moe__moment_prefix[0]);
+  moe__tensors_copy(moments + (trainer->v - trainer->m), &header.st, model, moe__moment_prefix[1]);
+  moe__trainer_clear(trainer);
+  if (moments != trainer->m) status = moe__moments_upload(trainer, moments);
+  if (model->panels && !trainer->ops) moe__model_repack(model, env);
+  return status;
 }
 
 MOE_API moe_status moe_checkpoint_note(char *text, size_t capacity, size_t *length,
@@ -18518,7 +19062,9 @@ MOE_API moe_status moe_predictor_create(moe_predictor **out, const moe_model *mo
 }
 
 MOE_API void moe_predictor_free(moe_predictor *predictor) {
-  if (predictor && predictor->owns_block) moe__release(predictor);
+  if (!predictor) return;
+  moe_context_free(predictor->context);
+  if (predictor->owns_block) moe__release(predictor);
 }
 
 MOE_API void moe_predictor_set_output(moe_predictor *predictor, moe_output output) {
