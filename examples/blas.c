@@ -23,8 +23,6 @@ static void blas_sgemm(void *user, int32_t m, int32_t n, int32_t k, const float 
               (int)(a_col == 1 ? a_row : a_col), b, (int)(b_col == 1 ? b_row : b_col),
               accumulate ? 1.0f : 0.0f, c, (int)c_row);
 }
-static const moe_backend blas = {MOE_BACKEND_ABI, "cblas", blas_sgemm, NULL, NULL};
-/* and then: env.backend = &blas; */
 
 static double now(void) {
   struct timespec t;
@@ -37,11 +35,15 @@ int main(void) {
   float *x = (float *)malloc(M * COLS * sizeof *x), *w = (float *)malloc(ROWS * COLS * sizeof *w);
   float *y[2];
   double best[2] = {1e9, 1e9}, apart = 0;
+  moe_backend blas;
   moe_env env;
   int i, side;
   y[0] = (float *)malloc(M * ROWS * sizeof **y);
   y[1] = (float *)malloc(M * ROWS * sizeof **y);
   if (!x || !w || !y[0] || !y[1] || moe_env_init(&env, MOE_ISA_AUTO)) return 1;
+  moe_backend_init(&blas);
+  blas.name = "cblas";
+  blas.sgemm = blas_sgemm;
   for (i = 0; i < M * COLS; ++i) x[i] = (float)(i % 1009) / 1009 - 0.5f;
   for (i = 0; i < ROWS * COLS; ++i) w[i] = (float)(i % 1013) / 1013 - 0.5f;
   for (side = 0; side < 2; ++side) {

@@ -11,6 +11,7 @@
 #include "model/adapt.c"
 #include "model/paper.c"
 #include "model/embedding.c"
+#include "model/poison.c"
 
 int main(int argc, char **argv) {
   test_begin(argc, argv);
@@ -20,5 +21,6 @@ int main(int argc, char **argv) {
   PART(adapt);
   PART(paper);
   PART(embedding);
+  PART(poison);
   return test_end();
 }
