@@ -1233,14 +1233,15 @@ typedef enum moe_memory { MOE_MEMORY_HOST, MOE_MEMORY_DEVICE } moe_memory;
      HOST    Pointers are memory of the host. Any slot may be NULL, or answer MOE_E_UNSUPPORTED: the
              CPU then does that call. A slot is called from env.threads threads at once and should
              start none of its own. For a BLAS, sgemm is all there is to fill (examples/blas.c).
-     DEVICE  Arrays are the device's: allocated by `alloc`, and never read or written by moe.h, which
-             moves them by upload and download. `supports` is asked once for a context: all ops, or
-             none, so that nothing is copied back and forth. Every slot but sgemm and takes is there.
+     DEVICE  Arrays are the device's: allocated by `alloc`, and never read or written by moe.h,
+             which moves them by upload and download. `supports` is asked once for a context: all
+             ops, or none, so that nothing is copied back and forth. Every slot but sgemm, takes
+             and changed is there.
 
    On a DEVICE:
-     Structs    An op is a struct of the host's, and so are moe_routes, moe_route_options, the arrays
-                of moe_experts_op that hold pointers or moe_mat, and tasks and head of moe_heads_op.
-                Whatever else they point to is the device's. Matrices are float rows.
+     Structs    An op is a struct of the host's, and so are moe_routes, moe_route_options, the
+                arrays of moe_experts_op that hold pointers or moe_mat, and tasks and head of
+                moe_heads_op. Whatever else they point to is the device's. Matrices are float rows.
      Weights    moe_model_pack uploads them: it comes before a context (loading a model and
                 moe_trainer_create pack by themselves). Once a trainer has made a step, the device's
                 weights are the newer ones. What reads a model's weights (saving, checkpoints,
@@ -1251,9 +1252,9 @@ typedef enum moe_memory { MOE_MEMORY_HOST, MOE_MEMORY_DEVICE } moe_memory;
                 they are asked for.
      Order      Calls of one context run in order on its stream. Only download, sync and grad_norm
                 wait.
-     Errors     A slot returns what it knows at once. A failure of the device is sticky: the next call
-                that waits returns it, with a sentence to env.log. The context can then be freed only;
-                the host's weights are those of the last download.
+     Errors     A slot returns what it knows at once. A failure of the device is sticky: the next
+                call that waits returns it, with a sentence to env.log. The context can then only be
+                freed; the host's weights are those of the last download.
      Refused    Blocks as experts, gates made of task vectors and int8 models: those are computed on
                 the CPU only. Gradients stay on the device: moe_trainer_gradients is NULL.
    The bits of a result are then up to the backend; that they do not depend on the number of threads
@@ -1267,9 +1268,9 @@ struct moe_backend {
   moe_memory memory; /* the kind */
   const char *name;  /* for moe_backend_name: "blis", "cuda:0 (...)" */
   void *user;
-  /* HOST. C (m, n) = A (m, k) B (k, n), or C += A B where accumulate is 1. (i, p) of A = a[i a_row +
-     p a_col], (p, j) of B = b[p b_row + j b_col], (i, j) of C = c[i c_row + j]; one stride of A is
-     1, and one of B. Called with parts of a product. Products of 8 bits, with fewer than 16
+  /* HOST. C (m, n) = A (m, k) B (k, n), or C += A B where accumulate is 1. (i, p) of A = a[i a_row
+     + p a_col], (p, j) of B = b[p b_row + j b_col], (i, j) of C = c[i c_row + j]; one stride of A
+     is 1, and one of B. Called with parts of a product. Products of 8 bits, with fewer than 16
      outputs, with a side under 8 or of fewer than 2^18 multiply-adds, and attention stay built
      in. */
   void (*sgemm)(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row,
@@ -4671,8 +4672,8 @@ static int moe__on_device(const moe_env *env) {
   return MOE__HAS(env, memory) && env->backend->memory == MOE_MEMORY_DEVICE;
 }
 
-/* At the beginning of an op: offers it to the backend, whose answer is the op's, unless it is one of
-   the host's that leaves the call to the CPU. */
+/* At the beginning of an op: offers it to the backend, whose answer is the op's, unless a HOST
+   backend leaves the call to the CPU. */
 #define MOE__OFFER(env, slot, arguments)                                                           \
   if (MOE__HAS(env, slot)) {                                                                       \
     moe_status offered = (env)->backend->slot arguments;                                           \
@@ -10319,8 +10320,7 @@ static void moe__model_drop_vocab(moe_model *model) {
   model->owns_vocab = 0;
 }
 
-/* Before the host reads the weights: downloads them where a device has newer ones. The flat array is
-   then that of a model in memory, which only its owner could see change. */
+/* Before the host reads the weights: downloads them where a device has newer ones. */
 static moe_status moe__model_fetch(const moe_model *model, const moe_env *env) {
   moe_env on = model->device;
   moe_status status;
@@ -10339,11 +10339,23 @@ static void moe__model_leave_device(moe_model *model) {
   memset(&model->device, 0, sizeof model->device);
 }
 
+/* Whether the table of a device has every slot that is needed. */
+static moe_status moe__device_slots(const moe_env *env, int training) {
+  const moe_backend *b = env->backend;
+  if (MOE__HAS(env, heads) && b->supports && b->open && b->close && b->alloc && b->release &&
+      b->upload && b->download && b->clear && b->sync && b->linear && b->layernorm && b->dropout &&
+      b->embed && b->attention && b->route && b->experts &&
+      (!training || (MOE__HAS(env, adam) && b->grad_norm)))
+    return MOE_OK;
+  return moe__fail(env, MOE_E_UNSUPPORTED, "%s: the table of this device lacks a slot", b->name);
+}
+
 /* Uploads the weights; the device's memory stays the same where it has them already. */
 static moe_status moe__model_upload(moe_model *model, const moe_env *env) {
   const moe_backend *b = env->backend;
   size_t bytes = model->plan.total * sizeof(float);
-  moe_status status;
+  moe_status status = moe__device_slots(env, 0);
+  if (status) return status;
   if (model->device.backend != b) {
     void *to = NULL;
     moe__model_leave_device(model);
@@ -11632,14 +11644,11 @@ static moe_status moe__device_check(const moe_model *model, const moe_limits *li
                      : model->config.unit == MOE_UNIT_BLOCK         ? "blocks as experts"
                      : model->config.router == MOE_ROUTER_EMBEDDING ? "gates made of task vectors"
                                                                     : NULL;
-  int ops = MOE__HAS(env, linear) && b->layernorm && b->dropout && b->embed && b->attention &&
-            b->route && b->experts && b->heads;
+  moe_status status;
   if (what)
     return moe__fail(env, MOE_E_UNSUPPORTED, "%s: %s are computed on the CPU only", b->name, what);
-  if (!ops || !b->supports || !b->open || !b->close || !b->alloc || !b->release || !b->upload ||
-      !b->download || !b->clear || !b->sync ||
-      (limits->training && (!MOE__HAS(env, adam) || !b->grad_norm)))
-    return moe__fail(env, MOE_E_UNSUPPORTED, "%s: the table of this device lacks a slot", b->name);
+  status = moe__device_slots(env, limits->training);
+  if (status) return status;
   if (!b->supports(b, env, &model->config, limits)) return MOE_E_UNSUPPORTED;
   if (model->device.backend != b)
     return moe__fail(env, MOE_E_ARGUMENT,
@@ -14644,8 +14653,8 @@ static moe_status moe__check_samples(moe_trainer *t, const moe_batch *batch, int
   return MOE_OK;
 }
 
-/* The routes of the last pass (L, M, k), to be freed: a choice that flips makes a step in the loss, so
-   a check fixes them. */
+/* The routes of the last pass (L, M, k), to be freed: a choice that flips makes a step in the loss,
+   so a check fixes them. */
 static moe_status moe__check_routes(int32_t **out, const moe_context *c, const moe_env *env) {
   const moe_config *config = &c->model->config;
   size_t slots = (size_t)c->M * (size_t)config->top_k;

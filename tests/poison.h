@@ -97,8 +97,7 @@ static moe_status poison_alloc(const moe_backend *b, const moe_env *env, void **
   (void)b;
   if (poison_fails() || poison.blocks == POISON_MOST) return poison_failed(env);
   bytes = (bytes + page) / page * page;
-  p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) return MOE_E_MEMORY;
+  if (posix_memalign(&p, page, bytes)) return MOE_E_MEMORY;
   memset(p, 0xff, bytes); /* NaN: nothing may count on zeros */
   mprotect(p, bytes, PROT_NONE);
   poison.block[poison.blocks].p = (unsigned char *)p;
@@ -113,7 +112,8 @@ static void poison_release(const moe_backend *b, void *p) {
   for (i = 0; i < poison.blocks && poison.block[i].p != p;) ++i;
   poison.strays += i == poison.blocks;
   if (i == poison.blocks) return;
-  munmap(p, poison.block[i].bytes);
+  mprotect(p, poison.block[i].bytes, PROT_READ | PROT_WRITE);
+  free(p);
   poison.block[i] = poison.block[--poison.blocks];
 }
 
