@@ -489,9 +489,9 @@ MOE_API int32_t moe_processors(void);
                 no dropout. Backward needs the same keys.
      Sums       Sums over tokens run in the order of the tokens: micro-batches give the bits of one
                 batch.
-     Status     MOE_OK, or MOE_E_ARGUMENT with a sentence to env.log where a size or an option is
-                outside its range; nothing is written then. Elements of arrays are not checked: ids,
-                segments, seq_start, gate_of and forced experts must be in range.
+     Status     MOE_OK, or MOE_E_ARGUMENT with a sentence to env.log where a size, an option, or an
+                element of seq_start, gate_of or `forced` is outside its range; nothing is written
+                then. Ids and segments are not checked (moe_batch_check does it for a model).
    Sizes may be 0. Arrays need the alignment of a float and no more. They must not overlap unless a
    comment allows it. Nothing is allocated. */
 
@@ -6942,10 +6942,14 @@ static moe__gemm moe__linear_product(float *y, const float *x, const moe_mat *w,
 MOE_API void moe_linear_op_init(moe_linear_op *op) { memset(op, 0, sizeof *op); }
 
 static moe_status moe__linear_check(const moe_linear_op *op, const moe_env *env) {
-  if (op->M >= 0 && op->w.rows >= 0 && op->w.cols >= 0) return MOE_OK;
-  return moe__fail(env, MOE_E_ARGUMENT,
-                   "linear: M is %d, w has %d rows of %d, and none may be below 0", (int)op->M,
-                   (int)op->w.rows, (int)op->w.cols);
+  if (op->M < 0 || op->w.rows < 0 || op->w.cols < 0)
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "linear: M is %d, w has %d rows of %d, and none may be below 0", (int)op->M,
+                     (int)op->w.rows, (int)op->w.cols);
+  if (op->w.type == MOE_TYPE_I8 && op->w.cols > MOE_INT8_COLS)
+    return moe__fail(env, MOE_E_ARGUMENT, "linear: int8 weights have %d columns, at most %d fit",
+                     (int)op->w.cols, MOE_INT8_COLS);
+  return MOE_OK;
 }
 
 /* The CPU's body. The product writes y if that is wanted; GELU then reads it. */
@@ -7397,10 +7401,15 @@ static int32_t moe__sequence_at(const int32_t *seq_start, int32_t S, size_t row)
 /* M rows in S packed sequences. */
 static moe_status moe__sequences_check(const char *op, const int32_t *seq_start, int32_t S,
                                        int32_t M, const moe_env *env) {
-  int32_t end = S > 0 ? seq_start[S] : 0;
+  int32_t end = S > 0 ? seq_start[S] : 0, s;
   if (S < 0 || M < 0)
     return moe__fail(env, MOE_E_ARGUMENT, "%s: S is %d and M is %d, and neither may be below 0", op,
                      (int)S, (int)M);
+  for (s = 0; s < S; ++s)
+    if (seq_start[s] > seq_start[s + 1] || seq_start[0] != 0)
+      return moe__fail(env, MOE_E_ARGUMENT,
+                       "%s: seq_start is %d and %d at sequence %d, expected to rise from 0", op,
+                       (int)seq_start[s], (int)seq_start[s + 1], (int)s);
   if (M != end)
     return moe__fail(env, MOE_E_ARGUMENT, "%s: M is %d, but the last sequence ends at row %d", op,
                      (int)M, (int)end);
@@ -8698,6 +8707,25 @@ static moe_status moe__routes_check(const char *op, const moe_routes *r, const m
   return MOE_OK;
 }
 
+/* gate_of and forced, by which arrays are indexed. */
+static moe_status moe__route_check_arrays(const moe_route_op *op, const moe_env *env) {
+  const moe_routes *r = op->routes;
+  size_t slots = (size_t)r->M * (size_t)r->k, i;
+  int32_t s;
+  if (r->N == 1) return MOE_OK; /* neither is read */
+  for (s = 0; s < op->S; ++s)
+    if (op->gate_of[s] < 0 || op->gate_of[s] >= op->G)
+      return moe__fail(env, MOE_E_ARGUMENT, "route: sequence %d has gate %d of %d", (int)s,
+                       (int)op->gate_of[s], (int)op->G);
+  for (i = 0; op->options.forced && i < slots; ++i) {
+    int32_t expert = op->options.forced[i];
+    if (expert < 0 || expert >= r->N)
+      return moe__fail(env, MOE_E_ARGUMENT, "route: token %d is forced to expert %d of %d",
+                       (int)(i / (size_t)r->k), (int)expert, (int)r->N);
+  }
+  return MOE_OK;
+}
+
 static moe_status moe__route_check(const moe_route_op *op, const moe_env *env) {
   const moe_routes *r = op->routes;
   const moe_route_options *o = &op->options;
@@ -8711,13 +8739,13 @@ static moe_status moe__route_check(const moe_route_op *op, const moe_env *env) {
     return moe__fail(env, MOE_E_ARGUMENT,
                      "route: scale is %g, expected more than 0 (moe_route_op_init sets 1)",
                      (double)o->scale);
-  if (o->forced) return MOE_OK;
+  if (o->forced) return moe__route_check_arrays(op, env);
   for (i = 0; i < r->N; ++i) left += !(o->masked && o->masked[i]) && !(o->pruned && o->pruned[i]);
   if (left < r->k)
     return moe__fail(env, MOE_E_ARGUMENT,
                      "route: %d of %d experts are neither masked nor pruned, a token needs k = %d",
                      (int)left, (int)r->N, (int)r->k);
-  return MOE_OK;
+  return moe__route_check_arrays(op, env);
 }
 
 MOE_API moe_status moe_route_forward(const moe_route_op *op, const moe_env *env) {
@@ -9102,7 +9130,22 @@ static moe_experts_op moe__experts_routed(const moe_experts_op *op, moe_routes *
   return routed;
 }
 
+/* The weights (rows, cols) of an expert. */
+static moe_status moe__experts_check_weights(const moe_mat *w, const char *name, int32_t i,
+                                             int32_t rows, int32_t cols, const moe_env *env) {
+  if (w->rows != rows || w->cols != cols || (!w->data && rows && cols))
+    return moe__fail(
+        env, MOE_E_ARGUMENT, "experts: `%s` of expert %d is (%d, %d)%s, expected (%d, %d)", name,
+        (int)i, (int)w->rows, (int)w->cols, w->data ? "" : " without data", (int)rows, (int)cols);
+  if (w->type == MOE_TYPE_I8 && cols > MOE_INT8_COLS)
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "experts: `%s` of expert %d has int8 weights of %d columns, at most %d fit",
+                     name, (int)i, (int)cols, MOE_INT8_COLS);
+  return MOE_OK;
+}
+
 static moe_status moe__experts_check(const moe_experts_op *op, const moe_env *env) {
+  int32_t i;
   moe_status status = moe__routes_check("experts", op->routes, env);
   if (status) return status;
   if (op->N != op->routes->N)
@@ -9111,7 +9154,12 @@ static moe_status moe__experts_check(const moe_experts_op *op, const moe_env *en
   if (op->H < 0 || op->F < 0)
     return moe__fail(env, MOE_E_ARGUMENT, "experts: H is %d and F is %d, neither may be below 0",
                      (int)op->H, (int)op->F);
-  return MOE_OK;
+  for (i = 0; i < op->N && !status; ++i)
+    if (op->routes->start[i] < op->routes->start[i + 1]) { /* others may be pruned */
+      status = moe__experts_check_weights(&op->in[i], "in", i, op->F, op->H, env);
+      if (!status) status = moe__experts_check_weights(&op->out[i], "out", i, op->H, op->F, env);
+    }
+  return status;
 }
 
 MOE_API moe_status moe_experts_forward(const moe_experts_op *op, const moe_env *env) {

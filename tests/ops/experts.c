@@ -562,10 +562,14 @@ static void test_experts_refuse_what_they_cannot_do(void) {
   CHECK(moe_experts_forward(&op, &f.env) == MOE_E_ARGUMENT, "other experts than the routes have");
   op = experts(&f), op.F = -1;
   CHECK(moe_experts_forward(&op, &f.env) == MOE_E_ARGUMENT, "F below 0");
+  op = experts(&f), op.F = 4;
+  CHECK(moe_experts_forward(&op, &f.env) == MOE_E_ARGUMENT, "weights of another shape");
   op = experts(&f), op.e = NULL;
   CHECK(moe_experts_backward(&op, &f.env) == MOE_E_ARGUMENT, "dweight without e");
   op = experts(&f), op.pre = NULL;
   CHECK(moe_experts_backward(&op, &f.env) == MOE_E_ARGUMENT, "backward without pre");
+  op = experts(&f), f.in[f.routes.expert[0]] = moe_mat_rows(NULL, 5, 6);
+  CHECK(moe_experts_forward(&op, &f.env) == MOE_E_ARGUMENT, "an expert without weights");
   experts_fixture_free(&f);
 }
 

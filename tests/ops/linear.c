@@ -263,6 +263,8 @@ static void test_linear_refuses_what_it_cannot_do(void) {
   CHECK(moe_linear_backward(&op, &env) == MOE_E_ARGUMENT, "dx of packed weights");
   op.w = moe_mat_rows(panels, 4, 2), op.M = -1;
   CHECK(moe_linear_backward(&op, &env) == MOE_E_ARGUMENT, "M below 0");
+  op.w = moe_mat_rows_int8((const int8_t *)panels, x, 1, MOE_INT8_COLS + 1), op.M = 1;
+  CHECK(moe_linear_forward(&op, &env) == MOE_E_ARGUMENT, "more columns than int8 takes");
 }
 
 static void test_linear_overwrites_dx_if_asked(void) {

@@ -343,7 +343,7 @@ static void test_route_refuses_sizes_and_options_out_of_range(void) {
   moe_route_op op;
   route_fixture_make(&f, 6, 4, 2, 8, 1, 2);
   op = route(&f);
-  CHECK(!moe_route_forward(&op, &f.env), "the route_fixture itself");
+  CHECK(!moe_route_forward(&op, &f.env), "the op itself");
   f.routes.k = 5;
   CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "k above N");
   f.routes.k = 0;
@@ -365,6 +365,27 @@ static void test_route_refuses_sizes_and_options_out_of_range(void) {
   op.options.pruned = one;
   CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "one expert left for two choices");
   CHECK(moe_route_backward(&op, &f.env) == MOE_E_ARGUMENT, "backward checks as well");
+  route_fixture_free(&f);
+}
+
+static void test_route_refuses_gates_and_experts_that_do_not_exist(void) {
+  static const int32_t twice[12] = {0, 1, 3, 2, 1, 0, 2, 3, 0, 1, 4, 2};
+  static const int32_t falling[3] = {0, 7, 6}, late[3] = {1, 3, 6};
+  route_fixture f;
+  moe_route_op op;
+  route_fixture_make(&f, 6, 4, 2, 8, 2, 2);
+  op = route(&f);
+  CHECK(!moe_route_forward(&op, &f.env), "the op itself");
+  op.G = 1;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "gate 1 of 1");
+  op.G = 2, f.gate_of[0] = -1;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "gate -1");
+  f.gate_of[0] = 0, op.options.forced = twice;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "expert 4 of 4");
+  op.options.forced = NULL, op.seq_start = falling;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "a sequence of -1 tokens");
+  op.seq_start = late;
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "rows of no sequence");
   route_fixture_free(&f);
 }
 
@@ -583,6 +604,7 @@ static void run_route(void) {
   RUN(test_route_ties_go_to_the_lowest_index);
   RUN(test_route_compares_logits_where_probabilities_are_equal);
   RUN(test_route_refuses_sizes_and_options_out_of_range);
+  RUN(test_route_refuses_gates_and_experts_that_do_not_exist);
   RUN(test_route_one_expert_is_dense);
   RUN(test_route_balanced_tokens_cost_the_coefficient);
   RUN(test_route_forced_experts_are_taken);
