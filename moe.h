@@ -1324,12 +1324,12 @@ MOE_API const char *moe_backend_name(const moe_env *env);
 #ifndef MOE_NO_TRAIN
 /* ---- trainer, optimizer, sampler ---- >>api_train */
 
-/* Other learning rate or decay for the tensors whose name contains `match`; of several that match
-   the last one counts. */
+/* Another learning rate or decay for the tensors whose name contains `match`. If several groups
+   match, the last one counts. */
 typedef struct moe_param_group {
   const char *match;
-  float lr_scale; /* factor of the learning rate; 0 freezes: such gradients do not count in the norm
-                     either */
+  float lr_scale;    /* factor of the learning rate; 0 freezes, and leaves the gradients out of the
+                        norm */
   float decay_scale; /* factor of the weight decay */
 } moe_param_group;
 
@@ -1338,34 +1338,32 @@ typedef struct moe_train_config {
   float warmup;  /* fraction of `steps`, 0 .. 1: W = floor(warmup steps); the rate of step t (from
                     1) is lr t/W up to step W, then lr (steps-t+1)/(steps-W) */
   int64_t steps; /* after the last one moe_trainer_step returns MOE_E_ARGUMENT */
-  float (*lr_schedule)(void *user, int64_t t); /* the rate of step t (from 1), 0 or more, instead of
-                                                  lr and warmup; NULL: those. The same t must always
-                                                  give the same rate, else use moe_trainer_set_lr */
-  void *lr_user;                               /* first argument of lr_schedule */
-  float beta1, beta2, eps;                     /* Adam 0.9, 0.999, 1e-8 [TaG] A.3.2 */
-  float
-      weight_decay; /* decoupled weight decay of matrices (not of biases and LayerNorms); 0 = off */
-  float clip_norm;  /* gradients times min(1, clip_norm / (norm + 1e-6)); 0 = off */
-  float dropout;    /* 0.1 [TaG] 4.4 */
-  float balance, z_loss,
-      jitter; /* see moe_route_options; 0 = off: [TaG] A.3.2 goes without balance loss and jitter,
-                 and knows no z-loss. PAPER-DIFF where they are on */
-  float tau_start, tau_end; /* temperature of MOE_ROUTER_TASK_LEVEL: max(tau_end, tau_start
-                               exp(-tau_rate step)), 2 and 0.1 as in the code of [TL]'s authors */
-  float tau_rate; /* 0.0003 in the authors' code; 0 (default): as it must be to arrive at tau_end
-                     with the last step */
+  /* The rate of step t (from 1), 0 or more, in place of lr and warmup; NULL: those. The same t must
+     always give the same rate: where it cannot, use moe_trainer_set_lr. */
+  float (*lr_schedule)(void *user, int64_t t);
+  void *lr_user;           /* first argument of lr_schedule */
+  float beta1, beta2, eps; /* of Adam: 0.9, 0.999, 1e-8 [TaG] A.3.2 */
+  float weight_decay;      /* decoupled, of matrices (not of biases and LayerNorms); 0 = off */
+  float clip_norm;         /* gradients times min(1, clip_norm / (norm + 1e-6)); 0 = off */
+  float dropout;           /* 0.1 [TaG] 4.4 */
+  /* See moe_route_options; 0 = off. PAPER-DIFF where on: [TaG] A.3.2 found balance loss and jitter
+     to hurt, and has no z-loss. */
+  float balance, z_loss, jitter;
+  /* Temperature of MOE_ROUTER_TASK_LEVEL: max(tau_end, tau_start exp(-tau_rate step)). 2 and 0.1 as
+     in the code of [TL]'s authors, where tau_rate is 0.0003; 0 (default): the rate that reaches
+     tau_end with the last step. */
+  float tau_start, tau_end, tau_rate;
   uint64_t seed;
   const moe_param_group *groups; /* must outlive the trainer */
   int32_t n_groups;
 } moe_train_config;
-/* [TaG]'s values (4.4, A.3.2), of its grids rate 5e-5 and warm-up 0.1; `steps` is the caller's to
-   set. */
+/* [TaG]'s values (4.4, A.3.2); from its grids lr 5e-5 and warmup 0.1. The caller sets `steps`. */
 MOE_API void moe_train_config_init(moe_train_config *config);
 
 typedef struct moe_trainer moe_trainer;
-/* A trainer holds gradients and moments (3 x parameters) and a training context. _create also packs
-   the model (moe_model_pack) unless it is, and one packed in bf16 a second time for gradients; with
-   _init that is the caller's choice. */
+/* A trainer holds gradients and moments (3 x parameters) and a training context. The model must
+   outlive it. _create also packs the model (moe_model_pack) if it is not packed, and a model packed
+   in bf16 once more for gradients; _init leaves that to the caller. */
 MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *limits,
                                     const moe_train_config *config, size_t *bytes,
                                     const moe_env *env);
@@ -1376,11 +1374,17 @@ MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const
                                       const moe_train_config *config, const moe_env *env);
 MOE_API void moe_trainer_free(moe_trainer *trainer);
 
-/* Forward and backward of a micro-batch: gradients += d(sum of the losses / whole)/dw, where
-   `whole` is the number of sequences of the whole batch (0: batch->S). PAPER-DIFF: a mean, where
-   Eq. 9 and 10 are sums. *loss (may be NULL) receives the sum of the losses / whole, auxiliary
-   losses included; losses (S, may be NULL) the scaled loss of each sequence. MOE_E_NONFINITE: a
-   loss was not finite; the gradients are then cleared. */
+/* Forward and backward of a micro-batch: gradients += d(sum of the losses / batch_size)/dw, where
+   batch_size is the number of sequences of the whole batch, of all its micro-batches together (0:
+   batch->S, one micro-batch). PAPER-DIFF: a mean, where Eq. 9 and 10 are sums. *loss (may be NULL)
+   receives the sum of the losses / batch_size, auxiliary losses included; losses (S, may be NULL)
+   the scaled loss of each sequence. MOE_E_NONFINITE: a loss was not finite; the gradients are then
+   cleared.
+   How a batch is cut into micro-batches, in order and with the sequences' numbers in batch->index,
+   changes no bit of the gradients, with two exceptions. Balance loss and z-loss are means over the
+   tokens of a micro-batch and count by its share of the sequences, S / batch_size: they differ by
+   the cut. The gradients of task vectors and gate matrices of MOE_ROUTER_EMBEDDING differ in their
+   last bits, since each micro-batch adds a finished sum. */
 MOE_API moe_status moe_trainer_accumulate(moe_trainer *trainer, const moe_batch *batch,
                                           int32_t batch_size, float *loss, float *losses,
                                           const moe_env *env);
@@ -1396,27 +1400,27 @@ MOE_API float moe_train_lr(const moe_train_config *config, int64_t t);
 MOE_API moe_status moe_trainer_set_lr(moe_trainer *trainer, float lr, const moe_env *env);
 /* The learning rate of the next step. */
 MOE_API float moe_trainer_lr(const moe_trainer *trainer);
-/* Temperature of task-level routing after t updates. */
+/* Temperature of task-level routing after t steps. */
 MOE_API float moe_train_tau(const moe_train_config *config, int64_t t);
-/* The gradients so far: moe_model_parameters floats, laid out as the weights are. */
+/* The gradients so far: moe_model_parameters floats, in the layout of the weights. */
 MOE_API float *moe_trainer_gradients(moe_trainer *trainer);
 /* The context of its passes: hidden states and routes of the last one, routes to be forced. */
 MOE_API moe_context *moe_trainer_context(moe_trainer *trainer);
-MOE_API int64_t moe_trainer_steps_done(const moe_trainer *trainer); /* updates so far */
+/* Steps so far. */
+MOE_API int64_t moe_trainer_steps_done(const moe_trainer *trainer);
 /* Largest error of `samples` (1 or more) gradients against central differences (fourth order, steps
-   of 1/128), relative to the norm of its tensor's gradient or, where that is larger, a hundredth of
-   the whole gradient's. Tensors take turns; of each the largest gradient is looked at first. Routes
-   and dropout stay as they are meanwhile, and all is in fp32, whatever env.precision says. A
-   debugging tool: slow, takes memory for the routes, and as good as float allows (about 1e-3 where
-   the loss is smooth). Weights are as before afterwards, the gradients cleared. The gradient of
-   MOE_SELECT_STRAIGHT is not the slope of its loss, by design: it has no such differences. */
+   of 1/128), relative to the norm of the tensor's gradient or, if larger, a hundredth of the whole
+   gradient's norm. Tensors take turns; the largest gradient of a tensor is checked first.
+   Routes and dropout are fixed during the check, and all is fp32, whatever env.precision says. A
+   debugging tool: slow, allocates memory for the routes, and as exact as float allows (about 1e-3
+   where the loss is smooth). Afterwards the weights are as before and the gradients cleared.
+   MOE_SELECT_STRAIGHT cannot be checked: by design its gradient is not the slope of its loss. */
 MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples,
                                  float *error, const moe_env *env);
 
 /* The optimizer by itself, for arrays of your own. */
 
-/* The 2-norm of n gradients, infinity or NaN where one is not a finite number (or is above 1e18).
- */
+/* The 2-norm of n gradients; infinity or NaN if one is infinite, NaN or above 1e18. */
 MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env);
 /* One step of Adam [TaG] 4.4 on weights that share their settings. With d = factor g and
    rate = lr lr_scale:
@@ -1439,42 +1443,43 @@ MOE_API moe_status moe_adam_step(const moe_adam_op *op, const moe_env *env);
 
 /* Which row of which task comes next [TaG] 3.3, A.1.2. */
 typedef enum moe_sampling {
-  MOE_SAMPLING_NATURAL, /* every row once an epoch, all tasks shuffled together: p_t ~ rows of t.
-                           PAPER-DIFF: [TaG] 3.3 draws batches of a task and joins them, here each
-                           row is drawn */
-  MOE_SAMPLING_UNIFORM, /* every task alike */
+  MOE_SAMPLING_NATURAL, /* p_t ~ rows of t: every row once an epoch, the rows of all tasks shuffled
+                           together. PAPER-DIFF: [TaG] 3.3 draws batches of a task and joins them,
+                           here each row is drawn */
+  MOE_SAMPLING_UNIFORM, /* p_t the same for every task */
   MOE_SAMPLING_TEMPERATURE,    /* p_t ~ rows^(1/tau) */
-  MOE_SAMPLING_UNIFORM_NATURAL /* uniform in the first half of the draws, natural later */
+  MOE_SAMPLING_UNIFORM_NATURAL /* uniform in the first half of the draws, then natural */
 } moe_sampling;
 typedef struct moe_sampler_config {
   moe_sampling sampling;
   float tau;        /* > 0, for MOE_SAMPLING_TEMPERATURE */
-  int32_t in_order; /* 1: rows in file order, task after task, no shuffling (natural only) */
+  int32_t in_order; /* 1: rows in file order, task after task, not shuffled (natural only) */
   uint64_t seed;
-  int64_t draws; /* how many will be drawn in all, for UNIFORM_NATURAL */
-  int32_t run; /* 0: every draw may be of another task (heterogeneous batches). B > 0: draws come in
-                  runs of B of one task (homogeneous batches of B [TL] 4), natural sampling then by
-                  the sizes of the tasks, every row of one once before any comes again */
+  int64_t draws; /* number of draws of the whole run, for MOE_SAMPLING_UNIFORM_NATURAL */
+  /* 0: every draw may be of another task (heterogeneous batches). B > 0: B draws in a row are of
+     one task (homogeneous batches of B [TL] 4). Natural sampling then draws a task by its size, and
+     each of its rows once before any a second time. */
+  int32_t run;
 } moe_sampler_config;
-/* State: plain numbers, nothing hidden; copy or save it. */
+/* The whole state: copy or save it as it is. */
 typedef struct moe_sampler {
   moe_sampler_config config;
   int32_t T;
-  const int64_t *rows; /* (T) rows of each task, kept by the caller */
+  const int64_t *rows; /* (T) rows of each task, an array of the caller */
   int64_t total, drawn;
   int64_t *used; /* (T) rows drawn of each task so far, an array of the caller */
 } moe_sampler;
-/* Tasks with 0 rows are never drawn; MOE_E_ARGUMENT when all are empty. */
+/* Tasks with 0 rows are never drawn; MOE_E_ARGUMENT if all are empty. */
 MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_config *config,
                                     const int64_t *rows, int64_t *used, int32_t T,
                                     const moe_env *env);
 /* The next (task, row). */
 MOE_API void moe_sampler_next(moe_sampler *sampler, int32_t *task, int64_t *row);
 
-/* Checkpoint: the model file plus moments, step, the rate of moe_trainer_set_lr, the sampler's state
-   (sampler may be NULL), and `note`, a text of the caller's (its own options, for example; NULL:
-   none). Write it between steps: accumulated gradients are not in it. After _read the next step has
-   the same bits as without the interruption. MOE_E_IO; MOE_E_NONFINITE as for a model. */
+/* Checkpoint: the model file plus moments, step, the rate of moe_trainer_set_lr, the sampler's
+   state (sampler may be NULL), and `note`, a text of the caller's (its own options, for example;
+   NULL: none). Write it between steps: accumulated gradients are not in it. After _read the next
+   step has the same bits as without the interruption. MOE_E_IO; MOE_E_NONFINITE as for a model. */
 MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler,
                                         const char *note, const moe_writer *writer,
                                         const moe_env *env);
@@ -1490,7 +1495,7 @@ MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sample
 MOE_API moe_status moe_checkpoint_note(char *text, size_t capacity, size_t *length,
                                        const void *file, size_t bytes, const moe_env *env);
 #ifndef MOE_NO_STDIO
-/* The same with a file, which is replaced safely. */
+/* The same to and from a file, which is replaced safely. */
 MOE_API moe_status moe_checkpoint_save(const moe_trainer *trainer, const moe_sampler *sampler,
                                        const char *note, const char *path, const moe_env *env);
 MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sampler, const char *path,
@@ -1501,17 +1506,18 @@ MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sample
 /* ---- tokenizer, metrics, prediction from text ---- >>api_text */
 
 #ifndef MOE_NO_TEXT
-/* BERT's WordPiece, exact to the id with Hugging Face `tokenizers` (>>text), cased or not. It lives
-   in the caller's block. */
+/* BERT's WordPiece, exact to the id with Hugging Face `tokenizers` (>>text), cased or not, in a
+   block of the caller's. */
 typedef struct moe_tokenizer moe_tokenizer;
-/* Exact bytes of the block. vocab: plain words, one a line, UTF-8; the line's number from 0 is the
-   id, the white space at its end is not part of it; of equal lines the last one counts.
-   MOE_E_FORMAT: more than 2^24 - 2 lines or 2^32 - 1 bytes. */
+/* Exact bytes of the block. vocab: one word a line, UTF-8; the line's number from 0 is the id;
+   white space at its end is stripped; of equal lines the last one counts. MOE_E_FORMAT: more than
+   2^24 - 2 lines or 2^32 - 1 bytes. */
 MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, size_t *bytes,
                                       const moe_env *env);
-/* A tokenizer in a block (64-byte aligned) of at least that size; it refers to the vocabulary text,
-   which must stay. cased: 0 lower-cases and strips accents (bert-base-uncased), 1 does not.
-   MOE_E_FORMAT: no line is [UNK], [CLS] or [SEP], or a line is not UTF-8. */
+/* A tokenizer in a block (64-byte aligned) of at least that size. It keeps a pointer to vocab,
+   which must outlive it. cased: 0 lower-cases and strips accents (bert-base-uncased), 1 does not.
+   The time is at most n log n in the bytes of vocab, whatever they are. MOE_E_FORMAT: no line is
+   [UNK], [CLS] or [SEP], or a line is not UTF-8. */
 MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes,
                                       const char *vocab, size_t vocab_bytes, int cased,
                                       const moe_env *env);
@@ -1529,7 +1535,7 @@ typedef struct moe_tokens {
   int32_t *ids;
   uint8_t *segments;    /* 0: [CLS] a [SEP]; 1: b [SEP] */
   int32_t *begin, *end; /* half-open range of a piece in its text, in code points from 0; -1 for the
-                           [CLS] and [SEP] put around */
+                           [CLS] and [SEP] that moe_encode adds */
   int32_t capacity, count;
 } moe_tokens;
 /* One text (b NULL) or a pair: any bytes. */
@@ -1598,8 +1604,8 @@ MOE_API double moe_metric_ranking(const float *answer, const float *label, size_
    shorter. Number 0 is the one that counts. An empty list means accuracy, or pearson,spearman. */
 MOE_API int moe_metric_name(char name[MOE_NAME_BYTES], const moe_task *task, int32_t index);
 /* The metric of that name over n answers (moe_answers) and labels; accuracy of a ranking is
-   moe_metric_ranking. scratch: 2n floats for spearman, else NULL will do. Undefined, too: the task's
-   kind has no metric of that name. */
+   moe_metric_ranking. scratch: 2n floats for spearman, else it may be NULL. Also undefined: the
+   task's kind has no metric of that name. */
 MOE_API double moe_metric(const char *name, const moe_task *task, const float *answer,
                           const float *label, size_t n, float *scratch, int *defined);
 /* The mean of the metrics value (T) over tasks with at most most_rows training rows (T); rows NULL:
@@ -1609,20 +1615,20 @@ MOE_API double moe_metric_average(const double *value, const int64_t *rows, int6
                                   int32_t T, int *defined);
 
 #if !defined(MOE_NO_TEXT)
-/* The tokens [span[0], span[1]) of an encoded input that overlap the characters (code points)
-   [begin, end) of its first (text 0) or second text (1): for moe_batch.span. tokens with begin, end
-   and, for a second text, segments. MOE_E_ARGUMENT when there is none. */
+/* For moe_batch.span: the tokens [span[0], span[1]) of an encoded input that overlap the characters
+   (code points) [begin, end) of its first (text 0) or second text (1). tokens must have begin, end
+   and, for a second text, segments. MOE_E_ARGUMENT if there is none. */
 MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text,
                                    int32_t begin, int32_t end, const moe_env *env);
 
 /* A model with its tokenizer and a context: text in, scores or embeddings out. The model and its
    vocabulary must outlive it. */
 typedef struct moe_predictor moe_predictor;
-/* Exact bytes for `batch` texts at once. MOE_E_FORMAT when the model holds no vocabulary. */
+/* Exact bytes for `batch` texts at once. MOE_E_FORMAT if the model has no vocabulary. */
 MOE_API moe_status moe_predictor_size(const moe_model *model, int32_t batch, size_t *bytes,
                                       const moe_env *env);
-/* In a block of the caller's (64-byte aligned). *env is copied. MOE_E_FORMAT when the vocabulary
-   does not suit the model. */
+/* In a block of the caller's (64-byte aligned). *env is copied. MOE_E_FORMAT if the vocabulary has
+   more words than the model has embeddings, or cannot be read. */
 MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t bytes,
                                       const moe_model *model, int32_t batch, const moe_env *env);
 /* The same on the heap. */
@@ -1636,7 +1642,7 @@ typedef enum moe_output {
   MOE_OUTPUT_LOGITS         /* as moe_forward; moe_rank_best and moe_answers take these */
 } moe_output;
 MOE_API void moe_predictor_set_output(moe_predictor *predictor, moe_output output);
-/* One text (b NULL) or a pair, zero-terminated; longer ones are cut as in training. scores (C):
+/* One text (b NULL) or a pair, zero-terminated, cut to the task's max_len. scores (C):
    probabilities or logits (one for each class; ranking: wrong, right), or the value (regression).
    *best (may be NULL): the most probable class, the lowest of equals; 0 in regression.
    MOE_E_NONFINITE: a score is NaN or infinite, because a weight is. */
@@ -1648,17 +1654,17 @@ MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, cons
 MOE_API moe_status moe_predict_texts(moe_predictor *predictor, int32_t task, const char *const *a,
                                      const char *const *b, int32_t n, float *scores, int *best);
 /* The same for a task of kind span: chars (n, 4), code points [b1, e1) in the first and [b2, e2) in
-   the second text (one text: both in it). MOE_E_ARGUMENT where no token stands there any more
+   the second text (one text: both in it). MOE_E_ARGUMENT if no token overlaps them, for example
    because the text was cut. */
 MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a,
                                      const char *const *b, const int32_t *chars, int32_t n,
                                      float *scores, int *best);
 /* Embeddings of n <= batch texts (b NULL or b[i] NULL) or pairs: out (n, H), from the hidden states
-   of the last layer, not normalised. Any kind of task will do, with one text or two: its gates route
-   the tokens, and its max_len cuts; a model without gates of tasks gives every task the same.
-   MOE_E_NONFINITE as above. */
+   of the last layer, not normalised. The task's gates route the tokens and its max_len cuts the
+   text; its kind and number of texts do not matter. MOE_E_NONFINITE as above. */
 typedef enum moe_pooling {
-  MOE_POOLING_MEAN, /* mean over all tokens, [CLS] and [SEP] included, as sentence-transformers do */
+  MOE_POOLING_MEAN, /* mean over all tokens, [CLS] and [SEP] included: mean pooling of
+                       sentence-transformers */
   MOE_POOLING_CLS   /* the state of [CLS], which heads read */
 } moe_pooling;
 MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe_pooling pooling,
@@ -13873,8 +13879,8 @@ MOE_API float moe_train_tau(const moe_train_config *config, int64_t t) {
   return (float)(tau > last ? tau : last);
 }
 
-/* A stretch of the flat array of parameters that learns at the same rate: neighbours of the same
-   factors are one stretch. It is cut into tiles, which are numbered through all stretches. */
+/* A range of the flat array of parameters with one learning rate and decay: neighbouring tensors of
+   the same factors share one. It is cut into tiles, which are numbered through all spans. */
 enum { MOE__ADAM_TILE = 16384, MOE__NORM_BLOCK = 4096, MOE__NORM_PARTS = 256 };
 typedef struct moe__span {
   size_t offset, count;
@@ -13934,9 +13940,9 @@ static const moe__span *moe__span_find(const moe__span *spans, int32_t n, int32_
 }
 
 /* Norm of a gradient: squares are added in float within a block of 4096 (16 lanes and their tree),
-   blocks in double, in order within each of 256 parts, then the parts. The shape of this sum
-   depends on the spans only. Frozen spans do not count. A gradient that is no finite number, or
-   above 1e18, gives infinity or NaN. */
+   blocks in double, in order within each of 256 parts, then the parts. The order of this sum
+   depends on the spans alone. Frozen spans do not count. A gradient that is infinite, NaN or above
+   1e18 makes the norm infinite or NaN. */
 typedef struct moe__norm_job {
   const float *g;
   const moe__span *spans;
@@ -13983,18 +13989,19 @@ static double moe__spans_norm(const float *g, const moe__span *spans, int32_t n,
 /* Whether a norm came from finite gradients. */
 static int moe__finite(double norm) { return norm <= 1.7e308; }
 
-/* What gradients are multiplied with so that their norm is at most `clip` (0: as they are). */
+/* The factor that brings gradients to a norm of at most `clip` (0: as they are). */
 static float moe__clip_factor(double norm, float clip) {
   double factor = (double)clip / (norm + 1e-6);
   return clip > 0 && factor < 1 ? (float)factor : 1.0f;
 }
 
 /* One step of Adam, in the order of PyTorch's AdamW, every operation rounded once:
-     d = factor g,  w = (1 - rate decay) w,  m += (1 - beta1) (d - m),  v = beta2 v + (1 - beta2)
-   d^2, w -= rate / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps),  g = 0. Moments of a row
-   that gets no gradient any more (a rare word) shrink for ever; below 1e-30 and 1e-37 they become
-   zero, since numbers below 1.2e-38 slow some processors down a hundred times and no weight could
-   feel such moments. */
+     d = factor g,  w = (1 - rate decay) w,  m += (1 - beta1) (d - m),
+     v = beta2 v + (1 - beta2) d^2,
+     w -= rate / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps),  g = 0.
+   The moments of a row without gradients (a rare word) shrink with every step. Below 1e-30 and
+   1e-37 they become 0: numbers below 1.2e-38 slow some processors down a hundred times, and moments
+   this small change no weight. */
 #define MOE__M_TINY 1e-30f
 #define MOE__V_TINY 1e-37f
 typedef struct moe__adam {
@@ -14165,15 +14172,12 @@ MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env) {
 }
 
 /* ---- which row of which task comes next ---- >>sampler
-   Nothing is remembered but how much was drawn: a draw is a function of (seed, drawn) and, where
-   tasks are drawn apart from their rows, of how often the task was drawn. A run that goes on from a
+   The state is how much was drawn: a draw is a function of (seed, drawn) and, where a task is drawn
+   first and then one of its rows, of how often that task was drawn. A run that continues from a
    copy of these numbers draws what it would have drawn. */
 
-enum {
-  MOE__SAMPLER_ALL = 0,
-  MOE__SAMPLER_TASK = 1,
-  MOE__SAMPLER_ROW = 2
-}; /* what a random number is for: the last part of its key */
+/* What a random number is for: the last part of its key. */
+enum { MOE__SAMPLER_ALL = 0, MOE__SAMPLER_TASK = 1, MOE__SAMPLER_ROW = 2 };
 
 /* exp(x) of a double x <= 0: x = e log 2 + r, the series of exp(r), |r| <= log(2) / 2. Plain
    arithmetic only: the same bits everywhere. */
@@ -14196,32 +14200,33 @@ MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_conf
   int64_t total = 0;
   int32_t t;
   if (T < 1 || T > MOE_MAX_TASKS)
-    return moe__fail(env, MOE_E_ARGUMENT, "a sampler has 1 to %d tasks, not %d", MOE_MAX_TASKS,
-                     (int)T);
+    return moe__fail(env, MOE_E_ARGUMENT, "sampler: T is %d, expected 1 to %d tasks", (int)T,
+                     MOE_MAX_TASKS);
   if ((int)config->sampling < 0 || config->sampling > MOE_SAMPLING_UNIFORM_NATURAL)
-    return moe__fail(env, MOE_E_ARGUMENT, "there is no sampling number %d", (int)config->sampling);
+    return moe__fail(env, MOE_E_ARGUMENT, "unknown sampling mode %d", (int)config->sampling);
   if (config->sampling == MOE_SAMPLING_TEMPERATURE && !(config->tau > 0 && config->tau < 1e9f))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "the temperature of sampling must be above 0 and below 1e9, not %g",
+                     "sampler: tau is %g, expected a temperature above 0 and below 1e9",
                      (double)config->tau);
   if (config->sampling == MOE_SAMPLING_UNIFORM_NATURAL && config->draws < 1)
-    return moe__fail(
-        env, MOE_E_ARGUMENT,
-        "uniform, then natural sampling must know how many rows will be drawn: draws is %lld",
-        (long long)config->draws);
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "sampler: draws is %lld, expected the number of draws of the whole run, which "
+                     "uniform-natural sampling needs",
+                     (long long)config->draws);
   if (config->in_order && (config->sampling != MOE_SAMPLING_NATURAL || config->run))
-    return moe__fail(
-        env, MOE_E_ARGUMENT,
-        "rows in the order of the files go with natural sampling of heterogeneous batches only");
+    return moe__fail(env, MOE_E_ARGUMENT, "sampler: in_order needs natural sampling with run 0");
   if (config->run < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "draws cannot come in runs of %d", (int)config->run);
+    return moe__fail(env, MOE_E_ARGUMENT, "sampler: run is %d, expected 0 or more",
+                     (int)config->run);
   for (t = 0; t < T; ++t) {
     if (rows[t] < 0 || rows[t] > INT64_MAX - total)
-      return moe__fail(env, MOE_E_ARGUMENT, "task %d cannot have %lld rows", (int)t,
-                       (long long)rows[t]);
+      return moe__fail(env, MOE_E_ARGUMENT,
+                       "sampler: rows[%d] is %lld, expected 0 or more, and below 2^63 in all",
+                       (int)t, (long long)rows[t]);
     total += rows[t];
   }
-  if (total == 0) return moe__fail(env, MOE_E_ARGUMENT, "none of the %d tasks has a row", (int)T);
+  if (total == 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "sampler: none of the %d tasks has a row", (int)T);
   sampler->config = *config;
   sampler->T = T;
   sampler->rows = rows;
@@ -14232,8 +14237,8 @@ MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_conf
   return MOE_OK;
 }
 
-/* Draw number i of natural sampling: epochs over all rows of all tasks, each in an order of its
-   own. */
+/* Draw number i of natural sampling: epochs over all rows of all tasks, each epoch in another
+   order. */
 static void moe__sample_natural(const moe_sampler *sampler, int64_t i, int32_t *task,
                                 int64_t *row) {
   uint64_t total = (uint64_t)sampler->total, at = (uint64_t)i % total;
@@ -14252,8 +14257,7 @@ static int64_t moe__sample_first(const moe_sampler *sampler) {
   return run ? sampler->drawn / run * run : sampler->drawn;
 }
 
-/* Whether draw number i, which is of a task first and of a row of it then, goes by the sizes of the
-   tasks. */
+/* Whether draw number i, of a task and then of one of its rows, draws the task by its size. */
 static int moe__sample_by_size(const moe_sampler_config *config, int64_t i) {
   return config->sampling == MOE_SAMPLING_NATURAL ||
          (config->sampling == MOE_SAMPLING_UNIFORM_NATURAL && i >= config->draws / 2);
@@ -14299,7 +14303,7 @@ MOE_API void moe_sampler_next(moe_sampler *sampler, int32_t *task, int64_t *row)
   else if (sampler->config.sampling != MOE_SAMPLING_NATURAL)
     uniform = INT64_MAX;
   if (sampler->config.run)
-    uniform = INT64_MAX; /* a row of another task cannot follow: task first, then row */
+    uniform = INT64_MAX; /* a run is of one task: the task is drawn first, then its rows */
   if (sampler->drawn >= uniform) {
     moe__sample_natural(sampler, sampler->drawn - uniform, &t, row);
   } else {
@@ -14321,10 +14325,10 @@ struct moe_trainer {
   moe_model *model;
   moe_context *context;
   moe_train_config config;
-  int64_t step;     /* updates so far */
+  int64_t step;     /* steps so far */
   float lr;         /* of moe_trainer_set_lr, -1: the configuration's */
-  float *g, *m, *v; /* gradients and moments, as long as the weights */
-  moe__span *spans; /* stretches of the weights that learn alike */
+  float *g, *m, *v; /* gradients and moments, in the layout of the weights */
+  moe__span *spans; /* ranges of the weights with one learning rate and decay */
   int32_t n_spans;
   moe_adam_op *ops; /* (n_spans) on a DEVICE, where g, m and v are one array of it */
   int owns_block;
@@ -14365,7 +14369,7 @@ MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *li
   if (status) return status;
   if (layout.bad)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "gradients and moments do not fit into the address space of this machine");
+                     "trainer: gradients and moments are larger than the address space");
   *bytes = layout.used;
   return MOE_OK;
 }
@@ -14416,7 +14420,7 @@ MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes
   if (!status && !model->writable)
     status =
         moe__fail(env, MOE_E_ARGUMENT,
-                  "the weights of this model stay in the bytes of a file: it cannot be trained");
+                  "a model opened in place cannot be trained: read it (moe_model_read, _load)");
   if (status) return status;
   layout.base = (unsigned char *)block;
   t = (moe_trainer *)moe__carve(&layout, 1, sizeof *t);
@@ -14448,7 +14452,7 @@ MOE_API moe_status moe_trainer_create(moe_trainer **out, moe_model *model, const
   void *block;
   moe_status status = moe_trainer_size(model, limits, config, &bytes, env);
   if (status) return status;
-  /* forward is faster with panels, and every update renews them */
+  /* forward is faster with packed weights, and every step packs them again */
   if (moe__on_device(env) ? model->device.backend != env->backend : !model->panels)
     status = moe_model_pack(model, NULL, env);
   if (!status && !moe__on_device(env)) status = moe__model_pack_back(model, env);
@@ -14504,11 +14508,10 @@ static moe_status moe__trainer_forward(moe_trainer *t, moe__pass *pass, const mo
   moe__profile_end(env, MOE_PROFILE_LOSSES);
   if (bad >= 0 && bad < pass->S)
     return moe__fail(env, MOE_E_NONFINITE,
-                     "step %lld: the loss of sequence %d (task '%s') is not a finite number",
+                     "step %lld: the loss of sequence %d (task '%s') is not finite",
                      (long long)t->step + 1, (int)bad, t->model->tasks[batch->task[bad]].name);
   if (bad >= 0)
-    return moe__fail(env, MOE_E_NONFINITE,
-                     "step %lld: the router's auxiliary loss is not a finite number",
+    return moe__fail(env, MOE_E_NONFINITE, "step %lld: the router's auxiliary loss is not finite",
                      (long long)t->step + 1);
   return MOE_OK;
 }
@@ -14523,8 +14526,8 @@ MOE_API moe_status moe_trainer_accumulate(moe_trainer *trainer, const moe_batch 
   if (batch_size == 0) batch_size = moe__max(batch->S, 1);
   if (batch_size < batch->S)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "the whole batch has %d sequences, this part of it has %d", (int)batch_size,
-                     (int)batch->S);
+                     "batch_size is %d, expected at least the %d sequences of this micro-batch",
+                     (int)batch_size, (int)batch->S);
   status = moe__trainer_forward(trainer, &pass, batch, env);
   if (status) {
     moe__trainer_clear(trainer);
@@ -14639,7 +14642,7 @@ static moe_status moe__move_weight(moe_trainer *t, float *weight, float value) {
                              weight, sizeof value);
 }
 
-/* The loss with one weight moved by h. */
+/* The loss with one weight changed by h. */
 static moe_status moe__moved_loss(moe_trainer *t, const moe_batch *batch, float *weight, float h,
                                   double *loss, const moe_env *env) {
   moe__pass pass;
@@ -14668,7 +14671,7 @@ static moe_status moe__check_gradient(moe_trainer *t, const moe_batch *batch, si
   return MOE_OK;
 }
 
-/* Of the samples that fall on a tensor the first is its largest gradient, the others are drawn. */
+/* Of a tensor's samples the first is its largest gradient, the others are random. */
 static size_t moe__check_element(const moe_trainer *t, const moe_tensor *tensor, int32_t round) {
   const float *g = t->g + tensor->offset;
   size_t i, best = 0;
@@ -14680,7 +14683,7 @@ static size_t moe__check_element(const moe_trainer *t, const moe_tensor *tensor,
   return tensor->offset + best;
 }
 
-/* The comparison itself: gradients are there, routes are fixed. */
+/* The comparison itself, with gradients computed and routes fixed. */
 static moe_status moe__check_samples(moe_trainer *t, const moe_batch *batch, int32_t samples,
                                      double *worst, const moe_env *env) {
   int32_t i, n = t->model->tensors;
@@ -14708,7 +14711,7 @@ static moe_status moe__check_routes(int32_t **out, const moe_context *c, const m
   size_t slots = (size_t)c->M * (size_t)config->top_k;
   int32_t l, *experts = (int32_t *)moe__alloc((size_t)config->layers * slots * sizeof *experts);
   moe_status status = MOE_OK;
-  if (!experts) return moe__fail(env, MOE_E_MEMORY, "no memory for the routes of a gradient check");
+  if (!experts) return moe__fail(env, MOE_E_MEMORY, "gradient check: no memory for the routes");
   for (l = 0; l < config->layers && !status; ++l) {
     moe_routes r;
     status = moe_context_routes(c, l, &r);
@@ -14725,14 +14728,14 @@ static moe_status moe__check_gradients(float **copy, const moe_trainer *t, const
   moe_status status = moe__model_fetch(t->model, env);
   if (status || !on->backend) return status;
   *copy = (float *)moe__alloc(bytes);
-  if (!*copy) return moe__fail(env, MOE_E_MEMORY, "no memory for a copy of the gradients");
+  if (!*copy)
+    return moe__fail(env, MOE_E_MEMORY, "gradient check: no memory for a copy of the gradients");
   return on->backend->download(on->backend, on, *copy, t->g, bytes);
 }
 
 MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, int32_t samples,
                                  float *error, const moe_env *of_caller) {
-  moe_env fp32 = moe__in_fp32(of_caller),
-          *env = &fp32; /* a loss that is rounded on the way has no slopes */
+  moe_env fp32 = moe__in_fp32(of_caller), *env = &fp32; /* bf16 would round the slopes away */
   moe_context *c = trainer->context;
   const int32_t *forced = c->forced;
   float *panels = trainer->model->panels, *g = trainer->g, *copy = NULL;
@@ -14740,7 +14743,7 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
   double worst = 0;
   moe_status status;
   if (samples < 1)
-    return moe__fail(env, MOE_E_ARGUMENT, "%d gradients are to be checked, it must be 1 or more",
+    return moe__fail(env, MOE_E_ARGUMENT, "gradient check: samples is %d, expected 1 or more",
                      (int)samples);
   moe__trainer_clear(trainer);
   status = moe_trainer_accumulate(trainer, batch, 0, NULL, NULL, env);
@@ -14752,7 +14755,7 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
   if (!status) {
     if (experts) c->forced = experts;
     if (copy) trainer->g = copy;
-    trainer->model->panels = NULL; /* they would not follow a weight that is moved */
+    trainer->model->panels = NULL; /* packed copies would not follow the weight */
     status = moe__check_samples(trainer, batch, samples, &worst, env);
     trainer->model->panels = panels;
     trainer->g = g;
@@ -17418,7 +17421,7 @@ MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sa
   return status;
 }
 
-/* The file must be of the very configuration and tasks of the model: else which field differs. */
+/* The file must have the configuration and tasks of the model; if not, says which field differs. */
 static moe_status moe__same_config(const moe_config *file, const moe_config *model,
                                    const moe_env *env) {
   size_t i;
@@ -17657,7 +17660,7 @@ static moe_status moe__checkpoint_check(const moe__header *header, const moe_mod
                   (tasks.pruned &&
                    memcmp(tasks.pruned, model->config.pruned, moe__pruned_cells(&model->config)))))
     status =
-        moe__fail(env, MOE_E_FORMAT, "the checkpoint and the model do not have the same experts");
+        moe__fail(env, MOE_E_FORMAT, "the checkpoint and the model do not prune the same experts");
   if (!status) status = moe__same_tasks(&tasks, model, env);
   moe__release(scratch);
   if (!status) status = moe__vocab_find(&vocab, &vocab_bytes, &header->st, env);
@@ -17753,42 +17756,42 @@ MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sample
 
 /* ---- what becomes of characters before words are cut ---- >>unicode
    BERT's tokens, exact to the id with Hugging Face `tokenizers` (BertNormalizer, BertPreTokenizer,
-   WordPiece): a text is
-     1. decoded from UTF-8; a damaged sequence is one U+FFFD for each maximal part of it, as the
-     Unicode standard recommends; 2. searched for special tokens written out, such as [MASK], which
-     stay whole;
-     3. cleaned: control, format and private-use characters vanish, white space becomes a blank,
-     blanks go round ideographs; 4. (uncased) decomposed (NFD with its canonical order of marks),
-     stripped of non-spacing marks, and lower-cased; 5. split at blanks and round every punctuation
-     character;
+   WordPiece). A text is
+     1. decoded from UTF-8; each maximal part of a damaged sequence becomes one U+FFFD, as the
+        Unicode standard recommends;
+     2. searched for special tokens written out, such as [MASK], which stay whole;
+     3. cleaned: control, format and private-use characters are dropped, white space becomes a
+        blank, ideographs get blanks around them;
+     4. (uncased) decomposed (NFD, marks in canonical order), stripped of non-spacing marks, and
+        lower-cased;
+     5. split at blanks and around every punctuation character;
      6. (>>text) cut, word by word, into the longest pieces of the vocabulary; a word of more than
-     100 characters, or with a part
-        that is no piece, is one [UNK].
-   All of it streams: memory does not grow with the text. */
+        100 characters, or with a part that is not a piece, is one [UNK].
+   The text is read as a stream: memory does not grow with it. */
 #ifndef MOE_NO_TEXT
 
-/* What the tables know of a character: its class, here, and what it folds to in step 4.
+/* What the tables say of a character: its class (below), and what it folds to in step 4.
    moe__text_classes lists runs of code points: distance of the first from that of the run before,
-   then (length - 1) * MOE__TEXT_KINDS + class. moe__text_folds lists runs, too: distance, then
+   then (length - 1) * MOE__TEXT_KINDS + class. moe__text_folds lists runs as well: distance, then
    (length - 1) * 4 + kind of mapping, then for MOE__FOLD_CONST (all map to one target) and
-   MOE__FOLD_SLOPE (consecutive targets) the target of the first less the first, as a signed number.
-   Of MOE__FOLD_PAIRS every second code point, from the first on, maps to its successor; the targets
-   of MOE__FOLD_LIST stand in moe__text_ideographs, three digits each. A code point with several
-   targets has as many runs. A number is written in digits of 5 bits, lowest first, 32 added to all
-   but the last; signed: twice the value, or -1 - 2 * value. Digits are 0-9, A-Z, a-z, + and -.
-   Hangul syllables are computed. */
+   MOE__FOLD_SLOPE (consecutive targets) the target of the first minus the first, as a signed
+   number. In a run of MOE__FOLD_PAIRS every second code point, from the first on, maps to its
+   successor; the targets of MOE__FOLD_LIST are in moe__text_ideographs, three digits each. A code
+   point with several targets has as many runs. A number is written in digits of 5 bits, lowest
+   first, 32 added to all but the last; signed: twice the value, or -1 - 2 * value. Digits are 0-9,
+   A-Z, a-z, + and -. Hangul syllables are computed. */
 enum {
-  MOE__TEXT_LETTER, /* whatever is not one of the others */
-  MOE__TEXT_DROP,   /* vanishes */
+  MOE__TEXT_LETTER, /* everything else */
+  MOE__TEXT_DROP,   /* dropped */
   MOE__TEXT_BLANK,
   MOE__TEXT_PUNCTUATION,
   MOE__TEXT_IDEOGRAPH,
-  MOE__TEXT_STRIP,         /* non-spacing mark that is sorted among other marks, then stripped */
+  MOE__TEXT_STRIP,         /* non-spacing mark: sorted among other marks, then stripped */
   MOE__TEXT_STRIP_STARTER, /* the same of combining class 0: marks are not sorted across it */
-  MOE__TEXT_MARK,         /* to MOE__TEXT_KINDS - 1: a mark that is sorted and stays, by rank of its
-                             combining class */
-  MOE__TEXT_SPECIAL = 16, /* no classes, but what else a reader finds */
-  MOE__TEXT_END
+  MOE__TEXT_MARK,          /* to MOE__TEXT_KINDS - 1: a mark that is sorted and kept, by the rank of
+                              its combining class */
+  MOE__TEXT_SPECIAL = 16,  /* not a class: a special token */
+  MOE__TEXT_END            /* not a class: the end of the text */
 };
 enum { MOE__FOLD_CONST, MOE__FOLD_SLOPE, MOE__FOLD_PAIRS, MOE__FOLD_LIST };
 
@@ -18118,9 +18121,9 @@ typedef struct moe__reader {
   size_t run_at, run_index, run_end;
 } moe__reader;
 
-/* NFD sorts the marks between two starters by their combining class. A run that holds marks that
-   stay is read once for each rank, so that it may be of any length. This finds where it ends: at
-   the first code point that begins with a starter. */
+/* NFD sorts the marks between two starters by their combining class. A run with marks that are kept
+   is read once for each rank, so it may have any length. This finds its end: the first code point
+   that begins with a starter. */
 static size_t moe__reader_run_end(const moe__reader *r) {
   size_t at = r->at;
   while (at < r->bytes) {
@@ -18148,8 +18151,7 @@ static int moe__reader_special(const moe__reader *r) {
   return -1;
 }
 
-/* The next of the characters that the last code point became, as class; -1 when there is none (any
-   more). */
+/* The class of the next character that the last code point became, -1 if there are no more. */
 static int moe__reader_ready(moe__reader *r) {
   while (r->next < r->count) {
     int kind;
@@ -18207,12 +18209,12 @@ static int moe__reader_next(moe__reader *r) {
 }
 
 /* ---- WordPiece ---- >>text
-   Words are cut greedily, the longest piece first, by a hash table over the vocabulary's text. */
+   Words are cut greedily, the longest piece first, by a hash table over the vocabulary. */
 
 enum { MOE__WORD_CHARACTERS = 100 };
 
-/* FNV-1a. A piece inside a word hashes as if written with its "##". Anyone can make words of one
-   hash, so a bucket may hold all words: it is sorted, and a search in it takes log2(words) steps. */
+/* FNV-1a. A piece inside a word hashes as if written with its "##". Words of one hash are easily
+   made, so one bucket may hold all words: it is sorted, and a search takes log2(words) steps. */
 static uint32_t moe__piece_hash(uint32_t h, const unsigned char *s, size_t n) {
   size_t i;
   for (i = 0; i < n; ++i) h = (h ^ s[i]) * 16777619u;
@@ -18276,13 +18278,13 @@ static void moe__sink_put(moe__sink *sink, int32_t id, int32_t begin, int32_t en
   ++sink->count;
 }
 
-/* A word on its way: characters as UTF-8, and the code points they come from. */
+/* The word being read: characters as UTF-8, and the code points they come from. */
 typedef struct moe__word {
   unsigned char text[4 * MOE__WORD_CHARACTERS];
   size_t byte[MOE__WORD_CHARACTERS + 1]; /* where each character begins, and the end */
   size_t from[MOE__WORD_CHARACTERS];
-  size_t first, last; /* least and greatest code point of all characters, beyond 100 too */
-  int count;          /* characters; stops at 101 */
+  size_t first, last; /* least and greatest code point of all characters, also beyond 100 */
+  int count;          /* characters; at most 101 */
 } moe__word;
 
 static void moe__word_add(moe__word *w, int32_t c, size_t from) {
@@ -18313,7 +18315,7 @@ static int32_t moe__word_piece(const moe_tokenizer *t, const moe__word *w, int i
   return -1;
 }
 
-/* Step 6: gives out the word and empties it. */
+/* Step 6: puts the pieces of the word and empties it. */
 static void moe__word_flush(moe__word *w, moe__sink *sink) {
   int32_t ids[MOE__WORD_CHARACTERS];
   int ends[MOE__WORD_CHARACTERS], i = 0, pieces = 0, k;
@@ -18324,12 +18326,11 @@ static void moe__word_flush(moe__word *w, moe__sink *sink) {
       if (ids[pieces] < 0) break;
     }
   }
-  if (i < w->count) { /* too long, or a part is unknown */
+  if (i < w->count) { /* too long, or with an unknown part */
     moe__sink_put(sink, sink->t->special[MOE__UNK], (int32_t)w->first, (int32_t)(w->last + 1));
   } else {
     for (i = 0, k = 0; k < pieces; ++k) {
-      size_t first = w->from[i],
-             last = first; /* sorted marks may stand in another order than in the text */
+      size_t first = w->from[i], last = first; /* sorted marks may have changed their order */
       for (; i < ends[k]; ++i) {
         if (w->from[i] < first) first = w->from[i];
         if (w->from[i] > last) last = w->from[i];
@@ -18340,7 +18341,7 @@ static void moe__word_flush(moe__word *w, moe__sink *sink) {
   w->count = 0;
 }
 
-/* Gives the tokens of a text to the sink until `enough` have been counted or the text ends. */
+/* Puts the tokens of a text into the sink until `enough` are counted or the text ends. */
 static void moe__text_tokens(moe__sink *sink, const char *s, size_t bytes, size_t enough) {
   moe__reader r;
   moe__word w;
@@ -18368,7 +18369,7 @@ static void moe__text_tokens(moe__sink *sink, const char *s, size_t bytes, size_
   }
 }
 
-/* How many tokens of a pair of na and nb stay when `room` may. */
+/* How many tokens of texts of na and nb are kept where there is room for `room`. */
 static void moe__text_cut(size_t *ka, size_t *kb, size_t na, size_t nb, size_t room,
                           moe_truncate how) {
   size_t shorter = na <= nb ? na : nb, keep = shorter;
@@ -18439,7 +18440,7 @@ MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, moe_tokens *out, c
   sink.at = 1;
   sink.room = room;
   sink.count = 0;
-  /* Longest-first depends on both lengths: then a is read to its end, else only as far as needed. */
+  /* Longest-first depends on both lengths, so a is read to its end; else only as far as needed. */
   moe__text_tokens(&sink, a, text->a_bytes, b && how == MOE_TRUNCATE_LONGEST ? SIZE_MAX : room);
   na = sink.count;
   ka = na < room ? na : room;
@@ -18464,7 +18465,7 @@ MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, moe_tokens *out, c
   return MOE_OK;
 }
 
-/* Bytes of a line without the white space at its end, the way Hugging Face's reader strips it. */
+/* Bytes of a line without the white space at its end, as Hugging Face's reader strips it. */
 static size_t moe__vocab_trim(const uint32_t *bounds, const unsigned char *line, size_t n) {
   while (n) {
     size_t at = n - 1;
@@ -18484,8 +18485,7 @@ static size_t moe__vocab_lines(const char *vocab, size_t bytes) {
   return lines;
 }
 
-/* Where everything lies in the block. Without layout->base only the size is counted, and *out
-   becomes NULL. */
+/* The layout of the block. Without layout->base only the size is counted, and *out becomes NULL. */
 static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout, const char *vocab,
                                         size_t bytes, const moe_env *env) {
   size_t lines, buckets = 16;
@@ -18494,13 +18494,12 @@ static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout
   if (!vocab && bytes) return moe__fail(env, MOE_E_ARGUMENT, "vocabulary: the pointer is NULL");
 #if SIZE_MAX > UINT32_MAX
   if (bytes > UINT32_MAX)
-    return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu bytes, at most 4294967295 are possible",
+    return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu bytes, expected at most 4294967295",
                      bytes);
 #endif
   lines = moe__vocab_lines(vocab, bytes);
   if (lines >= 0xffffff)
-    return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu lines, at most 16777214 are possible",
-                     lines);
+    return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu lines, expected at most 16777214", lines);
   while (buckets < lines) buckets *= 2;
   t = (moe_tokenizer *)moe__carve(layout, 1, sizeof *t);
   memset(&it, 0, sizeof it);
@@ -18514,7 +18513,7 @@ static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout
   it.words = (int32_t)lines;
   it.mask = (uint32_t)(buckets - 1);
   if (layout->bad)
-    return moe__fail(env, MOE_E_MEMORY, "vocabulary: %zu lines do not fit into the address space",
+    return moe__fail(env, MOE_E_MEMORY, "vocabulary: %zu lines are larger than the address space",
                      lines);
   if (t) *t = it;
   *out = t;
@@ -18629,9 +18628,9 @@ MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t b
   moe_status status = moe_tokenizer_size(vocab, vocab_bytes, &need, env);
   if (status) return status;
   if (!block || (uintptr_t)block % 64)
-    return moe__fail(env, MOE_E_ARGUMENT, "tokenizer: the block is not aligned to 64 bytes");
+    return moe__fail(env, MOE_E_ARGUMENT, "tokenizer: the block must be aligned to 64 bytes");
   if (bytes < need)
-    return moe__fail(env, MOE_E_MEMORY, "tokenizer: the block has %zu bytes, %zu are needed", bytes,
+    return moe__fail(env, MOE_E_MEMORY, "tokenizer: the block has %zu bytes, expected %zu", bytes,
                      need);
   memset(&layout, 0, sizeof layout);
   layout.base = (unsigned char *)block;
@@ -18682,7 +18681,7 @@ static double moe__metric(double value, int is_defined, int *defined) {
   return is_defined ? value : 0;
 }
 
-/* Answers and labels of n rows: class numbers as integers or, where answer is not NULL, as floats. */
+/* Answers and labels of n rows: classes as integers or, if answer is not NULL, as floats. */
 typedef struct moe__rows {
   const int32_t *predicted, *label;
   const float *answer, *truth;

@@ -149,6 +149,13 @@ static void test_profile_writes_a_table(void) {
   CHECK(moe_profile_write(part, sizeof part, &profile) == length &&
             strlen(part) == sizeof part - 1 && !strncmp(part, text, sizeof part - 1),
         "cut: %s", part);
+  for (n = 1; n <= 40; ++n) { /* within the head and just behind it */
+    memset(part, '@', sizeof part);
+    CHECK(moe_profile_write(part, n, &profile) == length && strlen(part) == n - 1 &&
+              !strncmp(part, text, n - 1) && part[n] == '@',
+          "%d bytes: %s", (int)n, part);
+  }
+  n = 0;
   CHECK(moe_profile_write(NULL, 0, &profile) == length, "without room");
   for (at = strtok(text, "\n"); at && n < 8; at = strtok(NULL, "\n")) lines[n++] = at;
   CHECK(n == 5, "%d lines", (int)n);

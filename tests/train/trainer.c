@@ -465,6 +465,42 @@ static void test_trainer_ignores_dirty_memory(void) {
 
 /* ---- what may go wrong ---- */
 
+/* The pass of the weights as they are is finite; one with a weight of a head changed by h is not. */
+static void test_trainer_gradcheck_refuses_a_pass_that_is_not_finite(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_train_config config = plain();
+  pair p = make(&c, &config, &env);
+  size_t n = moe_model_parameters(p.model), i;
+  const float *panels = p.model->panels;
+  moe_tensor t;
+  float error = 7;
+  uint64_t before;
+  int in_use;
+  models_random_batch(&trainer_batch, p.model, 12, 9, 44);
+  for (i = 0; i < 12; ++i) trainer_batch.task[i] = 2, trainer_batch.label[i] = 1;
+  moe_model_tensor(p.model, moe_model_find_tensor(p.model, "heads.real.weight"), &t);
+  memset(moe_model_weights(p.model) + t.offset, 0, t.count * sizeof(float));
+  moe_model_tensor(p.model,
+                   moe_model_find_tensor(p.model, "encoder.layer.1.output.LayerNorm.weight"), &t);
+  for (i = 0; i < t.count; ++i) moe_model_weights(p.model)[t.offset + i] = 1e23f;
+  before = models_hash(moe_model_weights(p.model), n * sizeof(float));
+  in_use = blocks_in_use;
+  CHECK(moe_trainer_accumulate(p.trainer, &trainer_batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+        said);
+  CHECK(moe_gradcheck(p.trainer, &trainer_batch.b, moe_model_tensors(p.model), &error, &env) ==
+                MOE_E_NONFINITE &&
+            strstr(said, "is not finite"),
+        "%s", said);
+  CHECK(error >= 7 && error <= 7, "the result is untouched");
+  CHECK(models_hash(moe_model_weights(p.model), n * sizeof(float)) == before, "weights");
+  for (i = 0; i < n; ++i)
+    CHECK(p.trainer->g[i] >= 0 && p.trainer->g[i] <= 0, "gradient %zu is not cleared", i);
+  CHECK(p.model->panels == panels && !p.trainer->context->forced && blocks_in_use == in_use,
+        "routes, panels and memory are as before");
+  drop(&p);
+}
+
 static void test_trainer_refuses_a_loss_that_is_not_finite(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
@@ -838,6 +874,50 @@ static void test_trainer_copies_of_a_model_survive_every_failed_allocation(void)
   CHECK(blocks_in_use == blocks, "%d blocks are left", blocks_in_use - blocks);
 }
 
+/* What the cut into micro-batches changes: losses that are means over the tokens of a micro-batch,
+   and the last bits of gates made of task vectors; nothing else. */
+static void test_trainer_micro_batches_change_what_the_header_says(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  int what;
+  for (what = 0; what < 3; ++what) {
+    moe_config c = models_config(what == 2 ? MOE_ROUTER_EMBEDDING : MOE_ROUTER_TASK, 3, 1);
+    moe_train_config config = plain();
+    pair p[2];
+    size_t i, n;
+    double worst_error = 0, least = 1e9;
+    int k, s;
+    config.balance = what == 0 ? 0.1f : 0;
+    config.z_loss = what == 1 ? 0.1f : 0;
+    for (k = 0; k < 2; ++k) {
+      p[k] = make(&c, &config, &env);
+      models_random_batch(&trainer_batch, p[k].model, 24, 19, 50);
+      for (s = 0; s < 24; s += k ? 8 : 24) {
+        int32_t j;
+        part.b.S = 0;
+        for (j = s; j < s + (k ? 8 : 24); ++j) models_append(&part, &trainer_batch, j, &c);
+        CHECK(!moe_trainer_accumulate(p[k].trainer, &part.b, 24, NULL, NULL, &env), "%s", said);
+      }
+    }
+    n = moe_model_parameters(p[0].model);
+    for (i = 0; i < n; ++i) {
+      double error = fabs((double)p[0].trainer->g[i] - (double)p[1].trainer->g[i]);
+      if (error > worst_error) worst_error = error;
+    }
+    for (k = 0; k < moe_model_tensors(p[0].model) && what == 2; ++k) {
+      moe_tensor t;
+      moe_model_tensor(p[0].model, k, &t);
+      if (strstr(t.name, ".gate.") || !strcmp(t.name, "tasks.vectors")) continue;
+      CHECK(!memcmp(p[0].trainer->g + t.offset, p[1].trainer->g + t.offset, 4 * t.count),
+            "%s differs", t.name);
+    }
+    least = what == 2 ? 1e-12 : 1e-5;
+    CHECK(worst_error > least && worst_error < (what == 2 ? 1e-6 : 1e-1), "%d: differ by %g", what,
+          worst_error);
+    drop(&p[0]);
+    drop(&p[1]);
+  }
+}
+
 static void test_trainer_learns(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   int router, step;
@@ -867,6 +947,7 @@ static void run_trainer(void) {
   RUN(test_trainer_20_steps_match_pytorch);
   RUN(test_trainer_gradients_match_differences);
   RUN(test_trainer_gradcheck_finds_a_wrong_gradient);
+  RUN(test_trainer_gradcheck_refuses_a_pass_that_is_not_finite);
   RUN(test_trainer_bits_do_not_depend_on_threads_isa_or_packing);
   RUN(test_trainer_bits_do_not_depend_on_micro_batches);
   RUN(test_trainer_losses_do_not_depend_on_company);
@@ -882,5 +963,6 @@ static void run_trainer(void) {
   RUN(test_trainer_allocates_nothing_after_creation);
   RUN(test_trainer_survives_every_failed_allocation);
   RUN(test_trainer_copies_of_a_model_survive_every_failed_allocation);
+  RUN(test_trainer_micro_batches_change_what_the_header_says);
   RUN(test_trainer_learns);
 }
