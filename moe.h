@@ -10969,8 +10969,8 @@ static moe_status moe__quantize_tensors(moe_model *to, float *weights, int8_t *b
     w = from->weights + t.offset;
     for (k = 0; k < t.count; ++k)
       if (!(w[k] - w[k] == 0))
-        return moe__fail(env, MOE_E_NONFINITE, "tensor %s: element %zu is no finite number", t.name,
-                         k);
+        return moe__fail(env, MOE_E_NONFINITE, "tensor %s: element %zu is not a finite number",
+                         t.name, k);
     moe_model_tensor(to, i, &scale);
     if (scale.count == t.count && scale.dims == t.dims)
       memcpy(weights + scale.offset, w, t.count * sizeof(float));
@@ -16911,21 +16911,21 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
 #endif /* MOE_NO_STDIO */
 
 /* ---- weights of published encoders ---- >>import
-   A BERT-like file of the Hugging Face hub: BERT's names behind any prefix ("bert.", "model."),
-   LayerNorms as weight/bias or gamma/beta, F32, F16 or BF16. What else is in it (pooler, cls,
-   position_ids) is passed over, but nothing within the encoder is: a tensor that BERT has not means
-   another computation. */
+   A BERT-like file of the Hugging Face hub: BERT's names (those of the table of tensors) behind any
+   prefix ("bert.", "model."), LayerNorms as weight/bias or gamma/beta, F32, F16 or BF16. Tensors
+   outside the encoder (pooler, cls, position_ids) are skipped; one within it that BERT does not
+   have means another computation, and is refused. */
 
-#define MOE__IMPORT_COMPLAINTS                                                                     \
-  16 /* sentences about one file, so that a foreign one does not flood the log */
+/* Sentences about one file, so that a foreign one does not flood the log. */
+#define MOE__IMPORT_COMPLAINTS 16
 
-/* Complains when a tensor tells of a well-known encoder that is none of BERT's kind: one of the
-   encoder's behind the prefix, or, where none was found (prefix NULL), any. */
+/* Complains about a tensor that gives away a well-known encoder of another kind: among those of the
+   encoder behind the prefix, or among all (prefix NULL: none was found). */
 static moe_status moe__import_other(const moe__st *st, const char *prefix, const moe_env *env) {
   static const struct {
     const char *mark, *what;
   } known[] = {
-      {".q_lin.", "DistilBERT, which has no segments and names of its own"},
+      {".q_lin.", "DistilBERT, which has no segments and other names"},
       {".albert_layer_groups.", "ALBERT, whose layers share their weights"},
       {"embeddings_project.", "ELECTRA with word vectors narrower than its layers"},
       {".Wqkv.",
@@ -16936,8 +16936,8 @@ static moe_status moe__import_other(const moe__st *st, const char *prefix, const
       {".gated_layers", "JinaBERT, with gated feed-forward networks"},
       {".bottleneck.", "MobileBERT, whose layers have bottlenecks"},
       {".experts.", "a mixture of experts (moe_model_load reads those of moe.h)"},
-      {".blocks.", "no single encoder, but has several blocks in a layer (moe_model_load reads "
-                   "those of moe.h)"},
+      {".blocks.", "an encoder with several blocks in a layer (moe_model_load reads those of "
+                   "moe.h)"},
       {".lora_", "an adapter (LoRA), to be merged into the weights of its encoder first"}};
   char name[256];
   moe__json j;
@@ -16964,7 +16964,6 @@ typedef struct moe__encoder {
   moe__st st;
   char prefix[128]; /* what stands before "embeddings.word_embeddings.weight" */
   int32_t layers;   /* 1 + the highest number of a layer */
-  size_t tensors;   /* of BERT, behind the prefix */
 } moe__encoder;
 
 /* Finds the prefix. */
@@ -16991,44 +16990,35 @@ static moe_status moe__import_prefix(char *prefix, size_t capacity, const moe__s
   if (found) return MOE_OK;
   if (moe__import_other(st, NULL, env)) return MOE_E_FORMAT;
   return moe__fail(env, MOE_E_FORMAT,
-                   "no encoder like BERT, or a part of one only (model-00002-of-...): none of the "
-                   "%zu tensors is %s",
+                   "not an encoder like BERT, or only a part of one (model-00002-of-...): none of "
+                   "the %zu tensors is %s",
                    st->tensors, wanted);
 }
 
-/* Whether a name behind the prefix is of BERT's encoder: 1, and *layers at least 1 + the number of
-   its layer; -1: it is outside of the encoder; 0: it is within, and nothing of BERT's. */
-static int moe__import_known(const char *name, int32_t *layers) {
-  static const char *const modules[] = {"word_embeddings",
-                                        "position_embeddings",
-                                        "token_type_embeddings",
-                                        "LayerNorm",
-                                        "attention.self.query",
-                                        "attention.self.key",
-                                        "attention.self.value",
-                                        "attention.output.dense",
-                                        "attention.output.LayerNorm",
-                                        "intermediate.dense",
-                                        "output.dense",
-                                        "output.LayerNorm"};
-  int in_layer = !strncmp(name, "encoder.layer.", 14), i;
-  int32_t layer = 0;
-  const char *dot;
+/* Whether a name ends as a row of the table, a LayerNorm's perhaps in the old way. */
+static int moe__import_same(const char *name, const moe__tensor_row *row) {
+  size_t length = strlen(row->name), norm = length - strlen("weight");
+  if (!strcmp(name, row->name)) return 1;
+  if (!strstr(row->name, "LayerNorm.")) return 0;
+  if (row->first != MOE__FIRST_ONE) norm = length - strlen("bias");
+  return !strncmp(name, row->name, norm) &&
+         !strcmp(name + norm, row->first == MOE__FIRST_ONE ? "gamma" : "beta");
+}
+
+/* Reads a name behind the prefix. 1: a tensor of BERT's, its row and layer in *spot; -1: outside
+   the encoder; 0: within it, and BERT does not have it. */
+static int moe__import_parse(const char *name, moe__spot *spot) {
+  int in_layer;
+  spot->layer = spot->i = 0;
   if (!strcmp(name, "embeddings.position_ids") || !strcmp(name, "embeddings.token_type_ids"))
     return -1;
-  if (strncmp(name, "embeddings.", 11) && !in_layer) return strncmp(name, "encoder.", 8) ? -1 : 0;
-  name += in_layer ? 14 : 11;
-  for (; in_layer && *name >= '0' && *name <= '9' && layer < 10000; ++name)
-    layer = layer * 10 + (*name - '0');
-  if (in_layer && (layer >= 10000 || *name++ != '.')) return 0;
-  dot = strrchr(name, '.');
-  for (i = in_layer ? 4 : 0; dot && i < (in_layer ? 12 : 4); ++i) {
-    size_t length = strlen(modules[i]);
-    int norm = strstr(modules[i], "LayerNorm") != NULL;
-    if ((size_t)(dot - name) != length || strncmp(name, modules[i], length)) continue;
-    if (in_layer && layer >= *layers) *layers = layer + 1;
-    return !strcmp(dot, ".weight") || ((norm || in_layer) && !strcmp(dot, ".bias")) ||
-           (norm && (!strcmp(dot, ".gamma") || !strcmp(dot, ".beta")));
+  in_layer = moe__skip(&name, "encoder.layer.");
+  if (!in_layer && !moe__skip(&name, "embeddings.")) return strncmp(name, "encoder.", 8) ? -1 : 0;
+  if (in_layer) spot->layer = moe__skip_number(&name, 10000);
+  for (spot->id = 0; spot->id < MOE__ROWS && spot->layer >= 0; ++spot->id) {
+    const moe__tensor_row *row = moe__row_of(spot);
+    if (row->bert && in_layer == (row->scope != MOE__IN_EMBED) && moe__import_same(name, row))
+      return 1;
   }
   return 0;
 }
@@ -17058,13 +17048,14 @@ static moe_status moe__import_positions(const moe__st *st, const char *prefix, c
                    t.name, rows);
 }
 
-/* Finds the encoder in a file's bytes, and nothing in it that BERT has not. */
+/* Finds the encoder in a file's bytes; all of its tensors are BERT's. */
 static moe_status moe__import_open(moe__encoder *out, const void *file, size_t bytes,
                                    const moe_env *env) {
   const moe__st *st = &out->st;
   char name[256];
   moe__json j;
   moe__st_tensor t;
+  moe__spot spot;
   size_t length;
   moe_status status = moe__st_open(&out->st, file, bytes, env);
   if (!status) status = moe__import_prefix(out->prefix, sizeof out->prefix, st, env);
@@ -17072,36 +17063,21 @@ static moe_status moe__import_open(moe__encoder *out, const void *file, size_t b
   if (!status) status = moe__import_positions(st, out->prefix, env);
   if (status) return status;
   out->layers = 0;
-  out->tensors = 0;
   length = strlen(out->prefix);
   moe__st_begin(st, &j);
   while (moe__st_next(st, &j, &t)) {
     int known;
     moe__json_copy(name, sizeof name, &t.key);
     if (strncmp(name, out->prefix, length)) continue;
-    known = moe__import_known(name + length, &out->layers);
+    known = moe__import_parse(name + length, &spot);
     if (!known)
       return moe__fail(
           env, MOE_E_FORMAT,
           "tensor %s: BERT has no such tensor, so this encoder computes something else", t.name);
-    out->tensors += known > 0;
+    if (known > 0 && moe__row_of(&spot)->scope != MOE__IN_EMBED)
+      out->layers = moe__max(out->layers, spot.layer + 1);
   }
   return MOE_OK;
-}
-
-/* Finds a tensor of BERT's name, LayerNorms by their old names too. */
-static int moe__import_find(const moe__encoder *from, moe__json *hint, const char *name,
-                            moe__st_tensor *out) {
-  char other[128];
-  size_t length = strlen(name);
-  if (moe__st_find(&from->st, hint, from->prefix, name, out)) return 1;
-  if (!strstr(name, "LayerNorm.") || length + 1 > sizeof other || length < 7) return 0;
-  memcpy(other, name, length + 1);
-  if (!strcmp(name + length - 6, "weight"))
-    memcpy(other + length - 6, "gamma", 6);
-  else
-    memcpy(other + length - 4, "beta", 5);
-  return moe__st_find(&from->st, hint, from->prefix, other, out);
 }
 
 /* A matrix of the file, for its sizes. */
@@ -17195,122 +17171,176 @@ MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, 
   return MOE_OK;
 }
 
-/* The name under which the file has a tensor of the model, and which copy of it this is; 0: the
-   file has no such thing. */
-static int moe__import_name(char out[128], const moe_tensor *t, int32_t *copy) {
-  const char *experts = strstr(t->name, ".experts."), *blocks = strstr(t->name, ".blocks.");
-  const char *at = experts ? experts + 9 : blocks ? blocks + 8 : NULL;
-  *copy = 0;
-  if (!strncmp(t->name, "router.", 7) || !strncmp(t->name, "tasks.", 6)) return 0;
-  if (!experts) experts = blocks;
-  if (!strncmp(t->name, "heads.", 6) || strstr(t->name, ".gate.") ||
-      !strncmp(t->name, "embeddings.features.", 20))
-    return 0;
-  if (!at) {
-    memcpy(out, t->name, sizeof t->name);
-    return 1;
-  }
-  for (; *at != '.'; ++at) *copy = *copy * 10 + (*at - '0');
-  memcpy(out, t->name, (size_t)(experts - t->name));
-  moe__format(out + (experts - t->name), 128 - (size_t)(experts - t->name), "%s", at);
-  return 1;
+/* Where a tensor of the encoder is in the file. */
+typedef struct moe__source {
+  int found;
+  moe__dtype dtype;
+  size_t begin;
+} moe__source;
+
+/* What an import works on. */
+typedef struct moe__import {
+  moe__encoder from;
+  moe_model *model;
+  moe__source *source; /* (1 + layers, MOE__ROWS): of the embeddings, of each layer */
+  int complaints;
+} moe__import;
+
+/* The source of a tensor of the model; NULL: published encoders do not have it. */
+static moe__source *moe__import_source(const moe__import *import, const moe__spot *spot) {
+  int32_t layer = spot->layer / moe__layer_blocks(&import->model->config);
+  if (!moe__row_of(spot)->bert) return NULL;
+  if (moe__row_of(spot)->scope == MOE__IN_EMBED) layer = -1;
+  return &import->source[(layer + 1) * MOE__ROWS + spot->id];
 }
 
-/* Checks a tensor of the model against the file; *complaints counts what is wrong. */
-static void moe__import_check(const moe_tensor *want, const char *name, const moe__encoder *from,
-                              moe__json *hint, int *complaints, const moe_env *env) {
-  moe__st_tensor found;
+/* Which of several copies of a tensor of the file this is; -1: the only one. */
+static int32_t moe__import_copy(const moe_config *c, const moe__spot *spot) {
+  int scope = moe__row_of(spot)->scope;
+  if (c->unit == MOE_UNIT_BLOCK && scope >= MOE__IN_LAYER && scope <= MOE__IN_TAIL)
+    return spot->layer % c->experts;
+  return scope == MOE__IN_EXPERT && moe__has_gates(c) ? spot->i : -1;
+}
+
+/* For one more complaint: NULL when there were enough. */
+static const moe_env *moe__import_complain(moe__import *import, const moe_env *env) {
+  return import->complaints++ < MOE__IMPORT_COMPLAINTS ? env : NULL;
+}
+
+/* Checks a tensor of the file against the model, and notes where it is. */
+static moe_status moe__import_note(moe__import *import, const moe__spot *spot,
+                                   const moe__st_tensor *found, const moe_env *env) {
+  moe__source *source = moe__import_source(import, spot);
+  moe_tensor want;
   size_t bad;
-  const moe_env *told = *complaints < MOE__IMPORT_COMPLAINTS ? env : NULL;
-  if (!moe__import_find(from, hint, name, &found)) {
-    char text[80];
-    size_t shape[3];
-    int k;
-    for (k = 0; k < want->dims; ++k) shape[k] = (size_t)want->shape[k];
-    moe__shape_text(text, sizeof text, shape, want->dims);
-    moe__fail(told, MOE_E_FORMAT, "tensor %s%s is missing: expected F32, F16 or BF16 of %s",
-              from->prefix, name, text);
-    ++*complaints;
-  } else if (!moe__same_shape(&found, want) || found.dtype > MOE__BF16) {
-    moe__wrong_shape(&found, want, "F32, F16 or BF16", told);
-    ++*complaints;
-  } else if ((bad = moe__st_finite(from->st.data + found.begin, found.count, found.dtype)) <
-             found.count) {
-    moe__fail(told, MOE_E_FORMAT, "tensor %s: element %zu is no finite number", found.name, bad);
-    ++*complaints;
+  if (!moe__row_exists(&import->model->config, moe__row_of(spot))) return MOE_OK;
+  if (source->found)
+    return moe__fail(env, MOE_E_FORMAT,
+                     "tensor %s is listed twice, perhaps once under its old name (gamma, beta)",
+                     found->name);
+  source->found = 1;
+  source->dtype = found->dtype;
+  source->begin = found->begin;
+  moe__spot_tensor(import->model, spot, &want);
+  if (!moe__same_shape(found, &want) || found->dtype > MOE__BF16) {
+    moe__wrong_shape(found, &want, "F32, F16 or BF16", moe__import_complain(import, env));
+    return MOE_OK;
   }
+  bad = moe__st_finite(import->from.st.data + found->begin, found->count, found->dtype);
+  if (bad < found->count)
+    moe__fail(moe__import_complain(import, env), MOE_E_FORMAT,
+              "tensor %s: element %zu is not a finite number", found->name, bad);
+  return MOE_OK;
+}
+
+/* Goes through the file. */
+static moe_status moe__import_list(moe__import *import, const moe_env *env) {
+  const moe__encoder *from = &import->from;
+  const moe_config *config = &import->model->config;
+  moe__json j;
+  moe__st_tensor t;
+  moe__spot spot;
+  size_t length = strlen(from->prefix);
+  char name[256];
+  moe_status status = MOE_OK;
+  if (from->layers > config->layers)
+    moe__fail(moe__import_complain(import, env), MOE_E_FORMAT,
+              "the model has %d layers, the file has %d", (int)config->layers, (int)from->layers);
+  moe__st_begin(&from->st, &j);
+  while (!status && moe__st_next(&from->st, &j, &t)) {
+    moe__json_copy(name, sizeof name, &t.key);
+    if (strncmp(name, from->prefix, length) || moe__import_parse(name + length, &spot) <= 0 ||
+        spot.layer >= config->layers)
+      continue;
+    spot.layer *= moe__layer_blocks(config); /* stands for all of its blocks, and experts */
+    status = moe__import_note(import, &spot, &t, env);
+  }
+  return status;
+}
+
+/* Complains about a tensor that the file lacks. */
+static void moe__import_missing(moe__import *import, const moe__spot *spot, const moe_tensor *want,
+                                const moe_env *env) {
+  const moe__tensor_row *row = moe__row_of(spot);
+  char shape[80], layer[48];
+  size_t dims[3];
+  int k;
+  for (k = 0; k < want->dims; ++k) dims[k] = (size_t)want->shape[k];
+  moe__shape_text(shape, sizeof shape, dims, want->dims);
+  moe__format(layer, sizeof layer, "encoder.layer.%d.",
+              (int)(spot->layer / moe__layer_blocks(&import->model->config)));
+  moe__fail(moe__import_complain(import, env), MOE_E_FORMAT,
+            "tensor %s%s%s is missing: expected F32, F16 or BF16 of %s", import->from.prefix,
+            row->scope == MOE__IN_EMBED ? "embeddings." : layer, row->name, shape);
 }
 
 /* Everything that the model needs must be there, before anything is changed. */
-static moe_status moe__import_survey(const moe_model *model, const moe__encoder *from,
-                                     const moe_env *env) {
-  moe__json hint;
+static moe_status moe__import_survey(moe__import *import, const moe_env *env) {
+  const moe_model *model = import->model;
+  int32_t i;
   moe_tensor t;
-  char name[128];
-  int complaints = 0;
-  int32_t i, copy;
-  memset(&hint, 0, sizeof hint);
-  if (from->layers > model->config.layers) {
-    moe__fail(env, MOE_E_FORMAT, "the model has %d layers, the file has %d",
-              (int)model->config.layers, (int)from->layers);
-    ++complaints;
+  moe_status status = moe__import_list(import, env);
+  for (i = 0; i < model->tensors && !status; ++i) {
+    moe__spot spot = moe__tensor_get(model, i, &t);
+    const moe__source *source = moe__import_source(import, &spot);
+    if (source && !source->found && moe__import_copy(&model->config, &spot) <= 0)
+      moe__import_missing(import, &spot, &t, env);
   }
+  if (import->complaints > MOE__IMPORT_COMPLAINTS)
+    moe__fail(env, MOE_E_FORMAT, "and %d more tensors are missing or wrong",
+              import->complaints - MOE__IMPORT_COMPLAINTS);
+  return status || import->complaints ? MOE_E_FORMAT : MOE_OK;
+}
+
+/* Copies the file's tensors into the model, and adds noise to copies of the same one. */
+static void moe__import_fill(const moe__import *import, const moe_import_options *options) {
+  moe_model *model = import->model;
+  float noise = options ? options->noise : 0;
+  int32_t i;
+  moe_tensor t;
+  size_t k;
   for (i = 0; i < model->tensors; ++i) {
-    moe_model_tensor(model, i, &t);
-    if (moe__import_name(name, &t, &copy) && !copy)
-      moe__import_check(&t, name, from, &hint, &complaints, env);
+    moe__spot spot = moe__tensor_get(model, i, &t);
+    const moe__source *source = moe__import_source(import, &spot);
+    float *to = model->writable + t.offset;
+    if (!source) continue;
+    moe__st_floats(to, import->from.st.data + source->begin, t.count, source->dtype);
+    if (noise > 0 && moe__import_copy(&model->config, &spot) >= 0) {
+      uint64_t key = moe_key(options->seed, 0, moe__name_hash(t.name), 0, MOE__SITE_NOISE);
+      for (k = 0; k < t.count; ++k) to[k] += noise * moe__normal(key, k);
+    }
   }
-  if (complaints > MOE__IMPORT_COMPLAINTS)
-    moe__fail(env, MOE_E_FORMAT, "and %d tensors more are missing or wrong",
-              complaints - MOE__IMPORT_COMPLAINTS);
-  if (!complaints &&
-      from->tensors > 5 + 16 * (size_t)from->layers) { /* of the embeddings and of each layer */
-    moe__fail(
-        env, MOE_E_FORMAT,
-        "a tensor of the encoder is there twice, perhaps under its old name (gamma, beta) too");
-    ++complaints;
-  }
-  return complaints ? MOE_E_FORMAT : MOE_OK;
 }
 
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes,
                                     const moe_import_options *options, const moe_env *env) {
-  moe__encoder from;
-  moe__st_tensor found;
-  moe__json hint;
-  moe_tensor t;
-  char name[128];
-  float noise = options ? options->noise : 0;
-  int32_t i, copy;
-  size_t k;
+  moe__import import;
+  size_t bytes = (size_t)(model->config.layers + 1) * MOE__ROWS * sizeof(moe__source);
   moe_status status;
   if (model->plan.quantized)
     return moe__fail(env, MOE_E_UNSUPPORTED,
-                     "nothing can be imported into an int8 model: quantise it afterwards");
+                     "an int8 model cannot be imported into: import first, then quantise");
   if (!model->writable)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "the weights of this model are a file's and cannot be changed");
+                     "the weights of this model are in the bytes of a file and cannot be changed");
   if (model->config.pruned)
-    return moe__fail(env, MOE_E_UNSUPPORTED,
-                     "nothing can be imported into a model some of whose experts are pruned");
-  if (!(noise >= 0 && noise < 1))
-    return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, it must be from 0 to 1",
-                     (double)noise);
-  status = moe__import_open(&from, file, file_bytes, env);
-  if (!status) status = moe__import_survey(model, &from, env);
-  if (!status) status = moe__model_fetch(model, env);
+    return moe__fail(env, MOE_E_UNSUPPORTED, "a model with pruned experts cannot be imported into");
+  if (options && !(options->noise >= 0 && options->noise < 1))
+    return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, expected 0 to below 1",
+                     (double)options->noise);
+  memset(&import, 0, sizeof import);
+  import.model = model;
+  status = moe__import_open(&import.from, file, file_bytes, env);
   if (status) return status;
-  memset(&hint, 0, sizeof hint);
-  for (i = 0; i < model->tensors; ++i) {
-    moe_model_tensor(model, i, &t);
-    if (!moe__import_name(name, &t, &copy)) continue;
-    moe__import_find(&from, &hint, name, &found);
-    moe__st_floats(model->writable + t.offset, from.st.data + found.begin, t.count, found.dtype);
-    if (noise > 0 && (strstr(t.name, ".experts.") || strstr(t.name, ".blocks."))) {
-      uint64_t key = moe_key(options->seed, 0, moe__name_hash(t.name), 0, MOE__SITE_NOISE);
-      for (k = 0; k < t.count; ++k) model->writable[t.offset + k] += noise * moe__normal(key, k);
-    }
-  }
+  import.source = (moe__source *)moe__alloc(bytes);
+  if (!import.source)
+    return moe__fail(env, MOE_E_MEMORY, "no memory for the places of the file's tensors");
+  memset(import.source, 0, bytes);
+  status = moe__import_survey(&import, env);
+  if (!status) status = moe__model_fetch(model, env);
+  if (!status) moe__import_fill(&import, options);
+  moe__release(import.source);
+  if (status) return status;
   if (model->panels) moe__model_repack(model, env);
   return model->resident ? moe__model_upload(model, &model->device) : MOE_OK;
 }

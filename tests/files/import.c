@@ -328,7 +328,7 @@ static void test_import_refuses_other_dtypes_nan_and_damage(void) {
   at[0] = 0xc0, at[1] = 0x7f;
   env = logging();
   CHECK(moe_model_import(model, file, n, NULL, &env) == MOE_E_FORMAT &&
-            strstr(said, "is no finite number"),
+            strstr(said, "is not a finite number"),
         "%s", said);
   for (at = file; memcmp(at, "F32", 3); ++at) continue;
   memcpy(at, "I32", 3);
