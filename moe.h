@@ -1103,10 +1103,12 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
 MOE_API moe_status moe_file_read(void **data, size_t *bytes, const char *path, const moe_env *env);
 /* What moe_file_read took. NULL is fine. */
 MOE_API void moe_free(void *data);
-/* Replaces the file at `path` by what `write` writes: first into PATH.tmp, which is flushed to the
-   disk and then renamed, so that a crash or a full disk never costs the old file. An older PATH.tmp
-   is removed. A symbolic link is replaced, not followed; a pipe, a device and what the program has
-   open (/dev/stdout, /dev/fd/N) are written to directly. */
+/* Replaces the file at `path` by what `write` writes: first into a temporary file beside it
+   (PATH.tmp, or PATH.tmp1 to PATH.tmp15 while others write the same path), which is flushed to the
+   disk and then renamed. A crash or a full disk never costs the old file, and of several writers the
+   last one to end wins. Temporary files of writers that were killed are removed by the next one. A
+   symbolic link is replaced, not followed; a pipe, a device and what the program has open
+   (/dev/stdout, /dev/fd/N) are written to directly. */
 MOE_API moe_status moe_file_replace(const char *path,
                                     moe_status (*write)(void *user, const moe_writer *writer,
                                                         const moe_env *env),
@@ -1688,6 +1690,7 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
 #ifndef _WIN32
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #endif
 #endif
@@ -9522,7 +9525,7 @@ static int moe__has_gates(const moe_config *config) {
 static moe_status moe__check_range(const char *what, int32_t value, int32_t low, int32_t high,
                                    const moe_env *env) {
   if (value >= low && value <= high) return MOE_OK;
-  return moe__fail(env, MOE_E_ARGUMENT, "configuration: %s is %d, it must be from %d to %d", what,
+  return moe__fail(env, MOE_E_ARGUMENT, "configuration: %s is %d, expected %d to %d", what,
                    (int)value, (int)low, (int)high);
 }
 
@@ -9541,11 +9544,11 @@ static moe_status moe__check_sizes(const moe_config *c, const moe_env *env) {
   if (!status) status = moe__check_range("max_len", c->max_len, 1, c->positions, env);
   if (!status && c->hidden % c->heads)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "configuration: hidden is %d, which is no multiple of heads, %d",
+                     "configuration: hidden is %d, expected a multiple of heads (%d)",
                      (int)c->hidden, (int)c->heads);
   if (!status && !(c->eps > 0 && c->eps < 1))
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "configuration: eps is %g, it must be above 0 and below 1", (double)c->eps);
+    return moe__fail(env, MOE_E_ARGUMENT, "configuration: eps is %g, expected above 0 and below 1",
+                     (double)c->eps);
   return status;
 }
 
@@ -9558,29 +9561,30 @@ static moe_status moe__check_task_router(const moe_config *c, const moe_env *env
                               MOE_SELECT_STRAIGHT, env);
   if (status) return status;
   if (block && !level && c->router != MOE_ROUTER_DENSE)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "configuration: blocks as experts go with the task-level router or with none, "
-                     "not with gates");
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "configuration: router is %s, expected level or dense where the experts are blocks",
+        moe_router_name(c->router));
   if (level && !block)
-    return moe__fail(
-        env, MOE_E_ARGUMENT,
-        "configuration: the task-level router chooses blocks, the unit is a feed-forward network");
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "configuration: unit is ffn, expected block with the task-level router");
   if (level && c->experts < 2)
-    return moe__fail(
-        env, MOE_E_ARGUMENT,
-        "configuration: experts is %d, a task-level router has nothing to choose from below 2",
-        (int)c->experts);
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "configuration: experts is %d, expected at least 2 with the task-level router",
+                     (int)c->experts);
   if (block && (c->top_k != 1 || c->gate_scale_n || c->renormalize))
     return moe__fail(
         env, MOE_E_ARGUMENT,
-        "configuration: blocks as experts go with top_k 1, and gate_scale_n and renormalize 0");
+        "configuration: top_k is %d, gate_scale_n %d, renormalize %d, expected 1, 0, 0 where the "
+        "experts are blocks",
+        (int)c->top_k, (int)c->gate_scale_n, (int)c->renormalize);
   if (block && (int64_t)c->layers * c->experts > 4096)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "configuration: %d layers of %d blocks, there may be 4096 blocks",
+                     "configuration: %d layers of %d blocks, expected at most 4096 blocks in all",
                      (int)c->layers, (int)c->experts);
   if (block && !(c->temperature > 0 && c->temperature <= 1e6f))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "configuration: temperature is %g, it must be above 0 and at most 1e6",
+                     "configuration: temperature is %g, expected above 0 and at most 1e6",
                      (double)c->temperature);
   if (!level) return MOE_OK;
   return moe__check_range("task_dim", c->task_dim, 1, 65536, env);
@@ -9591,15 +9595,16 @@ static moe_status moe__check_pruned(const moe_config *c, const moe_env *env) {
   int32_t l, i;
   if (!c->pruned) return MOE_OK;
   if (!moe__has_gates(c))
-    return moe__fail(env, MOE_E_ARGUMENT, "configuration: experts can be pruned behind gates only");
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "configuration: experts are pruned, expected none in a model without gates");
   for (l = 0; l < c->layers; ++l) {
     int32_t left = 0;
     for (i = 0; i < c->experts; ++i) left += !c->pruned[(size_t)l * (size_t)c->experts + (size_t)i];
     if (left < c->top_k)
       return moe__fail(
           env, MOE_E_ARGUMENT,
-          "configuration: of the %d experts of layer %d %d are there, a token needs %d",
-          (int)c->experts, (int)l, (int)left, (int)c->top_k);
+          "configuration: layer %d keeps %d of %d experts, expected at least top_k (%d)", (int)l,
+          (int)left, (int)c->experts, (int)c->top_k);
   }
   return MOE_OK;
 }
@@ -9624,8 +9629,9 @@ MOE_API moe_status moe_config_check(const moe_config *config, const moe_env *env
                               MOE_TRUNCATE_RIGHT, env);
   if (!status) status = moe__check_range("cased", c->cased, 0, 1, env);
   if (!status && c->gate_scale_n && c->renormalize)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "configuration: gate_scale_n and renormalize exclude each other, both are 1");
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "configuration: gate_scale_n and renormalize are both 1, expected at most one of them");
   return status ? status : moe__check_pruned(c, env);
 }
 
@@ -9645,18 +9651,18 @@ static int moe__name_char(char c) {
 static moe_status moe__check_task_name(const moe_task *tasks, int32_t t, const moe_env *env) {
   size_t length = moe__bounded(tasks[t].name, MOE_NAME_BYTES), i;
   int32_t other;
-  if (length == 0) return moe__fail(env, MOE_E_ARGUMENT, "task %d has no name", (int)t);
+  if (length == 0) return moe__fail(env, MOE_E_ARGUMENT, "task %d: its name is empty", (int)t);
   if (length == MOE_NAME_BYTES)
-    return moe__fail(env, MOE_E_ARGUMENT, "the name of task %d is longer than %d bytes", (int)t,
+    return moe__fail(env, MOE_E_ARGUMENT, "task %d: its name is longer than %d bytes", (int)t,
                      MOE_NAME_BYTES - 1);
   for (i = 0; i < length; ++i)
     if (!moe__name_char(tasks[t].name[i]))
       return moe__fail(env, MOE_E_ARGUMENT,
-                       "task '%s': a name has letters, digits, '-', '_' and '+' only",
+                       "task '%s': expected a name of letters, digits, '-', '_' and '+'",
                        tasks[t].name);
   for (other = 0; other < t; ++other)
     if (!strcmp(tasks[other].name, tasks[t].name))
-      return moe__fail(env, MOE_E_ARGUMENT, "task '%s' is there twice, as number %d and %d",
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s' is listed twice, as number %d and %d",
                        tasks[t].name, (int)other, (int)t);
   return MOE_OK;
 }
@@ -9681,12 +9687,12 @@ static moe_status moe__check_task_metrics(const moe_task *task, const moe_env *e
         known = i < MOE__METRICS_OF_CLASSES ? 1 : 2;
     if (known == 1 && !moe__has_classes(task))
       return moe__fail(env, MOE_E_ARGUMENT,
-                       "task '%s': metrics '%s', those of a regression are pearson and spearman",
-                       task->name, task->metrics);
+                       "task '%s': metrics '%s', expected pearson or spearman for kind %s",
+                       task->name, task->metrics, moe__kind_of(task)->name);
     if (!known)
       return moe__fail(
           env, MOE_E_ARGUMENT,
-          "task '%s': metrics '%s', known are accuracy f1 macro_f1 matthews pearson spearman",
+          "task '%s': metrics '%s', expected accuracy f1 macro_f1 matthews pearson spearman",
           task->name, task->metrics);
   }
   return MOE_OK;
@@ -9698,12 +9704,11 @@ static moe_status moe__check_task_labels(const moe_task *task, const moe_env *en
   for (i = 0; i < task->classes; ++i) {
     size_t length = task->label[i] ? moe__bounded(task->label[i], MOE_NAME_BYTES) : 0;
     if (length == 0 || length == MOE_NAME_BYTES)
-      return moe__fail(env, MOE_E_ARGUMENT,
-                       "task '%s': label %d has %d bytes, it must have 1 to %d", task->name, (int)i,
-                       (int)length, MOE_NAME_BYTES - 1);
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': label %d has %d bytes, expected 1 to %d",
+                       task->name, (int)i, (int)length, MOE_NAME_BYTES - 1);
     for (j = 0; j < i; ++j)
       if (!strcmp(task->label[i], task->label[j]))
-        return moe__fail(env, MOE_E_ARGUMENT, "task '%s': label '%s' is there twice", task->name,
+        return moe__fail(env, MOE_E_ARGUMENT, "task '%s': label '%s' is listed twice", task->name,
                          task->label[i]);
   }
   return MOE_OK;
@@ -9713,17 +9718,16 @@ static moe_status moe__check_task_classes(const moe_task *task, const moe_env *e
   const moe__kind *kind = moe__kind_of(task);
   if (task->classes < kind->least || task->classes > kind->most) {
     if (kind->least == kind->most)
-      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': classes is %d, it must be %d for kind %s",
+      return moe__fail(env, MOE_E_ARGUMENT, "task '%s': classes is %d, expected %d for kind %s",
                        task->name, (int)task->classes, (int)kind->most, kind->name);
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "task '%s': classes is %d, it must be from %d to %d for kind %s", task->name,
-                     (int)task->classes, (int)kind->least, (int)kind->most, kind->name);
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': classes is %d, expected %d to %d for kind %s",
+                     task->name, (int)task->classes, (int)kind->least, (int)kind->most, kind->name);
   }
   if (moe__has_classes(task)) return moe__check_task_labels(task, env);
   if (!(task->low < task->high) || !(task->high - task->low <= 3e38f))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "task '%s': its range is %g to %g, the first must be below the second",
-                     task->name, (double)task->low, (double)task->high);
+                     "task '%s': low is %g and high %g, expected low below high", task->name,
+                     (double)task->low, (double)task->high);
   return MOE_OK;
 }
 
@@ -9736,13 +9740,12 @@ static moe_status moe__check_task(const moe_config *config, const moe_task *task
     return moe__fail(env, MOE_E_ARGUMENT, "task '%s': unknown kind %d", task->name,
                      (int)task->kind);
   if (task->pair != 0 && task->pair != 1)
-    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': pair is %d, it must be 0 or 1", task->name,
+    return moe__fail(env, MOE_E_ARGUMENT, "task '%s': pair is %d, expected 0 or 1", task->name,
                      (int)task->pair);
   if (task->max_len < 0 || task->max_len > config->positions)
-    return moe__fail(
-        env, MOE_E_ARGUMENT,
-        "task '%s': max_len is %d, it must be from 0 (the model's) to %d, the positions",
-        task->name, (int)task->max_len, (int)config->positions);
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "task '%s': max_len is %d, expected 0 (the model's) to %d, the positions",
+                     task->name, (int)task->max_len, (int)config->positions);
   status = moe__check_task_metrics(task, env);
   return status ? status : moe__check_task_classes(task, env);
 }
@@ -9752,8 +9755,7 @@ static moe_status moe__check_tasks(const moe_config *config, const moe_task *tas
   int32_t t;
   moe_status status = MOE_OK;
   if (T < 1 || T > MOE_MAX_TASKS)
-    return moe__fail(env, MOE_E_ARGUMENT, "a model has 1 to %d tasks, not %d", MOE_MAX_TASKS,
-                     (int)T);
+    return moe__fail(env, MOE_E_ARGUMENT, "%d tasks, expected 1 to %d", (int)T, MOE_MAX_TASKS);
   for (t = 0; t < T && !status; ++t) status = moe__check_task(config, tasks, t, env);
   return status;
 }
@@ -10250,9 +10252,8 @@ static moe_status moe__model_bytes(size_t *bytes, const moe_config *config, cons
   moe__model_carve(&layout, &parts, (size_t)T, labels, label_bytes, moe__pruned_cells(config),
                    in_place ? NULL : &plan);
   if (layout.bad)
-    return moe__fail(
-        env, MOE_E_ARGUMENT,
-        "configuration: the weights do not fit into the address space of this machine");
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "configuration: the weights exceed the address space of this machine");
   *bytes = layout.used;
   return MOE_OK;
 }
@@ -10279,10 +10280,10 @@ static void moe__copy_tasks(moe__model_block *parts, const moe_task *tasks, int3
 static moe_status moe__check_block(const char *what, const void *block, size_t bytes, size_t need,
                                    const moe_env *env) {
   if (!block || ((uintptr_t)block & 63))
-    return moe__fail(env, MOE_E_ARGUMENT, "the block of %s must start at a multiple of 64 bytes",
-                     what);
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "the block of %s: expected an address that is a multiple of 64", what);
   if (bytes < need)
-    return moe__fail(env, MOE_E_MEMORY, "the block of %s has %zu bytes, it needs %zu", what, bytes,
+    return moe__fail(env, MOE_E_MEMORY, "the block of %s has %zu bytes, expected %zu", what, bytes,
                      need);
   return MOE_OK;
 }
@@ -10989,8 +10990,7 @@ static moe_status moe__quantize_tensors(moe_model *to, float *weights, int8_t *b
 MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, const moe_env *env) {
   moe_model *to = NULL;
   moe_status status;
-  if (model->plan.quantized)
-    return moe__fail(env, MOE_E_UNSUPPORTED, "this model is quantised already");
+  if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "the model is int8 already");
   status = moe__model_fetch(model, env);
   if (status) return status;
   status = moe__model_create_raw(&to, &model->config, model->tasks, model->T, 1, env);
@@ -11073,14 +11073,16 @@ MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, cons
   moe_model *to = NULL;
   moe_status status;
   if (model->plan.quantized)
-    return moe__fail(env, MOE_E_UNSUPPORTED, "task '%s' cannot join: the model's weights are int8",
+    return moe__fail(env, MOE_E_UNSUPPORTED,
+                     "task '%s' cannot be added to an int8 model: add it first, then quantise",
                      task->name);
   if (gate_from < MOE_GATE_MEAN || gate_from >= model->T)
-    return moe__fail(env, MOE_E_ARGUMENT, "a gate is to come from task %d, the model has %d tasks",
-                     (int)gate_from, (int)model->T);
+    return moe__fail(env, MOE_E_ARGUMENT, "gate_from is %d, expected -2 to %d", (int)gate_from,
+                     (int)model->T - 1);
   if (gate_from != MOE_GATE_RANDOM && !moe__own_gates(&model->config))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "task '%s' can take no gate from another: the model has %s", task->name,
+                     "task '%s': gate_from is %d, expected MOE_GATE_RANDOM, since the model has %s",
+                     task->name, (int)gate_from,
                      model->config.router == MOE_ROUTER_DENSE ? "no gates"
                                                               : "one gate for all tasks");
   status = moe__model_fetch(model, env);
@@ -11140,19 +11142,19 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
   int32_t i;
   if (status) return status;
   if (drop && !moe__has_gates(&config))
-    return moe__fail(env, MOE_E_ARGUMENT, "this model has no experts that could be left out");
+    return moe__fail(env, MOE_E_ARGUMENT, "drop is given, expected NULL for a model without gates");
   if (model->plan.quantized)
     return moe__fail(env, MOE_E_UNSUPPORTED,
-                     "no task can be taken out of an int8 model: do that first, then quantise");
+                     "tasks cannot be extracted from an int8 model: extract first, then quantise");
   if (n < 1 || n > model->T)
-    return moe__fail(env, MOE_E_ARGUMENT, "%d tasks are to be kept, the model has %d", (int)n,
+    return moe__fail(env, MOE_E_ARGUMENT, "%d tasks to extract, the model has %d", (int)n,
                      (int)model->T);
   list = (moe_task *)moe__alloc((size_t)n * sizeof *list + cells);
   if (!list) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)n);
   if (drop) moe__extract_pruned(&config, (uint8_t *)(list + n), drop);
   for (i = 0; i < n && !status; ++i) {
     if (tasks[i] < 0 || tasks[i] >= model->T)
-      status = moe__fail(env, MOE_E_ARGUMENT, "task %d is to be kept, the model has %d tasks",
+      status = moe__fail(env, MOE_E_ARGUMENT, "task %d to extract, the model has %d tasks",
                          (int)tasks[i], (int)model->T);
     else
       list[i] = model->tasks[tasks[i]];
@@ -14871,7 +14873,7 @@ static int moe__json_hex4(moe__json *j, uint32_t *out) {
                 : c >= 'a' && c <= 'f' ? c - 'a' + 10
                 : c >= 'A' && c <= 'F' ? c - 'A' + 10
                                        : -1;
-    if (digit < 0) return moe__json_fail(j, "\\u wants four hexadecimal digits");
+    if (digit < 0) return moe__json_fail(j, "\\u needs four hexadecimal digits");
     *out = *out << 4 | (uint32_t)digit;
   }
   return 1;
@@ -14886,7 +14888,7 @@ static int moe__json_escape(moe__json *j, unsigned char out[4]) {
   int c = moe__json_get(j);
   const char *known = c > 0 ? strchr(from, c) : NULL;
   if (known) return out[0] = (unsigned char)to[known - from], 1;
-  if (c != 'u') return moe__json_fail(j, "an unknown escape in a string");
+  if (c != 'u') return moe__json_fail(j, "unknown escape in a string");
   if (!moe__json_hex4(j, &high)) return 0;
   if (high < 0xd800 || high > 0xdfff) return moe__utf8_put(out, high);
   if (high >= 0xdc80 && high <= 0xdcff) return out[0] = (unsigned char)(high & 0xff), 1;
@@ -14924,7 +14926,8 @@ static int moe__json_more(moe__json *j, int close) {
   if (c == close) return moe__json_get(j), 0;
   if (first && c >= 0) return 1;
   if (c != ',')
-    return moe__json_fail(j, c < 0 ? "the text ends too early" : "a comma was expected");
+    return moe__json_fail(j,
+                          c < 0 ? "the text ends here, more was expected" : "a comma was expected");
   moe__json_get(j);
   return 1;
 }
@@ -14936,7 +14939,7 @@ static int moe__json_string(moe__json *j, moe__json_text *out) {
   if (!moe__json_expect(j, '"', "a string was expected")) return 0;
   out->begin = *j;
   while ((c = moe__json_get(j)) != '"') {
-    if (c < 0) return moe__json_fail(j, "a string has no end");
+    if (c < 0) return moe__json_fail(j, "a string without its closing quote");
     if (c < 0x20) return moe__json_fail(j, "a control character in a string");
     if (c == '\\' && !moe__json_escape(j, bytes)) return 0;
   }
@@ -15037,7 +15040,7 @@ static int moe__json_read_number(moe__json *j, moe__json_number *out) {
   if (!moe__json_is_digit(j)) return moe__json_fail(j, "a number was expected");
   if (moe__json_peek(j) == '0') {
     moe__json_get(j);
-    if (moe__json_is_digit(j)) return moe__json_fail(j, "a number starts with 0");
+    if (moe__json_is_digit(j)) return moe__json_fail(j, "a number begins with 0");
   }
   while (moe__json_is_digit(j)) moe__json_digit(&digits, &dropped, moe__json_get(j));
   if (moe__json_peek(j) == '.') {
@@ -15068,7 +15071,7 @@ static int moe__json_integer(moe__json *j, int64_t low, int64_t high, int64_t *o
   moe__json_number number;
   int64_t v;
   if (!moe__json_read_number(j, &number)) return 0;
-  if (!number.integer) return moe__json_fail(j, "a whole number was expected");
+  if (!number.integer) return moe__json_fail(j, "an integer was expected");
   if (number.magnitude > (uint64_t)INT64_MAX) return moe__json_fail(j, "a number is out of range");
   v = number.negative ? -(int64_t)number.magnitude : (int64_t)number.magnitude;
   if (v < low || v > high) return moe__json_fail(j, "a number is out of range");
@@ -15096,7 +15099,7 @@ static int moe__json_skip_deep(moe__json *j, int depth) {
   moe__json_text text;
   moe__json_number number;
   int c = moe__json_kind(j), close = c == '{' ? '}' : ']';
-  if (depth > MOE__JSON_DEPTH) return moe__json_fail(j, "too many levels");
+  if (depth > MOE__JSON_DEPTH) return moe__json_fail(j, "nested too deeply");
   if (c == '"') return moe__json_string(j, &text);
   if (c == 't') return moe__json_word(j, "true");
   if (c == 'f') return moe__json_word(j, "false");
@@ -15114,7 +15117,7 @@ static int moe__json_skip(moe__json *j) { return moe__json_skip_deep(j, 1); }
 
 /* Only blanks may follow. */
 static int moe__json_finish(moe__json *j) {
-  if (!j->error && moe__json_kind(j) >= 0) return moe__json_fail(j, "something follows the end");
+  if (!j->error && moe__json_kind(j) >= 0) return moe__json_fail(j, "text after the end");
   return !j->error;
 }
 
@@ -15345,7 +15348,7 @@ static int moe__st_value(moe__json *j, moe__st_tensor *t) {
     } else if (moe__json_is(&key, "data_offsets")) {
       ++seen[2];
       if (moe__st_sizes(j, range, 2) != 2)
-        return moe__json_fail(j, "data_offsets wants two numbers");
+        return moe__json_fail(j, "data_offsets needs two numbers");
       t->begin = range[0];
       t->end = range[1];
     } else if (!moe__json_skip(j))
@@ -15353,7 +15356,7 @@ static int moe__st_value(moe__json *j, moe__st_tensor *t) {
   }
   if (j->error) return 0;
   if (seen[0] != 1 || seen[1] != 1 || seen[2] != 1)
-    return moe__json_fail(j, "a tensor wants dtype, shape and data_offsets, once each");
+    return moe__json_fail(j, "dtype, shape and data_offsets are needed, once each");
   return 1;
 }
 
@@ -15371,11 +15374,10 @@ static moe_status moe__st_check(const moe__st *st, moe__st_tensor *t, const moe_
     return moe__fail(env, MOE_E_FORMAT, "tensor %s: its shape %s has more elements than memory",
                      t->name, shape);
   if (t->begin > t->end || t->end > st->data_bytes)
-    return moe__fail(env, MOE_E_FORMAT,
-                     "tensor %s: bytes %zu to %zu do not lie in the file, which has %zu after its "
-                     "header: damaged or "
-                     "truncated",
-                     t->name, t->begin, t->end, st->data_bytes);
+    return moe__fail(
+        env, MOE_E_FORMAT,
+        "tensor %s: bytes %zu to %zu, the file has %zu after its header: damaged or truncated",
+        t->name, t->begin, t->end, st->data_bytes);
   if (t->end - t->begin != bytes)
     return moe__fail(env, MOE_E_FORMAT, "tensor %s: %s of %s needs %zu bytes, its range has %zu",
                      t->name, moe__dtype_name[t->dtype], shape, bytes, t->end - t->begin);
@@ -15510,13 +15512,12 @@ static const char *moe__st_other(const unsigned char *p, size_t bytes) {
                {"\x80\2", "a Python pickle, such as PyTorch's old pytorch_model.bin"},
                {"GGUF", "a GGUF file of llama.cpp"},
                {"\x89HDF", "an HDF5 file, such as TensorFlow's tf_model.h5"},
-               {"\x1f\x8b", "a gzip archive, to be unpacked first"},
+               {"\x1f\x8b", "a gzip archive: unpack it first"},
                {"version https://git-lfs",
-                "a pointer of Git LFS in place of the file itself (\"git lfs pull\" fetches it)"},
+                "a Git LFS pointer in place of the file: \"git lfs pull\" fetches it"},
                {"{", "a JSON text, such as the index of weights in several files "
-                     "(model-00001-of-...), which have to be "
-                     "joined into one file"},
-               {"<", "an HTML or XML page, not what was to be downloaded"}};
+                     "(model-00001-of-...): join them into one file first"},
+               {"<", "an HTML or XML page: download the file itself"}};
   size_t i;
   for (i = 0; i < sizeof known / sizeof *known; ++i) {
     size_t length = strlen(known[i].begin);
@@ -15535,19 +15536,17 @@ static moe_status moe__st_scan(moe__st *out, const void *file, size_t bytes, con
   size_t i;
   moe_status status;
   if (bytes < 8)
-    return moe__fail(env, MOE_E_FORMAT, "%zu bytes are no safetensors file, which has 8 at least",
+    return moe__fail(env, MOE_E_FORMAT, "not a safetensors file: %zu bytes, at least 8 expected",
                      bytes);
   for (i = 8; i-- > 0;) length = length << 8 | p[i];
   if (length > bytes - 8 || length > MOE__ST_HEADER_MAX) {
     other = moe__st_other(p, bytes);
     if (other)
-      return moe__fail(env, MOE_E_FORMAT,
-                       "no safetensors file (model.safetensors), which is what can be read, but %s",
+      return moe__fail(env, MOE_E_FORMAT, "not a safetensors file (model.safetensors), but %s",
                        other);
     return moe__fail(env, MOE_E_FORMAT,
-                     "the first 8 bytes promise a header of %llu bytes, but %zu follow (and %u are "
-                     "the most): truncated, "
-                     "or no safetensors file",
+                     "the first 8 bytes announce a header of %llu bytes, %zu follow (at most %u "
+                     "expected): truncated, or not a safetensors file",
                      (unsigned long long)length, bytes - 8, MOE__ST_HEADER_MAX);
   }
   memset(&st, 0, sizeof st);
@@ -15556,7 +15555,7 @@ static moe_status moe__st_scan(moe__st *out, const void *file, size_t bytes, con
   st.data = p + 8 + st.header_bytes;
   st.data_bytes = bytes - 8 - st.header_bytes;
   if (!length || *st.header != '{')
-    return moe__fail(env, MOE_E_FORMAT, "no safetensors file: its header does not begin with {");
+    return moe__fail(env, MOE_E_FORMAT, "not a safetensors file: its header does not begin with {");
   for (i = 0; i < st.header_bytes;) {
     int n = moe__utf8_bytes(p + 8 + i, p + 8 + st.header_bytes);
     if (!n) return moe__fail(env, MOE_E_FORMAT, "safetensors header, byte %zu: not UTF-8", i);
@@ -15591,9 +15590,9 @@ static moe_status moe__st_text(const moe__st *st, const char *name, moe__json *o
     ++found;
   }
   if (found == 1) return MOE_OK;
-  return moe__fail(
-      env, MOE_E_FORMAT,
-      found ? "the file's metadata has \"%s\" twice" : "the file's metadata has no \"%s\"", name);
+  return moe__fail(env, MOE_E_FORMAT,
+                   found ? "metadata: \"%s\" is listed twice" : "metadata: \"%s\" is missing",
+                   name);
 }
 
 /* Finds a tensor by its name, prefixed. The search begins at *hint, behind the last one found,
@@ -15942,7 +15941,7 @@ static moe_status moe__save_check(const moe__save *save, const moe_env *env) {
         if (!(v[k] - v[k] == 0) || (p == 2 && v[k] < 0))
           return moe__fail(
               env, MOE_E_NONFINITE,
-              "nothing is written: tensor %s%s, element %zu, is %g, which could not be read again",
+              "tensor %s%s: element %zu is %g, which reading would refuse: nothing is written",
               prefix, t.name, k, (double)v[k]);
     }
   return MOE_OK;
@@ -15998,7 +15997,7 @@ static int moe__json_name(moe__json *j, char out[MOE_NAME_BYTES]) {
   if (!moe__json_string(j, &text)) return 0;
   length = moe__json_copy(out, MOE_NAME_BYTES, &text);
   if (length >= MOE_NAME_BYTES || strlen(out) != length)
-    return moe__json_fail(j, "a text is too long, or has a zero in it");
+    return moe__json_fail(j, "a text is too long, or contains a zero byte");
   return 1;
 }
 
@@ -16070,7 +16069,7 @@ static int moe__config_read(moe__json *j, moe_config *config, moe__json *pruned,
       twice = (int)(seen_other >> k & 1);
       seen_other |= 1u << k;
     }
-    if (twice) return moe__json_fail(j, "a member is there twice");
+    if (twice) return moe__json_fail(j, "a member is listed twice");
   }
   if (!moe__json_finish(j)) return 0;
   *has_absent = (seen_other & MOE__SEEN_PRUNED) != 0;
@@ -16091,7 +16090,7 @@ static int moe__pruned_read(moe__json *j, uint8_t *to, const moe_config *config)
   while (moe__json_more(j, ']')) {
     int64_t i = -1;
     if (l == config->layers)
-      return moe__json_fail(j, "pruned experts of more layers than there are");
+      return moe__json_fail(j, "pruned experts of more layers than the model has");
     moe__json_enter(j, '[');
     while (moe__json_more(j, ']')) {
       if (!moe__json_integer(j, i + 1, config->experts - 1, &i)) return 0;
@@ -16100,7 +16099,7 @@ static int moe__pruned_read(moe__json *j, uint8_t *to, const moe_config *config)
     ++l;
   }
   if (!j->error && l < config->layers)
-    moe__json_fail(j, "pruned experts of fewer layers than there are");
+    moe__json_fail(j, "pruned experts of fewer layers than the model has");
   return !j->error;
 }
 
@@ -16148,7 +16147,7 @@ static int moe__task_read(moe__json *j, moe__tasks *to) {
     if (!moe__json_key(j, &key)) return 0;
     while (k < 8 && !moe__json_is(&key, keys[k])) ++k;
     if (k == 8) return moe__json_fail(j, "unknown member: written by a newer moe.h?");
-    if (seen >> k & 1) return moe__json_fail(j, "a member is there twice");
+    if (seen >> k & 1) return moe__json_fail(j, "a member is listed twice");
     seen |= 1u << k;
     switch (k) {
       case 0: ok = moe__json_name(j, task.name); break;
@@ -16217,13 +16216,13 @@ static moe_status moe__header_read(moe__header *header, const void *file, size_t
   if (moe__st_text(&header->st, "moe.version", &j, NULL))
     return moe__fail(
         env, MOE_E_FORMAT,
-        "a safetensors file, but no model of moe.h: its metadata has no \"moe.version\" "
+        "a safetensors file, but not a model of moe.h: \"moe.version\" is missing in its metadata "
         "(moe_model_import reads published encoders)");
   if (!moe__json_integer(&j, 1, INT32_MAX, &version) || !moe__json_finish(&j))
     return moe__fail(env, MOE_E_FORMAT, "moe.version: %s", j.error);
   if (version > MOE__FILE_VERSION)
     return moe__fail(env, MOE_E_FORMAT,
-                     "written in version %lld of the format, this moe.h knows %d",
+                     "moe.version is %lld, this moe.h reads up to %d: use a newer moe.h",
                      (long long)version, MOE__FILE_VERSION);
   memset(&hint, 0, sizeof hint); /* a matrix that every model has tells whether they are int8 */
   header->quantized = (moe__st_find(&header->st, &hint, "encoder.layer.0.",
@@ -16436,7 +16435,7 @@ static moe_status moe__vocab_find(const char **vocab, size_t *bytes, const moe__
   *bytes = 0;
   if (!moe__st_find(st, &hint, "", "tokenizer.vocab", &t)) return MOE_OK;
   if (t.dtype != MOE__U8 || t.dims != 1)
-    return moe__fail(env, MOE_E_FORMAT, "tensor tokenizer.vocab must have one dimension of U8");
+    return moe__fail(env, MOE_E_FORMAT, "tensor tokenizer.vocab: expected U8 of one dimension");
   *vocab = (const char *)st->data + t.begin;
   *bytes = t.count;
   return MOE_OK;
@@ -16467,7 +16466,7 @@ static moe_status moe__model_prepare(moe_model **out, const moe__header *header,
   if (!status &&
       (plan.total > header->st.data_bytes / sizeof(float) || plan.total_q > header->st.data_bytes))
     status = moe__fail(env, MOE_E_FORMAT,
-                       "the configuration wants %zu weights, the file has %zu bytes for them",
+                       "the configuration needs %zu weights, the file has %zu bytes of data",
                        plan.parameters, header->st.data_bytes);
   if (!status)
     status =
@@ -16518,7 +16517,8 @@ MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size
   if (status) return status;
   moe__open_carve(&layout, &tasks, &seen, &header);
   if (layout.bad)
-    return moe__fail(env, MOE_E_FORMAT, "too many tasks for the memory of this machine");
+    return moe__fail(env, MOE_E_FORMAT, "%zu tasks exceed the address space of this machine",
+                     header.T);
   *bytes = layout.used;
   return MOE_OK;
 }
@@ -16535,8 +16535,9 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
   moe_status status = moe__header_read(&header, file, file_bytes, 1, env);
   if (status) return status;
   if (!moe__little_endian())
-    return moe__fail(env, MOE_E_UNSUPPORTED,
-                     "this machine stores the high byte first: use moe_model_read");
+    return moe__fail(
+        env, MOE_E_UNSUPPORTED,
+        "this machine is big-endian, which a file used in place is not: use moe_model_read");
   moe__open_carve(&layout, &tasks, &seen, &header);
   status = moe__check_block("an opened model", block, bytes, layout.used, env);
   if (status) return status;
@@ -16653,11 +16654,20 @@ static moe__fd moe__open_read(const char *path) {
                      FILE_ATTRIBUTE_NORMAL, NULL);
 }
 
-static moe__fd moe__open_write(const char *path, unsigned mode, int anew) {
-  (void)mode;
-  (void)anew;
+static moe__fd moe__open_write(const char *path) {
   return CreateFileA(path, GENERIC_WRITE, 0, NULL, CREATE_ALWAYS, FILE_ATTRIBUTE_NORMAL, NULL);
 }
+
+/* Creates a file. Nobody can open, rename or delete it until it is closed. */
+static moe__fd moe__create(const char *path, unsigned mode) {
+  (void)mode;
+  return CreateFileA(path, GENERIC_WRITE, 0, NULL, CREATE_NEW, FILE_ATTRIBUTE_NORMAL, NULL);
+}
+
+static int moe__already_there(void) {
+  return GetLastError() == ERROR_FILE_EXISTS || GetLastError() == ERROR_SHARING_VIOLATION;
+}
+static int moe__remove_stale(const char *path) { return DeleteFileA(path) != 0; }
 
 static int moe__read_some(moe__fd fd, void *to, size_t most, size_t *got) {
   DWORD n = 0;
@@ -16675,9 +16685,18 @@ static int moe__write_some(moe__fd fd, const void *from, size_t most, size_t *go
 
 static int moe__sync(moe__fd fd) { return !FlushFileBuffers(fd); }
 static int moe__close(moe__fd fd) { return !CloseHandle(fd); }
-static void moe__remove(const char *path) { DeleteFileA(path); }
-static int moe__rename(const char *from, const char *to) {
-  return !MoveFileExA(from, to, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+/* Closes a file of moe__create, and removes it or gives it its name. */
+static void moe__discard(moe__fd fd, const char *path) {
+  CloseHandle(fd);
+  DeleteFileA(path);
+}
+static int moe__publish(moe__fd fd, const char *from, const char *to) {
+  int bad = !CloseHandle(fd) ||
+            !MoveFileExA(from, to, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+  DWORD why = GetLastError();
+  if (bad) DeleteFileA(from);
+  SetLastError(why);
+  return bad;
 }
 static void moe__sync_folder(char *path) { (void)path; }
 #else
@@ -16702,10 +16721,52 @@ static moe__path_kind moe__path(const char *path, size_t *bytes, unsigned *mode)
 
 static moe__fd moe__open_read(const char *path) { return open(path, O_RDONLY); }
 
-/* anew: what is there under that name, perhaps left over by a program that was killed, must be
-   gone: a link is not followed, and nobody else's file is written to. */
-static moe__fd moe__open_write(const char *path, unsigned mode, int anew) {
-  return open(path, O_WRONLY | O_CREAT | (anew ? O_EXCL : O_TRUNC), (mode_t)mode);
+static moe__fd moe__open_write(const char *path) {
+  return open(path, O_WRONLY | O_CREAT | O_TRUNC, (mode_t)0666);
+}
+
+/* Takes the lock of an open file: 1, or 0 where another one has it or the system has no locks. A
+   lock ends with the process, so that nobody holds those of one that was killed. */
+static int moe__lock(int fd) {
+#ifdef LOCK_EX
+  return !flock(fd, LOCK_EX | LOCK_NB);
+#else
+  (void)fd;
+  return 1;
+#endif
+}
+
+/* Whether the file that is open still has this name. */
+static int moe__is_same(int fd, const char *path) {
+  struct stat a, b;
+  return !fstat(fd, &a) && !lstat(path, &b) && a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+}
+
+/* Creates a file and takes its lock, so that others leave it alone. An older file of that name is
+   neither opened nor followed, if it is a link. */
+static moe__fd moe__create(const char *path, unsigned mode) {
+  int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, (mode_t)mode);
+  if (fd < 0) return fd;
+  (void)moe__lock(fd);
+  if (moe__is_same(fd, path)) return fd;
+  close(fd); /* somebody took it for a stale one before it had its lock */
+  errno = EEXIST;
+  return MOE__FD_NONE;
+}
+
+static int moe__already_there(void) { return errno == EEXIST; }
+
+/* Removes a temporary file whose writer is gone, or what is not a file. 1: it is gone. */
+static int moe__remove_stale(const char *path) {
+  struct stat s;
+  int fd, gone = 0;
+  if (lstat(path, &s)) return errno == ENOENT;
+  if (!S_ISREG(s.st_mode)) return !unlink(path);
+  fd = open(path, O_RDONLY | O_NONBLOCK);
+  if (fd < 0) return 0;
+  if (moe__lock(fd) && moe__is_same(fd, path)) gone = !unlink(path);
+  close(fd);
+  return gone;
 }
 
 /* 0 or an error; *got is 0 at the end of the file. */
@@ -16727,11 +16788,20 @@ static int moe__write_some(moe__fd fd, const void *from, size_t most, size_t *go
 
 static int moe__sync(moe__fd fd) { return fsync(fd) && errno != EINVAL && errno != EROFS; }
 static int moe__close(moe__fd fd) { return close(fd); }
-static void moe__remove(const char *path) { unlink(path); }
-static int moe__rename(const char *from, const char *to) { return rename(from, to); }
+/* Removes a file of moe__create or gives it its name, and closes it: until then it has its lock. */
+static void moe__discard(moe__fd fd, const char *path) {
+  unlink(path);
+  close(fd);
+}
+static int moe__publish(moe__fd fd, const char *from, const char *to) {
+  int bad = rename(from, to), why = errno;
+  if (bad) unlink(from);
+  close(fd);
+  errno = why;
+  return bad;
+}
 
-/* The renaming itself must reach the disk as well; systems that cannot do that to a folder have
-   nothing to complain about. */
+/* The new name must reach the disk, too, on systems that can sync a folder. */
 static void moe__sync_folder(char *path) {
   char *slash = strrchr(path, '/');
   int fd;
@@ -16828,38 +16898,97 @@ static int moe__file_sink_write(void *user, const void *data, size_t bytes) {
   return sink->failed;
 }
 
-/* Opens `to`, lets `write` fill it and, where it is a file made anew, brings it to the disk. */
-static moe_status moe__write_file(const char *to, unsigned mode, int anew,
-                                  moe_status (*write_fn)(void *, const moe_writer *,
-                                                         const moe_env *),
-                                  void *user, const moe_env *env) {
+/* Lets `write` fill an open file, and brings it to the disk where sync is 1. */
+static moe_status moe__fill_file(moe__fd fd, const char *name, int sync,
+                                 moe_status (*write_fn)(void *, const moe_writer *,
+                                                        const moe_env *),
+                                 void *user, const moe_env *env) {
   moe__file_sink sink;
   moe_writer writer;
   moe_env inner;
   moe_status status;
   memset(&sink, 0, sizeof sink);
   memset(&inner, 0, sizeof inner);
+  sink.fd = fd;
   sink.outer = env;
   if (env) {
     inner = *env;
     inner.log = moe__file_sink_log;
     inner.log_user = &sink;
   }
-  sink.fd = moe__open_write(to, mode, anew);
-  if (sink.fd == MOE__FD_NONE)
-    return moe__fail(env, MOE_E_IO, "%s: cannot be written: %s", to,
-                     moe__reason(sink.reason, sizeof sink.reason));
   writer.write = moe__file_sink_write;
   writer.user = &sink;
   status = write_fn(user, &writer, env ? &inner : NULL);
-  if (!sink.failed && !status && anew && moe__sync(sink.fd))
-    sink.failed = 1, moe__reason(sink.reason, sizeof sink.reason);
-  if (moe__close(sink.fd) && !sink.failed && !status)
+  if (!sink.failed && !status && sync && moe__sync(fd))
     sink.failed = 1, moe__reason(sink.reason, sizeof sink.reason);
   if (sink.failed)
-    return moe__fail(env, MOE_E_IO, "%s: writing failed after %llu bytes: %s", to,
+    return moe__fail(env, MOE_E_IO, "%s: writing failed after %llu bytes: %s", name,
                      (unsigned long long)sink.written, sink.reason);
   return status;
+}
+
+/* Writes to a pipe, a device or an open file directly. */
+static moe_status moe__write_stream(const char *path,
+                                    moe_status (*write_fn)(void *, const moe_writer *,
+                                                           const moe_env *),
+                                    void *user, const moe_env *env) {
+  char reason[128];
+  moe_status status;
+  moe__fd fd = moe__open_write(path);
+  if (fd == MOE__FD_NONE)
+    return moe__fail(env, MOE_E_IO, "%s: cannot be written: %s", path,
+                     moe__reason(reason, sizeof reason));
+  status = moe__fill_file(fd, path, 0, write_fn, user, env);
+  if (moe__close(fd) && !status)
+    status = moe__fail(env, MOE_E_IO, "%s: writing failed at the end: %s", path,
+                       moe__reason(reason, sizeof reason));
+  return status;
+}
+
+/* Programs and threads that may write one file at a time. Each has a temporary file of its own:
+   PATH.tmp, PATH.tmp1, ... */
+#define MOE__WRITERS 16
+
+static void moe__temporary_name(char *name, const char *path, int number) {
+  size_t capacity = strlen(path) + sizeof ".tmp00";
+  if (number)
+    moe__format(name, capacity, "%s.tmp%d", path, number);
+  else
+    moe__format(name, capacity, "%s.tmp", path);
+}
+
+/* Creates a temporary file under the first name that is free, and removes those that writers left
+   when they were killed. */
+static moe__fd moe__temporary(char *name, const char *path, unsigned mode, const moe_env *env) {
+  char reason[128];
+  moe__fd fd = MOE__FD_NONE;
+  int i, own = -1, there = 0;
+  for (i = 0; i < MOE__WRITERS && own < 0; ++i) {
+    int round;
+    moe__temporary_name(name, path, i);
+    for (round = 0; round < 2 && own < 0; ++round) {
+      fd = moe__create(name, mode);
+      if (fd != MOE__FD_NONE) own = i;
+      there = fd == MOE__FD_NONE && moe__already_there();
+      if (there && !moe__remove_stale(name)) break;
+    }
+    if (own < 0 && !there) {
+      moe__fail(env, MOE_E_IO, "%s: cannot be written: %s", name,
+                moe__reason(reason, sizeof reason));
+      return fd;
+    }
+  }
+  for (; i < MOE__WRITERS; ++i) {
+    moe__temporary_name(name, path, i);
+    (void)moe__remove_stale(name);
+  }
+  if (own < 0)
+    moe__fail(env, MOE_E_IO,
+              "%s: %d writers have temporary files (%s, ...): remove them if no program writes it",
+              path, MOE__WRITERS, name);
+  else
+    moe__temporary_name(name, path, own);
+  return fd;
 }
 
 MOE_API moe_status moe_file_replace(const char *path,
@@ -16870,20 +16999,24 @@ MOE_API moe_status moe_file_replace(const char *path,
   size_t bytes, length = strlen(path);
   unsigned mode;
   moe_status status;
+  moe__fd fd;
   moe__path_kind kind = moe__path(path, &bytes, &mode);
   if (kind == MOE__PATH_FOLDER) return moe__fail(env, MOE_E_IO, "%s: a folder, not a file", path);
   if (kind == MOE__PATH_DEVICE || kind == MOE__PATH_STREAM)
-    return moe__write_file(path, mode, 0, write, user, env);
-  temporary = (char *)moe__alloc(length + 5);
+    return moe__write_stream(path, write, user, env);
+  temporary = (char *)moe__alloc(length + sizeof ".tmp00");
   if (!temporary) return moe__fail(env, MOE_E_MEMORY, "%s: no memory for a name", path);
-  moe__format(temporary, length + 5, "%s.tmp", path);
-  moe__remove(temporary);
-  status = moe__write_file(temporary, mode, 1, write, user, env);
-  if (!status && moe__rename(temporary, path))
+  fd = moe__temporary(temporary, path, mode, env);
+  if (fd == MOE__FD_NONE) {
+    moe__release(temporary);
+    return MOE_E_IO;
+  }
+  status = moe__fill_file(fd, temporary, 1, write, user, env);
+  if (status)
+    moe__discard(fd, temporary);
+  else if (moe__publish(fd, temporary, path))
     status = moe__fail(env, MOE_E_IO, "%s: cannot take the place of %s: %s", temporary, path,
                        moe__reason(reason, sizeof reason));
-  if (status)
-    moe__remove(temporary);
   else
     moe__sync_folder(temporary);
   moe__release(temporary);
@@ -16980,7 +17113,7 @@ static moe_status moe__import_prefix(char *prefix, size_t capacity, const moe__s
         (length > tail && t.name[length - tail - 1] != '.'))
       continue;
     if (found++)
-      return moe__fail(env, MOE_E_FORMAT, "two encoders in one file: %s%s and %s", prefix, wanted,
+      return moe__fail(env, MOE_E_FORMAT, "two encoders in the file: %s%s and %s", prefix, wanted,
                        t.name);
     if (length - tail >= capacity)
       return moe__fail(env, MOE_E_FORMAT, "tensor %s: its prefix is too long", t.name);
@@ -17041,11 +17174,11 @@ static moe_status moe__import_positions(const moe__st *st, const char *prefix, c
   for (i = 0; i < row && next_zero; ++i) next_zero = !st->data[t.begin + 2 * row + i];
   two_more = rows >= 66 && !((rows - 2) & (rows - 3));
   if (!(zero && !next_zero) && !two_more && !strstr(prefix, "roberta")) return MOE_OK;
-  return moe__fail(env, MOE_E_FORMAT,
-                   "tensor %s, of %zu rows: this is RoBERTa or one of its kind, which counts "
-                   "positions from 2; only "
-                   "encoders like BERT can be imported",
-                   t.name, rows);
+  return moe__fail(
+      env, MOE_E_FORMAT,
+      "tensor %s: %zu rows, as in RoBERTa, which counts positions from 2; only encoders like "
+      "BERT can be imported",
+      t.name, rows);
 }
 
 /* Finds the encoder in a file's bytes; all of its tensors are BERT's. */
@@ -17142,13 +17275,12 @@ MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, 
       if (!moe__json_string(&j, &value)) break;
       moe__printable(text, sizeof text, &value);
       if (!moe__json_is(&value, fixed[i][1]))
-        return moe__fail(env, MOE_E_UNSUPPORTED,
-                         "config.json: %s is \"%s\", moe.h knows \"%s\" only", fixed[i][0], text,
-                         fixed[i][1]);
+        return moe__fail(env, MOE_E_UNSUPPORTED, "config.json: %s is \"%s\", expected \"%s\"",
+                         fixed[i][0], text, fixed[i][1]);
     } else if (moe__json_is(&key, "is_decoder")) {
       if (moe__json_kind(&j) == 't')
         return moe__fail(env, MOE_E_UNSUPPORTED,
-                         "config.json: is_decoder is true, moe.h knows encoders only");
+                         "config.json: is_decoder is true, expected an encoder");
       moe__json_skip(&j);
     } else if (moe__json_is(&key, "num_attention_heads")) {
       if (!moe__json_integer(&j, 1, 65536, &heads)) break;
@@ -17164,7 +17296,7 @@ MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, 
   if (!heads) return moe__fail(env, MOE_E_FORMAT, "config.json: num_attention_heads is missing");
   if (!(c.eps > 0 && c.eps < 1))
     return moe__fail(env, MOE_E_FORMAT,
-                     "config.json: layer_norm_eps is %g, it must be above 0 and below 1",
+                     "config.json: layer_norm_eps is %g, expected above 0 and below 1",
                      (double)c.eps);
   c.heads = (int32_t)heads;
   *config = c;
@@ -17645,7 +17777,7 @@ static moe_status moe__progress_read(const moe__st *st, moe__progress *p, moe_sa
     if (!moe__json_key(&j, &key)) break;
     while (k < KEYS && !moe__json_is(&key, keys[k])) ++k;
     if (k == KEYS || seen >> k & 1) {
-      moe__json_fail(&j, k == KEYS ? "unknown member" : "a member is there twice");
+      moe__json_fail(&j, k == KEYS ? "unknown member" : "a member is listed twice");
       break;
     }
     seen |= 1u << k;

@@ -101,7 +101,7 @@ changed tasks_without_a_column 'tasks.tsv:1: there is no column "metric"' tasks.
 changed tasks_short_line 'tasks.tsv:2: 2 columns, expected 5' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\n'
 changed task_kind 'tasks.tsv:2: kind "class" is none of' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclass\t0=a,1=b\taccuracy\n'
 changed task_input 'tasks.tsv:2: input "two" is neither' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\ttwo\tclassification\t0=a,1=b\taccuracy\n'
-changed task_metric "metrics 'bleu', known are accuracy" tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\tbleu\n'
+changed task_metric "metrics 'bleu', expected accuracy" tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\tbleu\n'
 changed task_without_metric 'tasks.tsv:2: metrics have 1 to' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\t\n'
 changed task_one_label 'tasks.tsv:2: a task needs at least two labels' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a\taccuracy\n'
 changed task_labels_out_of_order 'tasks.tsv:2: label 1 should read 1=NAME, not "2=b"' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,2=b\taccuracy\n'
@@ -110,7 +110,7 @@ changed task_range_backwards "good" tasks.tsv 'name\tinput\tkind\tlabels\tmetric
 changed task_rows 'tasks.tsv:2: rows "many" is no number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\tmany\n'
 changed task_rows_huge 'tasks.tsv:2: rows "1e25" is no whole number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t1e25\n'
 changed task_name_of_another_folder 'tasks.tsv:2: task "../good": a name has letters, digits' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\n../good\tsingle\tclassification\t0=a,1=b\taccuracy\n'
-changed task_metric_of_classes_for_a_regression "task 'score': metrics 'accuracy', those of a regression are" tasks.tsv 'name\tinput\tkind\tlabels\tmetric\nscore\tpair\tregression\t0..5000\taccuracy\n'
+changed task_metric_of_classes_for_a_regression "task 'score': metrics 'accuracy', expected pearson or spearman" tasks.tsv 'name\tinput\tkind\tlabels\tmetric\nscore\tpair\tregression\t0..5000\taccuracy\n'
 changed task_rows_negative 'tasks.tsv:2: rows are -4' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t-4\n'
 changed task_max_len_negative 'tasks.tsv:2: max_len is -4' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\tmax_len\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t-4\n'
 changed task_max_len_of_a_pair 'tasks.tsv:2: max_len is 2, the special tokens alone are 3' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\tmax_len\nscore\tpair\tregression\t0..5\tpearson\t2\n'
@@ -233,7 +233,7 @@ refuse init_broken_json 'json.safetensors' init "$tmp/hub/json.safetensors" --he
 container "$tmp/hub/overlap.safetensors" '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}' 12
 refuse init_overlapping_tensors 'overlap.safetensors' init "$tmp/hub/overlap.safetensors" --heads 1
 refuse_model() { printf '{"num_attention_heads": 1, %s}' "$2" > "$tmp/hub/config.json"; refuse "init_of_$1" "good.safetensors: config.json: $3" init "$tmp/hub/good.safetensors"; }
-refuse_model roberta '"model_type": "roberta"' 'model_type is "roberta", moe.h knows "bert" only'
+refuse_model roberta '"model_type": "roberta"' 'model_type is "roberta", expected "bert"'
 refuse_model decoder '"is_decoder": true' 'is_decoder is true'
 refuse_model relative_positions '"position_embedding_type": "relative_key"' 'position_embedding_type is "relative_key"'
 refuse_model gelu_new '"hidden_act": "gelu_new"' 'hidden_act is "gelu_new"'
@@ -251,8 +251,8 @@ for f in missing empty five short long boast zip; do
   input=
 done
 printf '{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}' > "$tmp/index.json"
-refuse init_index_of_parts 'index.json: no safetensors file .* but a JSON text, such as the index of weights in several files' init "$tmp/index.json" --heads 1
-refuse init_archive_of_pytorch 'zip.safetensors: no safetensors file .* but a zip archive, such as PyTorch' init "$tmp/zip.safetensors" --heads 1
+refuse init_index_of_parts 'index.json: not a safetensors file .* but a JSON text, such as the index of weights in several files' init "$tmp/index.json" --heads 1
+refuse init_archive_of_pytorch 'zip.safetensors: not a safetensors file .* but a zip archive, such as PyTorch' init "$tmp/zip.safetensors" --heads 1
 refuse init_is_a_folder "$tmp/hub: a folder" init "$tmp/hub" --heads 1
 refuse predict_folder "$tmp/hub: a folder" predict "$tmp/hub" good
 refuse predict_device '/dev/zero: a device' predict /dev/zero good

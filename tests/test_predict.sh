@@ -47,7 +47,7 @@ refuses() { # NAME PATTERN INPUT ARGUMENTS
 }
 refuses no_arguments 'usage' ''
 refuses a_missing_model 'nothing.safetensors: cannot be opened' '' "$tmp/nothing.safetensors" snips_intents
-refuses a_foreign_file 'test_predict.sh: the first 8 bytes promise' '' test_predict.sh snips_intents
+refuses a_foreign_file 'test_predict.sh: the first 8 bytes announce' '' test_predict.sh snips_intents
 refuses an_unknown_task 'has no task "mrpc", but query_wellformedness intent_match snips_intents' '' "$model" mrpc
 refuses an_unknown_option 'unknown option --sore' '' "$model" snips_intents --sore
 refuses an_unknown_instruction_set 'this machine has no instruction set "sse"' '' "$model" snips_intents --isa sse

@@ -127,7 +127,7 @@ refused test_tasklevel_wants_enough_rows 'has 618 training rows, not 5000' --uns
 refused test_tasklevel_wants_a_head_that_fits 'has other labels than' --unseen subjectivity --head-from query_wellformedness
 refused test_tasklevel_wants_text_vectors_for_all 'goes with --vectors text' --unseen subjectivity --vector-from text
 refused test_tasklevel_resumes_with_the_same_options_only 'made with other options' --resume "$state"
-refused test_tasklevel_wants_a_state 'no safetensors file' --resume test_tasklevel.sh
+refused test_tasklevel_wants_a_state 'not a safetensors file' --resume test_tasklevel.sh
 refused test_tasklevel_wants_a_folder_to_write_to 'no/such/x: No such file\|cannot be written: No such file' --json "$tmp/no/such/x"
 refused test_tasklevel_wants_less_than_2_31_tokens 'too many tokens at once' --batch 100000 --max-len 100000
 refused test_tasklevel_wants_a_size_that_is_one 'hidden is 1000000000' --hidden 1000000000

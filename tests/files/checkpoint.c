@@ -397,9 +397,9 @@ static void test_checkpoint_with_a_member_twice_is_refused(void) {
   static const struct {
     const char *from, *to, *says;
   } edits[] = {
-      {"{\\\"step\\\":", "{\\\"step\\\":1,\\\"step\\\":", "a member is there twice"},
-      {"{\\\"step\\\":", "{\\\"lr\\\":1,\\\"lr\\\":1,\\\"step\\\":", "a member is there twice"},
-      {"{\\\"step\\\":", "{\\\"note\\\":\\\"x\\\",\\\"step\\\":", "a member is there twice"},
+      {"{\\\"step\\\":", "{\\\"step\\\":1,\\\"step\\\":", "a member is listed twice"},
+      {"{\\\"step\\\":", "{\\\"lr\\\":1,\\\"lr\\\":1,\\\"step\\\":", "a member is listed twice"},
+      {"{\\\"step\\\":", "{\\\"note\\\":\\\"x\\\",\\\"step\\\":", "a member is listed twice"},
       {"{\\\"step\\\":", "{\\\"sampler\\\":{},\\\"step\\\":", "of the sampler is missing"},
       {"{\\\"step\\\":1,", "{", "step is missing"},
       {"{\\\"step\\\":", "{\\\"stop\\\":1,\\\"step\\\":", "unknown member"},
@@ -449,7 +449,8 @@ static void test_checkpoint_that_cannot_be_read_is_not_written(void) {
     CHECK(moe_checkpoint_save(r.trainer, &r.sampler, NULL, "build/checkpoint_nan", &env) ==
               MOE_E_NONFINITE,
           "%s", said);
-    CHECK(strstr(said, "nothing is written: tensor ") && strstr(said, "element 3, is "), "%s",
+    CHECK(strstr(said, "tensor ") && strstr(said, "element 3 is ") &&
+              strstr(said, "nothing is written"), "%s",
           said);
   }
   moe_model_weights(r.model)[3] = kept;

@@ -329,21 +329,21 @@ static void test_files_sentences_name_the_cause(void) {
   static const struct {
     const char *from, *to, *says;
   } some[] = {
-      {"moe.version", "moe.versiom", "no model of moe.h"},
-      {"moe.version\":\"1", "moe.version\":\"2", "version 2 of the format"},
-      {"\\\"layers\\\":2", "\\\"layers\\\":3", "the configuration wants"},
+      {"moe.version", "moe.versiom", "not a model of moe.h"},
+      {"moe.version\":\"1", "moe.version\":\"2", "moe.version is 2, this moe.h reads up to 1"},
+      {"\\\"layers\\\":2", "\\\"layers\\\":3", "the configuration needs"},
       {"\\\"layers\\\":2", "\\\"layers\\\":0", "configuration: layers is 0"},
       {"\\\"layers\\\":2", "\\\"lagers\\\":2", "moe.config: unknown member"},
-      {"\\\"hidden\\\":8", "\\\"hidden\\\":7", "hidden is 7, which is no multiple of heads"},
+      {"\\\"hidden\\\":8", "\\\"hidden\\\":7", "hidden is 7, expected a multiple of heads"},
       {"\\\"heads\\\":2", "\\\"heads\\\":x", "moe.config: a number was expected"},
-      {"\\\"heads\\\":2", "\\\"vocab\\\":2", "moe.config: a member is there twice"},
+      {"\\\"heads\\\":2", "\\\"vocab\\\":2", "moe.config: a member is listed twice"},
       {"\\\"task\\\"", "\\\"tusk\\\"", "moe.config: unknown name"},
       {"\\\"kind\\\":\\\"span", "\\\"kind\\\":\\\"spam", "moe.tasks, task 3: unknown kind"},
-      {"\\\"low\\\":-0.1", "\\\"low\\\":   9", "its range is 9 to 5"},
-      {"\\\"rank\\\"", "\\\"span\\\"", "task 'span' is there twice"},
+      {"\\\"low\\\":-0.1", "\\\"low\\\":   9", "low is 9 and high 5"},
+      {"\\\"rank\\\"", "\\\"span\\\"", "task 'span' is listed twice"},
       {"\\\"rank\\\"", "\\\"r.nk\\\"", "letters, digits"},
       {"tokenizer.vocab\":{\"dtype\":\"U8", "tokenizer.vocab\":{\"dtype\":\"I8",
-       "tokenizer.vocab must"},
+       "tensor tokenizer.vocab: expected U8 of one dimension"},
       {"heads.rank.weight", "heads.rink.weight", "heads.rink.weight does not belong"},
       {"embeddings.LayerNorm.weight\":{\"dtype\":\"F32\",\"shape\":[8]",
        "embeddings.LayerNorm.weight\":{\"dtype\":\"I32\",\"shape\":[8]",
@@ -407,7 +407,7 @@ static void test_files_weights_that_cannot_be_read_are_not_written(void) {
     last = moe_model_weights(model) + t.offset + t.count - 1;
     kept = *last;
     *last = i == 1 ? -INFINITY : NAN;
-    snprintf(says, sizeof says, "nothing is written: tensor %s, element %u, is ", names[i],
+    snprintf(says, sizeof says, "tensor %s: element %u is ", names[i],
              (unsigned)(t.count - 1));
     said[0] = 0;
     CHECK(moe_model_write(model, &writer, &env) == MOE_E_NONFINITE && strstr(said, says) && !s.used,
@@ -560,7 +560,7 @@ static void test_files_paths_are_named(void) {
   CHECK(f, "build/files_empty");
   fclose(f);
   CHECK(moe_model_load(&model, "build/files_empty", &env) == MOE_E_FORMAT &&
-            strstr(said, "build/files_empty: 0 bytes are no"),
+            strstr(said, "build/files_empty: not a safetensors file: 0 bytes"),
         "%s", said);
   CHECK(moe_file_read(&data, &bytes, "build/files_empty", &env) == MOE_OK && bytes == 0 &&
             !*(char *)data,

@@ -274,14 +274,14 @@ static void test_import_names_every_fault_and_changes_nothing(void) {
   CHECK_STATE();
   f = plain();
   f.missing = "embeddings.word_embeddings.weight";
-  import_refused(&f, LAYERS, "no encoder like BERT", 1);
+  import_refused(&f, LAYERS, "not an encoder like BERT", 1);
   CHECK_STATE();
   f = plain();
   f.missing = "encoder.layer.0.output.LayerNorm.bias";
   import_refused(&f, LAYERS, "encoder.layer.0.output.LayerNorm.bias is missing", 1);
   CHECK_STATE();
   f = plain();
-  import_refused(&f, LAYERS + 2, "and 16 tensors more are missing or wrong", 17);
+  import_refused(&f, LAYERS + 2, "and 16 more tensors are missing or wrong", 17);
   CHECK_STATE();
   import_refused(&f, LAYERS - 1, "the model has 1 layers, the file has 2", 1);
   CHECK_STATE();
@@ -449,7 +449,7 @@ static void test_import_knows_other_files_of_the_hub(void) {
     CHECK(moe_import_sizes(&c, others[i].begin, strlen(others[i].begin), &env) == MOE_E_FORMAT &&
               strstr(said, others[i].says),
           "%s", said);
-    CHECK(sentences == 1 && strstr(said, "no safetensors file (model.safetensors)"), "%s", said);
+    CHECK(sentences == 1 && strstr(said, "not a safetensors file (model.safetensors)"), "%s", said);
   }
   moe_config_init(&c);
   CHECK(moe_import_sizes(&c, zip, sizeof zip - 1, &env) == MOE_E_FORMAT && strstr(said, "PyTorch"),
@@ -461,7 +461,7 @@ static void test_import_knows_other_files_of_the_hub(void) {
   n = (size_t)snprintf(header, sizeof header, "{%c%c%c%c%c%c%c{}", 0, 0, 0, 0, 0, 0, 0);
   memset(header + n, ' ', 8 + 123 - n);
   CHECK(moe_import_sizes(&c, header, 8 + 123, &env) == MOE_E_FORMAT &&
-            strstr(said, "no encoder like BERT"),
+            strstr(said, "not an encoder like BERT"),
         "%s", said);
 }
 
@@ -485,8 +485,8 @@ static void test_import_refuses_encoders_that_are_not_bert(void) {
       {"bert.encoder.x", "BERT has no such tensor"},
       {"bert.embeddings.x_position_embeddings.weight", "BERT has no such tensor"},
       {"bert.embeddings.word_embeddings.bias", "BERT has no such tensor"},
-      {"bert.encoder.layer.0.output.LayerNorm.gamma", "a tensor of the encoder is there twice"},
-      {"bert.encoder.layer.1.intermediate.dense.bias", "a tensor of the encoder is there twice"},
+      {"bert.encoder.layer.0.output.LayerNorm.gamma", "is listed twice"},
+      {"bert.encoder.layer.1.intermediate.dense.bias", "is listed twice"},
       {"bert.encoder.layer.3.attention.self.query.weight",
        "the model has 2 layers, the file has 4"}};
   moe_config config;
@@ -517,7 +517,7 @@ static void test_import_refuses_encoders_that_are_not_bert(void) {
   f = plain();
   f.positions = 66;
   import_refused(&f, LAYERS,
-                 "tensor embeddings.position_embeddings.weight, of 66 rows: this is RoBERTa", 1);
+                 "tensor embeddings.position_embeddings.weight: 66 rows, as in RoBERTa", 1);
   f.positions = POSITIONS;
   file = encoder_file(&f, &n);
   for (at = file; memcmp(at, "]}}", 3); ++at) continue;
@@ -525,7 +525,7 @@ static void test_import_refuses_encoders_that_are_not_bert(void) {
   memset(at, 0, sizeof(float) * HIDDEN);
   env = logging();
   CHECK(moe_import_sizes(&config, file, n, &env) == MOE_E_FORMAT &&
-            strstr(said, "of 8 rows: this is RoBERTa") && sentences == 1,
+            strstr(said, "8 rows, as in RoBERTa") && sentences == 1,
         "%s", said);
   free(file);
 }

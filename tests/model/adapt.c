@@ -101,7 +101,7 @@ static void test_adapt_refuses(void) {
   moe_model *model = models_create(&config, adapt_tasks, MODELS_TASKS, &env), *none = NULL;
   CHECK(moe_model_adapt(&none, model, &adapt_tasks[0], MOE_GATE_RANDOM, 1, &env) ==
                 MOE_E_ARGUMENT &&
-            strstr(said, "'two' is there twice"),
+            strstr(said, "'two' is listed twice"),
         "%s", said);
   CHECK(moe_model_adapt(&none, model, &adapt_extra, 0, 1, &env) == MOE_E_ARGUMENT &&
             strstr(said, "one gate for all tasks"),
@@ -109,7 +109,7 @@ static void test_adapt_refuses(void) {
   CHECK(moe_model_adapt(&none, model, &adapt_extra, MOE_GATE_MEAN, 1, &env) == MOE_E_ARGUMENT, "%s",
         said);
   CHECK(moe_model_adapt(&none, model, &adapt_extra, MODELS_TASKS, 1, &env) == MOE_E_ARGUMENT &&
-            strstr(said, "the model has 5 tasks"),
+            strstr(said, "gate_from is 5, expected -2 to 4"),
         "%s", said);
   moe_model_free(model);
   config = models_config(MOE_ROUTER_DENSE, 1, 1);
@@ -154,7 +154,7 @@ static void test_adapt_extract_refuses(void) {
   moe_config config = models_config(MOE_ROUTER_TASK, 3, 1);
   moe_model *model = models_create(&config, adapt_tasks, MODELS_TASKS, &env), *none = NULL;
   CHECK(moe_model_extract(&none, model, twice, 2, NULL, &env) == MOE_E_ARGUMENT &&
-            strstr(said, "is there twice"),
+            strstr(said, "is listed twice"),
         "%s", said);
   CHECK(moe_model_extract(&none, model, far_, 2, NULL, &env) == MOE_E_ARGUMENT &&
             strstr(said, "task 5"),

@@ -463,10 +463,10 @@ static void test_extract_refuses(void) {
   static float scores[12 * WIDTH];
   CHECK(twins(MOE_ROUTER_TASK, 2, 0, some, &env), "%s", said);
   CHECK(moe_model_extract(&none, whole, keep, 2, layer, &env) == MOE_E_ARGUMENT &&
-            strstr(said, "layer 1 0 are there"),
+            strstr(said, "layer 1 keeps 0 of 4"),
         "%s", said);
   CHECK(moe_model_extract(&none, whole, keep, 2, unused[0], &env) == MOE_E_ARGUMENT &&
-            strstr(said, "a token needs 2"),
+            strstr(said, "at least top_k (2)"),
         "%s", said);
   CHECK(moe_model_import(extract_less, "x", 1, NULL, &env) == MOE_E_UNSUPPORTED &&
             strstr(said, "pruned"),
@@ -489,11 +489,11 @@ static void test_extract_refuses(void) {
   c = models_config(MOE_ROUTER_DENSE, 1, 1);
   dense = models_create(&c, extract_tasks, MODELS_TASKS, &env);
   CHECK(moe_model_extract(&none, dense, keep, 2, layer, &env) == MOE_E_ARGUMENT &&
-            strstr(said, "no experts"),
+            strstr(said, "a model without gates"),
         "%s", said);
   moe_model_free(dense);
   c.pruned = disabled;
-  CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(said, "behind gates only"), "%s",
+  CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(said, "a model without gates"), "%s",
         said);
   c = models_config(MOE_ROUTER_TASK_LEVEL, 4, 1);
   c.unit = MOE_UNIT_BLOCK;
@@ -527,17 +527,17 @@ static int damaged(const models_file *file, const char *from, const char *to, co
 
 static void test_extract_damaged_lists_are_found(void) {
   static const char list[] = "[[1,2,3],[1,3]]";
-  static const char *const bad[][2] = {{"[[0,1,2,3],[3]]", "of layer 0 0 are there"},
+  static const char *const bad[][2] = {{"[[0,1,2,3],[3]]", "layer 0 keeps 0 of 4"},
                                        {"[[1,2,3],[3,1]]", "out of range"},
                                        {"[[1,2,3],[1,1]]", "out of range"},
                                        {"[[1,2,3],[1,4]]", "out of range"},
                                        {"[[1,2,3],[-1 ]]", "out of range"},
-                                       {"[[1,2,3],[1.5]]", "whole number"},
+                                       {"[[1,2,3],[1.5]]", "an integer was expected"},
                                        {"[[1,2,3]      ]", "fewer layers"},
                                        {"[             ]", "fewer layers"},
                                        {"[[1,2],[3],[1]]", "more layers"},
                                        {"[[1,2,3],[1,2]]", "experts.2."},
-                                       {"[[2,3  ],[1,3]]", "wants"},
+                                       {"[[2,3  ],[1,3]]", "needs"},
                                        {"[1,2,3,  [1,3]]", "array"},
                                        {"{             }", "array"},
                                        {"[[1,2,3],[1,3] ", "comma"},

@@ -805,14 +805,14 @@ static void test_level_wrong_input_has_a_sentence(void) {
     CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(said, word), "%s: %s", #change,   \
           said);                                                                                   \
   } while (0)
-  WRONG(c.experts = 1, "below 2");
+  WRONG(c.experts = 1, "expected at least 2");
   WRONG(c.temperature = 0, "temperature");
   WRONG(c.temperature = NAN, "temperature");
   WRONG(c.task_dim = 0, "task_dim");
   WRONG(c.unit = MOE_UNIT_FFN, "unit");
   WRONG(c.unit = (moe_unit)2, "unit");
   WRONG(c.selection = (moe_selection)3, "selection");
-  WRONG(c.router = MOE_ROUTER_TASK, "gates");
+  WRONG(c.router = MOE_ROUTER_TASK, "router is task");
   WRONG(c.temperature = 0, "temperature is 0");
   WRONG(c.temperature = -1, "temperature is -1");
   WRONG(c.temperature = NAN, "temperature is nan");

@@ -178,7 +178,7 @@ static void test_model_config_names_the_field_that_is_wrong(void) {
   }
   c = good;
   c.gate_scale_n = c.renormalize = 1;
-  CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(said, "exclude"), "%s", said);
+  CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT && strstr(said, "are both 1"), "%s", said);
   moe_config_init(&c);
   CHECK(moe_config_check(&c, &env) == MOE_OK, "the defaults: %s", said);
 }
@@ -208,7 +208,7 @@ static void test_model_tasks_are_checked_one_by_one(void) {
   CHECK(try_tasks(t, MODELS_TASKS, &env) == MOE_OK, "%s", said);
   CHECK(try_tasks(t, 0, &env) == MOE_E_ARGUMENT && strstr(said, "tasks"), "no task: %s", said);
   CHECK(try_tasks(t, MOE_MAX_TASKS + 1, &env) == MOE_E_ARGUMENT, "too many tasks");
-  BAD(t[1].name[0] = 0, "no name");
+  BAD(t[1].name[0] = 0, "its name is empty");
   BAD(memset(t[1].name, 'x', MOE_NAME_BYTES), "longer");
   BAD(t[1].name[1] = '.', "letters");
   BAD(t[1].name[1] = ' ', "letters");
@@ -220,14 +220,14 @@ static void test_model_tasks_are_checked_one_by_one(void) {
   BAD(t[1].classes = MOE_MAX_CLASSES + 1, "classes");
   BAD(t[3].classes = 3, "ranking");
   BAD(t[2].classes = 2, "regression");
-  BAD(t[2].high = t[2].low, "range");
-  BAD(t[2].high = NAN, "range");
-  BAD(t[2].high = INFINITY, "range");
+  BAD(t[2].high = t[2].low, "expected low below high");
+  BAD(t[2].high = NAN, "expected low below high");
+  BAD(t[2].high = INFINITY, "expected low below high");
   BAD(t[1].max_len = 20, "max_len");
   BAD(t[1].max_len = -1, "max_len");
   BAD(memset(t[1].metrics, 'x', MOE_NAME_BYTES), "metrics");
   BAD(strcpy(t[1].metrics, "accuracy,speed"), "speed");
-  BAD(strcpy(t[2].metrics, "pearson,f1"), "those of a regression");
+  BAD(strcpy(t[2].metrics, "pearson,f1"), "for kind regression");
   BAD(t[1].label = twice, "twice");
   BAD(t[1].label = empty, "label 1");
 #undef BAD
