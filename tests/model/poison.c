@@ -179,9 +179,9 @@ static void poison_fit(poison_run *run, moe_router router, int resume, const moe
   CHECK(model && !moe_trainer_create(&t, model, &limits, &tc, env), "%s", said);
   for (i = 0; i < POISON_STEPS; ++i) {
     models_file file;
-    moe_writer writer = models_writer(&file);
+    moe_writer writer;
     float part;
-    memset(&file, 0, sizeof file);
+    writer = models_writer(&file);
     models_random_batch(&poison_batch, model, 20, 19, (uint64_t)i);
     CHECK(!moe_trainer_accumulate(t, &poison_batch.b, 35, &run->loss[i], run->losses, env), "%s",
           said);
