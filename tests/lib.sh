@@ -1,13 +1,21 @@
 # For the test scripts: ok NAME, fail NAME WHY, skip NAME WHY, finish. To be sourced.
 passed=0 failed=0 skipped=0
 ok() { passed=$((passed + 1)); echo "  ok    $1"; }
-fail() { failed=$((failed + 1)); echo "  FAIL  $1"; shift; [ $# -eq 0 ] || printf '        %s\n' "$*"; }
+fail() {
+  failed=$((failed + 1))
+  echo "  FAIL  $1"
+  shift
+  [ $# -eq 0 ] || printf '        %s\n' "$*"
+}
 skip() { skipped=$((skipped + 1)); echo "  skip  $1"; shift; printf '        skipped: %s\n' "$*"; }
 have() { command -v "$1" >/dev/null 2>&1; }
 finish() { echo "$passed passed, $failed failed, $skipped skipped"; [ "$failed" -eq 0 ]; exit; }
 # program NAME: examples/NAME.c or examples/tools/NAME.c as $tmp/NAME, built once for all scripts
 program() {
-  if "${MAKE:-make}" -s "${BUILD:-build}/$1" > "$tmp/log" 2>&1 && cp "${BUILD:-build}/$1" "$tmp/$1"; then return 0; fi
+  if "${MAKE:-make}" -s "${BUILD:-build}/$1" > "$tmp/log" 2>&1 &&
+      cp "${BUILD:-build}/$1" "$tmp/$1"; then
+    return 0
+  fi
   head -n 5 "$tmp/log"
   return 1
 }

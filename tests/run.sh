@@ -1,6 +1,7 @@
 #!/bin/sh
-# Runs the given test programs and scripts and adds up their last lines, "N passed, N failed, N skipped". Exit status 1 if any failed. Says
-# which took longest. JOBS=2: two at a time. A program may have arguments: "build/test_kernels gemm".
+# Runs the given test programs and scripts and adds up their last lines, "N passed, N failed, N
+# skipped". Exit status 1 if any failed. Says which took longest. JOBS=2: two at a time. A program
+# may have arguments: "build/test_kernels gemm".
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 : > "$dir/totals"
@@ -43,5 +44,15 @@ while [ $job -lt "${JOBS:-1}" ]; do
 done
 lane "$@"
 wait
-[ $# -lt 3 ] || echo "longest: $(sort -k 4 -rn "$dir/totals" | head -n 8 | awk '{ seconds = $4; $1 = $2 = $3 = $4 = ""; sub(/^ */, ""); printf "%s%s %s s", sep, $0, seconds; sep = ", " }')"
-awk '{ p += $1; f += $2; s += $3 } END { print p + 0 " passed, " f + 0 " failed, " s + 0 " skipped"; exit f > 0 }' "$dir/totals"
+[ $# -lt 3 ] || echo "longest: $(sort -k 4 -rn "$dir/totals" | head -n 8 |
+  awk '{
+    seconds = $4
+    $1 = $2 = $3 = $4 = ""
+    sub(/^ */, "")
+    printf "%s%s %s s", sep, $0, seconds
+    sep = ", "
+  }')"
+awk '{ p += $1; f += $2; s += $3 } END {
+  print p + 0 " passed, " f + 0 " failed, " s + 0 " skipped"
+  exit f > 0
+}' "$dir/totals"

@@ -15,7 +15,8 @@ files() {
 # measure NAME WHAT FIGURE LIMIT V01 FILE: FIGURE must be LIMIT at most; FILE says where it is not
 measure() {
   echo "        $2: $3 (at most $4; v0.1: $5)"
-  if [ "$3" -le "$4" ]; then ok "style_$1"; else fail "style_$1" "$(head -n 10 "${6:-/dev/null}")"; fi
+  if [ "$3" -le "$4" ]; then ok "style_$1"
+  else fail "style_$1" "$(head -n 10 "${6:-/dev/null}")"; fi
 }
 
 # ---- columns ----
@@ -83,16 +84,25 @@ for f in "$root/moe.h" "$root/moe_cuda.h"; do
   [ -f "$f" ] || continue
   name=style_$(basename "$f" .h)_ends_with_the_licence
   missing=$(tail -n 120 "$f" | awk '
-    function words(text) { gsub(/[ \t\n]+/, " ", text); sub(/^ /, "", text); sub(/ $/, "", text)
-      return text }
-    FILENAME == "-" { sub(/^ *(\/\*|\*\/|\*|\/\/)/, ""); sub(/\*\/ *$/, ""); end = end " " $0; next }
+    function words(text) {
+      gsub(/[ \t\n]+/, " ", text)
+      gsub(/^ | $/, "", text)
+      return text
+    }
+    FILENAME == "-" {
+      sub(/^ *(\/\*|\*\/|\*|\/\/)/, "")
+      sub(/\*\/ *$/, "")
+      end = end " " $0
+      next
+    }
     FNR == 1 { end = " " words(end) " " }
     /^-+$/ { next }
     NF { paragraph = paragraph " " $0; next }
     { check() }
     function check() {
       paragraph = words(paragraph)
-      if (paragraph != "" && paragraph !~ /^(moe\.h, |ALTERNATIVE |The data sets )/ && !index(end, paragraph))
+      if (paragraph != "" && paragraph !~ /^(moe\.h, |ALTERNATIVE |The data sets )/ &&
+          !index(end, paragraph))
         print substr(paragraph, 1, 60) " ..."
       paragraph = ""
     }
