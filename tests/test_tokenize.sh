@@ -34,7 +34,7 @@ refused() { # NAME SENTENCE OPTIONS...
 printf '[UNK]\n[SEP]\n' > "$tmp/bad"
 refused test_tokenize_needs_a_vocabulary 'usage: tokenize VOCAB'
 refused test_tokenize_names_the_missing_file "$tmp/none" "$tmp/none"
-refused test_tokenize_names_the_missing_word 'no line of the 2 is \[CLS\]' "$tmp/bad"
+refused test_tokenize_names_the_missing_word 'none of its 2 lines is \[CLS\]' "$tmp/bad"
 refused test_tokenize_names_the_unknown_option 'unknown option --lower' "$tmp/vocab" --lower
 refused test_tokenize_wants_a_number 'not 12x' "$tmp/vocab" --max-len 12x
 refused test_tokenize_wants_a_number_after_max_len 'not nothing' "$tmp/vocab" --max-len
