@@ -11177,9 +11177,11 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
 
 static int moe__is_finite(float x) { return x - x == 0; } /* false for infinities and NaN */
 
+/* All lengths are checked before any token is read: what a wrong one claims may not be there. */
 static moe_status moe__check_batch_arrays(const moe_model *model, const moe_batch *b,
                                           int with_labels, const moe_env *env) {
   int features = model->config.feature_dim > 0;
+  int32_t s;
   if (!b->seq_start) return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start is missing");
   if (!b->task)
     return moe__fail(env, MOE_E_ARGUMENT, "batch: the task of each sequence is missing");
@@ -11194,6 +11196,13 @@ static moe_status moe__check_batch_arrays(const moe_model *model, const moe_batc
   if (b->seq_start[0] != 0)
     return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start begins with %d, it must begin with 0",
                      (int)b->seq_start[0]);
+  for (s = 0; s < b->S; ++s) {
+    int64_t length = (int64_t)b->seq_start[s + 1] - b->seq_start[s];
+    if (length < 1 || length > model->config.positions)
+      return moe__fail(env, MOE_E_ARGUMENT,
+                       "batch: sequence %d has %lld tokens, it must have 1 to %d, the positions",
+                       (int)s, (long long)length, (int)model->config.positions);
+  }
   return MOE_OK;
 }
 
@@ -11270,11 +11279,7 @@ MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batc
   if (batch->S == 0) return MOE_OK;
   status = moe__check_batch_arrays(model, batch, with_labels, env);
   for (s = 0; s < batch->S && !status; ++s) {
-    int64_t length = (int64_t)batch->seq_start[s + 1] - batch->seq_start[s];
-    if (length < 1 || length > model->config.positions)
-      return moe__fail(env, MOE_E_ARGUMENT,
-                       "batch: sequence %d has %lld tokens, it must have 1 to %d, the positions",
-                       (int)s, (long long)length, (int)model->config.positions);
+    int32_t length = batch->seq_start[s + 1] - batch->seq_start[s];
     if (batch->task[s] < 0 || batch->task[s] >= model->T)
       return moe__fail(env, MOE_E_ARGUMENT,
                        "batch: sequence %d has task %d, the model has %d tasks", (int)s,
@@ -11282,7 +11287,7 @@ MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batc
     status = moe__check_tokens(model, batch, s, env);
     if (!status && with_labels) status = moe__check_label(model, batch, s, env);
     if (!status && moe__kind_of(&model->tasks[batch->task[s]])->spans)
-      status = moe__check_span(batch, s, (int32_t)length, model->tasks[batch->task[s]].name, env);
+      status = moe__check_span(batch, s, length, model->tasks[batch->task[s]].name, env);
   }
   return status;
 }

@@ -1402,7 +1402,29 @@ static void test_model_matches_pytorch(void) {
   }
 }
 
+/* Lengths that go up and down: nothing is read behind the end of what the last one promises. Under
+   AddressSanitizer the arrays of the heap say so. */
+static void test_model_reads_no_token_before_all_lengths_are_right(void) {
+  static const int32_t start[] = {0, 9, 3}, task[2] = {0, 0};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config config = models_config(MOE_ROUTER_TASK, 2, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_batch batch;
+  moe_model *model;
+  int32_t *ids = (int32_t *)calloc(3, sizeof *ids);
+  models_tasks(tasks);
+  model = models_create(&config, tasks, MODELS_TASKS, &env);
+  memset(&batch, 0, sizeof batch);
+  batch.S = 2, batch.seq_start = start, batch.task = task, batch.ids = ids;
+  CHECK(model && ids && moe_batch_check(model, &batch, 0, &env) == MOE_E_ARGUMENT &&
+            strstr(said, "sequence 1 has -6 tokens"),
+        "%s", said);
+  free(ids);
+  moe_model_free(model);
+}
+
 static void run_model(void) {
+  RUN(test_model_reads_no_token_before_all_lengths_are_right);
   RUN(test_model_counts_the_papers_parameters);
   RUN(test_model_table_of_tensors_has_no_gap);
   RUN(test_model_tensors_bear_the_names_of_the_hub);
