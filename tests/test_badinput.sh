@@ -11,7 +11,7 @@ printf 'name\tinput\tkind\tlabels\tmetric\trows\tmax_len\thard\ngood\tsingle\tcl
 printf 'label\tsentence1\n0\ta bad film\n1\ta fine film\n0\tbad\n1\tfine\n' | tee "$data/good/train.tsv" > "$data/good/dev.tsv"
 printf 'label\tsentence1\tsentence2\n0.5\ta film\tbad\n4\ta film\ta film\n5\tfine\tfine\n' | tee "$data/score/train.tsv" > "$data/score/dev.tsv"
 run="--systems tag --experts 2 --max-len 12 --batch 4 --threads 1"
-small="--layers 1 --hidden 8 --heads 2 --ffn 16"
+small="--layers 1 --hidden 8 --heads 2 --ffn 16 --from-scratch"
 "$tmp/train" --data "$data" $run $small --steps 2 --save "$tmp/model.safetensors" --checkpoint "$tmp/state.safetensors" > "$tmp/out" 2> "$tmp/err" ||
   { fail test_badinput_has_a_model "$(cat "$tmp/err")"; finish; }
 
@@ -61,7 +61,7 @@ else fail test_badinput_takes_a_batch_beyond_the_tokens_of_a_micro_batch "$(cat 
 
 # ---- options ----
 refuse unknown_option 'unknown option --fast' train --fast 1
-refuse option_without_dashes '"fast" is no option' train fast
+refuse option_without_dashes '"fast" is not an option' train fast
 refuse option_without_value '--lr needs a value' train --lr
 refuse number_that_is_none '--lr takes a number .*, not "abc"' train --lr abc
 refuse number_with_a_tail '--batch takes a whole number .*, not "4x"' train --batch 4x
@@ -69,8 +69,8 @@ refuse number_out_of_range '--batch takes a whole number from 1 .*, not "0"' tra
 refuse number_beyond_all_range '--threads takes .*, not "99999999999999999999999"' train --threads 99999999999999999999999
 refuse number_nan '--dropout takes a number .*, not "nan"' train --dropout nan
 refuse dropout_of_one '--dropout takes .*, not "1"' train --dropout 1
-refuse system_unknown '"gshard" is none of single, dense, switch, tag' train --systems dense,gshard
-refuse system_twice 'dense with seed 1 stands there twice' train --systems dense,dense
+refuse system_unknown '"gshard" is not one of single, dense, switch, tag' train --systems dense,gshard
+refuse system_twice 'dense with seed 1 is listed twice' train --systems dense,dense
 refuse seed_that_is_none '--seeds takes .*, not "x"' train --seeds 1,x
 refuse isa_unknown '--isa is auto.*"sse"' train --isa sse
 refuse sampling_unknown '--sampling is natural.*"fair"' train --sampling fair
@@ -93,13 +93,13 @@ refuse folder_missing "cannot open $tmp/none/tasks.tsv: No such file" train --da
 refuse folder_is_a_file 'cannot open .*tasks.tsv' train --data "$data/vocab.txt"
 refuse task_unknown "there is no task \"MRPC\" in $data/tasks.tsv" train --tasks good,MRPC
 refuse task_asked_twice '--tasks names good twice' train --tasks good,good
-changed task_defined_twice 'tasks.tsv:3: task good stands there twice' tasks.tsv \
+changed task_defined_twice 'tasks.tsv:3: task good is listed twice' tasks.tsv \
   'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\n'
-changed tasks_empty 'tasks.tsv is empty' tasks.tsv ''
-changed tasks_without_tasks 'tasks.tsv names no task' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\n'
+changed tasks_empty 'tasks.tsv: the file is empty' tasks.tsv ''
+changed tasks_without_tasks 'tasks.tsv: there are no tasks' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\n'
 changed tasks_without_a_column 'tasks.tsv:1: there is no column "metric"' tasks.tsv 'name\tinput\tkind\tlabels\ngood\tsingle\tclassification\t0=a,1=b\n'
 changed tasks_short_line 'tasks.tsv:2: 2 columns, expected 5' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\n'
-changed task_kind 'tasks.tsv:2: kind "class" is none of' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclass\t0=a,1=b\taccuracy\n'
+changed task_kind 'tasks.tsv:2: kind "class" is not one of' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclass\t0=a,1=b\taccuracy\n'
 changed task_input 'tasks.tsv:2: input "two" is neither' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\ttwo\tclassification\t0=a,1=b\taccuracy\n'
 changed task_metric "metrics 'bleu', expected accuracy" tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\tbleu\n'
 changed task_without_metric 'tasks.tsv:2: metrics have 1 to' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\t\n'
@@ -107,39 +107,39 @@ changed task_one_label 'tasks.tsv:2: a task needs at least two labels' tasks.tsv
 changed task_labels_out_of_order 'tasks.tsv:2: label 1 should read 1=NAME, not "2=b"' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,2=b\taccuracy\n'
 changed task_range_missing 'tasks.tsv:2: labels of a regression are a range' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tregression\t0=a,1=b\tpearson\n'
 changed task_range_backwards "good" tasks.tsv 'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tregression\t5..0\tpearson\n'
-changed task_rows 'tasks.tsv:2: rows "many" is no number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\tmany\n'
-changed task_rows_huge 'tasks.tsv:2: rows "1e25" is no whole number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t1e25\n'
+changed task_rows 'tasks.tsv:2: rows "many" is not a number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\tmany\n'
+changed task_rows_huge 'tasks.tsv:2: rows "1e25" is not a whole number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t1e25\n'
 changed task_name_of_another_folder 'tasks.tsv:2: task "../good": a name has letters, digits' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\n../good\tsingle\tclassification\t0=a,1=b\taccuracy\n'
 changed task_metric_of_classes_for_a_regression "task 'score': metrics 'accuracy', expected pearson or spearman" tasks.tsv 'name\tinput\tkind\tlabels\tmetric\nscore\tpair\tregression\t0..5000\taccuracy\n'
-changed task_rows_negative 'tasks.tsv:2: rows are -4' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t-4\n'
+changed task_rows_negative 'tasks.tsv:2: rows is -4, expected at least 0' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t-4\n'
 changed task_max_len_negative 'tasks.tsv:2: max_len is -4' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\tmax_len\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t-4\n'
 changed task_max_len_of_a_pair 'tasks.tsv:2: max_len is 2, the special tokens alone are 3' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\tmax_len\nscore\tpair\tregression\t0..5\tpearson\t2\n'
-changed task_range_not_finite 'tasks.tsv:2: highest label "1e400" is no number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\nscore\tpair\tregression\t0..1e400\tpearson\n'
+changed task_range_not_finite 'tasks.tsv:2: highest label "1e400" is not a number' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\nscore\tpair\tregression\t0..1e400\tpearson\n'
 changed task_max_len 'max_len\|longest\|max_len 1' tasks.tsv 'name\tinput\tkind\tlabels\tmetric\tmax_len\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t1\n'
 changed task_name_too_long 'tasks.tsv:2: a task.s name has 1 to 63 bytes' tasks.tsv \
   'name\tinput\tkind\tlabels\tmetric\naaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\tsingle\tclassification\t0=a,1=b\taccuracy\n'
 
 changed train_missing 'cannot open .*good/train.tsv: No such file' good/train.tsv -
 changed dev_missing 'cannot open .*good/dev.tsv: No such file' good/dev.tsv -
-changed train_empty 'good/train.tsv is empty' good/train.tsv ''
-changed train_without_rows 'good/train.tsv holds no rows' good/train.tsv 'label\tsentence1\n'
-changed dev_without_rows 'good/dev.tsv holds no rows' good/dev.tsv 'label\tsentence1\n'
+changed train_empty 'good/train.tsv: the file is empty' good/train.tsv ''
+changed train_without_rows 'good/train.tsv: there are no rows' good/train.tsv 'label\tsentence1\n'
+changed dev_without_rows 'good/dev.tsv: there are no rows' good/dev.tsv 'label\tsentence1\n'
 changed train_without_column 'good/train.tsv:1: there is no column "sentence1"' good/train.tsv 'label\ttext\n0\ta\n'
 changed pair_without_second_text 'score/train.tsv:1: there is no column "sentence2"' score/train.tsv 'label\tsentence1\n0\ta\n'
 changed two_columns_of_a_name 'good/train.tsv:1: two columns are called "label"' good/train.tsv 'label\tsentence1\tlabel\n0\ta\t1\n'
 changed too_few_columns 'good/train.tsv:3: 1 column, expected 2' good/train.tsv 'label\tsentence1\n0\ta\nbad\n'
 changed too_many_columns 'good/train.tsv:3: more than the 2 columns' good/train.tsv 'label\tsentence1\n0\ta\n0\ta\tb\n'
 changed blank_line 'good/train.tsv:3: 1 column, expected 2' good/train.tsv 'label\tsentence1\n0\ta\n\n1\tb\n'
-changed label_no_number 'good/train.tsv:2: label "yes" is no number' good/train.tsv 'label\tsentence1\nyes\ta\n'
-changed label_empty 'good/train.tsv:2: label "" is no number' good/train.tsv 'label\tsentence1\n\ta\n'
-changed label_nan 'good/train.tsv:2: label "nan" is no number' good/train.tsv 'label\tsentence1\nnan\ta\n'
-changed label_too_large 'good/train.tsv:3: label 2 is none of 0 .. 1' good/train.tsv 'label\tsentence1\n0\tb\n2\ta\n'
-changed label_negative 'good/dev.tsv:2: label -1 is none of 0 .. 1' good/dev.tsv 'label\tsentence1\n-1\ta\n'
-changed label_huge 'good/dev.tsv:2: label 1e20 is none of 0 .. 1' good/dev.tsv 'label\tsentence1\n1e20\ta\n'
-changed label_between 'good/dev.tsv:2: label 0.5 is none of 0 .. 1' good/dev.tsv 'label\tsentence1\n0.5\ta\n'
+changed label_no_number 'good/train.tsv:2: label "yes" is not a number' good/train.tsv 'label\tsentence1\nyes\ta\n'
+changed label_empty 'good/train.tsv:2: label "" is not a number' good/train.tsv 'label\tsentence1\n\ta\n'
+changed label_nan 'good/train.tsv:2: label "nan" is not a number' good/train.tsv 'label\tsentence1\nnan\ta\n'
+changed label_too_large 'good/train.tsv:3: label 2 is not one of 0 .. 1' good/train.tsv 'label\tsentence1\n0\tb\n2\ta\n'
+changed label_negative 'good/dev.tsv:2: label -1 is not one of 0 .. 1' good/dev.tsv 'label\tsentence1\n-1\ta\n'
+changed label_huge 'good/dev.tsv:2: label 1e20 is not one of 0 .. 1' good/dev.tsv 'label\tsentence1\n1e20\ta\n'
+changed label_between 'good/dev.tsv:2: label 0.5 is not one of 0 .. 1' good/dev.tsv 'label\tsentence1\n0.5\ta\n'
 changed label_outside_the_range 'score/dev.tsv:2: label 5.5 is outside 0..5' score/dev.tsv 'label\tsentence1\tsentence2\n5.5\ta\tb\n'
-changed label_infinite 'score/train.tsv:2: label "inf" is no number' score/train.tsv 'label\tsentence1\tsentence2\ninf\ta\tb\n'
-changed label_beyond_double 'score/train.tsv:2: label "1e400" is no number' score/train.tsv 'label\tsentence1\tsentence2\n1e400\ta\tb\n'
+changed label_infinite 'score/train.tsv:2: label "inf" is not a number' score/train.tsv 'label\tsentence1\tsentence2\ninf\ta\tb\n'
+changed label_beyond_double 'score/train.tsv:2: label "1e400" is not a number' score/train.tsv 'label\tsentence1\tsentence2\n1e400\ta\tb\n'
 changed zero_byte 'good/train.tsv:3: a zero byte' good/train.tsv 'label\tsentence1\n0\ta\n0\ta\000b\n'
 rm -rf "$tmp/changed"
 cp -r "$data" "$tmp/changed"
@@ -211,7 +211,7 @@ encoder "$tmp/hub/good.safetensors" ''
 init() { (small=; train --vocab "$data/vocab.txt" --eps 1e-12 --init "$@"); }
 if "$tmp/train" --data "$data" --init "$tmp/hub/good.safetensors" --vocab "$data/vocab.txt" --heads 1 --steps 1 --threads 1 --systems dense > "$tmp/out" 2> "$tmp/err"
 then ok test_badinput_has_an_encoder; else fail test_badinput_has_an_encoder "$(cat "$tmp/err")"; fi
-refuse init_without_heads 'no config.json beside .*good.safetensors: give --heads' init "$tmp/hub/good.safetensors"
+refuse init_without_heads 'good.safetensors: there is no config.json beside it: give --heads' init "$tmp/hub/good.safetensors"
 refuse init_without_vocab '--init needs --vocab' train --init "$tmp/hub/good.safetensors" --heads 1
 refuse init_heads_that_do_not_divide 'heads' init "$tmp/hub/good.safetensors" --heads 3
 refuse init_max_len_beyond_the_positions '--max-len 17 is more than the 16 positions' init "$tmp/hub/good.safetensors" --heads 1 --max-len 17
@@ -263,7 +263,7 @@ refuse resume_other_sizes 'state.safetensors' train --resume "$tmp/state.safeten
 refuse resume_of_one_from_nowhere "cannot open $tmp/none.safetensors: No such file" train --resume "$tmp/none.safetensors"
 # of several systems some may not have begun, which is no mistake; but it is said
 "$tmp/train" --data "$data" $run $small --steps 1 --systems tag,dense --resume "$tmp/none.safetensors" > "$tmp/out" 2> "$tmp/err"
-if [ $? -eq 0 ] && [ "$(grep -c 'there is no .*/none-.*.safetensors: MT-.* begins anew' "$tmp/err")" -eq 2 ]; then ok test_badinput_resume_says_what_begins_anew
+if [ $? -eq 0 ] && [ "$(grep -c 'there is no .*/none-.*.safetensors: MT-.* starts anew' "$tmp/err")" -eq 2 ]; then ok test_badinput_resume_says_what_begins_anew
 else fail test_badinput_resume_says_what_begins_anew "$(cat "$tmp/err")"; fi
 # each tensor's header entry spoiled: the file is refused with its name, and nothing crashes
 crashed=

@@ -6,7 +6,7 @@ CC=${CC:-cc}
 for p in train predict convert; do program $p || { fail test_convert_compiles; finish; }; done
 ok test_convert_compiles
 model=$tmp/model.safetensors small=$tmp/small.safetensors
-if ! "$tmp/train" --tasks $tasks --data $data --systems tag --layers 1 --hidden 64 --ffn 128 --heads 2 --steps 60 --threads 1 --max-len 24 \
+if ! "$tmp/train" --tasks $tasks --data $data --from-scratch --systems tag --layers 1 --hidden 64 --ffn 128 --heads 2 --steps 60 --threads 1 --max-len 24 \
      --save "$model" > "$tmp/log" 2>&1; then fail test_convert_has_a_model "$(tail -n 3 "$tmp/log")"; finish; fi
 
 "$tmp/convert" "$model" > "$tmp/what"
@@ -40,7 +40,7 @@ refuses test_convert_spares_its_input "another name" "$model" "$model" --int8
 refuses test_convert_refuses_a_second_time "int8 already" "$small" "$tmp/x" --int8
 head -c 1000 "$small" > "$tmp/cut"
 refuses test_convert_refuses_damage "convert: $tmp/cut: .*truncated" "$tmp/cut"
-if "$tmp/train" --tasks $tasks --data $data --systems tag --layers 1 --hidden 64 --ffn 128 --heads 2 --steps 1 --threads 1 --max-len 24 \
+if "$tmp/train" --tasks $tasks --data $data --from-scratch --systems tag --layers 1 --hidden 64 --ffn 128 --heads 2 --steps 1 --threads 1 --max-len 24 \
      --init "$small" --vocab $data/vocab.txt > "$tmp/log" 2>&1; then fail test_convert_int8_cannot_be_trained; else ok test_convert_int8_cannot_be_trained; fi
 
 # one task alone: the same scores without the other; without the experts that it hardly uses nearly the same, in fewer bytes

@@ -5,7 +5,7 @@ program train || { fail test_finetune_compiles; finish; }
 data=../examples/data
 train() { "$tmp/train" --data $data --max-len 24 --threads 1 "$@" > "$tmp/out" 2> "$tmp/err"; }
 value() { tr '{' '\n' < "$1" | sed -n "s/.*\"name\": \"$2\".*\"value\": \([-0-9.e]*\), \"n\".*/\1/p" | sed -n "$3p"; }
-small="--layers 1 --hidden 32 --ffn 64 --heads 2"
+small="--layers 1 --hidden 32 --ffn 64 --heads 2 --from-scratch"
 
 if train $small --tasks query_wellformedness,snips_intents --systems tag,embed --rank 3 --gate-lr 5 --steps 60 --lr 3e-3 --fine-tune 4 --hold-out 0.2 --seeds 1,2 \
    --save "$tmp/m.safetensors" --json "$tmp/run.json"; then ok test_finetune_runs; else fail test_finetune_runs "$(tail -n 3 "$tmp/err")"; finish; fi

@@ -35,7 +35,7 @@ make_rows() { # SEED ROWS
 }
 make_rows 1 240 train
 make_rows 2 120 dev
-train() { "$tmp/train" --data "$data" --systems tag --layers 1 --hidden 32 --ffn 64 --heads 2 --max-len 24 --threads 1 --steps 40 "$@"; }
+train() { "$tmp/train" --data "$data" --from-scratch --systems tag --layers 1 --hidden 32 --ffn 64 --heads 2 --max-len 24 --threads 1 --steps 40 "$@"; }
 if train --json "$tmp/run.json" --predictions "$tmp/said.tsv" > "$tmp/log" 2>&1; then ok test_kinds_train_together; else fail test_kinds_train_together "$(tail -n 3 "$tmp/log")"; finish; fi
 value() { tr '{' '\n' < "$tmp/run.json" | sed -n "s/.*\"name\": \"$1\".*\"value\": \([-0-9.e]*\), \"n\".*/\1/p"; }
 same() { if [ "$(echo "$2 $3" | awk '{ d = $1 - $2; print (NF == 2 && d < 1e-6 && d > -1e-6) }')" = 1 ]; then ok "$1"; else fail "$1" "table: $2, counted: $3"; fi; }
@@ -84,7 +84,7 @@ refuses() { # NAME PATTERN TASK HEADER ROWS
   { head -n 1 "$data/tasks.tsv"; grep "^$3	" "$data/tasks.tsv"; } > "$tmp/bad/tasks.tsv"
   cp "$data/$3/train.tsv" "$tmp/bad/$3/"
   printf "$4\n$5" > "$tmp/bad/$3/dev.tsv"
-  "$tmp/train" --data "$tmp/bad" --systems tag --layers 1 --hidden 32 --ffn 64 --heads 2 --max-len 24 --threads 1 --steps 1 > "$tmp/out" 2> "$tmp/err"
+  "$tmp/train" --data "$tmp/bad" --from-scratch --systems tag --layers 1 --hidden 32 --ffn 64 --heads 2 --max-len 24 --threads 1 --steps 1 > "$tmp/out" 2> "$tmp/err"
   status=$?
   if [ $status -eq 1 ] && grep -q -- "$2" "$tmp/err"; then ok test_kinds_refuse_$1; else fail test_kinds_refuse_$1 "status $status: $(cat "$tmp/err")"; fi
 }
@@ -94,11 +94,11 @@ refuses a_group_with_two_answers 'dev.tsv:3: the group that begins here has 2 ch
 refuses a_group_of_one 'dev.tsv:2: the group of this row has no other choice' choose "$h" '1\ta\tb\tq1\n'
 refuses a_ranking_without_groups 'there is no column "group"' choose 'label\tsentence1\tsentence2' '1\ta\tb\n'
 h='label\tsentence1\tsentence2\tstart1\tend1\tstart2\tend2'
-refuses a_word_outside 'dev.tsv:2: characters 5 to 9 of sentence1, which has 8 characters, are no word' sense "$h" '1\tsome car\tcar\t5\t9\t0\t3\n'
+refuses a_word_outside 'dev.tsv:2: characters 5 to 9 of sentence1, which has 8 characters, are not a word' sense "$h" '1\tsome car\tcar\t5\t9\t0\t3\n'
 refuses a_word_before_the_sentence 'dev.tsv:2: characters -1 to 3 of sentence1' sense "$h" '1\tsome car\tcar\t-1\t3\t0\t3\n'
 refuses an_empty_word 'dev.tsv:2: characters 2 to 2 of sentence2' sense "$h" '1\tsome car\tcar\t0\t3\t2\t2\n'
 refuses a_word_beyond_the_characters_of_utf_8 'characters 5 to 9 of sentence1, which has 8 characters' sense "$h" '1\t\303\251t\303\251 fini\tcar\t5\t9\t0\t3\n'
-refuses a_half_offset 'dev.tsv:2: start "0.5" is no whole number' sense "$h" '1\tsome car\tcar\t0.5\t3\t2\t2\n'
+refuses a_half_offset 'dev.tsv:2: start "0.5" is not a whole number' sense "$h" '1\tsome car\tcar\t0.5\t3\t2\t2\n'
 long='a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a car'
 refuses a_word_that_was_cut 'dev.tsv:2: the word at characters 64 to 67 of sentence1 was cut off' sense "$h" "1\t$long\tcar\t64\t67\t0\t3\n"
 finish

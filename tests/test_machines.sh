@@ -37,7 +37,7 @@ for t in snips_intents intent_match query_wellformedness; do
   head -n 60 $from/$t/train.tsv > "$data/$t/train.tsv"
   head -n 31 $from/$t/dev.tsv > "$data/$t/dev.tsv"
 done
-small="--data data --systems tag --top-k 2 --layers 2 --hidden 36 --heads 2 --ffn 50 --experts 3 --max-len 40 --batch 12 --steps 6 --lr 2e-3 --threads 2"
+small="--data data --from-scratch --systems tag --top-k 2 --layers 2 --hidden 36 --heads 2 --ffn 50 --experts 3 --max-len 40 --batch 12 --steps 6 --lr 2e-3 --threads 2"
 native=
 if program train && (cd "$tmp" && ./train $small --save native.safetensors > log 2>&1); then native=1; else fail test_machines_native_training "$(tail -n 3 "$tmp/log")"; fi
 

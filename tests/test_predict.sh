@@ -5,7 +5,7 @@ data=../examples/data tasks=query_wellformedness,intent_match,snips_intents
 for p in train predict; do program $p || { fail test_predict_compiles; finish; }; done
 ok test_predict_compiles
 model=$tmp/model.safetensors
-if ! "$tmp/train" --tasks $tasks --data $data --systems tag --layers 1 --hidden 32 --ffn 64 --heads 2 --steps 30 --threads 1 --max-len 24 \
+if ! "$tmp/train" --tasks $tasks --data $data --from-scratch --systems tag --layers 1 --hidden 32 --ffn 64 --heads 2 --steps 30 --threads 1 --max-len 24 \
      --save "$model" --json "$tmp/run.json" > "$tmp/log" 2>&1; then fail test_predict_has_a_model "$(tail -n 3 "$tmp/log")"; finish; fi
 predict() { "$tmp/predict" "$model" "$@"; }
 

@@ -5,7 +5,7 @@ data=../examples/data tasks=query_wellformedness,intent_match,snips_intents,pros
 CC=${CC:-cc}
 for p in train routes; do program $p || { fail test_routes_compiles; finish; }; done
 ok test_routes_compiles
-small="--data $data --layers 2 --hidden 32 --ffn 64 --heads 2 --threads 1 --max-len 24"
+small="--data $data --layers 2 --hidden 32 --ffn 64 --heads 2 --threads 1 --from-scratch --max-len 24"
 make_model() { "$tmp/train" $small "$@" > "$tmp/log" 2>&1 || { fail test_routes_has_a_model "$(tail -n 3 "$tmp/log")"; finish; }; }
 make_model --tasks $tasks --systems tag --experts 3 --steps 15 --save "$tmp/early.safetensors"
 make_model --tasks $tasks --systems tag --experts 3 --steps 60 --save "$tmp/late.safetensors" --checkpoint "$tmp/state.safetensors" --every 60

@@ -18,7 +18,8 @@ for t in snips_intents intent_match query_wellformedness; do
 done
 { head -n 1 $from/snips_intents/dev.tsv; tail -n 40 $from/snips_intents/dev.tsv; } > "$data/snips_intents/dev_2.tsv"
 
-small="--data $data --layers 2 --hidden 36 --heads 2 --ffn 50 --experts 3 --max-len 40 --batch 12 --steps 14 --lr 2e-3"
+tiny="--data $data --layers 2 --hidden 36 --heads 2 --ffn 50 --experts 3 --max-len 40 --batch 12 --steps 14 --lr 2e-3"
+small="$tiny --from-scratch"
 train() { "$tmp/train" $small "$@" > "$tmp/out" 2> "$tmp/err"; }
 sum() { [ ! -e "$1" ] || cksum < "$1"; }
 same() { # NAME FILE FILE
@@ -141,6 +142,81 @@ says test_train_prints_mean_and_deviation "$tmp/several.out" '^MT-TaG .*[0-9]+-[
 says test_train_prints_a_row_per_system "$tmp/several.out" '^Single-Task '
 says test_train_prints_the_experts_of_each_task "$tmp/several.out" 'Experts chosen by MT-TaG'
 
+# ---- without --from-scratch: a dense parent first, then all go on from it for as many steps ----
+parents="$tiny --threads 2 --steps 20 --parent 0.7 --seeds 1,2"
+run() { "$tmp/train" $parents "$@" > "$tmp/out" 2> "$tmp/err"; }
+if run --systems single,dense,tag --save "$tmp/p.safetensors" --json "$tmp/p.json"
+then ok test_train_has_a_parent
+else fail test_train_has_a_parent "$(cat "$tmp/err")"; fi
+field() { # SYSTEM FIELD FILE
+  sed -n "/\"system\": \"$1\", \"seed\": 1,/,/\"small\"/s/.*\"$2\": \([-0-9.e]*\).*/\1/p" "$3"
+}
+said="$(for s in parent dense tag; do field $s steps "$tmp/p.json"; done | tr '\n' ' ')"
+if [ "$said" = "14 6 6 " ] && grep -q '^Dense parent .*+-' "$tmp/out"
+then ok test_train_parent_and_systems_share_the_steps
+else fail test_train_parent_and_systems_share_the_steps "$said"; fi
+if grep -q ' - Dense parent\|^Dense parent - ' "$tmp/out"; then fail test_train_parent_is_not_compared
+else ok test_train_parent_is_not_compared; fi
+run --seeds 2 --systems tag --save "$tmp/alone.safetensors"
+same test_train_goes_on_from_the_parent_of_its_seed "$tmp/p-tag-2.safetensors" \
+  "$tmp/alone.safetensors"
+run --seeds 1 --systems single --tasks snips_intents --save "$tmp/alone.safetensors"
+"$tmp/train" $small --threads 2 --steps 20 --systems single --tasks snips_intents \
+  --save "$tmp/single.safetensors" > "$tmp/out" 2> "$tmp/err"
+same test_train_single_has_no_parent "$tmp/single.safetensors" "$tmp/alone.safetensors"
+run --seeds 1 --steps 60 --parent 0.98 --lr 1e-2 --experts 1 --systems dense,switch \
+  --json "$tmp/start.json"
+if [ -n "$(field dense value "$tmp/start.json")" ] &&
+   [ "$(field dense value "$tmp/start.json")" = "$(field switch value "$tmp/start.json")" ]
+then ok test_train_one_expert_goes_on_as_dense
+else fail test_train_one_expert_goes_on_as_dense "$(cat "$tmp/start.json")"; fi
+
+# killed in the parent, and in what goes on from it
+only="--seeds 2 --systems tag --hold-out 0.2"
+state() { cat "$tmp"/q*.safetensors 2> /dev/null | cksum; }
+resume= kills=0
+while [ $kills -lt 20 ]; do
+  "$tmp/train" $parents $only --checkpoint "$tmp/q.safetensors" --every 1 \
+    --save "$tmp/model.safetensors" $resume > /dev/null 2> "$tmp/err" &
+  pid=$! before=$(state) tries=0
+  while kill -0 $pid 2> /dev/null &&
+        { [ "$(state)" = "$before" ] || [ $tries -lt $((kills % 3)) ]; }; do
+    sleep 0.01
+    tries=$((tries + 1))
+  done
+  kill -9 $pid 2> /dev/null
+  wait $pid 2> /dev/null
+  [ $? -eq 137 ] || break
+  kills=$((kills + 1)) resume="--resume $tmp/q.safetensors"
+done
+run $only --save "$tmp/whole.safetensors"
+name=test_train_killed_in_parent_and_child_has_the_same_bits
+if [ $kills -ge 2 ]; then same $name "$tmp/whole.safetensors" "$tmp/model.safetensors"
+else fail $name "killed $kills times: $(cat "$tmp/err")"; fi
+# interrupted in the child, without a checkpoint asked for: the parent is left, too, and the line
+# that is printed goes on
+only="--seeds 2 --systems dense,tag --hold-out 0.2 --steps 400"
+mkdir "$tmp/here"
+(
+  cd "$tmp/here" || exit
+  "$tmp/train" $parents $only --save m.safetensors > out 2> err &
+  pid=$! tries=0
+  until [ -e m-dense-2.safetensors ] || [ $tries -ge 4000 ]; do
+    sleep 0.01
+    tries=$((tries + 1))
+  done
+  kill -TERM $pid
+  wait $pid
+  echo $? > status
+  eval "$(grep -e ' --resume ' err)" > out 2> err
+  "$tmp/train" $parents $only --save whole.safetensors > out 2> err2
+)
+name=test_train_interrupted_in_the_child_goes_on
+if [ "$(cat "$tmp/here/status")" = 143 ] && ! grep -q 'Dense parent' "$tmp/here/err" &&
+   [ -s "$tmp/here/checkpoint-parent-2.safetensors.best" ]
+then same $name "$tmp/here/whole-tag-2.safetensors" "$tmp/here/m-tag-2.safetensors"
+else fail $name "$(cat "$tmp/here/status" "$tmp/here/err")"; fi
+
 # a machine may read the JSON, with a Python or without
 python=${MOE_PYTHON:-python3}
 if have "$python"; then
@@ -192,7 +268,7 @@ head -n 3 "$data/intent_match/dev.tsv" > "$tmp/pair"
 { cat "$data/snips_intents/train.tsv"; printf '1\tHow? is the -weather-\n2\tplay it AGAIN, Sam\n3\t'; sed -n 3p "$data/snips_intents/dev.tsv" | cut -f 2; } > "$tmp/twice/snips_intents/train.tsv"
 { cat "$data/query_wellformedness/dev.tsv"; printf '0.5\thow is the weather ?\n1\tPlay it again, Sam.\n'; } > "$tmp/twice/query_wellformedness/dev.tsv"
 train $one --data "$tmp/twice" --dedup
-says test_train_dedup_counts "$tmp/out" '^snips_intents: 2 training rows stand in another task.s dev set and are left out'
+says test_train_dedup_counts "$tmp/out" '^snips_intents: 2 training rows occur in another task.s dev set and are left out'
 says test_train_dedup_leaves_them_out "$tmp/out" ' 120/100 *49/60 *119/62'
 
 # other line ends, no end at all, and a byte that is no UTF-8 are no reason to stop
@@ -210,6 +286,6 @@ if train $one --data "$tmp/bytes"; then ok test_train_takes_broken_utf8_and_empt
 
 "$tmp/train" --help > "$tmp/help" 2>&1
 undocumented=
-for o in $(grep -o '^  *\(OPTION_[A-Z]*(\|{\)"--[a-z-]*"' ../examples/train.c | grep -o -e '--[a-z-]*'); do grep -q -e "$o" "$tmp/help" || undocumented="$undocumented $o"; done
+for o in $(grep -oh '"--[a-z-]*"' ../examples/train.c ../examples/tools/cli.h ../examples/tools/data.h ../examples/tools/training.h | tr -d '"' | grep -v -e --help); do grep -q -e "$o" "$tmp/help" || undocumented="$undocumented $o"; done
 [ -z "$undocumented" ] && ok test_train_help_lists_every_option || fail test_train_help_lists_every_option $undocumented
 finish

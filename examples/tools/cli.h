@@ -1,19 +1,18 @@
-/* cli.h - what all programs share: messages, memory, options, text, JSON, paths, files that are
-   replaced safely, the machine, progress and interruption
+/* cli.h - what all programs share: messages, memory, options, text, files that are replaced safely,
+   the machine, progress and interruption
 
      #define MOE_IMPLEMENTATION
      #include "tools/cli.h"        first of all: it includes moe.h
 
-     static const option options[] = {OPTION_GROUP("data"), OPTION_TEXT("--data", ...), OPTION_END};
+     static const option options[] = {GROUP("data"), STRING("--data", ...), ..., END_OF_OPTIONS};
      static const option *const all_options[] = {options, machine_options, NULL};
      begin_program("train", argc, argv);
-     read_options("[options]", "what it does", all_options);
+     read_options("[options]\nwhat it does", all_options);
      open_machine(0);
      ...
      return end_program();
 
-   Whatever goes wrong ends the program with status 1 and one sentence (die). Functions are static
-   inline so that a program may leave some of them unused. */
+   Whatever goes wrong ends the program with status 1 and one sentence (die). */
 #ifndef TOOLS_CLI_H
 #define TOOLS_CLI_H
 #if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
@@ -30,7 +29,6 @@
 #include <string.h>
 #include <time.h>
 #ifdef _WIN32
-#include <fcntl.h>
 #include <io.h>
 #define isatty _isatty
 #define fileno _fileno
@@ -66,8 +64,7 @@ static inline void read_from(const char *file, int line) {
 
 static inline void say(const char *sentence) {
   fprintf(stderr, "%s: ", program.name);
-  if (reading.file && reading.line) fprintf(stderr, "%s:%d: ", reading.file, reading.line);
-  if (reading.file && !reading.line) fprintf(stderr, "%s: ", reading.file);
+  if (reading.file) fprintf(stderr, reading.line ? "%s:%d: " : "%s: ", reading.file, reading.line);
   fprintf(stderr, "%s\n", sentence);
 }
 
@@ -91,10 +88,10 @@ static inline void need(moe_status status) {
   if (status) exit(1);
 }
 
-/* ---- memory ---- */
+/* ---- memory and text ---- */
 
 static inline void *grow(void *p, size_t count, size_t size) {
-  p = size && count > SIZE_MAX / size ? NULL : realloc(p, (count ? count : 1) * size);
+  p = count > SIZE_MAX / size ? NULL : realloc(p, (count ? count : 1) * size);
   if (!p) die("out of memory (%zu x %zu bytes)", count, size);
   return p;
 }
@@ -105,221 +102,19 @@ static inline void *take(size_t count, size_t size) {
   return p;
 }
 
-/* Memory that is wanted to the end, 64-byte aligned. */
-static struct lasting_block { struct lasting_block *next; } * lasting_blocks;
-
+/* Memory that is wanted to the end, 64-byte aligned, all of it linked. */
 static inline void *lasting(size_t count, size_t size) {
-  size_t bytes = count > (SIZE_MAX - 192) / (size ? size : 1) ? SIZE_MAX : count * size + 128;
-  struct lasting_block *b = (struct lasting_block *)take(bytes, 1);
-  b->next = lasting_blocks;
-  lasting_blocks = b;
+  static void *blocks;
+  void **b = (void **)take(count + 128 / size + 1, size);
+  *b = blocks;
+  blocks = b;
   return (char *)b + 128 - ((uintptr_t)b & 63);
 }
-
-/* A text of any length, lasting. */
-TOOLS_PRINTF(1) static inline char *printed(const char *format, ...) {
-  va_list args;
-  char *out;
-  int n;
-  va_start(args, format);
-  n = vsnprintf(NULL, 0, format, args);
-  va_end(args);
-  if (n < 0) die("a text of too many bytes");
-  out = (char *)lasting((size_t)n + 1, 1);
-  va_start(args, format);
-  vsnprintf(out, (size_t)n + 1, format, args);
-  va_end(args);
-  return out;
-}
-
-/* ---- numbers and lists ---- */
-
-static inline double number(const char *what, const char *text, double low, double high) {
-  char *end;
-  double v = strtod(text, &end);
-  if (end == text || *end || !(v >= low && v <= high))
-    die("%s takes a number from %g to %g, not \"%s\"", what, low, high, text);
-  return v;
-}
-
-static inline int whole(const char *what, const char *text, double low, double high) {
-  char *end;
-  long long v = strtoll(text, &end, 10);
-  if (end == text || *end || (double)v < low || (double)v > high)
-    die("%s takes a whole number from %.0f to %.0f, not \"%s\"", what, low, high, text);
-  return (int)v;
-}
-
-/* `word` is one of "a|b|c". */
-static inline int is_one_of(const char *list, const char *word) {
-  size_t n = strlen(word);
-  for (; list; list = strchr(list, '|') ? strchr(list, '|') + 1 : NULL)
-    if (!strncmp(list, word, n) && (!list[n] || list[n] == '|')) return 1;
-  return 0;
-}
-
-/* A text cut at a mark. */
-typedef struct list {
-  char **at; /* (n) lasting */
-  int n;
-} list;
-
-static inline list split(const char *text, char mark) {
-  list out;
-  char *copy = printed("%s", text), *s;
-  out.n = 1;
-  for (s = copy; (s = strchr(s, mark)) != NULL; ++s) ++out.n;
-  out.at = (char **)lasting((size_t)out.n, sizeof *out.at);
-  out.n = 0;
-  for (s = copy; s; s = strchr(s, mark), s = s ? (*s = 0, s + 1) : NULL) out.at[out.n++] = s;
-  return out;
-}
-
-/* ---- options ---- */
-
-/* Where the value goes: one of text, number and real. A number without an argument is a switch,
-   an argument "a|b" means one of these words, a name without dashes is a place ("MODEL"), and one
-   without help the title of a group. */
-typedef struct option {
-  const char *name, *argument, *standard, *help; /* standard: the default, or NULL */
-  const char **text;
-  int *number;
-  double *real;
-  double low, high;
-} option;
-
-#define OPTION_GROUP(title)                                                                        \
-  { title, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0 }
-#define OPTION_TEXT(name, argument, to, standard, help)                                            \
-  { name, argument, standard, help, &(to), NULL, NULL, 0, 0 }
-#define OPTION_NUMBER(name, to, low, high, standard, help)                                         \
-  { name, "N", standard, help, NULL, &(to), NULL, low, high }
-#define OPTION_REAL(name, argument, to, low, high, standard, help)                                 \
-  { name, argument, standard, help, NULL, NULL, &(to), low, high }
-#define OPTION_SWITCH(name, to, help)                                                              \
-  { name, NULL, NULL, help, NULL, &(to), NULL, 0, 0 }
-#define OPTION_PLACE(name, to, help)                                                               \
-  { name, NULL, NULL, help, &(to), NULL, NULL, 0, 0 }
-#define OPTION_END                                                                                 \
-  { NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0 }
-
-/* Words of a text, wrapped at `width` columns behind `indent` blanks. */
-static inline void print_wrapped(const char *text, int indent, int width) {
-  int column = indent, n;
-  for (; *text; text += n + (text[n] != 0)) {
-    n = (int)strcspn(text, " ");
-    if (column + n > width && column > indent) printf("\n%*s", column = indent, "");
-    printf("%.*s ", n, text);
-    column += n + 1;
-  }
-  printf("\n");
-}
-
-static inline void print_help(const char *usage, const char *about, const option *const *tables) {
-  char left[64];
-  const option *o;
-  printf("usage: %s %s\n", program.name, usage);
-  print_wrapped(about, 0, 80);
-  for (; *tables; ++tables)
-    for (o = *tables; o->name; ++o) {
-      if (!o->help) {
-        printf("\n%s\n", o->name);
-        continue;
-      }
-      snprintf(left, sizeof left, "  %s %s", o->name, o->argument ? o->argument : "");
-      printf("%-26s", left);
-      if (strlen(left) > 25) printf("\n%26s", "");
-      print_wrapped(o->standard ? printed("%s [%s]", o->help, o->standard) : o->help, 26, 80);
-    }
-}
-
-static inline void set_option(const option *o, const char *value) {
-  if (o->argument && strchr(o->argument, '|') && !is_one_of(o->argument, value))
-    die("%s is %s, not \"%s\"", o->name, o->argument, value);
-  if (o->text)
-    *o->text = value;
-  else if (o->number)
-    *o->number = whole(o->name, value, o->low, o->high);
-  else
-    *o->real = number(o->name, value, o->low, o->high);
-}
-
-/* The option of that name; place > 0: the place of that number, from 1. NULL: there is none. */
-static inline const option *find_option(const option *const *tables, const char *name, int place) {
-  const option *o;
-  for (; *tables; ++tables)
-    for (o = *tables; o->name; ++o)
-      if (!o->help || (*o->name != '-') != (place > 0))
-        continue;
-      else if (place ? !--place : !strcmp(o->name, name))
-        return o;
-  return NULL;
-}
-
-/* usage: what follows the program's name in the first line of --help. */
-static inline void read_options(const char *usage, const char *about, const option *const *tables) {
-  const option *const *t, *o;
-  int i, places = 0;
-  for (t = tables; *t; ++t)
-    for (o = *t; o->name; ++o)
-      if (o->standard && o->help) set_option(o, o->standard);
-  for (i = 1; i < program.argc; ++i) {
-    const char *name = program.argv[i];
-    if (!strcmp(name, "--help") || !strcmp(name, "-h")) {
-      print_help(usage, about, tables);
-      exit(0);
-    }
-    o = find_option(tables, name, *name == '-' ? 0 : ++places);
-    if (!o && *name == '-') die("unknown option %s; --help lists the options", name);
-    if (!o) die("\"%s\" is not an option; --help lists the options", name);
-    if (o->text && !o->argument)
-      *o->text = name;
-    else if (!o->argument)
-      *o->number = 1;
-    else if (++i == program.argc)
-      die("%s needs a value, %s; --help lists the options", name, o->argument);
-    else
-      set_option(o, program.argv[i]);
-  }
-}
-
-/* One argument as a shell reads it again. */
-static inline void print_argument(FILE *f, const char *s) {
-  static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-                              "_-+=:,./@%";
-  if (*s && strspn(s, plain) == strlen(s)) {
-    fprintf(f, " %s", s);
-    return;
-  }
-  fputs(" '", f);
-  for (; *s; ++s)
-    if (*s == '\'')
-      fputs("'\\''", f);
-    else
-      fputc(*s, f);
-  fputc('\'', f);
-}
-
-/* The command again, with --resume FILE. */
-static inline void print_command(FILE *f, const char *resume) {
-  int i;
-  for (i = 0; i < program.argc; ++i)
-    if (strcmp(program.argv[i], "--resume"))
-      print_argument(f, program.argv[i]);
-    else
-      ++i;
-  fputs(" --resume", f);
-  print_argument(f, resume);
-  fputc('\n', f);
-}
-
-/* ---- text and JSON ---- */
 
 /* A text that grows; zero at first. */
 typedef struct text {
   char *data; /* with a zero behind it, or NULL */
   size_t bytes, room;
-  int depth; /* of JSON */
 } text;
 
 static inline void put_bytes(text *t, const char *data, size_t bytes) {
@@ -329,92 +124,227 @@ static inline void put_bytes(text *t, const char *data, size_t bytes) {
   t->data[t->bytes += bytes] = 0;
 }
 
-TOOLS_PRINTF(2) static inline void put(text *t, const char *format, ...) {
-  char part[512];
-  va_list args;
+static inline void put_args(text *t, const char *format, va_list args) {
+  va_list again;
   int n;
-  va_start(args, format);
-  n = vsnprintf(part, sizeof part, format, args);
-  va_end(args);
-  if (n < (int)sizeof part) {
-    put_bytes(t, part, n < 0 ? 0 : (size_t)n);
-    return;
+  va_copy(again, args);
+  n = vsnprintf(t->data ? t->data + t->bytes : NULL, t->room - t->bytes, format, args);
+  if (n >= 0 && (size_t)n >= t->room - t->bytes) {
+    t->data = (char *)grow(t->data, t->room = 2 * t->room + (size_t)n + 256, 1);
+    vsnprintf(t->data + t->bytes, t->room - t->bytes, format, again);
   }
-  if (t->room - t->bytes <= (size_t)n)
-    t->data = (char *)grow(t->data, t->room = 2 * t->room + (size_t)n + 4096, 1);
+  t->bytes += n < 0 ? 0 : (size_t)n;
+  va_end(again);
+}
+
+TOOLS_PRINTF(2) static inline void put(text *t, const char *format, ...) {
+  va_list args;
   va_start(args, format);
-  vsnprintf(t->data + t->bytes, (size_t)n + 1, format, args);
+  put_args(t, format, args);
   va_end(args);
-  t->bytes += (size_t)n;
 }
 
-/* JSON: what stands before a value, in an object its key (else NULL). */
-static inline void json_key(text *t, const char *key) {
-  char last = t->bytes ? t->data[t->bytes - 1] : '[';
-  if (!strchr("[{ ", last)) put(t, ", ");
-  if (key) put(t, "\"%s\": ", key);
+/* A lasting text. */
+TOOLS_PRINTF(1) static inline char *printed(const char *format, ...) {
+  text t = {NULL, 0, 0};
+  va_list args;
+  char *out;
+  va_start(args, format);
+  put_args(&t, format, args);
+  va_end(args);
+  out = (char *)memcpy(lasting(t.bytes + 1, 1), t.data, t.bytes);
+  free(t.data);
+  return out;
 }
 
-static inline void json_string(text *t, const char *key, const char *s) {
-  json_key(t, key);
+/* JSON: as put, but ' in the format is written as ". */
+TOOLS_PRINTF(2) static inline void put_json(text *t, const char *format, ...) {
+  char *quoted = printed("%s", format), *s = quoted;
+  va_list args;
+  while ((s = strchr(s, '\'')) != NULL) *s = '"';
+  va_start(args, format);
+  put_args(t, quoted, args);
+  va_end(args);
+}
+
+/* A string with its quotes, for JSON. */
+static inline void put_quoted(text *t, const char *s) {
   put(t, "\"");
   for (; *s; ++s)
-    if (*s == '"' || *s == '\\')
-      put(t, "\\%c", *s);
-    else if ((unsigned char)*s < 32)
-      put(t, "\\u%04x", (unsigned)(unsigned char)*s);
+    if ((unsigned char)*s < 32)
+      put(t, "\\u%04x", (unsigned)*s);
     else
-      put_bytes(t, s, 1);
+      put(t, *s == '"' || *s == '\\' ? "\\%c" : "%c", *s);
   put(t, "\"");
 }
 
-/* As the format says, "%.9g" or "%.0f"; NaN becomes null. */
-static inline void json_number(text *t, const char *key, const char *format, double v) {
-  char part[64];
-  json_key(t, key);
-  snprintf(part, sizeof part, format, v);
-  put(t, "%s", v == v ? part : "null");
+/* A text cut at a mark. */
+typedef struct list {
+  char **at; /* (n) lasting */
+  int n;
+} list;
+
+static inline list split(const char *whole, char mark) {
+  list out = {NULL, 1};
+  char *s = printed("%s", whole);
+  for (; *whole; ++whole) out.n += *whole == mark;
+  out.at = (char **)lasting((size_t)out.n, sizeof *out.at);
+  for (out.n = 0; s; s = strchr(s, mark), s = s ? (*s = 0, s + 1) : NULL) out.at[out.n++] = s;
+  return out;
 }
 
-/* The next value begins a line. */
-static inline void json_line(text *t) {
-  json_key(t, NULL);
-  if (t->bytes && t->data[t->bytes - 1] == ' ') --t->bytes;
-  put(t, "\n%*s", t->depth, "");
+/* ---- options ---- */
+
+static inline double number(const char *what, const char *word, double low, double high) {
+  char *end;
+  double v = strtod(word, &end);
+  if (end == word || *end || !(v >= low && v <= high))
+    die("%s takes a number from %g to %g, not \"%s\"", what, low, high, word);
+  return v;
 }
 
-static inline void json_open(text *t, const char *key, char bracket) {
-  json_key(t, key);
-  put(t, "%c", bracket);
-  ++t->depth;
+static inline int whole(const char *what, const char *word, double low, double high) {
+  char *end;
+  long long v = strtoll(word, &end, 10);
+  if (end == word || *end || (double)v < low || (double)v > high)
+    die("%s takes a whole number from %.0f to %.0f, not \"%s\"", what, low, high, word);
+  return (int)v;
 }
 
-static inline void json_close(text *t, char bracket) {
-  --t->depth;
-  put(t, "%c", bracket);
-}
+/* Where the value goes: one of string, whole and real. A whole number without an argument is a
+   flag, an argument "a|b" means one of these words, a name without dashes is a place ("MODEL"), and
+   one without help is the title of a group. */
+typedef struct option {
+  const char *name, *argument, *standard, *help; /* standard: the default, or NULL */
+  const char **string;
+  int *whole;
+  double *real, low, high;
+} option;
 
-/* ---- paths and files ---- */
+#define STRING(name, argument, to, standard, help)                                                 \
+  { name, argument, standard, help, &(to), NULL, NULL, 0, 0 }
+#define WHOLE(name, to, low, high, standard, help)                                                 \
+  { name, "N", standard, help, NULL, &(to), NULL, low, high }
+#define REAL(name, argument, to, low, high, standard, help)                                        \
+  { name, argument, standard, help, NULL, NULL, &(to), low, high }
+#define FLAG(name, to, help)                                                                       \
+  { name, NULL, NULL, help, NULL, &(to), NULL, 0, 0 }
+#define PLACE(name, to, help) STRING(name, NULL, to, NULL, help)
+#define GROUP(title)                                                                               \
+  { title, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0 }
+#define END_OF_OPTIONS GROUP(NULL)
 
-/* Where the name of the file begins, behind its folder. */
-static inline const char *file_name(const char *path) {
-  const char *name = path, *s;
-  for (s = path; *s; ++s) {
-    if (*s == '/') name = s + 1;
-#ifdef _WIN32
-    if (*s == '\\' || *s == ':') name = s + 1;
-#endif
+/* A text in lines of 80 columns, all but the first behind `indent` blanks; \n begins a line. */
+static inline void print_wrapped(const char *s, int indent) {
+  int column = indent;
+  while (*s) {
+    int n = (int)strcspn(s, " \n");
+    if (column + n > 79 && column > indent) printf("\n%*s", column = indent, "");
+    printf("%s%.*s", column > indent ? " " : "", n, s);
+    column = s[n] == '\n' ? 79 : column + n + 1;
+    s += n + (s[n] != 0);
   }
-  return name;
+  printf("\n");
 }
 
-/* A file in the folder where `path` is. */
-static inline char *path_beside(const char *path, const char *name) {
-  return printed("%.*s%s", (int)(file_name(path) - path), path, name);
+static inline void print_help(const char *usage, const option *const *tables) {
+  const option *o;
+  printf("usage: %s ", program.name);
+  print_wrapped(usage, 0);
+  for (; *tables; ++tables)
+    for (o = *tables; o->name; ++o) {
+      int n = printf(o->help ? "  %s %s" : "\n%s\n", o->name, o->argument ? o->argument : "");
+      if (!o->help) continue;
+      printf("%s%*s", n > 25 ? "\n" : "", n > 25 ? 26 : 26 - n, "");
+      print_wrapped(o->standard ? printed("%s [%s]", o->help, o->standard) : o->help, 26);
+    }
+}
+
+static inline void set_option(const option *o, const char *value) {
+  const char *s = o->argument && strchr(o->argument, '|') ? o->argument : NULL;
+  list words = split(s ? s : value, '|');
+  while (words.n && s && strcmp(words.at[words.n - 1], value)) --words.n;
+  if (!words.n) die("%s is %s, not \"%s\"", o->name, o->argument, value);
+  if (o->string)
+    *o->string = value;
+  else if (o->whole)
+    *o->whole = whole(o->name, value, o->low, o->high);
+  else
+    *o->real = number(o->name, value, o->low, o->high);
+}
+
+/* The option of that name; place > 0: the place of that number, from 1. NULL: there is none. */
+static inline const option *find_option(const option *const *tables, const char *name, int place) {
+  const option *o;
+  for (; *tables; ++tables)
+    for (o = *tables; o->name; ++o)
+      if (o->help && (place ? *o->name != '-' && !--place : !strcmp(o->name, name))) return o;
+  return NULL;
+}
+
+/* usage: what follows the program's name in --help. */
+static inline void read_options(const char *usage, const option *const *tables) {
+  const option *const *t, *o;
+  int i, places = 0;
+  for (t = tables; *t; ++t)
+    for (o = *t; o->name; ++o)
+      if (o->standard) set_option(o, o->standard);
+  for (i = 1; i < program.argc; ++i) {
+    const char *name = program.argv[i];
+    if (!strcmp(name, "--help") || !strcmp(name, "-h")) {
+      print_help(usage, tables);
+      exit(0);
+    }
+    o = find_option(tables, name, *name == '-' ? 0 : ++places);
+    if (!o && *name == '-') die("unknown option %s; --help lists the options", name);
+    if (!o) die("\"%s\" is not an option; --help lists the options", name);
+    if (!o->argument && o->string)
+      *o->string = name;
+    else if (!o->argument)
+      *o->whole = 1;
+    else if (++i == program.argc)
+      die("%s needs a value, %s; --help lists the options", name, o->argument);
+    else
+      set_option(o, program.argv[i]);
+  }
+}
+
+/* The command again, as a shell reads it, with --resume FILE. */
+static inline void print_command(FILE *f, const char *resume) {
+  static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-+=:"
+                              ",./@%";
+  int i;
+  for (i = 0; i < program.argc + 2; ++i) {
+    const char *s = i < program.argc ? program.argv[i] : i == program.argc ? "--resume" : resume;
+    if (i < program.argc && !strcmp(s, "--resume") && ++i) continue;
+    fputs(i ? " " : "", f);
+    if (*s && strspn(s, plain) == strlen(s)) {
+      fputs(s, f);
+      continue;
+    }
+    fputc('\'', f);
+    for (; *s; ++s) fprintf(f, *s == '\'' ? "'\\''" : "%c", *s);
+    fputc('\'', f);
+  }
+  fputc('\n', f);
+}
+
+/* ---- files ---- */
+
+/* The name of a file begins here, behind its folder. */
+static inline const char *file_name(const char *path) {
+#ifdef _WIN32
+  const char *separators = "/\\:";
+#else
+  const char *separators = "/";
+#endif
+  const char *s = path + strlen(path);
+  while (s > path && !strchr(separators, s[-1])) --s;
+  return s;
 }
 
 /* FILE-SUFFIX with the ending kept. */
-static inline char *path_with_suffix(const char *path, const char *suffix) {
+static inline char *with_suffix(const char *path, const char *suffix) {
   const char *name = file_name(path), *dot = strrchr(name, '.');
   int stem = (int)((dot && dot > name ? dot : name + strlen(name)) - path);
   return printed("%.*s-%s%s", stem, path, suffix, path + stem);
@@ -426,16 +356,22 @@ static inline int exists(const char *path) {
   return f != NULL;
 }
 
+static moe_env env;
+
+/* For moe_writer: into a text. */
+static inline int write_to_text(void *user, const void *bytes, size_t n) {
+  put_bytes((text *)user, (const char *)bytes, n);
+  return 0;
+}
+
 static inline moe_status write_text(void *user, const moe_writer *writer, const moe_env *e) {
   const text *t = (const text *)user;
   (void)e;
   return t->bytes && writer->write(writer->user, t->data, t->bytes) ? MOE_E_IO : MOE_OK;
 }
 
-static moe_env env;
-
-/* The one way in which programs write files (models and checkpoints go it inside the library): the
-   old file stays as it is until the new one is whole. The text is freed. */
+/* How programs write files (models and checkpoints go the same way inside the library): the old file
+   stays as it is until the new one is whole. The text is freed. */
 static inline void save_text(text *t, const char *path) {
   need(moe_file_replace(path, write_text, t, &env));
   free(t->data);
@@ -455,7 +391,7 @@ static inline void check_writable(const char *option_name, const char *path) {
   fclose(f);
 }
 
-/* The next line of a stream without its end, which may be \r\n; 0: there is none. */
+/* The next line of a stream without its end, \n or \r\n; 0: there is none. */
 static inline int read_line(text *t, FILE *f) {
   int c = getc(f);
   t->bytes = 0;
@@ -479,15 +415,14 @@ static moe_pool *pool;
 static moe_profile profile;
 
 static const option machine_options[] = {
-    OPTION_GROUP("machine"),
-    OPTION_NUMBER("--threads", machine.threads, 1, 256, NULL,
-                  "[training: all processors; other programs: 1]"),
-    OPTION_TEXT("--isa", "auto|avx512|avx2|neon|scalar", machine.isa, "auto", "instruction set"),
-    OPTION_TEXT("--precision", "fp32|bf16", machine.precision, "fp32",
-                "bf16: products of the layers with operands of 8 bits of precision, weights and "
-                "sums in fp32; needs AMX or AVX512-BF16, else goes on in fp32"),
-    OPTION_SWITCH("--profile", machine.profiled, "say at the end where the time went"),
-    OPTION_END};
+    GROUP("machine"),
+    WHOLE("--threads", machine.threads, 1, 256, NULL, "[to train: all processors, else 1]"),
+    STRING("--isa", "auto|avx512|avx2|neon|scalar", machine.isa, "auto", "instruction set"),
+    STRING("--precision", "fp32|bf16", machine.precision, "fp32",
+           "bf16: products of the layers with operands of 8 bits of precision, weights and sums "
+           "in fp32; needs AMX or AVX512-BF16, else goes on in fp32"),
+    FLAG("--profile", machine.profiled, "say at the end where the time went"),
+    END_OF_OPTIONS};
 
 static inline void begin_program(const char *name, int argc, char **argv) {
   program.name = name;
@@ -497,7 +432,7 @@ static inline void begin_program(const char *name, int argc, char **argv) {
 
 /* threads: as many where --threads says nothing; 0: all processors. */
 static inline void open_machine(int threads) {
-  if (moe_env_init(&env, moe_isa_from_name(machine.isa)) != MOE_OK)
+  if (moe_env_init(&env, moe_isa_from_name(machine.isa)))
     die("this machine or this build has no %s; --isa auto takes the best there is", machine.isa);
   env.log = log_sentence;
   if (!strcmp(machine.precision, "bf16"))
@@ -520,8 +455,9 @@ static inline int end_program(FILE *profile_to) {
 
 /* The bits of bf16 on AMX are its own. */
 static inline const char *precision_name(void) {
-  if (env.precision != MOE_TYPE_BF16) return "fp32";
-  return env.cpu_flags & MOE_CPU_AMX_BF16 ? "bf16 on AMX" : "bf16";
+  return env.precision != MOE_TYPE_BF16     ? "fp32"
+         : env.cpu_flags & MOE_CPU_AMX_BF16 ? "bf16-AMX"
+                                            : "bf16";
 }
 
 /* ---- progress and interruption ---- */
@@ -530,7 +466,7 @@ static volatile sig_atomic_t interrupted; /* the signal's number */
 
 static inline void on_interrupt(int signal_number) { interrupted = signal_number; }
 
-/* From now on Ctrl-C and a plain kill set `interrupted`; the program should end with status
+/* From now on Ctrl-C and a plain kill set `interrupted`; then the program should end with status
    128 + interrupted. */
 static inline void catch_interrupts(void) {
   signal(SIGINT, on_interrupt);
@@ -547,29 +483,27 @@ static inline double seconds_now(void) {
 #endif
 }
 
+/* Steps of a piece of work: where this process began, and when. */
 typedef struct progress {
+  const char *title;
+  int64_t first, steps;
   double began, last;
-  int64_t first; /* step at which this process began */
 } progress;
 
-static inline progress begin_progress(int64_t first) {
-  progress p;
-  p.began = p.last = seconds_now();
-  p.first = first;
+static inline progress begin_progress(const char *title, int64_t first, int64_t steps) {
+  progress p = {title, first, steps, seconds_now(), seconds_now()};
   return p;
 }
 
 /* One line that moves on a terminal; elsewhere a line each half a minute. end: the last one. */
-static inline void show_progress(progress *p, const char *title, int64_t step, int64_t steps,
-                                 const char *state, int end) {
+static inline void show_progress(progress *p, int64_t step, double loss, double speed, int end) {
   int moving = isatty(fileno(stderr));
-  double t = seconds_now(), passed = t - p->began;
-  int64_t done = step - p->first, left = 0;
-  if (!end && t - p->last < (moving ? 0.2 : 30)) return;
-  p->last = t;
-  if (done > 0) left = (int64_t)(passed / (double)done * (double)(steps - step));
-  fprintf(stderr, "%s%-34s step %lld/%lld  %s  %lld:%02lld left %s", moving ? "\r" : "", title,
-          (long long)step, (long long)steps, state, (long long)(left / 60), (long long)(left % 60),
-          moving && !end ? "  " : "\n");
+  double now = seconds_now(), each = (now - p->began) / (double)(step - p->first);
+  long long left = step > p->first ? (long long)(each * (double)(p->steps - step)) : 0;
+  if (!end && now - p->last < (moving ? 0.2 : 30)) return;
+  p->last = now;
+  fprintf(stderr, "%s%-34s step %lld/%lld  loss %.4f  %.0f tokens/s  %lld:%02lld left %s",
+          moving ? "\r" : "", p->title, (long long)step, (long long)p->steps, loss, speed,
+          left / 60, left % 60, moving && !end ? "  " : "\n");
 }
 #endif

@@ -268,6 +268,7 @@ unseen_stand_ins() {
 # row of train stands in another task's dev set.
 base() {
   set -- "$@" --data "$data" --hold-out 0.1 --hold-most 1000 --dedup
+  [ -n "$init" ] || set -- "$@" --from-scratch
   [ -z "$init" ] || case " $* " in *' --from '*) ;; *) set -- "$@" --init "$init" --vocab "$vocab" ;; esac
   [ -z "$threads" ] || set -- "$@" --threads "$threads"
   "$@"

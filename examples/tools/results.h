@@ -1,0 +1,528 @@
+/* results.h - what is finished (FILE.results), the table of systems, their differences, the JSON
+
+   A program fills `lines` (the systems, in the order of the table) and `results` (runs of a line
+   with a seed); run by run it joins parts, one for each task, and shows what there is. */
+#ifndef TOOLS_RESULTS_H
+#define TOOLS_RESULTS_H
+#include "score.h"
+
+/* ---- what is finished ---- */
+
+/* A finished piece of the work: one task of a run, or one training of a second stage. Of a run that
+   trains tasks together the first task's part has the costs, the others have none. */
+typedef struct part {
+  const char *name;
+  int task, defined;   /* defined 0: the metric has no value, and counts as 0 */
+  double value, score; /* the metric on dev, and what the epoch was chosen by */
+  double tokens, seconds, steps, parameters;
+  int64_t *routes; /* (L,N) tokens of dev that each expert got, or NULL */
+  float *answer;   /* of each dev row, set after set */
+} part;
+
+static part **finished;
+static int n_finished, route_layers, route_experts; /* L and N */
+static const char *options_here;                    /* what decides results, "lr=0.001 ..." */
+
+static inline uint64_t fold(uint64_t h, uint64_t v) { return (h ^ v) * 0x100000001b3u ^ (h >> 29); }
+
+static inline uint64_t fold_bytes(uint64_t h, const void *bytes, size_t n) {
+  uint64_t word;
+  size_t i;
+  for (i = 0; i + 8 <= n; i += 8) {
+    memcpy(&word, (const char *)bytes + i, 8);
+    h = fold(h, word);
+  }
+  return h;
+}
+
+/* Of every row that is trained on or asked, and of the weights that training begins with. */
+static inline uint64_t data_fingerprint(const encoder *e, moe_model *from) {
+  uint64_t h = fold_bytes(1, e->file, e->file_bytes);
+  int64_t k;
+  int t, p;
+  for (t = 0; t < n_tasks; ++t)
+    for (p = 0; p < 4; ++p) {
+      const task_data *d = &tasks[t];
+      const rows *r = p == 0 ? &d->train : p == 1 ? &d->held : &d->dev[p - 2];
+      h = fold(h, (uint64_t)r->n);
+      for (k = 0; k < r->n; ++k)
+        h = fold(fold(h, r->row[k].hash), (uint64_t)(int64_t)(r->row[k].label * 1000));
+    }
+  if (from && moe_model_weights(from))
+    h = fold_bytes(h, moe_model_weights(from), moe_model_parameters(from) * sizeof(float));
+  return h;
+}
+
+/* Sets options_here: "lr=0.001 ..." of the options in the list "lr gate-lr ...", then the encoder,
+   the rows, the weights and the precision. */
+static inline void note_options(const option *const *tables, const char *names, const encoder *e,
+                                moe_model *from) {
+  list name = split(names, ' ');
+  text to = {NULL, 0, 0};
+  int i;
+  for (i = 0; i < name.n; ++i) {
+    const option *o = find_option(tables, printed("--%s", name.at[i]), 0);
+    char *s = name.at[i];
+    while ((s = strchr(s, '-')) != NULL) *s = '_';
+    put(&to, "%s=", name.at[i]);
+    if (o->string)
+      put(&to, "%s ", *o->string ? *o->string : "");
+    else
+      put(&to, "%.9g ", o->whole ? *o->whole : *o->real);
+  }
+  put(&to, "vocab=%d precision=%s data=%016llx tasks=", (int)e->config.vocab,
+      strcmp(precision_name(), "fp32") ? precision_name() : "0",
+      (unsigned long long)data_fingerprint(e, from));
+  for (i = 0; i < n_tasks; ++i)
+    put(&to, "%s:%lld,", tasks[i].task.name, (long long)tasks[i].train.n);
+  options_here = to.data;
+}
+
+/* Dies, naming each difference, unless the options in a file are those here. One that the file does
+   not know was off. */
+static inline void check_same_options(const char *file, const char *there) {
+  list here = split(options_here, ' '), other = split(there, ' ');
+  text differences = {NULL, 0, 0};
+  int i, k;
+  for (i = 0; i < here.n; ++i) {
+    size_t n = strcspn(here.at[i], "=") + 1;
+    for (k = 0; k < other.n && strncmp(other.at[k], here.at[i], n); ++k) continue;
+    if (strcmp(here.at[i] + n, k < other.n ? other.at[k] + n : "0"))
+      put(&differences, "%s %.*s there %.40s, here %.40s", differences.bytes ? ";" : "", (int)n - 1,
+          here.at[i], k < other.n ? other.at[k] + n : "0", here.at[i] + n);
+  }
+  read_from(NULL, 0);
+  if (differences.bytes) die("%s was made with other options:%s", file, differences.data);
+}
+
+static inline part *find_part(const char *name) {
+  int i;
+  for (i = 0; i < n_finished; ++i)
+    if (!strcmp(finished[i]->name, name)) return finished[i];
+  return NULL;
+}
+
+static inline int64_t *new_routes(void) {
+  return (int64_t *)lasting((size_t)route_layers * (size_t)route_experts, sizeof(int64_t));
+}
+
+static inline part *new_part(const char *name, int t) {
+  part *p = (part *)lasting(1, sizeof *p);
+  p->name = printed("%s", name);
+  p->task = t;
+  p->answer = (float *)lasting((size_t)dev_rows(&tasks[t]), sizeof *p->answer);
+  p->defined = 1;
+  return p;
+}
+
+/* A part joins those that are finished, unless it was done again for its model. */
+static inline void join_part(part *p) {
+  if (find_part(p->name)) return;
+  finished = (part **)grow(finished, (size_t)n_finished + 1, sizeof *finished);
+  finished[n_finished++] = p;
+}
+
+/* FILE.results: a line of the options, then a line for each part. */
+static inline void write_parts(const char *file) {
+  text t = {NULL, 0, 0};
+  int i, k;
+  int64_t j;
+  put(&t, "options\t%s\n", options_here);
+  for (i = 0; i < n_finished; ++i) {
+    const part *p = finished[i];
+    put(&t, "%s\t%d\t%.17g\t%.17g\t%d\t%.17g\t%.3f\t%.17g\t%.17g\t", p->name, p->task, p->value,
+        p->score, p->defined, p->tokens, p->seconds, p->steps, p->parameters);
+    for (k = 0; p->routes && k < route_layers * route_experts; ++k)
+      put(&t, "%s%lld", k ? " " : "", (long long)p->routes[k]);
+    for (j = 0; j < dev_rows(&tasks[p->task]); ++j)
+      put(&t, "%s%.9g", j ? " " : "\t", (double)p->answer[j]);
+    put(&t, "\n");
+  }
+  save_text(&t, printed("%s.results", file));
+}
+
+/* n numbers with blanks between them, all below `limit`, to whole_to or to `to`. */
+static inline void read_numbers(char *field, int64_t n, int64_t *whole_to, float *to) {
+  int64_t i;
+  for (i = 0; i < n; ++i) {
+    char *end;
+    double v = strtod(field, &end);
+    if (end == field || (whole_to && !(v >= 0 && v < 9e15))) break;
+    if (whole_to)
+      whole_to[i] = (int64_t)v;
+    else
+      to[i] = (float)v;
+    field = end;
+  }
+  if (i < n || *field)
+    die("expected %lld numbers in a field, there are %s", (long long)n,
+        i < n ? "fewer or others" : "more");
+}
+
+static inline part *read_part_line(char **field) {
+  int t = field_whole("task", field[1]);
+  const moe_task *task;
+  int64_t j;
+  part *p;
+  if (t < 0 || t >= n_tasks) die("there is no task %d", t);
+  task = &tasks[t].task;
+  p = new_part(field[0], t);
+  p->value = strtod(field[2], NULL);
+  p->score = strtod(field[3], NULL);
+  p->defined = field_whole("defined", field[4]);
+  p->tokens = strtod(field[5], NULL);
+  p->seconds = strtod(field[6], NULL);
+  p->steps = strtod(field[7], NULL);
+  p->parameters = strtod(field[8], NULL);
+  if (*field[9])
+    read_numbers(field[9], (int64_t)route_layers * route_experts, p->routes = new_routes(), NULL);
+  read_numbers(field[10], dev_rows(&tasks[t]), NULL, p->answer);
+  for (j = 0; j < dev_rows(&tasks[t]) && task->kind != MOE_KIND_REGRESSION; ++j)
+    if (!(p->answer[j] >= 0 && p->answer[j] < (float)task->classes))
+      die("an answer is not a class of the task");
+  return p;
+}
+
+/* What earlier processes have finished; nothing, where there is no FILE.results. Several such files
+   may follow each other in one. */
+static inline void read_parts(const char *file) {
+  const char *path = printed("%s.results", file);
+  char *line, *field[12];
+  table f;
+  if (!open_table(&f, path, 1)) return;
+  if (f.name.n != 2 || strcmp(f.name.at[0], "options")) die("this is not a file of results");
+  for (line = printed("options\t%s", f.name.at[1]); line; line = table_line(&f)) {
+    int n = cut_line(field, 11, line);
+    if (n == 2 && !strcmp(field[0], "options")) {
+      check_same_options(file, field[1]);
+      continue;
+    }
+    if (n != 11) die("%d columns, expected 11", n);
+    join_part(read_part_line(field));
+  }
+  close_table(&f);
+  if (n_finished)
+    fprintf(stderr, "%d finished part%s in %s\n", n_finished, n_finished == 1 ? "" : "s", path);
+}
+
+/* ---- systems ---- */
+
+/* A row of the table. Lines of one stage are compared with each other (-1: with none); those of
+   stage 1 show the maximum over the seeds too. */
+typedef struct line {
+  const char *name, *title;
+  int stage;
+} line;
+
+typedef struct result {
+  int line, seed;
+  const struct part **part; /* (T); NULL: not finished */
+  double tokens, seconds, steps, parameters;
+} result;
+
+static const line *lines;
+static result *results;
+static int n_lines, n_results;
+
+/* The metric of a task; t = n_tasks: the average "small", t = n_tasks + 1: that of all tasks. 0
+   where a part is missing, or no task is small. */
+static inline int result_value(double *value, const result *r, int t) {
+  double sum = 0;
+  int i, n = 0;
+  for (i = 0; i < n_tasks; ++i) {
+    if (t < n_tasks ? i != t : t == n_tasks && tasks[i].official > MOE_SMALL_ROWS) continue;
+    if (!r->part[i]) return 0;
+    sum += r->part[i]->value;
+    ++n;
+  }
+  *value = n ? sum / n : 0;
+  return n > 0;
+}
+
+/* ---- differences ---- */
+
+/* What one system, with all its seeds, has answered. */
+typedef struct contestant {
+  const char *name, *title;
+  const struct part **part; /* (T, seeds), NULL where it is missing */
+} contestant;
+
+typedef struct comparison {
+  contestant a, b;
+  difference *of; /* (T+1): tasks, and the mean over all */
+} comparison;
+
+static comparison *comparisons;
+static int n_comparisons, resamples;
+
+/* Every pair of contestants, the later one first; added to the comparisons. */
+static inline void compare(const contestant *c, int n, int seeds) {
+  size_t stride = (size_t)resamples + 1, i;
+  double *task = (double *)take((size_t)n + 1, 2 * stride * sizeof *task),
+         *all = task + (size_t)n * stride;
+  const float **answer = (const float **)take((size_t)seeds, sizeof *answer);
+  int *known = (int *)take((size_t)(n * (n_tasks + 1)), sizeof *known), a, b, t, k, found;
+  comparison *to;
+  if (!resamples) n = 0;
+  comparisons =
+      (comparison *)grow(comparisons, (size_t)(n_comparisons + n * n + 1), sizeof *comparisons);
+  to = comparisons + n_comparisons;
+  for (a = 1; a < n; ++a)
+    for (b = 0; b < a; ++b, ++n_comparisons) {
+      comparison *new_one = &comparisons[n_comparisons];
+      new_one->a = c[a], new_one->b = c[b];
+      new_one->of = (difference *)lasting((size_t)n_tasks + 1, sizeof *new_one->of);
+    }
+  for (t = 0; t <= n_tasks && n > 1; ++t) {
+    const double *of = t < n_tasks ? task : all;
+    memset(task, 0, (size_t)n * stride * sizeof *task);
+    for (a = 0; a < n && t < n_tasks; ++a) {
+      for (k = found = 0; k < seeds; ++k)
+        if (c[a].part[t * seeds + k]) answer[found++] = c[a].part[t * seeds + k]->answer;
+      if (found) resample(task + (size_t)a * stride, &tasks[t], answer, found, resamples);
+      known[t * n + a] = found > 0;
+      known[n_tasks * n + a] += found > 0;
+    }
+    for (i = 0; i < (size_t)n * stride; ++i) all[i] += task[i] / n_tasks;
+    for (a = 1, k = 0; a < n; ++a)
+      for (b = 0; b < a; ++b, ++k)
+        if (t < n_tasks ? known[t * n + a] && known[t * n + b]
+                        : known[t * n + a] + known[t * n + b] == 2 * n_tasks)
+          to[k].of[t] = difference_of(of + (size_t)a * stride, of + (size_t)b * stride, resamples);
+  }
+  free(task), free(answer), free(known);
+}
+
+/* The lines of one stage, compared. */
+static inline void compare_lines(int stage) {
+  contestant *c = (contestant *)take((size_t)n_lines, sizeof *c);
+  int s, i, t, k, n = 0, seeds = 0;
+  for (i = 0; i < n_results; ++i) seeds += results[i].line == results[n_results - 1].line;
+  for (s = 0; s < n_lines; ++s) {
+    if (lines[s].stage != stage) continue;
+    c[n].name = lines[s].name, c[n].title = lines[s].title;
+    c[n].part = (const part **)lasting((size_t)(n_tasks * seeds), sizeof *c[n].part);
+    for (i = k = 0; i < n_results; ++i)
+      if (results[i].line == s) {
+        for (t = 0; t < n_tasks; ++t) c[n].part[t * seeds + k] = results[i].part[t];
+        ++k;
+      }
+    n += k > 0;
+  }
+  compare(c, n, seeds);
+  free(c);
+}
+
+static inline void print_comparisons(void) {
+  int c, t, clear = 0, known = 0;
+  double half = 0;
+  if (!n_comparisons) return;
+  printf("\nDifferences x 100, and in how many of %d resamples of the dev rows the first is "
+         "better\n%-27s",
+         resamples, "");
+  for (t = 0; t < n_tasks; ++t) printf(" %10.9s", tasks[t].task.name);
+  printf(" |  all, with its 95 %% interval\n");
+  for (c = 0; c < n_comparisons; ++c) {
+    const comparison *of = &comparisons[c];
+    const difference *d = of->of;
+    printf("%-27s", printed("%.25s - %.25s", of->a.title, of->b.title));
+    for (t = 0; t < n_tasks; ++t, ++d)
+      printf(" %10s", d->known ? printed("%+.1f %3.0f%%", 100 * d->value, 100 * d->better) : "-");
+    printf(" |  %s\n", !d->known ? "-"
+                                 : printed("%+.1f [%+.1f, %+.1f] %.0f%%", 100 * d->value,
+                                           100 * d->low, 100 * d->high, 100 * d->better));
+    known += d->known;
+    clear += d->known && (d->low > 0 || d->high < 0);
+    half += d->known ? 50 * (d->high - d->low) : 0;
+  }
+  printf("The interval is that of other dev rows for the same models; seeds are averaged first.\n");
+  if (known)
+    printf("Larger than chance on these dev rows: %d of the %d differences in column all; the "
+           "intervals of the others, %.1f points to either side, contain 0.\n",
+           clear, known, half / known);
+}
+
+/* ---- the table ---- */
+
+/* Mean over the seeds that have one; *n of them. */
+static inline double mean_of(int s, int t, double *deviation, double *most, int *n) {
+  double sum = 0, square = 0, v;
+  int i;
+  *n = 0;
+  *deviation = 0;
+  *most = -2;
+  for (i = 0; i < n_results; ++i) {
+    if (results[i].line != s || !result_value(&v, &results[i], t)) continue;
+    sum += v;
+    square += v * v;
+    *most = v > *most ? v : *most;
+    ++*n;
+  }
+  if (!*n) return 0;
+  sum /= *n;
+  square = square / *n - sum * sum;
+  if (*n > 1 && square > 0) *deviation = sqrt(square * *n / (*n - 1));
+  return sum;
+}
+
+/* n 0: nothing to show; 1: no deviation. */
+static inline void print_cell(double v, double deviation, int n, int undefined) {
+  const char *cell = n > 1 ? printed("%.1f+-%.1f", 100 * v, 100 * deviation)
+                     : n   ? printed("%.1f", 100 * v)
+                           : "-";
+  printf(" %*s%s", 10 - undefined, cell, undefined ? "?" : "");
+}
+
+/* Row s of the table; 1 when a metric in it has no value. */
+static inline int print_line(int s) {
+  double d, most, seconds = 0, parameters = 0;
+  int t, i, n, bad, any_bad = 0, runs = 0, seeds = 0, pass;
+  for (i = 0; i < n_results; ++i)
+    if (results[i].line == s)
+      seconds += results[i].seconds, parameters = results[i].parameters, ++runs;
+  for (pass = 0; pass < 2 && runs; ++pass) { /* the second row is the maximum of the seeds */
+    if (pass && (lines[s].stage != 1 || seeds < 2)) break;
+    printf("%-14s", pass ? "  maximum" : lines[s].title);
+    for (t = 0; t < n_tasks + 2; ++t) {
+      double v = mean_of(s, t, &d, &most, &n);
+      for (i = bad = 0; i < n_results && t < n_tasks && !pass; ++i)
+        bad |= results[i].line == s && results[i].part[t] && !results[i].part[t]->defined;
+      any_bad |= bad;
+      if (n > seeds) seeds = n;
+      if (t == n_tasks) printf(" |");
+      print_cell(pass ? most : v, d, pass ? n > 0 : n, bad);
+    }
+    printf(pass ? " |\n" : " | %11.0f %8.1f\n", parameters, seconds / runs);
+  }
+  return any_bad;
+}
+
+static inline void print_table(void) {
+  int s, t, any_bad = 0, hard = 0, several = 0;
+  char name[MOE_NAME_BYTES];
+  double error;
+  for (t = 1; t < n_results; ++t) several |= results[t].seed != results[0].seed;
+  printf("\n%-14s", "");
+  for (t = 0; t < n_tasks; ++t) {
+    printf(" %*.9s%s", 10 - tasks[t].hard, tasks[t].task.name, tasks[t].hard ? "*" : "");
+    hard |= tasks[t].hard;
+  }
+  printf(" |      small        all |  parameters  seconds\n%-14s", "metric x 100");
+  for (t = 0; t < n_tasks; ++t) {
+    moe_metric_name(name, &tasks[t].task, 0);
+    printf(" %10.9s", name);
+  }
+  printf(" |\n%-14s", "train/dev rows");
+  for (t = 0; t < n_tasks; ++t)
+    printf(" %10s",
+           printed("%lld/%lld", (long long)tasks[t].train.n, (long long)dev_rows(&tasks[t])));
+  printf(" |\n%-14s", "chance + 2 se");
+  for (t = 0; t < n_tasks; ++t) {
+    double v = chance(&tasks[t], &error);
+    print_cell(v + 2 * error, 0, 1, 0);
+  }
+  printf(" |\n");
+  for (s = 0; s < n_lines; ++s) any_bad |= print_line(s);
+  printf("small: mean over tasks with at most 10,000 training rows; all: over all tasks%s.\n",
+         several ? "; mean+-standard deviation over the seeds" : "");
+  printf("chance + 2 se: one answer to every row (the most frequent class, for F1 class 1; 0 for "
+         "correlations) plus two standard errors%s.\n",
+         hard ? "; *: declared hard" : "");
+  if (any_bad)
+    printf("?: the metric has no value (only one class is right or predicted, or the values are "
+           "constant) and counts as 0.\n");
+}
+
+/* Of the last line of the first seed that has experts: their shares, as whole percents, a row for
+   each task and a group of columns for each layer. */
+static inline void print_routes(void) {
+  const result *r = results + n_results;
+  int t = 0, l, e;
+  while (t < n_tasks && r-- > results)
+    for (t = 0; t < n_tasks && r->part[t] && r->part[t]->routes && r->seed == results->seed; ++t)
+      continue;
+  if (t < n_tasks) return;
+  printf("\nExperts chosen by %s (seed %d), %% of each task's dev tokens, by layer\n%-15s",
+         lines[r->line].title, r->seed, "");
+  for (l = 0; l < route_layers; ++l) printf("  %-*d", 4 * route_experts, l + 1);
+  for (t = 0; t < n_tasks; ++t) {
+    printf("\n%-15.15s", tasks[t].task.name);
+    for (l = 0; l < route_layers; ++l) {
+      const int64_t *c = r->part[t]->routes + (int64_t)l * route_experts;
+      int64_t sum = 0;
+      for (e = 0; e < route_experts; ++e) sum += c[e];
+      for (e = 0; e < route_experts; ++e)
+        printf("%s %3d", e ? "" : " ", sum ? (int)((100 * c[e] + sum / 2) / sum) : 0);
+      printf(" ");
+    }
+  }
+  printf("\n");
+}
+
+/* ---- JSON ---- */
+
+static inline void json_result(text *j, const result *r) {
+  char name[MOE_NAME_BYTES];
+  double v = 0;
+  int t;
+  put_json(j, "\n  {'system': '%s', 'seed': %d, 'parameters': %.0f, 'seconds': %.3f, ",
+           lines[r->line].name, r->seed, r->parameters, r->seconds);
+  put_json(j, "'tokens': %.0f,\n   'tokens_per_second': %.1f, 'steps': %.0f, 'tasks': [", r->tokens,
+           r->tokens / (r->seconds > 0 ? r->seconds : 1), r->steps);
+  for (t = 0; t < n_tasks; ++t) {
+    moe_metric_name(name, &tasks[t].task, 0);
+    put_json(j, "%s\n    {'name': '%s', 'metric': '%s', 'value': %.9g, 'n': %lld, 'rows': %lld",
+             t ? "," : "", tasks[t].task.name, name, r->part[t]->value,
+             (long long)dev_rows(&tasks[t]), (long long)tasks[t].official);
+    put_json(j, r->part[t]->defined ? "}" : ", 'defined': false}");
+  }
+  put_json(j, "],\n   'small': %s", result_value(&v, r, n_tasks) ? printed("%.9g", v) : "null");
+  result_value(&v, r, n_tasks + 1);
+  put_json(j, ", 'all': %.9g", v);
+}
+
+static inline void json_comparison(text *j, const comparison *c) {
+  const char *comma = "";
+  int t;
+  put_json(j, "\n  {'a': '%s', 'b': '%s', 'differences': [", c->a.name, c->b.name);
+  for (t = 0; t <= n_tasks; ++t) {
+    const difference *d = &c->of[t];
+    if (!d->known) continue;
+    put_json(j, "%s\n    {'name': '%s', 'difference': %.9g, 'low': %.9g, 'high': %.9g, ", comma,
+             t < n_tasks ? tasks[t].task.name : "all", d->value, d->low, d->high);
+    put_json(j, "'better': %.9g}", d->better);
+    comma = ",";
+  }
+  put(j, "]}");
+}
+
+/* All results that are whole; `more` (or NULL) adds fields to each. */
+static inline void write_json(const char *path, void (*more)(text *j, const result *r)) {
+  text j = {NULL, 0, 0};
+  const char *comma = "";
+  int i, t;
+  put_json(&j, "{'options': [");
+  for (i = 1; i < program.argc; ++i) {
+    put(&j, i > 1 ? ", " : "");
+    put_quoted(&j, program.argv[i]);
+  }
+  put_json(&j, "],\n 'isa': '%s', 'precision': '%s', 'threads': %d,\n 'runs': [",
+           moe_isa_name(env.isa), precision_name(), (int)env.threads);
+  for (i = 0; i < n_results; ++i) {
+    for (t = 0; t < n_tasks && results[i].part[t]; ++t) continue;
+    if (t < n_tasks) continue;
+    put(&j, "%s", comma);
+    json_result(&j, &results[i]);
+    if (more) more(&j, &results[i]);
+    put(&j, "}");
+    comma = ",";
+  }
+  put(&j, "\n ]");
+  for (i = 0; i < n_comparisons; ++i) {
+    put_json(&j, i ? "," : ",\n 'comparisons': [");
+    json_comparison(&j, &comparisons[i]);
+  }
+  put(&j, "%s}\n", n_comparisons ? "\n ]" : "");
+  save_text(&j, path);
+}
+#endif
