@@ -8507,6 +8507,7 @@ static void moe__route_jitter_token(const moe_route_op *op, float *y, const floa
 }
 
 /* Logits of one token with jitter: rows longer than 1024 are summed block by block. */
+#ifdef MOE__SIMD
 static void moe__route_logits_jittered(const moe__route_job *job, float *logits, int32_t token,
                                        int32_t sequence) {
   const moe_route_op *op = job->op;
@@ -8522,6 +8523,28 @@ static void moe__route_logits_jittered(const moe__route_job *job, float *logits,
     }
   }
 }
+#else
+/* The same sums without 4 KB of the stack: 16 elements at a time, whose noise every expert needs
+   again. */
+static void moe__route_logits_jittered(const moe__route_job *job, float *logits, int32_t token,
+                                       int32_t sequence) {
+  const moe_route_op *op = job->op;
+  size_t H = (size_t)op->H, N = (size_t)op->routes->N, i, p, l;
+  const float *x = op->x + (size_t)token * H, *gate = moe__route_gate(op, sequence);
+  float lane[16], y[16], sum;
+  for (i = 0; i < N; ++i, gate += H)
+    for (p = 0; p < H; p += 16) {
+      size_t n = H - p < 16 ? H - p : 16;
+      int first = p % MOE__ROUTE_BLOCK == 0;
+      moe__route_jitter_token(op, y, x + p, n, token, sequence, p);
+      for (l = 0; l < 16; ++l)
+        lane[l] = moe__fmaf(l < n ? y[l] : 0.0f, l < n ? gate[p + l] : 0.0f, first ? 0 : lane[l]);
+      if (p + 16 < H && (p + 16) % MOE__ROUTE_BLOCK != 0) continue;
+      sum = moe__tree16(lane);
+      logits[i] = p < MOE__ROUTE_BLOCK ? sum : logits[i] + sum;
+    }
+}
+#endif
 #endif
 
 /* logits = x W_g^T of one token [TaG] Eq. 3. */
@@ -12941,20 +12964,27 @@ static void moe__head_scatter(const moe_heads_op *op, const float *dfeature, int
   }
 }
 
+/* dscore (classes) of sequence s, whose scores are y. */
+MOE__NOINLINE static void moe__head_dscore(const moe_heads_op *op, float *dscore, const float *y,
+                                           int32_t s) {
+  const moe_task *task = &op->tasks[op->task[s]];
+  moe__loss loss = moe__kind_of(task)->loss;
+  float row[MOE_MAX_CLASSES];
+  memcpy(row, y, (size_t)task->classes * sizeof(float));
+  memset(dscore, 0, (size_t)task->classes * sizeof(float));
+  loss(NULL, row, op->label[s], task->classes, op->batch_size);
+  loss(dscore, row, op->label[s], task->classes, op->batch_size);
+}
+
 MOE_API moe_status moe_heads_backward(const moe_heads_op *op, const moe_env *env) {
   MOE__OFFER(env, heads, (env->backend, env, op, 1))
   moe_env one = moe__one_thread(env);
-  float *dfeature = op->scratch + 3 * (size_t)op->H, row[MOE_MAX_CLASSES], dscore[MOE_MAX_CLASSES];
+  float *dfeature = op->scratch + 3 * (size_t)op->H, dscore[MOE_MAX_CLASSES];
   int32_t s;
   for (s = 0; s < op->S; ++s) {
-    const moe_task *task = &op->tasks[op->task[s]];
-    moe__loss loss = moe__kind_of(task)->loss;
     size_t width = moe__head_feature(op, op->scratch, s, &one);
     moe_linear_op linear = moe__head_op(op, op->scratch, width, s);
-    memcpy(row, linear.y, (size_t)task->classes * sizeof(float));
-    memset(dscore, 0, (size_t)task->classes * sizeof(float));
-    loss(NULL, row, op->label[s], task->classes, op->batch_size);
-    loss(dscore, row, op->label[s], task->classes, op->batch_size);
+    moe__head_dscore(op, dscore, linear.y, s);
     linear.dx = op->dhidden ? dfeature : NULL;
     linear.dw = op->dw ? op->dw + ((const float *)linear.w.data - op->w) : NULL;
     linear.db = op->dw ? op->dw + (linear.b - op->w) : NULL;
@@ -13299,9 +13329,9 @@ static void moe__task_router_noise(float *noise, uint64_t key, int32_t m) {
     noise[i] = -(float)moe__log_double(-moe__log_double(moe__uniform(key, (uint64_t)i)));
 }
 
-/* w and prob (m) from the scores of a sequence's task and its noise (m), or NULL; masked (m) or
-   NULL: blocks marked 1 take no part. Where a score is no number, neither is any weight: that has
-   to reach the scores of the pass. */
+/* w and prob (m) from the scores of a sequence's task and its noise (m), or NULL; z may be prob and
+   noise w. masked (m) or NULL: blocks marked 1 take no part. Where a score is no number, neither is
+   any weight: that has to reach the scores of the pass. */
 static void moe__task_router_select(float *w, float *prob, const float *z, const float *noise,
                                     const uint8_t *masked, const moe_config *config,
                                     const moe__pass *pass) {
@@ -13337,27 +13367,26 @@ static void moe__task_router_sequence(moe_context *c, const moe__pass *pass, int
   size_t m = (size_t)config->experts, L = (size_t)config->layers, S = (size_t)pass->S, l;
   int32_t task = pass->batch->task[s];
   int noisy = pass->tau > 0 && config->selection != MOE_SELECT_SOFTMAX;
-  float z[MOE_MAX_EXPERTS], drawn[MOE_MAX_EXPERTS];
   for (l = 0; l < L; ++l) {
     size_t at = l * S + (size_t)s, given = ((size_t)task * L + l) * m;
     float *w = r->weight + at * m, *prob = r->prob + at * m;
     const uint8_t *masked = c->masked ? c->masked + l * m : NULL;
-    const float *noise = noisy ? drawn : NULL;
+    const float *noise = noisy ? w : NULL; /* w and prob hold noise and scores at first */
     if (noisy && r->given.gumbel)
       noise = r->given.gumbel + ((size_t)s * L + l) * m;
     else if (noisy) {
       size_t row = moe__key_row(config, MOE__SITE_GUMBEL, (int32_t)l);
-      moe__task_router_noise(drawn, c->keys[row * S + (size_t)s], config->experts);
+      moe__task_router_noise(w, c->keys[row * S + (size_t)s], config->experts);
     }
     if (r->given.routes)
       memcpy(w, r->given.routes + given, m * sizeof(float));
     else if (r->given.scores)
       moe__task_router_select(w, prob, r->given.scores + given, noise, masked, config, pass);
     else if (config->router == MOE_ROUTER_TASK_LEVEL) {
-      moe__task_router_scores(z, r->pre + at * MOE__TASK_ROUTER_HIDDEN,
+      moe__task_router_scores(prob, r->pre + at * MOE__TASK_ROUTER_HIDDEN,
                               r->act + at * MOE__TASK_ROUTER_HIDDEN, c->model, task, (int32_t)l,
                               one);
-      moe__task_router_select(w, prob, z, noise, masked, config, pass);
+      moe__task_router_select(w, prob, prob, noise, masked, config, pass);
     } else
       moe__task_router_mean(w, masked, m);
   }
@@ -13953,13 +13982,14 @@ static const moe__span *moe__span_find(const moe__span *spans, int32_t n, int32_
 typedef struct moe__norm_job {
   const float *g;
   const moe__span *spans;
-  int32_t n, tiles;
+  int32_t n, tiles, first; /* first: the part that part[0] is */
   const moe__row_kernels *kernels;
-  double part[MOE__NORM_PARTS];
+  double part[MOE__NORM_PARTS / 2];
 } moe__norm_job;
 
-static void moe__norm_part(void *arg, int32_t part, int32_t slot) {
+static void moe__norm_part(void *arg, int32_t index, int32_t slot) {
   moe__norm_job *job = (moe__norm_job *)arg;
+  int32_t part = job->first + index;
   int32_t first = (int32_t)((int64_t)job->tiles * part / MOE__NORM_PARTS);
   int32_t end = (int32_t)((int64_t)job->tiles * (part + 1) / MOE__NORM_PARTS), tile;
   double sum = 0;
@@ -13975,7 +14005,7 @@ static void moe__norm_part(void *arg, int32_t part, int32_t slot) {
       sum += (double)job->kernels->dot(x, x, count);
     }
   }
-  job->part[part] = sum;
+  job->part[index] = sum;
 }
 
 static double moe__spans_norm(const float *g, const moe__span *spans, int32_t n,
@@ -13988,8 +14018,10 @@ static double moe__spans_norm(const float *g, const moe__span *spans, int32_t n,
   job.n = n;
   job.tiles = moe__spans_tiles(spans, n);
   job.kernels = MOE__V_PICK(env->isa, rows);
-  moe__parallel(env, MOE__NORM_PARTS, moe__norm_part, &job);
-  for (i = 0; i < MOE__NORM_PARTS; ++i) sum += job.part[i];
+  for (job.first = 0; job.first < MOE__NORM_PARTS; job.first += MOE__NORM_PARTS / 2) {
+    moe__parallel(env, MOE__NORM_PARTS / 2, moe__norm_part, &job); /* twice, for half the stack */
+    for (i = 0; i < MOE__NORM_PARTS / 2; ++i) sum += job.part[i];
+  }
   return sqrt(sum);
 }
 
@@ -15099,26 +15131,35 @@ static int moe__json_word(moe__json *j, const char *word) {
   return 1;
 }
 
-/* Reads a value of any kind and forgets it; at most MOE__JSON_DEPTH deep. */
-static int moe__json_skip_deep(moe__json *j, int depth) {
+/* Reads a value of any kind and forgets it; at most MOE__JSON_DEPTH deep. Without recursion, to
+   spare the stack. */
+static int moe__json_skip(moe__json *j) {
   moe__json_text text;
   moe__json_number number;
-  int c = moe__json_kind(j), close = c == '{' ? '}' : ']';
-  if (depth > MOE__JSON_DEPTH) return moe__json_fail(j, "nested too deeply");
-  if (c == '"') return moe__json_string(j, &text);
-  if (c == 't') return moe__json_word(j, "true");
-  if (c == 'f') return moe__json_word(j, "false");
-  if (c == 'n') return moe__json_word(j, "null");
-  if (c != '{' && c != '[') return moe__json_read_number(j, &number);
-  moe__json_enter(j, c);
-  while (moe__json_more(j, close)) {
-    if (c == '{' && !moe__json_key(j, &text)) return 0;
-    if (!moe__json_skip_deep(j, depth + 1)) return 0;
-  }
-  return !j->error;
+  uint64_t objects = 0; /* the lowest bit: the innermost open value is an object, else a list; and
+                           so on outwards */
+  int depth = 0;        /* open values */
+  do {
+    int c = moe__json_kind(j), ok = 1;
+    if (depth >= MOE__JSON_DEPTH) return moe__json_fail(j, "nested too deeply");
+    if (c == '{' || c == '[') {
+      moe__json_enter(j, c);
+      objects = objects << 1 | (c == '{');
+      ++depth;
+    } else
+      ok = c == '"'   ? moe__json_string(j, &text)
+           : c == 't' ? moe__json_word(j, "true")
+           : c == 'f' ? moe__json_word(j, "false")
+           : c == 'n' ? moe__json_word(j, "null")
+                      : moe__json_read_number(j, &number);
+    while (ok && depth > 0 && !j->error && !moe__json_more(j, objects & 1 ? '}' : ']')) {
+      objects >>= 1;
+      --depth;
+    }
+    if (!ok || j->error || (depth > 0 && (objects & 1) && !moe__json_key(j, &text))) return 0;
+  } while (depth > 0);
+  return 1;
 }
-
-static int moe__json_skip(moe__json *j) { return moe__json_skip_deep(j, 1); }
 
 /* Only blanks may follow. */
 static int moe__json_finish(moe__json *j) {
@@ -15733,8 +15774,8 @@ static void moe__st_put_floats(moe__out *out, const float *data, size_t n) {
 
 /* The length of the header and the header, as `put` writes it, with blanks
    behind it so that the data begin at a multiple of 64. */
-static void moe__st_put_header(moe__out *out, void (*put)(moe__out *out, const void *user),
-                               const void *user) {
+MOE__NOINLINE static void
+moe__st_put_header(moe__out *out, void (*put)(moe__out *out, const void *user), const void *user) {
   moe__out count;
   uint64_t length, i;
   moe__out_init(&count, NULL);
