@@ -450,8 +450,8 @@ static void test_checkpoint_that_cannot_be_read_is_not_written(void) {
               MOE_E_NONFINITE,
           "%s", said);
     CHECK(strstr(said, "tensor ") && strstr(said, "element 3 is ") &&
-              strstr(said, "nothing is written"), "%s",
-          said);
+              strstr(said, "nothing is written"),
+          "%s", said);
   }
   moe_model_weights(r.model)[3] = kept;
   CHECK(moe_checkpoint_load(r.trainer, &r.sampler, "build/checkpoint_nan", &env) == MOE_OK,

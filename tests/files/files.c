@@ -367,7 +367,16 @@ static void test_files_sentences_name_the_cause(void) {
           "%s: said '%s'", some[i].to, said);
     free(s.data);
   }
-  writer = models_writer(&s); /* a second vocabulary: which one would count? */
+  CHECK(!back, "untouched");
+  moe_model_free(model);
+}
+
+static void test_files_second_vocabularies_and_nan_are_found(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  size_t i;
+  models_file s;
+  moe_writer writer = models_writer(&s); /* a second vocabulary: which one would count? */
   CHECK(moe_model_write(model, &writer, &env) == MOE_OK, "%s", said);
   for (i = 8; memcmp(s.data + i, "  ", 2); ++i) continue; /* the blanks behind the header */
   CHECK(repeat_vocab(&s, i), "no room for a second vocabulary");
@@ -407,8 +416,7 @@ static void test_files_weights_that_cannot_be_read_are_not_written(void) {
     last = moe_model_weights(model) + t.offset + t.count - 1;
     kept = *last;
     *last = i == 1 ? -INFINITY : NAN;
-    snprintf(says, sizeof says, "tensor %s: element %u is ", names[i],
-             (unsigned)(t.count - 1));
+    snprintf(says, sizeof says, "tensor %s: element %u is ", names[i], (unsigned)(t.count - 1));
     said[0] = 0;
     CHECK(moe_model_write(model, &writer, &env) == MOE_E_NONFINITE && strstr(said, says) && !s.used,
           "%zu bytes, said '%s'", s.used, said);
@@ -673,6 +681,7 @@ static void run_files(void) {
   RUN(test_files_truncated_are_refused);
   RUN(test_files_damaged_are_refused_or_read);
   RUN(test_files_sentences_name_the_cause);
+  RUN(test_files_second_vocabularies_and_nan_are_found);
   RUN(test_files_weights_that_cannot_be_read_are_not_written);
   RUN(test_files_failing_writer_is_reported);
   RUN(test_files_old_file_survives_a_failure);

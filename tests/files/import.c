@@ -489,10 +489,7 @@ static void test_import_refuses_encoders_that_are_not_bert(void) {
       {"bert.encoder.layer.1.intermediate.dense.bias", "is listed twice"},
       {"bert.encoder.layer.3.attention.self.query.weight",
        "the model has 2 layers, the file has 4"}};
-  moe_config config;
-  moe_env env;
-  size_t i, n;
-  unsigned char *file, *at;
+  size_t i;
   flavour f = plain();
   f.prefix = "bert.";
   for (i = 0; i < sizeof some / sizeof *some; ++i) {
@@ -500,6 +497,14 @@ static void test_import_refuses_encoders_that_are_not_bert(void) {
     import_refused(&f, LAYERS, some[i].says, 1);
     CHECK_STATE();
   }
+}
+
+static void test_import_looks_at_the_encoder_only(void) {
+  moe_config config;
+  moe_env env;
+  size_t i, n;
+  unsigned char *file;
+  flavour f = plain();
   for (i = 0; i < 2; ++i) { /* outside of the encoder there may be anything */
     f.prefix = i ? "" : "bert.";
     f.foreign = "cls.layers.0.Wqkv.weight";
@@ -514,10 +519,17 @@ static void test_import_refuses_encoders_that_are_not_bert(void) {
   f.missing = "embeddings.word_embeddings.weight"; /* then there is no prefix to go by */
   f.foreign = "model.layers.0.attn.Wqkv.weight";
   import_refused(&f, LAYERS, "ModernBERT", 1);
-  f = plain();
+}
+
+static void test_import_knows_the_positions_of_roberta(void) {
+  moe_config config;
+  moe_env env;
+  size_t n;
+  unsigned char *file, *at;
+  flavour f = plain();
   f.positions = 66;
-  import_refused(&f, LAYERS,
-                 "tensor embeddings.position_embeddings.weight: 66 rows, as in RoBERTa", 1);
+  import_refused(&f, LAYERS, "tensor embeddings.position_embeddings.weight: 66 rows, as in RoBERTa",
+                 1);
   f.positions = POSITIONS;
   file = encoder_file(&f, &n);
   for (at = file; memcmp(at, "]}}", 3); ++at) continue;
@@ -530,14 +542,39 @@ static void test_import_refuses_encoders_that_are_not_bert(void) {
   free(file);
 }
 
+/* A model that comes through a file as it was, and is a BERT file itself. */
+static void check_dense_file(moe_model *dense, const moe_config *config, const moe_task *task,
+                             const moe_env *env) {
+  void *again;
+  size_t bytes;
+  moe_model *back;
+  moe_tensor t;
+  CHECK(moe_model_save(dense, "build/import_dense.safetensors", env) == MOE_OK, "%s", said);
+  CHECK(moe_file_read(&again, &bytes, "build/import_dense.safetensors", env) == MOE_OK, "%s", said);
+  CHECK(moe_model_read(&back, again, bytes, env) == MOE_OK, "%s", said);
+  CHECK(!memcmp(moe_model_weights(back), moe_model_weights(dense),
+                moe_model_parameters(dense) * sizeof(float)),
+        "through a file");
+  moe_model_free(back);
+  CHECK(!moe_model_create(&back, config, task, 1, 2, env) &&
+            !moe_model_import(back, again, bytes, NULL, env),
+        "a dense model is a BERT file: %s", said);
+  moe_model_tensor(dense, moe_model_find_tensor(dense, "heads.t.weight"), &t);
+  CHECK(!memcmp(moe_model_weights(back), moe_model_weights(dense), t.offset * sizeof(float)),
+        "encoders are equal");
+  remove("build/import_dense.safetensors");
+  moe_model_free(back);
+  moe_free(again);
+}
+
 static void test_import_real_minilm(void) {
   moe_env env = logging();
   const char *path = test_shared("models/all-MiniLM-L6-v2/model.safetensors");
-  void *file, *json, *again;
-  size_t n, json_bytes, again_bytes;
+  void *file, *json;
+  size_t n, json_bytes;
   moe_config config;
   moe_task task;
-  moe_model *model, *dense, *back;
+  moe_model *model, *dense;
   moe_tensor t, e;
   if (!path) SKIP("no ../../shared/models/all-MiniLM-L6-v2");
   CHECK(moe_file_read(&file, &n, path, &env) == MOE_OK, "%s", said);
@@ -570,25 +607,10 @@ static void test_import_real_minilm(void) {
   CHECK(!memcmp(moe_model_weights(model) + e.offset, moe_model_weights(dense) + t.offset,
                 t.count * sizeof(float)),
         "copies of the FFN");
-  CHECK(moe_model_save(dense, "build/import_dense.safetensors", &env) == MOE_OK, "%s", said);
-  CHECK(moe_file_read(&again, &again_bytes, "build/import_dense.safetensors", &env) == MOE_OK, "%s",
-        said);
-  CHECK(moe_model_read(&back, again, again_bytes, &env) == MOE_OK, "%s", said);
-  CHECK(!memcmp(moe_model_weights(back), moe_model_weights(dense),
-                moe_model_parameters(dense) * sizeof(float)),
-        "through a file");
-  moe_model_free(back);
-  CHECK(!moe_model_create(&back, &config, &task, 1, 2, &env) &&
-            !moe_model_import(back, again, again_bytes, NULL, &env),
-        "a dense model is a BERT file: %s", said);
-  moe_model_tensor(dense, moe_model_find_tensor(dense, "heads.t.weight"), &t);
-  CHECK(!memcmp(moe_model_weights(back), moe_model_weights(dense), t.offset * sizeof(float)),
-        "encoders are equal");
-  remove("build/import_dense.safetensors");
-  moe_model_free(back);
+  check_dense_file(dense, &config, &task, &env);
+  CHECK_STATE();
   moe_model_free(model);
   moe_model_free(dense);
-  moe_free(again);
   moe_free(file);
   moe_free(json);
   CHECK(!sentences, "%s", said);
@@ -602,5 +624,7 @@ static void run_import(void) {
   RUN(test_import_reads_config_json);
   RUN(test_import_knows_other_files_of_the_hub);
   RUN(test_import_refuses_encoders_that_are_not_bert);
+  RUN(test_import_looks_at_the_encoder_only);
+  RUN(test_import_knows_the_positions_of_roberta);
   RUN(test_import_real_minilm);
 }

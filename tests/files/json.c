@@ -9,62 +9,17 @@ static int accepts(const char *text, size_t bytes) {
 }
 
 static void test_json_takes_what_the_standard_takes(void) {
-  static const char *const good[] = {"0",
-                                     "-0",
-                                     "1e5",
-                                     "1E+5",
-                                     "1.5e-3",
-                                     "\"\"",
-                                     "[]",
-                                     "{}",
-                                     " [ 1 , 2 ] ",
-                                     "true",
-                                     "false",
-                                     "null",
-                                     "[[[]]]",
-                                     "{\"a\":{\"b\":[1,{}]}}",
-                                     "\"\\u00e9\\ud83d\\ude00\"",
-                                     "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"",
-                                     "{\"a\":1,\"a\":2}",
-                                     "\t\r\n 1"};
-  static const char *const bad[] = {"",
-                                    " ",
-                                    "01",
-                                    "-",
-                                    "+1",
-                                    ".5",
-                                    "1.",
-                                    "1e",
-                                    "1e+",
-                                    "[1,]",
-                                    "[,1]",
-                                    "{,}",
-                                    "{\"a\"}",
-                                    "{\"a\":}",
-                                    "{a:1}",
-                                    "[1 2]",
-                                    "[1",
-                                    "{\"a\":1",
-                                    "\"a",
-                                    "\"\\x\"",
-                                    "\"\\u12g4\"",
-                                    "\"\\ud800\"",
-                                    "\"\\ud800\\u0041\"",
-                                    "\"\\udc00\"",
-                                    "\"\t\"",
-                                    "tru",
-                                    "nul",
-                                    "truefalse",
-                                    "1 2",
-                                    "]",
-                                    "'a'",
-                                    "1e999",
-                                    "NaN",
-                                    "Infinity",
-                                    "{\"a\":1,}",
-                                    "[1}",
-                                    "{\"a\":1]",
-                                    "\\"};
+  /* clang-format off */
+  static const char *const good[] = {
+      "0", "-0", "1e5", "1E+5", "1.5e-3", "\"\"", "[]", "{}", " [ 1 , 2 ] ", "true", "false",
+      "null", "[[[]]]", "{\"a\":{\"b\":[1,{}]}}", "\"\\u00e9\\ud83d\\ude00\"",
+      "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "{\"a\":1,\"a\":2}", "\t\r\n 1"};
+  static const char *const bad[] = {
+      "", " ", "01", "-", "+1", ".5", "1.", "1e", "1e+", "[1,]", "[,1]", "{,}", "{\"a\"}",
+      "{\"a\":}", "{a:1}", "[1 2]", "[1", "{\"a\":1", "\"a", "\"\\x\"", "\"\\u12g4\"",
+      "\"\\ud800\"", "\"\\ud800\\u0041\"", "\"\\udc00\"", "\"\t\"", "tru", "nul", "truefalse",
+      "1 2", "]", "'a'", "1e999", "NaN", "Infinity", "{\"a\":1,}", "[1}", "{\"a\":1]", "\\"};
+  /* clang-format on */
   size_t i;
   for (i = 0; i < sizeof good / sizeof *good; ++i)
     CHECK(accepts(good[i], strlen(good[i])), "%s", good[i]);

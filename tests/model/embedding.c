@@ -51,6 +51,55 @@ static moe_model *embedding_twin(moe_model *model, const moe_task *tasks, const 
 
 /* Both networks: the same scores, the same loss; gradients of the basis and the vectors against
    those of the twin's gates. */
+/* The gradients of the vectors and of the basis, `g`, against sums over those of the twin's task
+   gates, `d`. */
+static void check_vectors(moe_model *model, const float *g, const moe_model *twin, const float *d,
+                          const moe_task *tasks) {
+  double worst = 0, norm = 0;
+  size_t at = embedding_offset(model, "tasks.vectors");
+  int32_t l, t, j, k;
+  for (t = 0; t < MODELS_TASKS; ++t)
+    for (j = 0; j < RANK; ++j) {
+      double sum = 0, found = (double)g[at + (size_t)(t * RANK + j)];
+      for (l = 0; l < moe_model_config(model)->layers; ++l) {
+        char name[128];
+        const float *basis, *of_task;
+        snprintf(name, sizeof name, "encoder.layer.%d.gate.basis", (int)l);
+        basis = moe_model_weights(model) + embedding_offset(model, name) + j * N * H;
+        snprintf(name, sizeof name, "encoder.layer.%d.gate.%.60s.weight", (int)l, tasks[t].name);
+        of_task = d + embedding_offset(twin, name);
+        for (k = 0; k < N * H; ++k) sum += (double)of_task[k] * (double)basis[k];
+      }
+      if (fabs(sum - found) > worst) worst = fabs(sum - found);
+      norm += sum * sum;
+      if (t == 3)
+        CHECK(!(found < 0) && !(found > 0), "a task that is not there has the gradient %g", found);
+    }
+  CHECK(norm > 0 && worst < 1e-5 * sqrt(norm), "vectors: error %g, norm %g", worst, sqrt(norm));
+}
+
+static void check_basis(moe_model *model, const float *g, const moe_model *twin, const float *d,
+                        const moe_task *tasks) {
+  const float *z = moe_model_weights(model) + embedding_offset(model, "tasks.vectors");
+  double worst = 0, norm = 0;
+  int32_t l, t, k;
+  for (l = 0; l < moe_model_config(model)->layers; ++l)
+    for (k = 0; k < RANK * N * H; ++k) {
+      char name[128];
+      double sum = 0, found;
+      snprintf(name, sizeof name, "encoder.layer.%d.gate.basis", (int)l);
+      found = (double)g[embedding_offset(model, name) + (size_t)k];
+      for (t = 0; t < MODELS_TASKS; ++t) {
+        snprintf(name, sizeof name, "encoder.layer.%d.gate.%.60s.weight", (int)l, tasks[t].name);
+        sum += (double)z[t * RANK + k / (N * H)] *
+               (double)d[embedding_offset(twin, name) + (size_t)(k % (N * H))];
+      }
+      if (fabs(sum - found) > worst) worst = fabs(sum - found);
+      norm += sum * sum;
+    }
+  CHECK(norm > 0 && worst < 1e-5 * sqrt(norm), "basis: error %g, norm %g", worst, sqrt(norm));
+}
+
 static void test_embedding_is_task_gates_of_low_rank(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_task tasks[MODELS_TASKS];
@@ -60,10 +109,9 @@ static void test_embedding_is_task_gates_of_low_rank(void) {
   moe_model *model, *twin;
   moe_trainer *trainer[2];
   models_batch batch;
-  const float *z, *g[2];
+  const float *g[2];
   float loss[2];
-  double worst = 0, norm = 0;
-  int32_t l, t, j, k;
+  int32_t k;
   models_tasks(tasks);
   model = models_create(&config, tasks, MODELS_TASKS, &env);
   twin = embedding_twin(model, tasks, &env);
@@ -83,42 +131,10 @@ static void test_embedding_is_task_gates_of_low_rank(void) {
   }
   CHECK(!memcmp(&loss[0], &loss[1], sizeof *loss), "loss %.9g against %.9g", (double)loss[0],
         (double)loss[1]);
-  z = moe_model_weights(model) + embedding_offset(model, "tasks.vectors");
-  for (t = 0; t < MODELS_TASKS; ++t)
-    for (j = 0; j < RANK; ++j) {
-      double sum = 0,
-             found =
-                 (double)g[0][embedding_offset(model, "tasks.vectors") + (size_t)(t * RANK + j)];
-      for (l = 0; l < config.layers; ++l) {
-        char name[128];
-        const float *basis, *d;
-        snprintf(name, sizeof name, "encoder.layer.%d.gate.basis", (int)l);
-        basis = moe_model_weights(model) + embedding_offset(model, name) + j * N * H;
-        snprintf(name, sizeof name, "encoder.layer.%d.gate.%.60s.weight", (int)l, tasks[t].name);
-        d = g[1] + embedding_offset(twin, name);
-        for (k = 0; k < N * H; ++k) sum += (double)d[k] * (double)basis[k];
-      }
-      if (fabs(sum - found) > worst) worst = fabs(sum - found);
-      norm += sum * sum;
-      if (t == 3)
-        CHECK(!(found < 0) && !(found > 0), "a task that is not there has the gradient %g", found);
-    }
-  CHECK(norm > 0 && worst < 1e-5 * sqrt(norm), "vectors: error %g, norm %g", worst, sqrt(norm));
-  for (l = 0, worst = norm = 0; l < config.layers; ++l)
-    for (k = 0; k < RANK * N * H; ++k) {
-      char name[128];
-      double sum = 0, found;
-      snprintf(name, sizeof name, "encoder.layer.%d.gate.basis", (int)l);
-      found = (double)g[0][embedding_offset(model, name) + (size_t)k];
-      for (t = 0; t < MODELS_TASKS; ++t) {
-        snprintf(name, sizeof name, "encoder.layer.%d.gate.%.60s.weight", (int)l, tasks[t].name);
-        sum += (double)z[t * RANK + k / (N * H)] *
-               (double)g[1][embedding_offset(twin, name) + (size_t)(k % (N * H))];
-      }
-      if (fabs(sum - found) > worst) worst = fabs(sum - found);
-      norm += sum * sum;
-    }
-  CHECK(norm > 0 && worst < 1e-5 * sqrt(norm), "basis: error %g, norm %g", worst, sqrt(norm));
+  check_vectors(model, g[0], twin, g[1], tasks);
+  CHECK_STATE();
+  check_basis(model, g[0], twin, g[1], tasks);
+  CHECK_STATE();
   for (k = 0; k < 2; ++k) moe_trainer_free(trainer[k]);
   moe_model_free(model);
   moe_model_free(twin);

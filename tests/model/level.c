@@ -340,6 +340,34 @@ static void test_level_of_one_block_is_the_dense_model(void) {
 
 /* The block that straight-through training takes, computed alone; blocks that are not chosen hold
    NaN meanwhile, so none of them is computed. */
+/* One sequence of one word span for each task: noise is drawn for each sequence, fixed routes are
+   for tasks. */
+static void one_sequence_a_task(const moe_model *model) {
+  int32_t s;
+  models_random_batch(&level_batch, model, MODELS_TASKS, 9, 8);
+  for (s = 0; s < MODELS_TASKS; ++s) {
+    level_batch.task[s] = s;
+    level_batch.label[s] = 1;
+    level_batch.span[4 * s] = level_batch.span[4 * s + 2] = 0;
+    level_batch.span[4 * s + 1] = level_batch.span[4 * s + 3] = 1;
+  }
+}
+
+/* NaN in every block but block 1 of layer 0 and block 2 of layer 1. */
+static void spoil_other_blocks(moe_model *model, const moe_env *env) {
+  moe_tensor tensor;
+  int32_t i;
+  size_t j;
+  for (i = 0; i < moe_model_tensors(model); ++i) {
+    moe_model_tensor(model, i, &tensor);
+    if (!strstr(tensor.name, ".blocks.") || strstr(tensor.name, "0.blocks.1.") ||
+        strstr(tensor.name, "1.blocks.2."))
+      continue;
+    for (j = 0; j < tensor.count; ++j) moe_model_weights(model)[tensor.offset + j] = NAN;
+  }
+  moe_model_pack(model, NULL, env);
+}
+
 static void test_level_inference_computes_the_chosen_blocks_only(void) {
   static float routes[ROUTES], hidden[MODELS_M * 20];
   moe_env env = models_env(MOE_ISA_AUTO);
@@ -351,17 +379,10 @@ static void test_level_inference_computes_the_chosen_blocks_only(void) {
   moe_context *context;
   moe_task_router level = {NULL, NULL, NULL, NULL};
   moe_routes r;
-  size_t j, bytes;
+  size_t bytes;
   int32_t l, s, i;
   CHECK(trainer, "%s", said);
-  models_random_batch(&level_batch, model, MODELS_TASKS, 9, 8);
-  for (s = 0; s < MODELS_TASKS; ++s) { /* one sequence a task: noise is drawn for each sequence,
-                                          fixed routes are for tasks */
-    level_batch.task[s] = s;
-    level_batch.label[s] = 1;
-    level_batch.span[4 * s] = level_batch.span[4 * s + 2] = 0;
-    level_batch.span[4 * s + 1] = level_batch.span[4 * s + 3] = 1;
-  }
+  one_sequence_a_task(model);
   CHECK(moe_trainer_accumulate(trainer, &level_batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s", said);
   bytes = (size_t)level_batch.start[MODELS_TASKS] * 20 * sizeof(float);
   memcpy(hidden, moe_context_hidden(moe_trainer_context(trainer)), bytes);
@@ -380,20 +401,11 @@ static void test_level_inference_computes_the_chosen_blocks_only(void) {
             moe_forward(context, level_out, &level_batch.b, &env) == MOE_OK,
         "%s", said);
   CHECK(!memcmp(hidden, moe_context_hidden(context), bytes), "hidden states differ");
-  for (s = 0; s < MODELS_TASKS;
-       ++s) /* now every task at block 1 of layer 0 and block 2 of layer 1 */
+  for (s = 0; s < MODELS_TASKS; ++s) /* every task at block 1 of layer 0 and block 2 of layer 1 */
     for (i = 0; i < LEVEL_LAYERS * BLOCKS; ++i)
       routes[s * LEVEL_LAYERS * BLOCKS + i] = (float)(i == 1 || i == 5);
   CHECK(moe_forward(context, level_out, &level_batch.b, &env) == MOE_OK, "%s", said);
-  for (i = 0; i < moe_model_tensors(model); ++i) {
-    moe_tensor tensor;
-    moe_model_tensor(model, i, &tensor);
-    if (!strstr(tensor.name, ".blocks.") || strstr(tensor.name, "0.blocks.1.") ||
-        strstr(tensor.name, "1.blocks.2."))
-      continue;
-    for (j = 0; j < tensor.count; ++j) moe_model_weights(model)[tensor.offset + j] = NAN;
-  }
-  moe_model_pack(model, NULL, &env);
+  spoil_other_blocks(model, &env);
   CHECK(moe_forward(context, level_out2, &level_batch.b, &env) == MOE_OK, "%s", said);
   CHECK(!memcmp(level_out, level_out2, score_bytes(model, &level_batch)),
         "a block that is not chosen was computed");
@@ -785,15 +797,12 @@ static void test_level_nan_in_a_router_reaches_the_scores(void) {
 
 /* ---- wrong input ---- */
 
-static void test_level_wrong_input_has_a_sentence(void) {
-  static float routes[ROUTES];
+static void test_level_wrong_configurations_have_a_sentence(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config good = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS), c;
   moe_train_config t = level_training();
-  moe_task_router level = {routes, NULL, NULL, NULL}, outside = {NULL, routes, NULL, NULL};
-  moe_model *model = level_model(&good, &env), *gates;
+  moe_model *model = level_model(&good, &env);
   moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
-  moe_context *context;
   moe_trainer *trainer = NULL;
   int i;
   CHECK(model, "%s", said);
@@ -830,6 +839,20 @@ static void test_level_wrong_input_has_a_sentence(void) {
               strstr(said, "tau_end"),
           "%s", said);
   }
+  moe_model_free(model);
+}
+
+static void test_level_wrong_input_has_a_sentence(void) {
+  static float routes[ROUTES];
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS);
+  moe_task_router level = {routes, NULL, NULL, NULL}, outside = {NULL, routes, NULL, NULL};
+  moe_model *model = level_model(&c, &env), *gates;
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
+  moe_context *context;
+  int i;
+  memset(routes, 0, sizeof routes);
+  CHECK(model, "%s", said);
   CHECK(!moe_context_create(&context, model, &limits, &env), "%s", said);
   models_random_batch(&level_batch, model, 4, 5, 71);
   CHECK(!moe_context_task_router(context, &level, &env), "%s", said);
@@ -887,5 +910,6 @@ static void run_level(void) {
   RUN(test_level_blocks_are_disabled_and_tasks_taken);
   RUN(test_level_disabled_blocks_meet_routes_and_scores_from_outside);
   RUN(test_level_nan_in_a_router_reaches_the_scores);
+  RUN(test_level_wrong_configurations_have_a_sentence);
   RUN(test_level_wrong_input_has_a_sentence);
 }

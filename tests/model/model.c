@@ -156,7 +156,6 @@ static void test_model_config_names_the_field_that_is_wrong(void) {
              FIELD(truncate, 2, "truncate"),
              FIELD(cased, 2, "cased")};
 #undef FIELD
-  static const float eps[] = {0, -1, 1, NAN, INFINITY};
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config good = models_config(MOE_ROUTER_TASK, 3, 1), c;
   size_t i;
@@ -170,6 +169,13 @@ static void test_model_config_names_the_field_that_is_wrong(void) {
     CHECK(strstr(said, bad[i].word), "%s: %s", bad[i].word, said);
     CHECK(moe_config_check(&c, NULL) == MOE_E_ARGUMENT, "without a log");
   }
+}
+
+static void test_model_config_refuses_odd_eps_and_two_scales(void) {
+  static const float eps[] = {0, -1, 1, NAN, INFINITY};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config good = models_config(MOE_ROUTER_TASK, 3, 1), c;
+  size_t i;
   for (i = 0; i < sizeof eps / sizeof *eps; ++i) {
     c = good;
     c.eps = eps[i];
@@ -772,11 +778,9 @@ static void test_model_batch_check_says_what_is_wrong(void) {
   models_tasks(tasks);
   model = models_create(&c, tasks, MODELS_TASKS, &env);
   models_random_batch(&good, model, 10, 19, 10);
-  good.task[3] = 1;
-  good.label[3] = 2;
+  good.task[3] = 1, good.label[3] = 2;
   good.task[4] = 2;
-  good.task[5] = 4;
-  good.label[5] = 1;
+  good.task[5] = 4, good.label[5] = 1;
   models_connect(&good, &c, 10);
   CHECK(moe_batch_check(model, &good.b, 1, &env) == MOE_OK, "%s", said);
 #define BAD(change, word, labels)                                                                  \
@@ -824,8 +828,16 @@ static void test_model_batch_check_says_what_is_wrong(void) {
   BAD(model_batch.span[23] = 20, "span 2", 0);
 #undef BAD
   moe_model_free(model);
+}
+
+static void test_model_batch_check_looks_at_features(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model;
   c.vocab = 0;
   c.feature_dim = 3;
+  models_tasks(tasks);
   model = models_create(&c, tasks, MODELS_TASKS, &env);
   models_random_batch(&model_batch, model, 4, 19, 11);
   CHECK(moe_batch_check(model, &model_batch.b, 1, &env) == MOE_OK, "%s", said);
@@ -1071,6 +1083,29 @@ static void test_model_routes_of_no_token_are_empty(void) {
   }
 }
 
+/* What two passes of model_batch give, where the context shows the last one. */
+typedef struct counts {
+  int64_t tokens[MODELS_TASKS], chosen[MODELS_TASKS][2][3];
+  double gate[MODELS_TASKS][2][3], prob[MODELS_TASKS][2][3];
+} counts;
+
+static void check_counts(const counts *got, const moe_routes *r, int32_t l, int32_t t, int32_t i) {
+  int32_t s, token, n = 0;
+  double g = 0, p = 0;
+  for (s = 0; s < model_batch.b.S; ++s)
+    for (token = model_batch.b.seq_start[s];
+         model_batch.b.task[s] == t && token < model_batch.b.seq_start[s + 1]; ++token) {
+      int chose = r->expert[2 * token] == i || r->expert[2 * token + 1] == i;
+      n += chose;
+      g += chose ? (double)r->prob[3 * token + i] : 0;
+      p += (double)r->prob[3 * token + i];
+    }
+  CHECK(got->chosen[t][l][i] == 2 * n, "task %d layer %d expert %d: %d, not %d", (int)t, (int)l,
+        (int)i, (int)got->chosen[t][l][i], 2 * (int)n);
+  CHECK_NEAR(got->gate[t][l][i], 2 * g, 1e-9);
+  CHECK_NEAR(got->prob[t][l][i], 2 * p, 1e-9);
+}
+
 static void test_model_routes_are_counted(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 2);
@@ -1079,18 +1114,17 @@ static void test_model_routes_are_counted(void) {
   moe_model *model;
   moe_context *context;
   moe_route_sums sums;
-  static int64_t tokens[MODELS_TASKS], chosen[MODELS_TASKS][2][3];
-  static double gate[MODELS_TASKS][2][3], prob[MODELS_TASKS][2][3], sum;
-  int32_t s, l, i, t, pass, seen;
+  static counts got;
+  double sum;
+  int32_t l, i, t, pass, seen;
   models_tasks(tasks);
   model = models_create(&c, tasks, MODELS_TASKS, &env);
   CHECK(model && !moe_context_create(&context, model, &limits, &env), "%s", said);
   models_random_batch(&model_batch, model, 20, 19, 6);
   memset(&sums, 0, sizeof sums);
-  memset(chosen, 0, sizeof chosen);
-  memset(prob, 0, sizeof prob);
-  sums.tokens = tokens, sums.chosen = &chosen[0][0][0], sums.gate = &gate[0][0][0],
-  sums.prob = &prob[0][0][0];
+  memset(&got, 0, sizeof got);
+  sums.tokens = got.tokens, sums.chosen = &got.chosen[0][0][0];
+  sums.gate = &got.gate[0][0][0], sums.prob = &got.prob[0][0][0];
   for (pass = 0; pass < 2; ++pass) {
     CHECK(!moe_forward(context, model_scores[0], &model_batch.b, &env), "%s", said);
     CHECK(!moe_route_count(&sums, context, &model_batch.b, &env), "%s", said);
@@ -1100,29 +1134,17 @@ static void test_model_routes_are_counted(void) {
     moe_context_routes(context, l, &r);
     for (t = 0; t < MODELS_TASKS; ++t)
       for (i = 0; i < 3; ++i) {
-        int32_t token, n = 0;
-        double g = 0, p = 0;
-        for (s = 0; s < model_batch.b.S; ++s)
-          for (token = model_batch.b.seq_start[s];
-               model_batch.b.task[s] == t && token < model_batch.b.seq_start[s + 1]; ++token) {
-            int chose = r.expert[2 * token] == i || r.expert[2 * token + 1] == i;
-            n += chose;
-            g += chose ? (double)r.prob[3 * token + i] : 0;
-            p += (double)r.prob[3 * token + i];
-          }
-        CHECK(chosen[t][l][i] == 2 * n, "task %d layer %d expert %d: %d, not %d", (int)t, (int)l,
-              (int)i, (int)chosen[t][l][i], 2 * (int)n);
-        CHECK_NEAR(gate[t][l][i], 2 * g, 1e-9);
-        CHECK_NEAR(prob[t][l][i], 2 * p, 1e-9);
+        check_counts(&got, &r, l, t, i);
+        CHECK_STATE();
       }
   }
   for (seen = 0, t = 0; t < MODELS_TASKS; ++t)
-    for (seen += (int32_t)tokens[t], l = 0; l < 2; ++l) {
-      CHECK(chosen[t][l][0] + chosen[t][l][1] + chosen[t][l][2] == 2 * tokens[t],
-            "k choices a token");
-      sum = prob[t][l][0] + prob[t][l][1] + prob[t][l][2];
-      CHECK(fabs(sum - (double)tokens[t]) < 1e-3, "probabilities sum to the tokens: %g, %d", sum,
-            (int)tokens[t]);
+    for (seen += (int32_t)got.tokens[t], l = 0; l < 2; ++l) {
+      int64_t(*chosen)[3] = got.chosen[t];
+      CHECK(chosen[l][0] + chosen[l][1] + chosen[l][2] == 2 * got.tokens[t], "k choices a token");
+      sum = got.prob[t][l][0] + got.prob[t][l][1] + got.prob[t][l][2];
+      CHECK(fabs(sum - (double)got.tokens[t]) < 1e-3, "probabilities sum to the tokens: %g, %d",
+            sum, (int)got.tokens[t]);
     }
   CHECK(seen == 2 * model_batch.b.seq_start[model_batch.b.S], "every token is counted");
   sums.gate = sums.prob = NULL;
@@ -1136,8 +1158,8 @@ static void test_model_routes_are_counted(void) {
   CHECK(moe_route_count(&sums, context, &model_batch.b, &env) == MOE_E_ARGUMENT,
         "seq_start goes up and down");
   CHECK(strstr(said, "sequence 2 "), "%s", said);
-  CHECK(tokens[0] + tokens[1] + tokens[2] + tokens[3] + tokens[4] == 3 * model_batch.start[20],
-        "nothing was counted");
+  for (seen = 0, t = 0; t < MODELS_TASKS; ++t) seen += (int32_t)got.tokens[t];
+  CHECK(seen == 3 * model_batch.start[20], "nothing was counted");
   moe_context_free(context);
   moe_model_free(model);
 }
@@ -1245,10 +1267,28 @@ enum { LAYERS_KEPT = 3 };
 
 /* Hidden states and gate logits of every layer: the last states are those of moe_context_hidden, no
    score changes by keeping them, and the softmax of the logits is what the gate went by. */
+/* The gates' logits of every layer, kept in context 1 alone, make the probabilities. */
+static void check_logits(moe_context *const context[2], int32_t layers, int has_gates) {
+  int32_t l, i, t;
+  for (l = 0; l < layers; ++l) {
+    const float *z = moe_context_gate_logits(context[1], l);
+    moe_routes r;
+    CHECK(!z == !has_gates && !moe_context_gate_logits(context[0], l), "layer %d: logits", l);
+    CHECK(!moe_context_routes(context[1], l, &r), "layer %d", l);
+    for (t = 0; z && t < r.M; ++t) {
+      double sum = 0, most = (double)z[t * 3 + r.expert[t]];
+      for (i = 0; i < 3; ++i) sum += exp((double)z[t * 3 + i] - most);
+      CHECK_NEAR(r.prob[t * 3 + r.expert[t]], 1 / sum, 1e-6);
+    }
+  }
+  CHECK(!moe_context_gate_logits(context[1], -1) && !moe_context_gate_logits(context[1], layers),
+        "there are no such layers");
+}
+
 static void test_model_keeps_the_states_of_every_layer(void) {
   static float kept[2][(LAYERS_KEPT + 1) * MODELS_M * 20], out[2][MODELS_S * 8];
   static const moe_router routers[] = {MOE_ROUTER_DENSE, MOE_ROUTER_TASK, MOE_ROUTER_TASK_LEVEL};
-  int32_t v, l, threads, i, t;
+  int32_t v, l, threads, i;
   for (v = 0; v < 3; ++v)
     for (threads = 1; threads <= 3; threads += 2) {
       moe_env env = models_env(MOE_ISA_AUTO);
@@ -1286,20 +1326,8 @@ static void test_model_keeps_the_states_of_every_layer(void) {
             "router %d: the last layer's are the final states", v);
       CHECK(!moe_context_layer(context[1], -2) && !moe_context_layer(context[1], c.layers),
             "there are no such layers");
-      for (l = 0; l < c.layers; ++l) {
-        const float *z = moe_context_gate_logits(context[1], l);
-        moe_routes r;
-        CHECK(!z == (v != 1) && !moe_context_gate_logits(context[0], l), "router %d: logits", v);
-        CHECK(!moe_context_routes(context[1], l, &r), "layer %d", l);
-        for (t = 0; z && t < r.M; ++t) {
-          double sum = 0, most = (double)z[t * 3 + r.expert[t]];
-          for (i = 0; i < 3; ++i) sum += exp((double)z[t * 3 + i] - most);
-          CHECK_NEAR(r.prob[t * 3 + r.expert[t]], 1 / sum, 1e-6);
-        }
-      }
-      CHECK(!moe_context_gate_logits(context[1], -1) &&
-                !moe_context_gate_logits(context[1], c.layers),
-            "there are no such layers");
+      check_logits(context, c.layers, v == 1);
+      CHECK_STATE();
       moe_context_free(context[0]), moe_context_free(context[1]);
       moe_pool_free(pool);
       moe_model_free(model);
@@ -1429,6 +1457,7 @@ static void run_model(void) {
   RUN(test_model_table_of_tensors_has_no_gap);
   RUN(test_model_tensors_bear_the_names_of_the_hub);
   RUN(test_model_config_names_the_field_that_is_wrong);
+  RUN(test_model_config_refuses_odd_eps_and_two_scales);
   RUN(test_model_tasks_are_checked_one_by_one);
   RUN(test_model_copies_tasks_and_labels);
   RUN(test_model_keeps_a_copy_of_the_vocabulary);
@@ -1437,6 +1466,7 @@ static void run_model(void) {
   RUN(test_model_sizes_are_exact);
   RUN(test_model_packs_into_a_block_or_the_heap);
   RUN(test_model_batch_check_says_what_is_wrong);
+  RUN(test_model_batch_check_looks_at_features);
   RUN(test_model_matches_pytorch);
   RUN(test_model_scores_do_not_depend_on_company_or_order);
   RUN(test_model_bits_do_not_depend_on_threads_isa_or_packing);
