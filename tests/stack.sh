@@ -1,24 +1,28 @@
 #!/bin/sh
-# stack.sh: how much stack moe.h takes, for this machine and for Cortex-M, and how large it is with each macro. tests/test_stack.sh holds
-# the limits. It needs gcc 10 or later, and for Cortex-M arm-none-eabi-gcc with newlib or picolibc (Debian: gcc-arm-none-eabi libnewlib-arm-none-eabi).
+# stack.sh: how much stack moe.h takes, for this machine and for Cortex-M, and how large it is with
+# each macro. tests/test_stack.sh holds the limits. It needs gcc 10 or later, and for Cortex-M
+# arm-none-eabi-gcc with newlib or picolibc (Debian: gcc-arm-none-eabi libnewlib-arm-none-eabi).
 #
 #   sh stack.sh                      the tables
-#   sh stack.sh chain TARGET BUILD   the deepest chain of calls, function by function: host m4 m7; inference training simd-inference simd-training
+# sh stack.sh chain TARGET BUILD   the deepest chain of calls, function by function: host m4 m7;
+# inference training simd-inference simd-training
 #
-# Frames are gcc's (-fcallgraph-info=su), calls too. Calls through pointers, which gcc does not resolve, are taken at their worst:
-# - through a table of kernels: the deepest of all functions in all tables of constants, whatever the table;
-# - to the body of moe__parallel: from the function that names it, behind the frames of moe__parallel and of the built-in pool;
-# - to another function whose address is taken: behind the deepest chain from there to any call through a pointer;
-# - to one that an object keeps (a clock): from every call through a pointer.
-# Functions that call themselves are listed in `rounds` with how deep; any other ends the count with a line "recursion".
-# The caller's own functions (log, parallel_for, clock, backend) are not counted, and 128 bytes are added for the C library (memcpy, sqrt).
+# Frames are gcc's (-fcallgraph-info=su), calls too. Calls through pointers, which gcc does not
+# resolve, are taken at their worst: - through a table of kernels: the deepest of all functions in
+# all tables of constants, whatever the table; - to the body of moe__parallel: from the function
+# that names it, behind the frames of moe__parallel and of the built-in pool; - to another function
+# whose address is taken: behind the deepest chain from there to any call through a pointer; - to
+# one that an object keeps (a clock): from every call through a pointer. Functions that call
+# themselves are listed in `rounds` with how deep; any other ends the count with a line "recursion".
+# The caller's own functions (log, parallel_for, clock, backend) are not counted, and 128 bytes are
+# added for the C library (memcpy, sqrt).
 cd "$(dirname "$0")" || exit 1
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n' > "$tmp/moe.c"
 library=128
-# how often a function may be at work at once: a product that a backend leaves to the built-in kernels, JSON in a JSON string, powers of ten
-# below 1e-300, values in values (MOE__JSON_DEPTH)
+# how often a function may be at work at once: a product that a backend leaves to the built-in
+# kernels, JSON in a JSON string, powers of ten below 1e-300, values in values (MOE__JSON_DEPTH)
 rounds="moe__gemm_run 2 moe__json_get 2 moe__json_peek 2 moe__json_escape 2 moe__scale10 2 moe__json_skip_deep 65"
 
 # compiler TARGET: compiler and options
@@ -47,9 +51,11 @@ roots() {
   esac
 }
 
-# chains BUILD FILE.ci FILE.s: lines "frame BYTES FUNCTION", "chain BYTES FUNCTION CALLED NEXT" (NEXT: where the deepest chain goes on)
+# chains BUILD FILE.ci FILE.s: lines "frame BYTES FUNCTION", "chain BYTES FUNCTION CALLED NEXT"
+# (NEXT: where the deepest chain goes on)
 chains() {
-  tr '\n' ' ' < ../moe.h | tr ';' '\n' | sed -n 's/^.*moe__parallel(.*, *\(moe__[a-z0-9_]*\), *[^,]*)$/\1/p' | sort -u > "$tmp/bodies"
+  tr '\n' ' ' < ../moe.h | tr ';' '\n' |
+    sed -n 's/^.*moe__parallel(.*, *\(moe__[a-z0-9_]*\), *[^,]*)$/\1/p' | sort -u > "$tmp/bodies"
   awk -v library=$library -v rounds="$rounds" '
     BEGIN { n = split(rounds, list, " "); for (i = 1; i < n; i += 2) round[list[i]] = list[i + 1] }
     function name(s) { sub(/^[^"]*"/, "", s); sub(/".*$/, "", s); sub(/^.*:/, "", s); return s }
@@ -155,7 +161,8 @@ build() {
   out=$tmp/$1-$2
   [ -f "$out.chains" ] && return 0
   cc=$(compiler "$1")
-  $cc $(macros "$2") -fno-section-anchors -ffunction-sections -fdata-sections -fcallgraph-info=su -I.. -S -o "$out.s" "$tmp/moe.c" > "$tmp/log" 2>&1 || return 1
+  $cc $(macros "$2") -fno-section-anchors -ffunction-sections -fdata-sections -fcallgraph-info=su \
+    -I.. -S -o "$out.s" "$tmp/moe.c" > "$tmp/log" 2>&1 || return 1
   $cc -c -o "$out.o" "$out.s" && ${cc%%gcc*}size "$out.o" | awk 'NR == 2 {print $1}' > "$out.size"
   chains "$2" "$out.ci" "$out.s" > "$out.chains"
 }
@@ -183,7 +190,9 @@ for target in ${TARGETS:-host m4 m7}; do
   [ $target = host ] && builds="inference training simd-inference simd-training"
   for build in $builds; do
     if ! build $target $build; then echo "$target skipped: $(head -n 1 "$tmp/log")"; break; fi
-    set -- $(largest frame "$tmp/$target-$build.chains") $(largest chain "$tmp/$target-$build.chains" "$(roots $build)") $(largest chain "$tmp/$target-$build.chains")
+    set -- $(largest frame "$tmp/$target-$build.chains") \
+      $(largest chain "$tmp/$target-$build.chains" "$(roots $build)") \
+      $(largest chain "$tmp/$target-$build.chains")
     printf '%-7s %-15s %10d  %-24s %10d  %-24s %10d  %s\n' $target $build "$@"
     grep -E '^(recursion|unbounded)' "$tmp/$target-$build.chains" | sort -u | sed 's/^/  /'
   done

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The header as other people's compilers see it: dialects, warnings, macros, symbols, several units, C++, the table of contents.
+# The header as other people's compilers see it: dialects, warnings, macros, symbols, several units,
+# C++, the table of contents.
 . ./lib.sh
 warn="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wdouble-promotion -Werror"
 printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n' > "$tmp/one.c"
@@ -9,10 +10,12 @@ build() { # NAME COMPILER ARGUMENTS...
   name=$1 compiler=$2
   shift 2
   if ! have "$compiler"; then skip "$name" "there is no $compiler here"; return; fi
-  if "$compiler" -I.. $warn -c -o "$tmp/one.o" "$@" > "$tmp/log" 2>&1; then ok "$name"; else fail "$name" "$(head -n 5 "$tmp/log")"; fi
+  if "$compiler" -I.. $warn -c -o "$tmp/one.o" "$@" > "$tmp/log" 2>&1; then ok "$name"
+  else fail "$name" "$(head -n 5 "$tmp/log")"; fi
 }
 
-# one optimised build for each kind of language, since some warnings need the optimiser; the other dialects are parsed
+# one optimised build for each kind of language, since some warnings need the optimiser; the other
+# dialects are parsed
 build test_build_gcc_c99 gcc -std=c99 -O2 "$tmp/one.c"
 build test_build_clang_c99 clang -std=c99 -O1 "$tmp/one.c"
 build test_build_g++_c++11 g++ -std=c++11 -O1 "$tmp/one.cpp"
@@ -28,11 +31,14 @@ done
 # gcc tells of unused functions when it compiles, clang when it parses, which is ten times faster
 parser="gcc -O0"
 have clang && parser="clang -fsyntax-only"
-for macro in MOE_STATIC MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT MOE_NO_BF16 MOE_NO_SIMD "MOE_NO_STDIO -DMOE_NO_THREADS -DMOE_NO_TRAIN -DMOE_NO_TEXT -DMOE_NO_BF16 -DMOE_NO_SIMD"; do
-  build "test_build_with_$(echo "$macro" | tr -d ' ' | sed 's/-D/_/g')" $parser -std=c99 -D$macro "$tmp/one.c"
+for macro in MOE_STATIC MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT MOE_NO_BF16 \
+  MOE_NO_SIMD "MOE_NO_STDIO -DMOE_NO_THREADS -DMOE_NO_TRAIN -DMOE_NO_TEXT -DMOE_NO_BF16 -DMOE_NO_SIMD"; do
+  build "test_build_with_$(echo "$macro" | tr -d ' ' | sed 's/-D/_/g')" $parser -std=c99 -D$macro \
+    "$tmp/one.c"
 done
 
-# names that a program may have as macros: the header compiles in C and C++, and the macros are there again behind it
+# names that a program may have as macros: the header compiles in C and C++, and the macros are
+# there again behind it
 letters="A B C D E F G H I J K L M N O P Q R S T U V W X Y Z"
 with_macros() { # NAMES: a program that has them as macros
   for name in $1; do echo "#define $name 10"; done
@@ -41,7 +47,8 @@ with_macros() { # NAMES: a program that has them as macros
   echo '1];'
 }
 with_macros "$letters begin end small near far min max" > "$tmp/names.c"
-with_macros "$letters begin end small near far" > "$tmp/names.cpp" # C++ libraries take min and max away themselves
+# C++ libraries take min and max away themselves
+with_macros "$letters begin end small near far" > "$tmp/names.cpp"
 build test_build_after_macros_of_common_names $parser -std=c99 "$tmp/names.c"
 build test_build_after_macros_of_common_names_c++ g++ -std=c++11 -fsyntax-only "$tmp/names.cpp"
 printf '#include <tgmath.h>\n#define MOE_IMPLEMENTATION\n#include "moe.h"\nfloat x(float y) { return log(y) + exp(y); }\n' > "$tmp/tgmath.c"
@@ -96,7 +103,8 @@ int main(void) { /* 9 rows on 3 threads that are none */
 }
 END
 if ! have tcc; then skip test_build_tcc "there is no tcc here"
-elif tcc -I.. -DMOE_NO_SIMD -DMOE_NO_THREADS -o "$tmp/tcc" "$tmp/tcc.c" -lm > "$tmp/log" 2>&1 && "$tmp/tcc"; then ok test_build_tcc
+elif tcc -I.. -DMOE_NO_SIMD -DMOE_NO_THREADS -o "$tmp/tcc" "$tmp/tcc.c" -lm > "$tmp/log" 2>&1 &&
+    "$tmp/tcc"; then ok test_build_tcc
 else fail test_build_tcc "$(head -n 5 "$tmp/log")"; fi
 
 # a compiler that fuses products and sums on its own is found out
@@ -106,7 +114,8 @@ fuses() { # COMPILER OPTIONS: 10 yes, 11 no, 12 a processor without such an inst
   "$@" -I.. -o "$tmp/fuse" "$tmp/fuse.c" -lm -pthread 2> "$tmp/log" && "$tmp/fuse"
   echo $?
 }
-case "$(fuses gcc -O1) $(fuses gcc -O1 -ffp-contract=fast) $(fuses clang -O1)" in *10*) fail test_build_does_not_fuse ;; *) ok test_build_does_not_fuse ;; esac
+case "$(fuses gcc -O1) $(fuses gcc -O1 -ffp-contract=fast) $(fuses clang -O1)" in *10*) fail \
+  test_build_does_not_fuse ;; *) ok test_build_does_not_fuse ;; esac
 case $(fuses clang -O1 -ffp-contract=fast) in
   10) ok test_build_tells_where_clang_fuses ;;
   12) skip test_build_tells_where_clang_fuses "there is no clang here, or no processor with FMA" ;;
@@ -114,11 +123,23 @@ case $(fuses clang -O1 -ffp-contract=fast) in
 esac
 
 # -ffast-math breaks the guards against NaN: the header refuses it
-if gcc -I.. -ffast-math -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then fail test_build_refuses_fast_math; else ok test_build_refuses_fast_math; fi
-if gcc -I.. -ffinite-math-only -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then fail test_build_refuses_finite_math; else ok test_build_refuses_finite_math; fi
+if gcc -I.. -ffast-math -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then
+  fail test_build_refuses_fast_math
+else
+  ok test_build_refuses_fast_math
+fi
+if gcc -I.. -ffinite-math-only -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then
+  fail test_build_refuses_finite_math
+else
+  ok test_build_refuses_finite_math
+fi
 
 # MOE_MALLOC without MOE_FREE is an error
-if gcc -I.. -DMOE_MALLOC=malloc -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then fail test_build_refuses_half_an_allocator; else ok test_build_refuses_half_an_allocator; fi
+if gcc -I.. -DMOE_MALLOC=malloc -c -o "$tmp/one.o" "$tmp/one.c" > /dev/null 2>&1; then
+  fail test_build_refuses_half_an_allocator
+else
+  ok test_build_refuses_half_an_allocator
+fi
 
 # nothing but moe_ leaves the unit, and MOE_STATIC leaves nothing at all
 cc -std=c99 -I.. -c -o "$tmp/one.o" "$tmp/one.c"
@@ -126,7 +147,8 @@ leaks=$(nm -g --defined-only "$tmp/one.o" | awk 'NF == 3 && $3 !~ /^_?moe_[a-z]/
 [ -z "$leaks" ] && ok test_build_exports_only_moe_ || fail test_build_exports_only_moe_ $leaks
 cc -std=c99 -I.. -DMOE_STATIC -c -o "$tmp/static.o" "$tmp/one.c" 2> /dev/null
 leaks=$(nm -g --defined-only "$tmp/static.o" | awk 'NF == 3 {print $3}')
-[ -z "$leaks" ] && ok test_build_static_exports_nothing || fail test_build_static_exports_nothing $leaks
+if [ -z "$leaks" ]; then ok test_build_static_exports_nothing
+else fail test_build_static_exports_nothing $leaks; fi
 writable=$(size -A "$tmp/one.o" | awk '/^\.(data|bss|tdata|tbss)/ && $1 !~ /^\.data\.rel\.ro/ && $2 > 0 {print $1 ":" $2}')
 [ -z "$writable" ] && ok test_build_has_no_globals || fail test_build_has_no_globals $writable
 
@@ -134,13 +156,16 @@ writable=$(size -A "$tmp/one.o" | awk '/^\.(data|bss|tdata|tbss)/ && $1 !~ /^\.d
 printf '#include "moe.h"\n' > "$tmp/api.c"
 bad=
 for macro in MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT MOE_NO_BF16; do
-  cc -I.. -D$macro -E "$tmp/api.c" | tr '\n' ' ' | tr ';{}' '\n\n\n' | sed -n 's/^.*extern [^(]*[ *]\(moe_[a-z0-9_]*\)(.*$/\1/p' | sort -u > "$tmp/declared"
+  cc -I.. -D$macro -E "$tmp/api.c" | tr '\n' ' ' | tr ';{}' '\n\n\n' |
+    sed -n 's/^.*extern [^(]*[ *]\(moe_[a-z0-9_]*\)(.*$/\1/p' | sort -u > "$tmp/declared"
   cc -std=c99 -I.. -D$macro -c -o "$tmp/one.o" "$tmp/one.c"
-  nm -g --defined-only "$tmp/one.o" | awk 'NF == 3 {sub(/^_/, "", $3); print $3}' | sort -u > "$tmp/defined"
+  nm -g --defined-only "$tmp/one.o" | awk 'NF == 3 {sub(/^_/, "", $3); print $3}' |
+    sort -u > "$tmp/defined"
   bad="$bad$(comm -23 "$tmp/declared" "$tmp/defined" | sed "s/\$/ with $macro; /" | tr -d '\n')"
 done
 [ -s "$tmp/declared" ] || bad="nothing was declared"
-[ -z "$bad" ] && ok test_build_defines_what_it_declares || fail test_build_defines_what_it_declares "$bad"
+if [ -z "$bad" ]; then ok test_build_defines_what_it_declares
+else fail test_build_defines_what_it_declares "$bad"; fi
 
 # the macros that the interface leaves behind, and those of the implementation
 printf '#include "moe.h"\n' > "$tmp/api.c"
@@ -148,8 +173,10 @@ printf '#include <stddef.h>\n#include <stdint.h>\n' > "$tmp/none.c"
 cc -I.. -dM -E "$tmp/api.c" | sort > "$tmp/with"
 cc -I.. -dM -E "$tmp/none.c" | sort > "$tmp/without"
 leaks=$(comm -23 "$tmp/with" "$tmp/without" | awk '$2 !~ /^MOE_/ {print $2}')
-[ -z "$leaks" ] && ok test_build_interface_defines_only_MOE_ || fail test_build_interface_defines_only_MOE_ $leaks
-leaks=$(sed -n 's/^ *# *define  *\([A-Za-z0-9_]*\).*/\1/p' ../moe.h | grep -v '^MOE_' | grep -v -x -e NOMINMAX -e _WINSOCKAPI_ -e NEAR -e FAR | sort -u)
+if [ -z "$leaks" ]; then ok test_build_interface_defines_only_MOE_
+else fail test_build_interface_defines_only_MOE_ $leaks; fi
+leaks=$(sed -n 's/^ *# *define  *\([A-Za-z0-9_]*\).*/\1/p' ../moe.h | grep -v '^MOE_' |
+  grep -v -x -e NOMINMAX -e _WINSOCKAPI_ -e NEAR -e FAR | sort -u)
 [ -z "$leaks" ] && ok test_build_defines_only_MOE_ || fail test_build_defines_only_MOE_ $leaks
 
 # two units, one with the implementation; the header twice in a unit
@@ -159,10 +186,15 @@ cat > "$tmp/main.c" << 'END'
 int main(void) { moe_env env; return moe_env_init(&env, MOE_ISA_AUTO) != MOE_OK || !moe_status_text(MOE_E_IO); }
 END
 printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n#include "moe.h"\n' > "$tmp/two.c"
-if cc -std=c99 -I.. -o "$tmp/two" "$tmp/main.c" "$tmp/two.c" -lm -pthread && "$tmp/two"; then ok test_build_two_units; else fail test_build_two_units; fi
+if cc -std=c99 -I.. -o "$tmp/two" "$tmp/main.c" "$tmp/two.c" -lm -pthread && "$tmp/two"; then
+  ok test_build_two_units
+else
+  fail test_build_two_units
+fi
 
 # CONTENTS lists the tags in the order of the file
 sed -n '/CONTENTS (search/,/^$/p' ../moe.h | grep -o '>>[a-z_]*' | grep -v '^>>tag$' > "$tmp/listed"
 grep -o '^/\* ---- .* ---- >>[a-z_]*' ../moe.h | grep -o '>>[a-z_]*$' > "$tmp/found"
-if cmp -s "$tmp/listed" "$tmp/found"; then ok test_build_contents_match_the_sections; else fail test_build_contents_match_the_sections "$(diff "$tmp/listed" "$tmp/found")"; fi
+if cmp -s "$tmp/listed" "$tmp/found"; then ok test_build_contents_match_the_sections
+else fail test_build_contents_match_the_sections "$(diff "$tmp/listed" "$tmp/found")"; fi
 finish

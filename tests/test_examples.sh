@@ -1,11 +1,13 @@
 #!/bin/sh
-# Every file that examples/ has for copying: compiled by the command on its first line, as C++ too, and run.
+# Every file that examples/ has for copying: compiled by the command on its first line, as C++ too,
+# and run.
 . ./lib.sh
-# The commands are run as they are written, in a folder with moe.h and examples/, by compilers that leave out the optimiser: that is most
-# of the time, and it is tested elsewhere.
+# The commands are run as they are written, in a folder with moe.h and examples/, by compilers that
+# leave out the optimiser: that is most of the time, and it is tested elsewhere.
 mkdir "$tmp/bin" "$tmp/project"
 wrap() { # NAME COMPILER
-  have "$2" && printf '#!/bin/sh\nexec %s "$@" -O0\n' "$(command -v "$2")" > "$tmp/bin/$1" && chmod +x "$tmp/bin/$1"
+  have "$2" && printf '#!/bin/sh\nexec %s "$@" -O0\n' "$(command -v "$2")" > "$tmp/bin/$1" &&
+    chmod +x "$tmp/bin/$1"
 }
 wrap cc "${CC:-cc}"
 wrap c++ "${CXX:-c++}"
@@ -27,13 +29,16 @@ done
 compiles() {
   f=$(ls examples/$1.c examples/$1.cpp 2> /dev/null)
   command=$(sed -n '1s/^.*\. \(c[c+]* .*-pthread\).*$/\1/p' $f)
-  if [ -n "$command" ] && eval "$command" 2> "$tmp/log"; then ok test_examples_compile_$1; else fail test_examples_compile_$1 "$command: $(head -n 5 "$tmp/log")"; fi
+  if [ -n "$command" ] && eval "$command" 2> "$tmp/log"; then ok test_examples_compile_$1
+  else fail test_examples_compile_$1 "$command: $(head -n 5 "$tmp/log")"; fi
   case $f in *.cpp) return ;; esac
   if ! have g++; then skip test_examples_compile_$1_as_cpp "there is no g++ here"
-  elif g++ -x c++ -std=c++11 -Wall -Wextra -I. -fsyntax-only $f 2> "$tmp/log"; then ok test_examples_compile_$1_as_cpp
+  elif g++ -x c++ -std=c++11 -Wall -Wextra -I. -fsyntax-only \
+      $f 2> "$tmp/log"; then ok test_examples_compile_$1_as_cpp
   else fail test_examples_compile_$1_as_cpp "$(head -n 5 "$tmp/log")"; fi
 }
-for name in train_text ask sensors layer; do compiles $name; done # walkthrough and blas have tests of their own
+# walkthrough and blas have tests of their own
+for name in train_text ask sensors layer; do compiles $name; done
 
 prints() { # NAME PATTERN FILE
   if grep -q "$2" "$3"; then ok "$1"; else fail "$1" "$(head -n 5 "$3")"; fi
@@ -41,13 +46,25 @@ prints() { # NAME PATTERN FILE
 ./train_text examples/data/vocab.txt > "$tmp/text" 2>&1
 prints test_examples_train_text_learns_feelings '^a boring phone: negative 0\.[89]' "$tmp/text"
 prints test_examples_train_text_learns_topics '^wine and cheese on the train: food ' "$tmp/text"
-if ./train_text no_such_file 2> "$tmp/log"; then fail test_examples_train_text_says_what_is_missing; else prints test_examples_train_text_says_what_is_missing '^no_such_file: ' "$tmp/log"; fi
+if ./train_text no_such_file 2> "$tmp/log"; then fail test_examples_train_text_says_what_is_missing
+else prints test_examples_train_text_says_what_is_missing '^no_such_file: ' "$tmp/log"; fi
 
-sed -n '/EXAMPLE: a trained/,/^$/p' moe.h | sed 1d | sed 's/^     //' | grep -v '^ *$' > "$tmp/header.c"
-if sed 1,2d examples/ask.c | cmp -s - "$tmp/header.c"; then ok test_examples_ask_is_the_header_s; else fail test_examples_ask_is_the_header_s "$(sed 1,2d examples/ask.c | diff - "$tmp/header.c" | head -n 5)"; fi
+sed -n '/EXAMPLE: a trained/,/^$/p' moe.h | sed 1d | sed 's/^     //' |
+  grep -v '^ *$' > "$tmp/header.c"
+if sed 1,2d examples/ask.c | cmp -s - "$tmp/header.c"; then
+  ok test_examples_ask_is_the_header_s
+else
+  fail test_examples_ask_is_the_header_s "$(sed 1,2d examples/ask.c | diff - "$tmp/header.c" |
+    head -n 5)"
+fi
 ./ask two_tasks.safetensors topic 'soup with cheese' > "$tmp/asked"
 prints test_examples_ask_answers '^food 0\.[89]' "$tmp/asked"
-if ./ask two_tasks.safetensors no_such_task x 2> /dev/null || ./ask no_such_file topic x 2> /dev/null; then fail test_examples_ask_ends_with_1; else ok test_examples_ask_ends_with_1; fi
+if ./ask two_tasks.safetensors no_such_task x 2> /dev/null ||
+    ./ask no_such_file topic x 2> /dev/null; then
+  fail test_examples_ask_ends_with_1
+else
+  ok test_examples_ask_ends_with_1
+fi
 
 ./sensors > "$tmp/sensors" 2>&1
 prints test_examples_sensors_learn '^fault: 1[4-6] of 16 right; speed: 0\.0' "$tmp/sensors"
@@ -60,13 +77,23 @@ if [ -x "$tmp/bin/c++" ]; then
   compiles cpp
   printf 'soup with cheese\na hotel\n' | ./cpp two_tasks.safetensors topic > "$tmp/cpp"
   prints test_examples_cpp_answers '^food	0\.[89]' "$tmp/cpp"
-  [ "$(cut -f 1 "$tmp/cpp" | tr '\n' ' ')" = 'food travel ' ] && ok test_examples_cpp_answers_in_order || fail test_examples_cpp_answers_in_order "$(cat "$tmp/cpp")"
-  if ./cpp two_tasks.safetensors no_such_task < /dev/null 2> "$tmp/log"; then fail test_examples_cpp_throws; else prints test_examples_cpp_throws 'no task "no_such_task"' "$tmp/log"; fi
+  if [ "$(cut -f 1 "$tmp/cpp" | tr '\n' ' ')" = 'food travel ' ]; then
+    ok test_examples_cpp_answers_in_order
+  else
+    fail test_examples_cpp_answers_in_order "$(cat "$tmp/cpp")"
+  fi
+  if ./cpp two_tasks.safetensors no_such_task < /dev/null 2> "$tmp/log"; then
+    fail test_examples_cpp_throws
+  else
+    prints test_examples_cpp_throws 'no task "no_such_task"' "$tmp/log"
+  fi
 else skip test_examples_cpp "there is no C++ compiler here"; fi
 
 # python/moe.py, copied as it says: with the models that were just saved
 python=${MOE_PYTHON:-python3}
-if ! have "$python"; then skip test_examples_python "there is no $python here"; cd "$here" && finish; fi
+if ! have "$python"; then
+  skip test_examples_python "there is no $python here"; cd "$here" && finish
+fi
 mkdir "$tmp/copy"
 cp examples/python/moe.py "$tmp/copy"
 cat > "$tmp/copy/ask.py" << 'END'
@@ -95,10 +122,21 @@ assert "takes one text" in error(text.predict, "topic", [("a", "b")])
 assert "all inputs are pairs" in error(text.predict, "topic", ["a", ("a", "b")])
 assert "3 numbers" in error(sensors.predict, "fault", [[[1, 2]]])
 END
-if "$python" "$tmp/copy/ask.py" 2> "$tmp/log"; then fail test_examples_python_says_what_is_missing; else prints test_examples_python_says_what_is_missing 'copy it there' "$tmp/log"; fi
+if "$python" "$tmp/copy/ask.py" 2> "$tmp/log"; then fail test_examples_python_says_what_is_missing
+else prints test_examples_python_says_what_is_missing 'copy it there' "$tmp/log"; fi
 cp moe.h "$tmp/copy"
-if CC=no_such_compiler "$python" "$tmp/copy/ask.py" 2> "$tmp/log"; then fail test_examples_python_wants_a_compiler; else prints test_examples_python_wants_a_compiler 'no_such_compiler' "$tmp/log"; fi
-CC=cc "$python" "$tmp/copy/ask.py" > "$tmp/python" 2> "$tmp/log" && ok test_examples_python_runs || fail test_examples_python_runs "$(tail -n 3 "$tmp/log")"
-cmp -s "$tmp/asked" "$tmp/python" && ok test_examples_python_answers_as_c || fail test_examples_python_answers_as_c "$(cat "$tmp/asked" "$tmp/python")"
-cmp -s two_tasks.safetensors saved.safetensors && ok test_examples_python_saves_the_same || fail test_examples_python_saves_the_same
+if CC=no_such_compiler "$python" "$tmp/copy/ask.py" 2> "$tmp/log"; then
+  fail test_examples_python_wants_a_compiler
+else
+  prints test_examples_python_wants_a_compiler 'no_such_compiler' "$tmp/log"
+fi
+if CC=cc "$python" "$tmp/copy/ask.py" > "$tmp/python" 2> "$tmp/log"; then
+  ok test_examples_python_runs
+else
+  fail test_examples_python_runs "$(tail -n 3 "$tmp/log")"
+fi
+if cmp -s "$tmp/asked" "$tmp/python"; then ok test_examples_python_answers_as_c
+else fail test_examples_python_answers_as_c "$(cat "$tmp/asked" "$tmp/python")"; fi
+if cmp -s two_tasks.safetensors saved.safetensors; then ok test_examples_python_saves_the_same
+else fail test_examples_python_saves_the_same; fi
 cd "$here" && finish

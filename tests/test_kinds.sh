@@ -1,6 +1,7 @@
 #!/bin/sh
-# Ranking, span and grouped tasks in train.c: the table's numbers follow from the saved predictions, counted here by awk and, where it is
-# installed, by scikit-learn (MOE_PYTHON); and what train says to groups and offsets that cannot be.
+# Ranking, span and grouped tasks in train.c: the table's numbers follow from the saved predictions,
+# counted here by awk and, where it is installed, by scikit-learn (MOE_PYTHON); and what train says
+# to groups and offsets that cannot be.
 . ./lib.sh
 program train || { fail test_kinds_compile; finish; }
 data=$tmp/data
@@ -13,8 +14,9 @@ cp ../examples/data/vocab.txt "$data/vocab.txt"
   printf 'answer\tpair\tclassification\t0=wrong,1=right\tf1\t20000\n'
   printf 'once\tsingle\tclassification\t0=no,1=yes\tmatthews\t90\n'
 } > "$data/tasks.tsv"
-# Rows of made-up sentences; `choose` has groups of two and three whose rows do not always stand together, `sense` has words that end inside a
-# piece and two sentences with characters of several bytes.
+# Rows of made-up sentences; `choose` has groups of two and three whose rows do not always stand
+# together, `sense` has words that end inside a piece and two sentences with characters of several
+# bytes.
 make_rows() { # SEED ROWS
   awk -v seed="$1" -v rows="$2" -v dir="$data" -v part="$3" 'BEGIN {
     srand(seed); n = split("music weather table book play find song good great terrible the movie restaurant play rain", w, " ")
@@ -35,12 +37,20 @@ make_rows() { # SEED ROWS
 }
 make_rows 1 240 train
 make_rows 2 120 dev
-train() { "$tmp/train" --data "$data" --from-scratch --systems tag --layers 1 --hidden 32 --ffn 64 --heads 2 --max-len 24 --threads 1 --steps 40 "$@"; }
-if train --json "$tmp/run.json" --predictions "$tmp/said.tsv" > "$tmp/log" 2>&1; then ok test_kinds_train_together; else fail test_kinds_train_together "$(tail -n 3 "$tmp/log")"; finish; fi
-value() { tr '{' '\n' < "$tmp/run.json" | sed -n "s/.*\"name\": \"$1\".*\"value\": \([-0-9.e]*\), \"n\".*/\1/p"; }
-same() { if [ "$(echo "$2 $3" | awk '{ d = $1 - $2; print (NF == 2 && d < 1e-6 && d > -1e-6) }')" = 1 ]; then ok "$1"; else fail "$1" "table: $2, counted: $3"; fi; }
+train() { "$tmp/train" --data "$data" --from-scratch --systems tag --layers 1 --hidden 32 --ffn 64 \
+  --heads 2 --max-len 24 --threads 1 --steps 40 "$@"; }
+if train --json "$tmp/run.json" --predictions "$tmp/said.tsv" > "$tmp/log" 2>&1; then
+  ok test_kinds_train_together
+else
+  fail test_kinds_train_together "$(tail -n 3 "$tmp/log")"; finish
+fi
+value() { tr '{' '\n' < "$tmp/run.json" |
+  sed -n "s/.*\"name\": \"$1\".*\"value\": \([-0-9.e]*\), \"n\".*/\1/p"; }
+same() { if [ "$(echo "$2 $3" | awk '{ d = $1 - $2; print (NF == 2 && d < 1e-6 && d > -1e-6) }')" \
+  = 1 ]; then ok "$1"; else fail "$1" "table: $2, counted: $3"; fi; }
 
-# choose: of each group the row with the largest second score; the groups come from dev.tsv, not from train
+# choose: of each group the row with the largest second score; the groups come from dev.tsv, not
+# from train
 awk -F '\t' 'NR == FNR { group[FNR] = $4; next } $1 == "choose" { split($6, v, " "); g = group[$3]; if (!(g in best) || v[2] > best[g]) { best[g] = v[2]; hit[g] = $4; row[g] = $3 } p[$3] = $5 }
   END { for (g in best) { ++n; right += hit[g]; if (p[row[g]] != 1) bad = 1 } print (bad ? "predictions differ" : right / n) }' "$data/choose/dev.tsv" "$tmp/said.tsv" > "$tmp/counted"
 same test_kinds_ranking_accuracy "$(value choose)" "$(cat "$tmp/counted")"
@@ -48,8 +58,10 @@ awk -F '\t' '$1 == "sense" { split($6, v, " "); ++n; right += (v[2] > v[1]) == $
 same test_kinds_span_accuracy "$(value sense)" "$(cat "$tmp/counted")"
 awk -F '\t' '$1 == "answer" { tp += $4 && $5; fp += !$4 && $5; fn += $4 && !$5 } END { print 2 * tp / (2 * tp + fp + fn) }' OFMT=%.9g "$tmp/said.tsv" > "$tmp/counted"
 same test_kinds_f1a "$(value answer)" "$(cat "$tmp/counted")"
-if grep -q '"name": "once".*"defined": false' "$tmp/run.json" && grep -q '^MT-TaG.* 0.0?' "$tmp/log" && grep -q '^?: the metric has no value' "$tmp/log"
-then ok test_kinds_mark_an_undefined_metric; else fail test_kinds_mark_an_undefined_metric "$(grep '^MT-TaG' "$tmp/log")"; fi
+if grep -q '"name": "once".*"defined": false' "$tmp/run.json" &&
+    grep -q '^MT-TaG.* 0.0?' "$tmp/log" && grep -q '^?: the metric has no value' "$tmp/log"
+then ok test_kinds_mark_an_undefined_metric
+else fail test_kinds_mark_an_undefined_metric "$(grep '^MT-TaG' "$tmp/log")"; fi
 
 python=${MOE_PYTHON:-python3}
 if "$python" -c 'import sklearn' 2> /dev/null; then
@@ -71,7 +83,9 @@ print("sense %.9f" % accuracy_score(label("sense"), said("sense")))
 print("answer %.9f" % f1_score(label("answer"), said("answer")))
 PY
   if "$python" "$tmp/check.py" "$tmp/said.tsv" "$data" > "$tmp/python" 2> "$tmp/err"; then
-    for t in choose sense answer; do same test_kinds_${t}_as_scikit_learn "$(value $t)" "$(sed -n "s/^$t //p" "$tmp/python")"; done
+    for t in choose sense answer; do
+      same test_kinds_${t}_as_scikit_learn "$(value $t)" "$(sed -n "s/^$t //p" "$tmp/python")"
+    done
   else fail test_kinds_scikit_learn_runs "$(tail -n 2 "$tmp/err")"; fi
 else
   skip test_kinds_as_scikit_learn "$python with the package scikit-learn is not here"
@@ -84,21 +98,32 @@ refuses() { # NAME PATTERN TASK HEADER ROWS
   { head -n 1 "$data/tasks.tsv"; grep "^$3	" "$data/tasks.tsv"; } > "$tmp/bad/tasks.tsv"
   cp "$data/$3/train.tsv" "$tmp/bad/$3/"
   printf "$4\n$5" > "$tmp/bad/$3/dev.tsv"
-  "$tmp/train" --data "$tmp/bad" --from-scratch --systems tag --layers 1 --hidden 32 --ffn 64 --heads 2 --max-len 24 --threads 1 --steps 1 > "$tmp/out" 2> "$tmp/err"
+  "$tmp/train" --data "$tmp/bad" --from-scratch --systems tag --layers 1 --hidden 32 --ffn 64 \
+    --heads 2 --max-len 24 --threads 1 --steps 1 > "$tmp/out" 2> "$tmp/err"
   status=$?
-  if [ $status -eq 1 ] && grep -q -- "$2" "$tmp/err"; then ok test_kinds_refuse_$1; else fail test_kinds_refuse_$1 "status $status: $(cat "$tmp/err")"; fi
+  if [ $status -eq 1 ] && grep -q -- "$2" "$tmp/err"; then ok test_kinds_refuse_$1
+  else fail test_kinds_refuse_$1 "status $status: $(cat "$tmp/err")"; fi
 }
 h='label\tsentence1\tsentence2\tgroup'
-refuses a_group_without_answer 'dev.tsv:2: the group that begins here has 0 choices with label 1' choose "$h" '0\ta\tb\tq1\n0\ta\tc\tq1\n'
+refuses a_group_without_answer 'dev.tsv:2: the group that begins here has 0 choices with label 1' \
+  choose "$h" '0\ta\tb\tq1\n0\ta\tc\tq1\n'
 refuses a_group_with_two_answers 'dev.tsv:3: the group that begins here has 2 choices with label 1' choose "$h" '1\ta\tb\tq1\n1\ta\tb\tq2\n0\ta\tc\tq1\n1\ta\tc\tq2\n'
-refuses a_group_of_one 'dev.tsv:2: the group of this row has no other choice' choose "$h" '1\ta\tb\tq1\n'
-refuses a_ranking_without_groups 'there is no column "group"' choose 'label\tsentence1\tsentence2' '1\ta\tb\n'
+refuses a_group_of_one 'dev.tsv:2: the group of this row has no other choice' choose \
+  "$h" '1\ta\tb\tq1\n'
+refuses a_ranking_without_groups 'there is no column "group"' choose 'label\tsentence1\tsentence2' \
+  '1\ta\tb\n'
 h='label\tsentence1\tsentence2\tstart1\tend1\tstart2\tend2'
 refuses a_word_outside 'dev.tsv:2: characters 5 to 9 of sentence1, which has 8 characters, are not a word' sense "$h" '1\tsome car\tcar\t5\t9\t0\t3\n'
-refuses a_word_before_the_sentence 'dev.tsv:2: characters -1 to 3 of sentence1' sense "$h" '1\tsome car\tcar\t-1\t3\t0\t3\n'
-refuses an_empty_word 'dev.tsv:2: characters 2 to 2 of sentence2' sense "$h" '1\tsome car\tcar\t0\t3\t2\t2\n'
-refuses a_word_beyond_the_characters_of_utf_8 'characters 5 to 9 of sentence1, which has 8 characters' sense "$h" '1\t\303\251t\303\251 fini\tcar\t5\t9\t0\t3\n'
-refuses a_half_offset 'dev.tsv:2: start "0.5" is not a whole number' sense "$h" '1\tsome car\tcar\t0.5\t3\t2\t2\n'
+refuses a_word_before_the_sentence 'dev.tsv:2: characters -1 to 3 of sentence1' sense \
+  "$h" '1\tsome car\tcar\t-1\t3\t0\t3\n'
+refuses an_empty_word 'dev.tsv:2: characters 2 to 2 of sentence2' sense \
+  "$h" '1\tsome car\tcar\t0\t3\t2\t2\n'
+refuses a_word_beyond_the_characters_of_utf_8 \
+  'characters 5 to 9 of sentence1, which has 8 characters' sense "$h" \
+  '1\t\303\251t\303\251 fini\tcar\t5\t9\t0\t3\n'
+refuses a_half_offset 'dev.tsv:2: start "0.5" is not a whole number' sense \
+  "$h" '1\tsome car\tcar\t0.5\t3\t2\t2\n'
 long='a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a a car'
-refuses a_word_that_was_cut 'dev.tsv:2: the word at characters 64 to 67 of sentence1 was cut off' sense "$h" "1\t$long\tcar\t64\t67\t0\t3\n"
+refuses a_word_that_was_cut 'dev.tsv:2: the word at characters 64 to 67 of sentence1 was cut off' \
+  sense "$h" "1\t$long\tcar\t64\t67\t0\t3\n"
 finish

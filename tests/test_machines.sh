@@ -1,10 +1,13 @@
 #!/bin/sh
-# Other machines from this one, by cross compilers and emulators: 64-bit ARM (NEON against plain C), 32-bit ARM, RISC-V, a big-endian machine,
-# Windows; and another C library, musl. Each ends with a short training run whose model file must be the native one, byte for byte. What is not
-# installed is skipped by name; Debian's packages: gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf gcc-riscv64-linux-gnu gcc-s390x-linux-gnu
-# gcc-mingw-w64-x86-64 g++-mingw-w64-x86-64 musl-tools qemu-user wine64.
+# Other machines from this one, by cross compilers and emulators: 64-bit ARM (NEON against plain C),
+# 32-bit ARM, RISC-V, a big-endian machine, Windows; and another C library, musl. Each ends with a
+# short training run whose model file must be the native one, byte for byte. What is not installed
+# is skipped by name; Debian's packages: gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf
+# gcc-riscv64-linux-gnu gcc-s390x-linux-gnu gcc-mingw-w64-x86-64 g++-mingw-w64-x86-64 musl-tools
+# qemu-user wine64.
 . ./lib.sh
-dialect="-D_POSIX_C_SOURCE=200809L -I. -I.. -DMOE_STATIC" # static: what a test does not use is not compiled
+# static: what a test does not use is not compiled
+dialect="-D_POSIX_C_SOURCE=200809L -I. -I.. -DMOE_STATIC"
 warnings="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wdouble-promotion -Werror"
 mkdir "$tmp/build" # where the part files writes
 
@@ -22,16 +25,21 @@ missing() {
 check() {
   name=test_machines_$1 cc=$2 runner=$3 exe=$tmp/${1%%_*}_$4.exe program=$4
   shift 4
-  if [ ! -e "$exe" ] && ! $cc $dialect $warnings -O1 -o "$exe" $program.c -lm -pthread > "$tmp/log" 2>&1; then fail $name "$(head -n 5 "$tmp/log")"; return; fi
+  if [ ! -e "$exe" ] && ! $cc $dialect $warnings -O1 -o "$exe" $program.c -lm -pthread \
+      > "$tmp/log" 2>&1; then
+    fail $name "$(head -n 5 "$tmp/log")"; return
+  fi
   (cd "$tmp" && $runner "$exe" "$@") > "$tmp/log" 2>&1
-  if grep -q '^[1-9][0-9]* passed, 0 failed' "$tmp/log"; then ok $name; else fail $name "$(grep -v '^  ok' "$tmp/log" | head -n 6)"; fi
+  if grep -q '^[1-9][0-9]* passed, 0 failed' "$tmp/log"; then ok $name
+  else fail $name "$(grep -v '^  ok' "$tmp/log" | head -n 6)"; fi
 }
 
 # a training run of three tiny tasks, of odd sizes
 data=$tmp/data from=../examples/data
 mkdir "$data"
 cp $from/vocab.txt "$data"
-grep -E '^(name|snips_intents|intent_match|query_wellformedness)	' $from/tasks.tsv > "$data/tasks.tsv"
+grep -E '^(name|snips_intents|intent_match|query_wellformedness)	' $from/tasks.tsv \
+  > "$data/tasks.tsv"
 for t in snips_intents intent_match query_wellformedness; do
   mkdir "$data/$t"
   head -n 60 $from/$t/train.tsv > "$data/$t/train.tsv"
@@ -39,7 +47,11 @@ for t in snips_intents intent_match query_wellformedness; do
 done
 small="--data data --from-scratch --systems tag --top-k 2 --layers 2 --hidden 36 --heads 2 --ffn 50 --experts 3 --max-len 40 --batch 12 --steps 6 --lr 2e-3 --threads 2"
 native=
-if program train && (cd "$tmp" && ./train $small --save native.safetensors > log 2>&1); then native=1; else fail test_machines_native_training "$(tail -n 3 "$tmp/log")"; fi
+if program train && (cd "$tmp" && ./train $small --save native.safetensors > log 2>&1); then
+  native=1
+else
+  fail test_machines_native_training "$(tail -n 3 "$tmp/log")"
+fi
 
 # trains NAME RUNNER PROGRAM OPTIONS
 trains() {
@@ -48,34 +60,44 @@ trains() {
   if [ -z "$native" ] || [ ! -x "$exe" ]; then fail $name "$(head -n 5 "$tmp/log")"; return; fi
   rm -f "$tmp/there.safetensors"
   (cd "$tmp" && $runner "$exe" $small "$@" --save there.safetensors) > "$tmp/log" 2>&1
-  if cmp -s "$tmp/native.safetensors" "$tmp/there.safetensors"; then ok $name; else fail $name "$(tail -n 3 "$tmp/log")"; fi
+  if cmp -s "$tmp/native.safetensors" "$tmp/there.safetensors"; then ok $name
+  else fail $name "$(tail -n 3 "$tmp/log")"; fi
 }
 
 # ---- 64-bit ARM ----
 tags="kernels:simd kernels:gemm kernels:lowp ops:linear ops:ops ops:experts ops:route train:optimizer"
-if ! missing "$(for t in $tags; do echo arm_${t#*:}; done) arm_attention arm_trains_to_the_same_bits arm_has_no_avx2" "aarch64-linux-gnu-gcc qemu-aarch64"; then
+if ! missing "$(for t in $tags; do echo arm_${t#*:};
+    done) arm_attention arm_trains_to_the_same_bits arm_has_no_avx2" "aarch64-linux-gnu-gcc qemu-aarch64"; then
   arm="aarch64-linux-gnu-gcc -std=c99 -static"
   for t in $tags; do check arm_${t#*:} "$arm" qemu-aarch64 ${t%:*} ${t#*:}; done
-  check arm_attention "$arm" qemu-aarch64 ops test_attention_agrees_with_pytorch test_attention_does_not_overflow # the others take minutes
+  # the others take minutes
+  check arm_attention "$arm" qemu-aarch64 ops test_attention_agrees_with_pytorch \
+    test_attention_does_not_overflow
   $arm $dialect -O1 -o "$tmp/train_arm" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1
   trains arm_trains_to_the_same_bits qemu-aarch64 "$tmp/train_arm" --isa neon
-  if qemu-aarch64 "$tmp/train_arm" --isa avx2 > "$tmp/log" 2>&1 || ! grep -q 'has no avx2' "$tmp/log"; then
+  if qemu-aarch64 "$tmp/train_arm" --isa avx2 > "$tmp/log" 2>&1 ||
+      ! grep -q 'has no avx2' "$tmp/log"; then
     fail test_machines_arm_has_no_avx2 "$(tail -n 2 "$tmp/log")"
   else ok test_machines_arm_has_no_avx2; fi
 fi
 
-# ---- pointers of 32 bits; a processor of which nothing is known; a C library that gives threads little stack ----
+# ---- pointers of 32 bits; a processor of which nothing is known; a C library that gives threads
+# little stack ----
 while read -r target compiler emulator; do
   sizes=
   [ "$target" = arm32 ] && sizes="arm32_attention arm32_experts"
-  missing "${target}_gemm ${target}_files $sizes ${target}_trains_to_the_same_bits" "$compiler $emulator" && continue
+  missing "${target}_gemm ${target}_files $sizes ${target}_trains_to_the_same_bits" \
+    "$compiler $emulator" && continue
   if [ "$sizes" ]; then # sizes that overflow where size_t has 32 bits
-    check arm32_attention "$compiler -std=c99 -static" "$emulator" ops test_attention_of_65536_tokens_is_cut_into_tiles
-    check arm32_experts "$compiler -std=c99 -static" "$emulator" ops test_experts_scratch_says_when_it_is_too_much
+    check arm32_attention "$compiler -std=c99 -static" \
+      "$emulator" ops test_attention_of_65536_tokens_is_cut_into_tiles
+    check arm32_experts "$compiler -std=c99 -static" \
+      "$emulator" ops test_experts_scratch_says_when_it_is_too_much
   fi
   check ${target}_gemm "$compiler -std=c99 -static $warnings" "$emulator" kernels gemm
   check ${target}_files "$compiler -std=c99 -static $warnings" "$emulator" files files
-  $compiler -std=c99 -static $dialect -O1 -o "$tmp/train_$target" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1
+  $compiler -std=c99 -static $dialect -O1 -o "$tmp/train_$target" ../examples/train.c -lm -pthread \
+    > "$tmp/log" 2>&1
   trains ${target}_trains_to_the_same_bits "$emulator" "$tmp/train_$target"
 done << end
 arm32 arm-linux-gnueabihf-gcc qemu-arm
@@ -84,8 +106,10 @@ musl musl-gcc
 end
 
 # ---- the high byte first: the order of bytes in files, plain C ----
-if ! missing "big_endian_json big_endian_files big_endian_lowp big_endian_trains_to_the_same_bits" "s390x-linux-gnu-gcc qemu-s390x"; then
-  big="s390x-linux-gnu-gcc -std=gnu99 -static" # gnu99: with c99 gcc computes floats in double on this machine
+if ! missing "big_endian_json big_endian_files big_endian_lowp big_endian_trains_to_the_same_bits" \
+    "s390x-linux-gnu-gcc qemu-s390x"; then
+  # gnu99: with c99 gcc computes floats in double on this machine
+  big="s390x-linux-gnu-gcc -std=gnu99 -static"
   check big_endian_json "$big" qemu-s390x files json
   check big_endian_files "$big" qemu-s390x files files
   check big_endian_lowp "$big" qemu-s390x kernels lowp
@@ -94,23 +118,29 @@ if ! missing "big_endian_json big_endian_files big_endian_lowp big_endian_trains
 fi
 
 # ---- Windows ----
-if ! missing "windows_compiles_c99 windows_compiles_cxx11 windows_links" "x86_64-w64-mingw32-gcc x86_64-w64-mingw32-g++"; then
+if ! missing "windows_compiles_c99 windows_compiles_cxx11 windows_links" \
+    "x86_64-w64-mingw32-gcc x86_64-w64-mingw32-g++"; then
   printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n' > "$tmp/unit.c"
-  if x86_64-w64-mingw32-gcc -std=c99 $warnings -O0 -I.. -c -o "$tmp/unit.o" "$tmp/unit.c" > "$tmp/log" 2>&1; then ok test_machines_windows_compiles_c99
+  if x86_64-w64-mingw32-gcc -std=c99 $warnings -O0 -I.. -c -o "$tmp/unit.o" "$tmp/unit.c" \
+      > "$tmp/log" 2>&1; then ok test_machines_windows_compiles_c99
   else fail test_machines_windows_compiles_c99 "$(head -n 5 "$tmp/log")"; fi
-  if x86_64-w64-mingw32-g++ -std=c++11 -x c++ $warnings -O0 -I.. -c -o "$tmp/unit.o" "$tmp/unit.c" > "$tmp/log" 2>&1; then ok test_machines_windows_compiles_cxx11
+  if x86_64-w64-mingw32-g++ -std=c++11 -x c++ $warnings -O0 -I.. -c -o "$tmp/unit.o" "$tmp/unit.c" \
+      > "$tmp/log" 2>&1; then ok test_machines_windows_compiles_cxx11
   else fail test_machines_windows_compiles_cxx11 "$(head -n 5 "$tmp/log")"; fi
-  if x86_64-w64-mingw32-gcc -std=c99 $dialect -O1 -static -o "$tmp/train_windows.exe" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1; then ok test_machines_windows_links
+  if x86_64-w64-mingw32-gcc -std=c99 $dialect -O1 -static -o "$tmp/train_windows.exe" \
+      ../examples/train.c -lm -pthread > "$tmp/log" 2>&1; then ok test_machines_windows_links
   else fail test_machines_windows_links "$(head -n 5 "$tmp/log")"; fi
 fi
 wine=wine64
 [ ! -x /usr/lib/wine/wine64 ] || wine=/usr/lib/wine/wine64 # Debian keeps it there
-if ! missing "windows_gemm windows_files windows_trains_to_the_same_bits" "x86_64-w64-mingw32-gcc $wine"; then
+if ! missing "windows_gemm windows_files windows_trains_to_the_same_bits" \
+    "x86_64-w64-mingw32-gcc $wine"; then
   export WINEDEBUG=-all WINEPREFIX="$tmp/wine"
   check windows_gemm "x86_64-w64-mingw32-gcc -std=c99 -static" $wine kernels gemm
   check windows_files "x86_64-w64-mingw32-gcc -std=c99 -static" $wine files files
   trains windows_trains_to_the_same_bits $wine "$tmp/train_windows.exe"
-  for s in wineserver /usr/lib/wine/wineserver; do # that of our own prefix, which still writes there
+  # that of our own prefix, which still writes there
+  for s in wineserver /usr/lib/wine/wineserver; do
     if have $s; then $s -k; $s -w; fi 2> /dev/null
   done
 fi

@@ -1,68 +1,114 @@
 #!/bin/sh
-# predict.c on a model that train.c has saved: the same metrics, one line out for one line in, and what it says to bad input.
+# predict.c on a model that train.c has saved: the same metrics, one line out for one line in, and
+# what it says to bad input.
 . ./lib.sh
 data=../examples/data tasks=query_wellformedness,intent_match,snips_intents
 for p in train predict; do program $p || { fail test_predict_compiles; finish; }; done
 ok test_predict_compiles
 model=$tmp/model.safetensors
-if ! "$tmp/train" --tasks $tasks --data $data --from-scratch --systems tag --layers 1 --hidden 32 --ffn 64 --heads 2 --steps 30 --threads 1 --max-len 24 \
-     --save "$model" --json "$tmp/run.json" > "$tmp/log" 2>&1; then fail test_predict_has_a_model "$(tail -n 3 "$tmp/log")"; finish; fi
+if ! "$tmp/train" --tasks $tasks --data $data --from-scratch --systems tag --layers 1 --hidden 32 \
+    --ffn 64 --heads 2 --steps 30 --threads 1 --max-len 24 \
+     --save "$model" --json "$tmp/run.json" > "$tmp/log" 2>&1; then fail test_predict_has_a_model \
+     "$(tail -n 3 "$tmp/log")"; finish; fi
 predict() { "$tmp/predict" "$model" "$@"; }
 
 for t in query_wellformedness intent_match snips_intents; do
-  trained=$(tr '{' '\n' < "$tmp/run.json" | sed -n "s/.*\"name\": \"$t\".*\"value\": \([-0-9.e]*\), \"n\": \([0-9]*\).*/\1 \2/p" | head -n 1)
+  trained=$(tr '{' '\n' < "$tmp/run.json" |
+    sed -n "s/.*\"name\": \"$t\".*\"value\": \([-0-9.e]*\), \"n\": \([0-9]*\).*/\1 \2/p" |
+    head -n 1)
   predict $t --score < $data/$t/dev.tsv > "$tmp/score" 2>&1
   said=$(awk 'NR == 1 { v = $2 } $1 == "n" { n = $2 } END { print v, n }' "$tmp/score")
-  if [ -n "$trained" ] && [ "$(echo "$trained $said" | awk '{ d = $1 - $3; print (d < 1e-6 && d > -1e-6 && $2 == $4) }')" = 1 ]
-  then ok test_predict_scores_${t}_as_training_did; else fail test_predict_scores_${t}_as_training_did "training: $trained, predict: $said"; fi
+  if [ -n "$trained" ] && [ "$(echo "$trained $said" |
+      awk '{ d = $1 - $3; print (d < 1e-6 && d > -1e-6 && $2 == $4) }')" = 1 ]
+  then ok test_predict_scores_${t}_as_training_did
+  else fail test_predict_scores_${t}_as_training_did "training: $trained, predict: $said"; fi
 done
 
-# lines: order, count, columns, probabilities; whatever the threads, the instruction set and the company
+# lines: order, count, columns, probabilities; whatever the threads, the instruction set and the
+# company
 tail -n +2 $data/snips_intents/dev.tsv | cut -f 2 | head -n 37 > "$tmp/lines"
 predict snips_intents < "$tmp/lines" > "$tmp/all"
-if [ "$(wc -l < "$tmp/all")" -eq 37 ] && ! grep -qv '^[A-Za-z]*	[01]\.[0-9]\{6\}$' "$tmp/all"; then ok test_predict_answers_line_by_line; else fail test_predict_answers_line_by_line "$(head -n 2 "$tmp/all")"; fi
-while IFS= read -r line; do printf '%s\n' "$line" | predict snips_intents; done < "$tmp/lines" > "$tmp/single"
-if cmp -s "$tmp/all" "$tmp/single"; then ok test_predict_alone_is_the_same; else fail test_predict_alone_is_the_same; fi
+if [ "$(wc -l < "$tmp/all")" -eq 37 ] && ! grep -qv '^[A-Za-z]*	[01]\.[0-9]\{6\}$' "$tmp/all"; then
+  ok test_predict_answers_line_by_line
+else
+  fail test_predict_answers_line_by_line "$(head -n 2 "$tmp/all")"
+fi
+while IFS= read -r line; do printf '%s\n' "$line" | predict snips_intents;
+    done < "$tmp/lines" > "$tmp/single"
+if cmp -s "$tmp/all" "$tmp/single"; then ok test_predict_alone_is_the_same
+else fail test_predict_alone_is_the_same; fi
 predict snips_intents --threads 3 --isa scalar < "$tmp/lines" > "$tmp/other"
-if cmp -s "$tmp/all" "$tmp/other"; then ok test_predict_threads_and_scalar_are_the_same; else fail test_predict_threads_and_scalar_are_the_same; fi
+if cmp -s "$tmp/all" "$tmp/other"; then ok test_predict_threads_and_scalar_are_the_same
+else fail test_predict_threads_and_scalar_are_the_same; fi
 predict snips_intents --profile < "$tmp/lines" > "$tmp/other" 2> "$tmp/err"
-if cmp -s "$tmp/all" "$tmp/other" && grep -q '^ *[0-9.]* *[0-9.]* *[0-9]*  experts$' "$tmp/err" && grep -q '^ 100\.0 .*  all$' "$tmp/err"
-then ok test_predict_profile_tells_where_the_time_went; else fail test_predict_profile_tells_where_the_time_went "$(head -n 3 "$tmp/err")"; fi
-predict snips_intents --precision bf16 --threads 2 < "$tmp/lines" 2> "$tmp/err" | cut -f 1 > "$tmp/other"
-said=$(cut -f 1 "$tmp/all" | paste - "$tmp/other" | awk '$1 != $2' | wc -l) # a close call may turn out otherwise
-if [ "$(wc -l < "$tmp/other")" -eq 37 ] && [ "$said" -le 2 ]; then ok test_predict_in_bf16_says_the_same; else fail test_predict_in_bf16_says_the_same "$said other labels: $(cat "$tmp/err")"; fi
+if cmp -s "$tmp/all" "$tmp/other" && grep -q '^ *[0-9.]* *[0-9.]* *[0-9]*  experts$' "$tmp/err" &&
+    grep -q '^ 100\.0 .*  all$' "$tmp/err"
+then ok test_predict_profile_tells_where_the_time_went
+else fail test_predict_profile_tells_where_the_time_went "$(head -n 3 "$tmp/err")"; fi
+predict snips_intents --precision bf16 --threads 2 < "$tmp/lines" 2> "$tmp/err" |
+  cut -f 1 > "$tmp/other"
+# a close call may turn out otherwise
+said=$(cut -f 1 "$tmp/all" | paste - "$tmp/other" | awk '$1 != $2' | wc -l)
+if [ "$(wc -l < "$tmp/other")" -eq 37 ] && [ "$said" -le 2 ]; then
+  ok test_predict_in_bf16_says_the_same
+else
+  fail test_predict_in_bf16_says_the_same "$said other labels: $(cat "$tmp/err")"
+fi
 tail -n +2 $data/intent_match/dev.tsv | cut -f 2,3 | head -n 5 > "$tmp/pairs"
-if [ "$(predict intent_match < "$tmp/pairs" | wc -l)" -eq 5 ]; then ok test_predict_takes_pairs; else fail test_predict_takes_pairs; fi
+if [ "$(predict intent_match < "$tmp/pairs" | wc -l)" -eq 5 ]; then ok test_predict_takes_pairs
+else fail test_predict_takes_pairs; fi
 printf 'no newline at the end' | predict query_wellformedness > "$tmp/one"
-if grep -q '^-\{0,1\}[0-9]*\.[0-9]\{6\}$' "$tmp/one"; then ok test_predict_prints_a_regression; else fail test_predict_prints_a_regression "$(cat "$tmp/one")"; fi
+if grep -q '^-\{0,1\}[0-9]*\.[0-9]\{6\}$' "$tmp/one"; then ok test_predict_prints_a_regression
+else fail test_predict_prints_a_regression "$(cat "$tmp/one")"; fi
 printf '\n\r\n\377\376\n' | predict snips_intents > "$tmp/odd"
-if [ "$(wc -l < "$tmp/odd")" -eq 3 ] && [ -z "$(predict snips_intents < /dev/null)" ]; then ok test_predict_takes_empty_and_broken_lines; else fail test_predict_takes_empty_and_broken_lines; fi
+if [ "$(wc -l < "$tmp/odd")" -eq 3 ] && [ -z "$(predict snips_intents < /dev/null)" ]; then
+  ok test_predict_takes_empty_and_broken_lines
+else
+  fail test_predict_takes_empty_and_broken_lines
+fi
 
 # bad input: exit status 1, a sentence, nothing on standard output
 refuses() { # NAME PATTERN INPUT ARGUMENTS
   name=$1 pattern=$2; printf "$3" > "$tmp/in"; shift 3
   "$tmp/predict" "$@" < "$tmp/in" > "$tmp/out" 2> "$tmp/err"
   status=$?
-  if [ $status -eq 1 ] && grep -q -- "$pattern" "$tmp/err" && [ ! -s "$tmp/out" ]; then ok test_predict_refuses_$name; else fail test_predict_refuses_$name "status $status: $(cat "$tmp/err")"; fi
+  if [ $status -eq 1 ] && grep -q -- "$pattern" "$tmp/err" && [ ! -s "$tmp/out" ]; then
+    ok test_predict_refuses_$name
+  else
+    fail test_predict_refuses_$name "status $status: $(cat "$tmp/err")"
+  fi
 }
 refuses no_arguments 'usage' ''
-refuses a_missing_model 'nothing.safetensors: cannot be opened' '' "$tmp/nothing.safetensors" snips_intents
-refuses a_foreign_file 'test_predict.sh: the first 8 bytes announce' '' test_predict.sh snips_intents
-refuses an_unknown_task 'has no task "mrpc", but query_wellformedness intent_match snips_intents' '' "$model" mrpc
+refuses a_missing_model 'nothing.safetensors: cannot be opened' '' \
+  "$tmp/nothing.safetensors" snips_intents
+refuses a_foreign_file 'test_predict.sh: the first 8 bytes announce' '' test_predict.sh \
+  snips_intents
+refuses an_unknown_task 'has no task "mrpc", but query_wellformedness intent_match snips_intents' \
+  '' "$model" mrpc
 refuses an_unknown_option 'unknown option --sore' '' "$model" snips_intents --sore
-refuses an_unknown_instruction_set 'this machine has no instruction set "sse"' '' "$model" snips_intents --isa sse
+refuses an_unknown_instruction_set 'this machine has no instruction set "sse"' '' \
+  "$model" snips_intents --isa sse
 refuses a_bad_number '"two" is no number' '' "$model" snips_intents --threads two
-refuses too_few_columns 'line 2: 1 column, expected 2: task intent_match takes two texts' 'a\tb\nalone\n' "$model" intent_match
+refuses too_few_columns 'line 2: 1 column, expected 2: task intent_match takes two texts' \
+  'a\tb\nalone\n' "$model" intent_match
 refuses too_many_columns 'line 1: 2 columns, expected 1' 'a\tb\n' "$model" snips_intents
-refuses a_header_without_label 'line 1: the header has no column "label"' 'a\tsentence1\n' "$model" snips_intents --score
+refuses a_header_without_label 'line 1: the header has no column "label"' 'a\tsentence1\n' \
+  "$model" snips_intents --score
 refuses an_empty_file 'the input is empty' '' "$model" snips_intents --score
 refuses a_file_without_rows 'holds no rows' 'label\tsentence1\n' "$model" snips_intents --score
-refuses a_label_that_is_none 'line 3: label "x" is no number' 'label\tsentence1\n1\ta\nx\tb\n' "$model" snips_intents --score
-refuses a_label_out_of_range 'line 2: label 7 is not within 0 .. 6' 'label\tsentence1\n7\ta\n' "$model" snips_intents --score
-refuses a_label_between_classes 'line 2: label 1.5 is no whole number' 'label\tsentence1\n1.5\ta\n' "$model" snips_intents --score
+refuses a_label_that_is_none 'line 3: label "x" is no number' 'label\tsentence1\n1\ta\nx\tb\n' \
+  "$model" snips_intents --score
+refuses a_label_out_of_range 'line 2: label 7 is not within 0 .. 6' 'label\tsentence1\n7\ta\n' \
+  "$model" snips_intents --score
+refuses a_label_between_classes 'line 2: label 1.5 is no whole number' \
+  'label\tsentence1\n1.5\ta\n' "$model" snips_intents --score
 refuses a_zero_byte 'line 1: a zero byte' 'a\000b\n' "$model" snips_intents
 if [ -c /dev/full ]; then
   "$tmp/predict" "$model" snips_intents < "$tmp/lines" > /dev/full 2> "$tmp/err"
-  if [ $? -eq 1 ] && grep -q 'cannot be written' "$tmp/err"; then ok test_predict_reports_a_full_disk; else fail test_predict_reports_a_full_disk; fi
+  if [ $? -eq 1 ] && grep -q 'cannot be written' "$tmp/err"; then
+    ok test_predict_reports_a_full_disk
+  else
+    fail test_predict_reports_a_full_disk
+  fi
 else skip test_predict_reports_a_full_disk "there is no /dev/full here"; fi
 finish

@@ -1,30 +1,37 @@
 #!/bin/sh
-# routes.c on models that train.c has saved: text, CSV and HTML agree with each other and with what can be worked out by other means.
+# routes.c on models that train.c has saved: text, CSV and HTML agree with each other and with what
+# can be worked out by other means.
 . ./lib.sh
 data=../examples/data tasks=query_wellformedness,intent_match,snips_intents,pros_cons
 CC=${CC:-cc}
 for p in train routes; do program $p || { fail test_routes_compiles; finish; }; done
 ok test_routes_compiles
 small="--data $data --layers 2 --hidden 32 --ffn 64 --heads 2 --threads 1 --from-scratch --max-len 24"
-make_model() { "$tmp/train" $small "$@" > "$tmp/log" 2>&1 || { fail test_routes_has_a_model "$(tail -n 3 "$tmp/log")"; finish; }; }
+make_model() { "$tmp/train" $small "$@" > "$tmp/log" 2>&1 ||
+  { fail test_routes_has_a_model "$(tail -n 3 "$tmp/log")"; finish; }; }
 make_model --tasks $tasks --systems tag --experts 3 --steps 15 --save "$tmp/early.safetensors"
-make_model --tasks $tasks --systems tag --experts 3 --steps 60 --save "$tmp/late.safetensors" --checkpoint "$tmp/state.safetensors" --every 60
-make_model --tasks pros_cons,intent_match --systems tag --experts 3 --top-k 3 --steps 5 --save "$tmp/two.safetensors"
+make_model --tasks $tasks --systems tag --experts 3 --steps 60 --save "$tmp/late.safetensors" \
+  --checkpoint "$tmp/state.safetensors" --every 60
+make_model --tasks pros_cons,intent_match --systems tag --experts 3 --top-k 3 --steps 5 \
+  --save "$tmp/two.safetensors"
 make_model --tasks $tasks --systems dense --steps 2 --save "$tmp/dense.safetensors"
 run() { "$tmp/routes" --data $data "$@"; }
 
 if run "$tmp/late.safetensors" --rows 50 --checkpoints "$tmp/early.safetensors,$tmp/state.safetensors" --text --csv "$tmp/r.csv" --html "$tmp/r.html" \
-   > "$tmp/text" 2> "$tmp/err" && [ ! -s "$tmp/err" ]; then ok test_routes_makes_all_three; else fail test_routes_makes_all_three "$(cat "$tmp/err")"; finish; fi
+   > "$tmp/text" 2> "$tmp/err" && [ ! -s "$tmp/err" ]; then ok test_routes_makes_all_three;
+   else fail test_routes_makes_all_three "$(cat "$tmp/err")"; finish; fi
 csv=$tmp/r.csv html=$tmp/r.html
 bad=$(awk -F, 'NF != 7' "$csv" | head -n 3)
-[ -z "$bad" ] && ok test_routes_csv_has_seven_columns || fail test_routes_csv_has_seven_columns "$bad"
+if [ -z "$bad" ]; then ok test_routes_csv_has_seven_columns
+else fail test_routes_csv_has_seven_columns "$bad"; fi
 
 # shares of a task in a layer sum to 1
 sums() { awk -F, -v n="$2" '$1 ~ /^share/ { s[$1 $2 "," $3 "," $4] += $7 } END { for (k in s) { ++c; if (s[k] < 0.99999 || s[k] > 1.00001) print k, s[k] } if (c != n) print c " sums" }' "$1"; }
 bad=$(sums "$csv" 32) # 4 tasks x 2 layers, of the model and of three moments
 [ -z "$bad" ] && ok test_routes_shares_sum_to_one || fail test_routes_shares_sum_to_one "$bad"
 bad=$(awk -F, '$1 == "share" { s[$3 $4 $5] = $7 } $1 == "share_over_time" && $2 != "early" && s[$3 $4 $5] != $7' "$csv")
-[ -z "$bad" ] && ok test_routes_checkpoint_and_model_are_the_same || fail test_routes_checkpoint_and_model_are_the_same "$bad"
+if [ -z "$bad" ]; then ok test_routes_checkpoint_and_model_are_the_same
+else fail test_routes_checkpoint_and_model_are_the_same "$bad"; fi
 
 # every number of the pictures is the CSV's, and none is missing
 tips() { # CSV HTML: the numbers of both, to $tmp/a and $tmp/b
@@ -34,21 +41,37 @@ awk -F, '$1 ~ /^(share|share_over_time|decided|temperature|overlap|join|change_w
 sed 's/<title>/\n<title>/g' "$2" | sed -n 's/^<title>\([^<]*: [^<]*\)<.*/\1/p' | sort > "$tmp/b"
 }
 tips "$csv" "$html"
-if [ "$(wc -l < "$tmp/a")" -gt 200 ] && cmp -s "$tmp/a" "$tmp/b"; then ok test_routes_html_shows_the_csv_s_numbers
+if [ "$(wc -l < "$tmp/a")" -gt 200 ] &&
+    cmp -s "$tmp/a" "$tmp/b"; then ok test_routes_html_shows_the_csv_s_numbers
 else fail test_routes_html_shows_the_csv_s_numbers "$(diff "$tmp/a" "$tmp/b" | head -n 5)"; fi
-bad=$(sed -n 's/^<g><title>share [^:]*: \([0-9.e-]*\)<.*">\([0-9]*\)<\/text><\/g>$/\1 \2/p' "$html" | awk '{ ++n; d = 100 * $1 - $2; if (d > 0.501 || d < -0.501) print } END { if (n < 10) print n " cells" }')
-[ -z "$bad" ] && ok test_routes_squares_show_their_numbers || fail test_routes_squares_show_their_numbers "$bad"
-bad=$(awk -F, '$1 == "metric" { print $3 "</td><td class=\"w\">" $6 "</td><td>" $7 "<" }' "$csv" | while IFS= read -r m; do grep -qF "$m" "$html" || echo "$m"; done)
-[ -z "$bad" ] && ok test_routes_html_shows_the_metrics || fail test_routes_html_shows_the_metrics "$bad"
+bad=$(sed -n 's/^<g><title>share [^:]*: \([0-9.e-]*\)<.*">\([0-9]*\)<\/text><\/g>$/\1 \2/p' \
+  "$html" | awk '{ ++n; d = 100 * $1 - $2; if (d > 0.501 || d < -0.501) print } END { if (n < 10) print n " cells" }')
+if [ -z "$bad" ]; then ok test_routes_squares_show_their_numbers
+else fail test_routes_squares_show_their_numbers "$bad"; fi
+bad=$(awk -F, '$1 == "metric" { print $3 "</td><td class=\"w\">" $6 "</td><td>" $7 "<" }' "$csv" |
+  while IFS= read -r m; do grep -qF "$m" "$html" || echo "$m"; done)
+if [ -z "$bad" ]; then ok test_routes_html_shows_the_metrics
+else fail test_routes_html_shows_the_metrics "$bad"; fi
 bad=$(awk -F, '$1 == "share" && $3 == "pros_cons" && $4 == 2 { printf " %8.1f", 100 * $7 }' "$csv")
-if grep -qF "pros_cons               $bad" "$tmp/text"; then ok test_routes_text_shows_the_csv_s_numbers; else fail test_routes_text_shows_the_csv_s_numbers "$bad"; fi
+if grep -qF "pros_cons               $bad" "$tmp/text"; then
+  ok test_routes_text_shows_the_csv_s_numbers
+else
+  fail test_routes_text_shows_the_csv_s_numbers "$bad"
+fi
 
 # the page loads nothing and runs nothing
-if ! grep -qiE '<script|<link|<img|src=|href=|url\(|@import|https?:' "$html" && grep -q 'prefers-color-scheme:dark' "$html" && grep -q 'name="viewport"' "$html"
-then ok test_routes_html_stands_alone; else fail test_routes_html_stands_alone "$(grep -oiE '<script|<link|<img|src=|href=|url\(|@import|https?:' "$html" | head -n 3)"; fi
+if ! grep -qiE '<script|<link|<img|src=|href=|url\(|@import|https?:' "$html" &&
+    grep -q 'prefers-color-scheme:dark' "$html" && grep -q 'name="viewport"' "$html"
+then
+  ok test_routes_html_stands_alone
+else
+  fail test_routes_html_stands_alone "$(grep -oiE \
+      '<script|<link|<img|src=|href=|url\(|@import|https?:' "$html" | head -n 3)"
+fi
 if have xmllint; then
   sed -e 's/<!DOCTYPE html>//' -e 's/<meta \([^>]*\)>/<meta \1\/>/g' "$html" > "$tmp/x.xml"
-  if xmllint --noout "$tmp/x.xml" 2> "$tmp/err"; then ok test_routes_html_is_well_formed; else fail test_routes_html_is_well_formed "$(head -n 3 "$tmp/err")"; fi
+  if xmllint --noout "$tmp/x.xml" 2> "$tmp/err"; then ok test_routes_html_is_well_formed
+  else fail test_routes_html_is_well_formed "$(head -n 3 "$tmp/err")"; fi
 else skip test_routes_html_is_well_formed "there is no xmllint here"; fi
 
 # statistics by other means: overlap from the shares; Pearson's r; with four tasks p = 1 - |r|
@@ -64,11 +87,19 @@ bad=$(awk -F, '$1 == "pearson" { r = $7 < 0 ? -$7 : $7; next } $1 == "p_value" {
 
 # several threads, plain C: the same numbers
 run "$tmp/late.safetensors" --rows 50 --checkpoints "$tmp/early.safetensors,$tmp/state.safetensors" --threads 3 --isa scalar --csv "$tmp/s.csv"
-if cmp -s "$csv" "$tmp/s.csv"; then ok test_routes_threads_and_scalar_are_the_same; else fail test_routes_threads_and_scalar_are_the_same; fi
+if cmp -s "$csv" "$tmp/s.csv"; then ok test_routes_threads_and_scalar_are_the_same
+else fail test_routes_threads_and_scalar_are_the_same; fi
 # two tasks, and experts that cannot be spared
-if run "$tmp/two.safetensors" --rows 20 --text --csv "$tmp/t.csv" --html "$tmp/t.html" > "$tmp/text" && grep -q 'No expert can be disabled' "$tmp/text" &&
-   grep -q 'are too few' "$tmp/t.html" && ! grep -q pearson, "$tmp/t.csv" && [ -z "$(sums "$tmp/t.csv" 8)" ] && ! grep -q nan "$tmp/t.csv" "$tmp/t.html"
-then ok test_routes_takes_two_tasks_and_top_n; else fail test_routes_takes_two_tasks_and_top_n "$(sums "$tmp/t.csv" 8) $(grep nan "$tmp/t.csv" | head -n 2)"; fi
+if run "$tmp/two.safetensors" --rows 20 --text --csv "$tmp/t.csv" --html "$tmp/t.html" \
+    > "$tmp/text" && grep -q 'No expert can be disabled' "$tmp/text" &&
+   grep -q 'are too few' "$tmp/t.html" && ! grep -q pearson, "$tmp/t.csv" &&
+   [ -z "$(sums "$tmp/t.csv" 8)" ] && ! grep -q nan "$tmp/t.csv" "$tmp/t.html"
+then
+  ok test_routes_takes_two_tasks_and_top_n
+else
+  fail test_routes_takes_two_tasks_and_top_n \
+      "$(sums "$tmp/t.csv" 8) $(grep nan "$tmp/t.csv" | head -n 2)"
+fi
 
 # blocks as experts: the router's weights, at the temperatures asked for
 cat > "$tmp/blocks.c" << 'END'
@@ -99,35 +130,57 @@ int main(int argc, char **argv) { /* FROM TO: an untrained model of blocks with 
   return moe_model_save(to, argv[2], &env) != MOE_OK;
 }
 END
-if $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O0 -I.. -o "$tmp/blocks" "$tmp/blocks.c" -lm -pthread && "$tmp/blocks" "$tmp/late.safetensors" "$tmp/b.safetensors" &&
-   cp "$tmp/b.safetensors" "$tmp/a.safetensors" && run "$tmp/b.safetensors" --rows 10 --checkpoints "$tmp/a.safetensors" --tau 100000,0.01 --text --csv "$tmp/b.csv" --html "$tmp/b.html" > "$tmp/text" &&
+if $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O0 -I.. -o "$tmp/blocks" \
+    "$tmp/blocks.c" -lm -pthread && "$tmp/blocks" "$tmp/late.safetensors" "$tmp/b.safetensors" &&
+   cp "$tmp/b.safetensors" "$tmp/a.safetensors" &&
+   run "$tmp/b.safetensors" --rows 10 --checkpoints "$tmp/a.safetensors" --tau 100000,0.01 \
+   --text --csv "$tmp/b.csv" --html "$tmp/b.html" > "$tmp/text" &&
    [ -z "$(sums "$tmp/b.csv" 24)" ] && grep -q 'Weight of a block' "$tmp/text" &&
    awk -F, '$1 == "decided" { v[++n] = $7 } END { exit !(n == 4 && v[1] < 0.4 && v[2] < 0.4 && v[3] > 0.8 && v[4] > 0.8) }' "$tmp/b.csv"
-then ok test_routes_takes_blocks_and_temperatures; else fail test_routes_takes_blocks_and_temperatures "$(grep decided "$tmp/b.csv")"; fi
+then ok test_routes_takes_blocks_and_temperatures
+else fail test_routes_takes_blocks_and_temperatures "$(grep decided "$tmp/b.csv")"; fi
 
-# the routes that tasklevel looked at during training: the same numbers, and a temperature that falls
-if program tasklevel && "$tmp/tasklevel" --data $data --tasks pros_cons,intent_match,snips_intents --systems straight,gumbel --layers 2 --hidden 16 --rows 64 --steps 30 --threads 1 \
+# the routes that tasklevel looked at during training: the same numbers, and a temperature that
+# falls
+if program tasklevel && "$tmp/tasklevel" --data $data --tasks pros_cons,intent_match,snips_intents \
+    --systems straight,gumbel --layers 2 --hidden 16 --rows 64 --steps 30 --threads 1 \
      --looks 11 --csv "$tmp/looks.csv" --save "$tmp/level.safetensors" > "$tmp/log" 2>&1 &&
-   run "$tmp/level-straight-1.safetensors" --rows 20 --history "$tmp/looks.csv" --run 2 --text --csv "$tmp/h.csv" --html "$tmp/h.html" > "$tmp/text" 2> "$tmp/err"
-then ok test_routes_takes_a_history; else fail test_routes_takes_a_history "$(tail -n 3 "$tmp/log" "$tmp/err")"; fi
+   run "$tmp/level-straight-1.safetensors" --rows 20 --history "$tmp/looks.csv" --run 2 \
+   --text --csv "$tmp/h.csv" --html "$tmp/h.html" > "$tmp/text" 2> "$tmp/err"
+then ok test_routes_takes_a_history
+else fail test_routes_takes_a_history "$(tail -n 3 "$tmp/log" "$tmp/err")"; fi
 bad=$(awk -F, 'NR == FNR { if ($1 == 2) p["step_" $6, $8, $9, $10] = $11; next } $1 == "share_over_time" && $2 ~ /^step/ { ++n; if (p[$2, $3, $4, $5] != $7) print }
   END { if (n != 11 * 18) print n " shares" }' "$tmp/looks.csv" "$tmp/h.csv" | head -n 3)
-[ -z "$bad" ] && ok test_routes_history_is_tasklevel_s || fail test_routes_history_is_tasklevel_s "$bad"
+if [ -z "$bad" ]; then ok test_routes_history_is_tasklevel_s
+else fail test_routes_history_is_tasklevel_s "$bad"; fi
 if awk -F, '$1 == "temperature" { if (n++ && $7 > last + 1e-6) bad = 1; if (n == 1) first = $7; last = $7 } $1 == "decided" && $2 == "step_0" { early += $7 }
      $1 == "decided" && $2 == "step_30" { late += $7 } END { exit !(n == 12 && !bad && first == 2 && last < 0.11 && late > early + 0.5) }' "$tmp/h.csv"
-then ok test_routes_become_discrete_as_the_temperature_falls; else fail test_routes_become_discrete_as_the_temperature_falls "$(grep temperature "$tmp/h.csv")"; fi
+then
+  ok test_routes_become_discrete_as_the_temperature_falls
+else
+  fail test_routes_become_discrete_as_the_temperature_falls "$(grep temperature "$tmp/h.csv")"
+fi
 tips "$tmp/h.csv" "$tmp/h.html"
-if [ "$(wc -l < "$tmp/a")" -gt 200 ] && cmp -s "$tmp/a" "$tmp/b" && grep -q 'Temperature of the router' "$tmp/h.html"; then ok test_routes_html_of_a_history_shows_the_csv_s_numbers
-else fail test_routes_html_of_a_history_shows_the_csv_s_numbers "$(diff "$tmp/a" "$tmp/b" | head -n 5)"; fi
+if [ "$(wc -l < "$tmp/a")" -gt 200 ] && cmp -s "$tmp/a" "$tmp/b" &&
+    grep -q 'Temperature of the router' "$tmp/h.html"; then ok \
+    test_routes_html_of_a_history_shows_the_csv_s_numbers
+else fail test_routes_html_of_a_history_shows_the_csv_s_numbers \
+  "$(diff "$tmp/a" "$tmp/b" | head -n 5)"; fi
 
 # bad input: exit status 1, a sentence, nothing on standard output
 refuses() { # NAME PATTERN ARGUMENTS
   name=$1 pattern=$2; shift 2
   "$tmp/routes" "$@" > "$tmp/out" 2> "$tmp/err"
   status=$?
-  if [ $status -eq 1 ] && grep -q -- "$pattern" "$tmp/err" && [ ! -s "$tmp/out" ]; then ok test_routes_refuses_$name; else fail test_routes_refuses_$name "status $status: $(cat "$tmp/err")"; fi
+  if [ $status -eq 1 ] && grep -q -- "$pattern" "$tmp/err" && [ ! -s "$tmp/out" ]; then
+    ok test_routes_refuses_$name
+  else
+    fail test_routes_refuses_$name "status $status: $(cat "$tmp/err")"
+  fi
 }
-mkdir "$tmp/none" "$tmp/bad" && cp -r $data/intent_match "$tmp/bad/" && mkdir "$tmp/bad/pros_cons" && printf 'label\tsentence1\n1\tfine\n2\twhat\n' > "$tmp/bad/pros_cons/dev.tsv"
+mkdir "$tmp/none" "$tmp/bad" && cp -r $data/intent_match "$tmp/bad/" &&
+  mkdir "$tmp/bad/pros_cons" &&
+  printf 'label\tsentence1\n1\tfine\n2\twhat\n' > "$tmp/bad/pros_cons/dev.tsv"
 refuses no_model 'which model'
 refuses two_models 'two models' a b
 refuses an_unknown_option 'unknown option --cvs' m --cvs x
@@ -136,18 +189,28 @@ refuses a_missing_model 'cannot be opened' "$tmp/nothing.safetensors"
 refuses a_foreign_file 'test_routes.sh' test_routes.sh
 refuses a_dense_model 'the model is dense' "$tmp/dense.safetensors" --data $data
 refuses a_folder_without_data 'dev.tsv' "$tmp/two.safetensors" --data "$tmp/none"
-refuses a_label_out_of_range 'pros_cons/dev.tsv: line 3: label 2 is not within 0 .. 1' "$tmp/two.safetensors" --data "$tmp/bad"
-refuses a_checkpoint_of_another_model 'two.safetensors: 2 tasks, .* has 4' "$tmp/late.safetensors" --data $data --checkpoints "$tmp/two.safetensors"
-refuses too_few_temperatures 'a temperature for each' "$tmp/b.safetensors" --data $data --rows 5 --checkpoints "$tmp/b.safetensors" --tau 2
+refuses a_label_out_of_range 'pros_cons/dev.tsv: line 3: label 2 is not within 0 .. 1' \
+  "$tmp/two.safetensors" --data "$tmp/bad"
+refuses a_checkpoint_of_another_model 'two.safetensors: 2 tasks, .* has 4' "$tmp/late.safetensors" \
+  --data $data --checkpoints "$tmp/two.safetensors"
+refuses too_few_temperatures 'a temperature for each' "$tmp/b.safetensors" --data $data --rows 5 \
+  --checkpoints "$tmp/b.safetensors" --tau 2
 refuses a_temperature_of_0 'must be above 0' "$tmp/b.safetensors" --data $data --rows 5 --tau 0
-refuses an_empty_name_in_the_list 'an empty name' "$tmp/late.safetensors" --data $data --checkpoints ",$tmp/early.safetensors"
-refuses a_history_of_several_runs 'runs 1 and 2 stand here' "$tmp/level-straight-1.safetensors" --data $data --rows 5 --history "$tmp/looks.csv"
-refuses a_history_of_other_tasks 'the moment before is not complete' "$tmp/b.safetensors" --data $data --rows 5 --history "$tmp/looks.csv" --run 1
-refuses a_history_of_no_run 'no row is there of that run' "$tmp/level-straight-1.safetensors" --data $data --rows 5 --history "$tmp/looks.csv" --run 3
+refuses an_empty_name_in_the_list 'an empty name' "$tmp/late.safetensors" --data $data \
+  --checkpoints ",$tmp/early.safetensors"
+refuses a_history_of_several_runs 'runs 1 and 2 stand here' "$tmp/level-straight-1.safetensors" \
+  --data $data --rows 5 --history "$tmp/looks.csv"
+refuses a_history_of_other_tasks 'the moment before is not complete' "$tmp/b.safetensors" \
+  --data $data --rows 5 --history "$tmp/looks.csv" --run 1
+refuses a_history_of_no_run 'no row is there of that run' "$tmp/level-straight-1.safetensors" \
+  --data $data --rows 5 --history "$tmp/looks.csv" --run 3
 head -n 30 "$tmp/looks.csv" > "$tmp/cut.csv"
-refuses a_history_cut_short '29 rows are there' "$tmp/level-straight-1.safetensors" --data $data --rows 5 --history "$tmp/cut.csv"
-refuses a_history_of_experts 'experts are blocks' "$tmp/late.safetensors" --data $data --history "$tmp/looks.csv"
-refuses a_history_that_is_none 'not the columns of tasklevel' "$tmp/level-straight-1.safetensors" --data $data --rows 5 --history test_routes.sh
+refuses a_history_cut_short '29 rows are there' "$tmp/level-straight-1.safetensors" --data $data \
+  --rows 5 --history "$tmp/cut.csv"
+refuses a_history_of_experts 'experts are blocks' "$tmp/late.safetensors" --data $data \
+  --history "$tmp/looks.csv"
+refuses a_history_that_is_none 'not the columns of tasklevel' "$tmp/level-straight-1.safetensors" \
+  --data $data --rows 5 --history test_routes.sh
 # a model whose vocabulary has more words than embeddings: the word list is the last tensor
 python=${MOE_PYTHON:-python3}
 if have "$python"; then
@@ -164,7 +227,9 @@ words["data_offsets"][1] += len(more)
 text = json.dumps(head).encode()
 open(sys.argv[2], "wb").write(struct.pack("<Q", len(text)) + text + data[8 + n:] + more)
 EOF
-  refuses a_vocabulary_beyond_the_embeddings 'words, the model has' "$tmp/words.safetensors" --data $data
+  refuses a_vocabulary_beyond_the_embeddings 'words, the model has' "$tmp/words.safetensors" \
+    --data $data
 else skip test_routes_refuses_a_vocabulary_beyond_the_embeddings "there is no Python"; fi
-refuses a_folder_that_is_not_there 'cannot be written' "$tmp/two.safetensors" --rows 5 --data $data --csv "$tmp/no/such/file.csv"
+refuses a_folder_that_is_not_there 'cannot be written' "$tmp/two.safetensors" --rows 5 \
+  --data $data --csv "$tmp/no/such/file.csv"
 finish
