@@ -809,8 +809,8 @@ typedef enum moe_router {
   MOE_ROUTER_DENSE,      /* N = 1, no gate: Single-Task and MT-Dense */
   MOE_ROUTER_SHARED,     /* one gate a layer for all tasks: MT-Switch */
   MOE_ROUTER_TASK,       /* one gate a layer and task: MT-TaG [TaG] 3.1 */
-  MOE_ROUTER_TASK_LEVEL, /* one small network a layer chooses blocks for a whole task from the
-                            task's vector [TL] 2 */
+  MOE_ROUTER_TASK_LEVEL, /* one small network a layer, with 64 inner units, chooses blocks for a
+                            whole task from the task's vector [TL] 2 */
   MOE_ROUTER_EMBEDDING   /* the gate of a task is made of shared matrices, W_{g,t} = sum_j z_{t,j}
                             B_j, and its vector z_t   [TaG] A.4 */
 } moe_router;
@@ -923,7 +923,8 @@ typedef struct moe_batch {
 
 /* The heads of T tasks and their losses [TaG] Eq. 7-10. The head of a task is a linear layer on
    [CLS], the first token of a sequence, or on [CLS; span 1; span 2] (MOE_KIND_SPAN), after dropout:
-     score = W feature + b,  loss = -log softmax(score)[label] / log C, or (score - label)^2.
+     scores = W feature + b,
+     loss = -log softmax(scores)[label] / log C, or (score - label)^2 (MOE_KIND_REGRESSION).
    Backward: gradients of the sum of the losses / batch_size. */
 typedef struct moe_heads_op {
   float *scores;         /* (S, max_classes) the C scores of a sequence's task, then zeros; kept for
@@ -1125,12 +1126,12 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
    outlive it. */
 typedef struct moe_context moe_context;
 
-/* Clear it first: fields may come to it. */
+/* Clear it first: later versions may add fields. */
 typedef struct moe_limits {
-  int32_t tokens, sequences; /* most of a batch */
-  int32_t training;          /* 1: keeps what backward needs */
-  int32_t keep_layers; /* 1: keeps what moe_context_layer and moe_context_gate_logits give, which
-                                training keeps anyway */
+  int32_t tokens, sequences; /* the largest batch */
+  int32_t training;          /* 1: keep what backward needs */
+  int32_t keep_layers;       /* 1: keep what moe_context_layer and moe_context_gate_logits return;
+                                training keeps it anyway */
 } moe_limits;
 
 /* Exact bytes of the block, for passes with at most env->threads threads. */
@@ -1143,77 +1144,77 @@ MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes
 /* The same on the heap. */
 MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model,
                                       const moe_limits *limits, const moe_env *env);
-/* NULL is fine, and so is one in a block of the caller's. */
+/* Accepts NULL, and a context in a block of the caller's. */
 MOE_API void moe_context_free(moe_context *context);
 
-/* MOE_OK, or MOE_E_ARGUMENT and a sentence that says which sequence or token is wrong; with_labels
-   1: labels too. Every pass calls it. */
+/* MOE_OK, or MOE_E_ARGUMENT and a sentence that names the sequence or token that is wrong.
+   with_labels 1: labels are checked too; the label of a regression must be from low to high of its
+   task. Every pass calls it. */
 MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batch, int with_labels,
                                    const moe_env *env);
 
-/* Scores of every sequence: scores (S, moe_model_max_classes), a row holds the C logits of its task
-   (regression: one value), the rest zeros. No dropout, no jitter. Nobody looks at the weights:
-   those that are no finite numbers, which readers of files and moe_trainer_step do not let in, make
-   scores NaN or infinite, the status is MOE_OK and nothing else happens. moe_predict_ functions
-   look at the scores. */
+/* Scores of every sequence: scores (S, moe_model_max_classes); a row holds the C logits of its task
+   (regression: one value), then zeros. No dropout, no jitter. Weights are not checked for NaN or
+   infinity: a bad weight gives bad scores and MOE_OK. Readers of files and moe_trainer_step let
+   none in, and moe_predict_ functions check the scores. */
 MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_batch *batch,
                                const moe_env *env);
 /* Final hidden states (M, H) of the last pass. */
 MOE_API const float *moe_context_hidden(const moe_context *context);
 /* Hidden states (M, H) of the last pass after layer 0 .. L-1, or after the embeddings (-1). NULL:
-   no such layer, or not kept (moe_limits.keep_layers). */
+   no such layer, or not kept (moe_limits.keep_layers; the last layer is always kept). */
 MOE_API const float *moe_context_layer(const moe_context *context, int32_t layer);
 /* Logits (M, N) of the gate of a layer in the last pass [TaG] Eq. 3; those of masked experts
-   (moe_context_mask) are -3.4e38. NULL: no such layer, a model without gates, or not kept
+   (moe_context_mask) are -3.4e38. NULL: no such layer, no gates, one expert only, or not kept
    (moe_limits.keep_layers). */
 MOE_API const float *moe_context_gate_logits(const moe_context *context, int32_t layer);
-/* The routes of the last pass in a layer (dense: k = 1, all tokens at expert 0; blocks: k = 1, the
-   block of the largest weight, which is `weight` too, and all weights as `prob`). Pointers into the
-   context. MOE_E_ARGUMENT: no such layer. */
+/* The routes of the last pass in a layer. Dense: k = 1, all tokens go to expert 0. Blocks as
+   experts: k = 1, the block of the largest weight; `weight` is that weight, `prob` has all of them.
+   Pointers into the context. MOE_E_ARGUMENT: no such layer. */
 MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out);
-/* Makes the following passes take these experts in every layer: (L, M, k), kept by the caller;
-   NULL: the gates decide again. MOE_E_ARGUMENT from a pass where a token has an expert that is not
-   there, or one twice; models without gates pay no heed. */
+/* The following passes take these experts in every layer: (L, M, k), kept by the caller; NULL: the
+   gates decide again. A pass returns MOE_E_ARGUMENT where a token has an expert that does not
+   exist, or one twice. Models without gates ignore it. */
 MOE_API void moe_context_force(moe_context *context, const int32_t *experts);
-/* Makes the following passes do without the experts marked 1: (L, N), kept by the caller; NULL: all
-   take part again. The softmax of a gate then runs over the others (moe_route_options.masked), so
-   that their weights sum to 1. A pass fails with MOE_E_ARGUMENT where a layer keeps fewer than k.
-   Routes that are forced, or fixed by moe_context_task_router, ignore it. Blocks as experts can be
-   masked alike. */
+/* The following passes go without the experts marked 1: (L, N), kept by the caller; NULL: all take
+   part again. The softmax of a gate then runs over the others (moe_route_options.masked), so that
+   their weights sum to 1. A pass returns MOE_E_ARGUMENT where a layer keeps fewer than k. Routes
+   that are forced, or fixed by moe_context_task_router, ignore it. Works on blocks as experts, too.
+   */
 MOE_API void moe_context_mask(moe_context *context, const uint8_t *experts);
 
-/* Where the tokens of each task went: sums over as many passes as one likes, arrays of the caller,
-   cleared by the caller at first. Nothing is counted, and no time is spent, unless moe_route_count
-   is called. */
+/* Where the tokens of each task went: sums over any number of passes. Arrays of the caller, who
+   clears them first. Counting costs time only in moe_route_count. */
 typedef struct moe_route_sums {
   int64_t *tokens; /* (T) tokens of a task */
-  int64_t *chosen; /* (T, L, N) choices that fell on an expert: over N they sum to k tokens. chosen
-                      / (k tokens) is the expert's share */
-  double *gate; /* (T, L, N) sum of the probability of an expert over the tokens that chose it: gate
-                   / chosen is its mean g* [TaG] Eq. 5, before any gate scale. NULL: not wanted */
-  double *prob; /* (T, L, N) sum of the probability of an expert over all tokens [TaG] Eq. 4. NULL:
-                   not wanted */
+  int64_t *chosen; /* (T, L, N) choices of an expert: over N they sum to k tokens. chosen / (k
+                      tokens) is the expert's share */
+  double *gate;    /* (T, L, N) sum of the probability of an expert over the tokens that chose it:
+                      gate / chosen is its mean g* [TaG] Eq. 5, before any gate scale. NULL: not
+                      wanted */
+  double *prob;    /* (T, L, N) sum of the probability of an expert over all tokens [TaG] Eq. 4.
+                      NULL: not wanted */
 } moe_route_sums;
-/* Adds the routes of the context's last pass, which was one of this batch. MOE_E_ARGUMENT when it
-   cannot have been. */
+/* Adds the routes of the context's last pass, a pass of this batch. MOE_E_ARGUMENT where it cannot
+   have been. */
 MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *context,
                                    const moe_batch *batch, const moe_env *env);
 
-/* Task-level routing from outside [TL]; arrays of the caller that must stay, and may change between
-   passes. */
+/* Task-level routing by the caller [TL]; its arrays must stay, and may change between passes. */
 typedef struct moe_task_router {
   const float *routes; /* (T, L, m) weights of the blocks, 0 to 1e6, one above 0 for each task and
                           layer: fixed, no router takes part, and blocks of weight 0 are not
                           computed. NULL: a router decides */
-  const float *scores; /* (T, L, m) scores of a router of the caller's (an LSTM, say) in place of
-                          the model's own; NULL: the model's */
-  float *dscores; /* (T, L, m) moe_trainer_accumulate adds the gradients of `scores`, and the caller
-                     clears them; NULL: not wanted */
-  const float *gumbel; /* (S, L, m) noise G of MOE_SELECT_GUMBEL and MOE_SELECT_STRAIGHT for each
-                          sequence of the batch, in training; NULL: drawn from the trainer's seed */
+  const float *scores; /* (T, L, m) scores of a router of the caller's (an LSTM, say) instead of the
+                          model's own; NULL: the model's */
+  float *dscores;      /* (T, L, m) moe_trainer_accumulate adds the gradients of `scores`; the
+                          caller clears it. NULL: not wanted */
+  const float *gumbel; /* (S, L, m) noise G of MOE_SELECT_GUMBEL and MOE_SELECT_STRAIGHT in
+                          training, for each sequence of the batch; NULL: drawn from the trainer's
+                          seed */
 } moe_task_router;
-/* Makes the following passes use them; NULL: the model's own again. MOE_E_ARGUMENT for a model
-   without blocks. Values are checked by every pass. */
+/* The following passes use these; NULL: the model's own again. MOE_E_ARGUMENT for a model without
+   blocks. Every pass checks the values. */
 MOE_API moe_status moe_context_task_router(moe_context *context, const moe_task_router *router,
                                            const moe_env *env);
 /* The choice of the model's own router: routes (T, L, m) is softmax(z / tau), or with tau 0 the

@@ -11,6 +11,7 @@
 #include "ops/attention.c"
 #include "ops/route.c"
 #include "ops/experts.c"
+#include "ops/heads.c"
 
 int main(int argc, char **argv) {
   test_begin(argc, argv);
@@ -19,5 +20,6 @@ int main(int argc, char **argv) {
   PART(attention);
   PART(route);
   PART(experts);
+  PART(heads);
   return test_end();
 }

@@ -336,6 +336,7 @@ static void test_experts_one_expert_is_the_dense_ffn_bit_for_bit(void) {
   experts_fixture f;
   float *a, *pre, *y, *da, *dpre, *dx, *dw1, *db1, *dw2, *db2;
   moe_mat in, out;
+  int routes;
   experts_fixture_make(&f, 37, 1, 1, 40, 100, -1, 0);
   a = experts_floats(3700), pre = experts_floats(3700), y = experts_floats(37 * 40),
   da = zeros(3700), dpre = zeros(3700), dx = zeros(37 * 40);
@@ -346,16 +347,22 @@ static void test_experts_one_expert_is_the_dense_ffn_bit_for_bit(void) {
   linear_backward(da, dw2, db2, f.dy, a, &out, 37, &f.env);
   moe_gelu_backward(dpre, da, pre, 3700, &f.env);
   linear_backward(dx, dw1, db1, dpre, f.x, &in, 37, &f.env);
-  free(f.e), f.e = NULL; /* not needed */
-  experts_forward(&f);
-  experts_backward(&f);
-  CHECK(!memcmp(f.y, y, 37 * 40 * 4), "y");
-  CHECK(!memcmp(f.pre, pre, 3700 * 4), "pre");
-  CHECK(!memcmp(f.dx, dx, 37 * 40 * 4), "dx");
-  CHECK(!memcmp(f.dw1, dw1, 16000) && !memcmp(f.db1, db1, 400) && !memcmp(f.dw2, dw2, 16000) &&
-            !memcmp(f.db2, db2, 160),
-        "weights");
-  CHECK(f.dweight[0] == 0 && f.dweight[36] == 0, "dweight");
+  free(f.e), f.e = NULL;                    /* not needed */
+  for (routes = 1; routes >= 0; --routes) { /* nor are the routes */
+    moe_experts_op op = experts(&f);
+    if (!routes) op.routes = NULL, op.M = 37;
+    memset(f.y, 0x11, 37 * 40 * 4), memset(f.dx, 0, 37 * 40 * 4), memset(f.dweight, 0x11, 37 * 4);
+    memset(f.dw1, 0, 16000), memset(f.db1, 0, 400), memset(f.dw2, 0, 16000);
+    memset(f.db2, 0, 160);
+    CHECK(!moe_experts_forward(&op, &f.env) && !moe_experts_backward(&op, &f.env), "%d", routes);
+    CHECK(!memcmp(f.y, y, 37 * 40 * 4), "y");
+    CHECK(!memcmp(f.pre, pre, 3700 * 4), "pre");
+    CHECK(!memcmp(f.dx, dx, 37 * 40 * 4), "dx");
+    CHECK(!memcmp(f.dw1, dw1, 16000) && !memcmp(f.db1, db1, 400) && !memcmp(f.dw2, dw2, 16000) &&
+              !memcmp(f.db2, db2, 160),
+          "weights");
+    CHECK(f.dweight[0] == 0 && f.dweight[36] == 0, "dweight");
+  }
   free(a), free(pre), free(y), free(da), free(dpre), free(dx), free(dw1), free(db1), free(dw2),
       free(db2);
   experts_fixture_free(&f);
