@@ -945,6 +945,7 @@ typedef struct moe_heads_op {
   float *dhidden;     /* (M, H) */
   float *dw;          /* like w */
   int32_t batch_size; /* at least S; backward */
+  int32_t overwrite;  /* 1: dhidden is overwritten; rows that no head reads become 0 */
 } moe_heads_op;
 MOE_API void moe_heads_op_init(moe_heads_op *op);
 MOE_API moe_status moe_heads_forward(const moe_heads_op *op, const moe_env *env);
@@ -12162,14 +12163,16 @@ static const uint64_t *moe__view_keys(const moe_context *c, const moe__view *v, 
 
 /* The steps of a block, in their order. */
 enum {
-  MOE__STEP_QKV = 1,        /* 1. attention: queries, keys and values, */
-  MOE__STEP_ATTENTION = 2,  /*    which attention reads across rows */
-  MOE__STEP_ADD_NORM_1 = 4, /* 2. add & norm */
-  MOE__STEP_GATE = 8,       /* 3. experts: gate and dispatch, which read all rows of the batch, */
-  MOE__STEP_EXPERTS = 16,   /*    experts and combine */
-  MOE__STEP_ADD_NORM_2 = 32 /* 4. add & norm */
+  MOE__STEP_QKV = 1,         /* 1. attention: queries, keys and values, */
+  MOE__STEP_ATTENTION = 2,   /*    which attention reads across rows */
+  MOE__STEP_ADD_NORM_1 = 4,  /* 2. add & norm */
+  MOE__STEP_GATE = 8,        /* 3. experts: gate and dispatch, which read all rows of the batch, */
+  MOE__STEP_EXPERTS = 16,    /*    experts and combine */
+  MOE__STEP_ADD_NORM_2 = 32, /* 4. add & norm */
+  MOE__STEPS_BEFORE_GATE = MOE__STEP_QKV | MOE__STEP_ATTENTION | MOE__STEP_ADD_NORM_1,
+  MOE__STEPS_FROM_GATE = MOE__STEP_GATE | MOE__STEP_EXPERTS | MOE__STEP_ADD_NORM_2,
+  MOE__STEPS = MOE__STEPS_BEFORE_GATE | MOE__STEPS_FROM_GATE
 };
-enum { MOE__STEPS_BEFORE_GATE = 7, MOE__STEPS_FROM_GATE = 56, MOE__STEPS = 63 };
 
 /* The parts, in the order of the file. */
 static void moe__embeddings_forward(moe_context *c, const moe__view *v);
@@ -12453,7 +12456,7 @@ static void moe__add_norm_forward(const moe__block *b, int second);
 static void moe__gate_forward(const moe__block *b);
 static void moe__experts_step_forward(const moe__block *b);
 
-/* The asked-for steps of a block (MOE__STEP_), for the rows of a view. */
+/* The given steps of a block (MOE__STEP_), for the rows of a view. */
 static void moe__block_forward(moe_context *c, const moe__view *v, int32_t layer, int steps) {
   moe__block b = moe__block_make(c, v, layer, NULL);
   /* 1. attention */
@@ -12982,6 +12985,8 @@ MOE_API moe_status moe_heads_backward(const moe_heads_op *op, const moe_env *env
   moe_env one = moe__one_thread(env);
   float *dfeature = op->scratch + 3 * (size_t)op->H, dscore[MOE_MAX_CLASSES];
   int32_t s;
+  if (op->dhidden && op->overwrite)
+    memset(op->dhidden, 0, (size_t)op->M * (size_t)op->H * sizeof(float));
   for (s = 0; s < op->S; ++s) {
     size_t width = moe__head_feature(op, op->scratch, s, &one);
     moe_linear_op linear = moe__head_op(op, op->scratch, width, s);
@@ -13040,9 +13045,9 @@ static void moe__heads_forward(moe_context *c, const moe__pass *pass, float *sco
 #ifndef MOE_NO_TRAIN
 static void moe__heads_backward(moe_context *c, const moe__pass *pass, float *dw) {
   moe_heads_op op = moe__heads_op(c, pass, c->scores);
-  moe__arena_clear(c, c->g, (size_t)pass->M * (size_t)op.H * sizeof(float));
   op.dhidden = c->g;
   op.dw = dw;
+  op.overwrite = 1;
   moe_heads_backward(&op, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_HEADS_BACK);
 }

@@ -134,6 +134,10 @@ static void test_heads_leave_out_what_is_not_wanted(void) {
   CHECK(!moe_heads_backward(&g.op, &g.env), "%s", said);
   for (i = 0; i < (size_t)f.start[HEADS_S] * HEADS_H; ++i)
     CHECK_NEAR(g.dhidden[i], 1 + f.dhidden[i], 1e-6);
+  g.op.overwrite = 1;
+  CHECK(!moe_heads_backward(&g.op, &g.env), "%s", said);
+  CHECK(!memcmp(f.dhidden, g.dhidden, (size_t)f.start[HEADS_S] * HEADS_H * sizeof(float)),
+        "dhidden is overwritten");
   g.op.S = 0;
   CHECK(!moe_heads_forward(&g.op, &g.env) && !moe_heads_backward(&g.op, &g.env), "no sequences");
 }
