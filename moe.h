@@ -8918,8 +8918,8 @@ MOE_API moe_status moe_route_backward(const moe_route_op *op, const moe_env *env
 
 enum { MOE__EXPERTS_TILE = 64 }; /* rows or tokens that are moved together */
 
-/* Independent products of many experts: run when the list is full, and at the end. The list is on
-   the stack; without SIMD it is short (see STACK on top). */
+/* Independent products of many experts, run when the list is full and at the end. The list is on
+   the stack, and builds without SIMD are for machines with little of it. */
 #ifdef MOE_NO_SIMD
 enum { MOE__EXPERTS_LIST = 8 };
 #else
