@@ -19127,7 +19127,8 @@ MOE_API double moe_metric(const char *name, const moe_task *task, const float *a
   r.truth = label;
   r.n = n;
   if (!strcmp(name, "pearson")) return moe_metric_pearson(answer, label, n, defined);
-  if (!strcmp(name, "spearman")) return moe_metric_spearman(answer, label, n, scratch, defined);
+  if (!strcmp(name, "spearman") && scratch)
+    return moe_metric_spearman(answer, label, n, scratch, defined);
   if (task->kind == MOE_KIND_REGRESSION) return moe__metric(0, 0, defined);
   if (!strcmp(name, "accuracy"))
     return task->kind == MOE_KIND_RANKING ? moe_metric_ranking(answer, label, n, defined)
@@ -19518,8 +19519,11 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
   in.n = n;
   status = moe__predict_run(p, &in);
   if (status) return status;
+  if (!n) return MOE_OK;
   hidden = moe_context_hidden(p->context);
-  count = n ? (size_t)p->seq_start[n] * H : 0;
+  if (!hidden)
+    return moe__fail(&p->env, MOE_E_IO, "embedding: %s failed", moe_backend_name(&p->env));
+  count = (size_t)p->seq_start[n] * H;
   for (k = 0; k < count; ++k)
     if (!moe__is_finite(hidden[k]))
       return moe__fail(&p->env, MOE_E_NONFINITE, "token %zu: a hidden state is not finite", k / H);

@@ -268,14 +268,15 @@ static void test_poison_trained_weights_are_downloaded_for_whoever_reads_them(vo
   CHECK(!memcmp(hash[0], hash[1], sizeof hash[0]), "quantised, adapted, extracted, read or freed");
 }
 
-/* A predictor on the device: text in, the CPU's probabilities out. */
+/* A predictor on the device: text in, the CPU's probabilities and embeddings out. */
 static void test_poison_predicts_as_the_cpu(void) {
   moe_env env = models_env(MOE_ISA_AUTO), on = env;
   moe_backend b = poison_backend();
   moe_model *model = poison_model(MOE_ROUTER_TASK, 0, &env);
   moe_predictor *p = NULL;
   char vocab[1024] = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n";
-  float scores[2][MOE_MAX_CLASSES];
+  const char *text = "word7 word9 what word30";
+  float scores[2][MOE_MAX_CLASSES], embedding[2][20];
   int i, best[2];
   for (i = 4; i < 50; ++i) snprintf(vocab + strlen(vocab), 20, "word%d\n", i);
   on.backend = &b;
@@ -284,12 +285,13 @@ static void test_poison_predicts_as_the_cpu(void) {
   memset(scores, 0, sizeof scores);
   for (i = 0; i < 2; ++i) {
     CHECK(!moe_predictor_create(&p, model, 3, i ? &on : &env), "%s", said);
-    CHECK(!moe_predict_text(p, 1, "word7 word9 what word30", NULL, scores[i], &best[i]), "%s",
-          said);
+    CHECK(!moe_predict_text(p, 1, text, NULL, scores[i], &best[i]), "%s", said);
+    CHECK(!moe_predict_embed(p, 1, MOE_POOLING_MEAN, &text, NULL, 1, embedding[i]), "%s", said);
     moe_predictor_free(p);
   }
   CHECK(!memcmp(scores[0], scores[1], sizeof scores[0]) && best[0] == best[1], "%g against %g",
         (double)scores[0][0], (double)scores[1][0]);
+  CHECK(!memcmp(embedding[0], embedding[1], sizeof embedding[0]), "embeddings");
   moe_model_free(model);
   POISON_IS_CLEAN();
 }

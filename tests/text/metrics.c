@@ -172,6 +172,8 @@ static void test_metrics_by_name_are_those_of_the_functions(void) {
   CHECK(moe_metric("spearman", &task, a, t, 8, room, &d) ==
             moe_metric_spearman(a, t, 8, scratch, NULL),
         "Spearman");
+  CHECK(moe_metric("spearman", &task, a, t, 8, NULL, &d) == 0 && d == 0, "no room for ranks");
+  d = 1;
   CHECK(d == 1 && moe_metric("accurate", &task, a, t, 8, NULL, &d) == 0 && d == 0, "unknown");
   CHECK(moe_metric_name(name, &task, 0) && !strcmp(name, "accuracy"), "default: %s", name);
   CHECK(!moe_metric_name(name, &task, 1), "one metric alone");
