@@ -1047,7 +1047,9 @@ MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size
 /* A model whose weights stay in the file's bytes (mapped, or in flash), which must outlive it and
    are never written to. Such a model cannot be trained. MOE_E_FORMAT with the tensor's name where
    the file is not one of moe.h, is damaged, or has another order of tensors; the weights themselves
-   are not looked at. */
+   are not checked. A mapped file that another program cuts short in place raises SIGBUS at the next
+   read. One that is replaced under its name, as moe_file_replace does, stays as it was; where
+   neither is certain, use moe_file_read instead of a mapping. */
 MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file_bytes, void *block,
                                   size_t bytes, const moe_env *env);
 
@@ -9411,7 +9413,8 @@ typedef struct moe__kind {
   int32_t least, most; /* number of classes; most 1: the task has no classes but one score, with a
                           range in place of label names */
   int32_t spans;       /* the head reads [CLS] and the means of this many spans, 0 or 2 */
-  int32_t ranked_by;   /* score that ranks the rows of a group; -1: each row is an answer */
+  int ranked; /* 1: a row is one choice of a group, where the largest logit of class 1 wins;
+                          0: each row is a question of its own */
   moe__loss loss;
 } moe__kind;
 
@@ -9442,10 +9445,10 @@ static float moe__loss_square(float *dscore, float *row, float label, int32_t cl
 
 /* In the order of moe_kind. MOE__KINDS_MORE is for a test, which adds a row of its own. */
 static const moe__kind moe__kinds[] = {
-    {"classification", 2, MOE_MAX_CLASSES, 0, -1, MOE__LOSS(moe__loss_classes)},
-    {"regression", 1, 1, 0, -1, MOE__LOSS(moe__loss_square)},
+    {"classification", 2, MOE_MAX_CLASSES, 0, 0, MOE__LOSS(moe__loss_classes)},
+    {"regression", 1, 1, 0, 0, MOE__LOSS(moe__loss_square)},
     {"ranking", 2, 2, 0, 1, MOE__LOSS(moe__loss_classes)},
-    {"span", 2, MOE_MAX_CLASSES, 2, -1, MOE__LOSS(moe__loss_classes)},
+    {"span", 2, MOE_MAX_CLASSES, 2, 0, MOE__LOSS(moe__loss_classes)},
 #ifdef MOE__KINDS_MORE
     MOE__KINDS_MORE
 #endif
@@ -17682,7 +17685,7 @@ static const char *moe__task_difference(const moe_task *a, const moe_task *b) {
   if (a->pair != b->pair) return "pair";
   if (a->max_len != b->max_len) return "max_len";
   if (a->classes != b->classes) return "number of classes";
-  if (a->kind == MOE_KIND_REGRESSION)
+  if (!moe__has_classes(a))
     return a->low < b->low || a->low > b->low || a->high < b->high || a->high > b->high ? "range"
                                                                                         : NULL;
   for (i = 0; i < a->classes; ++i)
@@ -19109,7 +19112,7 @@ MOE_API double moe_metric_ranking(const float *answer, const float *label, size_
 MOE_API int moe_metric_name(char name[MOE_NAME_BYTES], const moe_task *task, int32_t index) {
   const char *list = task->metrics;
   size_t begin = 0, end;
-  if (!list[0]) list = task->kind == MOE_KIND_REGRESSION ? "pearson,spearman" : "accuracy";
+  if (!list[0]) list = moe__has_classes(task) ? "accuracy" : "pearson,spearman";
   for (;; begin = end + 1) {
     for (end = begin; end < MOE_NAME_BYTES - 1 && list[end] && list[end] != ',';) ++end;
     if (index-- == 0) break;
@@ -19129,10 +19132,10 @@ MOE_API double moe_metric(const char *name, const moe_task *task, const float *a
   if (!strcmp(name, "pearson")) return moe_metric_pearson(answer, label, n, defined);
   if (!strcmp(name, "spearman") && scratch)
     return moe_metric_spearman(answer, label, n, scratch, defined);
-  if (task->kind == MOE_KIND_REGRESSION) return moe__metric(0, 0, defined);
+  if (!moe__has_classes(task)) return moe__metric(0, 0, defined);
   if (!strcmp(name, "accuracy"))
-    return task->kind == MOE_KIND_RANKING ? moe_metric_ranking(answer, label, n, defined)
-                                          : moe__metric_accuracy(&r, defined);
+    return moe__kind_of(task)->ranked ? moe_metric_ranking(answer, label, n, defined)
+                                      : moe__metric_accuracy(&r, defined);
   if (!strcmp(name, "f1")) return moe__metric_f1(&r, defined);
   if (!strcmp(name, "macro_f1")) return moe__metric_macro_f1(&r, task->classes, defined);
   if (!strcmp(name, "matthews")) return moe__metric_matthews(&r, task->classes, defined);
@@ -19197,11 +19200,11 @@ MOE_API moe_status moe_answers(float *answer, const moe_task *task, const float 
                                int32_t stride, int32_t n, const int32_t *group, int32_t *winner,
                                const moe_env *env) {
   int32_t i;
-  if (task->kind == MOE_KIND_RANKING)
+  if (moe__kind_of(task)->ranked)
     return moe__rank_groups(answer, logits, stride, n, group, winner, env);
   for (i = 0; i < n; ++i) {
     const float *row = logits + (size_t)i * (size_t)stride;
-    answer[i] = task->kind == MOE_KIND_REGRESSION ? row[0] : (float)moe__best_class(row, task);
+    answer[i] = moe__has_classes(task) ? (float)moe__best_class(row, task) : row[0];
   }
   return MOE_OK;
 }
@@ -19425,7 +19428,7 @@ static moe_status moe__predict_run(moe_predictor *p, const moe__inputs *in) {
   batch.ids = p->ids;
   batch.segments = p->model->config.segments > 1 ? p->segments : NULL;
   batch.task = p->task;
-  batch.span = p->model->tasks[in->task].kind == MOE_KIND_SPAN ? p->span : NULL;
+  batch.span = moe__kind_of(&p->model->tasks[in->task])->spans ? p->span : NULL;
   return moe_forward(p->context, p->scores, &batch, &p->env);
 }
 
@@ -19434,7 +19437,7 @@ static void moe__predict_finish(moe_predictor *p, const moe_task *task, int32_t 
   int32_t i;
   for (i = 0; i < n; ++i) {
     float *row = p->scores + (size_t)i * (size_t)p->model->max_classes;
-    int regression = task->kind == MOE_KIND_REGRESSION;
+    int regression = !moe__has_classes(task);
     if (best) best[i] = regression ? 0 : (int)moe__best_class(row, task);
     if (!regression && p->output == MOE_OUTPUT_PROBABILITIES)
       moe_cross_entropy_forward(row, row, 0, task->classes);
@@ -19451,7 +19454,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
   moe_status status = moe__predict_check(p, task, n);
   if (status) return status;
   kind = &p->model->tasks[task];
-  if (!chars != (kind->kind != MOE_KIND_SPAN))
+  if (!chars != !moe__kind_of(kind)->spans)
     return moe__fail(&p->env, MOE_E_ARGUMENT, "task '%s' %s", kind->name,
                      chars ? "takes no spans"
                            : "needs two spans with each input: moe_predict_spans");

@@ -5,7 +5,10 @@
 #include "test.h"
 #include "models.h"
 #if defined(__unix__) || defined(__APPLE__)
+#include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>

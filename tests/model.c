@@ -1,11 +1,19 @@
-/* Whole models: tensors and sizes, scores against PyTorch, routers of every kind, tasks taken out and
+/* Whole models: tensors and sizes, kinds of tasks, scores against PyTorch, routers of every kind, tasks taken out and
    added, what the papers ask for. */
+#include <stdint.h>
+
+/* A kind of tasks beside those of the library: model/kinds.c. */
+static float kinds_absolute_loss(float *dscore, float *row, float label, int32_t classes,
+                                 int32_t batch_size);
+#define MOE__KINDS_MORE {"absolute", 1, 1, 0, 0, kinds_absolute_loss},
+
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
 #include "models.h"
 
 #include "model/model.c"
+#include "model/kinds.c"
 #include "model/level.c"
 #include "model/extract.c"
 #include "model/adapt.c"
@@ -18,6 +26,7 @@
 int main(int argc, char **argv) {
   test_begin(argc, argv);
   PART(model);
+  PART(kinds);
   PART(level);
   PART(extract);
   PART(adapt);

@@ -675,6 +675,176 @@ static void test_files_pipes_and_links(void) {
 #endif
 }
 
+/* The members of a header in the other order, but for its metadata; the data stay. */
+static void files_reverse_header(models_file *s) {
+  size_t bytes = (size_t)s->data[0] | (size_t)s->data[1] << 8 | (size_t)s->data[2] << 16, n = 0;
+  char *old = (char *)malloc(bytes + 1), *at, *to = (char *)s->data + 8, *member[200];
+  memcpy(old, to, bytes);
+  old[bytes] = 0;
+  while (old[bytes - 1] == ' ') --bytes;
+  old[bytes - 1] = 0; /* its closing brace */
+  at = strstr(old, ",\"embeddings.");
+  to += at - old;
+  for (; at && n < 200; at = strstr(at + 1, ",\"")) /* also those within a member */
+    if (at[-1] == '}') member[n++] = at;
+  while (n-- > 0) {
+    size_t length = strlen(member[n]);
+    memcpy(to, member[n], length);
+    to += length;
+    *member[n] = 0;
+  }
+  free(old);
+}
+
+static void test_files_read_tensors_in_any_order(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *small, *back = NULL;
+  models_file s = models_written(model, &env), again;
+  size_t bytes;
+  int round;
+  CHECK(s.used, "%s", said);
+  files_reverse_header(&s);
+  CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_OK, "%s", said);
+  CHECK(same_models(model, moe_model_weights(model), back), "the model");
+  again = models_written(back, &env);
+  CHECK(again.used == s.used && memcmp(again.data, s.data, s.used), "it has its own order again");
+  CHECK(moe_model_open_size(s.data, s.used, &bytes, &env) == MOE_E_FORMAT &&
+            strstr(said, "not listed in the order of their bytes"),
+        "%s", said);
+  free(s.data);
+  free(again.data);
+  moe_model_free(back);
+  moe_model_free(model);
+  for (round = 0; round < 2; ++round) { /* quantised, dense */
+    small = small_model(MOE_ROUTER_DENSE, &env);
+    if (round == 0) CHECK(!moe_model_quantize(&model, small, &env), "%s", said);
+    if (round == 0) moe_model_free(small);
+    if (round == 1) model = small;
+    s = models_written(model, &env);
+    again = models_written(model, &env);
+    files_reverse_header(&s);
+    back = NULL;
+    CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_OK, "%s", said);
+    free(s.data);
+    s = models_written(back, &env);
+    CHECK(s.used == again.used && !memcmp(s.data, again.data, s.used), "round %d", round);
+    free(s.data);
+    free(again.data);
+    moe_model_free(back);
+    moe_model_free(model);
+  }
+}
+
+#ifdef HAVE_POSIX
+enum { FILES_WRITERS = 4, FILES_ROUNDS = 30, FILES_BYTES = 40000 };
+
+/* One letter, many times. */
+static moe_status files_write_letter(void *user, const moe_writer *writer, const moe_env *env) {
+  char text[1000];
+  int i;
+  (void)env;
+  memset(text, *(const char *)user, sizeof text);
+  for (i = 0; i < FILES_BYTES / 1000; ++i)
+    if (writer->write(writer->user, text, sizeof text)) return MOE_E_IO;
+  return MOE_OK;
+}
+
+/* Whether the file is one writer's from end to end. */
+static int files_one_letter(const char *path, const moe_env *env) {
+  void *data;
+  size_t bytes, i;
+  int good;
+  if (moe_file_read(&data, &bytes, path, env)) return 0;
+  good = bytes == FILES_BYTES;
+  for (i = 1; i < bytes; ++i) good &= ((char *)data)[i] == ((char *)data)[0];
+  moe_free(data);
+  return good;
+}
+
+static void *files_writer(void *letter) {
+  moe_env env;
+  int i;
+  moe_env_init(&env, MOE_ISA_SCALAR);
+  for (i = 0; i < FILES_ROUNDS; ++i)
+    if (moe_file_replace("build/files_shared", files_write_letter, letter, &env) ||
+        !files_one_letter("build/files_shared", &env))
+      return letter;
+  return NULL;
+}
+
+/* Writes half of a file and is killed. */
+static moe_status files_killed(void *user, const moe_writer *writer, const moe_env *env) {
+  (void)user, (void)env;
+  writer->write(writer->user, "half", 4);
+  raise(SIGKILL);
+  return MOE_OK;
+}
+#endif
+
+static void test_files_writers_do_not_share_a_temporary(void) {
+#ifdef HAVE_POSIX
+  static char letter[FILES_WRITERS] = {'a', 'b', 'c', 'd'};
+  pthread_t thread[FILES_WRITERS];
+  moe_env env = models_env(MOE_ISA_AUTO);
+  void *failed = NULL, *any = NULL;
+  int i, there, status;
+  pid_t child;
+  for (i = 0; i < FILES_WRITERS; ++i)
+    CHECK(!pthread_create(&thread[i], NULL, files_writer, &letter[i]), "thread %d", i);
+  for (i = 0; i < FILES_WRITERS; ++i) {
+    pthread_join(thread[i], &failed);
+    if (failed) any = failed;
+  }
+  CHECK(!any, "writer %c", *(char *)any);
+  for (i = 0; i < FILES_WRITERS; ++i) {
+    char name[64];
+    snprintf(name, sizeof name, i ? "build/files_shared.tmp%d" : "build/files_shared.tmp", i);
+    exists(name, &there);
+    CHECK(!there, "%s is left over", name);
+  }
+  child = fork();
+  if (child == 0) {
+    moe_file_replace("build/files_shared", files_killed, NULL, NULL);
+    _exit(0);
+  }
+  CHECK(child > 0 && waitpid(child, &status, 0) == child && WIFSIGNALED(status), "a child");
+  exists("build/files_shared.tmp", &there);
+  CHECK(there && files_one_letter("build/files_shared", &env), "what it leaves");
+  CHECK(!moe_file_replace("build/files_shared", files_write_letter, letter, &env), "%s", said);
+  exists("build/files_shared.tmp", &there);
+  CHECK(!there && files_one_letter("build/files_shared", &env), "the next writer takes it away");
+  unlink("build/files_shared");
+#else
+  SKIP("no processes to kill here");
+#endif
+}
+
+static void test_files_temporary_of_a_living_writer_stays(void) {
+#if defined(HAVE_POSIX) && defined(LOCK_EX)
+  static const char *const stale[] = {"build/files_alive.tmp1", "build/files_alive.tmp15"};
+  char letter = 'x';
+  moe_env env = models_env(MOE_ISA_AUTO);
+  int fd = open("build/files_alive.tmp", O_CREAT | O_RDWR, 0600), i, there;
+  CHECK(fd >= 0 && !flock(fd, LOCK_EX), "build/files_alive.tmp");
+  for (i = 0; i < 2; ++i) fclose(fopen(stale[i], "wb"));
+  CHECK(!moe_file_replace("build/files_alive", files_write_letter, &letter, &env), "%s", said);
+  CHECK(files_one_letter("build/files_alive", &env), "the file");
+  for (i = 0; i < 2; ++i) {
+    exists(stale[i], &there);
+    CHECK(!there, "%s is left over", stale[i]);
+  }
+  exists("build/files_alive.tmp", &there);
+  CHECK(there, "the living one's");
+  close(fd);
+  CHECK(!moe_file_replace("build/files_alive", files_write_letter, &letter, &env), "%s", said);
+  exists("build/files_alive.tmp", &there);
+  CHECK(!there, "its writer is gone");
+  unlink("build/files_alive");
+#else
+  SKIP("no locks here");
+#endif
+}
+
 static void run_files(void) {
   RUN(test_files_round_trip_is_bit_exact);
   RUN(test_files_open_in_place);
@@ -691,4 +861,7 @@ static void run_files(void) {
   RUN(test_files_leftovers_are_no_obstacle);
   RUN(test_files_open_files_are_written_to);
   RUN(test_files_pipes_and_links);
+  RUN(test_files_read_tensors_in_any_order);
+  RUN(test_files_writers_do_not_share_a_temporary);
+  RUN(test_files_temporary_of_a_living_writer_stays);
 }
