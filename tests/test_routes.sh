@@ -6,7 +6,8 @@ data=../examples/data tasks=query_wellformedness,intent_match,snips_intents,pros
 CC=${CC:-cc}
 for p in train routes; do program $p || { fail test_routes_compiles; finish; }; done
 ok test_routes_compiles
-small="--data $data --layers 2 --hidden 32 --ffn 64 --heads 2 --threads 1 --from-scratch --max-len 24"
+small="--data $data --layers 2 --hidden 32 --ffn 64 --heads 2 --threads 1 --from-scratch"
+small="$small --max-len 24"
 make_model() { "$tmp/train" $small "$@" > "$tmp/log" 2>&1 ||
   { fail test_routes_has_a_model "$(tail -n 3 "$tmp/log")"; finish; }; }
 make_model --tasks $tasks --systems tag --experts 3 --steps 15 --save "$tmp/early.safetensors"
@@ -17,35 +18,59 @@ make_model --tasks pros_cons,intent_match --systems tag --experts 3 --top-k 3 --
 make_model --tasks $tasks --systems dense --steps 2 --save "$tmp/dense.safetensors"
 run() { "$tmp/routes" --data $data "$@"; }
 
-if run "$tmp/late.safetensors" --rows 50 --checkpoints "$tmp/early.safetensors,$tmp/state.safetensors" --text --csv "$tmp/r.csv" --html "$tmp/r.html" \
-   > "$tmp/text" 2> "$tmp/err" && [ ! -s "$tmp/err" ]; then ok test_routes_makes_all_three;
-   else fail test_routes_makes_all_three "$(cat "$tmp/err")"; finish; fi
+moments=$tmp/early.safetensors,$tmp/state.safetensors
+if run "$tmp/late.safetensors" --rows 50 --checkpoints "$moments" --text --csv "$tmp/r.csv" \
+    --html "$tmp/r.html" > "$tmp/text" 2> "$tmp/err" && [ ! -s "$tmp/err" ]; then
+  ok test_routes_makes_all_three
+else
+  fail test_routes_makes_all_three "$(cat "$tmp/err")"
+  finish
+fi
 csv=$tmp/r.csv html=$tmp/r.html
 bad=$(awk -F, 'NF != 7' "$csv" | head -n 3)
 if [ -z "$bad" ]; then ok test_routes_csv_has_seven_columns
 else fail test_routes_csv_has_seven_columns "$bad"; fi
 
 # shares of a task in a layer sum to 1
-sums() { awk -F, -v n="$2" '$1 ~ /^share/ { s[$1 $2 "," $3 "," $4] += $7 } END { for (k in s) { ++c; if (s[k] < 0.99999 || s[k] > 1.00001) print k, s[k] } if (c != n) print c " sums" }' "$1"; }
+sums() { # CSV COUNT
+  awk -F, -v n="$2" '$1 ~ /^share/ { s[$1 $2 "," $3 "," $4] += $7 }
+    END {
+      for (k in s) {
+        ++c
+        if (s[k] < 0.99999 || s[k] > 1.00001) print k, s[k]
+      }
+      if (c != n) print c " sums"
+    }' "$1"
+}
 bad=$(sums "$csv" 32) # 4 tasks x 2 layers, of the model and of three moments
 [ -z "$bad" ] && ok test_routes_shares_sum_to_one || fail test_routes_shares_sum_to_one "$bad"
-bad=$(awk -F, '$1 == "share" { s[$3 $4 $5] = $7 } $1 == "share_over_time" && $2 != "early" && s[$3 $4 $5] != $7' "$csv")
+bad=$(awk -F, '$1 == "share" { s[$3 $4 $5] = $7 }
+  $1 == "share_over_time" && $2 != "early" && s[$3 $4 $5] != $7' "$csv")
 if [ -z "$bad" ]; then ok test_routes_checkpoint_and_model_are_the_same
 else fail test_routes_checkpoint_and_model_are_the_same "$bad"; fi
 
 # every number of the pictures is the CSV's, and none is missing
 tips() { # CSV HTML: the numbers of both, to $tmp/a and $tmp/b
-awk -F, '$1 ~ /^(share|share_over_time|decided|temperature|overlap|join|change_without|pearson|p_value)$/ {
-  k = $1; if ($2 != "") k = k " " $2; if ($3 != "") k = k " " $3; if ($4 != "") k = k " layer " $4; if ($5 != "") k = k " expert " $5
-  if ($6 != "") k = k " " $6; print k ": " $7 }' "$1" | sort > "$tmp/a"
-sed 's/<title>/\n<title>/g' "$2" | sed -n 's/^<title>\([^<]*: [^<]*\)<.*/\1/p' | sort > "$tmp/b"
+  shown='^(share|share_over_time|decided|temperature|overlap|join|change_without|pearson|p_value)$'
+  awk -F, -v shown="$shown" '$1 ~ shown {
+    k = $1
+    if ($2 != "") k = k " " $2
+    if ($3 != "") k = k " " $3
+    if ($4 != "") k = k " layer " $4
+    if ($5 != "") k = k " expert " $5
+    if ($6 != "") k = k " " $6
+    print k ": " $7
+  }' "$1" | sort > "$tmp/a"
+  sed 's/<title>/\n<title>/g' "$2" | sed -n 's/^<title>\([^<]*: [^<]*\)<.*/\1/p' |
+    sort > "$tmp/b"
 }
 tips "$csv" "$html"
 if [ "$(wc -l < "$tmp/a")" -gt 200 ] &&
     cmp -s "$tmp/a" "$tmp/b"; then ok test_routes_html_shows_the_csv_s_numbers
 else fail test_routes_html_shows_the_csv_s_numbers "$(diff "$tmp/a" "$tmp/b" | head -n 5)"; fi
 bad=$(sed -n 's/^<g><title>share [^:]*: \([0-9.e-]*\)<.*">\([0-9]*\)<\/text><\/g>$/\1 \2/p' \
-  "$html" | awk '{ ++n; d = 100 * $1 - $2; if (d > 0.501 || d < -0.501) print } END { if (n < 10) print n " cells" }')
+  "$html" | awk '{ ++n; d = 100 * $1 - $2; if (d > 0.501 || d < -0.501) print }
+    END { if (n < 10) print n " cells" }')
 if [ -z "$bad" ]; then ok test_routes_squares_show_their_numbers
 else fail test_routes_squares_show_their_numbers "$bad"; fi
 bad=$(awk -F, '$1 == "metric" { print $3 "</td><td class=\"w\">" $6 "</td><td>" $7 "<" }' "$csv" |
@@ -65,8 +90,8 @@ if ! grep -qiE '<script|<link|<img|src=|href=|url\(|@import|https?:' "$html" &&
 then
   ok test_routes_html_stands_alone
 else
-  fail test_routes_html_stands_alone "$(grep -oiE \
-      '<script|<link|<img|src=|href=|url\(|@import|https?:' "$html" | head -n 3)"
+  fail test_routes_html_stands_alone \
+    "$(grep -oiE '<script|<link|<img|src=|href=|url\(|@import|https?:' "$html" | head -n 3)"
 fi
 if have xmllint; then
   sed -e 's/<!DOCTYPE html>//' -e 's/<meta \([^>]*\)>/<meta \1\/>/g' "$html" > "$tmp/x.xml"
@@ -75,18 +100,43 @@ if have xmllint; then
 else skip test_routes_html_is_well_formed "there is no xmllint here"; fi
 
 # statistics by other means: overlap from the shares; Pearson's r; with four tasks p = 1 - |r|
-bad=$(awk -F, '$1 == "share" { s[$3, $4, $5] = $7 } $1 == "overlap" { v = 0; for (l = 1; l < 3; ++l) for (i = 1; i < 4; ++i) { a = s[$3, l, i]; b = s[$6, l, i]; v += (a < b ? a : b) / 2 }
-  ++n; if (v - $7 > 2e-5 || $7 - v > 2e-5) print } END { if (n != 16) print n " overlaps" }' "$csv")
+bad=$(awk -F, '$1 == "share" { s[$3, $4, $5] = $7 }
+  $1 == "overlap" {
+    v = 0
+    for (l = 1; l < 3; ++l)
+      for (i = 1; i < 4; ++i) {
+        a = s[$3, l, i]
+        b = s[$6, l, i]
+        v += (a < b ? a : b) / 2
+      }
+    ++n
+    if (v - $7 > 2e-5 || $7 - v > 2e-5) print
+  }
+  END { if (n != 16) print n " overlaps" }' "$csv")
 [ -z "$bad" ] && ok test_routes_overlap_is_right || fail test_routes_overlap_is_right "$bad"
-bad=$(awk -F, '$1 == "share" { s[$3, $4, $5] = $7; t[$3] } $1 == "feature" { f[$3, $6] = $7 } $1 == "pearson" { x = y = xx = yy = xy = 0
-  for (k in t) { a = f[k, $6]; b = s[k, $4, $5]; x += a; y += b; xx += a * a; yy += b * b; xy += a * b }
-  r = (xy - x * y / 4) / sqrt((xx - x * x / 4) * (yy - y * y / 4)); ++n; if (r - $7 > 1e-3 || $7 - r > 1e-3) print $0, r } END { if (n < 20) print n " correlations" }' "$csv")
+bad=$(awk -F, '$1 == "share" { s[$3, $4, $5] = $7; t[$3] }
+  $1 == "feature" { f[$3, $6] = $7 }
+  $1 == "pearson" {
+    x = y = xx = yy = xy = 0
+    for (k in t) {
+      a = f[k, $6]
+      b = s[k, $4, $5]
+      x += a; y += b; xx += a * a; yy += b * b; xy += a * b
+    }
+    r = (xy - x * y / 4) / sqrt((xx - x * x / 4) * (yy - y * y / 4))
+    ++n
+    if (r - $7 > 1e-3 || $7 - r > 1e-3) print $0, r
+  }
+  END { if (n < 20) print n " correlations" }' "$csv")
 [ -z "$bad" ] && ok test_routes_pearson_is_right || fail test_routes_pearson_is_right "$bad"
-bad=$(awk -F, '$1 == "pearson" { r = $7 < 0 ? -$7 : $7; next } $1 == "p_value" { ++n; d = 1 - r - $7; if (d > 2e-5 || d < -2e-5) print $0, 1 - r } END { if (n < 20) print n " p-values" }' "$csv")
+bad=$(awk -F, '$1 == "pearson" { r = $7 < 0 ? -$7 : $7; next }
+  $1 == "p_value" { ++n; d = 1 - r - $7; if (d > 2e-5 || d < -2e-5) print $0, 1 - r }
+  END { if (n < 20) print n " p-values" }' "$csv")
 [ -z "$bad" ] && ok test_routes_p_values_are_right || fail test_routes_p_values_are_right "$bad"
 
 # several threads, plain C: the same numbers
-run "$tmp/late.safetensors" --rows 50 --checkpoints "$tmp/early.safetensors,$tmp/state.safetensors" --threads 3 --isa scalar --csv "$tmp/s.csv"
+run "$tmp/late.safetensors" --rows 50 --checkpoints "$moments" --threads 3 --isa scalar \
+  --csv "$tmp/s.csv"
 if cmp -s "$csv" "$tmp/s.csv"; then ok test_routes_threads_and_scalar_are_the_same
 else fail test_routes_threads_and_scalar_are_the_same; fi
 # two tasks, and experts that cannot be spared
@@ -106,7 +156,8 @@ cat > "$tmp/blocks.c" << 'END'
 #include <stdio.h>
 #define MOE_IMPLEMENTATION
 #include "moe.h"
-int main(int argc, char **argv) { /* FROM TO: an untrained model of blocks with the tasks and words of another model */
+/* FROM TO: an untrained model of blocks with the tasks and words of another model */
+int main(int argc, char **argv) {
   moe_env env;
   moe_model *from, *to;
   moe_config config;
@@ -115,7 +166,8 @@ int main(int argc, char **argv) { /* FROM TO: an untrained model of blocks with 
   const char *vocab;
   size_t bytes, j;
   int i;
-  if (argc != 3 || moe_env_init(&env, MOE_ISA_AUTO) || moe_model_load(&from, argv[1], &env)) return 1;
+  if (argc != 3 || moe_env_init(&env, MOE_ISA_AUTO)) return 1;
+  if (moe_model_load(&from, argv[1], &env)) return 1;
   config = *moe_model_config(from);
   config.unit = MOE_UNIT_BLOCK;
   config.router = MOE_ROUTER_TASK_LEVEL;
@@ -123,9 +175,11 @@ int main(int argc, char **argv) { /* FROM TO: an untrained model of blocks with 
   config.gate_scale_n = 0;
   for (i = 0; i < 4; ++i) tasks[i] = *moe_model_task(from, i);
   vocab = moe_model_vocab(from, &bytes);
-  if (moe_model_create(&to, &config, tasks, 4, 3, &env) || moe_model_set_vocab(to, vocab, bytes, &env)) return 1;
+  if (moe_model_create(&to, &config, tasks, 4, 3, &env)) return 1;
+  if (moe_model_set_vocab(to, vocab, bytes, &env)) return 1;
   for (i = 0; i < moe_model_tensors(to); ++i)
-    if (!moe_model_tensor(to, i, &tensor) && (strstr(tensor.name, "router") || strstr(tensor.name, "vectors")))
+    if (!moe_model_tensor(to, i, &tensor) &&
+        (strstr(tensor.name, "router") || strstr(tensor.name, "vectors")))
       for (j = 0; j < tensor.count; ++j) moe_model_weights(to)[tensor.offset + j] *= 20;
   return moe_model_save(to, argv[2], &env) != MOE_OK;
 }
@@ -136,7 +190,8 @@ if $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O0 -I.. -o "$tmp/blocks" \
    run "$tmp/b.safetensors" --rows 10 --checkpoints "$tmp/a.safetensors" --tau 100000,0.01 \
    --text --csv "$tmp/b.csv" --html "$tmp/b.html" > "$tmp/text" &&
    [ -z "$(sums "$tmp/b.csv" 24)" ] && grep -q 'Weight of a block' "$tmp/text" &&
-   awk -F, '$1 == "decided" { v[++n] = $7 } END { exit !(n == 4 && v[1] < 0.4 && v[2] < 0.4 && v[3] > 0.8 && v[4] > 0.8) }' "$tmp/b.csv"
+   awk -F, '$1 == "decided" { v[++n] = $7 }
+     END { exit !(n == 4 && v[1] < 0.4 && v[2] < 0.4 && v[3] > 0.8 && v[4] > 0.8) }' "$tmp/b.csv"
 then ok test_routes_takes_blocks_and_temperatures
 else fail test_routes_takes_blocks_and_temperatures "$(grep decided "$tmp/b.csv")"; fi
 
@@ -149,12 +204,21 @@ if program tasklevel && "$tmp/tasklevel" --data $data --tasks pros_cons,intent_m
    --text --csv "$tmp/h.csv" --html "$tmp/h.html" > "$tmp/text" 2> "$tmp/err"
 then ok test_routes_takes_a_history
 else fail test_routes_takes_a_history "$(tail -n 3 "$tmp/log" "$tmp/err")"; fi
-bad=$(awk -F, 'NR == FNR { if ($1 == 2) p["step_" $6, $8, $9, $10] = $11; next } $1 == "share_over_time" && $2 ~ /^step/ { ++n; if (p[$2, $3, $4, $5] != $7) print }
+bad=$(awk -F, 'NR == FNR { if ($1 == 2) p["step_" $6, $8, $9, $10] = $11; next }
+  $1 == "share_over_time" && $2 ~ /^step/ { ++n; if (p[$2, $3, $4, $5] != $7) print }
   END { if (n != 11 * 18) print n " shares" }' "$tmp/looks.csv" "$tmp/h.csv" | head -n 3)
 if [ -z "$bad" ]; then ok test_routes_history_is_tasklevel_s
 else fail test_routes_history_is_tasklevel_s "$bad"; fi
-if awk -F, '$1 == "temperature" { if (n++ && $7 > last + 1e-6) bad = 1; if (n == 1) first = $7; last = $7 } $1 == "decided" && $2 == "step_0" { early += $7 }
-     $1 == "decided" && $2 == "step_30" { late += $7 } END { exit !(n == 12 && !bad && first == 2 && last < 0.11 && late > early + 0.5) }' "$tmp/h.csv"
+if awk -F, '$1 == "temperature" {
+    if (n++ && $7 > last + 1e-6) bad = 1
+    if (n == 1) first = $7
+    last = $7
+  }
+  $1 == "decided" && $2 == "step_0" { early += $7 }
+  $1 == "decided" && $2 == "step_30" { late += $7 }
+  END {
+    exit !(n == 12 && !bad && first == 2 && last < 0.11 && late > early + 0.5)
+  }' "$tmp/h.csv"
 then
   ok test_routes_become_discrete_as_the_temperature_falls
 else
@@ -162,10 +226,12 @@ else
 fi
 tips "$tmp/h.csv" "$tmp/h.html"
 if [ "$(wc -l < "$tmp/a")" -gt 200 ] && cmp -s "$tmp/a" "$tmp/b" &&
-    grep -q 'Temperature of the router' "$tmp/h.html"; then ok \
-    test_routes_html_of_a_history_shows_the_csv_s_numbers
-else fail test_routes_html_of_a_history_shows_the_csv_s_numbers \
-  "$(diff "$tmp/a" "$tmp/b" | head -n 5)"; fi
+    grep -q 'Temperature of the router' "$tmp/h.html"; then
+  ok test_routes_html_of_a_history_shows_the_csv_s_numbers
+else
+  fail test_routes_html_of_a_history_shows_the_csv_s_numbers "$(diff "$tmp/a" "$tmp/b" |
+    head -n 5)"
+fi
 
 # bad input: exit status 1, a sentence, nothing on standard output
 refuses() { # NAME PATTERN ARGUMENTS
