@@ -16791,10 +16791,21 @@ static int moe__lock(int fd) {
 #endif
 }
 
+/* About the path itself where it is a symbolic link. glibc hides lstat from strict C (-std=c99
+   without _POSIX_C_SOURCE): then about what the link points to. */
+static int moe__stat_path(const char *path, struct stat *s) {
+#if defined(__GLIBC__) && !defined(__USE_XOPEN2K) && !defined(__USE_XOPEN_EXTENDED)
+  return stat(path, s);
+#else
+  return lstat(path, s);
+#endif
+}
+
 /* Whether the file that is open still has this name. */
 static int moe__is_same(int fd, const char *path) {
   struct stat a, b;
-  return !fstat(fd, &a) && !lstat(path, &b) && a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+  return !fstat(fd, &a) && !moe__stat_path(path, &b) && a.st_dev == b.st_dev &&
+         a.st_ino == b.st_ino;
 }
 
 /* Creates a file and takes its lock, so that others leave it alone. An older file of that name is
@@ -16815,7 +16826,7 @@ static int moe__already_there(void) { return errno == EEXIST; }
 static int moe__remove_stale(const char *path) {
   struct stat s;
   int fd, gone = 0;
-  if (lstat(path, &s)) return errno == ENOENT;
+  if (moe__stat_path(path, &s)) return errno == ENOENT;
   if (!S_ISREG(s.st_mode)) return !unlink(path);
   fd = open(path, O_RDONLY | O_NONBLOCK);
   if (fd < 0) return 0;
