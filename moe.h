@@ -150,11 +150,13 @@
      >>packing       packed weights, weights of 8 bits
      >>adapt         add a task, extract tasks
     >>batch         checks of what comes in
-     >>context       activations
+     >>arena         activations: what a context holds, and where
+     >>context       a context: its sizes, its block
      >>begin         before a pass: checks, keys of random numbers
      >>pass          a pass: forward and backward of a batch
      >>embeddings    embeddings
      >>block         a transformer block: attention, add & norm, experts, add & norm
+     >>block_experts gate, dispatch, experts and combine of a block
      >>task_gates    gates made of task vectors
      >>heads         heads and losses
      >>schedule      which thread computes which rows
@@ -11320,7 +11322,7 @@ MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batc
   return status;
 }
 
-/* ---- activations ---- >>context
+/* ---- activations: what a context holds, and where ---- >>arena
    A context has two parts. The host's: this struct, tables of pointers, keys of random numbers, how
    a batch is cut. And the arena: whatever ops read and write in a pass, one stretch of memory whose
    layout is a function of model and limits. The host itself reads nothing of the arena in a pass,
@@ -11643,6 +11645,8 @@ static void moe__context_carve(moe__layout *host, moe__layout *arena, moe_contex
   if (d.training) moe__carve_training(host, arena, c, &d);
   if (moe__on_device(env)) moe__carve_device(host, arena, c, &d);
 }
+
+/* ---- a context: its sizes, its block ---- >>context */
 
 /* Slots (tokens times k) are counted in int32_t, and so is the end of a tile of them, before it is
    cut. */
@@ -12658,7 +12662,7 @@ static void moe__add_norm_backward(const moe__block *b, int second) {
 }
 #endif
 
-/* 3. Experts */
+/* ---- 3. of a block: gate, dispatch, experts, combine ---- >>block_experts */
 
 static moe_route_options moe__gate_options(const moe__block *b) {
   const moe_config *config = &b->c->model->config;
