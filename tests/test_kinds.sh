@@ -3,7 +3,7 @@
 # counted here by awk and, where it is installed, by scikit-learn (MOE_PYTHON); and what train says
 # to groups and offsets that cannot be.
 . ./lib.sh
-program train || { fail test_kinds_compile; finish; }
+for p in train predict convert; do program $p || { fail test_kinds_compile; finish; }; done
 data=$tmp/data
 mkdir -p "$data/choose" "$data/sense" "$data/answer" "$data/once"
 cp ../examples/data/vocab.txt "$data/vocab.txt"
@@ -65,7 +65,9 @@ make_rows 1 240 train
 make_rows 2 120 dev
 train() { "$tmp/train" --data "$data" --from-scratch --systems tag --layers 1 --hidden 32 --ffn 64 \
   --heads 2 --max-len 24 --threads 1 --steps 40 "$@"; }
-if train --json "$tmp/run.json" --predictions "$tmp/said.tsv" > "$tmp/log" 2>&1; then
+model=$tmp/model.safetensors
+if train --json "$tmp/run.json" --predictions "$tmp/said.tsv" --save "$model" > "$tmp/log" 2>&1
+then
   ok test_kinds_train_together
 else
   fail test_kinds_train_together "$(tail -n 3 "$tmp/log")"; finish
@@ -103,7 +105,15 @@ same test_kinds_span_accuracy "$(value sense)" "$(cat "$tmp/counted")"
 awk -F '\t' '$1 == "answer" { tp += $4 && $5; fp += !$4 && $5; fn += $4 && !$5 }
   END { print 2 * tp / (2 * tp + fp + fn) }' OFMT=%.9g "$tmp/said.tsv" > "$tmp/counted"
 same test_kinds_f1a "$(value answer)" "$(cat "$tmp/counted")"
-if grep -q '"name": "once".*"defined": false' "$tmp/run.json" &&
+# the other programs follow the same rules: rankings by groups, spans, F1
+for t in choose sense answer; do
+  "$tmp/predict" "$model" $t --score < "$data/$t/dev.tsv" > "$tmp/said" 2>&1
+  same test_kinds_predict_scores_$t "$(value $t)" "$(awk 'NR == 1 { print $2 }' "$tmp/said")"
+  "$tmp/convert" "$model" "$tmp/one" --task $t --score "$data/$t/dev.tsv" > "$tmp/said" 2>&1
+  before=$(sed -n 's/^.* \([-0-9.]*\) before, .*/\1/p' "$tmp/said" | head -n 1)
+  same test_kinds_convert_scores_$t "$(value $t)" "$before"
+done
+if grep -q '"name": "once".*"defined": false'  "$tmp/run.json" &&
     grep -q '^MT-TaG.* 0.0?' "$tmp/log" && grep -q '^?: the metric has no value' "$tmp/log"
 then ok test_kinds_mark_an_undefined_metric
 else fail test_kinds_mark_an_undefined_metric "$(grep '^MT-TaG' "$tmp/log")"; fi

@@ -86,23 +86,23 @@ refuses a_foreign_file 'test_predict.sh: the first 8 bytes announce' '' test_pre
 refuses an_unknown_task 'has no task "mrpc", but query_wellformedness intent_match snips_intents' \
   '' "$model" mrpc
 refuses an_unknown_option 'unknown option --sore' '' "$model" snips_intents --sore
-refuses an_unknown_instruction_set 'this machine has no instruction set "sse"' '' \
+refuses an_unknown_instruction_set '--isa is auto|avx512|avx2|neon|scalar, not "sse"' '' \
   "$model" snips_intents --isa sse
-refuses a_bad_number '"two" is no number' '' "$model" snips_intents --threads two
-refuses too_few_columns 'line 2: 1 column, expected 2: task intent_match takes two texts' \
+refuses a_bad_number '--threads takes a whole number from 1 to 256, not "two"' '' "$model" snips_intents --threads two
+refuses too_few_columns 'stdin:2: 1 column, expected 2: task intent_match takes two texts' \
   'a\tb\nalone\n' "$model" intent_match
-refuses too_many_columns 'line 1: 2 columns, expected 1' 'a\tb\n' "$model" snips_intents
-refuses a_header_without_label 'line 1: the header has no column "label"' 'a\tsentence1\n' \
+refuses too_many_columns 'stdin:1: 2 columns, expected 1' 'a\tb\n' "$model" snips_intents
+refuses a_header_without_label 'stdin:1: there is no column "label"' 'a\tsentence1\n' \
   "$model" snips_intents --score
-refuses an_empty_file 'the input is empty' '' "$model" snips_intents --score
-refuses a_file_without_rows 'holds no rows' 'label\tsentence1\n' "$model" snips_intents --score
-refuses a_label_that_is_none 'line 3: label "x" is no number' 'label\tsentence1\n1\ta\nx\tb\n' \
+refuses an_empty_file 'stdin: the file is empty' '' "$model" snips_intents --score
+refuses a_file_without_rows 'stdin: there are no rows' 'label\tsentence1\n' "$model" snips_intents --score
+refuses a_label_that_is_none 'stdin:3: label "x" is not a number' 'label\tsentence1\n1\ta\nx\tb\n' \
   "$model" snips_intents --score
-refuses a_label_out_of_range 'line 2: label 7 is not within 0 .. 6' 'label\tsentence1\n7\ta\n' \
+refuses a_label_out_of_range 'stdin:2: label 7 is not one of 0 .. 6' 'label\tsentence1\n7\ta\n' \
   "$model" snips_intents --score
-refuses a_label_between_classes 'line 2: label 1.5 is no whole number' \
+refuses a_label_between_classes 'stdin:2: label 1.5 is not one of 0 .. 6' \
   'label\tsentence1\n1.5\ta\n' "$model" snips_intents --score
-refuses a_zero_byte 'line 1: a zero byte' 'a\000b\n' "$model" snips_intents
+refuses a_zero_byte 'stdin:1: a zero byte' 'a\000b\n' "$model" snips_intents
 if [ -c /dev/full ]; then
   "$tmp/predict" "$model" snips_intents < "$tmp/lines" > /dev/full 2> "$tmp/err"
   if [ $? -eq 1 ] && grep -q 'cannot be written' "$tmp/err"; then

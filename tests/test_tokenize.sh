@@ -36,12 +36,12 @@ refused test_tokenize_needs_a_vocabulary 'usage: tokenize VOCAB'
 refused test_tokenize_names_the_missing_file "$tmp/none" "$tmp/none"
 refused test_tokenize_names_the_missing_word 'none of its 2 lines is \[CLS\]' "$tmp/bad"
 refused test_tokenize_names_the_unknown_option 'unknown option --lower' "$tmp/vocab" --lower
-refused test_tokenize_wants_a_number 'not 12x' "$tmp/vocab" --max-len 12x
-refused test_tokenize_wants_a_number_after_max_len 'not nothing' "$tmp/vocab" --max-len
+refused test_tokenize_wants_a_number 'not "12x"' "$tmp/vocab" --max-len 12x
+refused test_tokenize_wants_a_number_after_max_len '--max-len needs a value' "$tmp/vocab" --max-len
 refused test_tokenize_wants_room_for_the_special_tokens 'max_len is 2' "$tmp/vocab" --max-len 2
 if [ -w /dev/full ]; then
   echo a | "$tmp/tokenize" "$tmp/vocab" > /dev/full 2> "$tmp/err"
-  if [ $? -eq 1 ] && grep -q 'writing failed' "$tmp/err"; then
+  if [ $? -eq 1 ] && grep -q 'standard output cannot be written' "$tmp/err"; then
     ok test_tokenize_tells_when_the_disk_is_full
   else
     fail test_tokenize_tells_when_the_disk_is_full

@@ -287,6 +287,8 @@ static inline void open_encoder(encoder *e, const char *folder) {
   const char *path = source.vocab ? source.vocab : printed("%s/vocab.txt", folder);
   moe_config *c = &e->config;
   void *file;
+  if (source.init && !source.vocab)
+    die("--init needs --vocab, the vocabulary that the encoder was trained with");
   memset(e, 0, sizeof *e);
   moe_config_init(c);
   if (source.init)
@@ -304,8 +306,7 @@ static inline void open_encoder(encoder *e, const char *folder) {
   if (source.cased) c->cased = 1;
   c->max_len = c->positions < 128 ? c->positions : 128;
   set_max_len(c);
-  if (source.init && !source.vocab)
-    die("--init needs --vocab, the vocabulary that the encoder was trained with");
+
   need(moe_file_read(&file, &e->vocab_bytes, path, &env));
   e->vocab = (char *)file;
   make_tokenizer(e, path);
@@ -324,6 +325,9 @@ static inline void encoder_of_model(encoder *e, const moe_model *model, const ch
   if (!e->vocab) die("%s holds no vocabulary", path);
   set_max_len(&e->config);
   make_tokenizer(e, path);
+  if (moe_tokenizer_words(e->tokenizer) > e->config.vocab)
+    die("%s: the vocabulary has %d words, the model has %d embeddings", path,
+        (int)moe_tokenizer_words(e->tokenizer), (int)e->config.vocab);
 }
 
 /* ---- rows of a file ---- */
@@ -456,6 +460,8 @@ static inline void read_labels(moe_task *t, const char *field) {
     if (!dots) die("labels of a regression are a range such as 0..5, not \"%s\"", field);
     t->low = (float)field_number("lowest label", printed("%.*s", (int)(dots - field), field));
     t->high = (float)field_number("highest label", dots + 2);
+    if (!(t->low < t->high)) die("the range of labels \"%s\" is empty", field);
+
     t->classes = 1;
     return;
   }

@@ -70,6 +70,16 @@ static inline answers score_rows(moe_context *context, const moe_model *model, c
   return a;
 }
 
+/* Number of the model's task of that name. */
+static inline int32_t find_model_task(const moe_model *model, const char *name, const char *path) {
+  int32_t t = moe_model_find_task(model, name), i;
+  text names = {NULL, 0, 0};
+  for (i = 0; i < moe_model_tasks(model); ++i) put(&names, " %s", moe_model_task(model, i)->name);
+  if (t < 0) die("%s has no task \"%s\", but%s", path, name, names.data);
+  free(names.data);
+  return t;
+}
+
 /* Number `index` of a task's metrics over n answers; 0 is the one that counts. *defined (may be
    NULL) becomes 0 where it has no value. */
 static inline double metric_of(const moe_task *t, int index, const float *answer,
