@@ -73,7 +73,8 @@ if [ -n "$pypi" ]; then
 import ctypes, os, sys
 sys.setdlopenflags(os.RTLD_GLOBAL | os.RTLD_LAZY)
 import blis.cy
-os.environ["MOE_TEST_THREADS"] = str(len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1)
+threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
+os.environ["MOE_TEST_THREADS"] = str(threads)
 library = ctypes.CDLL(sys.argv[1])
 argv = (ctypes.c_char_p * 3)(b"check", b"backend", None)
 status = library.main(2, argv)

@@ -69,8 +69,11 @@ fi
 ./sensors > "$tmp/sensors" 2>&1
 prints test_examples_sensors_learn '^fault: 1[4-6] of 16 right; speed: 0\.0' "$tmp/sensors"
 ./layer > "$tmp/layer" 2>&1
-if awk '$1 == "step" { loss[n++] = $4 } $1 == "tokens" { for (i = 5; i <= 8; ++i) sum[$4] += $i }
-        END { exit !(n == 5 && loss[n - 1] < loss[0] / 5 && sum["1:"] == 128 && sum["2:"] == 128) }' "$tmp/layer"
+if awk '$1 == "step" { loss[n++] = $4 }
+    $1 == "tokens" { for (i = 5; i <= 8; ++i) sum[$4] += $i }
+    END {
+      exit !(n == 5 && loss[n - 1] < loss[0] / 5 && sum["1:"] == 128 && sum["2:"] == 128)
+    }' "$tmp/layer"
 then ok test_examples_layer_learns; else fail test_examples_layer_learns "$(cat "$tmp/layer")"; fi
 
 if [ -x "$tmp/bin/c++" ]; then
@@ -100,7 +103,8 @@ cat > "$tmp/copy/ask.py" << 'END'
 import math, sys
 from moe import Model
 text, sensors = Model.load("two_tasks.safetensors"), Model.load("sensors.safetensors")
-assert text.tasks == {"sentiment": ["negative", "positive"], "topic": ["food", "travel"]}, text.tasks
+assert list(text.tasks) == ["sentiment", "topic"], text.tasks
+assert list(text.tasks.values()) == [["negative", "positive"], ["food", "travel"]], text.tasks
 assert sensors.tasks == {"fault": ["none", "imbalance", "bearing"], "speed": None}, sensors.tasks
 (label, probability), = text.predict("topic", ["soup with cheese"])
 print(label, f"{probability:.3f}")

@@ -5,7 +5,10 @@
 program train || { fail test_finetune_compiles; finish; }
 data=../examples/data
 train() { "$tmp/train" --data $data --max-len 24 --threads 1 "$@" > "$tmp/out" 2> "$tmp/err"; }
-value() { tr '{' '\n' < "$1" | sed -n "s/.*\"name\": \"$2\".*\"value\": \([-0-9.e]*\), \"n\".*/\1/p" | sed -n "$3p"; }
+value() {
+  tr '{' '\n' < "$1" |
+    sed -n "s/.*\"name\": \"$2\".*\"value\": \([-0-9.e]*\), \"n\".*/\1/p" | sed -n "$3p"
+}
 small="--layers 1 --hidden 32 --ffn 64 --heads 2 --from-scratch"
 
 if train $small --tasks query_wellformedness,snips_intents --systems tag,embed --rank 3 \
@@ -42,7 +45,8 @@ else fail test_finetune_grid_keeps_the_best "$(cat "$tmp/err" "$tmp/out")"; fi
 
 # a task that joins: a line for each gate and number of rows; it learns; the same again gives the
 # same
-adapt="--from $tmp/m-tag-1.safetensors --adapt clinc_domains --gate-from snips_intents,random,mean --rows 40,100% --fine-tune 12 --lr 1e-2"
+adapt="--from $tmp/m-tag-1.safetensors --adapt clinc_domains --gate-from snips_intents,random,mean"
+adapt="$adapt --rows 40,100% --fine-tune 12 --lr 1e-2"
 train $adapt --json "$tmp/a.json" --save "$tmp/joined.safetensors"
 if [ "$(grep -c '+-' "$tmp/out")" -eq 6 ] &&
     [ "$(awk '$1 == "mean" && $2 > 40 { print ($3 > 20) }' "$tmp/out")" = 1 ]; then
@@ -72,7 +76,8 @@ fi
 
 # ---- both stages killed at any moment and resumed: the same models, the same table, and no part
 # twice ----
-both="$small --tasks query_wellformedness,snips_intents --systems single,tag --steps 24 --lr 3e-3 --fine-tune 2 --fine-epoch 9 --grid 3e-3,1e-2 --hold-out 0.2"
+both="$small --tasks query_wellformedness,snips_intents --systems single,tag --steps 24 --lr 3e-3"
+both="$both --fine-tune 2 --fine-epoch 9 --grid 3e-3,1e-2 --hold-out 0.2"
 train $both --save "$tmp/w.safetensors" || fail test_finetune_runs_both_stages "$(cat "$tmp/err")"
 sed '/parameters/,$!d; s/ *[0-9.]*$//' "$tmp/out" > "$tmp/whole.out"
 kills=0 resume= before=none
@@ -172,8 +177,9 @@ if cmp -s "$tmp/ad.json" "$tmp/ad2.json" && cmp -s "$tmp/ad.json" "$tmp/a.json" 
 then ok test_finetune_adapt_goes_on; else fail test_finetune_adapt_goes_on "$(cat "$tmp/err")"; fi
 train $small --tasks snips_intents --systems tag --steps 20 --fine-tune 1 \
   --checkpoint "$tmp/tidy.safetensors" --tidy --keep 4
-if [ "$(ls "$tmp" | grep '^tidy' | tr '\n' ' ')" = \
-    "tidy-tag-1-step10.safetensors tidy-tag-1-step15.safetensors tidy-tag-1-step20.safetensors tidy-tag-1-step5.safetensors tidy.safetensors.results " ]
+models=$(for step in 10 15 20 5; do echo tidy-tag-1-step$step.safetensors; done)
+if [ "$(ls "$tmp" | grep '^tidy')" = "$models
+tidy.safetensors.results" ]
 then ok test_finetune_is_tidy_and_keeps_models
 else fail test_finetune_is_tidy_and_keeps_models "$(ls "$tmp" | grep '^tidy')"; fi
 
@@ -190,10 +196,17 @@ train $small --tasks query_wellformedness,snips_intents --systems dense,tag --st
   --json "$tmp/pairs.json" --predictions "$tmp/p.tsv" --resamples 2000
 # two standard errors of the mean difference of right answers, from the predictions
 said=$(paste "$tmp/p-dense-1.tsv" "$tmp/p-tag-1.tsv" |
-  awk -F'\t' '$1 == "snips_intents" { d = ($10 == $11) - ($4 == $5); n++; s += d; q += d * d } END { m = s / n; print m, sqrt((q / n - m * m) / n) }')
+  awk -F'\t' '$1 == "snips_intents" { d = ($10 == $11) - ($4 == $5); n++; s += d; q += d * d }
+    END { m = s / n; print m, sqrt((q / n - m * m) / n) }')
+number='\([-0-9.e]*\)'
 if tr '{' '\n' < "$tmp/pairs.json" |
-    sed -n 's/.*"snips_intents", "difference": \([-0-9.e]*\), "low": \([-0-9.e]*\), "high": \([-0-9.e]*\),.*/\1 \2 \3/p' |
-   awk -v said="$said" '{ split(said, a, " "); e = ($3 - $2) / (2 * 1.96); print ($1 - a[1])^2 < 1e-12 && (e - a[2])^2 < (0.15 * a[2] + 1e-9)^2 }' | grep -q 1
+    sed -n 's/.*"snips_intents", "difference": '$number', "low": '$number', "high": '$number',.*/'\
+'\1 \2 \3/p' |
+    awk -v said="$said" '{
+      split(said, a, " ")
+      e = ($3 - $2) / (2 * 1.96)
+      print ($1 - a[1])^2 < 1e-12 && (e - a[2])^2 < (0.15 * a[2] + 1e-9)^2
+    }' | grep -q 1
 then
   ok test_finetune_interval_is_that_of_the_standard_error
 else

@@ -5,8 +5,10 @@
 program tasklevel && program predict || { fail test_tasklevel_compiles; finish; }
 ok test_tasklevel_compiles
 data=../examples/data
-tl() { "$tmp/tasklevel" --data $data --tasks pros_cons,query_wellformedness --layers 2 --hidden 16 \
-  --rows 64 --threads 2 --lr 3e-3 "$@"; }
+tl() {
+  "$tmp/tasklevel" --data $data --tasks pros_cons,query_wellformedness --layers 2 --hidden 16 \
+    --rows 64 --threads 2 --lr 3e-3 "$@"
+}
 has() { # NAME FILE PATTERN...
   name=$1 file=$2 missing=
   shift 2
@@ -22,13 +24,21 @@ fi
 has test_tasklevel_trains_every_system "$tmp/out" '^multi  ' '^random1  ' '^random2  ' \
   '^average  ' '^softmax  ' '^gumbel  ' '^straight  '
 # three blocks of a row sum to 1, and at the end the largest is larger than at the start
-if awk -F, 'NR > 1 { sum += $11; if ($11 > most) most = $11; if (NR % 3 == 1) { if (sum < 0.9999 || sum > 1.0001) bad = 1
-              if ($6 == 0) first += most; if ($6 == 40) last += most; rows++; sum = most = 0 } }
-            END { exit !(rows == 60 && !bad && last > first + 1) }' "$tmp/csv"
+if awk -F, 'NR == 1 { next }
+    { sum += $11; if ($11 > most) most = $11 }
+    NR % 3 == 1 {
+      if (sum < 0.9999 || sum > 1.0001) bad = 1
+      if ($6 == 0) first += most
+      if ($6 == 40) last += most
+      rows++
+      sum = most = 0
+    }
+    END { exit !(rows == 60 && !bad && last > first + 1) }' "$tmp/csv"
 then ok test_tasklevel_routes_become_discrete
 else fail test_tasklevel_routes_become_discrete "$(tail -n 4 "$tmp/csv")"; fi
 # the JSON's mean of the largest weights follows from the CSV
-want=$(awk -F, '$2 == "gumbel" && $6 == 40 { if ($11 > m[$8, $9]) m[$8, $9] = $11 } END { for (k in m) { s += m[k]; ++n } printf "%.4f", s / n }' "$tmp/csv")
+want=$(awk -F, '$2 == "gumbel" && $6 == 40 { if ($11 > m[$8, $9]) m[$8, $9] = $11 }
+  END { for (k in m) { s += m[k]; ++n } printf "%.4f", s / n }' "$tmp/csv")
 said=$(sed -n 's/.*"gumbel".*"step": 40, "temperature": 0.1, "largest": \([0-9.]*\)}.*/\1/p' \
   "$tmp/json" | awk '{ printf "%.4f", $1 }')
 if [ -n "$said" ] && [ "$want" = "$said" ]; then ok test_tasklevel_json_and_csv_agree
@@ -45,8 +55,10 @@ for options in --homogeneous --two-stage '--vectors text --freeze' '--vectors fi
   else fail "$name" "$(cat "$tmp/err")"; fi
 done
 mkdir "$tmp/told" && cp -r $data/pros_cons $data/query_wellformedness $data/vocab.txt "$tmp/told/"
-awk -F '\t' -v OFS='\t' 'NR == 1 { print $0, "description" } $1 == "pros_cons" { print $0, "is it praise or blame ?" }
-  $1 == "query_wellformedness" { print $0, "how well is the question asked ?" }' $data/tasks.tsv > "$tmp/told/tasks.tsv"
+awk -F '\t' -v OFS='\t' 'NR == 1 { print $0, "description" }
+  $1 == "pros_cons" { print $0, "is it praise or blame ?" }
+  $1 == "query_wellformedness" { print $0, "how well is the question asked ?" }' $data/tasks.tsv \
+  > "$tmp/told/tasks.tsv"
 if tl --data "$tmp/told" --steps 4 --systems softmax --vectors description \
     > "$tmp/out" 2> "$tmp/err"; then ok test_tasklevel_takes_descriptions
 else fail test_tasklevel_takes_descriptions "$(cat "$tmp/err")"; fi
@@ -65,26 +77,37 @@ has test_tasklevel_grid_names_its_lines "$tmp/out" '^multi, one task  ' \
 # a task never seen: a score for each number of rows; with 0 rows the head is another task's
 cp -r $data/sentence_polarity $data/subjectivity "$tmp/told/"
 printf 'name\tinput\tkind\tlabels\tmetric\n' > "$tmp/told/tasks.tsv"
-for t in pros_cons sentence_polarity subjectivity; do printf \
-  '%s\tsingle\tclassification\t0=bad,1=good\taccuracy\n' $t; done >> "$tmp/told/tasks.tsv"
+for t in pros_cons sentence_polarity subjectivity; do
+  printf '%s\tsingle\tclassification\t0=bad,1=good\taccuracy\n' $t
+done >> "$tmp/told/tasks.tsv"
 for router in mlp lstm transformer; do
   for learns in vector all; do
     if "$tmp/tasklevel" --data "$tmp/told" --layers 2 --hidden 16 --rows 64 --threads 2 --steps 10 \
-        --adapt-steps 5 --systems multi,random2,average,straight \
-         --router $router --vectors text --learns $learns --unseen sentence_polarity \
-         --shots 0,4,300 --json "$tmp/json" > "$tmp/out" 2> "$tmp/err" &&
-       [ "$(tr '{' '\n' < "$tmp/json" | grep -c '"name": "sentence_polarity", "rows"')" = 12 \
-       ]; then ok test_tasklevel_adapts_${learns}_with_$router
+        --adapt-steps 5 --systems multi,random2,average,straight --router $router --vectors text \
+        --learns $learns --unseen sentence_polarity --shots 0,4,300 --json "$tmp/json" \
+        > "$tmp/out" 2> "$tmp/err" &&
+        [ "$(tr '{' '\n' < "$tmp/json" | grep -c '"name": "sentence_polarity", "rows"')" = 12 ]
+    then ok test_tasklevel_adapts_${learns}_with_$router
     else fail test_tasklevel_adapts_${learns}_with_$router "$(cat "$tmp/err")"; fi
   done
 done
 # from frozen blocks a vector and a head learn some of a new task, all together all of it
 mkdir "$tmp/word" "$tmp/word/seen" "$tmp/word/new" && cp $data/vocab.txt "$tmp/word/"
-printf 'name\tinput\tkind\tlabels\tmetric\nseen\tsingle\tclassification\t0=a,1=b\taccuracy\nalso\tsingle\tclassification\t0=a,1=b\taccuracy\nnew\tsingle\tclassification\t0=a,1=b,2=c\taccuracy\n' > "$tmp/word/tasks.tsv"
-awk 'BEGIN { print "label\tsentence1"; for (i = 0; i < 120; ++i) print i % 2 "\t" (i % 2 ? "music" : "weather") " book" i % 7 }' > "$tmp/word/seen/train.tsv"
-awk 'BEGIN { print "label\tsentence1"; for (i = 0; i < 120; ++i) print i % 3 "\t" (i % 3 == 0 ? "play" : i % 3 == 1 ? "restaurant" : "weather") " it" }' > "$tmp/word/new/train.tsv"
-cp "$tmp/word/seen/train.tsv" "$tmp/word/seen/dev.tsv";
-  cp "$tmp/word/new/train.tsv" "$tmp/word/new/dev.tsv"; cp -r "$tmp/word/seen" "$tmp/word/also"
+printf 'name\tinput\tkind\tlabels\tmetric\n' > "$tmp/word/tasks.tsv"
+printf '%s\tsingle\tclassification\t%s\taccuracy\n' seen 0=a,1=b also 0=a,1=b new 0=a,1=b,2=c \
+  >> "$tmp/word/tasks.tsv"
+awk 'BEGIN {
+  print "label\tsentence1"
+  for (i = 0; i < 120; ++i) print i % 2 "\t" (i % 2 ? "music" : "weather") " book" i % 7
+}' > "$tmp/word/seen/train.tsv"
+awk 'BEGIN {
+  split("play restaurant weather", word, " ")
+  print "label\tsentence1"
+  for (i = 0; i < 120; ++i) print i % 3 "\t" word[i % 3 + 1] " it"
+}' > "$tmp/word/new/train.tsv"
+cp "$tmp/word/seen/train.tsv" "$tmp/word/seen/dev.tsv"
+cp "$tmp/word/new/train.tsv" "$tmp/word/new/dev.tsv"
+cp -r "$tmp/word/seen" "$tmp/word/also"
 for learns in vector all; do
   "$tmp/tasklevel" --data "$tmp/word" --layers 1 --hidden 32 --threads 2 --steps 60 --lr 3e-3 \
     --systems softmax --router lstm --unseen new --shots 0,90 --adapt-steps 150 \
@@ -113,14 +136,15 @@ for system in multi random2 average straight lstm transformer; do
     --score < $data/query_wellformedness/dev.tsv > "$tmp/out" 2> "$tmp/err"
   scored=$(awk '$1 == "spearman" { print $2 }' "$tmp/out")
   if [ -n "$scored" ] && echo "$table $scored" |
-      awk '{ d = $1 - $2; exit !(NF == 2 && d < 2e-4 && d > -2e-4) }'; then ok \
-      test_tasklevel_saves_$system
+      awk '{ d = $1 - $2; exit !(NF == 2 && d < 2e-4 && d > -2e-4) }'
+  then ok test_tasklevel_saves_$system
   else fail test_tasklevel_saves_$system "table $table, predict $scored: $(cat "$tmp/err")"; fi
 done
 
 # stopped and resumed again and again, in both stages: the same results
-long="--data $data --tasks pros_cons,query_wellformedness --layers 2 --hidden 16 --rows 64 --threads 2 --lr 3e-3 --steps 12 --systems random1,gumbel
-      --router lstm --two-stage --unseen subjectivity --shots 5 --adapt-steps 3 --vectors text"
+long="--data $data --tasks pros_cons,query_wellformedness --layers 2 --hidden 16 --rows 64
+      --threads 2 --lr 3e-3 --steps 12 --systems random1,gumbel --router lstm --two-stage
+      --unseen subjectivity --shots 5 --adapt-steps 3 --vectors text"
 results() { sed 's/"seconds": [0-9.]*//' "$1"; }
 "$tmp/tasklevel" $long --json "$tmp/whole.json" --csv "$tmp/whole.csv" > "$tmp/out" 2> "$tmp/err"
 state=$tmp/state.safetensors stops=0 status=130
@@ -130,8 +154,8 @@ while [ $stops -lt 40 ]; do
   "$tmp/tasklevel" $long --json "$tmp/parts.json" --csv "$tmp/parts.csv" --checkpoint "$state" \
     --every 3 $from > "$tmp/out" 2> "$tmp/err" &
   pid=$!
-  while kill -0 $pid 2> /dev/null && { [ ! -f "$state" ] || { [ -f "$tmp/before" ] &&
-      cmp -s "$state" "$tmp/before"; }; }; do
+  while kill -0 $pid 2> /dev/null &&
+      { [ ! -f "$state" ] || { [ -f "$tmp/before" ] && cmp -s "$state" "$tmp/before"; }; }; do
     sleep 0.02
   done
   if [ $((stops % 2)) = 0 ]; then kill -9 $pid 2> /dev/null; else kill -TERM $pid 2> /dev/null; fi
@@ -148,7 +172,7 @@ then
   ok test_tasklevel_killed_and_resumed_gives_the_same
 else
   fail test_tasklevel_killed_and_resumed_gives_the_same \
-      "status $status after $stops stops: $(cat "$tmp/err")"
+    "status $status after $stops stops: $(cat "$tmp/err")"
 fi
 
 refused() { # NAME SENTENCE OPTIONS...
@@ -159,7 +183,7 @@ refused() { # NAME SENTENCE OPTIONS...
   if [ $status -eq 1 ] && grep -q -- "$sentence" "$tmp/err"; then ok "$name"
   else fail "$name" "status $status: $(cat "$tmp/err")"; fi
 }
-refused test_tasklevel_wants_two_blocks_to_choose_from 'nothing to choose from below 2' --blocks 1 \
+refused test_tasklevel_wants_two_blocks_to_choose_from 'experts is 1, expected at least 2' --blocks 1 \
   --systems softmax
 refused test_tasklevel_names_the_unknown_option 'unknown option --block;' --block 3
 refused test_tasklevel_names_the_missing_value '--lr needs a value' --lr
@@ -213,18 +237,21 @@ cp $data/tasks.tsv "$tmp/zero"
 printf 'label\tsentence1\n1\tfine\n0\t"one\ttwo"\n1\tfine\n' > "$tmp/zero/pros_cons/train.tsv"
 refused test_tasklevel_sees_a_column_too_many 'pros_cons/train.tsv, line 3: 3 columns, expected 2' \
   --data "$tmp/zero"
-if [ -c /dev/full ]; then refused test_tasklevel_says_that_a_disk_is_full \
-    '/dev/full: writing failed' --steps 1 --systems softmax --json /dev/full
+if [ -c /dev/full ]; then
+  refused test_tasklevel_says_that_a_disk_is_full '/dev/full: writing failed' --steps 1 \
+    --systems softmax --json /dev/full
 else skip test_tasklevel_says_that_a_disk_is_full "there is no /dev/full here"; fi
-if [ ! -c /dev/full ]; then skip test_tasklevel_says_that_its_table_is_lost \
-    "there is no /dev/full here"
+if [ ! -c /dev/full ]; then
+  skip test_tasklevel_says_that_its_table_is_lost "there is no /dev/full here"
 elif "$tmp/tasklevel" --data "$tmp/told" --steps 1 --systems multi > /dev/full 2> "$tmp/log" ||
     ! grep -q 'standard output cannot be written' "$tmp/log"; then
   fail test_tasklevel_says_that_its_table_is_lost "$(tail -n 3 "$tmp/log")"
 else ok test_tasklevel_says_that_its_table_is_lost; fi
+"$tmp/tasklevel" --help > "$tmp/help"
 undocumented=$(grep -o '"--[a-z-]*"' ../examples/tools/tasklevel.c | tr -d '"' | sort -u |
-  while read -r o; do [ "$o" = --seed ] || [ "$o" = --help ] || "$tmp/tasklevel" --help |
-  grep -q -- "$o" || echo "$o"; done)
+  grep -v -x -e --seed -e --help | while read -r o; do
+    grep -q -- "$o" "$tmp/help" || echo "$o"
+  done)
 if [ -z "$undocumented" ]; then ok test_tasklevel_help_lists_every_option
 else fail test_tasklevel_help_lists_every_option "$undocumented"; fi
 finish

@@ -21,7 +21,8 @@ done
 { head -n 1 $from/snips_intents/dev.tsv; tail -n 40 $from/snips_intents/dev.tsv;
   } > "$data/snips_intents/dev_2.tsv"
 
-tiny="--data $data --layers 2 --hidden 36 --heads 2 --ffn 50 --experts 3 --max-len 40 --batch 12 --steps 14 --lr 2e-3"
+tiny="--data $data --layers 2 --hidden 36 --heads 2 --ffn 50 --experts 3 --max-len 40 --batch 12"
+tiny="$tiny --steps 14 --lr 2e-3"
 small="$tiny --from-scratch"
 train() { "$tmp/train" $small "$@" > "$tmp/out" 2> "$tmp/err"; }
 sum() { [ ! -e "$1" ] || cksum < "$1"; }
@@ -273,11 +274,15 @@ if have "$python"; then
   said=$("$python" - "$tmp/several.json" "$tmp/base.json" 2>&1 << 'PY'
 import json, sys
 several, base = (json.load(open(p)) for p in sys.argv[1:])
-assert [(r["system"], r["seed"]) for r in several["runs"]] == [(s, k) for s in ("single", "dense", "switch", "tag") for k in (1, 2)]
+systems = ("single", "dense", "switch", "tag")
+expected = [(s, k) for s in systems for k in (1, 2)]
+assert [(r["system"], r["seed"]) for r in several["runs"]] == expected
 for r in several["runs"] + base["runs"]:
     assert [(t["name"], t["metric"], t["n"]) for t in r["tasks"]] == [
-        ("snips_intents", "accuracy", 100), ("intent_match", "accuracy", 60), ("query_wellformedness", "spearman", 60)], r
-    assert all(-1 <= t["value"] <= 1 for t in r["tasks"]) and r["seconds"] > 0 and r["tokens_per_second"] > 0 and r["parameters"] > 1000
+        ("snips_intents", "accuracy", 100), ("intent_match", "accuracy", 60),
+        ("query_wellformedness", "spearman", 60)], r
+    assert all(-1 <= t["value"] <= 1 for t in r["tasks"])
+    assert r["seconds"] > 0 and r["tokens_per_second"] > 0 and r["parameters"] > 1000
     mean = sum(t["value"] for t in r["tasks"]) / 3
     assert abs(r["all"] - mean) < 1e-8 and abs(r["small"] - mean) < 1e-8
 assert base["runs"][0]["steps"] == 14 and "--top-k" in base["options"] and base["threads"] == 2
@@ -339,7 +344,8 @@ head -n 3 "$data/intent_match/dev.tsv" > "$tmp/pair"
   printf '0.5\thow is the weather ?\n1\tPlay it again, Sam.\n';
   } > "$tmp/twice/query_wellformedness/dev.tsv"
 train $one --data "$tmp/twice" --dedup
-says test_train_dedup_counts "$tmp/out" '^snips_intents: 2 training rows occur in another task.s dev set and are left out'
+says test_train_dedup_counts "$tmp/out" \
+  '^snips_intents: 2 training rows occur in another task.s dev set and are left out'
 says test_train_dedup_leaves_them_out "$tmp/out" ' 120/100 *49/60 *119/62'
 
 # other line ends, no end at all, and a byte that is no UTF-8 are no reason to stop
