@@ -79,7 +79,11 @@
 
    MEMORY   model, context, trainer, tokenizer and predictor have _size and _init in a block of the
             caller, and _create and _free on the heap. Forward, backward and update allocate
-            nothing; backward takes 200 KB of the stack.
+            nothing.
+   STACK    with MOE_NO_SIMD on a Cortex-M4 or M7 (gcc -Os): moe_forward 4.5 KB, opening a model 5
+            KB, a training step 5 KB; no function has more than 2 KB. With SIMD kernels copy blocks
+            of operands: moe_forward and a training step 185 KB, moe_forward with MOE_NO_BF16 82 KB.
+            Threads of the built-in pool have at least 1 MB. tests/stack.sh counts it.
    THREADS  objects are not locked; a context belongs to one thread at a time; a model that is not
             being trained can be shared. Inside a call the work is spread by env.parallel_for: the
             caller's, or the built-in pool (moe_pool_create).
@@ -1738,6 +1742,13 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
 #endif
 #if defined(MOE__X86) || defined(MOE__NEON)
 #define MOE__SIMD 1
+#endif
+#ifdef MOE_NO_TRAIN
+#define MOE__TRAINS 0
+#define MOE__OF_TRAINING(fn) NULL /* a kernel of plain C that is left out of its table */
+#else
+#define MOE__TRAINS 1
+#define MOE__OF_TRAINING(fn) fn
 #endif
 
 /* Products and sums must stay separate where the code says so: a compiler that fuses them on its
@@ -3620,6 +3631,7 @@ static void moe__scalar_gelu(float *y, const float *x, size_t ld, size_t m, size
     for (j = 0; j < n; ++j) y[i * ld + j] = moe__geluf(x[i * ld + j], NULL);
 }
 
+#ifndef MOE_NO_TRAIN
 static void moe__scalar_gelu_backward(float *dx, const float *dy, const float *x, size_t n) {
   float slope;
   size_t i;
@@ -3634,6 +3646,7 @@ static void moe__scalar_add_rows(float *sum, const float *x, size_t ld, size_t n
   for (p = 0; p < k; ++p)
     for (j = 0; j < n; ++j) sum[j] += x[p * ld + j];
 }
+#endif
 
 /* The definition, in plain C: one row and up to 16 columns, whose chains run side by side. Element
    j of B at step p lies at b[p b_step + j b_col]. */
@@ -3691,8 +3704,8 @@ static const moe__gemm_kernels moe__scalar_gemms = {{{NULL}, {NULL, moe__scalar_
                                                     moe__scalar_narrow,
                                                     moe__scalar_narrow_panel,
                                                     moe__scalar_gelu,
-                                                    moe__scalar_gelu_backward,
-                                                    moe__scalar_add_rows};
+                                                    MOE__OF_TRAINING(moe__scalar_gelu_backward),
+                                                    MOE__OF_TRAINING(moe__scalar_add_rows)};
 
 /* ---- kernels of products for each instruction set ---- >>gemm_simd */
 
@@ -4167,14 +4180,9 @@ static void moe__gemm_sum_a(const moe__gemm *g, const moe__gemm_kernels *kernels
       for (p = 0; p < (size_t)g->k; ++p) g->a_sum[i] += g->a[i * g->a_row + p * g->a_col];
 }
 
-enum {
-#if defined(MOE__SIMD) && !defined(MOE_NO_TRAIN)
-  MOE__GEMM_GRADIENT = 1, /* there is moe__gemm_gradient */
-#else
-  MOE__GEMM_GRADIENT = 0,
-#endif
-  MOE__GRADIENT_ROWS = 256, /* of it: most rows of a tile, most tokens of a block of k */
-  MOE__GRADIENT_STEPS = 128
+enum { /* of moe__gemm_gradient: most rows of a tile, most tokens of a block of k */
+       MOE__GRADIENT_ROWS = 256,
+       MOE__GRADIENT_STEPS = 128
 };
 
 /* How a product is cut: tiles of m rows and n columns, walked in blocks of k. The shape of the
@@ -4209,7 +4217,7 @@ static moe__gemm_cut moe__gemm_plan(const moe__gemm *g, const moe__gemm_work *wo
   int32_t threads = work->threads;
   int aligned = ((uintptr_t)g->b | (g->b_row * sizeof(float))) % 64 ==
                 0; /* else every vector of B would touch two lines of the cache */
-  cut.gradient = MOE__GEMM_GRADIENT && work->kernels != &moe__scalar_gemms && g->a_row == 1 &&
+  cut.gradient = MOE__TRAINS && work->kernels != &moe__scalar_gemms && g->a_row == 1 &&
                  g->a_col != 1 && g->m >= 8 && g->n >= 48 && g->accumulate &&
                  g->b_layout == MOE__B_ROWS;
   cut.pack_b = g->b_layout == MOE__B_COLS ||
@@ -4521,7 +4529,7 @@ MOE__NOINLINE static void moe__gemm_blocks(moe__gemm_tile *t) {
                     : 1; /* one even where k is 0: C still gets its start */
   int most = t->g->b_layout == MOE__B_PANELS ? MOE__GEMM_PANELS : MOE__GEMM_PACKED;
   t->buffer = space + (64 - (uintptr_t)space % 64) / sizeof(float); /* vectors on cache lines */
-  if (MOE__GEMM_GRADIENT && t->cut->gradient) {
+  if (MOE__TRAINS && t->cut->gradient) {
     moe__gemm_gradient(t);
     return;
   }
@@ -4543,7 +4551,7 @@ static void moe__gemm_tile_run(const moe__gemm_work *work, const moe__gemm *g,
   int32_t i0 = tile / cut->across * cut->m, i1 = moe__min(i0 + cut->m, g->m);
   int32_t j0 = tile % cut->across * cut->n, j1 = moe__min(j0 + cut->n, g->n);
   if (i0 >= i1) return; /* rows are rounded up to 8 a tile: the last may have none */
-  if (g->a_sum && j0 == 0 && !cut->gradient)
+  if (MOE__TRAINS && g->a_sum && j0 == 0 && !cut->gradient)
     moe__gemm_sum_a(g, work->kernels, (size_t)i0, (size_t)i1);
   if (g->narrow) {
     moe__gemm_narrow(g, work->kernels, (size_t)i0, (size_t)i1);
@@ -6808,7 +6816,7 @@ static void moe__bf16_work_tile(void *arg, int32_t tile, int32_t slot) {
   j = tile / down * wide;
   tall = moe__min(tall, g->m - i);
   if (tall <= 0) return;
-  if (g->a_sum && j == 0 && work->chunk == 0)
+  if (MOE__TRAINS && g->a_sum && j == 0 && work->chunk == 0)
     moe__gemm_sum_a(g, work->elements, (size_t)i, (size_t)(i + tall)); /* in fp32 */
   if (j < g->n && moe__bf16_chunk(&part, g, work->chunk))
     moe__bf16_tile_run(work, &part, i, i + tall, j, moe__min(j + wide, g->n));
@@ -7121,13 +7129,6 @@ static moe__drop moe__drop_of(float p, int wanted) {
   drop.scale = 1.0f / (1.0f - p);
   return drop;
 }
-
-/* A kernel of plain C that MOE_NO_TRAIN leaves out of its table. */
-#ifdef MOE_NO_TRAIN
-#define MOE__OF_TRAINING(fn) NULL
-#else
-#define MOE__OF_TRAINING(fn) fn
-#endif
 
 typedef struct moe__ops_kernels {
   /* y = a + b. y may be a. */
