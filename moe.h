@@ -1078,8 +1078,8 @@ MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t
 MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes,
                                           const moe_env *env);
 /* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN [TaG] 4.3, or m of
-   each block [TL]) from the file: F32, F16 or BF16. Gates, task vectors, routers and heads keep
-   their values. MOE_E_FORMAT with a sentence for each tensor that is missing, misshapen or not
+   each block [TL]) from the file: F32, F16 or BF16. Model and file must have as many layers, of the
+   same sizes. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT with a sentence for each tensor that is missing, misshapen or not
    finite (16 at most); nothing is changed then. options NULL: no noise. MOE_E_UNSUPPORTED for int8
    models and those with pruned experts. */
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes,
@@ -2111,7 +2111,7 @@ static size_t moe__mul(size_t a, size_t b, int *bad) {
   return a * b;
 }
 
-/* Hands out pieces of a block, 64-byte aligned: run once with base NULL for the size, once with the
+/* Hands out parts of a block, 64-byte aligned: run once with base NULL for the size, once with the
    block for the pointers. */
 typedef struct moe__layout {
   unsigned char *base;
@@ -2374,7 +2374,7 @@ typedef pthread_t moe__thread;
 #endif
 
 /* A job is announced by a new ticket at the gate. Helpers look at the gate for a while (a layer
-   asks for many short jobs), then sleep. The caller works too, and when no piece is left it shuts
+   asks for many short jobs), then sleep. The caller works too, and when no tile is left it shuts
    the gate: only helpers that have come in by then are waited for, so that one the system has put
    aside (more threads than processors, a busy machine) costs nothing. Who waits does so at full
    speed for some microseconds only, then lets whatever else wants this processor run first. */
@@ -2396,7 +2396,7 @@ struct moe_pool {
   void (*body)(void *arg, int32_t index);
   void *arg;
   char line1[64];
-  int32_t next; /* piece to be taken; atomic */
+  int32_t next; /* tile to be taken; atomic */
   char line2[64];
   int32_t sleeping; /* atomic; changed under the mutex */
   int32_t quit;     /* atomic; set under the mutex */
