@@ -1078,10 +1078,11 @@ MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t
 MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes,
                                           const moe_env *env);
 /* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN [TaG] 4.3, or m of
-   each block [TL]) from the file: F32, F16 or BF16. Model and file must have as many layers, of the
-   same sizes. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT with a sentence for each tensor that is missing, misshapen or not
-   finite (16 at most); nothing is changed then. options NULL: no noise. MOE_E_UNSUPPORTED for int8
-   models and those with pruned experts. */
+   each block [TL]) from the file: F32, F16 or BF16. Model and file must have the same number of
+   layers and the same sizes. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT
+   with a sentence for each tensor that is missing, misshapen or not finite (16 at most); nothing is
+   changed then. options NULL: no noise. MOE_E_UNSUPPORTED for int8 models and those with pruned
+   experts. */
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes,
                                     const moe_import_options *options, const moe_env *env);
 
