@@ -9875,6 +9875,7 @@ typedef struct moe__tensor_row {
    bert},
 
 enum { MOE__TENSORS(MOE__TENSOR_ID) MOE__ROWS };
+enum { MOE__GATES = MOE__GATE_SHARED }; /* where the gates of a layer begin, of whatever kind */
 enum {
   MOE__IN_EMBED,
   MOE__IN_LAYER,
@@ -9986,13 +9987,9 @@ typedef struct moe__map {
 
 typedef struct moe__plan {
   int quantized;
-  size_t parameters; /* floats before they were quantised */
+  size_t parameters;     /* floats before they were quantised */
+  size_t total, total_q; /* floats; bytes of int8 matrices */
   moe__map in[MOE__MEASURES];
-  /* within their units */
-  size_t word, feature_w, feature_b, position, segment, norm_w, norm_b, qkv_w, qkv_b, att_w, att_b,
-      norm1_w, norm1_b, gates, in_w, in_b, out_w, out_b, vectors, router, router_stride, score_in_w,
-      score_in_b, score_out_w, score_out_b, total, word_q, qkv_q, att_q, in_q, out_q, total_q,
-      panel_att, panel_out;
 } moe__plan;
 
 /* Size of the tensor of a row. */
@@ -10056,44 +10053,6 @@ static void moe__map_fill(moe__plan *p, moe__measure measure, const moe_config *
     }
 }
 
-static void moe__plan_names(moe__plan *p) {
-  const moe__map *w = &p->in[MOE__FLOATS_ALL], *q = &p->in[MOE__BYTES_INT8];
-  p->word = w->row[MOE__WORD];
-  p->feature_w = w->row[MOE__FEATURE_W];
-  p->feature_b = w->row[MOE__FEATURE_B];
-  p->position = w->row[MOE__POSITION];
-  p->segment = w->row[MOE__SEGMENT];
-  p->norm_w = w->row[MOE__NORM0_W];
-  p->norm_b = w->row[MOE__NORM0_B];
-  p->qkv_w = w->row[MOE__QUERY_W];
-  p->qkv_b = w->row[MOE__QUERY_B];
-  p->att_w = w->row[MOE__ATTENTION_W];
-  p->att_b = w->row[MOE__ATTENTION_B];
-  p->norm1_w = w->row[MOE__NORM1_W];
-  p->norm1_b = w->row[MOE__NORM1_B];
-  p->gates = w->row[MOE__GATE_SHARED];
-  p->in_w = w->row[MOE__IN_W];
-  p->in_b = w->row[MOE__IN_B];
-  p->out_w = w->row[MOE__OUT_W];
-  p->out_b = w->row[MOE__OUT_B];
-  p->vectors = w->tasks;
-  p->router = w->routers;
-  p->router_stride = w->unit[MOE__IN_ROUTER];
-  p->score_in_w = w->row[MOE__ROUTER_IN_W];
-  p->score_in_b = w->row[MOE__ROUTER_IN_B];
-  p->score_out_w = w->row[MOE__ROUTER_OUT_W];
-  p->score_out_b = w->row[MOE__ROUTER_OUT_B];
-  p->total = w->total;
-  p->word_q = q->row[MOE__WORD];
-  p->qkv_q = q->row[MOE__QUERY_W];
-  p->att_q = q->row[MOE__ATTENTION_W];
-  p->in_q = q->row[MOE__IN_W];
-  p->out_q = q->row[MOE__OUT_W];
-  p->total_q = q->total;
-  p->panel_att = p->in[MOE__PACKED].row[MOE__ATTENTION_W];
-  p->panel_out = p->in[MOE__PACKED].row[MOE__OUT_W];
-}
-
 /* Lays out a model. Configuration and tasks have been checked. */
 static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_task *tasks,
                                  int32_t T, int quantized, const moe_env *env) {
@@ -10107,7 +10066,8 @@ static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_ta
   p->quantized = quantized;
   for (measure = 0; measure < MOE__MEASURES; ++measure)
     moe__map_fill(p, (moe__measure)measure, c, tasks, T, &bad);
-  moe__plan_names(p);
+  p->total = p->in[MOE__FLOATS_ALL].total;
+  p->total_q = p->in[MOE__BYTES_INT8].total;
   moe__mul(p->parameters, sizeof(float), &bad);
   moe__mul(p->in[MOE__PACKED].total, sizeof(float), &bad);
   if (bad)
@@ -10190,28 +10150,6 @@ static size_t moe__at(const moe_model *m, int id, int32_t layer, int32_t i) {
   if (id == MOE__HEAD_B)
     return m->head[i] + (size_t)m->tasks[i].classes * moe__head_width(&m->config, &m->tasks[i]);
   return moe__place(m, MOE__FLOATS_ALL, id, layer, i);
-}
-
-static size_t moe__layer_at(const moe_model *m, int32_t layer) {
-  return moe__unit_at(m, MOE__FLOATS_ALL, MOE__IN_LAYER, layer, 0);
-}
-static size_t moe__expert_at(const moe_model *m, int32_t layer, int32_t i) {
-  return moe__unit_at(m, MOE__FLOATS_ALL, MOE__IN_EXPERT, layer, i);
-}
-static size_t moe__norm2_at(const moe_model *m, int32_t layer) {
-  return moe__unit_at(m, MOE__FLOATS_ALL, MOE__IN_TAIL, layer, 0);
-}
-static size_t moe__layer_bytes(const moe_model *m, int32_t layer) {
-  return moe__unit_at(m, MOE__BYTES_INT8, MOE__IN_LAYER, layer, 0);
-}
-static size_t moe__expert_bytes(const moe_model *m, int32_t layer, int32_t i) {
-  return moe__unit_at(m, MOE__BYTES_INT8, MOE__IN_EXPERT, layer, i);
-}
-static size_t moe__layer_panel(const moe_model *m, int32_t layer) {
-  return moe__unit_at(m, MOE__PACKED, MOE__IN_LAYER, layer, 0);
-}
-static size_t moe__expert_panel(const moe_model *m, int32_t layer, int32_t i) {
-  return moe__unit_at(m, MOE__PACKED, MOE__IN_EXPERT, layer, i);
 }
 
 /* The arrays in a model's block. */
@@ -10888,6 +10826,13 @@ static void moe__model_pack_one(moe_model *model, size_t at, const float *w, int
   moe_pack(model->panels + at, w, rows, cols, env);
 }
 
+/* Shape of what is packed from a row of the table on. */
+static void moe__packed_shape(const moe_model *m, int id, int32_t *rows, int32_t *cols) {
+  const moe__tensor_row *row = &moe__tensor_rows[id];
+  *rows = row->pack * moe__row_dim(&m->config, m->T, NULL, row->shape[0]);
+  *cols = moe__row_dim(&m->config, m->T, NULL, row->shape[1]);
+}
+
 /* Packs the matrices of a layer (MOE__IN_LAYER) or of an expert. */
 static void moe__unit_pack(moe_model *model, int scope, int32_t layer, int32_t i,
                            const moe_env *env) {
@@ -10897,8 +10842,7 @@ static void moe__unit_pack(moe_model *model, int scope, int32_t layer, int32_t i
     size_t to = moe__place(model, MOE__PACKED, id, layer, i);
     int32_t rows, cols;
     if (row->scope != scope || !row->pack) continue;
-    rows = row->pack * moe__row_dim(&model->config, model->T, NULL, row->shape[0]);
-    cols = moe__row_dim(&model->config, model->T, NULL, row->shape[1]);
+    moe__packed_shape(model, id, &rows, &cols);
     if (model->plan.quantized)
       moe_pack_int8((signed char *)model->panels + to,
                     model->bytes + moe__place(model, MOE__BYTES_INT8, id, layer, i), rows, cols,
@@ -10965,29 +10909,37 @@ MOE__UNUSED static moe_status moe__model_pack_back(moe_model *model, const moe_e
   return MOE_OK;
 }
 
-/* A matrix (outputs, inputs) of the model as w_back of moe_linear_op. */
-MOE__UNUSED static moe_mat moe__model_back(const moe_model *m, size_t panel, int32_t outputs,
-                                           int32_t inputs, const moe_env *env) {
+/* A packed matrix (outputs, inputs) as w_back of moe_linear_op. id: MOE__QUERY_W (of query, key and
+   value together), MOE__ATTENTION_W, MOE__IN_W or MOE__OUT_W; layer; i: the expert. */
+MOE__UNUSED static moe_mat moe__mat_back(const moe_model *m, int id, int32_t layer, int32_t i,
+                                         const moe_env *env) {
+  int32_t rows, cols;
   int there = m->back && moe__wants_bf16(env) && !moe__on_device(env);
-  return moe__mat_bf16(there ? m->back + panel / 2 : NULL, inputs, outputs);
+  moe__packed_shape(m, id, &rows, &cols);
+  return moe__mat_bf16(there ? m->back + moe__place(m, MOE__PACKED, id, layer, i) / 2 : NULL, cols,
+                       rows);
 }
 
-/* A matrix of the model for forward of about M rows: its packed copy where there is one of this
-   precision, and no other library wants it as it is. weight, bytes, panel: its places in the three
-   arrays. */
-static moe_mat moe__model_mat(const moe_model *m, size_t weight, size_t bytes, size_t panel,
-                              int32_t rows, int32_t cols, int32_t M, const moe_env *env) {
-  const float *scale = m->weights + weight;
+/* The same for forward of about M rows: its packed copy where there is one of this precision, and
+   no other library wants it as it is. */
+static moe_mat moe__mat(const moe_model *m, int id, int32_t layer, int32_t i, int32_t M,
+                        const moe_env *env) {
+  const float *w = m->weights + moe__at(m, id, layer, i); /* int8: the scales */
+  size_t panel = moe__place(m, MOE__PACKED, id, layer, i);
   int bf16 = moe__wants_bf16(env);
-  if (moe__on_device(env)) return moe_mat_rows(m->resident + weight, rows, cols);
+  int32_t rows, cols;
+  moe__packed_shape(m, id, &rows, &cols);
+  if (moe__on_device(env)) return moe_mat_rows(m->resident + moe__at(m, id, layer, i), rows, cols);
   if (m->plan.quantized && m->panels)
-    return moe_mat_panels_int8((const signed char *)m->panels + panel, scale, rows, cols);
-  if (m->plan.quantized) return moe_mat_rows_int8(m->bytes + bytes, scale, rows, cols);
+    return moe_mat_panels_int8((const signed char *)m->panels + panel, w, rows, cols);
+  if (m->plan.quantized)
+    return moe_mat_rows_int8(m->bytes + moe__place(m, MOE__BYTES_INT8, id, layer, i), w, rows,
+                             cols);
   if (m->panels && m->bf16 && bf16) return moe__mat_bf16(moe__panel_at(m, panel), rows, cols);
   if (!bf16 && env->backend && moe__backend_wants(env, M, rows, cols, 1))
-    return moe_mat_rows(m->weights + weight, rows, cols);
+    return moe_mat_rows(w, rows, cols);
   return m->panels && !m->bf16 ? moe_mat_panels(m->panels + panel, rows, cols)
-                               : moe_mat_rows(m->weights + weight, rows, cols);
+                               : moe_mat_rows(w, rows, cols);
 }
 
 /* Copies the tensors of a model into its quantised twin. */
@@ -12005,26 +11957,21 @@ static void moe__keys_make(moe_context *c, const moe__pass *pass, uint32_t site,
 static void moe__experts_tables_make(moe_context *c, const moe__pass *pass) {
   const moe_model *m = c->model;
   const moe_config *config = &m->config;
-  const moe__plan *p = &m->plan;
   moe__experts_tables *t = &c->experts;
   int32_t l, i, N = moe__block_experts(config),
                 rows = (int32_t)((int64_t)pass->M * config->top_k / N); /* even shares */
   size_t at = 0;
   for (l = 0; l < moe__block_count(config); ++l)
     for (i = 0; i < N; ++i, ++at) {
-      size_t expert = moe__expert_at(m, l, i), panel = moe__expert_panel(m, l, i),
-             bytes = moe__expert_bytes(m, l, i);
       if (moe__is_pruned(m, l, i)) {
         t->in[at] = t->out[at] = moe_mat_rows(NULL, 0, 0);
         t->b_in[at] = t->b_out[at] = NULL;
         continue;
       }
-      t->in[at] = moe__model_mat(m, expert + p->in_w, bytes + p->in_q, panel, config->ffn,
-                                 config->hidden, rows, pass->env);
-      t->out[at] = moe__model_mat(m, expert + p->out_w, bytes + p->out_q, panel + p->panel_out,
-                                  config->hidden, config->ffn, rows, pass->env);
-      t->b_in[at] = c->w + expert + p->in_b;
-      t->b_out[at] = c->w + expert + p->out_b;
+      t->in[at] = moe__mat(m, MOE__IN_W, l, i, rows, pass->env);
+      t->out[at] = moe__mat(m, MOE__OUT_W, l, i, rows, pass->env);
+      t->b_in[at] = c->w + moe__at(m, MOE__IN_B, l, i);
+      t->b_out[at] = c->w + moe__at(m, MOE__OUT_B, l, i);
     }
 }
 
@@ -12278,8 +12225,8 @@ static void moe__words_dequantize(float *y, const moe_model *m, const int32_t *i
                                   const moe_env *env) {
   moe__words words;
   words.y = y;
-  words.bytes = m->bytes + m->plan.word_q;
-  words.scale = m->weights + m->plan.word;
+  words.bytes = m->bytes + moe__place(m, MOE__BYTES_INT8, MOE__WORD, 0, 0);
+  words.scale = m->weights + moe__at(m, MOE__WORD, 0, 0);
   words.ids = ids;
   words.M = (size_t)M;
   words.H = (size_t)m->config.hidden;
@@ -12293,34 +12240,32 @@ static float *moe__first_input(const moe_context *c) {
 
 /* The ops of both directions: sum of the embeddings, their LayerNorm, dropout. */
 static moe_embed_op moe__embed_op(const moe_context *c, const moe__view *v) {
-  const moe__plan *p = &c->model->plan;
+  const moe_model *m = c->model;
   const moe_batch *b = &v->pass->seen;
-  const float *w = c->w;
   moe_embed_op op;
   moe_embed_op_init(&op);
   op.x = c->limits.training ? c->sum0 : c->branch;
   op.ids = b->ids;
   op.segments = b->segments;
-  op.word = c->model->config.feature_dim || p->quantized ? NULL : w + p->word;
-  op.position = w + p->position;
-  op.segment = w + p->segment;
+  if (!m->config.feature_dim && !m->plan.quantized) op.word = c->w + moe__at(m, MOE__WORD, 0, 0);
+  op.position = c->w + moe__at(m, MOE__POSITION, 0, 0);
+  op.segment = c->w + moe__at(m, MOE__SEGMENT, 0, 0);
   op.seq_start = v->seq_start;
   op.S = v->S;
   op.M = v->M;
-  op.H = c->model->config.hidden;
+  op.H = m->config.hidden;
   return op;
 }
 
 static moe_layernorm_op moe__embed_norm_op(const moe_context *c, const moe__view *v) {
-  const moe__plan *p = &c->model->plan;
   moe_layernorm_op op;
   moe_layernorm_op_init(&op);
   op.y = moe__first_input(c);
   op.mean = c->mean0;
   op.rstd = c->rstd0;
   op.x = c->limits.training ? c->sum0 : c->branch;
-  op.gamma = c->w + p->norm_w;
-  op.beta = c->w + p->norm_b;
+  op.gamma = c->w + moe__at(c->model, MOE__NORM0_W, 0, 0);
+  op.beta = c->w + moe__at(c->model, MOE__NORM0_B, 0, 0);
   op.eps = c->model->config.eps;
   op.M = v->M;
   op.H = c->model->config.hidden;
@@ -12343,13 +12288,13 @@ static moe_dropout_op moe__embed_dropout_op(const moe_context *c, const moe__vie
 /* The linear layer of feature inputs, in place of word embeddings. */
 static moe_linear_op moe__features_op(const moe_context *c, const moe__view *v) {
   const moe_config *config = &c->model->config;
-  const float *w = c->w;
   moe_linear_op op;
   moe_linear_op_init(&op);
   op.y = c->limits.training ? c->sum0 : c->branch;
   op.x = v->pass->seen.features;
-  op.w = moe_mat_rows(w + c->model->plan.feature_w, config->hidden, config->feature_dim);
-  op.b = w + c->model->plan.feature_b;
+  op.w = moe_mat_rows(c->w + moe__at(c->model, MOE__FEATURE_W, 0, 0), config->hidden,
+                      config->feature_dim);
+  op.b = c->w + moe__at(c->model, MOE__FEATURE_B, 0, 0);
   op.M = v->M;
   return op;
 }
@@ -12375,7 +12320,7 @@ static void moe__embeddings_forward(moe_context *c, const moe__view *v) {
 
 #ifndef MOE_NO_TRAIN
 static void moe__embeddings_backward(moe_context *c, const moe__view *v, float *dw) {
-  const moe__plan *p = &c->model->plan;
+  const moe_model *m = c->model;
   moe_embed_op embed = moe__embed_op(c, v);
   moe_layernorm_op norm = moe__embed_norm_op(c, v);
   if (v->pass->dropout > 0) {
@@ -12383,22 +12328,22 @@ static void moe__embeddings_backward(moe_context *c, const moe__view *v, float *
     moe_dropout_forward(&drop, &v->env);
   }
   norm.dx = c->gsum;
-  norm.dgamma = dw + p->norm_w;
-  norm.dbeta = dw + p->norm_b;
+  norm.dgamma = dw + moe__at(m, MOE__NORM0_W, 0, 0);
+  norm.dbeta = dw + moe__at(m, MOE__NORM0_B, 0, 0);
   norm.dy = c->g;
   norm.overwrite = 1;
   moe_layernorm_backward(&norm, &v->env);
-  if (c->model->config.feature_dim) {
+  if (m->config.feature_dim) {
     moe_linear_op linear = moe__features_op(c, v);
     moe_env fp32 = moe__in_fp32(&v->env);
-    linear.dw = dw + p->feature_w;
-    linear.db = dw + p->feature_b;
+    linear.dw = dw + moe__at(m, MOE__FEATURE_W, 0, 0);
+    linear.db = dw + moe__at(m, MOE__FEATURE_B, 0, 0);
     linear.dy = c->gsum;
     moe_linear_backward(&linear, &fp32);
   }
-  embed.dword = c->model->config.feature_dim ? NULL : dw + p->word;
-  embed.dposition = dw + p->position;
-  embed.dsegment = dw + p->segment;
+  embed.dword = m->config.feature_dim ? NULL : dw + moe__at(m, MOE__WORD, 0, 0);
+  embed.dposition = dw + moe__at(m, MOE__POSITION, 0, 0);
+  embed.dsegment = dw + moe__at(m, MOE__SEGMENT, 0, 0);
   embed.dx = c->gsum;
   moe_embed_backward(&embed, &v->env);
   moe__profile_end(&v->env, MOE_PROFILE_EMBEDDINGS_BACK);
@@ -12415,14 +12360,20 @@ static void moe__embeddings_backward(moe_context *c, const moe__view *v, float *
 typedef struct moe__block {
   moe_context *c;
   const moe__view *v;
-  int32_t layer;  /* its number among all blocks of the model */
-  moe__acts a;    /* its activations, from the view's first row on */
-  float *y;       /* (M, H) its output */
-  float *branch;  /* (M, H) output of attention or experts */
-  size_t at;      /* its first weight in the flat array */
-  const float *w; /* the same as a pointer */
-  float *dw;      /* gradients of the flat array; backward */
+  int32_t layer; /* its number among all blocks of the model */
+  moe__acts a;   /* its activations, from the view's first row on */
+  float *y;      /* (M, H) its output */
+  float *branch; /* (M, H) output of attention or experts */
+  float *dw;     /* gradients of the flat array; backward */
 } moe__block;
+
+/* A weight of the block, MOE__QUERY_W, ..., and its gradient. */
+static const float *moe__w(const moe__block *b, int id) {
+  return b->c->w + moe__at(b->c->model, id, b->layer, 0);
+}
+MOE__UNUSED static float *moe__dw(const moe__block *b, int id) {
+  return b->dw + moe__at(b->c->model, id, b->layer, 0);
+}
 
 /* Output of a block: the input of the next layer's, or that of an expert [TL]. */
 static float *moe__block_output(const moe_context *c, int32_t layer) {
@@ -12437,8 +12388,6 @@ static moe__block moe__block_make(moe_context *c, const moe__view *v, int32_t la
   b.c = c;
   b.v = v;
   b.layer = layer;
-  b.at = moe__layer_at(c->model, layer);
-  b.w = c->w + b.at;
   b.dw = dw;
   b.y = moe__block_output(c, layer) + row * H;
   b.branch = c->branch + v->work * H;
@@ -12512,31 +12461,27 @@ static moe_linear_op moe__qkv_op(const moe__block *b) {
   moe_linear_op_init(&op);
   op.y = b->a.qkv;
   op.x = b->a.x;
-  op.b = b->w + b->c->model->plan.qkv_b;
+  op.b = moe__w(b, MOE__QUERY_B);
   op.M = b->v->M;
   return op;
 }
 
 static void moe__qkv_forward(const moe__block *b) {
-  const moe_model *m = b->c->model;
   moe_linear_op op = moe__qkv_op(b);
-  op.w = moe__model_mat(m, b->at + m->plan.qkv_w, moe__layer_bytes(m, b->layer) + m->plan.qkv_q,
-                        moe__layer_panel(m, b->layer), 3 * m->config.hidden, m->config.hidden,
-                        b->v->M, &b->v->env);
+  op.w = moe__mat(b->c->model, MOE__QUERY_W, b->layer, 0, b->v->M, &b->v->env);
   moe_linear_forward(&op, &b->v->env);
   moe__profile_end(&b->v->env, MOE_PROFILE_PROJECTIONS);
 }
 
 #ifndef MOE_NO_TRAIN
 static void moe__qkv_backward(const moe__block *b) {
-  const moe_model *m = b->c->model;
-  int32_t H = m->config.hidden;
+  int32_t H = b->c->model->config.hidden;
   moe_linear_op op = moe__qkv_op(b);
-  op.w = moe_mat_rows(b->w + m->plan.qkv_w, 3 * H, H);
-  op.w_back = moe__model_back(m, moe__layer_panel(m, b->layer), 3 * H, H, &b->v->env);
+  op.w = moe_mat_rows(moe__w(b, MOE__QUERY_W), 3 * H, H);
+  op.w_back = moe__mat_back(b->c->model, MOE__QUERY_W, b->layer, 0, &b->v->env);
   op.dx = b->c->g;
-  op.dw = b->dw + b->at + m->plan.qkv_w;
-  op.db = b->dw + b->at + m->plan.qkv_b;
+  op.dw = moe__dw(b, MOE__QUERY_W);
+  op.db = moe__dw(b, MOE__QUERY_B);
   op.dy = b->c->gqkv;
   moe_linear_backward(&op, &b->v->env);
   moe__profile_end(&b->v->env, MOE_PROFILE_PROJECTIONS_BACK);
@@ -12570,15 +12515,13 @@ static moe_linear_op moe__attention_out_op(const moe__block *b) {
   moe_linear_op_init(&op);
   op.y = b->branch;
   op.x = b->a.att;
-  op.b = b->w + b->c->model->plan.att_b;
+  op.b = moe__w(b, MOE__ATTENTION_B);
   op.M = b->v->M;
   return op;
 }
 
 static void moe__attention_step_forward(const moe__block *b) {
-  const moe_model *m = b->c->model;
   const moe__view *v = b->v;
-  int32_t H = m->config.hidden;
   moe_attention_op attention = moe__attention_op(b);
   moe_linear_op out = moe__attention_out_op(b);
   if (v->range)
@@ -12586,24 +12529,21 @@ static void moe__attention_step_forward(const moe__block *b) {
   else
     moe_attention_forward(&attention, &v->env);
   moe__profile_end(&v->env, MOE_PROFILE_ATTENTION);
-  out.w = moe__model_mat(m, b->at + m->plan.att_w, moe__layer_bytes(m, b->layer) + m->plan.att_q,
-                         moe__layer_panel(m, b->layer) + m->plan.panel_att, H, H, v->M, &v->env);
+  out.w = moe__mat(b->c->model, MOE__ATTENTION_W, b->layer, 0, v->M, &v->env);
   moe_linear_forward(&out, &v->env);
   moe__profile_end(&v->env, MOE_PROFILE_PROJECTIONS);
 }
 
 #ifndef MOE_NO_TRAIN
 static void moe__attention_step_backward(const moe__block *b) {
-  const moe_model *m = b->c->model;
-  int32_t H = m->config.hidden;
+  int32_t H = b->c->model->config.hidden;
   moe_attention_op attention = moe__attention_op(b);
   moe_linear_op out = moe__attention_out_op(b);
-  out.w = moe_mat_rows(b->w + m->plan.att_w, H, H);
-  out.w_back =
-      moe__model_back(m, moe__layer_panel(m, b->layer) + m->plan.panel_att, H, H, &b->v->env);
+  out.w = moe_mat_rows(moe__w(b, MOE__ATTENTION_W), H, H);
+  out.w_back = moe__mat_back(b->c->model, MOE__ATTENTION_W, b->layer, 0, &b->v->env);
   out.dx = b->c->gatt;
-  out.dw = b->dw + b->at + m->plan.att_w;
-  out.db = b->dw + b->at + m->plan.att_b;
+  out.dw = moe__dw(b, MOE__ATTENTION_W);
+  out.db = moe__dw(b, MOE__ATTENTION_B);
   out.dy = b->c->gsum;
   out.overwrite = 1;
   moe_linear_backward(&out, &b->v->env);
@@ -12630,8 +12570,8 @@ static moe_layernorm_op moe__add_norm_op(const moe__block *b, int second) {
   op.rstd = second ? b->a.rstd2 : b->a.rstd1;
   op.x = second ? b->a.y1 : b->a.x;
   op.delta = b->branch;
-  op.gamma = second ? b->c->w + moe__norm2_at(m, b->layer) : b->w + m->plan.norm1_w;
-  op.beta = second ? op.gamma + m->config.hidden : b->w + m->plan.norm1_b;
+  op.gamma = moe__w(b, second ? MOE__NORM2_W : MOE__NORM1_W);
+  op.beta = moe__w(b, second ? MOE__NORM2_B : MOE__NORM1_B);
   op.eps = m->config.eps;
   op.dropout = v->pass->dropout;
   op.keys = moe__view_keys(b->c, v, op.dropout,
@@ -12651,12 +12591,11 @@ static void moe__add_norm_forward(const moe__block *b, int second) {
 
 #ifndef MOE_NO_TRAIN
 static void moe__add_norm_backward(const moe__block *b, int second) {
-  const float *w = b->c->w;
   moe_layernorm_op op = moe__add_norm_op(b, second);
   op.dx = b->c->g;
   op.ddelta = b->c->gsum;
-  op.dgamma = b->dw + (op.gamma - w); /* at the same place as the weight */
-  op.dbeta = b->dw + (op.beta - w);
+  op.dgamma = moe__dw(b, second ? MOE__NORM2_W : MOE__NORM1_W);
+  op.dbeta = moe__dw(b, second ? MOE__NORM2_B : MOE__NORM1_B);
   op.dy = b->c->g;
   op.overwrite = 1;
   moe_layernorm_backward(&op, &b->v->env);
@@ -12696,7 +12635,7 @@ static moe_route_op moe__gate_op(const moe__block *b) {
   op.logits = b->a.logits;
   op.loss = b->c->aux ? b->c->aux + b->layer : NULL;
   op.x = b->a.y1;
-  op.gates = moe__gates_forward(b->c, b->w + m->plan.gates, &b->v->env);
+  op.gates = moe__gates_forward(b->c, moe__w(b, MOE__GATES), &b->v->env);
   op.gate_of = b->v->pass->gate_of;
   op.seq_start = b->v->seq_start;
   op.S = b->v->S;
@@ -12727,7 +12666,7 @@ static void moe__gate_backward(const moe__block *b) {
   moe_route_op op;
   if (!moe__has_gates(&m->config)) return;
   op = moe__gate_op(b);
-  dgates = b->dw + b->at + m->plan.gates;
+  dgates = moe__dw(b, MOE__GATES);
   op.dx = b->c->g;
   op.dgates = moe__gates_gradient(b->c, dgates);
   op.dlogits = b->c->glogits;
@@ -12735,7 +12674,8 @@ static void moe__gate_backward(const moe__block *b) {
   op.loss_scale = (float)pass->S / (float)pass->batch_size;
   moe_route_backward(&op, &b->v->env);
   if (op.dgates != dgates)
-    moe__gates_backward(b->c, b->dw + m->plan.vectors, dgates, b->w + m->plan.gates, &b->v->env);
+    moe__gates_backward(b->c, moe__dw(b, MOE__TASK_VECTORS), dgates, moe__w(b, MOE__GATES),
+                        &b->v->env);
   moe__profile_end(&b->v->env, MOE_PROFILE_GATES_BACK);
 }
 #endif
@@ -12776,26 +12716,24 @@ static void moe__experts_step_forward(const moe__block *b) {
 /* Weights and gradients of a block's experts; a pruned one has neither. */
 static void moe__experts_tables_back(const moe__block *b) {
   const moe_model *m = b->c->model;
-  const moe__plan *p = &m->plan;
   moe__experts_tables *t = &b->c->experts;
-  int32_t i, H = m->config.hidden, F = m->config.ffn;
+  int32_t i, l = b->layer;
   for (i = 0; i < moe__block_experts(&m->config); ++i) {
-    size_t expert = moe__expert_at(m, b->layer, i), panel = moe__expert_panel(m, b->layer, i);
-    float *d = b->dw + expert;
-    if (moe__is_pruned(m, b->layer, i)) {
+    size_t in = moe__at(m, MOE__IN_W, l, i), out = moe__at(m, MOE__OUT_W, l, i);
+    if (moe__is_pruned(m, l, i)) {
       t->in_back[i] = t->out_back[i] = moe_mat_rows(NULL, 0, 0);
       t->w_in[i] = t->w_out[i] = NULL;
       t->d_in[i] = t->d_b_in[i] = t->d_out[i] = t->d_b_out[i] = NULL;
       continue;
     }
-    t->in_back[i] = moe__model_back(m, panel, F, H, &b->v->env);
-    t->out_back[i] = moe__model_back(m, panel + p->panel_out, H, F, &b->v->env);
-    t->w_in[i] = b->c->w + expert + p->in_w;
-    t->w_out[i] = b->c->w + expert + p->out_w;
-    t->d_in[i] = d + p->in_w;
-    t->d_b_in[i] = d + p->in_b;
-    t->d_out[i] = d + p->out_w;
-    t->d_b_out[i] = d + p->out_b;
+    t->in_back[i] = moe__mat_back(m, MOE__IN_W, l, i, &b->v->env);
+    t->out_back[i] = moe__mat_back(m, MOE__OUT_W, l, i, &b->v->env);
+    t->w_in[i] = b->c->w + in;
+    t->w_out[i] = b->c->w + out;
+    t->d_in[i] = b->dw + in;
+    t->d_b_in[i] = b->dw + moe__at(m, MOE__IN_B, l, i);
+    t->d_out[i] = b->dw + out;
+    t->d_b_out[i] = b->dw + moe__at(m, MOE__OUT_B, l, i);
   }
 }
 
@@ -12836,7 +12774,7 @@ static const float *moe__gates_forward(moe_context *c, const float *basis, const
   int32_t t;
   if (!c->gates) return basis;
   for (t = 0; t < m->T; ++t) {
-    const float *z = m->weights + m->plan.vectors + (size_t)t * r;
+    const float *z = m->weights + moe__at(m, MOE__TASK_VECTORS, 0, 0) + (size_t)t * r;
     float *to = c->gates + (size_t)t * gate;
     if (!c->has_gate[t]) continue;
     mix->scale(to, z[0], basis, gate);
@@ -12866,7 +12804,7 @@ static void moe__gates_backward(moe_context *c, float *dvectors, float *dbasis, 
   size_t gate = (size_t)m->config.experts * (size_t)m->config.hidden, r = (size_t)m->config.rank, j;
   int32_t t;
   for (t = 0; t < m->T; ++t) {
-    const float *z = m->weights + m->plan.vectors + (size_t)t * r,
+    const float *z = m->weights + moe__at(m, MOE__TASK_VECTORS, 0, 0) + (size_t)t * r,
                 *d = c->dgates + (size_t)t * gate;
     if (!c->has_gate[t]) continue;
     for (j = 0; j < r; ++j) {
@@ -13283,26 +13221,26 @@ static void moe__schedule_layers(moe_context *c, const moe__view *all) {
 /* The two linear layers of the router of a layer, for one task; dw and what forward leaves only
    where they are needed. */
 static moe_linear_op moe__task_router_in_op(const moe_model *model, int32_t task, int32_t layer) {
-  const moe__plan *p = &model->plan;
-  const float *w = model->weights + p->router + (size_t)layer * p->router_stride;
+  int32_t Z = model->config.task_dim;
+  const float *w = model->weights;
   moe_linear_op op;
   moe_linear_op_init(&op);
-  op.x = model->weights + p->vectors + (size_t)task * (size_t)model->config.task_dim;
-  op.w = moe_mat_rows(w + p->score_in_w, MOE__TASK_ROUTER_HIDDEN, model->config.task_dim);
-  op.b = w + p->score_in_b;
+  op.x = w + moe__at(model, MOE__TASK_VECTORS, 0, 0) + (size_t)task * (size_t)Z;
+  op.w = moe_mat_rows(w + moe__at(model, MOE__ROUTER_IN_W, layer, 0), MOE__TASK_ROUTER_HIDDEN, Z);
+  op.b = w + moe__at(model, MOE__ROUTER_IN_B, layer, 0);
   op.M = 1;
   return op;
 }
 
 static moe_linear_op moe__task_router_out_op(const moe_model *model, const float *act,
                                              int32_t layer) {
-  const moe__plan *p = &model->plan;
-  const float *w = model->weights + p->router + (size_t)layer * p->router_stride;
+  const float *w = model->weights;
   moe_linear_op op;
   moe_linear_op_init(&op);
   op.x = act;
-  op.w = moe_mat_rows(w + p->score_out_w, model->config.experts, MOE__TASK_ROUTER_HIDDEN);
-  op.b = w + p->score_out_b;
+  op.w = moe_mat_rows(w + moe__at(model, MOE__ROUTER_OUT_W, layer, 0), model->config.experts,
+                      MOE__TASK_ROUTER_HIDDEN);
+  op.b = w + moe__at(model, MOE__ROUTER_OUT_B, layer, 0);
   op.M = 1;
   return op;
 }

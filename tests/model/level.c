@@ -225,8 +225,7 @@ static void test_level_gives_back_the_gradients_of_scores(void) {
           said);
     for (i = 0; i < LEVEL_LAYERS * BLOCKS; ++i)
       bias[i] = moe_trainer_gradients(
-          trainer)[model->plan.router + (size_t)(i / BLOCKS) * model->plan.router_stride +
-                   model->plan.score_out_b + (size_t)(i % BLOCKS)];
+          trainer)[moe__at(model, MOE__ROUTER_OUT_B, i / BLOCKS, 0) + (size_t)(i % BLOCKS)];
     moe_context_task_router(moe_trainer_context(trainer), &level, &env);
     CHECK(moe_trainer_accumulate(trainer, &level_batch.b, 0, &loss[1], NULL, &env) == MOE_OK, "%s",
           said);

@@ -123,8 +123,7 @@ static void test_minilm_upcycled_with_scale_n_starts_as_its_parent(void) {
   if (!model && !said[0]) SKIP("no models/all-MiniLM-L6-v2 in the working data");
   CHECK(model, "%s", said);
   for (l = 0; l < 6; ++l) /* gates of zero: g* N is 1 */
-    memset(model->writable + moe__layer_at(model, l) + model->plan.gates, 0,
-           4 * 384 * sizeof(float));
+    memset(model->writable + moe__at(model, MOE__GATES, l, 0), 0, 4 * 384 * sizeof(float));
   check_hidden(model, &env);
   moe_model_free(model);
 }

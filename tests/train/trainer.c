@@ -276,11 +276,12 @@ static void test_trainer_gradcheck_finds_a_wrong_gradient(void) {
   CHECK(moe_trainer_accumulate(p.trainer, &trainer_batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
         said);
   whole = moe_gradient_norm(p.trainer->g, p.model->plan.total, &env);
-  p.trainer->g[p.model->plan.word + (size_t)(trainer_batch.ids[0] * c.hidden)] +=
+  p.trainer->g[moe__at(p.model, MOE__WORD, 0, 0) + (size_t)(trainer_batch.ids[0] * c.hidden)] +=
       (float)(0.1 * whole);
   CHECK(moe__check_gradient(p.trainer, &trainer_batch.b,
-                            p.model->plan.word + (size_t)(trainer_batch.ids[0] * c.hidden), whole,
-                            &worst, &env) == MOE_OK,
+                            moe__at(p.model, MOE__WORD, 0, 0) +
+                                (size_t)(trainer_batch.ids[0] * c.hidden),
+                            whole, &worst, &env) == MOE_OK,
         "%s", said);
   CHECK(worst > 0.09 && worst < 0.11, "error %g", worst);
   drop(&p);
