@@ -4,11 +4,16 @@
 . ./lib.sh
 for p in train predict tokenize; do program $p || { fail test_badinput_compiles; finish; }; done
 
+# how most tasks.tsv below begin, and a row that is right
+columns='name\tinput\tkind\tlabels\tmetric' row='good\tsingle\tclassification\t0=a,1=b\taccuracy'
+
 # a tiny folder of two tasks, and a model of it
 data=$tmp/data
 mkdir "$data" "$data/good" "$data/score" "$tmp/left"
 printf '[PAD]\n[UNK]\n[CLS]\n[SEP]\nfine\nbad\nfilm\na\n' > "$data/vocab.txt"
-printf 'name\tinput\tkind\tlabels\tmetric\trows\tmax_len\thard\ngood\tsingle\tclassification\t0=no,1=yes\taccuracy\t8\t\t0\nscore\tpair\tregression\t0..5\tpearson\t8\t\t0\n' > "$data/tasks.tsv"
+printf '%b\n' "$columns\trows\tmax_len\thard" \
+  'good\tsingle\tclassification\t0=no,1=yes\taccuracy\t8\t\t0' \
+  'score\tpair\tregression\t0..5\tpearson\t8\t\t0' > "$data/tasks.tsv"
 printf 'label\tsentence1\n0\ta bad film\n1\ta fine film\n0\tbad\n1\tfine\n' |
   tee "$data/good/train.tsv" > "$data/good/dev.tsv"
 printf 'label\tsentence1\tsentence2\n0.5\ta film\tbad\n4\ta film\ta film\n5\tfine\tfine\n' |
@@ -60,17 +65,16 @@ odd() { # NAME FILE TEXT
     fail test_badinput_takes_$1 "$(cat "$tmp/err")"
   fi
 }
-odd a_mark_before_the_tasks tasks.tsv '\357\273\277name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\n'
+odd a_mark_before_the_tasks tasks.tsv "\357\273\277$columns\n$row\n"
 odd a_mark_before_the_rows good/train.tsv '\357\273\277label\tsentence1\n0\ta\n1\tfine\n'
 odd crlf good/train.tsv 'label\tsentence1\r\n0\ta\r\n1\tfine\r\n'
-odd blank_lines_among_the_tasks tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\n\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\n\n'
+odd blank_lines_among_the_tasks tasks.tsv "$columns\n\n$row\n\n"
 odd labels_with_blanks_and_accents tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=tr\303\250s bon,1="so so" \\\\\taccuracy\n'
+  "$columns"'\ngood\tsingle\tclassification\t0=tr\303\250s bon,1="so so" \\\\\taccuracy\n'
 odd quotes_as_text good/train.tsv 'label\tsentence1\n0\t"a film\n1\t"fine" ""\n'
 odd one_class_in_dev good/dev.tsv 'label\tsentence1\n0\ta\n0\tfine\n'
 odd one_row_in_dev good/dev.tsv 'label\tsentence1\n0\ta\n'
-odd a_range_beyond_256 tasks.tsv 'name\tinput\tkind\tlabels\tmetric\nscore\tpair\tregression\t-1e29..1e29\tpearson\n'
+odd a_range_beyond_256 tasks.tsv "$columns\nscore\tpair\tregression\t-1e29..1e29\tpearson\n"
 
 if "$tmp/train" --data "$data" $run $small --steps 1 --batch 700 --micro-batch 20 \
     > "$tmp/out" 2> "$tmp/err"; then ok \
@@ -119,51 +123,51 @@ refuse folder_is_a_file 'cannot open .*tasks.tsv' train --data "$data/vocab.txt"
 refuse task_unknown "there is no task \"MRPC\" in $data/tasks.tsv" train --tasks good,MRPC
 refuse task_asked_twice '--tasks names good twice' train --tasks good,good
 changed task_defined_twice 'tasks.tsv:3: task good is listed twice' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\n'
+  "$columns\n$row\n$row\n"
 changed tasks_empty 'tasks.tsv: the file is empty' tasks.tsv ''
 changed tasks_without_tasks 'tasks.tsv: there are no tasks' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\n'
+  "$columns\n"
 changed tasks_without_a_column 'tasks.tsv:1: there is no column "metric"' tasks.tsv \
   'name\tinput\tkind\tlabels\ngood\tsingle\tclassification\t0=a,1=b\n'
 changed tasks_short_line 'tasks.tsv:2: 2 columns, expected 5' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\n'
+  "$columns\ngood\tsingle\n"
 changed task_kind 'tasks.tsv:2: kind "class" is not one of' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclass\t0=a,1=b\taccuracy\n'
+  "$columns\ngood\tsingle\tclass\t0=a,1=b\taccuracy\n"
 changed task_input 'tasks.tsv:2: input "two" is neither' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\ngood\ttwo\tclassification\t0=a,1=b\taccuracy\n'
+  "$columns\ngood\ttwo\tclassification\t0=a,1=b\taccuracy\n"
 changed task_metric "metrics 'bleu', expected accuracy" tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\tbleu\n'
+  "$columns\ngood\tsingle\tclassification\t0=a,1=b\tbleu\n"
 changed task_without_metric 'tasks.tsv:2: metrics have 1 to' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,1=b\t\n'
+  "$columns\ngood\tsingle\tclassification\t0=a,1=b\t\n"
 changed task_one_label 'tasks.tsv:2: a task needs at least two labels' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a\taccuracy\n'
+  "$columns\ngood\tsingle\tclassification\t0=a\taccuracy\n"
 changed task_labels_out_of_order 'tasks.tsv:2: label 1 should read 1=NAME, not "2=b"' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tclassification\t0=a,2=b\taccuracy\n'
+  "$columns\ngood\tsingle\tclassification\t0=a,2=b\taccuracy\n"
 changed task_range_missing 'tasks.tsv:2: labels of a regression are a range' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tregression\t0=a,1=b\tpearson\n'
-changed task_range_backwards "good" tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\ngood\tsingle\tregression\t5..0\tpearson\n'
+  "$columns\ngood\tsingle\tregression\t0=a,1=b\tpearson\n"
+changed task_range_backwards 'tasks.tsv:2: the range of labels "5..0" is empty' tasks.tsv \
+  "$columns\ngood\tsingle\tregression\t5..0\tpearson\n"
 changed task_rows 'tasks.tsv:2: rows "many" is not a number' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\tmany\n'
+  "$columns\trows\n$row\tmany\n"
 changed task_rows_huge 'tasks.tsv:2: rows "1e25" is not a whole number' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t1e25\n'
+  "$columns\trows\n$row\t1e25\n"
 changed task_name_of_another_folder 'tasks.tsv:2: task "../good": a name has letters, digits' \
-  tasks.tsv 'name\tinput\tkind\tlabels\tmetric\n../good\tsingle\tclassification\t0=a,1=b\taccuracy\n'
+  tasks.tsv "$columns\n../$row\n"
 changed task_metric_of_classes_for_a_regression \
   "task 'score': metrics 'accuracy', expected pearson or spearman" tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\nscore\tpair\tregression\t0..5000\taccuracy\n'
+  "$columns\nscore\tpair\tregression\t0..5000\taccuracy\n"
 changed task_rows_negative 'tasks.tsv:2: rows is -4, expected at least 0' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\trows\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t-4\n'
+  "$columns\trows\n$row\t-4\n"
 changed task_max_len_negative 'tasks.tsv:2: max_len is -4' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\tmax_len\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t-4\n'
+  "$columns\tmax_len\n$row\t-4\n"
 changed task_max_len_of_a_pair 'tasks.tsv:2: max_len is 2, the special tokens alone are 3' \
-  tasks.tsv 'name\tinput\tkind\tlabels\tmetric\tmax_len\nscore\tpair\tregression\t0..5\tpearson\t2\n'
+  tasks.tsv "$columns\tmax_len\nscore\tpair\tregression\t0..5\tpearson\t2\n"
 changed task_range_not_finite 'tasks.tsv:2: highest label "1e400" is not a number' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\nscore\tpair\tregression\t0..1e400\tpearson\n'
+  "$columns\nscore\tpair\tregression\t0..1e400\tpearson\n"
 changed task_max_len 'max_len\|longest\|max_len 1' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\tmax_len\ngood\tsingle\tclassification\t0=a,1=b\taccuracy\t1\n'
+  "$columns\tmax_len\n$row\t1\n"
 changed task_name_too_long 'tasks.tsv:2: a task.s name has 1 to 63 bytes' tasks.tsv \
-  'name\tinput\tkind\tlabels\tmetric\naaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\tsingle\tclassification\t0=a,1=b\taccuracy\n'
+  "$columns\n$(printf '%091d' 0 | tr 0 a)\tsingle\tclassification\t0=a,1=b\taccuracy\n"
 
 changed train_missing 'cannot open .*good/train.tsv: No such file' good/train.tsv -
 changed dev_missing 'cannot open .*good/dev.tsv: No such file' good/dev.tsv -
@@ -217,7 +221,7 @@ changed vocab_without_cls 'vocab.txt.*\[CLS\]' vocab.txt '[PAD]\n[UNK]\n[SEP]\na
 changed vocab_without_unk 'vocab.txt.*\[UNK\]' vocab.txt '[PAD]\n[CLS]\n[SEP]\na\n'
 refuse vocab_is_a_folder "$tmp/data: a folder" train --vocab "$data"
 printf '[PAD]\n[UNK]\n[SEP]\na\n' > "$tmp/bad.txt"
-refuse tokenize_without_cls "no line of the 4 is \[CLS\]" "$tmp/tokenize" "$tmp/bad.txt"
+refuse tokenize_without_cls "none of its 4 lines is \[CLS\]" "$tmp/tokenize" "$tmp/bad.txt"
 refuse tokenize_folder "$tmp/data: a folder" "$tmp/tokenize" "$data"
 
 # ---- training that cannot go well ----
@@ -268,7 +272,8 @@ encoder() { # FILE EDIT
   sed "$2" "$tmp/tensors" | awk '{
       n = split($2, d, "x"); s = d[1]; for (i = 2; i <= n; ++i) s = s "," d[i]
       type = $4 ? $4 : "F32"; to = at + $3 * (type == "I64" ? 8 : 4)
-      printf "%s\"%s\": {\"dtype\": \"%s\", \"shape\": [%s], \"data_offsets\": [%d, %d]}", NR == 1 ? "{" : ", ", $1, type, s, at, to
+      printf "%s\"%s\": {\"dtype\": \"%s\", ", NR == 1 ? "{" : ", ", $1, type
+      printf "\"shape\": [%s], \"data_offsets\": [%d, %d]}", s, at, to
       at = to }
     END { print "}"; print at > "/dev/stderr" }' > "$tmp/header" 2> "$tmp/count"
   container "$1" "$(cat "$tmp/header")" "$(cat "$tmp/count")"
@@ -292,7 +297,9 @@ broken() { # NAME PATTERN EDIT
   encoder "$tmp/hub/bad.safetensors" "$3"
   refuse "init_$1" "$2" init "$tmp/hub/bad.safetensors" --heads 1
 }
-broken wrong_shape 'bad.safetensors: tensor encoder.layer.0.attention.self.key.weight: expected .* (2, 2), found F32 of (4, 1)' 's/self.key.weight 2x2/self.key.weight 4x1/'
+key=encoder.layer.0.attention.self.key.weight
+broken wrong_shape "bad.safetensors: tensor $key: expected .* (2, 2), found F32 of (4, 1)" \
+  's/self.key.weight 2x2/self.key.weight 4x1/'
 broken wrong_dtype 'bad.safetensors.*self.key.bias.*I64' \
   's/self.key.bias 2 2/self.key.bias 2 2 I64/'
 broken missing_tensor 'bad.safetensors.*encoder.layer.0.output.dense.bias' \
@@ -301,9 +308,12 @@ broken missing_words 'bad.safetensors.*word_embeddings' '/word_embeddings/d'
 broken foreign_tensors 'bad.safetensors' '/./s/^[a-z]*/wholly_other/'
 container "$tmp/hub/none.safetensors" '{}' 0
 refuse init_without_tensors 'none.safetensors' init "$tmp/hub/none.safetensors" --heads 1
-container "$tmp/hub/json.safetensors" '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}' 4
+container "$tmp/hub/json.safetensors" \
+  '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}' 4
 refuse init_broken_json 'json.safetensors' init "$tmp/hub/json.safetensors" --heads 1
-container "$tmp/hub/overlap.safetensors" '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}' 12
+container "$tmp/hub/overlap.safetensors" \
+  '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+  "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}' 12
 refuse init_overlapping_tensors 'overlap.safetensors' init "$tmp/hub/overlap.safetensors" --heads 1
 refuse_model() { printf '{"num_attention_heads": 1, %s}' "$2" > "$tmp/hub/config.json";
   refuse "init_of_$1" "good.safetensors: config.json: $3" init "$tmp/hub/good.safetensors"; }
@@ -329,8 +339,12 @@ for f in missing empty five short long boast zip; do
 done
 printf '{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}' \
   > "$tmp/index.json"
-refuse init_index_of_parts 'index.json: not a safetensors file .* but a JSON text, such as the index of weights in several files' init "$tmp/index.json" --heads 1
-refuse init_archive_of_pytorch 'zip.safetensors: not a safetensors file .* but a zip archive, such as PyTorch' init "$tmp/zip.safetensors" --heads 1
+index='a JSON text, such as the index of weights in several files'
+refuse init_index_of_parts "index.json: not a safetensors file .* but $index" \
+  init "$tmp/index.json" --heads 1
+refuse init_archive_of_pytorch \
+  'zip.safetensors: not a safetensors file .* but a zip archive, such as PyTorch' \
+  init "$tmp/zip.safetensors" --heads 1
 refuse init_is_a_folder "$tmp/hub: a folder" init "$tmp/hub" --heads 1
 refuse predict_folder "$tmp/hub: a folder" predict "$tmp/hub" good
 refuse predict_device '/dev/zero: a device' predict /dev/zero good
@@ -384,7 +398,9 @@ else skip test_badinput_full_device "there is no /dev/full here"; fi
 cp "$tmp/model.safetensors" "$tmp/old.safetensors"
 limited() { (trap '' XFSZ; ulimit -f 4; "$@"); }
 if [ "$(wc -c < "$tmp/model.safetensors")" -gt 8192 ]; then
-  refuse save_to_a_full_disk 'old.safetensors.tmp: writing failed after [0-9]* bytes: File too large' limited train --json /dev/null --save "$tmp/old.safetensors"
+  refuse save_to_a_full_disk \
+    'old.safetensors.tmp: writing failed after [0-9]* bytes: File too large' \
+    limited train --json /dev/null --save "$tmp/old.safetensors"
   if cmp -s "$tmp/model.safetensors" "$tmp/old.safetensors"; then
     ok test_badinput_full_disk_keeps_the_old_model
   else
