@@ -1116,9 +1116,9 @@ MOE_API moe_status moe_file_read(void **data, size_t *bytes, const char *path, c
 MOE_API void moe_free(void *data);
 /* Replaces the file at `path` by what `write` writes: first into a temporary file beside it
    (PATH.tmp, or PATH.tmp1 to PATH.tmp15 while others write the same path), which is flushed to the
-   disk and then renamed. A crash or a full disk never costs the old file, and of several writers the
-   last one to end wins. Temporary files of writers that were killed are removed by the next one. A
-   symbolic link is replaced, not followed; a pipe, a device and what the program has open
+   disk and then renamed. A crash or a full disk never costs the old file, and of several writers
+   the last one to end wins. Temporary files of writers that were killed are removed by the next one.
+   A symbolic link is replaced, not followed; a pipe, a device and what the program has open
    (/dev/stdout, /dev/fd/N) are written to directly. */
 MOE_API moe_status moe_file_replace(const char *path,
                                     moe_status (*write)(void *user, const moe_writer *writer,
@@ -12816,10 +12816,10 @@ static void moe__gates_backward(moe_context *c, float *dvectors, float *dbasis, 
 #endif
 
 /* ---- heads and losses ---- >>heads
-   The head of a task reads [CLS], the first token of its sequences, or [CLS; span 1; span 2], a span
-   being the mean of its tokens [TaG] Eq. 7 and 8, A.3.1; the softmax of Eq. 7 is in the losses
-   (>>kinds), and in moe_predict_ for those who ask for probabilities. Sequence by sequence on one
-   thread, so that a score does not depend on what else is in the batch. */
+   The head of a task reads [CLS], the first token of its sequences, or [CLS; span 1; span 2], where
+   a span is the mean of its tokens [TaG] Eq. 7 and 8, A.3.1. The softmax of Eq. 7 is in the losses
+   (>>kinds), and in moe_predict_ for probabilities. Sequence by sequence on one thread, so that a
+   score does not depend on what else is in the batch. */
 
 MOE_API void moe_heads_op_init(moe_heads_op *op) { memset(op, 0, sizeof *op); }
 
@@ -13051,7 +13051,7 @@ static double moe__losses_sum(const moe_context *c, const moe__pass *pass) {
                     which takes longer per byte. On a Xeon with two threads 1 x 32 is 6 % faster
                     than with every product spread, 1 x 128 15 %, and with weights of 8 bits 1 x 16
                     16 %, 1 x 32 27 %.
-     ALL ROWS       else, and with another library for the products: all threads share every product.
+     ALL ROWS       else, and with another library for products: all threads share every product.
 
                       layer 0           layer 1           layer 2
      micro-batches    thread 0  ------------------------------------->   one after the other
