@@ -148,8 +148,9 @@
      >>experts_back  their gradients
      >>kinds         kinds of tasks: heads, losses
     >>config        configuration, tasks, places of the weights
+     >>tensors       the table of tensors, places of the weights
      >>model         a model: its block, its tasks
-     >>tensors       the table of tensors
+     >>names         tensors by number and by name
      >>initial       initial values
      >>packing       packed weights, weights of 8 bits
      >>adapt         add a task, extract tasks
@@ -1273,6 +1274,21 @@ typedef enum moe_memory { MOE_MEMORY_HOST, MOE_MEMORY_DEVICE } moe_memory;
    The bits of a result are then up to the backend; that they do not depend on the number of threads
    still holds where each call has the same result each time. */
 #define MOE_BACKEND_ABI 2
+
+/* C (m, n) = A (m, k) B (k, n), or C += A B where accumulate is 1. (i, p) of A = a[i a_row + p
+   a_col], (p, j) of B = b[p b_row + j b_col], (i, j) of C = c[i c_row + j]; one stride of A is 1, and
+   one of B. */
+typedef struct moe_sgemm {
+  int32_t m, n, k;
+  const float *a;
+  size_t a_row, a_col;
+  const float *b;
+  size_t b_row, b_col;
+  int32_t accumulate;
+  float *c;
+  size_t c_row;
+} moe_sgemm;
+
 struct moe_heads_op;
 struct moe_adam_op;
 struct moe_backend {
@@ -1281,14 +1297,9 @@ struct moe_backend {
   moe_memory memory; /* the kind */
   const char *name;  /* for moe_backend_name: "blis", "cuda:0 (...)" */
   void *user;
-  /* HOST. C (m, n) = A (m, k) B (k, n), or C += A B where accumulate is 1. (i, p) of A = a[i a_row
-     + p a_col], (p, j) of B = b[p b_row + j b_col], (i, j) of C = c[i c_row + j]; one stride of A
-     is 1, and one of B. Called with parts of a product. Products of 8 bits, with fewer than 16
-     outputs, with a side under 8 or of fewer than 2^18 multiply-adds, and attention stay built
-     in. */
-  void (*sgemm)(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row,
-                size_t a_col, const float *b, size_t b_row, size_t b_col, int32_t accumulate,
-                float *c, size_t c_row);
+  /* HOST. A product of float matrices. Products of 8 bits, with fewer than 16 outputs, with a side
+     under 8 or of fewer than 2^18 multiply-adds, and attention stay built in. */
+  void (*sgemm)(void *user, const moe_sgemm *product);
   /* HOST. Whether to take a whole product of this size, or 0 to leave it to the built-in kernels,
      which have packed weights for it where packed is 1. NULL: yes. */
   int32_t (*takes)(void *user, int32_t m, int32_t n, int32_t k, int32_t packed);
@@ -4755,6 +4766,7 @@ static void moe__backend_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__gemm_kernels *kernels = MOE__V_PICK(work->env->isa, gemms);
   const moe__gemm *g = work->list;
   moe__gemm part;
+  moe_sgemm product;
   int32_t across, parts = moe__backend_parts(g, work->env, &across), i;
   int rows;
   (void)slot;
@@ -4767,9 +4779,19 @@ static void moe__backend_tile(void *arg, int32_t tile, int32_t slot) {
   for (i = 0; part.bias && i < part.m; ++i)
     memcpy(part.c + (size_t)i * part.c_row, part.bias, (size_t)part.n * sizeof(float));
   rows = part.b_layout == MOE__B_ROWS;
-  backend->sgemm(backend->user, part.m, part.n, part.k, part.a, part.a_row, part.a_col, part.b,
-                 rows ? part.b_row : 1, rows ? 1 : part.b_row, part.accumulate || part.bias, part.c,
-                 part.c_row);
+  product.m = part.m;
+  product.n = part.n;
+  product.k = part.k;
+  product.a = part.a;
+  product.a_row = part.a_row;
+  product.a_col = part.a_col;
+  product.b = part.b;
+  product.b_row = rows ? part.b_row : 1;
+  product.b_col = rows ? 1 : part.b_row;
+  product.accumulate = part.accumulate || part.bias;
+  product.c = part.c;
+  product.c_row = part.c_row;
+  backend->sgemm(backend->user, &product);
   if (part.a_sum) moe__gemm_sum_a(&part, kernels, 0, (size_t)part.m);
   if (part.gelu) kernels->gelu(part.gelu, part.c, part.c_row, (size_t)part.m, (size_t)part.n);
 }
@@ -4828,15 +4850,13 @@ const char *bli_info_get_version_str(void);
 /* One thread, said before each call: the number belongs to the process, or in some versions to the
    calling thread, and anybody may have changed it. BLIS's own threads at small products are far
    slower than one. */
-static void moe__blis_sgemm(void *user, int32_t m, int32_t n, int32_t k, const float *a,
-                            size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
-                            int32_t accumulate, float *c, size_t c_row) {
-  float one = 1, beta = accumulate ? 1.0f : 0.0f;
+static void moe__blis_sgemm(void *user, const moe_sgemm *p) {
+  float one = 1, beta = p->accumulate ? 1.0f : 0.0f;
   (void)user;
   bli_thread_set_num_threads(1);
-  bli_sgemm(MOE__BLIS_PLAIN, MOE__BLIS_PLAIN, m, n, k, &one, (float *)(uintptr_t)a, (intptr_t)a_row,
-            (intptr_t)a_col, (float *)(uintptr_t)b, (intptr_t)b_row, (intptr_t)b_col, &beta, c,
-            (intptr_t)c_row, 1);
+  bli_sgemm(MOE__BLIS_PLAIN, MOE__BLIS_PLAIN, p->m, p->n, p->k, &one, (float *)(uintptr_t)p->a,
+            (intptr_t)p->a_row, (intptr_t)p->a_col, (float *)(uintptr_t)p->b, (intptr_t)p->b_row,
+            (intptr_t)p->b_col, &beta, p->c, (intptr_t)p->c_row, 1);
 }
 
 /* Measured with BLIS 0.9 beside the AVX2 kernels of this file (bench/bench_blis.c): BLIS reads

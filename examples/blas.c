@@ -14,14 +14,13 @@
 #define MOE_IMPLEMENTATION
 #include "moe.h"
 
-static void blas_sgemm(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row,
-                       size_t a_col, const float *b, size_t b_row, size_t b_col, int32_t accumulate,
-                       float *c, size_t c_row) {
+static void blas_sgemm(void *user, const moe_sgemm *p) {
   (void)user;
-  cblas_sgemm(CblasRowMajor, a_col == 1 ? CblasNoTrans : CblasTrans,
-              b_col == 1 ? CblasNoTrans : CblasTrans, m, n, k, 1.0f, a,
-              (int)(a_col == 1 ? a_row : a_col), b, (int)(b_col == 1 ? b_row : b_col),
-              accumulate ? 1.0f : 0.0f, c, (int)c_row);
+  cblas_sgemm(CblasRowMajor, p->a_col == 1 ? CblasNoTrans : CblasTrans,
+              p->b_col == 1 ? CblasNoTrans : CblasTrans, p->m, p->n, p->k, 1.0f, p->a,
+              (int)(p->a_col == 1 ? p->a_row : p->a_col), p->b,
+              (int)(p->b_col == 1 ? p->b_row : p->b_col), p->accumulate ? 1.0f : 0.0f, p->c,
+              (int)p->c_row);
 }
 
 static double now(void) {

@@ -3,16 +3,15 @@
    a plain loop. */
 
 static int calls; /* of loop_sgemm, counted where there is one thread */
-static void loop_sgemm(void *user, int32_t m, int32_t n, int32_t k, const float *a, size_t a_row,
-                       size_t a_col, const float *b, size_t b_row, size_t b_col, int32_t accumulate,
-                       float *c, size_t c_row) {
+static void loop_sgemm(void *user, const moe_sgemm *g) {
   int32_t i, j, p;
   if (user) ++*(int *)user;
-  for (i = 0; i < m; ++i)
-    for (j = 0; j < n; ++j) {
-      float *at = &c[(size_t)i * c_row + (size_t)j], sum = accumulate ? *at : 0;
-      for (p = k - 1; p >= 0; --p)
-        sum += a[(size_t)i * a_row + (size_t)p * a_col] * b[(size_t)p * b_row + (size_t)j * b_col];
+  for (i = 0; i < g->m; ++i)
+    for (j = 0; j < g->n; ++j) {
+      float *at = &g->c[(size_t)i * g->c_row + (size_t)j], sum = g->accumulate ? *at : 0;
+      for (p = g->k - 1; p >= 0; --p)
+        sum += g->a[(size_t)i * g->a_row + (size_t)p * g->a_col] *
+               g->b[(size_t)p * g->b_row + (size_t)j * g->b_col];
       *at = sum; /* from the last to the first, so that the bits are not those of the built-in
                     kernels */
     }
