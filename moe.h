@@ -146,14 +146,14 @@
      >>route_back    their gradients
      >>experts       expert feed-forward networks
      >>experts_back  their gradients
-     >>kinds         kinds of tasks: heads, losses
-    >>config        configuration, tasks, places of the weights
-     >>tensors       the table of tensors, places of the weights
-     >>model         a model: its block, its tasks
-     >>names         tensors by number and by name
-     >>initial       initial values
-     >>packing       packed weights, weights of 8 bits
-     >>adapt         add a task, extract tasks
+    >>kinds         kinds of tasks: heads, losses
+    >>config        configuration, tasks
+    >>tensors       the table of tensors, places of the weights
+    >>model         a model: its block, its tasks
+    >>names         tensors by number and by name
+    >>initial       initial values
+    >>packing       packed weights, int8 weights
+    >>adapt         add a task, extract tasks
     >>batch         checks of what comes in
      >>arena         activations: what a context holds, and where
      >>context       a context: its sizes, its block
@@ -173,12 +173,15 @@
      >>trainer       accumulate, update, gradient check
      >>json          reading the little JSON that the files need
      >>out           writing text, numbers and JSON
-     >>safetensors   reading and writing the container
-     >>files         writing model files
-     >>metadata      reading them: what a file says of itself
-     >>load          reading them: the weights
-     >>os            files of the operating system
-     >>import        weights of published encoders
+    >>safetensors   the container of files: its header
+    >>values        the values of its tensors; writing it
+    >>files         writing model files
+    >>metadata      reading model files: configuration, tasks
+    >>load          reading model files: weights
+    >>os            files of the operating system
+    >>replace       reading files whole, replacing them safely
+    >>encoder       a published encoder in a file
+    >>import        its weights into a model
       >>checkpoint    checkpoints
      >>unicode       what becomes of characters before words are cut
      >>text          WordPiece
@@ -10821,7 +10824,7 @@ MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config,
   return MOE_OK;
 }
 
-/* ---- packed weights, weights of 8 bits ---- >>packing */
+/* ---- packed weights, int8 weights ---- >>packing */
 
 /* Floats of the plan of panels to one word of pairs: 2, but with odd sizes, whose halves would not
    be whole, the same places. */
@@ -15256,10 +15259,10 @@ static void moe__out_string(moe__out *out, const char *text, size_t bytes) {
   moe__out_text(out, "\"");
 }
 
-/* ---- reading and writing the container ---- >>safetensors
+/* ---- the container of files: its header ---- >>safetensors
    A safetensors file: the length of the header (8 bytes, little-endian), the header (JSON: a member
    for each tensor with its dtype, shape and range of bytes, and "__metadata__", texts by name), the
-   tensors' bytes. Nothing here trusts a number of the file. */
+   bytes of the tensors. No number of the file is trusted. */
 
 #define MOE__ST_HEADER_MAX 100000000u /* as in the reference implementation */
 #define MOE__ST_DIMS 8
@@ -15634,7 +15637,9 @@ static int moe__st_find(const moe__st *st, moe__json *hint, const char *prefix, 
   return 0;
 }
 
-/* 1 on machines that store the low byte first, as the files do. */
+/* ---- the values of its tensors; writing it ---- >>values */
+
+/* 1 on little-endian machines, as the files are. */
 static int moe__little_endian(void) {
   uint16_t one = 1;
   unsigned char low;
@@ -15995,9 +16000,8 @@ MOE_API moe_status moe_model_write(const moe_model *model, const moe_writer *wri
   return moe__save_write(&save, writer, env);
 }
 
-/* ---- reading them: what a file says of itself ---- >>metadata
-   Configuration and tasks, member by member. Nothing is allocated here: the tasks are read twice,
-   first to be counted. */
+/* ---- reading model files: configuration, tasks ---- >>metadata
+   Nothing is allocated here: the tasks are read twice, first to be counted. */
 
 /* One of a list of names. */
 static int moe__json_choice(moe__json *j, const char *const *names, int count, int *out) {
@@ -16279,9 +16283,9 @@ static void moe__tasks_carve(moe__layout *layout, moe__tasks *tasks, const moe__
   tasks->text = (char *)moe__carve(layout, header->bytes, 1);
 }
 
-/* ---- reading them: the weights ---- >>load
-   The tensors by name, copied (moe_model_read) or left where they are (moe_model_open). Memory is
-   asked for when it is known that the file holds so much. */
+/* ---- reading model files: weights ---- >>load
+   Tensors are found by name, and copied (moe_model_read) or left in place (moe_model_open). Memory
+   is allocated only after the file is known to hold as much. */
 
 static moe_status moe__wrong_shape(const moe__st_tensor *found, const moe_tensor *want,
                                    const char *dtypes, const moe_env *env) {
@@ -16843,6 +16847,11 @@ static void moe__sync_folder(char *path) {
 }
 #endif
 
+#endif /* MOE_NO_STDIO */
+
+/* ---- reading files whole, replacing them safely ---- >>replace */
+
+#ifndef MOE_NO_STDIO
 /* Reads to the end into a block that grows as needed: the size that the system told beforehand is a
    hint only. */
 static moe_status moe__read_all(void **data, size_t *bytes, moe__fd fd, size_t hint,
@@ -17073,14 +17082,11 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
 }
 #endif /* MOE_NO_STDIO */
 
-/* ---- weights of published encoders ---- >>import
+/* ---- a published encoder in a file ---- >>encoder
    A BERT-like file of the Hugging Face hub: BERT's names (those of the table of tensors) behind any
    prefix ("bert.", "model."), LayerNorms as weight/bias or gamma/beta, F32, F16 or BF16. Tensors
    outside the encoder (pooler, cls, position_ids) are skipped; one within it that BERT does not
    have means another computation, and is refused. */
-
-/* Sentences about one file, so that a foreign one does not flood the log. */
-#define MOE__IMPORT_COMPLAINTS 16
 
 /* Complains about a tensor that gives away a well-known encoder of another kind: among those of the
    encoder behind the prefix, or among all (prefix NULL: none was found). */
@@ -17333,12 +17339,17 @@ MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, 
   return MOE_OK;
 }
 
+/* ---- its weights into a model ---- >>import */
+
 /* Where a tensor of the encoder is in the file. */
 typedef struct moe__source {
   int found;
   moe__dtype dtype;
   size_t begin;
 } moe__source;
+
+/* Sentences about one file at most. */
+#define MOE__IMPORT_COMPLAINTS 16
 
 /* What an import works on. */
 typedef struct moe__import {
