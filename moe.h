@@ -1121,7 +1121,7 @@ MOE_API void moe_free(void *data);
 /* Replaces the file at `path` by what `write` writes: first into a temporary file beside it
    (PATH.tmp, or PATH.tmp1 to PATH.tmp15 while others write the same path), which is flushed to the
    disk and then renamed. A crash or a full disk never costs the old file, and of several writers
-   the last one to end wins. Temporary files of writers that were killed are removed by the next one.
+   the last one to end wins. The next writer removes temporary files of writers that were killed.
    A symbolic link is replaced, not followed; a pipe, a device and what the program has open
    (/dev/stdout, /dev/fd/N) are written to directly. */
 MOE_API moe_status moe_file_replace(const char *path,
