@@ -341,31 +341,31 @@ static char *part_name(int system, int seed, int t) {
   return printed("%s %d %s", systems[system].name, seed, tasks[t].task.name);
 }
 
-/* The model is asked about the dev rows of task t; its answers go to `lines` too, unless NULL. */
+/* The model is asked about the dev rows of task t; its answers go to `lines_of` too, unless NULL. */
 static part *evaluate_part(const char *name, const moe_model *model, int32_t model_task, int t,
-                           int count_routes, text *answer_lines) {
+                           int routes, text *lines_of) {
+  const task_data *d = &tasks[t];
   const moe_config *c = moe_model_config(model);
   size_t T = (size_t)moe_model_tasks(model), cells = (size_t)(c->layers * c->experts);
   moe_context *context = make_context(model);
   moe_route_sums sums;
   part *p = new_part(name, t);
-  outcome out;
+  int64_t at = 0;
+  int k;
   memset(&sums, 0, sizeof sums);
-  out.answer = p->answer;
-  out.defined = &p->defined;
-  out.lines = answer_lines;
-  out.sums = count_routes && c->experts > 1 ? &sums : NULL;
-  if (out.sums) {
-    sums.tokens = (int64_t *)take(T, sizeof *sums.tokens);
-    sums.chosen = (int64_t *)take(T * cells, sizeof *sums.chosen);
+  sums.tokens = (int64_t *)take(T, sizeof *sums.tokens);
+  sums.chosen = (int64_t *)take(T * cells, sizeof *sums.chosen);
+  for (k = 0; k < d->n_dev; at += d->dev[k++].n) {
+    answers a = score_rows(context, model, &d->dev[k], model_task, &sums);
+    p->value += metric_of(&d->task, 0, a.answer, a.label, a.n, &p->defined) / d->n_dev;
+    if (lines_of) write_answers(lines_of, &d->task, k + 1, &d->dev[k], &a);
+    memcpy(p->answer + at, a.answer, (size_t)a.n * sizeof *a.answer);
+    free_answers(&a);
   }
-  p->value =
-      evaluate(context, model, &tasks[t].task, model_task, tasks[t].dev, tasks[t].n_dev, &out);
-  if (out.sums)
+  if (routes && c->experts > 1)
     memcpy(p->routes = new_routes(), sums.chosen + (size_t)model_task * cells,
            cells * sizeof *p->routes);
-  free(sums.tokens);
-  free(sums.chosen);
+  free(sums.tokens), free(sums.chosen);
   moe_context_free(context);
   return p;
 }
@@ -618,82 +618,82 @@ static int64_t few_rows(const char *wanted, int64_t n) {
   return (int64_t)v;
 }
 
-/* A line of the table, and of the JSON. */
-static void adapt_line(const char *gate, int64_t n, const result *r, text *json) {
-  double sum = 0, square = 0, best = -2, seconds = 0, deviation;
-  int i, found = 0;
-  for (i = 0; i < seed_list.n; ++i) {
-    double v = r[i].part[0] ? r[i].part[0]->value : 0;
-    if (!r[i].part[0]) continue;
-    sum += v;
-    square += v * v;
-    if (v > best) best = v;
-    seconds += r[i].seconds;
-    ++found;
-  }
-  if (!found) {
-    printf("%-16.16s %8lld %8s %12s %8s\n", gate, (long long)n, "-", "-", "-");
-    return;
-  }
-  square = square - sum * sum / found;
-  deviation = found > 1 && square > 0 ? sqrt(square / (found - 1)) : 0;
-  printf("%-16.16s %8lld %8.1f %12s %8.1f\n", gate, (long long)n, 100 * best,
-         printed("%.1f+-%.1f", 100 * sum / found, 100 * deviation), seconds / found);
-  fflush(stdout);
-  put_json(json, "%s\n  {'gate': '%s', 'rows': %lld, 'maximum': %.9g, 'mean': %.9g, ",
-           json->data[json->bytes - 1] == '}' ? "," : "", gate, (long long)n, best, sum / found);
-  put_json(json, "'deviation': %.9g, 'seeds': [", deviation);
-  for (i = found = 0; i < seed_list.n; ++i)
-    if (r[i].part[0])
-      put_json(json, "%s{'seed': %d, 'value': %.9g, 'steps': %.0f}", found++ ? ", " : "", r[i].seed,
-               r[i].part[0]->value, r[i].steps);
-  put(json, "]}");
+/* Adds a run; dies where it was there already. */
+static result *add_result(int of, int seed) {
+  result *r = &results[n_results++];
+  int i;
+  for (i = 0; i < n_results - 1; ++i)
+    if (results[i].line == of && results[i].seed == seed)
+      die("%s with seed %d is listed twice", lines[of].name, seed);
+  r->line = of;
+  r->seed = seed;
+  r->part = (const part **)lasting((size_t)n_tasks, sizeof *r->part);
+  return r;
 }
 
 /* One gate, one number of rows, one seed. */
-static void adapt_once(result *r, const char *gate, int64_t wanted, const rows *all, int several) {
+static void adapt_once(result *r, int64_t wanted, const rows *all, int several) {
+  const char *gate = lines[r->line].name, *save = opt.save;
   long long n = wanted;
-  const char *name =
-      printed("adapt %d %s %.63s %lld", r->seed, tasks[0].task.name, gate, (long long)wanted);
-  const char *suffix = printed("%.40s-%lld-%d", gate, n, r->seed), *save = opt.save;
   beginning b;
   memset(&b, 0, sizeof b);
   b.gate = gate_number(gate);
   b.seed = r->seed;
-  if (save && several) save = with_suffix(save, suffix);
+  if (save && several) save = with_suffix(save, printed("%s-%lld-%d", gate, n, r->seed));
   tasks[0].train = draw_rows(all, wanted, r->seed);
-  r->part[0] = tune(r, name, printed("%.30s, %lld rows, seed %d", gate, n, r->seed), &b, save);
+  r->part[0] = tune(r, printed("adapt %d %s %s %lld", r->seed, tasks[0].task.name, gate, n),
+                    printed("%.30s, %lld rows, seed %d", gate, n, r->seed), &b, save);
   free_rows(&tasks[0].train);
 }
 
-/* --adapt: a task that the model does not know, from each gate, on each number of rows, with each
-   seed [TaG] Tables 2 and 6. */
+/* A line of the table, and of the JSON. */
+static void adapt_line(int s, int64_t n, text *json) {
+  const char *gate = lines[s].name, *comma = "";
+  summary of = summarize(s, 0);
+  const result *r;
+  if (!of.n) {
+    printf("%-16.16s %8lld %8s %12s %8s\n", gate, (long long)n, "-", "-", "-");
+    return;
+  }
+  printf("%-16.16s %8lld %8.1f %12s %8.1f\n", gate, (long long)n, 100 * of.most,
+         printed("%.1f+-%.1f", 100 * of.mean, 100 * of.deviation), of.seconds / of.n);
+  fflush(stdout);
+  put_json(json, "%s\n  {'gate': '%s', 'rows': %lld, 'maximum': %.9g, 'mean': %.9g, ",
+           json->data[json->bytes - 1] == '}' ? "," : "", gate, (long long)n, of.most, of.mean);
+  put_json(json, "'deviation': %.9g, 'seeds': [", of.deviation);
+  for (r = results; r < results + n_results; ++r) {
+    if (r->line != s || !r->part[0]) continue;
+    put_json(json, "%s{'seed': %d, 'value': %.9g, 'steps': %.0f}", comma, r->seed,
+             r->part[0]->value, r->steps);
+    comma = ", ";
+  }
+  put(json, "]}");
+}
+
+/* --adapt: a task that the model does not know, from each gate, on each number of rows (a stage of
+   the table), with each seed [TaG] Tables 2 and 6. */
 static void run_adapt(void) {
   list gate = split(opt.gate_from, ','), few = split(opt.few ? opt.few : "100%", ',');
+  int i, k, stages = few.n;
+  line *of = (line *)lasting((size_t)(gate.n * stages), sizeof *of);
   rows all = tasks[0].train;
-  int i, j, k, seeds = seed_list.n, several = few.n * gate.n * seeds > 1;
   text json = {NULL, 0, 0};
   for (i = 0; i < gate.n; ++i) gate_number(gate.at[i]); /* better known before the first run */
-  for (i = 0; i < few.n; ++i) few_rows(few.at[i], all.n);
+  for (i = 0; i < stages; ++i) few_rows(few.at[i], all.n);
+  lines = of;
+  n_lines = gate.n * stages;
+  results = (result *)lasting((size_t)(n_lines * seed_list.n), sizeof *results);
   put_json(&json, "{'adapt': '%s', 'runs': [", tasks[0].task.name);
   printf("\n%-16s %8s %8s %12s %8s\n", from_model ? "gates from" : "Single-Task", "rows", "maximum",
          "mean", "seconds");
-  for (i = 0; i < few.n; ++i) {
-    int64_t wanted = few_rows(few.at[i], all.n);
-    result *r = (result *)lasting((size_t)(gate.n * seeds), sizeof *r);
-    contestant *c = (contestant *)lasting((size_t)gate.n, sizeof *c);
-    for (j = 0; j < gate.n; ++j) {
-      c[j].name = c[j].title = gate.at[j];
-      c[j].part = (const part **)lasting((size_t)seeds, sizeof *c[j].part);
-      for (k = 0; k < seeds; ++k) {
-        result *one = &r[j * seeds + k];
-        one->seed = atoi(seed_list.at[k]);
-        one->part = &c[j].part[k];
-        adapt_once(one, gate.at[j], wanted, &all, several);
-      }
-      adapt_line(gate.at[j], wanted, r + j * seeds, &json);
-    }
-    compare(c, gate.n, seeds);
+  for (i = 0; i < n_lines; ++i) {
+    int64_t wanted = few_rows(few.at[i / gate.n], all.n);
+    of[i].name = of[i].title = gate.at[i % gate.n];
+    of[i].stage = i / gate.n;
+    for (k = 0; k < seed_list.n; ++k)
+      adapt_once(add_result(i, atoi(seed_list.at[k])), wanted, &all, n_lines * seed_list.n > 1);
+    adapt_line(i, wanted, &json);
+    if (i % gate.n == gate.n - 1) compare_lines(of[i].stage);
   }
   tasks[0].train = all;
   print_comparisons();
@@ -702,19 +702,6 @@ static void run_adapt(void) {
 }
 
 /* ---- main ---- */
-
-/* Adds a run; dies where it was there already. */
-static result *add_result(int system, int seed) {
-  result *r = &results[n_results++];
-  int i;
-  for (i = 0; i < n_results - 1; ++i)
-    if (results[i].line == system && results[i].seed == seed)
-      die("%s with seed %d is listed twice", systems[system].name, seed);
-  r->line = system;
-  r->seed = seed;
-  r->part = (const part **)lasting((size_t)n_tasks, sizeof *r->part);
-  return r;
-}
 
 /* The runs that were asked for, in the order in which they are trained; with --from only second
    stages. */

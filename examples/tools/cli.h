@@ -27,7 +27,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #ifdef _WIN32
 #include <io.h>
 #define isatty _isatty
@@ -380,15 +379,11 @@ static inline void save_text(text *t, const char *path) {
 
 /* A name that cannot be written is better known before the work than after it. */
 static inline void check_writable(const char *option_name, const char *path) {
-  FILE *f = path ? fopen(path, "rb+") : NULL;
-  if (!path) return;
-  if (!f) { /* a new file, most likely: moe_file_replace will begin with this name */
-    const char *temporary = printed("%s.tmp", path);
-    f = errno == EISDIR ? NULL : fopen(temporary, "wb");
-    if (!f) die("%s: %s cannot be written: %s", option_name, path, strerror(errno));
-    remove(temporary);
-  }
-  fclose(f);
+  int old = path && exists(path);
+  FILE *f = path ? fopen(path, "ab") : NULL;
+  if (path && !f) die("%s: %s cannot be written: %s", option_name, path, strerror(errno));
+  if (f) fclose(f);
+  if (f && !old) remove(path);
 }
 
 /* The next line of a stream without its end, \n or \r\n; 0: there is none. */
@@ -473,15 +468,7 @@ static inline void catch_interrupts(void) {
   signal(SIGTERM, on_interrupt);
 }
 
-static inline double seconds_now(void) {
-#if defined(CLOCK_MONOTONIC)
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-#else
-  return (double)clock() / CLOCKS_PER_SEC;
-#endif
-}
+static inline double seconds_now(void) { return profile.clock(profile.user); }
 
 /* Steps of a piece of work: where this process began, and when. */
 typedef struct progress {

@@ -167,13 +167,13 @@ static inline void number_groups(rows *r) {
   free(name);
 }
 
-/* The rows with keep[i] == value. */
+/* The rows of the groups with keep[group] == value. */
 static inline rows copy_rows(const rows *r, const unsigned char *keep, int value) {
   rows out;
   int64_t i;
   memset(&out, 0, sizeof out);
   for (i = 0; i < r->n; ++i)
-    if (keep[i] == value)
+    if (keep[r->row[i].group] == value)
       append_row(&out, &r->row[i], r->ids + r->row[i].start, r->segments + r->row[i].start,
                  row_length(r, i));
   number_groups(&out);
@@ -564,14 +564,15 @@ static inline int64_t dev_rows(const task_data *d) { return d->dev[0].n + d->dev
 
 /* ---- rows left out, held out, drawn ---- */
 
-/* Clears keep[i] of the rows whose text occurs in `dev`. */
+/* Clears keep[group] of the rows whose text occurs in `dev`. */
 static inline void mark_overlaps(unsigned char *keep, const rows *r, const rows *dev) {
   uint64_t *set = (uint64_t *)take((size_t)dev->n, sizeof *set);
   int64_t i;
   for (i = 0; i < dev->n; ++i) set[i] = dev->row[i].hash;
   qsort(set, (size_t)dev->n, sizeof *set, by_number);
   for (i = 0; i < r->n; ++i)
-    if (bsearch(&r->row[i].hash, set, (size_t)dev->n, sizeof *set, by_number)) keep[i] = 0;
+    if (bsearch(&r->row[i].hash, set, (size_t)dev->n, sizeof *set, by_number))
+      keep[r->row[i].group] = 0;
   free(set);
 }
 
@@ -579,15 +580,12 @@ static inline void mark_overlaps(unsigned char *keep, const rows *r, const rows 
    dishonest. A question that loses one choice loses all. */
 static inline void remove_overlaps(void) {
   int t, o, d;
-  int64_t i;
   for (t = 0; t < n_tasks; ++t) {
     rows all = tasks[t].train, *r = &tasks[t].train;
-    unsigned char *keep = (unsigned char *)take(2 * (size_t)all.n, 1), *whole_group = keep + all.n;
-    memset(keep, 1, 2 * (size_t)all.n);
+    unsigned char *keep = (unsigned char *)take((size_t)all.groups, 1);
+    memset(keep, 1, (size_t)all.groups);
     for (o = 0; o < n_tasks; ++o)
       for (d = 0; d < tasks[o].n_dev && o != t; ++d) mark_overlaps(keep, &all, &tasks[o].dev[d]);
-    for (i = 0; i < all.n; ++i) whole_group[all.row[i].group] &= keep[i];
-    for (i = 0; i < all.n; ++i) keep[i] = whole_group[all.row[i].group];
     *r = copy_rows(&all, keep, 1);
     if (r->n < all.n)
       printf("%s: %lld training rows occur in another task's dev set and are left out\n",
@@ -606,11 +604,12 @@ static inline void hold_out_rows(double share, int most) {
   for (t = 0; t < n_tasks; ++t) {
     task_data *d = &tasks[t];
     rows all = d->train;
-    unsigned char *keep = (unsigned char *)take((size_t)all.n, 1);
+    unsigned char *keep = (unsigned char *)take((size_t)all.groups, 1);
     double n = (double)all.n, part = most && share * n > most ? most / n : share;
     for (i = 0; i < all.n; ++i) {
       uint64_t of = d->task.kind == MOE_KIND_RANKING ? all.row[i].name : (uint64_t)i;
-      keep[i] = (double)(moe_key(1, 0, of, (uint32_t)t, 77) >> 11) / 9007199254740992.0 >= part;
+      uint64_t random = moe_key(1, 0, of, (uint32_t)t, 77) >> 11;
+      keep[all.row[i].group] = (double)random / 9007199254740992.0 >= part;
     }
     d->train = copy_rows(&all, keep, 1);
     d->held = copy_rows(&all, keep, 0);
@@ -624,16 +623,17 @@ static inline void hold_out_rows(double share, int most) {
 /* `wanted` rows of r drawn by the seed; a ranking's questions stay whole. The groups are shuffled
    (Fisher and Yates), then taken from the front. */
 static inline rows draw_rows(const rows *r, int64_t wanted, int seed) {
-  unsigned char *keep = (unsigned char *)take((size_t)r->n, 1);
+  unsigned char *keep = (unsigned char *)take((size_t)r->groups, 1);
   groups q = group_rows(r);
-  int64_t *turn = (int64_t *)take((size_t)q.n, sizeof *turn), i, j, kept = 0;
+  int64_t *turn = (int64_t *)take((size_t)q.n, sizeof *turn), i, kept = 0;
   rows out;
   for (i = 0; i < q.n; ++i) turn[i] = i;
   for (i = 0; i < q.n && kept < wanted; ++i) {
     uint64_t random = moe_key((uint64_t)seed, 0, (uint64_t)i, 0, 78) % (uint64_t)(q.n - i);
     int64_t g = turn[i + (int64_t)random];
     turn[i + (int64_t)random] = turn[i];
-    for (j = q.begin[g]; j < q.begin[g + 1]; ++j) keep[q.row[j]] = 1, ++kept;
+    keep[g] = 1;
+    kept += q.begin[g + 1] - q.begin[g];
   }
   out = copy_rows(r, keep, 1);
   free(q.begin), free(turn), free(keep);

@@ -170,10 +170,8 @@ static inline part *read_part_line(char **field) {
   p->value = strtod(field[2], NULL);
   p->score = strtod(field[3], NULL);
   p->defined = field_whole("defined", field[4]);
-  p->tokens = strtod(field[5], NULL);
-  p->seconds = strtod(field[6], NULL);
-  p->steps = strtod(field[7], NULL);
-  p->parameters = strtod(field[8], NULL);
+  p->tokens = strtod(field[5], NULL), p->seconds = strtod(field[6], NULL);
+  p->steps = strtod(field[7], NULL), p->parameters = strtod(field[8], NULL);
   if (*field[9])
     read_numbers(field[9], (int64_t)route_layers * route_experts, p->routes = new_routes(), NULL);
   read_numbers(field[10], dev_rows(&tasks[t]), NULL, p->answer);
@@ -239,78 +237,93 @@ static inline int result_value(double *value, const result *r, int t) {
   return n > 0;
 }
 
+/* The runs of line s: mean over the seeds of column t, as result_value has it, and what else a table
+   shows of them. */
+typedef struct summary {
+  double mean, deviation, most, seconds, parameters;
+  int runs, n, undefined; /* runs in all; with a value; without one */
+} summary;
+
+static inline summary summarize(int s, int t) {
+  summary of = {0, 0, -2, 0, 0, 0, 0, 0};
+  const result *r;
+  double v, square = 0;
+  for (r = results; r < results + n_results; ++r) {
+    if (r->line != s) continue;
+    ++of.runs;
+    of.seconds += r->seconds;
+    of.parameters = r->parameters;
+    if (!result_value(&v, r, t)) continue;
+    ++of.n;
+    of.mean += v;
+    square += v * v;
+    of.most = v > of.most ? v : of.most;
+    of.undefined |= t < n_tasks && !r->part[t]->defined;
+  }
+  if (of.n) of.mean /= of.n;
+  square -= of.n * of.mean * of.mean;
+  if (of.n > 1 && square > 0) of.deviation = sqrt(square / (of.n - 1));
+  return of;
+}
+
 /* ---- differences ---- */
 
-/* What one system, with all its seeds, has answered. */
-typedef struct contestant {
-  const char *name, *title;
-  const struct part **part; /* (T, seeds), NULL where it is missing */
-} contestant;
-
 typedef struct comparison {
-  contestant a, b;
+  const line *a, *b;
   difference *of; /* (T+1): tasks, and the mean over all */
 } comparison;
 
 static comparison *comparisons;
 static int n_comparisons, resamples;
 
-/* Every pair of contestants, the later one first; added to the comparisons. */
-static inline void compare(const contestant *c, int n, int seeds) {
-  size_t stride = (size_t)resamples + 1, i;
-  double *task = (double *)take((size_t)n + 1, 2 * stride * sizeof *task),
-         *all = task + (size_t)n * stride;
-  const float **answer = (const float **)take((size_t)seeds, sizeof *answer);
-  int *known = (int *)take((size_t)(n * (n_tasks + 1)), sizeof *known), a, b, t, k, found;
-  comparison *to;
-  if (!resamples) n = 0;
-  comparisons =
-      (comparison *)grow(comparisons, (size_t)(n_comparisons + n * n + 1), sizeof *comparisons);
-  to = comparisons + n_comparisons;
-  for (a = 1; a < n; ++a)
-    for (b = 0; b < a; ++b, ++n_comparisons) {
-      comparison *new_one = &comparisons[n_comparisons];
-      new_one->a = c[a], new_one->b = c[b];
-      new_one->of = (difference *)lasting((size_t)n_tasks + 1, sizeof *new_one->of);
-    }
-  for (t = 0; t <= n_tasks && n > 1; ++t) {
-    const double *of = t < n_tasks ? task : all;
-    memset(task, 0, (size_t)n * stride * sizeof *task);
-    for (a = 0; a < n && t < n_tasks; ++a) {
-      for (k = found = 0; k < seeds; ++k)
-        if (c[a].part[t * seeds + k]) answer[found++] = c[a].part[t * seeds + k]->answer;
-      if (found) resample(task + (size_t)a * stride, &tasks[t], answer, found, resamples);
-      known[t * n + a] = found > 0;
-      known[n_tasks * n + a] += found > 0;
-    }
-    for (i = 0; i < (size_t)n * stride; ++i) all[i] += task[i] / n_tasks;
-    for (a = 1, k = 0; a < n; ++a)
-      for (b = 0; b < a; ++b, ++k)
-        if (t < n_tasks ? known[t * n + a] && known[t * n + b]
-                        : known[t * n + a] + known[t * n + b] == 2 * n_tasks)
-          to[k].of[t] = difference_of(of + (size_t)a * stride, of + (size_t)b * stride, resamples);
-  }
-  free(task), free(answer), free(known);
+/* Metrics of line s, all its seeds, on the dev rows of task t and on their resamples, added to out;
+   0: there are no answers. */
+static inline int add_resamples(double *out, int s, int t) {
+  const float **answer = (const float **)take((size_t)n_results + 1, sizeof *answer);
+  int i, n = 0;
+  for (i = 0; i < n_results; ++i)
+    if (results[i].line == s && results[i].part[t]) answer[n++] = results[i].part[t]->answer;
+  if (n) resample(out, &tasks[t], answer, n, resamples);
+  free(answer);
+  return n > 0;
 }
 
-/* The lines of one stage, compared. */
+/* Every pair of lines of one stage, the later one first; added to the comparisons. */
 static inline void compare_lines(int stage) {
-  contestant *c = (contestant *)take((size_t)n_lines, sizeof *c);
-  int s, i, t, k, n = 0, seeds = 0;
-  for (i = 0; i < n_results; ++i) seeds += results[i].line == results[n_results - 1].line;
-  for (s = 0; s < n_lines; ++s) {
-    if (lines[s].stage != stage) continue;
-    c[n].name = lines[s].name, c[n].title = lines[s].title;
-    c[n].part = (const part **)lasting((size_t)(n_tasks * seeds), sizeof *c[n].part);
-    for (i = k = 0; i < n_results; ++i)
-      if (results[i].line == s) {
-        for (t = 0; t < n_tasks; ++t) c[n].part[t * seeds + k] = results[i].part[t];
-        ++k;
-      }
-    n += k > 0;
+  size_t stride = (size_t)resamples + 1, k;
+  double *all = (double *)take((size_t)n_lines, stride * sizeof *all), *task;
+  int *known = (int *)take(2 * (size_t)n_lines, sizeof *known), *has = known + n_lines;
+  int first = n_comparisons, a, b, t, c;
+  for (a = 1; a < n_lines && resamples; ++a)
+    for (b = 0; b < a; ++b) {
+      comparison *to;
+      if (lines[a].stage != stage || lines[b].stage != stage) continue;
+      if (!summarize(a, 0).runs || !summarize(b, 0).runs) continue;
+      comparisons = (comparison *)grow(comparisons, (size_t)n_comparisons + 1, sizeof *comparisons);
+      to = &comparisons[n_comparisons++];
+      to->a = &lines[a], to->b = &lines[b];
+      to->of = (difference *)lasting((size_t)n_tasks + 1, sizeof *to->of);
+    }
+  task = (double *)take((size_t)n_lines, stride * sizeof *task);
+  for (t = 0; t <= n_tasks && n_comparisons > first; ++t) {
+    const double *of = t < n_tasks ? task : all;
+    memset(task, 0, (size_t)n_lines * stride * sizeof *task);
+    for (a = 0; a < n_lines; ++a) {
+      if (lines[a].stage != stage) continue;
+      if (t == n_tasks)
+        has[a] = known[a] == n_tasks;
+      else
+        known[a] += has[a] = add_resamples(task + (size_t)a * stride, a, t);
+    }
+    for (k = 0; k < (size_t)n_lines * stride; ++k) all[k] += task[k] / n_tasks;
+    for (c = first; c < n_comparisons; ++c) {
+      int x = (int)(comparisons[c].a - lines), y = (int)(comparisons[c].b - lines);
+      if (has[x] && has[y])
+        comparisons[c].of[t] =
+            difference_of(of + (size_t)x * stride, of + (size_t)y * stride, resamples);
+    }
   }
-  compare(c, n, seeds);
-  free(c);
+  free(task), free(all), free(known);
 }
 
 static inline void print_comparisons(void) {
@@ -323,9 +336,8 @@ static inline void print_comparisons(void) {
   for (t = 0; t < n_tasks; ++t) printf(" %10.9s", tasks[t].task.name);
   printf(" |  all, with its 95 %% interval\n");
   for (c = 0; c < n_comparisons; ++c) {
-    const comparison *of = &comparisons[c];
-    const difference *d = of->of;
-    printf("%-27s", printed("%.25s - %.25s", of->a.title, of->b.title));
+    const difference *d = comparisons[c].of;
+    printf("%-27s", printed("%.25s - %.25s", comparisons[c].a->title, comparisons[c].b->title));
     for (t = 0; t < n_tasks; ++t, ++d)
       printf(" %10s", d->known ? printed("%+.1f %3.0f%%", 100 * d->value, 100 * d->better) : "-");
     printf(" |  %s\n", !d->known ? "-"
@@ -344,27 +356,6 @@ static inline void print_comparisons(void) {
 
 /* ---- the table ---- */
 
-/* Mean over the seeds that have one; *n of them. */
-static inline double mean_of(int s, int t, double *deviation, double *most, int *n) {
-  double sum = 0, square = 0, v;
-  int i;
-  *n = 0;
-  *deviation = 0;
-  *most = -2;
-  for (i = 0; i < n_results; ++i) {
-    if (results[i].line != s || !result_value(&v, &results[i], t)) continue;
-    sum += v;
-    square += v * v;
-    *most = v > *most ? v : *most;
-    ++*n;
-  }
-  if (!*n) return 0;
-  sum /= *n;
-  square = square / *n - sum * sum;
-  if (*n > 1 && square > 0) *deviation = sqrt(square * *n / (*n - 1));
-  return sum;
-}
-
 /* n 0: nothing to show; 1: no deviation. */
 static inline void print_cell(double v, double deviation, int n, int undefined) {
   const char *cell = n > 1 ? printed("%.1f+-%.1f", 100 * v, 100 * deviation)
@@ -373,32 +364,29 @@ static inline void print_cell(double v, double deviation, int n, int undefined) 
   printf(" %*s%s", 10 - undefined, cell, undefined ? "?" : "");
 }
 
-/* Row s of the table; 1 when a metric in it has no value. */
+/* Row s of the table, and with several seeds in a second stage their maxima, as the paper reports;
+   1 when a metric in it has no value. */
 static inline int print_line(int s) {
-  double d, most, seconds = 0, parameters = 0;
-  int t, i, n, bad, any_bad = 0, runs = 0, seeds = 0, pass;
-  for (i = 0; i < n_results; ++i)
-    if (results[i].line == s)
-      seconds += results[i].seconds, parameters = results[i].parameters, ++runs;
-  for (pass = 0; pass < 2 && runs; ++pass) { /* the second row is the maximum of the seeds */
-    if (pass && (lines[s].stage != 1 || seeds < 2)) break;
+  int t, any_undefined = 0, seeds = 0, pass;
+  for (pass = 0; pass < 2; ++pass) {
+    summary of = summarize(s, 0);
+    if (!of.runs || (pass && (lines[s].stage != 1 || seeds < 2))) break;
     printf("%-14s", pass ? "  maximum" : lines[s].title);
     for (t = 0; t < n_tasks + 2; ++t) {
-      double v = mean_of(s, t, &d, &most, &n);
-      for (i = bad = 0; i < n_results && t < n_tasks && !pass; ++i)
-        bad |= results[i].line == s && results[i].part[t] && !results[i].part[t]->defined;
-      any_bad |= bad;
-      if (n > seeds) seeds = n;
+      of = summarize(s, t);
+      any_undefined |= of.undefined;
+      if (of.n > seeds) seeds = of.n;
       if (t == n_tasks) printf(" |");
-      print_cell(pass ? most : v, d, pass ? n > 0 : n, bad);
+      print_cell(pass ? of.most : of.mean, of.deviation, pass ? of.n > 0 : of.n,
+                 of.undefined && !pass);
     }
-    printf(pass ? " |\n" : " | %11.0f %8.1f\n", parameters, seconds / runs);
+    printf(pass ? " |\n" : " | %11.0f %8.1f\n", of.parameters, of.seconds / of.runs);
   }
-  return any_bad;
+  return any_undefined;
 }
 
 static inline void print_table(void) {
-  int s, t, any_bad = 0, hard = 0, several = 0;
+  int s, t, any_undefined = 0, hard = 0, several = 0;
   char name[MOE_NAME_BYTES];
   double error;
   for (t = 1; t < n_results; ++t) several |= results[t].seed != results[0].seed;
@@ -422,13 +410,13 @@ static inline void print_table(void) {
     print_cell(v + 2 * error, 0, 1, 0);
   }
   printf(" |\n");
-  for (s = 0; s < n_lines; ++s) any_bad |= print_line(s);
+  for (s = 0; s < n_lines; ++s) any_undefined |= print_line(s);
   printf("small: mean over tasks with at most 10,000 training rows; all: over all tasks%s.\n",
          several ? "; mean+-standard deviation over the seeds" : "");
   printf("chance + 2 se: one answer to every row (the most frequent class, for F1 class 1; 0 for "
          "correlations) plus two standard errors%s.\n",
          hard ? "; *: declared hard" : "");
-  if (any_bad)
+  if (any_undefined)
     printf("?: the metric has no value (only one class is right or predicted, or the values are "
            "constant) and counts as 0.\n");
 }
@@ -484,7 +472,7 @@ static inline void json_result(text *j, const result *r) {
 static inline void json_comparison(text *j, const comparison *c) {
   const char *comma = "";
   int t;
-  put_json(j, "\n  {'a': '%s', 'b': '%s', 'differences': [", c->a.name, c->b.name);
+  put_json(j, "\n  {'a': '%s', 'b': '%s', 'differences': [", c->a->name, c->b->name);
   for (t = 0; t <= n_tasks; ++t) {
     const difference *d = &c->of[t];
     if (!d->known) continue;

@@ -95,14 +95,6 @@ static inline double metric_of(const moe_task *t, int index, const float *answer
   return v;
 }
 
-/* Where an evaluation leaves more than the metric: what is not wanted is NULL. */
-typedef struct outcome {
-  float *answer;        /* of all rows, set after set */
-  moe_route_sums *sums; /* routes, added to */
-  int *defined;
-  text *lines; /* what write_answers prints */
-} outcome;
-
 /* A line for each row: task, set (1: dev.tsv, 2: the second one), line of the file, label, answer,
    logits. */
 static inline void write_answers(text *to, const moe_task *t, int set, const rows *r,
@@ -116,24 +108,6 @@ static inline void write_answers(text *to, const moe_task *t, int set, const row
       put(to, "%s%.9g", c ? " " : "", (double)a->logits[i * a->stride + c]);
     put(to, "\n");
   }
-}
-
-/* Mean of the task's metric over n_sets sets of rows; t is its number in the model. */
-static inline double evaluate(moe_context *context, const moe_model *model, const moe_task *task,
-                              int32_t t, const rows *r, int n_sets, outcome *out) {
-  outcome nothing = {NULL, NULL, NULL, NULL};
-  double sum = 0;
-  int64_t at = 0;
-  int d;
-  if (!out) out = &nothing;
-  for (d = 0; d < n_sets; at += r[d++].n) {
-    answers a = score_rows(context, model, &r[d], t, out->sums);
-    sum += metric_of(task, 0, a.answer, a.label, a.n, out->defined);
-    if (out->lines) write_answers(out->lines, task, d + 1, &r[d], &a);
-    if (out->answer) memcpy(out->answer + at, a.answer, (size_t)a.n * sizeof *a.answer);
-    free_answers(&a);
-  }
-  return sum / n_sets;
 }
 
 /* What the same answer to every row scores (the most frequent class; for F1, class 1; in a ranking

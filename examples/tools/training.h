@@ -120,12 +120,15 @@ static inline moe_model *copy_model(const moe_model *model) {
 /* Takes the weights if the mean of the tasks' metrics is better than with those that are kept. */
 static inline void offer_best(job *j, moe_context *context, moe_model *model) {
   double score = 0;
-  int i, held = j->choose == 1;
+  int i;
   for (i = 0; i < j->n; ++i) {
     const task_data *d = &tasks[j->which[i]];
-    score +=
-        evaluate(context, model, &d->task, i, held ? &d->held : d->dev, held ? 1 : d->n_dev, NULL) /
-        j->n;
+    int sets = j->choose == 1 ? 1 : d->n_dev, k;
+    for (k = 0; k < sets; ++k) {
+      answers a = score_rows(context, model, j->choose == 1 ? &d->held : &d->dev[k], i, NULL);
+      score += metric_of(&d->task, 0, a.answer, a.label, a.n, NULL) / sets / j->n;
+      free_answers(&a);
+    }
   }
   if (j->best && !(score > j->score)) return;
   if (!j->best)
