@@ -327,7 +327,7 @@ static inline void compare_lines(int stage) {
 }
 
 static inline void print_comparisons(void) {
-  int c, t, clear = 0, known = 0;
+  int c, t, clear = 0, known = 0, several;
   double half = 0;
   if (!n_comparisons) return;
   printf("\nDifferences x 100, and in how many of %d resamples of the dev rows the first is "
@@ -347,10 +347,16 @@ static inline void print_comparisons(void) {
     clear += d->known && (d->low > 0 || d->high < 0);
     half += d->known ? 50 * (d->high - d->low) : 0;
   }
-  printf("The interval is that of other dev rows for the same models; seeds are averaged first.\n");
-  if (known)
-    printf("Larger than chance on these dev rows: %d of the %d differences in column all; the "
-           "intervals of the others, %.1f points to either side, contain 0.\n",
+  for (t = several = 0; t < n_results; ++t) several |= results[t].seed != results[0].seed;
+  printf("The interval is that of other dev rows for the same models; %s.\n",
+         several ? "seeds are averaged first" : "other seeds differ as well: try --seeds 1,2,3");
+  if (known && !clear)
+    printf("No difference in column all is larger than chance on these dev rows: each interval, "
+           "%.1f points to either side, contains 0.\n",
+           half / known);
+  if (clear)
+    printf("Larger than chance on these dev rows: %d of the %d differences in column all, whose "
+           "intervals, %.1f points to either side, do not contain 0.\n",
            clear, known, half / known);
 }
 
