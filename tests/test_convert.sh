@@ -109,14 +109,16 @@ refuses test_convert_wants_a_task "of one task" "$model" "$tmp/x" --int8 --score
 refuses test_convert_wants_columns "no column" "$model" "$tmp/x" --task snips_intents \
   --rows "$tmp/lines"
 printf 'label\tsentence1\n' > "$tmp/header.tsv"
-refuses test_convert_wants_a_row_at_least 'header.tsv: there are no rows' "$model" "$tmp/x" --task snips_intents \
+refuses test_convert_wants_a_row_at_least 'header.tsv: there are no rows' "$model" "$tmp/x" --task \
+  snips_intents \
   --rows "$tmp/header.tsv"
 refuses test_convert_wants_both_texts_of_a_pair 'no column "sentence2"' "$model" "$tmp/x" \
   --task intent_match --rows $rows
 printf 'label\tsentence1\n0\ta\000b\n' > "$tmp/zero.tsv"
 refuses test_convert_sees_a_zero_byte 'a zero byte' "$model" "$tmp/x" --task snips_intents \
   --rows "$tmp/zero.tsv"
-refuses test_convert_wants_a_number_of_threads 'threads takes a whole number from 1 to 256, not "4x"' "$model" --threads 4x
+refuses test_convert_wants_a_number_of_threads \
+  'threads takes a whole number from 1 to 256, not "4x"' "$model" --threads 4x
 head -n 40 $rows > "$tmp/lf.tsv"
 awk 'BEGIN { printf "\357\273\277" } { printf "%s\r\n", $0 }' "$tmp/lf.tsv" > "$tmp/crlf.tsv"
 "$tmp/convert" "$model" "$tmp/a" --task snips_intents --drop-below 0.3 --rows "$tmp/lf.tsv" \
@@ -125,6 +127,7 @@ if "$tmp/convert" "$model" "$tmp/b" --task snips_intents --drop-below 0.3 --rows
     > "$tmp/what" 2>&1 && cmp -s "$tmp/a" "$tmp/b"
 then ok test_convert_takes_what_editors_leave
 else fail test_convert_takes_what_editors_leave "$(head -n 3 "$tmp/what")"; fi
-refuses test_convert_wants_a_share 'drop-below takes a number from 0 to 1' "$model" "$tmp/x" --task snips_intents --rows $rows \
+refuses test_convert_wants_a_share 'drop-below takes a number from 0 to 1' "$model" "$tmp/x" \
+  --task snips_intents --rows $rows \
   --drop-below 2
 finish

@@ -88,14 +88,16 @@ refuses an_unknown_task 'has no task "mrpc", but query_wellformedness intent_mat
 refuses an_unknown_option 'unknown option --sore' '' "$model" snips_intents --sore
 refuses an_unknown_instruction_set '--isa is auto|avx512|avx2|neon|scalar, not "sse"' '' \
   "$model" snips_intents --isa sse
-refuses a_bad_number '--threads takes a whole number from 1 to 256, not "two"' '' "$model" snips_intents --threads two
+refuses a_bad_number '--threads takes a whole number from 1 to 256, not "two"' '' "$model" \
+  snips_intents --threads two
 refuses too_few_columns 'stdin:2: 1 column, expected 2: task intent_match takes two texts' \
   'a\tb\nalone\n' "$model" intent_match
 refuses too_many_columns 'stdin:1: 2 columns, expected 1' 'a\tb\n' "$model" snips_intents
 refuses a_header_without_label 'stdin:1: there is no column "label"' 'a\tsentence1\n' \
   "$model" snips_intents --score
 refuses an_empty_file 'stdin: the file is empty' '' "$model" snips_intents --score
-refuses a_file_without_rows 'stdin: there are no rows' 'label\tsentence1\n' "$model" snips_intents --score
+refuses a_file_without_rows 'stdin: there are no rows' 'label\tsentence1\n' "$model" snips_intents \
+  --score
 refuses a_label_that_is_none 'stdin:3: label "x" is not a number' 'label\tsentence1\n1\ta\nx\tb\n' \
   "$model" snips_intents --score
 refuses a_label_out_of_range 'stdin:2: label 7 is not one of 0 .. 6' 'label\tsentence1\n7\ta\n' \

@@ -15,8 +15,9 @@ typedef struct part {
   int task, defined;   /* defined 0: the metric has no value, and counts as 0 */
   double value, score; /* the metric on dev, and what the epoch was chosen by */
   double tokens, seconds, steps, parameters;
-  int64_t *routes; /* (L,N) tokens of dev that each expert got, or NULL */
-  float *answer;   /* of each dev row, set after set */
+  int64_t *routes;  /* (L,N) tokens of dev that each expert got, or NULL */
+  float *answer;    /* of each dev row, set after set */
+  const char *more; /* of the program's own: a text without tabs, "" for none */
 } part;
 
 static part **finished;
@@ -112,6 +113,7 @@ static inline part *new_part(const char *name, int t) {
   p->task = t;
   p->answer = (float *)lasting((size_t)dev_rows(&tasks[t]), sizeof *p->answer);
   p->defined = 1;
+  p->more = "";
   return p;
 }
 
@@ -136,7 +138,7 @@ static inline void write_parts(const char *file) {
       put(&t, "%s%lld", k ? " " : "", (long long)p->routes[k]);
     for (j = 0; j < dev_rows(&tasks[p->task]); ++j)
       put(&t, "%s%.9g", j ? " " : "\t", (double)p->answer[j]);
-    put(&t, "\n");
+    put(&t, "\t%s\n", p->more);
   }
   save_text(&t, printed("%s.results", file));
 }
@@ -175,6 +177,8 @@ static inline part *read_part_line(char **field) {
   if (*field[9])
     read_numbers(field[9], (int64_t)route_layers * route_experts, p->routes = new_routes(), NULL);
   read_numbers(field[10], dev_rows(&tasks[t]), NULL, p->answer);
+  p->more = printed("%s", field[11]);
+
   for (j = 0; j < dev_rows(&tasks[t]) && task->kind != MOE_KIND_REGRESSION; ++j)
     if (!(p->answer[j] >= 0 && p->answer[j] < (float)task->classes))
       die("an answer is not a class of the task");
@@ -185,17 +189,17 @@ static inline part *read_part_line(char **field) {
    may follow each other in one. */
 static inline void read_parts(const char *file) {
   const char *path = printed("%s.results", file);
-  char *line, *field[12];
+  char *line, *field[13];
   table f;
   if (!open_table(&f, path, 1)) return;
   if (f.name.n != 2 || strcmp(f.name.at[0], "options")) die("this is not a file of results");
   for (line = printed("options\t%s", f.name.at[1]); line; line = table_line(&f)) {
-    int n = cut_line(field, 11, line);
+    int n = cut_line(field, 12, line);
     if (n == 2 && !strcmp(field[0], "options")) {
       check_same_options(file, field[1]);
       continue;
     }
-    if (n != 11) die("%d columns, expected 11", n);
+    if (n != 12) die("%d columns, expected 12", n);
     join_part(read_part_line(field));
   }
   close_table(&f);
@@ -220,7 +224,7 @@ typedef struct result {
 
 static const line *lines;
 static result *results;
-static int n_lines, n_results;
+static int n_lines, n_results, title_width = 14;
 
 /* The metric of a task; t = n_tasks: the average "small", t = n_tasks + 1: that of all tasks. 0
    where a part is missing, or no task is small. */
@@ -377,7 +381,7 @@ static inline int print_line(int s) {
   for (pass = 0; pass < 2; ++pass) {
     summary of = summarize(s, 0);
     if (!of.runs || (pass && (lines[s].stage != 1 || seeds < 2))) break;
-    printf("%-14s", pass ? "  maximum" : lines[s].title);
+    printf("%-*s", title_width, pass ? "  maximum" : lines[s].title);
     for (t = 0; t < n_tasks + 2; ++t) {
       of = summarize(s, t);
       any_undefined |= of.undefined;
@@ -396,21 +400,21 @@ static inline void print_table(void) {
   char name[MOE_NAME_BYTES];
   double error;
   for (t = 1; t < n_results; ++t) several |= results[t].seed != results[0].seed;
-  printf("\n%-14s", "");
+  printf("\n%-*s", title_width, "");
   for (t = 0; t < n_tasks; ++t) {
     printf(" %*.9s%s", 10 - tasks[t].hard, tasks[t].task.name, tasks[t].hard ? "*" : "");
     hard |= tasks[t].hard;
   }
-  printf(" |      small        all |  parameters  seconds\n%-14s", "metric x 100");
+  printf(" |      small        all |  parameters  seconds\n%-*s", title_width, "metric x 100");
   for (t = 0; t < n_tasks; ++t) {
     moe_metric_name(name, &tasks[t].task, 0);
     printf(" %10.9s", name);
   }
-  printf(" |\n%-14s", "train/dev rows");
+  printf(" |\n%-*s", title_width, "train/dev rows");
   for (t = 0; t < n_tasks; ++t)
     printf(" %10s",
            printed("%lld/%lld", (long long)tasks[t].train.n, (long long)dev_rows(&tasks[t])));
-  printf(" |\n%-14s", "chance + 2 se");
+  printf(" |\n%-*s", title_width, "chance + 2 se");
   for (t = 0; t < n_tasks; ++t) {
     double v = chance(&tasks[t], &error);
     print_cell(v + 2 * error, 0, 1, 0);

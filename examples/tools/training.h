@@ -35,7 +35,11 @@ typedef struct job {
   int64_t epoch, patience; /* steps; epochs that are no better until it ends */
   moe_train_config config;
   moe_sampler_config sampling;
+  void (*begin)(const struct job *j); /* before the first step of this process */
   void (*after)(const struct job *j, const moe_model *model, int64_t step); /* each step */
+  void (*put_state)(text *to);         /* a line of what the program keeps outside of the model, */
+  void (*get_state)(const char *line); /* and back */
+
   moe_trainer *trainer;
   moe_sampler sampler;
   moe_model *best; /* of the epochs so far, NULL: none has ended */
@@ -146,13 +150,15 @@ static inline void offer_best(job *j, moe_context *context, moe_model *model) {
    has come. */
 static inline void write_state(job *j) {
   const char *best = best_path(j->path);
+  text note = {NULL, 0, 0};
   if (j->choose && !j->best) remove(best); /* of another run */
   if (j->best_unsaved) need(moe_model_save(j->best, best, &env));
   j->best_unsaved = 0;
-  need(moe_checkpoint_save(j->trainer, &j->sampler,
-                           printed("%s\n%s\nbest %.17g at %lld, tokens %.0f", j->name, options_here,
-                                   j->score, (long long)j->best_step, j->tokens),
-                           j->path, &env));
+  put(&note, "%s\n%s\nbest %.17g at %lld, tokens %.0f", j->name, options_here, j->score,
+      (long long)j->best_step, j->tokens);
+  if (j->put_state) put(&note, "\n"), j->put_state(&note);
+  need(moe_checkpoint_save(j->trainer, &j->sampler, note.data, j->path, &env));
+  free(note.data);
 }
 
 /* The note of a checkpoint, as lines. */
@@ -181,14 +187,16 @@ static inline void go_on(job *j) {
   need(moe_file_read(&file, &bytes, j->from, &env));
   read_from(j->from, 0);
   note = read_note(file, bytes);
-  if (note.n != 3) die("made with other options: it has no note of this program");
+  if (note.n < 3) die("made with other options: it has no note of this program");
   if (!strcmp(note.at[0], j->name)) {
     check_same_options(j->from, note.at[1]);
     read_from(j->from, 0);
     need(moe_checkpoint_read(j->trainer, &j->sampler, file, bytes, &env));
     if (sscanf(note.at[2], "best %lf at %lld, tokens %lf", &j->score, &at, &j->first_tokens) != 3)
       die("its note is damaged: \"%s\"", note.at[2]);
+    if (j->get_state) j->get_state(note.at[note.n - 1]);
     j->best_step = at;
+
     j->best_unsaved = at != 0;
     j->tokens = j->first_tokens;
     fprintf(stderr, "going on from %s at step %lld\n", j->from,
@@ -253,6 +261,7 @@ static inline void train_model(job *j, moe_model *model) {
   need(moe_trainer_create(&j->trainer, model, &limits, &j->config, &env));
   need(moe_sampler_init(&j->sampler, &j->sampling, n_rows, n_rows + j->n, j->n, &env));
   go_on(j);
+  if (j->begin) j->begin(j);
   train_loop(j, model, context, room);
   moe_trainer_free(j->trainer);
   if (j->best) {
