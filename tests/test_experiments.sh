@@ -98,12 +98,12 @@ shows table7 '^uniform MT-TaG  *[0-9]' '^natural MT-TaG  *[0-9]' '^uniform-natur
 shows table8 '^2 experts MT-TaG  *[0-9]' '^6 experts MT-TaG  *[0-9]'
 shows table10 '^without query_wellformedness' '^with all tasks' '^TaG tuned '
 shows table11 '^1x64' '^4x256' '^TaG tuned '
-shows section4 '^straight, homogeneous, 10 times, stage 2  *[0-9]' \
+shows section4 '^straight, one task, x10, stage 2  *[0-9]' \
   '^MLP router, random vectors, learned  *[0-9]' '^instead: transformer  *[0-9]' \
   '^instead: freeze  *[0-9]'
 shows section5 '^clinc_domains, never seen, joins' ' 4 rows  *16 rows$' \
   '^random2  *[0-9].* [0-9.]*$' '^straight  *[0-9]'
-shows section6 '^Features of the tasks' 'routes.html'
+shows section6 "^Pearson's r between a feature" 'routes.html'
 if [ -s "$tmp/all/section6/routes.html" ] && [ -s "$tmp/all/section6/history.csv" ]; then
   ok test_experiments_section6_leaves_files
 else
@@ -131,7 +131,7 @@ fi
 x table8 seeds --seeds 1,2 --budget 3 -- $small
 said=$(awk '$1 == 4 && $2 == "experts" && $3 == "MT-TaG" { sub(/\+-.*/, "", $5); print $5 }' \
   "$tmp/out")
-want=$(tr '}' '\n' < "$tmp/seeds/table8/experts4.json" |
+want=$(tr '}' '\n' < "$tmp/seeds/table8/experts-4.json" |
   awk '/"tag-tuned"/ { on = 1 }
     /"all":/ { if (on) { sub(/.*"all": /, ""); s += $1; n++ } on = 0 }
     END { printf "%.1f", 100 * s / n }')
@@ -195,7 +195,7 @@ fi
 # ---- in parts; what is not finished is said ----
 x table8 parts --seeds 1 --budget 4 --part 1/2 -- $small
 says test_experiments_does_a_part '^1 pieces of the work are not finished' \
-  '^2 experts MT-TaG  *[0-9]' '^experts4: nothing is finished yet'
+  '^2 experts MT-TaG  *[0-9]' '^experts-4: nothing is finished yet'
 x table8 parts --seeds 1 --budget 4 --report -- $small
 says test_experiments_reports '^1 pieces of the work are not finished'
 x table8 parts --seeds 1 --budget 4 --part 2/2 -- $small
@@ -252,7 +252,7 @@ refuses other_options 'was begun with other options' table8 --data "$tmp/own" --
   --seeds 1 --budget 5 --threads 1 -- $small
 refuses what_train_refuses 'ended with status 1; the command was' table8 --data "$tmp/own" \
   --out "$tmp/bad" --seeds 1 --budget 5 -- --heads 3 --hidden 16
-if [ ! -e "$tmp/bad/table8/experts2-tag-1/command" ]; then
+if [ ! -e "$tmp/bad/table8/experts-2-tag-1/command" ]; then
   ok test_experiments_forgets_what_never_began
 else
   fail test_experiments_forgets_what_never_began

@@ -130,10 +130,9 @@ tl --steps 30 --systems softmax --router transformer \
 for system in multi random2 average straight lstm transformer; do
   json=$tmp/json
   [ -f "$tmp/json-$system" ] && json=$tmp/json-$system
-      of=
+  of=
   [ "$json" != "$tmp/json" ] || of=$system
   table=$(sed -n "/\"system\": \"$of/,/\"small\"/p" "$json" |
-
     sed -n 's/.*"query_wellformedness", "metric": "spearman", "value": \([-0-9.]*\).*/\1/p' |
     tail -n 1)
   "$tmp/predict" "$tmp/s-$system-1.safetensors" query_wellformedness \
