@@ -172,8 +172,8 @@ piece() {
   : > "$p/finished"
 }
 
-# STEM "SYSTEMS" OPTIONS...: train with both stages, a piece for each system and seed; then one table
-# of all, with the systems compared
+# STEM "SYSTEMS" OPTIONS...: train with both stages, a piece for each system and seed; then one
+# table of all, with the systems compared
 variant() {
   v=$1 systems=$2 parts=
   shift 2
