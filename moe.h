@@ -813,7 +813,7 @@ MOE_API size_t moe_experts_scratch(int32_t M, int32_t k, int32_t H, int32_t F, i
 
 #define MOE_MAX_CLASSES 256
 #define MOE_MAX_TASKS 4096
-#define MOE_NAME_BYTES 64 /* names of tasks and labels, with the ending zero */
+#define MOE_NAME_BYTES 64 /* of a task's or label's name, with the zero at its end */
 
 typedef enum moe_router {
   MOE_ROUTER_DENSE,      /* N = 1, no gate: Single-Task and MT-Dense */
@@ -825,9 +825,10 @@ typedef enum moe_router {
                             B_j, and its vector z_t   [TaG] A.4 */
 } moe_router;
 
-/* The name of a router in files; NULL for a number without a router. And back: sets *router and
-   returns 1, or returns 0. */
+/* The name of a router in files, "dense", "shared", "task", "level" or "embedding"; NULL if the
+   number is out of range. */
 MOE_API const char *moe_router_name(moe_router router);
+/* Sets *router to the router of that name and returns 1; returns 0 for an unknown name. */
 MOE_API int moe_router_from_name(moe_router *router, const char *name);
 
 /* What an expert is. */
@@ -879,9 +880,9 @@ typedef struct moe_config {
   float temperature; /* tau of MOE_SELECT_SOFTMAX outside training, where moe_train_tau decides:
                         0.1, where its fall ends */
   const uint8_t
-      *pruned; /* (L, N) 1: the model goes without this expert (moe_route_options.pruned), of which
-                  no tensor but its rows in the gates is there; k a layer must stay. Owned by
-                  whoever made the configuration (a model copies it); NULL: all are there */
+      *pruned; /* (L, N) 1: the model lacks this expert (moe_route_options.pruned): it has no
+                  tensors except its rows in the gates. At least k of a layer must stay. Owned by
+                  the caller (a model copies it); NULL: none is pruned */
 } moe_config;
 MOE_API void moe_config_init(moe_config *config);
 /* MOE_E_ARGUMENT with a sentence for any field outside its range. */
@@ -896,9 +897,10 @@ typedef enum moe_kind {
   MOE_KIND_SPAN /* classification on [CLS; span 1; span 2], head (C, 3H), a span is the mean of its
                    tokens [TaG] A.3.1 */
 } moe_kind;
-/* The name of a kind in model files and tables of tasks; NULL for a number without a kind. */
+/* The name of a kind in files, "classification", "regression", "ranking" or "span"; NULL if the
+   number is out of range. */
 MOE_API const char *moe_kind_name(moe_kind kind);
-/* Sets *kind to the kind of that name and returns 1; without one returns 0. */
+/* Sets *kind to the kind of that name and returns 1; returns 0 for an unknown name. */
 MOE_API int moe_kind_from_name(moe_kind *kind, const char *name);
 
 typedef struct moe_task {
@@ -907,13 +909,13 @@ typedef struct moe_task {
   int32_t pair;                 /* 1: two texts */
   int32_t classes;              /* C >= 2; regression: 1 */
   float low, high;              /* range of a regression's labels */
-  char metrics[MOE_NAME_BYTES]; /* names separated by commas, the first is the task's: accuracy f1
-                                   macro_f1 matthews pearson spearman; a regression has the last two
-                                   alone */
+  char metrics[MOE_NAME_BYTES]; /* names separated by commas, the first one counts: accuracy f1
+                                   macro_f1 matthews pearson spearman; only the last two for a
+                                   regression */
   int32_t max_len; /* longest input in tokens where that is less than the model's; 0: the model's */
   const char *const
-      *label; /* (C) label names, owned by whoever made the task (a model copies them); NULL: "0",
-                 "1", ..., which a model spells out. A regression has none: NULL in a model */
+      *label; /* (C) label names, owned by the caller (a model copies them); NULL: "0", "1", ...,
+                 which a model spells out. A regression has none: NULL in a model */
 } moe_task;
 
 /* S sequences of M tokens, packed without padding. */
@@ -978,8 +980,8 @@ MOE_API moe_status moe_model_init(moe_model **out, void *block, size_t bytes,
 MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config,
                                     const moe_task *tasks, int32_t T, uint64_t seed,
                                     const moe_env *env);
-/* Frees what _create, _load, _pack and _set_vocab took. NULL is fine. For a model in the caller's
-   block: frees only that. */
+/* Frees what _create, _load, _pack and _set_vocab allocated; not the caller's block. NULL is fine.
+   */
 MOE_API void moe_model_free(moe_model *model);
 
 /* The model's own configuration, and task 0 .. T-1 (else NULL): copies that live as long as the
@@ -991,7 +993,7 @@ MOE_API const moe_task *moe_model_task(const moe_model *model, int32_t task);
 MOE_API int32_t moe_model_find_task(const moe_model *model, const char *name);
 /* Largest number of scores of a task: the row length of moe_forward's output. */
 MOE_API int32_t moe_model_max_classes(const moe_model *model);
-/* The vocabulary text that text functions need, one word a line; copied. MOE_E_MEMORY. */
+/* Copies the vocabulary that text functions need, one word a line. MOE_E_MEMORY. */
 MOE_API moe_status moe_model_set_vocab(moe_model *model, const char *vocab, size_t bytes,
                                        const moe_env *env);
 /* The vocabulary text and its length, or NULL. */
@@ -1016,9 +1018,9 @@ MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name);
 
 /* Packs the weights for fast products into memory of the model's own: the heap (block NULL;
    MOE_E_MEMORY), or the caller's block (64-byte aligned) of moe_model_pack_size bytes (where
-   env.precision asks for bf16: moe_model_pack_size_bf16, half of that but for odd sizes). To be
-   called again after weights were changed by hand; the trainer keeps it up to date itself, in the
-   precision of this call. Passes of the other precision give their own bits as ever, but are
+   env.precision asks for bf16: moe_model_pack_size_bf16, half of that but for odd sizes). Call it
+   again after changing weights by hand; the trainer packs after each step itself, in the precision
+   of this call. A pass of the other precision gives the same bits as without packing, but is
    slower. */
 MOE_API size_t moe_model_pack_size(const moe_model *model);
 MOE_API size_t moe_model_pack_size_bf16(const moe_model *model);
@@ -1030,7 +1032,7 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
    heads and the other embeddings stay as they are, since a quantised gate routes differently. It is
    written, read and opened like any model, and moe_forward takes it; it cannot be trained, imported
    into or quantised again (MOE_E_UNSUPPORTED). MOE_E_NONFINITE with the tensor's name where a
-   weight is no finite number; MOE_E_UNSUPPORTED where a matrix is wider than MOE_INT8_COLS. */
+   weight is not finite; MOE_E_UNSUPPORTED where a matrix is wider than MOE_INT8_COLS. */
 MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, const moe_env *env);
 /* MOE_TYPE_I8 for such a model, else MOE_TYPE_F32. */
 MOE_API moe_type moe_model_type(const moe_model *model);
@@ -1040,10 +1042,9 @@ typedef struct moe_writer {
   int (*write)(void *user, const void *data, size_t bytes); /* 0 = written */
   void *user;
 } moe_writer;
-/* Writes the whole model, in large portions; the same model gives the same bytes. MOE_E_IO when the
-   writer says so. MOE_E_NONFINITE with the tensor's name where a weight is no finite number, which
-   reading would refuse: then nothing is written, and moe_model_save leaves the old file as it is.
-   */
+/* Writes the whole model, in large portions; the same model gives the same bytes. MOE_E_IO if
+   the writer fails. MOE_E_NONFINITE with the tensor's name if a weight is not finite, which reading
+   would refuse: then nothing is written, and moe_model_save leaves the old file as it is. */
 MOE_API moe_status moe_model_write(const moe_model *model, const moe_writer *writer,
                                    const moe_env *env);
 /* A model on the heap from the bytes of a file, packed and ready to train or to run. The tensors
@@ -1063,10 +1064,9 @@ MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size
 MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file_bytes, void *block,
                                   size_t bytes, const moe_env *env);
 
-/* How the weights of a published encoder get into a model. */
 typedef struct moe_import_options {
-  float noise; /* standard deviation of noise on copied experts or blocks: [TaG] 4.3 asks for none,
-                  0; [TL]'s authors take 1e-8 */
+  float noise; /* standard deviation of noise on copies of experts or blocks; 0: none, as in [TaG]
+                  4.3. [TL]'s authors take 1e-8 */
   uint64_t seed;
 } moe_import_options;
 /* Reads layers, hidden, ffn, vocab, positions and segments from a BERT-like safetensors file into
@@ -1086,37 +1086,36 @@ MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, 
    layers and the same sizes. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT
    with a sentence for each tensor that is missing, misshapen or not finite (16 at most); nothing is
    changed then. options NULL: no noise. MOE_E_UNSUPPORTED for int8 models and those with pruned
-   experts. */
+   experts. Allocates 24 bytes for each tensor of a layer meanwhile: MOE_E_MEMORY. */
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes,
                                     const moe_import_options *options, const moe_env *env);
 
-/* Where the gates of a task that joins a model come from [TaG] 5.2, Tables 2 and 6, beside the
-   number of one of its tasks. */
+/* Where the gates of a new task come from [TaG] 5.2, Tables 2 and 6, if not from one of the model's
+   tasks. */
 enum { MOE_GATE_RANDOM = -1, MOE_GATE_MEAN = -2 };
-/* A model on the heap, packed, with one task more, which comes last; everything else has the same
-   bits. Its gate in every layer (or its task vector) is a copy of task gate_from's, the mean of all
-   tasks' (MOE_GATE_MEAN) or random, as its head is, from `seed`. A dense model and one with a
-   shared gate have no gates of a task's own: MOE_GATE_RANDOM is all they take. MOE_E_ARGUMENT: a
-   task of that name is there, or there is no task gate_from. MOE_E_UNSUPPORTED: the model is int8.
-   */
+/* Makes a model on the heap, packed, with one more task, the last one; everything else has the same
+   bits. The new task's gate in every layer (or its task vector) is a copy of that of task
+   gate_from, the mean over all tasks (MOE_GATE_MEAN), or random from `seed`, as its head is. Models
+   without gates of each task's own (dense, shared) take only MOE_GATE_RANDOM. MOE_E_ARGUMENT: the
+   model has a task of that name, or no task gate_from. MOE_E_UNSUPPORTED: the model is int8. */
 MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, const moe_task *task,
                                    int32_t gate_from, uint64_t seed, const moe_env *env);
 
-/* A model on the heap, packed, with n of the tasks, in the order given, and without the experts
-   marked 1 in drop (L, N), or with all (NULL); names and numbers of the others stay. Tokens of a
-   dropped expert go to the best one of their layer that is there, with that one's own probability;
-   all other tokens are computed as before, bit for bit (moe_config.pruned). The new model can do
-   what any other can, training included. MOE_E_ARGUMENT: a task that is not there, or is named
-   twice; a layer would keep fewer than k experts; no gates, or blocks as experts, with drop.
-   MOE_E_UNSUPPORTED: the model is int8. */
+/* Makes a model on the heap, packed, with n of the tasks, in the order given, and without the
+   experts marked 1 in drop (L, N); NULL drops none. Names and numbers of the others stay. A token
+   whose expert is dropped goes to the best remaining one of the layer, with that one's own
+   probability; all other tokens are computed as before, bit for bit (moe_config.pruned). The new
+   model can do all that others can, training included. MOE_E_ARGUMENT: a task out of range or
+   listed twice; a layer would keep fewer than k experts; drop without gates or with blocks as
+   experts. MOE_E_UNSUPPORTED: the model is int8. */
 MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, const int32_t *tasks,
                                      int32_t n, const uint8_t *drop, const moe_env *env);
 
 #ifndef MOE_NO_STDIO
-/* Reads a whole file or pipe: *data (to be freed with moe_free) and *bytes. A zero that is not
-   counted follows. MOE_E_IO, MOE_E_MEMORY. */
+/* Reads a whole file or pipe: *data, which moe_free frees, and *bytes. A zero byte follows the data
+   and is not counted. MOE_E_IO, MOE_E_MEMORY. */
 MOE_API moe_status moe_file_read(void **data, size_t *bytes, const char *path, const moe_env *env);
-/* What moe_file_read took. NULL is fine. */
+/* Frees the data of moe_file_read. NULL is fine. */
 MOE_API void moe_free(void *data);
 /* Replaces the file at `path` by what `write` writes: first into a temporary file beside it
    (PATH.tmp, or PATH.tmp1 to PATH.tmp15 while others write the same path), which is flushed to the
@@ -9576,7 +9575,7 @@ static int moe__has_gates(const moe_config *config) {
   return config->unit == MOE_UNIT_FFN && config->router != MOE_ROUTER_DENSE;
 }
 
-/* The limits keep every size of a layer within int32_t, and far above any published encoder. */
+/* The limits keep every size of a layer within int32_t; published encoders are far below. */
 static moe_status moe__check_range(const char *what, int32_t value, int32_t low, int32_t high,
                                    const moe_env *env) {
   if (value >= low && value <= high) return MOE_OK;
@@ -9645,7 +9644,7 @@ static moe_status moe__check_task_router(const moe_config *c, const moe_env *env
   return moe__check_range("task_dim", c->task_dim, 1, 65536, env);
 }
 
-/* Each layer has k experts at least. */
+/* Each layer keeps at least k experts. */
 static moe_status moe__check_pruned(const moe_config *c, const moe_env *env) {
   int32_t l, i;
   if (!c->pruned) return MOE_OK;
@@ -9702,7 +9701,7 @@ static int moe__name_char(char c) {
          c == '_' || c == '+';
 }
 
-/* Names stand in tensor names and on command lines: no dots, no blanks. */
+/* Names are parts of tensor names and command lines: no dots, no blanks. */
 static moe_status moe__check_task_name(const moe_task *tasks, int32_t t, const moe_env *env) {
   size_t length = moe__bounded(tasks[t].name, MOE_NAME_BYTES), i;
   int32_t other;
@@ -10038,7 +10037,7 @@ static size_t moe__row_size(const moe__plan *p, moe__measure measure, const moe_
                   (size_t)moe__row_dim(c, T, task, row->shape[2]), bad);
 }
 
-/* Experts of all layers that are there: without the pruned ones. */
+/* Experts of all layers, without the pruned ones. */
 static size_t moe__expert_count(const moe_config *config) {
   size_t cells = (size_t)moe__block_count(config) * (size_t)moe__block_experts(config),
          count = cells, i;
@@ -10109,10 +10108,10 @@ struct moe_model {
   size_t *head;            /* (T) offset of each head in the weights */
   int32_t *by_name;        /* (T) tasks in the order of their names */
   moe__plan plan;
-  int32_t *before; /* (L N + 1) experts of the whole model that are there before expert i of layer
-                      l; NULL: none is pruned */
+  int32_t *before;      /* (L N + 1) unpruned experts of the whole model before expert i of layer l;
+                      NULL: none is pruned */
   const float *weights; /* the flat array: in the block, or in the bytes of a file */
-  float *writable;      /* the same, or NULL where the weights are a file's */
+  float *writable;      /* the same; NULL if the weights are in the bytes of a file */
   float
       *panels; /* packed weights, or NULL; bytes of a quantised model, words of pairs where bf16 */
   int bf16;    /* they are of moe_pack_bf16, at half the offsets (moe__pair_units) */
@@ -10129,7 +10128,7 @@ struct moe_model {
   int newer;       /* and 1: a trainer has changed it since the last download */
 };
 
-/* Experts that are there before expert i of a layer, in the whole model; i = 0 of layer L: all. */
+/* Unpruned experts of the whole model before expert i of a layer; i = 0 of layer L: all. */
 static size_t moe__before(const moe_model *m, int32_t layer, int32_t i) {
   size_t at = (size_t)layer * (size_t)moe__block_experts(&m->config) + (size_t)i;
   return m->before ? (size_t)m->before[at] : at;
@@ -10139,8 +10138,8 @@ static int moe__is_pruned(const moe_model *m, int32_t layer, int32_t i) {
   return m->before && m->config.pruned[(size_t)layer * (size_t)m->config.experts + (size_t)i];
 }
 
-/* Where a unit of a scope begins in an array: of a layer, and there expert or task i. Heads are of
-   different sizes: moe__at. */
+/* Where a unit of a scope begins in an array: that of a layer, or of its expert or task i. Not for
+   heads in the flat array, which differ in size: moe__at. */
 static size_t moe__unit_at(const moe_model *m, moe__measure measure, int scope, int32_t layer,
                            int32_t i) {
   const moe__map *s = &m->plan.in[measure];
@@ -10160,7 +10159,7 @@ static size_t moe__unit_at(const moe_model *m, moe__measure measure, int scope, 
   }
 }
 
-/* Where a tensor begins in an array. id: MOE__QUERY_W, ...; layer; i: the expert or task. */
+/* Where a tensor begins in an array. id: its row, MOE__QUERY_W, ...; i: the expert or task. */
 static size_t moe__place(const moe_model *m, moe__measure measure, int id, int32_t layer,
                          int32_t i) {
   return moe__unit_at(m, measure, moe__tensor_rows[id].scope, layer, i) +
@@ -10269,7 +10268,7 @@ static void moe__copy_tasks(moe__model_block *parts, const moe_task *tasks, int3
   }
 }
 
-/* Tests a block of the caller's. */
+/* Checks a block of the caller's. */
 static moe_status moe__check_block(const char *what, const void *block, size_t bytes, size_t need,
                                    const moe_env *env) {
   if (!block || ((uintptr_t)block & 63))
@@ -10505,7 +10504,7 @@ static int32_t moe__layer_of(const moe_model *m, moe__measure measure, size_t in
   return low;
 }
 
-/* The number of the expert at `place` among those of a layer that are there. */
+/* The number of the expert at `place` among the unpruned ones of a layer. */
 static int32_t moe__expert_number(const moe_model *m, int32_t layer, size_t place) {
   int32_t i = 0;
   while (moe__is_pruned(m, layer, i) || place-- > 0) ++i;
@@ -10558,12 +10557,12 @@ static moe__spot moe__spot_at(const moe_model *m, moe__measure measure, size_t i
     scope = moe__layer_scope(m, measure, &spot, &index);
   } else
     scope = MOE__IN_EMBED;
-  for (id = 0; id < MOE__ROWS; ++id) /* rows that are not there begin where the next one does */
+  for (id = 0; id < MOE__ROWS; ++id) /* a row that the model lacks begins where the next one does */
     if (moe__tensor_rows[id].scope == scope && s->row[id] <= index) spot.id = id;
   return spot;
 }
 
-/* What the name of a tensor begins with. Dense models bear BERT's own names, so that other tools
+/* What the name of a tensor begins with. Dense models have BERT's own names, so that other tools
    open them. */
 static void moe__unit_prefix(char out[128], const moe_model *m, const moe__spot *spot) {
   const moe_config *c = &m->config;
@@ -10617,7 +10616,7 @@ static void moe__spot_int8(const moe_model *m, const moe__spot *spot, moe_tensor
   out->count = (size_t)out->shape[0] * (size_t)out->shape[1];
 }
 
-/* Tensor `index`, which is there. */
+/* Tensor `index`, from 0 to tensors - 1. */
 static moe__spot moe__tensor_get(const moe_model *m, int32_t index, moe_tensor *out) {
   moe__spot spot;
   if (index < m->floats) {
@@ -10711,8 +10710,8 @@ MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name) 
 
 /* ---- initial values ---- >>initial */
 
-/* Tensors of one name start with the same values, whatever else is in the model; expert 0 of a
-   layer starts as a dense model's FFN, block 0 as its block. */
+/* The first values of a tensor depend on its name only, not on the rest of the model; expert 0 of a
+   layer begins as a dense model's FFN, block 0 as its block. */
 static uint64_t moe__name_hash(const char *name) {
   static const char skip[] = "experts.0.", skip_block[] = "blocks.0.";
   uint64_t h = 0xcbf29ce484222325u;
@@ -10826,8 +10825,8 @@ MOE_API moe_status moe_model_create(moe_model **out, const moe_config *config,
 
 /* ---- packed weights, int8 weights ---- >>packing */
 
-/* Floats of the plan of panels to one word of pairs: 2, but with odd sizes, whose halves would not
-   be whole, the same places. */
+/* Packed weights of bf16 are at half the places of packed floats: returns 2; or at the same places,
+   1, where odd sizes have no half. */
 static size_t moe__pair_units(const moe_model *model) {
   return model->config.hidden % 2 || model->config.ffn % 2 ? 1 : 2;
 }
@@ -10908,7 +10907,7 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
     if (!panels)
       return moe__fail(env, MOE_E_MEMORY, "no memory for packed weights of %zu bytes", bytes);
   }
-  if (panels) { /* else the present ones are the model's own, and stay */
+  if (panels) { /* else the model's own ones stay */
     moe__model_drop_panels(model);
     model->panels = panels;
     model->owns_panels = !block;
@@ -10918,9 +10917,9 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
   return MOE_OK;
 }
 
-/* For training in bf16: the weights once more, turned round, so that both packed copies together
-   have the bytes of one in fp32. Sizes that are no multiples of 16 do without: gradients pack on
-   the way then. */
+/* For training in bf16: the weights packed once more, transposed; both copies together have the
+   bytes of one in fp32. With sizes that are not multiples of 16 there is no such copy, and
+   gradients pack on the way. */
 MOE__UNUSED static moe_status moe__model_pack_back(moe_model *model, const moe_env *env) {
   size_t bytes = moe_model_pack_size_bf16(model);
   if (!model->bf16 || model->back || model->config.hidden % 16 || model->config.ffn % 16)
@@ -11001,7 +11000,7 @@ MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, c
   status = moe__model_fetch(model, env);
   if (status) return status;
   status = moe__model_create_raw(&to, &model->config, model->tasks, model->T, 1, env);
-  /* its own block, freshly made: only what reads it later must not write */
+  /* into its own block: `weights` and `bytes` are const only for later readers */
   if (!status)
     status = moe__quantize_tensors(to, (float *)(uintptr_t)to->weights,
                                    (int8_t *)(uintptr_t)to->bytes, model, env);
@@ -11026,8 +11025,8 @@ static moe_status moe__model_finish(moe_model *to, const moe_model *from, const 
   return status ? status : moe_model_pack(to, NULL, env);
 }
 
-/* The row `to` (width) of the task that joins: a copy of row gate_from, the mean of all T rows
-   (MOE_GATE_MEAN), or left as it is, random (MOE_GATE_RANDOM). The rows stand `stride` apart. */
+/* The row `to` (width) of the new task: a copy of row gate_from, the mean of all T rows
+   (MOE_GATE_MEAN), or left as it is, random (MOE_GATE_RANDOM). Rows are `stride` apart. */
 static void moe__adapt_row(float *to, const float *rows, size_t stride, size_t width, int32_t T,
                            int32_t gate_from) {
   size_t i;
@@ -11040,9 +11039,8 @@ static void moe__adapt_row(float *to, const float *rows, size_t stride, size_t w
   }
 }
 
-/* A new model keeps every tensor of the old one; what belongs to the new task alone is random at
-   first. Rows of the table of task vectors stand at its beginning, so the new one is last there
-   too. */
+/* The new model has every tensor of the old one; the new task's own begin with random values. The
+   new row of the table of task vectors is the last one. */
 static void moe__adapt_fill(moe_model *to, const moe_model *from, int32_t gate_from, uint64_t seed,
                             const moe_env *env) {
   int32_t i, at, l;
@@ -11069,7 +11067,7 @@ static void moe__adapt_fill(moe_model *to, const moe_model *from, int32_t gate_f
   }
 }
 
-/* Whether a task brings its own routing. */
+/* Whether each task has routing of its own. */
 static int moe__own_gates(const moe_config *config) {
   return config->router != MOE_ROUTER_DENSE && config->router != MOE_ROUTER_SHARED;
 }
@@ -11110,8 +11108,8 @@ MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, cons
   return status;
 }
 
-/* Every tensor of the new model is the old one's of that name, but for the table of task vectors,
-   of which only some rows come along. */
+/* Copies the old model's tensor of each name; of the table of task vectors only the rows of the
+   tasks. */
 static void moe__extract_fill(moe_model *to, const moe_model *from, const int32_t *tasks) {
   int32_t i, t;
   moe_tensor tensor, old;
@@ -11130,8 +11128,7 @@ static void moe__extract_fill(moe_model *to, const moe_model *from, const int32_
   }
 }
 
-/* The experts that the new model goes without: the old one's pruned ones, and those to be dropped.
- */
+/* The pruned experts of the new model: the old one's, and those to drop. */
 static void moe__extract_pruned(moe_config *config, uint8_t *pruned, const uint8_t *drop) {
   size_t cells = (size_t)config->layers * (size_t)config->experts, i;
   int any = 0;
@@ -11168,7 +11165,7 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
   }
   if (!status)
     status = moe__model_create_raw(&to, &config, list, n, 0,
-                                   env); /* which also finds a task named twice */
+                                   env); /* which also finds a task listed twice */
   moe__release(list);
   if (status) return status;
   moe__extract_fill(to, model, tasks);
@@ -14786,7 +14783,7 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
 #endif /* MOE_NO_TRAIN */
 /* ---- reading the little JSON that the files need ---- >>json
    A strict pull parser (RFC 8259) over a range of bytes: the caller asks for what it expects,
-   nothing is allocated, and a text that is not JSON ends in an error, not in a guess. */
+   nothing is allocated, and a text that is not JSON is an error. */
 
 #define MOE__JSON_DEPTH 64 /* deepest nesting of a value that is skipped */
 
@@ -14893,8 +14890,8 @@ static int moe__json_hex4(moe__json *j, uint32_t *out) {
 }
 
 /* What follows a backslash, as UTF-8: the number of bytes, 0 on an error. A lone \udc80 .. \udcff
-   is the byte 80 .. ff: so the writer stores bytes that are no UTF-8 (as Python's "surrogateescape"
-   does), and names come back as they were. */
+   is the byte 80 .. ff: the writer stores bytes that are not UTF-8 so, as Python's
+   "surrogateescape" does, and names come back byte for byte. */
 static int moe__json_escape(moe__json *j, unsigned char out[4]) {
   static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
   uint32_t high, low;
@@ -14965,8 +14962,8 @@ static int moe__json_key(moe__json *j, moe__json_text *out) {
   return moe__json_string(j, out) && moe__json_expect(j, ':', "a colon was expected");
 }
 
-/* Writes the string, escapes resolved, cut to `capacity` with an ending zero;
-   returns its full length without it. out may be NULL. */
+/* Writes the string, escapes resolved, cut to `capacity` bytes with the zero at its end; returns
+   its full length without the zero. out may be NULL. */
 static size_t moe__json_copy(char *out, size_t capacity, const moe__json_text *text) {
   moe__json j = text->begin;
   size_t n = 0;
@@ -15008,8 +15005,7 @@ static int moe__json_has_zero(const moe__json_text *text) {
   return 0;
 }
 
-/* digits 10^exponent; the error is a few units of the 16th digit, far below half a unit of a float.
- */
+/* digits 10^exponent, to a few units of the 16th digit: far below half a unit of a float. */
 static double moe__scale10(uint64_t digits, int exponent) {
   double power = 1, p = 10, v = (double)digits;
   int e = exponent < 0 ? -exponent : exponent;
@@ -15029,7 +15025,7 @@ typedef struct moe__json_number {
   int negative, integer;
 } moe__json_number;
 
-/* Takes one digit more into *digits, if there is room; *dropped counts the others. */
+/* Appends a digit to *digits while there is room; *dropped counts the others. */
 static void moe__json_digit(uint64_t *digits, int *dropped, int c) {
   uint64_t d = (uint64_t)(c - '0');
   if (!*dropped && *digits <= (UINT64_MAX - d) / 10)
@@ -15107,7 +15103,7 @@ static int moe__json_word(moe__json *j, const char *word) {
   return 1;
 }
 
-/* Reads a value of any kind and forgets it; at most MOE__JSON_DEPTH deep. Without recursion, to
+/* Skips a value of any kind, at most MOE__JSON_DEPTH deep. Without recursion, to
    spare the stack. */
 static int moe__json_skip(moe__json *j) {
   moe__json_text text;
@@ -15150,8 +15146,8 @@ typedef struct moe__out {
   const moe_writer *writer;
   uint64_t total;
   size_t used;
-  int failed, nested; /* nested: quotes and backslashes get one backslash more, for JSON within a
-                         JSON string */
+  int failed, nested; /* nested: one more backslash before quotes and backslashes, for JSON within
+                         a JSON string */
   char buffer[1024];
 } moe__out;
 
@@ -15233,7 +15229,7 @@ static void moe__out_float(moe__out *out, float f) {
   }
 }
 
-/* A JSON string with its quotes. Bytes that are no UTF-8 become \udc80 .. \udcff, see
+/* A JSON string with its quotes. Bytes that are not UTF-8 become \udc80 .. \udcff, see
    moe__json_escape. */
 static void moe__out_string(moe__out *out, const char *text, size_t bytes) {
   const unsigned char *p = (const unsigned char *)text, *end = p + bytes;
@@ -15303,14 +15299,14 @@ typedef struct moe__st {
 
 typedef struct moe__st_tensor {
   moe__json_text key;
-  char name[128]; /* printable, perhaps cut: for sentences */
+  char name[128]; /* printable, perhaps cut: for messages */
   moe__dtype dtype;
   int dims;
   size_t shape[MOE__ST_DIMS], count; /* count: elements */
   size_t begin, end;                 /* bytes within the data */
 } moe__st_tensor;
 
-/* Text of a file, cut, with nothing in it that a terminal obeys. */
+/* Text of a file, cut, without bytes that control a terminal. */
 static void moe__printable(char *out, size_t capacity, const moe__json_text *text) {
   moe__json_copy(out, capacity, text);
   moe__disarm(out);
@@ -15349,7 +15345,7 @@ static int moe__st_sizes(moe__json *j, size_t *out, int most) {
   return j->error ? -1 : n;
 }
 
-/* Reads what stands behind a tensor's name. */
+/* Reads the value of a tensor's member. */
 static int moe__st_value(moe__json *j, moe__st_tensor *t) {
   moe__json_text key, dtype;
   size_t range[2];
@@ -15382,7 +15378,7 @@ static int moe__st_value(moe__json *j, moe__st_tensor *t) {
   return 1;
 }
 
-/* Shape, dtype and range of a tensor must agree, and the range lie within the file. */
+/* Shape, dtype and range of a tensor must agree, and the range must be within the file. */
 static moe_status moe__st_check(const moe__st *st, moe__st_tensor *t, const moe_env *env) {
   size_t bytes;
   int bad = 0, i, empty = 0;
@@ -15548,8 +15544,8 @@ static const char *moe__st_other(const unsigned char *p, size_t bytes) {
   return NULL;
 }
 
-/* Checks the header of a file in memory and fills *out. That the tensors cover the data without
-   holes and overlaps is checked where in_order says so, or else is for moe__st_cover. */
+/* Checks the header of a file in memory and fills *out. If out->in_order is 1, the tensors cover
+   the data without holes and overlaps; else moe__st_cover has to check that. */
 static moe_status moe__st_scan(moe__st *out, const void *file, size_t bytes, const moe_env *env) {
   const unsigned char *p = (const unsigned char *)file;
   const char *other;
@@ -15588,7 +15584,7 @@ static moe_status moe__st_scan(moe__st *out, const void *file, size_t bytes, con
   return status;
 }
 
-/* The same, with memory for the list of tensors where they are not listed in order. */
+/* The same for tensors in any order, which takes memory. */
 static moe_status moe__st_open(moe__st *out, const void *file, size_t bytes, const moe_env *env) {
   moe__st st;
   moe_status status = moe__st_scan(&st, file, bytes, env);
@@ -15597,8 +15593,7 @@ static moe_status moe__st_open(moe__st *out, const void *file, size_t bytes, con
   return status;
 }
 
-/* The JSON text in the metadata of that name. MOE_E_FORMAT when it is missing or stands there
-   twice. */
+/* The JSON text of that name in the metadata. MOE_E_FORMAT if it is missing or listed twice. */
 static moe_status moe__st_text(const moe__st *st, const char *name, moe__json *out,
                                const moe_env *env) {
   moe__json j = st->metadata;
@@ -15617,8 +15612,7 @@ static moe_status moe__st_text(const moe__st *st, const char *name, moe__json *o
                    name);
 }
 
-/* Finds a tensor by its name, prefixed. The search begins at *hint, behind the last one found,
-   since files have their order. */
+/* Finds a tensor by its prefix and name. The search begins at *hint, behind the last one found. */
 static int moe__st_find(const moe__st *st, moe__json *hint, const char *prefix, const char *name,
                         moe__st_tensor *out) {
   char full[256];
@@ -15691,12 +15685,12 @@ static size_t moe__st_positive(const unsigned char *in, size_t n) {
   size_t i;
   for (i = 0; i < n; ++i) {
     const unsigned char *f = in + 4 * i;
-    if (f[3] > 0x7f && (f[0] | f[1] | f[2] | (f[3] & 0x7f))) return i; /* -0 is not */
+    if (f[3] > 0x7f && (f[0] | f[1] | f[2] | (f[3] & 0x7f))) return i; /* -0 is not below 0 */
   }
   return n;
 }
 
-/* Index of the first element that is no finite number, or n. */
+/* Index of the first element that is not finite, or n. */
 static size_t moe__st_finite(const unsigned char *in, size_t n, moe__dtype dtype) {
   size_t i, width = moe__dtype_bytes[dtype];
   for (i = 0; i < n; ++i) {
@@ -15710,7 +15704,7 @@ static size_t moe__st_finite(const unsigned char *in, size_t n, moe__dtype dtype
   return n;
 }
 
-/* A member of the header; *at, the place of the next tensor, moves on. */
+/* A member of the header; advances *at, the place of the next tensor. */
 static void moe__st_put_tensor(moe__out *out, const char *name, moe__dtype dtype,
                                const size_t *shape, int dims, uint64_t *at) {
   uint64_t bytes = moe__dtype_bytes[dtype];
@@ -15750,8 +15744,8 @@ static void moe__st_put_floats(moe__out *out, const float *data, size_t n) {
   }
 }
 
-/* The length of the header and the header, as `put` writes it, with blanks
-   behind it so that the data begin at a multiple of 64. */
+/* The length of the header, and the header that `put` writes, with blanks at its end so that the
+   data begin at a multiple of 64. */
 MOE__NOINLINE static void
 moe__st_put_header(moe__out *out, void (*put)(moe__out *out, const void *user), const void *user) {
   moe__out count;
@@ -15768,13 +15762,13 @@ moe__st_put_header(moe__out *out, void (*put)(moe__out *out, const void *user), 
 /* ---- writing model files ---- >>files
    A model is a safetensors file. "__metadata__" holds moe.version, moe.config (JSON, an object) and
    moe.tasks (JSON, an array); the tensors follow in the order of the flat array, the vocabulary
-   (U8) last. "format": "pt" is what other tools want to see. */
+   (U8) last. Other tools expect "format": "pt". */
 
 #define MOE__FILE_VERSION 1
 
-/* The whole numbers of a configuration by name; its other fields are router, truncate and eps, with
-   blocks as experts unit, selection, temperature and vector, and where experts are pruned their
-   numbers, a list for each layer. */
+/* The integers of a configuration by name. Its other members are router, truncate and eps; with
+   blocks as experts unit, selection, temperature and vector; with pruned experts "absent", a list
+   of their numbers for each layer. */
 static const struct {
   const char *name;
   size_t offset;
@@ -15884,10 +15878,10 @@ static void moe__task_put(moe__out *out, const moe_task *task) {
   moe__out_text(out, "}");
 }
 
-/* What a file is made of: a model, and with a checkpoint the moments and a JSON text more. */
+/* What goes into a file: a model, and for a checkpoint the moments and a JSON text. */
 typedef struct moe__save {
   const moe_model *model;
-  const float *moment[2]; /* NULL: a model alone */
+  const float *moment[2]; /* NULL: only a model */
   void (*put_state)(moe__out *out, const void *state);
   const void *state;
 } moe__save;
@@ -15945,8 +15939,7 @@ static void moe__save_header(moe__out *out, const void *user) {
   moe__out_text(out, "}");
 }
 
-/* What reading would refuse is not written: a diverged training must not replace the last file that
-   could be read. */
+/* Refuses what reading would refuse: a diverged training must not replace the last good file. */
 static moe_status moe__save_check(const moe__save *save, const moe_env *env) {
   const moe_model *model = save->model;
   const float *part[3];
@@ -16013,7 +16006,7 @@ static int moe__json_choice(moe__json *j, const char *const *names, int count, i
   return moe__json_fail(j, "unknown name: written by a newer moe.h?");
 }
 
-/* A text of 0 .. MOE_NAME_BYTES - 1 bytes without a zero in it. */
+/* A text of 0 to MOE_NAME_BYTES - 1 bytes without zeros. */
 static int moe__json_name(moe__json *j, char out[MOE_NAME_BYTES]) {
   moe__json_text text;
   size_t length;
@@ -16024,7 +16017,7 @@ static int moe__json_name(moe__json *j, char out[MOE_NAME_BYTES]) {
   return 1;
 }
 
-/* Members of a configuration that are no whole numbers, or not in every file. */
+/* Members of a configuration that are not integers, or not in every file. */
 static const char *const moe__config_other[] = {
     "eps", "router", "truncate", "unit", "selection", "temperature", "vector", "rank", "absent"};
 enum {
@@ -16063,8 +16056,8 @@ static int moe__config_other_read(moe__json *j, int member, moe_config *c, moe__
   }
 }
 
-/* Every member is known, and there once: what a newer version adds must not be passed over in
-   silence. *pruned is where the list of pruned experts begins, if *has_absent. */
+/* Every member must be known and listed once: what a newer version adds must not be ignored.
+   *pruned is where the list of pruned experts begins, if *has_absent. */
 static int moe__config_read(moe__json *j, moe_config *config, moe__json *pruned, int *has_absent) {
   moe_config c;
   unsigned seen = 0, seen_other = 0, want = MOE__SEEN_ALWAYS;
@@ -16105,8 +16098,8 @@ static int moe__config_read(moe__json *j, moe_config *config, moe__json *pruned,
   return 1;
 }
 
-/* The numbers of the pruned experts of each layer, rising: marks them in to (L, N), which is zero,
-   or NULL. */
+/* The numbers of the pruned experts of each layer, in rising order: marks them in `to` (L, N),
+   which is zero before, unless it is NULL. */
 static int moe__pruned_read(moe__json *j, uint8_t *to, const moe_config *config) {
   int32_t l = 0;
   moe__json_enter(j, '[');
@@ -16126,8 +16119,8 @@ static int moe__pruned_read(moe__json *j, uint8_t *to, const moe_config *config)
   return !j->error;
 }
 
-/* Tasks as they are read, and marks of the experts that are pruned: while the arrays are NULL they
-   are only counted. */
+/* Tasks and marks of pruned experts as they are read; with NULL for arrays, they are only counted.
+   */
 typedef struct moe__tasks {
   uint8_t *pruned; /* of moe_config, or NULL */
   moe_task *task;
@@ -16199,7 +16192,7 @@ static int moe__task_read(moe__json *j, moe__tasks *to) {
   return 1;
 }
 
-/* What the metadata of a file say, before anything is allocated. */
+/* What the metadata of a file says, before anything is allocated. */
 typedef struct moe__header {
   moe__st st;
   int quantized;
@@ -16247,7 +16240,7 @@ static moe_status moe__header_read(moe__header *header, const void *file, size_t
     return moe__fail(env, MOE_E_FORMAT,
                      "moe.version is %lld, this moe.h reads up to %d: use a newer moe.h",
                      (long long)version, MOE__FILE_VERSION);
-  memset(&hint, 0, sizeof hint); /* a matrix that every model has tells whether they are int8 */
+  memset(&hint, 0, sizeof hint); /* a matrix that every model has shows whether it is int8 */
   header->quantized = (moe__st_find(&header->st, &hint, "encoder.layer.0.",
                                     "attention.self.query.weight", &query) ||
                        moe__st_find(&header->st, &hint, "encoder.layer.0.blocks.0.",
@@ -16258,7 +16251,7 @@ static moe_status moe__header_read(moe__header *header, const void *file, size_t
   if (!moe__config_read(&j, &header->config, &header->pruned, &header->has_absent))
     return moe__fail(env, MOE_E_FORMAT, "moe.config: %s", j.error);
   if (header->has_absent && moe_config_check(&header->config, env))
-    return MOE_E_FORMAT; /* or the list's size would be anything */
+    return MOE_E_FORMAT; /* else the list could have any size */
   status = moe__st_text(&header->st, "moe.tasks", &header->tasks, env);
   memset(&count, 0, sizeof count);
   if (!status) status = moe__tasks_read(header, &count, env);
@@ -16506,7 +16499,7 @@ MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file
   size_t vocab_bytes;
   moe_status status = moe__header_read(&header, file, file_bytes, 0, env);
   if (!status) status = moe__model_prepare(&model, &header, env);
-  if (!status) /* into the model's own block: a quantised one forbids only the trainer to write */
+  if (!status) /* into the model's own block, which is const only for later readers */
     status = moe__tensors_load((float *)(uintptr_t)model->weights,
                                (int8_t *)(uintptr_t)model->bytes, &header.st, model, "", env);
   if (!status) status = moe__vocab_find(&vocab, &vocab_bytes, &header.st, env);
@@ -16569,8 +16562,8 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
   moe__open_carve(&layout, &tasks, &seen, &header);
   status = moe__tasks_read(&header, &tasks, env);
   header.config.pruned = tasks.pruned;
-  /* the block's own address stands for the weights, so that none are laid out in it, until the
-     table of tensors can say where they begin in the file; nothing reads them before that */
+  /* any address for the weights keeps them out of the block; nothing reads them before the walk
+     over the tensors has found where they begin in the file */
   if (!status)
     status = moe__model_place(&model, block, bytes, &header.config, tasks.task, (int32_t)tasks.T,
                               header.quantized, (const float *)block, env);
@@ -16603,10 +16596,8 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
 /* ---- files of the operating system ---- >>os */
 
 #ifndef MOE_NO_STDIO
-MOE_API void moe_free(void *data) { moe__release(data); }
-
-/* An environment that puts a name before every sentence, and calls wrong numbers by their name in a
-   file: damaged data. */
+/* An environment that puts a name before every sentence, and reports wrong arguments in a file as
+   damaged data. */
 typedef struct moe__named {
   moe_env env;
   const moe_env *outer;
@@ -16724,7 +16715,7 @@ static int moe__publish(moe__fd fd, const char *from, const char *to) {
 static void moe__sync_folder(char *path) { (void)path; }
 #else
 static moe__path_kind moe__path(const char *path, size_t *bytes, unsigned *mode) {
-  /* links to what the program has open: also where that is a file, the link must stay */
+  /* links to what the program has open: they must stay, even if that is a file */
   static const char *const open_files[] = {"/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/fd/",
                                            "/proc/self/fd/"};
   struct stat s;
@@ -16748,8 +16739,8 @@ static moe__fd moe__open_write(const char *path) {
   return open(path, O_WRONLY | O_CREAT | O_TRUNC, (mode_t)0666);
 }
 
-/* Takes the lock of an open file: 1, or 0 where another one has it or the system has no locks. A
-   lock ends with the process, so that nobody holds those of one that was killed. */
+/* Takes the lock of an open file: 1, or 0 if somebody else has it or the file system has no locks.
+   The system releases the locks of a process that ends or is killed. */
 static int moe__lock(int fd) {
 #ifdef LOCK_EX
   return !flock(fd, LOCK_EX | LOCK_NB);
@@ -16776,14 +16767,14 @@ static int moe__is_same(int fd, const char *path) {
          a.st_ino == b.st_ino;
 }
 
-/* Creates a file and takes its lock, so that others leave it alone. An older file of that name is
-   neither opened nor followed, if it is a link. */
+/* Creates a file and takes its lock, which keeps other writers from removing it. Fails if the name
+   exists, as a link, too. */
 static moe__fd moe__create(const char *path, unsigned mode) {
   int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, (mode_t)mode);
   if (fd < 0) return fd;
   (void)moe__lock(fd);
   if (moe__is_same(fd, path)) return fd;
-  close(fd); /* somebody took it for a stale one before it had its lock */
+  close(fd); /* another writer removed it before it had its lock */
   errno = EEXIST;
   return MOE__FD_NONE;
 }
@@ -16852,8 +16843,8 @@ static void moe__sync_folder(char *path) {
 /* ---- reading files whole, replacing them safely ---- >>replace */
 
 #ifndef MOE_NO_STDIO
-/* Reads to the end into a block that grows as needed: the size that the system told beforehand is a
-   hint only. */
+/* Reads to the end into a block that grows as needed; the size that the system reports is only a
+   hint. */
 static moe_status moe__read_all(void **data, size_t *bytes, moe__fd fd, size_t hint,
                                 const char *path, const moe_env *env) {
   size_t capacity = hint < SIZE_MAX / 2 ? hint + 2 : hint, used = 0,
@@ -16905,6 +16896,8 @@ MOE_API moe_status moe_file_read(void **data, size_t *bytes, const char *path, c
   return status;
 }
 
+MOE_API void moe_free(void *data) { moe__release(data); }
+
 typedef struct moe__file_sink {
   moe__fd fd;
   uint64_t written;
@@ -16913,8 +16906,8 @@ typedef struct moe__file_sink {
   const moe_env *outer;
 } moe__file_sink;
 
-/* Once the file has failed, one sentence will say so: with its name and the system's reason, which
-   whoever writes does not know. */
+/* After a failure of the file, only one sentence is logged, with its name and the system's reason;
+   the writing function knows neither. */
 static void moe__file_sink_log(void *user, moe_status status, const char *sentence) {
   const moe__file_sink *sink = (const moe__file_sink *)user;
   if (!sink->failed) moe__fail(sink->outer, status, "%s", sentence);
@@ -16984,8 +16977,8 @@ static moe_status moe__write_stream(const char *path,
   return status;
 }
 
-/* Programs and threads that may write one file at a time. Each has a temporary file of its own:
-   PATH.tmp, PATH.tmp1, ... */
+/* Programs and threads that can write the same path at one time, each to a temporary file of its
+   own: PATH.tmp, PATH.tmp1, ... */
 #define MOE__WRITERS 16
 
 static void moe__temporary_name(char *name, const char *path, int number) {
@@ -16996,8 +16989,8 @@ static void moe__temporary_name(char *name, const char *path, int number) {
     moe__format(name, capacity, "%s.tmp", path);
 }
 
-/* Creates a temporary file under the first name that is free, and removes those that writers left
-   when they were killed. */
+/* Creates a temporary file with the first free name, and removes those of writers that were killed.
+ */
 static moe__fd moe__temporary(char *name, const char *path, unsigned mode, const moe_env *env) {
   char reason[128];
   moe__fd fd = MOE__FD_NONE;
@@ -17088,8 +17081,8 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
    outside the encoder (pooler, cls, position_ids) are skipped; one within it that BERT does not
    have means another computation, and is refused. */
 
-/* Complains about a tensor that gives away a well-known encoder of another kind: among those of the
-   encoder behind the prefix, or among all (prefix NULL: none was found). */
+/* Complains about a tensor that only well-known encoders of other kinds have: among those of the
+   encoder behind the prefix, or among all (prefix NULL: no encoder was found). */
 static moe_status moe__import_other(const moe__st *st, const char *prefix, const moe_env *env) {
   static const struct {
     const char *mark, *what;
@@ -17164,7 +17157,7 @@ static moe_status moe__import_prefix(char *prefix, size_t capacity, const moe__s
                    st->tensors, wanted);
 }
 
-/* Whether a name ends as a row of the table, a LayerNorm's perhaps in the old way. */
+/* Whether a name is that of a row of the table; a LayerNorm's may be the old one. */
 static int moe__import_same(const char *name, const moe__tensor_row *row) {
   size_t length = strlen(row->name), norm = length - strlen("weight");
   if (!strcmp(name, row->name)) return 1;
@@ -17192,9 +17185,8 @@ static int moe__import_parse(const char *name, moe__spot *spot) {
   return 0;
 }
 
-/* RoBERTa has BERT's names, but its first token is at position 2 and rows 0 and 1 of the table are
-   no positions: row 1 is 0 in every one of them, unlike row 2, and there are 2 rows more than some
-   power of two. */
+/* RoBERTa has BERT's names, but its positions begin at row 2 of the table: row 1 is 0 in all of its
+   models, row 2 is not, and there are 2 rows more than some power of two. */
 static moe_status moe__import_positions(const moe__st *st, const char *prefix, const moe_env *env) {
   moe__json hint;
   moe__st_tensor t;
@@ -17202,7 +17194,7 @@ static moe_status moe__import_positions(const moe__st *st, const char *prefix, c
   int zero = 1, next_zero = 1, two_more;
   memset(&hint, 0, sizeof hint);
   if (!moe__st_find(st, &hint, prefix, "embeddings.position_embeddings.weight", &t))
-    return MOE_OK; /* reported as missing */
+    return MOE_OK; /* reported as missing later */
   if (t.dims != 2 || t.shape[0] < 3 || !t.shape[1]) return MOE_OK;
   rows = t.shape[0];
   row = (t.end - t.begin) / rows;
@@ -17375,7 +17367,7 @@ static int32_t moe__import_copy(const moe_config *c, const moe__spot *spot) {
   return scope == MOE__IN_EXPERT && moe__has_gates(c) ? spot->i : -1;
 }
 
-/* For one more complaint: NULL when there were enough. */
+/* The log for one more complaint; NULL after MOE__IMPORT_COMPLAINTS. */
 static const moe_env *moe__import_complain(moe__import *import, const moe_env *env) {
   return import->complaints++ < MOE__IMPORT_COMPLAINTS ? env : NULL;
 }
@@ -17406,7 +17398,7 @@ static moe_status moe__import_note(moe__import *import, const moe__spot *spot,
   return MOE_OK;
 }
 
-/* Goes through the file. */
+/* Goes through the tensors of the file. */
 static moe_status moe__import_list(moe__import *import, const moe_env *env) {
   const moe__encoder *from = &import->from;
   const moe_config *config = &import->model->config;
