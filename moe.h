@@ -4322,23 +4322,13 @@ static const float *moe__gemm_next_b(const moe__gemm_tile *t, size_t j) {
   return g->b_layout == MOE__B_ROWS ? g->b + p0 * g->b_row + j : NULL;
 }
 
-/* Asks at once for the rows of the next stripe of B in place, where calls are too few to have a
-   column of lines each. */
-static void moe__prefetch_rows(const moe__gemm_tile *t, const float *from, size_t call,
-                               size_t width) {
-  size_t each = t->depth * MOE__GEMM_ROWS / (t->i1 - t->i0) + 1, p = call * each, v;
-  for (; p < (call + 1) * each && p < t->depth; ++p)
-    for (v = 0; v < width; ++v) MOE__PREFETCH(from + p * t->g->b_row + 16 * v);
-}
-
 /* Lets call number `call` of the `calls` of a stripe ask for its part of the next stripe of B. */
 static void moe__prefetch_b(moe__prefetch *next, const moe__gemm_tile *t, const float *from,
                             size_t b_panel, size_t call, size_t calls, size_t width) {
   size_t each = calls > width ? calls / width : 1; /* calls that divide a panel among them */
   if (!from) return;
   if (t->g->b_layout == MOE__B_ROWS) { /* a column of cache lines, down the rows */
-    if (calls < width) moe__prefetch_rows(t, from, call, width);
-    if (calls < width || call >= width) return;
+    if (call >= width) return;
     next->b = from + 16 * call;
     next->b_step = t->g->b_row;
     return;
