@@ -135,7 +135,8 @@
      >>int8_run      products with int8 weights over threads; packing, quantising
      >>bf16          products with bf16 operands: what they are, plain C
      >>bf16_x86      kernels with bf16 operands: AVX-512, vdpbf16ps, AMX
-     >>bf16_run      products with bf16 operands over threads; packing
+     >>bf16_run      products with bf16 operands over threads
+     >>bf16_pack     packing weights in bf16; the precision of products
      >>linear        linear layers and GELU
      >>ops_simd      kernels of LayerNorm and dropout
      >>ops           LayerNorm, dropout, embeddings, losses
@@ -1765,14 +1766,14 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
 #define MOE__OF_TRAINING(fn) fn
 #endif
 
-/* Products and sums must stay separate where the code says so: a compiler that fuses them on its
-   own changes the bits. See moe__contracted. */
+/* A compiler must not fuse products and sums on its own, which would change the bits. See
+   moe__contracted. */
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
-/* gcc's own AVX-512 header begins results with an undefined register, and g++ warns of it */
+/* gcc's AVX-512 header starts some results from an undefined register, and g++ warns about it */
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -1787,7 +1788,7 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
 #define MOE__PREFETCH_NEAR(p) __builtin_prefetch(p, 0, 3) /* into the first-level cache */
 #if defined(__clang__)
 #define MOE__PRINTF(f, a) __attribute__((format(printf, f, a)))
-#else /* ours takes %zu and %lld on every system, the C library of Windows did not always */
+#else /* moe__vformat takes %zu and %lld everywhere; older C libraries of Windows do not */
 #define MOE__PRINTF(f, a) __attribute__((format(gnu_printf, f, a)))
 #endif
 #elif defined(_MSC_VER)
@@ -1868,7 +1869,7 @@ MOE_API int moe_isa_available(moe_isa isa) {
 #define MOE__AVX_VNNI 1
 #define MOE__AVX512_BF16 1
 #if defined(__linux__) && !defined(__ILP32__)
-#define MOE__AMX 1 /* elsewhere nobody has been asked yet how a program gets leave to use it */
+#define MOE__AMX 1 /* only Linux's way of asking for its tiles is known here */
 #endif
 #endif
 #if defined(MOE__NEON) &&                                                                          \
@@ -1878,11 +1879,11 @@ MOE_API int moe_isa_available(moe_isa isa) {
 #endif
 
 #ifdef MOE__NEON
-/* Whether the processor multiplies and adds bytes four at a time (FEAT_DotProd):
-   the operating system knows, a program may not ask. */
+/* Whether the processor has dot products of bytes (FEAT_DotProd). Only the operating system can
+   tell. */
 static int moe__neon_has_dot(void) {
 #if defined(__ARM_FEATURE_DOTPROD)
-  return 1; /* the compiler was told so, and uses it anywhere: Apple's is, for every Mac */
+  return 1; /* the compiler uses it anyway, as Apple's does for every Mac */
 #elif defined(__linux__)
   return (int)(getauxval(AT_HWCAP) >> 20 & 1);
 #elif defined(_WIN32)
@@ -1981,9 +1982,9 @@ MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa) {
   return moe_isa_available(isa) ? MOE_OK : MOE_E_UNSUPPORTED;
 }
 
-/* A formatter of our own, so that sentences need no stdio: %s %c %g %% and %d %u with l, ll or (%u
-   alone) z before them; %g has six digits. capacity is at least 1; what does not fit is cut, and a
-   zero always ends it. */
+/* A small snprintf, so that messages need no stdio: %s %c %g %% and %d %u with l, ll or (%u only)
+   z; %g has six digits. capacity is at least 1; what does not fit is cut, and a zero always ends
+   the text. */
 static char *moe__put_text(char *at, char *end, const char *s) {
   while (*s && at < end) *at++ = *s++;
   return at;
@@ -2082,11 +2083,10 @@ static void moe__format(char *out, size_t capacity, const char *format, ...) {
   va_end(args);
 }
 
-/* Puts '?' for each byte that a terminal would obey: names and labels come from files. Those are
-   the control characters up to U+001F, U+007F, and U+0080 to U+009F, in UTF-8 or as a byte that
-   belongs to no character. */
+/* Replaces by '?' each byte that a terminal would obey, since names and labels come from files: the
+   control characters U+0000 to U+001F, U+007F and U+0080 to U+009F, in UTF-8 or as stray bytes. */
 static void moe__disarm(char *text) {
-  int follow = 0; /* bytes of a character that are still to come */
+  int follow = 0; /* bytes that the present character still needs */
   for (; *text; ++text) {
     unsigned c = (unsigned char)*text;
     if (c >= 0x80 && c < 0xc0 && follow > 0) {
@@ -2098,8 +2098,8 @@ static void moe__disarm(char *text) {
   }
 }
 
-/* Tells the log what went wrong and returns the status, so that `return moe__fail(...)` is the end
-   of a failing function. env may be NULL. */
+/* Logs what went wrong and returns the status: failing functions end with `return moe__fail(...)`.
+   env may be NULL. */
 static moe_status moe__fail(const moe_env *env, moe_status status, const char *format, ...)
     MOE__PRINTF(3, 4);
 static moe_status moe__fail(const moe_env *env, moe_status status, const char *format, ...) {
@@ -2125,8 +2125,8 @@ static size_t moe__mul(size_t a, size_t b, int *bad) {
   return a * b;
 }
 
-/* Hands out parts of a block, 64-byte aligned: run once with base NULL for the size, once with the
-   block for the pointers. */
+/* Carves arrays out of a block, each 64-byte aligned: once with base NULL for the size, then with
+   the block for the pointers. */
 typedef struct moe__layout {
   unsigned char *base;
   size_t used;
@@ -2139,8 +2139,7 @@ static void *moe__carve(moe__layout *layout, size_t count, size_t size) {
   return layout->base ? (void *)(layout->base + at) : NULL;
 }
 
-/* A block of the heap that starts at a multiple of 64; the pointer to free stands right before it.
- */
+/* A heap block that starts at a multiple of 64. The pointer to free is stored right before it. */
 static void *moe__alloc(size_t bytes) {
   unsigned char *raw, *block;
   if (bytes > SIZE_MAX - 128) return NULL;
@@ -2192,8 +2191,8 @@ static int32_t moe__min(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t moe__max(int32_t a, int32_t b) { return a > b ? a : b; }
 
 /* ---- counter-based random numbers ---- >>random
-   Nothing is stored: a number is a hash of where it is used, so that neither threads nor
-   micro-batches nor a restart change it. */
+   Nothing is stored: a number is a hash of where it is used, so threads, micro-batches and restarts
+   do not change it. */
 
 /* Sites of random numbers, the last argument of moe_key. */
 enum {
@@ -2225,7 +2224,7 @@ MOE_API uint64_t moe_key(uint64_t seed, uint64_t step, uint64_t sequence, uint32
 }
 
 /* 32 random bits at a position: two rounds of multiply and shift over the position and the two
-   halves of the key. Vector kernels (>>simd) compute the same. */
+   halves of the key. Vector kernels (>>ops_simd) compute the same. */
 MOE__INLINE uint32_t moe__hash32(uint64_t key, uint32_t position) {
   uint32_t x = position * 0x9e3779b1u + (uint32_t)key;
   x = (x ^ x >> 16) * 0x85ebca6bu;
@@ -2240,8 +2239,8 @@ static double moe__uniform(uint64_t key, uint64_t position) {
          (1.0 / 9007199254740992.0);
 }
 
-/* Natural logarithm of a positive normal double by atanh series, plain arithmetic only: the same
-   bits everywhere. */
+/* Natural logarithm of a positive normal double by an atanh series. It uses only + - * /, so its
+   bits are the same everywhere. */
 static double moe__log_double(double x) {
   uint64_t bits;
   int e;
@@ -2258,8 +2257,8 @@ static double moe__log_double(double x) {
   return 2 * s * sum + e * 0.69314718055994530942;
 }
 
-/* Standard normal by the polar method (Marsaglia), which needs only log and sqrt; log is our own,
-   so that weights do not depend on the C library. */
+/* Standard normal by Marsaglia's polar method, which needs only log and sqrt; with our own log,
+   weights do not depend on the C library. */
 static float moe__normal(uint64_t key, uint64_t position) {
   uint64_t try_ = 0;
   for (;; try_ += 2) {
@@ -2269,8 +2268,8 @@ static float moe__normal(uint64_t key, uint64_t position) {
   }
 }
 
-/* A random permutation of 0 .. n-1 that needs no memory: a Feistel network over
-   the next power of four, walked until it falls inside. */
+/* A random permutation of 0 .. n-1 that needs no memory: a Feistel network over the next power of
+   four, applied until the result is below n. */
 MOE__UNUSED static uint64_t moe__permute(uint64_t key, uint64_t i, uint64_t n) {
   unsigned half = 1;
   uint64_t mask;
@@ -2291,9 +2290,9 @@ MOE__UNUSED static uint64_t moe__permute(uint64_t key, uint64_t i, uint64_t n) {
 }
 
 /* ---- tiles, the built-in pool ---- >>parallel
-   Work is a list of tiles. Threads only decide who runs which tile; the shape of tiles depends on
-   their number nowhere but where it changes no bit (>>gemm, >>schedule, sums of integers, bf16). So
-   the bits of a result cannot depend on them. */
+   Work is a list of tiles, and threads only decide who runs which tile. Where the shape of tiles
+   depends on the number of threads (>>gemm_blocks, >>int8_run, >>bf16_run, >>schedule), it changes
+   no bit. So results do not depend on the number of threads. */
 
 #if defined(__GNUC__) || defined(__clang__)
 #define MOE__FETCH_ADD(p, v) __atomic_fetch_add(p, v, __ATOMIC_RELAXED)
@@ -2321,8 +2320,8 @@ typedef struct moe__tiles {
   int32_t count, workers, next;
 } moe__tiles;
 
-/* The tile that a worker takes after `tile`: the next one that nobody has taken. Where the compiler
-   has no atomic operations, every worker has tiles of its own, whatever time they take. */
+/* The tile that a worker takes after `tile`: the next one that no worker has taken. Without atomic
+   operations of the compiler every worker has its own fixed tiles. */
 static int32_t moe__tiles_next(moe__tiles *tiles, int32_t tile) {
 #ifdef MOE__FETCH_ADD
   (void)tile;
@@ -2332,19 +2331,19 @@ static int32_t moe__tiles_next(moe__tiles *tiles, int32_t tile) {
 #endif
 }
 
-/* One worker: takes tiles until none is left. Its number is a slot of its own, for scratch. */
+/* One worker: takes tiles until none is left. Its number selects its slot of scratch. */
 static void moe__tiles_worker(void *arg, int32_t slot) {
   moe__tiles *tiles = (moe__tiles *)arg;
-  const moe__tile_fn fn = tiles->fn; /* read once: other threads write to `next` and so take away
-                                        the cache line that all fields share */
+  const moe__tile_fn fn = tiles->fn; /* read once: other threads write to `next`, on the same cache
+                                        line */
   void *const fn_arg = tiles->arg;
   const int32_t count = tiles->count;
   int32_t tile = slot; /* the first is known */
   for (; tile < count; tile = moe__tiles_next(tiles, tile)) fn(fn_arg, tile, slot);
 }
 
-/* Runs fn(arg, tile, slot) for tile = 0 .. count-1; slot is in [0,
-   env->threads), and no two tiles run in one slot at a time. */
+/* Runs fn(arg, tile, slot) for tile = 0 .. count-1. slot is below env->threads, and no two tiles
+   run in the same slot at a time. */
 static void moe__parallel(const moe_env *env, int32_t count, moe__tile_fn fn, void *arg) {
   int32_t workers = env->parallel_for ? moe__min(env->threads, count) : 1, i;
   moe__tiles tiles;
@@ -2387,30 +2386,28 @@ typedef pthread_t moe__thread;
 #define MOE__PAUSE() ((void)0)
 #endif
 
-/* A job is announced by a new ticket at the gate. Helpers look at the gate for a while (a layer
-   asks for many short jobs), then sleep. The caller works too, and when no tile is left it shuts
-   the gate: only helpers that have come in by then are waited for, so that one the system has put
-   aside (more threads than processors, a busy machine) costs nothing. Who waits does so at full
-   speed for some microseconds only, then lets whatever else wants this processor run first. */
+/* A new ticket at the gate announces a job. Helpers watch the gate for a while, since a layer has
+   many short jobs, then sleep. The caller works too, and shuts the gate when no body is left to
+   run. It waits only for helpers that are inside by then, so a helper that the system has suspended
+   (more threads than processors, a busy machine) costs nothing. A waiting thread spins for some
+   microseconds, then yields the processor. */
 enum {
-  MOE__GATE_INSIDE = 1,    /* the lowest bits of the gate: helpers that have come in and not left */
+  MOE__GATE_INSIDE = 1,    /* the lowest bits of the gate: helpers inside */
   MOE__GATE_OPEN = 1 << 9, /* 1: helpers may come in */
   MOE__GATE_TICKET =
-      1
-      << 10, /* from here on the number of the job. It wraps, at worst a helper misses a job then */
-  MOE__POOL_SPINS = 300, /* looks at full speed */
-  MOE__POOL_YIELDS =
-      2000 /* looks of a helper between which others may run: a millisecond or so, then it sleeps */
+      1 << 10,            /* from this bit on: the job's number. When it wraps, a helper misses a
+                                 job at worst */
+  MOE__POOL_SPINS = 300,  /* looks at the gate at full speed */
+  MOE__POOL_YIELDS = 2000 /* looks that yield in between: a millisecond or so, then sleep */
 };
 
 struct moe_pool {
-  uint32_t
-      gate; /* atomic; with what a helper reads when it has come in, on one line of the cache */
+  uint32_t gate; /* atomic; on one cache line with what a helper reads inside */
   int32_t count;
   void (*body)(void *arg, int32_t index);
   void *arg;
   char line1[64];
-  int32_t next; /* tile to be taken; atomic */
+  int32_t next; /* the body to be run next; atomic */
   char line2[64];
   int32_t sleeping; /* atomic; changed under the mutex */
   int32_t quit;     /* atomic; set under the mutex */
@@ -2436,7 +2433,7 @@ static void moe__pool_pause(int32_t waited) {
     MOE__YIELD();
 }
 
-/* Waits for a job other than number `seen`. 0: the pool ends. */
+/* Waits for a job other than number `seen`. Returns 0 when the pool ends. */
 static int moe__pool_wait(moe_pool *pool, uint32_t seen) {
   int32_t i;
   int quit;
@@ -2445,9 +2442,9 @@ static int moe__pool_wait(moe_pool *pool, uint32_t seen) {
     moe__pool_pause(i);
   }
   MOE__LOCK(&pool->mutex);
-  MOE__ADD(
-      &pool->sleeping,
-      1); /* before the look at the gate, as the caller opens it before the look at who sleeps */
+  /* first count as sleeping, then look at the gate; the caller opens the gate, then looks at who
+     sleeps */
+  MOE__ADD(&pool->sleeping, 1);
   while (!MOE__LOAD(&pool->quit) && (uint32_t)MOE__LOAD(&pool->gate) / MOE__GATE_TICKET == seen)
     MOE__WAIT(&pool->wake, &pool->mutex);
   MOE__ADD(&pool->sleeping, -1);
@@ -2480,7 +2477,7 @@ static void *moe__pool_main(void *arg) {
   return NULL;
 }
 
-/* Some C libraries give a thread 128 KB of stack, and gradients of weights want more (>>gemm). */
+/* Some C libraries give a thread 128 KB of stack; kernels that copy operands need more (STACK). */
 static int moe__pool_start(moe__thread *thread, moe_pool *pool) {
   pthread_attr_t attr;
   size_t size;
@@ -2499,7 +2496,7 @@ static void moe__pool_run(void *user, int32_t count, void (*body)(void *arg, int
   moe_pool *pool = (moe_pool *)user;
   uint32_t ticket = (uint32_t)MOE__LOAD(&pool->gate) / MOE__GATE_TICKET + 1;
   int32_t waited = 0;
-  pool->body = body; /* the gate is shut and nobody inside: the fields of the job are ours */
+  pool->body = body; /* the gate is shut and no helper inside, so these fields may be written */
   pool->arg = arg;
   pool->count = count;
   pool->next = 0;
@@ -2517,8 +2514,8 @@ static void moe__pool_run(void *user, int32_t count, void (*body)(void *arg, int
 
 #if defined(__linux__) && defined(__GNUC__) && defined(__LP64__) &&                                \
     (defined(__x86_64__) || defined(__aarch64__))
-/* sched_getaffinity of the calling thread. The C library's is declared for those only who define
-   _GNU_SOURCE. Returns the number of bytes that the kernel has written, or less than 0. */
+/* sched_getaffinity of the calling thread, which the C library declares only with _GNU_SOURCE.
+   Returns the number of bytes that Linux has written, or less than 0. */
 static long moe__affinity(uint64_t *mask, size_t bytes) {
 #ifdef __x86_64__
   long result;
@@ -2548,7 +2545,7 @@ static int32_t moe__processors(void) {
   if (GetProcessAffinityMask(GetCurrentProcess(), &mine, &all))
     for (; mine; mine &= mine - 1) ++n;
   if (n) return n;
-  GetSystemInfo(&info); /* a process in several groups of processors */
+  GetSystemInfo(&info); /* the process is in several groups of processors */
   return (int32_t)info.dwNumberOfProcessors;
 #else
 #ifdef MOE__AFFINITY
@@ -2643,8 +2640,8 @@ MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env
 #endif /* MOE_NO_THREADS */
 
 /* ---- where the time goes ---- >>profile
-   One reading of the clock at the end of each section: what passed since the end of the one before
-   belongs to it. */
+   The clock is read once at the end of each section; the time since the reading before belongs to
+   it. */
 
 static double moe__seconds(void *user) {
 #if defined(_WIN32)
@@ -2700,7 +2697,7 @@ MOE_API const char *moe_profile_text(moe_profile_section section) {
   return (int)section >= 0 && section < MOE_PROFILE_COUNT ? text[section] : "unknown";
 }
 
-/* A line of the table: numbers of tenths, right-aligned. Returns its length; it is cut to what is
+/* A line of the table, numbers right-aligned. Returns its full length; the text is cut to what is
    left of `out`. */
 static size_t moe__profile_line(char *out, size_t capacity, double share, double seconds,
                                 int64_t times, const char *text) {
@@ -2808,10 +2805,10 @@ MOE__INLINE float moe__floats(uint32_t u) {
 MOE__INLINE float moe__maxf(float a, float b) { return a > b ? a : b; }
 MOE__INLINE float moe__minf(float a, float b) { return a < b ? a : b; }
 
-/* a * b + c, rounded once. fmaf of the C library only where it is one instruction: some libraries
-   have a wrong one. Otherwise in double: the product is exact, the sum is rounded to odd (a sum
-   that is not exact gets an odd last bit, which keeps it off every midpoint of floats), and the
-   conversion rounds for good. */
+/* a * b + c, rounded once. fmaf is used only where it is one instruction, since some C libraries
+   have a wrong one. Otherwise in double: the product is exact, the sum is rounded to odd (an
+   inexact sum gets an odd last bit, so it is no midpoint of two floats), and the conversion to
+   float rounds. */
 MOE__INLINE float moe__fmaf(float a, float b, float c) {
 #if defined(FP_FAST_FMAF) || defined(__FP_FAST_FMAF) || defined(__FMA__) ||                        \
     defined(__aarch64__) || defined(__ARM_FEATURE_FMA)
@@ -2820,7 +2817,7 @@ MOE__INLINE float moe__fmaf(float a, float b, float c) {
   double p = (double)a * (double)b, d = (double)c;
   double s = p + d;
   double t = s - p;
-  double err = (p - (s - t)) + (d - t); /* s + err is exact; not a number where s is not finite */
+  double err = (p - (s - t)) + (d - t); /* s + err is exact; NaN where s is not finite */
   if (err < 0.0 || err > 0.0) {
     uint64_t u;
     memcpy(&u, &s, sizeof u);
@@ -2841,9 +2838,8 @@ MOE__INLINE float moe__tree16(float *lane) {
   return lane[0];
 }
 
-/* The polynomials below are minimax fits made for this file, their coefficients rounded one after
-   the other. The names are used by the scalar and by the vector functions, which do the same
-   operations in the same order. */
+/* The polynomials below are minimax fits made for this file, with coefficients rounded one after
+   the other. The scalar and the vector functions do the same operations in the same order. */
 #define MOE__LOG2E 1.44269502f
 #define MOE__LN2_HI 0.693145752f /* its 9 low bits are 0: an exact product with any exponent */
 #define MOE__LN2_LO 1.42860677e-6f
@@ -2881,7 +2877,7 @@ MOE__INLINE float moe__exp_split(float x, float *magic) {
   return moe__fmaf(p, r, 1.0f);
 }
 
-/* exp for every x: 0, denormals, infinity and NaN as they should be; error below 1 ulp */
+/* exp for every x, with correct zeros, denormals, infinities and NaN; error below 1 ulp */
 static float moe__expf(float x) {
   float t, p;
   uint32_t k, half;
@@ -3188,8 +3184,8 @@ MOE__V(MOE__I, ifour)(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d) {
 #define MOE__IFOUR1(op) moe__neon_ifour(op(x.a), op(x.b), op(x.c), op(x.d))
 #define MOE__IFOUR2(op) moe__neon_ifour(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
 
-/* There are no masked loads and stores: a quarter that is not whole goes lane by lane. loadn and
-   storen are not inlined by force as the others are, since they are long and come last in a row. */
+/* NEON has no masked loads and stores, so a quarter that is not full goes lane by lane. loadn and
+   storen are long and come last in a row, so they are not forced inline as the others are. */
 MOE__V(float32x4_t, loadn4)(const float *p, size_t n) {
   float32x4_t v = vdupq_n_f32(0.0f);
   if (n >= 4) return vld1q_f32(p);
@@ -3275,7 +3271,7 @@ MOE__V(MOE__F, div)(MOE__F x, MOE__F y) { return MOE__FOUR2(vdivq_f32); }
 MOE__V(MOE__F, sqrt)(MOE__F x) { return MOE__FOUR1(vsqrtq_f32); }
 MOE__V(MOE__F, fma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__FOUR3(vfmaq_f32); }
 MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__FOUR3(vfmsq_f32); }
-/* by comparison, since NEON's own maximum and minimum pass on what is not a number */
+/* by comparison, since NEON's own maximum and minimum propagate NaN */
 #define MOE__GREATER(x, y) vbslq_f32(vcgtq_f32(x, y), x, y)
 #define MOE__LESS(x, y) vbslq_f32(vcltq_f32(x, y), x, y)
 MOE__V(MOE__F, max)(MOE__F x, MOE__F y) { return MOE__FOUR2(MOE__GREATER); }
@@ -3429,13 +3425,13 @@ MOE__V_STAMP(MOE__V_ROWS)
 
 /* ---- matrix products: what they are, plain C ---- >>gemm */
 
-/* One definition of every product. An element of C is a single chain of fused multiply-adds over k,
-   in ascending order, that begins with the bias, with what C holds (accumulate) or with 0. Kernels
-   are vectors over columns and loops over rows, never over k, and a block of k begins by loading
-   what the block before has stored: neither the instruction set nor blocks, tiles or threads can
-   change a bit. The exception are weights with fewer than 16 outputs (gates, heads), where vectors
-   over columns would run empty: for those an element is the 16-lane dot product of >>simd, plus the
-   bias. The shape of the weight alone decides. */
+/* One definition of every product. An element of C is one chain of fused multiply-adds over k, in
+   ascending order, that begins with the bias, with what C holds (accumulate) or with 0. Kernels
+   vectorise over columns and loop over rows, never over k, and a block of k begins by loading what
+   the block before has stored. So instruction sets, blocks, tiles and threads change no bit.
+   Weights with fewer than 16 outputs (gates, heads) are the exception, since vectors over columns
+   would be nearly empty: there an element is the 16-lane dot product of >>simd, plus the bias. Only
+   the shape of the weight decides. */
 
 typedef enum moe__b_layout {
   MOE__B_PANELS, /* panels of moe_pack: n outputs, k inputs */
@@ -3462,7 +3458,7 @@ typedef struct moe__gemm {
   float *a_sum; /* (m) not NULL: += the sum over p of (i, p), in order: the gradient of a bias */
 } moe__gemm;
 
-/* The B side of forward through a weight. */
+/* The B side of the product x W^T. */
 static void moe__gemm_weight(moe__gemm *g, const moe_mat *w) {
   g->n = w->rows;
   g->k = w->cols;
@@ -3474,35 +3470,36 @@ static void moe__gemm_weight(moe__gemm *g, const moe_mat *w) {
                                                  : MOE__B_COLS;
 }
 
-/* The largest kernel of any instruction set: rows, panels of 16 columns; and how many panels of B
-   are packed at a time. */
+/* The largest kernel of any instruction set in rows and panels of 16 columns, and how many panels
+   of B are packed at a time. */
 #ifdef MOE__SIMD
 enum { MOE__GEMM_ROWS = 8, MOE__GEMM_PANELS = 6, MOE__GEMM_PACKED = 3 };
 #else
 enum { MOE__GEMM_ROWS = 1, MOE__GEMM_PANELS = 1 };
 #endif
-enum { MOE__GEMM_SMALL = 1 << 18 }; /* fewer multiply-adds are not worth waking a thread for */
+enum { MOE__GEMM_SMALL = 1 << 18 }; /* multiply-adds below which threads cost more than they save */
 
 static const float moe__gemm_zeros[16 * MOE__GEMM_PANELS] = {0};
 
-/* Cache lines that a call of a kernel asks for while it computes, because later calls read them:
-   where and when is shown at moe__gemm_stripe. A core can wait for ten or twenty lines at a time;
-   where it asks for more, the loads of the kernel queue behind them. So requests are spread over
-   the steps of a call. A step of 0 asks for the same line again, which costs next to nothing. */
+/* Cache lines that a kernel call prefetches for later calls; moe__gemm_stripe and
+   moe__gemm_gradient show which. A core can wait for ten or twenty lines at a time, and beyond that
+   the kernel's own loads queue behind them. So prefetches are spread over the steps of a call. A
+   step of 0 prefetches the same line again, which costs next to nothing. */
 typedef struct moe__prefetch {
-  const float *b; /* a line at each step of k, then b_step floats on: a panel of the next stripe */
+  const float *b; /* one line at each step of k, b_step floats apart: of a panel of the next
+                     stripe */
   size_t b_step;
-  const float *b2; /* two lines at every fourth step of packed operands, then 4 b2_step floats on */
+  const float *b2; /* two lines at every fourth step of packed operands, 4 b2_step floats apart */
   size_t b2_step;
-  size_t bursts;  /* k is cut into so many equal parts; at the beginning of each */
+  size_t bursts;  /* k is cut into so many equal parts; each begins with */
   const float *c; /* a row of the next block of C, into the first-level cache */
   size_t c_row;
-  const float *later; /* and as many lines of what has more time */
+  const float *later; /* and as many lines of what is needed later, into the second-level cache */
   size_t later_row;
 } moe__prefetch;
 
-/* What a kernel is given: c(i, j) = start(i, j) + sum over p of a(i, p) b(p, j), for a fixed number
-   of rows and of panels. Vector v of B at step p lies at b + v b_panel + p b_step. */
+/* The operands of a kernel: c(i, j) = start(i, j) + sum over p of a(i, p) b(p, j), for a fixed
+   number of rows and of panels. Vector v of B at step p is at b + v b_panel + p b_step. */
 typedef struct moe__gemm_block {
   float *c;
   size_t c_row;
@@ -3522,7 +3519,7 @@ typedef struct moe__gemm_kernels {
   moe__gemm_fn fn[MOE__GEMM_PANELS + 1]
                  [MOE__GEMM_ROWS + 1]; /* [panels][rows], NULL where there is none */
   int rows[MOE__GEMM_PANELS + 1];      /* most rows for so many panels */
-  int panels;                          /* how many to take when there are many rows */
+  int panels;                          /* panels to take when there are many rows */
   /* panel[p * 16 + j] = src[j * ld + p] for j < width, else 0 */
   void (*pack_cols)(float *panel, const float *src, size_t ld, size_t width, size_t k);
   /* the same from src[p * ld + j], for up to 3 panels: width columns, panels 16 k floats apart */
@@ -3581,7 +3578,7 @@ static float moe__pow2f(float x) {
   return p * moe__floats((moe__bits(t) << 23) + 0x3f800000u);
 }
 
-/* GELU(x), and its slope where that is asked for */
+/* GELU(x), and its slope unless slope is NULL */
 static float moe__geluf(float x, float *slope) {
   float t = moe__minf(MOE__GELU_END, moe__floats(moe__bits(x) & 0x7fffffffu));
   float e = moe__pow2f((MOE__GELU_EXPONENT * t) * t);
@@ -3680,7 +3677,7 @@ static void moe__plain_chains(float *c, const float *start, const float *a, size
   for (j = 0; j < columns; ++j) c[j] = sum[j];
 }
 
-/* Where B has the columns from j on, a multiple of 16, and its strides as above. */
+/* Address of B at step 0 and column j, a multiple of 16, and its strides as above. */
 static const float *moe__plain_b(const moe__gemm *g, size_t j, size_t *b_step, size_t *b_col) {
   *b_step = g->b_layout == MOE__B_COLS ? 1 : g->b_layout == MOE__B_ROWS ? g->b_row : 16;
   *b_col = g->b_layout == MOE__B_COLS ? g->b_row : 1;
@@ -3724,9 +3721,9 @@ static const moe__gemm_kernels moe__scalar_gemms = {{{NULL}, {NULL, moe__scalar_
 /* ---- kernels of products for each instruction set ---- >>gemm_simd */
 
 #if defined(MOE__X86) || defined(MOE__NEON)
-/* A kernel of R rows and P panels holds R P vectors of C in registers; each step of k loads P
-   vectors of B and broadcasts R elements of A. Rows and panels are reached from two pointers each,
-   which suits the addressing modes: row 4 is a4[0]. */
+/* A kernel of R rows and P panels holds R P vectors of C in registers, as moe__plain_chains holds
+   16 sums; each step of k loads P vectors of B and broadcasts R elements of A. Two pointers each
+   reach all rows and panels, which suits the addressing modes: row 4 is a4[0]. */
 #define MOE__A0 a[0]
 #define MOE__A1 a[a_row]
 #define MOE__A2 a[a_row * 2]
@@ -3757,8 +3754,8 @@ static const moe__gemm_kernels moe__scalar_gemms = {{{NULL}, {NULL, moe__scalar_
 #define MOE__EACH_PANEL5(X, S, i) MOE__EACH_PANEL4(X, S, i) X(S, i, 4)
 #define MOE__EACH_PANEL6(X, S, i) MOE__EACH_PANEL5(X, S, i) X(S, i, 5)
 
-/* The kernels of P panels with 1, 2, ... rows: their definitions, K being the macro of one, and
-   their names in a table. */
+/* The kernels of P panels with 1, 2, ... rows: their definitions by the macro K, and their names
+   for a table. */
 #define MOE__KERNELS2(K, S, T, P) K(S, T, 1, P) K(S, T, 2, P)
 #define MOE__KERNELS4(K, S, T, P) MOE__KERNELS2(K, S, T, P) K(S, T, 3, P) K(S, T, 4, P)
 #define MOE__KERNELS6(K, S, T, P) MOE__KERNELS4(K, S, T, P) K(S, T, 5, P) K(S, T, 6, P)
@@ -3836,7 +3833,7 @@ static const moe__gemm_kernels moe__scalar_gemms = {{{NULL}, {NULL, moe__scalar_
   }
 
 #ifdef MOE__X86
-/* 8 rows of 8 floats to 8 columns; the rows from `width` on are taken as zeros. */
+/* 8 rows of 8 floats to 8 columns, for pack_cols; rows from `width` on count as zeros. */
 #define MOE__LOAD_ROW(j)                                                                           \
   (first + j < width ? _mm256_loadu_ps(src + (first + j) * ld + p) : _mm256_setzero_ps())
 MOE__T_AVX2 static void moe__avx2_transpose8(float *panel, const float *src, size_t ld,
@@ -3879,7 +3876,7 @@ MOE__T_AVX2 static void moe__avx2_pack_cols(float *panel, const float *src, size
 #endif
 
 #ifdef MOE__NEON
-/* 4 rows of 4 floats to 4 columns; the rows from `width` on are taken as zeros. */
+/* 4 rows of 4 floats to 4 columns, for pack_cols; rows from `width` on count as zeros. */
 #define MOE__LOAD_ROW(j)                                                                           \
   (first + j < width ? vld1q_f32(src + (first + j) * ld + p) : vdupq_n_f32(0.0f))
 static void moe__neon_transpose4(float *panel, const float *src, size_t ld, size_t first,
@@ -4050,8 +4047,8 @@ MOE__V_STAMP(MOE__GEMM_HELPERS)
 #undef MOE__GEMM_HELPERS
 
 #ifdef MOE__X86
-/* 32 registers: 8 x 48, or 4 x 96 where there are few rows and the chains of one panel would be too
-   few to keep the units busy */
+/* 32 registers: 8 x 48, or 4 x 96 for few rows, where the chains of three panels would be too few
+   to keep the units busy */
 MOE__KERNELS8(MOE__GEMM_KERNEL, moe__avx512, MOE__T_AVX512, 1)
 MOE__KERNELS8(MOE__GEMM_KERNEL, moe__avx512, MOE__T_AVX512, 2)
 MOE__KERNELS8(MOE__GEMM_KERNEL, moe__avx512, MOE__T_AVX512, 3)
@@ -4128,18 +4125,18 @@ static const moe__gemm_kernels moe__neon_gemms = {{{NULL},
 
 /* ---- a product in tiles and blocks; few outputs ---- >>gemm_blocks */
 
-/* How many panels the next kernels take, of those that are left in a tile of m rows. */
+/* How many of the `left` panels the next kernels take, in a tile of m rows; `most` at most. */
 static int moe__gemm_width(const moe__gemm_kernels *kernels, int32_t m, int32_t left, int most) {
   int width = MOE__GEMM_PANELS;
   while (width > kernels->panels && kernels->rows[width] < m)
-    --width; /* few rows: wider, so that there are chains enough */
+    --width; /* few rows: wider, for enough chains */
   if (width > most) width = most;
   if (width > left) width = (int)left;
   while (!kernels->rows[width]) --width;
   return width == 3 && left == 4 ? 2 : width;
 }
 
-/* A kernel asks for nothing but a line at `at`, again and again. */
+/* Prefetches nothing but the line at `at`, again and again. */
 static moe__prefetch moe__prefetch_none(const float *at) {
   moe__prefetch next;
   next.b = next.b2 = next.c = at;
@@ -4149,8 +4146,8 @@ static moe__prefetch moe__prefetch_none(const float *at) {
   return next;
 }
 
-/* A block of C at the right edge, whose last panel is not full: through a buffer, so that nothing
-   beyond is read or written. */
+/* A block of C at the right edge, whose last panel is not full: computed in a buffer, so that
+   nothing beyond the edge is read or written. */
 static void moe__gemm_edge(moe__gemm_fn fn, const moe__gemm_block *block, size_t rows,
                            size_t columns, int width) {
   float edge[MOE__GEMM_ROWS * 16 * MOE__GEMM_PANELS];
@@ -4183,7 +4180,7 @@ static void moe__gemm_narrow(const moe__gemm *g, const moe__gemm_kernels *kernel
   }
 }
 
-/* += the sums of A over k, in order. */
+/* a_sum += the sums of A over k, in order. */
 static void moe__gemm_sum_a(const moe__gemm *g, const moe__gemm_kernels *kernels, size_t i0,
                             size_t i1) {
   size_t i, p;
@@ -4194,29 +4191,27 @@ static void moe__gemm_sum_a(const moe__gemm *g, const moe__gemm_kernels *kernels
       for (p = 0; p < (size_t)g->k; ++p) g->a_sum[i] += g->a[i * g->a_row + p * g->a_col];
 }
 
-enum { /* of moe__gemm_gradient: most rows of a tile, most tokens of a block of k */
-       MOE__GRADIENT_ROWS = 256,
-       MOE__GRADIENT_STEPS = 128
-};
+/* Of moe__gemm_gradient: most rows of a tile, most tokens of a block of k. */
+enum { MOE__GRADIENT_ROWS = 256, MOE__GRADIENT_STEPS = 128 };
 
-/* How a product is cut: tiles of m rows and n columns, walked in blocks of k. The shape of the
-   product decides, and where tiles are large, the number of threads: no cut changes a bit. */
+/* How a product is cut into tiles of m rows and n columns, each walked in blocks of k. The shape of
+   the product decides, and for large tiles the number of threads. No cut changes a bit. */
 typedef struct moe__gemm_cut {
   int32_t m, n, k;
   int32_t across, down; /* number of tiles */
   int gradient; /* A stored transposed, B in rows, accumulated: moe__gemm_gradient, not plain C */
-  int pack_b;   /* copy B (not in panels) block by block, since it is read many times */
+  int pack_b;   /* pack B (not in panels) block by block, since it is read many times */
 } moe__gemm_cut;
 
-/* The products of a list, and the kernels that compute them. */
+/* A list of products and the kernels for them. */
 typedef struct moe__gemm_work {
   const moe__gemm *list;
   const moe__gemm_kernels *kernels;
-  int32_t threads; /* and so the tiles from one to the next of a thread */
+  int32_t threads; /* also the distance from a thread's tile to its next one */
 } moe__gemm_work;
 
-/* The tiles of a weight gradient: a block of A and one of C for a stripe stay in the second-level
-   cache, and there is a tile for each thread, two at least. */
+/* The tiles of a weight gradient: the copy of A and the C of a stripe fit the second-level cache,
+   and there is a tile for each thread, two at least. */
 static void moe__gradient_plan(moe__gemm_cut *cut, const moe__gemm *g, int32_t threads) {
   int32_t each;
   cut->m = MOE__GRADIENT_ROWS;
@@ -4230,7 +4225,7 @@ static moe__gemm_cut moe__gemm_plan(const moe__gemm *g, const moe__gemm_work *wo
   moe__gemm_cut cut;
   int32_t threads = work->threads;
   int aligned = ((uintptr_t)g->b | (g->b_row * sizeof(float))) % 64 ==
-                0; /* else every vector of B would touch two lines of the cache */
+                0; /* else every vector of B touches two cache lines */
   cut.gradient = MOE__TRAINS && work->kernels != &moe__scalar_gemms && g->a_row == 1 &&
                  g->a_col != 1 && g->m >= 8 && g->n >= 48 && g->accumulate &&
                  g->b_layout == MOE__B_ROWS;
@@ -4241,15 +4236,15 @@ static moe__gemm_cut moe__gemm_plan(const moe__gemm *g, const moe__gemm_work *wo
     moe__gradient_plan(&cut, g, threads);
   else if (g->b_layout != MOE__B_PANELS) {
     cut.m = 192;
-    /* A comes from the third level for each tile: with many rows, wide tiles, as long as there are
-       enough for the threads */
+    /* each tile reads A from the third-level cache: wide tiles where rows are many, as long as
+       there are enough tiles for the threads */
     if (g->m >= 512 && (int64_t)(g->m / cut.m) * ((g->n + 383) / 384) >= 8 * (int64_t)(threads - 1))
       cut.n = 384;
-    /* rows a multiple of 4 KB apart share few sets of the cache, and what is copied goes to a small
-       buffer: shorter blocks then */
+    /* rows that are a multiple of 4 KB apart share few sets of the cache, and the buffer of packed
+       panels is small: shorter blocks for both */
     cut.k = !cut.pack_b && g->n % 16 == 0 && g->b_row % 1024 != 0 ? 384 : 128;
-  } else { /* every 8 rows read the panels from the second-level cache, every tile from the third:
-              with threads smaller tiles, so that there are enough. Long chains spare loads of C */
+  } else { /* every 8 rows read the panels from the second-level cache, every tile from the third;
+              threads need more and so smaller tiles. Long blocks of k save loads of C */
     cut.m = threads > 1 ? 64 : 128;
     cut.k = 384;
   }
@@ -4260,22 +4255,22 @@ static moe__gemm_cut moe__gemm_plan(const moe__gemm *g, const moe__gemm_work *wo
 }
 
 #ifdef MOE__SIMD
-enum { MOE__GEMM_BUFFER = 128 * 16 * MOE__GEMM_PACKED }; /* floats of them: 24 KB of the stack */
+enum { MOE__GEMM_BUFFER = 128 * 16 * MOE__GEMM_PACKED }; /* floats of packed panels: 24 KB */
 
-/* A tile of work: rows i0 .. i1-1 and columns j0 .. j1-1, and the block of k whose turn it is. */
+/* A tile: rows i0 .. i1-1 and columns j0 .. j1-1, and the present block of k. */
 typedef struct moe__gemm_tile {
   const moe__gemm *g;
   const moe__gemm_cut *cut;
   const moe__gemm_kernels *kernels;
   size_t i0, i1, j0, j1;
   size_t p0, depth;
-  int32_t following; /* the tile that this thread takes next, as far as that can be known */
+  int32_t following; /* the tile that this thread probably takes next */
   float *buffer;     /* for packed panels */
 } moe__gemm_tile;
 
-/* Tells the kernels where B has `width` panels from column j on, in the block of k: in panels or in
-   rows they are read in place, at any stride; else, and where the last panel is not full, they are
-   packed. */
+/* Sets the B of a kernel call to `width` panels from column j on, in the present block of k. Panels
+   and rows are read in place, at any stride; columns are packed, and so are rows whose last panel
+   is not full. */
 static void moe__gemm_find_b(moe__gemm_block *block, const moe__gemm_tile *t, size_t j, int width) {
   const moe__gemm *g = t->g;
   size_t columns = (size_t)g->n - j, full = 16 * (size_t)width, v;
@@ -4303,8 +4298,8 @@ static void moe__gemm_find_b(moe__gemm_block *block, const moe__gemm_tile *t, si
   block->b = t->buffer;
 }
 
-/* Where B has the stripe that comes after the one that ends at column j: in this block of k, in the
-   next one, or, of B in panels, in the next tile. NULL: nowhere, or B is packed on the way. */
+/* Address in B of the stripe that follows the one that ends at column j: in this block of k, in the
+   next one, or, if B is in panels, in the next tile. NULL: there is none, or B is packed. */
 static const float *moe__gemm_next_b(const moe__gemm_tile *t, size_t j) {
   const moe__gemm *g = t->g;
   size_t p0 = t->p0;
@@ -4322,12 +4317,13 @@ static const float *moe__gemm_next_b(const moe__gemm_tile *t, size_t j) {
   return g->b_layout == MOE__B_ROWS ? g->b + p0 * g->b_row + j : NULL;
 }
 
-/* Lets call number `call` of the `calls` of a stripe ask for its part of the next stripe of B. */
+/* Sets what call number `call` of the `calls` of a stripe prefetches of the next stripe of B, which
+   begins at `from`. */
 static void moe__prefetch_b(moe__prefetch *next, const moe__gemm_tile *t, const float *from,
                             size_t b_panel, size_t call, size_t calls, size_t width) {
-  size_t each = calls > width ? calls / width : 1; /* calls that divide a panel among them */
+  size_t each = calls > width ? calls / width : 1; /* calls that share a panel */
   if (!from) return;
-  if (t->g->b_layout == MOE__B_ROWS) { /* a column of cache lines, down the rows */
+  if (t->g->b_layout == MOE__B_ROWS) { /* a column of cache lines for each call */
     if (call >= width) return;
     next->b = from + 16 * call;
     next->b_step = t->g->b_row;
@@ -4336,14 +4332,14 @@ static void moe__prefetch_b(moe__prefetch *next, const moe__gemm_tile *t, const 
   if (calls == 1 || call >= each * width) return; /* a single call has no time to spare */
   next->b = from + call / each * b_panel + call % each * (16 * t->depth / each);
   next->b_step = (16 + each - 1) / each;
-  if (calls == 2 && width == 3) { /* the third panel: each call takes a half of it */
+  if (calls == 2 && width == 3) { /* half of the third panel each */
     next->b2 = from + 2 * b_panel + call * 8 * t->depth;
     next->b2_step = 8;
   }
 }
 
-/* Lets the call for `rows` rows from i on ask for the next block of C: below it in the stripe of
-   columns j .. right-1, or at the top of the next stripe. C may come from memory. */
+/* Sets what the call for `rows` rows from i on prefetches of C: the block below it in the stripe of
+   columns j .. right-1, or the one at the top of the next stripe. */
 static void moe__prefetch_c(moe__prefetch *next, const moe__gemm_tile *t, size_t i, size_t rows,
                             size_t j, size_t right) {
   const moe__gemm *g = t->g;
@@ -4356,14 +4352,14 @@ static void moe__prefetch_c(moe__prefetch *next, const moe__gemm_tile *t, size_t
 /* All rows of a tile by `width` panels of columns from j on, for one block of k.
 
         columns j0        j        right    j1
-   rows i0 +--------------+--------+--------+      call 0 works on the rows i0 .. , call 1 below it.
-           |              | call 0 |        |      While it runs, a call asks for
-           |    stripes   | call 1 |  next  |        next.c   the block of C of the next call: a
-           |     done     |  ...   | stripe |                 row at the beginning of each burst
-           |              | last   |        |        next.b   its part of the next stripe of B:
-        i1 +--------------+--------+--------+                 a line at each step (next.b2: more)
+   rows i0 +--------------+--------+--------+     Call 0 computes the rows from i0 on, call 1 those
+           |              | call 0 |        |     below, and so on. While a call runs, it prefetches
+           |   stripes    | call 1 |  next  |       next.c  the block of C of the next call, a row at
+           |   done       |  ...   | stripe |               the beginning of each burst
+           |              | last   |        |       next.b  its part of B for the next stripe, a line
+        i1 +--------------+--------+--------+               at each step (next.b2: one part more)
 
-   bench/limits.md has the measured reasons. */
+   bench/limits.md says what each brought. */
 static void moe__gemm_stripe(const moe__gemm_tile *t, size_t j, int width) {
   const moe__gemm *g = t->g;
   const moe__gemm_kernels *kernels = t->kernels;
@@ -4371,7 +4367,7 @@ static void moe__gemm_stripe(const moe__gemm_tile *t, size_t j, int width) {
   size_t most = (size_t)kernels->rows[width], calls = (t->i1 - t->i0 + most - 1) / most, call;
   size_t i = t->i0, rows;
   const float *next_b = moe__gemm_next_b(t, j + full);
-  /* blocks of one panel have time for a store that misses the caches, but not for a load */
+  /* with blocks of one panel, a store that misses the caches costs nothing, but a load does */
   int ask_c = kernels->panels > 1 ? calls > 1 || g->b_layout == MOE__B_PANELS
                                   : g->accumulate && g->m >= 512;
   moe__gemm_block block;
@@ -4405,33 +4401,33 @@ static void moe__gemm_stripe(const moe__gemm_tile *t, size_t j, int width) {
 /* ---- gradients of weights ---- >>gemm_gradient */
 
 #ifdef MOE__SIMD
-/* dW += dY^T X, in tiles of C and blocks of k (tokens). Both operands are stored token by token, so
-   that a kernel would step from page to page, through few sets of the cache. So the rows of A of a
-   block are copied, and for each stripe of columns the panels of B, which stay in the first-level
-   cache while A comes from the second, a line for every step.
+/* dW += dY^T X in tiles of C and blocks of k (tokens). Both operands are stored token by token: in
+   place, a kernel would step from page to page and use few sets of the cache. So both are copied.
 
-           X of this block, `depth` tokens       A: copied once a block, 136 KB of the stack
-           |  stripe  |  stripe  | ...           B: copied once a stripe
-        +--+----------+----------+----           A call takes up to 8 rows of C down a stripe. The
-   dY   |  | call 0   |          |               first calls ask for the B of the next stripe, a
-   of   |  | call 1   |          |               token each row; the others for the A of the next
-   this |  | ...      |          |               block: `width` lines of each of its tokens, then
-   block|  |          |          |               the lines beside these (`token`, `column`). */
-/* Floats from one token to the next in the copy of A: an odd number of cache lines, so that they
+             X, a block of tokens
+             |  stripe  |  stripe  | ...        The copy of A (dY) serves a whole block of k and
+          +--+----------+----------+----        stays in the second-level cache, 136 KB of the
+          |  | call 0   |          |            stack; the panels of B (X) serve a stripe and stay
+    dY,   |  | call 1   |          |            in the first-level cache. While a call runs, next.c
+    the   |  |  ...     |          |            is as in moe__gemm_stripe, and next.later is B of
+    same  |  | call n   |          |            the next stripe in the first calls (a token for each
+    block |  |  ...     |          |            of their rows), then A of the next block (`token`
+          +--+----------+----------+----        and `column` say how far that is).
+
+   Floats from one token to the next in the copy of A are an odd number of cache lines, so that they
    spread over the sets of the cache. */
 enum { MOE__GRADIENT_LD = MOE__GRADIENT_ROWS + 16 };
 
 typedef struct moe__gradient {
   moe__gemm_tile t;
-  const float *b;       /* the block of k from column 0 on */
-  const float *next_a;  /* A and B of the block that follows, in this tile or in the next one, from
-                           its row i0 */
-  const float *next_b;  /* and from its column j0 on; NULL: there is none */
-  size_t token, column; /* of next_a, to be asked for next */
+  const float *b;       /* at the present block of k, column 0 */
+  const float *next_a;  /* A of the following block, in this tile or the next one, at its row i0 */
+  const float *next_b;  /* B of it, at its column j0; both NULL: there is none */
+  size_t token, column; /* of next_a, to be prefetched next */
   float a[MOE__GRADIENT_LD * MOE__GRADIENT_STEPS + 16];
 } moe__gradient;
 
-/* What the call for `rows` rows from i on asks for, of the stripe of `width` panels from column j
+/* What the call for `rows` rows from i on prefetches, in the stripe of `width` panels from column j
    on. */
 static moe__prefetch moe__gradient_prefetch(moe__gradient *d, size_t i, size_t j, size_t rows,
                                             int width) {
@@ -4530,7 +4526,7 @@ MOE__NOINLINE static void moe__gemm_blocks(moe__gemm_tile *t) {
   float space[MOE__GEMM_BUFFER + 16];
   size_t k = (size_t)t->g->k, j;
   size_t blocks = k ? (k + (size_t)t->cut->k - 1) / (size_t)t->cut->k
-                    : 1; /* one even where k is 0: C still gets its start */
+                    : 1; /* one even if k is 0: C gets its start */
   int most = t->g->b_layout == MOE__B_PANELS ? MOE__GEMM_PANELS : MOE__GEMM_PACKED;
   t->buffer = space + (64 - (uintptr_t)space % 64) / sizeof(float); /* vectors on cache lines */
   if (MOE__TRAINS && t->cut->gradient) {
@@ -4554,7 +4550,7 @@ static void moe__gemm_tile_run(const moe__gemm_work *work, const moe__gemm *g,
                                const moe__gemm_cut *cut, int32_t tile) {
   int32_t i0 = tile / cut->across * cut->m, i1 = moe__min(i0 + cut->m, g->m);
   int32_t j0 = tile % cut->across * cut->n, j1 = moe__min(j0 + cut->n, g->n);
-  if (i0 >= i1) return; /* rows are rounded up to 8 a tile: the last may have none */
+  if (i0 >= i1) return; /* tiles have a multiple of 8 rows, so the last may have none */
   if (MOE__TRAINS && g->a_sum && j0 == 0 && !cut->gradient)
     moe__gemm_sum_a(g, work->kernels, (size_t)i0, (size_t)i1);
   if (g->narrow) {
@@ -4599,8 +4595,8 @@ static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *e
 static int moe__backend_run(const moe__gemm *list, int32_t count,
                             const moe_env *env); /* >>backend */
 
-/* Independent products (the experts of a layer, the gradients of a weight and of its input), spread
-   over the threads. */
+/* Computes independent products (the experts of a layer, the gradients of a weight and of its
+   input) on all threads. */
 static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__gemm_work work;
   int32_t tiles = 0, i;
@@ -4905,20 +4901,19 @@ MOE_API moe_status moe_blis_use(moe_env *env, int32_t always) {
 
 /* ---- tiles of AMX: who may use them, what their kernels share ---- >>amx */
 
-/* The MOE_CPU_AMX_ bits that this process may use. The system must save the tiles on a context
-   switch, which Linux does for processes that have asked; it refuses where a thread has too small a
-   stack for signals. */
+/* The MOE_CPU_AMX_ bits that this process may use. Linux saves tiles on a context switch only for
+   processes that have asked, and refuses while a thread's signal stack is too small for them. */
 static uint32_t moe__amx_allowed(void) {
 #ifdef MOE__AMX
   uint32_t r[4], units = 0;
   long refused = -1;
   if (!moe_isa_available(MOE_ISA_AVX512) || (moe__xgetbv() & 0x60000) != 0x60000) return 0;
   moe__cpuid(7, 0, r);
-  /* its kernels round by AVX512-BF16 */
+  /* its kernels round with AVX512-BF16 */
   if ((r[3] >> 22 & 1) && (moe__cpu_flags() & MOE_CPU_AVX512_BF16)) units |= MOE_CPU_AMX_BF16;
   if (r[3] >> 25 & 1) units |= MOE_CPU_AMX_INT8;
   if (!units || !(r[3] >> 24 & 1)) return 0; /* AMX-TILE */
-  moe__cpuid(0x1d, 1, r); /* tiles as these kernels want them: 8 of 16 rows of 64 bytes */
+  moe__cpuid(0x1d, 1, r);                    /* these kernels need 8 tiles of 16 rows of 64 bytes */
   if (r[0] >> 16 < 1024 || (r[1] & 0xffff) < 64 || r[1] >> 16 < 8 || (r[2] & 0xffff) < 16) return 0;
   /* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) */
   __asm__ volatile("syscall"
@@ -4938,9 +4933,9 @@ MOE_API int32_t moe_env_use_amx(moe_env *env) {
 }
 
 #ifdef MOE__AMX
-/* Eight tiles of 16 rows of 64 bytes. Instructions by hand: the intrinsics of gcc do not say what
-   memory they touch, and stores before them get lost. They are volatile, so that they stay in
-   order, and tell that they read or write memory. */
+/* Eight tiles of 16 rows of 64 bytes. The instructions are inline assembly, since gcc's intrinsics
+   do not declare the memory they touch, and stores before them get lost: volatile keeps their
+   order, and "memory" says that they read or write it. */
 #define MOE__CLOBBER_MEMORY "memory"
 #define MOE__TILE_CONFIG(p) __asm__ volatile("ldtilecfg (%0)" : : "r"(p) : "memory")
 #define MOE__TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
@@ -4956,11 +4951,10 @@ MOE_API int32_t moe_env_use_amx(moe_env *env) {
 #define MOE__TILE_BF16(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 #define MOE__TILE_INT8(c, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 
-/* Sets the tiles up. Up to 16 rows: tiles 0 .. 3 are C, 4 is A, 5 .. 7 are B. More: 0 and 1 are C
-   of the first 16 rows, 2 and 3 of the others, 4 and 5 are A, 6 and 7 are B. Every row has 64
-   bytes.
-   *shape: rows that this thread has set them up for, 0: none. That takes a hundred cycles: once for
-   a tile of work. */
+/* Configures the tiles. Up to 16 rows: tiles 0 to 3 are C, 4 is A, 5 to 7 are B. More: 0 and 1 are
+   C of the first 16 rows, 2 and 3 of the others, 4 and 5 are A, 6 and 7 are B. Every row has 64
+   bytes. *shape is the number of rows that this thread has configured them for, or 0. It takes a
+   hundred cycles, so once for a tile of work. */
 static void moe__amx_shape(size_t *shape, size_t rows) {
   unsigned char config[64] = {0};
   unsigned char first = (unsigned char)(rows < 16 ? rows : 16),
@@ -4981,8 +4975,8 @@ static void moe__amx_shape(size_t *shape, size_t rows) {
 
 static void moe__amx_leave(void) { MOE__TILE_RELEASE(); }
 
-/* A step of k of a kernel, X(D, panel, tile of B[, second tile of C]) for each panel, where w is
-   the first panel and they are b_panel apart; D: the instruction. */
+/* A step of k of a kernel: X(D, panel, tile of B[, second tile of C]) for each panel. w is the
+   first panel, they are b_panel apart, and D is the instruction. */
 #define MOE__AMX_EACH1(X, D) X(D, 0, 5)
 #define MOE__AMX_EACH2(X, D) MOE__AMX_EACH1(X, D) X(D, 1, 6)
 #define MOE__AMX_EACH4(X, D) MOE__AMX_EACH2(X, D) X(D, 2, 7) X(D, 3, 5)
@@ -5009,28 +5003,28 @@ static void moe__amx_leave(void) { MOE__TILE_RELEASE(); }
 
 /* ---- products with int8 weights: what they are, plain C ---- >>int8 */
 
-/* y = x W^T + b with 8-bit integers on both sides: W once and for all, with a scale for each
-   output; x row by row on its way in. The scale of a row is max |x| / 127, its integers are x (127
-   / max |x|), rounded to the nearest, ties to even. With S the sum over p of q_x q_w, an integer of
-   32 bits, an output is fma(S, s_x s_w, b), S rounded to float. Integer sums have no order, so that
-   whatever adds them, in whatever layout and tile, gives the same S, and the rest is one formula:
-   the same bits on every instruction set. Columns are at most 65536, which keeps S below 2^31. A
-   row that is smaller than 1e-36 throughout is a row of zeros; one with an infinity or NaN in it
-   gives NaN in all its outputs.
+/* y = x W^T + b with 8-bit integers on both sides. W is quantised once, with a scale for each
+   output, x row by row in each call. The scale of a row is max |x| / 127, its integers are
+   x (127 / max |x|), rounded to the nearest, ties to even. With S the sum over p of q_x q_w, a
+   32-bit integer, an output is fma(S, s_x s_w, b), S rounded to float. Sums of integers do not
+   depend on their order, and the rest is one formula: the bits are the same for every layout, tile
+   and instruction set. Columns are at most 65536, which keeps S below 2^31. A row whose elements
+   are all below 1e-36 is a row of zeros; one with an infinity or NaN gives NaN in all its outputs.
 
    Panels: 16 outputs side by side, in steps of 4 inputs: 16 x 4 bytes, one register of AVX-512 and
-   one row of a tile of AMX. Behind the steps stand 16 integers, -128 times the sums of the weights:
-   VNNI multiplies unsigned with signed bytes, so x gets 128 added, and the sums begin with what
-   that adds too much. */
+   one row of a tile of AMX. After the steps come 16 integers, -128 times the sums of the weights:
+   VNNI multiplies unsigned with signed bytes, so 128 is added to x, and the sums begin with the
+   opposite of what that adds. */
 
 enum {
   MOE__INT8_ROWS = 8, /* most rows (but on tiles: 32) and panels that a kernel takes */
   MOE__INT8_PANELS = 4,
-  MOE__INT8_MC = 32 /* rows of a tile of work: quantised, they stay in the first-level cache while
-                       the panels stream by */
+  MOE__INT8_MC = 32 /* rows of a tile: quantised, they stay in the first-level cache while the
+                       panels stream by */
 };
 
-/* What a kernel is given: rows x (x_row bytes apart) times a few panels, for `columns` outputs. */
+/* The operands of a kernel: rows x (x_row bytes apart) times a few panels, for `columns`
+   outputs. */
 typedef struct moe__int8_block {
   float *c;
   size_t c_row;
@@ -5042,8 +5036,8 @@ typedef struct moe__int8_block {
   size_t steps;
   const float *scale, *bias; /* of each output; bias may be NULL */
   size_t columns;
-  size_t rows;   /* for kernels on tiles, which take any number */
-  size_t *shape; /* rows that the tiles of this thread are set up for; 0: none */
+  size_t rows;   /* for AMX kernels, which take any number */
+  size_t *shape; /* see moe__amx_shape */
 } moe__int8_block;
 
 typedef void (*moe__int8_fn)(const moe__int8_block *b);
@@ -5056,8 +5050,8 @@ typedef struct moe__int8_kernels {
   float (*quantize)(unsigned char *q, const float *x, size_t n, unsigned flip);
   /* sum[v] = x w[v ld ..] for v = 0 .. 3, both signed; NULL in plain C */
   void (*dot4)(int32_t sum[4], const unsigned char *x, const signed char *w, size_t ld, size_t k);
-  /* at the end of a tile of work; of kernels on tiles of AMX, else NULL: rows of x are made for
-     them, see moe__int8_lines */
+  /* of AMX kernels, at the end of a tile; else NULL. Such kernels need the rows of
+     moe__int8_lines */
   void (*leave)(void);
 } moe__int8_kernels;
 
@@ -5066,8 +5060,8 @@ static size_t moe__int8_panel(size_t cols) { return moe__int8_steps(cols) * 64 +
 
 #define MOE__INT8_TINY 1e-36f
 
-/* The bits of max |x| in, the scale out; *factor: what x is multiplied with, 0 where the integers
-   are all 0. */
+/* The scale of a row from the bits of max |x|; *factor is what x is multiplied with, 0 where all
+   integers are 0. */
 static float moe__int8_scale(uint32_t top, float *factor) {
   float most = moe__floats(top);
   *factor = 0;
@@ -5111,8 +5105,8 @@ static float moe__scalar_int8_quantize(unsigned char *q, const float *x, size_t 
 static const moe__int8_kernels moe__scalar_int8 = {{{NULL}}, {0}, 0, moe__scalar_int8_quantize,
                                                    NULL,     NULL};
 
-/* The weights of output j from input p on, a multiple of 4: four neighbours, the next four `step`
-   bytes further. */
+/* The weights of output j from input p on, a multiple of 4. Four are neighbours, the next four are
+   `step` bytes further. */
 static const signed char *moe__plain_int8_w(const moe_mat *w, size_t j, size_t p, size_t *step) {
   const signed char *data = (const signed char *)w->data;
   size_t k = (size_t)w->cols;
@@ -5133,10 +5127,10 @@ static int32_t moe__plain_int8_sum(const unsigned char *x, const signed char *w,
   return sum;
 }
 
-enum { MOE__INT8_CHUNK = 512 }; /* inputs that plain C quantises at a time */
+enum { MOE__INT8_CHUNK = 512 }; /* inputs that plain C quantises at a time, on the stack */
 
-/* The definition, in plain C: rows i0 .. i1-1 and columns j0 .. j1-1. x is quantised chunk by chunk
-   to spare the stack, so long rows once for every 64 outputs. */
+/* The definition, in plain C: rows i0 .. i1-1 and columns j0 .. j1-1. To save stack x is quantised
+   chunk by chunk, a row of several chunks again for every 64 outputs. */
 static void moe__plain_int8(const moe__gemm *g, size_t i0, size_t i1, size_t j0, size_t j1) {
   const moe_mat *w = g->quantized;
   unsigned char q[MOE__INT8_CHUNK];
@@ -5167,8 +5161,8 @@ static void moe__plain_int8(const moe__gemm *g, size_t i0, size_t i1, size_t j0,
 /* ---- kernels with int8 weights: what they share, AVX2, AVX-512, VNNI, AMX ---- >>int8_x86 */
 
 #if defined(MOE__X86) || defined(MOE__NEON)
-/* A step of x, 4 bytes of a row, in every lane; and the end of a row: outputs of panel v from their
-   sums. */
+/* 4 bytes of a row of x, to be broadcast; and the end of a row: the outputs of panel v from their
+   sums, as moe__plain_int8 ends. */
 MOE__INLINE int moe__int8_step(const unsigned char *x) {
   int four;
   memcpy(&four, x, 4);
@@ -5183,8 +5177,9 @@ MOE__INLINE int moe__int8_step(const unsigned char *x) {
     S##_storen(b->c + i * b->c_row + 16 * v, S##_fma(S##_cvt(sums), scales, start), n);            \
   }
 
-/* A kernel that keeps its R P panels of sums in registers; the instruction sets say how they begin
-   (MOE__INT8_SUM), what a step loads, adds (MOE__INT8_STEP) and where it ends (MOE__INT8_OUT). */
+/* A kernel that keeps R P vectors of sums in registers. Each instruction set defines their start
+   (MOE__INT8_SUM), what a step loads (MOE__INT8_LOAD) and adds (MOE__INT8_STEP), and the end
+   (MOE__INT8_OUT). */
 #define MOE__INT8_KERNEL_START(S, P, i) MOE__EACH_PANEL##P(MOE__INT8_SUM, S, i)
 #define MOE__INT8_KERNEL_STORE(S, P, i) MOE__EACH_PANEL##P(MOE__INT8_OUT, S, i)
 #define MOE__INT8_KERNEL(S, T, R, P)                                                               \
@@ -5198,7 +5193,7 @@ MOE__INLINE int moe__int8_step(const unsigned char *x) {
             MOE__EACH_ROW##R(MOE__INT8_STEP, S, P)} MOE__EACH_ROW##R(MOE__INT8_KERNEL_STORE, S, P) \
   }
 
-/* What fits where a panel takes several registers: 6 rows by 1 panel, 2 by 2, 1 by 3. */
+/* The kernels that fit where a panel takes several registers: 6 rows by 1 panel, 2 by 2, 1 by 3. */
 #define MOE__INT8_SMALL(S, T)                                                                      \
   MOE__KERNELS6(MOE__INT8_KERNEL, S, T, 1)                                                         \
   MOE__KERNELS2(MOE__INT8_KERNEL, S, T, 2) MOE__INT8_KERNEL(S, T, 1, 3)
@@ -5213,7 +5208,7 @@ MOE__INLINE int moe__int8_step(const unsigned char *x) {
 #endif
 
 #ifdef MOE__X86
-/* 8 floats at a time, by way of 16 bits: AVX2 has no conversion from 32 bits straight to bytes. */
+/* 8 floats at a time, through 16 bits: AVX2 does not convert 32 bits straight to bytes. */
 MOE__T_AVX2 static float moe__avx2_int8_quantize(unsigned char *q, const float *x, size_t n,
                                                  unsigned flip) {
   __m256i magnitude = _mm256_set1_epi32(0x7fffffff), most = _mm256_setzero_si256();
@@ -5276,7 +5271,8 @@ MOE__T_AVX512 static float moe__avx512_int8_quantize(unsigned char *q, const flo
   return scale;
 }
 
-/* Sums of 16 products of bytes, widened to 16 bits: nothing saturates, unlike with vpmaddubsw. */
+/* Sums of 16 products of bytes that were widened to 16 bits: nothing saturates, unlike with
+   vpmaddubsw. */
 MOE__T_AVX2 static void moe__avx2_int8_dot4(int32_t sum[4], const unsigned char *x,
                                             const signed char *w, size_t ld, size_t k) {
   const signed char *w1 = w + ld, *w2 = w1 + ld, *w3 = w2 + ld;
@@ -5303,8 +5299,8 @@ MOE__T_AVX2 static void moe__avx2_int8_dot4(int32_t sum[4], const unsigned char 
   }
 }
 
-/* Plain AVX2: 4 outputs x 4 inputs of a step, widened to 16 bits, times the
-   step of x: two sums for each output, added at the end. */
+/* AVX2 without VNNI: 4 outputs x 4 inputs of a step, widened to 16 bits, times the step of x. Two
+   sums for each output, added at the end. */
 #define MOE__INT8_START(S, P, i)                                                                   \
   __m256i c##i##0 = _mm256_setzero_si256(), c##i##1 = c##i##0, c##i##2 = c##i##0, c##i##3 = c##i##0;
 #define MOE__INT8_STEP(S, P, i)                                                                    \
@@ -5343,7 +5339,7 @@ static const moe__int8_kernels moe__avx2_int8 = {
     moe__avx2_int8_quantize,
     moe__avx2_int8_dot4,
     NULL};
-/* Few processors have AVX-512 without VNNI: they quantise faster, and multiply as above. */
+/* The few processors with AVX-512 but no VNNI: they quantise faster and multiply as above. */
 static const moe__int8_kernels moe__avx512_int8 = {
     {{NULL}, {NULL, MOE__NAMES2(moe__avx2_int8, 1)}, {NULL}, {NULL}},
     {0, 2, 0, 0},
@@ -5385,8 +5381,8 @@ static const moe__int8_kernels moe__avx_vnni_int8 = {
 #ifdef MOE__AVX512_VNNI
 /* AVX512-VNNI: up to 8 rows by 3 panels, 24 of the 32 registers */
 #define MOE__T_AVX512_VNNI MOE__TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx2,fma")
-/* c + x w. An instruction by hand: gcc 12 copies the sums around its intrinsic
-   and stores them all in every step, at half the speed. */
+/* c + x w. Inline assembly, since gcc 12 copies the sums around its intrinsic and stores them all
+   in every step, at half the speed. */
 MOE__T_AVX512_VNNI MOE__INLINE __m512i moe__vnni_add(__m512i c, __m512i x, __m512i w) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(x), "v"(w));
   return c;
@@ -5420,9 +5416,9 @@ static const moe__int8_kernels moe__vnni_int8 = {{{NULL},
 #undef MOE__INT8_OUT
 #endif
 #ifdef MOE__AMX
-/* AMX: up to 32 rows by 2 panels or 16 by 4, signed times signed. k is 61 or more: its last step
-   are the last 16 steps of a panel, where the rows of x have zeros for those that have been there
-   (moe__int8_lines), so that no panel needs to be filled up. */
+/* AMX: up to 32 rows by 2 panels or 16 by 4, signed times signed, for k of 61 or more. The last
+   step reads the last 16 steps of a panel; x has zeros for those that were added before
+   (moe__int8_lines), so panels need no padding. */
 MOE__T_AVX512 static void moe__amx_int8_end(const moe__int8_block *b, const int32_t *sums,
                                             size_t panels) {
   size_t v, i;
@@ -5567,8 +5563,8 @@ static void moe__neon_int8_dot4(int32_t sum[4], const unsigned char *x, const si
   MOE__DOT4_REST
 }
 
-/* Without dot product: 2 outputs x 4 inputs of a step are 8 products of 16 bits, added by pairs:
-   two sums for each output. */
+/* NEON without dot products: 2 outputs x 4 inputs of a step are 8 products of 16 bits, added by
+   pairs. Two sums for each output. */
 #define MOE__INT8_HALVES(i, v, w)                                                                  \
   c##i##v = vpadalq_s16(c##i##v, vmull_s8(s, vget_low_s8(w)));                                     \
   c##i##v##h = vpadalq_s16(c##i##v##h, vmull_s8(s, vget_high_s8(w)));
@@ -5618,7 +5614,7 @@ static const moe__int8_kernels moe__neon_int8 = {
 #undef MOE__INT8_NEON
 
 #ifdef MOE__NEON_DOT
-/* With dot product: four outputs to a register, as with VNNI, but signed times signed */
+/* With dot products: four outputs to a register, as with VNNI, but signed times signed */
 #if defined(__ARM_FEATURE_DOTPROD) || defined(_MSC_VER)
 #define MOE__T_NEON_DOT
 #elif defined(__clang__)
@@ -5689,11 +5685,13 @@ static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_TABLE(moe__
 /* ---- products with int8 weights over threads; packing, quantising ---- >>int8_run */
 
 #ifdef MOE__SIMD
-enum { MOE__INT8_BUFFER = 1 << 16 }; /* bytes of quantised rows: fewer than MOE__INT8_MC if long */
+enum {
+  MOE__INT8_BUFFER = 1 << 16
+}; /* bytes of quantised rows: fewer than MOE__INT8_MC rows where
+                                        they are long */
 
-/* Rows of x for tiles: bytes between them, whole cache lines, of an odd number so that they do not
-   push each other out of the cache; and the shift of their last line, whose steps go to its end,
-   behind zeros. */
+/* Rows of x for AMX: the bytes from one to the next, an odd number of cache lines, so that rows do
+   not evict each other; and their last line, whose steps are moved to its end, after zeros. */
 static size_t moe__int8_tiled_row(size_t k) { return ((moe__int8_steps(k) + 15) / 16 | 1) * 64; }
 
 static void moe__int8_lines(unsigned char *x, size_t k) {
@@ -5706,8 +5704,8 @@ static void moe__int8_lines(unsigned char *x, size_t k) {
 #endif
 
 #ifdef MOE__AMX
-/* Whether tiles are to be taken for so many rows: a step of 16 rows of a tile takes 16 cycles
-   however few they are, and VNNI 8 for each. Shorter rows would not fill a tile. */
+/* Whether AMX pays for so many rows: a step takes 16 cycles for 1 to 16 rows, VNNI takes 8 for
+   each. Shorter rows would not fill a tile. */
 static int moe__int8_tiles_pay(const moe_env *env, size_t rows, size_t k) {
   size_t most = MOE__INT8_BUFFER / moe__int8_tiled_row(k);
   if (rows > most) rows = most;
@@ -5715,7 +5713,7 @@ static int moe__int8_tiles_pay(const moe_env *env, size_t rows, size_t k) {
 }
 #endif
 
-/* For tiles of work of so many rows and weights in panels. */
+/* The kernels for tiles of so many rows and weights in panels. */
 static const moe__int8_kernels *moe__int8_pick(const moe_env *env, size_t rows, size_t k) {
 #ifdef MOE__AMX
   if (env->isa == MOE_ISA_AVX512 && (env->cpu_flags & MOE_CPU_AMX_INT8) &&
@@ -5738,20 +5736,20 @@ static const moe__int8_kernels *moe__int8_pick(const moe_env *env, size_t rows, 
 }
 
 #ifdef MOE__SIMD
-/* A tile of work: `rows` rows of x from `row` on, quantised, times columns j0 .. j1-1. */
+/* A tile: `rows` quantised rows of x from `row` on, times columns j0 .. j1-1. */
 typedef struct moe__int8_tile {
   const moe__gemm *g;
   const moe__int8_kernels *kernels;
   const moe__gemm_kernels *elements;
   size_t j0, j1, row, rows;
-  const unsigned char *x; /* rows of it are x_row bytes apart */
+  const unsigned char *x; /* its rows are x_row bytes apart */
   size_t x_row;
   const float *x_scale;
-  size_t shape; /* rows that the tiles of AMX are set up for; 0: none */
+  size_t shape; /* see moe__amx_shape */
 } moe__int8_tile;
 
-/* Panels for the next kernel, of those that are left: wide kernels of few rows only where there are
-   so few rows. */
+/* How many of the `left` panels the next kernel takes. Wide kernels take few rows, so only few rows
+   take them. */
 static size_t moe__int8_width(const moe__int8_kernels *kernels, size_t rows, size_t left) {
   size_t width = left < MOE__INT8_PANELS ? left : (size_t)MOE__INT8_PANELS;
   while (!kernels->rows[width] || (width > 1 && (size_t)kernels->rows[width] < rows &&
@@ -5809,7 +5807,7 @@ static void moe__int8_rows(const moe__int8_tile *t) {
         t->kernels->dot4(sum, x, from, k, k);
       else
         for (v = 0; v < n; ++v) {
-          int32_t same[4]; /* one weight four times: at the right edge only */
+          int32_t same[4]; /* one weight four times, at the right edge only */
           t->kernels->dot4(same, x, from + v * k, 0, k);
           sum[v] = same[0];
         }
@@ -5823,7 +5821,7 @@ static void moe__int8_rows(const moe__int8_tile *t) {
                       g->c_row, t->rows, t->j1 - t->j0);
 }
 
-/* Rows i0 .. i1-1 of a tile, which says the columns. */
+/* Rows i0 .. i1-1 of the columns of a tile. */
 MOE__NOINLINE static void moe__int8_blocks(moe__int8_tile *t, size_t i0, size_t i1) {
   unsigned char space[MOE__INT8_BUFFER + 64], *x = space + (64 - (uintptr_t)space % 64);
   float x_scale[MOE__INT8_MC];
@@ -5858,8 +5856,8 @@ MOE__NOINLINE static void moe__int8_blocks(moe__int8_tile *t, size_t i0, size_t 
 typedef struct moe__int8_work {
   const moe__gemm *list;
   const moe_env *env;
-  int32_t across;  /* column blocks of a product: each of them quantises x again */
-  int32_t columns; /* a column block has a multiple of them: kernels of any width fill it */
+  int32_t across;  /* column blocks of a product, each of which quantises x again */
+  int32_t columns; /* columns of a block are a multiple of this, so kernels of any width fill it */
 } moe__int8_work;
 
 static int32_t moe__int8_down(const moe__gemm *g) {
@@ -5900,8 +5898,8 @@ static void moe__int8_work_tile(void *arg, int32_t tile, int32_t slot) {
   if (j < g->n) moe__int8_tile_run(work, g, i, end, j, moe__min(j + wide, g->n));
 }
 
-/* Independent products with int8 weights. Tiles may follow the number of threads here, since sums
-   of integers are exact. */
+/* Computes independent products with int8 weights. Tiles may depend on the number of threads, since
+   sums of integers are exact. */
 static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__int8_work work;
   int32_t tiles = 0, i;
@@ -6000,35 +5998,35 @@ MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows,
   job.from = w;
   job.rows = (size_t)rows;
   job.cols = (size_t)cols;
-  job.kernels = moe__int8_pick(env, 0, 0); /* whichever: the integers are the same */
+  job.kernels = moe__int8_pick(env, 0, 0); /* all give the same integers */
   moe__parallel(env, (rows + 15) / 16, moe__int8_quantize_tile, &job);
 }
 
 /* ---- products with bf16 operands: what they are, plain C ---- >>bf16 */
 
-/* C = A B with the elements of A and B rounded to bf16 (8 bits of significand, the exponents of a
-   float) and sums in fp32. What is rounded is a copy: weights, activations and gradients stay fp32
-   in memory.
+/* C = A B with the elements of A and B rounded to bf16 (8 bits of significand, the exponent of a
+   float) and sums in fp32. Only copies are rounded: weights, activations and gradients stay fp32 in
+   memory.
 
    Rounding: to nearest, ties to even; denormals become zero, NaN stays NaN.
 
    One definition of every sum, for plain C, AVX-512 and AVX512-BF16: an element of C is one chain
    of fused multiply-adds that begins as in >>gemm. It takes the elements of k by pairs (0 and 1, 2
-   and 3, ...; a last one alone gets a pair of zeros), of a pair first the second, then the first;
-   denormals, those in C too, count as zeros, and every step leaves a zero in their place. That is
-   what vdpbf16ps does, to the bit; FMAs do the same once the processor is told to flush denormals.
-   Elsewhere (AVX2, NEON) the plain C runs. The bits of a row depend neither on the other rows nor
-   on the layout of the weights, on blocks, tiles or threads.
-   AMX has bits of its own: tdpbf16ps takes 16 pairs at a time, adds up their first and their second
-   elements in two chains that begin with 0, and adds the sum of the two to C. They are independent
-   of rows, layout and threads in the same way.
-   Either way a sum over tokens, the gradient of a weight, pairs the tokens of one call:
-   micro-batches give other bits than one batch. Bits of fp32 are not met, of course: each operand
-   has a relative error of up to 2^-8.
+   and 3, ...; zeros complete the last pair of an odd k), of each pair first the second, then the
+   first element. Denormals, in C too, count as zeros, and a denormal result of a step becomes zero.
+   vdpbf16ps does exactly this; FMAs do the same when the processor flushes denormals. AVX2 and NEON
+   run the plain C. The bits of a row do not depend on the other rows, the layout of the weights,
+   blocks, tiles or threads.
+   AMX has its own bits: tdpbf16ps takes 16 pairs at a time, adds up their first and their second
+   elements in two chains that begin with 0, and adds the sum of the two to C. They do not depend on
+   rows, layout or threads either.
+   In both, a sum over tokens (the gradient of a weight) pairs the tokens of one call, so micro-
+   batches give other bits than one batch. Results differ from fp32: each operand has a relative
+   error of up to 2^-8.
 
-   Panels of weights: 16 outputs side by side, in steps of 2 inputs: word j of step t is the pair
+   Panels of weights: 16 outputs side by side, in steps of 2 inputs. Word j of step t is the pair
    (2t, 2t+1) of output j, the first in the low half: 64 bytes, one register of AVX-512 and one row
-   of a tile of AMX. The last step of an odd k has a zero in its high halves. */
+   of a tile of AMX. The last step of an odd k has zeros in its high halves. */
 
 #ifndef MOE_NO_BF16
 /* x rounded to bf16, as the bits of a float. */
@@ -6043,9 +6041,9 @@ static uint32_t moe__bf16_round(float x) {
   return u & 0xffff0000u;
 }
 
-/* a b + c of numbers that are not denormal, but for c: a step of the chain. A result is flushed
-   where it is below 2^-126 once rounded to 24 bits: the midpoint between 2^-126 and the number
-   before goes up. Near there the sum in double is exact. */
+/* A step of the chain: a b + c, where only c may be denormal. A result is flushed where it is below
+   2^-126 when rounded to 24 bits; the midpoint between 2^-126 and the number before rounds up. Near
+   there the sum in double is exact. */
 static float moe__bf16_fma(float a, float b, float c) {
   double exact;
   float r;
@@ -6112,7 +6110,7 @@ enum {
   MOE__BF16_EDGE = 32 * 2 * 16 /* floats of the largest block of C */
 };
 
-/* What a kernel is given. A word of A is the bits of a float, or a pair. */
+/* The operands of a kernel. A word of A is the bits of a float, or a pair. */
 typedef struct moe__bf16_block {
   float *c;
   size_t c_row;
@@ -6124,7 +6122,7 @@ typedef struct moe__bf16_block {
   size_t b_panel;
   size_t steps;   /* pairs of k */
   size_t columns; /* outputs that there are */
-  size_t *shape;  /* rows that the tiles of this thread are set up for; 0: none */
+  size_t *shape;  /* see moe__amx_shape */
 } moe__bf16_block;
 
 /* c(i, j) = start(i, j) + sum over the pairs, for all columns of some panels. AMX takes any number
@@ -6139,18 +6137,19 @@ typedef struct moe__bf16_kernels {
   int turned; /* the pairs of a row of A side by side, even where A is stored column by column; 16
                  at a time */
   unsigned (*begin)(
-      void); /* before kernels run, after, and at the end of a tile of work; NULL: nothing to do */
+      void); /* before kernels run, after, and at the end of a tile; NULL: nothing to do */
   void (*end)(unsigned saved);
   void (*leave)(void);
-  /* to[l to_ld + x] = rounded from[l ld + x], as bits of floats; an odd line is filled up with a
-     zero */
+  /* to[l to_ld + x] = rounded from[l ld + x], as bits of floats; a zero is appended to an odd
+     line */
   void (*floats)(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines,
                  size_t length);
-  /* to[l to_ld + t] = the pair (2t, 2t + 1) of line l; lines are filled up to a multiple of 16
-     words with zeros */
+  /* to[l to_ld + t] = the pair (2t, 2t + 1) of line l; lines are padded with zeros to a multiple of
+     16 words */
   void (*along)(uint32_t *to, size_t to_ld, const float *from, size_t ld, size_t lines,
                 size_t length);
-  /* to[t to_ld + x / 16 panel + x % 16] = element x of lines 2t and 2t + 1, filled up alike */
+  /* to[t to_ld + x / 16 panel + x % 16] = element x of lines 2t and 2t + 1, padded in the same
+     way */
   void (*across)(uint32_t *to, size_t to_ld, size_t panel, const float *from, size_t ld,
                  size_t lines, size_t length);
   /* to[x to_ld + y] = block[y 16 + x], 16 by 16 */
@@ -6252,7 +6251,7 @@ MOE__T_AVX512 static void moe__avx512_bf16_turn(uint32_t *to, size_t to_ld, cons
 }
 #undef MOE__BF16_HALVES
 
-/* Denormals are zeros on both sides, nothing traps, to nearest. */
+/* Denormal inputs and results are zeros, nothing traps, rounding to nearest. */
 static unsigned moe__x86_flush(void) {
   unsigned saved = _mm_getcsr();
   _mm_setcsr(0x9fc0u);
@@ -6260,9 +6259,9 @@ static unsigned moe__x86_flush(void) {
 }
 static void moe__x86_unflush(unsigned saved) { _mm_setcsr(saved); }
 
-/* FMAs, as in >>gemm: up to 8 rows by 3 panels or 4 by 6. Panels are widened to floats on the way,
-   which is little against the rows. A processor without vdpbf16ps, or with a slow one, multiplies
-   as fast as in fp32, and reads half the bytes of the weights. */
+/* FMAs, as in >>gemm: up to 8 rows by 3 panels or 4 by 6. Panels are widened to floats once for all
+   rows. A processor without vdpbf16ps, or with a slow one, multiplies as fast as in fp32 and reads
+   half the bytes of the weights. */
 #define MOE__BF16_WORD(p) _mm512_castsi512_ps(_mm512_set1_epi32((int)(p)))
 #define MOE__BF16_START(S, i, v)                                                                   \
   __m512 c##i##v = _mm512_loadu_ps(b->start + i * b->start_row + 16 * v);
@@ -6326,9 +6325,9 @@ static const moe__bf16_kernels moe__avx512_bf16 = {{{NULL},
                                                    moe__avx512_bf16_turn};
 
 #ifdef MOE__AVX512_BF16
-/* The same with vdpbf16ps. An instruction by hand, for the reason given at moe__vnni_add, and no
-   compiler needs to know it by name. So is the one that rounds, twice 16 floats to the low and the
-   high half of a register: a fifth of the instructions of moe__avx512_bf16_round. */
+/* The same with vdpbf16ps, in inline assembly for the reason given at moe__vnni_add; so no compiler
+   needs to know it by name. vcvtne2ps2bf16 rounds 16 floats each to the low and the high half of a
+   register, with a fifth of the instructions of moe__avx512_bf16_round. */
 MOE__T_AVX512 MOE__INLINE __m512i moe__bf16_halves(__m512 low, __m512 high) {
   __m512i r;
   __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(r) : "v"(low), "v"(high));
@@ -6435,8 +6434,8 @@ static const moe__bf16_kernels moe__dp_bf16 = {{{NULL},
 #undef MOE__BF16_FMA
 
 #ifdef MOE__AMX
-/* AMX. The last steps, fewer than 16, of some panels, filled up with zeros: what lies behind a
-   panel must not be multiplied, not even with zeros. */
+/* AMX. The last steps, fewer than 16, of some panels, padded with zeros: what follows a panel in
+   memory must not be multiplied, not even by zeros. */
 static void moe__amx_tail(uint32_t *tail, const uint32_t *w, size_t b_panel, size_t steps,
                           size_t panels) {
   memset(tail, 0, panels * 256 * sizeof *tail);
@@ -6453,7 +6452,7 @@ static void moe__amx_tail(uint32_t *tail, const uint32_t *w, size_t b_panel, siz
 #define MOE__AMX_BF16_STORE2(D, v, t, u)                                                           \
   MOE__TILE_STORE(v, b->c + 16 * v, b->c_row * sizeof(float));                                     \
   MOE__TILE_STORE(u, b->c + 16 * b->c_row + 16 * v, b->c_row * sizeof(float));
-/* A is filled up with zeros to whole tiles */
+/* A is padded with zeros to whole tiles */
 #define MOE__AMX_BF16_KERNEL(NAME, P, EACH, START, STEP, STORE, SECOND)                            \
   MOE__T_AVX512 static void NAME(const moe__bf16_block *b, size_t rows) {                          \
     uint32_t tail[256 * P];                                                                        \
@@ -6534,15 +6533,7 @@ static const moe__bf16_kernels moe__amx_bf16 = {{{NULL},
 #undef MOE__TILE_CONFIG
 #endif
 
-/* ---- products with bf16 operands over threads; packing ---- >>bf16_run */
-
-static moe_mat moe__mat_bf16(const void *panels, int32_t rows, int32_t cols) {
-  moe_mat mat = moe_mat_rows(NULL, rows, cols);
-  mat.data = panels;
-  mat.type = MOE_TYPE_BF16;
-  mat.layout = MOE_LAYOUT_PANELS;
-  return mat;
-}
+/* ---- products with bf16 operands over threads ---- >>bf16_run */
 
 #ifndef MOE_NO_BF16
 enum {
@@ -6561,8 +6552,8 @@ enum {
 };
 
 #ifdef MOE__X86
-/* For tiles of work of so many rows; NULL: plain C. With one or two rows, reading the weights
-   dominates: vdpbf16ps has less to do then, slow as it may be. */
+/* The kernels for tiles of so many rows; NULL: plain C. With one or two rows, reading the weights
+   dominates, and even a slow vdpbf16ps wins. */
 static const moe__bf16_kernels *moe__bf16_pick(const moe_env *env, size_t rows) {
 #ifdef MOE__AMX
   if (env->isa == MOE_ISA_AVX512 && (env->cpu_flags & MOE_CPU_AMX_BF16)) return &moe__amx_bf16;
@@ -6576,8 +6567,8 @@ static const moe__bf16_kernels *moe__bf16_pick(const moe_env *env, size_t rows) 
   return env->isa == MOE_ISA_AVX512 ? &moe__avx512_bf16 : NULL;
 }
 
-/* `width` outputs (at most 16) that lie in lines of k elements, to a panel, and rows of A that lie
-   in columns, to rows of pairs: by blocks of 16 by 16 words. depth: elements of k. */
+/* Packs `width` outputs (at most 16), lines of `depth` elements, into a panel: in blocks of 16 by
+   16 words. */
 static void moe__bf16_panel(const moe__bf16_kernels *kernels, uint32_t *panel, const float *from,
                             size_t ld, size_t width, size_t depth) {
   uint32_t block[256], out[256];
@@ -6588,13 +6579,14 @@ static void moe__bf16_panel(const moe__bf16_kernels *kernels, uint32_t *panel, c
     kernels->along(block, 16, from + p, ld, width, left);
     if (left > 30)
       kernels->turn(panel, 16, block);
-    else { /* fewer than 16 steps: no room for all of it */
+    else { /* fewer than 16 steps: there is no room for the whole block */
       kernels->turn(out, 16, block);
       memcpy(panel, out, (left + 1) / 2 * 16 * sizeof *panel);
     }
   }
 }
 
+/* Rows of pairs from a block of A that is stored column by column, in blocks of 16 by 16, too. */
 static void moe__bf16_turned(const moe__bf16_kernels *kernels, uint32_t *to, size_t to_ld,
                              const float *from, size_t ld, size_t rows, size_t depth) {
   uint32_t block[256], out[256];
@@ -6614,7 +6606,7 @@ static void moe__bf16_turned(const moe__bf16_kernels *kernels, uint32_t *to, siz
     }
 }
 
-/* Copies rows i0 .. i0+rows-1 of A, for a block of k, and tells where kernels find them. */
+/* Copies rows i0 .. i0+rows-1 of A, for a block of k, and sets where kernels find them. */
 static void moe__bf16_copy_a(moe__bf16_block *b, uint32_t *to, const moe__gemm *g,
                              const moe__bf16_kernels *kernels, size_t i0, size_t rows, size_t p0,
                              size_t depth) {
@@ -6646,8 +6638,8 @@ static void moe__bf16_copy_a(moe__bf16_block *b, uint32_t *to, const moe__gemm *
   }
 }
 
-/* Panels of columns j .. j+columns-1 for the same block of k: in place, or packed into `to`; and
-   how many steps they have. */
+/* Sets the panels of columns j .. j+columns-1 for the same block of k, in place or packed into
+   `to`, and their number of steps. */
 static void moe__bf16_find_b(moe__bf16_block *b, uint32_t *to, const moe__gemm *g,
                              const moe__bf16_kernels *kernels, size_t j, size_t p0, size_t depth) {
   size_t steps = (depth + 1) / 2, v;
@@ -6659,7 +6651,7 @@ static void moe__bf16_find_b(moe__bf16_block *b, uint32_t *to, const moe__gemm *
   }
   b->b = to;
   if (kernels->turned)
-    b->steps = (b->steps + 15) / 16 * 16; /* whole tiles, filled up with zeros: A is as well */
+    b->steps = (b->steps + 15) / 16 * 16; /* whole tiles, padded with zeros as A is */
   b->b_panel = b->steps * 16;
   if (g->b_layout == MOE__B_ROWS)
     kernels->across(to, 16, b->b_panel, g->b + p0 * g->b_row + j, g->b_row, depth, b->columns);
@@ -6673,8 +6665,8 @@ static void moe__bf16_find_b(moe__bf16_block *b, uint32_t *to, const moe__gemm *
   }
 }
 
-/* A block of C whose last panel is not full, through a buffer, so that nothing beyond is read or
-   written. */
+/* A block of C whose last panel is not full: computed in a buffer, so that nothing beyond the edge
+   is read or written. */
 static void moe__bf16_edge(const moe__bf16_block *b, moe__bf16_fn fn, size_t rows, size_t width) {
   float edge[MOE__BF16_EDGE];
   moe__bf16_block inner = *b;
@@ -6689,14 +6681,14 @@ static void moe__bf16_edge(const moe__bf16_block *b, moe__bf16_fn fn, size_t row
   for (i = 0; i < rows; ++i) memcpy(b->c + i * b->c_row, edge + i * row, b->columns * sizeof *edge);
 }
 
-/* All rows of a tile of work by `width` panels. Moves c and start of *b: a copy, read by vectors
-   just after it was written by words, would wait for all stores of the last kernel. */
+/* All rows of a tile by `width` panels. It moves c and start of *b instead of a copy: reading a
+   fresh copy with vectors would wait for all stores of the last kernel. */
 static void moe__bf16_stripe(moe__bf16_block *b, const moe__bf16_kernels *kernels, size_t rows,
                              size_t width) {
   const uint32_t *a = b->a;
   size_t most = (size_t)kernels->rows[width], blocks = (rows + most - 1) / most, block;
   unsigned saved = kernels->begin ? kernels->begin() : 0;
-  for (block = 0; block < blocks; ++block) { /* of sizes as even as can be */
+  for (block = 0; block < blocks; ++block) { /* as even as can be */
     size_t take = (rows + blocks - block - 1) / (blocks - block);
     moe__bf16_fn fn = kernels->fn[width][take < 8 ? take : 8];
     if (b->columns == 16 * width)
@@ -6778,16 +6770,16 @@ static int32_t moe__bf16_down(const moe__gemm *g) {
   return (g->m + moe__bf16_rows(g) - 1) / moe__bf16_rows(g);
 }
 
-/* Gradients of weights have a long k, their tokens, and many rows, each tile of which packs all of
-   B. */
+/* Chunks of k: gradients of weights have a long k (their tokens) and many rows, and every tile
+   packs all of B. */
 static int32_t moe__bf16_chunks(const moe__gemm *g) {
   return g->b_layout == MOE__B_ROWS && g->k > MOE__BF16_CHUNK && !g->gelu
              ? (g->k + MOE__BF16_CHUNK - 1) / MOE__BF16_CHUNK
              : 1;
 }
 
-/* *part: chunk number `chunk` of the sums of a product, a multiple of 32 elements of k, so that no
-   bit changes. Returns 0 where it has none. */
+/* *part = chunk number `chunk` of the sums of a product. Chunks are multiples of 32 elements of k,
+   so no bit changes. Returns 0 where there is no such chunk. */
 static int moe__bf16_chunk(moe__gemm *part, const moe__gemm *g, int32_t chunk) {
   int32_t chunks = moe__bf16_chunks(g), deep = ((g->k + chunks - 1) / chunks + 31) / 32 * 32,
           p = chunk * deep;
@@ -6823,7 +6815,7 @@ static void moe__bf16_work_tile(void *arg, int32_t tile, int32_t slot) {
   for (; tile >= moe__bf16_down(g) * work->across; ++g) tile -= moe__bf16_down(g) * work->across;
   down = moe__bf16_down(g);
   wide = ((g->n + work->across - 1) / work->across + 95) / 96 *
-         96;                       /* a multiple of every width of kernels */
+         96;                       /* a multiple of the width of every kernel */
   tall = (g->m + down - 1) / down; /* rows as even as can be */
   i = tall * (tile % down);
   j = tile / down * wide;
@@ -6835,8 +6827,8 @@ static void moe__bf16_work_tile(void *arg, int32_t tile, int32_t slot) {
     moe__bf16_tile_run(work, &part, i, i + tall, j, moe__min(j + wide, g->n));
 }
 
-/* Independent products with bf16 operands. How they are cut may follow the number of threads, since
-   no bit depends on it. */
+/* Computes independent products with bf16 operands. Tiles may depend on the number of threads,
+   since no bit depends on tiles. */
 static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__bf16_work work;
   int32_t tiles = 0, chunks = 1, i;
@@ -6864,9 +6856,22 @@ static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *e
       for (i = 0; i < tiles * work.across; ++i) moe__bf16_work_tile(&work, i, 0);
 }
 
+#endif /* MOE_NO_BF16 */
+
+/* ---- packing weights in bf16; the precision of products ---- >>bf16_pack */
+
+static moe_mat moe__mat_bf16(const void *panels, int32_t rows, int32_t cols) {
+  moe_mat mat = moe_mat_rows(NULL, rows, cols);
+  mat.data = panels;
+  mat.type = MOE_TYPE_BF16;
+  mat.layout = MOE_LAYOUT_PANELS;
+  return mat;
+}
+
+#ifndef MOE_NO_BF16
 typedef struct moe__bf16_pack {
   uint32_t *panels;
-  moe__gemm g; /* its B is what is packed, as floats: rows or columns */
+  moe__gemm g; /* its B is to be packed: rows or columns of floats */
   const moe_env *env;
 } moe__bf16_pack;
 
