@@ -8,32 +8,57 @@
    (and -pthread where the system wants it). `cc -O2` is enough: the fast kernels are chosen at run
    time.
 
-   EXAMPLE: a trained model file and one sentence give an answer
+   EXAMPLE: two tasks on points of a plane, trained together (other programs: examples/)
      #include <stdio.h>
+     #include <string.h>
      #define MOE_IMPLEMENTATION
      #include "moe.h"
+     enum { T = 2, S = 256, D = 2, STEPS = 300 }; // tasks, points, numbers of a point
+     static float x[S * D], label[S], score[S * MOE_MAX_CLASSES];
+     static int32_t start[S + 1], task[S];
      static void say(void *user, moe_status status, const char *sentence) {
        (void)user, (void)status;
        fprintf(stderr, "%s\n", sentence);
      }
-     int main(int argc, char **argv) {
+     int main(void) {
+       moe_limits limits = {S, S, 1, 0}; // tokens and sequences of a batch; training
        moe_env env;
+       moe_config config;
+       moe_train_config train;
+       moe_task tasks[T];
+       moe_batch batch;
        moe_model *model;
-       moe_predictor *p;
-       const char *const *label;
-       float score[MOE_MAX_CLASSES];
-       int task, best;
-       if (argc != 4) return printf("usage: %s MODEL TASK SENTENCE\n", argv[0]), 1;
+       moe_trainer *trainer;
+       float loss = 0;
+       int i, step, right = 0;
+       memset(tasks, 0, sizeof tasks);
+       memset(&batch, 0, sizeof batch);
+       strcpy(tasks[0].name, "upper"), tasks[0].classes = 2; // is the point above the middle?
+       strcpy(tasks[1].name, "cross"), tasks[1].classes = 2; // are both signs the same?
+       for (i = 0; i < S; ++i) {
+         x[2 * i] = (float)(i % 16) / 8 - 0.9f, x[2 * i + 1] = (float)(i / 16) / 8 - 0.9f;
+         task[i] = i % T, start[i + 1] = i + 1; // a sequence of one token
+         label[i] = task[i] ? x[2 * i] * x[2 * i + 1] > 0 : x[2 * i + 1] > 0;
+       }
+       batch.S = S, batch.seq_start = start, batch.features = x;
+       batch.task = task, batch.label = label;
        moe_env_init(&env, MOE_ISA_AUTO);
        env.log = say;
-       if (moe_model_load(&model, argv[1], &env)) return 1;
-       task = moe_model_find_task(model, argv[2]);
-       if (task < 0) return fprintf(stderr, "%s: no task of that name\n", argv[2]), 1;
-       if (moe_predictor_create(&p, model, 1, &env)) return 1;
-       if (moe_predict_text(p, task, argv[3], NULL, score, &best)) return 1;
-       label = moe_model_task(model, task)->label;
-       printf("%s %.3f\n", label ? label[best] : "value", (double)score[best]);
-       moe_predictor_free(p);
+       moe_config_init(&config); // MT-TaG: four experts in a layer, a gate for each task
+       config.layers = 2, config.hidden = 16, config.ffn = 32, config.heads = 2, config.vocab = 0;
+       config.feature_dim = D, config.positions = config.max_len = 1;
+       if (moe_model_create(&model, &config, tasks, T, 1, &env)) return 1;
+       moe_train_config_init(&train);
+       train.lr = 1e-2f, train.steps = STEPS;
+       if (moe_trainer_create(&trainer, model, &limits, &train, &env)) return 1;
+       for (step = 0; step < STEPS; ++step) {
+         if (moe_trainer_accumulate(trainer, &batch, 0, &loss, NULL, &env)) return 1;
+         if (moe_trainer_step(trainer, NULL, &env)) return 1;
+       }
+       if (moe_forward(moe_trainer_context(trainer), score, &batch, &env)) return 1;
+       for (i = 0; i < S; ++i) right += (score[2 * i + 1] > score[2 * i]) == (label[i] > 0);
+       printf("loss %.3f, %d of %d points right\n", (double)loss, right, S);
+       moe_trainer_free(trainer);
        moe_model_free(model);
        return 0;
      }
@@ -19542,5 +19567,50 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
 #pragma pop_macro("C")
 #pragma pop_macro("A")
 
-/* This file is public domain (Unlicense) or, at your choice, under MIT No Attribution (MIT-0); the
-   full texts are in the LICENSE file of the project. It comes without any warranty. */
+/* LICENCE
+
+   moe.h, moe_cuda.h and every file of this project that does not say otherwise are
+   available under two licences: choose the one you prefer.
+
+   ------------------------------------------------------------------------------
+   ALTERNATIVE A - Public Domain (Unlicense, https://unlicense.org)
+
+   This is free and unencumbered software released into the public domain.
+
+   Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
+   software, either in source code form or as a compiled binary, for any purpose,
+   commercial or non-commercial, and by any means.
+
+   In jurisdictions that recognize copyright laws, the author or authors of this
+   software dedicate any and all copyright interest in the software to the public
+   domain. We make this dedication for the benefit of the public at large and to
+   the detriment of our heirs and successors. We intend this dedication to be an
+   overt act of relinquishment in perpetuity of all present and future rights to
+   this software under copyright law.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+   IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS
+   FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS BE
+   LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+   CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE
+   SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+
+   ------------------------------------------------------------------------------
+   ALTERNATIVE B - MIT No Attribution (MIT-0)
+
+   Copyright (c) 2026 the moe.h authors
+
+   Permission is hereby granted, free of charge, to any person obtaining a copy of
+   this software and associated documentation files (the "Software"), to deal in
+   the Software without restriction, including without limitation the rights to
+   use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of
+   the Software, and to permit persons to whom the Software is furnished to do so.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+   IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS
+   FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+   COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER
+   IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+   CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+
+   The data sets in examples/data have licences of their own: examples/data/README.md names them. */

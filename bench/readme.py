@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the section Speed of README.md from bench/results/speed.json, so that both show the same run. Run by `make -C bench readme`."""
+"""Writes the section Speed of README.md from bench/results/speed.json, so that both show the same
+run. Run by `make -C bench readme`."""
 import os
 import re
 import sys
@@ -8,12 +9,6 @@ import run
 from report import Report
 
 README = os.path.join(run.HERE, "..", "README.md")
-INTRODUCTION = """`make -C bench` measures against PyTorch, ONNX Runtime and OpenVINO on the same cores in one run and writes `bench/results.md`, with a summary of what was
-asked and what was seen; `make -C bench SECTIONS=int8` measures some sections anew, `make -C bench quick` is the training step and inference alone. What stands
-here is taken from that file by `make -C bench readme`. A ratio is the median over rounds of the programs' turns, so that a disturbance of the machine
-hits both sides. Other machines have other ratios."""
-
-
 def tables(report, title):
     """[(the last line of text before it, [cells of the head and of each row])] of a section."""
     out, text = [], ""
@@ -36,48 +31,59 @@ def heading(report, name):
     return next((line[len(name) + 4:] for line in report.heading if line.startswith(f"- {name}: ")), "?")
 
 
-def number(cell):
-    return float(cell.split()[0])
-
-
-def training(report):
-    """Rows of the table: batch and threads, moe.h, the fastest PyTorch, ratio."""
-    memory = {(what, process): mb for _, rows in tables(report, "Memory") for what, process, mb, *_ in rows}
-    out = []
-    for text, rows in tables(report, "Training step"):
-        for batch in dict.fromkeys(r[0] for r in rows[1:]):
-            speed = {r[1]: r[2] for r in rows[1:] if r[0] == batch}
-            best = max((n for n in speed if n.startswith("PyTorch")), key=lambda n: number(speed[n]))
-            cells = [f"{speed[n]}, {memory['training step, ' + batch, n]} MB" for n in ("moe.h fp32", best)]
-            faster = next(r[3] for r in rows[1:] if r[:2] == [batch, best])
-            out.append(f"| {batch}, {text.rstrip(':')} | {cells[0]} | {cells[1]} ({best.replace('PyTorch ', '')}) | {faster} |")
-    return out
-
-
 def ratios(report, title, row):
     """{threads in words: [ratio by shape]} of a row of a table of inference."""
     return {text.rstrip(":"): [c.split()[0] for c in r[1:]] for text, rows in tables(report, title) for r in rows if r[0] == row}
 
 
+def span(values):
+    """The least and the most of some ratios."""
+    return f"{min(values):.2f} to {max(values):.2f}" if min(values) < max(values) else f"{values[0]:.2f}"
+
+
+def dense(report, title, row):
+    """All ratios of a row, whatever the threads and shapes."""
+    return [float(c) for cells in ratios(report, title, row).values() for c in cells]
+
+
+def figure(report, title, start):
+    """What was seen of the first figure of a section whose name begins so."""
+    return next((row[2].split()[0] for row in report.figures.get(title, []) if row[0].startswith(start)), "?")
+
+
+def training(report, batch):
+    """Ratios of a training step to the fastest PyTorch, for each number of threads."""
+    out = []
+    for _, rows in tables(report, "Training step"):
+        speed = {r[1]: (float(r[2].split()[0]), r[3]) for r in rows[1:] if r[0].endswith(batch)}
+        best = max((n for n in speed if n.startswith("PyTorch")), key=lambda n: speed[n][0])
+        out.append(float(speed[best][1]))
+    return out
+
+
 def section(report):
-    shapes = next(rows[0][1:] for _, rows in tables(report, "Inference"))
-    lines = ["## Speed", "", INTRODUCTION, "",
-             f"CPU: {heading(report, 'CPU').split(';')[0]}; {heading(report, 'compiler').split(';')[0]}; {heading(report, 'peers')}.", "",
-             "A training step of MiniLM's size (6 x 384, N = 4, T = 8, 32 sequences, fp32), tokens per second and peak memory of the process, against the fastest of our variants "
-             f"of it in PyTorch ({measured(report, 'Training step')}):", "", "| | moe.h | PyTorch | times |", "|---|---|---|---|", *training(report), "",
-             f"Inference in fp32 against the fastest of PyTorch, ONNX Runtime and OpenVINO (dense), by batch x length, times as fast ({measured(report, 'Inference')}):", "",
-             "| | " + " | ".join(shapes) + " |", "|" + "---|" * (len(shapes) + 1)]
-    for name, row in (("dense", "moe.h dense / best dense peer"), ("MT-TaG", "moe.h TaG / best dense peer"), ("MT-TaG, against MT-TaG in PyTorch", "moe.h TaG / PyTorch MT-TaG")):
-        lines += [f"| {name}, {threads} | " + " | ".join(cells) + " |" for threads, cells in ratios(report, "Inference", row).items()]
-    int8 = [float(c) for cells in ratios(report, "Inference, int8", "moe.h int8 dense / ONNX Runtime int8").values() for c in cells]
-    start = [float(r[2]) for _, rows in tables(report, "Start and memory of a first answer") for r in rows[1:] if r[0].startswith("C on ONNX Runtime")]
-    lines += ["", "A mixture of four experts reads up to four times the weights, which is what few tokens wait for."]
-    if int8:
-        lines.append(f"With int8 moe.h is {min(int8):.1f} to {max(int8):.1f} times as fast as ONNX Runtime's dynamic int8 (dense; {measured(report, 'Inference, int8')}).")
-    if start:
-        lines.append(f"A cold process with a mapped model file answers {min(start):.0f} times sooner than a C program on ONNX Runtime "
-                     f"({measured(report, 'Start and memory of a first answer')}).")
-    return lines + ["The command: `make -C bench`; all tables: `bench/results.md`; what falls short of what we asked for, and what limits it: `bench/limits.md`.", ""]
+    cpu = heading(report, "CPU").split(";")[0]
+    peers = ", ".join(p for p in heading(report, "peers").split(", ")
+                      if p.split()[0] in ("torch", "onnxruntime", "openvino"))
+    start = [float(r[2]) for _, rows in tables(report, "Start and memory of a first answer")
+             for r in rows[1:] if r[0].startswith("C on ONNX Runtime")]
+    best, tag = "moe.h dense / best dense peer", "moe.h TaG / PyTorch MT-TaG"
+    return [
+        "## Speed", "",
+        "Ratios to the fastest peer beside it in the same run, same threads (1 and 2), MiniLM's size;",
+        f"{cpu}; {peers}; {measured(report, 'Inference')}.", "",
+        f"- Training step, fp32, 32 x 128: {span(training(report, '32 x 128'))} times PyTorch, in "
+        f"{figure(report, 'Training step', 'peak memory of training, 32 x 128')} of its memory.",
+        f"- Inference, dense, fp32, 1 x 8 to 32 x 128: {span(dense(report, 'Inference', best))} times "
+        "the best of PyTorch, ONNX Runtime, OpenVINO.",
+        f"- Inference, MT-TaG: {span(dense(report, 'Inference', tag))} times PyTorch's MT-TaG. It reads",
+        "  up to four times a dense model's weights, so with few tokens it is slower than dense peers.",
+        f"- int8: {span(dense(report, 'Inference, int8', 'moe.h int8 dense / ONNX Runtime int8'))} times "
+        "ONNX Runtime's dynamic int8.",
+        f"- First answer of a cold process: {min(start):.0f} times sooner than C on ONNX Runtime."
+        if start else "",
+        "- The command: `make -C bench`. Figures: [`bench/results.md`](bench/results.md); what falls short,",
+        "  and why: [`bench/limits.md`](bench/limits.md).", ""]
 
 
 def main():

@@ -1,7 +1,7 @@
 #!/bin/sh
 # What README.md promises about the code: the paper map, the whole program, the commands.
 . ./lib.sh
-sed -n '/^| paper |/,/^$/p' ../README.md | sed 1,2d | sed '/^$/d' > "$tmp/map"
+sed -n '/^| paper |/,/^$/p' paper.md | sed 1,2d | sed '/^$/d' > "$tmp/map"
 [ -s "$tmp/map" ] && ok test_readme_has_a_paper_map || fail test_readme_has_a_paper_map
 bad=
 while IFS='|' read -r _ paper tag fn _; do
@@ -13,29 +13,36 @@ done < "$tmp/map"
 if [ -z "$bad" ]; then ok test_readme_paper_map_names_what_exists
 else fail test_readme_paper_map_names_what_exists "$bad"; fi
 
-# the program of the README is the one of the header's first page, and compiles as C and as C++
-sed -n '/^```c$/,/^```$/p' ../README.md | sed '1d;$d' > "$tmp/ask.c"
-sed -n '/EXAMPLE: a trained/,/^$/p' ../moe.h | sed 1d | sed 's/^     //' |
-  grep -v '^ *$' > "$tmp/header.c"
-grep -v '^ *$' "$tmp/ask.c" > "$tmp/readme.c"
-if cmp -s "$tmp/header.c" "$tmp/readme.c"; then
-  ok test_readme_program_is_the_header_s
+# the programs of README.md are those of examples/: ask.c whole, train_text.c in part
+sed -n '/^```c$/,/^```$/p' ../README.md > "$tmp/programs"
+awk '/^```c$/ { n++; next } n == 1 && !/^```$/' "$tmp/programs" | grep -v '/\* \.\.\.' |
+  grep -v '^ *$' > "$tmp/excerpt"
+awk '/^```c$/ { n++; next } n == 2 && !/^```$/' "$tmp/programs" > "$tmp/ask.c"
+if [ -s "$tmp/excerpt" ] && ! grep -vxFf ../examples/train_text.c "$tmp/excerpt" > "$tmp/log"; then
+  ok test_readme_trains_as_train_text_does
 else
-  fail test_readme_program_is_the_header_s "$(diff "$tmp/header.c" "$tmp/readme.c" | head -n 5)"
+  fail test_readme_trains_as_train_text_does "$(head -n 3 "$tmp/log")"
 fi
-if cc -std=c99 -O1 -I.. -o "$tmp/ask" "$tmp/ask.c" -lm -pthread; then
-  ok test_readme_program_compiles
-else
-  fail test_readme_program_compiles
-fi
+sed '1,/\*\/$/d' ../examples/ask.c > "$tmp/example.c"
+if [ -s "$tmp/ask.c" ] && cmp -s "$tmp/ask.c" "$tmp/example.c"; then ok test_readme_asks_as_ask_does
+else fail test_readme_asks_as_ask_does "$(diff "$tmp/ask.c" "$tmp/example.c" | head -n 5)"; fi
+cc -std=c99 -O1 -I.. -o "$tmp/ask" "$tmp/ask.c" -lm -pthread || fail test_readme_program_compiles
+
+# the header's first page has a program that trains, in C and in C++
+sed -n '/^   EXAMPLE/,/^   WHAT IT COMPUTES/p' ../moe.h | sed '1d;$d' | sed 's/^     //' \
+  > "$tmp/first.c"
+cp "$tmp/first.c" "$tmp/first.cpp"
+if cc -std=c99 -O1 -I.. -o "$tmp/first" "$tmp/first.c" -lm -pthread &&
+   "$tmp/first" | grep -q '256 of 256 points right'; then ok test_readme_program_of_the_header_learns
+else fail test_readme_program_of_the_header_learns; fi
 if have g++; then
-  cp "$tmp/ask.c" "$tmp/ask.cpp"
-  if g++ -std=c++11 -O1 -I.. -o "$tmp/askpp" "$tmp/ask.cpp" -lm -pthread; then
-    ok test_readme_program_compiles_as_cpp
-  else
-    fail test_readme_program_compiles_as_cpp
-  fi
-else skip test_readme_program_compiles_as_cpp "there is no g++ here"; fi
+  if g++ -std=c++11 -O1 -I.. -o "$tmp/firstpp" "$tmp/first.cpp" -lm -pthread &&
+     "$tmp/firstpp" | cmp -s - /dev/fd/3 3<<END
+$("$tmp/first")
+END
+  then ok test_readme_program_of_the_header_is_cpp_too
+  else fail test_readme_program_of_the_header_is_cpp_too; fi
+else skip test_readme_program_of_the_header_is_cpp_too "there is no g++ here"; fi
 
 # and it runs: tasks with labels and a regression, which has none
 if program train && "$tmp/train" --data ../examples/data --tasks pros_cons,query_wellformedness \
