@@ -1,12 +1,17 @@
 #!/usr/bin/env python3
-"""What a precision costs in accuracy and saves in bytes: trained models in fp32, bf16 and int8 on the dev sets of their tasks.
+"""What a precision costs in accuracy and saves in bytes: trained models in fp32, bf16 and int8 on
+the dev sets of their tasks.
 
   accuracy.py --data DIR [--tasks RTE,MRPC] [--precisions fp32,bf16,int8] MODEL...
 
-Each MODEL was saved by examples/train.c, as NAME-SYSTEM-SEED.EXTENSION; DIR holds TASK/dev.tsv. The programs are examples/tools/convert.c (--int8) and
-examples/tools/predict.c (--score, --precision); a task is judged by its first metric. Prints a table: mean and deviation over the models of a
-system, and how far the mean moves from fp32, in points. bench/run.py takes it in with `--sections accuracy --models ... --data DIR`. Standard library only.
+Each MODEL was saved by examples/train.c, as NAME-SYSTEM-SEED.EXTENSION; DIR holds TASK/dev.tsv. The
+programs are examples/tools/convert.c (--int8) and
+examples/tools/predict.c (--score, --precision); a task is judged by its first metric. Prints a
+table: mean and deviation over the models of a
+system, and how far the mean moves from fp32, in points. bench/run.py takes it in with `--sections
+accuracy --models ... --data DIR`. Standard library only.
 """
+
 import argparse
 import os
 import re
@@ -21,21 +26,42 @@ BUILD = os.path.join(HERE, "build")
 
 def program(name):
     """Compiles an example where it is missing or older than its sources; returns its path."""
-    source, path = os.path.join(HERE, "..", "examples", "tools", f"{name}.c"), os.path.join(BUILD, name)
+    source, path = os.path.join(HERE, "..", "examples", "tools", f"{name}.c"), os.path.join(
+        BUILD, name
+    )
     header = os.path.join(HERE, "..", "moe.h")
-    if not os.path.exists(path) or os.path.getmtime(path) < max(os.path.getmtime(source), os.path.getmtime(header)):
+    if not os.path.exists(path) or os.path.getmtime(path) < max(
+        os.path.getmtime(source), os.path.getmtime(header)
+    ):
         os.makedirs(BUILD, exist_ok=True)
-        subprocess.run([os.environ.get("CC", "cc"), "-O2", "-o", path, source, "-lm", "-pthread"], check=True)
+        subprocess.run(
+            [os.environ.get("CC", "cc"), "-O2", "-o", path, source, "-lm", "-pthread"], check=True
+        )
     return path
 
 
 def score(model, task, data, precision):
-    """(metric, value x 100) of a task's dev set; a ValueError with the program's words where that fails or the precision is not to be had."""
+    """(metric, value x 100) of a task's dev set; a ValueError with the program's words where that
+    fails or the precision is not to be had."""
     with open(os.path.join(data, task, "dev.tsv"), encoding="utf-8") as dev:
-        done = subprocess.run([program("predict"), model, task, "--score", "--precision", "bf16" if precision == "bf16" else "fp32"], stdin=dev,
-                              capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [
+                program("predict"),
+                model,
+                task,
+                "--score",
+                "--precision",
+                "bf16" if precision == "bf16" else "fp32",
+            ],
+            stdin=dev,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     words = done.stdout.split()
-    if done.returncode != 0 or len(words) < 2 or done.stderr.strip():   # a machine without units for bf16 says so and goes on in fp32
+    if (
+        done.returncode != 0 or len(words) < 2 or done.stderr.strip()
+    ):  # a machine without units for bf16 says so and goes on in fp32
         raise ValueError(done.stderr.strip() or f"predict ended with {done.returncode}")
     return words[0], 100 * float(words[1])
 
@@ -56,7 +82,11 @@ def measure(models, data, tasks, precisions, say=print):
                 path = model
                 if precision == "int8":
                     path = os.path.join(folder, "int8.model")
-                    subprocess.run([program("convert"), model, path, "--int8"], check=True, stdout=subprocess.DEVNULL)
+                    subprocess.run(
+                        [program("convert"), model, path, "--int8"],
+                        check=True,
+                        stdout=subprocess.DEVNULL,
+                    )
                 try:
                     values = {t: score(path, t, data, precision) for t in tasks}
                 except ValueError as e:
@@ -67,7 +97,11 @@ def measure(models, data, tasks, precisions, say=print):
                 for t, (name, value) in values.items():
                     metric[t] = name
                     row.setdefault(t, []).append(value)
-                say(f"  {os.path.basename(model)} {precision}: " + ", ".join(f"{t} {v:.2f}" for t, (_, v) in values.items()), flush=True)
+                say(
+                    f"  {os.path.basename(model)} {precision}: "
+                    + ", ".join(f"{t} {v:.2f}" for t, (_, v) in values.items()),
+                    flush=True,
+                )
     return out, metric, list(dict.fromkeys(missing))
 
 
@@ -80,22 +114,50 @@ def table(models, data, tasks, precisions, say=print):
         cells = []
         for t in tasks:
             v = row[t]
-            text = f"{statistics.mean(v):.2f}" + (f" ± {statistics.stdev(v):.2f}" if len(v) > 1 else "")
+            text = f"{statistics.mean(v):.2f}" + (
+                f" ± {statistics.stdev(v):.2f}" if len(v) > 1 else ""
+            )
             if base and precision != "fp32":
                 text += f" ({statistics.mean(v) - statistics.mean(base[t]):+.2f})"
             cells.append(text)
-        rows.append([system, precision, *cells, f"{statistics.mean(row['bytes']) / 1e6:.1f}", len(row["bytes"])])
-    return ["system", "precision", *(f"{t}, {metric[t]}" for t in tasks if t in metric), "MB", "models"], rows, missing
+        rows.append(
+            [
+                system,
+                precision,
+                *cells,
+                f"{statistics.mean(row['bytes']) / 1e6:.1f}",
+                len(row["bytes"]),
+            ]
+        )
+    return (
+        [
+            "system",
+            "precision",
+            *(f"{t}, {metric[t]}" for t in tasks if t in metric),
+            "MB",
+            "models",
+        ],
+        rows,
+        missing,
+    )
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("models", nargs="+", metavar="MODEL")
     p.add_argument("--data", required=True)
     p.add_argument("--tasks", default="RTE,MRPC,STS-B")
     p.add_argument("--precisions", default="fp32,bf16,int8")
     a = p.parse_args()
-    head, rows, missing = table(a.models, a.data, a.tasks.split(","), a.precisions.split(","), lambda *w, **k: print(*w, file=sys.stderr, **k))
+    head, rows, missing = table(
+        a.models,
+        a.data,
+        a.tasks.split(","),
+        a.precisions.split(","),
+        lambda *w, **k: print(*w, file=sys.stderr, **k),
+    )
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for r in rows:
         print("| " + " | ".join(map(str, r)) + " |")

@@ -1,4 +1,6 @@
-"""The Python side of the protocol of bench/run.py (see bench.h): one JSON line when ready, then a median for each line of input."""
+"""The Python side of the protocol of bench/run.py (see bench.h): one JSON line when ready, then a
+median for each line of input."""
+
 import json
 import resource
 import statistics
@@ -7,7 +9,8 @@ import time
 
 
 def repeat(once, seconds):
-    """Calls once() at least one time and for that many seconds. Returns median, minimum and number of calls."""
+    """Calls once() at least one time and for that many seconds. Returns median, minimum and number
+    of calls."""
     times = []
     begin = last = time.perf_counter()
     while not times or last - begin < seconds:
@@ -23,8 +26,11 @@ def peak_mb():
 
 
 def serve(once, ready, warm=2):
-    """Prints the record `ready` and answers the lines of standard input until it ends: "SECONDS [WORD [THREADS]]". once() gets what follows the
-    seconds; what was not called with that before is called `warm` times first, or fewer if that takes long."""
+    """Prints the record `ready` and answers the lines of standard input until it ends: "SECONDS
+    [WORD [THREADS]]". once() gets what follows the
+    seconds; what was not called with that before is called `warm` times first, or fewer if that
+    takes long.
+    """
     print(json.dumps(ready), flush=True)
     seen = set()
     for line in sys.stdin:

@@ -1,4 +1,6 @@
-"""Programs that take turns on the same cores, and what is made of their times: the tools of run.py."""
+"""Programs that take turns on the same cores, and what is made of their times: the tools of
+run.py."""
+
 import json
 import os
 import statistics
@@ -7,12 +9,15 @@ import time
 
 from limits import LIMITS
 
-SLOWER = 1.25       # a peer that takes so many times as long as the best one gets shorter rounds
-DISTURBED = 1.15    # the median of the rounds over the fastest one: above it half of them were disturbed
-FEWEST = 3          # rounds
+SLOWER = 1.25  # a peer that takes so many times as long as the best one gets shorter rounds
+DISTURBED = (
+    1.15  # the median of the rounds over the fastest one: above it half of them were disturbed
+)
+FEWEST = 3  # rounds
 CORES = len(os.sched_getaffinity(0))
-SETTLE = 0.3        # seconds to wait before a program's turn, where there is time, for cores that nothing else uses
-LONG = 0.7          # seconds of the longest calls of a round: then three rounds will do
+# seconds to wait before a program's turn, where there is time, for cores that nothing else uses
+SETTLE = 0.3
+LONG = 0.7  # seconds of the longest calls of a round: then three rounds will do
 
 
 class Unavailable(Exception):
@@ -21,8 +26,9 @@ class Unavailable(Exception):
 
 class Program:
     """A served program: bench.h and serve.py tell the protocol."""
-    last = None                                             # the one that was asked last
-    clock = {"starting": 0.0, "asked": 0.0, "measured": 0.0}    # seconds of the section
+
+    last = None  # the one that was asked last
+    clock = {"starting": 0.0, "asked": 0.0, "measured": 0.0}  # seconds of the section
 
     def __init__(self, name, command, threads, environment=None):
         """threads: the number, or a list of numbers of which one is told with each word."""
@@ -32,10 +38,19 @@ class Program:
         most = max(threads) if self.told else threads
         env = dict(os.environ, OMP_NUM_THREADS=str(most), **(environment or {}))
         if most > 1:
-            env.setdefault("OMP_PROC_BIND", "true")     # two OpenMP threads on one core wait for each other a whole time slice
+            env.setdefault(
+                "OMP_PROC_BIND", "true"
+            )  # two OpenMP threads on one core wait for each other a whole time slice
         for variable in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
             env.pop(variable, None)
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
         self.ready = self.count = None
         self.cores = CORES
 
@@ -69,20 +84,25 @@ class Program:
                 with open(f"{tasks}/{task}/stat", encoding="utf-8", errors="replace") as f:
                     if f.read().rpartition(")")[2].split()[0] == "R":
                         return True
-        except OSError:     # no such folder, or a thread that has ended
+        except OSError:  # no such folder, or a thread that has ended
             pass
         return False
 
     def seconds(self, budget, word, threads):
-        """Median seconds of a call, repeated for `budget` seconds, the peak of the processor right before, and whether the cores were then ours alone,
-        for which it waits a little where there is time. Idle threads of some libraries go on spinning for a while after a call and would take a core
+        """Median seconds of a call, repeated for `budget` seconds, the peak of the processor right
+        before, and whether the cores were then ours alone,
+        for which it waits a little where there is time. Idle threads of some libraries go on
+        spinning for a while after a call and would take a core
         from the next program, which waits until they sleep."""
         begin = time.perf_counter()
         if Program.last not in (None, self):
             while Program.last.spins() and time.perf_counter() - begin < 0.3:
                 time.sleep(0.001)
         Program.last = self
-        peak = LIMITS.round(threads if self.told else self.threads, time.monotonic() + (SETTLE if not PACE.dry and PACE.late() < 1 else 0))
+        peak = LIMITS.round(
+            threads if self.told else self.threads,
+            time.monotonic() + (SETTLE if not PACE.dry and PACE.late() < 1 else 0),
+        )
         alone = LIMITS.alone
         median, calls = self.call(budget, word, threads)
         Program.clock["asked"] += time.perf_counter() - begin
@@ -98,7 +118,8 @@ class Program:
         return median, calls
 
     def keep_on(self, count):
-        """Lets its threads use so many cores; one is the first, to which the C programs of bench/ keep themselves."""
+        """Lets its threads use so many cores; one is the first, to which the C programs of bench/
+        keep themselves."""
         if count == self.cores:
             return
         self.cores = count
@@ -106,7 +127,7 @@ class Program:
         for task in os.listdir(f"/proc/{self.process.pid}/task"):
             try:
                 os.sched_setaffinity(int(task), allowed)
-            except OSError:     # it has ended
+            except OSError:  # it has ended
                 pass
 
     def finish(self):
@@ -120,7 +141,8 @@ class Program:
 
 
 def start(missing, *wanted):
-    """The programs of [(name, command, threads[, environment])] that can be had; the others go to `missing`."""
+    """The programs of [(name, command, threads[, environment])] that can be had; the others go to
+    `missing`."""
     made, out, begin = [], [], time.perf_counter()
     for name, command, threads, *environment in wanted:
         try:
@@ -155,7 +177,8 @@ def spread(values):
 
 
 class Pace:
-    """What the sections are to take, so that all of them together stay under ten minutes: rounds beyond the third are left out where one falls
+    """What the sections are to take, so that all of them together stay under ten minutes: rounds
+    beyond the third are left out where one falls
     behind."""
 
     def __init__(self):
@@ -165,7 +188,7 @@ class Pace:
         """Of a section that is to take so long; dry: one call of everything."""
         self.begin, self.seconds, self.dry = time.monotonic(), seconds, dry
         self.rows, self.done = 1, 0
-        self.disturbed = []     # in words, since the last table
+        self.disturbed = []  # in words, since the last table
         Program.clock.update(starting=0.0, asked=0.0, measured=0.0)
 
     def expect(self, rows):
@@ -173,9 +196,12 @@ class Pace:
         self.rows = rows
 
     def late(self):
-        """How many times as long as planned the rows have taken so far, what the programs need to start apart."""
+        """How many times as long as planned the rows have taken so far, what the programs need to
+        start apart."""
         starting = Program.clock["starting"]
-        return (time.monotonic() - self.begin - starting) / (max(self.seconds - starting, 1) * (self.done + 1) / self.rows)
+        return (time.monotonic() - self.begin - starting) / (
+            max(self.seconds - starting, 1) * (self.done + 1) / self.rows
+        )
 
     def enough(self, rounds, seconds):
         """Whether so many rounds of this row will do, each of which takes so long."""
@@ -186,7 +212,8 @@ PACE = Pace()
 
 
 class Rounds(list):
-    """Seconds of the rounds of a program. peaks: GFLOP/s that the processor gave right before each; alone: whether nothing else used the cores then."""
+    """Seconds of the rounds of a program. peaks: GFLOP/s that the processor gave right before each;
+    alone: whether nothing else used the cores then."""
 
     def __init__(self, rounds=()):
         super().__init__()
@@ -226,18 +253,27 @@ def unrest(seconds):
 
 
 def undisturbed(times):
-    """The rounds before which each of the programs had the cores for itself, or all of them where those are fewer than FEWEST; and whether these look
+    """The rounds before which each of the programs had the cores for itself, or all of them where
+    those are fewer than FEWEST; and whether these look
     like a disturbance."""
-    alone = [i for i, all_alone in enumerate(map(all, zip(*(t.alone for t in times.values())))) if all_alone]
+    alone = [
+        i
+        for i, all_alone in enumerate(map(all, zip(*(t.alone for t in times.values()))))
+        if all_alone
+    ]
     if len(alone) < FEWEST:
         return times, True
-    kept = {name: Rounds(r for i, r in enumerate(t.each()) if i in alone) for name, t in times.items()}
+    kept = {
+        name: Rounds(r for i, r in enumerate(t.each()) if i in alone) for name, t in times.items()
+    }
     return kept, max(map(unrest, kept.values())) > DISTURBED
 
 
 def take_turns(label, programs, rounds, budget, *words):
-    """{name: Rounds} of a row: at least three rounds, `rounds` where time allows, less those that something else disturbed. words: (word, threads)
-    for all programs, or one for each. A row with a disturbed program gets as many rounds again unless the section is far behind its plan; where
+    """{name: Rounds} of a row: at least three rounds, `rounds` where time allows, less those that
+    something else disturbed. words: (word, threads)
+    for all programs, or one for each. A row with a disturbed program gets as many rounds again
+    unless the section is far behind its plan; where
     that does not help PACE.disturbed says so, with the label."""
     words = words * len(programs) if len(words) == 1 else words
     asked = ask(programs, rounds, budget, words)
@@ -245,8 +281,14 @@ def take_turns(label, programs, rounds, budget, *words):
     if disturbed and not PACE.dry:
         if PACE.late() < 1.25:
             again = ask(programs, rounds, budget, words)
-            times, _ = undisturbed({name: Rounds([*t.each(), *again[name].each()]) for name, t in asked.items()})
-        PACE.disturbed += [f"{name} at {label} ({100 * unrest(s) - 100:.0f} %)" for name, s in times.items() if unrest(s) > DISTURBED]
+            times, _ = undisturbed(
+                {name: Rounds([*t.each(), *again[name].each()]) for name, t in asked.items()}
+            )
+        PACE.disturbed += [
+            f"{name} at {label} ({100 * unrest(s) - 100:.0f} %)"
+            for name, s in times.items()
+            if unrest(s) > DISTURBED
+        ]
     PACE.done += 1
     return times
 
@@ -255,8 +297,18 @@ def tell_disturbed(report):
     """Below a table."""
     shown = PACE.disturbed[:12]
     if shown:
-        report.text("Disturbed (in brackets by how much the median of the rounds is above the fastest), and no better when measured again where there was time for it: " + ", ".join(shown) +
-                    (f", and {len(PACE.disturbed) - len(shown)} more" if len(shown) < len(PACE.disturbed) else "") + ".", "")
+        report.text(
+            "Disturbed (in brackets by how much the median of the rounds is above the fastest), and"
+            " no better when measured again where there was time for it: "
+            + ", ".join(shown)
+            + (
+                f", and {len(PACE.disturbed) - len(shown)} more"
+                if len(shown) < len(PACE.disturbed)
+                else ""
+            )
+            + ".",
+            "",
+        )
     PACE.disturbed = []
 
 
@@ -267,7 +319,9 @@ def ratio(ours, theirs):
 
 def by_threads(a, programs):
     """{threads: those that are told the number, or were started with it}"""
-    return {threads: [p for p in programs if p.told or p.threads == threads] for threads in a.threads}
+    return {
+        threads: [p for p in programs if p.told or p.threads == threads] for threads in a.threads
+    }
 
 
 def finish(everyone):
@@ -277,7 +331,9 @@ def finish(everyone):
 
 
 def rate(tokens, seconds):
-    return f"{tokens / statistics.median(seconds):.0f}" + (f" ±{spread(seconds):.0f} %" if len(seconds) > 1 else "")
+    return f"{tokens / statistics.median(seconds):.0f}" + (
+        f" ±{spread(seconds):.0f} %" if len(seconds) > 1 else ""
+    )
 
 
 def in_threads(threads):
