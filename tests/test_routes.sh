@@ -2,7 +2,9 @@
 # routes.c on models that train.c has saved: text, CSV and HTML agree with each other and with what
 # can be worked out by other means.
 . ./lib.sh
-data=../examples/data tasks=query_wellformedness,intent_match,snips_intents,pros_cons
+data=../examples/data # with eight tasks, the fewest whose correlations are reported
+tasks=query_wellformedness,intent_match,snips_intents,pros_cons,comparative_sentences
+tasks=$tasks,sentence_polarity,subjectivity,clinc_domains
 CC=${CC:-cc}
 for p in train routes; do program $p || { fail test_routes_compiles; finish; }; done
 ok test_routes_compiles
@@ -42,7 +44,7 @@ sums() { # CSV COUNT
       if (c != n) print c " sums"
     }' "$1"
 }
-bad=$(sums "$csv" 32) # 4 tasks x 2 layers, of the model and of three moments
+bad=$(sums "$csv" 64) # 8 tasks x 2 layers, of the model and of three moments
 [ -z "$bad" ] && ok test_routes_shares_sum_to_one || fail test_routes_shares_sum_to_one "$bad"
 bad=$(awk -F, '$1 == "share" { s[$3 $4 $5] = $7 }
   $1 == "share_over_time" && $2 != "early" && s[$3 $4 $5] != $7' "$csv")
@@ -99,7 +101,8 @@ if have xmllint; then
   else fail test_routes_html_is_well_formed "$(head -n 3 "$tmp/err")"; fi
 else skip test_routes_html_is_well_formed "there is no xmllint here"; fi
 
-# statistics by other means: overlap from the shares; Pearson's r; with four tasks p = 1 - |r|
+# statistics by other means: overlap from the shares; Pearson's r; with eight tasks
+# p = 1 - |r| (1 + q / 2 + 3 q^2 / 8), where q = 1 - r^2
 bad=$(awk -F, '$1 == "share" { s[$3, $4, $5] = $7 }
   $1 == "overlap" {
     v = 0
@@ -112,7 +115,7 @@ bad=$(awk -F, '$1 == "share" { s[$3, $4, $5] = $7 }
     ++n
     if (v - $7 > 2e-5 || $7 - v > 2e-5) print
   }
-  END { if (n != 16) print n " overlaps" }' "$csv")
+  END { if (n != 64) print n " overlaps" }' "$csv")
 [ -z "$bad" ] && ok test_routes_overlap_is_right || fail test_routes_overlap_is_right "$bad"
 bad=$(awk -F, '$1 == "share" { s[$3, $4, $5] = $7; t[$3] }
   $1 == "feature" { f[$3, $6] = $7 }
@@ -123,16 +126,35 @@ bad=$(awk -F, '$1 == "share" { s[$3, $4, $5] = $7; t[$3] }
       b = s[k, $4, $5]
       x += a; y += b; xx += a * a; yy += b * b; xy += a * b
     }
-    r = (xy - x * y / 4) / sqrt((xx - x * x / 4) * (yy - y * y / 4))
+    r = (xy - x * y / 8) / sqrt((xx - x * x / 8) * (yy - y * y / 8))
     ++n
     if (r - $7 > 1e-3 || $7 - r > 1e-3) print $0, r
   }
   END { if (n < 20) print n " correlations" }' "$csv")
 [ -z "$bad" ] && ok test_routes_pearson_is_right || fail test_routes_pearson_is_right "$bad"
 bad=$(awk -F, '$1 == "pearson" { r = $7 < 0 ? -$7 : $7; next }
-  $1 == "p_value" { ++n; d = 1 - r - $7; if (d > 2e-5 || d < -2e-5) print $0, 1 - r }
+  $1 == "p_value" {
+    ++n
+    q = 1 - r * r
+    p = 1 - r * (1 + q / 2 + 3 * q * q / 8)
+    if (p - $7 > 2e-5 || $7 - p > 2e-5) print $0, p
+  }
   END { if (n < 20) print n " p-values" }' "$csv")
 [ -z "$bad" ] && ok test_routes_p_values_are_right || fail test_routes_p_values_are_right "$bad"
+if grep -q "r over 8 tasks" "$tmp/text" && grep -q "r over 8 tasks" "$html" &&
+    [ "$(grep -c '<path d="M.*<title>join' "$html")" -eq 7 ] && grep -q '<polyline' "$html"
+then ok test_routes_says_how_many_points_and_draws
+else fail test_routes_says_how_many_points_and_draws "$(grep 'r over' "$tmp/text")"; fi
+# the feature that needs train.tsv is left out where a task has none
+mkdir "$tmp/seven"
+for t in $(echo $tasks | tr , ' '); do
+  mkdir "$tmp/seven/$t" && cp $data/$t/*.tsv "$tmp/seven/$t/"
+done
+rm "$tmp/seven/pros_cons/train.tsv"
+if "$tmp/routes" "$tmp/late.safetensors" --data "$tmp/seven" --rows 5 --csv "$tmp/p.csv" &&
+   ! grep -q log10 "$tmp/p.csv" && grep -q 'p_value.*length,' "$tmp/p.csv"
+then ok test_routes_takes_a_task_without_training_rows
+else fail test_routes_takes_a_task_without_training_rows "$(grep log10 "$tmp/p.csv")"; fi
 
 # several threads, plain C: the same numbers
 run "$tmp/late.safetensors" --rows 50 --checkpoints "$moments" --threads 3 --isa scalar \
@@ -161,7 +183,7 @@ int main(int argc, char **argv) {
   moe_env env;
   moe_model *from, *to;
   moe_config config;
-  moe_task tasks[4];
+  moe_task tasks[8];
   moe_tensor tensor;
   const char *vocab;
   size_t bytes, j;
@@ -173,9 +195,9 @@ int main(int argc, char **argv) {
   config.router = MOE_ROUTER_TASK_LEVEL;
   config.selection = MOE_SELECT_SOFTMAX;
   config.gate_scale_n = 0;
-  for (i = 0; i < 4; ++i) tasks[i] = *moe_model_task(from, i);
+  for (i = 0; i < 8; ++i) tasks[i] = *moe_model_task(from, i);
   vocab = moe_model_vocab(from, &bytes);
-  if (moe_model_create(&to, &config, tasks, 4, 3, &env)) return 1;
+  if (moe_model_create(&to, &config, tasks, 8, 3, &env)) return 1;
   if (moe_model_set_vocab(to, vocab, bytes, &env)) return 1;
   for (i = 0; i < moe_model_tensors(to); ++i)
     if (!moe_model_tensor(to, i, &tensor) &&
@@ -189,7 +211,7 @@ if $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O0 -I.. -o "$tmp/blocks" \
    cp "$tmp/b.safetensors" "$tmp/a.safetensors" &&
    run "$tmp/b.safetensors" --rows 10 --checkpoints "$tmp/a.safetensors" --tau 100000,0.01 \
    --text --csv "$tmp/b.csv" --html "$tmp/b.html" > "$tmp/text" &&
-   [ -z "$(sums "$tmp/b.csv" 24)" ] && grep -q 'Weight of a block' "$tmp/text" &&
+   [ -z "$(sums "$tmp/b.csv" 48)" ] && grep -q 'Weight of a block' "$tmp/text" &&
    awk -F, '$1 == "decided" { v[++n] = $7 }
      END { exit !(n == 4 && v[1] < 0.4 && v[2] < 0.4 && v[3] > 0.8 && v[4] > 0.8) }' "$tmp/b.csv"
 then ok test_routes_takes_blocks_and_temperatures
@@ -255,9 +277,12 @@ refuses a_missing_model 'cannot be opened' "$tmp/nothing.safetensors"
 refuses a_foreign_file 'test_routes.sh' test_routes.sh
 refuses a_dense_model 'the model is dense' "$tmp/dense.safetensors" --data $data
 refuses a_folder_without_data 'dev.tsv' "$tmp/two.safetensors" --data "$tmp/none"
+mkdir "$tmp/seven/pros_cons/train.tsv"
+refuses training_rows_that_cannot_be_read 'train.tsv: cannot be read' "$tmp/late.safetensors" \
+  --data "$tmp/seven" --rows 5
 refuses a_label_out_of_range 'pros_cons/dev.tsv:3: label 2 is not one of 0 .. 1' \
   "$tmp/two.safetensors" --data "$tmp/bad"
-refuses a_checkpoint_of_another_model 'two.safetensors: 2 tasks, .* has 4' "$tmp/late.safetensors" \
+refuses a_checkpoint_of_another_model 'two.safetensors: 2 tasks, .* has 8' "$tmp/late.safetensors" \
   --data $data --checkpoints "$tmp/two.safetensors"
 refuses too_few_temperatures 'a temperature for each' "$tmp/b.safetensors" --data $data --rows 5 \
   --checkpoints "$tmp/b.safetensors" --tau 2

@@ -8,7 +8,7 @@
 #define MOE_IMPLEMENTATION
 #include "score.h"
 
-enum { FEATURES = 7 };
+enum { FEATURES = 7, POINTS = 8 }; /* POINTS: tasks that a correlation needs at least */
 
 static struct {
   const char *model, *checkpoints, *history, *tau, *csv, *html;
@@ -20,7 +20,8 @@ static const option routes_options[] = {
     PLACE("MODEL", opt.model, "a trained model"),
     STRING("--data", "DIR", data.folder, "examples/data",
            "folder with TASK/dev.tsv (and train.tsv, whose rows are counted)"),
-    WHOLE("--rows", opt.rows, 0, 1000000000, "200", "rows of each dev.tsv, 0: all"),
+    WHOLE("--rows", opt.rows, 0, 1000000000, "200",
+          "rows of each dev.tsv, 0: all; the last questions of a ranking stay whole"),
     STRING("--checkpoints", "A,B,C", opt.checkpoints, NULL,
            "models or checkpoints saved while MODEL was trained, oldest first: routes over time"),
     STRING("--history", "FILE", opt.history, NULL,
@@ -51,11 +52,12 @@ static const moe_task *const *task_of; /* (T) */
 static rows *dev;                      /* (T) */
 static moment *moments;                /* history, checkpoints, and the model itself last */
 static int n_moments, n_history;
-static double *metric;    /* (T) */
-static double *without;   /* (L, N, T) the metric without an expert; NULL: none can be spared */
-static double *feature;   /* (T, FEATURES) */
-static double *train_of;  /* (T) rows of train.tsv */
-static const moment *now; /* the model itself */
+static double *metric;   /* (T) */
+static double *without;  /* (L, N, T) the metric without an expert; NULL: none can be spared */
+static double *feature;  /* (T, FEATURES) */
+static double *train_of; /* (T) rows of train.tsv, 0 where there is none */
+static int n_features = FEATURES; /* the last one is left out where a task has no train.tsv */
+static const moment *now;         /* the model itself */
 static double largest_change = 1;
 
 static size_t at(int t, int l, int i) { return (size_t)((t * L + l) * N + i); }
@@ -266,6 +268,7 @@ static void find_features(int t, int32_t vocab) {
   f[4] = sqrt(fmax(0, square / n - f[3] * f[3]));
   f[5] = different / (double)dev[t].tokens;
   f[6] = train_of[t] > 0 ? log10(train_of[t]) : 0;
+  if (!(train_of[t] > 0)) n_features = FEATURES - 1;
 }
 
 /* ---- statistics ---- */
@@ -294,7 +297,7 @@ static int correlate(double *r, double *p, int f, int l, int i) {
     xx += dx * dx;
     yy += dy * dy;
   }
-  if (T < 3 || !vary_x || !vary_y || !(xx > 0 && yy > 0)) return 0;
+  if (T < POINTS || !vary_x || !vary_y || !(xx > 0 && yy > 0)) return 0;
   *r = fmax(-1, fmin(1, xy / sqrt(xx * yy)));
   *p = fmax(0, cosines(T - 3, asin(fabs(*r))) / cosines(T - 3, 0));
   return 1;
@@ -335,8 +338,8 @@ static void add(int grid, const char *what, const char *model, const char *task,
   facts[n_facts++] = f;
 }
 
-/* Average-linkage clustering of the tasks by 1 - overlap: joins as facts, and the tasks in the order
-   of the tree. */
+/* Average-linkage clustering of the tasks by 1 - overlap: joins as facts, and the tasks in the
+   order of the tree. */
 static int *leaf; /* (T) */
 
 static void add_joins(void) {
@@ -383,7 +386,7 @@ static void add_tasks(void) {
     moe_metric_name(name, task_of[t], 0);
     add(TASKS, "metric", "", task, printed("%s", name), 0, 0, metric[t]);
     add(TASKS, "rows", "", task, "", 0, 0, (double)dev[t].n);
-    for (f = 0; f < FEATURES; ++f)
+    for (f = 0; f < n_features; ++f)
       add(TASKS, "feature", "", task, feature_name[f], 0, 0, feature[t * FEATURES + f]);
   }
 }
@@ -423,7 +426,7 @@ static void add_experts(int l) {
       add(CHANGES, "change_without", "", task, "points", l + 1, i + 1, change_of(t, l, i));
       largest_change = fmax(largest_change, fabs(change_of(t, l, i)));
     }
-  for (k = 0; k < FEATURES; ++k)
+  for (k = 0; k < n_features; ++k)
     for (i = 0; i < N; ++i) {
       if (!correlate(&r, &p, k, l, i)) continue;
       add(CORRELATIONS, "pearson", "", "", feature_name[k], l + 1, i + 1, r);
@@ -528,9 +531,10 @@ static const char *const titles[GRIDS] = {
     "Shares over time",
     "Share of a task's tokens, percent",
     "Change of the metric in points without an expert",
-    "Pearson's r between a feature of the tasks and the share of an expert (*: p below 0.01)"};
+    "Pearson's r over %d tasks between a feature and the share of an expert (*: p below 0.01)"};
 
 static const char *title_of(int grid) {
+  if (grid == CORRELATIONS) return printed(titles[grid], T);
   return blocks && grid == SHARES ? "Weight of a block for a task, percent" : titles[grid];
 }
 
@@ -563,7 +567,8 @@ static const char *value_of(const fact *f) {
 
 static int marked(const fact *f) { return f->grid == CORRELATIONS && f[1].value < 0.01; }
 
-/* A cell of the page: the deeper its colour, the larger the number; the second colour is negative. */
+/* A cell of the page: the larger the number, the deeper its colour; the second colour is
+   negative. */
 static void put_square(text *to, const fact *f) {
   double v = f->value, depth = 0;
   if (f->grid == SHARES) depth = v;
@@ -640,7 +645,8 @@ static void put_text(text *to) {
   put_grid(to, CHANGES, 0);
   if (!without) put(to, "\nNo expert can be disabled: each token needs all of them.\n");
   put_grid(to, CORRELATIONS, 0);
-  if (T < 3) put(to, "\nNo correlations with features: %d tasks are too few.\n", T);
+  if (T < POINTS)
+    put(to, "\nNo correlations with features: %d tasks are too few, %d are needed.\n", T, POINTS);
 }
 
 /* ---- the page ---- */
@@ -661,13 +667,67 @@ static const char page_style[] =
     "var(--a))}td.d{background:rgba(var(--down),var(--a))}td.o{color:var(--on)}"
     "td.k{outline:2px solid var(--ink)}td.b{padding:0;height:1.6rem;min-width:1.4rem}"
     "td.b i{display:block}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}"
-    "svg path{fill:none;stroke:var(--soft);stroke-width:1.5}\n";
+    "svg path,svg polyline{fill:none;stroke:var(--soft);stroke-width:1.5}figure{margin:0}"
+    "svg polyline{stroke-width:2.5}\n";
 
-/* Colours of experts that people with any colour vision can tell apart (Okabe and Ito). */
+/* Colours of experts and layers for people with any colour vision (Okabe and Ito). */
 static const char *colour(int expert) {
   static const char *const list_of[] = {"#0072b2", "#e69f00", "#009e73", "#cc79a7",
                                         "#56b4e9", "#d55e00", "#b8a800", "#8a8a8a"};
   return list_of[(expert - 1) % 8];
+}
+
+/* The tree of the tasks: a join goes from the ends of two groups to the right, to 1 - overlap. */
+static void put_tree(text *to) {
+  double *x = numbers(2 * (size_t)T), *y = x + T, top = 0;
+  const fact *f;
+  int t, a, b;
+  put(to, "<svg width=\"370\" height=\"%d\" role=\"img\" aria-label=\"tree of the tasks\">\n",
+      22 * T + 8);
+  for (t = 0; t < T; ++t) {
+    x[t] = 190;
+    y[t] = 22 * t + 14;
+    put(to, "<text x=\"0\" y=\"%.0f\">%.26s</text>", y[t] + 4, task_of[leaf[t]]->name);
+  }
+  for (f = facts; f < facts + n_facts; ++f)
+    if (f->grid == JOINS) top = fmax(top, f->value);
+  for (f = facts; f < facts + n_facts; ++f) {
+    double right = 190 + (top > 0 ? 170 * f->value / top : 0);
+    if (f->grid != JOINS) continue;
+    for (a = 0; strcmp(task_of[leaf[a]]->name, f->task);) ++a;
+    for (b = 0; strcmp(task_of[leaf[b]]->name, f->other);) ++b;
+    put(to, "<path d=\"M%.1f %.1fH%.1fV%.1fH%.1f\"><title>", x[a], y[a], right, y[b], x[b]);
+    put_tip(to, f);
+    put(to, "</title></path>\n");
+    x[a] = right;
+    y[a] = (y[a] + y[b]) / 2;
+  }
+  put(to, "</svg>\n");
+}
+
+/* A picture of what the moments are: each layer's decidedness, or the temperature. */
+static void put_curves(text *to, const char *what) {
+  double top = 0, right = n_moments - 1;
+  const fact *f;
+  int l, m;
+  for (f = facts; f < facts + n_facts; ++f)
+    if (f->grid == DECIDED && !strcmp(f->what, what)) top = fmax(top, f->value);
+  if (!(top > 0)) return;
+  put(to, "<figure><figcaption>%s, 0 to %.3g</figcaption>", what, top);
+  put(to,
+      "<svg width=\"300\" height=\"130\" role=\"img\" aria-label=\"%s\">"
+      "<path d=\"M5 5V125H295\"/>",
+      what);
+  for (l = 0; l <= L; ++l) {
+    for (m = 0, f = facts; f < facts + n_facts; ++f)
+      if (f->grid == DECIDED && !strcmp(f->what, what) && f->layer == l) {
+        if (!m) put(to, "<polyline style=\"stroke:%s\" points=\"", colour(l ? l : 8));
+        put(to, " %.1f,%.1f", 5 + 290 * m / right, 125 - 120 * f->value / top);
+        ++m;
+      }
+    if (m) put(to, "\"/>");
+  }
+  put(to, "</svg></figure>\n");
 }
 
 static void put_section(text *to, int grid, const char *about) {
@@ -701,6 +761,7 @@ static void put_times(text *to) {
 }
 
 static void put_html(text *to) {
+  int l;
   put(to,
       "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
       "content=\"width=device-width,initial-scale=1\"><title>Routes of %s</title><style>\n%s"
@@ -718,6 +779,7 @@ static void put_html(text *to) {
   put_section(to, OVERLAP,
               "Mean over the layers. Below, the most similar groups join first "
               "(average linkage).");
+  put_tree(to);
   put(to, "<ul>\n");
   put_joins(to, 1);
   put(to, "</ul>\n");
@@ -727,6 +789,12 @@ static void put_html(text *to) {
                          "blocks weigh the same, 1 when a task has chosen one."
                        : "Mean probability of the chosen experts: 1/N when a gate does "
                          "not distinguish them, 1 when it is certain.");
+    put(to, "<p>By layer:");
+    for (l = 1; l <= L; ++l) put(to, " <b style=\"color:%s\">layer %d</b>", colour(l), l);
+    put(to, "</p><div>\n");
+    put_curves(to, "decided");
+    put_curves(to, "temperature");
+    put(to, "</div>\n");
     put_times(to);
   }
   put_section(to, USERS,
@@ -741,9 +809,10 @@ static void put_html(text *to) {
                         "others. Orange and minus: worse; blue and plus: better."
                       : "No expert can be disabled: each token needs all of them.");
   put_section(to, CORRELATIONS,
-              T < 3 ? printed("%d tasks are too few for that.", T)
-                    : "Framed: p &lt; 0.01 (t distribution, two-sided, each test for itself). -: "
-                      "not defined, one side is constant.");
+              T < POINTS
+                  ? printed("%d tasks are too few for that, %d are needed.", T, POINTS)
+                  : "Framed: p &lt; 0.01 (t distribution, two-sided, each test for itself). -: "
+                    "not defined, one side is constant.");
   put(to, "</body></html>\n");
 }
 
@@ -759,16 +828,29 @@ static void write_report(const char *path, void (*report)(text *)) {
   free(to.data);
 }
 
+/* The groups of the first opt.rows rows, whole. */
+static rows first_groups(rows *all) {
+  unsigned char *keep = (unsigned char *)take(2 * (size_t)all->n, 1), *wanted = keep + all->n;
+  rows some;
+  int64_t i;
+  for (i = 0; i < all->n && i < opt.rows; ++i) wanted[all->row[i].group] = 1;
+  for (i = 0; i < all->n; ++i) keep[i] = wanted[all->row[i].group];
+  some = copy_rows(all, keep, 1);
+  free(keep);
+  free_rows(all);
+  return some;
+}
+
 /* The rows of dev.tsv, and the number of those in train.tsv. */
 static void read_task_files(const encoder *e, int t) {
   const char *folder = printed("%s/%s", data.folder, task_of[t]->name);
-  FILE *f = fopen(printed("%s/train.tsv", folder), "rb");
-  text line = {NULL, 0, 0};
-  read_rows(&dev[t], task_of[t], e, printed("%s/dev.tsv", folder), 0, opt.rows);
-  if (!f) return;
-  for (train_of[t] = -1; read_line(&line, f); ++train_of[t]) continue;
-  fclose(f);
-  free(line.data);
+  int ranking = task_of[t]->kind == MOE_KIND_RANKING;
+  table f;
+  read_rows(&dev[t], task_of[t], e, printed("%s/dev.tsv", folder), 0, ranking ? 0 : opt.rows);
+  if (ranking && opt.rows) dev[t] = first_groups(&dev[t]);
+  if (!open_table(&f, printed("%s/train.tsv", folder), 1)) return;
+  while (table_line(&f)) ++train_of[t];
+  close_table(&f);
 }
 
 int main(int argc, char **argv) {
