@@ -3822,12 +3822,12 @@ static const moe__gemm_kernels moe__scalar_gemms = {{{NULL}, {NULL, moe__scalar_
     const float *start = x->start, *a = x->a, *b = x->b, *next_b = x->next.b;                      \
     const float *next_b2 = x->next.b2, *next_c = x->next.c, *later = x->next.later;                \
     size_t c_row = x->c_row, start_row = x->start_row, a_row = x->a_row, a_row3 = 3 * a_row;       \
-    size_t a_col = x->a_col, b_panel = x->b_panel, b_step = x->b_step, k = x->k, part, steps;      \
+    size_t a_col = x->a_col, b_panel = x->b_panel, b_step = x->b_step, k = x->k, burst, steps;     \
     size_t next_step = x->next.b_step, next_step2 = x->next.b2_step;                               \
     const float *a4 = R > 4 ? a + 4 * a_row : a, *b3 = P > 3 ? b + 3 * b_panel : b;                \
-    MOE__EACH_ROW##R(MOE__ROW_START, S, P) for (part = x->next.bursts; part > 0; --part) {         \
+    MOE__EACH_ROW##R(MOE__ROW_START, S, P) for (burst = x->next.bursts; burst > 0; --burst) {      \
       MOE__PREFETCH_BURST(P)                                                                       \
-      steps = part > 1 ? k / part & ~(size_t)3 : k;                                                \
+      steps = burst > 1 ? k / burst & ~(size_t)3 : k;                                              \
       k -= steps;                                                                                  \
       if (b_step == 16 && a_col == 1) /* packed: constants instead of additions spare loads */     \
         for (; steps >= 4; steps -= 4) {                                                           \
@@ -6803,18 +6803,18 @@ static int32_t moe__bf16_chunks(const moe__gemm *g) {
              : 1;
 }
 
-/* *part = chunk number `chunk` of the sums of a product. Chunks are multiples of 32 elements of k,
+/* *out = chunk number `chunk` of the sums of a product. Chunks are multiples of 32 elements of k,
    so no bit changes. Returns 0 where there is no such chunk. */
-static int moe__bf16_chunk(moe__gemm *part, const moe__gemm *g, int32_t chunk) {
+static int moe__bf16_chunk(moe__gemm *out, const moe__gemm *g, int32_t chunk) {
   int32_t chunks = moe__bf16_chunks(g), deep = ((g->k + chunks - 1) / chunks + 31) / 32 * 32,
           p = chunk * deep;
-  *part = *g;
+  *out = *g;
   if (chunk == 0 && chunks == 1) return 1;
   if (chunk >= chunks || p >= g->k) return 0;
-  part->k = moe__min(deep, g->k - p);
-  part->a += (size_t)p * g->a_col;
-  part->b += (size_t)p * g->b_row;
-  if (p > 0) part->accumulate = 1, part->bias = NULL;
+  out->k = moe__min(deep, g->k - p);
+  out->a += (size_t)p * g->a_col;
+  out->b += (size_t)p * g->b_row;
+  if (p > 0) out->accumulate = 1, out->bias = NULL;
   return 1;
 }
 
@@ -6834,7 +6834,7 @@ static void moe__bf16_tile_run(const moe__bf16_work *work, const moe__gemm *g, i
 static void moe__bf16_work_tile(void *arg, int32_t tile, int32_t slot) {
   const moe__bf16_work *work = (const moe__bf16_work *)arg;
   const moe__gemm *g = work->list;
-  moe__gemm part;
+  moe__gemm sums;
   int32_t wide, tall, i, j, down;
   (void)slot;
   for (; tile >= moe__bf16_down(g) * work->across; ++g) tile -= moe__bf16_down(g) * work->across;
@@ -6848,8 +6848,8 @@ static void moe__bf16_work_tile(void *arg, int32_t tile, int32_t slot) {
   if (tall <= 0) return;
   if (MOE__TRAINS && g->a_sum && j == 0 && work->chunk == 0)
     moe__gemm_sum_a(g, work->elements, (size_t)i, (size_t)(i + tall)); /* in fp32 */
-  if (j < g->n && moe__bf16_chunk(&part, g, work->chunk))
-    moe__bf16_tile_run(work, &part, i, i + tall, j, moe__min(j + wide, g->n));
+  if (j < g->n && moe__bf16_chunk(&sums, g, work->chunk))
+    moe__bf16_tile_run(work, &sums, i, i + tall, j, moe__min(j + wide, g->n));
 }
 
 /* Computes independent products with bf16 operands. Tiles may depend on the number of threads,
