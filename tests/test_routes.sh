@@ -161,6 +161,25 @@ run "$tmp/late.safetensors" --rows 50 --checkpoints "$moments" --threads 3 --isa
   --csv "$tmp/s.csv"
 if cmp -s "$csv" "$tmp/s.csv"; then ok test_routes_threads_and_scalar_are_the_same
 else fail test_routes_threads_and_scalar_are_the_same; fi
+# --rows keeps the questions of a ranking whole
+mkdir -p "$tmp/rank/pick" && cp $data/vocab.txt "$tmp/rank/" && cp -r $data/pros_cons "$tmp/rank/"
+{
+  printf 'label\tsentence1\tsentence2\tgroup\n'
+  for q in 1 2 3 4 5 6; do
+    printf '0\tthe man %s\tgood\tq%s\n0\tthe dog\tbad\tq%s\n1\tthe cat\tfine\tq%s\n' $q $q $q $q
+  done
+} | tee "$tmp/rank/pick/dev.tsv" > "$tmp/rank/pick/train.tsv"
+printf '%s\t%s\t%s\t%s\t%s\n' name input kind labels metric \
+  pick pair ranking 0=no,1=yes accuracy \
+  pros_cons single classification 0=con,1=pro accuracy > "$tmp/rank/tasks.tsv"
+make_model --data "$tmp/rank" --systems tag --experts 3 --steps 3 --save "$tmp/rank.safetensors"
+got=
+for n in 0 3 4 7 18; do
+  got="$got $("$tmp/routes" "$tmp/rank.safetensors" --data "$tmp/rank" --rows $n \
+    --csv "$tmp/k.csv" && awk -F, '$1 == "rows" && $3 == "pick" { print $7 }' "$tmp/k.csv")"
+done
+if [ "$got" = ' 18 3 6 9 18' ]; then ok test_routes_keeps_questions_whole
+else fail test_routes_keeps_questions_whole "$got"; fi
 # two tasks, and experts that cannot be spared
 if run "$tmp/two.safetensors" --rows 20 --text --csv "$tmp/t.csv" --html "$tmp/t.html" \
     > "$tmp/text" && grep -q 'No expert can be disabled' "$tmp/text" &&

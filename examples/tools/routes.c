@@ -830,11 +830,10 @@ static void write_report(const char *path, void (*report)(text *)) {
 
 /* The groups of the first opt.rows rows, whole. */
 static rows first_groups(rows *all) {
-  unsigned char *keep = (unsigned char *)take(2 * (size_t)all->n, 1), *wanted = keep + all->n;
+  unsigned char *keep = (unsigned char *)take((size_t)all->groups, 1);
   rows some;
   int64_t i;
-  for (i = 0; i < all->n && i < opt.rows; ++i) wanted[all->row[i].group] = 1;
-  for (i = 0; i < all->n; ++i) keep[i] = wanted[all->row[i].group];
+  for (i = 0; i < all->n && i < opt.rows; ++i) keep[all->row[i].group] = 1;
   some = copy_rows(all, keep, 1);
   free(keep);
   free_rows(all);
