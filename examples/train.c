@@ -745,6 +745,12 @@ static void run_all(void) {
     if (results[i].line == PARENT)
       remove_checkpoint(run_path(state.checkpoint, PARENT, results[i].seed, NULL));
   print_table();
+  if (opt.parent > 0)
+    printf(
+        "Dense parent: the first %.0f %% of the steps, on all tasks; every multi-task system goes "
+        "on from it (its seconds not counted) for the others.\nSingle-Task: each task from "
+        "scratch, for its share of all steps.\n",
+        100 * opt.parent);
   compare_lines(0);
   compare_lines(1);
   print_comparisons();

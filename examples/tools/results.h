@@ -332,7 +332,6 @@ static inline void compare_lines(int stage) {
 
 static inline void print_comparisons(void) {
   int c, t, clear = 0, known = 0, several;
-  double half = 0;
   if (!n_comparisons) return;
   printf("\nDifferences x 100, and in how many of %d resamples of the dev rows the first is "
          "better\n%-27s",
@@ -349,19 +348,17 @@ static inline void print_comparisons(void) {
                                            100 * d->low, 100 * d->high, 100 * d->better));
     known += d->known;
     clear += d->known && (d->low > 0 || d->high < 0);
-    half += d->known ? 50 * (d->high - d->low) : 0;
   }
   for (t = several = 0; t < n_results; ++t) several |= results[t].seed != results[0].seed;
   printf("The interval is that of other dev rows for the same models; %s.\n",
          several ? "seeds are averaged first" : "other seeds differ as well: try --seeds 1,2,3");
   if (known && !clear)
-    printf("No difference in column all is larger than chance on these dev rows: each interval, "
-           "%.1f points to either side, contains 0.\n",
-           half / known);
+    printf("No difference in column all is larger than chance on these dev rows: every interval "
+           "contains 0.\n");
   if (clear)
-    printf("Larger than chance on these dev rows: %d of the %d differences in column all, whose "
-           "intervals, %.1f points to either side, do not contain 0.\n",
-           clear, known, half / known);
+    printf("Larger than chance on these dev rows: %d of the %d differences in column all, those "
+           "whose interval does not contain 0.\n",
+           clear, known);
 }
 
 /* ---- the table ---- */
