@@ -1304,8 +1304,8 @@ typedef enum moe_memory { MOE_MEMORY_HOST, MOE_MEMORY_DEVICE } moe_memory;
 #define MOE_BACKEND_ABI 2
 
 /* C (m, n) = A (m, k) B (k, n), or C += A B where accumulate is 1. (i, p) of A = a[i a_row + p
-   a_col], (p, j) of B = b[p b_row + j b_col], (i, j) of C = c[i c_row + j]; one stride of A is 1, and
-   one of B. */
+   a_col], (p, j) of B = b[p b_row + j b_col], (i, j) of C = c[i c_row + j]; one stride of A is 1,
+   and one of B. */
 typedef struct moe_sgemm {
   int32_t m, n, k;
   const float *a;
@@ -4379,9 +4379,9 @@ static void moe__prefetch_c(moe__prefetch *next, const moe__gemm_tile *t, size_t
         columns j0        j        right    j1
    rows i0 +--------------+--------+--------+     Call 0 computes the rows from i0 on, call 1 those
            |              | call 0 |        |     below, and so on. While a call runs, it prefetches
-           |   stripes    | call 1 |  next  |       next.c  the block of C of the next call, a row at
+           |   stripes    | call 1 |  next  |    next.c  the block of C of the next call, a row at
            |   done       |  ...   | stripe |               the beginning of each burst
-           |              | last   |        |       next.b  its part of B for the next stripe, a line
+           |              | last   |        |    next.b  its part of B for the next stripe, a line
         i1 +--------------+--------+--------+               at each step (next.b2: one part more)
 
    bench/limits.md says what each brought. */

@@ -38,6 +38,56 @@ typedef struct job {
     if ((call) != MOE_OK) return 1;                                                                \
   } while (0)
 
+/* An option without a value: 1 if it is one. */
+static int parse_flag(options *o, const char *name) {
+  if (!strcmp(name, "infer"))
+    o->training = 0;
+  else if (!strcmp(name, "--real"))
+    o->real = 1;
+  else if (!strcmp(name, "--serve"))
+    o->serve = 1;
+  else if (!strcmp(name, "--no-update"))
+    o->no_update = 1;
+  else
+    return !strcmp(name, "train");
+  return 1;
+}
+
+/* One with a value: 1 if it is one. */
+static int parse_value(options *o, const char *name, const char *v) {
+  if (!strcmp(name, "--system"))
+    o->system = v;
+  else if (!strcmp(name, "--isa"))
+    o->isa = v;
+  else if (!strcmp(name, "--precision"))
+    o->precision = v;
+  else if (!strcmp(name, "--batch"))
+    o->batch = atoi(v);
+  else if (!strcmp(name, "--length"))
+    o->length = atoi(v);
+  else if (!strcmp(name, "--threads"))
+    o->threads = atoi(v);
+  else if (!strcmp(name, "--experts"))
+    o->config.experts = atoi(v);
+  else if (!strcmp(name, "--top-k"))
+    o->config.top_k = atoi(v);
+  else if (!strcmp(name, "--tasks"))
+    o->tasks = atoi(v);
+  else if (!strcmp(name, "--seconds"))
+    o->seconds = atof(v);
+  else if (!strcmp(name, "--layers"))
+    o->config.layers = atoi(v);
+  else if (!strcmp(name, "--hidden"))
+    o->config.hidden = atoi(v);
+  else if (!strcmp(name, "--ffn"))
+    o->config.ffn = atoi(v);
+  else if (!strcmp(name, "--heads"))
+    o->config.heads = atoi(v);
+  else
+    return 0;
+  return 1;
+}
+
 static int parse(options *o, int argc, char **argv) {
   int i;
   moe_config_init(&o->config);
@@ -51,55 +101,10 @@ static int parse(options *o, int argc, char **argv) {
   o->tasks = 8;
   o->seconds = 5;
   for (i = 1; i < argc; ++i) {
-    const char *name = argv[i], *v = i + 1 < argc ? argv[i + 1] : "0";
-    if (!strcmp(name, "train")) continue;
-    if (!strcmp(name, "infer")) {
-      o->training = 0;
-      continue;
-    }
-    if (!strcmp(name, "--real")) {
-      o->real = 1;
-      continue;
-    }
-    if (!strcmp(name, "--serve")) {
-      o->serve = 1;
-      continue;
-    }
-    if (!strcmp(name, "--no-update")) {
-      o->no_update = 1;
-      continue;
-    }
+    if (parse_flag(o, argv[i])) continue;
+    if (!parse_value(o, argv[i], i + 1 < argc ? argv[i + 1] : "0"))
+      return fprintf(stderr, "bench_step: unknown option %s\n", argv[i]), 1;
     ++i;
-    if (!strcmp(name, "--system"))
-      o->system = v;
-    else if (!strcmp(name, "--isa"))
-      o->isa = v;
-    else if (!strcmp(name, "--precision"))
-      o->precision = v;
-    else if (!strcmp(name, "--batch"))
-      o->batch = atoi(v);
-    else if (!strcmp(name, "--length"))
-      o->length = atoi(v);
-    else if (!strcmp(name, "--threads"))
-      o->threads = atoi(v);
-    else if (!strcmp(name, "--experts"))
-      o->config.experts = atoi(v);
-    else if (!strcmp(name, "--top-k"))
-      o->config.top_k = atoi(v);
-    else if (!strcmp(name, "--tasks"))
-      o->tasks = atoi(v);
-    else if (!strcmp(name, "--seconds"))
-      o->seconds = atof(v);
-    else if (!strcmp(name, "--layers"))
-      o->config.layers = atoi(v);
-    else if (!strcmp(name, "--hidden"))
-      o->config.hidden = atoi(v);
-    else if (!strcmp(name, "--ffn"))
-      o->config.ffn = atoi(v);
-    else if (!strcmp(name, "--heads"))
-      o->config.heads = atoi(v);
-    else
-      return fprintf(stderr, "bench_step: unknown option %s\n", name), 1;
   }
   if (o->batch < 1 || o->length < 1 || o->tasks < 1)
     return fprintf(stderr, "bench_step: --batch, --length and --tasks are 1 or more\n"), 1;

@@ -7,7 +7,8 @@
 #define MOE_IMPLEMENTATION
 #include "moe.h"
 
-/* tokens, sequences, tasks; experts and how many a token takes; width of a token and of an expert */
+/* tokens, sequences, tasks; experts and how many a token takes; width of a token and of an expert
+   */
 enum { M = 256, S = 2, T = 2, N = 4, K = 1, H = 8, F = 16, STEPS = 1000 };
 enum { GATES = T * N * H, EXPERT = F * H + F + H * F + H, WEIGHTS = GATES + N * EXPERT };
 

@@ -341,7 +341,8 @@ static char *part_name(int system, int seed, int t) {
   return printed("%s %d %s", systems[system].name, seed, tasks[t].task.name);
 }
 
-/* The model is asked about the dev rows of task t; its answers go to `lines_of` too, unless NULL. */
+/* The model is asked about the dev rows of task t; its answers go to `lines_of` too, unless NULL.
+   */
 static part *evaluate_part(const char *name, const moe_model *model, int32_t model_task, int t,
                            int routes, text *lines_of) {
   const task_data *d = &tasks[t];

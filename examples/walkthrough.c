@@ -1,9 +1,9 @@
 /* Copy moe.h and this file. cc -O2 -I. -o walkthrough examples/walkthrough.c -lm -pthread
    ./walkthrough
-   One token's way through one task-aware mixture-of-experts layer, forward and backward, with numbers
-   that fit on paper. It follows section 3 of [TaG], equation by equation. Each number that moe.h
-   computes is compared with the one worked out by hand (in the code: as a formula of ln 3, ln 6,
-   Phi(1) and phi(1)); one that differs is marked, and the exit status is 1. */
+   One token's way through one task-aware mixture-of-experts layer, forward and backward, with
+   numbers that fit on paper. It follows section 3 of [TaG], equation by equation. Each number that
+   moe.h computes is compared with the one worked out by hand (in the code: as a formula of ln 3, ln
+   6, Phi(1) and phi(1)); one that differs is marked, and the exit status is 1. */
 #include <math.h>
 #include <stdio.h>
 #define MOE_IMPLEMENTATION

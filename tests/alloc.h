@@ -1,5 +1,5 @@
-/* An allocator that counts, and fails at the allocation with the number `fail_at`. Include it before
-   moe.h. */
+/* An allocator that counts, and fails at the allocation with the number `fail_at`. Include it
+   before moe.h. */
 #ifndef ALLOC_H
 #define ALLOC_H
 #include <stdlib.h>

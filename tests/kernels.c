@@ -1,5 +1,5 @@
-/* What everything else is built on: the base, instruction sets, products of matrices in fp32, bf16 and
-   int8, a backend for them, the profile. */
+/* What everything else is built on: the base, instruction sets, products of matrices in fp32, bf16
+   and int8, a backend for them, the profile. */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* sched_setaffinity; the registers of a signal's context */
 #endif

@@ -1,5 +1,5 @@
-/* Whole models: tensors and sizes, kinds of tasks, scores against PyTorch, routers of every kind, tasks taken out and
-   added, what the papers ask for. */
+/* Whole models: tensors and sizes, kinds of tasks, scores against PyTorch, routers of every kind,
+   tasks taken out and added, what the papers ask for. */
 #include <stdint.h>
 
 /* A kind of tasks beside those of the library: model/kinds.c. */

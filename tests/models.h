@@ -191,7 +191,8 @@ TEST_UNUSED static uint64_t models_hash(const void *data, size_t bytes) {
   return h;
 }
 
-/* A file in memory, written by the library; `data` is to be freed. Writing fails after `limit` bytes.
+/* A file in memory, written by the library; `data` is to be freed. Writing fails after `limit`
+   bytes.
  */
 typedef struct models_file {
   unsigned char *data;

@@ -1,10 +1,9 @@
-/* The poison backend: a DEVICE whose memory faults. Every allocation is pages that nobody may touch,
-   except inside a slot, which opens them, lets the CPU compute, and closes them again. So a run that
-   ends proves that moe.h never reads or writes what is resident; and the slots check that no op is
-   given memory of the host where the device's belongs. It is also the shortest backend there is: the
-   one to start from.
-   Include it after moe.h, in the unit that has the implementation (the norm of the gradients is a
-   private function, since its bits depend on how spans are cut). */
+/* The poison backend: a DEVICE whose memory faults. Every allocation is pages that nobody may
+   touch, except inside a slot, which opens them, lets the CPU compute, and closes them again. So a
+   run that ends proves that moe.h never reads or writes what is resident; and the slots check that
+   no op is given memory of the host where the device's belongs. It is also the shortest backend
+   there is: the one to start from. Include it after moe.h, in the unit that has the implementation
+   (the norm of the gradients is a private function, since its bits depend on how spans are cut). */
 #ifndef POISON_H
 #define POISON_H
 #include <setjmp.h>

@@ -32,7 +32,8 @@ done
 parser="gcc -O0"
 have clang && parser="clang -fsyntax-only"
 for macro in MOE_STATIC MOE_NO_STDIO MOE_NO_THREADS MOE_NO_TRAIN MOE_NO_TEXT MOE_NO_BF16 \
-  MOE_NO_SIMD "MOE_NO_STDIO -DMOE_NO_THREADS -DMOE_NO_TRAIN -DMOE_NO_TEXT -DMOE_NO_BF16 -DMOE_NO_SIMD"; do
+  MOE_NO_SIMD "MOE_NO_STDIO -DMOE_NO_THREADS -DMOE_NO_TRAIN -DMOE_NO_TEXT -DMOE_NO_BF16 \
+-DMOE_NO_SIMD"; do
   build "test_build_with_$(echo "$macro" | tr -d ' ' | sed 's/-D/_/g')" $parser -std=c99 -D$macro \
     "$tmp/one.c"
 done
@@ -51,7 +52,8 @@ with_macros "$letters begin end small near far min max" > "$tmp/names.c"
 with_macros "$letters begin end small near far" > "$tmp/names.cpp"
 build test_build_after_macros_of_common_names $parser -std=c99 "$tmp/names.c"
 build test_build_after_macros_of_common_names_c++ g++ -std=c++11 -fsyntax-only "$tmp/names.cpp"
-printf '#include <tgmath.h>\n#define MOE_IMPLEMENTATION\n#include "moe.h"\nfloat x(float y) { return log(y) + exp(y); }\n' > "$tmp/tgmath.c"
+printf '%s\n' '#include <tgmath.h>' '#define MOE_IMPLEMENTATION' '#include "moe.h"' \
+  'float x(float y) { return log(y) + exp(y); }' > "$tmp/tgmath.c"
 build test_build_after_tgmath gcc -std=c99 -O0 "$tmp/tgmath.c"
 
 # Windows: whatever comes behind the header finds what it would have found before it
@@ -69,14 +71,17 @@ int main(void) {
 }
 END
 build test_build_before_windows_h x86_64-w64-mingw32-gcc -std=c99 -fsyntax-only "$tmp/windows.c"
-printf '#include <winsock2.h>\n#include <windows.h>\n#define MOE_IMPLEMENTATION\n#include "moe.h"\nOPENFILENAMEW far *dialog;\nint one(void) { return max(0, 1); }\n' > "$tmp/windows.c"
+printf '%s\n' '#include <winsock2.h>' '#include <windows.h>' '#define MOE_IMPLEMENTATION' \
+  '#include "moe.h"' 'OPENFILENAMEW far *dialog;' 'int one(void) { return max(0, 1); }' \
+  > "$tmp/windows.c"
 build test_build_after_windows_h x86_64-w64-mingw32-gcc -std=c99 -fsyntax-only "$tmp/windows.c"
 
 # a compiler without atomic operations
 cat > "$tmp/tcc.c" << 'END'
 #define MOE_IMPLEMENTATION
 #include "moe.h"
-static void backwards(void *user, int32_t count, void (*body)(void *arg, int32_t index), void *arg) {
+static void backwards(void *user, int32_t count, void (*body)(void *arg, int32_t index),
+                      void *arg) {
   (void)user;
   while (count-- > 0) body(arg, count);
 }
@@ -108,7 +113,16 @@ elif tcc -I.. -DMOE_NO_SIMD -DMOE_NO_THREADS -o "$tmp/tcc" "$tmp/tcc.c" -lm > "$
 else fail test_build_tcc "$(head -n 5 "$tmp/log")"; fi
 
 # a compiler that fuses products and sums on its own is found out
-printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\nint main(void) { moe_env env; moe_env_init(&env, MOE_ISA_AUTO); return env.cpu_flags & MOE_CPU_CONTRACTED ? 10 : moe_isa_available(MOE_ISA_SCALAR + 1) || moe_isa_available(MOE_ISA_AVX2) ? 11 : 12; }\n' > "$tmp/fuse.c"
+cat > "$tmp/fuse.c" <<'END'
+#define MOE_IMPLEMENTATION
+#include "moe.h"
+int main(void) {
+  moe_env env;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  if (env.cpu_flags & MOE_CPU_CONTRACTED) return 10;
+  return moe_isa_available(MOE_ISA_SCALAR + 1) || moe_isa_available(MOE_ISA_AVX2) ? 11 : 12;
+}
+END
 fuses() { # COMPILER OPTIONS: 10 yes, 11 no, 12 a processor without such an instruction
   if ! have "$1"; then echo 12; return; fi
   "$@" -I.. -o "$tmp/fuse" "$tmp/fuse.c" -lm -pthread 2> "$tmp/log" && "$tmp/fuse"
@@ -149,7 +163,8 @@ cc -std=c99 -I.. -DMOE_STATIC -c -o "$tmp/static.o" "$tmp/one.c" 2> /dev/null
 leaks=$(nm -g --defined-only "$tmp/static.o" | awk 'NF == 3 {print $3}')
 if [ -z "$leaks" ]; then ok test_build_static_exports_nothing
 else fail test_build_static_exports_nothing $leaks; fi
-writable=$(size -A "$tmp/one.o" | awk '/^\.(data|bss|tdata|tbss)/ && $1 !~ /^\.data\.rel\.ro/ && $2 > 0 {print $1 ":" $2}')
+writable=$(size -A "$tmp/one.o" |
+  awk '/^\.(data|bss|tdata|tbss)/ && $1 !~ /^\.data\.rel\.ro/ && $2 > 0 {print $1 ":" $2}')
 [ -z "$writable" ] && ok test_build_has_no_globals || fail test_build_has_no_globals $writable
 
 # what the interface declares is there, whatever is left out
@@ -183,7 +198,10 @@ leaks=$(sed -n 's/^ *# *define  *\([A-Za-z0-9_]*\).*/\1/p' ../moe.h | grep -v '^
 cat > "$tmp/main.c" << 'END'
 #include "moe.h"
 #include "moe.h"
-int main(void) { moe_env env; return moe_env_init(&env, MOE_ISA_AUTO) != MOE_OK || !moe_status_text(MOE_E_IO); }
+int main(void) {
+  moe_env env;
+  return moe_env_init(&env, MOE_ISA_AUTO) != MOE_OK || !moe_status_text(MOE_E_IO);
+}
 END
 printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n#include "moe.h"\n' > "$tmp/two.c"
 if cc -std=c99 -I.. -o "$tmp/two" "$tmp/main.c" "$tmp/two.c" -lm -pthread && "$tmp/two"; then

@@ -33,7 +33,8 @@ sed -n '/^   EXAMPLE/,/^   WHAT IT COMPUTES/p' ../moe.h | sed '1d;$d' | sed 's/^
   > "$tmp/first.c"
 cp "$tmp/first.c" "$tmp/first.cpp"
 if cc -std=c99 -O1 -I.. -o "$tmp/first" "$tmp/first.c" -lm -pthread &&
-   "$tmp/first" | grep -q '256 of 256 points right'; then ok test_readme_program_of_the_header_learns
+   "$tmp/first" | grep -q '256 of 256 points right'; then
+  ok test_readme_program_of_the_header_learns
 else fail test_readme_program_of_the_header_learns; fi
 if have g++; then
   if g++ -std=c++11 -O1 -I.. -o "$tmp/firstpp" "$tmp/first.cpp" -lm -pthread &&

@@ -369,8 +369,8 @@ static inline moe_status write_text(void *user, const moe_writer *writer, const 
   return t->bytes && writer->write(writer->user, t->data, t->bytes) ? MOE_E_IO : MOE_OK;
 }
 
-/* How programs write files (models and checkpoints go the same way inside the library): the old file
-   stays as it is until the new one is whole. The text is freed. */
+/* How programs write files (models and checkpoints go the same way inside the library): the old
+   file stays as it is until the new one is whole. The text is freed. */
 static inline void save_text(text *t, const char *path) {
   need(moe_file_replace(path, write_text, t, &env));
   free(t->data);

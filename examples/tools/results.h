@@ -241,8 +241,8 @@ static inline int result_value(double *value, const result *r, int t) {
   return n > 0;
 }
 
-/* The runs of line s: mean over the seeds of column t, as result_value has it, and what else a table
-   shows of them. */
+/* The runs of line s: mean over the seeds of column t, as result_value has it, and what else a
+   table shows of them. */
 typedef struct summary {
   double mean, deviation, most, seconds, parameters;
   int runs, n, undefined; /* runs in all; with a value; without one */

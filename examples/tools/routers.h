@@ -9,10 +9,10 @@
      in each step:  router_forward(r, &env);  moe_trainer_accumulate(...);
                     router_backward(r, &env);  router_update(r, ...);  moe_trainer_step(...);
    In both the sequence has one element for each of the L layers, x_l = vector of the task + vector
-   of the layer, both learned, and an output y_l of E = 64 numbers; the scores of the layer's m blocks
-   are z_l = W y_l + b. In the LSTM the choice of a layer knows the layers below, in the Transformer
-   all others. Letters as in moe.h: T tasks, L layers, m blocks; V width of a task's vector, E inner
-   width, F that of the feed-forward network. */
+   of the layer, both learned, and an output y_l of E = 64 numbers; the scores of the layer's m
+   blocks are z_l = W y_l + b. In the LSTM the choice of a layer knows the layers below, in the
+   Transformer all others. Letters as in moe.h: T tasks, L layers, m blocks; V width of a task's
+   vector, E inner width, F that of the feed-forward network. */
 #ifndef ROUTERS_H_INCLUDED
 #define ROUTERS_H_INCLUDED
 #include <math.h>
@@ -189,8 +189,8 @@ static void router_input_backward(task_router *r, const float *dx, int32_t t, in
 
 static float router_sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-/* Kept activations of a layer, all tasks side by side. Cells and outputs of layer l are those behind
-   layer l - 1, for l = 0 zeros. */
+/* Kept activations of a layer, all tasks side by side. Cells and outputs of layer l are those
+   behind layer l - 1, for l = 0 zeros. */
 static float *lstm_gates(const task_router *r, int32_t l) {
   return r->kept + l * r->T * 4 * ROUTER_E; /* (T, 4E) */
 }
@@ -371,8 +371,8 @@ static void router_forward(task_router *r, const moe_env *e) {
     transformer_forward(r, e);
 }
 
-/* The gradients of the parameters += what dscores asks for; dscores is zero then. To be called after
-   router_forward, which leaves what it needs. */
+/* The gradients of the parameters += what dscores asks for; dscores is zero then. To be called
+   after router_forward, which leaves what it needs. */
 static void router_backward(task_router *r, const moe_env *e) {
   if (r->kind == ROUTER_LSTM)
     lstm_backward(r, e);
@@ -382,8 +382,8 @@ static void router_backward(task_router *r, const moe_env *e) {
 }
 
 /* One step of moe.h's Adam, with decoupled decay of matrices, the gradient's norm clipped (0: not).
-   vector_rate is of the task vectors, rate of all else; 0 freezes. Returns 0, or -1 where a gradient
-   is not a finite number: nothing is changed then but the gradients, which are zero. */
+   vector_rate is of the task vectors, rate of all else; 0 freezes. Returns 0, or -1 where a
+   gradient is not a finite number: nothing is changed then but the gradients, which are zero. */
 static int router_update(task_router *r, float vector_rate, float rate, float decay, float clip,
                          const moe_env *e) {
   size_t vectors = r->tensor[R_VECTORS].count;

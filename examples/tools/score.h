@@ -144,8 +144,8 @@ static inline double chance(const task_data *t, double *error) {
 }
 
 /* Mean metric over k sets of answers (each to all dev rows) on the dev rows of task t and on R
-   resamples of them: out (R+1) is added to. The rows of a resample (in a ranking: the questions) are
-   the same for all callers, so that comparisons are paired. */
+   resamples of them: out (R+1) is added to. The rows of a resample (in a ranking: the questions)
+   are the same for all callers, so that comparisons are paired. */
 static inline void resample(double *out, const task_data *t, const float *const *answer, int k,
                             int R) {
   int set, i, r;

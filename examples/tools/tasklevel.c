@@ -3,10 +3,10 @@
      cc -O3 -o tasklevel examples/tools/tasklevel.c -lm -pthread
      ./tasklevel                  the bundled tasks, seven systems, one table
 
-   multi: one block a layer for all tasks; random1 and random2: every task takes one or two blocks of
-   each layer, drawn once; average: the mean of all blocks; softmax, gumbel and straight learn their
-   routes. From top to bottom: options, models, task vectors, routes, one training, a task never
-   seen, saving, results, main. */
+   multi: one block a layer for all tasks; random1 and random2: every task takes one or two blocks
+   of each layer, drawn once; average: the mean of all blocks; softmax, gumbel and straight learn
+   their routes. From top to bottom: options, models, task vectors, routes, one training, a task
+   never seen, saving, results, main. */
 #define MOE_IMPLEMENTATION
 #include "training.h"
 
@@ -227,9 +227,9 @@ static void add_vector(float *v, moe_trainer *trainer, const moe_model *model, b
   free(scores);
 }
 
-/* Vectors (T, H) from outside, from an untrained model, and behind them the unseen task's: fisher is
-   the logarithm of the mean squared gradients (the diagonal of the empirical Fisher information),
-   of which the unseen task, without a head, gets the mean. NULL: they are random. */
+/* Vectors (T, H) from outside, from an untrained model, and behind them the unseen task's: fisher
+   is the logarithm of the mean squared gradients (the diagonal of the empirical Fisher
+   information), of which the unseen task, without a head, gets the mean. NULL: they are random. */
 static float *make_vectors(moe_model *model) {
   int32_t H = base.config.hidden, i, longest = moe_model_config(model)->max_len;
   int t, fisher = *opt.vectors == 'f', all = T + (unseen && !fisher);
@@ -631,9 +631,9 @@ static double adapt(const float *vector, int n) {
 
 /* ---- saving ---- */
 
-/* A model file knows of the MLP router only. Any table of scores z (T, L, m) is one, though: vectors
-   that are 6 at the task's place and 0 elsewhere, a first matrix that passes them on, and a second
-   one of z / GELU(6). */
+/* A model file knows of the MLP router only. Any table of scores z (T, L, m) is one, though:
+   vectors that are 6 at the task's place and 0 elsewhere, a first matrix that passes them on, and a
+   second one of z / GELU(6). */
 static moe_model *model_with_table(const float *z, moe_selection selection) {
   enum { INNER = 64 }; /* units of the router */
   moe_config c = *moe_model_config(now.model);

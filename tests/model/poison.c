@@ -372,8 +372,8 @@ static int poison_lose(int at, uint64_t *host, const moe_env *env) {
   return !status;
 }
 
-/* Every call of a slot failing in turn: a status, no crash, nothing left, and the host's weights are
-   whole: those before training, or those at the end. */
+/* Every call of a slot failing in turn: a status, no crash, nothing left, and the host's weights
+   are whole: those before training, or those at the end. */
 static void test_poison_a_lost_device_costs_steps_but_no_weights(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_backend b = poison_backend();

@@ -1,5 +1,5 @@
-/* examples/tools/routers.h: the LSTM and the Transformer router against PyTorch and differences, alone
-   and in front of a model. */
+/* examples/tools/routers.h: the LSTM and the Transformer router against PyTorch and differences,
+   alone and in front of a model. */
 #include "../examples/tools/routers.h"
 #include "golden/routers.h"
 

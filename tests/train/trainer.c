@@ -466,7 +466,8 @@ static void test_trainer_ignores_dirty_memory(void) {
 
 /* ---- what may go wrong ---- */
 
-/* The pass of the weights as they are is finite; one with a weight of a head changed by h is not. */
+/* The pass of the weights as they are is finite; one with a weight of a head changed by h is not.
+   */
 static void test_trainer_gradcheck_refuses_a_pass_that_is_not_finite(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
