@@ -91,13 +91,13 @@ static inline void need(moe_status status) {
 
 static inline void *grow(void *p, size_t count, size_t size) {
   p = count > SIZE_MAX / size ? NULL : realloc(p, (count ? count : 1) * size);
-  if (!p) die("out of memory (%zu x %zu bytes)", count, size);
+  if (!p) die("out of memory (%.0f bytes)", (double)count * (double)size);
   return p;
 }
 
 static inline void *take(size_t count, size_t size) {
   void *p = calloc(count ? count : 1, size);
-  if (!p) die("out of memory (%zu x %zu bytes)", count, size);
+  if (!p) die("out of memory (%.0f bytes)", (double)count * (double)size);
   return p;
 }
 
