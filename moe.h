@@ -4449,7 +4449,7 @@ typedef struct moe__gradient {
   const float *next_a;  /* A of the following block, in this tile or the next one, at its row i0 */
   const float *next_b;  /* B of it, at its column j0; both NULL: there is none */
   size_t token, column; /* of next_a, to be prefetched next */
-  float a[MOE__GRADIENT_LD * MOE__GRADIENT_STEPS + 16];
+  float a[(int)MOE__GRADIENT_LD * (int)MOE__GRADIENT_STEPS + 16];
 } moe__gradient;
 
 /* What the call for `rows` rows from i on prefetches, in the stripe of `width` panels from column j
@@ -13261,12 +13261,12 @@ static void moe__schedule_layers(moe_context *c, const moe__view *all) {
 /* The two linear layers of the router of a layer, for one task; dw and what forward leaves only
    where they are needed. */
 static moe_linear_op moe__task_router_in_op(const moe_model *model, int32_t task, int32_t layer) {
-  int32_t Z = model->config.task_dim;
+  int32_t dim = model->config.task_dim;
   const float *w = model->weights;
   moe_linear_op op;
   moe_linear_op_init(&op);
-  op.x = w + moe__at(model, MOE__TASK_VECTORS, 0, 0) + (size_t)task * (size_t)Z;
-  op.w = moe_mat_rows(w + moe__at(model, MOE__ROUTER_IN_W, layer, 0), MOE__TASK_ROUTER_HIDDEN, Z);
+  op.x = w + moe__at(model, MOE__TASK_VECTORS, 0, 0) + (size_t)task * (size_t)dim;
+  op.w = moe_mat_rows(w + moe__at(model, MOE__ROUTER_IN_W, layer, 0), MOE__TASK_ROUTER_HIDDEN, dim);
   op.b = w + moe__at(model, MOE__ROUTER_IN_B, layer, 0);
   op.M = 1;
   return op;
