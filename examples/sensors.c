@@ -12,6 +12,10 @@
 enum { FAULT, SPEED, TASKS };
 enum { SENSORS = 3, LENGTH = 24, BATCH = 32, STEPS = 600 };
 static const char *const faults[] = {"none", "imbalance", "bearing"};
+static const moe_task tasks[TASKS] = {
+    /* name, kind, pair, classes, low, high, metrics, max_len, labels */
+    {"fault", MOE_KIND_CLASSIFICATION, 0, 3, 0, 0, "accuracy", 0, faults},
+    {"speed", MOE_KIND_REGRESSION, 0, 1, 0.5f, 1.5f, "pearson", 0, NULL}};
 
 static moe_env env;
 
@@ -55,35 +59,18 @@ static moe_batch make_batch(uint64_t seed) {
     start[s + 1] = start[s] + LENGTH; /* sequences may differ in length */
   }
   memset(&batch, 0, sizeof batch);
-  batch.S = BATCH;
-  batch.seq_start = start;
-  batch.features = readings;
-  batch.task = task;
-  batch.label = label;
+  batch.S = BATCH, batch.seq_start = start;
+  batch.features = readings, batch.task = task, batch.label = label;
+
   return batch;
 }
 
 static moe_model *make_model(void) {
-  moe_task tasks[TASKS];
   moe_config config;
   moe_model *model;
-  memset(tasks, 0, sizeof tasks);
-  strcpy(tasks[FAULT].name, "fault");
-  tasks[FAULT].kind = MOE_KIND_CLASSIFICATION;
-  tasks[FAULT].classes = 3;
-  tasks[FAULT].label = faults;
-  strcpy(tasks[SPEED].name, "speed");
-  tasks[SPEED].kind = MOE_KIND_REGRESSION;
-  tasks[SPEED].classes = 1;
-  tasks[SPEED].low = 0.5f;
-  tasks[SPEED].high = 1.5f;
   moe_config_init(&config);
-  config.layers = 2;
-  config.hidden = 32;
-  config.ffn = 64;
-  config.heads = 4;
-  config.vocab = 0; /* no words: */
-  config.feature_dim = SENSORS;
+  config.layers = 2, config.hidden = 32, config.ffn = 64, config.heads = 4;
+  config.vocab = 0, config.feature_dim = SENSORS; /* numbers in place of words */
   config.positions = config.max_len = LENGTH;
   need(moe_model_create(&model, &config, tasks, TASKS, 1, &env));
   return model;
@@ -97,8 +84,9 @@ static void test(const moe_model *model, moe_context *context) {
   float apart = 0;
   need(moe_forward(context, score, &batch, &env));
   for (s = 0; s < BATCH; ++s) {
-    const moe_task *task = moe_model_task(model, batch.task[s]);
+    const moe_task *task = &tasks[batch.task[s]];
     need(moe_answers(&answer[s], task, score + s * stride, stride, 1, NULL, NULL, &env));
+
     if (batch.task[s] == FAULT)
       right += answer[s] == batch.label[s];
     else
@@ -118,8 +106,8 @@ int main(void) {
   env.log = say;
   model = make_model();
   moe_train_config_init(&config);
-  config.lr = 3e-3f;
-  config.steps = STEPS;
+  config.lr = 3e-3f, config.steps = STEPS;
+
   need(moe_trainer_create(&trainer, model, &limits, &config, &env));
   for (step = 1; step <= STEPS; ++step) {
     moe_batch batch = make_batch((uint64_t)step);

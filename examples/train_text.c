@@ -10,28 +10,22 @@
 enum { SENTIMENT, TOPIC, TASKS };
 enum { LENGTH = 16, STEPS = 60 }; /* tokens of a text at most; steps of training */
 
-static const char *const sentiments[] = {"negative", "positive"};
-static const char *const topics[] = {"food", "travel"};
+static const char *const feelings[] = {"negative", "positive"}, *const topics[] = {"food",
+                                                                                   "travel"};
+static const moe_task tasks[TASKS] = {
+    /* name, kind, pair, classes, low, high, metrics, max_len, labels */
+    {"sentiment", MOE_KIND_CLASSIFICATION, 0, 2, 0, 0, "accuracy", 0, feelings},
+    {"topic", MOE_KIND_CLASSIFICATION, 0, 2, 0, 0, "accuracy", 0, topics}};
 
-static const struct {
+static const struct row {
   int task, label;
   const char *text;
-} rows[] = {{SENTIMENT, 1, "a wonderful book"},
-            {SENTIMENT, 0, "the film was boring"},
-            {SENTIMENT, 1, "i loved this phone"},
-            {SENTIMENT, 0, "i hated every minute"},
-            {SENTIMENT, 1, "great sound"},
-            {SENTIMENT, 0, "awful service"},
-            {SENTIMENT, 1, "it works so well"},
-            {SENTIMENT, 0, "a boring story"},
-            {TOPIC, 0, "a bowl of soup and bread"},
-            {TOPIC, 1, "the train leaves at noon"},
-            {TOPIC, 0, "fish with rice and wine"},
-            {TOPIC, 1, "we missed our flight"},
-            {TOPIC, 0, "fresh cheese and tomatoes"},
-            {TOPIC, 1, "a hotel near the airport"},
-            {TOPIC, 0, "bake the cake for one hour"},
-            {TOPIC, 1, "take the bus to the beach"}};
+} rows[] = {{SENTIMENT, 1, "a wonderful book"},      {SENTIMENT, 0, "the film was boring"},
+            {SENTIMENT, 1, "i loved this phone"},    {SENTIMENT, 0, "i hated every minute"},
+            {SENTIMENT, 1, "great sound"},           {SENTIMENT, 0, "a boring story"},
+            {TOPIC, 0, "a bowl of soup and bread"},  {TOPIC, 1, "the train leaves at noon"},
+            {TOPIC, 0, "fish with rice and wine"},   {TOPIC, 1, "we missed our flight"},
+            {TOPIC, 0, "fresh cheese and tomatoes"}, {TOPIC, 1, "a hotel near the airport"}};
 enum { ROWS = sizeof rows / sizeof *rows };
 
 static moe_env env;
@@ -43,16 +37,6 @@ static void say(void *user, moe_status status, const char *sentence) {
 
 static void need(moe_status status) {
   if (status != MOE_OK) exit(1); /* the log has said why */
-}
-
-static moe_task classes(const char *name, int32_t count, const char *const *labels) {
-  moe_task task;
-  memset(&task, 0, sizeof task);
-  strcpy(task.name, name);
-  task.kind = MOE_KIND_CLASSIFICATION;
-  task.classes = count;
-  task.label = labels;
-  return task;
 }
 
 /* All rows as one batch: their tokens one after the other, without padding. With more rows than fit
@@ -74,11 +58,8 @@ static moe_batch make_batch(const moe_tokenizer *tokenizer) {
     label[s] = (float)rows[s].label;
   }
   memset(&batch, 0, sizeof batch);
-  batch.S = ROWS;
-  batch.seq_start = start;
-  batch.ids = ids;
-  batch.task = task;
-  batch.label = label;
+  batch.S = ROWS, batch.seq_start = start;
+  batch.ids = ids, batch.task = task, batch.label = label;
   return batch;
 }
 
@@ -89,8 +70,7 @@ static void train(moe_model *model, const moe_batch *batch) {
   float loss = 0;
   int step;
   moe_train_config_init(&config);
-  config.lr = 2e-3f;
-  config.steps = STEPS;
+  config.lr = 2e-3f, config.steps = STEPS;
   need(moe_trainer_create(&trainer, model, &limits, &config, &env));
   for (step = 1; step <= STEPS; ++step) {
     need(moe_trainer_accumulate(trainer, batch, 0, &loss, NULL, &env));
@@ -106,12 +86,11 @@ static void ask(const moe_model *model, int32_t task, const char *text) {
   int best;
   need(moe_predictor_create(&predictor, model, 1, &env));
   need(moe_predict_text(predictor, task, text, NULL, score, &best));
-  printf("%s: %s %.2f\n", text, moe_model_task(model, task)->label[best], (double)score[best]);
+  printf("%s: %s %.2f\n", text, tasks[task].label[best], (double)score[best]);
   moe_predictor_free(predictor);
 }
 
 int main(int argc, char **argv) {
-  moe_task tasks[TASKS];
   moe_config config;
   moe_model *model;
   moe_tokenizer *tokenizer;
@@ -123,25 +102,17 @@ int main(int argc, char **argv) {
   env.log = say;
   need(moe_file_read(&vocab, &bytes, argv[1], &env));
   need(moe_tokenizer_create(&tokenizer, (char *)vocab, bytes, 0, &env));
-  batch = make_batch(tokenizer);
-
-  tasks[SENTIMENT] = classes("sentiment", 2, sentiments);
-  tasks[TOPIC] = classes("topic", 2, topics);
   moe_config_init(&config); /* MT-TaG: four experts in a layer, a gate for each task */
-  config.layers = 2;
-  config.hidden = 64;
-  config.ffn = 128;
-  config.heads = 4;
+  config.layers = 2, config.hidden = 64, config.ffn = 128, config.heads = 4;
   config.vocab = moe_tokenizer_words(tokenizer);
   config.positions = config.max_len = LENGTH;
   need(moe_model_create(&model, &config, tasks, TASKS, 1, &env));
   need(moe_model_set_vocab(model, (char *)vocab, bytes, &env)); /* goes into its file */
-
+  batch = make_batch(tokenizer);
   train(model, &batch);
   need(moe_model_save(model, "two_tasks.safetensors", &env));
   ask(model, SENTIMENT, "a boring phone");
   ask(model, TOPIC, "wine and cheese on the train");
-
   moe_model_free(model);
   moe_tokenizer_free(tokenizer);
   moe_free(vocab);

@@ -22,6 +22,7 @@ static const option routes_options[] = {
            "folder with TASK/dev.tsv (and train.tsv, whose rows are counted)"),
     WHOLE("--rows", opt.rows, 0, 1000000000, "200",
           "rows of each dev.tsv, 0: all; the last questions of a ranking stay whole"),
+
     STRING("--checkpoints", "A,B,C", opt.checkpoints, NULL,
            "models or checkpoints saved while MODEL was trained, oldest first: routes over time"),
     STRING("--history", "FILE", opt.history, NULL,
@@ -57,7 +58,8 @@ static double *without;  /* (L, N, T) the metric without an expert; NULL: none c
 static double *feature;  /* (T, FEATURES) */
 static double *train_of; /* (T) rows of train.tsv, 0 where there is none */
 static int n_features = FEATURES; /* the last one is left out where a task has no train.tsv */
-static const moment *now;         /* the model itself */
+
+static const moment *now; /* the model itself */
 static double largest_change = 1;
 
 static size_t at(int t, int l, int i) { return (size_t)((t * L + l) * N + i); }
@@ -338,8 +340,8 @@ static void add(int grid, const char *what, const char *model, const char *task,
   facts[n_facts++] = f;
 }
 
-/* Average-linkage clustering of the tasks by 1 - overlap: joins as facts, and the tasks in the
-   order of the tree. */
+/* Average-linkage clustering of the tasks by 1 - overlap: joins as facts, and the tasks in the order
+   of the tree. */
 static int *leaf; /* (T) */
 
 static void add_joins(void) {
@@ -445,6 +447,8 @@ static void put_csv(text *to) {
   }
 }
 
+static int marked(const fact *f) { return !strcmp(f->what, "pearson") && f[1].value < 0.01; }
+
 /* What a pointer over the place says: the fields that are there, and the number as in the CSV. */
 static void put_tip(text *to, const fact *f) {
   put(to, "%s", f->what);
@@ -456,26 +460,27 @@ static void put_tip(text *to, const fact *f) {
   put(to, ": %.6g", f->value);
 }
 
-/* ---- what stands out: sentences for text and HTML, `before` and `after` around each ---- */
+/* ---- the report, as text or as a page ---- */
 
-static const fact *most_of(const char *what, double sign, int others_only) {
+static const fact *most_of(const char *what, double sign) {
   const fact *f, *best = NULL;
   for (f = facts; f < facts + n_facts; ++f)
-    if (!strcmp(f->what, what) && !(others_only && !strcmp(f->task, f->other)) &&
+    if (!strcmp(f->what, what) && strcmp(f->task, f->other) &&
         (!best || sign * f->value > sign * best->value))
       best = f;
   return best;
 }
 
+/* What stands out. */
 static void put_summary(text *to, const char *before, const char *after) {
-  const fact *near = most_of("overlap", 1, 1), *far = most_of("overlap", -1, 1), *f;
-  const fact *worst = most_of("change_without", -1, 0);
-  int idle = 0, hardly = 0, tests = 0, marked = 0;
+  const fact *near = most_of("overlap", 1), *far = most_of("overlap", -1), *f;
+  const fact *worst = most_of("change_without", -1);
+  int idle = 0, hardly = 0, tests = 0, marks = 0;
   for (f = facts; f < facts + n_facts; ++f) {
     idle += f->grid == USERS && f->value < 1;
     hardly += f->grid == SHARES && f->value < opt.hardly / 100;
-    tests += !strcmp(f->what, "p_value");
-    marked += !strcmp(f->what, "p_value") && f->value < 0.01;
+    tests += *f->what == 'p' && f->grid == CORRELATIONS;
+    marks += marked(f);
   }
   if (T > 1)
     put(to, "%s%s and %s take the most similar routes: %.0f %% of their choices agree.%s", before,
@@ -483,63 +488,36 @@ static void put_summary(text *to, const char *before, const char *after) {
   if (T > 2)
     put(to, "%s%s and %s take the most different routes: %.0f %%.%s", before, far->task, far->other,
         100 * far->value, after);
-  put(to,
-      "%s%d of the %d experts (%d layers of %d) %s hardly used by any task; %d of %d shares are ",
-      before, idle, L * N, L, N, idle == 1 ? "is" : "are", hardly, T * L * N);
-  put(to, "below %g %%.%s", opt.hardly, after);
+  put(to, "%s%d of the %d experts hardly used by any task; %d of %d shares below %g %%.%s", before,
+      idle, L * N, hardly, T * L * N, opt.hardly, after);
   if (worst && worst->value < 0)
-    put(to,
-        "%sThe expert that is missed most is number %d of layer %d: %s changes by %+.1f points "
-        "without it.%s",
+    put(to, "%sMissed most: expert %d of layer %d; without it %s changes by %+.1f points.%s",
         before, worst->expert, worst->layer, worst->task, worst->value, after);
   if (tests)
-    put(to,
-        "%s%d of %d correlations with features of the tasks have p below 0.01; chance alone "
-        "gives about %.1f.%s",
-        before, marked, tests, tests / 100.0, after);
+    put(to, "%s%d of %d correlations with features have p below 0.01, by chance about %.1f.%s",
+        before, marks, tests / 2, tests / 200.0, after);
 }
 
-static void put_hardly(text *to, const char *before, const char *after) {
-  int l, i, n, most;
-  for (l = 0; l < L; ++l)
-    for (i = 0; i < N; ++i)
-      if ((n = users(l, i, &most)) < 2)
-        put(to, "%slayer %d expert %d: %d task%s, largest share %.1f %% (%s)%s", before, l + 1,
-            i + 1, n, n ? "" : "s", 100 * now->share[at(most, l, i)], task_of[most]->name, after);
-}
+/* Grids: their titles, how numbers are shown, and how deep their colour is: 1 like the number, 2
+   like its square, 3 like the largest change. */
+static const struct {
+  const char *title, *format;
+  int percent, depth;
+} grids[GRIDS] = {
+    {"The tasks", "%.4g", 0, 0},
+    {"Choices that two tasks have in common, percent", "%.0f", 1, 2},
+    {"Tasks that join, the most similar first", "", 0, 0},
+    {"How decided the routes are, and how far they agree with the last", "%.3f", 0, 0},
+    {"Number of tasks that use an expert", "%.0f", 0, 0},
+    {"Shares over time", "", 0, 0},
 
-static void put_joins(text *to, int html) {
-  const fact *f;
-  for (f = facts; f < facts + n_facts; ++f) {
-    if (f->grid != JOINS) continue;
-    if (html) put(to, "<li title=\"");
-    if (html) put_tip(to, f);
-    put(to, html ? "\">" : "  ");
-    put(to, "%.0f %%: the group of %s joins that of %s%s\n", 100 * (1 - f->value), f->other,
-        f->task, html ? "</li>" : "");
-  }
-}
-
-/* ---- grids ---- */
-
-static const char *const titles[GRIDS] = {
-    "The tasks",
-    "Choices that two tasks have in common, percent",
-    "",
-    "How decided the routes are, and how much they agree with the last ones",
-    "Number of tasks that use an expert",
-    "Shares over time",
-    "Share of a task's tokens, percent",
-    "Change of the metric in points without an expert",
-    "Pearson's r over %d tasks between a feature and the share of an expert (*: p below 0.01)"};
-
-static const char *title_of(int grid) {
-  if (grid == CORRELATIONS) return printed(titles[grid], T);
-  return blocks && grid == SHARES ? "Weight of a block for a task, percent" : titles[grid];
-}
+    {"Share of a task's tokens, percent", "%.1f", 1, 1},
+    {"Change of the metric in points without an expert", "%+.1f", 0, 3},
+    {"Pearson's r over %d tasks between a feature and the share of an expert", "%+.2f", 0, 2}};
 
 static const char *row_of(const fact *f) {
-  return f->grid == USERS          ? printed("layer %d", f->layer)
+  return f->grid == USERS ? printed("layer %d", f->layer)
+
          : f->grid == DECIDED      ? f->model
          : f->grid == CORRELATIONS ? f->other
                                    : f->task;
@@ -552,62 +530,51 @@ static const char *column_of(const fact *f) {
                                         : f->what;
 }
 
-static const char *value_of(const fact *f) {
-  int percent = f->grid == SHARES || f->grid == OVERLAP || !strcmp(f->what, "agreement");
-  const char *format = f->grid == CHANGES                      ? "%+.1f"
-                       : f->grid == CORRELATIONS               ? "%+.2f"
-                       : f->grid == SHARES                     ? "%.1f"
-                       : percent                               ? "%.0f"
-                       : *f->what == 'm' || f->grid == DECIDED ? "%.3f"
-                                                               : "%.4g";
-  char cell[32];
-  snprintf(cell, sizeof cell, format, (percent ? 100 : 1) * f->value);
-  return printed("%s", cell);
-}
-
-static int marked(const fact *f) { return f->grid == CORRELATIONS && f[1].value < 0.01; }
-
-/* A cell of the page: the larger the number, the deeper its colour; the second colour is
-   negative. */
-static void put_square(text *to, const fact *f) {
-  double v = f->value, depth = 0;
-  if (f->grid == SHARES) depth = v;
-  if (f->grid == OVERLAP || f->grid == CORRELATIONS) depth = v * fabs(v);
-  if (f->grid == CHANGES) depth = v / largest_change;
-  put(to, "<td class=\"%s%s%s\" style=\"--a:%.3f\" title=\"", depth < 0 ? "d" : "h",
-      fabs(depth) > 0.52 ? " o" : "", marked(f) ? " k" : "", fmin(1, fabs(depth)));
-  put_tip(to, f);
-  if (f->grid == CORRELATIONS) {
-    put(to, "\"><span title=\"");
-    put_tip(to, f + 1);
-    put(to, "\">%s</span></td>", value_of(f));
-  } else
-    put(to, "\">%s</td>", value_of(f));
-}
-
 static int same_row(const fact *a, const fact *b) {
   return a->grid == b->grid && !strcmp(row_of(a), row_of(b)) &&
          (a->grid < OVER_TIME || a->layer == b->layer);
 }
 
-/* Title, and the names of the columns above the row that begins with f. */
+static void put_cell(text *to, const fact *f, int html) {
+  double v = f->value, depth = grids[f->grid].depth ? v : 0;
+  char cell[32];
+  snprintf(cell, sizeof cell, grids[f->grid].format, grids[f->grid].percent ? 100 * v : v);
+  if (marked(f)) strcat(cell, "*");
+  if (!html) put(to, " %8s", cell);
+  if (!html) return;
+  if (grids[f->grid].depth == 2) depth *= fabs(v);
+  if (grids[f->grid].depth == 3) depth /= largest_change;
+  put(to, "<td class=\"%s%s\" style=\"--a:%.3f\" title=\"", depth < 0 ? "d" : "h",
+      fabs(depth) > 0.52 ? " o" : "", fmin(1, fabs(depth)));
+  put_tip(to, f);
+  if (f->grid == CORRELATIONS) { /* p_value follows */
+    put(to, "\"><span title=\"");
+    put_tip(to, f + 1);
+    put(to, "\">%s</span></td>", cell);
+  } else
+    put(to, "\">%s</td>", cell);
+}
+
+/* The names of the columns, above the row that begins with f. */
 static void put_head(text *to, const fact *f, int html) {
   const fact *g;
-  int i, layers = f->grid >= OVER_TIME;
-  if (html)
-    put(to, layers ? "<table><caption>layer %d</caption><tr><th></th>" : "<table><tr><th></th>",
-        f->layer);
-  if (!html)
-    put(to, "\n%s%s\n%-24s", title_of(f->grid), layers ? printed(", layer %d", f->layer) : "", "");
+  int i;
+  put(to, html ? "<table><tr><th>%s</th>" : "%-24s",
+      f->grid < OVER_TIME ? "" : printed("layer %d", f->layer));
   for (g = f, i = 1; f->expert ? i <= N : g < facts + n_facts && same_row(f, g); ++g, ++i)
     put(to, html ? "<th>%s</th>" : " %8.8s", f->expert ? printed("expert %d", i) : column_of(g));
   put(to, html ? "</tr>\n" : "\n");
 }
 
-/* The facts of a grid, row by row. */
-static void put_grid(text *to, int grid, int html) {
+/* A grid, row by row; one for each layer from OVER_TIME on. */
+static void put_grid(text *to, int html, int grid, const char *about) {
   const fact *f, *before = NULL;
   int column = 0;
+  put(to, html ? "<h2>%s</h2><p>%s</p><div>\n" : "\n%s\n%s\n",
+      blocks && grid == SHARES ? "Weight of a block for a task, percent"
+                               : printed(grids[grid].title, T),
+      about);
+
   for (f = facts; f < facts + n_facts; ++f) {
     int first = !before || (grid >= OVER_TIME && f->layer != before->layer);
     if (f->grid != grid || !strcmp(f->what, "p_value")) continue;
@@ -620,55 +587,32 @@ static void put_grid(text *to, int grid, int html) {
     }
     for (; f->expert && column < f->expert; ++column) /* not defined */
       put(to, html ? "<td>-</td>" : " %8s", "-");
-    if (html)
-      put_square(to, f);
-    else
-      put(to, " %8s", printed(marked(f) ? "%s*" : "%s", value_of(f)));
+    put_cell(to, f, html);
     ++column;
     before = f;
   }
-  if (before) put(to, html ? "</tr></table>\n" : "\n");
+  put(to, !html ? "\n" : before ? "</tr></table></div>\n" : "</div>\n");
 }
 
-static void put_text(text *to) {
-  put(to, "Routes of %s: %d tasks, %d layers, %d experts\n\n", now->name, T, L, N);
-  put_summary(to, "- ", "\n");
-  put_grid(to, TASKS, 0);
-  put_grid(to, SHARES, 0);
-  put_grid(to, OVERLAP, 0);
-  put_joins(to, 0);
-  if (n_moments > 1) put_grid(to, DECIDED, 0);
-  put_grid(to, USERS, 0);
-  put(to, "Hardly used: experts with less than %g %% of all tasks' tokens but at most one's\n",
-      opt.hardly);
-  put_hardly(to, "  ", "\n");
-  put_grid(to, CHANGES, 0);
-  if (!without) put(to, "\nNo expert can be disabled: each token needs all of them.\n");
-  put_grid(to, CORRELATIONS, 0);
-  if (T < POINTS)
-    put(to, "\nNo correlations with features: %d tasks are too few, %d are needed.\n", T, POINTS);
+static void put_lists(text *to, int html, int grid) {
+  const fact *f;
+  int l, i, n, most;
+  if (html) put(to, "<ul>\n");
+  for (f = facts; f < facts + n_facts && grid == JOINS; ++f) {
+    if (f->grid != JOINS) continue;
+    put(to, html ? "<li title=\"" : "  ");
+    if (html) put_tip(to, f), put(to, "\">");
+    put(to, "%.0f %%: the group of %s joins that of %s\n", 100 * (1 - f->value), f->other, f->task);
+    if (html) put(to, "</li>");
+  }
+  for (l = 0; l < L && grid == USERS; ++l)
+    for (i = 0; i < N; ++i)
+      if ((n = users(l, i, &most)) < 2)
+        put(to, "%slayer %d expert %d: %d task%s, largest share %.1f %% (%s)%s\n",
+            html ? "<li>" : "  ", l + 1, i + 1, n, n ? "" : "s", 100 * now->share[at(most, l, i)],
+            task_of[most]->name, html ? "</li>" : "");
+  if (html) put(to, "</ul>\n");
 }
-
-/* ---- the page ---- */
-
-static const char page_style[] =
-    ":root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--soft:#5c6570;--line:#d9dee3;"
-    "--heat:11,79,148;--down:180,81,10;--on:#fff}\n"
-    "@media(prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e8eaed;--soft:#a3abb4;"
-    "--line:#343a41;--heat:124,192,245;--down:242,163,94;--on:#0a1520}}\n"
-    "body{margin:0 auto;max-width:1100px;padding:1.2rem 1rem 4rem;background:var(--paper);"
-    "color:var(--ink);font:16px/1.5 system-ui,sans-serif}h2{margin:2.4rem 0 "
-    ".2rem;font-size:1.15rem}"
-    "p,li{max-width:46rem}div{display:flex;flex-wrap:wrap;gap:1rem 1.6rem;overflow-x:auto}\n"
-    "table{border-collapse:separate;border-spacing:2px;font-size:.85rem;"
-    "font-variant-numeric:tabular-nums}caption,th{color:var(--soft);font-weight:600;text-align:"
-    "left}"
-    "td{padding:.2rem .4rem;text-align:right;border-radius:2px}td.h{background:rgba(var(--heat),"
-    "var(--a))}td.d{background:rgba(var(--down),var(--a))}td.o{color:var(--on)}"
-    "td.k{outline:2px solid var(--ink)}td.b{padding:0;height:1.6rem;min-width:1.4rem}"
-    "td.b i{display:block}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}"
-    "svg path,svg polyline{fill:none;stroke:var(--soft);stroke-width:1.5}figure{margin:0}"
-    "svg polyline{stroke-width:2.5}\n";
 
 /* Colours of experts and layers for people with any colour vision (Okabe and Ito). */
 static const char *colour(int expert) {
@@ -730,12 +674,6 @@ static void put_curves(text *to, const char *what) {
   put(to, "</svg></figure>\n");
 }
 
-static void put_section(text *to, int grid, const char *about) {
-  put(to, "<h2>%s</h2><p>%s</p><div>\n", title_of(grid), about);
-  put_grid(to, grid, 1);
-  put(to, "</div>\n");
-}
-
 /* Shares of the experts in each task, a column for each moment. */
 static void put_times(text *to) {
   const fact *f, *before = NULL;
@@ -760,8 +698,75 @@ static void put_times(text *to) {
   put(to, "</tr></table></div>\n");
 }
 
-static void put_html(text *to) {
+/* How the routes came about, in colours. */
+static void put_pictures(text *to) {
   int l;
+  put(to, "<p>By layer:");
+  for (l = 1; l <= L; ++l) put(to, " <b style=\"color:%s\">layer %d</b>", colour(l), l);
+  put(to, "</p><div>\n");
+  put_curves(to, "decided");
+  put_curves(to, "temperature");
+  put(to, "</div>\n");
+  put_times(to);
+}
+
+static void put_report(text *to, int html) {
+  put_grid(to, html, TASKS,
+           "Features: two texts (pair), regression, classes, mean and standard deviation of the "
+           "length in tokens, variety (different tokens / tokens), log10 of the training rows.");
+  put_grid(to, html, SHARES, "A row sums to 100. Tasks are in the order in which they join below.");
+  put_grid(to, html, OVERLAP,
+           "Mean over the layers. Below, the most similar groups join first (average linkage).");
+  if (html && T > 1) put_tree(to);
+  put_lists(to, html, JOINS);
+
+  if (n_moments > 1)
+    put_grid(to, html, DECIDED,
+             blocks
+                 ? "Largest weight of a block, mean over the tasks: 1/N when all weigh the same, "
+                   "1 when a task has chosen one."
+                 : "Mean probability of the chosen experts: 1/N when a gate does not distinguish "
+                   "them, 1 when it is certain.");
+  if (n_moments > 1 && html) put_pictures(to);
+
+  put_grid(to, html, USERS,
+           printed("Tasks that send an expert at least %g %% of their tokens. Hardly used, and "
+                   "candidates for leaving out:",
+                   opt.hardly));
+  put_lists(to, html, USERS);
+  put_grid(to, html, CHANGES,
+           without ? "When the expert is disabled and the gates choose among the others."
+                   : "No expert can be disabled: each token needs all of them.");
+  put_grid(to, html, CORRELATIONS,
+           T < POINTS
+               ? printed("No correlations with features: %d tasks are too few, %d are needed.", T,
+                         POINTS)
+               : "*: p below 0.01 (t distribution, two-sided, each test for itself); -: one side "
+                 "is constant.");
+}
+
+static void put_text(text *to) {
+  put(to, "Routes of %s: %d tasks, %d layers, %d experts\n\n", now->name, T, L, N);
+  put_summary(to, "- ", "\n");
+  put_report(to, 0);
+}
+
+/* Colours of large numbers (blue) and of negative ones (orange), by day and by night. */
+static const char page_style[] =
+    ":root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--heat:11,79,148;--down:180,81,10;"
+    "--on:#fff}\n@media(prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e8eaed;"
+    "--heat:124,192,245;--down:242,163,94;--on:#0a1520}}\nbody{margin:0 auto;max-width:1100px;"
+    "padding:1rem;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}"
+    "p,li{max-width:46rem}div{display:flex;flex-wrap:wrap;gap:1rem 1.6rem;overflow-x:auto}\n"
+    "table{border-spacing:2px;font-size:.85rem;font-variant-numeric:tabular-nums}"
+    "th{font-weight:600;text-align:left}td{padding:.2rem .4rem;text-align:right}"
+    "td.h{background:rgba(var(--heat),var(--a))}td.d{background:rgba(var(--down),var(--a))}"
+    "td.o{color:var(--on)}"
+    "svg text{font:12px system-ui,sans-serif;fill:var(--ink)}svg path,svg polyline{fill:none;"
+    "stroke:var(--ink);stroke-width:1.5}td.b{padding:0;height:1.6rem;min-width:1.4rem}"
+    "td.b i{display:block}figure{margin:0}\n";
+
+static void put_html(text *to) {
   put(to,
       "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
       "content=\"width=device-width,initial-scale=1\"><title>Routes of %s</title><style>\n%s"
@@ -770,49 +775,7 @@ static void put_html(text *to) {
       now->name, page_style, now->name, T, L, N);
   put_summary(to, "<li>", "</li>\n");
   put(to, "</ul>\n");
-  put_section(to, TASKS,
-              "Features: two texts (pair), regression, classes, mean and standard "
-              "deviation of the length in tokens, variety (different tokens / tokens), "
-              "log10 of the training rows.");
-  put_section(to, SHARES,
-              "A row sums to 100. The tasks are in the order in which they join below.");
-  put_section(to, OVERLAP,
-              "Mean over the layers. Below, the most similar groups join first "
-              "(average linkage).");
-  put_tree(to);
-  put(to, "<ul>\n");
-  put_joins(to, 1);
-  put(to, "</ul>\n");
-  if (n_moments > 1) {
-    put_section(to, DECIDED,
-                blocks ? "Largest weight of a block, mean over the tasks: 1/N when all "
-                         "blocks weigh the same, 1 when a task has chosen one."
-                       : "Mean probability of the chosen experts: 1/N when a gate does "
-                         "not distinguish them, 1 when it is certain.");
-    put(to, "<p>By layer:");
-    for (l = 1; l <= L; ++l) put(to, " <b style=\"color:%s\">layer %d</b>", colour(l), l);
-    put(to, "</p><div>\n");
-    put_curves(to, "decided");
-    put_curves(to, "temperature");
-    put(to, "</div>\n");
-    put_times(to);
-  }
-  put_section(to, USERS,
-              printed("Tasks that send an expert at least %g %% of their tokens. Hardly "
-                      "used, and candidates for leaving out:",
-                      opt.hardly));
-  put(to, "<ul>\n");
-  put_hardly(to, "<li>", "</li>\n");
-  put(to, "</ul>\n");
-  put_section(to, CHANGES,
-              without ? "When the expert is disabled and the gates choose among the "
-                        "others. Orange and minus: worse; blue and plus: better."
-                      : "No expert can be disabled: each token needs all of them.");
-  put_section(to, CORRELATIONS,
-              T < POINTS
-                  ? printed("%d tasks are too few for that, %d are needed.", T, POINTS)
-                  : "Framed: p &lt; 0.01 (t distribution, two-sided, each test for itself). -: "
-                    "not defined, one side is constant.");
+  put_report(to, 1);
   put(to, "</body></html>\n");
 }
 
