@@ -1,5 +1,5 @@
-/* golden.h - the generator of golden inputs, and the records of golden tensors and numbers. See README.md.
-   The same generator is `lcg` in reference.py. */
+/* golden.h - the generator of golden inputs, and the records of golden tensors and numbers. See
+   README.md. The same generator is `lcg` in reference.py. */
 #ifndef GOLDEN_H_INCLUDED
 #define GOLDEN_H_INCLUDED
 #include <stddef.h>
@@ -16,8 +16,9 @@ typedef struct golden_number {
   double value;
 } golden_number;
 
-/* Fills out (count) with the values that belong to a name, in [-scale, scale): FNV-1a of the name seeds a 64-bit LCG,
-   whose top 16 bits give a value. Exact in float as long as scale is a power of two. */
+/* Fills out (count) with the values that belong to a name, in [-scale, scale): FNV-1a of the name
+   seeds a 64-bit LCG, whose top 16 bits give a value. Exact in float as long as scale is a power of
+   two. */
 static inline void golden_fill(float *out, size_t count, const char *name, float scale) {
   uint64_t state = 0xcbf29ce484222325u;
   size_t i;
