@@ -4915,8 +4915,7 @@ MOE_API const char *moe_blis_kernels(void) {
 
 MOE_API moe_status moe_blis_use(moe_env *env, int32_t always) {
   if ((size_t)bli_info_get_int_type_size() != 8 * sizeof(intptr_t))
-    return moe__fail(env, MOE_E_UNSUPPORTED,
-                     "BLIS: its integers have %d bits, those expected have %d",
+    return moe__fail(env, MOE_E_UNSUPPORTED, "BLIS has integers of %d bits, expected %d bits",
                      (int)bli_info_get_int_type_size(), (int)(8 * sizeof(intptr_t)));
   env->backend = always ? &moe__blis_all : moe__blis_best(env);
   return MOE_OK;
@@ -6965,7 +6964,7 @@ MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision) {
   if (precision != MOE_TYPE_BF16)
     return moe__fail(
         env, MOE_E_ARGUMENT,
-        "precision is to be fp32 or bf16: int8 is a matter of the model (moe_model_quantize)");
+        "precision is neither fp32 nor bf16: for int8 weights call moe_model_quantize");
 #ifdef MOE_NO_BF16
   return moe__fail(env, MOE_E_UNSUPPORTED,
                    "this build has no bf16 (MOE_NO_BF16): products stay fp32");
@@ -7010,11 +7009,12 @@ MOE_API void moe_linear_op_init(moe_linear_op *op) { memset(op, 0, sizeof *op); 
 static moe_status moe__linear_check(const moe_linear_op *op, const moe_env *env) {
   if (op->M < 0 || op->w.rows < 0 || op->w.cols < 0)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "linear: M is %d, w has %d rows of %d, and none may be below 0", (int)op->M,
+                     "linear: M is %d, w is (%d, %d), expected no size below 0", (int)op->M,
                      (int)op->w.rows, (int)op->w.cols);
   if (op->w.type == MOE_TYPE_I8 && op->w.cols > MOE_INT8_COLS)
-    return moe__fail(env, MOE_E_ARGUMENT, "linear: int8 weights have %d columns, at most %d fit",
-                     (int)op->w.cols, MOE_INT8_COLS);
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "linear: int8 weights have %d columns, expected at most %d", (int)op->w.cols,
+                     MOE_INT8_COLS);
   return MOE_OK;
 }
 
@@ -7030,7 +7030,8 @@ MOE_API moe_status moe_linear_forward(const moe_linear_op *op, const moe_env *en
   moe_status status = moe__linear_check(op, env);
   if (status) return status;
   if (!op->y && !op->act && op->M > 0 && op->w.rows > 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "linear: y and act are both NULL");
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "linear: y and act are both NULL, expected at least one output");
   moe__cpu_linear_forward(op, env);
   return MOE_OK;
 }
@@ -7104,7 +7105,9 @@ MOE_API moe_status moe_linear_backward(const moe_linear_op *op, const moe_env *e
   moe_status status = moe__linear_check(op, env);
   if (status) return status;
   if (op->dx && (op->w.type != MOE_TYPE_F32 || op->w.layout != MOE_LAYOUT_ROWS))
-    return moe__fail(env, MOE_E_ARGUMENT, "linear: dx needs float weights in rows layout");
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "linear: w is int8, bf16 or packed, expected float weights in rows layout for dx");
   moe__cpu_linear_backward(op, env);
   return MOE_OK;
 }
@@ -7462,16 +7465,17 @@ static moe_status moe__sequences_check(const char *op, const int32_t *seq_start,
                                        int32_t M, const moe_env *env) {
   int32_t end = S > 0 ? seq_start[S] : 0, s;
   if (S < 0 || M < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "%s: S is %d and M is %d, and neither may be below 0", op,
-                     (int)S, (int)M);
+    return moe__fail(env, MOE_E_ARGUMENT, "%s: S is %d and M is %d, expected 0 or more", op, (int)S,
+                     (int)M);
   for (s = 0; s < S; ++s)
     if (seq_start[s] > seq_start[s + 1] || seq_start[0] != 0)
-      return moe__fail(env, MOE_E_ARGUMENT,
-                       "%s: seq_start is %d and %d at sequence %d, expected to rise from 0", op,
-                       (int)seq_start[s], (int)seq_start[s + 1], (int)s);
+      return moe__fail(
+          env, MOE_E_ARGUMENT,
+          "%s: seq_start is %d and %d at sequence %d, expected values that rise from 0", op,
+          (int)seq_start[s], (int)seq_start[s + 1], (int)s);
   if (M != end)
-    return moe__fail(env, MOE_E_ARGUMENT, "%s: M is %d, but the last sequence ends at row %d", op,
-                     (int)M, (int)end);
+    return moe__fail(env, MOE_E_ARGUMENT, "%s: M is %d, expected %d, the end of the last sequence",
+                     op, (int)M, (int)end);
   return MOE_OK;
 }
 
@@ -7583,14 +7587,14 @@ static moe_status moe__layernorm_check(const moe_layernorm_op *op, const moe_env
   moe_status status = moe__dropout_check("layernorm", op->dropout, env);
   if (status) return status;
   if (op->M < 0 || op->H < 0)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "layernorm: M is %d and H is %d, and neither may be below 0", (int)op->M,
-                     (int)op->H);
+    return moe__fail(env, MOE_E_ARGUMENT, "layernorm: M is %d and H is %d, expected 0 or more",
+                     (int)op->M, (int)op->H);
   if (!(op->eps > 0))
     return moe__fail(env, MOE_E_ARGUMENT, "layernorm: eps is %g, expected more than 0",
                      (double)op->eps);
   if (!op->mean != !op->rstd)
-    return moe__fail(env, MOE_E_ARGUMENT, "layernorm: mean and rstd go together, one is NULL");
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "layernorm: one of mean and rstd is NULL, expected both or neither");
   if (op->keys && op->dropout > 0)
     return moe__sequences_check("layernorm", op->seq_start, op->S, op->M, env);
   return MOE_OK;
@@ -7666,7 +7670,8 @@ MOE_API moe_status moe_layernorm_backward(const moe_layernorm_op *op, const moe_
   moe_status status = moe__layernorm_check(op, env);
   if (status) return status;
   if (!op->mean && op->M > 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "layernorm: backward needs mean and rstd of forward");
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "layernorm: mean and rstd are NULL, expected those of forward");
   moe__cpu_layernorm_backward(op, env);
   return MOE_OK;
 }
@@ -7705,7 +7710,7 @@ MOE_API moe_status moe_dropout_forward(const moe_dropout_op *op, const moe_env *
   if (!status) status = moe__sequences_check("dropout", op->seq_start, op->S, op->M, env);
   if (status) return status;
   if (op->H < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "dropout: H is %d, it may not be below 0", (int)op->H);
+    return moe__fail(env, MOE_E_ARGUMENT, "dropout: H is %d, expected 0 or more", (int)op->H);
   moe__cpu_dropout_forward(op, env);
   return MOE_OK;
 }
@@ -7783,7 +7788,7 @@ MOE_API void moe_embed_op_init(moe_embed_op *op) { memset(op, 0, sizeof *op); }
 
 static moe_status moe__embed_check(const moe_embed_op *op, const moe_env *env) {
   if (op->H < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "embed: H is %d, it may not be below 0", (int)op->H);
+    return moe__fail(env, MOE_E_ARGUMENT, "embed: H is %d, expected 0 or more", (int)op->H);
   return moe__sequences_check("embed", op->seq_start, op->S, op->M, env);
 }
 
@@ -8445,11 +8450,13 @@ static moe_status moe__attention_check(const moe_attention_op *op, const moe_env
   if (!status) status = moe__dropout_check("attention", op->dropout, env);
   if (status) return status;
   if (op->H < 0 || (op->H > 0 && (op->A < 1 || op->H % op->A)))
-    return moe__fail(env, MOE_E_ARGUMENT, "attention: %d heads do not divide %d columns",
+    return moe__fail(env, MOE_E_ARGUMENT, "attention: A is %d, expected a divisor of H, %d",
                      (int)op->A, (int)op->H);
   if (op->longest && (size_t)op->longest < moe__attention_longest(op))
-    return moe__fail(env, MOE_E_ARGUMENT, "attention: longest is %d, but a sequence has %d tokens",
-                     (int)op->longest, (int)moe__attention_longest(op));
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "attention: longest is %d, expected at least %d, the tokens of the longest sequence",
+        (int)op->longest, (int)moe__attention_longest(op));
   return MOE_OK;
 }
 
@@ -8466,7 +8473,7 @@ MOE_API moe_status moe_attention_backward(const moe_attention_op *op, const moe_
   moe_status status = moe__attention_check(op, env);
   if (status) return status;
   if (!op->stats && op->M > 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "attention: backward needs the stats of forward");
+    return moe__fail(env, MOE_E_ARGUMENT, "attention: stats is NULL, expected that of forward");
   moe__cpu_attention(op, 1, env);
   return MOE_OK;
 }
@@ -8781,8 +8788,8 @@ static moe_status moe__routes_check(const char *op, const moe_routes *r, const m
     return moe__fail(env, MOE_E_ARGUMENT, "%s: N is %d, expected 1 to %d experts", op, (int)r->N,
                      MOE_MAX_EXPERTS);
   if (r->k < 1 || r->k > r->N)
-    return moe__fail(env, MOE_E_ARGUMENT, "%s: k is %d, expected 1 to the %d experts", op,
-                     (int)r->k, (int)r->N);
+    return moe__fail(env, MOE_E_ARGUMENT, "%s: k is %d, expected 1 to N, %d", op, (int)r->k,
+                     (int)r->N);
   if (r->M < 0 || r->M > INT32_MAX / r->k)
     return moe__fail(env, MOE_E_ARGUMENT, "%s: M is %d, expected 0 to %d tokens with k = %d", op,
                      (int)r->M, (int)(INT32_MAX / r->k), (int)r->k);
@@ -8797,12 +8804,14 @@ static moe_status moe__route_check_arrays(const moe_route_op *op, const moe_env 
   if (r->N == 1) return MOE_OK; /* neither is read */
   for (s = 0; s < op->S; ++s)
     if (op->gate_of[s] < 0 || op->gate_of[s] >= op->G)
-      return moe__fail(env, MOE_E_ARGUMENT, "route: sequence %d has gate %d of %d", (int)s,
+      return moe__fail(env, MOE_E_ARGUMENT,
+                       "route: sequence %d has gate %d, the number of gates is %d", (int)s,
                        (int)op->gate_of[s], (int)op->G);
   for (i = 0; op->options.forced && i < slots; ++i) {
     int32_t expert = op->options.forced[i];
     if (expert < 0 || expert >= r->N)
-      return moe__fail(env, MOE_E_ARGUMENT, "route: token %d is forced to expert %d of %d",
+      return moe__fail(env, MOE_E_ARGUMENT,
+                       "route: token %d is forced to expert %d, the number of experts is %d",
                        (int)(i / (size_t)r->k), (int)expert, (int)r->N);
   }
   return MOE_OK;
@@ -8816,7 +8825,7 @@ static moe_status moe__route_check(const moe_route_op *op, const moe_env *env) {
   if (!status) status = moe__sequences_check("route", op->seq_start, op->S, r->M, env);
   if (status) return status;
   if (op->H < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "route: H is %d, it may not be below 0", (int)op->H);
+    return moe__fail(env, MOE_E_ARGUMENT, "route: H is %d, expected 0 or more", (int)op->H);
   if (!o->renormalize && !(o->scale > 0))
     return moe__fail(env, MOE_E_ARGUMENT,
                      "route: scale is %g, expected more than 0 (moe_route_op_init sets 1)",
@@ -8824,9 +8833,10 @@ static moe_status moe__route_check(const moe_route_op *op, const moe_env *env) {
   if (o->forced) return moe__route_check_arrays(op, env);
   for (i = 0; i < r->N; ++i) left += !(o->masked && o->masked[i]) && !(o->pruned && o->pruned[i]);
   if (left < r->k)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "route: %d of %d experts are neither masked nor pruned, a token needs k = %d",
-                     (int)left, (int)r->N, (int)r->k);
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "route: %d of %d experts are neither masked nor pruned, expected at least k = %d",
+        (int)left, (int)r->N, (int)r->k);
   return moe__route_check_arrays(op, env);
 }
 
@@ -9220,9 +9230,10 @@ static moe_status moe__experts_check_weights(const moe_mat *w, const char *name,
         env, MOE_E_ARGUMENT, "experts: `%s` of expert %d is (%d, %d)%s, expected (%d, %d)", name,
         (int)i, (int)w->rows, (int)w->cols, w->data ? "" : " without data", (int)rows, (int)cols);
   if (w->type == MOE_TYPE_I8 && cols > MOE_INT8_COLS)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "experts: `%s` of expert %d has int8 weights of %d columns, at most %d fit",
-                     name, (int)i, (int)cols, MOE_INT8_COLS);
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "experts: `%s` of expert %d has int8 weights of %d columns, expected at most %d", name,
+        (int)i, (int)cols, MOE_INT8_COLS);
   return MOE_OK;
 }
 
@@ -9231,10 +9242,10 @@ static moe_status moe__experts_check(const moe_experts_op *op, const moe_env *en
   moe_status status = moe__routes_check("experts", op->routes, env);
   if (status) return status;
   if (op->N != op->routes->N)
-    return moe__fail(env, MOE_E_ARGUMENT, "experts: N is %d, but the routes have %d experts",
+    return moe__fail(env, MOE_E_ARGUMENT, "experts: N is %d, expected %d, the N of the routes",
                      (int)op->N, (int)op->routes->N);
   if (op->H < 0 || op->F < 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "experts: H is %d and F is %d, neither may be below 0",
+    return moe__fail(env, MOE_E_ARGUMENT, "experts: H is %d and F is %d, expected 0 or more",
                      (int)op->H, (int)op->F);
   for (i = 0; i < op->N && !status; ++i)
     if (op->routes->start[i] < op->routes->start[i + 1]) { /* others may be pruned */
@@ -9432,13 +9443,13 @@ MOE_API moe_status moe_experts_backward(const moe_experts_op *op, const moe_env 
     if (in->type != MOE_TYPE_F32 || in->layout != MOE_LAYOUT_ROWS || out->type != MOE_TYPE_F32 ||
         out->layout != MOE_LAYOUT_ROWS)
       return moe__fail(env, MOE_E_ARGUMENT,
-                       "experts: backward needs w_in and w_out, since in and out of expert %d are "
-                       "not float rows",
+                       "experts: w_in or w_out is NULL, but in or out of expert %d is not float "
+                       "weights in rows layout: set both",
                        (int)i);
   }
   if (routed.routes->M > 0 &&
       (!op->pre || (!op->e && op->dweight && !moe__experts_dense(routed.routes))))
-    return moe__fail(env, MOE_E_ARGUMENT, "experts: backward needs pre and e of forward");
+    return moe__fail(env, MOE_E_ARGUMENT, "experts: pre or e is NULL, expected those of forward");
   moe__cpu_experts_backward(&routed, env);
   return MOE_OK;
 }
@@ -9731,9 +9742,10 @@ static moe_status moe__check_task_name(const moe_task *tasks, int32_t t, const m
                      MOE_NAME_BYTES - 1);
   for (i = 0; i < length; ++i)
     if (!moe__name_char(tasks[t].name[i]))
-      return moe__fail(env, MOE_E_ARGUMENT,
-                       "task '%s': expected a name of letters, digits, '-', '_' and '+'",
-                       tasks[t].name);
+      return moe__fail(
+          env, MOE_E_ARGUMENT,
+          "task '%s': its name has other characters than letters, digits, '-', '_' and '+'",
+          tasks[t].name);
   for (other = 0; other < t; ++other)
     if (!strcmp(tasks[other].name, tasks[t].name))
       return moe__fail(env, MOE_E_ARGUMENT, "task '%s' is listed twice, as number %d and %d",
@@ -9818,7 +9830,7 @@ static moe_status moe__check_task(const moe_config *config, const moe_task *task
                      (int)task->pair);
   if (task->max_len < 0 || task->max_len > config->positions)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "task '%s': max_len is %d, expected 0 (the model's) to %d, the positions",
+                     "task '%s': max_len is %d, expected 0 (the model's) to %d (its positions)",
                      task->name, (int)task->max_len, (int)config->positions);
   status = moe__check_task_metrics(task, env);
   return status ? status : moe__check_task_classes(task, env);
@@ -10100,7 +10112,8 @@ static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_ta
                                  int32_t T, int quantized, const moe_env *env) {
   int bad = 0, measure;
   if (quantized && moe__max(c->hidden, c->ffn) > MOE_INT8_COLS)
-    return moe__fail(env, MOE_E_UNSUPPORTED, "an int8 matrix has at most %d columns, not %d",
+    return moe__fail(env, MOE_E_UNSUPPORTED,
+                     "int8 matrices have at most %d columns, a matrix of this model has %d",
                      MOE_INT8_COLS, (int)moe__max(c->hidden, c->ffn));
   p->quantized = 0;
   moe__map_fill(p, MOE__FLOATS_ALL, c, tasks, T, &bad);
@@ -10293,7 +10306,8 @@ static moe_status moe__check_block(const char *what, const void *block, size_t b
                                    const moe_env *env) {
   if (!block || ((uintptr_t)block & 63))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "the block of %s: expected an address that is a multiple of 64", what);
+                     "the block of %s is misaligned: expected an address that is a multiple of 64",
+                     what);
   if (bytes < need)
     return moe__fail(env, MOE_E_MEMORY, "the block of %s has %zu bytes, expected %zu", what, bytes,
                      need);
@@ -10414,7 +10428,8 @@ static moe_status moe__device_slots(const moe_env *env, int training) {
       b->embed && b->attention && b->route && b->experts &&
       (!training || (MOE__HAS(env, adam) && b->grad_norm)))
     return MOE_OK;
-  return moe__fail(env, MOE_E_UNSUPPORTED, "%s: the table of this device lacks a slot", b->name);
+  return moe__fail(env, MOE_E_UNSUPPORTED,
+                   "%s: a slot of the device's moe_backend that the pass needs is NULL", b->name);
 }
 
 /* Uploads the weights; the device's memory stays the same where it has them already. */
@@ -11016,7 +11031,7 @@ static moe_status moe__quantize_tensors(moe_model *to, float *weights, int8_t *b
 MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, const moe_env *env) {
   moe_model *to = NULL;
   moe_status status;
-  if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "the model is int8 already");
+  if (model->plan.quantized) return moe__fail(env, MOE_E_UNSUPPORTED, "the model is already int8");
   status = moe__model_fetch(model, env);
   if (status) return status;
   status = moe__model_create_raw(&to, &model->config, model->tasks, model->T, 1, env);
@@ -11171,14 +11186,15 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
     return moe__fail(env, MOE_E_UNSUPPORTED,
                      "tasks cannot be extracted from an int8 model: extract first, then quantise");
   if (n < 1 || n > model->T)
-    return moe__fail(env, MOE_E_ARGUMENT, "%d tasks to extract, the model has %d", (int)n,
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "extract: %d tasks, expected 1 to %d, the tasks of the model", (int)n,
                      (int)model->T);
   list = (moe_task *)moe__alloc((size_t)n * sizeof *list + cells);
   if (!list) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)n);
   if (drop) moe__extract_pruned(&config, (uint8_t *)(list + n), drop);
   for (i = 0; i < n && !status; ++i) {
     if (tasks[i] < 0 || tasks[i] >= model->T)
-      status = moe__fail(env, MOE_E_ARGUMENT, "task %d to extract, the model has %d tasks",
+      status = moe__fail(env, MOE_E_ARGUMENT, "extract: task %d, the model has %d tasks",
                          (int)tasks[i], (int)model->T);
     else
       list[i] = model->tasks[tasks[i]];
@@ -11206,26 +11222,31 @@ static moe_status moe__check_batch_arrays(const moe_model *model, const moe_batc
                                           int with_labels, const moe_env *env) {
   int features = model->config.feature_dim > 0;
   int32_t s;
-  if (!b->seq_start) return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start is missing");
+  if (!b->seq_start) return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start is NULL");
   if (!b->task)
-    return moe__fail(env, MOE_E_ARGUMENT, "batch: the task of each sequence is missing");
-  if (features && (!b->features || b->ids))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "batch: this model reads feature vectors of %d numbers, and no token ids",
-                     (int)model->config.feature_dim);
+                     "batch: task is NULL, expected the task of each sequence");
+  if (features && (!b->features || b->ids))
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "batch: this model reads feature vectors of %d numbers: expected features, and ids NULL",
+        (int)model->config.feature_dim);
   if (!features && (!b->ids || b->features))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "batch: this model reads token ids, and no feature vectors");
-  if (with_labels && !b->label) return moe__fail(env, MOE_E_ARGUMENT, "batch: labels are missing");
+                     "batch: this model reads token ids: expected ids, and features NULL");
+  if (with_labels && !b->label)
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "batch: label is NULL, expected the label of each sequence");
   if (b->seq_start[0] != 0)
-    return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start begins with %d, it must begin with 0",
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start[0] is %d, expected 0",
                      (int)b->seq_start[0]);
   for (s = 0; s < b->S; ++s) {
     int64_t length = (int64_t)b->seq_start[s + 1] - b->seq_start[s];
     if (length < 1 || length > model->config.positions)
-      return moe__fail(env, MOE_E_ARGUMENT,
-                       "batch: sequence %d has %lld tokens, it must have 1 to %d, the positions",
-                       (int)s, (long long)length, (int)model->config.positions);
+      return moe__fail(
+          env, MOE_E_ARGUMENT,
+          "batch: sequence %d has %lld tokens, expected 1 to %d (the model's positions)", (int)s,
+          (long long)length, (int)model->config.positions);
   }
   return MOE_OK;
 }
@@ -11240,14 +11261,15 @@ static moe_status moe__check_label(const moe_model *model, const moe_batch *b, i
   if (!moe__has_classes(task)) {
     if (task->low < task->high && (label < task->low || label > task->high))
       return moe__fail(env, MOE_E_ARGUMENT,
-                       "batch: the label of sequence %d is %g, task '%s' has labels from %g to %g",
-                       (int)s, (double)label, task->name, (double)task->low, (double)task->high);
+                       "batch: the label of sequence %d is %g, task '%s' expects %g to %g", (int)s,
+                       (double)label, task->name, (double)task->low, (double)task->high);
     return MOE_OK;
   }
   if (label < 0 || label >= (float)task->classes || (float)(int32_t)label != label)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "batch: the label of sequence %d is %g, task '%s' has the classes 0 to %d",
-                     (int)s, (double)label, task->name, (int)task->classes - 1);
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "batch: the label of sequence %d is %g, task '%s' expects a class from 0 to %d", (int)s,
+        (double)label, task->name, (int)task->classes - 1);
   return MOE_OK;
 }
 
@@ -11255,8 +11277,10 @@ static moe_status moe__check_span(const moe_batch *b, int32_t s, int32_t length,
                                   const moe_env *env) {
   int i;
   if (!b->span)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "batch: sequence %d belongs to task '%s', which needs spans", (int)s, task);
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "batch: spans is NULL, but sequence %d belongs to task '%s', which needs spans", (int)s,
+        task);
   for (i = 0; i < 4; i += 2) {
     int32_t begin = b->span[4 * (size_t)s + (size_t)i],
             end = b->span[4 * (size_t)s + (size_t)i + 1];
@@ -11299,7 +11323,8 @@ MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batc
                                    const moe_env *env) {
   int32_t s;
   moe_status status;
-  if (batch->S < 0) return moe__fail(env, MOE_E_ARGUMENT, "batch: %d sequences", (int)batch->S);
+  if (batch->S < 0)
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: S is %d, expected 0 or more", (int)batch->S);
   if (batch->S == 0) return MOE_OK;
   status = moe__check_batch_arrays(model, batch, with_labels, env);
   for (s = 0; s < batch->S && !status; ++s) {
@@ -11648,22 +11673,20 @@ static moe_status moe__limits_check(const moe_model *model, const moe_limits *li
                                     const moe_env *env) {
   int32_t most = (INT32_MAX - 1024) / moe__max(model->config.top_k, 4);
   if (limits->tokens < 1 || limits->tokens > most)
-    return moe__fail(env, MOE_E_ARGUMENT, "limits: tokens is %d, it must be from 1 to %d",
+    return moe__fail(env, MOE_E_ARGUMENT, "limits: tokens is %d, expected 1 to %d",
                      (int)limits->tokens, (int)most);
   if (limits->sequences < 1 || limits->sequences > limits->tokens)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "limits: sequences is %d, it must be from 1 to %d, the number of tokens",
+    return moe__fail(env, MOE_E_ARGUMENT, "limits: sequences is %d, expected 1 to %d (tokens)",
                      (int)limits->sequences, (int)limits->tokens);
   if (limits->training != 0 && limits->training != 1)
-    return moe__fail(env, MOE_E_ARGUMENT, "limits: training is %d, it must be 0 or 1",
+    return moe__fail(env, MOE_E_ARGUMENT, "limits: training is %d, expected 0 or 1",
                      (int)limits->training);
   if (limits->keep_layers != 0 && limits->keep_layers != 1)
-    return moe__fail(env, MOE_E_ARGUMENT, "limits: keep_layers is %d, it must be 0 or 1",
+    return moe__fail(env, MOE_E_ARGUMENT, "limits: keep_layers is %d, expected 0 or 1",
                      (int)limits->keep_layers);
   if (limits->training && model->plan.quantized)
-    return moe__fail(
-        env, MOE_E_UNSUPPORTED,
-        "an int8 model cannot be trained: train the float model that it was made from");
+    return moe__fail(env, MOE_E_UNSUPPORTED,
+                     "an int8 model cannot be trained: train the float model, then quantise it");
 #ifdef MOE_NO_TRAIN
   if (limits->training)
     return moe__fail(env, MOE_E_UNSUPPORTED, "limits: this build cannot train (MOE_NO_TRAIN)");
@@ -11689,7 +11712,7 @@ static moe_status moe__context_bytes(size_t *host_bytes, size_t *arena_bytes,
   moe__add(*host_bytes, *arena_bytes, &host.bad);
   if (host.bad || arena.bad)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "limits: a context of %d tokens does not fit into the address space",
+                     "limits: a context of %d tokens exceeds the address space of this machine",
                      (int)limits->tokens);
   return MOE_OK;
 }
@@ -11739,7 +11762,8 @@ static moe_status moe__device_check(const moe_model *model, const moe_limits *li
   if (!b->supports(b, env, &model->config, limits)) return MOE_E_UNSUPPORTED;
   if (model->device.backend != b)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "%s: the model's weights are not there: call moe_model_pack first", b->name);
+                     "%s: the model's weights are not on this device: call moe_model_pack first",
+                     b->name);
   return MOE_OK;
 }
 
@@ -11865,7 +11889,8 @@ static moe_status moe__check_forced(const moe_context *c, int32_t M, const moe_e
       int32_t expert = c->forced[i * k + a];
       if (expert < 0 || expert >= config->experts)
         return moe__fail(
-            env, MOE_E_ARGUMENT, "forced routes: token %d of layer %d goes to expert %d of %d",
+            env, MOE_E_ARGUMENT,
+            "forced routes: token %d of layer %d goes to expert %d, the layer has %d experts",
             (int)(i % (size_t)M), (int)(i / (size_t)M), (int)expert, (int)config->experts);
       if (moe__is_pruned(c->model, (int32_t)(i / (size_t)M), expert))
         return moe__fail(env, MOE_E_ARGUMENT,
@@ -11894,9 +11919,10 @@ static moe_status moe__check_masked(const moe_context *c, const moe_env *env) {
       left += !c->masked[(size_t)l * (size_t)config->experts + (size_t)i] &&
               !moe__is_pruned(c->model, l, i);
     if (left < config->top_k)
-      return moe__fail(env, MOE_E_ARGUMENT,
-                       "masked experts: layer %d keeps %d of %d, a token needs %d", (int)l,
-                       (int)left, (int)config->experts, (int)config->top_k);
+      return moe__fail(
+          env, MOE_E_ARGUMENT,
+          "masked experts: layer %d keeps %d of %d experts, expected at least top_k (%d)", (int)l,
+          (int)left, (int)config->experts, (int)config->top_k);
   }
   return MOE_OK;
 }
@@ -11914,13 +11940,15 @@ static moe_status moe__check_given(const moe_context *c, int32_t S, const moe_en
       if (!(w[i] >= 0 && w[i] <= 1e6f))
         return moe__fail(
             env, MOE_E_ARGUMENT,
-            "fixed routes: task '%s', layer %d, block %d has weight %g, it must be from 0 to 1e6",
+            "fixed routes: task '%s', layer %d, block %d has weight %g, expected 0 to 1e6",
             c->model->tasks[row / L].name, (int)(row % L), (int)i, (double)w[i]);
       sum += w[i];
     }
     if (!(sum > 0))
-      return moe__fail(env, MOE_E_ARGUMENT, "fixed routes: task '%s' has no block in layer %d",
-                       c->model->tasks[row / L].name, (int)(row % L));
+      return moe__fail(
+          env, MOE_E_ARGUMENT,
+          "fixed routes: task '%s' has only zero weights in layer %d, expected one above 0",
+          c->model->tasks[row / L].name, (int)(row % L));
   }
   for (i = 0; given->scores && !given->routes && i < rows * m; ++i)
     if (!moe__is_finite(given->scores[i]))
@@ -11944,16 +11972,18 @@ static moe_status moe__pass_check(const moe_context *c, const moe_batch *batch, 
   if (status || batch->S == 0) return status;
   M = batch->seq_start[batch->S];
   if (batch->S > c->limits.sequences)
-    return moe__fail(env, MOE_E_ARGUMENT, "batch: %d sequences, the context is made for %d",
-                     (int)batch->S, (int)c->limits.sequences);
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "batch: %d sequences, the context was made for at most %d", (int)batch->S,
+                     (int)c->limits.sequences);
   if (M > c->limits.tokens)
-    return moe__fail(env, MOE_E_ARGUMENT, "batch: %d tokens, the context is made for %d", (int)M,
-                     (int)c->limits.tokens);
+    return moe__fail(env, MOE_E_ARGUMENT, "batch: %d tokens, the context was made for at most %d",
+                     (int)M, (int)c->limits.tokens);
   if (moe_attention_scratch(c->longest, config->hidden, config->heads, c->limits.training, env) >
       c->attention_floats)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "the context was made with fewer threads than the %d of this call",
-                     (int)env->threads);
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "this call uses %d threads, the context was made for fewer: use the same env.threads",
+        (int)env->threads);
   if (c->device.env.backend ? env->backend != c->device.env.backend : moe__on_device(env))
     return moe__fail(env, MOE_E_ARGUMENT,
                      "the context was made for %s, the pass is for %s: use the same env.backend",
@@ -13488,7 +13518,7 @@ MOE_API moe_status moe_context_task_router(moe_context *context, const moe_task_
   moe_task_router none = {NULL, NULL, NULL, NULL};
   if (context->model->config.unit != MOE_UNIT_BLOCK)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "task-level routes are for models whose experts are blocks");
+                     "task-level routes: expected a model whose experts are blocks (unit is ffn)");
   context->router.given = router ? *router : none;
   return MOE_OK;
 }
@@ -13504,8 +13534,7 @@ MOE_API moe_status moe_task_router_routes(float *routes, const moe_model *model,
     return moe__fail(env, MOE_E_ARGUMENT, "this model has no task-level router");
   if (!(tau >= 0 && tau <= 1e6f))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "temperature of routes is %g, it must be from 0 (the most probable block) to "
-                     "1e6",
+                     "temperature of routes is %g, expected 0 (the most probable block) to 1e6",
                      (double)tau);
   for (t = 0; t < model->T; ++t)
     for (l = 0; l < config->layers; ++l, routes += m) {
@@ -13766,11 +13795,13 @@ MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *cont
   for (s = 0; s < batch->S; ++s) {
     int32_t first = batch->seq_start[s], end = batch->seq_start[s + 1];
     if ((s == 0 && first != 0) || first >= end || end > M)
-      return moe__fail(env, MOE_E_ARGUMENT, "counting routes: sequence %d is tokens %d to %d of %d",
-                       (int)s, (int)first, (int)end, (int)M);
+      return moe__fail(
+          env, MOE_E_ARGUMENT,
+          "counting routes: sequence %d begins at row %d and ends at %d, the batch has %d tokens",
+          (int)s, (int)first, (int)end, (int)M);
     if (batch->task[s] < 0 || batch->task[s] >= context->model->T)
       return moe__fail(env, MOE_E_ARGUMENT,
-                       "counting routes: sequence %d is of task %d, the model has %d tasks", (int)s,
+                       "counting routes: sequence %d has task %d, the model has %d tasks", (int)s,
                        (int)batch->task[s], (int)context->model->T);
   }
   for (s = 0; s < batch->S; ++s)
@@ -13821,12 +13852,12 @@ static moe_status moe__check_optimizer(const moe_train_config *c, const moe_env 
   if (!(c->lr > 0 && c->lr <= MOE__HUGE))
     return moe__fail(env, MOE_E_ARGUMENT, "lr is %g, expected above 0", (double)c->lr);
   if (!moe__within(c->warmup, 0, 1))
-    return moe__fail(env, MOE_E_ARGUMENT, "warmup is %g, expected a fraction of steps from 0 to 1",
+    return moe__fail(env, MOE_E_ARGUMENT, "warmup is %g, expected 0 to 1 (a fraction of the steps)",
                      (double)c->warmup);
   if (c->steps < 1 || c->steps > 100000000000)
     return moe__fail(env, MOE_E_ARGUMENT, "steps is %lld, expected 1 to 1e11", (long long)c->steps);
   if (!moe__is_beta(c->beta1) || !moe__is_beta(c->beta2))
-    return moe__fail(env, MOE_E_ARGUMENT, "beta1 is %g and beta2 is %g, expected from 0 to below 1",
+    return moe__fail(env, MOE_E_ARGUMENT, "beta1 is %g and beta2 is %g, expected 0 to below 1",
                      (double)c->beta1, (double)c->beta2);
   if (!(c->eps > 0 && c->eps <= MOE__HUGE))
     return moe__fail(env, MOE_E_ARGUMENT, "Adam's eps is %g, expected above 0", (double)c->eps);
@@ -13861,19 +13892,19 @@ static moe_status moe__train_config_check(const moe_train_config *c, const moe_e
   moe_status status = moe__check_optimizer(c, env);
   if (status) return status;
   if (!moe__within(c->dropout, 0, 0.9999999f))
-    return moe__fail(env, MOE_E_ARGUMENT, "dropout is %g, expected from 0 to below 1",
+    return moe__fail(env, MOE_E_ARGUMENT, "dropout is %g, expected 0 to below 1",
                      (double)c->dropout);
   if (!moe__within(c->balance, 0, MOE__HUGE) || !moe__within(c->z_loss, 0, MOE__HUGE))
     return moe__fail(env, MOE_E_ARGUMENT,
                      "balance is %g and z_loss is %g, expected 0 (off) or more", (double)c->balance,
                      (double)c->z_loss);
   if (!moe__within(c->jitter, 0, 0.9999999f))
-    return moe__fail(env, MOE_E_ARGUMENT, "jitter is %g, expected from 0 (off) to below 1",
+    return moe__fail(env, MOE_E_ARGUMENT, "jitter is %g, expected 0 (off) to below 1",
                      (double)c->jitter);
   if (!(c->tau_end > 0 && c->tau_start >= c->tau_end && c->tau_start <= 1e6f) ||
       !moe__within(c->tau_rate, 0, MOE__HUGE))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "tau_start is %g, tau_end %g and tau_rate %g: expected 1e6 >= tau_start >= "
+                     "tau_start is %g, tau_end %g, tau_rate %g, expected 1e6 >= tau_start >= "
                      "tau_end > 0 and tau_rate >= 0",
                      (double)c->tau_start, (double)c->tau_end, (double)c->tau_rate);
   return moe__check_groups(c, env);
@@ -14182,10 +14213,11 @@ MOE_API void moe_adam_op_init(moe_adam_op *op) {
 MOE_API moe_status moe_adam_step(const moe_adam_op *op, const moe_env *env) {
   moe__span all;
   if (op->t < 1)
-    return moe__fail(env, MOE_E_ARGUMENT, "Adam: step %lld, the first is 1", (long long)op->t);
+    return moe__fail(env, MOE_E_ARGUMENT, "Adam: t is %lld, expected 1 or more", (long long)op->t);
   if (!moe__is_beta(op->beta1) || !moe__is_beta(op->beta2))
-    return moe__fail(env, MOE_E_ARGUMENT, "Adam: beta1 %g and beta2 %g, expected from 0 to below 1",
-                     (double)op->beta1, (double)op->beta2);
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "Adam: beta1 is %g and beta2 is %g, expected 0 to below 1", (double)op->beta1,
+                     (double)op->beta2);
   all.offset = 0;
   all.count = op->count;
   all.tile = 0;
@@ -14235,18 +14267,19 @@ MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_conf
     return moe__fail(env, MOE_E_ARGUMENT, "sampler: T is %d, expected 1 to %d tasks", (int)T,
                      MOE_MAX_TASKS);
   if ((int)config->sampling < 0 || config->sampling > MOE_SAMPLING_UNIFORM_NATURAL)
-    return moe__fail(env, MOE_E_ARGUMENT, "unknown sampling mode %d", (int)config->sampling);
+    return moe__fail(env, MOE_E_ARGUMENT, "sampler: unknown sampling mode %d",
+                     (int)config->sampling);
   if (config->sampling == MOE_SAMPLING_TEMPERATURE && !(config->tau > 0 && config->tau < 1e9f))
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "sampler: tau is %g, expected a temperature above 0 and below 1e9",
+    return moe__fail(env, MOE_E_ARGUMENT, "sampler: tau is %g, expected above 0 and below 1e9",
                      (double)config->tau);
   if (config->sampling == MOE_SAMPLING_UNIFORM_NATURAL && config->draws < 1)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "sampler: draws is %lld, expected the number of draws of the whole run, which "
-                     "uniform-natural sampling needs",
+                     "sampler: draws is %lld, but uniform-natural sampling needs the number of "
+                     "draws of the whole run",
                      (long long)config->draws);
   if (config->in_order && (config->sampling != MOE_SAMPLING_NATURAL || config->run))
-    return moe__fail(env, MOE_E_ARGUMENT, "sampler: in_order needs natural sampling with run 0");
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "sampler: in_order is 1, expected 0 unless sampling is natural and run is 0");
   if (config->run < 0)
     return moe__fail(env, MOE_E_ARGUMENT, "sampler: run is %d, expected 0 or more",
                      (int)config->run);
@@ -14401,7 +14434,7 @@ MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *li
   if (status) return status;
   if (layout.bad)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "trainer: gradients and moments are larger than the address space");
+                     "trainer: gradients and moments exceed the address space of this machine");
   *bytes = layout.used;
   return MOE_OK;
 }
@@ -14450,9 +14483,9 @@ MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes
   moe_status status = moe_trainer_size(model, limits, config, &need, env);
   if (!status) status = moe__check_block("a trainer", block, bytes, need, env);
   if (!status && !model->writable)
-    status =
-        moe__fail(env, MOE_E_ARGUMENT,
-                  "a model opened in place cannot be trained: read it (moe_model_read, _load)");
+    status = moe__fail(
+        env, MOE_E_ARGUMENT,
+        "a model opened in place cannot be trained: read it with moe_model_read or moe_model_load");
   if (status) return status;
   layout.base = (unsigned char *)block;
   t = (moe_trainer *)moe__carve(&layout, 1, sizeof *t);
@@ -14558,7 +14591,7 @@ MOE_API moe_status moe_trainer_accumulate(moe_trainer *trainer, const moe_batch 
   if (batch_size == 0) batch_size = moe__max(batch->S, 1);
   if (batch_size < batch->S)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "batch_size is %d, expected at least the %d sequences of this micro-batch",
+                     "batch_size is %d, expected at least %d, the sequences of this micro-batch",
                      (int)batch_size, (int)batch->S);
   status = moe__trainer_forward(trainer, &pass, batch, env);
   if (status) {
@@ -14903,7 +14936,7 @@ static int moe__json_hex4(moe__json *j, uint32_t *out) {
                 : c >= 'a' && c <= 'f' ? c - 'a' + 10
                 : c >= 'A' && c <= 'F' ? c - 'A' + 10
                                        : -1;
-    if (digit < 0) return moe__json_fail(j, "\\u needs four hexadecimal digits");
+    if (digit < 0) return moe__json_fail(j, "expected four hexadecimal digits after \\u");
     *out = *out << 4 | (uint32_t)digit;
   }
   return 1;
@@ -14923,9 +14956,9 @@ static int moe__json_escape(moe__json *j, unsigned char out[4]) {
   if (high < 0xd800 || high > 0xdfff) return moe__utf8_put(out, high);
   if (high >= 0xdc80 && high <= 0xdcff) return out[0] = (unsigned char)(high & 0xff), 1;
   if (high > 0xdbff || moe__json_get(j) != '\\' || moe__json_get(j) != 'u')
-    return moe__json_fail(j, "half of a surrogate pair");
+    return moe__json_fail(j, "an unpaired surrogate");
   if (!moe__json_hex4(j, &low)) return 0;
-  if (low < 0xdc00 || low > 0xdfff) return moe__json_fail(j, "half of a surrogate pair");
+  if (low < 0xdc00 || low > 0xdfff) return moe__json_fail(j, "an unpaired surrogate");
   return moe__utf8_put(out, 0x10000 + ((high - 0xd800) << 10) + (low - 0xdc00));
 }
 
@@ -14943,8 +14976,7 @@ static int moe__json_expect(moe__json *j, int c, const char *error) {
 
 /* Goes into an object ('{') or array ('['). */
 static int moe__json_enter(moe__json *j, int open) {
-  if (!moe__json_expect(j, open,
-                        open == '{' ? "an object { } was expected" : "an array [ ] was expected"))
+  if (!moe__json_expect(j, open, open == '{' ? "expected an object { }" : "expected an array [ ]"))
     return 0;
   return j->first = 1;
 }
@@ -14955,9 +14987,7 @@ static int moe__json_more(moe__json *j, int close) {
   j->first = 0;
   if (c == close) return moe__json_get(j), 0;
   if (first && c >= 0) return 1;
-  if (c != ',')
-    return moe__json_fail(j,
-                          c < 0 ? "the text ends here, more was expected" : "a comma was expected");
+  if (c != ',') return moe__json_fail(j, c < 0 ? "unexpected end of the text" : "expected a comma");
   moe__json_get(j);
   return 1;
 }
@@ -14966,10 +14996,10 @@ static int moe__json_more(moe__json *j, int close) {
 static int moe__json_string(moe__json *j, moe__json_text *out) {
   unsigned char bytes[4];
   int c;
-  if (!moe__json_expect(j, '"', "a string was expected")) return 0;
+  if (!moe__json_expect(j, '"', "expected a string")) return 0;
   out->begin = *j;
   while ((c = moe__json_get(j)) != '"') {
-    if (c < 0) return moe__json_fail(j, "a string without its closing quote");
+    if (c < 0) return moe__json_fail(j, "a string has no closing quote");
     if (c < 0x20) return moe__json_fail(j, "a control character in a string");
     if (c == '\\' && !moe__json_escape(j, bytes)) return 0;
   }
@@ -14979,7 +15009,7 @@ static int moe__json_string(moe__json *j, moe__json_text *out) {
 
 /* Reads the name of a member and its colon. */
 static int moe__json_key(moe__json *j, moe__json_text *out) {
-  return moe__json_string(j, out) && moe__json_expect(j, ':', "a colon was expected");
+  return moe__json_string(j, out) && moe__json_expect(j, ':', "expected a colon");
 }
 
 /* Writes the string, escapes resolved, cut to `capacity` bytes with the zero at its end; returns
@@ -15066,22 +15096,22 @@ static int moe__json_read_number(moe__json *j, moe__json_number *out) {
   memset(out, 0, sizeof *out);
   out->integer = 1;
   if (moe__json_kind(j) == '-') moe__json_get(j), out->negative = 1;
-  if (!moe__json_is_digit(j)) return moe__json_fail(j, "a number was expected");
+  if (!moe__json_is_digit(j)) return moe__json_fail(j, "expected a number");
   if (moe__json_peek(j) == '0') {
     moe__json_get(j);
-    if (moe__json_is_digit(j)) return moe__json_fail(j, "a number begins with 0");
+    if (moe__json_is_digit(j)) return moe__json_fail(j, "a number has a leading 0");
   }
   while (moe__json_is_digit(j)) moe__json_digit(&digits, &dropped, moe__json_get(j));
   if (moe__json_peek(j) == '.') {
     moe__json_get(j), out->integer = 0;
-    if (!moe__json_is_digit(j)) return moe__json_fail(j, "a digit was expected after the point");
+    if (!moe__json_is_digit(j)) return moe__json_fail(j, "expected a digit after the point");
     for (; moe__json_is_digit(j); after_point += after_point < 100000)
       moe__json_digit(&digits, &dropped, moe__json_get(j));
   }
   if (moe__json_peek(j) == 'e' || moe__json_peek(j) == 'E') {
     moe__json_get(j), out->integer = 0;
     if (moe__json_peek(j) == '-' || moe__json_peek(j) == '+') minus = moe__json_get(j) == '-';
-    if (!moe__json_is_digit(j)) return moe__json_fail(j, "a digit was expected in the exponent");
+    if (!moe__json_is_digit(j)) return moe__json_fail(j, "expected a digit in the exponent");
     while (moe__json_is_digit(j)) {
       int c = moe__json_get(j);
       if (e < 100000) e = e * 10 + (c - '0');
@@ -15100,7 +15130,7 @@ static int moe__json_integer(moe__json *j, int64_t low, int64_t high, int64_t *o
   moe__json_number number;
   int64_t v;
   if (!moe__json_read_number(j, &number)) return 0;
-  if (!number.integer) return moe__json_fail(j, "an integer was expected");
+  if (!number.integer) return moe__json_fail(j, "expected an integer");
   if (number.magnitude > (uint64_t)INT64_MAX) return moe__json_fail(j, "a number is out of range");
   v = number.negative ? -(int64_t)number.magnitude : (int64_t)number.magnitude;
   if (v < low || v > high) return moe__json_fail(j, "a number is out of range");
@@ -15119,7 +15149,7 @@ static int moe__json_float(moe__json *j, float *out) {
 static int moe__json_word(moe__json *j, const char *word) {
   moe__json_kind(j);
   for (; *word; ++word)
-    if (moe__json_get(j) != (unsigned char)*word) return moe__json_fail(j, "a value was expected");
+    if (moe__json_get(j) != (unsigned char)*word) return moe__json_fail(j, "expected a value");
   return 1;
 }
 
@@ -15155,7 +15185,8 @@ static int moe__json_skip(moe__json *j) {
 
 /* Only blanks may follow. */
 static int moe__json_finish(moe__json *j) {
-  if (!j->error && moe__json_kind(j) >= 0) return moe__json_fail(j, "text after the end");
+  if (!j->error && moe__json_kind(j) >= 0)
+    return moe__json_fail(j, "unexpected text after the end");
   return !j->error;
 }
 
@@ -15358,7 +15389,7 @@ static int moe__st_sizes(moe__json *j, size_t *out, int most) {
     moe__json_number number;
     if (!moe__json_read_number(j, &number)) return -1;
     if (!number.integer || number.negative || number.magnitude > SIZE_MAX)
-      return moe__json_fail(j, "a size was expected") - 1;
+      return moe__json_fail(j, "expected a size") - 1;
     if (n == most) return moe__json_fail(j, "too many numbers in an array") - 1;
     out[n++] = (size_t)number.magnitude;
   }
@@ -15386,7 +15417,7 @@ static int moe__st_value(moe__json *j, moe__st_tensor *t) {
     } else if (moe__json_is(&key, "data_offsets")) {
       ++seen[2];
       if (moe__st_sizes(j, range, 2) != 2)
-        return moe__json_fail(j, "data_offsets needs two numbers");
+        return moe__json_fail(j, "expected two numbers in data_offsets");
       t->begin = range[0];
       t->end = range[1];
     } else if (!moe__json_skip(j))
@@ -15394,7 +15425,7 @@ static int moe__st_value(moe__json *j, moe__st_tensor *t) {
   }
   if (j->error) return 0;
   if (seen[0] != 1 || seen[1] != 1 || seen[2] != 1)
-    return moe__json_fail(j, "dtype, shape and data_offsets are needed, once each");
+    return moe__json_fail(j, "expected dtype, shape and data_offsets, once each");
   return 1;
 }
 
@@ -15409,8 +15440,9 @@ static moe_status moe__st_check(const moe__st *st, moe__st_tensor *t, const moe_
   for (i = 0; i < t->dims && !empty; ++i) t->count = moe__mul(t->count, t->shape[i], &bad);
   bytes = moe__mul(t->count, moe__dtype_bytes[t->dtype], &bad);
   if (bad)
-    return moe__fail(env, MOE_E_FORMAT, "tensor %s: its shape %s has more elements than memory",
-                     t->name, shape);
+    return moe__fail(env, MOE_E_FORMAT,
+                     "tensor %s: its shape %s exceeds the address space of this machine", t->name,
+                     shape);
   if (t->begin > t->end || t->end > st->data_bytes)
     return moe__fail(
         env, MOE_E_FORMAT,
@@ -15466,8 +15498,7 @@ static moe_status moe__st_gap(const moe__st *st, moe__range range, size_t expect
   while (moe__st_next(st, &j, &t))
     if (t.begin == range.begin && t.end == range.end) break;
   return moe__fail(env, MOE_E_FORMAT,
-                   "tensor %s begins at byte %zu of the data, where %zu was expected: a hole or an "
-                   "overlap",
+                   "tensor %s begins at byte %zu of the data, expected %zu: a gap or an overlap",
                    t.name, range.begin, expected);
 }
 
@@ -15583,8 +15614,8 @@ static moe_status moe__st_scan(moe__st *out, const void *file, size_t bytes, con
       return moe__fail(env, MOE_E_FORMAT, "not a safetensors file (model.safetensors), but %s",
                        other);
     return moe__fail(env, MOE_E_FORMAT,
-                     "the first 8 bytes announce a header of %llu bytes, %zu follow (at most %u "
-                     "expected): truncated, or not a safetensors file",
+                     "the first 8 bytes give a header of %llu bytes, but %zu bytes follow "
+                     "(expected at most %u): truncated, or not a safetensors file",
                      (unsigned long long)length, bytes - 8, MOE__ST_HEADER_MAX);
   }
   memset(&st, 0, sizeof st);
@@ -15978,7 +16009,7 @@ static moe_status moe__save_check(const moe__save *save, const moe_env *env) {
         if (!(v[k] - v[k] == 0) || (p == 2 && v[k] < 0))
           return moe__fail(
               env, MOE_E_NONFINITE,
-              "tensor %s%s: element %zu is %g, which reading would refuse: nothing is written",
+              "tensor %s%s: element %zu is %g, which could not be read back: nothing is written",
               prefix, t.name, k, (double)v[k]);
     }
   return MOE_OK;
@@ -16125,8 +16156,7 @@ static int moe__pruned_read(moe__json *j, uint8_t *to, const moe_config *config)
   moe__json_enter(j, '[');
   while (moe__json_more(j, ']')) {
     int64_t i = -1;
-    if (l == config->layers)
-      return moe__json_fail(j, "pruned experts of more layers than the model has");
+    if (l == config->layers) return moe__json_fail(j, "pruned has more layers than the model");
     moe__json_enter(j, '[');
     while (moe__json_more(j, ']')) {
       if (!moe__json_integer(j, i + 1, config->experts - 1, &i)) return 0;
@@ -16134,8 +16164,7 @@ static int moe__pruned_read(moe__json *j, uint8_t *to, const moe_config *config)
     }
     ++l;
   }
-  if (!j->error && l < config->layers)
-    moe__json_fail(j, "pruned experts of fewer layers than the model has");
+  if (!j->error && l < config->layers) moe__json_fail(j, "pruned has fewer layers than the model");
   return !j->error;
 }
 
@@ -16247,7 +16276,7 @@ static moe_status moe__header_read(moe__header *header, const void *file, size_t
   if (status) return status;
   if (!header->st.in_order && in_place)
     return moe__fail(env, MOE_E_FORMAT,
-                     "the tensors are not listed in the order of their bytes: load the file with "
+                     "the tensors are not listed in the order of their data: load the file with "
                      "moe_model_load and save it again");
   if (moe__st_text(&header->st, "moe.version", &j, NULL))
     return moe__fail(
@@ -16371,8 +16400,8 @@ static moe_status moe__reading_place(moe__reading *r, const moe__st_tensor *foun
   if (is_first && found->begin >= place) r->first = found->begin - place;
   if (found->begin == r->first + place) return MOE_OK;
   return moe__fail(env, MOE_E_FORMAT,
-                   "tensor %s begins at byte %zu of the data, where %zu was expected: load the "
-                   "file with moe_model_load and save it again",
+                   "tensor %s begins at byte %zu of the data, expected %zu: load the file with "
+                   "moe_model_load and save it again",
                    found->name, found->begin, r->first + place);
 }
 
@@ -16573,7 +16602,7 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
   if (!moe__little_endian())
     return moe__fail(
         env, MOE_E_UNSUPPORTED,
-        "this machine is big-endian, which a file used in place is not: use moe_model_read");
+        "this machine is big-endian and cannot use a file in place: use moe_model_read");
   moe__open_carve(&layout, &tasks, &seen, &header);
   status = moe__check_block("an opened model", block, bytes, layout.used, env);
   if (status) return status;
@@ -16589,7 +16618,7 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
                               header.quantized, (const float *)block, env);
   if (status) return status == MOE_E_ARGUMENT ? MOE_E_FORMAT : status;
   if ((size_t)model->tensors > header.st.tensors)
-    return moe__fail(env, MOE_E_FORMAT, "the model has %d tensors, the file %zu",
+    return moe__fail(env, MOE_E_FORMAT, "the configuration needs %d tensors, the file has %zu",
                      (int)model->tensors, header.st.tensors);
   memset(&r, 0, sizeof r);
   r.st = &header.st;
@@ -16602,8 +16631,8 @@ MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file
   weights = header.st.data + r.first;
   if ((uintptr_t)weights % sizeof(float))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "the weights do not begin at a multiple of 4: the file's bytes must begin at "
-                     "a multiple of 64");
+                     "the weights are misaligned: expected the bytes of the file at an address "
+                     "that is a multiple of 64");
   status = moe__vocab_find(&model->vocab, &model->vocab_bytes, &header.st, env);
   if (status) return status;
   model->weights = (const float *)(const void *)weights;
@@ -16895,7 +16924,7 @@ static moe_status moe__read_all(void **data, size_t *bytes, moe__fd fd, size_t h
     *bytes = used;
     return MOE_OK;
   }
-  return moe__fail(env, MOE_E_MEMORY, "%s: no memory to read it, after %zu bytes", path, used);
+  return moe__fail(env, MOE_E_MEMORY, "%s: out of memory after reading %zu bytes", path, used);
 }
 
 MOE_API moe_status moe_file_read(void **data, size_t *bytes, const char *path, const moe_env *env) {
@@ -16992,7 +17021,7 @@ static moe_status moe__write_stream(const char *path,
                      moe__reason(reason, sizeof reason));
   status = moe__fill_file(fd, path, 0, write_fn, user, env);
   if (moe__close(fd) && !status)
-    status = moe__fail(env, MOE_E_IO, "%s: writing failed at the end: %s", path,
+    status = moe__fail(env, MOE_E_IO, "%s: closing failed: %s", path,
                        moe__reason(reason, sizeof reason));
   return status;
 }
@@ -17057,7 +17086,8 @@ MOE_API moe_status moe_file_replace(const char *path,
   if (kind == MOE__PATH_DEVICE || kind == MOE__PATH_STREAM)
     return moe__write_stream(path, write, user, env);
   temporary = (char *)moe__alloc(length + sizeof ".tmp00");
-  if (!temporary) return moe__fail(env, MOE_E_MEMORY, "%s: no memory for a name", path);
+  if (!temporary)
+    return moe__fail(env, MOE_E_MEMORY, "%s: no memory for the name of a temporary file", path);
   fd = moe__temporary(temporary, path, mode, env);
   if (fd == MOE__FD_NONE) {
     moe__release(temporary);
@@ -17067,7 +17097,7 @@ MOE_API moe_status moe_file_replace(const char *path,
   if (status)
     moe__discard(fd, temporary);
   else if (moe__publish(fd, temporary, path))
-    status = moe__fail(env, MOE_E_IO, "%s: cannot take the place of %s: %s", temporary, path,
+    status = moe__fail(env, MOE_E_IO, "%s: cannot be renamed to %s: %s", temporary, path,
                        moe__reason(reason, sizeof reason));
   else
     moe__sync_folder(temporary);
@@ -17254,7 +17284,7 @@ static moe_status moe__import_open(moe__encoder *out, const void *file, size_t b
     if (!known)
       return moe__fail(
           env, MOE_E_FORMAT,
-          "tensor %s: BERT has no such tensor, so this encoder computes something else", t.name);
+          "tensor %s: BERT has no such tensor; only encoders like BERT can be imported", t.name);
     if (known > 0 && moe__row_of(&spot)->scope != MOE__IN_EMBED)
       out->layers = moe__max(out->layers, spot.layer + 1);
   }
@@ -17401,7 +17431,7 @@ static moe_status moe__import_note(moe__import *import, const moe__spot *spot,
   if (!moe__row_exists(&import->model->config, moe__row_of(spot))) return MOE_OK;
   if (source->found)
     return moe__fail(env, MOE_E_FORMAT,
-                     "tensor %s is listed twice, perhaps once under its old name (gamma, beta)",
+                     "tensor %s is listed twice, maybe once under its old name (gamma, beta)",
                      found->name);
   source->found = 1;
   source->dtype = found->dtype;
@@ -17504,12 +17534,14 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
   moe_status status;
   if (model->plan.quantized)
     return moe__fail(env, MOE_E_UNSUPPORTED,
-                     "an int8 model cannot be imported into: import first, then quantise");
+                     "cannot import into an int8 model: import first, then quantise");
   if (!model->writable)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "the weights of this model are in the bytes of a file and cannot be changed");
+                     "cannot import into a model opened in place: read it with moe_model_read or "
+                     "moe_model_load");
   if (model->config.pruned)
-    return moe__fail(env, MOE_E_UNSUPPORTED, "a model with pruned experts cannot be imported into");
+    return moe__fail(env, MOE_E_UNSUPPORTED,
+                     "cannot import into a model with pruned experts: import first, then prune");
   if (options && !(options->noise >= 0 && options->noise < 1))
     return moe__fail(env, MOE_E_ARGUMENT, "noise on copied experts is %g, expected 0 to below 1",
                      (double)options->noise);
@@ -17658,9 +17690,8 @@ static moe_status moe__same_config(const moe_config *file, const moe_config *mod
        (file->selection != model->selection || file->task_dim != model->task_dim ||
         file->temperature < model->temperature || file->temperature > model->temperature)))
     return moe__fail(env, MOE_E_FORMAT,
-                     "the checkpoint's experts are of unit %s, selection %s, temperature %g, task "
-                     "vectors of %d; the model "
-                     "has unit %s, selection %s, temperature %g, vectors of %d",
+                     "the checkpoint's configuration has unit %s, selection %s, temperature %g, "
+                     "task_dim %d, the model has %s, %s, %g, %d",
                      moe__unit_names[file->unit], moe__selection_names[file->selection],
                      (double)file->temperature, (int)file->task_dim, moe__unit_names[model->unit],
                      moe__selection_names[model->selection], (double)model->temperature,
@@ -17701,8 +17732,8 @@ static moe_status moe__same_tasks(const moe__tasks *file, const moe_model *model
     const char *differs = moe__task_difference(&file->task[t], &model->tasks[t]);
     if (differs)
       return moe__fail(env, MOE_E_FORMAT,
-                       "task %d of the checkpoint, '%s', differs from the model's, '%s': %s",
-                       (int)t, file->task[t].name, model->tasks[t].name, differs);
+                       "task %d: '%s' of the checkpoint and '%s' of the model differ: %s", (int)t,
+                       file->task[t].name, model->tasks[t].name, differs);
   }
   return MOE_OK;
 }
@@ -17716,14 +17747,15 @@ static int moe__counts_read(moe__json *j, int64_t *out, const int64_t *same, int
   moe__json_enter(j, '[');
   while (moe__json_more(j, ']')) {
     int64_t v;
-    if (n == T) return moe__json_fail(j, "more tasks than the sampler has");
+    if (n == T) return moe__json_fail(j, "the checkpoint has more tasks than the sampler");
     if (!moe__json_integer(j, 0, same ? INT64_MAX : MOE__MOST, &v)) return 0;
-    if (same && same[n] != v) return moe__json_fail(j, "a task had another number of rows");
+    if (same && same[n] != v)
+      return moe__json_fail(j, "the number of rows of a task differs from the checkpoint's");
     if (out) out[n] = v;
     ++n;
   }
   if (j->error) return 0;
-  return n == T ? 1 : moe__json_fail(j, "fewer tasks than the sampler has");
+  return n == T ? 1 : moe__json_fail(j, "the checkpoint has fewer tasks than the sampler");
 }
 
 /* A setting of the sampler's, number k of moe__sampler_key; *same: it has the value of `config`. */
@@ -17776,7 +17808,7 @@ static int moe__sampler_read(moe__json *j, moe_sampler *sampler, int apply) {
     if (!moe__json_key(j, &key)) return 0;
     while (k < KEYS && !moe__json_is(&key, keys[k])) ++k;
     if (k == KEYS) return moe__json_fail(j, "unknown member of the sampler");
-    if (seen >> k & 1) return moe__json_fail(j, "a member of the sampler is there twice");
+    if (seen >> k & 1) return moe__json_fail(j, "a member of the sampler is listed twice");
     seen |= 1u << k;
     if (k < SETTINGS) {
       ok = moe__sampler_setting(j, k, &sampler->config, &same);
@@ -17807,7 +17839,7 @@ typedef struct moe__progress {
 
 static void moe__progress_lr(moe__json *j, float *lr) {
   if (moe__json_float(j, lr) && !moe__within(*lr, 0, MOE__HUGE))
-    moe__json_fail(j, "lr is not from 0 to 1e30");
+    moe__json_fail(j, "lr is out of range, expected 0 to 1e30");
 }
 
 /* Reads moe.checkpoint. sampler may be NULL: its state is skipped. */
@@ -17819,9 +17851,9 @@ static moe_status moe__progress_read(const moe__st *st, moe__progress *p, moe_sa
   unsigned seen = 0;
   moe_status status = moe__st_text(st, "moe.checkpoint", &j, NULL);
   if (status)
-    return moe__fail(env, status,
-                     "not a checkpoint: the metadata must have \"moe.checkpoint\" once (is it a "
-                     "model file?)");
+    return moe__fail(
+        env, status,
+        "not a checkpoint: expected \"moe.checkpoint\" once in the metadata (is it a model file?)");
   p->lr = -1;
   moe__json_enter(&j, '{');
   while (moe__json_more(&j, '}')) {
@@ -17848,7 +17880,7 @@ static moe_status moe__progress_read(const moe__st *st, moe__progress *p, moe_sa
   moe__json_finish(&j);
   if (!j.error && !(seen >> STEP & 1)) moe__json_fail(&j, "step is missing");
   if (!j.error && sampler && !(seen >> SAMPLER & 1))
-    moe__json_fail(&j, "it was written without a sampler");
+    moe__json_fail(&j, "the checkpoint was written without a sampler");
   p->has_note = (int)(seen >> NOTE & 1);
   return j.error ? moe__fail(env, MOE_E_FORMAT, "moe.checkpoint: %s", j.error) : MOE_OK;
 }
@@ -17875,15 +17907,16 @@ static moe_status moe__checkpoint_check(const moe__header *header, const moe_mod
                   (tasks.pruned &&
                    memcmp(tasks.pruned, model->config.pruned, moe__pruned_cells(&model->config)))))
     status =
-        moe__fail(env, MOE_E_FORMAT, "the checkpoint and the model do not prune the same experts");
+        moe__fail(env, MOE_E_FORMAT, "the checkpoint and the model differ in their pruned experts");
   if (!status) status = moe__same_tasks(&tasks, model, env);
   moe__release(scratch);
   if (!status) status = moe__vocab_find(&vocab, &vocab_bytes, &header->st, env);
   if (!status && (vocab_bytes != model->vocab_bytes ||
                   (vocab_bytes && memcmp(vocab, model->vocab, vocab_bytes))))
-    status = moe__fail(env, MOE_E_FORMAT,
-                       "the checkpoint's vocabulary (%zu bytes) is not the model's (%zu bytes)",
-                       vocab_bytes, model->vocab_bytes);
+    status =
+        moe__fail(env, MOE_E_FORMAT,
+                  "the checkpoint's vocabulary (%zu bytes) differs from the model's (%zu bytes)",
+                  vocab_bytes, model->vocab_bytes);
   if (!status) status = moe__tensors_load(NULL, NULL, &header->st, model, "", env);
   for (i = 0; i < 2 && !status; ++i)
     status = moe__tensors_load(NULL, NULL, &header->st, model, moe__moment_prefix[i], env);
@@ -18626,8 +18659,8 @@ static moe_status moe__encode_check(const moe_tokenizer *tokenizer, const moe_to
   if ((out->begin || out->end) &&
       (text->a_bytes > INT32_MAX || (text->b && text->b_bytes > INT32_MAX)))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "moe_encode: a text is longer than the 2^31 - 1 bytes that begin and end can "
-                     "count");
+                     "moe_encode: a text is too long, expected at most 2^31 - 1 bytes where begin "
+                     "or end is given");
   return MOE_OK;
 }
 
@@ -18728,8 +18761,8 @@ static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout
   it.words = (int32_t)lines;
   it.mask = (uint32_t)(buckets - 1);
   if (layout->bad)
-    return moe__fail(env, MOE_E_MEMORY, "vocabulary: %zu lines are larger than the address space",
-                     lines);
+    return moe__fail(env, MOE_E_MEMORY,
+                     "vocabulary: %zu lines exceed the address space of this machine", lines);
   if (t) *t = it;
   *out = t;
   return MOE_OK;
@@ -18843,10 +18876,12 @@ MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t b
   moe_status status = moe_tokenizer_size(vocab, vocab_bytes, &need, env);
   if (status) return status;
   if (!block || (uintptr_t)block % 64)
-    return moe__fail(env, MOE_E_ARGUMENT, "tokenizer: the block must be aligned to 64 bytes");
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "the block of a tokenizer is misaligned: expected an address that is a multiple of 64");
   if (bytes < need)
-    return moe__fail(env, MOE_E_MEMORY, "tokenizer: the block has %zu bytes, expected %zu", bytes,
-                     need);
+    return moe__fail(env, MOE_E_MEMORY, "the block of a tokenizer has %zu bytes, expected %zu",
+                     bytes, need);
   memset(&layout, 0, sizeof layout);
   layout.base = (unsigned char *)block;
   status = moe__tokenizer_layout(&t, &layout, vocab, vocab_bytes, env);
@@ -19178,7 +19213,7 @@ static moe_status moe__rank_groups(float *answer, const float *logits, int32_t s
                                    const int32_t *group, int32_t *winner, const moe_env *env) {
   int32_t i;
   if (!group || !winner)
-    return moe__fail(env, MOE_E_ARGUMENT, "answers to a ranking need group and winner");
+    return moe__fail(env, MOE_E_ARGUMENT, "ranking: group or winner is NULL, expected both");
   for (i = 0; i < n; ++i)
     if (group[i] < 0 || group[i] >= n)
       return moe__fail(env, MOE_E_ARGUMENT, "row %d: group %d, expected 0 to %d", (int)i,
@@ -19268,10 +19303,11 @@ static moe_status moe__predictor_carve(moe__layout *layout, moe_predictor *p,
   p->task = (int32_t *)moe__carve(layout, S, sizeof(int32_t));
   p->span = (int32_t *)moe__carve(layout, 4 * S, sizeof(int32_t));
   p->scores = (float *)moe__carve(layout, S * (size_t)model->max_classes, sizeof(float));
-  return layout->bad ? moe__fail(env, MOE_E_ARGUMENT,
-                                 "predictor: %d texts at once are larger than the address space",
-                                 (int)p->batch)
-                     : MOE_OK;
+  return layout->bad
+             ? moe__fail(env, MOE_E_ARGUMENT,
+                         "predictor: %d texts at once exceed the address space of this machine",
+                         (int)p->batch)
+             : MOE_OK;
 }
 
 MOE_API moe_status moe_predictor_size(const moe_model *model, int32_t batch, size_t *bytes,
@@ -19305,9 +19341,9 @@ MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t b
   status = moe_tokenizer_init(&p.tokenizer, parts.tokenizer, parts.tokenizer_bytes, model->vocab,
                               model->vocab_bytes, model->config.cased, env);
   if (!status && moe_tokenizer_words(p.tokenizer) > model->config.vocab)
-    status =
-        moe__fail(env, MOE_E_FORMAT, "the vocabulary has %d words, the model has %d embeddings",
-                  (int)moe_tokenizer_words(p.tokenizer), (int)model->config.vocab);
+    status = moe__fail(env, MOE_E_FORMAT,
+                       "the vocabulary has %d words, expected at most %d (vocab of the model)",
+                       (int)moe_tokenizer_words(p.tokenizer), (int)model->config.vocab);
   if (!status)
     status =
         moe_context_init(&p.context, parts.context, parts.context_bytes, model, &parts.limits, env);
@@ -19348,7 +19384,7 @@ MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, in
   int32_t i, first = -1, last = -1;
   if (!tokens->begin || !tokens->end || (text && !tokens->segments) || text < 0 || text > 1)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "a span needs begin, end and segments of the tokens, and text 0 or 1");
+                     "span: expected begin, end and segments of the tokens, and text 0 or 1");
   for (i = 0; i < tokens->count; ++i) {
     if (tokens->begin[i] < 0 || (tokens->segments && tokens->segments[i] != text)) continue;
     if (tokens->begin[i] >= end || tokens->end[i] <= begin) continue;
@@ -19356,9 +19392,10 @@ MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, in
     last = i;
   }
   if (first < 0)
-    return moe__fail(env, MOE_E_ARGUMENT,
-                     "text %d has no token at characters %d to %d: it is shorter, or was cut",
-                     (int)text + 1, (int)begin, (int)end);
+    return moe__fail(
+        env, MOE_E_ARGUMENT,
+        "text %d has no token at characters %d to %d: the text is shorter, or was truncated",
+        (int)text + 1, (int)begin, (int)end);
   span[0] = first;
   span[1] = last + 1;
   return MOE_OK;
@@ -19404,8 +19441,9 @@ static moe_status moe__predict_check(const moe_predictor *p, int32_t task, int32
     return moe__fail(&p->env, MOE_E_ARGUMENT, "task is %d, the model has tasks 0 to %d", (int)task,
                      (int)(p->model->T - 1));
   if (n < 0 || n > p->batch)
-    return moe__fail(&p->env, MOE_E_ARGUMENT, "%d texts at once, the predictor was made for %d",
-                     (int)n, (int)p->batch);
+    return moe__fail(&p->env, MOE_E_ARGUMENT,
+                     "%d texts at once, the predictor was made for at most %d", (int)n,
+                     (int)p->batch);
   return MOE_OK;
 }
 

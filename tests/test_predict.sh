@@ -81,7 +81,7 @@ refuses() { # NAME PATTERN INPUT ARGUMENTS
 refuses no_arguments 'usage' ''
 refuses a_missing_model 'nothing.safetensors: cannot be opened' '' \
   "$tmp/nothing.safetensors" snips_intents
-refuses a_foreign_file 'test_predict.sh: the first 8 bytes announce' '' test_predict.sh \
+refuses a_foreign_file 'test_predict.sh: the first 8 bytes give a header of' '' test_predict.sh \
   snips_intents
 refuses an_unknown_task 'has no task "mrpc", but query_wellformedness intent_match snips_intents' \
   '' "$model" mrpc

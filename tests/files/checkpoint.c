@@ -267,12 +267,12 @@ static void test_checkpoint_names_what_differs(void) {
   static const char *const says[] = {
       "configuration has ffn 12, the model has 13",
       "configuration has max_len 16, the model has 15",
-      "task 0 of the checkpoint, 'first', differs from the model's, 'first': number of classes",
+      "task 0: 'first' of the checkpoint and 'first' of the model differ: number of classes",
       "router task, the model has shared",
-      "differs from the model's, 'fist': name",
+      "'fist' of the model differ: name",
       "label names",
-      "'second': range",
-      "a task had another number of rows",
+      "'second' of the model differ: range",
+      "the number of rows of a task differs",
       "the sampler's settings"};
   moe_env env = models_env(MOE_ISA_AUTO);
   run r;
@@ -403,10 +403,10 @@ static void test_checkpoint_with_a_member_twice_is_refused(void) {
       {"{\\\"step\\\":", "{\\\"sampler\\\":{},\\\"step\\\":", "of the sampler is missing"},
       {"{\\\"step\\\":1,", "{", "step is missing"},
       {"{\\\"step\\\":", "{\\\"stop\\\":1,\\\"step\\\":", "unknown member"},
-      {"{\\\"step\\\":", "{\\\"lr\\\":-1,\\\"step\\\":", "lr is not from 0 to 1e30"},
-      {"{\\\"sampling\\\":", "{\\\"tau\\\":2,\\\"sampling\\\":", "sampler is there twice"},
-      {"{\\\"sampling\\\":", "{\\\"drawn\\\":6,\\\"sampling\\\":", "sampler is there twice"},
-      {"{\\\"sampling\\\":", "{\\\"used\\\":[1,2,3],\\\"sampling\\\":", "sampler is there twice"},
+      {"{\\\"step\\\":", "{\\\"lr\\\":-1,\\\"step\\\":", "lr is out of range, expected 0 to 1e30"},
+      {"{\\\"sampling\\\":", "{\\\"tau\\\":2,\\\"sampling\\\":", "sampler is listed twice"},
+      {"{\\\"sampling\\\":", "{\\\"drawn\\\":6,\\\"sampling\\\":", "sampler is listed twice"},
+      {"{\\\"sampling\\\":", "{\\\"used\\\":[1,2,3],\\\"sampling\\\":", "sampler is listed twice"},
       {"{\\\"sampling\\\":", "{\\\"runs\\\":1,\\\"sampling\\\":", "unknown member of the sampler"},
       {"\\\"drawn\\\":6,", "", "a member of the sampler is missing"}};
   moe_env env = models_env(MOE_ISA_AUTO);

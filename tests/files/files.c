@@ -187,7 +187,7 @@ static void test_files_open_in_place(void) {
   free(base);
   file = aligned_copy(&s, 2, &base);
   CHECK(moe_model_open(&opened, file, s.used, block, bytes, &env) == MOE_E_ARGUMENT &&
-            strstr(said, "multiple of 4"),
+            strstr(said, "multiple of 64"),
         "%s", said);
   CHECK(moe_model_read(&opened, file, s.used, &env) == MOE_OK, "any alignment will do for a copy");
   moe_model_free(opened);
@@ -335,7 +335,7 @@ static void test_files_sentences_name_the_cause(void) {
       {"\\\"layers\\\":2", "\\\"layers\\\":0", "configuration: layers is 0"},
       {"\\\"layers\\\":2", "\\\"lagers\\\":2", "moe.config: unknown member"},
       {"\\\"hidden\\\":8", "\\\"hidden\\\":7", "hidden is 7, expected a multiple of heads"},
-      {"\\\"heads\\\":2", "\\\"heads\\\":x", "moe.config: a number was expected"},
+      {"\\\"heads\\\":2", "\\\"heads\\\":x", "moe.config: expected a number"},
       {"\\\"heads\\\":2", "\\\"vocab\\\":2", "moe.config: a member is listed twice"},
       {"\\\"task\\\"", "\\\"tusk\\\"", "moe.config: unknown name"},
       {"\\\"kind\\\":\\\"span", "\\\"kind\\\":\\\"spam", "moe.tasks, task 3: unknown kind"},
@@ -709,7 +709,7 @@ static void test_files_read_tensors_in_any_order(void) {
   again = models_written(back, &env);
   CHECK(again.used == s.used && memcmp(again.data, s.data, s.used), "it has its own order again");
   CHECK(moe_model_open_size(s.data, s.used, &bytes, &env) == MOE_E_FORMAT &&
-            strstr(said, "not listed in the order of their bytes"),
+            strstr(said, "not listed in the order of their data"),
         "%s", said);
   free(s.data);
   free(again.data);

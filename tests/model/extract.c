@@ -532,7 +532,7 @@ static void test_extract_damaged_lists_are_found(void) {
                                        {"[[1,2,3],[1,1]]", "out of range"},
                                        {"[[1,2,3],[1,4]]", "out of range"},
                                        {"[[1,2,3],[-1 ]]", "out of range"},
-                                       {"[[1,2,3],[1.5]]", "an integer was expected"},
+                                       {"[[1,2,3],[1.5]]", "expected an integer"},
                                        {"[[1,2,3]      ]", "fewer layers"},
                                        {"[             ]", "fewer layers"},
                                        {"[[1,2],[3],[1]]", "more layers"},

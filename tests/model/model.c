@@ -806,7 +806,7 @@ static void test_model_batch_check_says_what_is_wrong(void) {
   BAD(model_batch.b.features = model_batch.features, "feature", 0);
   BAD(model_batch.b.label = NULL, "label", 1);
   BAD(model_batch.b.span = NULL, "span", 0);
-  BAD(model_batch.start[0] = 1, "begin", 0);
+  BAD(model_batch.start[0] = 1, "seq_start[0] is 1", 0);
   BAD(model_batch.start[3] = model_batch.start[2], "sequence 2", 0);
   BAD(model_batch.start[3] = model_batch.start[2] - 1, "sequence 2", 0);
   BAD(model_batch.start[3] = model_batch.start[2] + 20, "20 tokens", 0);
@@ -816,13 +816,13 @@ static void test_model_batch_check_says_what_is_wrong(void) {
   BAD(model_batch.ids[model_batch.start[3]] = -1, "token 0 of sequence 3", 0);
   BAD(model_batch.ids[model_batch.start[3]] = 50, "50 words", 0);
   BAD(model_batch.segments[model_batch.start[3]] = 2, "segment 2", 0);
-  BAD(model_batch.label[3] = 3, "classes", 1);
-  BAD(model_batch.label[3] = -1, "classes", 1);
-  BAD(model_batch.label[3] = 0.5f, "classes", 1);
+  BAD(model_batch.label[3] = 3, "a class from 0 to 2", 1);
+  BAD(model_batch.label[3] = -1, "a class from 0 to 2", 1);
+  BAD(model_batch.label[3] = 0.5f, "a class from 0 to 2", 1);
   BAD(model_batch.label[3] = NAN, "finite", 1);
   BAD(model_batch.label[4] = INFINITY, "finite", 1);
-  BAD(model_batch.label[4] = 5.5f, "sequence 4 is 5.5, task 'real' has labels from 0 to 5", 1);
-  BAD(model_batch.label[4] = -0.25f, "from 0 to 5", 1);
+  BAD(model_batch.label[4] = 5.5f, "sequence 4 is 5.5, task 'real' expects 0 to 5", 1);
+  BAD(model_batch.label[4] = -0.25f, "expects 0 to 5", 1);
   BAD(model_batch.span[20] = -1, "span 1 of sequence 5", 0);
   BAD(model_batch.span[21] = model_batch.span[20], "span 1", 0);
   BAD(model_batch.span[23] = 20, "span 2", 0);
@@ -910,7 +910,7 @@ static void test_model_context_refuses_what_does_not_fit(void) {
   CHECK(moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", said);
   models_random_batch(&model_batch, model, 4, 3, 12);
   CHECK(moe_forward(context, model_scores[0], &model_batch.b, &env) == MOE_E_ARGUMENT &&
-            strstr(said, "made for 3"),
+            strstr(said, "made for at most 3"),
         "%s", said);
   models_random_batch(&model_batch, model, 3, 1, 12);
   CHECK(moe_forward(context, model_scores[0], &model_batch.b, &env) == MOE_OK, "%s", said);
@@ -920,7 +920,7 @@ static void test_model_context_refuses_what_does_not_fit(void) {
   model_batch.b.span = NULL;
   model_batch.task[0] = model_batch.task[1] = model_batch.task[2] = 0;
   CHECK(moe_forward(context, model_scores[0], &model_batch.b, &env) == MOE_E_ARGUMENT &&
-            strstr(said, "made for 30"),
+            strstr(said, "made for at most 30"),
         "%s", said);
   model_batch.start[3] = 30;
   CHECK(moe_forward(context, model_scores[0], &model_batch.b, &env) == MOE_OK, "%s", said);
@@ -1202,7 +1202,8 @@ static void test_model_does_without_disabled_experts(void) {
   off[1][0] = 1;
   CHECK(moe_forward(context, model_scores[1], &model_batch.b, &env) == MOE_E_ARGUMENT,
         "one expert left, two needed");
-  CHECK(!strcmp(said, "masked experts: layer 1 keeps 1 of 3, a token needs 2"), "%s", said);
+  CHECK(!strcmp(said, "masked experts: layer 1 keeps 1 of 3 experts, expected at least top_k (2)"),
+        "%s", said);
   moe_context_mask(context, NULL);
   CHECK(!moe_forward(context, model_scores[1], &model_batch.b, &env), "%s", said);
   CHECK(memcmp(model_scores[0], model_scores[1], 20 * 3 * sizeof(float)),

@@ -304,7 +304,7 @@ static void test_predictor_says_what_is_wrong(void) {
       !moe_model_set_vocab(model, "[UNK]\n[CLS]\n[SEP]\n1\n2\n3\n4\n5\n6\n7\n8\n9\n0\n", 38, &env),
       "%s", said);
   CHECK(moe_predictor_create(&p, model, 1, &env) == MOE_E_FORMAT &&
-            strstr(said, "13 words, the model has 12"),
+            strstr(said, "13 words, expected at most 12"),
         "%s", said);
   CHECK(!moe_model_set_vocab(model, "[UNK]\n[SEP]\n", 12, &env), "%s", said);
   CHECK(moe_predictor_create(&p, model, 1, &env) == MOE_E_FORMAT && strstr(said, "[CLS]"), "%s",
