@@ -4,9 +4,9 @@
    DO THIS
      #define MOE_IMPLEMENTATION
      #include "moe.h"
-   in exactly one C or C++ file, and plain #include "moe.h" wherever else it is used. Link with -lm
-   (and -pthread where the system wants it). `cc -O2` is enough: the fast kernels are chosen at run
-   time.
+   in exactly one C or C++ file, and plain #include "moe.h" in every other file that uses it. Link
+   with -lm (and -pthread where the system needs it). `cc -O2` is enough: the fast kernels are
+   chosen at run time.
 
    EXAMPLE: two tasks on points of a plane, trained together (other programs: examples/)
      #include <stdio.h>
@@ -90,17 +90,17 @@
    CONFIGURATION MACROS  (defined before the include that has MOE_IMPLEMENTATION; they never change
    a public struct)
      MOE_STATIC            every function is static: for use in one file
-     MOE_API               what stands before every public declaration (default: extern "C" in C++)
+     MOE_API               prefix of every public declaration (default: extern "C" in C++)
      MOE_MALLOC, MOE_FREE  the allocator of the _create and _load functions; define both or neither
-     MOE_ASSERT(x)         checks of our own mistakes (default: nothing)
+     MOE_ASSERT(x)         checks for mistakes in moe.h itself (default: nothing)
      MOE_NO_STDIO          no FILE: the functions that take a path are left out
-     MOE_NO_THREADS        no built-in pool; parallel_for of the caller still works
+     MOE_NO_THREADS        no built-in pool; the caller's parallel_for still works
      MOE_NO_TRAIN          no gradients, optimizer, sampler, trainer
      MOE_NO_TEXT           no tokenizer, no text functions
      MOE_NO_BF16           no products with bf16 operands
      MOE_NO_SIMD           scalar code only, no intrinsics
      MOE_USE_BLIS          float products through BLIS (link -lblis; no header needed) where its
-                           kernels are the better ones
+                           kernels are faster
 
    MEMORY   model, context, trainer, tokenizer and predictor have _size and _init in a block of the
             caller, and _create and _free on the heap. Forward, backward and update allocate
@@ -110,15 +110,15 @@
             of operands: moe_forward and a training step 185 KB, moe_forward with MOE_NO_BF16 82 KB.
             Threads of the built-in pool have at least 1 MB. tests/stack.sh counts it.
    THREADS  objects are not locked; a context belongs to one thread at a time; a model that is not
-            being trained can be shared. Inside a call the work is spread by env.parallel_for: the
+            being trained can be shared. Inside a call env.parallel_for spreads the work: the
             caller's, or the built-in pool (moe_pool_create).
-   ERRORS   what can fail returns moe_status; results come through pointers and stay untouched on
-            failure; a sentence that says what was expected and what came goes to env.log. The
-            library never prints, exits or aborts.
+   ERRORS   functions that can fail return moe_status. Results come through pointers and stay
+            untouched on failure. A sentence that says what was found and what was expected goes to
+            env.log. The library never prints, exits or aborts.
    BITS     fp32 results are the same bits for any number of threads, whatever else is in the batch,
             and on AVX-512, AVX2+FMA, NEON and plain C: see "one definition of every sum" at >>simd
-            and >>gemm. Only clang -ffp-contract=fast breaks this: it fuses products and sums
-            whatever a file says. moe_env_init finds out and sets MOE_CPU_CONTRACTED.
+            and >>gemm. Only clang -ffp-contract=fast breaks this: it fuses products and sums even
+            where a pragma forbids it. moe_env_init detects this and sets MOE_CPU_CONTRACTED.
 
    PAPER MAP
      [TaG] 2, 3.1 >>block; Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8, A.3.1 >>heads; Eq. 9,
@@ -127,7 +127,7 @@
        >>task_gates.
      [TL] 2, 4 >>task_router, >>blocks; 4, batches and two speeds >>sampler, >>optimizer; 6
        >>routes.
-     Where the code does other than a paper says, PAPER-DIFF: tells why.
+     Where the code departs from a paper, a comment with PAPER-DIFF: gives the reason.
 
    CONTENTS (search for >>tag)
      >>api_base      statuses, environment, threads
@@ -343,7 +343,7 @@ typedef enum moe_isa {
 
 /* Name in lower case ("avx512"), a constant string. */
 MOE_API const char *moe_isa_name(moe_isa isa);
-/* The instruction set of that name, or MOE_ISA_COUNT where there is none. */
+/* The instruction set of that name, or MOE_ISA_COUNT for an unknown name. */
 MOE_API moe_isa moe_isa_from_name(const char *name);
 /* 1 where this build and this processor (and its operating system) can run it, else 0. */
 MOE_API int moe_isa_available(moe_isa isa);
@@ -356,25 +356,25 @@ enum {
   MOE_CPU_AVX512_BF16 = 4,
   MOE_CPU_NEON_DOT = 8,
   MOE_CPU_SLOW_BF16 = 16, /* FMAs are faster than vdpbf16ps, with the same bits */
-  MOE_CPU_AMX_BF16 = 32,  /* these two are set by moe_env_use_amx: a process must ask for them */
+  MOE_CPU_AMX_BF16 = 32,  /* moe_env_use_amx sets these two: a process must ask for them */
   MOE_CPU_AMX_INT8 = 64,
-  MOE_CPU_CONTRACTED = 128 /* not the processor but the compiler: it fuses products and sums where
-                              this file says not to (clang -ffp-contract=fast overrules pragmas).
-                              Results are right, but their bits are those of this build alone */
+  MOE_CPU_CONTRACTED = 128 /* set by the compiler, not the processor: it fuses products and sums
+                              where this file forbids it (clang -ffp-contract=fast overrules
+                              pragmas). Results are right, but other builds give other bits */
 };
 
 typedef enum moe_type { MOE_TYPE_F32, MOE_TYPE_BF16, MOE_TYPE_I8 } moe_type;
 
-/* Something else that computes: another library's matrix products, or a device that holds weights
-   and activations. See >>api_backend. */
+/* What computes in place of the CPU: another library's matrix products, or a device that holds
+   weights and activations. See >>api_backend. */
 typedef struct moe_backend moe_backend;
 
 /* Where the time of moe_forward, moe_trainer_accumulate, moe_trainer_step and moe_predict_ goes: a
    table of the caller's. Every moment of such a call belongs to one section, so that the sections
-   add up to the whole. A table is for one call at a time. Where several threads take parts of a
-   batch through the layers side by side, it is the first of them whose sections are told: wall time
-   of one thread, not a sum over all; what it then waits for the others counts to the section that
-   comes next. */
+   add up to the whole. A table serves one call at a time. Where several threads take parts of a
+   batch through the layers side by side, only the first thread is measured: the table holds its
+   wall time, not a sum over all threads. The time that it waits for the others counts towards its
+   next section. */
 #define MOE_PROFILE_SECTIONS(X)                                                                    \
   X(TEXT, "text to ids")                                                                           \
   X(EMBEDDINGS, "embeddings")                                                                      \
@@ -402,17 +402,17 @@ typedef enum moe_profile_section {
 } moe_profile_section;
 
 typedef struct moe_profile {
-  double (*clock)(void *user); /* seconds since whenever */
+  double (*clock)(void *user); /* seconds since any fixed moment */
   void *user;
   double last;                       /* when the present section began */
   double seconds[MOE_PROFILE_COUNT]; /* by moe_profile_section */
-  int64_t times[MOE_PROFILE_COUNT];  /* how often a section was left */
+  int64_t times[MOE_PROFILE_COUNT];  /* how often a section ended */
 } moe_profile;
 
-/* An empty table; env.profile = &table switches it on. now NULL: the built-in clock, monotonic
-   where the C library shows it (with -std=c99 it wants _POSIX_C_SOURCE 200112L or more, else the
-   time of day is taken), and all zero under MOE_NO_THREADS together with MOE_NO_STDIO: give one
-   there. */
+/* An empty table; env.profile = &table switches it on. now NULL: the built-in clock. It is
+   monotonic where the C library declares such a clock (with -std=c99 it needs _POSIX_C_SOURCE
+   200112L or more), else the time of day. With both MOE_NO_THREADS and MOE_NO_STDIO it is always
+   zero: pass a clock there. */
 MOE_API void moe_profile_init(moe_profile *profile, double (*now)(void *user), void *user);
 /* The sections that were used, slowest first, as lines of text: share, milliseconds, times, name;
    then the sum. At most capacity bytes with the ending zero go to `out`; returns the bytes that the
@@ -421,61 +421,60 @@ MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *
 /* The name of a section in words, a constant string; "unknown" for any other number. */
 MOE_API const char *moe_profile_text(moe_profile_section section);
 
-/* Everything a call needs to know of its surroundings. A plain struct: copy it, one for each thread
-   if you like. */
+/* Everything a call needs to know of its surroundings. A plain struct, which may be copied, for
+   example for each thread. */
 typedef struct moe_env {
   moe_isa isa; /* resolved by moe_env_init, never MOE_ISA_AUTO afterwards. The processor is not
-                  asked again: an instruction set, or a bit of `cpu_flags`, that is set by hand and
-                  that it lacks ends in an illegal instruction */
+                  asked again: an instruction set or a bit of `cpu_flags` set by hand that the
+                  processor lacks ends in an illegal instruction */
   uint32_t cpu_flags; /* MOE_CPU_ bits that this machine has, set by moe_env_init and
-                        moe_env_use_amx; clearing one forgoes it, int8 results stay the same */
+                        moe_env_use_amx. A bit may be cleared; int8 results stay the same */
   moe_type precision; /* MOE_TYPE_F32, or MOE_TYPE_BF16: see moe_env_set_precision */
-  int32_t threads; /* how many bodies of parallel_for may run at once, 1 or more: decides the size
-                      of scratch */
+  int32_t threads;    /* most bodies of parallel_for at once, 1 or more: decides the size of
+                         scratch */
   /* Runs body(arg, i) for i = 0 .. count-1, in any order, at most `threads` at once, and returns
      when all are done. NULL: a plain loop. Results never depend on it. */
   void (*parallel_for)(void *user, int32_t count, void (*body)(void *arg, int32_t index),
                        void *arg);
   void *parallel_user;
-  /* Receives one sentence for each failure: which file, tensor or line, what was expected, what
-     came. NULL: none. */
+  /* Receives one sentence for each failure: which file, tensor or line, what was found, what was
+     expected. NULL: no messages. */
   void (*log)(void *user, moe_status status, const char *sentence);
   void *log_user;
-  const moe_backend *backend; /* computes in place of the CPU (>>api_backend); NULL: nothing does */
+  const moe_backend *backend; /* computes in place of the CPU (>>api_backend); NULL: the CPU */
   void *stream;               /* a device's queue: set by contexts; NULL: the device's own */
-  moe_profile *profile; /* receives where the time goes; NULL: no clock is read. Results do not
-                           depend on it. */
+  moe_profile *profile; /* receives the times; NULL: no clock is read. It does not change results */
 } moe_env;
 
-/* Fills *env: the best instruction set of this machine (MOE_ISA_AUTO) or the named one, one thread,
-   no log. MOE_E_UNSUPPORTED where this machine lacks the named one: *env is then set for
+/* Fills *env: the best instruction set of this machine (MOE_ISA_AUTO) or the given one, one thread,
+   no log. MOE_E_UNSUPPORTED: this machine lacks the given one; *env is then set for
    MOE_ISA_AUTO. */
 MOE_API moe_status moe_env_init(moe_env *env, moe_isa isa);
 /* Asks the system for the tiles of AMX, once for the whole process, and sets MOE_CPU_AMX_BF16 and
-   _AMX_INT8 in env->cpu_flags as far as processor and build have them; env.isa is to be AVX-512.
-   Products with weights of 8 bits then take the tiles where they pay, with the same results. Linux
-   refuses where a thread has too small a stack for signals (sigaltstack), and later refuses such
-   stacks: so a program says when to ask. moe_env_set_precision asks for bf16 by itself. 1: granted,
-   0: nothing has changed. */
+   _AMX_INT8 in env->cpu_flags as far as processor and build have them. env.isa must be AVX-512.
+   Products with int8 weights then use the tiles where these are faster, with the same results.
+   Linux refuses if a thread has too small a stack for signals (sigaltstack), and after a grant it
+   refuses such stacks: therefore the program decides when to ask. moe_env_set_precision asks by
+   itself for bf16. Returns 1 if granted, 0 if nothing has changed. */
 MOE_API int32_t moe_env_use_amx(moe_env *env);
 /* MOE_TYPE_BF16: the products of moe_linear_ and moe_experts_ functions, and so those of a model's
    layers in forward and backward, round their operands to bf16 and add up in fp32 (>>bf16), where
    the processor has AMX tiles or AVX512-BF16. This is the mixed precision of [TaG] 4.4, which does
-   not say what stays fp32: here weights, gradients and all else, and so do a model's gates,
-   routers, heads and feature inputs. To be set before a model is packed (loaded), whose packed
-   bytes are half as many then. MOE_TYPE_F32: back to fp32. MOE_E_UNSUPPORTED, with a sentence to
-   the log: this machine lacks the units, or env.isa is not AVX-512; products stay fp32. Who sets
-   env.precision by hand there gets bf16 from plain C, slowly. */
+   not say what stays fp32. Here weights, gradients and everything else stay fp32, also a model's
+   gates, routers, heads and feature inputs. Set it before a model is packed (loaded): the packed
+   weights then take half the bytes. MOE_TYPE_F32: back to fp32. MOE_E_UNSUPPORTED, with a sentence
+   to the log: this machine lacks the units, or env.isa is not AVX-512; products stay fp32. If
+   env.precision is set by hand there, plain C computes bf16, slowly. */
 MOE_API moe_status moe_env_set_precision(moe_env *env, moe_type precision);
 
 #ifdef MOE_USE_BLIS
-/* Connects *env with BLIS. moe_env_init has done this with always = 0, for the products that BLIS
-   is better at: on a processor that BLIS has more than its `generic` kernels for, all where
-   env->isa is scalar, with AVX2 those whose weights are not packed, gradients among them (with
-   BLIS's zen kernels those of 64 tokens at most), none with AVX-512 or NEON. With always = 1 it
-   gets every large product, whatever its kernels. BLIS computes with one thread in this process
-   from then on (bli_thread_set_num_threads): work is spread by env.parallel_for. MOE_E_UNSUPPORTED:
-   this BLIS counts in integers of another size than pointers; *env is as it was. */
+/* Connects *env with BLIS. moe_env_init does this with always = 0: BLIS gets the products at which
+   it is faster, provided that it has more than its `generic` kernels for this processor. These are
+   all products if env->isa is scalar; with AVX2 those whose weights are not packed, gradients
+   included (with BLIS's zen kernels those of 64 tokens at most); none with AVX-512 or NEON. With
+   always = 1 it gets every large product, whatever its kernels. From then on BLIS computes with one
+   thread in this process (bli_thread_set_num_threads), since env.parallel_for spreads the work.
+   MOE_E_UNSUPPORTED: integers of this BLIS differ in size from pointers; *env is unchanged. */
 MOE_API moe_status moe_blis_use(moe_env *env, int32_t always);
 /* The kernels that BLIS has chosen for this processor ("skx", "zen3", "generic"), a constant
    string. */
@@ -484,19 +483,19 @@ MOE_API const char *moe_blis_kernels(void);
 
 #ifndef MOE_NO_THREADS
 /* The built-in pool: the calling thread and helpers, which sleep between calls. It serves one call
-   at a time, as copies of the env do that share it: threads that call at once want a pool each, or
-   env.parallel_for NULL. */
+   at a time, also through copies of the env that share it. Threads that call at the same time need
+   a pool each, or env.parallel_for NULL. */
 typedef struct moe_pool moe_pool;
-/* Starts the helpers and connects *env with them. `threads` (1 .. 256) is the most that may run;
-   there are no more than processors that this process may use, since more would only wait for each
-   other, and env->threads says how many there are. MOE_E_MEMORY, MOE_E_UNSUPPORTED (no threads to
-   be had). */
+/* Starts the helpers and connects *env with them. `threads` (1 .. 256) is the most that may run.
+   The pool has no more threads than this process may use processors, since more would only wait for
+   each other; env->threads receives their number. MOE_E_MEMORY; MOE_E_UNSUPPORTED: the system
+   starts no thread. */
 MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env);
 /* The same with exactly so many threads, whatever the processors: to test that nothing depends on
    their number. */
 MOE_API moe_status moe_pool_create_exact(moe_pool **out, int32_t threads, moe_env *env);
-/* Ends the helpers. No call may be running; an env that was connected must not be used for parallel
-   calls any more. NULL is fine. */
+/* Ends the helpers. No call may be running; a connected env must not be used for parallel calls
+   afterwards. Accepts NULL. */
 MOE_API void moe_pool_free(moe_pool *pool);
 /* Number of processors that the calling thread may use, as its affinity says (Linux on 64-bit x86
    and ARM, Windows; elsewhere those of the machine): 1 .. 256, and 1 where the system does not
@@ -528,13 +527,13 @@ MOE_API int32_t moe_processors(void);
      Status     MOE_OK, or MOE_E_ARGUMENT with a sentence to env.log where a size, an option, or an
                 element of seq_start, gate_of or `forced` is outside its range; nothing is written
                 then. Ids and segments are not checked (moe_batch_check does it for a model).
-   Sizes may be 0. Arrays need the alignment of a float and no more. They must not overlap unless a
-   comment allows it. Nothing is allocated. */
+   Sizes may be 0. Arrays need only the alignment of a float. They must not overlap unless a comment
+   allows it. Nothing is allocated. */
 
 typedef enum moe_layout {
   MOE_LAYOUT_ROWS,  /* (rows, cols) row-major, as in files */
-  MOE_LAYOUT_PANELS /* panels of 16 rows: element (j, p) is at ((j/16)*cols + p)*16 + j%16; the
-                       rows that the last panel lacks are zeros */
+  MOE_LAYOUT_PANELS /* panels of 16 rows: element (j, p) is at ((j/16)*cols + p)*16 + j%16; zeros
+                       fill the missing rows of the last panel */
 } moe_layout;
 
 /* A view of the weights of a product: `rows` outputs, `cols` inputs. It holds pointers only. */
@@ -552,7 +551,7 @@ MOE_API moe_mat moe_mat_rows(const float *w, int32_t rows, int32_t cols);
 MOE_API moe_mat moe_mat_panels(const float *panels, int32_t rows, int32_t cols);
 /* Floats that moe_pack writes: rows rounded up to 16, times cols. */
 MOE_API size_t moe_pack_floats(int32_t rows, int32_t cols);
-/* Packs w (rows, cols) into panels: products are fastest with those. */
+/* Packs w (rows, cols) into panels, the fastest layout for products. */
 MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols,
                       const moe_env *env);
 
@@ -586,7 +585,7 @@ MOE_API void moe_pack_bf16(void *panels, const float *w, int32_t rows, int32_t c
 #endif
 
 /* Linear layer: y = x W^T + b, act = GELU(y), the inner half of an expert [TaG] Eq. 1.
-   Backward, dy being the gradient of y (moe_gelu_backward makes it from that of act):
+   Backward, where dy is the gradient of y (moe_gelu_backward makes it from that of act):
      dx += dy W, dw += dy^T x, db += the sum of the rows of dy. */
 typedef struct moe_linear_op {
   float *y, *act; /* (M, w.rows) either may be NULL, not both */
@@ -623,12 +622,12 @@ MOE_API void moe_gelu_backward(float *dx, const float *dy, const float *x, size_
      dgamma += sum of dy h,  dbeta += sum of dy. */
 typedef struct moe_layernorm_op {
   float *y;                  /* (M, H), may be x or delta where no backward follows */
-  float *sum;                /* (M, H) kept for backward; NULL: backward takes x for it */
+  float *sum;                /* (M, H) kept for backward; NULL: backward reads x instead */
   float *mean, *rstd;        /* (M) kept for backward; both or neither NULL */
   const float *x;            /* (M, H) */
   const float *delta;        /* (M, H) output of a branch, or NULL */
   const float *gamma, *beta; /* (H) */
-  float eps;                 /* above 0; _init: 1e-12, as BERT has it */
+  float eps;                 /* above 0; _init: 1e-12, as in BERT */
   float dropout;             /* of delta, 0 to below 1; element (i, j) of a sequence is at position
                                 i H + j of its key */
   const uint64_t *keys;
@@ -638,7 +637,7 @@ typedef struct moe_layernorm_op {
   float *ddelta;         /* (M, H) overwritten; may be dx if that is overwritten */
   float *dgamma, *dbeta; /* (H) */
   const float *dy;       /* (M, H) */
-  int32_t overwrite;     /* 1: dx is overwritten; it may be dy then */
+  int32_t overwrite;     /* 1: dx is overwritten, and may be dy */
 } moe_layernorm_op;
 MOE_API void moe_layernorm_op_init(moe_layernorm_op *op);
 MOE_API moe_status moe_layernorm_forward(const moe_layernorm_op *op, const moe_env *env);
@@ -646,12 +645,12 @@ MOE_API moe_status moe_layernorm_forward(const moe_layernorm_op *op, const moe_e
 MOE_API moe_status moe_layernorm_backward(const moe_layernorm_op *op, const moe_env *env);
 #endif
 
-/* Random numbers are a function of a key and a position. This is the key of a place in the network.
+/* Random numbers are functions of a key and a position. This is the key of a place in the network.
  */
 MOE_API uint64_t moe_key(uint64_t seed, uint64_t step, uint64_t sequence, uint32_t layer,
                          uint32_t site);
-/* Inverted dropout: y[i] is 0 with probability p, else x[i] / (1 - p). The key and i modulo 2^32
-   decide. 0 <= p < 1. x and y may be the same. Its backward is the same function on dy. */
+/* Inverted dropout: y[i] is 0 with probability p, else x[i] / (1 - p); the key and i modulo 2^32
+   decide which. 0 <= p < 1. x and y may be the same. Its backward is the same function on dy. */
 MOE_API void moe_dropout(float *y, const float *x, size_t n, float p, uint64_t key,
                          const moe_env *env);
 
@@ -669,10 +668,10 @@ MOE_API void moe_dropout_op_init(moe_dropout_op *op);
 MOE_API moe_status moe_dropout_forward(const moe_dropout_op *op, const moe_env *env);
 
 /* Embeddings: x = word[id] + position[place in its sequence] + segment[segment id].
-   Backward: the rows that were used += their dx. */
+   Backward: dx is added to the gradients of the rows that were used. */
 typedef struct moe_embed_op {
   float *x;                /* (M, H) */
-  const int32_t *ids;      /* (M) 0 to V - 1; not read if word is NULL */
+  const int32_t *ids;      /* (M) 0 to V - 1, not read if word is NULL */
   const uint8_t *segments; /* (M) 0 or 1; NULL: all 0 */
   const float *word;       /* (V, H); NULL: x holds that term already (feature inputs) */
   const float *position;   /* (P, H), P at least the longest sequence; NULL: not added */
@@ -695,8 +694,8 @@ MOE_API moe_status moe_embed_backward(const moe_embed_op *op, const moe_env *env
      dv += dropout(P)^T dy,  dq += dS k,  dk += dS^T q. */
 typedef struct moe_attention_op {
   float *y;     /* (M, H) */
-  float *stats; /* (M, A, 2) kept for backward: of each row of the softmax the largest exponent (to
-                   base 2) and 1 / sum; or NULL */
+  float *stats; /* (M, A, 2) kept for backward: the largest exponent (to base 2) and 1 / sum of each
+                   row of the softmax; or NULL */
   const float *qkv; /* (M, 3H) query, key and value side by side */
   float dropout;    /* of P, 0 to below 1; element (head a, query i, key j) is at position
                        (a length + i) length + j modulo 2^32 of the sequence's key */
@@ -715,12 +714,13 @@ MOE_API moe_status moe_attention_forward(const moe_attention_op *op, const moe_e
 MOE_API moe_status moe_attention_backward(const moe_attention_op *op, const moe_env *env);
 #endif
 /* Floats of scratch for sequences of at most `longest` tokens, in forward (training 0) or in both
-   directions (1). 0 where a size is below 1, SIZE_MAX where the number overflows. */
+   directions (1). 0 if a size is below 1, SIZE_MAX if the number overflows. */
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training,
                                      const moe_env *env);
 
 /* Returns the cross-entropy -log prob[label] of C logits, prob = softmax(logits) [TaG] Eq. 7 and 9.
-   prob (C) may be NULL, or logits itself. C >= 1, 0 <= label < C; no label means "ignore". */
+   prob (C) may be NULL, or logits itself. C >= 1, 0 <= label < C; there is no label for "ignore".
+ */
 MOE_API float moe_cross_entropy_forward(float *prob, const float *logits, int32_t label, int32_t C);
 #ifndef MOE_NO_TRAIN
 /* dlogits += scale (prob - onehot(label)). */
@@ -747,21 +747,21 @@ typedef struct moe_routes {
 typedef struct moe_route_options {
   float scale;         /* weight = scale * probability, above 0. 1 (_init): the paper's g*; N/k:
                           gate scale "n" (PAPER-DIFF) */
-  int32_t renormalize; /* 1: the k chosen probabilities are divided by their sum, and scale is not
-                          used (PAPER-DIFF) */
+  int32_t renormalize; /* 1: the k chosen probabilities are divided by their sum; scale is ignored
+                          (PAPER-DIFF) */
   float balance;       /* coefficient of the load-balance loss of Switch, N sum_i f_i P_i; 0 = off,
                           as in the paper. f_i: share of the choices that went to expert i; P_i:
                           mean probability of i over the M tokens */
   float z_loss;        /* coefficient of the router z-loss, the mean over the tokens of (log sum exp
                           logits)^2; 0 = off */
   float jitter;        /* in training, gate inputs are multiplied by uniform noise from 1 - jitter
-                          to 1 + jitter; 0 = off, as always in a build with MOE_NO_TRAIN */
+                          to 1 + jitter; 0 = off. Ignored with MOE_NO_TRAIN */
   const uint64_t *keys;  /* (S) key of the jitter of each sequence; NULL: no jitter */
   const int32_t *forced; /* (M, k) experts to take instead of the most probable ones; NULL: none */
   const uint8_t *masked; /* (N) 1: the gate ignores this expert. Its logit counts as minus infinity,
-                            its probability is 0. At least k experts must stay. Not read if `forced`
-                            is given. NULL: none */
-  const uint8_t *pruned; /* (N) 1: this expert is gone. It keeps its probability, but it is never
+                            its probability is 0. At least k experts must remain. Not read if
+                            `forced` is given. NULL: none */
+  const uint8_t *pruned; /* (N) 1: this expert is removed. It keeps its probability, but is never
                             chosen: the next best takes its place. At least k experts must be
                             neither pruned nor masked. `forced` must avoid pruned experts. NULL:
                             none */
@@ -771,8 +771,8 @@ MOE_API void moe_route_options_init(moe_route_options *options);
 
 /* The gate of a layer [TaG] Eq. 3-5: for each token x of a sequence with gate W_g
      logits = x W_g^T,  prob = softmax(logits),  the k experts of the largest logits.
-   Of equal logits the lowest index comes first. N = 1 is the dense layer: probability 1 whatever
-   the gate, no loss, and x, gates, gate_of and logits are not read.
+   Of equal logits the lowest index comes first. N = 1 is the dense layer: the probability is 1,
+   there is no loss, and x, gates, gate_of and logits are not read.
    Backward: through the weights of the chosen experts, and through the two losses, into all logits:
      dlogit_i = prob_i (dprob_i - sum_j prob_j dprob_j),  dx += dlogits W_g,
      dW_g += dlogits^T x over the tokens of its sequences. N = 1: nothing to do. */
@@ -800,10 +800,10 @@ MOE_API moe_status moe_route_backward(const moe_route_op *op, const moe_env *env
 
 /* The experts of a layer [TaG] Eq. 1, 2, 6:
      E_i(x) = W_out GELU(W_in x + b_in) + b_out,  y = sum over the token's experts of weight E_i(x).
-   PAPER-DIFF: Eq. 1 has no biases; BERT's weights bring them. An expert without a token costs
-   nothing. N = 1 with weight 1 is the dense feed-forward network, bit for bit; e is not used then.
+   PAPER-DIFF: Eq. 1 has no biases; BERT's weights have them. An expert without tokens costs
+   nothing. N = 1 with weight 1 is the dense feed-forward network, bit for bit; e is then not used.
    Backward: dweight = dy . E_i(x); weight dy goes through expert i into dx and its gradients. With
-   N = 1 and weight 1, dweight is 0: nothing depends on it. */
+   N = 1 and weight 1, dweight is 0, since the weight is constant. */
 typedef struct moe_experts_op {
   float *y;       /* (M, H) */
   float *pre, *e; /* kept for backward, or both NULL; rows in the order of routes->order: (M k, F)
@@ -876,16 +876,17 @@ typedef enum moe_selection {
 } moe_selection;
 
 typedef enum moe_truncate {
-  MOE_TRUNCATE_LONGEST, /* a pair: tokens are taken from the end of the longer text, one by one.
-                           PAPER-DIFF: [TaG] A.3.2 cuts "on the right", which read as below would
-                           lose the second text of most long pairs */
-  MOE_TRUNCATE_RIGHT    /* the whole is cut on the right */
+  MOE_TRUNCATE_LONGEST, /* a pair: tokens are removed from the end of the longer text, one by one.
+                           PAPER-DIFF: [TaG] A.3.2 truncates "on the right". Read as
+                           MOE_TRUNCATE_RIGHT, this would lose the second text of most long pairs */
+  MOE_TRUNCATE_RIGHT    /* the whole input is truncated on the right */
 } moe_truncate;
 /* As moe_router_name and moe_router_from_name: "longest", "right". */
 MOE_API const char *moe_truncate_name(moe_truncate truncate);
 MOE_API int moe_truncate_from_name(moe_truncate *truncate, const char *name);
 
-/* What is saved with a model. moe_config_init gives MiniLM's shape with the paper's defaults. */
+/* The configuration that a model file holds. moe_config_init sets MiniLM's shape and the paper's
+   defaults. */
 typedef struct moe_config {
   int32_t layers, hidden, ffn, heads; /* L, H, F, A; H a multiple of A */
   int32_t vocab, positions, segments; /* V, P, kinds of segments (2); vocab 0 with feature inputs */
@@ -903,8 +904,8 @@ typedef struct moe_config {
   moe_unit unit;           /* MOE_UNIT_BLOCK: `experts` counts the blocks of a layer, m in [TL] */
   moe_selection selection; /* the following are for MOE_ROUTER_TASK_LEVEL */
   int32_t task_dim;        /* width of a task's vector (64) */
-  float temperature; /* tau of MOE_SELECT_SOFTMAX outside training, where moe_train_tau decides:
-                        0.1, where its fall ends */
+  float temperature; /* tau of MOE_SELECT_SOFTMAX outside training; 0.1, the final tau of training
+                        (moe_train_tau decides during training) */
   const uint8_t
       *pruned; /* (L, N) 1: the model lacks this expert (moe_route_options.pruned): it has no
                   tensors except its rows in the gates. At least k of a layer must stay. Owned by
@@ -1074,19 +1075,19 @@ typedef struct moe_writer {
 MOE_API moe_status moe_model_write(const moe_model *model, const moe_writer *writer,
                                    const moe_env *env);
 /* A model on the heap from the bytes of a file, packed and ready to train or to run. The tensors
-   may have any order. MOE_E_FORMAT with the tensor's name where the file is not one of moe.h or is
-   damaged (NaN and infinities among the weights count as damage). */
+   may have any order. MOE_E_FORMAT with the tensor's name: the file is not one of moe.h or is
+   damaged (NaN or infinity in the weights counts as damage). */
 MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file_bytes,
                                   const moe_env *env);
 /* Bytes of a block for moe_model_open. */
 MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size_t *bytes,
                                        const moe_env *env);
 /* A model whose weights stay in the file's bytes (mapped, or in flash), which must outlive it and
-   are never written to. Such a model cannot be trained. MOE_E_FORMAT with the tensor's name where
-   the file is not one of moe.h, is damaged, or has another order of tensors; the weights themselves
-   are not checked. A mapped file that another program cuts short in place raises SIGBUS at the next
-   read. One that is replaced under its name, as moe_file_replace does, stays as it was; where
-   neither is certain, use moe_file_read instead of a mapping. */
+   are never written to. Such a model cannot be trained. MOE_E_FORMAT with the tensor's name: the
+   file is not one of moe.h, is damaged, or has another order of tensors; the weights themselves are
+   not checked. If another program truncates a mapped file in place, the next read raises SIGBUS. If
+   a program replaces the file, as moe_file_replace does, the mapping keeps the old content. If
+   truncation is possible, use moe_file_read instead of a mapping. */
 MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file_bytes, void *block,
                                   size_t bytes, const moe_env *env);
 
@@ -1102,9 +1103,9 @@ typedef struct moe_import_options {
    DistilBERT, ALBERT, ModernBERT and any file with tensors that BERT does not have. */
 MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes,
                                     const moe_env *env);
-/* Reads num_attention_heads (which must be there) and layer_norm_eps from the text of a
-   config.json. MOE_E_UNSUPPORTED unless hidden_act is "gelu", position_embedding_type "absolute",
-   model_type "bert" and is_decoder false, where they are given. */
+/* Reads num_attention_heads (required) and layer_norm_eps from the text of a config.json.
+   MOE_E_UNSUPPORTED if hidden_act is not "gelu", position_embedding_type not "absolute", model_type
+   not "bert" or is_decoder not false; each may be absent. */
 MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes,
                                           const moe_env *env);
 /* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN [TaG] 4.3, or m of
@@ -1161,11 +1162,11 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
 
 /* ---- activations and the forward pass ---- >>api_context */
 
-/* The activations and scratch of one pass at a time, for batches of up to `limits`. The model must
+/* The activations and scratch of one pass at a time, for batches within `limits`. The model must
    outlive it. */
 typedef struct moe_context moe_context;
 
-/* Clear it first: later versions may add fields. */
+/* Set it to zeros first: later versions may add fields. */
 typedef struct moe_limits {
   int32_t tokens, sequences; /* the largest batch */
   int32_t training;          /* 1: keep what backward needs */
@@ -1176,7 +1177,7 @@ typedef struct moe_limits {
 /* Exact bytes of the block, for passes with at most env->threads threads. */
 MOE_API moe_status moe_context_size(const moe_model *model, const moe_limits *limits, size_t *bytes,
                                     const moe_env *env);
-/* In a block of the caller's (64-byte aligned). */
+/* A context in a block of the caller's (64-byte aligned). */
 MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes,
                                     const moe_model *model, const moe_limits *limits,
                                     const moe_env *env);
@@ -1186,16 +1187,16 @@ MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model,
 /* Accepts NULL, and a context in a block of the caller's. */
 MOE_API void moe_context_free(moe_context *context);
 
-/* MOE_OK, or MOE_E_ARGUMENT and a sentence that names the sequence or token that is wrong.
-   with_labels 1: labels are checked too; the label of a regression must be from low to high of its
-   task. Every pass calls it. */
+/* Checks a batch: MOE_OK, or MOE_E_ARGUMENT and a sentence that names the wrong sequence or token.
+   with_labels 1: labels are checked too; the label of a regression must be between low and high of
+   its task. Every pass calls it. */
 MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batch, int with_labels,
                                    const moe_env *env);
 
 /* Scores of every sequence: scores (S, moe_model_max_classes); a row holds the C logits of its task
    (regression: one value), then zeros. No dropout, no jitter. Weights are not checked for NaN or
-   infinity: a bad weight gives bad scores and MOE_OK. Readers of files and moe_trainer_step let
-   none in, and moe_predict_ functions check the scores. */
+   infinity: a bad weight gives bad scores and MOE_OK. Functions that read files and
+   moe_trainer_step reject such weights, and moe_predict_ functions check the scores. */
 MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_batch *batch,
                                const moe_env *env);
 /* Final hidden states (M, H) of the last pass. */
@@ -1207,53 +1208,54 @@ MOE_API const float *moe_context_layer(const moe_context *context, int32_t layer
    (moe_context_mask) are -3.4e38. NULL: no such layer, no gates, one expert only, or not kept
    (moe_limits.keep_layers). */
 MOE_API const float *moe_context_gate_logits(const moe_context *context, int32_t layer);
-/* The routes of the last pass in a layer. Dense: k = 1, all tokens go to expert 0. Blocks as
-   experts: k = 1, the block of the largest weight; `weight` is that weight, `prob` has all of them.
-   Pointers into the context. MOE_E_ARGUMENT: no such layer. */
+/* The routes of the last pass in a layer: pointers into the context. Dense: k = 1, all tokens go to
+   expert 0. Blocks as experts: k = 1, the block of the largest weight; `weight` holds that weight,
+   `prob` the weights of all blocks. MOE_E_ARGUMENT: no such layer. */
 MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out);
-/* The following passes take these experts in every layer: (L, M, k), kept by the caller; NULL: the
-   gates decide again. A pass returns MOE_E_ARGUMENT where a token has an expert that does not
-   exist, or one twice. Models without gates ignore it. */
+/* The following passes use these experts in every layer: (L, M, k), an array that the caller keeps;
+   NULL: the gates decide again. A pass returns MOE_E_ARGUMENT if a token has an expert that does
+   not exist, or the same expert twice. Models without gates ignore it. */
 MOE_API void moe_context_force(moe_context *context, const int32_t *experts);
-/* The following passes go without the experts marked 1: (L, N), kept by the caller; NULL: all take
-   part again. The softmax of a gate then runs over the others (moe_route_options.masked), so that
-   their weights sum to 1. A pass returns MOE_E_ARGUMENT where a layer keeps fewer than k. Routes
-   that are forced, or fixed by moe_context_task_router, ignore it. Works on blocks as experts, too.
-   */
+/* The following passes ignore the experts marked 1: (L, N), an array that the caller keeps; NULL:
+   all experts take part again. The softmax of a gate then runs over the others
+   (moe_route_options.masked), so that their weights sum to 1. A pass returns MOE_E_ARGUMENT if a
+   layer keeps fewer than k. Routes that are forced, or fixed by moe_context_task_router, ignore it.
+   It also works on blocks as experts. */
 MOE_API void moe_context_mask(moe_context *context, const uint8_t *experts);
 
-/* Where the tokens of each task went: sums over any number of passes. Arrays of the caller, who
-   clears them first. Counting costs time only in moe_route_count. */
+/* Where the tokens of each task went: sums over any number of passes. The caller provides the
+   arrays and clears them first. Counting costs time only in moe_route_count. */
 typedef struct moe_route_sums {
   int64_t *tokens; /* (T) tokens of a task */
   int64_t *chosen; /* (T, L, N) choices of an expert: over N they sum to k tokens. chosen / (k
                       tokens) is the expert's share */
   double *gate;    /* (T, L, N) sum of the probability of an expert over the tokens that chose it:
                       gate / chosen is its mean g* [TaG] Eq. 5, before any gate scale. NULL: not
-                      wanted */
+                      counted */
   double *prob;    /* (T, L, N) sum of the probability of an expert over all tokens [TaG] Eq. 4.
-                      NULL: not wanted */
+                      NULL: not counted */
 } moe_route_sums;
-/* Adds the routes of the context's last pass, a pass of this batch. MOE_E_ARGUMENT where it cannot
-   have been. */
+/* Adds the routes of the context's last pass, which must have run on this batch. MOE_E_ARGUMENT:
+   the batch does not fit that pass. */
 MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *context,
                                    const moe_batch *batch, const moe_env *env);
 
-/* Task-level routing by the caller [TL]; its arrays must stay, and may change between passes. */
+/* Task-level routing by the caller [TL]. The arrays must outlive the passes and may change between
+   them. */
 typedef struct moe_task_router {
-  const float *routes; /* (T, L, m) weights of the blocks, 0 to 1e6, one above 0 for each task and
-                          layer: fixed, no router takes part, and blocks of weight 0 are not
+  const float *routes; /* (T, L, m) fixed weights of the blocks, 0 to 1e6, at least one above 0 for
+                          each task and layer. No router takes part; blocks of weight 0 are not
                           computed. NULL: a router decides */
-  const float *scores; /* (T, L, m) scores of a router of the caller's (an LSTM, say) instead of the
-                          model's own; NULL: the model's */
+  const float *scores; /* (T, L, m) scores of a router of the caller's (an LSTM, for example) in
+                          place of the model's own; NULL: the model's */
   float *dscores;      /* (T, L, m) moe_trainer_accumulate adds the gradients of `scores`; the
-                          caller clears it. NULL: not wanted */
+                          caller clears it. NULL: not computed */
   const float *gumbel; /* (S, L, m) noise G of MOE_SELECT_GUMBEL and MOE_SELECT_STRAIGHT in
                           training, for each sequence of the batch; NULL: drawn from the trainer's
                           seed */
 } moe_task_router;
-/* The following passes use these; NULL: the model's own again. MOE_E_ARGUMENT for a model without
-   blocks. Every pass checks the values. */
+/* The following passes use these; NULL: the model's own again. MOE_E_ARGUMENT for a model whose
+   experts are not blocks. Every pass checks the values. */
 MOE_API moe_status moe_context_task_router(moe_context *context, const moe_task_router *router,
                                            const moe_env *env);
 /* The choice of the model's own router: routes (T, L, m) is softmax(z / tau), or with tau 0 the
@@ -1270,37 +1272,37 @@ MOE_API void moe_task_router_blend(float *out, const float *routes, float share,
 
 typedef enum moe_memory { MOE_MEMORY_HOST, MOE_MEMORY_DEVICE } moe_memory;
 
-/* A table of what computes in place of the CPU: env.backend. Of two kinds:
+/* A table of functions (slots) that compute in place of the CPU: env.backend. There are two kinds:
 
-     HOST    Pointers are memory of the host. Any slot may be NULL, or answer MOE_E_UNSUPPORTED: the
-             CPU then does that call. A slot is called from env.threads threads at once and should
-             start none of its own. For a BLAS, sgemm is all there is to fill (examples/blas.c).
-     DEVICE  Arrays are the device's: allocated by `alloc`, and never read or written by moe.h,
-             which moves them by upload and download. `supports` is asked once for a context: all
-             ops, or none, so that nothing is copied back and forth. Every slot but sgemm, takes
-             and changed is there.
+     HOST    Pointers are host memory. Any slot may be NULL, or return MOE_E_UNSUPPORTED: the CPU
+             then does that call. A slot is called from env.threads threads at once and should
+             start no threads. A BLAS fills only sgemm (examples/blas.c).
+     DEVICE  Arrays are device memory, allocated by `alloc`. moe.h never reads or writes them, but
+             moves them by upload and download. `supports` is called once for a context and accepts
+             all ops or none, so that nothing is copied back and forth. Every slot except sgemm,
+             takes and changed must be set.
 
    On a DEVICE:
-     Structs    An op is a struct of the host's, and so are moe_routes, moe_route_options, the
-                arrays of moe_experts_op that hold pointers or moe_mat, and tasks and head of
-                moe_heads_op. Whatever else they point to is the device's. Matrices are float rows.
-     Weights    moe_model_pack uploads them: it comes before a context (loading a model and
-                moe_trainer_create pack by themselves). Once a trainer has made a step, the device's
-                weights are the newer ones. What reads a model's weights (saving, checkpoints,
-                quantize, adapt, extract, moe_model_weights) downloads them first, and so does
+     Structs    An op is a struct in host memory. So are moe_routes, moe_route_options, the arrays
+                of moe_experts_op that hold pointers or moe_mat, and tasks and head of moe_heads_op.
+                Every other array they point to is device memory. Matrices are float rows.
+     Weights    moe_model_pack uploads them: call it before creating a context (loading a model and
+                moe_trainer_create pack by themselves). After a trainer's first step the device has
+                the newer weights. Functions that read a model's weights (saving, checkpoints,
+                quantize, adapt, extract, moe_model_weights) download them first, and so does
                 moe_trainer_free.
-     Traffic    A pass uploads one block (ids, seq_start, tasks, keys) and downloads scores, or
-                losses; a step downloads one double. moe_context_hidden and the like download what
-                they are asked for.
+     Traffic    A pass uploads one block (ids, seq_start, tasks, keys) and downloads scores or
+                losses; a step downloads one double. moe_context_hidden and similar functions
+                download what they return.
      Order      Calls of one context run in order on its stream. Only download, sync and grad_norm
                 wait.
-     Errors     A slot returns what it knows at once. A failure of the device is sticky: the next
-                call that waits returns it, with a sentence to env.log. The context can then only be
-                freed; the host's weights are those of the last download.
-     Refused    Blocks as experts, gates made of task vectors and int8 models: those are computed on
-                the CPU only. Gradients stay on the device: moe_trainer_gradients is NULL.
-   The bits of a result are then up to the backend; that they do not depend on the number of threads
-   still holds where each call has the same result each time. */
+     Errors     A slot returns errors that it detects at once. A failure of the device is sticky:
+                the next call that waits returns it, with a sentence to env.log. The context can
+                then only be freed; the host's weights are those of the last download.
+     Refused    Blocks as experts, gates made of task vectors and int8 models: the CPU alone
+                computes them. Gradients stay on the device: moe_trainer_gradients returns NULL.
+   The backend determines the bits of a result. They do not depend on the number of threads if each
+   slot gives the same result each time. */
 #define MOE_BACKEND_ABI 2
 
 /* C (m, n) = A (m, k) B (k, n), or C += A B where accumulate is 1. (i, p) of A = a[i a_row + p
@@ -1320,19 +1322,20 @@ typedef struct moe_sgemm {
 struct moe_heads_op;
 struct moe_adam_op;
 struct moe_backend {
-  uint32_t abi;      /* MOE_BACKEND_ABI; a table of another number is not used */
+  uint32_t abi;      /* MOE_BACKEND_ABI; a table with another number is not used */
   uint32_t bytes;    /* sizeof(moe_backend): slots beyond it count as NULL */
   moe_memory memory; /* the kind */
   const char *name;  /* for moe_backend_name: "blis", "cuda:0 (...)" */
   void *user;
-  /* HOST. A product of float matrices. Products of 8 bits, with fewer than 16 outputs, with a side
-     under 8 or of fewer than 2^18 multiply-adds, and attention stay built in. */
+  /* HOST. A product of float matrices. The built-in kernels keep attention and products with int8
+     weights, with fewer than 16 outputs, with a side under 8, or with fewer than 2^18
+     multiply-adds. */
   void (*sgemm)(void *user, const moe_sgemm *product);
-  /* HOST. Whether to take a whole product of this size, or 0 to leave it to the built-in kernels,
-     which have packed weights for it where packed is 1. NULL: yes. */
+  /* HOST. 1: the backend takes a whole product of this size. 0: the built-in kernels take it, with
+     packed weights if packed is 1. NULL: always 1. */
   int32_t (*takes)(void *user, int32_t m, int32_t n, int32_t k, int32_t packed);
-  /* DEVICE. 1: contexts of this model and these limits work here, in this precision. 0: they do
-     not, and a sentence to env.log says why. */
+  /* DEVICE. 1: contexts of this model and these limits work on this device, in env.precision. 0:
+     they do not, and a sentence to env.log says why. */
   int32_t (*supports)(const moe_backend *b, const moe_env *env, const moe_config *config,
                       const moe_limits *limits);
   moe_status (*open)(const moe_backend *b, const moe_env *env, void **stream); /* of a context */
@@ -1345,7 +1348,8 @@ struct moe_backend {
                          size_t bytes);                                                 /* waits */
   moe_status (*clear)(const moe_backend *b, const moe_env *env, void *p, size_t bytes); /* zeros */
   moe_status (*sync)(const moe_backend *b, const moe_env *env);                         /* waits */
-  /* These weights are new: for copies that the backend keeps, packed or of lower precision. */
+  /* These weights have changed: updates copies that the backend keeps, packed or of lower
+     precision. */
   void (*changed)(const moe_backend *b, const moe_env *env, const float *w, size_t count);
   /* Ops: env.stream is the queue, env.precision that of products. back 1: backward. */
   moe_status (*linear)(const moe_backend *b, const moe_env *env, const moe_linear_op *op, int back);
@@ -1360,10 +1364,10 @@ struct moe_backend {
                         int back);
   moe_status (*heads)(const moe_backend *b, const moe_env *env, const struct moe_heads_op *op,
                       int back);
-  /* Norm of the gradients g of n spans together, those with lr_scale 0 (frozen) left out. Waits. */
+  /* Norm of the gradients g of all n spans, without those of lr_scale 0 (frozen). Waits. */
   moe_status (*grad_norm)(const moe_backend *b, const moe_env *env, double *norm,
                           const struct moe_adam_op *spans, int32_t n);
-  /* A step of Adam on each of n spans (lr_scale 0: w stays); then g is zero. */
+  /* A step of Adam on each of n spans (lr_scale 0: w stays); sets g to zero. */
   moe_status (*adam)(const moe_backend *b, const moe_env *env, const struct moe_adam_op *spans,
                      int32_t n);
 };
@@ -1376,12 +1380,12 @@ MOE_API const char *moe_backend_name(const moe_env *env);
 #ifndef MOE_NO_TRAIN
 /* ---- trainer, optimizer, sampler ---- >>api_train */
 
-/* Another learning rate or decay for the tensors whose name contains `match`. If several groups
-   match, the last one counts. */
+/* Scales the learning rate and the decay of the tensors whose name contains `match`. If several
+   groups match, the last one counts. */
 typedef struct moe_param_group {
   const char *match;
-  float lr_scale;    /* factor of the learning rate; 0 freezes, and leaves the gradients out of the
-                        norm */
+  float lr_scale;    /* factor of the learning rate; 0 freezes the tensors, and the norm excludes
+                        their gradients */
   float decay_scale; /* factor of the weight decay */
 } moe_param_group;
 
@@ -1390,8 +1394,8 @@ typedef struct moe_train_config {
   float warmup;  /* fraction of `steps`, 0 .. 1: W = floor(warmup steps); the rate of step t (from
                     1) is lr t/W up to step W, then lr (steps-t+1)/(steps-W) */
   int64_t steps; /* after the last one moe_trainer_step returns MOE_E_ARGUMENT */
-  /* The rate of step t (from 1), 0 or more, in place of lr and warmup; NULL: those. The same t must
-     always give the same rate: where it cannot, use moe_trainer_set_lr. */
+  /* The rate of step t (from 1), 0 or more, in place of lr and warmup; NULL: lr and warmup. The
+     same t must always give the same rate; otherwise use moe_trainer_set_lr. */
   float (*lr_schedule)(void *user, int64_t t);
   void *lr_user;           /* first argument of lr_schedule */
   float beta1, beta2, eps; /* of Adam: 0.9, 0.999, 1e-8 [TaG] A.3.2 */
@@ -1414,8 +1418,8 @@ MOE_API void moe_train_config_init(moe_train_config *config);
 
 typedef struct moe_trainer moe_trainer;
 /* A trainer holds gradients and moments (3 x parameters) and a training context. The model must
-   outlive it. _create also packs the model (moe_model_pack) if it is not packed, and a model packed
-   in bf16 once more for gradients; _init leaves that to the caller. */
+   outlive it. _create also packs the model (moe_model_pack) if it is not packed, and packs a bf16
+   model a second time for gradients; _init leaves packing to the caller. */
 MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *limits,
                                     const moe_train_config *config, size_t *bytes,
                                     const moe_env *env);
@@ -1432,17 +1436,17 @@ MOE_API void moe_trainer_free(moe_trainer *trainer);
    receives the sum of the losses / batch_size, auxiliary losses included; losses (S, may be NULL)
    the scaled loss of each sequence. MOE_E_NONFINITE: a loss was not finite; the gradients are then
    cleared.
-   How a batch is cut into micro-batches, in order and with the sequences' numbers in batch->index,
-   changes no bit of the gradients, with two exceptions. Balance loss and z-loss are means over the
-   tokens of a micro-batch and count by its share of the sequences, S / batch_size: they differ by
-   the cut. The gradients of task vectors and gate matrices of MOE_ROUTER_EMBEDDING differ in their
-   last bits, since each micro-batch adds a finished sum. */
+   A batch may be divided into micro-batches, in order and with the sequences' numbers in
+   batch->index. The division changes no bit of the gradients, with two exceptions. Balance loss and
+   z-loss are means over the tokens of a micro-batch, weighted by its share of the sequences,
+   S / batch_size: they depend on the division. The gradients of task vectors and gate matrices of
+   MOE_ROUTER_EMBEDDING differ in their last bits, since each micro-batch adds a finished sum. */
 MOE_API moe_status moe_trainer_accumulate(moe_trainer *trainer, const moe_batch *batch,
                                           int32_t batch_size, float *loss, float *losses,
                                           const moe_env *env);
 /* Clips, takes one step of Adam, clears the gradients and packs the weights again. *norm (may be
-   NULL): the gradient's norm before clipping. MOE_E_NONFINITE: weights and moments are untouched,
-   the gradients cleared. MOE_E_ARGUMENT: all steps are done, or lr_schedule returned a negative
+   NULL): the gradient's norm before clipping. MOE_E_NONFINITE: weights and moments are unchanged,
+   the gradients are cleared. MOE_E_ARGUMENT: all steps are done, or lr_schedule returned a negative
    rate or NaN; nothing is changed. */
 MOE_API moe_status moe_trainer_step(moe_trainer *trainer, float *norm, const moe_env *env);
 /* Learning rate that the configuration gives step t, counted from 1. */
@@ -1454,15 +1458,17 @@ MOE_API moe_status moe_trainer_set_lr(moe_trainer *trainer, float lr, const moe_
 MOE_API float moe_trainer_lr(const moe_trainer *trainer);
 /* Temperature of task-level routing after t steps. */
 MOE_API float moe_train_tau(const moe_train_config *config, int64_t t);
-/* The gradients so far: moe_model_parameters floats, in the layout of the weights. */
+/* The gradients accumulated since the last step: moe_model_parameters floats, in the layout of the
+   weights. */
 MOE_API float *moe_trainer_gradients(moe_trainer *trainer);
-/* The context of its passes: hidden states and routes of the last one, routes to be forced. */
+/* The context of its passes, to read hidden states and routes of the last one or to force routes.
+ */
 MOE_API moe_context *moe_trainer_context(moe_trainer *trainer);
 /* Steps so far. */
 MOE_API int64_t moe_trainer_steps_done(const moe_trainer *trainer);
 /* Largest error of `samples` (1 or more) gradients against central differences (fourth order, steps
    of 1/128), relative to the norm of the tensor's gradient or, if larger, a hundredth of the whole
-   gradient's norm. Tensors take turns; the largest gradient of a tensor is checked first.
+   gradient's norm. Samples alternate between tensors; each tensor's largest gradient comes first.
    Routes and dropout are fixed during the check, and all is fp32, whatever env.precision says. A
    debugging tool: slow, allocates memory for the routes, and as exact as float allows (about 1e-3
    where the loss is smooth). Afterwards the weights are as before and the gradients cleared.
@@ -1508,12 +1514,12 @@ typedef struct moe_sampler_config {
   int32_t in_order; /* 1: rows in file order, task after task, not shuffled (natural only) */
   uint64_t seed;
   int64_t draws; /* number of draws of the whole run, for MOE_SAMPLING_UNIFORM_NATURAL */
-  /* 0: every draw may be of another task (heterogeneous batches). B > 0: B draws in a row are of
-     one task (homogeneous batches of B [TL] 4). Natural sampling then draws a task by its size, and
-     each of its rows once before any a second time. */
+  /* 0: each draw chooses its own task (heterogeneous batches). B > 0: B draws in a row are from one
+     task (homogeneous batches of B [TL] 4). Natural sampling then draws a task by its size, and
+     draws each of its rows once before any row again. */
   int32_t run;
 } moe_sampler_config;
-/* The whole state: copy or save it as it is. */
+/* The whole state of sampling, which may be copied or saved as it is. */
 typedef struct moe_sampler {
   moe_sampler_config config;
   int32_t T;
@@ -1528,26 +1534,27 @@ MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_conf
 /* The next (task, row). */
 MOE_API void moe_sampler_next(moe_sampler *sampler, int32_t *task, int64_t *row);
 
-/* Checkpoint: the model file plus moments, step, the rate of moe_trainer_set_lr, the sampler's
-   state (sampler may be NULL), and `note`, a text of the caller's (its own options, for example;
-   NULL: none). Write it between steps: accumulated gradients are not in it. After _read the next
-   step has the same bits as without the interruption. MOE_E_IO; MOE_E_NONFINITE as for a model. */
+/* Writes a checkpoint: the model file plus moments, step, the rate of moe_trainer_set_lr, the
+   sampler's state (sampler may be NULL), and `note`, a text of the caller's (for example its
+   options; NULL: none). Write it between steps: it does not hold accumulated gradients. After _read
+   the next step has the same bits as without the interruption. MOE_E_IO; MOE_E_NONFINITE as for a
+   model. */
 MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler,
                                         const char *note, const moe_writer *writer,
                                         const moe_env *env);
 /* Restores weights, moments, step, rate and sampler. The trainer must have the same configuration,
    tasks and vocabulary, the sampler the same settings and rows (NULL: its state is skipped).
-   Gradients are cleared. MOE_E_FORMAT with a sentence for what differs; then nothing is changed.
-   The training configuration (lr_schedule, too) is not in the file: the caller sets it as before,
-   from the note for example. */
+   Gradients are cleared. MOE_E_FORMAT with a sentence that says what differs; nothing is then
+   changed. The file does not hold the training configuration (including lr_schedule): the caller
+   sets it as before, for example from the note. */
 MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sampler, const void *file,
                                        size_t bytes, const moe_env *env);
-/* Copies the note into text (capacity bytes, zero-terminated); *length is its full length. capacity
-   0 asks for the length alone. */
+/* Copies the note into text (capacity bytes, zero-terminated); *length is its full length. With
+   capacity 0 only the length is returned. */
 MOE_API moe_status moe_checkpoint_note(char *text, size_t capacity, size_t *length,
                                        const void *file, size_t bytes, const moe_env *env);
 #ifndef MOE_NO_STDIO
-/* The same to and from a file, which is replaced safely. */
+/* The same to and from a file. _save replaces it safely (moe_file_replace). */
 MOE_API moe_status moe_checkpoint_save(const moe_trainer *trainer, const moe_sampler *sampler,
                                        const char *note, const char *path, const moe_env *env);
 MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sampler, const char *path,
@@ -1558,27 +1565,26 @@ MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sample
 /* ---- tokenizer, metrics, prediction from text ---- >>api_text */
 
 #ifndef MOE_NO_TEXT
-/* BERT's WordPiece, exact to the id with Hugging Face `tokenizers` (>>text), cased or not, in a
-   block of the caller's. */
+/* BERT's WordPiece, cased or not. It gives the same ids as Hugging Face `tokenizers` (>>text). */
 typedef struct moe_tokenizer moe_tokenizer;
-/* Exact bytes of the block. vocab: one word a line, UTF-8; the line's number from 0 is the id;
-   white space at its end is stripped; of equal lines the last one counts. MOE_E_FORMAT: more than
-   2^24 - 2 lines or 2^32 - 1 bytes. */
+/* Exact bytes of the block. vocab: one word a line, UTF-8. The id is the number of the line, from
+   0. White space at the end of a line is stripped; of equal lines the last one counts.
+   MOE_E_FORMAT: more than 2^24 - 2 lines or 2^32 - 1 bytes. */
 MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, size_t *bytes,
                                       const moe_env *env);
 /* A tokenizer in a block (64-byte aligned) of at least that size. It keeps a pointer to vocab,
    which must outlive it. cased: 0 lower-cases and strips accents (bert-base-uncased), 1 does not.
-   The time is at most n log n in the bytes of vocab, whatever they are. MOE_E_FORMAT: no line is
-   [UNK], [CLS] or [SEP], or a line is not UTF-8. */
+   The time is at most n log n in the bytes of vocab, for any content. MOE_E_FORMAT: [UNK], [CLS] or
+   [SEP] is missing, or a line is not UTF-8. */
 MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes,
                                       const char *vocab, size_t vocab_bytes, int cased,
                                       const moe_env *env);
 /* The same on the heap. */
 MOE_API moe_status moe_tokenizer_create(moe_tokenizer **out, const char *vocab, size_t vocab_bytes,
                                         int cased, const moe_env *env);
-/* NULL is fine, and so is one in a block of the caller's. */
+/* Accepts NULL, and a tokenizer in a block of the caller's. */
 MOE_API void moe_tokenizer_free(moe_tokenizer *tokenizer);
-/* Lines of the vocabulary: every id is below. */
+/* Number of lines of the vocabulary; every id is less than that. */
 MOE_API int32_t moe_tokenizer_words(const moe_tokenizer *tokenizer);
 
 /* Where moe_encode writes: arrays of the caller, `capacity` long; segments, begin and end may be
@@ -1590,78 +1596,81 @@ typedef struct moe_tokens {
                            [CLS] and [SEP] that moe_encode adds */
   int32_t capacity, count;
 } moe_tokens;
-/* One text (b NULL) or a pair: any bytes. */
+/* One text (b NULL) or a pair. Any bytes are allowed. */
 typedef struct moe_text {
   const char *a, *b;
   size_t a_bytes, b_bytes;
 } moe_text;
-/* Of zero-terminated strings; b may be NULL. */
+/* A moe_text of zero-terminated strings; b may be NULL. */
 MOE_API moe_text moe_text_of(const char *a, const char *b);
-/* [CLS] a [SEP], or [CLS] a [SEP] b [SEP], in at most max_len tokens (2 or 3 at least; not above
-   out->capacity). A text may have any length (2^31 - 1 bytes where begin or end is asked for).
-   Invalid UTF-8 becomes U+FFFD and is no error. Special tokens written in a text ("[MASK]", in
-   capitals) are those tokens. Nothing is allocated; memory (3 KB of stack) does not grow with the
-   text. Longer inputs are cut to R = max_len - 2 or - 3 tokens of text. A single text keeps its
-   first R. Of a pair MOE_TRUNCATE_LONGEST shortens the longer text until the pair fits or both are
-   equal, then both: R/2 each, and the odd token to the longer one, to b if they are equal (Hugging
-   Face's longest_first; BERT's own code gives the odd one to a); MOE_TRUNCATE_RIGHT keeps the first
-   R tokens of a followed by b, and all three special tokens. */
+/* Writes [CLS] a [SEP], or [CLS] a [SEP] b [SEP], in at most max_len tokens (at least 2 or 3, at
+   most out->capacity). A text may have any length (at most 2^31 - 1 bytes if begin or end is
+   given). Invalid UTF-8 becomes U+FFFD and is not an error. Special tokens written in a text
+   ("[MASK]", in capitals) become those tokens. Nothing is allocated; memory (3 KB of stack) does
+   not grow with the text.
+   Longer inputs are truncated to R = max_len - 2 or - 3 tokens of text. A single text keeps its
+   first R. MOE_TRUNCATE_LONGEST shortens the longer text of a pair until the pair fits or both are
+   equally long, then both: each keeps R/2 tokens, and an odd token goes to the longer text, or to b
+   if they are equally long (Hugging Face's longest_first; BERT's own code gives the odd one to a).
+   MOE_TRUNCATE_RIGHT keeps the first R tokens of a followed by b, and all three special tokens. */
 MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, moe_tokens *out, const moe_text *text,
                               int32_t max_len, moe_truncate how, const moe_env *env);
 #endif
 
-/* From logits to answers: the rules that every program shares. Logits are finite; row i of them
-   begins at logits + i stride (moe_forward: stride is moe_model_max_classes). */
-/* The winner among n choices of one question, -1 if n is 0: the choice with the largest logit of
-   class 1, the first of equals [TaG] A.3.1. */
+/* From logits to answers: the rules that every program shares. Logits must be finite; row i begins
+   at logits + i stride (moe_forward: stride is moe_model_max_classes). */
+/* The winner among n choices of one question: the choice with the largest logit of class 1, the
+   first of equals [TaG] A.3.1; -1 if n is 0. */
 MOE_API int32_t moe_rank_best(const float *logits, int32_t stride, int32_t n);
 /* answer (n): the class with the largest logit, the lowest of equals; the value of a regression; in
-   a ranking 1 for the row that wins its group, as moe_rank_best has it, and 0 for the others. The
-   rest is for rankings alone, else NULL: group (n) numbers the question of each row, 0 .. n-1, in
-   any order; winner (n) receives the row that wins each group, -1 where a group has no row.
-   MOE_E_ARGUMENT: a group is out of range, or they are missing. */
+   a ranking 1 for the row that wins its group by the rule of moe_rank_best, and 0 for the others.
+   group and winner are for rankings only, else NULL: group (n) numbers the question of each row,
+   0 .. n-1, in any order; winner (n) receives the row that wins each group, -1 if a group has no
+   row. MOE_E_ARGUMENT: a group is out of range, or a ranking has group or winner NULL. */
 MOE_API moe_status moe_answers(float *answer, const moe_task *task, const float *logits,
                                int32_t stride, int32_t n, const int32_t *group, int32_t *winner,
                                const moe_env *env);
 
 /* Metrics [TaG] 4.5, A.3.1 over n rows, as scikit-learn and scipy compute them. *defined (may be
-   NULL) is 1, or 0 where the metric is undefined (no rows, one class only, constant input, NaN): it
-   then counts as 0. Classes are 0 .. classes-1; a number outside is wrong and belongs to none of
-   them. The time grows with n times classes. */
-/* Share of the rows that are right. */
+   NULL) is 1, or 0 if the metric is undefined (no rows, one class only, constant input, NaN): the
+   function then returns 0. Classes are 0 .. classes-1; a number outside counts as wrong and belongs
+   to none of them. The time grows with n times classes. */
+/* Share of the rows whose prediction is right. */
 MOE_API double moe_metric_accuracy(const int32_t *predicted, const int32_t *label, size_t n,
                                    int *defined);
-/* F1 of class 1 against all others. Undefined: it is neither predicted nor right anywhere. */
+/* F1 of class 1 against all others. Undefined: class 1 is never predicted and never right. */
 MOE_API double moe_metric_f1(const int32_t *predicted, const int32_t *label, size_t n,
                              int *defined);
-/* Mean F1 of the classes that are predicted or right somewhere. */
+/* Mean F1 of the classes that are predicted or right in some row. */
 MOE_API double moe_metric_macro_f1(const int32_t *predicted, const int32_t *label, size_t n,
                                    int32_t classes, int *defined);
-/* Matthews' correlation coefficient, for more than two classes R_K. Undefined: only one class is
-   predicted, or only one is right. */
+/* Matthews' correlation coefficient; for more than two classes R_K. Undefined: all predictions are
+   one class, or all labels are. */
 MOE_API double moe_metric_matthews(const int32_t *predicted, const int32_t *label, size_t n,
                                    int32_t classes, int *defined);
 /* Correlation. Undefined: constant, infinite or NaN on either side. */
 MOE_API double moe_metric_pearson(const float *predicted, const float *label, size_t n,
                                   int *defined);
-/* Correlation of the ranks; ties get their mean rank. scratch: 2n floats. Infinities are values
-   like others. */
+/* Correlation of the ranks; ties get their mean rank. scratch: 2n floats. Infinities are ranked
+   like other values. */
 MOE_API double moe_metric_spearman(const float *predicted, const float *label, size_t n,
                                    float *scratch, int *defined);
-/* Accuracy of a ranking: the share of the groups whose winner is right. answer as moe_answers makes
-   it, label 1 for the right choice of a group. Undefined: no row has won. */
+/* Accuracy of a ranking: the share of the groups whose winner is right. answer comes from
+   moe_answers; label is 1 for the right choice of a group. Undefined: no row has won. */
 MOE_API double moe_metric_ranking(const float *answer, const float *label, size_t n, int *defined);
 
-/* The metrics of a task by name. Number `index` (from 0) of its list into name; 0 if the list is
-   shorter. Number 0 is the one that counts. An empty list means accuracy, or pearson,spearman. */
+/* Writes the name of a task's metric number `index` (from 0) to name and returns 1, or returns 0 if
+   its list is shorter. Number 0 is the main metric. An empty list means accuracy, or
+   pearson,spearman. */
 MOE_API int moe_metric_name(char name[MOE_NAME_BYTES], const moe_task *task, int32_t index);
 /* The metric of that name over n answers (moe_answers) and labels; accuracy of a ranking is
-   moe_metric_ranking. scratch: 2n floats for spearman, else it may be NULL. Also undefined: the
+   moe_metric_ranking. scratch: 2n floats for spearman, else it may be NULL. Also undefined if the
    task's kind has no metric of that name. */
 MOE_API double moe_metric(const char *name, const moe_task *task, const float *answer,
                           const float *label, size_t n, float *scratch, int *defined);
 /* The mean of the metrics value (T) over tasks with at most most_rows training rows (T); rows NULL:
-   over all. The paper's "small" has MOE_SMALL_ROWS [TaG] 4.5. Undefined: there is no such task. */
+   over all tasks. The paper's "small" tasks have at most MOE_SMALL_ROWS [TaG] 4.5. Undefined: there
+   is no such task. */
 #define MOE_SMALL_ROWS 10000
 MOE_API double moe_metric_average(const double *value, const int64_t *rows, int64_t most_rows,
                                   int32_t T, int *defined);
@@ -1669,7 +1678,7 @@ MOE_API double moe_metric_average(const double *value, const int64_t *rows, int6
 #if !defined(MOE_NO_TEXT)
 /* For moe_batch.span: the tokens [span[0], span[1]) of an encoded input that overlap the characters
    (code points) [begin, end) of its first (text 0) or second text (1). tokens must have begin, end
-   and, for a second text, segments. MOE_E_ARGUMENT if there is none. */
+   and, for a second text, segments. MOE_E_ARGUMENT: no token overlaps them. */
 MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text,
                                    int32_t begin, int32_t end, const moe_env *env);
 
@@ -1679,14 +1688,14 @@ typedef struct moe_predictor moe_predictor;
 /* Exact bytes for `batch` texts at once. MOE_E_FORMAT if the model has no vocabulary. */
 MOE_API moe_status moe_predictor_size(const moe_model *model, int32_t batch, size_t *bytes,
                                       const moe_env *env);
-/* In a block of the caller's (64-byte aligned). *env is copied. MOE_E_FORMAT if the vocabulary has
-   more words than the model has embeddings, or cannot be read. */
+/* A predictor in a block of the caller's (64-byte aligned). *env is copied. MOE_E_FORMAT: the
+   vocabulary has more words than the model has embeddings, or cannot be read. */
 MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t bytes,
                                       const moe_model *model, int32_t batch, const moe_env *env);
 /* The same on the heap. */
 MOE_API moe_status moe_predictor_create(moe_predictor **out, const moe_model *model, int32_t batch,
                                         const moe_env *env);
-/* NULL is fine, and so is one in a block of the caller's. */
+/* Accepts NULL, and a predictor in a block of the caller's. */
 MOE_API void moe_predictor_free(moe_predictor *predictor);
 /* What moe_predict_ functions return as scores. */
 typedef enum moe_output {
@@ -1694,25 +1703,25 @@ typedef enum moe_output {
   MOE_OUTPUT_LOGITS         /* as moe_forward; moe_rank_best and moe_answers take these */
 } moe_output;
 MOE_API void moe_predictor_set_output(moe_predictor *predictor, moe_output output);
-/* One text (b NULL) or a pair, zero-terminated, cut to the task's max_len. scores (C):
+/* Scores one text (b NULL) or a pair, zero-terminated, truncated to the task's max_len. scores (C):
    probabilities or logits (one for each class; ranking: wrong, right), or the value (regression).
    *best (may be NULL): the most probable class, the lowest of equals; 0 in regression.
    MOE_E_NONFINITE: a score is NaN or infinite, because a weight is. */
 MOE_API moe_status moe_predict_text(moe_predictor *predictor, int32_t task, const char *a,
                                     const char *b, float *scores, int *best);
 /* The same for n <= batch texts at once: a[i], b[i] (b NULL: none); scores (n,
-   moe_model_max_classes), best (n) or NULL. Nothing is allocated, and what else is in the batch
-   changes no bit. MOE_E_ARGUMENT for a task of kind span. */
+   moe_model_max_classes), best (n) or NULL. Nothing is allocated, and the other texts of the batch
+   change no bit. MOE_E_ARGUMENT for a task of kind span. */
 MOE_API moe_status moe_predict_texts(moe_predictor *predictor, int32_t task, const char *const *a,
                                      const char *const *b, int32_t n, float *scores, int *best);
 /* The same for a task of kind span: chars (n, 4), code points [b1, e1) in the first and [b2, e2) in
    the second text (one text: both in it). MOE_E_ARGUMENT if no token overlaps them, for example
-   because the text was cut. */
+   because the text was truncated. */
 MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a,
                                      const char *const *b, const int32_t *chars, int32_t n,
                                      float *scores, int *best);
 /* Embeddings of n <= batch texts (b NULL or b[i] NULL) or pairs: out (n, H), from the hidden states
-   of the last layer, not normalised. The task's gates route the tokens and its max_len cuts the
+   of the last layer, not normalised. The task's gates route the tokens, and its max_len limits the
    text; its kind and number of texts do not matter. MOE_E_NONFINITE as above. */
 typedef enum moe_pooling {
   MOE_POOLING_MEAN, /* mean over all tokens, [CLS] and [SEP] included: mean pooling of
