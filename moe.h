@@ -8554,7 +8554,8 @@ static const float *moe__route_gate(const moe_route_op *op, int32_t sequence) {
 
 #ifndef MOE_NO_TRAIN
 /* y = x times noise in [1 - jitter, 1 + jitter], for n elements. The noise is a function of the
-   sequence's key and of the element's place in the sequence, so that backward finds it again. */
+   sequence's key and of the element's place in the sequence, so that backward can compute it
+   again. */
 static void moe__route_jitter(float *y, const float *x, size_t n, uint64_t key, size_t place,
                               float jitter) {
   size_t i;
@@ -8640,10 +8641,10 @@ static void moe__route_softmax(float *prob, const float *logits, int32_t N,
   for (i = 0; i < N; ++i) prob[i] /= sum;
 }
 
-/* The k most probable experts [TaG] Eq. 5. The logits have the order of the probabilities, and they
-   still differ where probabilities are all 0 or round to the same float. Of equal logits the lowest
-   index comes first. Masked and pruned experts are never taken; either array may be NULL. The
-   result is in range even if a logit is NaN. */
+/* The k most probable experts [TaG] Eq. 5. Logits are compared, not probabilities: the order is the
+   same, and logits still differ if probabilities are all 0 or round to the same float. Of equal
+   logits the lowest index comes first. Masked and pruned experts are never taken; either array may
+   be NULL. The result is in range even if a logit is NaN. */
 static void moe__route_top(int32_t *expert, const float *logits, const uint8_t *masked,
                            const uint8_t *pruned, int32_t N, int32_t k) {
   uint8_t taken[MOE_MAX_EXPERTS];
@@ -8659,8 +8660,8 @@ static void moe__route_top(int32_t *expert, const float *logits, const uint8_t *
   }
 }
 
-/* Weights of the chosen experts: g* [TaG] Eq. 5. Where all their probabilities are 0 (others have
-   it all), renormalised weights are equal. */
+/* Weights of the chosen experts: g* [TaG] Eq. 5. If all their probabilities underflow to 0,
+   renormalised weights are equal. */
 static void moe__route_weights(float *weight, const float *prob, const int32_t *expert, int32_t k,
                                const moe_route_options *options) {
   float sum = 0;
@@ -8978,10 +8979,10 @@ MOE_API moe_status moe_route_backward(const moe_route_op *op, const moe_env *env
 #endif
 
 /* ---- expert feed-forward networks ---- >>experts
-   Copies of the tokens' rows are gathered expert by expert (routes->order). Each expert that has
-   rows multiplies its own. Then each token adds up its choices in their order, so that neither the
-   batch nor the threads change a sum. One expert whose weights are all 1 is the dense layer:
-   nothing is gathered, and nothing is multiplied by a weight. */
+   Copies of the tokens' rows are gathered expert by expert (routes->order). The products of each
+   expert run on its own rows. Then the outputs of a token's choices are summed in their order, so
+   that neither the batch nor the threads change a sum. One expert whose weights are all 1 is the
+   dense layer: nothing is gathered, and nothing is multiplied by a weight. */
 
 enum { MOE__EXPERTS_TILE = 64 }; /* rows or tokens that are moved together */
 
@@ -9068,8 +9069,8 @@ static moe__experts_job moe__experts_job_make(const moe_experts_op *op, const mo
   return job;
 }
 
-/* The row of a slot. C forbids to read the scratch of floats through another type, so that numbers
-   of rows are copied in and out. */
+/* The row of a slot. C does not allow reading the scratch of floats through another type, so row
+   numbers are copied in and out. */
 static size_t moe__experts_row(const moe__experts_job *job, size_t slot) {
   int32_t row;
   memcpy(&row, job->place + slot, sizeof row);
@@ -9111,7 +9112,7 @@ static void moe__experts_combine_tile(void *arg, int32_t tile, int32_t slot) {
   }
 }
 
-/* Rows [at, at + rows) of expert i through its first layer: a = GELU(W_in x + b_in), which may be
+/* Rows [at, at + rows) of expert i through its first layer: a = GELU(W_in x + b_in). a may point
    anywhere. */
 static moe__gemm moe__experts_in(const moe__experts_job *job, int32_t i, float *a, int32_t at,
                                  int32_t rows) {
@@ -9123,7 +9124,7 @@ static moe__gemm moe__experts_in(const moe__experts_job *job, int32_t i, float *
   return g;
 }
 
-/* And through its second: e = W_out a + b_out. */
+/* The same rows through its second layer: e = W_out a + b_out. */
 static moe__gemm moe__experts_out(const moe__experts_job *job, int32_t i, const float *a,
                                   int32_t at, int32_t rows) {
   const moe_experts_op *op = job->op;
@@ -9131,9 +9132,9 @@ static moe__gemm moe__experts_out(const moe__experts_job *job, int32_t i, const 
                              op->b_out ? op->b_out[i] : NULL, rows);
 }
 
-/* The products of forward. The rows, sorted by expert, are cut into equal shares, wherever experts
-   begin and end. A thread takes a share, gathers its rows and sends them, in blocks of one expert,
-   through both layers: the inner activations of a block stay in its second-level cache.
+/* The products of forward. The rows, sorted by expert, are divided into equal shares, regardless of
+   where experts begin and end. A thread takes a share, gathers its rows and runs them, in blocks of
+   one expert, through both layers: the inner activations of a block stay in its second-level cache.
 
      experts  |         0         |    1    |             2             |  3  |
      shares   |       0       |       1       |       2       |       3       |
@@ -9145,8 +9146,8 @@ static moe__gemm moe__experts_out(const moe__experts_job *job, int32_t i, const 
    2 % slower. Another library (env.backend) gets products that are as large as possible. */
 enum {
   MOE__EXPERTS_SHARE = 256, /* fewest rows of a share */
-  MOE__EXPERTS_SHARES = 4, /* most shares of a thread: one that is late leaves some to the others */
-  MOE__EXPERTS_BLOCK = 128 /* most rows of a block */
+  MOE__EXPERTS_SHARES = 4,  /* most shares of a thread: others take those of a slow thread */
+  MOE__EXPERTS_BLOCK = 128  /* most rows of a block */
 };
 
 /* The rows of a block, when `rows` are cut as evenly as can be: a multiple of 8. */
@@ -9177,7 +9178,7 @@ static void moe__experts_share_tile(void *arg, int32_t share, int32_t slot) {
   }
 }
 
-/* Every product spread over the threads. */
+/* One product after the other, each spread over all threads. */
 static void moe__experts_spread(moe__experts_job *job, const moe_env *env) {
   const int32_t *start = job->op->routes->start;
   moe__products list;
@@ -9217,7 +9218,7 @@ static void moe__cpu_experts_forward(const moe_experts_op *op, const moe_env *en
 
 MOE_API void moe_experts_op_init(moe_experts_op *op) { memset(op, 0, sizeof *op); }
 
-/* The op with routes: where it has none, those of a dense layer, made in *dense and start. */
+/* The op with routes: if it has none, those of a dense layer, built in *dense and start. */
 static moe_experts_op moe__experts_routed(const moe_experts_op *op, moe_routes *dense,
                                           int32_t start[2]) {
   moe_experts_op routed = *op;
@@ -9480,7 +9481,7 @@ typedef struct moe__kind {
                           range in place of label names */
   int32_t spans;       /* the head reads [CLS] and the means of this many spans, 0 or 2 */
   int ranked; /* 1: a row is one choice of a group, where the largest logit of class 1 wins;
-                          0: each row is a question of its own */
+                          0: each row is a separate question */
   moe__loss loss;
 } moe__kind;
 
@@ -9762,7 +9763,7 @@ static moe_status moe__check_task_name(const moe_task *tasks, int32_t t, const m
   return MOE_OK;
 }
 
-/* The first of these count classes, which a regression does not have. */
+/* The first of these metrics compare classes, which a regression does not have. */
 #define MOE__METRICS_OF_CLASSES 4
 static const char *const moe__metric_names[] = {"accuracy", "f1",      "macro_f1",
                                                 "matthews", "pearson", "spearman"};
@@ -9856,12 +9857,13 @@ static moe_status moe__check_tasks(const moe_config *config, const moe_task *tas
 }
 
 /* ---- the table of tensors, places of the weights ---- >>tensors
-   Whatever depends on which tensors a model has walks this table: names, shapes, offsets, initial
-   values, packing, quantising, import and files. Its order is that of the flat array of weights and
-   of a file: EMBED, then for each layer LAYER, its GATEs, its EXPERTs and TAIL, then TASKS, the
-   ROUTERs and the HEADs, without gaps. The weights of query, key and value are neighbours, so that
-   (3H, H) is one product; the gates of all tasks are one (T, N, H). Where the experts are whole
-   blocks, a layer here is one block: block i of layer l is number l m + i, and it has one EXPERT.
+   All code that depends on which tensors a model has walks this table: names, shapes, offsets,
+   initial values, packing, quantising, import and files. The flat array of weights and a file have
+   the order of the table: EMBED, then for each layer LAYER, its GATEs, its EXPERTs and TAIL, then
+   TASKS, the ROUTERs and the HEADs, without gaps. The weights of query, key and value are adjacent,
+   so that (3H, H) is one product; the gates of all tasks are one array (T, N, H). If the experts
+   are whole blocks, a layer in this table is one block: block i of layer l has number l m + i and
+   one EXPERT.
 
    scope   one for each           names in files begin with
    EMBED   model                  embeddings.
@@ -9878,7 +9880,7 @@ static moe_status moe__check_tasks(const moe_config *config, const moe_task *tas
            vector, W inner width of a router, K width of a head's input
    first   initial values: moe__initial_spread
    int8    1: int8 in a quantised model, with a scale for each row
-   pack    this and the following ones, so many in all, are packed as one matrix
+   pack    number of matrices, from this one on, that are packed as one matrix
    bert    1: published encoders have it, under this name */
 
 #define MOE__TASK_ROUTER_HIDDEN 64 /* inner width of the task-level router: the authors' */
@@ -9938,7 +9940,7 @@ typedef struct moe__tensor_row {
    bert},
 
 enum { MOE__TENSORS(MOE__TENSOR_ID) MOE__ROWS };
-enum { MOE__GATES = MOE__GATE_SHARED }; /* where the gates of a layer begin, of whatever kind */
+enum { MOE__GATES = MOE__GATE_SHARED }; /* where the gates of a layer begin, for every router */
 enum {
   MOE__IN_EMBED,
   MOE__IN_LAYER,
@@ -10248,7 +10250,7 @@ static void moe__count_labels(size_t *labels, size_t *bytes, const moe_task *tas
   }
 }
 
-/* Marks in `pruned` of a configuration, or 0 where it has none. */
+/* Size of `pruned` of a configuration, or 0 if it is NULL. */
 static size_t moe__pruned_cells(const moe_config *config) {
   return config->pruned ? (size_t)config->layers * (size_t)config->experts : 0;
 }
@@ -10429,7 +10431,7 @@ static void moe__model_leave_device(moe_model *model) {
   memset(&model->device, 0, sizeof model->device);
 }
 
-/* Whether the table of a device has every slot that is needed. */
+/* Checks that the table of a device has every slot that a pass needs. */
 static moe_status moe__device_slots(const moe_env *env, int training) {
   const moe_backend *b = env->backend;
   if (MOE__HAS(env, heads) && b->supports && b->open && b->close && b->alloc && b->release &&
@@ -10441,7 +10443,7 @@ static moe_status moe__device_slots(const moe_env *env, int training) {
                    "%s: a slot of the device's moe_backend that the pass needs is NULL", b->name);
 }
 
-/* Uploads the weights; the device's memory stays the same where it has them already. */
+/* Uploads the weights, into the device's present memory if it has some already. */
 static moe_status moe__model_upload(moe_model *model, const moe_env *env) {
   const moe_backend *b = env->backend;
   size_t bytes = model->plan.total * sizeof(float);
@@ -10555,7 +10557,7 @@ static int32_t moe__expert_number(const moe_model *m, int32_t layer, size_t plac
   return i;
 }
 
-/* Tensor `index` of a layer's: the scope, and what is left of the index there. */
+/* Tensor `index` of a layer: finds its scope, and the index within that scope. */
 static int moe__layer_scope(const moe_model *m, moe__measure measure, moe__spot *spot,
                             size_t *index) {
   const size_t *unit = m->plan.in[measure].unit;
@@ -10580,7 +10582,7 @@ static int moe__layer_scope(const moe_model *m, moe__measure measure, moe__spot 
   return MOE__IN_TAIL;
 }
 
-/* Tensor `index` of all, or of those of int8. */
+/* Tensor `index` of all tensors, or of the int8 tensors. */
 static moe__spot moe__spot_at(const moe_model *m, moe__measure measure, size_t index) {
   const moe__map *s = &m->plan.in[measure];
   moe__spot spot = {0, 0, 0};
@@ -10630,7 +10632,7 @@ static void moe__unit_prefix(char out[128], const moe_model *m, const moe__spot 
   }
 }
 
-/* Fills in what the flat array has of a tensor: all of it, or the scales of an int8 matrix. */
+/* Describes the part of a tensor in the flat array: all of it, or the scales of an int8 matrix. */
 static void moe__spot_tensor(const moe_model *m, const moe__spot *spot, moe_tensor *out) {
   const moe__tensor_row *row = moe__row_of(spot);
   const moe_task *task = row->scope == MOE__IN_HEAD ? &m->tasks[spot->i] : NULL;
@@ -10648,7 +10650,7 @@ static void moe__spot_tensor(const moe_model *m, const moe__spot *spot, moe_tens
   out->dims = k;
 }
 
-/* The matrix of a quantised model in the array of bytes. */
+/* Describes an int8 matrix of a quantised model, in the array of bytes. */
 static void moe__spot_int8(const moe_model *m, const moe__spot *spot, moe_tensor *out) {
   const moe__tensor_row *row = moe__row_of(spot);
   moe__spot_tensor(m, spot, out);
@@ -10679,7 +10681,7 @@ MOE_API moe_status moe_model_tensor(const moe_model *model, int32_t index, moe_t
   return MOE_OK;
 }
 
-/* Moves *name behind `word`, where it begins with that. */
+/* If *name begins with `word`, moves it past that. */
 static int moe__skip(const char **name, const char *word) {
   size_t length = strlen(word);
   if (strncmp(*name, word, length)) return 0;
@@ -10687,7 +10689,7 @@ static int moe__skip(const char **name, const char *word) {
   return 1;
 }
 
-/* Moves *name behind a number below `end` and its point: the number, or -1. */
+/* Moves *name past a number below `end` and a point. Returns the number, or -1. */
 static int32_t moe__skip_number(const char **name, int32_t end) {
   const char *p = *name;
   int32_t v = 0;
@@ -10699,7 +10701,7 @@ static int32_t moe__skip_number(const char **name, int32_t end) {
   return v;
 }
 
-/* Moves *name behind that of a task and its point: the task, or -1. */
+/* Moves *name past the name of a task and a point. Returns the task, or -1. */
 static int32_t moe__skip_task(const char **name, const moe_model *m) {
   char task[MOE_NAME_BYTES];
   size_t length = strcspn(*name, ".");
@@ -10710,7 +10712,8 @@ static int32_t moe__skip_task(const char **name, const moe_model *m) {
   return moe_model_find_task(m, task);
 }
 
-/* The unit that a name begins with: its scope, *spot and the rest in *name; -1: there is none. */
+/* Parses the unit that a name begins with. Returns its scope, sets *spot and moves *name past it;
+   -1: unknown unit. */
 static int moe__parse_unit(const moe_model *m, moe__spot *spot, const char **name) {
   const moe_config *c = &m->config;
   int32_t blocks = moe__layer_blocks(c), block = 0;
@@ -10786,9 +10789,9 @@ static void moe__fill_tile(void *arg, int32_t tile, int32_t slot) {
   for (; i < end; ++i) fill->w[i] = fill->sd * moe__normal(fill->key, i);
 }
 
-/* Standard deviation of the first values of a matrix [TaG] 4.4. The task-level router would hardly
-   tell tasks apart with 0.02: its matrices have the spread of PyTorch's, 1 / sqrt(3 columns), and
-   the vectors 1. Gates made of a basis and the task's vector are N(0, 0.001), too. */
+/* Standard deviation of the initial values of a matrix [TaG] 4.4. With 0.02 the task-level router
+   would hardly distinguish tasks: its matrices have the spread of PyTorch's, 1 / sqrt(3 columns),
+   and its vectors 1. Gates made of a basis and the task's vector are N(0, 0.001), too. */
 static float moe__initial_spread(const moe_config *config, int first, int32_t columns) {
   if (first == MOE__FIRST_VECTOR)
     first = config->router == MOE_ROUTER_EMBEDDING ? MOE__FIRST_BASIS : MOE__FIRST_ONE;
@@ -10801,7 +10804,7 @@ static float moe__initial_spread(const moe_config *config, int first, int32_t co
   }
 }
 
-/* First values of a tensor. */
+/* Sets the initial values of a tensor. */
 static void moe__tensor_random(moe_model *model, const moe__spot *spot, const moe_tensor *t,
                                uint64_t seed, const moe_env *env) {
   int first = moe__row_of(spot)->first;
@@ -10986,8 +10989,8 @@ MOE__UNUSED static moe_mat moe__mat_back(const moe_model *m, int id, int32_t lay
                        rows);
 }
 
-/* The same for forward of about M rows: its packed copy where there is one of this precision, and
-   no other library wants it as it is. */
+/* The same for forward of about M rows: the packed copy if there is one of this precision, and
+   unless another library takes the product and reads the weights unpacked. */
 static moe_mat moe__mat(const moe_model *m, int id, int32_t layer, int32_t i, int32_t M,
                         const moe_env *env) {
   const float *w = m->weights + moe__at(m, id, layer, i); /* int8: the scales */
@@ -11226,7 +11229,8 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
 
 static int moe__is_finite(float x) { return x - x == 0; } /* false for infinities and NaN */
 
-/* All lengths are checked before any token is read: what a wrong one claims may not be there. */
+/* Checks all lengths before any token is read: with a wrong length, tokens may lie outside the
+   arrays. */
 static moe_status moe__check_batch_arrays(const moe_model *model, const moe_batch *b,
                                           int with_labels, const moe_env *env) {
   int features = model->config.feature_dim > 0;
@@ -11351,14 +11355,14 @@ MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batc
 }
 
 /* ---- activations: what a context holds, and where ---- >>arena
-   A context has two parts. The host's: this struct, tables of pointers, keys of random numbers, how
-   a batch is cut. And the arena: whatever ops read and write in a pass, one stretch of memory whose
-   layout is a function of model and limits. The host itself reads nothing of the arena in a pass,
-   but for blocks as experts and gates made of task vectors. */
+   A context has two parts. The host's part holds this struct, tables of pointers, keys of random
+   numbers, and how a batch is divided. The arena holds everything that ops read and write in a
+   pass: one stretch of memory whose layout is a function of model and limits. The host itself reads
+   nothing of the arena in a pass, except for blocks as experts and gates made of task vectors. */
 
-/* What a block leaves in the arena. In training every block has arrays of its own, for backward;
-   else all share one set, and what only backward reads is NULL. The residual sums then take the
-   place of the branch that was added. */
+/* What a block leaves in the arena. In training every block has its own arrays, for backward. In
+   inference all blocks share one set, and arrays that only backward reads are NULL; the residual
+   sums then overwrite the branch that was added. */
 typedef struct moe__acts {
   float *x;                    /* (M, H) input of the block */
   float *qkv, *att, *stats;    /* (M, 3H), (M, H), (M, A, 2) */
@@ -11369,8 +11373,8 @@ typedef struct moe__acts {
   float *sum2, *mean2, *rstd2; /* y1 + experts */
 } moe__acts;
 
-/* What blocks as experts need on top [TL]; see >>task_router and >>blocks. Inference
-   keeps two inputs of layers and one output of a block. */
+/* What blocks as experts need in addition [TL]; see >>task_router and >>blocks. Inference keeps two
+   inputs of layers and one output of a block. */
 typedef struct moe__task_router {
   moe_task_router given;
   float **x;       /* (L+1) input of each layer, the last: the network's output; (M, H) each */
@@ -11397,7 +11401,7 @@ typedef struct moe__experts_tables {
   float **d_in, **d_b_in, **d_out, **d_b_out;
 } moe__experts_tables;
 
-/* What a context on a DEVICE has besides. */
+/* What a context on a DEVICE has in addition. */
 typedef struct moe__on {
   moe_env env; /* of its creation, with the queue; backend NULL: the context is not on a device */
   void *arena; /* memory of the device */
@@ -11462,7 +11466,7 @@ static size_t moe__key_rows(const moe_config *config) {
                       config->unit == MOE_UNIT_BLOCK ? config->layers : 0);
 }
 
-/* Sizes that the parts of a context have in common. */
+/* Sizes that the parts of a context share. */
 typedef struct moe__dims {
   size_t M, S, H, F, A, N, k, Mk; /* N counts the feed-forward networks of a block */
   size_t L, m, blocks; /* layers, blocks of a layer that are its experts (else 0), all blocks */
@@ -11517,9 +11521,9 @@ static void moe__carve_routes(moe__layout *layout, moe_routes *r, const moe__dim
   r->start = (int32_t *)moe__carve(layout, N + 1, sizeof(int32_t));
 }
 
-/* Activations of the blocks and routes of the layers. On the run for the size there is nothing to
-   write to yet: what c->acts and c->routes would hold passes through `acts` and `routes`. Only
-   gates write routes in a pass; the others are the host's. */
+/* Activations of the blocks and routes of the layers. When only the size is computed there is no
+   memory yet: `acts` and `routes` then hold what c->acts and c->routes would. Only gates write
+   routes in a pass; other routes belong to the host. */
 static void moe__carve_blocks(moe__layout *host, moe__layout *arena, moe_context *c,
                               const moe__dims *d) {
   int gates = moe__has_gates(&c->model->config);
@@ -11615,7 +11619,7 @@ static void moe__carve_training(moe__layout *host, moe__layout *arena, moe_conte
   c->glogits = MOE__FLOATS(arena, d->M * d->N);
 }
 
-/* Bytes that a pass uploads at most: every array by itself, from a multiple of 64 on. */
+/* Most bytes that a pass uploads: each array begins at a multiple of 64. */
 static size_t moe__stage_bytes(const moe_context *c, const moe__dims *d, int *bad) {
   const moe_config *config = &c->model->config;
   size_t n = 16 * 64;                                   /* for rounding up 16 arrays */
@@ -11744,8 +11748,8 @@ static void moe__routes_dense(moe_routes *r, int32_t M) {
   }
 }
 
-/* Routes of no tokens: before the first pass, and of a pass of no sequences. Those on a device are
-   cleared when they are asked for. */
+/* Empty routes: before the first pass, and after a pass of no sequences. Routes on a device are
+   cleared when the caller asks for them. */
 static void moe__routes_clear(moe_context *c) {
   int there = c->device.env.backend && moe__has_gates(&c->model->config);
   int32_t l;
@@ -11755,7 +11759,7 @@ static void moe__routes_clear(moe_context *c) {
   }
 }
 
-/* Whether a context of this model can be on the device, and the device has what it takes. */
+/* Checks that the device can hold a context of this model and has its weights. */
 static moe_status moe__device_check(const moe_model *model, const moe_limits *limits,
                                     const moe_env *env) {
   const moe_backend *b = env->backend;
@@ -11853,7 +11857,7 @@ MOE_API void moe_context_free(moe_context *context) {
 
 /* ---- before a pass: checks, keys of random numbers ---- >>begin */
 
-/* What forward and backward have to agree on. */
+/* What forward and backward of a pass share. */
 typedef struct moe__pass {
   const moe_batch *batch;
   const moe_env *env;
@@ -11873,7 +11877,7 @@ typedef struct moe__pass {
   const uint8_t *pruned;  /* (L, N) or NULL */
 } moe__pass;
 
-/* For gates, routers, heads and feature inputs, whatever the precision of the layers. */
+/* For gates, routers, heads and feature inputs, which stay fp32 in every precision. */
 static moe_env moe__in_fp32(const moe_env *env) {
   moe_env fp32 = *env;
   fp32.precision = MOE_TYPE_F32;
@@ -11887,8 +11891,8 @@ static moe_env moe__one_thread(const moe_env *env) {
   return one;
 }
 
-/* Forced experts come from outside: a number outside [0, N), or one twice for a token, would break
-   the dispatch. */
+/* Forced experts come from the caller: a number outside [0, N), or the same one twice for a token,
+   would break the dispatch. */
 static moe_status moe__check_forced(const moe_context *c, int32_t M, const moe_env *env) {
   const moe_config *config = &c->model->config;
   size_t k = (size_t)config->top_k, slots = (size_t)config->layers * (size_t)M, i, a, b;
@@ -11914,8 +11918,8 @@ static moe_status moe__check_forced(const moe_context *c, int32_t M, const moe_e
   return MOE_OK;
 }
 
-/* Each layer must keep k experts, or there is no choice to make. Where the routes are given there
-   is none: forced experts, fixed blocks. */
+/* Each layer must keep k experts to choose from. Routes that are given (forced experts, fixed
+   blocks) need no choice, and masks are not checked. */
 static moe_status moe__check_masked(const moe_context *c, const moe_env *env) {
   const moe_config *config = &c->model->config;
   int32_t l, i;
@@ -11936,7 +11940,7 @@ static moe_status moe__check_masked(const moe_context *c, const moe_env *env) {
   return MOE_OK;
 }
 
-/* The caller's weights, scores and noise of blocks as experts must be usable. */
+/* Checks the caller's weights, scores and noise for blocks as experts. */
 static moe_status moe__check_given(const moe_context *c, int32_t S, const moe_env *env) {
   const moe_config *config = &c->model->config;
   const moe_task_router *given = &c->router.given;
@@ -11972,7 +11976,7 @@ static moe_status moe__check_given(const moe_context *c, int32_t S, const moe_en
   return MOE_OK;
 }
 
-/* Everything that could go wrong in a pass is found here, before anything is written. */
+/* Finds every error of a pass before anything is written. */
 static moe_status moe__pass_check(const moe_context *c, const moe_batch *batch, int with_labels,
                                   const moe_env *env) {
   const moe_config *config = &c->model->config;
@@ -12031,8 +12035,8 @@ static void moe__keys_make(moe_context *c, const moe__pass *pass, uint32_t site,
         moe_key(pass->seed, pass->step, (uint64_t)(index ? index[s] : s), (uint32_t)layer, site);
 }
 
-/* The experts of all blocks, for moe_experts_op; a pruned expert has no weights, and no token goes
-   there. */
+/* The experts of all blocks, for moe_experts_op. A pruned expert has no weights and gets no
+   tokens. */
 static void moe__experts_tables_make(moe_context *c, const moe__pass *pass) {
   const moe_model *m = c->model;
   const moe_config *config = &m->config;
@@ -12152,16 +12156,17 @@ MOE__UNUSED static void moe__arena_clear(const moe_context *c, void *p, size_t b
 }
 
 /* ---- a pass: forward and backward of a batch ---- >>pass
-   From here on in the order of the paper: embeddings, the L blocks (attention, add & norm, experts,
-   add & norm), heads, losses. Under each forward function stands its backward, which undoes it:
-   context->g holds the gradient of what forward wrote and becomes the gradient of what it read, and
-   the gradients of the weights are added to `dw`, which mirrors the flat array of weights. Which
-   thread computes which rows is the matter of >>schedule alone.
+   The sections from here on have the order of the paper: embeddings, the L blocks (attention,
+   add & norm, experts, add & norm), heads, losses. Each backward function follows its forward
+   function: context->g holds the gradient of what forward wrote and becomes the gradient of what
+   forward read. The gradients of the weights are added to `dw`, which mirrors the flat array of
+   weights. Only >>schedule decides which thread computes which rows.
    Ops return a status, which a pass ignores: sizes were checked before it began, and a device
    reports its failures when the host next waits for it. */
 
 /* The rows that a step works on: all of a batch, a micro-batch (some of its sequences), or a row
-   range (wherever sequences begin and end: then S and seq_start are those of the batch). */
+   range (regardless of where sequences begin and end; S and seq_start are then those of the
+   batch). */
 typedef struct moe__view {
   const moe__pass *pass;
   moe_env env;
@@ -12189,7 +12194,7 @@ static moe__view moe__view_all(const moe_context *c, const moe__pass *pass) {
   return v;
 }
 
-/* Keys of the random numbers of each sequence at a site; NULL with p = 0, where none are needed. */
+/* Keys of the random numbers of each sequence at a site; NULL if p is 0, which needs no keys. */
 static const uint64_t *moe__view_keys(const moe_context *c, const moe__view *v, float p,
                                       uint32_t site, int32_t layer) {
   size_t row = moe__key_row(&c->model->config, site, layer);
@@ -12279,7 +12284,7 @@ MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_ba
 
 /* ---- embeddings ---- >>embeddings */
 
-/* Word embeddings of 8 bits, row by row as tokens ask for them; a tile is 64 tokens. */
+/* int8 word embeddings: dequantises the row of each token; a tile is 64 tokens. */
 typedef struct moe__words {
   float *y;
   const int8_t *bytes;
@@ -12435,7 +12440,7 @@ static void moe__embeddings_backward(moe_context *c, const moe__view *v, float *
      y  = LayerNorm(y1 + dropout(sum over the chosen experts i of g_i E_i(y1)))
    A dense model has one expert and no gate. */
 
-/* A block at work. */
+/* A block and its arrays during a pass. */
 typedef struct moe__block {
   moe_context *c;
   const moe__view *v;
@@ -12516,7 +12521,8 @@ static void moe__gate_backward(const moe__block *b);
 static void moe__experts_step_backward(const moe__block *b);
 
 /* All steps for all rows: context->g, the gradient of the output, becomes that of the input. After
-   add & norm it is the gradient of what was added to, and context->gsum that of what was added. */
+   add & norm, context->g is the gradient of the residual input and context->gsum that of the
+   branch. */
 static void moe__block_backward(moe_context *c, const moe__view *v, float *dw, int32_t layer) {
   moe__block b = moe__block_make(c, v, layer, dw);
   /* 4. add & norm */
@@ -12568,7 +12574,7 @@ static void moe__qkv_backward(const moe__block *b) {
 #endif
 
 /* att = attention of each sequence, branch = att W_att^T + b_att. A row range reads keys and values
-   of other ranges: its op is that of all rows, of which it computes its own. */
+   of other ranges: its op covers all rows, but computes only its own. */
 static moe_attention_op moe__attention_op(const moe__block *b) {
   const moe__view *v = b->v;
   const moe__acts *all = &b->c->acts[b->layer];
@@ -12759,8 +12765,8 @@ static void moe__gate_backward(const moe__block *b) {
 }
 #endif
 
-/* Experts and combine [TaG] Eq. 1, 2, 6. Without a gate every token goes to the one expert there
-   is, and no routes are needed. */
+/* Experts and combine [TaG] Eq. 1, 2, 6. Without a gate every token goes to the only expert, and no
+   routes are needed. */
 static moe_experts_op moe__experts_op(const moe__block *b) {
   const moe_config *config = &b->c->model->config;
   const moe__experts_tables *t = &b->c->experts;
@@ -12839,13 +12845,14 @@ static void moe__experts_step_backward(const moe__block *b) {
 /* ---- gates made of task vectors ---- >>task_gates
    [TaG] A.4 leaves routing that related tasks share through learned task embeddings as future work;
    here it is W_{g,t} = sum_j z_{t,j} B_j, with a basis B (r, N, H) in each layer and one vector z_t
-   (r) for a task: T r + L r N H numbers instead of L T N H. The gates of a layer are made anew in
-   each pass, for the tasks of the batch alone: r N H multiplications a task, far fewer than a
-   single token's attention. Their gradients are summed over a pass before z and B get theirs, so
-   that micro-batches end with other last bits than one batch, as with no other router in fp32. */
+   (r) for a task: T r + L r N H numbers instead of L T N H. Each pass computes the gates of a layer
+   again, only for the tasks of the batch: r N H multiplications a task, far fewer than the
+   attention of a single token. The gradients of the gates are summed over a pass before those of z
+   and B are computed from them. So micro-batches differ from one batch in the last bits; no other
+   router does so in fp32. */
 
-/* The gates (T, N, H) of a layer whose tensor is given: itself, or made of it; forward and backward
-   use the same. */
+/* The gates (T, N, H) of a layer from its tensor: the tensor itself, or gates computed from it.
+   Forward and backward use the same. */
 static const float *moe__gates_forward(moe_context *c, const float *basis, const moe_env *env) {
   const moe_model *m = c->model;
   const moe__mix_kernels *mix = MOE__V_PICK(env->isa, mix);
@@ -12897,8 +12904,8 @@ static void moe__gates_backward(moe_context *c, float *dvectors, float *dbasis, 
 /* ---- heads and losses ---- >>heads
    The head of a task reads [CLS], the first token of its sequences, or [CLS; span 1; span 2], where
    a span is the mean of its tokens [TaG] Eq. 7 and 8, A.3.1. The softmax of Eq. 7 is in the losses
-   (>>kinds), and in moe_predict_ for probabilities. Sequence by sequence on one thread, so that a
-   score does not depend on what else is in the batch. */
+   (>>kinds), and in moe_predict_ for probabilities. One thread computes all sequences in order, so
+   that a score does not depend on what else is in the batch. */
 
 MOE_API void moe_heads_op_init(moe_heads_op *op) { memset(op, 0, sizeof *op); }
 
@@ -12978,7 +12985,7 @@ MOE_API moe_status moe_heads_forward(const moe_heads_op *op, const moe_env *env)
 }
 
 #ifndef MOE_NO_TRAIN
-/* Puts the gradient of what the head read where it came from: dhidden += dfeature. */
+/* Adds the gradient of what the head read to the rows it came from: dhidden += dfeature. */
 static void moe__head_scatter(const moe_heads_op *op, const float *dfeature, int32_t s) {
   int spans = moe__kind_of(&op->tasks[op->task[s]])->spans, k;
   size_t H = (size_t)op->H, j;
@@ -13103,8 +13110,8 @@ static int32_t moe__losses_check(const moe_context *c, const moe__pass *pass) {
 
 /* What a micro-batch adds to the loss of the whole batch: the sum of its losses / batch_size, and
    the losses of its gates, which are means over its tokens, by its share S / batch_size of the
-   sequences. So cutting a batch leaves the first as it is, but not the second: the balance loss
-   counts choices within a micro-batch, and a mean of means depends on the cut. */
+   sequences. Dividing a batch does not change the first, but changes the second: the balance loss
+   counts choices within a micro-batch, and a mean of means depends on the division. */
 static double moe__losses_sum(const moe_context *c, const moe__pass *pass) {
   double sum = 0;
   int32_t s;
@@ -13117,20 +13124,21 @@ static double moe__losses_sum(const moe_context *c, const moe__pass *pass) {
    Nothing here changes a result. A model of feed-forward experts runs the blocks of all layers over
    the rows of a batch in one of three ways:
 
-     MICRO-BATCHES  some whole sequences each, about 128 tokens: what one product leaves is still in
-                    the second-level cache when the next one reads it. With several threads each
-                    takes micro-batches of its own and runs without synchronising until the end. A
-                    micro-batch passes as many steps as need nothing of the others: all layers of a
-                    dense model, and in an MoE layer what comes before the gate. On a Xeon,
-                    32 x 128: 5 % faster with one thread, 15 % with two.
+     MICRO-BATCHES  whole sequences, about 128 tokens each: the output of one product is still in
+                    the second-level cache when the next one reads it. With several threads, each
+                    takes its own micro-batches and runs without synchronising until the end. A
+                    micro-batch runs through all steps that do not need the other micro-batches: all
+                    layers of a dense model, and in an MoE layer the steps before the gate. On a
+                    Xeon, 32 x 128: 5 % faster with one thread, 15 % with two.
      ROW RANGES     inference with too few sequences for the threads: each thread has an equal range
-                    of the rows, wherever sequences begin and end. Only attention reads rows of
-                    other ranges, and waits for them twice in a layer. Every core then reads all
-                    weights, but no longer half of each product's input from the cache of another,
-                    which takes longer per byte. On a Xeon with two threads 1 x 32 is 6 % faster
-                    than with every product spread, 1 x 128 15 %, and with weights of 8 bits 1 x 16
-                    16 %, 1 x 32 27 %.
-     ALL ROWS       else, and with another library for products: all threads share every product.
+                    of the rows, regardless of where sequences begin and end. Only attention reads
+                    rows of other ranges, and waits for them twice in a layer. Every core then reads
+                    all weights, but no longer reads half of each product's input from the cache of
+                    another core, which takes longer per byte. On a Xeon with two threads 1 x 32 is
+                    6 % faster than with every product spread, 1 x 128 15 %; with int8 weights
+                    1 x 16 is 16 % faster, 1 x 32 27 %.
+     ALL ROWS       all other cases, and products by another library: all threads share every
+                    product.
 
                       layer 0           layer 1           layer 2
      micro-batches    thread 0  ------------------------------------->   one after the other
@@ -13139,7 +13147,7 @@ static double moe__losses_sum(const moe_context *c, const moe__pass *pass) {
                       thread 1  qkv | rest    qkv | rest    qkv | rest */
 enum {
   MOE__MICRO_BATCH = 128,      /* tokens */
-  MOE__MICRO_BATCH_LEAST = 64, /* fewer are not worth a thread of their own */
+  MOE__MICRO_BATCH_LEAST = 64, /* fewer are not worth a separate thread */
   MOE__ROW_RANGE_LEAST = 16,   /* with fewer rows each thread waits for weights, */
   MOE__ROW_RANGE_LEAST_I8 = 4  /* less so where they are bytes */
 };
@@ -13148,17 +13156,17 @@ typedef struct moe__schedule {
   moe_context *c;
   const moe__view *all;
   int32_t count,
-      most;     /* number of micro-batches or row ranges, tokens of the longest micro-batch */
-  int ranges;   /* 1: row ranges */
-  int alone;    /* 1: a thread takes each by itself; 0: all threads work on one at a time */
-  int own_rows; /* 1: each has its own rows in all arrays; 0: its thread's, where nothing is kept */
-  size_t scratch;     /* floats of attention's scratch of a thread */
+      most;       /* number of micro-batches or row ranges, tokens of the longest micro-batch */
+  int ranges;     /* 1: row ranges */
+  int alone;      /* 1: a thread takes each by itself; 0: all threads work on one at a time */
+  int own_rows;   /* 1: each has its own rows in all arrays; 0: it uses its thread's, if not kept */
+  size_t scratch; /* floats of attention's scratch of a thread */
   int32_t layer, end; /* what to run: the layers [layer, end), */
   int steps;          /* and these steps of each */
 } moe__schedule;
 
-/* Cuts the batch: sequence s goes to the micro-batch in whose share of the tokens, `goal` each, its
-   middle is. */
+/* Divides the batch into shares of `goal` tokens: sequence s goes to the micro-batch whose share
+   holds the middle of the sequence. */
 static void moe__schedule_cut(moe__schedule *schedule, int32_t goal) {
   const moe__view *all = schedule->all;
   int32_t *cut = schedule->c->cut_first, *start = schedule->c->cut_start, s, last = -1, n = 0;
@@ -13177,8 +13185,8 @@ static void moe__schedule_cut(moe__schedule *schedule, int32_t goal) {
   schedule->count = n;
 }
 
-/* Decides. Micro-batches go to threads if there are enough of them, evenly long; or so short, all
-   together, that the longest makes no difference. */
+/* Decides between the three ways. Micro-batches go to threads if there are enough of similar
+   length, or if the longest is so short that it makes no difference. */
 static void moe__schedule_make(moe__schedule *schedule, moe_context *c, const moe__view *all) {
   int32_t threads = all->env.parallel_for ? moe__max(all->env.threads, 1) : 1, M = all->M, count,
           goal, least = c->model->plan.quantized ? MOE__ROW_RANGE_LEAST_I8 : MOE__ROW_RANGE_LEAST;
@@ -13258,7 +13266,7 @@ static void moe__schedule_run(moe__schedule *schedule, int32_t layer, int32_t en
     for (i = 0; i < schedule->count; ++i) moe__schedule_tile(schedule, i, 0);
 }
 
-/* All layers: those of a dense model at once, and with gates each layer up to its gate, which takes
+/* All layers: those of a dense model at once; with gates, each layer up to its gate, which needs
    all rows. */
 static void moe__schedule_layers(moe_context *c, const moe__view *all) {
   int gates = moe__has_gates(&c->model->config);
@@ -13282,7 +13290,7 @@ static void moe__schedule_layers(moe_context *c, const moe__view *all) {
 }
 
 /* ---- task-level routing: scores of a task, selection, their gradients ---- >>task_router
-   [TL] 2: the router of a layer is a small network, 64 wide inside, from the task's vector to a
+   [TL] 2: the router of a layer is a small network with 64 inner units, from the task's vector to a
    score z for each of its m blocks,
      z = W1 GELU(W0 vector + b0) + b1,
    and the selection turns scores into weights w of the blocks' outputs. With tau the temperature
@@ -13290,15 +13298,15 @@ static void moe__schedule_layers(moe_context *c, const moe__view *all) {
      softmax           p = softmax(z / tau),        w = p
      Gumbel-softmax    p = softmax((z + G) / tau),  w = p in training; else 1 at the largest z and 0
                                                     elsewhere
-     straight-through  p = softmax((z + G) / tau),  w = 1 at the largest p and 0 elsewhere; dp = dw
-                                                    all the same
+     straight-through  p = softmax((z + G) / tau),  w = 1 at the largest p and 0 elsewhere; backward
+                                                    takes dp = dw
    Backward: dz_i = p_i (dw_i - sum_j p_j dw_j) / tau, dw_i = the product of the layer's output
-   gradient and the output of block i. Everything is computed for each sequence by itself, in their
-   order: then neither the batch nor how it is cut changes a bit.
+   gradient and the output of block i. Each sequence is computed separately, in order, so that
+   neither the batch nor its division into micro-batches changes a bit.
    PAPER-DIFF: the authors draw G in evaluation as well. */
 
-/* The two linear layers of the router of a layer, for one task; dw and what forward leaves only
-   where they are needed. */
+/* The two linear layers of the router of a layer, for one task. dw and the outputs of forward are
+   set only where they are needed. */
 static moe_linear_op moe__task_router_in_op(const moe_model *model, int32_t task, int32_t layer) {
   int32_t dim = model->config.task_dim;
   const float *w = model->weights;
@@ -13344,8 +13352,8 @@ static void moe__task_router_largest(float *w, const float *value, int32_t n) {
   for (i = 0; i < n; ++i) w[i] = i == best ? 1.0f : 0.0f;
 }
 
-/* prob (m) = softmax(z / tau); the maximum goes first, so that a small tau divides nothing to
-   infinity. */
+/* prob (m) = softmax(z / tau). The maximum is subtracted before the division, so that a small tau
+   gives no infinity. */
 static void moe__task_router_softmax(float *prob, const float *z, float tau, int32_t m) {
   float max = z[0];
   int32_t i;
@@ -13362,8 +13370,8 @@ static void moe__task_router_noise(float *noise, uint64_t key, int32_t m) {
 }
 
 /* w and prob (m) from the scores of a sequence's task and its noise (m), or NULL; z may be prob and
-   noise w. masked (m) or NULL: blocks marked 1 take no part. Where a score is no number, neither is
-   any weight: that has to reach the scores of the pass. */
+   noise w. masked (m) or NULL: blocks marked 1 take no part. If a score is NaN, so are all weights
+   and the scores of the pass. */
 static void moe__task_router_select(float *w, float *prob, const float *z, const float *noise,
                                     const uint8_t *masked, const moe_config *config,
                                     const moe__pass *pass) {
@@ -13424,8 +13432,8 @@ static void moe__task_router_sequence(moe_context *c, const moe__pass *pass, int
   }
 }
 
-/* What moe_context_routes shows of a layer: every token at its sequence's block of the largest
-   weight. */
+/* The routes of a layer for moe_context_routes: each token goes to the block of the largest weight
+   for its sequence. */
 static void moe__task_router_show(moe_context *c, const moe__pass *pass, int32_t layer) {
   moe_routes *r = &c->routes[layer];
   size_t m = (size_t)c->model->config.experts, i;
@@ -13449,7 +13457,7 @@ static void moe__task_router_show(moe_context *c, const moe__pass *pass, int32_t
   r->start[m] = at;
 }
 
-/* Before the first layer: the choice does not depend on the tokens. */
+/* Runs before the first layer: the choice does not depend on the tokens. */
 static void moe__task_router_forward(moe_context *c, const moe__pass *pass) {
   moe_env one = moe__one_thread(pass->env);
   int32_t s, l;
@@ -13458,8 +13466,8 @@ static void moe__task_router_forward(moe_context *c, const moe__pass *pass) {
   moe__profile_end(pass->env, MOE_PROFILE_GATES);
 }
 
-/* Whether backward of this pass asks for the gradients of the weights: then every block is
-   computed, chosen or not. */
+/* Whether backward of this pass needs the gradients of the weights: then every block is computed,
+   chosen or not. */
 static int moe__task_router_learns(const moe_context *c, const moe__pass *pass) {
   const moe_task_router *given = &c->router.given;
   if (!(pass->tau > 0) || given->routes) return 0;
@@ -13501,7 +13509,7 @@ static void moe__task_router_scores_backward(const moe_context *c, float *dw, co
   moe_linear_backward(&in, env);
 }
 
-/* After the backward of layer 0: dweight is there for all layers. */
+/* Runs after the backward of layer 0, when dweight of all layers is complete. */
 static void moe__task_router_backward(moe_context *c, const moe__pass *pass, float *dw) {
   const moe_config *config = &c->model->config;
   moe__task_router *r = &c->router;
@@ -13564,13 +13572,12 @@ MOE_API void moe_task_router_blend(float *out, const float *routes, float share,
 }
 
 /* ---- transformer blocks as experts ---- >>blocks
-   [TL] 2: a layer has m blocks, each an attention and a feed-forward network of its own; its output
-   for sequence s is
+   [TL] 2: a layer has m blocks, each with its own attention and feed-forward network. The output of
+   the layer for sequence s is
      y_s = sum over i of w_{s,i} B_i(x_s).
-   A block computes the sequences that have a weight for it, packed, by the same steps as a layer of
-   a dense model (moe__block_forward); in training under a router that learns it computes all of
-   them, since dw_{s,i} = dy_s . B_i(x_s) asks for outputs that straight-through selection leaves
-   out. */
+   A block computes the sequences whose weight for it is not 0, packed, by the same steps as a layer
+   of a dense model (moe__block_forward). If the router is trained, a block computes all sequences,
+   since dw_{s,i} = dy_s . B_i(x_s) needs outputs that straight-through selection leaves out. */
 
 /* Keys of the sequences of a block at its three sites with dropout. */
 static void moe__blocks_keys(moe_context *c, const moe__view *all, moe__view *v, int32_t block) {
@@ -13609,7 +13616,7 @@ static moe__view moe__blocks_view(moe_context *c, const moe__view *all, int32_t 
   return v;
 }
 
-/* The block's input: the layer's own where all sequences take part, else their rows. */
+/* The block's input: that of the layer if all sequences take part, else a copy of their rows. */
 static void moe__blocks_gather(moe_context *c, const moe__view *all, const moe__view *v,
                                int32_t block) {
   moe__task_router *r = &c->router;
@@ -13659,7 +13666,7 @@ static void moe__blocks_forward(moe_context *c, const moe__view *all, int32_t la
 
 #ifndef MOE_NO_TRAIN
 /* The gradient of the block's output, w dy, packed into c->g; its product with the output, the
-   gradient of w. Returns 0 when every weight is 0: then nothing goes into the block. */
+   gradient of w. Returns 0 if every weight is 0: the block then gets no gradient. */
 static int moe__blocks_scatter(moe_context *c, const moe__view *all, const moe__view *v,
                                int32_t block) {
   const moe__mix_kernels *mix = MOE__V_PICK(v->env.isa, mix);
@@ -13707,8 +13714,8 @@ static void moe__blocks_backward(moe_context *c, const moe__view *all, float *dw
 
 /* ---- what a pass chose, what it may choose ---- >>routes */
 
-/* count floats of the arena where the host can read them: there, or in a copy; NULL: the device has
-   failed. */
+/* `count` floats of the arena where the host can read them: in place, or in a downloaded copy.
+   NULL: the device has failed. */
 static const float *moe__arena_read(const moe_context *c, float *copy, const float *from,
                                     size_t count) {
   const moe_backend *b = c->device.env.backend;
@@ -13832,8 +13839,8 @@ MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *cont
 #ifndef MOE_NO_TRAIN
 /* ---- Adam, schedule, clipping ---- >>optimizer */
 
-/* The decimal literal that a float from 0 to 1 was rounded from, to seven digits: 0.999f is
-   0.99900001287..., and 1 - 0.999f would be off by 1e-5 of itself. */
+/* The decimal literal that a float from 0 to 1 was rounded from, to seven digits. 0.999f is
+   0.99900001287..., so 1 - 0.999f has a relative error of 1e-5. */
 static double moe__decimal(float x) { return (double)(int64_t)((double)x * 1e7 + 0.5) / 1e7; }
 
 MOE_API void moe_train_config_init(moe_train_config *config) {
@@ -13856,7 +13863,7 @@ static int moe__is_beta(float x) { return moe__within(x, 0, 0.9999999f); }
 
 #define MOE__HUGE 1e30f
 
-/* The learning rate and what else the optimizer takes. */
+/* Checks the learning rate and the other settings of the optimizer. */
 static moe_status moe__check_optimizer(const moe_train_config *c, const moe_env *env) {
   if (!(c->lr > 0 && c->lr <= MOE__HUGE))
     return moe__fail(env, MOE_E_ARGUMENT, "lr is %g, expected above 0", (double)c->lr);
@@ -13937,8 +13944,8 @@ MOE_API float moe_train_lr(const moe_train_config *config, int64_t t) {
 
 static double moe__exp_double(double x); /* >>sampler */
 
-/* PAPER-DIFF: [TL]'s authors have a fixed rate; by default the fall is stretched over all steps of
-   the run. */
+/* PAPER-DIFF: [TL]'s authors use a fixed tau_rate; by default the decay covers all steps of the
+   run. */
 MOE_API float moe_train_tau(const moe_train_config *config, int64_t t) {
   double first = (double)config->tau_start, last = (double)config->tau_end,
          rate = (double)config->tau_rate, tau;
@@ -13948,8 +13955,8 @@ MOE_API float moe_train_tau(const moe_train_config *config, int64_t t) {
   return (float)(tau > last ? tau : last);
 }
 
-/* A range of the flat array of parameters with one learning rate and decay: neighbouring tensors of
-   the same factors share one. It is cut into tiles, which are numbered through all spans. */
+/* A range of the flat array of parameters with one learning rate and decay: adjacent tensors with
+   the same factors share a span. It is divided into tiles, which are numbered through all spans. */
 enum { MOE__ADAM_TILE = 16384, MOE__NORM_BLOCK = 4096, MOE__NORM_PARTS = 256 };
 typedef struct moe__span {
   size_t offset, count;
@@ -13965,7 +13972,7 @@ static int32_t moe__spans_tiles(const moe__span *spans, int32_t n) {
   return n ? spans[n - 1].tile + moe__span_tiles(&spans[n - 1]) : 0;
 }
 
-/* Adds a tensor to n spans and returns how many there are then: at most n + 1. Tensors come in the
+/* Adds a tensor to n spans and returns their new number, at most n + 1. Tensors are added in the
    order of their offsets. */
 static int32_t moe__spans_add(moe__span *spans, int32_t n, const moe_tensor *tensor,
                               const moe_train_config *config) {
@@ -14058,10 +14065,10 @@ static double moe__spans_norm(const float *g, const moe__span *spans, int32_t n,
   return sqrt(sum);
 }
 
-/* Whether a norm came from finite gradients. */
+/* Whether the gradients that gave this norm are finite. */
 static int moe__finite(double norm) { return norm <= 1.7e308; }
 
-/* The factor that brings gradients to a norm of at most `clip` (0: as they are). */
+/* The factor that scales gradients to a norm of at most `clip` (0: no clipping). */
 static float moe__clip_factor(double norm, float clip) {
   double factor = (double)clip / (norm + 1e-6);
   return clip > 0 && factor < 1 ? (float)factor : 1.0f;
@@ -14245,9 +14252,9 @@ MOE_API double moe_gradient_norm(const float *g, size_t n, const moe_env *env) {
 }
 
 /* ---- which row of which task comes next ---- >>sampler
-   The state is how much was drawn: a draw is a function of (seed, drawn) and, where a task is drawn
+   The state is the number of draws: a draw is a function of (seed, drawn) and, if a task is drawn
    first and then one of its rows, of how often that task was drawn. A run that continues from a
-   copy of these numbers draws what it would have drawn. */
+   copy of these numbers draws the same rows as an uninterrupted one. */
 
 /* What a random number is for: the last part of its key. */
 enum { MOE__SAMPLER_ALL = 0, MOE__SAMPLER_TASK = 1, MOE__SAMPLER_ROW = 2 };
@@ -14311,7 +14318,7 @@ MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_conf
   return MOE_OK;
 }
 
-/* Draw number i of natural sampling: epochs over all rows of all tasks, each epoch in another
+/* Draw number i of natural sampling: epochs over all rows of all tasks, each in a new random
    order. */
 static void moe__sample_natural(const moe_sampler *sampler, int64_t i, int32_t *task,
                                 int64_t *row) {
@@ -14348,8 +14355,8 @@ static double moe__sample_share(const moe_sampler *sampler, int32_t t, double lo
                          (double)sampler->config.tau);
 }
 
-/* A task by its share, from the random number of this draw. The last task with a share takes what
-   rounding leaves over. */
+/* Chooses a task by its share, from the random number of this draw. The last task with a share also
+   gets the remainder that rounding leaves. */
 static int32_t moe__sample_task(const moe_sampler *sampler) {
   uint64_t key = moe_key(sampler->config.seed, 0, 0, 0, MOE__SAMPLER_TASK);
   double sum = 0, log_most, left;
@@ -14448,7 +14455,7 @@ MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *li
   return MOE_OK;
 }
 
-/* Gives back what is not in the trainer's block. */
+/* Releases what is not in the trainer's block. */
 static void moe__trainer_leave(moe_trainer *t) {
   const moe_backend *b = t->context->device.env.backend;
   if (b) {
@@ -14626,7 +14633,7 @@ MOE_API float moe_trainer_lr(const moe_trainer *trainer) {
   return trainer->lr < 0 ? moe_train_lr(&trainer->config, trainer->step + 1) : trainer->lr;
 }
 
-/* The next step of Adam on the whole flat arrays; factor and lr are to be filled in. */
+/* The next step of Adam on the whole flat arrays; the caller sets factor and lr. */
 static moe_adam_op moe__trainer_op(const moe_trainer *t) {
   moe_adam_op op;
   moe_adam_op_init(&op);
@@ -14707,7 +14714,7 @@ MOE_API moe_status moe_trainer_step(moe_trainer *trainer, float *norm, const moe
   return MOE_OK;
 }
 
-/* Sets a weight where passes read it. */
+/* Sets a weight in the array that passes read. */
 static moe_status moe__move_weight(moe_trainer *t, float *weight, float value) {
   const moe_env *on = &t->context->device.env;
   *weight = value;
@@ -14745,7 +14752,7 @@ static moe_status moe__check_gradient(moe_trainer *t, const moe_batch *batch, si
   return MOE_OK;
 }
 
-/* Of a tensor's samples the first is its largest gradient, the others are random. */
+/* The first sample of a tensor is its largest gradient; the others are random. */
 static size_t moe__check_element(const moe_trainer *t, const moe_tensor *tensor, int32_t round) {
   const float *g = t->g + tensor->offset;
   size_t i, best = 0;
@@ -14778,8 +14785,8 @@ static moe_status moe__check_samples(moe_trainer *t, const moe_batch *batch, int
   return MOE_OK;
 }
 
-/* The routes of the last pass (L, M, k), to be freed: a choice that flips makes a step in the loss,
-   so a check fixes them. */
+/* A copy of the routes of the last pass (L, M, k), which the caller frees. A check fixes the
+   routes, since a changed choice makes the loss jump. */
 static moe_status moe__check_routes(int32_t **out, const moe_context *c, const moe_env *env) {
   const moe_config *config = &c->model->config;
   size_t slots = (size_t)c->M * (size_t)config->top_k;
@@ -14795,7 +14802,7 @@ static moe_status moe__check_routes(int32_t **out, const moe_context *c, const m
   return status;
 }
 
-/* The gradients where the host can read them: there, or in a copy that is to be freed. */
+/* The gradients where the host can read them: in place, or in a copy that the caller frees. */
 static moe_status moe__check_gradients(float **copy, const moe_trainer *t, const moe_env *env) {
   const moe_env *on = &t->context->device.env;
   size_t bytes = t->model->plan.total * sizeof(float);
@@ -14849,19 +14856,19 @@ MOE_API moe_status moe_gradcheck(moe_trainer *trainer, const moe_batch *batch, i
 
 #define MOE__JSON_DEPTH 64 /* deepest nesting of a value that is skipped */
 
-/* A place in a JSON text. `nested`: the text is itself the inside of a JSON string, as the values
-   of a safetensors header are; one level of escapes is then taken off on the way. A copy of a
-   cursor is a place to come back to. */
+/* A cursor in a JSON text. `nested`: the text is itself the content of a JSON string, like the
+   values of a safetensors header; reading then removes one level of escapes. A copy of a cursor
+   allows going back. */
 typedef struct moe__json {
   const char *at, *end;
   const char
-      *error; /* the first complaint, a constant string; NULL: none. Nothing is read after one. */
+      *error; /* the first error, a constant string; NULL: none. Nothing is read after an error */
   int nested, first;  /* first: no member of the present object or array was read yet */
   int waiting, count; /* bytes of an escape of the outer level that wait to be read */
   unsigned char wait[4];
 } moe__json;
 
-/* A string's inside: from `begin` up to the quote that ends it, escapes still in place. */
+/* The content of a string, with its escapes: from `begin` up to the closing quote. */
 typedef struct moe__json_text {
   moe__json begin;
   const char *end; /* of a text that is not nested: its closing quote */
@@ -14983,14 +14990,14 @@ static int moe__json_expect(moe__json *j, int c, const char *error) {
   return moe__json_get(j), 1;
 }
 
-/* Goes into an object ('{') or array ('['). */
+/* Enters an object ('{') or array ('['). */
 static int moe__json_enter(moe__json *j, int open) {
   if (!moe__json_expect(j, open, open == '{' ? "expected an object { }" : "expected an array [ ]"))
     return 0;
   return j->first = 1;
 }
 
-/* 1: another member follows; 0: that was the end, or an error. */
+/* 1: another member follows; 0: the end, or an error. */
 static int moe__json_more(moe__json *j, int close) {
   int c = moe__json_kind(j), first = j->first;
   j->first = 0;
@@ -15054,7 +15061,7 @@ static int moe__json_is(const moe__json_text *text, const char *word) {
   return !*word;
 }
 
-/* A string with a zero in it would be a shorter one to C. */
+/* Whether a string contains a zero byte, at which C would end it. */
 static int moe__json_has_zero(const moe__json_text *text) {
   moe__json j = text->begin;
   unsigned char bytes[4];
@@ -15201,7 +15208,7 @@ static int moe__json_finish(moe__json *j) {
 
 /* ---- writing text, numbers and JSON ---- >>out */
 
-/* Bytes on their way into a moe_writer, in portions. Without a writer they are only counted. */
+/* Bytes for a moe_writer, buffered in portions. Without a writer they are only counted. */
 typedef struct moe__out {
   const moe_writer *writer;
   uint64_t total;
@@ -15498,7 +15505,7 @@ static void moe__range_swap(void *items, size_t i, size_t j) {
   r[j] = t;
 }
 
-/* The tensor of this range does not begin where the one before it ends. */
+/* Reports that the tensor of this range does not begin where the previous one ends. */
 static moe_status moe__st_gap(const moe__st *st, moe__range range, size_t expected,
                               const moe_env *env) {
   moe__json j;
@@ -15549,7 +15556,7 @@ static int moe__st_metadata(moe__st *st, moe__json *j) {
   return !j->error;
 }
 
-/* The walk over all members of the header. */
+/* Checks all members of the header. */
 static moe_status moe__st_walk(moe__st *st, const moe_env *env) {
   moe__json j;
   size_t at = 0;
@@ -15582,7 +15589,7 @@ static moe_status moe__st_walk(moe__st *st, const moe_env *env) {
   return MOE_OK;
 }
 
-/* What people take for a safetensors file, by its first bytes; else NULL. */
+/* Names a file that is often mistaken for safetensors, by its first bytes; else NULL. */
 static const char *moe__st_other(const unsigned char *p, size_t bytes) {
   static const struct {
     const char *begin, *what;
@@ -15948,7 +15955,7 @@ typedef struct moe__save {
 
 static const char *const moe__moment_prefix[] = {"adam.m.", "adam.v."};
 
-/* The tensors of the flat array, their names behind a prefix. */
+/* The tensors of the flat array, with a prefix before their names. */
 static void moe__put_tensors(moe__out *out, const moe_model *model, const char *prefix,
                              uint64_t *at) {
   int32_t i;
@@ -16370,8 +16377,8 @@ typedef struct moe__reading {
 
 static size_t moe__seen_bytes(int32_t tensors) { return ((size_t)tensors + 7) / 8; }
 
-/* The model's tensor of a name in the file: its number, or -1. Files have the model's order as a
-   rule, so `next` is tried first. */
+/* The number of the model's tensor with a name in the file, or -1. Most files have the model's
+   order, so `next` is tried first. */
 static int32_t moe__reading_find(const moe__reading *r, const char *name, int32_t next,
                                  moe_tensor *want) {
   int32_t i = next;
@@ -16399,7 +16406,8 @@ static moe_status moe__reading_values(const moe__reading *r, const moe__st_tenso
   return MOE_OK;
 }
 
-/* in_place: the tensor must be where the model's order has it, counted from the first one read. */
+/* in_place: the tensor must have the offset that the model's order gives it, relative to the first
+   one read. */
 static moe_status moe__reading_place(moe__reading *r, const moe__st_tensor *found,
                                      const moe_tensor *want, int is_first, const moe_env *env) {
   size_t place = want->type == MOE_TYPE_I8
@@ -16433,7 +16441,7 @@ static moe_status moe__reading_take(moe__reading *r, const moe__st_tensor *found
   return MOE_OK;
 }
 
-/* Reads all tensors of the model: each must be there once, in its shape. */
+/* Reads all tensors of the model: each must appear once, with its shape. */
 static moe_status moe__tensors_read(moe__reading *r, const moe_env *env) {
   moe__json j;
   moe__st_tensor found;
@@ -16515,7 +16523,7 @@ static moe_status moe__vocab_find(const char **vocab, size_t *bytes, const moe__
   return MOE_OK;
 }
 
-/* A model whose configuration and tasks are the file's, its weights not yet set. */
+/* A model with the configuration and tasks of the file; its weights are not yet set. */
 static moe_status moe__model_prepare(moe_model **out, const moe__header *header,
                                      const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
@@ -16570,7 +16578,7 @@ MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file
   return status;
 }
 
-/* The block of moe_model_open: a model without weights, then what is needed while it is read: its
+/* The block of moe_model_open: a model without weights, then the arrays needed during reading: its
    tasks, and a mark for each tensor. */
 static void moe__open_carve(moe__layout *layout, moe__tasks *tasks, uint8_t **seen,
                             const moe__header *header) {
@@ -16690,7 +16698,7 @@ typedef int moe__fd;
 #endif
 #define MOE__IO_MOST ((size_t)1 << 30) /* bytes of one call: systems have limits of 2 GiB */
 
-/* What a path leads to. */
+/* The kind of file that a path leads to. */
 typedef enum moe__path_kind {
   MOE__PATH_NONE,
   MOE__PATH_FILE,
@@ -16808,8 +16816,8 @@ static int moe__lock(int fd) {
 #endif
 }
 
-/* About the path itself where it is a symbolic link. glibc hides lstat from strict C (-std=c99
-   without _POSIX_C_SOURCE): then about what the link points to. */
+/* Describes the path itself if it is a symbolic link. glibc hides lstat from strict C (-std=c99
+   without _POSIX_C_SOURCE): it then describes what the link points to. */
 static int moe__stat_path(const char *path, struct stat *s) {
 #if defined(__GLIBC__) && !defined(__USE_XOPEN2K) && !defined(__USE_XOPEN_EXTENDED)
   return stat(path, s);
@@ -16839,7 +16847,8 @@ static moe__fd moe__create(const char *path, unsigned mode) {
 
 static int moe__already_there(void) { return errno == EEXIST; }
 
-/* Removes a temporary file whose writer is gone, or what is not a file. 1: it is gone. */
+/* Removes a temporary file whose writer has ended, or anything of that name that is not a file.
+   1: removed. */
 static int moe__remove_stale(const char *path) {
   struct stat s;
   int fd, gone = 0;
@@ -16988,7 +16997,7 @@ static int moe__file_sink_write(void *user, const void *data, size_t bytes) {
   return sink->failed;
 }
 
-/* Lets `write` fill an open file, and brings it to the disk where sync is 1. */
+/* Lets `write` fill an open file, and flushes it to the disk if sync is 1. */
 static moe_status moe__fill_file(moe__fd fd, const char *name, int sync,
                                  moe_status (*write_fn)(void *, const moe_writer *,
                                                         const moe_env *),
@@ -17137,8 +17146,8 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
 /* ---- a published encoder in a file ---- >>encoder
    A BERT-like file of the Hugging Face hub: BERT's names (those of the table of tensors) behind any
    prefix ("bert.", "model."), LayerNorms as weight/bias or gamma/beta, F32, F16 or BF16. Tensors
-   outside the encoder (pooler, cls, position_ids) are skipped; one within it that BERT does not
-   have means another computation, and is refused. */
+   outside the encoder (pooler, cls, position_ids) are skipped. A tensor within it that BERT does
+   not have is an error, since such an encoder computes something else. */
 
 /* Complains about a tensor that only well-known encoders of other kinds have: among those of the
    encoder behind the prefix, or among all (prefix NULL: no encoder was found). */
@@ -17183,7 +17192,7 @@ static moe_status moe__import_other(const moe__st *st, const char *prefix, const
 /* An encoder in a file. */
 typedef struct moe__encoder {
   moe__st st;
-  char prefix[128]; /* what stands before "embeddings.word_embeddings.weight" */
+  char prefix[128]; /* the text before "embeddings.word_embeddings.weight" */
   int32_t layers;   /* 1 + the highest number of a layer */
 } moe__encoder;
 
@@ -17226,8 +17235,8 @@ static int moe__import_same(const char *name, const moe__tensor_row *row) {
          !strcmp(name + norm, row->first == MOE__FIRST_ONE ? "gamma" : "beta");
 }
 
-/* Reads a name behind the prefix. 1: a tensor of BERT's, its row and layer in *spot; -1: outside
-   the encoder; 0: within it, and BERT does not have it. */
+/* Parses a name after the prefix. 1: a tensor of BERT, its row and layer in *spot; -1: outside the
+   encoder; 0: within the encoder, but not a tensor of BERT. */
 static int moe__import_parse(const char *name, moe__spot *spot) {
   int in_layer;
   spot->layer = spot->i = 0;
@@ -17410,7 +17419,7 @@ typedef struct moe__import {
   int complaints;
 } moe__import;
 
-/* The source of a tensor of the model; NULL: published encoders do not have it. */
+/* The source in the file of a tensor of the model; NULL: published encoders do not have it. */
 static moe__source *moe__import_source(const moe__import *import, const moe__spot *spot) {
   int32_t layer = spot->layer / moe__layer_blocks(&import->model->config);
   if (!moe__row_of(spot)->bert) return NULL;
@@ -17418,7 +17427,7 @@ static moe__source *moe__import_source(const moe__import *import, const moe__spo
   return &import->source[(layer + 1) * MOE__ROWS + spot->id];
 }
 
-/* Which of several copies of a tensor of the file this is; -1: the only one. */
+/* The number of this copy among several copies of one tensor of the file; -1: the only one. */
 static int32_t moe__import_copy(const moe_config *c, const moe__spot *spot) {
   int scope = moe__row_of(spot)->scope;
   if (c->unit == MOE_UNIT_BLOCK && scope >= MOE__IN_LAYER && scope <= MOE__IN_TAIL)
@@ -17482,7 +17491,7 @@ static moe_status moe__import_list(moe__import *import, const moe_env *env) {
   return status;
 }
 
-/* Complains about a tensor that the file lacks. */
+/* Reports a tensor that the file lacks. */
 static void moe__import_missing(moe__import *import, const moe__spot *spot, const moe_tensor *want,
                                 const moe_env *env) {
   const moe__tensor_row *row = moe__row_of(spot);
@@ -17498,7 +17507,7 @@ static void moe__import_missing(moe__import *import, const moe__spot *spot, cons
             row->scope == MOE__IN_EMBED ? "embeddings." : layer, row->name, shape);
 }
 
-/* Everything that the model needs must be there, before anything is changed. */
+/* Checks that the file has every tensor that the model needs, before anything is changed. */
 static moe_status moe__import_survey(moe__import *import, const moe_env *env) {
   const moe_model *model = import->model;
   int32_t i;
@@ -17640,7 +17649,7 @@ static void moe__state_put(moe__out *out, const void *user) {
 }
 
 /* Both moments where the host can read and write them, m before v: the trainer's, or on a device a
-   copy that is to be freed (moe__release), with what is there if `read`. */
+   copy that the caller frees (moe__release). If `read` is 1, the copy is downloaded. */
 static moe_status moe__moments_take(float **out, const moe_trainer *trainer, int read,
                                     const moe_env *env) {
   const moe_env *on = &trainer->context->device.env;
@@ -17747,7 +17756,7 @@ static moe_status moe__same_tasks(const moe__tasks *file, const moe_model *model
   return MOE_OK;
 }
 
-/* Most steps and rows in a file: counting goes on from there. */
+/* Largest number of steps or rows that a file may hold; it leaves room to count on. */
 #define MOE__MOST ((int64_t)1 << 62)
 
 /* Reads (T) counts into out, and compares them with `same`; either may be NULL. */
@@ -17838,7 +17847,7 @@ static int moe__sampler_read(moe__json *j, moe_sampler *sampler, int apply) {
   return seen == all ? 1 : moe__json_fail(j, "a member of the sampler is missing");
 }
 
-/* What moe.checkpoint says of the trainer, and the caller's note. */
+/* The trainer's state in moe.checkpoint, and the caller's note. */
 typedef struct moe__progress {
   int64_t step;
   float lr; /* set by moe_trainer_set_lr; -1: none is set (files of v0.1 never have one) */
@@ -17894,7 +17903,7 @@ static moe_status moe__progress_read(const moe__st *st, moe__progress *p, moe_sa
   return j.error ? moe__fail(env, MOE_E_FORMAT, "moe.checkpoint: %s", j.error) : MOE_OK;
 }
 
-/* Everything that can fail, before anything is changed. */
+/* Runs every check that can fail, before anything is changed. */
 static moe_status moe__checkpoint_check(const moe__header *header, const moe_model *model,
                                         const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
@@ -17932,7 +17941,7 @@ static moe_status moe__checkpoint_check(const moe__header *header, const moe_mod
   return status;
 }
 
-/* Sends what a checkpoint held to the device. */
+/* Uploads the contents of a checkpoint to the device. */
 static moe_status moe__moments_upload(moe_trainer *trainer, float *moments) {
   const moe_env *on = &trainer->context->device.env;
   moe_status status = on->backend->upload(on->backend, on, trainer->m, moments,
@@ -18554,8 +18563,8 @@ static void moe__word_add(moe__word *w, int32_t c, size_t from) {
   if (w->count <= MOE__WORD_CHARACTERS) ++w->count;
 }
 
-/* The longest piece of the vocabulary at character i: its id and, in *end, the character after it;
-   -1: none. */
+/* The longest piece of the vocabulary at character i. Returns its id, or -1 if there is none, and
+   sets *end to the character after it. */
 static int32_t moe__word_piece(const moe_tokenizer *t, const moe__word *w, int i, int *end) {
   uint32_t hash[MOE__WORD_CHARACTERS + 1];
   size_t prefix = i ? 2 : 0, start = w->byte[i];
@@ -18572,7 +18581,7 @@ static int32_t moe__word_piece(const moe_tokenizer *t, const moe__word *w, int i
   return -1;
 }
 
-/* Step 6: puts the pieces of the word and empties it. */
+/* Step 6: adds the pieces of the word to the sink, then empties the word. */
 static void moe__word_flush(moe__word *w, moe__sink *sink) {
   int32_t ids[MOE__WORD_CHARACTERS];
   int ends[MOE__WORD_CHARACTERS], i = 0, pieces = 0, k;
@@ -18626,7 +18635,7 @@ static void moe__text_tokens(moe__sink *sink, const char *s, size_t bytes, size_
   }
 }
 
-/* How many tokens of texts of na and nb are kept where there is room for `room`. */
+/* How many of na and nb tokens of two texts are kept if there is room for `room`. */
 static void moe__text_cut(size_t *ka, size_t *kb, size_t na, size_t nb, size_t room,
                           moe_truncate how) {
   size_t shorter = na <= nb ? na : nb, keep = shorter;
@@ -18722,7 +18731,7 @@ MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, moe_tokens *out, c
   return MOE_OK;
 }
 
-/* Bytes of a line without the white space at its end, as Hugging Face's reader strips it. */
+/* Bytes of a line without trailing white space, which Hugging Face's reader strips, too. */
 static size_t moe__vocab_trim(const uint32_t *bounds, const unsigned char *line, size_t n) {
   while (n) {
     size_t at = n - 1;
@@ -18788,7 +18797,7 @@ MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, siz
   return status;
 }
 
-/* Finds the words: a line each. */
+/* Finds the words, one a line. */
 static moe_status moe__tokenizer_words(moe_tokenizer *t, size_t bytes, const moe_env *env) {
   const unsigned char *vocab = (const unsigned char *)t->vocab;
   size_t at = 0, next, n;
@@ -18814,8 +18823,8 @@ static uint32_t moe__word_hash(const moe_tokenizer *t, int32_t id) {
                          t->length[id]);
 }
 
-/* Whether entry a comes before entry b in a bucket. Of equal words the last line comes first: it is
-   the one that counts, as with Hugging Face's reader. */
+/* Whether entry a comes before entry b in a bucket. Of equal words the last line comes first: that
+   line counts, as in Hugging Face's reader. */
 static int moe__entry_before(const moe_tokenizer *t, uint32_t a, uint32_t b) {
   uint32_t id = b & MOE__ENTRY_ID;
   int order = moe__piece_compare(t, a & MOE__ENTRY_ID, 0,
@@ -18823,7 +18832,7 @@ static int moe__entry_before(const moe_tokenizer *t, uint32_t a, uint32_t b) {
   return order ? order < 0 : (a & MOE__ENTRY_ID) > id;
 }
 
-/* Heapsort: n log n steps whatever the words. */
+/* Heapsort: n log n steps for any words. */
 static void moe__bucket_sort(const moe_tokenizer *t, uint32_t *v, uint32_t n) {
   uint32_t begin = n / 2, end = n;
   while (end > 1) {
@@ -18932,8 +18941,8 @@ MOE_API int32_t moe_tokenizer_words(const moe_tokenizer *tokenizer) { return tok
 #endif
 
 /* ---- accuracy, F1, Matthews, Pearson, Spearman ---- >>metrics
-   Counts are exact; sums run in double. Nothing is allocated: classes are counted in a pass each.
-   */
+   Counts are exact; sums are in double. Nothing is allocated: each class is counted in a separate
+   pass. */
 
 static double moe__metric(double value, int is_defined, int *defined) {
   if (defined) *defined = is_defined;
@@ -18955,7 +18964,7 @@ static moe__rows moe__rows_of(const int32_t *predicted, const int32_t *label, si
   return r;
 }
 
-/* How often a class was predicted, is right, and both. */
+/* How often a class was predicted, is the label, and both. */
 static void moe__metric_count(const moe__rows *r, int32_t c, double *p, double *l, double *both) {
   const float class_c = (float)c;
   size_t i, np = 0, nl = 0, nb = 0;
@@ -19074,7 +19083,7 @@ MOE_API double moe_metric_pearson(const float *predicted, const float *label, si
   return moe__metric_pearson_of(xy, xx, yy, vary_x && vary_y, defined);
 }
 
-/* Ascending; heapsort, since it needs neither memory nor luck. */
+/* Sorts in ascending order. Heapsort needs no memory and has no slow inputs. */
 static void moe__metric_sort(float *v, size_t n) {
   size_t begin = n / 2, end = n;
   while (end > 1) {
@@ -19141,7 +19150,7 @@ MOE_API double moe_metric_spearman(const float *predicted, const float *label, s
   return moe__metric_pearson_of(xy, xx, yy, n > 1, defined);
 }
 
-/* Each group has one row that has won, so groups are counted by their winners. */
+/* Each group has one winning row, so groups are counted by their winners. */
 MOE_API double moe_metric_ranking(const float *answer, const float *label, size_t n, int *defined) {
   size_t i, groups = 0, right = 0;
   for (i = 0; i < n; ++i) {
@@ -19198,7 +19207,7 @@ MOE_API double moe_metric_average(const double *value, const int64_t *rows, int6
 
 /* ---- from logits to answers ---- >>answers */
 
-/* The rule of a ranking [TaG] A.3.1: does a choice with these logits beat the best so far? */
+/* The rule of a ranking [TaG] A.3.1: whether a choice with these logits beats the best so far. */
 static int moe__rank_beats(const float *logits, const float *best) { return logits[1] > best[1]; }
 
 MOE_API int32_t moe_rank_best(const float *logits, int32_t stride, int32_t n) {
@@ -19273,7 +19282,7 @@ static int32_t moe__task_longest(const moe_model *model, int32_t task) {
   return own ? moe__min(own, model->config.max_len) : model->config.max_len;
 }
 
-/* The parts of a predictor's block that are made by others. */
+/* The parts of a predictor's block that other _init functions fill. */
 typedef struct moe__predictor_parts {
   moe_limits limits;
   size_t tokenizer_bytes, context_bytes;
@@ -19410,14 +19419,14 @@ MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, in
   return MOE_OK;
 }
 
-/* Inputs of a task: texts, and what span tasks need. */
+/* Inputs of a task: texts and, for span tasks, characters. */
 typedef struct moe__inputs {
   const char *const *a, *const *b;
   const int32_t *chars; /* (n, 4), or NULL */
   int32_t task, n;
 } moe__inputs;
 
-/* The ids of input i, behind those of the inputs before it. */
+/* Appends the ids of input i to those of the inputs before it. */
 static moe_status moe__predict_encode(moe_predictor *p, const moe__inputs *in, int32_t i) {
   const int32_t *chars = in->chars ? in->chars + 4 * (size_t)i : NULL;
   int32_t *span = p->span + 4 * (size_t)i;
@@ -19456,7 +19465,7 @@ static moe_status moe__predict_check(const moe_predictor *p, int32_t task, int32
   return MOE_OK;
 }
 
-/* Encodes the inputs and runs the model: p->scores are logits then. */
+/* Encodes the inputs and runs the model; p->scores then holds logits. */
 static moe_status moe__predict_run(moe_predictor *p, const moe__inputs *in) {
   moe_batch batch;
   int32_t i;
@@ -19477,7 +19486,7 @@ static moe_status moe__predict_run(moe_predictor *p, const moe__inputs *in) {
   return moe_forward(p->context, p->scores, &batch, &p->env);
 }
 
-/* The logits of p->scores to what the caller wants, in place, and the best classes. */
+/* Turns the logits of p->scores into the chosen output, in place, and finds the best classes. */
 static void moe__predict_finish(moe_predictor *p, const moe_task *task, int32_t n, int *best) {
   int32_t i;
   for (i = 0; i < n; ++i) {
