@@ -491,8 +491,8 @@ typedef struct moe_pool moe_pool;
    each other; env->threads receives their number. MOE_E_MEMORY; MOE_E_UNSUPPORTED: the system
    starts no thread. */
 MOE_API moe_status moe_pool_create(moe_pool **out, int32_t threads, moe_env *env);
-/* The same with exactly so many threads, whatever the processors: to test that nothing depends on
-   their number. */
+/* The same with exactly `threads` threads, for any number of processors: to test that results do
+   not depend on it. */
 MOE_API moe_status moe_pool_create_exact(moe_pool **out, int32_t threads, moe_env *env);
 /* Ends the helpers. No call may be running; a connected env must not be used for parallel calls
    afterwards. Accepts NULL. */
@@ -8961,7 +8961,7 @@ static void moe__route_gate_tile(void *arg, int32_t tile, int32_t slot) {
 static void moe__cpu_route_backward(const moe_route_op *op, const moe_env *env) {
   moe__route_job job = moe__route_job_make(op, env);
   int32_t used = 0, s;
-  if (op->routes->N == 1) return; /* the probability is 1 whatever the gate */
+  if (op->routes->N == 1) return; /* the probability is always 1 */
   moe__parallel(env, moe__tiles_of((size_t)op->routes->M, MOE__ROUTE_TILE), moe__route_back_tile,
                 &job);
   if (!op->dgates) return;
@@ -17485,7 +17485,7 @@ static moe_status moe__import_list(moe__import *import, const moe_env *env) {
     if (strncmp(name, from->prefix, length) || moe__import_parse(name + length, &spot) <= 0 ||
         spot.layer >= config->layers)
       continue;
-    spot.layer *= moe__layer_blocks(config); /* stands for all of its blocks, and experts */
+    spot.layer *= moe__layer_blocks(config); /* the first represents all blocks and experts */
     status = moe__import_note(import, &spot, &t, env);
   }
   return status;
