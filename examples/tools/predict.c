@@ -74,6 +74,7 @@ static void print_metrics(moe_model *model, int32_t t) {
   printf("n %lld\n", (long long)a.n);
   free_answers(&a);
   free_rows(&r);
+  moe_tokenizer_free(e.tokenizer);
   moe_context_free(context);
 }
 

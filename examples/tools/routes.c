@@ -862,6 +862,7 @@ int main(int argc, char **argv) {
   if (opt.html) write_report(opt.html, put_html);
   if (opt.text) write_report(NULL, put_text);
   moe_context_free(context);
+  moe_tokenizer_free(e.tokenizer);
   moe_model_free(model);
   return end_program(stderr);
 }
