@@ -254,6 +254,7 @@
 #pragma push_macro("T")
 #pragma push_macro("V")
 #pragma push_macro("W")
+#pragma push_macro("Z")
 #pragma push_macro("begin")
 #pragma push_macro("end")
 #pragma push_macro("small")
@@ -276,6 +277,7 @@
 #undef T
 #undef V
 #undef W
+#undef Z
 #undef begin
 #undef end
 #undef small
@@ -4225,8 +4227,14 @@ static void moe__gemm_sum_a(const moe__gemm *g, const moe__gemm_kernels *kernels
       for (p = 0; p < (size_t)g->k; ++p) g->a_sum[i] += g->a[i * g->a_row + p * g->a_col];
 }
 
-/* Of moe__gemm_gradient: most rows of a tile, most tokens of a block of k. */
-enum { MOE__GRADIENT_ROWS = 256, MOE__GRADIENT_STEPS = 128 };
+/* Of moe__gemm_gradient: most rows of a tile, most tokens of a block of k, and floats from one token
+   to the next in its copy of A, an odd number of cache lines, so that they spread over the sets of
+   the cache. */
+enum {
+  MOE__GRADIENT_ROWS = 256,
+  MOE__GRADIENT_STEPS = 128,
+  MOE__GRADIENT_LD = MOE__GRADIENT_ROWS + 16
+};
 
 /* How a product is cut into tiles of m rows and n columns, each walked in blocks of k. The shape of
    the product decides, and for large tiles the number of threads. No cut changes a bit. */
@@ -4446,12 +4454,7 @@ static void moe__gemm_stripe(const moe__gemm_tile *t, size_t j, int width) {
     the   |  |  ...     |          |            is as in moe__gemm_stripe, and next.later is B of
     same  |  | call n   |          |            the next stripe in the first calls (a token for each
     block |  |  ...     |          |            of their rows), then A of the next block (`token`
-          +--+----------+----------+----        and `column` say how far that is).
-
-   Floats from one token to the next in the copy of A are an odd number of cache lines, so that they
-   spread over the sets of the cache. */
-enum { MOE__GRADIENT_LD = MOE__GRADIENT_ROWS + 16 };
-
+          +--+----------+----------+----        and `column` say how far that is). */
 typedef struct moe__gradient {
   moe__gemm_tile t;
   const float *b;       /* at the present block of k, column 0 */
@@ -19608,6 +19611,7 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
 #pragma pop_macro("small")
 #pragma pop_macro("end")
 #pragma pop_macro("begin")
+#pragma pop_macro("Z")
 #pragma pop_macro("W")
 #pragma pop_macro("V")
 #pragma pop_macro("T")
