@@ -16841,9 +16841,8 @@ static int moe__is_same(int fd, const char *path) {
 static moe__fd moe__create(const char *path, unsigned mode) {
   int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, (mode_t)mode);
   if (fd < 0) return fd;
-  (void)moe__lock(fd);
-  if (moe__is_same(fd, path)) return fd;
-  close(fd); /* another writer removed it before it had its lock */
+  if ((moe__lock(fd) || errno != EWOULDBLOCK) && moe__is_same(fd, path)) return fd;
+  close(fd); /* another writer took it for a stale one, and removes it */
   errno = EEXIST;
   return MOE__FD_NONE;
 }

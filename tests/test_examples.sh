@@ -49,14 +49,6 @@ prints test_examples_train_text_learns_topics '^wine and cheese on the train: fo
 if ./train_text no_such_file 2> "$tmp/log"; then fail test_examples_train_text_says_what_is_missing
 else prints test_examples_train_text_says_what_is_missing '^no_such_file: ' "$tmp/log"; fi
 
-sed -n '/EXAMPLE: a trained/,/^$/p' moe.h | sed 1d | sed 's/^     //' |
-  grep -v '^ *$' > "$tmp/header.c"
-if sed 1,2d examples/ask.c | cmp -s - "$tmp/header.c"; then
-  ok test_examples_ask_is_the_header_s
-else
-  fail test_examples_ask_is_the_header_s "$(sed 1,2d examples/ask.c | diff - "$tmp/header.c" |
-    head -n 5)"
-fi
 ./ask two_tasks.safetensors topic 'soup with cheese' > "$tmp/asked"
 prints test_examples_ask_answers '^food 0\.[89]' "$tmp/asked"
 if ./ask two_tasks.safetensors no_such_task x 2> /dev/null ||

@@ -254,7 +254,9 @@ refuses a_grid_without_a_stage '\--grid tries rates and warm-ups in the second s
 refuses a_bad_grid '\--grid takes a number' $m --tasks snips_intents --grid 1e-3,fast
 refuses results_of_other_options 'k.safetensors was made with other options' $both \
   --resume "$tmp/k.safetensors" --dropout 0.2
-sed 's/ [0-9.]*$//' "$tmp/k.safetensors.results" > "$tmp/short.safetensors.results"
+tab=$(printf '\t')
+sed "s/ [-0-9.e]*\($tab[^$tab]*\)\$/\1/" "$tmp/k.safetensors.results" \
+  > "$tmp/short.safetensors.results"
 head -n 1 "$tmp/k.safetensors.results" | cat - "$tmp/short.safetensors.results" |
   sed 2d > "$tmp/x" && mv "$tmp/x" "$tmp/short.safetensors.results"
 refuses damaged_results 'short.safetensors.results:2: expected 300 numbers' $both \

@@ -96,7 +96,10 @@ while read -r target compiler emulator; do
     check arm32_experts "$compiler -std=c99 -static" \
       "$emulator" ops test_experts_scratch_says_when_it_is_too_much
   fi
-  check ${target}_gemm "$compiler -std=c99 -static $warnings" "$emulator" kernels gemm
+  headers= # those of Linux, which musl's compiler comes without
+  [ "$target" = musl ] &&
+    headers="-idirafter /usr/include -idirafter /usr/include/$(${CC:-cc} -dumpmachine)"
+  check ${target}_gemm "$compiler -std=c99 -static $warnings $headers" "$emulator" kernels gemm
   check ${target}_files "$compiler -std=c99 -static $warnings" "$emulator" files files
   $compiler -std=c99 -static $dialect -O1 -o "$tmp/train_$target" ../examples/train.c -lm -pthread \
     > "$tmp/log" 2>&1

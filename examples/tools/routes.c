@@ -340,8 +340,8 @@ static void add(int grid, const char *what, const char *model, const char *task,
   facts[n_facts++] = f;
 }
 
-/* Average-linkage clustering of the tasks by 1 - overlap: joins as facts, and the tasks in the order
-   of the tree. */
+/* Average-linkage clustering of the tasks by 1 - overlap: joins as facts, and the tasks in the
+   order of the tree. */
 static int *leaf; /* (T) */
 
 static void add_joins(void) {
