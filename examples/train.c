@@ -40,6 +40,7 @@ static struct {
 } opt;
 
 static const option train_options[] = {
+    GROUP("rows"),
     STRING("--truncate", "longest|right", opt.truncate, "longest",
            "what to cut from a longer input"),
     REAL("--hold-out", "FRACTION", opt.hold_out, 0, 0.9, "0",
