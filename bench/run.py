@@ -71,18 +71,18 @@ DEBIAN = ["libblis4-openmp"]  # installed where this may: as root, with apt-get
 # Where the tests run what a machine lacks. Nothing here is a claim about speed.
 TESTED = {
     "scalar": (
-        "test_simd, test_gemm, test_machines.sh (also 32-bit ARM, RISC-V and, big-endian, s390x, by"
-        " qemu)"
+        "kernels/simd.c, kernels/gemm.c, test_machines.sh (also 32-bit ARM, RISC-V and, big-endian, "
+        "s390x, by qemu)"
     ),
-    "AVX2 + FMA": "test_simd, test_gemm",
-    "AVX-512": "test_simd, test_gemm",
+    "AVX2 + FMA": "kernels/simd.c, kernels/gemm.c",
+    "AVX-512": "kernels/simd.c, kernels/gemm.c",
     "NEON": "test_machines.sh",
-    "AVX-VNNI": "test_lowp",
-    "AVX512-VNNI": "test_lowp",
-    "NEON dot product": "test_machines.sh (test_lowp)",
-    "AVX512-BF16": "test_bf16",
-    "AMX-BF16": "test_bf16",
-    "AMX-INT8": "test_lowp",
+    "AVX-VNNI": "kernels/lowp.c",
+    "AVX512-VNNI": "kernels/lowp.c",
+    "NEON dot product": "test_machines.sh (kernels/lowp.c)",
+    "AVX512-BF16": "kernels/bf16.c",
+    "AMX-BF16": "kernels/bf16.c",
+    "AMX-INT8": "kernels/lowp.c",
 }
 EMULATED = {
     "NEON": "qemu-aarch64",
