@@ -10357,22 +10357,20 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes,
                                    int quantized, const float *weights, const moe_env *env) {
   moe__layout layout = {NULL, 0, 0};
   moe__model_block parts;
-  moe__plan plan;
-  moe_model *model;
+  moe_model *model = (moe_model *)block; /* the first of its arrays; the plan would fill a stack */
   size_t need = 0, at, labels, label_bytes;
   int32_t t;
   moe_status status = moe__model_bytes(&need, config, tasks, T, quantized, weights != NULL, env);
   if (!status) status = moe__check_block("a model", block, bytes, need, env);
-  if (!status) status = moe__plan_make(&plan, config, tasks, T, quantized, env);
+  if (status) return status;
+  memset(model, 0, sizeof *model);
+  status = moe__plan_make(&model->plan, config, tasks, T, quantized, env);
   if (status) return status;
   layout.base = (unsigned char *)block;
   moe__count_labels(&labels, &label_bytes, tasks, T);
   moe__model_carve(&layout, &parts, (size_t)T, labels, label_bytes, moe__pruned_cells(config),
-                   weights ? NULL : &plan);
-  model = parts.model;
-  memset(model, 0, sizeof *model);
+                   weights ? NULL : &model->plan);
   model->config = *config;
-  model->plan = plan;
   model->T = T;
   model->tasks = parts.tasks;
   model->head = parts.head;
@@ -10381,10 +10379,10 @@ static moe_status moe__model_place(moe_model **out, void *block, size_t bytes,
   model->bytes = parts.bytes;
   model->weights = weights ? weights : parts.weights;
   moe__copy_pruned(model, &parts, config);
-  model->floats = (int32_t)plan.in[MOE__TENSORS_ALL].total;
-  model->tensors = model->floats + (int32_t)plan.in[MOE__TENSORS_INT8].total;
+  model->floats = (int32_t)model->plan.in[MOE__TENSORS_ALL].total;
+  model->tensors = model->floats + (int32_t)model->plan.in[MOE__TENSORS_INT8].total;
   moe__copy_tasks(&parts, tasks, T);
-  for (t = 0, at = plan.in[MOE__FLOATS_ALL].heads; t < T; ++t) {
+  for (t = 0, at = model->plan.in[MOE__FLOATS_ALL].heads; t < T; ++t) {
     model->head[t] = at;
     at += (size_t)tasks[t].classes * (moe__head_width(config, &tasks[t]) + 1);
     model->max_classes = moe__max(model->max_classes, tasks[t].classes);
