@@ -13,6 +13,7 @@ accuracy --models ... --data DIR`. Standard library only.
 """
 
 import argparse
+import glob
 import os
 import re
 import statistics
@@ -26,13 +27,10 @@ BUILD = os.path.join(HERE, "build")
 
 def program(name):
     """Compiles an example where it is missing or older than its sources; returns its path."""
-    source, path = os.path.join(HERE, "..", "examples", "tools", f"{name}.c"), os.path.join(
-        BUILD, name
-    )
-    header = os.path.join(HERE, "..", "moe.h")
-    if not os.path.exists(path) or os.path.getmtime(path) < max(
-        os.path.getmtime(source), os.path.getmtime(header)
-    ):
+    tools = os.path.join(HERE, "..", "examples", "tools")
+    source, path = os.path.join(tools, f"{name}.c"), os.path.join(BUILD, name)
+    sources = [source, os.path.join(HERE, "..", "moe.h"), *glob.glob(os.path.join(tools, "*.h"))]
+    if not os.path.exists(path) or os.path.getmtime(path) < max(map(os.path.getmtime, sources)):
         os.makedirs(BUILD, exist_ok=True)
         subprocess.run(
             [os.environ.get("CC", "cc"), "-O2", "-o", path, source, "-lm", "-pthread"], check=True

@@ -206,8 +206,8 @@ static rows describe(const task_data *d) {
 /* Adds the mean over a row's tokens of the encoder's output, or the squared gradients of the bias
    behind the last layer's feed-forward network, to v (H). */
 static void add_vector(float *v, moe_trainer *trainer, const moe_model *model, batch_buffer *b) {
-  const float *hidden = moe_context_hidden(moe_trainer_context(trainer));
   float *scores = (float *)take((size_t)moe_model_max_classes(model), sizeof *scores), *g;
+  const float *hidden;
   int32_t H = base.config.hidden, i, k;
   moe_tensor bias;
   if (*opt.vectors == 'f') {
@@ -221,6 +221,7 @@ static void add_vector(float *v, moe_trainer *trainer, const moe_model *model, b
     memset(moe_trainer_gradients(trainer), 0, moe_model_parameters(model) * sizeof *g);
   } else {
     need(moe_forward(moe_trainer_context(trainer), scores, &b->batch, &env));
+    hidden = moe_context_hidden(moe_trainer_context(trainer));
     for (k = 0; k < b->tokens; ++k)
       for (i = 0; i < H; ++i) v[i] += hidden[k * H + i] / (float)b->tokens;
   }
@@ -475,7 +476,6 @@ static job train(int at) {
   j.begin = begin_training;
   j.after = after_step;
   if (now.router) j.put_state = put_state, j.get_state = get_state;
-
   train_model(&j, now.model);
   return j;
 }
@@ -731,19 +731,14 @@ static void print_unseen(void) {
 
 /* ---- one line of the table after the other ---- */
 
-/* Takes what is finished into the results. */
-static void collect(int at) {
-  int i, t;
-  for (i = 0; i < n_results; ++i) {
-    result *r = &results[i];
-    if (r->line != at || r->seed != now.seed) continue;
-    for (t = 0; t < T; ++t) r->part[t] = find_part(part_name(at, t));
-    if (!r->part[0]) continue;
-    r->seconds = r->part[0]->seconds;
-    r->tokens = r->part[0]->tokens;
-    r->steps = r->part[0]->steps;
-    r->parameters = r->part[0]->parameters;
-  }
+/* Takes what is finished into a result. */
+static void collect(result *r) {
+  const part *p;
+  int t;
+  for (t = 0; t < T; ++t) r->part[t] = find_part(part_name(r->line, t));
+  if ((p = r->part[0]) != NULL)
+    r->seconds = p->seconds, r->tokens = p->tokens, r->steps = p->steps,
+    r->parameters = p->parameters;
   if (opt.json) write_json(opt.json, json_extra); /* what is finished is kept */
 }
 
@@ -763,32 +758,28 @@ static void finish(int at, const job *j, const float *vector) {
     put(&more, k ? " %.17g" : "%.17g", adapt(vector, atoi(shots.at[k])));
   if (interrupted) exit(128 + interrupted); /* the training's last checkpoint is there */
   if (more.data) done[0]->more = more.data;
-  done[0]->tokens = j->tokens;
-  done[0]->seconds = j->seconds;
+  done[0]->tokens = j->tokens, done[0]->seconds = j->seconds;
   done[0]->steps = (double)j->config.steps;
+
   done[0]->parameters = (double)moe_model_parameters(now.model);
   for (t = 0; t < T; ++t) join_part(done[t]);
   if (state.checkpoint) write_parts(state.checkpoint);
   free(done);
 }
 
-/* A line with the stage that may follow it, for one seed. */
-static void run_line(int at) {
-  int two = settings[at].stage == 1, last = at + two, t;
-  const char *save = opt.save ? run_path(opt.save, last) : NULL;
+/* A run, and the second stage that may follow it. */
+static void run(result *r) {
+  int two = settings[r->line].stage == 1, t;
+  const char *save = opt.save ? run_path(opt.save, r[two].line) : NULL;
   size_t H = (size_t)base.config.hidden;
   float *vectors = NULL, *routes = (float *)take(choices(), sizeof *routes);
   moe_model *first = NULL;
-  job j;
-  now.of = &settings[at];
-
+  moe_tensor tensor;
+  now.of = &settings[r->line];
   now.target = NULL;
-  for (t = 0; t < n_results; ++t)
-    if (results[t].line == at && results[t].seed == now.seed) now.run = t + 1;
-  collect(at);
-  if (two) collect(last);
-
-  if (find_part(part_name(last, 0)) && !(save && !exists(save))) return;
+  now.run = (int)(r - results) + 1;
+  for (t = 0; t <= two; ++t) collect(r + t);
+  if (r[two].part[0] && !(save && !exists(save))) return;
   now.model = make_model(now.of, now.seed);
   now.router = learning() && *opt.router != 'm' ? make_router(now.model, T, now.seed) : NULL;
   if (learning() && *opt.vectors != 'r') {
@@ -800,18 +791,17 @@ static void run_line(int at) {
     draw_routes(routes, T, now.of->system, now.seed);
     now.target = routes;
   }
-  for (;; ++at) {
-    j = train(at);
-    if (!find_part(part_name(at, 0))) finish(at, &j, vectors ? vectors + (size_t)T * H : NULL);
-    collect(at);
-    if (at == last) break;
+  for (;; ++r) {
+    job j = train(r->line);
+    if (!r->part[0]) finish(r->line, &j, vectors ? vectors + (size_t)T * H : NULL);
+    collect(r);
+    if (settings[r->line].stage != 1) break;
     learned_routes(routes, now.of->system == SOFTMAX ? base.config.temperature : 0);
     first = now.model;
-    now.of = &settings[at + 1];
+    now.of = &settings[r->line + 1];
     now.model = make_model(now.of, now.seed);
     now.target = routes;
     for (t = 0; t < moe_model_tensors(first); ++t) {
-      moe_tensor tensor;
       moe_model_tensor(first, t, &tensor);
       if (!strncmp(tensor.name, "router.", 7) || !strcmp(tensor.name, "tasks.vectors"))
         copy_tensor(now.model, tensor.name, first, tensor.name);
@@ -941,11 +931,11 @@ int main(int argc, char **argv) {
   }
 
   catch_interrupts();
-  for (k = 0; k < seeds.n; ++k)
-    for (i = 0; i < n_lines; ++i) {
-      now.seed = atoi(seeds.at[k]);
-      if (settings[i].stage < 2) run_line(i);
-    }
+  for (i = 0; i < n_results; ++i) {
+    now.seed = results[i].seed;
+    if (settings[results[i].line].stage < 2) run(&results[i]);
+  }
+
   print_table();
   print_unseen();
   return end_program(stdout);
