@@ -96,6 +96,13 @@ TEST_UNUSED static void models_fill(moe_model *model, int share) {
   }
 }
 
+/* The tensor of a name; its count is 0 where there is none. */
+TEST_UNUSED static moe_tensor models_tensor(const moe_model *model, const char *name) {
+  moe_tensor t;
+  if (moe_model_tensor(model, moe_model_find_tensor(model, name), &t)) memset(&t, 0, sizeof t);
+  return t;
+}
+
 TEST_UNUSED static moe_model *models_create(const moe_config *config, const moe_task *tasks,
                                             int32_t T, const moe_env *env) {
   moe_model *model = NULL;

@@ -559,7 +559,7 @@ static void check_dense_file(moe_model *dense, const moe_config *config, const m
   CHECK(!moe_model_create(&back, config, task, 1, 2, env) &&
             !moe_model_import(back, again, bytes, NULL, env),
         "a dense model is a BERT file: %s", said);
-  moe_model_tensor(dense, moe_model_find_tensor(dense, "heads.t.weight"), &t);
+  t = models_tensor(dense, "heads.t.weight");
   CHECK(!memcmp(moe_model_weights(back), moe_model_weights(dense), t.offset * sizeof(float)),
         "encoders are equal");
   remove("build/import_dense.safetensors");
@@ -601,9 +601,8 @@ static void test_import_real_minilm(void) {
   CHECK(!moe_model_create(&dense, &config, &task, 1, 1, &env) &&
             !moe_model_import(dense, file, n, NULL, &env),
         "%s", said);
-  moe_model_tensor(
-      model, moe_model_find_tensor(model, "encoder.layer.5.experts.3.output.dense.weight"), &e);
-  moe_model_tensor(dense, moe_model_find_tensor(dense, "encoder.layer.5.output.dense.weight"), &t);
+  e = models_tensor(model, "encoder.layer.5.experts.3.output.dense.weight");
+  t = models_tensor(dense, "encoder.layer.5.output.dense.weight");
   CHECK(!memcmp(moe_model_weights(model) + e.offset, moe_model_weights(dense) + t.offset,
                 t.count * sizeof(float)),
         "copies of the FFN");

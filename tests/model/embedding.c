@@ -11,7 +11,7 @@ static moe_config embedding_config(void) {
 
 static size_t embedding_offset(const moe_model *model, const char *name) {
   moe_tensor t;
-  moe_model_tensor(model, moe_model_find_tensor(model, name), &t);
+  t = models_tensor(model, name);
   return t.offset;
 }
 
@@ -27,7 +27,7 @@ static moe_model *embedding_twin(moe_model *model, const moe_task *tasks, const 
   for (i = 0; i < moe_model_tensors(twin); ++i) {
     moe_model_tensor(twin, i, &a);
     if (moe_model_find_tensor(model, a.name) < 0) continue;
-    moe_model_tensor(model, moe_model_find_tensor(model, a.name), &b);
+    b = models_tensor(model, a.name);
     memcpy(moe_model_weights(twin) + a.offset, moe_model_weights(model) + b.offset,
            a.count * sizeof(float));
   }
@@ -262,7 +262,7 @@ static void test_embedding_head_of_a_task_called_gate_is_a_head(void) {
   models_tasks(tasks);
   strcpy(tasks[1].name, "gate");
   CHECK(!moe_model_create(&model, &config, tasks, MODELS_TASKS, 5, &env), "%s", said);
-  moe_model_tensor(model, moe_model_find_tensor(model, "heads.gate.weight"), &t);
+  t = models_tensor(model, "heads.gate.weight");
   for (i = 0; i < t.count; ++i) square += pow((double)moe_model_weights(model)[t.offset + i], 2);
   CHECK_NEAR(sqrt(square / (double)t.count), 0.02, 3e-3);
   moe_model_free(model);

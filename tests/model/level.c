@@ -666,7 +666,7 @@ static void test_level_import_copies_every_block(void) {
   a = models_create(&dense, tasks, MODELS_TASKS, &env);
   CHECK(a && b && (s = models_written(a, &env)).used, "%s", said);
   CHECK(moe_model_import(b, s.data, s.used, NULL, &env) == MOE_OK, "%s", said);
-  moe_model_tensor(a, moe_model_find_tensor(a, "heads.two.weight"), &head);
+  head = models_tensor(a, "heads.two.weight");
   CHECK(head.offset == a->head[0], "heads come last");
   memcpy(moe_model_weights(b) + b->head[0], moe_model_weights(a) + a->head[0],
          (moe_model_parameters(a) - a->head[0]) * sizeof(float));
@@ -783,7 +783,7 @@ static void test_level_nan_in_a_router_reaches_the_scores(void) {
     moe_tensor t;
     size_t i;
     CHECK(model, "%s", said);
-    moe_model_tensor(model, moe_model_find_tensor(model, "router.1.1.bias"), &t);
+    t = models_tensor(model, "router.1.1.bias");
     moe_model_weights(model)[t.offset + 1] = NAN;
     models_random_batch(&level_batch, model, 6, 11, 83);
     CHECK(!level_scores(level_out, model, &level_batch, NULL, &env), "%s", said);

@@ -292,7 +292,7 @@ static void moments(moe_model *model, const char *name, double *mean, double *sd
   moe_tensor t;
   size_t i;
   double sum = 0, square = 0;
-  moe_model_tensor(model, moe_model_find_tensor(model, name), &t);
+  t = models_tensor(model, name);
   for (i = 0; i < t.count; ++i) {
     double x = (double)moe_model_weights(model)[t.offset + i];
     sum += x;
@@ -332,13 +332,11 @@ static void test_model_starts_with_the_papers_values(void) {
   d.router = MOE_ROUTER_DENSE;
   d.experts = 1;
   CHECK(moe_model_create(&dense, &d, tasks, 1, 5, &env) == MOE_OK, "%s", said);
-  moe_model_tensor(a, moe_model_find_tensor(a, "encoder.layer.1.experts.0.output.dense.weight"),
-                   &ta);
-  moe_model_tensor(dense, moe_model_find_tensor(dense, "encoder.layer.1.output.dense.weight"), &td);
+  ta = models_tensor(a, "encoder.layer.1.experts.0.output.dense.weight");
+  td = models_tensor(dense, "encoder.layer.1.output.dense.weight");
   CHECK(!memcmp(a->weights + ta.offset, dense->weights + td.offset, ta.count * sizeof(float)),
         "expert 0 starts as the dense FFN");
-  moe_model_tensor(a, moe_model_find_tensor(a, "encoder.layer.1.experts.1.output.dense.weight"),
-                   &ta);
+  ta = models_tensor(a, "encoder.layer.1.experts.1.output.dense.weight");
   CHECK(memcmp(a->weights + ta.offset, dense->weights + td.offset, ta.count * sizeof(float)),
         "expert 1 does not");
   moe_model_free(a);
@@ -636,7 +634,7 @@ static void test_model_takes_a_hundred_tasks(void) {
     char name[128];
     int32_t s;
     snprintf(name, sizeof name, "encoder.layer.0.gate.task%d.weight", (int)model_batch.task[7]);
-    moe_model_tensor(model, moe_model_find_tensor(model, name), &tensor);
+    tensor = models_tensor(model, name);
     for (t = 0; t < (int32_t)tensor.count; ++t)
       moe_model_weights(model)[tensor.offset + (size_t)t] *= -1;
     CHECK(!model_forward(model, &model_batch.b, model_scores[1], NULL, &env), "%s", said);
@@ -686,13 +684,13 @@ static void test_model_reads_features(void) {
   for (i = 0; i < model_batch.start[20]; ++i)
     model_other.features[i * MODELS_WIDTH + model_batch.ids[i]] = 1;
   models_connect(&model_other, &d, 20);
-  moe_model_tensor(ids, moe_model_find_tensor(ids, "embeddings.word_embeddings.weight"), &from);
-  moe_model_tensor(features, moe_model_find_tensor(features, "embeddings.features.weight"), &to);
+  from = models_tensor(ids, "embeddings.word_embeddings.weight");
+  to = models_tensor(features, "embeddings.features.weight");
   for (i = 0; i < c.hidden; ++i)
     for (j = 0; j < MODELS_WIDTH; ++j)
       moe_model_weights(features)[to.offset + (size_t)(i * MODELS_WIDTH + j)] =
           moe_model_weights(ids)[from.offset + (size_t)(j * c.hidden + i)];
-  moe_model_tensor(features, moe_model_find_tensor(features, "embeddings.features.bias"), &to);
+  to = models_tensor(features, "embeddings.features.bias");
   memset(moe_model_weights(features) + to.offset, 0, to.count * sizeof(float));
   CHECK(!model_forward(ids, &model_batch.b, model_scores[0], model_hidden[0], &env), "%s", said);
   CHECK(!model_forward(features, &model_other.b, model_scores[1], model_hidden[1], &env), "%s",
@@ -1184,7 +1182,7 @@ static void test_model_does_without_disabled_experts(void) {
         "%s", said);
   for (i = 0; i < moe_model_tensors(small); ++i) { /* gates (N, H): their first two rows */
     moe_model_tensor(small, i, &to);
-    moe_model_tensor(model, moe_model_find_tensor(model, to.name), &from);
+    from = models_tensor(model, to.name);
     memcpy(moe_model_weights(small) + to.offset, moe_model_weights(model) + from.offset,
            to.count * sizeof(float));
   }

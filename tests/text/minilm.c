@@ -203,7 +203,7 @@ static void mrpc_steps(moe_model *model, const moe_tokenizer *tokenizer, FILE *f
   config.lr = 5e-5f;
   config.steps = 60;
   config.dropout = 0;
-  moe_model_tensor(model, moe_model_find_tensor(model, "heads.MRPC.weight"), &t);
+  t = models_tensor(model, "heads.MRPC.weight");
   golden_fill(moe_model_weights(model) + t.offset, t.count, "heads.MRPC.weight", 0.03125f);
   CHECK(moe_trainer_create(&trainer, model, &limits, &config, env) == MOE_OK, "%s", said);
   for (step = 0; step < 60; ++step) {

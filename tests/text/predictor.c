@@ -80,8 +80,8 @@ static void test_predictor_gives_logits(void) {
             !memcmp(logit, score, sizeof score),
         "probabilities again");
   /* a head of zeros with two equal biases: the lower class is the best */
-  moe_model_tensor(model, moe_model_find_tensor(model, "heads.one.weight"), &w);
-  moe_model_tensor(model, moe_model_find_tensor(model, "heads.one.bias"), &b);
+  w = models_tensor(model, "heads.one.weight");
+  b = models_tensor(model, "heads.one.bias");
   memset(moe_model_weights(model) + w.offset, 0, w.count * sizeof(float));
   equal[2] = equal[4] = 1;
   memcpy(moe_model_weights(model) + b.offset, equal, sizeof equal);
@@ -141,7 +141,7 @@ static void test_predictor_embeds_texts(void) {
         "%s", said);
   CHECK(moe_predict_embed(p, 0, MOE_POOLING_MEAN, &none, NULL, 1, alone) == MOE_E_ARGUMENT, "%s",
         said);
-  moe_model_tensor(model, moe_model_find_tensor(model, "embeddings.LayerNorm.bias"), &t);
+  t = models_tensor(model, "embeddings.LayerNorm.bias");
   moe_model_weights(model)[t.offset] = NAN;
   CHECK(moe_predict_embed(p, 0, MOE_POOLING_CLS, a, b, 3, cls) == MOE_E_NONFINITE, "%s", said);
   moe_predictor_free(p);
@@ -328,7 +328,7 @@ static void test_predictor_refuses_scores_that_are_no_numbers(void) {
   float score[MOE_MAX_CLASSES];
   int best[2] = {9, 9};
   CHECK(model && !moe_predictor_create(&p, model, 2, &env), "%s", said);
-  moe_model_tensor(model, moe_model_find_tensor(model, "heads.one.bias"), &t);
+  t = models_tensor(model, "heads.one.bias");
   moe_model_weights(model)[t.offset + 3] = NAN;
   score[0] = 99;
   CHECK(moe_predict_text(p, ONE, "money", NULL, score, best) == MOE_E_NONFINITE, "%s", said);
@@ -340,7 +340,7 @@ static void test_predictor_refuses_scores_that_are_no_numbers(void) {
         "%s", said);
   CHECK(moe_predict_text(p, RATE, "money", NULL, score, best) == MOE_OK && isfinite(score[0]),
         "the other tasks are well: %s", said);
-  moe_model_tensor(model, moe_model_find_tensor(model, "heads.rate.bias"), &t);
+  t = models_tensor(model, "heads.rate.bias");
   moe_model_weights(model)[t.offset] = INFINITY;
   score[0] = 99;
   CHECK(moe_predict_text(p, RATE, "money", NULL, score, NULL) == MOE_E_NONFINITE && score[0] == 99,

@@ -481,10 +481,9 @@ static void test_trainer_gradcheck_refuses_a_pass_that_is_not_finite(void) {
   int in_use;
   models_random_batch(&trainer_batch, p.model, 12, 9, 44);
   for (i = 0; i < 12; ++i) trainer_batch.task[i] = 2, trainer_batch.label[i] = 1;
-  moe_model_tensor(p.model, moe_model_find_tensor(p.model, "heads.real.weight"), &t);
+  t = models_tensor(p.model, "heads.real.weight");
   memset(moe_model_weights(p.model) + t.offset, 0, t.count * sizeof(float));
-  moe_model_tensor(p.model,
-                   moe_model_find_tensor(p.model, "encoder.layer.1.output.LayerNorm.weight"), &t);
+  t = models_tensor(p.model, "encoder.layer.1.output.LayerNorm.weight");
   for (i = 0; i < t.count; ++i) moe_model_weights(p.model)[t.offset + i] = 1e23f;
   before = models_hash(moe_model_weights(p.model), n * sizeof(float));
   in_use = blocks_in_use;
@@ -516,7 +515,7 @@ static void test_trainer_refuses_a_loss_that_is_not_finite(void) {
   trainer_batch.task[3] = 2;
   CHECK(moe_trainer_accumulate(p.trainer, &trainer_batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
         said);
-  moe_model_tensor(p.model, moe_model_find_tensor(p.model, "heads.real.bias"), &t);
+  t = models_tensor(p.model, "heads.real.bias");
   moe_model_weights(p.model)[t.offset] = 1e30f;
   before = models_hash(moe_model_weights(p.model), n * sizeof(float));
   CHECK(moe_trainer_accumulate(p.trainer, &trainer_batch.b, 0, &loss, each, &env) ==
