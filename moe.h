@@ -105,10 +105,10 @@
    MEMORY   model, context, trainer, tokenizer and predictor have _size and _init in a block of the
             caller, and _create and _free on the heap. Forward, backward and update allocate
             nothing.
-   STACK    with MOE_NO_SIMD on a Cortex-M4 or M7 (gcc -Os): moe_forward 4.5 KB, opening a model 5
-            KB, a training step 5 KB; no function has more than 2 KB. With SIMD kernels copy blocks
-            of operands: moe_forward and a training step 185 KB, moe_forward with MOE_NO_BF16 82 KB.
-            Threads of the built-in pool have at least 1 MB. tests/stack.sh counts it.
+   STACK    with MOE_NO_SIMD on a Cortex-M4 or M7 (gcc -Os): inference 4.5 KB, training 5.5 KB, and
+            no function has more than 2 KB. With SIMD kernels copy blocks of operands: moe_forward
+            and a training step take 185 KB, moe_forward with MOE_NO_BF16 82 KB. Threads of the
+            built-in pool have at least 1 MB. tests/stack.sh counts it.
    THREADS  objects are not locked; a context belongs to one thread at a time; a model that is not
             being trained can be shared. Inside a call env.parallel_for spreads the work: the
             caller's, or the built-in pool (moe_pool_create).
