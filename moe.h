@@ -4227,9 +4227,9 @@ static void moe__gemm_sum_a(const moe__gemm *g, const moe__gemm_kernels *kernels
       for (p = 0; p < (size_t)g->k; ++p) g->a_sum[i] += g->a[i * g->a_row + p * g->a_col];
 }
 
-/* Of moe__gemm_gradient: most rows of a tile, most tokens of a block of k, and floats from one token
-   to the next in its copy of A, an odd number of cache lines, so that they spread over the sets of
-   the cache. */
+/* Of moe__gemm_gradient: most rows of a tile, most tokens of a block of k, and floats from one
+   token to the next in its copy of A, an odd number of cache lines, so that they spread over the
+   sets of the cache. */
 enum {
   MOE__GRADIENT_ROWS = 256,
   MOE__GRADIENT_STEPS = 128,

@@ -71,8 +71,8 @@ DEBIAN = ["libblis4-openmp"]  # installed where this may: as root, with apt-get
 # Where the tests run what a machine lacks. Nothing here is a claim about speed.
 TESTED = {
     "scalar": (
-        "kernels/simd.c, kernels/gemm.c, test_machines.sh (also 32-bit ARM, RISC-V and, big-endian, "
-        "s390x, by qemu)"
+        "kernels/simd.c, kernels/gemm.c, test_machines.sh (also 32-bit ARM, RISC-V and, big-"
+        "endian, s390x, by qemu)"
     ),
     "AVX2 + FMA": "kernels/simd.c, kernels/gemm.c",
     "AVX-512": "kernels/simd.c, kernels/gemm.c",
