@@ -155,13 +155,18 @@ typedef struct moe__cuda_chunk {
 } moe__cuda_chunk;
 #ifdef MOE__CUDA_CODE
 #define MOE__CUDA_SOURCE(name, min_arch, ...) __VA_ARGS__
+#define MOE__CUDA_SHARED(name, ...) __VA_ARGS__
 #else
 #define MOE__CUDA_SOURCE(name, min_arch, ...)                                                      \
   static const moe__cuda_chunk moe__cuda_src_##name = {#name, min_arch, #__VA_ARGS__ "\n"};
+/* A struct that the host fills and a kernel takes: string and code. */
+#define MOE__CUDA_SHARED(name, ...)                                                                \
+  MOE__CUDA_SOURCE(name, 0, __VA_ARGS__)                                                           \
+  __VA_ARGS__
 #endif
 
 /* The chunks in the order in which they are compiled, by section. */
-#define MOE__CUDA_CHUNKS_BASE(X)
+#define MOE__CUDA_CHUNKS_BASE(X) X(math)
 #define MOE__CUDA_CHUNKS_PRODUCTS(X)
 #define MOE__CUDA_CHUNKS_EXPERTS(X)
 #define MOE__CUDA_CHUNKS_ATTENTION(X)
@@ -228,6 +233,53 @@ static int moe__cuda_arch(const moe__cuda_queue *q); /* 70, 75, 80, ... */
 static int moe__cuda_tf32(const moe__cuda_queue *q); /* 1: float32 products in TF32 */
 
 /* ---- device code that all kernels share ---- >>cuda_base */
+
+/* The CPU's random bits, exp and log (>>random and >>simd in moe.h): the same operations in the same
+   order. */
+MOE__CUDA_SOURCE(
+    math, 0,
+    __device__ static inline unsigned moe__d_hash32(unsigned long long key, unsigned position) {
+      unsigned x = position * 0x9e3779b1u + (unsigned)key;
+      x = (x ^ x >> 16) * 0x85ebca6bu;
+      x ^= (unsigned)(key >> 32);
+      x = (x ^ x >> 13) * 0xc2b2ae35u;
+      return x ^ x >> 16;
+    }
+
+    __device__ static inline float moe__d_exp(float x) {
+      float t, k, r, p;
+      unsigned u, half;
+      x = x < -104.0f ? -104.0f : x;
+      x = x > 89.0f ? 89.0f : x;
+      t = fmaf(x, 1.44269502f, 12582912.0f);
+      k = t - 12582912.0f;
+      r = fmaf(-k, 1.42860677e-6f, fmaf(-k, 0.693145752f, x));
+      p = fmaf(fmaf(1.393953804e-03f, r, 8.368821815e-03f), r, 4.166641459e-02f);
+      p = fmaf(fmaf(fmaf(p, r, 1.666651964e-01f), r, 0.5f), r, 1.0f);
+      p = fmaf(p, r, 1.0f);
+      u = __float_as_uint(t) - 0x4b400000u;
+      half = (u >> 1) | (u & 0x80000000u);
+      p = p * __uint_as_float((half << 23) + 0x3f800000u);
+      return p * __uint_as_float(((u - half) << 23) + 0x3f800000u);
+    }
+
+    __device__ static inline float moe__d_log(float x) {
+      float scaled = x < 1.17549435e-38f ? x * 8388608.0f : x, f, e, s, p;
+      unsigned u = __float_as_uint(scaled), above = u - 0x3f3504f3u;
+      unsigned k = (above >> 23) | (above & 0x80000000u ? 0xfffffe00u : 0u);
+      f = __uint_as_float(u - (k << 23)) - 1.0f;
+      e = (float)(int)k + (x < 1.17549435e-38f ? -23.0f : 0.0f);
+      s = f * f;
+      p = fmaf(fmaf(6.749556214e-02f, f, -1.167019233e-01f), f, 1.188347042e-01f);
+      p = fmaf(fmaf(fmaf(p, f, -1.240620762e-01f), f, 1.422036290e-01f), f, -1.666799039e-01f);
+      p = fmaf(fmaf(fmaf(p, f, 2.000207156e-01f), f, -2.500000894e-01f), f, 3.333331347e-01f);
+      p = fmaf(p, f, -0.5f);
+      p = fmaf(p, s, e * 1.42860677e-6f) + f;
+      p = fmaf(e, 0.693145752f, p);
+      if (!(x < __uint_as_float(0x7f800000u))) p = x;
+      if (x <= 0.0f) p = __uint_as_float(x < 0.0f ? 0x7fc00000u : 0xff800000u);
+      return p;
+    })
 
 /* ---- linear layers; cuBLAS, the choice of the maker ---- >>cuda_products */
 
