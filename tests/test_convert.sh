@@ -56,7 +56,7 @@ refuses test_convert_wants_a_file "usage" --tensors
 refuses test_convert_wants_a_purpose "int8" "$model" "$tmp/x"
 refuses test_convert_wants_a_place "second file" "$model" --int8
 refuses test_convert_spares_its_input "another name" "$model" "$model" --int8
-refuses test_convert_refuses_a_second_time "int8 already" "$small" "$tmp/x" --int8
+refuses test_convert_refuses_a_second_time "already int8" "$small" "$tmp/x" --int8
 head -c 1000 "$small" > "$tmp/cut"
 refuses test_convert_refuses_damage "convert: $tmp/cut: .*truncated" "$tmp/cut"
 if "$tmp/train" --tasks $tasks --data $data --from-scratch --systems tag --layers 1 --hidden 64 \
