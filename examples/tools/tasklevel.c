@@ -204,8 +204,9 @@ static rows describe(const task_data *d) {
 }
 
 /* Adds the mean over a row's tokens of the encoder's output, or the squared gradients of the bias
-   behind the last layer's feed-forward network, to v (H). */
-static void add_vector(float *v, moe_trainer *trainer, const moe_model *model, batch_buffer *b) {
+   behind the last layer's feed-forward network, to v (H), which is the mean of n rows. */
+static void add_vector(float *v, moe_trainer *trainer, const moe_model *model, batch_buffer *b,
+                       int64_t n) {
   float *scores = (float *)take((size_t)moe_model_max_classes(model), sizeof *scores), *g;
   const float *hidden;
   int32_t H = base.config.hidden, i, k;
@@ -217,13 +218,13 @@ static void add_vector(float *v, moe_trainer *trainer, const moe_model *model, b
         &bias);
     need(moe_trainer_accumulate(trainer, &b->batch, 0, NULL, NULL, &env));
     g = moe_trainer_gradients(trainer) + bias.offset;
-    for (i = 0; i < H; ++i) v[i] += g[i] * g[i];
+    for (i = 0; i < H; ++i) v[i] += g[i] * g[i] / (float)n;
     memset(moe_trainer_gradients(trainer), 0, moe_model_parameters(model) * sizeof *g);
   } else {
     need(moe_forward(moe_trainer_context(trainer), scores, &b->batch, &env));
     hidden = moe_context_hidden(moe_trainer_context(trainer));
     for (k = 0; k < b->tokens; ++k)
-      for (i = 0; i < H; ++i) v[i] += hidden[k * H + i] / (float)b->tokens;
+      for (i = 0; i < H; ++i) v[i] += hidden[k * H + i] / (float)(b->tokens * n);
   }
   free(scores);
 }
@@ -251,9 +252,8 @@ static float *make_vectors(moe_model *model) {
     for (k = 0; k < n; ++k) {
       clear_batch(&b);
       add_row(&b, r, k, t < T ? t : 0, 0); /* the encoder does not know of tasks yet */
-      add_vector(vectors + t * H, trainer, model, &b);
+      add_vector(vectors + t * H, trainer, model, &b, n);
     }
-    for (i = 0; i < H; ++i) vectors[t * H + i] /= (float)n;
     for (i = 0; i < H && fisher; ++i) vectors[t * H + i] = logf(vectors[t * H + i] + 1e-20f);
     if (r == &own) free_rows(&own);
   }
