@@ -250,18 +250,21 @@ template <class T> T shuffle(const void *site, uint32_t mask, T value, unsigned 
 }
 
 /* The four kinds; the warp is cut into groups of `width` lanes. */
-template <class T> T shuffle_index(const void *site, uint32_t mask, T value, int from, int w_ = 32) {
+template <class T>
+T shuffle_index(const void *site, uint32_t mask, T value, int from, int w_ = 32) {
   unsigned w = (unsigned)w_;
   return shuffle(site, mask, value, (current->lane & ~(w - 1)) | ((unsigned)from & (w - 1)));
 }
 
-template <class T> T shuffle_xor(const void *site, uint32_t mask, T value, int with, int width = 32) {
+template <class T>
+T shuffle_xor(const void *site, uint32_t mask, T value, int with, int width = 32) {
   unsigned from = current->lane ^ (unsigned)with;
   if (from >= (current->lane & ~((unsigned)width - 1)) + (unsigned)width) from = current->lane;
   return shuffle(site, mask, value, from);
 }
 
-template <class T> T shuffle_down(const void *site, uint32_t mask, T value, int by, int width = 32) {
+template <class T>
+T shuffle_down(const void *site, uint32_t mask, T value, int by, int width = 32) {
   unsigned from = current->lane + (unsigned)by;
   if (from >= (current->lane & ~((unsigned)width - 1)) + (unsigned)width) from = current->lane;
   return shuffle(site, mask, value, from);
@@ -316,7 +319,8 @@ inline bool arrived(const Thread &t, Thread **lanes) {
   for (unsigned l = 0; l < 32; ++l) {
     if (!(t.mask >> l & 1)) continue;
     if (lanes[l]->state != AT_COLLECTIVE) return false;
-    if (lanes[l]->mask != t.mask || lanes[l]->site != t.site) fail("lanes wait at different places");
+    if (lanes[l]->mask != t.mask || lanes[l]->site != t.site)
+      fail("lanes wait at different places");
   }
   return true;
 }
@@ -354,7 +358,8 @@ inline void run_block() {
   std::vector<pthread_t> handles(n);
   prepare(n);
   warps.resize((n + 31) / 32);
-  for (Warp &w : warps) pthread_mutex_init(&w.lock, nullptr), pthread_cond_init(&w.changed, nullptr);
+  for (Warp &w : warps)
+    pthread_mutex_init(&w.lock, nullptr), pthread_cond_init(&w.changed, nullptr);
   pthread_barrier_init(&block_barrier, nullptr, n);
   for (unsigned i : turns(n))
     if (pthread_create(&handles[i], nullptr, thread_entry, &machine.threads[i]))
