@@ -1372,6 +1372,9 @@ struct moe_backend {
   /* A step of Adam on each of n spans (lr_scale 0: w stays); sets g to zero. */
   moe_status (*adam)(const moe_backend *b, const moe_env *env, const struct moe_adam_op *spans,
                      int32_t n);
+  /* DEVICE. Trainers download the weights after every n-th step, so that a failure of the device
+     costs n steps at most. 0: weights are downloaded only when the host reads them. */
+  int32_t mirror;
 };
 /* An empty table of kind HOST: abi, bytes and memory are set, every slot is NULL. */
 MOE_API void moe_backend_init(moe_backend *backend);
@@ -4903,7 +4906,7 @@ static int32_t moe__blis_takes_few(void *user, int32_t m, int32_t n, int32_t k, 
   {                                                                                                \
     MOE_BACKEND_ABI, (uint32_t)sizeof(moe_backend), MOE_MEMORY_HOST, "blis", NULL,                 \
         moe__blis_sgemm, takes, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,  \
-        NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL                                       \
+        NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0                                    \
   }
 static const moe_backend moe__blis_all = MOE__BLIS_TABLE(NULL);
 static const moe_backend moe__blis_unpacked = MOE__BLIS_TABLE(moe__blis_takes_unpacked);
