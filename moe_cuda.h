@@ -123,6 +123,7 @@ MOE_API void moe_cuda_count(const moe_backend *backend, moe_cuda_counts *counts)
 
 #if defined(MOE_CUDA_IMPLEMENTATION) && !defined(MOE_CUDA_IMPLEMENTED)
 #define MOE_CUDA_IMPLEMENTED
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -377,10 +378,12 @@ typedef struct moe__cuda_chunk {
 #define MOE__CUDA_CHUNKS_PRODUCTS(X)
 #define MOE__CUDA_CHUNKS_EXPERTS(X)
 #define MOE__CUDA_CHUNKS_ATTENTION(X)
-#define MOE__CUDA_CHUNKS_ROWS(X)
-#define MOE__CUDA_CHUNKS_ROUTE(X)
-#define MOE__CUDA_CHUNKS_HEADS(X)
-#define MOE__CUDA_CHUNKS_ADAM(X)
+#define MOE__CUDA_CHUNKS_ROWS(X)                                                                   \
+  X(rows_args) X(rows_base) X(norm) X(norm_columns) X(sort_args) X(sort) X(embed_args) X(embed)
+#define MOE__CUDA_CHUNKS_ROUTE(X)                                                                  \
+  X(route_args) X(route_base) X(route) X(route_loss) X(route_back) X(route_gates)
+#define MOE__CUDA_CHUNKS_HEADS(X) X(heads_args) X(heads) X(heads_back)
+#define MOE__CUDA_CHUNKS_ADAM(X) X(span_args) X(adam)
 #define MOE__CUDA_CHUNKS(X)                                                                        \
   MOE__CUDA_CHUNKS_BASE(X)                                                                         \
   MOE__CUDA_CHUNKS_PRODUCTS(X)                                                                     \
@@ -395,10 +398,20 @@ typedef struct moe__cuda_chunk {
 #define MOE__CUDA_KERNELS_PRODUCTS(X)
 #define MOE__CUDA_KERNELS_EXPERTS(X)
 #define MOE__CUDA_KERNELS_ATTENTION(X)
-#define MOE__CUDA_KERNELS_ROWS(X)
-#define MOE__CUDA_KERNELS_ROUTE(X)
-#define MOE__CUDA_KERNELS_HEADS(X)
-#define MOE__CUDA_KERNELS_ADAM(X)
+#define MOE__CUDA_KERNELS_ROWS(X)                                                                  \
+  X(norm, 0)                                                                                       \
+  X(norm_back, 0)                                                                                  \
+  X(norm_columns, 0)                                                                               \
+  X(norm_sums, 0) X(dropout, 0) X(sort_count, 0) X(sort_scan, 0) X(sort_place, 0) X(embed, 0)      \
+      X(embed_words, 0) X(embed_positions, 0) X(embed_segments, 0)
+#define MOE__CUDA_KERNELS_ROUTE(X)                                                                 \
+  X(route, 0)                                                                                      \
+  X(route_one, 0)                                                                                  \
+  X(route_parts, 0) X(route_loss, 0) X(route_back, 0) X(route_dx, 0) X(route_dgates, 0)
+#define MOE__CUDA_KERNELS_HEADS(X)                                                                 \
+  X(heads_feature, 0)                                                                              \
+  X(heads_scores, 0) X(heads_loss, 0) X(heads_dw, 0) X(heads_dfeature, 0) X(heads_dhidden, 0)
+#define MOE__CUDA_KERNELS_ADAM(X) X(norm_squares, 0) X(norm_root, 0) X(adam, 0)
 #define MOE__CUDA_KERNELS(X)                                                                       \
   MOE__CUDA_KERNELS_PRODUCTS(X)                                                                    \
   MOE__CUDA_KERNELS_EXPERTS(X)                                                                     \
@@ -1400,13 +1413,1306 @@ static int moe__cuda_blas_serves(moe__cuda_queue *q, int kind, int32_t m, int32_
 
 /* ---- self-attention over packed sequences ---- >>cuda_attention */
 
-/* ---- LayerNorm, dropout, embeddings ---- >>cuda_rows */
+/* ---- LayerNorm, dropout, embeddings ---- >>cuda_rows
+   Sums over a row have the CPU's order: 16 threads are its 16 lanes (>>simd in moe.h), the tree is
+   a butterfly. Sums over tokens are cut into parts of fixed sizes, or run in the order of the
+   tokens; every element has one writer. */
+
+MOE__CUDA_SHARED(
+    rows_args, typedef struct moe__rows_args {
+      float *y, *sum, *mean, *rstd; /* as in moe_layernorm_op and moe_dropout_op */
+      const float *x, *delta, *gamma, *beta;
+      const unsigned long long *keys;
+      const int *seq_start;
+      float *dx, *ddelta, *dgamma, *dbeta;
+      const float *dy;
+      float *parts; /* (n_parts, 2, H) sums for gamma and beta over n_parts parts of the rows */
+      float eps, scale;
+      unsigned threshold; /* of dropout; 0: none */
+      int S, M, H, overwrite, n_parts;
+    } moe__rows_args;)
+
+MOE__CUDA_SOURCE(
+    rows_base, 0,
+    __device__ static float moe__d_sum16(float v) {
+      for (int o = 8; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
+      return v;
+    }
+
+    /* The sequence that holds a row. */
+    __device__ static int moe__d_sequence(const int *seq_start, int S, int row) {
+      int low = 0, high = S - 1;
+      while (low < high) {
+        int middle = low + (high - low + 1) / 2;
+        if (seq_start[middle] <= row)
+          low = middle;
+        else
+          high = middle - 1;
+      }
+      return low;
+    }
+
+    /* v after dropout, at a position of a key. */
+    __device__ static float moe__d_drop(float v, unsigned threshold, float scale,
+                                        unsigned long long key, unsigned position) {
+      return moe__d_hash32(key, position) < threshold ? 0.0f : v * scale;
+    }
+
+    /* The key of a row's dropout, and the position of its first element. */
+    __device__ static unsigned long long moe__d_row_key(const moe__rows_args &a, int row,
+                                                        unsigned *place) {
+      int s;
+      *place = 0;
+      if (a.threshold == 0) return 0;
+      s = moe__d_sequence(a.seq_start, a.S, row);
+      *place = (unsigned)(row - a.seq_start[s]) * (unsigned)a.H;
+      return a.keys[s];
+    })
+
+/* sum = x + dropout(delta), y = (sum - mean) rstd gamma + beta [TaG] 2. 16 threads a row. */
+MOE__CUDA_SOURCE(
+    norm, 0,
+    extern "C" __global__ void __launch_bounds__(128) moe_k_norm(moe__rows_args a) {
+      int lane = (int)(threadIdx.x & 15u);
+      unsigned row = blockIdx.x * 8u + (threadIdx.x >> 4), place = 0;
+      int live = row < (unsigned)a.M, n = live ? a.H : 0;
+      size_t at = (size_t)row * (size_t)a.H;
+      unsigned long long key = live ? moe__d_row_key(a, (int)row, &place) : 0;
+      float *keep = a.sum ? a.sum : a.delta ? a.y : (float *)0;
+      const float *v = a.delta ? keep : a.x;
+      float sum = 0, square = 0, mean, rstd;
+      for (int c = lane; c < n; c += 16) {
+        size_t i = at + (size_t)c;
+        float e = a.x[i];
+        if (a.delta) e += moe__d_drop(a.delta[i], a.threshold, a.scale, key, place + (unsigned)c);
+        if (keep) keep[i] = e;
+        sum += e;
+      }
+      mean = moe__d_sum16(sum) / (float)a.H;
+      for (int c = lane; c < n; c += 16) {
+        float e = v[at + (size_t)c] - mean;
+        square = fmaf(e, e, square);
+      }
+      rstd = 1.0f / sqrtf(moe__d_sum16(square) / (float)a.H + a.eps);
+      for (int c = lane; c < n; c += 16) {
+        size_t i = at + (size_t)c;
+        a.y[i] = fmaf((v[i] - mean) * rstd, a.gamma[c], a.beta[c]);
+      }
+      if (live && a.mean && lane == 0) {
+        a.mean[row] = mean;
+        a.rstd[row] = rstd;
+      }
+    }
+
+    /* dsum = rstd (g - mean of g - h (mean of g h)), dx = or += dsum, ddelta = dropout(dsum), with
+       g = dy gamma and h = (sum - mean) rstd. dx may be dy, and ddelta dx: a thread reads an
+       element before it writes it, and no other thread does either. */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_norm_back(moe__rows_args a) {
+      int lane = (int)(threadIdx.x & 15u);
+      unsigned row = blockIdx.x * 8u + (threadIdx.x >> 4), place = 0;
+      int live = row < (unsigned)a.M, n = live ? a.H : 0;
+      size_t at = (size_t)row * (size_t)a.H;
+      unsigned long long key = live ? moe__d_row_key(a, (int)row, &place) : 0;
+      float mean = live ? a.mean[row] : 0.0f, rstd = live ? a.rstd[row] : 0.0f, sum = 0,
+            product = 0;
+      for (int c = lane; c < n; c += 16) {
+        size_t i = at + (size_t)c;
+        float g = a.dy[i] * a.gamma[c];
+        sum += g;
+        product = fmaf(g, (a.sum[i] - mean) * rstd, product);
+      }
+      sum = moe__d_sum16(sum) / (float)a.H;
+      product = moe__d_sum16(product) / (float)a.H;
+      for (int c = lane; c < n; c += 16) {
+        size_t i = at + (size_t)c;
+        float d = fmaf(-product, (a.sum[i] - mean) * rstd, a.dy[i] * a.gamma[c] - sum);
+        if (a.dx) a.dx[i] = a.overwrite ? d * rstd : fmaf(d, rstd, a.dx[i]);
+        if (a.ddelta)
+          a.ddelta[i] = moe__d_drop(d * rstd, a.threshold, a.scale, key, place + (unsigned)c);
+      }
+    })
+
+/* dgamma += sum of dy h, dbeta += sum of dy, over the rows: 32 columns x 8 rows at a time give the
+   sums of a part; the parts are added in their order. */
+MOE__CUDA_SOURCE(
+    norm_columns, 0,
+    extern "C" __global__ void __launch_bounds__(256) moe_k_norm_columns(moe__rows_args a) {
+      __shared__ float part[2][8][32];
+      int column = (int)(threadIdx.x & 31u), lane = (int)(threadIdx.x >> 5);
+      int c = (int)blockIdx.x * 32 + column;
+      int rows = (a.M + a.n_parts - 1) / a.n_parts, first = (int)blockIdx.y * rows;
+      int end = a.M - first < rows ? a.M : first + rows;
+      float gamma = 0, beta = 0;
+      for (int r = first + lane; c < a.H && r < end; r += 8) {
+        size_t i = (size_t)r * (size_t)a.H + (size_t)c;
+        gamma = fmaf(a.dy[i], (a.sum[i] - a.mean[r]) * a.rstd[r], gamma);
+        beta += a.dy[i];
+      }
+      part[0][lane][column] = gamma;
+      part[1][lane][column] = beta;
+      MOE_SYNC();
+      if (lane < 2 && c < a.H) {
+        float sum = 0;
+        for (int l = 0; l < 8; ++l) sum += part[lane][l][column];
+        a.parts[((size_t)blockIdx.y * 2 + (size_t)lane) * (size_t)a.H + (size_t)c] = sum;
+      }
+    }
+
+    extern "C" __global__ void __launch_bounds__(128) moe_k_norm_sums(moe__rows_args a) {
+      int i = (int)(blockIdx.x * 128u + threadIdx.x);
+      float *out = i < a.H ? a.dgamma : a.dbeta;
+      float sum = 0;
+      if (i >= 2 * a.H || !out) return;
+      for (int p = 0; p < a.n_parts; ++p) sum += a.parts[(size_t)p * 2 * (size_t)a.H + (size_t)i];
+      out[i < a.H ? i : i - a.H] += sum;
+    }
+
+    /* y = dropout(x), forward and backward. */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_dropout(moe__rows_args a) {
+      unsigned row = blockIdx.x * 8u + (threadIdx.x >> 4), place;
+      unsigned long long key;
+      if (row >= (unsigned)a.M) return;
+      key = moe__d_row_key(a, (int)row, &place);
+      for (int c = (int)(threadIdx.x & 15u); c < a.H; c += 16) {
+        size_t i = (size_t)row * (size_t)a.H + (size_t)c;
+        a.y[i] = moe__d_drop(a.x[i], a.threshold, a.scale, key, place + (unsigned)c);
+      }
+    })
+
+/* Sorting n elements by 8 bits of a key, stable: the elements of a tile of 256 are counted, the
+   counts turn into places, and the elements go there. The gates' dispatch is this sort by expert;
+   four of them sort word ids. */
+MOE__CUDA_SHARED(
+    sort_args, typedef struct moe__sort_args {
+      const int *keys;            /* (n) of element 0, 1, ..., at least 0 */
+      const unsigned char *bytes; /* (n) keys that are bytes, or NULL */
+      const int *from;            /* (n) elements in their present order; NULL: 0, 1, ... */
+      int *to;                    /* (n) sorted */
+      int *counts;                /* (tiles, 256) */
+      int *start;                 /* (buckets + 1) where the elements of a key begin, or NULL */
+      int n, shift, buckets, tiles;
+    } moe__sort_args;)
+
+MOE__CUDA_SOURCE(
+    sort, 0,
+    /* The element at place i, and its key; -1 behind the end. */
+    __device__ static int moe__d_sort_key(const moe__sort_args &a, unsigned i, int *element) {
+      *element = 0;
+      if (i >= (unsigned)a.n) return -1;
+      *element = a.from ? a.from[i] : (int)i;
+      return a.bytes ? (int)a.bytes[*element] : a.keys[*element] >> a.shift & 255;
+    }
+
+    /* Thread b counts key b. */
+    extern "C" __global__ void __launch_bounds__(256) moe_k_sort_count(moe__sort_args a) {
+      __shared__ int key[256];
+      int element, count = 0, b = (int)threadIdx.x;
+      key[b] = moe__d_sort_key(a, blockIdx.x * 256u + threadIdx.x, &element);
+      MOE_SYNC();
+      for (int i = 0; i < 256; ++i) count += key[i] == b;
+      a.counts[(size_t)blockIdx.x * 256 + (size_t)b] = count;
+    }
+
+    /* One block. counts (tile, b) become the place of the tile's first element with key b. */
+    extern "C" __global__ void __launch_bounds__(256) moe_k_sort_scan(moe__sort_args a) {
+      __shared__ int total[256];
+      int b = (int)threadIdx.x, sum = 0;
+      for (int t = 0; t < a.tiles; ++t) sum += a.counts[(size_t)t * 256 + (size_t)b];
+      total[b] = sum;
+      MOE_SYNC();
+      sum = 0;
+      for (int i = 0; i < b; ++i) sum += total[i];
+      if (a.start && b <= a.buckets) a.start[b] = sum;
+      if (a.start && b == 255 && a.buckets == 256) a.start[256] = a.n;
+      for (int t = 0; t < a.tiles; ++t) {
+        size_t i = (size_t)t * 256 + (size_t)b;
+        int count = a.counts[i];
+        a.counts[i] = sum;
+        sum += count;
+      }
+    }
+
+    extern "C" __global__ void __launch_bounds__(256) moe_k_sort_place(moe__sort_args a) {
+      __shared__ int key[256];
+      int element, place, own = moe__d_sort_key(a, blockIdx.x * 256u + threadIdx.x, &element);
+      key[threadIdx.x] = own;
+      MOE_SYNC();
+      if (own < 0) return;
+      place = a.counts[(size_t)blockIdx.x * 256 + (size_t)own];
+      for (int i = 0; i < (int)threadIdx.x; ++i) place += key[i] == own;
+      a.to[place] = element;
+    })
+
+MOE__CUDA_SHARED(
+    embed_args, typedef struct moe__embed_args {
+      float *x; /* as in moe_embed_op */
+      const int *ids;
+      const unsigned char *segments;
+      const float *word, *position, *segment;
+      const int *seq_start;
+      float *dword, *dposition, *dsegment;
+      const float *dx;
+      const int *order,
+          *start; /* backward: the tokens sorted by word or by segment, as moe__sort_args
+                               says; order NULL: all have segment 0 */
+      int S, M, H;
+    } moe__embed_args;)
+
+/* x = word[id] + position[place] + segment[segment id]; 16 threads a row. */
+MOE__CUDA_SOURCE(
+    embed, 0,
+    extern "C" __global__ void __launch_bounds__(128) moe_k_embed(moe__embed_args a) {
+      unsigned row = blockIdx.x * 8u + (threadIdx.x >> 4);
+      size_t H = (size_t)a.H, at = (size_t)row * H, place = 0, kind = 0;
+      const float *word;
+      if (row >= (unsigned)a.M) return;
+      word = a.word ? a.word + (size_t)a.ids[row] * H : a.x + at;
+      if (a.position)
+        place = (size_t)((int)row - a.seq_start[moe__d_sequence(a.seq_start, a.S, (int)row)]) * H;
+      if (a.segment && a.segments) kind = (size_t)a.segments[row] * H;
+      for (size_t c = threadIdx.x & 15u; c < H; c += 16) {
+        float v = word[c];
+        if (a.position) v += a.position[place + c];
+        if (a.segment) v += a.segment[kind + c];
+        a.x[at + c] = v;
+      }
+    }
+
+    /* dword: the first of the tokens with a word adds all of them, in their order. */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_embed_words(moe__embed_args a) {
+      int first = (int)blockIdx.x, id = a.ids[a.order[first]];
+      size_t H = (size_t)a.H;
+      if (first > 0 && a.ids[a.order[first - 1]] == id) return;
+      for (size_t c = threadIdx.x; c < H; c += 128) {
+        float sum = a.dword[(size_t)id * H + c];
+        for (int i = first; i < a.M && a.ids[a.order[i]] == id; ++i)
+          sum += a.dx[(size_t)a.order[i] * H + c];
+        a.dword[(size_t)id * H + c] = sum;
+      }
+    }
+
+    /* dposition: a block for each place adds the sequences that reach it, in their order. */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_embed_positions(moe__embed_args a) {
+      int place = (int)blockIdx.x, first = 0;
+      size_t H = (size_t)a.H;
+      while (first < a.S && a.seq_start[first + 1] - a.seq_start[first] <= place) ++first;
+      for (size_t c = threadIdx.x; c < H && first < a.S; c += 128) {
+        float sum = a.dposition[(size_t)place * H + c];
+        for (int s = first; s < a.S; ++s)
+          if (a.seq_start[s + 1] - a.seq_start[s] > place)
+            sum += a.dx[(size_t)(a.seq_start[s] + place) * H + c];
+        a.dposition[(size_t)place * H + c] = sum;
+      }
+    }
+
+    /* dsegment: 32 columns of a segment, whose tokens are dealt to 8 lanes. */
+    extern "C" __global__ void __launch_bounds__(256) moe_k_embed_segments(moe__embed_args a) {
+      __shared__ float part[8][32];
+      int column = (int)(threadIdx.x & 31u), lane = (int)(threadIdx.x >> 5), kind = (int)blockIdx.y;
+      size_t H = (size_t)a.H, c = (size_t)blockIdx.x * 32 + (size_t)column;
+      int first = a.order ? a.start[kind] : 0, end = a.order ? a.start[kind + 1] : a.M;
+      float sum = 0;
+      if (first == end) return;
+      for (int i = first + lane; c < H && i < end; i += 8)
+        sum += a.dx[(size_t)(a.order ? a.order[i] : i) * H + c];
+      part[lane][column] = sum;
+      MOE_SYNC();
+      if (lane > 0 || c >= H) return;
+      for (int l = 1; l < 8; ++l) sum += part[l][column];
+      a.dsegment[(size_t)kind * H + c] += sum;
+    })
+
+/* A kernel with one struct as its argument. */
+static moe_status moe__cuda_run(moe__cuda_queue *q, int kernel, uint32_t gx, uint32_t gy,
+                                uint32_t threads, void *args) {
+  void *list[1];
+  list[0] = args;
+  return moe__cuda_launch(q, kernel, gx, gy, threads, list);
+}
+
+/* Blocks of `each` for n items; 0 for none. */
+static uint32_t moe__cuda_blocks(size_t n, size_t each) {
+  return (uint32_t)((n + each - 1) / each);
+}
+
+/* Threshold and scale of dropout, as moe.h has them. */
+static unsigned moe__cuda_drop(float *scale, float p, const void *keys) {
+  *scale = 1.0f;
+  if (!keys || !(p > 0)) return 0;
+  *scale = 1.0f / (1.0f - p);
+  return (unsigned)((double)p * 4294967296.0);
+}
+
+/* The sizes and the dropout of an op of rows. */
+static moe_status moe__cuda_rows_check(const char *op, int32_t S, int32_t M, int32_t H,
+                                       float dropout, const moe_env *env) {
+  if (S < 0 || M < 0 || H < 0)
+    return moe__cuda_fail(env, MOE_E_ARGUMENT, "%s: S is %d, M is %d, H is %d, expected 0 or more",
+                          op, (int)S, (int)M, (int)H);
+  if (!(dropout >= 0 && dropout < 1))
+    return moe__cuda_fail(env, MOE_E_ARGUMENT, "%s: dropout is %g, expected 0 to below 1", op,
+                          (double)dropout);
+  return MOE_OK;
+}
+
+static moe__rows_args moe__cuda_norm_args(const moe_layernorm_op *op, int back) {
+  moe__rows_args a;
+  memset(&a, 0, sizeof a);
+  a.y = op->y, a.sum = op->sum, a.mean = op->mean, a.rstd = op->rstd;
+  a.x = op->x, a.delta = op->delta, a.gamma = op->gamma, a.beta = op->beta;
+  a.keys = (const unsigned long long *)(const void *)op->keys;
+  a.seq_start = op->seq_start;
+  a.eps = op->eps;
+  a.threshold = moe__cuda_drop(&a.scale, op->dropout, op->keys);
+  a.S = op->S, a.M = op->M, a.H = op->H, a.overwrite = op->overwrite;
+  if (!back) return a;
+  if (!a.sum) a.sum = (float *)op->x; /* only read */
+  a.dx = op->dx, a.ddelta = op->ddelta, a.dgamma = op->dgamma, a.dbeta = op->dbeta, a.dy = op->dy;
+  return a;
+}
+
+/* gamma and beta come first, since dx may be dy. */
+static moe_status moe__cuda_norm_back(moe__cuda_queue *q, moe__rows_args *a) {
+  moe_status status = MOE_OK;
+  uint32_t columns = moe__cuda_blocks((size_t)a->H, 32);
+  void *parts;
+  if (a->dgamma || a->dbeta) {
+    a->n_parts = a->M < 64 * 128 ? (a->M + 63) / 64 : 128;
+    status = moe__cuda_scratch(q, (size_t)a->n_parts * 2 * (size_t)a->H * sizeof(float), &parts);
+    a->parts = (float *)parts;
+    if (!status)
+      status = moe__cuda_run(q, MOE__K_norm_columns, columns, (uint32_t)a->n_parts, 256, a);
+    if (!status)
+      status =
+          moe__cuda_run(q, MOE__K_norm_sums, moe__cuda_blocks(2 * (size_t)a->H, 128), 1, 128, a);
+  }
+  if (!status && (a->dx || a->ddelta))
+    status = moe__cuda_run(q, MOE__K_norm_back, moe__cuda_blocks((size_t)a->M, 8), 1, 128, a);
+  return status;
+}
+
+static moe_status moe__cuda_layernorm(const moe_backend *b, const moe_env *env,
+                                      const moe_layernorm_op *op, int back) {
+  moe__rows_args a = moe__cuda_norm_args(op, back);
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe_status status = moe__cuda_rows_check("layernorm", op->S, op->M, op->H, op->dropout, env);
+  if (status) return status;
+  if (!(op->eps > 0))
+    return moe__cuda_fail(env, MOE_E_ARGUMENT, "layernorm: eps is %g, expected more than 0",
+                          (double)op->eps);
+  if (!op->mean != !op->rstd || (back && !op->mean && op->M > 0))
+    return moe__cuda_fail(env, MOE_E_ARGUMENT, "layernorm: mean or rstd is NULL, expected %s",
+                          back ? "those of forward" : "both or neither");
+  if (op->M == 0 || op->H == 0) return MOE_OK;
+  if (back) return moe__cuda_norm_back(q, &a);
+  return moe__cuda_run(q, MOE__K_norm, moe__cuda_blocks((size_t)op->M, 8), 1, 128, &a);
+}
+
+static moe_status moe__cuda_dropout(const moe_backend *b, const moe_env *env,
+                                    const moe_dropout_op *op) {
+  moe_status status = moe__cuda_rows_check("dropout", op->S, op->M, op->H, op->dropout, env);
+  moe__rows_args a;
+  if (status) return status;
+  memset(&a, 0, sizeof a);
+  a.y = op->y, a.x = op->x;
+  a.keys = (const unsigned long long *)(const void *)op->keys;
+  a.seq_start = op->seq_start;
+  a.threshold = moe__cuda_drop(&a.scale, op->dropout, op->keys);
+  a.S = op->S, a.M = op->M, a.H = op->H;
+  if (op->H == 0 || (a.threshold == 0 && op->y == op->x)) return MOE_OK;
+  return moe__cuda_run(moe__cuda_queue_of(b, env), MOE__K_dropout,
+                       moe__cuda_blocks((size_t)op->M, 8), 1, 128, &a);
+}
+
+/* Sorts a->n elements by 8 bits of their keys. */
+static moe_status moe__cuda_sort(moe__cuda_queue *q, moe__sort_args *a) {
+  uint32_t tiles = moe__cuda_blocks((size_t)a->n, 256);
+  void *counts;
+  moe_status status = moe__cuda_scratch(q, (size_t)tiles * 256 * sizeof(int), &counts);
+  a->counts = (int *)counts;
+  a->tiles = (int)tiles;
+  if (!status) status = moe__cuda_run(q, MOE__K_sort_count, tiles, 1, 256, a);
+  if (!status) status = moe__cuda_run(q, MOE__K_sort_scan, 1, 1, 256, a);
+  if (!status) status = moe__cuda_run(q, MOE__K_sort_place, tiles, 1, 256, a);
+  return status;
+}
+
+static moe__embed_args moe__cuda_embed_args(const moe_embed_op *op) {
+  moe__embed_args a;
+  memset(&a, 0, sizeof a);
+  a.x = op->x;
+  a.ids = op->ids, a.segments = op->segments;
+  a.word = op->word, a.position = op->position, a.segment = op->segment;
+  a.seq_start = op->seq_start;
+  a.dword = op->dword, a.dposition = op->dposition, a.dsegment = op->dsegment;
+  a.dx = op->dx;
+  a.S = op->S, a.M = op->M, a.H = op->H;
+  return a;
+}
+
+/* dword: ids are sorted, from their lowest 8 bits to their highest. */
+static moe_status moe__cuda_embed_words(moe__cuda_queue *q, moe__embed_args *a) {
+  moe__sort_args sort;
+  void *order;
+  moe_status status = moe__cuda_scratch(q, 2 * (size_t)a->M * sizeof(int), &order);
+  memset(&sort, 0, sizeof sort);
+  sort.keys = a->ids;
+  sort.n = a->M;
+  sort.buckets = 256;
+  for (; sort.shift < 32 && !status; sort.shift += 8) {
+    sort.to = (int *)order + (sort.shift % 16 ? a->M : 0);
+    status = moe__cuda_sort(q, &sort);
+    sort.from = sort.to;
+  }
+  a->order = sort.to;
+  if (!status) status = moe__cuda_run(q, MOE__K_embed_words, (uint32_t)a->M, 1, 128, a);
+  return status;
+}
+
+static moe_status moe__cuda_embed_segments(moe__cuda_queue *q, moe__embed_args *a) {
+  moe__sort_args sort;
+  moe_status status = MOE_OK;
+  void *order = NULL;
+  memset(&sort, 0, sizeof sort);
+  if (a->segments) {
+    status = moe__cuda_scratch(q, ((size_t)a->M + 257) * sizeof(int), &order);
+    sort.bytes = a->segments;
+    sort.to = (int *)order;
+    sort.start = (int *)order + a->M;
+    sort.n = a->M;
+    sort.buckets = 256;
+    if (!status) status = moe__cuda_sort(q, &sort);
+  }
+  a->order = sort.to, a->start = sort.start;
+  if (!status)
+    status = moe__cuda_run(q, MOE__K_embed_segments, moe__cuda_blocks((size_t)a->H, 32),
+                           a->segments ? 256 : 1, 256, a);
+  return status;
+}
+
+static moe_status moe__cuda_embed(const moe_backend *b, const moe_env *env, const moe_embed_op *op,
+                                  int back) {
+  moe__embed_args a = moe__cuda_embed_args(op);
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe_status status = moe__cuda_rows_check("embed", op->S, op->M, op->H, 0, env);
+  if (status || op->M == 0 || op->H == 0) return status;
+  if (!back) return moe__cuda_run(q, MOE__K_embed, moe__cuda_blocks((size_t)op->M, 8), 1, 128, &a);
+  if (op->dword) status = moe__cuda_embed_words(q, &a);
+  if (!status && op->dposition)
+    status = moe__cuda_run(q, MOE__K_embed_positions, (uint32_t)op->M, 1, 128, &a);
+  if (!status && op->dsegment) status = moe__cuda_embed_segments(q, &a);
+  return status;
+}
 
 /* ---- gates, softmax, top-k, dispatch ---- >>cuda_route */
 
+MOE__CUDA_SHARED(
+    route_args, typedef struct moe__route_args {
+      int *expert; /* as in moe_routes, moe_route_op and moe_route_options */
+      float *weight, *prob;
+      const int *start;
+      float *logits, *loss;
+      const float *x, *gates;
+      const int *gate_of, *seq_start;
+      const unsigned long long *keys; /* NULL: no jitter */
+      const int *forced;
+      const unsigned char *masked, *pruned; /* NULL where experts are forced */
+      float *dx, *dgates, *dlogits;
+      const float *dweight;
+      double *parts; /* (n_parts, N + 1) sums of prob and of z^2 over parts of the tokens */
+      float scale, balance, z_loss, jitter, loss_scale;
+      int renormalize, S, H, M, N, k, n_parts;
+    } moe__route_args;)
+
+/* 16 threads hold a token: thread l has experts l, l + 16, ..., and the lanes of a dot product. */
+MOE__CUDA_SOURCE(
+    route_base, 0,
+    /* The gate of a sequence (N, H). */
+    __device__ static const float *moe__d_gate(const moe__route_args &a, int s) {
+      return a.gates + (size_t)a.gate_of[s] * (size_t)a.N * (size_t)a.H;
+    }
+
+    /* Jitter's factor for column c of a token. */
+    __device__ static float moe__d_noise(const moe__route_args &a, int s, int token, int c) {
+      unsigned place = (unsigned)(token - a.seq_start[s]) * (unsigned)a.H + (unsigned)c;
+      float u = (float)(moe__d_hash32(a.keys[s], place) >> 8) * (2.0f / 16777216.0f) - 1.0f;
+      return 1.0f + a.jitter * u;
+    }
+
+    /* Orders candidates: the larger value first, then the lower index. Never 0. NaN comes last. */
+    __device__ static unsigned long long moe__d_rank(float value, int index) {
+      unsigned u = __float_as_uint(value + 0.0f); /* -0 becomes 0 */
+      u = u & 0x80000000u ? ~u : u | 0x80000000u;
+      if (!(value <= __uint_as_float(0x7f800000u))) u = 0;
+      return (unsigned long long)u << 32 | (0xffffffffu - (unsigned)index);
+    }
+
+    /* The index of the first among the candidates of 16 threads; 0: none. */
+    __device__ static int moe__d_first16(unsigned long long rank) {
+      for (int o = 8; o > 0; o >>= 1) {
+        unsigned long long other = __shfl_xor_sync(0xffffffffu, rank, o);
+        rank = other > rank ? other : rank;
+      }
+      return rank ? (int)(0xffffffffu - (unsigned)rank) : 0;
+    }
+
+    /* Share of the choices that went to expert i. */
+    __device__ static float moe__d_share(const moe__route_args &a, int i) {
+      return (float)(a.start[i + 1] - a.start[i]) / ((float)a.M * (float)a.k);
+    }
+
+    /* Logits x W_g^T of a token [TaG] Eq. 3, four experts at a time. With jitter, rows are summed
+       in blocks of 1024, as the CPU does. Threads of a dead token (live 0) only take part in sums.
+       */
+    __device__ static void moe__d_logits(const moe__route_args &a, int token, int live) {
+      int lane = (int)(threadIdx.x & 15u), block = a.keys ? 1024 : a.H;
+      int s = live ? moe__d_sequence(a.seq_start, a.S, token) : 0, n = live ? a.H : 0;
+      const float *gate = live ? moe__d_gate(a, s) : a.gates;
+      const float *x = a.x + (size_t)token * (size_t)a.H;
+      for (int i = 0; i < a.N; i += 4) {
+        float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int first = 0; first < a.H; first += block) {
+          float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+          int end = n - first < block ? n : first + block;
+          for (int c = first + lane; c < end; c += 16) {
+            float v = a.keys ? x[c] * moe__d_noise(a, s, token, c) : x[c];
+            for (int q = 0; q < 4; ++q)
+              if (i + q < a.N)
+                sum[q] = fmaf(v, gate[(size_t)(i + q) * (size_t)a.H + (size_t)c], sum[q]);
+          }
+          for (int q = 0; q < 4; ++q) total[q] += moe__d_sum16(sum[q]);
+        }
+        for (int q = 0; q < 4; ++q)
+          if (live && i + q < a.N && lane == (i + q) % 16)
+            a.logits[(size_t)token * (size_t)a.N + (size_t)(i + q)] =
+                a.masked && a.masked[i + q] ? -3.4e38f : total[q];
+      }
+    })
+
+MOE__CUDA_SOURCE(
+    route, 0,
+    /* prob = softmax(logits) of a token's n experts [TaG] Eq. 4. */
+    __device__ static void moe__d_route_softmax(float *prob, const float *logits, int n) {
+      int lane = (int)(threadIdx.x & 15u);
+      float most = __uint_as_float(0xff800000u), sum = 0;
+      for (int i = lane; i < n; i += 16) most = most > logits[i] ? most : logits[i];
+      for (int o = 8; o > 0; o >>= 1) {
+        float other = __shfl_xor_sync(0xffffffffu, most, o);
+        most = most > other ? most : other;
+      }
+      for (int i = lane; i < n; i += 16) {
+        prob[i] = moe__d_exp(logits[i] - most);
+        sum += prob[i];
+      }
+      sum = moe__d_sum16(sum);
+      for (int i = lane; i < n; i += 16) prob[i] /= sum;
+    }
+
+    /* The next expert of a token: the largest logit among those not taken, of equal ones the
+       lowest. */
+    __device__ static int moe__d_next(const float *logits, unsigned taken, int n) {
+      unsigned long long best = 0;
+      for (int i = (int)(threadIdx.x & 15u); i < n; i += 16) {
+        unsigned long long rank = moe__d_rank(logits[i], i);
+        if (!(taken >> (i / 16) & 1u) && rank > best) best = rank;
+      }
+      return moe__d_first16(best);
+    }
+
+    /* Eq. 3, 4 and 5 for 8 tokens. Indices stay in range whatever the logits are. */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_route(moe__route_args a) {
+      int lane = (int)(threadIdx.x & 15u), token = (int)(blockIdx.x * 8u + (threadIdx.x >> 4));
+      int live = token >= 0 && token < a.M, n = live ? a.N : 0;
+      size_t at = (size_t)(live ? token : 0) * (size_t)a.N;
+      size_t choice = (size_t)(live ? token : 0) * (size_t)a.k;
+      const float *logits = a.logits + at;
+      float *prob = a.prob + at, sum = 0;
+      unsigned taken = 0;
+      moe__d_logits(a, live ? token : 0, live);
+      moe__d_route_softmax(prob, logits, n);
+      for (int i = lane; i < n; i += 16)
+        if ((a.masked && a.masked[i]) || (a.pruned && a.pruned[i])) taken |= 1u << (i / 16);
+      for (int j = 0; j < a.k; ++j) {
+        int expert = moe__d_next(logits, taken, n);
+        float p;
+        if (a.forced && live) expert = a.forced[choice + (size_t)j];
+        if (expert < 0 || expert >= a.N) expert = 0;
+        if (expert % 16 == lane) taken |= 1u << (expert / 16);
+        p = moe__d_sum16(live && expert % 16 == lane ? prob[expert] : 0.0f);
+        sum += p;
+        if (live && j % 16 == lane) {
+          a.expert[choice + (size_t)j] = expert;
+          a.weight[choice + (size_t)j] = p;
+        }
+      }
+      for (int j = lane; live && j < a.k; j += 16) {
+        float w = a.weight[choice + (size_t)j];
+        if (!a.renormalize)
+          w = a.scale * w;
+        else
+          w = sum <= 0 ? 1.0f / (float)a.k : w / sum;
+        a.weight[choice + (size_t)j] = w;
+      }
+    }
+
+    /* One expert: nothing to choose. */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_route_one(moe__route_args a) {
+      int token = (int)(blockIdx.x * 128u + threadIdx.x);
+      if (token < 0 || token >= a.M) return;
+      a.expert[token] = 0;
+      a.prob[token] = 1.0f;
+      a.weight[token] = a.renormalize ? 1.0f : a.scale;
+    })
+
+/* loss = balance N sum_i f_i P_i + z_loss mean(log sum^2): sums over the 128 tokens of a part, then
+   over the parts, in double. */
+MOE__CUDA_SOURCE(
+    route_loss, 0,
+    /* log of the sum of exp(logits), from the most probable expert. */
+    __device__ static float moe__d_log_sum(const float *logits, const float *prob, int N) {
+      int best = 0;
+      for (int i = 1; i < N; ++i)
+        if (prob[i] > prob[best]) best = i;
+      return logits[best] - moe__d_log(prob[best]);
+    }
+
+    extern "C" __global__ void __launch_bounds__(128) moe_k_route_parts(moe__route_args a) {
+      __shared__ double square[128];
+      int thread = (int)threadIdx.x, first = (int)blockIdx.x * 128;
+      int count = a.M - first < 128 ? a.M - first : 128;
+      double sum = 0, *part = a.parts + (size_t)blockIdx.x * ((size_t)a.N + 1);
+      square[thread] = 0;
+      if (a.z_loss > 0 && thread < count) {
+        size_t at = (size_t)(first + thread) * (size_t)a.N;
+        double z = (double)moe__d_log_sum(a.logits + at, a.prob + at, a.N);
+        square[thread] = z * z;
+      }
+      MOE_SYNC();
+      for (int i = thread; i < a.N; i += 128) {
+        sum = 0;
+        for (int t = 0; t < count; ++t)
+          sum += (double)a.prob[(size_t)(first + t) * (size_t)a.N + (size_t)i];
+        part[i] = sum;
+      }
+      sum = 0;
+      for (int t = 0; t < 128 && thread == 0; ++t) sum += square[t];
+      if (thread == 0) part[a.N] = sum;
+    }
+
+    extern "C" __global__ void __launch_bounds__(256) moe_k_route_loss(moe__route_args a) {
+      __shared__ double total[257];
+      double balance = 0;
+      for (int i = (int)threadIdx.x; i <= a.N; i += 256) {
+        double sum = 0;
+        for (int p = 0; p < a.n_parts; ++p)
+          sum += a.parts[(size_t)p * ((size_t)a.N + 1) + (size_t)i];
+        total[i] = i < a.N && a.n_parts ? (double)moe__d_share(a, i) * sum / a.M : sum;
+      }
+      MOE_SYNC();
+      if (threadIdx.x > 0) return;
+      if (a.n_parts == 0) {
+        *a.loss = 0.0f;
+        return;
+      }
+      for (int i = 0; i < a.N && a.balance > 0; ++i) balance += total[i];
+      *a.loss = (float)((double)a.balance * a.N * balance + (double)a.z_loss * total[a.N] / a.M);
+    })
+
+/* dlogits of a token, see moe__route_dlogits in moe.h:
+     dlogit_i = prob_i (dprob_i - sum_j prob_j dprob_j) + 2 z_loss / M log sum prob_i,
+   where dprob comes from the weights of the chosen experts and the balance loss. dlogits holds
+   dprob at first; a thread touches its own experts only. */
+MOE__CUDA_SOURCE(
+    route_back, 0,
+    __device__ static void moe__d_dprob(const moe__route_args &a, float *dlogits, const float *prob,
+                                        size_t choice, float *sum, float *weighted) {
+      int lane = (int)(threadIdx.x & 15u);
+      float balance = a.loss_scale * a.balance * (float)a.N / (float)a.M;
+      for (int j = 0; j < a.k; ++j) {
+        *sum += prob[a.expert[choice + (size_t)j]];
+        *weighted += a.dweight[choice + (size_t)j] * a.weight[choice + (size_t)j];
+      }
+      for (int i = lane; i < a.N; i += 16)
+        dlogits[i] = a.balance > 0 ? balance * moe__d_share(a, i) : 0.0f;
+      for (int j = 0; j < a.k; ++j) {
+        int expert = a.expert[choice + (size_t)j];
+        float dweight = a.dweight[choice + (size_t)j];
+        if (expert % 16 != lane) continue;
+        if (!a.renormalize)
+          dlogits[expert] += a.scale * dweight;
+        else if (!(*sum < 1e-20f))
+          dlogits[expert] += (dweight - *weighted) / *sum;
+      }
+    }
+
+    extern "C" __global__ void __launch_bounds__(128) moe_k_route_back(moe__route_args a) {
+      int lane = (int)(threadIdx.x & 15u), token = (int)(blockIdx.x * 8u + (threadIdx.x >> 4));
+      int live = token >= 0 && token < a.M, n = live ? a.N : 0, best;
+      size_t at = (size_t)(live ? token : 0) * (size_t)a.N;
+      size_t choice = (size_t)(live ? token : 0) * (size_t)a.k;
+      const float *prob = a.prob + at;
+      float *dlogits = a.dlogits + at, sum = 0, weighted = 0, mean = 0, z;
+      unsigned long long rank = 0;
+      if (live) moe__d_dprob(a, dlogits, prob, choice, &sum, &weighted);
+      for (int i = lane; i < n; i += 16) {
+        unsigned long long other = moe__d_rank(prob[i], i);
+        rank = other > rank ? other : rank;
+        mean += prob[i] * dlogits[i];
+      }
+      mean = moe__d_sum16(mean);
+      best = moe__d_first16(rank);
+      for (int i = lane; i < n; i += 16) dlogits[i] = prob[i] * (dlogits[i] - mean);
+      for (int j = 0; live && j < a.k && a.renormalize && sum > 0 && sum < 1e-20f; ++j) {
+        int expert = a.expert[choice + (size_t)j];
+        if (expert % 16 == lane)
+          dlogits[expert] +=
+              a.weight[choice + (size_t)j] * (a.dweight[choice + (size_t)j] - weighted);
+      }
+      if (!live || !(a.z_loss > 0)) return;
+      z = 2 * a.loss_scale * a.z_loss / (float)a.M *
+          (a.logits[at + (size_t)best] - moe__d_log(prob[best]));
+      for (int i = lane; i < n; i += 16) dlogits[i] += z * prob[i];
+    })
+
+MOE__CUDA_SOURCE(
+    route_gates, 0,
+    /* dx += dlogits W_g, times the jitter. 16 threads a token. */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_route_dx(moe__route_args a) {
+      int token = (int)(blockIdx.x * 8u + (threadIdx.x >> 4)), s;
+      const float *gate, *dlogits;
+      if (token < 0 || token >= a.M) return;
+      s = moe__d_sequence(a.seq_start, a.S, token);
+      gate = moe__d_gate(a, s);
+      dlogits = a.dlogits + (size_t)token * (size_t)a.N;
+      for (int c = (int)(threadIdx.x & 15u); c < a.H; c += 16) {
+        float *dx = a.dx + (size_t)token * (size_t)a.H + (size_t)c;
+        float sum = a.keys ? 0.0f : *dx;
+        for (int i = 0; i < a.N; ++i)
+          sum = fmaf(dlogits[i], gate[(size_t)i * (size_t)a.H + (size_t)c], sum);
+        *dx = a.keys ? *dx + sum * moe__d_noise(a, s, token, c) : sum;
+      }
+    }
+
+    /* dW_g += dlogits^T x over the tokens of the gate's sequences: 32 columns of 8 experts of a
+       gate, the tokens of a sequence dealt to 8 lanes. */
+    extern "C" __global__ void __launch_bounds__(256) moe_k_route_dgates(moe__route_args a) {
+      __shared__ float part[8][8][32];
+      int column = (int)(threadIdx.x & 31u), lane = (int)(threadIdx.x >> 5);
+      int tiles = (a.H + 31) / 32, c = (int)(blockIdx.x % (unsigned)tiles) * 32 + column;
+      int first = (int)(blockIdx.x / (unsigned)tiles) * 8, gate = (int)blockIdx.y, used = 0;
+      float sum[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}, total = 0;
+      for (int s = 0; s < a.S; ++s) {
+        if (a.gate_of[s] != gate) continue;
+        used = 1;
+        for (int t = a.seq_start[s] + lane; c < a.H && t < a.seq_start[s + 1]; t += 8) {
+          const float *dlogits = a.dlogits + (size_t)t * (size_t)a.N;
+          float x = a.x[(size_t)t * (size_t)a.H + (size_t)c];
+          if (a.keys) x *= moe__d_noise(a, s, t, c);
+          for (int q = 0; q < 8; ++q)
+            if (first + q < a.N) sum[q] = fmaf(dlogits[first + q], x, sum[q]);
+        }
+      }
+      if (!used) return;
+      for (int q = 0; q < 8; ++q) part[lane][q][column] = sum[q];
+      MOE_SYNC();
+      if (c >= a.H || first + lane >= a.N) return;
+      for (int l = 0; l < 8; ++l) total += part[l][lane][column];
+      a.dgates[((size_t)gate * (size_t)a.N + (size_t)(first + lane)) * (size_t)a.H + (size_t)c] +=
+          total;
+    })
+
+static moe__route_args moe__cuda_route_args(const moe_route_op *op) {
+  const moe_routes *r = op->routes;
+  const moe_route_options *o = &op->options;
+  moe__route_args a;
+  memset(&a, 0, sizeof a);
+  a.expert = r->expert, a.weight = r->weight, a.prob = r->prob, a.start = r->start;
+  a.logits = op->logits, a.loss = op->loss;
+  a.x = op->x, a.gates = op->gates, a.gate_of = op->gate_of, a.seq_start = op->seq_start;
+  if (o->jitter > 0) a.keys = (const unsigned long long *)(const void *)o->keys;
+  a.forced = o->forced;
+  if (!o->forced) a.masked = o->masked, a.pruned = o->pruned;
+  a.dx = op->dx, a.dgates = op->dgates, a.dlogits = op->dlogits, a.dweight = op->dweight;
+  a.scale = o->scale, a.balance = o->balance, a.z_loss = o->z_loss, a.jitter = o->jitter;
+  a.loss_scale = op->loss_scale, a.renormalize = o->renormalize;
+  a.S = op->S, a.H = op->H, a.M = r->M, a.N = r->N, a.k = r->k;
+  return a;
+}
+
+static moe_status moe__cuda_route_check(const moe_route_op *op, const moe_env *env) {
+  const moe_routes *r = op->routes;
+  if (r->N < 1 || r->N > MOE_MAX_EXPERTS || r->k < 1 || r->k > r->N)
+    return moe__cuda_fail(env, MOE_E_ARGUMENT,
+                          "route: N is %d and k is %d, expected 1 <= k <= N <= %d", (int)r->N,
+                          (int)r->k, MOE_MAX_EXPERTS);
+  if (r->M > INT32_MAX / r->k)
+    return moe__cuda_fail(env, MOE_E_ARGUMENT,
+                          "route: M is %d, expected 0 to %d tokens with k = %d", (int)r->M,
+                          (int)(INT32_MAX / r->k), (int)r->k);
+  if (!op->options.renormalize && !(op->options.scale > 0))
+    return moe__cuda_fail(env, MOE_E_ARGUMENT,
+                          "route: scale is %g, expected more than 0 (moe_route_op_init sets 1)",
+                          (double)op->options.scale);
+  return moe__cuda_rows_check("route", op->S, r->M, op->H, 0, env);
+}
+
+/* order and start: the slots sorted by expert. */
+static moe_status moe__cuda_dispatch(moe__cuda_queue *q, const moe_routes *r) {
+  moe__sort_args sort;
+  memset(&sort, 0, sizeof sort);
+  sort.keys = r->expert;
+  sort.to = r->order;
+  sort.start = r->start;
+  sort.n = r->M * r->k;
+  sort.buckets = r->N;
+  return moe__cuda_sort(q, &sort);
+}
+
+static moe_status moe__cuda_route_forward(moe__cuda_queue *q, const moe_routes *r,
+                                          moe__route_args *a) {
+  size_t M = (size_t)a->M, n = a->N > 1 && (a->balance > 0 || a->z_loss > 0) ? (M + 127) / 128 : 0;
+  moe_status status;
+  void *parts;
+  if (a->N == 1)
+    status = moe__cuda_run(q, MOE__K_route_one, moe__cuda_blocks(M, 128), 1, 128, a);
+  else
+    status = moe__cuda_run(q, MOE__K_route, moe__cuda_blocks(M, 8), 1, 128, a);
+  if (!status) status = moe__cuda_dispatch(q, r);
+  if (status || !a->loss) return status;
+  a->n_parts = (int)n;
+  status = moe__cuda_scratch(q, n * ((size_t)a->N + 1) * sizeof(double), &parts);
+  a->parts = (double *)parts;
+  if (!status) status = moe__cuda_run(q, MOE__K_route_parts, (uint32_t)n, 1, 128, a);
+  if (!status) status = moe__cuda_run(q, MOE__K_route_loss, 1, 1, 256, a);
+  return status;
+}
+
+static moe_status moe__cuda_route(const moe_backend *b, const moe_env *env, const moe_route_op *op,
+                                  int back) {
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe__route_args a = moe__cuda_route_args(op);
+  uint32_t rows = moe__cuda_blocks((size_t)a.M, 8);
+  uint32_t tiles = moe__cuda_blocks((size_t)a.H, 32) * moe__cuda_blocks((size_t)a.N, 8);
+  moe_status status = moe__cuda_route_check(op, env);
+  if (status) return status;
+  if (!back) return moe__cuda_route_forward(q, op->routes, &a);
+  if (a.N == 1 || a.M == 0) return MOE_OK;
+  status = moe__cuda_run(q, MOE__K_route_back, rows, 1, 128, &a);
+  if (!status && a.dx) status = moe__cuda_run(q, MOE__K_route_dx, rows, 1, 128, &a);
+  if (!status && a.dgates)
+    status = moe__cuda_run(q, MOE__K_route_dgates, tiles, (uint32_t)op->G, 256, &a);
+  return status;
+}
+
 /* ---- heads and losses ---- >>cuda_heads */
 
+MOE__CUDA_SHARED(
+    heads_args,
+    typedef struct moe__head {
+      unsigned long long at; /* of its weights */
+      int classes, squared;  /* squared 1: (score - label)^2, else the cross-entropy / log C */
+      int spans;             /* 0 or 2 */
+      float loss, gradient;  /* factors: 1 / log C, and that or 2 over the size of the batch */
+    } moe__head;
+    typedef struct moe__heads_args {
+      float *scores, *losses; /* as in moe_heads_op */
+      const float *hidden, *w;
+      const moe__head *head; /* (T) */
+      const int *task;
+      const float *label;
+      const int *span, *seq_start;
+      const unsigned long long *keys;
+      float *dhidden, *dw;
+      float *feature, *dfeature; /* (S, 3H) what the heads read, after dropout; its gradient */
+      float *dscore;             /* (S, max_classes) */
+      float scale;
+      unsigned threshold;
+      int S, M, H, max_classes, overwrite;
+    } moe__heads_args;)
+
+/* What the heads read: [CLS], or [CLS; span 1; span 2], after dropout. A block a sequence. */
+MOE__CUDA_SOURCE(
+    heads, 0,
+    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_feature(moe__heads_args a) {
+      int s = (int)blockIdx.x, width = a.H * (1 + a.head[a.task[s]].spans);
+      const float *rows = a.hidden + (size_t)a.seq_start[s] * (size_t)a.H;
+      float *feature = a.feature + (size_t)s * 3 * (size_t)a.H;
+      for (int c = (int)threadIdx.x; c < width; c += 128) {
+        int part = c / a.H, column = c - part * a.H;
+        float v = rows[column];
+        if (part > 0) {
+          const int *span = a.span + 4 * (size_t)s + 2 * (size_t)(part - 1);
+          v = 0;
+          for (int i = span[0]; i < span[1]; ++i)
+            v += rows[(size_t)i * (size_t)a.H + (size_t)column];
+          v *= 1.0f / (float)(span[1] - span[0]);
+        }
+        if (a.threshold) v = moe__d_drop(v, a.threshold, a.scale, a.keys[s], (unsigned)c);
+        feature[c] = v;
+      }
+    }
+
+    /* scores = W feature + b [TaG] Eq. 7 and 8, then zeros. 16 threads a score. */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_scores(moe__heads_args a) {
+      int lane = (int)(threadIdx.x & 15u), at = (int)(blockIdx.x * 8u + (threadIdx.x >> 4));
+      int live = at < a.S * a.max_classes, s = live ? at / a.max_classes : 0;
+      int j = live ? at - s * a.max_classes : 0, classes = a.head[a.task[s]].classes;
+      int width = a.H * (1 + a.head[a.task[s]].spans);
+      const float *w = a.w + a.head[a.task[s]].at,
+                  *feature = a.feature + (size_t)s * 3 * (size_t)a.H;
+      float sum = 0;
+      for (int c = lane; live && j < classes && c < width; c += 16)
+        sum = fmaf(feature[c], w[(size_t)j * (size_t)width + (size_t)c], sum);
+      sum = moe__d_sum16(sum);
+      if (live && lane == 0)
+        a.scores[at] = j < classes ? sum + w[(size_t)classes * (size_t)width + (size_t)j] : 0.0f;
+    }
+
+    /* Losses [TaG] Eq. 9 and 10, and the gradients of the scores; either may be NULL. 16 threads a
+       sequence. */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_loss(moe__heads_args a) {
+      int lane = (int)(threadIdx.x & 15u), s = (int)(blockIdx.x * 8u + (threadIdx.x >> 4));
+      int live = s < a.S;
+      const moe__head *head = a.head + a.task[live ? s : 0];
+      int n = live ? head->classes : 0;
+      const float *score = a.scores + (size_t)(live ? s : 0) * (size_t)a.max_classes;
+      float *dscore = a.dscore + (size_t)(live ? s : 0) * (size_t)a.max_classes;
+      float most = score[0], sum = 0, label = live ? a.label[s] : 0.0f, loss;
+      for (int i = 1; i < n; ++i) most = most > score[i] ? most : score[i];
+      for (int i = lane; i < n; i += 16) sum += moe__d_exp(score[i] - most);
+      sum = moe__d_sum16(sum);
+      if (!live) return;
+      if (head->squared)
+        loss = (score[0] - label) * (score[0] - label);
+      else
+        loss = head->loss * (moe__d_log(sum) - (score[(int)label] - most));
+      if (a.losses && lane == 0) a.losses[s] = loss;
+      for (int i = lane; a.dscore && i < n; i += 16) {
+        float prob = moe__d_exp(score[i] - most) * (1.0f / sum);
+        dscore[i] = head->squared ? head->gradient * (score[0] - label)
+                                  : head->gradient * (prob - (i == (int)label ? 1.0f : 0.0f));
+      }
+    })
+
+MOE__CUDA_SOURCE(
+    heads_back, 0,
+    /* dW += dscore feature^T and db += dscore over the sequences of a task, in their order: the
+       first of them has the block that writes a row. */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_dw(moe__heads_args a) {
+      int first = (int)(blockIdx.x / (unsigned)a.max_classes), task = a.task[first];
+      int j = (int)(blockIdx.x % (unsigned)a.max_classes), classes = a.head[task].classes;
+      int width = a.H * (1 + a.head[task].spans), c = (int)(blockIdx.y * 128u + threadIdx.x);
+      float *dw = a.dw + a.head[task].at, sum;
+      if (j >= classes || c > width) return;
+      for (int s = 0; s < first; ++s)
+        if (a.task[s] == task) return;
+      dw += c < width ? (size_t)j * (size_t)width + (size_t)c
+                      : (size_t)classes * (size_t)width + (size_t)j;
+      sum = *dw;
+      for (int s = first; s < a.S; ++s)
+        if (a.task[s] == task) {
+          float d = a.dscore[(size_t)s * (size_t)a.max_classes + (size_t)j];
+          sum = fmaf(d, c < width ? a.feature[(size_t)s * 3 * (size_t)a.H + (size_t)c] : 1.0f, sum);
+        }
+      *dw = sum;
+    }
+
+    /* dfeature = dropout(dscore W). */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_dfeature(moe__heads_args a) {
+      int s = (int)blockIdx.x, c = (int)(blockIdx.y * 128u + threadIdx.x), task = a.task[s];
+      int width = a.H * (1 + a.head[task].spans);
+      const float *w = a.w + a.head[task].at, *d = a.dscore + (size_t)s * (size_t)a.max_classes;
+      float sum = 0;
+      if (c >= width) return;
+      for (int j = 0; j < a.head[task].classes; ++j)
+        sum = fmaf(d[j], w[(size_t)j * (size_t)width + (size_t)c], sum);
+      if (a.threshold) sum = moe__d_drop(sum, a.threshold, a.scale, a.keys[s], (unsigned)c);
+      a.dfeature[(size_t)s * 3 * (size_t)a.H + (size_t)c] = sum;
+    }
+
+    /* The share of a token in the mean of span i of its sequence; 0 outside. */
+    __device__ static float moe__d_span_share(const moe__heads_args &a, int s, int i, int token) {
+      const int *span = a.span + 4 * (size_t)s + 2 * (size_t)i;
+      return token >= span[0] && token < span[1] ? 1.0f / (float)(span[1] - span[0]) : 0.0f;
+    }
+
+    /* dhidden = or += the gradients of [CLS] and of the means of spans. 16 threads a row. */
+    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_dhidden(moe__heads_args a) {
+      unsigned row = blockIdx.x * 8u + (threadIdx.x >> 4);
+      size_t H = (size_t)a.H, at = (size_t)row * H;
+      int s, token;
+      float one = 0, two = 0;
+      const float *d;
+      if (row >= (unsigned)a.M) return;
+      s = moe__d_sequence(a.seq_start, a.S, (int)row);
+      token = (int)row - a.seq_start[s];
+      if (a.head[a.task[s]].spans > 0) {
+        one = moe__d_span_share(a, s, 0, token);
+        two = moe__d_span_share(a, s, 1, token);
+      }
+      d = a.dfeature + (size_t)s * 3 * H;
+      for (size_t c = threadIdx.x & 15u; c < H; c += 16) {
+        float sum = a.overwrite ? 0.0f : a.dhidden[at + c];
+        if (token == 0) sum += d[c];
+        if (one > 0) sum = fmaf(one, d[H + c], sum);
+        if (two > 0) sum = fmaf(two, d[2 * H + c], sum);
+        a.dhidden[at + c] = sum;
+      }
+    })
+
+/* The heads of all tasks, for the kernels: the table of kinds in moe.h (>>kinds). */
+static moe_status moe__cuda_heads_table(moe__cuda_queue *q, const moe_heads_op *op,
+                                        const moe_env *env, moe__heads_args *a) {
+  moe__head *table = (moe__head *)calloc((size_t)op->T + 1, sizeof *table);
+  double batch = op->batch_size > 0 ? op->batch_size : 1;
+  moe_status status;
+  void *head;
+  int32_t t;
+  if (!table) return moe__cuda_fail(env, MOE_E_MEMORY, "heads: no memory for %d tasks", (int)op->T);
+  for (t = 0; t < op->T; ++t) {
+    const moe_task *task = &op->tasks[t];
+    double share = task->classes > 1 ? 1 / log((double)task->classes) : 1;
+    table[t].at = op->head[t];
+    table[t].classes = task->classes;
+    table[t].squared = task->kind == MOE_KIND_REGRESSION;
+    table[t].spans = task->kind == MOE_KIND_SPAN ? 2 : 0;
+    table[t].loss = (float)share;
+    table[t].gradient = (float)(table[t].squared ? 2 / batch : share / batch);
+  }
+  status = moe__cuda_upload_args(q, table, (size_t)op->T * sizeof *table, &head);
+  a->head = (const moe__head *)head;
+  free(table);
+  return status;
+}
+
+/* The arguments of both directions, and what the heads read. */
+static moe_status moe__cuda_heads_begin(moe__cuda_queue *q, const moe_heads_op *op, int back,
+                                        const moe_env *env, moe__heads_args *a) {
+  size_t S = (size_t)op->S, features = S * 3 * (size_t)op->H;
+  moe_status status;
+  void *p;
+  memset(a, 0, sizeof *a);
+  a->scores = op->scores, a->losses = back ? NULL : op->losses;
+  a->hidden = op->hidden, a->w = op->w;
+  a->task = op->task, a->label = op->label, a->span = op->span, a->seq_start = op->seq_start;
+  a->keys = (const unsigned long long *)(const void *)op->keys;
+  a->threshold = moe__cuda_drop(&a->scale, op->dropout, op->keys);
+  a->dhidden = op->dhidden, a->dw = op->dw;
+  a->S = op->S, a->M = op->M, a->H = op->H;
+  a->max_classes = op->max_classes, a->overwrite = op->overwrite;
+  status = moe__cuda_heads_table(q, op, env, a);
+  if (!status) status = moe__cuda_scratch(q, features * sizeof(float), &p);
+  if (status) return status;
+  a->feature = (float *)p;
+  status = moe__cuda_run(q, MOE__K_heads_feature, (uint32_t)op->S, 1, 128, a);
+  if (status || !back) return status;
+  status = moe__cuda_scratch(q, (features + S * (size_t)op->max_classes) * sizeof(float), &p);
+  a->dfeature = (float *)p;
+  a->dscore = a->dfeature + features;
+  return status;
+}
+
+static moe_status moe__cuda_heads(const moe_backend *b, const moe_env *env, const moe_heads_op *op,
+                                  int back) {
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe_status status = moe__cuda_rows_check("heads", op->S, op->M, op->H, op->dropout, env);
+  uint32_t S = (uint32_t)op->S, rows = S * (uint32_t)op->max_classes;
+  uint32_t columns = moe__cuda_blocks(3 * (size_t)op->H + 1, 128);
+  moe__heads_args a;
+  if (status || op->S == 0) return status;
+  status = moe__cuda_heads_begin(q, op, back, env, &a);
+  if (!status && !back)
+    status = moe__cuda_run(q, MOE__K_heads_scores, moe__cuda_blocks(rows, 8), 1, 128, &a);
+  if (!status && (back || op->losses))
+    status = moe__cuda_run(q, MOE__K_heads_loss, moe__cuda_blocks(S, 8), 1, 128, &a);
+  if (status || !back) return status;
+  if (a.dw) status = moe__cuda_run(q, MOE__K_heads_dw, rows, columns, 128, &a);
+  if (status || !a.dhidden) return status;
+  status = moe__cuda_run(q, MOE__K_heads_dfeature, S, columns, 128, &a);
+  if (!status)
+    status = moe__cuda_run(q, MOE__K_heads_dhidden, moe__cuda_blocks((size_t)op->M, 8), 1, 128, &a);
+  return status;
+}
+
 /* ---- norm of the gradients, Adam ---- >>cuda_adam */
+
+MOE__CUDA_SHARED(
+    span_args,
+    typedef struct
+    moe__cuda_span { /* a span of weights that is not empty */
+                     float *w, *g, *m, *v;
+                     unsigned long long count;
+                     int tile; /* number of its first tile: 4096 elements each, through all spans */
+                     int frozen; /* 1: only g is cleared */
+                     float factor, keep, one_beta1, beta2, one_beta2, step, root,
+                         eps; /* as moe__adam in moe.h */
+    } moe__cuda_span;
+    typedef struct moe__spans_args {
+      const moe__cuda_span *spans; /* (n) */
+      double *parts;               /* (tiles) sums of squares, then their root in part[tiles] */
+      int n, tiles;
+    } moe__spans_args;)
+
+MOE__CUDA_SOURCE(
+    adam, 0,
+    /* The span of a tile, and the elements [*first, *end) of it that are the tile's. */
+    __device__ static const moe__cuda_span *moe__d_span(const moe__spans_args &a,
+                                                        unsigned long long *first,
+                                                        unsigned long long *end) {
+      int low = 0, high = a.n - 1, tile = (int)blockIdx.x;
+      while (low < high) {
+        int middle = low + (high - low + 1) / 2;
+        if (a.spans[middle].tile <= tile)
+          low = middle;
+        else
+          high = middle - 1;
+      }
+      *first = (unsigned long long)(tile - a.spans[low].tile) * 4096;
+      *end = a.spans[low].count - *first < 4096 ? a.spans[low].count : *first + 4096;
+      return a.spans + low;
+    }
+
+    /* Adds 256 numbers as a tree; thread 0 has the sum. */
+    __device__ static double moe__d_sum256(double v) {
+      __shared__ double sum[256];
+      sum[threadIdx.x] = v;
+      for (unsigned half = 128; half > 0; half /= 2) {
+        MOE_SYNC();
+        if (threadIdx.x < half) sum[threadIdx.x] += sum[threadIdx.x + half];
+      }
+      return sum[0];
+    }
+
+    /* Sum of the squares of a tile: 16 elements of a thread in float, so that a gradient above 1e19
+       is infinite as on the CPU, the rest in double. */
+    extern "C" __global__ void __launch_bounds__(256) moe_k_norm_squares(moe__spans_args a) {
+      unsigned long long first, end;
+      const moe__cuda_span *span = moe__d_span(a, &first, &end);
+      float sum = 0;
+      double all;
+      for (unsigned long long i = first + threadIdx.x; i < end; i += 256)
+        sum = fmaf(span->g[i], span->g[i], sum);
+      all = moe__d_sum256((double)sum);
+      if (threadIdx.x == 0) a.parts[blockIdx.x] = all;
+    }
+
+    /* One block: the tiles' sums, and the root. */
+    extern "C" __global__ void __launch_bounds__(256) moe_k_norm_root(moe__spans_args a) {
+      double sum = 0;
+      for (int t = (int)threadIdx.x; t < a.tiles; t += 256) sum += a.parts[t];
+      sum = moe__d_sum256(sum);
+      if (threadIdx.x == 0) a.parts[a.tiles] = sqrt(sum);
+    }
+
+    /* A step of Adam on a tile, in the order of PyTorch's AdamW (see moe.h, >>optimizer): moments
+       that change no weight become 0. */
+    extern "C" __global__ void __launch_bounds__(256) moe_k_adam(moe__spans_args a) {
+      unsigned long long first, end;
+      const moe__cuda_span *span = moe__d_span(a, &first, &end);
+      for (unsigned long long i = first + threadIdx.x; i < end; i += 256) {
+        if (!span->frozen) {
+          float d = span->factor * span->g[i], m = span->m[i];
+          m = fmaf(span->one_beta1, d - m, m);
+          float v = fmaf(span->one_beta2, d * d, span->beta2 * span->v[i]);
+          m = fabsf(m) < 1e-30f ? 0.0f : m;
+          v = v < 1e-37f ? 0.0f : v;
+          span->m[i] = m;
+          span->v[i] = v;
+          span->w[i] =
+              fmaf(-span->step, m / fmaf(sqrtf(v), span->root, span->eps), span->keep * span->w[i]);
+        }
+        span->g[i] = 0.0f;
+      }
+    })
+
+#ifndef MOE_NO_TRAIN
+/* The decimal literal that a beta was rounded from, to seven digits. */
+static double moe__cuda_decimal(float x) { return (double)(int64_t)((double)x * 1e7 + 0.5) / 1e7; }
+
+/* x^t for t >= 0. */
+static double moe__cuda_power(double x, int64_t t) {
+  double y = 1;
+  for (; t; t >>= 1, x *= x)
+    if (t & 1) y *= x;
+  return y;
+}
+
+static void moe__cuda_span_make(moe__cuda_span *s, const moe_adam_op *op) {
+  double b1 = moe__cuda_decimal(op->beta1), b2 = moe__cuda_decimal(op->beta2);
+  double rate = (double)op->lr * (double)op->lr_scale;
+  memset(s, 0, sizeof *s);
+  s->w = op->w, s->g = op->g, s->m = op->m, s->v = op->v;
+  s->count = op->count;
+  s->frozen = !(op->lr_scale > 0);
+  if (op->t < 1) return; /* for the norm */
+  s->factor = op->factor;
+  s->keep = (float)(1 - rate * (double)op->weight_decay);
+  s->one_beta1 = (float)(1 - b1);
+  s->beta2 = (float)b2;
+  s->one_beta2 = (float)(1 - b2);
+  s->step = (float)(rate / (1 - moe__cuda_power(b1, op->t)));
+  s->root = (float)(1 / sqrt(1 - moe__cuda_power(b2, op->t)));
+  s->eps = op->eps;
+}
+
+/* The table of spans on the card. norm 1: without the frozen ones. */
+static moe_status moe__cuda_spans(moe__cuda_queue *q, const moe_adam_op *spans, int32_t n, int norm,
+                                  const moe_env *env, moe__spans_args *a) {
+  moe__cuda_span *table = (moe__cuda_span *)malloc(((size_t)n + 1) * sizeof *table);
+  size_t tiles = 0;
+  moe_status status;
+  void *p = NULL;
+  int32_t i;
+  memset(a, 0, sizeof *a);
+  if (!table) return moe__cuda_fail(env, MOE_E_MEMORY, "optimizer: no memory for %d spans", (int)n);
+  for (i = 0; i < n; ++i) {
+    if (spans[i].count == 0 || (norm && !(spans[i].lr_scale > 0))) continue;
+    moe__cuda_span_make(&table[a->n], &spans[i]);
+    table[a->n++].tile = (int)tiles;
+    tiles += (spans[i].count + 4095) / 4096;
+  }
+  if (tiles > INT32_MAX)
+    status = moe__cuda_fail(env, MOE_E_ARGUMENT, "optimizer: %lu tiles of weights, at most %d",
+                            (unsigned long)tiles, (int)INT32_MAX);
+  else
+    status = moe__cuda_upload_args(q, table, (size_t)a->n * sizeof *table, &p);
+  a->spans = (const moe__cuda_span *)p;
+  a->tiles = (int)tiles;
+  free(table);
+  return status;
+}
+
+static moe_status moe__cuda_grad_norm(const moe_backend *b, const moe_env *env, double *norm,
+                                      const moe_adam_op *spans, int32_t n) {
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe__spans_args a;
+  moe_status status = moe__cuda_spans(q, spans, n, 1, env, &a);
+  void *p;
+  if (!status) status = moe__cuda_scratch(q, ((size_t)a.tiles + 1) * sizeof(double), &p);
+  if (status) return status;
+  a.parts = (double *)p;
+  status = moe__cuda_run(q, MOE__K_norm_squares, (uint32_t)a.tiles, 1, 256, &a);
+  if (!status) status = moe__cuda_run(q, MOE__K_norm_root, 1, 1, 256, &a);
+  return status ? status : moe__cuda_peek(q, norm, a.parts + a.tiles, sizeof *norm);
+}
+
+static moe_status moe__cuda_adam(const moe_backend *b, const moe_env *env, const moe_adam_op *spans,
+                                 int32_t n) {
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe__spans_args a;
+  moe_status status;
+  int32_t i;
+  for (i = 0; i < n; ++i)
+    if (spans[i].t < 1 || !(spans[i].beta1 >= 0 && spans[i].beta1 <= 0.9999999f) ||
+        !(spans[i].beta2 >= 0 && spans[i].beta2 <= 0.9999999f))
+      return moe__cuda_fail(
+          env, MOE_E_ARGUMENT,
+          "Adam: t is %ld, beta1 %g, beta2 %g, expected 1 or more, and 0 to below 1",
+          (long)spans[i].t, (double)spans[i].beta1, (double)spans[i].beta2);
+  status = moe__cuda_spans(q, spans, n, 0, env, &a);
+  return status ? status : moe__cuda_run(q, MOE__K_adam, (uint32_t)a.tiles, 1, 256, &a);
+}
+#endif
 
 /* ---- what is supported, the table of slots, open and close ---- >>cuda_table */
 
