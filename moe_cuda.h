@@ -402,8 +402,11 @@ typedef struct moe__cuda_chunk {
   X(norm, 0)                                                                                       \
   X(norm_back, 0)                                                                                  \
   X(norm_columns, 0)                                                                               \
-  X(norm_sums, 0) X(dropout, 0) X(sort_count, 0) X(sort_scan, 0) X(sort_place, 0) X(embed, 0)      \
-      X(embed_words, 0) X(embed_positions, 0) X(embed_segments, 0)
+  X(norm_sums, 0)                                                                                  \
+  X(dropout, 0)                                                                                    \
+  X(sort_count, 0)                                                                                 \
+  X(sort_scan, 0)                                                                                  \
+  X(sort_place, 0) X(embed, 0) X(embed_words, 0) X(embed_positions, 0) X(embed_segments, 0)
 #define MOE__CUDA_KERNELS_ROUTE(X)                                                                 \
   X(route, 0)                                                                                      \
   X(route_one, 0)                                                                                  \
