@@ -1300,7 +1300,9 @@ typedef enum moe_memory { MOE_MEMORY_HOST, MOE_MEMORY_DEVICE } moe_memory;
                 wait.
      Errors     A slot returns errors that it detects at once. A failure of the device is sticky:
                 the next call that waits returns it, with a sentence to env.log. The context can
-                then only be freed; the host's weights are those of the last download.
+                then only be freed; the host's weights are those of the last download, whole, and
+                a trainer's sentence says after which step that was. Once the trainer is freed,
+                training can go on from them, on the CPU too.
      Refused    Blocks as experts, gates made of task vectors and int8 models: the CPU alone
                 computes them. Gradients stay on the device: moe_trainer_gradients returns NULL.
    The backend determines the bits of a result. They do not depend on the number of threads if each
@@ -1346,8 +1348,9 @@ struct moe_backend {
   void (*release)(const moe_backend *b, void *p);
   moe_status (*upload)(const moe_backend *b, const moe_env *env, void *to, const void *host,
                        size_t bytes); /* `host` may change after the call */
+  /* Waits. On failure `host` is unchanged: all or nothing is copied. */
   moe_status (*download)(const moe_backend *b, const moe_env *env, void *host, const void *from,
-                         size_t bytes);                                                 /* waits */
+                         size_t bytes);
   moe_status (*clear)(const moe_backend *b, const moe_env *env, void *p, size_t bytes); /* zeros */
   moe_status (*sync)(const moe_backend *b, const moe_env *env);                         /* waits */
   /* These weights have changed: updates copies that the backend keeps, packed or of lower
@@ -14416,6 +14419,7 @@ struct moe_trainer {
   moe__span *spans; /* ranges of the weights with one learning rate and decay */
   int32_t n_spans;
   moe_adam_op *ops; /* (n_spans) on a DEVICE, where g, m and v are one array of it */
+  int64_t fetched;  /* on a DEVICE: steps in the host's weights, where those of it are newer */
   int owns_block;
 };
 
@@ -14463,7 +14467,7 @@ MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *li
 static void moe__trainer_leave(moe_trainer *t) {
   const moe_backend *b = t->context->device.env.backend;
   if (b) {
-    moe__model_fetch(t->model, NULL);
+    if (moe__model_fetch(t->model, NULL)) t->model->newer = 0; /* the host's are the newest left */
     if (t->model->device.stream == t->context->device.env.stream) t->model->device.stream = NULL;
     if (t->g) b->release(b, t->g);
   }
@@ -14568,6 +14572,15 @@ static void moe__trainer_clear(moe_trainer *t) {
   moe__arena_clear(t->context, t->g, t->model->plan.total * sizeof(float));
 }
 
+/* Where a device failed: says what is left. */
+static moe_status moe__trainer_failed(const moe_trainer *t, moe_status status, const moe_env *env) {
+  const moe_env *on = &t->context->device.env;
+  if (!on->backend) return status;
+  return moe__fail(env, status, "step %lld: %s failed; the host has the weights after step %lld",
+                   (long long)t->step + 1, on->backend->name,
+                   (long long)(t->model->newer ? t->fetched : t->step));
+}
+
 /* Forward and losses of a training pass. */
 static moe_status moe__trainer_forward(moe_trainer *t, moe__pass *pass, const moe_batch *batch,
                                        const moe_env *env) {
@@ -14586,9 +14599,8 @@ static moe_status moe__trainer_forward(moe_trainer *t, moe__pass *pass, const mo
   if (!status && pass->S > 0 &&
       !moe__arena_read(c, c->device.losses, c->losses,
                        (size_t)c->limits.sequences + (size_t)t->model->config.layers))
-    status = moe__fail(env, MOE_E_IO, "step %lld: %s failed", (long long)t->step + 1,
-                       moe_backend_name(pass->env));
-  if (status) return status;
+    status = MOE_E_IO;
+  if (status) return moe__trainer_failed(t, status, env);
   bad = moe__losses_check(c, pass);
   moe__profile_end(env, MOE_PROFILE_LOSSES);
   if (bad >= 0 && bad < pass->S)
@@ -14677,11 +14689,19 @@ static moe_status moe__trainer_adam(moe_trainer *t, const moe_adam_op *op, const
     return MOE_OK;
   }
   for (i = 0; i < t->n_spans; ++i) t->ops[i] = moe__span_op(op, &t->spans[i]);
+  if (!model->newer) t->fetched = t->step;
   model->newer = 1; /* even if it fails half-way: then the next download says so */
   model->device.stream = on->stream;
   status = b->adam(b, on, t->ops, t->n_spans);
   if (!status && b->changed) b->changed(b, on, model->resident, model->plan.total);
   return status;
+}
+
+/* After a step on a device whose table asks for it: downloads the weights. */
+static moe_status moe__trainer_mirror(const moe_trainer *t, const moe_env *env) {
+  const moe_env *on = &t->context->device.env;
+  if (!on->backend || !MOE__HAS(on, mirror) || on->backend->mirror < 1) return MOE_OK;
+  return t->step % on->backend->mirror ? MOE_OK : moe__model_fetch(t->model, env);
 }
 
 MOE_API moe_status moe_trainer_step(moe_trainer *trainer, float *norm, const moe_env *env) {
@@ -14698,7 +14718,7 @@ MOE_API moe_status moe_trainer_step(moe_trainer *trainer, float *norm, const moe
                      (long long)op.t, (double)op.lr);
   moe__profile_begin(env);
   status = moe__trainer_norm(trainer, &op, &length, env);
-  if (status) return status;
+  if (status) return moe__trainer_failed(trainer, status, env);
   if (!moe__finite(length)) {
     moe__trainer_clear(trainer);
     return moe__fail(env, MOE_E_NONFINITE,
@@ -14707,8 +14727,10 @@ MOE_API moe_status moe_trainer_step(moe_trainer *trainer, float *norm, const moe
   }
   op.factor = moe__clip_factor(length, trainer->config.clip_norm);
   status = moe__trainer_adam(trainer, &op, env);
-  if (status) return status;
+  if (status) return moe__trainer_failed(trainer, status, env);
   ++trainer->step;
+  status = moe__trainer_mirror(trainer, env);
+  if (status) return moe__trainer_failed(trainer, status, env);
   moe__profile_end(env, MOE_PROFILE_OPTIMIZER);
   if (model->panels && !trainer->ops) {
     moe__model_repack(model, env);

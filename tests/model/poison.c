@@ -346,51 +346,79 @@ static void test_poison_refuses_what_only_the_cpu_computes(void) {
   POISON_IS_CLEAN();
 }
 
-/* One run that fails at call number `at`; 1 where it came to its end. *host: the weights that the
-   host is left with. */
-static int poison_lose(int at, uint64_t *host, const moe_env *env) {
+enum { POISON_LOSE = 3 }; /* steps of a run that fails */
+
+/* One run that fails at call number `at`, then a step on the CPU. */
+typedef struct poison_lost {
+  int done, named; /* steps; the step that the sentence names, -1: there was none */
+  moe_status on_cpu;
+  uint64_t host[POISON_LOSE + 1]; /* weights before each step, and what is left */
+} poison_lost;
+
+static void poison_lose(poison_lost *run, int at, const moe_env *env) {
   moe_env cpu = *env;
   moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
   moe_train_config tc = poison_train();
   moe_model *model;
   moe_trainer *t = NULL;
   moe_status status;
-  int i;
+  size_t bytes;
   cpu.backend = NULL;
   model = poison_model(MOE_ROUTER_TASK, 0, &cpu);
+  bytes = moe_model_parameters(model) * sizeof(float);
   models_random_batch(&poison_batch, model, 12, 19, 9);
   poison.fail_at = at;
+  run->named = -1;
   status = moe_trainer_create(&t, model, &limits, &tc, env);
-  for (i = 0; i < 2 && !status; ++i) {
+  for (run->done = 0; run->done < POISON_LOSE && !status;) {
+    run->host[run->done] = models_hash(model->weights, bytes);
     status = moe_trainer_accumulate(t, &poison_batch.b, 0, NULL, NULL, env);
     if (!status) status = moe_trainer_step(t, NULL, env);
+    run->done = (int)moe_trainer_steps_done(t);
+    if (status && strstr(said, "after step")) run->named = atoi(strstr(said, "after step") + 10);
   }
   moe_trainer_free(t);
-  *host = models_hash(model->weights, moe_model_parameters(model) * sizeof(float));
+  run->host[POISON_LOSE] = models_hash(model->weights, bytes);
+  run->on_cpu = moe_trainer_create(&t, model, &limits, &tc, &cpu);
+  if (!run->on_cpu) run->on_cpu = moe_trainer_accumulate(t, &poison_batch.b, 0, NULL, NULL, &cpu);
+  if (!run->on_cpu) run->on_cpu = moe_trainer_step(t, NULL, &cpu);
+  moe_trainer_free(t);
   moe_model_free(model);
   poison.fail_at = poison.lost = 0;
-  return !status;
 }
 
 /* Every call of a slot failing in turn: a status, no crash, nothing left, and the host's weights
-   are whole: those before training, or those at the end. */
+   are whole: those of the last mirrored step, which the sentence names, or those at the end. The
+   CPU trains on from them. */
 static void test_poison_a_lost_device_costs_steps_but_no_weights(void) {
+  static const int32_t every[] = {0, 1, 2};
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_backend b = poison_backend();
-  uint64_t first, last, now;
-  int at, ended = 0;
-  moe_model *model = poison_model(MOE_ROUTER_TASK, 0, &env);
-  first = models_hash(model->weights, moe_model_parameters(model) * sizeof(float));
-  moe_model_free(model);
+  poison_lost right, now;
+  int at, i;
   env.backend = &b;
-  CHECK(poison_lose(0, &last, &env) && last != first, "%s", said);
-  for (at = 1; !ended && at < 10000; ++at) {
-    int all = poison_lose(at, &now, &env);
-    CHECK(now == first || now == last, "call %d: other weights", at);
-    ended = all && now == last;
-    POISON_IS_CLEAN();
+  b.mirror = 1;
+  poison_lose(&right, 0, &env);
+  CHECK(right.done == POISON_LOSE && right.host[POISON_LOSE] != right.host[0], "%s", said);
+  for (i = 0; i < 3; ++i) {
+    int ended = 0;
+    b.mirror = every[i];
+    for (at = 1; !ended && at < 10000; ++at) {
+      int step;
+      poison_lose(&now, at, &env);
+      step = every[i] ? now.done / every[i] * every[i] : 0;
+      if (now.named < 0) step = now.done == POISON_LOSE && now.host[3] == right.host[3] ? 3 : step;
+      CHECK(now.host[3] == right.host[now.named < 0 ? step : now.named],
+            "every %d, call %d, step %d: other weights", (int)every[i], at, now.done);
+      CHECK(now.named < 0 || now.named == step || now.named == step - every[i],
+            "every %d, call %d, step %d: weights of step %d", (int)every[i], at, now.done,
+            now.named);
+      CHECK(!now.on_cpu, "call %d: on the CPU: %s", at, said);
+      ended = now.named < 0 && step == POISON_LOSE;
+      POISON_IS_CLEAN();
+    }
+    CHECK(ended && at > 90, "%d calls", at);
   }
-  CHECK(ended && at > 60, "%d calls", at);
 }
 
 static void run_poison(void) {
