@@ -8090,10 +8090,18 @@ static size_t moe__attention_block(size_t length) {
    the cache. */
 static size_t moe__attention_stride(size_t length) { return moe__round16(length) + 16; }
 
-/* Floats of one block, for any length up to this one: 16 rows of the longest, or 8192 / length rows
-   with their padding. */
+/* Floats of the probabilities of a block, for any length up to this one. Longer sequences have
+   blocks of 8192 / length rows: with their padding at most 160 floats for each of 64 rows. Beyond
+   512 tokens a block has 16 rows. */
 static size_t moe__attention_block_floats(size_t longest) {
-  return 16 * moe__attention_stride(longest) + MOE__ATTENTION_ROWS * 160;
+  size_t stride = moe__attention_stride(longest), most = MOE__ATTENTION_ROWS * 160;
+  if (longest <= 128) return (longest < 64 ? longest : 64) * stride;
+  return 16 * stride > most ? 16 * stride : most;
+}
+
+/* Floats of the packed queries of a block. */
+static size_t moe__attention_query_floats(size_t longest, size_t wide) {
+  return (longest < MOE__ATTENTION_ROWS ? longest : MOE__ATTENTION_ROWS) * wide;
 }
 
 /* Floats of scratch of one thread; *bad is set where the number overflows. */
@@ -8101,7 +8109,8 @@ static size_t moe__attention_slot(size_t longest, size_t wide, int training, int
   size_t head = moe__mul(moe__round16(longest), wide, bad),
          block = moe__attention_block_floats(longest);
   if (!training) return moe__add(moe__mul(2, head, bad), block, bad);
-  return moe__add(moe__mul(5, head, bad), 2 * block + 2 * MOE__ATTENTION_ROWS * wide, bad);
+  return moe__add(moe__mul(5, head, bad),
+                  2 * (block + moe__attention_query_floats(longest, wide)), bad);
 }
 
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training,
@@ -8332,8 +8341,8 @@ static void moe__attention_head_backward(moe__attention_head *head) {
   t.k_rows = t.k + floats;
   t.v_rows = t.k_rows + floats;
   t.q = t.v_rows + floats;
-  t.dy = t.q + MOE__ATTENTION_ROWS * wide;
-  t.dk = t.dy + MOE__ATTENTION_ROWS * wide;
+  t.dy = t.q + moe__attention_query_floats(job->longest, wide);
+  t.dk = t.dy + moe__attention_query_floats(job->longest, wide);
   t.dv = t.dk + floats;
   b.s = t.dv + floats;
   b.ds = b.s + moe__attention_block_floats(job->longest);
