@@ -794,7 +794,7 @@ enum {
   MOE__CUDA_STAGING = 1 << 20, /* bytes of a queue's pinned buffer */
   MOE__CUDA_SCRATCH = 1 << 20, /* least bytes of a block of scratch */
   MOE__CUDA_KEPT = 1 << 18,    /* bytes of arguments that stay on the card */
-  MOE__CUDA_KEEP = 64          /* arrays among them */
+  MOE__CUDA_KEEP = 128         /* arrays among them; and hashes of arrays that were seen once */
 };
 
 /* A queue: a stream, and the memory that its slots use. */
@@ -818,8 +818,10 @@ struct moe__cuda_queue {
   struct {
     uint64_t hash;
     size_t at, bytes;
-    void *copy; /* NULL: seen once */
+    void *copy;
   } keep[MOE__CUDA_KEEP];
+  uint64_t seen[MOE__CUDA_KEEP]; /* hashes of the latest arrays that are not kept */
+  unsigned seen_next;
   int keeps;
   void *blas; /* cuBLAS's handle */
   int force;  /* while makers are measured: 0 own kernels, 1 cuBLAS; else -1 */
@@ -957,7 +959,7 @@ static moe_status moe__cuda_scratch(moe__cuda_queue *q, size_t bytes, void **out
   if (bytes > most) return moe__cuda_note(q, "scratch beyond the address space", 2);
   need = (bytes / MOE__CUDA_ALIGN + 1) * MOE__CUDA_ALIGN;
   if (i < 0 || q->scratch[i].bytes - q->scratch[i].used < need) {
-    size_t block = need > MOE__CUDA_SCRATCH ? need : MOE__CUDA_SCRATCH;
+    size_t block = need > MOE__CUDA_SCRATCH ? need : (size_t)MOE__CUDA_SCRATCH;
     if (++i == (int)(sizeof q->scratch / sizeof *q->scratch))
       return moe__cuda_note(q, "too many blocks of scratch", 2);
     if (moe__cuda_take(q, block, &q->scratch[i].p)) return q->status;
@@ -1036,26 +1038,25 @@ static moe_status moe__cuda_zero(moe__cuda_queue *q, void *p, size_t bytes) {
    for the second time is put there, as long as there is room. */
 static int moe__cuda_keep(moe__cuda_queue *q, const void *host, size_t bytes) {
   uint64_t hash = moe__cuda_hash(bytes, host, bytes);
-  int i;
+  int i, seen = 0;
   for (i = 0; i < q->keeps; ++i)
-    if (q->keep[i].hash == hash && q->keep[i].bytes == bytes) break;
-  if (i < q->keeps && q->keep[i].copy) return memcmp(q->keep[i].copy, host, bytes) ? -1 : i;
-  if (i == MOE__CUDA_KEEP || MOE__CUDA_KEPT - q->kept_used < bytes) return -1;
-  q->keep[i].hash = hash, q->keep[i].bytes = bytes;
-  if (i == q->keeps) {
-    q->keep[i].copy = NULL;
-    ++q->keeps;
+    if (q->keep[i].hash == hash && q->keep[i].bytes == bytes)
+      return memcmp(q->keep[i].copy, host, bytes) ? -1 : i;
+  for (i = 0; i < MOE__CUDA_KEEP; ++i) seen |= q->seen[i] == hash;
+  i = q->keeps;
+  if (!seen) {
+    q->seen[q->seen_next++ % (unsigned)MOE__CUDA_KEEP] = hash;
     return -1;
   }
+  if (i == MOE__CUDA_KEEP || MOE__CUDA_KEPT - q->kept_used < bytes) return -1;
   if (!q->kept && moe__cuda_take(q, MOE__CUDA_KEPT, &q->kept)) return -1;
-  if (moe__cuda_send(q, q->kept + q->kept_used, host, bytes)) return -1;
   q->keep[i].copy = malloc(bytes);
   if (!q->keep[i].copy) return -1;
   memcpy(q->keep[i].copy, host, bytes);
-  q->keep[i].at = q->kept_used;
+  q->keep[i].hash = hash, q->keep[i].bytes = bytes, q->keep[i].at = q->kept_used;
+  ++q->keeps;
   q->kept_used += (bytes + MOE__CUDA_ALIGN - 1) / MOE__CUDA_ALIGN * MOE__CUDA_ALIGN;
-  if (q->kept_used > MOE__CUDA_KEPT) q->kept_used = MOE__CUDA_KEPT;
-  return i;
+  return moe__cuda_send(q, q->kept + q->keep[i].at, host, bytes) ? -1 : i;
 }
 
 static moe_status moe__cuda_upload_args(moe__cuda_queue *q, const void *host, size_t bytes,
@@ -2775,7 +2776,34 @@ static moe_status moe__cuda_op_end(moe__cuda_queue *q, moe_status status) {
     moe_status status = moe__cuda_op_begin(q, env, 0);                                             \
     return status ? status : moe__cuda_op_end(q, moe__cuda_##name(b, env, op, back));              \
   }
+MOE__CUDA_SLOT(layernorm)
+MOE__CUDA_SLOT(embed)
+MOE__CUDA_SLOT(route)
+MOE__CUDA_SLOT(heads)
 #undef MOE__CUDA_SLOT
+
+static moe_status moe__cuda_slot_dropout(const moe_backend *b, const moe_env *env,
+                                         const moe_dropout_op *op) {
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe_status status = moe__cuda_op_begin(q, env, 0);
+  return status ? status : moe__cuda_op_end(q, moe__cuda_dropout(b, env, op));
+}
+
+#ifndef MOE_NO_TRAIN
+static moe_status moe__cuda_slot_grad_norm(const moe_backend *b, const moe_env *env, double *norm,
+                                           const moe_adam_op *spans, int32_t n) {
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe_status status = moe__cuda_op_begin(q, env, 1);
+  return status ? status : moe__cuda_op_end(q, moe__cuda_grad_norm(b, env, norm, spans, n));
+}
+
+static moe_status moe__cuda_slot_adam(const moe_backend *b, const moe_env *env,
+                                      const moe_adam_op *spans, int32_t n) {
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe_status status = moe__cuda_op_begin(q, env, 0);
+  return status ? status : moe__cuda_op_end(q, moe__cuda_adam(b, env, spans, n));
+}
+#endif
 
 /* Opens the driver's library. */
 static moe_status moe__cuda_open_driver(moe__cuda *cuda, const moe_env *env) {
@@ -2936,6 +2964,15 @@ MOE_API moe_status moe_cuda_open(moe_backend *backend, const moe_cuda_options *o
   b.download = moe__cuda_download;
   b.clear = moe__cuda_clear;
   b.sync = moe__cuda_sync;
+  b.layernorm = moe__cuda_slot_layernorm;
+  b.dropout = moe__cuda_slot_dropout;
+  b.embed = moe__cuda_slot_embed;
+  b.route = moe__cuda_slot_route;
+  b.heads = moe__cuda_slot_heads;
+#ifndef MOE_NO_TRAIN
+  b.grad_norm = moe__cuda_slot_grad_norm;
+  b.adam = moe__cuda_slot_adam;
+#endif
   *backend = b;
   return MOE_OK;
 }
