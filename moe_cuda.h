@@ -2538,28 +2538,29 @@ static moe_status moe__cuda_heads(const moe_backend *b, const moe_env *env, cons
   return status;
 }
 
-/* ---- norm of the gradients, Adam ---- >>cuda_adam */
+/* ---- norm of the gradients, Adam ---- >>cuda_adam
+   Spans of weights are cut into tiles of 4096 elements, which are numbered through all spans; a
+   block takes a tile. The table of spans is the same in every step, so it is uploaded once. */
 
 MOE__CUDA_SHARED(
     span_args,
-    typedef struct
-    moe__cuda_span { /* a span of weights that is not empty */
-                     float *w, *g, *m, *v;
-                     unsigned long long count;
-                     int tile; /* number of its first tile: 4096 elements each, through all spans */
-                     int frozen; /* 1: only g is cleared */
-                     float factor, keep, one_beta1, beta2, one_beta2, step, root,
-                         eps; /* as moe__adam in moe.h */
+    typedef struct moe__cuda_span {
+      float *w, *g, *m, *v;
+      unsigned long long count; /* above 0 */
+      int tile;                 /* number of its first tile */
+      float lr_scale, weight_decay;
     } moe__cuda_span;
     typedef struct moe__spans_args {
       const moe__cuda_span *spans; /* (n) */
-      double *parts;               /* (tiles) sums of squares, then their root in part[tiles] */
+      double *parts;               /* (tiles + 1) sums of squares, and the root of all */
       int n, tiles;
+      double lr, correction;                                /* correction: 1 - beta1^t */
+      float factor, one_beta1, beta2, one_beta2, root, eps; /* as moe__adam in moe.h */
     } moe__spans_args;)
 
 MOE__CUDA_SOURCE(
     adam, 0,
-    /* The span of a tile, and the elements [*first, *end) of it that are the tile's. */
+    /* The span of a block's tile, and the elements [*first, *end) of it that are the tile's. */
     __device__ static const moe__cuda_span *moe__d_span(const moe__spans_args &a,
                                                         unsigned long long *first,
                                                         unsigned long long *end) {
@@ -2584,17 +2585,17 @@ MOE__CUDA_SOURCE(
         MOE_SYNC();
         if (threadIdx.x < half) sum[threadIdx.x] += sum[threadIdx.x + half];
       }
-      return sum[0];
+      return sum[threadIdx.x];
     }
 
-    /* Sum of the squares of a tile: 16 elements of a thread in float, so that a gradient above 1e19
-       is infinite as on the CPU, the rest in double. */
+    /* Sum of the squares of a tile, 0 where it is frozen: 16 elements of a thread in float, so that
+       a gradient above 1e19 is infinite as on the CPU, the rest in double. */
     extern "C" __global__ void __launch_bounds__(256) moe_k_norm_squares(moe__spans_args a) {
       unsigned long long first, end;
       const moe__cuda_span *span = moe__d_span(a, &first, &end);
       float sum = 0;
       double all;
-      for (unsigned long long i = first + threadIdx.x; i < end; i += 256)
+      for (unsigned long long i = first + threadIdx.x; span->lr_scale > 0 && i < end; i += 256)
         sum = fmaf(span->g[i], span->g[i], sum);
       all = moe__d_sum256((double)sum);
       if (threadIdx.x == 0) a.parts[blockIdx.x] = all;
@@ -2609,21 +2610,27 @@ MOE__CUDA_SOURCE(
     }
 
     /* A step of Adam on a tile, in the order of PyTorch's AdamW (see moe.h, >>optimizer): moments
-       that change no weight become 0. */
+       that change no weight become 0. Where lr_scale is 0, only g is cleared. */
     extern "C" __global__ void __launch_bounds__(256) moe_k_adam(moe__spans_args a) {
+      __shared__ float rate[2];
       unsigned long long first, end;
       const moe__cuda_span *span = moe__d_span(a, &first, &end);
+      if (threadIdx.x == 0) {
+        double lr = a.lr * (double)span->lr_scale;
+        rate[0] = (float)(1 - lr * (double)span->weight_decay);
+        rate[1] = (float)(lr / a.correction);
+      }
+      MOE_SYNC();
       for (unsigned long long i = first + threadIdx.x; i < end; i += 256) {
-        if (!span->frozen) {
-          float d = span->factor * span->g[i], m = span->m[i];
-          m = fmaf(span->one_beta1, d - m, m);
-          float v = fmaf(span->one_beta2, d * d, span->beta2 * span->v[i]);
+        if (span->lr_scale > 0) {
+          float d = a.factor * span->g[i], m = span->m[i], v;
+          m = fmaf(a.one_beta1, d - m, m);
+          v = fmaf(a.one_beta2, d * d, a.beta2 * span->v[i]);
           m = fabsf(m) < 1e-30f ? 0.0f : m;
           v = v < 1e-37f ? 0.0f : v;
           span->m[i] = m;
           span->v[i] = v;
-          span->w[i] =
-              fmaf(-span->step, m / fmaf(sqrtf(v), span->root, span->eps), span->keep * span->w[i]);
+          span->w[i] = fmaf(-rate[1], m / fmaf(sqrtf(v), a.root, a.eps), rate[0] * span->w[i]);
         }
         span->g[i] = 0.0f;
       }
@@ -2641,28 +2648,10 @@ static double moe__cuda_power(double x, int64_t t) {
   return y;
 }
 
-static void moe__cuda_span_make(moe__cuda_span *s, const moe_adam_op *op) {
-  double b1 = moe__cuda_decimal(op->beta1), b2 = moe__cuda_decimal(op->beta2);
-  double rate = (double)op->lr * (double)op->lr_scale;
-  memset(s, 0, sizeof *s);
-  s->w = op->w, s->g = op->g, s->m = op->m, s->v = op->v;
-  s->count = op->count;
-  s->frozen = !(op->lr_scale > 0);
-  if (op->t < 1) return; /* for the norm */
-  s->factor = op->factor;
-  s->keep = (float)(1 - rate * (double)op->weight_decay);
-  s->one_beta1 = (float)(1 - b1);
-  s->beta2 = (float)b2;
-  s->one_beta2 = (float)(1 - b2);
-  s->step = (float)(rate / (1 - moe__cuda_power(b1, op->t)));
-  s->root = (float)(1 / sqrt(1 - moe__cuda_power(b2, op->t)));
-  s->eps = op->eps;
-}
-
-/* The table of spans on the card. norm 1: without the frozen ones. */
-static moe_status moe__cuda_spans(moe__cuda_queue *q, const moe_adam_op *spans, int32_t n, int norm,
+/* The table of spans on the card, and room for parts where they are wanted. */
+static moe_status moe__cuda_spans(moe__cuda_queue *q, const moe_adam_op *spans, int32_t n,
                                   const moe_env *env, moe__spans_args *a) {
-  moe__cuda_span *table = (moe__cuda_span *)malloc(((size_t)n + 1) * sizeof *table);
+  moe__cuda_span *table = (moe__cuda_span *)calloc((size_t)n + 1, sizeof *table), *span = table;
   size_t tiles = 0;
   moe_status status;
   void *p = NULL;
@@ -2670,18 +2659,17 @@ static moe_status moe__cuda_spans(moe__cuda_queue *q, const moe_adam_op *spans, 
   memset(a, 0, sizeof *a);
   if (!table) return moe__cuda_fail(env, MOE_E_MEMORY, "optimizer: no memory for %d spans", (int)n);
   for (i = 0; i < n; ++i) {
-    if (spans[i].count == 0 || (norm && !(spans[i].lr_scale > 0))) continue;
-    moe__cuda_span_make(&table[a->n], &spans[i]);
-    table[a->n++].tile = (int)tiles;
+    if (spans[i].count == 0) continue;
+    span->w = spans[i].w, span->g = spans[i].g, span->m = spans[i].m, span->v = spans[i].v;
+    span->count = spans[i].count;
+    span->lr_scale = spans[i].lr_scale, span->weight_decay = spans[i].weight_decay;
+    span++->tile = (int)tiles;
     tiles += (spans[i].count + 4095) / 4096;
   }
-  if (tiles > INT32_MAX)
-    status = moe__cuda_fail(env, MOE_E_ARGUMENT, "optimizer: %lu tiles of weights, at most %d",
-                            (unsigned long)tiles, (int)INT32_MAX);
-  else
-    status = moe__cuda_upload_args(q, table, (size_t)a->n * sizeof *table, &p);
-  a->spans = (const moe__cuda_span *)p;
+  a->n = (int)(span - table);
   a->tiles = (int)tiles;
+  status = moe__cuda_upload_args(q, table, (size_t)a->n * sizeof *table, &p);
+  a->spans = (const moe__cuda_span *)p;
   free(table);
   return status;
 }
@@ -2690,7 +2678,7 @@ static moe_status moe__cuda_grad_norm(const moe_backend *b, const moe_env *env, 
                                       const moe_adam_op *spans, int32_t n) {
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   moe__spans_args a;
-  moe_status status = moe__cuda_spans(q, spans, n, 1, env, &a);
+  moe_status status = moe__cuda_spans(q, spans, n, env, &a);
   void *p;
   if (!status) status = moe__cuda_scratch(q, ((size_t)a.tiles + 1) * sizeof(double), &p);
   if (status) return status;
@@ -2700,12 +2688,36 @@ static moe_status moe__cuda_grad_norm(const moe_backend *b, const moe_env *env, 
   return status ? status : moe__cuda_peek(q, norm, a.parts + a.tiles, sizeof *norm);
 }
 
+/* A step on spans that share everything but lr_scale and weight_decay. */
+static moe_status moe__cuda_adam_alike(moe__cuda_queue *q, const moe_adam_op *op, int32_t n,
+                                       const moe_env *env) {
+  double b1 = moe__cuda_decimal(op->beta1), b2 = moe__cuda_decimal(op->beta2);
+  moe__spans_args a;
+  moe_status status = moe__cuda_spans(q, op, n, env, &a);
+  if (status) return status;
+  a.lr = (double)op->lr;
+  a.correction = 1 - moe__cuda_power(b1, op->t);
+  a.factor = op->factor;
+  a.one_beta1 = (float)(1 - b1);
+  a.beta2 = (float)b2;
+  a.one_beta2 = (float)(1 - b2);
+  a.root = (float)(1 / sqrt(1 - moe__cuda_power(b2, op->t)));
+  a.eps = op->eps;
+  return moe__cuda_run(q, MOE__K_adam, (uint32_t)a.tiles, 1, 256, &a);
+}
+
+/* Whether two spans share a launch: fields of the same bits. */
+static int moe__cuda_adam_same(const moe_adam_op *a, const moe_adam_op *b) {
+  float x[5], y[5];
+  x[0] = a->lr, x[1] = a->factor, x[2] = a->beta1, x[3] = a->beta2, x[4] = a->eps;
+  y[0] = b->lr, y[1] = b->factor, y[2] = b->beta1, y[3] = b->beta2, y[4] = b->eps;
+  return a->t == b->t && !memcmp(x, y, sizeof x);
+}
+
 static moe_status moe__cuda_adam(const moe_backend *b, const moe_env *env, const moe_adam_op *spans,
                                  int32_t n) {
-  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
-  moe__spans_args a;
-  moe_status status;
-  int32_t i;
+  moe_status status = MOE_OK;
+  int32_t i, first = 0;
   for (i = 0; i < n; ++i)
     if (spans[i].t < 1 || !(spans[i].beta1 >= 0 && spans[i].beta1 <= 0.9999999f) ||
         !(spans[i].beta2 >= 0 && spans[i].beta2 <= 0.9999999f))
@@ -2713,8 +2725,12 @@ static moe_status moe__cuda_adam(const moe_backend *b, const moe_env *env, const
           env, MOE_E_ARGUMENT,
           "Adam: t is %ld, beta1 %g, beta2 %g, expected 1 or more, and 0 to below 1",
           (long)spans[i].t, (double)spans[i].beta1, (double)spans[i].beta2);
-  status = moe__cuda_spans(q, spans, n, 0, env, &a);
-  return status ? status : moe__cuda_run(q, MOE__K_adam, (uint32_t)a.tiles, 1, 256, &a);
+  for (i = 1; i <= n && !status; ++i) {
+    if (i < n && moe__cuda_adam_same(&spans[first], &spans[i])) continue;
+    status = moe__cuda_adam_alike(moe__cuda_queue_of(b, env), spans + first, i - first, env);
+    first = i;
+  }
+  return status;
 }
 #endif
 
