@@ -374,9 +374,13 @@ typedef struct moe__cuda_chunk {
 #endif
 
 /* The chunks in the order in which they are compiled, by section. */
-#define MOE__CUDA_CHUNKS_BASE(X) X(math)
-#define MOE__CUDA_CHUNKS_PRODUCTS(X)
-#define MOE__CUDA_CHUNKS_EXPERTS(X)
+#define MOE__CUDA_CHUNKS_BASE(X) X(math) X(prim) X(wide)
+#define MOE__CUDA_CHUNKS_PRODUCTS(X)                                                               \
+  X(product)                                                                                       \
+  X(tile)                                                                                          \
+  X(finish)                                                                                        \
+  X(f32) X(f32_product) X(mma_load) X(mma_step) X(mma_product) X(mma_kernels) X(pieces) X(blas)
+#define MOE__CUDA_CHUNKS_EXPERTS(X) X(experts)
 #define MOE__CUDA_CHUNKS_ATTENTION(X)
 #define MOE__CUDA_CHUNKS_ROWS(X)                                                                   \
   X(rows_args) X(rows_base) X(norm) X(norm_columns) X(sort_args) X(sort) X(embed_args) X(embed)
@@ -395,8 +399,15 @@ typedef struct moe__cuda_chunk {
   MOE__CUDA_CHUNKS_ADAM(X)
 
 /* The kernels, X(name, min_arch) for moe_k_name, by section: the enum MOE__K_name. */
-#define MOE__CUDA_KERNELS_PRODUCTS(X)
-#define MOE__CUDA_KERNELS_EXPERTS(X)
+#define MOE__CUDA_KERNELS_PRODUCTS(X)                                                              \
+  X(f32_nt, 0)                                                                                     \
+  X(f32_nn, 0)                                                                                     \
+  X(f32_tn, 0)                                                                                     \
+  X(tf32_nt, 80)                                                                                   \
+  X(tf32_nn, 80)                                                                                   \
+  X(tf32_tn, 80) X(bf16_nt, 80) X(bf16_nn, 80) X(bf16_tn, 80) X(pieces, 0) X(to_bf16, 0)           \
+      X(bias, 0)
+#define MOE__CUDA_KERNELS_EXPERTS(X) X(place, 0) X(combine, 0) X(dweight, 0)
 #define MOE__CUDA_KERNELS_ATTENTION(X)
 #define MOE__CUDA_KERNELS_ROWS(X)                                                                  \
   X(norm, 0)                                                                                       \
@@ -486,12 +497,15 @@ static const moe__cuda_chunk *const *moe__cuda_chunks(void); /* >>cuda_table */
 /* The program for one architecture, a string that the caller frees. NULL: no memory. */
 static char *moe__cuda_source(int arch) {
   const moe__cuda_chunk *const *chunk = moe__cuda_chunks();
-  size_t bytes = 128, i;
+  size_t bytes = 256, i;
   char *text;
   for (i = 0; chunk[i]; ++i) bytes += strlen(chunk[i]->text);
   text = (char *)malloc(bytes);
   if (!text) return NULL;
-  snprintf(text, bytes, "#define MOE_ARCH %d\n#define MOE_SYNC() __syncthreads()\n", arch);
+  snprintf(text, bytes,
+           "#define MOE_ARCH %d\n#define MOE_SYNC() __syncthreads()\n"
+           "#define MOE_UNROLL _Pragma(\"unroll\")\n",
+           arch);
   for (i = 0; chunk[i]; ++i)
     if (chunk[i]->min_arch <= arch) strcat(text, chunk[i]->text);
   return text;
@@ -1327,6 +1341,109 @@ MOE__CUDA_SOURCE(
       return p;
     })
 
+/* What plain CUDA C does not have, as PTX. The emulator of tests/cuda brings its own: it defines
+   MOE__CUDA_PRIMITIVES. */
+#ifndef MOE__CUDA_PRIMITIVES
+MOE__CUDA_SOURCE(
+    prim, 80,
+    /* A float as TF32, rounded to nearest; a pair of floats as bf16, the first in the low half. */
+    __device__ static inline unsigned moe__d_tf32(float x) {
+      unsigned r;
+      asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+      return r;
+    } __device__ static inline unsigned moe__d_bf16x2(float low, float high) {
+      unsigned r;
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+      return r;
+    }
+    /* c (16, 8) += a (16, 8) b (8, 8) of a warp, with the registers of mma.m16n8k8. */
+    __device__ static inline void moe__d_mma_tf32(float *c, const unsigned *a, const unsigned *b) {
+      asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                   "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+    /* c (16, 8) += a (16, 16) b (16, 8) of a warp, with the registers of mma.m16n8k16. */
+    __device__ static inline void moe__d_mma_bf16(float *c, const unsigned *a, const unsigned *b) {
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                   "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+    /* Copies 16 or 4 bytes to shared memory in the background: `bytes` of them, then zeros. */
+    __device__ static inline void moe__d_copy16(float *to, const float *from, int bytes) {
+      unsigned at = (unsigned)__cvta_generic_to_shared(to);
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                   :
+                   : "r"(at), "l"(from), "r"(bytes)
+                   : "memory");
+    } __device__ static inline void moe__d_copy4(float *to, const float *from, int bytes) {
+      unsigned at = (unsigned)__cvta_generic_to_shared(to);
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                   :
+                   : "r"(at), "l"(from), "r"(bytes)
+                   : "memory");
+    }
+    /* Closes a group of copies; waits for all groups but the last one. */
+    __device__ static inline void moe__d_copy_commit(void) {
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    } __device__ static inline void moe__d_copy_wait1(void) {
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+    })
+#endif
+
+MOE__CUDA_SOURCE(
+    wide, 0, typedef struct __align__(8) moe__d_float2 { float v[2]; } moe__d_float2;
+    typedef struct __align__(16) moe__d_float4 { float v[4]; } moe__d_float4;
+
+    /* v = p[0 .. 3], with zeros from p[count] on. wide: p is aligned to 16 bytes and count is above
+       3 or below 1. */
+    __device__ static inline moe__d_float4 moe__d_load4(const float *p, int count, int wide) {
+      moe__d_float4 x = {{0.0f, 0.0f, 0.0f, 0.0f}};
+      if (wide) {
+        if (count > 0) x = *(const moe__d_float4 *)(const void *)p;
+        return x;
+      }
+      MOE_UNROLL for (int i = 0; i < 4; ++i) if (i < count) x.v[i] = p[i];
+      return x;
+    }
+
+    /* moe.h's moe__bf16_round: to nearest, ties to even, denormals become zero. */
+    __device__ static inline float moe__d_bf16(float x) {
+      unsigned u = __float_as_uint(x);
+      if ((u & 0x7fffffffu) > 0x7f800000u)
+        u |= 0x00400000u;
+      else if (!(u & 0x7f800000u))
+        u &= 0x80000000u;
+      else
+        u += 0x7fffu + (u >> 16 & 1u);
+      return __uint_as_float(u & 0xffff0000u);
+    }
+
+    /* moe.h's moe__geluf: GELU(x) and its slope by the upper tail of the normal distribution. */
+    __device__ static inline float moe__d_gelu(float x, float *slope) {
+      float t = fabsf(x);
+      float e;
+      float r;
+      float lower;
+      t = 12.0f < t ? 12.0f : t;
+      e = exp2f(-0.721347511f * t * t);
+      r = fmaf(-3.245913263e-07f, t, 7.894786904e-06f);
+      r = fmaf(r, t, -8.640217857e-05f);
+      r = fmaf(r, t, 5.716482410e-04f);
+      r = fmaf(r, t, -2.614206634e-03f);
+      r = fmaf(r, t, 9.050293826e-03f);
+      r = fmaf(r, t, -2.552919649e-02f);
+      r = fmaf(r, t, 6.196843088e-02f);
+      r = fmaf(r, t, -1.328263581e-01f);
+      r = fmaf(r, t, 2.499777079e-01f);
+      r = fmaf(r, t, -3.989411592e-01f);
+      r = fmaf(r, t, 0.5f);
+      lower = e * fmaf(-t, 0.398942292f, r);
+      *slope = x < 0.0f ? lower : 1.0f - lower;
+      return fmaf(-t, e * r, 0.0f > x ? 0.0f : x);
+    })
+
 /* ---- linear layers; cuBLAS, the choice of the maker ---- >>cuda_products */
 
 /* C (m, n) = op(A) (m, k) op(B) (k, n), or C += ... where accumulate is 1; rows a_row, b_row and
@@ -1413,7 +1530,1035 @@ static int moe__cuda_blas_serves(moe__cuda_queue *q, int kind, int32_t m, int32_
   return blas;
 }
 
+MOE__CUDA_SHARED(
+    product,
+    /* Forms of a product: NT y = a w^T, NN y = a w, TN dw += a^T b. */
+    enum {MOE__CUDA_NT, MOE__CUDA_NN, MOE__CUDA_TN};
+
+    /* Weights w and bias of a linear layer or of one expert, and their gradients; NULL: none. */
+    typedef struct moe__cuda_group {
+      const float *w;
+      const float *bias;
+      float *dw;
+      float *db;
+    } moe__cuda_group;
+
+    /* A product of rows and weights, of one group or of many. Rows are sorted by group. */
+    typedef struct moe__cuda_product {
+      const float *a;     /* rows (., k), or (., m) for the gradient of weights */
+      const float *b;     /* rows (., n), for the gradient of weights; NULL: db alone, n 1 */
+      const int *a_order; /* row r of a group is a's row a_order[r] / top_k; NULL: r */
+      const int *b_order;
+      const int *start;             /* (groups + 1) rows of each group; NULL: one group, all rows */
+      const moe__cuda_group *group; /* (groups); NULL: `one` */
+      moe__cuda_group one;
+      const int *order;    /* with weight: slot of a row; its token is slot / top_k */
+      const float *weight; /* of a slot; NULL: 1 */
+      const float *pre;    /* (rows, n) input of GELU, on the way back through it */
+      float *y;            /* (rows, n) */
+      float *act;          /* (rows, n) */
+      float *out;          /* (tokens, n) */
+      float *part;         /* (pieces, groups, m n + m) where the rows are cut in pieces */
+      int rows;
+      int groups;
+      int top_k;
+      int m;
+      int n;
+      int k;
+      int accumulate; /* out: 1 adds */
+      int round;      /* fp32 kernels: 1 rounds the operands to bf16 */
+      int wide_a;     /* 1: rows of a, of b or w begin at multiples of 16 bytes */
+      int wide_b;
+      int pieces;
+    } moe__cuda_product;)
+
+MOE__CUDA_SOURCE(
+    tile, 0,
+    /* Rows of an operand: `width` floats each, [0, end). */
+    typedef struct moe__d_rows {
+      const float *at;
+      const int *order;
+      int top_k;
+      int end;
+      int width;
+      int wide;
+    } moe__d_rows;
+
+    /* Where a block works: rows [i, i_end) and columns from j on of the output of group e, sums
+       over [k, k_end). */
+    typedef struct moe__d_tile {
+      moe__cuda_group group;
+      int e;
+      int i;
+      int i_end;
+      int j;
+      int k;
+      int k_end;
+    } moe__d_tile;
+
+    /* Row r; NULL beyond the end. */
+    __device__ static inline const float *moe__d_row(const moe__d_rows *x, int r) {
+      int slot;
+      if (r >= x->end) return (const float *)0;
+      slot = x->order ? x->order[r] : r;
+      if (x->order && x->top_k > 1) slot /= x->top_k;
+      return x->at + (size_t)slot * (size_t)x->width;
+    }
+
+    __device__ static inline moe__d_rows moe__d_rows_of(const float *at, const int *order,
+                                                        int top_k, int end, int width, int wide) {
+      moe__d_rows x;
+      x.at = at;
+      x.order = order;
+      x.top_k = top_k;
+      x.end = end;
+      x.width = width;
+      x.wide = wide;
+      return x;
+    }
+
+    /* Tiles of 128 rows, group by group, without a list: the tiles of group e begin with number
+   start[e] / 128 + e. A few numbers stay unused. Returns 0 for them. */
+    __device__ static inline int moe__d_tile_rows(const moe__cuda_product *p, moe__d_tile *t,
+                                                  int tile) {
+      int low = 0;
+      int high = p->groups - 1;
+      t->e = 0;
+      t->i = tile * 128;
+      t->i_end = p->rows;
+      if (p->start) {
+        while (low < high) {
+          int middle = (low + high + 1) / 2;
+          if (p->start[middle] / 128 + middle <= tile)
+            low = middle;
+          else
+            high = middle - 1;
+        }
+        t->e = low;
+        t->i = p->start[low] + (tile - p->start[low] / 128 - low) * 128;
+        t->i_end = p->start[low + 1];
+      }
+      return t->i < t->i_end;
+    }
+
+    /* For the gradient of weights: group and piece from blockIdx.y, tile from blockIdx.x. */
+    __device__ static inline int moe__d_tile_weights(const moe__cuda_product *p, moe__d_tile *t) {
+      int across = (p->n + 63) / 64;
+      int piece = (int)blockIdx.y % p->pieces;
+      int first = 0;
+      int rows = p->rows;
+      int each;
+      t->e = (int)blockIdx.y / p->pieces;
+      if (p->start) {
+        first = p->start[t->e];
+        rows = p->start[t->e + 1] - first;
+      }
+      t->i = (int)blockIdx.x / across * 128;
+      t->i_end = p->m;
+      t->j = (int)blockIdx.x % across * 64;
+      each = ((rows + p->pieces - 1) / p->pieces + 15) / 16 * 16;
+      t->k = piece * each < rows ? first + piece * each : first + rows;
+      t->k_end = rows - piece * each < each ? first + rows : t->k + each;
+      return rows > 0;
+    }
+
+    /* Finds the work of a block; 0: there is none. */
+    __device__ static inline int moe__d_find(const moe__cuda_product *p, int form, moe__d_tile *t,
+                                             moe__d_rows *a, moe__d_rows *b) {
+      int work;
+      t->j = (int)blockIdx.y * 64;
+      t->k = 0;
+      t->k_end = p->k;
+      work = form == MOE__CUDA_TN ? moe__d_tile_weights(p, t)
+                                  : moe__d_tile_rows(p, t, (int)blockIdx.x);
+      t->group = p->group ? p->group[t->e] : p->one;
+      if (form == MOE__CUDA_TN) {
+        *a = moe__d_rows_of(p->a, p->a_order, p->top_k, t->k_end, p->m, p->wide_a);
+        *b = moe__d_rows_of(p->b ? p->b : p->a, p->b_order, p->top_k, t->k_end, p->n, p->wide_b);
+      } else {
+        *a = moe__d_rows_of(p->a, p->a_order, p->top_k, t->i_end, p->k, p->wide_a);
+        *b = moe__d_rows_of(t->group.w, (const int *)0, 1, form == MOE__CUDA_NT ? p->n : p->k,
+                            form == MOE__CUDA_NT ? p->k : p->n, p->wide_b);
+      }
+      return work;
+    })
+
+MOE__CUDA_SOURCE(
+    finish, 0,
+    /* What the outputs of one row share. */
+    typedef struct moe__d_line {
+      size_t at; /* of the row, sorted by group */
+      size_t to; /* of its token */
+      float weight;
+    } moe__d_line;
+
+    __device__ static inline moe__d_line moe__d_line_of(const moe__cuda_product *p, int r) {
+      moe__d_line line;
+      int slot = p->order ? p->order[r] : r;
+      line.at = (size_t)r * (size_t)p->n;
+      line.to = (size_t)(p->order && p->top_k > 1 ? slot / p->top_k : slot) * (size_t)p->n;
+      line.weight = p->weight ? p->weight[slot] : 1.0f;
+      return line;
+    }
+
+    /* Column j of a row, from the sum v. Forward: y = v + bias, act = GELU(y), out = weight y. Back
+   through GELU: y = weight v GELU'(pre), act = weight GELU(pre). */
+    __device__ static inline void moe__d_finish(const moe__cuda_product *p, const moe__d_tile *t,
+                                                const moe__d_line *line, int j, float v) {
+      size_t at = line->at + (size_t)j;
+      size_t to = line->to + (size_t)j;
+      float slope;
+      if (j >= p->n) return;
+      if (t->group.bias) v += t->group.bias[j];
+      if (p->pre) {
+        float act = moe__d_gelu(p->pre[at], &slope);
+        v *= line->weight * slope;
+        p->act[at] = line->weight * act;
+      } else if (p->act)
+        p->act[at] = moe__d_gelu(v, &slope);
+      if (p->y) p->y[at] = v;
+      if (p->out) p->out[to] = p->accumulate ? fmaf(line->weight, v, p->out[to]) : line->weight * v;
+    }
+
+    /* dw (m, n) += the sum v of a row i and column j, or a piece of it. */
+    __device__ static inline void moe__d_finish_weight(const moe__cuda_product *p,
+                                                       const moe__d_tile *t, int i, int j,
+                                                       float v) {
+      size_t at = (size_t)i * (size_t)p->n + (size_t)j;
+      size_t floats = (size_t)p->m * (size_t)(p->n + 1);
+      size_t piece = blockIdx.y % (unsigned)p->pieces;
+      if (i >= p->m || j >= p->n || !p->b || !t->group.dw) return;
+      if (p->part)
+        p->part[(piece * (size_t)p->groups + (size_t)t->e) * floats + at] = v;
+      else
+        t->group.dw[at] += v;
+    }
+
+    /* db (m) += the sum v of column i of a. */
+    __device__ static inline void moe__d_finish_bias(const moe__cuda_product *p,
+                                                     const moe__d_tile *t, int i, float v) {
+      size_t floats = (size_t)p->m * (size_t)(p->n + 1);
+      size_t piece = blockIdx.y % (unsigned)p->pieces;
+      if (i >= p->m) return;
+      if (p->part)
+        p->part[(piece * (size_t)p->groups + (size_t)t->e + 1) * floats - (size_t)(p->m - i)] = v;
+      else
+        t->group.db[i] += v;
+    }
+
+    /* Factor of row r in db. */
+    __device__ static inline float moe__d_row_weight(const moe__cuda_product *p, int r) {
+      return p->weight ? p->weight[p->order ? p->order[r] : r] : 1.0f;
+    })
+
+MOE__CUDA_SOURCE(
+    f32, 0,
+    /* What a thread carries to shared memory for a step of 8 k: 8 floats of a, 4 of b. */
+    typedef struct moe__d_load {
+      moe__d_float4 a[2];
+      moe__d_float4 b;
+    } moe__d_load;
+
+    /* a_row, b_row: the thread's rows where rows run along k, else not used. */
+    __device__ static inline moe__d_load moe__d_f32_load(int form, const moe__d_tile *t,
+                                                         const moe__d_rows *a, const moe__d_rows *b,
+                                                         const float *a_row, const float *b_row,
+                                                         int k) {
+      moe__d_load x;
+      int tid = (int)threadIdx.x;
+      MOE_UNROLL for (int i = 0; i < 2; ++i) {
+        int c = form == MOE__CUDA_TN ? t->i + (tid & 31) * 4 : k + i * 4;
+        const float *row = form == MOE__CUDA_TN ? moe__d_row(a, k + (tid >> 5) + i * 4) : a_row;
+        x.a[i] = moe__d_load4(row + c, row ? a->width - c : 0, a->wide);
+      }
+      {
+        int c = form == MOE__CUDA_NT ? k + (tid >> 6) * 4 : t->j + (tid & 15) * 4;
+        const float *row = form == MOE__CUDA_NT ? b_row : moe__d_row(b, k + (tid >> 4));
+        x.b = moe__d_load4(row + c, row ? b->width - c : 0, b->wide);
+      }
+      return x;
+    }
+
+    /* Stores them: sa (8, 132) and sb (8, 68) hold the k's as rows. */
+    __device__ static inline void moe__d_f32_store(int form, float *sa, float *sb, moe__d_load *x,
+                                                   int round) {
+      int tid = (int)threadIdx.x;
+      if (round) {
+        MOE_UNROLL for (int i = 0; i < 8; ++i) x->a[i >> 2].v[i & 3] =
+            moe__d_bf16(x->a[i >> 2].v[i & 3]);
+        MOE_UNROLL for (int i = 0; i < 4; ++i) x->b.v[i] = moe__d_bf16(x->b.v[i]);
+      }
+      if (form == MOE__CUDA_TN) {
+        MOE_UNROLL for (int i = 0; i < 2; ++i) *
+            (moe__d_float4 *)(void *)(sa + ((tid >> 5) + i * 4) * 132 + (tid & 31) * 4) = x->a[i];
+      } else {
+        MOE_UNROLL for (int i = 0; i < 8; ++i) sa[i * 132 + tid] = x->a[i >> 2].v[i & 3];
+      }
+      if (form == MOE__CUDA_NT) {
+        MOE_UNROLL for (int i = 0; i < 4; ++i) sb[((tid >> 6) * 4 + i) * 68 + (tid & 63)] =
+            x->b.v[i];
+      } else
+        *(moe__d_float4 *)(void *)(sb + (tid >> 4) * 68 + (tid & 15) * 4) = x->b;
+    }
+
+    /* sum (8, 8) += 8 k's: rows 4 ty .. and 64 + 4 ty .., columns 4 tx .. and 32 + 4 tx .. */
+    __device__ static inline void moe__d_f32_step(float (*sum)[8], const float *sa,
+                                                  const float *sb) {
+      int tx = (int)threadIdx.x & 7;
+      int ty = (int)threadIdx.x >> 3;
+      MOE_UNROLL for (int k = 0; k < 8; ++k) {
+        moe__d_float4 a[2];
+        moe__d_float4 b[2];
+        MOE_UNROLL for (int i = 0; i < 2; ++i) {
+          a[i] = *(const moe__d_float4 *)(const void *)(sa + k * 132 + i * 64 + ty * 4);
+          b[i] = *(const moe__d_float4 *)(const void *)(sb + k * 68 + i * 32 + tx * 4);
+        }
+        MOE_UNROLL for (int i = 0; i < 8; ++i) MOE_UNROLL for (int j = 0; j < 8; ++j) sum[i][j] =
+            fmaf(a[i >> 2].v[i & 3], b[j >> 2].v[j & 3], sum[i][j]);
+      }
+    })
+
+MOE__CUDA_SOURCE(
+    f32_product, 0,
+    /* A tile (128, 64) of any form, with 128 threads and two buffers in shared memory. */
+    __device__ static inline void moe__d_f32(const moe__cuda_product *p, int form) {
+      __shared__ __align__(16) float sa[2][8 * 132];
+      __shared__ __align__(16) float sb[2][8 * 68];
+      moe__d_tile t;
+      moe__d_rows a;
+      moe__d_rows b;
+      moe__d_load next;
+      float sum[8][8];
+      float bias = 0.0f;
+      int tid = (int)threadIdx.x;
+      int now = 0;
+      const float *a_row = (const float *)0;
+      const float *b_row = (const float *)0;
+      if (!moe__d_find(p, form, &t, &a, &b)) return;
+      if (form != MOE__CUDA_TN) a_row = moe__d_row(&a, t.i + tid);
+      if (form == MOE__CUDA_NT) b_row = moe__d_row(&b, t.j + (tid & 63));
+      MOE_UNROLL for (int i = 0; i < 8; ++i) MOE_UNROLL for (int j = 0; j < 8; ++j) sum[i][j] =
+          0.0f;
+      next = moe__d_f32_load(form, &t, &a, &b, a_row, b_row, t.k);
+      moe__d_f32_store(form, sa[0], sb[0], &next, p->round);
+      MOE_SYNC();
+      for (int k = t.k; k < t.k_end; k += 8) {
+        if (k + 8 < t.k_end) next = moe__d_f32_load(form, &t, &a, &b, a_row, b_row, k + 8);
+        moe__d_f32_step(sum, sa[now], sb[now]);
+        if (form == MOE__CUDA_TN && t.j == 0 && t.group.db)
+          for (int i = 0; i < 8 && k + i < t.k_end; ++i)
+            bias = fmaf(sa[now][i * 132 + tid], moe__d_row_weight(p, k + i), bias);
+        now ^= 1;
+        if (k + 8 < t.k_end) moe__d_f32_store(form, sa[now], sb[now], &next, p->round);
+        MOE_SYNC();
+      }
+      MOE_UNROLL for (int i = 0; i < 8; ++i) {
+        int row = t.i + (i >> 2) * 64 + (tid >> 3) * 4 + (i & 3);
+        moe__d_line line;
+        if (row >= t.i_end) continue;
+        if (form != MOE__CUDA_TN) line = moe__d_line_of(p, row);
+        MOE_UNROLL for (int j = 0; j < 8; ++j) {
+          int column = t.j + (j >> 2) * 32 + (tid & 7) * 4 + (j & 3);
+          if (form == MOE__CUDA_TN)
+            moe__d_finish_weight(p, &t, row, column, sum[i][j]);
+          else
+            moe__d_finish(p, &t, &line, column, sum[i][j]);
+        }
+      }
+      if (form == MOE__CUDA_TN && t.j == 0 && t.group.db)
+        moe__d_finish_bias(p, &t, t.i + tid, bias);
+    }
+
+    extern "C" __global__ void __launch_bounds__(128) moe_k_f32_nt(moe__cuda_product p) {
+      moe__d_f32(&p, MOE__CUDA_NT);
+    } extern "C" __global__ void __launch_bounds__(128) moe_k_f32_nn(moe__cuda_product p) {
+      moe__d_f32(&p, MOE__CUDA_NN);
+    } extern "C" __global__ void __launch_bounds__(128)
+        moe_k_f32_tn(moe__cuda_product p) { moe__d_f32(&p, MOE__CUDA_TN); })
+
+MOE__CUDA_SOURCE(
+    mma_load, 80,
+    /* Four floats to shared memory in the background: p[0 .. 3], zeros from p[count] on. `any` is
+       an address that may be named where nothing is read. */
+    __device__ static inline void moe__d_chunk(float *to, const float *p, int count, int wide,
+                                               const float *any) {
+      if (wide)
+        moe__d_copy16(to, count > 0 ? p : any, count > 0 ? 16 : 0);
+      else
+        MOE_UNROLL for (int i = 0; i < 4; ++i)
+            moe__d_copy4(to + i, i < count ? p + i : any, i < count ? 4 : 0);
+    }
+
+    /* A step of 16 k of one side, R rows or columns of the output (128 of a, 64 of b), by 128
+       threads. Rows along k (t NULL in `along`): two planes (R, 8), so that no two rows of a load
+       meet in a bank. Rows along the output: (16, R), column c of row k at c ^ moe__d_turn(k). */
+    __device__ static inline int moe__d_turn(int k) { return (k >> 1 & 3) << 3; }
+
+    /* rows: the thread's two rows, tid / 2 and 64 + tid / 2 of the tile. */
+    __device__ static inline void moe__d_mma_along(float *to, int R, const moe__d_rows *x,
+                                                   const float *const *rows, int k) {
+      int tid = (int)threadIdx.x;
+      MOE_UNROLL for (int i = 0; i < R / 32; ++i) {
+        int half = i % (R / 64);
+        int plane = i / (R / 64);
+        int c = k + plane * 8 + (tid & 1) * 4;
+        const float *row = rows[half];
+        moe__d_chunk(to + (plane * R + half * 64 + (tid >> 1)) * 8 + (tid & 1) * 4, row + c,
+                     row ? x->width - c : 0, x->wide, x->at);
+      }
+    }
+
+    __device__ static inline void moe__d_mma_across(float *to, int R, const moe__d_rows *x,
+                                                    int first, int k) {
+      int tid = (int)threadIdx.x;
+      MOE_UNROLL for (int i = 0; i < R / 32; ++i) {
+        int at = tid + i * 128;
+        int row = at / (R / 4);
+        int c = at % (R / 4) * 4;
+        const float *p = moe__d_row(x, k + row);
+        moe__d_chunk(to + row * R + (c ^ moe__d_turn(row)), p + first + c,
+                     p ? x->width - first - c : 0, x->wide, x->at);
+      }
+    }
+
+    /* Elements 2 q and 2 q + 1 of plane h of row (column) i of a side: the k's that a lane feeds.
+       The sum over k may take them in any order, if both sides do the same. */
+    __device__ static inline moe__d_float2 moe__d_mma_take(const float *s, int R, int across, int h,
+                                                           int i, int q) {
+      moe__d_float2 x;
+      if (!across) return *(const moe__d_float2 *)(const void *)(s + (h * R + i) * 8 + q * 2);
+      x.v[0] = s[(h * 8 + q * 2) * R + (i ^ q << 3)];
+      x.v[1] = s[(h * 8 + q * 2 + 1) * R + (i ^ q << 3)];
+      return x;
+    })
+
+MOE__CUDA_SOURCE(
+    mma_step, 80,
+    /* sum (4, 4, 4) of a warp += 16 k's: 4 tiles of 16 rows from row `wm` of sa (16 k of 128 rows),
+       4 tiles of 8 columns from column `wn` of sb (16 k of 64 columns). */
+    __device__ static inline void moe__d_mma_bf16_step(float (*sum)[4][4], const float *sa,
+                                                       const float *sb, int form, int wm, int wn) {
+      int g = (int)threadIdx.x >> 2 & 7;
+      int q = (int)threadIdx.x & 3;
+      unsigned b[4][2];
+      MOE_UNROLL for (int j = 0; j < 4; ++j) MOE_UNROLL for (int h = 0; h < 2; ++h) {
+        moe__d_float2 x = moe__d_mma_take(sb, 64, form != MOE__CUDA_NT, h, wn + j * 8 + g, q);
+        b[j][h] = moe__d_bf16x2(x.v[0], x.v[1]);
+      }
+      MOE_UNROLL for (int i = 0; i < 4; ++i) {
+        unsigned a[4];
+        MOE_UNROLL for (int h = 0; h < 4; ++h) {
+          moe__d_float2 x = moe__d_mma_take(sa, 128, form == MOE__CUDA_TN, h >> 1,
+                                            wm + i * 16 + (h & 1) * 8 + g, q);
+          a[h] = moe__d_bf16x2(x.v[0], x.v[1]);
+        }
+        MOE_UNROLL for (int j = 0; j < 4; ++j) moe__d_mma_bf16(sum[i][j], a, b[j]);
+      }
+    }
+
+    /* The same in TF32, 8 k's at a time. */
+    __device__ static inline void moe__d_mma_tf32_step(float (*sum)[4][4], const float *sa,
+                                                       const float *sb, int form, int wm, int wn) {
+      int g = (int)threadIdx.x >> 2 & 7;
+      int q = (int)threadIdx.x & 3;
+      MOE_UNROLL for (int h = 0; h < 2; ++h) {
+        unsigned b[4][2];
+        MOE_UNROLL for (int j = 0; j < 4; ++j) {
+          moe__d_float2 x = moe__d_mma_take(sb, 64, form != MOE__CUDA_NT, h, wn + j * 8 + g, q);
+          b[j][0] = moe__d_tf32(x.v[0]);
+          b[j][1] = moe__d_tf32(x.v[1]);
+        }
+        MOE_UNROLL for (int i = 0; i < 4; ++i) {
+          unsigned a[4];
+          MOE_UNROLL for (int r = 0; r < 2; ++r) {
+            moe__d_float2 x =
+                moe__d_mma_take(sa, 128, form == MOE__CUDA_TN, h, wm + i * 16 + r * 8 + g, q);
+            a[r] = moe__d_tf32(x.v[0]);
+            a[r + 2] = moe__d_tf32(x.v[1]);
+          }
+          MOE_UNROLL for (int j = 0; j < 4; ++j) moe__d_mma_tf32(sum[i][j], a, b[j]);
+        }
+      }
+    }
+
+    /* Starts the copies of a step from k on into a stage: 2048 floats of a, then 1024 of b. */
+    __device__ static inline void moe__d_mma_copy(float *stage, int form, const moe__d_tile *t,
+                                                  const moe__d_rows *a, const moe__d_rows *b,
+                                                  const float *const *rows, int k) {
+      if (k < t->k_end) {
+        if (form == MOE__CUDA_TN)
+          moe__d_mma_across(stage, 128, a, t->i, k);
+        else
+          moe__d_mma_along(stage, 128, a, rows, k);
+        if (form == MOE__CUDA_NT)
+          moe__d_mma_along(stage + 2048, 64, b, rows + 2, k);
+        else
+          moe__d_mma_across(stage + 2048, 64, b, t->j, k);
+      }
+      moe__d_copy_commit();
+    })
+
+MOE__CUDA_SOURCE(
+    mma_product, 80,
+    /* Writes a tile: lane (g, q) has rows g and g + 8, columns 2 q and 2 q + 1 of a (16, 8). */
+    __device__ static inline void moe__d_mma_finish(const moe__cuda_product *p,
+                                                    const moe__d_tile *t, int form,
+                                                    float (*sum)[4][4], int wm, int wn) {
+      int g = (int)threadIdx.x >> 2 & 7;
+      int q = (int)threadIdx.x & 3;
+      MOE_UNROLL for (int i = 0; i < 8; ++i) {
+        int row = t->i + wm + (i >> 1) * 16 + (i & 1) * 8 + g;
+        moe__d_line line;
+        if (row >= t->i_end) continue;
+        if (form != MOE__CUDA_TN) line = moe__d_line_of(p, row);
+        MOE_UNROLL for (int j = 0; j < 8; ++j) {
+          int column = t->j + wn + (j >> 1) * 8 + q * 2 + (j & 1);
+          float v = sum[i >> 1][j >> 1][(i & 1) * 2 + (j & 1)];
+          if (form == MOE__CUDA_TN)
+            moe__d_finish_weight(p, t, row, column, v);
+          else
+            moe__d_finish(p, t, &line, column, v);
+        }
+      }
+    }
+
+    /* A tile (128, 64) of any form on tensor cores: 4 warps of (64, 32), a ring of 3 stages. */
+    __device__ static inline void moe__d_mma(const moe__cuda_product *p, int form, int bf16) {
+      __shared__ __align__(16) float s[3][3072];
+      moe__d_tile t;
+      moe__d_rows a;
+      moe__d_rows b;
+      const float *rows[3];
+      float sum[4][4][4];
+      float bias = 0.0f;
+      int tid = (int)threadIdx.x;
+      int wm = (tid >> 5 & 1) * 64;
+      int wn = (tid >> 6) * 32;
+      int stage = 0;
+      if (!moe__d_find(p, form, &t, &a, &b)) return;
+      rows[0] = form != MOE__CUDA_TN ? moe__d_row(&a, t.i + (tid >> 1)) : (const float *)0;
+      rows[1] = form != MOE__CUDA_TN ? moe__d_row(&a, t.i + 64 + (tid >> 1)) : (const float *)0;
+      rows[2] = form == MOE__CUDA_NT ? moe__d_row(&b, t.j + (tid >> 1)) : (const float *)0;
+      MOE_UNROLL for (int i = 0; i < 64; ++i) sum[i >> 4][i >> 2 & 3][i & 3] = 0.0f;
+      moe__d_mma_copy(s[0], form, &t, &a, &b, rows, t.k);
+      moe__d_mma_copy(s[1], form, &t, &a, &b, rows, t.k + 16);
+      for (int k = t.k; k < t.k_end; k += 16) {
+        moe__d_copy_wait1();
+        MOE_SYNC();
+        moe__d_mma_copy(s[stage ? stage - 1 : 2], form, &t, &a, &b, rows, k + 32);
+        if (bf16)
+          moe__d_mma_bf16_step(sum, s[stage], s[stage] + 2048, form, wm, wn);
+        else
+          moe__d_mma_tf32_step(sum, s[stage], s[stage] + 2048, form, wm, wn);
+        if (form == MOE__CUDA_TN && t.j == 0 && t.group.db)
+          for (int i = 0; i < 16 && k + i < t.k_end; ++i)
+            bias =
+                fmaf(s[stage][i * 128 + (tid ^ moe__d_turn(i))], moe__d_row_weight(p, k + i), bias);
+        stage = stage == 2 ? 0 : stage + 1;
+      }
+      moe__d_mma_finish(p, &t, form, sum, wm, wn);
+      if (form == MOE__CUDA_TN && t.j == 0 && t.group.db)
+        moe__d_finish_bias(p, &t, t.i + tid, bias);
+    })
+
+MOE__CUDA_SOURCE(
+    mma_kernels, 80,
+    extern "C" __global__ void __launch_bounds__(128) moe_k_tf32_nt(moe__cuda_product p) {
+      moe__d_mma(&p, MOE__CUDA_NT, 0);
+    } extern "C" __global__ void __launch_bounds__(128) moe_k_tf32_nn(moe__cuda_product p) {
+      moe__d_mma(&p, MOE__CUDA_NN, 0);
+    } extern "C" __global__ void __launch_bounds__(128) moe_k_tf32_tn(moe__cuda_product p) {
+      moe__d_mma(&p, MOE__CUDA_TN, 0);
+    } extern "C" __global__ void __launch_bounds__(128) moe_k_bf16_nt(moe__cuda_product p) {
+      moe__d_mma(&p, MOE__CUDA_NT, 1);
+    } extern "C" __global__ void __launch_bounds__(128) moe_k_bf16_nn(moe__cuda_product p) {
+      moe__d_mma(&p, MOE__CUDA_NN, 1);
+    } extern "C" __global__ void __launch_bounds__(128)
+        moe_k_bf16_tn(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_TN, 1); })
+
+MOE__CUDA_SOURCE(
+    pieces, 0,
+    /* Gradients of weights whose rows were cut: dw (m, n) and db (m) += the pieces, in order. */
+    extern "C" __global__ void __launch_bounds__(256) moe_k_pieces(moe__cuda_product p) {
+      size_t weights = (size_t)p.m * (size_t)p.n;
+      size_t floats = weights + (size_t)p.m;
+      size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+      size_t e = blockIdx.y;
+      moe__cuda_group group = p.group ? p.group[e] : p.one;
+      float sum = 0.0f;
+      float *to = i >= weights ? group.db : p.b ? group.dw : (float *)0;
+      if (i >= floats || !to) return;
+      if (p.start && p.start[e] >= p.start[e + 1]) return;
+      for (int piece = 0; piece < p.pieces; ++piece)
+        sum += p.part[((size_t)piece * (size_t)p.groups + e) * floats + i];
+      to[i < weights ? i : i - weights] += sum;
+    })
+
+MOE__CUDA_SOURCE(
+    blas, 0,
+    /* Copies n floats as bf16: cuBLAS takes no others. */
+    extern "C" __global__ void __launch_bounds__(256)
+        moe_k_to_bf16(unsigned short *to, const float *from, unsigned long long n) {
+          unsigned long long i = (unsigned long long)blockIdx.x * 256 + threadIdx.x;
+          if (i < n) to[i] = (unsigned short)(__float_as_uint(moe__d_bf16(from[i])) >> 16);
+        }
+
+    /* y = x + bias (n) and act = GELU(y) of row blockIdx.x. x may be y or act. NULL: none. */
+    extern "C" __global__ void __launch_bounds__(256)
+        moe_k_bias(float *y, float *act, const float *x, const float *bias, int n) {
+          int j = (int)(blockIdx.y * 256 + threadIdx.x);
+          size_t at = (size_t)blockIdx.x * (size_t)n + (size_t)j;
+          float slope;
+          float v;
+          if (j >= n) return;
+          v = x[at] + (bias ? bias[j] : 0.0f);
+          if (act) act[at] = moe__d_gelu(v, &slope);
+          if (y) y[at] = v;
+        })
+
+/* The host. */
+
+/* 1: rows of `width` floats from p on begin at multiples of 16 bytes. */
+static int moe__cuda_wide(const void *p, int32_t width) {
+  return width % 4 == 0 && ((uintptr_t)p & 15) == 0;
+}
+
+static int moe__cuda_int_min(int a, int b) { return a < b ? a : b; }
+
+/* The gradient of weights has few tiles and long sums: on a large card its rows are cut, so that
+   about 256 blocks work, with 256 rows of an average group in each. */
+static int moe__cuda_pieces(const moe__cuda_product *p, size_t tiles) {
+  size_t floats = (size_t)p->m * ((size_t)p->n + 1) * (size_t)p->groups;
+  int pieces = moe__cuda_int_min((int)(256 / (tiles ? tiles : 1)), p->rows / p->groups / 256);
+  pieces = moe__cuda_int_min(pieces, 8);
+  if (floats > ((size_t)1 << 26) / 8) pieces = 1;
+  return pieces < 1 ? 1 : pieces;
+}
+
+/* The kernels of a form: tensor cores in bf16 or, where it is asked for, in TF32; else FMAs, whose
+   operands are rounded to bf16 where the card has no units for it. */
+static int moe__cuda_product_kernel(moe__cuda_queue *q, const moe_env *env, int form, int *round) {
+  int bf16 = env->precision == MOE_TYPE_BF16, tensor = moe__cuda_arch(q) >= 80;
+  *round = bf16 && !tensor;
+  if (tensor && bf16) return MOE__K_bf16_nt + form;
+  if (tensor && moe__cuda_tf32(q)) return MOE__K_tf32_nt + form;
+  return MOE__K_f32_nt + form;
+}
+
+/* Runs a product, all fields but round, wide_a and pieces filled in; wide_b tells of the weights'
+   addresses and becomes that of the whole operand. */
+static moe_status moe__cuda_product_run(moe__cuda_queue *q, const moe_env *env, int form,
+                                        moe__cuda_product *p) {
+  int kernel = moe__cuda_product_kernel(q, env, form, &p->round);
+  size_t columns,
+      tiles = p->start ? (size_t)p->rows / 128 + (size_t)p->groups : ((size_t)p->rows + 127) / 128;
+  moe_status status;
+  void *arg = p, *part = NULL;
+  p->pieces = 1;
+  p->part = NULL;
+  if (form == MOE__CUDA_TN && !p->b) p->n = 1;
+  columns = ((size_t)p->n + 63) / 64;
+  p->wide_a = moe__cuda_wide(p->a, form == MOE__CUDA_TN ? p->m : p->k);
+  if (form != MOE__CUDA_TN) {
+    p->wide_b = p->wide_b && (form == MOE__CUDA_NT ? p->k : p->n) % 4 == 0;
+    return moe__cuda_launch(q, kernel, (uint32_t)tiles, (uint32_t)columns, 128, &arg);
+  }
+  p->wide_b = p->b && moe__cuda_wide(p->b, p->n);
+  tiles = ((size_t)p->m + 127) / 128 * columns;
+  p->pieces = moe__cuda_pieces(p, tiles * (size_t)p->groups);
+  if (p->pieces > 1) {
+    size_t floats = (size_t)p->pieces * (size_t)p->groups * (size_t)p->m * ((size_t)p->n + 1);
+    status = moe__cuda_scratch(q, floats * sizeof(float), &part);
+    if (status) return status;
+    p->part = (float *)part;
+  }
+  status =
+      moe__cuda_launch(q, kernel, (uint32_t)tiles, (uint32_t)(p->groups * p->pieces), 128, &arg);
+  if (status || p->pieces == 1) return status;
+  return moe__cuda_launch(q, MOE__K_pieces,
+                          (uint32_t)(((size_t)p->m * ((size_t)p->n + 1) + 255) / 256),
+                          (uint32_t)p->groups, 256, &arg);
+}
+
+/* A product by cuBLAS, its operands rounded to bf16 on their way where env.precision says so. */
+static moe_status moe__cuda_blas_product(moe__cuda_queue *q, const moe_env *env,
+                                         moe__cuda_gemm *g) {
+  size_t count[2];
+  const void **operand[2];
+  int i;
+  count[0] = (size_t)g->m * (size_t)g->k;
+  count[1] = (size_t)g->k * (size_t)g->n;
+  operand[0] = &g->a;
+  operand[1] = &g->b;
+  g->bf16 = env->precision == MOE_TYPE_BF16;
+  for (i = 0; i < 2 && g->bf16; ++i) {
+    unsigned long long n = count[i];
+    void *to, *args[3];
+    moe_status status = moe__cuda_scratch(q, count[i] * 2, &to);
+    args[0] = &to;
+    args[1] = (void *)operand[i];
+    args[2] = &n;
+    if (!status)
+      status = moe__cuda_launch(q, MOE__K_to_bf16, (uint32_t)((n + 255) / 256), 1, 256, args);
+    if (status) return status;
+    *operand[i] = to;
+  }
+  return moe__cuda_blas_gemm(q, g);
+}
+
+/* One of the three products of a linear layer by cuBLAS: y, dx or dw. */
+static moe_status moe__cuda_linear_blas(moe__cuda_queue *q, const moe_env *env,
+                                        const moe_linear_op *op, int form) {
+  moe__cuda_gemm g;
+  moe_status status;
+  memset(&g, 0, sizeof g);
+  g.m = form == MOE__CUDA_TN ? op->w.rows : op->M;
+  g.n = form == MOE__CUDA_NT ? op->w.rows : op->w.cols;
+  g.k = form == MOE__CUDA_NT ? op->w.cols : form == MOE__CUDA_NN ? op->w.rows : op->M;
+  g.a = form == MOE__CUDA_NT ? op->x : op->dy;
+  g.a_row = (size_t)(form == MOE__CUDA_NT ? op->w.cols : op->w.rows);
+  g.a_trans = form == MOE__CUDA_TN;
+  g.b = form == MOE__CUDA_TN ? (const void *)op->x : op->w.data;
+  g.b_row = (size_t)op->w.cols;
+  g.b_trans = form == MOE__CUDA_NT;
+  g.c = form == MOE__CUDA_NT ? (op->y ? op->y : op->act) : form == MOE__CUDA_NN ? op->dx : op->dw;
+  g.c_row = (size_t)g.n;
+  g.accumulate = form == MOE__CUDA_TN || (form == MOE__CUDA_NN && !op->overwrite);
+  status = moe__cuda_blas_product(q, env, &g);
+  if (!status && form == MOE__CUDA_NT && (op->b || op->act)) {
+    float *y = op->y, *act = op->act, *x = g.c;
+    const float *bias = op->b;
+    int n = g.n;
+    void *args[5];
+    args[0] = &y, args[1] = &act, args[2] = &x, args[3] = &bias, args[4] = &n;
+    status = moe__cuda_launch(q, MOE__K_bias, (uint32_t)g.m, ((uint32_t)n + 255) / 256, 256, args);
+  }
+  return status;
+}
+
+/* One of them by the kernels of this file. dw_too 0: db alone. */
+static moe_status moe__cuda_linear_own(moe__cuda_queue *q, const moe_env *env,
+                                       const moe_linear_op *op, int form, int dw_too) {
+  moe__cuda_product p;
+  memset(&p, 0, sizeof p);
+  p.groups = p.top_k = 1;
+  p.rows = op->M;
+  p.one.w = (const float *)op->w.data;
+  p.wide_b = moe__cuda_wide(p.one.w, 4);
+  if (form == MOE__CUDA_NT) {
+    p.a = op->x, p.one.bias = op->b;
+    p.y = op->y, p.act = op->act;
+    p.n = op->w.rows, p.k = op->w.cols;
+  } else if (form == MOE__CUDA_NN) {
+    p.a = op->dy, p.out = op->dx;
+    p.n = op->w.cols, p.k = op->w.rows;
+    p.accumulate = !op->overwrite;
+  } else {
+    p.a = op->dy, p.one.db = op->db;
+    p.b = dw_too ? op->x : NULL;
+    p.one.dw = op->dw;
+    p.m = op->w.rows, p.n = op->w.cols;
+  }
+  return moe__cuda_product_run(q, env, form, &p);
+}
+
+/* Who computes y, dx or dw, and does it. */
+static moe_status moe__cuda_linear_part(moe__cuda_queue *q, const moe_env *env,
+                                        const moe_linear_op *op, int form) {
+  int blas = op->M > 0 && op->w.rows > 0 && op->w.cols > 0 && (form != MOE__CUDA_TN || op->dw) &&
+             moe__cuda_blas_serves(q, form, op->M, op->w.rows, op->w.cols);
+  moe_status status;
+  if (!blas) return moe__cuda_linear_own(q, env, op, form, op->dw != NULL && op->w.cols > 0);
+  status = moe__cuda_linear_blas(q, env, op, form);
+  if (!status && form == MOE__CUDA_TN && op->db) status = moe__cuda_linear_own(q, env, op, form, 0);
+  return status;
+}
+
+/* Slot: y = x W^T + b, act = GELU(y); dx += dy W, dw += dy^T x, db += sums of dy. */
+static moe_status moe__cuda_linear(const moe_backend *b, const moe_env *env,
+                                   const moe_linear_op *op, int back) {
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe_status status = MOE_OK;
+  if (op->M < 0 || op->w.rows < 0 || op->w.cols < 0)
+    return moe__cuda_fail(env, MOE_E_ARGUMENT,
+                          "cuda: linear: M is %d, w is (%d, %d), expected no size below 0",
+                          (int)op->M, (int)op->w.rows, (int)op->w.cols);
+  if (op->w.type != MOE_TYPE_F32 || op->w.layout != MOE_LAYOUT_ROWS)
+    return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
+                          "cuda: linear: w is int8, bf16 or packed, expected float weights in rows "
+                          "layout");
+  if (!back) return moe__cuda_linear_part(q, env, op, MOE__CUDA_NT);
+  if (op->dx) status = moe__cuda_linear_part(q, env, op, MOE__CUDA_NN);
+  if (!status && (op->dw || op->db)) status = moe__cuda_linear_part(q, env, op, MOE__CUDA_TN);
+  return status;
+}
+
 /* ---- expert feed-forward networks, grouped ---- >>cuda_experts */
+
+MOE__CUDA_SOURCE(
+    experts, 0,
+    /* place[slot] = row, for order[row] = slot. */
+    extern "C" __global__ void __launch_bounds__(256)
+        moe_k_place(int *place, const int *order, int rows) {
+          int row = (int)(blockIdx.x * 256 + threadIdx.x);
+          if (row < rows) place[order[row]] = row;
+        }
+
+    /* Token blockIdx.x of y (M, H) is, or with accumulate += , the sum over its choices, in order,
+       of weight times the choice's row (R, H) [TaG] Eq. 2, 6. weight NULL: 1. */
+    extern "C" __global__ void __launch_bounds__(128)
+        moe_k_combine(float *y, const float *rows, const int *place, const float *weight, int top_k,
+                      int H, int accumulate) {
+          size_t slot = (size_t)blockIdx.x * (size_t)top_k;
+          size_t h = (size_t)blockIdx.y * 128 + threadIdx.x;
+          float *to = y + (size_t)blockIdx.x * (size_t)H + h;
+          float sum;
+          if (h >= (size_t)H) return;
+          sum = accumulate ? *to : 0.0f;
+          for (int j = 0; j < top_k; ++j, ++slot)
+            sum =
+                fmaf(weight ? weight[slot] : 1.0f, rows[(size_t)place[slot] * (size_t)H + h], sum);
+          *to = sum;
+        }
+
+    /* dweight of a slot = dy of its token . e of its row, a warp for each of the `rows` rows (R,
+       H). alone: there is one expert; where all its weights are 1 they are constant, and dweight is
+       0. */
+    extern "C" __global__ void __launch_bounds__(128)
+        moe_k_dweight(float *dweight, const float *dy, const float *e, const int *order,
+                      const float *weight, int rows, int top_k, int H, int alone) {
+          int lane = (int)threadIdx.x & 31;
+          int row = (int)blockIdx.x * 4 + ((int)threadIdx.x >> 5);
+          int constant = alone;
+          float sum = 0.0f;
+          if (row >= rows) return;
+          if (alone)
+            for (int i = lane; i < rows; i += 32)
+              if (!(weight[i] >= 1.0f && weight[i] <= 1.0f)) constant = 0;
+          constant = __all_sync(0xffffffffu, constant);
+          {
+            int slot = order[row];
+            const float *a = dy + (size_t)(slot / top_k) * (size_t)H;
+            const float *b = e + (size_t)row * (size_t)H;
+            for (int h = lane; h < H; h += 32) sum = fmaf(a[h], b[h], sum);
+            for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+            if (lane == 0) dweight[slot] = constant ? 0.0f : sum;
+          }
+        })
+
+/* The host. */
+
+/* An op, and what its products share. Scratch of R = M k rows, sorted by expert: a (R, F) output of
+   GELU, d (R, F) gradient of its input in backward, rows (R, H) of each choice, place (R). */
+typedef struct moe__cuda_experts_job {
+  const moe_experts_op *op;
+  moe__cuda_queue *q;
+  const moe_env *env;
+  int32_t M, k, rows;
+  float *a, *d, *e;
+  int *place;
+  moe__cuda_group in[MOE_MAX_EXPERTS], out[MOE_MAX_EXPERTS];
+  const moe__cuda_group *in_there, *out_there; /* on the card; NULL: one expert */
+  int wide;                                    /* all weights begin at multiples of 16 bytes */
+} moe__cuda_experts_job;
+
+static int moe__cuda_experts_is_float(const moe_mat *w) {
+  return !w->data || (w->type == MOE_TYPE_F32 && w->layout == MOE_LAYOUT_ROWS);
+}
+
+/* The tables of weights or, in backward, of weights and gradients. */
+static moe_status moe__cuda_experts_tables(moe__cuda_experts_job *job, int back) {
+  const moe_experts_op *op = job->op;
+  size_t bytes = (size_t)op->N * sizeof(moe__cuda_group);
+  void *in = NULL, *out = NULL;
+  moe_status status;
+  int32_t i;
+  job->wide = 1;
+  for (i = 0; i < op->N; ++i) {
+    moe__cuda_group *in_i = &job->in[i], *out_i = &job->out[i];
+    memset(in_i, 0, sizeof *in_i);
+    memset(out_i, 0, sizeof *out_i);
+    if (!moe__cuda_experts_is_float(&op->in[i]) || !moe__cuda_experts_is_float(&op->out[i]))
+      return moe__cuda_fail(job->env, MOE_E_UNSUPPORTED,
+                            "cuda: experts: weights of expert %d are int8, bf16 or packed, "
+                            "expected float weights in rows layout",
+                            (int)i);
+    in_i->w = back && op->w_in ? op->w_in[i] : (const float *)op->in[i].data;
+    out_i->w = back && op->w_out ? op->w_out[i] : (const float *)op->out[i].data;
+    if (!moe__cuda_wide(in_i->w, 4) || !moe__cuda_wide(out_i->w, 4)) job->wide = 0;
+    if (!back && op->b_in) in_i->bias = op->b_in[i];
+    if (!back && op->b_out) out_i->bias = op->b_out[i];
+    if (back && op->d_in) in_i->dw = op->d_in[i];
+    if (back && op->d_b_in) in_i->db = op->d_b_in[i];
+    if (back && op->d_out) out_i->dw = op->d_out[i];
+    if (back && op->d_b_out) out_i->db = op->d_b_out[i];
+  }
+  if (!op->routes) return MOE_OK;
+  status = moe__cuda_upload_args(job->q, job->in, bytes, &in);
+  if (!status) status = moe__cuda_upload_args(job->q, job->out, bytes, &out);
+  job->in_there = (const moe__cuda_group *)in;
+  job->out_there = (const moe__cuda_group *)out;
+  return status;
+}
+
+static moe_status moe__cuda_experts_job_make(moe__cuda_experts_job *job, const moe_backend *b,
+                                             const moe_env *env, const moe_experts_op *op,
+                                             int back) {
+  const moe_routes *r = op->routes;
+  size_t rows;
+  job->op = op;
+  job->q = moe__cuda_queue_of(b, env);
+  job->env = env;
+  job->M = r ? r->M : op->M;
+  job->k = r ? r->k : 1;
+  job->in_there = job->out_there = NULL;
+  if (op->N < 1 || op->N > MOE_MAX_EXPERTS || (r ? r->N != op->N : op->N != 1) || job->k < 1 ||
+      job->M < 0 || job->M > INT32_MAX / job->k || op->H < 0 || op->F < 0)
+    return moe__cuda_fail(
+        env, MOE_E_ARGUMENT,
+        "cuda: experts: M is %d, k %d, N %d, H %d and F %d, expected the N of the "
+        "routes, 1 to %d, and no size below 0",
+        (int)job->M, (int)job->k, (int)op->N, (int)op->H, (int)op->F, MOE_MAX_EXPERTS);
+  job->rows = job->M * job->k;
+  rows = (size_t)job->rows;
+  job->a = op->scratch;
+  job->d = job->a + rows * (size_t)op->F;
+  job->e = back ? job->d + rows * (size_t)op->F : job->d;
+  job->place = (int *)(void *)(job->e + rows * (size_t)op->H);
+  return moe__cuda_experts_tables(job, back);
+}
+
+/* What the products of both layers share: in 1, the first. */
+static moe__cuda_product moe__cuda_experts_product(const moe__cuda_experts_job *job, int in) {
+  moe__cuda_product p;
+  memset(&p, 0, sizeof p);
+  p.rows = job->rows;
+  p.groups = job->op->N;
+  p.top_k = job->k;
+  p.group = in ? job->in_there : job->out_there;
+  p.one = in ? job->in[0] : job->out[0];
+  p.start = job->op->routes ? job->op->routes->start : NULL;
+  p.wide_b = job->wide;
+  return p;
+}
+
+/* Token sums of the choices' rows in e. */
+static moe_status moe__cuda_experts_combine(moe__cuda_experts_job *job, float *y, const float *rows,
+                                            const float *weight, int accumulate) {
+  const int32_t *order = job->op->routes->order;
+  int n = job->rows, k = job->k, H = job->op->H;
+  void *place[3], *combine[7];
+  moe_status status;
+  place[0] = &job->place, place[1] = &order, place[2] = &n;
+  status = moe__cuda_launch(job->q, MOE__K_place, ((uint32_t)n + 255) / 256, 1, 256, place);
+  combine[0] = &y, combine[1] = &rows, combine[2] = &job->place, combine[3] = &weight;
+  combine[4] = &k, combine[5] = &H, combine[6] = &accumulate;
+  if (status) return status;
+  return moe__cuda_launch(job->q, MOE__K_combine, (uint32_t)job->M, ((uint32_t)H + 127) / 128, 128,
+                          combine);
+}
+
+/* a = GELU(W_in x + b_in), e = W_out a + b_out, y = the sum of weight e. With one choice of each
+   token the second product writes y itself. */
+static moe_status moe__cuda_experts_forward(moe__cuda_experts_job *job) {
+  const moe_experts_op *op = job->op;
+  const moe_routes *r = op->routes;
+  float *e = op->e ? op->e : job->e;
+  moe__cuda_product p = moe__cuda_experts_product(job, 1);
+  moe_status status;
+  p.a = op->x;
+  p.a_order = r ? r->order : NULL;
+  p.n = op->F, p.k = op->H;
+  p.y = op->pre, p.act = job->a;
+  status = moe__cuda_product_run(job->q, job->env, MOE__CUDA_NT, &p);
+  if (status) return status;
+  p = moe__cuda_experts_product(job, 0);
+  p.a = job->a;
+  p.n = op->H, p.k = op->F;
+  p.y = r ? (job->k > 1 ? e : op->e) : NULL;
+  if (job->k == 1) {
+    p.out = op->y;
+    p.order = r ? r->order : NULL;
+    p.weight = r ? r->weight : NULL;
+  }
+  status = moe__cuda_product_run(job->q, job->env, MOE__CUDA_NT, &p);
+  if (status || job->k == 1) return status;
+  return moe__cuda_experts_combine(job, op->y, e, r->weight, 0);
+}
+
+/* dweight = dy . e; 0 where the only expert has the constant weight 1. */
+static moe_status moe__cuda_experts_dweight(moe__cuda_experts_job *job) {
+  const moe_experts_op *op = job->op;
+  const moe_routes *r = op->routes;
+  float *dweight = op->dweight;
+  int rows = job->rows, k = job->k, H = op->H, alone = op->N == 1;
+  void *args[9];
+  if (!dweight) return MOE_OK;
+  if (!r || !op->e) return moe__cuda_zero(job->q, dweight, (size_t)rows * sizeof *dweight);
+  args[0] = &dweight, args[1] = (void *)&op->dy, args[2] = (void *)&op->e;
+  args[3] = (void *)&r->order, args[4] = (void *)&r->weight, args[5] = &rows;
+  args[6] = &k, args[7] = &H, args[8] = &alone;
+  return moe__cuda_launch(job->q, MOE__K_dweight, ((uint32_t)rows + 3) / 4, 1, 128, args);
+}
+
+/* dw and db of a layer: in 1, d^T x; in 0, (weight dy)^T a, whose a holds the weight already. */
+static moe_status moe__cuda_experts_weights(moe__cuda_experts_job *job, int in) {
+  const moe_experts_op *op = job->op;
+  const moe_routes *r = op->routes;
+  moe__cuda_product p = moe__cuda_experts_product(job, in);
+  int any = in ? op->d_in || op->d_b_in : op->d_out || op->d_b_out;
+  if (!any) return MOE_OK;
+  p.a = in ? job->d : op->dy;
+  p.b = in ? op->x : job->a;
+  if (!op->H || !op->F) p.b = NULL;
+  p.m = in ? op->F : op->H;
+  p.n = in ? op->H : op->F;
+  if (r && in) p.b_order = r->order;
+  if (r && !in) p.a_order = p.order = r->order, p.weight = r->weight;
+  return moe__cuda_product_run(job->q, job->env, MOE__CUDA_TN, &p);
+}
+
+/* d = weight dy W_out GELU'(pre), a = weight GELU(pre), gradients of the weights, dx += d W_in. */
+static moe_status moe__cuda_experts_backward(moe__cuda_experts_job *job) {
+  const moe_experts_op *op = job->op;
+  const moe_routes *r = op->routes;
+  moe__cuda_product p = moe__cuda_experts_product(job, 0);
+  moe_status status = moe__cuda_experts_dweight(job);
+  if (status) return status;
+  p.a = op->dy;
+  p.a_order = p.order = r ? r->order : NULL;
+  p.weight = r ? r->weight : NULL;
+  p.n = op->F, p.k = op->H;
+  p.pre = op->pre;
+  p.y = job->d, p.act = job->a;
+  status = moe__cuda_product_run(job->q, job->env, MOE__CUDA_NN, &p);
+  if (!status) status = moe__cuda_experts_weights(job, 0);
+  if (!status) status = moe__cuda_experts_weights(job, 1);
+  if (status || !op->dx) return status;
+  p = moe__cuda_experts_product(job, 1);
+  p.a = job->d;
+  p.n = op->H, p.k = op->F;
+  if (job->k == 1) {
+    p.out = op->dx, p.accumulate = 1;
+    p.order = r ? r->order : NULL;
+  } else
+    p.y = job->e;
+  status = moe__cuda_product_run(job->q, job->env, MOE__CUDA_NN, &p);
+  if (status || job->k == 1) return status;
+  return moe__cuda_experts_combine(job, op->dx, job->e, NULL, 1);
+}
+
+/* Slot: all experts of a layer, a launch for each product. */
+static moe_status moe__cuda_experts(const moe_backend *b, const moe_env *env,
+                                    const moe_experts_op *op, int back) {
+  moe__cuda_experts_job job;
+  moe_status status = moe__cuda_experts_job_make(&job, b, env, op, back);
+  if (status || job.rows == 0) return status;
+  if (back && (!op->pre || (!op->e && op->dweight && op->N > 1)))
+    return moe__cuda_fail(env, MOE_E_ARGUMENT,
+                          "cuda: experts: pre or e is NULL, expected those of forward");
+  return back ? moe__cuda_experts_backward(&job) : moe__cuda_experts_forward(&job);
+}
 
 /* ---- self-attention over packed sequences ---- >>cuda_attention */
 
