@@ -544,7 +544,8 @@ static int moe__cuda_cache_read(const char *path, uint64_t key, moe__cuda_image 
          head.key == key && head.bytes > 0 && head.bytes < (uint64_t)1 << 30;
   image->data = good ? (char *)malloc((size_t)head.bytes + 1) : NULL;
   good = image->data && fread(image->data, (size_t)head.bytes, 1, file) == 1 &&
-         fgetc(file) == EOF && moe__cuda_hash(key, image->data, (size_t)head.bytes) == head.hash;
+         fgetc(file) == EOF &&
+         moe__cuda_hash(key ^ head.arch, image->data, (size_t)head.bytes) == head.hash;
   fclose(file);
   if (!good) {
     free(image->data);
@@ -570,7 +571,7 @@ static void moe__cuda_cache_write(const moe__cuda *cuda, uint64_t key, const moe
   memset(&head, 0, sizeof head);
   memcpy(head.magic, moe__cuda_magic, 8);
   head.key = key, head.arch = (uint64_t)image->arch, head.bytes = image->bytes;
-  head.hash = moe__cuda_hash(key, image->data, image->bytes);
+  head.hash = moe__cuda_hash(key ^ head.arch, image->data, image->bytes);
   if (temporary) {
 #ifdef _WIN32
     unsigned long process = GetCurrentProcessId();

@@ -1,0 +1,227 @@
+/* Opening a GPU, compiling, the cache file, memory, queues. */
+
+/* Opens the double as it was set up; the sentences are in `said`. */
+static moe_status open_one(moe_backend *b, const moe_cuda_options *options) {
+  moe_env env = host_env();
+  memset(b, 0, sizeof *b);
+  return moe_cuda_open(b, options, &env);
+}
+
+static void test_open_names_the_gpu_and_gives_everything_back(void) {
+  moe_cuda_options options = host_options();
+  moe_cuda_counts counts;
+  moe_backend b;
+  double_reset();
+  CHECK(!open_one(&b, &options), "%s", said);
+  CHECK(!strcmp(b.name, "cuda:0 (Double 0, sm_80; linear layers by our own kernels)"), "%s",
+        b.name);
+  moe_cuda_count(&b, &counts);
+  CHECK(counts.arch == 80 && !counts.allocations && !counts.queues && !counts.bytes, "counts");
+  CHECK(!said[0], "%s", said);
+  CHECK(!moe_cuda_close(&b) && !b.user && !moe_cuda_close(&b), "closing");
+  HOST_IS_CLEAN();
+}
+
+/* What is missing, and the sentence that says so. */
+static void test_open_says_what_is_missing(void) {
+  static const struct {
+    const char *what, *says;
+    moe_status status;
+  } row[] = {{"driver", "install the NVIDIA driver", MOE_E_UNSUPPORTED},
+             {"not a driver", "the driver has no cuInit", MOE_E_UNSUPPORTED},
+             {"no gpu", "no GPU is visible", MOE_E_UNSUPPORTED},
+             {"index", "there are GPUs 0 to 0", MOE_E_ARGUMENT},
+             {"negative", "there are GPUs 0 to 0", MOE_E_ARGUMENT},
+             {"old gpu", "at least 7.0 is needed", MOE_E_UNSUPPORTED},
+             {"nvrtc", "pip install nvidia-cuda-nvrtc-cu12", MOE_E_UNSUPPORTED},
+             {"not nvrtc", "install NVRTC of CUDA 11.2 or later", MOE_E_UNSUPPORTED},
+             {"nvrtc too new", "does not compile for this GPU", MOE_E_UNSUPPORTED},
+             {"maker", "maker is 3", MOE_E_ARGUMENT},
+             {"mirror", "mirror is -1", MOE_E_ARGUMENT},
+             {"cublas", "install cuBLAS 11 or later", MOE_E_UNSUPPORTED}};
+  size_t i;
+  for (i = 0; i < sizeof row / sizeof *row; ++i) {
+    moe_cuda_options options = host_options();
+    const char *what = row[i].what;
+    moe_backend b;
+    moe_status status;
+    double_reset();
+    if (!strcmp(what, "driver")) options.driver = "/nowhere/libcuda.so.1";
+    if (!strcmp(what, "not a driver")) options.driver = "libm.so.6";
+    if (!strcmp(what, "no gpu")) control->devices = 0;
+    if (!strcmp(what, "index")) options.device = 1;
+    if (!strcmp(what, "negative")) options.device = -1;
+    if (!strcmp(what, "old gpu")) control->arch = 61;
+    if (!strcmp(what, "nvrtc")) options.nvrtc = "/nowhere/libnvrtc.so";
+    if (!strcmp(what, "not nvrtc")) options.nvrtc = "libm.so.6";
+    if (!strcmp(what, "nvrtc too new")) control->nvrtc_newest = 60;
+    if (!strcmp(what, "maker")) options.maker = (moe_cuda_maker)3;
+    if (!strcmp(what, "mirror")) options.mirror = -1;
+    if (!strcmp(what, "cublas"))
+      options.maker = MOE_CUDA_MAKER_CUBLAS, options.cublas = "/nowhere/libcublas.so";
+    status = open_one(&b, &options);
+    CHECK(status == row[i].status && strstr(said, row[i].says), "%s: status %d: %s", what,
+          (int)status, said);
+    CHECK(!b.user && !b.name, "%s: the table has changed", what);
+    HOST_IS_CLEAN();
+  }
+}
+
+/* A CUBIN for the very card; PTX where NVRTC is older than it, or on request. */
+static void test_open_compiles_for_the_card(void) {
+  static const int card[] = {70, 75, 80, 86, 89, 90, 100, 120};
+  moe_cuda_options options = host_options();
+  moe_cuda_counts counts;
+  moe_backend b;
+  size_t i;
+  for (i = 0; i < sizeof card / sizeof *card; ++i) {
+    double_reset();
+    control->arch = card[i];
+    control->nvrtc_newest = 90;
+    CHECK(!open_one(&b, &options), "%s", said);
+    moe_cuda_count(&b, &counts);
+    CHECK(counts.arch == (card[i] < 90 ? card[i] : 90), "%d: %d", card[i], (int)counts.arch);
+    moe_cuda_close(&b);
+  }
+  options.ptx = 1;
+  double_reset();
+  CHECK(!open_one(&b, &options), "%s", said);
+  for (i = 0; i < (size_t)control->names && strcmp(control->called[i], "nvrtcGetPTX");) ++i;
+  CHECK(i < (size_t)control->names, "PTX was not asked for");
+  moe_cuda_close(&b);
+  HOST_IS_CLEAN();
+}
+
+static long open_compiled(moe_cuda_options *options) {
+  moe_backend b;
+  long i, times = 0;
+  for (i = 0; i < control->names; ++i) control->times[i] = 0;
+  options->cache = host_cache;
+  if (open_one(&b, options)) return -1;
+  moe_cuda_close(&b);
+  for (i = 0; i < control->names; ++i)
+    if (!strcmp(control->called[i], "nvrtcCompileProgram")) times = control->times[i];
+  return times;
+}
+
+/* Byte `at` of the cache file is changed, or the file ends there (cut 1). */
+static int open_damage(long at, int cut) {
+  static char data[1 << 16];
+  FILE *file = fopen(host_cache, "rb");
+  size_t bytes = file ? fread(data, 1, sizeof data, file) : 0;
+  if (!file) return 0;
+  fclose(file);
+  if (at < 0) at += (long)bytes;
+  if (!cut) data[at] = (char)(data[at] ^ 1);
+  file = fopen(host_cache, "wb");
+  if (!file) return 0;
+  fwrite(data, 1, cut ? (size_t)at : bytes, file);
+  return !fclose(file);
+}
+
+static void test_open_keeps_kernels_in_the_cache_file(void) {
+  static const long at[] = {0, 8, 16, 24, 32, 40, 500, -1};
+  moe_cuda_options options = host_options();
+  size_t i;
+  int cut;
+  double_reset();
+  remove(host_cache);
+  CHECK(open_compiled(&options) == 1, "first: %s", said);
+  CHECK(open_compiled(&options) == 0, "again: %s", said);
+  for (cut = 0; cut < 2; ++cut)
+    for (i = 0; i < sizeof at / sizeof *at; ++i) {
+      CHECK(open_damage(at[i], cut), "no cache file");
+      CHECK(open_compiled(&options) == 1, "byte %ld, cut %d: %s", at[i], cut, said);
+      CHECK(open_compiled(&options) == 0, "not replaced: %s", said);
+      CHECK(!said[0], "%s", said);
+    }
+  control->arch = 86;
+  CHECK(open_compiled(&options) == 1 && open_compiled(&options) == 0, "another card: %s", said);
+  options.ptx = 1;
+  CHECK(open_compiled(&options) == 1 && open_compiled(&options) == 0, "PTX: %s", said);
+  remove(host_cache);
+  snprintf(host_cache + strlen(host_cache), 20, "/nowhere/x");
+  CHECK(open_compiled(&options) == 1 && strstr(said, "cannot be written"), "%s", said);
+  host_cache[strlen(host_cache) - 10] = 0;
+  HOST_IS_CLEAN();
+}
+
+/* Copies of any size, at once and through the pinned buffer, with and without pinned memory. */
+static void test_open_copies_what_it_is_given(void) {
+  static const size_t sizes[] = {1, 63, 4096, 700000, 1 << 20, (1 << 20) + 1, 3000000};
+  moe_env env = host_env();
+  moe_cuda_options options = host_options();
+  unsigned char *from = (unsigned char *)malloc(3000000), *to = (unsigned char *)malloc(3000000);
+  int pinned, s;
+  size_t i, j;
+  for (pinned = 0; pinned < 2; ++pinned) {
+    moe_backend b;
+    void *stream = NULL;
+    double_reset();
+    control->pinned = pinned;
+    CHECK(!moe_cuda_open(&b, &options, &env), "%s", said);
+    CHECK(!b.open(&b, &env, &stream), "%s", said);
+    for (s = 0; s < 2; ++s)
+      for (i = 0; i < sizeof sizes / sizeof *sizes; ++i) {
+        void *p = NULL;
+        env.stream = s ? stream : NULL;
+        for (j = 0; j < sizes[i]; ++j) from[j] = (unsigned char)(j * 7 + i);
+        CHECK(!b.alloc(&b, &env, &p, sizes[i]), "%s", said);
+        CHECK(!b.clear(&b, &env, p, sizes[i]), "%s", said);
+        CHECK(!b.upload(&b, &env, p, from, sizes[i]), "%s", said);
+        memset(from, 0, sizes[i]); /* it may change */
+        CHECK(!b.download(&b, &env, to, p, sizes[i]) && !b.sync(&b, &env), "%s", said);
+        for (j = 0; j < sizes[i] && to[j] == (unsigned char)(j * 7 + i);) ++j;
+        CHECK(j == sizes[i], "%zu bytes: byte %zu", sizes[i], j);
+        b.release(&b, p);
+      }
+    env.stream = NULL;
+    b.close(&b, stream);
+    CHECK(!moe_cuda_close(&b), "something was left");
+    HOST_IS_CLEAN();
+  }
+  free(from), free(to);
+}
+
+static void test_open_releases_what_was_forgotten(void) {
+  moe_env env = host_env();
+  moe_cuda_options options = host_options();
+  moe_cuda_counts counts;
+  moe_backend b;
+  void *p, *stream;
+  double_reset();
+  CHECK(!moe_cuda_open(&b, &options, &env), "%s", said);
+  CHECK(!b.alloc(&b, &env, &p, 1000) && !b.alloc(&b, &env, &p, 2000), "%s", said);
+  CHECK(!b.open(&b, &env, &stream), "%s", said);
+  moe_cuda_count(&b, &counts);
+  CHECK(counts.allocations == 2 && counts.queues == 1 && counts.bytes == 3000, "%d, %d, %ld",
+        (int)counts.allocations, (int)counts.queues, (long)counts.bytes);
+  CHECK(moe_cuda_close(&b) == 3, "three things were left");
+  HOST_IS_CLEAN();
+}
+
+static void test_open_says_how_much_memory_is_missing(void) {
+  moe_env env = host_env();
+  moe_cuda_options options = host_options();
+  moe_backend b;
+  void *p = NULL;
+  double_reset();
+  control->memory = 1000000;
+  CHECK(!moe_cuda_open(&b, &options, &env), "%s", said);
+  CHECK(b.alloc(&b, &env, &p, 2000000) == MOE_E_MEMORY && !p, "%s", said);
+  CHECK(strstr(said, "no memory for 2000000 bytes, 1000000 of 1000000 are free"), "%s", said);
+  CHECK(!b.alloc(&b, &env, &p, 1000), "afterwards: %s", said);
+  b.release(&b, p);
+  CHECK(!moe_cuda_close(&b), "left");
+  HOST_IS_CLEAN();
+}
+
+static void run_open(void) {
+  RUN(test_open_names_the_gpu_and_gives_everything_back);
+  RUN(test_open_says_what_is_missing);
+  RUN(test_open_compiles_for_the_card);
+  RUN(test_open_keeps_kernels_in_the_cache_file);
+  RUN(test_open_copies_what_it_is_given);
+  RUN(test_open_releases_what_was_forgotten);
+  RUN(test_open_says_how_much_memory_is_missing);
+}

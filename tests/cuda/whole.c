@@ -1,0 +1,2 @@
+/* Whole models on the double. */
+static void run_whole(void) {}
