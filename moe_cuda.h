@@ -405,8 +405,7 @@ typedef struct moe__cuda_chunk {
   X(f32_tn, 0)                                                                                     \
   X(tf32_nt, 80)                                                                                   \
   X(tf32_nn, 80)                                                                                   \
-  X(tf32_tn, 80) X(bf16_nt, 80) X(bf16_nn, 80) X(bf16_tn, 80) X(pieces, 0) X(to_bf16, 0)           \
-      X(bias, 0)
+  X(tf32_tn, 80) X(bf16_nt, 80) X(bf16_nn, 80) X(bf16_tn, 80) X(pieces, 0) X(to_bf16, 0) X(bias, 0)
 #define MOE__CUDA_KERNELS_EXPERTS(X) X(place, 0) X(combine, 0) X(dweight, 0)
 #define MOE__CUDA_KERNELS_ATTENTION(X)
 #define MOE__CUDA_KERNELS_ROWS(X)                                                                  \
@@ -3893,6 +3892,96 @@ static const moe__cuda_chunk *const *moe__cuda_chunks(void) {
   return chunks;
 }
 
+/* The time of one maker for a product, the best of three after a first call; below 0: it failed. */
+static float moe__cuda_time(const moe_backend *b, moe__cuda_queue *q, const moe_linear_op *op,
+                            int back, int blas) {
+  const moe__cuda_driver *cu = &q->cuda->driver;
+  void *from = NULL, *to = NULL;
+  float best = -1;
+  int i, error = cu->cuEventCreate(&from, 0);
+  if (!error) error = cu->cuEventCreate(&to, 0);
+  q->force = blas;
+  for (i = 0; i < 4 && !error; ++i) {
+    float ms = 0;
+    moe__cuda_scratch_reset(q);
+    error = cu->cuEventRecord(from, q->stream);
+    if (!error) error = moe__cuda_linear(b, &q->env, op, back) != MOE_OK;
+    if (!error) error = cu->cuEventRecord(to, q->stream);
+    if (!error) error = cu->cuEventSynchronize(to);
+    if (!error) error = cu->cuEventElapsedTime(&ms, from, to);
+    if (!error && i > 0 && (best < 0 || ms < best)) best = ms;
+  }
+  q->force = -1;
+  if (from) cu->cuEventDestroy_v2(from);
+  if (to) cu->cuEventDestroy_v2(to);
+  return error ? -1 : best;
+}
+
+/* Measures both makers for one kind of product of a layer (as in moe__cuda_blas_serves), unless
+   that was done. */
+static void moe__cuda_measure_one(const moe_backend *b, moe__cuda_queue *q, int kind, int32_t m,
+                                  int32_t n, int32_t k) {
+  moe__cuda *cuda = q->cuda;
+  size_t x = (size_t)m * (size_t)k, w = (size_t)n * (size_t)k, y = (size_t)m * (size_t)n;
+  moe__cuda_choice c;
+  moe_linear_op op;
+  moe__cuptr p = 0;
+  float *f;
+  int i, known = 0, bf16 = q->env.precision == MOE_TYPE_BF16;
+  MOE__CUDA_LOCK(&cuda->mutex);
+  for (i = 0; i < cuda->choices; ++i) {
+    const moe__cuda_choice *had = &cuda->choice[i];
+    known |= had->kind == kind && had->bf16 == bf16 && had->m == m && had->n == n && had->k == k;
+  }
+  MOE__CUDA_UNLOCK(&cuda->mutex);
+  if (known || q->status) return;
+  memset(&c, 0, sizeof c);
+  memset(&op, 0, sizeof op);
+  c.kind = kind, c.m = m, c.n = n, c.k = k, c.bf16 = bf16;
+  if (moe__cuda_take(q, (x + w + y) * sizeof(float), &p)) return;
+  /* 0x3c3c3c3c is 0.0115: with zeros a GPU is faster than it will be */
+  moe__cuda_note(q, "cuMemsetD8Async",
+                 cuda->driver.cuMemsetD8Async(p, 0x3c, (x + w + y) * sizeof(float), q->stream));
+  f = (float *)(uintptr_t)p;
+  op.M = m;
+  op.w = moe_mat_rows(f + x, n, k);
+  if (kind != 1) op.x = f;
+  if (kind == 0) op.y = f + x + w;
+  if (kind != 0) op.dy = f + x + w;
+  if (kind == 1) op.dx = f, op.overwrite = 1;
+  if (kind == 2) op.dw = f + x;
+  c.own_ms = moe__cuda_time(b, q, &op, kind != 0, 0);
+  c.blas_ms = moe__cuda_time(b, q, &op, kind != 0, 1);
+  c.blas = c.own_ms >= 0 && c.blas_ms >= 0 && c.blas_ms < c.own_ms;
+  moe__cuda_wait(q);
+  moe__cuda_give(cuda, p, (x + w + y) * sizeof(float));
+  MOE__CUDA_LOCK(&cuda->mutex);
+  if (!q->status && cuda->choices < MOE__CUDA_CHOICES) cuda->choice[cuda->choices++] = c;
+  MOE__CUDA_UNLOCK(&cuda->mutex);
+}
+
+/* Measures the linear layers of a model for full, quarter and sixteenth batches, on a queue of its
+   own, so that a failure (no memory, say) only leaves the choice to our own kernels. */
+static void moe__cuda_measure(const moe_backend *b, const moe_env *env, const moe_config *config,
+                              const moe_limits *limits) {
+  moe__cuda *cuda = (moe__cuda *)b->user;
+  moe_env silent = *env;
+  moe__cuda_queue *q = NULL;
+  int32_t H = config->hidden, m = limits->tokens, i, kind;
+  if (!cuda->cublas_library || cuda->options.maker != MOE_CUDA_MAKER_AUTO) return;
+  silent.log = NULL;
+  if (moe__cuda_begin(cuda->own, &silent, 0)) return;
+  if (!moe__cuda_queue_make(cuda, &q, &silent)) {
+    for (i = 0; i < 3 && m > 0; ++i, m /= 4)
+      for (kind = 0; kind < (limits->training ? 3 : 1); ++kind) {
+        moe__cuda_measure_one(b, q, kind, m, 3 * H, H);
+        moe__cuda_measure_one(b, q, kind, m, H, H);
+      }
+    moe__cuda_queue_free(q);
+  }
+  moe__cuda_end(cuda->own, MOE_OK);
+}
+
 static int32_t moe__cuda_supports(const moe_backend *b, const moe_env *env,
                                   const moe_config *config, const moe_limits *limits) {
   const moe__cuda *cuda = (const moe__cuda *)b->user;
@@ -3911,7 +4000,7 @@ static int32_t moe__cuda_supports(const moe_backend *b, const moe_env *env,
     moe__cuda_fail(env, MOE_E_UNSUPPORTED, "%s: %s", cuda->name, why);
     return 0;
   }
-  (void)limits;
+  moe__cuda_measure(b, env, config, limits);
   return 1;
 }
 
@@ -3938,6 +4027,8 @@ static moe_status moe__cuda_op_end(moe__cuda_queue *q, moe_status status) {
     moe_status status = moe__cuda_op_begin(q, env, 0);                                             \
     return status ? status : moe__cuda_op_end(q, moe__cuda_##name(b, env, op, back));              \
   }
+MOE__CUDA_SLOT(linear)
+MOE__CUDA_SLOT(experts)
 MOE__CUDA_SLOT(layernorm)
 MOE__CUDA_SLOT(embed)
 MOE__CUDA_SLOT(route)
@@ -4126,6 +4217,8 @@ MOE_API moe_status moe_cuda_open(moe_backend *backend, const moe_cuda_options *o
   b.download = moe__cuda_download;
   b.clear = moe__cuda_clear;
   b.sync = moe__cuda_sync;
+  b.linear = moe__cuda_slot_linear;
+  b.experts = moe__cuda_slot_experts;
   b.layernorm = moe__cuda_slot_layernorm;
   b.dropout = moe__cuda_slot_dropout;
   b.embed = moe__cuda_slot_embed;
