@@ -381,7 +381,8 @@ typedef struct moe__cuda_chunk {
   X(finish)                                                                                        \
   X(f32) X(f32_product) X(mma_load) X(mma_step) X(mma_product) X(mma_kernels) X(pieces) X(blas)
 #define MOE__CUDA_CHUNKS_EXPERTS(X) X(experts)
-#define MOE__CUDA_CHUNKS_ATTENTION(X)
+#define MOE__CUDA_CHUNKS_ATTENTION(X)                                                              \
+  X(attention_args) X(attention_base) X(attention) X(attention_dq) X(attention_dkv)
 #define MOE__CUDA_CHUNKS_ROWS(X)                                                                   \
   X(rows_args) X(rows_base) X(norm) X(norm_columns) X(sort_args) X(sort) X(embed_args) X(embed)
 #define MOE__CUDA_CHUNKS_ROUTE(X)                                                                  \
@@ -407,7 +408,12 @@ typedef struct moe__cuda_chunk {
   X(tf32_nn, 80)                                                                                   \
   X(tf32_tn, 80) X(bf16_nt, 80) X(bf16_nn, 80) X(bf16_tn, 80) X(pieces, 0) X(to_bf16, 0) X(bias, 0)
 #define MOE__CUDA_KERNELS_EXPERTS(X) X(place, 0) X(combine, 0) X(dweight, 0)
-#define MOE__CUDA_KERNELS_ATTENTION(X)
+#define MOE__CUDA_KERNELS_ATTENTION(X)                                                             \
+  X(attention_32, 0)                                                                               \
+  X(attention_64, 0)                                                                               \
+  X(attention_128, 0)                                                                              \
+  X(attention_dq_32, 0) X(attention_dq_64, 0) X(attention_dq_128, 0) X(attention_dkv_32, 0)        \
+      X(attention_dkv_64, 0) X(attention_dkv_128, 0)
 #define MOE__CUDA_KERNELS_ROWS(X)                                                                  \
   X(norm, 0)                                                                                       \
   X(norm_back, 0)                                                                                  \
@@ -2562,6 +2568,406 @@ static moe_status moe__cuda_experts(const moe_backend *b, const moe_env *env,
 
 /* ---- self-attention over packed sequences ---- >>cuda_attention */
 
+MOE__CUDA_SHARED(
+    attention_args,
+    /* moe_attention_op on the card. */
+    typedef struct moe__cuda_attention_args {
+      float *y;
+      float *stats; /* (M, A, 2); NULL: not kept */
+      float *dqkv;
+      float
+          *delta; /* (M, A) dy . y of each head: the kernel of dq writes it for that of dk and dv */
+      const float *qkv;
+      const float *dy;
+      const unsigned long long *keys;
+      const int *seq_start;
+      int H;
+      int A;
+      int D;
+      int tiles; /* of 64 rows, of the longest sequence */
+      int overwrite;
+      int wide; /* 1: heads begin at multiples of 16 bytes */
+      unsigned threshold;
+      float keep;  /* 1 / (1 - dropout) */
+      float scale; /* 1 / sqrt D */
+      float exponent;
+    } moe__cuda_attention_args;)
+
+MOE__CUDA_SOURCE(
+    attention_base, 0,
+    /* What a block works on: 64 rows, from `row` on, of head a of a sequence. A thread has rows r +
+       16 i and, of each 32 columns, c + 8 j (probabilities) or 4 c + j (numbers of a head). */
+    typedef struct moe__d_head {
+      int row;
+      int length;
+      int r;
+      int c;
+      int D;
+      int wide;
+      size_t first;      /* element of the head in the sequence's first row of y */
+      size_t stride;     /* of y */
+      const float *q;    /* its first row; keys and values are `stride` and 2 `stride` further */
+      size_t stat;       /* (row, head) of the first row, and from row to row A */
+      unsigned position; /* of the first probability */
+      unsigned long long key;
+    } moe__d_head;
+
+    /* 0: the sequence has no such rows. */
+    __device__ static inline int moe__d_head_find(const moe__cuda_attention_args *p,
+                                                  moe__d_head *h) {
+      int s = (int)blockIdx.x / p->tiles;
+      int a = (int)blockIdx.y;
+      int begin = p->seq_start[s];
+      h->row = (int)blockIdx.x % p->tiles * 64;
+      h->length = p->seq_start[s + 1] - begin;
+      h->r = (int)threadIdx.x >> 3;
+      h->c = (int)threadIdx.x & 7;
+      h->D = p->D;
+      h->wide = p->wide;
+      h->stride = (size_t)p->H;
+      h->first = (size_t)begin * h->stride + (size_t)a * (size_t)p->D;
+      h->q = p->qkv + (size_t)begin * h->stride * 3 + (size_t)a * (size_t)p->D;
+      h->stat = (size_t)begin * (size_t)p->A + (size_t)a;
+      h->position = (unsigned)a * (unsigned)h->length * (unsigned)h->length;
+      h->key = p->threshold ? p->keys[s] : 0;
+      return h->row < h->length;
+    }
+
+    /* Whether dropout takes the probability of a query and a key. */
+    __device__ static inline int moe__d_head_falls(const moe__cuda_attention_args *p,
+                                                   const moe__d_head *h, int query, int key) {
+      unsigned at = h->position + (unsigned)query * (unsigned)h->length + (unsigned)key;
+      return moe__d_hash32(h->key, at) < p->threshold;
+    }
+
+    /* to (R, 32), 36 floats apart = numbers from d on of rows [row, row + R) of a sequence's
+       matrix, with zeros beyond its end. */
+    __device__ static inline void moe__d_head_load(float *to, int R, const float *from,
+                                                   size_t stride, const moe__d_head *h, int row,
+                                                   int d) {
+      MOE_UNROLL for (int i = 0; i < R; i += 16) {
+        int count = row + h->r + i < h->length ? h->D - d - h->c * 4 : 0;
+        const float *at = from + (size_t)(row + h->r + i) * stride + (size_t)(d + h->c * 4);
+        *(moe__d_float4 *)(void *)(to + (h->r + i) * 36 + h->c * 4) =
+            moe__d_load4(at, count, h->wide);
+      }
+    }
+
+    /* s (64, 32) = rows of a from h->row on times rows of b from `row` on. */
+    __device__ static inline void moe__d_head_dot(float (*s)[4], float *sa, float *sb,
+                                                  const float *a, size_t a_stride, const float *b,
+                                                  size_t b_stride, const moe__d_head *h, int row) {
+      MOE_UNROLL for (int i = 0; i < 16; ++i) s[i >> 2][i & 3] = 0.0f;
+      for (int d = 0; d < h->D; d += 32) {
+        MOE_SYNC();
+        moe__d_head_load(sa, 64, a, a_stride, h, h->row, d);
+        moe__d_head_load(sb, 32, b, b_stride, h, row, d);
+        MOE_SYNC();
+        MOE_UNROLL for (int k = 0; k < 32; k += 4) {
+          moe__d_float4 x[4];
+          MOE_UNROLL for (int i = 0; i < 4; ++i) x[i] =
+              *(const moe__d_float4 *)(const void *)(sa + (h->r + 16 * i) * 36 + k);
+          MOE_UNROLL for (int j = 0; j < 4; ++j) {
+            moe__d_float4 y = *(const moe__d_float4 *)(const void *)(sb + (h->c + 8 * j) * 36 + k);
+            MOE_UNROLL for (int i = 0; i < 16; ++i) s[i >> 2][j] =
+                fmaf(x[i >> 2].v[i & 3], y.v[i & 3], s[i >> 2][j]);
+          }
+        }
+      }
+    }
+
+    /* sum (64, D) += sp (64, 32) times rows of b from `row` on; D up to 32 `chunks`. */
+    __device__ static inline void moe__d_head_add(float (*sum)[4][4], int chunks, const float *sp,
+                                                  float *sb, const float *b, size_t stride,
+                                                  const moe__d_head *h, int row) {
+      MOE_UNROLL for (int chunk = 0; chunk < chunks; ++chunk) {
+        if (chunk * 32 >= h->D) continue;
+        MOE_SYNC();
+        moe__d_head_load(sb, 32, b, stride, h, row, chunk * 32);
+        MOE_SYNC();
+        MOE_UNROLL for (int k = 0; k < 32; ++k) {
+          moe__d_float4 y = *(const moe__d_float4 *)(const void *)(sb + k * 36 + h->c * 4);
+          MOE_UNROLL for (int i = 0; i < 16; ++i) sum[chunk][i >> 2][i & 3] =
+              fmaf(sp[(h->r + 16 * (i >> 2)) * 36 + k], y.v[i & 3], sum[chunk][i >> 2][i & 3]);
+        }
+      }
+    }
+
+    /* The block's rows of `to` = or += factor sum. */
+    __device__ static inline void moe__d_head_write(float *to, size_t stride, float (*sum)[4][4],
+                                                    int chunks, const float *factor, int overwrite,
+                                                    const moe__d_head *h) {
+      MOE_UNROLL for (int chunk = 0; chunk < chunks; ++chunk)
+          MOE_UNROLL for (int i = 0; i < 16; ++i) {
+        int row = h->row + h->r + 16 * (i >> 2);
+        int d = chunk * 32 + h->c * 4 + (i & 3);
+        float v = sum[chunk][i >> 2][i & 3] * factor[i >> 2];
+        float *at = to + (size_t)row * stride + (size_t)d;
+        if (row < h->length && d < h->D) *at = overwrite ? v : *at + v;
+      }
+    })
+
+MOE__CUDA_SOURCE(
+    attention, 0,
+    /* y = dropout(softmax(q k^T / sqrt D)) v: 32 keys at a time; when a larger score comes, what
+       was summed up is made smaller. Stats: the largest exponent (to base 2), 1 / sum. */
+    __device__ static __forceinline__ void moe__d_attention(const moe__cuda_attention_args *p,
+                                                            int chunks, float (*sum)[4][4]) {
+      __shared__ __align__(16) float sa[64 * 36];
+      __shared__ __align__(16) float sb[32 * 36];
+      __shared__ __align__(16) float sp[64 * 36];
+      moe__d_head h;
+      float s[4][4];
+      float top[4];
+      float total[4];
+      if (!moe__d_head_find(p, &h)) return;
+      MOE_UNROLL for (int i = 0; i < 4; ++i) top[i] = __uint_as_float(0xff800000u), total[i] = 0.0f;
+      MOE_UNROLL for (int i = 0; i < chunks * 16; ++i) sum[i >> 4][i >> 2 & 3][i & 3] = 0.0f;
+      for (int key = 0; key < h.length; key += 32) {
+        moe__d_head_dot(s, sa, sb, h.q, 3 * h.stride, h.q + h.stride, 3 * h.stride, &h, key);
+        MOE_UNROLL for (int i = 0; i < 4; ++i) {
+          float most = top[i];
+          float smaller;
+          MOE_UNROLL for (int j = 0; j < 4; ++j) if (key + h.c + 8 * j < h.length) most =
+              fmaxf(most, s[i][j] * p->exponent);
+          MOE_UNROLL for (int step = 4; step > 0; step /= 2) most =
+              fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+          smaller = exp2f(top[i] - most);
+          top[i] = most;
+          total[i] *= smaller;
+          MOE_UNROLL for (int j = 0; j < 4; ++j) {
+            int k = key + h.c + 8 * j;
+            float e = k < h.length ? exp2f(fmaf(s[i][j], p->exponent, -most)) : 0.0f;
+            total[i] += e;
+            if (p->threshold && moe__d_head_falls(p, &h, h.row + h.r + 16 * i, k)) e = 0.0f;
+            sp[(h.r + 16 * i) * 36 + h.c + 8 * j] = e;
+          }
+          MOE_UNROLL for (int j = 0; j < chunks * 4; ++j) sum[j >> 2][i][j & 3] *= smaller;
+        }
+        moe__d_head_add(sum, chunks, sp, sb, h.q + 2 * h.stride, 3 * h.stride, &h, key);
+      }
+      MOE_UNROLL for (int i = 0; i < 4; ++i) {
+        int row = h.row + h.r + 16 * i;
+        float *stat = p->stats + (h.stat + (size_t)row * (size_t)p->A) * 2;
+        MOE_UNROLL for (int step = 4; step > 0; step /= 2) total[i] +=
+            __shfl_xor_sync(0xffffffffu, total[i], step);
+        total[i] = 1.0f / total[i];
+        if (p->stats && row < h.length && h.c == 0) stat[0] = top[i], stat[1] = total[i];
+        total[i] *= p->keep;
+      }
+      moe__d_head_write(p->y + h.first, h.stride, sum, chunks, total, 1, &h);
+    }
+
+    extern "C" __global__ void __launch_bounds__(128)
+        moe_k_attention_32(moe__cuda_attention_args p) {
+          float sum[1][4][4];
+          moe__d_attention(&p, 1, sum);
+        } extern "C" __global__ void __launch_bounds__(128)
+            moe_k_attention_64(moe__cuda_attention_args p) {
+              float sum[2][4][4];
+              moe__d_attention(&p, 2, sum);
+            } extern "C" __global__ void __launch_bounds__(128)
+                moe_k_attention_128(moe__cuda_attention_args p) {
+                  float sum[4][4][4];
+                  moe__d_attention(&p, 4, sum);
+                })
+
+MOE__CUDA_SOURCE(
+    attention_dq, 0,
+    /* dq += dS k, dS = P (dropout(dy v^T) - delta) / sqrt D, delta = dy . y, P from the stats. */
+    __device__ static __forceinline__ void moe__d_attention_dq(const moe__cuda_attention_args *p,
+                                                               int chunks, float (*sum)[4][4]) {
+      __shared__ __align__(16) float sa[64 * 36];
+      __shared__ __align__(16) float sb[32 * 36];
+      __shared__ __align__(16) float sp[64 * 36];
+      const float one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+      moe__d_head h;
+      float s[4][4];
+      float dp[4][4];
+      float top[4];
+      float back[4];
+      float delta[4];
+      if (!moe__d_head_find(p, &h)) return;
+      MOE_UNROLL for (int i = 0; i < 4; ++i) {
+        int row = h.row + h.r + 16 * i;
+        size_t stat = h.stat + (size_t)row * (size_t)p->A;
+        size_t at = h.first + (size_t)row * h.stride;
+        int here = row < h.length;
+        delta[i] = 0.0f;
+        for (int d = h.c; d < h.D && here; d += 8)
+          delta[i] = fmaf(p->dy[at + d], p->y[at + d], delta[i]);
+        MOE_UNROLL for (int step = 4; step > 0; step /= 2) delta[i] +=
+            __shfl_xor_sync(0xffffffffu, delta[i], step);
+        if (here && h.c == 0) p->delta[stat] = delta[i];
+        top[i] = here ? p->stats[stat * 2] : 0.0f;
+        back[i] = here ? p->stats[stat * 2 + 1] * p->scale : 0.0f;
+      }
+      MOE_UNROLL for (int i = 0; i < chunks * 16; ++i) sum[i >> 4][i >> 2 & 3][i & 3] = 0.0f;
+      for (int key = 0; key < h.length; key += 32) {
+        moe__d_head_dot(s, sa, sb, h.q, 3 * h.stride, h.q + h.stride, 3 * h.stride, &h, key);
+        moe__d_head_dot(dp, sa, sb, p->dy + h.first, h.stride, h.q + 2 * h.stride, 3 * h.stride, &h,
+                        key);
+        MOE_UNROLL for (int i = 0; i < 16; ++i) {
+          int r = i >> 2;
+          int k = key + h.c + 8 * (i & 3);
+          float e = k < h.length ? exp2f(fmaf(s[r][i & 3], p->exponent, -top[r])) : 0.0f;
+          float d = fmaf(dp[r][i & 3], p->keep, -delta[r]);
+          if (p->threshold && moe__d_head_falls(p, &h, h.row + h.r + 16 * r, k)) d = -delta[r];
+          sp[(h.r + 16 * r) * 36 + h.c + 8 * (i & 3)] = e * back[r] * d;
+        }
+        moe__d_head_add(sum, chunks, sp, sb, h.q + h.stride, 3 * h.stride, &h, key);
+      }
+      moe__d_head_write(p->dqkv + (h.q - p->qkv), 3 * h.stride, sum, chunks, one, p->overwrite, &h);
+    }
+
+    extern "C" __global__ void __launch_bounds__(128)
+        moe_k_attention_dq_32(moe__cuda_attention_args p) {
+          float sum[1][4][4];
+          moe__d_attention_dq(&p, 1, sum);
+        } extern "C" __global__ void __launch_bounds__(128)
+            moe_k_attention_dq_64(moe__cuda_attention_args p) {
+              float sum[2][4][4];
+              moe__d_attention_dq(&p, 2, sum);
+            } extern "C" __global__ void __launch_bounds__(128)
+                moe_k_attention_dq_128(moe__cuda_attention_args p) {
+                  float sum[4][4][4];
+                  moe__d_attention_dq(&p, 4, sum);
+                })
+
+MOE__CUDA_SOURCE(
+    attention_dkv, 0,
+    /* dv += dropout(P)^T dy, dk += dS^T q: the block's rows are keys, and queries come 32 at a
+       time. */
+    __device__ static __forceinline__ void moe__d_attention_dkv(const moe__cuda_attention_args *p,
+                                                                int chunks, float (*dk)[4][4],
+                                                                float (*dv)[4][4]) {
+      __shared__ __align__(16) float sa[64 * 36];
+      __shared__ __align__(16) float sb[32 * 36];
+      __shared__ __align__(16) float sp[64 * 36];
+      const float one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+      moe__d_head h;
+      float s[4][4];
+      float dp[4][4];
+      float *to;
+      if (!moe__d_head_find(p, &h)) return;
+      MOE_UNROLL for (int i = 0; i < chunks * 16; ++i) dk[i >> 4][i >> 2 & 3][i & 3] =
+          dv[i >> 4][i >> 2 & 3][i & 3] = 0.0f;
+      for (int query = 0; query < h.length; query += 32) {
+        moe__d_head_dot(s, sa, sb, h.q + h.stride, 3 * h.stride, h.q, 3 * h.stride, &h, query);
+        moe__d_head_dot(dp, sa, sb, h.q + 2 * h.stride, 3 * h.stride, p->dy + h.first, h.stride, &h,
+                        query);
+        MOE_UNROLL for (int j = 0; j < 4; ++j) {
+          int q = query + h.c + 8 * j;
+          int here = q < h.length;
+          size_t stat = h.stat + (size_t)q * (size_t)p->A;
+          float top = here ? p->stats[stat * 2] : 0.0f;
+          float inverse = here ? p->stats[stat * 2 + 1] : 0.0f;
+          float delta = here ? p->delta[stat] : 0.0f;
+          MOE_UNROLL for (int i = 0; i < 4; ++i) {
+            int key = h.row + h.r + 16 * i;
+            int falls = p->threshold && moe__d_head_falls(p, &h, q, key);
+            float e = here ? exp2f(fmaf(s[i][j], p->exponent, -top)) * inverse : 0.0f;
+            sp[(h.r + 16 * i) * 36 + h.c + 8 * j] = falls ? 0.0f : e * p->keep;
+            s[i][j] = e * p->scale * (falls ? -delta : fmaf(dp[i][j], p->keep, -delta));
+          }
+        }
+        moe__d_head_add(dv, chunks, sp, sb, p->dy + h.first, h.stride, &h, query);
+        MOE_SYNC();
+        MOE_UNROLL for (int i = 0; i < 16; ++i) sp[(h.r + 16 * (i >> 2)) * 36 + h.c + 8 * (i & 3)] =
+            s[i >> 2][i & 3];
+        moe__d_head_add(dk, chunks, sp, sb, h.q, 3 * h.stride, &h, query);
+      }
+      to = p->dqkv + (h.q - p->qkv);
+      moe__d_head_write(to + h.stride, 3 * h.stride, dk, chunks, one, p->overwrite, &h);
+      moe__d_head_write(to + 2 * h.stride, 3 * h.stride, dv, chunks, one, p->overwrite, &h);
+    }
+
+    extern "C" __global__ void __launch_bounds__(128)
+        moe_k_attention_dkv_32(moe__cuda_attention_args p) {
+          float dk[1][4][4];
+          float dv[1][4][4];
+          moe__d_attention_dkv(&p, 1, dk, dv);
+        } extern "C" __global__ void __launch_bounds__(128)
+            moe_k_attention_dkv_64(moe__cuda_attention_args p) {
+              float dk[2][4][4];
+              float dv[2][4][4];
+              moe__d_attention_dkv(&p, 2, dk, dv);
+            } extern "C" __global__ void __launch_bounds__(128)
+                moe_k_attention_dkv_128(moe__cuda_attention_args p) {
+                  float dk[4][4][4];
+                  float dv[4][4][4];
+                  moe__d_attention_dkv(&p, 4, dk, dv);
+                })
+
+/* Slot: blocks of 64 rows of a head of a sequence; their number is that of the longest sequence for
+   each. No array of length^2, and one writer of each output: dq has a kernel, and dk and dv have
+   one. */
+static moe_status moe__cuda_attention_check(const moe_env *env, const moe_attention_op *op,
+                                            int back) {
+  if (op->H < 0 || op->M < 0 || op->S < 0 || (op->H > 0 && (op->A < 1 || op->H % op->A)))
+    return moe__cuda_fail(env, MOE_E_ARGUMENT,
+                          "cuda: attention: M is %d, S %d and A %d, expected no size below 0 and a "
+                          "divisor of H, %d",
+                          (int)op->M, (int)op->S, (int)op->A, (int)op->H);
+  if (op->H > 0 && op->H / op->A > 128)
+    return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
+                          "cuda: attention: heads have %d numbers, expected 1 to 128",
+                          (int)(op->H / op->A));
+  if (op->M > 0 && back && !op->stats)
+    return moe__cuda_fail(env, MOE_E_ARGUMENT,
+                          "cuda: attention: stats is NULL, expected that of forward");
+  if (op->dropout < 0 || !(op->dropout < 1))
+    return moe__cuda_fail(env, MOE_E_ARGUMENT,
+                          "cuda: attention: dropout is %g, expected 0 to below 1",
+                          (double)op->dropout);
+  return MOE_OK;
+}
+
+static moe_status moe__cuda_attention(const moe_backend *b, const moe_env *env,
+                                      const moe_attention_op *op, int back) {
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe_status status = moe__cuda_attention_check(env, op, back);
+  int32_t longest = op->longest > 0 ? op->longest : op->M;
+  moe__cuda_attention_args p;
+  void *arg = &p, *delta = NULL;
+  uint64_t blocks;
+  int width;
+  memset(&p, 0, sizeof p);
+  if (status || op->M < 1 || op->H < 1 || op->S < 1) return status;
+  p.y = op->y, p.stats = op->stats, p.qkv = op->qkv, p.dqkv = op->dqkv, p.dy = op->dy;
+  p.seq_start = op->seq_start;
+  p.H = op->H, p.A = op->A, p.D = op->H / op->A;
+  p.tiles = (longest - 1) / 64 + 1;
+  p.overwrite = op->overwrite;
+  p.wide = p.D % 4 == 0 && moe__cuda_wide(op->qkv, 4) && (!back || moe__cuda_wide(op->dy, 4));
+  p.keep = 1;
+  if (op->keys && op->dropout > 0) {
+    p.keys = (const unsigned long long *)(const void *)op->keys;
+    p.threshold = (unsigned)((double)op->dropout * 4294967296.0);
+    p.keep = 1.0f / (1.0f - op->dropout);
+  }
+  p.scale = 1.0f / sqrtf((float)p.D);
+  p.exponent = p.scale * 1.44269502f; /* log2(e) */
+  blocks = (uint64_t)op->S * (uint64_t)p.tiles;
+  if (blocks > INT32_MAX || p.A > 65535)
+    return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
+                          "cuda: attention: %d sequences of up to %d tokens with %d heads need too "
+                          "many blocks",
+                          (int)op->S, (int)longest, (int)op->A);
+  width = p.D <= 32 ? 0 : p.D <= 64 ? 1 : 2;
+  if (!back)
+    return moe__cuda_launch(q, MOE__K_attention_32 + width, (uint32_t)blocks, (uint32_t)p.A, 128,
+                            &arg);
+  status = moe__cuda_scratch(q, (size_t)op->M * (size_t)op->A * sizeof(float), &delta);
+  p.delta = (float *)delta;
+  if (!status)
+    status = moe__cuda_launch(q, MOE__K_attention_dq_32 + width, (uint32_t)blocks, (uint32_t)p.A,
+                              128, &arg);
+  if (status) return status;
+  return moe__cuda_launch(q, MOE__K_attention_dkv_32 + width, (uint32_t)blocks, (uint32_t)p.A, 128,
+                          &arg);
+}
+
 /* ---- LayerNorm, dropout, embeddings ---- >>cuda_rows
    Sums over a row have the CPU's order: 16 threads are its 16 lanes (>>simd in moe.h), the tree is
    a butterfly. Sums over tokens are cut into parts of fixed sizes, or run in the order of the
@@ -3994,8 +4400,6 @@ static int32_t moe__cuda_supports(const moe_backend *b, const moe_env *env,
   if (width < 16 || width > 128) why = "a head of attention must have 16 to 128 numbers";
   if (env->precision != MOE_TYPE_F32 && env->precision != MOE_TYPE_BF16)
     why = "env.precision must be float32 or bf16";
-  if (env->precision == MOE_TYPE_BF16 && cuda->arch < 80)
-    why = "bf16 products need a GPU of compute capability 8.0 or higher";
   if (why) {
     moe__cuda_fail(env, MOE_E_UNSUPPORTED, "%s: %s", cuda->name, why);
     return 0;
@@ -4028,6 +4432,7 @@ static moe_status moe__cuda_op_end(moe__cuda_queue *q, moe_status status) {
     return status ? status : moe__cuda_op_end(q, moe__cuda_##name(b, env, op, back));              \
   }
 MOE__CUDA_SLOT(linear)
+MOE__CUDA_SLOT(attention)
 MOE__CUDA_SLOT(experts)
 MOE__CUDA_SLOT(layernorm)
 MOE__CUDA_SLOT(embed)
@@ -4218,6 +4623,7 @@ MOE_API moe_status moe_cuda_open(moe_backend *backend, const moe_cuda_options *o
   b.clear = moe__cuda_clear;
   b.sync = moe__cuda_sync;
   b.linear = moe__cuda_slot_linear;
+  b.attention = moe__cuda_slot_attention;
   b.experts = moe__cuda_slot_experts;
   b.layernorm = moe__cuda_slot_layernorm;
   b.dropout = moe__cuda_slot_dropout;
