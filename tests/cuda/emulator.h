@@ -557,6 +557,7 @@ template <class T> T atomic_add(T *p, T x) {
 #define blockIdx (emulator::machine.at)
 #define blockDim (emulator::machine.block)
 #define gridDim (emulator::machine.grid)
+#define MOE_SYNC() __syncthreads() /* as moe_cuda.h defines it for NVRTC */
 #define EMULATOR_SITE                                                                              \
   ([] {                                                                                            \
     static char site;                                                                              \

@@ -157,6 +157,7 @@ private:
   Range *latest = nullptr;          /* the one found last */
   std::map<std::string, uint64_t> symbols;
   std::map<std::string, std::vector<uint8_t>> variables;
+  std::vector<std::string> shared_texts; /* declarations outside kernels */
   std::vector<uint8_t> shared, parameters;
   std::vector<Shadow> shared_shadow;
   std::vector<Warp> warps;

@@ -598,7 +598,10 @@ inline void Module::read(const char *text) {
     size_t entry = head.find(".entry");
     if (entry == std::string::npos && head.find(".func") == std::string::npos) {
       end = s.find(';', p);
-      read_variable(variables, s.substr(p, end - p));
+      if (!head.compare(0, 7, ".shared")) /* of all kernels */
+        shared_texts.push_back(trimmed(s.substr(p, end - p)));
+      else
+        read_variable(variables, s.substr(p, end - p));
       p = end + 1;
       continue;
     }
@@ -619,6 +622,7 @@ inline void Module::read(const char *text) {
       allow(variable.second.data(), variable.second.size());
     }
     Reader reader = {*this, k, {}};
+    for (const std::string &text_ : shared_texts) reader.declare(text_);
     if (open != std::string::npos) reader.parameters_of(head.substr(open + 1, shut - open - 1));
     reader.body(s.substr(end + 1, close - end - 2));
   }
