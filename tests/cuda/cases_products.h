@@ -13,6 +13,8 @@ static int product_size(Case &c) {
 static void case_linear(Case &c) {
   int M = c.number % 10 == 3 ? 1 : product_size(c), rows = product_size(c), cols = product_size(c);
   if (c.number % 25 == 7) M = 0;
+  if (c.number % 25 == 8) /* sums over the rows are cut in pieces */
+    M = c.pick(513, 1100), rows = c.pick(1, 40), cols = c.pick(1, 40);
   size_t x_n = (size_t)M * (size_t)cols, y_n = (size_t)M * (size_t)rows;
   size_t w_n = (size_t)rows * (size_t)cols;
   bool act = c.chance(40), overwrite = c.chance(50);

@@ -612,4 +612,26 @@ template <class T> inline T max(T a, T b) { return a < b ? b : a; }
 EMULATOR_VECTOR(float, float)
 EMULATOR_VECTOR(int, int)
 EMULATOR_VECTOR(uint, unsigned)
+
+/* ---- in place of the PTX in moe_cuda.h, >>cuda_base ---- */
+#define MOE__CUDA_PRIMITIVES
+#define MOE_UNROLL
+inline uint32_t moe__d_tf32(float x) { /* to the nearest, ties away from zero */
+  uint32_t bits = emulator::bits_of(x);
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
+}
+inline uint32_t moe__d_bf16x2(float low, float high) { /* to the nearest, ties to even */
+  uint32_t a = emulator::bits_of(low), b = emulator::bits_of(high);
+  a = low != low ? 0x7fff : (a + 0x7fff + (a >> 16 & 1)) >> 16;
+  b = high != high ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
+  return a | b << 16;
+}
+#define moe__d_mma_tf32(c, a, b)                                                                   \
+  emulator::mma(EMULATOR_SITE, emulator::apply_mma_tf32, c, a, b)
+#define moe__d_mma_bf16(c, a, b)                                                                   \
+  emulator::mma(EMULATOR_SITE, emulator::apply_mma_bf16, c, a, b)
+#define moe__d_copy16(to, from, bytes) emulator::copy_async(to, from, 16, (unsigned)(bytes))
+#define moe__d_copy4(to, from, bytes) emulator::copy_async(to, from, 4, (unsigned)(bytes))
+#define moe__d_copy_commit() emulator::copy_commit()
+#define moe__d_copy_wait1() emulator::copy_wait(1)
 #endif
