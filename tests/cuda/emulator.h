@@ -626,10 +626,8 @@ inline uint32_t moe__d_bf16x2(float low, float high) { /* to the nearest, ties t
   b = high != high ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
   return a | b << 16;
 }
-#define moe__d_mma_tf32(c, a, b)                                                                   \
-  emulator::mma(EMULATOR_SITE, emulator::apply_mma_tf32, c, a, b)
-#define moe__d_mma_bf16(c, a, b)                                                                   \
-  emulator::mma(EMULATOR_SITE, emulator::apply_mma_bf16, c, a, b)
+#define moe__d_mma_tf32(c, a, b) emulator::mma(EMULATOR_SITE, emulator::apply_mma_tf32, c, a, b)
+#define moe__d_mma_bf16(c, a, b) emulator::mma(EMULATOR_SITE, emulator::apply_mma_bf16, c, a, b)
 #define moe__d_copy16(to, from, bytes) emulator::copy_async(to, from, 16, (unsigned)(bytes))
 #define moe__d_copy4(to, from, bytes) emulator::copy_async(to, from, 4, (unsigned)(bytes))
 #define moe__d_copy_commit() emulator::copy_commit()
