@@ -8101,7 +8101,7 @@ static size_t moe__attention_block_floats(size_t longest) {
 
 /* Floats of the packed queries of a block. */
 static size_t moe__attention_query_floats(size_t longest, size_t wide) {
-  return (longest < MOE__ATTENTION_ROWS ? longest : MOE__ATTENTION_ROWS) * wide;
+  return (longest < MOE__ATTENTION_ROWS ? longest : (size_t)MOE__ATTENTION_ROWS) * wide;
 }
 
 /* Floats of scratch of one thread; *bad is set where the number overflows. */

@@ -412,8 +412,9 @@ typedef struct moe__cuda_chunk {
   X(attention_32, 0)                                                                               \
   X(attention_64, 0)                                                                               \
   X(attention_128, 0)                                                                              \
-  X(attention_dq_32, 0) X(attention_dq_64, 0) X(attention_dq_128, 0) X(attention_dkv_32, 0)        \
-      X(attention_dkv_64, 0) X(attention_dkv_128, 0)
+  X(attention_dq_32, 0)                                                                            \
+  X(attention_dq_64, 0)                                                                            \
+  X(attention_dq_128, 0) X(attention_dkv_32, 0) X(attention_dkv_64, 0) X(attention_dkv_128, 0)
 #define MOE__CUDA_KERNELS_ROWS(X)                                                                  \
   X(norm, 0)                                                                                       \
   X(norm_back, 0)                                                                                  \
