@@ -4434,7 +4434,6 @@ static moe_status moe__cuda_op_end(moe__cuda_queue *q, moe_status status) {
   }
 MOE__CUDA_SLOT(linear)
 MOE__CUDA_SLOT(attention)
-MOE__CUDA_SLOT(attention)
 MOE__CUDA_SLOT(experts)
 MOE__CUDA_SLOT(layernorm)
 MOE__CUDA_SLOT(embed)
@@ -4625,7 +4624,6 @@ MOE_API moe_status moe_cuda_open(moe_backend *backend, const moe_cuda_options *o
   b.clear = moe__cuda_clear;
   b.sync = moe__cuda_sync;
   b.linear = moe__cuda_slot_linear;
-  b.attention = moe__cuda_slot_attention;
   b.attention = moe__cuda_slot_attention;
   b.experts = moe__cuda_slot_experts;
   b.layernorm = moe__cuda_slot_layernorm;
