@@ -91,6 +91,9 @@
    a public struct)
      MOE_STATIC            every function is static: for use in one file
      MOE_API               prefix of every public declaration (default: extern "C" in C++)
+     MOE_SHARED            the functions are those of a shared library: exported by the file that
+                           has MOE_IMPLEMENTATION, imported by the others (on Windows: dllexport,
+                           dllimport). cc -shared -fPIC -fvisibility=hidden, -DMOE_SHARED
      MOE_MALLOC, MOE_FREE  the allocator of the _create and _load functions; define both or neither
      MOE_ASSERT(x)         checks for mistakes in moe.h itself (default: nothing)
      MOE_NO_STDIO          no FILE: the functions that take a path are left out
@@ -138,6 +141,7 @@
      >>api_backend   computing elsewhere: other libraries, devices
      >>api_train     trainer, optimizer, sampler
      >>api_text      tokenizer, metrics, prediction from text
+     >>api_bindings  for other programming languages
      >>platform      includes, compiler differences, processor detection
      >>base          statuses, log, small helpers
      >>random        counter-based random numbers
@@ -214,6 +218,7 @@
      >>metrics       accuracy, F1, Matthews, Pearson, Spearman
      >>answers       from logits to answers: classes, values, rankings
      >>predict       text in, label out
+     >>bindings      for other programming languages
 
    Public domain or MIT-0, at your choice: see the end of the file. */
 #if defined(MOE_IMPLEMENTATION) && defined(_WIN32)
@@ -303,10 +308,21 @@
 #define MOE_API static __attribute__((unused))
 #elif defined(MOE_STATIC)
 #define MOE_API static
-#elif defined(__cplusplus)
-#define MOE_API extern "C"
 #else
-#define MOE_API extern
+#if defined(MOE_SHARED) && defined(_WIN32) && defined(MOE_IMPLEMENTATION)
+#define MOE__EXPORT __declspec(dllexport)
+#elif defined(MOE_SHARED) && defined(_WIN32)
+#define MOE__EXPORT __declspec(dllimport)
+#elif defined(MOE_SHARED) && defined(__GNUC__)
+#define MOE__EXPORT __attribute__((visibility("default")))
+#else
+#define MOE__EXPORT
+#endif
+#if defined(__cplusplus)
+#define MOE_API extern "C" MOE__EXPORT
+#else
+#define MOE_API extern MOE__EXPORT
+#endif
 #endif
 #endif
 
@@ -1740,6 +1756,22 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
                                      const char *const *a, const char *const *b, int32_t n,
                                      float *out);
 #endif
+
+/* ---- for other programming languages ---- >>api_bindings
+   A shared library (MOE_SHARED) and a program in another language meet at run time: the program
+   should ask moe_abi before it passes the first struct (examples/python/moe.py). */
+
+/* Bytes of the public struct of that name ("moe_batch") in this library, 0 for an unknown one (the
+   structs of single ops are not known); of NULL: MOE_VERSION. */
+MOE_API size_t moe_abi(const char *name);
+/* An env on the heap, for programs that do not know the struct: moe_env_init, then, with more than
+   one thread, moe_pool_create. log (NULL: no messages) and log_user as in moe_env. MOE_E_MEMORY;
+   MOE_E_UNSUPPORTED: this machine lacks the instruction set or, with MOE_NO_THREADS, threads. */
+MOE_API moe_status moe_env_create(moe_env **out, moe_isa isa, int32_t threads,
+                                  void (*log)(void *user, moe_status status, const char *sentence),
+                                  void *log_user);
+/* Frees it and its threads. Only for an env of moe_env_create; NULL is fine. */
+MOE_API void moe_env_free(moe_env *env);
 
 #endif /* MOE_H_INCLUDED */
 
@@ -19626,6 +19658,94 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
   return MOE_OK;
 }
 #endif /* MOE_NO_TEXT */
+
+/* ---- for other programming languages ---- >>bindings */
+
+MOE_API size_t moe_abi(const char *name) {
+#define MOE__BYTES_OF(type)                                                                        \
+  { #type, sizeof(type) }
+  static const struct {
+    const char *name;
+    size_t bytes;
+  } of[] = {
+      MOE__BYTES_OF(moe_env),
+      MOE__BYTES_OF(moe_profile),
+      MOE__BYTES_OF(moe_backend),
+      MOE__BYTES_OF(moe_mat),
+      MOE__BYTES_OF(moe_routes),
+      MOE__BYTES_OF(moe_route_options),
+      MOE__BYTES_OF(moe_config),
+      MOE__BYTES_OF(moe_task),
+      MOE__BYTES_OF(moe_batch),
+      MOE__BYTES_OF(moe_tensor),
+      MOE__BYTES_OF(moe_writer),
+      MOE__BYTES_OF(moe_import_options),
+      MOE__BYTES_OF(moe_limits),
+      MOE__BYTES_OF(moe_route_sums),
+      MOE__BYTES_OF(moe_task_router),
+#ifndef MOE_NO_TRAIN
+      MOE__BYTES_OF(moe_param_group),
+      MOE__BYTES_OF(moe_train_config),
+      MOE__BYTES_OF(moe_sampler_config),
+      MOE__BYTES_OF(moe_sampler),
+#endif
+#ifndef MOE_NO_TEXT
+      MOE__BYTES_OF(moe_tokens),
+      MOE__BYTES_OF(moe_text),
+#endif
+  };
+#undef MOE__BYTES_OF
+  size_t i;
+  if (!name) return MOE_VERSION;
+  for (i = 0; i < sizeof of / sizeof *of; ++i)
+    if (!strcmp(name, of[i].name)) return of[i].bytes;
+  return 0;
+}
+
+/* What moe_env_create hands out: the env is its first field. */
+typedef struct moe__own_env {
+  moe_env env;
+#ifndef MOE_NO_THREADS
+  moe_pool *pool;
+#endif
+} moe__own_env;
+
+MOE_API moe_status moe_env_create(moe_env **out, moe_isa isa, int32_t threads,
+                                  void (*log)(void *user, moe_status status, const char *sentence),
+                                  void *log_user) {
+  moe__own_env *own = (moe__own_env *)moe__alloc(sizeof *own);
+  moe_status status;
+  if (!own) return MOE_E_MEMORY;
+  memset(own, 0, sizeof *own);
+  status = moe_env_init(&own->env, isa);
+  own->env.log = log;
+  own->env.log_user = log_user;
+  if (status != MOE_OK)
+    status = moe__fail(&own->env, status, "this machine cannot run %s", moe_isa_name(isa));
+  else if (threads < 1 || threads > 256)
+    status = moe__fail(&own->env, MOE_E_ARGUMENT, "%d threads, expected 1 to 256", threads);
+#ifndef MOE_NO_THREADS
+  else if (threads > 1)
+    status = moe_pool_create(&own->pool, threads, &own->env);
+#else
+  else if (threads > 1)
+    status = moe__fail(&own->env, MOE_E_UNSUPPORTED, "built without threads, %d asked", threads);
+#endif
+  if (status != MOE_OK)
+    moe_env_free(&own->env);
+  else
+    *out = &own->env;
+  return status;
+}
+
+MOE_API void moe_env_free(moe_env *env) {
+  moe__own_env *own = (moe__own_env *)(void *)env;
+  if (!own) return;
+#ifndef MOE_NO_THREADS
+  moe_pool_free(own->pool);
+#endif
+  moe__release(own);
+}
 
 #if !defined(__clang__) && defined(__GNUC__)
 #pragma GCC diagnostic pop
