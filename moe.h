@@ -1172,6 +1172,15 @@ MOE_API moe_status moe_file_replace(const char *path,
                                     moe_status (*write)(void *user, const moe_writer *writer,
                                                         const moe_env *env),
                                     void *user, const moe_env *env);
+/* Keeps a second program, or a second thread, from working on the same file: a training run holds
+   the lock of its checkpoint, since two runs that replace it in turn lose each other's steps. The
+   lock is the empty file PATH.lock; moe_file_unlock removes it, and that of a program that was
+   killed is no obstacle. Nobody is kept from reading or replacing PATH itself. MOE_E_IO: somebody
+   holds it, or PATH.lock cannot be created. A pipe or a device has no lock: MOE_OK. */
+typedef struct moe_lock moe_lock;
+MOE_API moe_status moe_file_lock(moe_lock **out, const char *path, const moe_env *env);
+/* Gives the lock back. Accepts NULL. */
+MOE_API void moe_file_unlock(moe_lock *lock);
 /* Loads a model file onto the heap, packed and ready to train or to run. */
 MOE_API moe_status moe_model_load(moe_model **out, const char *path, const moe_env *env);
 /* Saves it, replacing the old file safely. */
@@ -17187,6 +17196,58 @@ MOE_API moe_status moe_file_replace(const char *path,
     moe__sync_folder(temporary);
   moe__release(temporary);
   return status;
+}
+
+struct moe_lock {
+  moe__fd fd;
+  char *path; /* of the lock, behind this struct */
+};
+
+/* Creates the file of a lock, or takes the place of one whose holder has ended. */
+static moe_status moe__lock_take(moe_lock *lock, const char *path, const moe_env *env) {
+  char reason[128];
+  size_t bytes;
+  unsigned mode;
+  int i, there = 0;
+  for (i = 0; i < 4; ++i) {
+    lock->fd = moe__create(lock->path, 0666);
+    if (lock->fd != MOE__FD_NONE) return MOE_OK;
+    there = moe__already_there();
+    moe__reason(reason, sizeof reason);
+    /* a file with something in it is not a lock */
+    if (!there || (moe__path(lock->path, &bytes, &mode) == MOE__PATH_FILE && bytes) ||
+        !moe__remove_stale(lock->path))
+      break;
+  }
+  if (there)
+    return moe__fail(env, MOE_E_IO,
+                     "%s: another program works on it; if none does, remove %s", path, lock->path);
+  return moe__fail(env, MOE_E_IO, "%s: cannot be written: %s", lock->path, reason);
+}
+
+MOE_API moe_status moe_file_lock(moe_lock **out, const char *path, const moe_env *env) {
+  size_t bytes, capacity = strlen(path) + sizeof ".lock";
+  unsigned mode;
+  moe__path_kind kind = moe__path(path, &bytes, &mode);
+  moe_status status = MOE_OK;
+  moe_lock *lock;
+  if (kind == MOE__PATH_FOLDER) return moe__fail(env, MOE_E_IO, "%s: a folder, not a file", path);
+  lock = (moe_lock *)moe__alloc(sizeof *lock + capacity);
+  if (!lock) return moe__fail(env, MOE_E_MEMORY, "%s: no memory for the name of its lock", path);
+  lock->fd = MOE__FD_NONE;
+  lock->path = (char *)(lock + 1);
+  moe__format(lock->path, capacity, "%s.lock", path);
+  if (kind == MOE__PATH_NONE || kind == MOE__PATH_FILE) status = moe__lock_take(lock, path, env);
+  if (status)
+    moe__release(lock);
+  else
+    *out = lock;
+  return status;
+}
+
+MOE_API void moe_file_unlock(moe_lock *lock) {
+  if (lock && lock->fd != MOE__FD_NONE) moe__discard(lock->fd, lock->path);
+  moe__release(lock);
 }
 
 MOE_API moe_status moe_model_load(moe_model **out, const char *path, const moe_env *env) {

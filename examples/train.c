@@ -844,6 +844,7 @@ int main(int argc, char **argv) {
          env.precision == MOE_TYPE_BF16 ? ", " : "",
          env.precision == MOE_TYPE_BF16 ? precision_name() : "");
   fflush(stdout);
+  lock_checkpoint();
   if (state.resume) read_parts(state.resume);
   catch_interrupts();
   if (opt.adapt)

@@ -527,6 +527,7 @@ static inline void read_tasks(const char *names) {
   open_table(&f, path, 0);
   f.skip_empty = 1;
   for (; next_row(&f); ++n) {
+    if (n == MOE_MAX_TASKS) die("more than %d tasks", MOE_MAX_TASKS);
     all = (task_data *)grow(all, (size_t)n + 1, sizeof *all);
     read_task(&f, &all[n]);
     if (find_task(all, n, all[n].task.name) >= 0) die("task %s is listed twice", all[n].task.name);

@@ -13,6 +13,7 @@
 typedef struct part {
   const char *name;
   int task, defined;   /* defined 0: the metric has no value, and counts as 0 */
+  int place;           /* of join_parts */
   double value, score; /* the metric on dev, and what the epoch was chosen by */
   double tokens, seconds, steps, parameters;
   int64_t *routes;  /* (L,N) tokens of dev that each expert got, or NULL */
@@ -124,6 +125,27 @@ static inline void join_part(part *p) {
   finished[n_finished++] = p;
 }
 
+static inline int by_name(const void *a, const void *b) {
+  const part *p = *(part *const *)a, *q = *(part *const *)b;
+  int order = strcmp(p->name, q->name);
+  return order ? order : p->place - q->place;
+}
+
+/* Joins many parts; of those with one name the first. Sorted, since a file may have any number. */
+static inline void join_parts(part **p, int n) {
+  int all = n_finished + n, i;
+  part **sorted = (part **)take((size_t)all, sizeof *sorted);
+  finished = (part **)grow(finished, (size_t)all + 1, sizeof *finished);
+  if (n) memcpy(finished + n_finished, p, (size_t)n * sizeof *p);
+  for (i = 0; i < all; ++i) (sorted[i] = finished[i])->place = i;
+  qsort(sorted, (size_t)all, sizeof *sorted, by_name);
+  for (i = all - 1; i > 0; --i)
+    if (!strcmp(sorted[i]->name, sorted[i - 1]->name)) finished[sorted[i]->place] = NULL;
+  for (n_finished = i = 0; i < all; ++i)
+    if (finished[i]) finished[n_finished++] = finished[i];
+  free(sorted);
+}
+
 /* FILE.results: a line of the options, then a line for each part. */
 static inline void write_parts(const char *file) {
   text t = {NULL, 0, 0};
@@ -190,6 +212,8 @@ static inline part *read_part_line(char **field) {
 static inline void read_parts(const char *file) {
   const char *path = printed("%s.results", file);
   char *line, *field[13];
+  part **p = NULL;
+  int n_parts = 0;
   table f;
   if (!open_table(&f, path, 1)) return;
   if (f.name.n != 2 || strcmp(f.name.at[0], "options")) die("this is not a file of results");
@@ -200,9 +224,12 @@ static inline void read_parts(const char *file) {
       continue;
     }
     if (n != 12) die("%d columns, expected 12", n);
-    join_part(read_part_line(field));
+    p = (part **)grow(p, (size_t)n_parts + 1, sizeof *p);
+    p[n_parts++] = read_part_line(field);
   }
   close_table(&f);
+  join_parts(p, n_parts);
+  free(p);
   if (n_finished)
     fprintf(stderr, "%d finished part%s in %s\n", n_finished, n_finished == 1 ? "" : "s", path);
 }

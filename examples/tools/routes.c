@@ -186,7 +186,7 @@ static void observe_checkpoints(void) {
 }
 
 /* What tasklevel --csv has written: a row for each probability, moment after moment. */
-static void read_history(void) {
+static void read_history(const moe_model *model) {
   static const char *const wanted[] = {"run",   "step",  "temperature", "task",
                                        "layer", "block", "probability"};
   int where[7], k, t, l, b, of, run = 0;
@@ -212,8 +212,8 @@ static void read_history(void) {
       new_moment(printed("step_%.0f", step = at_step))->tau =
           number("temperature", field[where[2]], 1e-9, 1e9);
     }
-    for (t = 0; t < T && strcmp(task_of[t]->name, field[where[3]]); ++t) continue;
-    if (t == T) die("the model has no task \"%s\"", field[where[3]]);
+    t = moe_model_find_task(model, field[where[3]]);
+    if (t < 0) die("the model has no task \"%s\"", field[where[3]]);
     l = whole("layer", field[where[4]], 1, L) - 1;
     b = whole("block", field[where[5]], 1, N) - 1;
     moments[n_moments - 1].share[at(t, l, b)] = moments[n_moments - 1].gate[at(t, l, b)] =
@@ -848,7 +848,7 @@ int main(int argc, char **argv) {
     read_task_files(&e, t);
     find_features(t, e.config.vocab);
   }
-  if (opt.history) read_history();
+  if (opt.history) read_history(model);
   if (opt.checkpoints) observe_checkpoints();
   context = make_context(model);
   observe(opt.model, model, context, metric);

@@ -923,6 +923,7 @@ int main(int argc, char **argv) {
       r->seed = whole("--seeds", seeds.at[k], 0, 2147483647);
       r->part = (const part **)lasting((size_t)T, sizeof *r->part);
     }
+  lock_checkpoint();
   if (state.resume) read_parts(state.resume);
   if (state.resume && opt.csv && exists(opt.csv)) {
     need(moe_file_read(&file, &bytes, opt.csv, &env));

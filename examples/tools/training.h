@@ -12,7 +12,8 @@ static struct {
 static const option state_options[] = {
     GROUP("state"),
     STRING("--checkpoint", "FILE", state.checkpoint, NULL,
-           "state to go on from; names as with --save; what is finished is in FILE.results"),
+           "state to go on from; names as with --save; what is finished is in FILE.results; "
+           "FILE.lock keeps a second run out"),
     WHOLE("--every", state.every, 1, 1000000000, "500",
           "steps from one checkpoint to the next; the last step has one too"),
     STRING("--resume", "FILE", state.resume, NULL,
@@ -21,6 +22,20 @@ static const option state_options[] = {
 
 static inline const char *checkpoint_name(void) {
   return state.checkpoint ? state.checkpoint : "checkpoint.safetensors";
+}
+
+static moe_lock *checkpoint_lock;
+
+static inline void unlock_checkpoint(void) {
+  moe_file_unlock(checkpoint_lock);
+  checkpoint_lock = NULL;
+}
+
+/* A second run on one checkpoint would replace this one's steps by its own. */
+static inline void lock_checkpoint(void) {
+  if (!state.checkpoint) return;
+  need(moe_file_lock(&checkpoint_lock, state.checkpoint, &env));
+  atexit(unlock_checkpoint);
 }
 
 /* A training of one model: what it is given (zero: not wanted), then how it went. */

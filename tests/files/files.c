@@ -735,6 +735,120 @@ static void test_files_read_tensors_in_any_order(void) {
   }
 }
 
+/* Replaces a text by another of the same length, wherever it is in the header. */
+static int files_rename_all(models_file *s, const char *from, const char *to) {
+  size_t n = strlen(from), i;
+  int found = 0;
+  for (i = 8; i + n < s->used; ++i)
+    if (!memcmp(s->data + i, from, n)) memcpy(s->data + i, to, n), ++found;
+  return found;
+}
+
+/* Two tensors of one shape change their names: the header is in the order of the bytes, but not in
+   the model's. Reading puts both where they belong; a model in place would take one for the
+   other. */
+static void test_files_tensors_in_each_others_place(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  models_file s = models_written(model, &env);
+  moe_tensor a, b;
+  size_t bytes;
+  void *raw, *block;
+  CHECK(s.used, "%s", said);
+  CHECK(files_rename_all(&s, "0.experts.1.i", "0.experts.#.i") == 2 &&
+            files_rename_all(&s, "0.experts.2.i", "0.experts.1.i") == 2 &&
+            files_rename_all(&s, "0.experts.#.i", "0.experts.2.i") == 2,
+        "the names");
+  CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_OK, "%s", said);
+  a = models_tensor(model, "encoder.layer.0.experts.1.intermediate.dense.weight");
+  b = models_tensor(model, "encoder.layer.0.experts.2.intermediate.dense.weight");
+  CHECK(!memcmp(moe_model_weights(model) + a.offset, moe_model_weights(back) + b.offset,
+                a.count * sizeof(float)) &&
+            !memcmp(moe_model_weights(model) + b.offset, moe_model_weights(back) + a.offset,
+                    a.count * sizeof(float)),
+        "each has the other's values");
+  CHECK(moe_model_open_size(s.data, s.used, &bytes, &env) == MOE_OK, "%s", said);
+  block = models_block(&raw, bytes);
+  CHECK(moe_model_open(&back, s.data, s.used, block, bytes, &env) == MOE_E_FORMAT &&
+            strstr(said, "tensor encoder.layer.0.experts.2.intermediate.dense.weight begins at") &&
+            strstr(said, "load the file with moe_model_load and save it again"),
+        "%s", said);
+  free(raw);
+  free(s.data);
+  moe_model_free(back);
+  moe_model_free(model);
+}
+
+/* A header's metadata: a text by a name that is there, and each of them twice. */
+static void test_files_metadata_twice_is_refused(void) {
+  static const char *const key[] = {"moe.version", "moe.config", "moe.tasks", "__metadata__"};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  models_file s = models_written(model, &env);
+  int i;
+  CHECK(s.used, "%s", said);
+  for (i = 0; i < 4; ++i) {
+    char member[64], *header, *at;
+    size_t length = 0, n, k;
+    unsigned char *file;
+    n = (size_t)snprintf(member, sizeof member, i < 3 ? "\"%s\":\"1\"," : "\"%s\":{},", key[i]);
+    for (k = 8; k-- > 0;) length = length << 8 | s.data[k];
+    file = (unsigned char *)malloc(s.used + n);
+    header = (char *)s.data + 8;
+    at = i < 3 ? strstr(header, ":{") + 2 : strchr(header, '{') + 1;
+    k = (size_t)(at - (char *)s.data);
+    memcpy(file, s.data, k);
+    memcpy(file + k, member, n);
+    memcpy(file + k + n, s.data + k, s.used - k);
+    for (k = 0; k < 8; ++k) file[k] = (unsigned char)((uint64_t)(length + n) >> (8 * k));
+    said[0] = 0;
+    CHECK(moe_model_read(&back, file, s.used + n, &env) == MOE_E_FORMAT && strstr(said, key[i]),
+          "%s: '%s'", key[i], said);
+    free(file);
+  }
+  CHECK(!back, "untouched");
+  free(s.data);
+  moe_model_free(model);
+}
+
+/* Escapes in the labels of a file, which is JSON in JSON, by value: one to four bytes of UTF-8. */
+static void test_files_labels_with_escapes(void) {
+  static const struct {
+    const char *escape, *bytes;
+  } some[] = {{"\\\\u00e9\\\\u07ff", "\xc3\xa9\xdf\xbf"},
+              {"\\\\u0080\\\\u007f", "\xc2\x80\x7f"},
+              {"\\\\u0800\\\\u20AC", "\xe0\xa0\x80\xe2\x82\xac"},
+              {"\\\\uFFFF\\\\u0001", "\xef\xbf\xbf\x01"},
+              {"\\\\ud83d\\\\ude00", "\xf0\x9f\x98\x80"},
+              {"\\\\uDBFF\\\\uDFFF", "\xf4\x8f\xbf\xbf"},
+              {"\\u00e9\\u07ff..", "\xc3\xa9\xdf\xbf.."}, /* resolved by the outer JSON */
+              {"\\\\t\\\\n\\\\/.....", "\t\n/....."}};
+  static const char was[] = "fourteen bytes";
+  const char *label[] = {was, "other"};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config config = models_config(MOE_ROUTER_DENSE, 1, 1);
+  moe_task task;
+  moe_model *model = NULL;
+  size_t i;
+  memset(&task, 0, sizeof task);
+  strcpy(task.name, "escaped");
+  task.classes = 2;
+  task.label = label;
+  CHECK(!moe_model_create(&model, &config, &task, 1, 7, &env), "%s", said);
+  for (i = 0; i < sizeof some / sizeof *some; ++i) {
+    moe_model *back = NULL;
+    models_file s = models_written(model, &env);
+    CHECK(s.used && strlen(some[i].escape) == 14, "%s", said);
+    CHECK(files_rename_all(&s, was, some[i].escape) == 1, "the label");
+    CHECK(!moe_model_read(&back, s.data, s.used, &env), "%zu: %s", i, said);
+    CHECK(!strcmp(moe_model_task(back, 0)->label[0], some[i].bytes), "%zu: '%s'", i,
+          moe_model_task(back, 0)->label[0]);
+    free(s.data);
+    moe_model_free(back);
+  }
+  moe_model_free(model);
+}
+
 #ifdef HAVE_POSIX
 enum { FILES_WRITERS = 4, FILES_ROUNDS = 30, FILES_BYTES = 40000 };
 
@@ -845,6 +959,111 @@ static void test_files_temporary_of_a_living_writer_stays(void) {
 #endif
 }
 
+static void test_files_locks_keep_a_second_one_out(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_lock *lock = NULL, *second = NULL, *other = NULL;
+  const char *path = "build/files_locked";
+  int there;
+  FILE *f;
+  remove("build/files_locked.lock");
+  CHECK(!moe_file_lock(&lock, path, &env) && lock, "%s", said);
+  CHECK(moe_file_lock(&second, path, &env) == MOE_E_IO && !second &&
+            strstr(said, "build/files_locked: another program works on it") &&
+            strstr(said, "remove build/files_locked.lock"),
+        "%s", said);
+  CHECK(!moe_file_lock(&other, "build/files_locked2", &env), "another path: %s", said);
+  moe_file_unlock(other);
+  moe_file_unlock(lock);
+  exists("build/files_locked.lock", &there);
+  CHECK(!there, "the lock is given back");
+  CHECK(!moe_file_lock(&lock, path, &env), "%s", said);
+  moe_file_unlock(lock);
+  moe_file_unlock(NULL);
+  f = fopen("build/files_locked.lock", "wb"); /* somebody's file of that name */
+  CHECK(f && fputs("mine", f) >= 0 && !fclose(f), "a file");
+  CHECK(moe_file_lock(&lock, path, &env) == MOE_E_IO, "%s", said);
+  exists("build/files_locked.lock", &there);
+  CHECK(there, "it is not ours to remove");
+  remove("build/files_locked.lock");
+  CHECK(moe_file_lock(&lock, "build", &env) == MOE_E_IO && strstr(said, "a folder"), "%s", said);
+  CHECK(moe_file_lock(&lock, "build/none/file", &env) == MOE_E_IO &&
+            strstr(said, "build/none/file.lock: cannot be written"),
+        "%s", said);
+}
+
+static void test_files_locks_of_killed_holders_are_taken(void) {
+#ifdef HAVE_POSIX
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_lock *lock = NULL;
+  const char *path = "build/files_held";
+  int status, there, to_parent[2];
+  char byte;
+  pid_t child;
+  CHECK(!pipe(to_parent), "pipe");
+  child = fork();
+  if (child == 0) {
+    if (moe_file_lock(&lock, path, NULL)) _exit(1);
+    if (write(to_parent[1], "x", 1) == 1)
+      for (;;) pause();
+    _exit(2);
+  }
+  CHECK(child > 0 && read(to_parent[0], &byte, 1) == 1, "a child");
+#ifdef LOCK_EX
+  CHECK(moe_file_lock(&lock, path, &env) == MOE_E_IO, "a living holder keeps it");
+#endif
+  CHECK(!kill(child, SIGKILL) && waitpid(child, &status, 0) == child && WIFSIGNALED(status),
+        "kill");
+  exists("build/files_held.lock", &there);
+  CHECK(there, "what it leaves");
+  CHECK(!moe_file_lock(&lock, path, &env), "%s", said);
+  moe_file_unlock(lock);
+  exists("build/files_held.lock", &there);
+  CHECK(!there, "it is given back");
+  CHECK(!moe_file_lock(&lock, "/dev/null", &env), "a device has none: %s", said);
+  moe_file_unlock(lock);
+  close(to_parent[0]), close(to_parent[1]);
+#else
+  SKIP("no processes to kill here");
+#endif
+}
+
+/* The disk says at the end that it has lost what it took. */
+static void test_files_fsync_that_fails_is_reported(void) {
+#ifdef HAVE_FSYNC
+  static const int harmless[] = {EINVAL, EROFS}; /* what cannot be flushed: pipes and the like */
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env);
+  const char *path = "build/files_fsync";
+  void *before, *after;
+  size_t bytes, bytes_after;
+  int i, there;
+  CHECK(model && !moe_model_save(model, path, &env), "%s", said);
+  CHECK(!moe_file_read(&before, &bytes, path, &env), "%s", said);
+  CHECK(fsync_calls >= 1, "a file is flushed");
+  moe_model_weights(model)[0] += 1;
+  fsync_fails = EIO;
+  said[0] = 0;
+  CHECK(moe_model_save(model, path, &env) == MOE_E_IO, "a failed flush is a success");
+  fsync_fails = 0;
+  CHECK(strstr(said, "writing failed after") && strstr(said, strerror(EIO)), "%s", said);
+  CHECK(!moe_file_read(&after, &bytes_after, path, &env), "%s", said);
+  CHECK(bytes == bytes_after && !memcmp(before, after, bytes), "the old file is whole");
+  exists("build/files_fsync.tmp", &there);
+  CHECK(!there, "the new one is gone");
+  for (i = 0; i < 2; ++i) {
+    fsync_fails = harmless[i];
+    CHECK(!moe_model_save(model, path, &env), "%s", said);
+    fsync_fails = 0;
+  }
+  moe_free(before);
+  moe_free(after);
+  moe_model_free(model);
+  unlink(path);
+#else
+  SKIP("no fsync of our own here");
+#endif
+}
+
 static void run_files(void) {
   RUN(test_files_round_trip_is_bit_exact);
   RUN(test_files_open_in_place);
@@ -864,4 +1083,10 @@ static void run_files(void) {
   RUN(test_files_read_tensors_in_any_order);
   RUN(test_files_writers_do_not_share_a_temporary);
   RUN(test_files_temporary_of_a_living_writer_stays);
+  RUN(test_files_tensors_in_each_others_place);
+  RUN(test_files_metadata_twice_is_refused);
+  RUN(test_files_labels_with_escapes);
+  RUN(test_files_locks_keep_a_second_one_out);
+  RUN(test_files_locks_of_killed_holders_are_taken);
+  RUN(test_files_fsync_that_fails_is_reported);
 }

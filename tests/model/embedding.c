@@ -140,6 +140,54 @@ static void test_embedding_is_task_gates_of_low_rank(void) {
   moe_model_free(twin);
 }
 
+/* What a batch leaves behind for its tasks must not reach the next batch, which has others: the
+   gradients are those of a trainer that never saw the first one. */
+static void test_embedding_tasks_outside_the_batch_have_no_gradient(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  moe_config config = embedding_config();
+  moe_train_config tc;
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
+  moe_model *model;
+  moe_trainer *used = NULL, *fresh = NULL;
+  models_batch all, few;
+  const float *g;
+  float loss;
+  size_t at;
+  int32_t s, k;
+  models_tasks(tasks);
+  model = models_create(&config, tasks, MODELS_TASKS, &env);
+  at = embedding_offset(model, "tasks.vectors");
+  models_random_batch(&all, model, 24, 12, 8);
+  memset(&few, 0, sizeof some);
+  for (s = 0; s < 24; ++s) /* tasks 1 and 4 alone */
+    if (all.task[s] == 1 || all.task[s] == 4) models_append(&few, &all, s, &config);
+  CHECK(few.b.S > 1 && few.b.S < 20, "%d sequences", (int)few.b.S);
+  moe_train_config_init(&tc);
+  tc.steps = 10;
+  CHECK(!moe_trainer_create(&used, model, &limits, &tc, &env) &&
+            !moe_trainer_create(&fresh, model, &limits, &tc, &env),
+        "%s", said);
+  CHECK(!moe_trainer_accumulate(used, &all.b, 0, &loss, NULL, &env), "%s", said);
+  moe__trainer_clear(used);
+  CHECK(!moe_trainer_accumulate(used, &few.b, 0, &loss, NULL, &env) &&
+            !moe_trainer_accumulate(fresh, &few.b, 0, &loss, NULL, &env),
+        "%s", said);
+  g = moe_trainer_gradients(used);
+  for (k = 0; k < MODELS_TASKS * RANK; ++k) {
+    float found = g[at + (size_t)k];
+    if (k / RANK == 1 || k / RANK == 4)
+      CHECK(found < 0 || found > 0, "task %d, which is there, has no gradient", (int)(k / RANK));
+    else
+      CHECK(!(found < 0) && !(found > 0), "task %d has %g", (int)(k / RANK), (double)found);
+  }
+  CHECK(!memcmp(g, moe_trainer_gradients(fresh), moe_model_parameters(model) * sizeof *g),
+        "something is left from the batch before");
+  moe_trainer_free(used);
+  moe_trainer_free(fresh);
+  moe_model_free(model);
+}
+
 static void test_embedding_gradients_are_differences(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_task tasks[MODELS_TASKS];
@@ -270,6 +318,7 @@ static void test_embedding_head_of_a_task_called_gate_is_a_head(void) {
 
 static void run_embedding(void) {
   RUN(test_embedding_is_task_gates_of_low_rank);
+  RUN(test_embedding_tasks_outside_the_batch_have_no_gradient);
   RUN(test_embedding_gradients_are_differences);
   RUN(test_embedding_files_and_sizes);
   RUN(test_embedding_bits);

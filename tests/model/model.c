@@ -239,6 +239,56 @@ static void test_model_tasks_are_checked_one_by_one(void) {
 #undef BAD
 }
 
+/* The first and the last letter of each range, and their neighbours in ASCII. */
+static void test_model_task_names_have_all_letters_and_digits(void) {
+  static const char good[] = "aAzZ09", bad[] = "`{@[/:.,*^ \x7f\x80";
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task t[MODELS_TASKS];
+  moe_config c = models_config(MOE_ROUTER_TASK, 2, 1);
+  moe_model *model = NULL;
+  int i;
+  models_tasks(t);
+  strcpy(t[1].name, good);
+  CHECK(moe_model_create(&model, &c, t, MODELS_TASKS, 1, &env) == MOE_OK, "%s", said);
+  CHECK(moe_model_find_task(model, good) == 1 &&
+            models_tensor(model, "encoder.layer.1.gate.aAzZ09.weight").count == 40,
+        "it is found by name");
+  moe_model_free(model);
+  for (i = 0; good[i]; ++i) {
+    sprintf(t[1].name, "%c", good[i]);
+    CHECK(try_tasks(t, MODELS_TASKS, &env) == MOE_OK, "'%c': %s", good[i], said);
+  }
+  for (i = 0; bad[i]; ++i) {
+    sprintf(t[1].name, "x%c", bad[i]);
+    CHECK(try_tasks(t, MODELS_TASKS, &env) == MOE_E_ARGUMENT && strstr(said, "letters, digits"),
+          "'%c' is accepted", bad[i]);
+  }
+}
+
+/* One past the last is refused, and the last is not. */
+static void test_model_tensors_end_with_the_last(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  moe_config c = models_config(MOE_ROUTER_TASK, 2, 1);
+  moe_model *model = NULL;
+  moe_tensor t, same;
+  int32_t n, i;
+  models_tasks(tasks);
+  CHECK(moe_model_create(&model, &c, tasks, MODELS_TASKS, 1, &env) == MOE_OK, "%s", said);
+  n = moe_model_tensors(model);
+  memset(&t, 7, sizeof t);
+  same = t;
+  CHECK(moe_model_tensor(model, n, &t) == MOE_E_ARGUMENT && !memcmp(&t, &same, sizeof t), "past");
+  CHECK(moe_model_tensor(model, -1, &t) == MOE_E_ARGUMENT && !memcmp(&t, &same, sizeof t), "-1");
+  for (i = 0; i < n; ++i) {
+    CHECK(moe_model_tensor(model, i, &t) == MOE_OK, "tensor %d", (int)i);
+    CHECK(moe_model_find_tensor(model, t.name) == i, "%s", t.name);
+  }
+  CHECK(!strcmp(t.name, "heads.span_+1.bias") && t.offset + t.count == moe_model_parameters(model),
+        "the last is %s", t.name);
+  moe_model_free(model);
+}
+
 static void test_model_copies_tasks_and_labels(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_SHARED, 2, 1);
@@ -342,6 +392,86 @@ static void test_model_starts_with_the_papers_values(void) {
   moe_model_free(a);
   moe_model_free(b);
   moe_model_free(dense);
+}
+
+/* The models of the two tests below: every router. */
+enum { STARTS = 6 };
+static moe_config start_config(int k) {
+  static const moe_router router[STARTS] = {MOE_ROUTER_DENSE,      MOE_ROUTER_SHARED,
+                                            MOE_ROUTER_TASK,       MOE_ROUTER_EMBEDDING,
+                                            MOE_ROUTER_TASK_LEVEL, MOE_ROUTER_TASK_LEVEL};
+  moe_config c = models_config(router[k], k ? 3 : 1, 1);
+  if (k == 3) c.rank = 2;
+  if (k < 4) return c;
+  c.unit = MOE_UNIT_BLOCK;
+  c.selection = MOE_SELECT_GUMBEL;
+  c.task_dim = 7;
+  if (k == 5) c.vocab = 0, c.feature_dim = 7;
+  return c;
+}
+
+/* Weights of v0.1 from seed 7, as hashes: the same seed gives the same model in all versions. */
+static void test_model_starts_with_the_weights_of_v01(void) {
+  static const uint64_t golden[STARTS] = {0x44d4b0279816459cu, 0xaa649a434af4dfa8u,
+                                          0x0b3dc7e57b740c7fu, 0x97f9ad621149639eu,
+                                          0x6b276040f4c65ca6u, 0x4363ef59a481d193u};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  int k;
+  models_tasks(tasks);
+  for (k = 0; k < STARTS; ++k) {
+    moe_config c = start_config(k);
+    moe_model *model = NULL;
+    uint64_t h = 0xcbf29ce484222325u;
+    size_t i;
+    CHECK(moe_model_create(&model, &c, tasks, MODELS_TASKS, 7, &env) == MOE_OK, "%s", said);
+    for (i = 0; i < moe_model_parameters(model); ++i) {
+      uint32_t bits;
+      memcpy(&bits, moe_model_weights(model) + i, sizeof bits);
+      h = (h ^ bits) * 0x100000001b3u;
+    }
+    CHECK(h == golden[k], "model %d: %08x%08x", k, (unsigned)(h >> 32), (unsigned)h);
+    moe_model_free(model);
+  }
+}
+
+/* The deviation of every matrix, by what the header says of its kind. */
+static void test_model_spreads_of_every_router(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  int k;
+  models_tasks(tasks);
+  for (k = 0; k < STARTS; ++k) {
+    moe_config c = start_config(k);
+    moe_model *model = NULL;
+    int32_t i;
+    c.hidden = 64;
+    c.experts = k ? 16 : 1;
+    if (k == 3) c.rank = 9;
+    if (k >= 4) c.task_dim = 48;
+    CHECK(moe_model_create(&model, &c, tasks, MODELS_TASKS, 7, &env) == MOE_OK, "%s", said);
+    for (i = 0; i < moe_model_tensors(model); ++i) {
+      moe_tensor t;
+      double mean, sd, want = 0.02;
+      moe_model_tensor(model, i, &t);
+      moments(model, t.name, &mean, &sd);
+      if (t.dims == 1) {
+        double one = strstr(t.name, "LayerNorm.weight") ? 1 : 0;
+        CHECK(mean >= one && mean <= one && sd <= 0, "%s: %g, %g", t.name, mean, sd);
+        continue;
+      }
+      if (strstr(t.name, ".gate.")) want = 0.001;
+      if (strstr(t.name, "gate.basis")) want = sqrt(0.001 / 3);
+      if (!strcmp(t.name, "tasks.vectors")) want = k == 3 ? sqrt(0.001 / 3) : 1;
+      if (!strncmp(t.name, "router.", 7)) want = 1 / sqrt(3.0 * (double)t.shape[1]);
+      /* five deviations of an estimate from that many numbers */
+      CHECK(fabs(sd / want - 1) < 5 / sqrt(2.0 * (double)t.count), "model %d, %s: %g, expected %g",
+            k, t.name, sd, want);
+      CHECK(fabs(mean) < 5 * want / sqrt((double)t.count), "model %d, %s: mean %g", k, t.name,
+            mean);
+    }
+    moe_model_free(model);
+  }
 }
 
 /* A name that looks like another tensor's must not change how a head starts. */
@@ -1458,9 +1588,13 @@ static void run_model(void) {
   RUN(test_model_config_names_the_field_that_is_wrong);
   RUN(test_model_config_refuses_odd_eps_and_two_scales);
   RUN(test_model_tasks_are_checked_one_by_one);
+  RUN(test_model_task_names_have_all_letters_and_digits);
+  RUN(test_model_tensors_end_with_the_last);
   RUN(test_model_copies_tasks_and_labels);
   RUN(test_model_keeps_a_copy_of_the_vocabulary);
   RUN(test_model_starts_with_the_papers_values);
+  RUN(test_model_starts_with_the_weights_of_v01);
+  RUN(test_model_spreads_of_every_router);
   RUN(test_model_head_of_a_task_called_gate_is_a_head);
   RUN(test_model_sizes_are_exact);
   RUN(test_model_packs_into_a_block_or_the_heap);

@@ -1,0 +1,574 @@
+#!/usr/bin/env python3
+"""Plants faults in moe.h and tells which of them the C tests find.
+
+  make -C tests mutate N=50 SEED=3       50 faults, spread over all sections
+  python3 mutate.py --number 400 --list  which faults these are
+  python3 mutate.py --only json --time 600
+
+All faults of a run are compiled into one build of the test programs: (MUT(17) ? a - b : a + b).
+The environment's MOE_MUTANT says which of them is real. First each test runs alone without a fault,
+which tells its time and the faults that it reaches. Then each fault runs the tests that reach it,
+the quick ones first, until one fails, crashes or takes too long. mutants.tsv lists the faults that
+no test can find, with reasons. Results go to build/mutate/results.tsv; a run that was interrupted
+goes on there. Needs gcc or clang, and a system with mmap."""
+import argparse
+import bisect
+import hashlib
+import mmap
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+PROGRAMS = ("kernels", "ops", "model", "files", "text", "train")
+FLAGS = ["-std=c99", "-D_POSIX_C_SOURCE=200809L", "-O1", "-w", "-I."]
+# Text that ends an expression on its left or right, in the same pair of parentheses
+ASSIGN = {"=", "+=", "-=", "*=", "/=", "%=", "|=", "&=", "^=", "<<=", ">>="}
+OPERATORS = {"<=": ["<"], ">=": [">"], "<": ["<=", ">="], ">": [">=", "<="], "==": ["!="],
+             "!=": ["=="], "&&": ["||"], "||": ["&&"], "+": ["-"], "-": ["+"], "*": ["+"],
+             "/": ["*"], "%": ["/"], "&": ["|"], "|": ["&"], "<<": [">>"], ">>": ["<<"],
+             "+=": ["-=", "="], "-=": ["+="], "*=": ["+="], "|=": ["=", "&="], "&=": ["|="]}
+TOKEN = re.compile(r"""[A-Za-z_]\w*|0[xX][0-9a-fA-F]+[uUlL]*|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?
+    [fFuUlL]*|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|<<=|>>=|\.\.\.|->|\+\+|--|&&|\|\||
+    [-+*/%&|^<>=!]=|<<|>>|[^\s]""", re.X)
+TYPES = {"const", "static", "unsigned", "signed", "struct", "enum", "union", "int", "char", "short",
+         "long", "float", "double", "void", "size_t", "extern", "typedef", "volatile", "register"}
+PROLOGUE = """
+/* What mutate.py plants asks here. */
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+static unsigned char moe__mutants_none[%(n)d];
+static volatile unsigned char *moe__mutants = moe__mutants_none;
+static int moe__mutant = -1;
+__attribute__((constructor)) static void moe__mutant_begin(void) {
+  const char *which = getenv("MOE_MUTANT"), *map = getenv("MOE_MUTANTS");
+  int fd = map ? open(map, O_RDWR) : -1;
+  if (which) moe__mutant = atoi(which);
+  if (fd < 0) return;
+  moe__mutants = (volatile unsigned char *)mmap(0, %(n)d, PROT_READ | PROT_WRITE, MAP_SHARED,
+                                                fd, 0);
+  close(fd);
+}
+#define MUT(k) (moe__mutants[k] = 1, moe__mutant == (k))
+"""
+
+
+class Token:
+    __slots__ = ("text", "at", "end", "depth")
+
+    def __init__(self, text, at):
+        self.text, self.at, self.end, self.depth = text, at, at + len(text), 0
+
+
+def blank(match):
+    return re.sub(r"[^\n]", " ", match.group())
+
+
+def tokens_of(source, active):
+    """The tokens of the lines that this machine compiles, without comments and directives."""
+    code = re.sub(r"/\*.*?\*/", blank, source, flags=re.S)
+    code = re.sub(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", blank, code, flags=re.M)
+    lines = code.split("\n")
+    for i, line in enumerate(lines):
+        if not active(i + 1):
+            lines[i] = " " * len(line)
+    return [Token(m.group(), m.start()) for m in TOKEN.finditer("\n".join(lines))]
+
+
+def close_of(t, i):
+    """The index of the bracket that closes the one at i."""
+    depth = 0
+    for j in range(i, len(t)):
+        if t[j].text in "([{":
+            depth += 1
+        elif t[j].text in ")]}":
+            depth -= 1
+            if not depth:
+                return j
+    raise ValueError("a bracket is not closed")
+
+
+def is_declaration(t, i, end):
+    a, b = t[i].text, t[i + 1].text if i + 1 < end else ""
+    if a in TYPES or a == "enum":
+        return True
+    if not re.match(r"[A-Za-z_]", a):
+        return False
+    if re.match(r"[A-Za-z_]", b):
+        return True
+    return b == "*" and i + 3 < end and (t[i + 3].text in "=;,[" or t[i + 2].text in ("*", "const"))
+
+
+class Parser:
+    """Splits the body of a function into pieces: conditions, returned values, statements."""
+
+    def __init__(self, t):
+        self.t, self.pieces = t, []
+
+    def piece(self, kind, begin, end):
+        if end > begin:
+            self.pieces.append((kind, begin, end))
+
+    def simple_end(self, i):
+        while self.t[i].text != ";":
+            i = close_of(self.t, i) + 1 if self.t[i].text in "([{" else i + 1
+        return i
+
+    def statement(self, i):
+        """Reads the statement at i; returns the index behind it."""
+        t, word = self.t, self.t[i].text
+        if word == "{":
+            end = close_of(t, i)
+            i += 1
+            while i < end:
+                i = self.statement(i)
+            return end + 1
+        if word in ("if", "while", "switch", "for"):
+            end = close_of(t, i + 1)
+            if word == "for":
+                first = self.simple_end(i + 2)
+                second = self.simple_end(first + 1)
+                self.piece("init", i + 2, first)
+                self.piece("for", first + 1, second)
+                self.piece("step", second + 1, end)
+            else:
+                self.piece(word, i + 2, end)
+            i = self.statement(end + 1)
+            if word == "if" and i < len(t) and t[i].text == "else":
+                i = self.statement(i + 1)
+            return i
+        if word == "do":
+            i = self.statement(i + 1)
+            return self.simple_end(i) + 1
+        if word in ("case", "default"):
+            while t[i].text != ":":
+                i += 1
+            return i + 1
+        end = self.simple_end(i)
+        if word == "return":
+            self.piece("return", i + 1, end)
+        elif is_declaration(t, i, end):
+            self.piece("declaration", i, end)
+        elif word not in ("break", "continue", "goto", "typedef", ";", "else"):
+            self.piece("statement", i, end)
+        return end + 1
+
+
+def span(t, begin, end, at, operator):
+    """The tokens around the one at `at` that are an expression of their own."""
+    before = {",", ";", "?", ":", "return"} | (set() if operator in ASSIGN else ASSIGN)
+    if operator not in ("&&", "||"):
+        before |= {"&&", "||"}
+    after = {",", ";"} if operator in ASSIGN else before
+    low, depth = at, 0
+    while low > begin:
+        text = t[low - 1].text
+        if depth == 0 and (text in before or text in "([{"):
+            break
+        depth += (text in ")]}") - (text in "([{")
+        low -= 1
+    high, depth = at + 1, 0
+    while high < end:
+        text = t[high].text
+        if depth == 0 and (text in after or text in ")]}"):
+            break
+        depth += (text in "([{") - (text in ")]}")
+        high += 1
+    return low, high
+
+
+class Planter:
+    def __init__(self, path):
+        self.path = path
+        with open(path, encoding="utf-8") as f:
+            self.source = f.read()
+        self.mutants = []
+        self.starts = [0] + [m.end() for m in re.finditer("\n", self.source)]
+        self.tags = [(m.start(), m.group(1)) for m in
+                     re.finditer(r"^/\* ---- [^\n]*? ---- >>([a-z0-9_]+)", self.source, re.M)]
+
+    def add(self, kind, a, b, new):
+        """A fault in the text from a to b; `new` replaces it where the fault is real. Its line is
+        shown with {{ }} around the text."""
+        tag = [name for at, name in self.tags if at <= a]
+        if not tag or tag[-1].startswith("api_"):
+            return
+        line = bisect.bisect_right(self.starts, a)
+        end = self.source.index("\n", b)
+        shown = (self.source[self.starts[line - 1]:a] + "{{" + self.source[a:b] + "}}" +
+                 self.source[b:end])
+        self.mutants.append({"section": tag[-1], "kind": kind, "at": a, "end": b, "new": new,
+                             "line": line, "shown": " ".join(shown.split()),
+                             "change": " ".join(new.split())})
+
+    def replaced(self, a, b, at, end, text):
+        return self.source[a:at] + text + self.source[end:b]
+
+    def expression(self, t, begin, end, declared):
+        for i in range(begin, end):
+            text, before = t[i].text, t[i - 1].text
+            binary = self.source[t[i].at - 1] in " \n" and self.source[t[i].end] in " \n"
+            if text in OPERATORS and binary and not (declared and before in TYPES):
+                low, high = span(t, begin, end, i, text)
+                a, b = t[low].at, t[high - 1].end
+                for other in OPERATORS[text]:
+                    self.add(text + " to " + other, a, b,
+                             self.replaced(a, b, t[i].at, t[i].end, other))
+            elif text == "!" and i + 1 < end:
+                low, high = span(t, begin, end, i, "!")
+                a, b = t[low].at, t[high - 1].end
+                self.add("no !", a, b, self.replaced(a, b, t[i].at, t[i].end, " "))
+            elif re.fullmatch(r"\d+[uU]?", text) and before not in ("case", "["):
+                number = int(text.rstrip("uU"))
+                other = "0" if number == 1 else str(number + 1)
+                self.add("%s to %s" % (text, other), t[i].at, t[i].end, other)
+            elif re.fullmatch(r"\d+\.\d*f?", text):
+                self.add("twice", t[i].at, t[i].end, "2 * " + text)
+            elif text in ("++", "--") and re.match(r"[A-Za-z_]", t[i + 1].text):
+                low, high = span(t, begin, end, i, "=")
+                a, b = t[low].at, t[high - 1].end
+                self.add(text, a, b, self.replaced(a, b, t[i].at, t[i].end,
+                                                   "--" if text == "++" else "++"))
+            elif text == "(" and re.match(r"[A-Za-z_]", before):
+                self.swap(t, i)
+
+    def swap(self, t, i):
+        """Exchanges the first two arguments of a call, where both are simple."""
+        m = re.match(r"\((\w+(?:\[\w+\]|->\w+|\.\w+)*),\s+(\w+(?:\[\w+\]|->\w+|\.\w+)*)(?=[,)])",
+                     self.source[t[i].at:t[i].at + 120])
+        if m and m.group(1) != m.group(2) and not t[i - 1].text.isupper():
+            end = close_of(t, i)
+            a, b, at = t[i - 1].at, t[end].end, t[i].at
+            self.add("swap", a, b, self.replaced(a, b, at + m.start(1), at + m.end(2),
+                                                 m.group(2) + ", " + m.group(1)))
+
+    def piece(self, t, kind, begin, end):
+        a, b = t[begin].at, t[end - 1].end
+        text = self.source[a:b]
+        told = "moe__fail(" in text # messages are not mutated, only whether they come
+        if kind in ("if", "while", "for"):
+            for value in "01" if kind == "if" else "0":
+                self.add("%s (%s)" % (kind, value), a, b, value)
+        if kind == "return" and told and "?" not in text:
+            self.add("return MOE_OK", a, b, "MOE_OK")
+        if kind == "statement" and not told and not re.match(r"[A-Z_]+\(", text):
+            self.add("nothing", a, b + 1, "")
+        if not told:
+            self.expression(t, begin, end, kind == "declaration")
+
+    def plant(self, active):
+        t = tokens_of(self.source, active)
+        i = depth = 0
+        while i < len(t):
+            if t[i].text == "{" and not depth and t[i - 1].text == ")":
+                end = close_of(t, i)
+                parser = Parser(t)
+                parser.statement(i)
+                for kind, low, high in parser.pieces:
+                    self.piece(t, kind, low, high)
+                i = end + 1
+                continue
+            depth += (t[i].text == "{") - (t[i].text == "}")
+            i += 1
+
+
+def active_lines(path, compiler):
+    """Which lines of a header this compiler sees, with the implementation."""
+    out = subprocess.run([compiler] + FLAGS + ["-E", "-DMOE_IMPLEMENTATION", "-x", "c", path],
+                         stdout=subprocess.PIPE, check=True).stdout.decode("utf-8", "replace")
+    seen, line, here = set(), 0, False
+    for text in out.split("\n"):
+        m = re.match(r'# (\d+) "([^"]*)"', text)
+        if m:
+            line, here = int(m.group(1)), m.group(2) == path
+            continue
+        if here and text.strip():
+            seen.add(line)
+        line += 1
+    return lambda n: n in seen
+
+
+def choose(mutants, number, rng, only):
+    """Takes from the sections in turn, the smaller ones first; no two faults overlap."""
+    sections = {}
+    for m in mutants:
+        if not only or m["section"] in only:
+            sections.setdefault(m["section"], []).append(m)
+    for section in sections.values():
+        rng.shuffle(section)
+    taken, chosen = [], []
+    free = lambda m: all(m["end"] <= a or m["at"] >= b for a, b in taken)
+    size = {name: len(section) for name, section in sections.items()}
+    picked = dict.fromkeys(sections, 0)
+    while sections and len(chosen) < number:
+        # as many as the square root of what could be planted there asks for
+        name = min(sections, key=lambda s: (picked[s] + 1) / size[s] ** 0.5)
+        while sections[name]:
+            m = sections[name].pop()
+            if free(m):
+                taken.append((m["at"], m["end"]))
+                chosen.append(m)
+                picked[name] += 1
+                break
+        else:
+            del sections[name]
+    return chosen
+
+
+def planted(source, chosen):
+    """The source with the faults; the lines keep their numbers."""
+    out, at = [], 0
+    for m in sorted(chosen, key=lambda m: m["at"]):
+        old = source[m["at"]:m["end"]]
+        new = re.sub(r"\s*\n\s*", " ", m["new"])
+        out.append(source[at:m["at"]])
+        if m["kind"] == "nothing":
+            out.append("{ if (!MUT(%d)) { %s } }" % (m["id"], old))
+        elif m["kind"] == "return MOE_OK":
+            out.append("(moe_status)(MUT(%d) ? MOE_OK : (%s))" % (m["id"], old))
+        else:
+            out.append("(MUT(%d) ? (%s) : (%s))" % (m["id"], new, old))
+        at = m["end"]
+    return "".join(out) + source[at:]
+
+
+class Build:
+    def __init__(self, folder, compiler):
+        self.folder, self.compiler = folder, compiler
+        self.tests = os.path.join(folder, "tests")
+
+    def make_tree(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.makedirs(os.path.join(self.tests, "build"))
+        for name in os.listdir(HERE):
+            if name not in ("build", "venv"):
+                os.symlink(os.path.join(HERE, name), os.path.join(self.tests, name))
+        for name in ("examples", "bench"):
+            if os.path.exists(os.path.join(ROOT, name)):
+                os.symlink(os.path.join(ROOT, name), os.path.join(self.folder, name))
+
+    def write(self, source, chosen):
+        text = planted(source, chosen)
+        mark = re.search(r"^#define MOE_IMPLEMENTATION_DONE.*$", text, re.M)
+        if not mark:
+            sys.exit("mutate: moe.h has no MOE_IMPLEMENTATION_DONE")
+        text = text[:mark.end()] + ' /* */\n#include "mutants.h"\n#line %d "moe.h"\n' % (
+            text.count("\n", 0, mark.end()) + 2) + text[mark.end() + 1:]
+        with open(os.path.join(self.folder, "moe.h"), "w", encoding="utf-8") as f:
+            f.write(text)
+        with open(os.path.join(self.folder, "mutants.h"), "w", encoding="utf-8") as f:
+            f.write(PROLOGUE % {"n": len(chosen) + 1})
+
+    def drop_what_does_not_compile(self, planter, chosen):
+        """Faults that are no C; repeats until the compiler accepts all others."""
+        while True:
+            for k, m in enumerate(chosen):
+                m["id"] = k
+            self.write(planter.source, chosen)
+            run = subprocess.run([self.compiler] + FLAGS + ["-fsyntax-only", "model.c"],
+                                 cwd=self.tests, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            if not run.returncode:
+                return chosen
+            said = run.stdout.decode("utf-8", "replace")
+            bad = {int(n) for n in re.findall(r"^(?:\S*/)?moe\.h:(\d+):\d*:? (?:fatal )?error",
+                                              said, re.M)}
+            covers = lambda m: any(m["line"] <= n <= m["line"] +
+                                   planter.source.count("\n", m["at"], m["end"]) for n in bad)
+            kept = [m for m in chosen if not covers(m)]
+            if len(kept) == len(chosen):
+                sys.exit("mutate: the planted header does not compile:\n" + said[:2000])
+            chosen = kept
+
+    def programs(self):
+        for name in PROGRAMS:
+            run = subprocess.run([self.compiler] + FLAGS + ["-o", "build/test_" + name, name + ".c",
+                                                            "-lm", "-pthread"],
+                                 cwd=self.tests, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            if run.returncode:
+                sys.exit("mutate: %s does not compile:\n%s" %
+                         (name, run.stdout.decode("utf-8", "replace")[:2000]))
+
+
+class Tests:
+    def __init__(self, build, faults):
+        self.build, self.faults = build, faults
+        self.map = os.path.join(build.folder, "reached")
+
+    def run(self, program, names, mutant, limit):
+        """'' where all pass, else how it ended: at the first failure the rest does not run."""
+        env = dict(os.environ, MOE_MUTANT=str(mutant), MOE_MUTANTS=self.map)
+        env.setdefault("MOE_SHARED", os.path.join(os.path.dirname(ROOT), "shared"))
+        p = subprocess.Popen(["timeout", "-k", "1", str(limit), "build/test_" + program] + names,
+                             cwd=self.build.tests, env=env, stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        failed = ""
+        for line in p.stdout:
+            text = line.decode("utf-8", "replace")
+            if text.startswith("  FAIL"):
+                failed = text.split()[1]
+                p.kill()
+                break
+        p.stdout.close()
+        status = p.wait()
+        if failed or not status:
+            return failed
+        return "takes too long" if status in (124, 137) else "ends with status %d" % status
+
+    def measure(self, slowest):
+        """Each test alone, without a fault: its seconds and the faults that it reaches."""
+        tests = []
+        for program in PROGRAMS:
+            names = []
+            for folder, _, files in os.walk(os.path.join(HERE, program)):
+                for name in sorted(files):
+                    with open(os.path.join(folder, name), encoding="utf-8") as f:
+                        names += re.findall(r"\bRUN\((test_\w+)\)", f.read())
+            for name in names:
+                with open(self.map, "wb") as f:
+                    f.write(bytes(self.faults + 1))
+                began = time.time()
+                ended = self.run(program, [name], -1, slowest)
+                with open(self.map, "rb") as f:
+                    reached = f.read()
+                if ended:
+                    print("mutate: without a fault, %s: %s; it is left out" % (name, ended))
+                else:
+                    tests.append((time.time() - began, program, name, reached))
+        return sorted(tests, key=lambda x: x[0])
+
+    def hunt(self, mutant, tests):
+        """Runs the tests that reach a fault; the first that fails, or ''."""
+        todo = [x for x in tests if x[3][mutant]]
+        if not todo:
+            return None
+        budget = 1.0
+        while todo:
+            portion, spent = [], 0
+            while todo and (not portion or spent + todo[0][0] < budget):
+                spent += todo[0][0]
+                portion.append(todo.pop(0))
+            for program in PROGRAMS:
+                names = [x[2] for x in portion if x[1] == program]
+                base = sum(x[0] for x in portion if x[1] == program)
+                ended = self.run(program, names, mutant, round(10 + 8 * base)) if names else ""
+                if ended:
+                    return ended if ended.startswith("test_") else program + " " + ended
+            budget *= 4
+        return ""
+
+
+def known_mutants():
+    """section, line, change: why no test can find it."""
+    known = {}
+    path = os.path.join(HERE, "mutants.tsv")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                part = line.rstrip("\n").split("\t")
+                if len(part) == 4 and not line.startswith("#"):
+                    known[tuple(part[:3])] = part[3]
+    return known
+
+
+def report(mutants, results):
+    """A line for each section, and the survivors."""
+    count = {}
+    for m in mutants:
+        n = count.setdefault(m["section"], [0, 0, 0, 0])
+        n[0] += 1
+        n[("caught", "equivalent", "survived").index(results[m["id"]][0]) + 1] += 1
+    print("%-16s %8s %8s %12s %9s" % ("section", "planted", "caught", "equivalent", "survived"))
+    for name in sorted(count):
+        print("%-16s %8d %8d %12d %9d" % tuple([name] + count[name]))
+    total = [sum(n[i] for n in count.values()) for i in range(4)]
+    print("%-16s %8d %8d %12d %9d" % tuple(["all"] + total))
+    real = total[0] - total[2]
+    print("%d of %d faults that change something are caught: %.1f %%" %
+          (total[1], real, 100.0 * total[1] / max(real, 1)))
+    return real == 0 or total[1] >= 0.95 * real
+
+
+def parse_arguments():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--number", type=int, default=50)
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--only", default="", help="sections, with commas")
+    p.add_argument("--build", default=os.path.join(HERE, "build", "mutate"))
+    p.add_argument("--time", type=float, default=1e9, help="seconds, then stop")
+    p.add_argument("--slowest", type=float, default=20, help="tests that take longer are left out")
+    p.add_argument("--again", action="store_true", help="hunt those that survived once more")
+    p.add_argument("--list", action="store_true", help="only say what would be planted")
+    return p.parse_args()
+
+
+def main():
+    options, compiler = parse_arguments(), os.environ.get("CC", "cc")
+    path = os.path.join(ROOT, "moe.h")
+    planter = Planter(path)
+    planter.plant(active_lines(path, compiler))
+    only = set(options.only.split(",")) - {""}
+    chosen = choose(planter.mutants, options.number, random.Random(options.seed), only)
+    print("mutate: %d faults in %d sections, of %d possible ones" %
+          (len(chosen), len({m["section"] for m in chosen}), len(planter.mutants)), flush=True)
+    if options.list:
+        for m in chosen:
+            print("%s:%d: %s => %s" % (m["section"], m["line"], m["shown"], m["change"]))
+        return 0
+    build = Build(options.build, compiler)
+    key = hashlib.sha256(repr((planter.source, options.number, options.seed, only)).encode())
+    saved = options.build + ".tsv"
+    os.nice(10)
+    build.make_tree()
+    chosen = build.drop_what_does_not_compile(planter, chosen)
+    print("mutate: %d of them compile" % len(chosen), flush=True)
+    return hunt_all(build, chosen, known_mutants(), saved, key.hexdigest(), options)
+
+
+def hunt_all(build, chosen, known, saved, key, options):
+    results = {}
+    if os.path.exists(saved):
+        with open(saved, encoding="utf-8") as f:
+            lines = f.read().split("\n")
+        if lines[0] == key:
+            for part in (line.split("\t") for line in lines[1:] if line):
+                if part[1] == "caught" or not options.again:
+                    results[int(part[0])] = (part[1], part[2])
+    log = open(saved, "a" if results else "w", encoding="utf-8")
+    if not results:
+        log.write(key + "\n")
+    began = time.time()
+    build.programs()
+    tests = Tests(build, len(chosen))
+    measured = tests.measure(options.slowest)
+    print("mutate: %d tests, %.0f s without a fault; built and measured in %.0f s" %
+          (len(measured), sum(x[0] for x in measured), time.time() - began), flush=True)
+    for m in chosen:
+        if m["id"] in results:
+            continue
+        if time.time() - began > options.time:
+            break
+        reason = known.get((m["section"], m["shown"], m["change"]))
+        found = "" if reason else tests.hunt(m["id"], measured)
+        if reason:
+            results[m["id"]] = ("equivalent", reason)
+        elif found:
+            results[m["id"]] = ("caught", found)
+        else:
+            why = "not reached" if found is None else ""
+            results[m["id"]] = ("survived", why)
+            print("survived: moe.h:%d >>%s %s: %s => %s" %
+                  (m["line"], m["section"], why, m["shown"], m["change"]), flush=True)
+        log.write("%d\t%s\t%s\n" % ((m["id"],) + results[m["id"]]))
+        log.flush()
+    return 0 if report([m for m in chosen if m["id"] in results], results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
