@@ -17220,8 +17220,8 @@ static moe_status moe__lock_take(moe_lock *lock, const char *path, const moe_env
       break;
   }
   if (there)
-    return moe__fail(env, MOE_E_IO,
-                     "%s: another program works on it; if none does, remove %s", path, lock->path);
+    return moe__fail(env, MOE_E_IO, "%s: another program works on it; if none does, remove %s",
+                     path, lock->path);
   return moe__fail(env, MOE_E_IO, "%s: cannot be written: %s", lock->path, reason);
 }
 

@@ -158,8 +158,8 @@ kill_options="--seeds 1 --budget 40"
 x table8 whole $kill_options -- $small || fail test_experiments_runs_whole "$(cat "$tmp/err")"
 grep -e 'experts MT-TaG' -e ' tuned' "$tmp/out" | sed 's/| *[0-9]* *[0-9.]*$//' > "$tmp/whole.out"
 state() {
-  find "$tmp/killed" -name 'state*' ! -name '*.tmp' -exec ls -l --time-style=full-iso {} + \
-    2> /dev/null | cksum
+  find "$tmp/killed" -name 'state*' ! -name '*.tmp' ! -name '*.lock' \
+    -exec ls -l --time-style=full-iso {} + 2> /dev/null | cksum
 }
 kills=0 status=137
 while [ $status -eq 137 ]; do

@@ -119,8 +119,19 @@ while [ $kills -lt 3 ]; do
 done
 if [ $kills -eq 3 ]; then ok test_train_is_killed_three_times
 else fail test_train_is_killed_three_times "$kills times: $(cat "$tmp/err")"; fi
+# a second run on the checkpoint of one that is still running is refused, and costs it nothing
+rm -f "$tmp/state.safetensors.lock" # of the one that was killed
 start $resume
-wait $!
+pid=$!
+i=0
+until [ -e "$tmp/state.safetensors.lock" ] || [ $i -ge 200 ]; do i=$((i + 1)); sleep 0.02; done
+if "$tmp/train" $small $long --checkpoint "$tmp/state.safetensors" > /dev/null 2> "$tmp/second"
+then fail test_train_refuses_a_second_run_on_a_checkpoint "it ran"
+else says test_train_refuses_a_second_run_on_a_checkpoint "$tmp/second" \
+  'state.safetensors: another program works on it; if none does, remove .*safetensors.lock'; fi
+wait $pid
+if [ -e "$tmp/state.safetensors.lock" ]; then fail test_train_gives_its_lock_back
+else ok test_train_gives_its_lock_back; fi
 says test_train_goes_on_from_its_checkpoint \
   "$tmp/err" 'going on from .*state.safetensors at step [1-9]'
 same test_train_killed_and_resumed_has_the_same_bits "$tmp/whole.safetensors" \
