@@ -101,7 +101,14 @@
      MOE_NO_TRAIN          no gradients, optimizer, sampler, trainer
      MOE_NO_TEXT           no tokenizer, no text functions
      MOE_NO_BF16           no products with bf16 operands
+     MOE_NO_INT8           no int8 weights
+     MOE_NO_TASK_ROUTER    no blocks as experts, no task-level router
+     MOE_NO_SENTENCES      env.log receives "moe.h:N", the line that failed, in place of a sentence
      MOE_NO_SIMD           scalar code only, no intrinsics
+     MOE_SMALL             for microcontrollers: MOE_NO_SIMD, _STDIO, _THREADS, _TEXT, _BF16,
+                           _TASK_ROUTER and _SENTENCES; env.profile and env.backend are ignored, and
+                           with MOE_NO_TRAIN so are the losses of gates (tests/small.sh: what each
+                           saves)
      MOE_USE_BLIS          float products through BLIS (link -lblis; no header needed) where its
                            kernels are faster
 
@@ -297,6 +304,23 @@
 
 #include <stddef.h>
 #include <stdint.h>
+
+#ifdef MOE_SMALL
+#undef MOE_NO_SIMD /* they may be defined already, to another value */
+#undef MOE_NO_STDIO
+#undef MOE_NO_THREADS
+#undef MOE_NO_TEXT
+#undef MOE_NO_BF16
+#undef MOE_NO_TASK_ROUTER
+#undef MOE_NO_SENTENCES
+#define MOE_NO_SIMD
+#define MOE_NO_STDIO
+#define MOE_NO_THREADS
+#define MOE_NO_TEXT
+#define MOE_NO_BF16
+#define MOE_NO_TASK_ROUTER
+#define MOE_NO_SENTENCES
+#endif
 
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) ||           \
     defined(__ASSOCIATIVE_MATH__)
@@ -578,6 +602,7 @@ MOE_API void moe_pack(float *panels, const float *w, int32_t rows, int32_t cols,
    are all below 1e-36 gets the scale 0; their integers are 0. q (rows, cols), scale (rows). cols is
    at most MOE_INT8_COLS. */
 #define MOE_INT8_COLS 65536
+#ifndef MOE_NO_INT8
 MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows, int32_t cols,
                           const moe_env *env);
 /* Views of int8 weights, for forward only: rows as in a file, or panels packed by moe_pack_int8.
@@ -590,6 +615,7 @@ MOE_API moe_mat moe_mat_panels_int8(const void *panels, const float *scale, int3
 MOE_API size_t moe_pack_int8_bytes(int32_t rows, int32_t cols);
 MOE_API void moe_pack_int8(void *panels, const int8_t *w, int32_t rows, int32_t cols,
                            const moe_env *env);
+#endif
 
 #ifndef MOE_NO_BF16
 /* bf16 weights, for forward only: float weights (rows, cols) rounded and packed. Where
@@ -1078,7 +1104,9 @@ MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *
    written, read and opened like any model, and moe_forward takes it; it cannot be trained, imported
    into or quantised again (MOE_E_UNSUPPORTED). MOE_E_NONFINITE with the tensor's name where a
    weight is not finite; MOE_E_UNSUPPORTED where a matrix is wider than MOE_INT8_COLS. */
+#ifndef MOE_NO_INT8
 MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, const moe_env *env);
+#endif
 /* MOE_TYPE_I8 for such a model, else MOE_TYPE_F32. */
 MOE_API moe_type moe_model_type(const moe_model *model);
 
@@ -1108,6 +1136,26 @@ MOE_API moe_status moe_model_open_size(const void *file, size_t file_bytes, size
    truncation is possible, use moe_file_read instead of a mapping. */
 MOE_API moe_status moe_model_open(moe_model **out, const void *file, size_t file_bytes, void *block,
                                   size_t bytes, const moe_env *env);
+
+/* A model as constants of a program, without a file: what `convert MODEL --c-array NAME` writes for
+   devices that keep it in flash. */
+typedef struct moe_view {
+  int32_t version; /* MOE_VERSION of the moe.h that wrote it */
+  moe_config config;
+  const moe_task *tasks; /* (T) */
+  int32_t T;
+  const float *floats; /* the flat array of moe_model_weights, `count` floats */
+  size_t count;
+  const int8_t *int8; /* the matrices of an int8 model, int8_count bytes; else NULL */
+  size_t int8_count;
+} moe_view;
+/* As moe_model_open_size and moe_model_open, with less code: no JSON, no names. MOE_E_FORMAT: the
+   arrays have another length than configuration and tasks need, or another version wrote them. */
+MOE_API moe_status moe_model_view_size(const moe_view *view, size_t *bytes, const moe_env *env);
+MOE_API moe_status moe_model_view(moe_model **out, const moe_view *view, void *block, size_t bytes,
+                                  const moe_env *env);
+/* The other way round: pointers into the model, which live as long as it does. */
+MOE_API moe_status moe_view_of(moe_view *out, const moe_model *model, const moe_env *env);
 
 typedef struct moe_import_options {
   float noise; /* standard deviation of noise on copies of experts or blocks; 0: none, as in [TaG]
@@ -1281,6 +1329,7 @@ typedef struct moe_task_router {
                           training, for each sequence of the batch; NULL: drawn from the trainer's
                           seed */
 } moe_task_router;
+#ifndef MOE_NO_TASK_ROUTER
 /* The following passes use these; NULL: the model's own again. MOE_E_ARGUMENT for a model whose
    experts are not blocks. Every pass checks the values. */
 MOE_API moe_status moe_context_task_router(moe_context *context, const moe_task_router *router,
@@ -1294,6 +1343,7 @@ MOE_API moe_status moe_task_router_routes(float *routes, const moe_model *model,
    routes (1), [TL]'s second stage. out may be routes. */
 MOE_API void moe_task_router_blend(float *out, const float *routes, float share, size_t rows,
                                    int32_t m);
+#endif
 
 /* ---- computing elsewhere ---- >>api_backend */
 
@@ -2030,14 +2080,14 @@ MOE_API const char *moe_status_text(moe_status status) {
       MOE_STATUSES(MOE__STATUS_TEXT)
 #undef MOE__STATUS_TEXT
   };
-  return (int)status >= 0 && status < MOE_STATUS_COUNT ? text[status] : "unknown status";
+  return (unsigned)status < MOE_STATUS_COUNT ? text[status] : "unknown status";
 }
 
 static const char *const moe__isa_names[MOE_ISA_COUNT] = {"auto", "scalar", "neon", "avx2",
                                                           "avx512"};
 
 MOE_API const char *moe_isa_name(moe_isa isa) {
-  return (int)isa >= 0 && isa < MOE_ISA_COUNT ? moe__isa_names[isa] : "unknown";
+  return (unsigned)isa < MOE_ISA_COUNT ? moe__isa_names[isa] : "unknown";
 }
 
 MOE_API moe_isa moe_isa_from_name(const char *name) {
@@ -2075,14 +2125,24 @@ static char *moe__put_text(char *at, char *end, const char *s) {
 
 static char *moe__put_number(char *at, char *end, uint64_t v, int negative) {
   char digits[24];
-  int n = 0;
-  do digits[n++] = (char)('0' + v % 10);
-  while (v /= 10);
+  int n = 0, shift;
+  do { /* v / 10 in steps of 16 bits: division of 64 bits is code of its own on small machines */
+    uint32_t rest = 0;
+    uint64_t tenth = 0;
+    for (shift = 48; shift >= 0; shift -= 16) {
+      rest = rest << 16 | (uint32_t)(v >> shift & 0xffffu);
+      tenth |= (uint64_t)(rest / 10) << shift;
+      rest %= 10;
+    }
+    digits[n++] = (char)('0' + rest);
+    v = tenth;
+  } while (v);
   if (negative && at < end) *at++ = '-';
   while (n && at < end) *at++ = digits[--n];
   return at;
 }
 
+#ifndef MOE_NO_SENTENCES
 static char *moe__put_float(char *at, char *end, double v) {
   int exponent = 0, i, last;
   char digits[8];
@@ -2118,6 +2178,7 @@ static char *moe__put_float(char *at, char *end, double v) {
   if (at < end) *at++ = 'e';
   return moe__put_number(at, end, (uint64_t)(exponent < 0 ? -exponent : exponent), exponent < 0);
 }
+#endif
 
 static void moe__vformat(char *out, size_t capacity, const char *format, va_list args) {
   char *at = out, *end = out + capacity - 1;
@@ -2133,10 +2194,11 @@ static void moe__vformat(char *out, size_t capacity, const char *format, va_list
       else
         ++longs;
     }
-    if (*format == 's')
-      at = moe__put_text(at, end, va_arg(args, const char *));
+    if (*format == 's') at = moe__put_text(at, end, va_arg(args, const char *));
+#ifndef MOE_NO_SENTENCES
     else if (*format == 'g')
       at = moe__put_float(at, end, va_arg(args, double));
+#endif
     else if (*format == 'd') {
       int64_t v = longs == 2 ? (int64_t)va_arg(args, long long)
                   : longs    ? (int64_t)va_arg(args, long)
@@ -2196,6 +2258,18 @@ static moe_status moe__fail(const moe_env *env, moe_status status, const char *f
   env->log(env->log_user, status, sentence);
   return status;
 }
+#ifdef MOE_NO_SENTENCES
+/* The line in place of the sentence, whose text and arguments the compiler then leaves out. */
+MOE__NOINLINE static moe_status moe__fail_line(const moe_env *env, moe_status status, int line) {
+  char text[16];
+  if (!env || !env->log) return status;
+  moe__format(text, sizeof text, "moe.h:%d", line);
+  env->log(env->log_user, status, text);
+  return status;
+}
+#define moe__fail(env, status, ...)                                                                \
+  (0 ? moe__fail(env, status, __VA_ARGS__) : moe__fail_line(env, status, __LINE__))
+#endif
 
 /* Sums and products of sizes that remember an overflow: *bad is set and stays set. */
 static size_t moe__add(size_t a, size_t b, int *bad) {
@@ -2260,6 +2334,35 @@ static void moe__sort(void *items, size_t n, int (*less)(const void *items, size
   }
 }
 
+/* Multiply-adds of a product, to compare; exact where it is small. */
+static float moe__work_of(int32_t m, int32_t n, int32_t k) {
+  return (float)m * (float)n * (float)k;
+}
+
+/* What macros leave out; the compiler then drops what only this reaches. */
+#ifdef MOE_NO_INT8
+#define MOE__INT8(x) ((void)(x), 0)
+#else
+#define MOE__INT8(x) (x)
+#endif
+#ifdef MOE_NO_TASK_ROUTER
+#define MOE__BLOCKS(config) 0
+#else
+#define MOE__BLOCKS(config) ((config)->unit == MOE_UNIT_BLOCK)
+#endif
+#ifdef MOE_SMALL
+#define MOE__BACKEND(env) ((const moe_backend *)NULL)
+#define MOE__PROFILE(env) ((moe_profile *)NULL)
+#else
+#define MOE__BACKEND(env) ((env)->backend)
+#define MOE__PROFILE(env) ((env)->profile)
+#endif
+#if defined(MOE_SMALL) && defined(MOE_NO_TRAIN)
+#define MOE__GATE_LOSSES 0
+#else
+#define MOE__GATE_LOSSES 1
+#endif
+
 /* Whether large products take bf16 operands (>>bf16). */
 static int moe__wants_bf16(const moe_env *env) {
 #ifdef MOE_NO_BF16
@@ -2272,6 +2375,12 @@ static int moe__wants_bf16(const moe_env *env) {
 
 static int32_t moe__min(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t moe__max(int32_t a, int32_t b) { return a > b ? a : b; }
+
+/* all * share / shares, rounded down, where all * share may not fit. */
+static int32_t moe__share_of(int32_t all, int32_t share, int32_t shares) {
+  size_t rest = (size_t)(all % shares) * (size_t)share / (size_t)shares;
+  return all / shares * share + (int32_t)rest;
+}
 
 /* ---- counter-based random numbers ---- >>random
    Nothing is stored: a number is a hash of where it is used, so threads, micro-batches and restarts
@@ -2377,7 +2486,9 @@ MOE__UNUSED static uint64_t moe__permute(uint64_t key, uint64_t i, uint64_t n) {
    depends on the number of threads (>>gemm_blocks, >>int8_run, >>bf16_run, >>schedule), it changes
    no bit. So results do not depend on the number of threads. */
 
-#if defined(__GNUC__) || defined(__clang__)
+#if defined(MOE_NO_THREADS) && !defined(MOE__SIMD)
+/* none: a small processor may lack them */
+#elif defined(__GNUC__) || defined(__clang__)
 #define MOE__FETCH_ADD(p, v) __atomic_fetch_add(p, v, __ATOMIC_RELAXED)
 #define MOE__LOAD(p) __atomic_load_n(p, __ATOMIC_SEQ_CST)
 #define MOE__STORE(p, v) __atomic_store_n(p, v, __ATOMIC_SEQ_CST)
@@ -2757,14 +2868,14 @@ MOE_API void moe_profile_init(moe_profile *profile, double (*now)(void *user), v
 
 /* The first section of a call begins. */
 static void moe__profile_begin(const moe_env *env) {
-  if (env->profile) env->profile->last = env->profile->clock(env->profile->user);
+  if (MOE__PROFILE(env)) env->profile->last = env->profile->clock(env->profile->user);
 }
 
 /* A section ends, and the next begins. */
 static void moe__profile_end(const moe_env *env, moe_profile_section section) {
   moe_profile *profile = env->profile;
   double now;
-  if (!profile) return;
+  if (!MOE__PROFILE(env)) return;
   now = profile->clock(profile->user);
   profile->seconds[section] += now - profile->last;
   ++profile->times[section];
@@ -2777,7 +2888,7 @@ MOE_API const char *moe_profile_text(moe_profile_section section) {
       MOE_PROFILE_SECTIONS(MOE__PROFILE_TEXT)
 #undef MOE__PROFILE_TEXT
   };
-  return (int)section >= 0 && section < MOE_PROFILE_COUNT ? text[section] : "unknown";
+  return (unsigned)section < MOE_PROFILE_COUNT ? text[section] : "unknown";
 }
 
 /* A line of the table, numbers right-aligned. Returns its full length; the text is cut to what is
@@ -4684,8 +4795,8 @@ static int moe__backend_run(const moe__gemm *list, int32_t count,
 static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__gemm_work work;
   int32_t tiles = 0, i;
-  double size = 0;
-  if (count && list->quantized) {
+  float size = 0;
+  if (count && MOE__INT8(list->quantized)) {
     moe__int8_run(list, count, env);
     return;
   }
@@ -4695,16 +4806,16 @@ static void moe__gemm_run(const moe__gemm *list, int32_t count, const moe_env *e
     return;
   }
 #endif
-  if (env->backend && moe__backend_run(list, count, env)) return;
+  if (MOE__BACKEND(env) && moe__backend_run(list, count, env)) return;
   work.list = list;
   work.kernels = MOE__V_PICK(env->isa, gemms);
   work.threads = env->parallel_for ? env->threads : 1;
   for (i = 0; i < count; ++i) {
     moe__gemm_cut cut = moe__gemm_plan(&list[i], &work);
     tiles += cut.across * cut.down;
-    size += (double)list[i].m * list[i].n * list[i].k;
+    size += moe__work_of(list[i].m, list[i].n, list[i].k);
   }
-  if (size >= (double)MOE__GEMM_SMALL)
+  if (size >= (float)MOE__GEMM_SMALL)
     moe__parallel(env, tiles, moe__gemm_work_tile, &work);
   else
     for (i = 0; i < tiles; ++i) moe__gemm_work_tile(&work, i, 0);
@@ -4771,7 +4882,7 @@ enum {
 
 /* Whether a table has a slot, and is one to be used at all. */
 #define MOE__HAS(env, slot)                                                                        \
-  ((env)->backend && (env)->backend->abi == MOE_BACKEND_ABI &&                                     \
+  (MOE__BACKEND(env) && (env)->backend->abi == MOE_BACKEND_ABI &&                                  \
    (env)->backend->bytes >= offsetof(moe_backend, slot) + sizeof(env)->backend->slot &&            \
    (env)->backend->slot)
 
@@ -4793,7 +4904,7 @@ static int moe__backend_wants(const moe_env *env, int32_t m, int32_t n, int32_t 
   const moe_backend *backend = env->backend;
   if (!MOE__HAS(env, sgemm) || backend->memory != MOE_MEMORY_HOST) return 0;
   if (moe__min(moe__min(m, n), k) < MOE__BACKEND_SIDE ||
-      (double)m * n * k < (double)MOE__GEMM_SMALL)
+      moe__work_of(m, n, k) < (float)MOE__GEMM_SMALL)
     return 0;
   return !backend->takes || backend->takes(backend->user, m, n, k, packed);
 }
@@ -5797,7 +5908,8 @@ static int moe__int8_tiles_pay(const moe_env *env, size_t rows, size_t k) {
 #endif
 
 /* The kernels for tiles of so many rows and weights in panels. */
-static const moe__int8_kernels *moe__int8_pick(const moe_env *env, size_t rows, size_t k) {
+MOE__UNUSED static const moe__int8_kernels *moe__int8_pick(const moe_env *env, size_t rows,
+                                                           size_t k) {
 #ifdef MOE__AMX
   if (env->isa == MOE_ISA_AVX512 && (env->cpu_flags & MOE_CPU_AMX_INT8) &&
       moe__int8_tiles_pay(env, rows, k))
@@ -5986,17 +6098,17 @@ static void moe__int8_work_tile(void *arg, int32_t tile, int32_t slot) {
 static void moe__int8_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__int8_work work;
   int32_t tiles = 0, i;
-  double size = 0;
+  float size = 0;
   for (i = 0; i < count; ++i) {
     tiles += moe__int8_down(&list[i]);
-    size += (double)list[i].m * list[i].n * list[i].k;
+    size += moe__work_of(list[i].m, list[i].n, list[i].k);
   }
   if (tiles == 0) return;
   work.list = list;
   work.env = env;
   work.across = 1;
   work.columns = env->cpu_flags & MOE_CPU_AMX_INT8 ? 96 : 48;
-  if (size >= 4 * (double)MOE__GEMM_SMALL && env->parallel_for && env->threads > 1) {
+  if (size >= 4 * (float)MOE__GEMM_SMALL && env->parallel_for && env->threads > 1) {
     work.across = moe__min((2 * env->threads + tiles - 1) / tiles, 16);
     moe__parallel(env, tiles * work.across, moe__int8_work_tile, &work);
   } else
@@ -6023,6 +6135,7 @@ MOE_API size_t moe_pack_int8_bytes(int32_t rows, int32_t cols) {
   return ((size_t)rows + 15) / 16 * moe__int8_panel((size_t)cols);
 }
 
+#ifndef MOE_NO_INT8
 typedef struct moe__int8_pack {
   signed char *panels;
   const int8_t *w;
@@ -6084,6 +6197,7 @@ MOE_API void moe_quantize(int8_t *q, float *scale, const float *w, int32_t rows,
   job.kernels = moe__int8_pick(env, 0, 0); /* all give the same integers */
   moe__parallel(env, (rows + 15) / 16, moe__int8_quantize_tile, &job);
 }
+#endif
 
 /* ---- products with bf16 operands: what they are, plain C ---- >>bf16 */
 
@@ -6915,11 +7029,11 @@ static void moe__bf16_work_tile(void *arg, int32_t tile, int32_t slot) {
 static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *env) {
   moe__bf16_work work;
   int32_t tiles = 0, chunks = 1, i;
-  double size = 0;
+  float size = 0;
   work.across = 1;
   for (i = 0; i < count; ++i) {
     tiles += moe__bf16_down(&list[i]);
-    size += (double)list[i].m * list[i].n * list[i].k;
+    size += moe__work_of(list[i].m, list[i].n, list[i].k);
     if (moe__bf16_chunks(&list[i]) == 1) continue;
     chunks = moe__max(chunks, moe__bf16_chunks(&list[i]));
     if (moe__bf16_down(&list[i]) > 1)
@@ -6929,7 +7043,7 @@ static void moe__bf16_run(const moe__gemm *list, int32_t count, const moe_env *e
   work.list = list;
   work.env = env;
   work.elements = MOE__V_PICK(env->isa, gemms);
-  if (size >= 2 * (double)MOE__GEMM_SMALL && env->parallel_for && env->threads > 1) {
+  if (size >= 2 * (float)MOE__GEMM_SMALL && env->parallel_for && env->threads > 1) {
     if (tiles < 4 * env->threads)
       work.across = moe__max(work.across, moe__min((4 * env->threads + tiles - 1) / tiles, 8));
     for (work.chunk = 0; work.chunk < chunks; ++work.chunk)
@@ -7052,7 +7166,7 @@ static moe__gemm moe__linear_product(float *y, const float *x, const moe_mat *w,
   moe__gemm g;
   memset(&g, 0, sizeof g);
   moe__gemm_weight(&g, w);
-  if (w->type == MOE_TYPE_I8) g.quantized = w;
+  if (MOE__INT8(w->type == MOE_TYPE_I8)) g.quantized = w;
   g.m = M;
   g.a = x;
   g.a_row = (size_t)w->cols;
@@ -7070,6 +7184,8 @@ static moe_status moe__linear_check(const moe_linear_op *op, const moe_env *env)
     return moe__fail(env, MOE_E_ARGUMENT,
                      "linear: M is %d, w is (%d, %d), expected no size below 0", (int)op->M,
                      (int)op->w.rows, (int)op->w.cols);
+  if (op->w.type == MOE_TYPE_I8 && !MOE__INT8(1))
+    return moe__fail(env, MOE_E_UNSUPPORTED, "this build has no int8 weights (MOE_NO_INT8)");
   if (op->w.type == MOE_TYPE_I8 && op->w.cols > MOE_INT8_COLS)
     return moe__fail(env, MOE_E_ARGUMENT,
                      "linear: int8 weights have %d columns, expected at most %d", (int)op->w.cols,
@@ -7230,7 +7346,7 @@ typedef struct moe__drop {
 static moe__drop moe__drop_of(float p, int wanted) {
   moe__drop drop = {0, 1.0f};
   if (!wanted || !(p > 0)) return drop;
-  drop.threshold = (uint32_t)((double)p * 4294967296.0); /* p < 1, so it fits */
+  drop.threshold = (uint32_t)(p * 4294967296.0f); /* exact; p < 1, so it fits */
   drop.scale = 1.0f / (1.0f - p);
   return drop;
 }
@@ -8150,8 +8266,8 @@ static size_t moe__attention_slot(size_t longest, size_t wide, int training, int
   size_t head = moe__mul(moe__round16(longest), wide, bad),
          block = moe__attention_block_floats(longest);
   if (!training) return moe__add(moe__mul(2, head, bad), block, bad);
-  return moe__add(moe__mul(5, head, bad),
-                  2 * (block + moe__attention_query_floats(longest, wide)), bad);
+  return moe__add(moe__mul(5, head, bad), 2 * (block + moe__attention_query_floats(longest, wide)),
+                  bad);
 }
 
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training,
@@ -8837,7 +8953,8 @@ static void moe__cpu_route_forward(const moe_route_op *op, const moe_env *env) {
   else
     moe__parallel(env, moe__tiles_of((size_t)r->M, MOE__ROUTE_TILE), moe__route_tile, &job);
   moe__route_dispatch(r);
-  if (op->loss) *op->loss = r->N == 1 ? 0 : moe__route_loss(r, op->logits, &op->options);
+  if (op->loss)
+    *op->loss = !MOE__GATE_LOSSES || r->N == 1 ? 0 : moe__route_loss(r, op->logits, &op->options);
 }
 
 MOE_API void moe_route_options_init(moe_route_options *options) {
@@ -9218,9 +9335,8 @@ static int32_t moe__experts_block_rows(int32_t rows) {
 static void moe__experts_share_tile(void *arg, int32_t share, int32_t slot) {
   const moe__experts_job *job = (const moe__experts_job *)arg;
   const int32_t *start = job->op->routes->start;
-  int64_t all = job->rows;
-  int32_t first = (int32_t)(all * share / job->shares),
-          last = (int32_t)(all * (share + 1) / job->shares), i;
+  int32_t first = moe__share_of(job->rows, share, job->shares),
+          last = moe__share_of(job->rows, share + 1, job->shares), i;
   float *a = job->a + (size_t)slot * MOE__EXPERTS_BLOCK * job->F;
   if (!job->dense) moe__experts_gather(job, first, last);
   for (i = 0; i < job->op->N; ++i) {
@@ -9265,7 +9381,7 @@ static void moe__cpu_experts_forward(const moe_experts_op *op, const moe_env *en
   int32_t threads = env->parallel_for ? moe__max(env->threads, 1) : 1,
           each = job.rows / threads / MOE__EXPERTS_SHARE; /* shares of a thread */
   job.out = job.dense ? op->y : op->e ? op->e : job.e;
-  if (!env->backend && (threads == 1 || each > 0)) {
+  if (!MOE__BACKEND(env) && (threads == 1 || each > 0)) {
     job.shares = threads == 1 ? 1 : threads * moe__min(each, MOE__EXPERTS_SHARES);
     moe__parallel(env, job.shares, moe__experts_share_tile, &job);
   } else
@@ -9591,7 +9707,7 @@ static size_t moe__head_width(const moe_config *config, const moe_task *task) {
 }
 
 MOE_API const char *moe_kind_name(moe_kind kind) {
-  return (int)kind >= 0 && (int)kind < MOE__COUNT(moe__kinds) ? moe__kinds[kind].name : NULL;
+  return (unsigned)kind < (unsigned)MOE__COUNT(moe__kinds) ? moe__kinds[kind].name : NULL;
 }
 
 MOE_API int moe_kind_from_name(moe_kind *kind, const char *name) {
@@ -9617,8 +9733,8 @@ static int moe__find_name(const char *const *names, int count, const char *name)
 }
 
 MOE_API const char *moe_router_name(moe_router router) {
-  return (int)router >= 0 && (int)router < MOE__COUNT(moe__router_names) ? moe__router_names[router]
-                                                                         : NULL;
+  return (unsigned)router < (unsigned)MOE__COUNT(moe__router_names) ? moe__router_names[router]
+                                                                    : NULL;
 }
 
 MOE_API int moe_router_from_name(moe_router *router, const char *name) {
@@ -9628,7 +9744,7 @@ MOE_API int moe_router_from_name(moe_router *router, const char *name) {
 }
 
 MOE_API const char *moe_truncate_name(moe_truncate truncate) {
-  return (int)truncate >= 0 && (int)truncate < MOE__COUNT(moe__truncate_names)
+  return (unsigned)truncate < (unsigned)MOE__COUNT(moe__truncate_names)
              ? moe__truncate_names[truncate]
              : NULL;
 }
@@ -9660,7 +9776,7 @@ MOE_API void moe_config_init(moe_config *config) {
 
 /* Blocks that a layer chooses from; 1 where the experts are feed-forward networks. */
 static int32_t moe__layer_blocks(const moe_config *config) {
-  return config->unit == MOE_UNIT_BLOCK ? config->experts : 1;
+  return MOE__BLOCKS(config) ? config->experts : 1;
 }
 /* All blocks of the model: its layers, times the blocks of each. */
 static int32_t moe__block_count(const moe_config *config) {
@@ -9668,11 +9784,11 @@ static int32_t moe__block_count(const moe_config *config) {
 }
 /* Feed-forward networks of a block. */
 static int32_t moe__block_experts(const moe_config *config) {
-  return config->unit == MOE_UNIT_BLOCK ? 1 : config->experts;
+  return MOE__BLOCKS(config) ? 1 : config->experts;
 }
 /* Whether gates send tokens to feed-forward networks. */
 static int moe__has_gates(const moe_config *config) {
-  return config->unit == MOE_UNIT_FFN && config->router != MOE_ROUTER_DENSE;
+  return !MOE__BLOCKS(config) && config->router != MOE_ROUTER_DENSE;
 }
 
 /* The limits keep every size of a layer within int32_t; published encoders are far below. */
@@ -9714,6 +9830,9 @@ static moe_status moe__check_task_router(const moe_config *c, const moe_env *env
     status = moe__check_range("selection", (int32_t)c->selection, MOE_SELECT_SOFTMAX,
                               MOE_SELECT_STRAIGHT, env);
   if (status) return status;
+  if (block && !MOE__BLOCKS(c))
+    return moe__fail(env, MOE_E_UNSUPPORTED,
+                     "this build has no blocks as experts (MOE_NO_TASK_ROUTER)");
   if (block && !level && c->router != MOE_ROUTER_DENSE)
     return moe__fail(
         env, MOE_E_ARGUMENT,
@@ -10120,7 +10239,7 @@ typedef struct moe__plan {
 static size_t moe__row_size(const moe__plan *p, moe__measure measure, const moe__tensor_row *row,
                             const moe_config *c, int32_t T, const moe_task *task, int *bad) {
   int32_t rows, cols;
-  int int8 = p->quantized && row->int8;
+  int int8 = MOE__INT8(p->quantized) && row->int8;
   if (!moe__row_exists(c, row)) return 0;
   rows = moe__row_dim(c, T, task, row->shape[0]);
   cols = moe__row_dim(c, T, task, row->shape[1]);
@@ -10129,8 +10248,8 @@ static size_t moe__row_size(const moe__plan *p, moe__measure measure, const moe_
     case MOE__TENSORS_INT8: return (size_t)int8;
     case MOE__PACKED:
       if (!row->pack) return 0;
-      return p->quantized ? moe_pack_int8_bytes(row->pack * rows, cols)
-                          : moe_pack_floats(row->pack * rows, cols);
+      return MOE__INT8(p->quantized) ? moe_pack_int8_bytes(row->pack * rows, cols)
+                                     : moe_pack_floats(row->pack * rows, cols);
     case MOE__BYTES_INT8: return int8 ? moe__mul((size_t)rows, (size_t)cols, bad) : 0;
     default: break;
   }
@@ -10181,6 +10300,8 @@ static void moe__map_fill(moe__plan *p, moe__measure measure, const moe_config *
 static moe_status moe__plan_make(moe__plan *p, const moe_config *c, const moe_task *tasks,
                                  int32_t T, int quantized, const moe_env *env) {
   int bad = 0, measure;
+  if (quantized && !MOE__INT8(1))
+    return moe__fail(env, MOE_E_UNSUPPORTED, "this build has no int8 weights (MOE_NO_INT8)");
   if (quantized && moe__max(c->hidden, c->ffn) > MOE_INT8_COLS)
     return moe__fail(env, MOE_E_UNSUPPORTED,
                      "int8 matrices have at most %d columns, a matrix of this model has %d",
@@ -10454,6 +10575,51 @@ MOE_API moe_status moe_model_size(const moe_config *config, const moe_task *task
   return moe__model_bytes(bytes, config, tasks, T, 0, 0, env);
 }
 
+MOE_API moe_status moe_model_view_size(const moe_view *view, size_t *bytes, const moe_env *env) {
+  return moe__model_bytes(bytes, &view->config, view->tasks, view->T, view->int8 != NULL, 1, env);
+}
+
+MOE_API moe_status moe_model_view(moe_model **out, const moe_view *view, void *block, size_t bytes,
+                                  const moe_env *env) {
+  moe_model *model;
+  moe_status status;
+  if (view->version / 100 != MOE_VERSION / 100)
+    return moe__fail(env, MOE_E_FORMAT,
+                     "the view is of version %d, this is moe.h %d: convert the model again",
+                     (int)view->version, MOE_VERSION);
+  if (!view->floats || (uintptr_t)view->floats % sizeof(float))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "the view's floats are misaligned: expected an address that is a multiple of "
+                     "%d",
+                     (int)sizeof(float));
+  status = moe__model_place(&model, block, bytes, &view->config, view->tasks, view->T,
+                            view->int8 != NULL, view->floats, env);
+  if (status) return status;
+  if (view->count != model->plan.total || (view->int8 && view->int8_count != model->plan.total_q))
+    return moe__fail(env, MOE_E_FORMAT,
+                     "the view has %zu floats and %zu bytes, its configuration needs %zu and %zu",
+                     view->count, view->int8_count, model->plan.total, model->plan.total_q);
+  model->bytes = view->int8;
+  *out = model;
+  return MOE_OK;
+}
+
+static moe_status moe__model_fetch(const moe_model *model, const moe_env *env);
+
+MOE_API moe_status moe_view_of(moe_view *out, const moe_model *model, const moe_env *env) {
+  moe_status status = moe__model_fetch(model, env);
+  if (status) return status;
+  out->version = MOE_VERSION;
+  out->config = model->config;
+  out->tasks = model->tasks;
+  out->T = model->T;
+  out->floats = model->weights;
+  out->count = model->plan.total;
+  out->int8 = MOE__INT8(model->plan.quantized) ? model->bytes : NULL;
+  out->int8_count = model->plan.total_q;
+  return MOE_OK;
+}
+
 static void moe__model_drop_panels(moe_model *model) {
   if (model->owns_panels) moe__release(model->panels);
   moe__release(model->back);
@@ -10473,7 +10639,7 @@ static void moe__model_drop_vocab(moe_model *model) {
 static moe_status moe__model_fetch(const moe_model *model, const moe_env *env) {
   moe_env on = model->device;
   moe_status status;
-  if (!model->newer) return MOE_OK;
+  if (!MOE__BACKEND(&on) || !model->newer) return MOE_OK;
   if (env) on.log = env->log, on.log_user = env->log_user;
   status = on.backend->download(on.backend, &on, model->writable, model->resident,
                                 model->plan.total * sizeof(float));
@@ -10482,7 +10648,8 @@ static moe_status moe__model_fetch(const moe_model *model, const moe_env *env) {
 }
 
 static void moe__model_leave_device(moe_model *model) {
-  if (model->resident) model->device.backend->release(model->device.backend, model->resident);
+  if (MOE__BACKEND(&model->device) && model->resident)
+    model->device.backend->release(model->device.backend, model->resident);
   model->resident = NULL;
   model->newer = 0;
   memset(&model->device, 0, sizeof model->device);
@@ -10540,7 +10707,7 @@ MOE_API float *moe_model_weights(moe_model *model) {
 }
 MOE_API int32_t moe_model_tensors(const moe_model *model) { return model->tensors; }
 MOE_API moe_type moe_model_type(const moe_model *model) {
-  return model->plan.quantized ? MOE_TYPE_I8 : MOE_TYPE_F32;
+  return MOE__INT8(model->plan.quantized) ? MOE_TYPE_I8 : MOE_TYPE_F32;
 }
 
 MOE_API const moe_task *moe_model_task(const moe_model *model, int32_t task) {
@@ -10672,7 +10839,7 @@ static void moe__unit_prefix(char out[128], const moe_model *m, const moe__spot 
   int32_t blocks = moe__layer_blocks(c);
   char layer[48];
   moe__format(layer, sizeof layer, "encoder.layer.%d.", (int)(spot->layer / blocks));
-  if (c->unit == MOE_UNIT_BLOCK)
+  if (MOE__BLOCKS(c))
     moe__format(layer, sizeof layer, "encoder.layer.%d.blocks.%d.", (int)(spot->layer / blocks),
                 (int)(spot->layer % blocks));
   switch (moe__row_of(spot)->scope) {
@@ -10693,7 +10860,7 @@ static void moe__unit_prefix(char out[128], const moe_model *m, const moe__spot 
 static void moe__spot_tensor(const moe_model *m, const moe__spot *spot, moe_tensor *out) {
   const moe__tensor_row *row = moe__row_of(spot);
   const moe_task *task = row->scope == MOE__IN_HEAD ? &m->tasks[spot->i] : NULL;
-  int scales = m->plan.quantized && row->int8, k;
+  int scales = MOE__INT8(m->plan.quantized) && row->int8, k;
   char unit[128];
   memset(out, 0, sizeof *out);
   moe__unit_prefix(unit, m, spot);
@@ -10782,8 +10949,7 @@ static int moe__parse_unit(const moe_model *m, moe__spot *spot, const char **nam
     return (spot->layer = moe__skip_number(name, c->layers)) < 0 ? -1 : MOE__IN_ROUTER;
   if (!moe__skip(name, "encoder.layer.")) return -1;
   spot->layer = moe__skip_number(name, c->layers);
-  if (c->unit == MOE_UNIT_BLOCK)
-    block = moe__skip(name, "blocks.") ? moe__skip_number(name, blocks) : -1;
+  if (MOE__BLOCKS(c)) block = moe__skip(name, "blocks.") ? moe__skip_number(name, blocks) : -1;
   if (spot->layer < 0 || block < 0) return -1;
   spot->layer = spot->layer * blocks + block;
   if (c->router == MOE_ROUTER_TASK && moe__skip(name, "gate."))
@@ -10799,7 +10965,7 @@ MOE_API int32_t moe_model_find_tensor(const moe_model *model, const char *name) 
   int scope = moe__parse_unit(m, &spot, &name), dense = !moe__has_gates(&m->config);
   for (spot.id = 0; spot.id < MOE__ROWS && scope >= 0; ++spot.id) {
     const moe__tensor_row *row = &moe__tensor_rows[spot.id];
-    int of = row->scope, int8 = m->plan.quantized && row->int8;
+    int of = row->scope, int8 = MOE__INT8(m->plan.quantized) && row->int8;
     const char *rest = name;
     if (scope == MOE__IN_LAYER && (of == MOE__IN_TAIL || (of == MOE__IN_EXPERT && dense)))
       of = MOE__IN_LAYER; /* their names begin alike */
@@ -10969,11 +11135,13 @@ static void moe__unit_pack(moe_model *model, int scope, int32_t layer, int32_t i
     int32_t rows, cols;
     if (row->scope != scope || !row->pack) continue;
     moe__packed_shape(model, id, &rows, &cols);
+#ifndef MOE_NO_INT8
     if (model->plan.quantized)
       moe_pack_int8((signed char *)model->panels + to,
                     model->bytes + moe__place(model, MOE__BYTES_INT8, id, layer, i), rows, cols,
                     env);
     else
+#endif
       moe__model_pack_one(model, to, model->weights + moe__at(model, id, layer, i), rows, cols,
                           env);
   }
@@ -10990,19 +11158,20 @@ static void moe__model_repack(moe_model *model, const moe_env *env) {
 }
 
 MOE_API size_t moe_model_pack_size(const moe_model *model) {
-  return model->plan.in[MOE__PACKED].total * (model->plan.quantized ? 1 : sizeof(float));
+  return model->plan.in[MOE__PACKED].total * (MOE__INT8(model->plan.quantized) ? 1 : sizeof(float));
 }
 
 MOE_API size_t moe_model_pack_size_bf16(const moe_model *model) {
-  return model->plan.quantized ? moe_model_pack_size(model)
-                               : moe_model_pack_size(model) / moe__pair_units(model);
+  return MOE__INT8(model->plan.quantized) ? moe_model_pack_size(model)
+                                          : moe_model_pack_size(model) / moe__pair_units(model);
 }
 
 MOE_API moe_status moe_model_pack(moe_model *model, void *block, const moe_env *env) {
-  int bf16 = moe__wants_bf16(env) && !model->plan.quantized;
+  int bf16 = moe__wants_bf16(env) && !MOE__INT8(model->plan.quantized);
   size_t bytes = bf16 ? moe_model_pack_size_bf16(model) : moe_model_pack_size(model);
   float *panels = (float *)block;
-  if (moe__on_device(env) && !model->plan.quantized) return moe__model_upload(model, env);
+  if (moe__on_device(env) && !MOE__INT8(model->plan.quantized))
+    return moe__model_upload(model, env);
   if (block) {
     moe_status status = moe__check_block("packed weights", block, bytes, bytes, env);
     if (status) return status;
@@ -11056,18 +11225,19 @@ static moe_mat moe__mat(const moe_model *m, int id, int32_t layer, int32_t i, in
   int32_t rows, cols;
   moe__packed_shape(m, id, &rows, &cols);
   if (moe__on_device(env)) return moe_mat_rows(m->resident + moe__at(m, id, layer, i), rows, cols);
-  if (m->plan.quantized && m->panels)
+  if (MOE__INT8(m->plan.quantized) && m->panels)
     return moe_mat_panels_int8((const signed char *)m->panels + panel, w, rows, cols);
-  if (m->plan.quantized)
+  if (MOE__INT8(m->plan.quantized))
     return moe_mat_rows_int8(m->bytes + moe__place(m, MOE__BYTES_INT8, id, layer, i), w, rows,
                              cols);
   if (m->panels && m->bf16 && bf16) return moe__mat_bf16(moe__panel_at(m, panel), rows, cols);
-  if (!bf16 && env->backend && moe__backend_wants(env, M, rows, cols, 1))
+  if (!bf16 && MOE__BACKEND(env) && moe__backend_wants(env, M, rows, cols, 1))
     return moe_mat_rows(w, rows, cols);
   return m->panels && !m->bf16 ? moe_mat_panels(m->panels + panel, rows, cols)
                                : moe_mat_rows(w, rows, cols);
 }
 
+#ifndef MOE_NO_INT8
 /* Copies the tensors of a model into its quantised twin. */
 static moe_status moe__quantize_tensors(moe_model *to, float *weights, int8_t *bytes,
                                         const moe_model *from, const moe_env *env) {
@@ -11117,6 +11287,7 @@ MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, c
     *out = to;
   return status;
 }
+#endif
 
 /* ---- add a task, extract tasks ---- >>adapt
    Both make a new model and copy into it tensor by tensor: what two models share has the same name
@@ -11181,7 +11352,7 @@ MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, cons
   moe_task *tasks;
   moe_model *to = NULL;
   moe_status status;
-  if (model->plan.quantized)
+  if (MOE__INT8(model->plan.quantized))
     return moe__fail(env, MOE_E_UNSUPPORTED,
                      "task '%s' cannot be added to an int8 model: add it first, then quantise",
                      task->name);
@@ -11251,7 +11422,7 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
   if (status) return status;
   if (drop && !moe__has_gates(&config))
     return moe__fail(env, MOE_E_ARGUMENT, "drop is given, expected NULL for a model without gates");
-  if (model->plan.quantized)
+  if (MOE__INT8(model->plan.quantized))
     return moe__fail(env, MOE_E_UNSUPPORTED,
                      "tasks cannot be extracted from an int8 model: extract first, then quantise");
   if (n < 1 || n > model->T)
@@ -11519,8 +11690,7 @@ static size_t moe__key_row(const moe_config *config, uint32_t site, int32_t laye
 }
 
 static size_t moe__key_rows(const moe_config *config) {
-  return moe__key_row(config, MOE__SITE_GUMBEL,
-                      config->unit == MOE_UNIT_BLOCK ? config->layers : 0);
+  return moe__key_row(config, MOE__SITE_GUMBEL, MOE__BLOCKS(config) ? config->layers : 0);
 }
 
 /* Sizes that the parts of a context share. */
@@ -11542,7 +11712,7 @@ static moe__dims moe__dims_of(const moe_context *c) {
   d.k = (size_t)config->top_k;
   d.Mk = d.M * d.k;
   d.L = (size_t)config->layers;
-  d.m = config->unit == MOE_UNIT_BLOCK ? (size_t)config->experts : 0;
+  d.m = MOE__BLOCKS(config) ? (size_t)config->experts : 0;
   d.blocks = (size_t)moe__block_count(config);
   d.training = c->limits.training;
   d.keep = d.training || c->limits.keep_layers;
@@ -11754,7 +11924,7 @@ static moe_status moe__limits_check(const moe_model *model, const moe_limits *li
   if (limits->keep_layers != 0 && limits->keep_layers != 1)
     return moe__fail(env, MOE_E_ARGUMENT, "limits: keep_layers is %d, expected 0 or 1",
                      (int)limits->keep_layers);
-  if (limits->training && model->plan.quantized)
+  if (limits->training && MOE__INT8(model->plan.quantized))
     return moe__fail(env, MOE_E_UNSUPPORTED,
                      "an int8 model cannot be trained: train the float model, then quantise it");
 #ifdef MOE_NO_TRAIN
@@ -11808,7 +11978,7 @@ static void moe__routes_dense(moe_routes *r, int32_t M) {
 /* Empty routes: before the first pass, and after a pass of no sequences. Routes on a device are
    cleared when the caller asks for them. */
 static void moe__routes_clear(moe_context *c) {
-  int there = c->device.env.backend && moe__has_gates(&c->model->config);
+  int there = MOE__BACKEND(&c->device.env) && moe__has_gates(&c->model->config);
   int32_t l;
   for (l = 0; l < c->model->config.layers; ++l) {
     c->routes[l].M = 0;
@@ -11820,7 +11990,7 @@ static void moe__routes_clear(moe_context *c) {
 static moe_status moe__device_check(const moe_model *model, const moe_limits *limits,
                                     const moe_env *env) {
   const moe_backend *b = env->backend;
-  const char *what = model->plan.quantized                          ? "int8 models"
+  const char *what = MOE__INT8(model->plan.quantized)               ? "int8 models"
                      : model->config.unit == MOE_UNIT_BLOCK         ? "blocks as experts"
                      : model->config.router == MOE_ROUTER_EMBEDDING ? "gates made of task vectors"
                                                                     : NULL;
@@ -11878,7 +12048,7 @@ MOE_API moe_status moe_context_init(moe_context **out, void *block, size_t bytes
   if (status) return status;
   arena.base = device ? (unsigned char *)c->device.arena : host.base + host_bytes;
   moe__context_carve(&host, &arena, c, env);
-  if (model->config.unit == MOE_UNIT_FFN && !moe__has_gates(&model->config))
+  if (!MOE__BLOCKS(&model->config) && !moe__has_gates(&model->config))
     moe__routes_dense(&c->routes[0], limits->tokens);
   moe__routes_clear(c);
   *out = c;
@@ -11903,7 +12073,7 @@ MOE_API moe_status moe_context_create(moe_context **out, const moe_model *model,
 
 MOE_API void moe_context_free(moe_context *context) {
   if (!context) return;
-  if (context->device.env.backend) {
+  if (MOE__BACKEND(&context->device.env)) {
     const moe_backend *b = context->device.env.backend;
     b->release(b, context->device.arena);
     b->close(b, context->device.env.stream);
@@ -12054,7 +12224,7 @@ static moe_status moe__pass_check(const moe_context *c, const moe_batch *batch, 
         env, MOE_E_ARGUMENT,
         "this call uses %d threads, the context was made for fewer: use the same env.threads",
         (int)env->threads);
-  if (c->device.env.backend ? env->backend != c->device.env.backend : moe__on_device(env))
+  if (MOE__BACKEND(&c->device.env) ? env->backend != c->device.env.backend : moe__on_device(env))
     return moe__fail(env, MOE_E_ARGUMENT,
                      "the context was made for %s, the pass is for %s: use the same env.backend",
                      c->device.env.backend ? c->device.env.backend->name : "the CPU",
@@ -12075,7 +12245,7 @@ static void moe__pass_begin(moe_context *c, moe__pass *pass, const moe_batch *ba
   pass->M = batch->S ? batch->seq_start[batch->S] : 0;
   pass->batch_size = moe__max(pass->S, 1);
   c->M = pass->M;
-  if (!c->device.env.backend) return;
+  if (!MOE__BACKEND(&c->device.env)) return;
   c->device.env.log = env->log, c->device.env.log_user = env->log_user;
   c->device.env.profile = env->profile;
   c->device.env.precision = env->precision;
@@ -12099,7 +12269,7 @@ static void moe__experts_tables_make(moe_context *c, const moe__pass *pass) {
   const moe_config *config = &m->config;
   moe__experts_tables *t = &c->experts;
   int32_t l, i, N = moe__block_experts(config),
-                rows = (int32_t)((int64_t)pass->M * config->top_k / N); /* even shares */
+                rows = pass->M * config->top_k / N; /* even shares; see moe__limits_check */
   size_t at = 0;
   for (l = 0; l < moe__block_count(config); ++l)
     for (i = 0; i < N; ++i, ++at) {
@@ -12197,10 +12367,10 @@ static moe_status moe__pass_prepare(moe_context *c, moe__pass *pass) {
     }
     if (pass->jitter > 0) moe__keys_make(c, pass, MOE__SITE_JITTER, l);
   }
-  for (l = 0; l < config->layers && config->unit == MOE_UNIT_BLOCK && pass->tau > 0; ++l)
+  for (l = 0; l < config->layers && MOE__BLOCKS(config) && pass->tau > 0; ++l)
     moe__keys_make(c, pass, MOE__SITE_GUMBEL, l);
   moe__pass_see(c, pass);
-  return c->device.env.backend ? moe__pass_upload(c, pass) : MOE_OK;
+  return MOE__BACKEND(&c->device.env) ? moe__pass_upload(c, pass) : MOE_OK;
 }
 
 /* Zeros in the arena. */
@@ -12292,7 +12462,7 @@ static moe_status moe__forward(moe_context *c, moe__pass *pass, float *scores, f
   if (status) return status;
   all = moe__view_all(c, pass);
   moe__embeddings_forward(c, &all);
-  if (c->model->config.unit == MOE_UNIT_FFN)
+  if (!MOE__BLOCKS(&c->model->config))
     moe__schedule_layers(c, &all); /* runs moe__block_forward for every layer */
   else {
     moe__task_router_forward(c, pass);
@@ -12315,7 +12485,7 @@ static void moe__backward(moe_context *c, const moe__pass *pass, float *dw) {
   int32_t l;
   if (pass->S == 0) return;
   moe__heads_backward(c, pass, dw);
-  if (c->model->config.unit == MOE_UNIT_FFN)
+  if (!MOE__BLOCKS(&c->model->config))
     for (l = c->model->config.layers - 1; l >= 0; --l) moe__block_backward(c, &all, dw, l);
   else {
     for (l = c->model->config.layers - 1; l >= 0; --l) moe__blocks_backward(c, &all, dw, l);
@@ -12331,7 +12501,7 @@ MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_ba
   moe_status status = moe__pass_check(context, batch, 0, env);
   if (status) return status;
   moe__pass_begin(context, &pass, batch, env);
-  if (!context->device.env.backend) return moe__forward(context, &pass, scores, NULL);
+  if (!MOE__BACKEND(&context->device.env)) return moe__forward(context, &pass, scores, NULL);
   status = moe__forward(context, &pass, context->scores, NULL);
   if (status || pass.S == 0) return status;
   return pass.env->backend->download(pass.env->backend, pass.env, scores, context->scores,
@@ -12376,7 +12546,7 @@ static void moe__words_dequantize(float *y, const moe_model *m, const int32_t *i
 
 /* Input of the first layer. */
 static float *moe__first_input(const moe_context *c) {
-  return c->model->config.unit == MOE_UNIT_BLOCK ? c->router.x[0] : c->acts[0].x;
+  return MOE__BLOCKS(&c->model->config) ? c->router.x[0] : c->acts[0].x;
 }
 
 /* The ops of both directions: sum of the embeddings, their LayerNorm, dropout. */
@@ -12388,7 +12558,8 @@ static moe_embed_op moe__embed_op(const moe_context *c, const moe__view *v) {
   op.x = c->limits.training ? c->sum0 : c->branch;
   op.ids = b->ids;
   op.segments = b->segments;
-  if (!m->config.feature_dim && !m->plan.quantized) op.word = c->w + moe__at(m, MOE__WORD, 0, 0);
+  if (!m->config.feature_dim && !MOE__INT8(m->plan.quantized))
+    op.word = c->w + moe__at(m, MOE__WORD, 0, 0);
   op.position = c->w + moe__at(m, MOE__POSITION, 0, 0);
   op.segment = c->w + moe__at(m, MOE__SEGMENT, 0, 0);
   op.seq_start = v->seq_start;
@@ -12448,7 +12619,7 @@ static void moe__embeddings_forward(moe_context *c, const moe__view *v) {
     moe_linear_op linear = moe__features_op(c, v);
     moe_env fp32 = moe__in_fp32(&v->env);
     moe_linear_forward(&linear, &fp32);
-  } else if (c->model->plan.quantized)
+  } else if (MOE__INT8(c->model->plan.quantized))
     moe__words_dequantize(embed.x, c->model, embed.ids, v->M, &v->env);
   moe_embed_forward(&embed, &v->env);
   moe_layernorm_forward(&norm, &v->env);
@@ -12518,7 +12689,7 @@ MOE__UNUSED static float *moe__dw(const moe__block *b, int id) {
 
 /* Output of a block: the input of the next layer's, or that of an expert [TL]. */
 static float *moe__block_output(const moe_context *c, int32_t layer) {
-  if (c->model->config.unit == MOE_UNIT_BLOCK) return c->router.y[layer];
+  if (MOE__BLOCKS(&c->model->config)) return c->router.y[layer];
   return layer + 1 < c->model->config.layers ? c->acts[layer + 1].x : c->last;
 }
 
@@ -12647,7 +12818,7 @@ static moe_attention_op moe__attention_op(const moe__block *b) {
   op.M = v->range ? v->pass->M : v->M;
   op.H = b->c->model->config.hidden;
   op.A = b->c->model->config.heads;
-  if (b->c->device.env.backend) op.longest = v->pass->longest;
+  if (MOE__BACKEND(&b->c->device.env)) op.longest = v->pass->longest;
   op.scratch = v->attention_scratch;
   return op;
 }
@@ -13144,7 +13315,7 @@ static void moe__heads_backward(moe_context *c, const moe__pass *pass, float *dw
 
 /* The losses of the last pass where the host can read them, those of the gates behind. */
 static const float *moe__losses_read(const moe_context *c) {
-  return c->device.env.backend ? c->device.losses : c->losses;
+  return MOE__BACKEND(&c->device.env) ? c->device.losses : c->losses;
 }
 
 /* The losses of the gates of all layers, balance and z-loss. */
@@ -13229,7 +13400,8 @@ static void moe__schedule_cut(moe__schedule *schedule, int32_t goal) {
   int32_t *cut = schedule->c->cut_first, *start = schedule->c->cut_start, s, last = -1, n = 0;
   schedule->most = 0;
   for (s = 0; s < all->S; ++s) {
-    int32_t share = (int32_t)(((int64_t)all->seq_start[s] + all->seq_start[s + 1]) / 2 / goal);
+    int32_t share = (int32_t)(((uint32_t)all->seq_start[s] + (uint32_t)all->seq_start[s + 1]) / 2 /
+                              (uint32_t)goal);
     if (s == 0 || share != last) {
       cut[n++] = s;
       *start++ = 0;
@@ -13246,7 +13418,9 @@ static void moe__schedule_cut(moe__schedule *schedule, int32_t goal) {
    length, or if the longest is so short that it makes no difference. */
 static void moe__schedule_make(moe__schedule *schedule, moe_context *c, const moe__view *all) {
   int32_t threads = all->env.parallel_for ? moe__max(all->env.threads, 1) : 1, M = all->M, count,
-          goal, least = c->model->plan.quantized ? MOE__ROW_RANGE_LEAST_I8 : MOE__ROW_RANGE_LEAST;
+          goal,
+          least =
+              MOE__INT8(c->model->plan.quantized) ? MOE__ROW_RANGE_LEAST_I8 : MOE__ROW_RANGE_LEAST;
   int even;
   memset(schedule, 0, sizeof *schedule);
   schedule->c = c;
@@ -13256,7 +13430,7 @@ static void moe__schedule_make(moe__schedule *schedule, moe_context *c, const mo
   goal = moe__max((M + count - 1) / count, 1);
   moe__schedule_cut(schedule, goal);
   even = schedule->count % threads == 0 && schedule->most <= goal + goal / 8;
-  if (threads > 1 && !all->env.backend) {
+  if (threads > 1 && !MOE__BACKEND(&all->env)) {
     schedule->alone = goal >= MOE__MICRO_BATCH_LEAST && schedule->count >= threads &&
                       (even || (int64_t)schedule->most * (threads - 1) <= M / 8);
     schedule->ranges = !schedule->alone && !c->limits.training && M / threads >= least;
@@ -13264,7 +13438,7 @@ static void moe__schedule_make(moe__schedule *schedule, moe_context *c, const mo
   if (schedule->ranges) {
     schedule->alone = 1;
     schedule->count = count;
-  } else if ((threads > 1 && !schedule->alone) || all->env.backend)
+  } else if ((threads > 1 && !schedule->alone) || MOE__BACKEND(&all->env))
     moe__schedule_cut(schedule, moe__max(M, 1)); /* all rows */
   schedule->own_rows = c->limits.training || schedule->ranges ||
                        (schedule->alone && (int64_t)schedule->most * threads > c->limits.tokens);
@@ -13281,11 +13455,10 @@ static moe__view moe__schedule_view(const moe__schedule *schedule, int32_t i, in
   const moe_context *c = schedule->c;
   moe__view v = *schedule->all;
   if (schedule->ranges) {
-    int64_t M = v.M;
-    int32_t from = (int32_t)(M * i / schedule->count);
+    int32_t M = v.M, from = moe__share_of(M, i, schedule->count);
     v.range = 1;
     v.row = v.work = (size_t)from;
-    v.M = (int32_t)(M * (i + 1) / schedule->count) - from;
+    v.M = moe__share_of(M, i + 1, schedule->count) - from;
   } else {
     int32_t first = c->cut_first[i];
     v.row = (size_t)v.seq_start[first];
@@ -13330,7 +13503,7 @@ static void moe__schedule_layers(moe_context *c, const moe__view *all) {
   int32_t l, L = c->model->config.layers;
   int steps = gates ? MOE__STEPS_BEFORE_GATE : MOE__STEPS;
   moe__schedule schedule;
-  if (c->device.env.backend) { /* rows are the device's business */
+  if (MOE__BACKEND(&c->device.env)) { /* rows are the device's business */
     for (l = 0; l < L; ++l) moe__block_forward(c, all, l, MOE__STEPS);
     return;
   }
@@ -13587,6 +13760,7 @@ static void moe__task_router_backward(moe_context *c, const moe__pass *pass, flo
 }
 #endif
 
+#ifndef MOE_NO_TASK_ROUTER
 MOE_API moe_status moe_context_task_router(moe_context *context, const moe_task_router *router,
                                            const moe_env *env) {
   moe_task_router none = {NULL, NULL, NULL, NULL};
@@ -13627,6 +13801,7 @@ MOE_API void moe_task_router_blend(float *out, const float *routes, float share,
   for (i = 0; i < rows * (size_t)m; ++i)
     out[i] = moe__fmaf(share, routes[i], (1.0f - share) / (float)m);
 }
+#endif
 
 /* ---- transformer blocks as experts ---- >>blocks
    [TL] 2: a layer has m blocks, each with its own attention and feed-forward network. The output of
@@ -13791,7 +13966,7 @@ MOE_API const float *moe_context_layer(const moe_context *context, int32_t layer
   if (layer < -1 || layer >= config->layers) return NULL;
   if (layer < config->layers - 1) {
     if (!kept) return NULL;
-    x = config->unit == MOE_UNIT_BLOCK ? context->router.x[layer + 1] : context->acts[layer + 1].x;
+    x = MOE__BLOCKS(config) ? context->router.x[layer + 1] : context->acts[layer + 1].x;
   }
   return moe__arena_read(context, context->device.hidden, x,
                          (size_t)context->M * (size_t)config->hidden);
@@ -13827,7 +14002,7 @@ static moe_status moe__routes_read(const moe_context *c, const moe_routes *from,
 MOE_API moe_status moe_context_routes(const moe_context *context, int32_t layer, moe_routes *out) {
   const moe_config *config = &context->model->config;
   if (layer < 0 || layer >= config->layers) return MOE_E_ARGUMENT;
-  if (context->device.env.backend && moe__has_gates(config))
+  if (MOE__BACKEND(&context->device.env) && moe__has_gates(config))
     return moe__routes_read(context, &context->routes[layer], out);
   *out = context->routes[layer];
   return MOE_OK;
@@ -14087,8 +14262,8 @@ typedef struct moe__norm_job {
 static void moe__norm_part(void *arg, int32_t index, int32_t slot) {
   moe__norm_job *job = (moe__norm_job *)arg;
   int32_t part = job->first + index;
-  int32_t first = (int32_t)((int64_t)job->tiles * part / MOE__NORM_PARTS);
-  int32_t end = (int32_t)((int64_t)job->tiles * (part + 1) / MOE__NORM_PARTS), tile;
+  int32_t first = moe__share_of(job->tiles, part, MOE__NORM_PARTS);
+  int32_t end = moe__share_of(job->tiles, part + 1, MOE__NORM_PARTS), tile;
   double sum = 0;
   (void)slot;
   for (tile = first; tile < end; ++tile) {
@@ -14339,7 +14514,7 @@ MOE_API moe_status moe_sampler_init(moe_sampler *sampler, const moe_sampler_conf
   if (T < 1 || T > MOE_MAX_TASKS)
     return moe__fail(env, MOE_E_ARGUMENT, "sampler: T is %d, expected 1 to %d tasks", (int)T,
                      MOE_MAX_TASKS);
-  if ((int)config->sampling < 0 || config->sampling > MOE_SAMPLING_UNIFORM_NATURAL)
+  if ((unsigned)config->sampling > MOE_SAMPLING_UNIFORM_NATURAL)
     return moe__fail(env, MOE_E_ARGUMENT, "sampler: unknown sampling mode %d",
                      (int)config->sampling);
   if (config->sampling == MOE_SAMPLING_TEMPERATURE && !(config->tau > 0 && config->tau < 1e9f))
@@ -14750,7 +14925,7 @@ static moe_status moe__trainer_adam(moe_trainer *t, const moe_adam_op *op, const
 /* After a step on a device whose table asks for it: downloads the weights. */
 static moe_status moe__trainer_mirror(const moe_trainer *t, const moe_env *env) {
   const moe_env *on = &t->context->device.env;
-  if (!on->backend || !MOE__HAS(on, mirror) || on->backend->mirror < 1) return MOE_OK;
+  if (!MOE__BACKEND(on) || !MOE__HAS(on, mirror) || on->backend->mirror < 1) return MOE_OK;
   return t->step % on->backend->mirror ? MOE_OK : moe__model_fetch(t->model, env);
 }
 
@@ -17557,7 +17732,7 @@ static moe__source *moe__import_source(const moe__import *import, const moe__spo
 /* The number of this copy among several copies of one tensor of the file; -1: the only one. */
 static int32_t moe__import_copy(const moe_config *c, const moe__spot *spot) {
   int scope = moe__row_of(spot)->scope;
-  if (c->unit == MOE_UNIT_BLOCK && scope >= MOE__IN_LAYER && scope <= MOE__IN_TAIL)
+  if (MOE__BLOCKS(c) && scope >= MOE__IN_LAYER && scope <= MOE__IN_TAIL)
     return spot->layer % c->experts;
   return scope == MOE__IN_EXPERT && moe__has_gates(c) ? spot->i : -1;
 }
@@ -17677,7 +17852,7 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
   moe__import import;
   size_t bytes = (size_t)(model->config.layers + 1) * MOE__ROWS * sizeof(moe__source);
   moe_status status;
-  if (model->plan.quantized)
+  if (MOE__INT8(model->plan.quantized))
     return moe__fail(env, MOE_E_UNSUPPORTED,
                      "cannot import into an int8 model: import first, then quantise");
   if (!model->writable)

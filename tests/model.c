@@ -19,6 +19,7 @@ static float kinds_absolute_loss(float *dscore, float *row, float label, int32_t
 #include "model/adapt.c"
 #include "model/paper.c"
 #include "model/embedding.c"
+#include "model/view.c"
 #ifndef _WIN32 /* memory that faults is a matter of POSIX here */
 #include "model/poison.c"
 #endif
@@ -32,6 +33,7 @@ int main(int argc, char **argv) {
   PART(adapt);
   PART(paper);
   PART(embedding);
+  PART(view);
 #ifndef _WIN32
   PART(poison);
 #endif
