@@ -146,7 +146,8 @@ int drain(void *stream) {
 /* ---- kernels: their arguments are copied when they are launched ---- */
 typedef std::function<std::function<void(dim3, unsigned)>(const char *, void **)> Kernel;
 
-template <class... A, size_t... I> Kernel bind(void (*kernel)(A...), std::index_sequence<I...>) {
+template <class... A, size_t... I>
+Kernel kernel_of(void (*kernel)(A...), std::index_sequence<I...>) {
   return [kernel](const char *name, void **given) -> std::function<void(dim3, unsigned)> {
     typedef std::tuple<std::remove_const_t<A>...> Values;
     auto values = std::make_shared<Values>(*(std::remove_const_t<A> *)given[I]...);
@@ -156,15 +157,15 @@ template <class... A, size_t... I> Kernel bind(void (*kernel)(A...), std::index_
     };
   };
 }
-template <class... A> Kernel bind(void (*kernel)(A...)) {
-  return bind(kernel, std::index_sequence_for<A...>());
+template <class... A> Kernel kernel_of(void (*kernel)(A...)) {
+  return kernel_of(kernel, std::index_sequence_for<A...>());
 }
 struct Entry {
   const char *name;
   int min_arch;
   Kernel kernel;
 };
-#define ENTRY(name, min_arch) {"moe_k_" #name, min_arch, bind(moe_k_##name)},
+#define ENTRY(name, min_arch) {"moe_k_" #name, min_arch, kernel_of(moe_k_##name)},
 std::vector<Entry> &entries() {
   static std::vector<Entry> list = {MOE__CUDA_KERNELS(ENTRY)};
   return list;

@@ -61,6 +61,7 @@ static moe_env host_env(void) {
 
 #include "open.c"
 #include "whole.c"
+#include "faults.c"
 
 int main(int argc, char **argv) {
   if (argc < 2 || !host_load(argv[1])) return printf("usage: host DOUBLE.so [TESTS]\n"), 2;
@@ -69,5 +70,6 @@ int main(int argc, char **argv) {
   test_begin(argc - 1, argv + 1);
   PART(open);
   PART(whole);
+  PART(faults);
   return test_end();
 }
