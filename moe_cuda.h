@@ -1126,17 +1126,20 @@ static void moe__cuda_mutex_destroy(moe__cuda_mutex *mutex) {
 
 static moe_status moe__cuda_blas_open(moe__cuda_queue *q); /* >>cuda_products */
 
-/* Releases a queue that is in no list; the context is current. */
-static void moe__cuda_queue_free(moe__cuda_queue *q) {
+/* Releases a queue that is in no list. current 0: the context cannot be made current, and takes with
+   it what is in it. */
+static void moe__cuda_queue_free(moe__cuda_queue *q, int current) {
   moe__cuda *cuda = q->cuda;
   int i;
-  if (q->stream) cuda->driver.cuStreamSynchronize(q->stream); /* what it uses is free then */
-  if (q->blas) cuda->cublas.cublasDestroy_v2(q->blas);
-  moe__cuda_scratch_free(q);
-  moe__cuda_give(cuda, q->kept, MOE__CUDA_KEPT);
   for (i = 0; i < q->keeps; ++i) free(q->keep[i].copy);
-  if (q->staging) cuda->driver.cuMemFreeHost(q->staging);
-  if (q->owns_stream) cuda->driver.cuStreamDestroy_v2(q->stream);
+  if (current) {
+    if (q->stream) cuda->driver.cuStreamSynchronize(q->stream); /* what it uses is free then */
+    if (q->blas) cuda->cublas.cublasDestroy_v2(q->blas);
+    moe__cuda_scratch_free(q);
+    moe__cuda_give(cuda, q->kept, MOE__CUDA_KEPT);
+    if (q->staging) cuda->driver.cuMemFreeHost(q->staging);
+    if (q->owns_stream) cuda->driver.cuStreamDestroy_v2(q->stream);
+  }
   moe__cuda_mutex_destroy(&q->mutex);
   free(q);
 }
@@ -1158,7 +1161,7 @@ static moe_status moe__cuda_queue_make(moe__cuda *cuda, moe__cuda_queue **out, c
   }
   if (moe__cuda_note(q, "cuStreamCreate", error) || moe__cuda_blas_open(q)) {
     moe_status status = q->status;
-    moe__cuda_queue_free(q);
+    moe__cuda_queue_free(q, 1);
     return status;
   }
   *out = q;
@@ -1194,7 +1197,7 @@ static void moe__cuda_close_queue(const moe_backend *b, void *stream) {
   if (*at) *at = q->next, --cuda->counts.queues;
   MOE__CUDA_UNLOCK(&cuda->mutex);
   pushed = !cuda->driver.cuCtxPushCurrent_v2(cuda->context);
-  moe__cuda_queue_free(q);
+  moe__cuda_queue_free(q, pushed);
   if (pushed) cuda->driver.cuCtxPopCurrent_v2(&context);
 }
 
@@ -1250,7 +1253,6 @@ static void moe__cuda_release(const moe_backend *b, void *p) {
   moe__cuptr address = (moe__cuptr)(uintptr_t)p;
   void *context = NULL;
   int32_t i, last;
-  int pushed;
   if (!p) return;
   MOE__CUDA_LOCK(&cuda->mutex);
   last = cuda->counts.allocations - 1;
@@ -1262,9 +1264,9 @@ static void moe__cuda_release(const moe_backend *b, void *p) {
   }
   MOE__CUDA_UNLOCK(&cuda->mutex);
   if (i > last) return; /* not allocated here, or released before */
-  pushed = !cuda->driver.cuCtxPushCurrent_v2(cuda->context);
-  cuda->driver.cuMemFree_v2(address); /* waits for the work that uses it */
-  if (pushed) cuda->driver.cuCtxPopCurrent_v2(&context);
+  if (cuda->driver.cuCtxPushCurrent_v2(cuda->context)) return; /* lost with the context */
+  cuda->driver.cuMemFree_v2(address);                          /* waits for the work that uses it */
+  cuda->driver.cuCtxPopCurrent_v2(&context);
 }
 
 static moe_status moe__cuda_upload(const moe_backend *b, const moe_env *env, void *to,
@@ -4379,12 +4381,13 @@ static void moe__cuda_measure(const moe_backend *b, const moe_env *env, const mo
   silent.log = NULL;
   if (moe__cuda_begin(cuda->own, &silent, 0)) return;
   if (!moe__cuda_queue_make(cuda, &q, &silent)) {
+    q->env.stream = q;
     for (i = 0; i < 3 && m > 0; ++i, m /= 4)
       for (kind = 0; kind < (limits->training ? 3 : 1); ++kind) {
         moe__cuda_measure_one(b, q, kind, m, 3 * H, H);
         moe__cuda_measure_one(b, q, kind, m, H, H);
       }
-    moe__cuda_queue_free(q);
+    moe__cuda_queue_free(q, 1);
   }
   moe__cuda_end(cuda->own, MOE_OK);
 }
@@ -4549,14 +4552,14 @@ static void moe__cuda_free(moe__cuda *cuda) {
   int pushed = cuda->context && !cu->cuCtxPushCurrent_v2(cuda->context);
   while (cuda->queues) {
     moe__cuda_queue *next = cuda->queues->next;
-    moe__cuda_queue_free(cuda->queues);
+    moe__cuda_queue_free(cuda->queues, pushed);
     cuda->queues = next;
   }
-  if (cuda->own) moe__cuda_queue_free(cuda->own);
-  while (cuda->counts.allocations > 0)
+  if (cuda->own) moe__cuda_queue_free(cuda->own, pushed);
+  while (pushed && cuda->counts.allocations > 0)
     cu->cuMemFree_v2(cuda->allocation[--cuda->counts.allocations].p);
   free(cuda->allocation);
-  if (cuda->module) cu->cuModuleUnload(cuda->module);
+  if (pushed && cuda->module) cu->cuModuleUnload(cuda->module);
   if (pushed) cu->cuCtxPopCurrent_v2(&context);
   if (cuda->primary) cu->cuDevicePrimaryCtxRelease_v2(cuda->device);
   moe__cuda_dlclose(cuda->cublas_library);

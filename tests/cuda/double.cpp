@@ -55,6 +55,7 @@ std::recursive_mutex mutex;
 std::map<Address, Block> memory;
 std::map<void *, size_t> pinned;
 std::set<void *> streams, events, modules, programs, handles;
+int push_failed;
 int lost, doomed; /* an error that every call returns; that the next call which waits returns */
 double clock_now;
 char context_of_all;
@@ -195,9 +196,8 @@ int image_arch(const char *image) {
 #define API extern "C" __attribute__((visibility("default"))) int
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT double_control *double_get(void) { return &control; }
-EXPORT void double_reset(void) {
-  std::lock_guard<std::recursive_mutex> guard(mutex);
+/* Releases everything. */
+static void clear_all() {
   while (!memory.empty()) release(memory.begin());
   for (auto &p : pinned) free(p.first);
   pinned.clear();
@@ -207,12 +207,21 @@ EXPORT void double_reset(void) {
   for (void *p : programs) delete (Program *)p;
   for (void *h : handles) delete (Handle *)h;
   streams.clear(), events.clear(), modules.clear(), programs.clear(), handles.clear();
+  control.used = 0;
+  control.allocations = control.pinned_blocks = control.streams = control.events = 0;
+  control.modules = control.programs = control.handles = 0;
+}
+
+EXPORT double_control *double_get(void) { return &control; }
+EXPORT void double_reset(void) {
+  std::lock_guard<std::recursive_mutex> guard(mutex);
+  clear_all();
   memset(&control, 0, sizeof control);
   control.devices = 1, control.arch = 80, control.driver = 12080;
   control.nvrtc = 1208, control.nvrtc_newest = 120;
   control.memory = (size_t)1 << 30;
   control.pinned = 1;
-  lost = doomed = 0;
+  lost = doomed = push_failed = 0;
   depth = 0;
 }
 
@@ -261,10 +270,12 @@ API cuDevicePrimaryCtxRetain(void **context, int) {
 API cuDevicePrimaryCtxRelease_v2(int) {
   ENTER_RELEASE(false)
   if (control.contexts-- < 1) refuse("a context is released twice", 0);
+  if (push_failed) clear_all(); /* nobody could release what was in it */
   return error_;
 }
 API cuCtxPushCurrent_v2(void *context) {
-  ENTER(false)
+  std::lock_guard<std::recursive_mutex> guard(mutex);
+  if (int error = enter(__func__, false)) return ++push_failed, error;
   if (context != &context_of_all || !control.contexts)
     return refuse("not a context", INVALID_CONTEXT);
   ++depth, ++control.depth;
