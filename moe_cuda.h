@@ -803,8 +803,9 @@ static void moe__cuda_scratch_reset(moe__cuda_queue *q);
    before, not at all. `host` may change after the call. */
 static moe_status moe__cuda_upload_args(moe__cuda_queue *q, const void *host, size_t bytes,
                                         void **out);
-/* Copies from the card and waits: for the few slots that need a number on the host. */
-static moe_status moe__cuda_peek(moe__cuda_queue *q, void *host, const void *from, size_t bytes);
+/* Copies from the card and waits. `host` receives all or nothing, so that a failure leaves what is
+   there whole. */
+static moe_status moe__cuda_receive(moe__cuda_queue *q, void *host, const void *from, size_t bytes);
 /* Zeros, in order with the kernels. */
 static moe_status moe__cuda_zero(moe__cuda_queue *q, void *p, size_t bytes);
 static int moe__cuda_arch(const moe__cuda_queue *q); /* 70, 75, 80, ... */
@@ -1024,8 +1025,8 @@ static moe_status moe__cuda_send(moe__cuda_queue *q, moe__cuptr to, const void *
   return staged ? MOE_OK : moe__cuda_wait(q);
 }
 
-/* From the card. `host` receives all or nothing, so that a failure leaves what is there whole. */
-static moe_status moe__cuda_receive(moe__cuda_queue *q, void *host, moe__cuptr from, size_t bytes) {
+static moe_status moe__cuda_receive(moe__cuda_queue *q, void *host, const void *from,
+                                    size_t bytes) {
   char *staged, *copy = NULL;
   if (q->status || !bytes) return q->status ? q->status : moe__cuda_wait(q);
   staged = moe__cuda_stage(q, bytes);
@@ -1038,14 +1039,11 @@ static moe_status moe__cuda_receive(moe__cuda_queue *q, void *host, moe__cuptr f
   }
   if (!q->status)
     moe__cuda_note(q, "cuMemcpyDtoHAsync",
-                   q->cuda->driver.cuMemcpyDtoHAsync_v2(staged, from, bytes, q->stream));
+                   q->cuda->driver.cuMemcpyDtoHAsync_v2(staged, (moe__cuptr)(uintptr_t)from, bytes,
+                                                        q->stream));
   if (!moe__cuda_wait(q)) memcpy(host, staged, bytes);
   free(copy);
   return q->status;
-}
-
-static moe_status moe__cuda_peek(moe__cuda_queue *q, void *host, const void *from, size_t bytes) {
-  return moe__cuda_receive(q, host, (moe__cuptr)(uintptr_t)from, bytes);
 }
 
 static moe_status moe__cuda_zero(moe__cuda_queue *q, void *p, size_t bytes) {
@@ -1286,7 +1284,7 @@ static moe_status moe__cuda_download(const moe_backend *b, const moe_env *env, v
   if (status) return status;
   moe__cuda_tally(q->cuda, &q->cuda->counts.downloads, 1);
   moe__cuda_tally(q->cuda, &q->cuda->counts.downloaded, (int64_t)bytes);
-  return moe__cuda_end(q, moe__cuda_receive(q, host, (moe__cuptr)(uintptr_t)from, bytes));
+  return moe__cuda_end(q, moe__cuda_receive(q, host, from, bytes));
 }
 
 static moe_status moe__cuda_clear(const moe_backend *b, const moe_env *env, void *p, size_t bytes) {
@@ -4239,7 +4237,7 @@ static moe_status moe__cuda_grad_norm(const moe_backend *b, const moe_env *env, 
   a.parts = (double *)p;
   status = moe__cuda_run(q, MOE__K_norm_squares, (uint32_t)a.tiles, 1, 256, &a);
   if (!status) status = moe__cuda_run(q, MOE__K_norm_root, 1, 1, 256, &a);
-  return status ? status : moe__cuda_peek(q, norm, a.parts + a.tiles, sizeof *norm);
+  return status ? status : moe__cuda_receive(q, norm, a.parts + a.tiles, sizeof *norm);
 }
 
 /* A step on spans that share everything but lr_scale and weight_decay. */

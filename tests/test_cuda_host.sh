@@ -1,0 +1,68 @@
+#!/bin/sh
+# moe_cuda.h without a GPU: it compiles with nothing of CUDA, says what is missing, and its host
+# side runs on a double of driver, NVRTC and cuBLAS (cuda/double.cpp), whose kernels are emulated.
+. ./lib.sh
+warn="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wdouble-promotion -Werror"
+cc=${CC:-cc}
+
+# ---- what the compiler says, alone ----
+printf '#define MOE_CUDA_IMPLEMENTATION\n#include "moe_cuda.h"\n' > "$tmp/one.c"
+printf '#include "moe_cuda.h"\nmoe_cuda_options o;\n' > "$tmp/api.c"
+printf '#define MOE_IMPLEMENTATION\n#define MOE_STATIC\n' > "$tmp/both.c"
+cat "$tmp/one.c" >> "$tmp/both.c"
+printf 'int main(void) { return 0; }\n' >> "$tmp/both.c"
+for compiler in gcc clang; do
+  for language in c99 c11 c++11 c++20; do
+    name=test_cuda_compiles_with_${compiler}_as_$language x=c run=$compiler
+    case $language in c++*) x=c++ ;; esac
+    if ! have $run; then skip $name "there is no $run here"; continue; fi
+    if (for f in one api; do
+      $run -std=$language $warn -I.. -O0 -c -x $x -o /dev/null "$tmp/$f.c" || exit 1
+      $run -std=$language $warn -DMOE_NO_TRAIN -I.. -O0 -c -x $x -o /dev/null "$tmp/$f.c" || exit 1
+    done) > "$tmp/log" 2>&1; then ok $name
+    else fail $name "$(grep -m 3 -E 'error|warning' "$tmp/log")"; fi
+  done
+done
+grep -i -n cuda ../moe.h | grep -v -e 'moe_cuda\.h and every file' -e '"cuda:0 (...)"' > "$tmp/log"
+if [ -s "$tmp/log" ]; then fail test_cuda_is_unknown_to_moe_h "$(head -n 3 "$tmp/log")"
+else ok test_cuda_is_unknown_to_moe_h; fi
+
+# ---- a machine with no driver: one sentence, and the CPU's results ----
+if [ -e /dev/nvidiactl ]; then
+  skip test_cuda_example_without_a_driver "this machine has a driver"
+elif $cc -std=c99 -O1 $warn -I.. -o "$tmp/cuda" ../examples/cuda.c -ldl -lm -pthread \
+    > "$tmp/log" 2>&1 && "$tmp/cuda" > "$tmp/out" 2> "$tmp/said" &&
+    sed 's/moe_cuda_open(&cuda, NULL, &env)/1/' ../examples/cuda.c > "$tmp/cpu.c" &&
+    $cc -std=c99 -O1 -I.. -o "$tmp/cpu" "$tmp/cpu.c" -ldl -lm -pthread &&
+    "$tmp/cpu" > "$tmp/want" 2> /dev/null && cmp -s "$tmp/out" "$tmp/want" &&
+    [ "$(grep -c 'install the NVIDIA driver' "$tmp/said")" = 1 ]; then
+  ok test_cuda_example_without_a_driver
+else
+  fail test_cuda_example_without_a_driver \
+    "$(head -n 3 "$tmp/log"; cat "$tmp/said" "$tmp/out" 2> /dev/null)"
+fi
+
+# ---- the host side on the double ----
+out=${BUILD:-build}/cuda_host
+mkdir -p "$out"
+if ! have "${CXX:-c++}"; then
+  skip test_cuda_double "there is no C++ compiler"
+elif ! "${CXX:-c++}" -std=c++17 -O1 -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror \
+    -Wno-unused-function -Wno-unused-variable -Wno-unknown-pragmas -o "$out/double.so" \
+    cuda/double.cpp -pthread > "$tmp/log" 2>&1; then
+  fail test_cuda_double "$(grep -m 5 -E 'error|warning' "$tmp/log")"
+elif ! $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 $warn -o "$out/host" cuda/host.c -ldl -lm \
+    -pthread > "$tmp/log" 2>&1; then
+  fail test_cuda_host "$(grep -m 5 -E 'error|warning' "$tmp/log")"
+else
+  "$out/host" "$out/double.so" > "$tmp/host.log" 2>&1
+  grep -v '^[0-9]* passed, [0-9]* failed' "$tmp/host.log"
+  line=$(grep '^[0-9]* passed, [0-9]* failed, [0-9]* skipped$' "$tmp/host.log" | tail -n 1)
+  if [ -z "$line" ]; then fail test_cuda_host "it ended before its summary"
+  else
+    passed=$((passed + ${line%% *})) line=${line#*, }
+    failed=$((failed + ${line%% *})) line=${line#*, }
+    skipped=$((skipped + ${line%% *}))
+  fi
+fi
+finish
