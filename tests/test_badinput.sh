@@ -169,8 +169,8 @@ changed task_max_len 'max_len\|longest\|max_len 1' tasks.tsv \
 changed task_name_too_long 'tasks.tsv:2: a task.s name has 1 to 63 bytes' tasks.tsv \
   "$columns\n$(printf '%091d' 0 | tr 0 a)\tsingle\tclassification\t0=a,1=b\taccuracy\n"
 
-changed train_missing 'cannot open .*good/train.tsv: No such file' good/train.tsv -
-changed dev_missing 'cannot open .*good/dev.tsv: No such file' good/dev.tsv -
+changed train_missing 'task good has no file .*good/train.tsv' good/train.tsv -
+changed dev_missing 'task good has no file .*good/dev.tsv' good/dev.tsv -
 changed train_empty 'good/train.tsv: the file is empty' good/train.tsv ''
 changed train_without_rows 'good/train.tsv: there are no rows' good/train.tsv 'label\tsentence1\n'
 changed dev_without_rows 'good/dev.tsv: there are no rows' good/dev.tsv 'label\tsentence1\n'
@@ -186,9 +186,9 @@ changed too_many_columns 'good/train.tsv:3: more than the 2 columns' good/train.
   'label\tsentence1\n0\ta\n0\ta\tb\n'
 changed blank_line 'good/train.tsv:3: 1 column, expected 2' good/train.tsv \
   'label\tsentence1\n0\ta\n\n1\tb\n'
-changed label_no_number 'good/train.tsv:2: label "yes" is not a number' good/train.tsv \
-  'label\tsentence1\nyes\ta\n'
-changed label_empty 'good/train.tsv:2: label "" is not a number' good/train.tsv \
+changed label_no_number 'good/train.tsv:2: label "often" is none of 0=' good/train.tsv \
+  'label\tsentence1\noften\ta\n'
+changed label_empty 'good/train.tsv:2: label "" is none of 0=' good/train.tsv \
   'label\tsentence1\n\ta\n'
 changed label_nan 'good/train.tsv:2: label "nan" is not a number' good/train.tsv \
   'label\tsentence1\nnan\ta\n'

@@ -349,10 +349,11 @@ static inline char *with_suffix(const char *path, const char *suffix) {
   return printed("%.*s-%s%s", stem, path, suffix, path + stem);
 }
 
+/* Also of a file that cannot be opened: whoever reads it then says why. */
 static inline int exists(const char *path) {
   FILE *f = fopen(path, "rb");
   if (f) fclose(f);
-  return f != NULL;
+  return f || (errno != ENOENT && errno != ENOTDIR);
 }
 
 static moe_env env;

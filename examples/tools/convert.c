@@ -157,7 +157,7 @@ static answers ask(const moe_model *model, const char *path, moe_route_sums *sum
   rows r;
   answers a;
   encoder_of_model(&e, model, opt.in);
-  read_rows(&r, moe_model_task(model, t), &e, path, 0, 0);
+  read_rows(&r, moe_model_task(model, t), NULL, &e, path, 0, 0);
   a = score_rows(context, model, &r, t, sums);
   free_rows(&r);
   moe_tokenizer_free(e.tokenizer);

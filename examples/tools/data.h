@@ -1,95 +1,23 @@
-/* data.h - tasks and rows for all programs: tasks.tsv, TASK/train.tsv and TASK/dev.tsv, the encoder
-   and tokenizer that they are read for, tokenised rows, batches
+/* data.h - tasks and rows for all programs: tasks.tsv, the files of its tasks, the encoder and
+   tokenizer that they are read for, tokenised rows, batches
 
-   tasks.tsv has the columns name input kind labels metric, and may have rows, max_len, hard and
-   description. A file of rows has the columns label and sentence1, a pair sentence2, a ranking
-   group, a span start1 end1 start2 end2 (code points). Other columns are ignored. */
+   tasks.tsv has the columns name input kind labels metric, and may have rows, max_len, hard,
+   description, and what columns are called in the files of a task (table.h): label_column,
+   sentence1_column, sentence2_column, group_column. A file of rows has the columns label and
+   sentence1, a pair sentence2, a ranking group, a span start1 end1 start2 end2 (code points).
+   Other columns are ignored. A task's files are TASK/train and TASK/dev (or val, validation,
+   dev_matched), a second dev set is dev_2 (or dev_mm, dev_mismatched, validation_mismatched), each
+   with the ending .tsv, .csv or .jsonl; TASK.tsv, TASK.csv, TASK.jsonl are for --split. */
 #ifndef TOOLS_DATA_H
 #define TOOLS_DATA_H
-#include "cli.h"
+#include "table.h"
 
-/* ---- tables: files of rows with named columns ---- */
-
-typedef struct table {
-  const char *path;
-  FILE *stream;
-  text line_text;
-  list name;            /* of the columns */
-  char **field;         /* of the row that was read last */
-  int line, skip_empty; /* its number, from 1; 1: empty lines are passed over */
-} table;
-
-/* The next line, or NULL. */
-static inline char *table_line(table *f) {
-  int more = read_line(&f->line_text, f->stream);
-  if (ferror(f->stream)) die("cannot be read: %s", strerror(errno));
-  if (!more) return NULL;
-  read_from(f->path, ++f->line);
-  if (strlen(f->line_text.data) != f->line_text.bytes) die("a zero byte");
-  return f->line_text.data;
-}
-
-/* Cuts a line into fields, at most `most` + 1; returns their number. Formats other than TSV would
-   begin here. */
-static inline int cut_line(char **field, int most, char *line) {
-  int n = 0;
-  for (; line && n <= most; line = strchr(line, '\t'), line = line ? (*line = 0, line + 1) : NULL)
-    field[n++] = line;
-  return n;
-}
-
-/* Opens a file ("-": standard input) and reads its first line, which names the columns. 0: it is
-   optional and not there. Until table_close sentences begin with file and line. */
-static inline int open_table(table *f, const char *path, int optional) {
-  char *line;
-  memset(f, 0, sizeof *f);
-  f->path = strcmp(path, "-") ? path : "stdin";
-  f->stream = f->path == path ? fopen(path, "rb") : stdin;
-  if (!f->stream && optional && errno == ENOENT) return 0;
-  if (!f->stream) die("cannot open %s: %s", path, strerror(errno));
-  read_from(f->path, 0);
-  line = table_line(f);
-  if (!line) die("the file is empty; its first line should name the columns");
-  if (!strncmp(line, "\xef\xbb\xbf", 3)) line += 3; /* some editors put it before UTF-8 */
-  f->name = split(line, '\t');
-  f->field = (char **)take((size_t)f->name.n + 1, sizeof *f->field);
-  return 1;
-}
-
-static inline void close_table(table *f) {
-  if (f->stream != stdin) fclose(f->stream);
-  free(f->line_text.data);
-  free(f->field);
-  read_from(NULL, 0);
-}
-
-/* The next row into f->field; 0: there is none. */
-static inline int next_row(table *f) {
-  char *line = table_line(f);
-  int n;
-  while (line && !*line && f->skip_empty) line = table_line(f);
-  if (!line) return 0;
-  n = cut_line(f->field, f->name.n, line);
-  if (n > f->name.n) die("more than the %d columns of the first line", f->name.n);
-  if (n < f->name.n) die("%d column%s, expected %d", n, n == 1 ? "" : "s", f->name.n);
-  return 1;
-}
-
-/* Number of a column, -1: there is none. */
-static inline int column(const table *f, const char *name, int must) {
-  int i, at = -1;
-  for (i = f->name.n; i-- > 0;) {
-    if (strcmp(f->name.at[i], name)) continue;
-    if (at >= 0) read_from(f->path, 1), die("two columns are called \"%s\"", name);
-    at = i;
-  }
-  if (at < 0 && must) read_from(f->path, 1), die("there is no column \"%s\"", name);
-  return at;
-}
+/* ---- fields ---- */
 
 static inline double field_number(const char *what, const char *field) {
   char *end;
   double v = strtod(field, &end);
+  end += strspn(end, " ");
   if (end == field || *end || !(v > -1e30 && v < 1e30))
     die("%s \"%s\" is not a number", what, field);
   return v;
@@ -361,8 +289,26 @@ static inline void find_span(int32_t *span, const moe_tokens *tokens, int which,
         from, to, which + 1);
 }
 
+TOOLS_DIES static inline void die_of_label(const moe_task *t, const char *field) {
+  text names = {NULL, 0, 0};
+  int c;
+  for (c = 0; c < t->classes && c < 20; ++c) put(&names, "%s %d=%s", c ? "," : "", c, t->label[c]);
+  die("label \"%s\" is none of%s%s (the names come from the column labels of tasks.tsv)", field,
+      names.data, c < t->classes ? ", ..." : "");
+}
+
+/* A number, or the name of a label. */
 static inline float read_label(const moe_task *t, const char *field) {
-  float label = (float)field_number("label", field);
+  size_t n = strlen(field += strspn(field, " "));
+  char *end;
+  float label;
+  int c;
+  while (n && field[n - 1] == ' ') --n;
+  (void)strtod(field, &end);
+  for (c = 0; end != field + n && t->label && c < t->classes; ++c)
+    if (strlen(t->label[c]) == n && !strncmp(t->label[c], field, n)) return (float)c;
+  if (end != field + n && t->label) die_of_label(t, field);
+  label = (float)field_number("label", field);
   if (t->kind == MOE_KIND_REGRESSION && (label < t->low || label > t->high))
     die("label %s is outside %g..%g", field, (double)t->low, (double)t->high);
   if (t->kind != MOE_KIND_REGRESSION &&
@@ -384,45 +330,88 @@ static inline moe_tokens make_tokens(int32_t max_len) {
   return out;
 }
 
-/* Reads and tokenises a file, of at most `most` rows (0: all). 0: an optional one is not there. */
-static inline int read_rows(rows *r, const moe_task *t, const encoder *e, const char *path,
-                            int optional, int64_t most) {
+/* What the columns of a task's files are called (see table.h). */
+typedef struct columns {
+  const char *label, *sentence1, *sentence2, *group;
+} columns;
+static const columns usual_columns = {"label", "sentence1", "sentence2", "group"};
+
+/* Where a row's fields are; -1: the task has none. */
+typedef struct row_reader {
+  const moe_task *task;
+  const encoder *encoder;
+  table file;
+  moe_tokens tokens;
+  int32_t max_len;
+  int label, a, b, group, span[4];
+} row_reader;
+
+/* 0: the file is optional and not there. */
+static inline int open_rows(row_reader *r, const columns *as, const char *path, int optional) {
   static const char *const span_name[4] = {"start1", "end1", "start2", "end2"};
-  const moe_config *c = &e->config;
-  int32_t max_len = t->max_len && t->max_len < c->max_len ? t->max_len : c->max_len;
-  int label_at, a_at, b_at, group_at = -1, span_at[4], i, spans = t->kind == MOE_KIND_SPAN;
-  moe_tokens out;
-  table f;
-  memset(r, 0, sizeof *r);
-  if (!open_table(&f, path, optional)) return 0;
-  label_at = column(&f, "label", 1);
-  a_at = column(&f, "sentence1", 1);
-  b_at = t->pair ? column(&f, "sentence2", 1) : -1;
-  if (t->kind == MOE_KIND_RANKING) group_at = column(&f, "group", 1);
-  for (i = 0; i < 4 && spans; ++i) span_at[i] = column(&f, span_name[i], 1);
-  out = make_tokens(c->max_len);
-  while ((!most || r->n < most) && next_row(&f)) {
-    const char *a = f.field[a_at], *b = b_at < 0 ? NULL : f.field[b_at];
-    moe_text words;
-    row x;
-    memset(&x, 0, sizeof x);
-    x.label = read_label(t, f.field[label_at]);
-    x.hash = text_hash((text_hash(0xcbf29ce484222325u, a, 1) ^ 1) * 0x100000001b3u, b ? b : "", 1);
-    x.name = group_at < 0 ? (uint64_t)r->n : text_hash(0xcbf29ce484222325u, f.field[group_at], 0);
-    x.line = f.line;
-    words = moe_text_of(a, b);
-    need(moe_encode(e->tokenizer, &out, &words, max_len, c->truncate, &env));
-    for (i = 0; i < 2 && spans; ++i)
-      find_span(x.span + 2 * i, &out, b ? i : 0, i && b ? b : a,
-                field_whole("start", f.field[span_at[2 * i]]),
-                field_whole("end", f.field[span_at[2 * i + 1]]));
-    append_row(r, &x, out.ids, out.segments, out.count);
-  }
-  read_from(f.path, 0);
-  if (!r->n) die("there are no rows");
-  number_groups(r);
-  if (group_at >= 0) check_ranking(r, f.path);
-  close_table(&f);
+  const moe_task *t = r->task;
+  const moe_config *c = &r->encoder->config;
+  int i;
+  if (!open_table(&r->file, path, optional)) return 0;
+  r->file.hint = "; tasks.tsv may say what they are called: label_column, sentence1_column, "
+                 "sentence2_column, group_column (@2: the second field of a file that names none)";
+  r->max_len = t->max_len && t->max_len < c->max_len ? t->max_len : c->max_len;
+  r->tokens = make_tokens(c->max_len);
+  r->label = column(&r->file, as->label, 1);
+  r->a = column(&r->file, as->sentence1, 1);
+  r->b = t->pair ? column(&r->file, as->sentence2, 1) : -1;
+  r->group = -1;
+  if (t->kind == MOE_KIND_RANKING && (r->b < 0 || alternatives(&r->file, r->b) == 1))
+    r->group = column(&r->file, as->group, 1);
+  for (i = 0; i < 4 && t->kind == MOE_KIND_SPAN; ++i)
+    r->span[i] = column(&r->file, span_name[i], 1);
+  return 1;
+}
+
+/* Appends the row of the file that was read last, with choice k of `choices` for sentence 2: its
+   label says which of them is right. */
+static inline void read_row(rows *to, row_reader *r, int k, int choices) {
+  const moe_task *t = r->task;
+  const char *a = field(&r->file, r->a), *b = r->b < 0 ? NULL : alternative(&r->file, r->b, k);
+  moe_text words = moe_text_of(a, b);
+  row x;
+  int i;
+  memset(&x, 0, sizeof x);
+  x.label = choices > 1 ? (float)(field_whole("label", field(&r->file, r->label)) == k)
+                        : read_label(t, field(&r->file, r->label));
+  x.hash = text_hash((text_hash(0xcbf29ce484222325u, a, 1) ^ 1) * 0x100000001b3u, b ? b : "", 1);
+  x.name = choices > 1    ? (uint64_t)r->file.line
+           : r->group < 0 ? (uint64_t)to->n
+                          : text_hash(0xcbf29ce484222325u, field(&r->file, r->group), 0);
+  x.line = r->file.line;
+  need(moe_encode(r->encoder->tokenizer, &r->tokens, &words, r->max_len,
+                  r->encoder->config.truncate, &env));
+  for (i = 0; i < 2 && t->kind == MOE_KIND_SPAN; ++i)
+    find_span(x.span + 2 * i, &r->tokens, b ? i : 0, i && b ? b : a,
+              field_whole("start", field(&r->file, r->span[2 * i])),
+              field_whole("end", field(&r->file, r->span[2 * i + 1])));
+  append_row(to, &x, r->tokens.ids, r->tokens.segments, r->tokens.count);
+}
+
+/* Reads and tokenises a file, of at most `most` rows (0: all). 0: an optional one is not there. */
+static inline int read_rows(rows *to, const moe_task *t, const columns *as, const encoder *e,
+                            const char *path, int optional, int64_t most) {
+  row_reader r;
+  int k, choices;
+  memset(to, 0, sizeof *to);
+  r.task = t;
+  r.encoder = e;
+  if (!open_rows(&r, as ? as : &usual_columns, path, optional)) return 0;
+  choices = r.b < 0 ? 1 : alternatives(&r.file, r.b);
+  if (choices > 1 && t->kind != MOE_KIND_RANKING)
+    die("alternatives (A | B) are for tasks of kind ranking");
+  while ((!most || to->n < most) && next_row(&r.file))
+    for (k = 0; k < choices; ++k) read_row(to, &r, k, choices);
+  read_from(r.file.path, 0);
+  if (!to->n) die("there are no rows");
+  number_groups(to);
+  if (t->kind == MOE_KIND_RANKING) check_ranking(to, r.file.path);
+  close_table(&r.file);
   return 1;
 }
 
@@ -431,21 +420,33 @@ static inline int read_rows(rows *r, const moe_task *t, const encoder *e, const 
 typedef struct task_data {
   moe_task task;
   const char *labels, *description; /* as tasks.tsv has them; description may be NULL */
-  int64_t official;                 /* column `rows`, else the training rows: decides "small" */
+  columns as;
+  int64_t official; /* column `rows`, else the training rows: decides "small" */
   int hard, n_dev;
   rows train, held, dev[2];
 } task_data;
 
-static struct { const char *folder, *names; } data;
+static struct {
+  const char *folder, *list, *names;
+  double split;
+  int split_seed;
+} data;
 static task_data *tasks; /* those that were asked for */
 static int n_tasks;
 
 static const option data_options[] = {
     GROUP("data"),
     STRING("--data", "DIR", data.folder, "examples/data",
-           "folder with tasks.tsv and TASK/train.tsv, TASK/dev.tsv; a second dev set, dev_2.tsv or "
-           "dev_mm.tsv, makes the metric the mean of both"),
+           "folder with tasks.tsv and TASK/train.tsv, TASK/dev.tsv (or .csv, .jsonl); a second dev "
+           "set, dev_2 or dev_mm, makes the metric the mean of both"),
+    STRING("--task-list", "FILE", data.list, NULL,
+           "in place of tasks.tsv in that folder: examples/data/glue.tsv and superglue.tsv fit "
+           "these benchmarks as they are downloaded"),
     STRING("--tasks", "A,B,C", data.names, NULL, "these tasks, in this order [all of tasks.tsv]"),
+    REAL("--split", "SHARE", data.split, 0, 0.9, "0",
+         "tasks without a dev file take this share of their training rows as dev, of each class as "
+         "much"),
+    WHOLE("--split-seed", data.split_seed, 0, 2147483647, "1", "which rows those are"),
     WHOLE("--max-len", source.max_len, 3, 1 << 20, NULL,
           "longest input in tokens [128, or what the positions allow]"),
     END_OF_OPTIONS};
@@ -478,15 +479,21 @@ static inline void read_labels(moe_task *t, const char *field) {
 }
 
 /* The field of a column that may be missing or empty: then NULL. */
-static inline const char *field_or_null(const table *f, const char *name) {
+static inline const char *field_or_null(table *f, const char *name) {
   int at = column(f, name, 0);
-  return at >= 0 && *f->field[at] ? f->field[at] : NULL;
+  return at >= 0 && *field(f, at) ? field(f, at) : NULL;
 }
 
-static inline void read_task(const table *f, task_data *t) {
-  const char *name = f->field[column(f, "name", 1)], *kind = f->field[column(f, "kind", 1)];
-  const char *input = f->field[column(f, "input", 1)], *rest;
-  const char *metric = f->field[column(f, "metric", 1)];
+/* What tasks.tsv says a column is called. */
+static inline const char *column_name(table *f, const char *name, const char *usual) {
+  const char *said = field_or_null(f, name);
+  return said ? printed("%s", said) : usual;
+}
+
+static inline void read_task(table *f, task_data *t) {
+  const char *name = field(f, column(f, "name", 1)), *kind = field(f, column(f, "kind", 1));
+  const char *input = field(f, column(f, "input", 1)), *rest;
+  const char *metric = field(f, column(f, "metric", 1));
   memset(t, 0, sizeof *t);
   if (strlen(name) >= sizeof t->task.name || !*name) die("a task's name has 1 to 63 bytes");
   for (rest = name; *rest; ++rest) /* it names a folder, files and tensors */
@@ -501,7 +508,7 @@ static inline void read_task(const table *f, task_data *t) {
   if (!*metric || strlen(metric) >= sizeof t->task.metrics)
     die("metrics have 1 to %d bytes", MOE_NAME_BYTES - 1);
   strcpy(t->task.metrics, metric);
-  t->labels = printed("%s", f->field[column(f, "labels", 1)]);
+  t->labels = printed("%s", field(f, column(f, "labels", 1)));
   read_labels(&t->task, t->labels);
   if ((rest = field_or_null(f, "rows")) != NULL) t->official = field_whole("rows", rest);
   if (t->official < 0) die("rows is %s, expected at least 0", rest);
@@ -510,6 +517,10 @@ static inline void read_task(const table *f, task_data *t) {
     die("max_len is %s, the special tokens alone are %d", rest, 2 + (int)t->task.pair);
   if ((rest = field_or_null(f, "hard")) != NULL) t->hard = field_whole("hard", rest);
   if ((rest = field_or_null(f, "description")) != NULL) t->description = printed("%s", rest);
+  t->as.label = column_name(f, "label_column", usual_columns.label);
+  t->as.sentence1 = column_name(f, "sentence1_column", usual_columns.sentence1);
+  t->as.sentence2 = column_name(f, "sentence2_column", usual_columns.sentence2);
+  t->as.group = column_name(f, "group_column", usual_columns.group);
 }
 
 static inline int find_task(const task_data *of, int n, const char *name) {
@@ -519,7 +530,7 @@ static inline int find_task(const task_data *of, int n, const char *name) {
 
 /* The tasks named in tasks.tsv, all of them (names NULL) or those of the list "A,B". */
 static inline void read_tasks(const char *names) {
-  const char *path = printed("%s/tasks.tsv", data.folder);
+  const char *path = data.list ? data.list : printed("%s/tasks.tsv", data.folder);
   list wanted = split(names ? names : "", ',');
   task_data *all = NULL;
   int n = 0, i;
@@ -545,19 +556,86 @@ static inline void read_tasks(const char *names) {
   free(all);
 }
 
-/* FILE.tsv of a task; 0: an optional one is not there. */
-static inline int read_part(rows *r, const task_data *d, const encoder *e, const char *file,
-                            int optional, int64_t most) {
-  const char *path = printed("%s/%s/%s.tsv", data.folder, d->task.name, file);
-  return read_rows(r, &d->task, e, path, optional, most);
+/* The file of a task of one of the names ("dev|val"), or NULL. */
+static inline const char *find_file(const char *task, const char *names) {
+  static const char *const endings[] = {"tsv", "csv", "jsonl", "ndjson"};
+  list name = split(names, '|');
+  const char *found = NULL, *path;
+  int i, k;
+  for (i = 0; i < name.n; ++i)
+    for (k = 0; k < 4; ++k) {
+      path = printed("%s/%s%s%s.%s", data.folder, task, *name.at[i] ? "/" : "", name.at[i],
+                     endings[k]);
+      if (!exists(path)) continue;
+      if (found) die("task %s: both %s and %s are there; keep one", task, found, path);
+      found = path;
+    }
+  return found;
+}
+
+#define DEV_FILES "dev|val|valid|validation|dev_matched|validation_matched"
+#define DEV_2_FILES "dev_2|dev_mm|dev_mismatched|validation_mismatched"
+
+/* The order of rows in which --split takes them: class by class, drawn by the seed. */
+typedef struct split_key {
+  float class_of;
+  uint64_t random;
+  int32_t group;
+} split_key;
+
+static inline int by_class(const void *a, const void *b) {
+  const split_key *x = (const split_key *)a, *y = (const split_key *)b;
+  if (x->class_of < y->class_of || x->class_of > y->class_of)
+    return x->class_of < y->class_of ? -1 : 1;
+  return x->random < y->random ? -1 : x->random > y->random;
+}
+
+/* --split: of each class its share goes to dev, at least one row where a class has two; a
+   regression is one class, and the choices of a ranking stay together. */
+static inline void split_rows(task_data *d) {
+  rows all = d->train;
+  split_key *key = (split_key *)take((size_t)all.groups, sizeof *key);
+  unsigned char *keep = (unsigned char *)take((size_t)all.groups, 1);
+  int64_t i, n, end, g;
+  for (i = 0; i < all.n; ++i) {
+    split_key *k = &key[g = all.row[i].group];
+    k->group = (int32_t)g;
+    k->random = moe_key((uint64_t)data.split_seed, 0, (uint64_t)g, 0, 80);
+    if (d->task.kind == MOE_KIND_CLASSIFICATION || d->task.kind == MOE_KIND_SPAN)
+      k->class_of = all.row[i].label;
+  }
+  qsort(key, (size_t)all.groups, sizeof *key, by_class);
+  memset(keep, 1, (size_t)all.groups);
+  for (i = 0; i < all.groups; i = end) {
+    for (end = i; end < all.groups && !(key[end].class_of > key[i].class_of);) ++end;
+    n = (int64_t)(data.split * (double)(end - i) + 0.5);
+    for (n = n < 1 && end - i > 1 ? 1 : n; n > 0; --n) keep[key[i + n - 1].group] = 0;
+  }
+  d->train = copy_rows(&all, keep, 1);
+  d->dev[0] = copy_rows(&all, keep, 0);
+  free(key), free(keep);
+  free_rows(&all);
+  if (!d->train.n || !d->dev[0].n)
+    die("--split %g leaves task %s without rows on one side", data.split, d->task.name);
 }
 
 /* The rows of a task, at most `most` of train (0: all). */
 static inline void read_task_rows(task_data *d, const encoder *e, int64_t most) {
-  read_part(&d->train, d, e, "train", 0, most);
-  read_part(&d->dev[0], d, e, "dev", 0, 0);
-  d->n_dev = 1 + (read_part(&d->dev[1], d, e, "dev_2", 1, 0) ||
-                  read_part(&d->dev[1], d, e, "dev_mm", 1, 0));
+  const char *name = d->task.name, *train = find_file(name, "train"),
+             *dev = find_file(name, DEV_FILES), *second = find_file(name, DEV_2_FILES);
+  if (!train && !dev) train = find_file(name, "");
+  if (!train) die("task %s has no file %s/%s/train.tsv (or .csv, .jsonl)", name, data.folder, name);
+  read_rows(&d->train, &d->task, &d->as, e, train, 0, dev ? most : 0);
+  d->n_dev = 1;
+  if (dev)
+    read_rows(&d->dev[0], &d->task, &d->as, e, dev, 0, 0);
+  else if (data.split > 0)
+    split_rows(d);
+  else
+    die("task %s has no file %s/%s/dev.tsv (or .csv, .jsonl); --split 0.1 takes a tenth of the "
+        "training rows",
+        name, data.folder, name);
+  if (second) d->n_dev += read_rows(&d->dev[1], &d->task, &d->as, e, second, 0, 0);
   if (!d->official) d->official = d->train.n;
 }
 

@@ -20,6 +20,14 @@ static const option predict_options[] = {
     END_OF_OPTIONS};
 static const option *const all_options[] = {predict_options, machine_options, NULL};
 
+/* Cuts a line at its tabs into fields, at most `most` + 1; returns their number. */
+static int cut_line(char **field, int most, char *line) {
+  int n = 0;
+  for (; line && n <= most; line = strchr(line, '\t'), line = line ? (*line = 0, line + 1) : NULL)
+    field[n++] = line;
+  return n;
+}
+
 /* Reads up to BATCH lines, asks, prints. 0: the input has ended. */
 static int answer_lines(moe_predictor *predictor, const moe_model *model, int32_t t) {
   static text line[BATCH];
@@ -64,7 +72,7 @@ static void print_metrics(moe_model *model, int32_t t) {
   answers a;
   int i;
   encoder_of_model(&e, model, opt.model);
-  read_rows(&r, task, &e, "-", 0, 0);
+  read_rows(&r, task, NULL, &e, "-", 0, 0);
   a = score_rows(context, model, &r, t, NULL);
   for (i = 0; moe_metric_name(name, task, i); ++i) {
     int defined = 1;

@@ -211,21 +211,19 @@ static inline part *read_part_line(char **field) {
    may follow each other in one. */
 static inline void read_parts(const char *file) {
   const char *path = printed("%s.results", file);
-  char *line, *field[13];
   part **p = NULL;
-  int n_parts = 0;
+  int n, n_parts = 0;
   table f;
-  if (!open_table(&f, path, 1)) return;
+  if (!open_table_of(&f, path, TABLE_TSV, 1)) return;
   if (f.name.n != 2 || strcmp(f.name.at[0], "options")) die("this is not a file of results");
-  for (line = printed("options\t%s", f.name.at[1]); line; line = table_line(&f)) {
-    int n = cut_line(field, 12, line);
-    if (n == 2 && !strcmp(field[0], "options")) {
-      check_same_options(file, field[1]);
+  for (n = f.fields; n; n = read_record(&f)) {
+    if (n == 2 && !strcmp(f.field[0], "options")) {
+      check_same_options(file, f.field[1]);
       continue;
     }
     if (n != 12) die("%d columns, expected 12", n);
     p = (part **)grow(p, (size_t)n_parts + 1, sizeof *p);
-    p[n_parts++] = read_part_line(field);
+    p[n_parts++] = read_part_line(f.field);
   }
   close_table(&f);
   join_parts(p, n_parts);

@@ -20,6 +20,8 @@ static const option routes_options[] = {
     PLACE("MODEL", opt.model, "a trained model"),
     STRING("--data", "DIR", data.folder, "examples/data",
            "folder with TASK/dev.tsv (and train.tsv, whose rows are counted)"),
+    STRING("--task-list", "FILE", data.list, NULL,
+           "what columns are called, in place of tasks.tsv in that folder"),
     WHOLE("--rows", opt.rows, 0, 1000000000, "200",
           "rows of each dev.tsv, 0: all; the last questions of a ranking stay whole"),
 
@@ -190,34 +192,33 @@ static void read_history(const moe_model *model) {
   static const char *const wanted[] = {"run",   "step",  "temperature", "task",
                                        "layer", "block", "probability"};
   int where[7], k, t, l, b, of, run = 0;
+  const char *value[7];
   double step = -1, at_step;
   size_t seen = 0, all = at(T, 0, 0);
   table f;
   if (!blocks) die("--history is for models whose experts are blocks");
-  open_table(&f, opt.history, 0);
-  f.name = split(f.name.at[0], ',');
+  open_table_of(&f, opt.history, TABLE_CSV, 0);
   for (k = 0; k < 7; ++k)
     if ((where[k] = column(&f, wanted[k], 0)) < 0)
       die("these are not the columns of tasklevel --csv");
-  f.name.n = 1; /* for next_row a line is one field */
   while (next_row(&f)) {
-    char **field = split(f.field[0], ',').at;
-    of = whole("run", field[where[0]], 1, 1e6);
+    for (k = 0; k < 7; ++k) value[k] = field(&f, where[k]);
+    of = whole("run", value[0], 1, 1e6);
     if (opt.run && of != opt.run) continue;
     if (run && of != run) die("there are runs %d and %d: choose one with --run", run, of);
     run = of;
-    at_step = number("step", field[where[1]], 0, 1e15);
+    at_step = number("step", value[1], 0, 1e15);
     if (at_step > step) {
       if (seen % all) die("the moment before is not complete");
       new_moment(printed("step_%.0f", step = at_step))->tau =
-          number("temperature", field[where[2]], 1e-9, 1e9);
+          number("temperature", value[2], 1e-9, 1e9);
     }
-    t = moe_model_find_task(model, field[where[3]]);
-    if (t < 0) die("the model has no task \"%s\"", field[where[3]]);
-    l = whole("layer", field[where[4]], 1, L) - 1;
-    b = whole("block", field[where[5]], 1, N) - 1;
+    t = moe_model_find_task(model, value[3]);
+    if (t < 0) die("the model has no task \"%s\"", value[3]);
+    l = whole("layer", value[4], 1, L) - 1;
+    b = whole("block", value[5], 1, N) - 1;
     moments[n_moments - 1].share[at(t, l, b)] = moments[n_moments - 1].gate[at(t, l, b)] =
-        number("probability", field[where[6]], 0, 1);
+        number("probability", value[6], 0, 1);
     ++seen;
   }
   read_from(opt.history, 0);
@@ -803,15 +804,19 @@ static rows first_groups(rows *all) {
   return some;
 }
 
-/* The rows of dev.tsv, and the number of those in train.tsv. */
+/* The rows of the dev file, and the number of those to train on. */
 static void read_task_files(const encoder *e, int t) {
-  const char *folder = printed("%s/%s", data.folder, task_of[t]->name);
-  int ranking = task_of[t]->kind == MOE_KIND_RANKING;
+  const char *name = task_of[t]->name, *path = find_file(name, DEV_FILES);
+  int ranking = task_of[t]->kind == MOE_KIND_RANKING, at = find_task(tasks, n_tasks, name);
+  const columns *as = at < 0 ? NULL : &tasks[at].as;
   table f;
-  read_rows(&dev[t], task_of[t], e, printed("%s/dev.tsv", folder), 0, ranking ? 0 : opt.rows);
+  if (!path) die("task %s has no file %s/%s/dev.tsv (or .csv, .jsonl)", name, data.folder, name);
+  read_rows(&dev[t], task_of[t], as, e, path, 0, ranking ? 0 : opt.rows);
   if (ranking && opt.rows) dev[t] = first_groups(&dev[t]);
-  if (!open_table(&f, printed("%s/train.tsv", folder), 1)) return;
-  while (table_line(&f)) ++train_of[t];
+  if (!(path = find_file(name, "train"))) return;
+  open_table(&f, path, 0);
+  column(&f, as ? as->label : usual_columns.label, 1);
+  while (next_row(&f)) ++train_of[t];
   close_table(&f);
 }
 
@@ -843,6 +848,7 @@ int main(int argc, char **argv) {
   train_of = numbers((size_t)T);
   feature = numbers((size_t)(T * FEATURES));
   task_of = of = (const moe_task **)lasting((size_t)T, sizeof *of);
+  if (data.list || exists(printed("%s/tasks.tsv", data.folder))) read_tasks(NULL);
   for (t = 0; t < T; ++t) {
     of[t] = moe_model_task(model, t);
     read_task_files(&e, t);
