@@ -188,7 +188,7 @@ changed blank_line 'good/train.tsv:3: 1 column, expected 2' good/train.tsv \
   'label\tsentence1\n0\ta\n\n1\tb\n'
 changed label_no_number 'good/train.tsv:2: label "often" is none of 0=' good/train.tsv \
   'label\tsentence1\noften\ta\n'
-changed label_empty 'good/train.tsv:2: label "" is none of 0=' good/train.tsv \
+changed label_empty 'good/train.tsv:2: label "" is not a number' good/train.tsv \
   'label\tsentence1\n\ta\n'
 changed label_nan 'good/train.tsv:2: label "nan" is not a number' good/train.tsv \
   'label\tsentence1\nnan\ta\n'

@@ -98,7 +98,8 @@ refuses a_header_without_label 'stdin:1: there is no column "label"' 'a\tsentenc
 refuses an_empty_file 'stdin: the file is empty' '' "$model" snips_intents --score
 refuses a_file_without_rows 'stdin: there are no rows' 'label\tsentence1\n' "$model" snips_intents \
   --score
-refuses a_label_that_is_none 'stdin:3: label "x" is not a number' 'label\tsentence1\n1\ta\nx\tb\n' \
+refuses a_label_that_is_none 'stdin:3: label "x" is none of 0=AddToPlaylist' \
+  'label\tsentence1\n1\ta\nx\tb\n' \
   "$model" snips_intents --score
 refuses a_label_out_of_range 'stdin:2: label 7 is not one of 0 .. 6' 'label\tsentence1\n7\ta\n' \
   "$model" snips_intents --score
