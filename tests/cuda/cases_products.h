@@ -23,7 +23,7 @@ static void case_linear(Case &c) {
   auto dy = c.input("dy", y_n), dx = c.gradient("dx", x_n, c.chance(85));
   auto dw = c.gradient("dw", w_n, c.chance(85)), db = c.gradient("db", rows, c.chance(85));
   c.tolerance = cases_mode.tolerance;
-  c.expect(db, NEAR, 1e-5);
+  if (cases_mode.arch >= 80) c.expect(db, NEAR, 1e-5); /* dy is not rounded for it */
   c.send();
   for (int back = 0; back < 2; ++back)
     for (int side = CPU; side < SIDES; ++side) {
