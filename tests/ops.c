@@ -12,6 +12,7 @@
 #include "ops/route.c"
 #include "ops/experts.c"
 #include "ops/heads.c"
+#include "ops/guard.c"
 
 int main(int argc, char **argv) {
   test_begin(argc, argv);
@@ -21,5 +22,6 @@ int main(int argc, char **argv) {
   PART(route);
   PART(experts);
   PART(heads);
+  PART(guard);
   return test_end();
 }

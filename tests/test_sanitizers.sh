@@ -49,7 +49,7 @@ tiny="--data $data --layers 2 --hidden 20 --heads 2 --ffn 36 --experts 3 --max-l
 tiny="$tiny --batch 6 --steps 3"
 
 if works "$address"; then
-  for t in ${MOE_SANITIZE:-files:files,import,checkpoint,json ops:route,experts text:text,metrics \
+  for t in ${MOE_SANITIZE:-files:files,import,checkpoint,json ops:route,experts,guard text:text,metrics \
       train:sampler}; do
     c_tests address $t "$address"
   done

@@ -152,7 +152,9 @@ results() { # without what differs: the names of files and the time
   grep -v '"options":' "$1" | sed 's/"\(seconds\|tokens_per_second\)": [0-9.]*//g'
 }
 "$tmp/tasklevel" $long --json "$tmp/whole.json" --csv "$tmp/whole.csv" > "$tmp/out" 2> "$tmp/err"
-files() { ls -l --time-style=full-iso "$tmp"/state* 2> /dev/null | grep -v '\.tmp\|\.lock' | cksum; }
+files() {
+  ls -l --time-style=full-iso "$tmp"/state* 2> /dev/null | grep -v '\.tmp\|\.lock' | cksum
+}
 state=$tmp/state.safetensors stops=0 status=130
 while [ $stops -lt 40 ]; do
   from=
