@@ -8,17 +8,20 @@
 All faults of a run are compiled into one build of the test programs: (MUT(17) ? a - b : a + b).
 The environment's MOE_MUTANT says which of them is real. First each test runs alone without a fault,
 which tells its time and the faults that it reaches. Then each fault runs the tests that reach it,
-the quick ones first, until one fails, crashes or takes too long. mutants.tsv lists the faults that
-no test can find, with reasons. Results go to build/mutate/results.tsv; a run that was interrupted
-goes on there. Needs gcc or clang, and a system with mmap."""
+the quick ones first, until one fails, crashes or takes too long. A seed chooses faults by a hash of
+their lines: it plants the same ones again where the header has changed elsewhere. mutants.tsv lists
+the faults that no test can find, with reasons. Results are added to build/mutate.tsv: a fault that
+is there is not hunted again (--again: but for those that survived). Needs gcc or clang, and a
+system with mmap."""
 import argparse
 import bisect
 import hashlib
 import mmap
 import os
-import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -103,7 +106,7 @@ def is_declaration(t, i, end):
         return False
     if re.match(r"[A-Za-z_]", b):
         return True
-    return b == "*" and i + 3 < end and (t[i + 3].text in "=;,[" or t[i + 2].text in ("*", "const"))
+    return b == "*" and i + 3 <= end and (t[i + 3].text in "=;,[" or t[i + 2].text in ("*", "const"))
 
 
 class Parser:
@@ -219,6 +222,8 @@ class Planter:
                 low, high = span(t, begin, end, i, text)
                 a, b = t[low].at, t[high - 1].end
                 for other in OPERATORS[text]:
+                    if {text, other} in ({"<", "<="}, {">", ">="}) and self.least(t, low, i, high):
+                        continue
                     self.add(text + " to " + other, a, b,
                              self.replaced(a, b, t[i].at, t[i].end, other))
             elif text == "!" and i + 1 < end:
@@ -226,10 +231,12 @@ class Planter:
                 a, b = t[low].at, t[high - 1].end
                 self.add("no !", a, b, self.replaced(a, b, t[i].at, t[i].end, " "))
             elif re.fullmatch(r"\d+[uU]?", text) and before not in ("case", "["):
+                if self.is_immediate(t, begin, i):
+                    continue
                 number = int(text.rstrip("uU"))
                 other = "0" if number == 1 else str(number + 1)
                 self.add("%s to %s" % (text, other), t[i].at, t[i].end, other)
-            elif re.fullmatch(r"\d+\.\d*f?", text):
+            elif re.fullmatch(r"\d+\.\d*f?", text) and float(text.rstrip("f")):
                 self.add("twice", t[i].at, t[i].end, "2 * " + text)
             elif text in ("++", "--") and re.match(r"[A-Za-z_]", t[i + 1].text):
                 low, high = span(t, begin, end, i, "=")
@@ -239,11 +246,30 @@ class Planter:
             elif text == "(" and re.match(r"[A-Za-z_]", before):
                 self.swap(t, i)
 
+    def is_immediate(self, t, begin, i):
+        """Whether a constant is an argument of an intrinsic: part of an instruction."""
+        depth = 0
+        while i > begin:
+            i -= 1
+            depth += (t[i].text in ")]") - (t[i].text in "([")
+            if depth < 0:
+                return t[i].text == "(" and t[i - 1].text.startswith("_mm")
+        return False
+
+    def least(self, t, low, i, high):
+        """Whether a < b ? a : b or the like: no matter which of two equals it is."""
+        words = [x.text for x in t[low:high + 2 + 2 * (high - low)]]
+        a, b, n = words[:i - low], words[i - low + 1:high - low], high - low
+        return words[n:n + 1] == ["?"] and words[n + 1:n + 1 + len(a)] in (a, b) and (
+            words[n + 1:n + 1 + len(a) + 1 + len(b)] == a + [":"] + b or
+            words[n + 1:n + 1 + len(b) + 1 + len(a)] == b + [":"] + a)
+
     def swap(self, t, i):
         """Exchanges the first two arguments of a call, where both are simple."""
         m = re.match(r"\((\w+(?:\[\w+\]|->\w+|\.\w+)*),\s+(\w+(?:\[\w+\]|->\w+|\.\w+)*)(?=[,)])",
                      self.source[t[i].at:t[i].at + 120])
-        if m and m.group(1) != m.group(2) and not t[i - 1].text.isupper():
+        if (m and m.group(1) != m.group(2) and not t[i - 1].text.isupper() and
+                not re.fullmatch(r"strn?cmp|memcmp", t[i - 1].text)):
             end = close_of(t, i)
             a, b, at = t[i - 1].at, t[end].end, t[i].at
             self.add("swap", a, b, self.replaced(a, b, at + m.start(1), at + m.end(2),
@@ -258,7 +284,7 @@ class Planter:
                 self.add("%s (%s)" % (kind, value), a, b, value)
         if kind == "return" and told and "?" not in text:
             self.add("return MOE_OK", a, b, "MOE_OK")
-        if kind == "statement" and not told and not re.match(r"[A-Z_]+\(", text):
+        if kind == "statement" and not told and not re.match(r"[A-Z_]+\(|\(void\)", text):
             self.add("nothing", a, b + 1, "")
         if not told:
             self.expression(t, begin, end, kind == "declaration")
@@ -295,21 +321,26 @@ def active_lines(path, compiler):
     return lambda n: n in seen
 
 
-def choose(mutants, number, rng, only):
+def identity(m):
+    """What a fault is, wherever its line has gone."""
+    return m["section"], m["shown"], m["change"]
+
+
+def choose(mutants, number, seed, only):
     """Takes from the sections in turn, the smaller ones first; no two faults overlap."""
     sections = {}
     for m in mutants:
         if not only or m["section"] in only:
             sections.setdefault(m["section"], []).append(m)
     for section in sections.values():
-        rng.shuffle(section)
+        section.sort(key=lambda m: hashlib.sha256(repr((seed, identity(m))).encode()).digest())
     taken, chosen = [], []
     free = lambda m: all(m["end"] <= a or m["at"] >= b for a, b in taken)
     size = {name: len(section) for name, section in sections.items()}
     picked = dict.fromkeys(sections, 0)
     while sections and len(chosen) < number:
         # as many as the square root of what could be planted there asks for
-        name = min(sections, key=lambda s: (picked[s] + 1) / size[s] ** 0.5)
+        name = min(sections, key=lambda s: ((picked[s] + 1) / size[s] ** 0.5, s))
         while sections[name]:
             m = sections[name].pop()
             if free(m):
@@ -320,6 +351,30 @@ def choose(mutants, number, rng, only):
         else:
             del sections[name]
     return chosen
+
+
+def choose_listed(mutants, path):
+    """The faults of a file of results that survived, as far as they are still there."""
+    wanted = {key for key, (verdict, _) in read_results(path).items() if verdict == "survived"}
+    taken, chosen = [], []
+    for m in mutants:
+        if identity(m) in wanted and all(m["end"] <= a or m["at"] >= b for a, b in taken):
+            wanted.discard(identity(m))
+            taken.append((m["at"], m["end"]))
+            chosen.append(m)
+    return chosen
+
+
+def read_results(path):
+    """section, line, change: verdict, what found it or why nothing does."""
+    results = {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                part = line.rstrip("\n").split("\t")
+                if len(part) == 5:
+                    results[tuple(part[2:])] = (part[0], part[1])
+    return results
 
 
 def planted(source, chosen):
@@ -402,12 +457,16 @@ class Tests:
         self.map = os.path.join(build.folder, "reached")
 
     def run(self, program, names, mutant, limit):
-        """'' where all pass, else how it ended: at the first failure the rest does not run."""
+        """'' where all pass, else how it ended: at the first failure the rest does not run. `limit`
+        is in seconds of the processor; one that sleeps has ten times as long."""
         env = dict(os.environ, MOE_MUTANT=str(mutant), MOE_MUTANTS=self.map)
         env.setdefault("MOE_SHARED", os.path.join(os.path.dirname(ROOT), "shared"))
-        p = subprocess.Popen(["timeout", "-k", "1", str(limit), "build/test_" + program] + names,
+        p = subprocess.Popen(["timeout", "-k", "1", str(20 + 10 * limit),
+                              "build/test_" + program] + names,
                              cwd=self.build.tests, env=env, stdin=subprocess.DEVNULL,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU,
+                                                                   (int(limit), int(limit) + 1)))
         failed = ""
         for line in p.stdout:
             text = line.decode("utf-8", "replace")
@@ -419,7 +478,13 @@ class Tests:
         status = p.wait()
         if failed or not status:
             return failed
-        return "takes too long" if status in (124, 137) else "ends with status %d" % status
+        slow = status in (124, 137, 128 + signal.SIGXCPU)
+        return "takes too long" if slow else "ends with status %d" % status
+
+    @staticmethod
+    def processor_time():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
 
     def measure(self, slowest):
         """Each test alone, without a fault: its seconds and the faults that it reaches."""
@@ -433,23 +498,24 @@ class Tests:
             for name in names:
                 with open(self.map, "wb") as f:
                     f.write(bytes(self.faults + 1))
-                began = time.time()
+                began = self.processor_time()
                 ended = self.run(program, [name], -1, slowest)
                 with open(self.map, "rb") as f:
                     reached = f.read()
                 if ended:
                     print("mutate: without a fault, %s: %s; it is left out" % (name, ended))
                 else:
-                    tests.append((time.time() - began, program, name, reached))
+                    tests.append((self.processor_time() - began, program, name, reached))
         return sorted(tests, key=lambda x: x[0])
 
-    def hunt(self, mutant, tests):
-        """Runs the tests that reach a fault; the first that fails, or ''."""
+    def hunt(self, mutant, tests, most):
+        """Runs the tests that reach a fault, for about `most` seconds; the first that fails, or ''.
+        None where no test reaches it."""
         todo = [x for x in tests if x[3][mutant]]
         if not todo:
             return None
         budget = 1.0
-        while todo:
+        while todo and most > 0:
             portion, spent = [], 0
             while todo and (not portion or spent + todo[0][0] < budget):
                 spent += todo[0][0]
@@ -457,33 +523,21 @@ class Tests:
             for program in PROGRAMS:
                 names = [x[2] for x in portion if x[1] == program]
                 base = sum(x[0] for x in portion if x[1] == program)
-                ended = self.run(program, names, mutant, round(10 + 8 * base)) if names else ""
+                ended = self.run(program, names, mutant, round(5 + 8 * base)) if names else ""
                 if ended:
                     return ended if ended.startswith("test_") else program + " " + ended
+            most -= spent
             budget *= 4
         return ""
 
 
-def known_mutants():
-    """section, line, change: why no test can find it."""
-    known = {}
-    path = os.path.join(HERE, "mutants.tsv")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                part = line.rstrip("\n").split("\t")
-                if len(part) == 4 and not line.startswith("#"):
-                    known[tuple(part[:3])] = part[3]
-    return known
-
-
 def report(mutants, results):
-    """A line for each section, and the survivors."""
+    """A line for each section; whether 95 % of the real faults are caught."""
     count = {}
     for m in mutants:
         n = count.setdefault(m["section"], [0, 0, 0, 0])
         n[0] += 1
-        n[("caught", "equivalent", "survived").index(results[m["id"]][0]) + 1] += 1
+        n[("caught", "equivalent", "survived").index(results[identity(m)][0]) + 1] += 1
     print("%-16s %8s %8s %12s %9s" % ("section", "planted", "caught", "equivalent", "survived"))
     for name in sorted(count):
         print("%-16s %8d %8d %12d %9d" % tuple([name] + count[name]))
@@ -500,9 +554,11 @@ def parse_arguments():
     p.add_argument("--number", type=int, default=50)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--only", default="", help="sections, with commas")
+    p.add_argument("--survivors", metavar="FILE", help="those that survived in a file of results")
     p.add_argument("--build", default=os.path.join(HERE, "build", "mutate"))
     p.add_argument("--time", type=float, default=1e9, help="seconds, then stop")
     p.add_argument("--slowest", type=float, default=20, help="tests that take longer are left out")
+    p.add_argument("--most", type=float, default=60, help="seconds of tests for one fault")
     p.add_argument("--again", action="store_true", help="hunt those that survived once more")
     p.add_argument("--list", action="store_true", help="only say what would be planted")
     return p.parse_args()
@@ -514,60 +570,53 @@ def main():
     planter = Planter(path)
     planter.plant(active_lines(path, compiler))
     only = set(options.only.split(",")) - {""}
-    chosen = choose(planter.mutants, options.number, random.Random(options.seed), only)
+    if options.survivors:
+        chosen = choose_listed(planter.mutants, options.survivors)
+    else:
+        chosen = choose(planter.mutants, options.number, options.seed, only)
     print("mutate: %d faults in %d sections, of %d possible ones" %
           (len(chosen), len({m["section"] for m in chosen}), len(planter.mutants)), flush=True)
     if options.list:
         for m in chosen:
             print("%s:%d: %s => %s" % (m["section"], m["line"], m["shown"], m["change"]))
         return 0
-    build = Build(options.build, compiler)
-    key = hashlib.sha256(repr((planter.source, options.number, options.seed, only)).encode())
-    saved = options.build + ".tsv"
     os.nice(10)
+    build = Build(options.build, compiler)
     build.make_tree()
     chosen = build.drop_what_does_not_compile(planter, chosen)
     print("mutate: %d of them compile" % len(chosen), flush=True)
-    return hunt_all(build, chosen, known_mutants(), saved, key.hexdigest(), options)
+    return hunt_all(build, chosen, options)
 
 
-def hunt_all(build, chosen, known, saved, key, options):
-    results = {}
-    if os.path.exists(saved):
-        with open(saved, encoding="utf-8") as f:
-            lines = f.read().split("\n")
-        if lines[0] == key:
-            for part in (line.split("\t") for line in lines[1:] if line):
-                if part[1] == "caught" or not options.again:
-                    results[int(part[0])] = (part[1], part[2])
-    log = open(saved, "a" if results else "w", encoding="utf-8")
-    if not results:
-        log.write(key + "\n")
-    began = time.time()
-    build.programs()
-    tests = Tests(build, len(chosen))
-    measured = tests.measure(options.slowest)
-    print("mutate: %d tests, %.0f s without a fault; built and measured in %.0f s" %
-          (len(measured), sum(x[0] for x in measured), time.time() - began), flush=True)
-    for m in chosen:
-        if m["id"] in results:
-            continue
-        if time.time() - began > options.time:
-            break
-        reason = known.get((m["section"], m["shown"], m["change"]))
-        found = "" if reason else tests.hunt(m["id"], measured)
-        if reason:
-            results[m["id"]] = ("equivalent", reason)
-        elif found:
-            results[m["id"]] = ("caught", found)
-        else:
-            why = "not reached" if found is None else ""
-            results[m["id"]] = ("survived", why)
-            print("survived: moe.h:%d >>%s %s: %s => %s" %
-                  (m["line"], m["section"], why, m["shown"], m["change"]), flush=True)
-        log.write("%d\t%s\t%s\n" % ((m["id"],) + results[m["id"]]))
-        log.flush()
-    return 0 if report([m for m in chosen if m["id"] in results], results) else 1
+def hunt_all(build, chosen, options):
+    saved = options.build + ".tsv"
+    known = read_results(os.path.join(HERE, "mutants.tsv"))
+    results = {key: value for key, value in read_results(saved).items()
+               if value[0] == "caught" or not options.again}
+    results.update(known)
+    began, tests, measured = time.time(), None, []
+    with open(saved, "a", encoding="utf-8") as log:
+        for m in chosen:
+            if identity(m) in results:
+                continue
+            if not tests:
+                build.programs()
+                tests = Tests(build, len(chosen))
+                measured = tests.measure(options.slowest)
+                print("mutate: %d tests, %.0f s without a fault; built and measured in %.0f s" %
+                      (len(measured), sum(x[0] for x in measured), time.time() - began), flush=True)
+            if time.time() - began > options.time:
+                break
+            found = tests.hunt(m["id"], measured, options.most)
+            results[identity(m)] = ("caught" if found else "survived",
+                                    "not reached" if found is None else found)
+            if not found:
+                print("survived%s: moe.h:%d >>%s: %s => %s" %
+                      (" unreached" if found is None else "", m["line"], m["section"], m["shown"],
+                       m["change"]), flush=True)
+            log.write("\t".join(results[identity(m)] + identity(m)) + "\n")
+            log.flush()
+    return 0 if report([m for m in chosen if identity(m) in results], results) else 1
 
 
 if __name__ == "__main__":

@@ -67,7 +67,13 @@ else
 fi
 
 if works -fsanitize=thread; then
-  for t in kernels:base files:checkpoint; do c_tests thread $t -fsanitize=thread; done
+  for t in kernels:base files:checkpoint,threads; do c_tests thread $t -fsanitize=thread; done
+  # that it is at work: a race on purpose, in the program that was just built
+  if "$tmp/test" race > "$tmp/log" 2>&1; then
+    fail test_sanitizers_thread_finds_a_race "nothing was found"
+  elif grep -q 'WARNING: ThreadSanitizer: data race' "$tmp/log"; then
+    ok test_sanitizers_thread_finds_a_race
+  else fail test_sanitizers_thread_finds_a_race "$(tail -n 5 "$tmp/log")"; fi
   if $CC $flags -fsanitize=thread -o "$tmp/train" ../examples/train.c -lm -pthread \
       > "$tmp/log" 2>&1; then
     clean thread train "$tmp/train" $tiny --systems switch --threads 3

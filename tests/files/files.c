@@ -371,6 +371,42 @@ static void test_files_sentences_name_the_cause(void) {
   moe_model_free(model);
 }
 
+/* Replaces a text by another of the same length, wherever it is in the header. */
+static int files_rename_all(models_file *s, const char *from, const char *to) {
+  size_t n = strlen(from), i;
+  int found = 0;
+  for (i = 8; i + n < s->used; ++i)
+    if (!memcmp(s->data + i, from, n)) memcpy(s->data + i, to, n), ++found;
+  return found;
+}
+
+/* Each tensor in turn is missing: the sentence has its name. Its member gets a name that files may
+   have without being read, that of a moment. */
+static void test_files_every_missing_tensor_is_named(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  models_file s = models_written(model, &env);
+  int32_t i;
+  CHECK(s.used, "%s", said);
+  for (i = 0; i < moe_model_tensors(model); ++i) {
+    moe_tensor t;
+    char was[140], now[140], says[160];
+    moe_model_tensor(model, i, &t);
+    snprintf(was, sizeof was, "\"%s\":", t.name);
+    snprintf(now, sizeof now, "%s", was);
+    memcpy(now + 1, "adam.", 5);
+    snprintf(says, sizeof says, "tensor %s is missing", t.name);
+    CHECK(files_rename_all(&s, was, now) == 1, "%s", t.name);
+    CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strstr(said, says),
+          "%s: '%s'", t.name, said);
+    files_rename_all(&s, now, was);
+  }
+  CHECK(!moe_model_read(&back, s.data, s.used, &env), "%s", said);
+  free(s.data);
+  moe_model_free(back);
+  moe_model_free(model);
+}
+
 static void test_files_second_vocabularies_and_nan_are_found(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
@@ -735,15 +771,6 @@ static void test_files_read_tensors_in_any_order(void) {
   }
 }
 
-/* Replaces a text by another of the same length, wherever it is in the header. */
-static int files_rename_all(models_file *s, const char *from, const char *to) {
-  size_t n = strlen(from), i;
-  int found = 0;
-  for (i = 8; i + n < s->used; ++i)
-    if (!memcmp(s->data + i, from, n)) memcpy(s->data + i, to, n), ++found;
-  return found;
-}
-
 /* Two tensors of one shape change their names: the header is in the order of the bytes, but not in
    the model's. Reading puts both where they belong; a model in place would take one for the
    other. */
@@ -1064,12 +1091,59 @@ static void test_files_fsync_that_fails_is_reported(void) {
 #endif
 }
 
+/* The system takes and gives a few bytes at a time, and every third call is interrupted. */
+static void test_files_are_whole_after_short_writes_and_reads(void) {
+#ifdef HAVE_FSYNC
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  models_file whole = models_written(model, &env);
+  const char *path = "build/files_short";
+  void *data;
+  size_t bytes;
+  moe_status status;
+  CHECK(whole.used, "%s", said);
+  io_most = 7;
+  status = moe_model_save(model, path, &env);
+  io_most = 0;
+  CHECK(!status, "%s", said);
+  CHECK(!moe_file_read(&data, &bytes, path, &env), "%s", said);
+  CHECK(bytes == whole.used && !memcmp(data, whole.data, bytes), "written");
+  moe_free(data);
+  io_most = 13;
+  status = moe_model_load(&back, path, &env);
+  io_most = 0;
+  CHECK(!status, "%s", said);
+  CHECK(same_models(model, moe_model_weights(back), back), "read");
+  io_fails = EIO; /* in the middle */
+  io_most = 1000;
+  status = moe_model_load(&back, path, &env);
+  CHECK(status == MOE_E_IO && strstr(said, "build/files_short: reading failed after"), "%s", said);
+  io_fails = ENOSPC;
+  status = moe_model_save(model, path, &env);
+  io_most = 0;
+  io_fails = 0;
+  CHECK(status == MOE_E_IO && strstr(said, "build/files_short.tmp: writing failed after") &&
+            strstr(said, strerror(ENOSPC)),
+        "%s", said);
+  CHECK(!moe_file_read(&data, &bytes, path, &env), "%s", said);
+  CHECK(bytes == whole.used && !memcmp(data, whole.data, bytes), "the old file is whole");
+  moe_free(data);
+  free(whole.data);
+  moe_model_free(back);
+  moe_model_free(model);
+  unlink(path);
+#else
+  SKIP("no read and write of our own here");
+#endif
+}
+
 static void run_files(void) {
   RUN(test_files_round_trip_is_bit_exact);
   RUN(test_files_open_in_place);
   RUN(test_files_truncated_are_refused);
   RUN(test_files_damaged_are_refused_or_read);
   RUN(test_files_sentences_name_the_cause);
+  RUN(test_files_every_missing_tensor_is_named);
   RUN(test_files_second_vocabularies_and_nan_are_found);
   RUN(test_files_weights_that_cannot_be_read_are_not_written);
   RUN(test_files_failing_writer_is_reported);
@@ -1089,4 +1163,5 @@ static void run_files(void) {
   RUN(test_files_locks_keep_a_second_one_out);
   RUN(test_files_locks_of_killed_holders_are_taken);
   RUN(test_files_fsync_that_fails_is_reported);
+  RUN(test_files_are_whole_after_short_writes_and_reads);
 }

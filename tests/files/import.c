@@ -289,6 +289,31 @@ static void test_import_names_every_fault_and_changes_nothing(void) {
   import_refused(&f, LAYERS, "RoBERTa", 1);
 }
 
+/* Where sizes come from tensors, each of them is needed. */
+static void test_import_sizes_name_what_is_missing(void) {
+  static const char *const name[] = {"embeddings.position_embeddings.weight",
+                                     "embeddings.token_type_embeddings.weight",
+                                     "encoder.layer.0.intermediate.dense.weight"};
+  moe_env env = logging();
+  int i;
+  for (i = 0; i < 3; ++i) {
+    flavour f = plain();
+    moe_config config, same;
+    size_t n;
+    unsigned char *file;
+    char says[100];
+    f.missing = name[i];
+    file = encoder_file(&f, &n);
+    moe_config_init(&config);
+    same = config;
+    snprintf(says, sizeof says, "tensor %s is missing", name[i]);
+    CHECK(moe_import_sizes(&config, file, n, &env) == MOE_E_FORMAT && strstr(said, says), "%s",
+          said);
+    CHECK(!memcmp(&config, &same, sizeof config), "the sizes are changed");
+    free(file);
+  }
+}
+
 static void test_import_refuses_other_dtypes_nan_and_damage(void) {
   moe_env env = logging();
   flavour f = plain();
@@ -618,6 +643,7 @@ static void test_import_real_minilm(void) {
 static void run_import(void) {
   RUN(test_import_takes_names_and_formats_of_the_hub);
   RUN(test_import_names_every_fault_and_changes_nothing);
+  RUN(test_import_sizes_name_what_is_missing);
   RUN(test_import_refuses_other_dtypes_nan_and_damage);
   RUN(test_import_noise_parts_the_copies);
   RUN(test_import_reads_config_json);

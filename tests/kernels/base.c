@@ -79,6 +79,43 @@ static void test_parallel_runs_every_tile_once(void) {
   }
 }
 
+/* Tile 0 and tile 1 wait for each other: the pool's own thread cannot run both. */
+static void meet(void *arg, int32_t tile, int32_t slot) {
+  volatile int32_t *here = (volatile int32_t *)arg;
+  double until = moe__seconds(NULL) + 20;
+  (void)slot;
+  MOE__STORE(&here[tile], 1);
+  while (!MOE__LOAD(&here[1 - tile]) && moe__seconds(NULL) < until) continue;
+  if (!MOE__LOAD(&here[1 - tile])) here[2] = 1;
+}
+
+static void test_parallel_helpers_take_part(void) {
+  int32_t here[3] = {0, 0, 0};
+  moe_env env;
+  moe_pool *pool;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  CHECK(moe_pool_create_exact(&pool, 2, &env) == MOE_OK && env.threads == 2, "a pool");
+  moe__parallel(&env, 2, meet, here);
+  CHECK(!here[2], "one thread runs both tiles");
+  moe_pool_free(pool);
+}
+
+static void test_parallel_pool_has_1_to_256_threads(void) {
+  static const int32_t wrong[] = {-1, 0, 257, INT32_MAX};
+  static int32_t cells[1000];
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_pool *pool = NULL;
+  int i;
+  for (i = 0; i < 4; ++i)
+    CHECK(moe_pool_create_exact(&pool, wrong[i], &env) == MOE_E_ARGUMENT && !pool &&
+              strstr(said, "1 to 256 threads"),
+          "%d: %s", (int)wrong[i], said);
+  CHECK(moe_pool_create_exact(&pool, 256, &env) == MOE_OK && env.threads == 256, "%s", said);
+  moe__parallel(&env, 1000, add_tile, cells);
+  for (i = 0; i < 1000; ++i) CHECK(cells[i] == i + 1, "cell %d is %d", i, (int)cells[i]);
+  moe_pool_free(pool);
+}
+
 /* A pool runs no more threads than there are processors, and says how many; none where their number
    is out of range. */
 static void test_parallel_pool_has_no_more_threads_than_processors(void) {
@@ -180,6 +217,8 @@ static void run_base(void) {
   RUN(test_random_permutation_hits_every_row_once);
   RUN(test_random_normal_has_mean_0_and_deviation_1);
   RUN(test_parallel_runs_every_tile_once);
+  RUN(test_parallel_helpers_take_part);
+  RUN(test_parallel_pool_has_1_to_256_threads);
   RUN(test_parallel_pool_has_no_more_threads_than_processors);
 #if defined(__linux__)
   RUN(test_parallel_pool_knows_its_affinity);

@@ -1136,6 +1136,54 @@ static void sharer_body(void *arg, int32_t i) {
     all->status[i] = moe_forward(all->context[i], all->scores[i], &model_batch.b, &all->env);
 }
 
+/* Contexts whose limits are the batch's own numbers, round ones too: arrays that touch each other
+   must not overlap. */
+static void test_model_contexts_of_the_exact_size(void) {
+  static const int32_t S[] = {1, 2, 15, 16, 17, 32};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  moe_config c = models_config(MOE_ROUTER_TASK, 4, 2);
+  moe_limits most = {MODELS_M, MODELS_S, 0, 0};
+  moe_model *model;
+  int i, l;
+  models_tasks(tasks);
+  model = models_create(&c, tasks, MODELS_TASKS, &env);
+  for (i = 0; i < 6; ++i) {
+    moe_limits limits = {0, S[i], 0, 0};
+    moe_context *exact = NULL, *wide = NULL;
+    size_t bytes, k;
+    void *raw, *block;
+    models_random_batch(&model_batch, model, S[i], 8, 70 + (uint64_t)i);
+    limits.tokens = model_batch.start[S[i]];
+    CHECK(!moe_context_size(model, &limits, &bytes, &env), "%s", said);
+    block = models_block(&raw, bytes + 64);
+    memset(block, 0x5a, bytes + 64);
+    CHECK(!moe_context_init(&exact, block, bytes, model, &limits, &env) &&
+              !moe_context_create(&wide, model, &most, &env),
+          "%s", said);
+    CHECK(!moe_forward(exact, model_scores[0], &model_batch.b, &env) &&
+              !moe_forward(wide, model_scores[1], &model_batch.b, &env),
+          "%s", said);
+    CHECK(!memcmp(model_scores[0], model_scores[1], (size_t)S[i] * 3 * sizeof(float)), "S %d",
+          (int)S[i]);
+    for (l = 0; l < 2; ++l) {
+      moe_routes a, b;
+      CHECK(!moe_context_routes(exact, l, &a) && !moe_context_routes(wide, l, &b), "routes");
+      CHECK(!memcmp(a.start, b.start, (size_t)(a.N + 1) * sizeof *a.start) &&
+                !memcmp(a.order, b.order, (size_t)(a.M * a.k) * sizeof *a.order) &&
+                !memcmp(a.expert, b.expert, (size_t)(a.M * a.k) * sizeof *a.expert) &&
+                !memcmp(a.prob, b.prob, (size_t)(a.M * a.N) * sizeof *a.prob),
+            "routes of layer %d, S %d", l, (int)S[i]);
+    }
+    for (k = bytes; k < bytes + 64; ++k)
+      CHECK(((unsigned char *)block)[k] == 0x5a, "byte %zu after the block", k - bytes);
+    moe_context_free(exact);
+    moe_context_free(wide);
+    free(raw);
+  }
+  moe_model_free(model);
+}
+
 /* Threads with a context each share one model. */
 static void test_model_is_shared_by_threads(void) {
   static const moe_router router[] = {MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING, MOE_ROUTER_TASK_LEVEL};
@@ -1614,6 +1662,7 @@ static void run_model(void) {
   RUN(test_model_survives_damaged_batches);
   RUN(test_model_context_refuses_what_does_not_fit);
   RUN(test_model_routes_can_be_read_and_forced);
+  RUN(test_model_contexts_of_the_exact_size);
   RUN(test_model_is_shared_by_threads);
   RUN(test_model_routes_of_no_token_are_empty);
   RUN(test_model_routes_are_counted);

@@ -350,8 +350,13 @@ static void test_route_refuses_sizes_and_options_out_of_range(void) {
   CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "k = 0");
   f.routes.k = 2, f.routes.N = MOE_MAX_EXPERTS + 1;
   CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "too many experts");
+  f.env.log = models_log;
   f.routes.N = 0;
-  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "no expert");
+  CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT && strstr(said, "N is 0"), "%s", said);
+  f.routes.N = MOE_MAX_EXPERTS;
+  op.H = 0; /* no gate is read */
+  CHECK(!moe__routes_check("route", &f.routes, &f.env), "the most experts: %s", said);
+  op.H = 8;
   f.routes.N = 4, f.routes.M = 5;
   CHECK(moe_route_forward(&op, &f.env) == MOE_E_ARGUMENT, "sequences of more tokens");
   f.routes.M = INT32_MAX / 2 + 1;
@@ -399,6 +404,8 @@ static void test_route_one_expert_is_dense(void) {
   op = route(&f);
   op.loss = &loss, op.logits = NULL, op.gates = NULL, op.gate_of = NULL;
   CHECK(!moe_route_forward(&op, &f.env) && loss == 0, "a loss of %g", (double)loss);
+  op.x = NULL, op.dx = op.dgates = op.dlogits = NULL, op.dweight = NULL;
+  CHECK(!moe_route_forward(&op, &f.env) && !moe_route_backward(&op, &f.env), "nothing is read");
   CHECK(route_forward(&f) == 0, "a loss");
   route_backward(&f, 1);
   for (t = 0; t < 70; ++t) {
@@ -472,6 +479,24 @@ static void test_route_forced_experts_of_hardly_any_probability_have_gradients(v
     route_fixture_free(&f);
     CHECK_STATE();
   }
+}
+
+/* Probabilities that are exactly 0 cannot be renormalised: the choices share the weight. */
+static void test_route_forced_experts_of_no_probability_share_the_weight(void) {
+  static int32_t forced[2] = {1, 2};
+  route_fixture f;
+  route_fixture_make(&f, 1, 3, 2, 1, 1, 1);
+  f.options.forced = forced, f.options.renormalize = 1;
+  f.x[0] = 1;
+  f.gates[0] = 0, f.gates[1] = -300, f.gates[2] = -310;
+  f.dweight[0] = 0.5f, f.dweight[1] = -6;
+  route_forward(&f);
+  CHECK(f.routes.prob[1] <= 0 && f.routes.prob[2] <= 0, "%g", (double)f.routes.prob[1]);
+  CHECK_NEAR(f.routes.weight[0], 0.5, 0);
+  CHECK_NEAR(f.routes.weight[1], 0.5, 0);
+  route_backward(&f, 1);
+  CHECK(isfinite(f.dlogits[0]) && isfinite(f.dlogits[1]) && isfinite(f.dlogits[2]), "gradients");
+  route_fixture_free(&f);
 }
 
 static void test_route_survives_numbers_that_are_none(void) {
@@ -609,6 +634,7 @@ static void run_route(void) {
   RUN(test_route_balanced_tokens_cost_the_coefficient);
   RUN(test_route_forced_experts_are_taken);
   RUN(test_route_forced_experts_of_hardly_any_probability_have_gradients);
+  RUN(test_route_forced_experts_of_no_probability_share_the_weight);
   RUN(test_route_survives_numbers_that_are_none);
   RUN(test_route_jitter_is_noise_around_1);
   RUN(test_route_jitter_off_changes_nothing);
