@@ -3208,9 +3208,8 @@ MOE__CUDA_SHARED(
       const int *seq_start;
       float *dword, *dposition, *dsegment;
       const float *dx;
-      const int *order,
-          *start; /* backward: the tokens sorted by word or by segment, as moe__sort_args
-                               says; order NULL: all have segment 0 */
+      const int *order; /* (M) backward: tokens sorted by word or segment; NULL: all segments 0 */
+      const int *start; /* (257) where the tokens of a segment begin in order */
       int S, M, H;
     } moe__embed_args;)
 
@@ -3291,6 +3290,11 @@ static uint32_t moe__cuda_blocks(size_t n, size_t each) {
   return (uint32_t)((n + each - 1) / each);
 }
 
+/* A kernel with 16 threads for each of M rows. */
+static moe_status moe__cuda_rows(moe__cuda_queue *q, int kernel, int32_t M, void *args) {
+  return moe__cuda_run(q, kernel, moe__cuda_blocks((size_t)M, 8), 1, 128, args);
+}
+
 /* Threshold and scale of dropout, as moe.h has them. */
 static unsigned moe__cuda_drop(float *scale, float p, const void *keys) {
   *scale = 1.0f;
@@ -3342,9 +3346,8 @@ static moe_status moe__cuda_norm_back(moe__cuda_queue *q, moe__rows_args *a) {
       status =
           moe__cuda_run(q, MOE__K_norm_sums, moe__cuda_blocks(2 * (size_t)a->H, 128), 1, 128, a);
   }
-  if (!status && (a->dx || a->ddelta))
-    status = moe__cuda_run(q, MOE__K_norm_back, moe__cuda_blocks((size_t)a->M, 8), 1, 128, a);
-  return status;
+  if (status || (!a->dx && !a->ddelta)) return status;
+  return moe__cuda_rows(q, MOE__K_norm_back, a->M, a);
 }
 
 static moe_status moe__cuda_layernorm(const moe_backend *b, const moe_env *env,
@@ -3360,8 +3363,7 @@ static moe_status moe__cuda_layernorm(const moe_backend *b, const moe_env *env,
     return moe__cuda_fail(env, MOE_E_ARGUMENT, "layernorm: mean or rstd is NULL, expected %s",
                           back ? "those of forward" : "both or neither");
   if (op->M == 0 || op->H == 0) return MOE_OK;
-  if (back) return moe__cuda_norm_back(q, &a);
-  return moe__cuda_run(q, MOE__K_norm, moe__cuda_blocks((size_t)op->M, 8), 1, 128, &a);
+  return back ? moe__cuda_norm_back(q, &a) : moe__cuda_rows(q, MOE__K_norm, op->M, &a);
 }
 
 static moe_status moe__cuda_dropout(const moe_backend *b, const moe_env *env,
@@ -3376,8 +3378,7 @@ static moe_status moe__cuda_dropout(const moe_backend *b, const moe_env *env,
   a.threshold = moe__cuda_drop(&a.scale, op->dropout, op->keys);
   a.S = op->S, a.M = op->M, a.H = op->H;
   if (op->H == 0 || (a.threshold == 0 && op->y == op->x)) return MOE_OK;
-  return moe__cuda_run(moe__cuda_queue_of(b, env), MOE__K_dropout,
-                       moe__cuda_blocks((size_t)op->M, 8), 1, 128, &a);
+  return moe__cuda_rows(moe__cuda_queue_of(b, env), MOE__K_dropout, op->M, &a);
 }
 
 /* Sorts a->n elements by 8 bits of their keys. */
@@ -3406,44 +3407,38 @@ static moe__embed_args moe__cuda_embed_args(const moe_embed_op *op) {
   return a;
 }
 
-/* dword: ids are sorted, from their lowest 8 bits to their highest. */
-static moe_status moe__cuda_embed_words(moe__cuda_queue *q, moe__embed_args *a) {
+/* The tokens sorted by segment, or by word from the lowest 8 bits of the ids to the highest. */
+static moe_status moe__cuda_embed_sort(moe__cuda_queue *q, moe__embed_args *a, int by_segment) {
+  size_t M = (size_t)a->M;
   moe__sort_args sort;
-  void *order;
-  moe_status status = moe__cuda_scratch(q, 2 * (size_t)a->M * sizeof(int), &order);
+  void *p;
+  moe_status status = moe__cuda_scratch(q, (2 * M + 257) * sizeof(int), &p);
   memset(&sort, 0, sizeof sort);
   sort.keys = a->ids;
+  if (by_segment) sort.bytes = a->segments;
+  sort.start = (int *)p + 2 * M;
   sort.n = a->M;
   sort.buckets = 256;
-  for (; sort.shift < 32 && !status; sort.shift += 8) {
-    sort.to = (int *)order + (sort.shift % 16 ? a->M : 0);
+  for (; sort.shift < (by_segment ? 8 : 32) && !status; sort.shift += 8) {
+    sort.to = (int *)p + (sort.shift % 16 ? M : 0);
     status = moe__cuda_sort(q, &sort);
     sort.from = sort.to;
   }
-  a->order = sort.to;
-  if (!status) status = moe__cuda_run(q, MOE__K_embed_words, (uint32_t)a->M, 1, 128, a);
+  a->order = sort.to, a->start = sort.start;
   return status;
 }
 
-static moe_status moe__cuda_embed_segments(moe__cuda_queue *q, moe__embed_args *a) {
-  moe__sort_args sort;
+static moe_status moe__cuda_embed_back(moe__cuda_queue *q, moe__embed_args *a) {
+  uint32_t M = (uint32_t)a->M, columns = moe__cuda_blocks((size_t)a->H, 32);
   moe_status status = MOE_OK;
-  void *order = NULL;
-  memset(&sort, 0, sizeof sort);
-  if (a->segments) {
-    status = moe__cuda_scratch(q, ((size_t)a->M + 257) * sizeof(int), &order);
-    sort.bytes = a->segments;
-    sort.to = (int *)order;
-    sort.start = (int *)order + a->M;
-    sort.n = a->M;
-    sort.buckets = 256;
-    if (!status) status = moe__cuda_sort(q, &sort);
-  }
-  a->order = sort.to, a->start = sort.start;
-  if (!status)
-    status = moe__cuda_run(q, MOE__K_embed_segments, moe__cuda_blocks((size_t)a->H, 32),
-                           a->segments ? 256 : 1, 256, a);
-  return status;
+  if (a->dword) status = moe__cuda_embed_sort(q, a, 0);
+  if (!status && a->dword) status = moe__cuda_run(q, MOE__K_embed_words, M, 1, 128, a);
+  if (!status && a->dposition) status = moe__cuda_run(q, MOE__K_embed_positions, M, 1, 128, a);
+  if (status || !a->dsegment) return status;
+  a->order = NULL;
+  if (a->segments) status = moe__cuda_embed_sort(q, a, 1);
+  if (status) return status;
+  return moe__cuda_run(q, MOE__K_embed_segments, columns, a->segments ? 256 : 1, 256, a);
 }
 
 static moe_status moe__cuda_embed(const moe_backend *b, const moe_env *env, const moe_embed_op *op,
@@ -3452,12 +3447,7 @@ static moe_status moe__cuda_embed(const moe_backend *b, const moe_env *env, cons
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   moe_status status = moe__cuda_rows_check("embed", op->S, op->M, op->H, 0, env);
   if (status || op->M == 0 || op->H == 0) return status;
-  if (!back) return moe__cuda_run(q, MOE__K_embed, moe__cuda_blocks((size_t)op->M, 8), 1, 128, &a);
-  if (op->dword) status = moe__cuda_embed_words(q, &a);
-  if (!status && op->dposition)
-    status = moe__cuda_run(q, MOE__K_embed_positions, (uint32_t)op->M, 1, 128, &a);
-  if (!status && op->dsegment) status = moe__cuda_embed_segments(q, &a);
-  return status;
+  return back ? moe__cuda_embed_back(q, &a) : moe__cuda_rows(q, MOE__K_embed, op->M, &a);
 }
 
 /* ---- gates, softmax, top-k, dispatch ---- >>cuda_route */
@@ -3832,7 +3822,7 @@ static moe_status moe__cuda_route_forward(moe__cuda_queue *q, const moe_routes *
   if (a->N == 1)
     status = moe__cuda_run(q, MOE__K_route_one, moe__cuda_blocks(M, 128), 1, 128, a);
   else
-    status = moe__cuda_run(q, MOE__K_route, moe__cuda_blocks(M, 8), 1, 128, a);
+    status = moe__cuda_rows(q, MOE__K_route, a->M, a);
   if (!status) status = moe__cuda_dispatch(q, r);
   if (status || !a->loss) return status;
   a->n_parts = (int)n;
@@ -3847,14 +3837,13 @@ static moe_status moe__cuda_route(const moe_backend *b, const moe_env *env, cons
                                   int back) {
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   moe__route_args a = moe__cuda_route_args(op);
-  uint32_t rows = moe__cuda_blocks((size_t)a.M, 8);
   uint32_t tiles = moe__cuda_blocks((size_t)a.H, 32) * moe__cuda_blocks((size_t)a.N, 8);
   moe_status status = moe__cuda_route_check(op, env);
   if (status) return status;
   if (!back) return moe__cuda_route_forward(q, op->routes, &a);
   if (a.N == 1 || a.M == 0) return MOE_OK;
-  status = moe__cuda_run(q, MOE__K_route_back, rows, 1, 128, &a);
-  if (!status && a.dx) status = moe__cuda_run(q, MOE__K_route_dx, rows, 1, 128, &a);
+  status = moe__cuda_rows(q, MOE__K_route_back, a.M, &a);
+  if (!status && a.dx) status = moe__cuda_rows(q, MOE__K_route_dx, a.M, &a);
   if (!status && a.dgates)
     status = moe__cuda_run(q, MOE__K_route_dgates, tiles, (uint32_t)op->G, 256, &a);
   return status;
@@ -4077,17 +4066,13 @@ static moe_status moe__cuda_heads(const moe_backend *b, const moe_env *env, cons
   moe__heads_args a;
   if (status || op->S == 0) return status;
   status = moe__cuda_heads_begin(q, op, back, env, &a);
-  if (!status && !back)
-    status = moe__cuda_run(q, MOE__K_heads_scores, moe__cuda_blocks(rows, 8), 1, 128, &a);
-  if (!status && (back || op->losses))
-    status = moe__cuda_run(q, MOE__K_heads_loss, moe__cuda_blocks(S, 8), 1, 128, &a);
+  if (!status && !back) status = moe__cuda_rows(q, MOE__K_heads_scores, (int32_t)rows, &a);
+  if (!status && (back || op->losses)) status = moe__cuda_rows(q, MOE__K_heads_loss, op->S, &a);
   if (status || !back) return status;
   if (a.dw) status = moe__cuda_run(q, MOE__K_heads_dw, rows, columns, 128, &a);
   if (status || !a.dhidden) return status;
   status = moe__cuda_run(q, MOE__K_heads_dfeature, S, columns, 128, &a);
-  if (!status)
-    status = moe__cuda_run(q, MOE__K_heads_dhidden, moe__cuda_blocks((size_t)op->M, 8), 1, 128, &a);
-  return status;
+  return status ? status : moe__cuda_rows(q, MOE__K_heads_dhidden, op->M, &a);
 }
 
 /* ---- norm of the gradients, Adam ---- >>cuda_adam
