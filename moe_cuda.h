@@ -510,7 +510,8 @@ static char *moe__cuda_source(int arch) {
   if (!text) return NULL;
   snprintf(text, bytes,
            "#define MOE_ARCH %d\n#define MOE_SYNC() __syncthreads()\n"
-           "#define MOE_UNROLL _Pragma(\"unroll\")\n",
+           "#define MOE_UNROLL _Pragma(\"unroll\")\n"
+           "#define MOE_ROLL _Pragma(\"unroll 1\")\n",
            arch);
   for (i = 0; chunk[i]; ++i)
     if (chunk[i]->min_arch <= arch) strcat(text, chunk[i]->text);
@@ -1544,10 +1545,8 @@ MOE__CUDA_SHARED(
 
     /* Weights w and bias of a linear layer or of one expert, and their gradients; NULL: none. */
     typedef struct moe__cuda_group {
-      const float *w;
-      const float *bias;
-      float *dw;
-      float *db;
+      const float *w, *bias;
+      float *dw, *db;
     } moe__cuda_group;
 
     /* A product of rows and weights, of one group or of many. Rows are sorted by group. */
@@ -1566,17 +1565,11 @@ MOE__CUDA_SHARED(
       float *act;          /* (rows, n) */
       float *out;          /* (tokens, n) */
       float *part;         /* (pieces, groups, m n + m) where the rows are cut in pieces */
-      int rows;
-      int groups;
-      int top_k;
-      int m;
-      int n;
-      int k;
+      int rows, groups, top_k, m, n, k;
       int accumulate; /* out: 1 adds */
       int round;      /* fp32 kernels: 1 rounds the operands to bf16 */
       int wide_a;     /* 1: rows of a, of b or w begin at multiples of 16 bytes */
-      int wide_b;
-      int pieces;
+      int wide_b, pieces;
     } moe__cuda_product;)
 
 MOE__CUDA_SOURCE(
@@ -1585,22 +1578,14 @@ MOE__CUDA_SOURCE(
     typedef struct moe__d_rows {
       const float *at;
       const int *order;
-      int top_k;
-      int end;
-      int width;
-      int wide;
+      int top_k, end, width, wide;
     } moe__d_rows;
 
     /* Where a block works: rows [i, i_end) and columns from j on of the output of group e, sums
        over [k, k_end). */
     typedef struct moe__d_tile {
       moe__cuda_group group;
-      int e;
-      int i;
-      int i_end;
-      int j;
-      int k;
-      int k_end;
+      int e, i, i_end, j, k, k_end;
     } moe__d_tile;
 
     /* Row r; NULL beyond the end. */
@@ -1628,8 +1613,7 @@ MOE__CUDA_SOURCE(
    start[e] / 128 + e. A few numbers stay unused. Returns 0 for them. */
     __device__ static inline int moe__d_tile_rows(const moe__cuda_product *p, moe__d_tile *t,
                                                   int tile) {
-      int low = 0;
-      int high = p->groups - 1;
+      int low = 0, high = p->groups - 1;
       t->e = 0;
       t->i = tile * 128;
       t->i_end = p->rows;
@@ -1650,11 +1634,8 @@ MOE__CUDA_SOURCE(
 
     /* For the gradient of weights: group and piece from blockIdx.y, tile from blockIdx.x. */
     __device__ static inline int moe__d_tile_weights(const moe__cuda_product *p, moe__d_tile *t) {
-      int across = (p->n + 63) / 64;
-      int piece = (int)blockIdx.y % p->pieces;
-      int first = 0;
-      int rows = p->rows;
-      int each;
+      int across = (p->n + 63) / 64, piece = (int)blockIdx.y % p->pieces, first = 0, rows = p->rows,
+          each;
       t->e = (int)blockIdx.y / p->pieces;
       if (p->start) {
         first = p->start[t->e];
@@ -1712,8 +1693,7 @@ MOE__CUDA_SOURCE(
    through GELU: y = weight v GELU'(pre), act = weight GELU(pre). */
     __device__ static inline void moe__d_finish(const moe__cuda_product *p, const moe__d_tile *t,
                                                 const moe__d_line *line, int j, float v) {
-      size_t at = line->at + (size_t)j;
-      size_t to = line->to + (size_t)j;
+      size_t at = line->at + (size_t)j, to = line->to + (size_t)j;
       float slope;
       if (j >= p->n) return;
       if (t->group.bias) v += t->group.bias[j];
@@ -1731,9 +1711,8 @@ MOE__CUDA_SOURCE(
     __device__ static inline void moe__d_finish_weight(const moe__cuda_product *p,
                                                        const moe__d_tile *t, int i, int j,
                                                        float v) {
-      size_t at = (size_t)i * (size_t)p->n + (size_t)j;
-      size_t floats = (size_t)p->m * (size_t)(p->n + 1);
-      size_t piece = blockIdx.y % (unsigned)p->pieces;
+      size_t at = (size_t)i * (size_t)p->n + (size_t)j, floats = (size_t)p->m * (size_t)(p->n + 1),
+             piece = blockIdx.y % (unsigned)p->pieces;
       if (i >= p->m || j >= p->n || !p->b || !t->group.dw) return;
       if (p->part)
         p->part[(piece * (size_t)p->groups + (size_t)t->e) * floats + at] = v;
@@ -1744,8 +1723,7 @@ MOE__CUDA_SOURCE(
     /* db (m) += the sum v of column i of a. */
     __device__ static inline void moe__d_finish_bias(const moe__cuda_product *p,
                                                      const moe__d_tile *t, int i, float v) {
-      size_t floats = (size_t)p->m * (size_t)(p->n + 1);
-      size_t piece = blockIdx.y % (unsigned)p->pieces;
+      size_t floats = (size_t)p->m * (size_t)(p->n + 1), piece = blockIdx.y % (unsigned)p->pieces;
       if (i >= p->m) return;
       if (p->part)
         p->part[(piece * (size_t)p->groups + (size_t)t->e + 1) * floats - (size_t)(p->m - i)] = v;
@@ -1761,10 +1739,7 @@ MOE__CUDA_SOURCE(
 MOE__CUDA_SOURCE(
     f32, 0,
     /* What a thread carries to shared memory for a step of 8 k: 8 floats of a, 4 of b. */
-    typedef struct moe__d_load {
-      moe__d_float4 a[2];
-      moe__d_float4 b;
-    } moe__d_load;
+    typedef struct moe__d_load { moe__d_float4 a[2], b; } moe__d_load;
 
     /* a_row, b_row: the thread's rows where rows run along k, else not used. */
     __device__ static inline moe__d_load moe__d_f32_load(int form, const moe__d_tile *t,
@@ -1811,11 +1786,9 @@ MOE__CUDA_SOURCE(
     /* sum (8, 8) += 8 k's: rows 4 ty .. and 64 + 4 ty .., columns 4 tx .. and 32 + 4 tx .. */
     __device__ static inline void moe__d_f32_step(float (*sum)[8], const float *sa,
                                                   const float *sb) {
-      int tx = (int)threadIdx.x & 7;
-      int ty = (int)threadIdx.x >> 3;
+      int tx = (int)threadIdx.x & 7, ty = (int)threadIdx.x >> 3;
       MOE_UNROLL for (int k = 0; k < 8; ++k) {
-        moe__d_float4 a[2];
-        moe__d_float4 b[2];
+        moe__d_float4 a[2], b[2];
         MOE_UNROLL for (int i = 0; i < 2; ++i) {
           a[i] = *(const moe__d_float4 *)(const void *)(sa + k * 132 + i * 64 + ty * 4);
           b[i] = *(const moe__d_float4 *)(const void *)(sb + k * 68 + i * 32 + tx * 4);
@@ -1832,15 +1805,11 @@ MOE__CUDA_SOURCE(
       __shared__ __align__(16) float sa[2][8 * 132];
       __shared__ __align__(16) float sb[2][8 * 68];
       moe__d_tile t;
-      moe__d_rows a;
-      moe__d_rows b;
+      moe__d_rows a, b;
       moe__d_load next;
-      float sum[8][8];
-      float bias = 0.0f;
-      int tid = (int)threadIdx.x;
-      int now = 0;
-      const float *a_row = (const float *)0;
-      const float *b_row = (const float *)0;
+      float sum[8][8], bias = 0.0f;
+      int tid = (int)threadIdx.x, now = 0;
+      const float *a_row = (const float *)0, *b_row = (const float *)0;
       if (!moe__d_find(p, form, &t, &a, &b)) return;
       if (form != MOE__CUDA_TN) a_row = moe__d_row(&a, t.i + tid);
       if (form == MOE__CUDA_NT) b_row = moe__d_row(&b, t.j + (tid & 63));
@@ -1906,9 +1875,7 @@ MOE__CUDA_SOURCE(
                                                    const float *const *rows, int k) {
       int tid = (int)threadIdx.x;
       MOE_UNROLL for (int i = 0; i < R / 32; ++i) {
-        int half = i % (R / 64);
-        int plane = i / (R / 64);
-        int c = k + plane * 8 + (tid & 1) * 4;
+        int half = i % (R / 64), plane = i / (R / 64), c = k + plane * 8 + (tid & 1) * 4;
         const float *row = rows[half];
         moe__d_chunk(to + (plane * R + half * 64 + (tid >> 1)) * 8 + (tid & 1) * 4, row + c,
                      row ? x->width - c : 0, x->wide, x->at);
@@ -1919,9 +1886,7 @@ MOE__CUDA_SOURCE(
                                                     int first, int k) {
       int tid = (int)threadIdx.x;
       MOE_UNROLL for (int i = 0; i < R / 32; ++i) {
-        int at = tid + i * 128;
-        int row = at / (R / 4);
-        int c = at % (R / 4) * 4;
+        int at = tid + i * 128, row = at / (R / 4), c = at % (R / 4) * 4;
         const float *p = moe__d_row(x, k + row);
         moe__d_chunk(to + row * R + (c ^ moe__d_turn(row)), p + first + c,
                      p ? x->width - first - c : 0, x->wide, x->at);
@@ -1945,8 +1910,7 @@ MOE__CUDA_SOURCE(
        4 tiles of 8 columns from column `wn` of sb (16 k of 64 columns). */
     __device__ static inline void moe__d_mma_bf16_step(float (*sum)[4][4], const float *sa,
                                                        const float *sb, int form, int wm, int wn) {
-      int g = (int)threadIdx.x >> 2 & 7;
-      int q = (int)threadIdx.x & 3;
+      int g = (int)threadIdx.x >> 2 & 7, q = (int)threadIdx.x & 3;
       unsigned b[4][2];
       MOE_UNROLL for (int j = 0; j < 4; ++j) MOE_UNROLL for (int h = 0; h < 2; ++h) {
         moe__d_float2 x = moe__d_mma_take(sb, 64, form != MOE__CUDA_NT, h, wn + j * 8 + g, q);
@@ -1966,8 +1930,7 @@ MOE__CUDA_SOURCE(
     /* The same in TF32, 8 k's at a time. */
     __device__ static inline void moe__d_mma_tf32_step(float (*sum)[4][4], const float *sa,
                                                        const float *sb, int form, int wm, int wn) {
-      int g = (int)threadIdx.x >> 2 & 7;
-      int q = (int)threadIdx.x & 3;
+      int g = (int)threadIdx.x >> 2 & 7, q = (int)threadIdx.x & 3;
       MOE_UNROLL for (int h = 0; h < 2; ++h) {
         unsigned b[4][2];
         MOE_UNROLL for (int j = 0; j < 4; ++j) {
@@ -2011,8 +1974,7 @@ MOE__CUDA_SOURCE(
     __device__ static inline void moe__d_mma_finish(const moe__cuda_product *p,
                                                     const moe__d_tile *t, int form,
                                                     float (*sum)[4][4], int wm, int wn) {
-      int g = (int)threadIdx.x >> 2 & 7;
-      int q = (int)threadIdx.x & 3;
+      int g = (int)threadIdx.x >> 2 & 7, q = (int)threadIdx.x & 3;
       MOE_UNROLL for (int i = 0; i < 8; ++i) {
         int row = t->i + wm + (i >> 1) * 16 + (i & 1) * 8 + g;
         moe__d_line line;
@@ -2033,15 +1995,10 @@ MOE__CUDA_SOURCE(
     __device__ static inline void moe__d_mma(const moe__cuda_product *p, int form, int bf16) {
       __shared__ __align__(16) float s[3][3072];
       moe__d_tile t;
-      moe__d_rows a;
-      moe__d_rows b;
+      moe__d_rows a, b;
       const float *rows[3];
-      float sum[4][4][4];
-      float bias = 0.0f;
-      int tid = (int)threadIdx.x;
-      int wm = (tid >> 5 & 1) * 64;
-      int wn = (tid >> 6) * 32;
-      int stage = 0;
+      float sum[4][4][4], bias = 0.0f;
+      int tid = (int)threadIdx.x, wm = (tid >> 5 & 1) * 64, wn = (tid >> 6) * 32, stage = 0;
       if (!moe__d_find(p, form, &t, &a, &b)) return;
       rows[0] = form != MOE__CUDA_TN ? moe__d_row(&a, t.i + (tid >> 1)) : (const float *)0;
       rows[1] = form != MOE__CUDA_TN ? moe__d_row(&a, t.i + 64 + (tid >> 1)) : (const float *)0;
@@ -2087,13 +2044,10 @@ MOE__CUDA_SOURCE(
     pieces, 0,
     /* Gradients of weights whose rows were cut: dw (m, n) and db (m) += the pieces, in order. */
     extern "C" __global__ void __launch_bounds__(256) moe_k_pieces(moe__cuda_product p) {
-      size_t weights = (size_t)p.m * (size_t)p.n;
-      size_t floats = weights + (size_t)p.m;
-      size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
-      size_t e = blockIdx.y;
+      size_t weights = (size_t)p.m * (size_t)p.n, floats = weights + (size_t)p.m,
+             i = (size_t)blockIdx.x * 256 + threadIdx.x, e = blockIdx.y;
       moe__cuda_group group = p.group ? p.group[e] : p.one;
-      float sum = 0.0f;
-      float *to = i >= weights ? group.db : p.b ? group.dw : (float *)0;
+      float sum = 0.0f, *to = i >= weights ? group.db : p.b ? group.dw : (float *)0;
       if (i >= floats || !to) return;
       if (p.start && p.start[e] >= p.start[e + 1]) return;
       for (int piece = 0; piece < p.pieces; ++piece)
@@ -2115,8 +2069,7 @@ MOE__CUDA_SOURCE(
         moe_k_bias(float *y, float *act, const float *x, const float *bias, int n) {
           int j = (int)(blockIdx.y * 256 + threadIdx.x);
           size_t at = (size_t)blockIdx.x * (size_t)n + (size_t)j;
-          float slope;
-          float v;
+          float slope, v;
           if (j >= n) return;
           v = x[at] + (bias ? bias[j] : 0.0f);
           if (act) act[at] = moe__d_gelu(v, &slope);
@@ -2316,10 +2269,9 @@ MOE__CUDA_SOURCE(
     extern "C" __global__ void __launch_bounds__(128)
         moe_k_combine(float *y, const float *rows, const int *place, const float *weight, int top_k,
                       int H, int accumulate) {
-          size_t slot = (size_t)blockIdx.x * (size_t)top_k;
-          size_t h = (size_t)blockIdx.y * 128 + threadIdx.x;
-          float *to = y + (size_t)blockIdx.x * (size_t)H + h;
-          float sum;
+          size_t slot = (size_t)blockIdx.x * (size_t)top_k,
+                 h = (size_t)blockIdx.y * 128 + threadIdx.x;
+          float *to = y + (size_t)blockIdx.x * (size_t)H + h, sum;
           if (h >= (size_t)H) return;
           sum = accumulate ? *to : 0.0f;
           for (int j = 0; j < top_k; ++j, ++slot)
@@ -2334,9 +2286,8 @@ MOE__CUDA_SOURCE(
     extern "C" __global__ void __launch_bounds__(128)
         moe_k_dweight(float *dweight, const float *dy, const float *e, const int *order,
                       const float *weight, int rows, int top_k, int H, int alone) {
-          int lane = (int)threadIdx.x & 31;
-          int row = (int)blockIdx.x * 4 + ((int)threadIdx.x >> 5);
-          int constant = alone;
+          int lane = (int)threadIdx.x & 31, row = (int)blockIdx.x * 4 + ((int)threadIdx.x >> 5),
+              constant = alone;
           float sum = 0.0f;
           if (row >= rows) return;
           if (alone)
@@ -2345,8 +2296,8 @@ MOE__CUDA_SOURCE(
           constant = __all_sync(0xffffffffu, constant);
           {
             int slot = order[row];
-            const float *a = dy + (size_t)(slot / top_k) * (size_t)H;
-            const float *b = e + (size_t)row * (size_t)H;
+            const float *a = dy + (size_t)(slot / top_k) * (size_t)H,
+                        *b = e + (size_t)row * (size_t)H;
             for (int h = lane; h < H; h += 32) sum = fmaf(a[h], b[h], sum);
             for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
             if (lane == 0) dweight[slot] = constant ? 0.0f : sum;
@@ -2578,13 +2529,10 @@ MOE__CUDA_SHARED(
       float *dqkv;
       float
           *delta; /* (M, A) dy . y of each head: the kernel of dq writes it for that of dk and dv */
-      const float *qkv;
-      const float *dy;
+      const float *qkv, *dy;
       const unsigned long long *keys;
       const int *seq_start;
-      int H;
-      int A;
-      int D;
+      int H, A, D;
       int tiles; /* of 64 rows, of the longest sequence */
       int overwrite;
       int wide; /* 1: heads begin at multiples of 16 bytes */
@@ -2599,12 +2547,7 @@ MOE__CUDA_SOURCE(
     /* What a block works on: 64 rows, from `row` on, of head a of a sequence. A thread has rows r +
        16 i and, of each 32 columns, c + 8 j (probabilities) or 4 c + j (numbers of a head). */
     typedef struct moe__d_head {
-      int row;
-      int length;
-      int r;
-      int c;
-      int D;
-      int wide;
+      int row, length, r, c, D, wide;
       size_t first;      /* element of the head in the sequence's first row of y */
       size_t stride;     /* of y */
       const float *q;    /* its first row; keys and values are `stride` and 2 `stride` further */
@@ -2616,9 +2559,7 @@ MOE__CUDA_SOURCE(
     /* 0: the sequence has no such rows. */
     __device__ static inline int moe__d_head_find(const moe__cuda_attention_args *p,
                                                   moe__d_head *h) {
-      int s = (int)blockIdx.x / p->tiles;
-      int a = (int)blockIdx.y;
-      int begin = p->seq_start[s];
+      int s = (int)blockIdx.x / p->tiles, a = (int)blockIdx.y, begin = p->seq_start[s];
       h->row = (int)blockIdx.x % p->tiles * 64;
       h->length = p->seq_start[s + 1] - begin;
       h->r = (int)threadIdx.x >> 3;
@@ -2664,7 +2605,7 @@ MOE__CUDA_SOURCE(
         moe__d_head_load(sa, 64, a, a_stride, h, h->row, d);
         moe__d_head_load(sb, 32, b, b_stride, h, row, d);
         MOE_SYNC();
-        MOE_UNROLL for (int k = 0; k < 32; k += 4) {
+        MOE_ROLL for (int k = 0; k < 32; k += 4) {
           moe__d_float4 x[4];
           MOE_UNROLL for (int i = 0; i < 4; ++i) x[i] =
               *(const moe__d_float4 *)(const void *)(sa + (h->r + 16 * i) * 36 + k);
@@ -2686,10 +2627,15 @@ MOE__CUDA_SOURCE(
         MOE_SYNC();
         moe__d_head_load(sb, 32, b, stride, h, row, chunk * 32);
         MOE_SYNC();
-        MOE_UNROLL for (int k = 0; k < 32; ++k) {
-          moe__d_float4 y = *(const moe__d_float4 *)(const void *)(sb + k * 36 + h->c * 4);
-          MOE_UNROLL for (int i = 0; i < 16; ++i) sum[chunk][i >> 2][i & 3] =
-              fmaf(sp[(h->r + 16 * (i >> 2)) * 36 + k], y.v[i & 3], sum[chunk][i >> 2][i & 3]);
+        MOE_ROLL for (int k = 0; k < 32; k += 4) {
+          moe__d_float4 x[4];
+          MOE_UNROLL for (int i = 0; i < 4; ++i) x[i] =
+              *(const moe__d_float4 *)(const void *)(sp + (h->r + 16 * i) * 36 + k);
+          MOE_UNROLL for (int n = 0; n < 4; ++n) {
+            moe__d_float4 y = *(const moe__d_float4 *)(const void *)(sb + (k + n) * 36 + h->c * 4);
+            MOE_UNROLL for (int i = 0; i < 16; ++i) sum[chunk][i >> 2][i & 3] =
+                fmaf(x[i >> 2].v[n], y.v[i & 3], sum[chunk][i >> 2][i & 3]);
+          }
         }
       }
     }
@@ -2700,10 +2646,9 @@ MOE__CUDA_SOURCE(
                                                     const moe__d_head *h) {
       MOE_UNROLL for (int chunk = 0; chunk < chunks; ++chunk)
           MOE_UNROLL for (int i = 0; i < 16; ++i) {
-        int row = h->row + h->r + 16 * (i >> 2);
-        int d = chunk * 32 + h->c * 4 + (i & 3);
-        float v = sum[chunk][i >> 2][i & 3] * factor[i >> 2];
-        float *at = to + (size_t)row * stride + (size_t)d;
+        int row = h->row + h->r + 16 * (i >> 2), d = chunk * 32 + h->c * 4 + (i & 3);
+        float v = sum[chunk][i >> 2][i & 3] * factor[i >> 2],
+              *at = to + (size_t)row * stride + (size_t)d;
         if (row < h->length && d < h->D) *at = overwrite ? v : *at + v;
       }
     })
@@ -2718,17 +2663,14 @@ MOE__CUDA_SOURCE(
       __shared__ __align__(16) float sb[32 * 36];
       __shared__ __align__(16) float sp[64 * 36];
       moe__d_head h;
-      float s[4][4];
-      float top[4];
-      float total[4];
+      float s[4][4], top[4], total[4];
       if (!moe__d_head_find(p, &h)) return;
       MOE_UNROLL for (int i = 0; i < 4; ++i) top[i] = __uint_as_float(0xff800000u), total[i] = 0.0f;
       MOE_UNROLL for (int i = 0; i < chunks * 16; ++i) sum[i >> 4][i >> 2 & 3][i & 3] = 0.0f;
       for (int key = 0; key < h.length; key += 32) {
         moe__d_head_dot(s, sa, sb, h.q, 3 * h.stride, h.q + h.stride, 3 * h.stride, &h, key);
         MOE_UNROLL for (int i = 0; i < 4; ++i) {
-          float most = top[i];
-          float smaller;
+          float most = top[i], smaller;
           MOE_UNROLL for (int j = 0; j < 4; ++j) if (key + h.c + 8 * j < h.length) most =
               fmaxf(most, s[i][j] * p->exponent);
           MOE_UNROLL for (int step = 4; step > 0; step /= 2) most =
@@ -2783,16 +2725,11 @@ MOE__CUDA_SOURCE(
       __shared__ __align__(16) float sp[64 * 36];
       const float one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
       moe__d_head h;
-      float s[4][4];
-      float dp[4][4];
-      float top[4];
-      float back[4];
-      float delta[4];
+      float s[4][4], dp[4][4], top[4], back[4], delta[4];
       if (!moe__d_head_find(p, &h)) return;
       MOE_UNROLL for (int i = 0; i < 4; ++i) {
         int row = h.row + h.r + 16 * i;
-        size_t stat = h.stat + (size_t)row * (size_t)p->A;
-        size_t at = h.first + (size_t)row * h.stride;
+        size_t stat = h.stat + (size_t)row * (size_t)p->A, at = h.first + (size_t)row * h.stride;
         int here = row < h.length;
         delta[i] = 0.0f;
         for (int d = h.c; d < h.D && here; d += 8)
@@ -2809,10 +2746,9 @@ MOE__CUDA_SOURCE(
         moe__d_head_dot(dp, sa, sb, p->dy + h.first, h.stride, h.q + 2 * h.stride, 3 * h.stride, &h,
                         key);
         MOE_UNROLL for (int i = 0; i < 16; ++i) {
-          int r = i >> 2;
-          int k = key + h.c + 8 * (i & 3);
-          float e = k < h.length ? exp2f(fmaf(s[r][i & 3], p->exponent, -top[r])) : 0.0f;
-          float d = fmaf(dp[r][i & 3], p->keep, -delta[r]);
+          int r = i >> 2, k = key + h.c + 8 * (i & 3);
+          float e = k < h.length ? exp2f(fmaf(s[r][i & 3], p->exponent, -top[r])) : 0.0f,
+                d = fmaf(dp[r][i & 3], p->keep, -delta[r]);
           if (p->threshold && moe__d_head_falls(p, &h, h.row + h.r + 16 * r, k)) d = -delta[r];
           sp[(h.r + 16 * r) * 36 + h.c + 8 * (i & 3)] = e * back[r] * d;
         }
@@ -2825,7 +2761,7 @@ MOE__CUDA_SOURCE(
         moe_k_attention_dq_32(moe__cuda_attention_args p) {
           float sum[1][4][4];
           moe__d_attention_dq(&p, 1, sum);
-        } extern "C" __global__ void __launch_bounds__(128)
+        } extern "C" __global__ void __launch_bounds__(128, 3)
             moe_k_attention_dq_64(moe__cuda_attention_args p) {
               float sum[2][4][4];
               moe__d_attention_dq(&p, 2, sum);
@@ -2847,9 +2783,7 @@ MOE__CUDA_SOURCE(
       __shared__ __align__(16) float sp[64 * 36];
       const float one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
       moe__d_head h;
-      float s[4][4];
-      float dp[4][4];
-      float *to;
+      float s[4][4], dp[4][4], *to;
       if (!moe__d_head_find(p, &h)) return;
       MOE_UNROLL for (int i = 0; i < chunks * 16; ++i) dk[i >> 4][i >> 2 & 3][i & 3] =
           dv[i >> 4][i >> 2 & 3][i & 3] = 0.0f;
@@ -2858,15 +2792,14 @@ MOE__CUDA_SOURCE(
         moe__d_head_dot(dp, sa, sb, h.q + 2 * h.stride, 3 * h.stride, p->dy + h.first, h.stride, &h,
                         query);
         MOE_UNROLL for (int j = 0; j < 4; ++j) {
-          int q = query + h.c + 8 * j;
-          int here = q < h.length;
+          int q = query + h.c + 8 * j, here = q < h.length;
           size_t stat = h.stat + (size_t)q * (size_t)p->A;
-          float top = here ? p->stats[stat * 2] : 0.0f;
-          float inverse = here ? p->stats[stat * 2 + 1] : 0.0f;
-          float delta = here ? p->delta[stat] : 0.0f;
+          float top = here ? p->stats[stat * 2] : 0.0f,
+                inverse = here ? p->stats[stat * 2 + 1] : 0.0f,
+                delta = here ? p->delta[stat] : 0.0f;
           MOE_UNROLL for (int i = 0; i < 4; ++i) {
-            int key = h.row + h.r + 16 * i;
-            int falls = p->threshold && moe__d_head_falls(p, &h, q, key);
+            int key = h.row + h.r + 16 * i,
+                falls = p->threshold && moe__d_head_falls(p, &h, q, key);
             float e = here ? exp2f(fmaf(s[i][j], p->exponent, -top)) * inverse : 0.0f;
             sp[(h.r + 16 * i) * 36 + h.c + 8 * j] = falls ? 0.0f : e * p->keep;
             s[i][j] = e * p->scale * (falls ? -delta : fmaf(dp[i][j], p->keep, -delta));
@@ -2885,18 +2818,15 @@ MOE__CUDA_SOURCE(
 
     extern "C" __global__ void __launch_bounds__(128)
         moe_k_attention_dkv_32(moe__cuda_attention_args p) {
-          float dk[1][4][4];
-          float dv[1][4][4];
+          float dk[1][4][4], dv[1][4][4];
           moe__d_attention_dkv(&p, 1, dk, dv);
         } extern "C" __global__ void __launch_bounds__(128)
             moe_k_attention_dkv_64(moe__cuda_attention_args p) {
-              float dk[2][4][4];
-              float dv[2][4][4];
+              float dk[2][4][4], dv[2][4][4];
               moe__d_attention_dkv(&p, 2, dk, dv);
             } extern "C" __global__ void __launch_bounds__(128)
                 moe_k_attention_dkv_128(moe__cuda_attention_args p) {
-                  float dk[4][4][4];
-                  float dv[4][4][4];
+                  float dk[4][4][4], dv[4][4][4];
                   moe__d_attention_dkv(&p, 4, dk, dv);
                 })
 

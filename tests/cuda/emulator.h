@@ -616,6 +616,7 @@ EMULATOR_VECTOR(uint, unsigned)
 /* ---- in place of the PTX in moe_cuda.h, >>cuda_base ---- */
 #define MOE__CUDA_PRIMITIVES
 #define MOE_UNROLL
+#define MOE_ROLL
 inline uint32_t moe__d_tf32(float x) { /* to the nearest, ties away from zero */
   uint32_t bits = emulator::bits_of(x);
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
