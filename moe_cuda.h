@@ -1479,7 +1479,7 @@ static moe_status moe__cuda_blas_fail(moe__cuda_queue *q, const char *what, int 
 }
 
 /* cuBLAS's handle of a queue: default math modes, so that float32 is float32 unless TF32 is
-   wanted. */
+   wanted. Where the maker is free to choose, a failure leaves everything to our own kernels. */
 static moe_status moe__cuda_blas_open(moe__cuda_queue *q) {
   const moe__cuda_cublas *blas = &q->cuda->cublas;
   const char *what = "cublasCreate";
@@ -1490,7 +1490,12 @@ static moe_status moe__cuda_blas_open(moe__cuda_queue *q) {
   if (!error) what = "cublasSetStream", error = blas->cublasSetStream_v2(q->blas, q->stream);
   if (!error) /* CUBLAS_TF32_TENSOR_OP_MATH, CUBLAS_DEFAULT_MATH */
     what = "cublasSetMathMode", error = blas->cublasSetMathMode(q->blas, moe__cuda_tf32(q) ? 3 : 0);
-  return error ? moe__cuda_blas_fail(q, what, error) : MOE_OK;
+  if (error && q->blas) {
+    blas->cublasDestroy_v2(q->blas);
+    q->blas = NULL;
+  }
+  if (!error || q->cuda->options.maker == MOE_CUDA_MAKER_AUTO) return MOE_OK;
+  return moe__cuda_blas_fail(q, what, error);
 }
 
 /* cuBLAS counts columns first: it computes C^T = op(B)^T op(A)^T. */
@@ -4494,6 +4499,10 @@ static moe_status moe__cuda_make(moe__cuda *cuda, const moe_env *env) {
   if (!status) status = moe__cuda_kernels(cuda, env);
   if (!status) status = moe__cuda_queue_make(cuda, &cuda->own, env);
   cuda->driver.cuCtxPopCurrent_v2(&context);
+  if (!status && cuda->cublas_library && !cuda->own->blas) {
+    moe__cuda_dlclose(cuda->cublas_library); /* it does not work here */
+    cuda->cublas_library = NULL;
+  }
   snprintf(cuda->name, sizeof cuda->name, "cuda:%d (%s, sm_%d%s; linear layers %s)",
            (int)cuda->options.device, cuda->card, cuda->card_arch,
            cuda->options.tf32 && cuda->arch >= 80 ? ", TF32" : "",

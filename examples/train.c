@@ -835,14 +835,15 @@ int main(int argc, char **argv) {
   if (!opt.adapt) make_results();
   read_all_rows();
   settle_options();
-  printf("%d task%s, %d layers x %d, %s, %d thread%s, %s%s%s\n", n_tasks, n_tasks == 1 ? "" : "s",
-         (int)base.config.layers, (int)base.config.hidden,
+  printf("%d task%s, %d layers x %d, %s, %d thread%s, %s%s%s%s%s\n", n_tasks,
+         n_tasks == 1 ? "" : "s", (int)base.config.layers, (int)base.config.hidden,
          opt.from      ? opt.from
          : source.init ? source.init
                        : "from scratch",
          (int)env.threads, env.threads == 1 ? "" : "s", moe_isa_name(env.isa),
          env.precision == MOE_TYPE_BF16 ? ", " : "",
-         env.precision == MOE_TYPE_BF16 ? precision_name() : "");
+         env.precision == MOE_TYPE_BF16 ? precision_name() : "", env.backend ? ", " : "",
+         env.backend ? moe_backend_name(&env) : "");
   fflush(stdout);
   lock_checkpoint();
   if (state.resume) read_parts(state.resume);

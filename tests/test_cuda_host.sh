@@ -42,6 +42,33 @@ else
     "$(head -n 3 "$tmp/log"; cat "$tmp/said" "$tmp/out" 2> /dev/null)"
 fi
 
+# ---- train and predict: compiled with -DTOOL_CUDA and -ldl ----
+few="--data ../examples/data --tasks balanced_copa,subjectivity --systems tag --layers 1
+  --hidden 32 --heads 2 --ffn 32 --steps 4 --batch 8 --from-scratch --threads 1 --max-len 12"
+tools=
+if $cc -std=c99 -O1 -DTOOL_CUDA $warn -o "$tmp/train" ../examples/train.c -ldl -lm -pthread \
+    > "$tmp/log" 2>&1 && $cc -std=c99 -O1 -DTOOL_CUDA $warn -o "$tmp/predict" \
+    ../examples/tools/predict.c -ldl -lm -pthread >> "$tmp/log" 2>&1; then
+  tools=1
+  ok test_cuda_train_and_predict_compile
+  "$tmp/train" $few --save "$tmp/cpu.safetensors" 2> /dev/null | sed 's/ [0-9.]*$//' > "$tmp/want"
+  if [ -e /dev/nvidiactl ]; then
+    skip test_cuda_train_without_a_driver "this machine has a driver"
+  elif "$tmp/train" $few --device cuda 2> "$tmp/said" | sed 's/ [0-9.]*$//' | cmp -s - "$tmp/want" &&
+      [ "$(grep -c 'install the NVIDIA driver' "$tmp/said")" = 1 ] &&
+      "$tmp/train" $few --device auto 2> "$tmp/said" | sed 's/ [0-9.]*$//' |
+      cmp -s - "$tmp/want" && ! grep -q -i cuda "$tmp/said"; then
+    ok test_cuda_train_without_a_driver
+  else fail test_cuda_train_without_a_driver "$(head -n 3 "$tmp/said")"; fi
+  "$tmp/train" $few --device gpu > "$tmp/out" 2>&1
+  if [ $? = 1 ] && grep -q 'cpu, cuda, cuda:N or auto' "$tmp/out"; then
+    ok test_cuda_train_knows_its_devices
+  else fail test_cuda_train_knows_its_devices "$(head -n 3 "$tmp/out")"; fi
+else fail test_cuda_train_and_predict_compile "$(grep -m 5 -E 'error|warning' "$tmp/log")"; fi
+program train > /dev/null && "$tmp/train" --device cuda > "$tmp/out" 2>&1
+if grep -q 'cc -DTOOL_CUDA' "$tmp/out"; then ok test_cuda_train_says_how_to_compile_it
+else fail test_cuda_train_says_how_to_compile_it "$(head -n 3 "$tmp/out")"; fi
+
 # ---- the host side on the double ----
 out=${BUILD:-build}/cuda_host
 mkdir -p "$out"
@@ -63,6 +90,32 @@ else
     passed=$((passed + ${line%% *})) line=${line#*, }
     failed=$((failed + ${line%% *})) line=${line#*, }
     skipped=$((skipped + ${line%% *}))
+  fi
+fi
+
+# ---- train and predict on the double, as on a machine with a driver ----
+mkdir "$tmp/lib"
+here=$(cd "$out" && pwd)
+ln -s "$here/double.so" "$tmp/lib/libcuda.so.1"
+for major in 11.2 12 13 14; do ln -s "$here/double.so" "$tmp/lib/libnvrtc.so.$major"; done
+if [ -z "$tools" ] || [ ! -e "$out/double.so" ]; then
+  skip test_cuda_train_and_predict_on_the_double "something above failed"
+else
+  $cc -std=c99 -O1 -DTOOL_CUDA -o "$tmp/train" ../examples/train.c -ldl -lm -pthread
+  printf 'a b\tc d\nThe film was good\tIt was bad\n' > "$tmp/in"
+  "$tmp/predict" "$tmp/cpu.safetensors" balanced_copa < "$tmp/in" > "$tmp/want"
+  if LD_LIBRARY_PATH=$tmp/lib "$tmp/train" $few --device cuda --kernels "$tmp/kernels" \
+      --save "$tmp/gpu.safetensors" > "$tmp/table" 2> "$tmp/log" &&
+      LD_LIBRARY_PATH=$tmp/lib "$tmp/predict" "$tmp/gpu.safetensors" balanced_copa --device cuda \
+      < "$tmp/in" > "$tmp/out" 2>> "$tmp/log" && grep -q 'cuda:0 (Double 0, sm_80' "$tmp/table" &&
+      [ -s "$tmp/kernels" ] && paste "$tmp/want" "$tmp/out" | awk '{
+        d = $2 - $4
+        if ($1 != $3 || d > 1e-4 || d < -1e-4) exit 1
+      } END { exit NR != 2 }'; then
+    ok test_cuda_train_and_predict_on_the_double
+  else
+    fail test_cuda_train_and_predict_on_the_double \
+      "$(head -n 5 "$tmp/log"; paste "$tmp/want" "$tmp/out")"
   fi
 fi
 finish

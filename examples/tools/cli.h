@@ -19,6 +19,10 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #include "../../moe.h"
+#ifdef TOOL_CUDA /* an NVIDIA GPU: cc -DTOOL_CUDA ... -ldl */
+#define MOE_CUDA_IMPLEMENTATION
+#include "../../moe_cuda.h"
+#endif
 
 #include <errno.h>
 #include <math.h>
@@ -404,9 +408,12 @@ static inline int read_line(text *t, FILE *f) {
 /* ---- the machine ---- */
 
 static struct {
-  const char *isa, *precision;
+  const char *isa, *precision, *device, *kernels;
   int threads, profiled;
 } machine;
+#ifdef TOOL_CUDA
+static moe_backend gpu; /* user NULL: not opened */
+#endif
 static moe_pool *pool;
 static moe_profile profile;
 
@@ -417,6 +424,11 @@ static const option machine_options[] = {
     STRING("--precision", "fp32|bf16", machine.precision, "fp32",
            "bf16: products of the layers with operands of 8 bits of precision, weights and sums "
            "in fp32; needs AMX or AVX512-BF16, else goes on in fp32"),
+    STRING("--device", "WHICH", machine.device, "cpu",
+           "cpu, cuda, cuda:N or auto. cuda: an NVIDIA GPU, or a sentence and the CPU where there "
+           "is none; auto: without the sentence. For programs compiled with -DTOOL_CUDA and -ldl"),
+    STRING("--kernels", "FILE", machine.kernels, NULL,
+           "keep the compiled kernels of the GPU in this file"),
     FLAG("--profile", machine.profiled, "say at the end where the time went"),
     END_OF_OPTIONS};
 
@@ -426,13 +438,43 @@ static inline void begin_program(const char *name, int argc, char **argv) {
   program.argv = argv;
 }
 
+/* --device: opens the GPU, if there is one. */
+static inline void open_device(void) {
+  int number = 0, end = 0, automatic = !strcmp(machine.device, "auto");
+  if (!strcmp(machine.device, "cpu")) return;
+  if (!automatic && strcmp(machine.device, "cuda") &&
+      (sscanf(machine.device, "cuda:%d%n", &number, &end) != 1 || machine.device[end] ||
+       number < 0))
+    die("--device is cpu, cuda, cuda:N or auto, not \"%s\"", machine.device);
+#ifdef TOOL_CUDA
+  {
+    moe_cuda_options options;
+    moe_env quiet = env;
+    moe_cuda_options_init(&options);
+    options.device = number;
+    options.cache = machine.kernels;
+    if (automatic) quiet.log = NULL;
+    if (!moe_cuda_open(&gpu, &options, &quiet)) env.backend = &gpu;
+  }
+#else
+  if (!automatic)
+    die("--device %s: %s was compiled without it: cc -DTOOL_CUDA ... -ldl", machine.device,
+        program.name);
+#endif
+}
+
 /* threads: as many where --threads says nothing; 0: all processors. */
 static inline void open_machine(int threads) {
   if (moe_env_init(&env, moe_isa_from_name(machine.isa)))
     die("this machine or this build has no %s; --isa auto takes the best there is", machine.isa);
   env.log = log_sentence;
-  if (!strcmp(machine.precision, "bf16"))
-    moe_env_set_precision(&env, MOE_TYPE_BF16); /* or a sentence, and fp32 */
+  open_device();
+  if (!strcmp(machine.precision, "bf16")) {
+    if (env.backend)
+      env.precision = MOE_TYPE_BF16;
+    else
+      moe_env_set_precision(&env, MOE_TYPE_BF16); /* or a sentence, and fp32 */
+  }
   moe_profile_init(&profile, NULL, NULL);
   if (machine.profiled) env.profile = &profile;
   if (machine.threads) threads = machine.threads;
@@ -445,12 +487,16 @@ static inline int end_program(FILE *profile_to) {
   moe_profile_write(table, sizeof table, &profile);
   if (machine.profiled) fputs(table, profile_to);
   if (fflush(stdout) || ferror(stdout)) die("standard output cannot be written");
+#ifdef TOOL_CUDA
+  moe_cuda_close(&gpu);
+#endif
   moe_pool_free(pool);
   return 0;
 }
 
-/* The bits of bf16 on AMX are its own. */
+/* The bits of bf16 on AMX are its own, and those of a GPU. */
 static inline const char *precision_name(void) {
+  if (env.backend) return env.precision == MOE_TYPE_BF16 ? "bf16-cuda" : "fp32-cuda";
   return env.precision != MOE_TYPE_BF16     ? "fp32"
          : env.cpu_flags & MOE_CPU_AMX_BF16 ? "bf16-AMX"
                                             : "bf16";

@@ -262,9 +262,11 @@ static inline void train_loop(job *j, moe_model *model, moe_context *context, in
 static inline void train_model(job *j, moe_model *model) {
   int64_t *n_rows = (int64_t *)take(2 * (size_t)j->n, sizeof *n_rows), all;
   int32_t longest = moe_model_config(model)->max_len, room = j->micro_batch;
-  moe_context *context = j->choose ? make_context(model) : NULL;
+  moe_context *context;
   moe_limits limits;
   int i;
+  if (env.backend) need(moe_model_pack(model, NULL, &env));
+  context = j->choose ? make_context(model) : NULL;
   all = (int64_t)j->batch * longest;
   if (room < longest) room = longest;
   if (all < room) room = (int32_t)all;

@@ -225,6 +225,10 @@ EXPORT void double_reset(void) {
   depth = 0;
 }
 
+static struct Begin {
+  Begin() { double_reset(); }
+} begin;
+
 /* ---- the driver ---- */
 API cuInit(unsigned flags) {
   ENTER(false)
