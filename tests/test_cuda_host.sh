@@ -46,21 +46,21 @@ fi
 few="--data ../examples/data --tasks balanced_copa,subjectivity --systems tag --layers 1
   --hidden 32 --heads 2 --ffn 32 --steps 4 --batch 8 --from-scratch --threads 1 --max-len 12"
 tools=
-if $cc -std=c99 -O1 -DTOOL_CUDA $warn -o "$tmp/train" ../examples/train.c -ldl -lm -pthread \
+if $cc -std=c99 -O1 -DTOOL_CUDA $warn -o "$tmp/gpu_train" ../examples/train.c -ldl -lm -pthread \
     > "$tmp/log" 2>&1 && $cc -std=c99 -O1 -DTOOL_CUDA $warn -o "$tmp/predict" \
     ../examples/tools/predict.c -ldl -lm -pthread >> "$tmp/log" 2>&1; then
   tools=1
   ok test_cuda_train_and_predict_compile
-  "$tmp/train" $few --save "$tmp/cpu.safetensors" 2> /dev/null | sed 's/ [0-9.]*$//' > "$tmp/want"
+  "$tmp/gpu_train" $few --save "$tmp/cpu.safetensors" 2> /dev/null | sed 's/ [0-9.]*$//' > "$tmp/want"
   if [ -e /dev/nvidiactl ]; then
     skip test_cuda_train_without_a_driver "this machine has a driver"
-  elif "$tmp/train" $few --device cuda 2> "$tmp/said" | sed 's/ [0-9.]*$//' | cmp -s - "$tmp/want" &&
+  elif "$tmp/gpu_train" $few --device cuda 2> "$tmp/said" | sed 's/ [0-9.]*$//' | cmp -s - "$tmp/want" &&
       [ "$(grep -c 'install the NVIDIA driver' "$tmp/said")" = 1 ] &&
-      "$tmp/train" $few --device auto 2> "$tmp/said" | sed 's/ [0-9.]*$//' |
+      "$tmp/gpu_train" $few --device auto 2> "$tmp/said" | sed 's/ [0-9.]*$//' |
       cmp -s - "$tmp/want" && ! grep -q -i cuda "$tmp/said"; then
     ok test_cuda_train_without_a_driver
   else fail test_cuda_train_without_a_driver "$(head -n 3 "$tmp/said")"; fi
-  "$tmp/train" $few --device gpu > "$tmp/out" 2>&1
+  "$tmp/gpu_train" $few --device gpu > "$tmp/out" 2>&1
   if [ $? = 1 ] && grep -q 'cpu, cuda, cuda:N or auto' "$tmp/out"; then
     ok test_cuda_train_knows_its_devices
   else fail test_cuda_train_knows_its_devices "$(head -n 3 "$tmp/out")"; fi
@@ -101,10 +101,9 @@ for major in 11.2 12 13 14; do ln -s "$here/double.so" "$tmp/lib/libnvrtc.so.$ma
 if [ -z "$tools" ] || [ ! -e "$out/double.so" ]; then
   skip test_cuda_train_and_predict_on_the_double "something above failed"
 else
-  $cc -std=c99 -O1 -DTOOL_CUDA -o "$tmp/train" ../examples/train.c -ldl -lm -pthread
   printf 'a b\tc d\nThe film was good\tIt was bad\n' > "$tmp/in"
   "$tmp/predict" "$tmp/cpu.safetensors" balanced_copa < "$tmp/in" > "$tmp/want"
-  if LD_LIBRARY_PATH=$tmp/lib "$tmp/train" $few --device cuda --kernels "$tmp/kernels" \
+  if LD_LIBRARY_PATH=$tmp/lib "$tmp/gpu_train" $few --device cuda --kernels "$tmp/kernels" \
       --save "$tmp/gpu.safetensors" > "$tmp/table" 2> "$tmp/log" &&
       LD_LIBRARY_PATH=$tmp/lib "$tmp/predict" "$tmp/gpu.safetensors" balanced_copa --device cuda \
       < "$tmp/in" > "$tmp/out" 2>> "$tmp/log" && grep -q 'cuda:0 (Double 0, sm_80' "$tmp/table" &&
