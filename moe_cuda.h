@@ -147,43 +147,31 @@ typedef struct moe__cuda_queue moe__cuda_queue; /* env.stream */
 
 /* The functions of the driver, of NVRTC and of cuBLAS, X(name, arguments): all return an int, 0
    where they succeed. Where a function has versions, the symbol of the present one ends in _v2. */
+// clang-format off
 #define MOE__CUDA_DRIVER(X)                                                                        \
-  X(cuInit, (unsigned flags))                                                                      \
-  X(cuDriverGetVersion, (int *version))                                                            \
-  X(cuGetErrorName, (int error, const char **name))                                                \
-  X(cuDeviceGetCount, (int *count))                                                                \
-  X(cuDeviceGet, (int *device, int index))                                                         \
-  X(cuDeviceGetName, (char *name, int capacity, int device))                                       \
+  X(cuInit, (unsigned flags)) X(cuDriverGetVersion, (int *version))                                \
+  X(cuGetErrorName, (int error, const char **name)) X(cuDeviceGetCount, (int *count))              \
+  X(cuDeviceGet, (int *device, int index)) X(cuDeviceGetName, (char *name, int room, int device))  \
   X(cuDeviceGetAttribute, (int *value, int attribute, int device))                                 \
   X(cuDevicePrimaryCtxRetain, (void **context, int device))                                        \
-  X(cuDevicePrimaryCtxRelease_v2, (int device))                                                    \
-  X(cuCtxPushCurrent_v2, (void *context))                                                          \
-  X(cuCtxPopCurrent_v2, (void **context))                                                          \
-  X(cuMemGetInfo_v2, (size_t * free, size_t * total))                                              \
-  X(cuMemAlloc_v2, (moe__cuptr * p, size_t bytes))                                                 \
-  X(cuMemFree_v2, (moe__cuptr p))                                                                  \
-  X(cuMemAllocHost_v2, (void **p, size_t bytes))                                                   \
-  X(cuMemFreeHost, (void *p))                                                                      \
+  X(cuDevicePrimaryCtxRelease_v2, (int device)) X(cuCtxPushCurrent_v2, (void *context))            \
+  X(cuCtxPopCurrent_v2, (void **context)) X(cuMemGetInfo_v2, (size_t *left, size_t *total))        \
+  X(cuMemAlloc_v2, (moe__cuptr *p, size_t bytes)) X(cuMemFree_v2, (moe__cuptr p))                  \
+  X(cuMemAllocHost_v2, (void **p, size_t bytes)) X(cuMemFreeHost, (void *p))                       \
   X(cuMemcpyHtoDAsync_v2, (moe__cuptr to, const void *from, size_t bytes, void *stream))           \
   X(cuMemcpyDtoHAsync_v2, (void *to, moe__cuptr from, size_t bytes, void *stream))                 \
   X(cuMemsetD8Async, (moe__cuptr p, unsigned char value, size_t bytes, void *stream))              \
-  X(cuStreamCreate, (void **stream, unsigned flags))                                               \
-  X(cuStreamDestroy_v2, (void *stream))                                                            \
-  X(cuStreamSynchronize, (void *stream))                                                           \
-  X(cuEventCreate, (void **event, unsigned flags))                                                 \
-  X(cuEventDestroy_v2, (void *event))                                                              \
-  X(cuEventRecord, (void *event, void *stream))                                                    \
-  X(cuEventSynchronize, (void *event))                                                             \
-  X(cuEventElapsedTime, (float *milliseconds, void *from, void *to))                               \
-  X(cuModuleLoadData, (void **module, const void *image))                                          \
-  X(cuModuleUnload, (void *module))                                                                \
+  X(cuStreamCreate, (void **stream, unsigned flags)) X(cuStreamDestroy_v2, (void *stream))         \
+  X(cuStreamSynchronize, (void *stream)) X(cuEventCreate, (void **event, unsigned flags))          \
+  X(cuEventDestroy_v2, (void *event)) X(cuEventRecord, (void *event, void *stream))                \
+  X(cuEventSynchronize, (void *event)) X(cuEventElapsedTime, (float *ms, void *from, void *to))    \
+  X(cuModuleLoadData, (void **module, const void *image)) X(cuModuleUnload, (void *module))        \
   X(cuModuleGetFunction, (void **function, void *module, const char *name))                        \
-  X(cuLaunchKernel,                                                                                \
-    (void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, \
-     unsigned shared, void *stream, void **arguments, void **extra))
+  X(cuLaunchKernel, (void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,           \
+                     unsigned by, unsigned bz, unsigned shared, void *stream, void **arguments,    \
+                     void **extra))
 #define MOE__CUDA_NVRTC(X)                                                                         \
-  X(nvrtcVersion, (int *major, int *minor))                                                        \
-  X(nvrtcGetNumSupportedArchs, (int *count))                                                       \
+  X(nvrtcVersion, (int *major, int *minor)) X(nvrtcGetNumSupportedArchs, (int *count))             \
   X(nvrtcGetSupportedArchs, (int *archs))                                                          \
   X(nvrtcCreateProgram, (void **program, const char *source, const char *name, int headers,        \
                          const char *const *header, const char *const *include))                   \
@@ -191,18 +179,16 @@ typedef struct moe__cuda_queue moe__cuda_queue; /* env.stream */
   X(nvrtcCompileProgram, (void *program, int count, const char *const *option))                    \
   X(nvrtcGetProgramLogSize, (void *program, size_t *bytes))                                        \
   X(nvrtcGetProgramLog, (void *program, char *log))                                                \
-  X(nvrtcGetPTXSize, (void *program, size_t *bytes))                                               \
-  X(nvrtcGetPTX, (void *program, char *ptx))                                                       \
+  X(nvrtcGetPTXSize, (void *program, size_t *bytes)) X(nvrtcGetPTX, (void *program, char *ptx))    \
   X(nvrtcGetCUBINSize, (void *program, size_t *bytes))                                             \
   X(nvrtcGetCUBIN, (void *program, char *cubin))
 #define MOE__CUDA_CUBLAS(X)                                                                        \
-  X(cublasCreate_v2, (void **handle))                                                              \
-  X(cublasDestroy_v2, (void *handle))                                                              \
-  X(cublasSetStream_v2, (void *handle, void *stream))                                              \
-  X(cublasSetMathMode, (void *handle, int mode))                                                   \
+  X(cublasCreate_v2, (void **handle)) X(cublasDestroy_v2, (void *handle))                          \
+  X(cublasSetStream_v2, (void *handle, void *stream)) X(cublasSetMathMode, (void *handle, int mode))\
   X(cublasGemmEx, (void *handle, int trans_a, int trans_b, int m, int n, int k, const void *alpha, \
                    const void *a, int a_type, int a_row, const void *b, int b_type, int b_row,     \
-                   const void *beta, void *c, int c_type, int c_row, int compute, int algorithm))
+                   const void *beta, void *c, int c_type, int c_row, int compute, int how))
+// clang-format on
 
 #ifdef _WIN32
 #define MOE__CUDA_CALL __stdcall
@@ -211,15 +197,11 @@ typedef struct moe__cuda_queue moe__cuda_queue; /* env.stream */
 #endif
 #define MOE__CUDA_MEMBER(name, arguments) int(MOE__CUDA_CALL * name) arguments;
 #define MOE__CUDA_NAME(name, arguments) #name,
-typedef struct moe__cuda_driver {
-  MOE__CUDA_DRIVER(MOE__CUDA_MEMBER)
-} moe__cuda_driver;
-typedef struct moe__cuda_nvrtc {
-  MOE__CUDA_NVRTC(MOE__CUDA_MEMBER)
-} moe__cuda_nvrtc;
-typedef struct moe__cuda_cublas {
-  MOE__CUDA_CUBLAS(MOE__CUDA_MEMBER)
-} moe__cuda_cublas;
+// clang-format off
+typedef struct moe__cuda_driver { MOE__CUDA_DRIVER(MOE__CUDA_MEMBER) } moe__cuda_driver;
+typedef struct moe__cuda_nvrtc { MOE__CUDA_NVRTC(MOE__CUDA_MEMBER) } moe__cuda_nvrtc;
+typedef struct moe__cuda_cublas { MOE__CUDA_CUBLAS(MOE__CUDA_MEMBER) } moe__cuda_cublas;
+// clang-format on
 static const char *const moe__cuda_driver_names[] = {MOE__CUDA_DRIVER(MOE__CUDA_NAME) NULL};
 static const char *const moe__cuda_nvrtc_names[] = {MOE__CUDA_NVRTC(MOE__CUDA_NAME) NULL};
 static const char *const moe__cuda_cublas_names[] = {MOE__CUDA_CUBLAS(MOE__CUDA_NAME) NULL};
@@ -232,14 +214,14 @@ static const char *const moe__cuda_driver_paths[] = {"nvcuda.dll", NULL};
 static const char *const moe__cuda_nvrtc_paths[] = {"nvrtc64_%d0_0.dll", "nvrtc64_%d2_0.dll", NULL};
 static const char *const moe__cuda_cublas_paths[] = {"cublas64_%d.dll", NULL};
 #else
-static const char *const moe__cuda_driver_paths[] = {"libcuda.so.1", "libcuda.so",
-                                                     "/usr/lib/wsl/lib/libcuda.so.1", NULL};
+// clang-format off
+static const char *const moe__cuda_driver_paths[] = {
+    "libcuda.so.1", "libcuda.so", "/usr/lib/wsl/lib/libcuda.so.1", NULL};
 static const char *const moe__cuda_nvrtc_paths[] = {"libnvrtc.so.%d", "libnvrtc.so.%d.2",
-                                                    "/usr/local/cuda-%d/lib64/libnvrtc.so",
-                                                    "/usr/local/cuda/lib64/libnvrtc.so.%d", NULL};
+    "/usr/local/cuda-%d/lib64/libnvrtc.so", "/usr/local/cuda/lib64/libnvrtc.so.%d", NULL};
 static const char *const moe__cuda_cublas_paths[] = {"libcublas.so.%d",
-                                                     "/usr/local/cuda-%d/lib64/libcublas.so",
-                                                     "/usr/local/cuda/lib64/libcublas.so.%d", NULL};
+    "/usr/local/cuda-%d/lib64/libcublas.so", "/usr/local/cuda/lib64/libcublas.so.%d", NULL};
+// clang-format on
 #endif
 enum { MOE__CUDA_OLDEST = 11, MOE__CUDA_NEWEST = 14 }; /* major versions that are looked for */
 
@@ -260,86 +242,69 @@ static moe_status moe__cuda_fail(const moe_env *env, moe_status status, const ch
   return status;
 }
 
-static void *moe__cuda_dlopen(const char *path) {
 #ifdef _WIN32
-  return (void *)LoadLibraryA(path);
+#define MOE__CUDA_DLOPEN(path) ((void *)LoadLibraryA(path))
+#define MOE__CUDA_DLCLOSE(library) FreeLibrary((HMODULE)(library))
+#define MOE__CUDA_DLSYM(library, name) GetProcAddress((HMODULE)(library), name)
+typedef FARPROC moe__cuda_symbol;
 #else
-  return dlopen(path, RTLD_NOW | RTLD_LOCAL);
+#define MOE__CUDA_DLOPEN(path) dlopen(path, RTLD_NOW | RTLD_LOCAL)
+#define MOE__CUDA_DLCLOSE(library) dlclose(library)
+#define MOE__CUDA_DLSYM(library, name) dlsym(library, name)
+typedef void *moe__cuda_symbol;
 #endif
-}
-
-static void moe__cuda_dlclose(void *library) {
-  if (!library) return;
-#ifdef _WIN32
-  FreeLibrary((HMODULE)library);
-#else
-  dlclose(library);
-#endif
-}
 
 /* Fills a table of functions, which is an array of pointers. Returns the first name that the
    library lacks, or NULL. */
 static const char *moe__cuda_symbols(void *library, const char *const *names, void *table) {
   size_t i;
   for (i = 0; names[i]; ++i) {
-#ifdef _WIN32
-    FARPROC symbol = GetProcAddress((HMODULE)library, names[i]);
-#else
-    void *symbol = dlsym(library, names[i]);
-#endif
+    moe__cuda_symbol symbol = MOE__CUDA_DLSYM(library, names[i]);
     if (!symbol) return names[i];
     memcpy((char *)table + i * sizeof symbol, &symbol, sizeof symbol);
   }
   return NULL;
 }
 
-/* What to do about an error of the driver: a table of those that people meet. */
+/* What to do about an error of the driver, for those that people meet. */
 static const struct {
   int error;
+  moe_status status;
   const char *advice;
 } moe__cuda_advice[] = {
-    {2, "the GPU has no memory left: use smaller micro-batches, or free it from other programs"},
-    {34, "this libcuda.so is the toolkit's stub: install the NVIDIA driver"},
-    {36, "the driver is older than this libcuda.so: install them together"},
-    {46, "another program has the GPU for itself (nvidia-smi shows which, and the compute mode)"},
-    {100, "no GPU is visible: see nvidia-smi, CUDA_VISIBLE_DEVICES and, with MIG, its instances"},
-    {101, "see nvidia-smi and CUDA_VISIBLE_DEVICES for the GPUs that there are"},
-    {200, "the compiled kernels are damaged: delete the cache file"},
-    {201, "the CUDA context is no longer valid: open the GPU again"},
-    {209, "the kernels were compiled for another GPU: delete the cache file"},
-    {214, "the GPU's memory has an error that cannot be corrected: reset the GPU, see dmesg"},
-    {218, "the driver does not understand this PTX: update it, or install an older NVRTC"},
-    {222, "NVRTC is newer than the driver: update the driver, or install an older NVRTC"},
-    {700, "a kernel read or wrote outside its memory, which is a mistake in moe_cuda.h"},
-    {702, "a kernel ran into the watchdog of the display: use a GPU without one"},
-    {709, "the CUDA context was destroyed: open the GPU again"},
-    {716, "a kernel read or wrote a misaligned address, which is a mistake in moe_cuda.h"},
-    {719, "a kernel failed: the GPU may be lost, see dmesg"},
-    {802, "the system is not ready: start nvidia-fabricmanager"},
-    {803, "driver and libcuda.so have different versions: reboot, or install them together"},
-    {999, "the GPU may be lost: see nvidia-smi and dmesg, then reload the driver or reboot"},
+    {2, MOE_E_MEMORY, "the GPU's memory is full: use smaller micro-batches, or end other programs"},
+    {34, MOE_E_UNSUPPORTED, "this libcuda.so is the toolkit's stub: install the NVIDIA driver"},
+    {46, MOE_E_IO, "another program has the GPU for itself: see nvidia-smi"},
+    {100, MOE_E_UNSUPPORTED, "no GPU is visible: see nvidia-smi, CUDA_VISIBLE_DEVICES, MIG"},
+    {200, MOE_E_IO, "the compiled kernels are damaged: delete the cache file"},
+    {209, MOE_E_IO, "the kernels were compiled for another GPU: delete the cache file"},
+    {214, MOE_E_IO, "the GPU's memory has an error: reset the GPU, see dmesg"},
+    {218, MOE_E_UNSUPPORTED, "the driver does not know this PTX: update it, or use an older NVRTC"},
+    {222, MOE_E_UNSUPPORTED, "NVRTC is newer than the driver: update it, or use an older NVRTC"},
+    {700, MOE_E_IO, "a kernel left its memory, which is a mistake in moe_cuda.h"},
+    {702, MOE_E_IO, "a kernel ran into the watchdog of the display: use a GPU without one"},
+    {716, MOE_E_IO, "an address was misaligned, which is a mistake in moe_cuda.h"},
+    {719, MOE_E_IO, "a kernel failed: the GPU may be lost, see dmesg"},
+    {802, MOE_E_IO, "the system is not ready: start nvidia-fabricmanager"},
+    {803, MOE_E_UNSUPPORTED, "driver and libcuda.so differ: reboot, or install them together"},
+    {0, MOE_E_IO, "see nvidia-smi and dmesg: the GPU may be lost"},
 };
 
-static const char *moe__cuda_advise(int error) {
-  size_t i;
-  for (i = 0; i < sizeof moe__cuda_advice / sizeof *moe__cuda_advice; ++i)
-    if (moe__cuda_advice[i].error == error) return moe__cuda_advice[i].advice;
-  return "see nvidia-smi and dmesg";
+/* Its row: the last one for all others. */
+static int moe__cuda_row(int error) {
+  int i = 0;
+  while (moe__cuda_advice[i].error && moe__cuda_advice[i].error != error) ++i;
+  return i;
 }
 
-/* The status that fits an error of the driver. */
 static moe_status moe__cuda_status(int error) {
-  if (error == 0) return MOE_OK;
-  if (error == 2) return MOE_E_MEMORY;
-  return error == 34 || error == 100 || error == 218 || error == 222 || error == 803
-             ? MOE_E_UNSUPPORTED
-             : MOE_E_IO;
+  return error ? moe__cuda_advice[moe__cuda_row(error)].status : MOE_OK;
 }
 
 /* Whether the whole CUDA context is lost: no later call in it can succeed. */
 static int moe__cuda_is_loss(int error) {
-  return error == 201 || error == 214 || error == 709 || (error >= 700 && error <= 720) ||
-         error == 999 || error == 4;
+  return error == 4 || error == 201 || error == 214 || (error >= 700 && error <= 720) ||
+         error == 999;
 }
 
 /* Reports that call `what` of the driver failed. */
@@ -348,7 +313,7 @@ static moe_status moe__cuda_driver_fail(const moe__cuda_driver *cu, const moe_en
   const char *name = NULL;
   if (cu->cuGetErrorName(error, &name) || !name) name = "unknown error";
   return moe__cuda_fail(env, moe__cuda_status(error), "cuda:%d: %s: %s (%d): %s", index, what, name,
-                        error, moe__cuda_advise(error));
+                        error, moe__cuda_advice[moe__cuda_row(error)].advice);
 }
 
 /* ---- source strings, tables of kernels; CUBIN or PTX; the cache file ---- >>cuda_compile */
@@ -448,47 +413,50 @@ typedef enum moe__cuda_kernel { MOE__CUDA_KERNELS(MOE__CUDA_ENUM) MOE__K_COUNT }
    on are constant after moe_cuda_open. */
 #ifdef _WIN32
 typedef CRITICAL_SECTION moe__cuda_mutex;
+#define MOE__CUDA_MUTEX_INIT(m) InitializeCriticalSection(m)
+#define MOE__CUDA_MUTEX_FREE(m) DeleteCriticalSection(m)
 #define MOE__CUDA_LOCK(m) EnterCriticalSection(m)
 #define MOE__CUDA_UNLOCK(m) LeaveCriticalSection(m)
+#define MOE__CUDA_PROCESS() GetCurrentProcessId()
+#define MOE__CUDA_RENAME(from, to) MoveFileExA(from, to, MOVEFILE_REPLACE_EXISTING)
 #else
 typedef pthread_mutex_t moe__cuda_mutex;
+#define MOE__CUDA_MUTEX_INIT(m) pthread_mutex_init(m, NULL)
+#define MOE__CUDA_MUTEX_FREE(m) pthread_mutex_destroy(m)
 #define MOE__CUDA_LOCK(m) pthread_mutex_lock(m)
 #define MOE__CUDA_UNLOCK(m) pthread_mutex_unlock(m)
+#define MOE__CUDA_PROCESS() getpid()
+#define MOE__CUDA_RENAME(from, to) (!rename(from, to))
 #endif
 
-enum { MOE__CUDA_CHOICES = 64 };
 /* Which maker is faster for one kind of product: see moe__cuda_blas_serves. */
+enum { MOE__CUDA_CHOICES = 64 };
 typedef struct moe__cuda_choice {
-  int kind, bf16;
-  int32_t m, n, k;
-  int blas;
+  int32_t kind, bf16, m, n, k, blas;
   float own_ms, blas_ms;
 } moe__cuda_choice;
 
-/* Memory of the card. */
-typedef struct moe__cuda_block {
+typedef struct moe__cuda_block { /* memory of the card */
   moe__cuptr p;
-  size_t bytes;
+  size_t bytes, used;
 } moe__cuda_block;
 
 struct moe__cuda {
   moe_cuda_options options;
   moe__cuda_driver driver;
   moe__cuda_cublas cublas;
-  void *driver_library, *cublas_library;     /* cublas_library NULL: cuBLAS is not used */
-  int device, primary, arch, driver_version; /* arch: of the kernels, the GPU's or a lower one */
-  int card_arch;
-  void *context, *module;
-  void *kernel[MOE__K_COUNT + 1];
+  void *driver_library, *cublas_library; /* cublas_library NULL: cuBLAS is not used */
+  int device, primary, driver_version;
+  int card_arch, arch; /* of the GPU; of the kernels: the same, or lower */
+  void *context, *module, *kernel[MOE__K_COUNT + 1];
   char card[96], name[256];
   moe__cuda_mutex mutex;
   int lost;                    /* an error of the driver after which no call can succeed, or 0 */
   moe__cuda_block *allocation; /* those of moe_backend.alloc: counts.allocations of them */
-  int32_t allocation_room;
+  int32_t allocation_room, choices;
+  moe__cuda_choice choice[MOE__CUDA_CHOICES];
   moe__cuda_queue *queues, *own; /* a list; the queue of env.stream NULL */
   moe_cuda_counts counts;
-  moe__cuda_choice choice[MOE__CUDA_CHOICES];
-  int choices;
 };
 
 /* What NVRTC made: CUBIN, or PTX with its ending zero. */
@@ -526,79 +494,63 @@ static uint64_t moe__cuda_hash(uint64_t hash, const void *data, size_t bytes) {
   return hash;
 }
 
-/* What the image in a cache file must have been made of. */
-static uint64_t moe__cuda_key(const moe__cuda *cuda, const char *source) {
-  uint64_t hash = moe__cuda_hash(0xcbf29ce484222325u, source, strlen(source));
-  hash = moe__cuda_hash(hash, &cuda->card_arch, sizeof cuda->card_arch);
-  hash = moe__cuda_hash(hash, &cuda->options.ptx, sizeof cuda->options.ptx);
-  return moe__cuda_hash(hash, cuda->card, strlen(cuda->card));
-}
-
-/* The cache file: this head, then the image. */
+/* The cache file: this head, then the image. key: what it was made of. */
 typedef struct moe__cuda_cached {
   char magic[8];
   uint64_t key, arch, bytes, hash;
 } moe__cuda_cached;
-static const char moe__cuda_magic[8] = {'M', 'O', 'E', 'C', 'U', 'D', 'A', '1'};
+
+static moe__cuda_cached moe__cuda_head(const moe__cuda *cuda, const char *source) {
+  moe__cuda_cached head;
+  memset(&head, 0, sizeof head);
+  memcpy(head.magic, "MOECUDA1", 8);
+  head.key = moe__cuda_hash(0xcbf29ce484222325u, source, strlen(source));
+  head.key = moe__cuda_hash(head.key, &cuda->card_arch, sizeof cuda->card_arch);
+  head.key = moe__cuda_hash(head.key, &cuda->options.ptx, sizeof cuda->options.ptx);
+  head.key = moe__cuda_hash(head.key, cuda->card, strlen(cuda->card));
+  return head;
+}
 
 /* Reads the cache file; 0: there is none of this key, or it is damaged. */
-static int moe__cuda_cache_read(const char *path, uint64_t key, moe__cuda_image *image) {
+static int moe__cuda_cache_read(const char *path, const moe__cuda_cached *want,
+                                moe__cuda_image *image) {
   moe__cuda_cached head;
   FILE *file = fopen(path, "rb");
-  int good;
-  if (!file) return 0;
-  good = fread(&head, sizeof head, 1, file) == 1 && !memcmp(head.magic, moe__cuda_magic, 8) &&
-         head.key == key && head.bytes > 0 && head.bytes < (uint64_t)1 << 30;
-  image->data = good ? (char *)malloc((size_t)head.bytes + 1) : NULL;
-  good = image->data && fread(image->data, (size_t)head.bytes, 1, file) == 1 &&
-         fgetc(file) == EOF &&
-         moe__cuda_hash(key ^ head.arch, image->data, (size_t)head.bytes) == head.hash;
-  fclose(file);
-  if (!good) {
-    free(image->data);
-    image->data = NULL;
-    return 0;
+  int good = file && fread(&head, sizeof head, 1, file) == 1 &&
+             !memcmp(&head, want, offsetof(moe__cuda_cached, arch)) && head.bytes > 0 &&
+             head.bytes < (uint64_t)1 << 30;
+  image->data = good ? (char *)calloc((size_t)head.bytes + 1, 1) : NULL;
+  if (image->data) {
+    image->bytes = (size_t)head.bytes;
+    image->arch = (int)head.arch;
+    good = fread(image->data, image->bytes, 1, file) == 1 && fgetc(file) == EOF &&
+           moe__cuda_hash(head.key ^ head.arch, image->data, image->bytes) == head.hash;
   }
-  image->bytes = (size_t)head.bytes;
-  image->arch = (int)head.arch;
-  image->data[image->bytes] = 0;
-  return 1;
+  if (file) fclose(file);
+  return good && image->data;
 }
 
 /* Writes the cache file beside its place and moves it there, so that nobody reads half of one. A
    failure is only reported: the kernels are there. */
-static void moe__cuda_cache_write(const moe__cuda *cuda, uint64_t key, const moe__cuda_image *image,
-                                  const moe_env *env) {
-  moe__cuda_cached head;
+static void moe__cuda_cache_write(const moe__cuda *cuda, moe__cuda_cached head,
+                                  const moe__cuda_image *image, const moe_env *env) {
   const char *path = cuda->options.cache;
   size_t room = strlen(path) + 64;
   char *temporary = (char *)malloc(room);
   FILE *file = NULL;
-  int good = 0;
-  memset(&head, 0, sizeof head);
-  memcpy(head.magic, moe__cuda_magic, 8);
-  head.key = key, head.arch = (uint64_t)image->arch, head.bytes = image->bytes;
-  head.hash = moe__cuda_hash(key ^ head.arch, image->data, image->bytes);
+  int good;
+  head.arch = (uint64_t)image->arch, head.bytes = image->bytes;
+  head.hash = moe__cuda_hash(head.key ^ head.arch, image->data, image->bytes);
   if (temporary) {
-#ifdef _WIN32
-    unsigned long process = GetCurrentProcessId();
-#else
-    unsigned long process = (unsigned long)getpid();
-#endif
-    snprintf(temporary, room, "%s.%lx.%llx", path, process, (unsigned long long)(uintptr_t)cuda);
+    snprintf(temporary, room, "%s.%lx.%llx", path, (unsigned long)MOE__CUDA_PROCESS(),
+             (unsigned long long)(uintptr_t)cuda);
     file = fopen(temporary, "wb");
   }
-  if (file) {
-    good =
-        fwrite(&head, sizeof head, 1, file) == 1 && fwrite(image->data, image->bytes, 1, file) == 1;
-    good = !fclose(file) && good;
-#ifdef _WIN32
-    good = good && MoveFileExA(temporary, path, MOVEFILE_REPLACE_EXISTING);
-#else
-    good = good && !rename(temporary, path);
-#endif
-    if (!good) remove(temporary);
-  }
+  good = file && fwrite(&head, sizeof head, 1, file) == 1 &&
+         fwrite(image->data, image->bytes, 1, file) == 1;
+  if (file) good = !fclose(file) && good;
+  good = good && MOE__CUDA_RENAME(temporary, path);
+  if (!good && file) remove(temporary);
   if (!good)
     moe__cuda_fail(env, MOE_E_IO,
                    "cuda:%d: the cache file %s cannot be written; the next start compiles again",
@@ -623,25 +575,24 @@ static int moe__cuda_target(const moe__cuda_nvrtc *rtc, int card, int *ptx) {
 /* Reports why NVRTC does not compile: its log. */
 static moe_status moe__cuda_compile_fail(const moe__cuda_nvrtc *rtc, void *program, int error,
                                          const char *what, const moe_env *env) {
+  moe_status status = error == 1 ? MOE_E_MEMORY : MOE_E_UNSUPPORTED;
   size_t bytes = 0;
   char *log = NULL;
-  if (program && !rtc->nvrtcGetProgramLogSize(program, &bytes) && bytes)
-    log = (char *)calloc(bytes + 1, 1);
+  if (program && !rtc->nvrtcGetProgramLogSize(program, &bytes)) log = (char *)calloc(bytes + 1, 1);
   if (log && rtc->nvrtcGetProgramLog(program, log)) log[0] = 0;
-  moe__cuda_fail(env, error == 1 ? MOE_E_MEMORY : MOE_E_UNSUPPORTED,
-                 "NVRTC: %s returned %d: install another version of it%s%.600s", what, error,
-                 log && log[0] ? ": " : "", log ? log : "");
+  moe__cuda_fail(env, status, "NVRTC: %s returned %d: install another version of it%s%.600s", what,
+                 error, log && log[0] ? ": " : "", log ? log : "");
   free(log);
-  return error == 1 ? MOE_E_MEMORY : MOE_E_UNSUPPORTED;
+  return status;
 }
 
 /* Compiles the program: image->arch is set, image->data is to be freed. */
 static moe_status moe__cuda_compile(const moe__cuda_nvrtc *rtc, int ptx, moe__cuda_image *image,
                                     const moe_env *env) {
   char *source = moe__cuda_source(image->arch), option[48];
-  const char *options[2] = {option, "--std=c++11"};
+  const char *options[2] = {option, "--std=c++11"}, *what = "nvrtcCreateProgram";
   void *program = NULL;
-  const char *what = "nvrtcCreateProgram";
+  moe_status status = MOE_OK;
   int error;
   if (!source) return moe__cuda_fail(env, MOE_E_MEMORY, "cuda: no memory for the source");
   snprintf(option, sizeof option, "--gpu-architecture=%s_%d", ptx ? "compute" : "sm", image->arch);
@@ -649,23 +600,17 @@ static moe_status moe__cuda_compile(const moe__cuda_nvrtc *rtc, int ptx, moe__cu
   free(source);
   if (!error) what = "nvrtcCompileProgram", error = rtc->nvrtcCompileProgram(program, 2, options);
   if (!error)
-    what = "the size of the compiled kernels",
+    what = "taking the compiled kernels",
     error = ptx ? rtc->nvrtcGetPTXSize(program, &image->bytes)
                 : rtc->nvrtcGetCUBINSize(program, &image->bytes);
-  if (!error) {
-    what = "copying the compiled kernels";
-    image->data = (char *)calloc(image->bytes + 1, 1);
+  if (!error) image->data = (char *)calloc(image->bytes + 1, 1);
+  if (!error)
     error = !image->data ? 1
             : ptx        ? rtc->nvrtcGetPTX(program, image->data)
                          : rtc->nvrtcGetCUBIN(program, image->data);
-  }
-  if (error) {
-    free(image->data);
-    image->data = NULL;
-    moe__cuda_compile_fail(rtc, program, error, what, env);
-  }
+  if (error) status = moe__cuda_compile_fail(rtc, program, error, what, env);
   if (program) rtc->nvrtcDestroyProgram(&program);
-  return !error ? MOE_OK : error == 1 ? MOE_E_MEMORY : MOE_E_UNSUPPORTED;
+  return status;
 }
 
 /* Gives the image to the driver and looks up its kernels. */
@@ -716,24 +661,25 @@ static moe_status moe__cuda_build_with(moe__cuda *cuda, void *library, const cha
   return status ? status : moe__cuda_module(cuda, image, env);
 }
 
-/* Opens the next library of a list of paths with %d: of the driver's major version, then older
-   ones, then newer ones. *at says where to go on. NULL: no more. */
-static void *moe__cuda_find(const char *const *paths, int driver_major, int *at, char *path,
-                            size_t room) {
-  int count = 0, majors = MOE__CUDA_NEWEST - MOE__CUDA_OLDEST + 1, own = driver_major;
+/* Opens the given library or, where it is NULL, the next one of a list of paths: of the driver's
+   major version, then older ones, then newer ones. *at says where to go on; path (512) is its path.
+   NULL: no more. */
+static void *moe__cuda_find(const char *const *paths, const char *given, const moe__cuda *cuda,
+                            int *at, char *path) {
+  int count = 0, own = cuda->driver_version / 1000, newest = MOE__CUDA_NEWEST;
+  void *library = NULL;
+  own = own > newest ? newest : own < MOE__CUDA_OLDEST ? MOE__CUDA_OLDEST : own;
+  snprintf(path, 512, "%s", given ? given : "");
+  if (given) return MOE__CUDA_DLOPEN(given);
   while (paths[count]) ++count;
-  if (own > MOE__CUDA_NEWEST) own = MOE__CUDA_NEWEST;
-  if (own < MOE__CUDA_OLDEST) own = MOE__CUDA_OLDEST;
-  for (; *at < count * majors; ++*at) {
+  for (; !library && *at < count * (newest - MOE__CUDA_OLDEST + 1); ++*at) {
     int turn = *at / count, older = own - MOE__CUDA_OLDEST;
-    int major = turn <= older ? own - turn : own + turn - older;
     const char *form = paths[*at % count], *mark = strstr(form, "%d");
-    void *library;
-    snprintf(path, room, "%.*s%d%s", (int)(mark - form), form, major, mark + 2);
-    library = moe__cuda_dlopen(path);
-    if (library) return ++*at, library;
+    snprintf(path, 512, "%.*s%d%s", (int)(mark - form), form,
+             turn <= older ? own - turn : own + turn - older, mark + 2);
+    library = MOE__CUDA_DLOPEN(path);
   }
-  return NULL;
+  return library;
 }
 
 /* Makes the kernels with the first NVRTC that can. */
@@ -742,17 +688,14 @@ static moe_status moe__cuda_build(moe__cuda *cuda, moe__cuda_image *image, const
   char path[512];
   int at = 0, found = 0;
   moe_status status = MOE_E_UNSUPPORTED;
-  for (;;) {
-    void *library = given ? moe__cuda_dlopen(given)
-                          : moe__cuda_find(moe__cuda_nvrtc_paths, cuda->driver_version / 1000, &at,
-                                           path, sizeof path);
+  while (status && !(found && given)) {
+    void *library = moe__cuda_find(moe__cuda_nvrtc_paths, given, cuda, &at, path);
     if (!library) break;
     found = 1;
-    status = moe__cuda_build_with(cuda, library, given ? given : path, image, env);
-    moe__cuda_dlclose(library);
-    if (!status || given) return status;
     free(image->data);
     image->data = NULL;
+    status = moe__cuda_build_with(cuda, library, path, image, env);
+    MOE__CUDA_DLCLOSE(library);
   }
   if (!found)
     moe__cuda_fail(env, status,
@@ -767,19 +710,18 @@ static moe_status moe__cuda_kernels(moe__cuda *cuda, const moe_env *env) {
   moe__cuda_image image = {0, 0, NULL};
   moe_env silent = *env;
   char *source = moe__cuda_source(cuda->card_arch);
-  uint64_t key;
+  const char *cache = cuda->options.cache;
+  moe__cuda_cached head;
   moe_status status = MOE_E_IO;
   if (!source) return moe__cuda_fail(env, MOE_E_MEMORY, "cuda: no memory for the source");
-  key = moe__cuda_key(cuda, source);
+  head = moe__cuda_head(cuda, source);
   free(source);
   silent.log = NULL;
-  if (cuda->options.cache && moe__cuda_cache_read(cuda->options.cache, key, &image))
+  if (cache && moe__cuda_cache_read(cache, &head, &image))
     status = moe__cuda_module(cuda, &image, &silent);
   if (status) {
-    free(image.data);
-    image.data = NULL;
     status = moe__cuda_build(cuda, &image, env);
-    if (!status && cuda->options.cache) moe__cuda_cache_write(cuda, key, &image, env);
+    if (!status && cache) moe__cuda_cache_write(cuda, head, &image, env);
   }
   free(image.data);
   return status;
@@ -1107,22 +1049,6 @@ static moe_status moe__cuda_launch(moe__cuda_queue *q, int kernel, uint32_t gx, 
                                                     0, q->stream, args, NULL));
 }
 
-static void moe__cuda_mutex_init(moe__cuda_mutex *mutex) {
-#ifdef _WIN32
-  InitializeCriticalSection(mutex);
-#else
-  pthread_mutex_init(mutex, NULL);
-#endif
-}
-
-static void moe__cuda_mutex_destroy(moe__cuda_mutex *mutex) {
-#ifdef _WIN32
-  DeleteCriticalSection(mutex);
-#else
-  pthread_mutex_destroy(mutex);
-#endif
-}
-
 static moe_status moe__cuda_blas_open(moe__cuda_queue *q); /* >>cuda_products */
 
 /* Releases a queue that is in no list. current 0: the context cannot be made current, and takes with
@@ -1139,7 +1065,7 @@ static void moe__cuda_queue_free(moe__cuda_queue *q, int current) {
     if (q->staging) cuda->driver.cuMemFreeHost(q->staging);
     if (q->owns_stream) cuda->driver.cuStreamDestroy_v2(q->stream);
   }
-  moe__cuda_mutex_destroy(&q->mutex);
+  MOE__CUDA_MUTEX_FREE(&q->mutex);
   free(q);
 }
 
@@ -1148,7 +1074,7 @@ static moe_status moe__cuda_queue_make(moe__cuda *cuda, moe__cuda_queue **out, c
   moe__cuda_queue *q = (moe__cuda_queue *)calloc(1, sizeof *q);
   int error = 0;
   if (!q) return moe__cuda_fail(env, MOE_E_MEMORY, "cuda: no memory for a queue");
-  moe__cuda_mutex_init(&q->mutex);
+  MOE__CUDA_MUTEX_INIT(&q->mutex);
   q->cuda = cuda;
   q->env = *env;
   q->force = -1;
@@ -4391,7 +4317,7 @@ static moe_status moe__cuda_open_driver(moe__cuda *cuda, const moe_env *env) {
   int i;
   for (i = 0; !cuda->driver_library && moe__cuda_driver_paths[i]; ++i)
     if (!given || i == 0)
-      cuda->driver_library = moe__cuda_dlopen(given ? given : moe__cuda_driver_paths[i]);
+      cuda->driver_library = MOE__CUDA_DLOPEN(given ? given : moe__cuda_driver_paths[i]);
   if (!cuda->driver_library)
     return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
                           "cuda: %s is not found: install the NVIDIA driver",
@@ -4444,18 +4370,14 @@ static moe_status moe__cuda_open_blas(moe__cuda *cuda, const moe_env *env) {
   int must = cuda->options.maker == MOE_CUDA_MAKER_CUBLAS, at = 0;
   char path[512];
   if (cuda->options.maker == MOE_CUDA_MAKER_OWN || (given && !*given && !must)) return MOE_OK;
-  for (;;) {
-    void *library = given ? moe__cuda_dlopen(given)
-                          : moe__cuda_find(moe__cuda_cublas_paths, cuda->driver_version / 1000, &at,
-                                           path, sizeof path);
-    if (!library) break;
-    if (!moe__cuda_symbols(library, moe__cuda_cublas_names, &cuda->cublas)) {
-      cuda->cublas_library = library;
+  do {
+    cuda->cublas_library = moe__cuda_find(moe__cuda_cublas_paths, given, cuda, &at, path);
+    if (!cuda->cublas_library) break;
+    if (!moe__cuda_symbols(cuda->cublas_library, moe__cuda_cublas_names, &cuda->cublas))
       return MOE_OK;
-    }
-    moe__cuda_dlclose(library);
-    if (given) break;
-  }
+    MOE__CUDA_DLCLOSE(cuda->cublas_library);
+    cuda->cublas_library = NULL;
+  } while (!given);
   if (!must) return MOE_OK;
   return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
                         "cuda: %s is not found or too old: install cuBLAS 11 or later (pip install "
@@ -4480,9 +4402,9 @@ static void moe__cuda_free(moe__cuda *cuda) {
   if (pushed && cuda->module) cu->cuModuleUnload(cuda->module);
   if (pushed) cu->cuCtxPopCurrent_v2(&context);
   if (cuda->primary) cu->cuDevicePrimaryCtxRelease_v2(cuda->device);
-  moe__cuda_dlclose(cuda->cublas_library);
-  moe__cuda_dlclose(cuda->driver_library);
-  moe__cuda_mutex_destroy(&cuda->mutex);
+  if (cuda->cublas_library) MOE__CUDA_DLCLOSE(cuda->cublas_library);
+  if (cuda->driver_library) MOE__CUDA_DLCLOSE(cuda->driver_library);
+  MOE__CUDA_MUTEX_FREE(&cuda->mutex);
   free(cuda);
 }
 
@@ -4500,7 +4422,7 @@ static moe_status moe__cuda_make(moe__cuda *cuda, const moe_env *env) {
   if (!status) status = moe__cuda_queue_make(cuda, &cuda->own, env);
   cuda->driver.cuCtxPopCurrent_v2(&context);
   if (!status && cuda->cublas_library && !cuda->own->blas) {
-    moe__cuda_dlclose(cuda->cublas_library); /* it does not work here */
+    MOE__CUDA_DLCLOSE(cuda->cublas_library); /* it does not work here */
     cuda->cublas_library = NULL;
   }
   snprintf(cuda->name, sizeof cuda->name, "cuda:%d (%s, sm_%d%s; linear layers %s)",
@@ -4527,7 +4449,7 @@ MOE_API moe_status moe_cuda_open(moe_backend *backend, const moe_cuda_options *o
     return moe__cuda_fail(env, MOE_E_UNSUPPORTED, "cuda: this is not a 64-bit program");
   cuda = (moe__cuda *)calloc(1, sizeof *cuda);
   if (!cuda) return moe__cuda_fail(env, MOE_E_MEMORY, "cuda: no memory");
-  moe__cuda_mutex_init(&cuda->mutex);
+  MOE__CUDA_MUTEX_INIT(&cuda->mutex);
   if (options) cuda->options = *options;
   status = moe__cuda_make(cuda, env);
   if (status) {
