@@ -34,7 +34,7 @@ static struct {
   const char *truncate, *systems, *gate_scale, *seeds, *sampling, *order, *grid, *from, *adapt;
   const char *gate_from, *few, *save, *json, *predictions;
   int dedup, hold_most, rank, experts, top_k, renormalize, from_scratch, epochs, steps, batch;
-  int micro_batch, fine_tune, fine_batch, fine_epoch, patience, keep, tidy, report;
+  int micro_batch, fine_tune, fine_batch, fine_epoch, patience, early_stop, keep, tidy, report;
   double hold_out, noise, parent, tokens, rate, warmup, gate_rate, decay, clip, dropout, balance;
   double z_loss, jitter;
 } opt;
@@ -76,6 +76,8 @@ static const option train_options[] = {
     WHOLE("--micro-batch", opt.micro_batch, 1, 1 << 24, "4096",
           "most tokens at once: more memory, the same results (but with --balance and "
           "--z-loss, whose losses are means over a micro-batch)"),
+    WHOLE("--early-stop", opt.early_stop, 1, 100000, NULL,
+          "with --hold-out: end the first stage after N epochs that are no better [never]"),
     REAL("--lr", "R", opt.rate, 1e-12, 1e6, NULL,
          "peak learning rate [5e-5 with --init, else 1e-3]"),
     REAL("--warmup", "F", opt.warmup, 0, 1, "0.1", "fraction of the steps to reach it"),
@@ -127,12 +129,13 @@ static const option train_options[] = {
           "of the dev rows, to compare systems by; 0: none"),
     END_OF_OPTIONS};
 static const option *const all_options[] = {data_options,  encoder_options, train_options,
-                                            state_options, machine_options, NULL};
+                                            state_options, watch_options,   machine_options,
+                                            NULL};
 /* Those that decide results, but for those that name a part of them. */
 static const char deciding[] =
     "epochs steps parent batch lr warmup decay clip dropout sampling order balance z-loss jitter "
     "max-len truncate hold-out gate-lr layers hidden ffn heads eps cased rank experts top-k "
-    "gate-scale renormalize noise fine-tune fine-batch fine-epoch patience adapt";
+    "gate-scale renormalize noise fine-tune fine-batch fine-epoch patience early-stop adapt";
 
 /* Pairs of --grid, or --lr and --warmup alone. */
 static list grid_rates, grid_warmups;
@@ -169,9 +172,12 @@ static void check_options(void) {
     opt.parent = 0.6;
   if (!(opt.rate > 0)) opt.rate = source.init || opt.from ? 5e-5 : 1e-3;
   read_grid();
+  if (opt.early_stop && !(opt.hold_out > 0))
+    die("--early-stop needs --hold-out, the rows that it judges by");
   check_writable("--save", opt.save);
   check_writable("--checkpoint", state.checkpoint);
   check_writable("--json", opt.json);
+  check_writable("--log", watch.log);
   check_writable("--predictions", opt.predictions);
 }
 
@@ -396,7 +402,7 @@ static moe_model *train_run(int system, int seed, const int *which, int n, const
   if (system == PARENT) steps = parents;
   set_length(&j, steps, (n_rows + opt.batch - 1) / opt.batch, opt.batch);
   j.choose = opt.hold_out > 0;
-  j.patience = INT64_MAX;
+  j.patience = opt.early_stop ? opt.early_stop : INT64_MAX;
   if (opt.keep && files) j.after = keep_on_the_way;
   j.path = run_path(checkpoint_name(), system, seed, alone);
   if (state.resume) j.from = run_path(state.resume, system, seed, alone);

@@ -33,9 +33,11 @@
 #include <string.h>
 #ifdef _WIN32
 #include <io.h>
+#include <windows.h>
 #define isatty _isatty
 #define fileno _fileno
 #else
+#include <sys/ioctl.h>
 #include <unistd.h>
 #endif
 #ifdef __GNUC__
@@ -529,15 +531,71 @@ static inline progress begin_progress(const char *title, int64_t first, int64_t 
   return p;
 }
 
-/* One line that moves on a terminal; elsewhere a line each half a minute. end: the last one. */
+/* Columns of the terminal that a stream goes to; 0: it goes elsewhere. */
+static inline int terminal_width(FILE *f) {
+  int columns = 0;
+  if (!isatty(fileno(f))) return 0;
+#ifdef _WIN32
+  {
+    CONSOLE_SCREEN_BUFFER_INFO info;
+    DWORD which = f == stdout ? STD_OUTPUT_HANDLE : STD_ERROR_HANDLE;
+    if (GetConsoleScreenBufferInfo(GetStdHandle(which), &info))
+      columns = info.srWindow.Right - info.srWindow.Left + 1;
+  }
+#elif defined(TIOCGWINSZ)
+  {
+    struct winsize size;
+    if (!ioctl(fileno(f), TIOCGWINSZ, &size)) columns = size.ws_col;
+  }
+#endif
+  return columns > 0 ? columns : 80;
+}
+
+/* One line that moves on a terminal, cut to it; elsewhere a line each half a minute. end: the last
+   one. */
 static inline void show_progress(progress *p, int64_t step, double loss, double speed, int end) {
-  int moving = isatty(fileno(stderr));
+  int width = terminal_width(stderr);
   double now = seconds_now(), each = (now - p->began) / (double)(step - p->first);
   long long left = step > p->first ? (long long)(each * (double)(p->steps - step)) : 0;
-  if (!end && now - p->last < (moving ? 0.2 : 30)) return;
+  char line[256];
+  if (!end && now - p->last < (width ? 0.2 : 30)) return;
   p->last = now;
-  fprintf(stderr, "%s%-34s step %lld/%lld  loss %.4f  %.0f tokens/s  %lld:%02lld left %s",
-          moving ? "\r" : "", p->title, (long long)step, (long long)p->steps, loss, speed,
-          left / 60, left % 60, moving && !end ? "  " : "\n");
+  snprintf(line, sizeof line, "%-34s step %lld/%lld  loss %.4f  %.0f tokens/s  %lld:%02lld left",
+           p->title, (long long)step, (long long)p->steps, loss, speed, left / 60, left % 60);
+  if (width)
+    fprintf(stderr, "\r%-*.*s%s", width - 1, width - 1, line, end ? "\n" : "");
+  else
+    fprintf(stderr, "%s \n", line);
+}
+
+/* Makes room for another line. */
+static inline void clear_progress(void) {
+  int width = terminal_width(stderr);
+  if (width) fprintf(stderr, "\r%*s\r", width - 1, "");
+}
+
+/* Prints a table whose lines are a title and cells of equal width. Where it is wider than the
+   terminal, in blocks, each with the titles again. */
+static inline void print_blocks(const text *table, int title, int cell) {
+  int width = terminal_width(stdout), from = title, to, widest = 0;
+  const char *line, *end;
+  for (line = table->data; *line; line = end + 1) {
+    end = strchr(line, '\n');
+    if ((int)(end - line) > widest) widest = (int)(end - line);
+  }
+  for (; from == title || from < widest; from = to) {
+    int cells = (width - title) / cell;
+    to = !width || widest - from + title <= width ? widest : from + (cells > 1 ? cells : 1) * cell;
+    if (from > title) printf("\n");
+    for (line = table->data; *line; line = end + 1) {
+      int bytes;
+      end = strchr(line, '\n');
+      bytes = (int)(end - line);
+      if (from > title && bytes <= from) continue;
+      printf("%.*s", bytes < title ? bytes : title, line);
+      if (bytes > from) printf("%.*s", (bytes < to ? bytes : to) - from, line + from);
+      printf("\n");
+    }
+  }
 }
 #endif

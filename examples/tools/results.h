@@ -357,23 +357,30 @@ static inline void compare_lines(int stage) {
 
 static inline void print_comparisons(void) {
   int c, t, clear = 0, known = 0, several;
+  text whole_table = {NULL, 0, 0};
   if (!n_comparisons) return;
   printf("\nDifferences x 100, and in how many of %d resamples of the dev rows the first is "
-         "better\n%-27s",
-         resamples, "");
-  for (t = 0; t < n_tasks; ++t) printf(" %10.9s", tasks[t].task.name);
-  printf(" |  all, with its 95 %% interval\n");
+         "better\n",
+         resamples);
+  put(&whole_table, "%-27s", "");
+  for (t = 0; t < n_tasks; ++t) put(&whole_table, " %10.9s", tasks[t].task.name);
+  put(&whole_table, " |  all, with its 95 %% interval\n");
   for (c = 0; c < n_comparisons; ++c) {
     const difference *d = comparisons[c].of;
-    printf("%-27s", printed("%.25s - %.25s", comparisons[c].a->title, comparisons[c].b->title));
+    put(&whole_table, "%-27s",
+        printed("%.25s - %.25s", comparisons[c].a->title, comparisons[c].b->title));
     for (t = 0; t < n_tasks; ++t, ++d)
-      printf(" %10s", d->known ? printed("%+.1f %3.0f%%", 100 * d->value, 100 * d->better) : "-");
-    printf(" |  %s\n", !d->known ? "-"
-                                 : printed("%+.1f [%+.1f, %+.1f] %.0f%%", 100 * d->value,
-                                           100 * d->low, 100 * d->high, 100 * d->better));
+      put(&whole_table, " %10s",
+          d->known ? printed("%+.1f %3.0f%%", 100 * d->value, 100 * d->better) : "-");
+    put(&whole_table, " |  %s\n",
+        !d->known ? "-"
+                  : printed("%+.1f [%+.1f, %+.1f] %.0f%%", 100 * d->value, 100 * d->low,
+                            100 * d->high, 100 * d->better));
     known += d->known;
     clear += d->known && (d->low > 0 || d->high < 0);
   }
+  print_blocks(&whole_table, 27, 11);
+  free(whole_table.data);
   for (t = several = 0; t < n_results; ++t) several |= results[t].seed != results[0].seed;
   printf("The interval is that of other dev rows for the same models; %s.\n",
          several ? "seeds are averaged first" : "other seeds differ as well: try --seeds 1,2,3");
@@ -389,30 +396,30 @@ static inline void print_comparisons(void) {
 /* ---- the table ---- */
 
 /* n 0: nothing to show; 1: no deviation. */
-static inline void print_cell(double v, double deviation, int n, int undefined) {
+static inline void put_cell(text *to, double v, double deviation, int n, int undefined) {
   const char *cell = n > 1 ? printed("%.1f+-%.1f", 100 * v, 100 * deviation)
                      : n   ? printed("%.1f", 100 * v)
                            : "-";
-  printf(" %*s%s", 10 - undefined, cell, undefined ? "?" : "");
+  put(to, " %*s%s", 10 - undefined, cell, undefined ? "?" : "");
 }
 
 /* Row s of the table, and with several seeds in a second stage their maxima, as the paper reports;
    1 when a metric in it has no value. */
-static inline int print_line(int s) {
+static inline int put_line(text *to, int s) {
   int t, any_undefined = 0, seeds = 0, pass;
   for (pass = 0; pass < 2; ++pass) {
     summary of = summarize(s, 0);
     if (!of.runs || (pass && (lines[s].stage != 1 || seeds < 2))) break;
-    printf("%-*s", title_width, pass ? "  maximum" : lines[s].title);
+    put(to, "%-*s", title_width, pass ? "  maximum" : lines[s].title);
     for (t = 0; t < n_tasks + 2; ++t) {
       of = summarize(s, t);
       any_undefined |= of.undefined;
       if (of.n > seeds) seeds = of.n;
-      if (t == n_tasks) printf(" |");
-      print_cell(pass ? of.most : of.mean, of.deviation, pass ? of.n > 0 : of.n,
-                 of.undefined && !pass);
+      if (t == n_tasks) put(to, " |");
+      put_cell(to, pass ? of.most : of.mean, of.deviation, pass ? of.n > 0 : of.n,
+               of.undefined && !pass);
     }
-    printf(pass ? " |\n" : " | %11.0f %8.1f\n", of.parameters, of.seconds / of.runs);
+    put(to, pass ? " |\n" : " | %11.0f %8.1f\n", of.parameters, of.seconds / of.runs);
   }
   return any_undefined;
 }
@@ -420,29 +427,34 @@ static inline int print_line(int s) {
 static inline void print_table(void) {
   int s, t, any_undefined = 0, hard = 0, several = 0;
   char name[MOE_NAME_BYTES];
+  text whole_table = {NULL, 0, 0};
   double error;
   for (t = 1; t < n_results; ++t) several |= results[t].seed != results[0].seed;
-  printf("\n%-*s", title_width, "");
+  put(&whole_table, "%-*s", title_width, "");
   for (t = 0; t < n_tasks; ++t) {
-    printf(" %*.9s%s", 10 - tasks[t].hard, tasks[t].task.name, tasks[t].hard ? "*" : "");
+    put(&whole_table, " %*.9s%s", 10 - tasks[t].hard, tasks[t].task.name, tasks[t].hard ? "*" : "");
     hard |= tasks[t].hard;
   }
-  printf(" |      small        all |  parameters  seconds\n%-*s", title_width, "metric x 100");
+  put(&whole_table, " |      small        all |  parameters  seconds\n%-*s", title_width,
+      "metric x 100");
   for (t = 0; t < n_tasks; ++t) {
     moe_metric_name(name, &tasks[t].task, 0);
-    printf(" %10.9s", name);
+    put(&whole_table, " %10.9s", name);
   }
-  printf(" |\n%-*s", title_width, "train/dev rows");
+  put(&whole_table, " |\n%-*s", title_width, "train/dev rows");
   for (t = 0; t < n_tasks; ++t)
-    printf(" %10s",
-           printed("%lld/%lld", (long long)tasks[t].train.n, (long long)dev_rows(&tasks[t])));
-  printf(" |\n%-*s", title_width, "chance + 2 se");
+    put(&whole_table, " %10s",
+        printed("%lld/%lld", (long long)tasks[t].train.n, (long long)dev_rows(&tasks[t])));
+  put(&whole_table, " |\n%-*s", title_width, "chance + 2 se");
   for (t = 0; t < n_tasks; ++t) {
     double v = chance(&tasks[t], &error);
-    print_cell(v + 2 * error, 0, 1, 0);
+    put_cell(&whole_table, v + 2 * error, 0, 1, 0);
   }
-  printf(" |\n");
-  for (s = 0; s < n_lines; ++s) any_undefined |= print_line(s);
+  put(&whole_table, " |\n");
+  for (s = 0; s < n_lines; ++s) any_undefined |= put_line(&whole_table, s);
+  printf("\n");
+  print_blocks(&whole_table, title_width, 11);
+  free(whole_table.data);
   printf("small: mean over tasks with at most 10,000 training rows; all: over all tasks%s.\n",
          several ? "; mean+-standard deviation over the seeds" : "");
   printf("chance + 2 se: one answer to every row (the most frequent class, for F1 class 1; 0 for "
@@ -457,26 +469,30 @@ static inline void print_table(void) {
    each task and a group of columns for each layer. */
 static inline void print_routes(void) {
   const result *r = results + n_results;
+  text whole_table = {NULL, 0, 0};
   int t = 0, l, e;
   while (t < n_tasks && r-- > results)
     for (t = 0; t < n_tasks && r->part[t] && r->part[t]->routes && r->seed == results->seed; ++t)
       continue;
   if (t < n_tasks) return;
-  printf("\nExperts chosen by %s (seed %d), %% of each task's dev tokens, by layer\n%-15s",
-         lines[r->line].title, r->seed, "");
-  for (l = 0; l < route_layers; ++l) printf("  %-*d", 4 * route_experts, l + 1);
+  printf("\nExperts chosen by %s (seed %d), %% of each task's dev tokens, by layer\n",
+         lines[r->line].title, r->seed);
+  put(&whole_table, "%-15s", "");
+  for (l = 0; l < route_layers; ++l) put(&whole_table, "  %-*d", 4 * route_experts, l + 1);
   for (t = 0; t < n_tasks; ++t) {
-    printf("\n%-15.15s", tasks[t].task.name);
+    put(&whole_table, "\n%-15.15s", tasks[t].task.name);
     for (l = 0; l < route_layers; ++l) {
       const int64_t *c = r->part[t]->routes + (int64_t)l * route_experts;
       int64_t sum = 0;
       for (e = 0; e < route_experts; ++e) sum += c[e];
       for (e = 0; e < route_experts; ++e)
-        printf("%s %3d", e ? "" : " ", sum ? (int)((100 * c[e] + sum / 2) / sum) : 0);
-      printf(" ");
+        put(&whole_table, "%s %3d", e ? "" : " ", sum ? (int)((100 * c[e] + sum / 2) / sum) : 0);
+      put(&whole_table, " ");
     }
   }
-  printf("\n");
+  put(&whole_table, "\n");
+  print_blocks(&whole_table, 15, 4 * route_experts + 2);
+  free(whole_table.data);
 }
 
 /* ---- JSON ---- */

@@ -3,6 +3,7 @@
 #ifndef TOOLS_TRAINING_H
 #define TOOLS_TRAINING_H
 #include "results.h"
+#include "watch.h"
 
 static struct {
   const char *checkpoint, *resume;
@@ -96,8 +97,9 @@ static inline void remove_checkpoint(const char *path) {
 /* One optimizer step: draws a batch and runs it in micro-batches of at most `room` tokens. */
 static inline float train_step(job *j, batch_buffer *b, int32_t room) {
   long long step = moe_trainer_steps_done(j->trainer) + 1;
-  float sum = 0, loss;
-  int i;
+  float sum = 0, loss, *losses = NULL;
+  int i, k;
+  if (watching()) losses = (float *)take((size_t)j->batch, sizeof *losses);
   clear_batch(b);
   for (i = 0; i <= j->batch; ++i) {
     const rows *r = NULL;
@@ -108,16 +110,19 @@ static inline float train_step(job *j, batch_buffer *b, int32_t room) {
       r = &tasks[j->which[task]].train;
     }
     if (b->batch.S && (!r || b->tokens + row_length(r, drawn) > room)) {
-      moe_status s = moe_trainer_accumulate(j->trainer, &b->batch, j->batch, &loss, NULL, &env);
+      moe_status s = moe_trainer_accumulate(j->trainer, &b->batch, j->batch, &loss, losses, &env);
       if (s)
         die("training stopped in step %lld (%s); try a smaller --lr", step, moe_status_text(s));
+      for (k = 0; k < b->batch.S && losses; ++k) watch_loss(j->which[b->task[k]], losses[k]);
       sum += loss;
       j->tokens += b->tokens;
       clear_batch(b);
     }
     if (r) add_row(b, r, drawn, task, i);
   }
-  if (moe_trainer_step(j->trainer, NULL, &env))
+  free(losses);
+  watch.lr = moe_trainer_lr(j->trainer);
+  if (moe_trainer_step(j->trainer, &watch.norm, &env))
     die("training stopped in step %lld; try a smaller --lr", step);
   return sum;
 }
@@ -136,19 +141,29 @@ static inline moe_model *copy_model(const moe_model *model) {
   return out;
 }
 
-/* Takes the weights if the mean of the tasks' metrics is better than with those that are kept. */
-static inline void offer_best(job *j, moe_context *context, moe_model *model) {
+/* The mean of the tasks' metrics on what the best epoch is chosen by, else on dev. */
+static inline double look(const job *j, moe_context *context, const moe_model *model) {
   double score = 0;
   int i;
   for (i = 0; i < j->n; ++i) {
     const task_data *d = &tasks[j->which[i]];
     int sets = j->choose == 1 ? 1 : d->n_dev, k;
+    double value = 0;
     for (k = 0; k < sets; ++k) {
       answers a = score_rows(context, model, j->choose == 1 ? &d->held : &d->dev[k], i, NULL);
-      score += metric_of(&d->task, 0, a.answer, a.label, a.n, NULL) / sets / j->n;
+      double v = metric_of(&d->task, 0, a.answer, a.label, a.n, NULL);
+      score += v / sets / j->n;
+      value += v / sets;
       free_answers(&a);
     }
+    if (watching()) watch.dev[j->which[i]] = (float)value;
   }
+  watch.looked = 1;
+  return score;
+}
+
+/* Takes the weights if they score better than those that are kept. */
+static inline void offer_best(job *j, moe_model *model, double score) {
   if (j->best && !(score > j->score)) return;
   if (!j->best)
     j->best = copy_model(model);
@@ -157,6 +172,20 @@ static inline void offer_best(job *j, moe_context *context, moe_model *model) {
   j->score = score;
   j->best_step = moe_trainer_steps_done(j->trainer);
   j->best_unsaved = 1;
+}
+
+/* After an epoch: its score, which may be the best so far. */
+static inline void end_epoch(job *j, moe_context *context, moe_model *model, double loss) {
+  int64_t step = moe_trainer_steps_done(j->trainer), epoch = (step + j->epoch - 1) / j->epoch;
+  double score = look(j, context, model);
+  int64_t best;
+  if (j->choose) offer_best(j, model, score);
+  best = (j->best_step + j->epoch - 1) / j->epoch;
+  if (watch.each_epoch)
+    watch_epoch(j->title, epoch, loss, score,
+                !j->choose      ? ""
+                : best == epoch ? ", the best so far"
+                                : printed(", best %.4f in epoch %lld", j->score, (long long)best));
 }
 
 /* The best epoch's weights are kept beside the checkpoint, written before it: killed between the
@@ -246,9 +275,11 @@ static inline void train_loop(job *j, moe_model *model, moe_context *context, in
     float loss = train_step(j, &b, room);
     double speed = (j->tokens - j->first_tokens) / (seconds_now() - p.began + 1e-9);
     end = ++step == steps;
-    if (j->choose && (step % j->epoch == 0 || end)) offer_best(j, context, model);
+    if ((j->choose || watching()) && (step % j->epoch == 0 || end))
+      end_epoch(j, context, model, (double)loss);
     end |= j->best && (step - j->best_step) / j->epoch >= j->patience;
     show_progress(&p, step, (double)loss, speed, end);
+    if (watching()) watch_step(step, (double)loss, speed);
     if (j->after) j->after(j, model, step);
     if (interrupted) stop_here(j);
     if (state.checkpoint && (step % state.every == 0 || (end && !j->one_of_many))) write_state(j);
@@ -266,7 +297,7 @@ static inline void train_model(job *j, moe_model *model) {
   moe_limits limits;
   int i;
   if (env.backend) need(moe_model_pack(model, NULL, &env));
-  context = j->choose ? make_context(model) : NULL;
+  context = j->choose || watching() ? make_context(model) : NULL;
   all = (int64_t)j->batch * longest;
   if (room < longest) room = longest;
   if (all < room) room = (int32_t)all;
@@ -279,7 +310,11 @@ static inline void train_model(job *j, moe_model *model) {
   need(moe_sampler_init(&j->sampler, &j->sampling, n_rows, n_rows + j->n, j->n, &env));
   go_on(j);
   if (j->begin) j->begin(j);
+  begin_watch(j->name, j->which, j->n, state.resume != NULL);
   train_loop(j, model, context, room);
+  end_watch();
+  if (watch.each_epoch && j->best)
+    fprintf(stderr, "%s: the weights of step %lld are kept\n", j->title, (long long)j->best_step);
   moe_trainer_free(j->trainer);
   if (j->best) {
     copy_weights(model, j->best);

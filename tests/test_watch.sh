@@ -1,0 +1,109 @@
+#!/bin/sh
+# Training that is watched: --watch, --log, --tensorboard, --early-stop; and what a terminal of 80
+# columns shows. Two tiny tasks.
+. ./lib.sh
+program train || { fail test_watch_compiles; finish; }
+ok test_watch_compiles
+python=${MOE_PYTHON:-python3}
+run="--data ../examples/data --tasks snips_intents,pros_cons --layers 1 --hidden 16 --ffn 32"
+run="$run --heads 2 --max-len 24 --threads 1 --resamples 0 --lr 3e-3"
+train() { "$tmp/train" $run "$@" > "$tmp/out" 2> "$tmp/err"; }
+
+# ---- the same model, the log's numbers are those of the results ----
+one="--systems tag --from-scratch --epochs 3"
+train $one --save "$tmp/plain.safetensors"
+if train $one --save "$tmp/watched.safetensors" --json "$tmp/run.json" --watch \
+    --log "$tmp/log.csv" --tensorboard "$tmp/events" &&
+    cmp -s "$tmp/plain.safetensors" "$tmp/watched.safetensors"; then
+  ok test_watch_changes_no_bit
+else fail test_watch_changes_no_bit "$(cat "$tmp/err")"; fi
+value() { # TASK: in the results
+  tr '{' '\n' < "$tmp/run.json" | sed -n "s/.*\"name\": \"$1\".*\"value\": \([0-9.]*\),.*/\1/p" |
+    head -n 1
+}
+steps=$(sed -n 's/.*"steps": \([0-9]*\),.*/\1/p' "$tmp/run.json" | head -n 1)
+said=$(awk -F , -v a="$(value snips_intents)" -v b="$(value pros_cons)" '
+  NR == 1 { n = NF; next }
+  NF != n || $2 != NR - 1 || $3 <= 0 || $4 < 0 || $5 <= 0 || $6 <= 0 { bad = 1 }
+  $9 != "" { ++epochs; x = $9 - a; y = $10 - b }
+  $7 != "" && $7 > 0 { ++losses }
+  END { print NR - 1, epochs, (losses > 90), (x * x + y * y < 1e-11), bad + 0 }' "$tmp/log.csv")
+if [ "$said" = "$steps 3 1 1 0" ]; then ok test_watch_log_has_each_step_and_ends_as_the_results
+else fail test_watch_log_has_each_step_and_ends_as_the_results "$said, $steps steps"; fi
+if [ "$(grep -c '^MT-TaG seed 1 epoch [123]: loss [0-9.]*, mean [0-9.]*$' "$tmp/err")" = 3 ]; then
+  ok test_watch_has_a_line_for_each_epoch
+else fail test_watch_has_a_line_for_each_epoch "$(cat "$tmp/err")"; fi
+
+# ---- TensorBoard's own reader ----
+if "$python" -c 'import tensorboard' 2> "$tmp/log"; then
+  if "$python" - "$tmp/events/tag-1" "$tmp/log.csv" > "$tmp/said" 2>&1 << 'end'
+import csv, glob, sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+events = EventAccumulator(sys.argv[1], size_guidance={"scalars": 0})
+events.Reload()
+rows = list(csv.DictReader(open(sys.argv[2])))
+names = {"train/loss": "loss", "train/lr": "lr", "train/grad_norm": "grad_norm",
+         "dev/pros_cons": "dev pros_cons", "loss/snips_intents": "loss snips_intents"}
+for tag, column in names.items():
+    want = [(int(r["step"]), float(r[column])) for r in rows if r[column]]
+    got = [(e.step, e.value) for e in events.Scalars(tag)]
+    assert [s for s, _ in want] == [s for s, _ in got], tag
+    assert all(abs(a - b) <= 1e-5 * abs(a) + 1e-6 for (_, a), (_, b) in zip(want, got)), tag
+end
+  then ok test_watch_events_open_in_tensorboard
+  else fail test_watch_events_open_in_tensorboard "$(tail -n 3 "$tmp/said")"; fi
+else skip test_watch_events_open_in_tensorboard "python3 with the package tensorboard is not here"; fi
+
+# ---- resumed: the log goes on ----
+one="--systems tag --from-scratch"
+train $one --steps 30 --checkpoint "$tmp/ck.safetensors" --every 10 --log "$tmp/half.csv"
+rows=$(wc -l < "$tmp/half.csv")
+train $one --steps 30 --resume "$tmp/ck.safetensors" --log "$tmp/half.csv"
+if [ "$rows" -eq 31 ] && [ "$(wc -l < "$tmp/half.csv")" -ge 31 ] &&
+    [ "$(grep -c '^run' "$tmp/half.csv")" = 1 ]; then ok test_watch_log_goes_on_after_resume
+else fail test_watch_log_goes_on_after_resume "$rows rows, then $(wc -l < "$tmp/half.csv")"; fi
+
+# ---- early stopping ----
+train $one --epochs 40 --hold-out 0.2 --early-stop 2 --watch --lr 0.05
+last=$(grep -c 'epoch [0-9]*:' "$tmp/err")
+best=$(sed -n 's/.*, best [0-9.]* in epoch \([0-9]*\)$/\1/p' "$tmp/err" | tail -n 1)
+if [ "$last" -lt 40 ] && [ "$last" = $((best + 2)) ] && grep -q 'the weights of step' "$tmp/err"
+then ok test_watch_early_stop_ends_after_epochs_that_are_no_better
+else fail test_watch_early_stop_ends_after_epochs_that_are_no_better "$last, $best"; fi
+if train $one --early-stop 2; then fail test_watch_early_stop_needs_rows
+elif grep -q 'early-stop needs --hold-out' "$tmp/err"; then ok test_watch_early_stop_needs_rows
+else fail test_watch_early_stop_needs_rows "$(cat "$tmp/err")"; fi
+if train $one --log "$tmp/none/log.csv"; then fail test_watch_log_that_cannot_be_written
+elif grep -q 'log.csv cannot be written: No such file' "$tmp/err"; then
+  ok test_watch_log_that_cannot_be_written
+else fail test_watch_log_that_cannot_be_written "$(cat "$tmp/err")"; fi
+
+# ---- a terminal of 80 columns: nothing is wider, and the progress takes a line for each run ----
+cat > "$tmp/terminal.py" << 'end'
+import fcntl, os, pty, struct, sys, termios
+pid, fd = pty.fork()
+if pid == 0:
+    fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    os.execv(sys.argv[1], sys.argv[1:])
+text = b""
+while True:
+    try:
+        part = os.read(fd, 65536)
+    except OSError:
+        break
+    if not part:
+        break
+    text += part
+lines = text.decode().replace("\r\n", "\n").split("\n")
+wide = [p for l in lines for p in l.split("\r") if len(p) > 80]
+tables = [p for p in wide if " | " in p or "step " in p or "epoch " in p]
+print(len(lines) - 1, len(tables), tables[:1])
+end
+if have python3 && python3 -c 'import pty' 2> "$tmp/log"; then
+  tasks=snips_intents,intent_match,clinc_domains,pros_cons,subjectivity,query_wellformedness
+  said=$(python3 "$tmp/terminal.py" "$tmp/train" $run --tasks $tasks --steps 20 --watch)
+  if [ "$(echo "$said" | cut -d ' ' -f 2)" = 0 ] && [ "$(echo "$said" | cut -d ' ' -f 1)" -lt 120 ]
+  then ok test_watch_fits_a_terminal_of_80_columns
+  else fail test_watch_fits_a_terminal_of_80_columns "$said"; fi
+else skip test_watch_fits_a_terminal_of_80_columns "there is no python3 here"; fi
+finish
