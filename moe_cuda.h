@@ -338,73 +338,44 @@ typedef struct moe__cuda_chunk {
   __VA_ARGS__
 #endif
 
+// clang-format off
 /* The chunks in the order in which they are compiled, by section. */
 #define MOE__CUDA_CHUNKS_BASE(X) X(math) X(prim) X(wide)
-#define MOE__CUDA_CHUNKS_PRODUCTS(X)                                                               \
-  X(product)                                                                                       \
-  X(tile)                                                                                          \
-  X(finish)                                                                                        \
-  X(f32) X(f32_product) X(mma_load) X(mma_step) X(mma_product) X(mma_kernels) X(pieces) X(blas)
+#define MOE__CUDA_CHUNKS_PRODUCTS(X) X(product) X(tile) X(finish) X(f32) X(f32_product)            \
+  X(mma_load) X(mma_step) X(mma_product) X(mma_kernels) X(pieces) X(blas)
 #define MOE__CUDA_CHUNKS_EXPERTS(X) X(experts)
-#define MOE__CUDA_CHUNKS_ATTENTION(X)                                                              \
-  X(attention_args) X(attention_base) X(attention) X(attention_dq) X(attention_dkv)
-#define MOE__CUDA_CHUNKS_ROWS(X)                                                                   \
-  X(rows_args) X(rows_base) X(norm) X(norm_columns) X(sort_args) X(sort) X(embed_args) X(embed)
-#define MOE__CUDA_CHUNKS_ROUTE(X)                                                                  \
-  X(route_args) X(route_base) X(route) X(route_loss) X(route_back) X(route_gates)
+#define MOE__CUDA_CHUNKS_ATTENTION(X) X(attention_args) X(attention_base) X(attention)             \
+  X(attention_dq) X(attention_dkv)
+#define MOE__CUDA_CHUNKS_ROWS(X) X(rows_args) X(rows_base) X(norm) X(norm_columns) X(sort_args)    \
+  X(sort) X(embed_args) X(embed)
+#define MOE__CUDA_CHUNKS_ROUTE(X) X(route_args) X(route_base) X(route) X(route_loss)               \
+  X(route_back) X(route_gates)
 #define MOE__CUDA_CHUNKS_HEADS(X) X(heads_args) X(heads) X(heads_back)
 #define MOE__CUDA_CHUNKS_ADAM(X) X(span_args) X(adam)
-#define MOE__CUDA_CHUNKS(X)                                                                        \
-  MOE__CUDA_CHUNKS_BASE(X)                                                                         \
-  MOE__CUDA_CHUNKS_PRODUCTS(X)                                                                     \
-  MOE__CUDA_CHUNKS_EXPERTS(X)                                                                      \
-  MOE__CUDA_CHUNKS_ATTENTION(X)                                                                    \
-  MOE__CUDA_CHUNKS_ROWS(X)                                                                         \
-  MOE__CUDA_CHUNKS_ROUTE(X)                                                                        \
-  MOE__CUDA_CHUNKS_HEADS(X)                                                                        \
-  MOE__CUDA_CHUNKS_ADAM(X)
+#define MOE__CUDA_CHUNKS(X) MOE__CUDA_CHUNKS_BASE(X) MOE__CUDA_CHUNKS_PRODUCTS(X)                  \
+  MOE__CUDA_CHUNKS_EXPERTS(X) MOE__CUDA_CHUNKS_ATTENTION(X) MOE__CUDA_CHUNKS_ROWS(X)               \
+  MOE__CUDA_CHUNKS_ROUTE(X) MOE__CUDA_CHUNKS_HEADS(X) MOE__CUDA_CHUNKS_ADAM(X)
 
 /* The kernels, X(name, min_arch) for moe_k_name, by section: the enum MOE__K_name. */
-#define MOE__CUDA_KERNELS_PRODUCTS(X)                                                              \
-  X(f32_nt, 0)                                                                                     \
-  X(f32_nn, 0)                                                                                     \
-  X(f32_tn, 0)                                                                                     \
-  X(tf32_nt, 80)                                                                                   \
-  X(tf32_nn, 80)                                                                                   \
-  X(tf32_tn, 80) X(bf16_nt, 80) X(bf16_nn, 80) X(bf16_tn, 80) X(pieces, 0) X(to_bf16, 0) X(bias, 0)
+#define MOE__CUDA_KERNELS_PRODUCTS(X) X(f32_nt, 0) X(f32_nn, 0) X(f32_tn, 0) X(tf32_nt, 80)        \
+  X(tf32_nn, 80) X(tf32_tn, 80) X(bf16_nt, 80) X(bf16_nn, 80) X(bf16_tn, 80) X(pieces, 0)          \
+  X(to_bf16, 0) X(bias, 0)
 #define MOE__CUDA_KERNELS_EXPERTS(X) X(place, 0) X(combine, 0) X(dweight, 0)
-#define MOE__CUDA_KERNELS_ATTENTION(X)                                                             \
-  X(attention_32, 0)                                                                               \
-  X(attention_64, 0)                                                                               \
-  X(attention_128, 0)                                                                              \
-  X(attention_dq_32, 0)                                                                            \
-  X(attention_dq_64, 0)                                                                            \
-  X(attention_dq_128, 0) X(attention_dkv_32, 0) X(attention_dkv_64, 0) X(attention_dkv_128, 0)
-#define MOE__CUDA_KERNELS_ROWS(X)                                                                  \
-  X(norm, 0)                                                                                       \
-  X(norm_back, 0)                                                                                  \
-  X(norm_columns, 0)                                                                               \
-  X(norm_sums, 0)                                                                                  \
-  X(dropout, 0)                                                                                    \
-  X(sort_count, 0)                                                                                 \
-  X(sort_scan, 0)                                                                                  \
-  X(sort_place, 0) X(embed, 0) X(embed_words, 0) X(embed_positions, 0) X(embed_segments, 0)
-#define MOE__CUDA_KERNELS_ROUTE(X)                                                                 \
-  X(route, 0)                                                                                      \
-  X(route_one, 0)                                                                                  \
-  X(route_parts, 0) X(route_loss, 0) X(route_back, 0) X(route_dx, 0) X(route_dgates, 0)
-#define MOE__CUDA_KERNELS_HEADS(X)                                                                 \
-  X(heads_feature, 0)                                                                              \
-  X(heads_scores, 0) X(heads_loss, 0) X(heads_dw, 0) X(heads_dfeature, 0) X(heads_dhidden, 0)
+#define MOE__CUDA_KERNELS_ATTENTION(X) X(attention_32, 0) X(attention_64, 0) X(attention_128, 0)   \
+  X(attention_dq_32, 0) X(attention_dq_64, 0) X(attention_dq_128, 0) X(attention_dkv_32, 0)        \
+  X(attention_dkv_64, 0) X(attention_dkv_128, 0)
+#define MOE__CUDA_KERNELS_ROWS(X) X(norm, 0) X(norm_back, 0) X(norm_columns, 0) X(norm_sums, 0)    \
+  X(dropout, 0) X(sort_count, 0) X(sort_scan, 0) X(sort_place, 0) X(embed, 0) X(embed_words, 0)    \
+  X(embed_positions, 0) X(embed_segments, 0)
+#define MOE__CUDA_KERNELS_ROUTE(X) X(route, 0) X(route_one, 0) X(route_parts, 0) X(route_loss, 0)  \
+  X(route_back, 0) X(route_dx, 0) X(route_dgates, 0)
+#define MOE__CUDA_KERNELS_HEADS(X) X(heads_feature, 0) X(heads_scores, 0) X(heads_loss, 0)         \
+  X(heads_dw, 0) X(heads_dfeature, 0) X(heads_dhidden, 0)
 #define MOE__CUDA_KERNELS_ADAM(X) X(norm_squares, 0) X(norm_root, 0) X(adam, 0)
-#define MOE__CUDA_KERNELS(X)                                                                       \
-  MOE__CUDA_KERNELS_PRODUCTS(X)                                                                    \
-  MOE__CUDA_KERNELS_EXPERTS(X)                                                                     \
-  MOE__CUDA_KERNELS_ATTENTION(X)                                                                   \
-  MOE__CUDA_KERNELS_ROWS(X)                                                                        \
-  MOE__CUDA_KERNELS_ROUTE(X)                                                                       \
-  MOE__CUDA_KERNELS_HEADS(X)                                                                       \
-  MOE__CUDA_KERNELS_ADAM(X)
+#define MOE__CUDA_KERNELS(X) MOE__CUDA_KERNELS_PRODUCTS(X) MOE__CUDA_KERNELS_EXPERTS(X)            \
+  MOE__CUDA_KERNELS_ATTENTION(X) MOE__CUDA_KERNELS_ROWS(X) MOE__CUDA_KERNELS_ROUTE(X)              \
+  MOE__CUDA_KERNELS_HEADS(X) MOE__CUDA_KERNELS_ADAM(X)
+// clang-format on
 #define MOE__CUDA_ENUM(name, min_arch) MOE__K_##name,
 typedef enum moe__cuda_kernel { MOE__CUDA_KERNELS(MOE__CUDA_ENUM) MOE__K_COUNT } moe__cuda_kernel;
 #undef MOE__CUDA_ENUM
