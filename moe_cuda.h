@@ -713,8 +713,7 @@ static moe_status moe__cuda_launch(moe__cuda_queue *q, int kernel, uint32_t gx, 
    256 bytes. 0 bytes: a valid pointer all the same. */
 static moe_status moe__cuda_scratch(moe__cuda_queue *q, size_t bytes, void **out);
 static void moe__cuda_scratch_reset(moe__cuda_queue *q);
-/* Copies a small array of the host to the card, into scratch or, where an equal array was copied
-   before, not at all. `host` may change after the call. */
+/* Copies an array of the host to scratch. `host` may change after the call. */
 static moe_status moe__cuda_upload_args(moe__cuda_queue *q, const void *host, size_t bytes,
                                         void **out);
 /* Copies from the card and waits. `host` receives all or nothing, so that a failure leaves what is
@@ -725,67 +724,55 @@ static moe_status moe__cuda_zero(moe__cuda_queue *q, void *p, size_t bytes);
 static int moe__cuda_arch(const moe__cuda_queue *q); /* 70, 75, 80, ... */
 static int moe__cuda_tf32(const moe__cuda_queue *q); /* 1: float32 products in TF32 */
 
-enum {
-  MOE__CUDA_ALIGN = 256,
-  MOE__CUDA_STAGING = 1 << 20, /* bytes of a queue's pinned buffer */
-  MOE__CUDA_SCRATCH = 1 << 20, /* least bytes of a block of scratch */
-  MOE__CUDA_KEPT = 1 << 18,    /* bytes of arguments that stay on the card */
-  MOE__CUDA_KEEP = 128         /* arrays among them; and hashes of arrays that were seen once */
-};
+enum { MOE__CUDA_ALIGN = 256, MOE__CUDA_STAGING = 1 << 20, MOE__CUDA_SCRATCH = 1 << 20 };
 
 /* A queue: a stream, and the memory that its slots use. */
 struct moe__cuda_queue {
   moe__cuda *cuda;
   moe__cuda_queue *next;
   moe__cuda_mutex mutex;
-  void *stream;
-  int owns_stream;
-  moe_status status; /* the first failure, which every later call returns */
-  moe_env env;       /* of the present call: log, precision, profile */
-  struct {
-    moe__cuptr p;
-    size_t bytes, used;
-  } scratch[32];
-  int scratch_blocks;
-  char *staging; /* pinned memory of the host: copies to the card wait here */
+  void *stream, *blas; /* blas: cuBLAS's handle, or NULL */
+  int owns_stream, scratch_blocks;
+  int force;                   /* while makers are measured: 0 own kernels, 1 cuBLAS; else -1 */
+  moe_status status;           /* the first failure, which every later call returns */
+  moe_env env;                 /* of the present call: log, precision, profile */
+  moe__cuda_block scratch[32]; /* of MOE__CUDA_SCRATCH bytes at least */
+  char *staging;               /* MOE__CUDA_STAGING bytes of pinned memory: copies wait here */
   size_t staging_used;
-  moe__cuptr kept;
-  size_t kept_used;
-  struct {
-    uint64_t hash;
-    size_t at, bytes;
-    void *copy;
-  } keep[MOE__CUDA_KEEP];
-  uint64_t seen[MOE__CUDA_KEEP]; /* hashes of the latest arrays that are not kept */
-  unsigned seen_next;
-  int keeps;
-  void *blas; /* cuBLAS's handle */
-  int force;  /* while makers are measured: 0 own kernels, 1 cuBLAS; else -1 */
 };
 
 static moe__cuda_queue *moe__cuda_queue_of(const moe_backend *b, const moe_env *env) {
-  moe__cuda *cuda = (moe__cuda *)b->user;
-  return env->stream ? (moe__cuda_queue *)env->stream : cuda->own;
+  return env->stream ? (moe__cuda_queue *)env->stream : ((moe__cuda *)b->user)->own;
 }
-
 static int moe__cuda_arch(const moe__cuda_queue *q) { return q->cuda->arch; }
-
 static int moe__cuda_tf32(const moe__cuda_queue *q) {
   return q->cuda->options.tf32 && q->cuda->arch >= 80;
 }
 
+/* Adds to a number of moe_cuda_counts. */
+static void moe__cuda_tally(moe__cuda *cuda, int64_t *number, int64_t add) {
+  MOE__CUDA_LOCK(&cuda->mutex);
+  *number += add;
+  MOE__CUDA_UNLOCK(&cuda->mutex);
+}
+
+/* The error with which the GPU was lost, or 0; error: one that may be a loss, or 0. */
+static int moe__cuda_lost(moe__cuda *cuda, int error) {
+  int lost;
+  MOE__CUDA_LOCK(&cuda->mutex);
+  if (!cuda->lost && moe__cuda_is_loss(error)) cuda->lost = error;
+  lost = cuda->lost;
+  MOE__CUDA_UNLOCK(&cuda->mutex);
+  return lost;
+}
+
 /* Notes the result of a call of the driver. The first failure stays. */
 static moe_status moe__cuda_note(moe__cuda_queue *q, const char *what, int error) {
-  moe__cuda *cuda = q->cuda;
   if (!error) return MOE_OK;
-  if (moe__cuda_is_loss(error)) {
-    MOE__CUDA_LOCK(&cuda->mutex);
-    if (!cuda->lost) cuda->lost = error;
-    MOE__CUDA_UNLOCK(&cuda->mutex);
-  }
+  moe__cuda_lost(q->cuda, error);
   if (!q->status) {
     q->status = moe__cuda_status(error);
-    moe__cuda_driver_fail(&cuda->driver, &q->env, cuda->options.device, what, error);
+    moe__cuda_driver_fail(&q->cuda->driver, &q->env, q->cuda->options.device, what, error);
   }
   return q->status;
 }
@@ -799,20 +786,17 @@ static moe_status moe__cuda_wait(moe__cuda_queue *q) {
   return MOE_OK;
 }
 
-/* The error with which the GPU was lost, or 0. */
-static int moe__cuda_lost(moe__cuda *cuda) {
-  int lost;
-  MOE__CUDA_LOCK(&cuda->mutex);
-  lost = cuda->lost;
-  MOE__CUDA_UNLOCK(&cuda->mutex);
-  return lost;
+/* Unlocks a queue. A failure of a context's queue stays; the backend's own queue goes on unless the
+   GPU is lost. */
+static void moe__cuda_leave(moe__cuda_queue *q) {
+  if (q == q->cuda->own && !moe__cuda_lost(q->cuda, 0)) q->status = MOE_OK;
+  MOE__CUDA_UNLOCK(&q->mutex);
 }
 
 /* Begins a call of moe.h: locks the queue and makes the context current. Where it fails, nothing is
    to be ended. A call that waits says again that the queue has failed. */
 static moe_status moe__cuda_begin(moe__cuda_queue *q, const moe_env *env, int waits) {
   moe__cuda *cuda = q->cuda;
-  int lost = moe__cuda_lost(cuda);
   moe_status status;
   MOE__CUDA_LOCK(&q->mutex);
   q->env = *env;
@@ -820,56 +804,37 @@ static moe_status moe__cuda_begin(moe__cuda_queue *q, const moe_env *env, int wa
     moe__cuda_fail(env, q->status,
                    "cuda:%d: an earlier call of this context failed: it can only be freed",
                    (int)cuda->options.device);
-  if (lost) moe__cuda_note(q, "a call after the GPU was lost", lost);
+  moe__cuda_note(q, "a call after the GPU was lost", moe__cuda_lost(cuda, 0));
   if (!q->status)
     moe__cuda_note(q, "cuCtxPushCurrent", cuda->driver.cuCtxPushCurrent_v2(cuda->context));
   status = q->status;
-  if (status && q == cuda->own && !moe__cuda_lost(cuda)) q->status = MOE_OK;
-  if (status) MOE__CUDA_UNLOCK(&q->mutex);
+  if (status) moe__cuda_leave(q);
   return status;
 }
 
-/* Ends it, with the status of the call, or of the queue. A failure of a context's queue stays; the
-   backend's own queue goes on unless the GPU is lost. */
+/* Ends it, with the status of the call, or of the queue. */
 static moe_status moe__cuda_end(moe__cuda_queue *q, moe_status status) {
   void *context = NULL;
   q->cuda->driver.cuCtxPopCurrent_v2(&context);
   if (q->status) status = q->status;
-  if (q == q->cuda->own && !moe__cuda_lost(q->cuda)) q->status = MOE_OK;
-  MOE__CUDA_UNLOCK(&q->mutex);
+  moe__cuda_leave(q);
   return status;
 }
 
-/* Adds to a number of moe_cuda_counts. */
-static void moe__cuda_tally(moe__cuda *cuda, int64_t *number, int64_t add) {
-  MOE__CUDA_LOCK(&cuda->mutex);
-  *number += add;
-  MOE__CUDA_UNLOCK(&cuda->mutex);
-}
-
-/* Memory of the card for this file's own use; the context is current. */
-static moe_status moe__cuda_take(moe__cuda_queue *q, size_t bytes, moe__cuptr *p) {
-  moe__cuda *cuda = q->cuda;
-  int error = cuda->driver.cuMemAlloc_v2(p, bytes ? bytes : 1);
-  if (error) {
-    *p = 0;
-    return moe__cuda_note(q, "cuMemAlloc of scratch", error);
-  }
-  moe__cuda_tally(cuda, &cuda->counts.bytes, (int64_t)bytes);
+/* A block of scratch. */
+static moe_status moe__cuda_take(moe__cuda_queue *q, size_t bytes) {
+  moe__cuda_block *block = &q->scratch[q->scratch_blocks];
+  if (block == q->scratch + sizeof q->scratch / sizeof *q->scratch)
+    return moe__cuda_note(q, "too many blocks of scratch", 2);
+  if (moe__cuda_note(q, "cuMemAlloc of scratch", q->cuda->driver.cuMemAlloc_v2(&block->p, bytes)))
+    return q->status;
+  block->bytes = bytes, block->used = 0;
+  ++q->scratch_blocks;
   return MOE_OK;
 }
 
-static void moe__cuda_give(moe__cuda *cuda, moe__cuptr p, size_t bytes) {
-  if (!p) return;
-  cuda->driver.cuMemFree_v2(p);
-  moe__cuda_tally(cuda, &cuda->counts.bytes, -(int64_t)bytes);
-}
-
 static void moe__cuda_scratch_free(moe__cuda_queue *q) {
-  int i;
-  for (i = 0; i < q->scratch_blocks; ++i)
-    moe__cuda_give(q->cuda, q->scratch[i].p, q->scratch[i].bytes);
-  q->scratch_blocks = 0;
+  while (q->scratch_blocks) q->cuda->driver.cuMemFree_v2(q->scratch[--q->scratch_blocks].p);
 }
 
 /* Work that was queued may still use the scratch, but what comes next is queued behind it. Several
@@ -877,51 +842,38 @@ static void moe__cuda_scratch_free(moe__cuda_queue *q) {
 static void moe__cuda_scratch_reset(moe__cuda_queue *q) {
   size_t total = 0;
   int i;
-  for (i = 0; i < q->scratch_blocks; ++i) {
-    total += q->scratch[i].bytes;
-    q->scratch[i].used = 0;
-  }
+  for (i = 0; i < q->scratch_blocks; ++i) total += q->scratch[i].bytes, q->scratch[i].used = 0;
   if (q->scratch_blocks < 2 || moe__cuda_wait(q)) return;
   moe__cuda_scratch_free(q);
-  if (moe__cuda_take(q, total, &q->scratch[0].p)) return;
-  q->scratch[0].bytes = total, q->scratch[0].used = 0;
-  q->scratch_blocks = 1;
+  moe__cuda_take(q, total);
 }
 
 static moe_status moe__cuda_scratch(moe__cuda_queue *q, size_t bytes, void **out) {
-  size_t need, most = (size_t)-1 - MOE__CUDA_ALIGN;
-  int i = q->scratch_blocks - 1;
+  size_t need = (bytes / MOE__CUDA_ALIGN + 1) * MOE__CUDA_ALIGN;
+  moe__cuda_block *block = q->scratch + q->scratch_blocks - 1;
   if (q->status) return q->status;
-  if (bytes > most) return moe__cuda_note(q, "scratch beyond the address space", 2);
-  need = (bytes / MOE__CUDA_ALIGN + 1) * MOE__CUDA_ALIGN;
-  if (i < 0 || q->scratch[i].bytes - q->scratch[i].used < need) {
-    size_t block = need > MOE__CUDA_SCRATCH ? need : (size_t)MOE__CUDA_SCRATCH;
-    if (++i == (int)(sizeof q->scratch / sizeof *q->scratch))
-      return moe__cuda_note(q, "too many blocks of scratch", 2);
-    if (moe__cuda_take(q, block, &q->scratch[i].p)) return q->status;
-    q->scratch[i].bytes = block, q->scratch[i].used = 0;
-    q->scratch_blocks = i + 1;
+  if (need < bytes) return moe__cuda_note(q, "scratch beyond the address space", 2);
+  if (!q->scratch_blocks || block->bytes - block->used < need) {
+    if (moe__cuda_take(q, need > MOE__CUDA_SCRATCH ? need : (size_t)MOE__CUDA_SCRATCH))
+      return q->status;
+    block = q->scratch + q->scratch_blocks - 1;
   }
-  *out = (void *)(uintptr_t)(q->scratch[i].p + q->scratch[i].used);
-  q->scratch[i].used += need;
+  *out = (void *)(uintptr_t)(block->p + block->used);
+  block->used += need;
   return MOE_OK;
 }
 
 /* `bytes` of the pinned buffer, or NULL: too large, or there is no pinned memory. */
 static char *moe__cuda_stage(moe__cuda_queue *q, size_t bytes) {
-  char *p;
+  void *made = NULL;
+  size_t at;
   if (bytes > MOE__CUDA_STAGING) return NULL;
-  if (!q->staging) {
-    void *made = NULL;
-    if (q->cuda->driver.cuMemAllocHost_v2(&made, MOE__CUDA_STAGING)) return NULL;
-    q->staging = (char *)made;
-  }
+  if (!q->staging && q->cuda->driver.cuMemAllocHost_v2(&made, MOE__CUDA_STAGING)) return NULL;
+  if (!q->staging) q->staging = (char *)made;
   if (MOE__CUDA_STAGING - q->staging_used < bytes && moe__cuda_wait(q)) return NULL;
-  p = q->staging + q->staging_used;
-  bytes = (bytes + 63) / 64 * 64;
-  q->staging_used += bytes;
-  if (q->staging_used > MOE__CUDA_STAGING) q->staging_used = MOE__CUDA_STAGING;
-  return p;
+  at = q->staging_used;
+  q->staging_used += (bytes + 63) / 64 * 64; /* the size of the buffer is a multiple, too */
+  return q->staging + at;
 }
 
 /* To the card; `host` may change afterwards. */
@@ -967,40 +919,8 @@ static moe_status moe__cuda_zero(moe__cuda_queue *q, void *p, size_t bytes) {
       q->cuda->driver.cuMemsetD8Async((moe__cuptr)(uintptr_t)p, 0, bytes, q->stream));
 }
 
-/* The place of an array among those that stay on the card; -1: it is not there. An array that comes
-   for the second time is put there, as long as there is room. */
-static int moe__cuda_keep(moe__cuda_queue *q, const void *host, size_t bytes) {
-  uint64_t hash = moe__cuda_hash(bytes, host, bytes);
-  int i, seen = 0;
-  for (i = 0; i < q->keeps; ++i)
-    if (q->keep[i].hash == hash && q->keep[i].bytes == bytes)
-      return memcmp(q->keep[i].copy, host, bytes) ? -1 : i;
-  for (i = 0; i < MOE__CUDA_KEEP; ++i) seen |= q->seen[i] == hash;
-  i = q->keeps;
-  if (!seen) {
-    q->seen[q->seen_next++ % (unsigned)MOE__CUDA_KEEP] = hash;
-    return -1;
-  }
-  if (i == MOE__CUDA_KEEP || MOE__CUDA_KEPT - q->kept_used < bytes) return -1;
-  if (!q->kept && moe__cuda_take(q, MOE__CUDA_KEPT, &q->kept)) return -1;
-  q->keep[i].copy = malloc(bytes);
-  if (!q->keep[i].copy) return -1;
-  memcpy(q->keep[i].copy, host, bytes);
-  q->keep[i].hash = hash, q->keep[i].bytes = bytes, q->keep[i].at = q->kept_used;
-  ++q->keeps;
-  q->kept_used += (bytes + MOE__CUDA_ALIGN - 1) / MOE__CUDA_ALIGN * MOE__CUDA_ALIGN;
-  return moe__cuda_send(q, q->kept + q->keep[i].at, host, bytes) ? -1 : i;
-}
-
 static moe_status moe__cuda_upload_args(moe__cuda_queue *q, const void *host, size_t bytes,
                                         void **out) {
-  int at;
-  if (q->status) return q->status;
-  at = bytes && bytes <= MOE__CUDA_KEPT / 4 ? moe__cuda_keep(q, host, bytes) : -1;
-  if (at >= 0) {
-    *out = (void *)(uintptr_t)(q->kept + q->keep[at].at);
-    return MOE_OK;
-  }
   if (moe__cuda_scratch(q, bytes, out)) return q->status;
   return moe__cuda_send(q, (moe__cuptr)(uintptr_t)*out, host, bytes);
 }
@@ -1026,13 +946,10 @@ static moe_status moe__cuda_blas_open(moe__cuda_queue *q); /* >>cuda_products */
    it what is in it. */
 static void moe__cuda_queue_free(moe__cuda_queue *q, int current) {
   moe__cuda *cuda = q->cuda;
-  int i;
-  for (i = 0; i < q->keeps; ++i) free(q->keep[i].copy);
   if (current) {
     if (q->stream) cuda->driver.cuStreamSynchronize(q->stream); /* what it uses is free then */
     if (q->blas) cuda->cublas.cublasDestroy_v2(q->blas);
     moe__cuda_scratch_free(q);
-    moe__cuda_give(cuda, q->kept, MOE__CUDA_KEPT);
     if (q->staging) cuda->driver.cuMemFreeHost(q->staging);
     if (q->owns_stream) cuda->driver.cuStreamDestroy_v2(q->stream);
   }
@@ -4162,7 +4079,7 @@ static void moe__cuda_measure_one(const moe_backend *b, moe__cuda_queue *q, int 
   memset(&c, 0, sizeof c);
   memset(&op, 0, sizeof op);
   c.kind = kind, c.m = m, c.n = n, c.k = k, c.bf16 = bf16;
-  if (moe__cuda_take(q, (x + w + y) * sizeof(float), &p)) return;
+  if (moe__cuda_note(q, "cuMemAlloc", cuda->driver.cuMemAlloc_v2(&p, (x + w + y) * 4))) return;
   /* 0x3c3c3c3c is 0.0115: with zeros a GPU is faster than it will be */
   moe__cuda_note(q, "cuMemsetD8Async",
                  cuda->driver.cuMemsetD8Async(p, 0x3c, (x + w + y) * sizeof(float), q->stream));
@@ -4178,7 +4095,7 @@ static void moe__cuda_measure_one(const moe_backend *b, moe__cuda_queue *q, int 
   c.blas_ms = moe__cuda_time(b, q, &op, kind != 0, 1);
   c.blas = c.own_ms >= 0 && c.blas_ms >= 0 && c.blas_ms < c.own_ms;
   moe__cuda_wait(q);
-  moe__cuda_give(cuda, p, (x + w + y) * sizeof(float));
+  cuda->driver.cuMemFree_v2(p);
   MOE__CUDA_LOCK(&cuda->mutex);
   if (!q->status && cuda->choices < MOE__CUDA_CHOICES) cuda->choice[cuda->choices++] = c;
   MOE__CUDA_UNLOCK(&cuda->mutex);
