@@ -327,6 +327,7 @@ typedef struct moe__cuda_chunk {
   const char *text;
 } moe__cuda_chunk;
 #ifdef MOE__CUDA_CODE
+#define MOE_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define MOE__CUDA_SOURCE(name, min_arch, ...) __VA_ARGS__
 #define MOE__CUDA_SHARED(name, ...) __VA_ARGS__
 #else
@@ -442,7 +443,7 @@ static const moe__cuda_chunk *const *moe__cuda_chunks(void); /* >>cuda_table */
 /* The program for one architecture, a string that the caller frees. NULL: no memory. */
 static char *moe__cuda_source(int arch) {
   const moe__cuda_chunk *const *chunk = moe__cuda_chunks();
-  size_t bytes = 256, i;
+  size_t bytes = 512, i;
   char *text;
   for (i = 0; chunk[i]; ++i) bytes += strlen(chunk[i]->text);
   text = (char *)malloc(bytes);
@@ -450,7 +451,8 @@ static char *moe__cuda_source(int arch) {
   snprintf(text, bytes,
            "#define MOE_ARCH %d\n#define MOE_SYNC() __syncthreads()\n"
            "#define MOE_UNROLL _Pragma(\"unroll\")\n"
-           "#define MOE_ROLL _Pragma(\"unroll 1\")\n",
+           "#define MOE_ROLL _Pragma(\"unroll 1\")\n"
+           "#define MOE_KERNEL(...) extern \"C\" __global__ void __launch_bounds__(__VA_ARGS__)\n",
            arch);
   for (i = 0; chunk[i]; ++i)
     if (chunk[i]->min_arch <= arch) strcat(text, chunk[i]->text);
@@ -1664,12 +1666,12 @@ MOE__CUDA_SOURCE(
         moe__d_finish_bias(p, &t, t.i + tid, bias);
     }
 
-    extern "C" __global__ void __launch_bounds__(128) moe_k_f32_nt(moe__cuda_product p) {
-      moe__d_f32(&p, MOE__CUDA_NT);
-    } extern "C" __global__ void __launch_bounds__(128) moe_k_f32_nn(moe__cuda_product p) {
-      moe__d_f32(&p, MOE__CUDA_NN);
-    } extern "C" __global__ void __launch_bounds__(128)
-        moe_k_f32_tn(moe__cuda_product p) { moe__d_f32(&p, MOE__CUDA_TN); })
+    /* y = x w^T. */
+    MOE_KERNEL(128) moe_k_f32_nt(moe__cuda_product p) { moe__d_f32(&p, MOE__CUDA_NT); }
+    /* dx = dy w. */
+    MOE_KERNEL(128) moe_k_f32_nn(moe__cuda_product p) { moe__d_f32(&p, MOE__CUDA_NN); }
+    /* dw += dy^T x. */
+    MOE_KERNEL(128) moe_k_f32_tn(moe__cuda_product p) { moe__d_f32(&p, MOE__CUDA_TN); })
 
 MOE__CUDA_SOURCE(
     mma_load, 80,
@@ -1846,23 +1848,25 @@ MOE__CUDA_SOURCE(
 
 MOE__CUDA_SOURCE(
     mma_kernels, 80,
-    extern "C" __global__ void __launch_bounds__(128) moe_k_tf32_nt(moe__cuda_product p) {
-      moe__d_mma(&p, MOE__CUDA_NT, 0);
-    } extern "C" __global__ void __launch_bounds__(128) moe_k_tf32_nn(moe__cuda_product p) {
-      moe__d_mma(&p, MOE__CUDA_NN, 0);
-    } extern "C" __global__ void __launch_bounds__(128) moe_k_tf32_tn(moe__cuda_product p) {
-      moe__d_mma(&p, MOE__CUDA_TN, 0);
-    } extern "C" __global__ void __launch_bounds__(128) moe_k_bf16_nt(moe__cuda_product p) {
-      moe__d_mma(&p, MOE__CUDA_NT, 1);
-    } extern "C" __global__ void __launch_bounds__(128) moe_k_bf16_nn(moe__cuda_product p) {
-      moe__d_mma(&p, MOE__CUDA_NN, 1);
-    } extern "C" __global__ void __launch_bounds__(128)
-        moe_k_bf16_tn(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_TN, 1); })
+
+    /* y = x w^T in TF32. */
+    MOE_KERNEL(128) moe_k_tf32_nt(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_NT, 0); }
+    /* dx = dy w in TF32. */
+    MOE_KERNEL(128) moe_k_tf32_nn(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_NN, 0); }
+    /* dw += dy^T x in TF32. */
+    MOE_KERNEL(128) moe_k_tf32_tn(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_TN, 0); }
+
+    /* y = x w^T in bf16. */
+    MOE_KERNEL(128) moe_k_bf16_nt(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_NT, 1); }
+    /* dx = dy w in bf16. */
+    MOE_KERNEL(128) moe_k_bf16_nn(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_NN, 1); }
+    /* dw += dy^T x in bf16. */
+    MOE_KERNEL(128) moe_k_bf16_tn(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_TN, 1); })
 
 MOE__CUDA_SOURCE(
     pieces, 0,
     /* Gradients of weights whose rows were cut: dw (m, n) and db (m) += the pieces, in order. */
-    extern "C" __global__ void __launch_bounds__(256) moe_k_pieces(moe__cuda_product p) {
+    MOE_KERNEL(256) moe_k_pieces(moe__cuda_product p) {
       size_t weights = (size_t)p.m * (size_t)p.n, floats = weights + (size_t)p.m,
              i = (size_t)blockIdx.x * 256 + threadIdx.x, e = blockIdx.y;
       moe__cuda_group group = p.group ? p.group[e] : p.one;
@@ -1877,23 +1881,21 @@ MOE__CUDA_SOURCE(
 MOE__CUDA_SOURCE(
     blas, 0,
     /* Copies n floats as bf16: cuBLAS takes no others. */
-    extern "C" __global__ void __launch_bounds__(256)
-        moe_k_to_bf16(unsigned short *to, const float *from, unsigned long long n) {
-          unsigned long long i = (unsigned long long)blockIdx.x * 256 + threadIdx.x;
-          if (i < n) to[i] = (unsigned short)(__float_as_uint(moe__d_bf16(from[i])) >> 16);
-        }
+    MOE_KERNEL(256) moe_k_to_bf16(unsigned short *to, const float *from, unsigned long long n) {
+      unsigned long long i = (unsigned long long)blockIdx.x * 256 + threadIdx.x;
+      if (i < n) to[i] = (unsigned short)(__float_as_uint(moe__d_bf16(from[i])) >> 16);
+    }
 
     /* y = x + bias (n) and act = GELU(y) of row blockIdx.x. x may be y or act. NULL: none. */
-    extern "C" __global__ void __launch_bounds__(256)
-        moe_k_bias(float *y, float *act, const float *x, const float *bias, int n) {
-          int j = (int)(blockIdx.y * 256 + threadIdx.x);
-          size_t at = (size_t)blockIdx.x * (size_t)n + (size_t)j;
-          float slope, v;
-          if (j >= n) return;
-          v = x[at] + (bias ? bias[j] : 0.0f);
-          if (act) act[at] = moe__d_gelu(v, &slope);
-          if (y) y[at] = v;
-        })
+    MOE_KERNEL(256) moe_k_bias(float *y, float *act, const float *x, const float *bias, int n) {
+      int j = (int)(blockIdx.y * 256 + threadIdx.x);
+      size_t at = (size_t)blockIdx.x * (size_t)n + (size_t)j;
+      float slope, v;
+      if (j >= n) return;
+      v = x[at] + (bias ? bias[j] : 0.0f);
+      if (act) act[at] = moe__d_gelu(v, &slope);
+      if (y) y[at] = v;
+    })
 
 /* The host. */
 
@@ -2077,51 +2079,45 @@ static moe_status moe__cuda_linear(const moe_backend *b, const moe_env *env,
 MOE__CUDA_SOURCE(
     experts, 0,
     /* place[slot] = row, for order[row] = slot. */
-    extern "C" __global__ void __launch_bounds__(256)
-        moe_k_place(int *place, const int *order, int rows) {
-          int row = (int)(blockIdx.x * 256 + threadIdx.x);
-          if (row < rows) place[order[row]] = row;
-        }
+    MOE_KERNEL(256) moe_k_place(int *place, const int *order, int rows) {
+      int row = (int)(blockIdx.x * 256 + threadIdx.x);
+      if (row < rows) place[order[row]] = row;
+    }
 
     /* Token blockIdx.x of y (M, H) is, or with accumulate += , the sum over its choices, in order,
        of weight times the choice's row (R, H) [TaG] Eq. 2, 6. weight NULL: 1. */
-    extern "C" __global__ void __launch_bounds__(128)
-        moe_k_combine(float *y, const float *rows, const int *place, const float *weight, int top_k,
-                      int H, int accumulate) {
-          size_t slot = (size_t)blockIdx.x * (size_t)top_k,
-                 h = (size_t)blockIdx.y * 128 + threadIdx.x;
-          float *to = y + (size_t)blockIdx.x * (size_t)H + h, sum;
-          if (h >= (size_t)H) return;
-          sum = accumulate ? *to : 0.0f;
-          for (int j = 0; j < top_k; ++j, ++slot)
-            sum =
-                fmaf(weight ? weight[slot] : 1.0f, rows[(size_t)place[slot] * (size_t)H + h], sum);
-          *to = sum;
-        }
+    MOE_KERNEL(128) moe_k_combine(float *y, const float *rows, const int *place,
+                                  const float *weight, int top_k, int H, int accumulate) {
+      size_t slot = (size_t)blockIdx.x * (size_t)top_k, h = (size_t)blockIdx.y * 128 + threadIdx.x;
+      float *to = y + (size_t)blockIdx.x * (size_t)H + h, sum;
+      if (h >= (size_t)H) return;
+      sum = accumulate ? *to : 0.0f;
+      for (int j = 0; j < top_k; ++j, ++slot)
+        sum = fmaf(weight ? weight[slot] : 1.0f, rows[(size_t)place[slot] * (size_t)H + h], sum);
+      *to = sum;
+    }
 
     /* dweight of a slot = dy of its token . e of its row, a warp for each of the `rows` rows (R,
        H). alone: there is one expert; where all its weights are 1 they are constant, and dweight is
        0. */
-    extern "C" __global__ void __launch_bounds__(128)
-        moe_k_dweight(float *dweight, const float *dy, const float *e, const int *order,
-                      const float *weight, int rows, int top_k, int H, int alone) {
-          int lane = (int)threadIdx.x & 31, row = (int)blockIdx.x * 4 + ((int)threadIdx.x >> 5),
-              constant = alone;
-          float sum = 0.0f;
-          if (row >= rows) return;
-          if (alone)
-            for (int i = lane; i < rows; i += 32)
-              if (!(weight[i] >= 1.0f && weight[i] <= 1.0f)) constant = 0;
-          constant = __all_sync(0xffffffffu, constant);
-          {
-            int slot = order[row];
-            const float *a = dy + (size_t)(slot / top_k) * (size_t)H,
-                        *b = e + (size_t)row * (size_t)H;
-            for (int h = lane; h < H; h += 32) sum = fmaf(a[h], b[h], sum);
-            for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-            if (lane == 0) dweight[slot] = constant ? 0.0f : sum;
-          }
-        })
+    MOE_KERNEL(128) moe_k_dweight(float *dweight, const float *dy, const float *e, const int *order,
+                                  const float *weight, int rows, int top_k, int H, int alone) {
+      int lane = (int)threadIdx.x & 31, row = (int)blockIdx.x * 4 + ((int)threadIdx.x >> 5),
+          constant = alone;
+      float sum = 0.0f;
+      if (row >= rows) return;
+      if (alone)
+        for (int i = lane; i < rows; i += 32)
+          if (!(weight[i] >= 1.0f && weight[i] <= 1.0f)) constant = 0;
+      constant = __all_sync(0xffffffffu, constant);
+      {
+        int slot = order[row];
+        const float *a = dy + (size_t)(slot / top_k) * (size_t)H, *b = e + (size_t)row * (size_t)H;
+        for (int h = lane; h < H; h += 32) sum = fmaf(a[h], b[h], sum);
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        if (lane == 0) dweight[slot] = constant ? 0.0f : sum;
+      }
+    })
 
 /* The host. */
 
@@ -2520,19 +2516,21 @@ MOE__CUDA_SOURCE(
       moe__d_head_write(p->y + h.first, h.stride, sum, chunks, total, 1, &h);
     }
 
-    extern "C" __global__ void __launch_bounds__(128)
-        moe_k_attention_32(moe__cuda_attention_args p) {
-          float sum[1][4][4];
-          moe__d_attention(&p, 1, sum);
-        } extern "C" __global__ void __launch_bounds__(128)
-            moe_k_attention_64(moe__cuda_attention_args p) {
-              float sum[2][4][4];
-              moe__d_attention(&p, 2, sum);
-            } extern "C" __global__ void __launch_bounds__(128)
-                moe_k_attention_128(moe__cuda_attention_args p) {
-                  float sum[4][4][4];
-                  moe__d_attention(&p, 4, sum);
-                })
+    /* Heads of up to 32 numbers. */
+    MOE_KERNEL(128) moe_k_attention_32(moe__cuda_attention_args p) {
+      float sum[1][4][4];
+      moe__d_attention(&p, 1, sum);
+    }
+    /* 33 to 64. */
+    MOE_KERNEL(128) moe_k_attention_64(moe__cuda_attention_args p) {
+      float sum[2][4][4];
+      moe__d_attention(&p, 2, sum);
+    }
+    /* 65 to 128. */
+    MOE_KERNEL(128) moe_k_attention_128(moe__cuda_attention_args p) {
+      float sum[4][4][4];
+      moe__d_attention(&p, 4, sum);
+    })
 
 MOE__CUDA_SOURCE(
     attention_dq, 0,
@@ -2576,19 +2574,21 @@ MOE__CUDA_SOURCE(
       moe__d_head_write(p->dqkv + (h.q - p->qkv), 3 * h.stride, sum, chunks, one, p->overwrite, &h);
     }
 
-    extern "C" __global__ void __launch_bounds__(128)
-        moe_k_attention_dq_32(moe__cuda_attention_args p) {
-          float sum[1][4][4];
-          moe__d_attention_dq(&p, 1, sum);
-        } extern "C" __global__ void __launch_bounds__(128, 3)
-            moe_k_attention_dq_64(moe__cuda_attention_args p) {
-              float sum[2][4][4];
-              moe__d_attention_dq(&p, 2, sum);
-            } extern "C" __global__ void __launch_bounds__(128)
-                moe_k_attention_dq_128(moe__cuda_attention_args p) {
-                  float sum[4][4][4];
-                  moe__d_attention_dq(&p, 4, sum);
-                })
+    /* Heads of up to 32 numbers. */
+    MOE_KERNEL(128) moe_k_attention_dq_32(moe__cuda_attention_args p) {
+      float sum[1][4][4];
+      moe__d_attention_dq(&p, 1, sum);
+    }
+    /* 33 to 64. */
+    MOE_KERNEL(128, 3) moe_k_attention_dq_64(moe__cuda_attention_args p) {
+      float sum[2][4][4];
+      moe__d_attention_dq(&p, 2, sum);
+    }
+    /* 65 to 128. */
+    MOE_KERNEL(128) moe_k_attention_dq_128(moe__cuda_attention_args p) {
+      float sum[4][4][4];
+      moe__d_attention_dq(&p, 4, sum);
+    })
 
 MOE__CUDA_SOURCE(
     attention_dkv, 0,
@@ -2635,19 +2635,21 @@ MOE__CUDA_SOURCE(
       moe__d_head_write(to + 2 * h.stride, 3 * h.stride, dv, chunks, one, p->overwrite, &h);
     }
 
-    extern "C" __global__ void __launch_bounds__(128)
-        moe_k_attention_dkv_32(moe__cuda_attention_args p) {
-          float dk[1][4][4], dv[1][4][4];
-          moe__d_attention_dkv(&p, 1, dk, dv);
-        } extern "C" __global__ void __launch_bounds__(128)
-            moe_k_attention_dkv_64(moe__cuda_attention_args p) {
-              float dk[2][4][4], dv[2][4][4];
-              moe__d_attention_dkv(&p, 2, dk, dv);
-            } extern "C" __global__ void __launch_bounds__(128)
-                moe_k_attention_dkv_128(moe__cuda_attention_args p) {
-                  float dk[4][4][4], dv[4][4][4];
-                  moe__d_attention_dkv(&p, 4, dk, dv);
-                })
+    /* Heads of up to 32 numbers. */
+    MOE_KERNEL(128) moe_k_attention_dkv_32(moe__cuda_attention_args p) {
+      float dk[1][4][4], dv[1][4][4];
+      moe__d_attention_dkv(&p, 1, dk, dv);
+    }
+    /* 33 to 64. */
+    MOE_KERNEL(128) moe_k_attention_dkv_64(moe__cuda_attention_args p) {
+      float dk[2][4][4], dv[2][4][4];
+      moe__d_attention_dkv(&p, 2, dk, dv);
+    }
+    /* 65 to 128. */
+    MOE_KERNEL(128) moe_k_attention_dkv_128(moe__cuda_attention_args p) {
+      float dk[4][4][4], dv[4][4][4];
+      moe__d_attention_dkv(&p, 4, dk, dv);
+    })
 
 /* Slot: blocks of 64 rows of a head of a sequence; their number is that of the longest sequence for
    each. No array of length^2, and one writer of each output: dq has a kernel, and dk and dv have
