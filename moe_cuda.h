@@ -184,7 +184,8 @@ typedef struct moe__cuda_queue moe__cuda_queue; /* env.stream */
   X(nvrtcGetCUBIN, (void *program, char *cubin))
 #define MOE__CUDA_CUBLAS(X)                                                                        \
   X(cublasCreate_v2, (void **handle)) X(cublasDestroy_v2, (void *handle))                          \
-  X(cublasSetStream_v2, (void *handle, void *stream)) X(cublasSetMathMode, (void *handle, int mode))\
+  X(cublasSetStream_v2, (void *handle, void *stream))                                              \
+  X(cublasSetMathMode, (void *handle, int mode))                                                   \
   X(cublasGemmEx, (void *handle, int trans_a, int trans_b, int m, int n, int k, const void *alpha, \
                    const void *a, int a_type, int a_row, const void *b, int b_type, int b_row,     \
                    const void *beta, void *c, int c_type, int c_row, int compute, int how))
@@ -411,6 +412,7 @@ typedef struct moe__cuda_choice {
 typedef struct moe__cuda_block { /* memory of the card */
   moe__cuptr p;
   size_t bytes, used;
+  struct moe__cuda_block *next;
 } moe__cuda_block;
 
 struct moe__cuda {
@@ -423,9 +425,9 @@ struct moe__cuda {
   void *context, *module, *kernel[MOE__K_COUNT + 1];
   char card[96], name[256];
   moe__cuda_mutex mutex;
-  int lost;                    /* an error of the driver after which no call can succeed, or 0 */
-  moe__cuda_block *allocation; /* those of moe_backend.alloc: counts.allocations of them */
-  int32_t allocation_room, choices;
+  int lost;                /* an error of the driver after which no call can succeed, or 0 */
+  moe__cuda_block *blocks; /* those of moe_backend.alloc, a list */
+  int32_t choices;
   moe__cuda_choice choice[MOE__CUDA_CHOICES];
   moe__cuda_queue *queues, *own; /* a list; the queue of env.stream NULL */
   moe_cuda_counts counts;
@@ -944,8 +946,8 @@ static moe_status moe__cuda_launch(moe__cuda_queue *q, int kernel, uint32_t gx, 
 
 static moe_status moe__cuda_blas_open(moe__cuda_queue *q); /* >>cuda_products */
 
-/* Releases a queue that is in no list. current 0: the context cannot be made current, and takes with
-   it what is in it. */
+/* Releases a queue that is in no list. current 0: the context cannot be made current, and takes
+   what is in it along. */
 static void moe__cuda_queue_free(moe__cuda_queue *q, int current) {
   moe__cuda *cuda = q->cuda;
   if (current) {
@@ -1016,72 +1018,58 @@ static void moe__cuda_close_queue(const moe_backend *b, void *stream) {
   if (pushed) cuda->driver.cuCtxPopCurrent_v2(&context);
 }
 
-/* Notes an allocation, so that moe_cuda_close can release it. 0: no memory for the note. */
-static int moe__cuda_enlist(moe__cuda *cuda, moe__cuptr p, size_t bytes) {
-  int good = 1;
-  MOE__CUDA_LOCK(&cuda->mutex);
-  if (cuda->counts.allocations == cuda->allocation_room) {
-    size_t room = 2 * (size_t)cuda->allocation_room + 16;
-    void *grown = realloc(cuda->allocation, room * sizeof *cuda->allocation);
-    good = grown != NULL;
-    if (good) cuda->allocation = (moe__cuda_block *)grown, cuda->allocation_room = (int32_t)room;
-  }
-  if (good) {
-    cuda->allocation[cuda->counts.allocations].p = p;
-    cuda->allocation[cuda->counts.allocations++].bytes = bytes;
-    cuda->counts.bytes += (int64_t)bytes;
-  }
-  MOE__CUDA_UNLOCK(&cuda->mutex);
-  return good;
-}
-
 static moe_status moe__cuda_alloc(const moe_backend *b, const moe_env *env, void **out,
                                   size_t bytes) {
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   moe__cuda *cuda = q->cuda;
-  moe__cuptr p = 0;
-  size_t available = 0, total = 0;
+  moe__cuda_block *block;
+  size_t left = 0, total = 0;
   int error;
   moe_status status = moe__cuda_begin(q, env, 1);
   if (status) return status;
-  error = cuda->driver.cuMemAlloc_v2(&p, bytes ? bytes : 1);
+  block = (moe__cuda_block *)calloc(1, sizeof *block);
+  error = block ? cuda->driver.cuMemAlloc_v2(&block->p, bytes ? bytes : 1) : 2;
   if (error == 2) {
-    if (cuda->driver.cuMemGetInfo_v2(&available, &total)) available = total = 0;
+    if (cuda->driver.cuMemGetInfo_v2(&left, &total)) left = total = 0;
     status = moe__cuda_fail(env, MOE_E_MEMORY,
                             "cuda:%d: no memory for %llu bytes, %llu of %llu are free: use smaller "
                             "micro-batches or a smaller model",
                             (int)cuda->options.device, (unsigned long long)bytes,
-                            (unsigned long long)available, (unsigned long long)total);
-  } else if (error)
+                            (unsigned long long)left, (unsigned long long)total);
+  } else
     status = moe__cuda_note(q, "cuMemAlloc", error);
-  else if (!moe__cuda_enlist(cuda, p, bytes)) {
-    cuda->driver.cuMemFree_v2(p);
-    status = moe__cuda_fail(env, MOE_E_MEMORY, "cuda: the host has no memory left");
+  if (status)
+    free(block);
+  else {
+    *out = (void *)(uintptr_t)block->p;
+    block->bytes = bytes;
+    MOE__CUDA_LOCK(&cuda->mutex);
+    block->next = cuda->blocks;
+    cuda->blocks = block;
+    ++cuda->counts.allocations, cuda->counts.bytes += (int64_t)bytes;
+    MOE__CUDA_UNLOCK(&cuda->mutex);
   }
-  status = moe__cuda_end(q, status);
-  if (!status) *out = (void *)(uintptr_t)p;
-  return status;
+  return moe__cuda_end(q, status);
 }
 
 static void moe__cuda_release(const moe_backend *b, void *p) {
   moe__cuda *cuda = (moe__cuda *)b->user;
-  moe__cuptr address = (moe__cuptr)(uintptr_t)p;
+  moe__cuda_block **at, *block;
   void *context = NULL;
-  int32_t i, last;
-  if (!p) return;
   MOE__CUDA_LOCK(&cuda->mutex);
-  last = cuda->counts.allocations - 1;
-  for (i = 0; i <= last && cuda->allocation[i].p != address;) ++i;
-  if (i <= last) {
-    cuda->counts.bytes -= (int64_t)cuda->allocation[i].bytes;
-    cuda->allocation[i] = cuda->allocation[last];
-    cuda->counts.allocations = last;
+  for (at = &cuda->blocks; *at && (void *)(uintptr_t)(*at)->p != p;) at = &(*at)->next;
+  block = *at;
+  if (block) {
+    *at = block->next;
+    --cuda->counts.allocations, cuda->counts.bytes -= (int64_t)block->bytes;
   }
   MOE__CUDA_UNLOCK(&cuda->mutex);
-  if (i > last) return; /* not allocated here, or released before */
-  if (cuda->driver.cuCtxPushCurrent_v2(cuda->context)) return; /* lost with the context */
-  cuda->driver.cuMemFree_v2(address);                          /* waits for the work that uses it */
-  cuda->driver.cuCtxPopCurrent_v2(&context);
+  if (!block) return;                                     /* NULL, or released before */
+  if (!cuda->driver.cuCtxPushCurrent_v2(cuda->context)) { /* else lost with the context */
+    cuda->driver.cuMemFree_v2(block->p);                  /* waits for the work that uses it */
+    cuda->driver.cuCtxPopCurrent_v2(&context);
+  }
+  free(block);
 }
 
 static moe_status moe__cuda_upload(const moe_backend *b, const moe_env *env, void *to,
@@ -1328,35 +1316,34 @@ static moe_status moe__cuda_blas_gemm(moe__cuda_queue *q, const moe__cuda_gemm *
   return error ? moe__cuda_blas_fail(q, "cublasGemmEx", error) : MOE_OK;
 }
 
-/* The measured choice for the same layer whose number of tokens is nearest, by ratio. */
-static int moe__cuda_choose(moe__cuda *cuda, int bf16, int kind, int32_t m, int32_t n, int32_t k) {
+/* Sets want->blas by what was measured for the same layer and the nearest number of tokens, by
+   ratio, which is returned: 0 nothing was measured, 1 the very number. n 0: any layer. */
+static double moe__cuda_choose(moe__cuda *cuda, moe__cuda_choice *want) {
   double nearest = 0;
-  int blas = 0, i;
+  int i;
   MOE__CUDA_LOCK(&cuda->mutex);
   for (i = 0; i < cuda->choices; ++i) {
     const moe__cuda_choice *c = &cuda->choice[i];
-    double ratio = c->m < m ? (double)c->m / m : (double)m / c->m;
-    if (c->kind != kind || c->n != n || c->k != k || c->bf16 != bf16 || ratio <= nearest) continue;
+    double ratio = c->m < want->m ? (double)c->m / want->m : (double)want->m / c->m;
+    if (c->kind != want->kind || (want->n && c->n != want->n) || c->k != want->k ||
+        c->bf16 != want->bf16 || ratio <= nearest)
+      continue;
     nearest = ratio;
-    blas = c->blas;
+    want->blas = c->blas;
   }
   MOE__CUDA_UNLOCK(&cuda->mutex);
-  return blas;
+  return nearest;
 }
 
 static int moe__cuda_blas_serves(moe__cuda_queue *q, int kind, int32_t m, int32_t n, int32_t k) {
   moe__cuda *cuda = q->cuda;
-  int blas;
-  if (!q->blas || !m || !n || !k)
-    blas = 0;
-  else if (q->force >= 0)
-    return q->force;
-  else if (cuda->options.maker != MOE_CUDA_MAKER_AUTO)
-    blas = cuda->options.maker == MOE_CUDA_MAKER_CUBLAS;
-  else
-    blas = moe__cuda_choose(cuda, q->env.precision == MOE_TYPE_BF16, kind, m, n, k);
-  moe__cuda_tally(cuda, blas ? &cuda->counts.cublas : &cuda->counts.own, 1);
-  return blas;
+  moe__cuda_choice c = {0, 0, 0, 0, 0, 0, 0, 0};
+  if (q->blas && q->force >= 0) return q->force;
+  c.kind = kind, c.m = m, c.n = n, c.k = k, c.bf16 = q->env.precision == MOE_TYPE_BF16;
+  if (q->blas && cuda->options.maker == MOE_CUDA_MAKER_AUTO) moe__cuda_choose(cuda, &c);
+  if (q->blas && cuda->options.maker == MOE_CUDA_MAKER_CUBLAS) c.blas = 1;
+  moe__cuda_tally(cuda, c.blas ? &cuda->counts.cublas : &cuda->counts.own, 1);
+  return c.blas;
 }
 
 MOE__CUDA_SHARED(
@@ -4060,41 +4047,27 @@ static float moe__cuda_time(const moe_backend *b, moe__cuda_queue *q, const moe_
   return error ? -1 : best;
 }
 
-/* Measures both makers for one kind of product of a layer (as in moe__cuda_blas_serves), unless
-   that was done. */
-static void moe__cuda_measure_one(const moe_backend *b, moe__cuda_queue *q, int kind, int32_t m,
-                                  int32_t n, int32_t k) {
+/* Measures both makers for one kind of product of a layer, as in moe__cuda_blas_serves. */
+static void moe__cuda_measure_one(const moe_backend *b, moe__cuda_queue *q, moe__cuda_choice c) {
   moe__cuda *cuda = q->cuda;
-  size_t x = (size_t)m * (size_t)k, w = (size_t)n * (size_t)k, y = (size_t)m * (size_t)n;
-  moe__cuda_choice c;
+  size_t x = (size_t)c.m * (size_t)c.k, w = (size_t)c.n * (size_t)c.k;
+  size_t bytes = (x + w + (size_t)c.m * (size_t)c.n) * sizeof(float);
   moe_linear_op op;
   moe__cuptr p = 0;
   float *f;
-  int i, known = 0, bf16 = q->env.precision == MOE_TYPE_BF16;
-  MOE__CUDA_LOCK(&cuda->mutex);
-  for (i = 0; i < cuda->choices; ++i) {
-    const moe__cuda_choice *had = &cuda->choice[i];
-    known |= had->kind == kind && had->bf16 == bf16 && had->m == m && had->n == n && had->k == k;
-  }
-  MOE__CUDA_UNLOCK(&cuda->mutex);
-  if (known || q->status) return;
-  memset(&c, 0, sizeof c);
-  memset(&op, 0, sizeof op);
-  c.kind = kind, c.m = m, c.n = n, c.k = k, c.bf16 = bf16;
-  if (moe__cuda_note(q, "cuMemAlloc", cuda->driver.cuMemAlloc_v2(&p, (x + w + y) * 4))) return;
+  if (q->status || cuda->driver.cuMemAlloc_v2(&p, bytes)) return;
   /* 0x3c3c3c3c is 0.0115: with zeros a GPU is faster than it will be */
-  moe__cuda_note(q, "cuMemsetD8Async",
-                 cuda->driver.cuMemsetD8Async(p, 0x3c, (x + w + y) * sizeof(float), q->stream));
+  moe__cuda_note(q, "cuMemsetD8Async", cuda->driver.cuMemsetD8Async(p, 0x3c, bytes, q->stream));
   f = (float *)(uintptr_t)p;
-  op.M = m;
-  op.w = moe_mat_rows(f + x, n, k);
-  if (kind != 1) op.x = f;
-  if (kind == 0) op.y = f + x + w;
-  if (kind != 0) op.dy = f + x + w;
-  if (kind == 1) op.dx = f, op.overwrite = 1;
-  if (kind == 2) op.dw = f + x;
-  c.own_ms = moe__cuda_time(b, q, &op, kind != 0, 0);
-  c.blas_ms = moe__cuda_time(b, q, &op, kind != 0, 1);
+  memset(&op, 0, sizeof op);
+  op.M = c.m;
+  op.w = moe_mat_rows(f + x, c.n, c.k);
+  op.overwrite = 1;
+  if (c.kind == 0) op.x = f, op.y = f + x + w;
+  if (c.kind == 1) op.dx = f, op.dy = f + x + w;
+  if (c.kind == 2) op.x = f, op.dw = f + x, op.dy = f + x + w;
+  c.own_ms = moe__cuda_time(b, q, &op, c.kind != 0, 0);
+  c.blas_ms = moe__cuda_time(b, q, &op, c.kind != 0, 1);
   c.blas = c.own_ms >= 0 && c.blas_ms >= 0 && c.blas_ms < c.own_ms;
   moe__cuda_wait(q);
   cuda->driver.cuMemFree_v2(p);
@@ -4103,24 +4076,29 @@ static void moe__cuda_measure_one(const moe_backend *b, moe__cuda_queue *q, int 
   MOE__CUDA_UNLOCK(&cuda->mutex);
 }
 
-/* Measures the linear layers of a model for full, quarter and sixteenth batches, on a queue of its
-   own, so that a failure (no memory, say) only leaves the choice to our own kernels. */
+/* Measures the linear layers of a model for full, quarter and sixteenth batches, unless that was
+   done: on a queue of its own, so that a failure only leaves the choice to our own kernels. */
 static void moe__cuda_measure(const moe_backend *b, const moe_env *env, const moe_config *config,
                               const moe_limits *limits) {
   moe__cuda *cuda = (moe__cuda *)b->user;
   moe_env silent = *env;
   moe__cuda_queue *q = NULL;
-  int32_t H = config->hidden, m = limits->tokens, i, kind;
-  if (!cuda->cublas_library || cuda->options.maker != MOE_CUDA_MAKER_AUTO) return;
+  moe__cuda_choice c;
+  int i;
+  memset(&c, 0, sizeof c);
+  c.m = limits->tokens, c.k = config->hidden, c.bf16 = env->precision == MOE_TYPE_BF16;
+  if (!cuda->cublas_library || cuda->options.maker != MOE_CUDA_MAKER_AUTO ||
+      moe__cuda_choose(cuda, &c) == 1)
+    return;
   silent.log = NULL;
   if (moe__cuda_begin(cuda->own, &silent, 0)) return;
   if (!moe__cuda_queue_make(cuda, &q, &silent)) {
     q->env.stream = q;
-    for (i = 0; i < 3 && m > 0; ++i, m /= 4)
-      for (kind = 0; kind < (limits->training ? 3 : 1); ++kind) {
-        moe__cuda_measure_one(b, q, kind, m, 3 * H, H);
-        moe__cuda_measure_one(b, q, kind, m, H, H);
-      }
+    for (i = 0; i < 18 && c.m > 0; ++i) { /* 3 batches, 3 kinds, 2 layers */
+      c.kind = i / 2 % 3, c.n = i % 2 ? c.k : 3 * c.k;
+      if (c.kind == 0 || limits->training) moe__cuda_measure_one(b, q, c);
+      if (i % 6 == 5) c.m /= 4;
+    }
     moe__cuda_queue_free(q, 1);
   }
   moe__cuda_end(cuda->own, MOE_OK);
@@ -4162,47 +4140,30 @@ static moe_status moe__cuda_op_end(moe__cuda_queue *q, moe_status status) {
   return moe__cuda_end(q, status);
 }
 
-#define MOE__CUDA_SLOT(name)                                                                       \
-  static moe_status moe__cuda_slot_##name(const moe_backend *b, const moe_env *env,                \
-                                          const struct moe_##name##_op *op, int back) {            \
+// clang-format off
+#define MOE__CUDA_SLOT(name, waits, parameters, arguments)                                         \
+  static moe_status moe__cuda_slot_##name parameters {                                             \
     moe__cuda_queue *q = moe__cuda_queue_of(b, env);                                               \
-    moe_status status = moe__cuda_op_begin(q, env, 0);                                             \
-    return status ? status : moe__cuda_op_end(q, moe__cuda_##name(b, env, op, back));              \
+    moe_status status = moe__cuda_op_begin(q, env, waits);                                         \
+    return status ? status : moe__cuda_op_end(q, moe__cuda_##name arguments);                      \
   }
-MOE__CUDA_SLOT(linear)
-MOE__CUDA_SLOT(attention)
-MOE__CUDA_SLOT(experts)
-MOE__CUDA_SLOT(layernorm)
-MOE__CUDA_SLOT(embed)
-MOE__CUDA_SLOT(route)
-MOE__CUDA_SLOT(heads)
-#undef MOE__CUDA_SLOT
-
-static moe_status moe__cuda_slot_dropout(const moe_backend *b, const moe_env *env,
-                                         const moe_dropout_op *op) {
-  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
-  moe_status status = moe__cuda_op_begin(q, env, 0);
-  return status ? status : moe__cuda_op_end(q, moe__cuda_dropout(b, env, op));
-}
-
+#define MOE__CUDA_OP(name)                                                                         \
+  MOE__CUDA_SLOT(name, 0, (const moe_backend *b, const moe_env *env,                               \
+                           const struct moe_##name##_op *op, int back), (b, env, op, back))
+MOE__CUDA_OP(linear) MOE__CUDA_OP(experts) MOE__CUDA_OP(attention) MOE__CUDA_OP(layernorm)
+MOE__CUDA_OP(embed) MOE__CUDA_OP(route) MOE__CUDA_OP(heads)
+MOE__CUDA_SLOT(dropout, 0, (const moe_backend *b, const moe_env *env, const moe_dropout_op *op),
+               (b, env, op))
 #ifndef MOE_NO_TRAIN
-static moe_status moe__cuda_slot_grad_norm(const moe_backend *b, const moe_env *env, double *norm,
-                                           const moe_adam_op *spans, int32_t n) {
-  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
-  moe_status status = moe__cuda_op_begin(q, env, 1);
-  return status ? status : moe__cuda_op_end(q, moe__cuda_grad_norm(b, env, norm, spans, n));
-}
-
-static moe_status moe__cuda_slot_adam(const moe_backend *b, const moe_env *env,
-                                      const moe_adam_op *spans, int32_t n) {
-  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
-  moe_status status = moe__cuda_op_begin(q, env, 0);
-  return status ? status : moe__cuda_op_end(q, moe__cuda_adam(b, env, spans, n));
-}
+MOE__CUDA_SLOT(grad_norm, 1, (const moe_backend *b, const moe_env *env, double *norm,
+                              const moe_adam_op *spans, int32_t n), (b, env, norm, spans, n))
+MOE__CUDA_SLOT(adam, 0, (const moe_backend *b, const moe_env *env, const moe_adam_op *spans,
+                         int32_t n), (b, env, spans, n))
 #endif
+    // clang-format on
 
-/* Opens the driver's library. */
-static moe_status moe__cuda_open_driver(moe__cuda *cuda, const moe_env *env) {
+    /* Opens the driver's library. */
+    static moe_status moe__cuda_open_driver(moe__cuda *cuda, const moe_env *env) {
   const char *given = cuda->options.driver, *lacks;
   int i;
   for (i = 0; !cuda->driver_library && moe__cuda_driver_paths[i]; ++i)
@@ -4233,11 +4194,10 @@ static moe_status moe__cuda_open_device(moe__cuda *cuda, const moe_env *env) {
                           "MIG instance counts as a GPU)",
                           (int)index, count - 1);
   if (!error) what = "cuDeviceGet", error = cu->cuDeviceGet(&cuda->device, index);
-  if (!error)
-    what = "cuDeviceGetName",
-    error = cu->cuDeviceGetName(cuda->card, (int)sizeof cuda->card - 1, cuda->device);
-  if (!error) /* of the compute capability: major, minor */
-    what = "cuDeviceGetAttribute", error = cu->cuDeviceGetAttribute(&major, 75, cuda->device);
+  if (!error) what = "cuDeviceGetName";
+  if (!error) error = cu->cuDeviceGetName(cuda->card, (int)sizeof cuda->card - 1, cuda->device);
+  if (!error) what = "cuDeviceGetAttribute"; /* of the compute capability: major, minor */
+  if (!error) error = cu->cuDeviceGetAttribute(&major, 75, cuda->device);
   if (!error) error = cu->cuDeviceGetAttribute(&minor, 76, cuda->device);
   cuda->card_arch = 10 * major + minor;
   if (!error && cuda->card_arch < 70)
@@ -4286,9 +4246,12 @@ static void moe__cuda_free(moe__cuda *cuda) {
     cuda->queues = next;
   }
   if (cuda->own) moe__cuda_queue_free(cuda->own, pushed);
-  while (pushed && cuda->counts.allocations > 0)
-    cu->cuMemFree_v2(cuda->allocation[--cuda->counts.allocations].p);
-  free(cuda->allocation);
+  while (cuda->blocks) {
+    moe__cuda_block *next = cuda->blocks->next;
+    if (pushed) cu->cuMemFree_v2(cuda->blocks->p);
+    free(cuda->blocks);
+    cuda->blocks = next;
+  }
   if (pushed && cuda->module) cu->cuModuleUnload(cuda->module);
   if (pushed) cu->cuCtxPopCurrent_v2(&context);
   if (cuda->primary) cu->cuDevicePrimaryCtxRelease_v2(cuda->device);
@@ -4347,30 +4310,19 @@ MOE_API moe_status moe_cuda_open(moe_backend *backend, const moe_cuda_options *o
     return status;
   }
   moe_backend_init(&b);
-  b.memory = MOE_MEMORY_DEVICE;
-  b.name = cuda->name;
-  b.user = cuda;
+  b.memory = MOE_MEMORY_DEVICE, b.name = cuda->name, b.user = cuda;
   b.mirror = cuda->options.mirror;
   b.supports = moe__cuda_supports;
-  b.open = moe__cuda_open_queue;
-  b.close = moe__cuda_close_queue;
-  b.alloc = moe__cuda_alloc;
-  b.release = moe__cuda_release;
-  b.upload = moe__cuda_upload;
-  b.download = moe__cuda_download;
-  b.clear = moe__cuda_clear;
-  b.sync = moe__cuda_sync;
-  b.linear = moe__cuda_slot_linear;
-  b.attention = moe__cuda_slot_attention;
-  b.experts = moe__cuda_slot_experts;
-  b.layernorm = moe__cuda_slot_layernorm;
-  b.dropout = moe__cuda_slot_dropout;
-  b.embed = moe__cuda_slot_embed;
-  b.route = moe__cuda_slot_route;
-  b.heads = moe__cuda_slot_heads;
+  b.open = moe__cuda_open_queue, b.close = moe__cuda_close_queue;
+  b.alloc = moe__cuda_alloc, b.release = moe__cuda_release;
+  b.upload = moe__cuda_upload, b.download = moe__cuda_download;
+  b.clear = moe__cuda_clear, b.sync = moe__cuda_sync;
+  b.linear = moe__cuda_slot_linear, b.attention = moe__cuda_slot_attention;
+  b.experts = moe__cuda_slot_experts, b.layernorm = moe__cuda_slot_layernorm;
+  b.dropout = moe__cuda_slot_dropout, b.embed = moe__cuda_slot_embed;
+  b.route = moe__cuda_slot_route, b.heads = moe__cuda_slot_heads;
 #ifndef MOE_NO_TRAIN
-  b.grad_norm = moe__cuda_slot_grad_norm;
-  b.adam = moe__cuda_slot_adam;
+  b.grad_norm = moe__cuda_slot_grad_norm, b.adam = moe__cuda_slot_adam;
 #endif
   *backend = b;
   return MOE_OK;
