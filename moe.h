@@ -1169,11 +1169,17 @@ typedef struct moe_import_options {
    DistilBERT, ALBERT, ModernBERT and any file with tensors that BERT does not have. */
 MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes,
                                     const moe_env *env);
-/* Reads num_attention_heads (required) and layer_norm_eps from the text of a config.json.
-   MOE_E_UNSUPPORTED if hidden_act is not "gelu", position_embedding_type not "absolute", model_type
-   not "bert" or is_decoder not false; each may be absent. */
+/* Reads num_attention_heads (required) and layer_norm_eps from the text of a config.json, with or
+   without a byte order mark. MOE_E_UNSUPPORTED if hidden_act is not "gelu",
+   position_embedding_type not "absolute", is_decoder not false, embedding_size not hidden_size, or
+   model_type none of "bert", "electra", "ernie", "splinter" and "dpr", whose encoders are BERT's;
+   each may be absent. */
 MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes,
                                           const moe_env *env);
+/* Both: the sizes from the weights, heads and eps from config.json. MOE_E_FORMAT, with key and both
+   values, if config.json gives other sizes than the weights have. */
+MOE_API moe_status moe_import_encoder(moe_config *config, const void *file, size_t file_bytes,
+                                      const char *json, size_t json_bytes, const moe_env *env);
 /* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN [TaG] 4.3, or m of
    each block [TL]) from the file: F32, F16 or BF16. Model and file must have the same number of
    layers and the same sizes. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT
@@ -17556,8 +17562,10 @@ static int moe__import_parse(const char *name, moe__spot *spot) {
 }
 
 /* RoBERTa has BERT's names, but its positions begin at row 2 of the table: row 1 is 0 in all of its
-   models, row 2 is not, and there are 2 rows more than some power of two. */
-static moe_status moe__import_positions(const moe__st *st, const char *prefix, const moe_env *env) {
+   models, row 2 is not, and there are 2 rows more than some power of two, which alone is evidence
+   only where nothing says that it is BERT (guess 1). */
+static moe_status moe__import_positions(const moe__st *st, const char *prefix, int guess,
+                                        const moe_env *env) {
   moe__json hint;
   moe__st_tensor t;
   size_t rows, row, i;
@@ -17570,7 +17578,7 @@ static moe_status moe__import_positions(const moe__st *st, const char *prefix, c
   row = (t.end - t.begin) / rows;
   for (i = 0; i < row && zero; ++i) zero = !st->data[t.begin + row + i];
   for (i = 0; i < row && next_zero; ++i) next_zero = !st->data[t.begin + 2 * row + i];
-  two_more = rows >= 66 && !((rows - 2) & (rows - 3));
+  two_more = guess && rows >= 66 && !((rows - 2) & (rows - 3));
   if (!(zero && !next_zero) && !two_more && !strstr(prefix, "roberta")) return MOE_OK;
   return moe__fail(
       env, MOE_E_FORMAT,
@@ -17579,8 +17587,8 @@ static moe_status moe__import_positions(const moe__st *st, const char *prefix, c
       t.name, rows);
 }
 
-/* Finds the encoder in a file's bytes; all of its tensors are BERT's. */
-static moe_status moe__import_open(moe__encoder *out, const void *file, size_t bytes,
+/* Finds the encoder in a file's bytes; all of its tensors are BERT's. guess: see above. */
+static moe_status moe__import_open(moe__encoder *out, const void *file, size_t bytes, int guess,
                                    const moe_env *env) {
   const moe__st *st = &out->st;
   char name[256];
@@ -17591,7 +17599,7 @@ static moe_status moe__import_open(moe__encoder *out, const void *file, size_t b
   moe_status status = moe__st_open(&out->st, file, bytes, env);
   if (!status) status = moe__import_prefix(out->prefix, sizeof out->prefix, st, env);
   if (!status) status = moe__import_other(st, out->prefix, env);
-  if (!status) status = moe__import_positions(st, out->prefix, env);
+  if (!status) status = moe__import_positions(st, out->prefix, guess, env);
   if (status) return status;
   out->layers = 0;
   length = strlen(out->prefix);
@@ -17628,12 +17636,13 @@ static moe_status moe__import_matrix(const moe__encoder *from, const char *name,
   return MOE_OK;
 }
 
-MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes,
-                                    const moe_env *env) {
+/* guess: see moe__import_positions. */
+static moe_status moe__import_sizes(moe_config *config, const void *file, size_t file_bytes,
+                                    int guess, const moe_env *env) {
   moe__encoder from;
   moe_config c = *config;
   int32_t cols;
-  moe_status status = moe__import_open(&from, file, file_bytes, env);
+  moe_status status = moe__import_open(&from, file, file_bytes, guess, env);
   if (!status)
     status =
         moe__import_matrix(&from, "embeddings.word_embeddings.weight", &c.vocab, &c.hidden, env);
@@ -17654,49 +17663,150 @@ MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t
   return MOE_OK;
 }
 
-MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes,
-                                          const moe_env *env) {
-  static const char *const fixed[][2] = {
-      {"hidden_act", "gelu"}, {"position_embedding_type", "absolute"}, {"model_type", "bert"}};
-  moe__json j;
-  moe__json_text key, value;
+MOE_API moe_status moe_import_sizes(moe_config *config, const void *file, size_t file_bytes,
+                                    const moe_env *env) {
+  return moe__import_sizes(config, file, file_bytes, 1, env);
+}
+
+/* What config.json says of an encoder; numbers that it does not name are 0. */
+typedef struct moe__import_json {
+  int64_t number[8]; /* as in moe__import_keys */
+  float eps;
+  int has_eps, typed; /* typed 1: model_type is one of those whose encoder is BERT's */
+} moe__import_json;
+enum { MOE__IMPORT_HIDDEN = 1, MOE__IMPORT_EMBEDDING = 7 };
+static const struct {
+  const char *key, *tensor; /* tensor: where the weights have it */
+} moe__import_keys[8] = {
+    {"num_attention_heads", NULL},
+    {"hidden_size", "embeddings.word_embeddings.weight"},
+    {"num_hidden_layers", "the tensors of encoder.layer"},
+    {"intermediate_size", "encoder.layer.0.intermediate.dense.weight"},
+    {"vocab_size", "embeddings.word_embeddings.weight"},
+    {"max_position_embeddings", "embeddings.position_embeddings.weight"},
+    {"type_vocab_size", "embeddings.token_type_embeddings.weight"},
+    {"embedding_size", "embeddings.word_embeddings.weight"},
+};
+
+/* A member whose value must be one of these words. */
+static moe_status moe__import_word(moe__import_json *out, moe__json *j, const moe__json_text *key,
+                                   int *mine, const moe_env *env) {
+  static const char *const words[][2] = {
+      {"hidden_act", "gelu"},    {"position_embedding_type", "absolute"},
+      {"model_type", "bert"},    {"model_type", "electra"},
+      {"model_type", "ernie"},   {"model_type", "dpr"},
+      {"model_type", "splinter"}};
+  moe__json_text value;
   char text[64];
-  moe_config c = *config;
-  int64_t heads = 0;
-  size_t i;
-  moe__json_init(&j, json, bytes, 0);
+  size_t i, n = sizeof words / sizeof *words, at;
+  for (at = 0; at < n && !moe__json_is(key, words[at][0]); ++at) continue;
+  *mine = at < n;
+  if (!*mine || !moe__json_string(j, &value)) return MOE_OK;
+  for (i = at; i < n; ++i)
+    if (!strcmp(words[i][0], words[at][0]) && moe__json_is(&value, words[i][1])) break;
+  moe__printable(text, sizeof text, &value);
+  if (i == n)
+    return moe__fail(env, MOE_E_UNSUPPORTED,
+                     "config.json: %s is \"%s\", expected \"%s\" or an encoder that computes the "
+                     "same",
+                     words[at][0], text, words[at][1]);
+  if (i > 1) out->typed = 1;
+  return MOE_OK;
+}
+
+/* A member of config.json. */
+static moe_status moe__import_member(moe__import_json *out, moe__json *j, const moe_env *env) {
+  moe__json_text key;
+  char name[64];
+  int mine, i, kind;
+  moe_status status;
+  if (!moe__json_key(j, &key)) return MOE_OK;
+  status = moe__import_word(out, j, &key, &mine, env);
+  if (status || mine) return status;
+  kind = moe__json_kind(j);
+  if (moe__json_is(&key, "is_decoder") && kind == 't')
+    return moe__fail(env, MOE_E_UNSUPPORTED,
+                     "config.json: is_decoder is true, expected an encoder");
+  for (i = 0; i < 8 && !moe__json_is(&key, moe__import_keys[i].key); ++i) continue;
+  if (i == 8 && !moe__json_is(&key, "layer_norm_eps")) {
+    moe__json_skip(j);
+    return MOE_OK;
+  }
+  moe__json_copy(name, sizeof name, &key);
+  if (kind != '-' && (kind < '0' || kind > '9'))
+    return moe__fail(env, MOE_E_FORMAT, "config.json: %s is no number%s", name,
+                     kind == '"' ? ", but a text in quotes" : "");
+  if (i == 8)
+    out->has_eps = moe__json_float(j, &out->eps);
+  else if (!moe__json_integer(j, 1, i ? INT32_MAX : 65536, &out->number[i]) && j->error)
+    return moe__fail(env, MOE_E_FORMAT, "config.json: %s is out of range", name);
+  return MOE_OK;
+}
+
+static moe_status moe__import_read_json(moe__import_json *out, const char *json, size_t bytes,
+                                        const moe_env *env) {
+  const size_t mark = bytes > 2 && !memcmp(json, "\xef\xbb\xbf", 3) ? 3 : 0;
+  moe__json j;
+  memset(out, 0, sizeof *out);
+  moe__json_init(&j, json + mark, bytes - mark, 0);
   moe__json_enter(&j, '{');
   while (moe__json_more(&j, '}')) {
-    if (!moe__json_key(&j, &key)) break;
-    for (i = 0; i < 3 && !moe__json_is(&key, fixed[i][0]); ++i) continue;
-    if (i < 3) {
-      if (!moe__json_string(&j, &value)) break;
-      moe__printable(text, sizeof text, &value);
-      if (!moe__json_is(&value, fixed[i][1]))
-        return moe__fail(env, MOE_E_UNSUPPORTED, "config.json: %s is \"%s\", expected \"%s\"",
-                         fixed[i][0], text, fixed[i][1]);
-    } else if (moe__json_is(&key, "is_decoder")) {
-      if (moe__json_kind(&j) == 't')
-        return moe__fail(env, MOE_E_UNSUPPORTED,
-                         "config.json: is_decoder is true, expected an encoder");
-      moe__json_skip(&j);
-    } else if (moe__json_is(&key, "num_attention_heads")) {
-      if (!moe__json_integer(&j, 1, 65536, &heads)) break;
-    } else if (moe__json_is(&key, "layer_norm_eps")) {
-      if (!moe__json_float(&j, &c.eps)) break;
-    } else
-      moe__json_skip(&j);
+    moe_status status = moe__import_member(out, &j, env);
+    if (status) return status;
   }
   moe__json_finish(&j);
   if (j.error)
     return moe__fail(env, MOE_E_FORMAT, "config.json, byte %zu of %zu: %s", (size_t)(j.at - json),
                      bytes, j.error);
-  if (!heads) return moe__fail(env, MOE_E_FORMAT, "config.json: num_attention_heads is missing");
-  if (!(c.eps > 0 && c.eps < 1))
+  if (!out->number[0])
+    return moe__fail(env, MOE_E_FORMAT, "config.json: num_attention_heads is missing");
+  if (out->number[MOE__IMPORT_EMBEDDING] && out->number[MOE__IMPORT_HIDDEN] &&
+      out->number[MOE__IMPORT_EMBEDDING] != out->number[MOE__IMPORT_HIDDEN])
+    return moe__fail(env, MOE_E_UNSUPPORTED,
+                     "config.json: embedding_size is %d and hidden_size %d, expected the same",
+                     (int)out->number[MOE__IMPORT_EMBEDDING], (int)out->number[MOE__IMPORT_HIDDEN]);
+  return MOE_OK;
+}
+
+/* Takes heads and eps. */
+static moe_status moe__import_take(moe_config *config, const moe__import_json *said,
+                                   const moe_env *env) {
+  float eps = said->has_eps ? said->eps : config->eps;
+  if (!(eps > 0 && eps < 1))
     return moe__fail(env, MOE_E_FORMAT,
                      "config.json: layer_norm_eps is %g, expected above 0 and below 1",
-                     (double)c.eps);
-  c.heads = (int32_t)heads;
+                     (double)eps);
+  config->heads = (int32_t)said->number[0];
+  config->eps = eps;
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, size_t bytes,
+                                          const moe_env *env) {
+  moe__import_json said;
+  moe_status status = moe__import_read_json(&said, json, bytes, env);
+  return status ? status : moe__import_take(config, &said, env);
+}
+
+MOE_API moe_status moe_import_encoder(moe_config *config, const void *file, size_t file_bytes,
+                                      const char *json, size_t json_bytes, const moe_env *env) {
+  moe__import_json said;
+  moe_config c = *config;
+  int32_t found[8];
+  int i;
+  moe_status status = moe__import_read_json(&said, json, json_bytes, env);
+  if (!status) status = moe__import_sizes(&c, file, file_bytes, !said.typed, env);
+  if (!status) status = moe__import_take(&c, &said, env);
+  if (status) return status;
+  found[0] = c.heads, found[1] = c.hidden, found[2] = c.layers, found[3] = c.ffn;
+  found[4] = c.vocab, found[5] = c.positions, found[6] = c.segments, found[7] = c.hidden;
+  for (i = 1; i < 8; ++i)
+    if (said.number[i] && said.number[i] != found[i])
+      return moe__fail(env, MOE_E_FORMAT,
+                       "config.json: %s is %d, but the weights have %d (%s): are these two files "
+                       "of one model?",
+                       moe__import_keys[i].key, (int)said.number[i], (int)found[i],
+                       moe__import_keys[i].tensor);
   *config = c;
   return MOE_OK;
 }
@@ -17867,7 +17977,7 @@ MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t f
                      (double)options->noise);
   memset(&import, 0, sizeof import);
   import.model = model;
-  status = moe__import_open(&import.from, file, file_bytes, env);
+  status = moe__import_open(&import.from, file, file_bytes, 0, env);
   if (status) return status;
   import.source = (moe__source *)moe__alloc(bytes);
   if (!import.source)

@@ -297,6 +297,19 @@ broken() { # NAME PATTERN EDIT
   encoder "$tmp/hub/bad.safetensors" "$3"
   refuse "init_$1" "$2" init "$tmp/hub/bad.safetensors" --heads 1
 }
+# an encoder of one kind of segment cannot tell the two texts of a pair from each other
+encoder "$tmp/hub/one.safetensors" 's/\(token_type_embeddings.weight\) 2x2 4/\1 1x2 2/'
+refuse init_pair_with_one_kind_of_segment 'takes pairs of texts, but the encoder knows one kind' init \
+  "$tmp/hub/one.safetensors" --heads 1
+mkdir "$tmp/said"
+cp "$tmp/hub/good.safetensors" "$tmp/said"
+printf '{"num_attention_heads": 1, "num_hidden_layers": 3}' > "$tmp/said/config.json"
+refuse init_config_json_of_another_model 'num_hidden_layers is 3, but the weights have 1' init \
+  "$tmp/said/good.safetensors"
+printf '{"num_attention_heads": "1"}' > "$tmp/said/config.json"
+refuse init_config_json_with_a_number_as_text \
+  'config.json: num_attention_heads is no number, but a text in quotes' init \
+  "$tmp/said/good.safetensors"
 key=encoder.layer.0.attention.self.key.weight
 broken wrong_shape "bad.safetensors: tensor $key: expected .* (2, 2), found F32 of (4, 1)" \
   's/self.key.weight 2x2/self.key.weight 4x1/'

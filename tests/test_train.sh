@@ -174,6 +174,15 @@ if [ $? -eq 1 ] && grep -q 'made with other options' "$tmp/err"; then
 else
   fail test_train_resumes_with_the_same_options_only "$(cat "$tmp/err")"
 fi
+# finished, then with another vocabulary of as many words
+cp -r "$data" "$tmp/words"
+train $one --data "$tmp/words" --checkpoint "$tmp/words.safetensors"
+sed 's/^music$/musik/' "$data/vocab.txt" > "$tmp/words/vocab.txt"
+if train $one --data "$tmp/words" --resume "$tmp/words.safetensors"; then
+  fail test_train_resumes_with_the_same_vocabulary_only "it did not fail"
+elif grep -q 'made with other options: words there' "$tmp/err"; then
+  ok test_train_resumes_with_the_same_vocabulary_only
+else fail test_train_resumes_with_the_same_vocabulary_only "$(tail -n 2 "$tmp/err")"; fi
 
 # ---- several runs, and what they leave ----
 several="--systems single,dense,switch,tag --seeds 1,2 --threads 2 --steps 6"

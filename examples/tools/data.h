@@ -191,9 +191,10 @@ static inline void import_encoder(encoder *e) {
   char *json = file_beside("config.json", &bytes), *lower;
   need(moe_file_read(&e->file, &e->file_bytes, source.init, &env));
   read_from(source.init, 0);
-  if (json) /* first: it knows best what kind of encoder that is */
-    need(moe_import_config_json(&e->config, json, bytes, &env));
-  need(moe_import_sizes(&e->config, e->file, e->file_bytes, &env));
+  if (json)
+    need(moe_import_encoder(&e->config, e->file, e->file_bytes, json, bytes, &env));
+  else
+    need(moe_import_sizes(&e->config, e->file, e->file_bytes, &env));
   if (!json && !source.heads)
     die("there is no config.json beside it: give --heads (and --eps, 1e-12 in BERT)");
   read_from(NULL, 0);
@@ -623,6 +624,10 @@ static inline void split_rows(task_data *d) {
 static inline void read_task_rows(task_data *d, const encoder *e, int64_t most) {
   const char *name = d->task.name, *train = find_file(name, "train"),
              *dev = find_file(name, DEV_FILES), *second = find_file(name, DEV_2_FILES);
+  if (d->task.pair && e->config.segments < 2)
+    die("task %s takes pairs of texts, but the encoder knows one kind of segment "
+        "(type_vocab_size 1): a pair needs two",
+        name);
   if (!train && !dev) train = find_file(name, "");
   if (!train) die("task %s has no file %s/%s/train.tsv (or .csv, .jsonl)", name, data.folder, name);
   read_rows(&d->train, &d->task, &d->as, e, train, 0, dev ? most : 0);

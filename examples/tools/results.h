@@ -55,6 +55,14 @@ static inline uint64_t data_fingerprint(const encoder *e, moe_model *from) {
   return h;
 }
 
+/* Of every byte of the vocabulary. */
+static inline uint64_t vocab_fingerprint(const encoder *e) {
+  uint64_t h = 0xcbf29ce484222325u;
+  size_t i;
+  for (i = 0; i < e->vocab_bytes; ++i) h = (h ^ (unsigned char)e->vocab[i]) * 0x100000001b3u;
+  return h;
+}
+
 /* Sets options_here: "lr=0.001 ..." of the options in the list "lr gate-lr ...", then the encoder,
    the rows, the weights and the precision. */
 static inline void note_options(const option *const *tables, const char *names, const encoder *e,
@@ -72,16 +80,16 @@ static inline void note_options(const option *const *tables, const char *names, 
     else
       put(&to, "%.9g ", o->whole ? *o->whole : *o->real);
   }
-  put(&to, "vocab=%d precision=%s data=%016llx tasks=", (int)e->config.vocab,
+  put(&to, "vocab=%d precision=%s data=%016llx words=%016llx tasks=", (int)e->config.vocab,
       strcmp(precision_name(), "fp32") ? precision_name() : "0",
-      (unsigned long long)data_fingerprint(e, from));
+      (unsigned long long)data_fingerprint(e, from), (unsigned long long)vocab_fingerprint(e));
   for (i = 0; i < n_tasks; ++i)
     put(&to, "%s:%lld,", tasks[i].task.name, (long long)tasks[i].train.n);
   options_here = to.data;
 }
 
 /* Dies, naming each difference, unless the options in a file are those here. One that the file does
-   not know was off. */
+   not know was off, but for `words`, which older files do not have. */
 static inline void check_same_options(const char *file, const char *there) {
   list here = split(options_here, ' '), other = split(there, ' ');
   text differences = {NULL, 0, 0};
@@ -89,6 +97,7 @@ static inline void check_same_options(const char *file, const char *there) {
   for (i = 0; i < here.n; ++i) {
     size_t n = strcspn(here.at[i], "=") + 1;
     for (k = 0; k < other.n && strncmp(other.at[k], here.at[i], n); ++k) continue;
+    if (k == other.n && !strncmp(here.at[i], "words=", n)) continue;
     if (strcmp(here.at[i] + n, k < other.n ? other.at[k] + n : "0"))
       put(&differences, "%s %.*s there %.40s, here %.40s", differences.bytes ? ";" : "", (int)n - 1,
           here.at[i], k < other.n ? other.at[k] + n : "0", here.at[i] + n);

@@ -546,6 +546,11 @@ static void test_import_looks_at_the_encoder_only(void) {
   import_refused(&f, LAYERS, "ModernBERT", 1);
 }
 
+/* A config.json of one head, and its length. */
+#define SAYS(members)                                                                              \
+  "{\"num_attention_heads\": 1, " members "}",                                                     \
+      sizeof "{\"num_attention_heads\": 1, " members "}" - 1
+
 static void test_import_knows_the_positions_of_roberta(void) {
   moe_config config;
   moe_env env;
@@ -553,8 +558,19 @@ static void test_import_knows_the_positions_of_roberta(void) {
   unsigned char *file, *at;
   flavour f = plain();
   f.positions = 66;
-  import_refused(&f, LAYERS, "tensor embeddings.position_embeddings.weight: 66 rows, as in RoBERTa",
-                 1);
+  file = encoder_file(&f, &n);
+  env = logging();
+  CHECK(moe_import_sizes(&config, file, n, &env) == MOE_E_FORMAT && sentences == 1 &&
+            strstr(said, "tensor embeddings.position_embeddings.weight: 66 rows, as in RoBERTa"),
+        "%s", said);
+  moe_config_init(&config);
+  CHECK(!moe_import_encoder(&config, file, n, SAYS("\"model_type\": \"bert\""), &env) &&
+            config.positions == 66,
+        "%s", said);
+  CHECK(moe_import_encoder(&config, file, n, SAYS("\"hidden_act\": \"gelu\""), &env) &&
+            strstr(said, "RoBERTa"),
+        "%s", said);
+  free(file);
   f.positions = POSITIONS;
   file = encoder_file(&f, &n);
   for (at = file; memcmp(at, "]}}", 3); ++at) continue;
@@ -565,6 +581,68 @@ static void test_import_knows_the_positions_of_roberta(void) {
             strstr(said, "8 rows, as in RoBERTa") && sentences == 1,
         "%s", said);
   free(file);
+}
+
+static void encoder_refused(const unsigned char *file, size_t n, const char *json, size_t bytes,
+                            const char *says) {
+  moe_env env = logging();
+  moe_config config, before;
+  moe_status status;
+  moe_config_init(&config);
+  before = config;
+  status = moe_import_encoder(&config, file, n, json, bytes, &env);
+  CHECK((status == MOE_E_FORMAT || status == MOE_E_UNSUPPORTED) && sentences == 1 &&
+            strstr(said, says),
+        "%d: '%s', not '%s'", (int)status, said, says);
+  CHECK(!memcmp(&config, &before, sizeof config), "nothing is changed");
+}
+
+static void test_import_compares_config_json_with_the_weights(void) {
+  flavour f = plain();
+  size_t n;
+  unsigned char *file = encoder_file(&f, &n);
+  moe_env env = logging();
+  moe_config c;
+  moe_config_init(&c);
+  CHECK(!moe_import_encoder(&c, file, n,
+                            SAYS("\"hidden_size\": 4, \"num_hidden_layers\": 2, "
+                                 "\"intermediate_size\": 6, \"max_position_embeddings\": 8, "
+                                 "\"type_vocab_size\": 2, \"layer_norm_eps\": 1e-7"),
+                            &env) &&
+            c.hidden == HIDDEN && c.layers == LAYERS && c.heads == 1 && c.eps == 1e-7f,
+        "%s", said);
+  encoder_refused(file, n, SAYS("\"num_hidden_layers\": 3"),
+                  "num_hidden_layers is 3, but the weig");
+  encoder_refused(file, n, SAYS("\"hidden_size\": 8"), "hidden_size is 8, but the weights have 4");
+  encoder_refused(file, n, SAYS("\"intermediate_size\": 8"), "intermediate_size is 8, but the wei");
+  encoder_refused(file, n, SAYS("\"vocab_size\": 30522"),
+                  "vocab_size is 30522, but the weights ha");
+  encoder_refused(file, n, SAYS("\"type_vocab_size\": 1"), "type_vocab_size is 1, but the weights");
+  encoder_refused(file, n, SAYS("\"max_position_embeddings\": 512"),
+                  "max_position_embeddings is 512, but the weights have 8");
+  encoder_refused(file, n, SAYS("\"model_type\": \"xlnet\""), "model_type is \"xlnet\"");
+  encoder_refused(file, n, SAYS("\"hidden_size\": 4, \"embedding_size\": 2"),
+                  "embedding_size is 2 and hidden_size 4");
+  encoder_refused(file, n, SAYS("\"layer_norm_eps\": \"1e-12\""),
+                  "layer_norm_eps is no number, but a text in quotes");
+  encoder_refused(file, n, SAYS("\"vocab_size\": 99999999999"), "vocab_size is out of range");
+  free(file);
+}
+
+/* ELECTRA, ERNIE, Splinter and DPR compute what BERT does, if their config.json says nothing else;
+   a byte order mark is no part of the text. */
+static void test_import_takes_encoders_of_other_names(void) {
+  static const char *const type[] = {"electra", "ernie", "splinter", "dpr"};
+  char json[128];
+  moe_config c;
+  size_t i;
+  for (i = 0; i < 4; ++i) {
+    snprintf(json, sizeof json,
+             "\xef\xbb\xbf{\"model_type\": \"%s\", \"hidden_size\": 4, \"embedding_size\": 4, "
+             "\"num_attention_heads\": 2}",
+             type[i]);
+    CHECK(read_json(json, &c) == MOE_OK && c.heads == 2, "%s", said);
+  }
 }
 
 /* A model that comes through a file as it was, and is a BERT file itself. */
@@ -651,5 +729,7 @@ static void run_import(void) {
   RUN(test_import_refuses_encoders_that_are_not_bert);
   RUN(test_import_looks_at_the_encoder_only);
   RUN(test_import_knows_the_positions_of_roberta);
+  RUN(test_import_compares_config_json_with_the_weights);
+  RUN(test_import_takes_encoders_of_other_names);
   RUN(test_import_real_minilm);
 }
