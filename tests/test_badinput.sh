@@ -299,8 +299,8 @@ broken() { # NAME PATTERN EDIT
 }
 # an encoder of one kind of segment cannot tell the two texts of a pair from each other
 encoder "$tmp/hub/one.safetensors" 's/\(token_type_embeddings.weight\) 2x2 4/\1 1x2 2/'
-refuse init_pair_with_one_kind_of_segment 'takes pairs of texts, but the encoder knows one kind' init \
-  "$tmp/hub/one.safetensors" --heads 1
+refuse init_pair_with_one_kind_of_segment \
+  'takes pairs of texts, but the encoder knows one kind' init "$tmp/hub/one.safetensors" --heads 1
 mkdir "$tmp/said"
 cp "$tmp/hub/good.safetensors" "$tmp/said"
 printf '{"num_attention_heads": 1, "num_hidden_layers": 3}' > "$tmp/said/config.json"

@@ -52,7 +52,7 @@ for tag, column in names.items():
 end
   then ok test_watch_events_open_in_tensorboard
   else fail test_watch_events_open_in_tensorboard "$(tail -n 3 "$tmp/said")"; fi
-else skip test_watch_events_open_in_tensorboard "python3 with the package tensorboard is not here"; fi
+else skip test_watch_events_open_in_tensorboard "python3 has no package tensorboard here"; fi
 
 # ---- resumed: the log goes on ----
 one="--systems tag --from-scratch"
