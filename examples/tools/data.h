@@ -10,6 +10,7 @@
    with the ending .tsv, .csv or .jsonl; TASK.tsv, TASK.csv, TASK.jsonl are for --split. */
 #ifndef TOOLS_DATA_H
 #define TOOLS_DATA_H
+#include "encoder.h"
 #include "table.h"
 
 /* ---- fields ---- */
@@ -139,124 +140,6 @@ static inline void check_ranking(const rows *r, const char *path) {
     if (q.begin[g + 1] == q.begin[g] + 1) die("the group of this row has no other choice");
   }
   free(q.begin);
-}
-
-/* ---- the encoder ---- */
-
-/* What rows are tokenised for. */
-typedef struct encoder {
-  moe_config config;
-  const char *vocab;
-  size_t vocab_bytes, file_bytes;
-  moe_tokenizer *tokenizer;
-  void *file; /* of --init, or NULL */
-} encoder;
-
-/* Its options; a program adds --layers, --hidden and --ffn with defaults of its own. */
-static struct {
-  const char *init, *vocab;
-  int heads, cased, max_len, layers, hidden, ffn;
-  double eps;
-} source;
-
-static const option encoder_options[] = {
-    GROUP("encoder"),
-    STRING("--init", "FILE", source.init, NULL,
-           "start from a published BERT-like encoder (safetensors); config.json beside it is read "
-           "[from scratch]"),
-    STRING("--vocab", "FILE", source.vocab, NULL, "its WordPiece vocabulary [vocab.txt of --data]"),
-    FLAG("--cased", source.cased, "do not lower-case the text [tokenizer_config.json decides]"),
-    WHOLE("--heads", source.heads, 1, 1024, NULL, "attention heads without config.json [4]"),
-    REAL("--eps", "E", source.eps, 1e-30, 1, NULL, "LayerNorm epsilon, likewise [1e-12]"),
-    END_OF_OPTIONS};
-
-static inline void make_tokenizer(encoder *e, const char *path) {
-  read_from(path, 0);
-  need(moe_tokenizer_create(&e->tokenizer, e->vocab, e->vocab_bytes, e->config.cased, &env));
-  read_from(NULL, 0);
-}
-
-/* A file beside --init; NULL: it is not there. */
-static inline char *file_beside(const char *name, size_t *bytes) {
-  const char *path =
-      printed("%.*s%s", (int)(file_name(source.init) - source.init), source.init, name);
-  void *file;
-  if (!exists(path)) return NULL;
-  need(moe_file_read(&file, bytes, path, &env));
-  return (char *)file;
-}
-
-static inline void import_encoder(encoder *e) {
-  size_t bytes;
-  char *json = file_beside("config.json", &bytes), *lower;
-  need(moe_file_read(&e->file, &e->file_bytes, source.init, &env));
-  read_from(source.init, 0);
-  if (json)
-    need(moe_import_encoder(&e->config, e->file, e->file_bytes, json, bytes, &env));
-  else
-    need(moe_import_sizes(&e->config, e->file, e->file_bytes, &env));
-  if (!json && !source.heads)
-    die("there is no config.json beside it: give --heads (and --eps, 1e-12 in BERT)");
-  read_from(NULL, 0);
-  moe_free(json);
-  json = file_beside("tokenizer_config.json", &bytes);
-  lower = json ? strstr(json, "\"do_lower_case\"") : NULL;
-  if (lower) e->config.cased = !strncmp(lower + 15 + strspn(lower + 15, " :\r\n\t"), "false", 5);
-  moe_free(json);
-}
-
-static inline void set_max_len(moe_config *c) {
-  if (source.max_len > c->positions)
-    die("--max-len %d is more than the %d positions of the encoder", source.max_len, c->positions);
-  if (source.max_len) c->max_len = source.max_len;
-}
-
-/* The encoder of the options and its tokenizer; `folder` may hold the vocabulary. */
-static inline void open_encoder(encoder *e, const char *folder) {
-  const char *path = source.vocab ? source.vocab : printed("%s/vocab.txt", folder);
-  moe_config *c = &e->config;
-  void *file;
-  if (source.init && !source.vocab)
-    die("--init needs --vocab, the vocabulary that the encoder was trained with");
-  memset(e, 0, sizeof *e);
-  moe_config_init(c);
-  if (source.init)
-    import_encoder(e);
-  else {
-    c->layers = source.layers;
-    c->hidden = source.hidden;
-    c->ffn = source.ffn;
-    c->heads = 4;
-    c->positions = source.max_len > 128 ? source.max_len : 128;
-    c->segments = 2;
-  }
-  if (source.heads) c->heads = source.heads;
-  if (source.eps > 0) c->eps = (float)source.eps;
-  if (source.cased) c->cased = 1;
-  c->max_len = c->positions < 128 ? c->positions : 128;
-  set_max_len(c);
-
-  need(moe_file_read(&file, &e->vocab_bytes, path, &env));
-  e->vocab = (char *)file;
-  make_tokenizer(e, path);
-  if (!source.init)
-    c->vocab = moe_tokenizer_words(e->tokenizer);
-  else if (moe_tokenizer_words(e->tokenizer) > c->vocab)
-    die("%s has %d words, but %s has room for %d", path, (int)moe_tokenizer_words(e->tokenizer),
-        source.init, (int)c->vocab);
-}
-
-/* The encoder and vocabulary of a trained model, which must outlive it, and nothing else. */
-static inline void encoder_of_model(encoder *e, const moe_model *model, const char *path) {
-  memset(e, 0, sizeof *e);
-  e->config = *moe_model_config(model);
-  e->vocab = moe_model_vocab(model, &e->vocab_bytes);
-  if (!e->vocab) die("%s holds no vocabulary", path);
-  set_max_len(&e->config);
-  make_tokenizer(e, path);
-  if (moe_tokenizer_words(e->tokenizer) > e->config.vocab)
-    die("%s: the vocabulary has %d words, the model has %d embeddings", path,
-        (int)moe_tokenizer_words(e->tokenizer), (int)e->config.vocab);
 }
 
 /* ---- rows of a file ---- */
