@@ -157,8 +157,11 @@ struct Case {
   void dirty_scratch() {
     moe__cuda_queue *q = moe__cuda_queue_of(&cases_gpu, &cases_env);
     moe__cuda_scratch_reset(q);
+    void *context = nullptr;
+    q->cuda->driver.cuCtxPushCurrent_v2(q->cuda->context);
     for (int i = 0; i < q->scratch_blocks; ++i)
-      memset((void *)(uintptr_t)q->scratch[i].p, 0xff, q->scratch[i].bytes);
+      q->cuda->driver.cuMemsetD8Async(q->scratch[i].p, 0xff, q->scratch[i].bytes, q->stream);
+    q->cuda->driver.cuCtxPopCurrent_v2(&context);
   }
 };
 

@@ -4,14 +4,27 @@
      kernels emulator [CASES]      the code, compiled by this compiler
      kernels FILE.ptx [CASES]      what NVRTC made of it; the architecture is in its .target
      kernels WHERE CASES OP ...    only these ops
+     kernels gpu [CASES]           compiled with -DKERNELS_GPU: on a real GPU, by driver and NVRTC
 
    Each case has its own order of blocks and threads and its own arrival of cp.async. The last line
    is "N passed, N failed, N skipped". */
-#define MOE__CUDA_CODE
 #define MOE_CUDA_IMPLEMENTATION
+#ifdef KERNELS_GPU
+#include <fstream>
+#include <sstream>
+#include "../../moe_cuda.h"
+static struct {
+  int arch;
+  bool interprets;
+  std::string ptx;
+} device; /* none: a real one */
+static void device_order(int, unsigned) {}
+#else
+#define MOE__CUDA_CODE
 #include "emulator.h"
 #include "../../moe_cuda.h"
 #include "device.h"
+#endif
 #include "cases.h"
 #include "cases_rows.h"
 #include "cases_route.h"
@@ -68,7 +81,10 @@ static bool open_device(const Mode &mode) {
   cases_env.backend = &cases_gpu;
   device.arch = mode.arch;
   moe_cuda_options_init(&options);
-  options.driver = "", options.nvrtc = "", options.cublas = "";
+#ifndef KERNELS_GPU
+  options.driver = "", options.nvrtc = "";
+#endif
+  options.cublas = "", options.cache = getenv("MOE_CUDA_CACHE");
   options.tf32 = mode.tf32, options.maker = MOE_CUDA_MAKER_OWN;
   return !moe_cuda_open(&cases_gpu, &options, &cases_env);
 }
@@ -82,7 +98,15 @@ int main(int argc, char **argv) {
   int count = argc > 2 ? atoi(argv[2]) : 200, passed = 0, failed = 0, arch = 0;
   const char *where = argc > 1 ? argv[1] : "emulator";
   setvbuf(stdout, nullptr, _IOLBF, 1 << 16);
-  if (strcmp(where, "emulator")) {
+#ifdef KERNELS_GPU
+  moe_cuda_counts counts;
+  if (!open_device(modes[0])) return printf("0 passed, 1 failed, 0 skipped\n"), 1;
+  printf("        %s\n", cases_gpu.name);
+  moe_cuda_count(&cases_gpu, &counts);
+  moe_cuda_close(&cases_gpu);
+  arch = counts.arch;
+#endif
+  if (strcmp(where, "emulator") && !arch) {
     std::stringstream text;
     text << std::ifstream(where).rdbuf();
     device.ptx = text.str(), device.interprets = true;
