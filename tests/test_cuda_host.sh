@@ -51,13 +51,13 @@ if $cc -std=c99 -O1 -DTOOL_CUDA $warn -o "$tmp/gpu_train" ../examples/train.c -l
     ../examples/tools/predict.c -ldl -lm -pthread >> "$tmp/log" 2>&1; then
   tools=1
   ok test_cuda_train_and_predict_compile
-  "$tmp/gpu_train" $few --save "$tmp/cpu.safetensors" 2> /dev/null | sed 's/ [0-9.]*$//' > "$tmp/want"
+  table() { "$tmp/gpu_train" $few "$@" 2> "$tmp/said" | sed 's/ [0-9.]*$//'; } # without the seconds
+  table --save "$tmp/cpu.safetensors" > "$tmp/want"
   if [ -e /dev/nvidiactl ]; then
     skip test_cuda_train_without_a_driver "this machine has a driver"
-  elif "$tmp/gpu_train" $few --device cuda 2> "$tmp/said" | sed 's/ [0-9.]*$//' | cmp -s - "$tmp/want" &&
+  elif table --device cuda | cmp -s - "$tmp/want" &&
       [ "$(grep -c 'install the NVIDIA driver' "$tmp/said")" = 1 ] &&
-      "$tmp/gpu_train" $few --device auto 2> "$tmp/said" | sed 's/ [0-9.]*$//' |
-      cmp -s - "$tmp/want" && ! grep -q -i cuda "$tmp/said"; then
+      table --device auto | cmp -s - "$tmp/want" && ! grep -q -i cuda "$tmp/said"; then
     ok test_cuda_train_without_a_driver
   else fail test_cuda_train_without_a_driver "$(head -n 3 "$tmp/said")"; fi
   "$tmp/gpu_train" $few --device gpu > "$tmp/out" 2>&1

@@ -1,4 +1,5 @@
-/* The host side of moe_cuda.h on a double of the driver (double.h): ./host DOUBLE.so [TESTS...] */
+/* The host side of moe_cuda.h on a double of the driver (double.h): ./host DOUBLE.so [TESTS...]
+   On a real GPU, whole models only: ./host gpu */
 #define MOE_IMPLEMENTATION
 #define MOE_CUDA_IMPLEMENTATION
 #include "../../moe_cuda.h"
@@ -25,10 +26,13 @@ static int host_load(const char *path) {
   return 1;
 }
 
+static void host_no_reset(void) {}
+
 static moe_cuda_options host_options(void) {
   moe_cuda_options options;
   moe_cuda_options_init(&options);
   options.driver = options.nvrtc = double_path;
+  if (!double_path) options.cache = getenv("MOE_CUDA_CACHE");
   options.cublas = "";
   options.maker = MOE_CUDA_MAKER_OWN;
   return options;
@@ -64,6 +68,14 @@ static moe_env host_env(void) {
 #include "faults.c"
 
 int main(int argc, char **argv) {
+  static double_control nothing;
+  if (argc > 1 && !strcmp(argv[1], "gpu")) {
+    control = &nothing, double_reset = host_no_reset;
+    test_begin(argc - 1, argv + 1);
+    test_argc = 1;
+    PART(whole);
+    return test_end();
+  }
   if (argc < 2 || !host_load(argv[1])) return printf("usage: host DOUBLE.so [TESTS]\n"), 2;
   snprintf(host_cache, sizeof host_cache, "%s.cache", argv[1]);
   double_reset();

