@@ -55,6 +55,10 @@ static void route_make(Case &c, RouteCase &r) {
   bool wide = r.N > 1;
   r.x = c.input("x", M * H, 1, wide);
   r.gates = c.input("gates", (size_t)r.G * N * H, 1, wide);
+  if (wide && c.chance(25)) { /* equal logits: the lowest index comes first */
+    for (size_t i = 0; i < M * H; ++i) r.x[i] = roundf(r.x[i]);
+    for (size_t i = 0; i < (size_t)r.G * N * H; ++i) r.gates[i] = roundf(r.gates[i]);
+  }
   r.gate_of = c.array<int32_t>("gate_of", (size_t)r.s.S, SAME, wide);
   for (int i = 0; i < r.s.S && wide; ++i) r.gate_of[(size_t)i] = c.pick(0, r.G - 1);
   route_options(c, r);

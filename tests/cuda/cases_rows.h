@@ -57,7 +57,7 @@ static void case_dropout(Case &c) {
 static void case_embed(Case &c) {
   Sequences s = cases_sequences(c, 8, 12);
   int H = c.pick(1, 70), V = c.number % 11 == 3 ? 70000 : c.pick(1, 40),
-      P = s.longest + c.pick(0, 2);
+      P = s.longest + c.pick(0, 2), kinds = c.chance(70) ? 2 : 256;
   if (V > 40) H = c.pick(1, 3); /* ids of more than 16 bits */
   size_t n = (size_t)s.M * (size_t)H;
   bool words = c.chance(80), segments = c.chance(60), position = c.chance(80);
@@ -65,15 +65,15 @@ static void case_embed(Case &c) {
   auto kind = c.array<uint8_t>("segments", s.M, SAME, segments);
   for (int i = 0; i < s.M; ++i) {
     ids[(size_t)i] = c.pick(0, V - 1);
-    if (segments) kind[(size_t)i] = (uint8_t)c.pick(0, 1);
+    if (segments) kind[(size_t)i] = (uint8_t)c.pick(0, kinds - 1);
   }
   auto word = c.input("word", (size_t)V * (size_t)H, 1, words);
   auto place = c.input("position", (size_t)P * (size_t)H, 1, position);
-  auto segment = c.input("segment", 2 * (size_t)H, 1, c.chance(70));
+  auto segment = c.input("segment", (size_t)(kinds * H), 1, c.chance(70));
   auto x = words ? c.output("x", n) : c.gradient("x", n), dx = c.input("dx", n);
   auto dword = c.gradient("dword", (size_t)V * (size_t)H, words && c.chance(85));
   auto dposition = c.gradient("dposition", (size_t)P * (size_t)H, position && c.chance(85));
-  auto dsegment = c.gradient("dsegment", 2 * (size_t)H, segment.index >= 0 && c.chance(85));
+  auto dsegment = c.gradient("dsegment", (size_t)(kinds * H), segment.index >= 0 && c.chance(85));
   c.send();
   for (int back = 0; back < 2; ++back)
     for (int side = CPU; side < SIDES; ++side) {
