@@ -22,7 +22,11 @@ static void device_order(int, unsigned) {}
 #else
 #define MOE__CUDA_CODE
 #include "emulator.h"
+#ifdef PLANTED /* a copy of moe_cuda.h with faults: see plant.py */
+#include PLANTED
+#else
 #include "../../moe_cuda.h"
+#endif
 #include "device.h"
 #endif
 #include "cases.h"
@@ -89,15 +93,23 @@ static bool open_device(const Mode &mode) {
   return !moe_cuda_open(&cases_gpu, &options, &cases_env);
 }
 
+static const Mode modes[] = {{70, 0, MOE_TYPE_F32, 1e-5},
+                             {70, 0, MOE_TYPE_BF16, 1e-2},
+                             {80, 0, MOE_TYPE_F32, 1e-5},
+                             {80, 1, MOE_TYPE_F32, 2e-3},
+                             {80, 0, MOE_TYPE_BF16, 1e-2}};
+
+#ifdef PLANTED
+#include "planted.h"
+#endif
+
 int main(int argc, char **argv) {
-  static const Mode modes[] = {{70, 0, MOE_TYPE_F32, 1e-5},
-                               {70, 0, MOE_TYPE_BF16, 1e-2},
-                               {80, 0, MOE_TYPE_F32, 1e-5},
-                               {80, 1, MOE_TYPE_F32, 2e-3},
-                               {80, 0, MOE_TYPE_BF16, 1e-2}};
   int count = argc > 2 ? atoi(argv[2]) : 200, passed = 0, failed = 0, arch = 0;
   const char *where = argc > 1 ? argv[1] : "emulator";
   setvbuf(stdout, nullptr, _IOLBF, 1 << 16);
+#ifdef PLANTED
+  if (!strcmp(where, "plants")) return plants(count, argc - 3, argv + 3);
+#endif
 #ifdef KERNELS_GPU
   moe_cuda_counts counts;
   if (!open_device(modes[0])) return printf("0 passed, 1 failed, 0 skipped\n"), 1;
