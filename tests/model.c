@@ -23,6 +23,7 @@ static float kinds_absolute_loss(float *dscore, float *row, float label, int32_t
 #ifndef _WIN32 /* memory that faults is a matter of POSIX here */
 #include "model/poison.c"
 #endif
+#include "model/limits.c"
 
 int main(int argc, char **argv) {
   test_begin(argc, argv);
@@ -37,5 +38,6 @@ int main(int argc, char **argv) {
 #ifndef _WIN32
   PART(poison);
 #endif
+  PART(limits);
   return test_end();
 }

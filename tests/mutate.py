@@ -269,7 +269,7 @@ class Planter:
         m = re.match(r"\((\w+(?:\[\w+\]|->\w+|\.\w+)*),\s+(\w+(?:\[\w+\]|->\w+|\.\w+)*)(?=[,)])",
                      self.source[t[i].at:t[i].at + 120])
         if (m and m.group(1) != m.group(2) and not t[i - 1].text.isupper() and
-                not re.fullmatch(r"strn?cmp|memcmp", t[i - 1].text)):
+                not re.fullmatch(r"strn?cmp|memcmp|moe__(min|max|mul|add)", t[i - 1].text)):
             end = close_of(t, i)
             a, b, at = t[i - 1].at, t[end].end, t[i].at
             self.add("swap", a, b, self.replaced(a, b, at + m.start(1), at + m.end(2),

@@ -49,8 +49,8 @@ tiny="--data $data --layers 2 --hidden 20 --heads 2 --ffn 36 --experts 3 --max-l
 tiny="$tiny --batch 6 --steps 3"
 
 if works "$address"; then
-  for t in ${MOE_SANITIZE:-files:files,import,checkpoint,json ops:route,experts,guard text:text,metrics \
-      train:sampler}; do
+  for t in ${MOE_SANITIZE:-files:files,import,checkpoint,json ops:route,experts,guard \
+      text:text,metrics train:sampler model:limits}; do
     c_tests address $t "$address"
   done
   if $CC $flags $address -o "$tmp/train" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1; then
