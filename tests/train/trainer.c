@@ -877,6 +877,58 @@ static void test_trainer_copies_of_a_model_survive_every_failed_allocation(void)
 
 /* What the cut into micro-batches changes: losses that are means over the tokens of a micro-batch,
    and the last bits of gates made of task vectors; nothing else. */
+/* Reading and writing files: out of memory is a status and a sentence, and the files stay. */
+static void test_trainer_files_survive_every_failed_allocation(void) {
+  const char *path = "build/alloc_model", *checkpoint = "build/alloc_checkpoint";
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_train_config config = plain();
+  pair p = make(&c, &config, &env);
+  void *before, *after;
+  size_t bytes, again;
+  int n, done = 0, kept;
+  CHECK(!moe_model_set_vocab(p.model, "abc", 3, &env) && !moe_model_save(p.model, path, &env) &&
+            !moe_checkpoint_save(p.trainer, NULL, "note", checkpoint, &env) &&
+            !moe_file_read(&before, &bytes, path, &env),
+        "%s", said);
+  kept = blocks_in_use;
+  for (n = 0; n < 80 && !done; ++n) {
+    moe_model *model = NULL;
+    moe_lock *lock = NULL;
+    moe_status status;
+    char note[8] = "";
+    size_t length;
+    fail_at = allocations + n;
+    said[0] = 0;
+    after = NULL;
+    status = moe_file_read(&after, &again, path, &env);
+    if (!status) status = moe_checkpoint_note(note, sizeof note, &length, after, again, &env);
+    if (status == MOE_E_FORMAT && strstr(said, "not a checkpoint")) status = MOE_OK, said[0] = 0;
+    moe_free(after);
+    if (!status) status = moe_model_load(&model, path, &env);
+    if (!status) status = moe_model_save(model, path, &env);
+    if (!status) status = moe_checkpoint_load(p.trainer, NULL, checkpoint, &env);
+    if (!status) status = moe_checkpoint_save(p.trainer, NULL, "note", checkpoint, &env);
+    if (!status) status = moe_file_lock(&lock, checkpoint, &env);
+    moe_file_unlock(lock);
+    moe_model_free(model);
+    fail_at = -1;
+    done = status == MOE_OK;
+    CHECK(done || status == MOE_E_MEMORY, "allocation %d: status %d, %s", n, (int)status, said);
+    CHECK(done == !said[0], "allocation %d: '%s'", n, said);
+    CHECK(blocks_in_use == kept, "allocation %d: %d blocks are left", n, blocks_in_use - kept);
+    CHECK(!moe_file_read(&after, &again, path, &env) && bytes == again &&
+              !memcmp(before, after, bytes),
+          "allocation %d: the file", n);
+    moe_free(after);
+  }
+  CHECK(done && n > 10, "%d allocations", n);
+  moe_free(before);
+  drop(&p);
+  remove(path);
+  remove(checkpoint);
+}
+
 static void test_trainer_micro_batches_change_what_the_header_says(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   int what;
@@ -964,6 +1016,7 @@ static void run_trainer(void) {
   RUN(test_trainer_allocates_nothing_after_creation);
   RUN(test_trainer_survives_every_failed_allocation);
   RUN(test_trainer_copies_of_a_model_survive_every_failed_allocation);
+  RUN(test_trainer_files_survive_every_failed_allocation);
   RUN(test_trainer_micro_batches_change_what_the_header_says);
   RUN(test_trainer_learns);
 }
