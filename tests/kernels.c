@@ -3,6 +3,7 @@
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* sched_setaffinity; the registers of a signal's context */
 #endif
+#include <limits.h>
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"

@@ -9,6 +9,66 @@ static void test_base_formats_sentences(void) {
   CHECK(!strcmp(text, "abc"), "%s", text);
 }
 
+/* Numbers at the edges of their types and of six digits; then every text cut at every length. */
+static void test_base_formats_every_number(void) {
+  static const struct {
+    double value;
+    const char *text;
+  } some[] = {{0, "0"},
+              {-0.5, "-0.5"},
+              {1, "1"},
+              {10, "10"},
+              {0.1, "0.1"},
+              {0.0001, "0.0001"},
+              {0.00001, "1e-5"},
+              {0.00012345, "0.00012345"},
+              {99999.5, "99999.5"},
+              {100000, "100000"},
+              {999999, "999999"},
+              {1000000, "1e6"},
+              {999999.4, "999999"},
+              {999999.6, "1e6"},
+              {123456, "123456"},
+              {1234567, "1.23457e6"},
+              {-1e30, "-1e30"},
+              {3.4028235e38, "3.40282e38"},
+              {1e-38, "1e-38"},
+              {2.5, "2.5"},
+              {1e300, "1e300"},
+              {0.02, "0.02"},
+              {12.0625, "12.0625"},
+              {HUGE_VAL, "inf"},
+              {-HUGE_VAL, "-inf"}};
+  char text[200], cut[200];
+  size_t i, n;
+  for (i = 0; i < sizeof some / sizeof *some; ++i) {
+    moe__format(text, sizeof text, "%g", some[i].value);
+    CHECK(!strcmp(text, some[i].text), "%.9g is '%s'", some[i].value, text);
+  }
+  moe__format(text, sizeof text, "%g", (double)NAN);
+  CHECK(!strcmp(text, "nan"), "%s", text);
+  moe__format(text, sizeof text, "%d %d %u %u %lld %lld %llu %c%c %s|", INT32_MIN, INT32_MAX, 0u,
+              UINT32_MAX, (long long)INT64_MIN, (long long)INT64_MAX,
+              (unsigned long long)UINT64_MAX, 'x', '%', "");
+  CHECK(!strcmp(text, "-2147483648 2147483647 0 4294967295 -9223372036854775808 "
+                      "9223372036854775807 18446744073709551615 x% |"),
+        "%s", text);
+  moe__format(text, sizeof text, "%zu %lu %ld %zu", SIZE_MAX, (unsigned long)LONG_MAX,
+              (long)LONG_MIN, (size_t)0);
+  snprintf(cut, sizeof cut, "%zu %lu %ld 0", SIZE_MAX, (unsigned long)LONG_MAX, (long)LONG_MIN);
+  CHECK(!strcmp(text, cut), "%s, not %s", text, cut);
+  for (n = 1; n < 60; ++n) {
+    memset(cut, '#', sizeof cut);
+    moe__format(text, sizeof text, "%s %d %llu %g %c%% %g", "abc", -12345, 9876543210ull, -0.03125,
+                'q', 1e-10);
+    moe__format(cut, n, "%s %d %llu %g %c%% %g", "abc", -12345, 9876543210ull, -0.03125, 'q',
+                1e-10);
+    CHECK(strlen(cut) == (strlen(text) < n ? strlen(text) : n - 1) &&
+              !strncmp(cut, text, strlen(cut)) && cut[n] == '#',
+          "%zu bytes: '%s'", n, cut);
+  }
+}
+
 static void keep_sentence(void *user, moe_status status, const char *sentence) {
   (void)status;
   strcpy((char *)user, sentence);
@@ -213,6 +273,7 @@ static void test_base_forced_isa_that_is_missing_is_refused(void) {
 
 static void run_base(void) {
   RUN(test_base_formats_sentences);
+  RUN(test_base_formats_every_number);
   RUN(test_base_sentences_hold_nothing_that_a_terminal_obeys);
   RUN(test_random_permutation_hits_every_row_once);
   RUN(test_random_normal_has_mean_0_and_deviation_1);
