@@ -262,6 +262,9 @@ static void test_safetensors_names_what_is_wrong(void) {
       {"{" A "} x", 16, "text after the end"},
       {"{" A ",", 16, "expected a string"},
       {"{\"\xff\":1}", 0, "not UTF-8"},
+      {"{\"a", 0, "byte 3 of 3: a string has no closing quote"},
+      {"{\"a\\", 0, "byte 4 of 4: unknown escape in a string"},
+      {"{", 0, "byte 1 of 1: unexpected end of the text"},
       {"{\"a\\u0000b\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[0,16]}}", 16,
        "tensor a...: a zero byte (\\u0000) in its name"},
       {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"F32\","

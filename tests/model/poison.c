@@ -60,7 +60,8 @@ static void test_poison_memory_faults(void) {
 /* Scores, states, logits and routes of one context. */
 typedef struct poison_seen {
   float scores[POISON_WIDTH], hidden[MODELS_M * 20], layer[MODELS_M * 20], logits[MODELS_M * 4];
-  int32_t expert[MODELS_M * 2];
+  float weight[MODELS_M * 2], prob[MODELS_M * 4];
+  int32_t expert[MODELS_M * 2], order[MODELS_M * 2], start[5];
   int64_t tokens[MODELS_TASKS], chosen[MODELS_TASKS * 2 * 4];
 } poison_seen;
 
@@ -84,6 +85,10 @@ static void poison_look(poison_seen *to, const moe_model *model, const models_ba
   if ((x = moe_context_gate_logits(c, 1)) != NULL) memcpy(to->logits, x, M * 4 * sizeof *x);
   CHECK(!moe_context_routes(c, 1, &r), "routes");
   memcpy(to->expert, r.expert, M * (size_t)r.k * sizeof *r.expert);
+  memcpy(to->weight, r.weight, M * (size_t)r.k * sizeof *r.weight);
+  memcpy(to->prob, r.prob, M * (size_t)r.N * sizeof *r.prob);
+  memcpy(to->order, r.order, M * (size_t)r.k * sizeof *r.order);
+  memcpy(to->start, r.start, ((size_t)r.N + 1) * sizeof *r.start);
   CHECK(!moe_route_count(&sums, c, &batch->b, env), "%s", said);
   moe_context_free(c);
 }
