@@ -215,7 +215,41 @@ static void test_gemm_lists_give_the_same_bits_for_any_number_of_threads(void) {
 #endif
 }
 
+/* Panels of rows and of columns by every instruction set, for all widths that a block may have. */
+static void test_gemm_kernels_pack_every_width(void) {
+  enum { K = 5, LD = 53 };
+  uint64_t seed = 12;
+  float *src = test_floats(LD * LD, &seed), got[48 * K], want[48 * K];
+  moe_env env;
+  size_t width, p, j;
+  int s;
+  for (s = 0; s < ISAS; ++s) {
+    const moe__gemm_kernels *kernels;
+    if (moe_env_init(&env, isas[s])) continue;
+    kernels = MOE__V_PICK(env.isa, gemms);
+    for (width = 1; width <= 48; ++width) {
+      size_t padded = (width + 15) / 16 * 16;
+      memset(want, 0, sizeof want);
+      memset(got, 0xff, sizeof got);
+      for (p = 0; p < K; ++p)
+        for (j = 0; j < width; ++j) want[j / 16 * 16 * K + p * 16 + j % 16] = src[p * LD + j];
+      kernels->pack_rows(got, src, LD, width, K);
+      CHECK(!memcmp(got, want, padded * K * sizeof *got), "rows: %s, width %zu",
+            moe_isa_name(env.isa), width);
+      if (width > 16) continue;
+      memset(want, 0, sizeof want);
+      for (p = 0; p < K; ++p)
+        for (j = 0; j < width; ++j) want[p * 16 + j] = src[j * LD + p];
+      kernels->pack_cols(got, src, LD, width, K);
+      CHECK(!memcmp(got, want, 16 * K * sizeof *got), "columns: %s, width %zu",
+            moe_isa_name(env.isa), width);
+    }
+  }
+  free(src);
+}
+
 static void run_gemm(void) {
+  RUN(test_gemm_kernels_pack_every_width);
   RUN(test_gemm_packs_into_panels_of_16);
   RUN(test_gemm_small_shapes_equal_the_definition);
   RUN(test_gemm_weight_gradients_equal_the_definition);

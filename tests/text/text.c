@@ -441,6 +441,32 @@ static void test_text_refuses_damaged_vocabularies(void) {
   check_vocabulary("[UNK]\n[CLS]\n\342\202\n[SEP]\n", 21, "vocabulary: line 3 is not UTF-8");
 }
 
+/* A line longer than any word has a length that 16 bits cannot hold: it matches nothing, not even a
+   text of the length that is left of it. */
+static void test_text_lines_of_64_kib_match_nothing(void) {
+  static char vocab[65600];
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_tokenizer *tokenizer = NULL;
+  int32_t ids[8];
+  moe_tokens out;
+  moe_text in = moe_text_of("b bb bbb", NULL);
+  int n, length;
+  for (n = 1; n < 4; ++n) {
+    length = sprintf(vocab, "[PAD]\n[UNK]\n[CLS]\n[SEP]\n");
+    memset(vocab + length, 'b', (size_t)65536 + (size_t)n);
+    length += 65536 + n;
+    vocab[length++] = '\n';
+    CHECK(!moe_tokenizer_create(&tokenizer, vocab, (size_t)length, 0, &env), "%s", said);
+    memset(&out, 0, sizeof out);
+    out.ids = ids;
+    out.capacity = 8;
+    CHECK(!moe_encode(tokenizer, &out, &in, 8, MOE_TRUNCATE_RIGHT, &env), "%s", said);
+    CHECK(out.count == 5 && ids[1] == 1 && ids[2] == 1 && ids[3] == 1, "%d: %d %d %d", n,
+          (int)ids[1], (int)ids[2], (int)ids[3]);
+    moe_tokenizer_free(tokenizer);
+  }
+}
+
 /* ---- words of one hash ---- */
 
 enum { FLOOD_BITS = 15, FLOOD_BLOCK = 6, FLOOD_TRIES = 1 << 18 };
@@ -661,6 +687,7 @@ static void run_text(void) {
   RUN(test_text_keeps_its_promises_on_random_bytes);
   RUN(test_text_reads_long_texts_in_linear_time_without_memory);
   RUN(test_text_refuses_damaged_vocabularies);
+  RUN(test_text_lines_of_64_kib_match_nothing);
   RUN(test_text_is_not_slow_with_words_of_one_hash);
   RUN(test_text_survives_any_vocabulary);
   RUN(test_text_reads_a_vocabulary_as_hugging_face_does);
