@@ -17,8 +17,9 @@ done
 [ -z "$missing" ] && ok test_promises_names_commands_that_exist ||
   fail test_promises_names_commands_that_exist "there is no$missing"
 if [ -s mutants.tsv ]; then
-  bad=$(awk -F '\t' 'NF != 5 || $1 !~ /^(equivalent|elsewhere)$/ || length($2) < 10 { print FNR ": " $0 }' \
-    mutants.tsv)
+  bad=$(awk -F '\t' 'NF != 5 || $1 !~ /^(equivalent|elsewhere)$/ || length($2) < 10 {
+    print FNR ": " $0
+  }' mutants.tsv)
   [ -z "$bad" ] && ok test_promises_equivalent_faults_have_reasons ||
     fail test_promises_equivalent_faults_have_reasons "$bad"
 else fail test_promises_equivalent_faults_have_reasons "mutants.tsv is empty"; fi
