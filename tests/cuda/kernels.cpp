@@ -33,12 +33,26 @@ static void device_order(int, unsigned) {}
 #include "cases_rows.h"
 #include "cases_route.h"
 #include "cases_products.h"
+#ifndef KERNELS_GPU
+#include "cases_math.h"
+#endif
+
+#ifndef KERNELS_GPU
+/* Not an op: the functions that kernels share, once. */
+static void case_math(Case &c) {
+  const char *fault = c.number ? nullptr : math_fault();
+  if (fault) c.fail(fault);
+}
+#define OPS_MATH {"math", case_math, false},
+#else
+#define OPS_MATH
+#endif
 
 static const struct {
   const char *name;
   void (*run)(Case &);
   bool products; /* depends on the precision */
-} ops[] = {{"linear", case_linear, true},
+} ops[] = {OPS_MATH{"linear", case_linear, true},
            {"experts", case_experts, true},
            {"attention", case_attention, false},
            {"layernorm", case_layernorm, false},

@@ -16,7 +16,7 @@ inline bool plant_acts(int n) {
 }
 
 #define PLANT_INT(n, x) ((x) + (decltype(x))plant_acts(n))
-#define PLANT_FLOAT(n, x) ((x) * (plant_acts(n) ? 1.25f : 1.0f))
+#define PLANT_FLOAT(n, x) ((x) + (plant_acts(n) ? (x)*0.25f + 0.25f : 0.0f))
 #define PLANT_NOT(n, condition) (bool(condition) != plant_acts(n))
 #define PLANT_SKIP(n, ...) (plant_acts(n) ? (void)0 : (void)(__VA_ARGS__))
 #define PLANT_SIGN(n) (plant_acts(n) ? -1 : 1)
