@@ -1,7 +1,7 @@
 #!/bin/sh
 # Plants faults in moe_cuda.h (plant.py) and runs the tests of kernels and of the host side with
-# each of them: sh cuda/plant.sh [FAULTS] [SEED], in tests/. Takes an hour or so, and is no part of
-# the tests. The last lines say how many were caught and list the others; all are in build/cuda/plants.txt.
+# each of them: sh cuda/plant.sh [FAULTS] [SEED], in tests/. It takes an hour and is no test. The
+# last lines say how many were caught and list the others; all are in build/cuda/plants.txt.
 count=${1:-400} seed=${2:-1}
 out=build/cuda
 planted=$out/planted.h
