@@ -1,6 +1,8 @@
 /* The host side of moe_cuda.h on a double of the driver (double.h): ./host DOUBLE.so [TESTS...]
    On a real GPU, whole models only: ./host gpu */
+#ifndef HOST_LINKED /* with moe.h, compiled elsewhere */
 #define MOE_IMPLEMENTATION
+#endif
 #define MOE_CUDA_IMPLEMENTATION
 #include "../../moe_cuda.h"
 #include "../test.h"
