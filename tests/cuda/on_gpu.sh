@@ -65,6 +65,7 @@ if [ -n "$sanitizer" ]; then
 else echo "sanitizer: there is no compute-sanitizer" | tee -a "$out/summary.txt"; fi
 
 # ---- measurements ----
+cp "$out/kernels.cache" "$out/bench_cuda.kernels" 2> /dev/null
 step bench 200 python3 bench/cuda.py "$out/bench_cuda" --out "$out"
 rm -f "$out"/kernels "$out"/host "$out"/bench_cuda "$out"/*.o "$out"/*.kernels \
   "$out/kernels.cache"
