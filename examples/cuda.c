@@ -1,4 +1,4 @@
-/* cc -O2 -I. -o cuda examples/cuda.c -ldl -lm -pthread && ./cuda   (copy moe.h and moe_cuda.h)
+/* Copy moe.h, moe_cuda.h and this. cc -O2 -I. -o cuda examples/cuda.c -ldl -lm -pthread && ./cuda
    Trains on an NVIDIA GPU: two tasks on points of a plane, as in the example at the top of moe.h.
    Nothing of CUDA is needed to compile. Without a driver, a GPU or NVRTC it says in one sentence
    what is missing, and the CPU trains. */

@@ -38,7 +38,7 @@ compiles() {
   else fail test_examples_compile_$1_as_cpp "$(head -n 5 "$tmp/log")"; fi
 }
 # walkthrough and blas have tests of their own
-for name in train_text ask sensors layer; do compiles $name; done
+for name in train_text ask sensors layer cuda; do compiles $name; done
 
 prints() { # NAME PATTERN FILE
   if grep -q "$2" "$3"; then ok "$1"; else fail "$1" "$(head -n 5 "$3")"; fi
