@@ -57,6 +57,56 @@ fi
 tail -n +2 $data/intent_match/dev.tsv | cut -f 2,3 | head -n 5 > "$tmp/pairs"
 if [ "$(predict intent_match < "$tmp/pairs" | wc -l)" -eq 5 ]; then ok test_predict_takes_pairs
 else fail test_predict_takes_pairs; fi
+# ---- other forms of an answer ----
+head -n 3 "$tmp/lines" | predict snips_intents --top 2 > "$tmp/top"
+head -n 3 "$tmp/all" > "$tmp/best"
+if cut -f 1,2 "$tmp/top" | cmp -s - "$tmp/best" &&
+    [ "$(awk -F '\t' 'NF == 4 && $2 >= $4' "$tmp/top" | wc -l)" -eq 3 ]; then
+  ok test_predict_top_begins_with_the_answer
+else fail test_predict_top_begins_with_the_answer "$(cat "$tmp/top")"; fi
+head -n 3 "$tmp/lines" | predict snips_intents --scores > "$tmp/scores"
+if [ "$(awk -F '\t' '{ s = 0; m = 0
+    for (i = 2; i <= NF; ++i) { s += $i; if ($i > m) m = $i }
+    if (NF == 8 && s > 0.99999 && s < 1.00001) print $1 "\t" sprintf("%.6f", m) }' "$tmp/scores" |
+    cmp - "$tmp/best" 2>&1)" = "" ]; then ok test_predict_scores_are_all_probabilities
+else fail test_predict_scores_are_all_probabilities "$(cat "$tmp/scores")"; fi
+if have python3; then
+  head -n 3 "$tmp/lines" | predict snips_intents --json --top 2 | python3 -c '
+import json, sys
+for line in sys.stdin:
+    x = json.loads(line)
+    s = list(x["scores"].items())
+    assert len(s) == 2 and s[0] == (x["label"], x["score"]) and s[0][1] >= s[1][1]
+    print("%s\t%.6f" % s[0])' > "$tmp/json" 2>&1
+  if cmp -s "$tmp/json" "$tmp/best"; then ok test_predict_json_says_the_same
+  else fail test_predict_json_says_the_same "$(cat "$tmp/json")"; fi
+else skip test_predict_json_says_the_same "there is no python3 here"; fi
+head -n 2 "$tmp/lines" | predict snips_intents --embed mean > "$tmp/mean"
+head -n 2 "$tmp/lines" | predict snips_intents --embed cls > "$tmp/cls"
+if [ "$(awk -F '\t' '{ print NF }' "$tmp/mean" "$tmp/cls" | uniq -c | tr -s ' ')" = ' 4 32' ] &&
+    ! cmp -s "$tmp/mean" "$tmp/cls"; then ok test_predict_embed_gives_vectors
+else fail test_predict_embed_gives_vectors "$(cut -c 1-60 "$tmp/mean")"; fi
+predict snips_intents --report < $data/snips_intents/dev.tsv > "$tmp/report"
+# rows of the table of confusions sum to the rows of a label, its diagonal over n is the accuracy
+said=$(awk '/^accuracy/ { a = $2 } /^n / { n = $2 } /^ *[0-9]+=/ && NF == 5 { rows += $2 }
+  /^is/ { t = 1; next } t && /^ *[0-9]+=/ { right += $(2 + k++); for (i = 2; i <= NF; ++i) all += $i }
+  END { d = right / n - a; print (rows == n), (all == n), (d * d < 1e-12) }' "$tmp/report")
+if [ "$said" = "1 1 1" ]; then ok test_predict_report_adds_up
+else fail test_predict_report_adds_up "$said: $(cat "$tmp/report")"; fi
+# a program that waits for each answer before it asks again
+mkfifo "$tmp/ask" "$tmp/answer"
+predict snips_intents < "$tmp/ask" > "$tmp/answer" &
+exec 3> "$tmp/ask" 4< "$tmp/answer"
+i=0
+while [ $i -lt 3 ] && IFS= read -r line; do
+  printf '%s\n' "$line" >&3
+  timeout 60 head -n 1 <&4
+  i=$((i + 1))
+done < "$tmp/lines" > "$tmp/talk"
+exec 3>&- 4<&-
+wait
+if cmp -s "$tmp/talk" "$tmp/best"; then ok test_predict_answers_before_the_next_line
+else fail test_predict_answers_before_the_next_line "$(cat "$tmp/talk")"; fi
 printf 'no newline at the end' | predict query_wellformedness > "$tmp/one"
 if grep -q '^-\{0,1\}[0-9]*\.[0-9]\{6\}$' "$tmp/one"; then ok test_predict_prints_a_regression
 else fail test_predict_prints_a_regression "$(cat "$tmp/one")"; fi

@@ -32,6 +32,7 @@
 #include <stdlib.h>
 #include <string.h>
 #ifdef _WIN32
+#include <fcntl.h>
 #include <io.h>
 #include <windows.h>
 #define isatty _isatty
@@ -393,16 +394,39 @@ static inline void check_writable(const char *option_name, const char *path) {
   if (f && !old) remove(path);
 }
 
-/* The next line of a stream without its end, \n or \r\n; 0: there is none. */
-static inline int read_line(text *t, FILE *f) {
-  int c = getc(f);
+/* Bytes of standard input that are there, at least one; 0: it has ended. */
+static inline size_t read_input(char *to, unsigned room) {
+  long n;
+#ifdef _WIN32
+  static int binary; /* else the byte 0x1a would end it */
+  if (!binary) binary = 1, _setmode(_fileno(stdin), _O_BINARY);
+  n = _read(_fileno(stdin), to, room);
+#else
+  while ((n = (long)read(STDIN_FILENO, to, room)) < 0 && errno == EINTR) continue;
+#endif
+  if (n < 0) die("standard input cannot be read: %s", strerror(errno));
+  return (size_t)n;
+}
+
+/* The next line of standard input without its end, \n or \r\n; 0: there is none. wait 0: none is
+   there yet either. So a program can answer what it has before it waits for more. */
+static inline int read_line(text *t, int wait) {
+  static char buffer[1 << 16];
+  static size_t at, end;
+  static int ended;
+  char *mark;
   t->bytes = 0;
-  if (c == EOF) return 0;
-  put_bytes(t, "", 0);
-  for (; c != EOF && c != '\n'; c = getc(f)) {
-    char byte = (char)c;
-    put_bytes(t, &byte, 1);
+  for (;;) {
+    mark = (char *)memchr(buffer + at, '\n', end - at);
+    if (!mark && !wait && !ended) return 0;
+    put_bytes(t, buffer + at, mark ? (size_t)(mark - buffer) - at : end - at);
+    at = mark ? (size_t)(mark - buffer) + 1 : end;
+    if (mark || ended) break;
+    at = 0;
+    end = read_input(buffer, sizeof buffer);
+    ended = !end;
   }
+  if (!mark && !t->bytes) return 0;
   if (t->bytes && t->data[t->bytes - 1] == '\r') t->data[--t->bytes] = 0;
   return 1;
 }

@@ -67,11 +67,11 @@ int main(int argc, char **argv) {
   need(moe_tokenizer_create(&tokenizer, (char *)vocab, bytes, opt.cased, &env));
   words = split((char *)vocab, '\n');
   memset(&out, 0, sizeof out);
-  for (n = 1; read_line(&line, stdin); ++n) {
+  for (n = 1; read_line(&line, 0) || (!fflush(stdout) && read_line(&line, 1)); ++n) {
     read_from("stdin", n);
     tokenize(tokenizer, &out, &line, (const char *const *)words.at);
+    read_from(NULL, 0);
   }
-  if (ferror(stdin)) die("cannot be read");
   moe_tokenizer_free(tokenizer);
   moe_free(vocab);
   free(out.ids), free(line.data);
