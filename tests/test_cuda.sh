@@ -40,6 +40,15 @@ kernels() {
     -lm -ldl -pthread > "$tmp/$name.build" 2>&1 || { head -n 20 "$tmp/$name.build"; false; }
 }
 
+# broken NAME SED: PTX that was damaged must not pass
+broken() {
+  sed "$2" "$out/kernels_80.ptx" > "$tmp/broken.ptx"
+  if cmp -s "$out/kernels_80.ptx" "$tmp/broken.ptx"; then fail "cuda_ptx_$1" "nothing to damage"
+  elif "$out/kernels" "$tmp/broken.ptx" 12 linear > "$tmp/log" 2>&1; then
+    fail "cuda_ptx_$1" "nobody notices"
+  else ok "cuda_ptx_$1_is_noticed"; fi
+}
+
 if ! $CC -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -x c -DMOE_IMPLEMENTATION -c ../moe.h \
     -o "$out/moe.o" > "$tmp/log" 2>&1; then
   fail cuda_moe_h "$(head -n 5 "$tmp/log")"
@@ -73,6 +82,8 @@ else
       "$out/kernels" "$ptx" "$cases" > "$tmp/ptx.log" 2>&1
       add ptx ptx_
     done
+    broken without_barriers 's/bar\.sync.*;/mov.u32 %r1, %r1;/'
+    broken without_waits 's/\(cp\.async\.wait_group[ \t]*\)1/\12/'
   fi
   if ! kernels kernels_asan -fsanitize=address,undefined -fno-sanitize-recover=undefined \
       -fsanitize-sections=cuda_shared; then

@@ -56,6 +56,10 @@ static void experts_routes(Case &c, ExpertsCase &e) {
   e.weight = c.input("weight", slots, 1, e.routed);
   e.prob = c.input("prob", (size_t)(e.M * e.N), 1, e.routed);
   if (!e.routed) return;
+  if (e.N == 1 && slots && c.chance(60)) { /* constant weights, or all but one */
+    for (size_t slot = 0; slot < slots; ++slot) e.weight[slot] = 1;
+    if (c.chance(50)) e.weight[(size_t)c.pick(0, (int)slots - 1)] = 0.5f;
+  }
   for (int m = 0; m < e.M; ++m) {
     int first = c.pick(0, used - 1);
     for (int j = 0; j < e.k; ++j) e.expert[(size_t)(m * e.k + j)] = e.N - 1 - (first + j) % used;
