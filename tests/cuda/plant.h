@@ -2,6 +2,7 @@
    acts, or 0; plant_seen[n] says that the place of fault n was reached. */
 #ifndef PLANT_H
 #define PLANT_H
+#include <stdint.h>
 #include <stdlib.h>
 #include <type_traits>
 #include <utility>
