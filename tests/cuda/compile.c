@@ -13,6 +13,7 @@
 #endif
 #define MOE_CUDA_IMPLEMENTATION
 #include "../../moe_cuda.h"
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -238,7 +239,7 @@ int main(int argc, char **argv) {
   if (argc == 3 && !strcmp(argv[1], "source"))
     return fputs(moe__cuda_source(atoi(argv[2])), stdout) < 0;
   if (argc != 3 && argc != 4) return fprintf(stderr, "compile NVRTC FOLDER [ptx]\n"), 2;
-  library = moe__cuda_dlopen(argv[1]);
+  library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
   if (!library || moe__cuda_symbols(library, moe__cuda_nvrtc_names, &rtc))
     return printf("  FAIL  %s is no NVRTC\n0 passed, 1 failed, 0 skipped\n", argv[1]), 1;
   rtc.nvrtcVersion(&major, &minor);
