@@ -11,7 +11,7 @@ wrap() { # NAME COMPILER
 }
 wrap cc "${CC:-cc}"
 wrap c++ "${CXX:-c++}"
-ln -s "$PWD/../moe.h" "$PWD/../examples" "$tmp/project"
+ln -s "$PWD/../moe.h" "$PWD/../moe_cuda.h" "$PWD/../examples" "$tmp/project"
 PATH=$tmp/bin:$PATH
 here=$PWD
 cd "$tmp/project" || exit 1

@@ -67,6 +67,19 @@ static void test_open_says_what_is_missing(void) {
   }
 }
 
+static void test_open_takes_the_second_gpu(void) {
+  moe_cuda_options options = host_options();
+  moe_backend b, two;
+  double_reset();
+  control->devices = 2;
+  options.device = 1;
+  CHECK(!open_one(&b, &options) && strstr(b.name, "cuda:1 (Double 1"), "%s %s", b.name, said);
+  options.device = 0;
+  CHECK(!open_one(&two, &options) && strstr(two.name, "cuda:0 (Double 0"), "%s", said);
+  CHECK(!moe_cuda_close(&two) && !moe_cuda_close(&b), "left");
+  HOST_IS_CLEAN();
+}
+
 /* A CUBIN for the very card; PTX where NVRTC is older than it, or on request. */
 static void test_open_compiles_for_the_card(void) {
   static const int card[] = {70, 75, 80, 86, 89, 90, 100, 120};
@@ -219,6 +232,7 @@ static void test_open_says_how_much_memory_is_missing(void) {
 static void run_open(void) {
   RUN(test_open_names_the_gpu_and_gives_everything_back);
   RUN(test_open_says_what_is_missing);
+  RUN(test_open_takes_the_second_gpu);
   RUN(test_open_compiles_for_the_card);
   RUN(test_open_keeps_kernels_in_the_cache_file);
   RUN(test_open_copies_what_it_is_given);

@@ -55,7 +55,7 @@ static void whole_end(whole_side *side) {
 
 /* Step number n: two micro-batches. */
 static moe_status whole_step(whole_side *side, int n) {
-  static models_batch batch[2];
+  models_batch batch[2];
   float loss[2];
   moe_status status = MOE_OK;
   int i;
@@ -240,9 +240,85 @@ static void test_whole_products_by_cublas(void) {
   }
 }
 
+/* A run of a few steps in a thread of its own; or on a stream. */
+typedef struct whole_alone {
+  whole_side side;
+  uint64_t hash;
+} whole_alone;
+
+static void *whole_alone_run(void *arg) {
+  whole_alone *run = (whole_alone *)arg;
+  run->hash = 0;
+  if (!whole_begin(&run->side, MOE_ROUTER_TASK, 1) && whole_fit(&run->side, 0, 2))
+    run->hash = whole_hash(&run->side);
+  whole_end(&run->side);
+  return NULL;
+}
+
+static void whole_alone_begin(whole_alone *run, moe_backend *b) {
+  memset(run, 0, sizeof *run);
+  moe_env_init(&run->side.env, MOE_ISA_AUTO); /* no log: threads would share it */
+  run->side.env.backend = b;
+}
+
+/* Models and contexts of several threads on one backend: the bits of one alone. */
+static void test_whole_runs_in_several_threads(void) {
+  enum { THREADS = 3 };
+  moe_cuda_options options = host_options();
+  moe_env env = host_env();
+  moe_backend b;
+  whole_alone run[THREADS + 1];
+  pthread_t thread[THREADS];
+  int i;
+  double_reset();
+  CHECK(!moe_cuda_open(&b, &options, &env), "%s", said);
+  for (i = 0; i <= THREADS; ++i) whole_alone_begin(&run[i], &b);
+  whole_alone_run(&run[THREADS]);
+  for (i = 0; i < THREADS; ++i)
+    CHECK(!pthread_create(&thread[i], NULL, whole_alone_run, &run[i]), "no thread");
+  for (i = 0; i < THREADS; ++i) pthread_join(thread[i], NULL);
+  for (i = 0; i < THREADS; ++i)
+    CHECK(run[i].hash && run[i].hash == run[THREADS].hash, "thread %d", i);
+  CHECK(!moe_cuda_close(&b), "left");
+  HOST_IS_CLEAN();
+}
+
+/* On a stream and in a context of the caller's, which stay the caller's. */
+static void test_whole_runs_on_a_stream_of_the_callers(void) {
+  moe_cuda_options options = host_options();
+  moe_env env = host_env();
+  moe_backend b[2];
+  whole_alone run[2];
+  const moe__cuda *cuda;
+  void *context = NULL;
+  int i;
+  double_reset();
+  for (i = 0; i < 2; ++i) {
+    CHECK(!moe_cuda_open(&b[i], &options, &env), "%s", said);
+    whole_alone_begin(&run[i], &b[i]);
+    whole_alone_run(&run[i]);
+    cuda = (const moe__cuda *)b[0].user;
+    if (i) break;
+    options.context = cuda->context;
+    cuda->driver.cuCtxPushCurrent_v2(cuda->context);
+    CHECK(!cuda->driver.cuStreamCreate(&options.stream, 0), "no stream");
+    cuda->driver.cuCtxPopCurrent_v2(&context);
+  }
+  CHECK(run[0].hash && run[0].hash == run[1].hash, "other bits");
+  CHECK(!moe_cuda_close(&b[1]), "left");
+  cuda->driver.cuCtxPushCurrent_v2(cuda->context);
+  CHECK(!cuda->driver.cuStreamSynchronize(options.stream), "the caller's stream is gone");
+  CHECK(!cuda->driver.cuStreamDestroy_v2(options.stream), "the caller's stream is gone");
+  cuda->driver.cuCtxPopCurrent_v2(&context);
+  CHECK(!moe_cuda_close(&b[0]), "left");
+  HOST_IS_CLEAN();
+}
+
 static void run_whole(void) {
   RUN(test_whole_training_follows_the_cpu);
   RUN(test_whole_runs_again_and_resumed_with_the_same_bits);
   RUN(test_whole_saves_and_predicts_as_the_cpu);
   RUN(test_whole_products_by_cublas);
+  RUN(test_whole_runs_in_several_threads);
+  RUN(test_whole_runs_on_a_stream_of_the_callers);
 }
