@@ -159,7 +159,7 @@ static void test_embedding_tasks_outside_the_batch_have_no_gradient(void) {
   model = models_create(&config, tasks, MODELS_TASKS, &env);
   at = embedding_offset(model, "tasks.vectors");
   models_random_batch(&all, model, 24, 12, 8);
-  memset(&few, 0, sizeof some);
+  memset(&few, 0, sizeof few);
   for (s = 0; s < 24; ++s) /* tasks 1 and 4 alone */
     if (all.task[s] == 1 || all.task[s] == 4) models_append(&few, &all, s, &config);
   CHECK(few.b.S > 1 && few.b.S < 20, "%d sequences", (int)few.b.S);
