@@ -75,11 +75,13 @@ static inline void say(const char *sentence) {
 }
 
 TOOLS_DIES TOOLS_PRINTF(1) static inline void die(const char *format, ...) {
-  char sentence[4096];
+  char sentence[4096], *s;
   va_list args;
   va_start(args, format);
   vsnprintf(sentence, sizeof sentence, format, args);
   va_end(args);
+  for (s = sentence; *s; ++s) /* from a file, perhaps: nothing that controls a terminal */
+    if ((unsigned char)*s < 32 || *s == 127) *s = '?';
   say(sentence);
   exit(1);
 }
