@@ -759,6 +759,7 @@ static void run_all(void) {
         "on from it (its seconds not counted) for the others.\nSingle-Task: each task from "
         "scratch, for its share of all steps.\n",
         100 * opt.parent);
+  release_interrupts();
   compare_lines(0);
   compare_lines(1);
   print_comparisons();

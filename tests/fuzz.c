@@ -1,8 +1,8 @@
 /* fuzz.c - hostile input for whatever reads what others wrote: the targets in fuzz/
 
-     clang -g -O1 -fsanitize=fuzzer,address,undefined -DFUZZ_LIBFUZZER -o fuzz fuzz.c -lm -pthread
+     clang -g -O1 -fsanitize=fuzzer,address,undefined -DFUZZ_LIBFUZZER -o fuzz fuzz.c -lm
      FUZZ=model ./fuzz -max_total_time=60 fuzz/seeds/model       libFuzzer, which finds new inputs
-     cc -g -O1 -o test_fuzz fuzz.c -lm -pthread && ./test_fuzz   the seeds and simple changes of them
+     cc -g -O1 -I. -o test_fuzz fuzz.c -lm && ./test_fuzz   the seeds and simple changes of them
      FUZZ=model ./test_fuzz FILE                                 one input
      ./test_fuzz --seeds                                         writes fuzz/seeds again
 
@@ -49,15 +49,12 @@ typedef struct fuzz_target {
   int header; /* 1: its numbers are decimal digits, which are changed whole */
 } fuzz_target;
 
-static const fuzz_target fuzz_targets[] = {{"batch", fuzz_batch, batch_begin, 0},
-                                           {"checkpoint", fuzz_checkpoint, checkpoint_begin, 1},
-                                           {"data", fuzz_data, data_begin, 1},
-                                           {"import", fuzz_import, NULL, 1},
-                                           {"json", fuzz_json, NULL, 0},
-                                           {"model", fuzz_model, NULL, 1},
-                                           {"results", fuzz_results, NULL, 1},
-                                           {"routes", fuzz_routes, NULL, 1},
-                                           {"text", fuzz_text, NULL, 0}};
+static const fuzz_target fuzz_targets[] = {
+    {"batch", fuzz_batch, batch_begin, 0}, {"checkpoint", fuzz_checkpoint, checkpoint_begin, 1},
+    {"data", fuzz_data, data_begin, 1},    {"import", fuzz_import, NULL, 1},
+    {"json", fuzz_json, NULL, 0},          {"model", fuzz_model, NULL, 1},
+    {"results", fuzz_results, NULL, 1},    {"routes", fuzz_routes, NULL, 1},
+    {"text", fuzz_text, NULL, 0}};
 enum { FUZZ_TARGETS = sizeof fuzz_targets / sizeof *fuzz_targets };
 static const fuzz_target *fuzz_target_now;
 
@@ -82,12 +79,41 @@ static uint32_t fuzz_next(uint64_t *state) {
 
 /* Puts another number in the place of one in d; the new length, 0: there is none, or no room. */
 static size_t fuzz_number(uint8_t *d, size_t n, size_t most, uint64_t *state) {
-  static const char *const numbers_of[] = {
-      "0",          "1",          "2",          "3",          "7",     "8",     "64",     "127",
-      "128",        "255",        "256",        "257",        "4096",  "4097",  "65536",  "16777216",
-      "2147483647", "2147483648", "4294967295", "4294967296", "0.5",   "1e9",   "1e300",  "-1",
-      "-0",         "1e-45",      "3.5e38",     "1e-320",     "nan",   "inf",   "-1e999", "1000000000",
-      "9223372036854775807",      "18446744073709551615",     "18446744073709551616"};
+  static const char *const numbers_of[] = {"0",
+                                           "1",
+                                           "2",
+                                           "3",
+                                           "7",
+                                           "8",
+                                           "64",
+                                           "127",
+                                           "128",
+                                           "255",
+                                           "256",
+                                           "257",
+                                           "4096",
+                                           "4097",
+                                           "65536",
+                                           "16777216",
+                                           "2147483647",
+                                           "2147483648",
+                                           "4294967295",
+                                           "4294967296",
+                                           "0.5",
+                                           "1e9",
+                                           "1e300",
+                                           "-1",
+                                           "-0",
+                                           "1e-45",
+                                           "3.5e38",
+                                           "1e-320",
+                                           "nan",
+                                           "inf",
+                                           "-1e999",
+                                           "1000000000",
+                                           "9223372036854775807",
+                                           "18446744073709551615",
+                                           "18446744073709551616"};
   size_t at = fuzz_next(state) % n, end, length;
   const char *s = numbers_of[fuzz_next(state) % (sizeof numbers_of / sizeof *numbers_of)];
   while (at < n && !(d[at] >= '0' && d[at] <= '9')) ++at;
@@ -137,7 +163,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *d, size_t n, size_t most, unsigned numbe
 static void fuzz_replay(const char *name) {
   size_t n, m;
   int i, seeds = 0, change;
-  char path[256];
+  char path[512];
   for (i = 0; strcmp(fuzz_targets[i].name, name);) ++i;
   fuzz_begin(&fuzz_targets[i]);
   for (i = 0; fuzz_seed_name(path, sizeof path, name, i); ++i) {

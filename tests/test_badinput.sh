@@ -206,6 +206,8 @@ changed label_infinite 'score/train.tsv:2: label "inf" is not a number' score/tr
   'label\tsentence1\tsentence2\ninf\ta\tb\n'
 changed label_beyond_double 'score/train.tsv:2: label "1e400" is not a number' score/train.tsv \
   'label\tsentence1\tsentence2\n1e400\ta\tb\n'
+changed bytes_that_control_a_terminal 'score/train.tsv:2: label "1?\[31m" is not a number$' \
+  score/train.tsv 'label\tsentence1\tsentence2\n1\033[31m\ta\tb\n'
 changed zero_byte 'good/train.tsv:3: a zero byte' good/train.tsv \
   'label\tsentence1\n0\ta\n0\ta\000b\n'
 rm -rf "$tmp/changed"
@@ -213,6 +215,16 @@ cp -r "$data" "$tmp/changed"
 rm "$tmp/changed/good/train.tsv"
 mkdir "$tmp/changed/good/train.tsv"
 refuse train_is_a_folder 'good/train.tsv' train --data "$tmp/changed"
+
+rm -rf "$tmp/changed"
+cp -r "$data" "$tmp/changed"
+ln -s dev_2.tsv "$tmp/changed/good/dev_2.tsv"
+refuse optional_rows_that_cannot_be_opened 'cannot open .*good/dev_2.tsv' train \
+  --data "$tmp/changed"
+cp "$tmp/one.safetensors" "$tmp/changed"
+ln -s config.json "$tmp/changed/config.json"
+refuse config_that_cannot_be_opened 'cannot open .*changed/config.json' train \
+  --init "$tmp/changed/one.safetensors" --vocab "$data/vocab.txt" --heads 2
 
 # ---- vocabulary ----
 changed vocab_missing 'vocab.txt' vocab.txt -

@@ -319,6 +319,9 @@ head -n 30 "$tmp/looks.csv" > "$tmp/cut.csv"
 refuses a_history_cut_short '29 rows, a moment of this model has 18' \
   "$tmp/level-straight-1.safetensors" --data $data \
   --rows 5 --history "$tmp/cut.csv"
+{ head -n 20 "$tmp/looks.csv"; echo 2,straight,0; } > "$tmp/cut.csv"
+refuses a_history_with_a_short_row 'cut.csv:21: 3 columns, expected 11' \
+  "$tmp/level-straight-1.safetensors" --data $data --rows 5 --history "$tmp/cut.csv"
 refuses a_history_of_experts 'experts are blocks' "$tmp/late.safetensors" --data $data \
   --history "$tmp/looks.csv"
 refuses a_history_that_is_none 'not the columns of tasklevel' "$tmp/level-straight-1.safetensors" \

@@ -35,8 +35,10 @@
 #include <fcntl.h>
 #include <io.h>
 #include <windows.h>
+#define access _access
 #define isatty _isatty
 #define fileno _fileno
+#define W_OK 2
 #else
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -358,11 +360,13 @@ static inline char *with_suffix(const char *path, const char *suffix) {
   return printed("%.*s-%s%s", stem, path, suffix, path + stem);
 }
 
-/* Also of a file that cannot be opened: whoever reads it then says why. */
+/* 0: there is no such file. One that is there but cannot be opened is not passed over in silence.
+ */
 static inline int exists(const char *path) {
   FILE *f = fopen(path, "rb");
-  if (f) fclose(f);
-  return f || (errno != ENOENT && errno != ENOTDIR);
+  if (f) return fclose(f), 1;
+  if (errno != ENOENT && errno != ENOTDIR) die("cannot open %s: %s", path, strerror(errno));
+  return 0;
 }
 
 static moe_env env;
@@ -387,13 +391,20 @@ static inline void save_text(text *t, const char *path) {
   memset(t, 0, sizeof *t);
 }
 
-/* A name that cannot be written is better known before the work than after it. */
+/* A name that cannot be written is better known before the work than after it. Nothing is created
+   for that: a kill would leave an empty file, which would pass for a result. */
 static inline void check_writable(const char *option_name, const char *path) {
-  int old = path && exists(path);
-  FILE *f = path ? fopen(path, "ab") : NULL;
-  if (path && !f) die("%s: %s cannot be written: %s", option_name, path, strerror(errno));
+  const char *name = path ? file_name(path) : NULL, *folder = ".";
+  FILE *f = NULL;
+  int bad;
+  if (!path) return;
+  if (name > path) folder = printed("%.*s.", (int)(name - path), path);
+  if (!access(path, 0))
+    bad = !(f = fopen(path, "ab"));
+  else
+    bad = errno != ENOENT || !*name || access(folder, W_OK);
+  if (bad) die("%s: %s cannot be written: %s", option_name, path, strerror(errno));
   if (f) fclose(f);
-  if (f && !old) remove(path);
 }
 
 /* Bytes of standard input that are there, at least one; 0: it has ended. */
@@ -509,7 +520,32 @@ static inline void open_machine(int threads) {
   if (threads != 1) need(moe_pool_create(&pool, threads ? threads : moe_processors(), &env));
 }
 
-/* Prints the profile and looks whether all could be printed; the exit status. */
+/* ---- interruption, the end ---- */
+
+static volatile sig_atomic_t interrupted; /* the signal's number */
+
+/* A second one ends the program where it is. */
+static inline void on_interrupt(int signal_number) {
+  interrupted = signal_number;
+  signal(signal_number, SIG_DFL);
+}
+
+/* From now on Ctrl-C and a plain kill set `interrupted`; then the program should end with status
+   128 + interrupted. */
+static inline void catch_interrupts(void) {
+  signal(SIGINT, on_interrupt);
+  signal(SIGTERM, on_interrupt);
+}
+
+/* From now on they end it at once: what was trained is on the disk, or printed. */
+static inline void release_interrupts(void) {
+  if (interrupted) exit(128 + interrupted);
+  signal(SIGINT, SIG_DFL);
+  signal(SIGTERM, SIG_DFL);
+}
+
+/* Prints the profile and looks whether all could be printed; the exit status, also that of a Ctrl-C
+   that found nothing left to stop. */
 static inline int end_program(FILE *profile_to) {
   char table[2048];
   moe_profile_write(table, sizeof table, &profile);
@@ -519,7 +555,7 @@ static inline int end_program(FILE *profile_to) {
   moe_cuda_close(&gpu);
 #endif
   moe_pool_free(pool);
-  return 0;
+  return interrupted ? 128 + interrupted : 0;
 }
 
 /* The bits of bf16 on AMX are its own, and those of a GPU. */
@@ -530,18 +566,7 @@ static inline const char *precision_name(void) {
                                             : "bf16";
 }
 
-/* ---- progress and interruption ---- */
-
-static volatile sig_atomic_t interrupted; /* the signal's number */
-
-static inline void on_interrupt(int signal_number) { interrupted = signal_number; }
-
-/* From now on Ctrl-C and a plain kill set `interrupted`; then the program should end with status
-   128 + interrupted. */
-static inline void catch_interrupts(void) {
-  signal(SIGINT, on_interrupt);
-  signal(SIGTERM, on_interrupt);
-}
+/* ---- progress ---- */
 
 static inline double seconds_now(void) { return profile.clock(profile.user); }
 

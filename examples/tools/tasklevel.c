@@ -742,8 +742,10 @@ static void collect(result *r) {
   if (opt.json) write_json(opt.json, json_extra); /* what is finished is kept */
 }
 
-/* Asks about the dev rows, of the unseen task as well; vector: that task's, or NULL. */
-static void finish(int at, const job *j, const float *vector) {
+/* Asks about the dev rows, of the unseen task as well; vector: that task's, or NULL. The model goes
+   to `save` (or NULL) before the results say that the run is finished: killed between the two, it
+   is saved again. */
+static void finish(int at, const job *j, const float *vector, const char *save) {
   moe_context *context = make_context(now.model);
   part **done = (part **)take((size_t)T, sizeof *done);
   text more = {NULL, 0, 0};
@@ -762,6 +764,7 @@ static void finish(int at, const job *j, const float *vector) {
   done[0]->steps = (double)j->config.steps;
 
   done[0]->parameters = (double)moe_model_parameters(now.model);
+  if (save) save_model(save);
   for (t = 0; t < T; ++t) join_part(done[t]);
   if (state.checkpoint) write_parts(state.checkpoint);
   free(done);
@@ -793,7 +796,11 @@ static void run(result *r) {
   }
   for (;; ++r) {
     job j = train(r->line);
-    if (!r->part[0]) finish(r->line, &j, vectors ? vectors + (size_t)T * H : NULL);
+    const char *to = settings[r->line].stage == 1 ? NULL : save;
+    if (!r->part[0])
+      finish(r->line, &j, vectors ? vectors + (size_t)T * H : NULL, to);
+    else if (to)
+      save_model(to);
     collect(r);
     if (settings[r->line].stage != 1) break;
     learned_routes(routes, now.of->system == SOFTMAX ? base.config.temperature : 0);
@@ -807,7 +814,6 @@ static void run(result *r) {
         copy_tensor(now.model, tensor.name, first, tensor.name);
     }
   }
-  if (save) save_model(save);
   moe_model_free(first), moe_model_free(now.model);
   router_free(now.router);
   free(routes), free(vectors);

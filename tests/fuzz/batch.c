@@ -29,8 +29,8 @@ static int32_t batch_number(int32_t usual) {
 }
 
 static float batch_float(void) {
-  static const float odd[] = {0,    1,     2,     -1,  0.5f,          1e30f, -1e30f,
-                              3e38f, 1e-45f, 256, 2147483648.0f, -0.0f};
+  static const float odd[] = {0,      1,     2,      -1,  0.5f,          1e30f,
+                              -1e30f, 3e38f, 1e-45f, 256, 2147483648.0f, -0.0f};
   uint32_t k = batch_byte() % 16;
   return k < 12    ? odd[k]
          : k == 12 ? (float)strtod("nan", NULL)
@@ -151,8 +151,8 @@ static void batch_run(int k, const moe_batch *b, const moe_env *env) {
   if (good) OUGHT(done);
   for (i = 0; i < S * C && !done; ++i) OUGHT(scores[i] - scores[i] == 0);
   good = TRY(moe_batch_check(batch.model[k], b, 1, env));
-  done = TRY(moe_trainer_accumulate(batch.trainer[k], b, (int32_t)(batch_byte() % 6), &loss, losses,
-                                    env));
+  done = TRY(
+      moe_trainer_accumulate(batch.trainer[k], b, (int32_t)(batch_byte() % 6), &loss, losses, env));
   if (good) OUGHT(done);
   if (!done && batch_byte() % 8 == 0) TRY(moe_trainer_step(batch.trainer[k], NULL, env));
   free(scores), free(losses);

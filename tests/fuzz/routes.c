@@ -21,8 +21,7 @@ static void fuzz_routes(const uint8_t *d, size_t n) {
     read_history();
     OUGHT(n_moments >= 1);
     for (m = 0; m < n_moments; ++m)
-      for (c = 0; c < at(T, 0, 0); ++c)
-        OUGHT(moments[m].share[c] >= 0 && moments[m].share[c] <= 1);
+      for (c = 0; c < at(T, 0, 0); ++c) OUGHT(moments[m].share[c] >= 0 && moments[m].share[c] <= 1);
   }
   fuzz_tools_end(before);
 }

@@ -33,7 +33,7 @@ static uint8_t *fuzz_seed(const char *path, size_t *n) {
 static int seed_failures;
 
 static void seed(const char *target, const char *name, const void *d, size_t n) {
-  char path[256];
+  char path[512];
   FILE *f;
   snprintf(path, sizeof path, "fuzz/seeds/%s/%s", target, name);
   f = fopen(path, "wb");
@@ -81,7 +81,7 @@ static void seed_models(const moe_env *e) {
   moe_task task[FUZZ_TASKS];
   moe_config c = fuzz_config(task);
   moe_model *m;
-  char path[256];
+  char path[512];
   size_t n;
   int i;
   for (i = 0; i < 8; ++i) {
@@ -137,10 +137,11 @@ static void seed_lines(text *to, const char *path, int lines_of) {
 }
 
 static void seed_data(void) {
-  static const char kinds[] = "name\tinput\tkind\tlabels\tmetric\trows\tmax_len\thard\n"
-                              "a\tpair\tregression\t0..5\tspearman,pearson\t\t7\t1\n\1"
-                              "label\tsentence1\tsentence2\n2.5\tthe a\tis\n0\ta\tthe\n5\tit\tis\n\1"
-                              "label\tsentence1\tsentence2\n1e-3\tthe\ta\n";
+  static const char kinds[] =
+      "name\tinput\tkind\tlabels\tmetric\trows\tmax_len\thard\n"
+      "a\tpair\tregression\t0..5\tspearman,pearson\t\t7\t1\n\1"
+      "label\tsentence1\tsentence2\n2.5\tthe a\tis\n0\ta\tthe\n5\tit\tis\n\1"
+      "label\tsentence1\tsentence2\n1e-3\tthe\ta\n";
   static const char span[] = "\xef\xbb\xbfname\tinput\tkind\tlabels\tmetric\r\n"
                              "s\tsingle\tspan\t0=no,1=yes\taccuracy,f1\r\n\1"
                              "label\tsentence1\tstart1\tend1\tstart2\tend2\r\n"
@@ -189,7 +190,8 @@ static void seed_tables(void) {
   seed_text("routes", "runs",
             "1run,step,temperature,task,layer,block,probability\n2,0,2,t0,1,1,0.5\n1,10,0.1,t1,1,1,"
             "1\n");
-  seed_text("json", "escapes", "\"\\u00e9\\ud83d\\ude00 \\udc80 \\\"{\\\\\\\"a\\\\\\\":1}\\\" \\n\"");
+  seed_text("json", "escapes",
+            "\"\\u00e9\\ud83d\\ude00 \\udc80 \\\"{\\\\\\\"a\\\\\\\":1}\\\" \\n\"");
   seed_text("json", "number", "-12.5e-3");
   seed_text("json", "long", "179769313486231570000000000000000000000000000000.000001E+260");
   seed_text("json", "nested", "{\"a\":[1,{\"b\":[true,false,null,\"x\"]},-0.5e+3],\"c\":{}}");
