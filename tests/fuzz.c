@@ -3,7 +3,7 @@
      clang -g -O1 -fsanitize=fuzzer,address,undefined -DFUZZ_LIBFUZZER -o fuzz fuzz.c -lm
      FUZZ=model ./fuzz -max_total_time=60 fuzz/seeds/model       libFuzzer, which finds new inputs
      cc -g -O1 -I. -o test_fuzz fuzz.c -lm && ./test_fuzz   the seeds and simple changes of them
-     FUZZ=model ./test_fuzz FILE                                 one input
+     FUZZ=model FUZZ_SAY=1 ./test_fuzz FILE                      one input, and what is said of it
      ./test_fuzz --seeds                                         writes fuzz/seeds again
 
    A target gets bytes and must return; OUGHT and the sanitizers say what must never happen. */
@@ -53,7 +53,7 @@ static const fuzz_target fuzz_targets[] = {
     {"batch", fuzz_batch, batch_begin, 0}, {"checkpoint", fuzz_checkpoint, checkpoint_begin, 1},
     {"data", fuzz_data, data_begin, 1},    {"import", fuzz_import, NULL, 1},
     {"json", fuzz_json, NULL, 0},          {"model", fuzz_model, NULL, 1},
-    {"results", fuzz_results, NULL, 1},    {"routes", fuzz_routes, NULL, 1},
+    {"results", fuzz_results, NULL, 1},    {"routes", fuzz_routes, routes_begin, 1},
     {"text", fuzz_text, NULL, 0}};
 enum { FUZZ_TARGETS = sizeof fuzz_targets / sizeof *fuzz_targets };
 static const fuzz_target *fuzz_target_now;

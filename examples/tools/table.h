@@ -22,7 +22,7 @@
 #define TOOLS_TABLE_H
 #include "cli.h"
 
-enum { MOST_COLUMNS = 24, MOST_PARTS = 4, MOST_DEPTH = 4 };
+enum { MOST_COLUMNS = 24, MOST_PARTS = 4, MOST_DEPTH = 4, MOST_MEMBERS = 64 };
 
 typedef enum table_kind { TABLE_TSV, TABLE_CSV, TABLE_JSONL } table_kind;
 
@@ -461,7 +461,7 @@ TOOLS_DIES static inline void die_of_column(const table *f, const char *name) {
 static inline int column(table *f, const char *name, int must) {
   table_column *c = f->column;
   char *s, *next;
-  int whole_name;
+  int whole_name, members = 0;
   for (; c < f->column + f->columns; ++c)
     if (!strcmp(c->name, name)) return (int)(c - f->column);
   whole_name = f->kind != TABLE_JSONL && find_field(f, name) >= 0;
@@ -478,6 +478,8 @@ static inline int column(table *f, const char *name, int must) {
     if (c->n++ == MOST_PARTS) die("\"%s\" has more than %d parts", name, MOST_PARTS);
     p->name = s;
     for (plus = s; (plus = strstr(plus, "[]")) != NULL; plus += 2) ++p->depth;
+    for (plus = s; (plus = strchr(plus, '.')) != NULL; ++plus) ++members; /* as deep as the stack */
+    if (members > MOST_MEMBERS) die("\"%.40s...\" has more than %d dots", name, MOST_MEMBERS);
     if (p->depth > MOST_DEPTH) die("\"%s\" has more than %d arrays", name, MOST_DEPTH);
     if (f->kind == TABLE_JSONL) continue;
     p->at = find_field(f, s);

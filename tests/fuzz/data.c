@@ -1,4 +1,5 @@
-/* What the tools read: tasks.tsv, a byte of value 1, train.tsv, 1, dev.tsv of each task. */
+/* What the tools read: a byte that says which kind of file (t, c, j: TSV, CSV, JSONL), tasks.tsv, a
+   byte of value 1, train, 1, dev of each task. */
 
 static moe_tokenizer *data_tokenizer;
 
@@ -24,7 +25,8 @@ static void data_rows(const rows *r, const task_data *of) {
   OUGHT(r->row[r->n].start == r->tokens);
 }
 
-static void data_use(const encoder *e) {
+static void data_use(const encoder *e, int kind) {
+  const char *ending = kind == 'c' ? "csv" : kind == 'j' ? "jsonl" : "tsv";
   moe_model *m = NULL;
   moe_task *task;
   rows some;
@@ -33,8 +35,8 @@ static void data_use(const encoder *e) {
   task = (moe_task *)take((size_t)n_tasks, sizeof *task);
   for (t = 0; t < n_tasks; ++t) {
     task_data *d = &tasks[t];
-    fuzz_names[1] = printed("data/%s/train.tsv", d->task.name);
-    fuzz_names[2] = printed("data/%s/dev.tsv", d->task.name);
+    fuzz_names[1] = printed("data/%s/train.%s", d->task.name, ending);
+    fuzz_names[2] = printed("data/%s/dev.%s", d->task.name, ending);
     read_task_rows(d, e, t % 3);
     data_rows(&d->train, d);
     data_rows(&d->dev[0], d);
@@ -42,7 +44,7 @@ static void data_use(const encoder *e) {
     OUGHT(some.n >= 1 && some.n <= d->train.n);
     task[t] = d->task;
   }
-  hold_out_rows(0.3, 0);
+  hold_out_rows(0.5, 0);
   if (n_tasks < 4) /* what the reader takes, the library takes too */
     if (!moe_model_create(&m, &e->config, task, n_tasks, 1, &env)) moe_model_free(m);
 }
@@ -57,9 +59,10 @@ static void fuzz_data(const uint8_t *d, size_t n) {
   e.config = fuzz_config(none);
   e.tokenizer = data_tokenizer;
   fuzz_tools_begin();
-  fuzz_cut(fuzz_files, 3, d, n);
+  data.split = n % 2 ? 0.5 : 0;
+  fuzz_cut(fuzz_files, 3, d + (n > 0), n - (n > 0));
   fuzz_names[0] = "data/tasks.tsv";
   data.folder = "data";
-  if (!setjmp(fuzz_end)) data_use(&e);
+  if (!setjmp(fuzz_end)) data_use(&e, n ? d[0] : 0);
   fuzz_tools_end(before);
 }

@@ -87,7 +87,7 @@ static void fuzz_log(void *user, moe_status status, const char *sentence) {
   size_t i;
   (void)user;
   OUGHT(status > MOE_OK && status < MOE_STATUS_COUNT);
-  if (getenv("FUZZ_SAY")) printf("%s\n", sentence);
+  if (getenv("FUZZ_SAY")) puts(sentence);
   snprintf(fuzz_said, sizeof fuzz_said, "%s", sentence);
   ++fuzz_sentences;
   for (i = 0; sentence[i]; ++i) OUGHT((unsigned char)sentence[i] >= 32 && sentence[i] != 127);
@@ -212,6 +212,7 @@ static const char *fuzz_names[FUZZ_FILES];
 __attribute__((noreturn)) static void fuzz_exit(int status) {
   char *s = fuzz_said_by_tools;
   fflush(fuzz_words);
+  if (getenv("FUZZ_SAY")) puts(s);
   snprintf(fuzz_said, sizeof fuzz_said, "%.900s", s);
   OUGHT(status == 1 && strlen(s) > 10);
   for (; *s; ++s) OUGHT((unsigned char)*s >= 32 ? *s != 127 : *s == '\n');

@@ -138,25 +138,45 @@ static void seed_lines(text *to, const char *path, int lines_of) {
 
 static void seed_data(void) {
   static const char kinds[] =
-      "name\tinput\tkind\tlabels\tmetric\trows\tmax_len\thard\n"
+      "tname\tinput\tkind\tlabels\tmetric\trows\tmax_len\thard\n"
       "a\tpair\tregression\t0..5\tspearman,pearson\t\t7\t1\n\1"
       "label\tsentence1\tsentence2\n2.5\tthe a\tis\n0\ta\tthe\n5\tit\tis\n\1"
       "label\tsentence1\tsentence2\n1e-3\tthe\ta\n";
-  static const char span[] = "\xef\xbb\xbfname\tinput\tkind\tlabels\tmetric\r\n"
+  static const char span[] = "t\xef\xbb\xbfname\tinput\tkind\tlabels\tmetric\r\n"
                              "s\tsingle\tspan\t0=no,1=yes\taccuracy,f1\r\n\1"
                              "label\tsentence1\tstart1\tend1\tstart2\tend2\r\n"
                              "1\tthe a is\t0\t3\t4\t5\r\n0\ta the\t0\t1\t2\t5\r\n\1"
                              "label\tsentence1\tstart1\tend1\tstart2\tend2\n0\ta a\t0\t1\t2\t3\n";
-  static const char ranking[] = "name\tinput\tkind\tlabels\tmetric\n"
+  static const char ranking[] = "tname\tinput\tkind\tlabels\tmetric\n"
                                 "r\tpair\tranking\t0=no,1=yes\taccuracy\n\1"
                                 "label\tgroup\tsentence1\tsentence2\n"
                                 "1\tx\tthe\ta\n0\tx\tthe\tis\n0\ty\ta\ta\n1\ty\ta\tis\n\1"
                                 "label\tgroup\tsentence1\tsentence2\n1\tq\tis\ta\n0\tq\tis\tis\n";
+  static const char csv[] =
+      "cname\tinput\tkind\tlabels\tmetric\tsentence1_column\n"
+      "c\tsingle\tclassification\t0=no,1=yes\taccuracy\ttitle + text\n\1"
+      "label,title,text\r\nyes,\"the \"\"a\"\", is\",\"two\nlines\"\r\n0,a,\n\1"
+      "label,title,text\n1,,the\n";
+  static const char jsonl[] =
+      "jname\tinput\tkind\tlabels\tmetric\tlabel_column\tsentence1_column\tsentence2_column\n"
+      "j\tpair\tclassification\t0=no,1=yes\taccuracy\tq[].a[].y\tp.t\tq[].a[].s\n\1"
+      "{\"p\":{\"t\":\"the \\u00e9\"},\"q\":[{\"a\":[{\"s\":\"a\",\"y\":1},{\"s\":\"is\",\"y\":"
+      "false}]},{\"a\":[]}]}\n{\"p\":{\"t\":\"a\"},\"q\":[{\"a\":[{\"s\":\"\",\"y\":\"no\"}]}]}\n\1"
+      "{\"p\":{\"t\":\"is\"},\"q\":[{\"a\":[{\"y\":0,\"s\":\"the\"}]}]}\n";
+  static const char utf16[] =
+      "cname\tinput\tkind\tlabels\tmetric\nu\tsingle\tclassification\t0=no,1=yes\taccuracy\n\1"
+      "\xff\xfel\0a\0b\0e\0l\0;\0s\0e\0n\0t\0e\0n\0c\0e\0"
+      "1\0\n\0"
+      "1\0;\0a\0\n\0"
+      "0\0;\0\x3d\xd8\0\xde\n\0\1label\n0\n";
   text t = {NULL, 0, 0};
   seed_text("data", "regression", kinds);
   seed_text("data", "span", span);
   seed_text("data", "ranking", ranking);
-  put(&t, "name\tinput\tkind\tlabels\tmetric\nm\tpair\tclassification\t0=a,1=b\taccuracy\n\1");
+  seed_text("data", "csv", csv);
+  seed_text("data", "jsonl", jsonl);
+  seed("data", "utf16", utf16, sizeof utf16 - 1);
+  put(&t, "tname\tinput\tkind\tlabels\tmetric\nm\tpair\tclassification\t0=a,1=b\taccuracy\n\1");
   seed_lines(&t, "../examples/data/intent_match/train.tsv", 5);
   put(&t, "\1");
   seed_lines(&t, "../examples/data/intent_match/dev.tsv", 3);
