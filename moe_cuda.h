@@ -107,12 +107,11 @@ MOE_API int32_t moe_cuda_close(moe_backend *backend);
 
 /* What a backend has done and holds, for tests and logs. */
 typedef struct moe_cuda_counts {
-  int32_t arch;                         /* compute capability: 90 for 9.0 */
-  int32_t allocations, queues;          /* at present */
-  int64_t bytes;                        /* of the GPU's memory, at present */
-  int64_t launches, uploads, downloads; /* since moe_cuda_open */
-  int64_t uploaded, downloaded;         /* bytes */
-  int64_t own, cublas;                  /* products of linear layers, by maker */
+  int32_t arch;                /* compute capability: 90 for 9.0 */
+  int32_t allocations, queues; /* at present */
+  int64_t bytes;               /* of the GPU's memory, at present */
+  int64_t launches;            /* of kernels, since moe_cuda_open */
+  int64_t own, cublas;         /* products of linear layers, by maker */
 } moe_cuda_counts;
 MOE_API void moe_cuda_count(const moe_backend *backend, moe_cuda_counts *counts);
 
@@ -433,10 +432,11 @@ struct moe__cuda {
   moe_cuda_counts counts;
 };
 
-/* What NVRTC made: CUBIN, or PTX with its ending zero. */
+/* What NVRTC made: CUBIN, or PTX with its ending zero. In the cache file the bytes of `data` follow
+   all that is before it here. key: what it was made of. */
 typedef struct moe__cuda_image {
-  int arch;
-  size_t bytes;
+  char magic[8];
+  uint64_t key, arch, bytes, hash;
   char *data;
 } moe__cuda_image;
 
@@ -469,62 +469,52 @@ static uint64_t moe__cuda_hash(uint64_t hash, const void *data, size_t bytes) {
   return hash;
 }
 
-/* The cache file: this head, then the image. key: what it was made of. */
-typedef struct moe__cuda_cached {
-  char magic[8];
-  uint64_t key, arch, bytes, hash;
-} moe__cuda_cached;
-
-static moe__cuda_cached moe__cuda_head(const moe__cuda *cuda, const char *source) {
-  moe__cuda_cached head;
-  memset(&head, 0, sizeof head);
-  memcpy(head.magic, "MOECUDA1", 8);
-  head.key = moe__cuda_hash(0xcbf29ce484222325u, source, strlen(source));
-  head.key = moe__cuda_hash(head.key, &cuda->card_arch, sizeof cuda->card_arch);
-  head.key = moe__cuda_hash(head.key, &cuda->options.ptx, sizeof cuda->options.ptx);
-  head.key = moe__cuda_hash(head.key, cuda->card, strlen(cuda->card));
-  return head;
+static moe__cuda_image moe__cuda_image_of(const moe__cuda *cuda, const char *source) {
+  moe__cuda_image image;
+  memset(&image, 0, sizeof image);
+  memcpy(image.magic, "MOECUDA1", 8);
+  image.key = moe__cuda_hash(0xcbf29ce484222325u, source, strlen(source));
+  image.key = moe__cuda_hash(image.key, &cuda->card_arch, sizeof cuda->card_arch);
+  image.key = moe__cuda_hash(image.key, &cuda->options.ptx, sizeof cuda->options.ptx);
+  image.key = moe__cuda_hash(image.key, cuda->card, strlen(cuda->card));
+  return image;
 }
 
 /* Reads the cache file; 0: there is none of this key, or it is damaged. */
-static int moe__cuda_cache_read(const char *path, const moe__cuda_cached *want,
-                                moe__cuda_image *image) {
-  moe__cuda_cached head;
+static int moe__cuda_cache_read(const char *path, moe__cuda_image *image) {
+  moe__cuda_image head;
   FILE *file = fopen(path, "rb");
-  int good = file && fread(&head, sizeof head, 1, file) == 1 &&
-             !memcmp(&head, want, offsetof(moe__cuda_cached, arch)) && head.bytes > 0 &&
+  int good = file && fread(&head, offsetof(moe__cuda_image, data), 1, file) == 1 &&
+             !memcmp(&head, image, offsetof(moe__cuda_image, arch)) && head.bytes > 0 &&
              head.bytes < (uint64_t)1 << 30;
-  image->data = good ? (char *)calloc((size_t)head.bytes + 1, 1) : NULL;
-  if (image->data) {
-    image->bytes = (size_t)head.bytes;
-    image->arch = (int)head.arch;
-    good = fread(image->data, image->bytes, 1, file) == 1 && fgetc(file) == EOF &&
-           moe__cuda_hash(head.key ^ head.arch, image->data, image->bytes) == head.hash;
-  }
+  head.data = good ? (char *)calloc((size_t)head.bytes + 1, 1) : NULL;
+  good = head.data && fread(head.data, (size_t)head.bytes, 1, file) == 1 && fgetc(file) == EOF &&
+         moe__cuda_hash(head.key ^ head.arch, head.data, (size_t)head.bytes) == head.hash;
   if (file) fclose(file);
-  return good && image->data;
+  if (good)
+    *image = head;
+  else
+    free(head.data);
+  return good;
 }
 
 /* Writes the cache file beside its place and moves it there, so that nobody reads half of one. A
    failure is only reported: the kernels are there. */
-static void moe__cuda_cache_write(const moe__cuda *cuda, moe__cuda_cached head,
-                                  const moe__cuda_image *image, const moe_env *env) {
+static void moe__cuda_cache_write(const moe__cuda *cuda, moe__cuda_image *image,
+                                  const moe_env *env) {
   const char *path = cuda->options.cache;
   size_t room = strlen(path) + 64;
-  char *temporary = (char *)malloc(room);
-  FILE *file = NULL;
+  char *temporary = (char *)calloc(room, 1);
+  FILE *file;
   int good;
-  head.arch = (uint64_t)image->arch, head.bytes = image->bytes;
-  head.hash = moe__cuda_hash(head.key ^ head.arch, image->data, image->bytes);
-  if (temporary) {
+  image->hash = moe__cuda_hash(image->key ^ image->arch, image->data, (size_t)image->bytes);
+  if (temporary)
     snprintf(temporary, room, "%s.%lx.%llx", path, (unsigned long)MOE__CUDA_PROCESS(),
              (unsigned long long)(uintptr_t)cuda);
-    file = fopen(temporary, "wb");
-  }
-  good = file && fwrite(&head, sizeof head, 1, file) == 1 &&
-         fwrite(image->data, image->bytes, 1, file) == 1;
-  if (file) good = !fclose(file) && good;
-  good = good && MOE__CUDA_RENAME(temporary, path);
+  file = temporary ? fopen(temporary, "wb") : NULL;
+  good = file && fwrite(image, offsetof(moe__cuda_image, data), 1, file) == 1 &&
+         fwrite(image->data, (size_t)image->bytes, 1, file) == 1;
+  if (file) good = !fclose(file) && good && MOE__CUDA_RENAME(temporary, path);
   if (!good && file) remove(temporary);
   if (!good)
     moe__cuda_fail(env, MOE_E_IO,
@@ -561,28 +551,27 @@ static moe_status moe__cuda_compile_fail(const moe__cuda_nvrtc *rtc, void *progr
   return status;
 }
 
-/* Compiles the program: image->arch is set, image->data is to be freed. */
+/* Compiles the source for image->arch: image->data is to be freed. */
 static moe_status moe__cuda_compile(const moe__cuda_nvrtc *rtc, int ptx, moe__cuda_image *image,
                                     const moe_env *env) {
-  char *source = moe__cuda_source(image->arch), option[48];
+  char *source = moe__cuda_source((int)image->arch), option[48];
   const char *options[2] = {option, "--std=c++11"}, *what = "nvrtcCreateProgram";
   void *program = NULL;
+  size_t bytes = 0;
   moe_status status = MOE_OK;
   int error;
   if (!source) return moe__cuda_fail(env, MOE_E_MEMORY, "cuda: no memory for the source");
-  snprintf(option, sizeof option, "--gpu-architecture=%s_%d", ptx ? "compute" : "sm", image->arch);
+  snprintf(option, sizeof option, "--gpu-architecture=%s_%d", ptx ? "compute" : "sm",
+           (int)image->arch);
   error = rtc->nvrtcCreateProgram(&program, source, "moe_cuda.cu", 0, NULL, NULL);
   free(source);
   if (!error) what = "nvrtcCompileProgram", error = rtc->nvrtcCompileProgram(program, 2, options);
-  if (!error)
-    what = "taking the compiled kernels",
-    error = ptx ? rtc->nvrtcGetPTXSize(program, &image->bytes)
-                : rtc->nvrtcGetCUBINSize(program, &image->bytes);
-  if (!error) image->data = (char *)calloc(image->bytes + 1, 1);
-  if (!error)
-    error = !image->data ? 1
-            : ptx        ? rtc->nvrtcGetPTX(program, image->data)
-                         : rtc->nvrtcGetCUBIN(program, image->data);
+  if (!error) what = "taking the compiled kernels";
+  if (!error) error = (ptx ? rtc->nvrtcGetPTXSize : rtc->nvrtcGetCUBINSize)(program, &bytes);
+  if (!error) image->data = (char *)calloc(bytes + 1, 1);
+  if (!error && !image->data) error = 1;
+  if (!error) error = (ptx ? rtc->nvrtcGetPTX : rtc->nvrtcGetCUBIN)(program, image->data);
+  image->bytes = bytes;
   if (error) status = moe__cuda_compile_fail(rtc, program, error, what, env);
   if (program) rtc->nvrtcDestroyProgram(&program);
   return status;
@@ -604,10 +593,10 @@ static moe_status moe__cuda_module(moe__cuda *cuda, const moe__cuda_image *image
   for (i = 0; !error && kernel[i].name; ++i) {
     what = kernel[i].name;
     cuda->kernel[i] = NULL;
-    if (kernel[i].min_arch <= image->arch)
+    if (kernel[i].min_arch <= (int)image->arch)
       error = cu->cuModuleGetFunction(&cuda->kernel[i], cuda->module, what);
   }
-  cuda->arch = image->arch;
+  cuda->arch = (int)image->arch;
   if (!error) return MOE_OK;
   moe__cuda_driver_fail(cu, env, cuda->options.device, what, error);
   if (cuda->module) cu->cuModuleUnload(cuda->module);
@@ -626,7 +615,7 @@ static moe_status moe__cuda_build_with(moe__cuda *cuda, void *library, const cha
     return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
                           "%s: %s fails or is missing: install NVRTC of CUDA 11.2 or later", path,
                           lacks ? lacks : "nvrtcVersion");
-  image->arch = moe__cuda_target(&rtc, cuda->card_arch, &ptx);
+  image->arch = (uint64_t)moe__cuda_target(&rtc, cuda->card_arch, &ptx);
   if (!image->arch)
     return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
                           "%s: NVRTC %d.%d does not compile for this GPU (sm_%d): install another "
@@ -682,21 +671,20 @@ static moe_status moe__cuda_build(moe__cuda *cuda, moe__cuda_image *image, const
 
 /* The kernels for this card: from the cache file, or compiled. */
 static moe_status moe__cuda_kernels(moe__cuda *cuda, const moe_env *env) {
-  moe__cuda_image image = {0, 0, NULL};
-  moe_env silent = *env;
   char *source = moe__cuda_source(cuda->card_arch);
   const char *cache = cuda->options.cache;
-  moe__cuda_cached head;
+  moe__cuda_image image;
+  moe_env silent = *env;
   moe_status status = MOE_E_IO;
   if (!source) return moe__cuda_fail(env, MOE_E_MEMORY, "cuda: no memory for the source");
-  head = moe__cuda_head(cuda, source);
+  image = moe__cuda_image_of(cuda, source);
   free(source);
   silent.log = NULL;
-  if (cache && moe__cuda_cache_read(cache, &head, &image))
+  if (cache && moe__cuda_cache_read(cache, &image))
     status = moe__cuda_module(cuda, &image, &silent);
   if (status) {
     status = moe__cuda_build(cuda, &image, env);
-    if (!status && cache) moe__cuda_cache_write(cuda, head, &image, env);
+    if (!status && cache) moe__cuda_cache_write(cuda, &image, env);
   }
   free(image.data);
   return status;
@@ -992,8 +980,7 @@ static moe_status moe__cuda_open_queue(const moe_backend *b, const moe_env *env,
   moe__cuda_queue *q = NULL;
   moe_status status = moe__cuda_begin(cuda->own, env, 1);
   if (status) return status;
-  status = moe__cuda_queue_make(cuda, &q, env);
-  status = moe__cuda_end(cuda->own, status);
+  status = moe__cuda_end(cuda->own, moe__cuda_queue_make(cuda, &q, env));
   if (status) return status;
   MOE__CUDA_LOCK(&cuda->mutex);
   q->next = cuda->queues;
@@ -1077,8 +1064,6 @@ static moe_status moe__cuda_upload(const moe_backend *b, const moe_env *env, voi
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   moe_status status = moe__cuda_begin(q, env, 0);
   if (status) return status;
-  moe__cuda_tally(q->cuda, &q->cuda->counts.uploads, 1);
-  moe__cuda_tally(q->cuda, &q->cuda->counts.uploaded, (int64_t)bytes);
   return moe__cuda_end(q, moe__cuda_send(q, (moe__cuptr)(uintptr_t)to, host, bytes));
 }
 
@@ -1087,8 +1072,6 @@ static moe_status moe__cuda_download(const moe_backend *b, const moe_env *env, v
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   moe_status status = moe__cuda_begin(q, env, 1);
   if (status) return status;
-  moe__cuda_tally(q->cuda, &q->cuda->counts.downloads, 1);
-  moe__cuda_tally(q->cuda, &q->cuda->counts.downloaded, (int64_t)bytes);
   return moe__cuda_end(q, moe__cuda_receive(q, host, from, bytes));
 }
 
