@@ -1138,50 +1138,57 @@ static void sharer_body(void *arg, int32_t i) {
 
 /* Contexts whose limits are the batch's own numbers, round ones too: arrays that touch each other
    must not overlap. */
+static void contexts_compare(const moe_model *model, int32_t S, const moe_env *env) {
+  moe_limits limits = {0, S, 0, 0}, most = {MODELS_M, MODELS_S, 0, 0};
+  int32_t stride = moe_model_max_classes(model), l;
+  moe_context *exact = NULL, *wide = NULL;
+  size_t bytes, k;
+  void *raw, *block;
+  limits.tokens = model_batch.start[S];
+  CHECK(!moe_context_size(model, &limits, &bytes, env), "%s", said);
+  block = models_block(&raw, bytes + 64);
+  memset(block, 0x5a, bytes + 64);
+  CHECK(!moe_context_init(&exact, block, bytes, model, &limits, env) &&
+            !moe_context_create(&wide, model, &most, env),
+        "%s", said);
+  CHECK(!moe_forward(exact, model_scores[0], &model_batch.b, env) &&
+            !moe_forward(wide, model_scores[1], &model_batch.b, env),
+        "%s", said);
+  CHECK(!memcmp(model_scores[0], model_scores[1], (size_t)(S * stride) * sizeof(float)), "S %d",
+        (int)S);
+  for (l = 0; l < moe_model_config(model)->layers; ++l) {
+    moe_routes a, b;
+    CHECK(!moe_context_routes(exact, l, &a) && !moe_context_routes(wide, l, &b), "routes");
+    CHECK(!memcmp(a.start, b.start, (size_t)(a.N + 1) * sizeof *a.start) &&
+              !memcmp(a.order, b.order, (size_t)(a.M * a.k) * sizeof *a.order) &&
+              !memcmp(a.expert, b.expert, (size_t)(a.M * a.k) * sizeof *a.expert) &&
+              !memcmp(a.weight, b.weight, (size_t)(a.M * a.k) * sizeof *a.weight),
+          "routes of layer %d, S %d", (int)l, (int)S);
+  }
+  for (k = bytes; k < bytes + 64; ++k)
+    CHECK(((unsigned char *)block)[k] == 0x5a, "byte %zu after the block", k - bytes);
+  moe_context_free(exact);
+  moe_context_free(wide);
+  free(raw);
+}
+
 static void test_model_contexts_of_the_exact_size(void) {
   static const int32_t S[] = {1, 2, 15, 16, 17, 32};
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_task tasks[MODELS_TASKS];
-  moe_config c = models_config(MOE_ROUTER_TASK, 4, 2);
-  moe_limits most = {MODELS_M, MODELS_S, 0, 0};
-  moe_model *model;
-  int i, l;
+  int k, i;
   models_tasks(tasks);
-  model = models_create(&c, tasks, MODELS_TASKS, &env);
-  for (i = 0; i < 6; ++i) {
-    moe_limits limits = {0, S[i], 0, 0};
-    moe_context *exact = NULL, *wide = NULL;
-    size_t bytes, k;
-    void *raw, *block;
-    models_random_batch(&model_batch, model, S[i], 8, 70 + (uint64_t)i);
-    limits.tokens = model_batch.start[S[i]];
-    CHECK(!moe_context_size(model, &limits, &bytes, &env), "%s", said);
-    block = models_block(&raw, bytes + 64);
-    memset(block, 0x5a, bytes + 64);
-    CHECK(!moe_context_init(&exact, block, bytes, model, &limits, &env) &&
-              !moe_context_create(&wide, model, &most, &env),
-          "%s", said);
-    CHECK(!moe_forward(exact, model_scores[0], &model_batch.b, &env) &&
-              !moe_forward(wide, model_scores[1], &model_batch.b, &env),
-          "%s", said);
-    CHECK(!memcmp(model_scores[0], model_scores[1], (size_t)S[i] * 3 * sizeof(float)), "S %d",
-          (int)S[i]);
-    for (l = 0; l < 2; ++l) {
-      moe_routes a, b;
-      CHECK(!moe_context_routes(exact, l, &a) && !moe_context_routes(wide, l, &b), "routes");
-      CHECK(!memcmp(a.start, b.start, (size_t)(a.N + 1) * sizeof *a.start) &&
-                !memcmp(a.order, b.order, (size_t)(a.M * a.k) * sizeof *a.order) &&
-                !memcmp(a.expert, b.expert, (size_t)(a.M * a.k) * sizeof *a.expert) &&
-                !memcmp(a.prob, b.prob, (size_t)(a.M * a.N) * sizeof *a.prob),
-            "routes of layer %d, S %d", l, (int)S[i]);
+  for (k = 0; k < STARTS; ++k) {
+    moe_config c = start_config(k);
+    moe_model *model = models_create(&c, tasks, MODELS_TASKS, &env);
+    for (i = 0; i < 6; ++i) {
+      models_random_batch(&model_batch, model, S[i], 8, 70 + (uint64_t)i);
+      contexts_compare(model, S[i], &env);
+      if (test_state) printf("        model %d\n", k);
+      CHECK_STATE();
     }
-    for (k = bytes; k < bytes + 64; ++k)
-      CHECK(((unsigned char *)block)[k] == 0x5a, "byte %zu after the block", k - bytes);
-    moe_context_free(exact);
-    moe_context_free(wide);
-    free(raw);
+    moe_model_free(model);
   }
-  moe_model_free(model);
 }
 
 /* Threads with a context each share one model. */
