@@ -1388,18 +1388,6 @@ MOE__CUDA_SOURCE(
       return x->at + (size_t)slot * (size_t)x->width;
     }
 
-    __device__ static inline moe__d_rows moe__d_rows_of(const float *at, const int *order,
-                                                        int top_k, int end, int width, int wide) {
-      moe__d_rows x;
-      x.at = at;
-      x.order = order;
-      x.top_k = top_k;
-      x.end = end;
-      x.width = width;
-      x.wide = wide;
-      return x;
-    }
-
     /* Tiles of 128 rows, group by group, without a list: the tiles of group e begin with number
    start[e] / 128 + e. A few numbers stay unused. Returns 0 for them. */
     __device__ static inline int moe__d_tile_rows(const moe__cuda_product *p, moe__d_tile *t,
@@ -1452,12 +1440,12 @@ MOE__CUDA_SOURCE(
                                   : moe__d_tile_rows(p, t, (int)blockIdx.x);
       t->group = p->group ? p->group[t->e] : p->one;
       if (form == MOE__CUDA_TN) {
-        *a = moe__d_rows_of(p->a, p->a_order, p->top_k, t->k_end, p->m, p->wide_a);
-        *b = moe__d_rows_of(p->b ? p->b : p->a, p->b_order, p->top_k, t->k_end, p->n, p->wide_b);
+        *a = {p->a, p->a_order, p->top_k, t->k_end, p->m, p->wide_a};
+        *b = {p->b ? p->b : p->a, p->b_order, p->top_k, t->k_end, p->n, p->wide_b};
       } else {
-        *a = moe__d_rows_of(p->a, p->a_order, p->top_k, t->i_end, p->k, p->wide_a);
-        *b = moe__d_rows_of(t->group.w, (const int *)0, 1, form == MOE__CUDA_NT ? p->n : p->k,
-                            form == MOE__CUDA_NT ? p->k : p->n, p->wide_b);
+        *a = {p->a, p->a_order, p->top_k, t->i_end, p->k, p->wide_a};
+        *b = {t->group.w, 0, 1, p->n, p->k, p->wide_b};
+        if (form == MOE__CUDA_NN) b->end = p->k, b->width = p->n;
       }
       return work;
     })
@@ -1498,28 +1486,27 @@ MOE__CUDA_SOURCE(
       if (p->out) p->out[to] = p->accumulate ? fmaf(line->weight, v, p->out[to]) : line->weight * v;
     }
 
-    /* dw (m, n) += the sum v of a row i and column j, or a piece of it. */
+    /* Element `at` of dw (m n) or, from m n on, of db (m) += v, or a piece of it. */
+    __device__ static inline void moe__d_finish_sum(const moe__cuda_product *p,
+                                                    const moe__d_tile *t, size_t at, float v) {
+      size_t weights = (size_t)p->m * (size_t)p->n, piece = blockIdx.y % (unsigned)p->pieces;
+      float *to = at >= weights ? t->group.db + (at - weights) : t->group.dw + at;
+      if (p->part)
+        p->part[(piece * (size_t)p->groups + (size_t)t->e) * (weights + (size_t)p->m) + at] = v;
+      else
+        *to += v;
+    }
+
     __device__ static inline void moe__d_finish_weight(const moe__cuda_product *p,
                                                        const moe__d_tile *t, int i, int j,
                                                        float v) {
-      size_t at = (size_t)i * (size_t)p->n + (size_t)j, floats = (size_t)p->m * (size_t)(p->n + 1),
-             piece = blockIdx.y % (unsigned)p->pieces;
-      if (i >= p->m || j >= p->n || !p->b || !t->group.dw) return;
-      if (p->part)
-        p->part[(piece * (size_t)p->groups + (size_t)t->e) * floats + at] = v;
-      else
-        t->group.dw[at] += v;
+      if (i < p->m && j < p->n && p->b && t->group.dw)
+        moe__d_finish_sum(p, t, (size_t)i * (size_t)p->n + (size_t)j, v);
     }
 
-    /* db (m) += the sum v of column i of a. */
     __device__ static inline void moe__d_finish_bias(const moe__cuda_product *p,
                                                      const moe__d_tile *t, int i, float v) {
-      size_t floats = (size_t)p->m * (size_t)(p->n + 1), piece = blockIdx.y % (unsigned)p->pieces;
-      if (i >= p->m) return;
-      if (p->part)
-        p->part[(piece * (size_t)p->groups + (size_t)t->e + 1) * floats - (size_t)(p->m - i)] = v;
-      else
-        t->group.db[i] += v;
+      if (i < p->m) moe__d_finish_sum(p, t, (size_t)p->m * (size_t)p->n + (size_t)i, v);
     }
 
     /* Factor of row r in db. */
@@ -1542,12 +1529,12 @@ MOE__CUDA_SOURCE(
       MOE_UNROLL for (int i = 0; i < 2; ++i) {
         int c = form == MOE__CUDA_TN ? t->i + (tid & 31) * 4 : k + i * 4;
         const float *row = form == MOE__CUDA_TN ? moe__d_row(a, k + (tid >> 5) + i * 4) : a_row;
-        x.a[i] = moe__d_load4(row + c, row ? a->width - c : 0, a->wide);
+        x.a[i] = moe__d_load4(row ? row + c : a->at, row ? a->width - c : 0, a->wide);
       }
       {
         int c = form == MOE__CUDA_NT ? k + (tid >> 6) * 4 : t->j + (tid & 15) * 4;
         const float *row = form == MOE__CUDA_NT ? b_row : moe__d_row(b, k + (tid >> 4));
-        x.b = moe__d_load4(row + c, row ? b->width - c : 0, b->wide);
+        x.b = moe__d_load4(row ? row + c : b->at, row ? b->width - c : 0, b->wide);
       }
       return x;
     }
@@ -1668,8 +1655,8 @@ MOE__CUDA_SOURCE(
       MOE_UNROLL for (int i = 0; i < R / 32; ++i) {
         int half = i % (R / 64), plane = i / (R / 64), c = k + plane * 8 + (tid & 1) * 4;
         const float *row = rows[half];
-        moe__d_chunk(to + (plane * R + half * 64 + (tid >> 1)) * 8 + (tid & 1) * 4, row + c,
-                     row ? x->width - c : 0, x->wide, x->at);
+        moe__d_chunk(to + (plane * R + half * 64 + (tid >> 1)) * 8 + (tid & 1) * 4,
+                     row ? row + c : x->at, row ? x->width - c : 0, x->wide, x->at);
       }
     }
 
@@ -1679,7 +1666,7 @@ MOE__CUDA_SOURCE(
       MOE_UNROLL for (int i = 0; i < R / 32; ++i) {
         int at = tid + i * 128, row = at / (R / 4), c = at % (R / 4) * 4;
         const float *p = moe__d_row(x, k + row);
-        moe__d_chunk(to + row * R + (c ^ moe__d_turn(row)), p + first + c,
+        moe__d_chunk(to + row * R + (c ^ moe__d_turn(row)), p ? p + first + c : x->at,
                      p ? x->width - first - c : 0, x->wide, x->at);
       }
     }
@@ -1698,46 +1685,33 @@ MOE__CUDA_SOURCE(
 MOE__CUDA_SOURCE(
     mma_step, 80,
     /* sum (4, 4, 4) of a warp += 16 k's: 4 tiles of 16 rows from row `wm` of sa (16 k of 128 rows),
-       4 tiles of 8 columns from column `wn` of sb (16 k of 64 columns). */
-    __device__ static inline void moe__d_mma_bf16_step(float (*sum)[4][4], const float *sa,
-                                                       const float *sb, int form, int wm, int wn) {
+       4 tiles of 8 columns from column `wn` of sb (16 k of 64 columns). In TF32 these are two
+       products of 8 k's. */
+    __device__ static inline void moe__d_mma_step(float (*sum)[4][4], const float *sa,
+                                                  const float *sb, int form, int bf16, int wm,
+                                                  int wn) {
       int g = (int)threadIdx.x >> 2 & 7, q = (int)threadIdx.x & 3;
-      unsigned b[4][2];
+      unsigned a[8], b[4][4];
       MOE_UNROLL for (int j = 0; j < 4; ++j) MOE_UNROLL for (int h = 0; h < 2; ++h) {
         moe__d_float2 x = moe__d_mma_take(sb, 64, form != MOE__CUDA_NT, h, wn + j * 8 + g, q);
-        b[j][h] = moe__d_bf16x2(x.v[0], x.v[1]);
+        b[j][bf16 ? h : 2 * h] = bf16 ? moe__d_bf16x2(x.v[0], x.v[1]) : moe__d_tf32(x.v[0]);
+        if (!bf16) b[j][2 * h + 1] = moe__d_tf32(x.v[1]);
       }
       MOE_UNROLL for (int i = 0; i < 4; ++i) {
-        unsigned a[4];
-        MOE_UNROLL for (int h = 0; h < 4; ++h) {
-          moe__d_float2 x = moe__d_mma_take(sa, 128, form == MOE__CUDA_TN, h >> 1,
-                                            wm + i * 16 + (h & 1) * 8 + g, q);
-          a[h] = moe__d_bf16x2(x.v[0], x.v[1]);
+        MOE_UNROLL for (int n = 0; n < 4; ++n) {
+          int h = n >> 1, r = n & 1;
+          moe__d_float2 x =
+              moe__d_mma_take(sa, 128, form == MOE__CUDA_TN, h, wm + i * 16 + r * 8 + g, q);
+          a[bf16 ? n : 4 * h + r] = bf16 ? moe__d_bf16x2(x.v[0], x.v[1]) : moe__d_tf32(x.v[0]);
+          if (!bf16) a[4 * h + 2 + r] = moe__d_tf32(x.v[1]);
         }
-        MOE_UNROLL for (int j = 0; j < 4; ++j) moe__d_mma_bf16(sum[i][j], a, b[j]);
-      }
-    }
-
-    /* The same in TF32, 8 k's at a time. */
-    __device__ static inline void moe__d_mma_tf32_step(float (*sum)[4][4], const float *sa,
-                                                       const float *sb, int form, int wm, int wn) {
-      int g = (int)threadIdx.x >> 2 & 7, q = (int)threadIdx.x & 3;
-      MOE_UNROLL for (int h = 0; h < 2; ++h) {
-        unsigned b[4][2];
         MOE_UNROLL for (int j = 0; j < 4; ++j) {
-          moe__d_float2 x = moe__d_mma_take(sb, 64, form != MOE__CUDA_NT, h, wn + j * 8 + g, q);
-          b[j][0] = moe__d_tf32(x.v[0]);
-          b[j][1] = moe__d_tf32(x.v[1]);
-        }
-        MOE_UNROLL for (int i = 0; i < 4; ++i) {
-          unsigned a[4];
-          MOE_UNROLL for (int r = 0; r < 2; ++r) {
-            moe__d_float2 x =
-                moe__d_mma_take(sa, 128, form == MOE__CUDA_TN, h, wm + i * 16 + r * 8 + g, q);
-            a[r] = moe__d_tf32(x.v[0]);
-            a[r + 2] = moe__d_tf32(x.v[1]);
+          if (bf16) {
+            moe__d_mma_bf16(sum[i][j], a, b[j]);
+          } else {
+            moe__d_mma_tf32(sum[i][j], a, b[j]);
+            moe__d_mma_tf32(sum[i][j], a + 4, b[j] + 2);
           }
-          MOE_UNROLL for (int j = 0; j < 4; ++j) moe__d_mma_tf32(sum[i][j], a, b[j]);
         }
       }
     }
@@ -1801,10 +1775,7 @@ MOE__CUDA_SOURCE(
         moe__d_copy_wait1();
         MOE_SYNC();
         moe__d_mma_copy(s[stage ? stage - 1 : 2], form, &t, &a, &b, rows, k + 32);
-        if (bf16)
-          moe__d_mma_bf16_step(sum, s[stage], s[stage] + 2048, form, wm, wn);
-        else
-          moe__d_mma_tf32_step(sum, s[stage], s[stage] + 2048, form, wm, wn);
+        moe__d_mma_step(sum, s[stage], s[stage] + 2048, form, bf16, wm, wn);
         if (form == MOE__CUDA_TN && t.j == 0 && t.group.db)
           for (int i = 0; i < 16 && k + i < t.k_end; ++i)
             bias =
@@ -2476,11 +2447,12 @@ MOE__CUDA_SOURCE(
       }
       MOE_UNROLL for (int i = 0; i < 4; ++i) {
         int row = h.row + h.r + 16 * i;
-        float *stat = p->stats + (h.stat + (size_t)row * (size_t)p->A) * 2;
+        size_t stat = (h.stat + (size_t)row * (size_t)p->A) * 2;
         MOE_UNROLL for (int step = 4; step > 0; step /= 2) total[i] +=
             __shfl_xor_sync(0xffffffffu, total[i], step);
         total[i] = 1.0f / total[i];
-        if (p->stats && row < h.length && h.c == 0) stat[0] = top[i], stat[1] = total[i];
+        if (p->stats && row < h.length && h.c == 0)
+          p->stats[stat] = top[i], p->stats[stat + 1] = total[i];
         total[i] *= p->keep;
       }
       moe__d_head_write(p->y + h.first, h.stride, sum, chunks, total, 1, &h);
