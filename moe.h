@@ -20069,13 +20069,14 @@ MOE_API moe_status moe_env_create(moe_env **out, moe_isa isa, int32_t threads,
   if (status != MOE_OK)
     status = moe__fail(&own->env, status, "this machine cannot run %s", moe_isa_name(isa));
   else if (threads < 1 || threads > 256)
-    status = moe__fail(&own->env, MOE_E_ARGUMENT, "%d threads, expected 1 to 256", threads);
+    status = moe__fail(&own->env, MOE_E_ARGUMENT, "%d threads, expected 1 to 256", (int)threads);
 #ifndef MOE_NO_THREADS
   else if (threads > 1)
     status = moe_pool_create(&own->pool, threads, &own->env);
 #else
   else if (threads > 1)
-    status = moe__fail(&own->env, MOE_E_UNSUPPORTED, "built without threads, %d asked", threads);
+    status = moe__fail(&own->env, MOE_E_UNSUPPORTED, "built without threads, %d asked",
+                       (int)threads);
 #endif
   if (status != MOE_OK)
     moe_env_free(&own->env);

@@ -10,6 +10,9 @@
 #include "moe.h"
 
 enum { FAULT, SPEED, TASKS };
+#ifndef LAYERS /* -DLAYERS=1 -DHIDDEN=8: small enough for any microcontroller (embedded.c) */
+enum { LAYERS = 2, HIDDEN = 32 };
+#endif
 enum { SENSORS = 3, LENGTH = 24, BATCH = 32, STEPS = 600 };
 static const char *const faults[] = {"none", "imbalance", "bearing"};
 static const moe_task tasks[TASKS] = {
@@ -69,7 +72,7 @@ static moe_model *make_model(void) {
   moe_config config;
   moe_model *model;
   moe_config_init(&config);
-  config.layers = 2, config.hidden = 32, config.ffn = 64, config.heads = 4;
+  config.layers = LAYERS, config.hidden = HIDDEN, config.ffn = 2 * HIDDEN, config.heads = 4;
   config.vocab = 0, config.feature_dim = SENSORS; /* numbers in place of words */
   config.positions = config.max_len = LENGTH;
   need(moe_model_create(&model, &config, tasks, TASKS, 1, &env));

@@ -2,14 +2,16 @@
      cc -O3 -o convert examples/tools/convert.c -lm -pthread
      ./convert IN                          what is in a file
      ./convert IN OUT --int8               a quarter of the bytes, for inference
-     ./convert IN OUT --task T [--rows train.tsv [--drop-below SHARE]]      one task alone */
+     ./convert IN OUT --task T [--rows train.tsv [--drop-below SHARE]]      one task alone
+     ./convert IN --c-array NAME [--int8] > model.h      constants of a C program, for a device */
 #define MOE_IMPLEMENTATION
 #include "score.h"
+#include "carray.h"
 
 static struct {
-  const char *in, *out, *task, *rows, *score;
+  const char *in, *out, *task, *rows, *score, *c_array;
   double drop;
-  int int8, tensors;
+  int int8, tensors, tokens, sequences;
 } opt;
 
 static const option convert_options[] = {
@@ -23,14 +25,18 @@ static const option convert_options[] = {
          "or fewer than this share of them, from 0 to 1"),
     STRING("--score", "TSV", opt.score, NULL, "the task's metrics before and after (dev.tsv, say)"),
     FLAG("--tensors", opt.tensors, "list every tensor"),
+    STRING("--c-array", "NAME", opt.c_array, NULL, "write constants of a C program to stdout"),
+    WHOLE("--tokens", opt.tokens, 0, 1 << 20, "0", "of its context; 0: the longest input"),
+    WHOLE("--sequences", opt.sequences, 1, 1 << 20, "1", "of its context"),
     END_OF_OPTIONS};
 static const option *const all_options[] = {convert_options, machine_options, NULL};
 
 static void check_options(void) {
   if (!opt.in) die("usage: convert IN [OUT] [options]; --help lists the options");
+  if (opt.out && opt.c_array) die("--c-array writes to stdout: no OUT");
   if (opt.out && !opt.int8 && !opt.task)
     die("what should become of %s? --int8 makes a smaller copy, --task takes one task", opt.in);
-  if (!opt.out && (opt.task || opt.int8)) die("give a second file, to write to");
+  if (!opt.out && !opt.c_array && (opt.task || opt.int8)) die("give a second file, to write to");
   if (opt.drop > 0 && !opt.rows) die("--drop-below needs --rows TSV, whose tokens are counted");
   if ((opt.rows || opt.score) && !opt.task) die("--rows and --score are of one task: give --task");
   if (opt.out && !strcmp(opt.in, opt.out))
@@ -250,6 +256,22 @@ static void convert(moe_model *model, double bytes) {
   moe_model_free(last);
 }
 
+/* Writes it as constants, after --task and --int8. */
+static void write_constants(moe_model *model) {
+  moe_limits limits = {0, 0, 0, 0};
+  moe_model *last = model, *next;
+  limits.sequences = opt.sequences;
+  limits.tokens = opt.tokens ? opt.tokens : opt.sequences * (int)moe_model_config(model)->max_len;
+  if (opt.task) last = take_task(model);
+  if (opt.int8) {
+    need(moe_model_quantize(&next, last, &env));
+    if (last != model) moe_model_free(last);
+    last = next;
+  }
+  carray_write(opt.c_array, last, &limits);
+  if (last != model) moe_model_free(last);
+}
+
 int main(int argc, char **argv) {
   moe_model *model;
   double bytes;
@@ -262,7 +284,9 @@ int main(int argc, char **argv) {
   open_machine(1);
   model = load(opt.in, &bytes);
   if (opt.task) find_model_task(model, opt.task, opt.in);
-  if (opt.out)
+  if (opt.c_array)
+    write_constants(model);
+  else if (opt.out)
     convert(model, bytes);
   else
     print_model(model, bytes);
