@@ -105,6 +105,9 @@
      MOE_NO_TASK_ROUTER    no blocks as experts, no task-level router
      MOE_NO_SENTENCES      env.log receives "moe.h:N", the line that failed, in place of a sentence
      MOE_NO_SIMD           scalar code only, no intrinsics
+     MOE_PLAIN_MULTIPLY_ADD  scalar code multiplies and adds apart: several times faster where the
+                           processor has no fused multiply-add, with other bits than all other
+                           builds; moe_isa_name is then "scalar, plain". Implies MOE_NO_SIMD
      MOE_SMALL             for microcontrollers: MOE_NO_SIMD, _STDIO, _THREADS, _TEXT, _BF16,
                            _TASK_ROUTER and _SENTENCES; env.profile and env.backend are ignored, and
                            with MOE_NO_TRAIN so are the losses of gates (tests/small.sh: what each
@@ -126,7 +129,7 @@
             untouched on failure. A sentence that says what was found and what was expected goes to
             env.log. The library never prints, exits or aborts.
    BITS     fp32 results are the same bits for any number of threads, whatever else is in the batch,
-            and on AVX-512, AVX2+FMA, NEON and plain C: see "one definition of every sum" at >>simd
+            and on AVX-512, AVX2+FMA, NEON and plain C (but not with MOE_PLAIN_MULTIPLY_ADD): see "one definition of every sum" at >>simd
             and >>gemm. Only clang -ffp-contract=fast breaks this: it fuses products and sums even
             where a pragma forbids it. moe_env_init detects this and sets MOE_CPU_CONTRACTED.
 
@@ -320,6 +323,10 @@
 #define MOE_NO_BF16
 #define MOE_NO_TASK_ROUTER
 #define MOE_NO_SENTENCES
+#endif
+
+#if defined(MOE_PLAIN_MULTIPLY_ADD) && !defined(MOE_NO_SIMD)
+#define MOE_NO_SIMD
 #endif
 
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) ||           \
@@ -1897,6 +1904,15 @@ MOE_API void moe_env_free(moe_env *env);
 #if defined(MOE__X86) || defined(MOE__NEON)
 #define MOE__SIMD 1
 #endif
+/* A fused multiply-add is one instruction, which fmaf becomes. clang does not say so everywhere. */
+#if defined(FP_FAST_FMAF) || defined(__FP_FAST_FMAF) || defined(__FMA__) ||                        \
+    defined(__aarch64__) || defined(_M_ARM64) || defined(__ARM_FEATURE_FMA) ||                     \
+    (defined(__riscv_flen) && __riscv_flen >= 32) || defined(__s390x__) ||                         \
+    (defined(__powerpc__) && !defined(_SOFT_FLOAT) && !defined(__NO_FPRS__)) ||                    \
+    defined(__loongarch_hard_float) ||                                                             \
+    (defined(__mips_isa_rev) && __mips_isa_rev >= 6 && defined(__mips_hard_float))
+#define MOE__FUSED 1
+#endif
 #ifdef MOE_NO_TRAIN
 #define MOE__TRAINS 0
 #define MOE__OF_TRAINING(fn) NULL /* a kernel of plain C that is left out of its table */
@@ -2089,7 +2105,12 @@ MOE_API const char *moe_status_text(moe_status status) {
   return (unsigned)status < MOE_STATUS_COUNT ? text[status] : "unknown status";
 }
 
-static const char *const moe__isa_names[MOE_ISA_COUNT] = {"auto", "scalar", "neon", "avx2",
+#ifdef MOE_PLAIN_MULTIPLY_ADD
+#define MOE__SCALAR_NAME "scalar, plain"
+#else
+#define MOE__SCALAR_NAME "scalar"
+#endif
+static const char *const moe__isa_names[MOE_ISA_COUNT] = {"auto", MOE__SCALAR_NAME, "neon", "avx2",
                                                           "avx512"};
 
 MOE_API const char *moe_isa_name(moe_isa isa) {
@@ -2098,6 +2119,7 @@ MOE_API const char *moe_isa_name(moe_isa isa) {
 
 MOE_API moe_isa moe_isa_from_name(const char *name) {
   int i;
+  if (!strcmp(name, "scalar")) return MOE_ISA_SCALAR;
   for (i = 0; i < MOE_ISA_COUNT; ++i)
     if (!strcmp(name, moe__isa_names[i])) return (moe_isa)i;
   return MOE_ISA_COUNT;
@@ -3005,15 +3027,14 @@ MOE__INLINE float moe__floats(uint32_t u) {
 MOE__INLINE float moe__maxf(float a, float b) { return a > b ? a : b; }
 MOE__INLINE float moe__minf(float a, float b) { return a < b ? a : b; }
 
-/* a * b + c, rounded once. fmaf is used only where it is one instruction, since some C libraries
-   have a wrong one. Otherwise in double: the product is exact, the sum is rounded to odd (an
-   inexact sum gets an odd last bit, so it is no midpoint of two floats), and the conversion to
-   float rounds. */
-MOE__INLINE float moe__fmaf(float a, float b, float c) {
-#if defined(FP_FAST_FMAF) || defined(__FP_FAST_FMAF) || defined(__FMA__) ||                        \
-    defined(__aarch64__) || defined(__ARM_FEATURE_FMA)
-  return fmaf(a, b, c);
-#else
+/* a * b + c, rounded once. fmaf is used only where it is one instruction (MOE__FUSED), since some C
+   libraries have a wrong one. Otherwise in double: the product is exact, and the sum, which rounds,
+   gives the right float unless it lies half-way between two floats, where what it lost decides, or
+   is subnormal as a float, where floats have fewer bits. A test of its bits finds both; moe__fma_odd
+   then rounds the sum to odd (an inexact sum gets an odd last bit, so it is no midpoint of two
+   floats). Where double itself is software, moe__fma_whole computes with integers.
+   MOE_PLAIN_MULTIPLY_ADD rounds twice. */
+MOE__NOINLINE MOE__UNUSED static float moe__fma_odd(float a, float b, float c) {
   double p = (double)a * (double)b, d = (double)c;
   double s = p + d;
   double t = s - p;
@@ -3027,6 +3048,74 @@ MOE__INLINE float moe__fmaf(float a, float b, float c) {
     }
   }
   return (float)s;
+}
+
+/* 1 where a double sum may round to the wrong float: bits 1000...0 below a float's, or 0 < |s| <
+   2^-126 */
+MOE__INLINE int moe__fma_doubt(double s) {
+  uint64_t u;
+  memcpy(&u, &s, sizeof u);
+  return ((uint32_t)u & 0x1fffffffu) == 0x10000000u || (u << 1) - 1 < ((uint64_t)0x381 << 53) - 1;
+}
+
+#if defined(__SOFTFP__) && !defined(MOE__FUSED)
+/* With integers: numbers are whole multiples of a power of two, in 64 bits. */
+static float moe__fma_whole(float a, float b, float c) {
+  uint32_t x = moe__bits(a), y = moe__bits(b), z = moe__bits(c);
+  int32_t ex = (int32_t)(x >> 23 & 255), ey = (int32_t)(y >> 23 & 255),
+          ez = (int32_t)(z >> 23 & 255), e, shift;
+  uint32_t sign = (x ^ y) & 0x80000000u, other = z & 0x80000000u, low;
+  uint64_t p, q;
+  if ((uint32_t)ex - 1 > 253 || (uint32_t)ey - 1 > 253 || ez == 255 || (ez == 0 && z << 1)) {
+    if (ex == 255 || ey == 255) return a * b + c;
+    if (ez == 255) return c + c;
+    if (x << 1 == 0 || y << 1 == 0) return z << 1 ? c : a * b + c;
+    return moe__fma_odd(a, b, c); /* subnormal operands */
+  }
+  /* p 2^(e - 300), of 62 bits; q in the same unit */
+  p = (uint64_t)((x & 0x7fffffu) | 0x800000u) * ((y & 0x7fffffu) | 0x800000u) << 14;
+  e = ex + ey - 14;
+  q = ez ? (uint64_t)((z & 0x7fffffu) | 0x800000u) << 38 : 0;
+  shift = e - (ez + 112); /* q 2^(ez - 150 - 38) */
+  if (shift > 0)          /* the smaller one loses bits, of which one that is always set remains */
+    q = shift > 63 ? q != 0 : q >> shift | ((q & (((uint64_t)1 << shift) - 1)) != 0);
+  else if (shift < 0 && q) {
+    shift = -shift;
+    p = shift > 63 ? 1 : p >> shift | ((p & (((uint64_t)1 << shift) - 1)) != 0);
+    e += shift;
+  }
+  if (sign == other)
+    p += q;
+  else if (p >= q)
+    p -= q;
+  else {
+    p = q - p;
+    sign = other;
+  }
+  if (p == 0) return 0.0f;
+  while (!(p >> 56)) p <<= 8, e -= 8;
+  while (!(p >> 63)) p <<= 1, --e;
+  e -= 110; /* the exponent of a float whose 24 bits are the highest of p */
+  if (e < 1) return moe__fma_odd(a, b, c);
+  low = (uint32_t)(p >> 8) | ((p & 255) != 0);
+  x = (uint32_t)(p >> 40) + (low > 0x80000000u || (low == 0x80000000u && (p >> 40 & 1)));
+  if (x >> 24) x >>= 1, ++e;
+  if (e > 254) return moe__floats(sign | 0x7f800000u);
+  return moe__floats(sign | (uint32_t)e << 23 | (x & 0x7fffffu));
+}
+#endif
+
+MOE__INLINE float moe__fmaf(float a, float b, float c) {
+#if defined(MOE_PLAIN_MULTIPLY_ADD)
+  float product = a * b;
+  return product + c;
+#elif defined(MOE__FUSED)
+  return fmaf(a, b, c);
+#elif defined(__SOFTFP__)
+  return moe__fma_whole(a, b, c);
+#else
+  double s = (double)a * (double)b + (double)c;
+  return moe__fma_doubt(s) ? moe__fma_odd(a, b, c) : (float)s;
 #endif
 }
 
@@ -20075,8 +20164,8 @@ MOE_API moe_status moe_env_create(moe_env **out, moe_isa isa, int32_t threads,
     status = moe_pool_create(&own->pool, threads, &own->env);
 #else
   else if (threads > 1)
-    status = moe__fail(&own->env, MOE_E_UNSUPPORTED, "built without threads, %d asked",
-                       (int)threads);
+    status =
+        moe__fail(&own->env, MOE_E_UNSUPPORTED, "built without threads, %d asked", (int)threads);
 #endif
   if (status != MOE_OK)
     moe_env_free(&own->env);
