@@ -835,7 +835,7 @@ int main(int argc, char **argv) {
   if (opt.from)
     open_from();
   else
-    open_encoder(&base, data.folder);
+    open_task_encoder(&base);
   if (!opt.from)
     base.config.truncate =
         !strcmp(opt.truncate, "right") ? MOE_TRUNCATE_RIGHT : MOE_TRUNCATE_LONGEST;

@@ -227,7 +227,6 @@ refuse config_that_cannot_be_opened 'cannot open .*changed/config.json' train \
   --init "$tmp/changed/one.safetensors" --vocab "$data/vocab.txt" --heads 2
 
 # ---- vocabulary ----
-changed vocab_missing 'vocab.txt' vocab.txt -
 changed vocab_empty 'vocab.txt' vocab.txt ''
 changed vocab_without_cls 'vocab.txt.*\[CLS\]' vocab.txt '[PAD]\n[UNK]\n[SEP]\na\n'
 changed vocab_without_unk 'vocab.txt.*\[UNK\]' vocab.txt '[PAD]\n[CLS]\n[SEP]\na\n'

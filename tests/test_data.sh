@@ -195,6 +195,14 @@ table_of test_data_reads_superglue_as_downloaded \
   'train/dev rows  *2/2  *2/2  *4/4  *3/3  *2/2  *2/2' \
   super superglue.tsv
 
+# ---- without any vocabulary ----
+begin learned "$one"
+cp "$tmp/plain/t/"* "$at/t"
+rm "$at/vocab.txt"
+if model learned && grep -q 'no .*learned/vocab.txt: a vocabulary of [0-9]* words was learned' \
+    "$tmp/out"; then ok test_data_learns_a_vocabulary_where_there_is_none
+else fail test_data_learns_a_vocabulary_where_there_is_none "$(cat "$tmp/out" "$tmp/err")"; fi
+
 # ---- what it is not ----
 begin wrong "$one"
 cp "$tmp/plain/t/"* "$at/t"

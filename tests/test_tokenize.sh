@@ -31,6 +31,36 @@ refused() { # NAME SENTENCE OPTIONS...
   if [ $status -eq 1 ] && grep -q -- "$sentence" "$tmp/err" && [ ! -s "$tmp/out" ]; then ok "$name"
   else fail "$name" "status $status: $(cat "$tmp/out" "$tmp/err")"; fi
 }
+# ---- --learn: the pieces of Hugging Face's trainer, found again by tokenize ----
+tail -q -n +2 ../examples/data/*/train.tsv | cut -f 2- > "$tmp/texts"
+"$tmp/tokenize" --learn 4000 < "$tmp/texts" > "$tmp/learned" 2> "$tmp/err"
+if [ "$(sort -u "$tmp/learned" | wc -l)" -eq 4000 ] && grep -q '^##ing$' "$tmp/learned" &&
+    [ "$(head -n 5 "$tmp/learned" | tr '\n' ' ')" = '[PAD] [UNK] [CLS] [SEP] [MASK] ' ]; then
+  ok test_tokenize_learns_as_many_words_as_asked_for
+else fail test_tokenize_learns_as_many_words_as_asked_for "$(cat "$tmp/err")"; fi
+"$tmp/tokenize" "$tmp/learned" < "$tmp/texts" | tr ' ' '\n' | grep -cx 1 > "$tmp/unknown"
+if [ "$(cat "$tmp/unknown")" = 0 ]; then ok test_tokenize_knows_each_word_that_it_learned_from
+else fail test_tokenize_knows_each_word_that_it_learned_from "$(cat "$tmp/unknown") unknown"; fi
+printf 'aaaa aaaa ab ab abab\n' | "$tmp/tokenize" --learn 16 > "$tmp/few"
+if [ "$(tr '\n' ' ' < "$tmp/few")" = '[PAD] [UNK] [CLS] [SEP] [MASK] a b ##a ##b ##aa ab aaa aaaa ' ]
+then ok test_tokenize_joins_the_most_frequent_pairs
+else fail test_tokenize_joins_the_most_frequent_pairs "$(tr '\n' ' ' < "$tmp/few")"; fi
+python=${MOE_PYTHON:-python3}
+if "$python" -c 'import tokenizers' 2> "$tmp/log"; then
+  "$python" - "$tmp/texts" > "$tmp/theirs" << 'end'
+import sys
+from tokenizers import BertWordPieceTokenizer
+t = BertWordPieceTokenizer(lowercase=True)
+t.train([sys.argv[1]], vocab_size=4000, min_frequency=2, show_progress=False)
+print("\n".join(t.get_vocab()))
+end
+  sort "$tmp/theirs" > "$tmp/a"
+  sort "$tmp/learned" > "$tmp/b"
+  same=$(comm -12 "$tmp/a" "$tmp/b" | wc -l)
+  echo "        $same of 4000 words are those of the package tokenizers"
+  if [ "$same" -ge 3960 ]; then ok test_tokenize_learns_what_tokenizers_does
+  else fail test_tokenize_learns_what_tokenizers_does "$same of 4000"; fi
+else skip test_tokenize_learns_what_tokenizers_does "python3 has no package tokenizers here"; fi
 printf '[UNK]\n[SEP]\n' > "$tmp/bad"
 refused test_tokenize_needs_a_vocabulary 'usage: tokenize VOCAB'
 refused test_tokenize_names_the_missing_file "$tmp/none" "$tmp/none"

@@ -11,6 +11,7 @@
 #ifndef TOOLS_DATA_H
 #define TOOLS_DATA_H
 #include "encoder.h"
+#include "learn.h"
 #include "table.h"
 
 /* ---- fields ---- */
@@ -525,6 +526,48 @@ static inline void read_task_rows(task_data *d, const encoder *e, int64_t most) 
         name, data.folder, name);
   if (second) d->n_dev += read_rows(&d->dev[1], &d->task, &d->as, e, second, 0, 0);
   if (!d->official) d->official = d->train.n;
+}
+
+enum { LEARNED_WORDS = 4000 };
+
+/* The texts of a task's training file. */
+static inline void learn_task(learner *l, const task_data *d) {
+  const char *name = d->task.name, *path = find_file(name, "train");
+  int a, b, k;
+  table f;
+  if (!path) path = find_file(name, "");
+  if (!path) return; /* read_task_rows says so */
+  open_table(&f, path, 0);
+  a = column(&f, d->as.sentence1, 1);
+  b = d->task.pair ? column(&f, d->as.sentence2, 1) : -1;
+  while (next_row(&f)) {
+    const char *s = field(&f, a);
+    learn_text(l, s, strlen(s));
+    for (k = 0; b >= 0 && k < alternatives(&f, b); ++k) {
+      s = alternative(&f, b, k);
+      learn_text(l, s, strlen(s));
+    }
+  }
+  close_table(&f);
+}
+
+/* The encoder of the options for the tasks. Where there is no vocabulary at all, one is learned from
+   the texts that are trained on. */
+static inline void open_task_encoder(encoder *e) {
+  learner l;
+  text words;
+  int t;
+  if (source.init || source.vocab || exists(printed("%s/vocab.txt", data.folder))) {
+    open_encoder(e, data.folder, NULL);
+    return;
+  }
+  begin_learning(&l, source.cased);
+  for (t = 0; t < n_tasks; ++t) learn_task(&l, &tasks[t]);
+  if (!l.words.n) die("the training texts have no words");
+  words = learn_vocab(&l, LEARNED_WORDS);
+  open_encoder(e, data.folder, &words);
+  printf("There is no %s/vocab.txt: a vocabulary of %d words was learned from the training texts\n",
+         data.folder, (int)e->config.vocab);
 }
 
 static inline int64_t dev_rows(const task_data *d) { return d->dev[0].n + d->dev[1].n; }

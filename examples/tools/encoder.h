@@ -293,8 +293,9 @@ static inline void set_max_len(moe_config *c) {
   if (source.max_len) c->max_len = source.max_len;
 }
 
-/* The encoder of the options and its tokenizer; `folder` may hold the vocabulary. */
-static inline void open_encoder(encoder *e, const char *folder) {
+/* The encoder of the options and its tokenizer; the vocabulary is `learned`, or may be in `folder`.
+   */
+static inline void open_encoder(encoder *e, const char *folder, const text *learned) {
   const char *path = source.vocab ? source.vocab : printed("%s/vocab.txt", folder);
   moe_config *c = &e->config;
   if (source.init && !source.vocab) {
@@ -315,7 +316,12 @@ static inline void open_encoder(encoder *e, const char *folder) {
     c->positions = source.max_len > 128 ? source.max_len : 128;
     c->segments = 2;
   }
-  read_vocab(e, path);
+  if (learned) {
+    e->vocab = learned->data;
+    e->vocab_bytes = learned->bytes;
+    path = "the learned vocabulary";
+  } else
+    read_vocab(e, path);
   if (source.heads) c->heads = source.heads;
   if (source.eps > 0) c->eps = (float)source.eps;
   if (source.cased) c->cased = 1;

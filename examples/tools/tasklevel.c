@@ -883,7 +883,7 @@ static void open_tasks(void) {
   }
   T = n_tasks;
   if (!T) die("there is no task to train");
-  open_encoder(&base, data.folder);
+  open_task_encoder(&base);
   L = base.config.layers;
   m = opt.blocks;
   for (t = 0; t < T; ++t) read_task_rows(&tasks[t], &base, opt.rows);

@@ -1,12 +1,13 @@
 /* tokenize.c - WordPiece ids of each line of the input
      cc -O2 -o tokenize examples/tools/tokenize.c -lm -pthread
-     ./tokenize VOCAB [options] < lines */
+     ./tokenize VOCAB [options] < lines
+     ./tokenize --learn 4000 < texts > vocab.txt */
 #define MOE_IMPLEMENTATION
-#include "cli.h"
+#include "learn.h"
 
 static struct {
   const char *vocab, *truncate;
-  int cased, max_len, words;
+  int cased, max_len, words, learn;
 } opt;
 
 static const option tokenize_options[] = {
@@ -15,6 +16,8 @@ static const option tokenize_options[] = {
     WHOLE("--max-len", opt.max_len, 2, 2147483647, NULL, "at most N tokens a line [no limit]"),
     STRING("--truncate", "longest|right", opt.truncate, "longest", "how a pair is cut to that"),
     FLAG("--words", opt.words, "print words instead of ids"),
+    WHOLE("--learn", opt.learn, 16, 1 << 24, NULL,
+          "without VOCAB: print a vocabulary of at most N words that is learned from the lines"),
     END_OF_OPTIONS};
 static const option *const all_options[] = {tokenize_options, NULL};
 
@@ -47,6 +50,17 @@ static void tokenize(const moe_tokenizer *tokenizer, moe_tokens *out, const text
   printf("\n");
 }
 
+static void learn(void) {
+  learner l;
+  text line = {NULL, 0, 0}, vocab;
+  begin_learning(&l, opt.cased);
+  while (read_line(&line, 1)) learn_text(&l, line.data, line.bytes);
+  if (!l.words.n) die("standard input has no words");
+  vocab = learn_vocab(&l, opt.learn);
+  fwrite(vocab.data, 1, vocab.bytes, stdout);
+  free(vocab.data), free(line.data);
+}
+
 int main(int argc, char **argv) {
   moe_tokenizer *tokenizer;
   moe_tokens out;
@@ -59,9 +73,15 @@ int main(int argc, char **argv) {
   read_options("VOCAB [options] < lines\nPrints a line for each line: the ids of [CLS] a [SEP] or, "
                "with a tab in it, of [CLS] a [SEP] b [SEP].",
                all_options);
-  if (!opt.vocab) die("usage: tokenize VOCAB [options] < lines; --help lists the options");
+  if (!opt.vocab == !opt.learn)
+    die("usage: tokenize VOCAB [options] < lines, or tokenize --learn N < texts; --help lists the "
+        "options");
   moe_env_init(&env, MOE_ISA_AUTO);
   env.log = log_sentence;
+  if (opt.learn) {
+    learn();
+    return end_program(stderr);
+  }
   need(moe_file_read(&vocab, &bytes, opt.vocab, &env));
   read_from(opt.vocab, 0);
   need(moe_tokenizer_create(&tokenizer, (char *)vocab, bytes, opt.cased, &env));
