@@ -89,7 +89,8 @@ else fail test_predict_embed_gives_vectors "$(cut -c 1-60 "$tmp/mean")"; fi
 predict snips_intents --report < $data/snips_intents/dev.tsv > "$tmp/report"
 # rows of the table of confusions sum to the rows of a label, its diagonal over n is the accuracy
 said=$(awk '/^accuracy/ { a = $2 } /^n / { n = $2 } /^ *[0-9]+=/ && NF == 5 { rows += $2 }
-  /^is/ { t = 1; next } t && /^ *[0-9]+=/ { right += $(2 + k++); for (i = 2; i <= NF; ++i) all += $i }
+  /^is/ { t = 1; next }
+  t && /^ *[0-9]+=/ { right += $(2 + k++); for (i = 2; i <= NF; ++i) all += $i }
   END { d = right / n - a; print (rows == n), (all == n), (d * d < 1e-12) }' "$tmp/report")
 if [ "$said" = "1 1 1" ]; then ok test_predict_report_adds_up
 else fail test_predict_report_adds_up "$said: $(cat "$tmp/report")"; fi

@@ -42,7 +42,7 @@ else fail test_tokenize_learns_as_many_words_as_asked_for "$(cat "$tmp/err")"; f
 if [ "$(cat "$tmp/unknown")" = 0 ]; then ok test_tokenize_knows_each_word_that_it_learned_from
 else fail test_tokenize_knows_each_word_that_it_learned_from "$(cat "$tmp/unknown") unknown"; fi
 printf 'aaaa aaaa ab ab abab\n' | "$tmp/tokenize" --learn 16 > "$tmp/few"
-if [ "$(tr '\n' ' ' < "$tmp/few")" = '[PAD] [UNK] [CLS] [SEP] [MASK] a b ##a ##b ##aa ab aaa aaaa ' ]
+if [ "$(tail -n +6 "$tmp/few" | tr '\n' ' ')" = 'a b ##a ##b ##aa ab aaa aaaa ' ]
 then ok test_tokenize_joins_the_most_frequent_pairs
 else fail test_tokenize_joins_the_most_frequent_pairs "$(tr '\n' ' ' < "$tmp/few")"; fi
 python=${MOE_PYTHON:-python3}

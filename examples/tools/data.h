@@ -551,8 +551,8 @@ static inline void learn_task(learner *l, const task_data *d) {
   close_table(&f);
 }
 
-/* The encoder of the options for the tasks. Where there is no vocabulary at all, one is learned from
-   the texts that are trained on. */
+/* The encoder of the options for the tasks. Where there is no vocabulary at all, one is learned
+   from the texts that are trained on. */
 static inline void open_task_encoder(encoder *e) {
   learner l;
   text words;
