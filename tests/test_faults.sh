@@ -111,7 +111,7 @@ wrong() {
 # again: the same command (with --resume where a checkpoint is there) ends as if nothing had been
 again() {
   from=
-  [ -z "$resume" ] || [ -z "$(find run -name 'ck*' ! -name '*.tmp*' ! -name '*.same')" ] ||
+  [ -z "$resume" ] || [ -z "$(find run -name 'ck*' ! -name '*.tmp*' ! -name '*.lock')" ] ||
     from="--resume ck"
   (cd run && ../$program $arguments $from < $input > out 2> err) ||
     echo "afterwards status $?: $(tail -n 2 run/err)"
@@ -125,8 +125,9 @@ calls() {
   for call in "$@"; do
     mode=${call#"${call%+}"} call=${call%+} why= i=0
     n=$(sed -n "s/^$call //p" counts)
-    of=$n
-    [ "$n" -le "$MOST" ] || of=$MOST
+    of=$n most=$MOST
+    [ $call != rename ] || most=40 # the moment when one of two files is new
+    [ "$n" -le "$most" ] || of=$most
     while [ $i -lt "$of" ] && [ -z "$why" ]; do
       at=$((1 + i * n / of)) i=$((i + 1)) runs=$((runs + 1))
       run SHIM_FAIL=$call:$at$mode
