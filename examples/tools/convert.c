@@ -3,13 +3,15 @@
      ./convert IN                          what is in a file
      ./convert IN OUT --int8               a quarter of the bytes, for inference
      ./convert IN OUT --task T [--rows train.tsv [--drop-below SHARE]]      one task alone
-     ./convert IN --c-array NAME [--int8] > model.h      constants of a C program, for a device */
+     ./convert IN --c-array NAME [--int8] > model.h      constants of a C program, for a device
+     ./convert IN --hf DIR                 a folder that transformers opens */
 #define MOE_IMPLEMENTATION
 #include "score.h"
 #include "carray.h"
+#include "folder.h"
 
 static struct {
-  const char *in, *out, *task, *rows, *score, *c_array;
+  const char *in, *out, *task, *rows, *score, *c_array, *hf, *mttag;
   double drop;
   int int8, tensors, tokens, sequences;
 } opt;
@@ -28,11 +30,16 @@ static const option convert_options[] = {
     STRING("--c-array", "NAME", opt.c_array, NULL, "write constants of a C program to stdout"),
     WHOLE("--tokens", opt.tokens, 0, 1 << 20, "0", "of its context; 0: the longest input"),
     WHOLE("--sequences", opt.sequences, 1, 1 << 20, "1", "of its context"),
+    STRING("--hf", "DIR", opt.hf, NULL,
+           "write a folder that transformers opens: a dense model as BERT, another with mttag.py"),
+    STRING("--mttag", "FILE", opt.mttag, "examples/python/mttag.py",
+           "what --hf copies into the folder"),
     END_OF_OPTIONS};
 static const option *const all_options[] = {convert_options, machine_options, NULL};
 
 static void check_options(void) {
   if (!opt.in) die("usage: convert IN [OUT] [options]; --help lists the options");
+  if (opt.out && opt.hf) die("--hf writes the model of IN as it is: without OUT");
   if (opt.out && opt.c_array) die("--c-array writes to stdout: no OUT");
   if (opt.out && !opt.int8 && !opt.task)
     die("what should become of %s? --int8 makes a smaller copy, --task takes one task", opt.in);
@@ -284,7 +291,9 @@ int main(int argc, char **argv) {
   open_machine(1);
   model = load(opt.in, &bytes);
   if (opt.task) find_model_task(model, opt.task, opt.in);
-  if (opt.c_array)
+  if (opt.hf)
+    write_folder(opt.hf, model, opt.mttag);
+  else if (opt.c_array)
     write_constants(model);
   else if (opt.out)
     convert(model, bytes);
