@@ -36,8 +36,9 @@ kernels() {
   name=$1
   shift
   # shellcheck disable=SC2086
-  $CXX -std=c++17 -O1 -g1 $warn -rdynamic "$@" -o "$out/$name" cuda/kernels.cpp "$out/moe.o" \
-    -lm -ldl -pthread > "$tmp/$name.build" 2>&1 || { head -n 20 "$tmp/$name.build"; false; }
+  $CXX -std=c++17 -O1 -g1 $warn -rdynamic -DKERNELS_HEADER="\"$PWD/$out/exact.h\"" "$@" \
+    -o "$out/$name" cuda/kernels.cpp "$out/moe.o" -lm -ldl -pthread \
+    > "$tmp/$name.build" 2>&1 || { head -n 20 "$tmp/$name.build"; false; }
 }
 
 # broken NAME SED: PTX that was damaged must not pass
@@ -70,6 +71,11 @@ else
 fi
 
 # ---- kernels by the emulator and by the interpreter ----
+# scratch in pieces of exact size, so that each access beyond one is seen
+sed 's|#include "moe.h"|#include "../../../moe.h"|; s/MOE__CUDA_ALIGN = 256/MOE__CUDA_ALIGN = 16/
+  s/MOE__CUDA_SCRATCH = 1 << 20/MOE__CUDA_SCRATCH = 1/' \
+  ../moe_cuda.h > "$out/exact.h"
+grep -q 'MOE__CUDA_SCRATCH = 1 ' "$out/exact.h" || fail cuda_exact_scratch "the pattern is gone"
 if ! have "$CXX" || ! echo 'int main() {}' | $CXX -std=c++17 -x c++ -o "$tmp/a" - 2> /dev/null; then
   skip cuda_kernels "there is no C++17 compiler"
 elif ! kernels kernels; then fail cuda_kernels "it does not compile"

@@ -157,6 +157,7 @@ struct Case {
   void dirty_scratch() {
     moe__cuda_queue *q = moe__cuda_queue_of(&cases_gpu, &cases_env);
     moe__cuda_scratch_reset(q);
+    if (MOE__CUDA_SCRATCH == 1) moe__cuda_scratch_free(q); /* then each piece has its own block */
     void *context = nullptr;
     q->cuda->driver.cuCtxPushCurrent_v2(q->cuda->context);
     for (int i = 0; i < q->scratch_blocks; ++i)

@@ -190,8 +190,15 @@ static void case_adam(Case &c) {
     op.count = count, op.t = c.pick(1, 50), op.lr = 1e-2f,
     op.weight_decay = c.chance(50) ? 0.1f : 0;
     op.lr_scale = c.chance(20) ? 0 : 1 + c.uniform(), op.factor = 0.5f;
+    op.eps = c.chance(50) ? 1e-8f : 0.1f;
     for (int j = 0; j < 4; ++j) arrays.push_back(c.gradient(j == 1 ? "g" : "w, m or v", count));
-    for (size_t e = 0; e < count; ++e) arrays.back()[e] *= arrays.back()[e]; /* v: at least 0 */
+    for (size_t e = 0; e < count; ++e) {
+      arrays.back()[e] *= arrays.back()[e]; /* v: at least 0 */
+      if (e % 16 == 7) {                    /* moments that have died out */
+        arrays[arrays.size() - 3][e] = 0;
+        arrays[arrays.size() - 2][e] = 9e-31f, arrays.back()[e] = 9e-38f;
+      }
+    }
     spans[CPU].push_back(op), spans[GPU].push_back(op);
   }
   c.send();

@@ -22,8 +22,8 @@ static void device_order(int, unsigned) {}
 #else
 #define MOE__CUDA_CODE
 #include "emulator.h"
-#ifdef PLANTED /* a copy of moe_cuda.h with faults: see plant.py */
-#include PLANTED
+#ifdef KERNELS_HEADER /* a copy of moe_cuda.h, with faults (plant.py) or with exact scratch */
+#include KERNELS_HEADER
 #else
 #include "../../moe_cuda.h"
 #endif
@@ -33,6 +33,7 @@ static void device_order(int, unsigned) {}
 #include "cases_rows.h"
 #include "cases_route.h"
 #include "cases_products.h"
+#include "cases_refused.h"
 #ifndef KERNELS_GPU
 #include "cases_math.h"
 #endif
@@ -60,7 +61,8 @@ static const struct {
            {"embed", case_embed, false},
            {"route", case_route, false},
            {"heads", case_heads, false},
-           {"adam", case_adam, false}};
+           {"adam", case_adam, false},
+           {"refused", case_refused, false}};
 
 static bool wanted(int argc, char **argv, const char *name) {
   for (int i = 3; i < argc; ++i)

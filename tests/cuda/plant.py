@@ -156,7 +156,8 @@ def main():
                              text.strip())), file=table)
     with open(out, "w", encoding="utf-8") as f:
         f.write("#include \"plant.h\"\n" + "\n".join(lines).replace(
-            '#include "moe.h"', '#include "../../../moe.h"'))
+            '#include "moe.h"', '#include "../../../moe.h"').replace(
+                "MOE__CUDA_SCRATCH = 1 << 20", "MOE__CUDA_SCRATCH = 1"))
     print(len(chosen), "faults")
 
 

@@ -5,6 +5,7 @@
 count=${1:-400} seed=${2:-1}
 out=build/cuda
 planted=$out/planted.h
+with="-DPLANTED -DKERNELS_HEADER=\"../$planted\""
 cc=${CC:-cc} cxx=${CXX:-c++}
 mkdir -p $out build/cuda_host
 rm -f $planted.without
@@ -12,7 +13,7 @@ rm -f $planted.without
 # a fault that does not compile is replaced by another one
 for turn in 1 2 3 4 5 6 7 8; do
   python3 cuda/plant.py ../moe_cuda.h $planted "$count" "$seed" || exit 1
-  $cxx -std=c++17 -fsyntax-only -fmax-errors=0 -w -Icuda -DPLANTED="\"../$planted\"" \
+  $cxx -std=c++17 -fsyntax-only -fmax-errors=0 -w -Icuda $with \
     cuda/kernels.cpp 2> $out/planted.log && break
   [ $turn -lt 8 ] || { echo "faults do not compile: $out/planted.log"; exit 1; }
   grep -oE 'planted.h:[0-9]+:[0-9]+: +(error|required|note: in expansion)' $out/planted.log |
@@ -20,7 +21,7 @@ for turn in 1 2 3 4 5 6 7 8; do
 done
 
 $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -x c -DMOE_IMPLEMENTATION -c ../moe.h -o $out/moe.o &&
-  $cxx -std=c++17 -O1 -w -rdynamic -Icuda -DPLANTED="\"../$planted\"" -o $out/kernels_planted \
+  $cxx -std=c++17 -O1 -w -rdynamic -Icuda $with -o $out/kernels_planted \
     cuda/kernels.cpp $out/moe.o -lm -ldl -pthread || exit 1
 {
   sed "s|\"../../moe_cuda.h\"|\"../$planted\"|; s|\"../\(.*\)\"|\"cuda/../\1\"|" cuda/host.c |
