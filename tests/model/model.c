@@ -1535,9 +1535,10 @@ static void test_model_dense_routes_lead_to_expert_0(void) {
   CHECK(moe_context_create(&context, model, &limits, &env) == MOE_OK, "%s", said);
   models_random_batch(&model_batch, model, 20, 19, 14);
   CHECK(moe_forward(context, model_scores[0], &model_batch.b, &env) == MOE_OK, "%s", said);
-  CHECK(moe_context_routes(context, 1, &r) == MOE_OK && r.M == model_batch.start[20] && r.k == 1 &&
-            r.N == 1 && r.start[1] == r.M,
-        "shape");
+  for (i = 0; i < 2; ++i)
+    CHECK(moe_context_routes(context, i, &r) == MOE_OK && r.M == model_batch.start[20] &&
+              r.k == 1 && r.N == 1 && r.start[0] == 0 && r.start[1] == r.M,
+          "shape of layer %d", (int)i);
   for (i = 0; i < r.M; ++i)
     CHECK(r.expert[i] == 0 && r.order[i] == i && r.weight[i] >= 1 && r.prob[i] <= 1, "token %d", i);
   moe_context_free(context);

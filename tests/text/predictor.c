@@ -272,6 +272,7 @@ static void test_predictor_says_what_is_wrong(void) {
   float scores[3 * 5];
   const char *a[3] = {"the", "the", "the"}, *none = NULL;
   int32_t chars[4] = {0, 3, 0, 3};
+  int blocks;
   CHECK(model, "%s", said);
   CHECK(moe_predictor_create(&p, model, 0, &env) == MOE_E_ARGUMENT && !p, "%s", said);
   CHECK(!moe_predictor_create(&p, model, 2, &env), "%s", said);
@@ -303,9 +304,11 @@ static void test_predictor_says_what_is_wrong(void) {
   CHECK(
       !moe_model_set_vocab(model, "[UNK]\n[CLS]\n[SEP]\n1\n2\n3\n4\n5\n6\n7\n8\n9\n0\n", 38, &env),
       "%s", said);
+  blocks = blocks_in_use;
   CHECK(moe_predictor_create(&p, model, 1, &env) == MOE_E_FORMAT &&
             strstr(said, "13 words, expected at most 12"),
         "%s", said);
+  CHECK(blocks_in_use == blocks, "%d blocks are left", blocks_in_use - blocks);
   CHECK(!moe_model_set_vocab(model, "[UNK]\n[SEP]\n", 12, &env), "%s", said);
   CHECK(moe_predictor_create(&p, model, 1, &env) == MOE_E_FORMAT && strstr(said, "[CLS]"), "%s",
         said);
