@@ -405,7 +405,6 @@ typedef pthread_mutex_t moe__cuda_mutex;
 enum { MOE__CUDA_CHOICES = 64 };
 typedef struct moe__cuda_choice {
   int32_t kind, bf16, m, n, k, blas;
-  float own_ms, blas_ms;
 } moe__cuda_choice;
 
 typedef struct moe__cuda_block { /* memory of the card */
@@ -1320,7 +1319,7 @@ static double moe__cuda_choose(moe__cuda *cuda, moe__cuda_choice *want) {
 
 static int moe__cuda_blas_serves(moe__cuda_queue *q, int kind, int32_t m, int32_t n, int32_t k) {
   moe__cuda *cuda = q->cuda;
-  moe__cuda_choice c = {0, 0, 0, 0, 0, 0, 0, 0};
+  moe__cuda_choice c = {0, 0, 0, 0, 0, 0};
   if (q->blas && q->force >= 0) return q->force;
   c.kind = kind, c.m = m, c.n = n, c.k = k, c.bf16 = q->env.precision == MOE_TYPE_BF16;
   if (q->blas && cuda->options.maker == MOE_CUDA_MAKER_AUTO) moe__cuda_choose(cuda, &c);
@@ -3977,55 +3976,44 @@ static const moe__cuda_chunk *const *moe__cuda_chunks(void) {
   return chunks;
 }
 
-/* The time of one maker for a product, the best of three after a first call; below 0: it failed. */
-static float moe__cuda_time(const moe_backend *b, moe__cuda_queue *q, const moe_linear_op *op,
-                            int back, int blas) {
-  const moe__cuda_driver *cu = &q->cuda->driver;
-  void *from = NULL, *to = NULL;
-  float best = -1;
-  int i, error = cu->cuEventCreate(&from, 0);
-  if (!error) error = cu->cuEventCreate(&to, 0);
-  q->force = blas;
-  for (i = 0; i < 4 && !error; ++i) {
-    float ms = 0;
-    moe__cuda_scratch_reset(q);
-    error = cu->cuEventRecord(from, q->stream);
-    if (!error) error = moe__cuda_linear(b, &q->env, op, back) != MOE_OK;
-    if (!error) error = cu->cuEventRecord(to, q->stream);
-    if (!error) error = cu->cuEventSynchronize(to);
-    if (!error) error = cu->cuEventElapsedTime(&ms, from, to);
-    if (!error && i > 0 && (best < 0 || ms < best)) best = ms;
-  }
-  q->force = -1;
-  if (from) cu->cuEventDestroy_v2(from);
-  if (to) cu->cuEventDestroy_v2(to);
-  return error ? -1 : best;
-}
-
-/* Measures both makers for one kind of product of a layer, as in moe__cuda_blas_serves. */
+/* Measures both makers for one kind of product of a layer, as in moe__cuda_blas_serves: the best of
+   three calls after a first one; below 0: it failed. */
 static void moe__cuda_measure_one(const moe_backend *b, moe__cuda_queue *q, moe__cuda_choice c) {
   moe__cuda *cuda = q->cuda;
+  const moe__cuda_driver *cu = &cuda->driver;
   size_t x = (size_t)c.m * (size_t)c.k, w = (size_t)c.n * (size_t)c.k;
   size_t bytes = (x + w + (size_t)c.m * (size_t)c.n) * sizeof(float);
+  float best[2] = {-1, -1}, ms = 0, *f;
+  void *from = NULL, *to = NULL;
   moe_linear_op op;
   moe__cuptr p = 0;
-  float *f;
-  if (q->status || cuda->driver.cuMemAlloc_v2(&p, bytes)) return;
+  int i, error = q->status || cu->cuMemAlloc_v2(&p, bytes);
+  if (error) return;
   /* 0x3c3c3c3c is 0.0115: with zeros a GPU is faster than it will be */
-  moe__cuda_note(q, "cuMemsetD8Async", cuda->driver.cuMemsetD8Async(p, 0x3c, bytes, q->stream));
+  error = cu->cuMemsetD8Async(p, 0x3c, bytes, q->stream);
+  if (!error) error = cu->cuEventCreate(&from, 0);
+  if (!error) error = cu->cuEventCreate(&to, 0);
   f = (float *)(uintptr_t)p;
   memset(&op, 0, sizeof op);
-  op.M = c.m;
-  op.w = moe_mat_rows(f + x, c.n, c.k);
-  op.overwrite = 1;
+  op.M = c.m, op.w = moe_mat_rows(f + x, c.n, c.k), op.overwrite = 1;
   if (c.kind == 0) op.x = f, op.y = f + x + w;
   if (c.kind == 1) op.dx = f, op.dy = f + x + w;
   if (c.kind == 2) op.x = f, op.dw = f + x, op.dy = f + x + w;
-  c.own_ms = moe__cuda_time(b, q, &op, c.kind != 0, 0);
-  c.blas_ms = moe__cuda_time(b, q, &op, c.kind != 0, 1);
-  c.blas = c.own_ms >= 0 && c.blas_ms >= 0 && c.blas_ms < c.own_ms;
+  for (i = 0; i < 8 && !error; ++i) {
+    q->force = i / 4;
+    moe__cuda_scratch_reset(q);
+    error = cu->cuEventRecord(from, q->stream);
+    if (!error) error = moe__cuda_linear(b, &q->env, &op, c.kind != 0) != MOE_OK;
+    if (!error) error = cu->cuEventRecord(to, q->stream);
+    if (!error) error = cu->cuEventSynchronize(to);
+    if (!error) error = cu->cuEventElapsedTime(&ms, from, to);
+    if (!error && i % 4 && (best[i / 4] < 0 || ms < best[i / 4])) best[i / 4] = ms;
+  }
+  c.blas = !error && best[1] < best[0];
   moe__cuda_wait(q);
-  cuda->driver.cuMemFree_v2(p);
+  if (from) cu->cuEventDestroy_v2(from);
+  if (to) cu->cuEventDestroy_v2(to);
+  cu->cuMemFree_v2(p);
   MOE__CUDA_LOCK(&cuda->mutex);
   if (!q->status && cuda->choices < MOE__CUDA_CHOICES) cuda->choice[cuda->choices++] = c;
   MOE__CUDA_UNLOCK(&cuda->mutex);
@@ -4136,37 +4124,37 @@ MOE__CUDA_SLOT(adam, 0, (const moe_backend *b, const moe_env *env, const moe_ada
 
 /* Finds the GPU and makes a context in it current. */
 static moe_status moe__cuda_open_device(moe__cuda *cuda, const moe_env *env) {
+#define MOE__CUDA_TRY(name, arguments)                                                             \
+  if (!error) what = #name, error = cu->name arguments
   const moe__cuda_driver *cu = &cuda->driver;
-  const char *what = "cuInit";
+  const char *what = NULL;
   int32_t index = cuda->options.device;
-  int count = 0, major = 0, minor = 0, error = cu->cuInit(0);
-  if (!error) what = "cuDriverGetVersion", error = cu->cuDriverGetVersion(&cuda->driver_version);
-  if (!error) what = "cuDeviceGetCount", error = cu->cuDeviceGetCount(&count);
+  int count = 0, major = 0, minor = 0, error = 0;
+  MOE__CUDA_TRY(cuInit, (0));
+  MOE__CUDA_TRY(cuDriverGetVersion, (&cuda->driver_version));
+  MOE__CUDA_TRY(cuDeviceGetCount, (&count));
   if (!error && count < 1) error = 100;
   if (!error && (index < 0 || index >= count))
     return moe__cuda_fail(env, MOE_E_ARGUMENT,
                           "cuda:%d: there are GPUs 0 to %d (CUDA_VISIBLE_DEVICES can hide some; a "
                           "MIG instance counts as a GPU)",
                           (int)index, count - 1);
-  if (!error) what = "cuDeviceGet", error = cu->cuDeviceGet(&cuda->device, index);
-  if (!error) what = "cuDeviceGetName";
-  if (!error) error = cu->cuDeviceGetName(cuda->card, (int)sizeof cuda->card - 1, cuda->device);
-  if (!error) what = "cuDeviceGetAttribute"; /* of the compute capability: major, minor */
-  if (!error) error = cu->cuDeviceGetAttribute(&major, 75, cuda->device);
-  if (!error) error = cu->cuDeviceGetAttribute(&minor, 76, cuda->device);
+  MOE__CUDA_TRY(cuDeviceGet, (&cuda->device, index));
+  MOE__CUDA_TRY(cuDeviceGetName, (cuda->card, (int)sizeof cuda->card - 1, cuda->device));
+  MOE__CUDA_TRY(cuDeviceGetAttribute, (&major, 75, cuda->device)); /* compute capability: major, */
+  MOE__CUDA_TRY(cuDeviceGetAttribute, (&minor, 76, cuda->device)); /* minor */
   cuda->card_arch = 10 * major + minor;
   if (!error && cuda->card_arch < 70)
     return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
                           "cuda:%d: %s has compute capability %d.%d, at least 7.0 is needed",
                           (int)index, cuda->card, major, minor);
   cuda->context = cuda->options.context;
-  if (!error && !cuda->context) {
-    what = "cuDevicePrimaryCtxRetain";
-    error = cu->cuDevicePrimaryCtxRetain(&cuda->context, cuda->device);
-    cuda->primary = !error;
-  }
-  if (!error) what = "cuCtxPushCurrent", error = cu->cuCtxPushCurrent_v2(cuda->context);
+  cuda->primary = !error && !cuda->context;
+  if (cuda->primary) MOE__CUDA_TRY(cuDevicePrimaryCtxRetain, (&cuda->context, cuda->device));
+  if (error) cuda->primary = 0;
+  MOE__CUDA_TRY(cuCtxPushCurrent_v2, (cuda->context));
   return error ? moe__cuda_driver_fail(cu, env, (int)index, what, error) : MOE_OK;
+#undef MOE__CUDA_TRY
 }
 
 /* Opens cuBLAS, where it is wanted and found. */
