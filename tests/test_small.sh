@@ -1,5 +1,5 @@
 #!/bin/sh
-# Microcontrollers: the limits of the tables that small.sh makes, the same bits as here, warnings of
+# Microcontrollers: the limits of small.sh's tables, the same bits as here, exact sums, warnings of
 # arm-none-eabi-gcc, and what convert --c-array writes and refuses.
 . ./lib.sh
 warn="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wdouble-promotion -Werror"
@@ -64,6 +64,15 @@ else
   skip test_small_code_45_KB "there is no arm-none-eabi-gcc with picolibc here"
   skip test_small_macros_save "there is no arm-none-eabi-gcc with picolibc here"
 fi
+
+# a fused multiply-add without the instruction: sums in double, and with integers alone
+for d in "" -D__SOFTFP__; do
+  name=test_small_fma_is_exact
+  [ "$d" ] && name=${name}_with_integers
+  if ${CC:-cc} -std=c99 -O1 -w $d -DMOE_NO_SIMD -DMOE_STATIC -I.. -o "$tmp/fma" small/fma.c -lm \
+    -pthread > "$tmp/log" 2>&1 && "$tmp/fma" > "$tmp/log"; then ok $name
+  else fail $name "$(tail -n 4 "$tmp/log")"; fi
+done
 
 # in place of a sentence the line that failed
 cat > "$tmp/line.c" << 'END'
