@@ -941,7 +941,8 @@ MOE_API int moe_truncate_from_name(moe_truncate *truncate, const char *name);
 typedef struct moe_config {
   int32_t layers, hidden, ffn, heads; /* L, H, F, A; H a multiple of A */
   int32_t vocab, positions, segments; /* V, P, kinds of segments (2); vocab 0 with feature inputs */
-  int32_t feature_dim;                /* width of a feature vector; 0: token ids */
+  int32_t feature_dim; /* width of a feature vector; 0: token ids. With features vocab is 0, and the
+                          first vector of a sequence has the place of [CLS]: heads read its state */
   float eps;                          /* of LayerNorm, 1e-12 in BERT */
   moe_router router;
   int32_t experts, top_k; /* N, k; 1 and 1 when dense */
@@ -9901,8 +9902,10 @@ static moe_status moe__check_sizes(const moe_config *c, const moe_env *env) {
   if (!status) status = moe__check_range("ffn", c->ffn, 1, 1 << 20, env);
   if (!status) status = moe__check_range("heads", c->heads, 1, c->hidden, env);
   if (!status) status = moe__check_range("feature_dim", c->feature_dim, 0, 1 << 20, env);
-  if (!status && c->feature_dim)
-    status = moe__check_range("vocab of a model with feature inputs", c->vocab, 0, 0, env);
+  if (!status && c->feature_dim && c->vocab)
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "configuration: vocab is %d, expected 0, since the inputs are features",
+                     (int)c->vocab);
   if (!status && !c->feature_dim) status = moe__check_range("vocab", c->vocab, 1, 1 << 24, env);
   if (!status) status = moe__check_range("positions", c->positions, 1, 1 << 20, env);
   if (!status) status = moe__check_range("segments", c->segments, 1, 256, env);

@@ -3,11 +3,11 @@
 # arm-none-eabi-gcc with picolibc, and for the boards qemu-system-arm (Debian: gcc-arm-none-eabi
 # picolibc-arm-none-eabi qemu-system-arm).
 #
-#   sh small.sh boards [m0 m4 m7 m55]   a forward pass (2 layers, hidden 32, 4 experts of 64, 3 tasks,
-#                                       16 tokens of 6 numbers) and 3 training steps (1 layer, hidden
-#                                       16, 4 x 8 tokens) under qemu, beside this machine's bits
-#   sh small.sh macros                  what each macro saves of a linked program, Cortex-M4F
-#   sh small.sh example                 examples/embedded.c on each board
+#   sh small.sh boards [m0 m4 m7 m55]
+#     a forward pass (2 layers, hidden 32, 4 experts of 64, 3 tasks, 16 tokens of 6 numbers) and 3
+#     training steps (1 layer, hidden 16, 4 x 8 tokens) under qemu, beside this machine's bits
+#   sh small.sh macros    what each macro saves of a linked program, Cortex-M4F
+#   sh small.sh example   examples/embedded.c on each board
 cd "$(dirname "$0")" || exit 1
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
