@@ -51,7 +51,7 @@ function sized(canvas) { // its context, cleared, in CSS pixels
 
 // Lines over steps: series {name, color, points: [[step, value]], dashed}; values from 0 to `high`.
 function drawChart(canvas, series, steps, label) {
-  const [to, width, height] = sized(canvas), left = 34, right = width - 96, low = height - 22;
+  const [to, width, height] = sized(canvas), left = 34, right = width - 112, low = height - 22;
   const high = Math.max(1, ...series.flatMap(s => s.points.map(p => p[1])));
   const x = step => left + (right - left) * step / Math.max(1, steps);
   const y = value => low - (low - 10) * Math.max(0, value) / high;
