@@ -16,7 +16,7 @@ const tourSteps = [
   ['system', 'Now a single network for both tasks: dense. What one task needs, the other one spoils: ' +
     'interference. With a shared gate, experts must still serve both. Compare trains all three from ' +
     'the same seed; another seed may rank them otherwise.', () => { setUp(0); playPlane(true); }],
-  ['third', 'A third task has five points (large dots). Alone it could not learn a rule. It joins ' +
+  ['maps', 'A third task has five points (large dots). Alone it could not learn a rule. It joins ' +
     'the trained model and takes over the gate of a related task; only its gate and its head learn. ' +
     'Try a random gate, too.', async () => {
       await setUp(2);
