@@ -129,8 +129,8 @@
             untouched on failure. A sentence that says what was found and what was expected goes to
             env.log. The library never prints, exits or aborts.
    BITS     fp32 results are the same bits for any number of threads, whatever else is in the batch,
-            and on AVX-512, AVX2+FMA, NEON and plain C (but not with MOE_PLAIN_MULTIPLY_ADD): see "one definition of every sum" at >>simd
-            and >>gemm. Only clang -ffp-contract=fast breaks this: it fuses products and sums even
+            and on AVX-512, AVX2+FMA, NEON and plain C (but not with MOE_PLAIN_MULTIPLY_ADD): see
+            "one definition of every sum" at >>simd and >>gemm. Only clang -ffp-contract=fast breaks this: it fuses products and sums even
             where a pragma forbids it. moe_env_init detects this and sets MOE_CPU_CONTRACTED.
 
    PAPER MAP
@@ -3031,8 +3031,8 @@ MOE__INLINE float moe__minf(float a, float b) { return a < b ? a : b; }
 /* a * b + c, rounded once. fmaf is used only where it is one instruction (MOE__FUSED), since some C
    libraries have a wrong one. Otherwise in double: the product is exact, and the sum, which rounds,
    gives the right float unless it lies half-way between two floats, where what it lost decides, or
-   is subnormal as a float, where floats have fewer bits. A test of its bits finds both; moe__fma_odd
-   then rounds the sum to odd (an inexact sum gets an odd last bit, so it is no midpoint of two
+   is subnormal as a float, where floats have fewer bits. A test of its bits finds both, and
+   moe__fma_odd then rounds the sum to odd (an inexact sum gets an odd last bit, so it is no midpoint of two
    floats). Where double itself is software, moe__fma_whole computes with integers.
    MOE_PLAIN_MULTIPLY_ADD rounds twice. */
 MOE__NOINLINE MOE__UNUSED static float moe__fma_odd(float a, float b, float c) {
