@@ -130,8 +130,9 @@
             env.log. The library never prints, exits or aborts.
    BITS     fp32 results are the same bits for any number of threads, whatever else is in the batch,
             and on AVX-512, AVX2+FMA, NEON and plain C (but not with MOE_PLAIN_MULTIPLY_ADD): see
-            "one definition of every sum" at >>simd and >>gemm. Only clang -ffp-contract=fast breaks this: it fuses products and sums even
-            where a pragma forbids it. moe_env_init detects this and sets MOE_CPU_CONTRACTED.
+            "one definition of every sum" at >>simd and >>gemm. Only clang -ffp-contract=fast breaks
+            this: it fuses products and sums even where a pragma forbids it. moe_env_init detects
+            this and sets MOE_CPU_CONTRACTED.
 
    PAPER MAP
      [TaG] 2, 3.1 >>block; Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8, A.3.1 >>heads; Eq. 9,
@@ -3028,13 +3029,13 @@ MOE__INLINE float moe__floats(uint32_t u) {
 MOE__INLINE float moe__maxf(float a, float b) { return a > b ? a : b; }
 MOE__INLINE float moe__minf(float a, float b) { return a < b ? a : b; }
 
-/* a * b + c, rounded once. fmaf is used only where it is one instruction (MOE__FUSED), since some C
-   libraries have a wrong one. Otherwise in double: the product is exact, and the sum, which rounds,
-   gives the right float unless it lies half-way between two floats, where what it lost decides, or
-   is subnormal as a float, where floats have fewer bits. A test of its bits finds both, and
-   moe__fma_odd then rounds the sum to odd (an inexact sum gets an odd last bit, so it is no midpoint of two
-   floats). Where double itself is software, moe__fma_whole computes with integers.
-   MOE_PLAIN_MULTIPLY_ADD rounds twice. */
+/* a * b + c, rounded once. fmaf is used only where it is one instruction (MOE__FUSED), since
+   some C libraries have a wrong one. Otherwise in double: the product is exact, and the sum,
+   which rounds, gives the right float unless it lies half-way between two floats, where what it
+   lost decides, or is subnormal as a float, where floats have fewer bits. A test of its bits
+   finds both, and moe__fma_odd then rounds the sum to odd (an inexact sum gets an odd last bit,
+   so it is no midpoint of two floats). Where double itself is software, moe__fma_whole computes
+   with integers. MOE_PLAIN_MULTIPLY_ADD rounds twice. */
 MOE__NOINLINE MOE__UNUSED static float moe__fma_odd(float a, float b, float c) {
   double p = (double)a * (double)b, d = (double)c;
   double s = p + d;
