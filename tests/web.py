@@ -45,9 +45,10 @@ def text_bits(b):
             "setTimeout(d, 50)); await textEngine.ask('textStart', {...textOptions(), tasks: "
             "['snips_intents', 'intent_match'], steps: 4}); await textEngine.ask('textSteps', 4);")
     wanted, same, n = {}, True, 0
-    for line in open(folder + "/predictions"):
-        field = line.rstrip("\n").split("\t")
-        wanted.setdefault(field[0], []).append([float(x) for x in field[5].split(" ")])
+    lines = [line.rstrip("\n").split("\t") for line in open(folder + "/predictions")]
+    for field in lines[1:]:
+        scores = field[lines[0].index("scores")]
+        wanted.setdefault(field[0], []).append([float(x) for x in scores.split(" ")])
     for t, name in enumerate(("snips_intents", "intent_match")):
         stride = b.value("return (await textEngine.ask('textScores', 0)).stride")
         raw = floats(b, f"(await textEngine.ask('textScores', {t})).scores")
