@@ -944,7 +944,7 @@ typedef struct moe_config {
   int32_t vocab, positions, segments; /* V, P, kinds of segments (2); vocab 0 with feature inputs */
   int32_t feature_dim; /* width of a feature vector; 0: token ids. With features vocab is 0, and the
                           first vector of a sequence has the place of [CLS]: heads read its state */
-  float eps;                          /* of LayerNorm, 1e-12 in BERT */
+  float eps;           /* of LayerNorm, 1e-12 in BERT */
   moe_router router;
   int32_t experts, top_k; /* N, k; 1 and 1 when dense */
   int32_t gate_scale_n; /* 0: weight g* (the paper). 1: g* N/k, PAPER-DIFF: an upcycled model starts

@@ -49,7 +49,8 @@ if ! $cc $flags -shared -fPIC -fvisibility=hidden -o "$tmp/libmoe.so" "$tmp/libr
   finish
 fi
 ok test_shared_builds
-nm -D --defined-only "$tmp/libmoe.so" | awk '{ print $NF }' | sort > "$tmp/exported"
+nm -D --defined-only "$tmp/libmoe.so" | awk '{ print $NF }' |
+    sort > "$tmp/exported"
 if ! grep -v '^moe_[a-z]' "$tmp/exported" > "$tmp/log" && grep -qx moe_forward "$tmp/exported"; then
   ok test_shared_exports_only_the_interface
 else fail test_shared_exports_only_the_interface "$(head -n 5 "$tmp/log")"; fi
@@ -77,7 +78,8 @@ if $mingw $flags -shared -o "$tmp/moe.dll" "$tmp/library.c" -static \
   ok test_shared_dll_builds
 else fail test_shared_dll_builds "$(head -n 5 "$tmp/log")"; fi
 x86_64-w64-mingw32-objdump -p "$tmp/moe.dll" | tr -d '\r' |
-  awk '/Ordinal\/Name Pointer/ { on = 1 } on && /^\t\[ *[0-9]+\]/ { print $NF }' | sort > "$tmp/exported"
+  awk '/Ordinal\/Name Pointer/ { on = 1 } on && /^\t\[ *[0-9]+\]/ { print $NF }' |
+    sort > "$tmp/exported"
 missing=$(comm -3 "$tmp/declared" "$tmp/exported" | head -n 5 | tr '\n' ' ')
 if [ -z "$missing" ]; then ok test_shared_dll_exports_the_interface
 else fail test_shared_dll_exports_the_interface "$missing"; fi

@@ -3,8 +3,8 @@
    from a worker (worker.js); tests/web.c calls them from a native program and expects the same
    bits.
 
-   Functions return 0, or a status of moe.h: then web_said() has the sentence. Arrays are shared with
-   JavaScript, which asks for their addresses. */
+   Functions return 0, or a status of moe.h: then web_said() has the sentence. Arrays are shared
+   with JavaScript, which asks for their addresses. */
 #include <stdlib.h>
 #include <string.h>
 #define MOE_IMPLEMENTATION
@@ -90,8 +90,8 @@ static void plane_close(void) {
   plane.context = NULL, plane.trainer = NULL, plane.model = NULL;
 }
 
-/* Trainer, sampler and context of the model. With `only` >= 0 that task learns its gate and its head
-   and nothing else: experts and the other tasks stay what they are. */
+/* Trainer, sampler and context of the model. With `only` >= 0 that task learns its gate and its
+   head and nothing else: experts and the other tasks stay what they are. */
 static moe_status plane_open(int32_t only) {
   static moe_param_group group[3];
   moe_limits training = {BATCH, BATCH, 1, 0}, maps = {GRID, GRID, 0, 1};
@@ -376,8 +376,8 @@ WEB_API moe_status plane_probe(int t, float x, float y) {
 }
 
 /* ---- the text ----
-   What examples/train.c does with --from-scratch, one system and one seed: the same rows in the same
-   order, the same model, the same steps, hence the same bits. */
+   What examples/train.c does with --from-scratch, one system and one seed: the same rows in the
+   same order, the same model, the same steps, hence the same bits. */
 
 enum { TEXTS = 9, LABEL_BYTES = 1024, MICRO_BATCH = 4096, SCORE_ROWS = 256, PIECES = 16384 };
 

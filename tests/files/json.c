@@ -224,62 +224,65 @@ static void test_safetensors_accepts_sound_headers(void) {
   }
 }
 
+/* Headers, bytes of data behind them, and what is said. */
+static const struct {
+  const char *header;
+  size_t body;
+  const char *says;
+} wrong_headers[] = {
+    {"[]", 0, "begin with {"},
+    {"{" A "}", 15, "tensor a: bytes 0 to 16, the file has 15"},
+    {"{" A "}", 17, "end at byte 16 of the data, which has 17"},
+    {"{" A "," B "}", 20, "end at byte 19 of the data, which has 20"},
+    {"{" B "}", 19, "tensor b begins at byte 16"},
+    {"{\"c\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[20,24]}," A "}", 24,
+     "tensor c begins at byte 20 of the data, expected 16: a gap or an overlap"},
+    {"{" B "," A "}", 24, "end at byte 19 of the data, which has 24"},
+    {"{" B "," A "," A "}", 19,
+     "tensor a begins at byte 0 of the data, expected 16: a gap or an overlap"},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,16]}}", 16,
+     "tensor a: F32 of (2, 3) needs 24 bytes, its range has 16"},
+    {"{\"a\":{\"dtype\":\"F33\",\"shape\":[2,2],\"data_offsets\":[0,16]}}", 16,
+     "tensor a: unknown dtype"},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[16,0]}}", 16, "tensor a"},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296,4294967296],\"data_offsets\":[0,"
+     "16]}}",
+     16, "exceeds the address space"},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[-1],\"data_offsets\":[0,16]}}", 16, "expected a size"},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1.5],\"data_offsets\":[0,16]}}", 16, "a size"},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,4],\"data_offsets\":[0,16]}}", 16,
+     "too many"},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4]}}", 16, "once each"},
+    {"{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16]}}", 16,
+     "once each"},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0]}}", 16, "two numbers"},
+    {"{\"__metadata__\":{},\"__metadata__\":{}}", 0, "twice"},
+    {"{\"__metadata__\":{\"x\":1}}", 0, "expected a string"},
+    {"{\"a\":7}", 0, "tensor a: expected an object"},
+    {"{" A "} x", 16, "text after the end"},
+    {"{" A ",", 16, "expected a string"},
+    {"{\"\xff\":1}", 0, "not UTF-8"},
+    {"{\"a", 0, "byte 3 of 3: a string has no closing quote"},
+    {"{\"a\\", 0, "byte 4 of 4: unknown escape in a string"},
+    {"{", 0, "byte 1 of 1: unexpected end of the text"},
+    {"{\"a\\u0000b\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[0,16]}}", 16,
+     "tensor a...: a zero byte (\\u0000) in its name"},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"F32\","
+     "\"shape\":[2],\"data_offsets\":[2,10]}}",
+     10, "tensor b begins at byte 2"},
+};
+
 static void test_safetensors_names_what_is_wrong(void) {
-  static const struct {
-    const char *header;
-    size_t body;
-    const char *says;
-  } some[] = {
-      {"[]", 0, "begin with {"},
-      {"{" A "}", 15, "tensor a: bytes 0 to 16, the file has 15"},
-      {"{" A "}", 17, "end at byte 16 of the data, which has 17"},
-      {"{" A "," B "}", 20, "end at byte 19 of the data, which has 20"},
-      {"{" B "}", 19, "tensor b begins at byte 16"},
-      {"{\"c\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[20,24]}," A "}", 24,
-       "tensor c begins at byte 20 of the data, expected 16: a gap or an overlap"},
-      {"{" B "," A "}", 24, "end at byte 19 of the data, which has 24"},
-      {"{" B "," A "," A "}", 19,
-       "tensor a begins at byte 0 of the data, expected 16: a gap or an overlap"},
-      {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,16]}}", 16,
-       "tensor a: F32 of (2, 3) needs 24 bytes, its range has 16"},
-      {"{\"a\":{\"dtype\":\"F33\",\"shape\":[2,2],\"data_offsets\":[0,16]}}", 16,
-       "tensor a: unknown dtype"},
-      {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[16,0]}}", 16, "tensor a"},
-      {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296,4294967296],\"data_offsets\":[0,"
-       "16]}}",
-       16, "exceeds the address space"},
-      {"{\"a\":{\"dtype\":\"F32\",\"shape\":[-1],\"data_offsets\":[0,16]}}", 16, "expected a size"},
-      {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1.5],\"data_offsets\":[0,16]}}", 16, "a size"},
-      {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,4],\"data_offsets\":[0,16]}}", 16,
-       "too many"},
-      {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4]}}", 16, "once each"},
-      {"{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16]}}", 16,
-       "once each"},
-      {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0]}}", 16, "two numbers"},
-      {"{\"__metadata__\":{},\"__metadata__\":{}}", 0, "twice"},
-      {"{\"__metadata__\":{\"x\":1}}", 0, "expected a string"},
-      {"{\"a\":7}", 0, "tensor a: expected an object"},
-      {"{" A "} x", 16, "text after the end"},
-      {"{" A ",", 16, "expected a string"},
-      {"{\"\xff\":1}", 0, "not UTF-8"},
-      {"{\"a", 0, "byte 3 of 3: a string has no closing quote"},
-      {"{\"a\\", 0, "byte 4 of 4: unknown escape in a string"},
-      {"{", 0, "byte 1 of 1: unexpected end of the text"},
-      {"{\"a\\u0000b\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[0,16]}}", 16,
-       "tensor a...: a zero byte (\\u0000) in its name"},
-      {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"F32\","
-       "\"shape\":[2],\"data_offsets\":[2,10]}}",
-       10, "tensor b begins at byte 2"},
-  };
   moe_env env = models_env(MOE_ISA_SCALAR);
   size_t i, bytes;
   moe__st st;
   unsigned char eight[8] = {255, 255, 255, 255, 255, 255, 255, 127};
-  for (i = 0; i < sizeof some / sizeof *some; ++i) {
-    void *file = container(some[i].header, some[i].body, &bytes);
+  for (i = 0; i < sizeof wrong_headers / sizeof *wrong_headers; ++i) {
+    void *file = container(wrong_headers[i].header, wrong_headers[i].body, &bytes);
     said[0] = 0;
-    CHECK(moe__st_open(&st, file, bytes, &env) == MOE_E_FORMAT && strstr(said, some[i].says),
-          "%s: said '%s'", some[i].header, said);
+    CHECK(moe__st_open(&st, file, bytes, &env) == MOE_E_FORMAT &&
+              strstr(said, wrong_headers[i].says),
+          "%s: said '%s'", wrong_headers[i].header, said);
     free(file);
   }
   CHECK(moe__st_open(&st, eight, 8, &env) == MOE_E_FORMAT && strstr(said, "give a header"), "%s",
