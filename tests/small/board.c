@@ -1,7 +1,7 @@
 /* One forward pass of MODEL, or with TRAIN three training steps, on a board or on this machine.
-   Says the bits of the result; on a board also the instructions (SysTick under qemu -icount, calibrated
-   by a loop of known length), the bytes of stack that were painted and are gone, and those of the
-   blocks. */
+   Says the bits of the result; on a board also the instructions (SysTick under qemu -icount,
+   calibrated by a loop of known length), the bytes of stack that were painted and are gone, and
+   those of the blocks. */
 #define MOE_IMPLEMENTATION
 #include "moe.h"
 #include <stdio.h>
