@@ -128,7 +128,7 @@ static int batch_make(moe_batch *b, void *array[8], int k, uint32_t flags) {
 /* Routes and masks of the caller's. */
 static void batch_choose(int k, moe_batch *b, int32_t *force, uint8_t *mask) {
   const moe_config *c = moe_model_config(batch.model[k]);
-  int32_t M = b->seq_start[b->S < 0 ? 0 : b->S], i, n = M < 0 ? 0 : c->layers * M * c->top_k;
+  int32_t M = b->S < 0 ? 0 : b->seq_start[b->S], i, n = M < 0 ? 0 : c->layers * M * c->top_k;
   moe_context *training = moe_trainer_context(batch.trainer[k]);
   for (i = 0; i < n; ++i) {
     uint32_t w = batch_byte();
