@@ -798,10 +798,11 @@ static void test_files_tensors_in_each_others_place(void) {
   CHECK(moe_model_open_size(s.data, s.used, &bytes, &env) == MOE_OK, "%s", said);
   block = models_block(&raw, bytes);
   if (*(const unsigned char *)&one == 1) /* a big-endian machine uses no file in place */
-    CHECK(moe_model_open(&back, s.data, s.used, block, bytes, &env) == MOE_E_FORMAT &&
-              strstr(said, "tensor encoder.layer.0.experts.2.intermediate.dense.weight begins at") &&
-              strstr(said, "load the file with moe_model_load and save it again"),
-          "%s", said);
+    CHECK(
+        moe_model_open(&back, s.data, s.used, block, bytes, &env) == MOE_E_FORMAT &&
+            strstr(said, "tensor encoder.layer.0.experts.2.intermediate.dense.weight begins at") &&
+            strstr(said, "load the file with moe_model_load and save it again"),
+        "%s", said);
   free(raw);
   free(s.data);
   moe_model_free(back);
