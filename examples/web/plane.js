@@ -175,7 +175,7 @@ function drawTask(canvas, t) {
 
 function drawPlane() {
   const {frame, options} = planeState;
-  if (!frame || $('plane').hidden) return;
+  if (!frame || !planeState.history.length || $('plane').hidden) return; // none after a reset
   const rule = t => rules[options.names[t].split(' ')[0]][0];
   const shown = Math.min(planeState.at[0], frame.tasks - 1), n = frame.experts.length;
   makeFigures($('maps'), frame.tasks, t => `<b>Task ${'ABC'[t]}</b>: ${rule(t)}, ${
