@@ -86,7 +86,8 @@ with Browser() as b:
     b.value("showTour(-1); showView('plane');")
     plane_bits(b)
     text_bits(b)
-    note = b.value("$('question').value = 'a long walk '.repeat(850); await askText();"
+    note = b.value("await resetText(); $('question').value = 'a long walk '.repeat(850);"
+                   "await askText();"
                    "return $('question-note').textContent")
     tell("ten_thousand_characters_are_cut", "the first 64 are read" in note, note)
     b.open(page, 360, 740)
