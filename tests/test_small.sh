@@ -94,7 +94,8 @@ int main(void) {
 }
 END
 if ${CC:-cc} -std=c99 -O1 -w -DMOE_NO_SENTENCES -I.. -o "$tmp/line" "$tmp/line.c" -lm -pthread \
-    > "$tmp/log" 2>&1 && "$tmp/line" > "$tmp/log" && grep -q '^[1-9][0-9]* moe\.h:[0-9]*$' "$tmp/log"
+    > "$tmp/log" 2>&1 && "$tmp/line" > "$tmp/log" &&
+    grep -q '^[1-9][0-9]* moe\.h:[0-9]*$' "$tmp/log"
 then ok test_small_says_the_line_that_failed
 else fail test_small_says_the_line_that_failed "$(cat "$tmp/log")"; fi
 finish
