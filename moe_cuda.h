@@ -931,6 +931,19 @@ static moe_status moe__cuda_launch(moe__cuda_queue *q, int kernel, uint32_t gx, 
                                                     0, q->stream, args, NULL));
 }
 
+/* A kernel with one struct as its argument. */
+static moe_status moe__cuda_run(moe__cuda_queue *q, int kernel, uint32_t gx, uint32_t gy,
+                                uint32_t threads, void *args) {
+  void *list[1];
+  list[0] = args;
+  return moe__cuda_launch(q, kernel, gx, gy, threads, list);
+}
+
+/* Blocks of `each` for n items; 0 for none. */
+static uint32_t moe__cuda_blocks(size_t n, size_t each) {
+  return (uint32_t)((n + each - 1) / each);
+}
+
 static moe_status moe__cuda_blas_open(moe__cuda_queue *q); /* >>cuda_products */
 
 /* Releases a queue that is in no list. current 0: the context cannot be made current, and takes
@@ -2968,19 +2981,6 @@ MOE__CUDA_SOURCE(
       for (int l = 1; l < 8; ++l) sum += part[l][column];
       a.dsegment[(size_t)kind * H + c] += sum;
     })
-
-/* A kernel with one struct as its argument. */
-static moe_status moe__cuda_run(moe__cuda_queue *q, int kernel, uint32_t gx, uint32_t gy,
-                                uint32_t threads, void *args) {
-  void *list[1];
-  list[0] = args;
-  return moe__cuda_launch(q, kernel, gx, gy, threads, list);
-}
-
-/* Blocks of `each` for n items; 0 for none. */
-static uint32_t moe__cuda_blocks(size_t n, size_t each) {
-  return (uint32_t)((n + each - 1) / each);
-}
 
 /* A kernel with 16 threads for each of M rows. */
 static moe_status moe__cuda_rows(moe__cuda_queue *q, int kernel, int32_t M, void *args) {
