@@ -254,8 +254,7 @@ static void keep_on_the_way(const job *j, const moe_model *model, int64_t step) 
   int64_t k, steps = j->config.steps;
   for (k = 1; k <= opt.keep; ++k)
     if (step == (steps * k + opt.keep - 1) / opt.keep) break;
-  if (k <= opt.keep)
-    need(moe_model_save(model, with_suffix(j->path, printed("step%lld", (long long)step)), &env));
+  if (k <= opt.keep) write_model(model, with_suffix(j->path, printed("step%lld", (long long)step)));
 }
 
 /* Steps of a whole first stage, parent included, on n_rows of of_rows rows. */
@@ -415,7 +414,7 @@ static moe_model *train_run(int system, int seed, const int *which, int n, const
                             opt.predictions ? &lines_of_answers : NULL);
   if (opt.predictions && files)
     save_text(&lines_of_answers, run_path(opt.predictions, system, seed, alone));
-  if (opt.save && files) need(moe_model_save(model, run_path(opt.save, system, seed, alone), &env));
+  if (opt.save && files) write_model(model, run_path(opt.save, system, seed, alone));
   set_cost(done[0], &j, model, steps);
   for (i = 0; i < n; ++i) join_part(done[i]);
   if (state.checkpoint) write_parts(state.checkpoint);
@@ -541,7 +540,7 @@ static part *tune_pair(const char *name, const char *title, beginning *b, const 
   train_model(&j, model);
   p = evaluate_part(name, model, 0, b->task, 0, NULL);
   set_cost(p, &j, model, j.best_step);
-  if (save && p->score > least) need(moe_model_save(model, save, &env));
+  if (save && p->score > least) write_model(model, save);
   moe_model_free(model);
   join_part(p);
   if (state.checkpoint) write_parts(state.checkpoint);

@@ -41,8 +41,10 @@
 #define W_OK 2
 #else
 #include <sys/ioctl.h>
+#include <time.h>
 #include <unistd.h>
 #endif
+#include "ranks.h"
 #ifdef __GNUC__
 #define TOOLS_PRINTF(n) __attribute__((format(printf, n, n + 1)))
 #define TOOLS_DIES __attribute__((noreturn))
@@ -71,9 +73,19 @@ static inline void read_from(const char *file, int line) {
 }
 
 static inline void say(const char *sentence) {
-  fprintf(stderr, "%s: ", program.name);
-  if (reading.file) fprintf(stderr, reading.line ? "%s:%d: " : "%s: ", reading.file, reading.line);
-  fprintf(stderr, "%s\n", sentence);
+  const char *file = reading.file ? reading.file : "";
+  char line[16] = "";
+  if (reading.file) snprintf(line, sizeof line, reading.line ? ":%d: " : ": ", reading.line);
+  if (my_rank)
+    snprintf(last_sentence, sizeof last_sentence, "%s%s%s\n", file, line, sentence);
+  else
+    fprintf(stderr, "%s: %s%s%s\n", program.name, file, line, sentence);
+}
+
+/* This program, and all ranks, end with status 1. */
+TOOLS_DIES static inline void end_badly(void) {
+  gone_wrong = 1;
+  exit(1);
 }
 
 TOOLS_DIES TOOLS_PRINTF(1) static inline void die(const char *format, ...) {
@@ -85,7 +97,7 @@ TOOLS_DIES TOOLS_PRINTF(1) static inline void die(const char *format, ...) {
   for (s = sentence; *s; ++s) /* from a file, perhaps: nothing that controls a terminal */
     if ((unsigned char)*s < 32 || *s == 127) *s = '?';
   say(sentence);
-  exit(1);
+  end_badly();
 }
 
 static inline void log_sentence(void *user, moe_status status, const char *sentence) {
@@ -95,7 +107,7 @@ static inline void log_sentence(void *user, moe_status status, const char *sente
 
 /* For calls of the library: the log has said what was wrong. */
 static inline void need(moe_status status) {
-  if (status) exit(1);
+  if (status) end_badly();
 }
 
 /* ---- memory and text ---- */
@@ -363,10 +375,11 @@ static inline char *with_suffix(const char *path, const char *suffix) {
 /* 0: there is no such file. One that is there but cannot be opened is not passed over in silence.
  */
 static inline int exists(const char *path) {
-  FILE *f = fopen(path, "rb");
-  if (f) return fclose(f), 1;
-  if (errno != ENOENT && errno != ENOTDIR) die("cannot open %s: %s", path, strerror(errno));
-  return 0;
+  FILE *f = my_rank ? NULL : fopen(path, "rb");
+  if (!my_rank && !f && errno != ENOENT && errno != ENOTDIR)
+    die("cannot open %s: %s", path, strerror(errno));
+  if (f) fclose(f);
+  return agree(f != NULL);
 }
 
 static moe_env env;
@@ -386,7 +399,7 @@ static inline moe_status write_text(void *user, const moe_writer *writer, const 
 /* How programs write files (models and checkpoints go the same way inside the library): the old
    file stays as it is until the new one is whole. The text is freed. */
 static inline void save_text(text *t, const char *path) {
-  need(moe_file_replace(path, write_text, t, &env));
+  if (!my_rank) need(moe_file_replace(path, write_text, t, &env));
   free(t->data);
   memset(t, 0, sizeof *t);
 }
@@ -397,7 +410,7 @@ static inline void check_writable(const char *option_name, const char *path) {
   const char *name = path ? file_name(path) : NULL, *folder = ".";
   FILE *f = NULL;
   int bad;
-  if (!path) return;
+  if (!path || my_rank) return;
   if (name > path) folder = printed("%.*s.", (int)(name - path), path);
   if (!access(path, 0))
     bad = !(f = fopen(path, "ab"));
@@ -472,6 +485,7 @@ static const option machine_options[] = {
     END_OF_OPTIONS};
 
 static inline void begin_program(const char *name, int argc, char **argv) {
+  begin_ranks(&argc, &argv);
   program.name = name;
   program.argc = argc;
   program.argv = argv;
@@ -481,6 +495,7 @@ static inline void begin_program(const char *name, int argc, char **argv) {
 static inline void open_device(void) {
   int number = 0, end = 0, automatic = !strcmp(machine.device, "auto");
   if (!strcmp(machine.device, "cpu")) return;
+  if (ranks > 1) die("--device %s: several ranks compute on the CPU", machine.device);
   if (!automatic && strcmp(machine.device, "cuda") &&
       (sscanf(machine.device, "cuda:%d%n", &number, &end) != 1 || machine.device[end] ||
        number < 0))
@@ -502,6 +517,15 @@ static inline void open_device(void) {
 #endif
 }
 
+/* Processors for this rank: those that it may use, or its part of this machine's. */
+static inline int processors(void) {
+  int all = moe_processors(), mine = all;
+#ifdef _SC_NPROCESSORS_ONLN
+  mine = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks_here();
+#endif
+  return mine < 1 ? 1 : mine < all ? mine : all;
+}
+
 /* threads: as many where --threads says nothing; 0: all processors. */
 static inline void open_machine(int threads) {
   if (moe_env_init(&env, moe_isa_from_name(machine.isa)))
@@ -517,7 +541,7 @@ static inline void open_machine(int threads) {
   moe_profile_init(&profile, NULL, NULL);
   if (machine.profiled) env.profile = &profile;
   if (machine.threads) threads = machine.threads;
-  if (threads != 1) need(moe_pool_create(&pool, threads ? threads : moe_processors(), &env));
+  if (threads != 1) need(moe_pool_create(&pool, threads ? threads : processors(), &env));
 }
 
 /* ---- interruption, the end ---- */
@@ -539,6 +563,7 @@ static inline void catch_interrupts(void) {
 
 /* From now on they end it at once: what was trained is on the disk, or printed. */
 static inline void release_interrupts(void) {
+  interrupted = highest(interrupted);
   if (interrupted) exit(128 + interrupted);
   signal(SIGINT, SIG_DFL);
   signal(SIGTERM, SIG_DFL);

@@ -39,14 +39,14 @@ static inline float *labels_of(float *label, const rows *r) {
 }
 
 /* Runs the rows, of the model's task number t, through it; routes are added to sums unless that is
-   NULL. To be freed. */
+   NULL. Ranks take batches in turn. To be freed. */
 static inline answers score_rows(moe_context *context, const moe_model *model, const rows *r,
                                  int32_t t, moe_route_sums *sums) {
   static batch_buffer b;
   static int32_t capacity;
   answers a;
   int32_t room = score_room(model), *group = (int32_t *)take(2 * (size_t)r->n, sizeof *group);
-  int64_t i = 0;
+  int64_t i = 0, batches = 0;
   size_t n = (size_t)r->n;
   if (capacity < room) b = make_batch(capacity = room, SCORE_ROWS);
   a.n = r->n;
@@ -61,9 +61,11 @@ static inline answers score_rows(moe_context *context, const moe_model *model, c
       group[i] = r->row[i].group;
       add_row(&b, r, i, t, i);
     } while (++i < r->n && b.batch.S < SCORE_ROWS && b.tokens + row_length(r, i) <= room);
+    if (!sums && batches++ % ranks != my_rank) continue;
     need(moe_forward(context, to, &b.batch, &env));
     if (sums) need(moe_route_count(sums, context, &b.batch, &env));
   }
+  if (!sums) add_floats(a.logits, n * (size_t)a.stride);
   need(moe_answers(a.answer, moe_model_task(model, t), a.logits, a.stride, (int32_t)r->n, group,
                    group + n, &env));
   free(group);

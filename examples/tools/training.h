@@ -34,7 +34,7 @@ static inline void unlock_checkpoint(void) {
 
 /* A second run on one checkpoint would replace this one's steps by its own. */
 static inline void lock_checkpoint(void) {
-  if (!state.checkpoint) return;
+  if (!state.checkpoint || my_rank) return;
   need(moe_file_lock(&checkpoint_lock, state.checkpoint, &env));
   atexit(unlock_checkpoint);
 }
@@ -57,6 +57,7 @@ typedef struct job {
   void (*get_state)(const char *line); /* and back */
 
   moe_trainer *trainer;
+  size_t parameters; /* with several ranks */
   moe_sampler sampler;
   moe_model *best; /* of the epochs so far, NULL: none has ended */
   int64_t best_step;
@@ -89,15 +90,25 @@ static inline void drop_kept(void) {
 
 static inline char *best_path(const char *checkpoint) { return printed("%s.best", checkpoint); }
 
-static inline void remove_checkpoint(const char *path) {
-  remove(best_path(path));
-  remove(path);
+static inline void write_model(const moe_model *model, const char *path) {
+  if (!my_rank) need(moe_model_save(model, path, &env));
 }
 
-/* One optimizer step: draws a batch and runs it in micro-batches of at most `room` tokens. */
+static inline void remove_file(const char *path) {
+  if (!my_rank) remove(path);
+}
+
+static inline void remove_checkpoint(const char *path) {
+  remove_file(best_path(path));
+  remove_file(path);
+}
+
+/* One optimizer step: draws a batch and runs this rank's rows of it in micro-batches of at most
+   `room` tokens. The loss is that of the whole batch. */
 static inline float train_step(job *j, batch_buffer *b, int32_t room) {
   long long step = moe_trainer_steps_done(j->trainer) + 1;
-  float sum = 0, loss, *losses = NULL;
+  float loss, *losses = NULL;
+  double whole[2] = {0, 0}; /* loss, tokens */
   int i, k;
   if (watching()) losses = (float *)take((size_t)j->batch, sizeof *losses);
   clear_batch(b);
@@ -108,23 +119,27 @@ static inline float train_step(job *j, batch_buffer *b, int32_t room) {
     if (i < j->batch) {
       moe_sampler_next(&j->sampler, &task, &drawn);
       r = &tasks[j->which[task]].train;
+      if (i % ranks != my_rank) continue;
     }
     if (b->batch.S && (!r || b->tokens + row_length(r, drawn) > room)) {
       moe_status s = moe_trainer_accumulate(j->trainer, &b->batch, j->batch, &loss, losses, &env);
       if (s)
         die("training stopped in step %lld (%s); try a smaller --lr", step, moe_status_text(s));
       for (k = 0; k < b->batch.S && losses; ++k) watch_loss(j->which[b->task[k]], losses[k]);
-      sum += loss;
-      j->tokens += b->tokens;
+      whole[0] = (double)((float)whole[0] + loss);
+      whole[1] += b->tokens;
       clear_batch(b);
     }
     if (r) add_row(b, r, drawn, task, i);
   }
   free(losses);
+  add_floats(moe_trainer_gradients(j->trainer), j->parameters);
+  add_doubles(whole, 2);
+  j->tokens += whole[1];
   watch.lr = moe_trainer_lr(j->trainer);
   if (moe_trainer_step(j->trainer, &watch.norm, &env))
     die("training stopped in step %lld; try a smaller --lr", step);
-  return sum;
+  return (float)whole[0];
 }
 
 static inline void copy_weights(moe_model *to, moe_model *from) {
@@ -195,13 +210,13 @@ static inline void end_epoch(job *j, moe_context *context, moe_model *model, dou
 static inline void write_state(job *j) {
   const char *best = best_path(j->path);
   text note = {NULL, 0, 0};
-  if (j->choose && !j->best) remove(best); /* of another run */
-  if (j->best_unsaved) need(moe_model_save(j->best, best, &env));
+  if (j->choose && !j->best) remove_file(best); /* of another run */
+  if (j->best_unsaved) write_model(j->best, best);
   j->best_unsaved = 0;
   put(&note, "%s\n%s\nbest %.17g at %lld, tokens %.0f", j->name, options_here, j->score,
       (long long)j->best_step, j->tokens);
   if (j->put_state) put(&note, "\n"), j->put_state(&note);
-  need(moe_checkpoint_save(j->trainer, &j->sampler, note.data, j->path, &env));
+  if (!my_rank) need(moe_checkpoint_save(j->trainer, &j->sampler, note.data, j->path, &env));
   free(note.data);
 }
 
@@ -259,7 +274,7 @@ static inline void stop_here(job *j) {
   write_state(j);
   if (n_finished) write_parts(checkpoint_name());
   for (k = kept_models; k; k = k->next)
-    if (!state.checkpoint || !exists(k->path)) need(moe_model_save(k->model, k->path, &env));
+    if (!state.checkpoint || !exists(k->path)) write_model(k->model, k->path);
   fprintf(stderr, "\ninterrupted after step %lld; the state is in %s. To go on:\n  ",
           (long long)moe_trainer_steps_done(j->trainer), j->path);
   print_command(stderr, checkpoint_name());
@@ -281,6 +296,7 @@ static inline void train_loop(job *j, moe_model *model, moe_context *context, in
     show_progress(&p, step, (double)loss, speed, end);
     if (watching()) watch_step(step, (double)loss, speed);
     if (j->after) j->after(j, model, step);
+    interrupted = highest(interrupted);
     if (interrupted) stop_here(j);
     if (state.checkpoint && (step % state.every == 0 || (end && !j->one_of_many))) write_state(j);
   }
@@ -308,6 +324,7 @@ static inline void train_model(job *j, moe_model *model) {
   limits.training = 1;
   need(moe_trainer_create(&j->trainer, model, &limits, &j->config, &env));
   need(moe_sampler_init(&j->sampler, &j->sampling, n_rows, n_rows + j->n, j->n, &env));
+  j->parameters = moe_model_parameters(model);
   go_on(j);
   if (j->begin) j->begin(j);
   begin_watch(j->name, j->which, j->n, state.resume != NULL);

@@ -17,8 +17,9 @@ static struct {
   const char *run;
   const int *which; /* (n) tasks of the run */
   int n;
-  float lr, norm, *loss, *dev; /* (n_tasks) of this step: sums of losses, metrics */
-  int *rows, looked;           /* (n_tasks) rows of this step; 1: `dev` is of this step */
+  float lr, norm, *loss, *rows; /* (n_tasks) of this step: sums of losses, rows; one block */
+  float *dev;                   /* (n_tasks) metrics, */
+  int looked;                   /* 1: of this step */
 } watch;
 
 static const option watch_options[] = {
@@ -139,10 +140,11 @@ static inline void begin_watch(const char *run, const int *which, int n, int goe
   watch.n = n;
   if (!watching()) return;
   if (!watch.loss) {
-    watch.loss = (float *)lasting((size_t)n_tasks, sizeof *watch.loss);
+    watch.loss = (float *)lasting(2 * (size_t)n_tasks, sizeof *watch.loss);
+    watch.rows = watch.loss + n_tasks;
     watch.dev = (float *)lasting((size_t)n_tasks, sizeof *watch.dev);
-    watch.rows = (int *)lasting((size_t)n_tasks, sizeof *watch.rows);
   }
+  if (my_rank) return; /* rank 0 writes */
   if (watch.log && !watch.csv) {
     int more = goes_on && exists(watch.log);
     watch.csv = fopen(watch.log, more ? "ab" : "wb");
@@ -168,8 +170,8 @@ static inline void watch_csv(int64_t step, double loss, double speed) {
   fprintf(watch.csv, "%s,%lld,%.6g,%.6g,%.6g,%.0f", watch.run, (long long)step, loss,
           (double)watch.lr, (double)watch.norm, speed);
   for (t = 0; t < n_tasks; ++t)
-    if (watch.rows[t])
-      fprintf(watch.csv, ",%.6g", (double)watch.loss[t] / watch.rows[t]);
+    if (watch.rows[t] > 0)
+      fprintf(watch.csv, ",%.6g", (double)(watch.loss[t] / watch.rows[t]));
     else
       fputc(',', watch.csv);
   for (t = 0; t < n_tasks; ++t) {
@@ -193,7 +195,8 @@ static inline void watch_events(int64_t step, double loss, double speed) {
   for (i = 0; i < watch.n; ++i) {
     int t = watch.which[i];
     const char *name = tasks[t].task.name;
-    if (watch.rows[t]) put_scalar(&values, "loss", name, (double)watch.loss[t] / watch.rows[t]);
+    if (watch.rows[t] > 0)
+      put_scalar(&values, "loss", name, (double)(watch.loss[t] / watch.rows[t]));
     if (watch.looked) put_scalar(&values, "dev", name, (double)watch.dev[t]);
   }
   write_event(step, &values, 5);
@@ -218,12 +221,12 @@ static inline void watch_epoch(const char *title, int64_t epoch, double loss, do
 
 /* Ends a step. */
 static inline void watch_step(int64_t step, double loss, double speed) {
+  add_floats(watch.loss, 2 * (size_t)n_tasks);
   if (watch.csv) watch_csv(step, loss, speed);
   if (watch.events) watch_events(step, loss, speed);
   if (watch.looked) check_log(watch.csv, "--log", watch.log);
   if (watch.looked) check_log(watch.events, "--tensorboard", watch.tensorboard);
-  memset(watch.loss, 0, (size_t)n_tasks * sizeof *watch.loss);
-  memset(watch.rows, 0, (size_t)n_tasks * sizeof *watch.rows);
+  memset(watch.loss, 0, 2 * (size_t)n_tasks * sizeof *watch.loss);
   watch.looked = 0;
 }
 

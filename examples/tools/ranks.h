@@ -1,0 +1,95 @@
+/* ranks.h - several processes, on one machine or many, that train one model with MPI:
+   mpicc -DTRAIN_MPI -O3 -o train_mpi examples/train.c -lm -pthread && mpirun -n 4 ./train_mpi ...
+
+   All run the same program on the same files, in a folder that all see. Each computes its rows of
+   every batch and of every evaluation, then gradients and answers are added up, so that all hold
+   the same numbers and decide the same. Rank 0 alone writes and speaks. Compiled without TRAIN_MPI
+   there is one rank, and nothing here does anything. */
+#ifndef TOOLS_RANKS_H
+#define TOOLS_RANKS_H
+
+static int my_rank, ranks = 1;
+static int gone_wrong;           /* 1: this rank ends alone, with what it said last */
+static char last_sentence[4352]; /* of a rank other than 0 */
+
+#ifndef TRAIN_MPI
+static inline void begin_ranks(int *argc, char ***argv) { (void)argc, (void)argv; }
+static inline int ranks_here(void) { return 1; }
+static inline int agree(int mine) { return mine; }
+static inline int highest(int mine) { return mine; }
+static inline void add_floats(float *x, size_t n) { (void)x, (void)n; }
+static inline void add_doubles(double *x, int n) { (void)x, (void)n; }
+#else
+#include <mpi.h>
+#ifdef _WIN32
+#define NOWHERE "NUL"
+#else
+#define NOWHERE "/dev/null"
+#endif
+static FILE *complaints; /* standard error of a rank other than 0 */
+
+/* At the end of the program. A rank that ends alone ends all: the others would wait for it. What is
+   wrong with all is said by rank 0, which the others let speak first. */
+static inline void end_ranks(void) {
+  if (!gone_wrong) {
+    MPI_Finalize();
+    return;
+  }
+  if (my_rank) {
+    struct timespec moment = {0, 500000000};
+    nanosleep(&moment, NULL);
+    fprintf(complaints, "rank %d: %s", my_rank, last_sentence);
+    fflush(complaints);
+  }
+  MPI_Abort(MPI_COMM_WORLD, 1);
+}
+
+static inline void begin_ranks(int *argc, char ***argv) {
+  int provided;
+  MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
+  MPI_Comm_rank(MPI_COMM_WORLD, &my_rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+  if (my_rank) {
+    complaints = fdopen(dup(2), "w");
+    if (!complaints || !freopen(NOWHERE, "w", stdout) || !freopen(NOWHERE, "w", stderr))
+      MPI_Abort(MPI_COMM_WORLD, 1);
+  }
+  atexit(end_ranks);
+}
+
+/* Ranks on this machine, which share its processors. */
+static inline int ranks_here(void) {
+  MPI_Comm here;
+  int n;
+  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
+  MPI_Comm_size(here, &n);
+  MPI_Comm_free(&here);
+  return n;
+}
+
+/* What rank 0 says. */
+static inline int agree(int mine) {
+  MPI_Bcast(&mine, 1, MPI_INT, 0, MPI_COMM_WORLD);
+  return mine;
+}
+
+static inline int highest(int mine) {
+  MPI_Allreduce(MPI_IN_PLACE, &mine, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+  return mine;
+}
+
+/* Element by element over all ranks; in parts, since MPI counts in int. */
+static inline void add_floats(float *x, size_t n) {
+  const size_t most = (size_t)1 << 26;
+  size_t i, part;
+  for (i = 0; i < n; i += part) {
+    part = n - i < most ? n - i : most;
+    MPI_Allreduce(MPI_IN_PLACE, x + i, (int)part, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+  }
+}
+
+static inline void add_doubles(double *x, int n) {
+  MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+}
+#endif
+#endif
