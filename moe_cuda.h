@@ -197,16 +197,16 @@ typedef struct moe__cuda_queue moe__cuda_queue; /* env.stream */
 #endif
 #define MOE__CUDA_MEMBER(name, arguments) int(MOE__CUDA_CALL * name) arguments;
 #define MOE__CUDA_NAME(name, arguments) #name,
+#define MOE__CUDA_LIBRARY(name, functions)                                                         \
+  typedef struct moe__cuda_##name {                                                                \
+    functions(MOE__CUDA_MEMBER)                                                                    \
+  } moe__cuda_##name;                                                                              \
+  static const char *const moe__cuda_##name##_names[] = {functions(MOE__CUDA_NAME) NULL};
 // clang-format off
-typedef struct moe__cuda_driver { MOE__CUDA_DRIVER(MOE__CUDA_MEMBER) } moe__cuda_driver;
-typedef struct moe__cuda_nvrtc { MOE__CUDA_NVRTC(MOE__CUDA_MEMBER) } moe__cuda_nvrtc;
-typedef struct moe__cuda_cublas { MOE__CUDA_CUBLAS(MOE__CUDA_MEMBER) } moe__cuda_cublas;
+MOE__CUDA_LIBRARY(driver, MOE__CUDA_DRIVER)
+MOE__CUDA_LIBRARY(nvrtc, MOE__CUDA_NVRTC)
+MOE__CUDA_LIBRARY(cublas, MOE__CUDA_CUBLAS)
 // clang-format on
-static const char *const moe__cuda_driver_names[] = {MOE__CUDA_DRIVER(MOE__CUDA_NAME) NULL};
-static const char *const moe__cuda_nvrtc_names[] = {MOE__CUDA_NVRTC(MOE__CUDA_NAME) NULL};
-static const char *const moe__cuda_cublas_names[] = {MOE__CUDA_CUBLAS(MOE__CUDA_NAME) NULL};
-#undef MOE__CUDA_MEMBER
-#undef MOE__CUDA_NAME
 
 /* Where the libraries are, the newest first; %d of NVRTC and cuBLAS is the major version. */
 #ifdef _WIN32
@@ -266,7 +266,7 @@ static const char *moe__cuda_symbols(void *library, const char *const *names, vo
   return NULL;
 }
 
-/* What to do about an error of the driver, for those that people meet. */
+/* What to do about an error of the driver; the last row is for those that people do not meet. */
 static const struct {
   int error;
   moe_status status;
@@ -290,17 +290,6 @@ static const struct {
     {0, MOE_E_IO, "see nvidia-smi and dmesg: the GPU may be lost"},
 };
 
-/* Its row: the last one for all others. */
-static int moe__cuda_row(int error) {
-  int i = 0;
-  while (moe__cuda_advice[i].error && moe__cuda_advice[i].error != error) ++i;
-  return i;
-}
-
-static moe_status moe__cuda_status(int error) {
-  return error ? moe__cuda_advice[moe__cuda_row(error)].status : MOE_OK;
-}
-
 /* Whether the whole CUDA context is lost: no later call in it can succeed. */
 static int moe__cuda_is_loss(int error) {
   return error == 4 || error == 201 || error == 214 || (error >= 700 && error <= 720) ||
@@ -311,9 +300,11 @@ static int moe__cuda_is_loss(int error) {
 static moe_status moe__cuda_driver_fail(const moe__cuda_driver *cu, const moe_env *env, int index,
                                         const char *what, int error) {
   const char *name = NULL;
+  int i = 0;
+  while (moe__cuda_advice[i].error && moe__cuda_advice[i].error != error) ++i;
   if (cu->cuGetErrorName(error, &name) || !name) name = "unknown error";
-  return moe__cuda_fail(env, moe__cuda_status(error), "cuda:%d: %s: %s (%d): %s", index, what, name,
-                        error, moe__cuda_advice[moe__cuda_row(error)].advice);
+  return moe__cuda_fail(env, moe__cuda_advice[i].status, "cuda:%d: %s: %s (%d): %s", index, what,
+                        name, error, moe__cuda_advice[i].advice);
 }
 
 /* ---- source strings, tables of kernels; CUBIN or PTX; the cache file ---- >>cuda_compile */
@@ -597,10 +588,9 @@ static moe_status moe__cuda_module(moe__cuda *cuda, const moe__cuda_image *image
   }
   cuda->arch = (int)image->arch;
   if (!error) return MOE_OK;
-  moe__cuda_driver_fail(cu, env, cuda->options.device, what, error);
   if (cuda->module) cu->cuModuleUnload(cuda->module);
   cuda->module = NULL;
-  return moe__cuda_status(error);
+  return moe__cuda_driver_fail(cu, env, cuda->options.device, what, error);
 }
 
 /* Compiles with one library and loads the result. */
@@ -689,31 +679,9 @@ static moe_status moe__cuda_kernels(moe__cuda *cuda, const moe_env *env) {
   return status;
 }
 
-/* ---- queues, memory of the card, copies, scratch, launches ---- >>cuda_memory */
-
-/* What slots call. The table's slots (>>cuda_table) hold the queue's lock, have made the context
-   current and emptied the scratch before they call moe__cuda_linear and so on. */
-
-/* The queue of env.stream; NULL stream: the backend's own. */
-static moe__cuda_queue *moe__cuda_queue_of(const moe_backend *b, const moe_env *env);
-/* Launches kernel MOE__K_name; gx up to 2^31 - 1, gy up to 65,535; args point to the arguments. gx
-   or gy 0: nothing to do. After a failure on this queue: that status again, at once. */
-static moe_status moe__cuda_launch(moe__cuda_queue *q, int kernel, uint32_t gx, uint32_t gy,
-                                   uint32_t threads, void **args);
-/* Memory of the card until the slot returns (kernels launched so far may still use it), aligned to
-   256 bytes. 0 bytes: a valid pointer all the same. */
-static moe_status moe__cuda_scratch(moe__cuda_queue *q, size_t bytes, void **out);
-static void moe__cuda_scratch_reset(moe__cuda_queue *q);
-/* Copies an array of the host to scratch. `host` may change after the call. */
-static moe_status moe__cuda_upload_args(moe__cuda_queue *q, const void *host, size_t bytes,
-                                        void **out);
-/* Copies from the card and waits. `host` receives all or nothing, so that a failure leaves what is
-   there whole. */
-static moe_status moe__cuda_receive(moe__cuda_queue *q, void *host, const void *from, size_t bytes);
-/* Zeros, in order with the kernels. */
-static moe_status moe__cuda_zero(moe__cuda_queue *q, void *p, size_t bytes);
-static int moe__cuda_arch(const moe__cuda_queue *q); /* 70, 75, 80, ... */
-static int moe__cuda_tf32(const moe__cuda_queue *q); /* 1: float32 products in TF32 */
+/* ---- queues, memory of the card, copies, scratch, launches ---- >>cuda_memory
+   The first failure of a queue stays: later calls do nothing and return it, so that a slot needs
+   only the status of its last call. */
 
 enum { MOE__CUDA_ALIGN = 256, MOE__CUDA_STAGING = 1 << 20, MOE__CUDA_SCRATCH = 1 << 20 };
 
@@ -725,25 +693,27 @@ struct moe__cuda_queue {
   void *stream, *blas; /* blas: cuBLAS's handle, or NULL */
   int owns_stream, scratch_blocks;
   int force;                   /* while makers are measured: 0 own kernels, 1 cuBLAS; else -1 */
-  moe_status status;           /* the first failure, which every later call returns */
+  moe_status status;           /* the first failure */
   moe_env env;                 /* of the present call: log, precision, profile */
   moe__cuda_block scratch[32]; /* of MOE__CUDA_SCRATCH bytes at least */
-  char *staging;               /* MOE__CUDA_STAGING bytes of pinned memory: copies wait here */
+  char *staging;               /* MOE__CUDA_STAGING bytes of pinned memory: uploads wait here */
   size_t staging_used;
 };
 
+/* The queue of env.stream; NULL stream: the backend's own. */
 static moe__cuda_queue *moe__cuda_queue_of(const moe_backend *b, const moe_env *env) {
   return env->stream ? (moe__cuda_queue *)env->stream : ((moe__cuda *)b->user)->own;
 }
-static int moe__cuda_arch(const moe__cuda_queue *q) { return q->cuda->arch; }
+
+/* 1: float32 products in TF32. */
 static int moe__cuda_tf32(const moe__cuda_queue *q) {
   return q->cuda->options.tf32 && q->cuda->arch >= 80;
 }
 
-/* Adds to a number of moe_cuda_counts. */
-static void moe__cuda_tally(moe__cuda *cuda, int64_t *number, int64_t add) {
+/* Counts in moe_cuda_counts. */
+static void moe__cuda_tally(moe__cuda *cuda, int64_t *number) {
   MOE__CUDA_LOCK(&cuda->mutex);
-  *number += add;
+  ++*number;
   MOE__CUDA_UNLOCK(&cuda->mutex);
 }
 
@@ -757,71 +727,37 @@ static int moe__cuda_lost(moe__cuda *cuda, int error) {
   return lost;
 }
 
-/* Notes the result of a call of the driver. The first failure stays. */
+/* Notes the result of a call of the driver; returns the status of the queue. */
 static moe_status moe__cuda_note(moe__cuda_queue *q, const char *what, int error) {
-  if (!error) return MOE_OK;
+  if (!error) return q->status;
   moe__cuda_lost(q->cuda, error);
-  if (!q->status) {
-    q->status = moe__cuda_status(error);
-    moe__cuda_driver_fail(&q->cuda->driver, &q->env, q->cuda->options.device, what, error);
-  }
+  if (!q->status)
+    q->status =
+        moe__cuda_driver_fail(&q->cuda->driver, &q->env, q->cuda->options.device, what, error);
   return q->status;
 }
 
+/* Calls the driver, unless the queue has failed. Arguments that are memory of the card: its address
+   as the driver has it. */
+#define MOE__CUDA_DO(q, name, arguments)                                                           \
+  moe__cuda_note(q, #name, (q)->status ? 0 : (q)->cuda->driver.name arguments)
+static moe__cuptr moe__cuda_at(const void *p) { return (moe__cuptr)(uintptr_t)p; }
+
 /* Waits for all work of the queue; its staging buffer is then free. */
 static moe_status moe__cuda_wait(moe__cuda_queue *q) {
-  if (q->status) return q->status;
-  if (moe__cuda_note(q, "cuStreamSynchronize", q->cuda->driver.cuStreamSynchronize(q->stream)))
-    return q->status;
   q->staging_used = 0;
-  return MOE_OK;
+  return MOE__CUDA_DO(q, cuStreamSynchronize, (q->stream));
 }
 
-/* Unlocks a queue. A failure of a context's queue stays; the backend's own queue goes on unless the
-   GPU is lost. */
-static void moe__cuda_leave(moe__cuda_queue *q) {
-  if (q == q->cuda->own && !moe__cuda_lost(q->cuda, 0)) q->status = MOE_OK;
-  MOE__CUDA_UNLOCK(&q->mutex);
-}
-
-/* Begins a call of moe.h: locks the queue and makes the context current. Where it fails, nothing is
-   to be ended. A call that waits says again that the queue has failed. */
-static moe_status moe__cuda_begin(moe__cuda_queue *q, const moe_env *env, int waits) {
-  moe__cuda *cuda = q->cuda;
-  moe_status status;
-  MOE__CUDA_LOCK(&q->mutex);
-  q->env = *env;
-  if (q->status && waits)
-    moe__cuda_fail(env, q->status,
-                   "cuda:%d: an earlier call of this context failed: it can only be freed",
-                   (int)cuda->options.device);
-  moe__cuda_note(q, "a call after the GPU was lost", moe__cuda_lost(cuda, 0));
-  if (!q->status)
-    moe__cuda_note(q, "cuCtxPushCurrent", cuda->driver.cuCtxPushCurrent_v2(cuda->context));
-  status = q->status;
-  if (status) moe__cuda_leave(q);
-  return status;
-}
-
-/* Ends it, with the status of the call, or of the queue. */
-static moe_status moe__cuda_end(moe__cuda_queue *q, moe_status status) {
-  void *context = NULL;
-  q->cuda->driver.cuCtxPopCurrent_v2(&context);
-  if (q->status) status = q->status;
-  moe__cuda_leave(q);
-  return status;
-}
-
-/* A block of scratch. */
-static moe_status moe__cuda_take(moe__cuda_queue *q, size_t bytes) {
+/* A block of scratch, or NULL. */
+static moe__cuda_block *moe__cuda_take(moe__cuda_queue *q, size_t bytes) {
   moe__cuda_block *block = &q->scratch[q->scratch_blocks];
-  if (block == q->scratch + sizeof q->scratch / sizeof *q->scratch)
-    return moe__cuda_note(q, "too many blocks of scratch", 2);
-  if (moe__cuda_note(q, "cuMemAlloc of scratch", q->cuda->driver.cuMemAlloc_v2(&block->p, bytes)))
-    return q->status;
+  if (q->scratch_blocks == sizeof q->scratch / sizeof *q->scratch)
+    moe__cuda_note(q, "too many blocks of scratch", 2);
+  if (MOE__CUDA_DO(q, cuMemAlloc_v2, (&block->p, bytes))) return NULL;
   block->bytes = bytes, block->used = 0;
   ++q->scratch_blocks;
-  return MOE_OK;
+  return block;
 }
 
 static void moe__cuda_scratch_free(moe__cuda_queue *q) {
@@ -839,83 +775,64 @@ static void moe__cuda_scratch_reset(moe__cuda_queue *q) {
   moe__cuda_take(q, total);
 }
 
-static moe_status moe__cuda_scratch(moe__cuda_queue *q, size_t bytes, void **out) {
+/* Memory of the card until the slot returns (kernels launched so far may still use it), aligned to
+   256 bytes. 0 bytes: a valid pointer all the same. NULL: the queue has failed. */
+static void *moe__cuda_scratch(moe__cuda_queue *q, size_t bytes) {
   size_t need = (bytes / MOE__CUDA_ALIGN + 1) * MOE__CUDA_ALIGN;
-  moe__cuda_block *block = q->scratch + q->scratch_blocks - 1;
-  if (q->status) return q->status;
-  if (need < bytes) return moe__cuda_note(q, "scratch beyond the address space", 2);
-  if (!q->scratch_blocks || block->bytes - block->used < need) {
-    if (moe__cuda_take(q, need > MOE__CUDA_SCRATCH ? need : (size_t)MOE__CUDA_SCRATCH))
-      return q->status;
-    block = q->scratch + q->scratch_blocks - 1;
-  }
-  *out = (void *)(uintptr_t)(block->p + block->used);
+  moe__cuda_block *block = q->scratch_blocks ? &q->scratch[q->scratch_blocks - 1] : NULL;
+  if (!block || block->bytes - block->used < need)
+    block = moe__cuda_take(q, need > MOE__CUDA_SCRATCH ? need : (size_t)MOE__CUDA_SCRATCH);
+  if (!block) return NULL;
   block->used += need;
-  return MOE_OK;
+  return (void *)(uintptr_t)(block->p + block->used - need);
 }
 
-/* `bytes` of the pinned buffer, or NULL: too large, or there is no pinned memory. */
-static char *moe__cuda_stage(moe__cuda_queue *q, size_t bytes) {
+/* Copies to the card, by way of pinned memory where there is some and it is large enough; `host`
+   may change afterwards. */
+static moe_status moe__cuda_send(moe__cuda_queue *q, void *to, const void *host, size_t bytes) {
+  size_t room = (bytes + 63) / 64 * 64; /* the size of the buffer is a multiple, too */
   void *made = NULL;
-  size_t at;
-  if (bytes > MOE__CUDA_STAGING) return NULL;
-  if (!q->staging && q->cuda->driver.cuMemAllocHost_v2(&made, MOE__CUDA_STAGING)) return NULL;
-  if (!q->staging) q->staging = (char *)made;
-  if (MOE__CUDA_STAGING - q->staging_used < bytes && moe__cuda_wait(q)) return NULL;
-  at = q->staging_used;
-  q->staging_used += (bytes + 63) / 64 * 64; /* the size of the buffer is a multiple, too */
-  return q->staging + at;
+  int stage = bytes <= MOE__CUDA_STAGING;
+  if (!bytes || q->status) return q->status;
+  if (stage && !q->staging && !q->cuda->driver.cuMemAllocHost_v2(&made, MOE__CUDA_STAGING))
+    q->staging = (char *)made;
+  if (!q->staging) stage = 0;
+  if (stage && MOE__CUDA_STAGING - q->staging_used < bytes) moe__cuda_wait(q);
+  if (stage) host = memcpy(q->staging + q->staging_used, host, bytes), q->staging_used += room;
+  MOE__CUDA_DO(q, cuMemcpyHtoDAsync_v2, (moe__cuda_at(to), host, bytes, q->stream));
+  return stage ? q->status : moe__cuda_wait(q);
 }
 
-/* To the card; `host` may change afterwards. */
-static moe_status moe__cuda_send(moe__cuda_queue *q, moe__cuptr to, const void *host,
-                                 size_t bytes) {
-  char *staged;
-  int error;
-  if (q->status || !bytes) return q->status;
-  staged = moe__cuda_stage(q, bytes);
-  if (q->status) return q->status;
-  if (staged) memcpy(staged, host, bytes);
-  error = q->cuda->driver.cuMemcpyHtoDAsync_v2(to, staged ? staged : (const char *)host, bytes,
-                                               q->stream);
-  if (error) return moe__cuda_note(q, "cuMemcpyHtoDAsync", error);
-  return staged ? MOE_OK : moe__cuda_wait(q);
+/* Copies an array of the host to scratch. */
+static void *moe__cuda_upload_args(moe__cuda_queue *q, const void *host, size_t bytes) {
+  void *to = moe__cuda_scratch(q, bytes);
+  moe__cuda_send(q, to, host, bytes);
+  return to;
 }
 
+/* Copies from the card and waits. `host` receives all or nothing, so that a failure leaves what is
+   there whole. */
 static moe_status moe__cuda_receive(moe__cuda_queue *q, void *host, const void *from,
                                     size_t bytes) {
-  char *staged, *copy = NULL;
-  if (q->status || !bytes) return q->status ? q->status : moe__cuda_wait(q);
-  staged = moe__cuda_stage(q, bytes);
-  if (!staged && !q->status) {
-    staged = copy = (char *)malloc(bytes);
-    if (!copy)
-      return moe__cuda_fail(&q->env, MOE_E_MEMORY,
-                            "cuda:%d: the host has no memory for a download of %llu bytes",
-                            (int)q->cuda->options.device, (unsigned long long)bytes);
-  }
-  if (!q->status)
-    moe__cuda_note(q, "cuMemcpyDtoHAsync",
-                   q->cuda->driver.cuMemcpyDtoHAsync_v2(staged, (moe__cuptr)(uintptr_t)from, bytes,
-                                                        q->stream));
-  if (!moe__cuda_wait(q)) memcpy(host, staged, bytes);
+  void *copy = malloc(bytes + 1);
+  if (!copy)
+    return moe__cuda_fail(&q->env, MOE_E_MEMORY,
+                          "cuda:%d: the host has no memory for a download of %llu bytes",
+                          (int)q->cuda->options.device, (unsigned long long)bytes);
+  if (bytes) MOE__CUDA_DO(q, cuMemcpyDtoHAsync_v2, (copy, moe__cuda_at(from), bytes, q->stream));
+  if (!moe__cuda_wait(q)) memcpy(host, copy, bytes);
   free(copy);
   return q->status;
 }
 
+/* Zeros, in order with the kernels. */
 static moe_status moe__cuda_zero(moe__cuda_queue *q, void *p, size_t bytes) {
-  if (q->status || !bytes) return q->status;
-  return moe__cuda_note(
-      q, "cuMemsetD8Async",
-      q->cuda->driver.cuMemsetD8Async((moe__cuptr)(uintptr_t)p, 0, bytes, q->stream));
+  if (!bytes) return q->status;
+  return MOE__CUDA_DO(q, cuMemsetD8Async, (moe__cuda_at(p), 0, bytes, q->stream));
 }
 
-static moe_status moe__cuda_upload_args(moe__cuda_queue *q, const void *host, size_t bytes,
-                                        void **out) {
-  if (moe__cuda_scratch(q, bytes, out)) return q->status;
-  return moe__cuda_send(q, (moe__cuptr)(uintptr_t)*out, host, bytes);
-}
-
+/* Launches kernel MOE__K_name; gx up to 2^31 - 1, gy up to 65,535; args point to the arguments. gx
+   or gy 0: nothing to do. */
 static moe_status moe__cuda_launch(moe__cuda_queue *q, int kernel, uint32_t gx, uint32_t gy,
                                    uint32_t threads, void **args) {
 #define MOE__CUDA_TEXT(name, min_arch) "moe_k_" #name,
@@ -923,20 +840,16 @@ static moe_status moe__cuda_launch(moe__cuda_queue *q, int kernel, uint32_t gx, 
 #undef MOE__CUDA_TEXT
   moe__cuda *cuda = q->cuda;
   if (q->status || !gx || !gy) return q->status;
-  if (gx > 0x7fffffffu || gy > 65535u || !cuda->kernel[kernel])
-    return moe__cuda_note(q, name[kernel], !cuda->kernel[kernel] ? 209 : 1);
-  moe__cuda_tally(cuda, &cuda->counts.launches, 1);
+  moe__cuda_tally(cuda, &cuda->counts.launches);
   return moe__cuda_note(q, name[kernel],
                         cuda->driver.cuLaunchKernel(cuda->kernel[kernel], gx, gy, 1, threads, 1, 1,
                                                     0, q->stream, args, NULL));
 }
 
-/* A kernel with one struct as its argument. */
+/* One with a struct as its argument. */
 static moe_status moe__cuda_run(moe__cuda_queue *q, int kernel, uint32_t gx, uint32_t gy,
                                 uint32_t threads, void *args) {
-  void *list[1];
-  list[0] = args;
-  return moe__cuda_launch(q, kernel, gx, gy, threads, list);
+  return moe__cuda_launch(q, kernel, gx, gy, threads, &args);
 }
 
 /* Blocks of `each` for n items; 0 for none. */
@@ -944,78 +857,57 @@ static uint32_t moe__cuda_blocks(size_t n, size_t each) {
   return (uint32_t)((n + each - 1) / each);
 }
 
-static moe_status moe__cuda_blas_open(moe__cuda_queue *q); /* >>cuda_products */
-
-/* Releases a queue that is in no list. current 0: the context cannot be made current, and takes
-   what is in it along. */
-static void moe__cuda_queue_free(moe__cuda_queue *q, int current) {
-  moe__cuda *cuda = q->cuda;
-  if (current) {
-    if (q->stream) cuda->driver.cuStreamSynchronize(q->stream); /* what it uses is free then */
-    if (q->blas) cuda->cublas.cublasDestroy_v2(q->blas);
-    moe__cuda_scratch_free(q);
-    if (q->staging) cuda->driver.cuMemFreeHost(q->staging);
-    if (q->owns_stream) cuda->driver.cuStreamDestroy_v2(q->stream);
-  }
-  MOE__CUDA_MUTEX_FREE(&q->mutex);
-  free(q);
+/* Unlocks a queue. A failure of a context's queue stays; the backend's own queue goes on unless the
+   GPU is lost. */
+static void moe__cuda_leave(moe__cuda_queue *q) {
+  if (q == q->cuda->own && !moe__cuda_lost(q->cuda, 0)) q->status = MOE_OK;
+  MOE__CUDA_UNLOCK(&q->mutex);
 }
 
-/* A queue on a stream of its own, or the caller's; the context is current. */
-static moe_status moe__cuda_queue_make(moe__cuda *cuda, moe__cuda_queue **out, const moe_env *env) {
-  moe__cuda_queue *q = (moe__cuda_queue *)calloc(1, sizeof *q);
-  int error = 0;
-  if (!q) return moe__cuda_fail(env, MOE_E_MEMORY, "cuda: no memory for a queue");
-  MOE__CUDA_MUTEX_INIT(&q->mutex);
-  q->cuda = cuda;
+/* Begins a call of moe.h: locks the queue and makes the context current. Where it fails, nothing is
+   to be ended. A call that waits says again that the queue has failed. */
+static moe_status moe__cuda_begin(moe__cuda_queue *q, const moe_env *env, int waits) {
+  moe_status status;
+  MOE__CUDA_LOCK(&q->mutex);
   q->env = *env;
-  q->force = -1;
-  q->stream = cuda->options.stream;
-  if (!q->stream) {
-    error = cuda->driver.cuStreamCreate(&q->stream, 1); /* not ordered with the legacy stream */
-    if (error) q->stream = NULL;
-    q->owns_stream = !error;
-  }
-  if (moe__cuda_note(q, "cuStreamCreate", error) || moe__cuda_blas_open(q)) {
-    moe_status status = q->status;
-    moe__cuda_queue_free(q, 1);
-    return status;
-  }
-  *out = q;
-  return MOE_OK;
+  if (q->status && waits)
+    moe__cuda_fail(env, q->status,
+                   "cuda:%d: an earlier call of this context failed: it can only be freed",
+                   (int)q->cuda->options.device);
+  moe__cuda_note(q, "a call after the GPU was lost", moe__cuda_lost(q->cuda, 0));
+  status = MOE__CUDA_DO(q, cuCtxPushCurrent_v2, (q->cuda->context));
+  if (status) moe__cuda_leave(q);
+  return status;
 }
 
-/* The slots that move memory. */
-
-static moe_status moe__cuda_open_queue(const moe_backend *b, const moe_env *env, void **stream) {
-  moe__cuda *cuda = (moe__cuda *)b->user;
-  moe__cuda_queue *q = NULL;
-  moe_status status = moe__cuda_begin(cuda->own, env, 1);
-  if (status) return status;
-  status = moe__cuda_end(cuda->own, moe__cuda_queue_make(cuda, &q, env));
-  if (status) return status;
-  MOE__CUDA_LOCK(&cuda->mutex);
-  q->next = cuda->queues;
-  cuda->queues = q;
-  ++cuda->counts.queues;
-  MOE__CUDA_UNLOCK(&cuda->mutex);
-  *stream = q;
-  return MOE_OK;
-}
-
-static void moe__cuda_close_queue(const moe_backend *b, void *stream) {
-  moe__cuda *cuda = (moe__cuda *)b->user;
-  moe__cuda_queue **at, *q = (moe__cuda_queue *)stream;
+/* Ends it, with the status of the queue or, where that is good, of the call. */
+static moe_status moe__cuda_end(moe__cuda_queue *q, moe_status status) {
   void *context = NULL;
-  int pushed;
-  MOE__CUDA_LOCK(&cuda->mutex);
-  for (at = &cuda->queues; *at && *at != q;) at = &(*at)->next;
-  if (*at) *at = q->next, --cuda->counts.queues;
-  MOE__CUDA_UNLOCK(&cuda->mutex);
-  pushed = !cuda->driver.cuCtxPushCurrent_v2(cuda->context);
-  moe__cuda_queue_free(q, pushed);
-  if (pushed) cuda->driver.cuCtxPopCurrent_v2(&context);
+  q->cuda->driver.cuCtxPopCurrent_v2(&context);
+  if (q->status) status = q->status;
+  moe__cuda_leave(q);
+  return status;
 }
+
+/* A slot: what it does with the queue q, when the context is current and the scratch empty. */
+#define MOE__CUDA_SLOT(name, waits, parameters, call)                                              \
+  static moe_status moe__cuda_slot_##name parameters {                                             \
+    moe__cuda_queue *q = moe__cuda_queue_of(b, env);                                               \
+    moe_status status = moe__cuda_begin(q, env, waits);                                            \
+    if (status) return status;                                                                     \
+    moe__cuda_scratch_reset(q);                                                                    \
+    return moe__cuda_end(q, call);                                                                 \
+  }
+// clang-format off
+MOE__CUDA_SLOT(upload, 0, (const moe_backend *b, const moe_env *env, void *to, const void *host,
+                           size_t bytes), moe__cuda_send(q, to, host, bytes))
+MOE__CUDA_SLOT(download, 1, (const moe_backend *b, const moe_env *env, void *host,
+                             const void *from, size_t bytes),
+               moe__cuda_receive(q, host, from, bytes))
+MOE__CUDA_SLOT(clear, 0, (const moe_backend *b, const moe_env *env, void *p, size_t bytes),
+               moe__cuda_zero(q, p, bytes))
+MOE__CUDA_SLOT(sync, 1, (const moe_backend *b, const moe_env *env), moe__cuda_wait(q))
+// clang-format on
 
 static moe_status moe__cuda_alloc(const moe_backend *b, const moe_env *env, void **out,
                                   size_t bytes) {
@@ -1028,18 +920,7 @@ static moe_status moe__cuda_alloc(const moe_backend *b, const moe_env *env, void
   if (status) return status;
   block = (moe__cuda_block *)calloc(1, sizeof *block);
   error = block ? cuda->driver.cuMemAlloc_v2(&block->p, bytes ? bytes : 1) : 2;
-  if (error == 2) {
-    if (cuda->driver.cuMemGetInfo_v2(&left, &total)) left = total = 0;
-    status = moe__cuda_fail(env, MOE_E_MEMORY,
-                            "cuda:%d: no memory for %llu bytes, %llu of %llu are free: use smaller "
-                            "micro-batches or a smaller model",
-                            (int)cuda->options.device, (unsigned long long)bytes,
-                            (unsigned long long)left, (unsigned long long)total);
-  } else
-    status = moe__cuda_note(q, "cuMemAlloc", error);
-  if (status)
-    free(block);
-  else {
+  if (!error) {
     *out = (void *)(uintptr_t)block->p;
     block->bytes = bytes;
     MOE__CUDA_LOCK(&cuda->mutex);
@@ -1047,7 +928,16 @@ static moe_status moe__cuda_alloc(const moe_backend *b, const moe_env *env, void
     cuda->blocks = block;
     ++cuda->counts.allocations, cuda->counts.bytes += (int64_t)bytes;
     MOE__CUDA_UNLOCK(&cuda->mutex);
+    return moe__cuda_end(q, MOE_OK);
   }
+  free(block);
+  if (error != 2) return moe__cuda_end(q, moe__cuda_note(q, "cuMemAlloc_v2", error));
+  if (cuda->driver.cuMemGetInfo_v2(&left, &total)) left = total = 0;
+  status = moe__cuda_fail(env, MOE_E_MEMORY,
+                          "cuda:%d: no memory for %llu bytes, %llu of %llu are free: use smaller "
+                          "micro-batches or a smaller model",
+                          (int)cuda->options.device, (unsigned long long)bytes,
+                          (unsigned long long)left, (unsigned long long)total);
   return moe__cuda_end(q, status);
 }
 
@@ -1056,7 +946,7 @@ static void moe__cuda_release(const moe_backend *b, void *p) {
   moe__cuda_block **at, *block;
   void *context = NULL;
   MOE__CUDA_LOCK(&cuda->mutex);
-  for (at = &cuda->blocks; *at && (void *)(uintptr_t)(*at)->p != p;) at = &(*at)->next;
+  for (at = &cuda->blocks; *at && (*at)->p != moe__cuda_at(p);) at = &(*at)->next;
   block = *at;
   if (block) {
     *at = block->next;
@@ -1071,32 +961,58 @@ static void moe__cuda_release(const moe_backend *b, void *p) {
   free(block);
 }
 
-static moe_status moe__cuda_upload(const moe_backend *b, const moe_env *env, void *to,
-                                   const void *host, size_t bytes) {
-  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
-  moe_status status = moe__cuda_begin(q, env, 0);
-  if (status) return status;
-  return moe__cuda_end(q, moe__cuda_send(q, (moe__cuptr)(uintptr_t)to, host, bytes));
+static moe_status moe__cuda_blas_open(moe__cuda_queue *q); /* >>cuda_products */
+
+/* Where the context cannot be made current, it takes along what is in it. */
+static void moe__cuda_close_queue(const moe_backend *b, void *stream) {
+  moe__cuda_queue **at, *q = (moe__cuda_queue *)stream;
+  moe__cuda *cuda = q->cuda;
+  void *context = NULL;
+  (void)b;
+  MOE__CUDA_LOCK(&cuda->mutex);
+  for (at = &cuda->queues; *at && *at != q;) at = &(*at)->next;
+  if (*at) *at = q->next, --cuda->counts.queues;
+  MOE__CUDA_UNLOCK(&cuda->mutex);
+  if (!cuda->driver.cuCtxPushCurrent_v2(cuda->context)) {
+    if (q->stream) cuda->driver.cuStreamSynchronize(q->stream); /* what it uses is free then */
+    if (q->blas) cuda->cublas.cublasDestroy_v2(q->blas);
+    moe__cuda_scratch_free(q);
+    if (q->staging) cuda->driver.cuMemFreeHost(q->staging);
+    if (q->owns_stream) cuda->driver.cuStreamDestroy_v2(q->stream);
+    cuda->driver.cuCtxPopCurrent_v2(&context);
+  }
+  MOE__CUDA_MUTEX_FREE(&q->mutex);
+  free(q);
 }
 
-static moe_status moe__cuda_download(const moe_backend *b, const moe_env *env, void *host,
-                                     const void *from, size_t bytes) {
-  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
-  moe_status status = moe__cuda_begin(q, env, 1);
-  if (status) return status;
-  return moe__cuda_end(q, moe__cuda_receive(q, host, from, bytes));
-}
-
-static moe_status moe__cuda_clear(const moe_backend *b, const moe_env *env, void *p, size_t bytes) {
-  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
-  moe_status status = moe__cuda_begin(q, env, 0);
-  return status ? status : moe__cuda_end(q, moe__cuda_zero(q, p, bytes));
-}
-
-static moe_status moe__cuda_sync(const moe_backend *b, const moe_env *env) {
-  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
-  moe_status status = moe__cuda_begin(q, env, 1);
-  return status ? status : moe__cuda_end(q, moe__cuda_wait(q));
+/* A queue on a stream of its own, or the caller's. */
+static moe_status moe__cuda_open_queue(const moe_backend *b, const moe_env *env, void **stream) {
+  moe__cuda *cuda = (moe__cuda *)b->user;
+  moe__cuda_queue *q = (moe__cuda_queue *)calloc(1, sizeof *q);
+  moe_status status;
+  if (!q) return moe__cuda_fail(env, MOE_E_MEMORY, "cuda: no memory for a queue");
+  MOE__CUDA_MUTEX_INIT(&q->mutex);
+  q->cuda = cuda;
+  q->force = -1;
+  q->stream = cuda->options.stream;
+  status = moe__cuda_begin(q, env, 1);
+  if (!status) {
+    q->owns_stream = !q->stream; /* 1: it is not ordered with the legacy stream */
+    if (q->owns_stream && MOE__CUDA_DO(q, cuStreamCreate, (&q->stream, 1)))
+      q->owns_stream = 0, q->stream = NULL;
+    status = moe__cuda_end(q, q->status ? q->status : moe__cuda_blas_open(q));
+  }
+  if (status) {
+    moe__cuda_close_queue(b, q);
+    return status;
+  }
+  MOE__CUDA_LOCK(&cuda->mutex);
+  q->next = cuda->queues;
+  cuda->queues = q;
+  ++cuda->counts.queues;
+  MOE__CUDA_UNLOCK(&cuda->mutex);
+  *stream = q;
+  return MOE_OK;
 }
 
 /* ---- device code that all kernels share ---- >>cuda_base */
@@ -1337,7 +1253,7 @@ static int moe__cuda_blas_serves(moe__cuda_queue *q, int kind, int32_t m, int32_
   c.kind = kind, c.m = m, c.n = n, c.k = k, c.bf16 = q->env.precision == MOE_TYPE_BF16;
   if (q->blas && cuda->options.maker == MOE_CUDA_MAKER_AUTO) moe__cuda_choose(cuda, &c);
   if (q->blas && cuda->options.maker == MOE_CUDA_MAKER_CUBLAS) c.blas = 1;
-  moe__cuda_tally(cuda, c.blas ? &cuda->counts.cublas : &cuda->counts.own, 1);
+  moe__cuda_tally(cuda, c.blas ? &cuda->counts.cublas : &cuda->counts.own);
   return c.blas;
 }
 
@@ -1872,7 +1788,7 @@ static int moe__cuda_pieces(const moe__cuda_product *p, size_t tiles) {
 /* The kernels of a form: tensor cores in bf16 or, where it is asked for, in TF32; else FMAs, whose
    operands are rounded to bf16 where the card has no units for it. */
 static int moe__cuda_product_kernel(moe__cuda_queue *q, const moe_env *env, int form, int *round) {
-  int bf16 = env->precision == MOE_TYPE_BF16, tensor = moe__cuda_arch(q) >= 80;
+  int bf16 = env->precision == MOE_TYPE_BF16, tensor = q->cuda->arch >= 80;
   *round = bf16 && !tensor;
   if (tensor && bf16) return MOE__K_bf16_nt + form;
   if (tensor && moe__cuda_tf32(q)) return MOE__K_tf32_nt + form;
@@ -1887,7 +1803,7 @@ static moe_status moe__cuda_product_run(moe__cuda_queue *q, const moe_env *env, 
   size_t columns,
       tiles = p->start ? (size_t)p->rows / 128 + (size_t)p->groups : ((size_t)p->rows + 127) / 128;
   moe_status status;
-  void *arg = p, *part = NULL;
+  void *arg = p;
   p->pieces = 1;
   p->part = NULL;
   if (form == MOE__CUDA_TN && !p->b) p->n = 1;
@@ -1902,9 +1818,7 @@ static moe_status moe__cuda_product_run(moe__cuda_queue *q, const moe_env *env, 
   p->pieces = moe__cuda_pieces(p, tiles * (size_t)p->groups);
   if (p->pieces > 1) {
     size_t floats = (size_t)p->pieces * (size_t)p->groups * (size_t)p->m * ((size_t)p->n + 1);
-    status = moe__cuda_scratch(q, floats * sizeof(float), &part);
-    if (status) return status;
-    p->part = (float *)part;
+    p->part = (float *)moe__cuda_scratch(q, floats * sizeof(float));
   }
   status =
       moe__cuda_launch(q, kernel, (uint32_t)tiles, (uint32_t)(p->groups * p->pieces), 128, &arg);
@@ -1927,14 +1841,11 @@ static moe_status moe__cuda_blas_product(moe__cuda_queue *q, const moe_env *env,
   g->bf16 = env->precision == MOE_TYPE_BF16;
   for (i = 0; i < 2 && g->bf16; ++i) {
     unsigned long long n = count[i];
-    void *to, *args[3];
-    moe_status status = moe__cuda_scratch(q, count[i] * 2, &to);
+    void *to = moe__cuda_scratch(q, count[i] * 2), *args[3];
     args[0] = &to;
     args[1] = (void *)operand[i];
     args[2] = &n;
-    if (!status)
-      status = moe__cuda_launch(q, MOE__K_to_bf16, (uint32_t)((n + 255) / 256), 1, 256, args);
-    if (status) return status;
+    moe__cuda_launch(q, MOE__K_to_bf16, (uint32_t)((n + 255) / 256), 1, 256, args);
     *operand[i] = to;
   }
   return moe__cuda_blas_gemm(q, g);
@@ -2096,8 +2007,6 @@ static int moe__cuda_experts_is_float(const moe_mat *w) {
 static moe_status moe__cuda_experts_tables(moe__cuda_experts_job *job, int back) {
   const moe_experts_op *op = job->op;
   size_t bytes = (size_t)op->N * sizeof(moe__cuda_group);
-  void *in = NULL, *out = NULL;
-  moe_status status;
   int32_t i;
   job->wide = 1;
   for (i = 0; i < op->N; ++i) {
@@ -2120,11 +2029,9 @@ static moe_status moe__cuda_experts_tables(moe__cuda_experts_job *job, int back)
     if (back && op->d_b_out) out_i->db = op->d_b_out[i];
   }
   if (!op->routes) return MOE_OK;
-  status = moe__cuda_upload_args(job->q, job->in, bytes, &in);
-  if (!status) status = moe__cuda_upload_args(job->q, job->out, bytes, &out);
-  job->in_there = (const moe__cuda_group *)in;
-  job->out_there = (const moe__cuda_group *)out;
-  return status;
+  job->in_there = (const moe__cuda_group *)moe__cuda_upload_args(job->q, job->in, bytes);
+  job->out_there = (const moe__cuda_group *)moe__cuda_upload_args(job->q, job->out, bytes);
+  return job->q->status;
 }
 
 static moe_status moe__cuda_experts_job_make(moe__cuda_experts_job *job, const moe_backend *b,
@@ -2635,7 +2542,7 @@ static moe_status moe__cuda_attention(const moe_backend *b, const moe_env *env,
   moe_status status = moe__cuda_attention_check(env, op, back);
   int32_t longest = op->longest > 0 ? op->longest : op->M;
   moe__cuda_attention_args p;
-  void *arg = &p, *delta = NULL;
+  void *arg = &p;
   uint64_t blocks;
   int width;
   memset(&p, 0, sizeof p);
@@ -2664,12 +2571,8 @@ static moe_status moe__cuda_attention(const moe_backend *b, const moe_env *env,
   if (!back)
     return moe__cuda_launch(q, MOE__K_attention_32 + width, (uint32_t)blocks, (uint32_t)p.A, 128,
                             &arg);
-  status = moe__cuda_scratch(q, (size_t)op->M * (size_t)op->A * sizeof(float), &delta);
-  p.delta = (float *)delta;
-  if (!status)
-    status = moe__cuda_launch(q, MOE__K_attention_dq_32 + width, (uint32_t)blocks, (uint32_t)p.A,
-                              128, &arg);
-  if (status) return status;
+  p.delta = (float *)moe__cuda_scratch(q, (size_t)op->M * (size_t)op->A * sizeof(float));
+  moe__cuda_launch(q, MOE__K_attention_dq_32 + width, (uint32_t)blocks, (uint32_t)p.A, 128, &arg);
   return moe__cuda_launch(q, MOE__K_attention_dkv_32 + width, (uint32_t)blocks, (uint32_t)p.A, 128,
                           &arg);
 }
@@ -3025,20 +2928,14 @@ static moe__rows_args moe__cuda_norm_args(const moe_layernorm_op *op, int back) 
 
 /* gamma and beta come first, since dx may be dy. */
 static moe_status moe__cuda_norm_back(moe__cuda_queue *q, moe__rows_args *a) {
-  moe_status status = MOE_OK;
   uint32_t columns = moe__cuda_blocks((size_t)a->H, 32);
-  void *parts;
   if (a->dgamma || a->dbeta) {
     a->n_parts = a->M < 64 * 128 ? (a->M + 63) / 64 : 128;
-    status = moe__cuda_scratch(q, (size_t)a->n_parts * 2 * (size_t)a->H * sizeof(float), &parts);
-    a->parts = (float *)parts;
-    if (!status)
-      status = moe__cuda_run(q, MOE__K_norm_columns, columns, (uint32_t)a->n_parts, 256, a);
-    if (!status)
-      status =
-          moe__cuda_run(q, MOE__K_norm_sums, moe__cuda_blocks(2 * (size_t)a->H, 128), 1, 128, a);
+    a->parts = (float *)moe__cuda_scratch(q, (size_t)a->n_parts * 2 * (size_t)a->H * sizeof(float));
+    moe__cuda_run(q, MOE__K_norm_columns, columns, (uint32_t)a->n_parts, 256, a);
+    moe__cuda_run(q, MOE__K_norm_sums, moe__cuda_blocks(2 * (size_t)a->H, 128), 1, 128, a);
   }
-  if (status || (!a->dx && !a->ddelta)) return status;
+  if (!a->dx && !a->ddelta) return q->status;
   return moe__cuda_rows(q, MOE__K_norm_back, a->M, a);
 }
 
@@ -3076,14 +2973,11 @@ static moe_status moe__cuda_dropout(const moe_backend *b, const moe_env *env,
 /* Sorts a->n elements by 8 bits of their keys. */
 static moe_status moe__cuda_sort(moe__cuda_queue *q, moe__sort_args *a) {
   uint32_t tiles = moe__cuda_blocks((size_t)a->n, 256);
-  void *counts;
-  moe_status status = moe__cuda_scratch(q, (size_t)tiles * 256 * sizeof(int), &counts);
-  a->counts = (int *)counts;
+  a->counts = (int *)moe__cuda_scratch(q, (size_t)tiles * 256 * sizeof(int));
   a->tiles = (int)tiles;
-  if (!status) status = moe__cuda_run(q, MOE__K_sort_count, tiles, 1, 256, a);
-  if (!status) status = moe__cuda_run(q, MOE__K_sort_scan, 1, 1, 256, a);
-  if (!status) status = moe__cuda_run(q, MOE__K_sort_place, tiles, 1, 256, a);
-  return status;
+  moe__cuda_run(q, MOE__K_sort_count, tiles, 1, 256, a);
+  moe__cuda_run(q, MOE__K_sort_scan, 1, 1, 256, a);
+  return moe__cuda_run(q, MOE__K_sort_place, tiles, 1, 256, a);
 }
 
 static moe__embed_args moe__cuda_embed_args(const moe_embed_op *op) {
@@ -3103,21 +2997,21 @@ static moe__embed_args moe__cuda_embed_args(const moe_embed_op *op) {
 static moe_status moe__cuda_embed_sort(moe__cuda_queue *q, moe__embed_args *a, int by_segment) {
   size_t M = (size_t)a->M;
   moe__sort_args sort;
-  void *p;
-  moe_status status = moe__cuda_scratch(q, (2 * M + 257) * sizeof(int), &p);
+  int *p = (int *)moe__cuda_scratch(q, (2 * M + 257) * sizeof(int));
   memset(&sort, 0, sizeof sort);
   sort.keys = a->ids;
   if (by_segment) sort.bytes = a->segments;
-  sort.start = (int *)p + 2 * M;
+  if (q->status) return q->status;
+  sort.start = p + 2 * M;
   sort.n = a->M;
   sort.buckets = 256;
-  for (; sort.shift < (by_segment ? 8 : 32) && !status; sort.shift += 8) {
-    sort.to = (int *)p + (sort.shift % 16 ? M : 0);
-    status = moe__cuda_sort(q, &sort);
+  for (; sort.shift < (by_segment ? 8 : 32) && !q->status; sort.shift += 8) {
+    sort.to = p + (sort.shift % 16 ? M : 0);
+    moe__cuda_sort(q, &sort);
     sort.from = sort.to;
   }
   a->order = sort.to, a->start = sort.start;
-  return status;
+  return q->status;
 }
 
 static moe_status moe__cuda_embed_back(moe__cuda_queue *q, moe__embed_args *a) {
@@ -3510,7 +3404,6 @@ static moe_status moe__cuda_route_forward(moe__cuda_queue *q, const moe_routes *
                                           moe__route_args *a) {
   size_t M = (size_t)a->M, n = a->N > 1 && (a->balance > 0 || a->z_loss > 0) ? (M + 127) / 128 : 0;
   moe_status status;
-  void *parts;
   if (a->N == 1)
     status = moe__cuda_run(q, MOE__K_route_one, moe__cuda_blocks(M, 128), 1, 128, a);
   else
@@ -3518,9 +3411,8 @@ static moe_status moe__cuda_route_forward(moe__cuda_queue *q, const moe_routes *
   if (!status) status = moe__cuda_dispatch(q, r);
   if (status || !a->loss) return status;
   a->n_parts = (int)n;
-  status = moe__cuda_scratch(q, n * ((size_t)a->N + 1) * sizeof(double), &parts);
-  a->parts = (double *)parts;
-  if (!status) status = moe__cuda_run(q, MOE__K_route_parts, (uint32_t)n, 1, 128, a);
+  a->parts = (double *)moe__cuda_scratch(q, n * ((size_t)a->N + 1) * sizeof(double));
+  status = moe__cuda_run(q, MOE__K_route_parts, (uint32_t)n, 1, 128, a);
   if (!status) status = moe__cuda_run(q, MOE__K_route_loss, 1, 1, 256, a);
   return status;
 }
@@ -3702,8 +3594,6 @@ static moe_status moe__cuda_heads_table(moe__cuda_queue *q, const moe_heads_op *
                                         const moe_env *env, moe__heads_args *a) {
   moe__head *table = (moe__head *)calloc((size_t)op->T + 1, sizeof *table);
   double batch = op->batch_size > 0 ? op->batch_size : 1;
-  moe_status status;
-  void *head;
   int32_t t;
   if (!table) return moe__cuda_fail(env, MOE_E_MEMORY, "heads: no memory for %d tasks", (int)op->T);
   for (t = 0; t < op->T; ++t) {
@@ -3716,10 +3606,9 @@ static moe_status moe__cuda_heads_table(moe__cuda_queue *q, const moe_heads_op *
     table[t].loss = (float)share;
     table[t].gradient = (float)(table[t].squared ? 2 / batch : share / batch);
   }
-  status = moe__cuda_upload_args(q, table, (size_t)op->T * sizeof *table, &head);
-  a->head = (const moe__head *)head;
+  a->head = (const moe__head *)moe__cuda_upload_args(q, table, (size_t)op->T * sizeof *table);
   free(table);
-  return status;
+  return q->status;
 }
 
 /* The arguments of both directions, and what the heads read. */
@@ -3727,7 +3616,6 @@ static moe_status moe__cuda_heads_begin(moe__cuda_queue *q, const moe_heads_op *
                                         const moe_env *env, moe__heads_args *a) {
   size_t S = (size_t)op->S, features = S * 3 * (size_t)op->H;
   moe_status status;
-  void *p;
   memset(a, 0, sizeof *a);
   a->scores = op->scores, a->losses = back ? NULL : op->losses;
   a->hidden = op->hidden, a->w = op->w;
@@ -3738,15 +3626,13 @@ static moe_status moe__cuda_heads_begin(moe__cuda_queue *q, const moe_heads_op *
   a->S = op->S, a->M = op->M, a->H = op->H;
   a->max_classes = op->max_classes, a->overwrite = op->overwrite;
   status = moe__cuda_heads_table(q, op, env, a);
-  if (!status) status = moe__cuda_scratch(q, features * sizeof(float), &p);
   if (status) return status;
-  a->feature = (float *)p;
+  a->feature = (float *)moe__cuda_scratch(q, features * sizeof(float));
   status = moe__cuda_run(q, MOE__K_heads_feature, (uint32_t)op->S, 1, 128, a);
   if (status || !back) return status;
-  status = moe__cuda_scratch(q, (features + S * (size_t)op->max_classes) * sizeof(float), &p);
-  a->dfeature = (float *)p;
-  a->dscore = a->dfeature + features;
-  return status;
+  a->dfeature = (float *)moe__cuda_scratch(q, features * sizeof(float));
+  a->dscore = (float *)moe__cuda_scratch(q, S * (size_t)op->max_classes * sizeof(float));
+  return q->status;
 }
 
 static moe_status moe__cuda_heads(const moe_backend *b, const moe_env *env, const moe_heads_op *op,
@@ -3882,8 +3768,6 @@ static moe_status moe__cuda_spans(moe__cuda_queue *q, const moe_adam_op *spans, 
                                   const moe_env *env, moe__spans_args *a) {
   moe__cuda_span *table = (moe__cuda_span *)calloc((size_t)n + 1, sizeof *table), *span = table;
   size_t tiles = 0;
-  moe_status status;
-  void *p = NULL;
   int32_t i;
   memset(a, 0, sizeof *a);
   if (!table) return moe__cuda_fail(env, MOE_E_MEMORY, "optimizer: no memory for %d spans", (int)n);
@@ -3897,10 +3781,9 @@ static moe_status moe__cuda_spans(moe__cuda_queue *q, const moe_adam_op *spans, 
   }
   a->n = (int)(span - table);
   a->tiles = (int)tiles;
-  status = moe__cuda_upload_args(q, table, (size_t)a->n * sizeof *table, &p);
-  a->spans = (const moe__cuda_span *)p;
+  a->spans = (const moe__cuda_span *)moe__cuda_upload_args(q, table, (size_t)a->n * sizeof *table);
   free(table);
-  return status;
+  return q->status;
 }
 
 static moe_status moe__cuda_grad_norm(const moe_backend *b, const moe_env *env, double *norm,
@@ -3908,10 +3791,8 @@ static moe_status moe__cuda_grad_norm(const moe_backend *b, const moe_env *env, 
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   moe__spans_args a;
   moe_status status = moe__cuda_spans(q, spans, n, env, &a);
-  void *p;
-  if (!status) status = moe__cuda_scratch(q, ((size_t)a.tiles + 1) * sizeof(double), &p);
   if (status) return status;
-  a.parts = (double *)p;
+  a.parts = (double *)moe__cuda_scratch(q, ((size_t)a.tiles + 1) * sizeof(double));
   status = moe__cuda_run(q, MOE__K_norm_squares, (uint32_t)a.tiles, 1, 256, &a);
   if (!status) status = moe__cuda_run(q, MOE__K_norm_root, 1, 1, 256, &a);
   return status ? status : moe__cuda_receive(q, norm, a.parts + a.tiles, sizeof *norm);
@@ -4025,7 +3906,7 @@ static void moe__cuda_measure(const moe_backend *b, const moe_env *env, const mo
                               const moe_limits *limits) {
   moe__cuda *cuda = (moe__cuda *)b->user;
   moe_env silent = *env;
-  moe__cuda_queue *q = NULL;
+  moe__cuda_queue *q;
   moe__cuda_choice c;
   int i;
   memset(&c, 0, sizeof c);
@@ -4034,17 +3915,17 @@ static void moe__cuda_measure(const moe_backend *b, const moe_env *env, const mo
       moe__cuda_choose(cuda, &c) == 1)
     return;
   silent.log = NULL;
-  if (moe__cuda_begin(cuda->own, &silent, 0)) return;
-  if (!moe__cuda_queue_make(cuda, &q, &silent)) {
-    q->env.stream = q;
+  if (moe__cuda_open_queue(b, &silent, &silent.stream)) return;
+  q = moe__cuda_queue_of(b, &silent);
+  if (!moe__cuda_begin(q, &silent, 0)) {
     for (i = 0; i < 18 && c.m > 0; ++i) { /* 3 batches, 3 kinds, 2 layers */
       c.kind = i / 2 % 3, c.n = i % 2 ? c.k : 3 * c.k;
       if (c.kind == 0 || limits->training) moe__cuda_measure_one(b, q, c);
       if (i % 6 == 5) c.m /= 4;
     }
-    moe__cuda_queue_free(q, 1);
+    moe__cuda_end(q, MOE_OK);
   }
-  moe__cuda_end(cuda->own, MOE_OK);
+  moe__cuda_close_queue(b, q);
 }
 
 static int32_t moe__cuda_supports(const moe_backend *b, const moe_env *env,
@@ -4067,41 +3948,28 @@ static int32_t moe__cuda_supports(const moe_backend *b, const moe_env *env,
   return 1;
 }
 
-/* Begins an op: its scratch is empty. */
-static moe_status moe__cuda_op_begin(moe__cuda_queue *q, const moe_env *env, int waits) {
-  moe_status status = moe__cuda_begin(q, env, waits);
-  if (status) return status;
-  moe__cuda_scratch_reset(q);
-  return q->status ? moe__cuda_end(q, MOE_OK) : MOE_OK;
-}
-
-/* Ends it. Passes do not look at the status of an op, so that the queue keeps it. With a profile
-   the op is waited for, and its time is its own. */
-static moe_status moe__cuda_op_end(moe__cuda_queue *q, moe_status status) {
-  if (status && !q->status) q->status = status;
-  if (q->env.profile) moe__cuda_wait(q);
-  return moe__cuda_end(q, status);
+/* Ends an op. Passes do not look at its status, so that the queue keeps it. With a profile it is
+   waited for, and its time is its own. */
+static moe_status moe__cuda_done(moe__cuda_queue *q, moe_status status) {
+  if (!q->status) q->status = status;
+  return q->env.profile ? moe__cuda_wait(q) : q->status;
 }
 
 // clang-format off
-#define MOE__CUDA_SLOT(name, waits, parameters, arguments)                                         \
-  static moe_status moe__cuda_slot_##name parameters {                                             \
-    moe__cuda_queue *q = moe__cuda_queue_of(b, env);                                               \
-    moe_status status = moe__cuda_op_begin(q, env, waits);                                         \
-    return status ? status : moe__cuda_op_end(q, moe__cuda_##name arguments);                      \
-  }
 #define MOE__CUDA_OP(name)                                                                         \
   MOE__CUDA_SLOT(name, 0, (const moe_backend *b, const moe_env *env,                               \
-                           const struct moe_##name##_op *op, int back), (b, env, op, back))
+                           const struct moe_##name##_op *op, int back),                            \
+                 moe__cuda_done(q, moe__cuda_##name(b, env, op, back)))
 MOE__CUDA_OP(linear) MOE__CUDA_OP(experts) MOE__CUDA_OP(attention) MOE__CUDA_OP(layernorm)
 MOE__CUDA_OP(embed) MOE__CUDA_OP(route) MOE__CUDA_OP(heads)
 MOE__CUDA_SLOT(dropout, 0, (const moe_backend *b, const moe_env *env, const moe_dropout_op *op),
-               (b, env, op))
+               moe__cuda_done(q, moe__cuda_dropout(b, env, op)))
 #ifndef MOE_NO_TRAIN
 MOE__CUDA_SLOT(grad_norm, 1, (const moe_backend *b, const moe_env *env, double *norm,
-                              const moe_adam_op *spans, int32_t n), (b, env, norm, spans, n))
+                              const moe_adam_op *spans, int32_t n),
+               moe__cuda_done(q, moe__cuda_grad_norm(b, env, norm, spans, n)))
 MOE__CUDA_SLOT(adam, 0, (const moe_backend *b, const moe_env *env, const moe_adam_op *spans,
-                         int32_t n), (b, env, spans, n))
+                         int32_t n), moe__cuda_done(q, moe__cuda_adam(b, env, spans, n)))
 #endif
     // clang-format on
 
@@ -4182,13 +4050,9 @@ static moe_status moe__cuda_open_blas(moe__cuda *cuda, const moe_env *env) {
 static void moe__cuda_free(moe__cuda *cuda) {
   const moe__cuda_driver *cu = &cuda->driver;
   void *context = NULL;
-  int pushed = cuda->context && !cu->cuCtxPushCurrent_v2(cuda->context);
-  while (cuda->queues) {
-    moe__cuda_queue *next = cuda->queues->next;
-    moe__cuda_queue_free(cuda->queues, pushed);
-    cuda->queues = next;
-  }
-  if (cuda->own) moe__cuda_queue_free(cuda->own, pushed);
+  int pushed;
+  while (cuda->queues) moe__cuda_close_queue(NULL, cuda->queues);
+  pushed = cuda->context && !cu->cuCtxPushCurrent_v2(cuda->context);
   while (cuda->blocks) {
     moe__cuda_block *next = cuda->blocks->next;
     if (pushed) cu->cuMemFree_v2(cuda->blocks->p);
@@ -4208,14 +4072,18 @@ static void moe__cuda_free(moe__cuda *cuda) {
 static moe_status moe__cuda_make(moe__cuda *cuda, const moe_env *env) {
   static const char *const makers[] = {"by cuBLAS or our own kernels, as measured",
                                        "by our own kernels", "by cuBLAS"};
-  void *context = NULL;
+  void *context = NULL, *own = NULL;
+  moe_backend b;
   moe_status status = moe__cuda_open_driver(cuda, env);
   if (status) return status;
   status = moe__cuda_open_device(cuda, env);
   if (status) return status;
   status = moe__cuda_open_blas(cuda, env);
   if (!status) status = moe__cuda_kernels(cuda, env);
-  if (!status) status = moe__cuda_queue_make(cuda, &cuda->own, env);
+  b.user = cuda;
+  if (!status) status = moe__cuda_open_queue(&b, env, &own);
+  cuda->own = (moe__cuda_queue *)own;
+  cuda->counts.queues = 0; /* those of contexts are counted */
   cuda->driver.cuCtxPopCurrent_v2(&context);
   if (!status && cuda->cublas_library && !cuda->own->blas) {
     MOE__CUDA_DLCLOSE(cuda->cublas_library); /* it does not work here */
@@ -4258,8 +4126,8 @@ MOE_API moe_status moe_cuda_open(moe_backend *backend, const moe_cuda_options *o
   b.supports = moe__cuda_supports;
   b.open = moe__cuda_open_queue, b.close = moe__cuda_close_queue;
   b.alloc = moe__cuda_alloc, b.release = moe__cuda_release;
-  b.upload = moe__cuda_upload, b.download = moe__cuda_download;
-  b.clear = moe__cuda_clear, b.sync = moe__cuda_sync;
+  b.upload = moe__cuda_slot_upload, b.download = moe__cuda_slot_download;
+  b.clear = moe__cuda_slot_clear, b.sync = moe__cuda_slot_sync;
   b.linear = moe__cuda_slot_linear, b.attention = moe__cuda_slot_attention;
   b.experts = moe__cuda_slot_experts, b.layernorm = moe__cuda_slot_layernorm;
   b.dropout = moe__cuda_slot_dropout, b.embed = moe__cuda_slot_embed;
