@@ -158,7 +158,7 @@ typedef struct moe__cuda_queue moe__cuda_queue; /* env.stream */
   X(cuMemAlloc_v2, (moe__cuptr *p, size_t bytes)) X(cuMemFree_v2, (moe__cuptr p))                  \
   X(cuMemAllocHost_v2, (void **p, size_t bytes)) X(cuMemFreeHost, (void *p))                       \
   X(cuMemcpyHtoDAsync_v2, (moe__cuptr to, const void *from, size_t bytes, void *stream))           \
-  X(cuMemcpyDtoHAsync_v2, (void *to, moe__cuptr from, size_t bytes, void *stream))                 \
+  X(cuMemcpyDtoH_v2, (void *to, moe__cuptr from, size_t bytes))                                    \
   X(cuMemsetD8Async, (moe__cuptr p, unsigned char value, size_t bytes, void *stream))              \
   X(cuStreamCreate, (void **stream, unsigned flags)) X(cuStreamDestroy_v2, (void *stream))         \
   X(cuStreamSynchronize, (void *stream)) X(cuEventCreate, (void **event, unsigned flags))          \
@@ -819,8 +819,9 @@ static moe_status moe__cuda_receive(moe__cuda_queue *q, void *host, const void *
     return moe__cuda_fail(&q->env, MOE_E_MEMORY,
                           "cuda:%d: the host has no memory for a download of %llu bytes",
                           (int)q->cuda->options.device, (unsigned long long)bytes);
-  if (bytes) MOE__CUDA_DO(q, cuMemcpyDtoHAsync_v2, (copy, moe__cuda_at(from), bytes, q->stream));
-  if (!moe__cuda_wait(q)) memcpy(host, copy, bytes);
+  if (!moe__cuda_wait(q) && bytes)
+    MOE__CUDA_DO(q, cuMemcpyDtoH_v2, (copy, moe__cuda_at(from), bytes));
+  if (!q->status) memcpy(host, copy, bytes);
   free(copy);
   return q->status;
 }

@@ -100,7 +100,7 @@ int cuMemFreeHost(void *p) { return free(p), 0; }
 int cuMemcpyHtoDAsync_v2(unsigned long long to, const void *from, size_t bytes, void *) {
   return memcpy(device_bytes(to, bytes), from, bytes), 0;
 }
-int cuMemcpyDtoHAsync_v2(void *to, unsigned long long from, size_t bytes, void *) {
+int cuMemcpyDtoH_v2(void *to, unsigned long long from, size_t bytes) {
   return memcpy(to, device_bytes(from, bytes), bytes), 0;
 }
 int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, void *) {

@@ -350,12 +350,15 @@ API cuMemcpyHtoDAsync_v2(Address to, const void *from, size_t bytes, void *strea
   std::string copy((const char *)from, bytes);
   return post(stream, [=] { memcpy(p, copy.data(), bytes); });
 }
-API cuMemcpyDtoHAsync_v2(void *to, Address from, size_t bytes, void *stream) {
+API cuMemcpyDtoH_v2(void *to, Address from, size_t bytes) {
   ENTER(true)
   void *p = within(from, bytes);
   if (!p || !bytes) return refuse("a download beyond an allocation", INVALID_VALUE);
   if (within((Address)(uintptr_t)to, 1)) return refuse("a download to the card", INVALID_VALUE);
-  return post(stream, [=] { memcpy(to, p, bytes); });
+  protect(PROT_READ);
+  memcpy(to, p, bytes);
+  protect(PROT_NONE);
+  return 0;
 }
 API cuMemsetD8Async(Address to, unsigned char value, size_t bytes, void *stream) {
   ENTER(true)
