@@ -332,14 +332,13 @@ typedef struct moe__cuda_chunk {
 
 // clang-format off
 /* The chunks in the order in which they are compiled, by section. */
-#define MOE__CUDA_CHUNKS_BASE(X) X(math) X(prim) X(wide)
+#define MOE__CUDA_CHUNKS_BASE(X) X(math) X(prim) X(wide) X(sums)
 #define MOE__CUDA_CHUNKS_PRODUCTS(X) X(product) X(tile) X(finish) X(f32) X(f32_product)            \
   X(mma_load) X(mma_step) X(mma_product) X(mma_kernels) X(pieces) X(blas)
 #define MOE__CUDA_CHUNKS_EXPERTS(X) X(experts)
 #define MOE__CUDA_CHUNKS_ATTENTION(X) X(attention_args) X(attention_base) X(attention)             \
   X(attention_dq) X(attention_dkv)
-#define MOE__CUDA_CHUNKS_ROWS(X) X(rows_args) X(rows_base) X(norm) X(norm_columns) X(sort_args)    \
-  X(sort) X(embed_args) X(embed)
+#define MOE__CUDA_CHUNKS_ROWS(X) X(rows_args) X(norm) X(sort_args) X(sort) X(embed_args) X(embed)
 #define MOE__CUDA_CHUNKS_ROUTE(X) X(route_args) X(route_base) X(route) X(route_loss)               \
   X(route_back) X(route_gates)
 #define MOE__CUDA_CHUNKS_HEADS(X) X(heads_args) X(heads) X(heads_back)
@@ -356,9 +355,8 @@ typedef struct moe__cuda_chunk {
 #define MOE__CUDA_KERNELS_ATTENTION(X) X(attention_32, 0) X(attention_64, 0) X(attention_128, 0)   \
   X(attention_dq_32, 0) X(attention_dq_64, 0) X(attention_dq_128, 0) X(attention_dkv_32, 0)        \
   X(attention_dkv_64, 0) X(attention_dkv_128, 0)
-#define MOE__CUDA_KERNELS_ROWS(X) X(norm, 0) X(norm_back, 0) X(norm_columns, 0) X(norm_sums, 0)    \
-  X(dropout, 0) X(sort_count, 0) X(sort_scan, 0) X(sort_place, 0) X(embed, 0) X(embed_words, 0)    \
-  X(embed_positions, 0) X(embed_segments, 0)
+#define MOE__CUDA_KERNELS_ROWS(X) X(norm, 0) X(norm_back, 0) X(norm_columns, 0) X(dropout, 0)      \
+  X(sort, 0) X(embed, 0) X(embed_words, 0) X(embed_positions, 0) X(embed_segments, 0)
 #define MOE__CUDA_KERNELS_ROUTE(X) X(route, 0) X(route_one, 0) X(route_parts, 0) X(route_loss, 0)  \
   X(route_back, 0) X(route_dx, 0) X(route_dgates, 0)
 #define MOE__CUDA_KERNELS_HEADS(X) X(heads_feature, 0) X(heads_scores, 0) X(heads_loss, 0)         \
@@ -1146,26 +1144,52 @@ MOE__CUDA_SOURCE(
 
     /* moe.h's moe__geluf: GELU(x) and its slope by the upper tail of the normal distribution. */
     __device__ static inline float moe__d_gelu(float x, float *slope) {
-      float t = fabsf(x);
-      float e;
-      float r;
-      float lower;
-      t = 12.0f < t ? 12.0f : t;
-      e = exp2f(-0.721347511f * t * t);
-      r = fmaf(-3.245913263e-07f, t, 7.894786904e-06f);
-      r = fmaf(r, t, -8.640217857e-05f);
-      r = fmaf(r, t, 5.716482410e-04f);
-      r = fmaf(r, t, -2.614206634e-03f);
-      r = fmaf(r, t, 9.050293826e-03f);
-      r = fmaf(r, t, -2.552919649e-02f);
-      r = fmaf(r, t, 6.196843088e-02f);
-      r = fmaf(r, t, -1.328263581e-01f);
-      r = fmaf(r, t, 2.499777079e-01f);
-      r = fmaf(r, t, -3.989411592e-01f);
+      float t = 12.0f < fabsf(x) ? 12.0f : fabsf(x), e = exp2f(-0.721347511f * t * t), r, lower;
+      r = fmaf(fmaf(-3.245913263e-07f, t, 7.894786904e-06f), t, -8.640217857e-05f);
+      r = fmaf(fmaf(r, t, 5.716482410e-04f), t, -2.614206634e-03f);
+      r = fmaf(fmaf(r, t, 9.050293826e-03f), t, -2.552919649e-02f);
+      r = fmaf(fmaf(r, t, 6.196843088e-02f), t, -1.328263581e-01f);
+      r = fmaf(fmaf(r, t, 2.499777079e-01f), t, -3.989411592e-01f);
       r = fmaf(r, t, 0.5f);
       lower = e * fmaf(-t, 0.398942292f, r);
       *slope = x < 0.0f ? lower : 1.0f - lower;
       return fmaf(-t, e * r, 0.0f > x ? 0.0f : x);
+    })
+
+MOE__CUDA_SOURCE(
+    sums, 0,
+    /* The 16 threads of a row are a half of a warp. */
+    __device__ static inline unsigned moe__d_half(void) { return 0xffffu << (threadIdx.x & 16u); }
+
+    /* Sum of a row's threads, as a butterfly. */
+    __device__ static inline float moe__d_sum16(float v) {
+      for (int o = 8; o > 0; o >>= 1) v += __shfl_xor_sync(moe__d_half(), v, o);
+      return v;
+    }
+
+    /* For each of 32 columns, the sum of the 8 warps of a block, in their order. */
+    __device__ static inline float moe__d_sum8(float v) {
+      __shared__ float part[8][32];
+      MOE_SYNC();
+      part[threadIdx.x >> 5][threadIdx.x & 31u] = v;
+      MOE_SYNC();
+      v = 0.0f;
+      for (int i = 0; i < 8; ++i) v += part[i][threadIdx.x & 31u];
+      return v;
+    }
+
+    /* The last i < n with at[i * stride] <= x, or 0. Of seq_start: the sequence that holds x. */
+    __device__ static inline int moe__d_last(const int *at, int stride, int n, int x) {
+      int low = 0;
+      for (int half = n / 2; n > 1; n -= half, half = n / 2)
+        if (at[(size_t)(low + half) * (size_t)stride] <= x) low += half;
+      return low;
+    }
+
+    /* v after dropout, at a position of a key. */
+    __device__ static inline float moe__d_drop(float v, unsigned threshold, float scale,
+                                               unsigned long long key, size_t position) {
+      return moe__d_hash32(key, (unsigned)position) < threshold ? 0.0f : v * scale;
     })
 
 /* ---- linear layers; cuBLAS, the choice of the maker ---- >>cuda_products */
@@ -2589,7 +2613,7 @@ MOE__CUDA_SHARED(
       const float *x, *delta, *gamma, *beta;
       const unsigned long long *keys;
       const int *seq_start;
-      float *dx, *ddelta, *dgamma, *dbeta;
+      float *dx, *ddelta;
       const float *dy;
       float *parts; /* (n_parts, 2, H) sums for gamma and beta over n_parts parts of the rows */
       float eps, scale;
@@ -2598,214 +2622,132 @@ MOE__CUDA_SHARED(
     } moe__rows_args;)
 
 MOE__CUDA_SOURCE(
-    rows_base, 0,
-    __device__ static float moe__d_sum16(float v) {
-      for (int o = 8; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
-      return v;
-    }
-
-    /* The sequence that holds a row. */
-    __device__ static int moe__d_sequence(const int *seq_start, int S, int row) {
-      int low = 0, high = S - 1;
-      while (low < high) {
-        int middle = low + (high - low + 1) / 2;
-        if (seq_start[middle] <= row)
-          low = middle;
-        else
-          high = middle - 1;
-      }
-      return low;
-    }
-
-    /* v after dropout, at a position of a key. */
-    __device__ static float moe__d_drop(float v, unsigned threshold, float scale,
-                                        unsigned long long key, unsigned position) {
-      return moe__d_hash32(key, position) < threshold ? 0.0f : v * scale;
-    }
-
+    norm, 0,
     /* The key of a row's dropout, and the position of its first element. */
     __device__ static unsigned long long moe__d_row_key(const moe__rows_args &a, int row,
                                                         unsigned *place) {
-      int s;
-      *place = 0;
-      if (a.threshold == 0) return 0;
-      s = moe__d_sequence(a.seq_start, a.S, row);
-      *place = (unsigned)(row - a.seq_start[s]) * (unsigned)a.H;
-      return a.keys[s];
-    })
+      int s = a.threshold ? moe__d_last(a.seq_start, 1, a.S, row) : 0;
+      *place = a.threshold ? (unsigned)(row - a.seq_start[s]) * (unsigned)a.H : 0;
+      return a.threshold ? a.keys[s] : 0;
+    }
 
-/* sum = x + dropout(delta), y = (sum - mean) rstd gamma + beta [TaG] 2. 16 threads a row. */
-MOE__CUDA_SOURCE(
-    norm, 0,
-    extern "C" __global__ void __launch_bounds__(128) moe_k_norm(moe__rows_args a) {
-      int lane = (int)(threadIdx.x & 15u);
-      unsigned row = blockIdx.x * 8u + (threadIdx.x >> 4), place = 0;
-      int live = row < (unsigned)a.M, n = live ? a.H : 0;
-      size_t at = (size_t)row * (size_t)a.H;
-      unsigned long long key = live ? moe__d_row_key(a, (int)row, &place) : 0;
+    /* sum = x + dropout(delta), y = (sum - mean) rstd gamma + beta [TaG] 2. 16 threads a row. */
+    MOE_KERNEL(128) moe_k_norm(moe__rows_args a) {
+      size_t lane = threadIdx.x & 15u, row = blockIdx.x * 8u + (threadIdx.x >> 4);
+      size_t H = (size_t)a.H, at = row * H;
       float *keep = a.sum ? a.sum : a.delta ? a.y : (float *)0;
       const float *v = a.delta ? keep : a.x;
       float sum = 0, square = 0, mean, rstd;
-      for (int c = lane; c < n; c += 16) {
-        size_t i = at + (size_t)c;
-        float e = a.x[i];
-        if (a.delta) e += moe__d_drop(a.delta[i], a.threshold, a.scale, key, place + (unsigned)c);
-        if (keep) keep[i] = e;
+      unsigned long long key;
+      unsigned place;
+      if (row >= (size_t)a.M) return;
+      key = moe__d_row_key(a, (int)row, &place);
+      for (size_t c = lane; c < H; c += 16) {
+        float e = a.x[at + c];
+        if (a.delta) e += moe__d_drop(a.delta[at + c], a.threshold, a.scale, key, place + c);
+        if (keep) keep[at + c] = e;
         sum += e;
       }
       mean = moe__d_sum16(sum) / (float)a.H;
-      for (int c = lane; c < n; c += 16) {
-        float e = v[at + (size_t)c] - mean;
+      for (size_t c = lane; c < H; c += 16) {
+        float e = v[at + c] - mean;
         square = fmaf(e, e, square);
       }
       rstd = 1.0f / sqrtf(moe__d_sum16(square) / (float)a.H + a.eps);
-      for (int c = lane; c < n; c += 16) {
-        size_t i = at + (size_t)c;
-        a.y[i] = fmaf((v[i] - mean) * rstd, a.gamma[c], a.beta[c]);
-      }
-      if (live && a.mean && lane == 0) {
-        a.mean[row] = mean;
-        a.rstd[row] = rstd;
-      }
+      for (size_t c = lane; c < H; c += 16)
+        a.y[at + c] = fmaf((v[at + c] - mean) * rstd, a.gamma[c], a.beta[c]);
+      if (!a.mean || lane > 0) return;
+      a.mean[row] = mean;
+      a.rstd[row] = rstd;
     }
 
-    /* dsum = rstd (g - mean of g - h (mean of g h)), dx = or += dsum, ddelta = dropout(dsum), with
-       g = dy gamma and h = (sum - mean) rstd. dx may be dy, and ddelta dx: a thread reads an
-       element before it writes it, and no other thread does either. */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_norm_back(moe__rows_args a) {
-      int lane = (int)(threadIdx.x & 15u);
-      unsigned row = blockIdx.x * 8u + (threadIdx.x >> 4), place = 0;
-      int live = row < (unsigned)a.M, n = live ? a.H : 0;
-      size_t at = (size_t)row * (size_t)a.H;
-      unsigned long long key = live ? moe__d_row_key(a, (int)row, &place) : 0;
-      float mean = live ? a.mean[row] : 0.0f, rstd = live ? a.rstd[row] : 0.0f, sum = 0,
-            product = 0;
-      for (int c = lane; c < n; c += 16) {
-        size_t i = at + (size_t)c;
-        float g = a.dy[i] * a.gamma[c];
+    /* d = rstd (g - mean of g - h (mean of g h)), dx = or += d, ddelta = dropout(d), with g = dy
+       gamma and h = (sum - mean) rstd. dx may be dy, and ddelta dx: a thread reads an element
+       before it writes it, and no other thread does either. */
+    MOE_KERNEL(128) moe_k_norm_back(moe__rows_args a) {
+      size_t lane = threadIdx.x & 15u, row = blockIdx.x * 8u + (threadIdx.x >> 4);
+      size_t H = (size_t)a.H, at = row * H;
+      float mean, rstd, sum = 0, product = 0;
+      unsigned long long key;
+      unsigned place;
+      if (row >= (size_t)a.M) return;
+      key = moe__d_row_key(a, (int)row, &place);
+      mean = a.mean[row], rstd = a.rstd[row];
+      for (size_t c = lane; c < H; c += 16) {
+        float g = a.dy[at + c] * a.gamma[c];
         sum += g;
-        product = fmaf(g, (a.sum[i] - mean) * rstd, product);
+        product = fmaf(g, (a.sum[at + c] - mean) * rstd, product);
       }
       sum = moe__d_sum16(sum) / (float)a.H;
       product = moe__d_sum16(product) / (float)a.H;
-      for (int c = lane; c < n; c += 16) {
-        size_t i = at + (size_t)c;
-        float d = fmaf(-product, (a.sum[i] - mean) * rstd, a.dy[i] * a.gamma[c] - sum);
-        if (a.dx) a.dx[i] = a.overwrite ? d * rstd : fmaf(d, rstd, a.dx[i]);
-        if (a.ddelta)
-          a.ddelta[i] = moe__d_drop(d * rstd, a.threshold, a.scale, key, place + (unsigned)c);
+      for (size_t c = lane; c < H; c += 16) {
+        float g = a.dy[at + c] * a.gamma[c];
+        float d = fmaf(-product, (a.sum[at + c] - mean) * rstd, g - sum) * rstd;
+        if (a.dx) a.dx[at + c] = a.overwrite ? d : a.dx[at + c] + d;
+        if (a.ddelta) a.ddelta[at + c] = moe__d_drop(d, a.threshold, a.scale, key, place + c);
       }
-    })
+    }
 
-/* dgamma += sum of dy h, dbeta += sum of dy, over the rows: 32 columns x 8 rows at a time give the
-   sums of a part; the parts are added in their order. */
-MOE__CUDA_SOURCE(
-    norm_columns, 0,
-    extern "C" __global__ void __launch_bounds__(256) moe_k_norm_columns(moe__rows_args a) {
-      __shared__ float part[2][8][32];
-      int column = (int)(threadIdx.x & 31u), lane = (int)(threadIdx.x >> 5);
-      int c = (int)blockIdx.x * 32 + column;
+    /* dgamma += sum of dy h, dbeta += sum of dy, over the rows: 32 columns x 8 rows at a time give
+       the sums of a part. moe_k_pieces adds the parts. */
+    MOE_KERNEL(256) moe_k_norm_columns(moe__rows_args a) {
+      size_t lane = threadIdx.x >> 5, H = (size_t)a.H;
+      size_t c = (size_t)blockIdx.x * 32 + (threadIdx.x & 31u);
       int rows = (a.M + a.n_parts - 1) / a.n_parts, first = (int)blockIdx.y * rows;
       int end = a.M - first < rows ? a.M : first + rows;
       float gamma = 0, beta = 0;
-      for (int r = first + lane; c < a.H && r < end; r += 8) {
-        size_t i = (size_t)r * (size_t)a.H + (size_t)c;
+      for (int r = first + (int)lane; c < H && r < end; r += 8) {
+        size_t i = (size_t)r * H + c;
         gamma = fmaf(a.dy[i], (a.sum[i] - a.mean[r]) * a.rstd[r], gamma);
         beta += a.dy[i];
       }
-      part[0][lane][column] = gamma;
-      part[1][lane][column] = beta;
-      MOE_SYNC();
-      if (lane < 2 && c < a.H) {
-        float sum = 0;
-        for (int l = 0; l < 8; ++l) sum += part[lane][l][column];
-        a.parts[((size_t)blockIdx.y * 2 + (size_t)lane) * (size_t)a.H + (size_t)c] = sum;
-      }
+      gamma = moe__d_sum8(gamma);
+      beta = moe__d_sum8(beta);
+      if (lane < 2 && c < H) a.parts[(blockIdx.y * 2 + lane) * H + c] = lane ? beta : gamma;
     }
 
-    extern "C" __global__ void __launch_bounds__(128) moe_k_norm_sums(moe__rows_args a) {
-      int i = (int)(blockIdx.x * 128u + threadIdx.x);
-      float *out = i < a.H ? a.dgamma : a.dbeta;
-      float sum = 0;
-      if (i >= 2 * a.H || !out) return;
-      for (int p = 0; p < a.n_parts; ++p) sum += a.parts[(size_t)p * 2 * (size_t)a.H + (size_t)i];
-      out[i < a.H ? i : i - a.H] += sum;
-    }
-
-    /* y = dropout(x), forward and backward. */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_dropout(moe__rows_args a) {
-      unsigned row = blockIdx.x * 8u + (threadIdx.x >> 4), place;
+    /* y = dropout(x), forward and backward. 16 threads a row. */
+    MOE_KERNEL(128) moe_k_dropout(moe__rows_args a) {
+      size_t row = blockIdx.x * 8u + (threadIdx.x >> 4), H = (size_t)a.H;
       unsigned long long key;
-      if (row >= (unsigned)a.M) return;
+      unsigned place;
+      if (row >= (size_t)a.M) return;
       key = moe__d_row_key(a, (int)row, &place);
-      for (int c = (int)(threadIdx.x & 15u); c < a.H; c += 16) {
-        size_t i = (size_t)row * (size_t)a.H + (size_t)c;
-        a.y[i] = moe__d_drop(a.x[i], a.threshold, a.scale, key, place + (unsigned)c);
-      }
+      for (size_t c = threadIdx.x & 15u; c < H; c += 16)
+        a.y[row * H + c] = moe__d_drop(a.x[row * H + c], a.threshold, a.scale, key, place + c);
     })
 
-/* Sorting n elements by 8 bits of a key, stable: the elements of a tile of 256 are counted, the
-   counts turn into places, and the elements go there. The gates' dispatch is this sort by expert;
-   four of them sort word ids. */
+/* Sorting n elements by 8 bits of a key, stable: the gates' dispatch sorts by expert, the gradients
+   of embeddings by word or segment. */
 MOE__CUDA_SHARED(
     sort_args, typedef struct moe__sort_args {
-      const int *keys;            /* (n) of element 0, 1, ..., at least 0 */
+      const int *keys;            /* (n); the lowest 8 bits count */
       const unsigned char *bytes; /* (n) keys that are bytes, or NULL */
-      const int *from;            /* (n) elements in their present order; NULL: 0, 1, ... */
-      int *to;                    /* (n) sorted */
-      int *counts;                /* (tiles, 256) */
-      int *start;                 /* (buckets + 1) where the elements of a key begin, or NULL */
-      int n, shift, buckets, tiles;
+      int *to;                    /* (n) the elements 0, 1, ... sorted */
+      int *start;                 /* (buckets + 1) where the elements of a key begin */
+      int n, buckets;
     } moe__sort_args;)
 
 MOE__CUDA_SOURCE(
     sort, 0,
-    /* The element at place i, and its key; -1 behind the end. */
-    __device__ static int moe__d_sort_key(const moe__sort_args &a, unsigned i, int *element) {
-      *element = 0;
-      if (i >= (unsigned)a.n) return -1;
-      *element = a.from ? a.from[i] : (int)i;
-      return a.bytes ? (int)a.bytes[*element] : a.keys[*element] >> a.shift & 255;
-    }
-
-    /* Thread b counts key b. */
-    extern "C" __global__ void __launch_bounds__(256) moe_k_sort_count(moe__sort_args a) {
-      __shared__ int key[256];
-      int element, count = 0, b = (int)threadIdx.x;
-      key[b] = moe__d_sort_key(a, blockIdx.x * 256u + threadIdx.x, &element);
-      MOE_SYNC();
-      for (int i = 0; i < 256; ++i) count += key[i] == b;
-      a.counts[(size_t)blockIdx.x * 256 + (size_t)b] = count;
-    }
-
-    /* One block. counts (tile, b) become the place of the tile's first element with key b. */
-    extern "C" __global__ void __launch_bounds__(256) moe_k_sort_scan(moe__sort_args a) {
-      __shared__ int total[256];
-      int b = (int)threadIdx.x, sum = 0;
-      for (int t = 0; t < a.tiles; ++t) sum += a.counts[(size_t)t * 256 + (size_t)b];
-      total[b] = sum;
-      MOE_SYNC();
-      sum = 0;
-      for (int i = 0; i < b; ++i) sum += total[i];
-      if (a.start && b <= a.buckets) a.start[b] = sum;
-      if (a.start && b == 255 && a.buckets == 256) a.start[256] = a.n;
-      for (int t = 0; t < a.tiles; ++t) {
-        size_t i = (size_t)t * 256 + (size_t)b;
-        int count = a.counts[i];
-        a.counts[i] = sum;
-        sum += count;
+    /* A block for each key. A thread takes n / 256 neighbours: it counts those with a smaller key
+       and those with the block's, and places the latter behind those of the threads before it. */
+    MOE_KERNEL(256) moe_k_sort(moe__sort_args a) {
+      __shared__ int smaller[256], equal[256];
+      int b = (int)blockIdx.x, t = (int)threadIdx.x, each = (a.n - 1) / 256 + 1, place = 0;
+      int first = a.n / each < t ? a.n : t * each, end = a.n - first < each ? a.n : first + each;
+      smaller[t] = equal[t] = 0;
+      for (int i = first; i < end; ++i) {
+        int key = a.bytes ? (int)a.bytes[i] : a.keys[i] & 255;
+        smaller[t] += key < b;
+        equal[t] += key == b;
       }
-    }
-
-    extern "C" __global__ void __launch_bounds__(256) moe_k_sort_place(moe__sort_args a) {
-      __shared__ int key[256];
-      int element, place, own = moe__d_sort_key(a, blockIdx.x * 256u + threadIdx.x, &element);
-      key[threadIdx.x] = own;
       MOE_SYNC();
-      if (own < 0) return;
-      place = a.counts[(size_t)blockIdx.x * 256 + (size_t)own];
-      for (int i = 0; i < (int)threadIdx.x; ++i) place += key[i] == own;
-      a.to[place] = element;
+      for (int i = 0; i < 256; ++i) place += smaller[i] + (i < t ? equal[i] : 0);
+      if (t == 0) a.start[b] = place;
+      if (t == 0 && b == a.buckets - 1) a.start[b + 1] = a.n;
+      for (int i = first; i < end; ++i)
+        if ((a.bytes ? (int)a.bytes[i] : a.keys[i] & 255) == b) a.to[place++] = i;
     })
 
 MOE__CUDA_SHARED(
@@ -2817,73 +2759,66 @@ MOE__CUDA_SHARED(
       const int *seq_start;
       float *dword, *dposition, *dsegment;
       const float *dx;
-      const int *order; /* (M) backward: tokens sorted by word or segment; NULL: all segments 0 */
-      const int *start; /* (257) where the tokens of a segment begin in order */
+      const int *order; /* (M) backward: tokens sorted by word or segment */
+      const int *start; /* (257) where the tokens of a key begin in order */
       int S, M, H;
     } moe__embed_args;)
 
-/* x = word[id] + position[place] + segment[segment id]; 16 threads a row. */
 MOE__CUDA_SOURCE(
     embed, 0,
-    extern "C" __global__ void __launch_bounds__(128) moe_k_embed(moe__embed_args a) {
-      unsigned row = blockIdx.x * 8u + (threadIdx.x >> 4);
-      size_t H = (size_t)a.H, at = (size_t)row * H, place = 0, kind = 0;
+    /* x = word[id] + position[place] + segment[segment id]; 16 threads a row. */
+    MOE_KERNEL(128) moe_k_embed(moe__embed_args a) {
+      size_t row = blockIdx.x * 8u + (threadIdx.x >> 4), H = (size_t)a.H, place = 0, kind = 0;
       const float *word;
-      if (row >= (unsigned)a.M) return;
-      word = a.word ? a.word + (size_t)a.ids[row] * H : a.x + at;
-      if (a.position)
-        place = (size_t)((int)row - a.seq_start[moe__d_sequence(a.seq_start, a.S, (int)row)]) * H;
-      if (a.segment && a.segments) kind = (size_t)a.segments[row] * H;
+      float *x = a.x + row * H;
+      if (row >= (size_t)a.M) return;
+      word = a.word ? a.word + (size_t)a.ids[row] * H : x;
+      if (a.position) place = row - (size_t)a.seq_start[moe__d_last(a.seq_start, 1, a.S, (int)row)];
+      if (a.segment && a.segments) kind = a.segments[row];
       for (size_t c = threadIdx.x & 15u; c < H; c += 16) {
         float v = word[c];
-        if (a.position) v += a.position[place + c];
-        if (a.segment) v += a.segment[kind + c];
-        a.x[at + c] = v;
+        if (a.position) v += a.position[place * H + c];
+        if (a.segment) v += a.segment[kind * H + c];
+        x[c] = v;
       }
     }
 
-    /* dword: the first of the tokens with a word adds all of them, in their order. */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_embed_words(moe__embed_args a) {
+    /* dword: the first of the tokens with a word adds all of them, in their order; they are among
+       those whose ids have the same 8 bits. */
+    MOE_KERNEL(128) moe_k_embed_words(moe__embed_args a) {
       int first = (int)blockIdx.x, id = a.ids[a.order[first]];
+      const int *start = a.start + (id & 255);
       size_t H = (size_t)a.H;
-      if (first > 0 && a.ids[a.order[first - 1]] == id) return;
+      for (int i = start[0]; i < first; ++i)
+        if (a.ids[a.order[i]] == id) return;
       for (size_t c = threadIdx.x; c < H; c += 128) {
         float sum = a.dword[(size_t)id * H + c];
-        for (int i = first; i < a.M && a.ids[a.order[i]] == id; ++i)
-          sum += a.dx[(size_t)a.order[i] * H + c];
+        for (int i = first; i < start[1]; ++i)
+          if (a.ids[a.order[i]] == id) sum += a.dx[(size_t)a.order[i] * H + c];
         a.dword[(size_t)id * H + c] = sum;
       }
     }
 
     /* dposition: a block for each place adds the sequences that reach it, in their order. */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_embed_positions(moe__embed_args a) {
-      int place = (int)blockIdx.x, first = 0;
-      size_t H = (size_t)a.H;
-      while (first < a.S && a.seq_start[first + 1] - a.seq_start[first] <= place) ++first;
-      for (size_t c = threadIdx.x; c < H && first < a.S; c += 128) {
-        float sum = a.dposition[(size_t)place * H + c];
-        for (int s = first; s < a.S; ++s)
-          if (a.seq_start[s + 1] - a.seq_start[s] > place)
-            sum += a.dx[(size_t)(a.seq_start[s] + place) * H + c];
-        a.dposition[(size_t)place * H + c] = sum;
-      }
+    MOE_KERNEL(128) moe_k_embed_positions(moe__embed_args a) {
+      size_t place = blockIdx.x, H = (size_t)a.H;
+      for (size_t c = threadIdx.x; c < H; c += 128)
+        for (int s = 0; s < a.S; ++s)
+          if (a.seq_start[s + 1] - a.seq_start[s] > (int)place)
+            a.dposition[place * H + c] += a.dx[((size_t)a.seq_start[s] + place) * H + c];
     }
 
     /* dsegment: 32 columns of a segment, whose tokens are dealt to 8 lanes. */
-    extern "C" __global__ void __launch_bounds__(256) moe_k_embed_segments(moe__embed_args a) {
-      __shared__ float part[8][32];
-      int column = (int)(threadIdx.x & 31u), lane = (int)(threadIdx.x >> 5), kind = (int)blockIdx.y;
-      size_t H = (size_t)a.H, c = (size_t)blockIdx.x * 32 + (size_t)column;
-      int first = a.order ? a.start[kind] : 0, end = a.order ? a.start[kind + 1] : a.M;
+    MOE_KERNEL(256) moe_k_embed_segments(moe__embed_args a) {
+      int lane = (int)(threadIdx.x >> 5), kind = (int)blockIdx.y;
+      int first = a.segments ? a.start[kind] : 0, end = a.segments ? a.start[kind + 1] : a.M;
+      size_t H = (size_t)a.H, c = (size_t)blockIdx.x * 32 + (threadIdx.x & 31u);
       float sum = 0;
       if (first == end) return;
       for (int i = first + lane; c < H && i < end; i += 8)
-        sum += a.dx[(size_t)(a.order ? a.order[i] : i) * H + c];
-      part[lane][column] = sum;
-      MOE_SYNC();
-      if (lane > 0 || c >= H) return;
-      for (int l = 1; l < 8; ++l) sum += part[l][column];
-      a.dsegment[(size_t)kind * H + c] += sum;
+        sum += a.dx[(size_t)(a.segments ? a.order[i] : i) * H + c];
+      sum = moe__d_sum8(sum);
+      if (lane == 0 && c < H) a.dsegment[(size_t)kind * H + c] += sum;
     })
 
 /* A kernel with 16 threads for each of M rows. */
@@ -2911,40 +2846,29 @@ static moe_status moe__cuda_rows_check(const char *op, int32_t S, int32_t M, int
   return MOE_OK;
 }
 
-static moe__rows_args moe__cuda_norm_args(const moe_layernorm_op *op, int back) {
-  moe__rows_args a;
-  memset(&a, 0, sizeof a);
-  a.y = op->y, a.sum = op->sum, a.mean = op->mean, a.rstd = op->rstd;
-  a.x = op->x, a.delta = op->delta, a.gamma = op->gamma, a.beta = op->beta;
-  a.keys = (const unsigned long long *)(const void *)op->keys;
-  a.seq_start = op->seq_start;
-  a.eps = op->eps;
-  a.threshold = moe__cuda_drop(&a.scale, op->dropout, op->keys);
-  a.S = op->S, a.M = op->M, a.H = op->H, a.overwrite = op->overwrite;
-  if (!back) return a;
-  if (!a.sum) a.sum = (float *)op->x; /* only read */
-  a.dx = op->dx, a.ddelta = op->ddelta, a.dgamma = op->dgamma, a.dbeta = op->dbeta, a.dy = op->dy;
-  return a;
-}
-
 /* gamma and beta come first, since dx may be dy. */
-static moe_status moe__cuda_norm_back(moe__cuda_queue *q, moe__rows_args *a) {
-  uint32_t columns = moe__cuda_blocks((size_t)a->H, 32);
-  if (a->dgamma || a->dbeta) {
+static moe_status moe__cuda_norm_back(moe__cuda_queue *q, const moe_layernorm_op *op,
+                                      moe__rows_args *a) {
+  size_t floats = 2 * (size_t)a->H;
+  moe__cuda_product sums;
+  if (op->dgamma || op->dbeta) {
     a->n_parts = a->M < 64 * 128 ? (a->M + 63) / 64 : 128;
-    a->parts = (float *)moe__cuda_scratch(q, (size_t)a->n_parts * 2 * (size_t)a->H * sizeof(float));
-    moe__cuda_run(q, MOE__K_norm_columns, columns, (uint32_t)a->n_parts, 256, a);
-    moe__cuda_run(q, MOE__K_norm_sums, moe__cuda_blocks(2 * (size_t)a->H, 128), 1, 128, a);
+    a->parts = (float *)moe__cuda_scratch(q, (size_t)a->n_parts * floats * sizeof(float));
+    memset(&sums, 0, sizeof sums);
+    sums.one.dw = op->dgamma, sums.one.db = op->dbeta, sums.b = sums.part = a->parts;
+    sums.groups = sums.n = 1, sums.m = a->H, sums.pieces = a->n_parts;
+    moe__cuda_run(q, MOE__K_norm_columns, moe__cuda_blocks(floats, 64), (uint32_t)a->n_parts, 256,
+                  a);
+    moe__cuda_run(q, MOE__K_pieces, moe__cuda_blocks(floats, 256), 1, 256, &sums);
   }
-  if (!a->dx && !a->ddelta) return q->status;
-  return moe__cuda_rows(q, MOE__K_norm_back, a->M, a);
+  return a->dx || a->ddelta ? moe__cuda_rows(q, MOE__K_norm_back, a->M, a) : q->status;
 }
 
 static moe_status moe__cuda_layernorm(const moe_backend *b, const moe_env *env,
                                       const moe_layernorm_op *op, int back) {
-  moe__rows_args a = moe__cuda_norm_args(op, back);
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   moe_status status = moe__cuda_rows_check("layernorm", op->S, op->M, op->H, op->dropout, env);
+  moe__rows_args a;
   if (status) return status;
   if (!(op->eps > 0))
     return moe__cuda_fail(env, MOE_E_ARGUMENT, "layernorm: eps is %g, expected more than 0",
@@ -2953,7 +2877,16 @@ static moe_status moe__cuda_layernorm(const moe_backend *b, const moe_env *env,
     return moe__cuda_fail(env, MOE_E_ARGUMENT, "layernorm: mean or rstd is NULL, expected %s",
                           back ? "those of forward" : "both or neither");
   if (op->M == 0 || op->H == 0) return MOE_OK;
-  return back ? moe__cuda_norm_back(q, &a) : moe__cuda_rows(q, MOE__K_norm, op->M, &a);
+  memset(&a, 0, sizeof a);
+  a.y = op->y, a.sum = op->sum, a.mean = op->mean, a.rstd = op->rstd;
+  a.x = op->x, a.delta = op->delta, a.gamma = op->gamma, a.beta = op->beta;
+  a.keys = (const unsigned long long *)(const void *)op->keys, a.seq_start = op->seq_start;
+  a.threshold = moe__cuda_drop(&a.scale, op->dropout, op->keys);
+  a.dx = op->dx, a.ddelta = op->ddelta, a.dy = op->dy;
+  a.eps = op->eps, a.S = op->S, a.M = op->M, a.H = op->H, a.overwrite = op->overwrite;
+  if (!back) return moe__cuda_rows(q, MOE__K_norm, a.M, &a);
+  if (!a.sum) a.sum = (float *)op->x; /* only read */
+  return moe__cuda_norm_back(q, op, &a);
 }
 
 static moe_status moe__cuda_dropout(const moe_backend *b, const moe_env *env,
@@ -2962,78 +2895,39 @@ static moe_status moe__cuda_dropout(const moe_backend *b, const moe_env *env,
   moe__rows_args a;
   if (status) return status;
   memset(&a, 0, sizeof a);
-  a.y = op->y, a.x = op->x;
-  a.keys = (const unsigned long long *)(const void *)op->keys;
-  a.seq_start = op->seq_start;
+  a.y = op->y, a.x = op->x, a.S = op->S, a.M = op->M, a.H = op->H;
+  a.keys = (const unsigned long long *)(const void *)op->keys, a.seq_start = op->seq_start;
   a.threshold = moe__cuda_drop(&a.scale, op->dropout, op->keys);
-  a.S = op->S, a.M = op->M, a.H = op->H;
-  if (op->H == 0 || (a.threshold == 0 && op->y == op->x)) return MOE_OK;
   return moe__cuda_rows(moe__cuda_queue_of(b, env), MOE__K_dropout, op->M, &a);
-}
-
-/* Sorts a->n elements by 8 bits of their keys. */
-static moe_status moe__cuda_sort(moe__cuda_queue *q, moe__sort_args *a) {
-  uint32_t tiles = moe__cuda_blocks((size_t)a->n, 256);
-  a->counts = (int *)moe__cuda_scratch(q, (size_t)tiles * 256 * sizeof(int));
-  a->tiles = (int)tiles;
-  moe__cuda_run(q, MOE__K_sort_count, tiles, 1, 256, a);
-  moe__cuda_run(q, MOE__K_sort_scan, 1, 1, 256, a);
-  return moe__cuda_run(q, MOE__K_sort_place, tiles, 1, 256, a);
-}
-
-static moe__embed_args moe__cuda_embed_args(const moe_embed_op *op) {
-  moe__embed_args a;
-  memset(&a, 0, sizeof a);
-  a.x = op->x;
-  a.ids = op->ids, a.segments = op->segments;
-  a.word = op->word, a.position = op->position, a.segment = op->segment;
-  a.seq_start = op->seq_start;
-  a.dword = op->dword, a.dposition = op->dposition, a.dsegment = op->dsegment;
-  a.dx = op->dx;
-  a.S = op->S, a.M = op->M, a.H = op->H;
-  return a;
-}
-
-/* The tokens sorted by segment, or by word from the lowest 8 bits of the ids to the highest. */
-static moe_status moe__cuda_embed_sort(moe__cuda_queue *q, moe__embed_args *a, int by_segment) {
-  size_t M = (size_t)a->M;
-  moe__sort_args sort;
-  int *p = (int *)moe__cuda_scratch(q, (2 * M + 257) * sizeof(int));
-  memset(&sort, 0, sizeof sort);
-  sort.keys = a->ids;
-  if (by_segment) sort.bytes = a->segments;
-  if (q->status) return q->status;
-  sort.start = p + 2 * M;
-  sort.n = a->M;
-  sort.buckets = 256;
-  for (; sort.shift < (by_segment ? 8 : 32) && !q->status; sort.shift += 8) {
-    sort.to = p + (sort.shift % 16 ? M : 0);
-    moe__cuda_sort(q, &sort);
-    sort.from = sort.to;
-  }
-  a->order = sort.to, a->start = sort.start;
-  return q->status;
 }
 
 static moe_status moe__cuda_embed_back(moe__cuda_queue *q, moe__embed_args *a) {
   uint32_t M = (uint32_t)a->M, columns = moe__cuda_blocks((size_t)a->H, 32);
-  moe_status status = MOE_OK;
-  if (a->dword) status = moe__cuda_embed_sort(q, a, 0);
-  if (!status && a->dword) status = moe__cuda_run(q, MOE__K_embed_words, M, 1, 128, a);
-  if (!status && a->dposition) status = moe__cuda_run(q, MOE__K_embed_positions, M, 1, 128, a);
-  if (status || !a->dsegment) return status;
-  a->order = NULL;
-  if (a->segments) status = moe__cuda_embed_sort(q, a, 1);
-  if (status) return status;
+  int *order = (int *)moe__cuda_scratch(q, ((size_t)M + 257) * sizeof(int));
+  moe__sort_args sort = {a->ids, NULL, order, order ? order + M : NULL, a->M, 256};
+  a->order = sort.to, a->start = sort.start;
+  if (a->dword) {
+    moe__cuda_run(q, MOE__K_sort, 256, 1, 256, &sort);
+    moe__cuda_run(q, MOE__K_embed_words, M, 1, 128, a);
+  }
+  if (a->dposition) moe__cuda_run(q, MOE__K_embed_positions, M, 1, 128, a);
+  if (!a->dsegment) return q->status;
+  sort.bytes = a->segments;
+  if (a->segments) moe__cuda_run(q, MOE__K_sort, 256, 1, 256, &sort);
   return moe__cuda_run(q, MOE__K_embed_segments, columns, a->segments ? 256 : 1, 256, a);
 }
 
 static moe_status moe__cuda_embed(const moe_backend *b, const moe_env *env, const moe_embed_op *op,
                                   int back) {
-  moe__embed_args a = moe__cuda_embed_args(op);
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   moe_status status = moe__cuda_rows_check("embed", op->S, op->M, op->H, 0, env);
-  if (status || op->M == 0 || op->H == 0) return status;
+  moe__embed_args a;
+  if (status || op->M == 0) return status;
+  memset(&a, 0, sizeof a);
+  a.x = op->x, a.ids = op->ids, a.segments = op->segments, a.seq_start = op->seq_start;
+  a.word = op->word, a.position = op->position, a.segment = op->segment;
+  a.dword = op->dword, a.dposition = op->dposition, a.dsegment = op->dsegment, a.dx = op->dx;
+  a.S = op->S, a.M = op->M, a.H = op->H;
   return back ? moe__cuda_embed_back(q, &a) : moe__cuda_rows(q, MOE__K_embed, op->M, &a);
 }
 
@@ -3083,7 +2977,7 @@ MOE__CUDA_SOURCE(
     /* The index of the first among the candidates of 16 threads; 0: none. */
     __device__ static int moe__d_first16(unsigned long long rank) {
       for (int o = 8; o > 0; o >>= 1) {
-        unsigned long long other = __shfl_xor_sync(0xffffffffu, rank, o);
+        unsigned long long other = __shfl_xor_sync(moe__d_half(), rank, o);
         rank = other > rank ? other : rank;
       }
       return rank ? (int)(0xffffffffu - (unsigned)rank) : 0;
@@ -3099,7 +2993,7 @@ MOE__CUDA_SOURCE(
        */
     __device__ static void moe__d_logits(const moe__route_args &a, int token, int live) {
       int lane = (int)(threadIdx.x & 15u), block = a.keys ? 1024 : a.H;
-      int s = live ? moe__d_sequence(a.seq_start, a.S, token) : 0, n = live ? a.H : 0;
+      int s = live ? moe__d_last(a.seq_start, 1, a.S, token) : 0, n = live ? a.H : 0;
       const float *gate = live ? moe__d_gate(a, s) : a.gates;
       const float *x = a.x + (size_t)token * (size_t)a.H;
       for (int i = 0; i < a.N; i += 4) {
@@ -3130,7 +3024,7 @@ MOE__CUDA_SOURCE(
       float most = __uint_as_float(0xff800000u), sum = 0;
       for (int i = lane; i < n; i += 16) most = most > logits[i] ? most : logits[i];
       for (int o = 8; o > 0; o >>= 1) {
-        float other = __shfl_xor_sync(0xffffffffu, most, o);
+        float other = __shfl_xor_sync(moe__d_half(), most, o);
         most = most > other ? most : other;
       }
       for (int i = lane; i < n; i += 16) {
@@ -3314,7 +3208,7 @@ MOE__CUDA_SOURCE(
       int token = (int)(blockIdx.x * 8u + (threadIdx.x >> 4)), s;
       const float *gate, *dlogits;
       if (token < 0 || token >= a.M) return;
-      s = moe__d_sequence(a.seq_start, a.S, token);
+      s = moe__d_last(a.seq_start, 1, a.S, token);
       gate = moe__d_gate(a, s);
       dlogits = a.dlogits + (size_t)token * (size_t)a.N;
       for (int c = (int)(threadIdx.x & 15u); c < a.H; c += 16) {
@@ -3389,27 +3283,16 @@ static moe_status moe__cuda_route_check(const moe_route_op *op, const moe_env *e
   return moe__cuda_rows_check("route", op->S, r->M, op->H, 0, env);
 }
 
-/* order and start: the slots sorted by expert. */
-static moe_status moe__cuda_dispatch(moe__cuda_queue *q, const moe_routes *r) {
-  moe__sort_args sort;
-  memset(&sort, 0, sizeof sort);
-  sort.keys = r->expert;
-  sort.to = r->order;
-  sort.start = r->start;
-  sort.n = r->M * r->k;
-  sort.buckets = r->N;
-  return moe__cuda_sort(q, &sort);
-}
-
 static moe_status moe__cuda_route_forward(moe__cuda_queue *q, const moe_routes *r,
                                           moe__route_args *a) {
+  moe__sort_args sort = {r->expert, NULL, r->order, r->start, r->M * r->k, r->N};
   size_t M = (size_t)a->M, n = a->N > 1 && (a->balance > 0 || a->z_loss > 0) ? (M + 127) / 128 : 0;
   moe_status status;
   if (a->N == 1)
     status = moe__cuda_run(q, MOE__K_route_one, moe__cuda_blocks(M, 128), 1, 128, a);
   else
     status = moe__cuda_rows(q, MOE__K_route, a->M, a);
-  if (!status) status = moe__cuda_dispatch(q, r);
+  if (!status) status = moe__cuda_run(q, MOE__K_sort, (uint32_t)r->N, 1, 256, &sort);
   if (status || !a->loss) return status;
   a->n_parts = (int)n;
   a->parts = (double *)moe__cuda_scratch(q, n * ((size_t)a->N + 1) * sizeof(double));
@@ -3574,7 +3457,7 @@ MOE__CUDA_SOURCE(
       float one = 0, two = 0;
       const float *d;
       if (row >= (unsigned)a.M) return;
-      s = moe__d_sequence(a.seq_start, a.S, (int)row);
+      s = moe__d_last(a.seq_start, 1, a.S, (int)row);
       token = (int)row - a.seq_start[s];
       if (a.head[a.task[s]].spans > 0) {
         one = moe__d_span_share(a, s, 0, token);
