@@ -770,6 +770,9 @@ MOE_API moe_status moe_attention_backward(const moe_attention_op *op, const moe_
 MOE_API size_t moe_attention_scratch(int32_t longest, int32_t H, int32_t A, int training,
                                      const moe_env *env);
 
+/* prob = softmax(logits) [TaG] Eq. 7: what makes probabilities of the C logits of a classification
+   that moe_forward returns. prob (C) may be logits itself. C >= 1, finite logits. */
+MOE_API void moe_softmax(float *prob, const float *logits, int32_t C);
 /* Returns the cross-entropy -log prob[label] of C logits, prob = softmax(logits) [TaG] Eq. 7 and 9.
    prob (C) may be NULL, or logits itself. C >= 1, 0 <= label < C; there is no label for "ignore".
  */
@@ -1005,7 +1008,7 @@ typedef struct moe_batch {
   const int32_t *ids;       /* (M) in [0, V), or NULL with features */
   const float *features;    /* (M, features), or NULL with ids */
   const uint8_t *segments;  /* (M) in [0, segments), NULL: all 0 */
-  const int32_t *task;      /* (S) in [0, T) */
+  const int32_t *task;      /* (S) in [0, T); ignored in a model without tasks */
   const float *label;       /* (S) class number or score; only training reads it */
   const int32_t *span;      /* (S, 4) tokens [b1, e1) and [b2, e2) within the sequence, for
                                MOE_KIND_SPAN; else NULL */
@@ -1048,7 +1051,9 @@ MOE_API size_t moe_heads_scratch(int32_t H);
 
 typedef struct moe_model moe_model;
 
-/* Exact bytes of moe_model_init's block. */
+/* Exact bytes of moe_model_init's block. T 0 (tasks NULL): an encoder for embeddings, with router
+   dense or shared and unit FFN. moe_forward then ignores batch.task and writes no scores; a trainer
+   and answers of a predictor are refused; moe_model_adapt adds tasks. */
 MOE_API moe_status moe_model_size(const moe_config *config, const moe_task *tasks, int32_t T,
                                   size_t *bytes, const moe_env *env);
 /* A model with random weights in the caller's block (64-byte aligned): matrices N(0, 0.02), gates
@@ -1244,8 +1249,17 @@ typedef struct moe_lock moe_lock;
 MOE_API moe_status moe_file_lock(moe_lock **out, const char *path, const moe_env *env);
 /* Gives the lock back. Accepts NULL. */
 MOE_API void moe_file_unlock(moe_lock *lock);
-/* Loads a model file onto the heap, packed and ready to train or to run. */
+/* Loads a model file onto the heap, packed and ready to train or to run. The model keeps the bytes
+   read: weights and packed weights are all that it takes. Other files than moe_model_write's, and
+   checkpoints, take room for a copy meanwhile. */
 MOE_API moe_status moe_model_load(moe_model **out, const char *path, const moe_env *env);
+/* Opens a model file in place: the system maps it and reads what a pass needs, once for all
+   programs. Weights are not checked, cannot be trained and are not packed: the first answer comes
+   sooner, many tokens take longer (moe_model_pack). A file that is replaced (moe_file_replace)
+   keeps its old content here. If a program cuts it short in place, the next pass raises SIGBUS;
+   Windows prevents this. What cannot be mapped or used in place (a pipe, another order of tensors,
+   a big-endian machine) is loaded by moe_model_load. */
+MOE_API moe_status moe_model_map(moe_model **out, const char *path, const moe_env *env);
 /* Saves it, replacing the old file safely. */
 MOE_API moe_status moe_model_save(const moe_model *model, const char *path, const moe_env *env);
 #endif
@@ -1662,9 +1676,9 @@ MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sample
 
 /* ---- tokenizer, metrics, prediction from text ---- >>api_text */
 
+typedef struct moe_tokenizer moe_tokenizer;
 #ifndef MOE_NO_TEXT
 /* BERT's WordPiece, cased or not. It gives the same ids as Hugging Face `tokenizers` (>>text). */
-typedef struct moe_tokenizer moe_tokenizer;
 /* Exact bytes of the block. vocab: one word a line, UTF-8. The id is the number of the line, from
    0. White space at the end of a line is stripped; of equal lines the last one counts.
    MOE_E_FORMAT: more than 2^24 - 2 lines or 2^32 - 1 bytes. */
@@ -1779,11 +1793,13 @@ MOE_API double moe_metric_average(const double *value, const int64_t *rows, int6
    and, for a second text, segments. MOE_E_ARGUMENT: no token overlaps them. */
 MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text,
                                    int32_t begin, int32_t end, const moe_env *env);
+#endif
 
-/* A model with its tokenizer and a context: text in, scores or embeddings out. The model and its
-   vocabulary must outlive it. */
+/* A model with a context and, unless it reads features, its tokenizer: texts or features in, scores
+   or embeddings out. The model and its vocabulary must outlive it. */
 typedef struct moe_predictor moe_predictor;
-/* Exact bytes for `batch` texts at once. MOE_E_FORMAT if the model has no vocabulary. */
+/* Exact bytes for `batch` inputs at once. MOE_E_FORMAT if the model reads texts and has no
+   vocabulary; MOE_E_UNSUPPORTED if it reads texts and this build has MOE_NO_TEXT. */
 MOE_API moe_status moe_predictor_size(const moe_model *model, int32_t batch, size_t *bytes,
                                       const moe_env *env);
 /* A predictor in a block of the caller's (64-byte aligned). *env is copied. MOE_E_FORMAT: the
@@ -1801,6 +1817,7 @@ typedef enum moe_output {
   MOE_OUTPUT_LOGITS         /* as moe_forward; moe_rank_best and moe_answers take these */
 } moe_output;
 MOE_API void moe_predictor_set_output(moe_predictor *predictor, moe_output output);
+#ifndef MOE_NO_TEXT
 /* Scores one text (b NULL) or a pair, zero-terminated, truncated to the task's max_len. scores (C):
    probabilities or logits (one for each class; ranking: wrong, right), or the value (regression).
    *best (may be NULL): the most probable class, the lowest of equals; 0 in regression.
@@ -1820,7 +1837,8 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
                                      float *scores, int *best);
 /* Embeddings of n <= batch texts (b NULL or b[i] NULL) or pairs: out (n, H), from the hidden states
    of the last layer, not normalised. The task's gates route the tokens, and its max_len limits the
-   text; its kind and number of texts do not matter. MOE_E_NONFINITE as above. */
+   text; its kind and number of texts do not matter. A model without tasks ignores `task` and takes
+   the max_len of its configuration. MOE_E_NONFINITE as above. */
 typedef enum moe_pooling {
   MOE_POOLING_MEAN, /* mean over all tokens, [CLS] and [SEP] included: mean pooling of
                        sentence-transformers */
@@ -1829,7 +1847,17 @@ typedef enum moe_pooling {
 MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe_pooling pooling,
                                      const char *const *a, const char *const *b, int32_t n,
                                      float *out);
+/* The same for one text (b NULL) or a pair: out (H). */
+MOE_API moe_status moe_embed_text(moe_predictor *predictor, int32_t task, moe_pooling pooling,
+                                  const char *a, const char *b, float *out);
 #endif
+/* As moe_predict_texts for a model that reads features (moe_config.feature_dim), also in a build
+   with MOE_NO_TEXT: features (sum of the lengths, feature_dim); lengths (n) from 1 to the task's
+   max_len, or NULL where each input is one vector. MOE_E_ARGUMENT: a feature is not finite, or the
+   task is of kind span (moe_forward). */
+MOE_API moe_status moe_predict_features(moe_predictor *predictor, int32_t task,
+                                        const float *features, const int32_t *lengths, int32_t n,
+                                        float *scores, int *best);
 
 /* ---- for other programming languages ---- >>api_bindings
    A shared library (MOE_SHARED) and a program in another language meet at run time: the program
@@ -1882,6 +1910,9 @@ MOE_API void moe_env_free(moe_env *env);
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
+#if !defined(MOE_NO_STDIO) && defined(_POSIX_MAPPED_FILES) && !defined(__wasi__)
+#include <sys/mman.h>
+#endif
 #endif
 #if !defined(MOE_NO_THREADS) && !defined(_WIN32)
 #include <pthread.h>
@@ -8121,6 +8152,10 @@ MOE_API float moe_cross_entropy_forward(float *prob, const float *logits, int32_
   return moe__logf(sum) - margin;
 }
 
+MOE_API void moe_softmax(float *prob, const float *logits, int32_t C) {
+  moe_cross_entropy_forward(prob, logits, 0, C);
+}
+
 #ifndef MOE_NO_TRAIN
 MOE_API void moe_cross_entropy_backward(float *dlogits, const float *prob, int32_t label,
                                         float scale, int32_t C) {
@@ -10127,8 +10162,11 @@ static moe_status moe__check_tasks(const moe_config *config, const moe_task *tas
                                    const moe_env *env) {
   int32_t t;
   moe_status status = MOE_OK;
-  if (T < 1 || T > MOE_MAX_TASKS)
-    return moe__fail(env, MOE_E_ARGUMENT, "%d tasks, expected 1 to %d", (int)T, MOE_MAX_TASKS);
+  if (T < 0 || T > MOE_MAX_TASKS)
+    return moe__fail(env, MOE_E_ARGUMENT, "%d tasks, expected 0 to %d", (int)T, MOE_MAX_TASKS);
+  if (!T && (config->unit != MOE_UNIT_FFN || config->router > MOE_ROUTER_SHARED))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "0 tasks: expected router dense or shared and unit ffn, since tasks route");
   for (t = 0; t < T && !status; ++t) status = moe__check_task(config, tasks, t, env);
   return status;
 }
@@ -10376,6 +10414,7 @@ static void moe__map_fill(moe__plan *p, moe__measure measure, const moe_config *
   for (row = 0; row < MOE__ROWS; ++row) {
     scope = moe__tensor_rows[row].scope;
     s->row[row] = s->unit[scope];
+    if (!T && scope == MOE__IN_HEAD) continue;
     at = moe__row_size(p, measure, &moe__tensor_rows[row], c, T, tasks, bad);
     s->unit[scope] = moe__add(s->unit[scope], at, bad);
   }
@@ -10444,6 +10483,8 @@ struct moe_model {
       *bytes; /* the matrices of a quantised model, behind the flat array in file and block */
   const char *vocab;
   size_t vocab_bytes;
+  void *file; /* the bytes that the weights stay in, if the model owns them: mapped (`mapped` of */
+  size_t mapped; /* them), or on the heap (0) */
   int owns_block, owns_panels, owns_vocab;
   moe_env
       device; /* where moe_model_pack put the weights, if that is a DEVICE (backend not NULL), */
@@ -10786,7 +10827,18 @@ static moe_status moe__model_upload(moe_model *model, const moe_env *env) {
   if (status) return status;
   model->newer = 0;
   if (b->changed) b->changed(b, &model->device, model->resident, model->plan.total);
+  model->device.log = NULL; /* it may end before the model does */
   return MOE_OK;
+}
+
+/* Frees the bytes of a file: `mapped` of a mapping, or (0) of the heap. */
+static void moe__file_drop(void *file, size_t mapped) {
+#ifdef _WIN32
+  if (mapped) UnmapViewOfFile(file);
+#elif defined(MAP_FAILED)
+  if (mapped) munmap(file, mapped);
+#endif
+  if (!mapped) moe__release(file);
 }
 
 MOE_API void moe_model_free(moe_model *model) {
@@ -10794,7 +10846,17 @@ MOE_API void moe_model_free(moe_model *model) {
   moe__model_leave_device(model);
   moe__model_drop_panels(model);
   moe__model_drop_vocab(model);
+  moe__file_drop(model->file, model->mapped);
   if (model->owns_block) moe__release(model);
+}
+
+/* Hands out a new model, or frees it after a failure. */
+static moe_status moe__model_deliver(moe_model **out, moe_model *model, moe_status status) {
+  if (status)
+    moe_model_free(model);
+  else
+    *out = model;
+  return status;
 }
 
 MOE_API const moe_config *moe_model_config(const moe_model *model) { return &model->config; }
@@ -11336,6 +11398,14 @@ static moe_mat moe__mat(const moe_model *m, int id, int32_t layer, int32_t i, in
                                : moe_mat_rows(w, rows, cols);
 }
 
+/* Gives a new model, unless it has failed, vocabulary and packed weights, and hands it out. */
+static moe_status moe__model_finish(moe_model **out, moe_model *to, const moe_model *from,
+                                    moe_status status, const moe_env *env) {
+  if (!status && from->vocab) status = moe_model_set_vocab(to, from->vocab, from->vocab_bytes, env);
+  if (!status) status = moe_model_pack(to, NULL, env);
+  return moe__model_deliver(out, to, status);
+}
+
 #ifndef MOE_NO_INT8
 /* Copies the tensors of a model into its quantised twin. */
 static moe_status moe__quantize_tensors(moe_model *to, float *weights, int8_t *bytes,
@@ -11377,27 +11447,13 @@ MOE_API moe_status moe_model_quantize(moe_model **out, const moe_model *model, c
   if (!status)
     status = moe__quantize_tensors(to, (float *)(uintptr_t)to->weights,
                                    (int8_t *)(uintptr_t)to->bytes, model, env);
-  if (!status && model->vocab)
-    status = moe_model_set_vocab(to, model->vocab, model->vocab_bytes, env);
-  if (!status) status = moe_model_pack(to, NULL, env);
-  if (status)
-    moe_model_free(to);
-  else
-    *out = to;
-  return status;
+  return moe__model_finish(out, to, model, status, env);
 }
 #endif
 
 /* ---- add a task, extract tasks ---- >>adapt
    Both make a new model and copy into it tensor by tensor: what two models share has the same name
    in both. */
-
-/* The vocabulary and the packed weights of a model whose weights are set. */
-static moe_status moe__model_finish(moe_model *to, const moe_model *from, const moe_env *env) {
-  moe_status status =
-      from->vocab ? moe_model_set_vocab(to, from->vocab, from->vocab_bytes, env) : MOE_OK;
-  return status ? status : moe_model_pack(to, NULL, env);
-}
 
 /* The row `to` (width) of the new task: a copy of row gate_from, the mean of all T rows
    (MOE_GATE_MEAN), or left as it is, random (MOE_GATE_RANDOM). Rows are `stride` apart. */
@@ -11474,12 +11530,7 @@ MOE_API moe_status moe_model_adapt(moe_model **out, const moe_model *model, cons
   moe__release(tasks);
   if (status) return status;
   moe__adapt_fill(to, model, gate_from, seed, env);
-  status = moe__model_finish(to, model, env);
-  if (status)
-    moe_model_free(to);
-  else
-    *out = to;
-  return status;
+  return moe__model_finish(out, to, model, MOE_OK, env);
 }
 
 /* Copies the old model's tensor of each name; of the table of task vectors only the rows of the
@@ -11524,9 +11575,9 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
   if (MOE__INT8(model->plan.quantized))
     return moe__fail(env, MOE_E_UNSUPPORTED,
                      "tasks cannot be extracted from an int8 model: extract first, then quantise");
-  if (n < 1 || n > model->T)
+  if (n < 0 || n > model->T)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "extract: %d tasks, expected 1 to %d, the tasks of the model", (int)n,
+                     "extract: %d tasks, expected 0 to %d, the tasks of the model", (int)n,
                      (int)model->T);
   list = (moe_task *)moe__alloc((size_t)n * sizeof *list + cells);
   if (!list) return moe__fail(env, MOE_E_MEMORY, "no memory for %d tasks", (int)n);
@@ -11544,12 +11595,7 @@ MOE_API moe_status moe_model_extract(moe_model **out, const moe_model *model, co
   moe__release(list);
   if (status) return status;
   moe__extract_fill(to, model, tasks);
-  status = moe__model_finish(to, model, env);
-  if (status)
-    moe_model_free(to);
-  else
-    *out = to;
-  return status;
+  return moe__model_finish(out, to, model, MOE_OK, env);
 }
 
 /* ---- checks of what comes in ---- >>batch */
@@ -11563,7 +11609,7 @@ static moe_status moe__check_batch_arrays(const moe_model *model, const moe_batc
   int features = model->config.feature_dim > 0;
   int32_t s;
   if (!b->seq_start) return moe__fail(env, MOE_E_ARGUMENT, "batch: seq_start is NULL");
-  if (!b->task)
+  if (!b->task && model->T)
     return moe__fail(env, MOE_E_ARGUMENT,
                      "batch: task is NULL, expected the task of each sequence");
   if (features && (!b->features || b->ids))
@@ -11669,11 +11715,12 @@ MOE_API moe_status moe_batch_check(const moe_model *model, const moe_batch *batc
   status = moe__check_batch_arrays(model, batch, with_labels, env);
   for (s = 0; s < batch->S && !status; ++s) {
     int32_t length = batch->seq_start[s + 1] - batch->seq_start[s];
-    if (batch->task[s] < 0 || batch->task[s] >= model->T)
+    if (model->T && (batch->task[s] < 0 || batch->task[s] >= model->T))
       return moe__fail(env, MOE_E_ARGUMENT,
                        "batch: sequence %d has task %d, the model has %d tasks", (int)s,
                        (int)batch->task[s], (int)model->T);
     status = moe__check_tokens(model, batch, s, env);
+    if (!model->T) continue;
     if (!status && with_labels) status = moe__check_label(model, batch, s, env);
     if (!status && moe__kind_of(&model->tasks[batch->task[s]])->spans)
       status = moe__check_span(batch, s, length, model->tasks[batch->task[s]].name, env);
@@ -12602,7 +12649,7 @@ MOE_API moe_status moe_forward(moe_context *context, float *scores, const moe_ba
   moe__pass_begin(context, &pass, batch, env);
   if (!MOE__BACKEND(&context->device.env)) return moe__forward(context, &pass, scores, NULL);
   status = moe__forward(context, &pass, context->scores, NULL);
-  if (status || pass.S == 0) return status;
+  if (status || pass.S == 0 || !context->model->T) return status;
   return pass.env->backend->download(pass.env->backend, pass.env, scores, context->scores,
                                      (size_t)pass.S * (size_t)context->model->max_classes *
                                          sizeof(float));
@@ -13398,7 +13445,7 @@ static void moe__heads_forward(moe_context *c, const moe__pass *pass, float *sco
                                float *losses) {
   moe_heads_op op = moe__heads_op(c, pass, scores);
   op.losses = losses;
-  moe_heads_forward(&op, pass->env);
+  if (op.T) moe_heads_forward(&op, pass->env);
   moe__profile_end(pass->env, MOE_PROFILE_HEADS);
 }
 
@@ -13688,7 +13735,7 @@ static void moe__task_router_softmax(float *prob, const float *z, float tau, int
   int32_t i;
   for (i = 1; i < m; ++i) max = moe__maxf(max, z[i]);
   for (i = 0; i < m; ++i) prob[i] = (z[i] - max) / tau;
-  moe_cross_entropy_forward(prob, prob, 0, m);
+  moe_softmax(prob, prob, m);
 }
 
 /* Gumbel noise G (m) of a sequence in a layer. */
@@ -14135,6 +14182,8 @@ MOE_API moe_status moe_route_count(moe_route_sums *sums, const moe_context *cont
   const moe_config *config = &context->model->config;
   size_t L = (size_t)config->layers, N = (size_t)config->experts, l;
   int32_t s, M = batch->S > 0 ? batch->seq_start[batch->S] : 0;
+  if (!context->model->T)
+    return moe__fail(env, MOE_E_ARGUMENT, "counting routes: the model has no tasks");
   if (M != context->M)
     return moe__fail(env, MOE_E_ARGUMENT,
                      "counting routes: the batch has %d tokens, the last pass had %d", (int)M,
@@ -14779,6 +14828,9 @@ MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *li
   moe__carve(&layout, 1, sizeof t);
   if (!status)
     status = moe__trainer_carve(&layout, &t, &context, &context_bytes, model, limits, env);
+  if (!status && !model->T)
+    status = moe__fail(env, MOE_E_ARGUMENT,
+                       "trainer: the model has no tasks to learn: moe_model_adapt adds one");
   if (status) return status;
   if (layout.bad)
     return moe__fail(env, MOE_E_ARGUMENT,
@@ -16921,11 +16973,7 @@ MOE_API moe_status moe_model_read(moe_model **out, const void *file, size_t file
   if (!status) status = moe__vocab_find(&vocab, &vocab_bytes, &header.st, env);
   if (!status && vocab) status = moe_model_set_vocab(model, vocab, vocab_bytes, env);
   if (!status) status = moe_model_pack(model, NULL, env);
-  if (status)
-    moe_model_free(model);
-  else
-    *out = model;
-  return status;
+  return moe__model_deliver(out, model, status);
 }
 
 /* The block of moe_model_open: a model without weights, then the arrays needed during reading: its
@@ -17046,7 +17094,7 @@ typedef HANDLE moe__fd;
 typedef int moe__fd;
 #define MOE__FD_NONE (-1)
 #endif
-#define MOE__IO_MOST ((size_t)1 << 30) /* bytes of one call: systems have limits of 2 GiB */
+#define MOE__IO_MOST ((size_t)1 << 24) /* bytes of one call: some hosts refuse many at once */
 
 /* The kind of file that a path leads to. */
 typedef enum moe__path_kind {
@@ -17254,6 +17302,20 @@ static void moe__sync_folder(char *path) {
 }
 #endif
 
+/* The bytes of a file, for reading only; NULL where it cannot be mapped. */
+static void *moe__map_file(moe__fd fd, size_t bytes) {
+#ifdef _WIN32
+  HANDLE mapping = CreateFileMappingA(fd, NULL, PAGE_READONLY, 0, 0, NULL);
+  void *at = mapping ? MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, bytes) : NULL;
+  if (mapping) CloseHandle(mapping);
+  return at;
+#elif defined(MAP_FAILED)
+  void *at = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+  return at == MAP_FAILED ? NULL : at;
+#else
+  return (void)fd, (void)bytes, (void *)0;
+#endif
+}
 #endif /* MOE_NO_STDIO */
 
 /* ---- reading files whole, replacing them safely ---- >>replace */
@@ -17524,15 +17586,53 @@ MOE_API void moe_file_unlock(moe_lock *lock) {
   moe__release(lock);
 }
 
+/* A model on the heap whose weights stay in the bytes of a file, which it owns from then on:
+   `mapped` bytes of a mapping, or (0) those of moe_file_read, checked and trainable. NULL, without
+   a sentence, if they cannot stay there, or most of them are something else (moments): then
+   moe_model_read copies the weights, or says what is wrong. */
+static moe_model *moe__model_keep(void *file, size_t bytes, size_t mapped) {
+  moe_model *m = NULL;
+  size_t need = 0;
+  void *block = moe_model_open_size(file, bytes, &need, NULL) ? NULL : moe__alloc(need);
+  if (!block) return NULL;
+  if (moe_model_open(&m, file, bytes, block, need, NULL) ||
+      (!mapped && (m->plan.total * sizeof(float) + m->plan.total_q + m->vocab_bytes < bytes / 2 ||
+                   moe__st_finite((const unsigned char *)m->weights, m->plan.total, MOE__F32) <
+                       m->plan.total)))
+    return moe__release(block), (moe_model *)NULL;
+  m->writable = mapped || m->plan.quantized ? NULL : (float *)(uintptr_t)m->weights;
+  m->owns_block = 1;
+  m->file = file;
+  m->mapped = mapped;
+  return m;
+}
+
 MOE_API moe_status moe_model_load(moe_model **out, const char *path, const moe_env *env) {
   moe__named named;
+  moe_model *kept;
   void *file;
   size_t bytes;
   moe_status status = moe_file_read(&file, &bytes, path, env);
   if (status) return status;
+  kept = moe__model_keep(file, bytes, 0);
+  if (kept) return moe__model_deliver(out, kept, moe_model_pack(kept, NULL, env));
   status = moe_model_read(out, file, bytes, moe__name_env(&named, path, env));
   moe_free(file);
   return status;
+}
+
+MOE_API moe_status moe_model_map(moe_model **out, const char *path, const moe_env *env) {
+  size_t bytes;
+  unsigned mode;
+  moe__fd fd =
+      moe__path(path, &bytes, &mode) == MOE__PATH_FILE ? moe__open_read(path) : MOE__FD_NONE;
+  void *file = fd == MOE__FD_NONE ? NULL : moe__map_file(fd, bytes);
+  moe_model *kept = file ? moe__model_keep(file, bytes, bytes) : NULL;
+  if (fd != MOE__FD_NONE) moe__close(fd);
+  if (file && !kept) moe__file_drop(file, bytes);
+  if (!kept) return moe_model_load(out, path, env);
+  *out = kept;
+  return MOE_OK;
 }
 
 static moe_status moe__model_write_to(void *user, const moe_writer *writer, const moe_env *env) {
@@ -19765,15 +19865,14 @@ MOE_API moe_status moe_answers(float *answer, const moe_task *task, const float 
   return MOE_OK;
 }
 
-#ifndef MOE_NO_TEXT
 /* ---- text in, label out ---- >>predict */
 
 struct moe_predictor {
   const moe_model *model;
   moe_env env;
-  moe_tokenizer *tokenizer;
+  moe_tokenizer *tokenizer; /* NULL where the model reads features */
   moe_context *context;
-  int32_t batch, longest; /* most texts at once, most tokens of one */
+  int32_t batch, longest; /* most inputs at once, most tokens of one */
   int32_t *ids, *begin, *end, *seq_start, *task, *span;
   uint8_t *segments;
   float *scores; /* (batch, classes) */
@@ -19783,7 +19882,7 @@ struct moe_predictor {
 
 /* Most tokens of an input of the task. */
 static int32_t moe__task_longest(const moe_model *model, int32_t task) {
-  int32_t own = model->tasks[task].max_len;
+  int32_t own = model->T ? model->tasks[task].max_len : 0;
   return own ? moe__min(own, model->config.max_len) : model->config.max_len;
 }
 
@@ -19794,6 +19893,28 @@ typedef struct moe__predictor_parts {
   void *tokenizer, *context;
 } moe__predictor_parts;
 
+/* The tokenizer of a model that reads texts: its bytes (block NULL), or itself in such a block. */
+static moe_status moe__predictor_text(moe_predictor *p, void *block, size_t *bytes,
+                                      const moe_env *env) {
+  const moe_model *m = p->model;
+  moe_status status = MOE_OK;
+  if (m->config.feature_dim) return MOE_OK;
+#ifdef MOE_NO_TEXT
+  (void)block, (void)bytes;
+  status = moe__fail(env, MOE_E_UNSUPPORTED, "predictor: this build reads no texts (MOE_NO_TEXT)");
+#else
+  if (!m->vocab) return moe__fail(env, MOE_E_FORMAT, "predictor: the model has no vocabulary");
+  if (!block) return moe_tokenizer_size(m->vocab, m->vocab_bytes, bytes, env);
+  status = moe_tokenizer_init(&p->tokenizer, block, *bytes, m->vocab, m->vocab_bytes,
+                              m->config.cased, env);
+  if (!status && moe_tokenizer_words(p->tokenizer) > m->config.vocab)
+    status = moe__fail(env, MOE_E_FORMAT,
+                       "the vocabulary has %d words, expected at most %d (vocab of the model)",
+                       (int)moe_tokenizer_words(p->tokenizer), (int)m->config.vocab);
+#endif
+  return status;
+}
+
 /* Sets the pointers of *p into the block, *parts too (layout->base NULL: only counts). */
 static moe_status moe__predictor_carve(moe__layout *layout, moe_predictor *p,
                                        moe__predictor_parts *parts, const moe_env *env) {
@@ -19801,20 +19922,19 @@ static moe_status moe__predictor_carve(moe__layout *layout, moe_predictor *p,
   size_t tokens, S = (size_t)p->batch;
   int32_t t;
   moe_status status;
-  for (p->longest = 0, t = 0; t < model->T; ++t)
+  for (p->longest = model->T ? 0 : model->config.max_len, t = 0; t < model->T; ++t)
     p->longest = moe__max(p->longest, moe__task_longest(model, t));
   if (p->batch < 1 || p->batch > INT32_MAX / p->longest)
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "predictor: batch is %d, expected 1 to %d for texts of %d tokens",
+                     "predictor: batch is %d, expected 1 to %d for inputs of %d tokens",
                      (int)p->batch, (int)(INT32_MAX / p->longest), (int)p->longest);
-  if (!model->vocab) return moe__fail(env, MOE_E_FORMAT, "predictor: the model has no vocabulary");
   memset(parts, 0, sizeof *parts);
   parts->limits.tokens = p->batch * p->longest;
   parts->limits.sequences = p->batch;
-  status = moe_tokenizer_size(model->vocab, model->vocab_bytes, &parts->tokenizer_bytes, env);
+  status = moe__predictor_text(p, NULL, &parts->tokenizer_bytes, env);
   if (!status) status = moe_context_size(model, &parts->limits, &parts->context_bytes, env);
   if (status) return status;
-  tokens = (size_t)parts->limits.tokens;
+  tokens = model->config.feature_dim ? 0 : (size_t)parts->limits.tokens;
   moe__carve(layout, 1, sizeof *p);
   parts->tokenizer = moe__carve(layout, parts->tokenizer_bytes, 1);
   parts->context = moe__carve(layout, parts->context_bytes, 1);
@@ -19828,7 +19948,7 @@ static moe_status moe__predictor_carve(moe__layout *layout, moe_predictor *p,
   p->scores = (float *)moe__carve(layout, S * (size_t)model->max_classes, sizeof(float));
   return layout->bad
              ? moe__fail(env, MOE_E_ARGUMENT,
-                         "predictor: %d texts at once exceed the address space of this machine",
+                         "predictor: %d inputs at once exceed the address space of this machine",
                          (int)p->batch)
              : MOE_OK;
 }
@@ -19861,12 +19981,7 @@ MOE_API moe_status moe_predictor_init(moe_predictor **out, void *block, size_t b
   p.env = *env;
   layout.base = (unsigned char *)block;
   moe__predictor_carve(&layout, &p, &parts, env);
-  status = moe_tokenizer_init(&p.tokenizer, parts.tokenizer, parts.tokenizer_bytes, model->vocab,
-                              model->vocab_bytes, model->config.cased, env);
-  if (!status && moe_tokenizer_words(p.tokenizer) > model->config.vocab)
-    status = moe__fail(env, MOE_E_FORMAT,
-                       "the vocabulary has %d words, expected at most %d (vocab of the model)",
-                       (int)moe_tokenizer_words(p.tokenizer), (int)model->config.vocab);
+  status = moe__predictor_text(&p, parts.tokenizer, &parts.tokenizer_bytes, env);
   if (!status)
     status =
         moe_context_init(&p.context, parts.context, parts.context_bytes, model, &parts.limits, env);
@@ -19902,6 +20017,68 @@ MOE_API void moe_predictor_set_output(moe_predictor *predictor, moe_output outpu
   predictor->output = output;
 }
 
+/* labels 1: answers of the task are asked for. */
+static moe_status moe__predict_check(const moe_predictor *p, int32_t task, int32_t n, int labels) {
+  if (!p->model->T && labels)
+    return moe__fail(&p->env, MOE_E_ARGUMENT,
+                     "the model has no tasks: it gives embeddings, not answers");
+  if (p->model->T && (task < 0 || task >= p->model->T))
+    return moe__fail(&p->env, MOE_E_ARGUMENT, "task is %d, the model has tasks 0 to %d", (int)task,
+                     (int)(p->model->T - 1));
+  if (n < 0 || n > p->batch)
+    return moe__fail(&p->env, MOE_E_ARGUMENT,
+                     "%d inputs at once, the predictor was made for at most %d", (int)n,
+                     (int)p->batch);
+  return MOE_OK;
+}
+
+/* The rows of p->scores after a pass over n inputs of a task, in the chosen output. */
+static moe_status moe__predict_scores(moe_predictor *p, const moe_task *task, int32_t n,
+                                      float *scores, int *best) {
+  size_t width = (size_t)p->model->max_classes, i, c;
+  for (i = 0; i < (size_t)n; ++i)
+    for (c = 0; c < (size_t)task->classes; ++c)
+      if (!moe__is_finite(p->scores[i * width + c]))
+        return moe__fail(&p->env, MOE_E_NONFINITE,
+                         "input %zu: score %zu of task '%s' is not finite", i, c, task->name);
+  for (i = 0; i < (size_t)n; ++i) {
+    float *row = p->scores + i * width;
+    if (best) best[i] = (int)moe__best_class(row, task);
+    if (moe__has_classes(task) && p->output == MOE_OUTPUT_PROBABILITIES)
+      moe_softmax(row, row, task->classes);
+  }
+  if (scores != p->scores) memcpy(scores, p->scores, (size_t)n * width * sizeof(float));
+  return MOE_OK;
+}
+
+MOE_API moe_status moe_predict_features(moe_predictor *predictor, int32_t task,
+                                        const float *features, const int32_t *lengths, int32_t n,
+                                        float *scores, int *best) {
+  moe_predictor *p = predictor;
+  moe_batch batch;
+  int32_t i;
+  moe_status status = moe__predict_check(p, task, n, 1);
+  if (!status && !p->model->config.feature_dim)
+    status = moe__fail(&p->env, MOE_E_ARGUMENT, "the model reads texts: use moe_predict_texts");
+  if (status) return status;
+  for (p->seq_start[0] = 0, i = 0; i < n; ++i) {
+    int32_t length = lengths ? lengths[i] : 1, most = moe__task_longest(p->model, task);
+    if (length < 1 || length > most)
+      return moe__fail(&p->env, MOE_E_ARGUMENT, "input %d has %d vectors, task '%s' takes 1 to %d",
+                       (int)i, (int)length, p->model->tasks[task].name, (int)most);
+    p->seq_start[i + 1] = p->seq_start[i] + length;
+    p->task[i] = task;
+  }
+  memset(&batch, 0, sizeof batch);
+  batch.S = n;
+  batch.seq_start = p->seq_start;
+  batch.features = features;
+  batch.task = p->task;
+  status = moe_forward(p->context, p->scores, &batch, &p->env);
+  return status ? status : moe__predict_scores(p, &p->model->tasks[task], n, scores, best);
+}
+
+#ifndef MOE_NO_TEXT
 MOE_API moe_status moe_tokens_span(int32_t span[2], const moe_tokens *tokens, int32_t text,
                                    int32_t begin, int32_t end, const moe_env *env) {
   int32_t i, first = -1, last = -1;
@@ -19959,21 +20136,12 @@ static moe_status moe__predict_encode(moe_predictor *p, const moe__inputs *in, i
   return status;
 }
 
-static moe_status moe__predict_check(const moe_predictor *p, int32_t task, int32_t n) {
-  if (task < 0 || task >= p->model->T)
-    return moe__fail(&p->env, MOE_E_ARGUMENT, "task is %d, the model has tasks 0 to %d", (int)task,
-                     (int)(p->model->T - 1));
-  if (n < 0 || n > p->batch)
-    return moe__fail(&p->env, MOE_E_ARGUMENT,
-                     "%d texts at once, the predictor was made for at most %d", (int)n,
-                     (int)p->batch);
-  return MOE_OK;
-}
-
 /* Encodes the inputs and runs the model; p->scores then holds logits. */
 static moe_status moe__predict_run(moe_predictor *p, const moe__inputs *in) {
   moe_batch batch;
   int32_t i;
+  if (!p->tokenizer)
+    return moe__fail(&p->env, MOE_E_ARGUMENT, "the model reads features: use moe_predict_features");
   p->seq_start[0] = 0;
   moe__profile_begin(&p->env);
   for (i = 0; i < in->n; ++i) {
@@ -19987,20 +20155,8 @@ static moe_status moe__predict_run(moe_predictor *p, const moe__inputs *in) {
   batch.ids = p->ids;
   batch.segments = p->model->config.segments > 1 ? p->segments : NULL;
   batch.task = p->task;
-  batch.span = moe__kind_of(&p->model->tasks[in->task])->spans ? p->span : NULL;
+  batch.span = p->model->T && moe__kind_of(&p->model->tasks[in->task])->spans ? p->span : NULL;
   return moe_forward(p->context, p->scores, &batch, &p->env);
-}
-
-/* Turns the logits of p->scores into the chosen output, in place, and finds the best classes. */
-static void moe__predict_finish(moe_predictor *p, const moe_task *task, int32_t n, int *best) {
-  int32_t i;
-  for (i = 0; i < n; ++i) {
-    float *row = p->scores + (size_t)i * (size_t)p->model->max_classes;
-    int regression = !moe__has_classes(task);
-    if (best) best[i] = regression ? 0 : (int)moe__best_class(row, task);
-    if (!regression && p->output == MOE_OUTPUT_PROBABILITIES)
-      moe_cross_entropy_forward(row, row, 0, task->classes);
-  }
 }
 
 MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, const char *const *a,
@@ -20009,8 +20165,8 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
   moe_predictor *p = predictor;
   const moe_task *kind;
   moe__inputs in;
-  size_t row = (size_t)p->model->max_classes, i, c;
-  moe_status status = moe__predict_check(p, task, n);
+  size_t i;
+  moe_status status = moe__predict_check(p, task, n, 1);
   if (status) return status;
   kind = &p->model->tasks[task];
   if (!chars != !moe__kind_of(kind)->spans)
@@ -20027,15 +20183,7 @@ MOE_API moe_status moe_predict_spans(moe_predictor *predictor, int32_t task, con
   in.task = task;
   in.n = n;
   status = moe__predict_run(p, &in);
-  if (status) return status;
-  for (i = 0; i < (size_t)n; ++i)
-    for (c = 0; c < (size_t)kind->classes; ++c)
-      if (!moe__is_finite(p->scores[i * row + c]))
-        return moe__fail(&p->env, MOE_E_NONFINITE, "text %zu: score %zu of task '%s' is not finite",
-                         i, c, kind->name);
-  moe__predict_finish(p, kind, n, best);
-  if (scores != p->scores) memcpy(scores, p->scores, (size_t)n * row * sizeof(float));
-  return MOE_OK;
+  return status ? status : moe__predict_scores(p, kind, n, scores, best);
 }
 
 MOE_API moe_status moe_predict_texts(moe_predictor *predictor, int32_t task, const char *const *a,
@@ -20070,7 +20218,7 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
   size_t H = (size_t)p->model->config.hidden, k, count;
   const float *hidden;
   int32_t i;
-  moe_status status = moe__predict_check(p, task, n);
+  moe_status status = moe__predict_check(p, task, n, 0);
   if (!status && pooling != MOE_POOLING_MEAN && pooling != MOE_POOLING_CLS)
     status = moe__fail(&p->env, MOE_E_ARGUMENT, "unknown pooling (%d)", (int)pooling);
   if (status) return status;
@@ -20095,6 +20243,11 @@ MOE_API moe_status moe_predict_embed(moe_predictor *predictor, int32_t task, moe
     else
       memcpy(out + (size_t)i * H, hidden + (size_t)p->seq_start[i] * H, H * sizeof(float));
   return MOE_OK;
+}
+
+MOE_API moe_status moe_embed_text(moe_predictor *predictor, int32_t task, moe_pooling pooling,
+                                  const char *a, const char *b, float *out) {
+  return moe_predict_embed(predictor, task, pooling, &a, &b, 1, out);
 }
 #endif /* MOE_NO_TEXT */
 

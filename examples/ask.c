@@ -17,7 +17,7 @@ int main(int argc, char **argv) {
   if (argc != 4) return printf("usage: %s MODEL TASK SENTENCE\n", argv[0]), 1;
   moe_env_init(&env, MOE_ISA_AUTO);
   env.log = say;
-  if (moe_model_load(&model, argv[1], &env)) return 1;
+  if (moe_model_map(&model, argv[1], &env)) return 1;
   task = moe_model_find_task(model, argv[2]);
   if (task < 0) return fprintf(stderr, "%s: no task of that name\n", argv[2]), 1;
   if (moe_predictor_create(&p, model, 1, &env)) return 1;

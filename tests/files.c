@@ -1,5 +1,6 @@
 /* What comes from outside and goes there: JSON, safetensors, model files, published encoders,
    checkpoints. */
+#include "alloc.h"
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"
@@ -26,6 +27,7 @@ static int fsync_fails, fsync_calls; /* errno of each call, 0: success */
 static size_t io_most;               /* bytes of a call of read or write; 0: all */
 static int io_fails;                 /* errno of the third call, and of each third one behind it */
 static unsigned io_calls;
+static size_t io_largest; /* bytes that a call asked for */
 
 int fsync(int fd) {
   (void)fd;
@@ -36,6 +38,7 @@ int fsync(int fd) {
 
 /* 1: this call fails, errno says how. */
 static int io_stops(size_t *bytes) {
+  if (*bytes > io_largest) io_largest = *bytes;
   if (!io_most) return 0;
   if (*bytes > io_most) *bytes = io_most;
   if (++io_calls % 3) return 0;

@@ -1,5 +1,5 @@
 /* Whole models: tensors and sizes, kinds of tasks, scores against PyTorch, routers of every kind,
-   tasks taken out and added, what the papers ask for. */
+   tasks taken out and added, models without any, what the papers ask for. */
 #include <stdint.h>
 
 /* A kind of tasks beside those of the library: model/kinds.c. */
@@ -20,6 +20,7 @@ static float kinds_absolute_loss(float *dscore, float *row, float label, int32_t
 #include "model/paper.c"
 #include "model/embedding.c"
 #include "model/view.c"
+#include "model/no_tasks.c"
 #ifndef _WIN32 /* memory that faults is a matter of POSIX here */
 #include "model/poison.c"
 #endif
@@ -35,6 +36,7 @@ int main(int argc, char **argv) {
   PART(paper);
   PART(embedding);
   PART(view);
+  PART(no_tasks);
 #ifndef _WIN32
   PART(poison);
 #endif

@@ -771,6 +771,207 @@ static void test_files_read_tensors_in_any_order(void) {
   }
 }
 
+/* Writes a file of 40 MB in one piece. */
+static moe_status files_large(void *user, const moe_writer *writer, const moe_env *env) {
+  (void)env;
+  return writer->write(writer->user, user, 40000000) ? MOE_E_IO : MOE_OK;
+}
+
+/* Hosts that refuse much at once get requests of 16 MB. */
+static void test_files_are_read_in_pieces(void) {
+#ifdef HAVE_FSYNC
+  moe_env env = models_env(MOE_ISA_AUTO);
+  const char *path = "build/files_large";
+  char *data = (char *)malloc(40000000);
+  void *back;
+  size_t bytes = 0, i;
+  CHECK(data, "no memory");
+  for (i = 0; i < 40000000; ++i) data[i] = (char)(i * i >> 8);
+  io_largest = 0;
+  CHECK(!moe_file_replace(path, files_large, data, &env), "%s", said);
+  CHECK(io_largest == 16777216, "a write of %zu bytes", io_largest);
+  io_largest = 0;
+  CHECK(!moe_file_read(&back, &bytes, path, &env), "%s", said);
+  CHECK(io_largest == 16777216, "a read of %zu bytes", io_largest);
+  CHECK(bytes == 40000000 && !memcmp(back, data, bytes), "%zu bytes", bytes);
+  moe_free(back);
+  free(data);
+  unlink(path);
+#else
+  SKIP("no read and write of our own here");
+#endif
+}
+
+/* The logits of the first task for three tokens. */
+static int files_scores(float scores[6], const moe_model *model, const moe_env *env) {
+  static const int32_t start[] = {0, 3}, ids[] = {2, 4, 3}, task[] = {0};
+  moe_limits limits = {3, 1, 0, 0};
+  moe_context *context;
+  moe_batch batch;
+  int good;
+  memset(&batch, 0, sizeof batch);
+  batch.S = 1, batch.seq_start = start, batch.ids = ids, batch.task = task;
+  if (moe_context_create(&context, model, &limits, env)) return 0;
+  good = !moe_forward(context, scores, &batch, env);
+  moe_context_free(context);
+  return good;
+}
+
+/* Loading takes the file, the packed weights and little else, and the model can be trained; what
+   must be copied gives the same model. */
+static void test_files_load_takes_weights_and_panels(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config config = models_config(MOE_ROUTER_TASK, 4, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model = NULL, *small = NULL, *back = NULL;
+  const char *path = "build/files_load";
+  moe_tensor t;
+  models_file s;
+  size_t before, panels;
+  FILE *f;
+  models_tasks(tasks);
+  config.hidden = 64, config.ffn = 256, config.vocab = 3000;
+  CHECK((model = models_create(&config, tasks, MODELS_TASKS, &env)) != NULL, "%s", said);
+  CHECK(!moe_model_quantize(&small, model, &env), "%s", said);
+  s = models_written(model, &env);
+  CHECK(s.used && !moe_model_save(model, path, &env), "%s", said);
+  panels = moe_model_pack_size(model);
+  bytes_most = before = bytes_in_use;
+  CHECK(!moe_model_load(&back, path, &env), "%s", said);
+  if (!high_byte_first())
+    CHECK(bytes_most - before < s.used + panels + 20000, "%zu bytes for a file of %zu and %zu",
+          bytes_most - before, s.used, panels);
+  CHECK(same_models(model, moe_model_weights(back), back), "another model");
+  moe_model_weights(back)[0] = 1;
+  moe_model_free(back);
+  CHECK(bytes_in_use == before, "%zu bytes left", bytes_in_use - before);
+  files_reverse_header(&s);
+  f = fopen(path, "wb");
+  CHECK(f && fwrite(s.data, 1, s.used, f) == s.used && !fclose(f), "no file");
+  CHECK(!moe_model_load(&back, path, &env), "%s", said);
+  CHECK(same_models(model, moe_model_weights(back), back), "in another order");
+  moe_model_free(back);
+  CHECK(!moe_model_save(small, path, &env) && !moe_model_load(&back, path, &env), "%s", said);
+  CHECK(!moe_model_weights(back) && moe_model_type(back) == MOE_TYPE_I8 &&
+            same_models(small, NULL, back),
+        "int8");
+  moe_model_free(back);
+  free(s.data);
+  t = models_tensor(model, "heads.two.bias");
+  s = models_written(model, &env);
+  memset(s.data + s.used - (moe_model_parameters(model) - t.offset) * sizeof(float), 0xff, 4);
+  f = fopen(path, "wb");
+  CHECK(f && fwrite(s.data, 1, s.used, f) == s.used && !fclose(f), "no file");
+  CHECK(moe_model_load(&back, path, &env) == MOE_E_FORMAT &&
+            strstr(said, "build/files_load: tensor heads.two.bias: element 0 is not a finite"),
+        "%s", said);
+  CHECK(bytes_in_use == before, "%zu bytes left", bytes_in_use - before);
+  free(s.data);
+  moe_model_free(small);
+  moe_model_free(model);
+  remove(path);
+}
+
+/* A mapped file has the bits of a loaded one and takes no memory. */
+static void test_files_map_gives_the_same_answers(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env),
+            *other = small_model(MOE_ROUTER_SHARED, &env), *mapped = NULL;
+  const char *path = "build/files_map";
+  moe_limits limits = {9, 3, 1, 0};
+  moe_train_config train;
+  moe_trainer *trainer = NULL;
+  float want[6], got[6];
+  size_t before = bytes_in_use;
+  CHECK(model && other && !moe_model_save(model, path, &env), "%s", said);
+  CHECK(!moe_model_map(&mapped, path, &env), "%s", said);
+#ifdef HAVE_POSIX
+  CHECK(high_byte_first() || !moe_model_weights(mapped), "not in place");
+  CHECK(high_byte_first() || bytes_in_use - before < 16384, "%zu bytes", bytes_in_use - before);
+#endif
+  CHECK(same_models(model, NULL, mapped), "another model");
+  CHECK(files_scores(want, model, &env) && files_scores(got, mapped, &env), "%s", said);
+  CHECK(!memcmp(want, got, sizeof got), "other bits");
+#ifdef HAVE_POSIX
+  CHECK(!moe_model_save(other, path, &env), "the file can be replaced: %s", said);
+  CHECK(files_scores(got, mapped, &env) && !memcmp(want, got, sizeof got), "the old content stays");
+  CHECK(!moe_model_save(model, path, &env), "%s", said);
+#endif
+  moe_train_config_init(&train);
+  train.steps = 1;
+  if (!moe_model_weights(mapped))
+    CHECK(moe_trainer_create(&trainer, mapped, &limits, &train, &env) == MOE_E_ARGUMENT &&
+              strstr(said, "opened in place cannot be trained"),
+          "%s", said);
+  CHECK(!moe_model_pack(mapped, NULL, &env) && files_scores(got, mapped, &env) &&
+            !memcmp(want, got, sizeof got),
+        "packed");
+  moe_model_free(mapped);
+  CHECK(bytes_in_use == before, "%zu bytes left", bytes_in_use - before);
+  moe_model_free(other);
+  moe_model_free(model);
+  remove(path);
+}
+
+/* An int8 model in place; what cannot be mapped is loaded, or refused with a sentence. */
+static void test_files_map_takes_what_it_gets(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *mapped = NULL, *small = NULL;
+  const char *path = "build/files_map";
+  float want[6], got[6];
+  models_file s;
+  FILE *f;
+  CHECK(!moe_model_quantize(&small, model, &env) && !moe_model_save(small, path, &env) &&
+            !moe_model_map(&mapped, path, &env),
+        "%s", said);
+  CHECK(files_scores(want, small, &env) && files_scores(got, mapped, &env) &&
+            !memcmp(want, got, sizeof got),
+        "int8");
+  moe_model_free(mapped);
+  s = models_written(model, &env);
+  files_reverse_header(&s);
+  f = fopen(path, "wb");
+  CHECK(f && fwrite(s.data, 1, s.used, f) == s.used && !fclose(f), "no file");
+  CHECK(!moe_model_map(&mapped, path, &env) && moe_model_weights(mapped), "loaded: %s", said);
+  CHECK(same_models(model, moe_model_weights(mapped), mapped), "in another order");
+  moe_model_free(mapped);
+  mapped = NULL;
+  f = fopen(path, "wb");
+  CHECK(f && fwrite(s.data, 1, s.used / 2, f) == s.used / 2 && !fclose(f), "no file");
+  CHECK(moe_model_map(&mapped, path, &env) == MOE_E_FORMAT && !mapped &&
+            strstr(said, "build/files_map: "),
+        "%s", said);
+  CHECK(moe_model_map(&mapped, "build/none", &env) == MOE_E_IO && strstr(said, "build/none"), "%s",
+        said);
+  CHECK(moe_model_map(&mapped, "build", &env) == MOE_E_IO && strstr(said, "a folder"), "%s", said);
+  f = fopen(path, "wb");
+  CHECK(f && !fclose(f) && moe_model_map(&mapped, path, &env) == MOE_E_FORMAT && !mapped,
+        "an empty file: %s", said);
+  free(s.data);
+  moe_model_free(small);
+  moe_model_free(model);
+  remove(path);
+}
+
+/* The length of the header in the other byte order, as of a tool that swaps bytes. */
+static void test_files_of_the_other_byte_order_are_refused(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  models_file s = models_written(model, &env);
+  size_t bytes, i;
+  for (i = 0; i < 4; ++i) {
+    unsigned char c = s.data[i];
+    s.data[i] = s.data[7 - i], s.data[7 - i] = c;
+  }
+  CHECK(moe_model_read(&back, s.data, s.used, &env) == MOE_E_FORMAT && strlen(said) > 20, "%s",
+        said);
+  CHECK(moe_model_open_size(s.data, s.used, &bytes, &env) == MOE_E_FORMAT &&
+            strstr(said, "not a safetensors file"),
+        "%s", said);
+  free(s.data);
+  moe_model_free(model);
+}
+
 /* Two tensors of one shape change their names: the header is in the order of the bytes, but not in
    the model's. Reading puts both where they belong; a model in place would take one for the
    other. */
@@ -1158,6 +1359,11 @@ static void run_files(void) {
   RUN(test_files_open_files_are_written_to);
   RUN(test_files_pipes_and_links);
   RUN(test_files_read_tensors_in_any_order);
+  RUN(test_files_are_read_in_pieces);
+  RUN(test_files_load_takes_weights_and_panels);
+  RUN(test_files_map_gives_the_same_answers);
+  RUN(test_files_map_takes_what_it_gets);
+  RUN(test_files_of_the_other_byte_order_are_refused);
   RUN(test_files_writers_do_not_share_a_temporary);
   RUN(test_files_temporary_of_a_living_writer_stays);
   RUN(test_files_tensors_in_each_others_place);

@@ -64,7 +64,7 @@ static void test_limits_of_tasks(void) {
     task[i].classes = 2;
   }
   CHECK(moe_model_create(&model, &c, task, MOE_MAX_TASKS + 1, 1, &env) == MOE_E_ARGUMENT &&
-            !model && strstr(said, "4097 tasks, expected 1 to 4096"),
+            !model && strstr(said, "4097 tasks, expected 0 to 4096"),
         "%s", said);
   CHECK(!moe_model_create(&model, &c, task, MOE_MAX_TASKS, 1, &env), "%s", said);
   CHECK(moe_model_find_task(model, "task_4095") == 4095, "the last task");

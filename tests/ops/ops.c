@@ -487,7 +487,7 @@ static void test_ops_cross_entropy_agrees_with_pytorch(void) {
 }
 
 static void test_ops_cross_entropy_for_any_number_of_classes(void) {
-  static float logits[300], prob[300];
+  static float logits[300], prob[300], alone[300];
   const int sizes[] = {1, 2, 16, 17, 150, 256};
   int s, i;
   for (s = 0; s < 6; ++s) {
@@ -499,6 +499,8 @@ static void test_ops_cross_entropy_for_any_number_of_classes(void) {
     loss = moe_cross_entropy_forward(prob, logits, label, C);
     CHECK_NEAR(loss, log(sum) - (double)logits[label], 1e-6);
     CHECK(loss == moe_cross_entropy_forward(NULL, logits, label, C), "without probabilities");
+    moe_softmax(alone, logits, C);
+    CHECK(!memcmp(prob, alone, (size_t)C * sizeof *prob), "moe_softmax");
     for (i = 0; i < C; ++i) {
       CHECK_NEAR(prob[i], exp((double)logits[i]) / sum, 1e-6);
       total += (double)prob[i];

@@ -71,7 +71,7 @@ static void test_predictor_gives_logits(void) {
   CHECK(!moe_predict_text(p, ONE, "the bank", NULL, score, &best[0]), "%s", said);
   moe_predictor_set_output(p, MOE_OUTPUT_LOGITS);
   CHECK(!moe_predict_text(p, ONE, "the bank", NULL, logit, &best[1]), "%s", said);
-  moe_cross_entropy_forward(prob, logit, 0, 5);
+  moe_softmax(prob, logit, 5);
   CHECK(best[0] == best[1] && !memcmp(prob, score, sizeof score) &&
             memcmp(logit, score, sizeof score),
         "probabilities are the softmax of the logits");
@@ -265,6 +265,148 @@ static void test_predictor_finds_spans_of_characters(void) {
   moe_model_free(model);
 }
 
+/* One text in place of many; a model without tasks gives the same states. */
+static void test_predictor_embeds_without_tasks(void) {
+  enum { H = 16 };
+  static const char *const a[] = {"the bank"}, *const b[] = {"money, money, money"};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config config;
+  moe_task task;
+  moe_model *model = NULL, *bare = NULL;
+  moe_predictor *p, *q;
+  float many[H], one[H], score;
+  CHECK((model = small_model(2, &env)) != NULL, "%s", said);
+  config = *moe_model_config(model);
+  config.router = MOE_ROUTER_SHARED;
+  task = *moe_model_task(model, PAIR);
+  moe_model_free(model);
+  CHECK(!moe_model_create(&model, &config, &task, 1, 3, &env) &&
+            !moe_model_set_vocab(model, predictor_vocab, sizeof predictor_vocab - 1, &env),
+        "%s", said);
+  CHECK(!moe_model_extract(&bare, model, NULL, 0, NULL, &env), "%s", said);
+  CHECK(!moe_predictor_create(&p, model, 1, &env) && !moe_predictor_create(&q, bare, 1, &env), "%s",
+        said);
+  CHECK(!moe_predict_embed(p, 0, MOE_POOLING_MEAN, a, b, 1, many), "%s", said);
+  CHECK(!moe_embed_text(p, 0, MOE_POOLING_MEAN, a[0], b[0], one), "%s", said);
+  CHECK(!memcmp(many, one, sizeof one), "one text");
+  CHECK(!moe_embed_text(q, 0, MOE_POOLING_MEAN, a[0], b[0], one), "%s", said);
+  CHECK(!memcmp(many, one, sizeof one), "without tasks");
+  CHECK(!moe_embed_text(q, 7, MOE_POOLING_CLS, a[0], NULL, one), "the task does not matter: %s",
+        said);
+  CHECK(moe_embed_text(q, 0, MOE_POOLING_CLS, NULL, NULL, one) == MOE_E_ARGUMENT &&
+            strstr(said, "text 0 is NULL"),
+        "%s", said);
+  CHECK(moe_predict_text(q, 0, a[0], NULL, &score, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "no tasks: it gives embeddings, not answers"),
+        "%s", said);
+  moe_predictor_free(p);
+  moe_predictor_free(q);
+  moe_model_free(bare);
+  moe_model_free(model);
+}
+
+/* A model that reads vectors of three numbers, nine at most. */
+enum { VALUE, FOUR, SPAN_OF_NUMBERS, WIDTH = 3, LONGEST = 9 };
+static moe_model *features_model(const moe_env *env) {
+  moe_config config = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_task task[3];
+  moe_model *model = NULL;
+  config.vocab = 0, config.feature_dim = WIDTH, config.max_len = LONGEST;
+  memset(task, 0, sizeof task);
+  snprintf(task[0].name, sizeof task[0].name, "value"), task[0].kind = MOE_KIND_REGRESSION;
+  task[0].classes = 1, task[0].high = 1;
+  snprintf(task[1].name, sizeof task[1].name, "four"), task[1].classes = 4;
+  snprintf(task[2].name, sizeof task[2].name, "span"), task[2].kind = MOE_KIND_SPAN;
+  task[2].classes = 2;
+  if (moe_model_create(&model, &config, task, 3, 1, env)) return NULL;
+  models_fill(model, 1);
+  return model;
+}
+
+/* Numbers in place of texts: what moe_forward and moe_softmax give. */
+static void test_predictor_reads_features(void) {
+  enum { N = 4 };
+  static const int32_t lengths[N] = {5, 1, 9, 2}, start[N + 1] = {0, 5, 6, 15, 17},
+                       tasks[N] = {FOUR, FOUR, FOUR, FOUR};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = features_model(&env);
+  moe_context *context;
+  moe_limits limits = {N * LONGEST, N, 0, 0};
+  moe_predictor *p;
+  moe_batch batch;
+  uint64_t seed = 5;
+  float x[17 * WIDTH], want[N * 4], got[N * 4], first[4];
+  int best[N], i, c, before;
+  CHECK(model, "%s", said);
+  for (i = 0; i < 17 * WIDTH; ++i) x[i] = test_random(&seed);
+  memset(&batch, 0, sizeof batch);
+  batch.S = N, batch.seq_start = start, batch.features = x, batch.task = tasks;
+  CHECK(!moe_context_create(&context, model, &limits, &env) &&
+            !moe_forward(context, want, &batch, &env) && !moe_predictor_create(&p, model, N, &env),
+        "%s", said);
+  before = allocations;
+  moe_predictor_set_output(p, MOE_OUTPUT_LOGITS);
+  CHECK(!moe_predict_features(p, FOUR, x, lengths, N, got, best), "%s", said);
+  CHECK(!memcmp(want, got, sizeof got), "the logits of moe_forward");
+  moe_predictor_set_output(p, MOE_OUTPUT_PROBABILITIES);
+  CHECK(!moe_predict_features(p, FOUR, x, lengths, N, got, best), "%s", said);
+  CHECK(allocations == before, "memory was allocated");
+  for (i = 0; i < N; ++i) {
+    for (c = 0; c < 4; ++c) CHECK(want[4 * i + c] <= want[4 * i + best[i]], "row %d", i);
+    moe_softmax(want + 4 * i, want + 4 * i, 4);
+  }
+  CHECK(!memcmp(want, got, sizeof got), "their softmax");
+  CHECK(!moe_predict_features(p, FOUR, x, NULL, N, got, NULL), "%s", said);
+  CHECK(!moe_predict_features(p, FOUR, x, NULL, 1, first, NULL) &&
+            !memcmp(first, got, 4 * sizeof *first),
+        "one vector each, whatever else is in the batch");
+  CHECK(!moe_predict_features(p, VALUE, x, NULL, 1, got, best) && best[0] == 0, "%s", said);
+  moe_predictor_free(p);
+  moe_context_free(context);
+  moe_model_free(model);
+}
+
+static void test_predictor_says_what_is_wrong_with_features(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = features_model(&env), *reads = small_model(2, &env);
+  moe_predictor *p, *q;
+  float x[16 * WIDTH] = {0}, got[4] = {9};
+  int32_t lengths[] = {5, 10};
+  CHECK(model && reads && !moe_predictor_create(&p, model, 2, &env) &&
+            !moe_predictor_create(&q, reads, 1, &env),
+        "%s", said);
+  CHECK(moe_predict_features(p, FOUR, x, lengths, 2, got, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "input 1 has 10 vectors, task 'four' takes 1 to 9"),
+        "%s", said);
+  lengths[1] = 0;
+  CHECK(moe_predict_features(p, FOUR, x, lengths, 2, got, NULL) == MOE_E_ARGUMENT, "%s", said);
+  CHECK(moe_predict_features(p, FOUR, x, NULL, 3, got, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "3 inputs at once"),
+        "%s", said);
+  CHECK(moe_predict_features(p, 3, x, NULL, 1, got, NULL) == MOE_E_ARGUMENT, "%s", said);
+  CHECK(moe_predict_features(p, SPAN_OF_NUMBERS, x, NULL, 1, got, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "needs spans"),
+        "%s", said);
+  CHECK(moe_predict_features(p, FOUR, NULL, NULL, 1, got, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "expected features"),
+        "%s", said);
+  x[1] = NAN;
+  CHECK(moe_predict_features(p, FOUR, x, NULL, 1, got, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "feature 1 of token 0"),
+        "%s", said);
+  CHECK(moe_predict_text(p, FOUR, "money", NULL, got, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "reads features: use moe_predict_features"),
+        "%s", said);
+  CHECK(moe_predict_features(q, ONE, x, NULL, 1, got, NULL) == MOE_E_ARGUMENT &&
+            strstr(said, "reads texts: use moe_predict_texts"),
+        "%s", said);
+  CHECK(got[0] == 9, "a score was written");
+  moe_predictor_free(p);
+  moe_predictor_free(q);
+  moe_model_free(reads);
+  moe_model_free(model);
+}
+
 static void test_predictor_says_what_is_wrong(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_model *model = small_model(2, &env);
@@ -277,7 +419,7 @@ static void test_predictor_says_what_is_wrong(void) {
   CHECK(moe_predictor_create(&p, model, 0, &env) == MOE_E_ARGUMENT && !p, "%s", said);
   CHECK(!moe_predictor_create(&p, model, 2, &env), "%s", said);
   CHECK(moe_predict_texts(p, ONE, a, NULL, 3, scores, NULL) == MOE_E_ARGUMENT &&
-            strstr(said, "3 texts at once"),
+            strstr(said, "3 inputs at once"),
         "%s", said);
   CHECK(moe_predict_texts(p, TASKS, a, NULL, 1, scores, NULL) == MOE_E_ARGUMENT &&
             strstr(said, "task is 5"),
@@ -335,7 +477,7 @@ static void test_predictor_refuses_scores_that_are_no_numbers(void) {
   moe_model_weights(model)[t.offset + 3] = NAN;
   score[0] = 99;
   CHECK(moe_predict_text(p, ONE, "money", NULL, score, best) == MOE_E_NONFINITE, "%s", said);
-  CHECK(strstr(said, "text 0: score 3 of task 'one' is not finite") && score[0] == 99 &&
+  CHECK(strstr(said, "input 0: score 3 of task 'one' is not finite") && score[0] == 99 &&
             best[0] == 9,
         "%s", said);
   CHECK(moe_predict_texts(p, ONE, a, NULL, 2, score, best) == MOE_E_NONFINITE && score[0] == 99 &&
@@ -356,6 +498,9 @@ static void run_predictor(void) {
   RUN(test_predictor_gives_probabilities);
   RUN(test_predictor_gives_logits);
   RUN(test_predictor_embeds_texts);
+  RUN(test_predictor_embeds_without_tasks);
+  RUN(test_predictor_reads_features);
+  RUN(test_predictor_says_what_is_wrong_with_features);
   RUN(test_predictor_ignores_company_and_allocates_nothing);
   RUN(test_predictor_runs_a_model_in_place);
   RUN(test_predictor_finds_spans_of_characters);
