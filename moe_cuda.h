@@ -313,7 +313,6 @@ static moe_status moe__cuda_driver_fail(const moe__cuda_driver *cu, const moe_en
    string for NVRTC; where MOE__CUDA_CODE is defined (nvcc, the emulator of tests/cuda), it is the
    code itself. A chunk is left out for GPUs below min_arch. */
 typedef struct moe__cuda_chunk {
-  const char *name;
   int min_arch;
   const char *text;
 } moe__cuda_chunk;
@@ -321,54 +320,47 @@ typedef struct moe__cuda_chunk {
 #define MOE_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define MOE__CUDA_SOURCE(name, min_arch, ...) __VA_ARGS__
 #define MOE__CUDA_SHARED(name, ...) __VA_ARGS__
+#define MOE__CUDA_CHUNK(name)
 #else
 #define MOE__CUDA_SOURCE(name, min_arch, ...)                                                      \
-  static const moe__cuda_chunk moe__cuda_src_##name = {#name, min_arch, #__VA_ARGS__ "\n"};
+  static const moe__cuda_chunk moe__cuda_src_##name = {min_arch, #__VA_ARGS__ "\n"};
 /* A struct that the host fills and a kernel takes: string and code. */
 #define MOE__CUDA_SHARED(name, ...)                                                                \
   MOE__CUDA_SOURCE(name, 0, __VA_ARGS__)                                                           \
   __VA_ARGS__
+#define MOE__CUDA_CHUNK(name) &moe__cuda_src_##name,
 #endif
 
 // clang-format off
-/* The chunks in the order in which they are compiled, by section. */
-#define MOE__CUDA_CHUNKS_BASE(X) X(math) X(prim) X(wide) X(sums)
-#define MOE__CUDA_CHUNKS_PRODUCTS(X) X(product) X(tile) X(finish) X(f32) X(f32_product)            \
-  X(mma_load) X(mma_step) X(mma_product) X(mma_kernels) X(pieces) X(blas)
-#define MOE__CUDA_CHUNKS_EXPERTS(X) X(experts)
-#define MOE__CUDA_CHUNKS_ATTENTION(X) X(attention_args) X(attention_base) X(attention)             \
-  X(attention_dq) X(attention_dkv)
-#define MOE__CUDA_CHUNKS_ROWS(X) X(rows_args) X(norm) X(sort_args) X(sort) X(embed_args) X(embed)
-#define MOE__CUDA_CHUNKS_ROUTE(X) X(route_args) X(route_base) X(route) X(route_loss)               \
-  X(route_back) X(route_gates)
-#define MOE__CUDA_CHUNKS_HEADS(X) X(heads_args) X(heads) X(heads_back)
-#define MOE__CUDA_CHUNKS_ADAM(X) X(span_args) X(adam)
-#define MOE__CUDA_CHUNKS(X) MOE__CUDA_CHUNKS_BASE(X) MOE__CUDA_CHUNKS_PRODUCTS(X)                  \
-  MOE__CUDA_CHUNKS_EXPERTS(X) MOE__CUDA_CHUNKS_ATTENTION(X) MOE__CUDA_CHUNKS_ROWS(X)               \
-  MOE__CUDA_CHUNKS_ROUTE(X) MOE__CUDA_CHUNKS_HEADS(X) MOE__CUDA_CHUNKS_ADAM(X)
+/* The chunks in the order in which they are compiled. */
+#define MOE__CUDA_CHUNKS(X) X(math) X(prim) X(wide) X(sums) X(product) X(tile) X(load) X(step)     \
+  X(step_mma) X(finish) X(products) X(products_mma) X(pieces) X(combine) X(experts)                \
+  X(attention_args) X(attention_base) X(attention) X(attention_back) X(rows_args) X(norm)          \
+  X(sort_args) X(sort) X(embed_args) X(embed) X(route_args) X(route_base) X(route) X(route_loss)   \
+  X(route_back) X(route_gates) X(heads_args) X(heads) X(heads_back) X(span_args) X(adam)
 
-/* The kernels, X(name, min_arch) for moe_k_name, by section: the enum MOE__K_name. */
+/* The kernels, X(name, min_arch) for moe_k_name: the enum MOE__K_name. First those of products. */
 #define MOE__CUDA_KERNELS_PRODUCTS(X) X(f32_nt, 0) X(f32_nn, 0) X(f32_tn, 0) X(tf32_nt, 80)        \
   X(tf32_nn, 80) X(tf32_tn, 80) X(bf16_nt, 80) X(bf16_nn, 80) X(bf16_tn, 80) X(pieces, 0)          \
-  X(to_bf16, 0) X(bias, 0)
-#define MOE__CUDA_KERNELS_EXPERTS(X) X(place, 0) X(combine, 0) X(dweight, 0)
-#define MOE__CUDA_KERNELS_ATTENTION(X) X(attention_32, 0) X(attention_64, 0) X(attention_128, 0)   \
-  X(attention_dq_32, 0) X(attention_dq_64, 0) X(attention_dq_128, 0) X(attention_dkv_32, 0)        \
-  X(attention_dkv_64, 0) X(attention_dkv_128, 0)
-#define MOE__CUDA_KERNELS_ROWS(X) X(norm, 0) X(norm_back, 0) X(norm_columns, 0) X(dropout, 0)      \
-  X(sort, 0) X(embed, 0) X(embed_words, 0) X(embed_positions, 0) X(embed_segments, 0)
-#define MOE__CUDA_KERNELS_ROUTE(X) X(route, 0) X(route_one, 0) X(route_parts, 0) X(route_loss, 0)  \
-  X(route_back, 0) X(route_dx, 0) X(route_dgates, 0)
-#define MOE__CUDA_KERNELS_HEADS(X) X(heads_feature, 0) X(heads_scores, 0) X(heads_loss, 0)         \
-  X(heads_dw, 0) X(heads_dfeature, 0) X(heads_dhidden, 0)
-#define MOE__CUDA_KERNELS_ADAM(X) X(norm_squares, 0) X(norm_root, 0) X(adam, 0)
-#define MOE__CUDA_KERNELS(X) MOE__CUDA_KERNELS_PRODUCTS(X) MOE__CUDA_KERNELS_EXPERTS(X)            \
-  MOE__CUDA_KERNELS_ATTENTION(X) MOE__CUDA_KERNELS_ROWS(X) MOE__CUDA_KERNELS_ROUTE(X)              \
-  MOE__CUDA_KERNELS_HEADS(X) MOE__CUDA_KERNELS_ADAM(X)
+  X(to_bf16, 0) X(bias, 0) X(place, 0) X(combine, 0) X(dweight, 0)
+#define MOE__CUDA_KERNELS(X) MOE__CUDA_KERNELS_PRODUCTS(X) X(attention_32, 0) X(attention_64, 0)   \
+  X(attention_128, 0) X(attention_dq_32, 0) X(attention_dq_64, 0) X(attention_dq_128, 0)           \
+  X(attention_dkv_32, 0) X(attention_dkv_64, 0) X(attention_dkv_128, 0) X(norm, 0) X(norm_back, 0) \
+  X(norm_columns, 0) X(dropout, 0) X(sort, 0) X(embed, 0) X(embed_words, 0) X(embed_positions, 0)  \
+  X(embed_segments, 0) X(route, 0) X(route_one, 0) X(route_parts, 0) X(route_loss, 0)              \
+  X(route_back, 0) X(route_dx, 0) X(route_dgates, 0) X(heads_feature, 0) X(heads_scores, 0)        \
+  X(heads_loss, 0) X(heads_dw, 0) X(heads_dfeature, 0) X(heads_dhidden, 0) X(norm_squares, 0)      \
+  X(norm_root, 0) X(adam, 0)
 // clang-format on
 #define MOE__CUDA_ENUM(name, min_arch) MOE__K_##name,
 typedef enum moe__cuda_kernel { MOE__CUDA_KERNELS(MOE__CUDA_ENUM) MOE__K_COUNT } moe__cuda_kernel;
+#define MOE__CUDA_ROW(name, min_arch) {"moe_k_" #name, min_arch},
+static const struct {
+  const char *name;
+  int min_arch;
+} moe__cuda_kernel_list[] = {MOE__CUDA_KERNELS(MOE__CUDA_ROW){NULL, 0}};
 #undef MOE__CUDA_ENUM
+#undef MOE__CUDA_ROW
 
 /* State of a backend. What several threads may change is behind `mutex`; `driver`, `kernel` and so
    on are constant after moe_cuda_open. */
@@ -393,7 +385,7 @@ typedef pthread_mutex_t moe__cuda_mutex;
 /* Which maker is faster for one kind of product: see moe__cuda_blas_serves. */
 enum { MOE__CUDA_CHOICES = 64 };
 typedef struct moe__cuda_choice {
-  int32_t kind, bf16, m, n, k, blas;
+  int32_t form, bf16, m, n, k, blas; /* m tokens, n outputs, k inputs */
 } moe__cuda_choice;
 
 typedef struct moe__cuda_block { /* memory of the card */
@@ -428,26 +420,11 @@ typedef struct moe__cuda_image {
   char *data;
 } moe__cuda_image;
 
-static const moe__cuda_chunk *const *moe__cuda_chunks(void); /* >>cuda_table */
+static char *moe__cuda_source(int arch); /* >>cuda_table */
 
-/* The program for one architecture, a string that the caller frees. NULL: no memory. */
-static char *moe__cuda_source(int arch) {
-  const moe__cuda_chunk *const *chunk = moe__cuda_chunks();
-  size_t bytes = 512, i;
-  char *text;
-  for (i = 0; chunk[i]; ++i) bytes += strlen(chunk[i]->text);
-  text = (char *)malloc(bytes);
-  if (!text) return NULL;
-  snprintf(text, bytes,
-           "#define MOE_ARCH %d\n#define MOE_SYNC() __syncthreads()\n"
-           "#define MOE_UNROLL _Pragma(\"unroll\")\n"
-           "#define MOE_ROLL _Pragma(\"unroll 1\")\n"
-           "#define MOE_KERNEL(...) extern \"C\" __global__ void __launch_bounds__(__VA_ARGS__)\n",
-           arch);
-  for (i = 0; chunk[i]; ++i)
-    if (chunk[i]->min_arch <= arch) strcat(text, chunk[i]->text);
-  return text;
-}
+/* Calls a function of a library unless one before it has failed. */
+#define MOE__CUDA_TRY(library, name, arguments)                                                    \
+  if (!error) what = #name, error = (library)->name arguments
 
 /* FNV-1a. */
 static uint64_t moe__cuda_hash(uint64_t hash, const void *data, size_t bytes) {
@@ -457,23 +434,12 @@ static uint64_t moe__cuda_hash(uint64_t hash, const void *data, size_t bytes) {
   return hash;
 }
 
-static moe__cuda_image moe__cuda_image_of(const moe__cuda *cuda, const char *source) {
-  moe__cuda_image image;
-  memset(&image, 0, sizeof image);
-  memcpy(image.magic, "MOECUDA1", 8);
-  image.key = moe__cuda_hash(0xcbf29ce484222325u, source, strlen(source));
-  image.key = moe__cuda_hash(image.key, &cuda->card_arch, sizeof cuda->card_arch);
-  image.key = moe__cuda_hash(image.key, &cuda->options.ptx, sizeof cuda->options.ptx);
-  image.key = moe__cuda_hash(image.key, cuda->card, strlen(cuda->card));
-  return image;
-}
-
 /* Reads the cache file; 0: there is none of this key, or it is damaged. */
 static int moe__cuda_cache_read(const char *path, moe__cuda_image *image) {
   moe__cuda_image head;
   FILE *file = fopen(path, "rb");
   int good = file && fread(&head, offsetof(moe__cuda_image, data), 1, file) == 1 &&
-             !memcmp(&head, image, offsetof(moe__cuda_image, arch)) && head.bytes > 0 &&
+             !memcmp(&head, image, offsetof(moe__cuda_image, arch)) &&
              head.bytes < (uint64_t)1 << 30;
   head.data = good ? (char *)calloc((size_t)head.bytes + 1, 1) : NULL;
   good = head.data && fread(head.data, (size_t)head.bytes, 1, file) == 1 && fgetc(file) == EOF &&
@@ -491,15 +457,12 @@ static int moe__cuda_cache_read(const char *path, moe__cuda_image *image) {
 static void moe__cuda_cache_write(const moe__cuda *cuda, moe__cuda_image *image,
                                   const moe_env *env) {
   const char *path = cuda->options.cache;
-  size_t room = strlen(path) + 64;
-  char *temporary = (char *)calloc(room, 1);
-  FILE *file;
+  char temporary[1024];
+  int length = snprintf(temporary, sizeof temporary, "%s.%lx.%llx", path,
+                        (unsigned long)MOE__CUDA_PROCESS(), (unsigned long long)(uintptr_t)cuda);
+  FILE *file = length < (int)sizeof temporary ? fopen(temporary, "wb") : NULL;
   int good;
   image->hash = moe__cuda_hash(image->key ^ image->arch, image->data, (size_t)image->bytes);
-  if (temporary)
-    snprintf(temporary, room, "%s.%lx.%llx", path, (unsigned long)MOE__CUDA_PROCESS(),
-             (unsigned long long)(uintptr_t)cuda);
-  file = temporary ? fopen(temporary, "wb") : NULL;
   good = file && fwrite(image, offsetof(moe__cuda_image, data), 1, file) == 1 &&
          fwrite(image->data, (size_t)image->bytes, 1, file) == 1;
   if (file) good = !fclose(file) && good && MOE__CUDA_RENAME(temporary, path);
@@ -508,7 +471,6 @@ static void moe__cuda_cache_write(const moe__cuda *cuda, moe__cuda_image *image,
     moe__cuda_fail(env, MOE_E_IO,
                    "cuda:%d: the cache file %s cannot be written; the next start compiles again",
                    (int)cuda->options.device, path);
-  free(temporary);
 }
 
 /* The architecture to compile for: the card's, or the highest below it that this NVRTC knows, as
@@ -543,17 +505,17 @@ static moe_status moe__cuda_compile_fail(const moe__cuda_nvrtc *rtc, void *progr
 static moe_status moe__cuda_compile(const moe__cuda_nvrtc *rtc, int ptx, moe__cuda_image *image,
                                     const moe_env *env) {
   char *source = moe__cuda_source((int)image->arch), option[48];
-  const char *options[2] = {option, "--std=c++11"}, *what = "nvrtcCreateProgram";
+  const char *options[2] = {option, "--std=c++11"}, *what = NULL;
   void *program = NULL;
   size_t bytes = 0;
   moe_status status = MOE_OK;
-  int error;
+  int error = 0;
   if (!source) return moe__cuda_fail(env, MOE_E_MEMORY, "cuda: no memory for the source");
   snprintf(option, sizeof option, "--gpu-architecture=%s_%d", ptx ? "compute" : "sm",
            (int)image->arch);
-  error = rtc->nvrtcCreateProgram(&program, source, "moe_cuda.cu", 0, NULL, NULL);
+  MOE__CUDA_TRY(rtc, nvrtcCreateProgram, (&program, source, "moe_cuda.cu", 0, NULL, NULL));
+  MOE__CUDA_TRY(rtc, nvrtcCompileProgram, (program, 2, options));
   free(source);
-  if (!error) what = "nvrtcCompileProgram", error = rtc->nvrtcCompileProgram(program, 2, options);
   if (!error) what = "taking the compiled kernels";
   if (!error) error = (ptx ? rtc->nvrtcGetPTXSize : rtc->nvrtcGetCUBINSize)(program, &bytes);
   if (!error) image->data = (char *)calloc(bytes + 1, 1);
@@ -568,20 +530,15 @@ static moe_status moe__cuda_compile(const moe__cuda_nvrtc *rtc, int ptx, moe__cu
 /* Gives the image to the driver and looks up its kernels. */
 static moe_status moe__cuda_module(moe__cuda *cuda, const moe__cuda_image *image,
                                    const moe_env *env) {
-#define MOE__CUDA_ROW(name, min_arch) {"moe_k_" #name, min_arch},
-  static const struct {
-    const char *name;
-    int min_arch;
-  } kernel[] = {MOE__CUDA_KERNELS(MOE__CUDA_ROW){NULL, 0}};
-#undef MOE__CUDA_ROW
   const moe__cuda_driver *cu = &cuda->driver;
-  const char *what = "cuModuleLoadData";
-  int error = cu->cuModuleLoadData(&cuda->module, image->data), i;
+  const char *what = NULL;
+  int error = 0, i;
+  MOE__CUDA_TRY(cu, cuModuleLoadData, (&cuda->module, image->data));
   if (error) cuda->module = NULL;
-  for (i = 0; !error && kernel[i].name; ++i) {
-    what = kernel[i].name;
+  for (i = 0; !error && i < MOE__K_COUNT; ++i) {
+    what = moe__cuda_kernel_list[i].name;
     cuda->kernel[i] = NULL;
-    if (kernel[i].min_arch <= (int)image->arch)
+    if (moe__cuda_kernel_list[i].min_arch <= (int)image->arch)
       error = cu->cuModuleGetFunction(&cuda->kernel[i], cuda->module, what);
   }
   cuda->arch = (int)image->arch;
@@ -621,13 +578,11 @@ static void *moe__cuda_find(const char *const *paths, const char *given, const m
   void *library = NULL;
   own = own > newest ? newest : own < MOE__CUDA_OLDEST ? MOE__CUDA_OLDEST : own;
   snprintf(path, 512, "%s", given ? given : "");
-  if (given) return MOE__CUDA_DLOPEN(given);
+  if (given) return (*at)++ ? NULL : MOE__CUDA_DLOPEN(given);
   while (paths[count]) ++count;
   for (; !library && *at < count * (newest - MOE__CUDA_OLDEST + 1); ++*at) {
     int turn = *at / count, older = own - MOE__CUDA_OLDEST;
-    const char *form = paths[*at % count], *mark = strstr(form, "%d");
-    snprintf(path, 512, "%.*s%d%s", (int)(mark - form), form,
-             turn <= older ? own - turn : own + turn - older, mark + 2);
+    snprintf(path, 512, paths[*at % count], turn <= older ? own - turn : own + turn - older);
     library = MOE__CUDA_DLOPEN(path);
   }
   return library;
@@ -637,22 +592,21 @@ static void *moe__cuda_find(const char *const *paths, const char *given, const m
 static moe_status moe__cuda_build(moe__cuda *cuda, moe__cuda_image *image, const moe_env *env) {
   const char *given = cuda->options.nvrtc;
   char path[512];
-  int at = 0, found = 0;
+  int at = 0;
+  void *library = moe__cuda_find(moe__cuda_nvrtc_paths, given, cuda, &at, path);
   moe_status status = MOE_E_UNSUPPORTED;
-  while (status && !(found && given)) {
-    void *library = moe__cuda_find(moe__cuda_nvrtc_paths, given, cuda, &at, path);
-    if (!library) break;
-    found = 1;
-    free(image->data);
-    image->data = NULL;
-    status = moe__cuda_build_with(cuda, library, path, image, env);
-    MOE__CUDA_DLCLOSE(library);
-  }
-  if (!found)
+  if (!library)
     moe__cuda_fail(env, status,
                    "cuda:%d: %s is not found: install NVRTC (pip install nvidia-cuda-nvrtc-cu12, "
                    "or CUDA's toolkit) and name it in moe_cuda_options.nvrtc or LD_LIBRARY_PATH",
                    (int)cuda->options.device, given ? given : "libnvrtc.so");
+  while (status && library) {
+    free(image->data);
+    image->data = NULL;
+    status = moe__cuda_build_with(cuda, library, path, image, env);
+    MOE__CUDA_DLCLOSE(library);
+    if (status) library = moe__cuda_find(moe__cuda_nvrtc_paths, given, cuda, &at, path);
+  }
   return status;
 }
 
@@ -664,7 +618,12 @@ static moe_status moe__cuda_kernels(moe__cuda *cuda, const moe_env *env) {
   moe_env silent = *env;
   moe_status status = MOE_E_IO;
   if (!source) return moe__cuda_fail(env, MOE_E_MEMORY, "cuda: no memory for the source");
-  image = moe__cuda_image_of(cuda, source);
+  memset(&image, 0, sizeof image);
+  memcpy(image.magic, "MOECUDA1", 8);
+  image.key = moe__cuda_hash(0xcbf29ce484222325u, source, strlen(source));
+  image.key = moe__cuda_hash(image.key, &cuda->card_arch, sizeof cuda->card_arch);
+  image.key = moe__cuda_hash(image.key, &cuda->options.ptx, sizeof cuda->options.ptx);
+  image.key = moe__cuda_hash(image.key, cuda->card, sizeof cuda->card);
   free(source);
   silent.log = NULL;
   if (cache && moe__cuda_cache_read(cache, &image))
@@ -834,13 +793,10 @@ static moe_status moe__cuda_zero(moe__cuda_queue *q, void *p, size_t bytes) {
    or gy 0: nothing to do. */
 static moe_status moe__cuda_launch(moe__cuda_queue *q, int kernel, uint32_t gx, uint32_t gy,
                                    uint32_t threads, void **args) {
-#define MOE__CUDA_TEXT(name, min_arch) "moe_k_" #name,
-  static const char *const name[] = {MOE__CUDA_KERNELS(MOE__CUDA_TEXT) NULL};
-#undef MOE__CUDA_TEXT
   moe__cuda *cuda = q->cuda;
   if (q->status || !gx || !gy) return q->status;
   moe__cuda_tally(cuda, &cuda->counts.launches);
-  return moe__cuda_note(q, name[kernel],
+  return moe__cuda_note(q, moe__cuda_kernel_list[kernel].name,
                         cuda->driver.cuLaunchKernel(cuda->kernel[kernel], gx, gy, 1, threads, 1, 1,
                                                     0, q->stream, args, NULL));
 }
@@ -854,6 +810,26 @@ static moe_status moe__cuda_run(moe__cuda_queue *q, int kernel, uint32_t gx, uin
 /* Blocks of `each` for n items; 0 for none. */
 static uint32_t moe__cuda_blocks(size_t n, size_t each) {
   return (uint32_t)((n + each - 1) / each);
+}
+
+/* Threshold and scale of dropout, as moe.h has them. */
+static unsigned moe__cuda_drop(float *scale, float p, const void *keys) {
+  *scale = 1.0f;
+  if (!keys || !(p > 0)) return 0;
+  *scale = 1.0f / (1.0f - p);
+  return (unsigned)((double)p * 4294967296.0);
+}
+
+/* The sizes and the dropout of an op of rows. */
+static moe_status moe__cuda_rows_check(const char *op, int32_t S, int32_t M, int32_t H,
+                                       float dropout, const moe_env *env) {
+  if (S < 0 || M < 0 || H < 0)
+    return moe__cuda_fail(env, MOE_E_ARGUMENT, "%s: S is %d, M is %d, H is %d, expected 0 or more",
+                          op, (int)S, (int)M, (int)H);
+  if (!(dropout >= 0 && dropout < 1))
+    return moe__cuda_fail(env, MOE_E_ARGUMENT, "%s: dropout is %g, expected 0 to below 1", op,
+                          (double)dropout);
+  return MOE_OK;
 }
 
 /* Unlocks a queue. A failure of a context's queue stays; the backend's own queue goes on unless the
@@ -1194,94 +1170,6 @@ MOE__CUDA_SOURCE(
 
 /* ---- linear layers; cuBLAS, the choice of the maker ---- >>cuda_products */
 
-/* C (m, n) = op(A) (m, k) op(B) (k, n), or C += ... where accumulate is 1; rows a_row, b_row and
-   c_row numbers apart. a_trans 1: A is stored as (k, m); b_trans 1: B is stored as (n, k). */
-typedef struct moe__cuda_gemm {
-  int32_t m, n, k;
-  const void *a, *b; /* float, or bf16 (2 bytes each) where bf16 is 1 */
-  size_t a_row, b_row;
-  int a_trans, b_trans, bf16, accumulate;
-  float *c;
-  size_t c_row;
-} moe__cuda_gemm;
-/* cuBLAS computes it on the queue's stream. m, n or k 0: nothing is done. */
-static moe_status moe__cuda_blas_gemm(moe__cuda_queue *q, const moe__cuda_gemm *g);
-/* 1: cuBLAS is to compute products of this kind: the option, or what was measured. `kind`: 0 y = x
-   w^T, 1 dx = dy w, 2 dw = dy^T x; m tokens, n outputs, k inputs of the layer. */
-static int moe__cuda_blas_serves(moe__cuda_queue *q, int kind, int32_t m, int32_t n, int32_t k);
-
-static moe_status moe__cuda_blas_fail(moe__cuda_queue *q, const char *what, int error) {
-  if (q->status) return q->status;
-  q->status = error == 3 ? MOE_E_MEMORY : MOE_E_IO; /* CUBLAS_STATUS_ALLOC_FAILED */
-  return moe__cuda_fail(&q->env, q->status,
-                        "cuda:%d: %s returned %d: use MOE_CUDA_MAKER_OWN, or another cuBLAS",
-                        (int)q->cuda->options.device, what, error);
-}
-
-/* cuBLAS's handle of a queue: default math modes, so that float32 is float32 unless TF32 is
-   wanted. Where the maker is free to choose, a failure leaves everything to our own kernels. */
-static moe_status moe__cuda_blas_open(moe__cuda_queue *q) {
-  const moe__cuda_cublas *blas = &q->cuda->cublas;
-  const char *what = "cublasCreate";
-  int error;
-  if (!q->cuda->cublas_library) return MOE_OK;
-  error = blas->cublasCreate_v2(&q->blas);
-  if (error) q->blas = NULL;
-  if (!error) what = "cublasSetStream", error = blas->cublasSetStream_v2(q->blas, q->stream);
-  if (!error) /* CUBLAS_TF32_TENSOR_OP_MATH, CUBLAS_DEFAULT_MATH */
-    what = "cublasSetMathMode", error = blas->cublasSetMathMode(q->blas, moe__cuda_tf32(q) ? 3 : 0);
-  if (error && q->blas) {
-    blas->cublasDestroy_v2(q->blas);
-    q->blas = NULL;
-  }
-  if (!error || q->cuda->options.maker == MOE_CUDA_MAKER_AUTO) return MOE_OK;
-  return moe__cuda_blas_fail(q, what, error);
-}
-
-/* cuBLAS counts columns first: it computes C^T = op(B)^T op(A)^T. */
-static moe_status moe__cuda_blas_gemm(moe__cuda_queue *q, const moe__cuda_gemm *g) {
-  const float one = 1, beta = g->accumulate ? 1.0f : 0.0f;
-  int type = g->bf16 ? 14 : 0;                           /* CUDA_R_16BF, CUDA_R_32F */
-  int compute = !g->bf16 && moe__cuda_tf32(q) ? 77 : 68; /* CUBLAS_COMPUTE_32F_FAST_TF32, _32F */
-  int error;
-  if (q->status || !g->m || !g->n || !g->k) return q->status;
-  if (!q->blas) return moe__cuda_blas_fail(q, "cublasGemmEx without cuBLAS", 1);
-  error = q->cuda->cublas.cublasGemmEx(q->blas, g->b_trans, g->a_trans, g->n, g->m, g->k, &one,
-                                       g->b, type, (int)g->b_row, g->a, type, (int)g->a_row, &beta,
-                                       g->c, 0, (int)g->c_row, compute, -1);
-  return error ? moe__cuda_blas_fail(q, "cublasGemmEx", error) : MOE_OK;
-}
-
-/* Sets want->blas by what was measured for the same layer and the nearest number of tokens, by
-   ratio, which is returned: 0 nothing was measured, 1 the very number. n 0: any layer. */
-static double moe__cuda_choose(moe__cuda *cuda, moe__cuda_choice *want) {
-  double nearest = 0;
-  int i;
-  MOE__CUDA_LOCK(&cuda->mutex);
-  for (i = 0; i < cuda->choices; ++i) {
-    const moe__cuda_choice *c = &cuda->choice[i];
-    double ratio = c->m < want->m ? (double)c->m / want->m : (double)want->m / c->m;
-    if (c->kind != want->kind || (want->n && c->n != want->n) || c->k != want->k ||
-        c->bf16 != want->bf16 || ratio <= nearest)
-      continue;
-    nearest = ratio;
-    want->blas = c->blas;
-  }
-  MOE__CUDA_UNLOCK(&cuda->mutex);
-  return nearest;
-}
-
-static int moe__cuda_blas_serves(moe__cuda_queue *q, int kind, int32_t m, int32_t n, int32_t k) {
-  moe__cuda *cuda = q->cuda;
-  moe__cuda_choice c = {0, 0, 0, 0, 0, 0};
-  if (q->blas && q->force >= 0) return q->force;
-  c.kind = kind, c.m = m, c.n = n, c.k = k, c.bf16 = q->env.precision == MOE_TYPE_BF16;
-  if (q->blas && cuda->options.maker == MOE_CUDA_MAKER_AUTO) moe__cuda_choose(cuda, &c);
-  if (q->blas && cuda->options.maker == MOE_CUDA_MAKER_CUBLAS) c.blas = 1;
-  moe__cuda_tally(cuda, c.blas ? &cuda->counts.cublas : &cuda->counts.own);
-  return c.blas;
-}
-
 MOE__CUDA_SHARED(
     product,
     /* Forms of a product: NT y = a w^T, NN y = a w, TN dw += a^T b. */
@@ -1299,10 +1187,10 @@ MOE__CUDA_SHARED(
       const float *b;     /* rows (., n), for the gradient of weights; NULL: db alone, n 1 */
       const int *a_order; /* row r of a group is a's row a_order[r] / top_k; NULL: r */
       const int *b_order;
-      const int *start;             /* (groups + 1) rows of each group; NULL: one group, all rows */
-      const moe__cuda_group *group; /* (groups); NULL: `one` */
+      const int *start;             /* (groups + 1) rows of each group; NULL: `one` has all rows */
+      const moe__cuda_group *group; /* (groups), with start */
       moe__cuda_group one;
-      const int *order;    /* with weight: slot of a row; its token is slot / top_k */
+      const int *order;    /* slot of a row; its token is slot / top_k. NULL: the row */
       const float *weight; /* of a slot; NULL: 1 */
       const float *pre;    /* (rows, n) input of GELU, on the way back through it */
       float *y;            /* (rows, n) */
@@ -1311,7 +1199,7 @@ MOE__CUDA_SHARED(
       float *part;         /* (pieces, groups, m n + m) where the rows are cut in pieces */
       int rows, groups, top_k, m, n, k;
       int accumulate; /* out: 1 adds */
-      int round;      /* fp32 kernels: 1 rounds the operands to bf16 */
+      int round;      /* f32 kernels: 1 rounds the operands to bf16 */
       int wide_a;     /* 1: rows of a, of b or w begin at multiples of 16 bytes */
       int wide_b, pieces;
     } moe__cuda_product;)
@@ -1326,122 +1214,226 @@ MOE__CUDA_SOURCE(
     } moe__d_rows;
 
     /* Where a block works: rows [i, i_end) and columns from j on of the output of group e, sums
-       over [k, k_end). */
+       over [k, k_end) of a and b. line: the thread's rows where they run along k, two of a and one
+       of b. */
     typedef struct moe__d_tile {
       moe__cuda_group group;
       int e, i, i_end, j, k, k_end;
+      moe__d_rows a, b;
+      const float *line[3];
     } moe__d_tile;
 
     /* Row r; NULL beyond the end. */
     __device__ static inline const float *moe__d_row(const moe__d_rows *x, int r) {
-      int slot;
+      int row = r;
       if (r >= x->end) return (const float *)0;
-      slot = x->order ? x->order[r] : r;
-      if (x->order && x->top_k > 1) slot /= x->top_k;
-      return x->at + (size_t)slot * (size_t)x->width;
+      if (x->order) row = x->top_k > 1 ? x->order[r] / x->top_k : x->order[r]; /* it is slow */
+      return x->at + (size_t)row * (size_t)x->width;
     }
 
     /* Tiles of 128 rows, group by group, without a list: the tiles of group e begin with number
-   start[e] / 128 + e. A few numbers stay unused. Returns 0 for them. */
-    __device__ static inline int moe__d_tile_rows(const moe__cuda_product *p, moe__d_tile *t,
-                                                  int tile) {
-      int low = 0, high = p->groups - 1;
-      t->e = 0;
+       start[e] / 128 + e. A few numbers stay unused: 0. */
+    __device__ static inline int moe__d_tile_rows(const moe__cuda_product *p, moe__d_tile *t) {
+      int tile = (int)blockIdx.x, high = p->groups - 1;
+      t->j = (int)blockIdx.y * 64;
+      t->k_end = p->k;
       t->i = tile * 128;
       t->i_end = p->rows;
       if (p->start) {
-        while (low < high) {
-          int middle = (low + high + 1) / 2;
+        while (t->e < high) {
+          int middle = (t->e + high + 1) / 2;
           if (p->start[middle] / 128 + middle <= tile)
-            low = middle;
+            t->e = middle;
           else
             high = middle - 1;
         }
-        t->e = low;
-        t->i = p->start[low] + (tile - p->start[low] / 128 - low) * 128;
-        t->i_end = p->start[low + 1];
+        t->i = p->start[t->e] + (tile - p->start[t->e] / 128 - t->e) * 128;
+        t->i_end = p->start[t->e + 1];
       }
       return t->i < t->i_end;
     }
 
     /* For the gradient of weights: group and piece from blockIdx.y, tile from blockIdx.x. */
     __device__ static inline int moe__d_tile_weights(const moe__cuda_product *p, moe__d_tile *t) {
-      int across = (p->n + 63) / 64, piece = (int)blockIdx.y % p->pieces, first = 0, rows = p->rows,
-          each;
+      int across = (p->n + 63) / 64, first = 0, last = p->rows, each;
       t->e = (int)blockIdx.y / p->pieces;
-      if (p->start) {
-        first = p->start[t->e];
-        rows = p->start[t->e + 1] - first;
-      }
+      if (p->start) first = p->start[t->e], last = p->start[t->e + 1];
       t->i = (int)blockIdx.x / across * 128;
       t->i_end = p->m;
       t->j = (int)blockIdx.x % across * 64;
-      each = ((rows + p->pieces - 1) / p->pieces + 15) / 16 * 16;
-      t->k = piece * each < rows ? first + piece * each : first + rows;
-      t->k_end = rows - piece * each < each ? first + rows : t->k + each;
-      return rows > 0;
+      each = ((last - first + p->pieces - 1) / p->pieces + 15) / 16 * 16;
+      t->k = first + (int)blockIdx.y % p->pieces * each;
+      t->k_end = t->k + each < last ? t->k + each : last;
+      return last > first;
     }
 
     /* Finds the work of a block; 0: there is none. */
-    __device__ static inline int moe__d_find(const moe__cuda_product *p, int form, moe__d_tile *t,
-                                             moe__d_rows *a, moe__d_rows *b) {
-      int work;
-      t->j = (int)blockIdx.y * 64;
-      t->k = 0;
-      t->k_end = p->k;
-      work = form == MOE__CUDA_TN ? moe__d_tile_weights(p, t)
-                                  : moe__d_tile_rows(p, t, (int)blockIdx.x);
-      t->group = p->group ? p->group[t->e] : p->one;
+    template <int form>
+    __device__ static inline int moe__d_find(const moe__cuda_product *p, moe__d_tile *t) {
+      int row = (int)threadIdx.x >> 1, work;
+      t->e = t->k = 0;
+      work = form == MOE__CUDA_TN ? moe__d_tile_weights(p, t) : moe__d_tile_rows(p, t);
+      t->group = p->start ? p->group[t->e] : p->one;
+      t->a = {p->a, p->a_order, p->top_k, t->i_end, p->k, p->wide_a};
+      t->b = {t->group.w, (const int *)0, 1, p->n, p->k, p->wide_b};
+      if (form == MOE__CUDA_NN) t->b.end = p->k, t->b.width = p->n;
       if (form == MOE__CUDA_TN) {
-        *a = {p->a, p->a_order, p->top_k, t->k_end, p->m, p->wide_a};
-        *b = {p->b ? p->b : p->a, p->b_order, p->top_k, t->k_end, p->n, p->wide_b};
+        t->a.end = t->k_end, t->a.width = p->m;
+        t->b = {p->b ? p->b : p->a, p->b_order, p->top_k, t->k_end, p->n, p->wide_b};
       } else {
-        *a = {p->a, p->a_order, p->top_k, t->i_end, p->k, p->wide_a};
-        *b = {t->group.w, 0, 1, p->n, p->k, p->wide_b};
-        if (form == MOE__CUDA_NN) b->end = p->k, b->width = p->n;
+        t->line[0] = moe__d_row(&t->a, t->i + row);
+        t->line[1] = moe__d_row(&t->a, t->i + 64 + row);
       }
+      if (form == MOE__CUDA_NT) t->line[2] = moe__d_row(&t->b, t->j + row);
       return work;
     })
 
 MOE__CUDA_SOURCE(
+    load, 0,
+    /* Shared memory of a step: 16 k of 128 rows of the output, then of 64 columns. Operands whose
+       rows run along k have two planes (R, 8), the others are (16, R). Column c of row r is at c ^
+       moe__d_turn, so that the rows of one load do not meet in a bank. */
+    __device__ static inline int moe__d_turn(int across, int r) {
+      return across ? (r >> 1 & 3) << 3 : r & 4;
+    }
+
+    /* Brings a side (R 128 or 64, from row or column `first` on) of the step from k on, zeros
+       beyond its ends. kind 0: through registers, x, loaded before the present step and stored
+       after it (`store` 1). Else by cp.async, in the background. */
+    template <int kind, int across, int R>
+    __device__ static inline void moe__d_load_side(float *s, moe__d_float4 *x, int store, int round,
+                                                   const moe__d_rows *from,
+                                                   const float *const *line, int first, int k) {
+      MOE_UNROLL for (int i = 0; i < R / 32; ++i) {
+        int at = (int)threadIdx.x + i * 128, c = across ? at % (R / 4) * 4 : (at & 1) * 4;
+        int row = across ? at / (R / 4) : i % (R / 64) * 64 + ((int)threadIdx.x >> 1);
+        int plane = across ? 0 : i / (R / 64), column = across ? first + c : k + plane * 8 + c;
+        float *to = s + (across ? row * R : (plane * R + row) * 8) + (c ^ moe__d_turn(across, row));
+        if (store) {
+          MOE_UNROLL for (int j = 0; j < 4 && round; ++j) x[i].v[j] = moe__d_bf16(x[i].v[j]);
+          *(moe__d_float4 *)(void *)to = x[i];
+        } else {
+          const float *p = across ? moe__d_row(from, k + row) : line[i % (R / 64)];
+          int count = p ? from->width - column : 0;
+          p = p ? p + column : from->at;
+          if (!kind)
+            x[i] = moe__d_load4(p, count, from->wide);
+          else if (from->wide)
+            moe__d_copy16(to, count > 0 ? p : from->at, count > 0 ? 16 : 0);
+          else
+            MOE_UNROLL for (int j = 0; j < 4; ++j)
+                moe__d_copy4(to + j, j < count ? p + j : from->at, j < count ? 4 : 0);
+        }
+      }
+    }
+
+    template <int form, int kind>
+    __device__ static inline void moe__d_load(const moe__cuda_product *p, const moe__d_tile *t,
+                                              float *s, int k, moe__d_float4 *x, int store) {
+      if (k < t->k_end) {
+        moe__d_load_side<kind, form == MOE__CUDA_TN, 128>(s, x, store, p->round, &t->a, t->line,
+                                                          t->i, k);
+        moe__d_load_side<kind, form != MOE__CUDA_NT, 64>(s + 2048, x + 4, store, p->round, &t->b,
+                                                         t->line + 2, t->j, k);
+      }
+      if (kind) moe__d_copy_commit();
+    })
+
+MOE__CUDA_SOURCE(
+    step, 0,
+    /* Element (i, j) of the 8 rows and 8 columns that a thread sums up: what mma.m16n8 wants. */
+    __device__ static inline int moe__d_element(int i, int j) {
+      return ((i >> 1) * 4 + (j >> 1)) * 4 + (i & 1) * 2 + (j & 1);
+    }
+
+    /* Row (R 128) or column (R 64) of the tile that is the thread's number i. */
+    __device__ static inline int moe__d_place(int kind, int across, int R, int i) {
+      int tid = (int)threadIdx.x, t = R == 128 ? tid >> 3 : tid & 7;
+      if (kind && R == 128) return (tid & 32) * 2 + (tid >> 2 & 7) + (i & 1) * 8 + (i >> 1) * 16;
+      if (kind) return (tid >> 6) * 32 + (tid & 3) * 2 + (i & 1) + (i >> 1) * 8;
+      return across ? t * 4 + (i & 3) + (i >> 2) * (R / 2) : t + i * (R / 8);
+    }
+
+    /* 4 k's of a side, for FMAs: x[i] has them for number i or, across, x[2 e + h] has numbers 4 h
+       to 4 h + 3 of k + e. */
+    template <int across, int R>
+    __device__ static inline void moe__d_take4(moe__d_float4 *x, const float *s, int k) {
+      MOE_UNROLL for (int i = 0; i < 8; ++i) {
+        int e = k + (i >> 1), row = moe__d_place(0, across, R, across ? (i & 1) * 4 : i);
+        int at = across ? e * R + (row ^ moe__d_turn(1, e))
+                        : ((k >> 3) * R + row) * 8 + ((k & 4) ^ moe__d_turn(0, row));
+        x[i] = *(const moe__d_float4 *)(const void *)(s + at);
+      }
+    }
+
+    /* sum += 16 k's, with FMAs. */
+    template <int form>
+    __device__ static inline void moe__d_step_f32(float *sum, const float *s) {
+      MOE_ROLL for (int k = 0; k < 16; k += 4) {
+        moe__d_float4 a[8], b[8];
+        moe__d_take4<form == MOE__CUDA_TN, 128>(a, s, k);
+        moe__d_take4<form != MOE__CUDA_NT, 64>(b, s + 2048, k);
+        MOE_UNROLL for (int n = 0; n < 256; ++n) {
+          int e = n >> 6, i = n >> 3 & 7, j = n & 7, at = moe__d_element(i, j);
+          float x = form == MOE__CUDA_TN ? a[2 * e + (i >> 2)].v[i & 3] : a[i].v[e];
+          float y = form != MOE__CUDA_NT ? b[2 * e + (j >> 2)].v[j & 3] : b[j].v[e];
+          sum[at] = fmaf(x, y, sum[at]);
+        }
+      }
+    }
+
+    /* Elements 2 q and 2 q + 1 of plane h of row (column) i of a side: the k's that a lane feeds.
+       The sum over k may take them in any order, if both sides do the same. */
+    template <int across, int R>
+    __device__ static inline moe__d_float2 moe__d_take2(const float *s, int h, int i, int q) {
+      moe__d_float2 x;
+      if (!across)
+        return *(const moe__d_float2 *)(const void *)(s + (h * R + i) * 8 +
+                                                      (q * 2 ^ moe__d_turn(0, i)));
+      x.v[0] = s[(h * 8 + q * 2) * R + (i ^ moe__d_turn(1, q * 2))];
+      x.v[1] = s[(h * 8 + q * 2 + 1) * R + (i ^ moe__d_turn(1, q * 2))];
+      return x;
+    })
+
+MOE__CUDA_SOURCE(
+    step_mma, 0,
+    /* sum += 16 k's of a warp (64, 32) on tensor cores: 4 tiles of 16 rows from row `wm`, 4 of 8
+       columns from column `wn` on. In TF32 these are two products of 8 k's. */
+    template <int form, int bf16>
+    __device__ static inline void moe__d_step_mma(float *sum, const float *s) {
+      int tid = (int)threadIdx.x, g = tid >> 2 & 7, q = tid & 3, wm = (tid & 32) * 2,
+          wn = (tid >> 6) * 32;
+      unsigned a[8], b[4][4];
+      MOE_UNROLL for (int j = 0; j < 4; ++j) MOE_UNROLL for (int h = 0; h < 2; ++h) {
+        moe__d_float2 x = moe__d_take2<form != MOE__CUDA_NT, 64>(s + 2048, h, wn + j * 8 + g, q);
+        b[j][bf16 ? h : 2 * h] = bf16 ? moe__d_bf16x2(x.v[0], x.v[1]) : moe__d_tf32(x.v[0]);
+        if (!bf16) b[j][2 * h + 1] = moe__d_tf32(x.v[1]);
+      }
+      MOE_UNROLL for (int i = 0; i < 4; ++i) {
+        MOE_UNROLL for (int n = 0; n < 4; ++n) {
+          int h = n >> 1, r = n & 1;
+          moe__d_float2 x =
+              moe__d_take2<form == MOE__CUDA_TN, 128>(s, h, wm + i * 16 + r * 8 + g, q);
+          a[bf16 ? n : 4 * h + r] = bf16 ? moe__d_bf16x2(x.v[0], x.v[1]) : moe__d_tf32(x.v[0]);
+          if (!bf16) a[4 * h + 2 + r] = moe__d_tf32(x.v[1]);
+        }
+        MOE_UNROLL for (int j = 0; j < 4; ++j) {
+          float *c = sum + (i * 4 + j) * 4;
+          if (bf16) {
+            moe__d_mma_bf16(c, a, b[j]);
+          } else {
+            moe__d_mma_tf32(c, a, b[j]);
+            moe__d_mma_tf32(c, a + 4, b[j] + 2);
+          }
+        }
+      }
+    })
+
+MOE__CUDA_SOURCE(
     finish, 0,
-    /* What the outputs of one row share. */
-    typedef struct moe__d_line {
-      size_t at; /* of the row, sorted by group */
-      size_t to; /* of its token */
-      float weight;
-    } moe__d_line;
-
-    __device__ static inline moe__d_line moe__d_line_of(const moe__cuda_product *p, int r) {
-      moe__d_line line;
-      int slot = p->order ? p->order[r] : r;
-      line.at = (size_t)r * (size_t)p->n;
-      line.to = (size_t)(p->order && p->top_k > 1 ? slot / p->top_k : slot) * (size_t)p->n;
-      line.weight = p->weight ? p->weight[slot] : 1.0f;
-      return line;
-    }
-
-    /* Column j of a row, from the sum v. Forward: y = v + bias, act = GELU(y), out = weight y. Back
-   through GELU: y = weight v GELU'(pre), act = weight GELU(pre). */
-    __device__ static inline void moe__d_finish(const moe__cuda_product *p, const moe__d_tile *t,
-                                                const moe__d_line *line, int j, float v) {
-      size_t at = line->at + (size_t)j, to = line->to + (size_t)j;
-      float slope;
-      if (j >= p->n) return;
-      if (t->group.bias) v += t->group.bias[j];
-      if (p->pre) {
-        float act = moe__d_gelu(p->pre[at], &slope);
-        v *= line->weight * slope;
-        p->act[at] = line->weight * act;
-      } else if (p->act)
-        p->act[at] = moe__d_gelu(v, &slope);
-      if (p->y) p->y[at] = v;
-      if (p->out) p->out[to] = p->accumulate ? fmaf(line->weight, v, p->out[to]) : line->weight * v;
-    }
-
     /* Element `at` of dw (m n) or, from m n on, of db (m) += v, or a piece of it. */
-    __device__ static inline void moe__d_finish_sum(const moe__cuda_product *p,
-                                                    const moe__d_tile *t, size_t at, float v) {
+    __device__ static inline void moe__d_add(const moe__cuda_product *p, const moe__d_tile *t,
+                                             size_t at, float v) {
       size_t weights = (size_t)p->m * (size_t)p->n, piece = blockIdx.y % (unsigned)p->pieces;
       float *to = at >= weights ? t->group.db + (at - weights) : t->group.dw + at;
       if (p->part)
@@ -1450,312 +1442,109 @@ MOE__CUDA_SOURCE(
         *to += v;
     }
 
-    __device__ static inline void moe__d_finish_weight(const moe__cuda_product *p,
-                                                       const moe__d_tile *t, int i, int j,
-                                                       float v) {
-      if (i < p->m && j < p->n && p->b && t->group.dw)
-        moe__d_finish_sum(p, t, (size_t)i * (size_t)p->n + (size_t)j, v);
+    /* Element `at` of the rows, `to` of the tokens, from the sum v of column j. Forward: y = v +
+       bias, act = GELU(y), out = weight y. Back through GELU: y = weight v GELU'(pre), act = weight
+       GELU(pre). */
+    __device__ static inline void moe__d_finish(const moe__cuda_product *p, const moe__d_tile *t,
+                                                size_t at, size_t to, float weight, int j,
+                                                float v) {
+      float slope;
+      if (t->group.bias) v += t->group.bias[j];
+      if (p->pre) {
+        float act = moe__d_gelu(p->pre[at], &slope);
+        v *= weight * slope;
+        p->act[at] = weight * act;
+      } else if (p->act)
+        p->act[at] = moe__d_gelu(v, &slope);
+      if (p->y) p->y[at] = v;
+      if (p->out) p->out[to] = p->accumulate ? fmaf(weight, v, p->out[to]) : weight * v;
     }
 
-    __device__ static inline void moe__d_finish_bias(const moe__cuda_product *p,
-                                                     const moe__d_tile *t, int i, float v) {
-      if (i < p->m) moe__d_finish_sum(p, t, (size_t)p->m * (size_t)p->n + (size_t)i, v);
-    }
-
-    /* Factor of row r in db. */
-    __device__ static inline float moe__d_row_weight(const moe__cuda_product *p, int r) {
-      return p->weight ? p->weight[p->order ? p->order[r] : r] : 1.0f;
-    })
-
-MOE__CUDA_SOURCE(
-    f32, 0,
-    /* What a thread carries to shared memory for a step of 8 k: 8 floats of a, 4 of b. */
-    typedef struct moe__d_load { moe__d_float4 a[2], b; } moe__d_load;
-
-    /* a_row, b_row: the thread's rows where rows run along k, else not used. */
-    __device__ static inline moe__d_load moe__d_f32_load(int form, const moe__d_tile *t,
-                                                         const moe__d_rows *a, const moe__d_rows *b,
-                                                         const float *a_row, const float *b_row,
-                                                         int k) {
-      moe__d_load x;
-      int tid = (int)threadIdx.x;
-      MOE_UNROLL for (int i = 0; i < 2; ++i) {
-        int c = form == MOE__CUDA_TN ? t->i + (tid & 31) * 4 : k + i * 4;
-        const float *row = form == MOE__CUDA_TN ? moe__d_row(a, k + (tid >> 5) + i * 4) : a_row;
-        x.a[i] = moe__d_load4(row ? row + c : a->at, row ? a->width - c : 0, a->wide);
-      }
-      {
-        int c = form == MOE__CUDA_NT ? k + (tid >> 6) * 4 : t->j + (tid & 15) * 4;
-        const float *row = form == MOE__CUDA_NT ? b_row : moe__d_row(b, k + (tid >> 4));
-        x.b = moe__d_load4(row ? row + c : b->at, row ? b->width - c : 0, b->wide);
-      }
-      return x;
-    }
-
-    /* Stores them: sa (8, 132) and sb (8, 68) hold the k's as rows. */
-    __device__ static inline void moe__d_f32_store(int form, float *sa, float *sb, moe__d_load *x,
-                                                   int round) {
-      int tid = (int)threadIdx.x;
-      if (round) {
-        MOE_UNROLL for (int i = 0; i < 8; ++i) x->a[i >> 2].v[i & 3] =
-            moe__d_bf16(x->a[i >> 2].v[i & 3]);
-        MOE_UNROLL for (int i = 0; i < 4; ++i) x->b.v[i] = moe__d_bf16(x->b.v[i]);
-      }
-      if (form == MOE__CUDA_TN) {
-        MOE_UNROLL for (int i = 0; i < 2; ++i) *
-            (moe__d_float4 *)(void *)(sa + ((tid >> 5) + i * 4) * 132 + (tid & 31) * 4) = x->a[i];
-      } else {
-        MOE_UNROLL for (int i = 0; i < 8; ++i) sa[i * 132 + tid] = x->a[i >> 2].v[i & 3];
-      }
-      if (form == MOE__CUDA_NT) {
-        MOE_UNROLL for (int i = 0; i < 4; ++i) sb[((tid >> 6) * 4 + i) * 68 + (tid & 63)] =
-            x->b.v[i];
-      } else
-        *(moe__d_float4 *)(void *)(sb + (tid >> 4) * 68 + (tid & 15) * 4) = x->b;
-    }
-
-    /* sum (8, 8) += 8 k's: rows 4 ty .. and 64 + 4 ty .., columns 4 tx .. and 32 + 4 tx .. */
-    __device__ static inline void moe__d_f32_step(float (*sum)[8], const float *sa,
-                                                  const float *sb) {
-      int tx = (int)threadIdx.x & 7, ty = (int)threadIdx.x >> 3;
-      MOE_UNROLL for (int k = 0; k < 8; ++k) {
-        moe__d_float4 a[2], b[2];
-        MOE_UNROLL for (int i = 0; i < 2; ++i) {
-          a[i] = *(const moe__d_float4 *)(const void *)(sa + k * 132 + i * 64 + ty * 4);
-          b[i] = *(const moe__d_float4 *)(const void *)(sb + k * 68 + i * 32 + tx * 4);
-        }
-        MOE_UNROLL for (int i = 0; i < 8; ++i) MOE_UNROLL for (int j = 0; j < 8; ++j) sum[i][j] =
-            fmaf(a[i >> 2].v[i & 3], b[j >> 2].v[j & 3], sum[i][j]);
-      }
-    })
-
-MOE__CUDA_SOURCE(
-    f32_product, 0,
-    /* A tile (128, 64) of any form, with 128 threads and two buffers in shared memory. */
-    __device__ static inline void moe__d_f32(const moe__cuda_product *p, int form) {
-      __shared__ __align__(16) float sa[2][8 * 132];
-      __shared__ __align__(16) float sb[2][8 * 68];
-      moe__d_tile t;
-      moe__d_rows a, b;
-      moe__d_load next;
-      float sum[8][8], bias = 0.0f;
-      int tid = (int)threadIdx.x, now = 0;
-      const float *a_row = (const float *)0, *b_row = (const float *)0;
-      if (!moe__d_find(p, form, &t, &a, &b)) return;
-      if (form != MOE__CUDA_TN) a_row = moe__d_row(&a, t.i + tid);
-      if (form == MOE__CUDA_NT) b_row = moe__d_row(&b, t.j + (tid & 63));
-      MOE_UNROLL for (int i = 0; i < 8; ++i) MOE_UNROLL for (int j = 0; j < 8; ++j) sum[i][j] =
-          0.0f;
-      next = moe__d_f32_load(form, &t, &a, &b, a_row, b_row, t.k);
-      moe__d_f32_store(form, sa[0], sb[0], &next, p->round);
-      MOE_SYNC();
-      for (int k = t.k; k < t.k_end; k += 8) {
-        if (k + 8 < t.k_end) next = moe__d_f32_load(form, &t, &a, &b, a_row, b_row, k + 8);
-        moe__d_f32_step(sum, sa[now], sb[now]);
-        if (form == MOE__CUDA_TN && t.j == 0 && t.group.db)
-          for (int i = 0; i < 8 && k + i < t.k_end; ++i)
-            bias = fmaf(sa[now][i * 132 + tid], moe__d_row_weight(p, k + i), bias);
-        now ^= 1;
-        if (k + 8 < t.k_end) moe__d_f32_store(form, sa[now], sb[now], &next, p->round);
-        MOE_SYNC();
-      }
+    /* Writes a tile. */
+    template <int form, int kind>
+    __device__ static inline void moe__d_write(const moe__cuda_product *p, const moe__d_tile *t,
+                                               const float *sum) {
+      size_t n = (size_t)p->n;
       MOE_UNROLL for (int i = 0; i < 8; ++i) {
-        int row = t.i + (i >> 2) * 64 + (tid >> 3) * 4 + (i & 3);
-        moe__d_line line;
-        if (row >= t.i_end) continue;
-        if (form != MOE__CUDA_TN) line = moe__d_line_of(p, row);
-        MOE_UNROLL for (int j = 0; j < 8; ++j) {
-          int column = t.j + (j >> 2) * 32 + (tid & 7) * 4 + (j & 3);
-          if (form == MOE__CUDA_TN)
-            moe__d_finish_weight(p, &t, row, column, sum[i][j]);
-          else
-            moe__d_finish(p, &t, &line, column, sum[i][j]);
-        }
-      }
-      if (form == MOE__CUDA_TN && t.j == 0 && t.group.db)
-        moe__d_finish_bias(p, &t, t.i + tid, bias);
-    }
-
-    /* y = x w^T. */
-    MOE_KERNEL(128) moe_k_f32_nt(moe__cuda_product p) { moe__d_f32(&p, MOE__CUDA_NT); }
-    /* dx = dy w. */
-    MOE_KERNEL(128) moe_k_f32_nn(moe__cuda_product p) { moe__d_f32(&p, MOE__CUDA_NN); }
-    /* dw += dy^T x. */
-    MOE_KERNEL(128) moe_k_f32_tn(moe__cuda_product p) { moe__d_f32(&p, MOE__CUDA_TN); })
-
-MOE__CUDA_SOURCE(
-    mma_load, 80,
-    /* Four floats to shared memory in the background: p[0 .. 3], zeros from p[count] on. `any` is
-       an address that may be named where nothing is read. */
-    __device__ static inline void moe__d_chunk(float *to, const float *p, int count, int wide,
-                                               const float *any) {
-      if (wide)
-        moe__d_copy16(to, count > 0 ? p : any, count > 0 ? 16 : 0);
-      else
-        MOE_UNROLL for (int i = 0; i < 4; ++i)
-            moe__d_copy4(to + i, i < count ? p + i : any, i < count ? 4 : 0);
-    }
-
-    /* A step of 16 k of one side, R rows or columns of the output (128 of a, 64 of b), by 128
-       threads. Rows along k (t NULL in `along`): two planes (R, 8), so that no two rows of a load
-       meet in a bank. Rows along the output: (16, R), column c of row k at c ^ moe__d_turn(k). */
-    __device__ static inline int moe__d_turn(int k) { return (k >> 1 & 3) << 3; }
-
-    /* rows: the thread's two rows, tid / 2 and 64 + tid / 2 of the tile. */
-    __device__ static inline void moe__d_mma_along(float *to, int R, const moe__d_rows *x,
-                                                   const float *const *rows, int k) {
-      int tid = (int)threadIdx.x;
-      MOE_UNROLL for (int i = 0; i < R / 32; ++i) {
-        int half = i % (R / 64), plane = i / (R / 64), c = k + plane * 8 + (tid & 1) * 4;
-        const float *row = rows[half];
-        moe__d_chunk(to + (plane * R + half * 64 + (tid >> 1)) * 8 + (tid & 1) * 4,
-                     row ? row + c : x->at, row ? x->width - c : 0, x->wide, x->at);
-      }
-    }
-
-    __device__ static inline void moe__d_mma_across(float *to, int R, const moe__d_rows *x,
-                                                    int first, int k) {
-      int tid = (int)threadIdx.x;
-      MOE_UNROLL for (int i = 0; i < R / 32; ++i) {
-        int at = tid + i * 128, row = at / (R / 4), c = at % (R / 4) * 4;
-        const float *p = moe__d_row(x, k + row);
-        moe__d_chunk(to + row * R + (c ^ moe__d_turn(row)), p ? p + first + c : x->at,
-                     p ? x->width - first - c : 0, x->wide, x->at);
-      }
-    }
-
-    /* Elements 2 q and 2 q + 1 of plane h of row (column) i of a side: the k's that a lane feeds.
-       The sum over k may take them in any order, if both sides do the same. */
-    __device__ static inline moe__d_float2 moe__d_mma_take(const float *s, int R, int across, int h,
-                                                           int i, int q) {
-      moe__d_float2 x;
-      if (!across) return *(const moe__d_float2 *)(const void *)(s + (h * R + i) * 8 + q * 2);
-      x.v[0] = s[(h * 8 + q * 2) * R + (i ^ q << 3)];
-      x.v[1] = s[(h * 8 + q * 2 + 1) * R + (i ^ q << 3)];
-      return x;
-    })
-
-MOE__CUDA_SOURCE(
-    mma_step, 80,
-    /* sum (4, 4, 4) of a warp += 16 k's: 4 tiles of 16 rows from row `wm` of sa (16 k of 128 rows),
-       4 tiles of 8 columns from column `wn` of sb (16 k of 64 columns). In TF32 these are two
-       products of 8 k's. */
-    __device__ static inline void moe__d_mma_step(float (*sum)[4][4], const float *sa,
-                                                  const float *sb, int form, int bf16, int wm,
-                                                  int wn) {
-      int g = (int)threadIdx.x >> 2 & 7, q = (int)threadIdx.x & 3;
-      unsigned a[8], b[4][4];
-      MOE_UNROLL for (int j = 0; j < 4; ++j) MOE_UNROLL for (int h = 0; h < 2; ++h) {
-        moe__d_float2 x = moe__d_mma_take(sb, 64, form != MOE__CUDA_NT, h, wn + j * 8 + g, q);
-        b[j][bf16 ? h : 2 * h] = bf16 ? moe__d_bf16x2(x.v[0], x.v[1]) : moe__d_tf32(x.v[0]);
-        if (!bf16) b[j][2 * h + 1] = moe__d_tf32(x.v[1]);
-      }
-      MOE_UNROLL for (int i = 0; i < 4; ++i) {
-        MOE_UNROLL for (int n = 0; n < 4; ++n) {
-          int h = n >> 1, r = n & 1;
-          moe__d_float2 x =
-              moe__d_mma_take(sa, 128, form == MOE__CUDA_TN, h, wm + i * 16 + r * 8 + g, q);
-          a[bf16 ? n : 4 * h + r] = bf16 ? moe__d_bf16x2(x.v[0], x.v[1]) : moe__d_tf32(x.v[0]);
-          if (!bf16) a[4 * h + 2 + r] = moe__d_tf32(x.v[1]);
-        }
-        MOE_UNROLL for (int j = 0; j < 4; ++j) {
-          if (bf16) {
-            moe__d_mma_bf16(sum[i][j], a, b[j]);
-          } else {
-            moe__d_mma_tf32(sum[i][j], a, b[j]);
-            moe__d_mma_tf32(sum[i][j], a + 4, b[j] + 2);
-          }
-        }
-      }
-    }
-
-    /* Starts the copies of a step from k on into a stage: 2048 floats of a, then 1024 of b. */
-    __device__ static inline void moe__d_mma_copy(float *stage, int form, const moe__d_tile *t,
-                                                  const moe__d_rows *a, const moe__d_rows *b,
-                                                  const float *const *rows, int k) {
-      if (k < t->k_end) {
-        if (form == MOE__CUDA_TN)
-          moe__d_mma_across(stage, 128, a, t->i, k);
-        else
-          moe__d_mma_along(stage, 128, a, rows, k);
-        if (form == MOE__CUDA_NT)
-          moe__d_mma_along(stage + 2048, 64, b, rows + 2, k);
-        else
-          moe__d_mma_across(stage + 2048, 64, b, t->j, k);
-      }
-      moe__d_copy_commit();
-    })
-
-MOE__CUDA_SOURCE(
-    mma_product, 80,
-    /* Writes a tile: lane (g, q) has rows g and g + 8, columns 2 q and 2 q + 1 of a (16, 8). */
-    __device__ static inline void moe__d_mma_finish(const moe__cuda_product *p,
-                                                    const moe__d_tile *t, int form,
-                                                    float (*sum)[4][4], int wm, int wn) {
-      int g = (int)threadIdx.x >> 2 & 7, q = (int)threadIdx.x & 3;
-      MOE_UNROLL for (int i = 0; i < 8; ++i) {
-        int row = t->i + wm + (i >> 1) * 16 + (i & 1) * 8 + g;
-        moe__d_line line;
+        int row = t->i + moe__d_place(kind, form == MOE__CUDA_TN, 128, i), slot = row;
+        float weight = 1.0f;
         if (row >= t->i_end) continue;
-        if (form != MOE__CUDA_TN) line = moe__d_line_of(p, row);
+        if (form != MOE__CUDA_TN && p->order) slot = p->order[row];
+        if (form != MOE__CUDA_TN && p->weight) weight = p->weight[slot];
         MOE_UNROLL for (int j = 0; j < 8; ++j) {
-          int column = t->j + wn + (j >> 1) * 8 + q * 2 + (j & 1);
-          float v = sum[i >> 1][j >> 1][(i & 1) * 2 + (j & 1)];
-          if (form == MOE__CUDA_TN)
-            moe__d_finish_weight(p, t, row, column, v);
-          else
-            moe__d_finish(p, t, &line, column, v);
+          int column = t->j + moe__d_place(kind, form != MOE__CUDA_NT, 64, j);
+          size_t at = (size_t)row * n + (size_t)column;
+          float v = sum[moe__d_element(i, j)];
+          if (column >= p->n) continue;
+          if (form != MOE__CUDA_TN)
+            moe__d_finish(p, t, at, (size_t)(slot / p->top_k) * n + (size_t)column, weight, column,
+                          v);
+          else if (t->group.dw)
+            moe__d_add(p, t, at, v);
         }
       }
-    }
+    })
 
-    /* A tile (128, 64) of any form on tensor cores: 4 warps of (64, 32), a ring of 3 stages. */
-    __device__ static inline void moe__d_mma(const moe__cuda_product *p, int form, int bf16) {
-      __shared__ __align__(16) float s[3][3072];
+MOE__CUDA_SOURCE(
+    products, 0,
+    /* A tile (128, 64) of a form by 128 threads. kind 0: FMAs, a step ahead in registers; 1 TF32,
+       2 bf16: mma, two steps ahead by cp.async. */
+    template <int form, int kind>
+    __device__ static inline void moe__d_product(const moe__cuda_product *p) {
+      enum { AHEAD = kind ? 2 : 1 };
+      __shared__ __align__(16) float s[AHEAD + 1][3072];
       moe__d_tile t;
-      moe__d_rows a, b;
-      const float *rows[3];
-      float sum[4][4][4], bias = 0.0f;
-      int tid = (int)threadIdx.x, wm = (tid >> 5 & 1) * 64, wn = (tid >> 6) * 32, stage = 0;
-      if (!moe__d_find(p, form, &t, &a, &b)) return;
-      rows[0] = form != MOE__CUDA_TN ? moe__d_row(&a, t.i + (tid >> 1)) : (const float *)0;
-      rows[1] = form != MOE__CUDA_TN ? moe__d_row(&a, t.i + 64 + (tid >> 1)) : (const float *)0;
-      rows[2] = form == MOE__CUDA_NT ? moe__d_row(&b, t.j + (tid >> 1)) : (const float *)0;
-      MOE_UNROLL for (int i = 0; i < 64; ++i) sum[i >> 4][i >> 2 & 3][i & 3] = 0.0f;
-      moe__d_mma_copy(s[0], form, &t, &a, &b, rows, t.k);
-      moe__d_mma_copy(s[1], form, &t, &a, &b, rows, t.k + 16);
+      moe__d_float4 x[6];
+      float sum[64], db = 0.0f;
+      int tid = (int)threadIdx.x, now = 0;
+      if (!moe__d_find<form>(p, &t)) return;
+      MOE_UNROLL for (int i = 0; i < 64; ++i) sum[i] = 0.0f;
+      MOE_UNROLL for (int i = 0; i < AHEAD; ++i) {
+        moe__d_load<form, kind>(p, &t, s[i], t.k + 16 * i, x, 0);
+        if (!kind) moe__d_load<form, kind>(p, &t, s[i], t.k, x, 1);
+      }
       for (int k = t.k; k < t.k_end; k += 16) {
-        moe__d_copy_wait1();
+        float *next = s[now ? now - 1 : (int)AHEAD];
+        if (kind) moe__d_copy_wait1();
         MOE_SYNC();
-        moe__d_mma_copy(s[stage ? stage - 1 : 2], form, &t, &a, &b, rows, k + 32);
-        moe__d_mma_step(sum, s[stage], s[stage] + 2048, form, bf16, wm, wn);
+        moe__d_load<form, kind>(p, &t, next, k + 16 * AHEAD, x, 0);
+        if (kind)
+          moe__d_step_mma<form, kind == 2>(sum, s[now]);
+        else
+          moe__d_step_f32<form>(sum, s[now]);
         if (form == MOE__CUDA_TN && t.j == 0 && t.group.db)
           for (int i = 0; i < 16 && k + i < t.k_end; ++i)
-            bias =
-                fmaf(s[stage][i * 128 + (tid ^ moe__d_turn(i))], moe__d_row_weight(p, k + i), bias);
-        stage = stage == 2 ? 0 : stage + 1;
+            db = fmaf(s[now][i * 128 + (tid ^ moe__d_turn(1, i))],
+                      p->weight ? p->weight[p->order ? p->order[k + i] : k + i] : 1.0f, db);
+        if (!kind) moe__d_load<form, kind>(p, &t, next, k + 16, x, 1);
+        now = now == AHEAD ? 0 : now + 1;
       }
-      moe__d_mma_finish(p, &t, form, sum, wm, wn);
-      if (form == MOE__CUDA_TN && t.j == 0 && t.group.db)
-        moe__d_finish_bias(p, &t, t.i + tid, bias);
-    })
+      moe__d_write<form, kind>(p, &t, sum);
+      if (form == MOE__CUDA_TN && t.j == 0 && t.group.db && t.i + tid < p->m)
+        moe__d_add(p, &t, (size_t)p->m * (size_t)p->n + (size_t)(t.i + tid), db);
+    }
+
+    /* y = x w^T, dx = dy w, dw += dy^T x. */
+    MOE_KERNEL(128) moe_k_f32_nt(moe__cuda_product p) {
+      moe__d_product<MOE__CUDA_NT, 0>(&p);
+    } MOE_KERNEL(128) moe_k_f32_nn(moe__cuda_product p) {
+      moe__d_product<MOE__CUDA_NN, 0>(&p);
+    } MOE_KERNEL(128) moe_k_f32_tn(moe__cuda_product p) { moe__d_product<MOE__CUDA_TN, 0>(&p); })
 
 MOE__CUDA_SOURCE(
-    mma_kernels, 80,
-
-    /* y = x w^T in TF32. */
-    MOE_KERNEL(128) moe_k_tf32_nt(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_NT, 0); }
-    /* dx = dy w in TF32. */
-    MOE_KERNEL(128) moe_k_tf32_nn(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_NN, 0); }
-    /* dw += dy^T x in TF32. */
-    MOE_KERNEL(128) moe_k_tf32_tn(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_TN, 0); }
-
-    /* y = x w^T in bf16. */
-    MOE_KERNEL(128) moe_k_bf16_nt(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_NT, 1); }
-    /* dx = dy w in bf16. */
-    MOE_KERNEL(128) moe_k_bf16_nn(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_NN, 1); }
-    /* dw += dy^T x in bf16. */
-    MOE_KERNEL(128) moe_k_bf16_tn(moe__cuda_product p) { moe__d_mma(&p, MOE__CUDA_TN, 1); })
+    products_mma, 80,
+    /* The same in TF32 and in bf16. */
+    MOE_KERNEL(128) moe_k_tf32_nt(moe__cuda_product p) {
+      moe__d_product<MOE__CUDA_NT, 1>(&p);
+    } MOE_KERNEL(128) moe_k_tf32_nn(moe__cuda_product p) {
+      moe__d_product<MOE__CUDA_NN, 1>(&p);
+    } MOE_KERNEL(128) moe_k_tf32_tn(moe__cuda_product p) {
+      moe__d_product<MOE__CUDA_TN, 1>(&p);
+    } MOE_KERNEL(128) moe_k_bf16_nt(moe__cuda_product p) {
+      moe__d_product<MOE__CUDA_NT, 2>(&p);
+    } MOE_KERNEL(128) moe_k_bf16_nn(moe__cuda_product p) {
+      moe__d_product<MOE__CUDA_NN, 2>(&p);
+    } MOE_KERNEL(128) moe_k_bf16_tn(moe__cuda_product p) { moe__d_product<MOE__CUDA_TN, 2>(&p); })
 
 MOE__CUDA_SOURCE(
     pieces, 0,
@@ -1763,321 +1552,315 @@ MOE__CUDA_SOURCE(
     MOE_KERNEL(256) moe_k_pieces(moe__cuda_product p) {
       size_t weights = (size_t)p.m * (size_t)p.n, floats = weights + (size_t)p.m,
              i = (size_t)blockIdx.x * 256 + threadIdx.x, e = blockIdx.y;
-      moe__cuda_group group = p.group ? p.group[e] : p.one;
-      float sum = 0.0f, *to = i >= weights ? group.db : p.b ? group.dw : (float *)0;
-      if (i >= floats || !to) return;
-      if (p.start && p.start[e] >= p.start[e + 1]) return;
+      moe__cuda_group group = p.start ? p.group[e] : p.one;
+      float sum = 0.0f, *to = i >= weights ? group.db : group.dw;
+      if (i >= floats || !to || (p.start && p.start[e] == p.start[e + 1])) return;
       for (int piece = 0; piece < p.pieces; ++piece)
         sum += p.part[((size_t)piece * (size_t)p.groups + e) * floats + i];
       to[i < weights ? i : i - weights] += sum;
-    })
+    }
 
-MOE__CUDA_SOURCE(
-    blas, 0,
     /* Copies n floats as bf16: cuBLAS takes no others. */
     MOE_KERNEL(256) moe_k_to_bf16(unsigned short *to, const float *from, unsigned long long n) {
       unsigned long long i = (unsigned long long)blockIdx.x * 256 + threadIdx.x;
       if (i < n) to[i] = (unsigned short)(__float_as_uint(moe__d_bf16(from[i])) >> 16);
     }
 
-    /* y = x + bias (n) and act = GELU(y) of row blockIdx.x. x may be y or act. NULL: none. */
-    MOE_KERNEL(256) moe_k_bias(float *y, float *act, const float *x, const float *bias, int n) {
+    /* After cuBLAS: y += bias (n), act = GELU(y) of row blockIdx.x. y NULL: act holds it so far. */
+    MOE_KERNEL(256) moe_k_bias(moe__cuda_product p) {
       int j = (int)(blockIdx.y * 256 + threadIdx.x);
-      size_t at = (size_t)blockIdx.x * (size_t)n + (size_t)j;
+      size_t at = (size_t)blockIdx.x * (size_t)p.n + (size_t)j;
       float slope, v;
-      if (j >= n) return;
-      v = x[at] + (bias ? bias[j] : 0.0f);
-      if (act) act[at] = moe__d_gelu(v, &slope);
-      if (y) y[at] = v;
+      if (j >= p.n) return;
+      v = (p.y ? p.y : p.act)[at] + (p.one.bias ? p.one.bias[j] : 0.0f);
+      if (p.act) p.act[at] = moe__d_gelu(v, &slope);
+      if (p.y) p.y[at] = v;
     })
-
-/* The host. */
 
 /* 1: rows of `width` floats from p on begin at multiples of 16 bytes. */
 static int moe__cuda_wide(const void *p, int32_t width) {
   return width % 4 == 0 && ((uintptr_t)p & 15) == 0;
 }
 
-static int moe__cuda_int_min(int a, int b) { return a < b ? a : b; }
-
-/* The gradient of weights has few tiles and long sums: on a large card its rows are cut, so that
-   about 256 blocks work, with 256 rows of an average group in each. */
-static int moe__cuda_pieces(const moe__cuda_product *p, size_t tiles) {
-  size_t floats = (size_t)p->m * ((size_t)p->n + 1) * (size_t)p->groups;
-  int pieces = moe__cuda_int_min((int)(256 / (tiles ? tiles : 1)), p->rows / p->groups / 256);
-  pieces = moe__cuda_int_min(pieces, 8);
-  if (floats > ((size_t)1 << 26) / 8) pieces = 1;
-  return pieces < 1 ? 1 : pieces;
-}
-
-/* The kernels of a form: tensor cores in bf16 or, where it is asked for, in TF32; else FMAs, whose
-   operands are rounded to bf16 where the card has no units for it. */
-static int moe__cuda_product_kernel(moe__cuda_queue *q, const moe_env *env, int form, int *round) {
-  int bf16 = env->precision == MOE_TYPE_BF16, tensor = q->cuda->arch >= 80;
-  *round = bf16 && !tensor;
-  if (tensor && bf16) return MOE__K_bf16_nt + form;
-  if (tensor && moe__cuda_tf32(q)) return MOE__K_tf32_nt + form;
-  return MOE__K_f32_nt + form;
-}
-
-/* Runs a product, all fields but round, wide_a and pieces filled in; wide_b tells of the weights'
-   addresses and becomes that of the whole operand. */
-static moe_status moe__cuda_product_run(moe__cuda_queue *q, const moe_env *env, int form,
-                                        moe__cuda_product *p) {
-  int kernel = moe__cuda_product_kernel(q, env, form, &p->round);
-  size_t columns,
-      tiles = p->start ? (size_t)p->rows / 128 + (size_t)p->groups : ((size_t)p->rows + 127) / 128;
-  moe_status status;
-  void *arg = p;
+/* Runs a product with our own kernels: on tensor cores in bf16 or, where it is asked for, in TF32;
+   else with FMAs, whose operands are rounded to bf16 where the card has no units for it. All fields
+   but round, wide_a, pieces and part are filled in; wide_b is that of the weights' addresses. */
+static moe_status moe__cuda_product_run(moe__cuda_queue *q, int form, moe__cuda_product *p) {
+  int bf16 = q->env.precision == MOE_TYPE_BF16, tensor = q->cuda->arch >= 80,
+      tn = form == MOE__CUDA_TN, kernel = moe__cuda_tf32(q) ? MOE__K_tf32_nt : MOE__K_f32_nt;
+  uint32_t columns = moe__cuda_blocks((size_t)p->n, 64), tiles, groups = (uint32_t)p->groups;
+  size_t sums = (size_t)p->m * ((size_t)p->n + 1);
+  if (tensor && bf16) kernel = MOE__K_bf16_nt;
+  p->round = bf16 && !tensor;
   p->pieces = 1;
-  p->part = NULL;
-  if (form == MOE__CUDA_TN && !p->b) p->n = 1;
-  columns = ((size_t)p->n + 63) / 64;
-  p->wide_a = moe__cuda_wide(p->a, form == MOE__CUDA_TN ? p->m : p->k);
-  if (form != MOE__CUDA_TN) {
+  p->wide_a = moe__cuda_wide(p->a, tn ? p->m : p->k);
+  if (!tn) {
     p->wide_b = p->wide_b && (form == MOE__CUDA_NT ? p->k : p->n) % 4 == 0;
-    return moe__cuda_launch(q, kernel, (uint32_t)tiles, (uint32_t)columns, 128, &arg);
+    tiles = (uint32_t)p->rows / 128 + groups;
+    return moe__cuda_run(q, kernel + form, tiles, columns, 128, p);
   }
   p->wide_b = p->b && moe__cuda_wide(p->b, p->n);
-  tiles = ((size_t)p->m + 127) / 128 * columns;
-  p->pieces = moe__cuda_pieces(p, tiles * (size_t)p->groups);
-  if (p->pieces > 1) {
-    size_t floats = (size_t)p->pieces * (size_t)p->groups * (size_t)p->m * ((size_t)p->n + 1);
-    p->part = (float *)moe__cuda_scratch(q, floats * sizeof(float));
-  }
-  status =
-      moe__cuda_launch(q, kernel, (uint32_t)tiles, (uint32_t)(p->groups * p->pieces), 128, &arg);
-  if (status || p->pieces == 1) return status;
-  return moe__cuda_launch(q, MOE__K_pieces,
-                          (uint32_t)(((size_t)p->m * ((size_t)p->n + 1) + 255) / 256),
-                          (uint32_t)p->groups, 256, &arg);
+  tiles = moe__cuda_blocks((size_t)p->m, 128) * columns;
+  /* few tiles and long sums: up to 8 pieces, so that a large card has 256 blocks at most, with 256
+     rows of an average group in each at least */
+  while (p->pieces < 8 && tiles * groups * (uint32_t)(p->pieces + 1) <= 256 &&
+         p->rows / p->groups / 256 > p->pieces)
+    ++p->pieces;
+  if (p->pieces > 1)
+    p->part = (float *)moe__cuda_scratch(q, (size_t)p->pieces * groups * sums * sizeof(float));
+  moe__cuda_run(q, kernel + form, tiles, groups * (uint32_t)p->pieces, 128, p);
+  if (p->pieces == 1) return q->status;
+  return moe__cuda_run(q, MOE__K_pieces, moe__cuda_blocks(sums, 256), groups, 256, p);
 }
 
-/* A product by cuBLAS, its operands rounded to bf16 on their way where env.precision says so. */
-static moe_status moe__cuda_blas_product(moe__cuda_queue *q, const moe_env *env,
-                                         moe__cuda_gemm *g) {
-  size_t count[2];
-  const void **operand[2];
+static moe_status moe__cuda_blas_fail(moe__cuda_queue *q, const char *what, int error) {
+  if (q->status) return q->status;
+  q->status = error == 3 ? MOE_E_MEMORY : MOE_E_IO; /* CUBLAS_STATUS_ALLOC_FAILED */
+  return moe__cuda_fail(&q->env, q->status,
+                        "cuda:%d: %s returned %d: use MOE_CUDA_MAKER_OWN, or another cuBLAS",
+                        (int)q->cuda->options.device, what, error);
+}
+
+/* cuBLAS's handle of a queue: default math modes, so that float32 is float32 unless TF32 is
+   wanted. Where the maker is free to choose, a failure leaves everything to our own kernels. */
+static moe_status moe__cuda_blas_open(moe__cuda_queue *q) {
+  const moe__cuda_cublas *blas = &q->cuda->cublas;
+  const char *what = NULL;
+  int error = 0;
+  if (!q->cuda->cublas_library) return MOE_OK;
+  MOE__CUDA_TRY(blas, cublasCreate_v2, (&q->blas));
+  if (error) q->blas = NULL;
+  MOE__CUDA_TRY(blas, cublasSetStream_v2, (q->blas, q->stream));
+  /* CUBLAS_TF32_TENSOR_OP_MATH, CUBLAS_DEFAULT_MATH */
+  MOE__CUDA_TRY(blas, cublasSetMathMode, (q->blas, moe__cuda_tf32(q) ? 3 : 0));
+  if (!error) return MOE_OK;
+  if (q->blas) blas->cublasDestroy_v2(q->blas);
+  q->blas = NULL;
+  return q->cuda->options.maker == MOE_CUDA_MAKER_AUTO ? MOE_OK
+                                                       : moe__cuda_blas_fail(q, what, error);
+}
+
+/* n floats as bf16, in scratch. */
+static const void *moe__cuda_to_bf16(moe__cuda_queue *q, const float *from, size_t n) {
+  unsigned long long count = n;
+  void *to = moe__cuda_scratch(q, n * 2), *args[3];
+  args[0] = &to, args[1] = (void *)&from, args[2] = &count;
+  moe__cuda_launch(q, MOE__K_to_bf16, moe__cuda_blocks(n, 256), 1, 256, args);
+  return to;
+}
+
+/* The product of a linear layer by cuBLAS, which counts columns first and so computes the
+   transposed one, with operands rounded to bf16 where env.precision says so. */
+static moe_status moe__cuda_product_blas(moe__cuda_queue *q, int form, moe__cuda_product *p) {
+  int tn = form == MOE__CUDA_TN, nt = form == MOE__CUDA_NT, error;
+  int bf16 = q->env.precision == MOE_TYPE_BF16, type = bf16 ? 14 : 0; /* CUDA_R_16BF, CUDA_R_32F */
+  int compute = !bf16 && moe__cuda_tf32(q) ? 77 : 68; /* CUBLAS_COMPUTE_32F_FAST_TF32, _32F */
+  int m = tn ? p->m : p->rows, k = tn ? p->rows : p->k, a_row = tn ? m : k, b_row = nt ? k : p->n;
+  const float one = 1, beta = tn || p->accumulate ? 1.0f : 0.0f;
+  const void *a = p->a, *b = tn ? p->b : p->one.w;
+  float *c = tn ? p->one.dw : !nt ? p->out : p->y ? p->y : p->act;
+  if (bf16) {
+    a = moe__cuda_to_bf16(q, p->a, (size_t)m * (size_t)k);
+    b = moe__cuda_to_bf16(q, (const float *)b, (size_t)k * (size_t)p->n);
+  }
+  if (q->status) return q->status;
+  error = q->cuda->cublas.cublasGemmEx(q->blas, nt, tn, p->n, m, k, &one, b, type, b_row, a, type,
+                                       a_row, &beta, c, 0, p->n, compute, -1);
+  if (error) return moe__cuda_blas_fail(q, "cublasGemmEx", error);
+  if (!nt || (!p->one.bias && !p->act)) return MOE_OK;
+  return moe__cuda_run(q, MOE__K_bias, (uint32_t)m, moe__cuda_blocks((size_t)p->n, 256), 256, p);
+}
+
+/* Sets want->blas by what was measured for the same layer and the nearest number of tokens, by
+   ratio, which is returned: 0 nothing was measured, 1 the very number. n 0: any layer. */
+static double moe__cuda_choose(moe__cuda *cuda, moe__cuda_choice *want) {
+  double nearest = 0;
   int i;
-  count[0] = (size_t)g->m * (size_t)g->k;
-  count[1] = (size_t)g->k * (size_t)g->n;
-  operand[0] = &g->a;
-  operand[1] = &g->b;
-  g->bf16 = env->precision == MOE_TYPE_BF16;
-  for (i = 0; i < 2 && g->bf16; ++i) {
-    unsigned long long n = count[i];
-    void *to = moe__cuda_scratch(q, count[i] * 2), *args[3];
-    args[0] = &to;
-    args[1] = (void *)operand[i];
-    args[2] = &n;
-    moe__cuda_launch(q, MOE__K_to_bf16, (uint32_t)((n + 255) / 256), 1, 256, args);
-    *operand[i] = to;
+  MOE__CUDA_LOCK(&cuda->mutex);
+  for (i = 0; i < cuda->choices; ++i) {
+    const moe__cuda_choice *c = &cuda->choice[i];
+    double ratio = c->m < want->m ? (double)c->m / want->m : (double)want->m / c->m;
+    if (c->form != want->form || (want->n && c->n != want->n) || c->k != want->k ||
+        c->bf16 != want->bf16 || ratio <= nearest)
+      continue;
+    nearest = ratio;
+    want->blas = c->blas;
   }
-  return moe__cuda_blas_gemm(q, g);
+  MOE__CUDA_UNLOCK(&cuda->mutex);
+  return nearest;
 }
 
-/* One of the three products of a linear layer by cuBLAS: y, dx or dw. */
-static moe_status moe__cuda_linear_blas(moe__cuda_queue *q, const moe_env *env,
-                                        const moe_linear_op *op, int form) {
-  moe__cuda_gemm g;
-  moe_status status;
-  memset(&g, 0, sizeof g);
-  g.m = form == MOE__CUDA_TN ? op->w.rows : op->M;
-  g.n = form == MOE__CUDA_NT ? op->w.rows : op->w.cols;
-  g.k = form == MOE__CUDA_NT ? op->w.cols : form == MOE__CUDA_NN ? op->w.rows : op->M;
-  g.a = form == MOE__CUDA_NT ? op->x : op->dy;
-  g.a_row = (size_t)(form == MOE__CUDA_NT ? op->w.cols : op->w.rows);
-  g.a_trans = form == MOE__CUDA_TN;
-  g.b = form == MOE__CUDA_TN ? (const void *)op->x : op->w.data;
-  g.b_row = (size_t)op->w.cols;
-  g.b_trans = form == MOE__CUDA_NT;
-  g.c = form == MOE__CUDA_NT ? (op->y ? op->y : op->act) : form == MOE__CUDA_NN ? op->dx : op->dw;
-  g.c_row = (size_t)g.n;
-  g.accumulate = form == MOE__CUDA_TN || (form == MOE__CUDA_NN && !op->overwrite);
-  status = moe__cuda_blas_product(q, env, &g);
-  if (!status && form == MOE__CUDA_NT && (op->b || op->act)) {
-    float *y = op->y, *act = op->act, *x = g.c;
-    const float *bias = op->b;
-    int n = g.n;
-    void *args[5];
-    args[0] = &y, args[1] = &act, args[2] = &x, args[3] = &bias, args[4] = &n;
-    status = moe__cuda_launch(q, MOE__K_bias, (uint32_t)g.m, ((uint32_t)n + 255) / 256, 256, args);
-  }
-  return status;
+/* 1: cuBLAS is to compute y, dx or dw (by form) of m tokens, n outputs and k inputs. */
+static int moe__cuda_blas_serves(moe__cuda_queue *q, int form, int32_t m, int32_t n, int32_t k) {
+  moe__cuda *cuda = q->cuda;
+  moe__cuda_choice c = {0, 0, 0, 0, 0, 0};
+  if (q->blas && q->force >= 0) return q->force;
+  c.form = form, c.m = m, c.n = n, c.k = k, c.bf16 = q->env.precision == MOE_TYPE_BF16;
+  if (q->blas && cuda->options.maker == MOE_CUDA_MAKER_AUTO) moe__cuda_choose(cuda, &c);
+  if (q->blas && cuda->options.maker == MOE_CUDA_MAKER_CUBLAS) c.blas = 1;
+  moe__cuda_tally(cuda, c.blas ? &cuda->counts.cublas : &cuda->counts.own);
+  return c.blas;
 }
 
-/* One of them by the kernels of this file. dw_too 0: db alone. */
-static moe_status moe__cuda_linear_own(moe__cuda_queue *q, const moe_env *env,
-                                       const moe_linear_op *op, int form, int dw_too) {
+/* One of the three products of a linear layer: y, dx, or dw and db. */
+static moe_status moe__cuda_linear_part(moe__cuda_queue *q, const moe_linear_op *op, int form) {
+  int32_t rows = op->w.rows, cols = op->w.cols;
   moe__cuda_product p;
   memset(&p, 0, sizeof p);
   p.groups = p.top_k = 1;
   p.rows = op->M;
   p.one.w = (const float *)op->w.data;
   p.wide_b = moe__cuda_wide(p.one.w, 4);
-  if (form == MOE__CUDA_NT) {
-    p.a = op->x, p.one.bias = op->b;
-    p.y = op->y, p.act = op->act;
-    p.n = op->w.rows, p.k = op->w.cols;
-  } else if (form == MOE__CUDA_NN) {
-    p.a = op->dy, p.out = op->dx;
-    p.n = op->w.cols, p.k = op->w.rows;
-    p.accumulate = !op->overwrite;
-  } else {
-    p.a = op->dy, p.one.db = op->db;
-    p.b = dw_too ? op->x : NULL;
-    p.one.dw = op->dw;
-    p.m = op->w.rows, p.n = op->w.cols;
+  p.a = form == MOE__CUDA_NT ? op->x : op->dy;
+  p.n = form == MOE__CUDA_NT ? rows : cols;
+  p.k = form == MOE__CUDA_NT ? cols : rows;
+  if (form == MOE__CUDA_NT) p.one.bias = op->b, p.y = op->y, p.act = op->act;
+  if (form == MOE__CUDA_NN) p.out = op->dx, p.accumulate = !op->overwrite;
+  if (form == MOE__CUDA_TN) p.m = rows, p.b = op->x, p.one.dw = op->dw, p.one.db = op->db;
+  if ((form != MOE__CUDA_TN || op->dw) && moe__cuda_blas_serves(q, form, op->M, rows, cols)) {
+    moe__cuda_product_blas(q, form, &p);
+    if (!p.one.db) return q->status;
+    p.one.dw = NULL;
   }
-  return moe__cuda_product_run(q, env, form, &p);
-}
-
-/* Who computes y, dx or dw, and does it. */
-static moe_status moe__cuda_linear_part(moe__cuda_queue *q, const moe_env *env,
-                                        const moe_linear_op *op, int form) {
-  int blas = op->M > 0 && op->w.rows > 0 && op->w.cols > 0 && (form != MOE__CUDA_TN || op->dw) &&
-             moe__cuda_blas_serves(q, form, op->M, op->w.rows, op->w.cols);
-  moe_status status;
-  if (!blas) return moe__cuda_linear_own(q, env, op, form, op->dw != NULL && op->w.cols > 0);
-  status = moe__cuda_linear_blas(q, env, op, form);
-  if (!status && form == MOE__CUDA_TN && op->db) status = moe__cuda_linear_own(q, env, op, form, 0);
-  return status;
+  if (!p.one.dw) p.b = NULL, p.n = form == MOE__CUDA_TN ? 1 : p.n;
+  return moe__cuda_product_run(q, form, &p);
 }
 
 /* Slot: y = x W^T + b, act = GELU(y); dx += dy W, dw += dy^T x, db += sums of dy. */
 static moe_status moe__cuda_linear(const moe_backend *b, const moe_env *env,
                                    const moe_linear_op *op, int back) {
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
-  moe_status status = MOE_OK;
-  if (op->M < 0 || op->w.rows < 0 || op->w.cols < 0)
+  if (op->M < 0 || op->w.rows < 1 || op->w.cols < 1)
     return moe__cuda_fail(env, MOE_E_ARGUMENT,
-                          "cuda: linear: M is %d, w is (%d, %d), expected no size below 0",
+                          "cuda: linear: M is %d, w is (%d, %d), expected sizes of 1 or more",
                           (int)op->M, (int)op->w.rows, (int)op->w.cols);
   if (op->w.type != MOE_TYPE_F32 || op->w.layout != MOE_LAYOUT_ROWS)
     return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
                           "cuda: linear: w is int8, bf16 or packed, expected float weights in rows "
                           "layout");
-  if (!back) return moe__cuda_linear_part(q, env, op, MOE__CUDA_NT);
-  if (op->dx) status = moe__cuda_linear_part(q, env, op, MOE__CUDA_NN);
-  if (!status && (op->dw || op->db)) status = moe__cuda_linear_part(q, env, op, MOE__CUDA_TN);
-  return status;
+  if (op->M == 0) return MOE_OK;
+  if (!back) return moe__cuda_linear_part(q, op, MOE__CUDA_NT);
+  if (op->dx) moe__cuda_linear_part(q, op, MOE__CUDA_NN);
+  if (op->dw || op->db) moe__cuda_linear_part(q, op, MOE__CUDA_TN);
+  return q->status;
 }
 
 /* ---- expert feed-forward networks, grouped ---- >>cuda_experts */
 
+MOE__CUDA_SHARED(
+    combine, typedef struct moe__cuda_combine {
+      float *to;             /* (M, H) or, for dweight, (M, top_k) */
+      const float *rows;     /* (R, H) of each choice, sorted by expert */
+      const float *dy;       /* (M, H), for dweight */
+      const float *weight;   /* (M, top_k); NULL: 1 */
+      const int *order;      /* (R) slot of a row */
+      int *place;            /* (M, top_k) row of a slot */
+      int R, top_k, H, only; /* only 1: there is one expert */
+      int accumulate;
+    } moe__cuda_combine;)
+
 MOE__CUDA_SOURCE(
     experts, 0,
     /* place[slot] = row, for order[row] = slot. */
-    MOE_KERNEL(256) moe_k_place(int *place, const int *order, int rows) {
+    MOE_KERNEL(256) moe_k_place(moe__cuda_combine p) {
       int row = (int)(blockIdx.x * 256 + threadIdx.x);
-      if (row < rows) place[order[row]] = row;
+      if (row < p.R) p.place[p.order[row]] = row;
     }
 
     /* Token blockIdx.x of y (M, H) is, or with accumulate += , the sum over its choices, in order,
-       of weight times the choice's row (R, H) [TaG] Eq. 2, 6. weight NULL: 1. */
-    MOE_KERNEL(128) moe_k_combine(float *y, const float *rows, const int *place,
-                                  const float *weight, int top_k, int H, int accumulate) {
-      size_t slot = (size_t)blockIdx.x * (size_t)top_k, h = (size_t)blockIdx.y * 128 + threadIdx.x;
-      float *to = y + (size_t)blockIdx.x * (size_t)H + h, sum;
-      if (h >= (size_t)H) return;
-      sum = accumulate ? *to : 0.0f;
-      for (int j = 0; j < top_k; ++j, ++slot)
-        sum = fmaf(weight ? weight[slot] : 1.0f, rows[(size_t)place[slot] * (size_t)H + h], sum);
+       of weight times the choice's row [TaG] Eq. 2, 6. */
+    MOE_KERNEL(128) moe_k_combine(moe__cuda_combine p) {
+      size_t slot = (size_t)blockIdx.x * (size_t)p.top_k, H = (size_t)p.H,
+             h = (size_t)blockIdx.y * 128 + threadIdx.x;
+      float *to = p.to + (size_t)blockIdx.x * H + h, sum;
+      if (h >= H) return;
+      sum = p.accumulate ? *to : 0.0f;
+      for (int j = 0; j < p.top_k; ++j, ++slot)
+        sum = fmaf(p.weight ? p.weight[slot] : 1.0f, p.rows[(size_t)p.place[slot] * H + h], sum);
       *to = sum;
     }
 
-    /* dweight of a slot = dy of its token . e of its row, a warp for each of the `rows` rows (R,
-       H). alone: there is one expert; where all its weights are 1 they are constant, and dweight is
-       0. */
-    MOE_KERNEL(128) moe_k_dweight(float *dweight, const float *dy, const float *e, const int *order,
-                                  const float *weight, int rows, int top_k, int H, int alone) {
-      int lane = (int)threadIdx.x & 31, row = (int)blockIdx.x * 4 + ((int)threadIdx.x >> 5),
-          constant = alone;
+    /* dweight of a slot = dy of its token . its row, a warp a row. Where all weights of an only
+       expert are 1 they are constant, and dweight is 0. */
+    MOE_KERNEL(128) moe_k_dweight(moe__cuda_combine p) {
+      int lane = (int)threadIdx.x & 31, row = (int)blockIdx.x * 4 + ((int)threadIdx.x >> 5), slot,
+          constant = p.only;
       float sum = 0.0f;
-      if (row >= rows) return;
-      if (alone)
-        for (int i = lane; i < rows; i += 32)
-          if (!(weight[i] >= 1.0f && weight[i] <= 1.0f)) constant = 0;
+      if (row >= p.R) return;
+      for (int i = lane; constant && i < p.R; i += 32)
+        constant = p.weight[i] >= 1.0f && p.weight[i] <= 1.0f;
       constant = __all_sync(0xffffffffu, constant);
-      {
-        int slot = order[row];
-        const float *a = dy + (size_t)(slot / top_k) * (size_t)H, *b = e + (size_t)row * (size_t)H;
-        for (int h = lane; h < H; h += 32) sum = fmaf(a[h], b[h], sum);
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-        if (lane == 0) dweight[slot] = constant ? 0.0f : sum;
-      }
+      slot = p.order[row];
+      for (int h = lane; h < p.H; h += 32)
+        sum = fmaf(p.dy[(size_t)(slot / p.top_k) * (size_t)p.H + (size_t)h],
+                   p.rows[(size_t)row * (size_t)p.H + (size_t)h], sum);
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (lane == 0) p.to[slot] = constant ? 0.0f : sum;
     })
 
-/* The host. */
-
 /* An op, and what its products share. Scratch of R = M k rows, sorted by expert: a (R, F) output of
-   GELU, d (R, F) gradient of its input in backward, rows (R, H) of each choice, place (R). */
+   GELU, d (R, F) gradient of its input in backward, e (R, H) of each choice, place (R). */
 typedef struct moe__cuda_experts_job {
   const moe_experts_op *op;
   moe__cuda_queue *q;
-  const moe_env *env;
-  int32_t M, k, rows;
+  moe_routes r; /* of the op; without routes its arrays are NULL */
+  int32_t rows;
   float *a, *d, *e;
   int *place;
-  moe__cuda_group in[MOE_MAX_EXPERTS], out[MOE_MAX_EXPERTS];
-  const moe__cuda_group *in_there, *out_there; /* on the card; NULL: one expert */
-  int wide;                                    /* all weights begin at multiples of 16 bytes */
+  int wide;                                  /* all weights begin at multiples of 16 bytes */
+  moe__cuda_group layer[2][MOE_MAX_EXPERTS]; /* in, out */
+  void *there[2];                            /* on the card; NULL: no routes */
 } moe__cuda_experts_job;
 
-static int moe__cuda_experts_is_float(const moe_mat *w) {
-  return !w->data || (w->type == MOE_TYPE_F32 && w->layout == MOE_LAYOUT_ROWS);
-}
-
-/* The tables of weights or, in backward, of weights and gradients. */
+/* The tables of weights and, in backward, of gradients. */
 static moe_status moe__cuda_experts_tables(moe__cuda_experts_job *job, int back) {
   const moe_experts_op *op = job->op;
-  size_t bytes = (size_t)op->N * sizeof(moe__cuda_group);
+  const moe_mat *in_out[2] = {op->in, op->out};
+  const float *const *w[2] = {op->w_in, op->w_out}, *const * bias[2] = {op->b_in, op->b_out};
+  float *const *dw[2] = {op->d_in, op->d_out}, *const * db[2] = {op->d_b_in, op->d_b_out};
   int32_t i;
-  job->wide = 1;
-  for (i = 0; i < op->N; ++i) {
-    moe__cuda_group *in_i = &job->in[i], *out_i = &job->out[i];
-    memset(in_i, 0, sizeof *in_i);
-    memset(out_i, 0, sizeof *out_i);
-    if (!moe__cuda_experts_is_float(&op->in[i]) || !moe__cuda_experts_is_float(&op->out[i]))
-      return moe__cuda_fail(job->env, MOE_E_UNSUPPORTED,
+  for (i = 0; i < 2 * op->N; ++i) {
+    int l = i % 2, e = i / 2;
+    moe__cuda_group *group = &job->layer[l][e];
+    const moe_mat *mat = &in_out[l][e];
+    if (mat->data && (mat->type != MOE_TYPE_F32 || mat->layout != MOE_LAYOUT_ROWS))
+      return moe__cuda_fail(&job->q->env, MOE_E_UNSUPPORTED,
                             "cuda: experts: weights of expert %d are int8, bf16 or packed, "
                             "expected float weights in rows layout",
-                            (int)i);
-    in_i->w = back && op->w_in ? op->w_in[i] : (const float *)op->in[i].data;
-    out_i->w = back && op->w_out ? op->w_out[i] : (const float *)op->out[i].data;
-    if (!moe__cuda_wide(in_i->w, 4) || !moe__cuda_wide(out_i->w, 4)) job->wide = 0;
-    if (!back && op->b_in) in_i->bias = op->b_in[i];
-    if (!back && op->b_out) out_i->bias = op->b_out[i];
-    if (back && op->d_in) in_i->dw = op->d_in[i];
-    if (back && op->d_b_in) in_i->db = op->d_b_in[i];
-    if (back && op->d_out) out_i->dw = op->d_out[i];
-    if (back && op->d_b_out) out_i->db = op->d_b_out[i];
+                            e);
+    memset(group, 0, sizeof *group);
+    group->w = back && w[l] ? w[l][e] : (const float *)mat->data;
+    job->wide = job->wide && moe__cuda_wide(group->w, 4);
+    if (!back && bias[l]) group->bias = bias[l][e];
+    if (back && dw[l]) group->dw = dw[l][e];
+    if (back && db[l]) group->db = db[l][e];
   }
-  if (!op->routes) return MOE_OK;
-  job->in_there = (const moe__cuda_group *)moe__cuda_upload_args(job->q, job->in, bytes);
-  job->out_there = (const moe__cuda_group *)moe__cuda_upload_args(job->q, job->out, bytes);
+  for (i = 0; i < 2 && job->r.start; ++i)
+    job->there[i] =
+        moe__cuda_upload_args(job->q, job->layer[i], (size_t)op->N * sizeof(moe__cuda_group));
   return job->q->status;
 }
 
-static moe_status moe__cuda_experts_job_make(moe__cuda_experts_job *job, const moe_backend *b,
-                                             const moe_env *env, const moe_experts_op *op,
-                                             int back) {
-  const moe_routes *r = op->routes;
+static moe_status moe__cuda_experts_begin(moe__cuda_experts_job *job, const moe_experts_op *op,
+                                          int back) {
   size_t rows;
+  memset(&job->r, 0, sizeof job->r);
+  job->r.M = op->M, job->r.N = job->r.k = 1;
+  if (op->routes) job->r = *op->routes;
   job->op = op;
-  job->q = moe__cuda_queue_of(b, env);
-  job->env = env;
-  job->M = r ? r->M : op->M;
-  job->k = r ? r->k : 1;
-  job->in_there = job->out_there = NULL;
-  if (op->N < 1 || op->N > MOE_MAX_EXPERTS || (r ? r->N != op->N : op->N != 1) || job->k < 1 ||
-      job->M < 0 || job->M > INT32_MAX / job->k || op->H < 0 || op->F < 0)
-    return moe__cuda_fail(
-        env, MOE_E_ARGUMENT,
-        "cuda: experts: M is %d, k %d, N %d, H %d and F %d, expected the N of the "
-        "routes, 1 to %d, and no size below 0",
-        (int)job->M, (int)job->k, (int)op->N, (int)op->H, (int)op->F, MOE_MAX_EXPERTS);
-  job->rows = job->M * job->k;
+  job->wide = 1;
+  job->there[0] = job->there[1] = NULL;
+  if (op->N < 1 || op->N > MOE_MAX_EXPERTS || job->r.N != op->N || job->r.k < 1 || job->r.M < 0 ||
+      job->r.M > INT32_MAX / job->r.k || op->H < 1 || op->F < 1)
+    return moe__cuda_fail(&job->q->env, MOE_E_ARGUMENT,
+                          "cuda: experts: M is %d, k %d, N %d, H %d and F %d, expected the N of "
+                          "the routes, 1 to %d, and sizes of 1 or more",
+                          (int)job->r.M, (int)job->r.k, (int)op->N, (int)op->H, (int)op->F,
+                          MOE_MAX_EXPERTS);
+  if (back && job->r.M > 0 && (!op->pre || (!op->e && op->dweight && op->N > 1)))
+    return moe__cuda_fail(&job->q->env, MOE_E_ARGUMENT,
+                          "cuda: experts: pre or e is NULL, expected those of forward");
+  job->rows = job->r.M * job->r.k;
   rows = (size_t)job->rows;
   job->a = op->scratch;
   job->d = job->a + rows * (size_t)op->F;
@@ -2086,149 +1869,130 @@ static moe_status moe__cuda_experts_job_make(moe__cuda_experts_job *job, const m
   return moe__cuda_experts_tables(job, back);
 }
 
-/* What the products of both layers share: in 1, the first. */
-static moe__cuda_product moe__cuda_experts_product(const moe__cuda_experts_job *job, int in) {
+/* A product of layer 0, in, or 1, out, whose rows have the routes' weights. */
+static moe__cuda_product moe__cuda_experts_product(const moe__cuda_experts_job *job, int layer) {
   moe__cuda_product p;
   memset(&p, 0, sizeof p);
-  p.rows = job->rows;
-  p.groups = job->op->N;
-  p.top_k = job->k;
-  p.group = in ? job->in_there : job->out_there;
-  p.one = in ? job->in[0] : job->out[0];
-  p.start = job->op->routes ? job->op->routes->start : NULL;
+  p.rows = job->rows, p.groups = job->op->N, p.top_k = job->r.k;
+  p.start = job->r.start;
+  p.group = (const moe__cuda_group *)job->there[layer];
+  p.one = job->layer[layer][0];
+  p.order = job->r.order;
+  if (layer) p.weight = job->r.weight;
+  p.n = layer ? job->op->H : job->op->F;
+  p.k = layer ? job->op->F : job->op->H;
   p.wide_b = job->wide;
   return p;
 }
 
-/* Token sums of the choices' rows in e. */
-static moe_status moe__cuda_experts_combine(moe__cuda_experts_job *job, float *y, const float *rows,
-                                            const float *weight, int accumulate) {
-  const int32_t *order = job->op->routes->order;
-  int n = job->rows, k = job->k, H = job->op->H;
-  void *place[3], *combine[7];
-  moe_status status;
-  place[0] = &job->place, place[1] = &order, place[2] = &n;
-  status = moe__cuda_launch(job->q, MOE__K_place, ((uint32_t)n + 255) / 256, 1, 256, place);
-  combine[0] = &y, combine[1] = &rows, combine[2] = &job->place, combine[3] = &weight;
-  combine[4] = &k, combine[5] = &H, combine[6] = &accumulate;
-  if (status) return status;
-  return moe__cuda_launch(job->q, MOE__K_combine, (uint32_t)job->M, ((uint32_t)H + 127) / 128, 128,
-                          combine);
+/* Sums of the choices' rows. */
+static moe_status moe__cuda_experts_combine(const moe__cuda_experts_job *job, float *to,
+                                            const float *rows, const float *weight,
+                                            int accumulate) {
+  moe__cuda_combine c;
+  memset(&c, 0, sizeof c);
+  c.to = to, c.rows = rows, c.weight = weight, c.accumulate = accumulate;
+  c.order = job->r.order, c.place = job->place;
+  c.R = job->rows, c.top_k = job->r.k, c.H = job->op->H;
+  moe__cuda_run(job->q, MOE__K_place, moe__cuda_blocks((size_t)c.R, 256), 1, 256, &c);
+  return moe__cuda_run(job->q, MOE__K_combine, (uint32_t)job->r.M,
+                       moe__cuda_blocks((size_t)c.H, 128), 128, &c);
 }
 
 /* a = GELU(W_in x + b_in), e = W_out a + b_out, y = the sum of weight e. With one choice of each
    token the second product writes y itself. */
-static moe_status moe__cuda_experts_forward(moe__cuda_experts_job *job) {
+static moe_status moe__cuda_experts_forward(const moe__cuda_experts_job *job) {
   const moe_experts_op *op = job->op;
-  const moe_routes *r = op->routes;
   float *e = op->e ? op->e : job->e;
-  moe__cuda_product p = moe__cuda_experts_product(job, 1);
-  moe_status status;
-  p.a = op->x;
-  p.a_order = r ? r->order : NULL;
-  p.n = op->F, p.k = op->H;
+  moe__cuda_product p = moe__cuda_experts_product(job, 0);
+  p.a = op->x, p.a_order = job->r.order;
   p.y = op->pre, p.act = job->a;
-  status = moe__cuda_product_run(job->q, job->env, MOE__CUDA_NT, &p);
-  if (status) return status;
-  p = moe__cuda_experts_product(job, 0);
+  moe__cuda_product_run(job->q, MOE__CUDA_NT, &p);
+  p = moe__cuda_experts_product(job, 1);
   p.a = job->a;
-  p.n = op->H, p.k = op->F;
-  p.y = r ? (job->k > 1 ? e : op->e) : NULL;
-  if (job->k == 1) {
-    p.out = op->y;
-    p.order = r ? r->order : NULL;
-    p.weight = r ? r->weight : NULL;
-  }
-  status = moe__cuda_product_run(job->q, job->env, MOE__CUDA_NT, &p);
-  if (status || job->k == 1) return status;
-  return moe__cuda_experts_combine(job, op->y, e, r->weight, 0);
+  p.y = job->r.k > 1 ? e : op->e;
+  if (job->r.k == 1) p.out = op->y;
+  moe__cuda_product_run(job->q, MOE__CUDA_NT, &p);
+  return job->r.k == 1 ? job->q->status
+                       : moe__cuda_experts_combine(job, op->y, e, job->r.weight, 0);
 }
 
 /* dweight = dy . e; 0 where the only expert has the constant weight 1. */
-static moe_status moe__cuda_experts_dweight(moe__cuda_experts_job *job) {
+static void moe__cuda_experts_dweight(const moe__cuda_experts_job *job) {
   const moe_experts_op *op = job->op;
-  const moe_routes *r = op->routes;
-  float *dweight = op->dweight;
-  int rows = job->rows, k = job->k, H = op->H, alone = op->N == 1;
-  void *args[9];
-  if (!dweight) return MOE_OK;
-  if (!r || !op->e) return moe__cuda_zero(job->q, dweight, (size_t)rows * sizeof *dweight);
-  args[0] = &dweight, args[1] = (void *)&op->dy, args[2] = (void *)&op->e;
-  args[3] = (void *)&r->order, args[4] = (void *)&r->weight, args[5] = &rows;
-  args[6] = &k, args[7] = &H, args[8] = &alone;
-  return moe__cuda_launch(job->q, MOE__K_dweight, ((uint32_t)rows + 3) / 4, 1, 128, args);
+  moe__cuda_combine c;
+  memset(&c, 0, sizeof c);
+  c.to = op->dweight, c.rows = op->e, c.dy = op->dy, c.weight = job->r.weight,
+  c.order = job->r.order;
+  c.R = job->rows, c.top_k = job->r.k, c.H = op->H, c.only = op->N == 1;
+  if (c.order && c.rows)
+    moe__cuda_run(job->q, MOE__K_dweight, moe__cuda_blocks((size_t)c.R, 4), 1, 128, &c);
+  else
+    moe__cuda_zero(job->q, c.to, (size_t)c.R * sizeof(float));
 }
 
-/* dw and db of a layer: in 1, d^T x; in 0, (weight dy)^T a, whose a holds the weight already. */
-static moe_status moe__cuda_experts_weights(moe__cuda_experts_job *job, int in) {
+/* dw and db of a layer: d^T x, or (weight dy)^T a, whose a holds the weight already. */
+static void moe__cuda_experts_weights(const moe__cuda_experts_job *job, int layer) {
   const moe_experts_op *op = job->op;
-  const moe_routes *r = op->routes;
-  moe__cuda_product p = moe__cuda_experts_product(job, in);
-  int any = in ? op->d_in || op->d_b_in : op->d_out || op->d_b_out;
-  if (!any) return MOE_OK;
-  p.a = in ? job->d : op->dy;
-  p.b = in ? op->x : job->a;
-  if (!op->H || !op->F) p.b = NULL;
-  p.m = in ? op->F : op->H;
-  p.n = in ? op->H : op->F;
-  if (r && in) p.b_order = r->order;
-  if (r && !in) p.a_order = p.order = r->order, p.weight = r->weight;
-  return moe__cuda_product_run(job->q, job->env, MOE__CUDA_TN, &p);
+  moe__cuda_product p = moe__cuda_experts_product(job, layer);
+  p.m = p.n, p.n = p.k;
+  p.a = layer ? op->dy : job->d;
+  p.b = layer ? job->a : op->x;
+  if (layer)
+    p.a_order = job->r.order;
+  else
+    p.b_order = job->r.order;
+  if (layer ? op->d_out || op->d_b_out : op->d_in || op->d_b_in)
+    moe__cuda_product_run(job->q, MOE__CUDA_TN, &p);
 }
 
 /* d = weight dy W_out GELU'(pre), a = weight GELU(pre), gradients of the weights, dx += d W_in. */
-static moe_status moe__cuda_experts_backward(moe__cuda_experts_job *job) {
+static moe_status moe__cuda_experts_backward(const moe__cuda_experts_job *job) {
   const moe_experts_op *op = job->op;
-  const moe_routes *r = op->routes;
-  moe__cuda_product p = moe__cuda_experts_product(job, 0);
-  moe_status status = moe__cuda_experts_dweight(job);
-  if (status) return status;
-  p.a = op->dy;
-  p.a_order = p.order = r ? r->order : NULL;
-  p.weight = r ? r->weight : NULL;
+  moe__cuda_product p = moe__cuda_experts_product(job, 1);
+  if (op->dweight) moe__cuda_experts_dweight(job);
+  p.a = op->dy, p.a_order = job->r.order;
   p.n = op->F, p.k = op->H;
   p.pre = op->pre;
   p.y = job->d, p.act = job->a;
-  status = moe__cuda_product_run(job->q, job->env, MOE__CUDA_NN, &p);
-  if (!status) status = moe__cuda_experts_weights(job, 0);
-  if (!status) status = moe__cuda_experts_weights(job, 1);
-  if (status || !op->dx) return status;
-  p = moe__cuda_experts_product(job, 1);
+  moe__cuda_product_run(job->q, MOE__CUDA_NN, &p);
+  moe__cuda_experts_weights(job, 1);
+  moe__cuda_experts_weights(job, 0);
+  if (!op->dx) return job->q->status;
+  p = moe__cuda_experts_product(job, 0);
   p.a = job->d;
   p.n = op->H, p.k = op->F;
-  if (job->k == 1) {
+  if (job->r.k == 1)
     p.out = op->dx, p.accumulate = 1;
-    p.order = r ? r->order : NULL;
-  } else
+  else
     p.y = job->e;
-  status = moe__cuda_product_run(job->q, job->env, MOE__CUDA_NN, &p);
-  if (status || job->k == 1) return status;
-  return moe__cuda_experts_combine(job, op->dx, job->e, NULL, 1);
+  moe__cuda_product_run(job->q, MOE__CUDA_NN, &p);
+  return job->r.k == 1 ? job->q->status : moe__cuda_experts_combine(job, op->dx, job->e, NULL, 1);
 }
 
 /* Slot: all experts of a layer, a launch for each product. */
 static moe_status moe__cuda_experts(const moe_backend *b, const moe_env *env,
                                     const moe_experts_op *op, int back) {
   moe__cuda_experts_job job;
-  moe_status status = moe__cuda_experts_job_make(&job, b, env, op, back);
+  moe_status status;
+  job.q = moe__cuda_queue_of(b, env);
+  status = moe__cuda_experts_begin(&job, op, back);
   if (status || job.rows == 0) return status;
-  if (back && (!op->pre || (!op->e && op->dweight && op->N > 1)))
-    return moe__cuda_fail(env, MOE_E_ARGUMENT,
-                          "cuda: experts: pre or e is NULL, expected those of forward");
   return back ? moe__cuda_experts_backward(&job) : moe__cuda_experts_forward(&job);
 }
 
-/* ---- self-attention over packed sequences ---- >>cuda_attention */
+/* ---- self-attention over packed sequences ---- >>cuda_attention
+   Blocks of 64 rows of a head of a sequence; their number is that of the longest sequence for each.
+   No array of length^2, and one writer of each output: dq has a kernel, dk and dv have one. */
 
 MOE__CUDA_SHARED(
     attention_args,
     /* moe_attention_op on the card. */
-    typedef struct moe__cuda_attention_args {
+    typedef struct moe__attention_args {
       float *y;
       float *stats; /* (M, A, 2); NULL: not kept */
       float *dqkv;
-      float
-          *delta; /* (M, A) dy . y of each head: the kernel of dq writes it for that of dk and dv */
+      float *delta; /* (M, A) dy . y of each head: the kernel of dq writes it for that of dk, dv */
       const float *qkv, *dy;
       const unsigned long long *keys;
       const int *seq_start;
@@ -2240,70 +2004,78 @@ MOE__CUDA_SHARED(
       float keep;  /* 1 / (1 - dropout) */
       float scale; /* 1 / sqrt D */
       float exponent;
-    } moe__cuda_attention_args;)
+    } moe__attention_args;)
 
 MOE__CUDA_SOURCE(
     attention_base, 0,
     /* What a block works on: 64 rows, from `row` on, of head a of a sequence. A thread has rows r +
        16 i and, of each 32 columns, c + 8 j (probabilities) or 4 c + j (numbers of a head). */
     typedef struct moe__d_head {
-      int row, length, r, c, D, wide;
-      size_t first;      /* element of the head in the sequence's first row of y */
-      size_t stride;     /* of y */
-      const float *q;    /* its first row; keys and values are `stride` and 2 `stride` further */
-      size_t stat;       /* (row, head) of the first row, and from row to row A */
-      unsigned position; /* of the first probability */
+      const moe__attention_args *p;
+      int begin, length, row, a, r, c;
       unsigned long long key;
     } moe__d_head;
+    enum {MOE__D_Q, MOE__D_K, MOE__D_V, MOE__D_Y}; /* matrices of a sequence; dy is like y */
 
     /* 0: the sequence has no such rows. */
-    __device__ static inline int moe__d_head_find(const moe__cuda_attention_args *p,
-                                                  moe__d_head *h) {
-      int s = (int)blockIdx.x / p->tiles, a = (int)blockIdx.y, begin = p->seq_start[s];
+    __device__ static inline int moe__d_head_find(const moe__attention_args *p, moe__d_head *h) {
+      int s = (int)blockIdx.x / p->tiles;
+      h->p = p;
+      h->begin = p->seq_start[s];
+      h->length = p->seq_start[s + 1] - h->begin;
       h->row = (int)blockIdx.x % p->tiles * 64;
-      h->length = p->seq_start[s + 1] - begin;
+      h->a = (int)blockIdx.y;
       h->r = (int)threadIdx.x >> 3;
       h->c = (int)threadIdx.x & 7;
-      h->D = p->D;
-      h->wide = p->wide;
-      h->stride = (size_t)p->H;
-      h->first = (size_t)begin * h->stride + (size_t)a * (size_t)p->D;
-      h->q = p->qkv + (size_t)begin * h->stride * 3 + (size_t)a * (size_t)p->D;
-      h->stat = (size_t)begin * (size_t)p->A + (size_t)a;
-      h->position = (unsigned)a * (unsigned)h->length * (unsigned)h->length;
       h->key = p->threshold ? p->keys[s] : 0;
       return h->row < h->length;
     }
 
-    /* Whether dropout takes the probability of a query and a key. */
-    __device__ static inline int moe__d_head_falls(const moe__cuda_attention_args *p,
-                                                   const moe__d_head *h, int query, int key) {
-      unsigned at = h->position + (unsigned)query * (unsigned)h->length + (unsigned)key;
-      return moe__d_hash32(h->key, at) < p->threshold;
+    /* Number d of the head in a row of q, k or v in qkv, or of y. */
+    __device__ static inline size_t moe__d_head_at(const moe__d_head *h, int matrix, int row,
+                                                   int d) {
+      size_t at = (size_t)(h->begin + row) * (size_t)h->p->H;
+      if (matrix != MOE__D_Y) at = at * 3 + (size_t)matrix * (size_t)h->p->H;
+      return at + (size_t)(h->a * h->p->D + d);
     }
 
-    /* to (R, 32), 36 floats apart = numbers from d on of rows [row, row + R) of a sequence's
-       matrix, with zeros beyond its end. */
-    __device__ static inline void moe__d_head_load(float *to, int R, const float *from,
-                                                   size_t stride, const moe__d_head *h, int row,
-                                                   int d) {
+    /* A row of the head in stats and delta. */
+    __device__ static inline size_t moe__d_head_stat(const moe__d_head *h, int row) {
+      return (size_t)(h->begin + row) * (size_t)h->p->A + (size_t)h->a;
+    }
+
+    /* Whether dropout takes the probability of a query and a key. */
+    __device__ static inline int moe__d_head_falls(const moe__d_head *h, int query, int key) {
+      unsigned n = (unsigned)h->length, at = ((unsigned)h->a * n + (unsigned)query) * n;
+      return h->p->threshold && moe__d_hash32(h->key, at + (unsigned)key) < h->p->threshold;
+    }
+
+    /* The sum over the 8 threads of a row. */
+    __device__ static inline float moe__d_sum_row(float v) {
+      MOE_UNROLL for (int step = 4; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+      return v;
+    }
+
+    /* to (R, 32), 36 floats apart = numbers from d on of rows from `row` on of a matrix, with zeros
+       beyond its end. */
+    __device__ static inline void moe__d_head_load(float *to, int R, const moe__d_head *h,
+                                                   int matrix, int row, int d) {
+      const float *from = matrix == MOE__D_Y ? h->p->dy : h->p->qkv;
       MOE_UNROLL for (int i = 0; i < R; i += 16) {
-        int count = row + h->r + i < h->length ? h->D - d - h->c * 4 : 0;
-        const float *at = from + (size_t)(row + h->r + i) * stride + (size_t)(d + h->c * 4);
+        int line = row + h->r + i, count = line < h->length ? h->p->D - d - h->c * 4 : 0;
         *(moe__d_float4 *)(void *)(to + (h->r + i) * 36 + h->c * 4) =
-            moe__d_load4(at, count, h->wide);
+            moe__d_load4(from + moe__d_head_at(h, matrix, line, d + h->c * 4), count, h->p->wide);
       }
     }
 
-    /* s (64, 32) = rows of a from h->row on times rows of b from `row` on. */
-    __device__ static inline void moe__d_head_dot(float (*s)[4], float *sa, float *sb,
-                                                  const float *a, size_t a_stride, const float *b,
-                                                  size_t b_stride, const moe__d_head *h, int row) {
-      MOE_UNROLL for (int i = 0; i < 16; ++i) s[i >> 2][i & 3] = 0.0f;
-      for (int d = 0; d < h->D; d += 32) {
+    /* s (64, 32) = the block's rows of matrix a times rows of matrix b from `row` on. */
+    __device__ static inline void moe__d_head_dot(float *s, float *sa, float *sb,
+                                                  const moe__d_head *h, int a, int b, int row) {
+      MOE_UNROLL for (int i = 0; i < 16; ++i) s[i] = 0.0f;
+      for (int d = 0; d < h->p->D; d += 32) {
         MOE_SYNC();
-        moe__d_head_load(sa, 64, a, a_stride, h, h->row, d);
-        moe__d_head_load(sb, 32, b, b_stride, h, row, d);
+        moe__d_head_load(sa, 64, h, a, h->row, d);
+        moe__d_head_load(sb, 32, h, b, row, d);
         MOE_SYNC();
         MOE_ROLL for (int k = 0; k < 32; k += 4) {
           moe__d_float4 x[4];
@@ -2311,21 +2083,20 @@ MOE__CUDA_SOURCE(
               *(const moe__d_float4 *)(const void *)(sa + (h->r + 16 * i) * 36 + k);
           MOE_UNROLL for (int j = 0; j < 4; ++j) {
             moe__d_float4 y = *(const moe__d_float4 *)(const void *)(sb + (h->c + 8 * j) * 36 + k);
-            MOE_UNROLL for (int i = 0; i < 16; ++i) s[i >> 2][j] =
-                fmaf(x[i >> 2].v[i & 3], y.v[i & 3], s[i >> 2][j]);
+            MOE_UNROLL for (int i = 0; i < 16; ++i) s[(i >> 2) * 4 + j] =
+                fmaf(x[i >> 2].v[i & 3], y.v[i & 3], s[(i >> 2) * 4 + j]);
           }
         }
       }
     }
 
-    /* sum (64, D) += sp (64, 32) times rows of b from `row` on; D up to 32 `chunks`. */
-    __device__ static inline void moe__d_head_add(float (*sum)[4][4], int chunks, const float *sp,
-                                                  float *sb, const float *b, size_t stride,
-                                                  const moe__d_head *h, int row) {
+    /* sum (64, D) += sp (64, 32) times rows of matrix b from `row` on; D up to 32 `chunks`. */
+    __device__ static inline void moe__d_head_add(float *sum, int chunks, const float *sp,
+                                                  float *sb, const moe__d_head *h, int b, int row) {
       MOE_UNROLL for (int chunk = 0; chunk < chunks; ++chunk) {
-        if (chunk * 32 >= h->D) continue;
+        if (chunk * 32 >= h->p->D) continue;
         MOE_SYNC();
-        moe__d_head_load(sb, 32, b, stride, h, row, chunk * 32);
+        moe__d_head_load(sb, 32, h, b, row, chunk * 32);
         MOE_SYNC();
         MOE_ROLL for (int k = 0; k < 32; k += 4) {
           moe__d_float4 x[4];
@@ -2333,23 +2104,21 @@ MOE__CUDA_SOURCE(
               *(const moe__d_float4 *)(const void *)(sp + (h->r + 16 * i) * 36 + k);
           MOE_UNROLL for (int n = 0; n < 4; ++n) {
             moe__d_float4 y = *(const moe__d_float4 *)(const void *)(sb + (k + n) * 36 + h->c * 4);
-            MOE_UNROLL for (int i = 0; i < 16; ++i) sum[chunk][i >> 2][i & 3] =
-                fmaf(x[i >> 2].v[n], y.v[i & 3], sum[chunk][i >> 2][i & 3]);
+            MOE_UNROLL for (int i = 0; i < 16; ++i) sum[chunk * 16 + i] =
+                fmaf(x[i >> 2].v[n], y.v[i & 3], sum[chunk * 16 + i]);
           }
         }
       }
     }
 
-    /* The block's rows of `to` = or += factor sum. */
-    __device__ static inline void moe__d_head_write(float *to, size_t stride, float (*sum)[4][4],
-                                                    int chunks, const float *factor, int overwrite,
-                                                    const moe__d_head *h) {
-      MOE_UNROLL for (int chunk = 0; chunk < chunks; ++chunk)
-          MOE_UNROLL for (int i = 0; i < 16; ++i) {
-        int row = h->row + h->r + 16 * (i >> 2), d = chunk * 32 + h->c * 4 + (i & 3);
-        float v = sum[chunk][i >> 2][i & 3] * factor[i >> 2],
-              *at = to + (size_t)row * stride + (size_t)d;
-        if (row < h->length && d < h->D) *at = overwrite ? v : *at + v;
+    /* The block's rows of a matrix = or += factor sum. */
+    __device__ static inline void moe__d_head_write(float *to, const moe__d_head *h, int matrix,
+                                                    const float *sum, int chunks,
+                                                    const float *factor, int overwrite) {
+      MOE_UNROLL for (int i = 0; i < chunks * 16; ++i) {
+        int row = h->row + h->r + 16 * (i >> 2 & 3), d = (i >> 4) * 32 + h->c * 4 + (i & 3);
+        float v = sum[i] * factor[i >> 2 & 3], *at = to + moe__d_head_at(h, matrix, row, d);
+        if (row < h->length && d < h->p->D) *at = overwrite ? v : *at + v;
       }
     })
 
@@ -2357,249 +2126,168 @@ MOE__CUDA_SOURCE(
     attention, 0,
     /* y = dropout(softmax(q k^T / sqrt D)) v: 32 keys at a time; when a larger score comes, what
        was summed up is made smaller. Stats: the largest exponent (to base 2), 1 / sum. */
-    __device__ static __forceinline__ void moe__d_attention(const moe__cuda_attention_args *p,
-                                                            int chunks, float (*sum)[4][4]) {
+    template <int chunks>
+    __device__ static __forceinline__ void moe__d_attention(const moe__attention_args *p) {
       __shared__ __align__(16) float sa[64 * 36];
       __shared__ __align__(16) float sb[32 * 36];
       __shared__ __align__(16) float sp[64 * 36];
       moe__d_head h;
-      float s[4][4], top[4], total[4];
+      float sum[chunks * 16], s[16], top[4], total[4];
       if (!moe__d_head_find(p, &h)) return;
       MOE_UNROLL for (int i = 0; i < 4; ++i) top[i] = __uint_as_float(0xff800000u), total[i] = 0.0f;
-      MOE_UNROLL for (int i = 0; i < chunks * 16; ++i) sum[i >> 4][i >> 2 & 3][i & 3] = 0.0f;
+      MOE_UNROLL for (int i = 0; i < chunks * 16; ++i) sum[i] = 0.0f;
       for (int key = 0; key < h.length; key += 32) {
-        moe__d_head_dot(s, sa, sb, h.q, 3 * h.stride, h.q + h.stride, 3 * h.stride, &h, key);
+        moe__d_head_dot(s, sa, sb, &h, MOE__D_Q, MOE__D_K, key);
         MOE_UNROLL for (int i = 0; i < 4; ++i) {
           float most = top[i], smaller;
           MOE_UNROLL for (int j = 0; j < 4; ++j) if (key + h.c + 8 * j < h.length) most =
-              fmaxf(most, s[i][j] * p->exponent);
+              fmaxf(most, s[i * 4 + j] * p->exponent);
           MOE_UNROLL for (int step = 4; step > 0; step /= 2) most =
               fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
           smaller = exp2f(top[i] - most);
           top[i] = most;
           total[i] *= smaller;
           MOE_UNROLL for (int j = 0; j < 4; ++j) {
-            int k = key + h.c + 8 * j;
-            float e = k < h.length ? exp2f(fmaf(s[i][j], p->exponent, -most)) : 0.0f;
+            int k = key + h.c + 8 * j, row = h.r + 16 * i;
+            float e = k < h.length ? exp2f(fmaf(s[i * 4 + j], p->exponent, -most)) : 0.0f;
             total[i] += e;
-            if (p->threshold && moe__d_head_falls(p, &h, h.row + h.r + 16 * i, k)) e = 0.0f;
-            sp[(h.r + 16 * i) * 36 + h.c + 8 * j] = e;
+            sp[row * 36 + h.c + 8 * j] = moe__d_head_falls(&h, h.row + row, k) ? 0.0f : e;
           }
-          MOE_UNROLL for (int j = 0; j < chunks * 4; ++j) sum[j >> 2][i][j & 3] *= smaller;
+          MOE_UNROLL for (int j = 0; j < chunks * 4; ++j) sum[(j >> 2) * 16 + i * 4 + (j & 3)] *=
+              smaller;
         }
-        moe__d_head_add(sum, chunks, sp, sb, h.q + 2 * h.stride, 3 * h.stride, &h, key);
+        moe__d_head_add(sum, chunks, sp, sb, &h, MOE__D_V, key);
       }
       MOE_UNROLL for (int i = 0; i < 4; ++i) {
         int row = h.row + h.r + 16 * i;
-        size_t stat = (h.stat + (size_t)row * (size_t)p->A) * 2;
-        MOE_UNROLL for (int step = 4; step > 0; step /= 2) total[i] +=
-            __shfl_xor_sync(0xffffffffu, total[i], step);
-        total[i] = 1.0f / total[i];
+        size_t stat = moe__d_head_stat(&h, row) * 2;
+        total[i] = 1.0f / moe__d_sum_row(total[i]);
         if (p->stats && row < h.length && h.c == 0)
           p->stats[stat] = top[i], p->stats[stat + 1] = total[i];
         total[i] *= p->keep;
       }
-      moe__d_head_write(p->y + h.first, h.stride, sum, chunks, total, 1, &h);
+      moe__d_head_write(p->y, &h, MOE__D_Y, sum, chunks, total, 1);
     }
 
-    /* Heads of up to 32 numbers. */
-    MOE_KERNEL(128) moe_k_attention_32(moe__cuda_attention_args p) {
-      float sum[1][4][4];
-      moe__d_attention(&p, 1, sum);
-    }
-    /* 33 to 64. */
-    MOE_KERNEL(128) moe_k_attention_64(moe__cuda_attention_args p) {
-      float sum[2][4][4];
-      moe__d_attention(&p, 2, sum);
-    }
-    /* 65 to 128. */
-    MOE_KERNEL(128) moe_k_attention_128(moe__cuda_attention_args p) {
-      float sum[4][4][4];
-      moe__d_attention(&p, 4, sum);
-    })
+    /* Heads of up to 32, 64 and 128 numbers. */
+    MOE_KERNEL(128)
+        moe_k_attention_32(moe__attention_args p) { moe__d_attention<1>(&p); } MOE_KERNEL(128)
+            moe_k_attention_64(moe__attention_args p) { moe__d_attention<2>(&p); } MOE_KERNEL(128)
+                moe_k_attention_128(moe__attention_args p) { moe__d_attention<4>(&p); })
 
 MOE__CUDA_SOURCE(
-    attention_dq, 0,
-    /* dq += dS k, dS = P (dropout(dy v^T) - delta) / sqrt D, delta = dy . y, P from the stats. */
-    __device__ static __forceinline__ void moe__d_attention_dq(const moe__cuda_attention_args *p,
-                                                               int chunks, float (*sum)[4][4]) {
+    attention_back, 0,
+    /* dS = P (dropout(dy v^T) - delta) / sqrt D, delta = dy . y, P from the stats. keys 0: the
+       block's rows are queries, and dq += dS k. keys 1: they are keys, queries come 32 at a time,
+       and dk += dS^T q, dv += dropout(P)^T dy. */
+    template <int chunks, int keys>
+    __device__ static __forceinline__ void moe__d_dqkv(const moe__attention_args *p) {
       __shared__ __align__(16) float sa[64 * 36];
       __shared__ __align__(16) float sb[32 * 36];
       __shared__ __align__(16) float sp[64 * 36];
       const float one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
       moe__d_head h;
-      float s[4][4], dp[4][4], top[4], back[4], delta[4];
+      float sum[chunks * 16], dv[chunks * 16], s[16], dp[16], top[4], inverse[4], delta[4];
       if (!moe__d_head_find(p, &h)) return;
-      MOE_UNROLL for (int i = 0; i < 4; ++i) {
-        int row = h.row + h.r + 16 * i;
-        size_t stat = h.stat + (size_t)row * (size_t)p->A, at = h.first + (size_t)row * h.stride;
-        int here = row < h.length;
-        delta[i] = 0.0f;
-        for (int d = h.c; d < h.D && here; d += 8)
-          delta[i] = fmaf(p->dy[at + d], p->y[at + d], delta[i]);
-        MOE_UNROLL for (int step = 4; step > 0; step /= 2) delta[i] +=
-            __shfl_xor_sync(0xffffffffu, delta[i], step);
-        if (here && h.c == 0) p->delta[stat] = delta[i];
-        top[i] = here ? p->stats[stat * 2] : 0.0f;
-        back[i] = here ? p->stats[stat * 2 + 1] * p->scale : 0.0f;
-      }
-      MOE_UNROLL for (int i = 0; i < chunks * 16; ++i) sum[i >> 4][i >> 2 & 3][i & 3] = 0.0f;
-      for (int key = 0; key < h.length; key += 32) {
-        moe__d_head_dot(s, sa, sb, h.q, 3 * h.stride, h.q + h.stride, 3 * h.stride, &h, key);
-        moe__d_head_dot(dp, sa, sb, p->dy + h.first, h.stride, h.q + 2 * h.stride, 3 * h.stride, &h,
-                        key);
-        MOE_UNROLL for (int i = 0; i < 16; ++i) {
-          int r = i >> 2, k = key + h.c + 8 * (i & 3);
-          float e = k < h.length ? exp2f(fmaf(s[r][i & 3], p->exponent, -top[r])) : 0.0f,
-                d = fmaf(dp[r][i & 3], p->keep, -delta[r]);
-          if (p->threshold && moe__d_head_falls(p, &h, h.row + h.r + 16 * r, k)) d = -delta[r];
-          sp[(h.r + 16 * r) * 36 + h.c + 8 * (i & 3)] = e * back[r] * d;
+      MOE_UNROLL for (int i = 0; i < chunks * 16; ++i) sum[i] = dv[i] = 0.0f;
+      if (!keys) MOE_UNROLL for (int i = 0; i < 4; ++i) {
+          int row = h.row + h.r + 16 * i;
+          size_t at = moe__d_head_at(&h, MOE__D_Y, row, 0);
+          delta[i] = 0.0f;
+          for (int d = h.c; d < p->D && row < h.length; d += 8)
+            delta[i] = fmaf(p->dy[at + (size_t)d], p->y[at + (size_t)d], delta[i]);
+          delta[i] = moe__d_sum_row(delta[i]);
+          if (row < h.length && h.c == 0) p->delta[moe__d_head_stat(&h, row)] = delta[i];
         }
-        moe__d_head_add(sum, chunks, sp, sb, h.q + h.stride, 3 * h.stride, &h, key);
-      }
-      moe__d_head_write(p->dqkv + (h.q - p->qkv), 3 * h.stride, sum, chunks, one, p->overwrite, &h);
-    }
-
-    /* Heads of up to 32 numbers. */
-    MOE_KERNEL(128) moe_k_attention_dq_32(moe__cuda_attention_args p) {
-      float sum[1][4][4];
-      moe__d_attention_dq(&p, 1, sum);
-    }
-    /* 33 to 64. */
-    MOE_KERNEL(128, 3) moe_k_attention_dq_64(moe__cuda_attention_args p) {
-      float sum[2][4][4];
-      moe__d_attention_dq(&p, 2, sum);
-    }
-    /* 65 to 128. */
-    MOE_KERNEL(128) moe_k_attention_dq_128(moe__cuda_attention_args p) {
-      float sum[4][4][4];
-      moe__d_attention_dq(&p, 4, sum);
-    })
-
-MOE__CUDA_SOURCE(
-    attention_dkv, 0,
-    /* dv += dropout(P)^T dy, dk += dS^T q: the block's rows are keys, and queries come 32 at a
-       time. */
-    __device__ static __forceinline__ void moe__d_attention_dkv(const moe__cuda_attention_args *p,
-                                                                int chunks, float (*dk)[4][4],
-                                                                float (*dv)[4][4]) {
-      __shared__ __align__(16) float sa[64 * 36];
-      __shared__ __align__(16) float sb[32 * 36];
-      __shared__ __align__(16) float sp[64 * 36];
-      const float one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-      moe__d_head h;
-      float s[4][4], dp[4][4], *to;
-      if (!moe__d_head_find(p, &h)) return;
-      MOE_UNROLL for (int i = 0; i < chunks * 16; ++i) dk[i >> 4][i >> 2 & 3][i & 3] =
-          dv[i >> 4][i >> 2 & 3][i & 3] = 0.0f;
-      for (int query = 0; query < h.length; query += 32) {
-        moe__d_head_dot(s, sa, sb, h.q + h.stride, 3 * h.stride, h.q, 3 * h.stride, &h, query);
-        moe__d_head_dot(dp, sa, sb, h.q + 2 * h.stride, 3 * h.stride, p->dy + h.first, h.stride, &h,
-                        query);
-        MOE_UNROLL for (int j = 0; j < 4; ++j) {
-          int q = query + h.c + 8 * j, here = q < h.length;
-          size_t stat = h.stat + (size_t)q * (size_t)p->A;
-          float top = here ? p->stats[stat * 2] : 0.0f,
-                inverse = here ? p->stats[stat * 2 + 1] : 0.0f,
-                delta = here ? p->delta[stat] : 0.0f;
-          MOE_UNROLL for (int i = 0; i < 4; ++i) {
-            int key = h.row + h.r + 16 * i,
-                falls = p->threshold && moe__d_head_falls(p, &h, q, key);
-            float e = here ? exp2f(fmaf(s[i][j], p->exponent, -top)) * inverse : 0.0f;
-            sp[(h.r + 16 * i) * 36 + h.c + 8 * j] = falls ? 0.0f : e * p->keep;
-            s[i][j] = e * p->scale * (falls ? -delta : fmaf(dp[i][j], p->keep, -delta));
+      for (int first = 0; first < h.length; first += 32) {
+        moe__d_head_dot(s, sa, sb, &h, keys ? MOE__D_K : MOE__D_Q, keys ? MOE__D_Q : MOE__D_K,
+                        first);
+        moe__d_head_dot(dp, sa, sb, &h, keys ? MOE__D_V : MOE__D_Y, keys ? MOE__D_Y : MOE__D_V,
+                        first);
+        if (keys || first == 0) MOE_UNROLL for (int i = 0; i < 4; ++i) {
+            int query = keys ? first + h.c + 8 * i : h.row + h.r + 16 * i, here = query < h.length;
+            size_t stat = moe__d_head_stat(&h, query);
+            top[i] = here ? p->stats[stat * 2] : 0.0f;
+            inverse[i] = here ? p->stats[stat * 2 + 1] : 0.0f;
+            if (keys) delta[i] = here ? p->delta[stat] : 0.0f;
           }
+        MOE_UNROLL for (int i = 0; i < 16; ++i) {
+          int q = keys ? i & 3 : i >> 2, row = h.row + h.r + 16 * (i >> 2),
+              column = first + h.c + 8 * (i & 3), query = keys ? column : row,
+              key = keys ? row : column, falls = moe__d_head_falls(&h, query, key);
+          float e = key < h.length ? exp2f(fmaf(s[i], p->exponent, -top[q])) * inverse[q] : 0.0f;
+          s[i] = e * p->scale * (falls ? -delta[q] : fmaf(dp[i], p->keep, -delta[q]));
+          dp[i] = falls ? 0.0f : e * p->keep;
         }
-        moe__d_head_add(dv, chunks, sp, sb, p->dy + h.first, h.stride, &h, query);
-        MOE_SYNC();
+        if (keys) {
+          MOE_UNROLL for (int i = 0; i < 16; ++i)
+              sp[(h.r + 16 * (i >> 2)) * 36 + h.c + 8 * (i & 3)] = dp[i];
+          moe__d_head_add(dv, chunks, sp, sb, &h, MOE__D_Y, first);
+          MOE_SYNC();
+        }
         MOE_UNROLL for (int i = 0; i < 16; ++i) sp[(h.r + 16 * (i >> 2)) * 36 + h.c + 8 * (i & 3)] =
-            s[i >> 2][i & 3];
-        moe__d_head_add(dk, chunks, sp, sb, h.q, 3 * h.stride, &h, query);
+            s[i];
+        moe__d_head_add(sum, chunks, sp, sb, &h, keys ? MOE__D_Q : MOE__D_K, first);
       }
-      to = p->dqkv + (h.q - p->qkv);
-      moe__d_head_write(to + h.stride, 3 * h.stride, dk, chunks, one, p->overwrite, &h);
-      moe__d_head_write(to + 2 * h.stride, 3 * h.stride, dv, chunks, one, p->overwrite, &h);
+      moe__d_head_write(p->dqkv, &h, keys ? MOE__D_K : MOE__D_Q, sum, chunks, one, p->overwrite);
+      if (keys) moe__d_head_write(p->dqkv, &h, MOE__D_V, dv, chunks, one, p->overwrite);
     }
 
-    /* Heads of up to 32 numbers. */
-    MOE_KERNEL(128) moe_k_attention_dkv_32(moe__cuda_attention_args p) {
-      float dk[1][4][4], dv[1][4][4];
-      moe__d_attention_dkv(&p, 1, dk, dv);
-    }
-    /* 33 to 64. */
-    MOE_KERNEL(128) moe_k_attention_dkv_64(moe__cuda_attention_args p) {
-      float dk[2][4][4], dv[2][4][4];
-      moe__d_attention_dkv(&p, 2, dk, dv);
-    }
-    /* 65 to 128. */
-    MOE_KERNEL(128) moe_k_attention_dkv_128(moe__cuda_attention_args p) {
-      float dk[4][4][4], dv[4][4][4];
-      moe__d_attention_dkv(&p, 4, dk, dv);
-    })
+    MOE_KERNEL(128) moe_k_attention_dq_32(moe__attention_args p) {
+      moe__d_dqkv<1, 0>(&p);
+    } MOE_KERNEL(128, 3) moe_k_attention_dq_64(moe__attention_args p) {
+      moe__d_dqkv<2, 0>(&p);
+    } MOE_KERNEL(128) moe_k_attention_dq_128(moe__attention_args p) {
+      moe__d_dqkv<4, 0>(&p);
+    } MOE_KERNEL(128)
+        moe_k_attention_dkv_32(moe__attention_args p) { moe__d_dqkv<1, 1>(&p); } MOE_KERNEL(128)
+            moe_k_attention_dkv_64(moe__attention_args p) { moe__d_dqkv<2, 1>(&p); } MOE_KERNEL(128)
+                moe_k_attention_dkv_128(moe__attention_args p) { moe__d_dqkv<4, 1>(&p); })
 
-/* Slot: blocks of 64 rows of a head of a sequence; their number is that of the longest sequence for
-   each. No array of length^2, and one writer of each output: dq has a kernel, and dk and dv have
-   one. */
-static moe_status moe__cuda_attention_check(const moe_env *env, const moe_attention_op *op,
-                                            int back) {
-  if (op->H < 0 || op->M < 0 || op->S < 0 || (op->H > 0 && (op->A < 1 || op->H % op->A)))
-    return moe__cuda_fail(env, MOE_E_ARGUMENT,
-                          "cuda: attention: M is %d, S %d and A %d, expected no size below 0 and a "
-                          "divisor of H, %d",
-                          (int)op->M, (int)op->S, (int)op->A, (int)op->H);
-  if (op->H > 0 && op->H / op->A > 128)
-    return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
-                          "cuda: attention: heads have %d numbers, expected 1 to 128",
-                          (int)(op->H / op->A));
-  if (op->M > 0 && back && !op->stats)
-    return moe__cuda_fail(env, MOE_E_ARGUMENT,
-                          "cuda: attention: stats is NULL, expected that of forward");
-  if (op->dropout < 0 || !(op->dropout < 1))
-    return moe__cuda_fail(env, MOE_E_ARGUMENT,
-                          "cuda: attention: dropout is %g, expected 0 to below 1",
-                          (double)op->dropout);
-  return MOE_OK;
-}
-
+/* Slot. */
 static moe_status moe__cuda_attention(const moe_backend *b, const moe_env *env,
                                       const moe_attention_op *op, int back) {
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
-  moe_status status = moe__cuda_attention_check(env, op, back);
+  moe_status status = moe__cuda_rows_check("attention", op->S, op->M, op->H, op->dropout, env);
   int32_t longest = op->longest > 0 ? op->longest : op->M;
-  moe__cuda_attention_args p;
-  void *arg = &p;
+  moe__attention_args p;
   uint64_t blocks;
   int width;
+  if (status || op->M == 0 || op->H == 0 || op->S == 0) return status;
+  if (op->A < 1 || op->H % op->A)
+    return moe__cuda_fail(env, MOE_E_ARGUMENT, "attention: A is %d, expected a divisor of H, %d",
+                          (int)op->A, (int)op->H);
+  if (op->H / op->A > 128)
+    return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
+                          "attention: heads have %d numbers, expected 1 to 128",
+                          (int)(op->H / op->A));
+  if (back && !op->stats)
+    return moe__cuda_fail(env, MOE_E_ARGUMENT,
+                          "attention: stats is NULL, expected that of forward");
   memset(&p, 0, sizeof p);
-  if (status || op->M < 1 || op->H < 1 || op->S < 1) return status;
   p.y = op->y, p.stats = op->stats, p.qkv = op->qkv, p.dqkv = op->dqkv, p.dy = op->dy;
   p.seq_start = op->seq_start;
   p.H = op->H, p.A = op->A, p.D = op->H / op->A;
   p.tiles = (longest - 1) / 64 + 1;
   p.overwrite = op->overwrite;
   p.wide = p.D % 4 == 0 && moe__cuda_wide(op->qkv, 4) && (!back || moe__cuda_wide(op->dy, 4));
-  p.keep = 1;
-  if (op->keys && op->dropout > 0) {
-    p.keys = (const unsigned long long *)(const void *)op->keys;
-    p.threshold = (unsigned)((double)op->dropout * 4294967296.0);
-    p.keep = 1.0f / (1.0f - op->dropout);
-  }
+  p.keys = (const unsigned long long *)(const void *)op->keys;
+  p.threshold = moe__cuda_drop(&p.keep, op->dropout, op->keys);
   p.scale = 1.0f / sqrtf((float)p.D);
   p.exponent = p.scale * 1.44269502f; /* log2(e) */
   blocks = (uint64_t)op->S * (uint64_t)p.tiles;
   if (blocks > INT32_MAX || p.A > 65535)
     return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
-                          "cuda: attention: %d sequences of up to %d tokens with %d heads need too "
-                          "many blocks",
+                          "attention: %d sequences of up to %d tokens with %d heads need too many "
+                          "blocks",
                           (int)op->S, (int)longest, (int)op->A);
   width = p.D <= 32 ? 0 : p.D <= 64 ? 1 : 2;
   if (!back)
-    return moe__cuda_launch(q, MOE__K_attention_32 + width, (uint32_t)blocks, (uint32_t)p.A, 128,
-                            &arg);
+    return moe__cuda_run(q, MOE__K_attention_32 + width, (uint32_t)blocks, (uint32_t)p.A, 128, &p);
   p.delta = (float *)moe__cuda_scratch(q, (size_t)op->M * (size_t)op->A * sizeof(float));
-  moe__cuda_launch(q, MOE__K_attention_dq_32 + width, (uint32_t)blocks, (uint32_t)p.A, 128, &arg);
-  return moe__cuda_launch(q, MOE__K_attention_dkv_32 + width, (uint32_t)blocks, (uint32_t)p.A, 128,
-                          &arg);
+  moe__cuda_run(q, MOE__K_attention_dq_32 + width, (uint32_t)blocks, (uint32_t)p.A, 128, &p);
+  return moe__cuda_run(q, MOE__K_attention_dkv_32 + width, (uint32_t)blocks, (uint32_t)p.A, 128,
+                       &p);
 }
 
 /* ---- LayerNorm, dropout, embeddings ---- >>cuda_rows
@@ -2824,26 +2512,6 @@ MOE__CUDA_SOURCE(
 /* A kernel with 16 threads for each of M rows. */
 static moe_status moe__cuda_rows(moe__cuda_queue *q, int kernel, int32_t M, void *args) {
   return moe__cuda_run(q, kernel, moe__cuda_blocks((size_t)M, 8), 1, 128, args);
-}
-
-/* Threshold and scale of dropout, as moe.h has them. */
-static unsigned moe__cuda_drop(float *scale, float p, const void *keys) {
-  *scale = 1.0f;
-  if (!keys || !(p > 0)) return 0;
-  *scale = 1.0f / (1.0f - p);
-  return (unsigned)((double)p * 4294967296.0);
-}
-
-/* The sizes and the dropout of an op of rows. */
-static moe_status moe__cuda_rows_check(const char *op, int32_t S, int32_t M, int32_t H,
-                                       float dropout, const moe_env *env) {
-  if (S < 0 || M < 0 || H < 0)
-    return moe__cuda_fail(env, MOE_E_ARGUMENT, "%s: S is %d, M is %d, H is %d, expected 0 or more",
-                          op, (int)S, (int)M, (int)H);
-  if (!(dropout >= 0 && dropout < 1))
-    return moe__cuda_fail(env, MOE_E_ARGUMENT, "%s: dropout is %g, expected 0 to below 1", op,
-                          (double)dropout);
-  return MOE_OK;
 }
 
 /* gamma and beta come first, since dx may be dy. */
@@ -3730,51 +3398,60 @@ static moe_status moe__cuda_adam(const moe_backend *b, const moe_env *env, const
 
 /* ---- what is supported, the table of slots, open and close ---- >>cuda_table */
 
-static const moe__cuda_chunk *const *moe__cuda_chunks(void) {
-#ifdef MOE__CUDA_CODE
-  static const moe__cuda_chunk *const chunks[] = {NULL};
-#else
-#define MOE__CUDA_CHUNK(name) &moe__cuda_src_##name,
-  static const moe__cuda_chunk *const chunks[] = {MOE__CUDA_CHUNKS(MOE__CUDA_CHUNK) NULL};
-#undef MOE__CUDA_CHUNK
-#endif
-  return chunks;
+/* The program for one architecture, a string that the caller frees. NULL: no memory. */
+static char *moe__cuda_source(int arch) {
+  static const moe__cuda_chunk *const chunk[] = {MOE__CUDA_CHUNKS(MOE__CUDA_CHUNK) NULL};
+  size_t bytes = 512, i;
+  char *text;
+  for (i = 0; chunk[i]; ++i) bytes += strlen(chunk[i]->text);
+  text = (char *)malloc(bytes);
+  if (!text) return NULL;
+  snprintf(text, bytes,
+           "#define MOE_SYNC() __syncthreads()\n"
+           "#define MOE_UNROLL _Pragma(\"unroll\")\n"
+           "#define MOE_ROLL _Pragma(\"unroll 1\")\n"
+           "#define MOE_KERNEL(...) extern \"C\" __global__ void __launch_bounds__(__VA_ARGS__)\n");
+  for (i = 0; chunk[i]; ++i)
+    if (chunk[i]->min_arch <= arch) strcat(text, chunk[i]->text);
+  return text;
 }
 
-/* Measures both makers for one kind of product of a layer, as in moe__cuda_blas_serves: the best of
-   three calls after a first one; below 0: it failed. */
+/* Measures both makers for one kind of product of a layer: the best of three calls after a first
+   one. A failure leaves the choice to our own kernels. */
 static void moe__cuda_measure_one(const moe_backend *b, moe__cuda_queue *q, moe__cuda_choice c) {
   moe__cuda *cuda = q->cuda;
   const moe__cuda_driver *cu = &cuda->driver;
   size_t x = (size_t)c.m * (size_t)c.k, w = (size_t)c.n * (size_t)c.k;
   size_t bytes = (x + w + (size_t)c.m * (size_t)c.n) * sizeof(float);
-  float best[2] = {-1, -1}, ms = 0, *f;
+  float best[2] = {INFINITY, INFINITY}, ms = 0, *f;
   void *from = NULL, *to = NULL;
+  const char *what = NULL;
   moe_linear_op op;
   moe__cuptr p = 0;
   int i, error = q->status || cu->cuMemAlloc_v2(&p, bytes);
   if (error) return;
   /* 0x3c3c3c3c is 0.0115: with zeros a GPU is faster than it will be */
-  error = cu->cuMemsetD8Async(p, 0x3c, bytes, q->stream);
-  if (!error) error = cu->cuEventCreate(&from, 0);
-  if (!error) error = cu->cuEventCreate(&to, 0);
+  MOE__CUDA_TRY(cu, cuMemsetD8Async, (p, 0x3c, bytes, q->stream));
+  MOE__CUDA_TRY(cu, cuEventCreate, (&from, 0));
+  MOE__CUDA_TRY(cu, cuEventCreate, (&to, 0));
   f = (float *)(uintptr_t)p;
   memset(&op, 0, sizeof op);
   op.M = c.m, op.w = moe_mat_rows(f + x, c.n, c.k), op.overwrite = 1;
-  if (c.kind == 0) op.x = f, op.y = f + x + w;
-  if (c.kind == 1) op.dx = f, op.dy = f + x + w;
-  if (c.kind == 2) op.x = f, op.dw = f + x, op.dy = f + x + w;
+  op.x = f, op.y = f + x + w, op.dy = op.y;
+  if (c.form == MOE__CUDA_NN) op.dx = f;
+  if (c.form == MOE__CUDA_TN) op.dw = f + x;
   for (i = 0; i < 8 && !error; ++i) {
     q->force = i / 4;
     moe__cuda_scratch_reset(q);
-    error = cu->cuEventRecord(from, q->stream);
-    if (!error) error = moe__cuda_linear(b, &q->env, &op, c.kind != 0) != MOE_OK;
-    if (!error) error = cu->cuEventRecord(to, q->stream);
-    if (!error) error = cu->cuEventSynchronize(to);
-    if (!error) error = cu->cuEventElapsedTime(&ms, from, to);
-    if (!error && i % 4 && (best[i / 4] < 0 || ms < best[i / 4])) best[i / 4] = ms;
+    MOE__CUDA_TRY(cu, cuEventRecord, (from, q->stream));
+    if (!error) error = moe__cuda_linear(b, &q->env, &op, c.form != MOE__CUDA_NT) != MOE_OK;
+    MOE__CUDA_TRY(cu, cuEventRecord, (to, q->stream));
+    MOE__CUDA_TRY(cu, cuEventSynchronize, (to));
+    MOE__CUDA_TRY(cu, cuEventElapsedTime, (&ms, from, to));
+    if (i % 4 && ms < best[i / 4]) best[i / 4] = ms;
   }
   c.blas = !error && best[1] < best[0];
+  (void)what;
   moe__cuda_wait(q);
   if (from) cu->cuEventDestroy_v2(from);
   if (to) cu->cuEventDestroy_v2(to);
@@ -3795,16 +3472,15 @@ static void moe__cuda_measure(const moe_backend *b, const moe_env *env, const mo
   int i;
   memset(&c, 0, sizeof c);
   c.m = limits->tokens, c.k = config->hidden, c.bf16 = env->precision == MOE_TYPE_BF16;
-  if (!cuda->cublas_library || cuda->options.maker != MOE_CUDA_MAKER_AUTO ||
-      moe__cuda_choose(cuda, &c) == 1)
-    return;
   silent.log = NULL;
-  if (moe__cuda_open_queue(b, &silent, &silent.stream)) return;
+  if (!cuda->cublas_library || cuda->options.maker != MOE_CUDA_MAKER_AUTO ||
+      moe__cuda_choose(cuda, &c) == 1 || moe__cuda_open_queue(b, &silent, &silent.stream))
+    return;
   q = moe__cuda_queue_of(b, &silent);
   if (!moe__cuda_begin(q, &silent, 0)) {
-    for (i = 0; i < 18 && c.m > 0; ++i) { /* 3 batches, 3 kinds, 2 layers */
-      c.kind = i / 2 % 3, c.n = i % 2 ? c.k : 3 * c.k;
-      if (c.kind == 0 || limits->training) moe__cuda_measure_one(b, q, c);
+    for (i = 0; i < 18 && c.m > 0; ++i) { /* 3 batches, 3 forms, 2 layers */
+      c.form = i / 2 % 3, c.n = i % 2 ? c.k : 3 * c.k;
+      if (c.form == MOE__CUDA_NT || limits->training) moe__cuda_measure_one(b, q, c);
       if (i % 6 == 5) c.m /= 4;
     }
     moe__cuda_end(q, MOE_OK);
@@ -3860,10 +3536,9 @@ MOE__CUDA_SLOT(adam, 0, (const moe_backend *b, const moe_env *env, const moe_ada
     /* Opens the driver's library. */
     static moe_status moe__cuda_open_driver(moe__cuda *cuda, const moe_env *env) {
   const char *given = cuda->options.driver, *lacks;
-  int i;
-  for (i = 0; !cuda->driver_library && moe__cuda_driver_paths[i]; ++i)
-    if (!given || i == 0)
-      cuda->driver_library = MOE__CUDA_DLOPEN(given ? given : moe__cuda_driver_paths[i]);
+  char path[512];
+  int at = 0;
+  cuda->driver_library = moe__cuda_find(moe__cuda_driver_paths, given, cuda, &at, path);
   if (!cuda->driver_library)
     return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
                           "cuda: %s is not found: install the NVIDIA driver",
@@ -3876,37 +3551,34 @@ MOE__CUDA_SLOT(adam, 0, (const moe_backend *b, const moe_env *env, const moe_ada
 
 /* Finds the GPU and makes a context in it current. */
 static moe_status moe__cuda_open_device(moe__cuda *cuda, const moe_env *env) {
-#define MOE__CUDA_TRY(name, arguments)                                                             \
-  if (!error) what = #name, error = cu->name arguments
   const moe__cuda_driver *cu = &cuda->driver;
   const char *what = NULL;
-  int32_t index = cuda->options.device;
-  int count = 0, major = 0, minor = 0, error = 0;
-  MOE__CUDA_TRY(cuInit, (0));
-  MOE__CUDA_TRY(cuDriverGetVersion, (&cuda->driver_version));
-  MOE__CUDA_TRY(cuDeviceGetCount, (&count));
+  int count = 0, major = 0, minor = 0, error = 0, index = cuda->options.device;
+  MOE__CUDA_TRY(cu, cuInit, (0));
+  MOE__CUDA_TRY(cu, cuDriverGetVersion, (&cuda->driver_version));
+  MOE__CUDA_TRY(cu, cuDeviceGetCount, (&count));
   if (!error && count < 1) error = 100;
   if (!error && (index < 0 || index >= count))
     return moe__cuda_fail(env, MOE_E_ARGUMENT,
                           "cuda:%d: there are GPUs 0 to %d (CUDA_VISIBLE_DEVICES can hide some; a "
                           "MIG instance counts as a GPU)",
-                          (int)index, count - 1);
-  MOE__CUDA_TRY(cuDeviceGet, (&cuda->device, index));
-  MOE__CUDA_TRY(cuDeviceGetName, (cuda->card, (int)sizeof cuda->card - 1, cuda->device));
-  MOE__CUDA_TRY(cuDeviceGetAttribute, (&major, 75, cuda->device)); /* compute capability: major, */
-  MOE__CUDA_TRY(cuDeviceGetAttribute, (&minor, 76, cuda->device)); /* minor */
+                          index, count - 1);
+  MOE__CUDA_TRY(cu, cuDeviceGet, (&cuda->device, index));
+  MOE__CUDA_TRY(cu, cuDeviceGetName, (cuda->card, (int)sizeof cuda->card - 1, cuda->device));
+  MOE__CUDA_TRY(cu, cuDeviceGetAttribute, (&major, 75, cuda->device)); /* compute capability */
+  MOE__CUDA_TRY(cu, cuDeviceGetAttribute, (&minor, 76, cuda->device));
   cuda->card_arch = 10 * major + minor;
   if (!error && cuda->card_arch < 70)
     return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
-                          "cuda:%d: %s has compute capability %d.%d, at least 7.0 is needed",
-                          (int)index, cuda->card, major, minor);
+                          "cuda:%d: %s has compute capability %d.%d, at least 7.0 is needed", index,
+                          cuda->card, major, minor);
   cuda->context = cuda->options.context;
-  cuda->primary = !error && !cuda->context;
-  if (cuda->primary) MOE__CUDA_TRY(cuDevicePrimaryCtxRetain, (&cuda->context, cuda->device));
-  if (error) cuda->primary = 0;
-  MOE__CUDA_TRY(cuCtxPushCurrent_v2, (cuda->context));
-  return error ? moe__cuda_driver_fail(cu, env, (int)index, what, error) : MOE_OK;
-#undef MOE__CUDA_TRY
+  if (!cuda->context) {
+    MOE__CUDA_TRY(cu, cuDevicePrimaryCtxRetain, (&cuda->context, cuda->device));
+    cuda->primary = !error;
+  }
+  MOE__CUDA_TRY(cu, cuCtxPushCurrent_v2, (cuda->context));
+  return error ? moe__cuda_driver_fail(cu, env, index, what, error) : MOE_OK;
 }
 
 /* Opens cuBLAS, where it is wanted and found. */
@@ -3914,15 +3586,14 @@ static moe_status moe__cuda_open_blas(moe__cuda *cuda, const moe_env *env) {
   const char *given = cuda->options.cublas;
   int must = cuda->options.maker == MOE_CUDA_MAKER_CUBLAS, at = 0;
   char path[512];
+  void *library;
   if (cuda->options.maker == MOE_CUDA_MAKER_OWN || (given && !*given && !must)) return MOE_OK;
-  do {
-    cuda->cublas_library = moe__cuda_find(moe__cuda_cublas_paths, given, cuda, &at, path);
-    if (!cuda->cublas_library) break;
-    if (!moe__cuda_symbols(cuda->cublas_library, moe__cuda_cublas_names, &cuda->cublas))
-      return MOE_OK;
-    MOE__CUDA_DLCLOSE(cuda->cublas_library);
+  while ((library = moe__cuda_find(moe__cuda_cublas_paths, given, cuda, &at, path)) != NULL) {
+    cuda->cublas_library = library;
+    if (!moe__cuda_symbols(library, moe__cuda_cublas_names, &cuda->cublas)) return MOE_OK;
     cuda->cublas_library = NULL;
-  } while (!given);
+    MOE__CUDA_DLCLOSE(library);
+  }
   if (!must) return MOE_OK;
   return moe__cuda_fail(env, MOE_E_UNSUPPORTED,
                         "cuda: %s is not found or too old: install cuBLAS 11 or later (pip install "
@@ -3931,18 +3602,14 @@ static moe_status moe__cuda_open_blas(moe__cuda *cuda, const moe_env *env) {
 }
 
 /* Releases everything that was opened so far. */
-static void moe__cuda_free(moe__cuda *cuda) {
+static void moe__cuda_free(const moe_backend *b) {
+  moe__cuda *cuda = (moe__cuda *)b->user;
   const moe__cuda_driver *cu = &cuda->driver;
   void *context = NULL;
   int pushed;
-  while (cuda->queues) moe__cuda_close_queue(NULL, cuda->queues);
+  while (cuda->queues) moe__cuda_close_queue(b, cuda->queues);
+  while (cuda->blocks) moe__cuda_release(b, (void *)(uintptr_t)cuda->blocks->p);
   pushed = cuda->context && !cu->cuCtxPushCurrent_v2(cuda->context);
-  while (cuda->blocks) {
-    moe__cuda_block *next = cuda->blocks->next;
-    if (pushed) cu->cuMemFree_v2(cuda->blocks->p);
-    free(cuda->blocks);
-    cuda->blocks = next;
-  }
   if (pushed && cuda->module) cu->cuModuleUnload(cuda->module);
   if (pushed) cu->cuCtxPopCurrent_v2(&context);
   if (cuda->primary) cu->cuDevicePrimaryCtxRelease_v2(cuda->device);
@@ -3953,19 +3620,16 @@ static void moe__cuda_free(moe__cuda *cuda) {
 }
 
 /* Everything but the table. */
-static moe_status moe__cuda_make(moe__cuda *cuda, const moe_env *env) {
+static moe_status moe__cuda_make(const moe_backend *b, moe__cuda *cuda, const moe_env *env) {
   static const char *const makers[] = {"by cuBLAS or our own kernels, as measured",
                                        "by our own kernels", "by cuBLAS"};
   void *context = NULL, *own = NULL;
-  moe_backend b;
   moe_status status = moe__cuda_open_driver(cuda, env);
-  if (status) return status;
-  status = moe__cuda_open_device(cuda, env);
+  if (!status) status = moe__cuda_open_device(cuda, env);
   if (status) return status;
   status = moe__cuda_open_blas(cuda, env);
   if (!status) status = moe__cuda_kernels(cuda, env);
-  b.user = cuda;
-  if (!status) status = moe__cuda_open_queue(&b, env, &own);
+  if (!status) status = moe__cuda_open_queue(b, env, &own);
   cuda->own = (moe__cuda_queue *)own;
   cuda->counts.queues = 0; /* those of contexts are counted */
   cuda->driver.cuCtxPopCurrent_v2(&context);
@@ -3999,13 +3663,13 @@ MOE_API moe_status moe_cuda_open(moe_backend *backend, const moe_cuda_options *o
   if (!cuda) return moe__cuda_fail(env, MOE_E_MEMORY, "cuda: no memory");
   MOE__CUDA_MUTEX_INIT(&cuda->mutex);
   if (options) cuda->options = *options;
-  status = moe__cuda_make(cuda, env);
-  if (status) {
-    moe__cuda_free(cuda);
-    return status;
-  }
   moe_backend_init(&b);
   b.memory = MOE_MEMORY_DEVICE, b.name = cuda->name, b.user = cuda;
+  status = moe__cuda_make(&b, cuda, env);
+  if (status) {
+    moe__cuda_free(&b);
+    return status;
+  }
   b.mirror = cuda->options.mirror;
   b.supports = moe__cuda_supports;
   b.open = moe__cuda_open_queue, b.close = moe__cuda_close_queue;
@@ -4028,7 +3692,7 @@ MOE_API int32_t moe_cuda_close(moe_backend *backend) {
   int32_t left;
   if (!cuda) return 0;
   left = cuda->counts.allocations + cuda->counts.queues;
-  moe__cuda_free(cuda);
+  moe__cuda_free(backend);
   memset(backend, 0, sizeof *backend);
   return left;
 }

@@ -29,8 +29,7 @@ static const struct {
 static const struct {
   const char *name;
   int min_arch;
-} products[] = {MOE__CUDA_KERNELS_PRODUCTS(COMPILE_ROW)
-                    MOE__CUDA_KERNELS_EXPERTS(COMPILE_ROW){NULL, 0}};
+} products[] = {MOE__CUDA_KERNELS_PRODUCTS(COMPILE_ROW){NULL, 0}};
 
 /* What the two processes find out, in memory that both have. */
 typedef struct kernel_facts {
