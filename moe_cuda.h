@@ -1043,7 +1043,7 @@ MOE__CUDA_SOURCE(
    MOE__CUDA_PRIMITIVES. */
 #ifndef MOE__CUDA_PRIMITIVES
 MOE__CUDA_SOURCE(
-    prim, 80,
+    prim, 0,
     /* A float as TF32, rounded to nearest; a pair of floats as bf16, the first in the low half. */
     __device__ static inline unsigned moe__d_tf32(float x) {
       unsigned r;
@@ -1354,11 +1354,11 @@ MOE__CUDA_SOURCE(
       return across ? t * 4 + (i & 3) + (i >> 2) * (R / 2) : t + i * (R / 8);
     }
 
-    /* 4 k's of a side, for FMAs: x[i] has them for number i or, across, x[2 e + h] has numbers 4 h
-       to 4 h + 3 of k + e. */
-    template <int across, int R>
+    /* K k's of a side, for FMAs: x[i] has 4 for number i or, across, x[2 e + h] has numbers 4 h to
+       4 h + 3 of k + e. */
+    template <int across, int R, int K>
     __device__ static inline void moe__d_take4(moe__d_float4 *x, const float *s, int k) {
-      MOE_UNROLL for (int i = 0; i < 8; ++i) {
+      MOE_UNROLL for (int i = 0; i < (across ? 2 * K : 8); ++i) {
         int e = k + (i >> 1), row = moe__d_place(0, across, R, across ? (i & 1) * 4 : i);
         int at = across ? e * R + (row ^ moe__d_turn(1, e))
                         : ((k >> 3) * R + row) * 8 + ((k & 4) ^ moe__d_turn(0, row));
@@ -1369,11 +1369,12 @@ MOE__CUDA_SOURCE(
     /* sum += 16 k's, with FMAs. */
     template <int form>
     __device__ static inline void moe__d_step_f32(float *sum, const float *s) {
-      MOE_ROLL for (int k = 0; k < 16; k += 4) {
+      enum { K = form == MOE__CUDA_TN ? 2 : 4 };
+      MOE_ROLL for (int k = 0; k < 16; k += K) {
         moe__d_float4 a[8], b[8];
-        moe__d_take4<form == MOE__CUDA_TN, 128>(a, s, k);
-        moe__d_take4<form != MOE__CUDA_NT, 64>(b, s + 2048, k);
-        MOE_UNROLL for (int n = 0; n < 256; ++n) {
+        moe__d_take4<form == MOE__CUDA_TN, 128, K>(a, s, k);
+        moe__d_take4<form != MOE__CUDA_NT, 64, K>(b, s + 2048, k);
+        MOE_UNROLL for (int n = 0; n < 64 * K; ++n) {
           int e = n >> 6, i = n >> 3 & 7, j = n & 7, at = moe__d_element(i, j);
           float x = form == MOE__CUDA_TN ? a[2 * e + (i >> 2)].v[i & 3] : a[i].v[e];
           float y = form != MOE__CUDA_NT ? b[2 * e + (j >> 2)].v[j & 3] : b[j].v[e];
@@ -1525,11 +1526,11 @@ MOE__CUDA_SOURCE(
     }
 
     /* y = x w^T, dx = dy w, dw += dy^T x. */
-    MOE_KERNEL(128) moe_k_f32_nt(moe__cuda_product p) {
+    MOE_KERNEL(128, 3) moe_k_f32_nt(moe__cuda_product p) {
       moe__d_product<MOE__CUDA_NT, 0>(&p);
-    } MOE_KERNEL(128) moe_k_f32_nn(moe__cuda_product p) {
+    } MOE_KERNEL(128, 3) moe_k_f32_nn(moe__cuda_product p) {
       moe__d_product<MOE__CUDA_NN, 0>(&p);
-    } MOE_KERNEL(128) moe_k_f32_tn(moe__cuda_product p) { moe__d_product<MOE__CUDA_TN, 0>(&p); })
+    } MOE_KERNEL(128, 3) moe_k_f32_tn(moe__cuda_product p) { moe__d_product<MOE__CUDA_TN, 0>(&p); })
 
 MOE__CUDA_SOURCE(
     products_mma, 80,
