@@ -290,12 +290,6 @@ static const struct {
     {0, MOE_E_IO, "see nvidia-smi and dmesg: the GPU may be lost"},
 };
 
-/* Whether the whole CUDA context is lost: no later call in it can succeed. */
-static int moe__cuda_is_loss(int error) {
-  return error == 4 || error == 201 || error == 214 || (error >= 700 && error <= 720) ||
-         error == 999;
-}
-
 /* Reports that call `what` of the driver failed. */
 static moe_status moe__cuda_driver_fail(const moe__cuda_driver *cu, const moe_env *env, int index,
                                         const char *what, int error) {
@@ -333,11 +327,11 @@ typedef struct moe__cuda_chunk {
 
 // clang-format off
 /* The chunks in the order in which they are compiled. */
-#define MOE__CUDA_CHUNKS(X) X(math) X(prim) X(wide) X(sums) X(product) X(tile) X(load) X(step)     \
-  X(step_mma) X(finish) X(products) X(products_mma) X(pieces) X(combine) X(experts)                \
-  X(attention_args) X(attention_base) X(attention) X(attention_back) X(rows_args) X(norm)          \
-  X(sort_args) X(sort) X(embed_args) X(embed) X(route_args) X(route_base) X(route) X(route_loss)   \
-  X(route_back) X(route_gates) X(heads_args) X(heads) X(heads_back) X(span_args) X(adam)
+#define MOE__CUDA_CHUNKS(X) X(prim) X(wide) X(sums) X(product) X(tile) X(load) X(step) X(step_mma) \
+  X(finish) X(products) X(products_mma) X(pieces) X(combine) X(experts) X(attention_args)          \
+  X(attention_base) X(attention) X(attention_back) X(rows_args) X(norm) X(sort_args) X(sort)       \
+  X(embed_args) X(embed) X(route_args) X(route_base) X(route) X(route_gates) X(route_loss)         \
+  X(heads_args) X(heads) X(heads_back) X(span_args) X(adam)
 
 /* The kernels, X(name, min_arch) for moe_k_name: the enum MOE__K_name. First those of products. */
 #define MOE__CUDA_KERNELS_PRODUCTS(X) X(f32_nt, 0) X(f32_nn, 0) X(f32_tn, 0) X(tf32_nt, 80)        \
@@ -347,10 +341,9 @@ typedef struct moe__cuda_chunk {
   X(attention_128, 0) X(attention_dq_32, 0) X(attention_dq_64, 0) X(attention_dq_128, 0)           \
   X(attention_dkv_32, 0) X(attention_dkv_64, 0) X(attention_dkv_128, 0) X(norm, 0) X(norm_back, 0) \
   X(norm_columns, 0) X(dropout, 0) X(sort, 0) X(embed, 0) X(embed_words, 0) X(embed_positions, 0)  \
-  X(embed_segments, 0) X(route, 0) X(route_one, 0) X(route_parts, 0) X(route_loss, 0)              \
-  X(route_back, 0) X(route_dx, 0) X(route_dgates, 0) X(heads_feature, 0) X(heads_scores, 0)        \
-  X(heads_loss, 0) X(heads_dw, 0) X(heads_dfeature, 0) X(heads_dhidden, 0) X(norm_squares, 0)      \
-  X(norm_root, 0) X(adam, 0)
+  X(embed_segments, 0) X(route, 0) X(route_back, 0) X(route_dx, 0) X(route_dgates, 0)              \
+  X(route_parts, 0) X(route_loss, 0) X(heads_feature, 0) X(heads_scores, 0) X(heads_loss, 0)       \
+  X(heads_dw, 0) X(heads_dhidden, 0) X(norm_squares, 0) X(norm_root, 0) X(adam, 0)
 // clang-format on
 #define MOE__CUDA_ENUM(name, min_arch) MOE__K_##name,
 typedef enum moe__cuda_kernel { MOE__CUDA_KERNELS(MOE__CUDA_ENUM) MOE__K_COUNT } moe__cuda_kernel;
@@ -674,11 +667,13 @@ static void moe__cuda_tally(moe__cuda *cuda, int64_t *number) {
   MOE__CUDA_UNLOCK(&cuda->mutex);
 }
 
-/* The error with which the GPU was lost, or 0; error: one that may be a loss, or 0. */
+/* The error with which the GPU was lost, so that no later call can succeed, or 0; error: a new one,
+   or 0. */
 static int moe__cuda_lost(moe__cuda *cuda, int error) {
-  int lost;
+  int lost =
+      error == 4 || error == 201 || error == 214 || (error >= 700 && error <= 720) || error == 999;
   MOE__CUDA_LOCK(&cuda->mutex);
-  if (!cuda->lost && moe__cuda_is_loss(error)) cuda->lost = error;
+  if (lost && !cuda->lost) cuda->lost = error;
   lost = cuda->lost;
   MOE__CUDA_UNLOCK(&cuda->mutex);
   return lost;
@@ -992,53 +987,6 @@ static moe_status moe__cuda_open_queue(const moe_backend *b, const moe_env *env,
 
 /* ---- device code that all kernels share ---- >>cuda_base */
 
-/* The CPU's random bits, exp and log (>>random and >>simd in moe.h): the same operations in the
-   same order. */
-MOE__CUDA_SOURCE(
-    math, 0,
-    __device__ static inline unsigned moe__d_hash32(unsigned long long key, unsigned position) {
-      unsigned x = position * 0x9e3779b1u + (unsigned)key;
-      x = (x ^ x >> 16) * 0x85ebca6bu;
-      x ^= (unsigned)(key >> 32);
-      x = (x ^ x >> 13) * 0xc2b2ae35u;
-      return x ^ x >> 16;
-    }
-
-    __device__ static inline float moe__d_exp(float x) {
-      float t, k, r, p;
-      unsigned u, half;
-      x = x < -104.0f ? -104.0f : x;
-      x = x > 89.0f ? 89.0f : x;
-      t = fmaf(x, 1.44269502f, 12582912.0f);
-      k = t - 12582912.0f;
-      r = fmaf(-k, 1.42860677e-6f, fmaf(-k, 0.693145752f, x));
-      p = fmaf(fmaf(1.393953804e-03f, r, 8.368821815e-03f), r, 4.166641459e-02f);
-      p = fmaf(fmaf(fmaf(p, r, 1.666651964e-01f), r, 0.5f), r, 1.0f);
-      p = fmaf(p, r, 1.0f);
-      u = __float_as_uint(t) - 0x4b400000u;
-      half = (u >> 1) | (u & 0x80000000u);
-      p = p * __uint_as_float((half << 23) + 0x3f800000u);
-      return p * __uint_as_float(((u - half) << 23) + 0x3f800000u);
-    }
-
-    __device__ static inline float moe__d_log(float x) {
-      float scaled = x < 1.17549435e-38f ? x * 8388608.0f : x, f, e, s, p;
-      unsigned u = __float_as_uint(scaled), above = u - 0x3f3504f3u;
-      unsigned k = (above >> 23) | (above & 0x80000000u ? 0xfffffe00u : 0u);
-      f = __uint_as_float(u - (k << 23)) - 1.0f;
-      e = (float)(int)k + (x < 1.17549435e-38f ? -23.0f : 0.0f);
-      s = f * f;
-      p = fmaf(fmaf(6.749556214e-02f, f, -1.167019233e-01f), f, 1.188347042e-01f);
-      p = fmaf(fmaf(fmaf(p, f, -1.240620762e-01f), f, 1.422036290e-01f), f, -1.666799039e-01f);
-      p = fmaf(fmaf(fmaf(p, f, 2.000207156e-01f), f, -2.500000894e-01f), f, 3.333331347e-01f);
-      p = fmaf(p, f, -0.5f);
-      p = fmaf(p, s, e * 1.42860677e-6f) + f;
-      p = fmaf(e, 0.693145752f, p);
-      if (!(x < __uint_as_float(0x7f800000u))) p = x;
-      if (x <= 0.0f) p = __uint_as_float(x < 0.0f ? 0x7fc00000u : 0xff800000u);
-      return p;
-    })
-
 /* What plain CUDA C does not have, as PTX. The emulator of tests/cuda brings its own: it defines
    MOE__CUDA_PRIMITIVES. */
 #ifndef MOE__CUDA_PRIMITIVES
@@ -1134,8 +1082,19 @@ MOE__CUDA_SOURCE(
 
 MOE__CUDA_SOURCE(
     sums, 0,
+    /* The CPU's random bits (>>random in moe.h). */
+    __device__ static inline unsigned moe__d_hash32(unsigned long long key, unsigned position) {
+      unsigned x = position * 0x9e3779b1u + (unsigned)key;
+      x = (x ^ x >> 16) * 0x85ebca6bu;
+      x ^= (unsigned)(key >> 32);
+      x = (x ^ x >> 13) * 0xc2b2ae35u;
+      return x ^ x >> 16;
+    }
+
     /* The 16 threads of a row are a half of a warp. */
     __device__ static inline unsigned moe__d_half(void) { return 0xffffu << (threadIdx.x & 16u); }
+
+    __device__ static inline float moe__d_exp(float x) { return exp2f(1.44269502f * x); }
 
     /* Sum of a row's threads, as a butterfly. */
     __device__ static inline float moe__d_sum16(float v) {
@@ -2616,18 +2575,13 @@ MOE__CUDA_SHARED(
       float *dx, *dgates, *dlogits;
       const float *dweight;
       double *parts; /* (n_parts, N + 1) sums of prob and of z^2 over parts of the tokens */
-      float scale, balance, z_loss, jitter, loss_scale;
+      float scale, balance, z_loss, jitter, loss_scale; /* the losses: 0 or more */
       int renormalize, S, H, M, N, k, n_parts;
     } moe__route_args;)
 
 /* 16 threads hold a token: thread l has experts l, l + 16, ..., and the lanes of a dot product. */
 MOE__CUDA_SOURCE(
     route_base, 0,
-    /* The gate of a sequence (N, H). */
-    __device__ static const float *moe__d_gate(const moe__route_args &a, int s) {
-      return a.gates + (size_t)a.gate_of[s] * (size_t)a.N * (size_t)a.H;
-    }
-
     /* Jitter's factor for column c of a token. */
     __device__ static float moe__d_noise(const moe__route_args &a, int s, int token, int c) {
       unsigned place = (unsigned)(token - a.seq_start[s]) * (unsigned)a.H + (unsigned)c;
@@ -2635,60 +2589,46 @@ MOE__CUDA_SOURCE(
       return 1.0f + a.jitter * u;
     }
 
-    /* Orders candidates: the larger value first, then the lower index. Never 0. NaN comes last. */
-    __device__ static unsigned long long moe__d_rank(float value, int index) {
-      unsigned u = __float_as_uint(value + 0.0f); /* -0 becomes 0 */
-      u = u & 0x80000000u ? ~u : u | 0x80000000u;
-      if (!(value <= __uint_as_float(0x7f800000u))) u = 0;
-      return (unsigned long long)u << 32 | (0xffffffffu - (unsigned)index);
-    }
-
-    /* The index of the first among the candidates of 16 threads; 0: none. */
-    __device__ static int moe__d_first16(unsigned long long rank) {
-      for (int o = 8; o > 0; o >>= 1) {
-        unsigned long long other = __shfl_xor_sync(moe__d_half(), rank, o);
-        rank = other > rank ? other : rank;
-      }
-      return rank ? (int)(0xffffffffu - (unsigned)rank) : 0;
-    }
-
     /* Share of the choices that went to expert i. */
     __device__ static float moe__d_share(const moe__route_args &a, int i) {
       return (float)(a.start[i + 1] - a.start[i]) / ((float)a.M * (float)a.k);
     }
 
+    /* log of the sum of exp(logits), from the most probable expert. */
+    __device__ static float moe__d_log_sum(const float *logits, const float *prob, int N) {
+      int best = 0;
+      for (int i = 1; i < N; ++i)
+        if (prob[i] > prob[best]) best = i;
+      return logits[best] - logf(prob[best]);
+    }
+
     /* Logits x W_g^T of a token [TaG] Eq. 3, four experts at a time. With jitter, rows are summed
-       in blocks of 1024, as the CPU does. Threads of a dead token (live 0) only take part in sums.
-       */
-    __device__ static void moe__d_logits(const moe__route_args &a, int token, int live) {
+       in blocks of 1024, as the CPU does. */
+    __device__ static void moe__d_logits(const moe__route_args &a, float *logits, int token) {
       int lane = (int)(threadIdx.x & 15u), block = a.keys ? 1024 : a.H;
-      int s = live ? moe__d_last(a.seq_start, 1, a.S, token) : 0, n = live ? a.H : 0;
-      const float *gate = live ? moe__d_gate(a, s) : a.gates;
+      int s = moe__d_last(a.seq_start, 1, a.S, token);
+      const float *gate = a.gates + (size_t)a.gate_of[s] * (size_t)a.N * (size_t)a.H;
       const float *x = a.x + (size_t)token * (size_t)a.H;
-      for (int i = 0; i < a.N; i += 4) {
+      for (int i = 0; i < a.N; i += 4, gate += 4 * (size_t)a.H) {
         float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        int n = a.N - i < 4 ? a.N - i : 4;
         for (int first = 0; first < a.H; first += block) {
           float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-          int end = n - first < block ? n : first + block;
-          for (int c = first + lane; c < end; c += 16) {
+          for (int c = first + lane; c < a.H && c < first + block; c += 16) {
             float v = a.keys ? x[c] * moe__d_noise(a, s, token, c) : x[c];
-            for (int q = 0; q < 4; ++q)
-              if (i + q < a.N)
-                sum[q] = fmaf(v, gate[(size_t)(i + q) * (size_t)a.H + (size_t)c], sum[q]);
+            for (int q = 0; q < n; ++q)
+              sum[q] = fmaf(v, gate[(size_t)q * (size_t)a.H + (size_t)c], sum[q]);
           }
           for (int q = 0; q < 4; ++q) total[q] += moe__d_sum16(sum[q]);
         }
-        for (int q = 0; q < 4; ++q)
-          if (live && i + q < a.N && lane == (i + q) % 16)
-            a.logits[(size_t)token * (size_t)a.N + (size_t)(i + q)] =
-                a.masked && a.masked[i + q] ? -3.4e38f : total[q];
+        for (int q = 0; q < n; ++q)
+          if ((i + q) % 16 == lane)
+            logits[i + q] = a.masked && a.masked[i + q] ? -3.4e38f : total[q];
       }
-    })
+    }
 
-MOE__CUDA_SOURCE(
-    route, 0,
     /* prob = softmax(logits) of a token's n experts [TaG] Eq. 4. */
-    __device__ static void moe__d_route_softmax(float *prob, const float *logits, int n) {
+    __device__ static void moe__d_softmax(float *prob, const float *logits, int n) {
       int lane = (int)(threadIdx.x & 15u);
       float most = __uint_as_float(0xff800000u), sum = 0;
       for (int i = lane; i < n; i += 16) most = most > logits[i] ? most : logits[i];
@@ -2702,219 +2642,165 @@ MOE__CUDA_SOURCE(
       }
       sum = moe__d_sum16(sum);
       for (int i = lane; i < n; i += 16) prob[i] /= sum;
-    }
+    })
 
+MOE__CUDA_SOURCE(
+    route, 0,
     /* The next expert of a token: the largest logit among those not taken, of equal ones the
-       lowest. */
+       lowest. NaN comes last, and 0 where nothing is left: an index that is in range. */
     __device__ static int moe__d_next(const float *logits, unsigned taken, int n) {
-      unsigned long long best = 0;
+      unsigned long long best = 0; /* the order of logits as bits, then that of indices */
       for (int i = (int)(threadIdx.x & 15u); i < n; i += 16) {
-        unsigned long long rank = moe__d_rank(logits[i], i);
+        unsigned u = __float_as_uint(logits[i] + 0.0f); /* -0 becomes 0 */
+        unsigned long long rank;
+        u = u & 0x80000000u ? ~u : u | 0x80000000u;
+        if (!(logits[i] <= __uint_as_float(0x7f800000u))) u = 0;
+        rank = (unsigned long long)u << 32 | (0xffffffffu - (unsigned)i);
         if (!(taken >> (i / 16) & 1u) && rank > best) best = rank;
       }
-      return moe__d_first16(best);
+      for (int o = 8; o > 0; o >>= 1) {
+        unsigned long long other = __shfl_xor_sync(moe__d_half(), best, o);
+        best = other > best ? other : best;
+      }
+      return best ? (int)(0xffffffffu - (unsigned)best) : 0;
     }
 
-    /* Eq. 3, 4 and 5 for 8 tokens. Indices stay in range whatever the logits are. */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_route(moe__route_args a) {
-      int lane = (int)(threadIdx.x & 15u), token = (int)(blockIdx.x * 8u + (threadIdx.x >> 4));
-      int live = token >= 0 && token < a.M, n = live ? a.N : 0;
-      size_t at = (size_t)(live ? token : 0) * (size_t)a.N;
-      size_t choice = (size_t)(live ? token : 0) * (size_t)a.k;
-      const float *logits = a.logits + at;
-      float *prob = a.prob + at, sum = 0;
+    /* Eq. 3, 4 and 5. */
+    MOE_KERNEL(128) moe_k_route(moe__route_args a) {
+      int lane = (int)(threadIdx.x & 15u);
+      size_t token = blockIdx.x * 8u + (threadIdx.x >> 4);
+      float *logits = a.logits + token * (size_t)a.N, *prob = a.prob + token * (size_t)a.N, sum = 0;
+      float *weight = a.weight + token * (size_t)a.k;
       unsigned taken = 0;
-      moe__d_logits(a, live ? token : 0, live);
-      moe__d_route_softmax(prob, logits, n);
-      for (int i = lane; i < n; i += 16)
+      if (token >= (size_t)a.M) return;
+      if (a.N > 1) {
+        moe__d_logits(a, logits, (int)token);
+        moe__d_softmax(prob, logits, a.N);
+      } else if (lane == 0)
+        prob[0] = 1.0f;
+      for (int i = lane; i < a.N; i += 16)
         if ((a.masked && a.masked[i]) || (a.pruned && a.pruned[i])) taken |= 1u << (i / 16);
       for (int j = 0; j < a.k; ++j) {
-        int expert = moe__d_next(logits, taken, n);
+        size_t choice = token * (size_t)a.k + (size_t)j;
+        int expert = a.forced ? a.forced[choice] : a.N > 1 ? moe__d_next(logits, taken, a.N) : 0;
         float p;
-        if (a.forced && live) expert = a.forced[choice + (size_t)j];
         if (expert < 0 || expert >= a.N) expert = 0;
         if (expert % 16 == lane) taken |= 1u << (expert / 16);
-        p = moe__d_sum16(live && expert % 16 == lane ? prob[expert] : 0.0f);
+        p = moe__d_sum16(expert % 16 == lane ? prob[expert] : 0.0f);
         sum += p;
-        if (live && j % 16 == lane) {
-          a.expert[choice + (size_t)j] = expert;
-          a.weight[choice + (size_t)j] = p;
-        }
+        if (j % 16 == lane) a.expert[choice] = expert;
+        if (j % 16 == lane) weight[j] = p;
       }
-      for (int j = lane; live && j < a.k; j += 16) {
-        float w = a.weight[choice + (size_t)j];
-        if (!a.renormalize)
-          w = a.scale * w;
-        else
-          w = sum <= 0 ? 1.0f / (float)a.k : w / sum;
-        a.weight[choice + (size_t)j] = w;
+      for (int j = lane; j < a.k; j += 16)
+        weight[j] = !a.renormalize ? a.scale * weight[j]
+                    : sum <= 0     ? 1.0f / (float)a.k
+                                   : weight[j] / sum;
+    }
+
+    /* dlogits of a token. The weight w of a choice is scale prob, or prob over the sum of the
+       choices' where renormalize is 1:
+         dlogit_i = prob_i (b_i - sum_j prob_j b_j + z - r) + w_i (dw_i - s)
+       with b_i = balance N f_i / M, z = 2 z_loss log sum / M, w_i 0 where i was not chosen, and
+       (r, s) = (q, 0) or, renormalized, (0, q), q = sum_j w_j dw_j. A thread touches its own
+       experts only. */
+    MOE_KERNEL(128) moe_k_route_back(moe__route_args a) {
+      int lane = (int)(threadIdx.x & 15u);
+      size_t token = blockIdx.x * 8u + (threadIdx.x >> 4), at = token * (size_t)a.N;
+      const int *expert = a.expert + token * (size_t)a.k;
+      const float *prob = a.prob + at, *weight = a.weight + token * (size_t)a.k;
+      const float *dweight = a.dweight + token * (size_t)a.k;
+      float *dlogits = a.dlogits + at, balance = a.loss_scale * a.balance * (float)a.N / (float)a.M;
+      float sum = 0, weighted = 0, mean = 0, z = 2 * a.loss_scale * a.z_loss / (float)a.M;
+      if (token >= (size_t)a.M) return;
+      for (int j = 0; j < a.k; ++j) {
+        sum += prob[expert[j]];
+        weighted = fmaf(weight[j], dweight[j], weighted);
+      }
+      for (int i = lane; i < a.N; i += 16) mean += prob[i] * balance * moe__d_share(a, i);
+      mean = moe__d_sum16(mean) + (a.renormalize ? 0.0f : weighted);
+      if (a.z_loss > 0) mean -= z * moe__d_log_sum(a.logits + at, prob, a.N);
+      for (int i = lane; i < a.N; i += 16)
+        dlogits[i] = prob[i] * (balance * moe__d_share(a, i) - mean);
+      for (int j = 0; j < a.k; ++j)
+        if (expert[j] % 16 == lane && !(a.renormalize && sum <= 0))
+          dlogits[expert[j]] += weight[j] * (dweight[j] - (a.renormalize ? weighted : 0.0f));
+    })
+
+MOE__CUDA_SOURCE(
+    route_gates, 0,
+    /* dx += dlogits W_g, times the jitter. 16 threads a token. */
+    MOE_KERNEL(128) moe_k_route_dx(moe__route_args a) {
+      size_t token = blockIdx.x * 8u + (threadIdx.x >> 4), H = (size_t)a.H;
+      const float *gate, *dlogits = a.dlogits + token * (size_t)a.N;
+      int s;
+      if (token >= (size_t)a.M) return;
+      s = moe__d_last(a.seq_start, 1, a.S, (int)token);
+      gate = a.gates + (size_t)a.gate_of[s] * (size_t)a.N * H;
+      for (size_t c = threadIdx.x & 15u; c < H; c += 16) {
+        float sum = 0;
+        for (int i = 0; i < a.N; ++i) sum = fmaf(dlogits[i], gate[(size_t)i * H + c], sum);
+        if (a.keys) sum *= moe__d_noise(a, s, (int)token, (int)c);
+        a.dx[token * H + c] += sum;
       }
     }
 
-    /* One expert: nothing to choose. */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_route_one(moe__route_args a) {
-      int token = (int)(blockIdx.x * 128u + threadIdx.x);
-      if (token < 0 || token >= a.M) return;
-      a.expert[token] = 0;
-      a.prob[token] = 1.0f;
-      a.weight[token] = a.renormalize ? 1.0f : a.scale;
+    /* dW_g += dlogits^T x over the tokens of the gate's sequences: 32 columns of 8 experts of a
+       gate, the tokens of a sequence dealt to 8 lanes. */
+    MOE_KERNEL(256) moe_k_route_dgates(moe__route_args a) {
+      int lane = (int)(threadIdx.x >> 5), tiles = (a.H + 31) / 32;
+      int c = (int)(blockIdx.x % (unsigned)tiles) * 32 + (int)(threadIdx.x & 31u);
+      int first = (int)(blockIdx.x / (unsigned)tiles) * 8, n = a.N - first < 8 ? a.N - first : 8;
+      float sum[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+      float *dgates = a.dgates + ((size_t)blockIdx.y * (size_t)a.N + (size_t)first) * (size_t)a.H;
+      for (int s = 0; s < a.S && c < a.H; ++s) {
+        if (a.gate_of[s] != (int)blockIdx.y) continue;
+        for (int t = a.seq_start[s] + lane; t < a.seq_start[s + 1]; t += 8) {
+          const float *dlogits = a.dlogits + (size_t)t * (size_t)a.N + first;
+          float x = a.x[(size_t)t * (size_t)a.H + (size_t)c];
+          if (a.keys) x *= moe__d_noise(a, s, t, c);
+          for (int q = 0; q < n; ++q) sum[q] = fmaf(dlogits[q], x, sum[q]);
+        }
+      }
+      for (int q = 0; q < n; ++q) {
+        float total = moe__d_sum8(sum[q]);
+        if (lane == q && c < a.H) dgates[(size_t)q * (size_t)a.H + (size_t)c] += total;
+      }
     })
 
 /* loss = balance N sum_i f_i P_i + z_loss mean(log sum^2): sums over the 128 tokens of a part, then
    over the parts, in double. */
 MOE__CUDA_SOURCE(
     route_loss, 0,
-    /* log of the sum of exp(logits), from the most probable expert. */
-    __device__ static float moe__d_log_sum(const float *logits, const float *prob, int N) {
-      int best = 0;
-      for (int i = 1; i < N; ++i)
-        if (prob[i] > prob[best]) best = i;
-      return logits[best] - moe__d_log(prob[best]);
-    }
-
-    extern "C" __global__ void __launch_bounds__(128) moe_k_route_parts(moe__route_args a) {
+    MOE_KERNEL(128) moe_k_route_parts(moe__route_args a) {
       __shared__ double square[128];
-      int thread = (int)threadIdx.x, first = (int)blockIdx.x * 128;
-      int count = a.M - first < 128 ? a.M - first : 128;
-      double sum = 0, *part = a.parts + (size_t)blockIdx.x * ((size_t)a.N + 1);
-      square[thread] = 0;
-      if (a.z_loss > 0 && thread < count) {
-        size_t at = (size_t)(first + thread) * (size_t)a.N;
-        double z = (double)moe__d_log_sum(a.logits + at, a.prob + at, a.N);
+      size_t N = (size_t)a.N, first = (size_t)blockIdx.x * 128, thread = threadIdx.x;
+      size_t count = (size_t)a.M - first < 128 ? (size_t)a.M - first : 128;
+      const float *prob = a.prob + first * N, *logits = a.logits + first * N;
+      if (thread < count) {
+        double z = (double)moe__d_log_sum(logits + thread * N, prob + thread * N, a.N);
         square[thread] = z * z;
       }
       MOE_SYNC();
-      for (int i = thread; i < a.N; i += 128) {
-        sum = 0;
-        for (int t = 0; t < count; ++t)
-          sum += (double)a.prob[(size_t)(first + t) * (size_t)a.N + (size_t)i];
-        part[i] = sum;
+      for (size_t i = thread; i <= N; i += 128) {
+        double sum = 0;
+        for (size_t t = 0; t < count; ++t) sum += i < N ? (double)prob[t * N + i] : square[t];
+        a.parts[blockIdx.x * (N + 1) + i] = sum;
       }
-      sum = 0;
-      for (int t = 0; t < 128 && thread == 0; ++t) sum += square[t];
-      if (thread == 0) part[a.N] = sum;
     }
 
-    extern "C" __global__ void __launch_bounds__(256) moe_k_route_loss(moe__route_args a) {
+    MOE_KERNEL(256) moe_k_route_loss(moe__route_args a) {
       __shared__ double total[257];
       double balance = 0;
       for (int i = (int)threadIdx.x; i <= a.N; i += 256) {
         double sum = 0;
         for (int p = 0; p < a.n_parts; ++p)
           sum += a.parts[(size_t)p * ((size_t)a.N + 1) + (size_t)i];
-        total[i] = i < a.N && a.n_parts ? (double)moe__d_share(a, i) * sum / a.M : sum;
+        total[i] = i < a.N ? (double)moe__d_share(a, i) * sum / a.M : sum;
       }
       MOE_SYNC();
       if (threadIdx.x > 0) return;
-      if (a.n_parts == 0) {
-        *a.loss = 0.0f;
-        return;
-      }
-      for (int i = 0; i < a.N && a.balance > 0; ++i) balance += total[i];
+      for (int i = 0; i < a.N; ++i) balance += total[i];
       *a.loss = (float)((double)a.balance * a.N * balance + (double)a.z_loss * total[a.N] / a.M);
-    })
-
-/* dlogits of a token, see moe__route_dlogits in moe.h:
-     dlogit_i = prob_i (dprob_i - sum_j prob_j dprob_j) + 2 z_loss / M log sum prob_i,
-   where dprob comes from the weights of the chosen experts and the balance loss. dlogits holds
-   dprob at first; a thread touches its own experts only. */
-MOE__CUDA_SOURCE(
-    route_back, 0,
-    __device__ static void moe__d_dprob(const moe__route_args &a, float *dlogits, const float *prob,
-                                        size_t choice, float *sum, float *weighted) {
-      int lane = (int)(threadIdx.x & 15u);
-      float balance = a.loss_scale * a.balance * (float)a.N / (float)a.M;
-      for (int j = 0; j < a.k; ++j) {
-        *sum += prob[a.expert[choice + (size_t)j]];
-        *weighted += a.dweight[choice + (size_t)j] * a.weight[choice + (size_t)j];
-      }
-      for (int i = lane; i < a.N; i += 16)
-        dlogits[i] = a.balance > 0 ? balance * moe__d_share(a, i) : 0.0f;
-      for (int j = 0; j < a.k; ++j) {
-        int expert = a.expert[choice + (size_t)j];
-        float dweight = a.dweight[choice + (size_t)j];
-        if (expert % 16 != lane) continue;
-        if (!a.renormalize)
-          dlogits[expert] += a.scale * dweight;
-        else if (!(*sum < 1e-20f))
-          dlogits[expert] += (dweight - *weighted) / *sum;
-      }
-    }
-
-    extern "C" __global__ void __launch_bounds__(128) moe_k_route_back(moe__route_args a) {
-      int lane = (int)(threadIdx.x & 15u), token = (int)(blockIdx.x * 8u + (threadIdx.x >> 4));
-      int live = token >= 0 && token < a.M, n = live ? a.N : 0, best;
-      size_t at = (size_t)(live ? token : 0) * (size_t)a.N;
-      size_t choice = (size_t)(live ? token : 0) * (size_t)a.k;
-      const float *prob = a.prob + at;
-      float *dlogits = a.dlogits + at, sum = 0, weighted = 0, mean = 0, z;
-      unsigned long long rank = 0;
-      if (live) moe__d_dprob(a, dlogits, prob, choice, &sum, &weighted);
-      for (int i = lane; i < n; i += 16) {
-        unsigned long long other = moe__d_rank(prob[i], i);
-        rank = other > rank ? other : rank;
-        mean += prob[i] * dlogits[i];
-      }
-      mean = moe__d_sum16(mean);
-      best = moe__d_first16(rank);
-      for (int i = lane; i < n; i += 16) dlogits[i] = prob[i] * (dlogits[i] - mean);
-      for (int j = 0; live && j < a.k && a.renormalize && sum > 0 && sum < 1e-20f; ++j) {
-        int expert = a.expert[choice + (size_t)j];
-        if (expert % 16 == lane)
-          dlogits[expert] +=
-              a.weight[choice + (size_t)j] * (a.dweight[choice + (size_t)j] - weighted);
-      }
-      if (!live || !(a.z_loss > 0)) return;
-      z = 2 * a.loss_scale * a.z_loss / (float)a.M *
-          (a.logits[at + (size_t)best] - moe__d_log(prob[best]));
-      for (int i = lane; i < n; i += 16) dlogits[i] += z * prob[i];
-    })
-
-MOE__CUDA_SOURCE(
-    route_gates, 0,
-    /* dx += dlogits W_g, times the jitter. 16 threads a token. */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_route_dx(moe__route_args a) {
-      int token = (int)(blockIdx.x * 8u + (threadIdx.x >> 4)), s;
-      const float *gate, *dlogits;
-      if (token < 0 || token >= a.M) return;
-      s = moe__d_last(a.seq_start, 1, a.S, token);
-      gate = moe__d_gate(a, s);
-      dlogits = a.dlogits + (size_t)token * (size_t)a.N;
-      for (int c = (int)(threadIdx.x & 15u); c < a.H; c += 16) {
-        float *dx = a.dx + (size_t)token * (size_t)a.H + (size_t)c;
-        float sum = a.keys ? 0.0f : *dx;
-        for (int i = 0; i < a.N; ++i)
-          sum = fmaf(dlogits[i], gate[(size_t)i * (size_t)a.H + (size_t)c], sum);
-        *dx = a.keys ? *dx + sum * moe__d_noise(a, s, token, c) : sum;
-      }
-    }
-
-    /* dW_g += dlogits^T x over the tokens of the gate's sequences: 32 columns of 8 experts of a
-       gate, the tokens of a sequence dealt to 8 lanes. */
-    extern "C" __global__ void __launch_bounds__(256) moe_k_route_dgates(moe__route_args a) {
-      __shared__ float part[8][8][32];
-      int column = (int)(threadIdx.x & 31u), lane = (int)(threadIdx.x >> 5);
-      int tiles = (a.H + 31) / 32, c = (int)(blockIdx.x % (unsigned)tiles) * 32 + column;
-      int first = (int)(blockIdx.x / (unsigned)tiles) * 8, gate = (int)blockIdx.y, used = 0;
-      float sum[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}, total = 0;
-      for (int s = 0; s < a.S; ++s) {
-        if (a.gate_of[s] != gate) continue;
-        used = 1;
-        for (int t = a.seq_start[s] + lane; c < a.H && t < a.seq_start[s + 1]; t += 8) {
-          const float *dlogits = a.dlogits + (size_t)t * (size_t)a.N;
-          float x = a.x[(size_t)t * (size_t)a.H + (size_t)c];
-          if (a.keys) x *= moe__d_noise(a, s, t, c);
-          for (int q = 0; q < 8; ++q)
-            if (first + q < a.N) sum[q] = fmaf(dlogits[first + q], x, sum[q]);
-        }
-      }
-      if (!used) return;
-      for (int q = 0; q < 8; ++q) part[lane][q][column] = sum[q];
-      MOE_SYNC();
-      if (c >= a.H || first + lane >= a.N) return;
-      for (int l = 0; l < 8; ++l) total += part[l][lane][column];
-      a.dgates[((size_t)gate * (size_t)a.N + (size_t)(first + lane)) * (size_t)a.H + (size_t)c] +=
-          total;
     })
 
 static moe__route_args moe__cuda_route_args(const moe_route_op *op) {
@@ -2926,25 +2812,23 @@ static moe__route_args moe__cuda_route_args(const moe_route_op *op) {
   a.logits = op->logits, a.loss = op->loss;
   a.x = op->x, a.gates = op->gates, a.gate_of = op->gate_of, a.seq_start = op->seq_start;
   if (o->jitter > 0) a.keys = (const unsigned long long *)(const void *)o->keys;
-  a.forced = o->forced;
+  a.forced = r->N > 1 ? o->forced : NULL;
   if (!o->forced) a.masked = o->masked, a.pruned = o->pruned;
   a.dx = op->dx, a.dgates = op->dgates, a.dlogits = op->dlogits, a.dweight = op->dweight;
-  a.scale = o->scale, a.balance = o->balance, a.z_loss = o->z_loss, a.jitter = o->jitter;
-  a.loss_scale = op->loss_scale, a.renormalize = o->renormalize;
+  a.scale = o->scale, a.jitter = o->jitter, a.renormalize = o->renormalize;
+  a.balance = o->balance > 0 ? o->balance : 0, a.z_loss = o->z_loss > 0 ? o->z_loss : 0;
+  a.loss_scale = op->loss_scale;
   a.S = op->S, a.H = op->H, a.M = r->M, a.N = r->N, a.k = r->k;
   return a;
 }
 
 static moe_status moe__cuda_route_check(const moe_route_op *op, const moe_env *env) {
   const moe_routes *r = op->routes;
-  if (r->N < 1 || r->N > MOE_MAX_EXPERTS || r->k < 1 || r->k > r->N)
+  if (r->N < 1 || r->N > MOE_MAX_EXPERTS || r->k < 1 || r->k > r->N || r->M > INT32_MAX / r->k)
     return moe__cuda_fail(env, MOE_E_ARGUMENT,
-                          "route: N is %d and k is %d, expected 1 <= k <= N <= %d", (int)r->N,
-                          (int)r->k, MOE_MAX_EXPERTS);
-  if (r->M > INT32_MAX / r->k)
-    return moe__cuda_fail(env, MOE_E_ARGUMENT,
-                          "route: M is %d, expected 0 to %d tokens with k = %d", (int)r->M,
-                          (int)(INT32_MAX / r->k), (int)r->k);
+                          "route: M is %d, N %d and k %d, expected 1 <= k <= N <= %d and M k below "
+                          "2^31",
+                          (int)r->M, (int)r->N, (int)r->k, MOE_MAX_EXPERTS);
   if (!op->options.renormalize && !(op->options.scale > 0))
     return moe__cuda_fail(env, MOE_E_ARGUMENT,
                           "route: scale is %g, expected more than 0 (moe_route_op_init sets 1)",
@@ -2955,19 +2839,16 @@ static moe_status moe__cuda_route_check(const moe_route_op *op, const moe_env *e
 static moe_status moe__cuda_route_forward(moe__cuda_queue *q, const moe_routes *r,
                                           moe__route_args *a) {
   moe__sort_args sort = {r->expert, NULL, r->order, r->start, r->M * r->k, r->N};
-  size_t M = (size_t)a->M, n = a->N > 1 && (a->balance > 0 || a->z_loss > 0) ? (M + 127) / 128 : 0;
-  moe_status status;
-  if (a->N == 1)
-    status = moe__cuda_run(q, MOE__K_route_one, moe__cuda_blocks(M, 128), 1, 128, a);
-  else
-    status = moe__cuda_rows(q, MOE__K_route, a->M, a);
-  if (!status) status = moe__cuda_run(q, MOE__K_sort, (uint32_t)r->N, 1, 256, &sort);
-  if (status || !a->loss) return status;
-  a->n_parts = (int)n;
-  a->parts = (double *)moe__cuda_scratch(q, n * ((size_t)a->N + 1) * sizeof(double));
-  status = moe__cuda_run(q, MOE__K_route_parts, (uint32_t)n, 1, 128, a);
-  if (!status) status = moe__cuda_run(q, MOE__K_route_loss, 1, 1, 256, a);
-  return status;
+  moe__cuda_rows(q, MOE__K_route, a->M, a);
+  moe__cuda_run(q, MOE__K_sort, (uint32_t)r->N, 1, 256, &sort);
+  if (!a->loss) return q->status;
+  if (a->N == 1 || a->M == 0 || !(a->balance > 0 || a->z_loss > 0))
+    return moe__cuda_zero(q, a->loss, sizeof *a->loss);
+  a->n_parts = (a->M - 1) / 128 + 1;
+  a->parts =
+      (double *)moe__cuda_scratch(q, (size_t)a->n_parts * ((size_t)a->N + 1) * sizeof(double));
+  moe__cuda_run(q, MOE__K_route_parts, (uint32_t)a->n_parts, 1, 128, a);
+  return moe__cuda_run(q, MOE__K_route_loss, 1, 1, 256, a);
 }
 
 static moe_status moe__cuda_route(const moe_backend *b, const moe_env *env, const moe_route_op *op,
@@ -2978,12 +2859,11 @@ static moe_status moe__cuda_route(const moe_backend *b, const moe_env *env, cons
   moe_status status = moe__cuda_route_check(op, env);
   if (status) return status;
   if (!back) return moe__cuda_route_forward(q, op->routes, &a);
-  if (a.N == 1 || a.M == 0) return MOE_OK;
-  status = moe__cuda_rows(q, MOE__K_route_back, a.M, &a);
-  if (!status && a.dx) status = moe__cuda_rows(q, MOE__K_route_dx, a.M, &a);
-  if (!status && a.dgates)
-    status = moe__cuda_run(q, MOE__K_route_dgates, tiles, (uint32_t)op->G, 256, &a);
-  return status;
+  if (a.N == 1) return MOE_OK;
+  moe__cuda_rows(q, MOE__K_route_back, a.M, &a);
+  if (a.dx) moe__cuda_rows(q, MOE__K_route_dx, a.M, &a);
+  if (!a.dgates) return q->status;
+  return moe__cuda_run(q, MOE__K_route_dgates, tiles, (uint32_t)op->G, 256, &a);
 }
 
 /* ---- heads and losses ---- >>cuda_heads */
@@ -3005,74 +2885,82 @@ MOE__CUDA_SHARED(
       const int *span, *seq_start;
       const unsigned long long *keys;
       float *dhidden, *dw;
-      float *feature, *dfeature; /* (S, 3H) what the heads read, after dropout; its gradient */
-      float *dscore;             /* (S, max_classes) */
+      float *feature; /* (S, 3H) what the heads read, after dropout */
+      float *dscore;  /* (S, max_classes) */
       float scale;
       unsigned threshold;
       int S, M, H, max_classes, overwrite;
     } moe__heads_args;)
 
-/* What the heads read: [CLS], or [CLS; span 1; span 2], after dropout. A block a sequence. */
 MOE__CUDA_SOURCE(
     heads, 0,
-    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_feature(moe__heads_args a) {
-      int s = (int)blockIdx.x, width = a.H * (1 + a.head[a.task[s]].spans);
+    /* A head reads [CLS] or [CLS; span 1; span 2], spans as means of their tokens. The width. */
+    __device__ static int moe__d_width(const moe__heads_args &a, int s) {
+      return a.H * (1 + a.head[a.task[s]].spans);
+    }
+
+    /* The first token of such a part, 0 to 2, and how many there are. */
+    __device__ static int moe__d_part(const moe__heads_args &a, int s, int part, int *first) {
+      const int *span = a.span + (part ? 4 * s + 2 * part - 2 : 0);
+      *first = part ? span[0] : 0;
+      return part ? span[1] - span[0] : 1;
+    }
+
+    /* feature: what the head of a sequence reads, after dropout. A block for a sequence. */
+    MOE_KERNEL(128) moe_k_heads_feature(moe__heads_args a) {
+      int s = (int)blockIdx.x, width = moe__d_width(a, s);
       const float *rows = a.hidden + (size_t)a.seq_start[s] * (size_t)a.H;
-      float *feature = a.feature + (size_t)s * 3 * (size_t)a.H;
       for (int c = (int)threadIdx.x; c < width; c += 128) {
-        int part = c / a.H, column = c - part * a.H;
-        float v = rows[column];
-        if (part > 0) {
-          const int *span = a.span + 4 * (size_t)s + 2 * (size_t)(part - 1);
-          v = 0;
-          for (int i = span[0]; i < span[1]; ++i)
-            v += rows[(size_t)i * (size_t)a.H + (size_t)column];
-          v *= 1.0f / (float)(span[1] - span[0]);
-        }
-        if (a.threshold) v = moe__d_drop(v, a.threshold, a.scale, a.keys[s], (unsigned)c);
-        feature[c] = v;
+        int first, n = moe__d_part(a, s, c / a.H, &first);
+        float v = 0;
+        for (int i = first; i < first + n; ++i)
+          v += rows[(size_t)i * (size_t)a.H + (size_t)(c % a.H)];
+        v *= 1.0f / (float)n;
+        if (a.threshold) v = moe__d_drop(v, a.threshold, a.scale, a.keys[s], (size_t)c);
+        a.feature[(size_t)s * 3 * (size_t)a.H + (size_t)c] = v;
       }
     }
 
     /* scores = W feature + b [TaG] Eq. 7 and 8, then zeros. 16 threads a score. */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_scores(moe__heads_args a) {
-      int lane = (int)(threadIdx.x & 15u), at = (int)(blockIdx.x * 8u + (threadIdx.x >> 4));
-      int live = at < a.S * a.max_classes, s = live ? at / a.max_classes : 0;
-      int j = live ? at - s * a.max_classes : 0, classes = a.head[a.task[s]].classes;
-      int width = a.H * (1 + a.head[a.task[s]].spans);
-      const float *w = a.w + a.head[a.task[s]].at,
-                  *feature = a.feature + (size_t)s * 3 * (size_t)a.H;
+    MOE_KERNEL(128) moe_k_heads_scores(moe__heads_args a) {
+      size_t lane = threadIdx.x & 15u, at = blockIdx.x * 8u + (threadIdx.x >> 4), width;
+      int s = (int)(at / (size_t)a.max_classes), j = (int)(at % (size_t)a.max_classes);
+      const float *w, *feature = a.feature + (size_t)s * 3 * (size_t)a.H;
+      const moe__head *head;
       float sum = 0;
-      for (int c = lane; live && j < classes && c < width; c += 16)
-        sum = fmaf(feature[c], w[(size_t)j * (size_t)width + (size_t)c], sum);
+      if (s >= a.S) return;
+      head = a.head + a.task[s];
+      width = (size_t)moe__d_width(a, s);
+      w = a.w + head->at + (size_t)j * width;
+      for (size_t c = lane; j < head->classes && c < width; c += 16)
+        sum = fmaf(feature[c], w[c], sum);
       sum = moe__d_sum16(sum);
-      if (live && lane == 0)
-        a.scores[at] = j < classes ? sum + w[(size_t)classes * (size_t)width + (size_t)j] : 0.0f;
+      if (lane > 0) return;
+      if (j < head->classes) sum += a.w[head->at + (size_t)head->classes * width + (size_t)j];
+      a.scores[at] = sum;
     }
 
     /* Losses [TaG] Eq. 9 and 10, and the gradients of the scores; either may be NULL. 16 threads a
        sequence. */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_loss(moe__heads_args a) {
+    MOE_KERNEL(128) moe_k_heads_loss(moe__heads_args a) {
       int lane = (int)(threadIdx.x & 15u), s = (int)(blockIdx.x * 8u + (threadIdx.x >> 4));
-      int live = s < a.S;
-      const moe__head *head = a.head + a.task[live ? s : 0];
-      int n = live ? head->classes : 0;
-      const float *score = a.scores + (size_t)(live ? s : 0) * (size_t)a.max_classes;
-      float *dscore = a.dscore + (size_t)(live ? s : 0) * (size_t)a.max_classes;
-      float most = score[0], sum = 0, label = live ? a.label[s] : 0.0f, loss;
-      for (int i = 1; i < n; ++i) most = most > score[i] ? most : score[i];
-      for (int i = lane; i < n; i += 16) sum += moe__d_exp(score[i] - most);
+      const float *score = a.scores + (size_t)s * (size_t)a.max_classes;
+      float *dscore = a.dscore + (size_t)s * (size_t)a.max_classes, most, sum = 0, label, loss;
+      const moe__head *head;
+      if (s >= a.S) return;
+      head = a.head + a.task[s];
+      label = a.label[s];
+      most = score[0];
+      for (int i = 1; i < head->classes; ++i) most = most > score[i] ? most : score[i];
+      for (int i = lane; i < head->classes; i += 16) sum += moe__d_exp(score[i] - most);
       sum = moe__d_sum16(sum);
-      if (!live) return;
-      if (head->squared)
-        loss = (score[0] - label) * (score[0] - label);
-      else
-        loss = head->loss * (moe__d_log(sum) - (score[(int)label] - most));
+      loss = head->squared ? (score[0] - label) * (score[0] - label)
+                           : head->loss * (logf(sum) - (score[(int)label] - most));
       if (a.losses && lane == 0) a.losses[s] = loss;
-      for (int i = lane; a.dscore && i < n; i += 16) {
+      for (int i = lane; a.dscore && i < head->classes; i += 16) {
         float prob = moe__d_exp(score[i] - most) * (1.0f / sum);
-        dscore[i] = head->squared ? head->gradient * (score[0] - label)
-                                  : head->gradient * (prob - (i == (int)label ? 1.0f : 0.0f));
+        dscore[i] = head->gradient *
+                    (head->squared ? score[0] - label : prob - (i == (int)label ? 1.0f : 0.0f));
       }
     })
 
@@ -3080,10 +2968,10 @@ MOE__CUDA_SOURCE(
     heads_back, 0,
     /* dW += dscore feature^T and db += dscore over the sequences of a task, in their order: the
        first of them has the block that writes a row. */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_dw(moe__heads_args a) {
+    MOE_KERNEL(128) moe_k_heads_dw(moe__heads_args a) {
       int first = (int)(blockIdx.x / (unsigned)a.max_classes), task = a.task[first];
       int j = (int)(blockIdx.x % (unsigned)a.max_classes), classes = a.head[task].classes;
-      int width = a.H * (1 + a.head[task].spans), c = (int)(blockIdx.y * 128u + threadIdx.x);
+      int width = moe__d_width(a, first), c = (int)(blockIdx.y * 128u + threadIdx.x);
       float *dw = a.dw + a.head[task].at, sum;
       if (j >= classes || c > width) return;
       for (int s = 0; s < first; ++s)
@@ -3099,46 +2987,31 @@ MOE__CUDA_SOURCE(
       *dw = sum;
     }
 
-    /* dfeature = dropout(dscore W). */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_dfeature(moe__heads_args a) {
-      int s = (int)blockIdx.x, c = (int)(blockIdx.y * 128u + threadIdx.x), task = a.task[s];
-      int width = a.H * (1 + a.head[task].spans);
-      const float *w = a.w + a.head[task].at, *d = a.dscore + (size_t)s * (size_t)a.max_classes;
-      float sum = 0;
-      if (c >= width) return;
-      for (int j = 0; j < a.head[task].classes; ++j)
-        sum = fmaf(d[j], w[(size_t)j * (size_t)width + (size_t)c], sum);
-      if (a.threshold) sum = moe__d_drop(sum, a.threshold, a.scale, a.keys[s], (unsigned)c);
-      a.dfeature[(size_t)s * 3 * (size_t)a.H + (size_t)c] = sum;
-    }
-
-    /* The share of a token in the mean of span i of its sequence; 0 outside. */
-    __device__ static float moe__d_span_share(const moe__heads_args &a, int s, int i, int token) {
-      const int *span = a.span + 4 * (size_t)s + 2 * (size_t)i;
-      return token >= span[0] && token < span[1] ? 1.0f / (float)(span[1] - span[0]) : 0.0f;
-    }
-
-    /* dhidden = or += the gradients of [CLS] and of the means of spans. 16 threads a row. */
-    extern "C" __global__ void __launch_bounds__(128) moe_k_heads_dhidden(moe__heads_args a) {
-      unsigned row = blockIdx.x * 8u + (threadIdx.x >> 4);
-      size_t H = (size_t)a.H, at = (size_t)row * H;
+    /* dhidden = or += the gradients of [CLS] and of the means of spans, each a share of dfeature =
+       dropout(dscore W). 16 threads a row. */
+    MOE_KERNEL(128) moe_k_heads_dhidden(moe__heads_args a) {
+      size_t row = blockIdx.x * 8u + (threadIdx.x >> 4), H = (size_t)a.H, width;
       int s, token;
-      float one = 0, two = 0;
-      const float *d;
-      if (row >= (unsigned)a.M) return;
+      const float *w, *dscore;
+      const moe__head *head;
+      if (row >= (size_t)a.M) return;
       s = moe__d_last(a.seq_start, 1, a.S, (int)row);
       token = (int)row - a.seq_start[s];
-      if (a.head[a.task[s]].spans > 0) {
-        one = moe__d_span_share(a, s, 0, token);
-        two = moe__d_span_share(a, s, 1, token);
-      }
-      d = a.dfeature + (size_t)s * 3 * H;
+      head = a.head + a.task[s];
+      width = (size_t)moe__d_width(a, s);
+      w = a.w + head->at, dscore = a.dscore + (size_t)s * (size_t)a.max_classes;
       for (size_t c = threadIdx.x & 15u; c < H; c += 16) {
-        float sum = a.overwrite ? 0.0f : a.dhidden[at + c];
-        if (token == 0) sum += d[c];
-        if (one > 0) sum = fmaf(one, d[H + c], sum);
-        if (two > 0) sum = fmaf(two, d[2 * H + c], sum);
-        a.dhidden[at + c] = sum;
+        float sum = a.overwrite ? 0.0f : a.dhidden[row * H + c];
+        for (int part = 0; part <= head->spans; ++part) {
+          int first, n = moe__d_part(a, s, part, &first);
+          size_t at = (size_t)part * H + c;
+          float d = 0;
+          if (token < first || token >= first + n) continue;
+          for (int j = 0; j < head->classes; ++j) d = fmaf(dscore[j], w[(size_t)j * width + at], d);
+          if (a.threshold) d = moe__d_drop(d, a.threshold, a.scale, a.keys[s], at);
+          sum = fmaf(1.0f / (float)n, d, sum);
+        }
+        a.dhidden[row * H + c] = sum;
       }
     })
 
@@ -3164,85 +3037,66 @@ static moe_status moe__cuda_heads_table(moe__cuda_queue *q, const moe_heads_op *
   return q->status;
 }
 
-/* The arguments of both directions, and what the heads read. */
-static moe_status moe__cuda_heads_begin(moe__cuda_queue *q, const moe_heads_op *op, int back,
-                                        const moe_env *env, moe__heads_args *a) {
-  size_t S = (size_t)op->S, features = S * 3 * (size_t)op->H;
-  moe_status status;
-  memset(a, 0, sizeof *a);
-  a->scores = op->scores, a->losses = back ? NULL : op->losses;
-  a->hidden = op->hidden, a->w = op->w;
-  a->task = op->task, a->label = op->label, a->span = op->span, a->seq_start = op->seq_start;
-  a->keys = (const unsigned long long *)(const void *)op->keys;
-  a->threshold = moe__cuda_drop(&a->scale, op->dropout, op->keys);
-  a->dhidden = op->dhidden, a->dw = op->dw;
-  a->S = op->S, a->M = op->M, a->H = op->H;
-  a->max_classes = op->max_classes, a->overwrite = op->overwrite;
-  status = moe__cuda_heads_table(q, op, env, a);
-  if (status) return status;
-  a->feature = (float *)moe__cuda_scratch(q, features * sizeof(float));
-  status = moe__cuda_run(q, MOE__K_heads_feature, (uint32_t)op->S, 1, 128, a);
-  if (status || !back) return status;
-  a->dfeature = (float *)moe__cuda_scratch(q, features * sizeof(float));
-  a->dscore = (float *)moe__cuda_scratch(q, S * (size_t)op->max_classes * sizeof(float));
-  return q->status;
-}
-
 static moe_status moe__cuda_heads(const moe_backend *b, const moe_env *env, const moe_heads_op *op,
                                   int back) {
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
-  moe_status status = moe__cuda_rows_check("heads", op->S, op->M, op->H, op->dropout, env);
-  uint32_t S = (uint32_t)op->S, rows = S * (uint32_t)op->max_classes;
-  uint32_t columns = moe__cuda_blocks(3 * (size_t)op->H + 1, 128);
+  size_t S = (size_t)op->S, H = (size_t)op->H, scores = S * (size_t)op->max_classes;
   moe__heads_args a;
+  moe_status status = moe__cuda_rows_check("heads", op->S, op->M, op->H, op->dropout, env);
   if (status || op->S == 0) return status;
-  status = moe__cuda_heads_begin(q, op, back, env, &a);
-  if (!status && !back) status = moe__cuda_rows(q, MOE__K_heads_scores, (int32_t)rows, &a);
-  if (!status && (back || op->losses)) status = moe__cuda_rows(q, MOE__K_heads_loss, op->S, &a);
-  if (status || !back) return status;
-  if (a.dw) status = moe__cuda_run(q, MOE__K_heads_dw, rows, columns, 128, &a);
-  if (status || !a.dhidden) return status;
-  status = moe__cuda_run(q, MOE__K_heads_dfeature, S, columns, 128, &a);
-  return status ? status : moe__cuda_rows(q, MOE__K_heads_dhidden, op->M, &a);
+  memset(&a, 0, sizeof a);
+  a.scores = op->scores, a.losses = back ? NULL : op->losses;
+  a.hidden = op->hidden, a.w = op->w, a.seq_start = op->seq_start;
+  a.task = op->task, a.label = op->label, a.span = op->span;
+  a.keys = (const unsigned long long *)(const void *)op->keys;
+  a.threshold = moe__cuda_drop(&a.scale, op->dropout, op->keys);
+  a.dhidden = op->dhidden, a.dw = op->dw;
+  a.S = op->S, a.M = op->M, a.H = op->H;
+  a.max_classes = op->max_classes, a.overwrite = op->overwrite;
+  status = moe__cuda_heads_table(q, op, env, &a);
+  if (status) return status;
+  a.feature = (float *)moe__cuda_scratch(q, S * 3 * H * sizeof(float));
+  if (back) a.dscore = (float *)moe__cuda_scratch(q, scores * sizeof(float));
+  moe__cuda_run(q, MOE__K_heads_feature, (uint32_t)S, 1, 128, &a);
+  if (!back) moe__cuda_run(q, MOE__K_heads_scores, moe__cuda_blocks(scores, 8), 1, 128, &a);
+  if (back || a.losses) moe__cuda_rows(q, MOE__K_heads_loss, op->S, &a);
+  if (back && a.dw)
+    moe__cuda_run(q, MOE__K_heads_dw, (uint32_t)scores, moe__cuda_blocks(3 * H + 1, 128), 128, &a);
+  if (back && a.dhidden) moe__cuda_rows(q, MOE__K_heads_dhidden, op->M, &a);
+  return q->status;
 }
 
 /* ---- norm of the gradients, Adam ---- >>cuda_adam
    Spans of weights are cut into tiles of 4096 elements, which are numbered through all spans; a
-   block takes a tile. The table of spans is the same in every step, so it is uploaded once. */
+   block takes a tile. */
 
 MOE__CUDA_SHARED(
     span_args,
     typedef struct moe__cuda_span {
       float *w, *g, *m, *v;
-      unsigned long long count; /* above 0 */
-      int tile;                 /* number of its first tile */
-      float lr_scale, weight_decay;
+      unsigned long long count;
+      int tile, frozen; /* number of its first tile; 1: g is cleared, and that is all */
+      float factor, keep, one_beta1, beta2, one_beta2, step, root, eps; /* moe__adam in moe.h */
     } moe__cuda_span;
     typedef struct moe__spans_args {
       const moe__cuda_span *spans; /* (n) */
       double *parts;               /* (tiles + 1) sums of squares, and the root of all */
       int n, tiles;
-      double lr, correction;                                /* correction: 1 - beta1^t */
-      float factor, one_beta1, beta2, one_beta2, root, eps; /* as moe__adam in moe.h */
     } moe__spans_args;)
 
 MOE__CUDA_SOURCE(
     adam, 0,
-    /* The span of a block's tile, and the elements [*first, *end) of it that are the tile's. */
-    __device__ static const moe__cuda_span *moe__d_span(const moe__spans_args &a,
-                                                        unsigned long long *first,
-                                                        unsigned long long *end) {
-      int low = 0, high = a.n - 1, tile = (int)blockIdx.x;
-      while (low < high) {
-        int middle = low + (high - low + 1) / 2;
-        if (a.spans[middle].tile <= tile)
-          low = middle;
-        else
-          high = middle - 1;
-      }
-      *first = (unsigned long long)(tile - a.spans[low].tile) * 4096;
-      *end = a.spans[low].count - *first < 4096 ? a.spans[low].count : *first + 4096;
-      return a.spans + low;
+    /* The span of a block's tile, and the elements [*i, *end) of it that are for a thread: each
+       256th from *i on. */
+    __device__ static const moe__cuda_span *moe__d_span(const moe__spans_args &a, size_t *i,
+                                                        size_t *end) {
+      int tile = (int)blockIdx.x;
+      const moe__cuda_span *span =
+          a.spans + moe__d_last(&a.spans->tile, (int)(sizeof *span / sizeof(int)), a.n, tile);
+      size_t first = (size_t)(tile - span->tile) * 4096;
+      *i = first + threadIdx.x;
+      *end = span->count - first < 4096 ? span->count : first + 4096;
+      return span;
     }
 
     /* Adds 256 numbers as a tree; thread 0 has the sum. */
@@ -3258,19 +3112,18 @@ MOE__CUDA_SOURCE(
 
     /* Sum of the squares of a tile, 0 where it is frozen: 16 elements of a thread in float, so that
        a gradient above 1e19 is infinite as on the CPU, the rest in double. */
-    extern "C" __global__ void __launch_bounds__(256) moe_k_norm_squares(moe__spans_args a) {
-      unsigned long long first, end;
-      const moe__cuda_span *span = moe__d_span(a, &first, &end);
+    MOE_KERNEL(256) moe_k_norm_squares(moe__spans_args a) {
+      size_t i, end;
+      const moe__cuda_span *span = moe__d_span(a, &i, &end);
       float sum = 0;
       double all;
-      for (unsigned long long i = first + threadIdx.x; span->lr_scale > 0 && i < end; i += 256)
-        sum = fmaf(span->g[i], span->g[i], sum);
+      for (; !span->frozen && i < end; i += 256) sum = fmaf(span->g[i], span->g[i], sum);
       all = moe__d_sum256((double)sum);
       if (threadIdx.x == 0) a.parts[blockIdx.x] = all;
     }
 
     /* One block: the tiles' sums, and the root. */
-    extern "C" __global__ void __launch_bounds__(256) moe_k_norm_root(moe__spans_args a) {
+    MOE_KERNEL(256) moe_k_norm_root(moe__spans_args a) {
       double sum = 0;
       for (int t = (int)threadIdx.x; t < a.tiles; t += 256) sum += a.parts[t];
       sum = moe__d_sum256(sum);
@@ -3278,62 +3131,51 @@ MOE__CUDA_SOURCE(
     }
 
     /* A step of Adam on a tile, in the order of PyTorch's AdamW (see moe.h, >>optimizer): moments
-       that change no weight become 0. Where lr_scale is 0, only g is cleared. */
-    extern "C" __global__ void __launch_bounds__(256) moe_k_adam(moe__spans_args a) {
-      __shared__ float rate[2];
-      unsigned long long first, end;
-      const moe__cuda_span *span = moe__d_span(a, &first, &end);
-      if (threadIdx.x == 0) {
-        double lr = a.lr * (double)span->lr_scale;
-        rate[0] = (float)(1 - lr * (double)span->weight_decay);
-        rate[1] = (float)(lr / a.correction);
-      }
-      MOE_SYNC();
-      for (unsigned long long i = first + threadIdx.x; i < end; i += 256) {
-        if (span->lr_scale > 0) {
-          float d = a.factor * span->g[i], m = span->m[i], v;
-          m = fmaf(a.one_beta1, d - m, m);
-          v = fmaf(a.one_beta2, d * d, a.beta2 * span->v[i]);
+       that change no weight become 0. */
+    MOE_KERNEL(256) moe_k_adam(moe__spans_args a) {
+      size_t i, end;
+      const moe__cuda_span s = *moe__d_span(a, &i, &end);
+      for (; i < end; i += 256) {
+        if (!s.frozen) {
+          float d = s.factor * s.g[i], m = fmaf(s.one_beta1, d - s.m[i], s.m[i]);
+          float v = fmaf(s.one_beta2, d * d, s.beta2 * s.v[i]);
           m = fabsf(m) < 1e-30f ? 0.0f : m;
           v = v < 1e-37f ? 0.0f : v;
-          span->m[i] = m;
-          span->v[i] = v;
-          span->w[i] = fmaf(-rate[1], m / fmaf(sqrtf(v), a.root, a.eps), rate[0] * span->w[i]);
+          s.m[i] = m;
+          s.v[i] = v;
+          s.w[i] = fmaf(-s.step, m / fmaf(sqrtf(v), s.root, s.eps), s.keep * s.w[i]);
         }
-        span->g[i] = 0.0f;
+        s.g[i] = 0.0f;
       }
     })
 
 #ifndef MOE_NO_TRAIN
 /* The decimal literal that a beta was rounded from, to seven digits. */
-static double moe__cuda_decimal(float x) { return (double)(int64_t)((double)x * 1e7 + 0.5) / 1e7; }
+static double moe__cuda_decimal(float x) { return floor((double)x * 1e7 + 0.5) / 1e7; }
 
-/* x^t for t >= 0. */
-static double moe__cuda_power(double x, int64_t t) {
-  double y = 1;
-  for (; t; t >>= 1, x *= x)
-    if (t & 1) y *= x;
-  return y;
-}
-
-/* The table of spans on the card, and room for parts where they are wanted. */
-static moe_status moe__cuda_spans(moe__cuda_queue *q, const moe_adam_op *spans, int32_t n,
+/* The table of spans on the card. */
+static moe_status moe__cuda_spans(moe__cuda_queue *q, const moe_adam_op *op, int32_t n,
                                   const moe_env *env, moe__spans_args *a) {
   moe__cuda_span *table = (moe__cuda_span *)calloc((size_t)n + 1, sizeof *table), *span = table;
-  size_t tiles = 0;
-  int32_t i;
   memset(a, 0, sizeof *a);
   if (!table) return moe__cuda_fail(env, MOE_E_MEMORY, "optimizer: no memory for %d spans", (int)n);
-  for (i = 0; i < n; ++i) {
-    if (spans[i].count == 0) continue;
-    span->w = spans[i].w, span->g = spans[i].g, span->m = spans[i].m, span->v = spans[i].v;
-    span->count = spans[i].count;
-    span->lr_scale = spans[i].lr_scale, span->weight_decay = spans[i].weight_decay;
-    span++->tile = (int)tiles;
-    tiles += (spans[i].count + 4095) / 4096;
+  for (; n > 0; --n, ++op) {
+    double b1 = moe__cuda_decimal(op->beta1), b2 = moe__cuda_decimal(op->beta2);
+    double rate = (double)op->lr * (double)op->lr_scale;
+    if (op->count == 0) continue;
+    span->w = op->w, span->g = op->g, span->m = op->m, span->v = op->v;
+    span->count = op->count, span->tile = a->tiles, span->frozen = !(op->lr_scale > 0);
+    span->factor = op->factor;
+    span->keep = (float)(1 - rate * (double)op->weight_decay);
+    span->one_beta1 = (float)(1 - b1);
+    span->beta2 = (float)b2;
+    span->one_beta2 = (float)(1 - b2);
+    span->step = (float)(rate / (1 - pow(b1, (double)op->t)));
+    span->root = (float)(1 / sqrt(1 - pow(b2, (double)op->t)));
+    span->eps = op->eps;
+    a->tiles += (int)((span++->count + 4095) / 4096);
   }
   a->n = (int)(span - table);
-  a->tiles = (int)tiles;
   a->spans = (const moe__cuda_span *)moe__cuda_upload_args(q, table, (size_t)a->n * sizeof *table);
   free(table);
   return q->status;
@@ -3346,41 +3188,17 @@ static moe_status moe__cuda_grad_norm(const moe_backend *b, const moe_env *env, 
   moe_status status = moe__cuda_spans(q, spans, n, env, &a);
   if (status) return status;
   a.parts = (double *)moe__cuda_scratch(q, ((size_t)a.tiles + 1) * sizeof(double));
-  status = moe__cuda_run(q, MOE__K_norm_squares, (uint32_t)a.tiles, 1, 256, &a);
-  if (!status) status = moe__cuda_run(q, MOE__K_norm_root, 1, 1, 256, &a);
-  return status ? status : moe__cuda_receive(q, norm, a.parts + a.tiles, sizeof *norm);
-}
-
-/* A step on spans that share everything but lr_scale and weight_decay. */
-static moe_status moe__cuda_adam_alike(moe__cuda_queue *q, const moe_adam_op *op, int32_t n,
-                                       const moe_env *env) {
-  double b1 = moe__cuda_decimal(op->beta1), b2 = moe__cuda_decimal(op->beta2);
-  moe__spans_args a;
-  moe_status status = moe__cuda_spans(q, op, n, env, &a);
-  if (status) return status;
-  a.lr = (double)op->lr;
-  a.correction = 1 - moe__cuda_power(b1, op->t);
-  a.factor = op->factor;
-  a.one_beta1 = (float)(1 - b1);
-  a.beta2 = (float)b2;
-  a.one_beta2 = (float)(1 - b2);
-  a.root = (float)(1 / sqrt(1 - moe__cuda_power(b2, op->t)));
-  a.eps = op->eps;
-  return moe__cuda_run(q, MOE__K_adam, (uint32_t)a.tiles, 1, 256, &a);
-}
-
-/* Whether two spans share a launch: fields of the same bits. */
-static int moe__cuda_adam_same(const moe_adam_op *a, const moe_adam_op *b) {
-  float x[5], y[5];
-  x[0] = a->lr, x[1] = a->factor, x[2] = a->beta1, x[3] = a->beta2, x[4] = a->eps;
-  y[0] = b->lr, y[1] = b->factor, y[2] = b->beta1, y[3] = b->beta2, y[4] = b->eps;
-  return a->t == b->t && !memcmp(x, y, sizeof x);
+  moe__cuda_run(q, MOE__K_norm_squares, (uint32_t)a.tiles, 1, 256, &a);
+  if (moe__cuda_run(q, MOE__K_norm_root, 1, 1, 256, &a)) return q->status;
+  return moe__cuda_receive(q, norm, a.parts + a.tiles, sizeof *norm);
 }
 
 static moe_status moe__cuda_adam(const moe_backend *b, const moe_env *env, const moe_adam_op *spans,
                                  int32_t n) {
-  moe_status status = MOE_OK;
-  int32_t i, first = 0;
+  moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  moe__spans_args a;
+  moe_status status;
+  int32_t i;
   for (i = 0; i < n; ++i)
     if (spans[i].t < 1 || !(spans[i].beta1 >= 0 && spans[i].beta1 <= 0.9999999f) ||
         !(spans[i].beta2 >= 0 && spans[i].beta2 <= 0.9999999f))
@@ -3388,12 +3206,8 @@ static moe_status moe__cuda_adam(const moe_backend *b, const moe_env *env, const
           env, MOE_E_ARGUMENT,
           "Adam: t is %ld, beta1 %g, beta2 %g, expected 1 or more, and 0 to below 1",
           (long)spans[i].t, (double)spans[i].beta1, (double)spans[i].beta2);
-  for (i = 1; i <= n && !status; ++i) {
-    if (i < n && moe__cuda_adam_same(&spans[first], &spans[i])) continue;
-    status = moe__cuda_adam_alike(moe__cuda_queue_of(b, env), spans + first, i - first, env);
-    first = i;
-  }
-  return status;
+  status = moe__cuda_spans(q, spans, n, env, &a);
+  return status ? status : moe__cuda_run(q, MOE__K_adam, (uint32_t)a.tiles, 1, 256, &a);
 }
 #endif
 

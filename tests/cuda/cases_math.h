@@ -1,5 +1,4 @@
-/* Device functions by themselves: random bits against moe.h's dropout, elementary functions against
-   those of double precision. */
+/* Device functions by themselves: random bits against moe.h's dropout, GELU in double precision. */
 #ifndef CASES_MATH_H
 #define CASES_MATH_H
 
@@ -49,15 +48,6 @@ static const char *math_fault() {
   if (!math_same_bits(0.3f, 0x123456789abcdefu) || !math_same_bits(0.0007f, 77u << 20) ||
       !math_same_bits(0.9001f, ~0ull))
     return "random bits are not moe.h's";
-  if (math_error(moe__d_exp, exp, -87, 88, 0) > 2e-7 ||
-      math_error(moe__d_exp, exp, -103.9f, -87, 1.4e-45) > 1 || !(moe__d_exp(-200) <= 0) ||
-      moe__d_exp(200) < 3e38f)
-    return "exp";
-  if (math_error(moe__d_log, log, 1e-3f, 30, 1e-3) > 2e-7 ||
-      math_error(moe__d_log, log, 1e-41f, 1e-38f, 0) > 2e-7 ||
-      math_error(moe__d_log, log, 30, 3e38f, 0) > 2e-7 || moe__d_log(0) > -INFINITY ||
-      moe__d_log(-1) == moe__d_log(-1))
-    return "log";
   if (math_error(math_gelu, exact_gelu, -6, 6, 1e-2) > 2e-5 ||
       math_error(math_slope, exact_slope, -6, 6, 1e-2) > 2e-5 ||
       math_error(math_gelu, exact_gelu, -40, 40, 1e-2) > 2e-5)
