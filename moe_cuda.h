@@ -18,17 +18,11 @@
    NEEDS    an NVIDIA driver (libcuda.so.1, nvcuda.dll) of CUDA 11 or later, a GPU of compute
             capability 7.0 or higher, and NVRTC (libnvrtc.so of CUDA 11.2 or later; `pip install
             nvidia-cuda-nvrtc-cu12` brings it). cuBLAS is used if it is found.
-   WHAT IS  A backend of kind DEVICE (moe.h, >>api_backend): weights, gradients, moments and
-   DONE     activations stay on the card. A pass uploads ids and downloads scores or losses; a step
-            downloads one double.
-   PRODUCTS Two makers: cuBLAS, and the kernels of this file, which compute all experts of a layer
-            in one launch. Which of them serves linear layers of which shape is measured when a
-            context is created; moe_cuda_options.maker fixes it.
-   BITS     Results are not the CPU's bits, but the same bits in each run on the same card with the
-            same maker: one writer of each output, sums in a fixed order, no float atomics. Dropout
-            and jitter use the CPU's random numbers.
-   THREADS  As in moe.h: a context belongs to one thread at a time, and several contexts work at
-            once. A lock protects what they share.
+   WHAT     A backend of kind DEVICE (moe.h, >>api_backend): weights, gradients, moments and
+            activations stay on the card. A pass uploads ids and downloads scores or losses.
+   BITS     Not the CPU's, but the same ones in each run on the same card with the same maker: one
+            writer of each output, a fixed order of sums. Random numbers are the CPU's.
+   THREADS  As in moe.h: a context belongs to one thread at a time.
    ERRORS   A status, and a sentence to env.log that names the call that failed and what to do.
             After a failure of the device every later call of that context fails; the host's weights
             are those of the last download, or of the last mirrored step (moe_backend.mirror).
@@ -328,10 +322,10 @@ typedef struct moe__cuda_chunk {
 // clang-format off
 /* The chunks in the order in which they are compiled. */
 #define MOE__CUDA_CHUNKS(X) X(prim) X(wide) X(sums) X(product) X(tile) X(load) X(step) X(step_mma) \
-  X(finish) X(products) X(products_mma) X(pieces) X(combine) X(experts) X(attention_args)          \
-  X(attention_base) X(attention) X(attention_back) X(rows_args) X(norm) X(sort_args) X(sort)       \
-  X(embed_args) X(embed) X(route_args) X(route_base) X(route) X(route_gates) X(route_loss)         \
-  X(heads_args) X(heads) X(heads_back) X(span_args) X(adam)
+  X(finish) X(products) X(products_mma) X(pieces) X(experts) X(attention_args) X(attention_base)   \
+  X(attention) X(attention_back) X(rows_args) X(norm) X(sort_args) X(sort) X(embed_args) X(embed)  \
+  X(route_args) X(route_base) X(route) X(route_gates) X(route_loss) X(heads_args) X(heads)         \
+  X(heads_back) X(span_args) X(adam)
 
 /* The kernels, X(name, min_arch) for moe_k_name: the enum MOE__K_name. First those of products. */
 #define MOE__CUDA_KERNELS_PRODUCTS(X) X(f32_nt, 0) X(f32_nn, 0) X(f32_tn, 0) X(tf32_nt, 80)        \
@@ -1156,6 +1150,7 @@ MOE__CUDA_SHARED(
       float *act;          /* (rows, n) */
       float *out;          /* (tokens, n) */
       float *part;         /* (pieces, groups, m n + m) where the rows are cut in pieces */
+      int *place;          /* of experts: row of a slot */
       int rows, groups, top_k, m, n, k;
       int accumulate; /* out: 1 adds */
       int round;      /* f32 kernels: 1 rounds the operands to bf16 */
@@ -1707,55 +1702,43 @@ static moe_status moe__cuda_linear(const moe_backend *b, const moe_env *env,
 
 /* ---- expert feed-forward networks, grouped ---- >>cuda_experts */
 
-MOE__CUDA_SHARED(
-    combine, typedef struct moe__cuda_combine {
-      float *to;             /* (M, H) or, for dweight, (M, top_k) */
-      const float *rows;     /* (R, H) of each choice, sorted by expert */
-      const float *dy;       /* (M, H), for dweight */
-      const float *weight;   /* (M, top_k); NULL: 1 */
-      const int *order;      /* (R) slot of a row */
-      int *place;            /* (M, top_k) row of a slot */
-      int R, top_k, H, only; /* only 1: there is one expert */
-      int accumulate;
-    } moe__cuda_combine;)
-
 MOE__CUDA_SOURCE(
     experts, 0,
     /* place[slot] = row, for order[row] = slot. */
-    MOE_KERNEL(256) moe_k_place(moe__cuda_combine p) {
+    MOE_KERNEL(256) moe_k_place(moe__cuda_product p) {
       int row = (int)(blockIdx.x * 256 + threadIdx.x);
-      if (row < p.R) p.place[p.order[row]] = row;
+      if (row < p.rows) p.place[p.order[row]] = row;
     }
 
-    /* Token blockIdx.x of y (M, H) is, or with accumulate += , the sum over its choices, in order,
-       of weight times the choice's row [TaG] Eq. 2, 6. */
-    MOE_KERNEL(128) moe_k_combine(moe__cuda_combine p) {
-      size_t slot = (size_t)blockIdx.x * (size_t)p.top_k, H = (size_t)p.H,
-             h = (size_t)blockIdx.y * 128 + threadIdx.x;
-      float *to = p.to + (size_t)blockIdx.x * H + h, sum;
-      if (h >= H) return;
+    /* Token blockIdx.x of out (M, n) is, or with accumulate += , the sum over its choices, in order,
+       of weight times the choice's row of a [TaG] Eq. 2, 6. */
+    MOE_KERNEL(128) moe_k_combine(moe__cuda_product p) {
+      size_t slot = (size_t)blockIdx.x * (size_t)p.top_k, n = (size_t)p.n,
+             j = (size_t)blockIdx.y * 128 + threadIdx.x;
+      float *to = p.out + (size_t)blockIdx.x * n + j, sum;
+      if (j >= n) return;
       sum = p.accumulate ? *to : 0.0f;
-      for (int j = 0; j < p.top_k; ++j, ++slot)
-        sum = fmaf(p.weight ? p.weight[slot] : 1.0f, p.rows[(size_t)p.place[slot] * H + h], sum);
+      for (int choice = 0; choice < p.top_k; ++choice, ++slot)
+        sum = fmaf(p.weight ? p.weight[slot] : 1.0f, p.a[(size_t)p.place[slot] * n + j], sum);
       *to = sum;
     }
 
-    /* dweight of a slot = dy of its token . its row, a warp a row. Where all weights of an only
-       expert are 1 they are constant, and dweight is 0. */
-    MOE_KERNEL(128) moe_k_dweight(moe__cuda_combine p) {
+    /* dweight of a slot, in out, = dy of its token, in b, . its row of a; a warp a row. Where all
+       weights of an only expert are 1 they are constant, and dweight is 0. */
+    MOE_KERNEL(128) moe_k_dweight(moe__cuda_product p) {
       int lane = (int)threadIdx.x & 31, row = (int)blockIdx.x * 4 + ((int)threadIdx.x >> 5), slot,
-          constant = p.only;
+          constant = p.groups == 1;
+      size_t n = (size_t)p.n;
       float sum = 0.0f;
-      if (row >= p.R) return;
-      for (int i = lane; constant && i < p.R; i += 32)
+      if (row >= p.rows) return;
+      for (int i = lane; constant && i < p.rows; i += 32)
         constant = p.weight[i] >= 1.0f && p.weight[i] <= 1.0f;
       constant = __all_sync(0xffffffffu, constant);
       slot = p.order[row];
-      for (int h = lane; h < p.H; h += 32)
-        sum = fmaf(p.dy[(size_t)(slot / p.top_k) * (size_t)p.H + (size_t)h],
-                   p.rows[(size_t)row * (size_t)p.H + (size_t)h], sum);
+      for (size_t j = (size_t)lane; j < n; j += 32)
+        sum = fmaf(p.b[(size_t)(slot / p.top_k) * n + j], p.a[(size_t)row * n + j], sum);
       for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (lane == 0) p.to[slot] = constant ? 0.0f : sum;
+      if (lane == 0) p.out[slot] = constant ? 0.0f : sum;
     })
 
 /* An op, and what its products share. Scratch of R = M k rows, sorted by expert: a (R, F) output of
@@ -1830,78 +1813,67 @@ static moe_status moe__cuda_experts_begin(moe__cuda_experts_job *job, const moe_
 }
 
 /* A product of layer 0, in, or 1, out, whose rows have the routes' weights. */
-static moe__cuda_product moe__cuda_experts_product(const moe__cuda_experts_job *job, int layer) {
+static moe__cuda_product moe__cuda_experts_product(const moe__cuda_experts_job *job, int layer,
+                                                   int form) {
+  int outputs = layer ? job->op->H : job->op->F, inputs = layer ? job->op->F : job->op->H;
   moe__cuda_product p;
   memset(&p, 0, sizeof p);
   p.rows = job->rows, p.groups = job->op->N, p.top_k = job->r.k;
-  p.start = job->r.start;
+  p.start = job->r.start, p.order = job->r.order;
   p.group = (const moe__cuda_group *)job->there[layer];
   p.one = job->layer[layer][0];
-  p.order = job->r.order;
   if (layer) p.weight = job->r.weight;
-  p.n = layer ? job->op->H : job->op->F;
-  p.k = layer ? job->op->F : job->op->H;
+  p.m = outputs;
+  p.n = form == MOE__CUDA_NT ? outputs : inputs;
+  p.k = form == MOE__CUDA_NT ? inputs : outputs;
   p.wide_b = job->wide;
   return p;
 }
 
-/* Sums of the choices' rows. */
-static moe_status moe__cuda_experts_combine(const moe__cuda_experts_job *job, float *to,
-                                            const float *rows, const float *weight,
-                                            int accumulate) {
-  moe__cuda_combine c;
-  memset(&c, 0, sizeof c);
-  c.to = to, c.rows = rows, c.weight = weight, c.accumulate = accumulate;
-  c.order = job->r.order, c.place = job->place;
-  c.R = job->rows, c.top_k = job->r.k, c.H = job->op->H;
-  moe__cuda_run(job->q, MOE__K_place, moe__cuda_blocks((size_t)c.R, 256), 1, 256, &c);
+/* The last product of a pass, y or dx: with one choice of each token it writes `to` itself, else
+   the choices' rows e, which are then summed up. */
+static moe_status moe__cuda_experts_last(const moe__cuda_experts_job *job, int form,
+                                         moe__cuda_product *p, float *to, float *e) {
+  p->accumulate = form == MOE__CUDA_NN;
+  if (p->top_k == 1) p->out = to;
+  if (p->top_k > 1) p->y = e;
+  moe__cuda_product_run(job->q, form, p);
+  if (p->top_k == 1) return job->q->status;
+  p->out = to, p->a = e, p->place = job->place;
+  moe__cuda_run(job->q, MOE__K_place, moe__cuda_blocks((size_t)p->rows, 256), 1, 256, p);
   return moe__cuda_run(job->q, MOE__K_combine, (uint32_t)job->r.M,
-                       moe__cuda_blocks((size_t)c.H, 128), 128, &c);
+                       moe__cuda_blocks((size_t)p->n, 128), 128, p);
 }
 
-/* a = GELU(W_in x + b_in), e = W_out a + b_out, y = the sum of weight e. With one choice of each
-   token the second product writes y itself. */
+/* a = GELU(W_in x + b_in), e = W_out a + b_out, y = the sum of weight e. */
 static moe_status moe__cuda_experts_forward(const moe__cuda_experts_job *job) {
   const moe_experts_op *op = job->op;
-  float *e = op->e ? op->e : job->e;
-  moe__cuda_product p = moe__cuda_experts_product(job, 0);
-  p.a = op->x, p.a_order = job->r.order;
+  moe__cuda_product p = moe__cuda_experts_product(job, 0, MOE__CUDA_NT);
+  p.a = op->x, p.a_order = p.order;
   p.y = op->pre, p.act = job->a;
   moe__cuda_product_run(job->q, MOE__CUDA_NT, &p);
-  p = moe__cuda_experts_product(job, 1);
-  p.a = job->a;
-  p.y = job->r.k > 1 ? e : op->e;
-  if (job->r.k == 1) p.out = op->y;
-  moe__cuda_product_run(job->q, MOE__CUDA_NT, &p);
-  return job->r.k == 1 ? job->q->status
-                       : moe__cuda_experts_combine(job, op->y, e, job->r.weight, 0);
+  p = moe__cuda_experts_product(job, 1, MOE__CUDA_NT);
+  p.a = job->a, p.y = op->e;
+  return moe__cuda_experts_last(job, MOE__CUDA_NT, &p, op->y, op->e ? op->e : job->e);
 }
 
 /* dweight = dy . e; 0 where the only expert has the constant weight 1. */
 static void moe__cuda_experts_dweight(const moe__cuda_experts_job *job) {
-  const moe_experts_op *op = job->op;
-  moe__cuda_combine c;
-  memset(&c, 0, sizeof c);
-  c.to = op->dweight, c.rows = op->e, c.dy = op->dy, c.weight = job->r.weight,
-  c.order = job->r.order;
-  c.R = job->rows, c.top_k = job->r.k, c.H = op->H, c.only = op->N == 1;
-  if (c.order && c.rows)
-    moe__cuda_run(job->q, MOE__K_dweight, moe__cuda_blocks((size_t)c.R, 4), 1, 128, &c);
+  moe__cuda_product p = moe__cuda_experts_product(job, 1, MOE__CUDA_NT);
+  p.out = job->op->dweight, p.a = job->op->e, p.b = job->op->dy;
+  if (p.order && p.a)
+    moe__cuda_run(job->q, MOE__K_dweight, moe__cuda_blocks((size_t)p.rows, 4), 1, 128, &p);
   else
-    moe__cuda_zero(job->q, c.to, (size_t)c.R * sizeof(float));
+    moe__cuda_zero(job->q, p.out, (size_t)p.rows * sizeof(float));
 }
 
 /* dw and db of a layer: d^T x, or (weight dy)^T a, whose a holds the weight already. */
 static void moe__cuda_experts_weights(const moe__cuda_experts_job *job, int layer) {
   const moe_experts_op *op = job->op;
-  moe__cuda_product p = moe__cuda_experts_product(job, layer);
-  p.m = p.n, p.n = p.k;
+  moe__cuda_product p = moe__cuda_experts_product(job, layer, MOE__CUDA_TN);
   p.a = layer ? op->dy : job->d;
   p.b = layer ? job->a : op->x;
-  if (layer)
-    p.a_order = job->r.order;
-  else
-    p.b_order = job->r.order;
+  *(layer ? &p.a_order : &p.b_order) = p.order;
   if (layer ? op->d_out || op->d_b_out : op->d_in || op->d_b_in)
     moe__cuda_product_run(job->q, MOE__CUDA_TN, &p);
 }
@@ -1909,25 +1881,17 @@ static void moe__cuda_experts_weights(const moe__cuda_experts_job *job, int laye
 /* d = weight dy W_out GELU'(pre), a = weight GELU(pre), gradients of the weights, dx += d W_in. */
 static moe_status moe__cuda_experts_backward(const moe__cuda_experts_job *job) {
   const moe_experts_op *op = job->op;
-  moe__cuda_product p = moe__cuda_experts_product(job, 1);
+  moe__cuda_product p = moe__cuda_experts_product(job, 1, MOE__CUDA_NN);
   if (op->dweight) moe__cuda_experts_dweight(job);
-  p.a = op->dy, p.a_order = job->r.order;
-  p.n = op->F, p.k = op->H;
-  p.pre = op->pre;
+  p.a = op->dy, p.a_order = p.order, p.pre = op->pre;
   p.y = job->d, p.act = job->a;
   moe__cuda_product_run(job->q, MOE__CUDA_NN, &p);
   moe__cuda_experts_weights(job, 1);
   moe__cuda_experts_weights(job, 0);
   if (!op->dx) return job->q->status;
-  p = moe__cuda_experts_product(job, 0);
+  p = moe__cuda_experts_product(job, 0, MOE__CUDA_NN);
   p.a = job->d;
-  p.n = op->H, p.k = op->F;
-  if (job->r.k == 1)
-    p.out = op->dx, p.accumulate = 1;
-  else
-    p.y = job->e;
-  moe__cuda_product_run(job->q, MOE__CUDA_NN, &p);
-  return job->r.k == 1 ? job->q->status : moe__cuda_experts_combine(job, op->dx, job->e, NULL, 1);
+  return moe__cuda_experts_last(job, MOE__CUDA_NN, &p, op->dx, job->e);
 }
 
 /* Slot: all experts of a layer, a launch for each product. */
@@ -1949,21 +1913,17 @@ MOE__CUDA_SHARED(
     attention_args,
     /* moe_attention_op on the card. */
     typedef struct moe__attention_args {
-      float *y;
+      float *y, *dqkv;
       float *stats; /* (M, A, 2); NULL: not kept */
-      float *dqkv;
       float *delta; /* (M, A) dy . y of each head: the kernel of dq writes it for that of dk, dv */
       const float *qkv, *dy;
       const unsigned long long *keys;
       const int *seq_start;
-      int H, A, D;
+      int H, A, D, overwrite;
       int tiles; /* of 64 rows, of the longest sequence */
-      int overwrite;
-      int wide; /* 1: heads begin at multiples of 16 bytes */
+      int wide;  /* 1: heads begin at multiples of 16 bytes */
       unsigned threshold;
-      float keep;  /* 1 / (1 - dropout) */
-      float scale; /* 1 / sqrt D */
-      float exponent;
+      float keep, scale, exponent; /* 1 / (1 - dropout), 1 / sqrt D, and that to base 2 */
     } moe__attention_args;)
 
 MOE__CUDA_SOURCE(
@@ -3232,45 +3192,41 @@ static char *moe__cuda_source(int arch) {
 }
 
 /* Measures both makers for one kind of product of a layer: the best of three calls after a first
-   one. A failure leaves the choice to our own kernels. */
+   one. */
 static void moe__cuda_measure_one(const moe_backend *b, moe__cuda_queue *q, moe__cuda_choice c) {
   moe__cuda *cuda = q->cuda;
-  const moe__cuda_driver *cu = &cuda->driver;
   size_t x = (size_t)c.m * (size_t)c.k, w = (size_t)c.n * (size_t)c.k;
   size_t bytes = (x + w + (size_t)c.m * (size_t)c.n) * sizeof(float);
   float best[2] = {INFINITY, INFINITY}, ms = 0, *f;
   void *from = NULL, *to = NULL;
-  const char *what = NULL;
   moe_linear_op op;
   moe__cuptr p = 0;
-  int i, error = q->status || cu->cuMemAlloc_v2(&p, bytes);
-  if (error) return;
+  int i;
+  MOE__CUDA_DO(q, cuMemAlloc_v2, (&p, bytes));
   /* 0x3c3c3c3c is 0.0115: with zeros a GPU is faster than it will be */
-  MOE__CUDA_TRY(cu, cuMemsetD8Async, (p, 0x3c, bytes, q->stream));
-  MOE__CUDA_TRY(cu, cuEventCreate, (&from, 0));
-  MOE__CUDA_TRY(cu, cuEventCreate, (&to, 0));
+  MOE__CUDA_DO(q, cuMemsetD8Async, (p, 0x3c, bytes, q->stream));
+  MOE__CUDA_DO(q, cuEventCreate, (&from, 0));
+  MOE__CUDA_DO(q, cuEventCreate, (&to, 0));
   f = (float *)(uintptr_t)p;
   memset(&op, 0, sizeof op);
   op.M = c.m, op.w = moe_mat_rows(f + x, c.n, c.k), op.overwrite = 1;
   op.x = f, op.y = f + x + w, op.dy = op.y;
   if (c.form == MOE__CUDA_NN) op.dx = f;
   if (c.form == MOE__CUDA_TN) op.dw = f + x;
-  for (i = 0; i < 8 && !error; ++i) {
+  for (i = 0; i < 8; ++i) {
     q->force = i / 4;
     moe__cuda_scratch_reset(q);
-    MOE__CUDA_TRY(cu, cuEventRecord, (from, q->stream));
-    if (!error) error = moe__cuda_linear(b, &q->env, &op, c.form != MOE__CUDA_NT) != MOE_OK;
-    MOE__CUDA_TRY(cu, cuEventRecord, (to, q->stream));
-    MOE__CUDA_TRY(cu, cuEventSynchronize, (to));
-    MOE__CUDA_TRY(cu, cuEventElapsedTime, (&ms, from, to));
+    MOE__CUDA_DO(q, cuEventRecord, (from, q->stream));
+    moe__cuda_linear(b, &q->env, &op, c.form != MOE__CUDA_NT);
+    MOE__CUDA_DO(q, cuEventRecord, (to, q->stream));
+    MOE__CUDA_DO(q, cuEventSynchronize, (to));
+    MOE__CUDA_DO(q, cuEventElapsedTime, (&ms, from, to));
     if (i % 4 && ms < best[i / 4]) best[i / 4] = ms;
   }
-  c.blas = !error && best[1] < best[0];
-  (void)what;
-  moe__cuda_wait(q);
-  if (from) cu->cuEventDestroy_v2(from);
-  if (to) cu->cuEventDestroy_v2(to);
-  cu->cuMemFree_v2(p);
+  c.blas = best[1] < best[0];
+  if (from) cuda->driver.cuEventDestroy_v2(from);
+  if (to) cuda->driver.cuEventDestroy_v2(to);
+  if (p) cuda->driver.cuMemFree_v2(p);
   MOE__CUDA_LOCK(&cuda->mutex);
   if (!q->status && cuda->choices < MOE__CUDA_CHOICES) cuda->choice[cuda->choices++] = c;
   MOE__CUDA_UNLOCK(&cuda->mutex);

@@ -393,6 +393,8 @@ API cuEventCreate(void **event, unsigned) {
 API cuEventDestroy_v2(void *event) {
   ENTER_RELEASE(true)
   if (!events.erase(event)) return refuse("not an event", INVALID_HANDLE);
+  if (!lost) /* a stream may still record it */
+    for (void *s : streams) drain(s);
   delete (Event *)event;
   --control.events;
   return error_;
