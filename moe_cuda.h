@@ -2434,28 +2434,12 @@ static moe_status moe__cuda_rows(moe__cuda_queue *q, int kernel, int32_t M, void
   return moe__cuda_run(q, kernel, moe__cuda_blocks((size_t)M, 8), 1, 128, args);
 }
 
-/* gamma and beta come first, since dx may be dy. */
-static moe_status moe__cuda_norm_back(moe__cuda_queue *q, const moe_layernorm_op *op,
-                                      moe__rows_args *a) {
-  size_t floats = 2 * (size_t)a->H;
-  moe__cuda_product sums;
-  if (op->dgamma || op->dbeta) {
-    a->n_parts = a->M < 64 * 128 ? (a->M + 63) / 64 : 128;
-    a->parts = (float *)moe__cuda_scratch(q, (size_t)a->n_parts * floats * sizeof(float));
-    memset(&sums, 0, sizeof sums);
-    sums.one.dw = op->dgamma, sums.one.db = op->dbeta, sums.b = sums.part = a->parts;
-    sums.groups = sums.n = 1, sums.m = a->H, sums.pieces = a->n_parts;
-    moe__cuda_run(q, MOE__K_norm_columns, moe__cuda_blocks(floats, 64), (uint32_t)a->n_parts, 256,
-                  a);
-    moe__cuda_run(q, MOE__K_pieces, moe__cuda_blocks(floats, 256), 1, 256, &sums);
-  }
-  return a->dx || a->ddelta ? moe__cuda_rows(q, MOE__K_norm_back, a->M, a) : q->status;
-}
-
 static moe_status moe__cuda_layernorm(const moe_backend *b, const moe_env *env,
                                       const moe_layernorm_op *op, int back) {
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   moe_status status = moe__cuda_rows_check("layernorm", op->S, op->M, op->H, op->dropout, env);
+  size_t floats = 2 * (size_t)op->H;
+  moe__cuda_product sums;
   moe__rows_args a;
   if (status) return status;
   if (!(op->eps > 0))
@@ -2474,7 +2458,17 @@ static moe_status moe__cuda_layernorm(const moe_backend *b, const moe_env *env,
   a.eps = op->eps, a.S = op->S, a.M = op->M, a.H = op->H, a.overwrite = op->overwrite;
   if (!back) return moe__cuda_rows(q, MOE__K_norm, a.M, &a);
   if (!a.sum) a.sum = (float *)op->x; /* only read */
-  return moe__cuda_norm_back(q, op, &a);
+  if (op->dgamma || op->dbeta) {      /* first, since dx may be dy */
+    a.n_parts = a.M < 64 * 128 ? (a.M + 63) / 64 : 128;
+    a.parts = (float *)moe__cuda_scratch(q, (size_t)a.n_parts * floats * sizeof(float));
+    memset(&sums, 0, sizeof sums);
+    sums.one.dw = op->dgamma, sums.one.db = op->dbeta, sums.b = sums.part = a.parts;
+    sums.groups = sums.n = 1, sums.m = a.H, sums.pieces = a.n_parts;
+    moe__cuda_run(q, MOE__K_norm_columns, moe__cuda_blocks(floats, 64), (uint32_t)a.n_parts, 256,
+                  &a);
+    moe__cuda_run(q, MOE__K_pieces, moe__cuda_blocks(floats, 256), 1, 256, &sums);
+  }
+  return a.dx || a.ddelta ? moe__cuda_rows(q, MOE__K_norm_back, a.M, &a) : q->status;
 }
 
 static moe_status moe__cuda_dropout(const moe_backend *b, const moe_env *env,
@@ -2489,34 +2483,31 @@ static moe_status moe__cuda_dropout(const moe_backend *b, const moe_env *env,
   return moe__cuda_rows(moe__cuda_queue_of(b, env), MOE__K_dropout, op->M, &a);
 }
 
-static moe_status moe__cuda_embed_back(moe__cuda_queue *q, moe__embed_args *a) {
-  uint32_t M = (uint32_t)a->M, columns = moe__cuda_blocks((size_t)a->H, 32);
-  int *order = (int *)moe__cuda_scratch(q, ((size_t)M + 257) * sizeof(int));
-  moe__sort_args sort = {a->ids, NULL, order, order ? order + M : NULL, a->M, 256};
-  a->order = sort.to, a->start = sort.start;
-  if (a->dword) {
-    moe__cuda_run(q, MOE__K_sort, 256, 1, 256, &sort);
-    moe__cuda_run(q, MOE__K_embed_words, M, 1, 128, a);
-  }
-  if (a->dposition) moe__cuda_run(q, MOE__K_embed_positions, M, 1, 128, a);
-  if (!a->dsegment) return q->status;
-  sort.bytes = a->segments;
-  if (a->segments) moe__cuda_run(q, MOE__K_sort, 256, 1, 256, &sort);
-  return moe__cuda_run(q, MOE__K_embed_segments, columns, a->segments ? 256 : 1, 256, a);
-}
-
 static moe_status moe__cuda_embed(const moe_backend *b, const moe_env *env, const moe_embed_op *op,
                                   int back) {
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   moe_status status = moe__cuda_rows_check("embed", op->S, op->M, op->H, 0, env);
+  uint32_t M = (uint32_t)op->M, columns = moe__cuda_blocks((size_t)op->H, 32);
+  moe__sort_args sort = {op->ids, NULL, NULL, NULL, op->M, 256};
   moe__embed_args a;
-  if (status || op->M == 0) return status;
+  if (status) return status;
   memset(&a, 0, sizeof a);
   a.x = op->x, a.ids = op->ids, a.segments = op->segments, a.seq_start = op->seq_start;
   a.word = op->word, a.position = op->position, a.segment = op->segment;
   a.dword = op->dword, a.dposition = op->dposition, a.dsegment = op->dsegment, a.dx = op->dx;
   a.S = op->S, a.M = op->M, a.H = op->H;
-  return back ? moe__cuda_embed_back(q, &a) : moe__cuda_rows(q, MOE__K_embed, op->M, &a);
+  if (!back) return moe__cuda_rows(q, MOE__K_embed, a.M, &a);
+  a.order = sort.to = (int *)moe__cuda_scratch(q, (size_t)M * sizeof(int));
+  a.start = sort.start = (int *)moe__cuda_scratch(q, 257 * sizeof(int));
+  if (a.dword) {
+    moe__cuda_run(q, MOE__K_sort, 256, 1, 256, &sort);
+    moe__cuda_run(q, MOE__K_embed_words, M, 1, 128, &a);
+  }
+  if (a.dposition) moe__cuda_run(q, MOE__K_embed_positions, M, 1, 128, &a);
+  if (!a.dsegment) return q->status;
+  sort.bytes = a.segments;
+  if (a.segments) moe__cuda_run(q, MOE__K_sort, 256, 1, 256, &sort);
+  return moe__cuda_run(q, MOE__K_embed_segments, columns, a.segments ? 256 : 1, 256, &a);
 }
 
 /* ---- gates, softmax, top-k, dispatch ---- >>cuda_route */
@@ -2796,34 +2787,31 @@ static moe_status moe__cuda_route_check(const moe_route_op *op, const moe_env *e
   return moe__cuda_rows_check("route", op->S, r->M, op->H, 0, env);
 }
 
-static moe_status moe__cuda_route_forward(moe__cuda_queue *q, const moe_routes *r,
-                                          moe__route_args *a) {
-  moe__sort_args sort = {r->expert, NULL, r->order, r->start, r->M * r->k, r->N};
-  moe__cuda_rows(q, MOE__K_route, a->M, a);
-  moe__cuda_run(q, MOE__K_sort, (uint32_t)r->N, 1, 256, &sort);
-  if (!a->loss) return q->status;
-  if (a->N == 1 || a->M == 0 || !(a->balance > 0 || a->z_loss > 0))
-    return moe__cuda_zero(q, a->loss, sizeof *a->loss);
-  a->n_parts = (a->M - 1) / 128 + 1;
-  a->parts =
-      (double *)moe__cuda_scratch(q, (size_t)a->n_parts * ((size_t)a->N + 1) * sizeof(double));
-  moe__cuda_run(q, MOE__K_route_parts, (uint32_t)a->n_parts, 1, 128, a);
-  return moe__cuda_run(q, MOE__K_route_loss, 1, 1, 256, a);
-}
-
 static moe_status moe__cuda_route(const moe_backend *b, const moe_env *env, const moe_route_op *op,
                                   int back) {
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
+  const moe_routes *r = op->routes;
+  moe__sort_args sort = {r->expert, NULL, r->order, r->start, 0, r->N};
   moe__route_args a = moe__cuda_route_args(op);
   uint32_t tiles = moe__cuda_blocks((size_t)a.H, 32) * moe__cuda_blocks((size_t)a.N, 8);
   moe_status status = moe__cuda_route_check(op, env);
-  if (status) return status;
-  if (!back) return moe__cuda_route_forward(q, op->routes, &a);
-  if (a.N == 1) return MOE_OK;
-  moe__cuda_rows(q, MOE__K_route_back, a.M, &a);
-  if (a.dx) moe__cuda_rows(q, MOE__K_route_dx, a.M, &a);
-  if (!a.dgates) return q->status;
-  return moe__cuda_run(q, MOE__K_route_dgates, tiles, (uint32_t)op->G, 256, &a);
+  if (status || (back && a.N == 1)) return status;
+  if (back) {
+    moe__cuda_rows(q, MOE__K_route_back, a.M, &a);
+    if (a.dx) moe__cuda_rows(q, MOE__K_route_dx, a.M, &a);
+    if (a.dgates) moe__cuda_run(q, MOE__K_route_dgates, tiles, (uint32_t)op->G, 256, &a);
+    return q->status;
+  }
+  moe__cuda_rows(q, MOE__K_route, a.M, &a);
+  sort.n = a.M * a.k;
+  moe__cuda_run(q, MOE__K_sort, (uint32_t)a.N, 1, 256, &sort);
+  if (!a.loss) return q->status;
+  if (a.N == 1 || a.M == 0 || !(a.balance > 0 || a.z_loss > 0))
+    return moe__cuda_zero(q, a.loss, sizeof *a.loss);
+  a.n_parts = (a.M - 1) / 128 + 1;
+  a.parts = (double *)moe__cuda_scratch(q, (size_t)a.n_parts * ((size_t)a.N + 1) * sizeof(double));
+  moe__cuda_run(q, MOE__K_route_parts, (uint32_t)a.n_parts, 1, 128, &a);
+  return moe__cuda_run(q, MOE__K_route_loss, 1, 1, 256, &a);
 }
 
 /* ---- heads and losses ---- >>cuda_heads */
