@@ -474,25 +474,12 @@ static int moe__cuda_target(const moe__cuda_nvrtc *rtc, int card, int *ptx) {
   return best >= 70 ? best : 0;
 }
 
-/* Reports why NVRTC does not compile: its log. */
-static moe_status moe__cuda_compile_fail(const moe__cuda_nvrtc *rtc, void *program, int error,
-                                         const char *what, const moe_env *env) {
-  moe_status status = error == 1 ? MOE_E_MEMORY : MOE_E_UNSUPPORTED;
-  size_t bytes = 0;
-  char *log = NULL;
-  if (program && !rtc->nvrtcGetProgramLogSize(program, &bytes)) log = (char *)calloc(bytes + 1, 1);
-  if (log && rtc->nvrtcGetProgramLog(program, log)) log[0] = 0;
-  moe__cuda_fail(env, status, "NVRTC: %s returned %d: install another version of it%s%.600s", what,
-                 error, log && log[0] ? ": " : "", log ? log : "");
-  free(log);
-  return status;
-}
-
-/* Compiles the source for image->arch: image->data is to be freed. */
+/* Compiles the source for image->arch: image->data is to be freed. Says what NVRTC's log says. */
 static moe_status moe__cuda_compile(const moe__cuda_nvrtc *rtc, int ptx, moe__cuda_image *image,
                                     const moe_env *env) {
   char *source = moe__cuda_source((int)image->arch), option[48];
   const char *options[2] = {option, "--std=c++11"}, *what = NULL;
+  char *log = NULL;
   void *program = NULL;
   size_t bytes = 0;
   moe_status status = MOE_OK;
@@ -509,8 +496,15 @@ static moe_status moe__cuda_compile(const moe__cuda_nvrtc *rtc, int ptx, moe__cu
   if (!error && !image->data) error = 1;
   if (!error) error = (ptx ? rtc->nvrtcGetPTX : rtc->nvrtcGetCUBIN)(program, image->data);
   image->bytes = bytes;
-  if (error) status = moe__cuda_compile_fail(rtc, program, error, what, env);
+  if (error && program && !rtc->nvrtcGetProgramLogSize(program, &bytes))
+    log = (char *)calloc(bytes + 1, 1);
+  if (log && rtc->nvrtcGetProgramLog(program, log)) log[0] = 0;
   if (program) rtc->nvrtcDestroyProgram(&program);
+  if (error)
+    status = moe__cuda_fail(env, error == 1 ? MOE_E_MEMORY : MOE_E_UNSUPPORTED,
+                            "NVRTC: %s returned %d: install another version of it%s%.600s", what,
+                            error, log && log[0] ? ": " : "", log ? log : "");
+  free(log);
   return status;
 }
 
@@ -1234,6 +1228,12 @@ MOE__CUDA_SOURCE(
       if (form == MOE__CUDA_TN) {
         t->a.end = t->k_end, t->a.width = p->m;
         t->b = {p->b ? p->b : p->a, p->b_order, p->top_k, t->k_end, p->n, p->wide_b};
+        if (p->part) {
+          size_t piece = blockIdx.y % (unsigned)p->pieces * (size_t)p->groups + (size_t)t->e;
+          float *part = p->part + piece * (size_t)p->m * (size_t)(p->n + 1);
+          if (t->group.dw) t->group.dw = part;
+          if (t->group.db) t->group.db = part + (size_t)p->m * (size_t)p->n;
+        }
       } else {
         t->line[0] = moe__d_row(&t->a, t->i + row);
         t->line[1] = moe__d_row(&t->a, t->i + 64 + row);
@@ -1386,17 +1386,6 @@ MOE__CUDA_SOURCE(
 
 MOE__CUDA_SOURCE(
     finish, 0,
-    /* Element `at` of dw (m n) or, from m n on, of db (m) += v, or a piece of it. */
-    __device__ static inline void moe__d_add(const moe__cuda_product *p, const moe__d_tile *t,
-                                             size_t at, float v) {
-      size_t weights = (size_t)p->m * (size_t)p->n, piece = blockIdx.y % (unsigned)p->pieces;
-      float *to = at >= weights ? t->group.db + (at - weights) : t->group.dw + at;
-      if (p->part)
-        p->part[(piece * (size_t)p->groups + (size_t)t->e) * (weights + (size_t)p->m) + at] = v;
-      else
-        *to += v;
-    }
-
     /* Element `at` of the rows, `to` of the tokens, from the sum v of column j. Forward: y = v +
        bias, act = GELU(y), out = weight y. Back through GELU: y = weight v GELU'(pre), act = weight
        GELU(pre). */
@@ -1435,7 +1424,7 @@ MOE__CUDA_SOURCE(
             moe__d_finish(p, t, at, (size_t)(slot / p->top_k) * n + (size_t)column, weight, column,
                           v);
           else if (t->group.dw)
-            moe__d_add(p, t, at, v);
+            t->group.dw[at] = p->part ? v : t->group.dw[at] + v;
         }
       }
     })
@@ -1476,7 +1465,7 @@ MOE__CUDA_SOURCE(
       }
       moe__d_write<form, kind>(p, &t, sum);
       if (form == MOE__CUDA_TN && t.j == 0 && t.group.db && t.i + tid < p->m)
-        moe__d_add(p, &t, (size_t)p->m * (size_t)p->n + (size_t)(t.i + tid), db);
+        t.group.db[t.i + tid] = p->part ? db : t.group.db[t.i + tid] + db;
     }
 
     /* y = x w^T, dx = dy w, dw += dy^T x. */
@@ -3279,10 +3268,6 @@ static moe_status moe__cuda_done(moe__cuda_queue *q, moe_status status) {
   MOE__CUDA_SLOT(name, 0, (const moe_backend *b, const moe_env *env,                               \
                            const struct moe_##name##_op *op, int back),                            \
                  moe__cuda_done(q, moe__cuda_##name(b, env, op, back)))
-MOE__CUDA_OP(linear) MOE__CUDA_OP(experts) MOE__CUDA_OP(attention) MOE__CUDA_OP(layernorm)
-MOE__CUDA_OP(embed) MOE__CUDA_OP(route) MOE__CUDA_OP(heads)
-MOE__CUDA_SLOT(dropout, 0, (const moe_backend *b, const moe_env *env, const moe_dropout_op *op),
-               moe__cuda_done(q, moe__cuda_dropout(b, env, op)))
 #ifndef MOE_NO_TRAIN
 MOE__CUDA_SLOT(grad_norm, 1, (const moe_backend *b, const moe_env *env, double *norm,
                               const moe_adam_op *spans, int32_t n),
@@ -3290,10 +3275,14 @@ MOE__CUDA_SLOT(grad_norm, 1, (const moe_backend *b, const moe_env *env, double *
 MOE__CUDA_SLOT(adam, 0, (const moe_backend *b, const moe_env *env, const moe_adam_op *spans,
                          int32_t n), moe__cuda_done(q, moe__cuda_adam(b, env, spans, n)))
 #endif
-    // clang-format on
+#define MOE__CUDA_OPS(X) X(linear) X(experts) X(attention) X(layernorm) X(embed) X(route) X(heads)
+MOE__CUDA_OPS(MOE__CUDA_OP)
+MOE__CUDA_SLOT(dropout, 0, (const moe_backend *b, const moe_env *env, const moe_dropout_op *op),
+               moe__cuda_done(q, moe__cuda_dropout(b, env, op)))
+// clang-format on
 
-    /* Opens the driver's library. */
-    static moe_status moe__cuda_open_driver(moe__cuda *cuda, const moe_env *env) {
+/* Opens the driver's library. */
+static moe_status moe__cuda_open_driver(moe__cuda *cuda, const moe_env *env) {
   const char *given = cuda->options.driver, *lacks;
   char path[512];
   int at = 0;
@@ -3435,10 +3424,9 @@ MOE_API moe_status moe_cuda_open(moe_backend *backend, const moe_cuda_options *o
   b.alloc = moe__cuda_alloc, b.release = moe__cuda_release;
   b.upload = moe__cuda_slot_upload, b.download = moe__cuda_slot_download;
   b.clear = moe__cuda_slot_clear, b.sync = moe__cuda_slot_sync;
-  b.linear = moe__cuda_slot_linear, b.attention = moe__cuda_slot_attention;
-  b.experts = moe__cuda_slot_experts, b.layernorm = moe__cuda_slot_layernorm;
-  b.dropout = moe__cuda_slot_dropout, b.embed = moe__cuda_slot_embed;
-  b.route = moe__cuda_slot_route, b.heads = moe__cuda_slot_heads;
+#define MOE__CUDA_SET(name) b.name = moe__cuda_slot_##name;
+  MOE__CUDA_OPS(MOE__CUDA_SET)
+  b.dropout = moe__cuda_slot_dropout;
 #ifndef MOE_NO_TRAIN
   b.grad_norm = moe__cuda_slot_grad_norm, b.adam = moe__cuda_slot_adam;
 #endif
