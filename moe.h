@@ -1501,6 +1501,22 @@ typedef struct moe_param_group {
   float decay_scale; /* factor of the weight decay */
 } moe_param_group;
 
+/* For several processes that train one model, each on parts of every batch: a process keeps the
+   moments of a range of the weights and steps that alone [ZeRO, Rajbhandari et al. 2020, stage 1].
+   The ranges of all processes make up the whole. Before moe_trainer_step the caller adds up the
+   gradients, as far as the range needs them. Then all call it, and moe_checkpoint_write, at the
+   same points, where these functions exchange what is needed; their failures are the caller's. */
+typedef struct moe_share {
+  size_t first, count;                    /* floats, in the layout of the weights */
+  void *user;                             /* first argument of: */
+  double (*sum)(void *user, double mine); /* over all processes, the same bits in each */
+  /* Fetches into weights (n) what the others have stepped; the own range is new. */
+  void (*weights)(void *user, float *weights, size_t n);
+  /* Gathers a moment from the ranges of all, mine (count), into all (n) of the process that writes;
+     NULL in the others. */
+  void (*moments)(void *user, const float *mine, float *all, size_t n);
+} moe_share;
+
 typedef struct moe_train_config {
   float lr;      /* peak learning rate, usually below 1e-3 */
   float warmup;  /* fraction of `steps`, 0 .. 1: W = floor(warmup steps); the rate of step t (from
@@ -1524,6 +1540,7 @@ typedef struct moe_train_config {
   uint64_t seed;
   const moe_param_group *groups; /* must outlive the trainer */
   int32_t n_groups;
+  const moe_share *share; /* NULL: this process steps all weights; must outlive the trainer */
 } moe_train_config;
 /* [TaG]'s values (4.4, A.3.2); from its grids lr 5e-5 and warmup 0.1. The caller sets `steps`. */
 MOE_API void moe_train_config_init(moe_train_config *config);
@@ -1650,7 +1667,8 @@ MOE_API void moe_sampler_next(moe_sampler *sampler, int32_t *task, int64_t *row)
    sampler's state (sampler may be NULL), and `note`, a text of the caller's (for example its
    options; NULL: none). Write it between steps: it does not hold accumulated gradients. After _read
    the next step has the same bits as without the interruption. MOE_E_IO; MOE_E_NONFINITE as for a
-   model. */
+   model. Of several processes (moe_share) one has a writer, which needs memory for all moments; the
+   others call this with writer NULL. The file is that of a process alone. */
 MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler,
                                         const char *note, const moe_writer *writer,
                                         const moe_env *env);
@@ -14786,10 +14804,11 @@ struct moe_trainer {
   moe_model *model;
   moe_context *context;
   moe_train_config config;
-  int64_t step;     /* steps so far */
-  float lr;         /* of moe_trainer_set_lr, -1: the configuration's */
-  float *g, *m, *v; /* gradients and moments, in the layout of the weights */
-  moe__span *spans; /* ranges of the weights with one learning rate and decay */
+  int64_t step;        /* steps so far */
+  float lr;            /* of moe_trainer_set_lr, -1: the configuration's */
+  size_t first, owned; /* the range of the weights that is stepped here: all, or a share */
+  float *g, *m, *v;    /* gradients in the layout of the weights, moments (owned) */
+  moe__span *spans;    /* ranges with one learning rate and decay, counted from `first` */
   int32_t n_spans;
   moe_adam_op *ops; /* (n_spans) on a DEVICE, where g, m and v are one array of it */
   int64_t fetched;  /* on a DEVICE: steps in the host's weights, where those of it are newer */
@@ -14800,17 +14819,28 @@ static moe_status moe__trainer_carve(moe__layout *layout, moe_trainer *t, void *
                                      size_t *context_bytes, const moe_model *model,
                                      const moe_limits *limits, const moe_env *env) {
   size_t n = moe_model_parameters(model);
+  const moe_share *share = t->config.share;
   moe_limits training = *limits;
   moe_status status;
   training.training = 1;
   status = moe_context_size(model, &training, context_bytes, env);
   if (status) return status;
+  t->first = share ? share->first : 0;
+  t->owned = share ? share->count : n;
+  if (t->first > n || t->owned > n - t->first)
+    return moe__fail(env, MOE_E_ARGUMENT, "trainer: its share is %zu weights from %zu of %zu",
+                     t->owned, t->first, n);
+  if (share && moe__on_device(env))
+    return moe__fail(env, MOE_E_UNSUPPORTED,
+                     "trainer: a share of the weights is stepped on the "
+                     "CPU alone, not by %s",
+                     env->backend->name);
   if (moe__on_device(env))
     t->ops = (moe_adam_op *)moe__carve(layout, (size_t)model->tensors, sizeof(moe_adam_op));
   else {
     t->g = MOE__FLOATS(layout, n);
-    t->m = MOE__FLOATS(layout, n);
-    t->v = MOE__FLOATS(layout, n);
+    t->m = MOE__FLOATS(layout, t->owned);
+    t->v = MOE__FLOATS(layout, t->owned);
   }
   t->spans = (moe__span *)moe__carve(layout, (size_t)model->tensors, sizeof(moe__span));
   *context = moe__carve(layout, *context_bytes, 1);
@@ -14825,6 +14855,8 @@ MOE_API moe_status moe_trainer_size(const moe_model *model, const moe_limits *li
   void *context;
   size_t context_bytes = 0;
   moe_status status = moe__train_config_check(config, env);
+  memset(&t, 0, sizeof t);
+  t.config = *config;
   moe__carve(&layout, 1, sizeof t);
   if (!status)
     status = moe__trainer_carve(&layout, &t, &context, &context_bytes, model, limits, env);
@@ -14858,8 +14890,8 @@ static moe_status moe__trainer_clear_all(moe_trainer *t) {
   moe_status status;
   if (!on->backend) {
     memset(t->g, 0, bytes);
-    memset(t->m, 0, bytes);
-    memset(t->v, 0, bytes);
+    memset(t->m, 0, t->owned * sizeof(float));
+    memset(t->v, 0, t->owned * sizeof(float));
     return MOE_OK;
   }
   status = on->backend->alloc(on->backend, on, &flat, 3 * bytes);
@@ -14868,6 +14900,17 @@ static moe_status moe__trainer_clear_all(moe_trainer *t) {
   t->m = t->g + n;
   t->v = t->m + n;
   return on->backend->clear(on->backend, on, flat, 3 * bytes);
+}
+
+/* Cuts a tensor to what is stepped here, counted from there; 0: nothing of it. */
+static int moe__trainer_owns(const moe_trainer *t, moe_tensor *tensor) {
+  size_t end = tensor->offset + tensor->count, last = t->first + t->owned;
+  size_t begin = tensor->offset > t->first ? tensor->offset : t->first;
+  if (end > last) end = last;
+  if (begin >= end) return 0;
+  tensor->offset = begin - t->first;
+  tensor->count = end - begin;
+  return 1;
 }
 
 MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes, moe_model *model,
@@ -14890,17 +14933,18 @@ MOE_API moe_status moe_trainer_init(moe_trainer **out, void *block, size_t bytes
   layout.base = (unsigned char *)block;
   t = (moe_trainer *)moe__carve(&layout, 1, sizeof *t);
   memset(t, 0, sizeof *t);
+  t->config = *config;
   status = moe__trainer_carve(&layout, t, &context, &context_bytes, model, limits, env);
   if (status) return status;
   training.training = 1;
   status = moe_context_init(&t->context, context, context_bytes, model, &training, env);
   if (status) return status;
   t->model = model;
-  t->config = *config;
   t->lr = -1;
   for (i = 0; i < model->tensors; ++i) {
     moe_model_tensor(model, i, &tensor);
-    t->n_spans = moe__spans_add(t->spans, t->n_spans, &tensor, config);
+    if (moe__trainer_owns(t, &tensor))
+      t->n_spans = moe__spans_add(t->spans, t->n_spans, &tensor, config);
   }
   status = moe__trainer_clear_all(t);
   if (status) {
@@ -15025,15 +15069,15 @@ MOE_API float moe_trainer_lr(const moe_trainer *trainer) {
   return trainer->lr < 0 ? moe_train_lr(&trainer->config, trainer->step + 1) : trainer->lr;
 }
 
-/* The next step of Adam on the whole flat arrays; the caller sets factor and lr. */
+/* The next step of Adam on all that is stepped here; the caller sets factor and lr. */
 static moe_adam_op moe__trainer_op(const moe_trainer *t) {
   moe_adam_op op;
   moe_adam_op_init(&op);
-  op.w = t->ops ? t->model->resident : t->model->writable;
-  op.g = t->g;
+  op.w = (t->ops ? t->model->resident : t->model->writable) + t->first;
+  op.g = t->g + t->first;
   op.m = t->m;
   op.v = t->v;
-  op.count = t->model->plan.total;
+  op.count = t->owned;
   op.t = t->step + 1;
   op.beta1 = t->config.beta1;
   op.beta2 = t->config.beta2;
@@ -15045,9 +15089,11 @@ static moe_adam_op moe__trainer_op(const moe_trainer *t) {
 static moe_status moe__trainer_norm(moe_trainer *t, const moe_adam_op *op, double *norm,
                                     const moe_env *env) {
   const moe_env *on = &t->context->device.env;
+  const moe_share *share = t->config.share;
   int32_t i;
   if (!on->backend) {
-    *norm = moe__spans_norm(t->g, t->spans, t->n_spans, env);
+    *norm = moe__spans_norm(op->g, t->spans, t->n_spans, env);
+    if (share) *norm = sqrt(share->sum(share->user, *norm * *norm));
     return MOE_OK;
   }
   for (i = 0; i < t->n_spans; ++i) t->ops[i] = moe__span_op(op, &t->spans[i]);
@@ -15061,7 +15107,10 @@ static moe_status moe__trainer_adam(moe_trainer *t, const moe_adam_op *op, const
   moe_status status;
   int32_t i;
   if (!b) {
+    const moe_share *share = t->config.share;
     moe__spans_adam(op, t->spans, t->n_spans, env);
+    if (share) moe__trainer_clear(t); /* what others step, too */
+    if (share) share->weights(share->user, model->writable, model->plan.total);
     return MOE_OK;
   }
   for (i = 0; i < t->n_spans; ++i) t->ops[i] = moe__span_op(op, &t->spans[i]);
@@ -18253,20 +18302,34 @@ static void moe__state_put(moe__out *out, const void *user) {
   moe__out_text(out, "}");
 }
 
-/* Both moments where the host can read and write them, m before v: the trainer's, or on a device a
-   copy that the caller frees (moe__release). If `read` is 1, the copy is downloaded. */
-static moe_status moe__moments_take(float **out, const moe_trainer *trainer, int read,
-                                    const moe_env *env) {
+/* Both moments of all weights where the host can read and write them, m before v at out[0] and
+   out[1]: the trainer's, or of a device or a share a copy that the caller frees
+   (moe__moments_drop). */
+static moe_status moe__moments_take(float *out[2], const moe_trainer *trainer, const moe_env *env) {
+  size_t n = trainer->model->plan.total;
+  out[0] = trainer->m, out[1] = trainer->v;
+  if (!trainer->ops && !trainer->config.share) return MOE_OK;
+  out[0] = (float *)moe__alloc(2 * n * sizeof(float));
+  if (!out[0]) return moe__fail(env, MOE_E_MEMORY, "no memory for the moments of a checkpoint");
+  out[1] = out[0] + n;
+  return MOE_OK;
+}
+
+static void moe__moments_drop(float *moments[2], const moe_trainer *trainer) {
+  if (moments[0] != trainer->m) moe__release(moments[0]);
+}
+
+/* Fills the copy of one that writes; with `moments` NULL only gives others what they need. */
+static moe_status moe__moments_gather(float *const *moments, const moe_trainer *trainer) {
   const moe_env *on = &trainer->context->device.env;
-  size_t bytes = 2 * trainer->model->plan.total * sizeof(float);
-  moe_status status = MOE_OK;
-  *out = trainer->m;
-  if (!on->backend) return MOE_OK;
-  *out = (float *)moe__alloc(bytes);
-  if (!*out) return moe__fail(env, MOE_E_MEMORY, "no memory for the moments of a checkpoint");
-  if (read) status = on->backend->download(on->backend, on, *out, trainer->m, bytes);
-  if (status) moe__release(*out);
-  return status;
+  const moe_share *share = trainer->config.share;
+  size_t n = trainer->model->plan.total;
+  if (on->backend)
+    return on->backend->download(on->backend, on, moments[0], trainer->m, 2 * n * sizeof(float));
+  if (!share) return MOE_OK;
+  share->moments(share->user, trainer->m, moments ? moments[0] : NULL, n);
+  share->moments(share->user, trainer->v, moments ? moments[1] : NULL, n);
+  return MOE_OK;
 }
 
 MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sampler *sampler,
@@ -18274,20 +18337,22 @@ MOE_API moe_status moe_checkpoint_write(const moe_trainer *trainer, const moe_sa
                                         const moe_env *env) {
   moe__save save;
   moe__state state;
-  float *moments = NULL;
+  float *moments[2];
   moe_status status;
+  if (!writer) return moe__moments_gather(NULL, trainer);
   state.trainer = trainer;
   state.sampler = sampler;
   state.note = note;
   save.model = trainer->model;
   save.put_state = moe__state_put;
   save.state = &state;
-  status = moe__moments_take(&moments, trainer, 1, env);
+  status = moe__moments_take(moments, trainer, env);
   if (status) return status;
-  save.moment[0] = moments;
-  save.moment[1] = moments + (trainer->v - trainer->m);
-  status = moe__save_write(&save, writer, env);
-  if (moments != trainer->m) moe__release(moments);
+  status = moe__moments_gather(moments, trainer);
+  save.moment[0] = moments[0];
+  save.moment[1] = moments[1];
+  if (!status) status = moe__save_write(&save, writer, env);
+  moe__moments_drop(moments, trainer);
   return status;
 }
 
@@ -18546,12 +18611,17 @@ static moe_status moe__checkpoint_check(const moe__header *header, const moe_mod
   return status;
 }
 
-/* Uploads the contents of a checkpoint to the device. */
-static moe_status moe__moments_upload(moe_trainer *trainer, float *moments) {
+/* From the copy to where the trainer has them, and on a device the weights too. */
+static moe_status moe__moments_give(moe_trainer *trainer, float *const *moments) {
   const moe_env *on = &trainer->context->device.env;
-  moe_status status = on->backend->upload(on->backend, on, trainer->m, moments,
-                                          2 * trainer->model->plan.total * sizeof(float));
-  moe__release(moments);
+  size_t bytes = trainer->owned * sizeof(float);
+  moe_status status;
+  if (!on->backend) {
+    memmove(trainer->m, moments[0] + trainer->first, bytes);
+    memmove(trainer->v, moments[1] + trainer->first, bytes);
+    return MOE_OK;
+  }
+  status = on->backend->upload(on->backend, on, trainer->m, moments[0], 2 * bytes);
   return status ? status : moe__model_upload(trainer->model, on);
 }
 
@@ -18560,21 +18630,22 @@ MOE_API moe_status moe_checkpoint_read(moe_trainer *trainer, moe_sampler *sample
   moe__header header;
   moe_model *model = trainer->model;
   moe__progress progress;
-  float *moments = NULL;
+  float *moments[2];
   moe_status status = moe__header_read(&header, file, bytes, 0, env);
   if (!status) status = moe__progress_read(&header.st, &progress, sampler, 0, env);
   if (!status) status = moe__checkpoint_check(&header, model, env);
   if (status) return status;
-  status = moe__moments_take(&moments, trainer, 0, env);
+  status = moe__moments_take(moments, trainer, env);
   if (status) return status;
   moe__progress_read(&header.st, &progress, sampler, 1, env);
   trainer->step = progress.step;
   trainer->lr = progress.lr;
   moe__tensors_copy(model->writable, &header.st, model, "");
-  moe__tensors_copy(moments, &header.st, model, moe__moment_prefix[0]);
-  moe__tensors_copy(moments + (trainer->v - trainer->m), &header.st, model, moe__moment_prefix[1]);
+  moe__tensors_copy(moments[0], &header.st, model, moe__moment_prefix[0]);
+  moe__tensors_copy(moments[1], &header.st, model, moe__moment_prefix[1]);
   moe__trainer_clear(trainer);
-  if (moments != trainer->m) status = moe__moments_upload(trainer, moments);
+  status = moe__moments_give(trainer, moments);
+  moe__moments_drop(moments, trainer);
   if (model->panels && !trainer->ops) moe__model_repack(model, env);
   return status;
 }

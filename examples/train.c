@@ -95,6 +95,8 @@ static const option train_options[] = {
          "load-balance loss; the paper argues against this and the next two"),
     REAL("--z-loss", "A", opt.z_loss, 0, 1e6, "0", "router z-loss"),
     REAL("--jitter", "A", opt.jitter, 0, 0.99, "0", "noise on what the gates read"),
+    FLAG("--shard", sharding,
+         "with MPI: each rank keeps the moments of its range of the weights and steps these"),
     GROUP("second stage"),
     WHOLE("--fine-tune", opt.fine_tune, 1, 100000, NULL,
           "then each task alone, for N epochs at most (Single-Task, which has no first "

@@ -61,6 +61,11 @@ for n in 1 2 3 4; do
       END { exit bad || NR != 101 }'; then ok test_mpi_100_steps_of_${n}_ranks_as_of_one
   else fail test_mpi_100_steps_of_${n}_ranks_as_of_one "$(cat "$tmp/err")"; fi
 done
+train 3 --shard --steps 100 --log shard.csv
+if cut -d, -f3 "$tmp/shard.csv" | paste "$tmp/losses3" - | awk '
+    NR > 1 { d = $1 - $2; if (d < 0) d = -d; if (d > 2e-4 * $1) bad = 1 }
+    END { exit bad || NR != 101 }'; then ok test_mpi_ranks_that_divide_the_moments_train_alike
+else fail test_mpi_ranks_that_divide_the_moments_train_alike "$(cat "$tmp/err")"; fi
 cp "$tmp/model3" "$tmp/before"
 if train 3 --steps 100 --log again.csv --save model3 && cmp -s "$tmp/model3" "$tmp/before"; then
   ok test_mpi_training_twice_gives_the_same_bits
@@ -69,11 +74,12 @@ if [ "$(wc -l < "$tmp/again.csv")" = 101 ] && [ "$(grep -c '^small: mean' "$tmp/
   ok test_mpi_only_rank_0_writes_and_speaks
 else fail test_mpi_only_rank_0_writes_and_speaks "$(cat "$tmp/out")"; fi
 
-# One of 3 ranks is killed; 2 go on from the checkpoint, with the losses of one that never stopped.
+# One of 3 ranks that divide the moments is killed; 2 that do not go on from the checkpoint, with
+# the losses of one that never stopped.
 steps="--steps 1500 --checkpoint ck --every 20"
 rm -f "$tmp"/ck*
 train 1 --steps 1500 --log whole.csv
-(cd "$tmp" && exec mpirun $options -n 3 ./train $small $steps > out 2> err) &
+(cd "$tmp" && exec mpirun $options -n 3 ./train $small $steps --shard > out 2> err) &
 run=$!
 for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
   [ -e "$tmp/ck" ] || sleep 0.3

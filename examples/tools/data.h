@@ -224,7 +224,7 @@ static const columns usual_columns = {"label", "sentence1", "sentence2", "group"
 /* Where a row's fields are; -1: the task has none. */
 typedef struct row_reader {
   const moe_task *task;
-  const encoder *encoder;
+  const encoder *from;
   table file;
   moe_tokens tokens;
   int32_t max_len;
@@ -235,7 +235,7 @@ typedef struct row_reader {
 static inline int open_rows(row_reader *r, const columns *as, const char *path, int optional) {
   static const char *const span_name[4] = {"start1", "end1", "start2", "end2"};
   const moe_task *t = r->task;
-  const moe_config *c = &r->encoder->config;
+  const moe_config *c = &r->from->config;
   int i;
   if (!open_table(&r->file, path, optional)) return 0;
   r->file.hint = "; tasks.tsv may say what they are called: label_column, sentence1_column, "
@@ -269,8 +269,8 @@ static inline void read_row(rows *to, row_reader *r, int k, int choices) {
            : r->group < 0 ? (uint64_t)to->n
                           : text_hash(0xcbf29ce484222325u, field(&r->file, r->group), 0);
   x.line = r->file.line;
-  need(moe_encode(r->encoder->tokenizer, &r->tokens, &words, r->max_len,
-                  r->encoder->config.truncate, &env));
+  need(moe_encode(r->from->tokenizer, &r->tokens, &words, r->max_len,
+                  r->from->config.truncate, &env));
   for (i = 0; i < 2 && t->kind == MOE_KIND_SPAN; ++i)
     find_span(x.span + 2 * i, &r->tokens, b ? i : 0, i && b ? b : a,
               field_whole("start", field(&r->file, r->span[2 * i])),
@@ -285,7 +285,7 @@ static inline int read_rows(rows *to, const moe_task *t, const columns *as, cons
   int k, choices;
   memset(to, 0, sizeof *to);
   r.task = t;
-  r.encoder = e;
+  r.from = e;
   if (!open_rows(&r, as ? as : &usual_columns, path, optional)) return 0;
   choices = r.b < 0 ? 1 : alternatives(&r.file, r.b);
   if (choices > 1 && t->kind != MOE_KIND_RANKING)

@@ -11,6 +11,7 @@
 static int my_rank, ranks = 1;
 static int gone_wrong;           /* 1: this rank ends alone, with what it said last */
 static char last_sentence[4352]; /* of a rank other than 0 */
+static int sharding;             /* --shard: each rank steps its range of the weights */
 
 #ifndef TRAIN_MPI
 static inline void begin_ranks(int *argc, char ***argv) { (void)argc, (void)argv; }
@@ -19,6 +20,8 @@ static inline int agree(int mine) { return mine; }
 static inline int highest(int mine) { return mine; }
 static inline void add_floats(float *x, size_t n) { (void)x, (void)n; }
 static inline void add_doubles(double *x, int n) { (void)x, (void)n; }
+static inline const moe_share *my_share(size_t n) { return (void)n, (const moe_share *)NULL; }
+static inline void add_gradients(float *g, size_t n) { (void)g, (void)n; }
 #else
 #include <mpi.h>
 #ifdef _WIN32
@@ -90,6 +93,58 @@ static inline void add_floats(float *x, size_t n) {
 
 static inline void add_doubles(double *x, int n) {
   MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+}
+
+/* ---- --shard: moments and steps divided among the ranks, whole vectors of 16 ---- */
+
+static struct { int *count, *first; /* (ranks) floats */ } ranges;
+
+static inline double add_norms(void *user, double mine) {
+  (void)user;
+  add_doubles(&mine, 1);
+  return mine;
+}
+
+static inline void fetch_weights(void *user, float *weights, size_t n) {
+  (void)user, (void)n;
+  MPI_Allgatherv(MPI_IN_PLACE, 0, MPI_FLOAT, weights, ranges.count, ranges.first, MPI_FLOAT,
+                 MPI_COMM_WORLD);
+}
+
+static inline void gather_moments(void *user, const float *mine, float *all, size_t n) {
+  (void)user, (void)n;
+  MPI_Gatherv(mine, ranges.count[my_rank], MPI_FLOAT, all, ranges.count, ranges.first, MPI_FLOAT, 0,
+              MPI_COMM_WORLD);
+}
+
+/* This rank's range of n weights; NULL: it steps all. */
+static inline const moe_share *my_share(size_t n) {
+  static moe_share share;
+  int r;
+  if (!sharding || ranks == 1) return NULL;
+  free(ranges.count);
+  ranges.count = (int *)calloc(2 * (size_t)ranks, sizeof(int));
+  if (!ranges.count || n > 2147483647) MPI_Abort(MPI_COMM_WORLD, 1); /* MPI counts in int */
+  ranges.first = ranges.count + ranks;
+  for (r = 0; r < ranks; ++r) ranges.first[r] = (int)(n / 16 * (size_t)r / (size_t)ranks * 16);
+  for (r = 0; r < ranks; ++r)
+    ranges.count[r] = (r + 1 < ranks ? ranges.first[r + 1] : (int)n) - ranges.first[r];
+  share.first = (size_t)ranges.first[my_rank];
+  share.count = (size_t)ranges.count[my_rank];
+  share.sum = add_norms;
+  share.weights = fetch_weights;
+  share.moments = gather_moments;
+  return &share;
+}
+
+/* Before a step: the gradients of the whole batch, as far as this rank needs them. */
+static inline void add_gradients(float *g, size_t n) {
+  if (!sharding || ranks == 1) {
+    add_floats(g, n);
+    return;
+  }
+  MPI_Reduce_scatter(MPI_IN_PLACE, g, ranges.count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+  memmove(g + ranges.first[my_rank], g, (size_t)ranges.count[my_rank] * sizeof *g);
 }
 #endif
 #endif

@@ -133,7 +133,7 @@ static inline float train_step(job *j, batch_buffer *b, int32_t room) {
     if (r) add_row(b, r, drawn, task, i);
   }
   free(losses);
-  add_floats(moe_trainer_gradients(j->trainer), j->parameters);
+  add_gradients(moe_trainer_gradients(j->trainer), j->parameters);
   add_doubles(whole, 2);
   j->tokens += whole[1];
   watch.lr = moe_trainer_lr(j->trainer);
@@ -216,7 +216,10 @@ static inline void write_state(job *j) {
   put(&note, "%s\n%s\nbest %.17g at %lld, tokens %.0f", j->name, options_here, j->score,
       (long long)j->best_step, j->tokens);
   if (j->put_state) put(&note, "\n"), j->put_state(&note);
-  if (!my_rank) need(moe_checkpoint_save(j->trainer, &j->sampler, note.data, j->path, &env));
+  if (!my_rank)
+    need(moe_checkpoint_save(j->trainer, &j->sampler, note.data, j->path, &env));
+  else
+    need(moe_checkpoint_write(j->trainer, NULL, NULL, NULL, &env));
   free(note.data);
 }
 
@@ -322,9 +325,10 @@ static inline void train_model(job *j, moe_model *model) {
   limits.tokens = room;
   limits.sequences = j->batch < room ? j->batch : room;
   limits.training = 1;
+  j->parameters = moe_model_parameters(model);
+  j->config.share = my_share(j->parameters);
   need(moe_trainer_create(&j->trainer, model, &limits, &j->config, &env));
   need(moe_sampler_init(&j->sampler, &j->sampling, n_rows, n_rows + j->n, j->n, &env));
-  j->parameters = moe_model_parameters(model);
   go_on(j);
   if (j->begin) j->begin(j);
   begin_watch(j->name, j->which, j->n, state.resume != NULL);

@@ -5,6 +5,8 @@ enum { TASKS = 3, STEPS = 12, BATCH = 6 };
 
 static float (*schedule)(void *user, int64_t t);
 static void *schedule_user;
+static float last_norm;           /* of the gradient, of the last step of any run */
+static const moe_share *share_of; /* of the next run, which then does not clip */
 
 /* A whole run: model, trainer, sampler. */
 typedef struct run {
@@ -60,7 +62,8 @@ static int start_run(run *r, const variant *v, const moe_env *env) {
   train.steps = STEPS;
   train.warmup = 0.25f;
   train.weight_decay = 0.01f;
-  train.clip_norm = 1;
+  train.clip_norm = share_of ? 0 : 1;
+  train.share = share_of && share_of->count ? share_of : NULL;
   train.dropout = 0.1f;
   train.balance = 0.01f;
   train.jitter = 0.01f;
@@ -114,7 +117,112 @@ static int step_run(run *r, float *loss, const moe_env *env) {
   batch.task = task;
   batch.label = label;
   return !moe_trainer_accumulate(r->trainer, &batch, 0, loss, NULL, env) &&
-         !moe_trainer_step(r->trainer, NULL, env);
+         !moe_trainer_step(r->trainer, &last_norm, env);
+}
+
+/* ---- two processes that divide the weights, played by two runs in turn ---- */
+
+static double share_squares[2];
+static const float *share_moments[2]; /* of the second share: m, v */
+static int share_fetched, share_gathered;
+
+static double share_sum(void *user, double mine) {
+  const moe_share *share = (const moe_share *)user;
+  share_squares[share->first > 0] = mine;
+  return mine;
+}
+
+static void share_weights(void *user, float *weights, size_t n) {
+  (void)user, (void)weights, (void)n;
+  ++share_fetched;
+}
+
+/* The second run comes first, since it only gives. */
+static void share_gather(void *user, const float *mine, float *all, size_t n) {
+  const moe_share *share = (const moe_share *)user;
+  int which = share_gathered++ % 2;
+  if (!all) {
+    share_moments[which] = mine;
+    return;
+  }
+  memcpy(all, mine, share->count * sizeof *all);
+  memcpy(all + share->count, share_moments[which], (n - share->count) * sizeof *all);
+}
+
+/* Starts both on n weights, cut at `at`. */
+static int start_shares(run r[2], moe_share share[2], size_t at, size_t n, const moe_env *env) {
+  int i, ok = 1;
+  for (i = 0; i < 2; ++i) {
+    share[i].first = i ? at : 0;
+    share[i].count = i ? n - at : at;
+    share[i].user = &share[i];
+    share[i].sum = share_sum;
+    share[i].weights = share_weights;
+    share[i].moments = share_gather;
+    share_of = &share[i];
+    ok &= start_run(&r[i], &usual, env);
+  }
+  share_of = NULL;
+  return ok;
+}
+
+/* A step of each, after which both have all weights. */
+static int step_shares(run r[2], const moe_share share[2], const moe_env *env) {
+  float loss, *w[2];
+  int i, ok = 1;
+  for (i = 0; i < 2; ++i) ok &= step_run(&r[i], &loss, env), w[i] = moe_model_weights(r[i].model);
+  memcpy(w[1], w[0], share[0].count * sizeof(float));
+  memcpy(w[0] + share[1].first, w[1] + share[1].first, share[1].count * sizeof(float));
+  for (i = 0; i < 2; ++i) ok &= !moe_model_pack(r[i].model, NULL, env);
+  return ok;
+}
+
+static void test_checkpoint_of_shares_is_that_of_one_process(void) {
+  static const moe_share none = {0, 0, NULL, NULL, NULL, NULL};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_share share[2], other[2];
+  run whole, part[2], later[2];
+  models_file one, two;
+  moe_writer to_one = models_writer(&one), to_two = models_writer(&two);
+  size_t n, bytes;
+  double norm;
+  float loss;
+  int i;
+  share_of = &none;
+  CHECK(start_run(&whole, &usual, &env), "%s", said);
+  n = moe_model_parameters(whole.model), bytes = n * sizeof(float);
+  CHECK(start_shares(part, share, 1003, n, &env), "%s", said);
+  for (i = 0; i < 4; ++i)
+    CHECK(step_run(&whole, &loss, &env) && step_shares(part, share, &env), "%s", said);
+  CHECK(!memcmp(moe_model_weights(whole.model), moe_model_weights(part[0].model), bytes),
+        "other weights");
+  CHECK(share_fetched == 8, "%d", share_fetched);
+  CHECK(!moe_checkpoint_write(whole.trainer, &whole.sampler, "note", &to_one, &env), "%s", said);
+  CHECK(!moe_checkpoint_write(part[1].trainer, NULL, NULL, NULL, &env), "%s", said);
+  CHECK(!moe_checkpoint_write(part[0].trainer, &part[0].sampler, "note", &to_two, &env), "%s",
+        said);
+  CHECK(share_gathered == 4 && one.used == two.used && !memcmp(one.data, two.data, one.used),
+        "other files: %d", share_gathered);
+  /* another division goes on from there */
+  CHECK(start_shares(later, other, n - 40, n, &env), "%s", said);
+  for (i = 0; i < 2; ++i)
+    CHECK(!moe_checkpoint_read(later[i].trainer, &later[i].sampler, two.data, two.used, &env), "%s",
+          said);
+  CHECK(step_run(&whole, &loss, &env), "%s", said);
+  norm = (double)last_norm;
+  CHECK(step_shares(later, other, &env), "%s", said);
+  CHECK(!memcmp(moe_model_weights(whole.model), moe_model_weights(later[1].model), bytes),
+        "other weights");
+  CHECK_NEAR(sqrt(share_squares[0] + share_squares[1]), norm, 1e-6);
+  for (i = 0; i < 2; ++i) end_run(&part[i]), end_run(&later[i]);
+  share[0].first = n, share[0].count = 1;
+  share_of = &share[0];
+  CHECK(!start_run(&part[0], &usual, &env) && strstr(said, "its share is 1 weights from"), "%s",
+        said);
+  share_of = NULL;
+  moe_model_free(part[0].model);
+  end_run(&whole);
+  free(one.data), free(two.data);
 }
 
 static void test_checkpoint_resumes_with_the_same_bits(void) {
@@ -525,6 +633,7 @@ static void test_checkpoint_survives_kill_9(void) {
 
 static void run_checkpoint(void) {
   RUN(test_checkpoint_resumes_with_the_same_bits);
+  RUN(test_checkpoint_of_shares_is_that_of_one_process);
   RUN(test_checkpoint_keeps_rates_of_the_callers);
   RUN(test_checkpoint_is_a_model_too);
   RUN(test_checkpoint_names_what_differs);
