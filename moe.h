@@ -225,7 +225,9 @@
     >>import        its weights into a model
       >>checkpoint    checkpoints
      >>unicode       what becomes of characters before words are cut
+     >>reader        a text as a stream of characters, tokens that stay whole
      >>text          WordPiece
+     >>vocabulary    reading its vocabulary, added tokens
      >>metrics       accuracy, F1, Matthews, Pearson, Spearman
      >>answers       from logits to answers: classes, values, rankings
      >>predict       text in, label out
@@ -940,6 +942,17 @@ typedef enum moe_truncate {
 MOE_API const char *moe_truncate_name(moe_truncate truncate);
 MOE_API int moe_truncate_from_name(moe_truncate *truncate, const char *name);
 
+/* How text becomes tokens (moe_tokenizer_init); 0: as in bert-base-uncased. */
+typedef enum moe_text_flags {
+  MOE_TEXT_CASED = 1,   /* text is not lower-cased, and keeps its accents */
+  MOE_TEXT_ACCENTS = 2, /* the other way: accents stay in lower-cased text, go from cased text */
+  MOE_TEXT_WHOLE_IDEOGRAPHS = 4, /* ideographs are not words of their own */
+  MOE_TEXT_ADDED =
+      8 /* lines of the vocabulary that end with a tab, "+" and any of the letters lnrsw
+                        are added tokens, which stay whole in a text, the longest first: n, in the
+                        normalised text; w, also a word as other lines. l, r and s are for other
+                        programs: they change no id */
+} moe_text_flags;
 /* The configuration that a model file holds. moe_config_init sets MiniLM's shape and the paper's
    defaults. */
 typedef struct moe_config {
@@ -956,7 +969,7 @@ typedef struct moe_config {
   int32_t rank;         /* r: length of a task's vector, for MOE_ROUTER_EMBEDDING; 8 */
   int32_t max_len;      /* longest input in tokens, at most `positions` */
   moe_truncate truncate;
-  int32_t cased;           /* 1: text is not lower-cased */
+  int32_t cased;           /* moe_text_flags; 1: text is not lower-cased */
   moe_unit unit;           /* MOE_UNIT_BLOCK: `experts` counts the blocks of a layer, m in [TL] */
   moe_selection selection; /* the following are for MOE_ROUTER_TASK_LEVEL */
   int32_t task_dim;        /* width of a task's vector (64) */
@@ -1703,15 +1716,15 @@ typedef struct moe_tokenizer moe_tokenizer;
 MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, size_t *bytes,
                                       const moe_env *env);
 /* A tokenizer in a block (64-byte aligned) of at least that size. It keeps a pointer to vocab,
-   which must outlive it. cased: 0 lower-cases and strips accents (bert-base-uncased), 1 does not.
-   The time is at most n log n in the bytes of vocab, for any content. MOE_E_FORMAT: [UNK], [CLS] or
-   [SEP] is missing, or a line is not UTF-8. */
+   which must outlive it. flags: moe_text_flags; 0 is bert-base-uncased, 1 (MOE_TEXT_CASED)
+   bert-base-cased. The time is at most n log n in the bytes of vocab, for any content.
+   MOE_E_FORMAT: [UNK], [CLS] or [SEP] is missing, or a line is not UTF-8 or has unknown marks. */
 MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes,
-                                      const char *vocab, size_t vocab_bytes, int cased,
+                                      const char *vocab, size_t vocab_bytes, int flags,
                                       const moe_env *env);
 /* The same on the heap. */
 MOE_API moe_status moe_tokenizer_create(moe_tokenizer **out, const char *vocab, size_t vocab_bytes,
-                                        int cased, const moe_env *env);
+                                        int flags, const moe_env *env);
 /* Accepts NULL, and a tokenizer in a block of the caller's. */
 MOE_API void moe_tokenizer_free(moe_tokenizer *tokenizer);
 /* Number of lines of the vocabulary; every id is less than that. */
@@ -9869,6 +9882,8 @@ MOE_API int moe_kind_from_name(moe_kind *kind, const char *name) {
 
 /* ---- configuration, tasks ---- >>config */
 
+enum { MOE__TEXT_FLAGS = 15 }; /* all of moe_text_flags */
+
 /* The names of enums in files. */
 static const char *const moe__router_names[] = {"dense", "shared", "task", "level", "embedding"};
 static const char *const moe__unit_names[] = {"ffn", "block"};
@@ -10052,7 +10067,7 @@ MOE_API moe_status moe_config_check(const moe_config *config, const moe_env *env
   if (!status)
     status = moe__check_range("truncate", (int32_t)c->truncate, MOE_TRUNCATE_LONGEST,
                               MOE_TRUNCATE_RIGHT, env);
-  if (!status) status = moe__check_range("cased", c->cased, 0, 1, env);
+  if (!status) status = moe__check_range("cased", c->cased, 0, MOE__TEXT_FLAGS, env);
   if (!status && c->gate_scale_n && c->renormalize)
     return moe__fail(
         env, MOE_E_ARGUMENT,
@@ -18701,21 +18716,24 @@ MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sample
    WordPiece). A text is
      1. decoded from UTF-8; each maximal part of a damaged sequence becomes one U+FFFD, as the
         Unicode standard recommends;
-     2. searched for special tokens written out, such as [MASK], which stay whole;
+     2. searched for special tokens written out, such as [MASK], and other added tokens, which stay
+        whole;
      3. cleaned: control, format and private-use characters are dropped, white space becomes a
         blank, ideographs get blanks around them;
-     4. (uncased) decomposed (NFD, marks in canonical order), stripped of non-spacing marks, and
-        lower-cased;
+     4. (where accents are stripped) decomposed (NFD, marks in canonical order) and stripped of
+        non-spacing marks, then (uncased) lower-cased, and searched for added tokens that are
+        normalised too;
      5. split at blanks and around every punctuation character;
      6. (>>text) cut, word by word, into the longest pieces of the vocabulary; a word of more than
         100 characters, or with a part that is not a piece, is one [UNK].
    The text is read as a stream: memory does not grow with it. */
 #ifndef MOE_NO_TEXT
 
-/* What the tables say of a character: its class (below), and what it folds to in step 4.
+/* What the tables say of a character: its class (below), and what it becomes in step 4.
    moe__text_classes lists runs of code points: distance of the first from that of the run before,
-   then (length - 1) * MOE__TEXT_KINDS + class. moe__text_folds lists runs as well: distance, then
-   (length - 1) * 4 + kind of mapping, then for MOE__FOLD_CONST (all map to one target) and
+   then (length - 1) * MOE__TEXT_KINDS + class. moe__text_strips (without accents) and
+   moe__text_lowers (in lower case) list runs as well: distance, then (length - 1) * 4 + kind of
+   mapping, then for MOE__FOLD_CONST (all map to one target) and
    MOE__FOLD_SLOPE (consecutive targets) the target of the first minus the first, as a signed
    number. In a run of MOE__FOLD_PAIRS every second code point, from the first on, maps to its
    successor; the targets of MOE__FOLD_LIST are in moe__text_ideographs, three digits each. A code
@@ -18732,13 +18750,18 @@ enum {
   MOE__TEXT_STRIP_STARTER, /* the same of combining class 0: marks are not sorted across it */
   MOE__TEXT_MARK,          /* to MOE__TEXT_KINDS - 1: a mark that is sorted and kept, by the rank of
                               its combining class */
-  MOE__TEXT_SPECIAL = 16,  /* not a class: a special token */
+  MOE__TEXT_SPECIAL = 16,  /* not a class: a special or added token */
   MOE__TEXT_END            /* not a class: the end of the text */
 };
 enum { MOE__FOLD_CONST, MOE__FOLD_SLOPE, MOE__FOLD_PAIRS, MOE__FOLD_LIST };
 
 /* tables made by tests/golden/unicode.py: do not edit */
-enum { MOE__TEXT_KINDS = 13, MOE__TEXT_BOUNDS = 935, MOE__TEXT_FOLDS = 604 };
+enum {
+  MOE__TEXT_KINDS = 13,
+  MOE__TEXT_BOUNDS = 935,
+  MOE__TEXT_STRIPS = 829,
+  MOE__TEXT_LOWERS = 188
+};
 static const char moe__text_classes[] =
     "0f39F2E221+"
     "6I21v5Pn2X1a2W1g14XDX12136343219G5343XIxVl261uCk1393y7v1t6a2l1G8XIj1315131I231I2315i1GDY29G3G4"
@@ -18767,52 +18790,84 @@ static const char moe__text_classes[] =
     "W15j15j145HTZe18nX2t1+lHGY4v153x1p27t1D3hY1j1keJ615131e1bc5M2V6B1z15y28W3Ap2b1i1u4V+"
     "z1aMx1ZKw16F63t1Kw16y5-g1w28y6"
     "Jw28P3W2gb2p2q3j267sr5tg+GWuf1tqt1Wn4dYc2WtFty6XWYM1Vqc1W7fX3Wu-1w+-PWWW2w+-P";
-static const char moe__text_folds[] =
-    "X2b3W2-"
-    "3Kz561W211d61Cb64Cb641W215b62Cd651W21Cd641d611W22Kz771d81Cb84Cb855b82Cd86Cd841d821h81Kz96SbA84"
-    "pA222a1vAASfB"
-    "84tB222W1zBA224pC24rC3KvC6A4KfD722KvD622KZE6SjE8CxE422i1bFC4vF28vF3KzF81aD1A41yC1225wC2231+"
-    "411qC11sC1221wC11+C21cD"
-    "11YD1241cD11gD21iD14XJ2A41qD1221qD3221qD14pJ25oD2A41sD124284434434434tM24hM24ZM2a1xLBCvN44tF22"
-    "24zN24vN2CrN44eA21hO"
-    "14434vO21X611l314pO24nP24hH24hG2CzP4CzP4CzP4CvP4CxP4CzP44fQ24hQ2224hR21Z82A44fS24bS2SrR84nR81s"
-    "YL1221bA11mYL3221bC1"
-    "1g411k41Y1g9A41rB2281bq111e761vj111s211-i111w211y211+"
-    "221c321k311q311o21X2W2IPW271U11q111A11G11I11K11g1Q1X111B11P11"
-    "F11911G4415w2S1t33221D1239Z834g321W511W319W531+41DW541y211s211g311W51X1W291+11r2W2V11N4r131-"
-    "141151Z211f211r12o2M41"
-    "2Y1Io6s11U14r82g1DC-"
-    "94224XA2224124hA24jA222CpA44lA2224124z92KrA64vA2224vA2o6t1r4W3n74A21e211411e2w41g1211H11sI1181"
-    "1311a19b431z315r321b311-2i30700P10900MG5r331-"
-    "2q211314Z15b421z331b3g71130700P10900MG5r3u10300c4s10700N10700P10B00Mq"
-    "71g175S31F10H00K-"
-    "30700N10700P10B00Mk41120500P10700R109002bB11A11511511511D1n2z511w3r4WcEd11WcE61WcEpMz9Wzh2m2LG"
-    "su1"
-    "0100+220100w220100s220100o220100k240100c2f11B21F30300L10300N21RcA27f5-x5j19-x5ZA4zvE2K-"
-    "vE64fwE2a1hwEAa1zwEA4lxE24n"
-    "xE2a1pxEACbyE4KfyE6SpyE8KXzE6ShzE8SvzE8Cd+E4Sh+E8a1v+EASh-E8a1v-"
-    "EAChWF4a1nWFACZXF44fXF2KhXF61xYF11bYF11XYF11-XF21t"
-    "nE31zxE2y2zZFOy1bbFGCzbF4y2vbFOq1zcFESndF8I6y1zqDGKrrD8KbsD8y1nsDGy1jtDGKXuD8KnuD8SruD91dvD21h"
-    "vD21lvD21pvD1y1jvDG4"
-    "zxD24vxD24vxD24vxD24nxD24fxD24bxD4y1zyDGy1nzDGy1jzDGGz-"
-    "D6OfWE81fWE31nnF18rWE44zWE24bXE28bXE38R3CjXE6KvXE78Y23CrXE4"
-    "4bYE2KXYE61rYE14fqF21zuF38nYE44vYE24nZE28XZE31nqFf91vrE41zhG11piG71u1k1z1W1Z12N1J11HJ1p1V1611C"
-    "116r111511311O11211R"
-    "19311313211N1bYH211B1-111ZZH11XZH15N45345385B453453a11J159217n15d625X58Dl3-15+"
-    "j6jCb3q1cn12a9z5W3W3221j-K11hk711j+K"
-    "3I61tXL11v-"
-    "K11zXL11xXL223295zZL2gCh3A72wQ11211211211211211211211211211211211311211211741341341341341O1x4A"
-    "11E112112"
-    "11211211211211211211211211211311211211741341341341341O1x43DF711YgTo5W2g3Y5o1Go7d2A41dWb21Y1D22"
-    "1loo23A6g2K1dqo211zq"
-    "o211rqo211Xqo211dqo221Zno211poo211fno211Ww11w1G1-"
-    "211bqo211lZb21A41jso21w1G1Xap2P2heKtX1m83233d1B323375l8c2dDj51dqw"
-    "321vow3BCXqw348xrw33L-rw37H-rw361-rw325-rw335-rw33H-rw351htw311rtw311Ztw311psw3pUb3W2-"
-    "c1z4m2m5j4m2W6f1k2Cv1k2GPk28"
-    "5k2it1f6W4m6r2W2gQ11211F1BWL0700P10900MlB1310500N209001y70300L10300NbNz3W2WjLz3W2W3X3s1+"
-    "rO0D00E10D00C10F00A00S10H0"
-    "0800S10J00600S10L00400S10N00200St20300h510300j510700l500z410700n500-410B00p500-"
-    "410B00r500X5Ww5b4a2WuZ2tZ2";
+static const char moe__text_strips[] =
+    "W6Kz771d81Cb84Cb855b82Cd86Cd841d83Kz771d81Cb84Cb855b82Cd86Cd841d821h811zB11-"
+    "911XC11ZA11bC11dA11bC11dA11fC11hA11jC1"
+    "1lA11nC11pA11pC11rA31vC11xA11zC11-"
+    "A11XD11ZB11bD11dB11fD11hB11fD11hB11jD11lB11nD11pB11rD11tB11tD11vB31zD11-B11XE11Z"
+    "C11bE11dC11fE11hC11jE41pE11rC11rE11tC21vE11xC11zE11-"
+    "C11XF11ZD51fF11hD11jF11lD11nF11pD41vF11xD11zF11-D11XG11ZE31ZG1"
+    "1bE11dG11fE11hG11jE11jG11lE11nG11pE11rG11tE11vG11xE11xG11zE11-"
+    "G11XF31bH11dF11fH11hF11jH11lF11nH11pF11rH11tF11vH11x"
+    "F11vH11xF11vH11xF15zH21-F11XI11ZG11bI11dGY11XL11ZJE1pL11rJT1tO11vM11hO11jM11ZO11bM11xN11zL11-"
+    "N11XM11ZO11bM11dO11fM"
+    "11hO11jM21vP11xN11zP11-N11tH11vF31zP11-"
+    "N11vP11xN11rP11tN11vP11xN11j311cA11hO41vQ11xO31pQ11rO11nR11pP11hJ11jH11hI11"
+    "jG11zR11-P11XS11ZQ11zR11-P11XS11ZQ11zR11-P11XS11ZQ11vR11xP11zR11-P11xR11zP11-R11XQ11zR11-"
+    "P11XS11ZQ11fS11hQ11hS11jQ"
+    "31hT11jR71fU11hS11bU11dS11rT11tR11vT11xR11zT11-R11XU11ZS11nT11pRXA1rBA1bq171vj111M11-"
+    "i111Q11S11U21c121k111q111o2Q1"
+    "X111B11A11G11I11K11g1Q1X111B11P11F119541j14g131W141151S11M11g1B11W111N4r131-"
+    "141151Z211f211r1O53h21rA11t8E1-B11XA11"
+    "ZC11bA31XC11ZA35321hC11jA11jC11lA31pC11rA11tC11vA11lC11nA35321zB11-911rC11tA11vC11xA11zC11-"
+    "A11vC11xA31vC11xAf94A21"
+    "e211411e2w41g1211H11sI11811311a19b431z315r321b311-2i30700P10900MG5r331-"
+    "2q211314Z15b421z331b3g71130700P10900MG5r3u1"
+    "0300c4s10700N10700P10B00Mq71g175S31F10H00K-"
+    "30700N10700P10B00Mk41120500P10700R109002bB11A11511511511D1n2z511Wt20100"
+    "+220100w220100s220100o220100k240100c2f11B21F30300L10300N21RzL1zxE11-vE11-"
+    "xE11XwE11ZyE11bwE11dyE11fwE11fyE11hwE11hy"
+    "E11jwE11lyE11nwE11pyE11rwE11tyE11vwE11xyE11zwE11zyE11-"
+    "wE11XzE11ZxE11bzE11dxE11fzE11hxE11jzE11lxE11lzE11nxE11nzE11p"
+    "xE11pzE11rxE11tzE11vxE11xzE11zxE11-zE11XyE11Z+E11byE11b+E11dyE11f+E11hyE11f+E11hyE11j+"
+    "E11lyE11n+E11pyE11p+E11ryE11"
+    "t+E11vyE11x+E11zyE11-+E11XzE11X-E11ZzE11b-E11dzE11f-E11hzE11h-E11jzE11l-E11nzE11p-E11rzE11t-"
+    "E11vzE11v-E11xzE11z-E1"
+    "1-zE11XWF11Z+E11bWF11d+E11dWF11f+E11hWF11j+E11hWF11j+E11lWF11n+E11pWF11r+E11tWF11v+E11vWF11x+"
+    "E11zWF11-+E11XXF11Z-E"
+    "11bXF11d-E11fXF11h-E11hXF11j-E11lXF11n-E11pXF11r-E11tXF11v-E11vXF11x-E11zXF11--"
+    "E11XYF11ZWF11bYF11dWF11fYF11hWF11hY"
+    "F11jWF11lYF11nWF11nYF11pWF11rYF11tWF11vYF11xWF11zYF11-"
+    "WF11XZF11ZXF11ZZF11bXF11dZF11fXF11fZF11hXF11hZF11jXF11lZF11n"
+    "XF11pZF11rXF11xYF11bYF11XYF11-XF21tnE51zbF11-"
+    "ZF11XcF11ZaF11bcF11daF11fcF11haF11jcF11laF11ncF11paF11rcF11taF11vcF11"
+    "xaF11zcF11-"
+    "aF11XdF11ZbF11bdF11dbF11fdF11hbF11bdF11dbF11fdF11hbF11jdF11lbF11ndF11pbF11rdF11tbF11vdF11xbF11"
+    "zdF11-bF1"
+    "1XeF11ZcF11zdF11-bF11XeF11ZcF11vdF11xbF11zdF11-"
+    "bF11XeF11ZcF11beF11dcF11feF11hcF11jeF11lcF11neF11pcF11reF11tcF11veF"
+    "11xcF11zeF11-cF11XfF11ZdF11bfF11ddF11zeF11-"
+    "cF11XfF11ZdF11bfF11ddF11ffF11hdF11jfF11ldF11nfF11pdF11rfF11tdF11nfF11pd"
+    "F11rfF11tdF11vfF11xdF11zfF11-"
+    "dF7SzqD8SjtD8KrrD8KbuD8SnsD8SXvD8SjtD8SzvD8KXuD8KnwD8SruD91dxD21hxD21lxD21pxD1SjvD8Sz"
+    "xD84zxD24vxD24vxD24vxD24nxD24fxD24bxD4SzyD8Sj-D8SnzD8SXWE8SjzD8Sz-D8Gz-"
+    "D64fWE2GjYE61fWE31nnF18rWE44zWE24bZE28bZE38"
+    "R3CjXE64vXE2CzZE58Y23CrXE44bYE24XYE2CbaE41raE14fqF21zuF38nYE44vYE24nbE28XbE31nqFf91vtE41zjG11p"
+    "kGl31J11HJ1p1V1611C1"
+    "16r111511311O11211R19311313211N1bYH211B1-111ZZH11XZH15N45345385B453453a11J159217n15d625X58Dl3-"
+    "15+j6pz12mh111211211"
+    "211211211211211211211211211311211211741341341341341O1x4A11E11211211211211211211211211211211211"
+    "31121121174134134134"
+    "1341O1x43DF711YWo1tX1m83233d1B323375l8c2dDj51dqw321vow3BCXqw348xrw33L-rw37H-rw361-rw325-rw335-"
+    "rw33H-rw351htw311rtw"
+    "311Ztw311psw3ig511211F1BWL0700P10900MlB1310500N209001y70300L10300NZzk10D00E10D00C10F00A00S10H0"
+    "0800S10J00600S10L004"
+    "00S10N00200St20300h510300j510700l500z410700n500-410B00p500-410B00r500X5Wof2tZ2";
+static const char moe__text_lowers[] =
+    "X2b3W2-3v2W2OPW2e1w5m10jC00kT2I7w1Ho5k11n71I81aD1A41yC1225wC2231+411qC11sC1221wC11+"
+    "C21cD11YD1241cD11gD21iD1I61qD12"
+    "21qD3221qD1225oD2A41sD12428443443443w1HY2J443221X611l31w4e11Z82Y2O1sYL1221bA11mYL3221bC11g411k"
+    "41Y1g9A6291e771i229g"
+    "241W425+"
+    "33X2W2IX1W2i11G9w2S1t33221D1239Z83z1W5Gz3W2m2Y4g1o6s11U1o1FwBX3r4W3lx2r4WcEd11WcE61WcEpMz9Wzh2"
+    "m2LGva227f5-"
+    "x5j19-x5ZAoI+41zxE2wBe3TFGLFGTFGTFGLFH1F21F21F21F9TFW1TFGTFGTFG5F25p421HCDh541HC5F25d6E5F25-"
+    "621DC5-725x721Hg91vrE4"
+    "1zhG11haG71u1k1z1W1Z12pPb3q1gw1z5W3W3221j-K11hk711j+K3I61tXL11v-"
+    "K11zXL11xXL223295zZL2gCh3A72kgUo5W2g3Y5o1Go7d2A41d"
+    "Wb21Y1D221loo23A6g2K1dqo211zqo211rqo211Xqo211dqo221Zno211poo211fno211Ww11w1G1-"
+    "211bqo211lZb21A41jso21w1G1Xap2P2ivLb"
+    "3W2-c1z4m2m5j4m2W6f1k2Cv1k2GPk285k2it1f6W4m6r2W2mw2z3W2WjLz3W2W3X3s1WpUb4a2";
 static const char moe__text_ideographs[] =
     "8n86Rq8xA8p86xH4uo5Fb9+S9+S5bH97H5M75b867s7Pf7+58O-"
     "8Uw8Zu92F6e26qR73P7FU8Gz95g9dn4w25Dr6i478R8Oj9uU5rG6-h8ND8ba6B9"
@@ -18876,6 +18931,13 @@ typedef struct moe__fold {
   int32_t kind;
 } moe__fold;
 
+/* A token that is searched for in a text, raw or normalised. */
+typedef struct moe__added {
+  const char *text;
+  uint16_t length;
+  int32_t id;
+} moe__added;
+
 struct moe_tokenizer {
   const char *vocab;
   uint32_t *start;  /* (words) where each word begins in vocab */
@@ -18885,12 +18947,18 @@ struct moe_tokenizer {
   uint32_t *entry;  /* (words) id in the lower 24 bits, 8 bits of the hash above; a bucket is sorted
                        by length, bytes, and from the last line to the first */
   uint32_t *bounds; /* (MOE__TEXT_BOUNDS) first code point * 16 + class, up to the next */
-  moe__fold *folds; /* (MOE__TEXT_FOLDS) */
-  uint32_t mask;    /* number of buckets - 1, a power of two - 1 */
-  int32_t words, longest; /* longest: bytes of the longest word that can match */
-  int32_t cased, owns_block;
+  moe__fold *strips, *lowers; /* (MOE__TEXT_STRIPS), (MOE__TEXT_LOWERS) */
+  moe__added *added[2];       /* raw, normalised; both sorted by their bytes */
+  char *normal;               /* the text of those that are normalised */
+  size_t normal_bytes;
+  int32_t count[2];            /* of added */
+  uint32_t mask;               /* number of buckets - 1, a power of two - 1 */
+  int32_t words, longest;      /* longest: bytes of the longest word that can match */
+  int32_t flags, strip, lower; /* moe_text_flags, and whether step 4 strips and lower-cases */
+  int32_t owns_block;
   int32_t special[MOE__SPECIALS]; /* ids, -1: not in the vocabulary */
   uint8_t ascii[128];             /* classes */
+  uint8_t begins[256];            /* 1: a token of added[0] begins with this byte */
 };
 
 /* [UNK], [CLS] and [SEP] must be in the vocabulary; the others are recognised in a text where they
@@ -18932,8 +19000,7 @@ static void moe__text_unpack_classes(uint32_t *bounds) {
   *bounds = (uint32_t)end << 4 | MOE__TEXT_LETTER;
 }
 
-static void moe__text_unpack_folds(moe__fold *fold) {
-  const char *at = moe__text_folds;
+static void moe__text_unpack_folds(moe__fold *fold, const char *at) {
   int32_t first = 0, listed = 0;
   for (; *at; ++fold) {
     int32_t info, delta;
@@ -18968,38 +19035,25 @@ static int moe__text_search(const uint32_t *bounds, int32_t c) {
 
 static int moe__text_class(const moe_tokenizer *t, int32_t c) {
   int kind = c < 128 ? t->ascii[c] : moe__text_search(t->bounds, c);
-  return t->cased && kind >= MOE__TEXT_STRIP ? MOE__TEXT_LETTER : kind;
+  if (kind == MOE__TEXT_IDEOGRAPH && t->flags & MOE_TEXT_WHOLE_IDEOGRAPHS) return MOE__TEXT_LETTER;
+  return !t->strip && kind >= MOE__TEXT_STRIP ? MOE__TEXT_LETTER : kind;
 }
 
-/* What a character of a text becomes in step 4: writes at most three code points and returns how
-   many. `kind` is its class. */
-static int moe__text_fold(const moe_tokenizer *t, int32_t out[3], int32_t c, int kind) {
-  int32_t low = 0, high = MOE__TEXT_FOLDS;
+/* What a character becomes by one of the tables: writes at most three code points and returns how
+   many. */
+static int moe__text_map(int32_t out[3], const moe__fold *folds, int32_t count, int32_t c) {
+  int32_t low = 0, high = count;
   int n = 0;
   out[0] = c;
-  if (t->cased) return 1;
-  if (c < 128) {
-    if (c >= 'A' && c <= 'Z') out[0] = c + 32;
-    return 1;
-  }
-  if (kind == MOE__TEXT_STRIP || kind == MOE__TEXT_STRIP_STARTER) return 0;
-  if (c >= 0xac00 &&
-      c < 0xac00 + 11172) { /* Unicode standard, 3.12: syllable = (lead * 21 + vowel) * 28 + tail */
-    int32_t i = c - 0xac00;
-    out[0] = 0x1100 + i / 588;
-    out[1] = 0x1161 + i % 588 / 28;
-    out[2] = 0x11a7 + i % 28;
-    return i % 28 ? 3 : 2;
-  }
   while (low < high) { /* the first run that ends at c or later */
     int32_t middle = (low + high) / 2;
-    if (t->folds[middle].last < c)
+    if (folds[middle].last < c)
       low = middle + 1;
     else
       high = middle;
   }
-  for (; low < MOE__TEXT_FOLDS && t->folds[low].first <= c && n < 3; ++low) {
-    const moe__fold *fold = t->folds + low;
+  for (; low < count && folds[low].first <= c && n < 3; ++low) {
+    const moe__fold *fold = folds + low;
     if (fold->kind == MOE__FOLD_CONST)
       out[n++] = fold->target;
     else if (fold->kind == MOE__FOLD_SLOPE)
@@ -19013,6 +19067,37 @@ static int moe__text_fold(const moe_tokenizer *t, int32_t out[3], int32_t c, int
     }
   }
   return n ? n : 1;
+}
+
+/* What a character of a text becomes in step 4: writes at most three code points and returns how
+   many. `kind` is its class. What is left of a stripped character has one code point in lower case
+   for each (golden/unicode.py sees to that). */
+static int moe__text_fold(const moe_tokenizer *t, int32_t out[3], int32_t c, int kind) {
+  int n = 1, i;
+  out[0] = c;
+  if (c < 128) {
+    if (t->lower && c >= 'A' && c <= 'Z') out[0] = c + 32;
+    return 1;
+  }
+  if (t->strip) {
+    if (kind == MOE__TEXT_STRIP || kind == MOE__TEXT_STRIP_STARTER) return 0;
+    if (c >= 0xac00 && c < 0xac00 + 11172) {
+      /* Unicode standard, 3.12: syllable = (lead * 21 + vowel) * 28 + tail */
+      i = c - 0xac00;
+      out[0] = 0x1100 + i / 588;
+      out[1] = 0x1161 + i % 588 / 28;
+      out[2] = 0x11a7 + i % 28;
+      return i % 28 ? 3 : 2;
+    }
+    n = moe__text_map(out, t->strips, MOE__TEXT_STRIPS, c);
+  }
+  if (t->lower && n == 1) return moe__text_map(out, t->lowers, MOE__TEXT_LOWERS, out[0]);
+  for (i = 0; i < n && t->lower; ++i) {
+    int32_t small[3];
+    moe__text_map(small, t->lowers, MOE__TEXT_LOWERS, out[i]);
+    out[i] = small[0];
+  }
+  return n;
 }
 
 /* One code point of n > 0 bytes; returns the bytes it took. A damaged sequence gives U+FFFD and
@@ -19050,7 +19135,8 @@ static size_t moe__utf8_write(unsigned char *s, int32_t c) {
   return more + 1;
 }
 
-/* Steps 1 to 4 as a stream of characters. */
+/* ---- the characters of a text, and tokens that stay whole ---- >>reader
+   Steps 1 to 4 as a stream of characters. */
 typedef struct moe__reader {
   const moe_tokenizer *t;
   const unsigned char *s;
@@ -19059,9 +19145,45 @@ typedef struct moe__reader {
                           given out */
   int count, next, raw_kind;
   size_t from, raw_at; /* number and first byte of the code point that c comes from */
+  size_t begin, end;   /* of a token that stays whole: the code points that it stands for */
   int rank;            /* in a run of marks: the rank that this pass gives out; else 0 */
   size_t run_at, run_index, run_end;
 } moe__reader;
+
+/* Narrows a range of a sorted list, whose tokens begin with the same k bytes, to those whose next
+   byte is c. */
+static void moe__added_narrow(const moe__added *list, int32_t *low, int32_t *high, size_t k,
+                              int c) {
+  int32_t at[2];
+  int i;
+  for (i = 0; i < 2; ++i) { /* the first of c or more, the first of more than c */
+    int32_t a = *low, b = *high;
+    while (a < b) {
+      int32_t middle = a + (b - a) / 2;
+      int byte = list[middle].length > k ? (unsigned char)list[middle].text[k] : -1;
+      if (byte < c + i)
+        a = middle + 1;
+      else
+        b = middle;
+    }
+    at[i] = a;
+  }
+  *low = at[0];
+  *high = at[1];
+}
+
+/* The longest raw token that the bytes at `at` begin with, or NULL. */
+static const moe__added *moe__reader_raw(const moe__reader *r, size_t at) {
+  const moe__added *list = r->t->added[0], *found = NULL;
+  int32_t low = 0, high = r->t->count[0];
+  size_t k;
+  if (!r->t->begins[r->s[at]]) return NULL;
+  for (k = 0; at + k < r->bytes && low < high; ++k) {
+    moe__added_narrow(list, &low, &high, k, r->s[at + k]);
+    if (low < high && list[low].length == k + 1) found = &list[low];
+  }
+  return found;
+}
 
 /* NFD sorts the marks between two starters by their combining class. A run with marks that are kept
    is read once for each rank, so it may have any length. This finds its end: the first code point
@@ -19074,23 +19196,12 @@ static size_t moe__reader_run_end(const moe__reader *r) {
     int kind = moe__text_class(r->t, c);
     if (kind == MOE__TEXT_BLANK || kind == MOE__TEXT_STRIP_STARTER || kind == MOE__TEXT_IDEOGRAPH)
       break;
+    if (moe__reader_raw(r, at)) break;
     at += taken;
     if (kind == MOE__TEXT_DROP || !moe__text_fold(r->t, out, c, kind)) continue;
     if (moe__text_class(r->t, out[0]) < MOE__TEXT_MARK) return at - taken;
   }
   return at;
-}
-
-/* The special token that the bytes at r->at begin with, or -1. */
-static int moe__reader_special(const moe__reader *r) {
-  int i;
-  for (i = 0; i < MOE__SPECIALS; ++i) {
-    size_t n = strlen(moe__special_names[i]);
-    if (r->t->special[i] >= 0 && r->bytes - r->at >= n &&
-        !memcmp(r->s + r->at, moe__special_names[i], n))
-      return i;
-  }
-  return -1;
 }
 
 /* The class of the next character that the last code point became, -1 if there are no more. */
@@ -19117,9 +19228,10 @@ static int moe__reader_ready(moe__reader *r) {
 }
 
 /* The class of the next character (r->c, from code point r->from): letter, blank, punctuation or
-   ideograph; or MOE__TEXT_SPECIAL (r->c: which) or MOE__TEXT_END. */
-static int moe__reader_next(moe__reader *r) {
+   ideograph; or MOE__TEXT_SPECIAL (r->c: its id) or MOE__TEXT_END. */
+static int moe__reader_character(moe__reader *r) {
   for (;;) {
+    const moe__added *token;
     int kind = moe__reader_ready(r);
     if (kind >= 0) return kind;
     if (r->rank && r->at >= r->run_end) {
@@ -19134,10 +19246,13 @@ static int moe__reader_next(moe__reader *r) {
     if (r->at >= r->bytes) return MOE__TEXT_END;
     r->from = r->index;
     r->raw_at = r->at;
-    if (r->s[r->at] == '[' && (r->c = moe__reader_special(r)) >= 0) {
-      size_t n = strlen(moe__special_names[r->c]);
-      r->at += n;
-      r->index += n;
+    token = moe__reader_raw(r, r->at);
+    if (token) {
+      r->begin = r->index;
+      for (r->at += token->length; r->raw_at < r->at; ++r->raw_at)
+        r->index += (r->s[r->raw_at] & 0xc0) != 0x80;
+      r->end = r->index;
+      r->c = token->id;
       return MOE__TEXT_SPECIAL;
     }
     r->at += moe__utf8_read(&r->c, r->s + r->at, r->bytes - r->at);
@@ -19148,6 +19263,43 @@ static int moe__reader_next(moe__reader *r) {
     r->count = moe__text_fold(r->t, r->ready, r->c, r->raw_kind);
     r->next = 0;
   }
+}
+
+/* What a character of that class is in the normalised text. */
+static size_t moe__reader_write(unsigned char out[6], int kind, int32_t c) {
+  size_t n = kind == MOE__TEXT_IDEOGRAPH || kind == MOE__TEXT_BLANK;
+  out[0] = ' ';
+  if (kind != MOE__TEXT_BLANK) n += moe__utf8_write(out + n, c);
+  if (kind == MOE__TEXT_IDEOGRAPH) out[n++] = ' ';
+  return n;
+}
+
+/* The same after step 4: the longest added token of the normalised list that begins here, or the
+   next character. */
+static int moe__reader_next(moe__reader *r) {
+  const moe__added *list = r->t->added[1], *found = NULL;
+  moe__reader ahead, behind;
+  unsigned char s[6];
+  int32_t low = 0, high = r->t->count[1];
+  size_t k = 0, i, n, begin = SIZE_MAX, end = 0;
+  if (!high) return moe__reader_character(r);
+  for (ahead = behind = *r; low < high;) {
+    int kind = moe__reader_character(&ahead);
+    if (kind >= MOE__TEXT_SPECIAL) break;
+    n = moe__reader_write(s, kind, ahead.c);
+    for (i = 0; i < n; ++i, ++k) moe__added_narrow(list, &low, &high, k, s[i]);
+    if (ahead.from < begin) begin = ahead.from;
+    if (ahead.from >= end) end = ahead.from + 1;
+    if (low == high || list[low].length != k) continue;
+    found = &list[low];
+    behind = ahead;
+    behind.begin = begin;
+    behind.end = end;
+    behind.c = found->id;
+  }
+  if (!found) return moe__reader_character(r);
+  *r = behind;
+  return MOE__TEXT_SPECIAL;
 }
 
 /* ---- WordPiece ---- >>text
@@ -19303,7 +19455,7 @@ static void moe__text_tokens(moe__sink *sink, const char *s, size_t bytes, size_
     }
     moe__word_flush(&w, sink);
     if (kind == MOE__TEXT_SPECIAL) {
-      moe__sink_put(sink, sink->t->special[r.c], (int32_t)r.from, (int32_t)r.index);
+      moe__sink_put(sink, r.c, (int32_t)r.begin, (int32_t)r.end);
     } else if (kind == MOE__TEXT_PUNCTUATION || kind == MOE__TEXT_IDEOGRAPH) {
       moe__word_add(&w, r.c, r.from);
       moe__word_flush(&w, sink);
@@ -19407,6 +19559,8 @@ MOE_API moe_status moe_encode(const moe_tokenizer *tokenizer, moe_tokens *out, c
   return MOE_OK;
 }
 
+/* ---- its vocabulary, and tokens that are added ---- >>vocabulary */
+
 /* Bytes of a line without trailing white space, which Hugging Face's reader strips, too. */
 static size_t moe__vocab_trim(const uint32_t *bounds, const unsigned char *line, size_t n) {
   while (n) {
@@ -19420,17 +19574,28 @@ static size_t moe__vocab_trim(const uint32_t *bounds, const unsigned char *line,
   return n;
 }
 
-/* Number of lines; the last one need not end in a line feed. */
-static size_t moe__vocab_lines(const char *vocab, size_t bytes) {
-  size_t i, lines = bytes && vocab[bytes - 1] != '\n';
-  for (i = 0; i < bytes; ++i) lines += vocab[i] == '\n';
+/* Number of lines; the last one need not end in a line feed. Of those that may be added tokens
+   their number and bytes. */
+static size_t moe__vocab_lines(const char *vocab, size_t bytes, size_t *marked,
+                               size_t *marked_bytes) {
+  size_t i, lines = 0, begin = 0;
+  int mark = 0;
+  *marked = *marked_bytes = 0;
+  for (i = 0; i < bytes; ++i) {
+    if (vocab[i] == '+' && i && vocab[i - 1] == '\t') mark = 1;
+    if (vocab[i] != '\n' && i + 1 < bytes) continue;
+    if (mark) ++*marked, *marked_bytes += i + 1 - begin;
+    ++lines;
+    begin = i + 1;
+    mark = 0;
+  }
   return lines;
 }
 
 /* The layout of the block. Without layout->base only the size is counted, and *out becomes NULL. */
 static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout, const char *vocab,
                                         size_t bytes, const moe_env *env) {
-  size_t lines, buckets = 16;
+  size_t lines, marked, marked_bytes, buckets = 16;
   moe_tokenizer *t;
   moe_tokenizer it;
   if (!vocab && bytes) return moe__fail(env, MOE_E_ARGUMENT, "vocabulary: the pointer is NULL");
@@ -19439,7 +19604,7 @@ static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout
     return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu bytes, expected at most 4294967295",
                      bytes);
 #endif
-  lines = moe__vocab_lines(vocab, bytes);
+  lines = moe__vocab_lines(vocab, bytes, &marked, &marked_bytes);
   if (lines >= 0xffffff)
     return moe__fail(env, MOE_E_FORMAT, "vocabulary: %zu lines, expected at most 16777214", lines);
   while (buckets < lines) buckets *= 2;
@@ -19450,7 +19615,12 @@ static moe_status moe__tokenizer_layout(moe_tokenizer **out, moe__layout *layout
   it.bucket = (uint32_t *)moe__carve(layout, buckets + 1, sizeof *it.bucket);
   it.entry = (uint32_t *)moe__carve(layout, lines, sizeof *it.entry);
   it.bounds = (uint32_t *)moe__carve(layout, MOE__TEXT_BOUNDS, sizeof *it.bounds);
-  it.folds = (moe__fold *)moe__carve(layout, MOE__TEXT_FOLDS, sizeof *it.folds);
+  it.strips = (moe__fold *)moe__carve(layout, MOE__TEXT_STRIPS, sizeof *it.strips);
+  it.lowers = (moe__fold *)moe__carve(layout, MOE__TEXT_LOWERS, sizeof *it.lowers);
+  it.added[0] = (moe__added *)moe__carve(layout, marked + MOE__SPECIALS, sizeof *it.added[0]);
+  it.added[1] = (moe__added *)moe__carve(layout, marked, sizeof *it.added[1]);
+  it.normal_bytes = 3 * marked_bytes;
+  it.normal = (char *)moe__carve(layout, marked_bytes, 3);
   it.vocab = vocab;
   it.words = (int32_t)lines;
   it.mask = (uint32_t)(buckets - 1);
@@ -19473,6 +19643,36 @@ MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, siz
   return status;
 }
 
+/* Notes the added token that line `id` may be: of its *n bytes `line` the marks, a tab, "+" and
+   letters (moe_text_flags), are cut off. *n becomes 0 where the token is not a word too. */
+static moe_status moe__tokenizer_mark(moe_tokenizer *t, int32_t id, const char *line, size_t *n,
+                                      const moe_env *env) {
+  size_t at = *n, i;
+  int normal = 0, word = 0;
+  moe__added *a;
+  while (at && line[at - 1] != '\t') --at;
+  if (!at || at == *n || line[at] != '+') return MOE_OK;
+  for (i = at + 1; i < *n; ++i) {
+    normal |= line[i] == 'n';
+    word |= line[i] == 'w';
+    if (!line[i] || !strchr("lnrsw", line[i]))
+      return moe__fail(env, MOE_E_FORMAT,
+                       "vocabulary: line %d has an unknown mark behind its tab: written by a newer "
+                       "moe.h?",
+                       (int)id + 1);
+  }
+  if (at < 2 || at - 1 > 4 * MOE__WORD_CHARACTERS + 2)
+    return moe__fail(env, MOE_E_FORMAT,
+                     "vocabulary: line %d is an added token of %zu bytes, expected 1 to %d",
+                     (int)id + 1, at - 1, 4 * MOE__WORD_CHARACTERS + 2);
+  a = &t->added[normal][t->count[normal]++];
+  a->text = line;
+  a->length = (uint16_t)(at - 1);
+  a->id = id;
+  *n = word ? at - 1 : 0;
+  return MOE_OK;
+}
+
 /* Finds the words, one a line. */
 static moe_status moe__tokenizer_words(moe_tokenizer *t, size_t bytes, const moe_env *env) {
   const unsigned char *vocab = (const unsigned char *)t->vocab;
@@ -19486,6 +19686,8 @@ static moe_status moe__tokenizer_words(moe_tokenizer *t, size_t bytes, const moe
       next += taken;
     }
     n = moe__vocab_trim(t->bounds, vocab + at, next - at);
+    if (t->flags & MOE_TEXT_ADDED && moe__tokenizer_mark(t, id, (const char *)vocab + at, &n, env))
+      return MOE_E_FORMAT;
     if (n > 4 * MOE__WORD_CHARACTERS + 2) n = 0; /* longer than any word: it can never match */
     t->start[id] = (uint32_t)at;
     t->length[id] = (uint16_t)n;
@@ -19552,16 +19754,89 @@ static moe_status moe__tokenizer_specials(moe_tokenizer *t, const moe_env *env) 
   for (i = 0; i < MOE__SPECIALS; ++i) {
     const unsigned char *name = (const unsigned char *)moe__special_names[i];
     size_t n = strlen(moe__special_names[i]);
+    moe__added *a = &t->added[0][t->count[0]];
     t->special[i] = moe__piece_find(t, moe__piece_hash(moe__hash_seed, name, n), 0, name, n);
     if (t->special[i] < 0 && i <= MOE__SEP)
       return moe__fail(env, MOE_E_FORMAT, "vocabulary: none of its %d lines is %s", (int)t->words,
                        moe__special_names[i]);
+    a->text = moe__special_names[i];
+    a->length = (uint16_t)n;
+    a->id = t->special[i];
+    if (a->id >= 0) ++t->count[0];
   }
   return MOE_OK;
 }
 
+/* By bytes; what another begins with comes first, of equal ones the last line. */
+static int moe__added_before(const moe__added *a, const moe__added *b) {
+  int order = memcmp(a->text, b->text, a->length < b->length ? a->length : b->length);
+  if (order) return order < 0;
+  return a->length != b->length ? a->length < b->length : a->id > b->id;
+}
+
+/* Heapsort. */
+static void moe__added_sort(moe__added *v, int32_t n) {
+  int32_t begin = n / 2, end = n;
+  while (end > 1) {
+    int32_t i, child;
+    moe__added x;
+    if (begin) {
+      x = v[--begin];
+    } else {
+      x = v[--end];
+      v[end] = v[0];
+    }
+    for (i = begin; (child = 2 * i + 1) < end; i = child) {
+      if (child + 1 < end && moe__added_before(&v[child], &v[child + 1])) ++child;
+      if (!moe__added_before(&x, &v[child])) break;
+      v[i] = v[child];
+    }
+    v[i] = x;
+  }
+}
+
+/* Puts the normalised text of an added token at *used of t->normal. */
+static moe_status moe__added_normalise(moe_tokenizer *t, moe__added *a, size_t *used,
+                                       const moe_env *env) {
+  moe__reader r;
+  unsigned char *to = (unsigned char *)t->normal + *used;
+  size_t n = 0;
+  int kind, blank = 1;
+  memset(&r, 0, sizeof r);
+  r.t = t;
+  r.s = (const unsigned char *)a->text;
+  r.bytes = a->length;
+  while (t->normal_bytes - *used - n >= 6) {
+    kind = moe__reader_character(&r);
+    if (kind == MOE__TEXT_END || (!n && kind == MOE__TEXT_BLANK)) break;
+    n += moe__reader_write(to + n, kind, r.c);
+    blank = kind == MOE__TEXT_BLANK;
+  }
+  if (blank)
+    return moe__fail(env, MOE_E_FORMAT,
+                     "vocabulary: line %d is an added token that is empty when normalised, or "
+                     "begins or ends with a blank",
+                     (int)a->id + 1);
+  a->text = (const char *)to;
+  a->length = (uint16_t)n;
+  *used += n;
+  return MOE_OK;
+}
+
+/* Makes the lists of tokens that stay whole. */
+static moe_status moe__tokenizer_added(moe_tokenizer *t, const moe_env *env) {
+  size_t used = 0;
+  int32_t i;
+  for (i = 0; i < t->count[1]; ++i)
+    if (moe__added_normalise(t, &t->added[1][i], &used, env)) return MOE_E_FORMAT;
+  moe__added_sort(t->added[0], t->count[0]);
+  moe__added_sort(t->added[1], t->count[1]);
+  for (i = 0; i < t->count[0]; ++i) t->begins[(unsigned char)t->added[0][i].text[0]] = 1;
+  return MOE_OK;
+}
+
 MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t bytes,
-                                      const char *vocab, size_t vocab_bytes, int cased,
+                                      const char *vocab, size_t vocab_bytes, int flags,
                                       const moe_env *env) {
   moe__layout layout;
   moe_tokenizer *t;
@@ -19569,6 +19844,9 @@ MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t b
   int32_t c;
   moe_status status = moe_tokenizer_size(vocab, vocab_bytes, &need, env);
   if (status) return status;
+  if (flags & ~MOE__TEXT_FLAGS)
+    return moe__fail(env, MOE_E_ARGUMENT, "tokenizer: flags are %d, expected 0 to %d", flags,
+                     MOE__TEXT_FLAGS);
   if (!block || (uintptr_t)block % 64)
     return moe__fail(
         env, MOE_E_ARGUMENT,
@@ -19580,28 +19858,31 @@ MOE_API moe_status moe_tokenizer_init(moe_tokenizer **out, void *block, size_t b
   layout.base = (unsigned char *)block;
   status = moe__tokenizer_layout(&t, &layout, vocab, vocab_bytes, env);
   if (status) return status;
-  t->cased = cased != 0;
-  t->owns_block = 0;
+  t->flags = flags;
+  t->lower = !(flags & MOE_TEXT_CASED);
+  t->strip = t->lower == !(flags & MOE_TEXT_ACCENTS);
   moe__text_unpack_classes(t->bounds);
-  moe__text_unpack_folds(t->folds);
+  moe__text_unpack_folds(t->strips, moe__text_strips);
+  moe__text_unpack_folds(t->lowers, moe__text_lowers);
   for (c = 0; c < 128; ++c) t->ascii[c] = (uint8_t)moe__text_search(t->bounds, c);
   status = moe__tokenizer_words(t, vocab_bytes, env);
   if (status) return status;
   moe__tokenizer_hash(t);
   status = moe__tokenizer_specials(t, env);
+  if (!status) status = moe__tokenizer_added(t, env);
   if (!status) *out = t;
   return status;
 }
 
 MOE_API moe_status moe_tokenizer_create(moe_tokenizer **out, const char *vocab, size_t vocab_bytes,
-                                        int cased, const moe_env *env) {
+                                        int flags, const moe_env *env) {
   size_t bytes;
   void *block;
   moe_status status = moe_tokenizer_size(vocab, vocab_bytes, &bytes, env);
   if (status) return status;
   block = moe__alloc(bytes);
   if (!block) return moe__fail(env, MOE_E_MEMORY, "no memory for a tokenizer of %zu bytes", bytes);
-  status = moe_tokenizer_init(out, block, bytes, vocab, vocab_bytes, cased, env);
+  status = moe_tokenizer_init(out, block, bytes, vocab, vocab_bytes, flags, env);
   if (status)
     moe__release(block);
   else

@@ -2,7 +2,9 @@
 # Tokenizers as they are published, beside weights: the model must have the bits of the one made
 # with vocab.txt; what moe.h's tokenizer does not do is refused by name.
 . ./lib.sh
-program train || { fail test_encoder_compiles; finish; }
+for p in train tokenize predict convert; do
+  program $p || { fail test_encoder_compiles; finish; }
+done
 ok test_encoder_compiles
 vocab=../examples/data/vocab.txt
 run="--data ../examples/data --tasks pros_cons --systems dense --steps 2 --batch 4 --threads 1"
@@ -70,10 +72,9 @@ tokenizer_json "$bert}" BPE
 refused test_encoder_names_another_kind 'tokenizer.json: the tokenizer is of kind BPE, expected'
 tokenizer_json '{"type": "NFC"}' WordPiece
 refused test_encoder_names_another_normalizer 'the normalizer is NFC, expected BertNormalizer'
-tokenizer_json "$bert, \"strip_accents\": false, \"lowercase\": true}" WordPiece
-refused test_encoder_refuses_accents_that_stay 'strip_accents is false where text is lower-cased'
-tokenizer_json '{"type": "BertNormalizer", "handle_chinese_chars": false}' WordPiece
-refused test_encoder_refuses_ideographs_that_stay_together 'tokenize_chinese_chars is false'
+tokenizer_json '{"type": "BertNormalizer", "clean_text": false}' WordPiece
+refused test_encoder_refuses_control_characters 'clean_text is false'
+tokenizer_json "$bert}" WordPiece
 head -c 300 "$hub/tokenizer.json" > "$tmp/cut.json"
 refused test_encoder_sees_json_that_is_cut 'cut.json: byte [0-9]*: ' --vocab "$tmp/cut.json"
 rm "$hub/tokenizer.json"
@@ -83,24 +84,86 @@ said() { printf '%s' "$1" > "$hub/tokenizer_config.json"; }
 said '{
   "do_lower_case"
     : true, "strip_accents": null, "tokenizer_class": "BertTokenizerFast", "added_tokens_decoder":
-  {"0": {"content": "[PAD]", "special": true}, "99": {"content": "[unused98]"}}, "x": [1, {}]}'
+  {"0": {"content": "[PAD]", "special": true}}, "cls_token": {"content": "[CLS]"}, "x": [1, {}]}'
 from_hub "$tmp/config"
 same test_encoder_reads_tokenizer_config_json "$tmp/config"
-if [ "$(grep -c 'added token' "$tmp/err")" = 0 ]; then ok test_encoder_knows_the_usual_tokens
-else fail test_encoder_knows_the_usual_tokens "$(cat "$tmp/err")"; fi
 said '{"do_lower_case": false}'
 from_hub "$tmp/config"
 if cmp -s "$tmp/config" "$tmp/too"; then ok test_encoder_config_says_whether_capitals_count
 else fail test_encoder_config_says_whether_capitals_count "$(cat "$tmp/err")"; fi
-said '{"added_tokens_decoder": {"20": {"content": "[E1]", "special": true}}}'
-from_hub "$tmp/config"
-if grep -q 'the added token "\[E1\]" is cut like any other text' "$tmp/err"; then
-  ok test_encoder_tells_of_added_tokens
-else fail test_encoder_tells_of_added_tokens "$(cat "$tmp/err")"; fi
 said '{"tokenizer_class": "BertJapaneseTokenizer"}'
 refused test_encoder_names_another_class 'tokenizer_class is BertJapaneseTokenizer, expected'
-said '{"do_lower_case": true, "strip_accents": false}'
-refused test_encoder_config_refuses_accents_that_stay 'config.json: strip_accents is false'
 said '{"do_lower_case": tru'
 refused test_encoder_sees_a_damaged_config 'tokenizer_config.json: byte [0-9]*: '
+said '{"do_lower_case": true, "strip_accents": false, "tokenize_chinese_chars": false}'
+from_hub "$tmp/config"
+if grep -aq 'cased\\\\":6,' "$tmp/config" || grep -aq 'cased\\":6,' "$tmp/config"; then
+  ok test_encoder_keeps_the_settings_in_the_model
+else fail test_encoder_keeps_the_settings_in_the_model "$(cat "$tmp/err")"; fi
+
+# ---- ids: the files of a folder, one beside another (as transformers 5 reads them) ----
+few=$tmp/few
+mkdir "$few"
+printf '%s\n' '[PAD]' '[UNK]' '[CLS]' '[SEP]' '[MASK]' été ete 中 国 中国 '##x' '[unused0]' \
+  > "$few/vocab.txt"
+ids() { # NAME EXPECTED TEXT: of the files in `few`
+  said=$(echo "$3" | "$tmp/tokenize" "$few/vocab.txt" 2>&1)
+  if [ "$said" = "2 $2 3" ]; then ok "$1"; else fail "$1" "$said"; fi
+}
+wrong() { # NAME PATTERN
+  if said=$(echo a | "$tmp/tokenize" "${3:-$few/vocab.txt}" 2>&1); then fail "$1" "$said"
+  elif echo "$said" | grep -q -e "$2"; then ok "$1"
+  else fail "$1" "$said"; fi
+}
+setting() { printf '%s' "$2" > "$few/$1"; }
+none() { rm -f "$few"/*.json; }
+t='[E1] été 中国'
+ids test_encoder_ids_as_usual '1 1 1 6 7 8' "$t"
+setting tokenizer_config.json '{"strip_accents": false}'
+ids test_encoder_ids_with_accents '1 1 1 5 7 8' "$t"
+setting tokenizer_config.json '{"do_lower_case": false}'
+ids test_encoder_ids_of_cased_text '5 1 1' 'été ÉTÉ Ete'
+setting tokenizer_config.json '{"do_lower_case": false, "strip_accents": true}'
+ids test_encoder_ids_of_cased_text_without_accents '6 1 6' 'été ÉTÉ ete'
+setting tokenizer_config.json '{"tokenize_chinese_chars": false}'
+ids test_encoder_ids_of_whole_ideographs '1 1 1 6 9 7 1' "$t 中 a国"
+e1='{"content": "[E1]", "special": true}'
+setting tokenizer_config.json "{\"added_tokens_decoder\": {\"12\": $e1}}"
+ids test_encoder_ids_of_added_tokens '12 6 7 8 1 1 1' "$t[e1]"
+setting tokenizer_config.json '{"added_tokens_decoder": {"11": {"content": "[unused0]"}}}'
+ids test_encoder_ids_of_added_words '11 1 1 1' '[Unused0] [E1]'
+none
+setting special_tokens_map.json '{"unk_token": "[UNK]", "additional_special_tokens": ["[E1]"]}'
+ids test_encoder_ids_of_special_tokens '12 6 7 8 1 1 1' "$t[e1]"
+none
+setting added_tokens.json '{"[E1]": 12, "x y": 13}'
+ids test_encoder_ids_of_added_tokens_json '12 6 7 8 12 13' "$t[e1]X Y"
+
+# the model file keeps them: out of it comes a folder with the same
+cp "$few"/vocab.txt "$few"/added_tokens.json "$hub"
+rm -f "$hub/tokenizer_config.json"
+if from_hub "$tmp/few.safetensors" &&
+    "$tmp/convert" "$tmp/few.safetensors" --hf "$tmp/again" > "$tmp/out" 2> "$tmp/err"; then
+  few=$tmp/again
+  ids test_encoder_ids_come_back_from_the_model '12 6 7 8 12 13' "$t[e1]X Y"
+  few=$tmp/few
+else fail test_encoder_ids_come_back_from_the_model "$(cat "$tmp/err")"; fi
+rm "$hub/added_tokens.json"
+
+setting added_tokens.json '{"[E1]": 12'
+wrong test_encoder_sees_damaged_added_tokens 'added_tokens.json: byte [0-9]*: '
+none
+setting tokenizer_config.json "{\"added_tokens_decoder\": {\"5\": $e1}}"
+wrong test_encoder_refuses_the_number_of_a_word '"\[E1\]" has number 5, but word 5 of .* is "été"'
+setting tokenizer_config.json "{\"added_tokens_decoder\": {\"20\": $e1}}"
+wrong test_encoder_refuses_a_number_too_far '"\[E1\]" has number 20, but the next one is 12'
+setting tokenizer_config.json \
+  '{"added_tokens_decoder": {"12": {"content": "a", "single_word": true}}}'
+wrong test_encoder_refuses_single_words 'the added token "a" has single_word'
+setting tokenizer_config.json '{"unk_token": {"content": "<unk>"}}'
+wrong test_encoder_refuses_other_special_tokens 'config.json: unk_token is "<unk>", expected \[UNK\]'
+setting tokenizer_config.json '{"do_lower_case": true}'
+setting tokenizer.json '{"normalizer": {"type": "BertNormalizer", "lowercase": false}}'
+wrong test_encoder_refuses_files_that_differ \
+  '(lowercase) is false, but true in .*tokenizer_config.json' "$few/tokenizer.json"
 finish

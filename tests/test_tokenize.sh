@@ -61,6 +61,18 @@ end
   if [ "$same" -ge 3960 ]; then ok test_tokenize_learns_what_tokenizers_does
   else fail test_tokenize_learns_what_tokenizers_does "$same of 4000"; fi
 else skip test_tokenize_learns_what_tokenizers_does "python3 has no package tokenizers here"; fi
+# ---- each setting, as tokenizer.json, beside tokenizers itself: golden/settings.py ----
+if "$python" -c 'import tokenizers' 2> "$tmp/log"; then
+  if "$python" golden/settings.py --live "$tmp/tokenize" > "$tmp/out" 2> "$tmp/err"; then
+    ok test_tokenize_gives_the_ids_of_tokenizers_in_every_setting
+    echo "        $(grep -c ' 0 of 1000 differ' "$tmp/out") settings of 1000 texts"
+  else
+    fail test_tokenize_gives_the_ids_of_tokenizers_in_every_setting \
+      "$(grep -v ' 0 of' "$tmp/out") $(tail -n 1 "$tmp/err")"
+  fi
+else
+  skip test_tokenize_gives_the_ids_of_tokenizers_in_every_setting "there is no package tokenizers"
+fi
 printf '[UNK]\n[SEP]\n' > "$tmp/bad"
 refused test_tokenize_needs_a_vocabulary 'usage: tokenize VOCAB'
 refused test_tokenize_names_the_missing_file "$tmp/none" "$tmp/none"

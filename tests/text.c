@@ -6,6 +6,7 @@
 #include "models.h"
 
 #include "text/text.c"
+#include "text/settings.c"
 #include "text/metrics.c"
 #include "text/predictor.c"
 #include "text/minilm.c"
@@ -13,6 +14,7 @@
 int main(int argc, char **argv) {
   test_begin(argc, argv);
   PART(text);
+  PART(settings);
   PART(metrics);
   PART(predictor);
   PART(minilm);

@@ -111,7 +111,8 @@ static void print_model(const moe_model *model, double file_bytes) {
   printf("layers %d, hidden %d, ffn %d, heads %d, eps %g\n", (int)c->layers, (int)c->hidden,
          (int)c->ffn, (int)c->heads, (double)c->eps);
   if (c->feature_dim) printf("features %d", (int)c->feature_dim);
-  if (c->vocab) printf("vocab %d (%s)", (int)c->vocab, c->cased ? "cased" : "uncased");
+  if (c->vocab)
+    printf("vocab %d (%s)", (int)c->vocab, c->cased & MOE_TEXT_CASED ? "cased" : "uncased");
   printf(", positions %d, segments %d, inputs of at most %d tokens, cut %s\n", (int)c->positions,
          (int)c->segments, (int)c->max_len,
          c->truncate == MOE_TRUNCATE_LONGEST ? "at the longer text" : "on the right");

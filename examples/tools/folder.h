@@ -1,7 +1,7 @@
 /* folder.h - a model file as a folder that transformers opens, for convert */
 #ifndef TOOLS_FOLDER_H
 #define TOOLS_FOLDER_H
-#include "cli.h"
+#include "tokenizer.h"
 #ifdef _WIN32
 #include <direct.h>
 #define mkdir(path, mode) _mkdir(path)
@@ -28,6 +28,27 @@ static inline char *metadata(const char *file, const char *name) {
   return out;
 }
 
+/* The lines of a vocabulary with marks (moe_text_flags): words to `words`, added tokens to
+   `config`. */
+static inline void put_added_tokens(text *config, text *words, const char *vocab) {
+  list line = split(vocab, '\n');
+  int i, n = 0;
+  put_json(config, "  'added_tokens_decoder': {");
+  for (i = 0; i < line.n; ++i) {
+    char *marks = strstr(line.at[i], "\t+");
+    if (marks) *marks = 0;
+    if (marks ? strchr(marks + 2, 'w') != NULL : i + 1 < line.n || *line.at[i])
+      put(words, "%s\n", line.at[i]);
+    if (!marks) continue;
+    put_json(config, "%s\n    '%d': {'content': ", n++ ? "," : "", i);
+    put_quoted(config, line.at[i]);
+    put_json(config, ", 'lstrip': %s, 'normalized': %s, 'rstrip': %s, 'special': %s}",
+             strchr(marks + 2, 'l') ? "true" : "false", strchr(marks + 2, 'n') ? "true" : "false",
+             strchr(marks + 2, 'r') ? "true" : "false", strchr(marks + 2, 's') ? "true" : "false");
+  }
+  put_json(config, "\n  },\n");
+}
+
 static inline void put_config(text *to, const moe_config *c, int dense, const char *file) {
   put(to, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
       dense ? "BertModel" : "MTTaGModel", dense ? "bert" : "mttag");
@@ -45,6 +66,27 @@ static inline void put_config(text *to, const moe_config *c, int dense, const ch
         metadata(file, "moe.tasks"));
   }
   put(to, "\n}\n");
+}
+
+/* vocab.txt and tokenizer_config.json. */
+static inline void write_tokenizer(const char *folder, const moe_config *c, const char *vocab,
+                                   size_t bytes) {
+  text words = {NULL, 0, 0}, all = {NULL, 0, 0}, config = {NULL, 0, 0};
+  int lower = !(c->cased & MOE_TEXT_CASED), accents = (c->cased & MOE_TEXT_ACCENTS) != 0;
+  put_json(&config, "{\n  'tokenizer_class': 'BertTokenizer',\n  'do_lower_case': %s,\n",
+           lower ? "true" : "false");
+  if (accents) put_json(&config, "  'strip_accents': %s,\n", lower ? "false" : "true");
+  if (c->cased & MOE_TEXT_WHOLE_IDEOGRAPHS)
+    put_json(&config, "  'tokenize_chinese_chars': false,\n");
+  put_bytes(&all, vocab, bytes);
+  if (c->cased & MOE_TEXT_ADDED)
+    put_added_tokens(&config, &words, all.data);
+  else
+    put_bytes(&words, vocab, bytes);
+  put_json(&config, "  'model_max_length': %d\n}\n", (int)c->max_len);
+  write_to_folder(folder, "vocab.txt", &words);
+  write_to_folder(folder, "tokenizer_config.json", &config);
+  free(all.data);
 }
 
 /* mttag: the file mttag.py, which a folder of a model that is not dense needs. */
@@ -67,14 +109,7 @@ static inline void write_folder(const char *folder, const moe_model *model, cons
   write_to_folder(folder, "config.json", &other);
   write_to_folder(folder, "model.safetensors", &whole);
   vocab = moe_model_vocab(model, &bytes);
-  if (vocab) {
-    write_to_text(&other, vocab, bytes);
-    write_to_folder(folder, "vocab.txt", &other);
-    put(&other, "{\n  \"tokenizer_class\": \"BertTokenizer\",\n  \"do_lower_case\": %s,\n",
-        c->cased ? "false" : "true");
-    put(&other, "  \"model_max_length\": %d\n}\n", (int)c->max_len);
-    write_to_folder(folder, "tokenizer_config.json", &other);
-  }
+  if (vocab) write_tokenizer(folder, c, vocab, bytes);
   if (code) {
     write_to_text(&other, code, code_bytes);
     write_to_folder(folder, "mttag.py", &other);

@@ -4,6 +4,7 @@
      ./tokenize --learn 4000 < texts > vocab.txt */
 #define MOE_IMPLEMENTATION
 #include "learn.h"
+#include "tokenizer.h"
 
 static struct {
   const char *vocab, *truncate;
@@ -11,7 +12,9 @@ static struct {
 } opt;
 
 static const option tokenize_options[] = {
-    PLACE("VOCAB", opt.vocab, "WordPiece vocabulary, one word a line"),
+    PLACE("VOCAB", opt.vocab,
+          "WordPiece vocabulary, one word a line, or tokenizer.json; tokenizer_config.json and the "
+          "like beside it are read"),
     FLAG("--cased", opt.cased, "keep capitals and accents"),
     WHOLE("--max-len", opt.max_len, 2, 2147483647, NULL, "at most N tokens a line [no limit]"),
     STRING("--truncate", "longest|right", opt.truncate, "longest", "how a pair is cut to that"),
@@ -65,8 +68,8 @@ int main(int argc, char **argv) {
   moe_tokenizer *tokenizer;
   moe_tokens out;
   text line = {NULL, 0, 0};
-  void *vocab;
-  size_t bytes;
+  tokenizer_settings settings;
+  text vocab;
   list words;
   int n;
   begin_program("tokenize", argc, argv);
@@ -82,10 +85,15 @@ int main(int argc, char **argv) {
     learn();
     return end_program(stderr);
   }
-  need(moe_file_read(&vocab, &bytes, opt.vocab, &env));
+  settings = new_settings(opt.vocab);
+  read_settings_beside(&settings, opt.vocab);
+  vocab = read_vocabulary(&settings, opt.vocab);
+  if (opt.cased) settings.lower = 0;
   read_from(opt.vocab, 0);
-  need(moe_tokenizer_create(&tokenizer, (char *)vocab, bytes, opt.cased, &env));
-  words = split((char *)vocab, '\n');
+  need(moe_tokenizer_create(&tokenizer, vocab.data, vocab.bytes, text_flags(&settings), &env));
+  words = split(vocab.data, '\n');
+  for (n = 0; n < words.n; ++n)
+    if (strstr(words.at[n], "\t+")) *strstr(words.at[n], "\t+") = 0;
   memset(&out, 0, sizeof out);
   for (n = 1; read_line(&line, 0) || (!fflush(stdout) && read_line(&line, 1)); ++n) {
     read_from("stdin", n);
@@ -93,8 +101,7 @@ int main(int argc, char **argv) {
     read_from(NULL, 0);
   }
   moe_tokenizer_free(tokenizer);
-  moe_free(vocab);
-  free(out.ids), free(line.data);
+  free(vocab.data), free(out.ids), free(line.data);
   read_from(NULL, 0);
   return end_program(stderr);
 }

@@ -193,10 +193,31 @@ static void seed_data(void) {
   seed("text", "pair", t.data, t.bytes);
   fuzz_free(t.data);
   seed_text("text", "base", "\x0a\x0c\1the theb\xc3\xa9ing. A\xcc\x81\1is [SEP] ##b");
+  seed_text("text", "added",
+            "\x7a\x14<e>\t+\nNew York\t+nw\n\xcc\x81z\t+lrs\n\xe4\xb8\xad\t+n\n"
+            "\1<e>new\tYORK a\xcc\x81z\1\xe4\xb8\xad<e><");
   seed_text("text", "cased", "\x09\x14the\nTHE\n##\xc2\xa0x\n\1THE th\xc3\x89\xff\xe2\x80\x8d");
 }
 
 static void seed_tables(void) {
+  static const char *const settings =
+      "\1{\"do_lower_case\": true, \"strip_accents\": false, \"cls_token\": \"[CLS]\", "
+      "\"added_tokens_decoder\": {\"6\": {\"content\": \"[E1]\", \"lstrip\": false, "
+      "\"normalized\": false, \"special\": true}}, \"tokenizer_class\": \"BertTokenizer\", "
+      "\"additional_special_tokens\": [\"[E2]\"]}\1{\"[E3]\": 7}";
+  text t = {NULL, 0, 0};
+  put(&t, "2[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\n##s\n%s", settings);
+  seed("tokenizer", "words", t.data, t.bytes);
+  t.bytes = 0;
+  put(&t,
+      "1{\"added_tokens\": [{\"id\": 0, \"content\": \"[UNK]\", \"special\": true}], "
+      "\"normalizer\": {\"type\": \"BertNormalizer\", \"clean_text\": true, \"lowercase\": "
+      "true}, \"pre_tokenizer\": {\"type\": \"BertPreTokenizer\"}, \"model\": {\"type\": "
+      "\"WordPiece\", \"max_input_chars_per_word\": 100, \"vocab\": {\"[UNK]\": 0, "
+      "\"[CLS]\": 1, \"[SEP]\": 2, \"the\": 3, \"##s\": 5}}}%s",
+      settings);
+  seed("tokenizer", "json", t.data, t.bytes);
+  fuzz_free(t.data);
   seed_text("results", "two",
             "options\tlr=0.001 steps=10 tasks=two:4,\n"
             "tag.1.t0\t0\t0.5\t0.5\t1\t1200\t1.5\t10\t5000\t1 2 3 4 5 6\t0 1\t\n"

@@ -61,7 +61,8 @@ static void fuzz_text(const uint8_t *d, size_t n) {
   }
   if (!TRY(moe_tokenizer_size(part[0].data, part[0].bytes, &bytes, &env))) {
     OUGHT(bytes <= 64 * (part[0].bytes + 4096) && !posix_memalign(&block, 64, bytes));
-    if (!TRY(moe_tokenizer_init(&t, block, bytes, part[0].data, part[0].bytes, d[0] & 1, &env)))
+    if (!TRY(moe_tokenizer_init(&t, block, bytes, part[0].data, part[0].bytes,
+                                (d[0] & 1) | (d[0] >> 3 & 14), &env)))
       text_encode(t, part + 1, d[0], d[1] + 2, &env);
     free(block);
   }

@@ -54,14 +54,14 @@ def nonstarters(nfd, points):
 
 
 def observe():
-    """Returns ({code point: class}, {code point: folded string}), all that is not itself or a
-    plain letter."""
+    """Returns ({code point: class}, {code point: what strip_accents makes of it}, {code point: its
+    lower case}), all that is not itself or a plain letter."""
     clean, cjk, nfd = bert(clean=True), bert(cjk=True), normalizers.NFD().normalize_str
-    strip, fold = bert(strip=True), bert(strip=True, lower=True)
+    strip, lower, both = bert(strip=True), bert(lower=True), bert(strip=True, lower=True)
     split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
     marks = nonstarters(nfd, [c for c in POINTS if clean(chr(c)) and c not in HANGUL])
     kept = sorted({v for c, v in marks.items() if strip(chr(c))})
-    kind, folded = {}, {}
+    kind, stripped, lowered = {}, {}, {}
     for c in POINTS:
         ch = chr(c)
         found = []
@@ -83,20 +83,28 @@ def observe():
                 found.append(STRIP if first in marks else STRIP_STARTER)
             elif c in marks:
                 found.append(MARK + kept.index(marks[c]))
-            if c not in HANGUL and fold(ch) not in ("", ch):
-                folded[c] = fold(ch)
+            if c not in HANGUL and strip(ch) not in ("", ch):
+                stripped[c] = strip(ch)
+            if lower(ch) != ch:
+                lowered[c] = lower(ch)
+            small = "".join(lower(x) for x in strip(ch))
+            # the header lower-cases what is left of a character, each into one, or a whole one
+            assert both(ch) == small and len(small) == len(strip(ch)), hex(c)
         assert len(found) < 2, hex(c)
         if found:
             kind[c] = found[0]
-    for c, text in folded.items():  # what the header's walk over a run of marks relies on
-        tail = [ord(x) in marks for x in text]
-        assert tail == sorted(tail) and (not tail[0] or c in marks), hex(c)
-        assert len(text) <= 3
+    for c, text in stripped.items():  # what the header's walk over a run of marks relies on
+        for text in (text, lower(text)):
+            tail = [ord(x) in marks for x in text]
+            assert tail == sorted(tail) and (not tail[0] or c in marks), hex(c)
+            assert len(text) <= 3
+    assert all(len(text) <= 3 for text in lowered.values())
     for c in HANGUL:
         i = c - 0xAC00
         jamo = [0x1100 + i // 588, 0x1161 + i % 588 // 28] + ([0x11A7 + i % 28] if i % 28 else [])
-        assert [ord(x) for x in fold(chr(c))] == jamo
-    return kind, folded, len(kept)
+        assert [ord(x) for x in both(chr(c))] == [ord(x) for x in strip(chr(c))] == jamo
+        assert lower(chr(c)) == chr(c)
+    return kind, stripped, lowered, len(kept)
 
 
 def vlq(n):
@@ -160,26 +168,33 @@ def fold_runs(kind, folded):
     return runs, targets
 
 
-def encode(kind, folded, ranks):
-    classes, (folds, targets) = class_runs(kind), fold_runs(kind, folded)
-    kinds = MARK + ranks
+def encode_runs(runs):
     text, last = "", 0
-    for start, n, k in classes:
-        text += vlq(start - last) + vlq((n - 1) * kinds + k)
-        last = start
-    fold_text, last = "", 0
-    for start, n, k, target in folds:
-        fold_text += (
+    for start, n, k, target in runs:
+        text += (
             vlq(start - last)
             + vlq((n - 1) * 4 + k)
             + (zigzag(target - start) if k in (CONST, SLOPE) else "")
         )
         last = start
+    return text
+
+
+def encode(kind, stripped, lowered, ranks):
+    classes, (strips, targets) = class_runs(kind), fold_runs(kind, stripped)
+    lowers, none = fold_runs(kind, lowered)
+    assert not none
+    kinds = MARK + ranks
+    text, last = "", 0
+    for start, n, k in classes:
+        text += vlq(start - last) + vlq((n - 1) * kinds + k)
+        last = start
     cjk_text = "".join(DIGITS[t >> 12] + DIGITS[t >> 6 & 63] + DIGITS[t & 63] for t in targets)
     # boundaries after decoding: a run that no other follows at once is closed by a plain letter
     bounds = len(classes) + sum(1 for i, (s, n, _) in enumerate(classes)
                                 if i + 1 == len(classes) or classes[i + 1][0] != s + n)
-    return text, bounds, fold_text, len(folds), cjk_text, kinds
+    sizes = kinds, bounds, len(strips), len(lowers)
+    return sizes, text, encode_runs(strips), encode_runs(lowers), cjk_text
 
 
 def literal(name, text, width=114):
@@ -188,17 +203,15 @@ def literal(name, text, width=114):
 
 
 def block():
-    kind, folded, ranks = observe()
-    text, bounds, fold_text, folds, cjk_text, kinds = encode(kind, folded, ranks)
-    # the longest literal that C99 promises
-    assert max(len(text), len(fold_text), len(cjk_text)) < 4095
+    sizes, *texts = encode(*observe())
+    assert max(map(len, texts)) < 4095  # the longest literal that C99 promises
     out = "/* tables made by tests/golden/unicode.py: do not edit */\n"
-    out += "enum { MOE__TEXT_KINDS = %d, MOE__TEXT_BOUNDS = %d, MOE__TEXT_FOLDS = %d };\n" % (
-        kinds, bounds, folds,
-    )
-    out += literal("moe__text_classes", text) + literal("moe__text_folds", fold_text)
-    out += literal("moe__text_ideographs", cjk_text) + "/* end of the tables */\n"
-    sys.stderr.write("%d + %d + %d digits\n" % (len(text), len(fold_text), len(cjk_text)))
+    out += "enum {\n  MOE__TEXT_KINDS = %d,\n  MOE__TEXT_BOUNDS = %d,\n" % sizes[:2]
+    out += "  MOE__TEXT_STRIPS = %d,\n  MOE__TEXT_LOWERS = %d\n};\n" % sizes[2:]
+    for name, text in zip(("classes", "strips", "lowers", "ideographs"), texts):
+        out += literal("moe__text_" + name, text)
+    out += "/* end of the tables */\n"
+    sys.stderr.write(" + ".join("%d" % len(text) for text in texts) + " digits\n")
     return out
 
 

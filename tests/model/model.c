@@ -154,7 +154,7 @@ static void test_model_config_names_the_field_that_is_wrong(void) {
              FIELD(max_len, 0, "max_len"),
              FIELD(max_len, 20, "max_len"),
              FIELD(truncate, 2, "truncate"),
-             FIELD(cased, 2, "cased")};
+             FIELD(cased, 16, "cased")};
 #undef FIELD
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config good = models_config(MOE_ROUTER_TASK, 3, 1), c;
