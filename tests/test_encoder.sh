@@ -161,7 +161,8 @@ setting tokenizer_config.json \
   '{"added_tokens_decoder": {"12": {"content": "a", "single_word": true}}}'
 wrong test_encoder_refuses_single_words 'the added token "a" has single_word'
 setting tokenizer_config.json '{"unk_token": {"content": "<unk>"}}'
-wrong test_encoder_refuses_other_special_tokens 'config.json: unk_token is "<unk>", expected \[UNK\]'
+wrong test_encoder_refuses_other_special_tokens \
+  'config.json: unk_token is "<unk>", expected \[UNK\]'
 setting tokenizer_config.json '{"do_lower_case": true}'
 setting tokenizer.json '{"normalizer": {"type": "BertNormalizer", "lowercase": false}}'
 wrong test_encoder_refuses_files_that_differ \
