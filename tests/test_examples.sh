@@ -123,7 +123,7 @@ assert "expected (-1, 3)" in error(sensors.predict_features, "fault", [[[1, 2]]]
 assert "expected float32" in error(sensors.predict_features, "fault", [[["a", "b", "c"]]])
 assert "no task no" in error(text.predict, "no", ["a"])
 # training through Python: views of weights and gradients
-batch = text.batch("topic", ["soup with cheese", "a hotel near the station"], [1, 0])
+batch = [("topic", "soup with cheese", "travel"), ("topic", "a hotel near the station", 0)]
 seen, before = [], text.weights["heads.topic.bias"].copy()
 def look(model):
     seen.append(abs(model.gradients["heads.topic.bias"]).sum())
@@ -132,20 +132,27 @@ assert losses[-1] < losses[0] / 2 and len(seen) == 20 and seen[0] > 0, losses
 assert (text.weights["heads.topic.bias"] != before).any()
 label, = text.predict("topic", ["soup with cheese"])
 assert label[0] == "travel", label
-assert "label has shape (3,)" in error(text.train, [{**batch, "label": [0, 1, 0]}])
-assert "ids is float64" in error(text.train, [{**batch, "ids": [0.5]}])
+assert "no label soup" in error(text.train, [[("topic", "soup", "soup")]])
+assert "labels is object" in error(text.train, [[("topic", "soup", None)]])
+assert "labels has shape (1, 2)" in error(text.train, [[("topic", "soup", [0, 1])]])
+assert "expects a class from 0 to 1" in error(text.train, [[("topic", "soup", 2)]])
 assert "no field rate" in error(lambda: text.train([batch], rate=1))
-assert "a batch has no words" in error(text.train, [{**batch, "words": 1}])
+assert "no task no" in error(text.train, [[("no", "soup", 1)]])
 text.weights["heads.topic.bias"][:] = [50, 0]
 text.pack()
 assert text.predict("topic", ["soup with cheese"])[0] == ("food", 1.0)
 new = Model.create(dict(layers=1, hidden=8, ffn=8, heads=2, feature_dim=2, positions=4, max_len=4),
                    {"side": ["left", "right"], "far": (0.0, 2.0)})
 points = [[[x / 8, y / 8]] for x in range(-8, 8) for y in range(-8, 8)]
-sides = new.batch("side", points, [int(p[0][0] >= 0) for p in points])
+sides = [("side", p, "right" if p[0][0] >= 0 else "left") for p in points]
 assert new.train([sides] * 60, lr=1e-2)[-1] < 0.1
 answers = new.predict_features("side", [[[-0.9, 0]], [[0.9, 0]]])
 assert [label for label, _ in answers] == ["left", "right"], answers
+assert "an input has shape (1, 1)" in error(new.train, [[("side", [[1]], 0)]])
+assert "the model reads features" in error(new.embed, ["a"])
+bare = Model.create(dict(layers=1, hidden=8, ffn=8, heads=2, router=0, experts=1, positions=16,
+                         max_len=16), {}, vocab=open("examples/data/vocab.txt", "rb").read())
+assert bare.tasks == {} and bare.embed(["soup"] * 3).shape == (3, 8)
 assert "no field width" in error(Model.create, {"width": 8}, {"a": ["b", "c"]})
 END
 if "$python" "$tmp/copy/ask.py" 2> "$tmp/log"; then fail test_examples_python_says_what_is_missing

@@ -27,10 +27,11 @@ kinds = dict(task_gates={}, shared_gate=dict(router=1, top_k=2, gate_scale_n=1),
 for name, of in kinds.items():
     m = Model.create(dict(layers=2, hidden=32, ffn=64, heads=4, positions=32, max_len=32, **of),
                      {"topic": ["food", "travel"], "rating": (0.0, 5.0)}, vocab=vocab)
-    rows = [m.batch("topic", texts[:2], [0, 1]), m.batch("rating", texts, [4, 3, 0])]
-    m.train(rows * 10, lr=5e-3)
+    rows = [("topic", texts[0], "food"), ("topic", texts[1], 1)]
+    rows += [("rating", x, y) for x, y in zip(texts, [4, 3, 0])]
+    m.train([rows] * 20, lr=5e-3)
     m.save(name)
-    ids = [m._encode(x, 0)[0] for x in texts]
+    ids = [m.tokens(x, "topic")[0] for x in texts]
     batch, mask = (torch.zeros(3, max(map(len, ids)), dtype=torch.long) for _ in range(2))
     for i, x in enumerate(ids):
         batch[i, :len(x)], mask[i, :len(x)] = torch.tensor(x), 1
@@ -73,7 +74,7 @@ for name in ("dense", "task_gates"):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for x in texts:
         e = tokenizer(x, return_tensors="pt")
-        assert e["input_ids"][0].tolist() == m._encode(x, 0)[0].tolist(), x
+        assert e["input_ids"][0].tolist() == m.tokens(x, "topic")[0].tolist(), x
         with torch.no_grad():
             if name == "dense":
                 far = h.eval()(**e).last_hidden_state[0].mean(0).numpy() - m.embed([x])[0]
