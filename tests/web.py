@@ -86,6 +86,11 @@ with Browser() as b:
     b.value("showTour(-1); showView('plane');")
     plane_bits(b)
     text_bits(b)
+    answers = b.value("await resetText(); $('question').value = 'play a song | play some music';"
+                      "await askText(); const one = $('routes').textContent; $('question').value = "
+                      "'play a song'; await askText(); return [one, $('routes').textContent]")
+    tell("pairs_are_asked", "takes one text" in answers[0] and "takes a | b" in answers[1] and
+         "takes a | b" not in answers[0], answers)
     note = b.value("await resetText(); $('question').value = 'a long walk '.repeat(850);"
                    "await askText();"
                    "return $('question-note').textContent")

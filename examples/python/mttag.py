@@ -14,55 +14,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-def shapes(c, tasks):
-    """Name and shape of each tensor, from the configuration of a file."""
-    H, N, T = c["hidden"], c["experts"], len(tasks)
-    def linear(name, out, into):
-        return {name + ".weight": (out, into), name + ".bias": (out,)}
-    def norm(name):
-        return {name + ".weight": (H,), name + ".bias": (H,)}
-    out = norm("embeddings.LayerNorm")
-    if c.get("features"):
-        out |= linear("embeddings.features", H, c["features"])
-    else:
-        out["embeddings.word_embeddings.weight"] = (c["vocab"], H)
-    out["embeddings.position_embeddings.weight"] = (c["positions"], H)
-    out["embeddings.token_type_embeddings.weight"] = (c["segments"], H)
-    blocks, absent = c.get("unit") == "block", c.get("absent")
-    for l in range(c["layers"]):
-        layer = f"encoder.layer.{l}."
-        for at in [f"{layer}blocks.{i}." for i in range(N)] if blocks else [layer]:
-            for name in ("self.query", "self.key", "self.value", "output.dense"):
-                out |= linear(f"{at}attention.{name}", H, H)
-            out |= norm(at + "attention.output.LayerNorm") | norm(at + "output.LayerNorm")
-            for i in range(1 if blocks or c["router"] == "dense" else N):
-                if not (absent and i in absent[l]):  # experts that were left out
-                    e = at if blocks or c["router"] == "dense" else f"{at}experts.{i}."
-                    out |= linear(e + "intermediate.dense", c["ffn"], H)
-                    out |= linear(e + "output.dense", H, c["ffn"])
-        if c["router"] == "shared":
-            out[layer + "gate.weight"] = (N, H)
-        if c["router"] == "embedding":
-            out[layer + "gate.basis"] = (c["rank"], N, H)
-        for t in tasks if c["router"] == "task" else []:
-            out[f"{layer}gate.{t['name']}.weight"] = (N, H)
-        if c["router"] == "level":
-            out |= linear(f"router.{l}.0", 64, c["vector"]) | linear(f"router.{l}.1", N, 64)
-    if c["router"] in ("embedding", "level"):
-        out["tasks.vectors"] = (T, c["rank"] if c["router"] == "embedding" else c["vector"])
-    for t in tasks:
-        out |= linear("heads." + t["name"], len(t.get("labels") or [0]),
-                      H * (3 if t["kind"] == "span" else 1))
-    return out
-
-
 class MTTaG(nn.Module):
-    def __init__(self, config, tasks):
+    def __init__(self, config, tasks, shapes):  # shapes: of each tensor of the file, by name
         super().__init__()
         self.c, self.names = config, [t["name"] for t in tasks]
         self.classes = [len(t.get("labels") or [0]) for t in tasks]
-        for name, shape in shapes(config, tasks).items():
+        for name, shape in shapes.items():
             at, (*path, last) = self, name.split(".")
             for part in path:
                 if part not in at._modules:
@@ -170,7 +127,6 @@ class MTTaG(nn.Module):
             rows.append(F.pad(y, (0, max(self.classes) - len(y))))
         return torch.stack(rows)
 
-
 def load(path):
     from safetensors import safe_open
     with safe_open(path, "pt") as f:
@@ -180,10 +136,10 @@ def load(path):
         tensors = {name: f.get_tensor(name) for name in f.keys() if name != "tokenizer.vocab"}
     if any(x.dtype == torch.int8 for x in tensors.values()):
         raise ValueError(f"{path} is an int8 model: mttag.py reads float models")
-    model = MTTaG(json.loads(about["moe.config"]), json.loads(about["moe.tasks"]))
+    model = MTTaG(json.loads(about["moe.config"]), json.loads(about["moe.tasks"]),
+                  {name: x.shape for name, x in tensors.items()})
     model.load_state_dict(tensors)
     return model.eval()
-
 
 try:  # for transformers: the folder of `convert MODEL --hf DIR`
     from transformers import PretrainedConfig, PreTrainedModel
@@ -193,9 +149,9 @@ else:
     class MTTaGConfig(PretrainedConfig):
         model_type = "mttag"
 
-        def __init__(self, moe=None, tasks=None, **others):
+        def __init__(self, moe=None, tasks=None, shapes=None, **others):
             super().__init__(**others)
-            self.moe, self.tasks = moe or {}, tasks or []
+            self.moe, self.tasks, self.shapes = moe or {}, tasks or [], shapes or {}
 
     class MTTaGModel(PreTrainedModel):
         config_class, base_model_prefix = MTTaGConfig, "mttag"
@@ -203,7 +159,7 @@ else:
 
         def __init__(self, config):
             super().__init__(config)
-            inner = MTTaG(config.moe, config.tasks)
+            inner = MTTaG(config.moe, config.tasks, config.shapes)
             for name, module in inner.named_children():
                 self.add_module(name, module)
             object.__setattr__(self, "inner", inner)  # the same parameters, under the file's names

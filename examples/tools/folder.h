@@ -49,7 +49,20 @@ static inline void put_added_tokens(text *config, text *words, const char *vocab
   put_json(config, "\n  },\n");
 }
 
-static inline void put_config(text *to, const moe_config *c, int dense, const char *file) {
+/* The names and shapes of all tensors, from which mttag.py makes its modules. */
+static inline void put_shapes(text *to, const moe_model *model) {
+  moe_tensor t;
+  int i, k;
+  for (i = 0; !moe_model_tensor(model, i, &t); ++i) {
+    put(to, "%s\n    \"%s\": [", i ? "," : ",\n  \"shapes\": {", t.name);
+    for (k = 0; k < t.dims; ++k) put(to, k ? ", %d" : "%d", (int)t.shape[k]);
+    put(to, "]");
+  }
+  put(to, "\n  }");
+}
+
+static inline void put_config(text *to, const moe_model *model, int dense, const char *file) {
+  const moe_config *c = moe_model_config(model);
   put(to, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
       dense ? "BertModel" : "MTTaGModel", dense ? "bert" : "mttag");
   put(to, "  \"hidden_size\": %d,\n  \"num_hidden_layers\": %d,\n  \"num_attention_heads\": %d,\n",
@@ -64,6 +77,7 @@ static inline void put_config(text *to, const moe_config *c, int dense, const ch
             "\"AutoModel\": \"mttag.MTTaGModel\"}");
     put(to, ",\n  \"moe\": %s,\n  \"tasks\": %s", metadata(file, "moe.config"),
         metadata(file, "moe.tasks"));
+    put_shapes(to, model);
   }
   put(to, "\n}\n");
 }
@@ -105,7 +119,7 @@ static inline void write_folder(const char *folder, const moe_model *model, cons
     die("cannot make the folder %s: %s", folder, strerror(errno));
   writer.write = write_to_text, writer.user = &whole;
   need(moe_model_write(model, &writer, &env));
-  put_config(&other, c, dense, whole.data);
+  put_config(&other, model, dense, whole.data);
   write_to_folder(folder, "config.json", &other);
   write_to_folder(folder, "model.safetensors", &whole);
   vocab = moe_model_vocab(model, &bytes);

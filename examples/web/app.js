@@ -76,7 +76,8 @@ function drawChart(canvas, series, steps, label) {
     const at = Math.max(y(s.end[1]) + 4, last + 12);
     to.fillStyle = s.color;
     last = Math.min(at, height);
-    to.fillText(`${s.name.slice(0, 11)} ${fixed(s.end[1])}`, right + 6, last);
+    const name = s.name.length > 11 ? `${s.name.slice(0, 10)}\u2026` : s.name;
+    to.fillText(`${name} ${fixed(s.end[1])}`, right + 6, last);
   }
   canvas.setAttribute('aria-label',
     `${label}: ${ends.map(s => `${s.name} ${fixed(s.end[1])}`).join(', ') || 'no step yet'}`);
@@ -114,6 +115,6 @@ views.forEach((view, i) => {
 
 function setTheme(dark) {
   document.documentElement.dataset.theme = dark ? 'dark' : 'light';
-  $('theme').setAttribute('aria-pressed', dark);
+  $('theme').textContent = dark ? 'Light' : 'Dark';
   for (const redraw of Object.values(onshow)) redraw();
 }

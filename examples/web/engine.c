@@ -681,8 +681,7 @@ WEB_API moe_status text_ask(const char *a, const char *b) {
   stride = moe_model_max_classes(text.model);
   for (t = 0; t < text.T; ++t)
     if (text.task[t].classes > 1)
-      moe_cross_entropy_forward(ask_scores + t * stride, ask_scores + t * stride, 0,
-                                text.task[t].classes);
+      moe_softmax(ask_scores + t * stride, ask_scores + t * stride, text.task[t].classes);
   return status;
 }
 

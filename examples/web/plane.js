@@ -206,7 +206,8 @@ function showPlane(frame) {
   planeState.frame = frame;
   const joined = planeState.joined || 0; // steps before task C joined
   planeState.history.push({steps: joined + frame.steps, loss: frame.loss, accuracy: frame.accuracy});
-  $('plane-state').textContent = `step ${joined + frame.steps}, loss ${fixed(frame.loss, 3)}${
+  $('plane-state').textContent = `step ${joined + frame.steps}${
+    frame.steps ? `, loss ${fixed(frame.loss, 3)}` : ''}${
     frame.rate ? `, ${Math.round(frame.rate)} steps/s` : ''}, ${frame.parameters} parameters`;
   $('third').hidden = frame.tasks > 2;
   drawPlane();

@@ -93,7 +93,7 @@ function drawDev() {
 
 function answerOf(ask, t) {
   const task = textState.tasks.find(each => each.name === textState.options.tasks[t]);
-  if (task.input === 'pair') return 'needs two texts';
+  if ((task.input === 'pair') !== ask.pair) return ask.pair ? 'takes one text' : 'takes a | b';
   const row = Array.from(ask.scores.subarray(t * ask.stride, (t + 1) * ask.stride));
   if (!task.classes) return fixed(row[0]);
   const best = row.slice(0, task.classes.length).reduce((b, p, i, all) => p > all[b] ? i : b, 0);

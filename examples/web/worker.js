@@ -59,11 +59,12 @@ function planeFrame() {
 // ---- the text ----
 const text = {playing: false, names: []};
 
-function textAsk(sentenceA) {
-  withTexts([sentenceA], a => check(wasm.text_ask(a, 0)));
+function textAsk(question) { // "a | b" is a pair
+  const [first, ...rest] = question.split('|'), second = rest.join('|').trim();
+  withTexts([first, second || null], (a, b) => check(wasm.text_ask(a, b)));
   const n = wasm.text_pieces(0), T = text.names.length, stride = wasm.text_stride();
   const {layers: L, experts: N} = text;
-  return {pieces: wasm.text_pieces(1), ids: ints(wasm.text_array(1), n).slice(),
+  return {pair: !!second, pieces: wasm.text_pieces(1), ids: ints(wasm.text_array(1), n).slice(),
           scores: copyFloats(wasm.text_array(2), T * stride), stride, layers: L, experts: N,
           expert: ints(wasm.text_array(3), L * T * n).slice(),
           prob: copyFloats(wasm.text_array(4), L * T * n * N), step: wasm.text_steps_done()};
