@@ -1949,7 +1949,7 @@ MOE_API void moe_env_free(moe_env *env);
 #include <pthread.h>
 #include <sched.h>
 #endif
-#if !defined(MOE_NO_SIMD) && (defined(__x86_64__) || defined(_M_X64))
+#if !defined(MOE_NO_SIMD) && (defined(__x86_64__) || defined(_M_X64)) && !defined(__TINYC__)
 #define MOE__X86 1
 #include <immintrin.h>
 #ifdef _MSC_VER
@@ -1990,6 +1990,10 @@ MOE_API void moe_env_free(moe_env *env);
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
+#ifdef __NVCC_DIAG_PRAGMA_SUPPORT__ /* nvcc passes to gcc what it does not know */
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 550, 1217, 1675 /* 550: what only some kernels of a macro use */
+#endif
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
 /* gcc's AVX-512 header starts some results from an undefined register, and g++ warns about it */
@@ -6416,10 +6420,11 @@ static float moe__bf16_fma(float a, float b, float c) {
 /* The pair of elements 2t and 2t + 1 of column j of B, rounded, the first in the low half. */
 static uint32_t moe__plain_bf16_pair(const moe__gemm *g, size_t t, size_t j) {
   size_t k = (size_t)g->k, b_step, b_col;
-  const float *b = moe__plain_b(g, j / 16 * 16, &b_step, &b_col) + j % 16 * b_col;
+  const float *b = moe__plain_b(g, j / 16 * 16, &b_step, &b_col);
   uint32_t low, high;
   if (g->b_layout == MOE__B_PAIRS)
     return ((const uint32_t *)(const void *)g->b)[(j / 16 * ((k + 1) / 2) + t) * 16 + j % 16];
+  b += j % 16 * b_col;
   low = moe__bf16_round(b[2 * t * b_step]) >> 16;
   high = 2 * t + 1 < k ? moe__bf16_round(b[(2 * t + 1) * b_step]) : 0u;
   return low | high;
@@ -20695,6 +20700,9 @@ MOE_API void moe_env_free(moe_env *env) {
 #if !defined(__clang__) && defined(__GNUC__)
 #pragma GCC diagnostic pop
 #pragma GCC pop_options
+#ifdef __NVCC_DIAG_PRAGMA_SUPPORT__
+#pragma nv_diagnostic pop
+#endif
 #endif
 #endif /* MOE_IMPLEMENTATION_DONE */
 #endif /* MOE_IMPLEMENTATION */

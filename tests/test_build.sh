@@ -109,9 +109,16 @@ int main(void) { /* 9 rows on 3 threads that are none */
 }
 END
 if ! have tcc; then skip test_build_tcc "there is no tcc here"
-elif tcc -I.. -DMOE_NO_SIMD -DMOE_NO_THREADS -o "$tmp/tcc" "$tmp/tcc.c" -lm > "$tmp/log" 2>&1 &&
+elif tcc -I.. -DMOE_NO_THREADS -o "$tmp/tcc" "$tmp/tcc.c" -lm > "$tmp/log" 2>&1 &&
     "$tmp/tcc"; then ok test_build_tcc
 else fail test_build_tcc "$(head -n 5 "$tmp/log")"; fi
+
+# nvcc, whose front end has warnings of its own
+printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n' > "$tmp/one.cu"
+if ! have nvcc; then skip test_build_nvcc "there is no nvcc here"
+elif nvcc -Xcompiler -Wall,-Wextra -Werror all-warnings -I.. -c -o "$tmp/one.o" "$tmp/one.cu" \
+    > "$tmp/log" 2>&1; then ok test_build_nvcc
+else fail test_build_nvcc "$(head -n 5 "$tmp/log" | cut -c 1-200)"; fi
 
 # a compiler that fuses products and sums on its own is found out
 cat > "$tmp/fuse.c" <<'END'
