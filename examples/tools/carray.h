@@ -19,22 +19,22 @@ static void carray_string(const char *s) {
 
 static void carray_floats(const char *name, const float *x, size_t n) {
   size_t i, column = 2;
-  char text[40];
+  char digits[40];
   printf("static const float %s_floats[%lu] = {\n ", name, (unsigned long)n);
   for (i = 0; i < n; ++i) { /* nine digits say which float it is */
-    int length = snprintf(text, sizeof text, "%.9g", (double)x[i]);
-    length += snprintf(text + length, sizeof text - (size_t)length, "%s%s",
-                       strpbrk(text, ".e") ? "f" : ".0f", i + 1 < n ? "," : "");
+    int length = snprintf(digits, sizeof digits, "%.9g", (double)x[i]);
+    length += snprintf(digits + length, sizeof digits - (size_t)length, "%s%s",
+                       strpbrk(digits, ".e") ? "f" : ".0f", i + 1 < n ? "," : "");
     if (column + (size_t)length + 1 > 100) printf("\n "), column = 2;
-    printf(" %s", text);
+    printf(" %s", digits);
     column += (size_t)length + 1;
   }
   printf("};\n");
 }
 
-static void carray_bytes(const char *type, const char *name, const char *what, const void *data,
+static void carray_bytes(const char *type, const char *name, const char *what, const void *bytes,
                          size_t n) {
-  const signed char *x = (const signed char *)data;
+  const signed char *x = (const signed char *)bytes;
   size_t i;
   printf("static const %s %s_%s[%lu] = {", type, name, what, (unsigned long)n);
   for (i = 0; i < n; ++i) printf("%s%d%s", i % 20 ? " " : "\n  ", (int)x[i], i + 1 < n ? "," : "");
@@ -52,7 +52,7 @@ static void carray_tasks(const char *name, const moe_model *model) {
       printf("%s", i ? ",\n  " : "\n  "), carray_string(task->label[i]);
     printf("};\n");
   }
-  printf("static const moe_task %s_tasks[%d] = {\n", name, (int)T);
+  if (T) printf("static const moe_task %s_tasks[%d] = {\n", name, (int)T);
   for (t = 0; t < T; ++t) {
     const moe_task *task = moe_model_task(model, t);
     printf("  {"), carray_string(task->name);
@@ -86,7 +86,11 @@ static void carray_view(const char *name, const moe_view *v) {
     printf("%s_pruned},\n", name);
   else
     printf("0},\n");
-  printf("  %s_tasks, %d, %s_floats, %lu, ", name, (int)v->T, name, (unsigned long)v->count);
+  if (v->T)
+    printf("  %s_tasks, %d, ", name, (int)v->T);
+  else
+    printf("  0, 0, ");
+  printf("%s_floats, %lu, ", name, (unsigned long)v->count);
   if (v->int8)
     printf("%s_int8, %lu};\n", name, (unsigned long)v->int8_count);
   else
