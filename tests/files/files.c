@@ -953,6 +953,34 @@ static void test_files_map_takes_what_it_gets(void) {
   remove(path);
 }
 
+/* Each allocation of loading and mapping fails in turn: a model by another way, or a sentence. */
+static void test_files_load_survives_every_failing_allocation(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env);
+  const char *path = "build/files_allocations";
+  int map, i, last;
+  CHECK(model && !moe_model_save(model, path, &env), "%s", said);
+  for (map = 0; map < 2; ++map)
+    for (i = 0, last = 0; !last && i < 50; ++i) {
+      size_t before = bytes_in_use;
+      moe_model *back = NULL;
+      moe_status status;
+      said[0] = 0;
+      allocations = 0, fail_at = i;
+      status = map ? moe_model_map(&back, path, &env) : moe_model_load(&back, path, &env);
+      last = allocations <= i;
+      fail_at = -1;
+      CHECK(status == MOE_OK || (status == MOE_E_MEMORY && !back && strlen(said) > 20),
+            "allocation %d: status %d, '%s'", i, (int)status, said);
+      if (!status) CHECK(same_models(model, moe_model_weights(back), back), "allocation %d", i);
+      moe_model_free(back);
+      CHECK(bytes_in_use == before, "allocation %d: %zu bytes left", i, bytes_in_use - before);
+    }
+  CHECK(last, "it never ends");
+  moe_model_free(model);
+  remove(path);
+}
+
 /* The length of the header in the other byte order, as of a tool that swaps bytes. */
 static void test_files_of_the_other_byte_order_are_refused(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
@@ -1363,6 +1391,7 @@ static void run_files(void) {
   RUN(test_files_load_takes_weights_and_panels);
   RUN(test_files_map_gives_the_same_answers);
   RUN(test_files_map_takes_what_it_gets);
+  RUN(test_files_load_survives_every_failing_allocation);
   RUN(test_files_of_the_other_byte_order_are_refused);
   RUN(test_files_writers_do_not_share_a_temporary);
   RUN(test_files_temporary_of_a_living_writer_stays);

@@ -71,6 +71,9 @@ static void test_view_says_what_is_wrong(void) {
   bad = good, bad.version += 100;
   CHECK(view_scores(scores, &bad, &batch.b, &env) == MOE_E_FORMAT, "version");
   CHECK(strstr(said, "version"), "%s", said);
+  bad = good, bad.version = (int32_t)0xc8000000; /* 200 in the other byte order */
+  CHECK(view_scores(scores, &bad, &batch.b, &env) == MOE_E_FORMAT, "byte order");
+  CHECK(strstr(said, "convert the model again"), "%s", said);
   bad = good, bad.count -= 1;
   CHECK(view_scores(scores, &bad, &batch.b, &env) == MOE_E_FORMAT, "cut short");
   CHECK(strstr(said, "floats"), "%s", said);
@@ -84,7 +87,34 @@ static void test_view_says_what_is_wrong(void) {
   moe_model_free(model);
 }
 
+/* The block of a context fits its own model; a larger model refuses it. */
+static void test_view_contexts_are_of_one_model(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config config = models_config(MOE_ROUTER_TASK, 3, 2);
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
+  moe_task tasks[MODELS_TASKS];
+  moe_model *small, *large;
+  moe_context *context = NULL;
+  size_t bytes = 0;
+  void *block, *raw;
+  models_tasks(tasks);
+  small = models_create(&config, tasks, MODELS_TASKS, &env);
+  config.hidden *= 2;
+  large = models_create(&config, tasks, MODELS_TASKS, &env);
+  CHECK(small && large && !moe_context_size(small, &limits, &bytes, &env), "%s", said);
+  block = models_block(&raw, bytes);
+  CHECK(moe_context_init(&context, block, bytes, large, &limits, &env) == MOE_E_MEMORY &&
+            !context && strstr(said, "the block of a context has"),
+        "%s", said);
+  CHECK(!moe_context_init(&context, block, bytes, small, &limits, &env), "%s", said);
+  moe_context_free(context);
+  free(raw);
+  moe_model_free(large);
+  moe_model_free(small);
+}
+
 static void run_view(void) {
   RUN(test_view_gives_the_bits_of_the_model);
+  RUN(test_view_contexts_are_of_one_model);
   RUN(test_view_says_what_is_wrong);
 }
