@@ -1208,7 +1208,7 @@ MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, 
 MOE_API moe_status moe_import_encoder(moe_config *config, const void *file, size_t file_bytes,
                                       const char *json, size_t json_bytes, const moe_env *env);
 /* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN [TaG] 4.3, or m of
-   each block [TL]) from the file: F32, F16 or BF16. Model and file must have the same number of
+   each block [TL]) from the file: F32, F16, BF16 or F64. Model and file must have the same number of
    layers and the same sizes. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT
    with a sentence for each tensor that is missing, misshapen or not finite (16 at most); nothing is
    changed then. options NULL: no noise. MOE_E_UNSUPPORTED for int8 models and those with pruned
@@ -15817,12 +15817,12 @@ typedef enum moe__dtype {
   MOE__I64,
   MOE__U64,
   MOE__F64,
-  MOE__DTYPES
+  MOE__DTYPES /* none of these: passed over where it is not needed */
 } moe__dtype;
 
-static const char *const moe__dtype_name[MOE__DTYPES] = {
+static const char *const moe__dtype_name[MOE__DTYPES + 1] = {
     "F32", "F16", "BF16", "U8",  "I8",  "BOOL", "F8_E4M3", "F8_E5M2",
-    "I16", "U16", "I32",  "U32", "I64", "U64",  "F64"};
+    "I16", "U16", "I32",  "U32", "I64", "U64",  "F64",     "an unknown dtype"};
 static const unsigned char moe__dtype_bytes[MOE__DTYPES] = {4, 2, 2, 1, 1, 1, 1, 1,
                                                             2, 2, 4, 4, 8, 8, 8};
 
@@ -15895,7 +15895,6 @@ static int moe__st_value(moe__json *j, moe__st_tensor *t) {
       ++seen[0];
       if (!moe__json_string(j, &dtype)) return 0;
       for (i = 0; i < MOE__DTYPES && !moe__json_is(&dtype, moe__dtype_name[i]); ++i) continue;
-      if (i == MOE__DTYPES) return moe__json_fail(j, "unknown dtype");
       t->dtype = (moe__dtype)i;
     } else if (moe__json_is(&key, "shape")) {
       ++seen[1];
@@ -15925,7 +15924,8 @@ static moe_status moe__st_check(const moe__st *st, moe__st_tensor *t, const moe_
   for (i = 0; i < t->dims; ++i) empty |= !t->shape[i];
   t->count = !empty;
   for (i = 0; i < t->dims && !empty; ++i) t->count = moe__mul(t->count, t->shape[i], &bad);
-  bytes = moe__mul(t->count, moe__dtype_bytes[t->dtype], &bad);
+  bytes = t->dtype == MOE__DTYPES ? t->end - t->begin
+                                  : moe__mul(t->count, moe__dtype_bytes[t->dtype], &bad);
   if (bad)
     return moe__fail(env, MOE_E_FORMAT,
                      "tensor %s: its shape %s exceeds the address space of this machine", t->name,
@@ -16201,7 +16201,17 @@ static float moe__float_of_half(uint32_t h) {
       moe__bits_of_float((float)fraction * 5.9604644775390625e-8f)); /* subnormal: fraction 2^-24 */
 }
 
-/* n elements of a tensor as floats; dtype F32, F16 or BF16. in may have any alignment. */
+static float moe__float_of_double(const unsigned char *in) {
+  uint64_t bits = 0;
+  double v;
+  int i;
+  for (i = 0; i < 8; ++i) bits |= (uint64_t)in[i] << 8 * i;
+  memcpy(&v, &bits, sizeof v);
+  if (v > 3.4028235677973364e38 || v < -3.4028235677973364e38) return HUGE_VALF; /* or would be */
+  return (float)v;
+}
+
+/* n elements of a tensor as floats; dtype F32, F16, BF16 or F64. in may have any alignment. */
 static void moe__st_floats(float *out, const unsigned char *in, size_t n, moe__dtype dtype) {
   size_t i;
   if (dtype == MOE__F32 && moe__little_endian())
@@ -16210,6 +16220,8 @@ static void moe__st_floats(float *out, const unsigned char *in, size_t n, moe__d
     for (i = 0; i < n; ++i, in += 4)
       out[i] = moe__float_of_bits((uint32_t)in[0] | (uint32_t)in[1] << 8 | (uint32_t)in[2] << 16 |
                                   (uint32_t)in[3] << 24);
+  } else if (dtype == MOE__F64) {
+    for (i = 0; i < n; ++i, in += 8) out[i] = moe__float_of_double(in);
   } else {
     for (i = 0; i < n; ++i, in += 2) {
       uint32_t bits = (uint32_t)in[0] | (uint32_t)in[1] << 8;
@@ -16228,10 +16240,12 @@ static size_t moe__st_positive(const unsigned char *in, size_t n) {
   return n;
 }
 
-/* Index of the first element that is not finite, or n. */
+/* Index of the first element that is not finite as a float, or n. */
 static size_t moe__st_finite(const unsigned char *in, size_t n, moe__dtype dtype) {
   size_t i, width = moe__dtype_bytes[dtype];
-  for (i = 0; i < n; ++i) {
+  for (i = 0; i < n && dtype == MOE__F64; ++i)
+    if (!moe__is_finite(moe__float_of_double(in + 8 * i))) return i;
+  for (i = 0; i < n && dtype != MOE__F64; ++i) {
     const unsigned char *high =
         in + i * width + width -
         2; /* the upper 16 bits hold sign, exponent and some of the fraction */
@@ -17715,7 +17729,7 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
 
 /* ---- a published encoder in a file ---- >>encoder
    A BERT-like file of the Hugging Face hub: BERT's names (those of the table of tensors) behind any
-   prefix ("bert.", "model."), LayerNorms as weight/bias or gamma/beta, F32, F16 or BF16. Tensors
+   prefix ("bert.", "model."), LayerNorms as weight/bias or gamma/beta, F32, F16, BF16 or F64. Tensors
    outside the encoder (pooler, cls, position_ids) are skipped. A tensor within it that BERT does
    not have is an error, since such an encoder computes something else. */
 
@@ -18129,8 +18143,8 @@ static moe_status moe__import_note(moe__import *import, const moe__spot *spot,
   source->dtype = found->dtype;
   source->begin = found->begin;
   moe__spot_tensor(import->model, spot, &want);
-  if (!moe__same_shape(found, &want) || found->dtype > MOE__BF16) {
-    moe__wrong_shape(found, &want, "F32, F16 or BF16", moe__import_complain(import, env));
+  if (!moe__same_shape(found, &want) || (found->dtype > MOE__BF16 && found->dtype != MOE__F64)) {
+    moe__wrong_shape(found, &want, "F32, F16, BF16 or F64", moe__import_complain(import, env));
     return MOE_OK;
   }
   bad = moe__st_finite(import->from.st.data + found->begin, found->count, found->dtype);
@@ -18177,7 +18191,7 @@ static void moe__import_missing(moe__import *import, const moe__spot *spot, cons
   moe__format(layer, sizeof layer, "encoder.layer.%d.",
               (int)(spot->layer / moe__layer_blocks(&import->model->config)));
   moe__fail(moe__import_complain(import, env), MOE_E_FORMAT,
-            "tensor %s%s%s is missing: expected F32, F16 or BF16 of %s", import->from.prefix,
+            "tensor %s%s%s is missing: expected F32, F16, BF16 or F64 of %s", import->from.prefix,
             row->scope == MOE__IN_EMBED ? "embeddings." : layer, row->name, shape);
 }
 

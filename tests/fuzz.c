@@ -43,6 +43,7 @@
 #include "fuzz/data.c"
 #include "fuzz/results.c"
 #include "fuzz/routes.c"
+#include "fuzz/shards.c"
 #include "fuzz/tokenizer.c"
 
 typedef struct fuzz_target {
@@ -57,7 +58,8 @@ static const fuzz_target fuzz_targets[] = {
     {"data", fuzz_data, data_begin, 1},    {"import", fuzz_import, NULL, 1},
     {"json", fuzz_json, NULL, 0},          {"model", fuzz_model, NULL, 1},
     {"results", fuzz_results, NULL, 1},    {"routes", fuzz_routes, routes_begin, 1},
-    {"text", fuzz_text, NULL, 0},          {"tokenizer", fuzz_tokenizer, NULL, 1}};
+    {"shards", fuzz_shards, NULL, 1},      {"text", fuzz_text, NULL, 0},
+    {"tokenizer", fuzz_tokenizer, NULL, 1}};
 enum { FUZZ_TARGETS = sizeof fuzz_targets / sizeof *fuzz_targets };
 static const fuzz_target *fuzz_target_now;
 

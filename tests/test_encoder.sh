@@ -150,6 +150,69 @@ if from_hub "$tmp/few.safetensors" &&
 else fail test_encoder_ids_come_back_from_the_model "$(cat "$tmp/err")"; fi
 rm "$hub/added_tokens.json"
 
+# ---- weights in several files, in F64, beside a dtype that nobody knows ----
+rm -f "$hub"/*_config.json
+cp $vocab "$hub"
+if have python3; then
+  cat > "$tmp/split.py" << 'end'
+import array, json, struct, sys
+folder = sys.argv[1]
+data = open(folder + "/model.safetensors", "rb").read()
+n = struct.unpack("<Q", data[:8])[0]
+head = json.loads(data[8:8 + n])
+head.pop("__metadata__", None)
+parts, index = [[{}, b""], [{}, b""]], {}
+for i, (name, t) in enumerate(head.items()):
+    begin, end = t["data_offsets"]
+    body = data[8 + n + begin:8 + n + end]
+    if "key" in name:
+        body = array.array("d", array.array("f", body)).tobytes()
+        t["dtype"] = "F64"
+    part = parts[i % 2]
+    t["data_offsets"] = [len(part[1]), len(part[1]) + len(body)]
+    part[0][name], part[1] = t, part[1] + body
+    index[name] = "model-0000%d-of-00002.safetensors" % (i % 2 + 1)
+parts[0][0]["other.scale"] = {"dtype": "F4", "shape": [7],
+                              "data_offsets": [len(parts[0][1]), len(parts[0][1]) + 4]}
+parts[0][1] += b"abcd"
+index["other.scale"] = "model-00001-of-00002.safetensors"
+for i, (header, body) in enumerate(parts):
+    header = json.dumps(header).encode()
+    with open(folder + "/model-0000%d-of-00002.safetensors" % (i + 1), "wb") as f:
+        f.write(struct.pack("<Q", len(header)) + header + body)
+json.dump({"metadata": {"total_size": 1}, "weight_map": index},
+          open(folder + "/model.safetensors.index.json", "w"))
+end
+  if python3 "$tmp/split.py" "$hub" 2> "$tmp/err"; then
+    index=$hub/model.safetensors.index.json
+    parts() { # FILE: the model that is trained from the index
+      "$tmp/train" $run --init "$index" --save "$1" > "$tmp/out" 2> "$tmp/err"
+    }
+    parts "$tmp/parts"
+    same test_encoder_reads_weights_in_several_files "$tmp/parts"
+    refused_parts() { # NAME PATTERN
+      if parts "$tmp/no"; then fail "$1" "it did not fail"
+      elif grep -q -e "$2" "$tmp/err"; then ok "$1"; else fail "$1" "$(cat "$tmp/err")"; fi
+    }
+    mv "$hub/model.safetensors" "$tmp/whole"
+    refused test_encoder_names_the_index 'there is no .*, but .*index.json, which names its parts'
+    mv "$tmp/whole" "$hub/model.safetensors"
+    cp "$index" "$tmp/index"
+    sed 's/model-00002/model-00003/' "$tmp/index" > "$index"
+    refused_parts test_encoder_names_the_part_that_is_missing \
+      'model-00003-of-00002.safetensors: cannot be opened: No such file'
+    sed 's/"other.scale"/"x": "model-00001-of-00002.safetensors", &/' "$tmp/index" > "$index"
+    refused_parts test_encoder_counts_the_tensors_of_each_part \
+      'model-00001-of.*tensors, but the index names .* are these files of one model'
+    sed 's/"model-00001/"..\/model-00001/' "$tmp/index" > "$index"
+    refused_parts test_encoder_takes_no_parts_from_elsewhere 'is not a file beside it'
+    printf '{"weight_map": {"a": 1}}' > "$index"
+    refused_parts test_encoder_sees_a_damaged_index 'index.json: byte [0-9]*: expected a string'
+    printf '{"metadata": {}}' > "$index"
+    refused_parts test_encoder_sees_an_index_without_a_map 'there is no weight_map'
+  else fail test_encoder_reads_weights_in_several_files "$(cat "$tmp/err")"; fi
+else skip test_encoder_reads_weights_in_several_files "there is no python3 here"; fi
+
 setting added_tokens.json '{"[E1]": 12'
 wrong test_encoder_sees_damaged_added_tokens 'added_tokens.json: byte [0-9]*: '
 none

@@ -5,7 +5,7 @@
 # serves the next time; an input that ends a target goes to build/findings.
 . ./lib.sh
 build=${BUILD:-build}
-targets=${FUZZ_TARGETS:-batch checkpoint data import json model results routes text tokenizer}
+targets=${FUZZ_TARGETS:-batch checkpoint data import json model results routes shards text tokenizer}
 corpus=${FUZZ_CORPUS:-$tmp/corpus}
 cat > "$tmp/empty.c" <<'END'
 int LLVMFuzzerTestOneInput(const unsigned char *d, unsigned long n);

@@ -2,6 +2,7 @@
    config.json, and its tokenizer */
 #ifndef TOOLS_ENCODER_H
 #define TOOLS_ENCODER_H
+#include "shards.h"
 #include "tokenizer.h"
 
 /* What rows are tokenised for. */
@@ -23,8 +24,8 @@ static struct {
 static const option encoder_options[] = {
     GROUP("encoder"),
     STRING("--init", "FILE", source.init, NULL,
-           "start from a published BERT-like encoder (safetensors); config.json beside it is read "
-           "[from scratch]"),
+           "start from a published BERT-like encoder (safetensors, or the index.json of several); "
+           "config.json beside it is read [from scratch]"),
     STRING("--vocab", "FILE", source.vocab, NULL,
            "its WordPiece vocabulary, or tokenizer.json [beside --init, else vocab.txt of --data]"),
     FLAG("--cased", source.cased, "do not lower-case the text [tokenizer_config.json decides]"),
@@ -55,7 +56,16 @@ static inline void read_vocab(encoder *e, const char *path) {
 static inline void import_encoder(encoder *e) {
   size_t bytes;
   char *json = file_beside(source.init, "config.json", &bytes);
-  need(moe_file_read(&e->file, &e->file_bytes, source.init, &env));
+  size_t n = strlen(source.init);
+  if (!exists(source.init) && exists(printed("%s.index.json", source.init)))
+    die("there is no %s, but %s.index.json, which names its parts: give that", source.init,
+        source.init);
+  if (n > 11 && !strcmp(source.init + n - 11, ".index.json")) {
+    text whole = read_shards(source.init);
+    e->file = whole.data;
+    e->file_bytes = whole.bytes;
+  } else
+    need(moe_file_read(&e->file, &e->file_bytes, source.init, &env));
   read_from(source.init, 0);
   if (json)
     need(moe_import_encoder(&e->config, e->file, e->file_bytes, json, bytes, &env));

@@ -46,6 +46,14 @@ static void put(builder *b, const char *name, const char *stored_as, const char 
       bits = f == 0 ? 0 : (bits >> 16 & 0x8000u) | (e - 112) << 10 | (bits >> 13 & 1023);
     }
     if (!strcmp(dtype, "BF16")) bits >>= 16;
+    if (!strcmp(dtype, "F64")) {
+      double wide = (double)f;
+      uint64_t word;
+      int k;
+      memcpy(&word, &wide, 8);
+      for (k = 0; k < 8; ++k) b->body[b->used++] = (unsigned char)(word >> 8 * k & 255);
+      continue;
+    }
     b->body[b->used++] = (unsigned char)(bits & 255);
     b->body[b->used++] = (unsigned char)(bits >> 8 & 255);
     if (strcmp(dtype, "F32")) continue;
@@ -94,6 +102,7 @@ static unsigned char *encoder_file(const flavour *how, size_t *n) {
   if (how->extras) {
     put(b, "x", "cls.predictions.bias", "F32", WORDS, 0);
     put(b, "x", "embeddings.position_ids", "F16", 1, POSITIONS);
+    put(b, "x", "bert.pooler.scale", "F4", 3, 3); /* a dtype of the future */
   }
   put_named(b, how, "embeddings.LayerNorm.weight", HIDDEN, 0);
   put_named(b, how, "embeddings.LayerNorm.bias", HIDDEN, 0);
@@ -207,6 +216,7 @@ static void test_import_takes_names_and_formats_of_the_hub(void) {
       {"", "F32", "weight", "bias", 0, LAYERS, NULL, NULL, NULL, POSITIONS},
       {"bert.", "F32", "gamma", "beta", 1, LAYERS, NULL, NULL, NULL, POSITIONS},
       {"model.", "F16", "weight", "bias", 0, LAYERS, NULL, NULL, NULL, POSITIONS},
+      {"", "F64", "weight", "beta", 1, LAYERS, NULL, NULL, NULL, POSITIONS},
       {"a.b.encoder0.", "BF16", "gamma", "beta", 1, LAYERS, NULL, NULL, NULL, POSITIONS}};
   size_t i, n;
   moe_env env = logging();
@@ -261,14 +271,15 @@ static void test_import_names_every_fault_and_changes_nothing(void) {
   f.missing = "encoder.layer.1.attention.self.key.bias";
   import_refused(
       &f, LAYERS,
-      "tensor encoder.layer.1.attention.self.key.bias is missing: expected F32, F16 or BF16 of (4)",
+      "tensor encoder.layer.1.attention.self.key.bias is missing: expected F32, F16, BF16 or F64 "
+      "of (4)",
       1);
   CHECK_STATE();
   f.misshapen = "encoder.layer.0.output.dense.weight";
   f.prefix = "bert.";
   import_refused(
       &f, LAYERS,
-      "tensor bert.encoder.layer.0.output.dense.weight: expected F32, F16 or BF16 of (4, 6), "
+      "tensor bert.encoder.layer.0.output.dense.weight: expected F32, F16, BF16 or F64 of (4, 6), "
       "found F32 of (5, 6)",
       2);
   CHECK_STATE();

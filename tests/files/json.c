@@ -242,8 +242,8 @@ static const struct {
      "tensor a begins at byte 0 of the data, expected 16: a gap or an overlap"},
     {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,16]}}", 16,
      "tensor a: F32 of (2, 3) needs 24 bytes, its range has 16"},
-    {"{\"a\":{\"dtype\":\"F33\",\"shape\":[2,2],\"data_offsets\":[0,16]}}", 16,
-     "tensor a: unknown dtype"},
+    {"{\"a\":{\"dtype\":\"F33\",\"shape\":[2,2],\"data_offsets\":[0,17]}}", 16,
+     "tensor a: bytes 0 to 17, the file has 16"},
     {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[16,0]}}", 16, "tensor a"},
     {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296,4294967296],\"data_offsets\":[0,"
      "16]}}",

@@ -218,6 +218,10 @@ static void seed_tables(void) {
       settings);
   seed("tokenizer", "json", t.data, t.bytes);
   fuzz_free(t.data);
+  seed_text("shards", "one",
+            "{\"metadata\": {}, \"weight_map\": {\"a\": \"x\", \"b\": \"x\"}}\1"
+            "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},"
+            "\"b\":{\"dtype\":\"F4\",\"shape\":[3],\"data_offsets\":[8,10]}}");
   seed_text("results", "two",
             "options\tlr=0.001 steps=10 tasks=two:4,\n"
             "tag.1.t0\t0\t0.5\t0.5\t1\t1200\t1.5\t10\t5000\t1 2 3 4 5 6\t0 1\t\n"
