@@ -1208,9 +1208,9 @@ MOE_API moe_status moe_import_config_json(moe_config *config, const char *json, 
 MOE_API moe_status moe_import_encoder(moe_config *config, const void *file, size_t file_bytes,
                                       const char *json, size_t json_bytes, const moe_env *env);
 /* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN [TaG] 4.3, or m of
-   each block [TL]) from the file: F32, F16, BF16 or F64. Model and file must have the same number of
-   layers and the same sizes. Gates, task vectors, routers and heads keep their values. MOE_E_FORMAT
-   with a sentence for each tensor that is missing, misshapen or not finite (16 at most); nothing is
+   each block [TL]) from the file: F32, F16, BF16 or F64. Model and file must have the same number
+   of layers and the same sizes. Gates, task vectors, routers and heads keep their values.
+   MOE_E_FORMAT with a sentence for each tensor that is missing, misshapen or not finite (16 at most); nothing is
    changed then. options NULL: no noise. MOE_E_UNSUPPORTED for int8 models and those with pruned
    experts. Allocates 24 bytes for each tensor of a layer meanwhile: MOE_E_MEMORY. */
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes,
@@ -17729,9 +17729,9 @@ MOE_API moe_status moe_model_save(const moe_model *model, const char *path, cons
 
 /* ---- a published encoder in a file ---- >>encoder
    A BERT-like file of the Hugging Face hub: BERT's names (those of the table of tensors) behind any
-   prefix ("bert.", "model."), LayerNorms as weight/bias or gamma/beta, F32, F16, BF16 or F64. Tensors
-   outside the encoder (pooler, cls, position_ids) are skipped. A tensor within it that BERT does
-   not have is an error, since such an encoder computes something else. */
+   prefix ("bert.", "model."), LayerNorms as weight/bias or gamma/beta, F32, F16, BF16 or F64.
+   Tensors outside the encoder (pooler, cls, position_ids) are skipped, of whatever dtype. A tensor
+   within it that BERT does not have is an error, since such an encoder computes something else. */
 
 /* Complains about a tensor that only well-known encoders of other kinds have: among those of the
    encoder behind the prefix, or among all (prefix NULL: no encoder was found). */

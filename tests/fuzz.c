@@ -200,7 +200,9 @@ FUZZ_TEST(json)
 FUZZ_TEST(model)
 FUZZ_TEST(results)
 FUZZ_TEST(routes)
+FUZZ_TEST(shards)
 FUZZ_TEST(text)
+FUZZ_TEST(tokenizer)
 
 static void run_seeds(void) {
   RUN(test_fuzz_batch_takes_its_seeds);
@@ -211,7 +213,9 @@ static void run_seeds(void) {
   RUN(test_fuzz_model_takes_its_seeds);
   RUN(test_fuzz_results_takes_its_seeds);
   RUN(test_fuzz_routes_takes_its_seeds);
+  RUN(test_fuzz_shards_takes_its_seeds);
   RUN(test_fuzz_text_takes_its_seeds);
+  RUN(test_fuzz_tokenizer_takes_its_seeds);
 }
 
 int main(int argc, char **argv) {

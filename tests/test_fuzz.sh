@@ -5,7 +5,8 @@
 # serves the next time; an input that ends a target goes to build/findings.
 . ./lib.sh
 build=${BUILD:-build}
-targets=${FUZZ_TARGETS:-batch checkpoint data import json model results routes shards text tokenizer}
+all="batch checkpoint data import json model results routes shards text tokenizer"
+targets=${FUZZ_TARGETS:-$all}
 corpus=${FUZZ_CORPUS:-$tmp/corpus}
 cat > "$tmp/empty.c" <<'END'
 int LLVMFuzzerTestOneInput(const unsigned char *d, unsigned long n);
