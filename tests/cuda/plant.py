@@ -1,8 +1,8 @@
 """Plants faults in moe_cuda.h: copies it with hundreds of them, each behind a switch, so that one
 build serves all (plant.h). The programs of tests/cuda/ then run with MOE_PLANT=number, or with all
-of them one by one (kernels plants).
+of them one by one (kernels plants). SECTION: products, experts, ...; none: all.
 
-    python3 plant.py ../../moe_cuda.h OUT.h [COUNT] [SEED]
+    python3 plant.py ../../moe_cuda.h OUT.h [COUNT] [SEED] [SECTION...]
 
 Faults: an operator becomes its neighbour (< <=, == !=, + -, * +, << >>, & |), an integer grows by
 one, a float by a quarter, a condition turns round, a barrier or a wait is left out, an assignment
@@ -29,7 +29,7 @@ ASSIGNMENT = re.compile(r"^(\s*)((?:[\w.>-]+|\*\w+)(?:\[[^=]*\])?(?:\.\w+)*) = (
 SKIP = re.compile(
     r"__shared__|__device__|__global__|__launch_bounds__|^\s*#|\benum\b|\bcase\b|\bstatic const\b"
     r"|typedef|static struct|^\s+\w+, \d+,|MOE__CUDA_(SOURCE|SHARED|KERNELS|CHUNKS)|\bX\(|\basm\b"
-    r"|\"|goto")
+    r"|\"|goto|\btemplate\b|\w<[\w ,=!]*>\(")
 TYPED = re.compile(r"\s*(const |unsigned )*(float|int|unsigned|char|double|size_t|u?int\d+_t"
                    r"|moe__?\w+|void) [^=]*$")
 POINTER = re.compile(r"\)\[$|\*\)$|\? [\w.>-]+ : $")
@@ -82,7 +82,7 @@ def faults_of(line):
     return out
 
 
-def candidates(lines):
+def candidates(lines, sections):
     section = None
     comment = False
     for number, line in enumerate(lines):
@@ -98,7 +98,7 @@ def candidates(lines):
         elif not comment and "/*" in re.sub(r"/\*.*?\*/", "", line):
             comment = True
             text = ""
-        if section not in SECTIONS or line.endswith("\\") or not text.startswith("  "):
+        if section not in sections or line.endswith("\\") or not text.startswith("  "):
             continue
         code = masked(text)
         if SKIP.search(code) or (DECLARED_ARRAY.match(code) and "=" not in code):
@@ -140,13 +140,14 @@ def main():
     source, out = sys.argv[1:3]
     count = int(sys.argv[3]) if len(sys.argv) > 3 else 400
     seed = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+    sections = ["cuda_" + s for s in sys.argv[5:]] or SECTIONS
     without = set() # lines where a fault does not compile
     if os.path.exists(out + ".without"):
         with open(out + ".without", encoding="utf-8") as f:
             without = {int(line) for line in f}
     with open(source, encoding="utf-8") as f:
         lines = f.read().split("\n")
-    chosen = choose(list(candidates(lines)), count, seed, without)
+    chosen = choose(list(candidates(lines, sections)), count, seed, without)
     with open(out + ".txt", "w", encoding="utf-8") as table:
         for number, (section, where, line, kind, start, end, new) in enumerate(chosen, 1):
             text = lines[line]

@@ -1,8 +1,11 @@
 #!/bin/sh
 # Plants faults in moe_cuda.h (plant.py) and runs the tests of kernels and of the host side with
-# each of them: sh cuda/plant.sh [FAULTS] [SEED], in tests/. It takes an hour and is no test. The
-# last lines say how many were caught and list the others; all are in build/cuda/plants.txt.
+# each of them: sh cuda/plant.sh [FAULTS] [SEED] [SECTION...], in tests/. It takes an hour and is no
+# test. The last lines say how many were caught and list the others; all are in
+# build/cuda/plants.txt.
 count=${1:-400} seed=${2:-1}
+[ $# -lt 2 ] || shift
+[ $# -lt 1 ] || shift
 out=build/cuda
 planted=$out/planted.h
 with="-DPLANTED -DKERNELS_HEADER=\"../$planted\""
@@ -12,7 +15,7 @@ rm -f $planted.without
 
 # a fault that does not compile is replaced by another one
 for turn in 1 2 3 4 5 6 7 8; do
-  python3 cuda/plant.py ../moe_cuda.h $planted "$count" "$seed" || exit 1
+  python3 cuda/plant.py ../moe_cuda.h $planted "$count" "$seed" "$@" || exit 1
   $cxx -std=c++17 -fsyntax-only -fmax-errors=0 -w -Icuda $with \
     cuda/kernels.cpp 2> $out/planted.log && break
   [ $turn -lt 8 ] || { echo "faults do not compile: $out/planted.log"; exit 1; }
@@ -29,7 +32,8 @@ $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -x c -DMOE_IMPLEMENTATION -c ../moe.h
   echo 'int plant_on = getenv("MOE_PLANT") ? atoi(getenv("MOE_PLANT")) : 0;'
   echo 'unsigned char plant_seen[PLANT_MOST];'
 } > $out/host_planted.c
-$cxx -x c++ -std=c++17 -O1 -fpermissive -w -I. -Icuda -o $out/host_planted $out/host_planted.c \
+$cxx -std=c++17 -O1 -fpermissive -w -I. -Icuda -DHOST_LINKED -o $out/host_planted -x c++ \
+  $out/host_planted.c -x none $out/moe.o \
   -lm -ldl -pthread &&
   $cxx -std=c++17 -O1 -fPIC -shared -fvisibility=hidden -w -o build/cuda_host/double.so \
     cuda/double.cpp -pthread || exit 1
