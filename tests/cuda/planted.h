@@ -1,7 +1,7 @@
 /* Part of kernels.cpp where it is built with planted faults (plant.py): `kernels plants CASES
    [N ...]` runs the emulated cases with each fault, or with those named, each in a process of its
-   own, and only the ops that reach its place. A line for each: "12 caught linear", "13 survived",
-   "14 unreached". */
+   own, and only the ops that reach its place (of those that PLANT_OPS names, if it is set). A line
+   for each: "12 caught linear", "13 survived", "14 unreached". */
 #ifndef PLANTED_H
 #define PLANTED_H
 #include <sys/resource.h>
@@ -40,9 +40,11 @@ static bool plant_caught(const Task &task, int count, int n) {
 
 static int plants(int count, int named, char **names) {
   std::vector<Task> tasks;
+  const char *only = getenv("PLANT_OPS");
   for (size_t op = sizeof ops / sizeof *ops; op-- > 0;)
     for (const Mode &mode : modes) {
       if (!ops[op].products && &mode != modes) continue;
+      if (only && !strstr(only, ops[op].name)) continue;
       Task task = {op, &mode, {}};
       memset(plant_seen, 0, sizeof plant_seen);
       if (!plant_run(task, count)) return 1;
