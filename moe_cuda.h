@@ -3168,8 +3168,7 @@ static char *moe__cuda_source(int arch) {
   return text;
 }
 
-/* Measures both makers for one kind of product of a layer: the best of three calls after a first
-   one. */
+/* Measures both makers for one kind of product of a layer: the best of four calls. */
 static void moe__cuda_measure_one(const moe_backend *b, moe__cuda_queue *q, moe__cuda_choice c) {
   moe__cuda *cuda = q->cuda;
   size_t x = (size_t)c.m * (size_t)c.k, w = (size_t)c.n * (size_t)c.k;
@@ -3198,7 +3197,7 @@ static void moe__cuda_measure_one(const moe_backend *b, moe__cuda_queue *q, moe_
     MOE__CUDA_DO(q, cuEventRecord, (to, q->stream));
     MOE__CUDA_DO(q, cuEventSynchronize, (to));
     MOE__CUDA_DO(q, cuEventElapsedTime, (&ms, from, to));
-    if (i % 4 && ms < best[i / 4]) best[i / 4] = ms;
+    if (ms < best[i / 4]) best[i / 4] = ms;
   }
   c.blas = best[1] < best[0];
   if (from) cuda->driver.cuEventDestroy_v2(from);
@@ -3337,9 +3336,10 @@ static moe_status moe__cuda_open_blas(moe__cuda *cuda, const moe_env *env) {
   void *library;
   if (cuda->options.maker == MOE_CUDA_MAKER_OWN || (given && !*given && !must)) return MOE_OK;
   while ((library = moe__cuda_find(moe__cuda_cublas_paths, given, cuda, &at, path)) != NULL) {
-    cuda->cublas_library = library;
-    if (!moe__cuda_symbols(library, moe__cuda_cublas_names, &cuda->cublas)) return MOE_OK;
-    cuda->cublas_library = NULL;
+    if (!moe__cuda_symbols(library, moe__cuda_cublas_names, &cuda->cublas)) {
+      cuda->cublas_library = library;
+      return MOE_OK;
+    }
     MOE__CUDA_DLCLOSE(library);
   }
   if (!must) return MOE_OK;

@@ -29,6 +29,7 @@ struct Mode { /* what a run is about */
   int arch, tf32;
   moe_type precision;
   double tolerance; /* of products */
+  int cublas;       /* linear layers by a double of it */
 };
 
 static moe_backend cases_gpu;

@@ -4,7 +4,9 @@
 
 /* A size: often odd, sometimes a multiple of a tile, now and then larger than one. */
 static int product_size(Case &c) {
-  int kind = c.pick(0, 9);
+  static const int edges[] = {15, 17, 63, 64, 65, 127, 128, 129};
+  int kind = c.pick(0, 10);
+  if (kind == 10) return edges[c.pick(0, 7)];
   if (kind < 5) return c.pick(1, 40);
   if (kind < 8) return 16 * c.pick(1, 4);
   return c.pick(41, 150);
@@ -56,9 +58,10 @@ static void experts_routes(Case &c, ExpertsCase &e) {
   e.weight = c.input("weight", slots, 1, e.routed);
   e.prob = c.input("prob", (size_t)(e.M * e.N), 1, e.routed);
   if (!e.routed) return;
-  if (e.N == 1 && slots && c.chance(60)) { /* constant weights, or all but one */
+  if (e.N == 1 && slots && c.number % 28 != 15) { /* constant weights, or all but one */
     for (size_t slot = 0; slot < slots; ++slot) e.weight[slot] = 1;
-    if (c.chance(50)) e.weight[(size_t)c.pick(0, (int)slots - 1)] = 0.5f;
+    if (c.number % 28 == 1) e.weight[(size_t)c.pick(0, (int)slots - 1)] = 0.5f;
+    if (c.number % 28 == 22) e.weight[(size_t)c.pick(0, (int)slots - 1)] = 1.5f;
   }
   for (int m = 0; m < e.M; ++m) {
     int first = c.pick(0, used - 1);
@@ -76,9 +79,10 @@ static void experts_routes(Case &c, ExpertsCase &e) {
 static void experts_make(Case &c, ExpertsCase &e) {
   static const int experts[] = {4, 1, 2, 8, 3, 16, 5};
   e.M = c.number % 10 == 3 ? 1 : c.number % 25 == 7 ? 0 : product_size(c);
-  e.N = experts[c.number % 7], e.routed = e.N > 1 || c.chance(50);
+  e.N = experts[c.number % 7], e.routed = e.N > 1 || c.number < 28 || c.chance(50);
   e.k = c.number % 3 && e.N > 1 ? c.pick(1, e.N < 3 ? e.N : 3) : 1;
   e.H = product_size(c), e.F = product_size(c);
+  if (c.number % 50 == 12) e.M = 257, e.k = 2, e.H = 129, e.F = 5; /* blocks that are just full */
   size_t H = (size_t)e.H, F = (size_t)e.F, slots = (size_t)(e.M * e.k), n = (size_t)e.M * H;
   experts_routes(c, e);
   e.x = c.input("x", n), e.dy = c.input("dy", n), e.y = c.output("y", n);

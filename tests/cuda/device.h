@@ -25,6 +25,8 @@ static struct device_state {
   std::map<std::string, long> launches; /* of each kernel */
 } device;
 
+enum { DEVICE_GUARD = 4096 }; /* bytes behind each allocation that nobody may change */
+
 [[noreturn]] static void device_fail(const char *what) {
   fprintf(stderr, "device: %s\n", what);
   abort();
@@ -82,15 +84,21 @@ int cuCtxPopCurrent_v2(void **context) { return *context = nullptr, 0; }
 int cuMemGetInfo_v2(size_t *left, size_t *total) { return *left = *total = (size_t)1 << 32, 0; }
 int cuMemAlloc_v2(unsigned long long *p, size_t bytes) {
   void *memory = nullptr;
-  if (!bytes || posix_memalign(&memory, 256, bytes)) return 2;
+  if (!bytes || posix_memalign(&memory, 256, bytes + DEVICE_GUARD)) return 2;
   memset(memory, 0xff, bytes);
+  memset((char *)memory + bytes, 0xa5, DEVICE_GUARD);
   *p = (unsigned long long)(uintptr_t)memory;
   device.memory[*p] = bytes;
   if (device.module) device.module->allow(memory, bytes);
   return 0;
 }
 int cuMemFree_v2(unsigned long long p) {
-  if (!device.memory.erase(p)) device_fail("memory is freed that is not allocated");
+  auto it = device.memory.find(p);
+  if (it == device.memory.end()) device_fail("memory is freed that is not allocated");
+  for (int i = 0; i < DEVICE_GUARD; ++i)
+    if (((unsigned char *)(uintptr_t)p)[it->second + (size_t)i] != 0xa5)
+      device_fail("a kernel wrote beyond an allocation");
+  device.memory.erase(it);
   if (device.module) device.module->forbid((void *)(uintptr_t)p);
   free((void *)(uintptr_t)p);
   return 0;
@@ -167,5 +175,29 @@ int nvrtcGetPTXSize(void *, size_t *bytes) { return *bytes = 1, 0; }
 int nvrtcGetPTX(void *, char *ptx) { return *ptx = 0, 0; }
 int nvrtcGetCUBINSize(void *, size_t *bytes) { return *bytes = 1, 0; }
 int nvrtcGetCUBIN(void *, char *cubin) { return *cubin = 0, 0; }
+
+int cublasCreate_v2(void **handle) { return *handle = &device, 0; }
+int cublasDestroy_v2(void *) { return 0; }
+int cublasSetStream_v2(void *, void *) { return 0; }
+int cublasSetMathMode(void *, int) { return 0; }
+static float device_element(const void *p, int type, size_t i) {
+  if (!type) return ((const float *)p)[i];
+  return emulator::float_of((uint32_t)((const uint16_t *)p)[i] << 16);
+}
+/* Columns first: element (i, j) is at i + j row. */
+int cublasGemmEx(void *, int trans_a, int trans_b, int m, int n, int k, const void *alpha,
+                 const void *a, int a_type, int a_row, const void *b, int b_type, int b_row,
+                 const void *beta, void *c, int, int c_row, int, int) {
+  for (int j = 0; j < n; ++j)
+    for (int i = 0; i < m; ++i) {
+      float sum = 0, *to = (float *)c + i + (size_t)j * (size_t)c_row;
+      for (int p = 0; p < k; ++p)
+        sum += device_element(a, a_type, (size_t)(trans_a ? p + i * a_row : i + p * a_row)) *
+               device_element(b, b_type, (size_t)(trans_b ? j + p * b_row : p + j * b_row));
+      sum *= *(const float *)alpha;
+      *to = *(const float *)beta > 0 ? sum + *to : sum;
+    }
+  return 0;
+}
 }
 #endif

@@ -466,7 +466,7 @@ API nvrtcVersion(int *major, int *minor) {
   *major = control.nvrtc / 100, *minor = control.nvrtc % 100;
   return 0;
 }
-static const int archs_known[] = {52, 60, 70, 75, 80, 86, 89, 90, 100, 120};
+static const int archs_known[] = {120, 100, 90, 89, 86, 80, 75, 70, 60, 52};
 API nvrtcGetNumSupportedArchs(int *count) {
   ENTER(false)
   *count = 0;

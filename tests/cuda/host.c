@@ -6,6 +6,8 @@
 #define MOE_CUDA_IMPLEMENTATION
 #include "../../moe_cuda.h"
 #include "../test.h"
+#include <glob.h>
+#include <sys/stat.h>
 #include "../models.h"
 #include "double.h"
 

@@ -71,6 +71,7 @@ static bool wanted(int argc, char **argv, const char *name) {
 }
 
 static const char *mode_name() {
+  if (cases_mode.cublas) return cases_mode.precision == MOE_TYPE_BF16 ? "blas_bf16" : "blas";
   if (cases_mode.precision == MOE_TYPE_BF16) return "bf16";
   return cases_mode.tf32 ? "tf32" : "fp32";
 }
@@ -105,15 +106,18 @@ static bool open_device(const Mode &mode) {
   options.driver = "", options.nvrtc = "";
 #endif
   options.cublas = "", options.cache = getenv("MOE_CUDA_CACHE");
-  options.tf32 = mode.tf32, options.maker = MOE_CUDA_MAKER_OWN;
+  options.tf32 = mode.tf32;
+  options.maker = mode.cublas ? MOE_CUDA_MAKER_CUBLAS : MOE_CUDA_MAKER_OWN;
   return !moe_cuda_open(&cases_gpu, &options, &cases_env);
 }
 
-static const Mode modes[] = {{70, 0, MOE_TYPE_F32, 1e-5},
-                             {70, 0, MOE_TYPE_BF16, 1e-2},
-                             {80, 0, MOE_TYPE_F32, 1e-5},
-                             {80, 1, MOE_TYPE_F32, 2e-3},
-                             {80, 0, MOE_TYPE_BF16, 1e-2}};
+static const Mode modes[] = {
+    {70, 0, MOE_TYPE_F32, 1e-5, 0}, {70, 0, MOE_TYPE_BF16, 1e-2, 0}, {80, 0, MOE_TYPE_F32, 1e-5, 0},
+    {80, 1, MOE_TYPE_F32, 2e-3, 0}, {80, 0, MOE_TYPE_BF16, 1e-2, 0},
+#ifndef KERNELS_GPU
+    {80, 0, MOE_TYPE_F32, 1e-5, 1}, {80, 0, MOE_TYPE_BF16, 1e-2, 1},
+#endif
+};
 
 #ifdef PLANTED
 #include "planted.h"
@@ -149,7 +153,8 @@ int main(int argc, char **argv) {
     if (arch) mode.arch = arch;
     if (!open_device(mode)) return printf("0 passed, 1 failed, 0 skipped\n"), 1;
     for (size_t op = 0; op < sizeof ops / sizeof *ops; ++op) {
-      bool all = first || (arch && each.precision == MOE_TYPE_F32 && !each.tf32);
+      bool all = first || (arch && each.precision == MOE_TYPE_F32 && !each.tf32 && !each.cublas);
+      if (each.cublas && ops[op].run != case_linear) continue;
       if ((!ops[op].products && !all) || !wanted(argc, argv, ops[op].name)) continue;
       run_op(op, count) ? ++passed : ++failed;
     }

@@ -229,6 +229,118 @@ static void test_open_says_how_much_memory_is_missing(void) {
   HOST_IS_CLEAN();
 }
 
+/* Versions of libraries: the driver's own, older ones, newer ones; a given path alone. */
+static void test_open_looks_for_libraries_by_version(void) {
+  static const struct {
+    int driver;
+    const char *order;
+  } row[] = {{12080, "12 11 13 14 "},
+             {13000, "13 12 11 14 "},
+             {10020, "11 12 13 14 "},
+             {14000, "14 13 12 11 "},
+             {99000, "14 13 12 11 "}};
+  static moe__cuda cuda;
+  char pattern[600], path[512], made[5][600], seen[64];
+  const char *paths[3] = {"/nowhere/lib%d.so", pattern, NULL};
+  size_t i;
+  int major, at;
+  void *library;
+  snprintf(pattern, sizeof pattern, "%s.%%d", host_cache);
+  for (major = 10; major < 15; ++major) {
+    snprintf(made[major - 10], sizeof made[0], "%s.%d", host_cache, major);
+    remove(made[major - 10]);
+    CHECK(!symlink(double_path[0] == '/' ? double_path : strrchr(double_path, '/') + 1,
+                   made[major - 10]),
+          "no link");
+  }
+  for (i = 0; i < sizeof row / sizeof *row; ++i) {
+    cuda.driver_version = row[i].driver;
+    for (at = 0, seen[0] = 0; (library = moe__cuda_find(paths, NULL, &cuda, &at, path)) != NULL;) {
+      dlclose(library);
+      snprintf(seen + strlen(seen), 8, "%s ", strrchr(path, '.') + 1);
+    }
+    CHECK(!strcmp(seen, row[i].order), "driver %d: %s", row[i].driver, seen);
+  }
+  for (i = 0; i < 5; ++i) remove(made[i]);
+  at = 0;
+  library = moe__cuda_find(paths, double_path, &cuda, &at, path);
+  CHECK(library && !strcmp(path, double_path), "%s", path);
+  dlclose(library);
+  CHECK(!moe__cuda_find(paths, double_path, &cuda, &at, path), "a given path is tried once");
+}
+
+/* What the cache file's key is made of. */
+static void test_open_knows_what_the_cache_is_of(void) {
+  moe_cuda_options options = host_options();
+  moe__cuda_image image;
+  const moe__cuda *cuda;
+  moe_backend b;
+  uint64_t key;
+  char *source;
+  FILE *file;
+  CHECK(moe__cuda_hash(0xcbf29ce484222325u, "a", 1) == 0xaf63dc4c8601ec8cu, "not FNV-1a");
+  double_reset();
+  remove(host_cache);
+  options.cache = host_cache;
+  CHECK(!open_one(&b, &options), "%s", said);
+  cuda = (const moe__cuda *)b.user;
+  source = moe__cuda_source(cuda->card_arch);
+  key = moe__cuda_hash(0xcbf29ce484222325u, source, strlen(source));
+  key = moe__cuda_hash(key, &cuda->card_arch, sizeof cuda->card_arch);
+  key = moe__cuda_hash(key, &cuda->options.ptx, sizeof cuda->options.ptx);
+  key = moe__cuda_hash(key, cuda->card, sizeof cuda->card);
+  free(source);
+  file = fopen(host_cache, "rb");
+  CHECK(file && fread(&image, offsetof(moe__cuda_image, data), 1, file) == 1, "no cache file");
+  fclose(file);
+  CHECK(image.key == key && image.arch == 80 && !memcmp(image.magic, "MOECUDA1", 8), "the key");
+  CHECK(!moe_cuda_close(&b), "left");
+}
+
+/* Where the file cannot be moved to its place, nothing is left beside it. */
+static void test_open_leaves_no_half_of_a_cache_file(void) {
+  moe_cuda_options options = host_options();
+  char pattern[600];
+  glob_t found;
+  double_reset();
+  remove(host_cache);
+  CHECK(!mkdir(host_cache, 0777), "no folder");
+  CHECK(open_compiled(&options) == 1 && strstr(said, "cannot be written"), "%s", said);
+  snprintf(pattern, sizeof pattern, "%s.*", host_cache);
+  CHECK(glob(pattern, 0, NULL, &found) == GLOB_NOMATCH, "%s is left", found.gl_pathv[0]);
+  rmdir(host_cache);
+  options.cache = NULL;
+  HOST_IS_CLEAN();
+}
+
+/* The maker of the same layer whose number of tokens was nearest, by ratio. */
+static void test_open_chooses_the_nearest_measured_maker(void) {
+  static const moe__cuda_choice measured[] = {{0, 0, 100, 64, 32, 1}, {0, 0, 1000, 64, 32, 0},
+                                              {1, 0, 300, 64, 32, 1}, {0, 1, 300, 64, 32, 1},
+                                              {0, 0, 300, 65, 32, 1}, {0, 0, 300, 64, 33, 1}};
+  static const struct {
+    int m, blas;
+    double ratio;
+  } row[] = {{100, 1, 1}, {50, 1, 0.5}, {200, 1, 0.5}, {400, 0, 0.4}, {2000, 0, 0.5}};
+  moe__cuda cuda;
+  size_t i;
+  memset(&cuda, 0, sizeof cuda);
+  MOE__CUDA_MUTEX_INIT(&cuda.mutex);
+  memcpy(cuda.choice, measured, sizeof measured);
+  cuda.choices = sizeof measured / sizeof *measured;
+  for (i = 0; i < sizeof row / sizeof *row; ++i) {
+    moe__cuda_choice want = {0, 0, row[i].m, 64, 32, -1};
+    double ratio = moe__cuda_choose(&cuda, &want);
+    CHECK(fabs(ratio - row[i].ratio) < 1e-9 && want.blas == row[i].blas, "%d tokens: %g, %d",
+          row[i].m, ratio, (int)want.blas);
+    want.n = 0;
+    CHECK(moe__cuda_choose(&cuda, &want) >= ratio, "%d tokens of any layer", row[i].m);
+    want.form = 2;
+    CHECK(moe__cuda_choose(&cuda, &want) <= 0, "another form");
+  }
+  MOE__CUDA_MUTEX_FREE(&cuda.mutex);
+}
+
 static void run_open(void) {
   RUN(test_open_names_the_gpu_and_gives_everything_back);
   RUN(test_open_says_what_is_missing);
@@ -238,4 +350,8 @@ static void run_open(void) {
   RUN(test_open_copies_what_it_is_given);
   RUN(test_open_releases_what_was_forgotten);
   RUN(test_open_says_how_much_memory_is_missing);
+  RUN(test_open_looks_for_libraries_by_version);
+  RUN(test_open_knows_what_the_cache_is_of);
+  RUN(test_open_leaves_no_half_of_a_cache_file);
+  RUN(test_open_chooses_the_nearest_measured_maker);
 }

@@ -28,11 +28,11 @@ ASSIGNMENT = re.compile(r"^(\s*)((?:[\w.>-]+|\*\w+)(?:\[[^=]*\])?(?:\.\w+)*) = (
 # no fault can be planted where a constant is needed, or where the text is not code
 SKIP = re.compile(
     r"__shared__|__device__|__global__|__launch_bounds__|^\s*#|\benum\b|\bcase\b|\bstatic const\b"
-    r"|typedef|static struct|^\s+\w+, \d+,|MOE__CUDA_(SOURCE|SHARED|KERNELS|CHUNKS)|\bX\(|\basm\b"
+    r"|typedef|static struct|^\s+\w+, \d+,|MOE_KERNEL|MOE__CUDA_(SOURCE|SHARED|KERNELS|CHUNKS)|\bX\(|\basm\b"
     r"|\"|goto|\btemplate\b|\w<[\w ,=!]*>\(")
 TYPED = re.compile(r"\s*(const |unsigned )*(float|int|unsigned|char|double|size_t|u?int\d+_t"
                    r"|moe__?\w+|void) [^=]*$")
-POINTER = re.compile(r"\)\[$|\*\)$|\? [\w.>-]+ : $")
+POINTER = re.compile(r"\)\[$|\*\)$|\? [\w.>-]+ : $|(, |\*)\w+\[$")
 DECLARED_ARRAY = re.compile(r"^\s*(?:const )?(?:float|int|unsigned|char|double|void|moe__?\w+"
                             r"|size_t|uint\d+_t|int\d+_t)\b[^=;(]*\[[^;]*")
 

@@ -32,9 +32,8 @@ $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -x c -DMOE_IMPLEMENTATION -c ../moe.h
   echo 'int plant_on = getenv("MOE_PLANT") ? atoi(getenv("MOE_PLANT")) : 0;'
   echo 'unsigned char plant_seen[PLANT_MOST];'
 } > $out/host_planted.c
-$cxx -std=c++17 -O1 -fpermissive -w -I. -Icuda -DHOST_LINKED -o $out/host_planted -x c++ \
-  $out/host_planted.c -x none $out/moe.o \
-  -lm -ldl -pthread &&
+$cxx -std=c++17 -O1 -fpermissive -w -fsanitize=address -I. -Icuda -DHOST_LINKED \
+  -o $out/host_planted -x c++ $out/host_planted.c -x none $out/moe.o -lm -ldl -pthread &&
   $cxx -std=c++17 -O1 -fPIC -shared -fvisibility=hidden -w -o build/cuda_host/double.so \
     cuda/double.cpp -pthread || exit 1
 
@@ -47,7 +46,7 @@ others=$(awk -F'\t' '$2 !~ /_(compile|memory|table)$/ { print $1 }' $planted.txt
   $out/kernels_planted plants 30 $others
 } | grep -v '^  ok' > $out/plants.log
 for n in $(awk '$2 != "caught" { print $1 }' $out/plants.log); do
-  for part in open test_whole_products_by_cublas test_faults_memory_runs_out \
+  for part in open test_whole_measures_both_makers_once test_whole_products_by_cublas test_faults_memory_runs_out \
       test_faults_measuring_fails test_faults_every_function_fails \
       test_whole_saves_and_predicts_as_the_cpu; do
     (ulimit -t 60; MOE_PLANT=$n $out/host_planted build/cuda_host/double.so $part) \

@@ -44,6 +44,7 @@ static int plants(int count, int named, char **names) {
   for (size_t op = sizeof ops / sizeof *ops; op-- > 0;)
     for (const Mode &mode : modes) {
       if (!ops[op].products && &mode != modes) continue;
+      if (mode.cublas && ops[op].run != case_linear) continue;
       if (only && !strstr(only, ops[op].name)) continue;
       Task task = {op, &mode, {}};
       memset(plant_seen, 0, sizeof plant_seen);

@@ -240,6 +240,58 @@ static void test_whole_products_by_cublas(void) {
   }
 }
 
+static long whole_called(const char *name) {
+  int i;
+  for (i = 0; i < control->names; ++i)
+    if (!strcmp(control->called[i], name)) return control->times[i];
+  return 0;
+}
+
+/* What is measured when a context is created: full, quarter and sixteenth batches of both widths,
+   each product four times by each maker; and again only what was not. */
+static void test_whole_measures_both_makers_once(void) {
+  moe_cuda_options options = host_options();
+  int training, i, again;
+  if (!double_path) SKIP("%s", "a double counts the calls");
+  options.maker = MOE_CUDA_MAKER_AUTO;
+  options.cublas = double_path;
+  for (training = 0; training < 2; ++training) {
+    moe_limits limits = {WHOLE_M, WHOLE_S, training, 0};
+    int kinds = training ? 3 : 1;
+    moe_env env = host_env();
+    moe_model *model;
+    moe_backend b;
+    const moe__cuda *cuda;
+    double_reset();
+    CHECK(!moe_cuda_open(&b, &options, &env), "%s", said);
+    env.backend = &b;
+    model = whole_model(MOE_ROUTER_TASK, 1, &env);
+    cuda = (const moe__cuda *)b.user;
+    for (again = 0; again < 2; ++again) {
+      moe_config config = whole_config(MOE_ROUTER_TASK, 1);
+      CHECK(b.supports(&b, &env, &config, &limits), "%s", said);
+      CHECK(whole_called("cublasGemmEx") == 24 * kinds, "%ld calls of cuBLAS",
+            whole_called("cublasGemmEx"));
+      CHECK(whole_called("cuEventRecord") == 96 * kinds && cuda->choices == 6 * kinds, "%d choices",
+            (int)cuda->choices);
+    }
+    for (i = 0; i < cuda->choices; ++i) {
+      const moe__cuda_choice *c = &cuda->choice[i];
+      int round = i / (2 * kinds);
+      CHECK(c->form == i / 2 % kinds &&
+                c->m == (round == 0   ? 54
+                         : round == 1 ? 13
+                                      : 3) &&
+                c->n == (i % 2 ? 32 : 96) && c->k == 32 && !c->bf16 && c->blas == 1,
+            "choice %d: form %d, m %d, n %d, k %d, blas %d", i, (int)c->form, (int)c->m, (int)c->n,
+            (int)c->k, (int)c->blas);
+    }
+    moe_model_free(model);
+    CHECK(!moe_cuda_close(&b), "left");
+    HOST_IS_CLEAN();
+  }
+}
+
 /* A run of a few steps in a thread of its own; or on a stream. */
 typedef struct whole_alone {
   whole_side side;
@@ -319,6 +371,7 @@ static void run_whole(void) {
   RUN(test_whole_runs_again_and_resumed_with_the_same_bits);
   RUN(test_whole_saves_and_predicts_as_the_cpu);
   RUN(test_whole_products_by_cublas);
+  RUN(test_whole_measures_both_makers_once);
   RUN(test_whole_runs_in_several_threads);
   RUN(test_whole_runs_on_a_stream_of_the_callers);
 }
