@@ -86,7 +86,8 @@ with Browser() as b:
     b.value("showTour(-1); showView('plane');")
     plane_bits(b)
     text_bits(b)
-    answers = b.value("await resetText(); $('question').value = 'play a song | play some music';"
+    answers = b.value("document.querySelector('[value=intent_match]').checked = true;"
+                      "await resetText(); $('question').value = 'play a song | play some music';"
                       "await askText(); const one = $('routes').textContent; $('question').value = "
                       "'play a song'; await askText(); return [one, $('routes').textContent]")
     tell("pairs_are_asked", "takes one text" in answers[0] and "takes a | b" in answers[1] and
