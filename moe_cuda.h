@@ -2780,7 +2780,6 @@ static moe_status moe__cuda_route(const moe_backend *b, const moe_env *env, cons
                                   int back) {
   moe__cuda_queue *q = moe__cuda_queue_of(b, env);
   const moe_routes *r = op->routes;
-  moe__sort_args sort = {r->expert, NULL, r->order, r->start, 0, r->N};
   moe__route_args a = moe__cuda_route_args(op);
   uint32_t tiles = moe__cuda_blocks((size_t)a.H, 32) * moe__cuda_blocks((size_t)a.N, 8);
   moe_status status = moe__cuda_route_check(op, env);
@@ -2791,8 +2790,8 @@ static moe_status moe__cuda_route(const moe_backend *b, const moe_env *env, cons
     if (a.dgates) moe__cuda_run(q, MOE__K_route_dgates, tiles, (uint32_t)op->G, 256, &a);
     return q->status;
   }
+  moe__sort_args sort = {r->expert, NULL, r->order, r->start, a.M * a.k, a.N};
   moe__cuda_rows(q, MOE__K_route, a.M, &a);
-  sort.n = a.M * a.k;
   moe__cuda_run(q, MOE__K_sort, (uint32_t)a.N, 1, 256, &sort);
   if (!a.loss) return q->status;
   if (a.N == 1 || a.M == 0 || !(a.balance > 0 || a.z_loss > 0))

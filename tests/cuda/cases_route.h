@@ -47,7 +47,7 @@ static void route_options(Case &c, RouteCase &r) {
 static void route_make(Case &c, RouteCase &r) {
   static const int experts[] = {1, 2, 4, 8, 3, 16, 17, 40, 4, 5};
   r.s = cases_sequences(c, 6, c.number % 8 == 7 ? 90 : 12);
-  r.N = c.number % 40 == 39 ? 256 : experts[c.number % 10];
+  r.N = c.number % 20 == 19 ? 256 : experts[c.number % 10];
   r.k = c.number % 3 ? c.pick(1, r.N < 4 ? r.N : 4) : 1;
   r.H = c.number % 12 == 11 ? c.pick(1000, 1100) : c.pick(1, 80);
   r.G = c.pick(1, 3);
@@ -62,6 +62,8 @@ static void route_make(Case &c, RouteCase &r) {
   r.gate_of = c.array<int32_t>("gate_of", (size_t)r.s.S, SAME, wide);
   for (int i = 0; i < r.s.S && wide; ++i) r.gate_of[(size_t)i] = c.pick(0, r.G - 1);
   route_options(c, r);
+  if (r.forced.index >= 0 && c.number % 2) /* probabilities that are 0 */
+    for (size_t i = 0; i < (size_t)r.G * N * H; ++i) r.gates[i] *= 1e4f;
   r.logits = c.array<float>("logits", M * N, wide ? NEAR : ANY_VALUE);
   r.loss = c.output("loss", 1, c.chance(80));
   r.expert = c.array<int32_t>("expert", M * k, SAME);
@@ -150,7 +152,8 @@ static void heads_make(Case &c, HeadsCase &h) {
     }
   }
   h.keys = cases_keys(c, h.s.S, c.chance(60));
-  h.hidden = c.input("hidden", n), h.w = c.input("w", h.weights);
+  h.hidden = c.input("hidden", n);
+  h.w = c.input("w", h.weights, c.number % 6 == 5 ? 40 : 1); /* exp of a score is infinite */
   h.scores = c.output("scores", S * (size_t)h.classes), h.losses = c.output("losses", S);
   h.dhidden = c.gradient("dhidden", n, c.chance(90)),
   h.dw = c.gradient("dw", h.weights, c.chance(90));
@@ -185,6 +188,7 @@ static void case_adam(Case &c) {
   std::vector<Array<float>> arrays;
   for (int i = 0; i < n; ++i) {
     size_t count = (size_t)c.pick(c.number % 4 ? 1 : 0, c.number % 6 == 5 ? 9000 : 300);
+    if (c.number % 5 == 3) count = (size_t)i; /* 0, 1, ... */
     moe_adam_op op;
     moe_adam_op_init(&op);
     op.count = count, op.t = c.pick(1, 50), op.lr = 1e-2f,

@@ -56,7 +56,7 @@ static void case_dropout(Case &c) {
 
 static void case_embed(Case &c) {
   Sequences s = cases_sequences(c, 8, 12);
-  int H = c.pick(1, 70), V = c.number % 11 == 3 ? 70000 : c.pick(1, 40),
+  int H = c.number % 6 == 5 ? 33 : c.pick(1, 70), V = c.number % 11 == 3 ? 70000 : c.pick(1, 40),
       P = s.longest + c.pick(0, 2), kinds = c.chance(70) ? 2 : 256;
   if (V > 40) H = c.pick(1, 3); /* ids of more than 16 bits */
   size_t n = (size_t)s.M * (size_t)H;

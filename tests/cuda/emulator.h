@@ -511,7 +511,7 @@ inline void launch(const char *kernel, dim3 grid, unsigned threads, void (*body)
   machine.kernel = kernel;
   machine.grid = grid, machine.block = dim3(threads);
   machine.body = body, machine.argument = argument;
-  if (threads < 1 || threads > 1024) fail("1 to 1024 threads make a block");
+  if (threads < 1 || threads > 1024 || threads % 32) fail("a block is not 1 to 32 whole warps");
   if (grid.x < 1 || grid.y < 1 || grid.y > 65535 || grid.z != 1) fail("the grid is out of range");
   for (unsigned i : turns(grid.x * grid.y)) {
     machine.at = dim3(i % grid.x, i / grid.x, 0);
