@@ -2437,8 +2437,7 @@ static moe_status moe__cuda_layernorm(const moe_backend *b, const moe_env *env,
   if (!op->mean != !op->rstd || (back && !op->mean && op->M > 0))
     return moe__cuda_fail(env, MOE_E_ARGUMENT, "layernorm: mean or rstd is NULL, expected %s",
                           back ? "those of forward" : "both or neither");
-  if (op->M == 0 || op->H == 0) return MOE_OK;
-  memset(&a, 0, sizeof a);
+  if (op->H == 0) return MOE_OK;
   a.y = op->y, a.sum = op->sum, a.mean = op->mean, a.rstd = op->rstd;
   a.x = op->x, a.delta = op->delta, a.gamma = op->gamma, a.beta = op->beta;
   a.keys = (const unsigned long long *)(const void *)op->keys, a.seq_start = op->seq_start;
@@ -2480,7 +2479,6 @@ static moe_status moe__cuda_embed(const moe_backend *b, const moe_env *env, cons
   moe__sort_args sort = {op->ids, NULL, NULL, NULL, op->M, 256};
   moe__embed_args a;
   if (status) return status;
-  memset(&a, 0, sizeof a);
   a.x = op->x, a.ids = op->ids, a.segments = op->segments, a.seq_start = op->seq_start;
   a.word = op->word, a.position = op->position, a.segment = op->segment;
   a.dword = op->dword, a.dposition = op->dposition, a.dsegment = op->dsegment, a.dx = op->dx;
@@ -2542,28 +2540,23 @@ MOE__CUDA_SOURCE(
       return logits[best] - logf(prob[best]);
     }
 
-    /* Logits x W_g^T of a token [TaG] Eq. 3, four experts at a time. With jitter, rows are summed
-       in blocks of 1024, as the CPU does. */
+    /* Logits x W_g^T of a token [TaG] Eq. 3, four experts at a time. */
     __device__ static void moe__d_logits(const moe__route_args &a, float *logits, int token) {
-      int lane = (int)(threadIdx.x & 15u), block = a.keys ? 1024 : a.H;
-      int s = moe__d_last(a.seq_start, 1, a.S, token);
+      int lane = (int)(threadIdx.x & 15u), s = moe__d_last(a.seq_start, 1, a.S, token);
       const float *gate = a.gates + (size_t)a.gate_of[s] * (size_t)a.N * (size_t)a.H;
       const float *x = a.x + (size_t)token * (size_t)a.H;
       for (int i = 0; i < a.N; i += 4, gate += 4 * (size_t)a.H) {
-        float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         int n = a.N - i < 4 ? a.N - i : 4;
-        for (int first = 0; first < a.H; first += block) {
-          float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-          for (int c = first + lane; c < a.H && c < first + block; c += 16) {
-            float v = a.keys ? x[c] * moe__d_noise(a, s, token, c) : x[c];
-            for (int q = 0; q < n; ++q)
-              sum[q] = fmaf(v, gate[(size_t)q * (size_t)a.H + (size_t)c], sum[q]);
-          }
-          for (int q = 0; q < 4; ++q) total[q] += moe__d_sum16(sum[q]);
+        for (int c = lane; c < a.H; c += 16) {
+          float v = a.keys ? x[c] * moe__d_noise(a, s, token, c) : x[c];
+          for (int q = 0; q < n; ++q)
+            sum[q] = fmaf(v, gate[(size_t)q * (size_t)a.H + (size_t)c], sum[q]);
         }
-        for (int q = 0; q < n; ++q)
-          if ((i + q) % 16 == lane)
-            logits[i + q] = a.masked && a.masked[i + q] ? -3.4e38f : total[q];
+        for (int q = 0; q < n; ++q) {
+          float total = moe__d_sum16(sum[q]);
+          if ((i + q) % 16 == lane) logits[i + q] = a.masked && a.masked[i + q] ? -3.4e38f : total;
+        }
       }
     }
 
@@ -2587,7 +2580,7 @@ MOE__CUDA_SOURCE(
 MOE__CUDA_SOURCE(
     route, 0,
     /* The next expert of a token: the largest logit among those not taken, of equal ones the
-       lowest. NaN comes last, and 0 where nothing is left: an index that is in range. */
+       lowest. NaN comes last. Below 0: nothing is left. */
     __device__ static int moe__d_next(const float *logits, unsigned taken, int n) {
       unsigned long long best = 0; /* the order of logits as bits, then that of indices */
       for (int i = (int)(threadIdx.x & 15u); i < n; i += 16) {
@@ -2602,10 +2595,10 @@ MOE__CUDA_SOURCE(
         unsigned long long other = __shfl_xor_sync(moe__d_half(), best, o);
         best = other > best ? other : best;
       }
-      return best ? (int)(0xffffffffu - (unsigned)best) : 0;
+      return (int)(0xffffffffu - (unsigned)best);
     }
 
-    /* Eq. 3, 4 and 5. */
+    /* Eq. 3, 4 and 5. Indices stay in range whatever the logits and the forced experts are. */
     MOE_KERNEL(128) moe_k_route(moe__route_args a) {
       int lane = (int)(threadIdx.x & 15u);
       size_t token = blockIdx.x * 8u + (threadIdx.x >> 4);
@@ -2752,7 +2745,7 @@ static moe__route_args moe__cuda_route_args(const moe_route_op *op) {
   a.logits = op->logits, a.loss = op->loss;
   a.x = op->x, a.gates = op->gates, a.gate_of = op->gate_of, a.seq_start = op->seq_start;
   if (o->jitter > 0) a.keys = (const unsigned long long *)(const void *)o->keys;
-  a.forced = r->N > 1 ? o->forced : NULL;
+  a.forced = o->forced;
   if (!o->forced) a.masked = o->masked, a.pruned = o->pruned;
   a.dx = op->dx, a.dgates = op->dgates, a.dlogits = op->dlogits, a.dweight = op->dweight;
   a.scale = o->scale, a.jitter = o->jitter, a.renormalize = o->renormalize;
@@ -2955,7 +2948,7 @@ MOE__CUDA_SOURCE(
 static moe_status moe__cuda_heads_table(moe__cuda_queue *q, const moe_heads_op *op,
                                         const moe_env *env, moe__heads_args *a) {
   moe__head *table = (moe__head *)calloc((size_t)op->T + 1, sizeof *table);
-  double batch = op->batch_size > 0 ? op->batch_size : 1;
+  double batch = op->batch_size; /* 0 in forward, which has no gradients */
   int32_t t;
   if (!table) return moe__cuda_fail(env, MOE_E_MEMORY, "heads: no memory for %d tasks", (int)op->T);
   for (t = 0; t < op->T; ++t) {
