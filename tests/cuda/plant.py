@@ -158,7 +158,8 @@ def main():
     with open(out, "w", encoding="utf-8") as f:
         f.write("#include \"plant.h\"\n" + "\n".join(lines).replace(
             '#include "moe.h"', '#include "../../../moe.h"').replace(
-                "MOE__CUDA_SCRATCH = 1 << 20", "MOE__CUDA_SCRATCH = 1"))
+                "MOE__CUDA_SCRATCH = 1 << 20", "MOE__CUDA_SCRATCH = 1").replace(
+                    "MOE__CUDA_ALIGN = 256", "MOE__CUDA_ALIGN = 16"))
     print(len(chosen), "faults")
 
 
