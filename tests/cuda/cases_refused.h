@@ -24,7 +24,9 @@ static void refused_rows(Case &c) {
   REFUSED("eps", layernorm, &norm, 0);
   norm.eps = 1e-5f, norm.dropout = 1;
   REFUSED("dropout is 1", layernorm, &norm, 0);
-  norm.dropout = 0, norm.M = -1;
+  norm.dropout = 0;
+  if (cases_gpu.layernorm(&cases_gpu, &cases_env, &norm, 1)) c.fail("layernorm refuses no rows");
+  norm.M = -1;
   REFUSED("M is -1", layernorm, &norm, 0);
   norm.M = 0, norm.S = -1;
   REFUSED("S is -1", layernorm, &norm, 0);

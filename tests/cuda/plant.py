@@ -17,7 +17,7 @@ import re
 import sys
 
 SECTIONS = ("cuda_base cuda_products cuda_experts cuda_attention cuda_rows cuda_route cuda_heads"
-            " cuda_adam cuda_memory cuda_compile cuda_table").split()
+            " cuda_adam cuda_driver cuda_memory cuda_compile cuda_table").split()
 OPERATORS = re.compile(r"(?<=[\w)\]]) (<=|>=|==|!=|<<|>>|[-+*/%<>&|]) (?=[\w(*&!-])(?!NULL)")
 INTEGER = re.compile(r"(?<![\w.\"'])(\d+)(u?)(?![\w.\"'])")
 FLOAT = re.compile(r"(?<![\w.\"'])(\d+\.\d*(?:e[-+]?\d+)?f)(?![\w.])")
@@ -28,8 +28,8 @@ ASSIGNMENT = re.compile(r"^(\s*)((?:[\w.>-]+|\*\w+)(?:\[[^=]*\])?(?:\.\w+)*) = (
 # no fault can be planted where a constant is needed, or where the text is not code
 SKIP = re.compile(
     r"__shared__|__device__|__global__|__launch_bounds__|^\s*#|\benum\b|\bcase\b|\bstatic const\b"
-    r"|typedef|static struct|^\s+\w+, \d+,|MOE_KERNEL|MOE__CUDA_(SOURCE|SHARED|KERNELS|CHUNKS)|\bX\(|\basm\b"
-    r"|\"|goto|\btemplate\b|\w<[\w ,=!]*>\(")
+    r"|typedef|static struct|^\s+\w+, \d+,|MOE_KERNEL|MOE__CUDA_(SOURCE|SHARED|KERNELS|CHUNKS)"
+    r"|\bX\(|\basm\b|\"|goto|\btemplate\b|\w<[\w ,=!]*>\(")
 TYPED = re.compile(r"\s*(const |unsigned )*(float|int|unsigned|char|double|size_t|u?int\d+_t"
                    r"|moe__?\w+|void) [^=]*$")
 POINTER = re.compile(r"\)\[$|\*\)$|\? [\w.>-]+ : $|(, |\*)\w+\[$")

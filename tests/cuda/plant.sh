@@ -23,9 +23,16 @@ for turn in 1 2 3 4 5 6 7 8; do
     cut -d: -f2 | awk '{ print $1 - 1 }' | sort -un >> $planted.without
 done
 
+# kernels NAME FLAGS
+kernels() {
+  name=$1
+  shift
+  $cxx -std=c++17 -O1 -w -rdynamic -Icuda $with "$@" -o $out/$name cuda/kernels.cpp $out/moe.o \
+    -lm -ldl -pthread
+}
 $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -x c -DMOE_IMPLEMENTATION -c ../moe.h -o $out/moe.o &&
-  $cxx -std=c++17 -O1 -w -rdynamic -Icuda $with -o $out/kernels_planted \
-    cuda/kernels.cpp $out/moe.o -lm -ldl -pthread || exit 1
+  kernels kernels_planted &&
+  kernels kernels_planted_asan -fsanitize=address -fsanitize-sections=cuda_shared || exit 1
 {
   sed "s|\"../../moe_cuda.h\"|\"../$planted\"|; s|\"../\(.*\)\"|\"cuda/../\1\"|" cuda/host.c |
     sed "s|\"cuda/../$planted\"|\"$planted\"|"
@@ -37,17 +44,34 @@ $cxx -std=c++17 -O1 -fpermissive -w -fsanitize=address -I. -Icuda -DHOST_LINKED 
   $cxx -std=c++17 -O1 -fPIC -shared -fvisibility=hidden -w -o build/cuda_host/double.so \
     cuda/double.cpp -pthread || exit 1
 
-# kernels and slots by the emulator; what it does not see, by the double
-hosts=$(awk -F'\t' '$2 ~ /_(compile|memory|table)$/ { print $1 }' $planted.txt)
-others=$(awk -F'\t' '$2 !~ /_(compile|memory|table)$/ { print $1 }' $planted.txt)
+# kernels and slots by the emulator; what it does not see, under AddressSanitizer, by the
+# interpreter (the host's part only, since the kernels that it runs have no faults, and where
+# tests/test_cuda.sh has left the PTX) and by the double
+hosts=$(awk -F'\t' '$2 ~ /_(driver|compile|memory|table)$/ { print $1 }' $planted.txt)
+others=$(awk -F'\t' '$2 !~ /_(driver|compile|memory|table)$/ { print $1 }' $planted.txt)
 # shellcheck disable=SC2086
 {
   $out/kernels_planted plants 2 $hosts
   $out/kernels_planted plants 30 $others
 } | grep -v '^  ok' > $out/plants.log
-for n in $(awk '$2 != "caught" { print $1 }' $out/plants.log); do
-  for part in open test_whole_measures_both_makers_once test_whole_products_by_cublas test_faults_memory_runs_out \
-      test_faults_measuring_fails test_faults_every_function_fails \
+left() { # the numbers of those that are not caught so far, of host code where $1 is given
+  awk -F'\t' -v where="$1" 'FNR == NR {
+      split($0, w, " ")
+      if (w[2] == "caught") caught[w[1]] = 1
+      next
+    }
+    !caught[$1] && (where == "" || $3 == where) { print $1 }' $out/plants.log $planted.txt
+}
+# shellcheck disable=SC2046
+[ -z "$(left)" ] || $out/kernels_planted_asan plants 30 $(left) | grep -v '^  ok' >> $out/plants.log
+for n in $(left host); do
+  [ -e $out/kernels_80.ptx ] || break
+  (ulimit -t 60; MOE_PLANT=$n $out/kernels_planted $out/kernels_80.ptx 12) > $out/host.log 2>&1 ||
+    echo "$n caught ptx"
+done >> $out/plants.log
+for n in $(left); do
+  for part in open test_whole_measures_both_makers_once test_whole_products_by_cublas \
+      test_faults_memory_runs_out test_faults_measuring_fails test_faults_every_function_fails \
       test_whole_saves_and_predicts_as_the_cpu; do
     (ulimit -t 60; MOE_PLANT=$n $out/host_planted build/cuda_host/double.so $part) \
       > $out/host.log 2>&1 || { echo "$n caught $part"; break; }

@@ -1,14 +1,15 @@
 /* Part of kernels.cpp where it is built with planted faults (plant.py): `kernels plants CASES
    [N ...]` runs the emulated cases with each fault, or with those named, each in a process of its
    own, and only the ops that reach its place (of those that PLANT_OPS names, if it is set). A line
-   for each: "12 caught linear", "13 survived", "14 unreached". */
+   for each: "12 caught linear", "13 survived", "14 unreached". MOE_PLANT=N and other arguments: as
+   without faults, but with this one. */
 #ifndef PLANTED_H
 #define PLANTED_H
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-int plant_on;
+int plant_on = getenv("MOE_PLANT") ? atoi(getenv("MOE_PLANT")) : 0;
 unsigned char plant_seen[PLANT_MOST];
 
 struct Task { /* an op in a mode, and the places that it reaches */
