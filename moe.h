@@ -387,6 +387,7 @@ MOE_API const char *moe_status_text(moe_status status);
 typedef enum moe_isa {
   MOE_ISA_AUTO,
   MOE_ISA_SCALAR,
+  MOE_ISA_V128, /* registers of 4 floats, mostly without a fused multiply-add: SSE2, simd128 */
   MOE_ISA_NEON,
   MOE_ISA_AVX2,
   MOE_ISA_AVX512,
@@ -1965,7 +1966,11 @@ MOE_API void moe_env_free(moe_env *env);
 #include <sys/auxv.h>
 #endif
 #endif
-#if defined(MOE__X86) || defined(MOE__NEON)
+#if !defined(MOE_NO_SIMD) && defined(__wasm_simd128__)
+#define MOE__WASM 1
+#include <wasm_simd128.h>
+#endif
+#if defined(MOE__X86) || defined(MOE__NEON) || defined(MOE__WASM)
 #define MOE__SIMD 1
 #endif
 /* A fused multiply-add is one instruction, which fmaf becomes. clang does not say so everywhere. */
@@ -2060,6 +2065,19 @@ static uint64_t moe__xgetbv(void) {
 }
 #endif
 
+#if defined(MOE__SIMD) && !defined(MOE__NEON)
+/* WebAssembly's relaxed multiply-add is fused or not, as the engine likes; here it must be. */
+static int moe__v128_available(void) {
+#ifdef __wasm_relaxed_simd__
+  volatile float x = 1.000244140625f, y = -1.0f; /* as in moe__contracted */
+  v128_t r = wasm_f32x4_relaxed_madd(wasm_f32x4_splat(x), wasm_f32x4_splat(x), wasm_f32x4_splat(y));
+  return wasm_f32x4_extract_lane(r, 3) != 4.8828125e-4f;
+#else
+  return 1;
+#endif
+}
+#endif
+
 MOE_API int moe_isa_available(moe_isa isa) {
 #ifdef MOE__X86
   uint32_t r[4], one[4];
@@ -2081,6 +2099,8 @@ MOE_API int moe_isa_available(moe_isa isa) {
 #endif
 #ifdef MOE__NEON
   if (isa == MOE_ISA_NEON) return 1;
+#elif defined(MOE__SIMD)
+  if (isa == MOE_ISA_V128) return moe__v128_available();
 #endif
   return isa == MOE_ISA_AUTO || isa == MOE_ISA_SCALAR;
 }
@@ -2178,8 +2198,15 @@ MOE_API const char *moe_status_text(moe_status status) {
 #else
 #define MOE__SCALAR_NAME "scalar"
 #endif
-static const char *const moe__isa_names[MOE_ISA_COUNT] = {"auto", MOE__SCALAR_NAME, "neon", "avx2",
-                                                          "avx512"};
+#if defined(MOE__WASM) && defined(__wasm_relaxed_simd__)
+#define MOE__V128_NAME "simd128, relaxed"
+#elif defined(MOE__WASM)
+#define MOE__V128_NAME "simd128"
+#else
+#define MOE__V128_NAME "sse2"
+#endif
+static const char *const moe__isa_names[MOE_ISA_COUNT] = {
+    "auto", MOE__SCALAR_NAME, MOE__V128_NAME, "neon", "avx2", "avx512"};
 
 MOE_API const char *moe_isa_name(moe_isa isa) {
   return (unsigned)isa < MOE_ISA_COUNT ? moe__isa_names[isa] : "unknown";
@@ -3272,6 +3299,337 @@ static float moe__logf(float x) {
   return p;
 }
 
+/* ---- vectors of 16 floats: NEON, SSE2, WebAssembly ---- >>simd_128 */
+
+#ifdef MOE__SIMD
+/* Four registers, on machines with and without a fused multiply-add. MOE__Q chooses what one
+   machine calls an operation. */
+#define MOE__T_V128
+#if defined(MOE__NEON)
+#define MOE__Q(neon, sse2, wasm) neon
+typedef float32x4_t moe__q;
+typedef uint32x4_t moe__qi;
+#define MOE__Q_LOAD(p) vld1q_f32(p)
+#define MOE__Q_LOAD_BITS(p) vld1q_u32((const uint32_t *)(p))
+#define MOE__Q_LANE(x, i) vgetq_lane_f32(x, i)
+#define MOE__Q_SHL(x, n) vshlq_u32(x, vdupq_n_s32(n))
+#define MOE__Q_SHR(x, n) vshlq_u32(x, vdupq_n_s32(-(n)))
+#define MOE__Q_SAR(x, n)                                                                           \
+  vreinterpretq_u32_s32(vshlq_s32(vreinterpretq_s32_u32(x), vdupq_n_s32(-(n))))
+#define MOE__Q_FLOATS(x) vreinterpretq_f32_u32(x)
+#define MOE__Q_BITS(x) vreinterpretq_u32_f32(x)
+#define MOE__Q_CVT(x) vcvtq_f32_s32(vreinterpretq_s32_u32(x))
+#define MOE__Q_LT(x, y) vcltq_f32(x, y)
+#define MOE__Q_ULT(x, y) vcltq_u32(x, y)
+#define MOE__Q_MAX(x, y) vbslq_f32(vcgtq_f32(x, y), x, y) /* NEON's own propagate NaN */
+#define MOE__Q_MIN(x, y) vbslq_f32(vcltq_f32(x, y), x, y)
+#define MOE__Q_SEL(m, x, y) vbslq_f32(m, x, y)
+#define MOE__Q_IMUL(x, y) vmulq_u32(x, y)
+#define MOE__Q_FMA(x, y, z) vfmaq_f32(z, x, y)
+#define MOE__Q_FNMA(x, y, z) vfmsq_f32(z, x, y)
+#elif defined(MOE__WASM)
+#define MOE__Q(neon, sse2, wasm) wasm
+typedef v128_t moe__q, moe__qi, moe__qd;
+#define MOE__Q_LOAD(p) wasm_v128_load(p)
+#define MOE__Q_LOAD_BITS(p) wasm_v128_load(p)
+#define MOE__Q_LANE(x, i) wasm_f32x4_extract_lane(x, i)
+#define MOE__Q_SHL(x, n) wasm_i32x4_shl(x, (uint32_t)(n))
+#define MOE__Q_SHR(x, n) wasm_u32x4_shr(x, (uint32_t)(n))
+#define MOE__Q_SAR(x, n) wasm_i32x4_shr(x, (uint32_t)(n))
+#define MOE__Q_FLOATS(x) (x)
+#define MOE__Q_BITS(x) (x)
+#define MOE__Q_CVT(x) wasm_f32x4_convert_i32x4(x)
+#define MOE__Q_LT(x, y) wasm_f32x4_lt(x, y)
+#define MOE__Q_ULT(x, y) wasm_u32x4_lt(x, y)
+#define MOE__Q_MAX(x, y) wasm_f32x4_pmax(y, x)
+#define MOE__Q_MIN(x, y) wasm_f32x4_pmin(y, x)
+#define MOE__Q_SEL(m, x, y) wasm_v128_bitselect(x, y, m)
+#define MOE__Q_IMUL(x, y) wasm_i32x4_mul(x, y)
+#ifdef __wasm_relaxed_simd__
+#define MOE__Q_FMA(x, y, z) wasm_f32x4_relaxed_madd(x, y, z)
+#define MOE__Q_FNMA(x, y, z) wasm_f32x4_relaxed_nmadd(x, y, z)
+#endif
+#define MOE__Q_WIDE(x) wasm_f64x2_promote_low_f32x4(x)
+#define MOE__Q_HIGH(x) wasm_i32x4_shuffle(x, x, 2, 3, 2, 3)
+#define MOE__Q_NARROW(low, high)                                                                   \
+  wasm_i32x4_shuffle(wasm_f32x4_demote_f64x2_zero(low), wasm_f32x4_demote_f64x2_zero(high), 0, 1,  \
+                     4, 5)
+#define MOE__Q_WORDS(low, high, odd)                                                               \
+  wasm_i32x4_shuffle(low, high, odd, 2 + odd, 4 + odd, 6 + odd)
+#define MOE__Q_ANY(x) wasm_v128_any_true(x)
+#else
+#define MOE__Q(neon, sse2, wasm) sse2
+typedef __m128 moe__q;
+typedef __m128i moe__qi;
+typedef __m128d moe__qd;
+#define MOE__Q_LOAD(p) _mm_loadu_ps(p)
+#define MOE__Q_LOAD_BITS(p) _mm_loadu_si128((const __m128i *)(p))
+#define MOE__Q_LANE(x, i) _mm_cvtss_f32(_mm_shuffle_ps(x, x, i))
+#define MOE__Q_SHL(x, n) _mm_sll_epi32(x, _mm_cvtsi32_si128(n))
+#define MOE__Q_SHR(x, n) _mm_srl_epi32(x, _mm_cvtsi32_si128(n))
+#define MOE__Q_SAR(x, n) _mm_sra_epi32(x, _mm_cvtsi32_si128(n))
+#define MOE__Q_FLOATS(x) _mm_castsi128_ps(x)
+#define MOE__Q_BITS(x) _mm_castps_si128(x)
+#define MOE__Q_CVT(x) _mm_cvtepi32_ps(x)
+#define MOE__Q_LT(x, y) _mm_castps_si128(_mm_cmplt_ps(x, y))
+#define MOE__Q_TOP(x) _mm_xor_si128(x, _mm_set1_epi32((int)0x80000000u))
+#define MOE__Q_ULT(x, y) _mm_cmplt_epi32(MOE__Q_TOP(x), MOE__Q_TOP(y))
+#define MOE__Q_MAX(x, y) _mm_max_ps(x, y)
+#define MOE__Q_MIN(x, y) _mm_min_ps(x, y)
+#define MOE__Q_SEL(m, x, y)                                                                        \
+  _mm_or_ps(_mm_and_ps(MOE__Q_FLOATS(m), x), _mm_andnot_ps(MOE__Q_FLOATS(m), y))
+#define MOE__Q_EVEN(x, y) /* products of lanes 0 and 2 */                                          \
+  _mm_shuffle_epi32(_mm_mul_epu32(x, y), 8)
+#define MOE__Q_IMUL(x, y)                                                                          \
+  _mm_unpacklo_epi32(MOE__Q_EVEN(x, y), MOE__Q_EVEN(_mm_srli_epi64(x, 32), _mm_srli_epi64(y, 32)))
+#define MOE__Q_WIDE(x) _mm_cvtps_pd(x)
+#define MOE__Q_HIGH(x) _mm_movehl_ps(x, x)
+#define MOE__Q_NARROW(low, high) _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high))
+#define MOE__Q_WORDS(low, high, odd)                                                               \
+  _mm_castps_si128(                                                                                \
+      _mm_shuffle_ps(_mm_castpd_ps(low), _mm_castpd_ps(high), odd ? 0xdd : 0x88))
+#define MOE__Q_ANY(x) _mm_movemask_epi8(x)
+#endif
+typedef struct moe__v128_f {
+  moe__q a, b, c, d;
+} moe__v128_f;
+typedef struct moe__v128_i {
+  moe__qi a, b, c, d;
+} moe__v128_i;
+typedef moe__v128_i moe__v128_m;
+#define MOE__V(ret, name) MOE__INLINE ret moe__v128_##name
+#define MOE__F moe__v128_f
+#define MOE__I moe__v128_i
+#define MOE__M moe__v128_m
+
+MOE__V(MOE__F, four)(moe__q a, moe__q b, moe__q c, moe__q d) {
+  MOE__F v;
+  v.a = a;
+  v.b = b;
+  v.c = c;
+  v.d = d;
+  return v;
+}
+
+MOE__V(MOE__I, ifour)(moe__qi a, moe__qi b, moe__qi c, moe__qi d) {
+  MOE__I v;
+  v.a = a;
+  v.b = b;
+  v.c = c;
+  v.d = d;
+  return v;
+}
+#define MOE__FOUR1(op) moe__v128_four(op(x.a), op(x.b), op(x.c), op(x.d))
+#define MOE__FOUR2(op) moe__v128_four(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
+#define MOE__IFOUR1(op) moe__v128_ifour(op(x.a), op(x.b), op(x.c), op(x.d))
+#define MOE__IFOUR2(op) moe__v128_ifour(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
+#define MOE__IFOURN(op) moe__v128_ifour(op(x.a, n), op(x.b, n), op(x.c, n), op(x.d, n))
+
+MOE__V(MOE__F, load)(const float *p) {
+  return moe__v128_four(MOE__Q_LOAD(p), MOE__Q_LOAD(p + 4), MOE__Q_LOAD(p + 8),
+                        MOE__Q_LOAD(p + 12));
+}
+
+MOE__V(MOE__I, iload)(const void *p) {
+  const char *at = (const char *)p;
+  return moe__v128_ifour(MOE__Q_LOAD_BITS(at), MOE__Q_LOAD_BITS(at + 16), MOE__Q_LOAD_BITS(at + 32),
+                         MOE__Q_LOAD_BITS(at + 48));
+}
+
+#define MOE__Q_STORE MOE__Q(vst1q_f32, _mm_storeu_ps, wasm_v128_store)
+MOE__V(void, store)(float *p, MOE__F v) {
+  MOE__Q_STORE(p, v.a);
+  MOE__Q_STORE(p + 4, v.b);
+  MOE__Q_STORE(p + 8, v.c);
+  MOE__Q_STORE(p + 12, v.d);
+}
+
+/* There are no masked loads and stores, so a quarter that is not full goes lane by lane. loadn and
+   storen are long and come last in a row, so they are not forced inline as the others are. */
+MOE__V(moe__q, loadn4)(const float *p, size_t n) {
+  float room[4] = {0};
+  if (n == 0 || n >= 4) return MOE__Q_LOAD(n ? p : room);
+  room[0] = p[0];
+  if (n > 1) room[1] = p[1];
+  if (n > 2) room[2] = p[2];
+  return MOE__Q_LOAD(room);
+}
+
+MOE__V(void, storen4)(float *p, moe__q v, size_t n) {
+  if (n >= 4) {
+    MOE__Q_STORE(p, v);
+    return;
+  }
+  if (n > 0) p[0] = MOE__Q_LANE(v, 0);
+  if (n > 1) p[1] = MOE__Q_LANE(v, 1);
+  if (n > 2) p[2] = MOE__Q_LANE(v, 2);
+}
+
+static MOE__F moe__v128_loadn(const float *p, size_t n) {
+  MOE__F v;
+  v.a = moe__v128_loadn4(p, n);
+  v.b = moe__v128_loadn4(p + 4, n > 4 ? n - 4 : 0);
+  v.c = moe__v128_loadn4(p + 8, n > 8 ? n - 8 : 0);
+  v.d = moe__v128_loadn4(p + 12, n > 12 ? n - 12 : 0);
+  return v;
+}
+
+static void moe__v128_storen(float *p, MOE__F v, size_t n) {
+  moe__v128_storen4(p, v.a, n);
+  moe__v128_storen4(p + 4, v.b, n > 4 ? n - 4 : 0);
+  moe__v128_storen4(p + 8, v.c, n > 8 ? n - 8 : 0);
+  moe__v128_storen4(p + 12, v.d, n > 12 ? n - 12 : 0);
+}
+
+MOE__V(MOE__F, set)(float a) {
+  moe__q v = MOE__Q(vdupq_n_f32, _mm_set1_ps, wasm_f32x4_splat)(a);
+  return moe__v128_four(v, v, v, v);
+}
+
+MOE__V(MOE__I, iset)(uint32_t u) {
+  moe__qi v = MOE__Q(vdupq_n_u32(u), _mm_set1_epi32((int)u), wasm_u32x4_splat(u));
+  return moe__v128_ifour(v, v, v, v);
+}
+MOE__V(MOE__F, add)(MOE__F x, MOE__F y) {
+  return MOE__FOUR2(MOE__Q(vaddq_f32, _mm_add_ps, wasm_f32x4_add));
+}
+MOE__V(MOE__F, sub)(MOE__F x, MOE__F y) {
+  return MOE__FOUR2(MOE__Q(vsubq_f32, _mm_sub_ps, wasm_f32x4_sub));
+}
+MOE__V(MOE__F, mul)(MOE__F x, MOE__F y) {
+  return MOE__FOUR2(MOE__Q(vmulq_f32, _mm_mul_ps, wasm_f32x4_mul));
+}
+MOE__V(MOE__F, div)(MOE__F x, MOE__F y) {
+  return MOE__FOUR2(MOE__Q(vdivq_f32, _mm_div_ps, wasm_f32x4_div));
+}
+MOE__V(MOE__F, sqrt)(MOE__F x) {
+  return MOE__FOUR1(MOE__Q(vsqrtq_f32, _mm_sqrt_ps, wasm_f32x4_sqrt));
+}
+MOE__V(MOE__I, iadd)(MOE__I x, MOE__I y) {
+  return MOE__IFOUR2(MOE__Q(vaddq_u32, _mm_add_epi32, wasm_i32x4_add));
+}
+MOE__V(MOE__I, isub)(MOE__I x, MOE__I y) {
+  return MOE__IFOUR2(MOE__Q(vsubq_u32, _mm_sub_epi32, wasm_i32x4_sub));
+}
+MOE__V(MOE__I, iand)(MOE__I x, MOE__I y) {
+  return MOE__IFOUR2(MOE__Q(vandq_u32, _mm_and_si128, wasm_v128_and));
+}
+MOE__V(MOE__I, ixor)(MOE__I x, MOE__I y) {
+  return MOE__IFOUR2(MOE__Q(veorq_u32, _mm_xor_si128, wasm_v128_xor));
+}
+MOE__V(MOE__I, imul)(MOE__I x, MOE__I y) { return MOE__IFOUR2(MOE__Q_IMUL); }
+MOE__V(MOE__I, ishl)(MOE__I x, int n) { return MOE__IFOURN(MOE__Q_SHL); }
+MOE__V(MOE__I, ishr)(MOE__I x, int n) { return MOE__IFOURN(MOE__Q_SHR); }
+MOE__V(MOE__I, isar)(MOE__I x, int n) { return MOE__IFOURN(MOE__Q_SAR); }
+MOE__V(MOE__F, max)(MOE__F x, MOE__F y) { return MOE__FOUR2(MOE__Q_MAX); }
+MOE__V(MOE__F, min)(MOE__F x, MOE__F y) { return MOE__FOUR2(MOE__Q_MIN); }
+MOE__V(MOE__M, lt)(MOE__F x, MOE__F y) { return MOE__IFOUR2(MOE__Q_LT); }
+MOE__V(MOE__M, ult)(MOE__I x, MOE__I y) { return MOE__IFOUR2(MOE__Q_ULT); }
+MOE__V(MOE__I, bits)(MOE__F x) { return MOE__IFOUR1(MOE__Q_BITS); }
+MOE__V(MOE__F, floats)(MOE__I x) { return MOE__FOUR1(MOE__Q_FLOATS); }
+MOE__V(MOE__F, cvt)(MOE__I x) { return MOE__FOUR1(MOE__Q_CVT); }
+MOE__V(MOE__F, sel)(MOE__M m, MOE__F x, MOE__F y) {
+  return moe__v128_four(MOE__Q_SEL(m.a, x.a, y.a), MOE__Q_SEL(m.b, x.b, y.b),
+                        MOE__Q_SEL(m.c, x.c, y.c), MOE__Q_SEL(m.d, x.d, y.d));
+}
+
+#ifdef MOE__Q_FMA
+MOE__V(MOE__F, fma)(MOE__F x, MOE__F y, MOE__F z) {
+  return moe__v128_four(MOE__Q_FMA(x.a, y.a, z.a), MOE__Q_FMA(x.b, y.b, z.b),
+                        MOE__Q_FMA(x.c, y.c, z.c), MOE__Q_FMA(x.d, y.d, z.d));
+}
+MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) {
+  return moe__v128_four(MOE__Q_FNMA(x.a, y.a, z.a), MOE__Q_FNMA(x.b, y.b, z.b),
+                        MOE__Q_FNMA(x.c, y.c, z.c), MOE__Q_FNMA(x.d, y.d, z.d));
+}
+#else
+#define MOE__Q_ISET MOE__Q(, _mm_set1_epi32, wasm_i32x4_splat)
+#define MOE__Q_ADD MOE__Q(, _mm_add_epi32, wasm_i32x4_add)
+#define MOE__Q_EQ MOE__Q(, _mm_cmpeq_epi32, wasm_i32x4_eq)
+#define MOE__Q_GT MOE__Q(, _mm_cmpgt_epi32, wasm_i32x4_gt)
+#define MOE__Q_AND MOE__Q(, _mm_and_si128, wasm_v128_and)
+#define MOE__Q_OR MOE__Q(, _mm_or_si128, wasm_v128_or)
+/* x y + z by sums in double, as in moe__fmaf. *doubt gathers moe__fma_doubt of all lanes: the low
+   words of sums, and twice the high ones less 1, for which zeros are the largest. */
+MOE__V(moe__qd, sum2)(moe__q x, moe__q y, moe__q z) {
+  return MOE__Q(, _mm_add_pd, wasm_f64x2_add)(
+      MOE__Q(, _mm_mul_pd, wasm_f64x2_mul)(MOE__Q_WIDE(x), MOE__Q_WIDE(y)), MOE__Q_WIDE(z));
+}
+MOE__V(moe__q, fma4)(moe__q x, moe__q y, moe__q z, moe__qi *doubt) {
+  moe__qd low = moe__v128_sum2(x, y, z);
+  moe__qd high = moe__v128_sum2(MOE__Q_HIGH(x), MOE__Q_HIGH(y), MOE__Q_HIGH(z));
+  moe__qi u = MOE__Q_WORDS(low, high, 0), v = MOE__Q_WORDS(low, high, 1);
+  u = MOE__Q_EQ(MOE__Q_AND(u, MOE__Q_ISET(0x1fffffff)), MOE__Q_ISET(0x10000000));
+  v = MOE__Q_ADD(MOE__Q_ADD(v, v), MOE__Q_ISET(0x7fffffff));
+  v = MOE__Q_GT(MOE__Q_ISET(0x70200000 - 0x7fffffff - 2), v);
+  *doubt = MOE__Q_OR(*doubt, MOE__Q_OR(u, v));
+  return MOE__Q_NARROW(low, high);
+}
+/* of copies, so that the operands themselves stay in registers */
+MOE__NOINLINE static void moe__v128_fma_slow(float *r, MOE__F x, MOE__F y, MOE__F z) {
+  float a[16], b[16], c[16];
+  int i;
+  moe__v128_store(a, x);
+  moe__v128_store(b, y);
+  moe__v128_store(c, z);
+  for (i = 0; i < 16; ++i) r[i] = moe__fmaf(a[i], b[i], c[i]);
+}
+MOE__V(MOE__F, fma)(MOE__F x, MOE__F y, MOE__F z) {
+  moe__qi doubt = MOE__Q_ISET(0);
+  MOE__F r;
+  r.a = moe__v128_fma4(x.a, y.a, z.a, &doubt);
+  r.b = moe__v128_fma4(x.b, y.b, z.b, &doubt);
+  r.c = moe__v128_fma4(x.c, y.c, z.c, &doubt);
+  r.d = moe__v128_fma4(x.d, y.d, z.d, &doubt);
+  if (MOE__Q_ANY(doubt)) {
+    float out[16];
+    moe__v128_fma_slow(out, x, y, z);
+    r = moe__v128_load(out);
+  }
+  return r;
+}
+MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) {
+  return moe__v128_fma(moe__v128_floats(moe__v128_ixor(moe__v128_bits(x), moe__v128_iset(0x80000000u))), y, z);
+}
+#endif
+
+MOE__V(MOE__I, iiota)(uint32_t u) {
+  static const uint32_t first[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return moe__v128_iadd(moe__v128_iset(u), moe__v128_iload(first));
+}
+
+#define MOE__Q_SUM(x, y) MOE__Q(vaddq_f32, _mm_add_ps, wasm_f32x4_add)(x, y)
+MOE__V(float, sum)(MOE__F v) {
+  moe__q q = MOE__Q_SUM(MOE__Q_SUM(v.a, v.c), MOE__Q_SUM(v.b, v.d));
+  return (MOE__Q_LANE(q, 0) + MOE__Q_LANE(q, 2)) + (MOE__Q_LANE(q, 1) + MOE__Q_LANE(q, 3));
+}
+
+MOE__V(float, max16)(MOE__F v) {
+  moe__q ac = MOE__Q_MAX(v.a, v.c), bd = MOE__Q_MAX(v.b, v.d), q = MOE__Q_MAX(ac, bd);
+  return moe__maxf(moe__maxf(MOE__Q_LANE(q, 0), MOE__Q_LANE(q, 2)),
+                   moe__maxf(MOE__Q_LANE(q, 1), MOE__Q_LANE(q, 3)));
+}
+
+/* in two factors, as in moe__expf */
+MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
+  MOE__I one = moe__v128_iset(0x3f800000u);
+  MOE__I k = moe__v128_isub(moe__v128_bits(magic), moe__v128_iset(MOE__ROUND_BITS));
+  MOE__I half = moe__v128_isar(k, 1);
+  MOE__I rest = moe__v128_isub(k, half);
+  p = moe__v128_mul(p, moe__v128_floats(moe__v128_iadd(moe__v128_ishl(half, 23), one)));
+  return moe__v128_mul(p, moe__v128_floats(moe__v128_iadd(moe__v128_ishl(rest, 23), one)));
+}
+#undef MOE__FOUR1
+#undef MOE__FOUR2
+#undef MOE__IFOUR1
+#undef MOE__IFOUR2
+#undef MOE__IFOURN
+#undef MOE__V
+#undef MOE__F
+#undef MOE__I
+#undef MOE__M
+#endif
+
 /* ---- vectors of 16 floats: AVX-512, AVX2 ---- >>simd_x86 */
 
 #ifdef MOE__X86
@@ -3493,203 +3851,20 @@ MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
 #undef MOE__I
 #undef MOE__M
 
-#define MOE__V_STAMP(body) body(moe__avx2, MOE__T_AVX2) body(moe__avx512, MOE__T_AVX512)
+#endif
+
+#if defined(MOE__X86)
+#define MOE__V_STAMP(body)                                                                         \
+  body(moe__v128, MOE__T_V128) body(moe__avx2, MOE__T_AVX2) body(moe__avx512, MOE__T_AVX512)
 #define MOE__V_PICK(isa, table)                                                                    \
   ((isa) == MOE_ISA_AVX512 ? &moe__avx512_##table                                                  \
    : (isa) == MOE_ISA_AVX2 ? &moe__avx2_##table                                                    \
+   : (isa) == MOE_ISA_V128 ? &moe__v128_##table                                                    \
                            : &moe__scalar_##table)
-#elif defined(MOE__NEON)
-
-/* ---- vectors of 16 floats: NEON ---- >>simd_neon */
-
-#define MOE__T_NEON
-
-/* four registers */
-typedef struct moe__neon_f {
-  float32x4_t a, b, c, d;
-} moe__neon_f;
-typedef struct moe__neon_i {
-  uint32x4_t a, b, c, d;
-} moe__neon_i;
-typedef moe__neon_i moe__neon_m;
-#define MOE__V(ret, name) MOE__INLINE ret moe__neon_##name
-#define MOE__F moe__neon_f
-#define MOE__I moe__neon_i
-#define MOE__M moe__neon_m
-
-MOE__V(MOE__F, four)(float32x4_t a, float32x4_t b, float32x4_t c, float32x4_t d) {
-  MOE__F v;
-  v.a = a;
-  v.b = b;
-  v.c = c;
-  v.d = d;
-  return v;
-}
-
-MOE__V(MOE__I, ifour)(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d) {
-  MOE__I v;
-  v.a = a;
-  v.b = b;
-  v.c = c;
-  v.d = d;
-  return v;
-}
-#define MOE__FOUR1(op) moe__neon_four(op(x.a), op(x.b), op(x.c), op(x.d))
-#define MOE__FOUR2(op) moe__neon_four(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
-#define MOE__FOUR3(op)                                                                             \
-  moe__neon_four(op(z.a, x.a, y.a), op(z.b, x.b, y.b), op(z.c, x.c, y.c), op(z.d, x.d, y.d))
-#define MOE__IFOUR1(op) moe__neon_ifour(op(x.a), op(x.b), op(x.c), op(x.d))
-#define MOE__IFOUR2(op) moe__neon_ifour(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
-
-/* NEON has no masked loads and stores, so a quarter that is not full goes lane by lane. loadn and
-   storen are long and come last in a row, so they are not forced inline as the others are. */
-MOE__V(float32x4_t, loadn4)(const float *p, size_t n) {
-  float32x4_t v = vdupq_n_f32(0.0f);
-  if (n >= 4) return vld1q_f32(p);
-  if (n > 0) v = vld1q_lane_f32(p, v, 0);
-  if (n > 1) v = vld1q_lane_f32(p + 1, v, 1);
-  if (n > 2) v = vld1q_lane_f32(p + 2, v, 2);
-  return v;
-}
-
-MOE__V(void, storen4)(float *p, float32x4_t v, size_t n) {
-  if (n >= 4) {
-    vst1q_f32(p, v);
-    return;
-  }
-  if (n > 0) vst1q_lane_f32(p, v, 0);
-  if (n > 1) vst1q_lane_f32(p + 1, v, 1);
-  if (n > 2) vst1q_lane_f32(p + 2, v, 2);
-}
-
-static MOE__F moe__neon_loadn(const float *p, size_t n) {
-  MOE__F v;
-  v.a = moe__neon_loadn4(p, n);
-  v.b = moe__neon_loadn4(p + 4, n > 4 ? n - 4 : 0);
-  v.c = moe__neon_loadn4(p + 8, n > 8 ? n - 8 : 0);
-  v.d = moe__neon_loadn4(p + 12, n > 12 ? n - 12 : 0);
-  return v;
-}
-
-static void moe__neon_storen(float *p, MOE__F v, size_t n) {
-  moe__neon_storen4(p, v.a, n);
-  moe__neon_storen4(p + 4, v.b, n > 4 ? n - 4 : 0);
-  moe__neon_storen4(p + 8, v.c, n > 8 ? n - 8 : 0);
-  moe__neon_storen4(p + 12, v.d, n > 12 ? n - 12 : 0);
-}
-
-MOE__V(void, store)(float *p, MOE__F v) {
-  vst1q_f32(p, v.a);
-  vst1q_f32(p + 4, v.b);
-  vst1q_f32(p + 8, v.c);
-  vst1q_f32(p + 12, v.d);
-}
-
-MOE__V(MOE__I, iload)(const void *p) {
-  const uint32_t *u = (const uint32_t *)p;
-  return moe__neon_ifour(vld1q_u32(u), vld1q_u32(u + 4), vld1q_u32(u + 8), vld1q_u32(u + 12));
-}
-
-MOE__V(MOE__F, set)(float a) {
-  float32x4_t v = vdupq_n_f32(a);
-  return moe__neon_four(v, v, v, v);
-}
-
-MOE__V(MOE__I, iset)(uint32_t u) {
-  uint32x4_t v = vdupq_n_u32(u);
-  return moe__neon_ifour(v, v, v, v);
-}
-
-/* Shifts by a vector of counts, which go right where they are negative. */
-#define MOE__SHIFT(op) moe__neon_ifour(op(x.a, by), op(x.b, by), op(x.c, by), op(x.d, by))
-#define MOE__SHIFT_SIGNED(v, by) vreinterpretq_u32_s32(vshlq_s32(vreinterpretq_s32_u32(v), by))
-MOE__V(MOE__I, ishl)(MOE__I x, int n) {
-  int32x4_t by = vdupq_n_s32(n);
-  return MOE__SHIFT(vshlq_u32);
-}
-
-MOE__V(MOE__I, ishr)(MOE__I x, int n) {
-  int32x4_t by = vdupq_n_s32(-n);
-  return MOE__SHIFT(vshlq_u32);
-}
-
-MOE__V(MOE__I, isar)(MOE__I x, int n) {
-  int32x4_t by = vdupq_n_s32(-n);
-  return MOE__SHIFT(MOE__SHIFT_SIGNED);
-}
-
-MOE__V(MOE__F, load)(const float *p) {
-  return moe__neon_four(vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12));
-}
-MOE__V(MOE__F, add)(MOE__F x, MOE__F y) { return MOE__FOUR2(vaddq_f32); }
-MOE__V(MOE__F, sub)(MOE__F x, MOE__F y) { return MOE__FOUR2(vsubq_f32); }
-MOE__V(MOE__F, mul)(MOE__F x, MOE__F y) { return MOE__FOUR2(vmulq_f32); }
-MOE__V(MOE__F, div)(MOE__F x, MOE__F y) { return MOE__FOUR2(vdivq_f32); }
-MOE__V(MOE__F, sqrt)(MOE__F x) { return MOE__FOUR1(vsqrtq_f32); }
-MOE__V(MOE__F, fma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__FOUR3(vfmaq_f32); }
-MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__FOUR3(vfmsq_f32); }
-/* by comparison, since NEON's own maximum and minimum propagate NaN */
-#define MOE__GREATER(x, y) vbslq_f32(vcgtq_f32(x, y), x, y)
-#define MOE__LESS(x, y) vbslq_f32(vcltq_f32(x, y), x, y)
-MOE__V(MOE__F, max)(MOE__F x, MOE__F y) { return MOE__FOUR2(MOE__GREATER); }
-MOE__V(MOE__F, min)(MOE__F x, MOE__F y) { return MOE__FOUR2(MOE__LESS); }
-MOE__V(MOE__M, lt)(MOE__F x, MOE__F y) { return MOE__IFOUR2(vcltq_f32); }
-MOE__V(MOE__F, sel)(MOE__M z, MOE__F x, MOE__F y) { return MOE__FOUR3(vbslq_f32); }
-MOE__V(MOE__I, iadd)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vaddq_u32); }
-MOE__V(MOE__I, isub)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vsubq_u32); }
-MOE__V(MOE__I, imul)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vmulq_u32); }
-MOE__V(MOE__I, iand)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vandq_u32); }
-MOE__V(MOE__I, ixor)(MOE__I x, MOE__I y) { return MOE__IFOUR2(veorq_u32); }
-MOE__V(MOE__M, ult)(MOE__I x, MOE__I y) { return MOE__IFOUR2(vcltq_u32); }
-MOE__V(MOE__I, bits)(MOE__F x) { return MOE__IFOUR1(vreinterpretq_u32_f32); }
-MOE__V(MOE__F, floats)(MOE__I x) { return MOE__FOUR1(vreinterpretq_f32_u32); }
-#define MOE__SIGNED_TO_FLOAT(x) vcvtq_f32_s32(vreinterpretq_s32_u32(x))
-MOE__V(MOE__F, cvt)(MOE__I x) { return MOE__FOUR1(MOE__SIGNED_TO_FLOAT); }
-
-MOE__V(MOE__I, iiota)(uint32_t u) {
-  static const uint32_t first[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return moe__neon_iadd(moe__neon_iset(u), moe__neon_iload(first));
-}
-
-MOE__V(float, sum)(MOE__F v) {
-  float32x4_t q = vaddq_f32(vaddq_f32(v.a, v.c), vaddq_f32(v.b, v.d));
-  float32x2_t h = vadd_f32(vget_low_f32(q), vget_high_f32(q));
-  return vget_lane_f32(h, 0) + vget_lane_f32(h, 1);
-}
-
-MOE__V(float, max16)(MOE__F v) {
-  float32x4_t ac = MOE__GREATER(v.a, v.c), bd = MOE__GREATER(v.b, v.d), q = MOE__GREATER(ac, bd);
-  float m0 = moe__maxf(vgetq_lane_f32(q, 0), vgetq_lane_f32(q, 2)),
-        m1 = moe__maxf(vgetq_lane_f32(q, 1), vgetq_lane_f32(q, 3));
-  return moe__maxf(m0, m1);
-}
-
-/* in two factors, as in moe__expf */
-MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
-  MOE__I one = moe__neon_iset(0x3f800000u);
-  MOE__I k = moe__neon_isub(moe__neon_bits(magic), moe__neon_iset(MOE__ROUND_BITS));
-  MOE__I half = moe__neon_isar(k, 1);
-  MOE__I rest = moe__neon_isub(k, half);
-  p = moe__neon_mul(p, moe__neon_floats(moe__neon_iadd(moe__neon_ishl(half, 23), one)));
-  return moe__neon_mul(p, moe__neon_floats(moe__neon_iadd(moe__neon_ishl(rest, 23), one)));
-}
-#undef MOE__FOUR1
-#undef MOE__FOUR2
-#undef MOE__FOUR3
-#undef MOE__IFOUR1
-#undef MOE__IFOUR2
-#undef MOE__SHIFT
-#undef MOE__SHIFT_SIGNED
-#undef MOE__SIGNED_TO_FLOAT
-#undef MOE__GREATER
-#undef MOE__LESS
-#undef MOE__V
-#undef MOE__F
-#undef MOE__I
-#undef MOE__M
-
-#define MOE__V_STAMP(body) body(moe__neon, MOE__T_NEON)
-#define MOE__V_PICK(isa, table) ((isa) == MOE_ISA_NEON ? &moe__neon_##table : &moe__scalar_##table)
+#elif defined(MOE__SIMD)
+#define MOE__V_STAMP(body) body(moe__v128, MOE__T_V128)
+#define MOE__V_PICK(isa, table)                                                                    \
+  ((isa) == MOE_ISA_SCALAR ? &moe__scalar_##table : &moe__v128_##table)
 #else
 #define MOE__V_STAMP(body)
 #define MOE__V_PICK(isa, table) ((void)(isa), &moe__scalar_##table)
@@ -4077,7 +4252,7 @@ static const moe__gemm_kernels moe__scalar_gemms = {{{NULL}, {NULL, moe__scalar_
 
 /* ---- kernels of products for each instruction set ---- >>gemm_simd */
 
-#if defined(MOE__X86) || defined(MOE__NEON)
+#ifdef MOE__SIMD
 /* A kernel of R rows and P panels holds R P vectors of C in registers, as moe__plain_chains holds
    16 sums; each step of k loads P vectors of B and broadcasts R elements of A. Two pointers each
    reach all rows and panels, which suits the addressing modes: row 4 is a4[0]. */
@@ -4232,32 +4407,36 @@ MOE__T_AVX2 static void moe__avx2_pack_cols(float *panel, const float *src, size
 }
 #endif
 
-#ifdef MOE__NEON
 /* 4 rows of 4 floats to 4 columns, for pack_cols; rows from `width` on count as zeros. */
-#define MOE__LOAD_ROW(j)                                                                           \
-  (first + j < width ? vld1q_f32(src + (first + j) * ld + p) : vdupq_n_f32(0.0f))
-static void moe__neon_transpose4(float *panel, const float *src, size_t ld, size_t first,
+#if defined(MOE__WASM)
+#define MOE__Q_ZIP1(x, y) wasm_i32x4_shuffle(x, y, 0, 4, 1, 5)
+#define MOE__Q_ZIP2(x, y) wasm_i32x4_shuffle(x, y, 2, 6, 3, 7)
+#else
+#define MOE__Q_ZIP1 MOE__Q(vzip1q_f32, _mm_unpacklo_ps, )
+#define MOE__Q_ZIP2 MOE__Q(vzip2q_f32, _mm_unpackhi_ps, )
+#endif
+#define MOE__LOAD_ROW(j) MOE__Q_LOAD(first + j < width ? src + (first + j) * ld + p : zeros)
+static void moe__v128_transpose4(float *panel, const float *src, size_t ld, size_t first,
                                  size_t width, size_t p) {
-  float32x4_t r0 = MOE__LOAD_ROW(0), r1 = MOE__LOAD_ROW(1), r2 = MOE__LOAD_ROW(2),
-              r3 = MOE__LOAD_ROW(3);
-  float32x4_t even02 = vzip1q_f32(r0, r2),
-              odd02 = vzip2q_f32(r0, r2); /* 00 20 01 21, 02 22 03 23 */
-  float32x4_t even13 = vzip1q_f32(r1, r3), odd13 = vzip2q_f32(r1, r3);
+  static const float zeros[4] = {0};
+  moe__q r0 = MOE__LOAD_ROW(0), r1 = MOE__LOAD_ROW(1), r2 = MOE__LOAD_ROW(2),
+         r3 = MOE__LOAD_ROW(3);
+  moe__q even02 = MOE__Q_ZIP1(r0, r2), odd02 = MOE__Q_ZIP2(r0, r2); /* 00 20 01 21, 02 22 03 23 */
+  moe__q even13 = MOE__Q_ZIP1(r1, r3), odd13 = MOE__Q_ZIP2(r1, r3);
   float *d = panel + p * 16 + first;
-  vst1q_f32(d, vzip1q_f32(even02, even13));
-  vst1q_f32(d + 16, vzip2q_f32(even02, even13));
-  vst1q_f32(d + 32, vzip1q_f32(odd02, odd13));
-  vst1q_f32(d + 48, vzip2q_f32(odd02, odd13));
+  MOE__Q_STORE(d, MOE__Q_ZIP1(even02, even13));
+  MOE__Q_STORE(d + 16, MOE__Q_ZIP2(even02, even13));
+  MOE__Q_STORE(d + 32, MOE__Q_ZIP1(odd02, odd13));
+  MOE__Q_STORE(d + 48, MOE__Q_ZIP2(odd02, odd13));
 }
 #undef MOE__LOAD_ROW
 
-static void moe__neon_pack_cols(float *panel, const float *src, size_t ld, size_t width, size_t k) {
+static void moe__v128_pack_cols(float *panel, const float *src, size_t ld, size_t width, size_t k) {
   size_t p, first;
   for (p = 0; p + 4 <= k; p += 4)
-    for (first = 0; first < 16; first += 4) moe__neon_transpose4(panel, src, ld, first, width, p);
+    for (first = 0; first < 16; first += 4) moe__v128_transpose4(panel, src, ld, first, width, p);
   moe__scalar_pack_cols(panel + p * 16, src + p, ld, width, k - p);
 }
-#endif
 
 #define MOE__GEMM_HELPERS(S, T)                                                                    \
   T static void S##_pack_rows(float *panel, const float *src, size_t ld, size_t width, size_t k) { \
@@ -4453,29 +4632,32 @@ static const moe__gemm_kernels moe__avx2_gemms = {
     moe__avx2_add_rows};
 #endif
 
-#ifdef MOE__NEON
+#ifdef MOE__Q_FMA
 /* 32 registers, four a panel: 6 x 16, and for 1 or 2 rows 1 x 48 and 2 x 32 */
-MOE__KERNELS6(MOE__GEMM_KERNEL, moe__neon, MOE__T_NEON, 1)
-MOE__KERNELS2(MOE__GEMM_KERNEL, moe__neon, MOE__T_NEON, 2)
-MOE__GEMM_KERNEL(moe__neon, MOE__T_NEON, 1, 3)
-static const moe__gemm_kernels moe__neon_gemms = {{{NULL},
-                                                   {NULL, MOE__NAMES6(moe__neon_gemm, 1)},
-                                                   {NULL, MOE__NAMES2(moe__neon_gemm, 2)},
-                                                   {NULL, moe__neon_gemm_1x3},
-                                                   {NULL},
-                                                   {NULL},
-                                                   {NULL}},
-                                                  {0, 6, 2, 1, 0, 0, 0},
-                                                  1,
-                                                  moe__neon_pack_cols,
-                                                  moe__neon_pack_rows,
-                                                  moe__neon_copy_rows,
-                                                  moe__neon_narrow,
-                                                  moe__neon_narrow_panel,
-                                                  moe__neon_gelu,
-                                                  moe__neon_gelu_backward,
-                                                  moe__neon_add_rows};
+MOE__KERNELS6(MOE__GEMM_KERNEL, moe__v128, MOE__T_V128, 1)
+MOE__KERNELS2(MOE__GEMM_KERNEL, moe__v128, MOE__T_V128, 2)
+MOE__GEMM_KERNEL(moe__v128, MOE__T_V128, 1, 3)
+#define MOE__V128_GEMMS                                                                            \
+  {{NULL},                                                                                         \
+   {NULL, MOE__NAMES6(moe__v128_gemm, 1)},                                                         \
+   {NULL, MOE__NAMES2(moe__v128_gemm, 2)},                                                         \
+   {NULL, moe__v128_gemm_1x3}},                                                                    \
+      {0, 6, 2, 1}
+#else
+/* a sum takes all registers: few rows, which share the widened B */
+MOE__KERNELS2(MOE__GEMM_KERNEL, moe__v128, MOE__T_V128, 1)
+#define MOE__V128_GEMMS {{NULL}, {NULL, MOE__NAMES2(moe__v128_gemm, 1)}}, {0, 2}
 #endif
+static const moe__gemm_kernels moe__v128_gemms = {MOE__V128_GEMMS,
+    1,
+    moe__v128_pack_cols,
+    moe__v128_pack_rows,
+    moe__v128_copy_rows,
+    moe__v128_narrow,
+    moe__v128_narrow_panel,
+    moe__v128_gelu,
+    moe__v128_gelu_backward,
+    moe__v128_add_rows};
 #undef MOE__GEMM_KERNEL
 #undef MOE__PREFETCH_BURST
 #endif
@@ -5938,25 +6120,25 @@ static void moe__neon_int8_dot4(int32_t sum[4], const unsigned char *x, const si
   }
 #define MOE__INT8_FOUR(i, v) vreinterpretq_u32_s32(vpaddq_s32(c##i##v, c##i##v##h))
 #define MOE__INT8_STORE(S, P, i)                                                                   \
-  MOE__INT8_END(moe__neon, i, 0,                                                                   \
-                moe__neon_ifour(MOE__INT8_FOUR(i, 0), MOE__INT8_FOUR(i, 1), MOE__INT8_FOUR(i, 2),  \
+  MOE__INT8_END(moe__v128, i, 0,                                                                   \
+                moe__v128_ifour(MOE__INT8_FOUR(i, 0), MOE__INT8_FOUR(i, 1), MOE__INT8_FOUR(i, 2),  \
                                 MOE__INT8_FOUR(i, 3)))
 #define MOE__INT8_NEON(R)                                                                          \
   static void moe__neon_int8_##R##x1(const moe__int8_block *b) {                                   \
     const signed char *w = b->panels;                                                              \
     const unsigned char *x = b->x;                                                                 \
     size_t step;                                                                                   \
-    MOE__EACH_ROW##R(MOE__INT8_START, moe__neon, 1) for (step = 0; step < b->steps;                \
+    MOE__EACH_ROW##R(MOE__INT8_START, moe__v128, 1) for (step = 0; step < b->steps;                \
                                                          ++step, w += 64, x += 4) {                \
       int8x16_t w0 = vld1q_s8(w), w1 = vld1q_s8(w + 16), w2 = vld1q_s8(w + 32),                    \
                 w3 = vld1q_s8(w + 48);                                                             \
-      MOE__EACH_ROW##R(MOE__INT8_STEP, moe__neon, 1)                                               \
+      MOE__EACH_ROW##R(MOE__INT8_STEP, moe__v128, 1)                                               \
     }                                                                                              \
-    MOE__EACH_ROW##R(MOE__INT8_STORE, moe__neon, 1)                                                \
+    MOE__EACH_ROW##R(MOE__INT8_STORE, moe__v128, 1)                                                \
   }
 MOE__INT8_NEON(1)
 MOE__INT8_NEON(2)
-static const moe__int8_kernels moe__neon_int8 = {
+static const moe__int8_kernels moe__v128_int8 = {
     {{NULL}, {NULL, MOE__NAMES2(moe__neon_int8, 1)}, {NULL}, {NULL}},
     {0, 2, 0, 0},
     0,
@@ -6013,8 +6195,8 @@ MOE__T_NEON_DOT static void moe__neon_dot_int8_dot4(int32_t sum[4], const unsign
   }
 #define MOE__INT8_OUT(S, i, v)                                                                     \
   MOE__INT8_END(                                                                                   \
-      moe__neon, i, v,                                                                             \
-      moe__neon_ifour(vreinterpretq_u32_s32(c##i##v##0), vreinterpretq_u32_s32(c##i##v##1),        \
+      moe__v128, i, v,                                                                             \
+      moe__v128_ifour(vreinterpretq_u32_s32(c##i##v##0), vreinterpretq_u32_s32(c##i##v##1),        \
                       vreinterpretq_u32_s32(c##i##v##2), vreinterpretq_u32_s32(c##i##v##3)))
 MOE__INT8_SMALL(moe__neon_dot, MOE__T_NEON_DOT)
 static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_TABLE(moe__neon_dot), 0,
@@ -6037,6 +6219,10 @@ static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_TABLE(moe__
 #undef MOE__INT8_KERNEL_START
 #undef MOE__INT8_KERNEL_STORE
 #undef MOE__INT8_END
+#endif
+
+#if defined(MOE__SIMD) && !defined(MOE__NEON)
+#define moe__v128_int8 moe__scalar_int8 /* integers need no fused multiply-add */
 #endif
 
 /* ---- products with int8 weights over threads; packing, quantising ---- >>int8_run */

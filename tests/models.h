@@ -20,7 +20,7 @@ TEST_UNUSED static void count_sentence(void *user, moe_status status, const char
 }
 
 /* Every instruction set that a kernel exists for. */
-TEST_UNUSED static const moe_isa isas[] = {MOE_ISA_SCALAR, MOE_ISA_NEON, MOE_ISA_AVX2,
+TEST_UNUSED static const moe_isa isas[] = {MOE_ISA_SCALAR, MOE_ISA_V128, MOE_ISA_NEON, MOE_ISA_AVX2,
                                            MOE_ISA_AVX512};
 enum { ISAS = sizeof isas / sizeof isas[0] };
 
