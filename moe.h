@@ -3354,8 +3354,7 @@ typedef v128_t moe__q, moe__qi, moe__qd;
 #define MOE__Q_NARROW(low, high)                                                                   \
   wasm_i32x4_shuffle(wasm_f32x4_demote_f64x2_zero(low), wasm_f32x4_demote_f64x2_zero(high), 0, 1,  \
                      4, 5)
-#define MOE__Q_WORDS(low, high, odd)                                                               \
-  wasm_i32x4_shuffle(low, high, odd, 2 + odd, 4 + odd, 6 + odd)
+#define MOE__Q_INTS(x) (x)
 #define MOE__Q_ANY(x) wasm_v128_any_true(x)
 #else
 #define MOE__Q(neon, sse2, wasm) sse2
@@ -3385,9 +3384,7 @@ typedef __m128d moe__qd;
 #define MOE__Q_WIDE(x) _mm_cvtps_pd(x)
 #define MOE__Q_HIGH(x) _mm_movehl_ps(x, x)
 #define MOE__Q_NARROW(low, high) _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high))
-#define MOE__Q_WORDS(low, high, odd)                                                               \
-  _mm_castps_si128(                                                                                \
-      _mm_shuffle_ps(_mm_castpd_ps(low), _mm_castpd_ps(high), odd ? 0xdd : 0x88))
+#define MOE__Q_INTS(x) _mm_castpd_si128(x)
 #define MOE__Q_ANY(x) _mm_movemask_epi8(x)
 #endif
 typedef struct moe__v128_f {
@@ -3543,26 +3540,31 @@ MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) {
                         MOE__Q_FNMA(x.c, y.c, z.c), MOE__Q_FNMA(x.d, y.d, z.d));
 }
 #else
-#define MOE__Q_ISET MOE__Q(, _mm_set1_epi32, wasm_i32x4_splat)
-#define MOE__Q_ADD MOE__Q(, _mm_add_epi32, wasm_i32x4_add)
-#define MOE__Q_EQ MOE__Q(, _mm_cmpeq_epi32, wasm_i32x4_eq)
-#define MOE__Q_GT MOE__Q(, _mm_cmpgt_epi32, wasm_i32x4_gt)
-#define MOE__Q_AND MOE__Q(, _mm_and_si128, wasm_v128_and)
-#define MOE__Q_OR MOE__Q(, _mm_or_si128, wasm_v128_or)
-/* x y + z by sums in double, as in moe__fmaf. *doubt gathers moe__fma_doubt of all lanes: the low
-   words of sums, and twice the high ones less 1, for which zeros are the largest. */
-MOE__V(moe__qd, sum2)(moe__q x, moe__q y, moe__q z) {
-  return MOE__Q(, _mm_add_pd, wasm_f64x2_add)(
-      MOE__Q(, _mm_mul_pd, wasm_f64x2_mul)(MOE__Q_WIDE(x), MOE__Q_WIDE(y)), MOE__Q_WIDE(z));
+/* x y + z in double, as in moe__fmaf. *doubt is below MOE__Q_SURE in a lane of 16 bits where
+   moe__fma_doubt may hold: it keeps the smallest of bits 16 to 28 of sums, which are 1000... there
+   (a false alarm in 8192 is cheaper than looking at all of them), and of twice the highest 15 less
+   1, for which 0 is the largest. */
+#define MOE__Q_SHORTS(a, b, c, d)                                                                  \
+  MOE__Q(, _mm_setr_epi16, wasm_i16x8_make)(a, b, c, d, a, b, c, d)
+#define MOE__Q_SCALES MOE__Q_SHORTS(0, 8, 0, 2)
+#define MOE__Q_OFFSETS MOE__Q_SHORTS(0x7fff, 0, 0x7fff, 0x7fff)
+#define MOE__Q_SURE MOE__Q_SHORTS(-0x8000, -0x7fff, -0x8000, -0x0fe1)
+#define MOE__Q_DOUBT(sum, doubt)                                                                   \
+  MOE__Q(, _mm_min_epi16, wasm_i16x8_min)(                                                         \
+      doubt, MOE__Q(, _mm_add_epi16, wasm_i16x8_add)(                                              \
+                 MOE__Q(, _mm_mullo_epi16, wasm_i16x8_mul)(MOE__Q_INTS(sum), MOE__Q_SCALES),       \
+                 MOE__Q_OFFSETS))
+#define MOE__Q_DOUBTED(doubt)                                                                      \
+  MOE__Q_ANY(MOE__Q(, _mm_cmplt_epi16, wasm_i16x8_lt)(doubt, MOE__Q_SURE))
+MOE__V(moe__qd, sum2)(moe__qd x, moe__qd y, moe__qd z) {
+  return MOE__Q(, _mm_add_pd, wasm_f64x2_add)(MOE__Q(, _mm_mul_pd, wasm_f64x2_mul)(x, y), z);
 }
 MOE__V(moe__q, fma4)(moe__q x, moe__q y, moe__q z, moe__qi *doubt) {
-  moe__qd low = moe__v128_sum2(x, y, z);
-  moe__qd high = moe__v128_sum2(MOE__Q_HIGH(x), MOE__Q_HIGH(y), MOE__Q_HIGH(z));
-  moe__qi u = MOE__Q_WORDS(low, high, 0), v = MOE__Q_WORDS(low, high, 1);
-  u = MOE__Q_EQ(MOE__Q_AND(u, MOE__Q_ISET(0x1fffffff)), MOE__Q_ISET(0x10000000));
-  v = MOE__Q_ADD(MOE__Q_ADD(v, v), MOE__Q_ISET(0x7fffffff));
-  v = MOE__Q_GT(MOE__Q_ISET(0x70200000 - 0x7fffffff - 2), v);
-  *doubt = MOE__Q_OR(*doubt, MOE__Q_OR(u, v));
+  moe__qd low = moe__v128_sum2(MOE__Q_WIDE(x), MOE__Q_WIDE(y), MOE__Q_WIDE(z));
+  moe__qd high = moe__v128_sum2(MOE__Q_WIDE(MOE__Q_HIGH(x)), MOE__Q_WIDE(MOE__Q_HIGH(y)),
+                                MOE__Q_WIDE(MOE__Q_HIGH(z)));
+  *doubt = MOE__Q_DOUBT(low, *doubt);
+  *doubt = MOE__Q_DOUBT(high, *doubt);
   return MOE__Q_NARROW(low, high);
 }
 /* of copies, so that the operands themselves stay in registers */
@@ -3574,22 +3576,31 @@ MOE__NOINLINE static void moe__v128_fma_slow(float *r, MOE__F x, MOE__F y, MOE__
   moe__v128_store(c, z);
   for (i = 0; i < 16; ++i) r[i] = moe__fmaf(a[i], b[i], c[i]);
 }
-MOE__V(MOE__F, fma)(MOE__F x, MOE__F y, MOE__F z) {
-  moe__qi doubt = MOE__Q_ISET(0);
+MOE__V(MOE__F, chain)(MOE__F x, MOE__F y, MOE__F z) {
+  moe__qi doubt = MOE__Q_OFFSETS;
   MOE__F r;
   r.a = moe__v128_fma4(x.a, y.a, z.a, &doubt);
   r.b = moe__v128_fma4(x.b, y.b, z.b, &doubt);
   r.c = moe__v128_fma4(x.c, y.c, z.c, &doubt);
   r.d = moe__v128_fma4(x.d, y.d, z.d, &doubt);
-  if (MOE__Q_ANY(doubt)) {
+  if (MOE__Q_DOUBTED(doubt)) {
     float out[16];
     moe__v128_fma_slow(out, x, y, z);
     r = moe__v128_load(out);
   }
   return r;
 }
+/* a hundred instructions: a function of their own, but in the kernels of products */
+MOE__NOINLINE static void moe__v128_fma_at(MOE__F *x, const MOE__F *y, const MOE__F *z) {
+  *x = moe__v128_chain(*x, *y, *z);
+}
+MOE__V(MOE__F, fma)(MOE__F x, MOE__F y, MOE__F z) {
+  moe__v128_fma_at(&x, &y, &z);
+  return x;
+}
 MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) {
-  return moe__v128_fma(moe__v128_floats(moe__v128_ixor(moe__v128_bits(x), moe__v128_iset(0x80000000u))), y, z);
+  MOE__I sign = moe__v128_iset(0x80000000u);
+  return moe__v128_fma(moe__v128_floats(moe__v128_ixor(moe__v128_bits(x), sign)), y, z);
 }
 #endif
 
@@ -4298,7 +4309,12 @@ static const moe__gemm_kernels moe__scalar_gemms = {{{NULL}, {NULL, moe__scalar_
 #define MOE__NAMES8(N, P) MOE__NAMES6(N, P), N##_7x##P, N##_8x##P
 
 #define MOE__C_START(S, i, v) S##_f c##i##v = S##_load(start + i * start_row + 16 * v);
-#define MOE__C_STEP(S, i, v) c##i##v = S##_fma(s, row##v, c##i##v);
+#define MOE__C_STEP(S, i, v) c##i##v = S##_chain(s, row##v, c##i##v);
+#define moe__avx2_chain moe__avx2_fma
+#define moe__avx512_chain moe__avx512_fma
+#ifdef MOE__Q_FMA
+#define moe__v128_chain moe__v128_fma
+#endif
 #define MOE__C_STORE(S, i, v) S##_store(c + i * c_row + 16 * v, c##i##v);
 #define MOE__B_LOAD(S, i, v) S##_f row##v = S##_load(MOE__B##v + of_b);
 #define MOE__ROW_START(S, P, i) MOE__EACH_PANEL##P(MOE__C_START, S, i)
@@ -4644,7 +4660,6 @@ MOE__GEMM_KERNEL(moe__v128, MOE__T_V128, 1, 3)
    {NULL, moe__v128_gemm_1x3}},                                                                    \
       {0, 6, 2, 1}
 #else
-/* a sum takes all registers: few rows, which share the widened B */
 MOE__KERNELS2(MOE__GEMM_KERNEL, moe__v128, MOE__T_V128, 1)
 #define MOE__V128_GEMMS {{NULL}, {NULL, MOE__NAMES2(moe__v128_gemm, 1)}}, {0, 2}
 #endif
