@@ -129,10 +129,11 @@
             untouched on failure. A sentence that says what was found and what was expected goes to
             env.log. The library never prints, exits or aborts.
    BITS     fp32 results are the same bits for any number of threads, whatever else is in the batch,
-            and on AVX-512, AVX2+FMA, NEON and plain C (but not with MOE_PLAIN_MULTIPLY_ADD): see
-            "one definition of every sum" at >>simd and >>gemm. Only clang -ffp-contract=fast breaks
-            this: it fuses products and sums even where a pragma forbids it. moe_env_init detects
-            this and sets MOE_CPU_CONTRACTED.
+            and on AVX-512, AVX2+FMA, NEON, SSE2, WebAssembly and plain C (but not with
+            MOE_PLAIN_MULTIPLY_ADD): see "one definition of every sum" at >>simd and >>gemm. Where
+            the processor has no fused multiply-add this costs time (bench/fma.sh: how much). Only
+            clang -ffp-contract=fast breaks this: it fuses products and sums even where a pragma
+            forbids it. moe_env_init detects this and sets MOE_CPU_CONTRACTED.
 
    PAPER MAP
      [TaG] 2, 3.1 >>block; Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8, A.3.1 >>heads; Eq. 9,
@@ -159,8 +160,8 @@
      >>parallel      tiles, the built-in pool
      >>profile       where the time goes
      >>simd          vectors: the order of a sum, elementary functions in plain C
+     >>simd_128      vectors of 16 floats: NEON, SSE2, WebAssembly
      >>simd_x86      vectors of 16 floats: AVX-512, AVX2
-     >>simd_neon     vectors of 16 floats: NEON
      >>rows          exp of vectors; sums of rows
      >>gemm          matrix products: what they are, plain C
      >>gemm_simd     kernels of products for each instruction set
@@ -387,7 +388,7 @@ MOE_API const char *moe_status_text(moe_status status);
 typedef enum moe_isa {
   MOE_ISA_AUTO,
   MOE_ISA_SCALAR,
-  MOE_ISA_V128, /* registers of 4 floats, mostly without a fused multiply-add: SSE2, simd128 */
+  MOE_ISA_V128, /* "sse2", "simd128" (WebAssembly), or "simd128, relaxed" where that is fused */
   MOE_ISA_NEON,
   MOE_ISA_AVX2,
   MOE_ISA_AVX512,
@@ -2065,19 +2066,6 @@ static uint64_t moe__xgetbv(void) {
 }
 #endif
 
-#if defined(MOE__SIMD) && !defined(MOE__NEON)
-/* WebAssembly's relaxed multiply-add is fused or not, as the engine likes; here it must be. */
-static int moe__v128_available(void) {
-#ifdef __wasm_relaxed_simd__
-  volatile float x = 1.000244140625f, y = -1.0f; /* as in moe__contracted */
-  v128_t r = wasm_f32x4_relaxed_madd(wasm_f32x4_splat(x), wasm_f32x4_splat(x), wasm_f32x4_splat(y));
-  return wasm_f32x4_extract_lane(r, 3) != 4.8828125e-4f;
-#else
-  return 1;
-#endif
-}
-#endif
-
 MOE_API int moe_isa_available(moe_isa isa) {
 #ifdef MOE__X86
   uint32_t r[4], one[4];
@@ -2099,8 +2087,15 @@ MOE_API int moe_isa_available(moe_isa isa) {
 #endif
 #ifdef MOE__NEON
   if (isa == MOE_ISA_NEON) return 1;
+#elif defined(MOE__WASM) && defined(__wasm_relaxed_simd__)
+  if (isa == MOE_ISA_V128) { /* fused or not, as the engine likes; here it must be */
+    volatile float x = 1.000244140625f, y = -1.0f; /* as in moe__contracted */
+    v128_t square = wasm_f32x4_splat(x), sum = wasm_f32x4_splat(y);
+    sum = wasm_f32x4_relaxed_madd(square, square, sum);
+    return wasm_f32x4_extract_lane(sum, 3) != 4.8828125e-4f;
+  }
 #elif defined(MOE__SIMD)
-  if (isa == MOE_ISA_V128) return moe__v128_available();
+  if (isa == MOE_ISA_V128) return 1;
 #endif
   return isa == MOE_ISA_AUTO || isa == MOE_ISA_SCALAR;
 }
@@ -2205,8 +2200,8 @@ MOE_API const char *moe_status_text(moe_status status) {
 #else
 #define MOE__V128_NAME "sse2"
 #endif
-static const char *const moe__isa_names[MOE_ISA_COUNT] = {
-    "auto", MOE__SCALAR_NAME, MOE__V128_NAME, "neon", "avx2", "avx512"};
+static const char *const moe__isa_names[MOE_ISA_COUNT] = {"auto", MOE__SCALAR_NAME, MOE__V128_NAME,
+                                                          "neon", "avx2",           "avx512"};
 
 MOE_API const char *moe_isa_name(moe_isa isa) {
   return (unsigned)isa < MOE_ISA_COUNT ? moe__isa_names[isa] : "unknown";
@@ -3072,9 +3067,9 @@ MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *
 /* ---- vectors: the order of a sum, elementary functions in plain C ---- >>simd */
 
 /* Whatever the width of the machine's registers, kernels are written for vectors of 16 floats: one
-   register of AVX-512, two of AVX2, four of NEON. A kernel is written once, as the body of a macro
-   BODY(S, T): S is the prefix of the instruction set (moe__avx512, moe__avx2, moe__neon) and T the
-   attribute that lets the compiler use it in one function.
+   register of AVX-512, two of AVX2, four of NEON, SSE2 or WebAssembly. A kernel is written once, as
+   the body of a macro BODY(S, T): S is the prefix of the instruction set (moe__avx512, moe__avx2,
+   moe__v128) and T the attribute that lets the compiler use it in one function.
 
      #define MOE__SCALE_KERNELS(S, T)                                                \
      T static void S##_scale_row(float *y, const float *x, float a, size_t n) {      \
@@ -3097,7 +3092,7 @@ MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *
    Vectors S##_f (16 floats), S##_i (16 unsigned 32-bit integers), S##_m (16 flags):
      load(p) store(p, v) loadn(p, n) storen(p, v, n)   0 <= n <= 16; loadn fills up with zeros
      set(a) add sub mul div sqrt
-     fma(a, b, c) = a * b + c   fnma(a, b, c) = c - a * b   (rounded once)
+     fma(a, b, c) = a * b + c   fnma(a, b, c) = c - a * b   (rounded once; chain: fma, inline)
      max(a, b) = a > b ? a : b  min(a, b) = a < b ? a : b   (so b where one of them is not a number)
      abs(a)
      lt(a, b) gives flags; sel(m, a, b) = m ? a : b
@@ -3377,8 +3372,7 @@ typedef __m128d moe__qd;
 #define MOE__Q_MIN(x, y) _mm_min_ps(x, y)
 #define MOE__Q_SEL(m, x, y)                                                                        \
   _mm_or_ps(_mm_and_ps(MOE__Q_FLOATS(m), x), _mm_andnot_ps(MOE__Q_FLOATS(m), y))
-#define MOE__Q_EVEN(x, y) /* products of lanes 0 and 2 */                                          \
-  _mm_shuffle_epi32(_mm_mul_epu32(x, y), 8)
+#define MOE__Q_EVEN(x, y) /* products of lanes 0 and 2 */ _mm_shuffle_epi32(_mm_mul_epu32(x, y), 8)
 #define MOE__Q_IMUL(x, y)                                                                          \
   _mm_unpacklo_epi32(MOE__Q_EVEN(x, y), MOE__Q_EVEN(_mm_srli_epi64(x, 32), _mm_srli_epi64(y, 32)))
 #define MOE__Q_WIDE(x) _mm_cvtps_pd(x)
@@ -3544,16 +3538,15 @@ MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) {
    moe__fma_doubt may hold: it keeps the smallest of bits 16 to 28 of sums, which are 1000... there
    (a false alarm in 8192 is cheaper than looking at all of them), and of twice the highest 15 less
    1, for which 0 is the largest. */
-#define MOE__Q_SHORTS(a, b, c, d)                                                                  \
-  MOE__Q(, _mm_setr_epi16, wasm_i16x8_make)(a, b, c, d, a, b, c, d)
+#define MOE__Q_SHORTS(a, b, c, d) MOE__Q(, _mm_setr_epi16, wasm_i16x8_make)(a, b, c, d, a, b, c, d)
 #define MOE__Q_SCALES MOE__Q_SHORTS(0, 8, 0, 2)
 #define MOE__Q_OFFSETS MOE__Q_SHORTS(0x7fff, 0, 0x7fff, 0x7fff)
 #define MOE__Q_SURE MOE__Q_SHORTS(-0x8000, -0x7fff, -0x8000, -0x0fe1)
 #define MOE__Q_DOUBT(sum, doubt)                                                                   \
-  MOE__Q(, _mm_min_epi16, wasm_i16x8_min)(                                                         \
-      doubt, MOE__Q(, _mm_add_epi16, wasm_i16x8_add)(                                              \
-                 MOE__Q(, _mm_mullo_epi16, wasm_i16x8_mul)(MOE__Q_INTS(sum), MOE__Q_SCALES),       \
-                 MOE__Q_OFFSETS))
+  MOE__Q(, _mm_min_epi16, wasm_i16x8_min)                                                          \
+  (doubt, MOE__Q(, _mm_add_epi16, wasm_i16x8_add)(                                                 \
+              MOE__Q(, _mm_mullo_epi16, wasm_i16x8_mul)(MOE__Q_INTS(sum), MOE__Q_SCALES),          \
+              MOE__Q_OFFSETS))
 #define MOE__Q_DOUBTED(doubt)                                                                      \
   MOE__Q_ANY(MOE__Q(, _mm_cmplt_epi16, wasm_i16x8_lt)(doubt, MOE__Q_SURE))
 MOE__V(moe__qd, sum2)(moe__qd x, moe__qd y, moe__qd z) {
@@ -4435,8 +4428,7 @@ MOE__T_AVX2 static void moe__avx2_pack_cols(float *panel, const float *src, size
 static void moe__v128_transpose4(float *panel, const float *src, size_t ld, size_t first,
                                  size_t width, size_t p) {
   static const float zeros[4] = {0};
-  moe__q r0 = MOE__LOAD_ROW(0), r1 = MOE__LOAD_ROW(1), r2 = MOE__LOAD_ROW(2),
-         r3 = MOE__LOAD_ROW(3);
+  moe__q r0 = MOE__LOAD_ROW(0), r1 = MOE__LOAD_ROW(1), r2 = MOE__LOAD_ROW(2), r3 = MOE__LOAD_ROW(3);
   moe__q even02 = MOE__Q_ZIP1(r0, r2), odd02 = MOE__Q_ZIP2(r0, r2); /* 00 20 01 21, 02 22 03 23 */
   moe__q even13 = MOE__Q_ZIP1(r1, r3), odd13 = MOE__Q_ZIP2(r1, r3);
   float *d = panel + p * 16 + first;
@@ -4658,21 +4650,19 @@ MOE__GEMM_KERNEL(moe__v128, MOE__T_V128, 1, 3)
    {NULL, MOE__NAMES6(moe__v128_gemm, 1)},                                                         \
    {NULL, MOE__NAMES2(moe__v128_gemm, 2)},                                                         \
    {NULL, moe__v128_gemm_1x3}},                                                                    \
-      {0, 6, 2, 1}
+  {                                                                                                \
+    0, 6, 2, 1                                                                                     \
+  }
 #else
 MOE__KERNELS2(MOE__GEMM_KERNEL, moe__v128, MOE__T_V128, 1)
-#define MOE__V128_GEMMS {{NULL}, {NULL, MOE__NAMES2(moe__v128_gemm, 1)}}, {0, 2}
+#define MOE__V128_GEMMS                                                                            \
+  {{NULL}, {NULL, MOE__NAMES2(moe__v128_gemm, 1)}}, { 0, 2 }
 #endif
-static const moe__gemm_kernels moe__v128_gemms = {MOE__V128_GEMMS,
-    1,
-    moe__v128_pack_cols,
-    moe__v128_pack_rows,
-    moe__v128_copy_rows,
-    moe__v128_narrow,
-    moe__v128_narrow_panel,
-    moe__v128_gelu,
-    moe__v128_gelu_backward,
-    moe__v128_add_rows};
+static const moe__gemm_kernels moe__v128_gemms = {MOE__V128_GEMMS,         1,
+                                                  moe__v128_pack_cols,     moe__v128_pack_rows,
+                                                  moe__v128_copy_rows,     moe__v128_narrow,
+                                                  moe__v128_narrow_panel,  moe__v128_gelu,
+                                                  moe__v128_gelu_backward, moe__v128_add_rows};
 #undef MOE__GEMM_KERNEL
 #undef MOE__PREFETCH_BURST
 #endif
