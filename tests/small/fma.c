@@ -1,6 +1,7 @@
 /* moe__fmaf against the C library's fmaf, and fused sums of vectors against moe__fmaf, on hostile
-   operands: any bits; short mantissas, whose sums tie; results near the subnormals; sums that
-   cancel; zeros, infinities and NaN among them. Part of wasm.c too. */
+   operands: any bits; short mantissas; results near the subnormals; sums that cancel; zeros,
+   infinities and NaN among them; and sums that a double cannot tell from half-way. Part of wasm.c
+   too. */
 #define MOE_IMPLEMENTATION
 #include "moe.h"
 #ifndef __wasm__
@@ -20,7 +21,7 @@ static uint32_t special(void) {
   return list[next() % 12];
 }
 static void operands(int mode, float *x) {
-  uint32_t u = next(), v = next(), w = next();
+  uint32_t u = next(), v = next(), w = next(), k, e;
   switch (mode) {
     case 1:
       u = (u & 0x807ff000u) | 0x3f000000u, v = (v & 0x807ff000u) | 0x3f800000u;
@@ -43,7 +44,16 @@ static void operands(int mode, float *x) {
       if (next() & 1) v = special();
       if (next() & 1) w = special();
       break;
-    case 6: /* nothing special */
+    case 6: /* products just below half a unit of the sum's last place: normal, subnormal, largest */
+      k = 1 + (next() & 127);
+      e = next() % 3;
+      w = (w & 0x807fffffu) | 0x4b800000u;
+      if (e == 1) w = (w & 0x80000000u) | (next() % 3 ? w & 0x7fffffu : 0x7ffffdu + (w & 7));
+      if (e == 2) w |= 0x7f7fffffu;
+      u = (u & 0x80000000u) + ((uint32_t[]){127, 52, 178}[e] << 23) + k;
+      v = (v & 0x80000000u) + ((uint32_t[]){127, 52, 179}[e] << 23) - 2 * k;
+      break;
+    case 7: /* nothing special */
       u = (u & 0x807fffffu) | 0x3f800000u, v = (v & 0x807fffffu) | 0x3f000000u;
       w = (w & 0x807fffffu) | 0x3e800000u;
       break;
@@ -51,9 +61,7 @@ static void operands(int mode, float *x) {
   }
   memcpy(x, &u, 4), memcpy(x + 1, &v, 4), memcpy(x + 2, &w, 4);
 }
-static int same(float a, float b) {
-  return moe__bits(a) == moe__bits(b) || (a != a && b != b);
-}
+static int same(float a, float b) { return moe__bits(a) == moe__bits(b) || (a != a && b != b); }
 /* Vectors that a machine without the instruction sums in double; how many lanes are wrong. Of every
    third vector one lane is hostile, so that it alone must be noticed. */
 static int wrong_lanes(void) {
@@ -61,11 +69,11 @@ static int wrong_lanes(void) {
 #ifdef MOE__SIMD
   float x[16], y[16], z[16], a[3], got[3][16];
   int mode, i, j;
-  for (mode = 0; mode < 6; ++mode)
+  for (mode = 0; mode < 7; ++mode)
     for (i = 0; i < 30000; ++i) {
       moe__v128_f u, v, w;
       for (j = 0; j < 16; ++j) {
-        operands(i % 3 || j == i % 16 ? mode : 6, a);
+        operands(i % 3 || j == i % 16 ? mode : 7, a);
         x[j] = a[0], y[j] = a[1], z[j] = a[2];
       }
       u = moe__v128_load(x), v = moe__v128_load(y), w = moe__v128_load(z);
@@ -85,7 +93,7 @@ static int wrong_lanes(void) {
 int main(void) {
   long bad = 0, n = 0, each = 400000, i;
   int mode, lanes = wrong_lanes();
-  for (mode = 0; mode < 6; ++mode)
+  for (mode = 0; mode < 7; ++mode)
     for (i = 0; i < each; ++i, ++n) {
       float x[3], want, got;
       operands(mode, x);
