@@ -1983,6 +1983,11 @@ MOE_API void moe_env_free(moe_env *env);
     (defined(__mips_isa_rev) && __mips_isa_rev >= 6 && defined(__mips_hard_float))
 #define MOE__FUSED 1
 #endif
+/* On x86 plain C looks for it when it runs, for its products. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(MOE__FUSED) &&                            \
+    !defined(MOE_PLAIN_MULTIPLY_ADD) && !defined(MOE__NO_FMA)
+#define MOE__FINDS_FMA 1
+#endif
 #ifdef MOE_NO_TRAIN
 #define MOE__TRAINS 0
 #define MOE__OF_TRAINING(fn) NULL /* a kernel of plain C that is left out of its table */
@@ -4197,24 +4202,33 @@ static void moe__scalar_add_rows(float *sum, const float *x, size_t ld, size_t n
 
 /* The definition, in plain C: one row and up to 16 columns, whose chains run side by side. Element
    j of B at step p lies at b[p b_step + j b_col]. */
-static void moe__plain_chains(float *c, const float *start, const float *a, size_t a_col,
-                              const float *b, size_t b_step, size_t b_col, size_t k,
-                              size_t columns) {
-  float sum[16];
-  size_t j, p;
-  for (j = 0; j < columns; ++j) sum[j] = start[j];
-  if (columns == 16 && b_col == 1) /* sums in registers */
-    for (p = 0; p < k; ++p)
-      for (j = 0; j < 16; ++j) sum[j] = moe__fmaf(a[p * a_col], b[p * b_step + j], sum[j]);
-  else
-    for (p = 0; p < k; ++p)
-      for (j = 0; j < columns; ++j)
-        sum[j] = moe__fmaf(a[p * a_col], b[p * b_step + j * b_col], sum[j]);
-  for (j = 0; j < columns; ++j) c[j] = sum[j];
-}
+#define MOE__CHAINS(name, fma)                                                                     \
+  static void name(float *c, const float *start, const float *a, size_t a_col, const float *b,     \
+                   size_t b_step, size_t b_col, size_t k, size_t columns) {                        \
+    float sum[16];                                                                                 \
+    size_t j, p;                                                                                   \
+    for (j = 0; j < columns; ++j) sum[j] = start[j];                                               \
+    if (columns == 16 && b_col == 1) /* sums in registers */                                       \
+      for (p = 0; p < k; ++p)                                                                      \
+        for (j = 0; j < 16; ++j) sum[j] = fma(a[p * a_col], b[p * b_step + j], sum[j]);            \
+    else                                                                                           \
+      for (p = 0; p < k; ++p)                                                                      \
+        for (j = 0; j < columns; ++j)                                                              \
+          sum[j] = fma(a[p * a_col], b[p * b_step + j * b_col], sum[j]);                           \
+    for (j = 0; j < columns; ++j) c[j] = sum[j];                                                   \
+  }
+#ifdef MOE__FINDS_FMA
+MOE__CHAINS(moe__exact_chains, moe__fmaf)
+MOE__TARGET("fma")
+MOE__CHAINS(moe__fused_chains, __builtin_fmaf)
+#define moe__plain_chains (__builtin_cpu_supports("fma") ? moe__fused_chains : moe__exact_chains)
+#else
+MOE__CHAINS(moe__plain_chains, moe__fmaf)
+#endif
+#undef MOE__CHAINS
 
-/* Address of B at step 0 and column j, a multiple of 16, and its strides as above. */
-static const float *moe__plain_b(const moe__gemm *g, size_t j, size_t *b_step, size_t *b_col) {
+    /* Address of B at step 0 and column j, a multiple of 16, and its strides as above. */
+    static const float *moe__plain_b(const moe__gemm *g, size_t j, size_t *b_step, size_t *b_col) {
   *b_step = g->b_layout == MOE__B_COLS ? 1 : g->b_layout == MOE__B_ROWS ? g->b_row : 16;
   *b_col = g->b_layout == MOE__B_COLS ? g->b_row : 1;
   return g->b + j * (g->b_layout == MOE__B_PANELS ? (size_t)g->k : *b_col);
