@@ -4227,8 +4227,8 @@ MOE__CHAINS(moe__plain_chains, moe__fmaf)
 #endif
 #undef MOE__CHAINS
 
-    /* Address of B at step 0 and column j, a multiple of 16, and its strides as above. */
-    static const float *moe__plain_b(const moe__gemm *g, size_t j, size_t *b_step, size_t *b_col) {
+/* Address of B at step 0 and column j, a multiple of 16, and its strides as above. */
+static const float *moe__plain_b(const moe__gemm *g, size_t j, size_t *b_step, size_t *b_col) {
   *b_step = g->b_layout == MOE__B_COLS ? 1 : g->b_layout == MOE__B_ROWS ? g->b_row : 16;
   *b_col = g->b_layout == MOE__B_COLS ? g->b_row : 1;
   return g->b + j * (g->b_layout == MOE__B_PANELS ? (size_t)g->k : *b_col);
