@@ -10972,8 +10972,7 @@ MOE_API moe_status moe_model_view(moe_model **out, const moe_view *view, void *b
                      (int)view->version, MOE_VERSION);
   if (!view->floats || (uintptr_t)view->floats % sizeof(float))
     return moe__fail(env, MOE_E_ARGUMENT,
-                     "the view's floats are misaligned: expected an address that is a multiple of "
-                     "%d",
+                     "the view's floats are misaligned: expected a multiple of %d as address",
                      (int)sizeof(float));
   status = moe__model_place(&model, block, bytes, &view->config, view->tasks, view->T,
                             view->int8 != NULL, view->floats, env);
@@ -20830,44 +20829,24 @@ MOE_API moe_status moe_embed_text(moe_predictor *predictor, int32_t task, moe_po
 /* ---- for other programming languages ---- >>bindings */
 
 MOE_API size_t moe_abi(const char *name) {
-#define MOE__BYTES_OF(type)                                                                        \
-  { #type, sizeof(type) }
-  static const struct {
-    const char *name;
-    size_t bytes;
-  } of[] = {
-      MOE__BYTES_OF(moe_env),
-      MOE__BYTES_OF(moe_profile),
-      MOE__BYTES_OF(moe_backend),
-      MOE__BYTES_OF(moe_mat),
-      MOE__BYTES_OF(moe_routes),
-      MOE__BYTES_OF(moe_route_options),
-      MOE__BYTES_OF(moe_config),
-      MOE__BYTES_OF(moe_task),
-      MOE__BYTES_OF(moe_batch),
-      MOE__BYTES_OF(moe_tensor),
-      MOE__BYTES_OF(moe_writer),
-      MOE__BYTES_OF(moe_import_options),
-      MOE__BYTES_OF(moe_limits),
-      MOE__BYTES_OF(moe_route_sums),
-      MOE__BYTES_OF(moe_task_router),
+#define MOE__BYTES(type) (strcmp(name, #type) ? 0 : sizeof(type))
+  size_t bytes;
+  if (!name) return MOE_VERSION;
+  bytes = MOE__BYTES(moe_env) + MOE__BYTES(moe_profile) + MOE__BYTES(moe_backend) +
+          MOE__BYTES(moe_mat) + MOE__BYTES(moe_routes) + MOE__BYTES(moe_route_options) +
+          MOE__BYTES(moe_config) + MOE__BYTES(moe_task) + MOE__BYTES(moe_batch) +
+          MOE__BYTES(moe_tensor) + MOE__BYTES(moe_writer) + MOE__BYTES(moe_view) +
+          MOE__BYTES(moe_import_options) + MOE__BYTES(moe_limits) + MOE__BYTES(moe_route_sums) +
+          MOE__BYTES(moe_task_router);
 #ifndef MOE_NO_TRAIN
-      MOE__BYTES_OF(moe_param_group),
-      MOE__BYTES_OF(moe_train_config),
-      MOE__BYTES_OF(moe_sampler_config),
-      MOE__BYTES_OF(moe_sampler),
+  bytes += MOE__BYTES(moe_param_group) + MOE__BYTES(moe_train_config) + MOE__BYTES(moe_share) +
+           MOE__BYTES(moe_sampler_config) + MOE__BYTES(moe_sampler);
 #endif
 #ifndef MOE_NO_TEXT
-      MOE__BYTES_OF(moe_tokens),
-      MOE__BYTES_OF(moe_text),
+  bytes += MOE__BYTES(moe_tokens) + MOE__BYTES(moe_text);
 #endif
-  };
-#undef MOE__BYTES_OF
-  size_t i;
-  if (!name) return MOE_VERSION;
-  for (i = 0; i < sizeof of / sizeof *of; ++i)
-    if (!strcmp(name, of[i].name)) return of[i].bytes;
-  return 0;
+#undef MOE__BYTES
+  return bytes;
 }
 
 /* What moe_env_create hands out: the env is its first field. */
