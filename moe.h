@@ -10499,52 +10499,16 @@ typedef struct moe__tensor_row {
 
 enum { MOE__TENSORS(MOE__TENSOR_ID) MOE__ROWS };
 enum { MOE__GATES = MOE__GATE_SHARED }; /* where the gates of a layer begin, for every router */
-enum {
-  MOE__IN_EMBED,
-  MOE__IN_LAYER,
-  MOE__IN_GATE,
-  MOE__IN_EXPERT,
-  MOE__IN_TAIL,
-  MOE__IN_TASKS,
-  MOE__IN_ROUTER,
-  MOE__IN_HEAD,
-  MOE__SCOPES
-};
-enum {
-  MOE__IF_ANY,
-  MOE__IF_FEATURES,
-  MOE__IF_IDS,
-  MOE__IF_SHARED,
-  MOE__IF_TASK,
-  MOE__IF_EMBEDDING,
-  MOE__IF_VECTORS,
-  MOE__IF_LEVEL
-};
-enum {
-  MOE__DIM_0,
-  MOE__DIM_H,
-  MOE__DIM_F,
-  MOE__DIM_N,
-  MOE__DIM_T,
-  MOE__DIM_V,
-  MOE__DIM_P,
-  MOE__DIM_C,
-  MOE__DIM_G,
-  MOE__DIM_I,
-  MOE__DIM_R,
-  MOE__DIM_Z,
-  MOE__DIM_W,
-  MOE__DIM_K
-};
-enum {
-  MOE__FIRST_ZERO,
-  MOE__FIRST_ONE,
-  MOE__FIRST_MATRIX,
-  MOE__FIRST_GATE,
-  MOE__FIRST_BASIS,
-  MOE__FIRST_VECTOR,
-  MOE__FIRST_ROUTER
-};
+/* clang-format off */
+enum { MOE__IN_EMBED, MOE__IN_LAYER, MOE__IN_GATE, MOE__IN_EXPERT, MOE__IN_TAIL, MOE__IN_TASKS,
+       MOE__IN_ROUTER, MOE__IN_HEAD, MOE__SCOPES };
+enum { MOE__IF_ANY, MOE__IF_FEATURES, MOE__IF_IDS, MOE__IF_SHARED, MOE__IF_TASK, MOE__IF_EMBEDDING,
+       MOE__IF_VECTORS, MOE__IF_LEVEL };
+enum { MOE__DIM_0, MOE__DIM_H, MOE__DIM_F, MOE__DIM_N, MOE__DIM_T, MOE__DIM_V, MOE__DIM_P,
+       MOE__DIM_C, MOE__DIM_G, MOE__DIM_I, MOE__DIM_R, MOE__DIM_Z, MOE__DIM_W, MOE__DIM_K };
+enum { MOE__FIRST_ZERO, MOE__FIRST_ONE, MOE__FIRST_MATRIX, MOE__FIRST_GATE, MOE__FIRST_BASIS,
+       MOE__FIRST_VECTOR, MOE__FIRST_ROUTER };
+/* clang-format on */
 static const moe__tensor_row moe__tensor_rows[MOE__ROWS] = {MOE__TENSORS(MOE__TENSOR_ROW)};
 
 /* Numbers in the vector of a task. */
@@ -16005,24 +15969,11 @@ static void moe__out_string(moe__out *out, const char *text, size_t bytes) {
 #define MOE__ST_HEADER_MAX 100000000u /* as in the reference implementation */
 #define MOE__ST_DIMS 8
 
-typedef enum moe__dtype {
-  MOE__F32,
-  MOE__F16,
-  MOE__BF16,
-  MOE__U8,
-  MOE__I8,
-  MOE__BOOL,
-  MOE__F8_E4M3,
-  MOE__F8_E5M2,
-  MOE__I16,
-  MOE__U16,
-  MOE__I32,
-  MOE__U32,
-  MOE__I64,
-  MOE__U64,
-  MOE__F64,
-  MOE__DTYPES /* none of these: passed over where it is not needed */
-} moe__dtype;
+/* clang-format off */
+typedef enum moe__dtype { MOE__F32, MOE__F16, MOE__BF16, MOE__U8, MOE__I8, MOE__BOOL, MOE__F8_E4M3,
+                          MOE__F8_E5M2, MOE__I16, MOE__U16, MOE__I32, MOE__U32, MOE__I64, MOE__U64,
+                          MOE__F64, MOE__DTYPES } moe__dtype;
+/* clang-format on */
 
 static const char *const moe__dtype_name[MOE__DTYPES + 1] = {
     "F32", "F16", "BF16", "U8",  "I8",  "BOOL", "F8_E4M3", "F8_E5M2",
