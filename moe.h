@@ -1212,9 +1212,10 @@ MOE_API moe_status moe_import_encoder(moe_config *config, const void *file, size
 /* Fills embeddings, attention, LayerNorms and every expert (N copies of each FFN [TaG] 4.3, or m of
    each block [TL]) from the file: F32, F16, BF16 or F64. Model and file must have the same number
    of layers and the same sizes. Gates, task vectors, routers and heads keep their values.
-   MOE_E_FORMAT with a sentence for each tensor that is missing, misshapen or not finite (16 at most); nothing is
-   changed then. options NULL: no noise. MOE_E_UNSUPPORTED for int8 models and those with pruned
-   experts. Allocates 24 bytes for each tensor of a layer meanwhile: MOE_E_MEMORY. */
+   MOE_E_FORMAT with a sentence for each tensor that is missing, misshapen or not finite (16 at
+   most); nothing is changed then. options NULL: no noise. MOE_E_UNSUPPORTED for int8 models and
+   those with pruned experts. Allocates 24 bytes for each tensor of a layer meanwhile: MOE_E_MEMORY.
+ */
 MOE_API moe_status moe_model_import(moe_model *model, const void *file, size_t file_bytes,
                                     const moe_import_options *options, const moe_env *env);
 
@@ -2510,17 +2511,10 @@ static int32_t moe__share_of(int32_t all, int32_t share, int32_t shares) {
    do not change it. */
 
 /* Sites of random numbers, the last argument of moe_key. */
-enum {
-  MOE__SITE_WEIGHTS,
-  MOE__SITE_EMBEDDING,
-  MOE__SITE_ATTENTION,
-  MOE__SITE_ATTENTION_OUT,
-  MOE__SITE_FFN_OUT,
-  MOE__SITE_HEAD,
-  MOE__SITE_JITTER,
-  MOE__SITE_NOISE,
-  MOE__SITE_GUMBEL
-};
+/* clang-format off */
+enum { MOE__SITE_WEIGHTS, MOE__SITE_EMBEDDING, MOE__SITE_ATTENTION, MOE__SITE_ATTENTION_OUT,
+       MOE__SITE_FFN_OUT, MOE__SITE_HEAD, MOE__SITE_JITTER, MOE__SITE_NOISE, MOE__SITE_GUMBEL };
+/* clang-format on */
 
 /* The finaliser of SplitMix64: every bit of the input reaches every bit of the output. */
 static uint64_t moe__mix64(uint64_t x) {
@@ -4256,17 +4250,12 @@ static void moe__scalar_gemm_1x1(const moe__gemm_block *x) {
   moe__plain_chains(x->c, x->start, x->a, x->a_col, x->b, x->b_step, 1, x->k, 16);
 }
 
-static const moe__gemm_kernels moe__scalar_gemms = {{{NULL}, {NULL, moe__scalar_gemm_1x1}},
-                                                    {0, 1},
-                                                    1,
-                                                    moe__scalar_pack_cols,
-                                                    moe__scalar_pack_rows,
-                                                    NULL,
-                                                    moe__scalar_narrow,
-                                                    moe__scalar_narrow_panel,
-                                                    moe__scalar_gelu,
-                                                    MOE__OF_TRAINING(moe__scalar_gelu_backward),
-                                                    MOE__OF_TRAINING(moe__scalar_add_rows)};
+/* clang-format off */
+static const moe__gemm_kernels moe__scalar_gemms = {
+    {{NULL}, {NULL, moe__scalar_gemm_1x1}}, {0, 1}, 1, moe__scalar_pack_cols, moe__scalar_pack_rows,
+    NULL, moe__scalar_narrow, moe__scalar_narrow_panel, moe__scalar_gelu,
+    MOE__OF_TRAINING(moe__scalar_gelu_backward), MOE__OF_TRAINING(moe__scalar_add_rows)};
+/* clang-format on */
 
 /* ---- kernels of products for each instruction set ---- >>gemm_simd */
 
@@ -4617,41 +4606,22 @@ MOE__KERNELS2(MOE__GEMM_KERNEL, moe__avx2, MOE__T_AVX2, 2)
 MOE__GEMM_KERNEL(moe__avx2, MOE__T_AVX2, 3, 2)
 MOE__KERNELS2(MOE__GEMM_KERNEL, moe__avx2, MOE__T_AVX2, 3)
 
-static const moe__gemm_kernels moe__avx512_gemms = {{{NULL},
-                                                     {NULL, MOE__NAMES8(moe__avx512_gemm, 1)},
-                                                     {NULL, MOE__NAMES8(moe__avx512_gemm, 2)},
-                                                     {NULL, MOE__NAMES8(moe__avx512_gemm, 3)},
-                                                     {NULL},
-                                                     {NULL},
-                                                     {NULL, MOE__NAMES4(moe__avx512_gemm, 6)}},
-                                                    {0, 8, 8, 8, 0, 0, 4},
-                                                    3,
-                                                    moe__avx2_pack_cols,
-                                                    moe__avx512_pack_rows,
-                                                    moe__avx512_copy_rows,
-                                                    moe__avx512_narrow,
-                                                    moe__avx512_narrow_panel,
-                                                    moe__avx512_gelu,
-                                                    moe__avx512_gelu_backward,
-                                                    moe__avx512_add_rows};
+/* clang-format off */
+static const moe__gemm_kernels moe__avx512_gemms = {
+    {{NULL}, {NULL, MOE__NAMES8(moe__avx512_gemm, 1)}, {NULL, MOE__NAMES8(moe__avx512_gemm, 2)},
+    {NULL, MOE__NAMES8(moe__avx512_gemm, 3)}, {NULL}, {NULL},
+    {NULL, MOE__NAMES4(moe__avx512_gemm, 6)}}, {0, 8, 8, 8, 0, 0, 4}, 3, moe__avx2_pack_cols,
+    moe__avx512_pack_rows, moe__avx512_copy_rows, moe__avx512_narrow, moe__avx512_narrow_panel,
+    moe__avx512_gelu, moe__avx512_gelu_backward, moe__avx512_add_rows};
+/* clang-format on */
+/* clang-format off */
 static const moe__gemm_kernels moe__avx2_gemms = {
-    {{NULL},
-     {NULL, MOE__NAMES6(moe__avx2_gemm, 1)},
-     {NULL, MOE__NAMES2(moe__avx2_gemm, 2), moe__avx2_gemm_3x2},
-     {NULL, MOE__NAMES2(moe__avx2_gemm, 3)},
-     {NULL},
-     {NULL},
-     {NULL}},
-    {0, 6, 3, 2, 0, 0, 0},
-    1,
-    moe__avx2_pack_cols,
-    moe__avx2_pack_rows,
-    moe__avx2_copy_rows,
-    moe__avx2_narrow,
-    moe__avx2_narrow_panel,
-    moe__avx2_gelu,
-    moe__avx2_gelu_backward,
-    moe__avx2_add_rows};
+    {{NULL}, {NULL, MOE__NAMES6(moe__avx2_gemm, 1)},
+    {NULL, MOE__NAMES2(moe__avx2_gemm, 2), moe__avx2_gemm_3x2},
+    {NULL, MOE__NAMES2(moe__avx2_gemm, 3)}, {NULL}, {NULL}, {NULL}}, {0, 6, 3, 2, 0, 0, 0}, 1,
+    moe__avx2_pack_cols, moe__avx2_pack_rows, moe__avx2_copy_rows, moe__avx2_narrow,
+    moe__avx2_narrow_panel, moe__avx2_gelu, moe__avx2_gelu_backward, moe__avx2_add_rows};
+/* clang-format on */
 #endif
 
 #ifdef MOE__Q_FMA
@@ -5958,15 +5928,12 @@ MOE__T_AVX512_VNNI MOE__INLINE __m512i moe__vnni_add(__m512i c, __m512i x, __m51
 MOE__KERNELS8(MOE__INT8_KERNEL, moe__vnni, MOE__T_AVX512_VNNI, 1)
 MOE__KERNELS8(MOE__INT8_KERNEL, moe__vnni, MOE__T_AVX512_VNNI, 2)
 MOE__KERNELS8(MOE__INT8_KERNEL, moe__vnni, MOE__T_AVX512_VNNI, 3)
-static const moe__int8_kernels moe__vnni_int8 = {{{NULL},
-                                                  {NULL, MOE__NAMES8(moe__vnni_int8, 1)},
-                                                  {NULL, MOE__NAMES8(moe__vnni_int8, 2)},
-                                                  {NULL, MOE__NAMES8(moe__vnni_int8, 3)}},
-                                                 {0, 8, 8, 8},
-                                                 0x80,
-                                                 moe__avx512_int8_quantize,
-                                                 moe__avx2_int8_dot4,
-                                                 NULL};
+/* clang-format off */
+static const moe__int8_kernels moe__vnni_int8 = {
+    {{NULL}, {NULL, MOE__NAMES8(moe__vnni_int8, 1)}, {NULL, MOE__NAMES8(moe__vnni_int8, 2)},
+    {NULL, MOE__NAMES8(moe__vnni_int8, 3)}}, {0, 8, 8, 8}, 0x80, moe__avx512_int8_quantize,
+    moe__avx2_int8_dot4, NULL};
+/* clang-format on */
 #undef MOE__INT8_SUM
 #undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
@@ -6036,16 +6003,12 @@ static void moe__amx_int8_2(const moe__int8_block *b) {
   else
     moe__amx_int8_16x2(b);
 }
-static const moe__int8_kernels moe__amx_int8 = {{{NULL},
-                                                 MOE__AMX_LIST(moe__amx_int8_1),
-                                                 MOE__AMX_LIST(moe__amx_int8_2),
-                                                 {NULL},
-                                                 MOE__AMX_LIST(moe__amx_int8_16x4)},
-                                                {0, 32, 32, 0, 16},
-                                                0,
-                                                moe__avx512_int8_quantize,
-                                                moe__avx2_int8_dot4,
-                                                moe__amx_leave};
+/* clang-format off */
+static const moe__int8_kernels moe__amx_int8 = {
+    {{NULL}, MOE__AMX_LIST(moe__amx_int8_1), MOE__AMX_LIST(moe__amx_int8_2), {NULL},
+    MOE__AMX_LIST(moe__amx_int8_16x4)}, {0, 32, 32, 0, 16}, 0, moe__avx512_int8_quantize,
+    moe__avx2_int8_dot4, moe__amx_leave};
+/* clang-format on */
 #undef MOE__AMX_INT8_KERNEL
 #undef MOE__AMX_INT8_STORE2
 #undef MOE__AMX_INT8_STORE
@@ -6869,26 +6832,14 @@ MOE__KERNELS8(MOE__BF16_FMA, moe__avx512, MOE__T_AVX512, 1)
 MOE__KERNELS8(MOE__BF16_FMA, moe__avx512, MOE__T_AVX512, 2)
 MOE__KERNELS8(MOE__BF16_FMA, moe__avx512, MOE__T_AVX512, 3)
 MOE__KERNELS4(MOE__BF16_FMA, moe__avx512, MOE__T_AVX512, 6)
-static const moe__bf16_kernels moe__avx512_bf16 = {{{NULL},
-                                                    {NULL, MOE__NAMES8(moe__avx512_bf16, 1)},
-                                                    {NULL, MOE__NAMES8(moe__avx512_bf16, 2)},
-                                                    {NULL, MOE__NAMES8(moe__avx512_bf16, 3)},
-                                                    {NULL},
-                                                    {NULL},
-                                                    {NULL, MOE__NAMES4(moe__avx512_bf16, 6)}},
-                                                   {0, 8, 8, 8, 0, 0, 4},
-                                                   4,
-                                                   6,
-                                                   3,
-                                                   0,
-                                                   0,
-                                                   moe__x86_flush,
-                                                   moe__x86_unflush,
-                                                   NULL,
-                                                   moe__avx512_bf16_floats,
-                                                   moe__avx512_bf16_along,
-                                                   moe__avx512_bf16_across,
-                                                   moe__avx512_bf16_turn};
+/* clang-format off */
+static const moe__bf16_kernels moe__avx512_bf16 = {
+    {{NULL}, {NULL, MOE__NAMES8(moe__avx512_bf16, 1)}, {NULL, MOE__NAMES8(moe__avx512_bf16, 2)},
+    {NULL, MOE__NAMES8(moe__avx512_bf16, 3)}, {NULL}, {NULL},
+    {NULL, MOE__NAMES4(moe__avx512_bf16, 6)}}, {0, 8, 8, 8, 0, 0, 4}, 4, 6, 3, 0, 0, moe__x86_flush,
+    moe__x86_unflush, NULL, moe__avx512_bf16_floats, moe__avx512_bf16_along,
+    moe__avx512_bf16_across, moe__avx512_bf16_turn};
+/* clang-format on */
 
 #ifdef MOE__AVX512_BF16
 /* The same with vdpbf16ps, in inline assembly for the reason given at moe__vnni_add; so no compiler
@@ -6963,26 +6914,13 @@ MOE__KERNELS8(MOE__BF16_DP, moe__dp, MOE__T_AVX512, 1)
 MOE__KERNELS8(MOE__BF16_DP, moe__dp, MOE__T_AVX512, 2)
 MOE__KERNELS8(MOE__BF16_DP, moe__dp, MOE__T_AVX512, 3)
 MOE__KERNELS4(MOE__BF16_DP, moe__dp, MOE__T_AVX512, 6)
-static const moe__bf16_kernels moe__dp_bf16 = {{{NULL},
-                                                {NULL, MOE__NAMES8(moe__dp_bf16, 1)},
-                                                {NULL, MOE__NAMES8(moe__dp_bf16, 2)},
-                                                {NULL, MOE__NAMES8(moe__dp_bf16, 3)},
-                                                {NULL},
-                                                {NULL},
-                                                {NULL, MOE__NAMES4(moe__dp_bf16, 6)}},
-                                               {0, 8, 8, 8, 0, 0, 4},
-                                               4,
-                                               6,
-                                               3,
-                                               1,
-                                               0,
-                                               NULL,
-                                               NULL,
-                                               NULL,
-                                               moe__avx512_bf16_floats,
-                                               moe__dp_bf16_along,
-                                               moe__dp_bf16_across,
-                                               moe__avx512_bf16_turn};
+/* clang-format off */
+static const moe__bf16_kernels moe__dp_bf16 = {
+    {{NULL}, {NULL, MOE__NAMES8(moe__dp_bf16, 1)}, {NULL, MOE__NAMES8(moe__dp_bf16, 2)},
+    {NULL, MOE__NAMES8(moe__dp_bf16, 3)}, {NULL}, {NULL}, {NULL, MOE__NAMES4(moe__dp_bf16, 6)}},
+    {0, 8, 8, 8, 0, 0, 4}, 4, 6, 3, 1, 0, NULL, NULL, NULL, moe__avx512_bf16_floats,
+    moe__dp_bf16_along, moe__dp_bf16_across, moe__avx512_bf16_turn};
+/* clang-format on */
 #undef MOE__BF16_PAIR
 #undef MOE__BF16_DOT
 #undef MOE__BF16_ROW_DOT
@@ -7053,26 +6991,13 @@ static void moe__amx_bf16_2(const moe__bf16_block *b, size_t rows) {
   else
     moe__amx_bf16_16x2(b, rows);
 }
-static const moe__bf16_kernels moe__amx_bf16 = {{{NULL},
-                                                 MOE__AMX_LIST(moe__amx_bf16_1),
-                                                 MOE__AMX_LIST(moe__amx_bf16_2),
-                                                 {NULL},
-                                                 MOE__AMX_LIST(moe__amx_bf16_16x4),
-                                                 {NULL},
-                                                 {NULL}},
-                                                {0, 32, 32, 0, 16, 0, 0},
-                                                16,
-                                                4,
-                                                2,
-                                                1,
-                                                1,
-                                                NULL,
-                                                NULL,
-                                                moe__amx_leave,
-                                                moe__avx512_bf16_floats,
-                                                moe__dp_bf16_along,
-                                                moe__dp_bf16_across,
-                                                moe__avx512_bf16_turn};
+/* clang-format off */
+static const moe__bf16_kernels moe__amx_bf16 = {
+    {{NULL}, MOE__AMX_LIST(moe__amx_bf16_1), MOE__AMX_LIST(moe__amx_bf16_2), {NULL},
+    MOE__AMX_LIST(moe__amx_bf16_16x4), {NULL}, {NULL}}, {0, 32, 32, 0, 16, 0, 0}, 16, 4, 2, 1, 1,
+    NULL, NULL, moe__amx_leave, moe__avx512_bf16_floats, moe__dp_bf16_along, moe__dp_bf16_across,
+    moe__avx512_bf16_turn};
+/* clang-format on */
 #undef MOE__AMX_BF16_KERNEL
 #undef MOE__AMX_BF16_STORE2
 #undef MOE__AMX_BF16_STORE
