@@ -1029,13 +1029,14 @@ typedef struct moe_batch {
                                MOE_KIND_SPAN; else NULL */
   const int64_t *index; /* (S) number of each sequence within the whole batch, for random numbers;
                            NULL: 0 .. S-1 */
+  const float *weight;  /* (S) factors of the losses, 0 or more; NULL: 1 */
 } moe_batch;
 
 /* The heads of T tasks and their losses [TaG] Eq. 7-10. The head of a task is a linear layer on
    [CLS], the first token of a sequence, or on [CLS; span 1; span 2] (MOE_KIND_SPAN), after dropout:
      scores = W feature + b,
      loss = -log softmax(scores)[label] / log C, or (score - label)^2 (MOE_KIND_REGRESSION).
-   Backward: gradients of the sum of the losses / batch_size. */
+   times the weight of the sequence. Backward: gradients of the sum of the losses / batch_size. */
 typedef struct moe_heads_op {
   float *scores;         /* (S, max_classes) the C scores of a sequence's task, then zeros; kept for
                             backward */
@@ -1051,11 +1052,12 @@ typedef struct moe_heads_op {
   float dropout; /* of what a head reads, 0 to below 1; element j at position j of the key */
   const uint64_t *keys;
   int32_t S, M, H, T, max_classes;
-  float *scratch;     /* moe_heads_scratch floats */
-  float *dhidden;     /* (M, H) */
-  float *dw;          /* like w */
-  int32_t batch_size; /* at least S; backward */
-  int32_t overwrite;  /* 1: dhidden is overwritten; rows that no head reads become 0 */
+  float *scratch;      /* moe_heads_scratch floats */
+  float *dhidden;      /* (M, H) */
+  float *dw;           /* like w */
+  int32_t batch_size;  /* at least S; backward */
+  int32_t overwrite;   /* 1: dhidden is overwritten; rows that no head reads become 0 */
+  const float *weight; /* (S) see moe_batch */
 } moe_heads_op;
 MOE_API void moe_heads_op_init(moe_heads_op *op);
 MOE_API moe_status moe_heads_forward(const moe_heads_op *op, const moe_env *env);
@@ -11775,6 +11777,10 @@ static moe_status moe__check_label(const moe_model *model, const moe_batch *b, i
   if (!moe__is_finite(label))
     return moe__fail(env, MOE_E_ARGUMENT, "batch: the label of sequence %d is not a finite number",
                      (int)s);
+  if (b->weight && !(moe__is_finite(b->weight[s]) && b->weight[s] >= 0))
+    return moe__fail(env, MOE_E_ARGUMENT,
+                     "batch: the weight of sequence %d is %g, expected a finite number, 0 or more",
+                     (int)s, (double)b->weight[s]);
   if (!moe__has_classes(task)) {
     if (task->low < task->high && (label < task->low || label > task->high))
       return moe__fail(env, MOE_E_ARGUMENT,
@@ -12126,8 +12132,9 @@ static void moe__carve_training(moe__layout *host, moe__layout *arena, moe_conte
 /* Most bytes that a pass uploads: each array begins at a multiple of 64. */
 static size_t moe__stage_bytes(const moe_context *c, const moe__dims *d, int *bad) {
   const moe_config *config = &c->model->config;
-  size_t n = 16 * 64;                                   /* for rounding up 16 arrays */
-  n = moe__add(n, moe__mul(d->S, 9 * 4 + 4, bad), bad); /* starts, tasks, gates, labels, spans */
+  size_t n = 16 * 64;                                    /* for rounding up 16 arrays */
+  n = moe__add(n, moe__mul(d->S, 10 * 4 + 4, bad), bad); /* starts, tasks, gates, labels, weights,
+                                                            spans */
   n = moe__add(n, moe__mul(moe__key_rows(config), moe__mul(d->S, 8, bad), bad), bad);
   n = moe__add(n, moe__mul(d->M, moe__mul((size_t)moe__max(config->feature_dim, 1), 4, bad), bad),
                bad);
@@ -12603,6 +12610,8 @@ static moe_status moe__pass_upload(const moe_context *c, moe__pass *pass) {
   seen->segments = (const uint8_t *)moe__stage(on, &used, seen->segments, M, 1);
   seen->task = (const int32_t *)moe__stage(on, &used, seen->task, S, 4);
   seen->label = (const float *)moe__stage(on, &used, c->limits.training ? seen->label : NULL, S, 4);
+  seen->weight =
+      (const float *)moe__stage(on, &used, c->limits.training ? seen->weight : NULL, S, 4);
   seen->span = (const int32_t *)moe__stage(on, &used, seen->span, 4 * S, 4);
   seen->index = NULL;
   pass->gate_of = (const int32_t *)moe__stage(on, &used, pass->gate_of, S, 4);
@@ -13465,7 +13474,8 @@ static float moe__head_loss(const moe_heads_op *op, int32_t s, const float *scor
   const moe_task *task = &op->tasks[op->task[s]];
   float row[MOE_MAX_CLASSES];
   memcpy(row, scores, (size_t)task->classes * sizeof(float));
-  return moe__kind_of(task)->loss(NULL, row, op->label[s], task->classes, 1);
+  return (op->weight ? op->weight[s] : 1) *
+         moe__kind_of(task)->loss(NULL, row, op->label[s], task->classes, 1);
 }
 #endif
 
@@ -13512,10 +13522,12 @@ MOE__NOINLINE static void moe__head_dscore(const moe_heads_op *op, float *dscore
   const moe_task *task = &op->tasks[op->task[s]];
   moe__loss loss = moe__kind_of(task)->loss;
   float row[MOE_MAX_CLASSES];
+  int32_t c;
   memcpy(row, y, (size_t)task->classes * sizeof(float));
   memset(dscore, 0, (size_t)task->classes * sizeof(float));
   loss(NULL, row, op->label[s], task->classes, op->batch_size);
   loss(dscore, row, op->label[s], task->classes, op->batch_size);
+  for (c = 0; op->weight && c < task->classes; ++c) dscore[c] *= op->weight[s];
 }
 
 MOE_API moe_status moe_heads_backward(const moe_heads_op *op, const moe_env *env) {
@@ -13557,6 +13569,7 @@ static moe_heads_op moe__heads_op(const moe_context *c, const moe__pass *pass, f
   op.tasks = m->tasks;
   op.task = b->task;
   op.label = b->label;
+  op.weight = b->weight;
   op.span = b->span;
   op.seq_start = b->seq_start;
   op.dropout = pass->dropout;

@@ -2810,7 +2810,7 @@ MOE__CUDA_SHARED(
       const float *hidden, *w;
       const moe__head *head; /* (T) */
       const int *task;
-      const float *label;
+      const float *label, *weight;
       const int *span, *seq_start;
       const unsigned long long *keys;
       float *dhidden, *dw;
@@ -2875,20 +2875,22 @@ MOE__CUDA_SOURCE(
       int lane = (int)(threadIdx.x & 15u), s = (int)(blockIdx.x * 8u + (threadIdx.x >> 4));
       const float *score = a.scores + (size_t)s * (size_t)a.max_classes;
       float *dscore = a.dscore + (size_t)s * (size_t)a.max_classes, most, sum = 0, label, loss;
+      float weight;
       const moe__head *head;
       if (s >= a.S) return;
       head = a.head + a.task[s];
       label = a.label[s];
+      weight = a.weight ? a.weight[s] : 1;
       most = score[0];
       for (int i = 1; i < head->classes; ++i) most = most > score[i] ? most : score[i];
       for (int i = lane; i < head->classes; i += 16) sum += moe__d_exp(score[i] - most);
       sum = moe__d_sum16(sum);
       loss = head->squared ? (score[0] - label) * (score[0] - label)
                            : head->loss * (logf(sum) - (score[(int)label] - most));
-      if (a.losses && lane == 0) a.losses[s] = loss;
+      if (a.losses && lane == 0) a.losses[s] = weight * loss;
       for (int i = lane; a.dscore && i < head->classes; i += 16) {
         float prob = moe__d_exp(score[i] - most) * (1.0f / sum);
-        dscore[i] = head->gradient *
+        dscore[i] = weight * head->gradient *
                     (head->squared ? score[0] - label : prob - (i == (int)label ? 1.0f : 0.0f));
       }
     })
@@ -2976,7 +2978,7 @@ static moe_status moe__cuda_heads(const moe_backend *b, const moe_env *env, cons
   memset(&a, 0, sizeof a);
   a.scores = op->scores, a.losses = back ? NULL : op->losses;
   a.hidden = op->hidden, a.w = op->w, a.seq_start = op->seq_start;
-  a.task = op->task, a.label = op->label, a.span = op->span;
+  a.task = op->task, a.label = op->label, a.span = op->span, a.weight = op->weight;
   a.keys = (const unsigned long long *)(const void *)op->keys;
   a.threshold = moe__cuda_drop(&a.scale, op->dropout, op->keys);
   a.dhidden = op->dhidden, a.dw = op->dw;

@@ -195,6 +195,50 @@ table_of test_data_reads_superglue_as_downloaded \
   'train/dev rows  *2/2  *2/2  *4/4  *3/3  *2/2  *2/2' \
   super superglue.tsv
 
+# ---- class weights: the loss of the first step is PyTorch's CrossEntropyLoss(weight=...), from the
+# logits of the same rows before it (the rate is as good as 0) ----
+begin weighted 't\tsingle\tclassification\t0=a,1=b,2=c\taccuracy\t1,0.5,3' '\tclass_weights'
+printf 'label\tsentence1\n0\ta film\n2\tbad music\n2\tgood\n1\tplay\n0\tfind\n1\tx y\n' \
+  | tee "$at/t/train.tsv" > "$at/t/dev.tsv"
+weighted() { # OPTIONS
+  "$tmp/train" --data "$tmp/weighted" --systems dense --from-scratch --layers 1 --hidden 16 \
+    --ffn 32 --heads 2 --steps 1 --batch 6 --lr 1e-9 --dropout 0 --threads 1 --resamples 0 \
+    --log "$tmp/log.csv" --predictions "$tmp/p.tsv" "$@" > "$tmp/out" 2> "$tmp/err"
+}
+# the loss that is logged, and that of the weights $1, of CrossEntropyLoss's mean
+losses() {
+  awk -F '[,\t]' -v w="$1" 'BEGIN { split(w, weight, " ") }
+    FNR == 2 && NR == 2 { loss = $3 }
+    NR > FNR && FNR > 1 {
+      split($6, x, " ")
+      sum += weight[$4 + 1]
+      all += weight[$4 + 1] * (log(exp(x[1]) + exp(x[2]) + exp(x[3])) - x[$4 + 1])
+    }
+    END { d = loss - all / sum / log(3); print (d < 2e-6 && d > -2e-6), loss, all / sum / log(3) }' \
+    "$tmp/log.csv" "$tmp/p.tsv"
+}
+weighted
+said=$(losses '1 0.5 3')
+if [ "${said%% *}" = 1 ]; then ok test_data_class_weights_are_those_of_cross_entropy_loss
+else fail test_data_class_weights_are_those_of_cross_entropy_loss "$said $(cat "$tmp/err")"; fi
+weighted --micro-batch 24
+said=$(losses '1 0.5 3')
+if [ "${said%% *}" = 1 ]; then ok test_data_class_weights_of_micro_batches
+else fail test_data_class_weights_of_micro_batches "$said"; fi
+weighted --checkpoint "$tmp/weighted.ck"
+sed -i.old 's/1,0.5,3/1,1,1/' "$at/tasks.tsv"
+weighted --resume "$tmp/weighted.ck"
+if grep -q 'class_weights there t:1,0.5,3, here t:1,1,1' "$tmp/err"; then
+  ok test_data_class_weights_that_differ_are_told
+else fail test_data_class_weights_that_differ_are_told "$(cat "$tmp/err")"; fi
+sed 's/1,0.5,3/balanced/' "$at/tasks.tsv.old" > "$at/tasks.tsv"
+printf '0\tmore\n0\tand more\n0\tand so on\n' >> "$at/t/train.tsv"
+cp "$at/t/train.tsv" "$at/t/dev.tsv"
+weighted --batch 9
+said=$(losses '0.6 1.5 1.5')
+if [ "${said%% *}" = 1 ]; then ok test_data_class_weights_balance
+else fail test_data_class_weights_balance "$said $(cat "$tmp/err")"; fi
+
 # ---- without any vocabulary ----
 begin learned "$one"
 cp "$tmp/plain/t/"* "$at/t"

@@ -36,7 +36,7 @@ STRUCTS = Config, Task, Batch, Limits, Train, Tensor, Tokens, Text = [_struct(*s
      "i: router experts top_k gate_scale_n renormalize rank max_len truncate cased unit selection "
      "task_dim f: temperature p: pruned"),
     ("moe_task", "n: name i: kind pair classes f: low high n: metrics i: max_len p: label"),
-    ("moe_batch", "i: S p: seq_start ids features segments task label span index"),
+    ("moe_batch", "i: S p: seq_start ids features segments task label span index weight"),
     ("moe_limits", "i: tokens sequences training keep_layers"),
     ("moe_train_config", "f: lr warmup q: steps p: lr_schedule lr_user f: beta1 beta2 eps "
      "weight_decay clip_norm dropout balance z_loss jitter tau_start tau_end tau_rate q: seed "

@@ -2,7 +2,7 @@
    tokenizer that they are read for, tokenised rows, batches
 
    tasks.tsv has the columns name input kind labels metric, and may have rows, max_len, hard,
-   description, and what columns are called in the files of a task (table.h): label_column,
+   description, class_weights, and what columns are called in the files of a task (table.h): label_column,
    sentence1_column, sentence2_column, group_column. A file of rows has the columns label and
    sentence1, a pair sentence2, a ranking group, a span start1 end1 start2 end2 (code points).
    Other columns are ignored. A task's files are TASK/train and TASK/dev (or val, validation,
@@ -269,8 +269,8 @@ static inline void read_row(rows *to, row_reader *r, int k, int choices) {
            : r->group < 0 ? (uint64_t)to->n
                           : text_hash(0xcbf29ce484222325u, field(&r->file, r->group), 0);
   x.line = r->file.line;
-  need(moe_encode(r->from->tokenizer, &r->tokens, &words, r->max_len,
-                  r->from->config.truncate, &env));
+  need(moe_encode(r->from->tokenizer, &r->tokens, &words, r->max_len, r->from->config.truncate,
+                  &env));
   for (i = 0; i < 2 && t->kind == MOE_KIND_SPAN; ++i)
     find_span(x.span + 2 * i, &r->tokens, b ? i : 0, i && b ? b : a,
               field_whole("start", field(&r->file, r->span[2 * i])),
@@ -306,7 +306,9 @@ typedef struct task_data {
   moe_task task;
   const char *labels, *description; /* as tasks.tsv has them; description may be NULL */
   columns as;
-  int64_t official; /* column `rows`, else the training rows: decides "small" */
+  const char *weights; /* column class_weights, or NULL */
+  float *class_weight; /* (classes) of the training rows' losses, or NULL: 1 */
+  int64_t official;    /* column `rows`, else the training rows: decides "small" */
   int hard, n_dev;
   rows train, held, dev[2];
 } task_data;
@@ -375,6 +377,36 @@ static inline const char *column_name(table *f, const char *name, const char *us
   return said ? printed("%s", said) : usual;
 }
 
+/* class_weights: "1,2.5", a factor of the loss for each label, or "balanced". */
+static inline void read_class_weights(task_data *t, const char *said) {
+  list part = split(said, ',');
+  int i;
+  if (t->task.kind == MOE_KIND_REGRESSION)
+    die("class_weights are for tasks with classes, %s is a regression", t->task.name);
+  t->weights = printed("%s", said);
+  t->class_weight = (float *)lasting((size_t)t->task.classes, sizeof *t->class_weight);
+  if (!strcmp(said, "balanced")) return; /* the training rows are not known yet */
+  if (part.n != t->task.classes)
+    die("class_weights \"%s\" has %d numbers for %d labels (or is \"balanced\")", said, part.n,
+        t->task.classes);
+  for (i = 0; i < part.n; ++i) {
+    double v = field_number("class weight", part.at[i]);
+    if (!(v >= 0)) die("class weight %s is below 0", part.at[i]);
+    t->class_weight[i] = (float)v;
+  }
+}
+
+/* "balanced": rows / (classes * rows of the class), as scikit-learn has it. */
+static inline void balance_classes(task_data *t) {
+  int64_t count[MOE_MAX_CLASSES] = {0}, i;
+  int c;
+  if (!t->weights || strcmp(t->weights, "balanced")) return;
+  for (i = 0; i < t->train.n; ++i) ++count[(int)t->train.row[i].label];
+  for (c = 0; c < t->task.classes; ++c)
+    t->class_weight[c] =
+        count[c] ? (float)((double)t->train.n / t->task.classes / (double)count[c]) : 1;
+}
+
 static inline void read_task(table *f, task_data *t) {
   const char *name = field(f, column(f, "name", 1)), *kind = field(f, column(f, "kind", 1));
   const char *input = field(f, column(f, "input", 1)), *rest;
@@ -401,6 +433,7 @@ static inline void read_task(table *f, task_data *t) {
   if (rest && t->task.max_len && t->task.max_len < 2 + t->task.pair)
     die("max_len is %s, the special tokens alone are %d", rest, 2 + (int)t->task.pair);
   if ((rest = field_or_null(f, "hard")) != NULL) t->hard = field_whole("hard", rest);
+  if ((rest = field_or_null(f, "class_weights")) != NULL) read_class_weights(t, rest);
   if ((rest = field_or_null(f, "description")) != NULL) t->description = printed("%s", rest);
   t->as.label = column_name(f, "label_column", usual_columns.label);
   t->as.sentence1 = column_name(f, "sentence1_column", usual_columns.sentence1);
@@ -657,7 +690,7 @@ typedef struct batch_buffer {
   moe_batch batch;
   int32_t *ids, *start, *task, *span;
   uint8_t *segments;
-  float *label;
+  float *label, *weight;
   int64_t *index;
   int32_t tokens;
 } batch_buffer;
@@ -673,6 +706,7 @@ static inline batch_buffer make_batch(int32_t tokens, int32_t sequences) {
   b.batch.task = b.task = (int32_t *)lasting(S, sizeof *b.task);
   b.batch.span = b.span = (int32_t *)lasting(S * 4, sizeof *b.span);
   b.batch.label = b.label = (float *)lasting(S, sizeof *b.label);
+  b.weight = (float *)lasting(S, sizeof *b.weight); /* in the batch where it is wanted */
   b.batch.index = b.index = (int64_t *)lasting(S, sizeof *b.index);
   return b;
 }

@@ -69,7 +69,7 @@ static inline void note_options(const option *const *tables, const char *names, 
                                 moe_model *from) {
   list name = split(names, ' ');
   text to = {NULL, 0, 0};
-  int i;
+  int i, k;
   for (i = 0; i < name.n; ++i) {
     const option *o = find_option(tables, printed("--%s", name.at[i]), 0);
     char *s = name.at[i];
@@ -85,6 +85,10 @@ static inline void note_options(const option *const *tables, const char *names, 
       (unsigned long long)data_fingerprint(e, from), (unsigned long long)vocab_fingerprint(e));
   for (i = 0; i < n_tasks; ++i)
     put(&to, "%s:%lld,", tasks[i].task.name, (long long)tasks[i].train.n);
+  put(&to, " class_weights=");
+  for (i = k = 0; i < n_tasks; ++i)
+    if (tasks[i].weights) put(&to, "%s%s:%s", k++ ? ";" : "", tasks[i].task.name, tasks[i].weights);
+  if (!k) put(&to, "0");
   options_here = to.data;
 }
 

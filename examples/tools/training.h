@@ -103,25 +103,50 @@ static inline void remove_checkpoint(const char *path) {
   remove_file(path);
 }
 
+/* A row of a batch. */
+typedef struct drawn {
+  int32_t task;
+  int64_t row;
+  float weight;
+} drawn;
+
+/* Draws a batch. With class weights the loss of a task is the weighted mean over its rows in the
+   batch, as that of PyTorch's CrossEntropyLoss(weight=...); how much a task counts is as without.
+   1: some task has class weights. */
+static inline int draw_batch(job *j, drawn *d) {
+  double *sum = (double *)take(2 * (size_t)j->n, sizeof *sum), *count = sum + j->n;
+  int i, weighted = 0;
+  for (i = 0; i < j->batch; ++i) {
+    const task_data *t;
+    moe_sampler_next(&j->sampler, &d[i].task, &d[i].row);
+    t = &tasks[j->which[d[i].task]];
+    d[i].weight = t->class_weight ? t->class_weight[(int)t->train.row[d[i].row].label] : 1;
+    weighted |= t->class_weight != NULL;
+    sum[d[i].task] += (double)d[i].weight;
+    count[d[i].task] += 1;
+  }
+  for (i = 0; i < j->batch; ++i)
+    if (tasks[j->which[d[i].task]].class_weight && sum[d[i].task] > 0)
+      d[i].weight = (float)((double)d[i].weight * count[d[i].task] / sum[d[i].task]);
+  free(sum);
+  return weighted;
+}
+
 /* One optimizer step: draws a batch and runs this rank's rows of it in micro-batches of at most
    `room` tokens. The loss is that of the whole batch. */
 static inline float train_step(job *j, batch_buffer *b, int32_t room) {
   long long step = moe_trainer_steps_done(j->trainer) + 1;
   float loss, *losses = NULL;
   double whole[2] = {0, 0}; /* loss, tokens */
+  drawn *d = (drawn *)take((size_t)j->batch + 1, sizeof *d);
   int i, k;
   if (watching()) losses = (float *)take((size_t)j->batch, sizeof *losses);
+  b->batch.weight = draw_batch(j, d) ? b->weight : NULL;
   clear_batch(b);
   for (i = 0; i <= j->batch; ++i) {
-    const rows *r = NULL;
-    int32_t task = 0;
-    int64_t drawn = 0;
-    if (i < j->batch) {
-      moe_sampler_next(&j->sampler, &task, &drawn);
-      r = &tasks[j->which[task]].train;
-      if (i % ranks != my_rank) continue;
-    }
-    if (b->batch.S && (!r || b->tokens + row_length(r, drawn) > room)) {
+    const rows *r = i < j->batch ? &tasks[j->which[d[i].task]].train : NULL;
+    if (r && i % ranks != my_rank) continue;
+    if (b->batch.S && (!r || b->tokens + row_length(r, d[i].row) > room)) {
       moe_status s = moe_trainer_accumulate(j->trainer, &b->batch, j->batch, &loss, losses, &env);
       if (s)
         die("training stopped in step %lld (%s); try a smaller --lr", step, moe_status_text(s));
@@ -130,9 +155,10 @@ static inline float train_step(job *j, batch_buffer *b, int32_t room) {
       whole[1] += b->tokens;
       clear_batch(b);
     }
-    if (r) add_row(b, r, drawn, task, i);
+    if (r) b->weight[b->batch.S] = d[i].weight;
+    if (r) add_row(b, r, d[i].row, d[i].task, i);
   }
-  free(losses);
+  free(losses), free(d);
   add_gradients(moe_trainer_gradients(j->trainer), j->parameters);
   add_doubles(whole, 2);
   j->tokens += whole[1];
@@ -321,6 +347,7 @@ static inline void train_model(job *j, moe_model *model) {
   if (room < longest) room = longest;
   if (all < room) room = (int32_t)all;
   for (i = 0; i < j->n; ++i) n_rows[i] = tasks[j->which[i]].train.n;
+  for (i = 0; i < j->n; ++i) balance_classes(&tasks[j->which[i]]);
   memset(&limits, 0, sizeof limits);
   limits.tokens = room;
   limits.sequences = j->batch < room ? j->batch : room;

@@ -169,7 +169,9 @@ static void heads_make(Case &c, HeadsCase &h) {
 static void case_heads(Case &c) {
   HeadsCase h;
   heads_make(c, h);
-  bool overwrite = c.chance(50);
+  bool overwrite = c.chance(50), weighted = c.chance(50);
+  Array<float> weight = c.array<float>("weight", (size_t)h.s.S, SAME);
+  for (int i = 0; i < h.s.S; ++i) weight[(size_t)i] = c.chance(20) ? 0 : 3 * c.uniform();
   c.send();
   for (int back = 0; back < 2; ++back)
     for (int side = CPU; side < SIDES; ++side) {
@@ -182,6 +184,7 @@ static void case_heads(Case &c) {
       op.S = h.s.S, op.M = h.s.M, op.H = h.H, op.T = h.T, op.max_classes = h.classes;
       op.scratch = h.scratch.at(side), op.dhidden = h.dhidden.at(side), op.dw = h.dw.at(side);
       op.batch_size = h.s.S + c.number % 3, op.overwrite = overwrite;
+      op.weight = weighted ? weight.at(side) : nullptr;
       c.status(CASES_RUN(c, side, heads, op, back), side);
     }
   c.compare();

@@ -217,6 +217,8 @@ static void test_trainer_20_steps_match_pytorch(void) {
 
 /* ---- differences ---- */
 
+static const float some_weights[MODELS_S] = {0.5f, 2, 0, 1, 3, 0.25f, 1, 1, 4, 0.125f, 1, 2};
+
 static void test_trainer_gradients_match_differences(void) {
   static const struct {
     moe_router router;
@@ -253,6 +255,7 @@ static void test_trainer_gradients_match_differences(void) {
     bytes = moe_model_parameters(p.model) * sizeof(float);
     before = models_hash(moe_model_weights(p.model), bytes);
     models_random_batch(&trainer_batch, p.model, 12, 9, 20 + i);
+    trainer_batch.b.weight = i % 2 ? some_weights : NULL;
     error = 7;
     CHECK(moe_gradcheck(p.trainer, &trainer_batch.b, 0, &error, &env) == MOE_E_ARGUMENT &&
               error == 7,
@@ -264,6 +267,36 @@ static void test_trainer_gradients_match_differences(void) {
     CHECK(models_hash(moe_model_weights(p.model), bytes) == before, "weights are as before");
     drop(&p);
   }
+  trainer_batch.b.weight = NULL;
+}
+
+/* torch.nn.CrossEntropyLoss(weight=[1, 0.5, 3]) of four rows and its gradient; the weight of a row
+   is that of its class, times the rows over the sum of all. */
+static void test_trainer_weights_are_those_of_cross_entropy_loss(void) {
+  static const float x[12] = {0.5f,  -1.0f, 0.25f, 1.5f,   0.25f, -0.75f,
+                              -0.5f, 0.0f,  2.0f,  0.125f, 1.0f,  -1.0f},
+                     w[12] = {1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0}, label[4] = {0, 2, 2, 1},
+                     weight[4] = {4 / 7.5f, 12 / 7.5f, 12 / 7.5f, 2 / 7.5f};
+  static const float want[12] = {-0.0667f, 0.0149f, 0.0519f,  0.2874f, 0.0823f,  -0.3697f,
+                                 0.0270f,  0.0445f, -0.0714f, 0.0179f, -0.0237f, 0.0058f};
+  static const int32_t start[5] = {0, 1, 2, 3, 4}, task[4] = {0, 0, 0, 0};
+  static const size_t head[1] = {0};
+  float scores[12], losses[4], dx[12], scratch[18], mean = 0;
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_heads_op op;
+  moe_task one;
+  int i;
+  memset(&one, 0, sizeof one);
+  one.classes = 3;
+  moe_heads_op_init(&op);
+  op.scores = scores, op.losses = losses, op.hidden = x, op.w = w, op.head = head;
+  op.tasks = &one, op.task = task, op.label = label, op.seq_start = start, op.weight = weight;
+  op.S = op.M = 4, op.H = 3, op.T = 1, op.max_classes = 3, op.scratch = scratch;
+  op.dhidden = dx, op.batch_size = 4, op.overwrite = 1;
+  CHECK(!moe_heads_forward(&op, &env) && !moe_heads_backward(&op, &env), "%s", said);
+  for (i = 0; i < 4; ++i) mean += losses[i] / 4;
+  CHECK_NEAR(mean * logf(3), 1.232822410174184, 1e-6);
+  for (i = 0; i < 12; ++i) CHECK_NEAR(dx[i] * logf(3), (double)want[i], 6e-5);
 }
 
 static void test_trainer_gradcheck_finds_a_wrong_gradient(void) {
@@ -999,6 +1032,7 @@ static void run_trainer(void) {
   RUN(test_trainer_gradients_match_pytorch);
   RUN(test_trainer_20_steps_match_pytorch);
   RUN(test_trainer_gradients_match_differences);
+  RUN(test_trainer_weights_are_those_of_cross_entropy_loss);
   RUN(test_trainer_gradcheck_finds_a_wrong_gradient);
   RUN(test_trainer_gradcheck_refuses_a_pass_that_is_not_finite);
   RUN(test_trainer_bits_do_not_depend_on_threads_isa_or_packing);
