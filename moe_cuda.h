@@ -1760,7 +1760,6 @@ static moe_status moe__cuda_experts_tables(moe__cuda_experts_job *job, int back)
                             "cuda: experts: weights of expert %d are int8, bf16 or packed, "
                             "expected float weights in rows layout",
                             e);
-    memset(group, 0, sizeof *group);
     group->w = back && w[l] ? w[l][e] : (const float *)mat->data;
     job->wide = job->wide && moe__cuda_wide(group->w, 4);
     if (!back && bias[l]) group->bias = bias[l][e];
@@ -1773,15 +1772,15 @@ static moe_status moe__cuda_experts_tables(moe__cuda_experts_job *job, int back)
   return job->q->status;
 }
 
-static moe_status moe__cuda_experts_begin(moe__cuda_experts_job *job, const moe_experts_op *op,
-                                          int back) {
+static moe_status moe__cuda_experts_begin(moe__cuda_experts_job *job, moe__cuda_queue *q,
+                                          const moe_experts_op *op, int back) {
   size_t rows;
-  memset(&job->r, 0, sizeof job->r);
+  memset(job, 0, sizeof *job);
+  job->q = q;
   job->r.M = op->M, job->r.N = job->r.k = 1;
   if (op->routes) job->r = *op->routes;
   job->op = op;
   job->wide = 1;
-  job->there[0] = job->there[1] = NULL;
   if (op->N < 1 || op->N > MOE_MAX_EXPERTS || job->r.N != op->N || job->r.k < 1 || job->r.M < 0 ||
       job->r.M > INT32_MAX / job->r.k || op->H < 1 || op->F < 1)
     return moe__cuda_fail(&job->q->env, MOE_E_ARGUMENT,
@@ -1887,9 +1886,7 @@ static moe_status moe__cuda_experts_backward(const moe__cuda_experts_job *job) {
 static moe_status moe__cuda_experts(const moe_backend *b, const moe_env *env,
                                     const moe_experts_op *op, int back) {
   moe__cuda_experts_job job;
-  moe_status status;
-  job.q = moe__cuda_queue_of(b, env);
-  status = moe__cuda_experts_begin(&job, op, back);
+  moe_status status = moe__cuda_experts_begin(&job, moe__cuda_queue_of(b, env), op, back);
   if (status || job.rows == 0) return status;
   return back ? moe__cuda_experts_backward(&job) : moe__cuda_experts_forward(&job);
 }
@@ -2173,9 +2170,8 @@ static moe_status moe__cuda_attention(const moe_backend *b, const moe_env *env,
   if (back && !op->stats)
     return moe__cuda_fail(env, MOE_E_ARGUMENT,
                           "attention: stats is NULL, expected that of forward");
-  memset(&p, 0, sizeof p);
   p.y = op->y, p.stats = op->stats, p.qkv = op->qkv, p.dqkv = op->dqkv, p.dy = op->dy;
-  p.seq_start = op->seq_start;
+  p.delta = NULL, p.seq_start = op->seq_start;
   p.H = op->H, p.A = op->A, p.D = op->H / op->A;
   p.tiles = (longest - 1) / 64 + 1;
   p.overwrite = op->overwrite;

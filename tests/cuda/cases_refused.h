@@ -34,7 +34,7 @@ static void refused_rows(Case &c) {
   REFUSED("H is -1", layernorm, &norm, 0);
   dropout.dropout = -0.1f;
   REFUSED("dropout is -0.1", dropout, &dropout);
-  attention.A = 1, attention.H = 129, attention.M = attention.S = 1, attention.longest = 1;
+  attention.A = 2, attention.H = 258, attention.M = attention.S = 1, attention.longest = 1;
   REFUSED("heads have 129 numbers", attention, &attention, 0);
   attention.A = 3, attention.H = 64;
   REFUSED("A is 3, expected a divisor of H, 64", attention, &attention, 0);

@@ -104,7 +104,7 @@ static void case_attention(Case &c) {
   bool dropout = c.chance(50), overwrite = c.chance(50);
   auto keys = cases_keys(c, s.S, dropout);
   auto qkv = c.input("qkv", 3 * n, 2), dy = c.input("dy", n), y = c.output("y", n);
-  auto stats = c.array<float>("stats", 2 * (size_t)s.M * (size_t)A, ANY_VALUE);
+  auto stats = c.output("stats", 2 * (size_t)s.M * (size_t)A);
   auto dqkv = c.gradient("dqkv", 3 * n);
   size_t floats = moe_attention_scratch(s.longest, H, A, 1, &cases_cpu);
   auto scratch = c.array<float>("scratch", floats, ANY_VALUE);

@@ -187,7 +187,8 @@ static float device_element(const void *p, int type, size_t i) {
 /* Columns first: element (i, j) is at i + j row. */
 int cublasGemmEx(void *, int trans_a, int trans_b, int m, int n, int k, const void *alpha,
                  const void *a, int a_type, int a_row, const void *b, int b_type, int b_row,
-                 const void *beta, void *c, int, int c_row, int, int) {
+                 const void *beta, void *c, int c_type, int c_row, int compute, int) {
+  if ((a_type && a_type != 14) || b_type != a_type || c_type || compute != 68) return 7;
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < m; ++i) {
       float sum = 0, *to = (float *)c + i + (size_t)j * (size_t)c_row;

@@ -112,10 +112,10 @@ static bool open_device(const Mode &mode) {
 }
 
 static const Mode modes[] = {
-    {70, 0, MOE_TYPE_F32, 1e-5, 0}, {70, 0, MOE_TYPE_BF16, 1e-2, 0}, {80, 0, MOE_TYPE_F32, 1e-5, 0},
-    {80, 1, MOE_TYPE_F32, 2e-3, 0}, {80, 0, MOE_TYPE_BF16, 1e-2, 0},
+    {70, 0, MOE_TYPE_F32, 1e-5, 0}, {70, 0, MOE_TYPE_BF16, 5e-4, 0}, {80, 0, MOE_TYPE_F32, 1e-5, 0},
+    {80, 1, MOE_TYPE_F32, 2e-3, 0}, {80, 0, MOE_TYPE_BF16, 5e-4, 0},
 #ifndef KERNELS_GPU
-    {80, 0, MOE_TYPE_F32, 1e-5, 1}, {80, 0, MOE_TYPE_BF16, 1e-2, 1},
+    {80, 0, MOE_TYPE_F32, 1e-5, 1}, {80, 0, MOE_TYPE_BF16, 5e-4, 1},
 #endif
 };
 

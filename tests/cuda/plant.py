@@ -32,7 +32,7 @@ SKIP = re.compile(
     r"|\bX\(|\basm\b|\"|goto|\btemplate\b|\w<[\w ,=!]*>\(")
 TYPED = re.compile(r"\s*(const |unsigned )*(float|int|unsigned|char|double|size_t|u?int\d+_t"
                    r"|moe__?\w+|void) [^=]*$")
-POINTER = re.compile(r"\)\[$|\*\)$|\? [\w.>-]+ : $|(, |\*)\w+\[$")
+POINTER = re.compile(r"\)\[$|\*\)$|\? [\w.>-]+ : $|(, ?|\*) ?\w+\[$")
 DECLARED_ARRAY = re.compile(r"^\s*(?:const )?(?:float|int|unsigned|char|double|void|moe__?\w+"
                             r"|size_t|uint\d+_t|int\d+_t)\b[^=;(]*\[[^;]*")
 
