@@ -10482,14 +10482,10 @@ static int32_t moe__row_dim(const moe_config *c, int32_t T, const moe_task *task
 /* The arrays in which each tensor has a place, all in the order of the table: the list of tensors,
    that of int8 tensors, the flat array of floats (scales in place of an int8 matrix), the bytes of
    the int8 matrices, the packed copies (floats; bytes of int8 ones). */
-typedef enum moe__measure {
-  MOE__TENSORS_ALL,
-  MOE__TENSORS_INT8,
-  MOE__FLOATS_ALL,
-  MOE__BYTES_INT8,
-  MOE__PACKED,
-  MOE__MEASURES
-} moe__measure;
+/* clang-format off */
+typedef enum moe__measure { MOE__TENSORS_ALL, MOE__TENSORS_INT8, MOE__FLOATS_ALL, MOE__BYTES_INT8,
+                            MOE__PACKED, MOE__MEASURES } moe__measure;
+/* clang-format on */
 
 /* Where the tensors begin in one such array. */
 typedef struct moe__map {
@@ -17273,13 +17269,10 @@ typedef int moe__fd;
 #define MOE__IO_MOST ((size_t)1 << 24) /* bytes of one call: some hosts refuse many at once */
 
 /* The kind of file that a path leads to. */
-typedef enum moe__path_kind {
-  MOE__PATH_NONE,
-  MOE__PATH_FILE,
-  MOE__PATH_STREAM,
-  MOE__PATH_DEVICE,
-  MOE__PATH_FOLDER
-} moe__path_kind;
+/* clang-format off */
+typedef enum moe__path_kind { MOE__PATH_NONE, MOE__PATH_FILE, MOE__PATH_STREAM, MOE__PATH_DEVICE,
+                              MOE__PATH_FOLDER } moe__path_kind;
+/* clang-format on */
 
 /* The system's reason for the last failure, in words. */
 static const char *moe__reason(char *out, size_t capacity) {
@@ -20760,13 +20753,11 @@ MOE_API moe_status moe_env_create(moe_env **out, moe_isa isa, int32_t threads,
     status = moe__fail(&own->env, status, "this machine cannot run %s", moe_isa_name(isa));
   else if (threads < 1 || threads > 256)
     status = moe__fail(&own->env, MOE_E_ARGUMENT, "%d threads, expected 1 to 256", (int)threads);
-#ifndef MOE_NO_THREADS
   else if (threads > 1)
-    status = moe_pool_create(&own->pool, threads, &own->env);
+#ifdef MOE_NO_THREADS
+    status = moe__fail(&own->env, MOE_E_UNSUPPORTED, "built without threads: expected 1");
 #else
-  else if (threads > 1)
-    status =
-        moe__fail(&own->env, MOE_E_UNSUPPORTED, "built without threads, %d asked", (int)threads);
+    status = moe_pool_create(&own->pool, threads, &own->env);
 #endif
   if (status != MOE_OK)
     moe_env_free(&own->env);
