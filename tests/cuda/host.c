@@ -68,6 +68,7 @@ static moe_env host_env(void) {
         control->depth)
 
 #include "open.c"
+#include "memory.c"
 #include "whole.c"
 #include "faults.c"
 
@@ -85,6 +86,7 @@ int main(int argc, char **argv) {
   double_reset();
   test_begin(argc - 1, argv + 1);
   PART(open);
+  PART(memory);
   PART(whole);
   PART(faults);
   return test_end();
