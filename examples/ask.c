@@ -26,5 +26,5 @@ int main(int argc, char **argv) {
   printf("%s %.3f\n", label ? label[best] : "value", (double)score[best]);
   moe_predictor_free(p);
   moe_model_free(model);
-  return 0;
+  return fflush(stdout) ? perror("stdout"), 1 : 0;
 }

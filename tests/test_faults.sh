@@ -1,23 +1,42 @@
 #!/bin/sh
-# Calls of the system and of the allocator that fail, and kills, in every program (shim.c). A
-# program must end with status 0 and complete output, the same as without the failure, or with
-# status 1, a sentence, and every older file as it was or whole and new. After a kill at any moment
-# the same command with --resume ends with the same bits. A sample: MOST of each kind, at most;
-# `make faults` takes all of them.
+# Calls of the system and of the allocator that fail, and kills, in every program: faults.c says
+# what must hold, shim.c makes them fail. A sample: MOST of each kind, STOPS kills of a kind,
+# MOMENTS random ones; `make faults` takes every call, a kill at each of them and 100 random ones.
+# FAULTS="train predict": these jobs alone. FAULT_JOBS at a time.
 . ./lib.sh
-MOST=${MOST:-4} KILLS=${KILLS:-8}
 case $(uname -s) in Linux) ;; *) skip test_faults "the shim is for Linux"; finish ;; esac
 if ! ${CC:-cc} -O1 -shared -fPIC -o "$tmp/shim.so" shim.c -ldl > "$tmp/log" 2>&1 ||
     ! LD_PRELOAD=$tmp/shim.so SHIM_COUNT=$tmp/counts sh -c : > "$tmp/log" 2>&1; then
   skip test_faults "shim.c needs glibc: $(head -n 1 "$tmp/log")"; finish
 fi
+${CC:-cc} -std=gnu99 -O1 -Wall -Wextra -Werror -o "$tmp/faults" faults.c > "$tmp/log" 2>&1 || {
+  fail test_faults_compiles "$(head -n 5 "$tmp/log")"; finish
+}
 for p in train predict tokenize convert routes tasklevel; do
   program $p || { fail test_faults_compiles; finish; }
 done
+# one rank of MPI, as far as train_mpi.c needs it
+mkdir "$tmp/mpi"
+cat > "$tmp/mpi/mpi.h" << 'END'
+#include <stdlib.h>
+enum { MPI_COMM_WORLD, MPI_FLOAT, MPI_SUM };
+#define MPI_IN_PLACE NULL
+#define MPI_Init(argc, argv) ((void)(argc), (void)(argv))
+#define MPI_Comm_rank(world, to) (*(to) = 0)
+#define MPI_Comm_size(world, to) (*(to) = 1)
+#define MPI_Allreduce(from, to, n, type, op, world) ((void)(to), (void)(n))
+#define MPI_Abort(world, status) exit(status)
+#define MPI_Finalize() (void)0
+END
+for e in train_mpi ask; do
+  ${CC:-cc} -std=gnu99 -O1 -I"$tmp/mpi" -I.. -o "$tmp/$e" ../examples/$e.c -lm -pthread \
+    > "$tmp/log" 2>&1 || { fail test_faults_compiles "$(head -n 5 "$tmp/log")"; finish; }
+done
+words=$PWD/../examples/data/vocab.txt mttag=$PWD/../examples/python/mttag.py
 cd "$tmp" || exit 1
 
 # two tiny tasks, an older state of every file, a model, its checkpoints
-mkdir data data/good data/score older
+mkdir data data/good data/score older hf hf/hf plain level events
 printf '[PAD]\n[UNK]\n[CLS]\n[SEP]\nfine\nbad\nfilm\na\n' > data/vocab.txt
 printf '%b\n' 'name\tinput\tkind\tlabels\tmetric\trows\tmax_len' \
   'good\tsingle\tclassification\t0=no,1=yes\taccuracy\t8\t' \
@@ -31,200 +50,124 @@ printf '%b\n' 'name\tinput\tkind\tlabels\tmetric\trows\tmax_len' \
   for w in fine bad film; do printf '0.5\ta film\t%s\n4\ta %s\ta film\n' $w $w; done
 } | tee data/score/train.tsv > data/score/dev.tsv
 printf 'a bad film\nfine\n\na film\n' > lines
-data="--data ../data --max-len 12 --batch 4 --seeds 1 --heads 2 --layers 1 --hidden 8 --every 2"
-small="$data --ffn 12 --experts 2 --threads 2 --resamples 5 --systems tag"
-train="$small --steps 6 --checkpoint ck --save m.st --json r.json --predictions p.tsv"
-tune="$small --steps 4 --hold-out 0.3 --fine-tune 1 --fine-epoch 2 --checkpoint ck --json r.json"
-adapt="$small --fine-tune 1 --adapt good --rows 2,4 --json r.json"
-level="$data --blocks 2 --steps 4 --systems random1,straight --router lstm --looks 2 --threads 2"
-level="$level --checkpoint ck --save m.st --json r.json --csv l.csv"
+# the same tasks as they are downloaded: by a list, as CSV in UTF-16 and as JSONL
+mkdir other other/good other/score
+cp data/vocab.txt other
+printf '%b\n' 'name\tinput\tkind\tlabels\tmetric\tlabel_column\tsentence1_column\tsentence2_column' \
+  'good\tsingle\tclassification\t0=no,1=yes\taccuracy\tverdict\tsaid\t' \
+  'score\tpair\tregression\t0..5\tpearson\tq.y\tq.a\tq.b' > other/list.tsv
+{
+  printf '\377\376'
+  { printf 'verdict,said\n'; sed '1d; s/^0/no/; s/^1/yes/; s/\t/,/' data/good/train.tsv; } |
+    sed 's/./&\x00/g; s/$/\r/' | tr '\r\n' '\n\000'
+} > other/good/train.csv
+cp other/good/train.csv other/good/dev.csv
+sed '1d; s/\(.*\)\t\(.*\)\t\(.*\)/{"q": {"y": \1, "a": "\2", "b": "\\u0061 \3"}}/' \
+  data/score/train.tsv | tee other/score/train.jsonl > other/score/dev.jsonl
+small="--max-len 12 --batch 4 --seeds 1 --heads 2 --layers 1 --hidden 8 --every 2"
+small="$small --ffn 12 --experts 2 --threads 2 --resamples 5 --systems tag"
+train="--data ../data $small --steps 6 --checkpoint ck --save m.st --json r.json"
+train="$train --predictions p.tsv"
+tune="--data ../data $small --steps 4 --hold-out 0.3 --fine-tune 1 --fine-epoch 2"
+tune="$tune --checkpoint ck --json r.json"
+adapt="--data ../data $small --fine-tune 1 --adapt good --rows 2,4 --json r.json"
+watch="--data ../other --task-list ../other/list.tsv $small --steps 6 --watch"
+watch="$watch --log log.csv --checkpoint ck --save m.st"
+level="--data ../data --max-len 12 --batch 4 --seeds 1 --heads 2 --layers 1 --hidden 8"
+level="$level --every 2 --blocks 2 --steps 4 --systems random1,straight --looks 2"
+level="$level --threads 2 --checkpoint ck --save m.st --json r.json"
+level="$level --csv l.csv"
 if ! (cd older && ../train $train && mv m.st ../model.st && mv ck ../old.st && rm ck* &&
-    ../train $train --lr 1e-2 && rm ck*) > log 2>&1; then
+    ../train $train --lr 1e-2 && rm ck* && cp m.st r.json ../level &&
+    cp m.st ../plain/two_tasks.safetensors) > log 2>&1; then
   fail test_faults_trains "$(tail -n 3 log)"; finish
 fi
+(cd plain && ../train --data ../data $small --steps 2 --systems dense --save ../dense.st) \
+  > log 2>&1 || fail test_faults_trains "$(tail -n 3 log)"
+printf 'older\n' | tee level/l.csv level/m-random1-1.st > level/m-straight-1.st
+for f in config.json model.safetensors mttag.py tokenizer_config.json vocab.txt; do
+  echo older > hf/hf/$f
+done
+printf 'older\n' | tee plain/a.csv plain/a.html > plain/log.csv
 
-# same FILE FILE: the same but for seconds and --resume
-same() {
-  cmp -s "$1" "$2" && return
-  for f in "$1" "$2"; do
-    [ -e "$f" ] || return 1
-    sed -E -e 's/"(seconds|tokens_per_second)": [0-9.e+-]+//g' -e 's/, "--resume", "ck"//' \
-      -e 's/ +[0-9]+\.[0-9]$//' -e 's/^(([^\t]+\t){6})[0-9.]+/\1/' "$f" > "$f.same"
-  done
-  cmp -s "$1.same" "$2.same"
-  s=$?
-  rm -f "$1.same" "$2.same"
-  return $s
-}
-
-# job NAME PROGRAM OLDER INPUT "OUTPUTS" ARGUMENTS: runs it once, and counts its calls
-job() {
-  job=$1 program=$2 older=$3 input=$4 outputs=$5
-  shift 5
-  arguments=$* resume=
-  rm -rf good
-  cp -r "$older" good
-  began=$(date +%s%N)
-  (cd good && LD_PRELOAD=$tmp/shim.so SHIM_COUNT=$tmp/counts ../$program $arguments < $input \
-    > out 2> err) || fail test_faults_$job "$(tail -n 3 good/err)"
-  microseconds=$((($(date +%s%N) - began) / 1000))
-  for o in $outputs; do
-    same "good/$o" "$older/$o" && fail test_faults_$job "$o is as before"
-  done
-}
-
-# run SETTING: the job in a copy of its folder; sets status
-run() {
-  rm -rf run
-  cp -r "$older" run
-  (cd run && exec env LD_PRELOAD=$tmp/shim.so $1 ../$program $arguments < $input > out 2> err)
-  status=$?
-} 2> /dev/null
-
-# whole FILE: an output is the older one, or complete
-whole() {
-  same "run/$1" "$older/$1" || same "run/$1" "good/$1" && return
-  case $1 in
-    ck*.results) [ ! -e run/$1 ] || awk -F '\t' 'NR > 1 && NF != 12 { exit 1 }' run/$1 ;;
-    ck*) [ ! -e run/$1 ] || ./convert run/$1 > log 2>&1 ;;
-    *.json) [ "$(head -c 1 run/$1)" = "{" ] && [ "$(tail -c 3 run/$1)" = "]}" ] ;;
-    l.csv) awk -F , 'NF != 11 { exit 1 }' run/$1 ;;
-    *) return 1 ;;
-  esac
-}
-
-# wrong CALL: why the run is not as it should be, or nothing
-wrong() {
-  case $status in
-    0) for o in out $outputs; do
-         same "run/$o" "good/$o" || echo "status 0, but $o differs from a good run"
-       done ;;
-    1) [ -s run/err ] && grep -q "^$program: " run/err || echo "status 1 without a sentence" ;;
-    *) echo "status $status: $(tail -n 2 run/err)" ;;
-  esac
-  for o in $outputs; do
-    whole $o || echo "status $status: $o is neither the older one nor complete"
-  done
-  [ $1 = unlink ] || [ -z "$(find run -name '*.tmp*')" ] || echo "left: $(ls run)"
-}
-
-# again: the same command (with --resume where a checkpoint is there) ends as if nothing had been
-again() {
-  from=
-  [ -z "$resume" ] || [ -z "$(find run -name 'ck*' ! -name '*.tmp*' ! -name '*.lock')" ] ||
-    from="--resume ck"
-  (cd run && ../$program $arguments $from < $input > out 2> err) ||
-    echo "afterwards status $?: $(tail -n 2 run/err)"
-  for o in $outputs; do same "run/$o" "good/$o" || echo "afterwards $o differs"; done
-  [ -z "$(find run -name '*.tmp*')" ] || echo "afterwards left: $(ls run)"
-}
-
-# calls CALL MODE...: fails each of them in turn, or MOST of them; MODE +: it and all that follow
-failed=0 runs=0 kills=0
-calls() {
-  for call in "$@"; do
-    mode=${call#"${call%+}"} call=${call%+} why= i=0
-    n=$(sed -n "s/^$call //p" counts)
-    of=$n most=$MOST
-    [ $call != rename ] || most=40 # the moment when one of two files is new
-    [ "$n" -le "$most" ] || of=$most
-    while [ $i -lt "$of" ] && [ -z "$why" ]; do
-      at=$((1 + i * n / of)) i=$((i + 1)) runs=$((runs + 1))
-      run SHIM_FAIL=$call:$at$mode
-      why=$(wrong $call)
-      [ -n "$why" ] || [ $status -eq 0 ] || why=$(again)
-      [ -z "$why" ] || why="$call $at of $n$mode: $why"
-    done
-    name=test_faults_${job}_$call
-    [ -z "$mode" ] || name=${name}_on
-    [ "$n" -eq 0 ] || if [ -z "$why" ]; then ok $name; else fail $name "$why"; fi
-  done
-}
 every="malloc malloc+ write write+ short read open close fsync rename stat flock unlink thread"
-
-# stops NAME SETTING EXPECTED: the job is killed, or ends by itself in time; then it goes on
-stopped() {
-  run "$2"
-  kills=$((kills + 1))
-  why=
-  [ $status -eq $3 ] || [ $status -eq 0 -a "$1" = moment ] || why="status $status, expected $3"
-  for o in $outputs; do whole $o || why="$why; $o is neither the older one nor complete"; done
-  why="$why$(again)"
-  [ -z "$why" ] || why="$2: $why"
+# job NAME SETTINGS... -- PROGRAM ARGUMENTS: in the list of what runs
+rm -f jobs
+job() {
+  case " ${FAULTS:-$1} " in *" $1 "*) ;; *) return ;; esac
+  name=$1
+  shift
+  echo "$name" >> jobs
+  {
+    printf './faults %s most=%s stops=%s ' "$name" "${MOST:-12}" "${STOPS:-12}"
+    for word in "$@"; do printf "'%s' " "$word"; done
+    echo "> $name.log 2>&1"
+  } > "$name.job"
 }
-
-# at every call of the system, or MOST of them: kills SIGNAL STATUS
-kills() {
-  n=$(sed -n 's/^kill //p' counts) i=0 why=
-  of=$n
-  [ "$n" -le "$KILLS" ] || of=$KILLS
-  while [ $i -lt "$of" ] && [ -z "$why" ]; do
-    at=$((1 + i * n / of)) i=$((i + 1))
-    stopped call "SHIM_FAIL=kill:$at SHIM_SIGNAL=$1" $2
-  done
-  if [ -z "$why" ]; then ok test_faults_${job}_signal_$1_at_any_call
-  else fail test_faults_${job}_signal_$1_at_any_call "$why"; fi
-}
-
-# at random moments
-moments() {
-  i=0 why= state=${SEED:-1}
-  while [ $i -lt "$KILLS" ] && [ -z "$why" ]; do
-    i=$((i + 1)) state=$(((state * 1103515245 + 12345) % 2147483648))
-    stopped moment "SHIM_AFTER=$((1 + state / 65536 * microseconds / 32768))" 137
-  done
-  if [ -z "$why" ]; then ok test_faults_${job}_killed_at_any_moment
-  else fail test_faults_${job}_killed_at_any_moment "$why"; fi
-}
-
-all="m.st r.json p.tsv ck ck.results"
-job train train older /dev/null "$all" $train
-resume=1
-calls $every
-kills 9 137
-kills 15 143
-kills 2 130
-moments
-job predict predict older ../lines "" ../model.st good --threads 2
-calls $every
-kills 15 143
-job score predict older ../data/score/dev.tsv "" ../model.st score --score
-calls $every
-job tokenize tokenize older ../lines "" ../data/vocab.txt --words
-calls $every
-kills 15 143
-job look convert older /dev/null "" ../model.st --tensors
-calls $every
-job int8 convert older /dev/null "m.st" ../model.st m.st --int8
-calls $every
-kills 9 137
-job extract convert older /dev/null "m.st" ../model.st m.st --task good \
+# long ones first
+job tasklevel older=level calls="$every" kills="9 15" resume=1 \
+  out="m-random1-1.st m-straight-1.st r.json l.csv ck.results ck-straight-1" -- \
+  ../tasklevel $level
+job tune calls="$every" kills=9 resume=1 moments="${MOMENTS:-8}" out="r.json ck.results" -- \
+  ../train $tune
+job train calls="$every" kills="9 15 2" resume=1 moments="${MOMENTS:-8}" \
+  out="m.st r.json p.tsv ck ck.results" -- ../train $train
+job watch older=plain calls="$every" kills="9 15" resume=1 moments="${MOMENTS:-8}" \
+  out="m.st log.csv" -- ../train $watch
+job events older=plain calls="$every" kills=9 -- ../train $watch --tensorboard events
+job adapt calls="$every" out=r.json -- ../train $adapt
+job routes older=plain calls="$every" kills=9 out="a.csv a.html" -- ../routes ../model.st \
+  --data ../data --csv a.csv --html a.html --checkpoints ../old.st
+job predict in=../lines calls="$every" kills=15 -- ../predict ../model.st good --threads 2
+job piped in=../lines pipe=1 calls="$every" kills="13 15" -- ../predict ../model.st good --json
+job top in=../lines calls="$every" -- ../predict ../model.st good --top 2
+job scores in=../lines calls="$every" -- ../predict ../model.st good --scores --json
+job embed in=../lines calls="$every" -- ../predict ../model.st good --embed mean
+job score in=../data/score/dev.tsv calls="$every" -- ../predict ../model.st score --score
+job report in=../data/good/dev.tsv calls="$every" -- ../predict ../model.st good --report
+job tokenize in=../lines calls="$every" kills=15 -- ../tokenize ../data/vocab.txt --words
+job learn in=../data/good/train.tsv calls="$every" kills=15 -- ../tokenize --learn 30
+job look calls="$every" -- ../convert ../model.st --tensors
+job int8 calls="$every" kills=9 out=m.st -- ../convert ../model.st m.st --int8
+job extract calls="$every" out=m.st -- ../convert ../model.st m.st --task good \
   --rows ../data/good/train.tsv --drop-below 0.4 --score ../data/good/dev.tsv
-calls $every
-printf 'older\n' | tee older/a.csv > older/a.html
-job routes routes older /dev/null "a.csv a.html" ../model.st --data ../data --csv a.csv \
-  --html a.html --checkpoints ../old.st
-calls $every
-kills 9 137
-job tune train older /dev/null "r.json ck.results" $tune
-resume=1
-calls $every
-kills 9 137
-moments
-job adapt train older /dev/null "r.json" $adapt
-calls $every
-mkdir level
-cp older/r.json level
-for f in l.csv m-random1-1.st m-straight-1.st; do echo older > level/$f; done
-job tasklevel tasklevel level /dev/null \
-  "m-random1-1.st m-straight-1.st r.json l.csv ck.results ck-straight-1" $level
-resume=1
-calls $every
-kills 9 137
-kills 15 143
-cp good/l.csv good/m-straight-1.st .
-job history routes older /dev/null "a.csv" ../m-straight-1.st --data ../data --csv a.csv \
-  --history ../l.csv --run 2
-calls $every
-echo "        $runs calls failed, $kills kills"
+job hf older=hf calls="$every" kills=9 out="hf/config.json hf/model.safetensors hf/vocab.txt" -- \
+  ../convert ../dense.st --hf hf
+job mttag older=hf calls="$every" kills=9 \
+  out="hf/config.json hf/model.safetensors hf/vocab.txt hf/mttag.py" -- \
+  ../convert ../model.st --hf hf --mttag $mttag
+job array calls="$every" -- ../convert ../model.st --c-array model
+job mpi older=plain calls="$every" kills=9 says="rank 0: " out=two_tasks.safetensors -- \
+  ../train_mpi $words
+job ask calls="$every" says="" -- ../ask ../model.st good "a fine film"
+# of a routing history, which tasklevel writes
+if (cp -r level history && cd history && ../tasklevel $level) \
+    > log 2>&1; then
+  cp history/l.csv history/m-straight-1.st .
+  job history older=plain calls="$every" out=a.csv -- ../routes ../m-straight-1.st \
+    --data ../data --csv a.csv --history ../l.csv --run 2
+else fail test_faults_tasklevel "$(tail -n 3 log)"; fi
+
+lane() {
+  while read -r name; do
+    mkdir "taken-$name" 2> /dev/null && sh "$name.job"
+  done < jobs
+}
+i=1
+while [ $i -lt "${FAULT_JOBS:-1}" ]; do
+  lane &
+  i=$((i + 1))
+done
+lane
+wait
+while read -r name; do
+  grep -v '^[0-9]* passed, [0-9]* failed' "$name.log"
+  line=$(grep '^[0-9]* passed, [0-9]* failed, [0-9]* skipped$' "$name.log" | tail -n 1)
+  if [ -z "$line" ]; then fail "test_faults_$name" "it ended before its summary"; continue; fi
+  passed=$((passed + ${line%% *})) line=${line#*, }
+  failed=$((failed + ${line%% *}))
+done < jobs
+[ -z "$FAULT_COUNTS" ] || { mkdir -p "$FAULT_COUNTS"; cp ./*.counts "$FAULT_COUNTS"; }
+cat ./*.log | awk '/ calls failed, / { c += $2; k += $5 }
+  END { print "        " c " calls failed, " k " kills" }'
 finish
