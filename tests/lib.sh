@@ -19,5 +19,30 @@ program() {
   head -n 5 "$tmp/log"
   return 1
 }
+
+# join PROGRAM:PART,... ...: one program of parts of several, since most of the time of a build goes
+# into moe.h; -PART: only for what other parts take from it
+join() {
+  for each in "$@"; do sed '/^#define MOE_IMPLEMENTATION/,$d' "${each%%:*}.c"; done
+  for each in "$@"; do
+    sed -n "/^#define MOE_IMPLEMENTATION/,/^#include \"${each%%:*}\//p" "${each%%:*}.c" |
+      sed '$d'
+  done
+  for each in "$@"; do
+    for part in $(echo "${each#*:}" | tr ',' ' '); do
+      echo "#include \"${each%%:*}/${part#-}.c\""
+    done
+  done
+  echo 'int main(int argc, char **argv) {'
+  echo '  test_begin(argc, argv);'
+  for each in "$@"; do
+    for part in $(echo "${each#*:}" | tr ',' ' '); do
+      case $part in -*) ;; race) echo '  if (test_is_argument("race")) PART(race);' ;;
+        *) echo "  PART($part);" ;;
+      esac
+    done
+  done
+  printf '  return test_end();\n}\n'
+}
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT

@@ -58,7 +58,9 @@ models() {
 row() {
   b=$1 what=$2 most_flash=$3 most_ram=$4
   shift 4
-  $native "$@" -o "$tmp/here" small/board.c -lm -pthread && here=$("$tmp/here" | cut -d' ' -f2)
+  [ -x "$tmp/here-$what" ] ||
+    $native "$@" -o "$tmp/here-$what" small/board.c -lm -pthread || return
+  here=$("$tmp/here-$what" | cut -d' ' -f2)
   board "$b"
   link "$tmp/board" small/board.c "$most_flash" "$most_ram" -DMOE_SMALL "$@" || return
   set -- $(sizes "$tmp/board") $(run "$tmp/board")

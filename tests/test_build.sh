@@ -133,7 +133,7 @@ int main(void) {
 END
 fuses() { # COMPILER OPTIONS: 10 yes, 11 no, 12 a processor without such an instruction
   if ! have "$1"; then echo 12; return; fi
-  "$@" -I.. -o "$tmp/fuse" "$tmp/fuse.c" -lm -pthread 2> "$tmp/log" && "$tmp/fuse"
+  "$@" -DMOE_STATIC -w -I.. -o "$tmp/fuse" "$tmp/fuse.c" -lm -pthread 2> "$tmp/log" && "$tmp/fuse"
   echo $?
 }
 case "$(fuses gcc -O1) $(fuses gcc -O1 -ffp-contract=fast) $(fuses clang -O1)" in *10*) fail \

@@ -2,7 +2,7 @@
 # Calls of the system and of the allocator that fail, and kills, in every program: faults.c says
 # what must hold, shim.c makes them fail. A sample: MOST of each kind, STOPS kills of a kind,
 # MOMENTS random ones; `make faults` takes every call, a kill at each of them and 100 random ones.
-# FAULTS="train predict": these jobs alone. FAULT_JOBS at a time.
+# FAULTS="train predict": these jobs alone; CALLS="write read": these calls. FAULT_JOBS at a time.
 . ./lib.sh
 case $(uname -s) in Linux) ;; *) skip test_faults "the shim is for Linux"; finish ;; esac
 if ! ${CC:-cc} -O1 -shared -fPIC -o "$tmp/shim.so" shim.c -ldl > "$tmp/log" 2>&1 ||
@@ -65,7 +65,7 @@ cp other/good/train.csv other/good/dev.csv
 sed '1d; s/\(.*\)\t\(.*\)\t\(.*\)/{"q": {"y": \1, "a": "\2", "b": "\\u0061 \3"}}/' \
   data/score/train.tsv | tee other/score/train.jsonl > other/score/dev.jsonl
 small="--max-len 12 --batch 4 --seeds 1 --heads 2 --layers 1 --hidden 8 --every 2"
-small="$small --ffn 12 --experts 2 --threads 2 --resamples 5 --systems tag"
+small="$small --ffn 12 --experts 2 --threads 1 --resamples 5 --systems tag"
 train="--data ../data $small --steps 6 --checkpoint ck --save m.st --json r.json"
 train="$train --predictions p.tsv"
 tune="--data ../data $small --steps 4 --hold-out 0.3 --fine-tune 1 --fine-epoch 2"
@@ -75,7 +75,7 @@ watch="--data ../other --task-list ../other/list.tsv $small --steps 6 --watch"
 watch="$watch --log log.csv --checkpoint ck --save m.st"
 level="--data ../data --max-len 12 --batch 4 --seeds 1 --heads 2 --layers 1 --hidden 8"
 level="$level --every 2 --blocks 2 --steps 4 --systems random1,straight --looks 2"
-level="$level --threads 2 --checkpoint ck --save m.st --json r.json"
+level="$level --threads 1 --checkpoint ck --save m.st --json r.json"
 level="$level --csv l.csv"
 if ! (cd older && ../train $train && mv m.st ../model.st && mv ck ../old.st && rm ck* &&
     ../train $train --lr 1e-2 && rm ck* && cp m.st r.json ../level &&
@@ -91,6 +91,7 @@ done
 printf 'older\n' | tee plain/a.csv plain/a.html > plain/log.csv
 
 every="malloc malloc+ write write+ short read open close fsync rename stat flock unlink thread"
+every=${CALLS-$every}
 # job NAME SETTINGS... -- PROGRAM ARGUMENTS: in the list of what runs
 rm -f jobs
 job() {
@@ -112,6 +113,8 @@ job tune calls="$every" kills=9 resume=1 moments="${MOMENTS:-8}" out="r.json ck.
   ../train $tune
 job train calls="$every" kills="9 15 2" resume=1 moments="${MOMENTS:-8}" \
   out="m.st r.json p.tsv ck ck.results" -- ../train $train
+job threads calls="thread open" kills=9 moments="${MOMENTS:-8}" resume=1 \
+  out="m.st r.json p.tsv ck ck.results" -- ../train $train --threads 2
 job watch older=plain calls="$every" kills="9 15" resume=1 moments="${MOMENTS:-8}" \
   out="m.st log.csv" -- ../train $watch
 job events older=plain calls="$every" kills=9 -- ../train $watch --tensorboard events

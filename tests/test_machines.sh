@@ -21,14 +21,22 @@ missing() {
   return 1
 }
 
-# check NAME COMPILER RUNNER PROGRAM TESTS: tests/PROGRAM.c, some of its parts or tests
+# tests MACHINE COMPILER PROGRAM:PART,...: parts of test programs, in one program for the machine
+tests() {
+  exe=$tmp/tests_$1.exe cc=$2
+  shift 2
+  join "$@" > "$tmp/joined.c"
+  rm -f "$tmp/unbuilt"
+  # of the helpers some are for other parts
+  $cc $dialect $warnings -Wno-unused-function -Wno-unused-variable -O1 -o "$exe" \
+    "$tmp/joined.c" -lm -pthread > "$tmp/unbuilt" 2>&1
+}
+
+# check NAME RUNNER TESTS: some parts or tests of the program that `tests` has built
 check() {
-  name=test_machines_$1 cc=$2 runner=$3 exe=$tmp/${1%%_*}_$4.exe program=$4
-  shift 4
-  if [ ! -e "$exe" ] && ! $cc $dialect $warnings -O1 -o "$exe" $program.c -lm -pthread \
-      > "$tmp/log" 2>&1; then
-    fail $name "$(head -n 5 "$tmp/log")"; return
-  fi
+  name=test_machines_$1 runner=$2
+  shift 2
+  if [ ! -e "$exe" ]; then fail $name "$(head -n 5 "$tmp/unbuilt")"; return; fi
   (cd "$tmp" && $runner "$exe" "$@") > "$tmp/log" 2>&1
   if grep -q '^[1-9][0-9]* passed, 0 failed' "$tmp/log"; then ok $name
   else fail $name "$(grep -v '^  ok' "$tmp/log" | head -n 6)"; fi
@@ -66,14 +74,14 @@ trains() {
 }
 
 # ---- 64-bit ARM ----
-tags="kernels:simd kernels:gemm kernels:lowp ops:linear ops:ops ops:experts ops:route"
-tags="$tags train:optimizer"
-names=$(for t in $tags attention trains_to_the_same_bits has_no_avx2; do echo arm_${t#*:}; done)
+tags="simd gemm lowp linear ops experts route optimizer"
+names=$(for t in $tags attention trains_to_the_same_bits has_no_avx2; do echo arm_$t; done)
 if ! missing "$names" "aarch64-linux-gnu-gcc qemu-aarch64"; then
   arm="aarch64-linux-gnu-gcc -std=c99 -static"
-  for t in $tags; do check arm_${t#*:} "$arm" qemu-aarch64 ${t%:*} ${t#*:}; done
+  tests arm "$arm" kernels:simd,gemm,lowp ops:linear,ops,attention,experts,route train:optimizer
+  for t in $tags; do check arm_$t qemu-aarch64 $t; done
   # the others take minutes
-  check arm_attention "$arm" qemu-aarch64 ops test_attention_agrees_with_pytorch \
+  check arm_attention qemu-aarch64 test_attention_agrees_with_pytorch \
     test_attention_does_not_overflow
   $arm $dialect -O1 -o "$tmp/train_arm" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1
   trains arm_trains_to_the_same_bits qemu-aarch64 "$tmp/train_arm" --isa neon
@@ -86,21 +94,20 @@ fi
 # ---- pointers of 32 bits; a processor of which nothing is known; a C library that gives threads
 # little stack ----
 while read -r target compiler emulator; do
-  sizes=
-  [ "$target" = arm32 ] && sizes="arm32_attention arm32_experts"
+  sizes= more=
+  [ "$target" = arm32 ] && sizes="arm32_attention arm32_experts" more=ops:attention,experts
   missing "${target}_gemm ${target}_files $sizes ${target}_trains_to_the_same_bits" \
     "$compiler $emulator" && continue
-  if [ "$sizes" ]; then # sizes that overflow where size_t has 32 bits
-    check arm32_attention "$compiler -std=c99 -static" \
-      "$emulator" ops test_attention_of_65536_tokens_is_cut_into_tiles
-    check arm32_experts "$compiler -std=c99 -static" \
-      "$emulator" ops test_experts_scratch_says_when_it_is_too_much
-  fi
   headers= # those of Linux, which musl's compiler comes without
   [ "$target" = musl ] &&
     headers="-idirafter /usr/include -idirafter /usr/include/$(${CC:-cc} -dumpmachine)"
-  check ${target}_gemm "$compiler -std=c99 -static $warnings $headers" "$emulator" kernels gemm
-  check ${target}_files "$compiler -std=c99 -static $warnings" "$emulator" files files
+  tests $target "$compiler -std=c99 -static $headers" kernels:gemm files:files $more
+  check ${target}_gemm "$emulator" gemm
+  check ${target}_files "$emulator" files
+  if [ "$sizes" ]; then # sizes that overflow where size_t has 32 bits
+    check arm32_attention "$emulator" test_attention_of_65536_tokens_is_cut_into_tiles
+    check arm32_experts "$emulator" test_experts_scratch_says_when_it_is_too_much
+  fi
   $compiler -std=c99 -static $dialect -O1 -o "$tmp/train_$target" ../examples/train.c -lm -pthread \
     > "$tmp/log" 2>&1
   trains ${target}_trains_to_the_same_bits "$emulator" "$tmp/train_$target"
@@ -115,9 +122,10 @@ if ! missing "big_endian_json big_endian_files big_endian_lowp big_endian_trains
     "s390x-linux-gnu-gcc qemu-s390x"; then
   # gnu99: with c99 gcc computes floats in double on this machine
   big="s390x-linux-gnu-gcc -std=gnu99 -static"
-  check big_endian_json "$big" qemu-s390x files json
-  check big_endian_files "$big" qemu-s390x files files
-  check big_endian_lowp "$big" qemu-s390x kernels lowp
+  tests big "$big" kernels:lowp files:files,json
+  check big_endian_json qemu-s390x json
+  check big_endian_files qemu-s390x files
+  check big_endian_lowp qemu-s390x lowp
   $big $dialect -O1 -o "$tmp/train_big" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1
   trains big_endian_trains_to_the_same_bits qemu-s390x "$tmp/train_big"
 fi
@@ -144,8 +152,9 @@ wine=wine64
 if ! missing "windows_gemm windows_files windows_trains_to_the_same_bits" \
     "x86_64-w64-mingw32-gcc $wine"; then
   export WINEDEBUG=-all WINEPREFIX="$tmp/wine"
-  check windows_gemm "x86_64-w64-mingw32-gcc -std=c99 -static" $wine kernels gemm
-  check windows_files "x86_64-w64-mingw32-gcc -std=c99 -static" $wine files files
+  tests windows "x86_64-w64-mingw32-gcc -std=c99 -static" kernels:gemm files:files
+  check windows_gemm $wine gemm
+  check windows_files $wine files
   trains windows_trains_to_the_same_bits $wine "$tmp/train_windows.exe"
   # that of our own prefix, which still writes there
   for s in wineserver /usr/lib/wine/wineserver; do

@@ -4,7 +4,8 @@
 # below ("kernels:gemm,simd").
 . ./lib.sh
 CC=${CC:-cc}
-flags="-std=c99 -D_POSIX_C_SOURCE=200809L -O1 -g1"
+# static: what no test calls is not compiled
+flags="-std=c99 -D_POSIX_C_SOURCE=200809L -O1 -g1 -DMOE_STATIC"
 address="-fsanitize=address,undefined -fno-sanitize-recover=all"
 export ASAN_OPTIONS=abort_on_error=0:detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 \
   TSAN_OPTIONS=halt_on_error=1
@@ -15,11 +16,13 @@ works() {
   $CC $1 -o "$tmp/w" "$tmp/w.c" > /dev/null 2>&1 && "$tmp/w" > /dev/null 2>&1
 }
 
-# KIND PROGRAM:PART,... FLAGS: parts of a test program; a test for each
+# KIND FLAGS PROGRAM:PART,...: parts of test programs, in one program; a test for each
 c_tests() {
-  kind=$1 program=${2%%:*} flag=$3
-  parts=$(echo "${2#*:}" | tr ',' ' ')
-  if ! $CC $flags $flag -I. -o "$tmp/test" $program.c -lm -pthread > "$tmp/log" 2>&1; then
+  kind=$1 flag=$2
+  shift 2
+  join "$@" > "$tmp/joined.c"
+  parts=$(sed -n 's/^  PART(\(.*\));$/\1/p' "$tmp/joined.c")
+  if ! $CC $flags $flag -I. -o "$tmp/test" "$tmp/joined.c" -lm -pthread > "$tmp/log" 2>&1; then
     for part in $parts; do fail test_sanitizers_${kind}_$part "$(head -n 5 "$tmp/log")"; done
     return
   fi
@@ -49,10 +52,8 @@ tiny="--data $data --layers 2 --hidden 20 --heads 2 --ffn 36 --experts 3 --max-l
 tiny="$tiny --batch 6 --steps 3"
 
 if works "$address"; then
-  for t in ${MOE_SANITIZE:-files:files,import,checkpoint,json ops:route,experts,guard \
-      text:text,metrics train:sampler model:limits}; do
-    c_tests address $t "$address"
-  done
+  c_tests address "$address" ${MOE_SANITIZE:-files:files,import,checkpoint,json \
+    ops:route,experts,guard text:text,metrics train:sampler model:-model,-kinds,limits}
   if $CC $flags $address -o "$tmp/train" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1; then
     for isa in scalar auto; do
       clean address train_$isa "$tmp/train" $tiny --systems dense,tag --top-k 2 --isa $isa \
@@ -67,7 +68,7 @@ else
 fi
 
 if works -fsanitize=thread; then
-  for t in kernels:base files:checkpoint,threads; do c_tests thread $t -fsanitize=thread; done
+  c_tests thread -fsanitize=thread kernels:base files:-files,checkpoint,threads,race
   # that it is at work: a race on purpose, in the program that was just built
   if "$tmp/test" race > "$tmp/log" 2>&1; then
     fail test_sanitizers_thread_finds_a_race "nothing was found"

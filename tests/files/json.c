@@ -290,6 +290,8 @@ static void test_safetensors_names_what_is_wrong(void) {
   CHECK(moe__st_open(&st, eight, 7, &env) == MOE_E_FORMAT && strstr(said, "7 bytes"), "%s", said);
   CHECK(moe__st_open(&st, NULL, 0, &env) == MOE_E_FORMAT && strstr(said, "0 bytes"), "%s", said);
 }
+#undef A
+#undef B
 
 static void test_safetensors_halves_become_floats_exactly(void) {
   uint32_t h;

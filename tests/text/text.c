@@ -38,7 +38,7 @@ typedef struct text_buffer {
   size_t n, capacity;
 } text_buffer;
 
-static void put(text_buffer *t, const char *s, size_t n) {
+static void put_text(text_buffer *t, const char *s, size_t n) {
   if (t->n + n > t->capacity) {
     t->capacity = 2 * (t->n + n) + 64;
     t->s = (char *)realloc(t->s, t->capacity);
@@ -50,7 +50,7 @@ static void put(text_buffer *t, const char *s, size_t n) {
 
 static void put_point(text_buffer *t, int32_t c) {
   unsigned char s[4];
-  put(t, (const char *)s, moe__utf8_write(s, c));
+  put_text(t, (const char *)s, moe__utf8_write(s, c));
 }
 
 static int32_t text_draw(uint64_t *state, int32_t n) {
@@ -65,21 +65,21 @@ static void nasty(text_buffer *t, uint64_t *state) {
     int32_t kind = text_draw(state, 12), n = text_draw(state, 24);
     if (kind == 0) {
       const char *s = specials[text_draw(state, COUNT(specials))];
-      put(t, s, strlen(s));
+      put_text(t, s, strlen(s));
     } else if (kind == 1) {
       int32_t c = repeated[text_draw(state, COUNT(repeated))];
       for (i = 0; i < 90 + n; ++i) put_point(t, c);
     } else if (kind == 2) {
       for (i = 0; i < n; ++i) {
         char byte = (char)text_draw(state, 256);
-        put(t, &byte, 1);
+        put_text(t, &byte, 1);
       }
     } else if (kind == 3) {
       const char *s = words[text_draw(state, COUNT(words))];
-      put(t, s, strlen(s));
+      put_text(t, s, strlen(s));
       s = words[text_draw(state, COUNT(words))];
       while (*s == '#') ++s;
-      put(t, s, strlen(s));
+      put_text(t, s, strlen(s));
     } else {
       const int32_t *pool = pools[text_draw(state, COUNT(pools))], *other = pool;
       if (text_draw(state, 3) == 0) other = pools[text_draw(state, COUNT(pools))];
@@ -89,26 +89,26 @@ static void nasty(text_buffer *t, uint64_t *state) {
         put_point(t, c >= 0xd800 && c < 0xe000 ? 0xfffd : c);
       }
     }
-    if (text_draw(state, 4) == 0) put(t, " ", 1);
+    if (text_draw(state, 4) == 0) put_text(t, " ", 1);
   }
 }
 
 static void put_points(text_buffer *t, int32_t first, int32_t end) {
   for (; first < end; ++first) {
     put_point(t, first);
-    put(t, "\n##", 3);
+    put_text(t, "\n##", 3);
     put_point(t, first);
-    put(t, "\n", 1);
+    put_text(t, "\n", 1);
   }
 }
 
 static void make_vocabulary(text_buffer *t) {
   static const char head[] = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n";
   int i;
-  put(t, head, sizeof head - 1);
+  put_text(t, head, sizeof head - 1);
   for (i = 0; i < COUNT(words); ++i) {
-    put(t, words[i], strlen(words[i]));
-    put(t, "\n", 1);
+    put_text(t, words[i], strlen(words[i]));
+    put_text(t, "\n", 1);
   }
   put_points(t, 0x21, 0x7f);
   put_points(t, 0xa1, 0xd800);
@@ -195,15 +195,15 @@ static void pieces_found(const moe_tokenizer *t, text_buffer *out, text_buffer *
   out->n = offsets->n = 0;
   for (i = 0; i < found.tokens.count; ++i) {
     char range[64];
-    if (i) put(out, " ", 1);
-    put(out, t->vocab + t->start[found.ids[i]], t->length[found.ids[i]]);
+    if (i) put_text(out, " ", 1);
+    put_text(out, t->vocab + t->start[found.ids[i]], t->length[found.ids[i]]);
     if (found.begin[i] < 0) continue;
     snprintf(range, sizeof range, "%s%d-%d", offsets->n ? " " : "", (int)found.begin[i],
              (int)found.end[i]);
-    put(offsets, range, strlen(range));
+    put_text(offsets, range, strlen(range));
   }
-  put(out, "", 1);
-  put(offsets, "", 1);
+  put_text(out, "", 1);
+  put_text(offsets, "", 1);
 }
 
 /* ---- the same as Hugging Face ---- */
@@ -281,7 +281,7 @@ static int read_all(text_buffer *t, const char *path) {
   FILE *f = fopen(path, "rb");
   if (!f) return 0;
   t->n = 0;
-  while ((n = fread(buffer, 1, sizeof buffer, f)) > 0) put(t, buffer, n);
+  while ((n = fread(buffer, 1, sizeof buffer, f)) > 0) put_text(t, buffer, n);
   fclose(f);
   return 1;
 }
@@ -366,7 +366,7 @@ static void test_text_keeps_its_promises_on_random_bytes(void) {
     a.n = 0;
     for (i = 0; i < n; ++i) {
       char byte = (char)text_draw(&state, text_draw(&state, 4) ? 256 : 128);
-      put(&a, &byte, 1);
+      put_text(&a, &byte, 1);
     }
     cut = (size_t)text_draw(&state, n + 1);
     exact = (char *)malloc(a.n ? a.n : 1); /* so that a sanitizer sees a byte read too far */
@@ -422,7 +422,7 @@ static void check_vocabulary(const char *vocab, size_t bytes, const char *senten
   fixture f;
   moe_env env = logging_env();
   memset(&f, 0, sizeof f);
-  put(&f.vocab, vocab, bytes);
+  put_text(&f.vocab, vocab, bytes);
   CHECK(make(&f, 0, &env) == MOE_E_FORMAT, "accepted; expected: %s", sentence);
   CHECK(!strcmp(said, sentence), "%s", said);
   CHECK(f.t == NULL, "the result was touched");
@@ -517,13 +517,13 @@ static double flood_make(fixture *f, int flood, uint64_t *state) {
   uint32_t i;
   clock_t begin;
   memset(f, 0, sizeof *f);
-  put(&f->vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
+  put_text(&f->vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
   word[sizeof word - 1] = '\n';
   for (i = 0; i < 1u << FLOOD_BITS; ++i) {
     flood_word(word, i, flood, state);
-    put(&f->vocab, word, sizeof word);
+    put_text(&f->vocab, word, sizeof word);
   }
-  put(&f->vocab, f->vocab.s + 18, sizeof word); /* the first once more: the last line counts */
+  put_text(&f->vocab, f->vocab.s + 18, sizeof word); /* the first once more: the last line counts */
   begin = clock();
   if (make(f, 0, NULL)) return -1;
   return (double)(clock() - begin) / CLOCKS_PER_SEC;
@@ -567,10 +567,10 @@ static void test_text_survives_any_vocabulary(void) {
     fixture f;
     int32_t n = text_draw(&state, 300), i;
     memset(&f, 0, sizeof f);
-    put(&f.vocab, head, sizeof head - 1);
+    put_text(&f.vocab, head, sizeof head - 1);
     for (i = 0; i < n; ++i) {
       char byte = "ab#\n\n\r [C\303\251\377"[text_draw(&state, text_draw(&state, 50) ? 11 : 12)];
-      put(&f.vocab, &byte, 1);
+      put_text(&f.vocab, &byte, 1);
     }
     if (text_draw(&state, 20) == 0) f.vocab.n = (size_t)text_draw(&state, (int32_t)f.vocab.n + 1);
     if (!make(&f, text_draw(&state, 2), NULL)) {
@@ -596,7 +596,7 @@ static void test_text_reads_a_vocabulary_as_hugging_face_does(void) {
   fixture f;
   int i;
   memset(&f, 0, sizeof f);
-  put(&f.vocab, vocab, sizeof vocab - 1);
+  put_text(&f.vocab, vocab, sizeof vocab - 1);
   CHECK(!make(&f, 0, NULL), "refused");
   CHECK(moe_tokenizer_words(f.t) == 9, "%d words", (int)moe_tokenizer_words(f.t));
   CHECK(!encode(f.t, input, sizeof input - 1, NULL, 0, 64, MOE_TRUNCATE_LONGEST), "%s", said);
@@ -629,7 +629,7 @@ static void test_text_refuses_wrong_arguments(void) {
   CHECK(found.tokens.count == 77, "the result was touched");
   CHECK(!encode(t, NULL, 0, "", 0, 3, MOE_TRUNCATE_LONGEST) && found.tokens.count == 3,
         "an empty pair");
-  put(&f.vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
+  put_text(&f.vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
   CHECK(!moe_tokenizer_size(f.vocab.s, f.vocab.n, &bytes, &env), "%s", said);
   block = (char *)block_of(bytes + 64, &f.block);
   CHECK(moe_tokenizer_init(&none, block, bytes - 1, f.vocab.s, f.vocab.n, 0, &env) == MOE_E_MEMORY,
