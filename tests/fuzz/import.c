@@ -40,6 +40,9 @@ static void fuzz_import(const uint8_t *d, size_t n) {
   if (TRY(moe_import_config_json(&c, part[0].data, part[0].bytes, &env)))
     OUGHT(!memcmp(&c, &before, sizeof c));
   before = c;
+  if (TRY(moe_import_encoder(&c, file, bytes, part[0].data, part[0].bytes, &env)))
+    OUGHT(!memcmp(&c, &before, sizeof c));
+  before = c;
   if (TRY(moe_import_sizes(&c, file, bytes, &env)))
     OUGHT(!memcmp(&c, &before, sizeof c));
   else {

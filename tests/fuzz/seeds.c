@@ -107,6 +107,11 @@ static void seed_models(const moe_env *e) {
   seed_failures |= moe_model_write(m, &writer, e) != MOE_OK;
   moe_model_free(m);
   seed_header("import", "small", config, seed_file.at);
+  seed_header("import", "sizes",
+              "{\"model_type\":\"bert\",\"num_attention_heads\":2,\"layer_norm_eps\":1e-12,"
+              "\"num_hidden_layers\":1,\"hidden_size\":4,\"intermediate_size\":4,"
+              "\"vocab_size\":12,\"max_position_embeddings\":8,\"type_vocab_size\":2}\1",
+              seed_file.at);
   seed_header("json", "header", "", seed_file.at);
 }
 
@@ -166,6 +171,10 @@ static void seed_data(void) {
       "{\"p\":{\"t\":\"the \\u00e9\"},\"q\":[{\"a\":[{\"s\":\"a\",\"y\":1},{\"s\":\"is\",\"y\":"
       "false}]},{\"a\":[]}]}\n{\"p\":{\"t\":\"a\"},\"q\":[{\"a\":[{\"s\":\"\",\"y\":\"no\"}]}]}\n\1"
       "{\"p\":{\"t\":\"is\"},\"q\":[{\"a\":[{\"y\":0,\"s\":\"the\"}]}]}\n";
+  static const char mapped[] =
+      "tname\tinput\tkind\tlabels\tmetric\tlabel_column\tsentence1_column\tsentence2_column\n"
+      "m\tpair\tclassification\t0=no,1=yes\taccuracy\t@3\t@1\tb + c\n\1"
+      "a\tb\tlabel\tc\nthe\ta\tyes\tis\na\tis\t0 \tthe\n\1a\tb\tx\tc\n.\ta\t1\tis\n";
   static const char utf16[] =
       "cname\tinput\tkind\tlabels\tmetric\nu\tsingle\tclassification\t0=no,1=yes\taccuracy\n\1"
       "\xff\xfel\0a\0b\0e\0l\0;\0s\0e\0n\0t\0e\0n\0c\0e\0"
@@ -178,6 +187,7 @@ static void seed_data(void) {
   seed_text("data", "ranking", ranking);
   seed_text("data", "csv", csv);
   seed_text("data", "jsonl", jsonl);
+  seed_text("data", "mapped", mapped);
   seed("data", "utf16", utf16, sizeof utf16 - 1);
   put(&t, "tname\tinput\tkind\tlabels\tmetric\nm\tpair\tclassification\t0=a,1=b\taccuracy\n\1");
   seed_lines(&t, "../examples/data/intent_match/train.tsv", 5);
@@ -197,6 +207,33 @@ static void seed_data(void) {
             "\x7a\x14<e>\t+\nNew York\t+nw\n\xcc\x81z\t+lrs\n\xe4\xb8\xad\t+n\n"
             "\1<e>new\tYORK a\xcc\x81z\1\xe4\xb8\xad<e><");
   seed_text("text", "cased", "\x09\x14the\nTHE\n##\xc2\xa0x\n\1THE th\xc3\x89\xff\xe2\x80\x8d");
+}
+
+/* Files of published tokenizers, and an encoder with its config.json. */
+static void seed_published(void) {
+  static const char vocab[] = "[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\n##\xc3\xa9\n";
+  text t = {NULL, 0, 0};
+  put(&t,
+      "0%s\1{\"do_lower_case\":true,\"strip_accents\":null,\"tokenize_chinese_chars\":true,"
+      "\"tokenizer_class\":\"BertTokenizerFast\",\"added_tokens_decoder\":{\"0\":{\"content\":"
+      "\"[PAD]\",\"special\":true},\"6\":{\"content\":\"[E1]\",\"lstrip\":true}}}\1"
+      "{\"[E1]\":6,\"the\":4}",
+      vocab);
+  seed("tokenizer", "config", t.data, t.bytes);
+  t.bytes = 0;
+  put(&t, "0%s\1{\"tokenizer_class\":\"PreTrainedTokenizer\"}", vocab);
+  seed("tokenizer", "other", t.data, t.bytes);
+  t.bytes = 0;
+  put(&t, "0%s\1{\"do_lower_case\":true,\"strip_accents\":false}", vocab);
+  seed("tokenizer", "accents", t.data, t.bytes);
+  fuzz_free(t.data);
+  seed_text("tokenizer", "whole",
+            "1{\"added_tokens\":[{\"id\":6,\"content\":\"[E1]\"}],\"normalizer\":{\"type\":"
+            "\"BertNormalizer\",\"lowercase\":true,\"strip_accents\":null,"
+            "\"handle_chinese_chars\":true},\"model\":{\"type\":\"WordPiece\",\"unk_token\":"
+            "\"[UNK]\",\"continuing_subword_prefix\":\"##\",\"vocab\":{\"[PAD]\":0,\"[UNK]\":"
+            "1,\"[CLS]\":2,\"[SEP]\":3,\"##\\u00e9\":5,\"the\":4}}}\1{}\1{}");
+  seed_text("tokenizer", "far", "1{\"model\":{\"vocab\":{\"a\":16777215,\"b\":1}}}");
 }
 
 static void seed_tables(void) {
@@ -250,6 +287,7 @@ static int fuzz_write_seeds(void) {
   seed_models(&e);
   seed_batches();
   seed_data();
+  seed_published();
   seed_tables();
   return seed_failures;
 }
