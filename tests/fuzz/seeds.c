@@ -173,14 +173,20 @@ static void seed_data(void) {
       "{\"p\":{\"t\":\"is\"},\"q\":[{\"a\":[{\"y\":0,\"s\":\"the\"}]}]}\n";
   static const char mapped[] =
       "tname\tinput\tkind\tlabels\tmetric\tlabel_column\tsentence1_column\tsentence2_column\n"
-      "m\tpair\tclassification\t0=no,1=yes\taccuracy\t@3\t@1\tb + c\n\1"
-      "a\tb\tlabel\tc\nthe\ta\tyes\tis\na\tis\t0 \tthe\n\1a\tb\tx\tc\n.\ta\t1\tis\n";
+      "m\tpair\tclassification\t0=no,1=yes\taccuracy\ty\ta | d\tb + c\n\1a\tb\ty\tc\td\n"
+      "the\ta\tyes\tis\t.\na\tis\t0 \tthe\t\nis\tis\tno\tis\ta\n\1"
+      "a\tb\ty\tc\td\n.\ta\t1\tis\t\nthe\ta\tno\tis\ta\n";
+  static const char numbered[] =
+      "tname\tinput\tkind\tlabels\tmetric\tlabel_column\tsentence1_column\tsentence2_column\n"
+      "m\tpair\tregression\t0..5\tpearson\t@4\t@1\t@2\n\1"
+      "the\ta\tis\t2.5\na\tis\t.\t0\n\1.\ta\tthe\t5\nis\tis\tis\t1e0\n";
   static const char utf16[] =
       "cname\tinput\tkind\tlabels\tmetric\nu\tsingle\tclassification\t0=no,1=yes\taccuracy\n\1"
       "\xff\xfel\0a\0b\0e\0l\0;\0s\0e\0n\0t\0e\0n\0c\0e\0"
       "1\0\n\0"
       "1\0;\0a\0\n\0"
-      "0\0;\0\x3d\xd8\0\xde\n\0\1label\n0\n";
+      "0\0;\0\x3d\xd8\0\xde\n\0"
+      "1\0;\0\"\0i\0s\0\n\0a\0\"\0\n\0\1sentence1,label\n\"the \"\"is\"\"\",0\na,1\n";
   text t = {NULL, 0, 0};
   seed_text("data", "regression", kinds);
   seed_text("data", "span", span);
@@ -188,6 +194,7 @@ static void seed_data(void) {
   seed_text("data", "csv", csv);
   seed_text("data", "jsonl", jsonl);
   seed_text("data", "mapped", mapped);
+  seed_text("data", "numbered", numbered);
   seed("data", "utf16", utf16, sizeof utf16 - 1);
   put(&t, "tname\tinput\tkind\tlabels\tmetric\nm\tpair\tclassification\t0=a,1=b\taccuracy\n\1");
   seed_lines(&t, "../examples/data/intent_match/train.tsv", 5);
