@@ -53,7 +53,8 @@ printf 'a bad film\nfine\n\na film\n' > lines
 # the same tasks as they are downloaded: by a list, as CSV in UTF-16 and as JSONL
 mkdir other other/good other/score
 cp data/vocab.txt other
-printf '%b\n' 'name\tinput\tkind\tlabels\tmetric\tlabel_column\tsentence1_column\tsentence2_column' \
+head='name\tinput\tkind\tlabels\tmetric\tlabel_column\tsentence1_column\tsentence2_column'
+printf '%b\n' "$head" \
   'good\tsingle\tclassification\t0=no,1=yes\taccuracy\tverdict\tsaid\t' \
   'score\tpair\tregression\t0..5\tpearson\tq.y\tq.a\tq.b' > other/list.tsv
 {

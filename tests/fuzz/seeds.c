@@ -144,22 +144,8 @@ static void seed_lines(text *to, const char *path, int lines_of) {
   if (f) fclose(f);
 }
 
-static void seed_data(void) {
-  static const char kinds[] =
-      "tname\tinput\tkind\tlabels\tmetric\trows\tmax_len\thard\n"
-      "a\tpair\tregression\t0..5\tspearman,pearson\t\t7\t1\n\1"
-      "label\tsentence1\tsentence2\n2.5\tthe a\tis\n0\ta\tthe\n5\tit\tis\n\1"
-      "label\tsentence1\tsentence2\n1e-3\tthe\ta\n";
-  static const char span[] = "t\xef\xbb\xbfname\tinput\tkind\tlabels\tmetric\r\n"
-                             "s\tsingle\tspan\t0=no,1=yes\taccuracy,f1\r\n\1"
-                             "label\tsentence1\tstart1\tend1\tstart2\tend2\r\n"
-                             "1\tthe a is\t0\t3\t4\t5\r\n0\ta the\t0\t1\t2\t5\r\n\1"
-                             "label\tsentence1\tstart1\tend1\tstart2\tend2\n0\ta a\t0\t1\t2\t3\n";
-  static const char ranking[] = "tname\tinput\tkind\tlabels\tmetric\n"
-                                "r\tpair\tranking\t0=no,1=yes\taccuracy\n\1"
-                                "label\tgroup\tsentence1\tsentence2\n"
-                                "1\tx\tthe\ta\n0\tx\tthe\tis\n0\ty\ta\ta\n1\ty\ta\tis\n\1"
-                                "label\tgroup\tsentence1\tsentence2\n1\tq\tis\ta\n0\tq\tis\tis\n";
+/* Data as people have it. */
+static void seed_formats(void) {
   static const char csv[] =
       "cname\tinput\tkind\tlabels\tmetric\tsentence1_column\n"
       "c\tsingle\tclassification\t0=no,1=yes\taccuracy\ttitle + text\n\1"
@@ -187,15 +173,33 @@ static void seed_data(void) {
       "1\0;\0a\0\n\0"
       "0\0;\0\x3d\xd8\0\xde\n\0"
       "1\0;\0\"\0i\0s\0\n\0a\0\"\0\n\0\1sentence1,label\n\"the \"\"is\"\"\",0\na,1\n";
-  text t = {NULL, 0, 0};
-  seed_text("data", "regression", kinds);
-  seed_text("data", "span", span);
-  seed_text("data", "ranking", ranking);
   seed_text("data", "csv", csv);
   seed_text("data", "jsonl", jsonl);
   seed_text("data", "mapped", mapped);
   seed_text("data", "numbered", numbered);
   seed("data", "utf16", utf16, sizeof utf16 - 1);
+}
+
+static void seed_data(void) {
+  static const char kinds[] =
+      "tname\tinput\tkind\tlabels\tmetric\trows\tmax_len\thard\n"
+      "a\tpair\tregression\t0..5\tspearman,pearson\t\t7\t1\n\1"
+      "label\tsentence1\tsentence2\n2.5\tthe a\tis\n0\ta\tthe\n5\tit\tis\n\1"
+      "label\tsentence1\tsentence2\n1e-3\tthe\ta\n";
+  static const char span[] = "t\xef\xbb\xbfname\tinput\tkind\tlabels\tmetric\r\n"
+                             "s\tsingle\tspan\t0=no,1=yes\taccuracy,f1\r\n\1"
+                             "label\tsentence1\tstart1\tend1\tstart2\tend2\r\n"
+                             "1\tthe a is\t0\t3\t4\t5\r\n0\ta the\t0\t1\t2\t5\r\n\1"
+                             "label\tsentence1\tstart1\tend1\tstart2\tend2\n0\ta a\t0\t1\t2\t3\n";
+  static const char ranking[] = "tname\tinput\tkind\tlabels\tmetric\n"
+                                "r\tpair\tranking\t0=no,1=yes\taccuracy\n\1"
+                                "label\tgroup\tsentence1\tsentence2\n"
+                                "1\tx\tthe\ta\n0\tx\tthe\tis\n0\ty\ta\ta\n1\ty\ta\tis\n\1"
+                                "label\tgroup\tsentence1\tsentence2\n1\tq\tis\ta\n0\tq\tis\tis\n";
+  text t = {NULL, 0, 0};
+  seed_text("data", "regression", kinds);
+  seed_text("data", "span", span);
+  seed_text("data", "ranking", ranking);
   put(&t, "tname\tinput\tkind\tlabels\tmetric\nm\tpair\tclassification\t0=a,1=b\taccuracy\n\1");
   seed_lines(&t, "../examples/data/intent_match/train.tsv", 5);
   put(&t, "\1");
@@ -293,6 +297,7 @@ static int fuzz_write_seeds(void) {
   moe_env e = fuzz_env();
   seed_models(&e);
   seed_batches();
+  seed_formats();
   seed_data();
   seed_published();
   seed_tables();
