@@ -77,6 +77,12 @@ printf '[UNK]\n[SEP]\n' > "$tmp/bad"
 refused test_tokenize_needs_a_vocabulary 'usage: tokenize VOCAB'
 refused test_tokenize_names_the_missing_file "$tmp/none" "$tmp/none"
 refused test_tokenize_names_the_missing_word 'none of its 2 lines is \[CLS\]' "$tmp/bad"
+mkdir "$tmp/many"
+cp "$tmp/vocab" "$tmp/many/vocab.txt"
+awk 'BEGIN { printf "{"; for (i = 0; i < 4097; ++i) printf "%s\"[t%d]\": %d", i ? "," : "", i, i
+  print "}" }' > "$tmp/many/added_tokens.json"
+refused test_tokenize_takes_4096_added_tokens_at_most 'more than 4096 added tokens' \
+  "$tmp/many/vocab.txt"
 refused test_tokenize_names_the_unknown_option 'unknown option --lower' "$tmp/vocab" --lower
 refused test_tokenize_wants_a_number 'not "12x"' "$tmp/vocab" --max-len 12x
 refused test_tokenize_wants_a_number_after_max_len '--max-len needs a value' "$tmp/vocab" --max-len

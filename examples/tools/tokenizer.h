@@ -26,6 +26,8 @@ static inline char *file_beside(const char *file, const char *name, size_t *byte
   return (char *)out;
 }
 
+enum { ADDED_MOST = 4096 }; /* added tokens: each is compared with those before it */
+
 /* A token that stays whole. */
 typedef struct added_token {
   char *content;
@@ -107,6 +109,7 @@ static inline void note_added(tokenizer_settings *s, const added_token *token) {
     if (s->added[i].id < 0) s->added[i].id = token->id;
     return;
   }
+  if (s->n_added == ADDED_MOST) die("more than %d added tokens", ADDED_MOST);
   if (s->n_added == s->room)
     s->added =
         (added_token *)grow(s->added, (size_t)(s->room = 2 * s->room + 64), sizeof *s->added);
@@ -375,14 +378,42 @@ static inline int by_id(const void *a, const void *b) {
   return x < y ? -1 : x > y;
 }
 
-/* Gives each token its number: that of its line, of equal ones the last, or the next one. */
+/* A line and its number. */
+typedef struct numbered_line {
+  const char *line;
+  int number;
+} numbered_line;
+
+static inline int by_line(const void *a, const void *b) {
+  const numbered_line *x = (const numbered_line *)a, *y = (const numbered_line *)b;
+  int c = strcmp(x->line, y->line);
+  return c ? c : x->number < y->number ? -1 : x->number > y->number;
+}
+
+/* The number of a line, of equal ones the last; -1: there is none. */
+static inline int find_line(const numbered_line *sorted, int n, const char *line) {
+  int low = 0, high = n;
+  while (low < high) { /* the first that is behind it */
+    int middle = low + (high - low) / 2;
+    if (strcmp(sorted[middle].line, line) > 0)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low && !strcmp(sorted[low - 1].line, line) ? sorted[low - 1].number : -1;
+}
+
+/* Gives each token its number: that of its line, or the next one. */
 static inline void number_added(tokenizer_settings *s, const list *line) {
+  numbered_line *sorted = (numbered_line *)take((size_t)line->n + 1, sizeof *sorted);
   int64_t next = line->n;
   int i, k;
+  for (i = 0; i < line->n; ++i) sorted[i].line = line->at[i], sorted[i].number = i;
+  qsort(sorted, (size_t)line->n, sizeof *sorted, by_line);
   if (s->n_added) qsort(s->added, (size_t)s->n_added, sizeof *s->added, by_id);
   for (i = 0; i < s->n_added; ++i) {
     added_token *t = &s->added[i];
-    for (k = line->n - 1; k >= 0 && strcmp(line->at[k], t->content); --k) continue;
+    k = find_line(sorted, line->n, t->content);
     t->found = k >= 0;
     if (t->found && (t->id < 0 || t->id == k))
       t->id = k;
@@ -395,6 +426,7 @@ static inline void number_added(tokenizer_settings *s, const list *line) {
       die("the added token \"%s\" has number %lld, but the next one is %lld", t->content,
           (long long)t->id, (long long)(t->found ? k : next));
   }
+  free(sorted);
 }
 
 /* A line for a token, with its marks (moe_text_flags). */
