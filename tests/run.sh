@@ -44,7 +44,7 @@ while [ $job -lt "${JOBS:-1}" ]; do
 done
 lane "$@"
 wait
-[ $# -lt 3 ] || echo "longest: $(sort -k 4 -rn "$dir/totals" | head -n 8 |
+[ $# -lt 3 ] || echo "longest: $(sort -k 4 -rn "$dir/totals" | head -n 15 |
   awk '{
     seconds = $4
     $1 = $2 = $3 = $4 = ""

@@ -58,8 +58,11 @@ else skip test_watch_events_open_in_tensorboard "python3 has no package tensorbo
 one="--systems tag --from-scratch"
 train $one --steps 30 --checkpoint "$tmp/ck.safetensors" --every 10 --log "$tmp/half.csv"
 rows=$(wc -l < "$tmp/half.csv")
+printf 'MT-TaG seed 1,31,0.2' >> "$tmp/half.csv" # as a kill leaves it
+columns=$(head -n 1 "$tmp/half.csv" | tr -dc , | wc -c)
 train $one --steps 30 --resume "$tmp/ck.safetensors" --log "$tmp/half.csv"
 if [ "$rows" -eq 31 ] && [ "$(wc -l < "$tmp/half.csv")" -ge 31 ] &&
+    awk -F , -v n="$columns" 'NF != n + 1 { exit 1 }' "$tmp/half.csv" &&
     [ "$(grep -c '^run' "$tmp/half.csv")" = 1 ]; then ok test_watch_log_goes_on_after_resume
 else fail test_watch_log_goes_on_after_resume "$rows rows, then $(wc -l < "$tmp/half.csv")"; fi
 

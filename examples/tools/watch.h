@@ -133,6 +133,23 @@ static inline void check_log(FILE *f, const char *name, const char *path) {
   if (f && (fflush(f) || ferror(f))) die("%s: %s cannot be written", name, path);
 }
 
+/* Drops the end of a log that a kill or a full disk has cut in a line; 0: nothing is left. */
+static inline int whole_lines(const char *path) {
+  text log = {NULL, 0, 0};
+  void *file;
+  size_t bytes, n;
+  if (!exists(path)) return 0;
+  need(moe_file_read(&file, &bytes, path, &env));
+  for (n = bytes; n && ((const char *)file)[n - 1] != '\n'; --n) continue;
+  put_bytes(&log, (const char *)file, n);
+  moe_free(file);
+  if (n < bytes)
+    save_text(&log, path);
+  else
+    free(log.data);
+  return n > 0;
+}
+
 static inline void begin_watch(const char *run, const int *which, int n, int goes_on) {
   int t;
   watch.run = run;
@@ -146,7 +163,7 @@ static inline void begin_watch(const char *run, const int *which, int n, int goe
   }
   if (my_rank) return; /* rank 0 writes */
   if (watch.log && !watch.csv) {
-    int more = goes_on && exists(watch.log);
+    int more = goes_on && whole_lines(watch.log);
     watch.csv = fopen(watch.log, more ? "ab" : "wb");
     if (!watch.csv) die("--log: %s cannot be written: %s", watch.log, strerror(errno));
     if (!more) {
