@@ -59,6 +59,7 @@ one="--systems tag --from-scratch"
 train $one --steps 30 --checkpoint "$tmp/ck.safetensors" --every 10 --log "$tmp/half.csv"
 rows=$(wc -l < "$tmp/half.csv")
 printf 'MT-TaG seed 1,31,0.2' >> "$tmp/half.csv" # as a kill leaves it
+rm -f "$tmp/ck.safetensors.results"
 columns=$(head -n 1 "$tmp/half.csv" | tr -dc , | wc -c)
 train $one --steps 30 --resume "$tmp/ck.safetensors" --log "$tmp/half.csv"
 if [ "$rows" -eq 31 ] && [ "$(wc -l < "$tmp/half.csv")" -ge 31 ] &&
