@@ -101,7 +101,7 @@ job() {
   shift
   echo "$name" >> jobs
   {
-    printf './faults %s most=%s stops=%s ' "$name" "${MOST:-12}" "${STOPS:-12}"
+    printf './faults %s most=%s stops=%s ' "$name" "${MOST:-8}" "${STOPS:-8}"
     for word in "$@"; do printf "'%s' " "$word"; done
     echo "> $name.log 2>&1"
   } > "$name.job"

@@ -12,15 +12,15 @@ static void make_settings_vocabulary(text_buffer *t, int added) {
   for (; at < plain.n; at += n + 1) {
     const char *line = plain.s + at, *end = (const char *)memchr(line, '\n', plain.n - at);
     n = (size_t)(end - line);
-    put(t, line, n);
+    put_text(t, line, n);
     for (i = 0; i < COUNT(golden_marked) && added; ++i)
       if (!strncmp(golden_marked[i], line, n) && golden_marked[i][n] == '\t')
-        put(t, golden_marked[i] + n, strlen(golden_marked[i] + n));
-    put(t, "\n", 1);
+        put_text(t, golden_marked[i] + n, strlen(golden_marked[i] + n));
+    put_text(t, "\n", 1);
   }
   for (i = 0; i < COUNT(golden_added) && added; ++i) {
-    put(t, golden_added[i], strlen(golden_added[i]));
-    put(t, "\n", 1);
+    put_text(t, golden_added[i], strlen(golden_added[i]));
+    put_text(t, "\n", 1);
   }
   free(plain.s);
 }
@@ -37,11 +37,11 @@ static void strange(text_buffer *t, text_buffer *part, uint64_t *state) {
   t->n = 0;
   for (k = 0; k < parts; ++k) {
     nasty(part, state);
-    put(t, part->s, (size_t)text_draw(state, (int32_t)part->n + 1));
+    put_text(t, part->s, (size_t)text_draw(state, (int32_t)part->n + 1));
     for (i = text_draw(state, 3); i > 0; --i) {
       const char *s = golden_pieces[text_draw(state, COUNT(golden_pieces))];
-      put(t, s, strlen(s));
-      if (text_draw(state, 2)) put(t, " ", 1);
+      put_text(t, s, strlen(s));
+      if (text_draw(state, 2)) put_text(t, " ", 1);
     }
   }
 }
@@ -76,9 +76,9 @@ static void test_settings_give_the_ids_of_readable_texts(void) {
     for (ids.n = 0, k = 0; k < found.tokens.count; ++k) {
       char id[16];
       snprintf(id, sizeof id, "%s%d", k ? " " : "", (int)found.ids[k]);
-      put(&ids, id, strlen(id));
+      put_text(&ids, id, strlen(id));
     }
-    put(&ids, "", 1);
+    put_text(&ids, "", 1);
     CHECK(!strcmp(ids.s, golden_settled[i].ids), "%s: %s instead of %s", text, ids.s,
           golden_settled[i].ids);
     release(&f);
@@ -92,7 +92,7 @@ static void test_settings_tell_where_added_tokens_are(void) {
   fixture f;
   moe_env env = logging_env();
   memset(&f, 0, sizeof f);
-  put(&f.vocab, vocab, sizeof vocab - 1);
+  put_text(&f.vocab, vocab, sizeof vocab - 1);
   CHECK(!make(&f, MOE_TEXT_ADDED, &env), "%s", said);
   encode(f.t, "\303\251b <e>New\tYork", 16, NULL, 0, CAPACITY, MOE_TRUNCATE_LONGEST);
   CHECK(found.tokens.count == 5 && found.ids[2] == 4 && found.ids[3] == 5, "ids");
@@ -101,7 +101,7 @@ static void test_settings_tell_where_added_tokens_are(void) {
         "places");
   release(&f);
   memset(&f, 0, sizeof f); /* without the flag a mark is a part of the word */
-  put(&f.vocab, vocab, sizeof vocab - 1);
+  put_text(&f.vocab, vocab, sizeof vocab - 1);
   CHECK(!make(&f, 0, &env), "%s", said);
   encode(f.t, "<e>", 3, NULL, 0, CAPACITY, MOE_TRUNCATE_LONGEST);
   CHECK(found.tokens.count == 5 && found.ids[1] == 0, "an added token without MOE_TEXT_ADDED");
@@ -124,8 +124,8 @@ static void test_settings_refuse_marks_that_cannot_be(void) {
     memset(&f, 0, sizeof f);
     memset(longest, 'x', sizeof longest);
     strcpy(longest + 403, "\t+n");
-    put(&f.vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
-    put(&f.vocab, i < COUNT(bad) ? bad[i].line : longest,
+    put_text(&f.vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
+    put_text(&f.vocab, i < COUNT(bad) ? bad[i].line : longest,
         strlen(i < COUNT(bad) ? bad[i].line : longest));
     CHECK(make(&f, MOE_TEXT_ADDED, &env) == MOE_E_FORMAT, "mark %d is taken", i);
     CHECK(strstr(said, i < COUNT(bad) ? bad[i].sentence : "an added token of 403 bytes"),
@@ -133,7 +133,7 @@ static void test_settings_refuse_marks_that_cannot_be(void) {
     release(&f);
   }
   memset(&f, 0, sizeof f);
-  put(&f.vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
+  put_text(&f.vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
   CHECK(make(&f, 16, &env) == MOE_E_ARGUMENT, "flags 16");
   CHECK(strstr(said, "flags are 16, expected 0 to 15"), "%s", said);
   release(&f);
