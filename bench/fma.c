@@ -73,7 +73,9 @@ EXPORT("bits") uint32_t bits(int weights) {
   return sum;
 }
 
-EXPORT("name") int name(int isa, int letter) { return (unsigned char)moe_isa_name((moe_isa)isa)[letter]; }
+EXPORT("name") int name(int isa, int letter) {
+  return (unsigned char)moe_isa_name((moe_isa)isa)[letter];
+}
 
 #ifndef __wasm__
 static double now(void) {

@@ -1,10 +1,10 @@
 #!/bin/sh
 # sh fma.sh, or make -C bench fma: what a fused multiply-add costs where the processor has none. One
 # small model (fma.c) by every instruction set of this machine, plain C with and without the
-# instruction, other processors under qemu (their instructions are counted: insn.c) and WebAssembly in
-# node; bits against the first row. About two minutes. What is not installed is left out, by name;
-# Debian's packages: gcc-riscv64-linux-gnu gcc-powerpc64le-linux-gnu gcc-aarch64-linux-gnu qemu-user
-# clang lld nodejs, and clang-19 lld-19 for relaxed simd. Writes build/fma.md.
+# instruction, other processors under qemu (instructions counted by insn.c) and WebAssembly in node;
+# bits against the first row. About two minutes. What is not installed is left out, by name; Debian:
+# gcc-riscv64-linux-gnu gcc-powerpc64le-linux-gnu gcc-aarch64-linux-gnu qemu-user clang lld nodejs,
+# and clang-19 lld-19 for relaxed simd. Writes build/fma.md.
 cd "$(dirname "$0")" || exit 1
 mkdir -p build/fma
 dir=build/fma
@@ -21,7 +21,7 @@ row() { printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$@" >> $dir/rows; }
 counted() {
   for n in 1 3; do
     $1 -plugin $dir/insn.so "$2" "$3" 0 $n 2>&1 | sed -n 's/.*instructions //p'
-  done | awk '{n[NR] = $1} END {if (NR == 2) printf "%.0f", (n[2] - n[1]) / 2 / 1e6; else print "-"}'
+  done | awk '{n[NR] = $1} END {print NR == 2 ? sprintf("%.0f", (n[2] - n[1]) / 2e6) : "-"}'
 }
 ${CC:-cc} -shared -fPIC -O1 -o $dir/insn.so insn.c || lack insn.c "does not compile"
 
@@ -61,8 +61,9 @@ const {begin, steps, passes, bits} = new WebAssembly.Instance(new WebAssembly.Mo
   require('fs').readFileSync(process.argv[2]))).exports
 if (begin(+process.argv[3])) throw 'there is no such instruction set'
 const best = work => {
+  const from = performance.now()
   let least = 1e30
-  for (let round = 0, from = performance.now(); round < 5 || performance.now() - from < 1000; ++round) {
+  for (let round = 0; round < 5 || performance.now() - from < 1000; ++round) {
     const t = performance.now()
     if (work(1)) throw 'failed'
     least = Math.min(least, performance.now() - t)

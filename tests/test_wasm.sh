@@ -71,8 +71,9 @@ if [ "$relaxed" ]; then
   check relaxed "$@" "simd128, relaxed"
   node $option --no-enable-fma3 "$tmp/run.js" "$tmp/run.wasm" 2 > "$tmp/found" 2>&1 # refused: 1
   node $option --no-enable-fma3 "$tmp/run.js" "$tmp/run.wasm" 0 >> "$tmp/found" 2>&1
-  if [ "$(cut -d' ' -f1-3 "$tmp/found" | tr '\n' ' ')" = "1 1 1 $* " ] || [ "$(uname -m)" != x86_64 ]
-  then ok test_wasm_relaxed_is_refused_where_it_rounds_twice
+  if [ "$(cut -d' ' -f1-3 "$tmp/found" | tr '\n' ' ')" = "1 1 1 $* " ] ||
+      [ "$(uname -m)" != x86_64 ]; then
+    ok test_wasm_relaxed_is_refused_where_it_rounds_twice
   else fail test_wasm_relaxed_is_refused_where_it_rounds_twice "$(cat "$tmp/found")"; fi
 else
   skip test_wasm_relaxed_is_refused_where_it_rounds_twice "no clang or node with relaxed simd"
