@@ -19265,8 +19265,8 @@ static void moe__added_narrow(const moe__added *list, int32_t *low, int32_t *hig
     int32_t a = *low, b = *high;
     while (a < b) {
       int32_t middle = a + (b - a) / 2;
-      int byte = list[middle].length > k ? (unsigned char)list[middle].text[k] : -1;
-      if (byte < c + i)
+      int found = list[middle].length > k ? (unsigned char)list[middle].text[k] : -1;
+      if (found < c + i)
         a = middle + 1;
       else
         b = middle;

@@ -4,6 +4,7 @@
 #define WEB_LIBC_H
 #include <stddef.h>
 #define HUGE_VAL __builtin_huge_val()
+#define HUGE_VALF __builtin_huge_valf()
 /* instructions of WebAssembly, given -fno-math-errno */
 double sqrt(double x);
 float sqrtf(float x);
