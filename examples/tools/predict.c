@@ -21,7 +21,7 @@ static const option predict_options[] = {
     FLAG("--json", opt.json, "an object: label, score and, with --scores or --top, scores"),
     STRING("--embed", "mean|cls", opt.embed, NULL,
            "in place of an answer the state of the last layer, all its numbers: the mean of the "
-           "tokens, or [CLS]"),
+           "tokens, or [CLS]; a model without tasks takes any name as TASK"),
     GROUP("measuring"),
     FLAG("--score", opt.score,
          "the input is a file as for training (first line names of columns, a column label): print "
@@ -130,7 +130,8 @@ static void put_embedding(text *out, const float *v, int32_t H) {
 
 /* Answers the lines of standard input. */
 static void answer_lines(const moe_model *model, int32_t t) {
-  const moe_task *task = moe_model_task(model, t);
+  static const moe_task no_task; /* of a model without tasks, for embeddings */
+  const moe_task *task = moe_model_tasks(model) ? moe_model_task(model, t) : &no_task;
   int32_t H = moe_model_config(model)->hidden, width = moe_model_max_classes(model), i;
   questions *q = (questions *)lasting(1, sizeof *q);
   float *to = (float *)lasting((size_t)(BATCH * (opt.embed ? H : width)), sizeof *to);
@@ -222,7 +223,7 @@ int main(int argc, char **argv) {
   open_machine(1);
   moe_env_use_amx(&env); /* a model of 8 bits is quicker with it */
   need(moe_model_load(&model, opt.model, &env));
-  task = find_model_task(model, opt.task, opt.model);
+  task = opt.embed && !moe_model_tasks(model) ? 0 : find_model_task(model, opt.task, opt.model);
   if (opt.score || opt.report)
     print_metrics(model, task);
   else

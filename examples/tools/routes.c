@@ -842,6 +842,7 @@ int main(int argc, char **argv) {
   L = (int)moe_model_config(model)->layers;
   N = (int)moe_model_config(model)->experts;
   blocks = moe_model_config(model)->unit == MOE_UNIT_BLOCK;
+  if (!T) die("%s has no tasks", opt.model);
   if (N < 2) die("%s: the model is dense: with one expert there is nothing to report", opt.model);
   dev = (rows *)lasting((size_t)T, sizeof *dev);
   metric = numbers((size_t)T);

@@ -76,6 +76,7 @@ static inline answers score_rows(moe_context *context, const moe_model *model, c
 static inline int32_t find_model_task(const moe_model *model, const char *name, const char *path) {
   int32_t t = moe_model_find_task(model, name), i;
   text names = {NULL, 0, 0};
+  if (!moe_model_tasks(model)) die("%s has no tasks: it gives embeddings only", path);
   for (i = 0; i < moe_model_tasks(model); ++i) put(&names, " %s", moe_model_task(model, i)->name);
   if (t < 0) die("%s has no task \"%s\", but%s", path, name, names.data);
   free(names.data);
