@@ -102,6 +102,12 @@ static void seed_models(const moe_env *e) {
   seed("checkpoint", "whole", seed_file.at, seed_file.n);
   seed_header("checkpoint", "header", "", seed_file.at);
   c.router = MOE_ROUTER_DENSE, c.experts = c.top_k = 1;
+  seed_failures |= moe_model_create(&m, &c, NULL, 0, 1, e) != MOE_OK;
+  seed_failures |= moe_model_set_vocab(m, "[UNK]\n[CLS]\n[SEP]\na", 19, e) != MOE_OK;
+  seed_file.n = 0;
+  seed_failures |= moe_model_write(m, &writer, e) != MOE_OK;
+  moe_model_free(m);
+  seed("model", "no_tasks", seed_file.at, seed_file.n);
   seed_failures |= moe_model_create(&m, &c, task, 1, 1, e) != MOE_OK;
   seed_file.n = 0;
   seed_failures |= moe_model_write(m, &writer, e) != MOE_OK;
