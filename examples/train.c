@@ -825,8 +825,11 @@ static void settle_options(void) {
 int main(int argc, char **argv) {
   int i;
   begin_program("train", argc, argv);
-  read_options("[options]\ntrains several systems on a folder of tasks and prints one table",
-               all_options);
+  read_options(
+      "[options]\nTrains several systems on a folder of tasks and prints one table. For "
+      "example:\n./train --data my_tasks --init MiniLM/model.safetensors --systems dense,tag "
+      "--save tag.safetensors",
+      all_options);
   check_options();
   open_machine(0);
   seed_list = split(opt.seeds, ',');

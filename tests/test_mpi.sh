@@ -70,7 +70,7 @@ cp "$tmp/model3" "$tmp/before"
 if train 3 --steps 100 --log again.csv --save model3 && cmp -s "$tmp/model3" "$tmp/before"; then
   ok test_mpi_training_twice_gives_the_same_bits
 else fail test_mpi_training_twice_gives_the_same_bits "$(cat "$tmp/err")"; fi
-if [ "$(wc -l < "$tmp/again.csv")" = 101 ] && [ "$(grep -c '^small: mean' "$tmp/out")" = 1 ]; then
+if [ "$(wc -l < "$tmp/again.csv")" = 101 ] && [ "$(grep -c '^small=all: mean' "$tmp/out")" = 1 ]; then
   ok test_mpi_only_rank_0_writes_and_speaks
 else fail test_mpi_only_rank_0_writes_and_speaks "$(cat "$tmp/out")"; fi
 

@@ -100,6 +100,25 @@ if have xmllint; then
   if xmllint --noout "$tmp/x.xml" 2> "$tmp/err"; then ok test_routes_html_is_well_formed
   else fail test_routes_html_is_well_formed "$(head -n 3 "$tmp/err")"; fi
 else skip test_routes_html_is_well_formed "there is no xmllint here"; fi
+# on a phone wide tables scroll, with a shadow where there is more; the page itself does not
+cat > "$tmp/phone.py" << 'end'
+import sys
+sys.path.insert(0, sys.argv[2])
+from browser import Browser
+with Browser() as b:
+    b.open(sys.argv[1], width=360, height=740, dark=False)
+    print(b.value("""
+      const wide = [...document.querySelectorAll("div")].filter(d => d.scrollWidth > d.clientWidth)
+      const shadow = d => getComputedStyle(d).backgroundAttachment
+      return [document.documentElement.scrollWidth <= innerWidth, wide.length > 0,
+              wide.every(d => shadow(d) == "local, local, scroll, scroll")].join(" ")"""))
+end
+if have python3 && python3 -c 'import sys; sys.path.insert(0, "."); import browser
+sys.exit(not browser.find())' 2> "$tmp/err"; then
+  said=$(python3 "$tmp/phone.py" "$html" . 2>&1)
+  if [ "$said" = "true true true" ]; then ok test_routes_html_scrolls_on_a_phone
+  else fail test_routes_html_scrolls_on_a_phone "$said"; fi
+else skip test_routes_html_scrolls_on_a_phone "there is no Chromium here"; fi
 
 # statistics by other means: overlap from the shares; Pearson's r; with eight tasks
 # p = 1 - |r| (1 + q / 2 + 3 q^2 / 8), where q = 1 - r^2

@@ -82,6 +82,20 @@ elif grep -q 'log.csv cannot be written: No such file' "$tmp/err"; then
   ok test_watch_log_that_cannot_be_written
 else fail test_watch_log_that_cannot_be_written "$(cat "$tmp/err")"; fi
 
+# ---- --help of every program: 80 columns, and an example whose options there are ----
+for p in train predict tokenize convert routes tasklevel; do
+  if ! program $p; then fail test_watch_help_of_$p "it does not compile"; continue; fi
+  "$tmp/$p" --help > "$tmp/help"
+  wide=$(awk 'length > 80' "$tmp/help")
+  example=$(sed -n "/For example:/,/^\$/p" "$tmp/help" | grep "\./$p ")
+  unknown=
+  for o in $(echo "$example" | grep -o ' --[a-z0-9-]*'); do
+    grep -q "^  $o " "$tmp/help" || unknown="$unknown $o"
+  done
+  if [ "$example" ] && [ -z "$wide$unknown" ]; then ok test_watch_help_of_$p
+  else fail test_watch_help_of_$p "example: $example, wide: $wide, unknown: $unknown"; fi
+done
+
 # ---- a terminal of 80 columns: nothing is wider, and the progress takes a line for each run ----
 cat > "$tmp/terminal.py" << 'end'
 import fcntl, os, pty, struct, sys, termios

@@ -261,10 +261,13 @@ static inline void print_wrapped(const char *s, int indent) {
   int column = indent;
   while (*s) {
     int n = (int)strcspn(s, " \n");
+    while (indent + n > 79 && n > 1 && memchr(s, ',', (size_t)n - 1)) /* a long list */
+      for (--n; s[n - 1] != ',';) --n;
     if (column + n > 79 && column > indent) printf("\n%*s", column = indent, "");
     printf("%s%.*s", column > indent ? " " : "", n, s);
     column = s[n] == '\n' ? 79 : column + n + 1;
-    s += n + (s[n] != 0);
+    s += n;
+    s += *s == ' ' || *s == '\n';
   }
   printf("\n");
 }

@@ -286,7 +286,8 @@ int main(int argc, char **argv) {
   begin_program("convert", argc, argv);
   read_options("IN [OUT] [options]\nLooks into a model file, and makes a smaller one of it: for "
                "inference (--int8), of one task (--task), without the experts that the task hardly "
-               "uses (--rows). ./predict takes the result like any model.",
+               "uses (--rows). ./predict takes the result like any model. For example:\n"
+               "./convert model.safetensors small.safetensors --task topic --int8",
                all_options);
   check_options();
   open_machine(1);

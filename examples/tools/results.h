@@ -279,6 +279,13 @@ static inline int result_value(double *value, const result *r, int t) {
   return n > 0;
 }
 
+/* 1: every task is small, so that both averages are one. */
+static inline int all_small(void) {
+  int i = 0;
+  while (i < n_tasks && tasks[i].official <= MOE_SMALL_ROWS) ++i;
+  return i == n_tasks;
+}
+
 /* The runs of line s: mean over the seeds of column t, as result_value has it, and what else a
    table shows of them. */
 typedef struct summary {
@@ -429,6 +436,7 @@ static inline int put_line(text *to, int s) {
       any_undefined |= of.undefined;
       if (of.n > seeds) seeds = of.n;
       if (t == n_tasks) put(to, " |");
+      if (t == n_tasks && all_small()) continue;
       put_cell(to, pass ? of.most : of.mean, of.deviation, pass ? of.n > 0 : of.n,
                of.undefined && !pass);
     }
@@ -448,8 +456,8 @@ static inline void print_table(void) {
     put(&whole_table, " %*.9s%s", 10 - tasks[t].hard, tasks[t].task.name, tasks[t].hard ? "*" : "");
     hard |= tasks[t].hard;
   }
-  put(&whole_table, " |      small        all |  parameters  seconds\n%-*s", title_width,
-      "metric x 100");
+  put(&whole_table, " |%s |  parameters  seconds\n%-*s",
+      all_small() ? "  small=all" : "      small        all", title_width, "metric x 100");
   for (t = 0; t < n_tasks; ++t) {
     moe_metric_name(name, &tasks[t].task, 0);
     put(&whole_table, " %10.9s", name);
@@ -468,7 +476,10 @@ static inline void print_table(void) {
   printf("\n");
   print_blocks(&whole_table, title_width, 11);
   free(whole_table.data);
-  printf("small: mean over tasks with at most 10,000 training rows; all: over all tasks%s.\n",
+  printf(all_small()
+             ? "small=all: mean over all tasks, which have at most 10,000 training rows%s.\n"
+             : "small: mean over tasks with at most 10,000 training rows; all: over all "
+               "tasks%s.\n",
          several ? "; mean+-standard deviation over the seeds" : "");
   printf("chance + 2 se: one answer to every row (the most frequent class, for F1 class 1; 0 for "
          "correlations) plus two standard errors%s.\n",

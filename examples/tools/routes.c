@@ -752,13 +752,20 @@ static void put_text(text *to) {
   put_report(to, 0);
 }
 
-/* Colours of large numbers (blue) and of negative ones (orange), by day and by night. */
+/* Colours of large numbers (blue) and of negative ones (orange), by day and by night. What is wider
+   than the page scrolls, with a shadow at the edge behind which there is more. */
 static const char page_style[] =
     ":root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--heat:11,79,148;--down:180,81,10;"
-    "--on:#fff}\n@media(prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e8eaed;"
-    "--heat:124,192,245;--down:242,163,94;--on:#0a1520}}\nbody{margin:0 auto;max-width:1100px;"
+    "--on:#fff;--edge:#1b1f2455}\n@media(prefers-color-scheme:dark){:root{--paper:#14171a;"
+    "--ink:#e8eaed;--heat:124,192,245;--down:242,163,94;--on:#0a1520;--edge:#e8eaed66}}\nbody{"
+    "margin:0 auto;max-width:1100px;"
     "padding:1rem;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}"
-    "p,li{max-width:46rem}div{display:flex;flex-wrap:wrap;gap:1rem 1.6rem;overflow-x:auto}\n"
+    "p,li{max-width:46rem}div{display:flex;flex-wrap:wrap;gap:1rem 1.6rem;overflow-x:auto;"
+    "padding-bottom:.3rem;scrollbar-width:thin;background:"
+    "linear-gradient(90deg,var(--paper) 50%,transparent) 0 0/1.6rem 100% no-repeat local,"
+    "linear-gradient(270deg,var(--paper) 50%,transparent) 100% 0/1.6rem 100% no-repeat local,"
+    "linear-gradient(90deg,var(--edge),transparent) 0 0/.8rem 100% no-repeat,"
+    "linear-gradient(270deg,var(--edge),transparent) 100% 0/.8rem 100% no-repeat}\n"
     "table{border-spacing:2px;font-size:.85rem;font-variant-numeric:tabular-nums}"
     "th{font-weight:600;text-align:left}td{padding:.2rem .4rem;text-align:right}"
     "td.h{background:rgba(var(--heat),var(--a))}td.d{background:rgba(var(--down),var(--a))}"
@@ -829,7 +836,8 @@ int main(int argc, char **argv) {
   begin_program("routes", argc, argv);
   read_options("MODEL [options]\nWhich task's tokens go to which experts: shares, similar tasks, "
                "experts hardly used, what each expert is worth (the metrics without it), and what "
-               "the routes have to do with features of the tasks.",
+               "the routes have to do with features of the tasks. For example:\n"
+               "./routes model.safetensors --data my_tasks --html routes.html",
                all_options);
   if (!opt.model) die("usage: routes MODEL [options]; --help lists the options");
   if (!opt.csv && !opt.html) opt.text = 1;

@@ -907,8 +907,9 @@ int main(int argc, char **argv) {
   size_t bytes;
   int i, k;
   begin_program("tasklevel", argc, argv);
-  read_options("[options]\ntrains systems whose experts are whole blocks, chosen by the task, and "
-               "prints one table",
+  read_options("[options]\nTrains systems whose experts are whole blocks, chosen by the task, and "
+               "prints one table. For example:\n./tasklevel --data my_tasks --epochs 3 --save "
+               "level.safetensors",
                all_options);
   check_options();
   open_machine(0);

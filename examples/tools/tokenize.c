@@ -74,7 +74,9 @@ int main(int argc, char **argv) {
   int n;
   begin_program("tokenize", argc, argv);
   read_options("VOCAB [options] < lines\nPrints a line for each line: the ids of [CLS] a [SEP] or, "
-               "with a tab in it, of [CLS] a [SEP] b [SEP].",
+               "with a tab in it, of [CLS] a [SEP] b [SEP]. For example:\n"
+               "echo 'what a film' | ./tokenize vocab.txt --words\n"
+               "./tokenize --learn 8000 < texts > vocab.txt",
                all_options);
   if (!opt.vocab == !opt.learn)
     die("usage: tokenize VOCAB [options] < lines, or tokenize --learn N < texts; --help lists the "
