@@ -464,7 +464,7 @@ static void moe__cuda_cache_write(const moe__cuda *cuda, moe__cuda_image *image,
    PTX. 0: none. */
 static int moe__cuda_target(const moe__cuda_nvrtc *rtc, int card, int *ptx) {
   int count = 0, best = 0, i, *arch;
-  if (rtc->nvrtcGetNumSupportedArchs(&count) || count < 1) return 0;
+  if (rtc->nvrtcGetNumSupportedArchs(&count)) return 0;
   arch = (int *)malloc((size_t)count * sizeof *arch);
   if (arch && !rtc->nvrtcGetSupportedArchs(arch))
     for (i = 0; i < count; ++i)
@@ -498,7 +498,7 @@ static moe_status moe__cuda_compile(const moe__cuda_nvrtc *rtc, int ptx, moe__cu
   image->bytes = bytes;
   if (error && program && !rtc->nvrtcGetProgramLogSize(program, &bytes))
     log = (char *)calloc(bytes + 1, 1);
-  if (log && rtc->nvrtcGetProgramLog(program, log)) log[0] = 0;
+  if (log) rtc->nvrtcGetProgramLog(program, log);
   if (program) rtc->nvrtcDestroyProgram(&program);
   if (error)
     status = moe__cuda_fail(env, error == 1 ? MOE_E_MEMORY : MOE_E_UNSUPPORTED,
@@ -3210,7 +3210,7 @@ static void moe__cuda_measure(const moe_backend *b, const moe_env *env, const mo
   memset(&c, 0, sizeof c);
   c.m = limits->tokens, c.k = config->hidden, c.bf16 = env->precision == MOE_TYPE_BF16;
   silent.log = NULL;
-  if (!cuda->cublas_library || cuda->options.maker != MOE_CUDA_MAKER_AUTO ||
+  if (!cuda->own->blas || cuda->options.maker != MOE_CUDA_MAKER_AUTO ||
       moe__cuda_choose(cuda, &c) == 1 || moe__cuda_open_queue(b, &silent, &silent.stream))
     return;
   q = moe__cuda_queue_of(b, &silent);
@@ -3371,14 +3371,10 @@ static moe_status moe__cuda_make(const moe_backend *b, moe__cuda *cuda, const mo
   cuda->own = (moe__cuda_queue *)own;
   cuda->counts.queues = 0; /* those of contexts are counted */
   cuda->driver.cuCtxPopCurrent_v2(&context);
-  if (!status && cuda->cublas_library && !cuda->own->blas) {
-    MOE__CUDA_DLCLOSE(cuda->cublas_library); /* it does not work here */
-    cuda->cublas_library = NULL;
-  }
   snprintf(cuda->name, sizeof cuda->name, "cuda:%d (%s, sm_%d%s; linear layers %s)",
            (int)cuda->options.device, cuda->card, cuda->card_arch,
            cuda->options.tf32 && cuda->arch >= 80 ? ", TF32" : "",
-           makers[cuda->cublas_library ? cuda->options.maker : MOE_CUDA_MAKER_OWN]);
+           makers[cuda->own && cuda->own->blas ? cuda->options.maker : MOE_CUDA_MAKER_OWN]);
   return status;
 }
 

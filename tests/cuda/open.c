@@ -245,9 +245,9 @@ static void test_open_looks_for_libraries_by_version(void) {
   size_t i;
   int major, at;
   void *library;
-  snprintf(pattern, sizeof pattern, "%s.%%d", host_cache);
+  snprintf(pattern, sizeof pattern, "%s_lib.%%d", host_cache);
   for (major = 10; major < 15; ++major) {
-    snprintf(made[major - 10], sizeof made[0], "%s.%d", host_cache, major);
+    snprintf(made[major - 10], sizeof made[0], "%s_lib.%d", host_cache, major);
     remove(made[major - 10]);
     CHECK(!symlink(double_path[0] == '/' ? double_path : strrchr(double_path, '/') + 1,
                    made[major - 10]),
@@ -303,13 +303,46 @@ static void test_open_leaves_no_half_of_a_cache_file(void) {
   char pattern[600];
   glob_t found;
   double_reset();
-  remove(host_cache);
+  remove(host_cache); /* a file or a folder that another run has left */
   CHECK(!mkdir(host_cache, 0777), "no folder");
   CHECK(open_compiled(&options) == 1 && strstr(said, "cannot be written"), "%s", said);
   snprintf(pattern, sizeof pattern, "%s.*", host_cache);
-  CHECK(glob(pattern, 0, NULL, &found) == GLOB_NOMATCH, "%s is left", found.gl_pathv[0]);
   rmdir(host_cache);
+  CHECK(glob(pattern, 0, NULL, &found) == GLOB_NOMATCH, "%s is left", found.gl_pathv[0]);
+  globfree(&found);
   options.cache = NULL;
+  HOST_IS_CLEAN();
+}
+
+/* What NVRTC says goes to the log; a cached module that does not load is compiled again, silently;
+   a cuBLAS that does not work is not used. */
+static void test_open_goes_on_where_it_can(void) {
+  moe_cuda_options options = host_options();
+  moe_backend b;
+  double_reset();
+  snprintf(control->name, sizeof control->name, "nvrtcCompileProgram");
+  control->fail_at = 1, control->error = 6;
+  CHECK(open_one(&b, &options) == MOE_E_UNSUPPORTED && strstr(said, "line 1: a mistake"), "%s",
+        said);
+  HOST_IS_CLEAN();
+  double_reset();
+  said[0] = 0;
+  remove(host_cache);
+  CHECK(open_compiled(&options) == 1 && open_compiled(&options) == 0, "%s", said);
+  snprintf(control->name, sizeof control->name, "cuModuleLoadData");
+  control->fail_at = 1, control->error = 200;
+  CHECK(open_compiled(&options) == 1 && !said[0], "%s", said);
+  remove(host_cache);
+  double_reset();
+  snprintf(control->name, sizeof control->name, "cublasCreate_v2");
+  control->fail_at = 1, control->error = 1;
+  options.maker = MOE_CUDA_MAKER_AUTO, options.cublas = double_path, options.cache = NULL;
+  CHECK(!open_one(&b, &options) && strstr(b.name, "by our own kernels") && !control->handles,
+        "%s %s", b.name, said);
+  CHECK(!moe_cuda_close(&b), "left");
+  options.maker = MOE_CUDA_MAKER_CUBLAS;
+  control->fail_at = 1;
+  CHECK(open_one(&b, &options) && strstr(said, "MOE_CUDA_MAKER_OWN"), "%s", said);
   HOST_IS_CLEAN();
 }
 
@@ -353,5 +386,6 @@ static void run_open(void) {
   RUN(test_open_looks_for_libraries_by_version);
   RUN(test_open_knows_what_the_cache_is_of);
   RUN(test_open_leaves_no_half_of_a_cache_file);
+  RUN(test_open_goes_on_where_it_can);
   RUN(test_open_chooses_the_nearest_measured_maker);
 }

@@ -73,6 +73,7 @@ for n in $(left); do
   for part in open memory test_whole_measures_both_makers_once test_whole_products_by_cublas \
       test_faults_memory_runs_out test_faults_measuring_fails test_faults_every_function_fails \
       test_whole_saves_and_predicts_as_the_cpu; do
+    rm -rf build/cuda_host/double.so.cache*
     (ulimit -t 60; MOE_PLANT=$n timeout 600 $out/host_planted build/cuda_host/double.so $part) \
       > $out/host.log 2>&1 || { echo "$n caught $part"; break; }
   done
