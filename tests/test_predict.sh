@@ -156,6 +156,12 @@ refuses a_label_out_of_range 'stdin:2: label 7 is not one of 0 .. 6' 'label\tsen
   "$model" snips_intents --score
 refuses a_label_between_classes 'stdin:2: label 1.5 is not one of 0 .. 6' \
   'label\tsentence1\n1.5\ta\n' "$model" snips_intents --score
+# a model without tasks gives embeddings
+refuses a_model_without_tasks 'has no tasks: it gives embeddings only' 'a\n' \
+  fuzz/seeds/model/no_tasks any
+if [ "$(echo a | "$tmp/predict" fuzz/seeds/model/no_tasks any --embed cls | wc -w)" -gt 1 ]; then
+  ok test_predict_embeds_without_tasks
+else fail test_predict_embeds_without_tasks; fi
 refuses a_zero_byte 'stdin:1: a zero byte' 'a\000b\n' "$model" snips_intents
 if [ -c /dev/full ]; then
   "$tmp/predict" "$model" snips_intents < "$tmp/lines" > /dev/full 2> "$tmp/err"
