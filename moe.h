@@ -4615,8 +4615,6 @@ static const moe__gemm_kernels moe__avx512_gemms = {
     {NULL, MOE__NAMES4(moe__avx512_gemm, 6)}}, {0, 8, 8, 8, 0, 0, 4}, 3, moe__avx2_pack_cols,
     moe__avx512_pack_rows, moe__avx512_copy_rows, moe__avx512_narrow, moe__avx512_narrow_panel,
     moe__avx512_gelu, moe__avx512_gelu_backward, moe__avx512_add_rows};
-/* clang-format on */
-/* clang-format off */
 static const moe__gemm_kernels moe__avx2_gemms = {
     {{NULL}, {NULL, MOE__NAMES6(moe__avx2_gemm, 1)},
     {NULL, MOE__NAMES2(moe__avx2_gemm, 2), moe__avx2_gemm_3x2},
