@@ -82,10 +82,10 @@ static inline void say(const char *sentence) {
     fprintf(stderr, "%s: %s%s%s\n", program.name, file, line, sentence);
 }
 
-/* This program, and all ranks, end with status 1. */
-TOOLS_DIES static inline void end_badly(void) {
-  gone_wrong = 1;
-  exit(1);
+/* Ends the program in all ranks, which come here together. */
+TOOLS_DIES static inline void leave(int status) {
+  all_end = 1;
+  exit(status);
 }
 
 TOOLS_DIES TOOLS_PRINTF(1) static inline void die(const char *format, ...) {
@@ -97,7 +97,7 @@ TOOLS_DIES TOOLS_PRINTF(1) static inline void die(const char *format, ...) {
   for (s = sentence; *s; ++s) /* from a file, perhaps: nothing that controls a terminal */
     if ((unsigned char)*s < 32 || *s == 127) *s = '?';
   say(sentence);
-  end_badly();
+  exit(1);
 }
 
 static inline void log_sentence(void *user, moe_status status, const char *sentence) {
@@ -107,7 +107,7 @@ static inline void log_sentence(void *user, moe_status status, const char *sente
 
 /* For calls of the library: the log has said what was wrong. */
 static inline void need(moe_status status) {
-  if (status) end_badly();
+  if (status) exit(1);
 }
 
 /* ---- memory and text ---- */
@@ -318,7 +318,7 @@ static inline void read_options(const char *usage, const option *const *tables) 
     const char *name = program.argv[i];
     if (!strcmp(name, "--help") || !strcmp(name, "-h")) {
       print_help(usage, tables);
-      exit(0);
+      leave(0);
     }
     o = find_option(tables, name, *name == '-' ? 0 : ++places);
     if (!o && *name == '-') die("unknown option %s; --help lists the options", name);
@@ -567,7 +567,7 @@ static inline void catch_interrupts(void) {
 /* From now on they end it at once: what was trained is on the disk, or printed. */
 static inline void release_interrupts(void) {
   interrupted = highest(interrupted);
-  if (interrupted) exit(128 + interrupted);
+  if (interrupted) leave(128 + interrupted);
   signal(SIGINT, SIG_DFL);
   signal(SIGTERM, SIG_DFL);
 }
@@ -583,6 +583,7 @@ static inline int end_program(FILE *profile_to) {
   moe_cuda_close(&gpu);
 #endif
   moe_pool_free(pool);
+  all_end = 1;
   return interrupted ? 128 + interrupted : 0;
 }
 

@@ -9,7 +9,7 @@
 #define TOOLS_RANKS_H
 
 static int my_rank, ranks = 1;
-static int gone_wrong;           /* 1: this rank ends alone, with what it said last */
+static int all_end;              /* 1: the program ends here, in all ranks */
 static char last_sentence[4352]; /* of a rank other than 0 */
 static int sharding;             /* --shard: each rank steps its range of the weights */
 
@@ -36,11 +36,11 @@ static FILE *complaints; /* standard error of a rank other than 0 */
 /* At the end of the program. A rank that ends alone ends all: the others would wait for it. What is
    wrong with all is said by rank 0, which the others let speak first. */
 static inline void end_ranks(void) {
-  if (!gone_wrong) {
+  if (all_end) {
     MPI_Finalize();
     return;
   }
-  if (my_rank) {
+  if (my_rank && *last_sentence) {
     struct timespec moment = {0, 500000000};
     nanosleep(&moment, NULL);
     fprintf(complaints, "rank %d: %s", my_rank, last_sentence);
@@ -49,11 +49,26 @@ static inline void end_ranks(void) {
   MPI_Abort(MPI_COMM_WORLD, 1);
 }
 
+static inline void say(const char *sentence);
+
+/* What MPI cannot do ends the program with its sentence. */
+static inline void mpi_failed(MPI_Comm *comm, int *code, ...) {
+  char sentence[MPI_MAX_ERROR_STRING + 8] = "MPI: ";
+  int n;
+  (void)comm;
+  MPI_Error_string(*code, sentence + 5, &n);
+  say(sentence);
+  exit(1);
+}
+
 static inline void begin_ranks(int *argc, char ***argv) {
+  MPI_Errhandler handler;
   int provided;
   MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
   MPI_Comm_rank(MPI_COMM_WORLD, &my_rank);
   MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+  MPI_Comm_create_errhandler(mpi_failed, &handler);
+  MPI_Comm_set_errhandler(MPI_COMM_WORLD, handler);
   if (my_rank) {
     complaints = fdopen(dup(2), "w");
     if (!complaints || !freopen(NOWHERE, "w", stdout) || !freopen(NOWHERE, "w", stderr))
@@ -99,7 +114,10 @@ static inline void add_doubles(double *x, int n) {
 
 /* ---- --shard: moments and steps divided among the ranks, whole vectors of 16 ---- */
 
-static struct { int *count, *first; /* (ranks) floats */ } ranges;
+static struct {
+  int *count, *first; /* (ranks) floats */
+  float *own;         /* (count of this rank) */
+} ranges;
 
 static inline double add_norms(void *user, double mine) {
   (void)user;
@@ -124,7 +142,7 @@ static inline const moe_share *my_share(size_t n) {
   static moe_share share;
   int r;
   if (!sharding || ranks == 1) return NULL;
-  free(ranges.count);
+  free(ranges.count), free(ranges.own);
   ranges.count = (int *)calloc(2 * (size_t)ranks, sizeof(int));
   if (!ranges.count || n > 2147483647) MPI_Abort(MPI_COMM_WORLD, 1); /* MPI counts in int */
   ranges.first = ranges.count + ranks;
@@ -133,6 +151,8 @@ static inline const moe_share *my_share(size_t n) {
     ranges.count[r] = (r + 1 < ranks ? ranges.first[r + 1] : (int)n) - ranges.first[r];
   share.first = (size_t)ranges.first[my_rank];
   share.count = (size_t)ranges.count[my_rank];
+  ranges.own = (float *)calloc(share.count + 1, sizeof(float));
+  if (!ranges.own) MPI_Abort(MPI_COMM_WORLD, 1);
   share.sum = add_norms;
   share.weights = fetch_weights;
   share.moments = gather_moments;
@@ -145,8 +165,9 @@ static inline void add_gradients(float *g, size_t n) {
     add_floats(g, n);
     return;
   }
-  MPI_Reduce_scatter(MPI_IN_PLACE, g, ranges.count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
-  memmove(g + ranges.first[my_rank], g, (size_t)ranges.count[my_rank] * sizeof *g);
+  /* not in place: MPICH 5.0 then copies within the array, and fails */
+  MPI_Reduce_scatter(g, ranges.own, ranges.count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+  memcpy(g + ranges.first[my_rank], ranges.own, (size_t)ranges.count[my_rank] * sizeof *g);
 }
 #endif
 #endif

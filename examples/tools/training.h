@@ -307,7 +307,7 @@ static inline void stop_here(job *j) {
   fprintf(stderr, "\ninterrupted after step %lld; the state is in %s. To go on:\n  ",
           (long long)moe_trainer_steps_done(j->trainer), j->path);
   print_command(stderr, checkpoint_name());
-  exit(128 + interrupted);
+  leave(128 + interrupted);
 }
 
 static inline void train_loop(job *j, moe_model *model, moe_context *context, int32_t room) {
