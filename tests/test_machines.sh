@@ -147,15 +147,57 @@ if ! missing windows_links x86_64-w64-mingw32-gcc; then
       ../examples/train.c -lm -pthread > "$tmp/log" 2>&1; then ok test_machines_windows_links
   else fail test_machines_windows_links "$(head -n 5 "$tmp/log")"; fi
 fi
+# Paths with \, also into a folder with a dot; config.json is that beside the weights, never one of
+# the current folder; no file is left behind; the byte 0x1A is a character like any other.
+windows_paths_and_input() {
+  tiny="--data data --tasks intent_match --systems dense --steps 2 --batch 4 --threads 1"
+  tiny="$tiny --resamples 0 --max-len 24"
+  mkdir "$tmp/hub" "$tmp/out.dir"
+  cp $from/vocab.txt "$tmp/hub"
+  echo '{"model_type": "bert", "num_attention_heads": 2, "hidden_size": 16}' \
+    > "$tmp/hub/config.json"
+  echo '{"model_type": "bert", "num_attention_heads": 4}' > "$tmp/config.json"
+  (cd "$tmp" && ./train $tiny --from-scratch --layers 1 --hidden 16 --ffn 32 --heads 2 \
+    --save hub/model.safetensors && ./train $tiny --init hub/model.safetensors --save here &&
+    $wine ./train_windows.exe $tiny --init 'hub\model.safetensors' --save 'out.dir\there' \
+      --json 'out.dir\there.json') > "$tmp/log" 2>&1
+  if cmp -s "$tmp/here" "$tmp/out.dir/there" && [ -s "$tmp/out.dir/there.json" ]; then
+    ok test_machines_windows_takes_backslashes
+  else fail test_machines_windows_takes_backslashes "$(tail -n 3 "$tmp/log")"; fi
+  (cd "$tmp" && $wine ./train_windows.exe $tiny --from-scratch --layers 1 --hidden 16 --ffn 32 \
+    --heads 2 --seeds 1,2 --save 'out.dir\model' --checkpoint 'out.dir\state') > "$tmp/log" 2>&1
+  left=$(ls "$tmp/out.dir" | tr '\n' ' ')
+  if [ "$left" = "model-dense-1 model-dense-2 state-dense-1 state-dense-2 state.results \
+there there.json " ]; then ok test_machines_windows_leaves_what_it_should
+  else fail test_machines_windows_leaves_what_it_should "$left $(tail -n 3 "$tmp/log")"; fi
+  rm "$tmp/config.json"
+  for p in tokenize predict; do
+    x86_64-w64-mingw32-gcc -std=c99 $dialect -O1 -static -o "$tmp/$p.exe" ../examples/tools/$p.c \
+      -lm -pthread > "$tmp/log" 2>&1 && program $p ||
+      fail test_machines_windows_links_$p "$(head -n 5 "$tmp/log")"
+  done
+  printf 'la film\nle\032 bon\nla\n' > "$tmp/z.txt"
+  printf 'label\tsentence1\tsentence2\n0\tla \032 film\ta\n1\tle bon\tb\n' > "$tmp/z.tsv"
+  (cd "$tmp" && ./tokenize hub/vocab.txt < z.txt && ./predict here intent_match --score < z.tsv) \
+    > "$tmp/want" 2>&1
+  (cd "$tmp" && $wine ./tokenize.exe 'hub\vocab.txt' < z.txt &&
+    $wine ./predict.exe here intent_match --score < z.tsv) 2>&1 | tr -d '\r' > "$tmp/said"
+  if cmp -s "$tmp/want" "$tmp/said" && grep -q '^n 2' "$tmp/said"; then
+    ok test_machines_windows_reads_the_byte_0x1a
+  else fail test_machines_windows_reads_the_byte_0x1a "$(cat "$tmp/said")"; fi
+}
+
 wine=wine64
 [ ! -x /usr/lib/wine/wine64 ] || wine=/usr/lib/wine/wine64 # Debian keeps it there
-if ! missing "windows_gemm windows_files windows_trains_to_the_same_bits" \
+if ! missing "windows_gemm windows_files windows_trains_to_the_same_bits \
+    windows_takes_backslashes windows_leaves_what_it_should windows_reads_the_byte_0x1a" \
     "x86_64-w64-mingw32-gcc $wine"; then
   export WINEDEBUG=-all WINEPREFIX="$tmp/wine"
   tests windows "x86_64-w64-mingw32-gcc -std=c99 -static" kernels:gemm files:files
   check windows_gemm $wine gemm
   check windows_files $wine files
   trains windows_trains_to_the_same_bits $wine "$tmp/train_windows.exe"
+  windows_paths_and_input
   # that of our own prefix, which still writes there
   for s in wineserver /usr/lib/wine/wineserver; do
     if have $s; then $s -k; $s -w; fi 2> /dev/null

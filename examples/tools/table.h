@@ -137,6 +137,9 @@ static inline int read_whole(table *f, const char *path, int optional) {
   FILE *stream = strcmp(path, "-") ? fopen(path, "rb") : stdin;
   if (!stream && optional && errno == ENOENT) return 0;
   if (!stream) die("cannot open %s: %s", path, strerror(errno));
+#ifdef _WIN32
+  if (stream == stdin) _setmode(_fileno(stdin), _O_BINARY); /* else the byte 0x1a would end it */
+#endif
   read_from(f->path, 0);
   put_bytes(&all, "", 0);
   while ((n = fread(block, 1, sizeof block, stream)) > 0) put_bytes(&all, block, n);
