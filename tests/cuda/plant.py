@@ -27,9 +27,9 @@ SUM = re.compile(r"^(\s*)([\w\[\]().>*-]+(?: ?[-+*/] ?[\w()]+)*\]*) \+= ([^;]*);
 ASSIGNMENT = re.compile(r"^(\s*)((?:[\w.>-]+|\*\w+)(?:\[[^=]*\])?(?:\.\w+)*) = ([^;{}]*);$")
 # no fault can be planted where a constant is needed, or where the text is not code
 SKIP = re.compile(
-    r"__shared__|__device__|__global__|__attribute__|__launch_bounds__|^\s*#|\benum\b|\bcase\b|\bstatic const\b"
-    r"|typedef|static struct|^\s+\w+, \d+,|MOE_KERNEL|MOE__CUDA_(SOURCE|SHARED|KERNELS|CHUNKS)"
-    r"|\bX\(|\basm\b|\"|goto|\btemplate\b|\w<[\w ,=!]*>\(")
+    r"__shared__|__device__|__global__|__attribute__|__launch_bounds__|^\s*#|\benum\b|\bcase\b"
+    r"|\bstatic const\b|typedef|static struct|^\s+\w+, \d+,|MOE_KERNEL|\bX\(|\basm\b|\"|goto"
+    r"|MOE__CUDA_(SOURCE|SHARED|KERNELS|CHUNKS)|\btemplate\b|\w<[\w ,=!]*>\(")
 TYPED = re.compile(r"\s*(const |unsigned )*(float|int|unsigned|char|double|size_t|u?int\d+_t"
                    r"|moe__?\w+|void) [^=]*$")
 POINTER = re.compile(r"\)\[$|\*\)$|\? [\w.>-]+ : $|(, ?|\*) ?\w+\[$")
