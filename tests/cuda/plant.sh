@@ -33,9 +33,10 @@ kernels() {
 $cc -std=c99 -D_POSIX_C_SOURCE=200809L -O1 -x c -DMOE_IMPLEMENTATION -c ../moe.h -o $out/moe.o &&
   kernels kernels_planted &&
   kernels kernels_planted_asan -fsanitize=address -fsanitize-sections=cuda_shared || exit 1
+sed 's/MOE__CUDA_ALIGN = 16/MOE__CUDA_ALIGN = 256/; s/MOE__CUDA_SCRATCH = 1 /&<< 20 /' $planted \
+  > $out/planted_host.h # its scratch is as it is
 {
-  sed "s|\"../../moe_cuda.h\"|\"../$planted\"|; s|\"../\(.*\)\"|\"cuda/../\1\"|" cuda/host.c |
-    sed "s|\"cuda/../$planted\"|\"$planted\"|"
+  sed "s|\"../../moe_cuda.h\"|\"$out/planted_host.h\"|; s|\"../\(.*\)\"|\"cuda/../\1\"|" cuda/host.c
   echo 'int plant_on = getenv("MOE_PLANT") ? atoi(getenv("MOE_PLANT")) : 0;'
   echo 'unsigned char plant_seen[PLANT_MOST];'
 } > $out/host_planted.c
