@@ -54,6 +54,7 @@ double_control control;
 std::recursive_mutex mutex;
 std::map<Address, Block> memory;
 std::map<void *, size_t> pinned;
+std::map<void *, int> pinned_reads; /* copies that are queued and read it */
 std::set<void *> streams, events, modules, programs, handles;
 int push_failed;
 int lost, doomed; /* an error that every call returns; that the next call which waits returns */
@@ -200,7 +201,7 @@ int image_arch(const char *image) {
 static void clear_all() {
   while (!memory.empty()) release(memory.begin());
   for (auto &p : pinned) free(p.first);
-  pinned.clear();
+  pinned.clear(), pinned_reads.clear();
   for (void *s : streams) delete (Stream *)s;
   for (void *e : events) delete (Event *)e;
   for (void *m : modules) delete (Module *)m;
@@ -333,6 +334,9 @@ API cuMemFreeHost(void *p) {
   ENTER_RELEASE(true)
   if (!pinned.erase(p))
     return refuse("pinned memory is freed that is not allocated", INVALID_VALUE);
+  if (pinned_reads[p] && !control.error) /* else a failure may be why */
+    return refuse("pinned memory is freed that a copy will read", INVALID_VALUE);
+  pinned_reads.erase(p);
   free(p);
   --control.pinned_blocks;
   return error_;
@@ -345,8 +349,11 @@ API cuMemcpyHtoDAsync_v2(Address to, const void *from, size_t bytes, void *strea
                (const char *)from < (const char *)std::prev(it)->first + std::prev(it)->second;
   if (!p || !bytes) return refuse("an upload beyond an allocation", INVALID_VALUE);
   if (within((Address)(uintptr_t)from, 1)) return refuse("an upload from the card", INVALID_VALUE);
-  if (waits) /* pinned memory is read when the copy runs */
-    return post(stream, [=] { memcpy(p, from, bytes); });
+  if (waits) { /* pinned memory is read when the copy runs */
+    int *reads = &pinned_reads[std::prev(it)->first];
+    ++*reads;
+    return post(stream, [=] { memcpy(p, from, bytes), --*reads; });
+  }
   std::string copy((const char *)from, bytes);
   return post(stream, [=] { memcpy(p, copy.data(), bytes); });
 }

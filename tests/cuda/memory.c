@@ -163,6 +163,9 @@ static void test_memory_counts_what_it_holds(void) {
   CHECK(!memory_open(&m), "%s", said);
   for (i = 0; i < 3; ++i) CHECK(!m.b.alloc(&m.b, &m.env, &p[i], 100 + (size_t)i), "%s", said);
   for (i = 0; i < 2; ++i) CHECK(!m.b.open(&m.b, &m.env, &stream[i]), "%s", said);
+  m.env.stream = stream[0]; /* which has work left when it is closed */
+  CHECK(!m.b.upload(&m.b, &m.env, p[0], "abc", 3), "%s", said);
+  m.env.stream = NULL;
   m.b.release(&m.b, p[1]), m.b.close(&m.b, stream[0]);
   moe_cuda_count(&m.b, &counts);
   CHECK(counts.allocations == 2 && counts.bytes == 202 && counts.queues == 1, "%d, %ld, %d",
