@@ -40,7 +40,7 @@ sed 's/MOE__CUDA_ALIGN = 16/MOE__CUDA_ALIGN = 256/; s/MOE__CUDA_SCRATCH = 1 /&<<
   echo 'int plant_on = getenv("MOE_PLANT") ? atoi(getenv("MOE_PLANT")) : 0;'
   echo 'unsigned char plant_seen[PLANT_MOST];'
 } > $out/host_planted.c
-$cxx -std=c++17 -O1 -fpermissive -w -fsanitize=address -I. -Icuda -DHOST_LINKED \
+$cxx -std=c++17 -O1 -fpermissive -w -fsanitize=address -Icuda -I. -DHOST_LINKED \
   -o $out/host_planted -x c++ $out/host_planted.c -x none $out/moe.o -lm -ldl -pthread &&
   $cxx -std=c++17 -O1 -fPIC -shared -fvisibility=hidden -w -o build/cuda_host/double.so \
     cuda/double.cpp -pthread || exit 1
