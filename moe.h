@@ -4198,19 +4198,29 @@ static void moe__scalar_add_rows(float *sum, const float *x, size_t ld, size_t n
 
 /* The definition, in plain C: one row and up to 16 columns, whose chains run side by side. Element
    j of B at step p lies at b[p b_step + j b_col]. */
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 8 && defined(MOE__FUSED)
+#define MOE__UNROLL _Pragma("GCC unroll 16") /* sums in registers; clang does so by itself */
+#else
+#define MOE__UNROLL
+#endif
 #define MOE__CHAINS(name, fma)                                                                     \
   static void name(float *c, const float *start, const float *a, size_t a_col, const float *b,     \
                    size_t b_step, size_t b_col, size_t k, size_t columns) {                        \
     float sum[16];                                                                                 \
     size_t j, p;                                                                                   \
+    if (columns == 16 && b_col == 1) {                                                             \
+      float s[16];                                                                                 \
+      MOE__UNROLL for (j = 0; j < 16; ++j) s[j] = start[j];                                        \
+      for (p = 0; p < k; ++p, a += a_col, b += b_step) {                                           \
+        float factor = *a;                                                                         \
+        MOE__UNROLL for (j = 0; j < 16; ++j) s[j] = fma(factor, b[j], s[j]);                       \
+      }                                                                                            \
+      MOE__UNROLL for (j = 0; j < 16; ++j) c[j] = s[j];                                            \
+      return;                                                                                      \
+    }                                                                                              \
     for (j = 0; j < columns; ++j) sum[j] = start[j];                                               \
-    if (columns == 16 && b_col == 1) /* sums in registers */                                       \
-      for (p = 0; p < k; ++p)                                                                      \
-        for (j = 0; j < 16; ++j) sum[j] = fma(a[p * a_col], b[p * b_step + j], sum[j]);            \
-    else                                                                                           \
-      for (p = 0; p < k; ++p)                                                                      \
-        for (j = 0; j < columns; ++j)                                                              \
-          sum[j] = fma(a[p * a_col], b[p * b_step + j * b_col], sum[j]);                           \
+    for (p = 0; p < k; ++p)                                                                        \
+      for (j = 0; j < columns; ++j) sum[j] = fma(a[p * a_col], b[p * b_step + j * b_col], sum[j]); \
     for (j = 0; j < columns; ++j) c[j] = sum[j];                                                   \
   }
 #ifdef MOE__FINDS_FMA
