@@ -140,6 +140,7 @@ int main(int argc, char **argv) {
     need(moe_model_save(model, "two_tasks.safetensors", &env));
     ask(model, SENTIMENT, "a boring phone");
     ask(model, TOPIC, "wine and cheese on the train");
+    if (fflush(stdout)) perror("rank 0: stdout"), need(MOE_E_IO);
   }
   moe_model_free(model);
   moe_tokenizer_free(tokenizer);

@@ -91,7 +91,8 @@ for f in config.json model.safetensors mttag.py tokenizer_config.json vocab.txt;
 done
 printf 'older\n' | tee plain/a.csv plain/a.html > plain/log.csv
 
-every="malloc malloc+ write write+ short read open close fsync rename stat flock unlink thread"
+every="malloc malloc+ write write+ short read open close fsync rename stat flock unlink mmap"
+every="$every thread"
 every=${CALLS-$every}
 # job NAME SETTINGS... -- PROGRAM ARGUMENTS: in the list of what runs
 rm -f jobs
