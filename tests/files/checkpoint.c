@@ -411,6 +411,31 @@ static void test_checkpoint_names_what_differs(void) {
   end_run(&r);
 }
 
+/* What `variant` does not have: how texts are cut, draws of one task in a row. */
+static void test_checkpoint_names_another_cut_and_other_runs(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  run r;
+  models_file s, again;
+  moe_writer writer = models_writer(&s);
+  CHECK(start_run(&r, &usual, &env), "%s", said);
+  r.sampler.config.run = 3;
+  CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
+  CHECK(moe_checkpoint_read(r.trainer, &r.sampler, s.data, s.used, &env) == MOE_OK, "%s", said);
+  writer = models_writer(&again);
+  CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
+  CHECK(again.used == s.used && !memcmp(again.data, s.data, s.used), "written again");
+  free(again.data);
+  r.sampler.config.run = 4;
+  checkpoint_refused(&r, &r.sampler, s.data, s.used, "the sampler's settings");
+  CHECK_STATE();
+  r.sampler.config.run = 3;
+  ((moe_config *)moe_model_config(r.model))->truncate = MOE_TRUNCATE_RIGHT;
+  checkpoint_refused(&r, &r.sampler, s.data, s.used,
+                     "configuration has truncate longest, the model has right");
+  free(s.data);
+  end_run(&r);
+}
+
 static void test_checkpoint_damaged_changes_nothing(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   run r;
@@ -637,6 +662,7 @@ static void run_checkpoint(void) {
   RUN(test_checkpoint_keeps_rates_of_the_callers);
   RUN(test_checkpoint_is_a_model_too);
   RUN(test_checkpoint_names_what_differs);
+  RUN(test_checkpoint_names_another_cut_and_other_runs);
   RUN(test_checkpoint_damaged_changes_nothing);
   RUN(test_checkpoint_with_impossible_numbers_is_refused);
   RUN(test_checkpoint_with_a_member_twice_is_refused);

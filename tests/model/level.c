@@ -523,6 +523,18 @@ static void test_level_routes_are_those_of_inference(void) {
   CHECK(!memcmp(blend, routes, sizeof routes), "the whole way from the average");
 }
 
+static void test_level_temperature_is_at_most_a_million(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c;
+  moe_config_init(&c);
+  c.layers = 1, c.hidden = 8, c.ffn = 8, c.heads = 2, c.vocab = 10, c.positions = c.max_len = 8;
+  c.router = MOE_ROUTER_TASK_LEVEL, c.unit = MOE_UNIT_BLOCK, c.experts = 2, c.task_dim = 3;
+  c.temperature = 1e6f;
+  CHECK(moe_config_check(&c, &env) == MOE_OK, "%s", said);
+  c.temperature = 1000001;
+  CHECK(moe_config_check(&c, &env) == MOE_E_ARGUMENT, "1,000,001");
+}
+
 static void test_level_temperature_falls(void) {
   moe_train_config t;
   moe_train_config_init(&t);
@@ -901,6 +913,7 @@ static void run_level(void) {
   RUN(test_level_bits_depend_on_no_thread_no_isa_no_batch);
   RUN(test_level_scores_depend_on_no_other_sequence);
   RUN(test_level_routes_are_those_of_inference);
+  RUN(test_level_temperature_is_at_most_a_million);
   RUN(test_level_temperature_falls);
   RUN(test_level_router_learns_at_its_own_rate);
   RUN(test_level_files_give_back_the_model);

@@ -196,6 +196,20 @@ static void test_sampler_takes_one_task_of_one_row(void) {
   }
 }
 
+static void test_sampler_takes_4096_tasks(void) {
+  static int64_t rows[MOE_MAX_TASKS + 1], used[MOE_MAX_TASKS + 1], row;
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_sampler_config c = sampler_config_of(MOE_SAMPLING_NATURAL);
+  moe_sampler s;
+  int32_t i, task;
+  for (i = 0; i <= MOE_MAX_TASKS; ++i) rows[i] = 1;
+  CHECK(moe_sampler_init(&s, &c, rows, used, MOE_MAX_TASKS, &env) == MOE_OK, "4,096 tasks");
+  moe_sampler_next(&s, &task, &row);
+  CHECK(task >= 0 && task < MOE_MAX_TASKS && row == 0, "task %d, row %d", (int)task, (int)row);
+  env.log = count_sentence;
+  CHECK(moe_sampler_init(&s, &c, rows, used, MOE_MAX_TASKS + 1, &env) == MOE_E_ARGUMENT, "4,097");
+}
+
 static void test_sampler_refuses_bad_arguments(void) {
   static const int64_t rows[2] = {1, 2}, none[2] = {0, 0}, negative[2] = {5, -1},
                        huge[2] = {INT64_MAX, 1};
@@ -287,4 +301,5 @@ static void run_sampler(void) {
   RUN(test_sampler_takes_one_task_of_one_row);
   RUN(test_sampler_homogeneous_batches_have_one_task);
   RUN(test_sampler_refuses_bad_arguments);
+  RUN(test_sampler_takes_4096_tasks);
 }
