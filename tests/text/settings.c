@@ -126,7 +126,7 @@ static void test_settings_refuse_marks_that_cannot_be(void) {
     strcpy(longest + 403, "\t+n");
     put_text(&f.vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
     put_text(&f.vocab, i < COUNT(bad) ? bad[i].line : longest,
-        strlen(i < COUNT(bad) ? bad[i].line : longest));
+             strlen(i < COUNT(bad) ? bad[i].line : longest));
     CHECK(make(&f, MOE_TEXT_ADDED, &env) == MOE_E_FORMAT, "mark %d is taken", i);
     CHECK(strstr(said, i < COUNT(bad) ? bad[i].sentence : "an added token of 403 bytes"),
           "mark %d: %s", i, said);
