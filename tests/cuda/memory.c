@@ -166,7 +166,7 @@ static void test_memory_counts_what_it_holds(void) {
   m.env.stream = stream[0]; /* which has work left when it is closed */
   CHECK(!m.b.upload(&m.b, &m.env, p[0], "abc", 3), "%s", said);
   m.env.stream = NULL;
-  m.b.release(&m.b, p[1]), m.b.close(&m.b, stream[0]);
+  m.b.close(&m.b, stream[0]), m.b.release(&m.b, p[1]);
   moe_cuda_count(&m.b, &counts);
   CHECK(counts.allocations == 2 && counts.bytes == 202 && counts.queues == 1, "%d, %ld, %d",
         (int)counts.allocations, (long)counts.bytes, (int)counts.queues);

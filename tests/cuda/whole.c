@@ -357,6 +357,7 @@ static void test_whole_runs_on_a_stream_of_the_callers(void) {
     cuda->driver.cuCtxPopCurrent_v2(&context);
   }
   CHECK(run[0].hash && run[0].hash == run[1].hash, "other bits");
+  CHECK(((const moe__cuda *)b[1].user)->own->stream == options.stream, "another stream");
   CHECK(!moe_cuda_close(&b[1]), "left");
   cuda->driver.cuCtxPushCurrent_v2(cuda->context);
   CHECK(!cuda->driver.cuStreamSynchronize(options.stream), "the caller's stream is gone");
