@@ -411,6 +411,7 @@ static inline void read_task(table *f, task_data *t) {
   const char *name = field(f, column(f, "name", 1)), *kind = field(f, column(f, "kind", 1));
   const char *input = field(f, column(f, "input", 1)), *rest;
   const char *metric = field(f, column(f, "metric", 1));
+  moe_env sentences = env;
   memset(t, 0, sizeof *t);
   if (strlen(name) >= sizeof t->task.name || !*name) die("a task's name has 1 to 63 bytes");
   for (rest = name; *rest; ++rest) /* it names a folder, files and tensors */
@@ -427,6 +428,8 @@ static inline void read_task(table *f, task_data *t) {
   strcpy(t->task.metrics, metric);
   t->labels = printed("%s", field(f, column(f, "labels", 1)));
   read_labels(&t->task, t->labels);
+  sentences.log = log_sentence;
+  need(moe__check_task_metrics(&t->task, &sentences)); /* better known here than when it trains */
   if ((rest = field_or_null(f, "rows")) != NULL) t->official = field_whole("rows", rest);
   if (t->official < 0) die("rows is %s, expected at least 0", rest);
   if ((rest = field_or_null(f, "max_len")) != NULL) t->task.max_len = field_whole("max_len", rest);
@@ -546,6 +549,10 @@ static inline void read_task_rows(task_data *d, const encoder *e, int64_t most) 
         "(type_vocab_size 1): a pair needs two",
         name);
   if (!train && !dev) train = find_file(name, "");
+  if (!train && exists(printed("%s/%s/train.json", data.folder, name)))
+    die("task %s: %s/%s/train.json is there: make it an object a line, train.jsonl (jq -c '.[]' "
+        "train.json > train.jsonl)",
+        name, data.folder, name);
   if (!train) die("task %s has no file %s/%s/train.tsv (or .csv, .jsonl)", name, data.folder, name);
   read_rows(&d->train, &d->task, &d->as, e, train, 0, dev ? most : 0);
   d->n_dev = 1;

@@ -366,10 +366,18 @@ static inline int next_row(table *f) {
   return 1;
 }
 
+/* A copy without blanks at its ends, lasting. */
+static inline char *trimmed(const char *s) {
+  size_t n = strlen(s += strspn(s, " "));
+  while (n && s[n - 1] == ' ') --n;
+  return printed("%.*s", (int)n, s);
+}
+
 /* Opens a file ("-": standard input) of that kind and reads the names of its columns. 0: it is
    optional and not there. Until close_table sentences begin with file and line. */
 static inline int open_table_of(table *f, const char *path, table_kind kind, int optional) {
   size_t bytes;
+  int i;
   memset(f, 0, sizeof *f);
   f->path = strcmp(path, "-") ? path : "stdin";
   f->kind = kind;
@@ -401,8 +409,8 @@ static inline int open_table_of(table *f, const char *path, table_kind kind, int
   if (f->at == f->end) die("the file is empty; its first line should name the columns");
   read_record(f);
   f->name.n = f->fields;
-  f->name.at = (char **)memcpy(lasting((size_t)f->fields, sizeof *f->field), f->field,
-                               (size_t)f->fields * sizeof *f->field);
+  f->name.at = (char **)lasting((size_t)f->fields, sizeof *f->name.at);
+  for (i = 0; i < f->fields; ++i) f->name.at[i] = trimmed(f->field[i]);
   return 1;
 }
 
