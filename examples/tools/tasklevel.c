@@ -944,6 +944,7 @@ int main(int argc, char **argv) {
     if (settings[results[i].line].stage < 2) run(&results[i]);
   }
 
+  release_interrupts();
   print_table();
   print_unseen();
   return end_program(stdout);
