@@ -66,7 +66,8 @@ says json_documents 'train.json is there: make it an object a line, train.jsonl'
 given "$two" 'label\tsentence1\n1\ta\n0\tb\n'
 mkdir "$tmp/hub"
 printf 'PK\003\004abcdefgh' > "$tmp/hub/pytorch_model.bin"
-says weights_of_pytorch 'pytorch_model.bin: not a safetensors file .* a zip archive, such as PyTorch' \
+says weights_of_pytorch \
+  'pytorch_model.bin: not a safetensors file .* a zip archive, such as PyTorch' \
   --init "$tmp/hub/pytorch_model.bin" --vocab "$at/vocab.txt" --heads 2
 # 9 a folder that is not there
 says a_folder_that_is_not_there 'no/where/model cannot be written: No such file' \

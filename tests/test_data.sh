@@ -214,7 +214,8 @@ losses() {
       sum += weight[$4 + 1]
       all += weight[$4 + 1] * (log(exp(x[1]) + exp(x[2]) + exp(x[3])) - x[$4 + 1])
     }
-    END { d = loss - all / sum / log(3); print (d < 2e-6 && d > -2e-6), loss, all / sum / log(3) }' \
+    END { want = all / sum / log(3); d = loss - want
+      print (d < 2e-6 && d > -2e-6), loss, want }' \
     "$tmp/log.csv" "$tmp/p.tsv"
 }
 weighted

@@ -5,9 +5,10 @@
    description, class_weights, and what columns are called in the files of a task (table.h):
    label_column, sentence1_column, sentence2_column, group_column. A file of rows has the columns
    label and sentence1, a pair sentence2, a ranking group, a span start1 end1 start2 end2 (code
-   points). Other columns are ignored. A task's files are TASK/train and TASK/dev (or val, validation,
-   dev_matched), a second dev set is dev_2 (or dev_mm, dev_mismatched, validation_mismatched), each
-   with the ending .tsv, .csv or .jsonl; TASK.tsv, TASK.csv, TASK.jsonl are for --split. */
+   points). Other columns are ignored. A task's files are TASK/train and TASK/dev (or val,
+   validation, dev_matched), a second dev set is dev_2 (or dev_mm, dev_mismatched,
+   validation_mismatched), each with the ending .tsv, .csv or .jsonl; TASK.tsv, TASK.csv,
+   TASK.jsonl are for --split. */
 #ifndef TOOLS_DATA_H
 #define TOOLS_DATA_H
 #include "encoder.h"
