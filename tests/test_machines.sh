@@ -1,10 +1,10 @@
 #!/bin/sh
 # Other machines from this one, by cross compilers and emulators: 64-bit ARM (NEON against plain C),
-# 32-bit ARM, RISC-V, a big-endian machine, Windows; and another C library, musl. Each ends with a
-# short training run whose model file must be the native one, byte for byte. What is not installed
-# is skipped by name; Debian's packages: gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf
-# gcc-riscv64-linux-gnu gcc-s390x-linux-gnu gcc-mingw-w64-x86-64 g++-mingw-w64-x86-64 musl-tools
-# qemu-user wine64.
+# 32-bit ARM, RISC-V, POWER, a big-endian machine, Windows; and another C library, musl. Each ends
+# with a short training run whose model file must be the native one, byte for byte. What is not
+# installed is skipped by name; Debian's packages: gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf
+# gcc-riscv64-linux-gnu gcc-powerpc64le-linux-gnu gcc-s390x-linux-gnu gcc-mingw-w64-x86-64
+# g++-mingw-w64-x86-64 musl-tools qemu-user wine64.
 . ./lib.sh
 # static: what a test does not use is not compiled
 dialect="-D_POSIX_C_SOURCE=200809L -I. -I.. -DMOE_STATIC"
@@ -114,6 +114,7 @@ while read -r target compiler emulator; do
 done << end
 arm32 arm-linux-gnueabihf-gcc qemu-arm
 riscv riscv64-linux-gnu-gcc qemu-riscv64
+ppc64le powerpc64le-linux-gnu-gcc qemu-ppc64le
 musl musl-gcc
 end
 
