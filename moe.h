@@ -4732,11 +4732,7 @@ static void moe__gemm_sum_a(const moe__gemm *g, const moe__gemm_kernels *kernels
 /* Of moe__gemm_gradient: most rows of a tile, most tokens of a block of k, and floats from one
    token to the next in its copy of A, an odd number of cache lines, so that they spread over the
    sets of the cache. */
-enum {
-  MOE__GRADIENT_ROWS = 256,
-  MOE__GRADIENT_STEPS = 128,
-  MOE__GRADIENT_LD = MOE__GRADIENT_ROWS + 16
-};
+enum { MOE__GRADIENT_ROWS = 256, MOE__GRADIENT_STEPS = 128, MOE__GRADIENT_LD = 256 + 16 };
 
 /* How a product is cut into tiles of m rows and n columns, each walked in blocks of k. The shape of
    the product decides, and for large tiles the number of threads. No cut changes a bit. */
@@ -16669,13 +16665,8 @@ static int moe__json_name(moe__json *j, char out[MOE_NAME_BYTES]) {
 /* Members of a configuration that are not integers, or not in every file. */
 static const char *const moe__config_other[] = {
     "eps", "router", "truncate", "unit", "selection", "temperature", "vector", "rank", "absent"};
-enum {
-  MOE__SEEN_ALWAYS = 7,
-  MOE__SEEN_BLOCKS = 0x78,
-  MOE__SEEN_RANK = 0x80,
-  MOE__SEEN_PRUNED = 0x100,
-  MOE__CONFIG_OTHERS = 9
-};
+enum { MOE__SEEN_ALWAYS = 7, MOE__SEEN_BLOCKS = 0x78, MOE__SEEN_RANK = 0x80 };
+enum { MOE__SEEN_PRUNED = 0x100, MOE__CONFIG_OTHERS = 9 };
 
 static int moe__config_other_read(moe__json *j, int member, moe_config *c, moe__json *pruned) {
   int choice = 0, ok;
@@ -18869,12 +18860,8 @@ enum {
 enum { MOE__FOLD_CONST, MOE__FOLD_SLOPE, MOE__FOLD_PAIRS, MOE__FOLD_LIST };
 
 /* tables made by tests/golden/unicode.py: do not edit */
-enum {
-  MOE__TEXT_KINDS = 13,
-  MOE__TEXT_BOUNDS = 935,
-  MOE__TEXT_STRIPS = 829,
-  MOE__TEXT_LOWERS = 188
-};
+enum { MOE__TEXT_KINDS = 13 };
+enum { MOE__TEXT_BOUNDS = 935, MOE__TEXT_STRIPS = 829, MOE__TEXT_LOWERS = 188 };
 static const char moe__text_classes[] =
     "0f39F2E221+"
     "6I21v5Pn2X1a2W1g14XDX12136343219G5343XIxVl261uCk1393y7v1t6a2l1G8XIj1315131I231I2315i1GDY29G3G4"
