@@ -206,8 +206,8 @@ def block():
     sizes, *texts = encode(*observe())
     assert max(map(len, texts)) < 4095  # the longest literal that C99 promises
     out = "/* tables made by tests/golden/unicode.py: do not edit */\n"
-    out += "enum {\n  MOE__TEXT_KINDS = %d,\n  MOE__TEXT_BOUNDS = %d,\n" % sizes[:2]
-    out += "  MOE__TEXT_STRIPS = %d,\n  MOE__TEXT_LOWERS = %d\n};\n" % sizes[2:]
+    out += "enum { MOE__TEXT_KINDS = %d };\nenum { MOE__TEXT_BOUNDS = %d, " % sizes[:2]
+    out += "MOE__TEXT_STRIPS = %d, MOE__TEXT_LOWERS = %d };\n" % sizes[2:]
     for name, text in zip(("classes", "strips", "lowers", "ideographs"), texts):
         out += literal("moe__text_" + name, text)
     out += "/* end of the tables */\n"
