@@ -192,7 +192,7 @@ static void case_heads(Case &c) {
 
 /* The norm of several spans and a step of Adam on them; some are frozen, some empty. */
 static void case_adam(Case &c) {
-  int n = c.number % 12 == 7 ? 300 : c.pick(1, 5); /* 300: more tiles than a block has threads */
+  int n = c.number % 12 == 7 ? 400 : c.pick(1, 5); /* 400: more tiles than a block has threads */
   std::vector<moe_adam_op> spans[SIDES];
   std::vector<Array<float>> arrays;
   for (int i = 0; i < n; ++i) {
