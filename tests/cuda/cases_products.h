@@ -29,8 +29,8 @@ static void case_linear(Case &c) {
   c.tolerance = cases_mode.tolerance;
   c.expect(db, NEAR, cases_mode.arch >= 80 ? 1e-5 : 1e-2); /* from 80 on dy is not rounded for it */
   c.send();
-  for (int back = 0; back < 2; ++back)
-    for (int side = CPU; side < SIDES; ++side) {
+  for (int pass = 0; pass < 3; ++pass) /* forward twice: it adds to no gradient */
+    for (int side = CPU, back = pass == 2; side < SIDES; ++side) {
       moe_linear_op op;
       moe_linear_op_init(&op);
       op.y = y.at(side), op.act = a.at(side), op.x = x.at(side), op.b = b.at(side), op.M = M;
@@ -69,6 +69,8 @@ static void experts_routes(Case &c, ExpertsCase &e) {
     int first = c.pick(0, used - 1);
     for (int j = 0; j < e.k; ++j) e.expert[(size_t)(m * e.k + j)] = e.N - 1 - (first + j) % used;
   }
+  for (int m = 0; m < e.M && c.number % 50 == 14; ++m) /* a tile that is just full */
+    e.expert[(size_t)m] = m >= 128;
   int at = 0;
   for (int i = 0; i < e.N; ++i) {
     e.start[(size_t)i] = at;
@@ -85,6 +87,8 @@ static void experts_make(Case &c, ExpertsCase &e) {
   e.k = c.number % 3 && e.N > 1 ? c.pick(1, e.N < 3 ? e.N : 3) : 1;
   e.H = product_size(c), e.F = product_size(c);
   if (c.number % 50 == 13) e.N = 256, e.k = 1, e.M = 5, e.H = 3, e.F = 4; /* the most */
+  if (c.number % 50 == 14) e.N = 2, e.k = 1, e.M = 200, e.H = 3, e.F = 4;
+  if (c.number % 50 == 15) e.N = 3, e.k = 1, e.M = 1560, e.H = 2, e.F = 3; /* cut in pieces */
   if (c.number % 50 == 12) e.M = 257, e.k = 2, e.H = 129, e.F = 5; /* blocks that are just full */
   size_t H = (size_t)e.H, F = (size_t)e.F, slots = (size_t)(e.M * e.k), n = (size_t)e.M * H;
   experts_routes(c, e);

@@ -97,7 +97,7 @@ static void case_embed(Case &c) {
 }
 
 static void case_attention(Case &c) {
-  static const int widths[] = {16, 32, 64, 128, 24, 40, 17, 128};
+  static const int widths[] = {16, 32, 64, 128, 24, 40, 17, 25};
   Sequences s = cases_sequences(c, 4, c.number % 6 == 5 ? 140 : 20);
   int A = c.pick(1, 3), H = A * widths[c.number % 8];
   size_t n = (size_t)s.M * (size_t)H;
