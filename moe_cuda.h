@@ -1431,12 +1431,24 @@ MOE__CUDA_SOURCE(
 
 MOE__CUDA_SOURCE(
     products, 0,
+    /* Shared memory: AHEAD + 1 steps. Not in the template, where g++ would not see its section. */
+    typedef float moe__d_stage[3072];
+    __device__ static inline moe__d_stage *
+    moe__d_stages_f32(void) {
+      __shared__ __align__(16) float s[2][3072];
+      return s;
+    } __device__ static inline moe__d_stage *
+    moe__d_stages_mma(void) {
+      __shared__ __align__(16) float s[3][3072];
+      return s;
+    }
+
     /* A tile (128, 64) of a form by 128 threads. kind 0: FMAs, a step ahead in registers; 1 TF32,
        2 bf16: mma, two steps ahead by cp.async. */
     template <int form, int kind>
     __device__ static inline void moe__d_product(const moe__cuda_product *p) {
       enum { AHEAD = kind ? 2 : 1 };
-      __shared__ __align__(16) float s[AHEAD + 1][3072];
+      moe__d_stage *s = kind ? moe__d_stages_mma() : moe__d_stages_f32();
       moe__d_tile t;
       moe__d_float4 x[6];
       float sum[64], db = 0.0f;
@@ -1923,6 +1935,13 @@ MOE__CUDA_SOURCE(
     } moe__d_head;
     enum {MOE__D_Q, MOE__D_K, MOE__D_V, MOE__D_Y}; /* matrices of a sequence; dy is like y */
 
+    __device__ static inline float *moe__d_head_shared(int which) {
+      __shared__ __align__(16) float sa[64 * 36];
+      __shared__ __align__(16) float sb[32 * 36];
+      __shared__ __align__(16) float sp[64 * 36];
+      return which == 0 ? sa : which == 1 ? sb : sp;
+    }
+
     /* 0: the sequence has no such rows. */
     __device__ static inline int moe__d_head_find(const moe__attention_args *p, moe__d_head *h) {
       int s = (int)blockIdx.x / p->tiles;
@@ -2034,9 +2053,7 @@ MOE__CUDA_SOURCE(
        was summed up is made smaller. Stats: the largest exponent (to base 2), 1 / sum. */
     template <int chunks>
     __device__ static __forceinline__ void moe__d_attention(const moe__attention_args *p) {
-      __shared__ __align__(16) float sa[64 * 36];
-      __shared__ __align__(16) float sb[32 * 36];
-      __shared__ __align__(16) float sp[64 * 36];
+      float *sa = moe__d_head_shared(0), *sb = moe__d_head_shared(1), *sp = moe__d_head_shared(2);
       moe__d_head h;
       float sum[chunks * 16], s[16], top[4], total[4];
       if (!moe__d_head_find(p, &h)) return;
@@ -2088,9 +2105,7 @@ MOE__CUDA_SOURCE(
        and dk += dS^T q, dv += dropout(P)^T dy. */
     template <int chunks, int keys>
     __device__ static __forceinline__ void moe__d_dqkv(const moe__attention_args *p) {
-      __shared__ __align__(16) float sa[64 * 36];
-      __shared__ __align__(16) float sb[32 * 36];
-      __shared__ __align__(16) float sp[64 * 36];
+      float *sa = moe__d_head_shared(0), *sb = moe__d_head_shared(1), *sp = moe__d_head_shared(2);
       const float one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
       moe__d_head h;
       float sum[chunks * 16], dv[chunks * 16], s[16], dp[16], top[4], inverse[4], delta[4];
