@@ -346,8 +346,6 @@ static const struct {
   const char *name;
   int min_arch;
 } moe__cuda_kernel_list[] = {MOE__CUDA_KERNELS(MOE__CUDA_ROW){NULL, 0}};
-#undef MOE__CUDA_ENUM
-#undef MOE__CUDA_ROW
 
 /* State of a backend. What several threads may change is behind `mutex`; `driver`, `kernel` and so
    on are constant after moe_cuda_open. */
@@ -1432,15 +1430,10 @@ MOE__CUDA_SOURCE(
 MOE__CUDA_SOURCE(
     products, 0,
     /* Shared memory: AHEAD + 1 steps. Not in the template, where g++ would not see its section. */
-    typedef float moe__d_stage[3072];
-    __device__ static inline moe__d_stage *
-    moe__d_stages_f32(void) {
-      __shared__ __align__(16) float s[2][3072];
-      return s;
-    } __device__ static inline moe__d_stage *
-    moe__d_stages_mma(void) {
-      __shared__ __align__(16) float s[3][3072];
-      return s;
+    __device__ static inline float *moe__d_stages(int mma) {
+      __shared__ __align__(16) float two[2 * 3072];
+      __shared__ __align__(16) float three[3 * 3072];
+      return mma ? three : two;
     }
 
     /* A tile (128, 64) of a form by 128 threads. kind 0: FMAs, a step ahead in registers; 1 TF32,
@@ -1448,7 +1441,7 @@ MOE__CUDA_SOURCE(
     template <int form, int kind>
     __device__ static inline void moe__d_product(const moe__cuda_product *p) {
       enum { AHEAD = kind ? 2 : 1 };
-      moe__d_stage *s = kind ? moe__d_stages_mma() : moe__d_stages_f32();
+      float *s = moe__d_stages(kind);
       moe__d_tile t;
       moe__d_float4 x[6];
       float sum[64], db = 0.0f;
@@ -1456,21 +1449,21 @@ MOE__CUDA_SOURCE(
       if (!moe__d_find<form>(p, &t)) return;
       MOE_UNROLL for (int i = 0; i < 64; ++i) sum[i] = 0.0f;
       MOE_UNROLL for (int i = 0; i < AHEAD; ++i) {
-        moe__d_load<form, kind>(p, &t, s[i], t.k + 16 * i, x, 0);
-        if (!kind) moe__d_load<form, kind>(p, &t, s[i], t.k, x, 1);
+        moe__d_load<form, kind>(p, &t, s + 3072 * i, t.k + 16 * i, x, 0);
+        if (!kind) moe__d_load<form, kind>(p, &t, s, t.k, x, 1);
       }
       for (int k = t.k; k < t.k_end; k += 16) {
-        float *next = s[now ? now - 1 : (int)AHEAD];
+        float *next = s + 3072 * (now ? now - 1 : (int)AHEAD);
         if (kind) moe__d_copy_wait1();
         MOE_SYNC();
         moe__d_load<form, kind>(p, &t, next, k + 16 * AHEAD, x, 0);
         if (kind)
-          moe__d_step_mma<form, kind == 2>(sum, s[now]);
+          moe__d_step_mma<form, kind == 2>(sum, s + 3072 * now);
         else
-          moe__d_step_f32<form>(sum, s[now]);
+          moe__d_step_f32<form>(sum, s + 3072 * now);
         if (form == MOE__CUDA_TN && t.j == 0 && t.group.db)
           for (int i = 0; i < 16 && k + i < t.k_end; ++i)
-            db = fmaf(s[now][i * 128 + (tid ^ moe__d_turn(1, i))],
+            db = fmaf(s[now * 3072 + i * 128 + (tid ^ moe__d_turn(1, i))],
                       p->weight ? p->weight[p->order ? p->order[k + i] : k + i] : 1.0f, db);
         if (!kind) moe__d_load<form, kind>(p, &t, next, k + 16, x, 1);
         now = now == AHEAD ? 0 : now + 1;
