@@ -1704,7 +1704,7 @@ MOE__CUDA_SOURCE(
       if (row < p.rows) p.place[p.order[row]] = row;
     }
 
-    /* Token blockIdx.x of out (M, n) is, or with accumulate += , the sum over its choices, in order,
+    /* Token blockIdx.x of out (M, n) is, or with accumulate +=, the sum over its choices, in order,
        of weight times the choice's row of a [TaG] Eq. 2, 6. */
     MOE_KERNEL(128) moe_k_combine(moe__cuda_product p) {
       size_t slot = (size_t)blockIdx.x * (size_t)p.top_k, n = (size_t)p.n,

@@ -3,8 +3,9 @@
      mpicc -O2 -o bench_scale bench/bench_scale.c -lm -pthread
      mpirun -n 2 ./bench_scale [--threads 1] [--shard 1] [--seconds 10] [--layers 6] [--hidden 384]
                                [--ffn 1536] [--heads 12] [--experts 4] [--batch 32] [--length 128]
-   Rank 0 prints a JSON line: medians, over the steps, of the whole step, of forward and backward, of
-   the exchange of gradients and of the update (with --shard that of the weights is part of it). */
+   Rank 0 prints a JSON line: medians, over the steps, of the whole step, of forward and backward,
+   of the exchange of gradients and of the update (with --shard that of the weights is part of it).
+ */
 #include "bench.h"
 #define TRAIN_MPI
 #include "../examples/tools/ranks.h"

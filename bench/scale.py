@@ -244,9 +244,9 @@ def memory_table():
 
 PAGE = """# More than one machine
 
-`make -C bench scale`, {rounds} rounds in turns of {seconds:g} s each, medians. A step of MiniLM's size
-(6 x 384, N = 4, {millions:.1f} million weights), 32 sequences of 128 tokens in all, dropout 0.1, fp32.
-Ranks have a core each.
+`make -C bench scale`, {rounds} rounds in turns of {seconds:g} s each, medians. A step of MiniLM's
+size (6 x 384, N = 4, {millions:.1f} million weights), 32 sequences of 128 tokens in all, dropout
+0.1, fp32. Ranks have a core each.
 
 ## Measured
 
