@@ -947,7 +947,8 @@ static void test_trainer_files_survive_every_failed_allocation(void) {
     moe_model_free(model);
     done = status == MOE_OK && allocations <= fail_at; /* loading has another way without one */
     fail_at = -1;
-    CHECK(status == MOE_OK || status == MOE_E_MEMORY, "allocation %d: status %d, %s", n, (int)status, said);
+    CHECK(status == MOE_OK || status == MOE_E_MEMORY, "allocation %d: status %d, %s", n,
+          (int)status, said);
     CHECK((status == MOE_OK) == !said[0], "allocation %d: '%s'", n, said);
     CHECK(blocks_in_use == kept, "allocation %d: %d blocks are left", n, blocks_in_use - kept);
     CHECK(!moe_file_read(&after, &again, path, &env) && bytes == again &&
