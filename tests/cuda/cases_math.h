@@ -48,6 +48,10 @@ static const char *math_fault() {
   if (!math_same_bits(0.3f, 0x123456789abcdefu) || !math_same_bits(0.0007f, 77u << 20) ||
       !math_same_bits(0.9001f, ~0ull))
     return "random bits are not moe.h's";
+  if (!(moe__d_bf16(INFINITY) >= INFINITY) || moe__d_bf16(NAN) == moe__d_bf16(NAN) ||
+      moe__d_bf16(1e-40f) != 0 || moe__d_bf16(1.00390625f) != 1 ||
+      moe__d_bf16(1.01171875f) != 1.015625f)
+    return "bf16";
   if (math_error(math_gelu, exact_gelu, -6, 6, 1e-2) > 2e-5 ||
       math_error(math_slope, exact_slope, -6, 6, 1e-2) > 2e-5 ||
       math_error(math_gelu, exact_gelu, -40, 40, 1e-2) > 2e-5)
