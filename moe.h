@@ -4227,7 +4227,12 @@ static void moe__scalar_add_rows(float *sum, const float *x, size_t ld, size_t n
 MOE__CHAINS(moe__exact_chains, moe__fmaf)
 MOE__TARGET("fma")
 MOE__CHAINS(moe__fused_chains, __builtin_fmaf)
-#define moe__plain_chains (__builtin_cpu_supports("fma") ? moe__fused_chains : moe__exact_chains)
+static void moe__plain_chains(float *c, const float *start, const float *a, size_t a_col,
+                              const float *b, size_t b_step, size_t b_col, size_t k,
+                              size_t columns) {
+  (__builtin_cpu_supports("fma") ? moe__fused_chains : moe__exact_chains)(
+      c, start, a, a_col, b, b_step, b_col, k, columns);
+}
 #else
 MOE__CHAINS(moe__plain_chains, moe__fmaf)
 #endif
@@ -4317,11 +4322,13 @@ static const moe__gemm_kernels moe__scalar_gemms = {
 #define MOE__NAMES8(N, P) MOE__NAMES6(N, P), N##_7x##P, N##_8x##P
 
 #define MOE__C_START(S, i, v) S##_f c##i##v = S##_load(start + i * start_row + 16 * v);
-#define MOE__C_STEP(S, i, v) c##i##v = S##_chain(s, row##v, c##i##v);
-#define moe__avx2_chain moe__avx2_fma
-#define moe__avx512_chain moe__avx512_fma
+#define MOE__C_STEP(S, i, v) c##i##v = MOE__CHAIN_##S(s, row##v, c##i##v);
+#define MOE__CHAIN_moe__avx2 moe__avx2_fma
+#define MOE__CHAIN_moe__avx512 moe__avx512_fma
 #ifdef MOE__Q_FMA
-#define moe__v128_chain moe__v128_fma
+#define MOE__CHAIN_moe__v128 moe__v128_fma
+#else
+#define MOE__CHAIN_moe__v128 moe__v128_chain
 #endif
 #define MOE__C_STORE(S, i, v) S##_store(c + i * c_row + 16 * v, c##i##v);
 #define MOE__B_LOAD(S, i, v) S##_f row##v = S##_load(MOE__B##v + of_b);
@@ -6210,7 +6217,9 @@ static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_TABLE(moe__
 #endif
 
 #if defined(MOE__SIMD) && !defined(MOE__NEON)
-#define moe__v128_int8 moe__scalar_int8 /* integers need no fused multiply-add */
+/* plain C: integers need no fused multiply-add */
+static const moe__int8_kernels moe__v128_int8 = {{{NULL}}, {0}, 0, moe__scalar_int8_quantize,
+                                                 NULL,     NULL};
 #endif
 
 /* ---- products with int8 weights over threads; packing, quantising ---- >>int8_run */
@@ -6400,7 +6409,7 @@ static void moe__int8_tile_run(const moe__int8_work *work, const moe__gemm *g, i
                                int32_t i1, int32_t j0, int32_t j1) {
 #ifdef MOE__SIMD
   const moe__int8_kernels *kernels = moe__int8_pick(work->env, (size_t)(i1 - i0), (size_t)g->k);
-  if (kernels != &moe__scalar_int8) {
+  if (kernels->dot4) {
     moe__int8_tile t;
     memset(&t, 0, sizeof t);
     t.g = g;

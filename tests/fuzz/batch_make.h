@@ -85,3 +85,49 @@ static int batch_make(moe_batch *b, void *array[8], int k, uint32_t flags) {
   if (flags & 32) b->label = label;
   return 1;
 }
+
+/* ---- a model for each router, with features, with blocks ---- */
+
+enum { BATCH_MODELS = 8 };
+
+static struct {
+  moe_model *model[BATCH_MODELS];
+  moe_context *context[BATCH_MODELS];
+  moe_trainer *trainer[BATCH_MODELS];
+} batch;
+
+static moe_config batch_config(int k) {
+  static const moe_router router[BATCH_MODELS] = {
+      MOE_ROUTER_DENSE,      MOE_ROUTER_SHARED,     MOE_ROUTER_TASK, MOE_ROUTER_EMBEDDING,
+      MOE_ROUTER_TASK_LEVEL, MOE_ROUTER_TASK_LEVEL, MOE_ROUTER_TASK, MOE_ROUTER_DENSE};
+  moe_config c;
+  moe_config_init(&c);
+  c.layers = 2, c.hidden = 12, c.ffn = 20, c.heads = 3;
+  c.vocab = 30, c.positions = c.max_len = 9;
+  c.router = router[k];
+  c.experts = k ? 3 : 1;
+  c.top_k = k == 1 ? 3 : k == 2 || k == 3 || k == 6 ? 2 : 1;
+  if (k == 3) c.rank = 3;
+  if (k == 4 || k == 5 || k == 7) c.unit = MOE_UNIT_BLOCK;
+  if (k == 4 || k == 5) c.task_dim = 5;
+  if (k == 5) c.selection = MOE_SELECT_GUMBEL;
+  if (k == 6) c.vocab = 0, c.feature_dim = BATCH_FEATURES;
+  return c;
+}
+
+static void batch_begin(const moe_env *env) {
+  moe_limits limits = {24, 4, 0, 0}, training = {24, 4, 1, 0};
+  moe_task task[FUZZ_TASKS];
+  moe_train_config t;
+  int k;
+  fuzz_tasks(task);
+  for (k = 0; k < BATCH_MODELS; ++k) {
+    moe_config c = batch_config(k);
+    moe_train_config_init(&t);
+    t.steps = 100000000000, t.lr = 1e-6f, t.warmup = 0;
+    if (k == 1 || k == 2 || k == 3) t.balance = t.z_loss = 0.01f, t.jitter = 0.1f;
+    OUGHT(!TRY(moe_model_create(&batch.model[k], &c, task, FUZZ_TASKS, 1, env)));
+    OUGHT(!TRY(moe_trainer_create(&batch.trainer[k], batch.model[k], &training, &t, env)));
+    OUGHT(!TRY(moe_context_create(&batch.context[k], batch.model[k], &limits, env)));
+  }
+}
