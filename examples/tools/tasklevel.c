@@ -587,6 +587,7 @@ static void learn_unseen(moe_model *more, int n) {
   which[T] = T;
   n_rows[T] = unseen->train.n;
   j.which = which;
+  j.n = T + 1;
   need(moe_trainer_create(&j.trainer, more, &limits, &j.config, &env));
   need(moe_sampler_init(&j.sampler, &j.sampling, n_rows, n_rows + T + 1, T + 1, &env));
   connect(moe_trainer_context(j.trainer));
