@@ -130,7 +130,7 @@ static void put_embedding(text *out, const float *v, int32_t H) {
 
 /* Answers the lines of standard input. */
 static void answer_lines(const moe_model *model, int32_t t) {
-  static const moe_task no_task; /* of a model without tasks, for embeddings */
+  static moe_task no_task; /* of a model without tasks, for embeddings */
   const moe_task *task = moe_model_tasks(model) ? moe_model_task(model, t) : &no_task;
   int32_t H = moe_model_config(model)->hidden, width = moe_model_max_classes(model), i;
   questions *q = (questions *)lasting(1, sizeof *q);
