@@ -1489,7 +1489,7 @@ MOE__CUDA_SOURCE(
       moe__d_product<MOE__CUDA_NN, 1>(&p);
     } MOE_KERNEL(128) moe_k_tf32_tn(moe__cuda_product p) {
       moe__d_product<MOE__CUDA_TN, 1>(&p);
-    } MOE_KERNEL(128) moe_k_bf16_nt(moe__cuda_product p) {
+    } MOE_KERNEL(128, 3) moe_k_bf16_nt(moe__cuda_product p) {
       moe__d_product<MOE__CUDA_NT, 2>(&p);
     } MOE_KERNEL(128) moe_k_bf16_nn(moe__cuda_product p) {
       moe__d_product<MOE__CUDA_NN, 2>(&p);

@@ -101,7 +101,7 @@ else
   if ! kernels kernels_tsan -fsanitize=thread -DEMULATOR_THREADS; then
     skip cuda_kernels_tsan "this compiler has no -fsanitize=thread"
   else
-    "$out/kernels_tsan" emulator $((cases / 100)) > "$tmp/tsan.log" 2>&1
+    "$out/kernels_tsan" emulator $((cases / 200)) > "$tmp/tsan.log" 2>&1
     add tsan tsan_
   fi
 fi

@@ -89,7 +89,9 @@ static void experts_make(Case &c, ExpertsCase &e) {
   if (c.number % 50 == 13) e.N = 256, e.k = 1, e.M = 5, e.H = 3, e.F = 4; /* the most */
   if (c.number % 50 == 14) e.N = 2, e.k = 1, e.M = 200, e.H = 3, e.F = 4;
   if (c.number % 50 == 15) e.N = 3, e.k = 1, e.M = 1560, e.H = 2, e.F = 3; /* cut in pieces */
-  if (c.number % 50 == 12) e.M = 257, e.k = 2, e.H = 129, e.F = 5; /* blocks that are just full */
+  if (c.number % 50 == 12) /* blocks that are just full */
+    e.N = 16, e.k = 2, e.M = 257, e.H = 129, e.F = 5;
+  if (e.N > 1) e.routed = true;
   size_t H = (size_t)e.H, F = (size_t)e.F, slots = (size_t)(e.M * e.k), n = (size_t)e.M * H;
   experts_routes(c, e);
   e.x = c.input("x", n), e.dy = c.input("dy", n), e.y = c.output("y", n);

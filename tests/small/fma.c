@@ -44,7 +44,7 @@ static void operands(int mode, float *x) {
       if (next() & 1) v = special();
       if (next() & 1) w = special();
       break;
-    case 6: /* products just below half a unit of the sum's last place: normal, subnormal, largest */
+    case 6: /* products just below half a unit of the sum's last place: normal, subnormal, most */
       k = 1 + (next() & 127);
       e = next() % 3;
       w = (w & 0x807fffffu) | 0x4b800000u;

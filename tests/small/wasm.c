@@ -1,5 +1,5 @@
 /* run(isa, what): a model in WebAssembly, for node; the same file on this machine prints all of it.
-   what 0 to 3: three training steps (bits of the weights), a forward pass in fp32, one in int8, lanes
+   what 0 to 3: three training steps (bits of the weights), a forward pass in fp32, in int8, lanes
    of fused sums that are wrong; 4: letter `isa` of the name of the instruction set. */
 #define main fma_main
 #include "fma.c"
