@@ -77,7 +77,9 @@ static void route_make(Case &c, RouteCase &r) {
   r.dx = c.gradient("dx", M * H, c.chance(85));
   c.expect(r.dx, NEAR, 4e-5); /* differences of weights that are nearly equal */
   r.dgates = c.gradient("dgates", (size_t)r.G * N * H, c.chance(85));
-  r.dlogits = c.array<float>("dlogits", M * N, wide ? NEAR : ANY_VALUE);
+  r.dlogits = c.array<float>("dlogits", M * N, NEAR);
+  /* where gates are sure, what is left of 1 - p is the rounding of p */
+  c.expect(r.dlogits, wide ? NEAR : ANY_VALUE, 0, 1e-6);
   r.dweight = c.input("dweight", M * k);
 }
 
