@@ -2,7 +2,7 @@
 """Training on more than one machine: what is measured here, and what a model of costs makes of it.
 Writes bench/scale.md.
 
-    python3 scale.py                  all, five minutes on two idle cores
+    python3 scale.py                  all, ten minutes on two idle cores
     python3 scale.py --rounds 1 --seconds 2 --out FILE     quick
 
 Measured: bench_scale (its first lines) with 1 and 2 ranks and with 2 threads, PyTorch's DDP beside
