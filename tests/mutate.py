@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Plants faults in moe.h, or in moe_cuda.h's host code, and tells which of them the C tests find.
+"""Plants faults in moe.h and tells which of them the C tests find. (moe_cuda.h: cuda/plant.sh)
 
   make -C tests mutate N=50 SEED=3       50 faults, spread over all sections
   python3 mutate.py --number 400 --list  which faults these are
   python3 mutate.py --only json,out --number 200
-  python3 mutate.py --header moe_cuda.h
 
 All faults of a run are compiled into one build of the test programs: (MUT(17) ? a - b : a + b).
 The environment's MOE_MUTANT says which of them is real. First each test runs alone without a fault,
@@ -28,10 +27,7 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
-# header: the programs that test it, how its implementation begins
-HEADERS = {"moe.h": (("kernels", "ops", "model", "files", "text", "train"),
-                     "#define MOE_IMPLEMENTATION_DONE"),
-           "moe_cuda.h": (("cuda/host",), "#define MOE_CUDA_IMPLEMENTED")}
+PROGRAMS = ("kernels", "ops", "model", "files", "text", "train")
 FLAGS = ["-std=c99", "-D_POSIX_C_SOURCE=200809L", "-O1", "-w", "-I."]
 # Text that ends an expression on its left or right, in the same pair of parentheses
 ASSIGN = {"=", "+=", "-=", "*=", "/=", "%=", "|=", "&=", "^=", "<<=", ">>="}
@@ -81,7 +77,6 @@ def tokens_of(source, active):
     """The tokens of the lines that this machine compiles, without comments and directives."""
     code = re.sub(r"/\*.*?\*/", blank, source, flags=re.S)
     code = re.sub(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", blank, code, flags=re.M)
-    code = re.sub(r"^MOE__CUDA_\w+\(.*?^$", blank, code, flags=re.M | re.S)  # device code
     lines, depth = code.split("\n"), 0
     for i, line in enumerate(lines):
         # arguments of a macro count as one line for the preprocessor
@@ -317,8 +312,7 @@ class Planter:
 
 def active_lines(path, compiler):
     """Which lines of a header this compiler sees, with the implementation."""
-    out = subprocess.run([compiler] + FLAGS + ["-E", "-DMOE_IMPLEMENTATION",
-                                               "-DMOE_CUDA_IMPLEMENTATION", "-x", "c", path],
+    out = subprocess.run([compiler] + FLAGS + ["-E", "-DMOE_IMPLEMENTATION", "-x", "c", path],
                          stdout=subprocess.PIPE, check=True).stdout.decode("utf-8", "replace")
     seen, line, here = set(), 0, False
     for text in out.split("\n"):
@@ -407,10 +401,9 @@ def planted(source, chosen):
 
 
 class Build:
-    def __init__(self, folder, header, compiler):
-        self.folder, self.header, self.compiler = folder, header, compiler
+    def __init__(self, folder, compiler):
+        self.folder, self.compiler = folder, compiler
         self.tests = os.path.join(folder, "tests")
-        self.programs = HEADERS[header][0]
 
     def make_tree(self):
         """A copy of the project made of links; folders are real, or ../ would leave the copy."""
@@ -422,19 +415,16 @@ class Build:
                 os.makedirs(to)
                 for name in files:
                     os.symlink(os.path.join(at, name), os.path.join(to, name))
-        os.makedirs(os.path.join(self.tests, "build", "cuda"))
-        for name in HEADERS:
-            if name != self.header and os.path.exists(os.path.join(ROOT, name)):
-                os.symlink(os.path.join(ROOT, name), os.path.join(self.folder, name))
+        os.makedirs(os.path.join(self.tests, "build"))
 
     def write(self, source, chosen):
         text = planted(source, chosen)
-        mark = re.search("^%s.*$" % HEADERS[self.header][1], text, re.M)
+        mark = re.search("^#define MOE_IMPLEMENTATION_DONE.*$", text, re.M)
         if not mark:
-            sys.exit("mutate: %s has no %s" % (self.header, HEADERS[self.header][1]))
-        text = text[:mark.end()] + ' /* */\n#include "mutants.h"\n#line %d "%s"\n' % (
-            text.count("\n", 0, mark.end()) + 2, self.header) + text[mark.end() + 1:]
-        with open(os.path.join(self.folder, self.header), "w", encoding="utf-8") as f:
+            sys.exit("mutate: moe.h has no MOE_IMPLEMENTATION_DONE")
+        text = text[:mark.end()] + ' /* */\n#include "mutants.h"\n#line %d "moe.h"\n' % (
+            text.count("\n", 0, mark.end()) + 2) + text[mark.end() + 1:]
+        with open(os.path.join(self.folder, "moe.h"), "w", encoding="utf-8") as f:
             f.write(text)
         with open(os.path.join(self.folder, "mutants.h"), "w", encoding="utf-8") as f:
             f.write(PROLOGUE % {"n": len(chosen) + 1})
@@ -451,10 +441,10 @@ class Build:
             for k, m in enumerate(chosen):
                 m["id"] = k
             self.write(planter.source, chosen)
-            said = self.compile(["-fsyntax-only"], self.programs[-1])
+            said = self.compile(["-fsyntax-only"], PROGRAMS[-1])
             if not said:
                 return chosen
-            bad = {int(n) for n in re.findall(r"^(?:\S*/)?moe(?:_cuda)?\.h:(\d+):\d*:? "
+            bad = {int(n) for n in re.findall(r"^(?:\S*/)?moe\.h:(\d+):\d*:? "
                                               r"(?:fatal )?error",
                                               said, re.M)}
             covers = lambda m: any(m["line"] <= n <= m["line"] +
@@ -465,21 +455,14 @@ class Build:
             chosen = kept
 
     def make(self):
-        for name in self.programs:
+        for name in PROGRAMS:
             said = self.compile(["-o", self.binary(name)], name)
             if said:
                 sys.exit("mutate: %s does not compile:\n%s" % (name, said[:2000]))
-        if self.header == "moe_cuda.h":
-            subprocess.run([os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-w", "-fPIC",
-                            "-shared", "-fvisibility=hidden", "-o",
-                            os.path.join(self.tests, "build/double.so"), "cuda/double.cpp",
-                            "-pthread"], cwd=HERE, check=True)
 
-    def binary(self, name):
-        return "build/test_" + name.replace("/", "_")
-
-    def command(self, name):
-        return [self.binary(name)] + (["build/double.so"] if name == "cuda/host" else [])
+    @staticmethod
+    def binary(name):
+        return "build/test_" + name
 
 
 class Tests:
@@ -493,7 +476,7 @@ class Tests:
         env = dict(os.environ, MOE_MUTANT=str(mutant), MOE_MUTANTS=self.map)
         env.setdefault("MOE_SHARED", os.path.join(os.path.dirname(ROOT), "shared"))
         p = subprocess.Popen(["timeout", "-k", "1", str(20 + 10 * limit)] +
-                             self.build.command(program) + names,
+                             [self.build.binary(program)] + names,
                              cwd=self.build.tests, env=env, stdin=subprocess.DEVNULL,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU,
@@ -520,9 +503,9 @@ class Tests:
     def measure(self, slowest):
         """Each test alone, without a fault: its seconds and the faults that it reaches."""
         tests = []
-        for program in self.build.programs:
+        for program in PROGRAMS:
             names = []
-            folder = os.path.join(HERE, program.split("/")[0])
+            folder = os.path.join(HERE, program)
             for name in sorted(os.listdir(folder)):
                 if name.endswith(".c"):
                     with open(os.path.join(folder, name), encoding="utf-8") as f:
@@ -552,7 +535,7 @@ class Tests:
             while todo and (not portion or spent + todo[0][0] < min(budget, most)):
                 spent += todo[0][0]
                 portion.append(todo.pop(0))
-            for program in self.build.programs:
+            for program in PROGRAMS:
                 names = [x[2] for x in portion if x[1] == program]
                 base = sum(x[0] for x in portion if x[1] == program)
                 ended = self.run(program, names, mutant, round(5 + 5 * base)) if names else ""
@@ -582,7 +565,6 @@ def report(mutants, results):
 
 def parse_arguments():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--header", choices=sorted(HEADERS), default="moe.h")
     p.add_argument("--number", type=int, default=50)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--only", default="", help="sections, with commas")
@@ -598,7 +580,7 @@ def parse_arguments():
 
 def main():
     options, compiler = parse_arguments(), os.environ.get("CC", "cc")
-    path = os.path.join(ROOT, options.header)
+    path = os.path.join(ROOT, "moe.h")
     planter = Planter(path)
     planter.plant(active_lines(path, compiler))
     only = set(options.only.split(",")) - {""}
@@ -611,7 +593,7 @@ def main():
             print("%s:%d: %s => %s" % (m["section"], m["line"], m["shown"], m["change"]))
         return 0
     os.nice(10)
-    build = Build(options.build, options.header, compiler)
+    build = Build(options.build, compiler)
     build.make_tree()
     chosen = build.drop_what_does_not_compile(planter, chosen)
     print("mutate: %d of them compile" % len(chosen), flush=True)
@@ -641,9 +623,9 @@ def hunt_all(build, chosen, options):
             results[identity(m)] = ("caught" if found else "survived",
                                     "not reached" if found is None else found)
             if not found:
-                print("survived%s: %s:%d >>%s: %s => %s" %
-                      (" unreached" if found is None else "", options.header, m["line"],
-                       m["section"], m["shown"], m["change"]), flush=True)
+                print("survived%s: moe.h:%d >>%s: %s => %s" %
+                      (" unreached" if found is None else "", m["line"], m["section"],
+                       m["shown"], m["change"]), flush=True)
             log.write("\t".join(results[identity(m)] + identity(m)) + "\n")
             log.flush()
     return 0 if report([m for m in chosen if identity(m) in results], results) else 1
