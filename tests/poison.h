@@ -17,7 +17,7 @@ enum { POISON_MOST = 64 };
 static struct {
   struct {
     unsigned char *p;
-    size_t bytes;
+    size_t bytes, asked; /* whole pages; what was asked for */
   } block[POISON_MOST];
   int blocks, streams, calls, uploads, downloads;
   size_t downloaded; /* bytes */
@@ -49,6 +49,15 @@ static int poison_has(const void *p) {
 
 /* Counts a pointer that is neither NULL nor the device's. */
 static void poison_check(const void *p) { poison.strays += p && !poison_has(p); }
+
+/* Counts bytes that are not all within what one allocation was asked for. */
+static void poison_check_bytes(const void *p, size_t bytes) {
+  const unsigned char *at = (const unsigned char *)p;
+  int i, inside = 0;
+  for (i = 0; i < poison.blocks; ++i)
+    inside |= at >= poison.block[i].p && at + bytes <= poison.block[i].p + poison.block[i].asked;
+  poison.strays += !inside;
+}
 
 static moe_status poison_failed(const moe_env *env) {
   if (env->log) env->log(env->log_user, MOE_E_IO, "poison: the device is lost");
@@ -91,7 +100,7 @@ static void poison_close(const moe_backend *b, void *stream) {
 }
 
 static moe_status poison_alloc(const moe_backend *b, const moe_env *env, void **out, size_t bytes) {
-  size_t page = (size_t)sysconf(_SC_PAGESIZE);
+  size_t page = (size_t)sysconf(_SC_PAGESIZE), asked = bytes;
   void *p;
   (void)b;
   if (poison_fails() || poison.blocks == POISON_MOST) return poison_failed(env);
@@ -100,6 +109,7 @@ static moe_status poison_alloc(const moe_backend *b, const moe_env *env, void **
   memset(p, 0xff, bytes); /* NaN: nothing may count on zeros */
   mprotect(p, bytes, PROT_NONE);
   poison.block[poison.blocks].p = (unsigned char *)p;
+  poison.block[poison.blocks].asked = asked;
   poison.block[poison.blocks++].bytes = bytes;
   *out = p;
   return MOE_OK;
@@ -121,7 +131,7 @@ static moe_status poison_upload(const moe_backend *b, const moe_env *env, void *
   (void)b;
   if (poison_fails()) return poison_failed(env);
   ++poison.uploads;
-  poison_check(to);
+  poison_check_bytes(to, bytes);
   poison.strays += poison_has(host);
   poison_protect(PROT_READ | PROT_WRITE);
   memcpy(to, host, bytes);
@@ -134,7 +144,7 @@ static moe_status poison_download(const moe_backend *b, const moe_env *env, void
   if (poison_fails()) return poison_failed(env);
   ++poison.downloads;
   poison.downloaded += bytes;
-  poison_check(from);
+  poison_check_bytes(from, bytes);
   poison.strays += poison_has(host);
   poison_protect(PROT_READ | PROT_WRITE);
   memcpy(host, from, bytes);
@@ -144,7 +154,7 @@ static moe_status poison_download(const moe_backend *b, const moe_env *env, void
 static moe_status poison_clear(const moe_backend *b, const moe_env *env, void *p, size_t bytes) {
   (void)b;
   if (poison_fails()) return poison_failed(env);
-  poison_check(p);
+  poison_check_bytes(p, bytes);
   poison_protect(PROT_READ | PROT_WRITE);
   memset(p, 0, bytes);
   return poison_done(MOE_OK);

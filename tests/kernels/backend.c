@@ -307,6 +307,27 @@ static void test_backend_runs_a_packed_model(void) {
   for (i = 0; i < SCORES; ++i) CHECK_NEAR(backend_scores[1][i], backend_scores[0][i], 2e-4);
 }
 
+static int32_t takes_unpacked(void *user, int32_t m, int32_t n, int32_t k, int32_t packed) {
+  (void)user, (void)m, (void)n, (void)k;
+  return !packed;
+}
+
+/* A library that is better only where the built-in kernels would have to pack is told that they
+   need not. */
+static void test_backend_may_leave_packed_weights(void) {
+  moe_env plain = without(MOE_ISA_AUTO), counted = plain;
+  moe_backend backend = counting;
+  backend.takes = takes_unpacked;
+  counted.backend = &backend;
+  memset(backend_scores, 0, sizeof backend_scores);
+  calls = 0;
+  backend_train(losses[0], backend_scores[0], 0, MOE_ROUTER_TASK, &counted);
+  backend_train(losses[1], backend_scores[1], 0, MOE_ROUTER_TASK, &plain);
+  CHECK_STATE();
+  CHECK(!calls, "%d calls", calls);
+  CHECK(!memcmp(backend_scores[0], backend_scores[1], sizeof backend_scores[0]), "other scores");
+}
+
 #ifdef MOE_USE_BLIS
 /* What moe_env_init connects follows from the kernels that BLIS says it has; the built-in ones stay
    where they are better, bit for bit. */
@@ -376,4 +397,5 @@ static void run_backend(void) {
   RUN(test_backend_threads_change_no_bit);
   RUN(test_backend_trains_a_model_like_the_built_in_kernels);
   RUN(test_backend_runs_a_packed_model);
+  RUN(test_backend_may_leave_packed_weights);
 }

@@ -304,6 +304,29 @@ static void test_lowp_non_finite_rows_give_nan(void) {
   }
 }
 
+/* Rows without a scale, at every place of a vector: their integers are 0, whatever is in them. */
+static void test_lowp_rows_without_a_scale_have_integers_of_0(void) {
+  static const uint32_t bits[] = {0x7f800000u, 0xff800000u, 0x7fc00000u, 0x7fc00055u,
+                                  0xffc00033u, 0x80000000u, 0x03000000u};
+  moe_env env;
+  int which, cols = 37, v, p;
+  for (which = 0; (which = lowp_kernels_env(which, &env)) != 0;)
+    for (v = 0; v < 7 * cols; ++v) {
+      int finite = v / cols > 4;
+      for (p = 0; p < cols; ++p) source[p] = finite ? 0.0f : (float)p;
+      source[v % cols] = moe__floats(bits[v / cols]);
+      memset(lowp_weights, 0x55, (size_t)cols + 1);
+      scales[0] = 1;
+      moe_quantize(lowp_weights, scales, source, 1, cols, &env);
+      CHECK(finite ? scales[0] == 0 : scales[0] != scales[0], "%s: scale %g of %08x",
+            moe_isa_name(env.isa), (double)scales[0], (unsigned)bits[v / cols]);
+      for (p = 0; p < cols; ++p)
+        CHECK(!lowp_weights[p], "%s: %08x at %d: integer %d is %d", moe_isa_name(env.isa),
+              (unsigned)bits[v / cols], v % cols, p, lowp_weights[p]);
+      CHECK(lowp_weights[cols] == 0x55, "written behind the end");
+    }
+}
+
 static void test_lowp_products_are_near_fp32(void) {
   moe_env env;
   moe_mat exact, mat;
@@ -655,6 +678,7 @@ static void run_lowp(void) {
   RUN(test_lowp_integers_are_near);
   RUN(test_lowp_rounds_ties_to_even);
   RUN(test_lowp_non_finite_rows_give_nan);
+  RUN(test_lowp_rows_without_a_scale_have_integers_of_0);
   RUN(test_lowp_products_are_near_fp32);
   RUN(test_lowp_gelu_and_threads_change_no_bit);
   RUN(test_lowp_model_is_near_its_parent);

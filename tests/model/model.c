@@ -71,6 +71,30 @@ static void test_model_table_of_tensors_has_no_gap(void) {
   }
 }
 
+/* A name means what it means in this model, whatever another one was asked before. */
+static void test_model_names_of_two_models_in_turn(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config sparse = models_config(MOE_ROUTER_TASK, 3, 1),
+             plain = models_config(MOE_ROUTER_DENSE, 1, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *many, *one;
+  moe_tensor t;
+  int32_t i;
+  models_tasks(tasks);
+  many = models_create(&sparse, tasks, MODELS_TASKS, &env);
+  one = models_create(&plain, tasks, MODELS_TASKS, &env);
+  CHECK(many && one, "%s", said);
+  for (i = 0; i < moe_model_tensors(one); ++i) {
+    int32_t other, here;
+    CHECK(!moe_model_tensor(one, i, &t), "tensor %d", (int)i);
+    other = moe_model_find_tensor(many, "encoder.layer.1.experts.2.output.dense.bias");
+    here = moe_model_find_tensor(one, t.name);
+    CHECK(other > 0 && here == i, "%s is number %d, not %d", t.name, (int)here, (int)i);
+  }
+  moe_model_free(many);
+  moe_model_free(one);
+}
+
 static void test_model_tensors_bear_the_names_of_the_hub(void) {
   enum { ALL = -1, SPARSE = -2 };
   static const struct {
@@ -1640,6 +1664,7 @@ static void run_model(void) {
   RUN(test_model_reads_no_token_before_all_lengths_are_right);
   RUN(test_model_counts_the_papers_parameters);
   RUN(test_model_table_of_tensors_has_no_gap);
+  RUN(test_model_names_of_two_models_in_turn);
   RUN(test_model_tensors_bear_the_names_of_the_hub);
   RUN(test_model_config_names_the_field_that_is_wrong);
   RUN(test_model_config_refuses_odd_eps_and_two_scales);

@@ -131,7 +131,8 @@ static void test_poison_inference_has_the_bits_of_the_cpu(void) {
       }
 }
 
-/* Traffic: a pass is one upload and one download of the scores; a step brings losses and a norm. */
+/* Traffic: a pass is one upload and one download of the scores; a step brings losses and a norm;
+   routes are downloaded when they are asked for, and nothing beside them. */
 static void test_poison_a_pass_is_one_upload_and_one_download(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_backend b = poison_backend();
@@ -139,7 +140,9 @@ static void test_poison_a_pass_is_one_upload_and_one_download(void) {
   moe_train_config tc = poison_train();
   moe_model *model = poison_model(MOE_ROUTER_TASK, 0, &env);
   moe_trainer *trainer = NULL;
+  moe_routes r;
   float scores[POISON_WIDTH], norm;
+  size_t M;
   int up, down;
   models_random_batch(&poison_batch, model, 30, 19, 5);
   env.backend = &b;
@@ -153,8 +156,58 @@ static void test_poison_a_pass_is_one_upload_and_one_download(void) {
         "%s", said);
   CHECK(poison.uploads == up + 2 && poison.downloads == down + 2, "%d up, %d down",
         poison.uploads - up, poison.downloads - down);
+  poison.downloaded = 0;
+  CHECK(!moe_context_routes(moe_trainer_context(trainer), 1, &r), "%s", said);
+  M = (size_t)poison_batch.start[30];
+  CHECK(poison.downloaded == 4 * (3 * M * (size_t)r.k + M * (size_t)r.N + (size_t)r.N + 1),
+        "%zu bytes of routes", poison.downloaded);
   moe_trainer_free(trainer);
   moe_model_free(model);
+  POISON_IS_CLEAN();
+}
+
+/* A step with all that a caller can give, in a trainer of the very size of its batch. */
+static void poison_step_exactly(float result[2], const moe_env *env) {
+  static const int32_t forced[2 * MODELS_M * 2];
+  static const uint8_t masked[8] = {0, 0, 1, 0, 0, 0, 1, 0}, pruned[8] = {0, 0, 0, 1, 0, 0, 0, 1};
+  static const float weight[3] = {1, 0.5f, 2};
+  moe_env cpu = *env;
+  moe_limits limits = {0, 3, 1, 0};
+  moe_train_config tc = poison_train();
+  moe_config config = models_config(MOE_ROUTER_TASK, 4, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model;
+  moe_trainer *t = NULL;
+  cpu.backend = NULL;
+  config.pruned = pruned;
+  models_tasks(tasks);
+  model = models_create(&config, tasks, MODELS_TASKS, &cpu);
+  CHECK(model, "%s", said);
+  models_random_batch(&poison_batch, model, 3, 3, 5);
+  poison_batch.b.weight = weight;
+  limits.tokens = poison_batch.start[3];
+  CHECK(!moe_trainer_create(&t, model, &limits, &tc, env), "%s", said);
+  moe_context_force(moe_trainer_context(t), forced);
+  moe_context_mask(moe_trainer_context(t), masked);
+  CHECK(!moe_trainer_accumulate(t, &poison_batch.b, 0, &result[0], NULL, env) &&
+            !moe_trainer_step(t, &result[1], env),
+        "%s", said);
+  moe_trainer_free(t);
+  moe_model_free(model);
+}
+
+/* Many small arrays: what they are rounded up to fits as well. */
+static void test_poison_uploads_fit_in_a_trainer_of_the_batches_size(void) {
+  moe_env env = models_env(MOE_ISA_AUTO), on = env;
+  moe_backend b = poison_backend();
+  float result[2][2];
+  on.backend = &b;
+  poison_step_exactly(result[0], &env);
+  CHECK_STATE();
+  poison_step_exactly(result[1], &on);
+  CHECK_STATE();
+  CHECK(!memcmp(result[0], result[1], sizeof result[0]), "loss %g against %g, norm %g against %g",
+        (double)result[0][0], (double)result[1][0], (double)result[0][1], (double)result[1][1]);
   POISON_IS_CLEAN();
 }
 
@@ -179,6 +232,7 @@ static void poison_fit(poison_run *run, moe_router router, int resume, const moe
   moe_trainer *t = NULL;
   int i;
   cpu.backend = NULL;
+  if (router == MOE_ROUTER_DENSE) tc.jitter = 0; /* dropout alone */
   memset(run, 0, sizeof *run);
   model = poison_model(router, 0, &cpu);
   CHECK(model && !moe_trainer_create(&t, model, &limits, &tc, env), "%s", said);
@@ -430,6 +484,7 @@ static void run_poison(void) {
   RUN(test_poison_memory_faults);
   RUN(test_poison_inference_has_the_bits_of_the_cpu);
   RUN(test_poison_a_pass_is_one_upload_and_one_download);
+  RUN(test_poison_uploads_fit_in_a_trainer_of_the_batches_size);
   RUN(test_poison_training_has_the_bits_of_the_cpu);
   RUN(test_poison_trained_weights_are_downloaded_for_whoever_reads_them);
   RUN(test_poison_predicts_as_the_cpu);

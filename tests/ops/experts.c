@@ -433,6 +433,26 @@ static void test_experts_no_tokens_at_all(void) {
   experts_fixture_free(&f);
 }
 
+/* Networks of no units: what is left of an expert is the bias of its output. */
+static void test_experts_of_no_units_give_their_biases(void) {
+  experts_fixture f;
+  int32_t t, j;
+  experts_fixture_make(&f, 10, 3, 2, 6, 0, -1, 0);
+  experts_forward(&f);
+  CHECK_STATE();
+  experts_backward(&f);
+  CHECK_STATE();
+  for (t = 0; t < 10; ++t)
+    for (j = 0; j < 6; ++j) {
+      const int32_t *expert = f.routes.expert + 2 * t;
+      const float *weight = f.routes.weight + 2 * t;
+      CHECK_NEAR(f.y[6 * t + j],
+                 weight[0] * f.b_out[expert[0]][j] + weight[1] * f.b_out[expert[1]][j], 1e-6);
+      CHECK(f.dx[6 * t + j] == 0, "a gradient of x: %g", (double)f.dx[6 * t + j]);
+    }
+  experts_fixture_free(&f);
+}
+
 static void test_experts_gradients_accumulate_and_may_be_left_out(void) {
   experts_fixture f, g;
   moe_experts_op op;
@@ -604,6 +624,7 @@ static void run_experts(void) {
   RUN(test_experts_one_expert_with_another_weight);
   RUN(test_experts_without_tokens_stay_untouched);
   RUN(test_experts_no_tokens_at_all);
+  RUN(test_experts_of_no_units_give_their_biases);
   RUN(test_experts_gradients_accumulate_and_may_be_left_out);
   RUN(test_experts_inference_equals_training);
   RUN(test_experts_have_the_same_bits_everywhere);
