@@ -256,7 +256,7 @@ class Planter:
             i -= 1
             depth += (t[i].text in ")]") - (t[i].text in "([")
             if depth < 0:
-                return t[i].text == "(" and t[i - 1].text.startswith("_mm")
+                return t[i].text == "(" and t[i - 1].text.startswith(("_mm", "MOE__Q_LANE"))
         return False
 
     def least(self, t, low, i, high):

@@ -273,23 +273,37 @@ static void test_base_forced_isa_that_is_missing_is_refused(void) {
 
 /* What a binding compares its own structs with. */
 static void test_base_tells_the_size_of_each_struct(void) {
-#define SIZED(type) {#type, sizeof(type)}
+#define SIZED(type)                                                                                \
+  { #type, sizeof(type) }
   static const struct {
     const char *name;
     size_t bytes;
-  } types[] = {SIZED(moe_env),          SIZED(moe_profile),
-               SIZED(moe_backend),      SIZED(moe_mat),
-               SIZED(moe_routes),       SIZED(moe_route_options),
-               SIZED(moe_config),       SIZED(moe_task),
-               SIZED(moe_batch),        SIZED(moe_tensor),
-               SIZED(moe_writer),       SIZED(moe_view),
-               SIZED(moe_limits),       SIZED(moe_import_options),
-               SIZED(moe_route_sums),   SIZED(moe_task_router),
-               SIZED(moe_share),        SIZED(moe_param_group),
-               SIZED(moe_train_config), SIZED(moe_sampler_config),
-               SIZED(moe_sampler),      SIZED(moe_tokens),
-               SIZED(moe_text),         {"moe_no", 0},
-               {"", 0},                 {"moe_env ", 0}};
+  } types[] = {SIZED(moe_env),
+               SIZED(moe_profile),
+               SIZED(moe_backend),
+               SIZED(moe_mat),
+               SIZED(moe_routes),
+               SIZED(moe_route_options),
+               SIZED(moe_config),
+               SIZED(moe_task),
+               SIZED(moe_batch),
+               SIZED(moe_tensor),
+               SIZED(moe_writer),
+               SIZED(moe_view),
+               SIZED(moe_limits),
+               SIZED(moe_import_options),
+               SIZED(moe_route_sums),
+               SIZED(moe_task_router),
+               SIZED(moe_share),
+               SIZED(moe_param_group),
+               SIZED(moe_train_config),
+               SIZED(moe_sampler_config),
+               SIZED(moe_sampler),
+               SIZED(moe_tokens),
+               SIZED(moe_text),
+               {"moe_no", 0},
+               {"", 0},
+               {"moe_env ", 0}};
   size_t i;
   for (i = 0; i < sizeof types / sizeof *types; ++i)
     CHECK(moe_abi(types[i].name) == types[i].bytes, "%s: %zu bytes, not %zu", types[i].name,
