@@ -15,21 +15,17 @@
 A pair of texts is a tuple. MOE_THREADS: number of threads (1). MOE_LIBRARY: a library built before.
 From the shell: python3 moe.py MODEL TASK TEXT..."""
 import ctypes as C
-import hashlib, os, shutil, subprocess, sys
+import hashlib, os, re, shutil, subprocess, sys
 import numpy as np
 
 HERE, BATCH, VERSION = os.path.dirname(os.path.abspath(__file__)), 64, 200  # BATCH: inputs at once
-KINDS = dict(i=C.c_int32, f=C.c_float, p=C.c_void_p, q=C.c_int64, z=C.c_size_t, n=C.c_char * 64,
-             N=C.c_char * 128, d=C.c_int32 * 3)
+KINDS = dict(i=C.c_int32, f=C.c_float, p=C.c_void_p, q=C.c_int64, z=C.c_size_t, s=C.c_char_p,
+             n=C.c_char * 64, N=C.c_char * 128, d=C.c_int32 * 3)
 
-def _struct(name, fields):  # "i: a b f: c": a kind, its fields
-    of = []
-    for word in fields.split():
-        if word[1:] == ":":
-            kind = KINDS[word[0]]
-        else:
-            of.append((word, kind))
-    return type(name, (C.Structure,), {"_fields_": of})
+def _struct(name, text):  # text: "i: a b f: c", a kind and its fields
+    return type(name, (C.Structure,), {"_fields_": [
+        (field, KINDS[kind]) for kind, fields in re.findall(r"(\w): ([^:]*)(?: |$)", text)
+        for field in fields.split()]})
 
 STRUCTS = Config, Task, Batch, Limits, Train, Tensor, Tokens, Text = [_struct(*s) for s in (
     ("moe_config", "i: layers hidden ffn heads vocab positions segments feature_dim f: eps "
@@ -43,65 +39,68 @@ STRUCTS = Config, Task, Batch, Limits, Train, Tensor, Tokens, Text = [_struct(*s
      "p: groups i: n_groups p: share"),
     ("moe_tensor", "N: name i: dims d: shape i: type z: offset count"),
     ("moe_tokens", "p: ids segments begin end i: capacity count"),
-    ("moe_text", "p: a b z: a_bytes b_bytes"))]
+    ("moe_text", "s: a b z: a_bytes b_bytes"))]
 
-def _build():  # the library of this moe.h, compiled unless it is there
+def _need(true, error, sentence):
+    if not true:
+        raise error(sentence)
+
+PATH = os.environ.get("MOE_LIBRARY")
+if not PATH:  # that of this moe.h, compiled unless it is there
     header = next(filter(os.path.exists, [f"{HERE}/moe.h", f"{HERE}/../../moe.h"]), None)
-    if not header:
-        raise ImportError(f"there is no {HERE}/moe.h: copy it there")
+    _need(header, ImportError, f"there is no {HERE}/moe.h: copy it there")
     source = b"#define MOE_IMPLEMENTATION\n" + open(header, "rb").read()
-    path = f"{HERE}/libmoe-{hashlib.sha256(source).hexdigest()[:12]}.so"
-    cc, new = os.environ.get("CC", "cc"), f"{path}.{os.getpid()}"
-    if not os.path.exists(path):
-        if not shutil.which(cc):
-            raise ImportError(f"there is no C compiler {cc}: install gcc or clang, or set CC")
-        done = subprocess.run([cc, "-O2", "-shared", "-fPIC", "-DMOE_SHARED", "-o", new, "-x", "c",
-                               "-", "-lm", "-pthread"], input=source, stderr=subprocess.PIPE)
-        if done.returncode:
-            raise ImportError(f"{cc} does not compile {header}:\n{done.stderr.decode()[:2000]}")
-        os.replace(new, path)
-    return path
-
-PATH = os.environ.get("MOE_LIBRARY") or _build()
+    PATH = f"{HERE}/libmoe-{hashlib.sha256(source).hexdigest()[:12]}.so"
+    if not os.path.exists(PATH):
+        cc, new = os.environ.get("CC", "cc"), f"{PATH}.{os.getpid()}"
+        _need(shutil.which(cc), ImportError, f"no C compiler {cc}: install gcc or clang, or set CC")
+        done = subprocess.run([cc, *"-O2 -shared -fPIC -DMOE_SHARED -x c - -lm -pthread -o".split(),
+                               new], input=source, stderr=subprocess.PIPE)
+        _need(not done.returncode, ImportError,
+              f"{cc} does not compile {header}:\n{done.stderr.decode()[:2000]}")
+        os.replace(new, PATH)
 _lib, _env, R, PTR, _said = C.CDLL(PATH), C.c_void_p(), C.byref, C.c_void_p, ["it gave no reason"]
+_lib.moe_abi.restype = C.c_size_t
+for _name, _here in ((None, VERSION), *((s.__name__.encode(), C.sizeof(s)) for s in STRUCTS)):
+    _need(_lib.moe_abi(_name) == _here, ImportError, f"{PATH} is of another version: "
+          f"{_name or 'its number'} is {_lib.moe_abi(_name)}, moe.py expects {_here}")
+_lib.moe_model_parameters.restype = C.c_size_t
 for _name in "model_task model_config model_vocab model_weights trainer_gradients".split():
     getattr(_lib, "moe_" + _name).restype = PTR
-_lib.moe_abi.restype = _lib.moe_model_parameters.restype = C.c_size_t
-for _name, _here in ((None, VERSION), *((s.__name__.encode(), C.sizeof(s)) for s in STRUCTS)):
-    if _lib.moe_abi(_name) != _here:
-        raise ImportError(f"{PATH} is of another version: {_name or 'its number'} is "
-                          f"{_lib.moe_abi(_name)}, moe.py expects {_here}")
 _log = C.CFUNCTYPE(None, PTR, C.c_int, C.c_char_p)(
     lambda user, status, sentence: _said.append(sentence.decode(errors="replace")))
 
 def _check(status):
-    if status:
-        raise RuntimeError(_said[-1])
+    _need(not status, RuntimeError, _said[-1])
 
 _check(_lib.moe_env_create(R(_env), 0, int(os.environ.get("MOE_THREADS", 1)), _log, None))
 
 def _array(what, values, dtype, *shape):  # -1: any; floats never become whole numbers silently
     a = np.asarray(values)
-    if not np.can_cast(a.dtype, dtype, "same_kind"):
-        raise TypeError(f"{what} is {a.dtype}, expected {np.dtype(dtype)}")
-    if a.ndim != len(shape) or any(n not in (-1, m) for n, m in zip(shape, a.shape)):
-        raise ValueError(f"{what} has shape {a.shape}, expected {shape} (-1: any)")
+    _need(np.can_cast(a.dtype, dtype, "same_kind"), TypeError,
+          f"{what} is {a.dtype}, expected {np.dtype(dtype)}")
+    _need(a.ndim == len(shape) and all(n in (-1, m) for n, m in zip(shape, a.shape)), ValueError,
+          f"{what} has shape {a.shape}, expected {shape} (-1: any)")
     return np.ascontiguousarray(a, dtype)
 
-def _fill(struct, **values):
+def _index(what, name, names):
+    _need(name in names, KeyError, f"no {what} {name}, but {', '.join(names)}")
+    return list(names).index(name)
+
+def _init(struct, init, **values):
+    init(R(struct))
     for name, value in values.items():
-        if not hasattr(struct, name):
-            raise TypeError(f"{type(struct).__name__} has no field {name}")
+        _need(hasattr(struct, name), TypeError, f"{type(struct).__name__} has no field {name}")
         setattr(struct, name, value)
+    return struct
 
 def _strings(texts):
-    return (C.c_char_p * len(texts))(*(t.encode() for t in texts))
+    return (C.c_char_p * len(texts))(*map(str.encode, texts))
 
 def _pairs(texts):  # a and b of moe_predict_texts
     texts = [x if isinstance(x, tuple) else (x,) for x in texts]
-    if len({len(x) for x in texts}) > 1:
-        raise ValueError("either all inputs are pairs, or none")
-    return [_strings([x[k] for x in texts]) if k < len(texts[0]) else None for k in (0, 1)]
+    _need(len({*map(len, texts)}) == 1, ValueError, "either all inputs are pairs, or none")
+    return [*map(_strings, zip(*texts)), None][:2]
 
 class Model:
     def __init__(self, make, *arguments):
@@ -121,16 +120,16 @@ class Model:
     @classmethod
     def create(cls, config, tasks, seed=1, vocab=None):
         """config: fields of moe_config; tasks: {name: labels, or (low, high)}; vocab: bytes."""
-        c, of, names = Config(), (Task * len(tasks))(), []
-        _lib.moe_config_init(R(c))
-        _fill(c, **{"vocab": len(vocab.splitlines()) if vocab else 0, **config})
+        of, labels_of = (Task * len(tasks))(), []
+        config = {"vocab": len(vocab.splitlines()) if vocab else 0, **config}
+        c = _init(Config(), _lib.moe_config_init, **config)
         for t, (name, labels) in zip(of, tasks.items()):
-            t.name, t.kind, t.classes = name.encode(), isinstance(labels, tuple), len(labels)
-            if t.kind:
-                t.classes, (t.low, t.high) = 1, labels
+            if isinstance(labels, tuple):
+                t.kind, t.classes, (t.low, t.high) = 1, 1, labels
             else:
-                names.append(_strings(labels))
-                t.label = C.addressof(names[-1])
+                labels_of.append(_strings(labels))
+                t.classes, t.label = len(labels), C.addressof(labels_of[-1])
+            t.name = name.encode()
         self = cls(_lib.moe_model_create, R(c), of, len(of), C.c_uint64(seed))
         if vocab:
             _check(_lib.moe_model_set_vocab(self._m, vocab, C.c_size_t(len(vocab)), _env))
@@ -154,10 +153,9 @@ class Model:
     def save(self, path):
         _check(_lib.moe_model_save(self._m, os.fsencode(path), _env))
 
-    def _task(self, task):
-        if task not in self.tasks:
-            raise KeyError(f"no task {task}, but {', '.join(self.tasks)}")
-        return list(self.tasks).index(task)
+    def _features(self, inputs):  # the rows of all inputs, and how many each has
+        rows = [_array("an input", x, "f", -1, self.config.feature_dim) for x in inputs]
+        return np.concatenate(rows), np.array([len(x) for x in rows], "i")
 
     def _run(self, inputs, width, ask):  # ask(some inputs, where their rows go), all in turn
         if not self._p:
@@ -169,13 +167,12 @@ class Model:
 
     def predict(self, task, inputs):
         """(label, probability) for each text, or array (rows, feature_dim); or the number."""
-        t, labels, dim = self._task(task), self.tasks[task], self.config.feature_dim
+        t, labels = _index("task", task, self.tasks), self.tasks[task]
         def ask(some, out):
-            if not dim:
+            if not self.config.feature_dim:
                 return _lib.moe_predict_texts(self._p, t, *_pairs(some), len(some), out, None)
-            rows = [_array("an input", x, "f", -1, dim) for x in some]
-            x, n = np.concatenate(rows), np.array([len(x) for x in rows], "i")
-            return _lib.moe_predict_features(self._p, t, x.ctypes, n.ctypes, len(rows), out, None)
+            x, n = self._features(some)
+            return _lib.moe_predict_features(self._p, t, x.ctypes, n.ctypes, len(n), out, None)
         rows = self._run(inputs, _lib.moe_model_max_classes(self._m), ask)
         return [(labels[row.argmax()], float(row.max())) if labels else float(row[0])
                 for row in rows]
@@ -183,7 +180,7 @@ class Model:
 
     def embed(self, texts, task=None):
         """The mean of the last layer's states of each text, with the gates of a task."""
-        t = self._task(task) if task else 0
+        t = _index("task", task, self.tasks) if task else 0
         return self._run(texts, self.config.hidden, lambda some, out: _lib.moe_predict_embed(
             self._p, t, 0, *_pairs(some), len(some), out))
 
@@ -193,46 +190,38 @@ class Model:
             n = C.c_size_t()
             vocab = PTR(_lib.moe_model_vocab(self._m, R(n)))
             _check(_lib.moe_tokenizer_create(R(self._t), vocab, n, self.config.cased, _env))
-        n = self._of[self._task(task)].max_len or self.config.max_len
-        a, b = ((*text, None) if isinstance(text, tuple) else (text, None))[:2]
-        a, b, ids, segments = a.encode(), b and b.encode(), np.empty(n, "i"), np.empty(n, "B")
-        t = Tokens(ids.ctypes.data, segments.ctypes.data, None, None, n, 0)
-        pair = Text(C.cast(a, PTR), C.cast(b, PTR), len(a), len(b or b""))
+        n = self._of[_index("task", task, self.tasks)].max_len or self.config.max_len
+        (a, b), ids, segments = _pairs([text]), np.empty(n, "i"), np.empty(n, "B")
+        t = Tokens(ids.ctypes.data, segments.ctypes.data, None, None, n)
+        pair = Text(a[0], b and b[0], len(a[0]), len(b[0]) if b else 0)
         _check(_lib.moe_encode(self._t, R(t), R(pair), n, self.config.truncate, _env))
         return ids[:t.count], segments[:t.count]
 
-    def _label(self, task, label):
-        if not isinstance(label, str):
-            return label
-        if label not in (self.tasks[task] or []):
-            raise ValueError(f"task {task} has no label {label}: {self.tasks[task]}")
-        return self.tasks[task].index(label)
-
     def _batch(self, rows):
-        s, dim, tasks = Batch(len(rows)), self.config.feature_dim, [self._task(t) for t, *_ in rows]
-        labels = [self._label(t, y) for t, _, y in rows]
-        of = dict(task=_array("tasks", tasks, "i", -1), label=_array("labels", labels, "f", -1))
-        if dim:
-            parts = [_array("an input", x, "f", -1, dim) for _, x, _ in rows]
-            of["features"] = np.concatenate(parts)
+        tasks, inputs, labels = zip(*rows)
+        of = {"task": np.array([_index("task", t, self.tasks) for t in tasks], "i")}
+        labels = [_index("label", y, self.tasks[t] or []) if isinstance(y, str) else y
+                  for t, y in zip(tasks, labels)]
+        of["label"] = _array("labels", labels, "f", -1)
+        if self.config.feature_dim:
+            of["features"], n = self._features(inputs)
         else:
-            parts, segments = zip(*(self.tokens(x, t) for t, x, _ in rows))
-            of.update(ids=np.concatenate(parts), segments=np.concatenate(segments))
-        of["seq_start"] = np.cumsum([0, *map(len, parts)], dtype="i")
-        s.tokens, s.arrays = int(of["seq_start"][-1]), of  # which keeps them alive
-        for name, a in of.items():
-            setattr(s, name, a.ctypes.data)
+            ids, segments = zip(*map(self.tokens, inputs, tasks))
+            of.update(ids=np.concatenate(ids), segments=np.concatenate(segments))
+            n = [len(x) for x in ids]
+        of["seq_start"] = np.cumsum([0, *n], dtype="i")
+        s = Batch(len(rows), **{name: a.ctypes.data for name, a in of.items()})
+        s.arrays, s.tokens = of, sum(n)  # which keeps the arrays alive
         return s
 
     def train(self, batches, before_step=None, **config):
         """A step for each batch, a list of (task, input, label); config: fields of
         moe_train_config. before_step(model) may read and change model.gradients, views as
         model.weights. Returns the losses."""
-        c, trainer, loss, losses = Train(), PTR(), C.c_float(), []
+        trainer, loss, losses = PTR(), C.c_float(), []
         made = {id(b): self._batch(b) for b in batches}
-        _lib.moe_train_config_init(R(c))
-        _fill(c, **{"steps": len(batches), **config})
-        limits = Limits(*(max(getattr(b, of) for b in made.values()) for of in ("tokens", "S")), 1)
+        c = _init(Train(), _lib.moe_train_config_init, **{"steps": len(batches), **config})
+        limits = Limits(*np.max([(b.tokens, b.S) for b in made.values()], 0).tolist(), 1)
         _check(_lib.moe_trainer_create(R(trainer), self._m, R(limits), R(c), _env))
         self.gradients = self._views(_lib.moe_trainer_gradients(trainer))
         try:
