@@ -124,6 +124,45 @@ static void test_threads_share_a_model(void) {
   free(file.data);
 }
 
+static void threads_count(void *arg, int32_t index) { ((int *)arg)[index] += 1; }
+
+/* An env for programs that do not know the struct: its threads are its own, and what it refuses
+   leaves nothing behind. */
+static void test_threads_of_an_env_from_the_heap(void) {
+  static const int32_t wrong[] = {-1, 0, 257};
+  moe_env env = models_env(MOE_ISA_AUTO), *own = NULL;
+  int cells[100] = {0}, blocks = blocks_in_use, i, n, done = 0;
+  CHECK(!moe_env_create(&own, MOE_ISA_SCALAR, 1, models_log, &env), "%s", said);
+  CHECK(own->isa == MOE_ISA_SCALAR && own->threads == 1 && own->log == models_log &&
+            own->log_user == &env && !own->parallel_for,
+        "one thread needs no pool");
+  moe_env_free(own);
+  own = NULL;
+  for (i = 0; i < 3; ++i)
+    CHECK(moe_env_create(&own, MOE_ISA_AUTO, wrong[i], models_log, NULL) == MOE_E_ARGUMENT &&
+              strstr(said, "threads, expected 1 to 256"),
+          "%d threads: %s", (int)wrong[i], said);
+  CHECK(moe_env_create(&own, (moe_isa)MOE_ISA_COUNT, 1, models_log, NULL) == MOE_E_UNSUPPORTED &&
+            strstr(said, "cannot run"),
+        "%s", said);
+  for (n = 0; n < 10 && !done; ++n) {
+    moe_status status;
+    fail_at = allocations + n;
+    status = moe_env_create(&own, MOE_ISA_AUTO, 256, models_log, NULL);
+    fail_at = -1;
+    done = status == MOE_OK;
+    CHECK(done || (status == MOE_E_MEMORY && !own && blocks_in_use == blocks),
+          "allocation %d: status %d, %d blocks left", n, (int)status, blocks_in_use - blocks);
+  }
+  CHECK(done && n == 3, "%d allocations", n - 1);
+  CHECK(own->threads == moe_processors() && own->parallel_for, "%d threads", (int)own->threads);
+  own->parallel_for(own->parallel_user, 100, threads_count, cells);
+  for (i = 0; i < 100; ++i) CHECK(cells[i] == 1, "cell %d", i);
+  moe_env_free(own);
+  moe_env_free(NULL);
+  CHECK(blocks_in_use == blocks, "%d blocks left", blocks_in_use - blocks);
+}
+
 /* What nobody may do: thread 0 changes weights that the others read. */
 static void *threads_disturb(void *number) {
   float scores[THREADS_SCORES];
@@ -155,7 +194,10 @@ static void test_race_is_found_by_thread_sanitizer(void) {
   moe_model_free(shared.model[0]);
 }
 
-static void run_threads(void) { RUN(test_threads_share_a_model); }
+static void run_threads(void) {
+  RUN(test_threads_share_a_model);
+  RUN(test_threads_of_an_env_from_the_heap);
+}
 static void run_race(void) { RUN(test_race_is_found_by_thread_sanitizer); }
 #else
 static void test_threads_need_posix(void) { SKIP("no POSIX threads here"); }

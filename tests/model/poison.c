@@ -327,6 +327,38 @@ static void test_poison_trained_weights_are_downloaded_for_whoever_reads_them(vo
   CHECK(!memcmp(hash[0], hash[1], sizeof hash[0]), "quantised, adapted, extracted, read or freed");
 }
 
+/* A block of the size that moe_context_size says is enough there too, and one byte less is not. */
+static void test_poison_contexts_in_blocks_of_the_exact_size(void) {
+  moe_env env = models_env(MOE_ISA_AUTO), on = env;
+  moe_backend b = poison_backend();
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 0};
+  moe_model *model = poison_model(MOE_ROUTER_TASK, 0, &env);
+  moe_context *c = NULL;
+  float scores[2][POISON_WIDTH];
+  size_t bytes = 0;
+  void *raw, *block;
+  on.backend = &b;
+  memset(scores, 0, sizeof scores);
+  models_random_batch(&poison_batch, model, 30, 19, 5);
+  CHECK(!moe_context_create(&c, model, &limits, &env) &&
+            !moe_forward(c, scores[0], &poison_batch.b, &env),
+        "%s", said);
+  moe_context_free(c);
+  c = NULL;
+  CHECK(!moe_model_pack(model, NULL, &on), "%s", said);
+  CHECK(!moe_context_size(model, &limits, &bytes, &on), "%s", said);
+  block = models_block(&raw, bytes);
+  CHECK(moe_context_init(&c, block, bytes - 1, model, &limits, &on) == MOE_E_MEMORY && !c, "%s",
+        said);
+  CHECK(!moe_context_init(&c, block, bytes, model, &limits, &on), "%s", said);
+  CHECK(!moe_forward(c, scores[1], &poison_batch.b, &on), "%s", said);
+  CHECK(!memcmp(scores[0], scores[1], sizeof scores[0]), "other scores");
+  moe_context_free(c);
+  free(raw);
+  moe_model_free(model);
+  POISON_IS_CLEAN();
+}
+
 /* A predictor on the device: text in, the CPU's probabilities and embeddings out. */
 static void test_poison_predicts_as_the_cpu(void) {
   moe_env env = models_env(MOE_ISA_AUTO), on = env;
@@ -487,6 +519,7 @@ static void run_poison(void) {
   RUN(test_poison_uploads_fit_in_a_trainer_of_the_batches_size);
   RUN(test_poison_training_has_the_bits_of_the_cpu);
   RUN(test_poison_trained_weights_are_downloaded_for_whoever_reads_them);
+  RUN(test_poison_contexts_in_blocks_of_the_exact_size);
   RUN(test_poison_predicts_as_the_cpu);
   RUN(test_poison_refuses_what_only_the_cpu_computes);
   RUN(test_poison_a_lost_device_costs_steps_but_no_weights);
