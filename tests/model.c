@@ -7,6 +7,7 @@ static float kinds_absolute_loss(float *dscore, float *row, float label, int32_t
                                  int32_t batch_size);
 #define MOE__KINDS_MORE {"absolute", 1, 1, 0, 0, kinds_absolute_loss},
 
+#include "alloc.h"
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include "test.h"

@@ -295,6 +295,8 @@ static void test_import_names_every_fault_and_changes_nothing(void) {
   import_refused(&f, LAYERS, "encoder.layer.0.output.LayerNorm.bias is missing", 1);
   CHECK_STATE();
   f = plain();
+  import_refused(&f, LAYERS + 1, "output.LayerNorm.bias is missing", 16); /* all of a layer */
+  CHECK_STATE();
   import_refused(&f, LAYERS + 2, "and 16 more tensors are missing or wrong", 17);
   CHECK_STATE();
   import_refused(&f, LAYERS - 1, "the model has 1 layers, the file has 2", 1);

@@ -160,6 +160,21 @@ static void test_parallel_helpers_take_part(void) {
   moe_pool_free(pool);
 }
 
+/* A helper that has fallen asleep is woken. */
+static void test_parallel_wakes_helpers(void) {
+  int32_t here[3] = {0, 0, 0};
+  double until = moe__seconds(NULL) + 60;
+  moe_env env;
+  moe_pool *pool;
+  moe_env_init(&env, MOE_ISA_AUTO);
+  CHECK(moe_pool_create_exact(&pool, 2, &env) == MOE_OK, "a pool");
+  while (!MOE__LOAD(&pool->sleeping) && moe__seconds(NULL) < until) MOE__YIELD();
+  CHECK(MOE__LOAD(&pool->sleeping) == 1, "the helper never sleeps");
+  moe__parallel(&env, 2, meet, here);
+  CHECK(!here[2], "one thread runs both tiles");
+  moe_pool_free(pool);
+}
+
 static void test_parallel_pool_has_1_to_256_threads(void) {
   static const int32_t wrong[] = {-1, 0, 257, INT32_MAX};
   static int32_t cells[1000];
@@ -320,6 +335,7 @@ static void run_base(void) {
   RUN(test_random_normal_has_mean_0_and_deviation_1);
   RUN(test_parallel_runs_every_tile_once);
   RUN(test_parallel_helpers_take_part);
+  RUN(test_parallel_wakes_helpers);
   RUN(test_parallel_pool_has_1_to_256_threads);
   RUN(test_parallel_pool_has_no_more_threads_than_processors);
 #if defined(__linux__)

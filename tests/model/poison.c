@@ -270,7 +270,7 @@ static void test_poison_training_has_the_bits_of_the_cpu(void) {
   static poison_run run[3];
   moe_env env = models_env(MOE_ISA_AUTO), on = env;
   moe_backend b = poison_backend();
-  int r, i;
+  int r, i, blocks = blocks_in_use;
   on.backend = &b;
   for (r = 0; r < POISON_ROUTERS; ++r) {
     for (i = 0; i < 3; ++i) {
@@ -282,6 +282,7 @@ static void test_poison_training_has_the_bits_of_the_cpu(void) {
             i == 2 ? "resumed" : "at once", (double)run[0].loss[POISON_STEPS - 1],
             (double)run[i].loss[POISON_STEPS - 1]);
     CHECK(run[1].error < 1e-2f, "gradients against differences: %g", (double)run[1].error);
+    CHECK(blocks_in_use == blocks, "%d blocks of the host are left", blocks_in_use - blocks);
     POISON_IS_CLEAN();
   }
 }

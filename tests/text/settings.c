@@ -108,6 +108,25 @@ static void test_settings_tell_where_added_tokens_are(void) {
   release(&f);
 }
 
+/* Normalised, a syllable of Hangul is three times as long; the token is found all the same. */
+static void test_settings_find_added_tokens_that_grow(void) {
+  static const char syllable[] = "\352\260\201";
+  char text[64] = "";
+  fixture f;
+  moe_env env = logging_env();
+  int i;
+  for (i = 0; i < 16; ++i) strcat(text, syllable);
+  memset(&f, 0, sizeof f);
+  put_text(&f.vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
+  put_text(&f.vocab, text, strlen(text));
+  put_text(&f.vocab, "\t+n\n", 4);
+  CHECK(!make(&f, MOE_TEXT_ADDED, &env), "%s", said);
+  encode(f.t, text, strlen(text), NULL, 0, CAPACITY, MOE_TRUNCATE_LONGEST);
+  CHECK(found.tokens.count == 3 && found.ids[1] == 3 && found.begin[1] == 0 && found.end[1] == 16,
+        "%d tokens, the first is %d", (int)found.tokens.count, (int)found.ids[1]);
+  release(&f);
+}
+
 static void test_settings_refuse_marks_that_cannot_be(void) {
   static const struct {
     const char *line, *sentence;
@@ -143,5 +162,6 @@ static void run_settings(void) {
   RUN(test_settings_give_the_ids_of_tokenizers);
   RUN(test_settings_give_the_ids_of_readable_texts);
   RUN(test_settings_tell_where_added_tokens_are);
+  RUN(test_settings_find_added_tokens_that_grow);
   RUN(test_settings_refuse_marks_that_cannot_be);
 }

@@ -467,6 +467,52 @@ static void test_text_lines_of_64_kib_match_nothing(void) {
   }
 }
 
+/* Words have up to 100 characters, of up to 4 bytes each. */
+static void test_text_finds_words_of_400_bytes(void) {
+  static const int32_t smile = 0x1f600;
+  text_buffer text = {NULL, 0, 0};
+  moe_env env = logging_env();
+  fixture f;
+  int i, n;
+  memset(&f, 0, sizeof f);
+  put_text(&f.vocab, "[UNK]\n[CLS]\n[SEP]\n", 18);
+  for (i = 0; i < 100; ++i) put_point(&f.vocab, smile);
+  put_text(&f.vocab, "\na\n##", 5);
+  for (i = 0; i < 99; ++i) put_point(&f.vocab, smile);
+  CHECK(!make(&f, 0, &env), "%s", said);
+  for (n = 99; n <= 101; ++n) { /* unknown, word 3, too long */
+    for (text.n = 0, i = 0; i < n; ++i) put_point(&text, smile);
+    CHECK(!encode(f.t, text.s, text.n, NULL, 0, 64, MOE_TRUNCATE_LONGEST), "%s", said);
+    CHECK(found.tokens.count == 3 && found.ids[1] == (n == 100 ? 3 : 0), "%d characters: %d", n,
+          (int)found.ids[1]);
+  }
+  text.n = 0;
+  put_text(&text, "a", 1);
+  for (i = 0; i < 99; ++i) put_point(&text, smile);
+  CHECK(!encode(f.t, text.s, text.n, NULL, 0, 64, MOE_TRUNCATE_LONGEST), "%s", said);
+  CHECK(found.tokens.count == 4 && found.ids[1] == 4 && found.ids[2] == 5, "a word and its end");
+  release(&f);
+  free(text.s);
+}
+
+/* Marks are sorted by their class: the code points of a word, also of an unknown one, are those
+   from the least to the greatest all the same. */
+static void test_text_words_of_sorted_marks_have_all_their_code_points(void) {
+  static const char vocab[] = "[UNK]\n[CLS]\n[SEP]\nq\360\235\205\245\360\235\205\255\n";
+  static const char input[] = "q\360\235\205\255\360\235\205\245 z\360\235\205\255\360\235\205\245";
+  fixture f;
+  memset(&f, 0, sizeof f);
+  put_text(&f.vocab, vocab, sizeof vocab - 1);
+  CHECK(!make(&f, 0, NULL), "refused");
+  CHECK(!encode(f.t, input, sizeof input - 1, NULL, 0, 64, MOE_TRUNCATE_LONGEST), "%s", said);
+  CHECK(found.tokens.count == 4 && found.ids[1] == 3 && found.ids[2] == 0, "ids %d and %d",
+        (int)found.ids[1], (int)found.ids[2]);
+  CHECK(found.begin[1] == 0 && found.end[1] == 3 && found.begin[2] == 4 && found.end[2] == 7,
+        "%d to %d, %d to %d", (int)found.begin[1], (int)found.end[1], (int)found.begin[2],
+        (int)found.end[2]);
+  release(&f);
+}
+
 /* ---- words of one hash ---- */
 
 enum { FLOOD_BITS = 15, FLOOD_BLOCK = 6, FLOOD_TRIES = 1 << 18 };
@@ -687,6 +733,8 @@ static void run_text(void) {
   RUN(test_text_keeps_its_promises_on_random_bytes);
   RUN(test_text_reads_long_texts_in_linear_time_without_memory);
   RUN(test_text_refuses_damaged_vocabularies);
+  RUN(test_text_finds_words_of_400_bytes);
+  RUN(test_text_words_of_sorted_marks_have_all_their_code_points);
   RUN(test_text_lines_of_64_kib_match_nothing);
   RUN(test_text_is_not_slow_with_words_of_one_hash);
   RUN(test_text_survives_any_vocabulary);
