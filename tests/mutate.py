@@ -29,6 +29,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 PROGRAMS = ("kernels", "ops", "model", "files", "text", "train")
 FLAGS = ["-std=c99", "-D_POSIX_C_SOURCE=200809L", "-O1", "-w", "-I."]
+# where the compiler has them: what a fault leaves unset is not 0 by chance, and what it writes
+# behind an array of the stack is seen
+GUARDS = ["-ftrivial-auto-var-init=pattern", "-fstack-protector-strong"]
 # Text that ends an expression on its left or right, in the same pair of parentheses
 ASSIGN = {"=", "+=", "-=", "*=", "/=", "%=", "|=", "&=", "^=", "<<=", ">>="}
 OPERATORS = {"<=": ["<"], ">=": [">"], "<": ["<=", ">="], ">": [">=", "<="], "==": ["!="],
@@ -404,6 +407,11 @@ class Build:
     def __init__(self, folder, compiler):
         self.folder, self.compiler = folder, compiler
         self.tests = os.path.join(folder, "tests")
+        self.flags = FLAGS + [x for x in GUARDS if self.accepts(x)]
+
+    def accepts(self, option):
+        return not subprocess.run([self.compiler, option, "-fsyntax-only", "-x", "c", os.devnull],
+                                  stderr=subprocess.DEVNULL).returncode
 
     def make_tree(self):
         """A copy of the project made of links; folders are real, or ../ would leave the copy."""
@@ -430,7 +438,7 @@ class Build:
             f.write(PROLOGUE % {"n": len(chosen) + 1})
 
     def compile(self, options, program):
-        run = subprocess.run([self.compiler] + FLAGS + options + [program + ".c"] +
+        run = subprocess.run([self.compiler] + self.flags + options + [program + ".c"] +
                              ([] if "-fsyntax-only" in options else ["-ldl", "-lm", "-pthread"]),
                              cwd=self.tests, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         return run.stdout.decode("utf-8", "replace") if run.returncode else ""
