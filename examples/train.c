@@ -754,12 +754,12 @@ static void run_all(void) {
     if (results[i].line == PARENT)
       remove_checkpoint(run_path(state.checkpoint, PARENT, results[i].seed, NULL));
   print_table();
-  if (opt.parent > 0)
-    printf(
-        "Dense parent: the first %.0f %% of the steps, on all tasks; every multi-task system goes "
-        "on from it (its seconds not counted) for the others.\nSingle-Task: each task from "
-        "scratch, for its share of all steps.\n",
-        100 * opt.parent);
+  if (opt.parent > 0) {
+    print_sentence("Dense parent: the first %.0f %% of the steps, on all tasks; every multi-task "
+                   "system goes on from it (its seconds not counted) for the others.",
+                   100 * opt.parent);
+    print_sentence("Single-Task: each task from scratch, for its share of all steps.");
+  }
   release_interrupts();
   compare_lines(0);
   compare_lines(1);

@@ -96,32 +96,75 @@ for p in train predict tokenize convert routes tasklevel; do
   else fail test_watch_help_of_$p "example: $example, wide: $wide, unknown: $unknown"; fi
 done
 
-# ---- a terminal of 80 columns: nothing is wider, and the progress takes a line for each run ----
+# ---- README's main job, shortened, in a terminal of 80 x 24 ----
+# terminal.py RECORD PROGRAM...: what a terminal was sent. With pyte it is read back from the screen
+# and the lines that have left it: how many those are, then every line.
 cat > "$tmp/terminal.py" << 'end'
 import fcntl, os, pty, struct, sys, termios
 pid, fd = pty.fork()
 if pid == 0:
     fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    os.execv(sys.argv[1], sys.argv[1:])
-text = b""
-while True:
-    try:
-        part = os.read(fd, 65536)
-    except OSError:
-        break
-    if not part:
-        break
-    text += part
-lines = text.decode().replace("\r\n", "\n").split("\n")
-wide = [p for l in lines for p in l.split("\r") if len(p) > 80]
-tables = [p for p in wide if " | " in p or "step " in p or "epoch " in p]
-print(len(lines) - 1, len(tables), tables[:1])
+    os.execv(sys.argv[2], sys.argv[2:])
+with open(sys.argv[1], "wb") as record:
+    while True:
+        try:
+            part = os.read(fd, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        record.write(part)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 end
+cat > "$tmp/replay.py" << 'end'
+import sys, pyte
+def replay(columns):
+    screen = pyte.HistoryScreen(columns, 24, history=100000, ratio=1)
+    pyte.ByteStream(screen).feed(open(sys.argv[1], "rb").read())
+    left = ["".join(row[x].data for x in range(columns)).rstrip() for row in screen.history.top]
+    shown = [row.rstrip() for row in screen.display]
+    while shown and not shown[-1]:
+        shown.pop()
+    return left, shown
+left, shown = replay(80)
+wide = sum(replay(400), [])
+wrapped = [line for line in wide if len(line) > 80]
+print(len(left), len(wrapped), *wrapped[:1])
+print("\n".join(left + shown))
+end
+tasks=snips_intents,intent_match,clinc_domains,pros_cons,subjectivity,query_wellformedness
+short="--data ../examples/data --tasks $tasks --layers 1 --hidden 16 --ffn 32 --heads 2 --threads 1"
 if have python3 && python3 -c 'import pty' 2> "$tmp/log"; then
-  tasks=snips_intents,intent_match,clinc_domains,pros_cons,subjectivity,query_wellformedness
-  said=$(python3 "$tmp/terminal.py" "$tmp/train" $run --tasks $tasks --steps 20 --watch)
-  if [ "$(echo "$said" | cut -d ' ' -f 2)" = 0 ] && [ "$(echo "$said" | cut -d ' ' -f 1)" -lt 120 ]
-  then ok test_watch_fits_a_terminal_of_80_columns
-  else fail test_watch_fits_a_terminal_of_80_columns "$said"; fi
-else skip test_watch_fits_a_terminal_of_80_columns "there is no python3 here"; fi
+  if python3 "$tmp/terminal.py" "$tmp/record" "$tmp/train" $short --steps 40 > "$tmp/said" 2>&1
+  then ok test_watch_main_job_runs_in_a_terminal
+  else fail test_watch_main_job_runs_in_a_terminal "$(cat "$tmp/said" "$tmp/record")"; fi
+else skip test_watch_main_job_runs_in_a_terminal "there is no python3 here"; fi
+if [ -s "$tmp/record" ] && "$python" -c 'import pyte' 2> "$tmp/log"; then
+  "$python" "$tmp/replay.py" "$tmp/record" > "$tmp/said" 2>&1
+  sed 1d "$tmp/said" > "$tmp/lines"
+  read -r left wrapped first << end
+$(head -n 1 "$tmp/said")
+end
+  if [ "$wrapped" = 0 ]; then ok test_watch_no_line_is_wider_than_80_columns
+  else fail test_watch_no_line_is_wider_than_80_columns "$wrapped lines: $first"; fi
+  # a line for each part of the work: six Single-Task models, the parent, three systems
+  if [ "$(grep -c '^[A-Z][^|]* step [0-9]*/[0-9]*  loss .* left$' "$tmp/lines")" = 10 ] &&
+      [ "$(grep -c 'step .*step ' "$tmp/lines")" = 0 ]; then ok test_watch_progress_is_one_line
+  else fail test_watch_progress_is_one_line "$(cat "$tmp/lines")"; fi
+  if [ "$left" -le 60 ]; then ok test_watch_60_lines_of_scrollback
+  else fail test_watch_60_lines_of_scrollback "$left lines: $(cat "$tmp/lines")"; fi
+  # in each block of the table the titles, a row for each system and as many numbers as tasks
+  awk '/^  .*(snips_int|intent_ma)/ && !n { n = NF; want = 6 }
+    n && /^(chance [+] 2 se|Single-Task|Dense parent|MT-)/ {
+      sub(/chance [+] 2 se/, "chance")
+      sub(/Dense parent/, "parent")
+      rows++
+      if (NF != n + 1) bad = 1
+    }
+    n && /^$/ { exit }
+    END { exit bad || n != want || rows != 6 }' "$tmp/lines" &&
+    [ "$(grep -c '^MT-TaG  *| ' "$tmp/lines")" = 1 ]
+  if [ $? = 0 ]; then ok test_watch_table_is_readable
+  else fail test_watch_table_is_readable "$(cat "$tmp/lines")"; fi
+else skip test_watch_screen_of_80_columns "$python has no package pyte here"; fi
 finish

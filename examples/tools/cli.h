@@ -256,16 +256,16 @@ typedef struct option {
   { title, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0 }
 #define END_OF_OPTIONS GROUP(NULL)
 
-/* A text in lines of 80 columns, all but the first behind `indent` blanks; \n begins a line. */
-static inline void print_wrapped(const char *s, int indent) {
-  int column = indent;
+/* A text in lines of `width` columns, all but the first behind `indent` blanks; \n begins one. */
+static inline void print_wrapped(const char *s, int indent, int width) {
+  int column = indent, last = width - 1;
   while (*s) {
     int n = (int)strcspn(s, " \n");
-    while (indent + n > 79 && n > 1 && memchr(s, ',', (size_t)n - 1)) /* a long list */
+    while (indent + n > last && n > 1 && memchr(s, ',', (size_t)n - 1)) /* a long list */
       for (--n; s[n - 1] != ',';) --n;
-    if (column + n > 79 && column > indent) printf("\n%*s", column = indent, "");
+    if (column + n > last && column > indent) printf("\n%*s", column = indent, "");
     printf("%s%.*s", column > indent ? " " : "", n, s);
-    column = s[n] == '\n' ? 79 : column + n + 1;
+    column = s[n] == '\n' ? last : column + n + 1;
     s += n;
     s += *s == ' ' || *s == '\n';
   }
@@ -275,13 +275,13 @@ static inline void print_wrapped(const char *s, int indent) {
 static inline void print_help(const char *usage, const option *const *tables) {
   const option *o;
   printf("usage: %s ", program.name);
-  print_wrapped(usage, 0);
+  print_wrapped(usage, 0, 80);
   for (; *tables; ++tables)
     for (o = *tables; o->name; ++o) {
       int n = printf(o->help ? "  %s %s" : "\n%s\n", o->name, o->argument ? o->argument : "");
       if (!o->help) continue;
       printf("%s%*s", n > 25 ? "\n" : "", n > 25 ? 26 : 26 - n, "");
-      print_wrapped(o->standard ? printed("%s [%s]", o->help, o->standard) : o->help, 26);
+      print_wrapped(o->standard ? printed("%s [%s]", o->help, o->standard) : o->help, 26, 80);
     }
 }
 
@@ -631,21 +631,39 @@ static inline int terminal_width(FILE *f) {
   return columns > 0 ? columns : 80;
 }
 
-/* One line that moves on a terminal, cut to it; elsewhere a line each half a minute. end: the last
-   one. */
+/* A sentence: on a terminal in lines that end between words, elsewhere in one. */
+TOOLS_PRINTF(1) static inline void print_sentence(const char *format, ...) {
+  char sentence[1024];
+  int width = terminal_width(stdout);
+  va_list args;
+  va_start(args, format);
+  vsnprintf(sentence, sizeof sentence, format, args);
+  va_end(args);
+  if (width)
+    print_wrapped(sentence, 0, width);
+  else
+    printf("%s\n", sentence);
+}
+
+/* One line that moves on a terminal, its title cut where it is too wide; elsewhere a line each half
+   a minute. end: the last one. */
 static inline void show_progress(progress *p, int64_t step, double loss, double speed, int end) {
   int width = terminal_width(stderr);
   double now = seconds_now(), each = (now - p->began) / (double)(step - p->first);
   long long left = step > p->first ? (long long)(each * (double)(p->steps - step)) : 0;
-  char line[256];
+  char line[128];
+  int n, title = 34;
   if (!end && now - p->last < (width ? 0.2 : 30)) return;
   p->last = now;
-  snprintf(line, sizeof line, "%-34s step %lld/%lld  loss %.4f  %.0f tokens/s  %lld:%02lld left",
-           p->title, (long long)step, (long long)p->steps, loss, speed, left / 60, left % 60);
-  if (width)
-    fprintf(stderr, "\r%-*.*s%s", width - 1, width - 1, line, end ? "\n" : "");
-  else
-    fprintf(stderr, "%s \n", line);
+  n = snprintf(line, sizeof line, " step %lld/%lld  loss %.4f  %.0f tokens/s  %lld:%02lld left",
+               (long long)step, (long long)p->steps, loss, speed, left / 60, left % 60);
+  if (!width) {
+    fprintf(stderr, "%-34s%s \n", p->title, line);
+    return;
+  }
+  if (title > width - 1 - n) title = n < width - 1 ? width - 1 - n : 0;
+  n = width - 1 - title;
+  fprintf(stderr, "\r%-*.*s%-*.*s%s", title, title, p->title, n, n, line, end ? "\n" : "");
 }
 
 /* Makes room for another line. */

@@ -379,9 +379,10 @@ static inline void print_comparisons(void) {
   int c, t, clear = 0, known = 0, several;
   text whole_table = {NULL, 0, 0};
   if (!n_comparisons) return;
-  printf("\nDifferences x 100, and in how many of %d resamples of the dev rows the first is "
-         "better\n",
-         resamples);
+  printf("\n");
+  print_sentence("Differences x 100, and in how many of %d resamples of the dev rows the first is "
+                 "better",
+                 resamples);
   put(&whole_table, "%-27s", "");
   for (t = 0; t < n_tasks; ++t) put(&whole_table, " %10.9s", tasks[t].task.name);
   put(&whole_table, " |  all, with its 95 %% interval\n");
@@ -402,15 +403,18 @@ static inline void print_comparisons(void) {
   print_blocks(&whole_table, 27, 11);
   free(whole_table.data);
   for (t = several = 0; t < n_results; ++t) several |= results[t].seed != results[0].seed;
-  printf("The interval is that of other dev rows for the same models; %s.\n",
-         several ? "seeds are averaged first" : "other seeds differ as well: try --seeds 1,2,3");
+  print_sentence("The interval is that of other dev rows for the same models; %s.",
+                 several ? "seeds are averaged first"
+                         : "other seeds differ as well: try --seeds 1,2,3");
   if (known && !clear)
-    printf("No difference in column all is larger than chance on these dev rows: every interval "
-           "contains 0.\n");
+    print_sentence(
+        "No difference in column all is larger than chance on these dev rows: every interval "
+        "contains 0.");
   if (clear)
-    printf("Larger than chance on these dev rows: %d of the %d differences in column all, those "
-           "whose interval does not contain 0.\n",
-           clear, known);
+    print_sentence(
+        "Larger than chance on these dev rows: %d of the %d differences in column all, those "
+        "whose interval does not contain 0.",
+        clear, known);
 }
 
 /* ---- the table ---- */
@@ -476,17 +480,19 @@ static inline void print_table(void) {
   printf("\n");
   print_blocks(&whole_table, title_width, 11);
   free(whole_table.data);
-  printf(all_small()
-             ? "small=all: mean over all tasks, which have at most 10,000 training rows%s.\n"
-             : "small: mean over tasks with at most 10,000 training rows; all: over all "
-               "tasks%s.\n",
-         several ? "; mean+-standard deviation over the seeds" : "");
-  printf("chance + 2 se: one answer to every row (the most frequent class, for F1 class 1; 0 for "
-         "correlations) plus two standard errors%s.\n",
-         hard ? "; *: declared hard" : "");
+  print_sentence(all_small()
+                     ? "small=all: mean over all tasks, which have at most 10,000 training rows%s."
+                     : "small: mean over tasks with at most 10,000 training rows; all: over all "
+                       "tasks%s.",
+                 several ? "; mean+-standard deviation over the seeds" : "");
+  print_sentence(
+      "chance + 2 se: one answer to every row (the most frequent class, for F1 class 1; 0 for "
+      "correlations) plus two standard errors%s.",
+      hard ? "; *: declared hard" : "");
   if (any_undefined)
-    printf("?: the metric has no value (only one class is right or predicted, or the values are "
-           "constant) and counts as 0.\n");
+    print_sentence(
+        "?: the metric has no value (only one class is right or predicted, or the values are "
+        "constant) and counts as 0.");
 }
 
 /* Of the last line of the first seed that has experts: their shares, as whole percents, a row for
