@@ -15366,7 +15366,7 @@ static moe_status moe__check_samples(moe_trainer *t, const moe_batch *batch, int
     status =
         moe__check_gradient(t, batch, moe__check_element(t, &tensor, i / n), norm, &error, env);
     if (status) return status;
-    if (!(error <= *worst)) *worst = error; /* NaN counts as worst */
+    if (*worst == *worst && !(error <= *worst)) *worst = error; /* NaN is the worst, and stays */
   }
   return MOE_OK;
 }

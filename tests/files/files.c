@@ -905,6 +905,10 @@ static void test_files_map_gives_the_same_answers(void) {
     CHECK(moe_trainer_create(&trainer, mapped, &limits, &train, &env) == MOE_E_ARGUMENT &&
               strstr(said, "opened in place cannot be trained"),
           "%s", said);
+  if (!moe_model_weights(mapped))
+    CHECK(moe_model_import(mapped, "", 0, NULL, &env) == MOE_E_ARGUMENT &&
+              strstr(said, "cannot import into a model opened in place"),
+          "%s", said);
   CHECK(!moe_model_pack(mapped, NULL, &env) && files_scores(got, mapped, &env) &&
             !memcmp(want, got, sizeof got),
         "packed");

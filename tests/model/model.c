@@ -38,9 +38,12 @@ static void test_model_counts_the_papers_parameters(void) {
 }
 
 static void test_model_table_of_tensors_has_no_gap(void) {
+  char longer[1000] = "heads.";
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_task tasks[MODELS_TASKS];
   int variant;
+  memset(longer + 6, 'x', 900);
+  strcat(longer, ".weight");
   models_tasks(tasks);
   for (variant = 0; variant < 6; ++variant) {
     moe_router router = (moe_router)(variant % 3);
@@ -65,7 +68,9 @@ static void test_model_table_of_tensors_has_no_gap(void) {
               moe_model_tensor(model, -1, &t) == MOE_E_ARGUMENT,
           "index out of range");
     CHECK(moe_model_find_tensor(model, "encoder.layer.99999999999.x") == -1 &&
-              moe_model_find_tensor(model, "") == -1,
+              moe_model_find_tensor(model, "") == -1 &&
+              moe_model_find_tensor(model, "heads.two") == -1 &&
+              moe_model_find_tensor(model, longer) == -1,
           "unknown name");
     moe_model_free(model);
   }

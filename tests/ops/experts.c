@@ -578,7 +578,10 @@ static void test_experts_scratch_says_when_it_is_too_much(void) {
 }
 
 static void test_experts_refuse_what_they_cannot_do(void) {
+  static const int8_t q = 1;
+  static const float scale = 1;
   experts_fixture f;
+  int i;
   moe_experts_op op;
   experts_fixture_make(&f, 10, 3, 2, 6, 5, -1, 1);
   op = experts(&f);
@@ -597,6 +600,12 @@ static void test_experts_refuse_what_they_cannot_do(void) {
   CHECK(moe_experts_backward(&op, &f.env) == MOE_E_ARGUMENT, "backward without pre");
   op = experts(&f), f.in[f.routes.expert[0]] = moe_mat_rows(NULL, 5, 6);
   CHECK(moe_experts_forward(&op, &f.env) == MOE_E_ARGUMENT, "an expert without weights");
+  op.H = MOE_INT8_COLS + 1;
+  for (i = 0; i < 3; ++i) {
+    f.in[i] = moe_mat_rows_int8(&q, &scale, 5, MOE_INT8_COLS + 1);
+    f.out[i] = moe_mat_rows(f.w_out[i], MOE_INT8_COLS + 1, 5);
+  }
+  CHECK(moe_experts_forward(&op, &f.env) == MOE_E_ARGUMENT, "int8 rows of more than 65536");
   experts_fixture_free(&f);
 }
 

@@ -320,6 +320,68 @@ static void test_trainer_gradcheck_finds_a_wrong_gradient(void) {
   drop(&p);
 }
 
+/* The error of the next gradients as moe_gradcheck finds it, with one of tensor i made wrong by half
+   of what it counts against; *expected: the error that this makes. */
+static double gradcheck_finds(pair *p, int32_t i, int32_t samples, int nan, double *expected,
+                              const moe_env *env) {
+  moe_trainer *t = p->trainer;
+  float *panels = p->model->panels, *g;
+  int32_t *routes = NULL;
+  double whole, norm, wrong, worst = 0;
+  moe_tensor tensor;
+  moe__trainer_clear(t);
+  if (moe_trainer_accumulate(t, &trainer_batch.b, 0, NULL, NULL, env) ||
+      moe__check_routes(&routes, t->context, env) || moe_model_tensor(p->model, i, &tensor))
+    return -1;
+  g = &t->g[moe__check_element(t, &tensor, 0)];
+  whole = moe_gradient_norm(t->g, p->model->plan.total, env);
+  norm = moe_gradient_norm(t->g + tensor.offset, tensor.count, env);
+  wrong = norm > 0.01 * whole ? norm / 2 : 0.005 * whole;
+  *g += nan ? NAN : *g < 0 ? (float)-wrong : (float)wrong;
+  whole = 0.01 * moe_gradient_norm(t->g, p->model->plan.total, env);
+  norm = moe_gradient_norm(t->g + tensor.offset, tensor.count, env);
+  *expected = wrong / (norm > whole ? norm : whole);
+  t->context->forced = routes;
+  p->model->panels = NULL;
+  if (moe__check_samples(t, &trainer_batch.b, samples, &worst, env)) worst = -1;
+  t->context->forced = NULL;
+  p->model->panels = panels;
+  moe__release(routes);
+  return worst;
+}
+
+/* Against the norm of its tensor, or a hundredth of the whole one's; NaN is worse than anything
+   behind it. Few samples are spread over all tensors. */
+static void test_trainer_gradcheck_tells_the_worst_error(void) {
+  static const float nothing[12] = {0};
+  float error = 7;
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
+  moe_train_config config = plain();
+  pair p = make(&c, &config, &env);
+  int32_t n = moe_model_tensors(p.model), i;
+  double worst, expected;
+  models_random_batch(&trainer_batch, p.model, 12, 9, 40);
+  for (i = 0; i < n; i += 5) {
+    worst = gradcheck_finds(&p, i, n, 0, &expected, &env);
+    CHECK(expected > 0.2 && fabs(worst - expected) < 0.02, "tensor %d: error %g, not %g", (int)i,
+          worst, expected);
+  }
+  worst = gradcheck_finds(&p, 0, n, 1, &expected, &env);
+  CHECK(worst != worst, "NaN: error %g", worst);
+  for (i = 0; i < 3; ++i) {
+    worst = gradcheck_finds(&p, i * n / 3, 3, 0, &expected, &env);
+    CHECK(fabs(worst - expected) < 0.02, "sample %d of 3: error %g, not %g", (int)i, worst,
+          expected);
+  }
+  worst = gradcheck_finds(&p, 1, 3, 0, &expected, &env);
+  CHECK(worst >= 0 && worst < 0.02, "tensor 1 is not among 3 samples: error %g", worst);
+  trainer_batch.b.weight = nothing;
+  CHECK(!moe_gradcheck(p.trainer, &trainer_batch.b, n, &error, &env) && error == 0,
+        "all is 0, the error too: %g", (double)error);
+  drop(&p);
+}
+
 /* ---- bits ---- */
 
 /* Hash of the weights after some steps on changing batches; `parts` micro-batches a step. */
@@ -1035,6 +1097,7 @@ static void run_trainer(void) {
   RUN(test_trainer_gradients_match_differences);
   RUN(test_trainer_weights_are_those_of_cross_entropy_loss);
   RUN(test_trainer_gradcheck_finds_a_wrong_gradient);
+  RUN(test_trainer_gradcheck_tells_the_worst_error);
   RUN(test_trainer_gradcheck_refuses_a_pass_that_is_not_finite);
   RUN(test_trainer_bits_do_not_depend_on_threads_isa_or_packing);
   RUN(test_trainer_bits_do_not_depend_on_micro_batches);
