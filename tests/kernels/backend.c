@@ -307,13 +307,15 @@ static void test_backend_runs_a_packed_model(void) {
   for (i = 0; i < SCORES; ++i) CHECK_NEAR(backend_scores[1][i], backend_scores[0][i], 2e-4);
 }
 
+static int32_t most_rows; /* of packed weights (131, 68) */
 static int32_t takes_unpacked(void *user, int32_t m, int32_t n, int32_t k, int32_t packed) {
-  (void)user, (void)m, (void)n, (void)k;
+  (void)user;
+  if (packed && n == 131 && k == 68 && m > most_rows) most_rows = m;
   return !packed;
 }
 
 /* A library that is better only where the built-in kernels would have to pack is told that they
-   need not. */
+   need not, and how many rows each of three experts can expect. */
 static void test_backend_may_leave_packed_weights(void) {
   moe_env plain = without(MOE_ISA_AUTO), counted = plain;
   moe_backend backend = counting;
@@ -325,6 +327,8 @@ static void test_backend_may_leave_packed_weights(void) {
   backend_train(losses[1], backend_scores[1], 0, MOE_ROUTER_TASK, &plain);
   CHECK_STATE();
   CHECK(!calls, "%d calls", calls);
+  CHECK(most_rows == backend_batch.start[36] / 3, "%d rows of %d tokens", (int)most_rows,
+        (int)backend_batch.start[36]);
   CHECK(!memcmp(backend_scores[0], backend_scores[1], sizeof backend_scores[0]), "other scores");
 }
 
