@@ -172,7 +172,7 @@
      >>amx           tiles of AMX: who may use them, what their kernels share
      >>int8          products with int8 weights: what they are, plain C
      >>int8_x86      kernels with int8 weights: what they share, AVX2, AVX-512, VNNI, AMX
-     >>int8_neon     kernels with int8 weights: NEON
+     >>int8_128      kernels with int8 weights: NEON, SSE2, WebAssembly
      >>int8_run      products with int8 weights over threads; packing, quantising
      >>bf16          products with bf16 operands: what they are, plain C
      >>bf16_x86      kernels with bf16 operands: AVX-512, vdpbf16ps, AMX
@@ -3295,6 +3295,15 @@ static float moe__logf(float x) {
   return p;
 }
 
+/* p 2^k for magic = MOE__ROUND + k, in two factors, as in moe__expf */
+#define MOE__V_SCALE2(S, T)                                                                        \
+  T MOE__INLINE S##_f S##_scale2(S##_f p, S##_f magic) {                                           \
+    S##_i one = S##_iset(0x3f800000u), k = S##_isub(S##_bits(magic), S##_iset(MOE__ROUND_BITS));   \
+    S##_i half = S##_isar(k, 1), rest = S##_isub(k, half);                                         \
+    p = S##_mul(p, S##_floats(S##_iadd(S##_ishl(half, 23), one)));                                 \
+    return S##_mul(p, S##_floats(S##_iadd(S##_ishl(rest, 23), one)));                              \
+  }
+
 /* ---- vectors of 16 floats: NEON, SSE2, WebAssembly ---- >>simd_128 */
 
 #ifdef MOE__SIMD
@@ -3395,24 +3404,18 @@ typedef moe__v128_i moe__v128_m;
 #define MOE__M moe__v128_m
 
 MOE__V(MOE__F, four)(moe__q a, moe__q b, moe__q c, moe__q d) {
-  MOE__F v;
-  v.a = a;
-  v.b = b;
-  v.c = c;
-  v.d = d;
+  MOE__F v = {a, b, c, d};
   return v;
 }
 
 MOE__V(MOE__I, ifour)(moe__qi a, moe__qi b, moe__qi c, moe__qi d) {
-  MOE__I v;
-  v.a = a;
-  v.b = b;
-  v.c = c;
-  v.d = d;
+  MOE__I v = {a, b, c, d};
   return v;
 }
 #define MOE__FOUR1(op) moe__v128_four(op(x.a), op(x.b), op(x.c), op(x.d))
 #define MOE__FOUR2(op) moe__v128_four(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
+#define MOE__FOUR3(op)                                                                             \
+  moe__v128_four(op(x.a, y.a, z.a), op(x.b, y.b, z.b), op(x.c, y.c, z.c), op(x.d, y.d, z.d))
 #define MOE__IFOUR1(op) moe__v128_ifour(op(x.a), op(x.b), op(x.c), op(x.d))
 #define MOE__IFOUR2(op) moe__v128_ifour(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
 #define MOE__IFOURN(op) moe__v128_ifour(op(x.a, n), op(x.b, n), op(x.c, n), op(x.d, n))
@@ -3458,11 +3461,9 @@ MOE__V(void, storen4)(float *p, moe__q v, size_t n) {
 }
 
 static MOE__F moe__v128_loadn(const float *p, size_t n) {
-  MOE__F v;
-  v.a = moe__v128_loadn4(p, n);
-  v.b = moe__v128_loadn4(p + 4, n > 4 ? n - 4 : 0);
-  v.c = moe__v128_loadn4(p + 8, n > 8 ? n - 8 : 0);
-  v.d = moe__v128_loadn4(p + 12, n > 12 ? n - 12 : 0);
+  MOE__F v = {moe__v128_loadn4(p, n), moe__v128_loadn4(p + 4, n > 4 ? n - 4 : 0),
+              moe__v128_loadn4(p + 8, n > 8 ? n - 8 : 0),
+              moe__v128_loadn4(p + 12, n > 12 ? n - 12 : 0)};
   return v;
 }
 
@@ -3482,33 +3483,20 @@ MOE__V(MOE__I, iset)(uint32_t u) {
   moe__qi v = MOE__Q(vdupq_n_u32(u), _mm_set1_epi32((int)u), wasm_u32x4_splat(u));
   return moe__v128_ifour(v, v, v, v);
 }
-MOE__V(MOE__F, add)(MOE__F x, MOE__F y) {
-  return MOE__FOUR2(MOE__Q(vaddq_f32, _mm_add_ps, wasm_f32x4_add));
-}
-MOE__V(MOE__F, sub)(MOE__F x, MOE__F y) {
-  return MOE__FOUR2(MOE__Q(vsubq_f32, _mm_sub_ps, wasm_f32x4_sub));
-}
-MOE__V(MOE__F, mul)(MOE__F x, MOE__F y) {
-  return MOE__FOUR2(MOE__Q(vmulq_f32, _mm_mul_ps, wasm_f32x4_mul));
-}
-MOE__V(MOE__F, div)(MOE__F x, MOE__F y) {
-  return MOE__FOUR2(MOE__Q(vdivq_f32, _mm_div_ps, wasm_f32x4_div));
-}
-MOE__V(MOE__F, sqrt)(MOE__F x) {
-  return MOE__FOUR1(MOE__Q(vsqrtq_f32, _mm_sqrt_ps, wasm_f32x4_sqrt));
-}
-MOE__V(MOE__I, iadd)(MOE__I x, MOE__I y) {
-  return MOE__IFOUR2(MOE__Q(vaddq_u32, _mm_add_epi32, wasm_i32x4_add));
-}
-MOE__V(MOE__I, isub)(MOE__I x, MOE__I y) {
-  return MOE__IFOUR2(MOE__Q(vsubq_u32, _mm_sub_epi32, wasm_i32x4_sub));
-}
-MOE__V(MOE__I, iand)(MOE__I x, MOE__I y) {
-  return MOE__IFOUR2(MOE__Q(vandq_u32, _mm_and_si128, wasm_v128_and));
-}
-MOE__V(MOE__I, ixor)(MOE__I x, MOE__I y) {
-  return MOE__IFOUR2(MOE__Q(veorq_u32, _mm_xor_si128, wasm_v128_xor));
-}
+#define MOE__FLOATS2(name, neon, sse2, wasm)                                                       \
+  MOE__V(MOE__F, name)(MOE__F x, MOE__F y) { return MOE__FOUR2(MOE__Q(neon, sse2, wasm)); }
+#define MOE__INTS2(name, neon, sse2, wasm)                                                         \
+  MOE__V(MOE__I, name)(MOE__I x, MOE__I y) { return MOE__IFOUR2(MOE__Q(neon, sse2, wasm)); }
+MOE__FLOATS2(add, vaddq_f32, _mm_add_ps, wasm_f32x4_add)
+MOE__FLOATS2(sub, vsubq_f32, _mm_sub_ps, wasm_f32x4_sub)
+MOE__FLOATS2(mul, vmulq_f32, _mm_mul_ps, wasm_f32x4_mul)
+MOE__FLOATS2(div, vdivq_f32, _mm_div_ps, wasm_f32x4_div)
+MOE__INTS2(iadd, vaddq_u32, _mm_add_epi32, wasm_i32x4_add)
+MOE__INTS2(isub, vsubq_u32, _mm_sub_epi32, wasm_i32x4_sub)
+MOE__INTS2(iand, vandq_u32, _mm_and_si128, wasm_v128_and)
+MOE__INTS2(ixor, veorq_u32, _mm_xor_si128, wasm_v128_xor)
+#define MOE__Q_SQRT(x) MOE__Q(vsqrtq_f32, _mm_sqrt_ps, wasm_f32x4_sqrt)(x)
+MOE__V(MOE__F, sqrt)(MOE__F x) { return MOE__FOUR1(MOE__Q_SQRT); }
 MOE__V(MOE__I, imul)(MOE__I x, MOE__I y) { return MOE__IFOUR2(MOE__Q_IMUL); }
 MOE__V(MOE__I, ishl)(MOE__I x, int n) { return MOE__IFOURN(MOE__Q_SHL); }
 MOE__V(MOE__I, ishr)(MOE__I x, int n) { return MOE__IFOURN(MOE__Q_SHR); }
@@ -3520,20 +3508,11 @@ MOE__V(MOE__M, ult)(MOE__I x, MOE__I y) { return MOE__IFOUR2(MOE__Q_ULT); }
 MOE__V(MOE__I, bits)(MOE__F x) { return MOE__IFOUR1(MOE__Q_BITS); }
 MOE__V(MOE__F, floats)(MOE__I x) { return MOE__FOUR1(MOE__Q_FLOATS); }
 MOE__V(MOE__F, cvt)(MOE__I x) { return MOE__FOUR1(MOE__Q_CVT); }
-MOE__V(MOE__F, sel)(MOE__M m, MOE__F x, MOE__F y) {
-  return moe__v128_four(MOE__Q_SEL(m.a, x.a, y.a), MOE__Q_SEL(m.b, x.b, y.b),
-                        MOE__Q_SEL(m.c, x.c, y.c), MOE__Q_SEL(m.d, x.d, y.d));
-}
+MOE__V(MOE__F, sel)(MOE__M x, MOE__F y, MOE__F z) { return MOE__FOUR3(MOE__Q_SEL); }
 
 #ifdef MOE__Q_FMA
-MOE__V(MOE__F, fma)(MOE__F x, MOE__F y, MOE__F z) {
-  return moe__v128_four(MOE__Q_FMA(x.a, y.a, z.a), MOE__Q_FMA(x.b, y.b, z.b),
-                        MOE__Q_FMA(x.c, y.c, z.c), MOE__Q_FMA(x.d, y.d, z.d));
-}
-MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) {
-  return moe__v128_four(MOE__Q_FNMA(x.a, y.a, z.a), MOE__Q_FNMA(x.b, y.b, z.b),
-                        MOE__Q_FNMA(x.c, y.c, z.c), MOE__Q_FNMA(x.d, y.d, z.d));
-}
+MOE__V(MOE__F, fma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__FOUR3(MOE__Q_FMA); }
+MOE__V(MOE__F, fnma)(MOE__F x, MOE__F y, MOE__F z) { return MOE__FOUR3(MOE__Q_FNMA); }
 #else
 /* x y + z in double, as in moe__fmaf. *doubt is below MOE__Q_SURE in a lane of 16 bits where
    moe__fma_doubt may hold: it keeps the smallest of bits 16 to 28 of sums, which are 1000... there
@@ -3615,20 +3594,15 @@ MOE__V(float, max16)(MOE__F v) {
                    moe__maxf(MOE__Q_LANE(q, 1), MOE__Q_LANE(q, 3)));
 }
 
-/* in two factors, as in moe__expf */
-MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
-  MOE__I one = moe__v128_iset(0x3f800000u);
-  MOE__I k = moe__v128_isub(moe__v128_bits(magic), moe__v128_iset(MOE__ROUND_BITS));
-  MOE__I half = moe__v128_isar(k, 1);
-  MOE__I rest = moe__v128_isub(k, half);
-  p = moe__v128_mul(p, moe__v128_floats(moe__v128_iadd(moe__v128_ishl(half, 23), one)));
-  return moe__v128_mul(p, moe__v128_floats(moe__v128_iadd(moe__v128_ishl(rest, 23), one)));
-}
+MOE__V_SCALE2(moe__v128, MOE__T_V128)
 #undef MOE__FOUR1
 #undef MOE__FOUR2
+#undef MOE__FOUR3
 #undef MOE__IFOUR1
 #undef MOE__IFOUR2
 #undef MOE__IFOURN
+#undef MOE__FLOATS2
+#undef MOE__INTS2
 #undef MOE__V
 #undef MOE__F
 #undef MOE__I
@@ -3640,6 +3614,18 @@ MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
 #ifdef MOE__X86
 #define MOE__T_AVX2 MOE__TARGET("avx2,fma")
 #define MOE__T_AVX512 MOE__TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+
+/* The tree from 8 lanes on */
+MOE__T_AVX2 MOE__INLINE float moe__sum8(__m256 h) {
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+MOE__T_AVX2 MOE__INLINE float moe__max8(__m256 h) {
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
 
 /* AVX-512: one register */
 typedef __m512 moe__avx512_f;
@@ -3691,17 +3677,10 @@ MOE__V(MOE__I, iiota)(uint32_t u) {
 }
 
 MOE__V(float, sum)(MOE__F v) {
-  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+  return moe__sum8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
-
 MOE__V(float, max16)(MOE__F v) {
-  __m256 h = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+  return moe__max8(_mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
 
 /* p * 2^k, rounded once, for magic = MOE__ROUND + k */
@@ -3727,16 +3706,12 @@ typedef moe__avx2_f moe__avx2_m;
 #define MOE__M moe__avx2_m
 
 MOE__V(MOE__F, two)(__m256 a, __m256 b) {
-  moe__avx2_f v;
-  v.a = a;
-  v.b = b;
+  MOE__F v = {a, b};
   return v;
 }
 
 MOE__V(MOE__I, itwo)(__m256i a, __m256i b) {
-  moe__avx2_i v;
-  v.a = a;
-  v.b = b;
+  MOE__I v = {a, b};
   return v;
 }
 #define MOE__TWO1(op) moe__avx2_two(op(x.a), op(x.b))
@@ -3824,28 +3799,9 @@ MOE__V(MOE__I, iiota)(uint32_t u) {
                                        _mm256_set_epi32(15, 14, 13, 12, 11, 10, 9, 8)));
 }
 
-MOE__V(float, sum)(MOE__F v) {
-  __m256 h = _mm256_add_ps(v.a, v.b);
-  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
-}
-
-MOE__V(float, max16)(MOE__F v) {
-  __m256 h = _mm256_max_ps(v.a, v.b);
-  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
-}
-
-MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
-  MOE__I one = moe__avx2_iset(0x3f800000u);
-  MOE__I k = moe__avx2_isub(moe__avx2_bits(magic), moe__avx2_iset(MOE__ROUND_BITS));
-  MOE__I half = moe__avx2_isar(k, 1);
-  MOE__I rest = moe__avx2_isub(k, half);
-  p = moe__avx2_mul(p, moe__avx2_floats(moe__avx2_iadd(moe__avx2_ishl(half, 23), one)));
-  return moe__avx2_mul(p, moe__avx2_floats(moe__avx2_iadd(moe__avx2_ishl(rest, 23), one)));
-}
+MOE__V(float, sum)(MOE__F v) { return moe__sum8(_mm256_add_ps(v.a, v.b)); }
+MOE__V(float, max16)(MOE__F v) { return moe__max8(_mm256_max_ps(v.a, v.b)); }
+MOE__V_SCALE2(moe__avx2, MOE__T_AVX2)
 #undef MOE__TWO1
 #undef MOE__TWO2
 #undef MOE__TWO3
@@ -3857,6 +3813,7 @@ MOE__V(MOE__F, scale2)(MOE__F p, MOE__F magic) {
 #undef MOE__M
 
 #endif
+#undef MOE__V_SCALE2
 
 #if defined(MOE__X86)
 #define MOE__V_STAMP(body)                                                                         \
@@ -5701,7 +5658,7 @@ static void moe__plain_int8(const moe__gemm *g, size_t i0, size_t i1, size_t j0,
 
 /* ---- kernels with int8 weights: what they share, AVX2, AVX-512, VNNI, AMX ---- >>int8_x86 */
 
-#if defined(MOE__X86) || defined(MOE__NEON)
+#ifdef MOE__Q
 /* 4 bytes of a row of x, to be broadcast; and the end of a row: the outputs of panel v from their
    sums, as moe__plain_int8 ends. */
 MOE__INLINE int moe__int8_step(const unsigned char *x) {
@@ -5746,71 +5703,51 @@ MOE__INLINE int moe__int8_step(const unsigned char *x) {
   {                                                                                                \
     0, 6, 2, 1                                                                                     \
   }
+
+/* As in plain C, 16 at a time: bits of max |x|, and S##_bytes stores the low bytes of integers. */
+#define MOE__INT8_QUANTIZE(S, T)                                                                   \
+  T static float S##_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {    \
+    S##_f most = S##_set(0.0f), t;                                                                 \
+    float lane[16], scale, factor;                                                                 \
+    uint32_t top, rest;                                                                            \
+    size_t i = 0;                                                                                  \
+    for (; i + 16 <= n; i += 16) {                                                                 \
+      t = S##_abs(S##_load(x + i));                                                                \
+      most = S##_sel(S##_ult(S##_bits(most), S##_bits(t)), t, most);                               \
+    }                                                                                              \
+    S##_store(lane, most);                                                                         \
+    top = moe__scalar_int8_top(lane, 16);                                                          \
+    rest = moe__scalar_int8_top(x + i, n - i);                                                     \
+    scale = moe__int8_scale(top > rest ? top : rest, &factor);                                     \
+    for (i = 0; factor > 0 && i + 16 <= n; i += 16) {                                              \
+      t = S##_add(S##_mul(S##_load(x + i), S##_set(factor)), S##_set(MOE__ROUND));                 \
+      S##_bytes(q + i, S##_ixor(S##_iand(S##_bits(t), S##_iset(255)), S##_iset(flip)));            \
+    }                                                                                              \
+    moe__scalar_int8_round(q + i, x + i, n - i, factor, flip);                                     \
+    return scale;                                                                                  \
+  }
+
+/* Ends a dot4: its inputs p .. k-1. */
+static void moe__int8_dot4_rest(int32_t sum[4], const unsigned char *x, const signed char *w,
+                                size_t ld, size_t p, size_t k) {
+  for (; p < k; ++p) {
+    int32_t v = (signed char)x[p], i;
+    for (i = 0; i < 4; ++i) sum[i] += v * w[(size_t)i * ld + p];
+  }
+}
 #endif
 
 #ifdef MOE__X86
-/* 8 floats at a time, through 16 bits: AVX2 does not convert 32 bits straight to bytes. */
-MOE__T_AVX2 static float moe__avx2_int8_quantize(unsigned char *q, const float *x, size_t n,
-                                                 unsigned flip) {
-  __m256i magnitude = _mm256_set1_epi32(0x7fffffff), most = _mm256_setzero_si256();
-  __m128i half, flips = _mm_set1_epi8((char)(unsigned char)flip);
-  float scale, factor;
-  uint32_t top, u;
-  size_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    most = _mm256_max_epu32(
-        most,
-        _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(x + i)), magnitude));
-  half = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
-  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1));
-  top = (uint32_t)_mm_cvtsi128_si32(half);
-  for (; i < n; ++i) {
-    u = moe__bits(x[i]) & 0x7fffffffu;
-    if (u > top) top = u;
-  }
-  scale = moe__int8_scale(top, &factor);
-  if (!(factor > 0)) {
-    memset(q, (int)flip, n);
-    return scale;
-  }
-  for (i = 0; i + 8 <= n; i += 8) {
-    __m256i v = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(factor)));
-    half = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    _mm_storel_epi64((__m128i *)(void *)(q + i), _mm_xor_si128(_mm_packs_epi16(half, half), flips));
-  }
-  for (; i < n; ++i) {
-    float t = x[i] * factor;
-    q[i] = (unsigned char)(((moe__bits(t + MOE__ROUND) - MOE__ROUND_BITS) ^ flip) & 255u);
-  }
-  return scale;
+MOE__T_AVX2 MOE__INLINE void moe__avx2_bytes(unsigned char *q, moe__avx2_i x) {
+  __m128i a = _mm_packs_epi32(_mm256_castsi256_si128(x.a), _mm256_extracti128_si256(x.a, 1));
+  __m128i b = _mm_packs_epi32(_mm256_castsi256_si128(x.b), _mm256_extracti128_si256(x.b, 1));
+  _mm_storeu_si128((__m128i *)(void *)q, _mm_packus_epi16(a, b));
 }
-
-MOE__T_AVX512 static float moe__avx512_int8_quantize(unsigned char *q, const float *x, size_t n,
-                                                     unsigned flip) {
-  __m512i magnitude = _mm512_set1_epi32(0x7fffffff), most = _mm512_setzero_si512();
-  float scale, factor;
-  size_t i = 0, rest = n % 16, whole = n - rest;
-  __mmask16 last = moe__avx512_first(rest);
-  for (; i < whole; i += 16)
-    most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
-  if (rest)
-    most =
-        _mm512_max_epu32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(last, x + i), magnitude));
-  scale = moe__int8_scale((uint32_t)_mm512_reduce_max_epu32(most), &factor);
-  if (!(factor > 0)) {
-    memset(q, (int)flip, n);
-    return scale;
-  }
-  for (i = 0; i < n; i += 16) {
-    __mmask16 mask = i < whole ? (__mmask16)0xffff : last;
-    __m512i v = _mm512_cvtps_epi32(
-        _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(factor)));
-    _mm512_mask_cvtepi32_storeu_epi8(q + i, mask,
-                                     _mm512_xor_si512(v, _mm512_set1_epi32((int)flip)));
-  }
-  return scale;
+MOE__INT8_QUANTIZE(moe__avx2, MOE__T_AVX2)
+MOE__T_AVX512 MOE__INLINE void moe__avx512_bytes(unsigned char *q, __m512i x) {
+  _mm_storeu_si128((__m128i *)(void *)q, _mm512_cvtepi32_epi8(x));
 }
+MOE__INT8_QUANTIZE(moe__avx512, MOE__T_AVX512)
 
 /* Sums of 16 products of bytes that were widened to 16 bits: nothing saturates, unlike with
    vpmaddubsw. */
@@ -5831,19 +5768,15 @@ MOE__T_AVX2 static void moe__avx2_int8_dot4(int32_t sum[4], const unsigned char 
   s0 = _mm256_hadd_epi32(_mm256_hadd_epi32(s0, s1), _mm256_hadd_epi32(s2, s3));
   t = _mm_add_epi32(_mm256_castsi256_si128(s0), _mm256_extracti128_si256(s0, 1));
   _mm_storeu_si128((__m128i *)(void *)sum, t);
-  for (; p < k; ++p) {
-    int32_t v = (signed char)x[p];
-    sum[0] += v * w[p];
-    sum[1] += v * w1[p];
-    sum[2] += v * w2[p];
-    sum[3] += v * w3[p];
-  }
+  moe__int8_dot4_rest(sum, x, w, ld, p, k);
 }
 
 /* AVX2 without VNNI: 4 outputs x 4 inputs of a step, widened to 16 bits, times the step of x. Two
    sums for each output, added at the end. */
-#define MOE__INT8_START(S, P, i)                                                                   \
+#define MOE__INT8_SUM(S, i, v)                                                                     \
   __m256i c##i##0 = _mm256_setzero_si256(), c##i##1 = c##i##0, c##i##2 = c##i##0, c##i##3 = c##i##0;
+#define MOE__INT8_LOAD(S, i, v)                                                                    \
+  __m256i w0 = MOE__WIDE(w), w1 = MOE__WIDE(w + 16), w2 = MOE__WIDE(w + 32), w3 = MOE__WIDE(w + 48);
 #define MOE__INT8_STEP(S, P, i)                                                                    \
   {                                                                                                \
     __m256i v = _mm256_cvtepi8_epi16(_mm_set1_epi32(moe__int8_step(x + i * b->x_row)));            \
@@ -5852,27 +5785,13 @@ MOE__T_AVX2 static void moe__avx2_int8_dot4(int32_t sum[4], const unsigned char 
     c##i##2 = _mm256_add_epi32(c##i##2, _mm256_madd_epi16(v, w2));                                 \
     c##i##3 = _mm256_add_epi32(c##i##3, _mm256_madd_epi16(v, w3));                                 \
   }
-#define MOE__INT8_STORE(S, P, i)                                                                   \
+#define MOE__INT8_OUT(S, i, v)                                                                     \
   {                                                                                                \
     __m256i low = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c##i##0, c##i##1), 0xd8);             \
     __m256i high = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c##i##2, c##i##3), 0xd8);            \
     MOE__INT8_END(moe__avx2, i, 0, moe__avx2_itwo(low, high))                                      \
   }
-#define MOE__INT8_AVX2(R)                                                                          \
-  MOE__T_AVX2 static void moe__avx2_int8_##R##x1(const moe__int8_block *b) {                       \
-    const signed char *w = b->panels;                                                              \
-    const unsigned char *x = b->x;                                                                 \
-    size_t step;                                                                                   \
-    MOE__EACH_ROW##R(MOE__INT8_START, moe__avx2, 1) for (step = 0; step < b->steps;                \
-                                                         ++step, w += 64, x += 4) {                \
-      __m256i w0 = MOE__WIDE(w), w1 = MOE__WIDE(w + 16), w2 = MOE__WIDE(w + 32),                   \
-              w3 = MOE__WIDE(w + 48);                                                              \
-      MOE__EACH_ROW##R(MOE__INT8_STEP, moe__avx2, 1)                                               \
-    }                                                                                              \
-    MOE__EACH_ROW##R(MOE__INT8_STORE, moe__avx2, 1)                                                \
-  }
-MOE__INT8_AVX2(1)
-MOE__INT8_AVX2(2)
+MOE__KERNELS2(MOE__INT8_KERNEL, moe__avx2, MOE__T_AVX2, 1)
 static const moe__int8_kernels moe__avx2_int8 = {
     {{NULL}, {NULL, MOE__NAMES2(moe__avx2_int8, 1)}, {NULL}, {NULL}},
     {0, 2, 0, 0},
@@ -5888,10 +5807,10 @@ static const moe__int8_kernels moe__avx512_int8 = {
     moe__avx512_int8_quantize,
     moe__avx2_int8_dot4,
     NULL};
-#undef MOE__INT8_START
+#undef MOE__INT8_SUM
+#undef MOE__INT8_LOAD
 #undef MOE__INT8_STEP
-#undef MOE__INT8_STORE
-#undef MOE__INT8_AVX2
+#undef MOE__INT8_OUT
 #undef MOE__WIDE
 
 #ifdef MOE__AVX_VNNI
@@ -6030,122 +5949,119 @@ static const moe__int8_kernels moe__amx_int8 = {
 #endif
 #endif /* MOE__X86 */
 
-/* ---- kernels with int8 weights: NEON ---- >>int8_neon */
+/* ---- kernels with int8 weights: NEON, SSE2, WebAssembly ---- >>int8_128 */
 
-#ifdef MOE__NEON
-static float moe__neon_int8_quantize(unsigned char *q, const float *x, size_t n, unsigned flip) {
-  uint32x4_t magnitude = vdupq_n_u32(0x7fffffffu), most = vdupq_n_u32(0);
-  uint8x8_t flips = vdup_n_u8((uint8_t)flip);
-  float scale, factor;
-  uint32_t top, u;
-  size_t i = 0;
-  for (; i + 4 <= n; i += 4)
-    most = vmaxq_u32(most, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i)), magnitude));
-  top = vmaxvq_u32(most);
-  for (; i < n; ++i) {
-    u = moe__bits(x[i]) & 0x7fffffffu;
-    if (u > top) top = u;
-  }
-  scale = moe__int8_scale(top, &factor);
-  if (!(factor > 0)) {
-    memset(q, (int)flip, n);
-    return scale;
-  }
-  for (i = 0; i + 8 <= n; i += 8) { /* vcvtn: to the nearest, ties to even */
-    int32x4_t low = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i), factor));
-    int32x4_t high = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), factor));
-    int8x8_t bytes = vmovn_s16(vcombine_s16(vmovn_s32(low), vmovn_s32(high)));
-    vst1_u8(q + i, veor_u8(vreinterpret_u8_s8(bytes), flips));
-  }
-  for (; i < n; ++i) {
-    float t = x[i] * factor;
-    q[i] = (unsigned char)(((moe__bits(t + MOE__ROUND) - MOE__ROUND_BITS) ^ flip) & 255u);
-  }
-  return scale;
+#ifdef MOE__Q
+/* moe__q8: 16 bytes; moe__h8: a half of them, as bytes (NEON) or widened to 16 bits. ADD(c, x, w)
+   adds the products of halves to c by pairs, DOT those of 16 bytes, PAIRS the pairs of 32-bit
+   integers of x, then y; SHORTS and BYTES are x, then y, with half the bits. */
+#if defined(MOE__NEON)
+typedef int8x16_t moe__q8;
+typedef int8x8_t moe__h8;
+#define MOE__Q8_LOAD(p) vld1q_s8((const int8_t *)(p))
+#define MOE__Q8_SET(u) vreinterpretq_s8_s32(vdupq_n_s32(u))
+#define MOE__Q8_LOW(x) vget_low_s8(x)
+#define MOE__Q8_HIGH(x) vget_high_s8(x)
+#define MOE__Q8_PRODUCTS(c, p) vreinterpretq_u32_s32(vpadalq_s16(vreinterpretq_s32_u32(c), p))
+#define MOE__Q8_ADD(c, x, w) MOE__Q8_PRODUCTS(c, vmull_s8(x, w))
+/* x is never -128, so that two products stay below 2^15, and are added before they are widened */
+#define MOE__Q8_DOT(c, x, w)                                                                       \
+  MOE__Q8_PRODUCTS(                                                                                \
+      c, vmlal_s8(vmull_s8(MOE__Q8_LOW(x), MOE__Q8_LOW(w)), MOE__Q8_HIGH(x), MOE__Q8_HIGH(w)))
+#define MOE__Q8_PAIRS(x, y) vpaddq_u32(x, y)
+#define MOE__Q8_SHORTS(x, y) vcombine_u16(vmovn_u32(x), vmovn_u32(y))
+#define MOE__Q8_BYTES(x, y) vcombine_u8(vmovn_u16(x), vmovn_u16(y))
+#define MOE__Q8_STORE(p, x) vst1q_u8(p, x)
+#else
+typedef moe__qi moe__q8, moe__h8;
+#define MOE__Q8_LOAD(p) MOE__Q_LOAD_BITS((const void *)(p))
+#define MOE__Q8_DOT(c, x, w)                                                                       \
+  MOE__Q8_ADD(MOE__Q8_ADD(c, MOE__Q8_LOW(x), MOE__Q8_LOW(w)), MOE__Q8_HIGH(x), MOE__Q8_HIGH(w))
+#ifdef MOE__WASM
+#define MOE__Q8_SET(u) wasm_i32x4_splat(u)
+#define MOE__Q8_LOW(x) wasm_i16x8_extend_low_i8x16(x)
+#define MOE__Q8_HIGH(x) wasm_i16x8_extend_high_i8x16(x)
+#define MOE__Q8_ADD(c, x, w) wasm_i32x4_add(c, wasm_i32x4_dot_i16x8(x, w))
+#define MOE__Q8_PAIRS(x, y)                                                                        \
+  wasm_i32x4_add(wasm_i32x4_shuffle(x, y, 0, 2, 4, 6), wasm_i32x4_shuffle(x, y, 1, 3, 5, 7))
+#define MOE__Q8_SHORTS(x, y) wasm_i16x8_narrow_i32x4(x, y)
+#define MOE__Q8_BYTES(x, y) wasm_u8x16_narrow_i16x8(x, y)
+#define MOE__Q8_STORE(p, x) wasm_v128_store(p, x)
+#else
+#define MOE__Q8_SET(u) _mm_set1_epi32(u)
+#define MOE__Q8_LOW(x) _mm_srai_epi16(_mm_unpacklo_epi8(x, x), 8)
+#define MOE__Q8_HIGH(x) _mm_srai_epi16(_mm_unpackhi_epi8(x, x), 8)
+#define MOE__Q8_ADD(c, x, w) _mm_add_epi32(c, _mm_madd_epi16(x, w))
+#define MOE__Q8_PICK(x, y, lanes)                                                                  \
+  _mm_castps_si128(_mm_shuffle_ps(_mm_castsi128_ps(x), _mm_castsi128_ps(y), lanes))
+#define MOE__Q8_PAIRS(x, y) _mm_add_epi32(MOE__Q8_PICK(x, y, 0x88), MOE__Q8_PICK(x, y, 0xdd))
+#define MOE__Q8_SHORTS(x, y) _mm_packs_epi32(x, y)
+#define MOE__Q8_BYTES(x, y) _mm_packus_epi16(x, y)
+#define MOE__Q8_STORE(p, x) _mm_storeu_si128((__m128i *)(void *)(p), x)
+#endif
+#endif
+
+MOE__INLINE void moe__v128_bytes(unsigned char *q, moe__v128_i x) {
+  MOE__Q8_STORE(q, MOE__Q8_BYTES(MOE__Q8_SHORTS(x.a, x.b), MOE__Q8_SHORTS(x.c, x.d)));
 }
+MOE__INT8_QUANTIZE(moe__v128, MOE__T_V128)
 
-#define MOE__X_BYTES(at) vreinterpretq_s8_u8(vld1q_u8(at))
-#define MOE__DOT4_REST                                                                             \
-  for (; p < k; ++p) {                                                                             \
-    int32_t v = (signed char)x[p];                                                                 \
-    sum[0] += v * w[p];                                                                            \
-    sum[1] += v * w1[p];                                                                           \
-    sum[2] += v * w2[p];                                                                           \
-    sum[3] += v * w3[p];                                                                           \
+#define MOE__INT8_DOT4(NAME, T, DOT)                                                               \
+  T static void NAME(int32_t sum[4], const unsigned char *x, const signed char *w, size_t ld,      \
+                     size_t k) {                                                                   \
+    const signed char *w1 = w + ld, *w2 = w1 + ld, *w3 = w2 + ld;                                  \
+    moe__qi s0 = moe__v128_iset(0).a, s1 = s0, s2 = s0, s3 = s0;                                   \
+    size_t p = 0;                                                                                  \
+    for (; p + 16 <= k; p += 16) {                                                                 \
+      moe__q8 v = MOE__Q8_LOAD(x + p);                                                             \
+      s0 = DOT(s0, v, MOE__Q8_LOAD(w + p));                                                        \
+      s1 = DOT(s1, v, MOE__Q8_LOAD(w1 + p));                                                       \
+      s2 = DOT(s2, v, MOE__Q8_LOAD(w2 + p));                                                       \
+      s3 = DOT(s3, v, MOE__Q8_LOAD(w3 + p));                                                       \
+    }                                                                                              \
+    s0 = MOE__Q8_PAIRS(MOE__Q8_PAIRS(s0, s1), MOE__Q8_PAIRS(s2, s3));                              \
+    memcpy(sum, &s0, sizeof s0);                                                                   \
+    moe__int8_dot4_rest(sum, x, w, ld, p, k);                                                      \
   }
+MOE__INT8_DOT4(moe__v128_int8_dot4, MOE__T_V128, MOE__Q8_DOT)
 
-/* Sums of 16 products. x is never -128, so that two products stay below 2^15, and are added before
-   they are widened. */
-MOE__INLINE int32x4_t moe__neon_int8_add(int32x4_t sum, int8x16_t x, int8x16_t w) {
-  int16x8_t two = vmull_s8(vget_low_s8(x), vget_low_s8(w));
-  return vpadalq_s16(sum, vmlal_s8(two, vget_high_s8(x), vget_high_s8(w)));
-}
-
-static void moe__neon_int8_dot4(int32_t sum[4], const unsigned char *x, const signed char *w,
-                                size_t ld, size_t k) {
-  const signed char *w1 = w + ld, *w2 = w1 + ld, *w3 = w2 + ld;
-  int32x4_t s0 = vdupq_n_s32(0), s1 = s0, s2 = s0, s3 = s0;
-  size_t p = 0;
-  for (; p + 16 <= k; p += 16) {
-    int8x16_t v = MOE__X_BYTES(x + p);
-    s0 = moe__neon_int8_add(s0, v, vld1q_s8(w + p));
-    s1 = moe__neon_int8_add(s1, v, vld1q_s8(w1 + p));
-    s2 = moe__neon_int8_add(s2, v, vld1q_s8(w2 + p));
-    s3 = moe__neon_int8_add(s3, v, vld1q_s8(w3 + p));
-  }
-  vst1q_s32(sum, vpaddq_s32(vpaddq_s32(s0, s1), vpaddq_s32(s2, s3)));
-  MOE__DOT4_REST
-}
-
-/* NEON without dot products: 2 outputs x 4 inputs of a step are 8 products of 16 bits, added by
-   pairs. Two sums for each output. */
+/* 2 outputs x 4 inputs of a step are 8 products, added by pairs: two sums for each output. */
+#define MOE__INT8_SUM(S, i, v)                                                                     \
+  moe__qi c##i##0 = moe__v128_iset(0).a, c##i##1 = c##i##0, c##i##2 = c##i##0, c##i##3 = c##i##0;  \
+  moe__qi c##i##0h = c##i##0, c##i##1h = c##i##0, c##i##2h = c##i##0, c##i##3h = c##i##0;
+#define MOE__INT8_LOAD(S, i, v)                                                                    \
+  moe__q8 w##v##0 = MOE__Q8_LOAD(w + v * b->panel), w##v##1 = MOE__Q8_LOAD(w + v * b->panel + 16); \
+  moe__q8 w##v##2 = MOE__Q8_LOAD(w + v * b->panel + 32);                                           \
+  moe__q8 w##v##3 = MOE__Q8_LOAD(w + v * b->panel + 48);
 #define MOE__INT8_HALVES(i, v, w)                                                                  \
-  c##i##v = vpadalq_s16(c##i##v, vmull_s8(s, vget_low_s8(w)));                                     \
-  c##i##v##h = vpadalq_s16(c##i##v##h, vmull_s8(s, vget_high_s8(w)));
-#define MOE__INT8_START(S, P, i)                                                                   \
-  int32x4_t c##i##0 = vdupq_n_s32(0), c##i##1 = c##i##0, c##i##2 = c##i##0, c##i##3 = c##i##0;     \
-  int32x4_t c##i##0h = c##i##0, c##i##1h = c##i##0, c##i##2h = c##i##0, c##i##3h = c##i##0;
+  c##i##v = MOE__Q8_ADD(c##i##v, s, MOE__Q8_LOW(w));                                               \
+  c##i##v##h = MOE__Q8_ADD(c##i##v##h, s, MOE__Q8_HIGH(w));
 #define MOE__INT8_STEP(S, P, i)                                                                    \
   {                                                                                                \
-    int8x8_t s = vreinterpret_s8_s32(vdup_n_s32(moe__int8_step(x + i * b->x_row)));                \
-    MOE__INT8_HALVES(i, 0, w0)                                                                     \
-    MOE__INT8_HALVES(i, 1, w1)                                                                     \
-    MOE__INT8_HALVES(i, 2, w2)                                                                     \
-    MOE__INT8_HALVES(i, 3, w3)                                                                     \
+    moe__h8 s = MOE__Q8_LOW(MOE__Q8_SET(moe__int8_step(x + i * b->x_row)));                        \
+    MOE__INT8_HALVES(i, 0, w00)                                                                    \
+    MOE__INT8_HALVES(i, 1, w01)                                                                    \
+    MOE__INT8_HALVES(i, 2, w02)                                                                    \
+    MOE__INT8_HALVES(i, 3, w03)                                                                    \
   }
-#define MOE__INT8_FOUR(i, v) vreinterpretq_u32_s32(vpaddq_s32(c##i##v, c##i##v##h))
-#define MOE__INT8_STORE(S, P, i)                                                                   \
-  MOE__INT8_END(moe__v128, i, 0,                                                                   \
+#define MOE__INT8_FOUR(i, v) MOE__Q8_PAIRS(c##i##v, c##i##v##h)
+#define MOE__INT8_OUT(S, i, v)                                                                     \
+  MOE__INT8_END(S, i, 0,                                                                           \
                 moe__v128_ifour(MOE__INT8_FOUR(i, 0), MOE__INT8_FOUR(i, 1), MOE__INT8_FOUR(i, 2),  \
                                 MOE__INT8_FOUR(i, 3)))
-#define MOE__INT8_NEON(R)                                                                          \
-  static void moe__neon_int8_##R##x1(const moe__int8_block *b) {                                   \
-    const signed char *w = b->panels;                                                              \
-    const unsigned char *x = b->x;                                                                 \
-    size_t step;                                                                                   \
-    MOE__EACH_ROW##R(MOE__INT8_START, moe__v128, 1) for (step = 0; step < b->steps;                \
-                                                         ++step, w += 64, x += 4) {                \
-      int8x16_t w0 = vld1q_s8(w), w1 = vld1q_s8(w + 16), w2 = vld1q_s8(w + 32),                    \
-                w3 = vld1q_s8(w + 48);                                                             \
-      MOE__EACH_ROW##R(MOE__INT8_STEP, moe__v128, 1)                                               \
-    }                                                                                              \
-    MOE__EACH_ROW##R(MOE__INT8_STORE, moe__v128, 1)                                                \
-  }
-MOE__INT8_NEON(1)
-MOE__INT8_NEON(2)
+MOE__KERNELS2(MOE__INT8_KERNEL, moe__v128, MOE__T_V128, 1)
 static const moe__int8_kernels moe__v128_int8 = {
-    {{NULL}, {NULL, MOE__NAMES2(moe__neon_int8, 1)}, {NULL}, {NULL}},
+    {{NULL}, {NULL, MOE__NAMES2(moe__v128_int8, 1)}, {NULL}, {NULL}},
     {0, 2, 0, 0},
     0,
-    moe__neon_int8_quantize,
-    moe__neon_int8_dot4,
+    moe__v128_int8_quantize,
+    moe__v128_int8_dot4,
     NULL};
+#undef MOE__INT8_SUM
 #undef MOE__INT8_HALVES
-#undef MOE__INT8_START
 #undef MOE__INT8_STEP
 #undef MOE__INT8_FOUR
-#undef MOE__INT8_STORE
-#undef MOE__INT8_NEON
+#undef MOE__INT8_OUT
 
 #ifdef MOE__NEON_DOT
 /* With dot products: four outputs to a register, as with VNNI, but signed times signed */
@@ -6156,70 +6072,42 @@ static const moe__int8_kernels moe__v128_int8 = {
 #else
 #define MOE__T_NEON_DOT MOE__TARGET("arch=armv8.2-a+dotprod")
 #endif
-MOE__T_NEON_DOT static void moe__neon_dot_int8_dot4(int32_t sum[4], const unsigned char *x,
-                                                    const signed char *w, size_t ld, size_t k) {
-  const signed char *w1 = w + ld, *w2 = w1 + ld, *w3 = w2 + ld;
-  int32x4_t s0 = vdupq_n_s32(0), s1 = s0, s2 = s0, s3 = s0;
-  size_t p = 0;
-  for (; p + 16 <= k; p += 16) {
-    int8x16_t v = MOE__X_BYTES(x + p);
-    s0 = vdotq_s32(s0, v, vld1q_s8(w + p));
-    s1 = vdotq_s32(s1, v, vld1q_s8(w1 + p));
-    s2 = vdotq_s32(s2, v, vld1q_s8(w2 + p));
-    s3 = vdotq_s32(s3, v, vld1q_s8(w3 + p));
-  }
-  vst1q_s32(sum, vpaddq_s32(vpaddq_s32(s0, s1), vpaddq_s32(s2, s3)));
-  MOE__DOT4_REST
-}
+#define MOE__NEON_DOT4(c, x, w) vreinterpretq_u32_s32(vdotq_s32(vreinterpretq_s32_u32(c), x, w))
+MOE__INT8_DOT4(moe__neon_dot_int8_dot4, MOE__T_NEON_DOT, MOE__NEON_DOT4)
 
 #define MOE__INT8_SUM(S, i, v)                                                                     \
-  int32x4_t c##i##v##0 = vdupq_n_s32(0), c##i##v##1 = c##i##v##0, c##i##v##2 = c##i##v##0,         \
-            c##i##v##3 = c##i##v##0;
-#define MOE__INT8_LOAD(S, i, v)                                                                    \
-  int8x16_t w##v##0 = vld1q_s8(w + v * b->panel), w##v##1 = vld1q_s8(w + v * b->panel + 16);       \
-  int8x16_t w##v##2 = vld1q_s8(w + v * b->panel + 32), w##v##3 = vld1q_s8(w + v * b->panel + 48);
+  moe__qi c##i##v##0 = moe__v128_iset(0).a, c##i##v##1 = c##i##v##0, c##i##v##2 = c##i##v##0,      \
+          c##i##v##3 = c##i##v##0;
 #define MOE__INT8_ADD(S, i, v)                                                                     \
-  c##i##v##0 = vdotq_s32(c##i##v##0, s, w##v##0);                                                  \
-  c##i##v##1 = vdotq_s32(c##i##v##1, s, w##v##1);                                                  \
-  c##i##v##2 = vdotq_s32(c##i##v##2, s, w##v##2);                                                  \
-  c##i##v##3 = vdotq_s32(c##i##v##3, s, w##v##3);
+  c##i##v##0 = MOE__NEON_DOT4(c##i##v##0, s, w##v##0);                                             \
+  c##i##v##1 = MOE__NEON_DOT4(c##i##v##1, s, w##v##1);                                             \
+  c##i##v##2 = MOE__NEON_DOT4(c##i##v##2, s, w##v##2);                                             \
+  c##i##v##3 = MOE__NEON_DOT4(c##i##v##3, s, w##v##3);
 #define MOE__INT8_STEP(S, P, i)                                                                    \
   {                                                                                                \
-    int8x16_t s = vreinterpretq_s8_s32(vdupq_n_s32(moe__int8_step(x + i * b->x_row)));             \
+    moe__q8 s = MOE__Q8_SET(moe__int8_step(x + i * b->x_row));                                     \
     MOE__EACH_PANEL##P(MOE__INT8_ADD, S, i)                                                        \
   }
 #define MOE__INT8_OUT(S, i, v)                                                                     \
-  MOE__INT8_END(                                                                                   \
-      moe__v128, i, v,                                                                             \
-      moe__v128_ifour(vreinterpretq_u32_s32(c##i##v##0), vreinterpretq_u32_s32(c##i##v##1),        \
-                      vreinterpretq_u32_s32(c##i##v##2), vreinterpretq_u32_s32(c##i##v##3)))
+  MOE__INT8_END(moe__v128, i, v, moe__v128_ifour(c##i##v##0, c##i##v##1, c##i##v##2, c##i##v##3))
 MOE__INT8_SMALL(moe__neon_dot, MOE__T_NEON_DOT)
 static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_TABLE(moe__neon_dot), 0,
-                                                     moe__neon_int8_quantize,
+                                                     moe__v128_int8_quantize,
                                                      moe__neon_dot_int8_dot4, NULL};
 #undef MOE__INT8_SUM
-#undef MOE__INT8_LOAD
 #undef MOE__INT8_ADD
 #undef MOE__INT8_STEP
 #undef MOE__INT8_OUT
 #endif
-#undef MOE__X_BYTES
-#undef MOE__DOT4_REST
-#endif /* MOE__NEON */
-
-#if defined(MOE__X86) || defined(MOE__NEON)
+#undef MOE__INT8_LOAD
+#undef MOE__INT8_DOT4
 #undef MOE__INT8_KERNEL
 #undef MOE__INT8_SMALL
 #undef MOE__INT8_SMALL_TABLE
 #undef MOE__INT8_KERNEL_START
 #undef MOE__INT8_KERNEL_STORE
 #undef MOE__INT8_END
-#endif
-
-#if defined(MOE__SIMD) && !defined(MOE__NEON)
-/* plain C: integers need no fused multiply-add */
-static const moe__int8_kernels moe__v128_int8 = {{{NULL}}, {0}, 0, moe__scalar_int8_quantize,
-                                                 NULL,     NULL};
+#undef MOE__INT8_QUANTIZE
 #endif
 
 /* ---- products with int8 weights over threads; packing, quantising ---- >>int8_run */

@@ -20,10 +20,11 @@ static float lowp_random_float(void) {
 static int lowp_amx_real, lowp_amx_here;
 
 static int lowp_kernels_env(int which, moe_env *env) {
-  static const moe_isa isa[] = {MOE_ISA_SCALAR, MOE_ISA_AVX2,   MOE_ISA_AVX2,
-                                MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_NEON,
-                                MOE_ISA_NEON,   MOE_ISA_AVX512, MOE_ISA_AVX512};
+  static const moe_isa isa[] = {MOE_ISA_SCALAR, MOE_ISA_V128,   MOE_ISA_AVX2, MOE_ISA_AVX2,
+                                MOE_ISA_AVX512, MOE_ISA_AVX512, MOE_ISA_NEON, MOE_ISA_NEON,
+                                MOE_ISA_AVX512, MOE_ISA_AVX512};
   static const uint32_t feature[] = {0,
+                                     0,
                                      0,
                                      MOE_CPU_AVX_VNNI,
                                      0,
@@ -162,7 +163,7 @@ static void test_lowp_tiles_are_for_three_rows_and_more(void) {
   int32_t m;
   if (!lowp_amx_here || lowp_amx_real)
     SKIP("instructions are counted where they are emulated only");
-  if (!lowp_kernels_env(8, &env)) SKIP("no AVX512-VNNI");
+  if (!lowp_kernels_env(9, &env)) SKIP("no AVX512-VNNI");
   for (m = 1; m <= 35; ++m) {
     moe_mat mat = moe_mat_panels_int8(lowp_panels, scales, 16, 128);
     int before = amx_count;
