@@ -19,8 +19,8 @@
 #endif
 
 enum { S = 4, LENGTH = 16, DIM = 8 };
-static float x[S * LENGTH * DIM], label[S], score[2 * S];
-static int32_t start[S + 1], of[S];
+#include "../tests/small/batch.h"
+static float score[2 * S];
 static moe_env env;
 static moe_batch batch;
 static moe_model *model;
@@ -32,18 +32,9 @@ EXPORT("begin") int begin(int isa) {
   moe_config config;
   moe_train_config train;
   moe_task tasks[2];
-  int i;
   if (moe_env_init(&env, (moe_isa)isa)) return 1;
-  memset(&batch, 0, sizeof batch);
-  memset(tasks, 0, sizeof tasks);
-  for (i = 0; i < S * LENGTH * DIM; ++i) x[i] = (float)(i * 37 % 101) / 50 - 1;
-  for (i = 0; i < S; ++i)
-    label[i] = (float)(i % 2), of[i] = i / 2 % 2, start[i + 1] = (i + 1) * LENGTH;
-  tasks[0].name[0] = 'a', tasks[1].name[0] = 'b', tasks[0].classes = tasks[1].classes = 2;
-  batch.S = S, batch.seq_start = start, batch.features = x, batch.task = of, batch.label = label;
-  moe_config_init(&config);
-  config.layers = 2, config.hidden = 128, config.ffn = 512, config.heads = 4, config.vocab = 0;
-  config.positions = config.max_len = LENGTH, config.feature_dim = DIM;
+  make_batch(&batch, tasks, &config);
+  config.hidden = 128, config.ffn = 512, config.heads = 4;
   moe_train_config_init(&train);
   train.lr = 1e-3f, train.steps = 1000;
   if (moe_model_create(&model, &config, tasks, 2, 1, &env)) return 2;
@@ -66,11 +57,8 @@ EXPORT("passes") int passes(int n) {
 }
 
 EXPORT("bits") uint32_t bits(int weights) {
-  const float *p = weights ? moe_model_weights(model) : score;
-  size_t n = weights ? moe_model_parameters(model) : sizeof score / sizeof *score;
-  uint32_t sum = 2166136261u;
-  for (; n > 0; --n) sum = (sum ^ moe__bits(*p++)) * 16777619u; /* FNV-1a over words */
-  return sum;
+  return weights ? sum_of(moe_model_weights(model), moe_model_parameters(model))
+                 : sum_of(score, 2 * S);
 }
 
 EXPORT("name") int name(int isa, int letter) {

@@ -9,16 +9,10 @@
 #define EXPORT
 #endif
 enum { S = 8, LENGTH = 12, DIM = 5 };
-static float x[S * LENGTH * DIM], label[S];
-static int32_t start[S + 1], of[S];
-static uint32_t sum_of(const float *p, size_t n) { /* FNV-1a over words */
-  uint32_t sum = 2166136261u;
-  for (; n > 0; --n) sum = (sum ^ moe__bits(*p++)) * 16777619u;
-  return sum;
-}
+#include "batch.h"
 
 EXPORT uint32_t run(int isa, int what) {
-  moe_limits limits = {S * LENGTH, S, 1, 0};
+  moe_limits limits = {S * LENGTH, S, what == 0, 0};
   moe_env env;
   moe_config config;
   moe_task tasks[2];
@@ -32,15 +26,8 @@ EXPORT uint32_t run(int isa, int what) {
   if (what == 3) return (uint32_t)wrong_lanes();
   if (what == 4) return (unsigned char)moe_isa_name(MOE_ISA_V128)[isa];
   if (moe_env_init(&env, (moe_isa)isa)) return 1;
-  memset(&batch, 0, sizeof batch), memset(tasks, 0, sizeof tasks);
-  for (i = 0; i < S * LENGTH * DIM; ++i) x[i] = (float)(i * 37 % 101) / 50 - 1;
-  for (i = 0; i < S; ++i)
-    label[i] = (float)(i % 2), of[i] = i / 2 % 2, start[i + 1] = (i + 1) * LENGTH;
-  tasks[0].name[0] = 'a', tasks[1].name[0] = 'b', tasks[0].classes = tasks[1].classes = 2;
-  batch.S = S, batch.seq_start = start, batch.features = x, batch.task = of, batch.label = label;
-  moe_config_init(&config);
-  config.layers = 2, config.hidden = 36, config.ffn = 50, config.heads = 2, config.vocab = 0;
-  config.positions = config.max_len = LENGTH, config.feature_dim = DIM;
+  make_batch(&batch, tasks, &config);
+  config.hidden = 36, config.ffn = 50, config.heads = 2;
   moe_train_config_init(&train);
   train.lr = 1e-2f, train.steps = 3;
   if (moe_model_create(&model, &config, tasks, 2, 1, &env)) return 2;
