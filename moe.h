@@ -129,11 +129,11 @@
             untouched on failure. A sentence that says what was found and what was expected goes to
             env.log. The library never prints, exits or aborts.
    BITS     fp32 results are the same bits for any number of threads, whatever else is in the batch,
-            and on AVX-512, AVX2+FMA, NEON, SSE2, WebAssembly and plain C (but not with
-            MOE_PLAIN_MULTIPLY_ADD): see "one definition of every sum" at >>simd and >>gemm. Where
-            the processor has no fused multiply-add this costs time (bench/fma.sh: how much). Only
-            clang -ffp-contract=fast breaks this: it fuses products and sums even where a pragma
-            forbids it. moe_env_init detects this and sets MOE_CPU_CONTRACTED.
+            and on AVX-512, AVX2+FMA, NEON, SSE2, WebAssembly, RISC-V vectors and plain C (but not
+            with MOE_PLAIN_MULTIPLY_ADD): see "one definition of every sum" at >>simd and >>gemm.
+            Where the processor has no fused multiply-add this costs time (bench/fma.sh: how much).
+            Only clang -ffp-contract=fast breaks this: it fuses products and sums even where a
+            pragma forbids it. moe_env_init detects this and sets MOE_CPU_CONTRACTED.
 
    PAPER MAP
      [TaG] 2, 3.1 >>block; Eq. 1, 2, 6 >>experts; Eq. 3-5 >>route; Eq. 7, 8, A.3.1 >>heads; Eq. 9,
@@ -160,7 +160,7 @@
      >>parallel      tiles, the built-in pool
      >>profile       where the time goes
      >>simd          vectors: the order of a sum, elementary functions in plain C
-     >>simd_128      vectors of 16 floats: NEON, SSE2, WebAssembly
+     >>simd_128      vectors of 16 floats: NEON, SSE2, WebAssembly, RISC-V
      >>simd_x86      vectors of 16 floats: AVX-512, AVX2
      >>rows          exp of vectors; sums of rows
      >>gemm          matrix products: what they are, plain C
@@ -388,7 +388,8 @@ MOE_API const char *moe_status_text(moe_status status);
 typedef enum moe_isa {
   MOE_ISA_AUTO,
   MOE_ISA_SCALAR,
-  MOE_ISA_V128, /* "sse2", "simd128" (WebAssembly), or "simd128, relaxed" where that is fused */
+  MOE_ISA_V128, /* "sse2", "simd128" (WebAssembly), or "simd128, relaxed" where that is fused;
+                   "rvv" (RISC-V), where the compiler is told of it: -march=rv64gcv */
   MOE_ISA_NEON,
   MOE_ISA_AVX2,
   MOE_ISA_AVX512,
@@ -1974,7 +1975,11 @@ MOE_API void moe_env_free(moe_env *env);
 #define MOE__WASM 1
 #include <wasm_simd128.h>
 #endif
-#if defined(MOE__X86) || defined(MOE__NEON) || defined(MOE__WASM)
+#if !defined(MOE_NO_SIMD) && defined(__riscv_v) && __riscv_v_intrinsic >= 11000
+#define MOE__RVV 1
+#include <riscv_vector.h>
+#endif
+#if defined(MOE__X86) || defined(MOE__NEON) || defined(MOE__WASM) || defined(MOE__RVV)
 #define MOE__SIMD 1
 #endif
 /* A fused multiply-add is one instruction, which fmaf becomes. clang does not say so everywhere. */
@@ -2205,6 +2210,8 @@ MOE_API const char *moe_status_text(moe_status status) {
 #define MOE__V128_NAME "simd128, relaxed"
 #elif defined(MOE__WASM)
 #define MOE__V128_NAME "simd128"
+#elif defined(MOE__RVV)
+#define MOE__V128_NAME "rvv"
 #else
 #define MOE__V128_NAME "sse2"
 #endif
@@ -3068,9 +3075,10 @@ MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *
 /* ---- vectors: the order of a sum, elementary functions in plain C ---- >>simd */
 
 /* Whatever the width of the machine's registers, kernels are written for vectors of 16 floats: one
-   register of AVX-512, two of AVX2, four of NEON, SSE2 or WebAssembly. A kernel is written once, as
-   the body of a macro BODY(S, T): S is the prefix of the instruction set (moe__avx512, moe__avx2,
-   moe__v128) and T the attribute that lets the compiler use it in one function.
+   register of AVX-512, two of AVX2, four of NEON, SSE2, WebAssembly or RISC-V. A kernel is written
+   once, as the body of a macro BODY(S, T): S is the prefix of the instruction set (moe__avx512,
+   moe__avx2, moe__v128) and T the attribute that lets the compiler use it in one function. RISC-V
+   allows no arrays of vectors.
 
      #define MOE__SCALE_KERNELS(S, T)                                                \
      T static void S##_scale_row(float *y, const float *x, float a, size_t n) {      \
@@ -3304,9 +3312,9 @@ static float moe__logf(float x) {
     return S##_mul(p, S##_floats(S##_iadd(S##_ishl(rest, 23), one)));                              \
   }
 
-/* ---- vectors of 16 floats: NEON, SSE2, WebAssembly ---- >>simd_128 */
+/* ---- vectors of 16 floats: NEON, SSE2, WebAssembly, RISC-V ---- >>simd_128 */
 
-#ifdef MOE__SIMD
+#if defined(MOE__SIMD) && !defined(MOE__RVV)
 /* Four registers, on machines with and without a fused multiply-add. MOE__Q chooses what one
    machine calls an operation. */
 #define MOE__T_V128
@@ -3603,6 +3611,71 @@ MOE__V_SCALE2(moe__v128, MOE__T_V128)
 #undef MOE__IFOURN
 #undef MOE__FLOATS2
 #undef MOE__INTS2
+#undef MOE__V
+#undef MOE__F
+#undef MOE__I
+#undef MOE__M
+#endif
+
+#ifdef MOE__RVV
+/* Groups of registers for 16 floats: four, or a part of them where they have more than 128 bits */
+#define MOE__T_V128
+#define MOE__Q_FMA
+typedef vfloat32m4_t moe__v128_f;
+typedef vuint32m4_t moe__v128_i;
+typedef vbool8_t moe__v128_m;
+#define MOE__V(ret, name) MOE__INLINE ret moe__v128_##name
+#define MOE__F moe__v128_f
+#define MOE__I moe__v128_i
+#define MOE__M moe__v128_m
+MOE__V(MOE__F, load)(const float *p) { return __riscv_vle32_v_f32m4(p, 16); }
+MOE__V(void, store)(float *p, MOE__F v) { __riscv_vse32_v_f32m4(p, v, 16); }
+MOE__V(void, storen)(float *p, MOE__F v, size_t n) { __riscv_vse32_v_f32m4(p, v, n); }
+MOE__V(MOE__F, set)(float a) { return __riscv_vfmv_v_f_f32m4(a, 16); }
+MOE__V(MOE__F, loadn)(const float *p, size_t n) {
+  return __riscv_vle32_v_f32m4_tu(moe__v128_set(0.0f), p, n);
+}
+MOE__V(MOE__F, add)(MOE__F a, MOE__F b) { return __riscv_vfadd_vv_f32m4(a, b, 16); }
+MOE__V(MOE__F, sub)(MOE__F a, MOE__F b) { return __riscv_vfsub_vv_f32m4(a, b, 16); }
+MOE__V(MOE__F, mul)(MOE__F a, MOE__F b) { return __riscv_vfmul_vv_f32m4(a, b, 16); }
+MOE__V(MOE__F, div)(MOE__F a, MOE__F b) { return __riscv_vfdiv_vv_f32m4(a, b, 16); }
+MOE__V(MOE__F, sqrt)(MOE__F a) { return __riscv_vfsqrt_v_f32m4(a, 16); }
+MOE__V(MOE__F, fma)(MOE__F a, MOE__F b, MOE__F c) { return __riscv_vfmacc_vv_f32m4(c, a, b, 16); }
+MOE__V(MOE__F, fnma)(MOE__F a, MOE__F b, MOE__F c) { return __riscv_vfnmsac_vv_f32m4(c, a, b, 16); }
+MOE__V(MOE__M, lt)(MOE__F a, MOE__F b) { return __riscv_vmflt_vv_f32m4_b8(a, b, 16); }
+MOE__V(MOE__F, sel)(MOE__M m, MOE__F a, MOE__F b) { return __riscv_vmerge_vvm_f32m4(b, a, m, 16); }
+MOE__V(MOE__F, max)(MOE__F a, MOE__F b) { return moe__v128_sel(moe__v128_lt(b, a), a, b); }
+MOE__V(MOE__F, min)(MOE__F a, MOE__F b) { return moe__v128_sel(moe__v128_lt(a, b), a, b); }
+MOE__V(MOE__I, iset)(uint32_t u) { return __riscv_vmv_v_x_u32m4(u, 16); }
+MOE__V(MOE__I, iload)(const void *p) { return __riscv_vle32_v_u32m4((const uint32_t *)p, 16); }
+MOE__V(MOE__I, iiota)(uint32_t u) { return __riscv_vadd_vx_u32m4(__riscv_vid_v_u32m4(16), u, 16); }
+MOE__V(MOE__I, iadd)(MOE__I a, MOE__I b) { return __riscv_vadd_vv_u32m4(a, b, 16); }
+MOE__V(MOE__I, isub)(MOE__I a, MOE__I b) { return __riscv_vsub_vv_u32m4(a, b, 16); }
+MOE__V(MOE__I, imul)(MOE__I a, MOE__I b) { return __riscv_vmul_vv_u32m4(a, b, 16); }
+MOE__V(MOE__I, iand)(MOE__I a, MOE__I b) { return __riscv_vand_vv_u32m4(a, b, 16); }
+MOE__V(MOE__I, ixor)(MOE__I a, MOE__I b) { return __riscv_vxor_vv_u32m4(a, b, 16); }
+MOE__V(MOE__I, ishl)(MOE__I a, size_t n) { return __riscv_vsll_vx_u32m4(a, n, 16); }
+MOE__V(MOE__I, ishr)(MOE__I a, size_t n) { return __riscv_vsrl_vx_u32m4(a, n, 16); }
+#define MOE__SIGNED(a) __riscv_vreinterpret_v_u32m4_i32m4(a)
+MOE__V(MOE__I, isar)(MOE__I a, size_t n) {
+  return __riscv_vreinterpret_v_i32m4_u32m4(__riscv_vsra_vx_i32m4(MOE__SIGNED(a), n, 16));
+}
+MOE__V(MOE__M, ult)(MOE__I a, MOE__I b) { return __riscv_vmsltu_vv_u32m4_b8(a, b, 16); }
+MOE__V(MOE__I, bits)(MOE__F a) { return __riscv_vreinterpret_v_f32m4_u32m4(a); }
+MOE__V(MOE__F, floats)(MOE__I a) { return __riscv_vreinterpret_v_u32m4_f32m4(a); }
+MOE__V(MOE__F, cvt)(MOE__I a) { return __riscv_vfcvt_f_x_v_f32m4(MOE__SIGNED(a), 16); }
+MOE__V(float, sum)(MOE__F v) {
+  size_t width = 8;
+  for (; width > 0; width /= 2) v = moe__v128_add(v, __riscv_vslidedown_vx_f32m4(v, width, 16));
+  return __riscv_vfmv_f_s_f32m4_f32(v);
+}
+MOE__V(float, max16)(MOE__F v) {
+  size_t width = 8;
+  for (; width > 0; width /= 2) v = moe__v128_max(v, __riscv_vslidedown_vx_f32m4(v, width, 16));
+  return __riscv_vfmv_f_s_f32m4_f32(v);
+}
+MOE__V_SCALE2(moe__v128, MOE__T_V128)
+#undef MOE__SIGNED
 #undef MOE__V
 #undef MOE__F
 #undef MOE__I
@@ -4395,6 +4468,7 @@ MOE__T_AVX2 static void moe__avx2_pack_cols(float *panel, const float *src, size
 }
 #endif
 
+#ifdef MOE__Q
 /* 4 rows of 4 floats to 4 columns, for pack_cols; rows from `width` on count as zeros. */
 #if defined(MOE__WASM)
 #define MOE__Q_ZIP1(x, y) wasm_i32x4_shuffle(x, y, 0, 4, 1, 5)
@@ -4424,6 +4498,35 @@ static void moe__v128_pack_cols(float *panel, const float *src, size_t ld, size_
     for (first = 0; first < 16; first += 4) moe__v128_transpose4(panel, src, ld, first, width, p);
   moe__scalar_pack_cols(panel + p * 16, src + p, ld, width, k - p);
 }
+#elif defined(MOE__RVV)
+static void moe__v128_pack_cols(float *panel, const float *src, size_t ld, size_t width, size_t k) {
+  for (; k > 0; --k, ++src, panel += 16)
+    moe__v128_store(panel, __riscv_vlse32_v_f32m4_tu(moe__v128_set(0.0f), src,
+                                                     (ptrdiff_t)(ld * sizeof *src), width));
+}
+#endif
+
+#ifdef MOE__RVV /* there are no arrays of its vectors */
+#define moe__v128_narrow_panel moe__scalar_narrow_panel
+#else
+#define MOE__NARROW_PANEL(S, T)                                                                    \
+  T static void S##_narrow_panel(float *y, const float *x, const float *panel, size_t n, size_t k, \
+                                 const float *bias) {                                              \
+    S##_f lane[16]; /* vectors over the outputs, one for each lane of the sum */                   \
+    size_t l, p;                                                                                   \
+    for (l = 0; l < 16; ++l) lane[l] = S##_set(0.0f);                                              \
+    for (p = 0; p < k; p += 16)                                                                    \
+      for (l = 0; l < 16; ++l)                                                                     \
+        lane[l] = p + l < k ? S##_fma(S##_set(x[p + l]), S##_load(panel + (p + l) * 16), lane[l])  \
+                            : S##_fma(S##_set(0.0f), S##_set(0.0f), lane[l]);                      \
+    for (p = 8; p > 0; p /= 2)                                                                     \
+      for (l = 0; l < p; ++l) lane[l] = S##_add(lane[l], lane[l + p]);                             \
+    if (bias) lane[0] = S##_add(lane[0], S##_loadn(bias, n));                                      \
+    S##_storen(y, lane[0], n);                                                                     \
+  }
+MOE__V_STAMP(MOE__NARROW_PANEL)
+#undef MOE__NARROW_PANEL
+#endif
 
 #define MOE__GEMM_HELPERS(S, T)                                                                    \
   T static void S##_pack_rows(float *panel, const float *src, size_t ld, size_t width, size_t k) { \
@@ -4477,20 +4580,6 @@ static void moe__v128_pack_cols(float *panel, const float *src, size_t ld, size_
     for (; j < n; ++j) y[j] = S##_row_dot(x, w + j * ld, k);                                       \
     if (bias)                                                                                      \
       for (i = 0; i < n; ++i) y[i] = y[i] + bias[i];                                               \
-  }                                                                                                \
-  T static void S##_narrow_panel(float *y, const float *x, const float *panel, size_t n, size_t k, \
-                                 const float *bias) {                                              \
-    S##_f lane[16]; /* vectors over the outputs, one for each lane of the sum */                   \
-    size_t l, p;                                                                                   \
-    for (l = 0; l < 16; ++l) lane[l] = S##_set(0.0f);                                              \
-    for (p = 0; p < k; p += 16)                                                                    \
-      for (l = 0; l < 16; ++l)                                                                     \
-        lane[l] = p + l < k ? S##_fma(S##_set(x[p + l]), S##_load(panel + (p + l) * 16), lane[l])  \
-                            : S##_fma(S##_set(0.0f), S##_set(0.0f), lane[l]);                      \
-    for (p = 8; p > 0; p /= 2)                                                                     \
-      for (l = 0; l < p; ++l) lane[l] = S##_add(lane[l], lane[l + p]);                             \
-    if (bias) lane[0] = S##_add(lane[0], S##_loadn(bias, n));                                      \
-    S##_storen(y, lane[0], n);                                                                     \
   }                                                                                                \
   T MOE__INLINE S##_f S##_pow2(S##_f x) {                                                          \
     S##_f t = S##_add(x, S##_set(MOE__ROUND));                                                     \
@@ -6108,6 +6197,10 @@ static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_TABLE(moe__
 #undef MOE__INT8_KERNEL_STORE
 #undef MOE__INT8_END
 #undef MOE__INT8_QUANTIZE
+#endif
+
+#ifdef MOE__RVV
+#define moe__v128_int8 moe__scalar_int8
 #endif
 
 /* ---- products with int8 weights over threads; packing, quantising ---- >>int8_run */

@@ -1,10 +1,10 @@
 #!/bin/sh
 # Other machines from this one, by cross compilers and emulators: 64-bit ARM (NEON against plain C),
-# 32-bit ARM, RISC-V, POWER, a big-endian machine, Windows; and another C library, musl. Each ends
-# with a short training run whose model file must be the native one, byte for byte. What is not
-# installed is skipped by name; Debian's packages: gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf
-# gcc-riscv64-linux-gnu gcc-powerpc64le-linux-gnu gcc-s390x-linux-gnu gcc-mingw-w64-x86-64
-# g++-mingw-w64-x86-64 musl-tools qemu-user wine64.
+# 32-bit ARM, RISC-V (vectors too), POWER, a big-endian machine, Windows; another C library, musl.
+# Each ends with a short training run whose model file must be the native one, byte for byte. What
+# is not installed is skipped by name; Debian's packages: gcc-aarch64-linux-gnu
+# gcc-arm-linux-gnueabihf gcc-riscv64-linux-gnu gcc-powerpc64le-linux-gnu gcc-s390x-linux-gnu
+# gcc-mingw-w64-x86-64 g++-mingw-w64-x86-64 musl-tools qemu-user wine64; vectors: clang-19 lld-19.
 . ./lib.sh
 # static: what a test does not use is not compiled
 dialect="-D_POSIX_C_SOURCE=200809L -I. -I.. -DMOE_STATIC"
@@ -117,6 +117,33 @@ riscv riscv64-linux-gnu-gcc qemu-riscv64
 ppc64le powerpc64le-linux-gnu-gcc qemu-ppc64le
 musl musl-gcc
 end
+
+# ---- RISC-V vectors, of 128 and 256 bits: gcc 14 or clang 17 have their intrinsics ----
+tags="simd gemm lowp linear ops experts route optimizer"
+names=$(for t in $tags attention longer_registers trains_to_the_same_bits; do echo rvv_$t; done)
+if ! missing "$names" "qemu-riscv64 riscv64-linux-gnu-gcc"; then # gcc's: the C library too
+  rvv= vectors="qemu-riscv64 -cpu rv64,v=true,vext_spec=v1.0"
+  for c in riscv64-linux-gnu-gcc "${CLANG:-clang}" clang-22 clang-19 clang-17; do
+    target=
+    case $c in *clang*) target="--target=riscv64-linux-gnu -fuse-ld=lld" ;; esac
+    if [ -z "$rvv" ] && have "$c" && echo __riscv_v_intrinsic |
+        $c $target -march=rv64gcv -E -P - 2> "$tmp/log" |
+        awk '{ found = $1 + 0 >= 11000 } END { exit !found }'; then
+      rvv="$c $target -march=rv64gcv -std=c99 -static"
+    fi
+  done
+  if [ -z "$rvv" ]; then
+    for n in $names; do skip test_machines_$n "no compiler here has intrinsics of its vectors"; done
+  else
+    tests rvv "$rvv" kernels:simd,gemm,lowp ops:linear,ops,attention,experts,route train:optimizer
+    for t in $tags; do check rvv_$t "$vectors,vlen=128" $t; done
+    check rvv_attention "$vectors,vlen=128" test_attention_agrees_with_pytorch \
+      test_attention_does_not_overflow
+    check rvv_longer_registers "$vectors,vlen=256" simd linear
+    $rvv $dialect -O1 -o "$tmp/train_rvv" ../examples/train.c -lm -pthread > "$tmp/log" 2>&1
+    trains rvv_trains_to_the_same_bits "$vectors,vlen=128" "$tmp/train_rvv" --isa rvv
+  fi
+fi
 
 # ---- the high byte first: the order of bytes in files, plain C ----
 if ! missing "big_endian_json big_endian_files big_endian_lowp big_endian_trains_to_the_same_bits" \

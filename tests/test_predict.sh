@@ -137,7 +137,7 @@ refuses a_foreign_file 'test_predict.sh: the first 8 bytes give a header of' '' 
 refuses an_unknown_task 'has no task "mrpc", but query_wellformedness intent_match snips_intents' \
   '' "$model" mrpc
 refuses an_unknown_option 'unknown option --sore' '' "$model" snips_intents --sore
-refuses an_unknown_instruction_set '--isa is auto|avx512|avx2|sse2|neon|scalar, not "sse"' '' \
+refuses an_unknown_instruction_set '--isa is auto|avx512|avx2|sse2|neon|rvv|scalar, not "sse"' '' \
   "$model" snips_intents --isa sse
 refuses a_bad_number '--threads takes a whole number from 1 to 256, not "two"' '' "$model" \
   snips_intents --threads two

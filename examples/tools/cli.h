@@ -475,7 +475,8 @@ static moe_profile profile;
 static const option machine_options[] = {
     GROUP("machine"),
     WHOLE("--threads", machine.threads, 1, 256, NULL, "[to train: all processors, else 1]"),
-    STRING("--isa", "auto|avx512|avx2|sse2|neon|scalar", machine.isa, "auto", "instruction set"),
+    STRING("--isa", "auto|avx512|avx2|sse2|neon|rvv|scalar", machine.isa, "auto",
+           "instruction set"),
     STRING("--precision", "fp32|bf16", machine.precision, "fp32",
            "bf16: products of the layers with operands of 8 bits of precision, weights and sums "
            "in fp32; needs AMX or AVX512-BF16, else goes on in fp32"),

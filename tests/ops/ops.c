@@ -219,7 +219,7 @@ static void test_ops_dropout_has_its_probability_and_keeps_the_mean(void) {
   moe_env_init(&env, MOE_ISA_AUTO);
   for (i = 0; i < N; ++i) x[i] = 1;
   for (j = 0; j < 4; ++j) {
-    double p = (double)rates[j], fallen = 0, pairs = 0, sum = 0;
+    double p = (double)rates[j], n = N, fallen = 0, pairs = 0, sum = 0;
     moe_dropout(y, x, N, rates[j], moe_key(1, 2, 3, 4, (uint32_t)j), &env);
     for (i = 0; i < N; ++i) {
       CHECK(y[i] == 0 || fabs((double)y[i] * (1 - p) - 1) < 1e-6, "%g", (double)y[i]);
@@ -227,10 +227,10 @@ static void test_ops_dropout_has_its_probability_and_keeps_the_mean(void) {
       pairs += i && y[i] == 0 && y[i - 1] == 0;
       sum += (double)y[i];
     }
-    CHECK_NEAR(fallen / N, p, 4.5 * sqrt(p * (1 - p) / N));
-    CHECK_NEAR(pairs / N, p * p,
-               6 * sqrt(p * p * (1 - p * p) / N) + 1e-12); /* neighbours are independent */
-    CHECK_NEAR(sum / N, 1, 5 * sqrt(p / (1 - p) / N) + 1e-7);
+    CHECK_NEAR(fallen / n, p, 4.5 * sqrt(p * (1 - p) / n));
+    CHECK_NEAR(pairs / n, p * p,
+               6 * sqrt(p * p * (1 - p * p) / n) + 1e-12); /* neighbours are independent */
+    CHECK_NEAR(sum / n, 1, 5 * sqrt(p / (1 - p) / n) + 1e-7);
   }
 }
 
