@@ -88,8 +88,8 @@ static int layer_equal(const layer *a, const layer *b) {
 }
 
 /* Sizes that are a multiple of nothing, more than one part of a product, and one of each kind. */
-static const int32_t sizes[][3] = {{129, 131, 67}, {33, 517, 301}, {301, 47, 113},
-                                   {8, 300, 200},  {517, 101, 37}, {64, 384, 96}};
+static const int32_t sizes[][3] = {{129, 131, 67}, {33, 517, 301}, {301, 47, 113}, {8, 300, 200},
+                                   {517, 101, 37}, {64, 384, 96},  {600, 16, 301}};
 enum { SIZES = sizeof sizes / sizeof sizes[0] };
 
 static void within_tolerance(const float *values, int32_t m, int32_t n, int32_t k,
