@@ -420,8 +420,8 @@ static void test_level_inference_computes_the_chosen_blocks_only(void) {
   moe_model_free(model);
 }
 
-/* Weights after three steps, each of one batch or of two halves. */
-static uint64_t run_hash(moe_isa isa, int32_t threads, int halves, moe_selection selection) {
+/* Weights after three steps, each of one batch or of parts of `each` sequences. */
+static uint64_t run_hash(moe_isa isa, int32_t threads, int each, moe_selection selection) {
   moe_env env = models_env(isa);
   moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, selection, BLOCKS);
   moe_model *model = level_model(&c, &env);
@@ -438,11 +438,11 @@ static uint64_t run_hash(moe_isa isa, int32_t threads, int halves, moe_selection
     moe_status status = MOE_OK;
     int32_t s;
     models_random_batch(&level_batch, model, 16, 11, (uint64_t)step + 20);
-    if (!halves) status = moe_trainer_accumulate(trainer, &level_batch.b, 0, NULL, NULL, &env);
-    for (s = 0; halves && s < 16 && !status; ++s) {
-      if (s % 8 == 0) memset(&level_other, 0, sizeof level_other);
+    if (!each) status = moe_trainer_accumulate(trainer, &level_batch.b, 0, NULL, NULL, &env);
+    for (s = 0; each && s < 16 && !status; ++s) {
+      if (s % each == 0) memset(&level_other, 0, sizeof level_other);
       models_append(&level_other, &level_batch, s, &c);
-      if (s % 8 == 7)
+      if ((s + 1) % each == 0)
         status = moe_trainer_accumulate(trainer, &level_other.b, 16, NULL, NULL, &env);
     }
     if (!status) status = moe_trainer_step(trainer, NULL, &env);
@@ -463,8 +463,9 @@ static void test_level_bits_depend_on_no_thread_no_isa_no_batch(void) {
     CHECK(want > 10, "%s", said);
     CHECK(run_hash(MOE_ISA_AUTO, 3, 0, (moe_selection)selection) == want,
           "threads change bits, selection %d", selection);
-    CHECK(run_hash(MOE_ISA_AUTO, 1, 1, (moe_selection)selection) == want,
-          "micro-batches change bits, selection %d", selection);
+    for (i = 1; i <= 8; i += 7)
+      CHECK(run_hash(MOE_ISA_AUTO, 1, i, (moe_selection)selection) == want,
+            "micro-batches of %d change bits, selection %d", i, selection);
     for (i = 0; i < (int)(sizeof isa / sizeof isa[0]); ++i)
       if (moe_isa_available(isa[i]))
         CHECK(run_hash(isa[i], 1, 0, (moe_selection)selection) == want, "%s changes bits",
