@@ -1560,6 +1560,13 @@ typedef struct moe_train_config {
   const moe_param_group *groups; /* must outlive the trainer */
   int32_t n_groups;
   const moe_share *share; /* NULL: this process steps all weights; must outlive the trainer */
+  /* moe_trainer_accumulate calls it when backward has added all that it adds to a range of the
+     gradients (floats): a layer, from the last to the first, then what precedes the layers and what
+     follows them; every gradient once, the same ranges in the same order for every batch, also an
+     empty one. Several processes can then add up a layer's gradients while backward goes on. NULL:
+     nobody asks. Not on a DEVICE. */
+  void (*ready)(void *user, size_t first, size_t count);
+  void *ready_user; /* first argument of ready */
 } moe_train_config;
 /* [TaG]'s values (4.4, A.3.2); from its grids lr 5e-5 and warmup 0.1. The caller sets `steps`. */
 MOE_API void moe_train_config_init(moe_train_config *config);
@@ -12369,6 +12376,9 @@ typedef struct moe__pass {
   float tau;          /* temperature of task-level routing; 0 when not training */
   int32_t batch_size; /* sequences of the whole batch, of which this one may be a micro-batch */
   int32_t longest;    /* tokens of its longest sequence */
+#ifndef MOE_NO_TRAIN
+  const moe_train_config *train; /* whose `ready` is called; NULL: none */
+#endif
   /* The same as ops see it: these arrays are the host's, or the device's copies. */
   moe_batch seen;
   const int32_t *gate_of; /* (S) */
@@ -12755,19 +12765,43 @@ static void moe__heads_backward(moe_context *c, const moe__pass *pass, float *dw
 static void moe__task_router_backward(moe_context *c, const moe__pass *pass, float *dw);
 static void moe__blocks_backward(moe_context *c, const moe__view *all, float *dw, int32_t layer);
 
+static void moe__layer_backward(moe_context *c, const moe__view *all, float *dw, int32_t l) {
+  if (!MOE__BLOCKS(&c->model->config))
+    moe__block_backward(c, all, dw, l);
+  else
+    moe__blocks_backward(c, all, dw, l);
+}
+
+/* Tells the caller that the gradients of a layer are complete; layer -1: those of all else. */
+static void moe__backward_ready(const moe_context *c, const moe__pass *pass, int32_t layer) {
+  const moe_model *m = c->model;
+  const moe_train_config *train = pass->train;
+  size_t begin = m->plan.in[MOE__FLOATS_ALL].layers, end = m->plan.in[MOE__FLOATS_ALL].tasks;
+  int32_t blocks = moe__layer_blocks(&m->config);
+  if (!train || !train->ready) return;
+  if (layer < 0) {
+    train->ready(train->ready_user, 0, begin);
+    if (m->plan.total > end) train->ready(train->ready_user, end, m->plan.total - end);
+    return;
+  }
+  begin = moe__at(m, MOE__QUERY_W, layer * blocks, 0);
+  if (layer + 1 < m->config.layers) end = moe__at(m, MOE__QUERY_W, (layer + 1) * blocks, 0);
+  train->ready(train->ready_user, begin, end - begin);
+}
+
 /* Adds the gradients of the sum of the losses / batch_size to dw. */
 static void moe__backward(moe_context *c, const moe__pass *pass, float *dw) {
   moe__view all = moe__view_all(c, pass);
+  int empty = pass->S == 0;
   int32_t l;
-  if (pass->S == 0) return;
-  moe__heads_backward(c, pass, dw);
-  if (!MOE__BLOCKS(&c->model->config))
-    for (l = c->model->config.layers - 1; l >= 0; --l) moe__block_backward(c, &all, dw, l);
-  else {
-    for (l = c->model->config.layers - 1; l >= 0; --l) moe__blocks_backward(c, &all, dw, l);
-    moe__task_router_backward(c, pass, dw);
+  if (!empty) moe__heads_backward(c, pass, dw);
+  for (l = c->model->config.layers - 1; l >= 0; --l) {
+    if (!empty) moe__layer_backward(c, &all, dw, l);
+    moe__backward_ready(c, pass, l);
   }
-  moe__embeddings_backward(c, &all, dw);
+  if (MOE__BLOCKS(&c->model->config) && !empty) moe__task_router_backward(c, pass, dw);
+  if (!empty) moe__embeddings_backward(c, &all, dw);
+  moe__backward_ready(c, pass, -1);
 }
 #endif
 
@@ -14951,6 +14985,10 @@ static moe_status moe__trainer_carve(moe__layout *layout, moe_trainer *t, void *
                      "trainer: a share of the weights is stepped on the "
                      "CPU alone, not by %s",
                      env->backend->name);
+  if (t->config.ready && moe__on_device(env))
+    return moe__fail(env, MOE_E_UNSUPPORTED,
+                     "trainer: only the CPU says which gradients are ready, not %s",
+                     env->backend->name);
   if (moe__on_device(env))
     t->ops = (moe_adam_op *)moe__carve(layout, (size_t)model->tensors, sizeof(moe_adam_op));
   else {
@@ -15167,6 +15205,7 @@ MOE_API moe_status moe_trainer_accumulate(moe_trainer *trainer, const moe_batch 
     return status;
   }
   pass.batch_size = batch_size;
+  pass.train = &trainer->config;
   moe__backward(c, &pass, trainer->g);
   if (loss) *loss = (float)moe__losses_sum(c, &pass);
   if (losses) memcpy(losses, moe__losses_read(c), (size_t)pass.S * sizeof(float));

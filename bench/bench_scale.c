@@ -1,10 +1,12 @@
 /* bench_scale.c - a training step that several ranks share, and where its time goes: MiniLM's size
    (6 x 384, 12 heads, ffn 1536), MT-TaG with 4 experts and 8 tasks, 32 sequences of 128 tokens.
      mpicc -O2 -o bench_scale bench/bench_scale.c -lm -pthread
-     mpirun -n 2 ./bench_scale [--threads 1] [--shard 1] [--seconds 10] [--layers 6] [--hidden 384]
-                               [--ffn 1536] [--heads 12] [--experts 4] [--batch 32] [--length 128]
+     mpirun -n 2 ./bench_scale [--threads 1] [--shard 1] [--overlap 1] [--seconds 10] [--layers 6]
+                               [--hidden 384] [--ffn 1536] [--heads 12] [--experts 4] [--batch 32]
+                               [--length 128]
    Rank 0 prints a JSON line: medians, over the steps, of the whole step, of forward and backward,
-   of the exchange of gradients and of the update (with --shard that of the weights is part of it).
+   of the exchange of gradients and of the update (with --shard that of the weights is part of it;
+   with --overlap the exchange is what is left of it after backward).
  */
 #include "bench.h"
 #define TRAIN_MPI
@@ -13,6 +15,7 @@
 enum { TASKS = 8, WORDS = 30522, STEPS = 512 };
 
 static moe_env env;
+static moe_profile times_of_ops;
 static moe_config config;
 static int threads = 1, batch_size = 32, length = 128;
 static double seconds = 10;
@@ -28,10 +31,10 @@ static void parse(int argc, char **argv) {
   const struct {
     const char *name;
     int32_t *at;
-  } whole[] = {
-      {"--threads", &threads}, {"--shard", &sharding},       {"--batch", &batch_size},
-      {"--length", &length},   {"--layers", &config.layers}, {"--hidden", &config.hidden},
-      {"--ffn", &config.ffn},  {"--heads", &config.heads},   {"--experts", &config.experts}};
+  } whole[] = {{"--threads", &threads},       {"--shard", &sharding}, {"--batch", &batch_size},
+               {"--overlap", &overlapping},   {"--length", &length},  {"--layers", &config.layers},
+               {"--hidden", &config.hidden},  {"--ffn", &config.ffn}, {"--heads", &config.heads},
+               {"--experts", &config.experts}};
   size_t k;
   int i;
   for (i = 1; i + 1 < argc; i += 2) {
@@ -90,7 +93,8 @@ static void step(moe_trainer *trainer, const moe_batch *b, size_t n, double t[TI
   double at[4];
   float loss;
   at[0] = bench_now();
-  if (b->S) need(moe_trainer_accumulate(trainer, b, batch_size, &loss, NULL, &env));
+  if (overlapping) begin_overlap(ranks > 1 ? moe_trainer_gradients(trainer) : NULL);
+  if (b->S || overlapping) need(moe_trainer_accumulate(trainer, b, batch_size, &loss, NULL, &env));
   at[1] = bench_now();
   if (ranks > 1) add_gradients(moe_trainer_gradients(trainer), n);
   at[2] = bench_now();
@@ -122,6 +126,7 @@ int main(int argc, char **argv) {
   parse(argc, argv);
   need(moe_env_init(&env, MOE_ISA_AUTO));
   env.log = bench_log, env.log_user = argv[0];
+  overlap_ops(&env, &times_of_ops);
   if (threads > 1) need(moe_pool_create(&pool, threads, &env));
   model = make_model();
   n = moe_model_parameters(model);
@@ -129,17 +134,18 @@ int main(int argc, char **argv) {
   limits.tokens = batch_size * length, limits.sequences = batch_size;
   moe_train_config_init(&train);
   train.steps = 1 << 20;
-  train.share = my_share(n);
+  divide_training(&train, n);
   need(moe_trainer_create(&trainer, model, &limits, &train, &env));
   step(trainer, &b, n, t); /* touches the memory */
   for (begin = bench_now(); steps < STEPS && !highest(bench_now() - begin > seconds); ++steps) {
     step(trainer, &b, n, t);
     for (i = 0; i < TIMES; ++i) times[i][steps] = t[i];
   }
-  printf("{\"ranks\": %d, \"threads\": %d, \"shard\": %d, \"parameters\": %.0f, \"tokens\": %d, "
+  printf("{\"ranks\": %d, \"threads\": %d, \"shard\": %d, \"overlap\": %d, \"parameters\": %.0f, "
+         "\"tokens\": %d, "
          "\"steps\": %d, \"step\": %.6f, \"passes\": %.6f, \"exchange\": %.6f, \"update\": %.6f, "
          "\"peak_mb\": %.1f}\n",
-         ranks, threads, sharding, (double)n, batch_size * length, steps,
+         ranks, threads, sharding, overlapping, (double)n, batch_size * length, steps,
          median(times[STEP], steps), median(times[PASSES], steps), median(times[EXCHANGE], steps),
          median(times[UPDATE], steps), bench_peak_mb());
   all_end = 1;

@@ -109,6 +109,7 @@ def measure(a):
         "1 rank, 2 threads": lambda: run(threads + ["--threads", "2"] + time),
         "2 ranks": lambda: run(mpirun + ["2", program] + time),
         "2 ranks, --shard": lambda: run(mpirun + ["2", program, "--shard", "1"] + time),
+        "2 ranks, --overlap": lambda: run(mpirun + ["2", program, "--overlap", "1"] + time),
     }
     if a.torch:
         ddp = [a.torch, os.path.join(HERE, "pytorch_ddp.py"), *time, "--ranks"]
@@ -118,14 +119,14 @@ def measure(a):
     if links and os.geteuid() == 0:
         mpich = build("bench_scale_mpich", f"{a.mpich}/bin/mpicc")
         for ranks in (2, 3, 4):
-            for shard in (0, 1) if ranks == 2 else (0,):
+            for how in ("", "--shard", "--overlap") if ranks == 2 else ("",):
 
-                def over(ranks=ranks, shard=shard):
+                def over(ranks=ranks, how=how):
                     with Namespaces(ranks, "1gbit"):
-                        options = ["--shard", str(shard), *time]
+                        options = ([how, "1"] if how else []) + time
                         return over_links(mpich, f"{a.mpich}/bin/mpiexec", ranks, options)
 
-                jobs[f"{ranks} ranks, 1 Gbit/s{', --shard' if shard else ''}"] = over
+                jobs[f"{ranks} ranks, 1 Gbit/s{', ' if how else ''}{how}"] = over
     records = {name: [] for name in jobs}
     for _ in range(a.rounds):
         for name, job in jobs.items():
@@ -176,6 +177,17 @@ def step(model, experts, ranks, gbit, shard, speed, update):
     )
 
 
+def hidden(model, experts, ranks, gbit, speed, update):
+    """What --overlap can save of a step at best: the exchange of all layers but the first, which
+    backward computes last, as far as backward (two thirds of the passes) still has work."""
+    layers, h, _, words, positions = MODELS[model]
+    n = parameters(model, experts)
+    layer = (n - (words + positions + 4) * h) / layers
+    passes, sent, rest = step(model, experts, ranks, gbit, 0, speed, update)
+    saved = min(sent * layer * (layers - 1) / n, passes * 2 / 3 * (layers - 1) / layers)
+    return saved / (passes + sent + rest)
+
+
 def memory(model, experts, ranks, shard):
     """GB of a rank: weights, gradients, two moments."""
     n = parameters(model, experts)
@@ -204,7 +216,7 @@ def check_table(records, n, memory_rate):
     yield "| ranks | link | exchange measured, s | of the model | ratio |"
     yield "|---|---|---|---|---|"
     for name in records:
-        if "ranks" not in name or "--shard" in name:
+        if "ranks" not in name or "--" in name:
             continue
         ranks, link = int(name.split()[0]), "1 Gbit/s" if "Gbit" in name else "memory"
         seen = of(records, name, "exchange")
@@ -228,6 +240,15 @@ def curve_table(shard, speed, update):
                     cells.append(f"{100 * alone / together:.0f} %")
             millions = parameters(model, experts) / 1e6
             yield f"| {model}, {experts} | {millions:.0f} | {' | '.join(cells)} |"
+
+
+def overlap_table(speed, update):
+    yield f"| model, N | {' | '.join(f'{gbit} Gbit/s' for gbit in NETS)} |"
+    yield "|---|" + "---|" * len(NETS)
+    for model in MODELS:
+        for experts in (4, 64):
+            saved = [hidden(model, experts, 8, gbit, speed, update) for gbit in NETS]
+            yield f"| {model}, {experts} | {' | '.join(f'{100 * s:.1f} %' for s in saved)} |"
 
 
 def memory_table():
@@ -261,8 +282,9 @@ waits for the slowest rank.
 
 A step of P ranks takes forward and backward (as measured, by the operations of a token), a ring
 all-reduce of n floats (2 (P-1)/P 4n bytes, {headers:.0f} % for headers, 20 us a round), and the
-update (as measured, by weight; with --shard a P-th of it). Nothing overlaps. For memory the rate is
-what 2 ranks measured ({memory_rate:.1f} GB/s), so that line is no test; those of 1 Gbit/s are.
+update (as measured, by weight; with --shard a P-th of it), one after the other. For memory the
+rate is what 2 ranks measured ({memory_rate:.1f} GB/s), so that line is no test; those of 1 Gbit/s
+are.
 
 {check}
 
@@ -277,6 +299,13 @@ Without --shard:
 With --shard:
 
 {shard}
+
+What --overlap can save of a step of 8 ranks at best: a layer's gradients travel while backward
+computes the layers before it; the embeddings, whose gradients come last, and the first layer do
+not. The table takes an MPI that moves messages while the processor computes; most do so only within
+their own calls, of which there is one after each op.
+
+{overlap}
 
 ## Where experts would have to be spread
 
@@ -307,6 +336,7 @@ def page(records, a):
         gflops=speed / 1e9,
         plain="\n".join(curve_table(0, speed, update / n)),
         shard="\n".join(curve_table(1, speed, update / n)),
+        overlap="\n".join(overlap_table(speed, update / n)),
         gb=MEMORY,
         memory="\n".join(memory_table()),
     )

@@ -97,6 +97,8 @@ static const option train_options[] = {
     REAL("--jitter", "A", opt.jitter, 0, 0.99, "0", "noise on what the gates read"),
     FLAG("--shard", sharding,
          "with MPI: each rank keeps the moments of its range of the weights and steps these"),
+    FLAG("--overlap", overlapping,
+         "with MPI: add up a layer's gradients while backward goes on; pays on slow networks"),
     GROUP("second stage"),
     WHOLE("--fine-tune", opt.fine_tune, 1, 100000, NULL,
           "then each task alone, for N epochs at most (Single-Task, which has no first "
@@ -162,6 +164,7 @@ static void check_options(void) {
     die("--grid tries rates and warm-ups in the second stage: give --fine-tune too");
   if ((opt.epochs != 0) + (opt.steps != 0) + (opt.tokens > 0) > 1)
     die("give --epochs or --steps or --tokens, not two of them");
+  if (sharding && overlapping) die("--overlap adds up whole gradients: it excludes --shard");
   if (opt.from_scratch && opt.parent > 0) die("--from-scratch and --parent exclude each other");
   if (opt.keep && !state.checkpoint) die("--keep makes its names from --checkpoint: give both");
   if (opt.report && !state.resume) die("--report shows what --resume FILE has finished: give both");

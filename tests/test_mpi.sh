@@ -70,6 +70,16 @@ if cut -d, -f3 "$tmp/shard.csv" | paste "$tmp/losses$many" - | awk '
     NR > 1 { d = $1 - $2; if (d < 0) d = -d; if (d > 2e-4 * $1) bad = 1 }
     END { exit bad || NR != 101 }'; then ok test_${kind}_ranks_that_divide_the_moments_train_alike
 else fail test_${kind}_ranks_that_divide_the_moments_train_alike "$(cat "$tmp/err")"; fi
+# the sums of two numbers do not depend on who adds them up, and when
+if train 2 --steps 100 --overlap --log overlap.csv --save overlap &&
+    cmp -s "$tmp/model2" "$tmp/overlap"; then ok test_${kind}_overlap_changes_no_bit_of_two_ranks
+else fail test_${kind}_overlap_changes_no_bit_of_two_ranks "$(cat "$tmp/err")"; fi
+# fewer rows than ranks
+if train $many --steps 40 --batch $((many - 1)) --overlap --save overlap &&
+    cp "$tmp/overlap" "$tmp/before" &&
+    train $many --steps 40 --batch $((many - 1)) --overlap --save overlap &&
+    cmp -s "$tmp/overlap" "$tmp/before"; then ok test_${kind}_overlap_gives_the_same_bits_twice
+else fail test_${kind}_overlap_gives_the_same_bits_twice "$(cat "$tmp/err")"; fi
 cp "$tmp/model$many" "$tmp/before"
 if train $many --steps 100 --log again.csv --save model$many &&
     cmp -s "$tmp/model$many" "$tmp/before"; then

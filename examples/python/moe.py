@@ -36,7 +36,7 @@ STRUCTS = Config, Task, Batch, Limits, Train, Tensor, Tokens, Text = [_struct(*s
     ("moe_limits", "i: tokens sequences training keep_layers"),
     ("moe_train_config", "f: lr warmup q: steps p: lr_schedule lr_user f: beta1 beta2 eps "
      "weight_decay clip_norm dropout balance z_loss jitter tau_start tau_end tau_rate q: seed "
-     "p: groups i: n_groups p: share"),
+     "p: groups i: n_groups p: share ready ready_user"),
     ("moe_tensor", "N: name i: dims d: shape i: type z: offset count"),
     ("moe_tokens", "p: ids segments begin end i: capacity count"),
     ("moe_text", "s: a b z: a_bytes b_bytes"))]

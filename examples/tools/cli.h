@@ -544,6 +544,7 @@ static inline void open_machine(int threads) {
   }
   moe_profile_init(&profile, NULL, NULL);
   if (machine.profiled) env.profile = &profile;
+  overlap_ops(&env, &profile);
   if (machine.threads) threads = machine.threads;
   if (threads != 1) need(moe_pool_create(&pool, threads ? threads : processors(), &env));
 }
@@ -673,8 +674,18 @@ static inline void clear_progress(void) {
   if (width) fprintf(stderr, "\r%*s\r", width - 1, "");
 }
 
-/* Prints a table whose lines are a title and cells of equal width. Where it is wider than the
-   terminal, in blocks, each with the titles again. */
+/* Whether no line of a table has anything in a column. */
+static inline int blank_column(const char *table, int column) {
+  const char *end;
+  for (; *table; table = end + 1) {
+    end = strchr(table, '\n');
+    if (end - table > column && table[column] != ' ') return 0;
+  }
+  return 1;
+}
+
+/* Prints a table whose lines are a title, cells of equal width and perhaps more. Where it is wider
+   than the terminal, in blocks, each with the titles again. */
 static inline void print_blocks(const text *table, int title, int cell) {
   int width = terminal_width(stdout), from = title, to, widest = 0;
   const char *line, *end;
@@ -685,6 +696,7 @@ static inline void print_blocks(const text *table, int title, int cell) {
   for (; from == title || from < widest; from = to) {
     int cells = (width - title) / cell;
     to = !width || widest - from + title <= width ? widest : from + (cells > 1 ? cells : 1) * cell;
+    while (to < widest && to > from + 1 && !blank_column(table->data, to)) --to;
     if (from > title) printf("\n");
     for (line = table->data; *line; line = end + 1) {
       int bytes;

@@ -12,6 +12,7 @@ static int my_rank, ranks = 1;
 static int all_end;              /* 1: the program ends here, in all ranks */
 static char last_sentence[4352]; /* of a rank other than 0 */
 static int sharding;             /* --shard: each rank steps its range of the weights */
+static int overlapping;          /* --overlap: gradients are added up while backward goes on */
 
 #ifndef TRAIN_MPI
 static inline void begin_ranks(int *argc, char ***argv) { (void)argc, (void)argv; }
@@ -20,10 +21,12 @@ static inline int agree(int mine) { return mine; }
 static inline int highest(int mine) { return mine; }
 static inline void add_floats(float *x, size_t n) { (void)x, (void)n; }
 static inline void add_doubles(double *x, int n) { (void)x, (void)n; }
-static inline const moe_share *my_share(size_t n) {
-  return (void)n, (void)sharding, (const moe_share *)NULL;
+static inline void divide_training(moe_train_config *config, size_t n) {
+  (void)config, (void)n, (void)sharding, (void)overlapping;
 }
+static inline void begin_overlap(float *g) { (void)g; }
 static inline void add_gradients(float *g, size_t n) { (void)g, (void)n; }
+static inline void overlap_ops(moe_env *e, moe_profile *times) { (void)e, (void)times; }
 #else
 #include <mpi.h>
 #ifdef _WIN32
@@ -139,11 +142,57 @@ static inline void gather_moments(void *user, const float *mine, float *all, siz
               MPI_COMM_WORLD);
 }
 
-/* This rank's range of n weights; NULL: it steps all. */
-static inline const moe_share *my_share(size_t n) {
+/* ---- --overlap: a layer's gradients are added up while backward goes on with the next ---- */
+
+enum { MOVING = 1024 };
+static struct {
+  float *g; /* NULL: more is still to be added to the gradients */
+  int n;
+  MPI_Request request[MOVING];
+} moving;
+
+static inline void begin_overlap(float *g) { moving.g = g; }
+
+static inline void finish_overlap(void) {
+  MPI_Waitall(moving.n, moving.request, MPI_STATUSES_IGNORE);
+  moving.n = 0;
+}
+
+/* moe_train_config.ready */
+static inline void add_range(void *user, size_t first, size_t count) {
+  const size_t most = (size_t)1 << 26;
+  size_t part;
+  (void)user;
+  for (; moving.g && count; first += part, count -= part) {
+    part = count < most ? count : most;
+    if (moving.n == MOVING) finish_overlap();
+    MPI_Iallreduce(MPI_IN_PLACE, moving.g + first, (int)part, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD,
+                   &moving.request[moving.n++]);
+  }
+}
+
+/* Most MPIs move messages only within their own calls. The clock of a table of times is asked after
+   each op: reason enough to call. */
+static inline double time_of_op(void *user) {
+  int done;
+  (void)user;
+  if (moving.n) MPI_Testall(moving.n, moving.request, &done, MPI_STATUSES_IGNORE);
+  return MPI_Wtime();
+}
+
+static inline void overlap_ops(moe_env *e, moe_profile *times) {
+  if (!overlapping || ranks == 1) return;
+  moe_profile_init(times, time_of_op, NULL);
+  e->profile = times;
+}
+
+/* This rank's range of n weights, if it does not step all; who is told of gradients. */
+static inline void divide_training(moe_train_config *config, size_t n) {
   static moe_share share;
   int r;
-  if (!sharding || ranks == 1) return NULL;
+  config->share = NULL;
+  config->ready = overlapping && !sharding && ranks > 1 ? add_range : NULL;
+  if (!sharding || ranks == 1) return;
   free(ranges.count), free(ranges.own);
   ranges.count = (int *)calloc(2 * (size_t)ranks, sizeof(int));
   if (!ranges.count || n > 2147483647) MPI_Abort(MPI_COMM_WORLD, 1); /* MPI counts in int */
@@ -158,13 +207,15 @@ static inline const moe_share *my_share(size_t n) {
   share.sum = add_norms;
   share.weights = fetch_weights;
   share.moments = gather_moments;
-  return &share;
+  config->share = &share;
 }
 
 /* Before a step: the gradients of the whole batch, as far as this rank needs them. */
 static inline void add_gradients(float *g, size_t n) {
+  if (moving.g) finish_overlap();
   if (!sharding || ranks == 1) {
-    add_floats(g, n);
+    if (!moving.g) add_floats(g, n);
+    moving.g = NULL;
     return;
   }
   /* not in place: MPICH 5.0 then copies within the array, and fails */

@@ -139,15 +139,18 @@ static inline float train_step(job *j, batch_buffer *b, int32_t room) {
   float loss, *losses = NULL;
   double whole[2] = {0, 0}; /* loss, tokens */
   drawn *d = (drawn *)take((size_t)j->batch + 1, sizeof *d);
-  int i, k;
+  int i, k, overlap = j->config.ready != NULL;
   if (watching()) losses = (float *)take((size_t)j->batch, sizeof *losses);
   b->batch.weight = draw_batch(j, d) ? b->weight : NULL;
   clear_batch(b);
   for (i = 0; i <= j->batch; ++i) {
     const rows *r = i < j->batch ? &tasks[j->which[d[i].task]].train : NULL;
     if (r && i % ranks != my_rank) continue;
-    if (b->batch.S && (!r || b->tokens + row_length(r, d[i].row) > room)) {
-      moe_status s = moe_trainer_accumulate(j->trainer, &b->batch, j->batch, &loss, losses, &env);
+    /* a rank without rows takes part as well */
+    if ((b->batch.S || (!r && overlap)) && (!r || b->tokens + row_length(r, d[i].row) > room)) {
+      moe_status s;
+      if (!r && overlap) begin_overlap(moe_trainer_gradients(j->trainer));
+      s = moe_trainer_accumulate(j->trainer, &b->batch, j->batch, &loss, losses, &env);
       if (s)
         die("training stopped in step %lld (%s); try a smaller --lr", step, moe_status_text(s));
       for (k = 0; k < b->batch.S && losses; ++k) watch_loss(j->which[b->task[k]], losses[k]);
@@ -353,7 +356,7 @@ static inline void train_model(job *j, moe_model *model) {
   limits.sequences = j->batch < room ? j->batch : room;
   limits.training = 1;
   j->parameters = moe_model_parameters(model);
-  j->config.share = my_share(j->parameters);
+  divide_training(&j->config, j->parameters);
   need(moe_trainer_create(&j->trainer, model, &limits, &j->config, &env));
   need(moe_sampler_init(&j->sampler, &j->sampling, n_rows, n_rows + j->n, j->n, &env));
   go_on(j);

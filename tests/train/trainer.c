@@ -1091,6 +1091,69 @@ static void test_trainer_learns(void) {
   }
 }
 
+/* What ready was told: the ranges in their order, and copies of the gradients at that moment. */
+typedef struct told {
+  moe_trainer *trainer;
+  float *seen;
+  unsigned char *times;
+  size_t first[8], count[8], total;
+  int ranges;
+} told;
+
+static void tell(void *user, size_t first, size_t count) {
+  told *t = (told *)user;
+  size_t i;
+  CHECK(t->ranges < 8 && first <= t->total && count <= t->total - first, "range %d: %zu from %zu",
+        t->ranges, count, first);
+  t->first[t->ranges] = first;
+  t->count[t->ranges++] = count;
+  for (i = first; i < first + count; ++i) {
+    t->seen[i] = moe_trainer_gradients(t->trainer)[i];
+    ++t->times[i];
+  }
+}
+
+static void test_trainer_says_once_which_gradients_are_ready(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  int router;
+  for (router = MOE_ROUTER_DENSE; router <= MOE_ROUTER_TASK_LEVEL; ++router) {
+    moe_config c = models_config((moe_router)router, router ? 3 : 1, 1);
+    moe_train_config config = plain();
+    moe_batch none;
+    told t, empty;
+    size_t i, bad = 0;
+    pair p;
+    if (router == MOE_ROUTER_TASK_LEVEL) c.unit = MOE_UNIT_BLOCK, c.selection = MOE_SELECT_SOFTMAX;
+    memset(&none, 0, sizeof none);
+    memset(&t, 0, sizeof t);
+    config.ready = tell, config.ready_user = &t;
+    p = make(&c, &config, &env);
+    CHECK(p.trainer, "router %d: %s", router, said);
+    t.total = moe_model_parameters(p.model);
+    t.trainer = p.trainer;
+    t.seen = (float *)calloc(t.total, sizeof *t.seen);
+    t.times = (unsigned char *)calloc(t.total, 1);
+    CHECK(t.seen && t.times, "no memory");
+    CHECK(moe_trainer_accumulate(p.trainer, &none, 1, NULL, NULL, &env) == MOE_OK, "%s", said);
+    empty = t;
+    t.ranges = 0;
+    memset(t.times, 0, t.total);
+    models_random_batch(&trainer_batch, p.model, 30, 19, 99);
+    CHECK(moe_trainer_accumulate(p.trainer, &trainer_batch.b, 0, NULL, NULL, &env) == MOE_OK, "%s",
+          said);
+    for (i = 0; i < t.total; ++i)
+      bad += t.times[i] != 1 || memcmp(&t.seen[i], moe_trainer_gradients(p.trainer) + i, 4) != 0;
+    CHECK(!bad, "router %d: %zu of %zu gradients not told once, or changed later", router, bad,
+          t.total);
+    CHECK(t.ranges == 4 && t.first[1] < t.first[0] && t.first[2] == 0, "%d ranges", t.ranges);
+    CHECK(t.ranges == empty.ranges && !memcmp(t.first, empty.first, sizeof t.first) &&
+              !memcmp(t.count, empty.count, sizeof t.count),
+          "router %d: other ranges of an empty batch", router);
+    free(t.seen), free(t.times);
+    drop(&p);
+  }
+}
+
 static void run_trainer(void) {
   RUN(test_trainer_gradients_match_pytorch);
   RUN(test_trainer_20_steps_match_pytorch);
@@ -1117,4 +1180,5 @@ static void run_trainer(void) {
   RUN(test_trainer_files_survive_every_failed_allocation);
   RUN(test_trainer_micro_batches_change_what_the_header_says);
   RUN(test_trainer_learns);
+  RUN(test_trainer_says_once_which_gradients_are_ready);
 }
