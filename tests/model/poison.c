@@ -438,6 +438,35 @@ static void test_poison_refuses_what_only_the_cpu_computes(void) {
   POISON_IS_CLEAN();
 }
 
+static void poison_ready(void *user, size_t first, size_t count) {
+  (void)user, (void)first, (void)count;
+}
+
+/* What several processes exchange is in the host's memory. */
+static void test_poison_refuses_what_processes_share(void) {
+  moe_env env = models_env(MOE_ISA_AUTO), on = env;
+  moe_backend b = poison_backend();
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
+  moe_train_config tc = poison_train();
+  moe_model *model = poison_model(MOE_ROUTER_TASK, 0, &env);
+  moe_trainer *t = NULL;
+  moe_share share;
+  on.backend = &b;
+  memset(&share, 0, sizeof share);
+  CHECK(!moe_model_pack(model, NULL, &on), "%s", said);
+  tc.ready = poison_ready;
+  CHECK(moe_trainer_create(&t, model, &limits, &tc, &on) == MOE_E_UNSUPPORTED && !t &&
+            strstr(said, "only the CPU says which gradients are ready, not poison"),
+        "%s", said);
+  tc.ready = NULL;
+  tc.share = &share;
+  CHECK(moe_trainer_create(&t, model, &limits, &tc, &on) == MOE_E_UNSUPPORTED && !t &&
+            strstr(said, "stepped on the CPU alone, not by poison"),
+        "%s", said);
+  moe_model_free(model);
+  POISON_IS_CLEAN();
+}
+
 enum { POISON_LOSE = 3 }; /* steps of a run that fails */
 
 /* One run that fails at call number `at`, then a step on the CPU. */
@@ -523,5 +552,6 @@ static void run_poison(void) {
   RUN(test_poison_contexts_in_blocks_of_the_exact_size);
   RUN(test_poison_predicts_as_the_cpu);
   RUN(test_poison_refuses_what_only_the_cpu_computes);
+  RUN(test_poison_refuses_what_processes_share);
   RUN(test_poison_a_lost_device_costs_steps_but_no_weights);
 }
