@@ -1,6 +1,6 @@
 /* Whole models on the double: training, files, prediction, several at once. */
 
-enum { WHOLE_STEPS = 50, WHOLE_S = 6, WHOLE_LONGEST = 9, WHOLE_M = WHOLE_S * WHOLE_LONGEST };
+enum { WHOLE_S = 6, WHOLE_LONGEST = 9, WHOLE_M = WHOLE_S * WHOLE_LONGEST };
 
 static moe_config whole_config(moe_router router, int32_t top_k) {
   moe_config c = models_config(router, router == MOE_ROUTER_DENSE ? 1 : 4, top_k);
@@ -84,18 +84,20 @@ static double whole_apart(const float *a, const float *b, size_t n) {
   return sqrt(d / (norm > 0 ? norm : 1));
 }
 
-/* Losses of both, step by step: near as long as the routes are the same. */
+/* Losses of both, step by step: near as long as the routes are the same. 50 steps, or a sample like
+   that of test_cuda.sh. */
 static void whole_compare(moe_router router, int32_t top_k, const moe_cuda_options *options) {
+  const char *cases = getenv("MOE_CUDA_CASES");
+  int n, steps = cases && atoi(cases) < 200 ? 15 : 50;
   whole_side cpu, gpu;
   moe_backend b;
   double worst = 0, apart;
-  int n;
   double_reset();
   cpu.env = gpu.env = host_env();
   CHECK(!moe_cuda_open(&b, options, &gpu.env), "%s", said);
   gpu.env.backend = &b;
   CHECK(!whole_begin(&cpu, router, top_k) && !whole_begin(&gpu, router, top_k), "%s", said);
-  for (n = 0; n < WHOLE_STEPS; ++n) {
+  for (n = 0; n < steps; ++n) {
     CHECK(!whole_step(&cpu, n) && !whole_step(&gpu, n), "step %d: %s", n, said);
     if (fabs((double)cpu.loss - (double)gpu.loss) > worst)
       worst = fabs((double)cpu.loss - (double)gpu.loss);
