@@ -4362,7 +4362,9 @@ static const moe__gemm_kernels moe__scalar_gemms = {
 #define MOE__C_STEP(S, i, v) c##i##v = MOE__CHAIN_##S(s, row##v, c##i##v);
 #define MOE__CHAIN_moe__avx2 moe__avx2_fma
 #define MOE__CHAIN_moe__avx512 moe__avx512_fma
-#ifdef MOE__Q_FMA
+#ifdef MOE__RVV /* it multiplies with a scalar, which spares the registers of s */
+#define MOE__CHAIN_moe__v128(s, row, c) ((void)(s), __riscv_vfmacc_vf_f32m4(c, element, row, 16))
+#elif defined(MOE__Q_FMA)
 #define MOE__CHAIN_moe__v128 moe__v128_fma
 #else
 #define MOE__CHAIN_moe__v128 moe__v128_chain
@@ -4373,7 +4375,8 @@ static const moe__gemm_kernels moe__scalar_gemms = {
 #define MOE__ROW_STORE(S, P, i) MOE__EACH_PANEL##P(MOE__C_STORE, S, i)
 #define MOE__ROW_STEP(S, P, i)                                                                     \
   {                                                                                                \
-    S##_f s = S##_set((&MOE__A##i)[of_a]);                                                         \
+    const float element = (&MOE__A##i)[of_a];                                                      \
+    S##_f s = S##_set(element);                                                                    \
     MOE__EACH_PANEL##P(MOE__C_STEP, S, i)                                                          \
   }
 #define MOE__GEMM_STEP(S, R, P, ahead_a, ahead_b, at)                                              \
