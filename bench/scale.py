@@ -6,8 +6,8 @@ Writes bench/scale.md.
     python3 scale.py --rounds 1 --seconds 2 --out FILE     quick
 
 Measured: bench_scale (its first lines) with 1 and 2 ranks and with 2 threads, PyTorch's DDP beside
-it, and 2 to 4 ranks in network namespaces joined by links of 1 Gbit/s (MPICH, root and `ip` needed;
-left out where they are missing). The rounds take turns; medians are told."""
+it, and 2 to 4 ranks in network namespaces joined by links of 1 Gbit/s, also with a delay (MPICH,
+root and `ip` needed; left out where they are missing). The rounds take turns; medians are told."""
 
 import argparse
 import json
@@ -50,28 +50,42 @@ def run(command, env=None):
     return json.loads(lines[-1])
 
 
-def build(name, mpicc):
+def build(name, mpicc, source="bench_scale.c"):
     os.makedirs(os.path.join(HERE, "build"), exist_ok=True)
     path = os.path.join(HERE, "build", name)
-    source = os.path.join(HERE, "bench_scale.c")
+    source = os.path.join(HERE, source)
     subprocess.run([mpicc, "-O2", "-o", path, source, "-lm", "-pthread"], check=True)
     return path
 
 
 class Namespaces:
-    """Network namespaces on a bridge; what each sends is limited to `rate`."""
+    """Network namespaces on a bridge, or on the switch of delay.c, which delivers frames after
+    `delay` seconds; what each sends is limited to `rate`."""
 
-    def __init__(self, n, rate):
-        self.n, self.rate = n, rate
+    def __init__(self, n, rate, delay=0.0):
+        self.n, self.rate, self.delay, self.switch = n, rate, delay, None
+
+    def join(self):
+        spaces = [f"moe{i}" for i in range(self.n)]
+        for space in spaces:
+            self.ip(f"netns add {space}")
+        if self.delay:
+            command = [build("delay", "cc", "delay.c"), f"{1e6 * self.delay:.0f}", *spaces]
+            self.switch = subprocess.Popen(command, stdout=subprocess.PIPE)
+            self.switch.stdout.readline()
+            for space in spaces:
+                self.ip(f"-n {space} link set eth0 mtu 9000")
+            return
+        self.ip("link add moebridge type bridge")
+        self.ip("link set moebridge up")
+        for i, space in enumerate(spaces):
+            self.ip(f"link add moelink{i} type veth peer name eth0 netns {space}")
+            self.ip(f"link set moelink{i} master moebridge up")
 
     def __enter__(self):
         self.__exit__()
-        self.ip("link add moebridge type bridge")
-        self.ip("link set moebridge up")
+        self.join()
         for i in range(self.n):
-            self.ip(f"netns add moe{i}")
-            self.ip(f"link add moelink{i} type veth peer name eth0 netns moe{i}")
-            self.ip(f"link set moelink{i} master moebridge up")
             self.ip(f"-n moe{i} addr add 10.77.0.{i + 1}/24 dev eth0")
             self.ip(f"-n moe{i} link set eth0 up")
             self.ip(f"-n moe{i} link set lo up")
@@ -80,6 +94,9 @@ class Namespaces:
         return self
 
     def __exit__(self, *_):
+        if self.switch:
+            self.switch.kill()
+            self.switch.communicate()
         for i in range(4):
             self.ip(f"netns del moe{i}", check=False)
             self.ip(f"link del moelink{i}", check=False)
@@ -127,6 +144,13 @@ def measure(a):
                         return over_links(mpich, f"{a.mpich}/bin/mpiexec", ranks, options)
 
                 jobs[f"{ranks} ranks, 1 Gbit/s{', ' if how else ''}{how}"] = over
+        for delay in (1e-4, 1e-3):
+
+            def late(delay=delay):
+                with Namespaces(2, "1gbit", delay):
+                    return over_links(mpich, f"{a.mpich}/bin/mpiexec", 2, time)
+
+            jobs[f"2 ranks, 1 Gbit/s, {1e3 * delay:g} ms"] = late
     records = {name: [] for name in jobs}
     for _ in range(a.rounds):
         for name, job in jobs.items():
@@ -218,10 +242,11 @@ def check_table(records, n, memory_rate):
     for name in records:
         if "ranks" not in name or "--" in name:
             continue
-        ranks, link = int(name.split()[0]), "1 Gbit/s" if "Gbit" in name else "memory"
+        ranks, link = int(name.split()[0]), name.partition(", ")[2] or "memory"
         seen = of(records, name, "exchange")
         rate = GBIT if link != "memory" else memory_rate
-        wanted = exchange(n, ranks, rate, 20e-6)
+        late = float(link.split()[-2]) / 1e3 if link.endswith(" ms") else 0
+        wanted = exchange(n, ranks, rate, 20e-6 + late)
         ratio = "-" if not seen else f"{seen / wanted:.2f}"
         yield f"| {ranks} | {link} | {cell(seen)} | {cell(wanted)} | {ratio} |"
 
@@ -274,9 +299,10 @@ size (6 x 384, N = 4, {millions:.1f} million weights), 32 sequences of 128 token
 {measured}
 
 Ranks on one machine exchange gradients through its memory. The links of 1 Gbit/s are network
-namespaces whose senders are held to that rate (tbf); the system here cannot delay packets, so that
-latency is not measured. Where 3 and 4 ranks share two cores, only the exchange is of use, and it
-waits for the slowest rank.
+namespaces whose senders are held to that rate (tbf). The kernel here cannot delay packets; where a
+delay is told, a program does (delay.c: a switch between TAP devices, frames of 9,000 bytes), which
+takes some of the two cores as well. Where 3 and 4 ranks share two cores, only the exchange is of
+use, and it waits for the slowest rank.
 
 ## The model of costs
 
