@@ -52,7 +52,8 @@ there() {
   row "$1" - - "$4" "$5" "$(counted "$2" $dir/there "$3")"
 }
 there "riscv64, plain C" riscv64-linux-gnu-gcc qemu-riscv64 scalar
-there "riscv64, rvv" "${CLANG_RVV:-clang-19} --target=riscv64-linux-gnu -march=rv64gcv -fuse-ld=lld" \
+there "riscv64, rvv" \
+  "${CLANG_RVV:-clang-19} --target=riscv64-linux-gnu -march=rv64gcv -fuse-ld=lld" \
   "qemu-riscv64 -cpu rv64,v=true,vlen=128,vext_spec=v1.0" rvv
 there "ppc64le, plain C" powerpc64le-linux-gnu-gcc qemu-ppc64le scalar
 there "aarch64, plain C" aarch64-linux-gnu-gcc qemu-aarch64 scalar
