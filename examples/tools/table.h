@@ -460,7 +460,8 @@ static inline int find_field(table *f, const char *name) {
 TOOLS_DIES static inline void die_of_column(const table *f, const char *name) {
   text names = {NULL, 0, 0};
   int i;
-  for (i = 0; i < f->name.n && i < 40; ++i) put(&names, "%s %s", i ? "," : "", f->name.at[i]);
+  for (i = 0; i < f->name.n && i < 40; ++i)
+    put(&names, "%s %s", i ? "," : "", *f->name.at[i] ? f->name.at[i] : "\"\"");
   read_from(f->path, 1);
   if (f->kind == TABLE_TSV && f->name.n == 1 && strpbrk(f->name.at[0], ",;"))
     die("there is no tab in the first line; the name of a file with commas should end with .csv");

@@ -320,8 +320,8 @@ static void test_trainer_gradcheck_finds_a_wrong_gradient(void) {
   drop(&p);
 }
 
-/* The error of the next gradients as moe_gradcheck finds it, with one of tensor i made wrong by half
-   of what it counts against; *expected: the error that this makes. */
+/* The error of the next gradients as moe_gradcheck finds it, with one of tensor i made wrong by
+   half of what it counts against; *expected: the error that this makes. */
 static double gradcheck_finds(pair *p, int32_t i, int32_t samples, int nan, double *expected,
                               const moe_env *env) {
   moe_trainer *t = p->trainer;
