@@ -855,7 +855,7 @@ static void test_level_wrong_configurations_have_a_sentence(void) {
 }
 
 static void test_level_wrong_input_has_a_sentence(void) {
-  static float routes[ROUTES];
+  static float routes[ROUTES + 1]; /* the last one is nobody's */
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS);
   moe_task_router level = {routes, NULL, NULL, NULL}, outside = {NULL, routes, NULL, NULL};
@@ -864,6 +864,7 @@ static void test_level_wrong_input_has_a_sentence(void) {
   moe_context *context;
   int i;
   memset(routes, 0, sizeof routes);
+  routes[ROUTES] = NAN;
   CHECK(model, "%s", said);
   CHECK(!moe_context_create(&context, model, &limits, &env), "%s", said);
   models_random_batch(&level_batch, model, 4, 5, 71);
@@ -871,7 +872,16 @@ static void test_level_wrong_input_has_a_sentence(void) {
   CHECK(moe_forward(context, level_out, &level_batch.b, &env) == MOE_E_ARGUMENT &&
             strstr(said, "only zero weights in layer 0"),
         "%s", said);
+  for (i = 0; i < ROUTES; ++i) routes[i] = i / BLOCKS != 1;
+  CHECK(moe_forward(context, level_out, &level_batch.b, &env) == MOE_E_ARGUMENT &&
+            strstr(said, "only zero weights in layer 1"),
+        "%s", said);
   for (i = 0; i < ROUTES; ++i) routes[i] = 1;
+  CHECK(!moe_forward(context, level_out, &level_batch.b, &env), "%s", said);
+  CHECK(!moe_context_task_router(context, &outside, &env) &&
+            !moe_forward(context, level_out, &level_batch.b, &env) &&
+            !moe_context_task_router(context, &level, &env),
+        "%s", said);
   routes[8] = -1;
   CHECK(moe_forward(context, level_out, &level_batch.b, &env) == MOE_E_ARGUMENT &&
             strstr(said, "block 2 has weight -1"),
