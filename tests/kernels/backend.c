@@ -184,6 +184,13 @@ static void test_backend_gets_what_is_large_and_nothing_else(void) {
     linear_forward(b.y, b.x, &mat, b.b, b.M, &plain);
     CHECK(calls == 0 && !memcmp(a.y, b.y, (size_t)(a.M * a.rows) * sizeof(float)),
           "panels: %d calls", calls);
+    mat = moe_mat_rows(a.w, a.rows, a.cols);
+    linear_forward(a.y, a.x, &mat, a.b, a.M, &env);
+    CHECK(calls > 0, "%d x %d x %d forward", a.M, a.rows, a.cols);
+    mat = moe_mat_rows(a.w, 15, a.cols);
+    calls = 0;
+    linear_forward(a.y, a.x, &mat, NULL, a.M, &env);
+    CHECK(calls == 0, "%d x 15 x %d forward: %d calls", a.M, a.cols, calls);
     layer_run(&a, &env);
     CHECK(calls >= 4, "%d calls for %d x %d x %d", calls, a.M, a.rows, a.cols);
     layer_free(&a), layer_free(&b);
