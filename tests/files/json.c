@@ -315,6 +315,32 @@ static void test_safetensors_halves_become_floats_exactly(void) {
   }
 }
 
+#ifdef HAVE_POSIX
+/* The values of a tensor end where the file does, and there the page. */
+static void test_safetensors_values_are_read_to_their_end(void) {
+  static const moe__dtype dtype[] = {MOE__F32, MOE__F16, MOE__BF16, MOE__F64};
+  size_t page = (size_t)sysconf(_SC_PAGESIZE), d, n;
+  void *raw;
+  unsigned char *end;
+  float out[9];
+  CHECK(!posix_memalign(&raw, page, 2 * page), "no memory");
+  memset(raw, 0, 2 * page);
+  end = (unsigned char *)raw + page;
+  CHECK(!mprotect(end, page, PROT_NONE), "mprotect");
+  for (d = 0; d < 4; ++d)
+    for (n = 0; n < 9; ++n) {
+      const unsigned char *in = end - n * moe__dtype_bytes[dtype[d]];
+      out[n] = 7;
+      moe__st_floats(out, in, n, dtype[d]);
+      CHECK(moe__st_finite(in, n, dtype[d]) == n && out[n] == 7 && (!n || out[n - 1] == 0),
+            "type %d, %d values", (int)d, (int)n);
+      CHECK(d || moe__st_positive(in, n) == n, "%d values", (int)n);
+    }
+  mprotect(end, page, PROT_READ | PROT_WRITE);
+  free(raw);
+}
+#endif
+
 static void run_json(void) {
   RUN(test_json_takes_what_the_standard_takes);
   RUN(test_json_is_bounded_in_depth);
@@ -325,4 +351,7 @@ static void run_json(void) {
   RUN(test_safetensors_accepts_sound_headers);
   RUN(test_safetensors_names_what_is_wrong);
   RUN(test_safetensors_halves_become_floats_exactly);
+#ifdef HAVE_POSIX
+  RUN(test_safetensors_values_are_read_to_their_end);
+#endif
 }
