@@ -121,8 +121,9 @@ musl musl-gcc
 end
 
 # ---- RISC-V vectors, of 128 and 256 bits: gcc 14 or clang 17 have their intrinsics ----
-tags="simd gemm lowp linear ops experts route optimizer"
-names=$(for t in $tags attention longer_registers trains_to_the_same_bits; do echo rvv_$t; done)
+tags="simd lowp linear ops experts"
+names=$(for t in $tags gemm attention longer_registers trains_to_the_same_bits; do echo rvv_$t
+done)
 if ! missing "$names" "qemu-riscv64 riscv64-linux-gnu-gcc"; then # gcc's: the C library too
   rvv= vectors="qemu-riscv64 -cpu rv64,v=true,vext_spec=v1.0"
   for c in riscv64-linux-gnu-gcc "${CLANG:-clang}" clang-22 clang-19 clang-17; do
@@ -137,8 +138,10 @@ if ! missing "$names" "qemu-riscv64 riscv64-linux-gnu-gcc"; then # gcc's: the C 
   if [ -z "$rvv" ]; then
     for n in $names; do skip test_machines_$n "no compiler here has intrinsics of its vectors"; done
   else
-    tests rvv "$rvv" kernels:simd,gemm,lowp ops:linear,ops,attention,experts,route train:optimizer
+    tests rvv "$rvv" kernels:simd,gemm,lowp ops:linear,ops,attention,experts
     for t in $tags; do check rvv_$t "$vectors,vlen=128" $t; done
+    check rvv_gemm "$vectors,vlen=128" test_gemm_packs_into_panels_of_16 \
+      test_gemm_random_shapes_equal_the_definition
     check rvv_attention "$vectors,vlen=128" test_attention_agrees_with_pytorch \
       test_attention_does_not_overflow
     check rvv_longer_registers "$vectors,vlen=256" simd linear
