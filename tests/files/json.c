@@ -27,6 +27,16 @@ static void test_json_takes_what_the_standard_takes(void) {
     CHECK(!accepts(bad[i], strlen(bad[i])), "%s", bad[i]);
 }
 
+static void test_json_tells_a_zero_from_the_end(void) {
+  moe__json j;
+  moe__json_text text;
+  moe__json_init(&j, "\"a\0b\"", 5, 0);
+  CHECK(!moe__json_string(&j, &text) && strstr(j.error, "control character"), "a zero: %s",
+        j.error);
+  moe__json_init(&j, "\"ab", 3, 0);
+  CHECK(!moe__json_string(&j, &text) && strstr(j.error, "closing quote"), "the end: %s", j.error);
+}
+
 static void test_json_is_bounded_in_depth(void) {
   char text[2000];
   memset(text, '[', 1000);
@@ -343,6 +353,7 @@ static void test_safetensors_values_are_read_to_their_end(void) {
 
 static void run_json(void) {
   RUN(test_json_takes_what_the_standard_takes);
+  RUN(test_json_tells_a_zero_from_the_end);
   RUN(test_json_is_bounded_in_depth);
   RUN(test_json_survives_every_cut_and_byte);
   RUN(test_json_strings_come_back_byte_for_byte);

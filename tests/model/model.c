@@ -987,6 +987,29 @@ static void test_model_batch_check_says_what_is_wrong(void) {
   moe_model_free(model);
 }
 
+static void test_model_batch_check_looks_at_weights(void) {
+  static const float wrong[] = {-1, -1e-30f, NAN, INFINITY};
+  float weight[4] = {1, 0, 2, 1e30f};
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_config config = models_config(MOE_ROUTER_TASK, 2, 1);
+  moe_task tasks[MODELS_TASKS];
+  moe_model *model;
+  int i;
+  models_tasks(tasks);
+  model = models_create(&config, tasks, MODELS_TASKS, &env);
+  CHECK(model, "%s", said);
+  models_random_batch(&model_batch, model, 4, 5, 6);
+  model_batch.b.weight = weight;
+  CHECK(!moe_batch_check(model, &model_batch.b, 1, &env), "%s", said);
+  for (i = 0; i < 4; ++i) {
+    weight[3] = wrong[i];
+    CHECK(moe_batch_check(model, &model_batch.b, 1, &env) == MOE_E_ARGUMENT &&
+              strstr(said, "sequence 3"),
+          "weight %g: %s", (double)wrong[i], said);
+  }
+  moe_model_free(model);
+}
+
 static void test_model_batch_check_looks_at_features(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = models_config(MOE_ROUTER_TASK, 3, 1);
@@ -1498,6 +1521,33 @@ static void check_logits(moe_context *const context[2], int32_t layers, int has_
         "there are no such layers");
 }
 
+/* A gate over one expert has nothing to say, one over two has. */
+static void test_model_gives_logits_from_two_experts_on(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS];
+  moe_limits limits = {MODELS_M, MODELS_S, 0, 1};
+  float out[MODELS_S * 8];
+  int32_t experts;
+  models_tasks(tasks);
+  for (experts = 1; experts < 3; ++experts) {
+    moe_config c = models_config(MOE_ROUTER_TASK, experts, 1);
+    moe_model *model = models_create(&c, tasks, MODELS_TASKS, &env);
+    moe_context *context = NULL;
+    const float *z;
+    moe_routes r;
+    int32_t t;
+    CHECK(model && !moe_context_create(&context, model, &limits, &env), "%s", said);
+    models_random_batch(&model_batch, model, 12, 9, 3);
+    CHECK(!moe_forward(context, out, &model_batch.b, &env), "%s", said);
+    z = moe_context_gate_logits(context, 1);
+    CHECK(!z == (experts == 1) && !moe_context_routes(context, 1, &r), "%d experts", (int)experts);
+    for (t = 0; z && t < r.M; ++t)
+      CHECK_NEAR(r.prob[2 * t], 1 / (1 + exp((double)z[2 * t + 1] - (double)z[2 * t])), 1e-6);
+    moe_context_free(context);
+    moe_model_free(model);
+  }
+}
+
 static void test_model_keeps_the_states_of_every_layer(void) {
   static float kept[2][(LAYERS_KEPT + 1) * MODELS_M * 20], out[2][MODELS_S * 8];
   static const moe_router routers[] = {MOE_ROUTER_DENSE, MOE_ROUTER_TASK, MOE_ROUTER_TASK_LEVEL};
@@ -1685,6 +1735,7 @@ static void run_model(void) {
   RUN(test_model_sizes_are_exact);
   RUN(test_model_packs_into_a_block_or_the_heap);
   RUN(test_model_batch_check_says_what_is_wrong);
+  RUN(test_model_batch_check_looks_at_weights);
   RUN(test_model_batch_check_looks_at_features);
   RUN(test_model_matches_pytorch);
   RUN(test_model_scores_do_not_depend_on_company_or_order);
@@ -1706,6 +1757,7 @@ static void run_model(void) {
   RUN(test_model_routes_are_counted);
   RUN(test_model_does_without_disabled_experts);
   RUN(test_model_with_nan_weights_gives_nan_scores);
+  RUN(test_model_gives_logits_from_two_experts_on);
   RUN(test_model_keeps_the_states_of_every_layer);
   RUN(test_model_dense_routes_lead_to_expert_0);
 }

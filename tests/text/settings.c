@@ -88,7 +88,7 @@ static void test_settings_give_the_ids_of_readable_texts(void) {
 
 /* Where an added token is: the code points that it stands for. */
 static void test_settings_tell_where_added_tokens_are(void) {
-  static const char vocab[] = "[UNK]\n[CLS]\n[SEP]\nb\n<e>\t+\nnew york\t+n\n";
+  static const char vocab[] = "[UNK]\n[CLS]\n[SEP]\nb\n<e>\t+\nnew york\t+n\n<\303\251>\t+\n";
   fixture f;
   moe_env env = logging_env();
   memset(&f, 0, sizeof f);
@@ -99,6 +99,10 @@ static void test_settings_tell_where_added_tokens_are(void) {
   CHECK(found.begin[1] == 0 && found.end[1] == 2 && found.begin[2] == 3 && found.end[2] == 6 &&
             found.begin[3] == 6 && found.end[3] == 14,
         "places");
+  encode(f.t, "<\303\251> b", 6, NULL, 0, CAPACITY, MOE_TRUNCATE_LONGEST);
+  CHECK(found.tokens.count == 4 && found.ids[1] == 6 && found.begin[1] == 0 && found.end[1] == 3 &&
+            found.ids[2] == 3 && found.begin[2] == 4 && found.end[2] == 5,
+        "places are counted in code points");
   release(&f);
   memset(&f, 0, sizeof f); /* without the flag a mark is a part of the word */
   put_text(&f.vocab, vocab, sizeof vocab - 1);
