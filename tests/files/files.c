@@ -661,6 +661,28 @@ static void test_files_leftovers_are_no_obstacle(void) {
 #endif
 }
 
+/* A name without a folder is one of the current folder. */
+static void test_files_in_the_current_folder(void) {
+#ifdef HAVE_POSIX
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(MOE_ROUTER_TASK, &env), *back = NULL;
+  moe_status status;
+  int yes;
+  CHECK(model && !chdir("build"), "build");
+  status = moe_model_save(model, "files_bare", &env);
+  if (!status) status = moe_model_load(&back, "files_bare", &env);
+  unlink("files_bare");
+  CHECK(!chdir(".."), "back");
+  CHECK(!status && same_models(model, NULL, back), "%s", said);
+  exists("files_bare", &yes);
+  CHECK(!yes, "written elsewhere");
+  moe_model_free(back);
+  moe_model_free(model);
+#else
+  SKIP("no chdir here");
+#endif
+}
+
 /* With standard output in a file, /dev/stdout leads to a file, and must not become one. */
 static void test_files_open_files_are_written_to(void) {
 #ifdef __linux__
@@ -1389,6 +1411,7 @@ static void run_files(void) {
   RUN(test_files_failed_save_keeps_the_old_file);
   RUN(test_files_disk_full_is_reported);
   RUN(test_files_paths_are_named);
+  RUN(test_files_in_the_current_folder);
   RUN(test_files_leftovers_are_no_obstacle);
   RUN(test_files_open_files_are_written_to);
   RUN(test_files_pipes_and_links);

@@ -463,6 +463,29 @@ static void test_predictor_says_what_is_wrong(void) {
   moe_model_free(model);
 }
 
+static void test_predictor_survives_every_failed_allocation(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_model *model = small_model(1, &env);
+  moe_predictor *p = NULL;
+  int n, done = 0, blocks = blocks_in_use;
+  CHECK(model, "%s", said);
+  for (n = 0; n < 10 && !done; ++n) {
+    moe_status status;
+    said[0] = 0;
+    fail_at = allocations + n;
+    status = moe_predictor_create(&p, model, 2, &env);
+    fail_at = -1;
+    done = status == MOE_OK;
+    CHECK(done || (status == MOE_E_MEMORY && strstr(said, "no memory") && !p &&
+                   blocks_in_use == blocks),
+          "allocation %d: status %d, '%s'", n, (int)status, said);
+  }
+  CHECK(done && n > 1, "%d allocations", n - 1);
+  moe_predictor_free(p);
+  CHECK(blocks_in_use == blocks, "%d blocks are left", blocks_in_use - blocks);
+  moe_model_free(model);
+}
+
 /* A label that comes of NaN is none. */
 static void test_predictor_refuses_scores_that_are_no_numbers(void) {
   static const char *const a[] = {"money", "the bank"};
@@ -504,6 +527,7 @@ static void run_predictor(void) {
   RUN(test_predictor_ignores_company_and_allocates_nothing);
   RUN(test_predictor_runs_a_model_in_place);
   RUN(test_predictor_finds_spans_of_characters);
+  RUN(test_predictor_survives_every_failed_allocation);
   RUN(test_predictor_refuses_scores_that_are_no_numbers);
   RUN(test_predictor_says_what_is_wrong);
 }
