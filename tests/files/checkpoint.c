@@ -411,6 +411,31 @@ static void test_checkpoint_names_what_differs(void) {
   end_run(&r);
 }
 
+/* Without memory for its checks a checkpoint is not read, rather than read unchecked. */
+static void test_checkpoint_reading_takes_no_failed_allocation(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  run r;
+  models_file s;
+  moe_writer writer = models_writer(&s);
+  int n, done = 0, blocks;
+  CHECK(start_run(&r, &usual, &env), "%s", said);
+  CHECK(moe_checkpoint_write(r.trainer, &r.sampler, NULL, &writer, &env) == MOE_OK, "%s", said);
+  blocks = blocks_in_use;
+  for (n = 0; n < 20 && !done; ++n) {
+    moe_status status;
+    said[0] = 0;
+    fail_at = allocations + n;
+    status = moe_checkpoint_read(r.trainer, &r.sampler, s.data, s.used, &env);
+    done = allocations <= fail_at;
+    fail_at = -1;
+    CHECK(status == (done ? MOE_OK : MOE_E_MEMORY) && done == !said[0] && blocks_in_use == blocks,
+          "allocation %d: status %d, '%s'", n, (int)status, said);
+  }
+  CHECK(done && n > 1, "%d allocations", n - 1);
+  free(s.data);
+  end_run(&r);
+}
+
 /* What `variant` does not have: how texts are cut, draws of one task in a row. */
 static void test_checkpoint_names_another_cut_and_other_runs(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
@@ -662,6 +687,7 @@ static void run_checkpoint(void) {
   RUN(test_checkpoint_keeps_rates_of_the_callers);
   RUN(test_checkpoint_is_a_model_too);
   RUN(test_checkpoint_names_what_differs);
+  RUN(test_checkpoint_reading_takes_no_failed_allocation);
   RUN(test_checkpoint_names_another_cut_and_other_runs);
   RUN(test_checkpoint_damaged_changes_nothing);
   RUN(test_checkpoint_with_impossible_numbers_is_refused);
