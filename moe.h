@@ -389,7 +389,7 @@ typedef enum moe_isa {
   MOE_ISA_AUTO,
   MOE_ISA_SCALAR,
   MOE_ISA_V128, /* "sse2", "simd128" (WebAssembly), or "simd128, relaxed" where that is fused;
-                   "rvv" (RISC-V), where the compiler is told of it: -march=rv64gcv */
+                   "rvv" (RISC-V vectors), where compiled for them: -march=rv64gcv */
   MOE_ISA_NEON,
   MOE_ISA_AVX2,
   MOE_ISA_AVX512,
@@ -1560,11 +1560,11 @@ typedef struct moe_train_config {
   const moe_param_group *groups; /* must outlive the trainer */
   int32_t n_groups;
   const moe_share *share; /* NULL: this process steps all weights; must outlive the trainer */
-  /* moe_trainer_accumulate calls it when backward has added all that it adds to a range of the
-     gradients (floats): a layer, from the last to the first, then what precedes the layers and what
-     follows them; every gradient once, the same ranges in the same order for every batch, also an
-     empty one. Several processes can then add up a layer's gradients while backward goes on. NULL:
-     nobody asks. Not on a DEVICE. */
+  /* moe_trainer_accumulate calls it each time backward is done with a range of the gradients (in
+     floats): the layers, from the last to the first, then all that precedes them, then all that
+     follows them. Each call of moe_trainer_accumulate, even for an empty batch, reports every
+     gradient once, in the same ranges and order, so that several processes can add up a layer's
+     gradients while backward goes on. NULL: no calls. Not on a DEVICE. */
   void (*ready)(void *user, size_t first, size_t count);
   void *ready_user; /* first argument of ready */
 } moe_train_config;
@@ -3084,8 +3084,8 @@ MOE_API size_t moe_profile_write(char *out, size_t capacity, const moe_profile *
 /* Whatever the width of the machine's registers, kernels are written for vectors of 16 floats: one
    register of AVX-512, two of AVX2, four of NEON, SSE2, WebAssembly or RISC-V. A kernel is written
    once, as the body of a macro BODY(S, T): S is the prefix of the instruction set (moe__avx512,
-   moe__avx2, moe__v128) and T the attribute that lets the compiler use it in one function. RISC-V
-   allows no arrays of vectors.
+   moe__avx2, moe__v128) and T the attribute that lets the compiler use it in one function. Vectors
+   of RISC-V cannot be elements of arrays or members of structs.
 
      #define MOE__SCALE_KERNELS(S, T)                                                \
      T static void S##_scale_row(float *y, const float *x, float a, size_t n) {      \
@@ -3625,7 +3625,8 @@ MOE__V_SCALE2(moe__v128, MOE__T_V128)
 #endif
 
 #ifdef MOE__RVV
-/* Groups of registers for 16 floats: four, or a part of them where they have more than 128 bits */
+/* A vector is a group of four registers, which hold 16 floats if they have 128 bits. Of longer ones
+   the first 16 lanes are used. */
 #define MOE__T_V128
 #define MOE__Q_FMA
 typedef vfloat32m4_t moe__v128_f;
@@ -4362,7 +4363,7 @@ static const moe__gemm_kernels moe__scalar_gemms = {
 #define MOE__C_STEP(S, i, v) c##i##v = MOE__CHAIN_##S(s, row##v, c##i##v);
 #define MOE__CHAIN_moe__avx2 moe__avx2_fma
 #define MOE__CHAIN_moe__avx512 moe__avx512_fma
-#ifdef MOE__RVV /* it multiplies with a scalar, which spares the registers of s */
+#ifdef MOE__RVV /* its multiply-add takes a scalar, so s needs no registers */
 #define MOE__CHAIN_moe__v128(s, row, c) ((void)(s), __riscv_vfmacc_vf_f32m4(c, element, row, 16))
 #elif defined(MOE__Q_FMA)
 #define MOE__CHAIN_moe__v128 moe__v128_fma
@@ -4516,7 +4517,7 @@ static void moe__v128_pack_cols(float *panel, const float *src, size_t ld, size_
 }
 #endif
 
-#ifdef MOE__RVV /* there are no arrays of its vectors */
+#ifdef MOE__RVV /* no arrays of its vectors */
 #define moe__v128_narrow_panel moe__scalar_narrow_panel
 #else
 #define MOE__NARROW_PANEL(S, T)                                                                    \
@@ -6051,9 +6052,10 @@ static const moe__int8_kernels moe__amx_int8 = {
 /* ---- kernels with int8 weights: NEON, SSE2, WebAssembly ---- >>int8_128 */
 
 #ifdef MOE__Q
-/* moe__q8: 16 bytes; moe__h8: a half of them, as bytes (NEON) or widened to 16 bits. ADD(c, x, w)
-   adds the products of halves to c by pairs, DOT those of 16 bytes, PAIRS the pairs of 32-bit
-   integers of x, then y; SHORTS and BYTES are x, then y, with half the bits. */
+/* moe__q8: 16 bytes; moe__h8: half of them, as bytes (NEON) or widened to 16 bits. ADD(c, x, w)
+   multiplies two halves, and adds each two neighbouring products to one 32-bit integer of c; DOT
+   adds all the products of 16 bytes. PAIRS adds neighbours: two sums from x, then two from y.
+   SHORTS and BYTES narrow the integers of x, then those of y, to half their bits. */
 #if defined(MOE__NEON)
 typedef int8x16_t moe__q8;
 typedef int8x8_t moe__h8;
@@ -6063,7 +6065,7 @@ typedef int8x8_t moe__h8;
 #define MOE__Q8_HIGH(x) vget_high_s8(x)
 #define MOE__Q8_PRODUCTS(c, p) vreinterpretq_u32_s32(vpadalq_s16(vreinterpretq_s32_u32(c), p))
 #define MOE__Q8_ADD(c, x, w) MOE__Q8_PRODUCTS(c, vmull_s8(x, w))
-/* x is never -128, so that two products stay below 2^15, and are added before they are widened */
+/* x is never -128, so two products add up to less than 2^15: they are widened after that */
 #define MOE__Q8_DOT(c, x, w)                                                                       \
   MOE__Q8_PRODUCTS(                                                                                \
       c, vmlal_s8(vmull_s8(MOE__Q8_LOW(x), MOE__Q8_LOW(w)), MOE__Q8_HIGH(x), MOE__Q8_HIGH(w)))
@@ -6216,10 +6218,8 @@ static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_TABLE(moe__
 /* ---- products with int8 weights over threads; packing, quantising ---- >>int8_run */
 
 #ifdef MOE__SIMD
-enum {
-  MOE__INT8_BUFFER = 1 << 16
-}; /* bytes of quantised rows: fewer than MOE__INT8_MC rows where
-                                        they are long */
+/* Bytes of quantised rows; fewer than MOE__INT8_MC rows fit if they are long. */
+enum { MOE__INT8_BUFFER = 1 << 16 };
 
 /* Rows of x for AMX: the bytes from one to the next, an odd number of cache lines, so that rows do
    not evict each other; and their last line, whose steps are moved to its end, after zeros. */
@@ -12775,7 +12775,7 @@ static void moe__layer_backward(moe_context *c, const moe__view *all, float *dw,
     moe__blocks_backward(c, all, dw, l);
 }
 
-/* Tells the caller that the gradients of a layer are complete; layer -1: those of all else. */
+/* Tells the caller that the gradients of a layer are complete; layer -1: all the others. */
 static void moe__backward_ready(const moe_context *c, const moe__pass *pass, int32_t layer) {
   const moe_model *m = c->model;
   const moe_train_config *train = pass->train;
@@ -14989,8 +14989,7 @@ static moe_status moe__trainer_carve(moe__layout *layout, moe_trainer *t, void *
                      "CPU alone, not by %s",
                      env->backend->name);
   if (t->config.ready && moe__on_device(env))
-    return moe__fail(env, MOE_E_UNSUPPORTED,
-                     "trainer: only the CPU says which gradients are ready, not %s",
+    return moe__fail(env, MOE_E_UNSUPPORTED, "trainer: ready is called on the CPU alone, not by %s",
                      env->backend->name);
   if (moe__on_device(env))
     t->ops = (moe_adam_op *)moe__carve(layout, (size_t)model->tensors, sizeof(moe_adam_op));

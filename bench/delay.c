@@ -15,7 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MOST = 16, QUEUE = 8192, BYTES = 9216 }; /* namespaces, frames on their way, of a frame */
+enum { MOST = 16, QUEUE = 8192, BYTES = 9216 }; /* namespaces, frames in flight, of a frame */
 
 static struct frame {
   double due;

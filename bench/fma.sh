@@ -4,7 +4,7 @@
 # instruction, other processors under qemu (instructions counted by insn.c) and WebAssembly in node;
 # bits against the first row. About two minutes. What is not installed is left out, by name; Debian:
 # gcc-riscv64-linux-gnu gcc-powerpc64le-linux-gnu gcc-aarch64-linux-gnu qemu-user clang lld nodejs,
-# and clang-19 lld-19 for relaxed simd. Writes build/fma.md.
+# and clang-19 lld-19 for relaxed simd and RISC-V vectors. Writes build/fma.md.
 cd "$(dirname "$0")" || exit 1
 mkdir -p build/fma
 dir=build/fma

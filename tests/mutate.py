@@ -29,8 +29,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 PROGRAMS = ("kernels", "ops", "model", "files", "text", "train")
 FLAGS = ["-std=c99", "-D_POSIX_C_SOURCE=200809L", "-O1", "-w", "-I."]
-# where the compiler has them: what a fault leaves unset is not 0 by chance, and what it writes
-# behind an array of the stack is seen
+# Where the compiler has them: a variable that a fault leaves unset is not 0 by chance, and a write
+# past an array on the stack is seen
 GUARDS = ["-ftrivial-auto-var-init=pattern", "-fstack-protector-strong"]
 # Text that ends an expression on its left or right, in the same pair of parentheses
 ASSIGN = {"=", "+=", "-=", "*=", "/=", "%=", "|=", "&=", "^=", "<<=", ">>="}

@@ -94,7 +94,8 @@ fi
 mkdir "$tmp/copy"
 cp examples/python/moe.py "$tmp/copy"
 cat > "$tmp/copy/ask.py" << 'END'
-import math, sys
+import copy, math, sys, weakref
+import numpy as np
 from moe import Model
 text, sensors = Model.load("two_tasks.safetensors"), Model.load("sensors.safetensors")
 assert list(text.tasks) == ["sentiment", "topic"], text.tasks
@@ -119,6 +120,9 @@ def error(function, *arguments):
 assert "no_such_file" in error(Model.load, "no_such_file")
 assert "takes one text" in error(text.predict, "topic", [("a", "b")])
 assert "all inputs are pairs" in error(text.predict, "topic", ["a", ("a", "b")])
+assert "all inputs are pairs" in error(text.predict, "topic", [()])
+assert "not one text" in error(text.predict, "topic", "soup")
+assert "b'soup' is bytes" in error(text.embed, [b"soup"])
 assert "expected (-1, 3)" in error(sensors.predict_features, "fault", [[[1, 2]]])
 assert "expected float32" in error(sensors.predict_features, "fault", [[["a", "b", "c"]]])
 assert "no task no" in error(text.predict, "no", ["a"])
@@ -138,6 +142,9 @@ assert "labels has shape (1, 2)" in error(text.train, [[("topic", "soup", [0, 1]
 assert "expects a class from 0 to 1" in error(text.train, [[("topic", "soup", 2)]])
 assert "no field rate" in error(lambda: text.train([batch], rate=1))
 assert "no task no" in error(text.train, [[("no", "soup", 1)]])
+for rows in [], [("topic", "soup")], ("topic", "soup", 1):
+    assert "a batch is a list of" in error(text.train, [rows]), rows
+assert "steps is 0" in error(text.train, [])
 text.weights["heads.topic.bias"][:] = [50, 0]
 text.pack()
 assert text.predict("topic", ["soup with cheese"])[0] == ("food", 1.0)
@@ -154,6 +161,14 @@ bare = Model.create(dict(layers=1, hidden=8, ffn=8, heads=2, router=0, experts=1
                          max_len=16), {}, vocab=open("examples/data/vocab.txt", "rb").read())
 assert bare.tasks == {} and bare.embed(["soup"] * 3).shape == (3, 8)
 assert "no field width" in error(Model.create, {"width": 8}, {"a": ["b", "c"]})
+# views keep their model, or trainer, until the last of them is gone
+kept, copies = [], copy.copy(bare)
+text.train([batch], lambda model: kept.append(model.gradients["heads.topic.bias"]))
+word, model = bare.weights["embeddings.word_embeddings.weight"], weakref.ref(bare._m)
+del bare, copies
+assert model() and np.isfinite(word).all() and (kept[0] == 0).all()
+del word
+assert not model()
 END
 if "$python" "$tmp/copy/ask.py" 2> "$tmp/log"; then fail test_examples_python_says_what_is_missing
 else prints test_examples_python_says_what_is_missing 'copy it there' "$tmp/log"; fi

@@ -97,8 +97,9 @@ for p in train predict tokenize convert routes tasklevel; do
 done
 
 # ---- README's main job, shortened, in a terminal of 80 x 24 ----
-# terminal.py RECORD PROGRAM...: what a terminal was sent. With pyte it is read back from the screen
-# and the lines that have left it: how many those are, then every line.
+# terminal.py RECORD PROGRAM... records what a terminal receives. replay.py RECORD plays it to a
+# screen of pyte and prints how many lines have scrolled off, how many are wider than 80 columns and
+# the first of these; then every line, scrolled off or on the screen.
 cat > "$tmp/terminal.py" << 'end'
 import fcntl, os, pty, struct, sys, termios
 pid, fd = pty.fork()

@@ -46,7 +46,7 @@ def _need(true, error, sentence):
         raise error(sentence)
 
 PATH = os.environ.get("MOE_LIBRARY")
-if not PATH:  # that of this moe.h, compiled unless it is there
+if not PATH:  # built from this moe.h unless it is there already
     header = next(filter(os.path.exists, [f"{HERE}/moe.h", f"{HERE}/../../moe.h"]), None)
     _need(header, ImportError, f"there is no {HERE}/moe.h: copy it there")
     source = b"#define MOE_IMPLEMENTATION\n" + open(header, "rb").read()
@@ -57,16 +57,16 @@ if not PATH:  # that of this moe.h, compiled unless it is there
         done = subprocess.run([cc, *"-O2 -shared -fPIC -DMOE_SHARED -x c - -lm -pthread -o".split(),
                                new], input=source, stderr=subprocess.PIPE)
         _need(not done.returncode, ImportError,
-              f"{cc} does not compile {header}:\n{done.stderr.decode()[:2000]}")
+              f"{cc} does not compile {header}:\n{done.stderr.decode(errors='replace')[:2000]}")
         os.replace(new, PATH)
 _lib, _env, R, PTR, _said = C.CDLL(PATH), C.c_void_p(), C.byref, C.c_void_p, ["it gave no reason"]
 _lib.moe_abi.restype = C.c_size_t
 for _name, _here in ((None, VERSION), *((s.__name__.encode(), C.sizeof(s)) for s in STRUCTS)):
     _need(_lib.moe_abi(_name) == _here, ImportError, f"{PATH} is of another version: "
-          f"{_name or 'its number'} is {_lib.moe_abi(_name)}, moe.py expects {_here}")
-_lib.moe_model_parameters.restype = C.c_size_t
-for _name in "model_task model_config model_vocab model_weights trainer_gradients".split():
-    getattr(_lib, "moe_" + _name).restype = PTR
+          f"{(_name or b'its number').decode()} is {_lib.moe_abi(_name)}, moe.py expects {_here}")
+for _name in "parameters task config vocab weights".split():  # sizes and addresses
+    getattr(_lib, "moe_model_" + _name).restype = C.c_size_t
+_lib.moe_trainer_gradients.restype = C.c_size_t
 _log = C.CFUNCTYPE(None, PTR, C.c_int, C.c_char_p)(
     lambda user, status, sentence: _said.append(sentence.decode(errors="replace")))
 
@@ -84,7 +84,7 @@ def _array(what, values, dtype, *shape):  # -1: any; floats never become whole n
     return np.ascontiguousarray(a, dtype)
 
 def _index(what, name, names):
-    _need(name in names, KeyError, f"no {what} {name}, but {', '.join(names)}")
+    _need(names and name in names, KeyError, f"no {what} {name} in {list(names or [])}")
     return list(names).index(name)
 
 def _init(struct, init, **values):
@@ -95,23 +95,34 @@ def _init(struct, init, **values):
     return struct
 
 def _strings(texts):
-    return (C.c_char_p * len(texts))(*map(str.encode, texts))
+    for x in texts:
+        _need(isinstance(x, str), TypeError, f"{x!r:.40} is {type(x).__name__}, expected str")
+    return (C.c_char_p * len(texts))(*(x.replace("\0", "").encode() for x in texts))
 
 def _pairs(texts):  # a and b of moe_predict_texts
     texts = [x if isinstance(x, tuple) else (x,) for x in texts]
-    _need(len({*map(len, texts)}) == 1, ValueError, "either all inputs are pairs, or none")
+    _need({*map(len, texts)} in ({1}, {2}), ValueError, "either all inputs are pairs, or none")
     return [*map(_strings, zip(*texts)), None][:2]
+
+class _Handle(PTR):  # owns an object of the library: freed with its last user, views too
+    def __init__(self, kind, *needs):  # needs: handles that must outlive it
+        self.needs, self.free = needs, getattr(_lib, f"moe_{kind}_free")
+
+    def __del__(self):
+        self.free(self)
 
 class Model:
     def __init__(self, make, *arguments):
-        self._m, self._p, self._t = PTR(), PTR(), PTR()
+        self._m = _Handle("model")
         _check(make(R(self._m), *arguments, _env))
+        self._p, self._t = _Handle("predictor", self._m), _Handle("tokenizer", self._m)
         self.config = Config.from_address(_lib.moe_model_config(self._m))
+        self.config.handle = self._m
         self._of = [Task.from_address(_lib.moe_model_task(self._m, i))
                     for i in range(_lib.moe_model_tasks(self._m))]
         self.tasks = {t.name.decode(): t.label and [x.decode() for x in (
             C.c_char_p * t.classes).from_address(t.label)] for t in self._of}  # None: a number
-        self.weights, self.gradients = self._views(_lib.moe_model_weights(self._m)), {}
+        self.weights, self.gradients = self._views(_lib.moe_model_weights(self._m), self._m), {}
 
     @classmethod
     def load(cls, path):
@@ -129,19 +140,17 @@ class Model:
             else:
                 labels_of.append(_strings(labels))
                 t.classes, t.label = len(labels), C.addressof(labels_of[-1])
-            t.name = name.encode()
+            t.name = _strings([name])[0]
         self = cls(_lib.moe_model_create, R(c), of, len(of), C.c_uint64(seed))
         if vocab:
             _check(_lib.moe_model_set_vocab(self._m, vocab, C.c_size_t(len(vocab)), _env))
         return self
 
-    def __del__(self):
-        for what, of in (("predictor", self._p), ("tokenizer", self._t), ("model", self._m)):
-            getattr(_lib, f"moe_{what}_free")(of)
-
-    def _views(self, address):
-        views, t, n = {}, Tensor(), _lib.moe_model_parameters(self._m)
-        flat = address and np.ctypeslib.as_array((C.c_float * n).from_address(address))
+    def _views(self, address, handle):  # they keep the handle alive
+        views, t = {}, Tensor()
+        if address:
+            floats = (C.c_float * _lib.moe_model_parameters(self._m)).from_address(address)
+            floats.handle, flat = handle, np.ctypeslib.as_array(floats)
         for i in range(_lib.moe_model_tensors(self._m) if address else 0):
             _check(_lib.moe_model_tensor(self._m, i, R(t)))
             views[t.name.decode()] = flat[t.offset:t.offset + t.count].reshape(t.shape[:t.dims])
@@ -158,6 +167,7 @@ class Model:
         return np.concatenate(rows), np.array([len(x) for x in rows], "i")
 
     def _run(self, inputs, width, ask):  # ask(some inputs, where their rows go), all in turn
+        _need(not isinstance(inputs, str), TypeError, "expected a list of inputs, not one text")
         if not self._p:
             _check(_lib.moe_predictor_create(R(self._p), self._m, BATCH, _env))
         out = np.empty((len(inputs), width), "f")
@@ -174,8 +184,7 @@ class Model:
             x, n = self._features(some)
             return _lib.moe_predict_features(self._p, t, x.ctypes, n.ctypes, len(n), out, None)
         rows = self._run(inputs, _lib.moe_model_max_classes(self._m), ask)
-        return [(labels[row.argmax()], float(row.max())) if labels else float(row[0])
-                for row in rows]
+        return [(labels[y.argmax()], float(y.max())) if labels else float(y[0]) for y in rows]
     predict_features = predict
 
     def embed(self, texts, task=None):
@@ -198,11 +207,12 @@ class Model:
         return ids[:t.count], segments[:t.count]
 
     def _batch(self, rows):
-        tasks, inputs, labels = zip(*rows)
+        _need(rows and all(isinstance(row, (tuple, list)) and len(row) == 3 for row in rows),
+              ValueError, "a batch is a list of (task, input, label), one or more")
+        tasks, inputs, _ = zip(*rows)
         of = {"task": np.array([_index("task", t, self.tasks) for t in tasks], "i")}
-        labels = [_index("label", y, self.tasks[t] or []) if isinstance(y, str) else y
-                  for t, y in zip(tasks, labels)]
-        of["label"] = _array("labels", labels, "f", -1)
+        ys = [_index("label", y, self.tasks[t]) if isinstance(y, str) else y for t, _, y in rows]
+        of["label"] = _array("labels", ys, "f", -1)
         if self.config.feature_dim:
             of["features"], n = self._features(inputs)
         else:
@@ -215,15 +225,14 @@ class Model:
         return s
 
     def train(self, batches, before_step=None, **config):
-        """A step for each batch, a list of (task, input, label); config: fields of
-        moe_train_config. before_step(model) may read and change model.gradients, views as
-        model.weights. Returns the losses."""
-        trainer, loss, losses = PTR(), C.c_float(), []
+        """A step for each batch, a list of (task, input, label); returns the losses. config: fields
+        of moe_train_config. before_step(model) may change model.gradients, views like weights."""
+        trainer, loss, losses = _Handle("trainer", self._m), C.c_float(), []
         made = {id(b): self._batch(b) for b in batches}
         c = _init(Train(), _lib.moe_train_config_init, **{"steps": len(batches), **config})
-        limits = Limits(*np.max([(b.tokens, b.S) for b in made.values()], 0).tolist(), 1)
+        limits = Limits(*np.max([(1, 1), *((b.tokens, b.S) for b in made.values())], 0).tolist(), 1)
         _check(_lib.moe_trainer_create(R(trainer), self._m, R(limits), R(c), _env))
-        self.gradients = self._views(_lib.moe_trainer_gradients(trainer))
+        self.gradients = self._views(_lib.moe_trainer_gradients(trainer), trainer)
         try:
             for b in batches:
                 _check(_lib.moe_trainer_accumulate(trainer, R(made[id(b)]), 0, R(loss), None, _env))
@@ -233,11 +242,9 @@ class Model:
                 _check(_lib.moe_trainer_step(trainer, None, _env))
         finally:
             self.gradients = {}
-            _lib.moe_trainer_free(trainer)
         return losses
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
-        sys.exit("usage: moe.py MODEL TASK TEXT...")
+    _need(len(sys.argv) > 3, SystemExit, "usage: moe.py MODEL TASK TEXT...")
     for answer in Model.load(sys.argv[1]).predict(sys.argv[2], sys.argv[3:]):
         print(*answer if isinstance(answer, tuple) else [answer])

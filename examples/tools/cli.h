@@ -633,7 +633,7 @@ static inline int terminal_width(FILE *f) {
   return columns > 0 ? columns : 80;
 }
 
-/* A sentence: on a terminal in lines that end between words, elsewhere in one. */
+/* A sentence: wrapped between words on a terminal, elsewhere one line. */
 TOOLS_PRINTF(1) static inline void print_sentence(const char *format, ...) {
   char sentence[1024];
   int width = terminal_width(stdout);
@@ -674,7 +674,7 @@ static inline void clear_progress(void) {
   if (width) fprintf(stderr, "\r%*s\r", width - 1, "");
 }
 
-/* Whether no line of a table has anything in a column. */
+/* Whether a column is blank in every line of a table. */
 static inline int blank_column(const char *table, int column) {
   const char *end;
   for (; *table; table = end + 1) {

@@ -4,7 +4,7 @@
 
      compile NVRTC FOLDER          NVRTC: its library. Writes FOLDER/kernels.txt: registers, shared
                                    memory and spills of each kernel
-     compile NVRTC FOLDER few      the same for 70, 90 and 120 alone
+     compile NVRTC FOLDER few      the same for 70, 90 and 120 only
      compile NVRTC FOLDER ptx      writes FOLDER/kernels_70.ptx (or 75), kernels_80.ptx
      compile source ARCH           prints the source, for nvcc
 

@@ -456,7 +456,7 @@ static void test_poison_refuses_what_processes_share(void) {
   CHECK(!moe_model_pack(model, NULL, &on), "%s", said);
   tc.ready = poison_ready;
   CHECK(moe_trainer_create(&t, model, &limits, &tc, &on) == MOE_E_UNSUPPORTED && !t &&
-            strstr(said, "only the CPU says which gradients are ready, not poison"),
+            strstr(said, "ready is called on the CPU alone, not by poison"),
         "%s", said);
   tc.ready = NULL;
   tc.share = &share;
