@@ -413,6 +413,10 @@ static void test_import_noise_parts_the_copies(void) {
     for (k = 0; k < t.count; ++k) {
       double d = (double)moe_model_weights(model)[t.offset + k] - (double)value_of(name, k);
       CHECK(experts || d == 0, "%s has noise", t.name);
+      CHECK(fabs(d - 0.25 * (double)moe__normal(
+                                moe_key(5, 0, moe__name_hash(t.name), 0, MOE__SITE_NOISE), k)) <
+                (experts ? 1e-6 : 9),
+            "%s[%zu]: noise %g is not that of the seed", t.name, k, d);
       if (experts) sum += d, squares += d * d, own += d * d, ++count;
     }
     CHECK(!experts || own > 0, "%s has no noise", t.name);

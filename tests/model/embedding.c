@@ -267,6 +267,32 @@ static void test_embedding_files_and_sizes(void) {
   moe_model_free(model);
 }
 
+/* Without another task to start from, a new task's vector is drawn from the seed. */
+static void test_embedding_new_vectors_follow_from_the_seed(void) {
+  moe_env env = models_env(MOE_ISA_AUTO);
+  moe_task tasks[MODELS_TASKS], extra;
+  moe_config config = embedding_config();
+  moe_model *model, *more[3] = {NULL, NULL, NULL};
+  const float *z[3];
+  size_t at = MODELS_TASKS * RANK;
+  int i;
+  models_tasks(tasks);
+  extra = tasks[0];
+  strcpy(extra.name, "more");
+  model = models_create(&config, tasks, MODELS_TASKS, &env);
+  for (i = 0; i < 3; ++i) {
+    CHECK(!moe_model_adapt(&more[i], model, &extra, MOE_GATE_RANDOM, i ? 6 : 5, &env), "%s", said);
+    z[i] = moe_model_weights(more[i]) + embedding_offset(more[i], "tasks.vectors");
+  }
+  for (i = 0; i < RANK; ++i)
+    CHECK(memcmp(z[0] + at + i, z[1] + at + i, sizeof **z) && fabsf(z[1][at + (size_t)i]) > 0 &&
+              fabsf(z[1][at + (size_t)i]) < 10 && !memcmp(z[1] + at + i, z[2] + at + i, sizeof **z),
+          "element %d: %g, %g, %g", i, (double)z[0][at + (size_t)i], (double)z[1][at + (size_t)i],
+          (double)z[2][at + (size_t)i]);
+  for (i = 0; i < 3; ++i) moe_model_free(more[i]);
+  moe_model_free(model);
+}
+
 /* The threads, the instruction set and the rest of the batch change no bit. */
 static void test_embedding_bits(void) {
   static float score[2][MODELS_S * 3];
@@ -321,6 +347,7 @@ static void run_embedding(void) {
   RUN(test_embedding_tasks_outside_the_batch_have_no_gradient);
   RUN(test_embedding_gradients_are_differences);
   RUN(test_embedding_files_and_sizes);
+  RUN(test_embedding_new_vectors_follow_from_the_seed);
   RUN(test_embedding_bits);
   RUN(test_embedding_head_of_a_task_called_gate_is_a_head);
 }
