@@ -286,6 +286,18 @@ static void test_base_forced_isa_that_is_missing_is_refused(void) {
         missing); /* and the numbers that name none */
 }
 
+/* Whether this compiler makes one sum of a*b + c, which would change bits. */
+static void test_base_knows_whether_sums_are_contracted(void) {
+  volatile float x[2] = {1.000244140625f, -1}; /* the product ends in a bit that rounding takes */
+  moe_env env;
+  int fuses = moe__fuses(x);
+#ifdef MOE__X86
+  if (moe_isa_available(MOE_ISA_AVX2)) fuses |= moe__fuses_in_kernels(x);
+#endif
+  moe_env_init(&env, MOE_ISA_AUTO);
+  CHECK(!(env.cpu_flags & MOE_CPU_CONTRACTED) == !fuses, "flags %x", (unsigned)env.cpu_flags);
+}
+
 /* What a binding compares its own structs with. */
 static void test_base_tells_the_size_of_each_struct(void) {
 #define SIZED(type)                                                                                \
@@ -328,6 +340,7 @@ static void test_base_tells_the_size_of_each_struct(void) {
 
 static void run_base(void) {
   RUN(test_base_tells_the_size_of_each_struct);
+  RUN(test_base_knows_whether_sums_are_contracted);
   RUN(test_base_formats_sentences);
   RUN(test_base_formats_every_number);
   RUN(test_base_sentences_hold_nothing_that_a_terminal_obeys);

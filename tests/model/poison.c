@@ -287,6 +287,35 @@ static void test_poison_training_has_the_bits_of_the_cpu(void) {
   }
 }
 
+/* The check copies gradients from the device; without memory for that it says so. */
+static void test_poison_gradcheck_survives_every_failed_allocation(void) {
+  moe_env env = models_env(MOE_ISA_AUTO), on = env;
+  moe_backend b = poison_backend();
+  moe_limits limits = {MODELS_M, MODELS_S, 1, 0};
+  moe_train_config tc = poison_train();
+  moe_model *model = poison_model(MOE_ROUTER_TASK, 0, &env);
+  moe_trainer *t = NULL;
+  float error = 7;
+  int n, done = 0, blocks;
+  on.backend = &b;
+  CHECK(model && !moe_trainer_create(&t, model, &limits, &tc, &on), "%s", said);
+  models_random_batch(&poison_batch, model, 5, 9, 3);
+  blocks = blocks_in_use;
+  for (n = 0; n < 10 && !done; ++n) {
+    moe_status status;
+    fail_at = allocations + n;
+    status = moe_gradcheck(t, &poison_batch.b, 2, &error, &on);
+    done = allocations <= fail_at;
+    fail_at = -1;
+    CHECK(status == (done ? MOE_OK : MOE_E_MEMORY) && blocks_in_use == blocks,
+          "allocation %d: status %d, %d blocks left", n, (int)status, blocks_in_use - blocks);
+  }
+  CHECK(done && n == 3 && error < 1e-2f, "%d allocations, error %g", n - 1, (double)error);
+  moe_trainer_free(t);
+  moe_model_free(model);
+  POISON_IS_CLEAN();
+}
+
 /* Whatever reads the weights of a model that was trained on the device sees the newest. */
 static void test_poison_trained_weights_are_downloaded_for_whoever_reads_them(void) {
   static const int32_t keep[] = {3, 0};
@@ -548,6 +577,7 @@ static void run_poison(void) {
   RUN(test_poison_a_pass_is_one_upload_and_one_download);
   RUN(test_poison_uploads_fit_in_a_trainer_of_the_batches_size);
   RUN(test_poison_training_has_the_bits_of_the_cpu);
+  RUN(test_poison_gradcheck_survives_every_failed_allocation);
   RUN(test_poison_trained_weights_are_downloaded_for_whoever_reads_them);
   RUN(test_poison_contexts_in_blocks_of_the_exact_size);
   RUN(test_poison_predicts_as_the_cpu);
