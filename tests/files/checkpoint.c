@@ -411,7 +411,7 @@ static void test_checkpoint_names_what_differs(void) {
   end_run(&r);
 }
 
-/* Without memory for its checks a checkpoint is not read, rather than read unchecked. */
+/* Without memory for its checks a checkpoint is refused, not read unchecked. */
 static void test_checkpoint_reading_takes_no_failed_allocation(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   run r;

@@ -661,7 +661,7 @@ static void test_files_leftovers_are_no_obstacle(void) {
 #endif
 }
 
-/* A name without a folder is one of the current folder. */
+/* A path without a folder is a file of the current folder. */
 static void test_files_in_the_current_folder(void) {
 #ifdef HAVE_POSIX
   moe_env env = models_env(MOE_ISA_AUTO);

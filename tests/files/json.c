@@ -326,7 +326,7 @@ static void test_safetensors_halves_become_floats_exactly(void) {
 }
 
 #ifdef HAVE_POSIX
-/* The values of a tensor end where the file does, and there the page. */
+/* The values of a tensor end with the file and with the last page that may be read. */
 static void test_safetensors_values_are_read_to_their_end(void) {
   static const moe__dtype dtype[] = {MOE__F32, MOE__F16, MOE__BF16, MOE__F64};
   size_t page = (size_t)sysconf(_SC_PAGESIZE), d, n;

@@ -126,8 +126,8 @@ static void test_threads_share_a_model(void) {
 
 static void threads_count(void *arg, int32_t index) { ((int *)arg)[index] += 1; }
 
-/* An env for programs that do not know the struct: its threads are its own, and what it refuses
-   leaves nothing behind. */
+/* An env for programs that do not know the struct: it owns its threads, and a refusal leaves
+   nothing behind. */
 static void test_threads_of_an_env_from_the_heap(void) {
   static const int32_t wrong[] = {-1, 0, 257};
   moe_env env = models_env(MOE_ISA_AUTO), *own = NULL;

@@ -321,8 +321,8 @@ static int32_t takes_unpacked(void *user, int32_t m, int32_t n, int32_t k, int32
   return !packed;
 }
 
-/* A library that is better only where the built-in kernels would have to pack is told that they
-   need not, and how many rows each of three experts can expect. */
+/* `takes` is told whether weights are packed, which a library may then refuse, and how many rows
+   each of three experts can expect. */
 static void test_backend_may_leave_packed_weights(void) {
   moe_env plain = without(MOE_ISA_AUTO), counted = plain;
   moe_backend backend = counting;

@@ -160,7 +160,7 @@ static void test_parallel_helpers_take_part(void) {
   moe_pool_free(pool);
 }
 
-/* A helper that has fallen asleep is woken. */
+/* A sleeping helper is woken. */
 static void test_parallel_wakes_helpers(void) {
   int32_t here[3] = {0, 0, 0};
   double until = moe__seconds(NULL) + 60;
@@ -298,7 +298,7 @@ static void test_base_knows_whether_sums_are_contracted(void) {
   CHECK(!(env.cpu_flags & MOE_CPU_CONTRACTED) == !fuses, "flags %x", (unsigned)env.cpu_flags);
 }
 
-/* What a binding compares its own structs with. */
+/* A binding compares these sizes with those of its own structs. */
 static void test_base_tells_the_size_of_each_struct(void) {
 #define SIZED(type)                                                                                \
   { #type, sizeof(type) }

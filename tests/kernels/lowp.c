@@ -305,7 +305,7 @@ static void test_lowp_non_finite_rows_give_nan(void) {
   }
 }
 
-/* Rows without a scale, at every place of a vector: their integers are 0, whatever is in them. */
+/* Rows without a scale: their integers are 0, wherever in a vector the odd element is. */
 static void test_lowp_rows_without_a_scale_have_integers_of_0(void) {
   static const uint32_t bits[] = {0x7f800000u, 0xff800000u, 0x7fc00000u, 0x7fc00055u,
                                   0xffc00033u, 0x80000000u, 0x03000000u};

@@ -420,7 +420,8 @@ static void test_level_inference_computes_the_chosen_blocks_only(void) {
   moe_model_free(model);
 }
 
-/* Weights after three steps, each of one batch or of parts of `each` sequences. */
+/* Hash of the weights after three steps, each of one batch (each: 0) or of micro-batches of `each`
+   sequences. */
 static uint64_t run_hash(moe_isa isa, int32_t threads, int each, moe_selection selection) {
   moe_env env = models_env(isa);
   moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, selection, BLOCKS);
@@ -855,7 +856,7 @@ static void test_level_wrong_configurations_have_a_sentence(void) {
 }
 
 static void test_level_wrong_input_has_a_sentence(void) {
-  static float routes[ROUTES + 1]; /* the last one is nobody's */
+  static float routes[ROUTES + 1]; /* the last one must not be read */
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config c = level_config(MOE_ROUTER_TASK_LEVEL, MOE_SELECT_SOFTMAX, BLOCKS);
   moe_task_router level = {routes, NULL, NULL, NULL}, outside = {NULL, routes, NULL, NULL};

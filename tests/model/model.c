@@ -76,7 +76,7 @@ static void test_model_table_of_tensors_has_no_gap(void) {
   }
 }
 
-/* A name means what it means in this model, whatever another one was asked before. */
+/* A name is looked up in this model, whatever another one was asked for before. */
 static void test_model_names_of_two_models_in_turn(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_config sparse = models_config(MOE_ROUTER_TASK, 3, 1),
@@ -1525,7 +1525,7 @@ static void check_logits(moe_context *const context[2], int32_t layers, int has_
         "there are no such layers");
 }
 
-/* A gate over one expert has nothing to say, one over two has. */
+/* A gate has no logits for one expert, and has them from two on. */
 static void test_model_gives_logits_from_two_experts_on(void) {
   moe_env env = models_env(MOE_ISA_AUTO);
   moe_task tasks[MODELS_TASKS];

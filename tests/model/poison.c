@@ -166,7 +166,7 @@ static void test_poison_a_pass_is_one_upload_and_one_download(void) {
   POISON_IS_CLEAN();
 }
 
-/* A step with all that a caller can give, in a trainer of the very size of its batch. */
+/* A step with every array that a caller can pass, in a trainer exactly as large as its batch. */
 static void poison_step_exactly(float result[2], const moe_env *env) {
   static const int32_t forced[2 * MODELS_M * 2];
   static const uint8_t masked[8] = {0, 0, 1, 0, 0, 0, 1, 0}, pruned[8] = {0, 0, 0, 1, 0, 0, 0, 1};
@@ -196,7 +196,7 @@ static void poison_step_exactly(float result[2], const moe_env *env) {
   moe_model_free(model);
 }
 
-/* Many small arrays: what they are rounded up to fits as well. */
+/* Many small arrays: they fit with their padding, too. */
 static void test_poison_uploads_fit_in_a_trainer_of_the_batches_size(void) {
   moe_env env = models_env(MOE_ISA_AUTO), on = env;
   moe_backend b = poison_backend();
@@ -357,7 +357,7 @@ static void test_poison_trained_weights_are_downloaded_for_whoever_reads_them(vo
   CHECK(!memcmp(hash[0], hash[1], sizeof hash[0]), "quantised, adapted, extracted, read or freed");
 }
 
-/* A block of the size that moe_context_size says is enough there too, and one byte less is not. */
+/* A block of moe_context_size bytes is enough on a device, too; one byte less is not. */
 static void test_poison_contexts_in_blocks_of_the_exact_size(void) {
   moe_env env = models_env(MOE_ISA_AUTO), on = env;
   moe_backend b = poison_backend();
@@ -471,7 +471,7 @@ static void poison_ready(void *user, size_t first, size_t count) {
   (void)user, (void)first, (void)count;
 }
 
-/* What several processes exchange is in the host's memory. */
+/* Processes exchange what is in the host's memory, so a device refuses both ways to do so. */
 static void test_poison_refuses_what_processes_share(void) {
   moe_env env = models_env(MOE_ISA_AUTO), on = env;
   moe_backend b = poison_backend();

@@ -433,7 +433,7 @@ static void test_experts_no_tokens_at_all(void) {
   experts_fixture_free(&f);
 }
 
-/* Networks of no units: what is left of an expert is the bias of its output. */
+/* Without hidden units the output of an expert is its bias. */
 static void test_experts_of_no_units_give_their_biases(void) {
   experts_fixture f;
   int32_t t, j;

@@ -112,7 +112,7 @@ static void test_settings_tell_where_added_tokens_are(void) {
   release(&f);
 }
 
-/* Normalised, a syllable of Hangul is three times as long; the token is found all the same. */
+/* A syllable of Hangul is three times as long when normalised; the token is found nevertheless. */
 static void test_settings_find_added_tokens_that_grow(void) {
   static const char syllable[] = "\352\260\201";
   char text[64] = "";

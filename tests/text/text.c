@@ -495,8 +495,8 @@ static void test_text_finds_words_of_400_bytes(void) {
   free(text.s);
 }
 
-/* Marks are sorted by their class: the code points of a word, also of an unknown one, are those
-   from the least to the greatest all the same. */
+/* Marks are sorted by their class; the range of a word in the text, known or not, still covers all
+   of its code points. */
 static void test_text_words_of_sorted_marks_have_all_their_code_points(void) {
   static const char vocab[] = "[UNK]\n[CLS]\n[SEP]\nq\360\235\205\245\360\235\205\255\n";
   static const char input[] = "q\360\235\205\255\360\235\205\245 z\360\235\205\255\360\235\205\245";

@@ -320,8 +320,8 @@ static void test_trainer_gradcheck_finds_a_wrong_gradient(void) {
   drop(&p);
 }
 
-/* The error of the next gradients as moe_gradcheck finds it, with one of tensor i made wrong by
-   half of what it counts against; *expected: the error that this makes. */
+/* The error that moe_gradcheck finds when one gradient of tensor i is wrong by half of the norm
+   that errors are relative to; *expected: the error that it should find. */
 static double gradcheck_finds(pair *p, int32_t i, int32_t samples, int nan, double *expected,
                               const moe_env *env) {
   moe_trainer *t = p->trainer;
@@ -352,8 +352,8 @@ static double gradcheck_finds(pair *p, int32_t i, int32_t samples, int nan, doub
   return worst;
 }
 
-/* Against the norm of its tensor, or a hundredth of the whole one's; NaN is worse than anything
-   behind it. Few samples are spread over all tensors. */
+/* An error is relative to the norm of its tensor, or to a hundredth of the norm of all if that is
+   larger; NaN stays the worst. Few samples are spread over all tensors. */
 static void test_trainer_gradcheck_tells_the_worst_error(void) {
   static const float nothing[12] = {0};
   float error = 7;
@@ -1093,7 +1093,7 @@ static void test_trainer_learns(void) {
   }
 }
 
-/* What ready was told: the ranges in their order, and copies of the gradients at that moment. */
+/* What ready was called with: the ranges in their order, and copies of the gradients then. */
 typedef struct told {
   moe_trainer *trainer;
   float *seen;
