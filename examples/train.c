@@ -759,7 +759,7 @@ static void run_all(void) {
   print_table();
   if (opt.parent > 0) {
     print_sentence("Dense parent: the first %.0f %% of the steps, on all tasks; every multi-task "
-                   "system goes on from it (its seconds not counted) for the others.",
+                   "system continues from it for the rest (its seconds are not counted).",
                    100 * opt.parent);
     print_sentence("Single-Task: each task from scratch, for its share of all steps.");
   }

@@ -647,8 +647,8 @@ TOOLS_PRINTF(1) static inline void print_sentence(const char *format, ...) {
     printf("%s\n", sentence);
 }
 
-/* One line that moves on a terminal, its title cut where it is too wide; elsewhere a line each half
-   a minute. end: the last one. */
+/* One line, redrawn in place on a terminal, with the title cut where it is too wide; elsewhere a
+   line every half minute. end: the last one. */
 static inline void show_progress(progress *p, int64_t step, double loss, double speed, int end) {
   int width = terminal_width(stderr);
   double now = seconds_now(), each = (now - p->began) / (double)(step - p->first);
@@ -684,8 +684,8 @@ static inline int blank_column(const char *table, int column) {
   return 1;
 }
 
-/* Prints a table whose lines are a title, cells of equal width and perhaps more. Where it is wider
-   than the terminal, in blocks, each with the titles again. */
+/* Prints a table whose lines are a title, cells of equal width and perhaps more. A table wider than
+   the terminal is cut into blocks, each of which repeats the titles. */
 static inline void print_blocks(const text *table, int title, int cell) {
   int width = terminal_width(stdout), from = title, to, widest = 0;
   const char *line, *end;

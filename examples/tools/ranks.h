@@ -171,8 +171,8 @@ static inline void add_range(void *user, size_t first, size_t count) {
   }
 }
 
-/* Most MPIs move messages only within their own calls. The clock of a table of times is asked after
-   each op: reason enough to call. */
+/* Most MPIs move messages only within their own calls. moe.h reads the clock of a profile after
+   each op, so this clock makes such a call. */
 static inline double time_of_op(void *user) {
   int done;
   (void)user;
@@ -186,7 +186,7 @@ static inline void overlap_ops(moe_env *e, moe_profile *times) {
   e->profile = times;
 }
 
-/* This rank's range of n weights, if it does not step all; who is told of gradients. */
+/* Sets this rank's range of n weights, unless it steps all, and who is told of ready gradients. */
 static inline void divide_training(moe_train_config *config, size_t n) {
   static moe_share share;
   int r;
