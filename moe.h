@@ -950,11 +950,11 @@ typedef enum moe_text_flags {
   MOE_TEXT_CASED = 1,   /* text is not lower-cased, and keeps its accents */
   MOE_TEXT_ACCENTS = 2, /* the other way: accents stay in lower-cased text, go from cased text */
   MOE_TEXT_WHOLE_IDEOGRAPHS = 4, /* ideographs are not words of their own */
-  MOE_TEXT_ADDED =
-      8 /* lines of the vocabulary that end with a tab, "+" and any of the letters lnrsw
-                        are added tokens, which stay whole in a text, the longest first: n, in the
-                        normalised text; w, also a word as other lines. l, r and s are for other
-                        programs: they change no id */
+  MOE_TEXT_ADDED = 8 /* lines of the vocabulary that end with a tab, "+" and any of the letters
+                        lnorsw are added tokens, which stay whole in a text, the longest first: n,
+                        in the normalised text; o, only where no character of a word precedes or
+                        follows; w, also a word as other lines. l, r and s are for other programs:
+                        they change no id */
 } moe_text_flags;
 /* The configuration that a model file holds. moe_config_init sets MiniLM's shape and the paper's
    defaults. */
@@ -18872,9 +18872,10 @@ MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sample
    MOE__FOLD_SLOPE (consecutive targets) the target of the first minus the first, as a signed
    number. In a run of MOE__FOLD_PAIRS every second code point, from the first on, maps to its
    successor; the targets of MOE__FOLD_LIST are in moe__text_ideographs, three digits each. A code
-   point with several targets has as many runs. A number is written in digits of 5 bits, lowest
-   first, 32 added to all but the last; signed: twice the value, or -1 - 2 * value. Digits are 0-9,
-   A-Z, a-z, + and -. Hangul syllables are computed. */
+   point with several targets has as many runs. moe__text_words lists where runs of characters of a
+   word begin and end, as single_word knows them: each distance from the one before. A number is
+   written in digits of 5 bits, lowest first, 32 added to all but the last; signed: twice the value,
+   or -1 - 2 * value. Digits are 0-9, A-Z, a-z, + and -. Hangul syllables are computed. */
 enum {
   MOE__TEXT_LETTER, /* everything else */
   MOE__TEXT_DROP,   /* dropped */
@@ -18891,169 +18892,131 @@ enum {
 enum { MOE__FOLD_CONST, MOE__FOLD_SLOPE, MOE__FOLD_PAIRS, MOE__FOLD_LIST };
 
 /* tables made by tests/golden/unicode.py: do not edit */
+/* clang-format off */
 enum { MOE__TEXT_KINDS = 13 };
 enum { MOE__TEXT_BOUNDS = 935, MOE__TEXT_STRIPS = 829, MOE__TEXT_LOWERS = 188 };
 static const char moe__text_classes[] =
-    "0f39F2E221+"
-    "6I21v5Pn2X1a2W1g14XDX12136343219G5343XIxVl261uCk1393y7v1t6a2l1G8XIj1315131I231I2315i1GDY29G3G4"
-    "d4B3112Gj"
-    "1f8Vg165a332p2712c28I3i1Mi5F125VtAs3e4b2j3CTVi15j3AV4v17v5f1V53s3r5FnBTW1w16255X3C54i14W1DJ2GC"
-    "3H6x155j1C5LJVJx155J"
-    "6J4J2546VJ56CJx155w16J65LJE3H6x15362j1C596CJW16+16D5p16+"
-    "1W18W14W1358IDJV6x1536766615LJV6W2j1C5LJe358W146U3z163j14V"
-    "F61i14W133BGt263j14I3JDi14Ju1v5G34IT525251g1t1v15j14i1462v1531I7e4CjEj15At19Gq2j15w1552I4JDa2E"
-    "J6W1Jj1H63J85G6+23YJ"
-    "V3h3W53jJGJ2RGm2Td1J25UJ251GTJW1JY2J3q2F63k395161T4T55Z1b4BW131x45t3W17JB67VBGp6I463Gu162q2852"
-    "63X3EJ2W3A5X1n28a28k"
-    "5m2j1q152w1666628Mn2Hj3LJY1j16J28151Jw152J562W13LAg1m1X3A6154t1Z2GY2+"
-    "2GV331X5Ep2B5754Ie6sLx1C1i1aGa4Br15k9OF2r1521"
-    "w7L-4Eo4C21r16s3NGGGZ2X5H54q4ZHg1X1G-"
-    "X1i5z2GX1u3zCq8r2g1a1GpNVAg15Go33F5X3uCW1vIm1j7mE21T7u3Co4Mi14N23D3y2I73x23bO"
-    "trp2Wm6tlg8+tLGl8TY35431w3A3W1Io2I2a2m864556QJl2g1m25AGIY7OT43g1w15V3GPe4C8C3X1W1p153j166481-"
-    "4TG76a2d28J4JE696Gg1W"
-    "16q152V5I7I35TGEJ4G65l76363325pWDqdn2We6tl6+"
-    "G5WHGY6f6Gu3Ge6GzDa1i5F3532Gr412T4a27g1EG5GST43S3232n2w4R41Z8Tz75Z75s4"
-    "v1f13n13-"
-    "C3eN3e63W13Y6W14J76151615f1V75Hh3l13c3IBn2f2n2W3g1eZ16t1l5E51n2u151Jp1j16I2G211g1Y2Vd1w16d26ID"
-    "g1p151GCJs1"
-    "k3A85t1551J23E32To2W1561815161a2n33s164d26INJy1546D8Pp2Av1o6847j3d2765J3I43i7j1AJ3I2X9RJt2X3A6"
-    "25161Tg36263d26815c3"
-    "W15j15j145HTZe18nX2t1+lHGY4v153x1p27t1D3hY1j1keJ615131e1bc5M2V6B1z15y28W3Ap2b1i1u4V+"
-    "z1aMx1ZKw16F63t1Kw16y5-g1w28y6"
-    "Jw28P3W2gb2p2q3j267sr5tg+GWuf1tqt1Wn4dYc2WtFty6XWYM1Vqc1W7fX3Wu-1w+-PWWW2w+-P";
+  "0f39F2E221+6I21v5Pn2X1a2W1g14XDX12136343219G5343XIxVl261uCk1393y7v1t6a2l1G8XIj1315131I231I2315"
+  "i1GDY29G3G4d4B3112Gj1f8Vg165a332p2712c28I3i1Mi5F125VtAs3e4b2j3CTVi15j3AV4v17v5f1V53s3r5FnBTW1w"
+  "16255X3C54i14W1DJ2GC3H6x155j1C5LJVJx155J6J4J2546VJ56CJx155w16J65LJE3H6x15362j1C596CJW16+16D5p1"
+  "6+1W18W14W1358IDJV6x1536766615LJV6W2j1C5LJe358W146U3z163j14VF61i14W133BGt263j14I3JDi14Ju1v5G34"
+  "IT525251g1t1v15j14i1462v1531I7e4CjEj15At19Gq2j15w1552I4JDa2EJ6W1Jj1H63J85G6+23YJV3h3W53jJGJ2RG"
+  "m2Td1J25UJ251GTJW1JY2J3q2F63k395161T4T55Z1b4BW131x45t3W17JB67VBGp6I463Gu162q285263X3EJ2W3A5X1n"
+  "28a28k5m2j1q152w1666628Mn2Hj3LJY1j16J28151Jw152J562W13LAg1m1X3A6154t1Z2GY2+2GV331X5Ep2B5754Ie6"
+  "sLx1C1i1aGa4Br15k9OF2r1521w7L-4Eo4C21r16s3NGGGZ2X5H54q4ZHg1X1G-X1i5z2GX1u3zCq8r2g1a1GpNVAg15Go"
+  "33F5X3uCW1vIm1j7mE21T7u3Co4Mi14N23D3y2I73x23bOtrp2Wm6tlg8+tLGl8TY35431w3A3W1Io2I2a2m864556QJl2"
+  "g1m25AGIY7OT43g1w15V3GPe4C8C3X1W1p153j166481-4TG76a2d28J4JE696Gg1W16q152V5I7I35TGEJ4G65l763633"
+  "25pWDqdn2We6tl6+G5WHGY6f6Gu3Ge6GzDa1i5F3532Gr412T4a27g1EG5GST43S3232n2w4R41Z8Tz75Z75s4v1f13n13"
+  "-C3eN3e63W13Y6W14J76151615f1V75Hh3l13c3IBn2f2n2W3g1eZ16t1l5E51n2u151Jp1j16I2G211g1Y2Vd1w16d26I"
+  "Dg1p151GCJs1k3A85t1551J23E32To2W1561815161a2n33s164d26INJy1546D8Pp2Av1o6847j3d2765J3I43i7j1AJ3"
+  "I2X9RJt2X3A625161Tg36263d26815c3W15j15j145HTZe18nX2t1+lHGY4v153x1p27t1D3hY1j1keJ615131e1bc5M2V"
+  "6B1z15y28W3Ap2b1i1u4V+z1aMx1ZKw16F63t1Kw16y5-g1w28y6Jw28P3W2gb2p2q3j267sr5tg+GWuf1tqt1Wn4dYc2W"
+  "tFty6XWYM1Vqc1W7fX3Wu-1w+-PWWW2w+-P";
 static const char moe__text_strips[] =
-    "W6Kz771d81Cb84Cb855b82Cd86Cd841d83Kz771d81Cb84Cb855b82Cd86Cd841d821h811zB11-"
-    "911XC11ZA11bC11dA11bC11dA11fC11hA11jC1"
-    "1lA11nC11pA11pC11rA31vC11xA11zC11-"
-    "A11XD11ZB11bD11dB11fD11hB11fD11hB11jD11lB11nD11pB11rD11tB11tD11vB31zD11-B11XE11Z"
-    "C11bE11dC11fE11hC11jE41pE11rC11rE11tC21vE11xC11zE11-"
-    "C11XF11ZD51fF11hD11jF11lD11nF11pD41vF11xD11zF11-D11XG11ZE31ZG1"
-    "1bE11dG11fE11hG11jE11jG11lE11nG11pE11rG11tE11vG11xE11xG11zE11-"
-    "G11XF31bH11dF11fH11hF11jH11lF11nH11pF11rH11tF11vH11x"
-    "F11vH11xF11vH11xF15zH21-F11XI11ZG11bI11dGY11XL11ZJE1pL11rJT1tO11vM11hO11jM11ZO11bM11xN11zL11-"
-    "N11XM11ZO11bM11dO11fM"
-    "11hO11jM21vP11xN11zP11-N11tH11vF31zP11-"
-    "N11vP11xN11rP11tN11vP11xN11j311cA11hO41vQ11xO31pQ11rO11nR11pP11hJ11jH11hI11"
-    "jG11zR11-P11XS11ZQ11zR11-P11XS11ZQ11zR11-P11XS11ZQ11vR11xP11zR11-P11xR11zP11-R11XQ11zR11-"
-    "P11XS11ZQ11fS11hQ11hS11jQ"
-    "31hT11jR71fU11hS11bU11dS11rT11tR11vT11xR11zT11-R11XU11ZS11nT11pRXA1rBA1bq171vj111M11-"
-    "i111Q11S11U21c121k111q111o2Q1"
-    "X111B11A11G11I11K11g1Q1X111B11P11F119541j14g131W141151S11M11g1B11W111N4r131-"
-    "141151Z211f211r1O53h21rA11t8E1-B11XA11"
-    "ZC11bA31XC11ZA35321hC11jA11jC11lA31pC11rA11tC11vA11lC11nA35321zB11-911rC11tA11vC11xA11zC11-"
-    "A11vC11xA31vC11xAf94A21"
-    "e211411e2w41g1211H11sI11811311a19b431z315r321b311-2i30700P10900MG5r331-"
-    "2q211314Z15b421z331b3g71130700P10900MG5r3u1"
-    "0300c4s10700N10700P10B00Mq71g175S31F10H00K-"
-    "30700N10700P10B00Mk41120500P10700R109002bB11A11511511511D1n2z511Wt20100"
-    "+220100w220100s220100o220100k240100c2f11B21F30300L10300N21RzL1zxE11-vE11-"
-    "xE11XwE11ZyE11bwE11dyE11fwE11fyE11hwE11hy"
-    "E11jwE11lyE11nwE11pyE11rwE11tyE11vwE11xyE11zwE11zyE11-"
-    "wE11XzE11ZxE11bzE11dxE11fzE11hxE11jzE11lxE11lzE11nxE11nzE11p"
-    "xE11pzE11rxE11tzE11vxE11xzE11zxE11-zE11XyE11Z+E11byE11b+E11dyE11f+E11hyE11f+E11hyE11j+"
-    "E11lyE11n+E11pyE11p+E11ryE11"
-    "t+E11vyE11x+E11zyE11-+E11XzE11X-E11ZzE11b-E11dzE11f-E11hzE11h-E11jzE11l-E11nzE11p-E11rzE11t-"
-    "E11vzE11v-E11xzE11z-E1"
-    "1-zE11XWF11Z+E11bWF11d+E11dWF11f+E11hWF11j+E11hWF11j+E11lWF11n+E11pWF11r+E11tWF11v+E11vWF11x+"
-    "E11zWF11-+E11XXF11Z-E"
-    "11bXF11d-E11fXF11h-E11hXF11j-E11lXF11n-E11pXF11r-E11tXF11v-E11vXF11x-E11zXF11--"
-    "E11XYF11ZWF11bYF11dWF11fYF11hWF11hY"
-    "F11jWF11lYF11nWF11nYF11pWF11rYF11tWF11vYF11xWF11zYF11-"
-    "WF11XZF11ZXF11ZZF11bXF11dZF11fXF11fZF11hXF11hZF11jXF11lZF11n"
-    "XF11pZF11rXF11xYF11bYF11XYF11-XF21tnE51zbF11-"
-    "ZF11XcF11ZaF11bcF11daF11fcF11haF11jcF11laF11ncF11paF11rcF11taF11vcF11"
-    "xaF11zcF11-"
-    "aF11XdF11ZbF11bdF11dbF11fdF11hbF11bdF11dbF11fdF11hbF11jdF11lbF11ndF11pbF11rdF11tbF11vdF11xbF11"
-    "zdF11-bF1"
-    "1XeF11ZcF11zdF11-bF11XeF11ZcF11vdF11xbF11zdF11-"
-    "bF11XeF11ZcF11beF11dcF11feF11hcF11jeF11lcF11neF11pcF11reF11tcF11veF"
-    "11xcF11zeF11-cF11XfF11ZdF11bfF11ddF11zeF11-"
-    "cF11XfF11ZdF11bfF11ddF11ffF11hdF11jfF11ldF11nfF11pdF11rfF11tdF11nfF11pd"
-    "F11rfF11tdF11vfF11xdF11zfF11-"
-    "dF7SzqD8SjtD8KrrD8KbuD8SnsD8SXvD8SjtD8SzvD8KXuD8KnwD8SruD91dxD21hxD21lxD21pxD1SjvD8Sz"
-    "xD84zxD24vxD24vxD24vxD24nxD24fxD24bxD4SzyD8Sj-D8SnzD8SXWE8SjzD8Sz-D8Gz-"
-    "D64fWE2GjYE61fWE31nnF18rWE44zWE24bZE28bZE38"
-    "R3CjXE64vXE2CzZE58Y23CrXE44bYE24XYE2CbaE41raE14fqF21zuF38nYE44vYE24nbE28XbE31nqFf91vtE41zjG11p"
-    "kGl31J11HJ1p1V1611C1"
-    "16r111511311O11211R19311313211N1bYH211B1-111ZZH11XZH15N45345385B453453a11J159217n15d625X58Dl3-"
-    "15+j6pz12mh111211211"
-    "211211211211211211211211211311211211741341341341341O1x4A11E11211211211211211211211211211211211"
-    "31121121174134134134"
-    "1341O1x43DF711YWo1tX1m83233d1B323375l8c2dDj51dqw321vow3BCXqw348xrw33L-rw37H-rw361-rw325-rw335-"
-    "rw33H-rw351htw311rtw"
-    "311Ztw311psw3ig511211F1BWL0700P10900MlB1310500N209001y70300L10300NZzk10D00E10D00C10F00A00S10H0"
-    "0800S10J00600S10L004"
-    "00S10N00200St20300h510300j510700l500z410700n500-410B00p500-410B00r500X5Wof2tZ2";
+  "W6Kz771d81Cb84Cb855b82Cd86Cd841d83Kz771d81Cb84Cb855b82Cd86Cd841d821h811zB11-911XC11ZA11bC11dA1"
+  "1bC11dA11fC11hA11jC11lA11nC11pA11pC11rA31vC11xA11zC11-A11XD11ZB11bD11dB11fD11hB11fD11hB11jD11l"
+  "B11nD11pB11rD11tB11tD11vB31zD11-B11XE11ZC11bE11dC11fE11hC11jE41pE11rC11rE11tC21vE11xC11zE11-C1"
+  "1XF11ZD51fF11hD11jF11lD11nF11pD41vF11xD11zF11-D11XG11ZE31ZG11bE11dG11fE11hG11jE11jG11lE11nG11p"
+  "E11rG11tE11vG11xE11xG11zE11-G11XF31bH11dF11fH11hF11jH11lF11nH11pF11rH11tF11vH11xF11vH11xF11vH1"
+  "1xF15zH21-F11XI11ZG11bI11dGY11XL11ZJE1pL11rJT1tO11vM11hO11jM11ZO11bM11xN11zL11-N11XM11ZO11bM11"
+  "dO11fM11hO11jM21vP11xN11zP11-N11tH11vF31zP11-N11vP11xN11rP11tN11vP11xN11j311cA11hO41vQ11xO31pQ"
+  "11rO11nR11pP11hJ11jH11hI11jG11zR11-P11XS11ZQ11zR11-P11XS11ZQ11zR11-P11XS11ZQ11vR11xP11zR11-P11"
+  "xR11zP11-R11XQ11zR11-P11XS11ZQ11fS11hQ11hS11jQ31hT11jR71fU11hS11bU11dS11rT11tR11vT11xR11zT11-R"
+  "11XU11ZS11nT11pRXA1rBA1bq171vj111M11-i111Q11S11U21c121k111q111o2Q1X111B11A11G11I11K11g1Q1X111B"
+  "11P11F119541j14g131W141151S11M11g1B11W111N4r131-141151Z211f211r1O53h21rA11t8E1-B11XA11ZC11bA31"
+  "XC11ZA35321hC11jA11jC11lA31pC11rA11tC11vA11lC11nA35321zB11-911rC11tA11vC11xA11zC11-A11vC11xA31"
+  "vC11xAf94A21e211411e2w41g1211H11sI11811311a19b431z315r321b311-2i30700P10900MG5r331-2q211314Z15"
+  "b421z331b3g71130700P10900MG5r3u10300c4s10700N10700P10B00Mq71g175S31F10H00K-30700N10700P10B00Mk"
+  "41120500P10700R109002bB11A11511511511D1n2z511Wt20100+220100w220100s220100o220100k240100c2f11B2"
+  "1F30300L10300N21RzL1zxE11-vE11-xE11XwE11ZyE11bwE11dyE11fwE11fyE11hwE11hyE11jwE11lyE11nwE11pyE1"
+  "1rwE11tyE11vwE11xyE11zwE11zyE11-wE11XzE11ZxE11bzE11dxE11fzE11hxE11jzE11lxE11lzE11nxE11nzE11pxE"
+  "11pzE11rxE11tzE11vxE11xzE11zxE11-zE11XyE11Z+E11byE11b+E11dyE11f+E11hyE11f+E11hyE11j+E11lyE11n+"
+  "E11pyE11p+E11ryE11t+E11vyE11x+E11zyE11-+E11XzE11X-E11ZzE11b-E11dzE11f-E11hzE11h-E11jzE11l-E11n"
+  "zE11p-E11rzE11t-E11vzE11v-E11xzE11z-E11-zE11XWF11Z+E11bWF11d+E11dWF11f+E11hWF11j+E11hWF11j+E11"
+  "lWF11n+E11pWF11r+E11tWF11v+E11vWF11x+E11zWF11-+E11XXF11Z-E11bXF11d-E11fXF11h-E11hXF11j-E11lXF1"
+  "1n-E11pXF11r-E11tXF11v-E11vXF11x-E11zXF11--E11XYF11ZWF11bYF11dWF11fYF11hWF11hYF11jWF11lYF11nWF"
+  "11nYF11pWF11rYF11tWF11vYF11xWF11zYF11-WF11XZF11ZXF11ZZF11bXF11dZF11fXF11fZF11hXF11hZF11jXF11lZ"
+  "F11nXF11pZF11rXF11xYF11bYF11XYF11-XF21tnE51zbF11-ZF11XcF11ZaF11bcF11daF11fcF11haF11jcF11laF11n"
+  "cF11paF11rcF11taF11vcF11xaF11zcF11-aF11XdF11ZbF11bdF11dbF11fdF11hbF11bdF11dbF11fdF11hbF11jdF11"
+  "lbF11ndF11pbF11rdF11tbF11vdF11xbF11zdF11-bF11XeF11ZcF11zdF11-bF11XeF11ZcF11vdF11xbF11zdF11-bF1"
+  "1XeF11ZcF11beF11dcF11feF11hcF11jeF11lcF11neF11pcF11reF11tcF11veF11xcF11zeF11-cF11XfF11ZdF11bfF"
+  "11ddF11zeF11-cF11XfF11ZdF11bfF11ddF11ffF11hdF11jfF11ldF11nfF11pdF11rfF11tdF11nfF11pdF11rfF11td"
+  "F11vfF11xdF11zfF11-dF7SzqD8SjtD8KrrD8KbuD8SnsD8SXvD8SjtD8SzvD8KXuD8KnwD8SruD91dxD21hxD21lxD21p"
+  "xD1SjvD8SzxD84zxD24vxD24vxD24vxD24nxD24fxD24bxD4SzyD8Sj-D8SnzD8SXWE8SjzD8Sz-D8Gz-D64fWE2GjYE61"
+  "fWE31nnF18rWE44zWE24bZE28bZE38R3CjXE64vXE2CzZE58Y23CrXE44bYE24XYE2CbaE41raE14fqF21zuF38nYE44vY"
+  "E24nbE28XbE31nqFf91vtE41zjG11pkGl31J11HJ1p1V1611C116r111511311O11211R19311313211N1bYH211B1-111"
+  "ZZH11XZH15N45345385B453453a11J159217n15d625X58Dl3-15+j6pz12mh111211211211211211211211211211211"
+  "211311211211741341341341341O1x4A11E11211211211211211211211211211211211311211211741341341341341"
+  "O1x43DF711YWo1tX1m83233d1B323375l8c2dDj51dqw321vow3BCXqw348xrw33L-rw37H-rw361-rw325-rw335-rw33"
+  "H-rw351htw311rtw311Ztw311psw3ig511211F1BWL0700P10900MlB1310500N209001y70300L10300NZzk10D00E10D"
+  "00C10F00A00S10H00800S10J00600S10L00400S10N00200St20300h510300j510700l500z410700n500-410B00p500"
+  "-410B00r500X5Wof2tZ2";
 static const char moe__text_lowers[] =
-    "X2b3W2-3v2W2OPW2e1w5m10jC00kT2I7w1Ho5k11n71I81aD1A41yC1225wC2231+411qC11sC1221wC11+"
-    "C21cD11YD1241cD11gD21iD1I61qD12"
-    "21qD3221qD1225oD2A41sD12428443443443w1HY2J443221X611l31w4e11Z82Y2O1sYL1221bA11mYL3221bC11g411k"
-    "41Y1g9A6291e771i229g"
-    "241W425+"
-    "33X2W2IX1W2i11G9w2S1t33221D1239Z83z1W5Gz3W2m2Y4g1o6s11U1o1FwBX3r4W3lx2r4WcEd11WcE61WcEpMz9Wzh2"
-    "m2LGva227f5-"
-    "x5j19-x5ZAoI+41zxE2wBe3TFGLFGTFGTFGLFH1F21F21F21F9TFW1TFGTFGTFG5F25p421HCDh541HC5F25d6E5F25-"
-    "621DC5-725x721Hg91vrE4"
-    "1zhG11haG71u1k1z1W1Z12pPb3q1gw1z5W3W3221j-K11hk711j+K3I61tXL11v-"
-    "K11zXL11xXL223295zZL2gCh3A72kgUo5W2g3Y5o1Go7d2A41d"
-    "Wb21Y1D221loo23A6g2K1dqo211zqo211rqo211Xqo211dqo221Zno211poo211fno211Ww11w1G1-"
-    "211bqo211lZb21A41jso21w1G1Xap2P2ivLb"
-    "3W2-c1z4m2m5j4m2W6f1k2Cv1k2GPk285k2it1f6W4m6r2W2mw2z3W2WjLz3W2W3X3s1WpUb4a2";
+  "X2b3W2-3v2W2OPW2e1w5m10jC00kT2I7w1Ho5k11n71I81aD1A41yC1225wC2231+411qC11sC1221wC11+C21cD11YD12"
+  "41cD11gD21iD1I61qD1221qD3221qD1225oD2A41sD12428443443443w1HY2J443221X611l31w4e11Z82Y2O1sYL1221"
+  "bA11mYL3221bC11g411k41Y1g9A6291e771i229g241W425+33X2W2IX1W2i11G9w2S1t33221D1239Z83z1W5Gz3W2m2Y"
+  "4g1o6s11U1o1FwBX3r4W3lx2r4WcEd11WcE61WcEpMz9Wzh2m2LGva227f5-x5j19-x5ZAoI+41zxE2wBe3TFGLFGTFGTF"
+  "GLFH1F21F21F21F9TFW1TFGTFGTFG5F25p421HCDh541HC5F25d6E5F25-621DC5-725x721Hg91vrE41zhG11haG71u1k"
+  "1z1W1Z12pPb3q1gw1z5W3W3221j-K11hk711j+K3I61tXL11v-K11zXL11xXL223295zZL2gCh3A72kgUo5W2g3Y5o1Go7"
+  "d2A41dWb21Y1D221loo23A6g2K1dqo211zqo211rqo211Xqo211dqo221Zno211poo211fno211Ww11w1G1-211bqo211l"
+  "Zb21A41jso21w1G1Xap2P2ivLb3W2-c1z4m2m5j4m2W6f1k2Cv1k2GPk285k2it1f6W4m6r2W2mw2z3W2WjLz3W2W3X3s1"
+  "WpUb4a2";
 static const char moe__text_ideographs[] =
-    "8n86Rq8xA8p86xH4uo5Fb9+S9+S5bH97H5M75b867s7Pf7+58O-"
-    "8Uw8Zu92F6e26qR73P7FU8Gz95g9dn4w25Dr6i478R8Oj9uU5rG6-h8ND8ba6B9"
-    "87O8WV5xA6SN6rg7By93E4+656t5BU6J46hJ78G7Rd8018O68PS8tl9So9jl9tw7YC7b-7sW8F99C49v-"
-    "8hM5ZV5y47nW81+79Y7ZA8p29Rt5ZO5nY"
-    "6eJ6tQ6yF7ql7ut9PB5BI82B57S57C7eS7s+8Fn9Pr8k06BF6e28h+4uv5ld60I7E77Lm5CN7Zx4+-5+"
-    "f4uD6pC6Lu7qY5F35XU7S18H98gg6kw8+m"
-    "6o86B+8Bb6EW7Lb4wk55f5796Y17pd89l8hI97F5Br5H25bp5xi6N56-+"
-    "7ag9Mj9fg9wN9xE5AR6R66jt8zY5vq66G6806IQ6yZ7597I97dA7tq81l"
-    "8yc8Jk90Z9DA58N5AZ5Iz7388Z28gg5x95-r6Dx6kk7m+7Dr4xa5Rv5ld5sw60S7Eo7Hf7+Q81698q9Rs9T89WO4+"
-    "B7ck96q9Qu63X4w653Q5lk5m-"
-    "6MP6e277E7P28Jy91y9+D6Q89Ok5A96Tx6Vp6r16wS7G97LP7Xh7qG9XU55j68k9Pu50h5qP6tg8yg5+"
-    "B6546WN7E79Q658f5GF5nb6OJ6TE6Ye6pb"
-    "7G67NY7zv8ZF8ZX97C9RY5C-"
-    "6ww5GT77G7IO8Nw9QZ9nN9wV6UN6tB87e7hB7iW7oI7B072P8jO4x08Cs58w5875wc6BJ7pM5k56qU6Qq8yx8XC9PD"
-    "8cB5xJ5505N05XQ6Pq57U7Cg7RA7ay7bU7bb7cF9TM7o+7+z8OI8hu90u93z9Zl9Zy9ae9sq93U9Qt4+"
-    "k53d55D5B95Ba5DH5MT5O65Pe5X05Ye5na"
-    "5nk62K65e66E67o6LF6NY6QH6Y56rt6uQ6yY75k78h7GY7YH7a+"
-    "7b97b87bG7bM7bT7cD7cE7f07g17l07tq7u97v17zo80587j89v89v8HN8aG8cM"
-    "8i18iv8pJ8q88+s90u9RZ9V-9Wx61raBk88O4uc56r55e4+"
-    "05555605B75Bw5MT5LL5MP5NY5XQ5Yp5b45bK5fY5ie5xI5xP5zf5+j63O65E64866E"
-    "65W67o68q6F46GS6HI6LM6Pq6SN6SR6TM6jv6kw6r16xR6xB6yY70U75k7Ud78r7Al7Cg7Hn7K67Kx7OT7OV7RA7RR7Rq7"
-    "TA7T07ZC7gn7l07nx7rR"
-    "7tq7y+8058DI8Fl8Tv8b18c68cM8g-8hu8hB8i18h+8hj8iv8kA8q88yu91o96P99s9Py9RZ9TM9VR9V-9WB9Wx9iI9+"
-    "SYXAYX4ZFL3kT40O40vb99"
-    "bpGdxJ9z39+E4uz4uu4v1W4Y4zW4+k4+"
-    "x50251w52P53d53F3IUWOw55D55K55a55tWKS3Iv55d56DWLB56N56a4xC56i56rf7V57r5833JV58x596"
-    "59o59t3KL5B75B95Ba5Bw5C55C65CN5D95DH5DQ5Dp5Dz5D-5D-5D-"
-    "Wei71m5FA5FVWjZ5Fh5Fn5G65IU5Gu5H85He5IY5Js5KG5LJ5LZ5M45M45MP"
-    "5Mh5Mp5N25SM5O65SN5PH5Pq5875Zk5VE5Vq5WD5UB5Wo5Wn5YiXJa5Zo5Zt5a65aQ5aY5bYXQeXRg5di5eR5ed5dO5fc3"
-    "Rk3Ry5i85i+5i+Xd85l3"
-    "5lO5ld5lpXiO5l-"
-    "5m65zJ5mY3U15nW5nk5p05oDXta5r3Xtc5rk5rh5ry5tX5tY3Wl5tz5ue5uz5vf3XYY633Xy5wm5wp5ws5xAgEI5x+"
-    "YCnYCn881"
-    "5yY5yY3Z7ZAuc7Q5zY5zh3ZZ5+Q5-D5-N5-"
-    "v6213aw3aS62KYRK63765865C65E65C65w66E66o66a66l67U67o67s68G68R69T6An6BK6DGYiC6Cz"
-    "6By6De6E36FaYln6GY6F56Ef3ek6Hf6H+"
-    "6IT6Ht3fi6LF6LiZ0A6NZ6Ru6P93iP6QH3i83ha56I56L6S06QS82j4FP6SN6SR6SX6TU6TJZF33j96Vw"
-    "6U56XI6Y5ZHj6YE6WV6aK3kT6b26cZ6dg6geZQZ6hR3mO6iXZYd6jK3nE6jo6kV6kw6kxZgDXqBZhw6nEZoy6o-"
-    "6pD6nd6qM6q+6rt6r16rf6ru6s5"
-    "ZqU6qq6ul6vk3qp6xB6x7ZxH6tv6zkZzUZ+E6-"
-    "670v70U70R3sM71A71z71t72jWKb755a9Z76SaEh78e78r79GaO87A07ALaSraWK7Dw7EB3wi7Eb"
-    "3wu3wu7H77HS7Hn7I57JA3yR7Kaams7K+aoI7LmY6V7OGa+Xa+ub143-"
-    "y4087Rqb3pb3ob4Pb4p7SU7SV7SV7TA40v7UB41642MbGT7XE7YC7ZC43Z"
-    "bOc7bMbQQbR57cF7dh44l7f07fA7fFbbybgdbgd7hk482bkh7l67l948dbo07pI4AW7pe7pZ7q0b+"
-    "67rZ4C17t77u27v54Cqc8ec974DPcBP7zwcC+"
-    "7+L7-w805cJQcKZ81WcMe81mZDV4FL82o8434GB84+5grcUdcUrZEJZES8818848+"
-    "U4Hh8AH8AB8AT5Ap8An8Ap8Az8Bcciy8Bb8CT8DZ8Ej8CZ8Ez"
-    "8Fd8HN8DJ8FA8FC8FScmscrhcpL4Kh8Jn8Jp8KMdFA8Lacyi4LT4LXc+"
-    "nd3I4Lh8PG8PS8Pd8Pf8Qf8Q88SE8RY8Tv8Se8Th8U64NN8VX8W14Nv8XW"
-    "8XZdPd8ZN8ZU4Or8Zw3IxdYkdbc4Q+"
-    "4R78gW8hj8kA8nLdoe8oh8p18qR8rtdylWW48tB8sy8tmWZU8xK8yueNIeNj92K93n94HeSk94R98u9BN9BO"
-    "99y9Fv9GLelw9MB4cL9Mtert4dc9R35so9SZf55f8Q4fk4fs9VWfGA4gofIM9WB9WB9WffMs9ZY4ip9af9cd9d29d+"
-    "4lEfim9iI9n09pz4pE4pj9rd"
-    "g3E4pug45g8EgAH9wx4rM9xv9x+9y59yF9yM9yxgO0";
+  "8n86Rq8xA8p86xH4uo5Fb9+S9+S5bH97H5M75b867s7Pf7+58O-8Uw8Zu92F6e26qR73P7FU8Gz95g9dn4w25Dr6i478R8"
+  "Oj9uU5rG6-h8ND8ba6B987O8WV5xA6SN6rg7By93E4+656t5BU6J46hJ78G7Rd8018O68PS8tl9So9jl9tw7YC7b-7sW8F"
+  "99C49v-8hM5ZV5y47nW81+79Y7ZA8p29Rt5ZO5nY6eJ6tQ6yF7ql7ut9PB5BI82B57S57C7eS7s+8Fn9Pr8k06BF6e28h+"
+  "4uv5ld60I7E77Lm5CN7Zx4+-5+f4uD6pC6Lu7qY5F35XU7S18H98gg6kw8+m6o86B+8Bb6EW7Lb4wk55f5796Y17pd89l8"
+  "hI97F5Br5H25bp5xi6N56-+7ag9Mj9fg9wN9xE5AR6R66jt8zY5vq66G6806IQ6yZ7597I97dA7tq81l8yc8Jk90Z9DA58"
+  "N5AZ5Iz7388Z28gg5x95-r6Dx6kk7m+7Dr4xa5Rv5ld5sw60S7Eo7Hf7+Q81698q9Rs9T89WO4+B7ck96q9Qu63X4w653Q"
+  "5lk5m-6MP6e277E7P28Jy91y9+D6Q89Ok5A96Tx6Vp6r16wS7G97LP7Xh7qG9XU55j68k9Pu50h5qP6tg8yg5+B6546WN7"
+  "E79Q658f5GF5nb6OJ6TE6Ye6pb7G67NY7zv8ZF8ZX97C9RY5C-6ww5GT77G7IO8Nw9QZ9nN9wV6UN6tB87e7hB7iW7oI7B"
+  "072P8jO4x08Cs58w5875wc6BJ7pM5k56qU6Qq8yx8XC9PD8cB5xJ5505N05XQ6Pq57U7Cg7RA7ay7bU7bb7cF9TM7o+7+z"
+  "8OI8hu90u93z9Zl9Zy9ae9sq93U9Qt4+k53d55D5B95Ba5DH5MT5O65Pe5X05Ye5na5nk62K65e66E67o6LF6NY6QH6Y56"
+  "rt6uQ6yY75k78h7GY7YH7a+7b97b87bG7bM7bT7cD7cE7f07g17l07tq7u97v17zo80587j89v89v8HN8aG8cM8i18iv8p"
+  "J8q88+s90u9RZ9V-9Wx61raBk88O4uc56r55e4+05555605B75Bw5MT5LL5MP5NY5XQ5Yp5b45bK5fY5ie5xI5xP5zf5+j"
+  "63O65E64866E65W67o68q6F46GS6HI6LM6Pq6SN6SR6TM6jv6kw6r16xR6xB6yY70U75k7Ud78r7Al7Cg7Hn7K67Kx7OT7"
+  "OV7RA7RR7Rq7TA7T07ZC7gn7l07nx7rR7tq7y+8058DI8Fl8Tv8b18c68cM8g-8hu8hB8i18h+8hj8iv8kA8q88yu91o96"
+  "P99s9Py9RZ9TM9VR9V-9WB9Wx9iI9+SYXAYX4ZFL3kT40O40vb99bpGdxJ9z39+E4uz4uu4v1W4Y4zW4+k4+x50251w52P"
+  "53d53F3IUWOw55D55K55a55tWKS3Iv55d56DWLB56N56a4xC56i56rf7V57r5833JV58x59659o59t3KL5B75B95Ba5Bw5"
+  "C55C65CN5D95DH5DQ5Dp5Dz5D-5D-5D-Wei71m5FA5FVWjZ5Fh5Fn5G65IU5Gu5H85He5IY5Js5KG5LJ5LZ5M45M45MP5M"
+  "h5Mp5N25SM5O65SN5PH5Pq5875Zk5VE5Vq5WD5UB5Wo5Wn5YiXJa5Zo5Zt5a65aQ5aY5bYXQeXRg5di5eR5ed5dO5fc3Rk"
+  "3Ry5i85i+5i+Xd85l35lO5ld5lpXiO5l-5m65zJ5mY3U15nW5nk5p05oDXta5r3Xtc5rk5rh5ry5tX5tY3Wl5tz5ue5uz5"
+  "vf3XYY633Xy5wm5wp5ws5xAgEI5x+YCnYCn8815yY5yY3Z7ZAuc7Q5zY5zh3ZZ5+Q5-D5-N5-v6213aw3aS62KYRK63765"
+  "865C65E65C65w66E66o66a66l67U67o67s68G68R69T6An6BK6DGYiC6Cz6By6De6E36FaYln6GY6F56Ef3ek6Hf6H+6IT"
+  "6Ht3fi6LF6LiZ0A6NZ6Ru6P93iP6QH3i83ha56I56L6S06QS82j4FP6SN6SR6SX6TU6TJZF33j96Vw6U56XI6Y5ZHj6YE6"
+  "WV6aK3kT6b26cZ6dg6geZQZ6hR3mO6iXZYd6jK3nE6jo6kV6kw6kxZgDXqBZhw6nEZoy6o-6pD6nd6qM6q+6rt6r16rf6r"
+  "u6s5ZqU6qq6ul6vk3qp6xB6x7ZxH6tv6zkZzUZ+E6-670v70U70R3sM71A71z71t72jWKb755a9Z76SaEh78e78r79GaO8"
+  "7A07ALaSraWK7Dw7EB3wi7Eb3wu3wu7H77HS7Hn7I57JA3yR7Kaams7K+aoI7LmY6V7OGa+Xa+ub143-y4087Rqb3pb3ob"
+  "4Pb4p7SU7SV7SV7TA40v7UB41642MbGT7XE7YC7ZC43ZbOc7bMbQQbR57cF7dh44l7f07fA7fFbbybgdbgd7hk482bkh7l"
+  "67l948dbo07pI4AW7pe7pZ7q0b+67rZ4C17t77u27v54Cqc8ec974DPcBP7zwcC+7+L7-w805cJQcKZ81WcMe81mZDV4FL"
+  "82o8434GB84+5grcUdcUrZEJZES8818848+U4Hh8AH8AB8AT5Ap8An8Ap8Az8Bcciy8Bb8CT8DZ8Ej8CZ8Ez8Fd8HN8DJ8"
+  "FA8FC8FScmscrhcpL4Kh8Jn8Jp8KMdFA8Lacyi4LT4LXc+nd3I4Lh8PG8PS8Pd8Pf8Qf8Q88SE8RY8Tv8Se8Th8U64NN8V"
+  "X8W14Nv8XW8XZdPd8ZN8ZU4Or8Zw3IxdYkdbc4Q+4R78gW8hj8kA8nLdoe8oh8p18qR8rtdylWW48tB8sy8tmWZU8xK8yu"
+  "eNIeNj92K93n94HeSk94R98u9BN9BO99y9Fv9GLelw9MB4cL9Mtert4dc9R35so9SZf55f8Q4fk4fs9VWfGA4gofIM9WB9"
+  "WB9WffMs9ZY4ip9af9cd9d29d+4lEfim9iI9n09pz4pE4pj9rdg3E4pug45g8EgAH9wx4rM9xv9x+9y59yF9yM9yxgO0";
+static const char moe__text_words[] =
+  "m1A7Q411Ql11A1415N1V1gE4CE57111Hr31224116113111K1p21h41j51c1216f18j1111212118R44TB5g24c3182A1J"
+  "21Gx12b3Es141212k1IS4B5O168h21X42A1J18222M1711342922248142152CA1112316422M17121212211542233174"
+  "117GB319131M1712152A131321F42A971318222M1712152922237342152A11G216331432111232333C4533142161EA"
+  "GD131N1G291314721321242AG418131N1A152913147262142A13CD131p1131554752AA6131I3O191127314611186A2"
+  "2Dw15F1Ad1211151O111N2511171A24W11N26AB111114A1a14K1I1a191v1g26k22c111512h11jA142711142f1142X1"
+  "142711142F1v1142Z223W1GGs2263iJ2H1Q5h23B7M9MBKCD1312Cq231422AX131B6v27h15c2AV1C4CAe125Bi14Q6Ac"
+  "1S4-11T2B6AD18Vn1j23AH9Cq3Cu18A3n12B5h123G31d15sG262c126281111111V2r11711331734264D5317F2n12J1"
+  "S1D1GDp1X1H1412A1135611111141B245541Hf1jPq1su1b769Cc111512u171FO97171717171717171W1l11rE3PF152"
+  "54s222231w2145h11+2HW1m1GWGWk6W2jqLZ2k12j83SKp11A1p3b192d32Z2221118Ls141Jq1Cc2AA6O311n12a1CT3X"
+  "2EB6V1t19E2A6N3f2O32G25A6262697171h11E6x3122A6azACN4n1ae8kB2g3c17C55C1D151112121i3X1hBIW22s1e1"
+  "C4GGG32O3W151d4JA7Q411QBv236262623Z1C1Q1J121F2EY1x3b2r1e41Y4T3n1F1VW1DU5h15U2a14815g1+42A6a14a"
+  "14e18q1CB1F17121B1F17123q1Ct99MA8O61g119b26211i112312NAN9VX2J12AMAQc2u162W241258131T2341W1T3TZ"
+  "181UPs1AMAJDIk3f2t1p1Dp1De18A6c1351Nw7g11232G3t1X1A18X1VMg1LRN9d2VG9y171DP7A6r11A448a1219b2441"
+  "D11Z1I1b164+1711141F1A7x15A6418222M1712151A22232161572735BA11211c11A11211418D2Th25A44Uc2118Ac5"
+  "s129N6Y1X231BAc1v17A6KSR2F4A67v5x1b3g2L82128121U1229CAc282k12812R-1818g231If2d6X1FA691j119FAOU"
+  "2M1Ef27121i13112198A66121b112167As9N9H1f135DBr21l2wSc3l3Ha6io2X3FmX1GMAxy35dIvr6w1cs1vH7V1A6l2"
+  "1A6U25Bt194CA9L5JmDj13Ac6W2W4h24v17HW2212B2Eu-58sc1f1Adt8417121Z9F1T321E48iCae2h35D397A32nY4Ac"
+  "Gk12N+G5368827U4q43xDr21d2122122241C11171X21428171S141511371qA2P1P1V1P1V1P1V1P1V1P182o1WGt14o1"
+  "81E1M51FmY1V66r671H2712155+1X11m3j13E2A41XAVHw1sEg1s6h1bF714121F1b6B7f1i24Acb141R1211211A14111"
+  "1614111111312112111111111121124171414111A1H53151HqJQ6Q6Qcp2AcW1Wtf1W1wX46+62Yq5Enf7FkJYj2+GYl1"
+  "hw45WZ4mgtLm7";
+/* clang-format on */
 /* end of the tables */
 enum { MOE__SPECIALS = 5 };
 
@@ -19065,7 +19028,7 @@ typedef struct moe__fold {
 /* A token that is searched for in a text, raw or normalised. */
 typedef struct moe__added {
   const char *text;
-  uint16_t length;
+  uint16_t length, single; /* single 1: not inside a word */
   int32_t id;
 } moe__added;
 
@@ -19129,6 +19092,19 @@ static void moe__text_unpack_classes(uint32_t *bounds) {
     end = first + info / MOE__TEXT_KINDS + 1;
   }
   *bounds = (uint32_t)end << 4 | MOE__TEXT_LETTER;
+}
+
+/* Whether a character is one of a word: a letter, mark, digit or connector. Asked for neighbours of
+   tokens that may not be inside a word alone, so the table is read as it is. */
+static int moe__text_of_word(int32_t c) {
+  const char *at = moe__text_words;
+  int32_t bound = 0;
+  int inside = 0;
+  for (; *at; inside = !inside) {
+    bound += moe__text_number(&at);
+    if (c < bound) break;
+  }
+  return inside;
 }
 
 static void moe__text_unpack_folds(moe__fold *fold, const char *at) {
@@ -19279,6 +19255,10 @@ typedef struct moe__reader {
   size_t begin, end;   /* of a token that stays whole: the code points that it stands for */
   int rank;            /* in a run of marks: the rank that this pass gives out; else 0 */
   size_t run_at, run_index, run_end;
+  /* A token inside a word: no other begins in its bytes (raw), or in the next `skip` characters of
+     the normalised text, whose last one was `before` (0: none). */
+  size_t refused[2], run_refused[2], skip;
+  int32_t before;
 } moe__reader;
 
 /* Narrows a range of a sorted list, whose tokens begin with the same k bytes, to those whose next
@@ -19303,23 +19283,38 @@ static void moe__added_narrow(const moe__added *list, int32_t *low, int32_t *hig
   *high = at[1];
 }
 
+/* Whether characters of a word surround bytes of the text. */
+static int moe__reader_in_word(const moe__reader *r, size_t begin, size_t end) {
+  size_t at = begin;
+  int32_t c;
+  while (at && begin - at < 4 && (r->s[--at] & 0xc0) == 0x80) continue;
+  if (at < begin && moe__utf8_read(&c, r->s + at, begin - at) == begin - at && moe__text_of_word(c))
+    return 1;
+  if (end == r->bytes) return 0;
+  moe__utf8_read(&c, r->s + end, r->bytes - end);
+  return moe__text_of_word(c);
+}
+
 /* The longest raw token that the bytes at `at` begin with, or NULL. */
-static const moe__added *moe__reader_raw(const moe__reader *r, size_t at) {
+static const moe__added *moe__reader_raw(moe__reader *r, size_t at) {
   const moe__added *list = r->t->added[0], *found = NULL;
   int32_t low = 0, high = r->t->count[0];
   size_t k;
-  if (!r->t->begins[r->s[at]]) return NULL;
+  if (!r->t->begins[r->s[at]] || (at > r->refused[0] && at < r->refused[1])) return NULL;
   for (k = 0; at + k < r->bytes && low < high; ++k) {
     moe__added_narrow(list, &low, &high, k, r->s[at + k]);
     if (low < high && list[low].length == k + 1) found = &list[low];
   }
-  return found;
+  if (!found || !found->single || !moe__reader_in_word(r, at, at + found->length)) return found;
+  r->refused[0] = at;
+  r->refused[1] = at + found->length;
+  return NULL;
 }
 
 /* NFD sorts the marks between two starters by their combining class. A run with marks that are kept
    is read once for each rank, so it may have any length. This finds its end: the first code point
    that begins with a starter. */
-static size_t moe__reader_run_end(const moe__reader *r) {
+static size_t moe__reader_run_end(moe__reader *r) {
   size_t at = r->at;
   while (at < r->bytes) {
     int32_t c, out[3];
@@ -19343,7 +19338,9 @@ static int moe__reader_ready(moe__reader *r) {
     kind = r->raw_kind == MOE__TEXT_IDEOGRAPH ? r->raw_kind : moe__text_class(r->t, r->c);
     if (!r->rank &&
         kind >= MOE__TEXT_MARK) { /* a run begins: read this code point again in each pass */
+      memcpy(r->run_refused, r->refused, sizeof r->refused);
       r->run_end = moe__reader_run_end(r);
+      memcpy(r->refused, r->run_refused, sizeof r->refused);
       r->run_at = r->raw_at;
       r->run_index = r->from;
       r->rank = 1;
@@ -19371,6 +19368,7 @@ static int moe__reader_character(moe__reader *r) {
       } else {
         r->at = r->run_at;
         r->index = r->run_index;
+        memcpy(r->refused, r->run_refused, sizeof r->refused);
       }
       continue;
     }
@@ -19405,16 +19403,22 @@ static size_t moe__reader_write(unsigned char out[6], int kind, int32_t c) {
   return n;
 }
 
-/* The same after step 4: the longest added token of the normalised list that begins here, or the
-   next character. */
-static int moe__reader_next(moe__reader *r) {
+/* The last character of what moe__reader_write makes; 0: of nothing. */
+static int32_t moe__reader_last(int kind, int32_t c) {
+  if (kind >= MOE__TEXT_SPECIAL) return 0;
+  return kind == MOE__TEXT_IDEOGRAPH || kind == MOE__TEXT_BLANK ? ' ' : c;
+}
+
+/* The longest added token of the normalised list that begins here, or NULL. *behind: the reader
+   after it, and *characters: how many it has. */
+static const moe__added *moe__reader_normal(const moe__reader *r, moe__reader *behind,
+                                            size_t *characters) {
   const moe__added *list = r->t->added[1], *found = NULL;
-  moe__reader ahead, behind;
+  moe__reader ahead = *r;
   unsigned char s[6];
   int32_t low = 0, high = r->t->count[1];
-  size_t k = 0, i, n, begin = SIZE_MAX, end = 0;
-  if (!high) return moe__reader_character(r);
-  for (ahead = behind = *r; low < high;) {
+  size_t k = 0, i, n, count, begin = SIZE_MAX, end = 0;
+  for (count = 1; low < high; ++count) {
     int kind = moe__reader_character(&ahead);
     if (kind >= MOE__TEXT_SPECIAL) break;
     n = moe__reader_write(s, kind, ahead.c);
@@ -19423,14 +19427,45 @@ static int moe__reader_next(moe__reader *r) {
     if (ahead.from >= end) end = ahead.from + 1;
     if (low == high || list[low].length != k) continue;
     found = &list[low];
-    behind = ahead;
-    behind.begin = begin;
-    behind.end = end;
-    behind.c = found->id;
+    *characters = count;
+    *behind = ahead;
+    behind->begin = begin;
+    behind->end = end;
+    behind->before = moe__reader_last(kind, ahead.c);
+    behind->c = found->id;
   }
-  if (!found) return moe__reader_character(r);
-  *r = behind;
-  return MOE__TEXT_SPECIAL;
+  return found;
+}
+
+/* Whether characters of a word surround what lies between two readers. */
+static int moe__reader_splits_word(const moe__reader *r, const moe__reader *behind) {
+  moe__reader next = *behind;
+  int kind;
+  if (r->before && moe__text_of_word(r->before)) return 1;
+  kind = moe__reader_character(&next);
+  return (kind == MOE__TEXT_LETTER || kind == MOE__TEXT_PUNCTUATION) && moe__text_of_word(next.c);
+}
+
+/* The same after step 4: the longest added token of the normalised list that begins here, or the
+   next character. */
+static int moe__reader_next(moe__reader *r) {
+  const moe__added *found = NULL;
+  moe__reader behind;
+  size_t characters = 0;
+  int kind;
+  if (!r->t->count[1]) return moe__reader_character(r);
+  if (r->skip)
+    --r->skip;
+  else
+    found = moe__reader_normal(r, &behind, &characters);
+  if (found && (!found->single || !moe__reader_splits_word(r, &behind))) {
+    *r = behind;
+    return MOE__TEXT_SPECIAL;
+  }
+  if (found) r->skip = characters - 1;
+  kind = moe__reader_character(r);
+  r->before = moe__reader_last(kind, r->c);
+  return kind;
 }
 
 /* ---- WordPiece ---- >>text
@@ -19779,14 +19814,15 @@ MOE_API moe_status moe_tokenizer_size(const char *vocab, size_t vocab_bytes, siz
 static moe_status moe__tokenizer_mark(moe_tokenizer *t, int32_t id, const char *line, size_t *n,
                                       const moe_env *env) {
   size_t at = *n, i;
-  int normal = 0, word = 0;
+  int normal = 0, word = 0, single = 0;
   moe__added *a;
   while (at && line[at - 1] != '\t') --at;
   if (!at || at == *n || line[at] != '+') return MOE_OK;
   for (i = at + 1; i < *n; ++i) {
     normal |= line[i] == 'n';
     word |= line[i] == 'w';
-    if (!line[i] || !strchr("lnrsw", line[i]))
+    single |= line[i] == 'o';
+    if (!line[i] || !strchr("lnorsw", line[i]))
       return moe__fail(env, MOE_E_FORMAT,
                        "vocabulary: line %d has an unknown mark behind its tab: written by a newer "
                        "moe.h?",
@@ -19799,6 +19835,7 @@ static moe_status moe__tokenizer_mark(moe_tokenizer *t, int32_t id, const char *
   a = &t->added[normal][t->count[normal]++];
   a->text = line;
   a->length = (uint16_t)(at - 1);
+  a->single = (uint16_t)single;
   a->id = id;
   *n = word ? at - 1 : 0;
   return MOE_OK;
@@ -19892,17 +19929,20 @@ static moe_status moe__tokenizer_specials(moe_tokenizer *t, const moe_env *env) 
                        moe__special_names[i]);
     a->text = moe__special_names[i];
     a->length = (uint16_t)n;
+    a->single = 0;
     a->id = t->special[i];
     if (a->id >= 0) ++t->count[0];
   }
   return MOE_OK;
 }
 
-/* By bytes; what another begins with comes first, of equal ones the last line. */
+/* By bytes; what another begins with comes first, of equal ones the last line; of one line what its
+   marks say. */
 static int moe__added_before(const moe__added *a, const moe__added *b) {
   int order = memcmp(a->text, b->text, a->length < b->length ? a->length : b->length);
   if (order) return order < 0;
-  return a->length != b->length ? a->length < b->length : a->id > b->id;
+  if (a->length != b->length) return a->length < b->length;
+  return a->id != b->id ? a->id > b->id : a->single > b->single;
 }
 
 /* Heapsort. */

@@ -141,11 +141,12 @@ ids test_encoder_ids_of_added_tokens_json '12 6 7 8 12 13' "$t[e1]X Y"
 
 # the model file keeps them: out of it comes a folder with the same
 cp "$few"/vocab.txt "$few"/added_tokens.json "$hub"
-rm -f "$hub/tokenizer_config.json"
+echo '{"added_tokens_decoder": {"14": {"content": "xa", "single_word": true}}}' \
+  > "$hub/tokenizer_config.json"
 if from_hub "$tmp/few.safetensors" &&
     "$tmp/convert" "$tmp/few.safetensors" --hf "$tmp/again" > "$tmp/out" 2> "$tmp/err"; then
   few=$tmp/again
-  ids test_encoder_ids_come_back_from_the_model '12 6 7 8 12 13' "$t[e1]X Y"
+  ids test_encoder_ids_come_back_from_the_model '12 6 7 8 12 13 14 1' "$t[e1]X Y xa xab"
   few=$tmp/few
 else fail test_encoder_ids_come_back_from_the_model "$(cat "$tmp/err")"; fi
 rm "$hub/added_tokens.json"
@@ -222,7 +223,7 @@ setting tokenizer_config.json "{\"added_tokens_decoder\": {\"20\": $e1}}"
 wrong test_encoder_refuses_a_number_too_far '"\[E1\]" has number 20, but the next one is 12'
 setting tokenizer_config.json \
   '{"added_tokens_decoder": {"12": {"content": "a", "single_word": true}}}'
-wrong test_encoder_refuses_single_words 'the added token "a" has single_word'
+ids test_encoder_ids_of_single_words '12 1 1 12 1 12' 'a xa aé a-a'
 setting tokenizer_config.json '{"unk_token": {"content": "<unk>"}}'
 wrong test_encoder_refuses_other_special_tokens \
   'config.json: unk_token is "<unk>", expected \[UNK\]'

@@ -31,8 +31,9 @@ static inline char *metadata(const char *file, const char *name) {
 /* The lines of a vocabulary with marks (moe_text_flags): words to `words`, added tokens to
    `config`. */
 static inline void put_added_tokens(text *config, text *words, const char *vocab) {
+  static const char *const said[] = {"lstrip", "normalized", "rstrip", "special"};
   list line = split(vocab, '\n');
-  int i, n = 0;
+  int i, k, n = 0;
   put_json(config, "  'added_tokens_decoder': {");
   for (i = 0; i < line.n; ++i) {
     char *marks = strstr(line.at[i], "\t+");
@@ -42,9 +43,9 @@ static inline void put_added_tokens(text *config, text *words, const char *vocab
     if (!marks) continue;
     put_json(config, "%s\n    '%d': {'content': ", n++ ? "," : "", i);
     put_quoted(config, line.at[i]);
-    put_json(config, ", 'lstrip': %s, 'normalized': %s, 'rstrip': %s, 'special': %s}",
-             strchr(marks + 2, 'l') ? "true" : "false", strchr(marks + 2, 'n') ? "true" : "false",
-             strchr(marks + 2, 'r') ? "true" : "false", strchr(marks + 2, 's') ? "true" : "false");
+    for (k = 0; k < 4; ++k) /* each mark is the first letter of its name */
+      put_json(config, ", '%s': %s", said[k], strchr(marks + 2, *said[k]) ? "true" : "false");
+    put_json(config, ", 'single_word': %s}", strchr(marks + 2, 'o') ? "true" : "false");
   }
   put_json(config, "\n  },\n");
 }

@@ -102,8 +102,6 @@ static inline void note_added(tokenizer_settings *s, const added_token *token) {
   int i = 0;
   if (!*token->content || strchr(token->content, '\n'))
     die("the added token \"%s\" is not a line", token->content);
-  if (token->single_word)
-    die("the added token \"%s\" has single_word, which moe.h does not do", token->content);
   while (i < s->n_added && strcmp(s->added[i].content, token->content)) ++i;
   if (i < s->n_added) {
     if (s->added[i].id < 0) s->added[i].id = token->id;
@@ -429,12 +427,17 @@ static inline void number_added(tokenizer_settings *s, const list *line) {
   free(sorted);
 }
 
+static inline int needs_marks(const added_token *t) {
+  return !is_usual_token(t) || t->normalized || t->single_word;
+}
+
 /* A line for a token, with its marks (moe_text_flags). */
 static inline void put_added(text *to, const added_token *t) {
   put(to, "%s", t->content);
-  if (!is_usual_token(t) || t->normalized)
-    put(to, "\t+%s%s%s%s%s", t->lstrip ? "l" : "", t->normalized ? "n" : "", t->rstrip ? "r" : "",
-        t->special ? "s" : "", t->found ? "w" : "");
+  if (needs_marks(t))
+    put(to, "\t+%s%s%s%s%s%s", t->lstrip ? "l" : "", t->normalized ? "n" : "",
+        t->single_word ? "o" : "", t->rstrip ? "r" : "", t->special ? "s" : "",
+        t->found ? "w" : "");
   put(to, "\n");
 }
 
@@ -442,7 +445,7 @@ static inline void put_added(text *to, const added_token *t) {
 static inline int has_marks(const tokenizer_settings *s) {
   int i;
   for (i = 0; i < s->n_added; ++i)
-    if (!is_usual_token(&s->added[i]) || s->added[i].normalized) return 1;
+    if (needs_marks(&s->added[i])) return 1;
   return 0;
 }
 

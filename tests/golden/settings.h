@@ -38,7 +38,35 @@ static const char *const golden_pieces[] = {
   "a b",
   "!\077",
   "\303\205\303\234\341\272\236\316\221\315\202",
-  "\357\244\200"};
+  "\357\244\200",
+  "lone",
+  "LONE",
+  "alone",
+  "lones",
+  "Solo",
+  "Solo1",
+  "_Solo",
+  "Solo",
+  "\331\240",
+  "\302\262",
+  "\314\201",
+  "\342\200\215",
+  "\342\200\213",
+  "\342\202\254",
+  "\342\222\266",
+  "_",
+  "qabc",
+  "qabcd",
+  "<ent>s",
+  "<ent>st",
+  "\314\201l",
+  "\314\201\314\247l",
+  "\314\247\314\201lo",
+  "_o_",
+  "_o_o_",
+  "\344\270\255-",
+  "-\314\201-",
+  "\343\200\257\314\201l"};
 /* lines behind the vocabulary; of two tokens it has the lines itself */
 static const char *const golden_added[] = {
   "[E1]\011+s",
@@ -57,16 +85,29 @@ static const char *const golden_added[] = {
   "\341\255\204k\011+n",
   "\343\200\256q\011+n",
   "a  b\011+",
-  "!\077\011+n"};
+  "!\077\011+n",
+  "lone\011+no",
+  "Solo\011+o",
+  "qabc\011+no",
+  "<ent>s\011+o",
+  "\314\201l\011+o",
+  "_o_\011+o",
+  "\344\270\255-\011+no",
+  "-\314\201-\011+no",
+  "bc\011+n",
+  "olo\011+",
+  "x\343\200\256\314\247\011+o",
+  "\314\202l\011+o"};
 static const char *const golden_marked[] = {
   "hello\011+nw",
-  "un\011+w"};
+  "un\011+w",
+  "\314\247\011+w"};
 /* of each setting without and with added tokens: the ids of all texts */
 static const uint64_t golden_settings[GOLDEN_SETTINGS * 2] = {
-  0x3ea3fef7047f03b4u, 0x619ab26e664dfb1eu, 0x6ced6ae7daf0a0b2u, 0xd88f0cbd3329a45eu,
-  0xbf47adf0dc507fe9u, 0x46471f25251fd863u, 0xfb37e54f9f961c15u, 0xc85464d7f34ed41eu,
-  0x98ef34d18c49c025u, 0x36548a506403147du, 0x17684c0ae4f19532u, 0xbdd803f795a748a8u,
-  0xc3f1ce2af722b482u, 0xfd86fc2cc123e6fbu, 0x0ce1fdde0bcd6e0cu, 0xd38d33c7c2913c29u};
+  0x8bb626ef4d69730fu, 0x1607267f99c568cdu, 0xc7d76dff1fd89a2fu, 0x48d6987bbe2ef36au,
+  0xa8463c429ffc52fau, 0xe882efb617bffb7fu, 0x427c7a8a724461fau, 0x255a9a22fef30880u,
+  0x312bce0e71294811u, 0xf5f317ff9e78484bu, 0x154c31112b0310f7u, 0x2f1ba0967eb9e815u,
+  0xbee86d94144aff91u, 0xa1af420a9c3ddacbu, 0x84540ab097bca99au, 0xa6641aece42874a5u};
 static const struct {
   const char *text;
   int flags, added;
@@ -134,4 +175,24 @@ static const struct {
    "2 1747 1712 1748 1711 1711 3"},
   {"a  b a b!\077!\077", 7, 1,
    "2 405404 147 149 405405 405405 3"},
+  {"Lone alone lone1 lone- -lone", 0, 1,
+   "2 405406 147 170 176 174 156 169 176 174 156 52 405406 43 43 405406 3"},
+  {"Solo solo _Solo Solo\342\202\254 [E1]Solo", 0, 1,
+   "2 405407 183 405415 143 183 176 170 176 405407 16613 405389 405407 3"},
+  {"\344\270\255lone\344\270\255 [E1]lone[E1]", 0, 1,
+   "2 39911 405406 39911 405389 405406 405389 3"},
+  {"\344\270\255lone\344\270\255 \344\270\255Solo", 4, 1,
+   "2 39911 170 176 174 156 39912 39911 184 176 170 176 3"},
+  {"qabc qabcd xqabc bcd", 0, 1,
+   "2 405408 179 148 150 152 154 193 180 148 150 152 405414 153 3"},
+  {"<ent>s <ent>st a<ent>s", 1, 1,
+   "2 405409 73 155 174 186 77 183 186 147 73 155 174 186 77 183 3"},
+  {"lone_ _lone lone\342\200\277 lone\342\200\276", 0, 1,
+   "2 169 176 174 156 143 143 169 176 174 156 169 176 174 156 16395 405406 16393 3"},
+  {"Solox xSolo olox", 1, 1,
+   "2 119 176 170 176 194 193 120 176 170 176 405415 193 3"},
+  {"x\343\200\256\314\247\314\202lm", 0, 1,
+   "2 193 24554 170 172 3"},
+  {"x\343\200\256\314\247 x\343\200\256\314\247\314\202lm \314\247", 3, 1,
+   "2 405416 193 24554 170 172 1499 3"},
 };

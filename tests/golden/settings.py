@@ -26,6 +26,9 @@ ADDED = [
     ("\u4e2d\u6587", "n"), ("\ud55c\uae00", "n"), ("qa", "n"), ("qab", "n"), ("\u0301z", ""),
     ("\u0300w", "n"), ("x[MASK]y", ""), ("<l>", "lr"), ("\u0130d", "n"), ("\u1b44k", "n"),
     ("un", ""), ("\u302eq", "n"), ("a  b", ""), ("!?", "n"),
+    ("lone", "no"), ("Solo", "o"), ("qabc", "no"), ("<ent>s", "o"), ("\u0301l", "o"), ("_o_", "o"),
+    ("\u4e2d-", "no"), ("-\u0301-", "no"), ("bc", "n"), ("olo", ""), ("x\u302e\u0327", "o"),
+    ("\u0302l", "o"), ("\u0327", ""),
 ]
 PIECES = [
     "[E1]", "[e1]", "<ent>", " <l> ", "Hello", "hello", "\u00e9t\u00c9", "ete", "e\u0301te\u0301",
@@ -33,6 +36,9 @@ PIECES = [
     "\u0300W", "w", "x[MASK]y", "\u0130d", "i\u0307D", "id", "\u1b44K", "\ud55c\uae00",
     "\u1112\u1161\u11ab\u1100\u1173\u11af", "un", "unwanted", "a\u0301\u0301z", "\u302e\u0301Q",
     "\u302e", "q\u302e\u0301zq", "a  b", "a b", "!?", "\u00c5\u00dc\u1e9e\u0391\u0342", "\uf900",
+    "lone", "LONE", "alone", "lones", "Solo", "Solo1", "_Solo", "Solo", "\u0660", "\u00b2",
+    "\u0301", "\u200d", "\u200b", "\u20ac", "\u24b6", "_", "qabc", "qabcd", "<ent>s", "<ent>st", "\u0301l",
+    "\u0301\u0327l", "\u0327\u0301lo", "_o_", "_o_o_", "\u4e2d-", "-\u0301-", "\u302f\u0301l",
 ]
 # text, flags, added
 READABLE = [
@@ -48,6 +54,11 @@ READABLE = [
     ("a\u0301z a\u0300w", 0, 1), ("a\u0301z a\u0300w", 2, 1), ("q\u302e\u0301zq\u302eq", 0, 1),
     ("q\u302e\u0301zq\u302eq", 3, 1), ("\u03a3\u0391\u03a3 \u1f08 \u1fbc", 2, 0),
     ("\u03a3\u0391\u03a3 \u1f08 \u1fbc", 3, 0), ("a  b a b!?!?", 7, 1),
+    ("Lone alone lone1 lone- -lone", 0, 1), ("Solo solo _Solo Solo\u20ac [E1]Solo", 0, 1),
+    ("\u4e2dlone\u4e2d [E1]lone[E1]", 0, 1), ("\u4e2dlone\u4e2d \u4e2dSolo", 4, 1),
+    ("qabc qabcd xqabc bcd", 0, 1), ("<ent>s <ent>st a<ent>s", 1, 1),
+    ("lone_ _lone lone\u203f lone\u203e", 0, 1), ("Solox xSolo olox", 1, 1),
+    ("x\u302e\u0327\u0302lm", 0, 1), ("x\u302e\u0327 x\u302e\u0327\u0302lm \u0327", 3, 1),
 ]
 
 
@@ -81,7 +92,8 @@ def tokenizer(words, lower, strip, apart, added):
     t.add_tokens(
         [
             AddedToken(content, lstrip="l" in marks, rstrip="r" in marks,
-                       normalized="n" in marks, special="s" in marks)
+                       normalized="n" in marks, special="s" in marks,
+                       single_word="o" in marks)
             for content, marks in (ADDED if added else [])
         ]
     )

@@ -13,7 +13,7 @@ code point.
 """
 import sys
 import unicodedata
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-"
 # MARK + r: a mark that stays, of rank r
@@ -107,6 +107,19 @@ def observe():
     return kind, stripped, lowered, len(kept)
 
 
+def observe_words():
+    """The bounds of the runs of characters that single_word takes for those of a word."""
+    t = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    t.add_tokens([AddedToken("XYZ", single_word=True, normalized=False)])
+    bounds = []
+    for c in POINTS:
+        word = t.token_to_id("XYZ") not in t.encode("XYZ" + chr(c)).ids
+        assert word == (t.token_to_id("XYZ") not in t.encode(chr(c) + "XYZ").ids), hex(c)
+        if word != len(bounds) % 2:
+            bounds.append(c)
+    return bounds
+
+
 def vlq(n):
     out = ""
     while n >= 32:
@@ -197,20 +210,22 @@ def encode(kind, stripped, lowered, ranks):
     return sizes, text, encode_runs(strips), encode_runs(lowers), cjk_text
 
 
-def literal(name, text, width=114):
+def literal(name, text, width=94):
     rows = ['  "%s"' % text[i:i + width] for i in range(0, len(text), width)]
     return "static const char %s[] =\n%s;\n" % (name, "\n".join(rows))
 
 
 def block():
     sizes, *texts = encode(*observe())
-    assert max(map(len, texts)) < 4095  # the longest literal that C99 promises
-    out = "/* tables made by tests/golden/unicode.py: do not edit */\n"
+    out = "/* tables made by tests/golden/unicode.py: do not edit */\n/* clang-format off */\n"
     out += "enum { MOE__TEXT_KINDS = %d };\nenum { MOE__TEXT_BOUNDS = %d, " % sizes[:2]
     out += "MOE__TEXT_STRIPS = %d, MOE__TEXT_LOWERS = %d };\n" % sizes[2:]
-    for name, text in zip(("classes", "strips", "lowers", "ideographs"), texts):
+    bounds = observe_words()
+    texts.append("".join(vlq(b - a) for a, b in zip([0] + bounds, bounds)))
+    for name, text in zip(("classes", "strips", "lowers", "ideographs", "words"), texts):
         out += literal("moe__text_" + name, text)
-    out += "/* end of the tables */\n"
+    out += "/* clang-format on */\n/* end of the tables */\n"
+    assert max(map(len, texts)) < 4095  # the longest literal that C99 promises
     sys.stderr.write(" + ".join("%d" % len(text) for text in texts) + " digits\n")
     return out
 
