@@ -1389,14 +1389,12 @@ static void test_model_routes_are_counted(void) {
   CHECK(moe_route_count(&sums, context, &model_batch.b, &env) == MOE_E_ARGUMENT, "another batch");
   CHECK(strstr(said, "the last pass had"), "%s", said);
   ++model_batch.b.S;
-  model_batch.start[3] = model_batch.start[2];
-  CHECK(moe_route_count(&sums, context, &model_batch.b, &env) == MOE_E_ARGUMENT &&
-            strstr(said, "sequence 2 "),
-        "a sequence of no tokens: %s", said);
-  model_batch.start[3] = 1 << 30; /* as many tokens, but no sequences that can have been passed */
-  CHECK(moe_route_count(&sums, context, &model_batch.b, &env) == MOE_E_ARGUMENT,
-        "seq_start goes up and down");
-  CHECK(strstr(said, "sequence 2 "), "%s", said);
+  for (t = 0; t < 2; ++t) { /* no tokens; as many in all, but not as they can have been passed */
+    model_batch.start[3] = t ? 1 << 30 : model_batch.start[2];
+    CHECK(moe_route_count(&sums, context, &model_batch.b, &env) == MOE_E_ARGUMENT &&
+              strstr(said, "sequence 2 "),
+          "%s", said);
+  }
   for (seen = 0, t = 0; t < MODELS_TASKS; ++t) seen += (int32_t)got.tokens[t];
   CHECK(seen == 3 * model_batch.start[20], "nothing was counted");
   moe_context_free(context);
