@@ -18872,10 +18872,11 @@ MOE_API moe_status moe_checkpoint_load(moe_trainer *trainer, moe_sampler *sample
    MOE__FOLD_SLOPE (consecutive targets) the target of the first minus the first, as a signed
    number. In a run of MOE__FOLD_PAIRS every second code point, from the first on, maps to its
    successor; the targets of MOE__FOLD_LIST are in moe__text_ideographs, three digits each. A code
-   point with several targets has as many runs. moe__text_words lists where runs of characters of a
-   word begin and end, as single_word knows them: each distance from the one before. A number is
-   written in digits of 5 bits, lowest first, 32 added to all but the last; signed: twice the value,
-   or -1 - 2 * value. Digits are 0-9, A-Z, a-z, + and -. Hangul syllables are computed. */
+   point with several targets has as many runs. moe__text_words lists where runs of characters of
+   a word, in the sense of single_word, begin and end: each as its distance from the one before.
+   A number is written in digits of 5 bits, lowest first, 32 added to all but the last; signed:
+   twice the value, or -1 - 2 * value. Digits are 0-9, A-Z, a-z, + and -. Hangul syllables are
+   computed. */
 enum {
   MOE__TEXT_LETTER, /* everything else */
   MOE__TEXT_DROP,   /* dropped */
@@ -19094,8 +19095,8 @@ static void moe__text_unpack_classes(uint32_t *bounds) {
   *bounds = (uint32_t)end << 4 | MOE__TEXT_LETTER;
 }
 
-/* Whether a character is one of a word: a letter, mark, digit or connector. Asked for neighbours of
-   tokens that may not be inside a word alone, so the table is read as it is. */
+/* Whether a character is one of a word: a letter, mark, digit or connector. Only asked about the
+   neighbours of tokens that must not be inside a word, which is seldom: the table stays packed. */
 static int moe__text_of_word(int32_t c) {
   const char *at = moe__text_words;
   int32_t bound = 0;
@@ -19255,8 +19256,9 @@ typedef struct moe__reader {
   size_t begin, end;   /* of a token that stays whole: the code points that it stands for */
   int rank;            /* in a run of marks: the rank that this pass gives out; else 0 */
   size_t run_at, run_index, run_end;
-  /* A token inside a word: no other begins in its bytes (raw), or in the next `skip` characters of
-     the normalised text, whose last one was `before` (0: none). */
+  /* Where a token was refused because it is inside a word, no other begins: in its bytes of the raw
+     text, or in the next `skip` characters of the normalised one, whose last one was `before` (0:
+     none). */
   size_t refused[2], run_refused[2], skip;
   int32_t before;
 } moe__reader;
