@@ -37,8 +37,9 @@ PIECES = [
     "\u1112\u1161\u11ab\u1100\u1173\u11af", "un", "unwanted", "a\u0301\u0301z", "\u302e\u0301Q",
     "\u302e", "q\u302e\u0301zq", "a  b", "a b", "!?", "\u00c5\u00dc\u1e9e\u0391\u0342", "\uf900",
     "lone", "LONE", "alone", "lones", "Solo", "Solo1", "_Solo", "Solo", "\u0660", "\u00b2",
-    "\u0301", "\u200d", "\u200b", "\u20ac", "\u24b6", "_", "qabc", "qabcd", "<ent>s", "<ent>st", "\u0301l",
-    "\u0301\u0327l", "\u0327\u0301lo", "_o_", "_o_o_", "\u4e2d-", "-\u0301-", "\u302f\u0301l",
+    "\u0301", "\u200d", "\u200b", "\u20ac", "\u24b6", "_", "qabc", "qabcd", "<ent>s", "<ent>st",
+    "\u0301l", "\u0301\u0327l", "\u0327\u0301lo", "_o_", "_o_o_", "\u4e2d-", "-\u0301-",
+    "\u302f\u0301l",
 ]
 # text, flags, added
 READABLE = [
