@@ -337,6 +337,8 @@ static void test_files_sentences_name_the_cause(void) {
       {"\\\"hidden\\\":8", "\\\"hidden\\\":7", "hidden is 7, expected a multiple of heads"},
       {"\\\"heads\\\":2", "\\\"heads\\\":x", "moe.config: expected a number"},
       {"\\\"heads\\\":2", "\\\"vocab\\\":2", "moe.config: a member is listed twice"},
+      {"\\\"truncate\\\":\\\"right", "\\\"router\\\":   \\\"task",
+       "moe.config: a member is listed twice"},
       {"\\\"task\\\"", "\\\"tusk\\\"", "moe.config: unknown name"},
       {"\\\"kind\\\":\\\"span", "\\\"kind\\\":\\\"spam", "moe.tasks, task 3: unknown kind"},
       {"\\\"low\\\":-0.1", "\\\"low\\\":   9", "low is 9 and high 5"},

@@ -272,6 +272,13 @@ static const struct {
     {"{" A "} x", 16, "text after the end"},
     {"{" A ",", 16, "expected a string"},
     {"{\"\xff\":1}", 0, "not UTF-8"},
+    {"{\"\xc1\xbf\":1}", 0, "not UTF-8"}, /* the first that is too long, too short, too high ... */
+    {"{\"\xe0\x9f\xbf\":1}", 0, "not UTF-8"},
+    {"{\"\xed\xa0\x80\":1}", 0, "not UTF-8"},
+    {"{\"\xf0\x8f\xbf\xbf\":1}", 0, "not UTF-8"},
+    {"{\"\xf4\x90\x80\x80\":1}", 0, "not UTF-8"},
+    {"{\"\xe0\xa0\x80\xed\x9f\xbf\":1}", 0, "expected an object"}, /* ... and what is not */
+    {"{\"\xf0\x90\x80\x80\xf4\x8f\xbf\xbf\":1}", 0, "expected an object"},
     {"{\"a", 0, "byte 3 of 3: a string has no closing quote"},
     {"{\"a\\", 0, "byte 4 of 4: unknown escape in a string"},
     {"{", 0, "byte 1 of 1: unexpected end of the text"},

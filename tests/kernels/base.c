@@ -9,6 +9,15 @@ static void test_base_formats_sentences(void) {
   CHECK(!strcmp(text, "abc"), "%s", text);
 }
 
+/* Every instruction set by the name that it has, and no other name. */
+static void test_base_knows_instruction_sets_by_name(void) {
+  int i;
+  for (i = 0; i < MOE_ISA_COUNT; ++i)
+    CHECK(moe_isa_from_name(moe_isa_name((moe_isa)i)) == (moe_isa)i, "%s",
+          moe_isa_name((moe_isa)i));
+  CHECK(moe_isa_from_name("avx") == MOE_ISA_COUNT, "avx");
+}
+
 /* Numbers at the edges of their types and of six digits; then every text cut at every length. */
 static void test_base_formats_every_number(void) {
   static const struct {
@@ -341,6 +350,7 @@ static void test_base_tells_the_size_of_each_struct(void) {
 static void run_base(void) {
   RUN(test_base_tells_the_size_of_each_struct);
   RUN(test_base_knows_whether_sums_are_contracted);
+  RUN(test_base_knows_instruction_sets_by_name);
   RUN(test_base_formats_sentences);
   RUN(test_base_formats_every_number);
   RUN(test_base_sentences_hold_nothing_that_a_terminal_obeys);
