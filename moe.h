@@ -4518,7 +4518,10 @@ static void moe__v128_pack_cols(float *panel, const float *src, size_t ld, size_
 #endif
 
 #ifdef MOE__RVV /* no arrays of its vectors */
-#define moe__v128_narrow_panel moe__scalar_narrow_panel
+static void moe__v128_narrow_panel(float *y, const float *x, const float *panel, size_t n, size_t k,
+                                   const float *bias) {
+  moe__scalar_narrow_panel(y, x, panel, n, k, bias);
+}
 #else
 #define MOE__NARROW_PANEL(S, T)                                                                    \
   T static void S##_narrow_panel(float *y, const float *x, const float *panel, size_t n, size_t k, \
@@ -6212,7 +6215,8 @@ static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_TABLE(moe__
 #endif
 
 #ifdef MOE__RVV
-#define moe__v128_int8 moe__scalar_int8
+static const moe__int8_kernels moe__v128_int8 = {{{NULL}}, {0}, 0, moe__scalar_int8_quantize,
+                                                 NULL,     NULL};
 #endif
 
 /* ---- products with int8 weights over threads; packing, quantising ---- >>int8_run */
