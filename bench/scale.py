@@ -2,12 +2,12 @@
 """Training on more than one machine: what is measured here, and what a model of costs makes of it.
 Writes bench/scale.md.
 
-    python3 scale.py                  all, ten minutes on two idle cores
+    python3 scale.py                  all, a quarter of an hour on two idle cores
     python3 scale.py --rounds 1 --seconds 2 --out FILE     quick
 
 Measured: bench_scale (its first lines) with 1 and 2 ranks and with 2 threads, PyTorch's DDP beside
 it, and 2 to 4 ranks in network namespaces joined by links of 1 Gbit/s, also with a delay (MPICH,
-root and `ip` needed; left out where they are missing). The rounds take turns; medians are told."""
+root and `ip` needed; left out where they are missing). The rounds take turns; medians are reported."""
 
 import argparse
 import json
@@ -302,7 +302,8 @@ Ranks on one machine exchange gradients through its memory. The links of 1 Gbit/
 namespaces whose senders are held to that rate (tbf). The kernel here cannot delay packets; where a
 delay is told, a program does (delay.c: a switch between TAP devices, frames of 9,000 bytes), which
 takes some of the two cores as well. Where 3 and 4 ranks share two cores, only the exchange is of
-use, and it waits for the slowest rank.
+use, and it waits for the slowest rank; that 3 take longer than 4 is MPI's doing, whose all-reduce
+is another where the number of ranks is no power of two.
 
 ## The model of costs
 
@@ -316,7 +317,8 @@ are.
 
 Efficiency when each rank has {tokens} tokens a step on a processor as fast as one core here
 ({gflops:.0f} GFLOP/s): the time of one rank by that of P. A faster processor needs a faster network
-in proportion. An expectation, not a measurement.
+in proportion. An expectation, not a measurement. More than 100 % with
+--shard: each rank updates a P-th of the weights, one rank alone all of them.
 
 Without --shard:
 
