@@ -7,7 +7,8 @@ Writes bench/scale.md.
 
 Measured: bench_scale (its first lines) with 1 and 2 ranks and with 2 threads, PyTorch's DDP beside
 it, and 2 to 4 ranks in network namespaces joined by links of 1 Gbit/s, also with a delay (MPICH,
-root and `ip` needed; left out where they are missing). The rounds take turns; medians are reported."""
+root and `ip` needed; left out where they are missing). The rounds take turns; medians are
+reported."""
 
 import argparse
 import json
@@ -302,8 +303,8 @@ Ranks on one machine exchange gradients through its memory. The links of 1 Gbit/
 namespaces whose senders are held to that rate (tbf). The kernel here cannot delay packets; where a
 delay is told, a program does (delay.c: a switch between TAP devices, frames of 9,000 bytes), which
 takes some of the two cores as well. Where 3 and 4 ranks share two cores, only the exchange is of
-use, and it waits for the slowest rank; that 3 take longer than 4 is MPI's doing, whose all-reduce
-is another where the number of ranks is no power of two.
+use, and it waits for the slowest rank; why 3 take longer than 4 was not
+looked into (MPI may take another all-reduce where the number of ranks is no power of two).
 
 ## The model of costs
 
