@@ -5703,8 +5703,9 @@ static float moe__scalar_int8_quantize(unsigned char *q, const float *x, size_t 
   return scale;
 }
 
-static const moe__int8_kernels moe__scalar_int8 = {{{NULL}}, {0}, 0, moe__scalar_int8_quantize,
-                                                   NULL,     NULL};
+#define MOE__INT8_PLAIN                                                                            \
+  { {{NULL}}, {0}, 0, moe__scalar_int8_quantize, NULL, NULL }
+static const moe__int8_kernels moe__scalar_int8 = MOE__INT8_PLAIN;
 
 /* The weights of output j from input p on, a multiple of 4. Four are neighbours, the next four are
    `step` bytes further. */
@@ -6215,8 +6216,7 @@ static const moe__int8_kernels moe__neon_dot_int8 = {MOE__INT8_SMALL_TABLE(moe__
 #endif
 
 #ifdef MOE__RVV
-static const moe__int8_kernels moe__v128_int8 = {{{NULL}}, {0}, 0, moe__scalar_int8_quantize,
-                                                 NULL,     NULL};
+static const moe__int8_kernels moe__v128_int8 = MOE__INT8_PLAIN;
 #endif
 
 /* ---- products with int8 weights over threads; packing, quantising ---- >>int8_run */

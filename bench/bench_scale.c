@@ -93,7 +93,7 @@ static void step(moe_trainer *trainer, const moe_batch *b, size_t n, double t[TI
   double at[4];
   float loss;
   at[0] = bench_now();
-  if (overlapping) begin_overlap(ranks > 1 ? moe_trainer_gradients(trainer) : NULL);
+  if (overlapping) begin_overlap(moe_trainer_gradients(trainer));
   if (b->S || overlapping) need(moe_trainer_accumulate(trainer, b, batch_size, &loss, NULL, &env));
   at[1] = bench_now();
   if (ranks > 1) add_gradients(moe_trainer_gradients(trainer), n);

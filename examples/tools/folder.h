@@ -31,7 +31,8 @@ static inline char *metadata(const char *file, const char *name) {
 /* The lines of a vocabulary with marks (moe_text_flags): words to `words`, added tokens to
    `config`. */
 static inline void put_added_tokens(text *config, text *words, const char *vocab) {
-  static const char *const said[] = {"lstrip", "normalized", "rstrip", "special"};
+  static const char mark[] = "lnrso";
+  static const char *const said[] = {"lstrip", "normalized", "rstrip", "special", "single_word"};
   list line = split(vocab, '\n');
   int i, k, n = 0;
   put_json(config, "  'added_tokens_decoder': {");
@@ -43,9 +44,9 @@ static inline void put_added_tokens(text *config, text *words, const char *vocab
     if (!marks) continue;
     put_json(config, "%s\n    '%d': {'content': ", n++ ? "," : "", i);
     put_quoted(config, line.at[i]);
-    for (k = 0; k < 4; ++k) /* each mark is the first letter of its name */
-      put_json(config, ", '%s': %s", said[k], strchr(marks + 2, *said[k]) ? "true" : "false");
-    put_json(config, ", 'single_word': %s}", strchr(marks + 2, 'o') ? "true" : "false");
+    for (k = 0; mark[k]; ++k)
+      put_json(config, ", '%s': %s", said[k], strchr(marks + 2, mark[k]) ? "true" : "false");
+    put_json(config, "}");
   }
   put_json(config, "\n  },\n");
 }

@@ -151,7 +151,7 @@ static struct {
   MPI_Request request[MOVING];
 } moving;
 
-static inline void begin_overlap(float *g) { moving.g = g; }
+static inline void begin_overlap(float *g) { moving.g = sharding || ranks == 1 ? NULL : g; }
 
 static inline void finish_overlap(void) {
   MPI_Waitall(moving.n, moving.request, MPI_STATUSES_IGNORE);
@@ -212,10 +212,13 @@ static inline void divide_training(moe_train_config *config, size_t n) {
 
 /* Before a step: the gradients of the whole batch, as far as this rank needs them. */
 static inline void add_gradients(float *g, size_t n) {
-  if (moving.g) finish_overlap();
-  if (!sharding || ranks == 1) {
-    if (!moving.g) add_floats(g, n);
+  if (moving.g) { /* they are added up, or on their way */
+    finish_overlap();
     moving.g = NULL;
+    return;
+  }
+  if (!sharding || ranks == 1) {
+    add_floats(g, n);
     return;
   }
   /* not in place: MPICH 5.0 then copies within the array, and fails */
